@@ -1,0 +1,1 @@
+"""A model hub for PyTorch whose catalog is a SQLite database."""

@@ -1,0 +1,93 @@
+"""Integer boxes: a part of a tensor, as a start and a size along each dim.
+
+A box with no dims is a scalar and holds one element; a box with a size of zero along any dim is empty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """The part ``[start, start + size)`` of a tensor, dim by dim.
+
+    :raises ValueError: a negative number, or as many starts as there are not sizes.
+    """
+
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.starts) != len(self.sizes):
+            raise ValueError(f"a box needs as many starts as sizes, but got {self.starts} and {self.sizes}")
+        if any(n < 0 for n in self.starts) or any(n < 0 for n in self.sizes):
+            raise ValueError(f"starts and sizes must not be negative, but are {self.starts} and {self.sizes}")
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Box:
+        """The box of all of a tensor of shape ``shape``."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return tuple(start + size for start, size in zip(self.starts, self.sizes, strict=True))
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.sizes)
+
+    def covers(self, shape: Sequence[int]) -> bool:
+        """Whether this is the box of all of a tensor of shape ``shape``."""
+        return self.sizes == tuple(shape) and not any(self.starts)
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether the box lies within a tensor of shape ``shape``."""
+        return len(shape) == len(self.sizes) and all(end <= n for end, n in zip(self.ends, shape, strict=True))
+
+    def intersect(self, other: Box) -> Box | None:
+        """What both boxes hold; ``None`` where they share no element."""
+        starts = tuple(map(max, self.starts, other.starts))
+        sizes = tuple(min(a, b) - s for a, b, s in zip(self.ends, other.ends, starts, strict=True))
+
+        return Box(starts, sizes) if all(size > 0 for size in sizes) else None
+
+    def shift(self, by: Sequence[int]) -> Box:
+        """The same sizes, moved by ``by`` (which may be negative)."""
+        return Box(tuple(s + d for s, d in zip(self.starts, by, strict=True)), self.sizes)
+
+    def runs(self, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """The box as runs ``(first element, number of elements)`` of the row-major tensor of shape ``shape``.
+
+        The runs are ascending, do not touch, and are as few as can be: a box of whole rows is one run.
+        """
+        if self.numel == 0:
+            return
+
+        # Dims behind `split` are whole, so that one run goes through all of them and through a part of dim `split`.
+        split = len(shape) - 1
+        while split > 0 and self.sizes[split] == shape[split]:
+            split -= 1
+
+        if split < 0:  # a scalar
+            yield 0, 1
+            return
+
+        strides = [1] * len(shape)
+        for dim in range(len(shape) - 2, -1, -1):
+            strides[dim] = strides[dim + 1] * shape[dim + 1]
+
+        length = self.sizes[split] * strides[split]
+        first = sum(start * stride for start, stride in zip(self.starts, strides, strict=True))
+
+        def walk(dim: int, at: int) -> Iterator[tuple[int, int]]:
+            if dim == split:
+                yield at, length
+                return
+            for i in range(self.sizes[dim]):
+                yield from walk(dim + 1, at + i * strides[dim])
+
+        yield from walk(0, first)

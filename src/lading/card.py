@@ -1,0 +1,312 @@
+"""Asset cards and architectures as values, and the one place where a name is resolved to a card.
+
+A *card file* holds :class:`CardEntry` and :class:`ArchitectureEntry` values, one per document. An :class:`AssetCard` is
+what a name means: an entry, an overlay of an environment laid over it, and the card that it is based on.
+
+Semantics are those of fairseq2 0.8.1 (``fairseq2.assets``), less its defects: a cycle of bases is an error here, and a
+relative path resolves against the file that states it, whichever card inherits it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from lading.errors import AssetCardError
+
+T = TypeVar("T", bool, int, float, str, list[object], dict[str, object])
+
+USER_ENV = "user"
+"""The environment whose overlays are always laid first."""
+
+CONFIG_KEYS = ("model_config_overrides", "model_config_override", "model_config")
+"""The fields that may hold configuration overrides, the older names first."""
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardEntry:
+    """One document of a card file: the fields of a card, or of an overlay to it."""
+
+    name: str
+    env: str = ""
+    """The environment of an overlay; empty for the card itself."""
+    metadata: Mapping[str, object]
+    """All fields but the name; plain JSON values."""
+    folder: Path | None = None
+    """The folder of the card's file, against which its relative paths resolve."""
+    source: str = ""
+    """Where the entry comes from, for messages: ``qwen.yaml[3]``."""
+
+    @property
+    def base(self) -> str | None:
+        base = self.metadata.get("base")
+        return base if isinstance(base, str) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArchitectureEntry:
+    """One document of a card file that describes an architecture: the numbers of a family's configuration."""
+
+    name: str
+    family: str
+    base: str | None = None
+    """Another architecture of the same family, whose numbers come first."""
+    config: Mapping[str, object]
+    """Overrides to ``base``'s configuration, or to the defaults of the family's configuration class."""
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """An architecture of a family: overrides to the defaults of the family's configuration class, base first."""
+
+    name: str
+    family: str
+    overrides: tuple[Mapping[str, object], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AssetCard:
+    """What a name in the catalog means. Fields that the card lacks are looked up in its bases."""
+
+    name: str
+    metadata: Mapping[str, object]
+    """The card's own fields, an environment's overlay already laid over them."""
+    base: AssetCard | None = None
+    folders: Mapping[str, Path | None] = field(default_factory=dict, repr=False, compare=False)
+    """The folder of the file that states each field, by the field's name."""
+    source: str = field(default="", compare=False)
+    """The file and the document that the card comes from."""
+
+    def field(self, name: str) -> AssetCardField:
+        """The field ``name`` of this card or of the nearest base that has it.
+
+        :raises AssetCardError: neither has it.
+        """
+        found = self.maybe_get_field(name)
+        if found is None:
+            raise AssetCardError(self.name, f"The card {self.name!r} and its bases have no field {name!r}{self._at()}.")
+
+        return found
+
+    def maybe_get_field(self, name: str) -> AssetCardField | None:
+        """As :meth:`field`, but ``None`` where no card of the chain has it."""
+        for card in self.chain():
+            if name in card.metadata:
+                return AssetCardField(name, self, card.metadata[name], card.folders.get(name))
+
+        return None
+
+    def has_field(self, name: str) -> bool:
+        return any(name in card.metadata for card in self.chain())
+
+    def chain(self) -> Iterator[AssetCard]:
+        """The card, its base, the base of that, and so on."""
+        card: AssetCard | None = self
+        while card is not None:
+            yield card
+            card = card.base
+
+    def fields(self) -> dict[str, object]:
+        """All fields of the card and its bases, the nearest first where several have one."""
+        merged: dict[str, object] = {}
+        for card in reversed(list(self.chain())):
+            merged.update(card.metadata)
+        merged.pop("base", None)
+
+        return merged
+
+    def _at(self) -> str:
+        return f" ({self.source})" if self.source else ""
+
+
+@dataclass(frozen=True, slots=True)
+class AssetCardField:
+    """A field of a card."""
+
+    name: str
+    card: AssetCard
+    """The card that was asked; a base of it may be the one that states the field."""
+    value: object
+    folder: Path | None = None
+
+    def as_(self, kls: type[T]) -> T:
+        """The value, if it is of just this type (``True`` is not an ``int``, ``1`` is not a ``float``).
+
+        :raises AssetCardError: it is of another type.
+        """
+        if type(self.value) is not kls:
+            raise AssetCardError(
+                self.card.name,
+                f"The field {self.name!r} of the card {self.card.name!r} is expected to be of type {kls.__name__}, "
+                f"but is {self.value!r}, of type {type(self.value).__name__}{self.card._at()}.",
+            )
+
+        return self.value
+
+    def as_uri(self) -> str:
+        """The value as a URI. A path becomes a ``file://`` URI; a relative one starts at the folder of its file.
+
+        :raises AssetCardError: not a string, or a relative path in a card that comes from no file.
+        """
+        value = self.as_(str).strip()
+        if not value:
+            raise AssetCardError(
+                self.card.name, f"The field {self.name!r} of the card {self.card.name!r} is empty{self.card._at()}."
+            )
+        if _SCHEME.match(value):
+            return value
+
+        path = Path(value).expanduser()
+        if not path.is_absolute():
+            if self.folder is None:
+                raise AssetCardError(
+                    self.card.name,
+                    f"The field {self.name!r} of the card {self.card.name!r} is the relative path {value!r}, but the "
+                    "card comes from no file that it could be relative to. Use an absolute path.",
+                )
+            path = self.folder / path
+
+        return path_uri(path)
+
+
+def path_uri(path: Path) -> str:
+    """The ``file://`` URI of an absolute path, unquoted: it is compared and shown, and is read back by ``uri_path``."""
+    # `normpath` would be wrong where a folder is a symbolic link: only what is certain is simplified.
+    return f"file://{path.absolute()}"
+
+
+def uri_path(uri: str) -> Path | None:
+    """The path of a ``file://`` URI; ``None`` for any other."""
+    return Path(uri.removeprefix("file://")) if uri.startswith("file://") else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRef:
+    """The ``checkpoint`` field of a card, taken apart."""
+
+    uri: str
+    """Without parameters; empty where the card names none."""
+    gated: bool
+    info_url: str | None
+    """Where to ask for a gated model."""
+    path: str | None = None
+    """The ``checkpoint_path`` inside the source, where the card names one."""
+
+    @property
+    def scheme(self) -> str:
+        return urlsplit(self.uri).scheme
+
+
+def checkpoint_ref(card: AssetCard) -> CheckpointRef:
+    """Where the card's checkpoint is. A card without one, or with ``;gated=true`` behind the URI, is gated.
+
+    :raises AssetCardError: a ``checkpoint``, ``checkpoint_path`` or ``url`` that is not a string.
+    """
+    url_field = card.maybe_get_field("url")
+    url = None if url_field is None else url_field.as_(str)
+
+    found = card.maybe_get_field("checkpoint")
+    if found is None or found.value is None:
+        return CheckpointRef(uri="", gated=True, info_url=url)
+
+    uri, *parameters = found.as_uri().split(";")
+    gated = any(p.replace(" ", "").lower() == "gated=true" for p in parameters)
+    path = card.maybe_get_field("checkpoint_path")
+
+    return CheckpointRef(
+        uri=uri, gated=gated, info_url=(url or uri) if gated else url, path=None if path is None else path.as_(str)
+    )
+
+
+# --- resolution ------------------------------------------------------------------------------------------------------
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """``name@env`` as (name, environment); the environment is ``None`` without an ``@``, and may be empty behind it."""
+    plain, at, env = name.partition("@")
+
+    return plain.strip(), env.strip() if at else None
+
+
+def resolve_card(name: str, envs: Sequence[str], look_up: Callable[[str], Mapping[str, CardEntry]]) -> AssetCard | None:
+    """What ``name`` means.
+
+    :param envs: environments in the order in which their overlays are tried; the first that exists is laid over a card.
+    :param look_up: gives all entries of a name, by environment (the card itself under the empty one).
+
+    :raises AssetCardError: a base that does not exist, or that leads back to a card of the chain.
+    """
+    # The chain is walked down first and built up afterwards, as frozen cards need their base when they are made.
+    layers: list[tuple[str, dict[str, object], dict[str, Path | None], str]] = []
+    seen: list[str] = []
+    at: str | None = name
+
+    while at is not None:
+        entries = look_up(at)
+        entry = entries.get("")
+        if entry is None:
+            if not layers:
+                return None
+            raise AssetCardError(
+                name, f"The card {seen[-1]!r} is based on {at!r}, which is not in the catalog ({layers[-1][3]})."
+            )
+
+        metadata = dict(entry.metadata)
+        folders: dict[str, Path | None] = dict.fromkeys(metadata, entry.folder)
+        overlay = next((entries[env] for env in envs if env in entries), None)
+        if overlay is not None:
+            metadata.update(overlay.metadata)
+            folders.update(dict.fromkeys(overlay.metadata, overlay.folder))
+
+        layers.append((at, metadata, folders, entry.source))
+        seen.append(at)
+
+        base = metadata.get("base")
+        at = base if isinstance(base, str) else None
+        if at in seen:
+            raise AssetCardError(
+                name, f"The bases of the card {name!r} form a cycle: {' → '.join([*seen, at])} ({entry.source})."
+            )
+
+    card: AssetCard | None = None
+    for layer_name, metadata, folders, source in reversed(layers):
+        card = AssetCard(layer_name, metadata, card, folders, source)
+
+    return card
+
+
+def resolve_architecture(
+    name: str, family: str, look_up: Callable[[str], ArchitectureEntry | None]
+) -> Architecture | None:
+    """The architecture ``name`` of ``family``, the overrides of its bases first; ``None`` where there is none.
+
+    :raises AssetCardError: a base that does not exist, or that leads back to an architecture of the chain.
+    """
+    chain: list[ArchitectureEntry] = []
+    at: str | None = name
+
+    while at is not None:
+        entry = look_up(at)
+        if entry is None:
+            if not chain:
+                return None
+            raise AssetCardError(
+                name,
+                f"The {family} architecture {chain[-1].name!r} is based on {at!r}, which is not in the catalog "
+                f"({chain[-1].source}).",
+            )
+
+        chain.append(entry)
+        at = entry.base
+        if any(at == other.name for other in chain):
+            cycle = " → ".join([*(other.name for other in chain), str(at)])
+            raise AssetCardError(name, f"The bases of the {family} architecture {name!r} form a cycle: {cycle}.")
+
+    return Architecture(name=name, family=family, overrides=tuple(entry.config for entry in reversed(chain)))

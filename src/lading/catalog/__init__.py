@@ -1,0 +1,1 @@
+"""The catalog: a database of families, architectures, cards, checkpoints and their tensors."""

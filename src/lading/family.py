@@ -1,0 +1,111 @@
+"""Model families: the code behind a ``model_family`` field.
+
+A family registers itself as an entry point of the group ``lading.families``, the built-in ones too::
+
+    [project.entry-points."lading.families"]
+    qwen = "lading.families.qwen:FAMILY"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+from torch.nn import Module
+
+from lading.errors import InternalError, ModelFamilyNotKnownError, did_you_mean
+from lading.keymap import Rule
+
+ENTRY_POINT_GROUP = "lading.families"
+
+ModelT = TypeVar("ModelT", bound=Module)
+ModelConfigT = TypeVar("ModelConfigT")
+
+
+def _no_rules(config: Any) -> Sequence[Rule]:
+    return ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family(Generic[ModelT, ModelConfigT]):
+    """The behaviour of a model family. Its numbers (architectures) and its models (cards) are rows of the catalog."""
+
+    name: str
+    kls: type[ModelT]
+    config_kls: type[ModelConfigT]
+    """A dataclass; its defaults are the family's default architecture."""
+    build: Callable[[ModelConfigT], ModelT]
+    """Make the module on the current default device (the meta device, when weights are loaded into it) with the
+    current default dtype, parameters uninitialised.
+
+    Modules with non-persistent buffers implement ``reset_non_persistent_buffers(device)``, which computes them anew.
+    """
+    init: Callable[[ModelT, ModelConfigT], None]
+    """Fill all parameters with random numbers, by the architecture's own scheme."""
+    rules: Callable[[ModelConfigT], Sequence[Rule]] = _no_rules
+    """How tensors of a checkpoint map to parameters, where their names differ."""
+    hf_model_types: frozenset[str] = frozenset()
+    """The values of ``model_type`` in a Hugging Face ``config.json`` that this family can read."""
+    from_hf: Callable[[Mapping[str, object]], ModelConfigT] | None = None
+    """The configuration that a Hugging Face ``config.json`` stands for.
+
+    :raises NotSupportedError: the file asks for something that the family does not do.
+    """
+    supports_meta: bool = True
+    """Whether ``create_new_model(…, meta=True)`` may be asked for."""
+    restrict: bool = True
+    """Whether unpickling is limited to tensors and plain containers by default."""
+
+
+def family_names() -> frozenset[str]:
+    """The names of all registered families; imports none of them."""
+    return frozenset(_entry_points())
+
+
+def get_family(name: str) -> Family[Any, Any]:
+    """The family that is registered under ``name``.
+
+    :raises ModelFamilyNotKnownError: none is.
+    :raises InternalError: what the entry point names cannot be imported, or is no family of this name.
+    """
+    entry = _entry_points().get(name)
+    if entry is None:
+        raise ModelFamilyNotKnownError(name, did_you_mean(name, _entry_points()))
+
+    return _load(entry)
+
+
+def family_of_model_type(model_type: str) -> Family[Any, Any] | None:
+    """The family that reads checkpoints of this Hugging Face ``model_type``; ``None`` where none does."""
+    for name in sorted(_entry_points()):
+        family = get_family(name)
+        if model_type in family.hf_model_types:
+            return family
+
+    return None
+
+
+@lru_cache(maxsize=1)
+def _entry_points() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+@lru_cache(maxsize=256)
+def _load(entry: EntryPoint) -> Family[Any, Any]:
+    try:
+        family = entry.load()
+    except Exception as error:
+        raise InternalError(
+            f"The model family {entry.name!r} is registered as {entry.value!r}, which cannot be imported: {error}"
+        ) from error
+
+    if not isinstance(family, Family) or family.name != entry.name:
+        raise InternalError(
+            f"The model family {entry.name!r} is registered as {entry.value!r}, which is expected to be a Family of "
+            f"that name, but is {family!r}."
+        )
+
+    return family

@@ -1,0 +1,1 @@
+"""From a URI to files on this machine, one scheme a file."""

@@ -1,0 +1,71 @@
+"""What lading needs to know of the files and file systems under it: identity, and how far they can be trusted."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+# File systems that answer over a network: no shared memory between hosts (so no WAL), locks and direct I/O that differ
+# from one to the next.
+_NETWORK = re.compile(
+    r"nfs\d?|cifs|smb\w*|lustre|gpfs|ceph|beegfs|afs|glusterfs|pvfs2|9p|wekafs|fuse\.(?!fuse-overlayfs).+"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FileStat:
+    """What tells one state of a file from another without reading it."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def from_stat(cls, stat: os.stat_result) -> FileStat:
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
+@lru_cache(maxsize=64)
+def file_system_type(path: Path) -> str:
+    """The type of the file system that holds ``path`` (``ext4``, ``nfs4`` …); empty where the system does not say."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+
+    try:
+        device = os.stat(path).st_dev
+    except OSError:
+        return file_system_type(path.parent) if path != path.parent else ""
+
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in reversed(mounts):  # the mount that came last covers the ones before it
+        # https://www.kernel.org/doc/Documentation/filesystems/proc.txt, 3.5: "… major:minor … - type source options"
+        fields, _, behind = line.partition(" - ")
+        if fields.split(" ")[2] == wanted:
+            return behind.split(" ", 1)[0]
+
+    return ""
+
+
+def on_network(path: Path) -> bool:
+    """Whether ``path`` lies on a file system that is shared between hosts."""
+    return _NETWORK.fullmatch(file_system_type(path)) is not None
+
+
+@lru_cache(maxsize=1)
+def host_id() -> str:
+    """A name for this machine that survives restarts; local copies are known by it."""
+    for source in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
+        try:
+            text = Path(source).read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError):
+            continue
+        if text:
+            return text
+
+    return os.uname().nodename

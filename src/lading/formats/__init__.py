@@ -1,0 +1,1 @@
+"""Checkpoint formats; each gives a manifest."""

@@ -1,0 +1,49 @@
+"""Where lading keeps its things, and what the environment says about it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import platformdirs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The settings of this process; hashable, so that a catalog can be kept per settings."""
+
+    database_url: str
+    """A SQLAlchemy URL. ``LADING_DATABASE_URL``; default: ``catalog.sqlite`` in the platform's data folder."""
+    cache_dir: Path
+    """Where fetched files go. ``LADING_CACHE_DIR``; default: the platform's cache folder."""
+    card_paths: tuple[Path, ...]
+    """Folders and files of the user's own cards: ``<config folder>/cards``, then ``LADING_CARDS`` (a path list)."""
+    env: str | None
+    """The default environment, whose overlays (``name@env``) are laid over cards. ``LADING_ENV``."""
+    offline: bool
+    """Whether no socket may be opened. ``LADING_OFFLINE`` or ``HF_HUB_OFFLINE``."""
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Self:
+        """Read the settings from ``environ`` (default: the process's environment)."""
+        env = os.environ if environ is None else environ
+
+        data = Path(platformdirs.user_data_path("lading", appauthor=False))
+        cards = [Path(platformdirs.user_config_path("lading", appauthor=False)) / "cards"]
+        cards += [Path(p).expanduser().absolute() for p in env.get("LADING_CARDS", "").split(os.pathsep) if p.strip()]
+        cache = env.get("LADING_CACHE_DIR", "").strip()
+
+        return cls(
+            database_url=env.get("LADING_DATABASE_URL", "").strip() or f"sqlite:///{data / 'catalog.sqlite'}",
+            cache_dir=Path(cache).expanduser().absolute() if cache else platformdirs.user_cache_path("lading", False),
+            card_paths=tuple(cards),
+            env=env.get("LADING_ENV", "").strip() or None,
+            offline=_truth(env.get("LADING_OFFLINE", "")) or _truth(env.get("HF_HUB_OFFLINE", "")),
+        )
+
+
+def _truth(value: str) -> bool:
+    return value.strip().lower() in {"1", "true", "yes", "on"}

@@ -1,0 +1,1 @@
+"""From a manifest to memory: what is wanted, the plan, the bytes."""
