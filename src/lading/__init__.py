@@ -1,1 +1,109 @@
-"""A model hub for PyTorch whose catalog is a SQLite database."""
+"""A model hub for PyTorch whose catalog is a SQLite database.
+
+The names below are all that is public here; they are imported when they are first used, as torch alone takes longer
+than a question to the catalog.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lading.card import Architecture as Architecture
+    from lading.card import AssetCard as AssetCard
+    from lading.card import AssetCardField as AssetCardField
+    from lading.catalog.ingest import import_cards as import_cards
+    from lading.catalog.query import query as query
+    from lading.catalog.store import AssetStore as AssetStore
+    from lading.catalog.store import get_asset_store as get_asset_store
+    from lading.checkpoint import index_checkpoint as index_checkpoint
+    from lading.errors import AssetCardError as AssetCardError
+    from lading.errors import AssetNotFoundError as AssetNotFoundError
+    from lading.errors import CatalogError as CatalogError
+    from lading.errors import CatalogOutdatedError as CatalogOutdatedError
+    from lading.errors import CorruptModelCheckpointError as CorruptModelCheckpointError
+    from lading.errors import DigestMismatchError as DigestMismatchError
+    from lading.errors import FetchError as FetchError
+    from lading.errors import GangError as GangError
+    from lading.errors import InternalError as InternalError
+    from lading.errors import LadingError as LadingError
+    from lading.errors import ModelArchitectureNotKnownError as ModelArchitectureNotKnownError
+    from lading.errors import ModelCheckpointError as ModelCheckpointError
+    from lading.errors import ModelCheckpointMismatchError as ModelCheckpointMismatchError
+    from lading.errors import ModelFamilyNotKnownError as ModelFamilyNotKnownError
+    from lading.errors import ModelGatedError as ModelGatedError
+    from lading.errors import ModelNotKnownError as ModelNotKnownError
+    from lading.errors import NotSupportedError as NotSupportedError
+    from lading.errors import PolicyError as PolicyError
+    from lading.errors import QueryError as QueryError
+    from lading.family import Family as Family
+    from lading.gangs import Gang as Gang
+    from lading.gangs import Gangs as Gangs
+    from lading.gangs import create_fake_gangs as create_fake_gangs
+    from lading.hub import GlobalModelLoader as GlobalModelLoader
+    from lading.hub import ModelHub as ModelHub
+    from lading.hub import ModelHubAccessor as ModelHubAccessor
+    from lading.hub import load_model as load_model
+    from lading.keymap import Rule as Rule
+    from lading.loader import LoadReport as LoadReport
+    from lading.manifest import Manifest as Manifest
+
+_HOME = {
+    "AssetCard": "card",
+    "AssetCardField": "card",
+    "Architecture": "card",
+    "import_cards": "catalog.ingest",
+    "query": "catalog.query",
+    "AssetStore": "catalog.store",
+    "get_asset_store": "catalog.store",
+    "index_checkpoint": "checkpoint",
+    "AssetCardError": "errors",
+    "AssetNotFoundError": "errors",
+    "CatalogError": "errors",
+    "CatalogOutdatedError": "errors",
+    "CorruptModelCheckpointError": "errors",
+    "DigestMismatchError": "errors",
+    "FetchError": "errors",
+    "GangError": "errors",
+    "InternalError": "errors",
+    "LadingError": "errors",
+    "ModelArchitectureNotKnownError": "errors",
+    "ModelCheckpointError": "errors",
+    "ModelCheckpointMismatchError": "errors",
+    "ModelFamilyNotKnownError": "errors",
+    "ModelGatedError": "errors",
+    "ModelNotKnownError": "errors",
+    "NotSupportedError": "errors",
+    "PolicyError": "errors",
+    "QueryError": "errors",
+    "Family": "family",
+    "Gang": "gangs",
+    "Gangs": "gangs",
+    "create_fake_gangs": "gangs",
+    "GlobalModelLoader": "hub",
+    "ModelHub": "hub",
+    "ModelHubAccessor": "hub",
+    "load_model": "hub",
+    "Rule": "keymap",
+    "LoadReport": "loader",
+    "Manifest": "manifest",
+}
+
+__version__ = "0.1.0"
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

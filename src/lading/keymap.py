@@ -60,20 +60,18 @@ def route(
     """
     aliases = aliases or {}
     position = {name: i for i, name in enumerate(target_names)}
-    compiled = [_compile(rule) for rule in rules]
 
     # (target, name after the rules) → the tensors that claim it.
     claims: dict[int, dict[str, list[int]]] = {}
     unexpected: list[str] = []
 
-    for tensor, name in enumerate(tensor_names):
-        renamed = _rename(name, compiled)
+    for tensor, renamed in enumerate(rename(tensor_names, rules)):
         if renamed is None:
             continue
 
         target = position.get(aliases.get(renamed, renamed))
         if target is None:
-            unexpected.append(name)
+            unexpected.append(tensor_names[tensor])
         else:
             claims.setdefault(target, {}).setdefault(renamed, []).append(tensor)
 
@@ -108,6 +106,29 @@ def route(
     )
 
 
+def rename(names: Sequence[str], rules: Sequence[Rule]) -> list[str | None]:
+    """Each name after the first rule whose source matches all of it; ``None`` where that rule drops the tensor."""
+    if not rules:
+        return list(names)
+
+    compiled = [_compile(rule) for rule in rules]
+    # One expression for all rules tells in one go whether any matches, which for most names none does.
+    any_rule = re.compile("|".join(f"(?:{_NAMED.sub('(?:', pattern.pattern)})" for pattern, _ in compiled))
+    renamed: list[str | None] = []
+
+    for name in names:
+        if any_rule.fullmatch(name) is None:
+            renamed.append(name)
+            continue
+        for pattern, target in compiled:
+            if match := pattern.fullmatch(name):
+                renamed.append(None if target is None else target.format(**match.groupdict()))
+                break
+
+    return renamed
+
+
+_NAMED = re.compile(r"\(\?P<[a-z]+>")
 _PLACEHOLDER = re.compile(r"\{([a-z]+)(\*?)\}")
 
 
@@ -128,11 +149,3 @@ def _compile(rule: Rule) -> tuple[re.Pattern[str], str | None]:
         raise InternalError(f"the target of {rule} uses placeholders that its source does not have: {unknown}")
 
     return re.compile(pattern), None if rule.target is None else _PLACEHOLDER.sub(r"{\1}", rule.target)
-
-
-def _rename(name: str, compiled: Sequence[tuple[re.Pattern[str], str | None]]) -> str | None:
-    for pattern, target in compiled:
-        if match := pattern.fullmatch(name):
-            return None if target is None else target.format(**match.groupdict())
-
-    return name

@@ -1,0 +1,147 @@
+"""Which bytes to read, and where they go: parameters × manifest → reads. Pure: no I/O, no torch."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lading.box import Box
+from lading.manifest import BITS, Manifest
+
+PAGE = 4096
+ALIGNMENT = 64
+"""Of a tensor in the arena, unless it lies as it lies in the file: a cache line, and the widest vector register."""
+
+ARENA = -1
+"""The home of a tensor that is read into memory of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What memory is to hold, in columns of equal length."""
+
+    tensors: Sequence[int]
+    """Positions in the manifest."""
+    boxes: Sequence[Box]
+    """The part of each; within the tensor's shape."""
+    dtypes: Sequence[str]
+    """What memory holds; bytes are cast where the manifest says another."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Reads in columns, sorted by shard and offset, neighbours joined."""
+
+    arena_bytes: int
+    """The size of the arena that the reads fill."""
+    homes: array[int]
+    """For each wanted tensor the shard whose mapping holds it, or :data:`ARENA`; type code ``i``."""
+    places: array[int]
+    """For each wanted tensor where it begins, in its home; type code ``q``."""
+
+    shards: array[int]
+    """For each read its shard; type code ``I``."""
+    offsets: array[int]
+    """Where it begins in the shard's file; type code ``q``."""
+    sizes: array[int]
+    """Bytes in the file; type code ``q``."""
+    targets: array[int]
+    """Where it goes in the arena; type code ``q``."""
+    casts: array[int]
+    """Position in ``conversions``; type code ``I``."""
+    conversions: tuple[tuple[str, str], ...]
+    """(dtype in the file, dtype in memory) of each cast; the first stands for none."""
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(self.sizes)
+
+
+def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
+    """Plan the reads for ``wanted``.
+
+    The arena is laid out in the order of the files, so that a shard that is wanted whole is one read. Where nothing is
+    cast, arena and file agree modulo the page size, so that direct I/O can read straight into the arena.
+
+    :param mapped: leave tensors where they are, in a mapping of the file, wherever their box is one run of bytes that
+        need no cast and are aligned.
+    """
+    reads = _Reads()
+    homes = array("i", [ARENA]) * len(wanted.tensors)
+    places = array("q", [0]) * len(wanted.tensors)
+    conversions: dict[tuple[str, str], int] = {("", ""): 0}
+    end = 0
+
+    # The manifest is in the order (shard, offset), therefore its positions are too.
+    for i in sorted(range(len(wanted.tensors)), key=wanted.tensors.__getitem__):
+        tensor, box, dtype = wanted.tensors[i], wanted.boxes[i], wanted.dtypes[i]
+        stored, shape = manifest.dtypes[tensor], manifest.shapes[tensor]
+        shard, base = manifest.shard_ids[tensor], manifest.offsets[tensor]
+        source_size, size = BITS[stored] // 8, BITS[dtype] // 8
+
+        if box.numel == 0:
+            places[i] = end
+            continue
+
+        if box.covers(shape):
+            runs = [(0, box.numel)]
+        else:
+            runs = list(box.runs(shape))
+        first = base + runs[0][0] * source_size
+
+        if mapped and stored == dtype and len(runs) == 1 and first % size == 0:
+            homes[i], places[i] = shard, first
+            continue
+
+        cast = 0 if stored == dtype else conversions.setdefault((stored, dtype), len(conversions))
+        if not reads.ends_at(shard, first, end, cast) or end % size:
+            end = _congruent(end, first) if cast == 0 and first % size == 0 else -(-end // ALIGNMENT) * ALIGNMENT
+        places[i] = end
+
+        for start, count in runs:
+            reads.add(shard, base + start * source_size, count * source_size, end, count * size, cast)
+            end += count * size
+
+    return Plan(
+        arena_bytes=end,
+        homes=homes,
+        places=places,
+        shards=reads.shards,
+        offsets=reads.offsets,
+        sizes=reads.sizes,
+        targets=reads.targets,
+        casts=reads.casts,
+        conversions=tuple(conversions),
+    )
+
+
+def _congruent(place: int, offset: int) -> int:
+    """The first place at or behind ``place`` that equals ``offset`` modulo the page size."""
+    return place + (offset - place) % PAGE
+
+
+class _Reads:
+    """Columns of reads that join what is added next to the last one."""
+
+    def __init__(self) -> None:
+        self.shards, self.casts = array("I"), array("I")
+        self.offsets, self.sizes, self.targets = array("q"), array("q"), array("q")
+        self._last = (-1, -1, -1, -1)
+        """Shard, end in the file, end in the arena, and cast of the last read."""
+
+    def ends_at(self, shard: int, offset: int, target: int, cast: int) -> bool:
+        """Whether bytes that begin there would join the last read."""
+        return self._last == (shard, offset, target, cast)
+
+    def add(self, shard: int, offset: int, size: int, target: int, target_size: int, cast: int) -> None:
+        if self.ends_at(shard, offset, target, cast):
+            self.sizes[-1] += size
+        else:
+            self.shards.append(shard)
+            self.offsets.append(offset)
+            self.sizes.append(size)
+            self.targets.append(target)
+            self.casts.append(cast)
+
+        self._last = (shard, offset + size, target + target_size, cast)

@@ -1,0 +1,61 @@
+"""What this rank needs: a box of each distinct parameter and persistent buffer of a module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn import Module
+
+from lading.box import Box
+from lading.transfer.dtypes import DTYPE_NAMES, FLOATS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """Columns of equal length, one entry for each distinct tensor of the module's state; no torch tensors."""
+
+    names: tuple[str, ...]
+    """The first name of each."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Of the global tensor."""
+    boxes: tuple[Box, ...]
+    """The part of the global tensor that this rank owns."""
+    dtypes: tuple[str | None, ...]
+    """What memory is to hold, by the manifest's names; ``None`` keeps the checkpoint's own."""
+    aliases: Mapping[str, str]
+    """Further names of tied tensors → the first."""
+
+
+def targets_of(module: Module, *, dtype: torch.dtype | None) -> Targets:
+    """The targets of ``module``, which may be on the meta device.
+
+    :param dtype: of floating-point parameters and persistent buffers; ``None`` keeps the checkpoint's own.
+    """
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    names: list[str] = []
+    shapes: list[tuple[int, ...]] = []
+    dtypes: list[str | None] = []
+
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, torch.Tensor):
+            continue  # the extra state of a module is not in any checkpoint that lading reads
+        if id(tensor) in first:
+            aliases[name] = first[id(tensor)]
+            continue
+
+        first[id(tensor)] = name
+        names.append(name)
+        shapes.append(tuple(tensor.shape))
+        own = DTYPE_NAMES[tensor.dtype]
+        dtypes.append(own if own not in FLOATS else None if dtype is None else DTYPE_NAMES[dtype])
+
+    return Targets(
+        names=tuple(names),
+        shapes=tuple(shapes),
+        boxes=tuple(map(Box.whole, shapes)),
+        dtypes=tuple(dtypes),
+        aliases=aliases,
+    )

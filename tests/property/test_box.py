@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lading.box import Box
+
+
+@st.composite
+def shapes_and_boxes(draw: st.DrawFn, max_dims: int = 4) -> tuple[tuple[int, ...], Box]:
+    shape = tuple(draw(st.lists(st.integers(0, 6), max_size=max_dims)))
+    starts = tuple(draw(st.integers(0, n)) for n in shape)
+    sizes = tuple(draw(st.integers(0, n - s)) for n, s in zip(shape, starts, strict=True))
+    return shape, Box(starts, sizes)
+
+
+@given(shapes_and_boxes())
+def test_runs_are_the_elements_of_the_slice_in_order(case: tuple[tuple[int, ...], Box]) -> None:
+    shape, box = case
+    tensor = torch.arange(math.prod(shape)).view(shape)
+    sliced = tensor[tuple(slice(a, b) for a, b in zip(box.starts, box.ends, strict=True))]
+
+    runs = list(box.runs(shape))
+
+    assert [i for first, count in runs for i in range(first, first + count)] == sliced.flatten().tolist()
+    assert all(a + n < b for (a, n), (b, _) in zip(runs, runs[1:], strict=False)), "runs that touch are one run"
+
+
+@given(st.data())
+def test_intersection_holds_what_both_hold(data: st.DataObject) -> None:
+    shape, one = data.draw(shapes_and_boxes())
+    starts = tuple(data.draw(st.integers(0, n)) for n in shape)
+    two = Box(starts, tuple(data.draw(st.integers(0, n - s)) for n, s in zip(shape, starts, strict=True)))
+
+    def elements(box: Box | None) -> set[int]:
+        return set() if box is None else {i for first, count in box.runs(shape) for i in range(first, first + count)}
+
+    assert elements(one.intersect(two)) == elements(one) & elements(two)
+    assert one.intersect(two) == two.intersect(one)
+
+
+@given(shapes_and_boxes(), st.data())
+def test_a_shift_there_and_back_is_nothing(case: tuple[tuple[int, ...], Box], data: st.DataObject) -> None:
+    _, box = case
+    by = tuple(data.draw(st.integers(0, 5)) for _ in box.starts)
+    assert box.shift(by).shift(tuple(-n for n in by)) == box

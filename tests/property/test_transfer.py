@@ -1,0 +1,175 @@
+"""Reads tile exactly what is wanted, once; and executing equals loading whole, then slicing."""
+
+from __future__ import annotations
+
+import tempfile
+from array import array
+from collections import Counter
+from pathlib import Path
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lading.box import Box
+from lading.filesystem import FileStat
+from lading.manifest import BITS, Manifest, Shard
+from lading.transfer.dtypes import TORCH_DTYPES
+from lading.transfer.execute import ShardFile, execute
+from lading.transfer.plan import ARENA, PAGE, Plan, Wanted, plan
+
+FLOATS = ["BF16", "F16", "F32", "F64"]
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    shards = []
+    names: list[str] = []
+    dtypes: list[str] = []
+    shapes: list[tuple[int, ...]] = []
+    shard_ids, offsets = array("I"), array("q")
+    for shard in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, 40))  # not every writer aligns the data
+        for _ in range(draw(st.integers(0, 6))):
+            dtype = draw(st.sampled_from([*FLOATS, "I64", "U8"]))
+            shape = tuple(draw(st.lists(st.integers(0, 7), max_size=3)))
+            names.append(f"t{len(names)}")
+            dtypes.append(dtype)
+            shapes.append(shape)
+            shard_ids.append(shard)
+            offsets.append(at)
+            at += Box.whole(shape).numel * BITS[dtype] // 8
+        shards.append(Shard(name=f"{shard}.safetensors", size=at + draw(st.integers(0, 9))))
+    return Manifest(
+        format="safetensors",
+        shards=tuple(shards),
+        names=names,
+        dtypes=dtypes,
+        shapes=shapes,
+        shard_ids=shard_ids,
+        offsets=offsets,
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Manifest, Wanted]:
+    manifest = draw(manifests())
+    chosen = draw(st.permutations(range(len(manifest))))
+    chosen = chosen[: draw(st.integers(0, len(chosen)))]
+    boxes, dtypes = [], []
+    for i in chosen:
+        shape = manifest.shapes[i]
+        if draw(st.booleans()):
+            boxes.append(Box.whole(shape))
+        else:
+            starts = tuple(draw(st.integers(0, n)) for n in shape)
+            boxes.append(Box(starts, tuple(draw(st.integers(0, n - s)) for n, s in zip(shape, starts, strict=True))))
+        stored = manifest.dtypes[i]
+        dtypes.append(draw(st.sampled_from(FLOATS)) if stored in FLOATS else stored)
+    return manifest, Wanted(tensors=chosen, boxes=boxes, dtypes=dtypes)
+
+
+def _wanted_bytes(manifest: Manifest, wanted: Wanted, skip: Plan | None = None) -> Counter[tuple[int, int]]:
+    """(shard, offset) of every byte that is wanted."""
+    found: Counter[tuple[int, int]] = Counter()
+    for n, (i, box) in enumerate(zip(wanted.tensors, wanted.boxes, strict=True)):
+        if skip is not None and skip.homes[n] != ARENA:
+            continue
+        size = BITS[manifest.dtypes[i]] // 8
+        for first, count in box.runs(manifest.shapes[i]):
+            begin = manifest.offsets[i] + first * size
+            found.update((manifest.shard_ids[i], b) for b in range(begin, begin + count * size))
+    return found
+
+
+@given(cases(), st.booleans())
+def test_reads_tile_what_is_wanted_once(case: tuple[Manifest, Wanted], mapped: bool) -> None:
+    manifest, wanted = case
+    planned = plan(manifest, wanted, mapped=mapped)
+
+    read = Counter(
+        (shard, b)
+        for shard, offset, size in zip(planned.shards, planned.offsets, planned.sizes, strict=True)
+        for b in range(offset, offset + size)
+    )
+    assert read == _wanted_bytes(manifest, wanted, planned)
+
+
+@given(cases())
+def test_reads_are_sorted_joined_and_never_overlap_in_memory(case: tuple[Manifest, Wanted]) -> None:
+    manifest, wanted = case
+    planned = plan(manifest, wanted)
+
+    order = list(zip(planned.shards, planned.offsets, strict=True))
+    assert order == sorted(order)
+
+    filled: Counter[int] = Counter()
+    for size, target, cast in zip(planned.sizes, planned.targets, planned.casts, strict=True):
+        source_dtype, target_dtype = planned.conversions[cast]
+        grown = size if cast == 0 else size // (BITS[source_dtype] // 8) * (BITS[target_dtype] // 8)
+        filled.update(range(target, target + grown))
+        assert target + grown <= planned.arena_bytes
+    assert max(filled.values(), default=1) == 1
+
+
+@given(cases())
+def test_what_is_not_cast_lies_as_in_the_file_modulo_the_page(case: tuple[Manifest, Wanted]) -> None:
+    manifest, wanted = case
+    planned = plan(manifest, wanted)
+    for n, (i, box, dtype) in enumerate(zip(wanted.tensors, wanted.boxes, wanted.dtypes, strict=True)):
+        size = BITS[dtype] // 8
+        assert planned.places[n] % size == 0 or box.numel == 0
+        if box.covers(manifest.shapes[i]) and box.numel and dtype == manifest.dtypes[i]:
+            offset = manifest.offsets[i]
+            assert offset % size or (planned.places[n] - offset) % PAGE == 0
+
+
+def test_a_shard_that_is_wanted_whole_is_one_read() -> None:
+    manifest = Manifest(
+        format="safetensors",
+        shards=(Shard(name="a", size=48), Shard(name="b", size=48)),
+        names=["a", "b", "c"],
+        dtypes=["BF16"] * 3,
+        shapes=[(4,), (2, 4), (4,)],
+        shard_ids=array("I", [0, 0, 1]),
+        offsets=array("q", [24, 32, 24]),
+    )
+    for dtype in ("BF16", "F32"):
+        boxes = [Box.whole(shape) for shape in manifest.shapes]
+        planned = plan(manifest, Wanted(tensors=[2, 0, 1], boxes=[boxes[2], boxes[0], boxes[1]], dtypes=[dtype] * 3))
+        assert list(planned.sizes) == [24, 8]
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.booleans(), st.integers(1, 3), st.randoms(use_true_random=False))
+def test_executing_equals_load_whole_then_slice(
+    case: tuple[Manifest, Wanted], mapped: bool, threads: int, random: object
+) -> None:
+    manifest, wanted = case
+    with tempfile.TemporaryDirectory() as folder:
+        contents, files = [], []
+        for shard in manifest.shards:
+            data = bytes(random.getrandbits(8) for _ in range(shard.size))  # type: ignore[attr-defined]
+            path = Path(folder, shard.name)
+            path.write_bytes(data)
+            contents.append(data)
+            files.append(ShardFile(path=path, stat=FileStat.from_stat(path.stat())))
+
+        shapes = [(box.sizes, dtype) for box, dtype in zip(wanted.boxes, wanted.dtypes, strict=True)]
+        tensors = execute(
+            plan(manifest, wanted, mapped=mapped), files, shapes, device=torch.device("cpu"), threads=threads
+        )
+
+    for tensor, i, box, dtype in zip(tensors, wanted.tensors, wanted.boxes, wanted.dtypes, strict=True):
+        begin, whole = manifest.offsets[i], Box.whole(manifest.shapes[i])
+        stored = TORCH_DTYPES[manifest.dtypes[i]]
+        raw = bytearray(contents[manifest.shard_ids[i]][begin : begin + whole.numel * stored.itemsize])
+        reference = torch.frombuffer(raw, dtype=stored) if raw else torch.empty(0, dtype=stored)
+        reference = reference.view(manifest.shapes[i])
+        reference = reference[tuple(slice(a, b) for a, b in zip(box.starts, box.ends, strict=True))]
+
+        assert tensor.dtype == TORCH_DTYPES[dtype]
+        assert tensor.shape == reference.shape
+        expected = reference.to(tensor.dtype).contiguous()
+        assert tensor.isnan().equal(expected.isnan())
+        assert tensor.nan_to_num(0).equal(expected.nan_to_num(0))

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import gc
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+from array import array
+from pathlib import Path
+
+import pytest
+import torch
+
+from lading.box import Box
+from lading.errors import CorruptModelCheckpointError
+from lading.filesystem import FileStat
+from lading.manifest import Manifest, Shard
+from lading.transfer import execute as module
+from lading.transfer.execute import ShardFile, execute
+from lading.transfer.plan import Wanted, plan
+
+CPU = torch.device("cpu")
+
+
+def write(path: Path, tensor: torch.Tensor) -> ShardFile:
+    path.write_bytes(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return ShardFile(path=path, stat=FileStat.from_stat(path.stat()))
+
+
+def manifest_of(tensor: torch.Tensor, dtype: str) -> Manifest:
+    return Manifest(
+        format="safetensors",
+        shards=(Shard(name="x", size=tensor.nbytes),),
+        names=["w"],
+        dtypes=[dtype],
+        shapes=[tuple(tensor.shape)],
+        shard_ids=array("I", [0]),
+        offsets=array("q", [0]),
+    )
+
+
+def load(tensor: torch.Tensor, file: ShardFile, dtype: str = "F32", mapped: bool = False) -> torch.Tensor:
+    manifest = manifest_of(tensor, "F32")
+    box = Box.whole(tensor.shape)
+    planned = plan(manifest, Wanted(tensors=[0], boxes=[box], dtypes=[dtype]), mapped=mapped)
+    (loaded,) = execute(planned, [file], [(box.sizes, dtype)], device=CPU, threads=2)
+    return loaded
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_many_steps_on_several_threads(tmp_path: Path, mapped: bool, dtype: str) -> None:
+    tensor = torch.randn(5 << 20)  # 20 MiB: three steps
+    loaded = load(tensor, write(tmp_path / "x", tensor), dtype, mapped)
+    assert loaded.float().equal(tensor.bfloat16().float() if dtype == "BF16" else tensor)
+
+
+def test_the_threads_of_torch_are_left_as_they_were(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    tensor = torch.randn(1024)
+    load(tensor, write(tmp_path / "x", tensor))
+    assert torch.get_num_threads() == before
+
+
+def test_writing_to_a_mapped_tensor_leaves_the_file_alone(tmp_path: Path) -> None:
+    tensor = torch.randn(1000)
+    file = write(tmp_path / "x", tensor)
+    loaded = load(tensor, file, mapped=True)
+    loaded.zero_()
+    assert load(tensor, file).equal(tensor)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_tensor_pickles_as_just_its_own_bytes(tmp_path: Path, mapped: bool) -> None:
+    tensor = torch.randn(2, 500_000)
+    file = write(tmp_path / "x", tensor)
+    manifest = manifest_of(tensor, "F32")
+    box = Box((0, 0), (1, 500_000))
+    planned = plan(manifest, Wanted(tensors=[0, 0], boxes=[box, box.shift((1, 0))], dtypes=["F32"] * 2), mapped=mapped)
+    first, _ = execute(planned, [file], [(box.sizes, "F32")] * 2, device=CPU)
+    buffer = io.BytesIO()
+    torch.save(first, buffer)
+    assert len(buffer.getvalue()) < 2_010_000
+
+
+def test_a_file_that_was_cut_is_corrupt(tmp_path: Path) -> None:
+    tensor = torch.randn(1000)
+    file = write(tmp_path / "x", tensor)
+    with file.path.open("r+b") as f:
+        f.truncate(100)
+    with pytest.raises(CorruptModelCheckpointError, match="changed"):
+        load(tensor, file)
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_corrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.randn(5 << 20)
+    file = write(tmp_path / "x", tensor)
+    real = os.preadv
+
+    def cutting(fd: int, buffers: list[memoryview], offset: int) -> int:
+        os.truncate(file.path, 1000)
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(module.os, "preadv", cutting)
+    with pytest.raises(CorruptModelCheckpointError, match="ends early"):
+        load(tensor, file)
+
+
+def test_a_file_that_is_written_while_it_is_read_is_corrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.randn(1000)
+    file = write(tmp_path / "x", tensor)
+    real = os.preadv
+
+    def writing(fd: int, buffers: list[memoryview], offset: int) -> int:
+        os.utime(file.path, ns=(1, 1))
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(module.os, "preadv", writing)
+    with pytest.raises(CorruptModelCheckpointError, match="changed while it was loaded"):
+        load(tensor, file)
+
+
+def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.randn(10_000)
+    file = write(tmp_path / "x", tensor)
+    real = os.preadv
+    monkeypatch.setattr(module.os, "preadv", lambda fd, buffers, at: real(fd, [buffers[0][:999]], at))
+    assert load(tensor, file).equal(tensor)
+
+
+def test_an_error_in_one_thread_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.randn(20 << 20)
+    file = write(tmp_path / "x", tensor)
+    calls = []
+
+    def failing(fd: int, buffers: list[memoryview], offset: int) -> int:
+        calls.append(offset)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(module.os, "preadv", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        load(tensor, file)
+    assert len(calls) <= 2
+    assert not [t for t in threading.enumerate() if t.name.startswith("lading-reader")]
+
+
+def test_memory_goes_back_when_the_last_tensor_does(tmp_path: Path) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    tensor = torch.randn(16 << 20)  # 64 MiB
+    file = write(tmp_path / "x", tensor)
+    gc.collect()
+    before = resident()
+    loaded = load(tensor, file)
+    assert resident() - before > 60 << 20
+    del loaded
+    gc.collect()
+    assert resident() - before < 8 << 20
+
+
+def test_an_interrupt_stops_the_readers(tmp_path: Path) -> None:
+    code = f"""
+import os, signal, sys, threading, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+import test_execute as t
+from lading.transfer import execute as module
+tensor = torch.zeros(32 << 20)
+file = t.write(t.Path({str(tmp_path / "x")!r}), tensor)
+real = os.preadv
+def slow(fd, buffers, at):
+    print('reading', flush=True)
+    time.sleep(0.2)
+    return real(fd, buffers, at)
+module.os.preadv = slow
+try:
+    t.load(tensor, file)
+except KeyboardInterrupt:
+    print([x.name for x in threading.enumerate()])
+    sys.exit(130)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "reading\n"
+        process.send_signal(signal.SIGINT)
+        out = process.stdout.read()
+        assert process.wait(timeout=30) == 130
+    assert "['MainThread']" in out

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lading.filesystem import file_system_type, host_id, on_network
+from lading.settings import Settings
+
+
+def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+
+    settings = Settings.from_environment({})
+    assert settings.database_url == f"sqlite:///{tmp_path}/XDG_DATA_HOME/lading/catalog.sqlite"
+    assert settings.cache_dir == tmp_path / "XDG_CACHE_HOME" / "lading"
+    assert settings.card_paths == (tmp_path / "XDG_CONFIG_HOME" / "lading" / "cards",)
+    assert settings.env is None
+    assert not settings.offline
+
+    settings = Settings.from_environment(
+        {
+            "LADING_DATABASE_URL": "sqlite:////elsewhere.sqlite",
+            "LADING_CACHE_DIR": "/cache",
+            "LADING_CARDS": "/a:/b.yaml: ",
+            "LADING_ENV": "cluster",
+            "HF_HUB_OFFLINE": "1",
+        }
+    )
+    assert settings.database_url == "sqlite:////elsewhere.sqlite"
+    assert settings.cache_dir == Path("/cache")
+    assert settings.card_paths[1:] == (Path("/a"), Path("/b.yaml"))
+    assert settings.env == "cluster"
+    assert settings.offline
+
+
+def test_settings_are_equal_and_hash_by_value() -> None:
+    assert {Settings.from_environment({}), Settings.from_environment({})} == {Settings.from_environment({})}
+
+
+def test_the_file_system_of_a_path_that_is_not_there_yet(tmp_path: Path) -> None:
+    assert file_system_type(tmp_path / "not" / "yet") == file_system_type(tmp_path)
+    assert file_system_type(Path("/proc/self")) == "proc"
+    assert not on_network(tmp_path)
+
+
+def test_the_host_has_a_lasting_name() -> None:
+    assert host_id()
+    assert host_id() == host_id()
