@@ -1,0 +1,295 @@
+"""The safetensors format: the rules of its header, and the manifest of one file.
+
+Source: https://github.com/huggingface/safetensors, the section *Format*. A file is 8 bytes, the length of the header in
+little-endian order; the header, JSON in UTF-8; and the bytes of the tensors, row-major and little-endian, without
+holes. The rules here are that page's to the letter: what the reference reader refuses is refused, and so is what it
+lets pass though the page does not (duplicate names, a tensor as a list, padding other than spaces).
+
+Nothing here needs torch or the safetensors package.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lading.formats.files import corrupt, open_regular
+from lading.formats.strict_json import StrictJson
+from lading.manifest import BITS, Manifest, Shard
+
+PREFIX_SIZE = 8
+"""Bytes before the header: its length."""
+
+MAX_HEADER_SIZE = 100_000_000
+"""Bytes; the reference reader's limit."""
+
+MAX_NAME_SIZE = 512
+"""Bytes of a tensor's name in UTF-8."""
+
+MAX_RANK = 64
+"""Dims of a tensor; torch has no limit of its own."""
+
+_MAX_INT = 2**63 - 1
+
+_METADATA = "__metadata__"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What a header says, in columns of equal length, in the order of the tensors' bytes."""
+
+    names: Sequence[str]
+    dtypes: Sequence[str]
+    """Keys of :data:`lading.manifest.BITS`."""
+    shapes: Sequence[tuple[int, ...]]
+    offsets: array[int]
+    """Where the bytes of each tensor begin, counted from the beginning of the file; type code ``q``."""
+    metadata: Mapping[str, str]
+
+
+def index_file(path: Path) -> Manifest:
+    """The manifest of the safetensors file at ``path``, of which only the header is read.
+
+    :raises CheckpointNotFoundError: nothing is at ``path``.
+    :raises CorruptModelCheckpointError: it is no safetensors file.
+    :raises OSError: it cannot be read.
+    """
+    shard, header = read_header(path)
+
+    return Manifest(
+        format="safetensors",
+        shards=(shard,),
+        names=header.names,
+        dtypes=header.dtypes,
+        shapes=header.shapes,
+        shard_ids=array("I", bytes(array("I").itemsize * len(header.names))),
+        offsets=header.offsets,
+        metadata=header.metadata,
+    )
+
+
+def read_header(path: Path) -> tuple[Shard, Header]:
+    """The header of the safetensors file at ``path``, and what is known of the file.
+
+    Raises what :func:`index_file` does.
+    """
+    label = str(path)
+
+    with open_regular(path) as (file, size):
+        length = header_length(file.read(PREFIX_SIZE), file_size=size, label=label)
+        data = file.read(length)
+        if len(data) < length:
+            raise corrupt(label, "header", expected=f"{length} bytes", found=f"{len(data)}")
+
+        header = parse_header(data, buffer_size=size - PREFIX_SIZE - length, label=label)
+
+    return Shard(name=path.name, size=size), header
+
+
+def header_length(prefix: bytes, *, file_size: int, label: str) -> int:
+    """The number of bytes of the header, which begins at :data:`PREFIX_SIZE`.
+
+    :param prefix: the first 8 bytes of the file.
+    :param label: the path or the address of the file, for the error.
+
+    :raises CorruptModelCheckpointError: it cannot be the length of a header in a file of ``file_size`` bytes.
+    """
+    if len(prefix) < PREFIX_SIZE or file_size < PREFIX_SIZE:
+        raise corrupt(
+            label, "header length", expected=f"{PREFIX_SIZE} bytes", found=f"a file of {min(len(prefix), file_size)}"
+        )
+
+    length = int.from_bytes(prefix[:PREFIX_SIZE], "little")
+    limit = min(MAX_HEADER_SIZE, file_size - PREFIX_SIZE)
+    if length > limit:
+        why = "the most that a header may have" if limit == MAX_HEADER_SIZE else f"the file has {file_size}"
+        raise corrupt(label, "header length", expected=f"at most {limit} bytes ({why})", found=f"{length}")
+
+    return length
+
+
+# The value of a tensor as most writers write it, or with its keys sorted. It is loose on dtype and shape: that text is
+# only ever compared with one that `_tensor` accepted.
+_S = r"[ \t\n\r]*+"
+_OFFSETS = rf'"data_offsets"{_S}:{_S}\[{_S}(0|[1-9][0-9]{{0,17}}){_S},{_S}(0|[1-9][0-9]{{0,17}}){_S}\]'
+_LAYOUT = rf'("dtype"{_S}:{_S}"[^"]*+"{_S},{_S}"shape"{_S}:{_S}\[[^\]]*+\])'
+_USUAL = re.compile(rf"{_S}\{{{_S}(?:{_LAYOUT}{_S},{_S}{_OFFSETS}|{_OFFSETS}{_S},{_S}{_LAYOUT}){_S}\}}")
+
+_DTYPES = {dtype: dtype for dtype in BITS}
+
+
+def parse_header(data: bytes | bytearray, *, buffer_size: int, label: str) -> Header:
+    """Read and check a header; pure, so that it serves wherever the bytes come from.
+
+    :param data: the header with its padding, without the 8 bytes before it.
+    :param buffer_size: bytes of the file behind the header.
+    :param label: the path or the address of the file, for the error.
+
+    :raises CorruptModelCheckpointError: a rule of the format is broken; names the tensor, what was expected and what
+        was found.
+    """
+    if not data.startswith(b"{"):
+        raise corrupt(label, "header", expected="'{' as its first byte", found=_first_byte(data))
+
+    json = StrictJson(data, label=label, what="header")
+    metadata: dict[str, str] = {}
+    names: list[str] = []
+    dtypes: list[str] = []
+    shapes: list[tuple[int, ...]] = []
+    begins, ends = array("q"), array("q")
+    layouts: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    in_order, last = True, 0
+
+    for name in json.members("header"):
+        if name == _METADATA:
+            metadata = json.string_map(_METADATA)
+            continue
+
+        if len(name) > MAX_NAME_SIZE or (not name.isascii() and len(name.encode()) > MAX_NAME_SIZE):
+            raise corrupt(
+                label,
+                f"tensor {name[:80] + '…'!r}",
+                expected=f"a name of at most {MAX_NAME_SIZE} bytes",
+                found=f"one of {len(name.encode())}",
+            )
+
+        # A text that was read and checked once means the same the next time: most tensors of a model share theirs.
+        usual = _USUAL.match(json.text, json.position)
+        text = (usual[1] or usual[6]) if usual else ""
+        if usual and (layout := layouts.get(text)):
+            begin, end = int(usual[2] or usual[4]), int(usual[3] or usual[5])
+            json.position = usual.end()
+        else:
+            layout, begin, end = _tensor(json, name)
+            if text:
+                layouts[text] = layout
+
+        dtype, shape, nbytes = layout
+        if end - begin != nbytes:
+            raise corrupt(
+                label,
+                f"tensor {name!r}",
+                expected=f"data_offsets that are {nbytes} bytes apart ({dtype} of shape {list(shape)})",
+                found=f"[{begin}, {end}]",
+            )
+        if end > buffer_size:
+            raise corrupt(
+                label,
+                f"tensor {name!r}",
+                expected=f"data_offsets within the {buffer_size} bytes behind the header",
+                found=f"[{begin}, {end}]",
+            )
+
+        names.append(name)
+        dtypes.append(dtype)
+        shapes.append(shape)
+        begins.append(begin)
+        ends.append(end)
+        in_order = in_order and begin == last
+        last = end
+
+    if behind := json.text[json.position :].strip(" "):
+        raise corrupt(label, "header", expected="nothing but spaces behind its last '}'", found=repr(behind[:20]))
+
+    if not in_order:
+        order = sorted(range(len(names)), key=lambda i: (begins[i], ends[i]))
+        names = [names[i] for i in order]
+        dtypes = [dtypes[i] for i in order]
+        shapes = [shapes[i] for i in order]
+        begins = array("q", [begins[i] for i in order])
+        ends = array("q", [ends[i] for i in order])
+
+    _require_contiguous(names, begins, ends, buffer_size, label)
+
+    base = PREFIX_SIZE + len(data)
+
+    return Header(
+        names=names,
+        dtypes=dtypes,
+        shapes=shapes,
+        offsets=array("q", [base + begin for begin in begins]),
+        metadata=metadata,
+    )
+
+
+def _tensor(json: StrictJson, name: str) -> tuple[tuple[str, tuple[int, ...], int], int, int]:
+    """The value of a tensor, its fields in any order: (dtype, shape, bytes), begin, end."""
+    where = f"tensor {name!r}"
+    dtype: str | None = None
+    shape: tuple[int, ...] | None = None
+    offsets: list[int] | None = None
+
+    for key in json.members(where):
+        if key == "dtype":
+            given = json.string(f"{where}, dtype")
+            dtype = _DTYPES.get(given)  # the one string of that name, not one per tensor
+            if dtype is None:
+                raise json.fail(f"{where}, dtype", f"one of {', '.join(BITS)}", repr(given[:80]))
+        elif key == "shape":
+            shape = tuple(json.integers(f"{where}, shape", at_most=MAX_RANK))
+        elif key == "data_offsets":
+            offsets = json.integers(f"{where}, data_offsets", at_most=2)
+        else:
+            raise json.fail(where, "the keys dtype, shape and data_offsets only", repr(key[:80]))
+
+    if dtype is None or shape is None or offsets is None:
+        given = ", ".join(
+            key for key, v in (("dtype", dtype), ("shape", shape), ("data_offsets", offsets)) if v is not None
+        )
+        raise json.fail(where, "the keys dtype, shape and data_offsets", given or "none of them")
+
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise json.fail(f"{where}, data_offsets", "[begin, end] with begin ≤ end", str(offsets))
+
+    return (dtype, shape, _nbytes(json, where, dtype, shape)), offsets[0], offsets[1]
+
+
+def _nbytes(json: StrictJson, where: str, dtype: str, shape: tuple[int, ...]) -> int:
+    # Strides overflow even where a dim of zero makes the tensor empty, so zeros count as ones here.
+    elements = strides = 1
+    for size in shape:
+        elements *= size
+        strides *= size or 1
+
+    bits = elements * BITS[dtype]
+    if strides > _MAX_INT or bits > _MAX_INT:
+        raise json.fail(f"{where}, shape", "fewer than 2^63 elements and bits", f"{dtype} of shape {list(shape)}")
+    if bits % 8:
+        raise json.fail(
+            f"{where}, shape",
+            f"whole bytes ({dtype} has {BITS[dtype]} bits per element)",
+            f"{bits} bits: {list(shape)}",
+        )
+
+    return bits // 8
+
+
+def _require_contiguous(
+    names: Sequence[str], begins: array[int], ends: array[int], buffer_size: int, label: str
+) -> None:
+    last = 0
+    for i, begin in enumerate(begins):
+        if begin != last:
+            before = f"where tensor {names[i - 1]!r} ends" if i else "where the header ends"
+            raise corrupt(
+                label,
+                f"tensor {names[i]!r}",
+                expected=f"data_offsets that begin at {last}, {before}",
+                found=f"{begin}: {'an overlap' if begin < last else 'a hole'} of {abs(begin - last)} bytes",
+            )
+        last = ends[i]
+
+    if last != buffer_size:
+        raise corrupt(
+            label,
+            f"tensor {names[-1]!r}, the last" if names else "header",
+            expected=f"tensors that cover all of the {buffer_size} bytes behind the header",
+            found=f"that they end at {last}",
+        )
+
+
+def _first_byte(data: bytes | bytearray) -> str:
+    return repr(data[:1].decode("latin-1")) if data else "an empty header"
