@@ -1,0 +1,255 @@
+"""BERT (https://arxiv.org/abs/1810.04805), and the sentence encoders made from it (https://arxiv.org/abs/1908.10084)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, cast
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from lading.config import STRICT
+from lading.errors import NotSupportedError
+from lading.families.huggingface import ConfigReader
+from lading.family import Family
+from lading.hub import ModelHubAccessor
+from lading.keymap import Rule
+from lading.nn.attention import AttentionMask
+from lading.nn.encoder import Encoder, EncoderEmbeddings, EncoderSpec, Pooler, init_encoder
+
+
+@dataclass(kw_only=True)
+class BertConfig:
+    """The configuration of a BERT model; the defaults are those of the base model without case."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    model_dim: int = 768
+    """The width of the model."""
+
+    max_seq_len: int = 512
+    """The longest sequence, in tokens."""
+
+    vocab_size: int = 30_522
+    """The number of symbols."""
+
+    type_vocab_size: int = 2
+    """The number of token types, which tell the sentences of a pair apart."""
+
+    pad_idx: int | None = 0
+    """The index of the symbol for padding."""
+
+    num_layers: int = 12
+    """The number of encoder layers."""
+
+    num_attn_heads: int = 12
+    """The number of attention heads."""
+
+    ffn_inner_dim: int = 3072
+    """The inner width of the feed-forward networks."""
+
+    ffn_activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    """The activation of the feed-forward networks: the exact one, or its approximation by a hyperbolic tangent."""
+
+    norm_eps: float = 1e-12
+    """What is added to the variance before its root is taken."""
+
+    dropout_p: float = 0.1
+    """The dropout probability of the embeddings and of the outputs of attention and feed-forward blocks."""
+
+    attn_dropout_p: float = 0.1
+    """The dropout probability of the attention weights."""
+
+    init_std: float = 0.02
+    """The standard deviation of random weights."""
+
+    pooling: Literal["cls", "mean", "none"] = "mean"
+    """What the embedding of a sentence is made of: its first token, the mean of its tokens, or nothing."""
+
+    normalize: bool = True
+    """Whether the embedding of a sentence is scaled to unit length."""
+
+    pooler: bool = True
+    """Whether the model has the projection of the first token that was trained on pairs of sentences."""
+
+
+class Bert(nn.Module):
+    """A BERT encoder; its parameters are uninitialised."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+
+        spec = _spec(config)
+
+        self.max_seq_len = config.max_seq_len
+        self.pooling = config.pooling
+        self.normalize = config.normalize
+
+        self.embeddings = EncoderEmbeddings(spec)
+        self.encoder = Encoder(spec)
+        self.pooler = Pooler(spec.model_dim) if config.pooler else None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Token ids (N, S), int64 → the hidden states of the last layer (N, S, model_dim).
+
+        :param attention_mask: (N, S); 1 is a token, 0 padding.
+        :param token_type_ids: (N, S); by default 0.
+        :param position_ids: (N or 1, S); by default they count from 0.
+
+        :raises ValueError: more tokens than ``max_seq_len``, or an attention mask of another shape.
+        """
+        if input_ids.size(1) > self.max_seq_len:
+            raise ValueError(
+                f"the model's `max_seq_len` is {self.max_seq_len}, but the sequence has {input_ids.size(1)} tokens"
+            )
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`attention_mask` must be of the shape of `input_ids`, {tuple(input_ids.shape)}, but is of shape "
+                f"{tuple(attention_mask.shape)}"
+            )
+
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.size(1), device=input_ids.device)[None]
+
+        x = self.embeddings(input_ids, token_type_ids, position_ids)
+        visible = None if attention_mask is None else attention_mask.to(x.device, torch.bool)[:, None, None]
+        y: Tensor = self.encoder(x, AttentionMask(visible=visible))
+
+        return y
+
+    def pooled_output(self, hidden: Tensor) -> Tensor:
+        """Hidden states (N, S, model_dim) → (N, model_dim), by the projection that was trained on pairs of sentences.
+
+        :raises NotSupportedError: the model was made without it.
+        """
+        if self.pooler is None:
+            raise NotSupportedError(
+                "This model has no pooler. Load it with a configuration whose `pooler` is true, if its checkpoint has "
+                "one."
+            )
+        y: Tensor = self.pooler(hidden)
+
+        return y
+
+    def encode(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Token ids (N, S) → an embedding of each sentence, (N, model_dim), as the configuration's ``pooling`` says.
+
+        The module's mode is left as it is: call ``eval()`` first, unless dropout is wanted.
+
+        :raises NotSupportedError: the configuration says that there is none.
+        """
+        if self.pooling == "none":
+            raise NotSupportedError(
+                "This model gives no embeddings of sentences. Load it with a configuration whose `pooling` is 'mean' "
+                "or 'cls', whichever it was trained with."
+            )
+
+        hidden = self(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+
+        if self.pooling == "cls":
+            embedding = hidden[:, 0]
+        elif attention_mask is None:
+            embedding = hidden.mean(1)
+        else:
+            weights = attention_mask.to(hidden)[:, :, None]
+            embedding = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+        return normalize(embedding, dim=-1) if self.normalize else embedding
+
+
+def _spec(config: BertConfig) -> EncoderSpec:
+    return EncoderSpec(
+        model_dim=config.model_dim,
+        max_seq_len=config.max_seq_len,
+        vocab_size=config.vocab_size,
+        type_vocab_size=config.type_vocab_size,
+        pad_idx=config.pad_idx,
+        num_layers=config.num_layers,
+        num_attn_heads=config.num_attn_heads,
+        ffn_inner_dim=config.ffn_inner_dim,
+        ffn_activation=config.ffn_activation,
+        norm_eps=config.norm_eps,
+        dropout_p=config.dropout_p,
+        attn_dropout_p=config.attn_dropout_p,
+    )
+
+
+def _rules(config: BertConfig) -> Sequence[Rule]:
+    rules = [
+        Rule("cls.{rest*}", None),  # the heads of pre-training
+    ]
+    for prefix in ("bert.", ""):
+        rules += [
+            Rule(f"{prefix}embeddings.position_ids", None),  # saved by old versions of transformers
+            # The names of the first release, which was converted from TensorFlow.
+            Rule(f"{prefix}{{rest*}}LayerNorm.gamma", "{rest}LayerNorm.weight"),
+            Rule(f"{prefix}{{rest*}}LayerNorm.beta", "{rest}LayerNorm.bias"),
+        ]
+        if not config.pooler:
+            rules.append(Rule(f"{prefix}pooler.{{rest*}}", None))
+
+    return (*rules, Rule("bert.{rest*}", "{rest}"))
+
+
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+def _from_hf(values: Mapping[str, object]) -> BertConfig:
+    """The file does not say how sentences are embedded: that is in files of sentence-transformers beside it."""
+    keys = ConfigReader(values, "bert")
+    keys.refuse_quantised()
+    keys.require("is_decoder", False)
+    keys.require("add_cross_attention", False)
+    keys.require("position_embedding_type", "absolute")
+
+    config = BertConfig(
+        model_dim=keys.count("hidden_size", 768),
+        max_seq_len=keys.count("max_position_embeddings", 512),
+        vocab_size=keys.count("vocab_size", 30_522),
+        type_vocab_size=keys.count("type_vocab_size", 2),
+        pad_idx=keys.index("pad_token_id", 0),
+        num_layers=keys.count("num_hidden_layers", 12),
+        num_attn_heads=keys.count("num_attention_heads", 12),
+        ffn_inner_dim=keys.count("intermediate_size", 3072),
+        ffn_activation=cast(Literal["gelu", "gelu_tanh"], keys.choice("hidden_act", "gelu", _ACTIVATIONS)),
+        norm_eps=keys.number("layer_norm_eps", 1e-12),
+        dropout_p=keys.number("hidden_dropout_prob", 0.1),
+        attn_dropout_p=keys.number("attention_probs_dropout_prob", 0.1),
+        init_std=keys.number("initializer_range", 0.02),
+    )
+
+    return keys.checked(config, _spec)
+
+
+FAMILY = Family(
+    name="bert",
+    kls=Bert,
+    config_kls=BertConfig,
+    build=Bert,
+    init=lambda model, config: init_encoder(model, std=config.init_std),
+    rules=_rules,
+    hf_model_types=frozenset({"bert"}),
+    from_hf=_from_hf,
+)
+
+get_bert_model_hub = ModelHubAccessor("bert", Bert, BertConfig)

@@ -1,0 +1,215 @@
+"""What the families share to read Hugging Face checkpoints: the keys of ``config.json`` and the names of tensors.
+
+The meaning of the keys, and what holds where one is absent, is that of the configuration classes of transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, NoReturn, TypeVar
+
+from lading.errors import ModelCheckpointMismatchError, NotSupportedError
+from lading.keymap import Rule
+
+ConfigT = TypeVar("ConfigT")
+
+DECODER_RULES: Final[Sequence[Rule]] = (
+    # Old versions of transformers saved these buffers, which are computed.
+    Rule("{prefix*}rotary_emb.inv_freq", None),
+    Rule("rotary_emb.inv_freq", None),
+    # A checkpoint of the model without its head lacks the prefix.
+    Rule("embed_tokens.weight", "model.embed_tokens.weight"),
+    Rule("layers.{n}.{rest*}", "model.layers.{n}.{rest}"),
+    Rule("norm.weight", "model.norm.weight"),
+)
+
+
+class ConfigReader:
+    """The keys of a ``config.json``, each checked where it is read.
+
+    :param family: the family that reads, for messages.
+    """
+
+    def __init__(self, values: Mapping[str, object], family: str, prefix: str = "") -> None:
+        self._values = values
+        self._family = family
+        self._prefix = prefix
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def is_null(self, key: str) -> bool:
+        """Whether the key is absent or null."""
+        return self._values.get(key) is None
+
+    def count(self, key: str, default: int) -> int:
+        """A positive integer."""
+        value = self._values.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            self._mismatch(key, "a positive integer", value)
+
+        return value
+
+    def maybe_count(self, key: str, default: int | None) -> int | None:
+        """A positive integer, or null."""
+        return None if self._values.get(key, default) is None else self.count(key, default or 0)
+
+    def index(self, key: str, default: int | None) -> int | None:
+        """An integer, or null; a negative one means the same as null."""
+        value = self._values.get(key, default)
+        if value is None:
+            return None
+        if not isinstance(value, int) or isinstance(value, bool):
+            self._mismatch(key, "an integer or null", value)
+
+        return value if value >= 0 else None
+
+    def number(self, key: str, default: float | None) -> float:
+        """A finite number that is not negative; required where ``default`` is ``None``."""
+        value = self._values.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
+            self._mismatch(key, "a finite number that is not negative", value)
+
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self._values.get(key, default)
+        if not isinstance(value, bool):
+            self._mismatch(key, "true or false", value)
+
+        return value
+
+    def choice(self, key: str, default: str, choices: Mapping[str, str]) -> str:
+        """What ``choices`` says for a value.
+
+        :raises NotSupportedError: it says nothing.
+        """
+        value = self._values.get(key, default)
+        if not isinstance(value, str):
+            self._mismatch(key, "a string", value)
+        if value not in choices:
+            self.refuse(key, value, choices)
+
+        return choices[value]
+
+    def strings(self, key: str) -> list[str] | None:
+        """A list of strings, or null."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            self._mismatch(key, "a list of strings", value)
+
+        return value
+
+    def section(self, key: str) -> ConfigReader:
+        """The keys of an object; of none where it is absent or null."""
+        value = self._values.get(key)
+        if value is None:
+            value = {}
+        if not isinstance(value, Mapping):
+            self._mismatch(key, "an object", value)
+
+        return ConfigReader(value, self._family, f"{self._prefix}{key}.")
+
+    def require(self, key: str, value: object) -> None:
+        """Refuse all but ``value``, which is also what holds where the key is absent or null.
+
+        :raises NotSupportedError: the file says something else.
+        """
+        found = self._values.get(key)
+        if found is not None and found != value:
+            self.refuse(key, found, () if value is None else (value,))
+
+    def refuse_quantised(self) -> None:
+        """Refuse weights that are stored in a quantised form.
+
+        :raises NotSupportedError: the file says that they are.
+        """
+        if not self.is_null("quantization_config"):
+            section = self.section("quantization_config")
+            section.refuse("quant_method", section._values.get("quant_method"))
+
+    def refuse_nested(self) -> None:
+        """Refuse a key whose value is an object.
+
+        :raises NotSupportedError: there is one.
+        """
+        for key, value in self._values.items():
+            if isinstance(value, Mapping):
+                self.refuse(key, value)
+
+    def refuse(self, key: str, found: object, supported: Iterable[object] = ()) -> NoReturn:
+        """Say that the family does not do what the file asks for."""
+        known = ", ".join(repr(value) for value in supported)
+        raise NotSupportedError(
+            f"config.json: {self._prefix}{key} is {found!r}, which the {self._family} family does not support"
+            f"{f' (it supports {known})' if known else ''}. Load it with transformers itself."
+        )
+
+    def _mismatch(self, key: str, expected: str, found: object) -> NoReturn:
+        what = f"is {found!r}" if key in self._values else "is missing"
+        raise ModelCheckpointMismatchError(
+            "config.json",
+            f"config.json: {self._prefix}{key} is expected to be {expected}, but {what}. Compare the file with the one "
+            "that the model's publisher offers.",
+        )
+
+    def checked(self, config: ConfigT, check: Callable[[ConfigT], Any]) -> ConfigT:
+        """``config``, if ``check`` raises no ``ValueError``.
+
+        :raises ModelCheckpointMismatchError: it does.
+        """
+        try:
+            check(config)
+        except ValueError as error:
+            raise ModelCheckpointMismatchError(
+                "config.json",
+                f"config.json does not describe a model of the {self._family} family: {error}. Compare the file with "
+                "the one that the model's publisher offers.",
+            ) from None
+
+        return config
+
+
+def read_decoder_config(values: Mapping[str, object], family: str) -> ConfigReader:
+    """A reader, after refusing what would change the result of any decoder here.
+
+    Dropout is not read: it is a matter of training, and published files say zero.
+
+    :raises NotSupportedError: quantised weights, another activation, or attention that isn't causal.
+    """
+    reader = ConfigReader(values, family)
+    reader.refuse_quantised()
+    reader.require("is_causal", True)
+    reader.choice("hidden_act", "silu", {"silu": "silu", "swish": "silu"})
+
+    return reader
+
+
+def read_rope(reader: ConfigReader, scaling_type: str | None = None) -> tuple[float, ConfigReader | None]:
+    """The base of the rotary frequencies, and the keys of their scaling if there is one.
+
+    Understands ``rope_parameters`` and what came before transformers 5: ``rope_theta`` with ``rope_scaling``.
+
+    :param scaling_type: the one that the family supports.
+
+    :raises NotSupportedError: another type, parameters by kind of layer, or rotary embeddings of a part of each head.
+    """
+    section = reader.section("rope_scaling") or reader.section("rope_parameters")
+    section.refuse_nested()
+    for keys in (reader, section):
+        keys.require("partial_rotary_factor", 1.0)
+
+    theta = (section if "rope_theta" in section else reader).number("rope_theta", 10_000.0)
+
+    type_key = "type" if section.is_null("rope_type") else "rope_type"
+    known = ("default",) if scaling_type is None else ("default", scaling_type)
+    kind = "default" if section.is_null(type_key) else section.choice(type_key, "default", {k: k for k in known})
+
+    return theta, None if kind == "default" else section

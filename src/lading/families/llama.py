@@ -1,0 +1,211 @@
+"""LLaMA 1 (https://arxiv.org/abs/2302.13971), 2 (https://arxiv.org/abs/2307.09288) and 3
+(https://arxiv.org/abs/2407.21783).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict
+
+from lading.config import STRICT
+from lading.families.huggingface import DECODER_RULES, read_decoder_config, read_rope
+from lading.family import Family
+from lading.hub import ModelHubAccessor
+from lading.nn.decoder import DecoderLM, DecoderSpec, init_decoder
+from lading.nn.rope import RotaryScaling
+
+
+@dataclass
+class LLaMARoPEScaleConfig:
+    """How LLaMA 3.1 scales the frequencies of its rotary position embeddings."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    factor: float = 8.0
+    """The context that is wanted, divided by the context of the first training."""
+
+    frequency_factors: tuple[float, float] = (1.0, 4.0)
+    """The context of the first training, divided by the longest and by the shortest wavelength that is blended."""
+
+    original_context_length: int = 8192
+    """The context of the first training, in tokens."""
+
+
+@dataclass(kw_only=True)
+class LLaMAConfig:
+    """The configuration of a LLaMA model; the defaults are those of the first one with 7 billion parameters."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    model_dim: int = 4096
+    """The width of the model."""
+
+    max_seq_len: int = 2048
+    """The longest sequence, in tokens."""
+
+    vocab_size: int = 32_000
+    """The number of symbols."""
+
+    pad_idx: int | None = None
+    """The index of the symbol for padding."""
+
+    tied_embeddings: bool = False
+    """Whether the output projection is the embedding table."""
+
+    num_layers: int = 32
+    """The number of decoder layers."""
+
+    num_attn_heads: int = 32
+    """The number of attention heads."""
+
+    num_key_value_heads: int = 32
+    """The number of heads of keys and values, each of which serves a group of attention heads."""
+
+    head_dim: int | None = None
+    """The width of an attention head; ``None`` means ``model_dim // num_attn_heads``."""
+
+    qkv_proj_bias: bool = False
+    """Whether the projections of queries, keys and values have a bias."""
+
+    output_proj_bias: bool = False
+    """Whether the output projection of attention has a bias."""
+
+    ffn_inner_dim: int = 4096 * 4
+    """The inner width of the feed-forward networks, before what the next three say; see :meth:`gated_inner_dim`."""
+
+    ffn_inner_dim_scale: float = 2 / 3
+    """What a gated network is narrowed by, as it has three projections where others have two."""
+
+    ffn_inner_dim_multiplier: float = 1.0
+    """A further factor of the inner width."""
+
+    ffn_inner_dim_multiple_of: int = 256
+    """The inner width is rounded up to a multiple of this."""
+
+    ffn_bias: bool = False
+    """Whether the projections of the feed-forward networks have a bias."""
+
+    norm_eps: float = 1e-5
+    """What is added to the mean square before its root is taken."""
+
+    rope_theta: float = 10_000.0
+    """The base of the frequencies of the rotary position embeddings."""
+
+    use_scaled_rope: bool = False
+    """Whether these frequencies are scaled by ``rope_scale``."""
+
+    rope_scale: LLaMARoPEScaleConfig = field(default_factory=LLaMARoPEScaleConfig)
+    """See there."""
+
+    dropout_p: float = 0.0
+    """The dropout probability of the embeddings and of the outputs of attention and feed-forward blocks."""
+
+    init_std: float | None = None
+    """The standard deviation of random weights; ``None`` means ``input_dim ** -0.5`` of each projection."""
+
+    init_std_scale: Literal["none", "layer", "stack"] = "layer"
+    """What narrows ``init_std`` in a layer: nothing, its depth, or the depth of the stack."""
+
+    shard_embed_dim: bool = True
+    """Whether tensor parallelism shards the width of the embedding table; else its symbols."""
+
+    def gated_inner_dim(self) -> int:
+        """The inner width of the feed-forward networks: multiplied, scaled, and rounded up, in this order.
+
+        :raises ValueError: ``ffn_inner_dim_multiple_of`` is not positive.
+        """
+        if self.ffn_inner_dim_multiple_of < 1:
+            raise ValueError(f"`ffn_inner_dim_multiple_of` must be positive, but is {self.ffn_inner_dim_multiple_of}")
+
+        dim = int(int(self.ffn_inner_dim * self.ffn_inner_dim_multiplier) * self.ffn_inner_dim_scale)
+
+        return -(-dim // self.ffn_inner_dim_multiple_of) * self.ffn_inner_dim_multiple_of
+
+
+class LLaMA(DecoderLM):
+    """A LLaMA language model."""
+
+
+def _spec(config: LLaMAConfig) -> DecoderSpec:
+    scale = config.rope_scale
+
+    return DecoderSpec(
+        model_dim=config.model_dim,
+        vocab_size=config.vocab_size,
+        max_seq_len=config.max_seq_len,
+        pad_idx=config.pad_idx,
+        tied_embeddings=config.tied_embeddings,
+        num_layers=config.num_layers,
+        num_attn_heads=config.num_attn_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        qkv_proj_bias=config.qkv_proj_bias,
+        output_proj_bias=config.output_proj_bias,
+        ffn_inner_dim=config.gated_inner_dim(),
+        ffn_bias=config.ffn_bias,
+        norm_eps=config.norm_eps,
+        rope_theta=config.rope_theta,
+        rope_scaling=RotaryScaling(
+            factor=scale.factor,
+            low_freq_factor=scale.frequency_factors[0],
+            high_freq_factor=scale.frequency_factors[1],
+            original_seq_len=scale.original_context_length,
+        )
+        if config.use_scaled_rope
+        else None,
+        dropout_p=config.dropout_p,
+    )
+
+
+def _from_hf(values: Mapping[str, object]) -> LLaMAConfig:
+    keys = read_decoder_config(values, "llama")
+    rope_theta, scaling = read_rope(keys, "llama3")
+    num_attn_heads = keys.count("num_attention_heads", 32)
+    max_seq_len = keys.count("max_position_embeddings", 2048)
+    attn_bias = keys.flag("attention_bias", False)
+
+    config = LLaMAConfig(
+        model_dim=keys.count("hidden_size", 4096),
+        max_seq_len=max_seq_len,
+        vocab_size=keys.count("vocab_size", 32_000),
+        pad_idx=keys.index("pad_token_id", None),
+        tied_embeddings=keys.flag("tie_word_embeddings", False),
+        num_layers=keys.count("num_hidden_layers", 32),
+        num_attn_heads=num_attn_heads,
+        num_key_value_heads=keys.maybe_count("num_key_value_heads", None) or num_attn_heads,
+        head_dim=keys.maybe_count("head_dim", None),
+        qkv_proj_bias=attn_bias,
+        output_proj_bias=attn_bias,
+        ffn_inner_dim=keys.count("intermediate_size", 11_008),
+        ffn_inner_dim_scale=1.0,
+        ffn_inner_dim_multiple_of=1,
+        ffn_bias=keys.flag("mlp_bias", False),
+        norm_eps=keys.number("rms_norm_eps", 1e-6),
+        rope_theta=rope_theta,
+    )
+    if scaling is not None:
+        config.use_scaled_rope = True
+        config.rope_scale = LLaMARoPEScaleConfig(
+            factor=scaling.number("factor", None),
+            frequency_factors=(scaling.number("low_freq_factor", None), scaling.number("high_freq_factor", None)),
+            original_context_length=scaling.count("original_max_position_embeddings", max_seq_len),
+        )
+
+    return keys.checked(config, _spec)
+
+
+FAMILY = Family(
+    name="llama",
+    kls=LLaMA,
+    config_kls=LLaMAConfig,
+    build=lambda config: LLaMA(_spec(config)),
+    init=lambda model, config: init_decoder(model, std=config.init_std, std_scale=config.init_std_scale),
+    rules=lambda config: DECODER_RULES,
+    hf_model_types=frozenset({"llama"}),
+    from_hf=_from_hf,
+)
+
+get_llama_model_hub = ModelHubAccessor("llama", LLaMA, LLaMAConfig)

@@ -1,0 +1,90 @@
+"""The key/value cache of incremental decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class _Layer:
+    keys: Tensor
+    """(N, H, capacity, head_dim), of which positions ``start`` to ``end`` are in use."""
+    values: Tensor
+    start: int = 0
+    end: int = 0
+    seen: int = 0
+    """All tokens that the layer was given, those that have left its window included."""
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        return self.keys[:, :, self.start : self.end], self.values[:, :, self.start : self.end]
+
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """Write behind what is in use; where there is no room, into buffers that hold half as much again."""
+        end = self.end + keys.size(2)
+
+        if end > self.keys.size(2):
+            held_keys, held_values = self.held()
+            end -= self.start
+            self.start, self.end = 0, held_keys.size(2)
+            self.keys = _grown(held_keys, like=keys, capacity=end + end // 2 + 64)
+            self.values = _grown(held_values, like=values, capacity=end + end // 2 + 64)
+
+        self.keys[:, :, self.end : end] = keys
+        self.values[:, :, self.end : end] = values
+        self.end = end
+
+
+def _grown(held: Tensor, *, like: Tensor, capacity: int) -> Tensor:
+    buffer = like.new_empty((like.size(0), like.size(1), capacity, like.size(3)))
+    buffer[:, :, : held.size(2)] = held
+
+    return buffer
+
+
+class KeyValueCache:
+    """Keys and values of the tokens that a decoder has seen, layer by layer; made empty, it grows as needed.
+
+    A layer with an attention window keeps only what its window can still reach. A cache is for inference: what it
+    returns carries no gradient.
+    """
+
+    def __init__(self) -> None:
+        self._layers: dict[int, _Layer] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens seen, padding included."""
+        return next(iter(self._layers.values())).seen if self._layers else 0
+
+    def append(self, layer: int, keys: Tensor, values: Tensor, *, window: int | None = None) -> tuple[Tensor, Tensor]:
+        """Append the keys and values (N, H, S, head_dim) of new tokens, and return those that the tokens may attend to.
+
+        The result, (N, H, K, head_dim), ends with the new tokens; the next call may overwrite it.
+
+        :param window: the number of tokens, itself included, that a token of this layer attends to.
+        """
+        keys, values = keys.detach(), values.detach()
+        new = keys.size(2)
+        state = self._layers.get(layer)
+        if state is None:
+            state = self._layers[layer] = _Layer(keys[:, :, :0], values[:, :, :0])
+        state.seen += new
+
+        if window is not None:
+            state.start = max(state.start, state.end - (window - 1))
+
+        if window is None or new < window:
+            state.write(keys, values)
+            return state.held()
+
+        # The new tokens alone fill the window of those to come: a long prompt must not stay in memory behind it.
+        held_keys, held_values = state.held()
+        result = torch.cat((held_keys, keys), dim=2), torch.cat((held_values, values), dim=2)
+        state.start = state.end
+        tail = slice(new - (window - 1), new)
+        state.write(keys[:, :, tail], values[:, :, tail])
+
+        return result

@@ -1,0 +1,348 @@
+"""The decoder-only language model that the LLaMA, Qwen and Mistral families share.
+
+The names of its parameters are those of Hugging Face checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from lading.nn.attention import AttentionMask, CausalSelfAttention, causal_mask
+from lading.nn.cache import KeyValueCache
+from lading.nn.ffn import GatedFeedForward
+from lading.nn.norm import RMSNorm
+from lading.nn.rope import RotaryEmbedding, RotaryScaling
+from lading.nn.uninitialized import Embedding, Linear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderSpec:
+    """All switches of the shared decoder.
+
+    :raises ValueError: sizes that make no decoder, such as key/value heads that don't divide the attention heads.
+    """
+
+    model_dim: int
+    vocab_size: int
+    max_seq_len: int
+    num_layers: int
+    num_attn_heads: int
+    num_key_value_heads: int
+    ffn_inner_dim: int
+    norm_eps: float
+    rope_theta: float
+    head_dim: int | None = None
+    """``None`` means ``model_dim // num_attn_heads``."""
+    rope_scaling: RotaryScaling | None = None
+    pad_idx: int | None = None
+    tied_embeddings: bool = False
+    """Whether the output projection *is* the embedding table."""
+    qkv_proj_bias: bool = False
+    output_proj_bias: bool = False
+    ffn_bias: bool = False
+    q_norm: bool = False
+    """Whether queries are normalised head by head, before the rotary embedding."""
+    k_norm: bool = False
+    attn_window_len: int | None = None
+    """The number of tokens, itself included, that a token attends to."""
+    num_full_attn_layers: int = 0
+    """The number of layers, from the first, that have no window."""
+    dropout_p: float = 0.0
+    """Of the embeddings and of the outputs of attention and feed-forward blocks."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "model_dim",
+            "vocab_size",
+            "max_seq_len",
+            "num_layers",
+            "num_attn_heads",
+            "num_key_value_heads",
+            "attn_head_dim",
+            "ffn_inner_dim",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be positive, but is {getattr(self, name)}")
+
+        if self.num_attn_heads % self.num_key_value_heads != 0:
+            raise ValueError(
+                f"`num_attn_heads` must be a multiple of `num_key_value_heads`, but they are {self.num_attn_heads} and "
+                f"{self.num_key_value_heads}"
+            )
+        if self.attn_head_dim % 2 != 0:
+            raise ValueError(f"the heads must be of even width for rotary embeddings, but are of {self.attn_head_dim}")
+        if not self.norm_eps > 0 or not self.rope_theta > 0:
+            raise ValueError(
+                f"`norm_eps` and `rope_theta` must be positive, but are {self.norm_eps} and {self.rope_theta}"
+            )
+        if self.pad_idx is not None and not 0 <= self.pad_idx < self.vocab_size:
+            raise ValueError(f"`pad_idx` must be an index of the {self.vocab_size} symbols, but is {self.pad_idx}")
+        if self.attn_window_len is not None and self.attn_window_len < 1:
+            raise ValueError(f"`attn_window_len` must be positive, but is {self.attn_window_len}")
+        if not 0.0 <= self.dropout_p < 1.0:
+            raise ValueError(f"`dropout_p` must be in [0, 1), but is {self.dropout_p}")
+
+    @property
+    def attn_head_dim(self) -> int:
+        """The width of an attention head."""
+        return self.model_dim // self.num_attn_heads if self.head_dim is None else self.head_dim
+
+    def window_of(self, layer: int) -> int | None:
+        """The attention window of layer ``layer``; ``None`` where it attends to all tokens before."""
+        return None if layer < self.num_full_attn_layers else self.attn_window_len
+
+
+class DecoderLayer(nn.Module):
+    """Attention and a feed-forward network, each normalised before and added to its input."""
+
+    def __init__(self, spec: DecoderSpec, layer: int) -> None:
+        super().__init__()
+
+        self.dropout_p = spec.dropout_p
+
+        self.self_attn = CausalSelfAttention(
+            spec.model_dim,
+            num_heads=spec.num_attn_heads,
+            num_key_value_heads=spec.num_key_value_heads,
+            head_dim=spec.attn_head_dim,
+            qkv_bias=spec.qkv_proj_bias,
+            output_bias=spec.output_proj_bias,
+            q_norm=spec.q_norm,
+            k_norm=spec.k_norm,
+            norm_eps=spec.norm_eps,
+            window=spec.window_of(layer),
+            layer=layer,
+        )
+        self.mlp = GatedFeedForward(spec.model_dim, spec.ffn_inner_dim, bias=spec.ffn_bias)
+        self.input_layernorm = RMSNorm(spec.model_dim, eps=spec.norm_eps)
+        self.post_attention_layernorm = RMSNorm(spec.model_dim, eps=spec.norm_eps)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """(N, S, model_dim) → the same shape."""
+        y = self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        x = x + dropout(y, self.dropout_p, self.training)
+
+        y = self.mlp(self.post_attention_layernorm(x))
+
+        return x + dropout(y, self.dropout_p, self.training)
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and the last normalisation: token ids to hidden states."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+
+        self.dropout_p = spec.dropout_p
+
+        self.embed_tokens = Embedding(spec.vocab_size, spec.model_dim, padding_idx=spec.pad_idx)
+        self.layers = nn.ModuleList(DecoderLayer(spec, layer) for layer in range(spec.num_layers))
+        self.norm = RMSNorm(spec.model_dim, eps=spec.norm_eps)
+        self.rotary_emb = RotaryEmbedding(spec.attn_head_dim, theta=spec.rope_theta, scaling=spec.rope_scaling)
+
+        self.windows = tuple(spec.window_of(layer) for layer in range(spec.num_layers))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """(N, S) → (N, S, model_dim); the parameters are those of :meth:`DecoderLM.forward`."""
+        new = input_ids.size(1)
+        past = 0 if cache is None else cache.num_tokens
+
+        x = dropout(self.embed_tokens(input_ids), self.dropout_p, self.training)
+
+        if position_ids is None:
+            position_ids = torch.arange(past, past + new, device=x.device)[None]
+        rotary = self.rotary_emb(position_ids, x.dtype)
+
+        padding = None if attention_mask is None else attention_mask.to(x.device, torch.bool)
+        masks = {
+            window: causal_mask(new, past=past, window=window, padding=padding, device=x.device)
+            for window in set(self.windows)
+        }
+
+        for layer, window in zip(self.layers, self.windows, strict=True):
+            x = layer(x, rotary, masks[window], cache)
+
+        y: Tensor = self.norm(x)
+
+        return y
+
+
+class DecoderLM(nn.Module):
+    """A decoder with an output projection; its parameters are uninitialised."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+
+        self.spec = spec
+
+        self.model = Decoder(spec)
+        if spec.tied_embeddings:
+            # On the meta device, as the table it would have of its own is not wanted.
+            self.lm_head = Linear(spec.model_dim, spec.vocab_size, bias=False, device="meta")
+            self.lm_head.weight = self.model.embed_tokens.weight
+        else:
+            self.lm_head = Linear(spec.model_dim, spec.vocab_size, bias=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
+        # `to_empty` and other moves from the meta device make a new parameter under each name of a tied one.
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        if self.spec.tied_embeddings and self.lm_head.weight is not self.model.embed_tokens.weight:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Token ids (N, S), int64 → logits (N, S, V).
+
+        :param attention_mask: (N, S_total), where S_total counts the tokens in ``cache`` too; 1 is a token, 0 padding.
+        :param position_ids: (N or 1, S), what the rotary embeddings turn by; by default the tokens count on from those
+            in ``cache``. What a token attends to depends on its place in the sequence, not on these.
+        :param cache: what earlier calls have seen; this call's tokens are appended to it.
+        :param last_only: whether to compute the logits of the last token only: (N, 1, V).
+
+        :raises ValueError: more tokens than ``max_seq_len``, or an attention mask of another shape.
+        """
+        total = input_ids.size(1) + (0 if cache is None else cache.num_tokens)
+        if total > self.spec.max_seq_len:
+            raise ValueError(
+                f"the model's `max_seq_len` is {self.spec.max_seq_len}, but the sequence (those in the cache included) "
+                f"has {total} tokens"
+            )
+        if attention_mask is not None and attention_mask.shape != (input_ids.size(0), total):
+            raise ValueError(
+                f"`attention_mask` must be of shape {(input_ids.size(0), total)}, the tokens in the cache included, "
+                f"but is of shape {tuple(attention_mask.shape)}"
+            )
+
+        x = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache)
+        logits: Tensor = self.lm_head(x[:, -1:] if last_only else x)
+
+        return logits
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        max_new_tokens: int,
+        eos_id: int | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Continue ``input_ids`` (N, S) greedily; returns (N, S + T) with T ≤ ``max_new_tokens``, the prompt in front.
+
+        The module's mode is left as it is: call ``eval()`` first on a model with dropout.
+
+        :param eos_id: the token, or tokens, after which a sequence has ended; the rest is ``pad_idx``, or the first of
+            these where the model has no ``pad_idx``. When all sequences have ended, so does the call.
+        :param attention_mask: (N, S), 1 for a token and 0 for padding, which must be on the left.
+
+        :raises ValueError: an empty prompt, more tokens than ``max_seq_len``, a negative ``max_new_tokens``, or a mask
+            of another shape or with padding on the right.
+        """
+        n, prompt_len = input_ids.shape
+        if prompt_len == 0:
+            raise ValueError("`input_ids` must hold at least one token a sequence, but is empty")
+        if max_new_tokens < 0:
+            raise ValueError(f"`max_new_tokens` must not be negative, but is {max_new_tokens}")
+        if prompt_len + max_new_tokens > self.spec.max_seq_len:
+            raise ValueError(
+                f"the prompt has {prompt_len} tokens and `max_new_tokens` is {max_new_tokens}, which together exceed "
+                f"the model's `max_seq_len` of {self.spec.max_seq_len}"
+            )
+
+        mask: Tensor | None = None
+        position_ids: Tensor | None = None
+        if attention_mask is not None:
+            mask = attention_mask.to(input_ids.device, torch.bool)
+            if mask.shape != input_ids.shape or not bool(mask[:, -1].all()):
+                raise ValueError(
+                    f"`attention_mask` must be of shape {(n, prompt_len)} and have its padding on the left, but is of "
+                    f"shape {tuple(mask.shape)} and its last column is {mask[:, -1].long().tolist()}"
+                )
+            position_ids = (mask.cumsum(-1) - 1).clamp_(min=0)
+
+        ends = None if eos_id is None else torch.as_tensor(eos_id, device=input_ids.device).reshape(-1)
+        finished = torch.zeros(n, dtype=torch.bool, device=input_ids.device)
+
+        cache = KeyValueCache()
+        ids = [input_ids]
+
+        for _ in range(max_new_tokens):
+            logits = self(ids[-1], attention_mask=mask, position_ids=position_ids, cache=cache, last_only=True)
+            token = logits[:, -1].argmax(-1)
+
+            if ends is not None:
+                filler = ends[0] if self.spec.pad_idx is None else ends.new_tensor(self.spec.pad_idx)
+                token = torch.where(finished, filler, token)
+                finished |= torch.isin(token, ends)
+            ids.append(token[:, None])
+            if ends is not None and bool(finished.all()):
+                break
+
+            if mask is not None and position_ids is not None:
+                mask = torch.cat((mask, mask.new_ones(n, 1)), dim=1)
+                position_ids = position_ids[:, -1:] + 1
+
+        return torch.cat(ids, dim=1)
+
+
+@torch.no_grad()
+def init_decoder(
+    model: DecoderLM, *, std: float | None = None, std_scale: Literal["none", "layer", "stack"] = "stack"
+) -> None:
+    """Fill ``model`` with random numbers: weights from normal distributions cut at three standard deviations.
+
+    Biases become zero, norms one, and so does the padding's embedding zero.
+
+    :param std: the standard deviation; ``None`` means ``input_dim ** -0.5`` of each projection.
+    :param std_scale: what the standard deviations of the projections inside the layers are divided by:
+        ``sqrt(2 * (i + 1))`` of the i-th layer (``layer``), ``sqrt(2 * (num_layers + 1))`` (``stack``) or nothing.
+    """
+    spec = model.spec
+
+    def draw(weight: Tensor, divisor: float = 1.0) -> None:
+        s = (weight.size(1) ** -0.5 if std is None else std) / divisor
+        nn.init.trunc_normal_(weight, std=s, a=-3 * s, b=3 * s)
+
+    embedding = model.model.embed_tokens
+    draw(embedding.weight)
+    if embedding.padding_idx is not None:
+        embedding.weight[embedding.padding_idx].zero_()
+
+    for i, layer in enumerate(model.model.layers):
+        depth = {"none": None, "layer": i, "stack": spec.num_layers}[std_scale]
+        divisor = 1.0 if depth is None else (2 * (depth + 1)) ** 0.5
+        for module in layer.modules():
+            if isinstance(module, nn.Linear):
+                draw(module.weight, divisor)
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+
+    model.model.norm.weight.fill_(1.0)
+    if not spec.tied_embeddings:
+        draw(model.lm_head.weight)

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: its thread pools would fight with the other test processes for the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+# The machines are shared: an example may take its time.
+settings.register_profile("lading", deadline=None, print_blob=True)
+settings.load_profile("lading")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home: whatever lading writes by default, it writes below this folder."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("LADING_DATABASE_URL", "LADING_CACHE_DIR", "LADING_CARDS", "LADING_ENV", "LADING_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    for name in ("DATA", "CACHE", "CONFIG"):
+        monkeypatch.setenv(f"XDG_{name}_HOME", str(home / name.lower()))
+    return home

@@ -1,0 +1,93 @@
+"""``config.json`` against transformers: absent keys mean here what they mean there."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from lading.family import Family
+
+DECODERS = ["llama", "qwen2", "qwen3", "mistral"]
+
+SPARSE: list[dict[str, Any]] = [
+    {},
+    {"num_attention_heads": 64, "hidden_size": 512},
+    {"use_sliding_window": True},
+    {"use_sliding_window": True, "max_window_layers": 3, "num_hidden_layers": 7},
+    {"use_sliding_window": True, "sliding_window": None},
+    {"sliding_window": None},
+    {"rope_theta": 12_345.0},
+    {"rope_theta": 12_345.0, "rope_scaling": None},
+    {"rope_theta": 12_345.0, "rope_scaling": {"type": "default"}},
+    {"rope_theta": 12_345.0, "rope_parameters": {"rope_type": "default"}},
+    {"rope_theta": 12_345.0, "rope_parameters": {"rope_type": "default", "rope_theta": 77.0}},
+    {"rope_parameters": {"rope_theta": 77.0}, "rope_scaling": {}},
+]
+
+
+def family_of(model_type: str) -> Family[Any, Any]:
+    from lading.families import bert, llama, mistral, qwen
+
+    return {
+        "llama": llama.FAMILY,
+        "qwen2": qwen.FAMILY,
+        "qwen3": qwen.FAMILY,
+        "mistral": mistral.FAMILY,
+        "bert": bert.FAMILY,
+    }[model_type]
+
+
+def shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("model_type", DECODERS)
+@pytest.mark.parametrize("values", SPARSE, ids=json.dumps)
+def test_a_sparse_file_means_what_the_full_one_does(model_type: str, values: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    family = family_of(model_type)
+    full = AutoConfig.for_model(model_type, **json.loads(json.dumps(values)))
+    with torch.device("meta"):
+        found = family.build(family.from_hf({"model_type": model_type, **values}))
+        expected = family.build(family.from_hf(json.loads(full.to_json_string(use_diff=False))))
+
+    assert str(found) == str(expected)
+    assert found.model.windows == expected.model.windows
+    assert found.model.rotary_emb.theta == expected.model.rotary_emb.theta == full.rope_parameters["rope_theta"]
+
+
+def test_a_sparse_file_of_bert_means_what_the_full_one_does() -> None:
+    from transformers import BertConfig
+
+    family = family_of("bert")
+    full = json.loads(BertConfig().to_json_string(use_diff=False))
+
+    assert family.from_hf({"model_type": "bert"}) == family.from_hf(full) == family.config_kls()
+
+
+@pytest.mark.parametrize("model_type", [*DECODERS, "bert"])
+def test_an_empty_file_has_the_shapes_of_the_default_model(model_type: str) -> None:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    family = family_of(model_type)
+    config = AutoConfig.for_model(model_type)
+    with torch.device("meta"):
+        ours = family.build(family.from_hf({"model_type": model_type}))
+        theirs = (AutoModel if model_type == "bert" else AutoModelForCausalLM).from_config(config)
+
+    assert shapes(ours) == shapes(theirs)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_no_number_of_key_value_heads_means_that_of_the_attention_heads(model_type: str) -> None:
+    from transformers import AutoConfig
+
+    values = {"num_attention_heads": 16, "num_key_value_heads": None}
+
+    config = family_of(model_type).from_hf({"model_type": model_type, **values})
+
+    assert config.num_key_value_heads == AutoConfig.for_model(model_type, **values).num_key_value_heads == 16

@@ -1,0 +1,269 @@
+"""The decoders against transformers: the same random weights must give the same logits and the same continuations.
+
+The relative difference of two tensors is ``max |a - b| / max |b|`` over all of their elements.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lading.family import Family
+from lading.nn.decoder import DecoderLM
+
+TOLERANCE = 1e-5
+VOCAB = 101
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    id: str
+    model_type: str
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = [
+    Case("llama", "llama"),
+    Case("llama-gqa", "llama", {"num_key_value_heads": 2}),
+    Case("llama-mqa-tied", "llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    Case("llama-wide-heads", "llama", {"head_dim": 32}),
+    Case("llama-biases", "llama", {"attention_bias": True, "mlp_bias": True}),
+    Case("llama-theta-eps", "llama", {"rope_theta": 500_000.0, "rms_norm_eps": 1e-3}),
+    Case("llama3-scaling", "llama", {"rope_theta": 500_000.0, "rope_scaling": LLAMA3, "num_key_value_heads": 4}),
+    Case("llama-padding-symbol", "llama", {"pad_token_id": 3}),
+    Case("qwen2", "qwen2", {"num_key_value_heads": 2}),
+    Case("qwen2-tied", "qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 1e6}),
+    Case("qwen2-window", "qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    Case("qwen2-window-all", "qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}),
+    Case("qwen3", "qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
+    Case("qwen3-wide-heads-tied", "qwen3", {"num_key_value_heads": 4, "head_dim": 24, "tie_word_embeddings": True}),
+    Case(
+        "qwen3-window",
+        "qwen3",
+        {
+            "head_dim": 16,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+    ),
+    Case("mistral", "mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+    Case("mistral-window", "mistral", {"num_key_value_heads": 4, "sliding_window": 7, "head_dim": 20}),
+    Case("mistral-window-1", "mistral", {"sliding_window": 1}),
+    Case("mistral-window-as-long", "mistral", {"sliding_window": 17, "tie_word_embeddings": True}),
+]
+
+by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+
+
+def families() -> dict[str, Family[Any, Any]]:
+    from lading.families import llama, mistral, qwen
+
+    return {"llama": llama.FAMILY, "qwen2": qwen.FAMILY, "qwen3": qwen.FAMILY, "mistral": mistral.FAMILY}
+
+
+def pair(case: Case) -> tuple[DecoderLM, nn.Module]:
+    """This project's model and that of transformers, with the same weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(len(case.id))
+
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 256,
+        **case.config,
+    }
+    theirs_config = AutoConfig.for_model(case.model_type, **values)
+    theirs = AutoModelForCausalLM.from_config(theirs_config, attn_implementation="eager").eval()
+    randomise(theirs)
+
+    family = families()[case.model_type]
+    # The file that transformers writes today, and the spelling of the files that are on the hub.
+    written = family.build(family.from_hf(json.loads(theirs_config.to_json_string(use_diff=False))))
+    ours: DecoderLM = family.build(family.from_hf({"model_type": case.model_type, **values})).eval()
+    assert replace(written.spec, head_dim=written.spec.attn_head_dim) == replace(
+        ours.spec, head_dim=ours.spec.attn_head_dim
+    )
+
+    state = theirs.state_dict()
+    assert list(ours.state_dict()) == list(state)
+    ours.load_state_dict(state)
+
+    return ours, theirs
+
+
+@torch.no_grad()
+def randomise(module: nn.Module) -> None:
+    """Draw weights so large that attention is far from uniform."""
+    for parameter in module.parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(std=2.0 * parameter.size(1) ** -0.5)
+        else:
+            parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def tokens(n: int, s: int) -> Tensor:
+    return torch.randint(4, VOCAB, (n, s))
+
+
+def continue_theirs(theirs: nn.Module, ids: Tensor, **options: Any) -> Tensor:
+    """transformers' greedy continuation, with its cache."""
+    # Its cache keeps the last `window - 1` tokens as `[-(window - 1):]`, which for a window of one is all of them.
+    use_cache = getattr(theirs.config, "sliding_window", None) != 1
+
+    return theirs.generate(
+        ids, **{"do_sample": False, "use_cache": use_cache, "eos_token_id": None, "pad_token_id": 0, **options}
+    )
+
+
+def padding(lengths: list[int], s: int, side: str) -> Tensor:
+    """(N, S) with 1 for a token."""
+    index = torch.arange(s)[None]
+    length = torch.tensor(lengths)[:, None]
+
+    return (index < length if side == "right" else index >= s - length).long()
+
+
+@by_case
+@torch.no_grad()
+def test_logits(case: Case) -> None:
+    ours, theirs = pair(case)
+    ids = tokens(3, 17)
+
+    assert relative_difference(ours(ids), theirs(ids).logits) <= TOLERANCE
+
+
+@by_case
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_logits_of_padded_batches(case: Case, side: str) -> None:
+    ours, theirs = pair(case)
+    ids, mask = tokens(3, 17), padding([17, 9, 1], 17, side)
+
+    real = mask.bool()
+    found = ours(ids, attention_mask=mask)
+    expected = theirs(ids, attention_mask=mask).logits
+
+    assert relative_difference(found[real], expected[real]) <= TOLERANCE
+    assert found.isfinite().all()
+
+
+@by_case
+@torch.no_grad()
+def test_logits_at_given_positions(case: Case) -> None:
+    ours, theirs = pair(case)
+    ids, mask = tokens(2, 13), torch.ones(2, 13, dtype=torch.long)
+    positions = torch.stack((torch.arange(13) + 40, torch.arange(13) * 3))
+
+    found = ours(ids, attention_mask=mask, position_ids=positions)
+    expected = theirs(ids, attention_mask=mask, position_ids=positions).logits
+
+    assert relative_difference(found, expected) <= TOLERANCE
+
+
+@by_case
+def test_greedy_continuation(case: Case) -> None:
+    ours, theirs = pair(case)
+    ids = tokens(2, 11)
+
+    expected = continue_theirs(theirs, ids, max_new_tokens=20)
+
+    assert torch.equal(ours.generate(ids, max_new_tokens=20), expected)
+
+
+@by_case
+def test_greedy_continuation_of_a_padded_batch(case: Case) -> None:
+    ours, theirs = pair(case)
+    ids, mask = tokens(3, 11), padding([11, 6, 1], 11, "left")
+
+    free = continue_theirs(theirs, ids, attention_mask=mask, max_new_tokens=20)
+    assert torch.equal(ours.generate(ids, max_new_tokens=20, attention_mask=mask), free)
+
+    # Two of the tokens that it says end sequences, at different places.
+    ends = [int(free[0, 14]), int(free[1, 17])]
+    filler = ends[0] if ours.spec.pad_idx is None else ours.spec.pad_idx
+    ended = continue_theirs(theirs, ids, attention_mask=mask, max_new_tokens=20, eos_token_id=ends, pad_token_id=filler)
+    assert torch.equal(ours.generate(ids, max_new_tokens=20, eos_id=ends, attention_mask=mask), ended)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
+@torch.no_grad()
+def test_half_precision(model_type: str) -> None:
+    """In bfloat16 the order of casts shows: with the same order the difference is that of summation alone."""
+    ours, theirs = pair(Case(model_type, model_type))
+    exact = theirs(ids := tokens(2, 17)).logits
+    ours, theirs = ours.to(torch.bfloat16), theirs.to(torch.bfloat16)
+
+    found, expected = ours(ids).float(), theirs(ids).logits.float()
+
+    assert relative_difference(found, exact) <= 1.5 * relative_difference(expected, exact)
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[12], CASES[16]], ids=lambda case: case.id)
+def test_gradients(case: Case) -> None:
+    ours, theirs = pair(case)
+    ids = tokens(2, 9)
+
+    ours(ids).square().mean().backward()
+    theirs(ids).logits.square().mean().backward()
+
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert relative_difference(parameter.grad, expected[name].grad) <= 10 * TOLERANCE, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "heads", "width", "tied", "window"),
+    list(
+        product(["llama", "qwen2", "qwen3", "mistral"], [(8, 8), (8, 2), (6, 1)], [8, 20], [False, True], [None, 3, 9])
+    ),
+)
+def test_every_combination(model_type: str, heads: tuple[int, int], width: int, tied: bool, window: int | None) -> None:
+    config: dict[str, Any] = {
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "head_dim": width,
+        "hidden_size": 48,
+        "tie_word_embeddings": tied,
+    }
+    if model_type == "mistral":
+        config["sliding_window"] = window
+    elif model_type != "llama":
+        config |= {"use_sliding_window": window is not None, "sliding_window": window or 4096, "max_window_layers": 1}
+    else:
+        config |= {"attention_bias": window == 3, "mlp_bias": window == 9, "rope_scaling": LLAMA3 if tied else None}
+
+    ours, theirs = pair(Case("every", model_type, config))
+
+    for side in ("left", "right"):
+        ids, mask = tokens(4, 19), padding([19, 12, 4, 1], 19, side)
+        with torch.no_grad():
+            found, expected = ours(ids, attention_mask=mask), theirs(ids, attention_mask=mask).logits
+        assert relative_difference(found[mask.bool()], expected[mask.bool()]) <= TOLERANCE
+
+    ids, mask = tokens(4, 9), padding([9, 6, 3, 1], 9, "left")
+    expected = continue_theirs(theirs, ids, attention_mask=mask, max_new_tokens=25)
+    assert torch.equal(ours.generate(ids, max_new_tokens=25, attention_mask=mask), expected)

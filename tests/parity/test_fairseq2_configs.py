@@ -1,0 +1,52 @@
+"""Architectures of the catalog against fairseq2's, which ``dump_fairseq2_configs.py`` wrote beside this file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lading.families.llama import LLaMAConfig, get_llama_model_hub
+from lading.families.mistral import MistralConfig, get_mistral_model_hub
+from lading.families.qwen import QwenConfig, get_qwen_model_hub
+from lading.hub import ModelHub
+
+DUMPED: dict[str, dict[str, dict[str, Any]]] = json.loads(
+    Path(__file__).with_name("fairseq2_configs.json").read_text(encoding="utf-8")
+)["families"]
+
+CONFIGS: dict[str, type] = {"llama": LLaMAConfig, "mistral": MistralConfig, "qwen": QwenConfig}
+HUBS: dict[str, Callable[[], ModelHub[Any, Any]]] = {
+    "llama": get_llama_model_hub,
+    "mistral": get_mistral_model_hub,
+    "qwen": get_qwen_model_hub,
+}
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """As the values of JSON, in which tuples are lists."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+
+    return values
+
+
+@pytest.mark.parametrize(("family", "arch"), [("llama", "7b"), ("mistral", "7b"), ("qwen", "qwen25_7b")])
+def test_the_defaults_of_the_config_classes(family: str, arch: str) -> None:
+    found = plain(CONFIGS[family]())
+
+    assert {key: found[key] for key in DUMPED[family][arch]} == DUMPED[family][arch]
+
+
+@pytest.mark.parametrize("family", DUMPED)
+def test_architectures(family: str, home: Path) -> None:
+    """Fields that only this project has keep their defaults, which mean what fairseq2 does."""
+    hub = HUBS[family]()
+    defaults = plain(CONFIGS[family]())
+
+    assert hub.get_archs() >= DUMPED[family].keys()
+    for arch, expected in DUMPED[family].items():
+        assert plain(hub.get_arch_config(arch)) == defaults | expected, arch

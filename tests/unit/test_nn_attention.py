@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from lading.nn.attention import AttentionMask, CausalSelfAttention, attend, causal_mask
+from lading.nn.uninitialized import Linear
+
+CPU = torch.device("cpu")
+
+
+def full(mask: AttentionMask, n: int, new: int, keys: int) -> Tensor:
+    """The mask spelled out, (N, new, K)."""
+    if mask.is_causal:
+        assert mask.visible is None
+        assert new == keys
+        return torch.ones(n, new, keys, dtype=torch.bool).tril()
+    if mask.visible is None:
+        return torch.ones(n, new, keys, dtype=torch.bool)
+    return mask.visible[:, 0].expand(n, new, keys)
+
+
+@pytest.mark.parametrize("past", [0, 1, 4, 9])
+@pytest.mark.parametrize("new", [1, 2, 5])
+@pytest.mark.parametrize("window", [None, 1, 3, 6, 50])
+@pytest.mark.parametrize("padded", [False, True])
+def test_masks(past: int, new: int, window: int | None, padded: bool) -> None:
+    torch.manual_seed(past + new)
+    total = past + new
+    first = 0 if window is None else max(0, past - (window - 1))
+    padding = torch.rand(2, total) < 0.6 if padded else None
+
+    found = full(causal_mask(new, past=past, window=window, padding=padding, device=CPU), 2, new, total - first)
+
+    for n, i, j in product(range(2), range(new), range(total - first)):
+        query, key = past + i, first + j
+        expected = key <= query and (window is None or query - key < window)
+        if padding is not None:
+            expected = (expected and bool(padding[n, key])) or query == key
+        assert bool(found[n, i, j]) == expected
+
+
+@pytest.mark.parametrize(("past", "new", "window"), [(0, 5, None), (0, 5, 5), (0, 1, None), (7, 1, None), (7, 1, 3)])
+def test_no_mask_is_made_where_none_is_needed(past: int, new: int, window: int | None) -> None:
+    assert causal_mask(new, past=past, window=window, padding=None, device=CPU).visible is None
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_group_of_queries_shares_its_keys(masked: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    mask = AttentionMask(visible=torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()) if masked else AttentionMask()
+
+    found = attend(q, k, v, mask)
+
+    assert found.shape == (2, 5, 48)
+    for head in range(6):
+        one = attend(q[:, head : head + 1], k[:, head // 3 : head // 3 + 1], v[:, head // 3 : head // 3 + 1], mask)
+        torch.testing.assert_close(found[:, :, head * 8 : head * 8 + 8], one)
+
+
+def test_names_and_shapes() -> None:
+    attention = CausalSelfAttention(
+        24,
+        num_heads=4,
+        num_key_value_heads=2,
+        head_dim=10,
+        qkv_bias=True,
+        output_bias=False,
+        q_norm=True,
+        k_norm=True,
+        norm_eps=1e-6,
+        window=None,
+        layer=0,
+    )
+
+    assert {name: tuple(t.shape) for name, t in attention.state_dict().items()} == {
+        "q_proj.weight": (40, 24),
+        "q_proj.bias": (40,),
+        "k_proj.weight": (20, 24),
+        "k_proj.bias": (20,),
+        "v_proj.weight": (20, 24),
+        "v_proj.bias": (20,),
+        "o_proj.weight": (24, 40),
+        "q_norm.weight": (10,),
+        "k_norm.weight": (10,),
+    }
+    assert isinstance(attention.q_proj, Linear)

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear, silu
+
+from lading.nn.ffn import GatedFeedForward
+from lading.nn.norm import RMSNorm
+
+
+def test_the_root_mean_square_becomes_one() -> None:
+    norm = RMSNorm(64, eps=1e-8)
+    torch.nn.init.ones_(norm.weight)
+
+    y = norm(100.0 * torch.randn(3, 5, 64))
+
+    torch.testing.assert_close(y.pow(2).mean(-1), torch.ones(3, 5))
+
+
+def test_half_precision_is_normalised_in_float32() -> None:
+    norm = RMSNorm(4, eps=1e-5).half()
+    torch.nn.init.ones_(norm.weight)
+
+    # The square of 1000 is beyond float16.
+    y = norm(torch.full((1, 4), 1000.0, dtype=torch.float16))
+
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y, torch.ones(1, 4, dtype=torch.float16))
+
+
+def test_the_feed_forward_network_is_gated() -> None:
+    torch.manual_seed(0)
+    ffn = GatedFeedForward(6, 10, bias=True)
+    for parameter in ffn.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, 3, 6)
+
+    gate = linear(x, ffn.gate_proj.weight, ffn.gate_proj.bias)
+    up = linear(x, ffn.up_proj.weight, ffn.up_proj.bias)
+
+    torch.testing.assert_close(ffn(x), linear(silu(gate) * up, ffn.down_proj.weight, ffn.down_proj.bias))
+
+
+def test_biases_are_optional() -> None:
+    assert list(GatedFeedForward(6, 10).state_dict()) == ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lading.nn.rope import RotaryEmbedding, RotaryScaling, rotate
+
+
+def scaling(**changes: float) -> RotaryScaling:
+    return RotaryScaling(
+        **{"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_seq_len": 8192, **changes}
+    )
+
+
+def test_frequencies() -> None:
+    rope = RotaryEmbedding(8, theta=10_000.0)
+
+    torch.testing.assert_close(rope.inv_freq, torch.tensor([1.0, 0.1, 0.01, 0.001]))
+
+
+def test_scaled_frequencies_of_llama_3_1() -> None:
+    plain = RotaryEmbedding(128, theta=500_000.0).inv_freq
+    scaled = RotaryEmbedding(128, theta=500_000.0, scaling=scaling()).inv_freq
+    wavelengths = 2 * math.pi / plain
+
+    short, long = wavelengths < 8192 / 4, wavelengths > 8192
+    assert torch.equal(scaled[short], plain[short])
+    assert torch.equal(scaled[long], plain[long] / 8)
+
+    between = ~short & ~long
+    assert between.any()
+    assert (scaled[between] < plain[between]).all()
+    assert (scaled[between] > plain[between] / 8).all()
+    assert (scaled.diff() < 0).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"factor": 0.0}, "factor"),
+        ({"factor": math.nan}, "factor"),
+        ({"low_freq_factor": 4.0}, "frequency factors"),
+        ({"low_freq_factor": 0.0}, "frequency factors"),
+        ({"original_seq_len": 0}, "original_seq_len"),
+    ],
+)
+def test_scalings_that_make_no_sense(changes: dict[str, float], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        scaling(**changes)
+
+
+def test_a_cast_of_the_model_leaves_the_frequencies_alone() -> None:
+    rope = RotaryEmbedding(64, theta=10_000.0)
+    before = rope.inv_freq.clone()
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        rope.to(dtype)
+        assert rope.inv_freq.dtype == torch.float32
+        assert torch.equal(rope.inv_freq, before)
+
+
+def test_buffers_are_computed_anew_after_the_meta_device() -> None:
+    expected = RotaryEmbedding(64, theta=10_000.0, scaling=scaling()).inv_freq
+    with torch.device("meta"):
+        rope = RotaryEmbedding(64, theta=10_000.0, scaling=scaling())
+    assert rope.inv_freq.is_meta
+    assert rope.inv_freq.shape == expected.shape
+
+    rope.to_empty(device="cpu")
+    rope.reset_non_persistent_buffers("cpu")
+    assert torch.equal(rope.inv_freq, expected)
+
+    rope.reset_non_persistent_buffers("meta")
+    assert rope.inv_freq.is_meta
+
+
+def test_the_frequencies_are_not_in_the_state() -> None:
+    assert RotaryEmbedding(64, theta=10_000.0).state_dict() == {}
+
+
+def test_a_rotation_depends_on_the_distance_alone() -> None:
+    torch.manual_seed(0)
+    rope = RotaryEmbedding(16, theta=100.0)
+    q, k = torch.randn(2, 1, 1, 1, 16)
+
+    def score(m: int, n: int) -> torch.Tensor:
+        at = [rope(torch.tensor([[position]]), torch.float32) for position in (m, n)]
+        return (rotate(q, *at[0]) * rotate(k, *at[1])).sum()
+
+    torch.testing.assert_close(score(9, 4), score(25, 20))
+    assert not torch.isclose(score(9, 4), score(9, 5))
+    torch.testing.assert_close(score(0, 0), (q * k).sum())
+
+
+def test_the_first_half_pairs_with_the_second() -> None:
+    rope = RotaryEmbedding(4, theta=10_000.0)
+    cos, sin = rope(torch.tensor([[1]]), torch.float32)
+
+    turned = rotate(torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 1, 4), cos, sin).flatten()
+
+    torch.testing.assert_close(turned, torch.tensor([math.cos(1.0), 0.0, math.sin(1.0), 0.0]))
+
+
+def test_shapes_and_dtype() -> None:
+    cos, sin = RotaryEmbedding(8, theta=10_000.0)(torch.arange(5).expand(3, -1), torch.bfloat16)
+
+    assert cos.shape == sin.shape == (3, 1, 5, 4)
+    assert cos.dtype == sin.dtype == torch.bfloat16

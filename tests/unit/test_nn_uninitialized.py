@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from lading.nn.uninitialized import Embedding, LayerNorm, Linear
+
+
+@pytest.mark.parametrize(
+    ("module", "base"),
+    [(lambda: Linear(3, 4), nn.Linear), (lambda: Embedding(5, 6), nn.Embedding), (lambda: LayerNorm(7), nn.LayerNorm)],
+)
+def test_nothing_is_drawn(module, base) -> None:
+    before = torch.get_rng_state()
+
+    assert isinstance(module(), base)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_they_compute_what_torchs_do() -> None:
+    ours, theirs = Linear(3, 4), nn.Linear(3, 4)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3)
+
+    assert torch.equal(ours(x), theirs(x))
+
+
+def test_building_on_the_meta_device_imports_nothing() -> None:
+    script = """
+import sys, torch
+from lading.nn.decoder import DecoderLM, DecoderSpec
+spec = DecoderSpec(model_dim=64, vocab_size=1000, max_seq_len=64, num_layers=2, num_attn_heads=4,
+                   num_key_value_heads=2, ffn_inner_dim=96, norm_eps=1e-5, rope_theta=1e4, pad_idx=3)
+before = set(sys.modules)
+with torch.device("meta"):
+    DecoderLM(spec)
+print(len(set(sys.modules) - before))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    # `with torch.device(...)` itself imports a module.
+    assert int(done.stdout) <= 2
