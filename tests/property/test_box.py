@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from hypothesis import given
@@ -26,7 +27,7 @@ def test_runs_are_the_elements_of_the_slice_in_order(case: tuple[tuple[int, ...]
     runs = list(box.runs(shape))
 
     assert [i for first, count in runs for i in range(first, first + count)] == sliced.flatten().tolist()
-    assert all(a + n < b for (a, n), (b, _) in zip(runs, runs[1:], strict=False)), "runs that touch are one run"
+    assert all(a + n < b for (a, n), (b, _) in pairwise(runs)), "runs that touch are one run"
 
 
 @given(st.data())

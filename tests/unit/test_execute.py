@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import gc
 import io
 import os
@@ -17,8 +18,9 @@ from lading.box import Box
 from lading.errors import CorruptModelCheckpointError
 from lading.filesystem import FileStat
 from lading.manifest import Manifest, Shard
-from lading.transfer import execute as module
-from lading.transfer.execute import ShardFile, execute
+from lading.transfer import files as module
+from lading.transfer.execute import execute
+from lading.transfer.files import ShardFile
 from lading.transfer.plan import Wanted, plan
 
 CPU = torch.device("cpu")
@@ -99,9 +101,9 @@ def test_a_file_that_is_cut_while_it_is_read_is_corrupt(tmp_path: Path, monkeypa
     file = write(tmp_path / "x", tensor)
     real = os.preadv
 
-    def cutting(fd: int, buffers: list[memoryview], offset: int) -> int:
+    def cutting(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
         os.truncate(file.path, 1000)
-        return real(fd, buffers, offset)
+        return real(fd, buffers, offset, flags)
 
     monkeypatch.setattr(module.os, "preadv", cutting)
     with pytest.raises(CorruptModelCheckpointError, match="ends early"):
@@ -113,9 +115,9 @@ def test_a_file_that_is_written_while_it_is_read_is_corrupt(tmp_path: Path, monk
     file = write(tmp_path / "x", tensor)
     real = os.preadv
 
-    def writing(fd: int, buffers: list[memoryview], offset: int) -> int:
+    def writing(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
         os.utime(file.path, ns=(1, 1))
-        return real(fd, buffers, offset)
+        return real(fd, buffers, offset, flags)
 
     monkeypatch.setattr(module.os, "preadv", writing)
     with pytest.raises(CorruptModelCheckpointError, match="changed while it was loaded"):
@@ -126,8 +128,53 @@ def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     tensor = torch.randn(10_000)
     file = write(tmp_path / "x", tensor)
     real = os.preadv
-    monkeypatch.setattr(module.os, "preadv", lambda fd, buffers, at: real(fd, [buffers[0][:999]], at))
+    monkeypatch.setattr(module.os, "preadv", lambda fd, buffers, at, flags=0: real(fd, [buffers[0][:999]], at, flags))
     assert load(tensor, file).equal(tensor)
+
+
+@pytest.mark.parametrize("offset", [0, 4096, 24, 4095])
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_cold_files_are_read_past_the_page_cache(tmp_path: Path, offset: int, dtype: str) -> None:
+    tensor = torch.randn(3 << 20)
+    path = tmp_path / "x"
+    path.write_bytes(bytes(offset) + tensor.view(torch.uint8).numpy().tobytes() + b"tail")
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+    manifest = Manifest(
+        format="safetensors",
+        shards=(Shard(name="x", size=path.stat().st_size),),
+        names=["w"],
+        dtypes=["F32"],
+        shapes=[tuple(tensor.shape)],
+        shard_ids=array("I", [0]),
+        offsets=array("q", [offset]),
+    )
+    box = Box.whole(tensor.shape)
+    planned = plan(manifest, Wanted(tensors=[0], boxes=[box], dtypes=[dtype]))
+    file = ShardFile(path=path, stat=FileStat.from_stat(path.stat()))
+    (loaded,) = execute(planned, [file], [(box.sizes, dtype)], device=CPU)
+    assert loaded.equal(tensor.to(loaded.dtype))
+
+
+def test_a_file_system_that_takes_the_flag_and_refuses_the_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor = torch.randn(1 << 20)
+    file = write(tmp_path / "x", tensor)
+    monkeypatch.setattr(module.OpenShard, "is_cold", lambda self, offset: True)
+    real, refused = os.preadv, []
+
+    def refusing(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            refused.append(offset)
+            raise OSError(22, "Invalid argument")
+        return real(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(module.os, "preadv", refusing)
+    assert load(tensor, file).equal(tensor)
+    assert refused
 
 
 def test_an_error_in_one_thread_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +182,9 @@ def test_an_error_in_one_thread_stops_all(tmp_path: Path, monkeypatch: pytest.Mo
     file = write(tmp_path / "x", tensor)
     calls = []
 
-    def failing(fd: int, buffers: list[memoryview], offset: int) -> int:
+    def failing(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if flags:
+            return 1
         calls.append(offset)
         raise OSError(5, "Input/output error")
 
@@ -167,14 +216,15 @@ import os, signal, sys, threading, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 import test_execute as t
-from lading.transfer import execute as module
+from lading.transfer import files as module
 tensor = torch.zeros(32 << 20)
 file = t.write(t.Path({str(tmp_path / "x")!r}), tensor)
 real = os.preadv
-def slow(fd, buffers, at):
-    print('reading', flush=True)
-    time.sleep(0.2)
-    return real(fd, buffers, at)
+def slow(fd, buffers, at, flags=0):
+    if not flags:
+        print('reading', flush=True)
+        time.sleep(0.2)
+    return real(fd, buffers, at, flags)
 module.os.preadv = slow
 try:
     t.load(tensor, file)

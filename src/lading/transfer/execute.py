@@ -6,19 +6,16 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lading.errors import CorruptModelCheckpointError
-from lading.filesystem import FileStat
 from lading.manifest import BITS
+from lading.transfer.files import OpenShard, ShardFile, open_shard
 from lading.transfer.memory import Arena, Stage, create_arena, map_file, view
-from lading.transfer.plan import ARENA, Plan
+from lading.transfer.plan import ARENA, PAGE, Plan
 
 STEP = 8 << 20
 """Bytes that a thread reads before it takes the next step: large enough for the disk, small enough to stop soon."""
@@ -26,13 +23,8 @@ STEP = 8 << 20
 CAST_CHUNK = 1 << 20
 """Bytes that are read before they are cast: they have to stay in a core's cache."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardFile:
-    """A file to read from, and the state in which its manifest was read."""
-
-    path: Path
-    stat: FileStat
+COLD_THREADS = 4
+"""Threads that a disk needs to be busy; of memory, one for each core gets the most."""
 
 
 def execute(
@@ -48,7 +40,7 @@ def execute(
 
     :param files: one for each shard of the manifest.
     :param wanted: the shape and the dtype of each tensor in memory.
-    :param threads: that read at once; default: as many as this process may use cores.
+    :param threads: that read at once; default: as many as this process may use cores, and some more for a disk.
 
     :raises CorruptModelCheckpointError: a file ends early, or is not the one that the plan was made for.
     :raises OSError: a file cannot be read.
@@ -56,17 +48,11 @@ def execute(
     arena = create_arena(plan.arena_bytes, device)
 
     with ExitStack() as stack:
-        used = sorted({*plan.shards, *(home for home in plan.homes if home != ARENA)})
-        open_files = {shard: stack.enter_context(_open(files[shard])) for shard in used}
+        mapped = sorted({home for home in plan.homes if home != ARENA})
+        shards = {i: stack.enter_context(open_shard(files[i])) for i in sorted({*plan.shards, *mapped})}
 
-        _read(plan, files, open_files, arena, threads or _cores(), progress)
-        mappings = {
-            shard: map_file(open_files[shard], files[shard].stat.size)
-            for shard in sorted({home for home in plan.homes if home != ARENA})
-        }
-
-        for shard, fd in open_files.items():
-            _check_unchanged(files[shard], os.fstat(fd))
+        _read(plan, shards, arena, threads or _threads(plan, shards), progress)
+        mappings = {i: map_file(shards[i].fd, files[i].stat.size) for i in mapped}
 
     return [
         _tensor(arena, mappings, home, place, shape, dtype)
@@ -80,35 +66,14 @@ def _tensor(
     return arena.tensor(place, shape, dtype) if home == ARENA else view(mappings[home], place, shape, dtype)
 
 
-def _cores() -> int:
-    return max(1, len(os.sched_getaffinity(0)))
+def _threads(plan: Plan, shards: Mapping[int, OpenShard]) -> int:
+    cores = max(1, len(os.sched_getaffinity(0)))
+    cold = any(shards[i].is_cold(offset) for i, offset in zip(plan.shards, plan.offsets, strict=True))
+
+    return max(cores, COLD_THREADS) if cold else cores
 
 
-@contextmanager
-def _open(file: ShardFile) -> Iterator[int]:
-    # A FIFO that took the file's place must not make the load wait for a writer.
-    fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        _check_unchanged(file, os.fstat(fd))
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _check_unchanged(file: ShardFile, stat: os.stat_result) -> None:
-    found = FileStat.from_stat(stat)
-    if found != file.stat:
-        raise CorruptModelCheckpointError(
-            file.path,
-            f"{file.path} changed while it was loaded: expected {file.stat.size} bytes, modified at "
-            f"{file.stat.mtime_ns} ns, found {found.size} bytes, modified at {found.mtime_ns} ns. Load it again when "
-            "nothing writes to it any more.",
-        )
-
-
-def _read(
-    plan: Plan, files: Sequence[ShardFile], open_files: Mapping[int, int], arena: Arena, threads: int, progress: bool
-) -> None:
+def _read(plan: Plan, shards: Mapping[int, OpenShard], arena: Arena, threads: int, progress: bool) -> None:
     """Run the reads on ``threads`` threads; the first error, or an interrupt, stops all of them."""
     steps = _steps(plan)
     lock = threading.Lock()
@@ -119,7 +84,7 @@ def _read(
     def work(me: int) -> None:
         # An intra-op thread pool within each reader would only fight with the other readers for the cores.
         torch.set_num_threads(1)
-        reader = _Reader(plan, files, open_files, arena)
+        reader = _Reader(plan, shards, arena)
         try:
             while not stop.is_set():
                 with lock:
@@ -166,9 +131,18 @@ def _steps(plan: Plan) -> Iterator[tuple[int, int, int, int, int]]:
         plan.shards, plan.offsets, plan.sizes, plan.targets, plan.casts, strict=True
     ):
         source_size, target_size = _item_sizes(plan.conversions[cast])
-        for start in range(0, size, STEP):
-            place = target + start // source_size * target_size
-            yield shard, offset + start, min(STEP, size - start), place, cast
+        for start, count in _pieces(offset, size, STEP, source_size):
+            yield shard, offset + start, count, target + start // source_size * target_size, cast
+
+
+def _pieces(offset: int, size: int, most: int, item: int) -> Iterator[tuple[int, int]]:
+    """(start, size) of pieces of whole items, of at most ``most`` bytes, that end where a page of the file does."""
+    start = 0
+    while start < size:
+        count = most - (offset + start) % PAGE
+        count = min(size - start, count - count % item)
+        yield start, count
+        start += count
 
 
 def _item_sizes(conversion: tuple[str, str]) -> tuple[int, int]:
@@ -180,44 +154,30 @@ def _item_sizes(conversion: tuple[str, str]) -> tuple[int, int]:
 class _Reader:
     """What one thread needs to read."""
 
-    def __init__(self, plan: Plan, files: Sequence[ShardFile], open_files: Mapping[int, int], arena: Arena) -> None:
+    def __init__(self, plan: Plan, shards: Mapping[int, OpenShard], arena: Arena) -> None:
         self._plan = plan
-        self._files = files
-        self._open_files = open_files
+        self._shards = shards
         self._arena = arena
         self._stage: Stage | None = None
 
     def run(self, shard: int, offset: int, size: int, place: int, cast: int) -> None:
+        file = self._shards[shard]
+        cold = file.is_cold(offset)
         memory = self._arena.direct(place, size) if cast == 0 else None
         if memory is not None:
-            self._fill(shard, offset, memory)
+            file.fill(offset, memory, direct=cold and (place - offset) % PAGE == 0)
             return
-
-        on_device = self._arena.direct(0, 0) is None
-        chunk = STEP if on_device else CAST_CHUNK
-        if self._stage is None:
-            self._stage = self._arena.stage(chunk)
 
         source, target = self._plan.conversions[cast]
         source_size, target_size = _item_sizes((source, target))
-        for start in range(0, size, chunk):
-            part = min(chunk, size - start)
-            self._fill(shard, offset + start, self._stage.take()[:part])
-            self._stage.put(part, place + start // source_size * target_size, source, target)
+        chunk = CAST_CHUNK if self._arena.on_host else STEP
+        if self._stage is None:
+            self._stage = self._arena.stage(chunk)
+
+        for start, count in _pieces(offset, size, chunk, source_size):
+            file.fill(offset + start, self._stage.take()[:count], direct=cold and (offset + start) % PAGE == 0)
+            self._stage.put(count, place + start // source_size * target_size, source, target)
 
     def finish(self) -> None:
         if self._stage is not None:
             self._stage.finish()
-
-    def _fill(self, shard: int, offset: int, memory: memoryview) -> None:
-        at, end = 0, len(memory)
-        while at < end:
-            count = os.preadv(self._open_files[shard], [memory[at:]], offset + at)
-            if count == 0:
-                path = self._files[shard].path
-                raise CorruptModelCheckpointError(
-                    path,
-                    f"{path} ends early: expected {end - at} more bytes at offset {offset + at}, found the end of the "
-                    "file. It was cut while it was loaded; fetch it again.",
-                )
-            at += count

@@ -34,6 +34,9 @@ class Stage(Protocol):
 class Arena(Protocol):
     """Memory for all tensors of a load that are not mapped."""
 
+    on_host: bool
+    """Whether bytes can be read straight into it."""
+
     def direct(self, place: int, size: int) -> memoryview | None:
         """The bytes at ``place``, to be read into; ``None`` where this memory is not the host's."""
 
@@ -51,6 +54,8 @@ def create_arena(size: int, device: torch.device) -> Arena:
 
 class HostArena:
     """Anonymous memory in huge pages: faulting 4 KiB pages one by one would cost more than the copy."""
+
+    on_host = True
 
     def __init__(self, size: int) -> None:
         self._map = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -70,6 +75,8 @@ class HostArena:
 
 class DeviceArena:
     """One allocation on a device, filled through pinned buffers on a stream of its own."""
+
+    on_host = False
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._device = device

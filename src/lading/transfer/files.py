@@ -1,0 +1,117 @@
+"""The files of a checkpoint, opened to be read: through the page cache, or past it where that is faster."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lading.errors import CorruptModelCheckpointError
+from lading.filesystem import FileStat, on_network
+from lading.transfer.plan import PAGE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardFile:
+    """A file to read from, and the state in which its manifest was read."""
+
+    path: Path
+    stat: FileStat
+
+
+@contextmanager
+def open_shard(file: ShardFile) -> Iterator[OpenShard]:
+    """Open a file; when the block is left, it must still be as it was when its manifest was read.
+
+    :raises CorruptModelCheckpointError: it is not.
+    :raises OSError: it cannot be opened.
+    """
+    # A FIFO that took the file's place must not make the load wait for a writer.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    shard = OpenShard(file, os.open(file.path, flags), flags)
+    try:
+        shard.check_unchanged()
+        yield shard
+        shard.check_unchanged()
+    finally:
+        shard.close()
+
+
+class OpenShard:
+    """An open file."""
+
+    def __init__(self, file: ShardFile, fd: int, flags: int) -> None:
+        self.file = file
+        self.fd = fd
+        self._direct = -1
+        """A descriptor that reads past the page cache, where the file system has that."""
+        if not on_network(file.path):  # what direct I/O means there differs from one to the next
+            try:
+                self._direct = os.open(file.path, flags | os.O_DIRECT)
+            except OSError:
+                pass
+
+    def close(self) -> None:
+        os.close(self.fd)
+        if self._direct >= 0:
+            os.close(self._direct)
+
+    def check_unchanged(self) -> None:
+        """:raises CorruptModelCheckpointError: the file is not as it was when its manifest was read."""
+        expected, found = self.file.stat, FileStat.from_stat(os.fstat(self.fd))
+        if found != expected:
+            raise CorruptModelCheckpointError(
+                self.file.path,
+                f"{self.file.path} changed while it was loaded: expected {expected.size} bytes, modified at "
+                f"{expected.mtime_ns} ns, found {found.size} bytes, modified at {found.mtime_ns} ns. Load it again "
+                "when nothing writes to it any more.",
+            )
+
+    def is_cold(self, offset: int) -> bool:
+        """Whether the byte at ``offset`` would have to come from the disk, and can come past the page cache."""
+        if self._direct < 0:
+            return False
+        try:
+            os.preadv(self.fd, [bytearray(1)], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass  # a file system that cannot tell
+
+        return False
+
+    def fill(self, offset: int, memory: memoryview, *, direct: bool = False) -> None:
+        """Read ``len(memory)`` bytes at ``offset``.
+
+        :param direct: past the page cache, as far as whole pages go; ``memory`` must begin where ``offset`` does,
+            modulo the page size.
+
+        :raises CorruptModelCheckpointError: the file ends before.
+        """
+        end = offset + len(memory)
+        first, last = -(-offset // PAGE) * PAGE, end // PAGE * PAGE
+        if not direct or first >= last:
+            self._read(self.fd, offset, memory)
+            return
+
+        self._read(self.fd, offset, memory[: first - offset])
+        try:
+            self._read(self._direct, first, memory[first - offset : last - offset])
+        except OSError:
+            # Some file systems take the flag and refuse the read.
+            self._read(self.fd, first, memory[first - offset : last - offset])
+        self._read(self.fd, last, memory[last - offset :])
+
+    def _read(self, fd: int, offset: int, memory: memoryview) -> None:
+        at, end = 0, len(memory)
+        while at < end:
+            count = os.preadv(fd, [memory[at:]], offset + at)
+            if count == 0:
+                raise CorruptModelCheckpointError(
+                    self.file.path,
+                    f"{self.file.path} ends early: expected {end - at} more bytes at offset {offset + at}, found the "
+                    "end of the file. It was cut while it was loaded; fetch it again.",
+                )
+            at += count
