@@ -3,13 +3,18 @@ from __future__ import annotations
 import fcntl
 import gc
 import io
+import math
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
+import time
 from array import array
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +23,12 @@ from lading.box import Box
 from lading.errors import CorruptModelCheckpointError
 from lading.filesystem import FileStat
 from lading.manifest import Manifest, Shard
+from lading.transfer import execute as execution
 from lading.transfer import files as module
+from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.execute import execute
 from lading.transfer.files import ShardFile
+from lading.transfer.memory import RingStage
 from lading.transfer.plan import Wanted, plan
 
 CPU = torch.device("cpu")
@@ -208,6 +216,66 @@ def test_memory_goes_back_when_the_last_tensor_does(tmp_path: Path) -> None:
     del loaded
     gc.collect()
     assert resident() - before < 8 << 20
+
+
+class SlowDevice:
+    """A device whose copies pass later, by themselves, as those of a stream do."""
+
+    on_host = False
+
+    def __init__(self, size: int) -> None:
+        self.bytes = torch.zeros(size, dtype=torch.uint8)
+        self.jobs: queue.SimpleQueue[tuple[torch.Tensor, int, str, str, threading.Event] | None] = queue.SimpleQueue()
+        self.stages: list[RingStage] = []
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def direct(self, place: int, size: int) -> memoryview | None:
+        return None
+
+    def stage(self, chunk: int) -> RingStage:
+        self.stages.append(RingStage([torch.empty(chunk, dtype=torch.uint8) for _ in range(3)], self._copy))
+        return self.stages[-1]
+
+    def tensor(self, place: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        size = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+        return self.bytes[place : place + size].view(TORCH_DTYPES[dtype]).view(shape)
+
+    def _copy(self, read: torch.Tensor, place: int, source: str, target: str) -> Any:
+        passed = threading.Event()
+        self.jobs.put((read, place, source, target, passed))
+        return SimpleNamespace(synchronize=passed.wait)
+
+    def _run(self) -> None:
+        while (job := self.jobs.get()) is not None:
+            read, place, source, target, passed = job
+            time.sleep(0.002)
+            cast = read.view(TORCH_DTYPES[source or "U8"]).to(TORCH_DTYPES[target or "U8"]).view(torch.uint8)
+            self.bytes[place : place + cast.numel()] = cast
+            passed.set()
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_ring_never_reuses_a_buffer_that_is_still_being_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, threads: int
+) -> None:
+    monkeypatch.setattr(execution, "STEP", 64 << 10)
+    devices: list[SlowDevice] = []
+
+    def create(size: int, device: torch.device) -> SlowDevice:
+        devices.append(SlowDevice(size))
+        return devices[-1]
+
+    monkeypatch.setattr(execution, "create_arena", create)
+    tensor = torch.randn(1 << 20)  # 64 steps
+    file = write(tmp_path / "x", tensor)
+    box = Box.whole(tensor.shape)
+    planned = plan(manifest_of(tensor, "F32"), Wanted(tensors=[0], boxes=[box], dtypes=[dtype]))
+    (loaded,) = execute(planned, [file], [(box.sizes, dtype)], device=CPU, threads=threads)
+    devices[0].jobs.put(None)
+
+    assert loaded.equal(tensor.to(loaded.dtype))
+    assert len(devices[0].stages) <= threads
 
 
 def test_an_interrupt_stops_the_readers(tmp_path: Path) -> None:

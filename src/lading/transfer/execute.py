@@ -6,6 +6,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import torch
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from lading.manifest import BITS
 from lading.transfer.files import OpenShard, ShardFile, open_shard
-from lading.transfer.memory import Arena, Stage, create_arena, map_file, view
+from lading.transfer.memory import RING_DEPTH, Arena, Stage, create_arena, map_file, populate, view
 from lading.transfer.plan import ARENA, PAGE, Plan
 
 STEP = 8 << 20
@@ -22,6 +23,9 @@ STEP = 8 << 20
 
 CAST_CHUNK = 1 << 20
 """Bytes that are read before they are cast: they have to stay in a core's cache."""
+
+PINNED_BYTES = 512 << 20
+"""Host memory that copies to a device may have pinned at once."""
 
 COLD_THREADS = 4
 """Threads that a disk needs to be busy; of memory, one for each core gets the most."""
@@ -51,8 +55,10 @@ def execute(
         mapped = sorted({home for home in plan.homes if home != ARENA})
         shards = {i: stack.enter_context(open_shard(files[i])) for i in sorted({*plan.shards, *mapped})}
 
-        _read(plan, shards, arena, threads or _threads(plan, shards), progress)
+        _read(plan, shards, arena, threads or _threads(plan, shards, arena), progress)
         mappings = {i: map_file(shards[i].fd, files[i].stat.size) for i in mapped}
+        with ThreadPoolExecutor(_cores()) as pool:
+            list(pool.map(populate, mappings.values()))
 
     return [
         _tensor(arena, mappings, home, place, shape, dtype)
@@ -66,11 +72,15 @@ def _tensor(
     return arena.tensor(place, shape, dtype) if home == ARENA else view(mappings[home], place, shape, dtype)
 
 
-def _threads(plan: Plan, shards: Mapping[int, OpenShard]) -> int:
-    cores = max(1, len(os.sched_getaffinity(0)))
+def _cores() -> int:
+    return max(1, len(os.sched_getaffinity(0)))
+
+
+def _threads(plan: Plan, shards: Mapping[int, OpenShard], arena: Arena) -> int:
+    most = PINNED_BYTES // (RING_DEPTH * STEP) if not arena.on_host else _cores() + COLD_THREADS
     cold = any(shards[i].is_cold(offset) for i, offset in zip(plan.shards, plan.offsets, strict=True))
 
-    return max(cores, COLD_THREADS) if cold else cores
+    return min(most, max(_cores(), COLD_THREADS) if cold else _cores())
 
 
 def _read(plan: Plan, shards: Mapping[int, OpenShard], arena: Arena, threads: int, progress: bool) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import threading
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -13,6 +15,9 @@ from torch import Tensor
 from lading.transfer.dtypes import TORCH_DTYPES
 
 HUGE_PAGE = 2 << 20
+
+RING_DEPTH = 3
+"""Buffers of a reader that fills a device: one is read into while two are on their way."""
 
 MADV_POPULATE_READ = 22
 """Linux 5.14; the mmap module of Python 3.11 does not name it yet."""
@@ -74,25 +79,52 @@ class HostArena:
 
 
 class DeviceArena:
-    """One allocation on a device, filled through pinned buffers on a stream of its own."""
+    """One allocation on a device, filled on a stream of its own."""
 
     on_host = False
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._device = device
         self._bytes = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
+        self._lock = threading.Lock()
+        self._landing = torch.empty(0, dtype=torch.uint8, device=device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # The allocator may hand out memory that work on the current stream still uses.
+        self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def direct(self, place: int, size: int) -> memoryview | None:
         return None
 
     def stage(self, chunk: int) -> Stage:
-        return _DeviceStage(self._bytes, chunk)
+        buffers = [torch.empty(chunk, dtype=torch.uint8, pin_memory=True) for _ in range(RING_DEPTH)]
+
+        return RingStage(buffers, self._copy)
 
     def tensor(self, place: int, shape: tuple[int, ...], dtype: str) -> Tensor:
         torch_dtype = TORCH_DTYPES[dtype]
         size = math.prod(shape) * torch_dtype.itemsize
 
         return self._bytes[place : place + size].view(torch_dtype).view(shape)
+
+    def _copy(self, read: Tensor, place: int, source: str, target: str) -> torch.cuda.Event:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+        with self._lock, torch.cuda.stream(self._stream):
+            if source == target:
+                self._bytes[place : place + read.numel()].copy_(read, non_blocking=True)
+            else:
+                # The link is the narrow place: bytes cross it uncast. What they land in is used again by the next
+                # copy at once, as the stream does one after the other.
+                if self._landing.numel() < read.numel():
+                    self._landing = torch.empty_like(read, device=self._device)
+                landed = self._landing[: read.numel()]
+                landed.copy_(read, non_blocking=True)
+                cast = landed.view(TORCH_DTYPES[source])
+                end = place + cast.numel() * TORCH_DTYPES[target].itemsize
+                self._bytes[place:end].view(TORCH_DTYPES[target]).copy_(cast)
+            event.record(self._stream)
+
+        return event
 
 
 class _HostStage:
@@ -114,53 +146,45 @@ class _HostStage:
         pass
 
 
-class _DeviceStage:
-    """A ring of pinned buffers. Each is taken again only when the copy out of it has passed."""
+class Copied(Protocol):
+    """The end of a copy that runs by itself."""
 
-    DEPTH = 3
+    def synchronize(self) -> None:
+        """Return when the copy has passed."""
 
-    def __init__(self, arena: Tensor, chunk: int) -> None:
-        self._arena = arena
-        self._stream = torch.cuda.Stream(arena.device)  # type: ignore[no-untyped-call]
-        self._stream.wait_stream(torch.cuda.current_stream(arena.device))  # the allocator may hand out memory in use
-        self._buffers = [torch.empty(chunk, dtype=torch.uint8, pin_memory=True) for _ in range(self.DEPTH)]
+
+class RingStage:
+    """A ring of buffers that copies empty by themselves. A buffer is taken again only when its copy has passed.
+
+    :param copy: starts a copy of a buffer's beginning to a place in the arena, casting from one dtype to another.
+    """
+
+    def __init__(self, buffers: Sequence[Tensor], copy: Callable[[Tensor, int, str, str], Copied]) -> None:
+        self._buffers = buffers
+        # Through the address, as torch gives a tensor's memory away only by way of numpy.
         self._views = [
-            memoryview((ctypes.c_ubyte * chunk).from_address(buffer.data_ptr())).cast("B") for buffer in self._buffers
+            memoryview((ctypes.c_ubyte * buffer.numel()).from_address(buffer.data_ptr())).cast("B")
+            for buffer in buffers
         ]
-        self._events: list[torch.cuda.Event | None] = [None] * self.DEPTH
-        self._landing = torch.empty(0, dtype=torch.uint8, device=arena.device)
+        self._copies: list[Copied | None] = [None] * len(buffers)
+        self._copy = copy
         self._at = -1
 
     def take(self) -> memoryview:
-        self._at = (self._at + 1) % self.DEPTH
-        event = self._events[self._at]
-        if event is not None:
-            event.synchronize()
+        self._at = (self._at + 1) % len(self._buffers)
+        pending = self._copies[self._at]
+        if pending is not None:
+            pending.synchronize()
 
         return self._views[self._at]
 
     def put(self, size: int, place: int, source: str, target: str) -> None:
-        read = self._buffers[self._at][:size]
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-        with torch.cuda.stream(self._stream):
-            if source == target:
-                self._arena[place : place + size].copy_(read, non_blocking=True)
-            else:
-                # The link is the narrow place: the bytes cross it uncast, and one chunk on the device receives them.
-                if self._landing.numel() < self._buffers[0].numel():
-                    self._landing = torch.empty_like(self._buffers[0], device=self._arena.device)
-                landed = self._landing[:size]
-                landed.copy_(read, non_blocking=True)
-                cast = landed.view(TORCH_DTYPES[source])
-                end = place + cast.numel() * TORCH_DTYPES[target].itemsize
-                self._arena[place:end].view(TORCH_DTYPES[target]).copy_(cast)
-            event.record(self._stream)
-
-        self._events[self._at] = event
+        self._copies[self._at] = self._copy(self._buffers[self._at][:size], place, source, target)
 
     def finish(self) -> None:
-        self._stream.synchronize()
+        for pending in self._copies:
+            if pending is not None:
+                pending.synchronize()
 
 
 def view(memory: mmap.mmap, place: int, shape: tuple[int, ...], dtype: str) -> Tensor:
@@ -174,14 +198,24 @@ def view(memory: mmap.mmap, place: int, shape: tuple[int, ...], dtype: str) -> T
 
 
 def map_file(fd: int, size: int) -> mmap.mmap:
-    """A private, writable mapping of a whole file, all of its pages present.
+    """A private, writable mapping of a whole file.
 
     Writing to the mapping changes neither the file nor what others see of it.
     """
-    mapping = mmap.mmap(fd, size, access=mmap.ACCESS_COPY)
-    try:
-        mapping.madvise(MADV_POPULATE_READ)  # 30 times faster than a fault per page
-    except (OSError, ValueError):
-        pass  # an older kernel: pages come one by one, as they are touched
+    return mmap.mmap(fd, size, access=mmap.ACCESS_COPY)
 
-    return mapping
+
+def populate(mapping: mmap.mmap) -> None:
+    """Have all pages of a mapping present: 30 times faster than a fault for each, as they are touched.
+
+    By ctypes, because the method of the mapping does not let other threads run meanwhile. An older kernel refuses; then
+    the pages come one by one.
+    """
+    first = ctypes.c_char.from_buffer(mapping)
+    try:
+        _libc.madvise(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(mapping)), MADV_POPULATE_READ)
+    finally:
+        del first  # a mapping that is still exported can't be closed
+
+
+_libc = ctypes.CDLL(None)
