@@ -69,6 +69,8 @@ class Architecture:
     name: str
     family: str
     overrides: tuple[Mapping[str, object], ...]
+    sources: tuple[str, ...] = field(default=(), compare=False)
+    """Where each of ``overrides`` comes from, for messages; may be shorter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,8 @@ class AssetCard:
     """The folder of the file that states each field, by the field's name."""
     source: str = field(default="", compare=False)
     """The file and the document that the card comes from."""
+    sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """The document that states a field, by the field's name, where it is an overlay."""
 
     def field(self, name: str) -> AssetCardField:
         """The field ``name`` of this card or of the nearest base that has it.
@@ -97,9 +101,11 @@ class AssetCard:
 
     def maybe_get_field(self, name: str) -> AssetCardField | None:
         """As :meth:`field`, but ``None`` where no card of the chain has it."""
-        for card in self.chain():
+        card: AssetCard | None = self
+        while card is not None:  # not over `chain()`: an import asks six fields of each of its cards
             if name in card.metadata:
                 return AssetCardField(name, self, card.metadata[name], card.folders.get(name))
+            card = card.base
 
         return None
 
@@ -121,6 +127,10 @@ class AssetCard:
         merged.pop("base", None)
 
         return merged
+
+    def source_of(self, name: str) -> str:
+        """The document that states the card's own field ``name``."""
+        return self.sources.get(name, self.source)
 
     def _at(self) -> str:
         return f" ({self.source})" if self.source else ""
@@ -244,7 +254,7 @@ def resolve_card(name: str, envs: Sequence[str], look_up: Callable[[str], Mappin
     :raises AssetCardError: a base that does not exist, or that leads back to a card of the chain.
     """
     # The chain is walked down first and built up afterwards, as frozen cards need their base when they are made.
-    layers: list[tuple[str, dict[str, object], dict[str, Path | None], str]] = []
+    layers: list[tuple[str, dict[str, object], dict[str, Path | None], str, dict[str, str]]] = []
     seen: list[str] = []
     at: str | None = name
 
@@ -260,12 +270,14 @@ def resolve_card(name: str, envs: Sequence[str], look_up: Callable[[str], Mappin
 
         metadata = dict(entry.metadata)
         folders: dict[str, Path | None] = dict.fromkeys(metadata, entry.folder)
+        sources: dict[str, str] = {}
         overlay = next((entries[env] for env in envs if env in entries), None)
         if overlay is not None:
             metadata.update(overlay.metadata)
             folders.update(dict.fromkeys(overlay.metadata, overlay.folder))
+            sources = dict.fromkeys(overlay.metadata, overlay.source)
 
-        layers.append((at, metadata, folders, entry.source))
+        layers.append((at, metadata, folders, entry.source, sources))
         seen.append(at)
 
         base = metadata.get("base")
@@ -276,8 +288,8 @@ def resolve_card(name: str, envs: Sequence[str], look_up: Callable[[str], Mappin
             )
 
     card: AssetCard | None = None
-    for layer_name, metadata, folders, source in reversed(layers):
-        card = AssetCard(layer_name, metadata, card, folders, source)
+    for layer_name, metadata, folders, source, sources in reversed(layers):
+        card = AssetCard(layer_name, metadata, card, folders, source, sources)
 
     return card
 
@@ -309,4 +321,11 @@ def resolve_architecture(
             cycle = " → ".join([*(other.name for other in chain), str(at)])
             raise AssetCardError(name, f"The bases of the {family} architecture {name!r} form a cycle: {cycle}.")
 
-    return Architecture(name=name, family=family, overrides=tuple(entry.config for entry in reversed(chain)))
+    chain.reverse()
+
+    return Architecture(
+        name=name,
+        family=family,
+        overrides=tuple(entry.config for entry in chain),
+        sources=tuple(entry.source for entry in chain),
+    )
