@@ -1,0 +1,97 @@
+"""Built-in cards, and the form of card files, against fairseq2's; ``dump_fairseq2_cards.py`` wrote what it ships."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lading.card import CardEntry, resolve_card
+from lading.cardfile import dump, parse
+
+DUMPED: dict[str, Any] = json.loads(Path(__file__).with_name("fairseq2_cards.json").read_text(encoding="utf-8"))
+FILES: dict[str, list[dict[str, Any]]] = DUMPED["files"]
+RESOLVED: dict[str, dict[str, dict[str, Any]]] = DUMPED["resolved"]
+
+FIELDS = (
+    "model_family",
+    "model_arch",
+    "model_config",
+    "checkpoint",
+    "checkpoint_path",
+    "tokenizer",
+    "tokenizer_path",
+    "tokenizer_family",
+)
+
+
+def entries(cards: list[dict[str, Any]]) -> list[CardEntry]:
+    return [
+        CardEntry(name=card["name"], metadata={key: value for key, value in card.items() if key != "name"})
+        for card in cards
+    ]
+
+
+def resolved(name: str, cards: list[CardEntry]) -> dict[str, object]:
+    by_name = {card.name: card for card in cards}
+
+    def look_up(name: str) -> Mapping[str, CardEntry]:
+        return {"": by_name[name]} if name in by_name else {}
+
+    card = resolve_card(name, (), look_up)
+    assert card is not None
+
+    return card.fields()
+
+
+def seeds(family: str) -> list[CardEntry]:
+    name = f"{family}.yaml"
+    data = files("lading.seeds").joinpath(name).read_bytes()
+
+    return list(parse(data, source=f"package:lading.seeds/{name}").cards)
+
+
+@pytest.mark.parametrize("family", RESOLVED)
+def test_built_in_cards_say_what_fairseq2_says(family: str) -> None:
+    cards = seeds(family)
+
+    for name, expected in RESOLVED[family].items():
+        found = resolved(name, cards)
+        assert {key: found.get(key) for key in FIELDS} == {key: expected.get(key) for key in FIELDS}, name
+        assert {key: found.get(key) for key in expected} == expected, name
+
+
+@pytest.mark.parametrize("family", RESOLVED)
+def test_fairseq2_resolves_its_own_cards_as_this_project_does(family: str) -> None:
+    cards = entries(FILES[f"models/{family}.yaml"])
+
+    for name, expected in RESOLVED[family].items():
+        assert resolved(name, cards) == expected
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_card_files_of_all_families_are_read_and_written(name: str) -> None:
+    cards = entries(FILES[name])
+
+    found = parse(dump(cards).encode(), source="stdin")
+
+    assert found.problems == ()
+    assert found.architectures == ()
+    assert [(card.name, card.env, card.metadata) for card in found.cards] == [
+        (card.name, "", card.metadata) for card in cards
+    ]
+
+
+def test_all_card_files_make_one_catalog() -> None:
+    """Whose families are not all known here, and one card of which has a base that does not exist."""
+    cards = [card for name in FILES for card in entries(FILES[name])]
+
+    found = parse(dump(cards).encode(), source="stdin")
+
+    assert found.problems == ()
+    assert len(found.cards) == sum(map(len, FILES.values()))
+    assert {card.base for card in found.cards} - {None} - {card.name for card in found.cards} == {"wav2vec2_asr"}
