@@ -29,32 +29,45 @@ class FileStat:
         return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
-@lru_cache(maxsize=64)
 def file_system_type(path: Path) -> str:
     """The type of the file system that holds ``path`` (``ext4``, ``nfs4`` …); empty where the system does not say."""
+    return _mount(path)[0]
+
+
+def on_network(path: Path) -> bool:
+    """Whether ``path`` lies on a file system that is shared between hosts."""
+    return _NETWORK.fullmatch(file_system_type(path)) is not None
+
+
+def place_id(path: Path) -> str:
+    """Where the path ``path`` means this file: on this machine, or wherever the same network file system is mounted."""
+    kind, source = _mount(path)
+
+    return f"{kind}:{source}" if on_network(path) else host_id()
+
+
+@lru_cache(maxsize=64)
+def _mount(path: Path) -> tuple[str, str]:
+    """The type and the source of the file system that holds ``path``."""
     try:
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return ""
+        return "", ""
 
     try:
         device = os.stat(path).st_dev
     except OSError:
-        return file_system_type(path.parent) if path != path.parent else ""
+        return _mount(path.parent) if path != path.parent else ("", "")
 
     wanted = f"{os.major(device)}:{os.minor(device)}"
     for line in reversed(mounts):  # the mount that came last covers the ones before it
         # https://www.kernel.org/doc/Documentation/filesystems/proc.txt, 3.5: "… major:minor … - type source options"
         fields, _, behind = line.partition(" - ")
         if fields.split(" ")[2] == wanted:
-            return behind.split(" ", 1)[0]
+            kind, source, *_ = [*behind.split(" "), ""]
+            return kind, source
 
-    return ""
-
-
-def on_network(path: Path) -> bool:
-    """Whether ``path`` lies on a file system that is shared between hosts."""
-    return _NETWORK.fullmatch(file_system_type(path)) is not None
+    return "", ""
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,58 @@
+"""How Alembic runs the migrations: by lading, on a connection that it gives, or by a developer's `alembic` command."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alembic import context
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection
+
+from lading.catalog.engine import APPLICATION_ID, Target, file_engine, server_engine, transaction
+from lading.catalog.lifecycle import VERSION_TABLE
+from lading.catalog.schema import Row
+from lading.settings import Settings
+
+
+def stamp(ctx: MigrationContext, **event: Any) -> None:
+    """Write the version where opening a catalog can read it without Alembic: in the header of the file."""
+    if ctx.dialect.name == "sqlite":
+        version = max((int(head) for head in event["heads"]), default=0)
+        ctx.execute(f"PRAGMA user_version = {version}")
+        ctx.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+
+
+def number(ctx: MigrationContext, revision: Any, directives: list[Any]) -> None:
+    """Number a new revision: 0001, 0002 and so on. The last number is lading's SCHEMA_VERSION."""
+    head = context.script.get_current_head()
+    directives[0].rev_id = f"{int(head or 0) + 1:04d}"
+
+
+def run(connection: Connection | None, **options: Any) -> None:
+    context.configure(
+        connection=connection,
+        target_metadata=Row.metadata,
+        version_table=VERSION_TABLE,
+        # Alembic takes SQLite for a database that cannot undo a change of the schema. It can.
+        transactional_ddl=True,
+        transaction_per_migration=False,
+        render_as_batch=True,
+        on_version_apply=stamp,
+        process_revision_directives=number,
+        **options,
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+given: Connection | None = context.config.attributes.get("connection")
+
+if given is not None:
+    run(given)
+elif context.is_offline_mode():
+    run(None, url=Settings.from_environment().database_url, literal_binds=True)
+else:
+    target = Target.from_url(Settings.from_environment().database_url)
+    engine = server_engine(target) if target.path is None else file_engine(target.path, create=True, foreign_keys=False)
+    with transaction(engine, target, write=True) as own:
+        run(own)

@@ -1,0 +1,109 @@
+"""Rows of cards and architectures as the entries of card files that they came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+from sqlalchemy import ColumnElement, Connection, and_, select
+
+from lading.card import ArchitectureEntry, CardEntry
+from lading.catalog.schema import ArchitectureRow, CardRow, SourceRow
+
+T = TypeVar("T")
+
+CHUNK = 5_000
+"""Values in one condition: well below what any database takes."""
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+def chunks(values: Iterable[T]) -> Iterator[Sequence[T]]:
+    """``values`` in pieces that fit into one statement."""
+    at = iter(values)
+    while piece := list(islice(at, CHUNK)):
+        yield piece
+
+
+def label(uri: str, position: int) -> str:
+    """How messages name a document of a source: ``qwen.yaml[3]``."""
+    return f"{uri.rpartition('/')[2]}[{position}]"
+
+
+def dumps(value: object) -> str:
+    """The JSON text that the catalog keeps.
+
+    :raises ValueError: a number that is none in JSON, or text that is not Unicode.
+    :raises TypeError: a value that JSON does not know.
+    """
+    text = _encode(value)
+    text.encode()  # half of a surrogate pair passes the line above, but not the database's driver
+
+    return text
+
+
+def read_cards(
+    connection: Connection, names: Collection[str] | None = None, *, env: str | None = None
+) -> list[CardEntry]:
+    """The entries of these cards (default: of all), of one environment or of all, in the order of their sources."""
+    only = [] if env is None else [CardRow.env == env]
+    if names is None:
+        return _cards(connection, *only)
+
+    return [entry for piece in chunks(names) for entry in _cards(connection, CardRow.name.in_(piece), *only)]
+
+
+def _cards(connection: Connection, *conditions: ColumnElement[bool]) -> list[CardEntry]:
+    rows = connection.execute(
+        select(CardRow.name, CardRow.env, CardRow.metadata_, CardRow.folder, CardRow.position, SourceRow.uri)
+        .join_from(CardRow, SourceRow, CardRow.source_id == SourceRow.id)
+        .where(*conditions)
+        .order_by(CardRow.source_id, CardRow.position)
+    )
+
+    return [
+        CardEntry(
+            name=name,
+            env=env,
+            metadata=json.loads(metadata),
+            folder=None if folder is None else Path(folder),
+            source=label(uri, position),
+        )
+        for name, env, metadata, folder, position, uri in rows
+    ]
+
+
+def read_architectures(
+    connection: Connection, family: str | None = None, name: str | None = None
+) -> list[tuple[ArchitectureEntry, str]]:
+    """The entries of architectures, in the order of their sources, and the URI of the source of each."""
+    conditions = [
+        *([] if family is None else [ArchitectureRow.family == family]),
+        *([] if name is None else [ArchitectureRow.name == name]),
+    ]
+    rows = connection.execute(
+        select(
+            ArchitectureRow.family,
+            ArchitectureRow.name,
+            ArchitectureRow.base,
+            ArchitectureRow.config,
+            ArchitectureRow.position,
+            SourceRow.uri,
+        )
+        .join_from(ArchitectureRow, SourceRow, ArchitectureRow.source_id == SourceRow.id)
+        .where(and_(True, *conditions))
+        .order_by(ArchitectureRow.source_id, ArchitectureRow.position)
+    )
+
+    return [
+        (
+            ArchitectureEntry(
+                name=row_name, family=row_family, base=base, config=json.loads(config), source=label(uri, position)
+            ),
+            uri,
+        )
+        for row_family, row_name, base, config, position, uri in rows
+    ]

@@ -1,0 +1,109 @@
+"""The values that leave the catalog. All are frozen; none knows of the database."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lading.filesystem import FileStat
+from lading.manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSummary:
+    """A row of the view ``models``, and what is wrong with it."""
+
+    name: str
+    family: str | None
+    """``None`` for a card that is no model, and for a broken one whose family is not known."""
+    arch: str | None
+    base: str | None
+    status: str | None
+    """``ready``, ``remote``, ``gated``, ``unknown-family`` or ``broken``; ``None`` for a card that is no model."""
+    checkpoint: str | None
+    revision: str | None
+    format: str | None
+    bytes: int | None
+    """Of all tensors."""
+    parameters: int | None
+    dtypes: str | None
+    """Separated by commas, that of the most elements first."""
+    shards: int | None
+    license: str | None
+    local_path: str | None
+    verified_at: str | None
+    source: str
+    problem: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArchitectureSummary:
+    """An architecture as one document of a card file states it."""
+
+    name: str
+    family: str
+    base: str | None
+    overrides: Mapping[str, object]
+    """To ``base``, or to the family's defaults."""
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilySummary:
+    """A model family and what the catalog holds of it."""
+
+    name: str
+    registered: bool
+    """Whether an installed package registers it."""
+    architectures: int
+    cards: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalCopy:
+    """A file of a checkpoint on this machine."""
+
+    file: str
+    """Its name within the checkpoint."""
+    path: Path
+    stat: FileStat
+    """The state in which it was last seen; another one now means another content."""
+    verified_at: str | None = None
+    """When, in that state, it was checked against its digest. ISO 8601, UTC."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredCheckpoint:
+    """What the catalog knows of a checkpoint."""
+
+    uri: str
+    revision: str
+    manifest: Manifest
+    copies: tuple[LocalCopy, ...]
+    """Those that can be reached from this machine by their path."""
+    indexed_at: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportReport:
+    """What an import did. Overlays are named ``name@env``, architectures ``family/name (architecture)``."""
+
+    added: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    unchanged: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    """Gone from a file that was imported before."""
+    warnings: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    """What was left out; empty unless the import was told to keep going."""
+
+
+def to_signed(inode: int) -> int:
+    """An inode number as the signed 64-bit integer that databases have; some file systems use all 64 bits."""
+    return inode - (1 << 64) if inode >= 1 << 63 else inode
+
+
+def from_signed(inode: int) -> int:
+    """What :func:`to_signed` was given."""
+    return inode + (1 << 64) if inode < 0 else inode

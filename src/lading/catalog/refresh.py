@@ -1,0 +1,229 @@
+"""What a catalog takes up by itself when it is opened: registered families, the package's cards, the user's card files.
+
+An opening that finds nothing new costs a few milliseconds: it hashes the package's files, looks at the state of the
+user's, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, Row, insert, select, update
+
+from lading import __version__
+from lading.card import path_uri, uri_path
+from lading.catalog.apply import apply
+from lading.catalog.provenance import newer
+from lading.catalog.rows import forget
+from lading.catalog.schema import FamilyRow, SourceRow
+from lading.filesystem import FileStat
+from lading.settings import Settings
+
+if TYPE_CHECKING:
+    from lading.cardfile import CardFile
+
+SUFFIXES = (".yaml", ".yml", ".jsonl")
+"""Of card files."""
+
+_GROUP = "lading.families"
+_SEEDS = "lading.seeds"
+
+_log = logging.getLogger("lading")
+
+
+def card_files(path: Path) -> Iterator[Path]:
+    """The card files in a folder and the folders below it, by name; or ``path`` itself, if it is a file."""
+    if not path.is_dir():
+        if path.exists():
+            yield path
+        return
+
+    for folder, folders, names in os.walk(path):
+        folders.sort()
+        for name in sorted(names):
+            if name.endswith(SUFFIXES):
+                yield Path(folder, name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class News:
+    """What differs between the catalog and the world."""
+
+    families: Mapping[str, str | None]
+    """The entry points of families, where they changed; ``None`` for one that is registered no longer."""
+    seeds: Mapping[str, bytes] | None
+    """The package's card files by URI, if any of them changed."""
+    changed: Mapping[str, FileStat]
+    """The user's card files that changed, and their state."""
+    gone: frozenset[str]
+    """The user's card files that are no more."""
+
+    def __bool__(self) -> bool:
+        return bool(self.families or self.seeds is not None or self.changed or self.gone)
+
+
+def look(connection: Connection, settings: Settings) -> News:
+    """Compare the catalog with the world."""
+    sources = {
+        row.uri: row
+        for row in connection.execute(
+            select(
+                SourceRow.uri,
+                SourceRow.kind,
+                SourceRow.sha256,
+                SourceRow.size,
+                SourceRow.mtime_ns,
+                SourceRow.version,
+                SourceRow.problems,
+            )
+        )
+    }
+    changed, gone = _user_news(sources, settings)
+
+    return News(families=_family_news(connection), seeds=_seed_news(sources), changed=changed, gone=gone)
+
+
+def take(connection: Connection, news: News) -> None:
+    """Bring the catalog up to date. What is wrong in a file of the user is logged, and the rest goes in."""
+    _take_families(connection, news.families)
+    if news.seeds is not None:
+        _take_seeds(connection, news.seeds)
+    if news.changed or news.gone:
+        _take_user_files(connection, news)
+
+
+# --- families --------------------------------------------------------------------------------------------------------
+
+
+def _family_news(connection: Connection) -> dict[str, str | None]:
+    registered = {entry.name: entry.value for entry in importlib.metadata.entry_points(group=_GROUP)}
+    known = {row[0]: row[1] for row in connection.execute(select(FamilyRow.name, FamilyRow.entry_point))}
+    lost = [name for name, entry_point in known.items() if entry_point is not None and name not in registered]
+
+    return {name: value for name, value in registered.items() if known.get(name) != value} | dict.fromkeys(lost)
+
+
+def _take_families(connection: Connection, families: Mapping[str, str | None]) -> None:
+    for name, entry_point in families.items():
+        values = {"entry_point": entry_point}
+        if not connection.execute(update(FamilyRow).where(FamilyRow.name == name).values(values)).rowcount:
+            connection.execute(insert(FamilyRow).values(name=name, **values))
+    if None in families.values():
+        forget(connection, (), restore_seeds=False)
+
+
+# --- the package's cards ---------------------------------------------------------------------------------------------
+
+
+def _seed_news(sources: Mapping[str, Row[*tuple[Any, ...]]]) -> dict[str, bytes] | None:
+    seeds = {
+        f"package:{_SEEDS}/{file.name}": file.read_bytes()
+        for file in files(_SEEDS).iterdir()
+        if file.name.endswith(SUFFIXES)
+    }
+    stored = {uri: row for uri, row in sources.items() if row.kind == "seed"}
+    if {uri: row.sha256 for uri, row in stored.items()} == {uri: _sha256(data) for uri, data in seeds.items()}:
+        return None
+    # Two versions of lading may share a catalog: the older one does not take back what the newer one brought.
+    if any(newer(row.version, __version__) for row in stored.values()):
+        return None
+
+    return seeds
+
+
+def _take_seeds(connection: Connection, seeds: Mapping[str, bytes]) -> None:
+    stored = connection.scalars(select(SourceRow.uri).where(SourceRow.kind == "seed"))
+    report = apply(
+        connection,
+        [_parse(uri, data, folder=None) for uri, data in sorted(seeds.items())],
+        kind="seed",
+        keep_going=True,
+        gone=set(stored) - seeds.keys(),
+    )
+    for line in report.problems:
+        _log.warning("A card that comes with lading was left out: %s", line)
+
+
+# --- the user's cards ------------------------------------------------------------------------------------------------
+
+
+def _user_news(
+    sources: Mapping[str, Row[*tuple[Any, ...]]], settings: Settings
+) -> tuple[dict[str, FileStat], frozenset[str]]:
+    changed: dict[str, FileStat] = {}
+    present: set[str] = set()
+
+    for file in (file for path in settings.card_paths for file in card_files(path)):
+        uri = path_uri(file)
+        present.add(uri)
+        try:
+            uri.encode()
+            stat = FileStat.from_stat(os.stat(file))
+        except OSError:  # a link that leads nowhere, or a file that has just gone
+            continue
+        except UnicodeEncodeError:
+            _log.warning("The card file %r is not imported, as its name is not Unicode text. Rename it.", str(file))
+            continue
+        row = sources.get(uri)
+        if row is None or (row.size, row.mtime_ns) != (stat.size, stat.mtime_ns):
+            changed[uri] = stat
+        elif row.problems is not None and row.kind == "user":
+            _log.warning("Not all of the card file %s is in the catalog: %s", file, row.problems)
+
+    # A file is gone if its folder is there and it is not: a folder that is missing may be a disk of another machine.
+    gone = frozenset(
+        uri
+        for uri, row in sources.items()
+        if row.kind == "user"
+        and uri not in present
+        and (path := uri_path(uri)) is not None
+        and not os.path.lexists(path)
+        and (path.parent.is_dir() or any(path.is_relative_to(known) for known in settings.card_paths))
+    )
+
+    return changed, gone
+
+
+def _take_user_files(connection: Connection, news: News) -> None:
+    known = {row[0]: row[1] for row in connection.execute(select(SourceRow.uri, SourceRow.sha256))}
+    parsed: list[CardFile] = []
+
+    for uri, stat in news.changed.items():
+        path = uri_path(uri)
+        assert path is not None
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            _log.warning("The card file %s cannot be read, so its cards were not imported: %s", path, error)
+            continue
+        if known.get(uri) == _sha256(data):
+            connection.execute(
+                update(SourceRow)
+                .where(SourceRow.uri == uri)
+                .values(kind="user", size=stat.size, mtime_ns=stat.mtime_ns)
+            )
+        else:
+            parsed.append(_parse(uri, data, folder=path.parent))
+
+    report = apply(connection, parsed, kind="user", keep_going=True, stats=news.changed, gone=news.gone)
+    for line in report.problems:
+        _log.warning("Not all of your cards were imported: %s", line)
+
+
+def _parse(uri: str, data: bytes, *, folder: Path | None) -> CardFile:
+    # Reading YAML imports much, and most openings read none.
+    from lading.cardfile import parse
+
+    return parse(data, source=uri, folder=folder, label=uri.rpartition("/")[2], json_lines=uri.endswith(".jsonl"))
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

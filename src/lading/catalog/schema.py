@@ -1,0 +1,268 @@
+"""The rows of the catalog. They stay in this package: what leaves it are values.
+
+The tables themselves are made by the migrations in ``lading.migrations``, and so are the views; a test finds no
+difference between the two. On SQLite all tables are ``STRICT``; free-form content is JSON in a text column, so that the
+same schema serves PostgreSQL. Times are ISO 8601 in UTC.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+_STRICT = {"sqlite_strict": True}
+_STRICT_CLUSTERED = {"sqlite_strict": True, "sqlite_with_rowid": False}
+
+
+def _json(column: str) -> CheckConstraint:
+    # PostgreSQL has no such function before version 16, and a type of its own that would not read the same.
+    return CheckConstraint(f"json_valid({column})", name=f"{column}_is_json").ddl_if(dialect="sqlite")
+
+
+class Row(DeclarativeBase):
+    """The base of all rows."""
+
+    metadata = MetaData(
+        naming_convention={
+            "pk": "pk_%(table_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_name)s",
+            "ix": "ix_%(table_name)s_%(column_0_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+        }
+    )
+    # STRICT tables know no BIGINT, and an INTEGER of SQLite has 64 bits anyway.
+    type_annotation_map: ClassVar = {str: Text(), int: BigInteger().with_variant(Integer(), "sqlite")}
+
+
+class SourceRow(Row):
+    """Where cards and architectures come from: a packaged file, a card file of the user, an imported one."""
+
+    __tablename__ = "sources"
+    __table_args__ = (
+        CheckConstraint("kind IN ('seed', 'user', 'import')", name="kind"),
+        _STRICT,
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    uri: Mapped[str] = mapped_column(unique=True)
+    kind: Mapped[str]
+    sha256: Mapped[str | None]
+    """Of the content that was imported; ``None`` asks for the source to be read again."""
+    size: Mapped[int | None]
+    mtime_ns: Mapped[int | None]
+    imported_at: Mapped[str]
+    version: Mapped[str]
+    """The version of lading that imported it."""
+    problems: Mapped[str | None]
+    """What could not be imported, one line each."""
+
+
+class FamilyRow(Row):
+    """A model family that an installed package registers, or that only cards and architectures name."""
+
+    __tablename__ = "families"
+    __table_args__ = (CheckConstraint("name <> ''", name="name"), _STRICT_CLUSTERED)
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    entry_point: Mapped[str | None]
+    """What registers it: ``package.module:OBJECT``."""
+
+
+class ArchitectureRow(Row):
+    """The numbers of a family's configuration, as one document of a card file states them."""
+
+    __tablename__ = "architectures"
+    __table_args__ = (CheckConstraint("name <> ''", name="name"), _json("config"), _STRICT_CLUSTERED)
+
+    family: Mapped[str] = mapped_column(ForeignKey("families.name"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    base: Mapped[str | None]
+    config: Mapped[str]
+    source_id: Mapped[int] = mapped_column(ForeignKey("sources.id", ondelete="CASCADE"), index=True)
+    position: Mapped[int]
+    """The number of the document in its source, counted from zero."""
+
+
+class CardRow(Row):
+    """One document of a card file: a card, or an overlay to it.
+
+    What a card resolves to is kept beside it and brought up to date whenever the card or one of its bases changes. In
+    an overlay these columns are empty: which overlays count is a choice of the process.
+    """
+
+    __tablename__ = "cards"
+    __table_args__ = (
+        UniqueConstraint("name", "env", name="uq_cards_name"),
+        CheckConstraint("name <> ''", name="name"),
+        CheckConstraint("gated IN (0, 1)", name="gated"),
+        _json("metadata"),
+        # Overlays are few: an index of them alone tells at once whether an environment exists.
+        Index("ix_cards_env", "env", sqlite_where=text("env <> ''")),
+        Index("ix_cards_family", "family", "arch"),
+        _STRICT,
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    env: Mapped[str] = mapped_column(server_default="")
+    """The environment of an overlay; empty for the card itself."""
+    metadata_: Mapped[str] = mapped_column("metadata", key="metadata_")
+    """All fields but the name, as JSON."""
+    source_id: Mapped[int] = mapped_column(ForeignKey("sources.id", ondelete="CASCADE"), index=True)
+    position: Mapped[int]
+    folder: Mapped[str | None]
+    """The folder against which relative paths resolve."""
+
+    base: Mapped[str | None] = mapped_column(index=True)
+    """The card that this one is based on, which need not exist."""
+    family: Mapped[str | None] = mapped_column(ForeignKey("families.name"))
+    arch: Mapped[str | None]
+    checkpoint_uri: Mapped[str | None] = mapped_column(index=True)
+    checkpoint_path: Mapped[str | None]
+    license: Mapped[str | None]
+    gated: Mapped[int] = mapped_column(server_default="0")
+    info_url: Mapped[str | None]
+    problem: Mapped[str | None]
+    """Why the card cannot be used: a base that is missing, a field of a wrong type."""
+
+
+class CheckpointRow(Row):
+    """A checkpoint whose tensors are known."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (
+        CheckConstraint("bytes >= 0 AND parameters >= 0 AND tensors >= 0", name="counts"),
+        _json("metadata"),
+        _STRICT,
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    uri: Mapped[str] = mapped_column(unique=True)
+    revision: Mapped[str] = mapped_column(server_default="")
+    format: Mapped[str]
+    bytes: Mapped[int]
+    """Of all tensors, headers apart."""
+    parameters: Mapped[int]
+    dtypes: Mapped[str]
+    """The dtypes that occur, that of the most elements first, separated by commas."""
+    tensors: Mapped[int]
+    index_name: Mapped[str | None]
+    metadata_: Mapped[str] = mapped_column("metadata", key="metadata_")
+    indexed_at: Mapped[str]
+    version: Mapped[str]
+
+
+class ShardRow(Row):
+    """A file of a checkpoint."""
+
+    __tablename__ = "shards"
+    __table_args__ = (
+        UniqueConstraint("checkpoint_id", "name"),
+        CheckConstraint("position >= 0 AND size >= 0", name="numbers"),
+        _STRICT_CLUSTERED,
+    )
+
+    checkpoint_id: Mapped[int] = mapped_column(
+        ForeignKey("checkpoints.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    position: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    name: Mapped[str]
+    size: Mapped[int]
+    sha256: Mapped[str | None]
+
+
+class TensorRow(Row):
+    """A tensor of a checkpoint, in the order of its manifest."""
+
+    __tablename__ = "tensors"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["checkpoint_id", "shard"], ["shards.checkpoint_id", "shards.position"], ondelete="CASCADE"
+        ),
+        UniqueConstraint("checkpoint_id", "name"),
+        CheckConstraint('parameters >= 0 AND bytes >= 0 AND "offset" >= 0', name="numbers"),
+        _json("shape"),
+        _STRICT_CLUSTERED,
+    )
+
+    checkpoint_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    position: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    shard: Mapped[int]
+    """The position of its shard."""
+    name: Mapped[str]
+    dtype: Mapped[str]
+    shape: Mapped[str]
+    parameters: Mapped[int]
+    bytes: Mapped[int]
+    offset: Mapped[int]
+    """From the beginning of the shard's file."""
+    digest: Mapped[str | None]
+
+
+class CopyRow(Row):
+    """A local copy of a shard, or of the index file, and the state in which it was last seen."""
+
+    __tablename__ = "copies"
+    __table_args__ = (CheckConstraint("size >= 0", name="numbers"), _STRICT_CLUSTERED)
+
+    checkpoint_id: Mapped[int] = mapped_column(
+        ForeignKey("checkpoints.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    file: Mapped[str] = mapped_column(primary_key=True)
+    """Its name within the checkpoint."""
+    place: Mapped[str] = mapped_column(primary_key=True)
+    """The machine, or the network file system, where ``path`` means this copy."""
+    path: Mapped[str]
+    size: Mapped[int]
+    mtime_ns: Mapped[int]
+    ctime_ns: Mapped[int]
+    inode: Mapped[int]
+    """As a signed number: some file systems use all 64 bits."""
+    recorded_at: Mapped[str]
+    verified_at: Mapped[str | None]
+
+
+class VerificationRow(Row):
+    """A check of a file against a digest. Rows are only ever added."""
+
+    __tablename__ = "verifications"
+    __table_args__ = (CheckConstraint("result IN ('match', 'mismatch')", name="result"), _STRICT)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    uri: Mapped[str]
+    """The checkpoint."""
+    file: Mapped[str]
+    path: Mapped[str]
+    method: Mapped[str]
+    expected: Mapped[str | None]
+    found: Mapped[str | None]
+    result: Mapped[str]
+    version: Mapped[str]
+    at: Mapped[str]
+
+
+class CardCheckpointRow(Row):
+    """Which checkpoint a card's models are loaded from."""
+
+    __tablename__ = "card_checkpoints"
+    __table_args__ = (_STRICT,)
+
+    card_id: Mapped[int] = mapped_column(
+        ForeignKey("cards.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    checkpoint_id: Mapped[int] = mapped_column(ForeignKey("checkpoints.id", ondelete="CASCADE"), index=True)
+    linked_at: Mapped[str]

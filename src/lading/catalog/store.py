@@ -1,0 +1,366 @@
+"""What the catalog answers: names to cards, architectures and checkpoints. Only frozen values leave."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path
+
+from sqlalchemy import Connection, func, select
+
+from lading.card import (
+    USER_ENV,
+    Architecture,
+    ArchitectureEntry,
+    AssetCard,
+    CardEntry,
+    resolve_architecture,
+    resolve_card,
+    split_name,
+)
+from lading.catalog.database import Database
+from lading.catalog.entries import read_architectures, read_cards
+from lading.catalog.listing import list_models, near_names
+from lading.catalog.manifests import read_manifest
+from lading.catalog.records import (
+    ArchitectureSummary,
+    FamilySummary,
+    LocalCopy,
+    ModelSummary,
+    StoredCheckpoint,
+    from_signed,
+)
+from lading.catalog.resolved import descendants
+from lading.catalog.schema import ArchitectureRow, CardRow, CheckpointRow, CopyRow, FamilyRow
+from lading.errors import (
+    AssetCardError,
+    AssetNotFoundError,
+    ModelArchitectureNotKnownError,
+    did_you_mean,
+)
+from lading.filesystem import FileStat, place_id
+from lading.settings import Settings
+
+__all__ = [
+    "ArchitectureSummary",
+    "AssetStore",
+    "FamilySummary",
+    "LocalCopy",
+    "ModelSummary",
+    "StoredCheckpoint",
+    "get_asset_store",
+]
+
+_log = logging.getLogger("lading")
+
+_MATERIALISED = {"model_family": CardRow.family, "model_arch": CardRow.arch}
+"""Fields whose resolved values are kept in columns."""
+
+
+def get_asset_store() -> AssetStore:
+    """The store over the catalog that the environment names. Opened once per process and set of settings.
+
+    :raises CatalogError: it cannot be opened.
+    :raises CatalogOutdatedError: its schema is older or newer than this version of lading.
+    """
+    settings = Settings.from_environment()
+    store = _store(settings)
+    path = store.database.path
+    if path is not None and not path.exists():  # it was removed under this process: make it anew
+        _store.cache_clear()
+        store = _store(settings)
+
+    return store
+
+
+@lru_cache(maxsize=8)
+def _store(settings: Settings) -> AssetStore:
+    return AssetStore(Database.open(settings), env=settings.env)
+
+
+class AssetStore:
+    """The cards, architectures and checkpoints of a catalog."""
+
+    def __init__(self, database: Database, *, env: str | None = None) -> None:
+        """:param env: the default environment, whose overlays are laid over cards that have none of ``user``."""
+        self._database = database
+        self._env = env
+
+    @property
+    def database(self) -> Database:
+        return self._database
+
+    # --- cards ---
+
+    def retrieve_card(self, name: str) -> AssetCard:
+        """The card that ``name`` means.
+
+        ``name`` alone is the card with its first overlay of ``user`` and the default environment; ``name@env`` the card
+        with just that overlay, ``name@`` without any. The same holds for its bases.
+
+        :raises AssetNotFoundError: there is none.
+        :raises AssetCardError: a base is missing or leads back to the card, or nothing is known of the environment.
+        """
+        card = self.maybe_retrieve_card(name)
+        if card is None:
+            near = self._near(split_name(name)[0], models=False)
+            raise AssetNotFoundError(name, f" Did you mean {' or '.join(map(repr, near))}?" if near else "")
+
+        return card
+
+    def maybe_retrieve_card(self, name: str) -> AssetCard | None:
+        """As :meth:`retrieve_card`, but ``None`` where there is no such card."""
+        plain, env = split_name(name)
+        if not plain or not _is_text(name):
+            return None
+
+        with self._database.read() as connection:
+            envs = self._envs(connection, plain, env)
+            return resolve_card(plain, envs, lambda name: _by_env(read_cards(connection, [name])))
+
+    def find_cards(self, field: str, value: object) -> Iterator[AssetCard]:
+        """All cards whose field ``field``, their own or a base's, equals ``value``. A bad card is logged and left out.
+
+        :raises AssetCardError: nothing is known of the default environment.
+        """
+        with self._database.read() as connection:
+            envs = self._envs(connection, "", None)
+            names, entries = self._candidates(connection, field, value, envs)
+
+        for name in names:
+            try:
+                card = resolve_card(name, envs, lambda name: entries.get(name, {}))
+                found = None if card is None else card.maybe_get_field(field)
+            except AssetCardError as error:
+                _log.warning("A card of the catalog cannot be used: %s", error)
+                continue
+            if card is not None and found is not None and found.value == value:
+                yield card
+
+    @property
+    def asset_names(self) -> Set[str]:
+        """The names of all cards, overlays apart."""
+        with self._database.read() as connection:
+            return frozenset(connection.scalars(select(CardRow.name).where(CardRow.env == "")))
+
+    def _candidates(
+        self, connection: Connection, field: str, value: object, envs: Sequence[str]
+    ) -> tuple[list[str], Mapping[str, Mapping[str, CardEntry]]]:
+        """Names of cards among which are all that match, and the entries of these cards and their bases."""
+        kept = _MATERIALISED.get(field)
+        if kept is None or not isinstance(value, str) or not _is_text(value):
+            entries = _grouped(read_cards(connection))
+            return sorted(name for name, by_env in entries.items() if "" in by_env), entries
+
+        # What is kept is true of every card on whose chain no overlay lies.
+        overlaid = set(connection.scalars(select(CardRow.name).where(CardRow.env != "", CardRow.env.in_(envs))))
+        names = set(connection.scalars(select(CardRow.name).where(CardRow.env == "", kept == value)))
+        names |= descendants(connection, overlaid) | overlaid
+
+        entries = {}
+        level: Collection[str] = names
+        while level:
+            found = _grouped(read_cards(connection, level))
+            entries.update({name: found.get(name, {}) for name in level})
+            bases = {entry.base for by_env in found.values() for entry in by_env.values()}
+            level = {base for base in bases if base is not None and base not in entries}
+
+        return sorted(names), entries
+
+    def _envs(self, connection: Connection, name: str, env: str | None) -> tuple[str, ...]:
+        """The environments whose overlays are tried, first to last."""
+        if env == "":
+            return ()
+
+        wanted = self._env if env is None else env
+        if wanted is not None and wanted != USER_ENV:
+            known = CardRow.env == wanted
+            if not connection.scalar(select(CardRow.id).where(CardRow.env != "", known).limit(1)):
+                envs = connection.scalars(select(CardRow.env).where(CardRow.env != "").distinct())
+                asked = "LADING_ENV names" if env is None else f"{name}@{env} asks for"
+                raise AssetCardError(
+                    name,
+                    f"{asked} the environment {wanted!r}, for which no card has an overlay. "
+                    f"Known: {', '.join(sorted({USER_ENV, *envs}))}.",
+                )
+        if env is not None:
+            return (env,)
+
+        return (USER_ENV,) if wanted in (None, USER_ENV) else (USER_ENV, str(wanted))
+
+    # --- architectures and families ---
+
+    def architecture(self, name: str, family: str) -> Architecture:
+        """The architecture ``name`` of ``family``, with its bases.
+
+        :raises ModelArchitectureNotKnownError: there is none.
+        :raises AssetCardError: a base of it is missing, or leads back to it.
+        """
+        found = self.maybe_architecture(name, family)
+        if found is None:
+            known = [a.name for a in self.architectures(family)]
+            raise ModelArchitectureNotKnownError(name, family, did_you_mean(name, known))
+
+        return found
+
+    def maybe_architecture(self, name: str, family: str) -> Architecture | None:
+        """As :meth:`architecture`, but ``None`` where there is no such architecture."""
+        if not _is_text(name + family):
+            return None
+
+        with self._database.read() as connection:
+
+            def look_up(name: str) -> ArchitectureEntry | None:
+                return next((entry for entry, _ in read_architectures(connection, family, name)), None)
+
+            return resolve_architecture(name, family, look_up)
+
+    def architectures(self, family: str | None = None) -> list[ArchitectureSummary]:
+        """The architectures of a family, or of all families, by family and name."""
+        with self._database.read() as connection:
+            found = read_architectures(connection, family) if family is None or _is_text(family) else []
+
+        summaries = [
+            ArchitectureSummary(name=e.name, family=e.family, base=e.base, overrides=e.config, source=uri)
+            for e, uri in found
+        ]
+
+        return sorted(summaries, key=lambda s: (s.family, s.name))
+
+    def families(self) -> list[FamilySummary]:
+        """The families that packages register, and those that cards and architectures name."""
+        of_cards = select(CardRow.family, func.count()).where(CardRow.env == "").group_by(CardRow.family)
+        of_architectures = select(ArchitectureRow.family, func.count()).group_by(ArchitectureRow.family)
+        with self._database.read() as connection:
+            families = connection.execute(select(FamilyRow.name, FamilyRow.entry_point).order_by(FamilyRow.name)).all()
+            cards = {row[0]: row[1] for row in connection.execute(of_cards)}
+            architectures = {row[0]: row[1] for row in connection.execute(of_architectures)}
+
+        return [
+            FamilySummary(
+                name=name,
+                registered=entry_point is not None,
+                architectures=architectures.get(name, 0),
+                cards=cards.get(name, 0),
+            )
+            for name, entry_point in families
+        ]
+
+    # --- models ---
+
+    def models(
+        self,
+        pattern: str | None = None,
+        *,
+        include_all: bool = False,
+        family: str | None = None,
+        status: str | None = None,
+        limit: int | None = None,
+    ) -> list[ModelSummary]:
+        """The models of the catalog, by name, overlays apart; with their status as this machine sees it.
+
+        :param pattern: a shell-style pattern of the name.
+        :param include_all: also cards that are no models.
+        :param limit: at most so many.
+        """
+        if not _is_text(f"{pattern}{family}"):
+            return []
+
+        with self._database.read() as connection:
+            return list_models(connection, pattern, include_all=include_all, family=family, status=status, limit=limit)
+
+    def suggest(self, name: str) -> list[str]:
+        """The names of the models nearest to ``name``, the nearest first."""
+        return self._near(name, models=True)
+
+    def _near(self, name: str, *, models: bool) -> list[str]:
+        if not name or not _is_text(name):
+            return []
+
+        with self._database.read() as connection:
+            return near_names(connection, name, models=models)
+
+    # --- checkpoints ---
+
+    def checkpoint(self, uri: str) -> StoredCheckpoint | None:
+        """What is known of a checkpoint; ``None`` if nothing is."""
+        if not _is_text(uri):
+            return None
+
+        with self._database.read() as connection:
+            found = connection.execute(
+                select(CheckpointRow.id, CheckpointRow.revision, CheckpointRow.indexed_at).where(
+                    CheckpointRow.uri == uri
+                )
+            ).one_or_none()
+            if found is None:
+                return None
+
+            checkpoint_id, revision, indexed_at = found
+            return StoredCheckpoint(
+                uri=uri,
+                revision=revision,
+                manifest=read_manifest(connection, checkpoint_id),
+                copies=tuple(_copies(connection, checkpoint_id)),
+                indexed_at=indexed_at,
+            )
+
+    # --- export ---
+
+    def entries(self, pattern: str | None = None) -> tuple[list[CardEntry], list[ArchitectureEntry]]:
+        """The documents that the catalog was made from, in their order: all, or those whose name matches a pattern."""
+
+        def matches(name: str) -> bool:
+            return pattern is None or fnmatchcase(name, pattern)
+
+        with self._database.read() as connection:
+            cards = [entry for entry in read_cards(connection) if matches(entry.name)]
+            architectures = [entry for entry, _ in read_architectures(connection) if matches(entry.name)]
+
+        return cards, architectures
+
+
+def _copies(connection: Connection, checkpoint_id: int) -> Iterator[LocalCopy]:
+    rows = connection.execute(
+        select(
+            CopyRow.file,
+            CopyRow.place,
+            CopyRow.path,
+            CopyRow.size,
+            CopyRow.mtime_ns,
+            CopyRow.ctime_ns,
+            CopyRow.inode,
+            CopyRow.verified_at,
+        )
+        .where(CopyRow.checkpoint_id == checkpoint_id)
+        .order_by(CopyRow.file, CopyRow.place)
+    )
+    for file, place, name, size, mtime_ns, ctime_ns, inode, verified_at in rows:
+        path = Path(name)
+        if place == place_id(path.parent):
+            stat = FileStat(size, mtime_ns, ctime_ns, from_signed(inode))
+            yield LocalCopy(file=file, path=path, stat=stat, verified_at=verified_at)
+
+
+def _grouped(entries: Collection[CardEntry]) -> dict[str, dict[str, CardEntry]]:
+    grouped: dict[str, dict[str, CardEntry]] = {}
+    for entry in entries:
+        grouped.setdefault(entry.name, {})[entry.env] = entry
+
+    return grouped
+
+
+def _by_env(entries: Collection[CardEntry]) -> dict[str, CardEntry]:
+    return {entry.env: entry for entry in entries}
+
+
+def _is_text(name: str) -> bool:
+    """Whether ``name`` is Unicode text: half a surrogate pair, as in the path of a file, names nothing here."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+
+    return True
