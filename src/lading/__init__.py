@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from lading.card import Architecture as Architecture
     from lading.card import AssetCard as AssetCard
     from lading.card import AssetCardField as AssetCardField
-    from lading.catalog.ingest import import_cards as import_cards
-    from lading.catalog.query import query as query
+    from lading.catalog.doors import import_cards as import_cards
+    from lading.catalog.doors import query as query
     from lading.catalog.store import AssetStore as AssetStore
     from lading.catalog.store import get_asset_store as get_asset_store
     from lading.checkpoint import index_checkpoint as index_checkpoint
@@ -53,8 +53,8 @@ _HOME = {
     "AssetCard": "card",
     "AssetCardField": "card",
     "Architecture": "card",
-    "import_cards": "catalog.ingest",
-    "query": "catalog.query",
+    "import_cards": "catalog.doors",
+    "query": "catalog.doors",
     "AssetStore": "catalog.store",
     "get_asset_store": "catalog.store",
     "index_checkpoint": "checkpoint",

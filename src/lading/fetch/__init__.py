@@ -21,7 +21,7 @@ def fetch(uri: str, *, inner_path: str | None = None) -> Path:
     if path is None:
         raise FetchError(
             f"The checkpoint is at {uri}, and this version of lading reads local files only. Download it with the tool "
-            "of your choice and give its folder to a card of your own: `name: NAME@user` with `checkpoint: /path/to/it`."
+            "of your choice and name its folder in a card of your own: `name: NAME@user` with `checkpoint: /path`."
         )
 
     return local_checkpoint(path, inner_path=inner_path)

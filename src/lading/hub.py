@@ -1,0 +1,409 @@
+"""The public calls: hubs of families, and ``load_model``.
+
+The calls and their meaning are those of fairseq2 0.8.1's ``fairseq2.models.hub``, so that code written for it works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from lading.card import AssetCard
+from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoint import family_of_folder, iter_tensors, path_checkpoint
+from lading.construct import check_config_type, create_model
+from lading.errors import (
+    AssetCardError,
+    AssetNotFoundError,
+    InternalError,
+    ModelArchitectureNotKnownError,
+    ModelFamilyNotKnownError,
+    ModelNotKnownError,
+    did_you_mean,
+)
+from lading.family import Family, get_family
+from lading.gangs import Gangs, create_fake_gangs
+from lading.loader import DType, LoadReport, arch_config, load_card, load_path, model_config
+
+ModelT = TypeVar("ModelT", bound=Module)
+ModelConfigT = TypeVar("ModelConfigT")
+
+
+class ModelHub(Generic[ModelT, ModelConfigT]):
+    """The models of one family: its cards, its architectures, and the ways to make and to load a model.
+
+    Get one by the accessor of the family, such as :func:`lading.families.qwen.get_qwen_model_hub`.
+    """
+
+    def __init__(self, family: Family[ModelT, ModelConfigT], asset_store: AssetStore) -> None:
+        self._family = family
+        self._asset_store = asset_store
+
+    def iter_cards(self) -> Iterator[AssetCard]:
+        """The cards of this family. A card that is wrong is logged and left out."""
+        return self._asset_store.find_cards("model_family", self._family.name)
+
+    def get_archs(self) -> set[str]:
+        """The names of the family's architectures."""
+        return {arch.name for arch in self._asset_store.architectures(self._family.name)}
+
+    def get_arch_config(self, arch: str) -> ModelConfigT:
+        """A fresh configuration of the architecture ``arch``.
+
+        :raises ModelArchitectureNotKnownError: the family has none of this name.
+        """
+        return cast(ModelConfigT, arch_config(arch, self._family, self._asset_store))
+
+    def maybe_get_arch_config(self, arch: str) -> ModelConfigT | None:
+        """As :meth:`get_arch_config`, but ``None`` where the family has none of this name."""
+        try:
+            return self.get_arch_config(arch)
+        except ModelArchitectureNotKnownError:
+            return None
+
+    def get_model_config(self, card: AssetCard | str) -> ModelConfigT:
+        """A fresh configuration of a model: the architecture that its card names, with the card's overrides.
+
+        :param card: a card, or the name of one.
+
+        :raises ModelNotKnownError: no card has that name.
+        :raises AssetCardError: the card is of another family, names an architecture that is not known, or states
+            overrides that do not fit.
+        """
+        return cast(ModelConfigT, model_config(_retrieve(card, self._asset_store), self._family, self._asset_store))
+
+    def create_new_model(
+        self,
+        config: ModelConfigT,
+        *,
+        gangs: Gangs | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        meta: bool = False,
+    ) -> ModelT:
+        """A new model with random parameters, by the scheme of its architecture.
+
+        :param gangs: instead of ``device``; the model is made on ``gangs.root.device``.
+        :param device: default: the current device.
+        :param dtype: of parameters and persistent buffers; default: ``torch.get_default_dtype()``.
+        :param meta: make it on the meta device, without memory.
+
+        :raises ValueError: both ``gangs`` and ``device``, or a meta device without ``meta``.
+        :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is no dtype.
+        :raises NotSupportedError: ``meta``, and the family cannot.
+        """
+        effective = _effective_gangs(gangs, "cpu" if meta and gangs is None and device is None else device)
+        concrete = _effective_dtype(dtype)
+        if concrete == "auto":
+            raise ValueError(
+                "`dtype` must be a dtype for a new model, as there is no checkpoint that has one of its own"
+            )
+
+        model = create_model(self._family, config, device=effective.root.device, dtype=concrete, meta=meta)
+
+        return cast(ModelT, model)
+
+    def load_model(
+        self,
+        card: AssetCard | str | Path,
+        *,
+        gangs: Gangs | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | Literal["auto"] | None = None,
+        config: ModelConfigT | None = None,
+        mmap: bool = False,
+        progress: bool = True,
+    ) -> ModelT:
+        """A model with its pretrained weights, in train mode.
+
+        :param card: a card, the name of one, or the path of a Hugging Face style folder.
+        :param gangs: instead of ``device``; the parallelism that they hold is applied.
+        :param device: default: the current device.
+        :param dtype: of parameters and persistent buffers; default: ``torch.get_default_dtype()``. ``"auto"`` keeps
+            the checkpoint's own, tensor by tensor.
+        :param config: instead of the card's configuration, for slight changes such as dropout.
+        :param mmap: map the files instead of reading them, where no cast is needed and the device is the CPU.
+        :param progress: show a bar on stderr when it takes longer than half a second.
+
+        :raises ModelNotKnownError: no card has that name.
+        :raises AssetCardError: the card is of another family, names an architecture that is not known, or states
+            overrides that do not fit.
+        :raises ModelGatedError: the card names no checkpoint; the publisher hands it out on request.
+        :raises FetchError: the checkpoint cannot be fetched.
+        :raises FileNotFoundError: nothing is where the checkpoint should be.
+        :raises ModelCheckpointError: the checkpoint is damaged, or does not fit the configuration.
+        :raises NotSupportedError: the checkpoint is quantised.
+        :raises ValueError: both ``gangs`` and ``device``, or a meta device.
+        :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is no dtype.
+        """
+        effective, dtype_ = _effective_gangs(gangs, device), _effective_dtype(dtype)
+        model, _ = _load(
+            card, self._family, lambda: self._asset_store, effective, dtype_, config, mmap=mmap, progress=progress
+        )
+
+        return cast(ModelT, model)
+
+    def load_custom_model(
+        self,
+        path: Path | str,
+        config: ModelConfigT,
+        *,
+        gangs: Gangs | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | Literal["auto"] | None = None,
+        mmap: bool = False,
+        restrict: bool | None = None,
+        progress: bool = True,
+    ) -> ModelT:
+        """A model from a checkpoint file or folder that is not in the catalog.
+
+        :param path: of the file or folder.
+        :param config: the configuration that the checkpoint was made with.
+        :param restrict: limit unpickling, in formats that use pickle, to tensors and plain containers; ``None``: the
+            family's default.
+
+        The other parameters, and what is raised, are as for :meth:`load_model`.
+        """
+        effective, dtype_ = _effective_gangs(gangs, device), _effective_dtype(dtype)
+        check_config_type(config, self._family)
+        model, _ = load_path(
+            Path(path), self._family, config, gangs=effective, dtype=dtype_, mmap=mmap, progress=progress
+        )
+
+        return cast(ModelT, model)
+
+    def iter_checkpoint(
+        self,
+        path: Path | str,
+        config: ModelConfigT,
+        *,
+        gangs: Gangs | None = None,
+        mmap: bool = False,
+        restrict: bool | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Pairs (parameter name, tensor) of a checkpoint, one tensor in memory at a time, on the CPU.
+
+        Names are those of the parameters, after the family's rules; dtypes are the checkpoint's own.
+
+        :raises FileNotFoundError: nothing is at ``path``.
+        :raises ModelCheckpointError: the checkpoint is damaged.
+        :raises TypeError: ``config`` is not of the family's class.
+        """
+        check_config_type(config, self._family)
+
+        return iter_tensors(path_checkpoint(Path(path)), self._family, config, mmap=mmap)
+
+
+class ModelHubAccessor(Generic[ModelT, ModelConfigT]):
+    """Gives the typed hub of a family when it is called; one line on the page of each family.
+
+    .. code:: python
+
+        get_qwen_model_hub = ModelHubAccessor("qwen", Qwen, QwenConfig)
+
+        model = get_qwen_model_hub().load_model("qwen3_0.6b")
+    """
+
+    def __init__(self, family_name: str, kls: type[ModelT], config_kls: type[ModelConfigT]) -> None:
+        self._family_name = family_name
+        self._kls = kls
+        self._config_kls = config_kls
+
+    def __call__(self) -> ModelHub[ModelT, ModelConfigT]:
+        """The hub over the default store.
+
+        :raises ModelFamilyNotKnownError: no installed package registers the family.
+        :raises InternalError: the family has other classes than the accessor was made with.
+        """
+        family = get_family(self._family_name)
+
+        for what, expected, found in (
+            ("models", self._kls, family.kls),
+            ("configurations", self._config_kls, family.config_kls),
+        ):
+            if not issubclass(found, expected):
+                raise InternalError(
+                    f"The {what} of the {family.name} family are expected to be of type {expected.__name__}, but are "
+                    f"of type {found.__name__}."
+                )
+
+        return ModelHub(family, get_asset_store())
+
+
+class GlobalModelLoader:
+    """Loads models of any family; the card decides which."""
+
+    def __init__(self, asset_store: AssetStore | None = None) -> None:
+        """:param asset_store: default: the default store."""
+        self._asset_store = asset_store
+
+    def load(
+        self,
+        card: AssetCard | str | Path,
+        *,
+        gangs: Gangs | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | Literal["auto"] | None = None,
+        config: object | None = None,
+        mmap: bool = False,
+        progress: bool = True,
+    ) -> Module:
+        """See :func:`load_model`."""
+        return self.load_with_report(
+            card, gangs=gangs, device=device, dtype=dtype, config=config, mmap=mmap, progress=progress
+        )[0]
+
+    def load_with_report(
+        self,
+        card: AssetCard | str | Path,
+        *,
+        gangs: Gangs | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | Literal["auto"] | None = None,
+        config: object | None = None,
+        mmap: bool = False,
+        progress: bool = True,
+    ) -> tuple[Module, LoadReport]:
+        """As :meth:`load`, with what the load did."""
+        effective, dtype_ = _effective_gangs(gangs, device), _effective_dtype(dtype)
+
+        return _load(card, None, self._store, effective, dtype_, config, mmap=mmap, progress=progress)
+
+    def _store(self) -> AssetStore:
+        return self._asset_store if self._asset_store is not None else get_asset_store()
+
+
+def load_model(
+    card: AssetCard | str | Path,
+    *,
+    gangs: Gangs | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
+    config: object | None = None,
+    mmap: bool = False,
+    progress: bool = True,
+) -> Module:
+    """A model of any family with its pretrained weights, in train mode.
+
+    Where the family is known beforehand, its own hub gives the right type: ``get_qwen_model_hub().load_model(…)``.
+    Parameters, and what is raised, are as for :meth:`ModelHub.load_model`; a card whose family is not registered, or
+    that names none, is an :class:`AssetCardError`.
+    """
+    return GlobalModelLoader().load(
+        card, gangs=gangs, device=device, dtype=dtype, config=config, mmap=mmap, progress=progress
+    )
+
+
+def load_with_report(
+    card: AssetCard | str | Path,
+    *,
+    gangs: Gangs | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
+    config: object | None = None,
+    mmap: bool = False,
+    progress: bool = True,
+) -> tuple[Module, LoadReport]:
+    """As :func:`load_model`, with what the load did: phases, bytes, reads."""
+    return GlobalModelLoader().load_with_report(
+        card, gangs=gangs, device=device, dtype=dtype, config=config, mmap=mmap, progress=progress
+    )
+
+
+# --- arguments that recur --------------------------------------------------------------------------------------------
+
+
+def _load(
+    card: AssetCard | str | Path,
+    family: Family[Any, Any] | None,
+    store: Callable[[], AssetStore],
+    gangs: Gangs,
+    dtype: DType,
+    config: Any,
+    *,
+    mmap: bool,
+    progress: bool,
+) -> tuple[Module, LoadReport]:
+    if isinstance(card, Path):
+        folder_family, folder_config = family_of_folder(card)
+        if family is not None and family.name != folder_family.name:
+            raise AssetCardError(
+                str(card),
+                f"The checkpoint at {card} is expected to be of the family {family.name!r}, but its config.json is of "
+                f"the family {folder_family.name!r}.",
+            )
+        if config is not None:
+            check_config_type(config, folder_family)
+
+        return load_path(
+            card,
+            folder_family,
+            folder_config if config is None else config,
+            gangs=gangs,
+            dtype=dtype,
+            mmap=mmap,
+            progress=progress,
+        )
+
+    resolved = gangs.root.first(lambda: _retrieve(card, store()))
+    if family is None:
+        family = _family_of(resolved)
+    if config is not None:
+        check_config_type(config, family)
+
+    return load_card(resolved, family, store, gangs=gangs, dtype=dtype, config=config, mmap=mmap, progress=progress)
+
+
+def _retrieve(card: AssetCard | str, store: AssetStore) -> AssetCard:
+    if isinstance(card, AssetCard):
+        return card
+    if not isinstance(card, str):
+        raise TypeError(f"`card` must be an AssetCard, a name, or a Path, but is of type {type(card).__name__}")
+
+    try:
+        return store.retrieve_card(card)
+    except AssetNotFoundError:
+        raise ModelNotKnownError(card, did_you_mean_model(card, store)) from None
+
+
+def did_you_mean_model(name: str, store: AssetStore) -> str:
+    """A hint for a name that no card has; a path in its place is told apart."""
+    if Path(name).exists():
+        return f" A folder is given as a path: `load_model(Path({name!r}))`."
+
+    return did_you_mean(name, store.suggest(name))
+
+
+def _family_of(card: AssetCard) -> Family[Any, Any]:
+    name = card.field("model_family").as_(str)
+    try:
+        return get_family(name)
+    except ModelFamilyNotKnownError as error:
+        raise AssetCardError(card.name, f"The card {card.name!r} asks for the model family {name!r}. {error}") from None
+
+
+def _effective_gangs(gangs: Gangs | None, device: torch.device | str | None) -> Gangs:
+    if gangs is not None:
+        if device is not None:
+            raise ValueError("`gangs` and `device` must not be given together: gangs bring a device of their own")
+        if gangs.root.device.type == "meta":
+            raise ValueError("`gangs` must be on a device that holds data, but are on the meta device")
+        return gangs
+
+    return create_fake_gangs(torch.get_default_device() if device is None else device)
+
+
+def _effective_dtype(dtype: torch.dtype | Literal["auto"] | None) -> DType:
+    if dtype is None:
+        return torch.get_default_dtype()
+    if dtype != "auto" and not isinstance(dtype, torch.dtype):
+        raise TypeError(f'`dtype` must be a torch.dtype, "auto" or None, but is {dtype!r}')
+    if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+        raise ValueError(f"`dtype` must be a floating-point dtype, but is {dtype}")
+
+    return dtype

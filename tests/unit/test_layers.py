@@ -1,0 +1,133 @@
+"""Imports point downward only, and the light parts stay light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lading
+
+ROOT = Path(lading.__file__).parent
+
+LAYERS = [
+    {"errors", "box", "filesystem"},
+    {"documents", "card", "cardfile", "manifest", "settings", "gangs"},
+    {"config", "keymap", "catalog", "formats", "fetch", "nn"},
+    {"transfer"},
+    {"family"},
+    {"checkpoint", "construct"},
+    {"loader"},
+    {"hub"},
+    {"families"},
+    {"cli"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+STRANGERS = {"catalog", "formats", "fetch", "nn"}
+"""Rooms of one layer that must not know one another."""
+
+
+def _room(path: Path) -> str:
+    first = path.relative_to(ROOT).parts[0]
+    return first.removesuffix(".py")
+
+
+def _imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            assert node.module is not None
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.startswith("lading.")}
+
+
+FILES = [p for p in sorted(ROOT.rglob("*.py")) if _room(p) not in {"__init__", "__main__", "migrations", "seeds"}]
+
+
+def test_every_room_has_its_level() -> None:
+    assert {_room(p) for p in FILES} <= LEVEL.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downward(path: Path) -> None:
+    room = _room(path)
+    for name in _imports(path):
+        other = name.split(".")[1]
+        if other in {"migrations", "seeds"}:
+            pytest.fail(f"{path} imports {name}: migrations and seeds are data, found by name")
+        if other == room or other not in LEVEL:
+            continue
+        assert LEVEL[other] <= LEVEL[room], f"{path} imports {name}, which lies above it"
+        assert not ({room, other} <= STRANGERS), f"{path} imports {name}, a room beside it"
+
+
+def test_no_cycle_between_files() -> None:
+    modules = {
+        ".".join(("lading", *p.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): p for p in FILES
+    }
+    graph = {
+        name: {m for m in modules for i in _imports(path) if i == m or i.rpartition(".")[0] == m} - {name}
+        for name, path in modules.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " → ".join((*trail, name))
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def _modules_after(code: str) -> set[str]:
+    script = f"import sys\n{code}\nprint(' '.join(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(out.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import lading; dir(lading)",
+        "import lading.errors, lading.card, lading.manifest, lading.settings, lading.keymap, lading.formats, lading.fetch",
+        "import lading.catalog.store, lading.catalog.query",
+        "import lading.cli",
+    ],
+)
+def test_light_parts_stay_light(code: str) -> None:
+    heavy = {"torch", "pydantic", "alembic", "numpy", "transformers", "huggingface_hub", "ruamel.yaml"}
+    assert not (_modules_after(code) & heavy)
+
+
+def test_the_public_names() -> None:
+    assert sorted(lading.__all__) == sorted(
+        """
+        AssetCard AssetCardField Architecture AssetStore get_asset_store
+        load_model ModelHub ModelHubAccessor GlobalModelLoader LoadReport
+        import_cards index_checkpoint query
+        Family Rule Manifest Gang Gangs create_fake_gangs
+        LadingError ModelNotKnownError ModelFamilyNotKnownError ModelArchitectureNotKnownError ModelGatedError
+        AssetCardError AssetNotFoundError ModelCheckpointError CorruptModelCheckpointError
+        ModelCheckpointMismatchError DigestMismatchError NotSupportedError GangError FetchError CatalogError
+        CatalogOutdatedError PolicyError QueryError InternalError __version__
+        """.split()
+    )
+
+
+@pytest.mark.parametrize("name", lading.__all__)
+def test_each_public_name_is_there(name: str) -> None:
+    assert getattr(lading, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="nope"):
+        _ = lading.nope
