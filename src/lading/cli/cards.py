@@ -1,0 +1,129 @@
+"""`lading import` and `lading export-cards`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from lading.card import AssetCard, AssetCardField, CardEntry, uri_path
+from lading.cli.command import command
+from lading.cli.complete import complete_model
+from lading.cli.output import counted, printable
+
+log = logging.getLogger("lading")
+
+_PATHS = ("checkpoint", "tokenizer")
+"""The fields of a card that may hold a path relative to the card's file."""
+
+
+@command("import")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(allow_dash=True))
+@click.option("--dry-run", is_flag=True, help="Say what would change, and change nothing.")
+@click.option("--replace", is_flag=True, help="Replace cards that came from another source.")
+@click.option("--keep-going", is_flag=True, help="Import the good cards of files that also hold bad ones.")
+def import_(paths: tuple[str, ...], dry_run: bool, replace: bool, keep_going: bool) -> None:
+    """Import cards and architectures from files and folders.
+
+    A file that ends in .jsonl holds one per line; others are YAML. A PATH of - is stdin. With -v all names are shown.
+
+    For example: lading import ./cards --dry-run
+    """
+    from lading.catalog.ingest import collect, import_files
+    from lading.catalog.store import get_asset_store
+    from lading.errors import CardFileError
+
+    files = collect(paths, stdin=sys.stdin.buffer)
+    report = import_files(get_asset_store().database, files, replace=replace, keep_going=keep_going, dry_run=dry_run)
+
+    for warning in report.warnings:
+        log.warning("%s", warning)
+    counts = []
+    for what in ("added", "changed", "unchanged", "removed"):
+        names = getattr(report, what)
+        counts.append(f"{len(names)} {what}")
+        for name in names:
+            log.info("%s %s", what, name)
+    click.echo(f"lading: {', '.join(counts)}{' (dry run: nothing was written)' if dry_run else ''}", err=True)
+
+    for problem in report.problems:
+        click.echo(f"lading: error: {printable(problem)}", err=True)
+    if report.problems:
+        click.get_current_context().exit(CardFileError.exit_code)
+
+
+@command("export-cards")
+@click.argument("pattern", required=False, shell_complete=complete_model)
+@click.option("-o", "--output", type=click.Path(), metavar="FILE", help="Write to FILE instead of stdout.")
+def export_cards(pattern: str | None, output: str | None) -> None:
+    """Write cards and architectures as YAML that can be imported.
+
+    PATTERN is a name with * and ? as in a shell; without one, everything is written.
+
+    For example: lading export-cards 'qwen*' -o qwen.yaml
+    """
+    from lading import cardfile
+    from lading.catalog.store import get_asset_store
+
+    cards, architectures = get_asset_store().entries(pattern)
+    text = cardfile.dump(map(_with_absolute_paths, cards), architectures)
+
+    if output is None or output == "-":
+        click.echo(text, nl=False)
+    else:
+        _write(Path(output), text)
+    click.echo(f"lading: {counted(len(cards), 'card')}, {counted(len(architectures), 'architecture')}", err=True)
+
+
+def _with_absolute_paths(entry: CardEntry) -> CardEntry:
+    """What the card's file said relative to its folder, said so that it holds from anywhere."""
+    if entry.folder is None:
+        return entry
+
+    stated = AssetCard(entry.name, entry.metadata, folders=dict.fromkeys(entry.metadata, entry.folder))
+    paths = {
+        name: _absolute(stated.field(name))
+        for name in _PATHS
+        if isinstance(value := entry.metadata.get(name), str) and value.strip()
+    }
+
+    return replace(entry, metadata={**entry.metadata, **paths})
+
+
+def _absolute(field: AssetCardField) -> str:
+    uri = field.as_uri()
+
+    return str(uri_path(uri) or uri)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file such that it is there in full or as it was before; a pipe or a device is simply written to."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+
+    path = path.resolve()
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        try:
+            file.write(text)
+            file.flush()
+            Path(file.name).chmod(stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~_umask())
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+
+    return mask

@@ -1,0 +1,176 @@
+"""Commands and groups that load on demand, know the global options, and turn every failure into a line and a code."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib import import_module
+from typing import Any, NoReturn
+
+import click
+
+from lading.cli.failure import INTERRUPTED, USAGE, report
+from lading.errors import did_you_mean
+
+_DEBUG = "lading.debug"
+
+log = logging.getLogger("lading")
+
+
+def _set_debug(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    # All contexts of one command line share `meta`, so the option counts wherever it stands.
+    if value:
+        context.meta[_DEBUG] = True
+
+
+def _set_verbose(context: click.Context, parameter: click.Parameter, value: int) -> None:
+    if value:
+        log.setLevel(logging.INFO if value == 1 else logging.DEBUG)
+
+
+def _global_options(*, hidden: bool) -> list[click.Parameter]:
+    return [
+        click.Option(
+            ["-v", "--verbose"], count=True, expose_value=False, callback=_set_verbose, hidden=hidden,
+            help="Say what is being done; twice: in detail.",
+        ),
+        click.Option(
+            ["--debug"], is_flag=True, expose_value=False, callback=_set_debug, hidden=hidden,
+            help="Show the traceback of an error.",
+        ),
+    ]  # fmt: skip
+
+
+class Command(click.Command):
+    """A command that takes the global options behind its name too: ``lading load NAME --debug``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += _global_options(hidden=True)
+
+
+command = partial(click.command, cls=Command)
+"""The decorator of a command."""
+
+
+class Group(click.Group):
+    """A group of commands that are imported only once they are needed.
+
+    :param lazy: name of a subcommand → ``"module:attribute"``, in the order in which help shows them.
+    :param aliases: further names of subcommands, which help does not show.
+    """
+
+    command_class = Command
+
+    def __init__(
+        self, *args: Any, lazy: Mapping[str, str] | None = None, aliases: Mapping[str, str] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._lazy = dict(lazy or {})
+        self._aliases = dict(aliases or {})
+        self.params += _global_options(hidden=not isinstance(self, Program))
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:
+            click.echo(ctx.get_help(), err=True)
+            ctx.exit(USAGE)
+
+        return super().parse_args(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*self._lazy, *self.commands]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        name = self._aliases.get(cmd_name, cmd_name)
+        if name in self._lazy:
+            module, _, attribute = self._lazy[name].partition(":")
+            command = getattr(import_module(module), attribute)
+            assert isinstance(command, click.Command)
+            return command
+
+        return super().get_command(ctx, name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
+            ctx.fail(f"No such command {args[0]!r}.{did_you_mean(args[0], self.list_commands(ctx))}")
+
+        return super().resolve_command(ctx, args)
+
+
+class Program(Group):
+    """The whole command line."""
+
+    def main(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> NoReturn:
+        """Run it and exit; see the exit codes in :mod:`lading.errors`."""
+        extra.pop("standalone_mode", None)
+        handler, level = _Stderr(), log.level
+        log.addHandler(handler)
+        log.setLevel(logging.WARNING)
+        _never_fail_to_encode()
+
+        try:
+            code = super().main(args, prog_name or "lading", standalone_mode=False, **extra)
+        except click.Abort:
+            code = INTERRUPTED
+        except click.ClickException as error:
+            code = report(error, debug=False)
+        except Exception as error:
+            # No command has begun yet, so it is not what the user asked for that failed.
+            code = report(error, debug=True)
+        finally:
+            log.removeHandler(handler)
+            log.setLevel(level)
+
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            # A reader that has gone is noticed here rather than by the interpreter on its way out.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except BaseException as error:
+            if isinstance(error, SystemExit):
+                raise
+            code = report(error, debug=bool(ctx.meta.get(_DEBUG)))
+            _abandon_stdout()
+            ctx.exit(code)
+
+        return result
+
+
+class _Stderr(logging.Handler):
+    """Messages of the package on stderr; whatever ``sys.stderr`` is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        label = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        try:
+            click.echo(f"lading: {label}{record.getMessage()}", err=True)
+        except Exception:
+            self.handleError(record)
+
+
+def _never_fail_to_encode() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _abandon_stdout() -> None:
+    """Nothing more can be written where the reader is gone or the disk is full; don't let the interpreter try again."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,49 @@
+"""Names for the shell's completion: quick, and silent whatever happens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from glob import escape
+from typing import TYPE_CHECKING
+
+import click
+from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from lading.catalog.store import AssetStore
+
+_MOST = 200
+
+
+def complete_model(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of models."""
+    return _silent(lambda store: [m.name for m in store.models(f"{escape(incomplete)}*", limit=_MOST)])
+
+
+def complete_target(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of models, or files where the word is a path already."""
+    if "/" in incomplete or incomplete.startswith((".", "~")):
+        return [CompletionItem(incomplete, type="file")]
+
+    return complete_model(context, parameter, incomplete)
+
+
+def complete_family(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of families."""
+    return _silent(lambda store: [f.name for f in store.families() if f.name.startswith(incomplete)])
+
+
+def _silent(produce: Callable[[AssetStore], Iterable[str]]) -> list[CompletionItem]:
+    # There may be no catalog yet, or one of another version: a key press must neither make one nor complain.
+    logging.getLogger("lading").setLevel(logging.CRITICAL + 1)
+    try:
+        from lading.catalog.database import Database
+        from lading.catalog.store import AssetStore
+        from lading.settings import Settings
+
+        settings = Settings.from_environment()
+        store = AssetStore(Database.open(settings, create=False), env=settings.env)
+        return [CompletionItem(name) for name in produce(store)]
+    except Exception:
+        return []

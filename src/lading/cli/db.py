@@ -1,0 +1,88 @@
+"""`lading db`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lading.cli.command import Group
+from lading.cli.output import printable
+
+DRIFT = 6
+
+
+@click.group("db", cls=Group)
+def db() -> None:
+    """Look after the catalog's database.
+
+    For example: lading db check
+    """
+
+
+@db.command("upgrade")
+def upgrade() -> None:
+    """Bring the schema to the version of this package, after a backup.
+
+    For example: lading db upgrade
+    """
+    from lading.catalog import database
+    from lading.settings import Settings
+
+    report = database.upgrade(Settings.from_environment())
+    _say_backup(report.backup)
+    if report.from_version == report.to_version:
+        click.echo(f"lading: the catalog is of version {report.to_version} already", err=True)
+    else:
+        click.echo(f"lading: from version {report.from_version} to {report.to_version}", err=True)
+
+
+@db.command("downgrade")
+@click.option("--to", "version", required=True, metavar="VERSION", help="The version of an older package.")
+def downgrade(version: str) -> None:
+    """Bring the schema back to an older VERSION, after a backup. What that has no place for is lost.
+
+    For example: lading db downgrade --to 1
+    """
+    from lading.catalog import database
+    from lading.settings import Settings
+
+    _say_backup(database.downgrade(Settings.from_environment(), version))
+    click.echo(f"lading: the catalog is of version {version} now", err=True)
+
+
+@db.command("check")
+def check() -> None:
+    """Say whether the database is whole and has this package's schema.
+
+    For example: lading db check
+    """
+    from lading.catalog import database
+    from lading.settings import Settings
+
+    problems = database.check(Settings.from_environment())
+    if not problems:
+        click.echo("ok")
+        return
+
+    for problem in problems:
+        click.echo(problem)
+    click.get_current_context().exit(DRIFT)
+
+
+@db.command("backup")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+def backup(file: Path | None) -> None:
+    """Copy the database to FILE while others may use it, and print the copy's path.
+
+    For example: lading db backup catalog-backup.sqlite
+    """
+    from lading.catalog import database
+    from lading.settings import Settings
+
+    click.echo(str(database.backup(Settings.from_environment(), file)))
+
+
+def _say_backup(path: Path | None) -> None:
+    if path is not None:
+        click.echo(f"lading: the catalog as it was is in {printable(str(path))}", err=True)

@@ -1,0 +1,47 @@
+"""What an indexed checkpoint holds, said in the same words by every command."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lading.cli.output import counted, human_bytes, human_count
+
+if TYPE_CHECKING:
+    from lading.catalog.store import StoredCheckpoint
+
+
+def checkpoint_object(stored: StoredCheckpoint) -> dict[str, object]:
+    """For JSON."""
+    manifest = stored.manifest
+
+    return {
+        "uri": stored.uri,
+        "revision": stored.revision or None,
+        "format": manifest.format,
+        "tensors": len(manifest),
+        "parameters": manifest.parameters,
+        "bytes": manifest.total_bytes,
+        "dtypes": manifest.dtype_counts,
+        "shards": [{"name": shard.name, "bytes": shard.size, "sha256": shard.sha256} for shard in manifest.shards],
+        "indexed_at": stored.indexed_at,
+    }
+
+
+def checkpoint_pairs(stored: StoredCheckpoint) -> dict[str, object]:
+    """For :func:`lading.cli.output.write_pairs`."""
+    manifest = stored.manifest
+
+    return {
+        **({"revision": stored.revision} if stored.revision else {}),
+        "format": manifest.format,
+        "size": human_bytes(manifest.total_bytes),
+        "parameters": human_count(manifest.parameters),
+        "dtypes": dtype_text(manifest.dtype_counts),
+        "tensors": f"{len(manifest)} in {counted(len(manifest.shards), 'shard')}",
+    }
+
+
+def dtype_text(counts: Mapping[str, int]) -> str:
+    """``BF16 1.2B, F32 2K``."""
+    return ", ".join(f"{dtype} {human_count(count)}" for dtype, count in counts.items())

@@ -1,0 +1,70 @@
+"""What the command line says and answers when something goes wrong: one line on stderr, and an exit code."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import click
+
+from lading.cli.output import printable
+from lading.errors import LadingError
+
+USAGE = 2
+SYSTEM = 8
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+"""What a shell answers for a program that SIGPIPE ended, as ``head`` ends ``cat``."""
+
+
+def report(error: BaseException, *, debug: bool) -> int:
+    """Say on stderr what went wrong, with the traceback if ``debug``; returns the exit code."""
+    if isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE
+
+    if debug and not isinstance(error, click.ClickException):
+        traceback.print_exception(error, file=sys.stderr)
+
+    code, message = _judge(error)
+    click.echo(f"lading: {'interrupted' if code == INTERRUPTED else f'error: {message}'}", err=True)
+
+    return code
+
+
+def _judge(error: BaseException) -> tuple[int, str]:
+    match error:
+        case LadingError():
+            # Only a list of problems is worth more than a line.
+            lines = error.message.splitlines() or [type(error).__name__]
+            shown = lines if getattr(error, "problems", ()) else lines[:1]
+            return error.exit_code, "\n".join(map(printable, shown))
+        case KeyboardInterrupt():
+            return INTERRUPTED, ""
+        case click.UsageError():
+            return USAGE, _usage(error)
+        case click.ClickException():
+            return error.exit_code, _line(error.format_message())
+        case OSError():
+            where = "" if error.filename is None else f": {printable(str(error.filename))}"
+            what = _line(error.strerror or str(error) or type(error).__name__)
+            return USAGE if isinstance(error, FileNotFoundError) else SYSTEM, f"{what}{where}"
+        case MemoryError():
+            return SYSTEM, "Out of memory"
+        # torch's own, which is a RuntimeError, is known by its name: this page does not import torch.
+        case Exception() if type(error).__name__ == "OutOfMemoryError":
+            return SYSTEM, _line(str(error))
+        case _:
+            what = _line(str(error))
+            return 1, (
+                f"{type(error).__name__}{what and f': {what}'} (this is a bug in lading; run again with --debug)"
+            )
+
+
+def _usage(error: click.UsageError) -> str:
+    hint = f" `{error.ctx.command_path} --help` says more." if error.ctx is not None else ""
+    # Click breaks some messages over lines.
+    return printable(" ".join(error.format_message().split())) + hint
+
+
+def _line(message: str) -> str:
+    return printable(next(iter(message.strip().splitlines()), ""))

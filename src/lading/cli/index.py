@@ -1,0 +1,33 @@
+"""`lading index`."""
+
+from __future__ import annotations
+
+import click
+
+from lading.cli.command import command
+from lading.cli.complete import complete_target
+from lading.cli.describe import checkpoint_object, checkpoint_pairs
+from lading.cli.output import write_json, write_pairs
+from lading.cli.target import name_or_path
+
+
+@command("index")
+@click.argument("target", metavar="NAME|PATH", shell_complete=complete_target)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def index(target: str, as_json: bool) -> None:
+    """Write to the catalog what a local checkpoint holds.
+
+    The headers of its files are read: those of the card NAME, or of the file or folder at PATH.
+
+    For example: lading index ./my-model
+    """
+    from lading.catalog.store import get_asset_store
+    from lading.checkpoint import index_checkpoint
+
+    store = get_asset_store()
+    stored = index_checkpoint(name_or_path(target, store), store=store)
+
+    if as_json:
+        write_json(checkpoint_object(stored))
+    else:
+        write_pairs({"checkpoint": stored.uri, **checkpoint_pairs(stored)})

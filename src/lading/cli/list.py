@@ -1,0 +1,63 @@
+"""`lading list`."""
+
+from __future__ import annotations
+
+import click
+
+from lading.cli.command import command
+from lading.cli.complete import complete_family, complete_model
+from lading.cli.output import Column, Form, human_bytes, listing_options, write_rows
+from lading.errors import ModelFamilyNotKnownError, ModelNotKnownError, did_you_mean
+
+STATUSES = {"ready": "green", "remote": None, "gated": "yellow", "unknown-family": "yellow", "broken": "red"}
+"""What can be said of a model, and the colour in which it is said."""
+
+_TABLE = (
+    Column(name="name", keep=True),
+    Column(name="family"),
+    Column(name="arch"),
+    Column(name="status", colour=STATUSES.get),
+    Column(name="bytes", heading="size", show=human_bytes, right=True),
+    Column(name="license"),
+)
+
+
+@command("list")
+@click.argument("pattern", required=False, shell_complete=complete_model)
+@click.option("--all", "include_all", is_flag=True, help="Also cards that are no models: those that others build on.")
+@click.option("--family", metavar="FAMILY", shell_complete=complete_family, help="Only models of this family.")
+@click.option(
+    "--status", type=click.Choice(list(STATUSES)), metavar="STATUS", help=f"Only models that are {', '.join(STATUSES)}."
+)
+@click.option("--limit", type=click.IntRange(min=0), metavar="N", help="At most N models.")
+@listing_options
+def list_models(
+    pattern: str | None, include_all: bool, family: str | None, status: str | None, limit: int | None, form: Form
+) -> None:
+    """List the models of the catalog.
+
+    PATTERN is a name, in which * and ? stand for others as in a shell.
+
+    For example: lading list 'qwen*' --status ready
+    """
+    from dataclasses import fields
+
+    from lading.catalog.store import ModelSummary, get_asset_store
+
+    store = get_asset_store()
+    models = store.models(pattern, include_all=include_all, family=family, status=status, limit=limit)
+
+    if not models:
+        if family is not None and family not in (known := [f.name for f in store.families()]):
+            raise ModelFamilyNotKnownError(family, did_you_mean(family, known))
+        if pattern is not None and not _has_wildcard(pattern) and not store.models(pattern, include_all=True):
+            near = store.suggest(pattern)
+            raise ModelNotKnownError(pattern, f" Did you mean {' or '.join(map(repr, near))}?" if near else "")
+        click.echo("lading: no model matches." + ("" if include_all else " `--all` lists all cards."), err=True)
+
+    columns = [f.name for f in fields(ModelSummary)]
+    write_rows(columns, [[getattr(m, c) for c in columns] for m in models], form, table=_TABLE)
+
+
+def _has_wildcard(pattern: str) -> bool:
+    return any(c in pattern for c in "*?[")

@@ -1,0 +1,89 @@
+"""`lading load`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from lading.cli.command import command
+from lading.cli.complete import complete_target
+from lading.cli.describe import dtype_text
+from lading.cli.output import counted, human_bytes, human_count, write_json, write_pairs
+from lading.cli.target import name_or_path
+
+if TYPE_CHECKING:
+    import torch
+
+_DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+
+
+@command("load")
+@click.argument("target", metavar="NAME|PATH", shell_complete=complete_target)
+@click.option("--device", metavar="DEVICE", help="Such as cpu, cuda or cuda:1; default: torch's.")
+@click.option("--dtype", type=click.Choice(_DTYPES), help="Of the parameters; auto: the checkpoint's own.")
+@click.option("--mmap", is_flag=True, help="Map the files instead of reading them.")
+@click.option("--no-progress", is_flag=True, help="Show no bar.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def load(target: str, device: str | None, dtype: str | None, mmap: bool, no_progress: bool, as_json: bool) -> None:
+    """Load a model, and say how much and how fast.
+
+    The model is that of the card NAME, or of the Hugging Face style folder at PATH.
+
+    For example: lading load qwen3_0.6b --dtype auto
+    """
+    import torch
+
+    from lading.catalog.store import get_asset_store
+    from lading.hub import load_with_report
+
+    _, report = load_with_report(
+        name_or_path(target, get_asset_store()),
+        device=None if device is None else _device(device),
+        dtype="auto" if dtype == "auto" else None if dtype is None else getattr(torch, dtype),
+        mmap=mmap,
+        progress=not no_progress,
+    )
+    moved = report.bytes_read + report.bytes_mapped
+
+    if as_json:
+        write_json({**asdict(report), "seconds": report.seconds, "bytes_per_second": moved / report.seconds})
+        return
+
+    write_pairs(
+        {
+            "name": report.name,
+            "model": f"{report.model_class} ({report.family})",
+            "device": report.device,
+            "parameters": human_count(report.parameters),
+            "dtypes": dtype_text(report.dtypes),
+            "tensors": f"{report.tensors} in {counted(report.shards, 'shard')}",
+            "read": f"{human_bytes(report.bytes_read)} in {counted(report.reads, 'read')}",
+            **({"mapped": human_bytes(report.bytes_mapped)} if report.bytes_mapped else {}),
+            "seconds": f"{report.seconds:.3f} (" + ", ".join(f"{k} {v:.3f}" for k, v in report.phases.items()) + ")",
+            "speed": f"{moved / report.seconds / 1e9:.2f} GB/s",
+        }
+    )
+
+
+def _device(name: str) -> torch.device:
+    """The device of this name, if it can hold a model here.
+
+    :raises click.BadParameter: torch knows no such device, or sees none.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise click.BadParameter(f"{name!r} is no device of torch.", param_hint="--device") from None
+
+    if device.type == "meta":
+        raise click.BadParameter("the meta device holds no data.", param_hint="--device")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise click.BadParameter(f"torch sees {count} CUDA devices here.", param_hint="--device")
+
+    return device

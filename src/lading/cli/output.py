@@ -1,0 +1,346 @@
+"""Rows on stdout, as a table for people and as JSON, JSON Lines or CSV for programs."""
+
+from __future__ import annotations
+
+import csv
+import enum
+import functools
+import io
+import json
+import math
+import os
+import shutil
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+from typing import Any, ParamSpec
+
+import click
+
+P = ParamSpec("P")
+
+_GAP = "  "
+_LEAST = 6
+"""The width below which a column is not shortened while another can give way."""
+
+
+class Form(enum.Enum):
+    """How rows are written."""
+
+    TABLE = "table"
+    JSON = "json"
+    LINES = "nl"
+    CSV = "csv"
+    NAMES = "quiet"
+
+
+def listing_options(command: Callable[P, None]) -> Callable[P, None]:
+    """Give a command the options ``--json``, ``--nl``, ``--csv`` and ``-q``; it receives ``form``."""
+
+    @click.option("--json", "as_json", is_flag=True, help="One JSON array.")
+    @click.option("--nl", "as_lines", is_flag=True, help="One JSON object per line.")
+    @click.option("--csv", "as_csv", is_flag=True, help="CSV with a heading.")
+    @click.option("-q", "--quiet", "as_names", is_flag=True, help="Only names (the first column), one per line.")
+    @functools.wraps(command)
+    def wrapper(*args: Any, as_json: bool, as_lines: bool, as_csv: bool, as_names: bool, **kwargs: Any) -> None:
+        chosen = [
+            form
+            for form, wanted in (
+                (Form.JSON, as_json),
+                (Form.LINES, as_lines),
+                (Form.CSV, as_csv),
+                (Form.NAMES, as_names),
+            )
+            if wanted
+        ]
+        if len(chosen) > 1:
+            raise click.UsageError("Only one of --json, --nl, --csv and -q can be given.", click.get_current_context())
+
+        command(*args, form=chosen[0] if chosen else Form.TABLE, **kwargs)  # type: ignore[arg-type]
+
+    return wrapper  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """A column of the table that people see."""
+
+    name: str
+    heading: str | None = None
+    show: Callable[[Any], str] | None = None
+    """Default: as text."""
+    right: bool = False
+    """Whether its values are aligned to the right."""
+    keep: bool = False
+    """Whether the other columns are shortened before this one is."""
+    colour: Callable[[Any], str | None] | None = None
+    """The colour of a value, by click's names."""
+
+
+def write_rows(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    form: Form,
+    *,
+    table: Sequence[Column] | None = None,
+) -> None:
+    """Write ``rows`` to stdout.
+
+    :param columns: the names of the values of each row; all of them reach JSON and CSV.
+    :param table: the columns that people see; default: all of them.
+    """
+    match form:
+        case Form.TABLE:
+            shown = table if table is not None else _columns_of(columns, rows)
+            text = _table(shown, [[row[_position(columns, c)] for c in shown] for row in rows])
+        case Form.NAMES:
+            text = "".join(f"{'' if row[0] is None else plain(row[0])}\n" for row in rows)
+        case Form.CSV:
+            text = _csv(columns, rows)
+        case Form.LINES:
+            text = "".join(f"{o}\n" for o in _objects(columns, rows))
+        case Form.JSON:
+            objects = ",\n ".join(_objects(columns, rows))
+            text = f"[{objects}]\n"
+
+    click.echo(text, nl=False, color=True)
+
+
+def write_json(value: object) -> None:
+    """Write one JSON value to stdout, spread over lines."""
+    click.echo(json.dumps(plain(value), ensure_ascii=False, indent=2))
+
+
+def write_pairs(pairs: Mapping[str, object]) -> None:
+    """Write a name and a value per line to stdout; nothing is cut, as these are values to copy."""
+    width = max(map(display_width, pairs), default=0)
+    names = [printable(name) + " " * (width - display_width(name)) for name in pairs]
+    if _colourful():
+        names = [click.style(name, bold=True) for name in names]
+
+    lines = (f"{name}{_GAP}{printable(text(value))}\n" for name, value in zip(names, pairs.values(), strict=True))
+    click.echo("".join(lines), nl=False, color=True)
+
+
+def plain(value: object) -> object:
+    """``value`` in what JSON knows: bytes become hexadecimal, numbers that JSON lacks become null."""
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case bytes() | bytearray() | memoryview():
+            return value.hex()
+        case date() | datetime():
+            return value.isoformat()
+        case Mapping():
+            return {str(k): plain(v) for k, v in value.items()}
+        case set() | frozenset():
+            return sorted(map(plain, value), key=str)
+        case Iterable():
+            return [plain(v) for v in value]
+        case _:
+            return str(value)
+
+
+def text(value: object) -> str:
+    """``value`` for people, on one line."""
+    match plain(value):
+        case None:
+            return "-"
+        case bool() as truth:
+            return "yes" if truth else "no"
+        case str() as string:
+            return string
+        case dict() | list() as tree:
+            return json.dumps(tree, ensure_ascii=False)
+        case other:
+            return str(other)
+
+
+def human_bytes(count: int | None) -> str:
+    """``1503300328`` → ``1.5 GB``, in powers of 1,000, as file sizes are given on model hubs."""
+    return "-" if count is None else _human(count, ("B", "kB", "MB", "GB", "TB", "PB"), " ")
+
+
+def human_count(count: int | None) -> str:
+    """``596049920`` → ``596M``."""
+    return "-" if count is None else _human(count, ("", "K", "M", "B", "T"), "")
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 shard``, ``2 shards``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _human(count: int, units: Sequence[str], gap: str) -> str:
+    value, unit = float(count), 0
+    # 999.5 would be shown as 1000.
+    while value >= 999.5 and unit < len(units) - 1:
+        value, unit = value / 1000, unit + 1
+
+    shown = str(count) if unit == 0 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+    return f"{shown}{gap if units[unit] else ''}{units[unit]}"
+
+
+def printable(string: str) -> str:
+    """``string`` with line breaks, terminal controls and other invisible characters written as escapes."""
+    if string.isprintable():
+        return string
+
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in string)
+
+
+def display_width(string: str) -> int:
+    """The cells of a terminal that ``string`` covers."""
+    return len(string) if string.isascii() else sum(map(_cells, string))
+
+
+def shorten(string: str, width: int) -> str:
+    """``string`` in at most ``width`` cells, ending in ``…`` where something was cut."""
+    if display_width(string) <= width:
+        return string
+
+    kept, used = "", 0
+    for char in string:
+        used += _cells(char)
+        if used > width - 1:
+            break
+        kept += char
+
+    return kept + "…" if width > 0 else ""
+
+
+def terminal_width() -> int | None:
+    """The width that output must fit; ``None`` where stdout is no terminal."""
+    return shutil.get_terminal_size().columns if _is_terminal() else None
+
+
+def fit_widths(widths: Sequence[int], total: int, keep: Sequence[bool]) -> list[int]:
+    """Shorten the widest columns until they add up to ``total``; those to ``keep`` only once all others are short."""
+    fitted = list(widths)
+    for givers, least in (([not k for k in keep], _LEAST), ([True] * len(fitted), _LEAST), ([True] * len(fitted), 1)):
+        excess = sum(fitted) - total
+        while excess > 0:
+            candidates = [i for i, gives in enumerate(givers) if gives and fitted[i] > least]
+            if not candidates:
+                break
+            widest = max(fitted[i] for i in candidates)
+            level = [i for i in candidates if fitted[i] == widest]
+            below = max([fitted[i] for i in candidates if fitted[i] < widest], default=least)
+            # All of the widest go down together, to the next one or as far as is needed.
+            step = min(widest - max(below, least), -(-excess // len(level)))
+            for i in level:
+                take = min(step, excess)
+                fitted[i] -= take
+                excess -= take
+
+    return fitted
+
+
+def _is_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def _colourful() -> bool:
+    return _is_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _cells(char: str) -> int:
+    if unicodedata.combining(char) or unicodedata.category(char) in ("Me", "Mn"):
+        return 0
+
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def _position(columns: Sequence[str], column: Column) -> int:
+    return columns.index(column.name)
+
+
+def _columns_of(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[Column]:
+    return [Column(name=name, right=_all_numbers(row[i] for row in rows)) for i, name in enumerate(columns)]
+
+
+def _all_numbers(values: Iterable[object]) -> bool:
+    kinds = {type(v) for v in values if v is not None}
+
+    return bool(kinds) and kinds <= {int, float}
+
+
+def _table(columns: Sequence[Column], rows: Sequence[Sequence[object]]) -> str:
+    if not columns:
+        return ""
+
+    heads = [printable(c.heading or c.name) for c in columns]
+    cells = [[printable((c.show or text)(v)) for c, v in zip(columns, row, strict=True)] for row in rows]
+    widths = [max(map(display_width, column)) for column in zip(heads, *cells, strict=True)]
+
+    limit = terminal_width()
+    if limit is not None:
+        # Of more columns than a terminal has cells for, only the first can be shown.
+        most = max(1, (limit + len(_GAP)) // (1 + len(_GAP)))
+        columns, heads, widths, cells = columns[:most], heads[:most], widths[:most], [row[:most] for row in cells]
+        widths = fit_widths(widths, limit - len(_GAP) * (len(widths) - 1), [c.keep for c in columns])
+
+    colourful = _colourful()
+
+    def line(row: Sequence[str], styles: Sequence[Mapping[str, Any]]) -> str:
+        fields = map(_field_of_table, columns, row, widths, styles)
+        return f"{_GAP.join(fields).rstrip()}\n"
+
+    lines = [line(heads, [{"bold": True} if colourful else {}] * len(heads))]
+    for values, row in zip(rows, cells, strict=True):
+        # Columns that did not fit have values, and no cells.
+        colours = [c.colour(v) if colourful and c.colour else None for c, v in zip(columns, values, strict=False)]
+        lines.append(line(row, [{"fg": colour} if colour else {} for colour in colours]))
+
+    return "".join(lines)
+
+
+def _field_of_table(column: Column, cell: str, width: int, style: Mapping[str, Any]) -> str:
+    short = shorten(cell, width)
+    padding = " " * (width - display_width(short))
+    styled = click.style(short, **style) if style else short
+
+    return padding + styled if column.right else styled + padding
+
+
+def _csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([_field(v) for v in row] for row in rows)
+
+    return buffer.getvalue()
+
+
+def _field(value: object) -> object:
+    match plain(value):
+        case None:
+            return ""
+        case bool() | dict() | list() as tree:
+            return json.dumps(tree, ensure_ascii=False)
+        case other:
+            return other
+
+
+def _objects(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterable[str]:
+    keys = _unique(columns)
+
+    return (json.dumps(dict(zip(keys, map(plain, row), strict=True)), ensure_ascii=False) for row in rows)
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """Names that SQL gives twice get a number, as an object can hold each only once."""
+    unique: list[str] = []
+    for name in names:
+        candidate, n = name, 1
+        while candidate in unique:
+            n += 1
+            candidate = f"{name}_{n}"
+        unique.append(candidate)
+
+    return unique

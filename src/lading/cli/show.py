@@ -1,0 +1,271 @@
+"""`lading show`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lading.card import CONFIG_KEYS, AssetCard, CheckpointRef, checkpoint_ref, path_uri, uri_path
+from lading.cli.command import command
+from lading.cli.complete import complete_model
+from lading.cli.describe import checkpoint_object, checkpoint_pairs
+from lading.cli.output import (
+    Column,
+    Form,
+    human_bytes,
+    human_count,
+    listing_options,
+    plain,
+    write_json,
+    write_pairs,
+    write_rows,
+)
+from lading.errors import CheckpointNotFoundError
+from lading.overrides import layers_of, merge_layers
+
+if TYPE_CHECKING:
+    from lading.catalog.store import AssetStore, ModelSummary, StoredCheckpoint
+
+
+@command("show")
+@click.argument("name", shell_complete=complete_model)
+@click.option("--tensors", "part", flag_value="tensors", help="List the tensors of its checkpoint.")
+@click.option("--shards", "part", flag_value="shards", help="List the files of its checkpoint.")
+@listing_options
+def show(name: str, part: str | None, form: Form) -> None:
+    """Show a model's card, configuration and checkpoint.
+
+    NAME may be that of an overlay (NAME@user), or end in @ for the card without any. With --csv and -q only the fields
+    of the card are shown.
+
+    For example: lading show qwen3_0.6b
+    """
+    from lading.catalog.store import get_asset_store
+
+    found = _look_up(name, get_asset_store())
+
+    if part == "tensors":
+        _write_tensors(found, form)
+    elif part == "shards":
+        _write_shards(found, form)
+    elif form is Form.JSON:
+        write_json(_as_object(found))
+    elif form is Form.LINES:
+        click.echo(json.dumps(plain(_as_object(found)), ensure_ascii=False))
+    elif form is Form.TABLE:
+        _write_text(found)
+    else:
+        _write_fields(found, form)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    card: AssetCard
+    summary: ModelSummary
+    """Of the card without overlays."""
+    status: str | None
+    ref: CheckpointRef
+    path: Path | None
+    """Where the checkpoint should be on this machine, if that is where it should be."""
+    checkpoint: StoredCheckpoint | None
+    config: Mapping[str, object]
+    """What is said beyond the defaults of the family's configuration class."""
+    problem: str | None
+
+
+def _look_up(name: str, store: AssetStore) -> _Found:
+    card = store.retrieve_card(name)
+    (summary,) = store.models(escape(card.name), include_all=True)
+    ref = checkpoint_ref(card)
+    path = _local_path(ref)
+    family, arch = _text_field(card, "model_family"), _text_field(card, "model_arch")
+
+    status, problem = summary.status, summary.problem
+    if ref.uri != (summary.checkpoint or "") and status in ("ready", "remote", "gated", "broken"):
+        # An overlay moved the checkpoint, of which the summary says nothing.
+        status, problem = _status(card, ref, path)
+
+    architecture = None
+    if family is not None and arch is not None:
+        architecture = store.maybe_architecture(arch, family)
+        if architecture is None:
+            problem = problem or f"{arch!r} is no architecture of the {family} family: see `lading archs {family}`."
+
+    return _Found(
+        card=card,
+        summary=summary,
+        status=status,
+        ref=ref,
+        path=path,
+        checkpoint=store.checkpoint(path_uri(path) if path is not None else ref.uri),
+        config=merge_layers({}, layers_of(card, architecture)),
+        problem=problem,
+    )
+
+
+def _text_field(card: AssetCard, name: str) -> str | None:
+    field = card.maybe_get_field(name)
+
+    return None if field is None or field.value is None else field.as_(str)
+
+
+def _local_path(ref: CheckpointRef) -> Path | None:
+    path = uri_path(ref.uri)
+
+    return path if path is None or ref.path is None else path / ref.path
+
+
+def _status(card: AssetCard, ref: CheckpointRef, path: Path | None) -> tuple[str, str | None]:
+    if ref.gated:
+        return "gated", None
+    if path is None:
+        return "remote", None
+    if path.exists():
+        return "ready", None
+
+    return "broken", f"The checkpoint of the card {card.name!r} is {path}, where nothing is."
+
+
+def _fields(card: AssetCard) -> Iterator[tuple[str, object, str, str]]:
+    """Name, value, card and document of each field, the card's own first."""
+    seen = {"base"}
+    for each in card.chain():
+        for name, value in each.metadata.items():
+            if name not in seen:
+                seen.add(name)
+                yield name, value, each.name, each.source_of(name)
+
+
+# --- for programs ----------------------------------------------------------------------------------------------------
+
+
+def _as_object(found: _Found) -> dict[str, object]:
+    card, stored = found.card, found.checkpoint
+
+    return {
+        "name": card.name,
+        "family": _text_field(card, "model_family"),
+        "arch": _text_field(card, "model_arch"),
+        "status": found.status,
+        "problem": found.problem,
+        "license": _text_field(card, "license"),
+        "cards": [{"name": each.name, "source": each.source} for each in card.chain()],
+        "source": found.summary.source,
+        "fields": {
+            name: {"value": value, "card": owner, "source": source} for name, value, owner, source in _fields(card)
+        },
+        "config": found.config,
+        "checkpoint": {
+            "uri": found.ref.uri or None,
+            "path": found.ref.path,
+            "gated": found.ref.gated,
+            "local_path": _existing(found.path),
+            "verified_at": found.summary.verified_at,
+            "indexed": None if stored is None else checkpoint_object(stored),
+        },
+    }
+
+
+def _existing(path: Path | None) -> Path | None:
+    return path if path is not None and path.exists() else None
+
+
+def _write_fields(found: _Found, form: Form) -> None:
+    write_rows(_FIELD_COLUMNS, list(_fields(found.card)), form)
+
+
+_FIELD_COLUMNS = ("field", "value", "card", "source")
+_FIELD_TABLE = (
+    Column(name="field", keep=True),
+    Column(name="value"),
+    Column(name="card"),
+    Column(name="source", heading="from"),
+)
+
+
+def _write_tensors(found: _Found, form: Form) -> None:
+    manifest = _indexed(found).manifest
+    rows = [(t.name, t.dtype, t.shape, math.prod(t.shape), t.nbytes, t.shard.name, t.offset) for t in manifest]
+    table = (
+        Column(name="name", keep=True),
+        Column(name="dtype"),
+        Column(name="shape"),
+        Column(name="parameters", show=human_count, right=True),
+        Column(name="bytes", heading="size", show=human_bytes, right=True),
+        Column(name="shard"),
+    )
+    write_rows(("name", "dtype", "shape", "parameters", "bytes", "shard", "offset"), rows, form, table=table)
+
+
+def _write_shards(found: _Found, form: Form) -> None:
+    stored = _indexed(found)
+    paths = {copy.file: copy.path for copy in stored.copies}
+    rows = [(shard.name, shard.size, shard.sha256, paths.get(shard.name)) for shard in stored.manifest.shards]
+    table = (
+        Column(name="name", keep=True),
+        Column(name="bytes", heading="size", show=human_bytes, right=True),
+        Column(name="local_path", heading="local path"),
+    )
+    write_rows(("name", "bytes", "sha256", "local_path"), rows, form, table=table)
+
+
+def _indexed(found: _Found) -> StoredCheckpoint:
+    if found.checkpoint is None:
+        name = found.card.name
+        raise CheckpointNotFoundError(
+            found.ref.uri,
+            f"The catalog does not know yet what the checkpoint of {name!r} holds. `lading index {name}` reads it, "
+            "if it is on this machine.",
+        )
+
+    return found.checkpoint
+
+
+# --- for people ------------------------------------------------------------------------------------------------------
+
+
+def _write_text(found: _Found) -> None:
+    card, ref, stored = found.card, found.ref, found.checkpoint
+
+    pairs: dict[str, object] = {
+        "name": card.name,
+        "family": _text_field(card, "model_family"),
+        "architecture": _text_field(card, "model_arch"),
+        "based on": " ← ".join(each.name for each in card.chain() if each is not card) or None,
+        "status": found.status,
+        "problem": found.problem,
+        "license": _text_field(card, "license"),
+        "source": found.summary.source,
+        "checkpoint": ref.uri or None,
+        "inner path": ref.path,
+        "ask at": ref.info_url if ref.gated else None,
+        "local path": _existing(found.path),
+        "verified": found.summary.verified_at,
+    }
+    if stored is not None:
+        pairs |= checkpoint_pairs(stored)
+    write_pairs({name: value for name, value in pairs.items() if value is not None})
+
+    click.echo()
+    # What a card says of the configuration is part of the last table.
+    fields = [row for row in _fields(card) if row[0] not in CONFIG_KEYS]
+    write_rows(_FIELD_COLUMNS, fields, Form.TABLE, table=_FIELD_TABLE)
+    if found.config:
+        click.echo()
+        write_rows(("configuration", "value"), list(_flat(found.config)), Form.TABLE)
+
+
+def _flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The leaves of the configuration, by their dotted path."""
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

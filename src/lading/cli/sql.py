@@ -1,0 +1,78 @@
+"""`lading sql`."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import click
+
+from lading.cli.command import command
+from lading.cli.output import Form, listing_options, write_rows
+
+# Numbers of more digits than any database can count with stay text.
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.[0-9]+)?")
+
+
+@command("sql")
+@click.argument("query", required=False)
+@click.option(
+    "-p",
+    "--param",
+    "parameters",
+    type=(str, str),
+    multiple=True,
+    metavar="NAME VALUE",
+    help="The value of :NAME in the query; digits are a number.",
+)
+@click.option(
+    "--deadline",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give up after so long.",
+)
+@click.option("--limit", type=click.IntRange(min=0), metavar="N", help="At most N rows.")
+@listing_options
+def sql(
+    query: str | None, parameters: tuple[tuple[str, str], ...], deadline: float, limit: int | None, form: Form
+) -> None:
+    """Ask the catalog in SQL, read-only. QUERY of - is read from stdin.
+
+    For example: lading sql "select name, bytes from models where family = :f" -p f qwen
+    """
+    from lading.catalog.query import query as run_query
+    from lading.catalog.store import get_asset_store
+
+    result = run_query(
+        get_asset_store().database,
+        _statement(query),
+        {name.lstrip(":"): _value(value) for name, value in parameters},
+        deadline_s=deadline,
+        limit=limit,
+    )
+    write_rows(result.columns, result.rows, form)
+
+    if result.truncated:
+        click.echo(f"lading: only the first {len(result.rows)} rows; `--limit` asks for more.", err=True)
+
+
+def _statement(query: str | None) -> str:
+    if query is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise click.UsageError("Missing argument 'QUERY'.", click.get_current_context())
+    if query is None or query == "-":
+        try:
+            return sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise click.UsageError(f"The query on stdin is not UTF-8: {error}", click.get_current_context()) from None
+
+    return query
+
+
+def _value(value: str) -> str | int | float:
+    number = _NUMBER.fullmatch(value)
+    if number is None:
+        return value
+
+    return float(value) if number[2] else int(value)
