@@ -1,0 +1,447 @@
+"""How fast a checkpoint becomes a model on the CPU, beside what else there is.
+
+    python benchmarks/load_cpu.py                     # warm and cold, all peers that are installed
+    python benchmarks/load_cpu.py --rounds 9 --only lading safetensors floor
+    FAIRSEQ2_PYTHON=/path/to/venv/bin/python python benchmarks/load_cpu.py
+
+The checkpoint is a Qwen 3 of 2.15 GB with random bfloat16 weights in five shards, written by transformers. Each run is
+a fresh process; the contenders take turns, so that a machine that slows down slows all of them. "total" is the load plus
+touching every page of every parameter, without which mapping would look free. Memory is the peak beyond the level after
+imports. Absolute times move from machine to machine; the ratios are what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import mmap
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+DATA = Path(os.environ.get("LADING_BENCH_DATA", HERE / ".data"))
+
+CONFIG = {
+    "vocab_size": 65_536,
+    "hidden_size": 2_048,
+    "intermediate_size": 6_144,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+}
+
+CARD = """\
+name: bench
+model_family: qwen
+model_config:
+  model_dim: 2048
+  vocab_size: 65536
+  tied_embeddings: false
+  num_layers: 16
+  num_attn_heads: 16
+  num_key_value_heads: 8
+  head_dim: 128
+  qkv_proj_bias: false
+  q_norm: true
+  k_norm: true
+  ffn_inner_dim: 6144
+checkpoint: checkpoint
+"""
+
+
+# --- the checkpoint --------------------------------------------------------------------------------------------------
+
+
+def make_checkpoint() -> Path:
+    """Write the checkpoint once, and a catalog that knows it."""
+    folder = DATA / "checkpoint"
+    if not (folder / "model.safetensors.index.json").exists():
+        import torch
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        print(f"writing 2.15 GB to {folder}", file=sys.stderr)
+        with torch.device("meta"):
+            model = Qwen3ForCausalLM(Qwen3Config(**CONFIG)).to(torch.bfloat16)
+        model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            parameter.data.normal_(std=0.02)
+        model.save_pretrained(folder, max_shard_size="500MB")
+
+    (DATA / "cards.yaml").write_text(CARD)
+    environment = os.environ | {"LADING_DATABASE_URL": _database()}
+    for command in (["import", str(DATA / "cards.yaml")], ["index", "bench"]):
+        subprocess.run([sys.executable, "-m", "lading", *command], check=True, env=environment, capture_output=True)
+
+    return folder
+
+
+def _database() -> str:
+    return f"sqlite:///{DATA / 'catalog.sqlite'}"
+
+
+def shards(folder: Path) -> list[Path]:
+    """The files of the checkpoint."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+# --- contenders: each imports what it needs, and returns what is timed -----------------------------------------------
+
+Loader = Callable[[], Any]
+
+
+def lading(**options: Any) -> Callable[[Path], Loader]:
+    """``load_model`` from the catalog to the model."""
+
+    def prepare(folder: Path) -> Loader:
+        os.environ["LADING_DATABASE_URL"] = _database()
+        import lading.families.qwen  # noqa: F401
+        from lading.hub import load_model
+
+        return lambda: load_model("bench", progress=False, **options)
+
+    return prepare
+
+
+def safetensors_file(clone: bool) -> Callable[[Path], Loader]:
+    """``safetensors.torch.load_file``: maps; or every tensor cloned into memory of its own."""
+
+    def prepare(folder: Path) -> Loader:
+        from safetensors.torch import load_file
+
+        def load() -> dict[str, Any]:
+            state = {}
+            for shard in shards(folder):
+                for name, tensor in load_file(shard).items():
+                    state[name] = tensor.clone() if clone else tensor
+            return state
+
+        return load
+
+    return prepare
+
+
+def transformers(dtype: str) -> Callable[[Path], Loader]:
+    """``from_pretrained``, which maps the files."""
+
+    def prepare(folder: Path) -> Loader:
+        import torch
+        from transformers import Qwen3ForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        return lambda: Qwen3ForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+
+    return prepare
+
+
+def dcp(folder: Path) -> Loader:
+    """``torch.distributed.checkpoint`` with the reader for Hugging Face repositories."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from safetensors import safe_open
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    shapes: dict[str, list[int]] = {}
+    for shard in shards(folder):
+        with safe_open(shard, "pt") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+
+    def load() -> dict[str, Any]:
+        state = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        return state
+
+    return load
+
+
+def fastsafetensors(folder: Path) -> Loader:
+    """fastsafetensors without GPU direct storage."""
+    from fastsafetensors import fastsafe_open
+
+    def load() -> dict[str, Any]:
+        with fastsafe_open(filenames=[str(s) for s in shards(folder)], nogds=True, device="cpu") as file:
+            return {name: file.get_tensor(name).clone().detach() for name in file.get_keys()}
+
+    return load
+
+
+def runai(folder: Path) -> Loader:
+    """run:ai's model streamer."""
+    from runai_model_streamer import SafetensorsStreamer
+
+    def load() -> dict[str, Any]:
+        with SafetensorsStreamer() as streamer:
+            streamer.stream_files([str(s) for s in shards(folder)])
+            return {name: tensor.clone() for name, tensor in streamer.get_tensors()}
+
+    return load
+
+
+def fairseq2(folder: Path) -> Loader:
+    """fairseq2's ``load_custom_model``, in an environment of its own."""
+    import torch
+    from fairseq2 import init_fairseq2
+    from fairseq2.models.qwen import QwenConfig, get_qwen_model_hub
+
+    init_fairseq2(no_progress=True)
+    config = QwenConfig(
+        model_dim=2048, vocab_size=65536, num_layers=16, num_attn_heads=16, num_key_value_heads=8, head_dim=128,
+        qkv_proj_bias=False, q_norm=True, k_norm=True, ffn_inner_dim=6144,
+    )  # fmt: skip
+    return lambda: get_qwen_model_hub().load_custom_model(folder, config, dtype=torch.bfloat16)
+
+
+def floor(folder: Path) -> Loader:
+    """Two threads, ``preadv`` into fresh huge pages: what the machine can do without making tensors."""
+
+    def load() -> list[mmap.mmap]:
+        sizes = [s.stat().st_size for s in shards(folder)]
+        arena = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        arena.madvise(mmap.MADV_HUGEPAGE)
+        view, step = memoryview(arena), 8 << 20
+        fds = [os.open(s, os.O_RDONLY) for s in shards(folder)]
+        jobs = iter(
+            [
+                (fd, at, min(step, size - at), sum(sizes[:i]) + at)
+                for i, (fd, size) in enumerate(zip(fds, sizes, strict=True))
+                for at in range(0, size, step)
+            ]
+        )
+        lock = threading.Lock()
+
+        def work() -> None:
+            while True:
+                with lock:
+                    job = next(jobs, None)
+                if job is None:
+                    return
+                fd, at, size, place = job
+                while size:
+                    count = os.preadv(fd, [view[place : place + size]], at)
+                    at, place, size = at + count, place + count, size - count
+
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for fd in fds:
+            os.close(fd)
+        return [arena]
+
+    return load
+
+
+CONTENDERS: dict[str, tuple[Callable[[Path], Loader], str | None]] = {
+    "lading": (lading(dtype="auto"), None),
+    "lading mmap": (lading(dtype="auto", mmap=True), None),
+    "lading float32": (lading(), None),
+    "safetensors": (safetensors_file(clone=False), "safetensors"),
+    "safetensors cloned": (safetensors_file(clone=True), "safetensors"),
+    "transformers": (transformers("bfloat16"), "transformers"),
+    "transformers float32": (transformers("float32"), "transformers"),
+    "dcp": (dcp, "torch"),
+    "fastsafetensors": (fastsafetensors, "fastsafetensors"),
+    "runai": (runai, "runai_model_streamer"),
+    "fairseq2": (fairseq2, "fairseq2"),
+    "floor": (floor, None),
+}
+
+BARS = [
+    ("B1", "lading", "dcp", 0.75),
+    ("B1", "lading", "fastsafetensors", 0.6),
+    ("B1", "lading", "fairseq2", 0.14),
+    ("B1", "lading", "floor", 1.2),
+    ("B3", "lading mmap", "transformers", 0.5),
+    ("B4", "lading float32", "transformers float32", 0.5),
+]
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+def run_one(name: str, cold: bool) -> None:
+    """Run one contender in this process, and print what was measured as JSON."""
+    folder = DATA / "checkpoint"
+    load = CONTENDERS[name][0](folder)
+
+    # Pages that the host took back cost ten times more at their first touch: have them before the clock starts.
+    warm_up = mmap.mmap(-1, 5 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    warm_up.madvise(mmap.MADV_HUGEPAGE)
+    for at in range(0, len(warm_up), 4096):
+        warm_up[at] = 1
+    warm_up.close()
+
+    for shard in shards(folder):
+        fd = os.open(shard, os.O_RDONLY)
+        if cold:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        else:
+            while os.read(fd, 8 << 20):
+                pass
+        os.close(fd)
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before, io_before = _status("VmRSS"), _io("read_bytes")
+
+    start = time.perf_counter()
+    result = load()
+    loaded = time.perf_counter() - start
+    _touch(result)
+    total = time.perf_counter() - start
+
+    print(
+        json.dumps(
+            {
+                "load_s": loaded,
+                "total_s": total,
+                "peak_bytes": _status("VmHWM") - before,
+                "disk_bytes": _io("read_bytes") - io_before,
+            }
+        )
+    )
+
+
+def _touch(result: Any) -> None:
+    """Read a byte of every page of every tensor."""
+    if isinstance(result, list):
+        for memory in result:
+            sum(memory[at] for at in range(0, len(memory), 2 << 20))
+        return
+
+    import torch
+
+    tensors = result.values() if isinstance(result, dict) else result.parameters()
+    for tensor in tensors:
+        tensor.detach().view(-1).view(torch.uint8)[::4096].sum()
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def _io(key: str) -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+# --- all runs --------------------------------------------------------------------------------------------------------
+
+
+def installed(name: str) -> str | None:
+    """The interpreter that can run a contender; ``None`` where it is not installed."""
+    module = CONTENDERS[name][1]
+    if module == "fairseq2":
+        return os.environ.get("FAIRSEQ2_PYTHON")
+    if module is None or importlib.util.find_spec(module) is not None:
+        return sys.executable
+
+    return None
+
+
+def measure(names: list[str], rounds: int, cold: bool) -> dict[str, list[dict[str, float]]]:
+    """Run the contenders in turns."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for n in range(rounds):
+        for name in names:
+            command = [installed(name) or sys.executable, __file__, "--one", name, *(["--cold"] if cold else [])]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(f"{name} failed:\n{done.stderr}")
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {n + 1}: {name}: {found[name][-1]['total_s']:.3f} s", file=sys.stderr)
+
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    import torch
+
+    info = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory / 2**30, 1),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def table(found: dict[str, list[dict[str, float]]]) -> str:
+    """The medians as Markdown."""
+    rows = ["| contender | total s | min–max | peak MB beyond start | MB from disk |", "|---|---|---|---|---|"]
+    for name, runs in sorted(found.items(), key=lambda item: median(item[1], "total_s")):
+        totals = [run["total_s"] for run in runs]
+        rows.append(
+            f"| {name} | {statistics.median(totals):.3f} | {min(totals):.3f}–{max(totals):.3f} "
+            f"| {median(runs, 'peak_bytes') / 1e6:,.0f} | {median(runs, 'disk_bytes') / 1e6:,.0f} |"
+        )
+
+    return "\n".join(rows)
+
+
+def median(runs: list[dict[str, float]], key: str) -> float:
+    """The median of one figure."""
+    return statistics.median(run[key] for run in runs)
+
+
+def ratios(found: dict[str, list[dict[str, float]]]) -> str:
+    """The ratios that there are goals for, round by round, as Markdown."""
+    rows = ["| goal | ratio of totals | median | to beat | |", "|---|---|---|---|---|"]
+    for bar, one, other, goal in BARS:
+        if one in found and other in found:
+            pairs = zip(found[one], found[other], strict=True)
+            ratio = statistics.median(a["total_s"] / b["total_s"] for a, b in pairs)
+            rows.append(f"| {bar} | {one} / {other} | {ratio:.2f} | {goal} | {'met' if ratio <= goal else 'missed'} |")
+
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Run everything, print it, and keep it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS))
+    parser.add_argument("--warm-only", action="store_true")
+    parser.add_argument("--save", metavar="NAME", help="keep the figures as benchmarks/results/NAME.json")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--cold", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+
+    if options.one:
+        run_one(options.one, options.cold)
+        return
+
+    make_checkpoint()
+    names = [name for name in options.only or CONTENDERS if installed(name)]
+    results = {"machine": machine(), "rounds": options.rounds}
+    for temperature in ("warm",) if options.warm_only else ("warm", "cold"):
+        found = measure(names, options.rounds, cold=temperature == "cold")
+        results[temperature] = found
+        print(f"\n{temperature}\n\n{table(found)}\n\n{ratios(found)}")
+
+    if options.save:
+        target = HERE / "results" / f"{options.save}.json"
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

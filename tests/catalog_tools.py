@@ -1,0 +1,59 @@
+"""What the tests of the catalog share."""
+
+from __future__ import annotations
+
+from array import array
+from pathlib import Path
+from typing import Any
+
+from lading.cardfile import CardFile, parse
+from lading.catalog.records import LocalCopy
+from lading.filesystem import FileStat
+from lading.manifest import Manifest, Shard
+from lading.settings import Settings
+
+
+def settings_in(folder: Path, **changes: Any) -> Settings:
+    """Settings of a catalog in ``folder``, without cards of a user."""
+    values: dict[str, Any] = {
+        "database_url": f"sqlite:///{folder / 'catalog.sqlite'}",
+        "cache_dir": folder / "cache",
+        "card_paths": (),
+        "env": None,
+        "offline": True,
+    }
+    return Settings(**(values | changes))
+
+
+def card_file(text: str, source: str = "file:///cards/a.yaml") -> CardFile:
+    """A card file with this content; its folder is that of ``source``."""
+    folder = Path(source.removeprefix("file://")).parent if source.startswith("file://") else None
+    return parse(text.encode(), source=source, folder=folder, json_lines=source.endswith(".jsonl"))
+
+
+def make_manifest(tensors: int = 6, shards: int = 2, *, index_name: str | None = "model.safetensors.index.json") -> Manifest:
+    """A manifest of ``tensors`` matrices spread over ``shards``."""
+    per_shard = -(-tensors // shards)
+    return Manifest(
+        format="safetensors",
+        shards=tuple(
+            Shard(name=f"model-{i:05}.safetensors", size=1_000_000 + i, sha256=f"{i:064x}" if i else None)
+            for i in range(shards)
+        ),
+        names=[f"model.layers.{i}.self_attn.q_proj.weight" for i in range(tensors)],
+        dtypes=["BF16" if i % 3 else "F32" for i in range(tensors)],
+        shapes=[(8, 16 + i % 4) for i in range(tensors)],
+        shard_ids=array("I", [i // per_shard for i in range(tensors)]),
+        offsets=array("q", [128 + (i % per_shard) * 1024 for i in range(tensors)]),
+        index_name=index_name,
+        metadata={"format": "pt"},
+    )
+
+
+def make_copies(manifest: Manifest, folder: Path, *, verified_at: str | None = None) -> list[LocalCopy]:
+    """Copies of all files of a manifest in ``folder``, where nothing need be."""
+    names = [shard.name for shard in manifest.shards] + ([manifest.index_name] if manifest.index_name else [])
+    return [
+        LocalCopy(file=name, path=folder / name, stat=FileStat(10 + i, 20 + i, 30 + i, 40 + i), verified_at=verified_at)
+        for i, name in enumerate(names)
+    ]
