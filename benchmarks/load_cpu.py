@@ -4,10 +4,10 @@
     python benchmarks/load_cpu.py --rounds 9 --only lading safetensors floor
     FAIRSEQ2_PYTHON=/path/to/venv/bin/python python benchmarks/load_cpu.py
 
-The checkpoint is a Qwen 3 of 2.15 GB with random bfloat16 weights in five shards, written by transformers. Each run is
-a fresh process; the contenders take turns, so that a machine that slows down slows all of them. "total" is the load plus
-touching every page of every parameter, without which mapping would look free. Memory is the peak beyond the level after
-imports. Absolute times move from machine to machine; the ratios are what counts.
+The checkpoint is a Qwen 3 of 2.15 GB with random bfloat16 weights in five shards, written by transformers. Each run
+is a fresh process; the contenders take turns, so that a machine that slows down slows all of them. "total" is the load
+plus touching every page of every parameter, without which mapping would look free. Memory is the peak beyond the level
+after imports. Absolute times move from machine to machine; the ratios are what counts.
 """
 
 from __future__ import annotations
@@ -17,18 +17,15 @@ import importlib.util
 import json
 import mmap
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-DATA = Path(os.environ.get("LADING_BENCH_DATA", HERE / ".data"))
+import harness
+from harness import DATA
 
 CONFIG = {
     "vocab_size": 65_536,
@@ -171,7 +168,7 @@ def fastsafetensors(folder: Path) -> Loader:
 
     def load() -> dict[str, Any]:
         with fastsafe_open(filenames=[str(s) for s in shards(folder)], nogds=True, device="cpu") as file:
-            return {name: file.get_tensor(name).clone().detach() for name in file.get_keys()}
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     return load
 
@@ -204,43 +201,52 @@ def fairseq2(folder: Path) -> Loader:
 
 def floor(folder: Path) -> Loader:
     """Two threads, ``preadv`` into fresh huge pages: what the machine can do without making tensors."""
+    return lambda: _raw_read(folder, threads=2, flags=os.O_RDONLY)
 
-    def load() -> list[mmap.mmap]:
-        sizes = [s.stat().st_size for s in shards(folder)]
-        arena = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        arena.madvise(mmap.MADV_HUGEPAGE)
-        view, step = memoryview(arena), 8 << 20
-        fds = [os.open(s, os.O_RDONLY) for s in shards(folder)]
-        jobs = iter(
-            [
-                (fd, at, min(step, size - at), sum(sizes[:i]) + at)
-                for i, (fd, size) in enumerate(zip(fds, sizes, strict=True))
-                for at in range(0, size, step)
-            ]
-        )
-        lock = threading.Lock()
 
-        def work() -> None:
-            while True:
-                with lock:
-                    job = next(jobs, None)
-                if job is None:
-                    return
-                fd, at, size, place = job
-                while size:
-                    count = os.preadv(fd, [view[place : place + size]], at)
-                    at, place, size = at + count, place + count, size - count
+def direct_floor(folder: Path) -> Loader:
+    """Four threads, direct I/O into fresh huge pages: what the disk can do."""
+    return lambda: _raw_read(folder, threads=4, flags=os.O_RDONLY | os.O_DIRECT)
 
-        threads = [threading.Thread(target=work) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for fd in fds:
-            os.close(fd)
-        return [arena]
 
-    return load
+def _raw_read(folder: Path, threads: int, flags: int) -> list[mmap.mmap]:
+    step = 8 << 20
+    sizes = [-(-s.stat().st_size // 4096) * 4096 for s in shards(folder)]
+    arena = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    arena.madvise(mmap.MADV_HUGEPAGE)
+    view = memoryview(arena)
+    fds = [os.open(s, flags) for s in shards(folder)]
+    jobs = iter(
+        [
+            (fd, at, min(step, size - at), sum(sizes[:i]) + at)
+            for i, (fd, size) in enumerate(zip(fds, sizes, strict=True))
+            for at in range(0, size, step)
+        ]
+    )
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                job = next(jobs, None)
+            if job is None:
+                return
+            fd, at, size, place = job
+            while size:
+                count = os.preadv(fd, [view[place : place + size]], at)
+                if count % 4096 or count == 0:
+                    break  # the end of the file
+                at, place, size = at + count, place + count, size - count
+
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for fd in fds:
+        os.close(fd)
+
+    return [arena]
 
 
 CONTENDERS: dict[str, tuple[Callable[[Path], Loader], str | None]] = {
@@ -256,9 +262,10 @@ CONTENDERS: dict[str, tuple[Callable[[Path], Loader], str | None]] = {
     "runai": (runai, "runai_model_streamer"),
     "fairseq2": (fairseq2, "fairseq2"),
     "floor": (floor, None),
+    "direct floor": (direct_floor, None),
 }
 
-BARS = [
+WARM_BARS = [
     ("B1", "lading", "dcp", 0.75),
     ("B1", "lading", "fastsafetensors", 0.6),
     ("B1", "lading", "fairseq2", 0.14),
@@ -266,9 +273,14 @@ BARS = [
     ("B3", "lading mmap", "transformers", 0.5),
     ("B4", "lading float32", "transformers float32", 0.5),
 ]
+COLD_BARS = [
+    ("B6", "lading", "direct floor", 1.1),
+    ("B6", "lading", "runai", 1.0),
+    ("B6", "lading", "fastsafetensors", 1.0),
+]
 
 
-# --- one run ---------------------------------------------------------------------------------------------------------
+# --- runs ------------------------------------------------------------------------------------------------------------
 
 
 def run_one(name: str, cold: bool) -> None:
@@ -276,41 +288,10 @@ def run_one(name: str, cold: bool) -> None:
     folder = DATA / "checkpoint"
     load = CONTENDERS[name][0](folder)
 
-    # Pages that the host took back cost ten times more at their first touch: have them before the clock starts.
-    warm_up = mmap.mmap(-1, 5 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    warm_up.madvise(mmap.MADV_HUGEPAGE)
-    for at in range(0, len(warm_up), 4096):
-        warm_up[at] = 1
-    warm_up.close()
+    harness.have_memory(6 << 30)
+    (harness.evict if cold else harness.warm)(shards(folder))
 
-    for shard in shards(folder):
-        fd = os.open(shard, os.O_RDONLY)
-        if cold:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        else:
-            while os.read(fd, 8 << 20):
-                pass
-        os.close(fd)
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before, io_before = _status("VmRSS"), _io("read_bytes")
-
-    start = time.perf_counter()
-    result = load()
-    loaded = time.perf_counter() - start
-    _touch(result)
-    total = time.perf_counter() - start
-
-    print(
-        json.dumps(
-            {
-                "load_s": loaded,
-                "total_s": total,
-                "peak_bytes": _status("VmHWM") - before,
-                "disk_bytes": _io("read_bytes") - io_before,
-            }
-        )
-    )
+    print(json.dumps(harness.timed(load, _touch)))
 
 
 def _touch(result: Any) -> None:
@@ -327,19 +308,6 @@ def _touch(result: Any) -> None:
         tensor.detach().view(-1).view(torch.uint8)[::4096].sum()
 
 
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
-def _io(key: str) -> int:
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))
-
-
-# --- all runs --------------------------------------------------------------------------------------------------------
-
-
 def installed(name: str) -> str | None:
     """The interpreter that can run a contender; ``None`` where it is not installed."""
     module = CONTENDERS[name][1]
@@ -349,69 +317,6 @@ def installed(name: str) -> str | None:
         return sys.executable
 
     return None
-
-
-def measure(names: list[str], rounds: int, cold: bool) -> dict[str, list[dict[str, float]]]:
-    """Run the contenders in turns."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for n in range(rounds):
-        for name in names:
-            command = [installed(name) or sys.executable, __file__, "--one", name, *(["--cold"] if cold else [])]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                sys.exit(f"{name} failed:\n{done.stderr}")
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"round {n + 1}: {name}: {found[name][-1]['total_s']:.3f} s", file=sys.stderr)
-
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    import torch
-
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(memory / 2**30, 1),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def table(found: dict[str, list[dict[str, float]]]) -> str:
-    """The medians as Markdown."""
-    rows = ["| contender | total s | min–max | peak MB beyond start | MB from disk |", "|---|---|---|---|---|"]
-    for name, runs in sorted(found.items(), key=lambda item: median(item[1], "total_s")):
-        totals = [run["total_s"] for run in runs]
-        rows.append(
-            f"| {name} | {statistics.median(totals):.3f} | {min(totals):.3f}–{max(totals):.3f} "
-            f"| {median(runs, 'peak_bytes') / 1e6:,.0f} | {median(runs, 'disk_bytes') / 1e6:,.0f} |"
-        )
-
-    return "\n".join(rows)
-
-
-def median(runs: list[dict[str, float]], key: str) -> float:
-    """The median of one figure."""
-    return statistics.median(run[key] for run in runs)
-
-
-def ratios(found: dict[str, list[dict[str, float]]]) -> str:
-    """The ratios that there are goals for, round by round, as Markdown."""
-    rows = ["| goal | ratio of totals | median | to beat | |", "|---|---|---|---|---|"]
-    for bar, one, other, goal in BARS:
-        if one in found and other in found:
-            pairs = zip(found[one], found[other], strict=True)
-            ratio = statistics.median(a["total_s"] / b["total_s"] for a, b in pairs)
-            rows.append(f"| {bar} | {one} / {other} | {ratio:.2f} | {goal} | {'met' if ratio <= goal else 'missed'} |")
-
-    return "\n".join(rows)
 
 
 def main() -> None:
@@ -430,17 +335,18 @@ def main() -> None:
         return
 
     make_checkpoint()
-    names = [name for name in options.only or CONTENDERS if installed(name)]
-    results = {"machine": machine(), "rounds": options.rounds}
+    names = {name: python for name in options.only or CONTENDERS if (python := installed(name))}
+    results = {"benchmark": "load_cpu", "machine": harness.machine(), "rounds": options.rounds}
     for temperature in ("warm",) if options.warm_only else ("warm", "cold"):
-        found = measure(names, options.rounds, cold=temperature == "cold")
+        flag = ["--cold"] if temperature == "cold" else []
+        commands = {name: [python, __file__, "--one", name, *flag] for name, python in names.items()}
+        found = harness.interleave(commands, options.rounds)
         results[temperature] = found
-        print(f"\n{temperature}\n\n{table(found)}\n\n{ratios(found)}")
+        bars = WARM_BARS if temperature == "warm" else COLD_BARS
+        print(f"\n{temperature}\n\n{harness.table(found)}\n\n{harness.ratios(found, bars)}", flush=True)
 
     if options.save:
-        target = HERE / "results" / f"{options.save}.json"
-        target.parent.mkdir(exist_ok=True)
-        target.write_text(json.dumps(results, indent=1) + "\n")
+        harness.save(options.save, results)
 
 
 if __name__ == "__main__":
