@@ -108,9 +108,9 @@ def lading(dtype: str) -> Callable[[], Loader]:
 
     def prepare() -> Loader:
         os.environ["LADING_DATABASE_URL"] = database()
-        import lading.families.qwen  # noqa: F401
         import torch
 
+        import lading.families.qwen  # noqa: F401
         from lading.hub import load_model
 
         named = "auto" if dtype == "auto" else getattr(torch, dtype)

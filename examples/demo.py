@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -26,10 +25,10 @@ SENTENCES = (
 # Cosine similarities of the sentences above, computed with transformers' BertModel in float32, mean pooling over the
 # tokens; tests/parity/test_sentence_encoder.py computes them again.
 REFERENCE = (
-    (1.0000, 0.4691, 0.2933, -0.0182),
-    (0.4691, 1.0000, 0.2179, -0.0930),
-    (0.2933, 0.2179, 1.0000, -0.0276),
-    (-0.0182, -0.0930, -0.0276, 1.0000),
+    (1.000000, 0.469144, 0.293305, -0.018185),
+    (0.469144, 1.000000, 0.217855, -0.093006),
+    (0.293305, 0.217855, 1.000000, -0.027569),
+    (-0.018185, -0.093006, -0.027569, 1.000000),
 )
 
 
@@ -44,8 +43,9 @@ def model_folder() -> Path:
 
 def lading(*arguments: str) -> None:
     """Run a command of the CLI, and show it as one would type it."""
-    print(f"\n$ {shlex.join(('lading', *arguments))}", flush=True)
-    subprocess.run([sys.executable, "-m", "lading", *arguments], check=True)
+    shown = (f'"{word}"' if " " in word else word for word in arguments)
+    print(f"\n$ lading {' '.join(shown)}", flush=True)
+    subprocess.run([sys.executable, "-m", "lading", *arguments], check=True, cwd=ROOT)
 
 
 def similarities(folder: Path) -> list[list[float]]:
@@ -83,7 +83,7 @@ def main() -> None:
     card = HOME / "cards.yaml"
     card.write_text(f'name: all-minilm-l6-v2@user\ncheckpoint: "{folder}"\n', encoding="utf-8")
     print(f"\n$ cat .demo/cards.yaml\n{card.read_text(encoding='utf-8')}", end="")
-    lading("import", str(card))
+    lading("import", str(card.relative_to(ROOT)))
     lading("index", "all-minilm-l6-v2")
 
     print('\n3. load_model("all-minilm-l6-v2") reads the trained weights; they embed sentences.\n')
@@ -91,10 +91,10 @@ def main() -> None:
     worst = 0.0
     for i, sentence in enumerate(SENTENCES):
         print(f"  [{i}] {sentence}")
-    print("\n  pair     lading    transformers")
+    print("\n  pair     lading       transformers")
     for i in range(len(SENTENCES)):
         for j in range(i):
-            print(f"  [{j}] [{i}]  {found[i][j]:.4f}    {REFERENCE[i][j]:.4f}")
+            print(f"  [{j}] [{i}]  {found[i][j]:9.6f}    {REFERENCE[i][j]:9.6f}")
             worst = max(worst, abs(found[i][j] - REFERENCE[i][j]))
     print(f"  largest difference: {worst:.1e}")
 
@@ -107,7 +107,7 @@ def main() -> None:
     lading("sql", "select name, status, parameters, bytes, dtypes, shards from models where status = 'ready'")
 
     print(f"\nThe catalog of this demo: export LADING_DATABASE_URL={os.environ['LADING_DATABASE_URL']}")
-    if worst > 1e-4:
+    if worst > 1e-5:
         sys.exit("The similarities are not those of the reference.")
 
 

@@ -43,7 +43,7 @@ def reference(demo: ModuleType) -> torch.Tensor:
 
 
 def test_the_printed_reference_values_are_those_of_transformers(demo: ModuleType, reference: torch.Tensor) -> None:
-    torch.testing.assert_close(torch.tensor(demo.REFERENCE), reference, atol=5.1e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(demo.REFERENCE), reference, atol=1e-6, rtol=0)
 
 
 def test_the_loaded_model_computes_them(

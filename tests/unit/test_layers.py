@@ -16,7 +16,7 @@ ROOT = Path(lading.__file__).parent
 LAYERS = [
     {"errors", "box", "filesystem"},
     {"documents", "card", "cardfile", "manifest", "settings", "gangs"},
-    {"config", "keymap", "catalog", "formats", "fetch", "nn"},
+    {"overrides", "config", "keymap", "catalog", "formats", "fetch", "nn"},
     {"transfer"},
     {"family"},
     {"checkpoint", "construct"},

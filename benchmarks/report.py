@@ -1,0 +1,79 @@
+"""Write the measured tables into the documentation.
+
+    python benchmarks/report.py            # put the tables of benchmarks/results into docs
+    python benchmarks/report.py --check    # exit 1 if they are not what docs hold
+
+In a page, ``<!-- results: NAME warm -->`` and ``<!-- end -->`` stand around a table that comes from
+``benchmarks/results/NAME.json``; ``machine`` in place of ``warm`` names the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import harness
+import load_cpu
+import load_cuda
+
+ROOT = harness.HERE.parent
+PAGES = (*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md")
+BARS = {
+    ("load_cpu", "warm"): load_cpu.WARM_BARS,
+    ("load_cpu", "cold"): load_cpu.COLD_BARS,
+    ("load_cuda", "warm"): load_cuda.BARS,
+    ("load_cuda", "cold"): load_cuda.BARS[1:],
+}
+_BLOCK = re.compile(r"(<!-- results: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def render(results: dict[str, Any], part: str) -> str:
+    """One part of a file of results as Markdown."""
+    if part == "machine":
+        machine = results["machine"]
+        gpu = f"{machine['gpu']}, " if "gpu" in machine else ""
+        return (
+            f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, Linux {machine['kernel']}, "
+            f"Python {machine['python']}, torch {machine['torch']}; medians of {results['rounds']} rounds.\n"
+        )
+    if "rows" in results.get(part, {}):
+        head, *rows = results[part]["rows"]
+        lines = [head, ["---"] * len(head), *rows]
+        return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+    bars = BARS[results["benchmark"], part]
+
+    return f"{harness.table(results[part])}\n\n{harness.ratios(results[part], bars)}\n"
+
+
+def fill(text: str) -> str:
+    """A page with its tables as the results have them."""
+
+    def replace(match: re.Match[str]) -> str:
+        results = json.loads((harness.HERE / "results" / f"{match[2]}.json").read_text())
+        return f"{match[1]}\n{render(results, match[3])}\n{match[4]}"
+
+    return _BLOCK.sub(replace, text)
+
+
+def main() -> None:
+    """Fill all pages, or check them."""
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if (filled := fill(text)) != text:
+            stale.append(page)
+            if "--check" not in sys.argv:
+                page.write_text(filled, encoding="utf-8")
+
+    for page in stale:
+        print(Path(page).relative_to(ROOT))
+    if stale and "--check" in sys.argv:
+        sys.exit("These pages do not hold the measured tables: python benchmarks/report.py")
+
+
+if __name__ == "__main__":
+    main()
