@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,9 @@ def card_file(text: str, source: str = "file:///cards/a.yaml") -> CardFile:
     return parse(text.encode(), source=source, folder=folder, json_lines=source.endswith(".jsonl"))
 
 
-def make_manifest(tensors: int = 6, shards: int = 2, *, index_name: str | None = "model.safetensors.index.json") -> Manifest:
+def make_manifest(
+    tensors: int = 6, shards: int = 2, *, index_name: str | None = "model.safetensors.index.json"
+) -> Manifest:
     """A manifest of ``tensors`` matrices spread over ``shards``."""
     per_shard = -(-tensors // shards)
     return Manifest(
@@ -57,3 +63,27 @@ def make_copies(manifest: Manifest, folder: Path, *, verified_at: str | None = N
         LocalCopy(file=name, path=folder / name, stat=FileStat(10 + i, 20 + i, 30 + i, 40 + i), verified_at=verified_at)
         for i, name in enumerate(names)
     ]
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """The rights of a user who owns nothing; for root, whom permissions do not bind."""
+    if os.geteuid() != 0:
+        yield
+        return
+
+    os.setegid(65534)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+@contextmanager
+def public_folder() -> Iterator[Path]:
+    """A folder that every user can reach, unlike those that pytest makes."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)

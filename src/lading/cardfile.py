@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
@@ -185,8 +186,9 @@ class _Reader:
 def _card_name(value: Mapping[str, object], problems: list[str]) -> tuple[str, str]:
     """The name and the environment of a card."""
     if "name" not in value:
-        hint = did_you_mean("name", value) or " A card has a `name`, an architecture an `architecture`."
-        problems.append(f": expected a field 'name', found none.{hint}")
+        near = get_close_matches("name", value, n=1)
+        found = show(near[0]) if near else "none; only architectures have no name, but an 'architecture'"
+        problems.append(f": expected a field 'name', found {found}")
         return "", ""
 
     stated = _check_string(value["name"], "name", problems)

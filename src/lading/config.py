@@ -1,18 +1,14 @@
 """Configurations: the defaults of a family's class, an architecture's numbers, a card's overrides; merged and checked.
 
-The merge and its directives are those of fairseq2 0.8.1 (``fairseq2.utils.config``); so are the conversions, where they
-lose nothing: ``16.0`` and ``"16"`` are good for an ``int`` (variables of the environment are strings), ``16.5`` and
-``true`` are not.
+Values are converted as fairseq2 0.8.1 (``fairseq2.utils.structured``) converts them, where nothing is lost: ``16.0``
+and ``"16"`` are good for an ``int`` (variables of the environment are strings), ``16.5`` and ``true`` are not.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import re
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from functools import lru_cache
 from typing import Any, Final, TypeVar, get_args, get_type_hints
 
@@ -21,9 +17,10 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import CoreSchema, ErrorDetails, PydanticKnownError, SchemaValidator
 from pydantic_core.core_schema import DataclassSchema, no_info_before_validator_function
 
-from lading.card import CONFIG_KEYS, Architecture, AssetCard
+from lading.card import Architecture, AssetCard
 from lading.documents import join, show
 from lading.errors import AssetCardError, InternalError, did_you_mean
+from lading.overrides import Layer, architecture_layers, layers_of, merge_layers
 
 T = TypeVar("T")
 
@@ -38,7 +35,7 @@ def architecture_config(architecture: Architecture, config_kls: type[T]) -> T:
     """
     of = f"the {architecture.family} architecture {architecture.name!r}"
 
-    return _resolve(_architecture_layers(architecture), config_kls, architecture.name, of)
+    return _resolve(architecture_layers(architecture), config_kls, architecture.name, of)
 
 
 def resolve_config(card: AssetCard, architecture: Architecture | None, config_kls: type[T]) -> T:
@@ -50,16 +47,7 @@ def resolve_config(card: AssetCard, architecture: Architecture | None, config_kl
 
     :raises AssetCardError: overrides that don't fit; its ``name`` is that of the card that states the first of them.
     """
-    layers = [] if architecture is None else _architecture_layers(architecture)
-
-    chain = list(card.chain())
-    for key in CONFIG_KEYS:
-        stated = [each for each in reversed(chain) if each.metadata.get(key) is not None]
-        layers += (_card_layer(each, key) for each in stated)
-        if stated:
-            break
-
-    return _resolve(layers, config_kls, card.name, f"the card {card.name!r}")
+    return _resolve(layers_of(card, architecture), config_kls, card.name, f"the card {card.name!r}")
 
 
 def structure(config_kls: type[T], mapping: Mapping[str, object], *, where: str) -> T:
@@ -69,7 +57,7 @@ def structure(config_kls: type[T], mapping: Mapping[str, object], *, where: str)
 
     :raises AssetCardError: (named ``where``) it does not fit; every unknown key and every wrong value is listed.
     """
-    return _structure(config_kls, mapping, [_Layer(mapping, where, where)], where, where)
+    return _structure(config_kls, mapping, [Layer(mapping, where, where)], where, where)
 
 
 def json_schema(config_kls: type[object]) -> dict[str, Any]:
@@ -77,120 +65,21 @@ def json_schema(config_kls: type[object]) -> dict[str, Any]:
     return _JsonSchema().generate(_schema(config_kls))
 
 
-# --- layers ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """Overrides, and who states them."""
-
-    overrides: object
-    where: str
-    owner: str
-
-
-def _architecture_layers(architecture: Architecture) -> list[_Layer]:
-    count = len(architecture.overrides)
-    sources = [*architecture.sources, *("" for _ in range(count))][:count]
-
-    return [
-        _Layer(overrides, f"{source or architecture.name}.config", architecture.name)
-        for overrides, source in zip(architecture.overrides, sources, strict=True)
-    ]
-
-
-def _card_layer(card: AssetCard, key: str) -> _Layer:
-    overrides = expand_env(card.metadata[key], os.environ)
-
-    return _Layer(overrides, f"{card.source_of(key) or card.name}.{key}", card.name)
-
-
-def _resolve(layers: Sequence[_Layer], config_kls: type[T], name: str, of: str) -> T:
+def _resolve(layers: Sequence[Layer], config_kls: type[T], name: str, of: str) -> T:
     try:
-        merged: dict[str, object] = asdict(config_kls())  # type: ignore[call-overload]
+        defaults: dict[str, object] = asdict(config_kls())  # type: ignore[call-overload]
     except TypeError as error:
         raise InternalError(
             f"{config_kls.__name__} is expected to be a dataclass with a default for every field: {error}"
         ) from error
 
-    for layer in layers:
-        if not isinstance(layer.overrides, Mapping):
-            raise AssetCardError(layer.owner, f"{layer.where}: expected a mapping, found {show(layer.overrides)}.")
-        try:
-            merged = merge(merged, layer.overrides, path=layer.where)
-        except ValueError as error:
-            raise AssetCardError(layer.owner, str(error)) from None
-
-    return _structure(config_kls, merged, layers, name, of)
-
-
-# --- merging ---------------------------------------------------------------------------------------------------------
-
-
-def merge(base: Mapping[str, object], overrides: Mapping[str, object], *, path: str) -> dict[str, object]:
-    """``base`` with ``overrides`` laid over it, mappings within mappings likewise; both stay as they are.
-
-    At every level, ``_del_`` is a list of keys of ``base`` to leave out first, and ``_set_`` a mapping whose values
-    replace what is there, whole, at last.
-
-    :param path: where ``overrides`` stands, for the error.
-
-    :raises ValueError: a directive of the wrong form.
-    """
-    deleted = overrides.get("_del_")
-    if deleted is None:
-        deleted = []
-    elif not isinstance(deleted, list) or not all(isinstance(key, str) for key in deleted):
-        raise ValueError(f"{path}._del_: expected a list of keys, found {_show_items(deleted)}.")
-
-    replaced = overrides.get("_set_")
-    if replaced is None:
-        replaced = {}
-    elif not isinstance(replaced, Mapping):
-        raise ValueError(f"{path}._set_: expected a mapping, found {show(replaced)}.")
-
-    merged = {key: deepcopy(value) for key, value in base.items() if key not in deleted}
-    for key, value in overrides.items():
-        if key in ("_del_", "_set_"):
-            continue
-        if isinstance(value, Mapping):
-            below = merged.get(key)
-            merged[key] = merge(below if isinstance(below, Mapping) else {}, value, path=join(path, key))
-        else:
-            merged[key] = deepcopy(value)
-    merged.update(deepcopy(dict(replaced)))
-
-    return merged
-
-
-def _show_items(value: object) -> str:
-    """A list with its first items, as it is one of them that is wrong."""
-    return f"[{', '.join(map(show, value[:5]))}]" if isinstance(value, list) else show(value)
-
-
-_ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::([^}]*))?\}")
-
-
-def expand_env(value: object, environ: Mapping[str, str]) -> object:
-    """``value`` with ``${env:VAR}`` and ``${env:VAR:default}`` replaced in all of its strings, keys apart.
-
-    A variable that is not set and has no default is empty, as in fairseq2.
-    """
-    match value:
-        case str():
-            return _ENV.sub(lambda match: environ.get(match[1], match[2] or ""), value)
-        case Mapping():
-            return {key: expand_env(item, environ) for key, item in value.items()}
-        case list():
-            return [expand_env(item, environ) for item in value]
-        case _:
-            return value
+    return _structure(config_kls, merge_layers(defaults, layers), layers, name, of)
 
 
 # --- checking --------------------------------------------------------------------------------------------------------
 
 
-def _structure(config_kls: type[T], mapping: Mapping[str, object], layers: Sequence[_Layer], name: str, of: str) -> T:
+def _structure(config_kls: type[T], mapping: Mapping[str, object], layers: Sequence[Layer], name: str, of: str) -> T:
     """An instance of ``config_kls``; the error says which of ``layers``, whose sum ``mapping`` is, is to blame."""
     try:
         config: T = _validator(config_kls).validate_python(mapping)  # type: ignore[arg-type]  # classes are hashable
@@ -214,8 +103,8 @@ def _structure(config_kls: type[T], mapping: Mapping[str, object], layers: Seque
         expected.setdefault((where, found), []).append(expectation)
 
     lines = [f"{where}: expected {' or '.join(texts)}, found {found}" for (where, found), texts in expected.items()]
-    text = lines[0] if len(lines) == 1 else "\n  ".join(["", *lines])
-    raise AssetCardError(owners[0], f"The configuration of {of} does not fit {config_kls.__name__}: {text}")
+    text = f" {lines[0]}" if len(lines) == 1 else "\n  ".join(["", *lines])
+    raise AssetCardError(owners[0], f"The configuration of {of} does not fit {config_kls.__name__}:{text}")
 
 
 _Place = tuple[str | int, ...]
@@ -322,7 +211,8 @@ def _schema(config_kls: type[object]) -> CoreSchema:
     :raises InternalError: the class has fields of types that pydantic does not know.
     """
     try:
-        schema = TypeAdapter(config_kls).core_schema
+        # Copied, as what stands for a schema that could not be made says why when it is read.
+        schema = dict(TypeAdapter(config_kls).core_schema)
     except (PydanticUserError, NameError) as error:
         raise InternalError(f"The fields of {config_kls.__name__} cannot be checked: {error}") from error
 

@@ -174,7 +174,11 @@ def writable(path: Path) -> bool:
 
 
 def file_engine(path: Path, *, create: bool = False, foreign_keys: bool = True) -> Engine:
-    """An engine for a SQLite file that can be written."""
+    """An engine for a SQLite file that can be written.
+
+    :param foreign_keys: off for migrations. SQLite changes a table by writing it anew and dropping the old one, and
+        by the keys all that refers to it.
+    """
     mode = "mode=rwc" if create else "mode=rw"
 
     return _sqlite_engine(lambda: _connect(path, mode), NullPool, foreign_keys=foreign_keys)

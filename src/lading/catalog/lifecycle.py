@@ -143,7 +143,6 @@ def downgrade(settings: Settings, to: str) -> Path | None:
 
 
 def _move(target: Target, revision: str, *, down: bool) -> None:
-    # SQLite changes a table by writing it anew. With foreign keys on, dropping the old one would drop what hangs on it.
     engine = (
         file_engine(target.path, create=True, foreign_keys=False) if target.path is not None else server_engine(target)
     )
@@ -195,20 +194,26 @@ def check(settings: Settings) -> list[str]:
             if version != SCHEMA_VERSION:
                 return [f"the schema is of version {version}, but this version of lading works with {SCHEMA_VERSION}"]
 
-            damage = _damage(connection) if target.is_sqlite else []
-            return damage or [*_drift(connection), *stale_columns(connection)]
+            # Each question makes sense only where the one before it found nothing.
+            return (
+                (_damage(connection) if target.is_sqlite else [])
+                or _drift(connection)
+                or (_lost_references(connection) if target.is_sqlite else [])
+                or stale_columns(connection)
+            )
     except CatalogError as error:
         return [error.message]
 
 
 def _damage(connection: Connection) -> list[str]:
-    problems = [
-        f"damage: {line}" for (line,) in connection.exec_driver_sql("PRAGMA integrity_check").all() if line != "ok"
-    ]
-    for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check").all():
-        problems.append(f"lost reference: row {row} of {table} refers to a missing row of {parent}")
+    return [f"damage: {line}" for (line,) in connection.exec_driver_sql("PRAGMA integrity_check").all() if line != "ok"]
 
-    return problems
+
+def _lost_references(connection: Connection) -> list[str]:
+    return [
+        f"lost reference: row {row} of {table} refers to a missing row of {parent}"
+        for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+    ]
 
 
 def _drift(connection: Connection) -> list[str]:

@@ -178,7 +178,6 @@ def _reader(database: Database) -> sqlite3.Connection:
                 assert isinstance(driver, sqlite3.Connection)
                 driver.backup(connection)
 
-        connection.execute("PRAGMA trusted_schema = OFF")
         # The first use of a table-valued function makes a table, in SQLite's eyes, which the authorizer would refuse.
         connection.execute("SELECT 1 FROM json_each('[]'), json_tree('[]')").fetchall()
         connection.text_factory = lambda data: data.decode("utf-8", errors="replace")

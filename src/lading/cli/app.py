@@ -16,6 +16,7 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
 
 
 @click.group(
+    "lading",
     cls=Program,
     lazy={
         "list": "lading.cli.list:list_models",

@@ -73,7 +73,10 @@ def check() -> None:
 @db.command("backup")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 def backup(file: Path | None) -> None:
-    """Copy the database to FILE while others may use it, and print the copy's path.
+    """Copy the database, and print where the copy is.
+
+    It may be in use. FILE may be a folder, and must not be there if it is a file; by default the copy is made beside
+    the database.
 
     For example: lading db backup catalog-backup.sqlite
     """

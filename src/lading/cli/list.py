@@ -54,6 +54,8 @@ def list_models(
             near = store.suggest(pattern)
             raise ModelNotKnownError(pattern, f" Did you mean {' or '.join(map(repr, near))}?" if near else "")
         click.echo("lading: no model matches." + ("" if include_all else " `--all` lists all cards."), err=True)
+        if form is Form.TABLE:
+            return
 
     columns = [f.name for f in fields(ModelSummary)]
     write_rows(columns, [[getattr(m, c) for c in columns] for m in models], form, table=_TABLE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 
@@ -45,6 +46,9 @@ def sql(
     from lading.catalog.query import query as run_query
     from lading.catalog.store import get_asset_store
 
+    if not math.isfinite(deadline):
+        raise click.BadParameter("a number of seconds is expected.", param_hint="--deadline")
+
     result = run_query(
         get_asset_store().database,
         _statement(query),
@@ -55,7 +59,7 @@ def sql(
     write_rows(result.columns, result.rows, form)
 
     if result.truncated:
-        click.echo(f"lading: only the first {len(result.rows)} rows; `--limit` asks for more.", err=True)
+        click.echo(f"lading: there are more rows than these {len(result.rows)}; `--limit` asks for more.", err=True)
 
 
 def _statement(query: str | None) -> str:
