@@ -43,7 +43,7 @@ def model_folder() -> Path:
 
 def lading(*arguments: str) -> None:
     """Run a command of the CLI, and show it as one would type it."""
-    shown = (f'"{word}"' if " " in word else word for word in arguments)
+    shown = (f'"{word}"' if set(word) & set(" *") else word for word in arguments)
     print(f"\n$ lading {' '.join(shown)}", flush=True)
     subprocess.run([sys.executable, "-m", "lading", *arguments], check=True, cwd=ROOT)
 
