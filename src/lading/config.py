@@ -12,6 +12,8 @@ from dataclasses import asdict, fields, is_dataclass
 from functools import lru_cache
 from typing import Any, Final, TypeVar, get_args, get_type_hints
 
+# pydantic imports this part of it with the first schema of a dataclass, which would be in the middle of a load.
+import pydantic.dataclasses  # noqa: F401
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import CoreSchema, ErrorDetails, PydanticKnownError, SchemaValidator

@@ -92,13 +92,7 @@ def model_config(card: AssetCard, family: Family[Any, Any], store: AssetStore) -
     :raises AssetCardError: the card is of another family, names an architecture that is not known, or states
         overrides that do not fit.
     """
-    stated = card.field("model_family").as_(str)
-    if stated != family.name:
-        raise AssetCardError(
-            card.name,
-            f"The card {card.name!r} is expected to be of the family {family.name!r}, but its `model_family` is "
-            f"{stated!r}.",
-        )
+    check_family(card, family)
 
     architecture = None
     arch = card.maybe_get_field("model_arch")
@@ -109,6 +103,17 @@ def model_config(card: AssetCard, family: Family[Any, Any], store: AssetStore) -
             raise AssetCardError(card.name, f"The field 'model_arch' of the card {card.name!r}: {error}") from None
 
     return resolve_config(card, architecture, family.config_kls)
+
+
+def check_family(card: AssetCard, family: Family[Any, Any]) -> None:
+    """:raises AssetCardError: the card is of another family."""
+    stated = card.field("model_family").as_(str)
+    if stated != family.name:
+        raise AssetCardError(
+            card.name,
+            f"The card {card.name!r} is expected to be of the family {family.name!r}, but its `model_family` is "
+            f"{stated!r}.",
+        )
 
 
 def arch_config(arch: str, family: Family[Any, Any], store: AssetStore) -> Any:
@@ -136,10 +141,11 @@ def load_card(
     def resolve() -> tuple[Any, Checkpoint]:
         with clock.phase("catalog"):
             open_store = store()
-            resolved = model_config(card, family, open_store)
+            check_family(card, family)
+            resolved = model_config(card, family, open_store) if config is None else config
 
         with clock.phase("manifest"):
-            return resolved if config is None else config, card_checkpoint(card, open_store)
+            return resolved, card_checkpoint(card, open_store)
 
     resolved, checkpoint = gangs.root.first(resolve)
 

@@ -98,7 +98,8 @@ def _modules_after(code: str) -> set[str]:
     "code",
     [
         "import lading; dir(lading)",
-        "import lading.errors, lading.card, lading.manifest, lading.settings, lading.keymap, lading.formats, lading.fetch",
+        "import lading.errors, lading.card, lading.manifest, lading.settings, lading.keymap",
+        "import lading.formats, lading.fetch",
         "import lading.catalog.store, lading.catalog.query",
         "import lading.cli",
     ],
