@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from lading.cli.failure import INTERRUPTED, USAGE, report
+from lading.cli.output import printable
 from lading.errors import did_you_mean
 
 _DEBUG = "lading.debug"
@@ -155,7 +156,7 @@ class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         label = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         try:
-            click.echo(f"lading: {label}{record.getMessage()}", err=True)
+            click.echo(f"lading: {label}{printable(record.getMessage())}", err=True)
         except Exception:
             self.handleError(record)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import traceback
+from contextlib import suppress
 
 import click
 
 from lading.cli.output import printable
-from lading.errors import LadingError
+from lading.errors import AssetCardError, LadingError, ModelCheckpointMismatchError
 
 USAGE = 2
 SYSTEM = 8
@@ -16,17 +17,21 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 """What a shell answers for a program that SIGPIPE ended, as ``head`` ends ``cat``."""
 
+_LISTS = (AssetCardError, ModelCheckpointMismatchError)
+"""Errors that may hold a list of problems; of all others one line is shown."""
+
 
 def report(error: BaseException, *, debug: bool) -> int:
     """Say on stderr what went wrong, with the traceback if ``debug``; returns the exit code."""
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE
 
-    if debug and not isinstance(error, click.ClickException):
-        traceback.print_exception(error, file=sys.stderr)
-
     code, message = _judge(error)
-    click.echo(f"lading: {'interrupted' if code == INTERRUPTED else f'error: {message}'}", err=True)
+    # The code holds, whether or not somebody reads the words.
+    with suppress(BrokenPipeError):
+        if debug and not isinstance(error, click.ClickException):
+            traceback.print_exception(error, file=sys.stderr)
+        click.echo(f"lading: {'interrupted' if code == INTERRUPTED else f'error: {message}'}", err=True)
 
     return code
 
@@ -34,10 +39,8 @@ def report(error: BaseException, *, debug: bool) -> int:
 def _judge(error: BaseException) -> tuple[int, str]:
     match error:
         case LadingError():
-            # Only a list of problems is worth more than a line.
             lines = error.message.splitlines() or [type(error).__name__]
-            shown = lines if getattr(error, "problems", ()) else lines[:1]
-            return error.exit_code, "\n".join(map(printable, shown))
+            return error.exit_code, "\n".join(map(printable, lines if isinstance(error, _LISTS) else lines[:1]))
         case KeyboardInterrupt():
             return INTERRUPTED, ""
         case click.UsageError():

@@ -7,8 +7,8 @@ import click
 from lading.cli.command import command
 from lading.cli.complete import complete_target
 from lading.cli.describe import checkpoint_object, checkpoint_pairs
+from lading.cli.names import name_or_path
 from lading.cli.output import write_json, write_pairs
-from lading.cli.target import name_or_path
 
 
 @command("index")

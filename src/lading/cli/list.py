@@ -6,8 +6,9 @@ import click
 
 from lading.cli.command import command
 from lading.cli.complete import complete_family, complete_model
+from lading.cli.names import unknown_model
 from lading.cli.output import Column, Form, human_bytes, listing_options, write_rows
-from lading.errors import ModelFamilyNotKnownError, ModelNotKnownError, did_you_mean
+from lading.errors import ModelFamilyNotKnownError, did_you_mean
 
 STATUSES = {"ready": "green", "remote": None, "gated": "yellow", "unknown-family": "yellow", "broken": "red"}
 """What can be said of a model, and the colour in which it is said."""
@@ -51,8 +52,7 @@ def list_models(
         if family is not None and family not in (known := [f.name for f in store.families()]):
             raise ModelFamilyNotKnownError(family, did_you_mean(family, known))
         if pattern is not None and not _has_wildcard(pattern) and not store.models(pattern, include_all=True):
-            near = store.suggest(pattern)
-            raise ModelNotKnownError(pattern, f" Did you mean {' or '.join(map(repr, near))}?" if near else "")
+            raise unknown_model(pattern, store)
         click.echo("lading: no model matches." + ("" if include_all else " `--all` lists all cards."), err=True)
         if form is Form.TABLE:
             return

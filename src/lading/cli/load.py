@@ -10,8 +10,8 @@ import click
 from lading.cli.command import command
 from lading.cli.complete import complete_target
 from lading.cli.describe import dtype_text
+from lading.cli.names import name_or_path
 from lading.cli.output import counted, human_bytes, human_count, write_json, write_pairs
-from lading.cli.target import name_or_path
 
 if TYPE_CHECKING:
     import torch
@@ -33,13 +33,17 @@ def load(target: str, device: str | None, dtype: str | None, mmap: bool, no_prog
 
     For example: lading load qwen3_0.6b --dtype auto
     """
+    from lading.catalog.store import get_asset_store
+
+    # Whether the name is known is said before torch is imported, which takes a second.
+    card = name_or_path(target, get_asset_store())
+
     import torch
 
-    from lading.catalog.store import get_asset_store
     from lading.hub import load_with_report
 
     _, report = load_with_report(
-        name_or_path(target, get_asset_store()),
+        card,
         device=None if device is None else _device(device),
         dtype="auto" if dtype == "auto" else None if dtype is None else getattr(torch, dtype),
         mmap=mmap,
@@ -68,22 +72,22 @@ def load(target: str, device: str | None, dtype: str | None, mmap: bool, no_prog
 
 
 def _device(name: str) -> torch.device:
-    """The device of this name, if it can hold a model here.
+    """The device of this name.
 
-    :raises click.BadParameter: torch knows no such device, or sees none.
+    :raises click.BadParameter: it cannot hold a tensor here.
     """
     import torch
 
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise click.BadParameter(f"{name!r} is no device of torch.", param_hint="--device") from None
+        # What is not compiled in, or not in this machine, is only noticed by what uses it.
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # Of what torch says, which may go on to name every backend that there is, the first sentence.
+        reason = (str(error).splitlines() or [""])[0].partition(". ")[0].rstrip(".")
+        raise click.BadParameter(f"torch cannot use {name!r}: {reason}.", param_hint="--device") from None
 
     if device.type == "meta":
         raise click.BadParameter("the meta device holds no data.", param_hint="--device")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise click.BadParameter(f"torch sees {count} CUDA devices here.", param_hint="--device")
 
     return device

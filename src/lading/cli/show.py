@@ -167,7 +167,7 @@ def _as_object(found: _Found) -> dict[str, object]:
             "path": found.ref.path,
             "gated": found.ref.gated,
             "local_path": _existing(found.path),
-            "verified_at": found.summary.verified_at,
+            "verified_at": _verified_at(stored),
             "indexed": None if stored is None else checkpoint_object(stored),
         },
     }
@@ -175,6 +175,13 @@ def _as_object(found: _Found) -> dict[str, object]:
 
 def _existing(path: Path | None) -> Path | None:
     return path if path is not None and path.exists() else None
+
+
+def _verified_at(stored: StoredCheckpoint | None) -> str | None:
+    """Since when all files are known to be the published ones."""
+    times = [copy.verified_at for copy in stored.copies] if stored is not None else []
+
+    return min((time for time in times if time is not None), default=None) if None not in times else None
 
 
 def _write_fields(found: _Found, form: Form) -> None:
@@ -247,7 +254,7 @@ def _write_text(found: _Found) -> None:
         "inner path": ref.path,
         "ask at": ref.info_url if ref.gated else None,
         "local path": _existing(found.path),
-        "verified": found.summary.verified_at,
+        "verified": _verified_at(stored),
     }
     if stored is not None:
         pairs |= checkpoint_pairs(stored)

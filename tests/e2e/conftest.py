@@ -1,0 +1,128 @@
+"""The command line, in this process or in one of its own, over a home with a fresh catalog."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+CARDS = """\
+name: tiny
+model_family: qwen
+license: apache-2.0
+checkpoint: tiny
+model_config:
+  model_dim: 32
+  max_seq_len: 128
+  vocab_size: 100
+  tied_embeddings: true
+  num_layers: 2
+  num_attn_heads: 4
+  num_key_value_heads: 2
+  head_dim: 8
+  qkv_proj_bias: false
+  q_norm: true
+  k_norm: true
+  ffn_inner_dim: 64
+---
+name: tiny_child
+base: tiny
+license: mit
+model_config: {dropout_p: 0.5, _del_: [ffn_inner_dim]}
+---
+name: tiny_arch
+model_family: qwen
+model_arch: qwen3_0.6b
+checkpoint: hg://somebody/tiny
+---
+name: tiny_gated
+model_family: qwen
+url: https://example.com/ask
+---
+name: tiny_unknown
+model_family: nobody
+checkpoint: hg://somebody/other
+---
+name: tiny_gone
+model_family: qwen
+checkpoint: gone
+---
+name: tiny_dangling
+base: tiny_missing
+---
+name: tiny_tokenizer
+tokenizer: ./tokenizer.json
+"""
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalog as it is after its first use; to read the package's cards takes longer than to copy it."""
+    path = tmp_path_factory.mktemp("template") / "catalog.sqlite"
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("LADING_")}
+    env = {
+        **keep,
+        "HOME": str(path.parent),
+        "XDG_CONFIG_HOME": str(path.parent),
+        "LADING_DATABASE_URL": f"sqlite:///{path}",
+    }
+    subprocess.run([sys.executable, "-m", "lading", "list", "-q"], env=env, check=True, stdout=subprocess.DEVNULL)
+    return path
+
+
+@pytest.fixture
+def catalog(home: Path, template: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a catalog that holds the package's cards."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    path = home / "data" / "lading" / "catalog.sqlite"
+    path.parent.mkdir(parents=True)
+    shutil.copy(template, path)
+    return path
+
+
+@pytest.fixture
+def cli(catalog: Path) -> Callable[..., Result]:
+    """Runs a command line in this process."""
+    from lading.cli.app import app
+
+    def run(*words: str | Path, stdin: str | bytes | None = None, code: int | None = 0) -> Result:
+        result = CliRunner().invoke(app, [str(w) for w in words], input=stdin)
+        assert code is None or result.exit_code == code, f"{words}: {result.exit_code}\n{result.output}"
+        assert "Traceback" not in result.output
+        return result
+
+    return run
+
+
+@pytest.fixture
+def cards(cli: Callable[..., Result], tmp_path: Path) -> Path:
+    """A file of cards, imported, beside a checkpoint."""
+    from make_checkpoint import make
+
+    make(tmp_path / "cards" / "tiny")
+    path = tmp_path / "cards" / "cards.yaml"
+    path.write_text(CARDS)
+    cli("import", path)
+    return path
+
+
+@pytest.fixture
+def process(catalog: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a command line in a process of its own."""
+
+    def run(*words: str | Path, **kwargs: object) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, **kwargs.pop("env", {})}
+        defaults = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+        return subprocess.run(
+            [sys.executable, "-m", "lading", *map(str, words)],
+            **{"text": True, "check": False, "env": env, "timeout": 60, **defaults, **kwargs},
+        )
+
+    return run

@@ -1,0 +1,577 @@
+"""The commands that ask and fill the catalog."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sqlite3
+
+import pytest
+
+from lading.cli.list import STATUSES
+from lading.family import get_family
+
+
+def rows(result) -> list[dict]:
+    return json.loads(result.stdout)
+
+
+class TestList:
+    def test_a_table_for_people(self, cli, cards):
+        result = cli("list", "tiny*")
+        lines = [line.split() for line in result.stdout.splitlines()]
+        assert lines[0] == ["name", "family", "arch", "status", "size", "license"]
+        assert ["tiny", "qwen", "-", "ready", "-", "apache-2.0"] in lines
+        assert result.stderr == ""
+
+    def test_the_status_of_each(self, cli, cards):
+        assert {r["name"]: r["status"] for r in rows(cli("list", "tiny*", "--json"))} == {
+            "tiny": "ready",
+            "tiny_child": "ready",
+            "tiny_arch": "remote",
+            "tiny_gated": "gated",
+            "tiny_unknown": "unknown-family",
+            "tiny_gone": "broken",
+            "tiny_dangling": "broken",
+        }
+
+    @pytest.mark.parametrize("status", STATUSES)
+    def test_by_status(self, cli, cards, status):
+        found = rows(cli("list", "--status", status, "--json"))
+        assert found
+        assert {r["status"] for r in found} == {status}
+
+    def test_all_columns_reach_programs(self, cli, cards):
+        (row,) = rows(cli("list", "tiny", "--json"))
+        assert list(row) == [
+            "name", "family", "arch", "base", "status", "checkpoint", "revision", "format", "bytes", "parameters",
+            "dtypes", "shards", "license", "local_path", "verified_at", "source", "problem",
+        ]  # fmt: skip
+        assert row["local_path"] == str(cards.parent / "tiny")
+        assert cli("list", "tiny", "--csv").stdout.splitlines()[0].split(",") == list(row)
+        assert json.loads(cli("list", "tiny", "--nl").stdout) == row
+
+    def test_names_only(self, cli, cards):
+        assert cli("list", "tiny_g*", "-q").stdout == "tiny_gated\ntiny_gone\n"
+
+    def test_ls_is_list(self, cli):
+        assert cli("ls", "-q").stdout == cli("list", "-q").stdout != ""
+
+    def test_by_family(self, cli):
+        assert {r["family"] for r in rows(cli("list", "--family", "mistral", "--json"))} == {"mistral"}
+
+    def test_a_limit(self, cli):
+        assert len(rows(cli("list", "--limit", "3", "--json"))) == 3
+        assert rows(cli("list", "--limit", "0", "--json")) == []
+
+    def test_base_cards_are_models_only_with_all(self, cli, cards):
+        assert "tiny_tokenizer" not in cli("list", "-q").stdout.split()
+        assert "tiny_tokenizer" in cli("list", "--all", "-q").stdout.split()
+        result = cli("list", "tiny_tokenizer", "-q")
+        assert result.stdout == ""
+        assert "`--all`" in result.stderr
+
+    def test_a_pattern_without_a_match_is_no_error(self, cli):
+        result = cli("list", "nothing*", "--json")
+        assert result.stdout == "[]\n"
+        assert "no model matches" in result.stderr
+
+    def test_a_name_without_a_match_is(self, cli):
+        result = cli("list", "qwen3_06b", code=2)
+        assert result.stdout == ""
+        assert "'qwen3_0.6b'" in result.stderr
+
+    def test_a_family_that_nobody_knows(self, cli):
+        result = cli("list", "--family", "qwn", code=2)
+        assert "'qwen'" in result.stderr
+
+    def test_a_status_that_nobody_knows(self, cli):
+        cli("list", "--status", "fine", code=2)
+
+    def test_statuses_are_those_of_the_catalog(self, cli, catalog):
+        with sqlite3.connect(catalog) as connection:
+            (view,) = connection.execute("SELECT sql FROM sqlite_master WHERE name = 'assets'").fetchone()
+        assert all(f"'{status}'" in view for status in STATUSES)
+
+
+class TestShow:
+    def test_for_people(self, cli, cards):
+        text = cli("show", "tiny_child").stdout
+        lines = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
+        assert lines["name"] == ["tiny_child"]
+        assert lines["status"] == ["ready"]
+        assert lines["license"] == ["mit", "tiny_child", "cards.yaml[1]"]
+        assert lines["model_family"] == ["qwen", "tiny", "cards.yaml[0]"]
+        assert lines["dropout_p"] == ["0.5"]
+        assert f"local path  {cards.parent / 'tiny'}\n" in text
+
+    def test_for_programs(self, cli, cards):
+        shown = json.loads(cli("show", "tiny_child", "--json").stdout)
+        assert shown["cards"] == [
+            {"name": "tiny_child", "source": "cards.yaml[1]"},
+            {"name": "tiny", "source": "cards.yaml[0]"},
+        ]
+        assert shown["fields"]["license"] == {"value": "mit", "card": "tiny_child", "source": "cards.yaml[1]"}
+        assert shown["fields"]["checkpoint"]["card"] == "tiny"
+        assert shown["config"]["dropout_p"] == 0.5
+        assert shown["config"]["model_dim"] == 32
+        assert "ffn_inner_dim" not in shown["config"]
+        assert shown["checkpoint"] == {
+            "uri": f"file://{cards.parent / 'tiny'}",
+            "path": None,
+            "gated": False,
+            "local_path": str(cards.parent / "tiny"),
+            "verified_at": None,
+            "indexed": None,
+        }
+        assert json.loads(cli("show", "tiny_child", "--nl").stdout) == shown
+
+    def test_the_configuration_is_the_one_that_loading_uses(self, cli, cards):
+        from lading import get_asset_store
+        from lading.config import resolve_config, structure
+
+        for name in ("tiny", "tiny_arch", "qwen3_0.6b", "llama3_1_8b", "mistral_7b_instruct"):
+            store = get_asset_store()
+            card = store.retrieve_card(name)
+            family = card.field("model_family").as_(str)
+            kls = get_family(family).config_kls
+            arch = card.maybe_get_field("model_arch")
+            architecture = None if arch is None else store.architecture(arch.as_(str), family)
+            shown = json.loads(cli("show", name, "--json").stdout)
+            assert structure(kls, shown["config"], where=name) == resolve_config(card, architecture, kls)
+
+    def test_an_overlay_shows_where_it_reaches(self, cli, cards, tmp_path):
+        overlay = tmp_path / "mine.yaml"
+        overlay.write_text("name: tiny_gated@user\ncheckpoint: ./cards/tiny\n")
+        cli("import", overlay)
+        shown = json.loads(cli("show", "tiny_gated", "--json").stdout)
+        assert shown["status"] == "ready"
+        assert shown["fields"]["checkpoint"]["source"] == "mine.yaml[0]"
+        assert shown["fields"]["url"]["source"] == "cards.yaml[3]"
+        assert json.loads(cli("show", "tiny_gated@", "--json").stdout)["status"] == "gated"
+
+        overlay.write_text("name: tiny_gated@user\ncheckpoint: ./nowhere\n")
+        cli("import", overlay)
+        shown = json.loads(cli("show", "tiny_gated", "--json").stdout)
+        assert shown["status"] == "broken"
+        assert "nowhere" in shown["problem"]
+
+        overlay.write_text("name: tiny_gated@user\ncheckpoint: hg://some/where\n")
+        cli("import", overlay)
+        assert json.loads(cli("show", "tiny_gated", "--json").stdout)["status"] == "remote"
+
+    def test_what_is_wrong_is_said(self, cli, cards, tmp_path):
+        assert "where nothing is" in cli("show", "tiny_gone").stdout
+        bad = tmp_path / "bad.yaml"
+        bad.write_text("name: bad_arch\nmodel_family: qwen\nmodel_arch: qwen9\ncheckpoint: hg://a/b\n")
+        cli("import", bad)
+        assert "'qwen9' is no architecture" in cli("show", "bad_arch").stdout
+
+    def test_a_gated_model_says_where_to_ask(self, cli, cards):
+        assert "ask at  https://example.com/ask\n" in cli("show", "tiny_gated").stdout
+
+    def test_fields_as_rows(self, cli, cards):
+        assert cli("show", "tiny_child", "-q").stdout.split() == [
+            "license", "model_config", "model_family", "checkpoint",
+        ]  # fmt: skip
+        header, *fields = csv.reader(cli("show", "tiny_child", "--csv").stdout.splitlines())
+        assert header == ["field", "value", "card", "source"]
+        assert ["license", "mit", "tiny_child", "cards.yaml[1]"] in fields
+
+    def test_a_card_that_is_no_model(self, cli, cards):
+        shown = json.loads(cli("show", "tiny_tokenizer", "--json").stdout)
+        assert shown["family"] is None
+        assert shown["status"] is None
+
+    def test_a_name_with_wildcards_is_that_name(self, cli, tmp_path):
+        card = tmp_path / "odd.yaml"
+        card.write_text("name: 'odd[1]*'\nmodel_family: qwen\ncheckpoint: hg://a/b\n")
+        cli("import", card)
+        assert json.loads(cli("show", "odd[1]*", "--json").stdout)["status"] == "remote"
+
+    def test_bad_names(self, cli, cards):
+        assert "'qwen3_0.6b'" in cli("show", "qwen3-0.6b", code=2).stderr
+        assert "tiny_missing" in cli("show", "tiny_dangling", code=3).stderr
+
+    def test_parts_of_a_checkpoint_that_is_not_indexed(self, cli, cards):
+        for part in ("--tensors", "--shards"):
+            assert "`lading index tiny`" in cli("show", "tiny", part, code=2).stderr
+
+
+class TestFamilies:
+    def test_families(self, cli, cards):
+        found = {r["name"]: r for r in rows(cli("families", "--json"))}
+        assert found["qwen"]["registered"] is True
+        assert found["qwen"]["architectures"] > 10
+        assert found["nobody"] == {"name": "nobody", "registered": False, "architectures": 0, "cards": 1}
+        assert "nobody   no" in cli("families").stdout
+
+    def test_archs(self, cli):
+        found = rows(cli("archs", "mistral", "--json"))
+        assert {r["family"] for r in found} == {"mistral"}
+        assert all(isinstance(r["overrides"], dict) for r in found)
+        assert len(rows(cli("archs", "--json"))) > len(found)
+        assert cli("archs", "qwen", "-q").stdout.startswith("qwen25_0.5b\n")
+
+    def test_a_family_without_architectures(self, cli, cards):
+        result = cli("archs", "nobody", "-q")
+        assert result.stdout == ""
+        assert "no architectures" in result.stderr
+
+    def test_a_family_that_nobody_knows(self, cli):
+        assert "'mistral'" in cli("archs", "mistrl", code=2).stderr
+
+
+class TestPath:
+    def test_it_is_printed_alone(self, cli, cards):
+        result = cli("path", "tiny")
+        assert result.stdout == f"{cards.parent / 'tiny'}\n"
+        assert result.stderr == ""
+
+    def test_models_that_are_not_here(self, cli, cards):
+        assert "`name: tiny_arch@user`" in cli("path", "tiny_arch@", code=2).stderr
+        assert "`name: tiny_gated@user`" in cli("path", "tiny_gated", code=7).stderr
+        assert str(cards.parent / "gone") in cli("path", "tiny_gone", code=2).stderr
+        assert "'tiny_child'" in cli("path", "tiny_chld", code=2).stderr
+
+    def test_an_inner_path(self, cli, cards):
+        inner = cards.parent / "inner.yaml"
+        inner.write_text("name: inner\nbase: tiny\ncheckpoint_path: model.safetensors\n")
+        cli("import", inner)
+        assert cli("path", "inner").stdout == f"{cards.parent / 'tiny' / 'model.safetensors'}\n"
+
+    def test_a_path_that_is_not_text_comes_out_as_it_is(self, cli, tmp_path, monkeypatch):
+        from lading.card import AssetCard
+        from lading.catalog.store import AssetStore
+
+        folder = tmp_path / "weights\udc80"
+        folder.mkdir()
+        card = AssetCard("odd", {"checkpoint": str(folder)})
+        monkeypatch.setattr(AssetStore, "retrieve_card", lambda self, name: card)
+        assert cli("path", "odd").stdout_bytes == bytes(tmp_path) + b"/weights\x80\n"
+
+
+class TestSql:
+    def test_the_forms(self, cli):
+        query = "select name, length(name) as n from models where name like 'qwen3\\_%' escape '\\' order by 1 limit 2"
+        first, second = rows(cli("sql", query, "--json"))
+        assert list(first) == ["name", "n"]
+        assert cli("sql", query, "-q").stdout == f"{first['name']}\n{second['name']}\n"
+        assert cli("sql", query, "--csv").stdout.splitlines()[0] == "name,n"
+        assert cli("sql", query).stdout.splitlines()[0].split() == ["name", "n"]
+
+    @pytest.mark.parametrize(
+        ("value", "kind"),
+        [("5", "integer"), ("-5", "integer"), ("0.5", "real"), ("007", "text"), ("1e9", "text"), ("abc", "text"),
+         ("", "text"), ("9" * 30, "text"), ("-", "text")],
+    )  # fmt: skip
+    def test_parameters(self, cli, value, kind):
+        (row,) = rows(cli("sql", "select typeof(:x) as kind, cast(:x as text) as text", "-p", "x", value, "--json"))
+        assert row == {"kind": kind, "text": value}
+
+    def test_names_of_parameters_may_have_their_colon(self, cli):
+        assert cli("sql", "select :a + :b", "-p", ":a", "1", "-p", "b", "2", "-q").stdout == "3\n"
+
+    @pytest.mark.parametrize("words", [(), ("-",)])
+    def test_from_stdin(self, cli, words):
+        assert cli("sql", *words, "-q", stdin="select 'ä'").stdout == "ä\n"
+
+    def test_stdin_that_is_not_text(self, cli):
+        assert "UTF-8" in cli("sql", "-", stdin=b"select '\xff'", code=2).stderr
+
+    def test_a_limit(self, cli):
+        result = cli("sql", "select name from models order by name", "--limit", "2", "-q")
+        assert len(result.stdout.splitlines()) == 2
+        assert "more rows than these 2" in result.stderr
+        assert cli("sql", "select 1", "--limit", "2").stderr == ""
+
+    @pytest.mark.parametrize(
+        "query", ["drop table cards", "attach '/tmp/x' as x", "vacuum into '/tmp/x'", "pragma journal_mode = delete"]
+    )
+    def test_only_reading(self, cli, query):
+        cli("sql", query, code=7)
+
+    def test_bad_sql(self, cli):
+        assert cli("sql", "selec", code=2).stderr.startswith("lading: error: ")
+        cli("sql", "select :missing", code=2)
+
+    def test_a_deadline(self, cli):
+        endless = "with recursive n(i) as (select 1 union all select i + 1 from n) select max(i) from n"
+        assert "--deadline" in cli("sql", endless, "--deadline", "0.1", code=6).stderr
+
+    @pytest.mark.parametrize("deadline", ["0", "-1", "inf", "nan", "soon"])
+    def test_bad_deadlines(self, cli, deadline):
+        cli("sql", "select 1", "--deadline", deadline, code=2)
+
+
+class TestImport:
+    CARD = "name: one\nmodel_family: qwen\ncheckpoint: hg://a/b\n"
+
+    def test_a_summary(self, cli, tmp_path):
+        file = tmp_path / "c.yaml"
+        file.write_text(self.CARD + "---\nname: two\nbase: one\n")
+        result = cli("import", file)
+        assert result.stdout == ""
+        assert result.stderr == "lading: 2 added, 0 changed, 0 unchanged, 0 removed\n"
+
+        file.write_text(self.CARD.replace("hg://a/b", "hg://a/c"))
+        result = cli("import", "-v", file)
+        assert result.stderr.splitlines() == [
+            "lading: changed one",
+            "lading: removed two",
+            "lading: 0 added, 1 changed, 0 unchanged, 1 removed",
+        ]
+        assert "1 unchanged" in cli("import", file).stderr
+
+    def test_a_dry_run_changes_nothing(self, cli, tmp_path):
+        file = tmp_path / "c.yaml"
+        file.write_text(self.CARD)
+        assert "1 added" in cli("import", file, "--dry-run").stderr
+        cli("show", "one", code=2)
+
+    def test_folders_lines_and_stdin(self, cli, tmp_path):
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "sub" / "c.yaml").write_text(self.CARD)
+        (tmp_path / "d.jsonl").write_text('{"name": "two", "base": "one"}\n{"name": "three", "base": "one"}\n')
+        assert "4 added" in cli("import", tmp_path, "-", stdin="name: four\nbase: one\n").stderr
+        assert set(cli("list", "-q").stdout.split()) >= {"one", "two", "three", "four"}
+
+    def test_bad_cards_change_nothing_and_are_all_listed(self, cli, tmp_path):
+        file = tmp_path / "c.yaml"
+        file.write_text(self.CARD + "---\nname: 5\n---\nmodel_family: qwen\n")
+        result = cli("import", file, code=3)
+        assert result.stderr.startswith("lading: error: 2 problems:\n  c.yaml[1].name: ")
+        assert "\n  c.yaml[2]: " in result.stderr
+        assert result.stderr.endswith("Nothing was imported.\n")
+        cli("show", "one", code=2)
+
+    def test_keep_going_takes_the_good_ones(self, cli, tmp_path):
+        file = tmp_path / "c.yaml"
+        file.write_text(self.CARD + "---\nname: 5\n")
+        result = cli("import", file, "--keep-going", code=3)
+        assert "1 added" in result.stderr
+        assert "lading: error: c.yaml[1].name: " in result.stderr
+        assert "Nothing was imported" not in result.stderr
+        cli("show", "one")
+
+    def test_names_of_another_source(self, cli, tmp_path):
+        for name, checkpoint in (("c.yaml", "hg://a/b"), ("d.yaml", "hg://c/d")):
+            (tmp_path / name).write_text(self.CARD.replace("hg://a/b", checkpoint))
+        cli("import", tmp_path / "c.yaml")
+        assert "c.yaml" in cli("import", tmp_path / "d.yaml", code=3).stderr
+        cli("import", tmp_path / "d.yaml", "--replace")
+        assert json.loads(cli("show", "one", "--json").stdout)["checkpoint"]["uri"] == "hg://c/d"
+
+    def test_warnings_go_to_stderr(self, cli, tmp_path):
+        file = tmp_path / "c.yaml"
+        file.write_text("name: one\nbase: nowhere\n")
+        assert "lading: warning: c.yaml[0]: " in cli("import", file).stderr
+
+    def test_a_file_that_is_not_there(self, cli, tmp_path):
+        result = cli("import", tmp_path / "nope.yaml", code=2)
+        assert result.stderr == f"lading: error: No such file or directory: {tmp_path / 'nope.yaml'}\n"
+        cli("import", code=2)
+
+
+class TestExport:
+    def test_what_comes_out_goes_in(self, cli, cards, tmp_path, monkeypatch):
+        out = tmp_path / "elsewhere" / "all.yaml"
+        out.parent.mkdir()
+        assert "architectures" in cli("export-cards", "-o", out).stderr
+        before = rows(cli("list", "--all", "--json"))
+        archs = rows(cli("archs", "--json"))
+
+        monkeypatch.setenv("LADING_DATABASE_URL", f"sqlite:///{tmp_path / 'other.sqlite'}")
+        cli("import", "--replace", out)
+
+        def essence(found: list[dict]) -> list[dict]:
+            return [{k: v for k, v in row.items() if k not in ("source", "problem")} for row in found]
+
+        assert essence(rows(cli("list", "--all", "--json"))) == essence(before)
+        assert essence(rows(cli("archs", "--json"))) == essence(archs)
+
+    def test_relative_paths_become_absolute(self, cli, cards):
+        text = cli("export-cards", "tiny*").stdout
+        assert f"checkpoint: {cards.parent / 'tiny'}\n" in text
+        assert f"tokenizer: {cards.parent / 'tokenizer.json'}\n" in text
+        assert "hg://somebody/tiny" in text
+
+    def test_overlays_are_part_of_it(self, cli, cards, tmp_path):
+        (tmp_path / "mine.yaml").write_text("name: tiny@user\ncheckpoint: ./x\n")
+        cli("import", tmp_path / "mine.yaml")
+        text = cli("export-cards", "tiny").stdout
+        assert "name: tiny@user\n" in text
+        assert f"checkpoint: {tmp_path / 'x'}\n" in text
+
+    def test_a_file_is_replaced_whole_and_keeps_its_mode(self, cli, cards, tmp_path):
+        out = tmp_path / "out.yaml"
+        out.write_text("old " * 10_000)
+        out.chmod(0o640)
+        cli("export-cards", "tiny", "-o", out)
+        assert out.read_text() == cli("export-cards", "tiny", "-o", "-").stdout
+        assert out.stat().st_mode & 0o777 == 0o640
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["cards", "home", "out.yaml"]
+
+    def test_a_folder_that_is_not_there(self, cli, tmp_path):
+        result = cli("export-cards", "qwen*", "-o", tmp_path / "no" / "out.yaml", code=2)
+        assert result.stderr == f"lading: error: No such file or directory: {tmp_path / 'no'}\n"
+
+    def test_a_pipe_is_written_to(self, cli, cards, process):
+        done = process("export-cards", "tiny", "-o", "/dev/stdout")
+        assert done.stdout == cli("export-cards", "tiny").stdout
+
+    def test_nothing_matches(self, cli):
+        result = cli("export-cards", "nothing*")
+        assert result.stdout == ""
+        assert result.stderr == "lading: 0 cards, 0 architectures\n"
+
+
+class TestDb:
+    def test_check(self, cli, catalog):
+        assert cli("db", "check").stdout == "ok\n"
+        with sqlite3.connect(catalog) as connection:
+            connection.execute("DROP VIEW model_shards")
+            connection.execute("CREATE TABLE visitor (x)")
+        result = cli("db", "check", code=6)
+        assert "model_shards" in result.stdout
+        assert "visitor" in result.stdout
+
+    def test_upgrade_of_what_is_new_enough(self, cli, catalog):
+        assert "already" in cli("db", "upgrade").stderr
+        assert [p.name for p in catalog.parent.iterdir() if p.suffix == ".sqlite"] == [catalog.name]
+
+    def test_down_and_up_again(self, cli, catalog):
+        result = cli("db", "downgrade", "--to", "0")
+        assert "the catalog as it was is in " in result.stderr
+        assert len(list(catalog.parent.glob("catalog.v1.*.sqlite"))) == 1
+        assert "from version 0 to 1" in cli("db", "upgrade").stderr
+        assert cli("db", "check").stdout == "ok\n"
+        assert "qwen3_0.6b" in cli("list", "-q").stdout.split()
+
+    def test_a_schema_of_another_version_is_left_alone(self, cli, catalog):
+        with sqlite3.connect(catalog) as connection:
+            connection.execute("PRAGMA user_version = 99")
+        assert "pip install --upgrade" in cli("list", code=6).stderr
+        cli("db", "upgrade", code=6)
+        assert cli("db", "check", code=6).stdout.count("\n") == 1
+
+    def test_downgrade_to_nowhere(self, cli):
+        cli("db", "downgrade", "--to", "77", code=6)
+        cli("db", "downgrade", code=2)
+
+    def test_backup(self, cli, catalog, tmp_path):
+        copy = tmp_path / "copy.sqlite"
+        assert cli("db", "backup", copy).stdout == f"{copy}\n"
+        with sqlite3.connect(copy) as connection:
+            assert connection.execute("SELECT count(*) FROM models").fetchone()[0] > 10
+        assert "exists already" in cli("db", "backup", copy, code=6).stderr
+        cli("db", "backup", tmp_path / "no" / "copy.sqlite", code=2)
+
+    def test_a_file_that_is_no_catalog(self, cli, catalog):
+        catalog.write_bytes(b"not a database at all" * 10)
+        for words in (("list",), ("db", "check"), ("db", "upgrade"), ("db", "backup")):
+            cli(*words, code=6)
+
+
+@pytest.mark.parametrize(
+    "words", [("lst",), ("list", "--jsn"), ("db", "chek"), ("show",), ("list", "a", "b"), ("--nope",)]
+)
+def test_usage(cli, words):
+    result = cli(*words, code=2)
+    assert result.stdout == ""
+    assert result.stderr.startswith("lading: error: ")
+    assert result.stderr.count("\n") == 1
+    assert "--help`" in result.stderr
+
+
+def test_commands_are_suggested(cli):
+    assert "Did you mean 'list'" in cli("lst", code=2).stderr
+    assert "Did you mean 'check'" in cli("db", "chek", code=2).stderr
+
+
+@pytest.mark.parametrize("words", [(), ("db",)])
+def test_without_a_command_help_is_shown(cli, words):
+    result = cli(*words, code=2)
+    assert result.stdout == ""
+    assert "Commands:" in result.stderr
+
+
+def commands() -> list[tuple[str, ...]]:
+    from lading.cli.app import app
+    from lading.cli.command import Group
+
+    def walk(group: Group, words: tuple[str, ...]) -> list[tuple[str, ...]]:
+        found = [words]
+        import click
+
+        context = click.Context(group)
+        for name in group.list_commands(context):
+            command = group.get_command(context, name)
+            found += walk(command, (*words, name)) if isinstance(command, Group) else [(*words, name)]
+        return found
+
+    return walk(app, ())
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_has_help_and_an_example(cli, words):
+    text = cli(*words, "--help").stdout
+    assert text.startswith(f"Usage: {' '.join(('lading', *words))}")
+    assert "For example: " in text
+    assert "..." not in text.partition("Options:")[2]  # no summary is cut
+
+
+class TestFailures:
+    @pytest.fixture
+    def fail(self, monkeypatch):
+        from lading.catalog.store import AssetStore
+
+        def arrange(error: BaseException) -> None:
+            def families(self):
+                raise error
+
+            monkeypatch.setattr(AssetStore, "families", families)
+
+        return arrange
+
+    @pytest.mark.parametrize(
+        ("error", "code"),
+        [(ZeroDivisionError("x"), 1), (MemoryError(), 8), (PermissionError(13, "no", "/x"), 8),
+         (KeyboardInterrupt(), 130), (EOFError("x"), 1), (BrokenPipeError(), 141)],
+    )  # fmt: skip
+    def test_codes(self, cli, fail, error, code):
+        fail(error)
+        result = cli("families", code=code)
+        assert result.stdout == ""
+        assert result.stderr.count("\n") == (0 if code == 141 else 1)
+
+    @pytest.mark.parametrize("words", [("--debug", "families"), ("families", "--debug")])
+    def test_debug_shows_the_traceback(self, fail, catalog, words):
+        from click.testing import CliRunner
+
+        from lading.cli.app import app
+
+        fail(ZeroDivisionError("x"))
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 1
+        assert result.stderr.startswith("Traceback")
+        assert "raise error" in result.stderr
+
+    def test_the_logger_is_as_before(self, cli):
+        import logging
+
+        log = logging.getLogger("lading")
+        before = log.level, list(log.handlers)
+        cli("-vv", "list")
+        assert (log.level, log.handlers) == before
+
+
+def test_the_env_of_cards_reaches_the_command_line(cli, cards, tmp_path, monkeypatch):
+    (tmp_path / "o.yaml").write_text("name: tiny_arch@cluster\ncheckpoint: ./cards/tiny\n")
+    cli("import", tmp_path / "o.yaml")
+    assert cli("path", "tiny_arch@cluster").stdout == f"{cards.parent / 'tiny'}\n"
+    cli("path", "tiny_arch", code=2)
+    monkeypatch.setenv("LADING_ENV", "cluster")
+    assert cli("path", "tiny_arch").stdout == f"{cards.parent / 'tiny'}\n"
+    monkeypatch.setenv("LADING_ENV", "moon")
+    cli("path", "tiny_arch", code=3)

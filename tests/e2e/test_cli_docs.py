@@ -1,0 +1,129 @@
+"""docs/cli.md, command by command, in one empty home; and whether it mentions everything."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from make_checkpoint import make
+
+PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+
+
+def examples() -> list[tuple[str, str]]:
+    """Pairs (command, what it prints)."""
+    found: list[tuple[str, str]] = []
+    for block in re.findall(r"^```console\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
+        for line in block.splitlines(keepends=True):
+            command, output = found[-1] if found else ("", "")
+            if line.startswith("$ "):
+                found.append((line[2:], ""))
+            elif line.startswith("> ") and not output:
+                found[-1] = (command + line[2:], "")
+            else:
+                found[-1] = (command, output + line)
+
+    return found
+
+
+def matches(expected: str, written: str) -> bool:
+    """Whether ``written`` is what the page says, in which ``...`` stands for anything."""
+    pattern = ".*".join(re.escape(part) for part in re.split(r"\.\.\.\n?", expected.rstrip("\n")))
+
+    return re.fullmatch(pattern, written.rstrip("\n"), re.DOTALL) is not None
+
+
+def run(command: str) -> tuple[int, str]:
+    """Exit code and output. Only what needs a shell gets one: a process of its own takes half a second."""
+    if re.fullmatch(r"lading [^|<>$&;`]*", command):
+        from lading.cli.app import app
+
+        result = CliRunner().invoke(app, shlex.split(command)[1:])
+        return result.exit_code, result.output
+
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail\n{command}"],
+        text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def test_the_page(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, bin_ = tmp_path / "work", tmp_path / "bin"
+    make(work / "tiny-qwen")
+    monkeypatch.chdir(work)
+    bin_.mkdir()
+    (bin_ / "lading").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m lading "$@"\n')
+    (bin_ / "lading").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin_}{os.pathsep}{os.environ['PATH']}")
+
+    code = 0
+    for command, expected in examples():
+        if command == "echo $?\n":
+            assert int(expected) == code != 0
+            code = 0
+            continue
+
+        assert code == 0, f"the page does not say that the command before {command!r} fails with {code}"
+        code, written = run(command)
+        assert matches(expected, written), f"$ {command}\nexpected:\n{expected}\nwritten:\n{written}"
+    assert code == 0
+
+
+def test_the_matcher() -> None:
+    assert matches("a ... c\n", "a b c\n")
+    assert matches("a\n...\nc\n", "a\nb\nb\nc\n")
+    assert not matches("a\n", "a\nb\n")
+    assert not matches("a.c\n", "abc\n")
+
+
+def commands(group: click.Group, words: tuple[str, ...]) -> list[tuple[tuple[str, ...], click.Command]]:
+    context = click.Context(group)
+    found = []
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        if isinstance(command, click.Group):
+            found += commands(command, (*words, name))
+        else:
+            found.append(((*words, name), command))
+
+    return found
+
+
+def all_commands() -> list[tuple[tuple[str, ...], click.Command]]:
+    from lading.cli.app import app
+
+    return commands(app, ("lading",))
+
+
+SHARED = {"--json", "--nl", "--csv", "-q", "--quiet", "-v", "--verbose", "--debug"}
+
+
+@pytest.mark.parametrize(
+    ("words", "command"), all_commands(), ids=lambda v: " ".join(v) if isinstance(v, tuple) else ""
+)
+def test_every_option_is_described(words: tuple[str, ...], command: click.Command) -> None:
+    section = PAGE.partition(f"\n## {' '.join(words)}\n")[2].partition("\n## ")[0]
+    assert "```console" in section, f"docs/cli.md has no example of {' '.join(words)}"
+    for parameter in command.params:
+        for option in parameter.opts if isinstance(parameter, click.Option) else ():
+            assert option in SHARED or f"`{option}`" in section or f"[{option}" in section or f" {option} " in section
+
+
+def test_every_code_is_described_and_shown() -> None:
+    from lading import errors
+
+    codes = {kls.exit_code for kls in vars(errors).values() if isinstance(kls, type) and hasattr(kls, "exit_code")}
+    described = {int(code) for code in re.findall(r"^\| (\d+) \|", PAGE, re.MULTILINE)}
+    assert codes | {0, 130, 141} <= described
+    shown = {int(output) for command, output in examples() if command == "echo $?\n"}
+    assert shown >= {2, 3, 4, 5, 6, 7}

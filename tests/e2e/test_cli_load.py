@@ -1,0 +1,149 @@
+"""`lading index` and `lading load`."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from make_checkpoint import make
+
+
+class TestIndex:
+    def test_of_a_card(self, cli, cards):
+        result = cli("index", "tiny")
+        assert result.stdout.splitlines() == [
+            f"checkpoint  file://{cards.parent / 'tiny'}",
+            "format      safetensors",
+            "size        43.6 kB",
+            "parameters  21.8K",
+            "dtypes      BF16 21.8K",
+            "tensors     24 in 1 shard",
+        ]
+        (row,) = json.loads(cli("list", "tiny", "--json").stdout)
+        assert (row["bytes"], row["parameters"], row["dtypes"], row["shards"]) == (43_648, 21_824, "BF16", 1)
+        assert "43.6 kB" in cli("list", "tiny").stdout
+
+    def test_for_programs(self, cli, cards):
+        indexed = json.loads(cli("index", "tiny", "--json").stdout)
+        assert indexed["tensors"] == 24
+        assert indexed["dtypes"] == {"BF16": 21_824}
+        (shard,) = indexed["shards"]
+        assert shard["name"] == "model.safetensors"
+        assert json.loads(cli("show", "tiny", "--json").stdout)["checkpoint"]["indexed"] == indexed
+
+    def test_of_a_path(self, cli, tmp_path):
+        folder = make(tmp_path / "m", shards=3)
+        assert "24 in 3 shards" in cli("index", folder).stdout
+
+    def test_then_its_parts_are_known(self, cli, cards):
+        cli("index", "tiny")
+        tensors = json.loads(cli("show", "tiny", "--tensors", "--json").stdout)
+        assert len(tensors) == 24
+        assert tensors[0] == {
+            "name": "model.embed_tokens.weight",
+            "dtype": "BF16",
+            "shape": [100, 32],
+            "parameters": 3200,
+            "bytes": 6400,
+            "shard": "model.safetensors",
+            "offset": tensors[0]["offset"],
+        }
+        assert cli("show", "tiny", "--tensors", "-q").stdout.splitlines() == [t["name"] for t in tensors]
+        (shard,) = json.loads(cli("show", "tiny", "--shards", "--json").stdout)
+        assert shard["local_path"] == str(cards.parent / "tiny" / "model.safetensors")
+        assert "model.safetensors" in cli("show", "tiny", "--shards").stdout
+        assert "tensors     24 in 1 shard" in cli("show", "tiny").stdout
+
+    def test_what_cannot_be_indexed(self, cli, cards, tmp_path):
+        cli("index", "tiny_gated", code=7)
+        cli("index", "tiny_arch", code=5)
+        cli("index", "tiny_gone", code=2)
+        cli("index", "tiny_gon", code=2)
+        cli("index", tmp_path / "nowhere", code=2)
+        (tmp_path / "bad.safetensors").write_bytes(b"no header")
+        cli("index", tmp_path / "bad.safetensors", code=4)
+
+
+class TestLoad:
+    def test_a_card(self, cli, cards):
+        lines = dict(re.split(r" {2,}", line, maxsplit=1) for line in cli("load", "tiny").stdout.splitlines())
+        assert lines["name"] == "tiny"
+        assert lines["model"] == "Qwen (qwen)"
+        assert lines["device"] == "cpu"
+        assert lines["parameters"] == "21.8K"
+        assert lines["dtypes"] == "float32 21.8K"
+        assert lines["tensors"] == "24 in 1 shard"
+        assert lines["read"] == "43.6 kB in 1 read"
+        assert re.fullmatch(r"\d+\.\d{3} \(.*read \d+\.\d{3}.*\)", lines["seconds"])
+        assert re.fullmatch(r"\d+\.\d\d GB/s", lines["speed"])
+
+    @pytest.mark.parametrize("dtype", ["auto", "float64", "float32", "bfloat16", "float16"])
+    def test_dtypes(self, cli, cards, dtype):
+        report = json.loads(cli("load", "tiny", "--dtype", dtype, "--json").stdout)
+        assert report["dtypes"] == {"bfloat16" if dtype == "auto" else dtype: 21_824}
+
+    def test_mapped(self, cli, cards):
+        report = json.loads(cli("load", "tiny", "--dtype", "auto", "--mmap", "--json").stdout)
+        assert (report["bytes_mapped"], report["bytes_read"]) == (43_648, 0)
+        assert sum(report["phases"].values()) == pytest.approx(report["seconds"])
+        assert report["bytes_per_second"] > 0
+        assert "mapped" in cli("load", "tiny", "--dtype", "auto", "--mmap").stdout
+
+    def test_paths(self, cli, tmp_path, monkeypatch):
+        make(tmp_path / "folder" / "m", shards=2)
+        monkeypatch.chdir(tmp_path / "folder")
+        for path in ("m", "./m", "../folder/m", tmp_path / "folder" / "m"):
+            assert json.loads(cli("load", path, "--json").stdout)["shards"] == 2
+        monkeypatch.setenv("HOME", str(tmp_path / "folder"))
+        assert json.loads(cli("load", "~/m", "--json").stdout)["shards"] == 2
+
+    def test_a_name_wins_over_a_path(self, cli, cards, tmp_path, monkeypatch):
+        make(tmp_path / "here" / "tiny", shards=2)
+        monkeypatch.chdir(tmp_path / "here")
+        assert json.loads(cli("load", "tiny", "--json").stdout)["shards"] == 1
+        assert json.loads(cli("load", "./tiny", "--json").stdout)["shards"] == 2
+
+    def test_devices(self, cli, cards):
+        assert json.loads(cli("load", "tiny", "--device", "cpu", "--json").stdout)["device"] == "cpu"
+        assert "holds no data" in cli("load", "tiny", "--device", "meta", code=2).stderr
+        for name in ("toaster", "cuda:99", "mps"):
+            result = cli("load", "tiny", "--device", name, code=2)
+            assert f"torch cannot use '{name}': " in result.stderr
+            assert result.stderr.count("\n") == 1
+
+    def test_memory_of_the_device_that_is_spent(self, cli, cards, monkeypatch):
+        def load_with_report(*args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+
+        monkeypatch.setattr("lading.hub.load_with_report", load_with_report)
+        assert cli("load", "tiny", code=8).stderr.startswith("lading: error: CUDA out of memory. Tried")
+
+    def test_what_cannot_be_loaded(self, cli, cards, tmp_path):
+        assert "'tiny'" in cli("load", "tinyy", code=2).stderr
+        assert "https://example.com/ask" in cli("load", "tiny_gated", code=7).stderr
+        cli("load", "tiny_arch", code=5)
+        cli("load", "tiny_unknown", code=3)
+        cli("load", "tiny_dangling", code=3)
+        cli("load", "tiny_gone", code=2)
+        cli("load", tmp_path / "nowhere", code=2)
+        cli("load", "tiny", "--dtype", "int8", code=2)
+
+    def test_overrides_that_do_not_fit_are_all_listed(self, cli, cards, tmp_path):
+        bad = tmp_path / "bad.yaml"
+        bad.write_text("name: bad\nbase: tiny\nmodel_config: {num_layer: 3, vocab_size: many}\n")
+        cli("import", bad)
+        result = cli("load", "bad", code=3)
+        assert "bad.yaml[0].model_config.num_layer: " in result.stderr
+        assert "bad.yaml[0].model_config.vocab_size: " in result.stderr
+
+    def test_a_checkpoint_that_does_not_fit_lists_what_is_wrong(self, cli, cards, tmp_path):
+        wide = tmp_path / "wide.yaml"
+        wide.write_text("name: wide\nbase: tiny\nmodel_config: {num_layers: 3, vocab_size: 101}\n")
+        cli("import", wide)
+        result = cli("load", "wide", code=4)
+        assert result.stderr.count("\n") > 10
+        assert "model.layers.2." in result.stderr
+        assert "model.embed_tokens.weight" in result.stderr

@@ -1,0 +1,202 @@
+"""What only shows in a process of its own: what is imported, signals, pipes, terminals, completion."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = {"torch", "pydantic", "alembic", "ruamel.yaml", "numpy", "transformers", "huggingface_hub"}
+
+
+def modules_after(*words: str) -> set[str]:
+    code = (
+        "import sys\n"
+        "from lading.cli.app import app\n"
+        f"try: app({list(words)!r})\n"
+        "except SystemExit as done: assert not done.code, done.code\n"
+        "print('MODULES', *sys.modules)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return set(out.rpartition("MODULES")[2].split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("list",),
+        ("show", "qwen3_0.6b"),
+        ("families",),
+        ("archs", "qwen"),
+        ("sql", "select name from models limit 1"),
+        ("list", "nothing*"),
+    ],
+    ids=" ".join,
+)
+def test_questions_import_nothing_heavy(catalog, words):
+    assert not modules_after(*words) & HEAVY
+
+
+@pytest.mark.parametrize("words", [("--help",), ("load", "--help"), ("--version",)], ids=" ".join)
+def test_help_opens_no_catalog(home, words):
+    assert not modules_after(*words) & (HEAVY | {"sqlalchemy"})
+    assert not (home / "data").exists()
+
+
+def test_as_a_module_and_as_a_program(process):
+    version = process("--version").stdout
+    assert re.fullmatch(r"lading \d+\.\d+\.\d+\S*\n", version)
+    script = Path(sys.executable).with_name("lading")
+    assert subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout == version
+
+
+def test_the_first_use_makes_a_catalog(home, process, catalog):
+    catalog.unlink()
+    done = process("list", "qwen3_0.6b", "-q")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "qwen3_0.6b\n", "")
+    assert catalog.exists()
+
+
+def test_a_reader_that_leaves_is_no_failure(process):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = process("list", "--json", stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [(("list", "nobody"), 2), (("--nope",), 2), (("sql", "drop table cards"), 7)]
+)
+def test_the_code_holds_where_nobody_reads_the_words(process, words, code):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = process(*words, stdout=writer, stderr=writer)
+    os.close(writer)
+    assert done.returncode == code
+
+
+def test_head(process):
+    done = process("list", "-q", stdout=subprocess.PIPE)
+    lading = f"'{sys.executable}' -m lading"
+    one = subprocess.run(["bash", "-c", f"{lading} list -q | head -1"], capture_output=True, text=True, check=True)
+    assert (one.stdout, one.stderr) == (done.stdout.partition("\n")[0] + "\n", "")
+
+
+def test_a_full_disk(process):
+    with open("/dev/full", "w") as full:
+        done = process("list", stdout=full)
+    assert (done.returncode, done.stderr) == (8, "lading: error: No space left on device\n")
+
+
+def test_without_stdout(process, catalog):
+    code = f"exec '{sys.executable}' -m lading list >&-"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert process("db", "check").stdout == "ok\n"
+
+
+@pytest.mark.parametrize("words", [(), ("--debug",)])
+def test_ctrl_c(catalog, tmp_path, words):
+    # To open the other end of a pipe is to know that the command has begun to read.
+    fifo = tmp_path / "cards.yaml"
+    os.mkfifo(fifo)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "lading", *words, "import", str(fifo)], stderr=subprocess.PIPE, text=True
+    )
+    with fifo.open("w"):
+        child.send_signal(signal.SIGINT)
+        _, stderr = child.communicate(timeout=30)
+    assert child.returncode == 130
+    assert stderr.endswith("lading: interrupted\n")
+    assert ("Traceback" in stderr) == bool(words)
+
+
+def test_a_terminal_of_few_letters(process):
+    env = {"PYTHONIOENCODING": "latin-1"}
+    assert process("sql", "select '日本é' as x", "-q", env=env, text=False).stdout == b"\\u65e5\\u672c\xe9\n"
+    assert process("show", "日本", env=env).returncode == 2
+
+
+def on_terminal(*words: str, columns: int, **env: str) -> str:
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "lading", *words],
+        stdout=theirs,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "COLUMNS": str(columns), "TERM": "xterm", **env},
+    )
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            chunk = os.read(ours, 65536)
+        except OSError:  # how Linux tells that the other end is closed
+            break
+        if not chunk:
+            break
+        written += chunk
+    os.close(ours)
+    assert child.wait(timeout=30) == 0
+    return written.decode().replace("\r\n", "\n")
+
+
+def test_on_a_terminal_a_table_fits_and_is_coloured(catalog):
+    text = on_terminal("list", columns=50)
+    assert "\x1b[1mname" in text
+    plain = re.sub(r"\x1b\[\d*m", "", text)
+    assert max(map(len, plain.splitlines())) <= 50
+    assert "…" in plain
+    assert on_terminal("list", columns=50, NO_COLOR="1") == plain
+
+
+def test_not_on_a_terminal_nothing_is_cut(process):
+    text = process("list", env={"COLUMNS": "50"}).stdout
+    assert max(map(len, text.splitlines())) > 50
+    assert "\x1b" not in text
+    assert "…" not in text
+
+
+def complete(line: str, **env: str) -> list[str]:
+    words = line.split(" ")
+    done = subprocess.run(
+        [sys.executable, "-m", "lading"],
+        env={
+            **os.environ,
+            "_LADING_COMPLETE": "bash_complete",
+            "COMP_WORDS": line,
+            "COMP_CWORD": str(len(words) - 1),
+            **env,
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_completion(catalog):
+    assert "plain,list" in complete("lading l")
+    assert complete("lading show qwen3_0.") == ["plain,qwen3_0.6b", "plain,qwen3_0.6b_base"]
+    assert complete("lading load mistral_7b_i")
+    assert complete("lading archs qw") == ["plain,qwen"]
+    assert complete("lading list --family mis") == ["plain,mistral"]
+    assert complete("lading load ./x") == ["file,./x"]
+    assert complete("lading show [") == []
+
+
+def test_completion_neither_makes_a_catalog_nor_complains(home):
+    assert complete("lading show q") == []
+    assert not (home / "data").exists()
+    assert complete("lading show q", LADING_DATABASE_URL="nonsense") == []
+
+
+def test_the_script_for_the_shell(process):
+    assert "_LADING_COMPLETE=bash_complete" in process(env={"_LADING_COMPLETE": "bash_source"}).stdout
