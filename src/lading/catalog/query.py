@@ -11,6 +11,7 @@ import math
 import re
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -45,15 +46,16 @@ _FUNCTIONS = frozenset(
     """
     -> ->> abs acos acosh asin asinh atan atan2 atanh avg ceil ceiling char coalesce concat concat_ws cos cosh
     count cume_dist current_date current_time current_timestamp date datetime degrees dense_rank exp first_value floor
-    format glob group_concat hex ifnull iif instr json json_array json_array_length json_each json_extract
+    glob group_concat hex ifnull iif instr json json_array json_array_length json_each json_extract
     json_group_array json_group_object json_insert json_object json_quote json_remove json_replace json_set json_tree
     json_type json_valid julianday lag last_value lead length like likelihood likely ln log log10 log2 lower ltrim max
-    median min mod nth_value ntile nullif octet_length percent_rank pi pow power printf quote radians random rank
+    median min mod nth_value ntile nullif octet_length percent_rank pi pow power quote radians random rank
     replace round row_number rtrim sign sin sinh soundex sqlite_version sqrt string_agg strftime substr substring sum
     tan tanh time timediff total trim trunc typeof unicode unixepoch unlikely upper
     """.split()
 )
-"""What a query may call: neither what reads or writes files (``load_extension``), nor pointers (``fts3_tokenizer``)."""
+"""What a query may call. Not what reads files (``load_extension``) or takes pointers (``fts3_tokenizer``), and not what
+takes longer than its arguments are long (``printf('%.*c', 100000000, 'x')``, 126 times in one call)."""
 
 _NAMES = {
     value: name.removeprefix("SQLITE_").replace("_", " ")
@@ -212,13 +214,15 @@ def _refuse_expansion(sql: str) -> None:
     The bound is the product of how often each is named, as if each named only the one before it.
     """
     tokens = [_bare(token) for token in _TOKEN.findall(sql) if not token.startswith(("--", "/*"))]
-    named: dict[str, int] = {}
-    for before, token, after in zip(["", *tokens], tokens, [*tokens[1:], ""], strict=False):
+    definitions = _common_tables(tokens)
+    named = Counter(
+        token
+        for i, (before, token, after) in enumerate(zip(["", *tokens], tokens, [*tokens[1:], ""], strict=False))
         # Only where a table may stand; `name.column` refers to one that was named before.
-        if after != "." and before in {"from", "join", ",", "(", "in"}:
-            named[token] = named.get(token, 0) + 1
+        if before in {"from", "join", ",", "(", "in"} and after != "." and i not in definitions
+    )
 
-    copies = math.prod(max(named.get(name, 0), 1) for name in _common_tables(tokens))
+    copies = math.prod(max(named[tokens[i]], 1) for i in definitions)
     if copies > MAX_EXPANSION:
         raise PolicyError(
             f"The query's WITH tables name one another so often that they would be copied {copies:,} times, which is "
@@ -226,14 +230,12 @@ def _refuse_expansion(sql: str) -> None:
         )
 
 
-def _common_tables(tokens: list[str]) -> set[str]:
-    """The names in ``name [(columns)] AS [[NOT] MATERIALIZED] (``."""
-    names = set()
+def _common_tables(tokens: list[str]) -> set[int]:
+    """The positions of the names in ``name [(columns)] AS [[NOT] MATERIALIZED] (``."""
+    positions = set()
     for i, token in enumerate(tokens):
-        if token != "as":
-            continue
         behind = [t for t in tokens[i + 1 : i + 4] if t not in {"not", "materialized"}]
-        if behind[:1] != ["("]:
+        if token != "as" or behind[:1] != ["("]:
             continue
         at = i - 1
         if at >= 0 and tokens[at] == ")":
@@ -241,9 +243,9 @@ def _common_tables(tokens: list[str]) -> set[str]:
                 at -= 1
             at -= 1
         if at >= 0:
-            names.add(tokens[at])
+            positions.add(at)
 
-    return names
+    return positions
 
 
 def _bare(token: str) -> str:

@@ -1,0 +1,286 @@
+"""What a catalog takes up when it is opened: the package's cards, the user's, and registered families."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from catalog_tools import card_file, settings_in
+from lading.catalog import lifecycle, refresh, rows
+from lading.catalog.database import Database
+from lading.catalog.ingest import collect, import_files
+from lading.catalog.query import query
+from lading.catalog.store import AssetStore
+from lading.settings import Settings
+
+Write = Callable[[str, str], Path]
+
+
+@pytest.fixture
+def seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Writes a card file of the package."""
+    folder = tmp_path / "seeds"
+    folder.mkdir()
+    monkeypatch.setattr(refresh, "files", lambda package: folder)
+
+    def write(name: str, text: str) -> Path:
+        (folder / name).write_text(text)
+        return folder / name
+
+    return write
+
+
+@pytest.fixture
+def mine(tmp_path: Path, seed: Write) -> Write:
+    """Writes a card file of the user."""
+
+    def write(name: str, text: str) -> Path:
+        path = tmp_path / "cards" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def settings(tmp_path: Path, seed: Write) -> Settings:
+    return settings_in(tmp_path, card_paths=(tmp_path / "cards",))
+
+
+def cards(settings: Settings) -> dict[object, object]:
+    """Names and content of all cards after the catalog was opened again."""
+    return dict(query(Database.open(settings), "SELECT name, metadata FROM cards").rows)  # type: ignore[arg-type]
+
+
+def set_version(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    for module in (refresh, rows):
+        monkeypatch.setattr(module, "__version__", version)
+
+
+# --- the package's cards ---------------------------------------------------------------------------------------------
+
+
+def test_new_seeds_come_with_a_new_package(seed: Write, settings: Settings) -> None:
+    seed("a.yaml", "name: a\nv: 1\n---\nname: gone\n")
+    assert cards(settings) == {"a": '{"v":1}', "gone": "{}"}
+    seed("a.yaml", "name: a\nv: 2\n")
+    seed("b.yaml", "name: b\n")
+    assert cards(settings) == {"a": '{"v":2}', "b": "{}"}
+    seed("b.yaml", "name: b\n").unlink()
+    assert cards(settings) == {"a": '{"v":2}'}
+    assert query(Database.open(settings), "SELECT uri, kind FROM sources").rows == [
+        ("package:lading.seeds/a.yaml", "seed")
+    ]
+
+
+def test_nothing_is_written_when_nothing_is_new(seed: Write, settings: Settings, mine: Write) -> None:
+    seed("a.yaml", "name: a\n")
+    mine("m.yaml", "name: m\n")
+    database = Database.open(settings)
+    assert database.path is not None
+    before = database.path.read_bytes()
+    Database.open(settings)
+    assert database.path.read_bytes() == before
+
+
+def test_what_the_user_imported_stays_the_users(seed: Write, settings: Settings) -> None:
+    seed("a.yaml", "name: a\n")
+    database = Database.open(settings)
+    import_files(database, [card_file("name: mine\nv: 1\n---\nname: a\nv: mine\n")], replace=True)
+
+    seed("a.yaml", "name: a\nv: 2\n---\nname: mine\nv: package\n---\nname: new\n")
+    assert cards(settings) == {"a": '{"v":"mine"}', "mine": '{"v":1}', "new": "{}"}
+
+    # What hid the package's card is withdrawn: it comes back.
+    import_files(database, [card_file("name: mine\nv: 1\n")])
+    assert cards(settings) == {"a": '{"v":2}', "mine": '{"v":1}', "new": "{}"}
+
+
+def test_a_card_that_moves_between_seed_files(seed: Write, settings: Settings) -> None:
+    seed("a.yaml", "name: x\n---\nname: y\n")
+    seed("b.yaml", "name: z\n")
+    cards(settings)
+    seed("a.yaml", "name: y\n")
+    seed("b.yaml", "name: z\n---\nname: x\nv: 2\n")
+    assert cards(settings) == {"x": '{"v":2}', "y": "{}", "z": "{}"}
+
+
+def test_an_older_package_takes_nothing_back(seed: Write, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed("a.yaml", "name: a\nv: new\n")
+    set_version(monkeypatch, "0.10.0")
+    cards(settings)
+    seed("a.yaml", "name: a\nv: old\n")
+    set_version(monkeypatch, "0.9.3")
+    assert cards(settings) == {"a": '{"v":"new"}'}
+    set_version(monkeypatch, "0.10.0.dev1")
+    assert cards(settings) == {"a": '{"v":"old"}'}
+
+
+def test_a_bad_seed_does_not_hide_the_good_ones(
+    seed: Write, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    seed("a.yaml", "name: a\n---\nname: [b]\n")
+    assert cards(settings) == {"a": "{}"}
+    assert "A card that comes with lading was left out: a.yaml[1]" in caplog.text
+
+
+def test_the_seeds_of_this_package(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    database = Database.open(settings)
+    assert query(database, "SELECT uri, problems FROM sources WHERE problems IS NOT NULL").rows == []
+    assert query(database, "SELECT count(*) FROM sources WHERE kind <> 'seed'").rows == [(0,)]
+    assert lifecycle.check(settings) == []
+
+
+# --- the user's cards ------------------------------------------------------------------------------------------------
+
+
+def test_cards_of_the_user(mine: Write, settings: Settings) -> None:
+    assert cards(settings) == {}
+    mine("a.yaml", "name: a\n---\nname: b\n")
+    mine("deep/c.yml", "name: c\n")
+    mine("d.jsonl", '{"name": "d"}\n{"name": "e"}\n')
+    mine("notes.txt", "name: no\n")
+    assert cards(settings).keys() == {"a", "b", "c", "d", "e"}
+
+    mine("a.yaml", "name: a\nv: 2\n")
+    (path := mine("d.jsonl", "")).unlink()
+    assert not path.exists()
+    assert cards(settings) == {"a": '{"v":2}', "c": "{}"}
+    assert query(Database.open(settings), "SELECT DISTINCT kind FROM sources").rows == [("user",)]
+
+
+def test_a_single_file_may_be_named(tmp_path: Path, seed: Write) -> None:
+    path = tmp_path / "my.cards"
+    path.write_text("name: a\ncheckpoint: weights\n")
+    settings = settings_in(tmp_path, card_paths=(path,))
+    card = AssetStore(Database.open(settings)).retrieve_card("a")
+    assert card.field("checkpoint").as_uri() == f"file://{tmp_path}/weights"
+    path.unlink()
+    assert cards(settings) == {}
+
+
+def test_a_file_that_was_only_touched(mine: Write, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = mine("a.yaml", "name: a\n")
+    Database.open(settings)
+    os.utime(path, ns=(5, 5))
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(refresh, "_parse", fail)
+    database = Database.open(settings)
+    assert query(database, "SELECT mtime_ns FROM sources").rows == [(5,)]
+
+
+def test_a_bad_file_breaks_nothing(mine: Write, settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    mine("good.yaml", "name: good\n")
+    bad = mine("bad.yaml", "name: fine\n---\nname: [wrong]\n")
+    assert cards(settings).keys() == {"good", "fine"}
+    assert "Not all of your cards were imported: bad.yaml[1].name" in caplog.text
+
+    caplog.clear()
+    assert cards(settings).keys() == {"good", "fine"}
+    assert f"Not all of the card file {bad} is in the catalog: bad.yaml[1].name" in caplog.text
+
+    caplog.clear()
+    mine("bad.yaml", "name: fine\n---\nname: right\n")
+    assert cards(settings).keys() == {"good", "fine", "right"}
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe\x00", b"{" * 10_000, b"name: a\n\x00", b"- [", b"%YAML 9.9\n---\na"])
+def test_a_file_that_is_no_card_file(
+    mine: Write, settings: Settings, caplog: pytest.LogCaptureFixture, data: bytes
+) -> None:
+    mine("bad.yaml", "").write_bytes(data)
+    mine("good.yaml", "name: good\n")
+    assert "good" in cards(settings)
+    assert "Not all of your cards were imported: bad.yaml" in caplog.text
+
+
+def test_a_link_that_leads_nowhere(tmp_path: Path, mine: Write, settings: Settings) -> None:
+    mine("good.yaml", "name: good\n")
+    (tmp_path / "cards" / "link.yaml").symlink_to("nowhere.yaml")
+    assert cards(settings).keys() == {"good"}
+
+
+def test_a_name_that_is_no_text(
+    tmp_path: Path, mine: Write, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine("good.yaml", "name: good\n")
+    Path(os.fsdecode(os.fsencode(tmp_path / "cards") + b"/\xff.yaml")).write_text("name: bad\n")
+    assert cards(settings).keys() == {"good"}
+    assert "its name is not Unicode text" in caplog.text
+
+
+def test_a_name_of_the_package_is_not_the_users(
+    seed: Write, mine: Write, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    seed("a.yaml", "name: a\n")
+    mine("m.yaml", "name: a\nv: 2\n---\nname: a@user\nv: 3\n")
+    store = AssetStore(Database.open(settings))
+    assert store.retrieve_card("a@").metadata == {}
+    assert store.retrieve_card("a").metadata == {"v": 3}
+    assert "'a' is described already, otherwise, by a.yaml[0] (package:lading.seeds/a.yaml)" in caplog.text
+
+
+def test_two_processes_with_different_folders(tmp_path: Path, mine: Write, settings: Settings) -> None:
+    """One does not withdraw what the other watches, unless the file is gone."""
+    path = mine("a.yaml", "name: a\n")
+    other = settings_in(tmp_path)
+    Database.open(settings)
+    assert cards(other).keys() == {"a"}
+    path.unlink()
+    assert cards(other) == {}
+
+
+def test_a_folder_that_is_not_mounted_here(tmp_path: Path, mine: Write, settings: Settings) -> None:
+    mine("a.yaml", "name: a\n")
+    Database.open(settings)
+    (tmp_path / "cards").rename(tmp_path / "unmounted")
+    assert cards(settings_in(tmp_path)).keys() == {"a"}
+    assert cards(settings) == {}  # here the folder is one of one's own
+
+
+def test_a_file_that_was_imported_by_name_becomes_the_users(mine: Write, settings: Settings, tmp_path: Path) -> None:
+    path = mine("a.yaml", "name: a\n")
+    import_files(Database.open(settings_in(tmp_path)), collect([path]))
+    mine("a.yaml", "name: a\nv: 2\n")
+    assert cards(settings) == {"a": '{"v":2}'}
+    assert query(Database.open(settings), "SELECT kind FROM sources").rows == [("user",)]
+    mine("a.yaml", "name: a\nv: 33\n")
+    import_files(Database.open(settings_in(tmp_path)), collect([path]))
+    assert query(Database.open(settings), "SELECT kind FROM sources").rows == [("user",)]
+
+
+# --- families --------------------------------------------------------------------------------------------------------
+
+
+def test_families(seed: Write, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = [("one", "pkg.one:FAMILY"), ("two", "pkg.two:FAMILY")]
+
+    def entry_points(*, group: str) -> list[importlib.metadata.EntryPoint]:
+        assert group == "lading.families"
+        return [importlib.metadata.EntryPoint(name, value, group) for name, value in registered]
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    seed("a.yaml", "name: a\nmodel_family: one\ncheckpoint: hg://x\n---\nname: b\nmodel_family: nobody\n")
+
+    def families() -> dict[str, bool]:
+        return {f.name: f.registered for f in AssetStore(Database.open(settings)).families()}
+
+    def status() -> list[str | None]:
+        return [m.status for m in AssetStore(Database.open(settings)).models()]
+
+    assert families() == {"nobody": False, "one": True, "two": True}
+    assert status() == ["remote", "unknown-family"]
+
+    registered[:] = [("nobody", "pkg.nobody:FAMILY")]
+    assert families() == {"nobody": True, "one": False}
+    assert status() == ["unknown-family", "gated"]
