@@ -299,20 +299,8 @@ def load_model(
     )
 
 
-def load_with_report(
-    card: AssetCard | str | Path,
-    *,
-    gangs: Gangs | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | Literal["auto"] | None = None,
-    config: object | None = None,
-    mmap: bool = False,
-    progress: bool = True,
-) -> tuple[Module, LoadReport]:
-    """As :func:`load_model`, with what the load did: phases, bytes, reads."""
-    return GlobalModelLoader().load_with_report(
-        card, gangs=gangs, device=device, dtype=dtype, config=config, mmap=mmap, progress=progress
-    )
+load_with_report = GlobalModelLoader().load_with_report
+"""As :func:`load_model`, with what the load did: phases, bytes, reads."""
 
 
 # --- arguments that recur --------------------------------------------------------------------------------------------
