@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lading import get_asset_store, import_cards
 from lading.card import CardEntry, resolve_card
 from lading.cardfile import dump, parse
 
@@ -95,3 +96,23 @@ def test_all_card_files_make_one_catalog() -> None:
     assert found.problems == ()
     assert len(found.cards) == sum(map(len, FILES.values()))
     assert {card.base for card in found.cards} - {None} - {card.name for card in found.cards} == {"wav2vec2_asr"}
+
+
+def test_they_import_over_the_cards_that_come_with_lading(home: Path, tmp_path: Path) -> None:
+    """As they are, without replacing anything; the one base that does not exist is a warning."""
+    names = set()
+    folder = tmp_path / "cards"
+    for file, cards in FILES.items():
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(dump(entries(cards)))
+        names |= {card["name"] for card in cards}
+
+    report = import_cards(folder)
+
+    assert not report.problems
+    assert not report.changed
+    assert any("librispeech_asr_100h" in warning for warning in report.warnings)
+    assert get_asset_store().asset_names >= names
+    assert get_asset_store().retrieve_card("qwen3_0.6b").field("license").value == "apache-2.0"
+    assert not import_cards(folder).added

@@ -24,6 +24,9 @@ Entry = CardEntry | ArchitectureEntry
 MAX_DEPTH = 100
 """Bases above a card. Nobody stacks so many by intent, and each costs every look-up a step."""
 
+SEEDS_URI = "package:"
+"""How the sources of the package's own cards begin."""
+
 STDIN = "stdin"
 """The source of what is piped in. It is not one file: what a pipe does not repeat is not withdrawn."""
 
@@ -180,7 +183,7 @@ def decide(
             if (row.uri, row.position, row.folder) != (claim.uri, claim.position, claim.folder):
                 decision.moved.append((row, claim))
             decision.unchanged.append(key)
-        elif same:
+        elif same or _is_built_in(row, claim):
             decision.unchanged.append(key)
         elif not seeds:
             decision.problems.setdefault(claim.uri, []).append(
@@ -233,11 +236,31 @@ def climb(noun: str, claims: Mapping[str, Claim], base_of: Callable[[str], str |
 
 
 def _same(a: Claim | Kept, b: Claim) -> bool:
-    if a.text != b.text and json.loads(a.text) != json.loads(b.text):
+    if a.text != b.text and _parsed(a.text) != json.loads(b.text):
         return False
 
     # The same relative path in another folder is another file.
     return a.folder == b.folder or not (isinstance(b.entry, CardEntry) and _has_relative_path(b.entry))
+
+
+def _is_built_in(row: Kept, claim: Claim) -> bool:
+    """Whether a card of the package says all that ``claim`` does; it may say more, such as a license.
+
+    fairseq2's own card files have the names of cards that come with lading, and must import as they are.
+    """
+    if not row.uri.startswith(SEEDS_URI):
+        return False
+    stored, stated = _parsed(row.text), json.loads(claim.text)
+
+    return isinstance(stored, dict) and all(k in stored and stored[k] == v for k, v in stated.items())
+
+
+def _parsed(text: str) -> object:
+    """The content of a row, which nothing equals if the row is damaged."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return object()
 
 
 def _has_relative_path(entry: CardEntry) -> bool:
