@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from lading.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from lading.card import Architecture as Architecture
     from lading.card import AssetCard as AssetCard
@@ -90,7 +92,6 @@ _HOME = {
     "Manifest": "manifest",
 }
 
-__version__ = "0.1.0"
 __all__ = [*_HOME, "__version__"]
 
 

@@ -59,17 +59,21 @@ def card_checkpoint(card: AssetCard, store: AssetStore) -> Checkpoint:
     path = _fetch(card)
     _refuse_quantised_config(read_hf_config(path), path)
 
-    stored = store.checkpoint(path_uri(path))
-    if stored is not None:
-        files = _unchanged(stored, path)
-        if files is not None:
-            return Checkpoint(name=card.name, path=path, manifest=stored.manifest, files=files)
+    # All that the catalog can do here is to save the reading of headers, so its failures are not the load's.
+    try:
+        stored = store.checkpoint(path_uri(path))
+    except (CatalogError, OSError) as error:
+        log.warning("the manifest of %s cannot be read from the catalog: %s", card.name, error)
+        stored = None
+
+    files = None if stored is None else _unchanged(stored, path)
+    if stored is not None and files is not None:
+        return Checkpoint(name=card.name, path=path, manifest=stored.manifest, files=files)
 
     checkpoint = _read_checkpoint(card.name, path)
     try:
         _record(checkpoint, store, card.name)
     except (CatalogError, OSError) as error:
-        # The catalog would only save the next load from reading the headers again.
         log.warning("the manifest of %s is not in the catalog: %s", card.name, error)
 
     return checkpoint

@@ -232,6 +232,9 @@ def test_a_catalog_that_cannot_be_written_does_not_stop_a_load(
     check(load_model("tiny"))
     assert "disk on fire" in caplog.text
 
+    monkeypatch.setattr("lading.catalog.store.AssetStore.checkpoint", fail)
+    check(load_model("tiny"))
+
 
 # --- what is refused -------------------------------------------------------------------------------------------------
 
@@ -420,3 +423,19 @@ def test_overlays_choose_the_checkpoint(cards: Path) -> None:
     check(load_model("tiny_remote"))
     with pytest.raises(lading.FetchError):
         load_model("tiny_remote@")
+
+
+def test_a_listing_sees_overlays(cards: Path) -> None:
+    (cards / "overlay.yaml").write_text(
+        f"name: tiny_gated@user\nbase: tiny\ncheckpoint: {json.dumps(str(cards / 'tiny'))}\n---\n"
+        "name: tiny_remote@user\ncheckpoint: gone\n---\n"
+        "name: on_top\nbase: tiny_gated\n"
+    )
+    found = {model.name: model for model in get_asset_store().models()}
+    assert (found["tiny_gated"].status, found["tiny_gated"].local_path) == ("ready", str(cards / "tiny"))
+    assert found["on_top"].status == "ready"
+    assert found["tiny_remote"].status == "broken"
+    assert "gone" in str(found["tiny_remote"].problem)
+
+    load_model("tiny_gated")
+    assert lading.query("select status from models where name = 'tiny_gated'").rows == [("ready",)]

@@ -14,7 +14,7 @@ import lading
 ROOT = Path(lading.__file__).parent
 
 LAYERS = [
-    {"errors", "box", "filesystem"},
+    {"errors", "box", "filesystem", "version"},
     {"documents", "card", "cardfile", "manifest", "settings", "gangs"},
     {"overrides", "config", "keymap", "catalog", "formats", "fetch", "nn"},
     {"transfer"},
