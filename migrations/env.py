@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 from lading.catalog.engine import APPLICATION_ID, Target, file_engine, server_engine, transaction
 from lading.catalog.lifecycle import VERSION_TABLE
 from lading.catalog.schema import Row
+from lading.catalog.search import is_not_index
 from lading.settings import Settings
 
 
@@ -33,6 +34,7 @@ def run(connection: Connection | None, **options: Any) -> None:
         connection=connection,
         target_metadata=Row.metadata,
         version_table=VERSION_TABLE,
+        include_name=is_not_index,
         # Alembic takes SQLite for a database that cannot undo a change of the schema. It can.
         transactional_ddl=True,
         transaction_per_migration=False,

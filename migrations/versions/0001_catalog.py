@@ -26,14 +26,14 @@ SELECT
         WHEN c.problem IS NOT NULL THEN 'broken'
         WHEN c.family IS NULL THEN NULL
         WHEN f.entry_point IS NULL THEN 'unknown-family'
-        WHEN c.gated = 1 THEN 'gated'
-        WHEN substr(c.checkpoint_uri, 1, 7) = 'file://' THEN 'ready'
         WHEN k.id IS NOT NULL AND NOT EXISTS (
             SELECT 1 FROM shards s
             WHERE s.checkpoint_id = k.id AND NOT EXISTS (
                 SELECT 1 FROM copies y WHERE y.checkpoint_id = k.id AND y.file = s.name
             )
         ) THEN 'ready'
+        WHEN c.gated = 1 THEN 'gated'
+        WHEN substr(c.checkpoint_uri, 1, 7) = 'file://' THEN 'ready'
         ELSE 'remote'
     END AS status,
     c.checkpoint_uri AS checkpoint,
@@ -124,6 +124,19 @@ JOIN shards s ON s.checkpoint_id = l.checkpoint_id
 WHERE c.env = ''
 """
 
+SEARCH = """
+CREATE VIRTUAL TABLE card_search USING fts5(
+    search_text, content='cards', content_rowid='id', tokenize='ascii', columnsize=0
+)
+"""
+
+# A later migration that makes the table of cards anew makes this anew, too.
+SEARCH_TRIGGER = """
+CREATE TRIGGER card_search_delete AFTER DELETE ON cards WHEN old.search_text IS NOT NULL BEGIN
+    INSERT INTO card_search (card_search, rowid, search_text) VALUES ('delete', old.id, old.search_text);
+END
+"""
+
 
 def is_json(table: str, column: str) -> sa.CheckConstraint:
     return sa.CheckConstraint(f"json_valid({column})", name=op.f(f"ck_{table}_{column}_is_json")).ddl_if("sqlite")
@@ -194,6 +207,7 @@ def upgrade() -> None:
         sa.Column("gated", INT, server_default="0", nullable=False),
         sa.Column("info_url", sa.Text(), nullable=True),
         sa.Column("problem", sa.Text(), nullable=True),
+        sa.Column("search_text", sa.Text(), nullable=True),
         check("cards", "name", "name <> ''"),
         check("cards", "gated", "gated IN (0, 1)"),
         is_json("cards", "metadata"),
@@ -204,7 +218,8 @@ def upgrade() -> None:
         **STRICT,
     )
     op.create_index(op.f("ix_cards_env"), "cards", ["env"], sqlite_where=sa.text("env <> ''"))
-    op.create_index(op.f("ix_cards_family"), "cards", ["family", "arch"])
+    op.create_index(op.f("ix_cards_family"), "cards", ["family", "name"])
+    op.create_index(op.f("ix_cards_arch"), "cards", ["arch"])
     op.create_index(op.f("ix_cards_source_id"), "cards", ["source_id"])
     op.create_index(op.f("ix_cards_base"), "cards", ["base"])
     op.create_index(op.f("ix_cards_checkpoint_uri"), "cards", ["checkpoint_uri"])
@@ -320,11 +335,17 @@ def upgrade() -> None:
 
     for view in (ASSETS, MODELS, MODEL_TENSORS, MODEL_SHARDS):
         op.execute(view.strip())
+    if op.get_context().dialect.name == "sqlite":
+        for statement in (SEARCH, SEARCH_TRIGGER):
+            op.execute(statement.strip())
 
 
 def downgrade() -> None:
     for view in ("model_shards", "model_tensors", "models", "assets"):
         op.execute(f"DROP VIEW {view}")
+    if op.get_context().dialect.name == "sqlite":
+        op.execute("DROP TRIGGER card_search_delete")
+        op.execute("DROP TABLE card_search")
     for table in (
         "card_checkpoints", "verifications", "copies", "tensors", "shards", "checkpoints", "cards", "architectures",
         "families", "sources",

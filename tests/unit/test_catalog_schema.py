@@ -24,6 +24,7 @@ from lading.catalog import engine, lifecycle, refresh
 from lading.catalog.database import Database
 from lading.catalog.ingest import import_files
 from lading.catalog.schema import Row
+from lading.catalog.search import is_not_index
 from lading.catalog.store import AssetStore
 from lading.errors import CatalogError, CatalogOutdatedError
 
@@ -66,8 +67,9 @@ def test_the_version_is_the_last_migration() -> None:
 
 
 def test_autogenerate_finds_no_difference(tmp_path: Path) -> None:
+    opts = {"version_table": lifecycle.VERSION_TABLE, "include_name": is_not_index}
     with Database.open(settings_in(tmp_path)).read() as connection:
-        context = MigrationContext.configure(connection, opts={"version_table": lifecycle.VERSION_TABLE})
+        context = MigrationContext.configure(connection, opts=opts)
         assert compare_metadata(context, Row.metadata) == []
 
 

@@ -134,7 +134,7 @@ def _kept_architectures(connection: Connection, keys: Collection[Key], sources: 
 def _entries(connection: Connection, cards: Decision) -> Entries:
     """The cards that are about to change, and all their bases."""
     changes: dict[str, CardEntry | None] = {row.key[0]: None for row in cards.removed if not row.key[1]}
-    for claim in cards.written():
+    for claim in cards.touched():
         if isinstance(claim.entry, CardEntry) and not claim.entry.env:
             changes[claim.entry.name] = claim.entry
 

@@ -132,7 +132,7 @@ class Database:
         """
         if not self.writable:
             raise CatalogError(
-                f"The catalog {self._target} cannot be written by you. Set LADING_DATABASE_URL to one that can."
+                f"{self._target} cannot be written by you. Set LADING_DATABASE_URL to a catalog that can."
             )
         with self._turns, transaction(self._engine, self._target, write=True) as connection:
             yield connection

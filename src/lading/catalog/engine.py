@@ -129,7 +129,7 @@ def peek(path: Path) -> Found:
     try:
         with _closing(_connect(path, "mode=ro&immutable=1")) as connection:
             (objects,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    except sqlite3.Error:
+    except (sqlite3.Error, UnicodeDecodeError):  # the latter of a message that quotes what is damaged
         return Found.FOREIGN
 
     return Found.FOREIGN if objects else Found.NOTHING
@@ -293,7 +293,7 @@ def set_journal_mode(path: Path, *, patience_s: float) -> None:
                 (found,) = connection.execute(f"PRAGMA journal_mode = {mode}").fetchone()
             if found == mode:
                 return
-        except (sqlite3.Error, OSError):
+        except (sqlite3.Error, OSError, UnicodeDecodeError):
             pass
         if time.monotonic() >= deadline:
             return
@@ -325,6 +325,8 @@ def translated(target: Target) -> Iterator[None]:
         if isinstance(cause, sqlite3.Error):
             raise sqlite_failure(cause, target) from error
         raise CatalogError(f"{target} does not answer as expected: {cause}".rstrip()) from error
+    except UnicodeDecodeError as error:
+        raise _damaged(error, target) from error
     except UnicodeEncodeError as error:
         raise CatalogError(f"{target} keeps Unicode text only, but was given {error.object!r}.") from error
 
@@ -354,7 +356,16 @@ def sqlite_failure(error: sqlite3.Error, target: Target) -> LadingError | OSErro
     if code == sqlite3.SQLITE_CONSTRAINT:
         return InternalError(f"{target} refuses a row that lading wrote: {error}")
 
+    if "no such module" in str(error):
+        return CatalogError(
+            f"lading needs SQLite with full-text search, but that of this Python was built without it ({error})."
+        )
+
     # The rest is told apart by no code: a table that is missing is as much a damage as a page that is.
+    return _damaged(error, target)
+
+
+def _damaged(error: Exception, target: Target) -> CatalogError:
     return CatalogError(
         f"{target} is damaged: {error}. `lading db check` says more. Put a backup in its place, or move it away: "
         "lading then makes a new one."

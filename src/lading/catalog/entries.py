@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +13,7 @@ from sqlalchemy import ColumnElement, Connection, and_, select
 
 from lading.card import ArchitectureEntry, CardEntry
 from lading.catalog.schema import ArchitectureRow, CardRow, SourceRow
+from lading.errors import CatalogError, InternalError
 
 T = TypeVar("T")
 
@@ -45,6 +47,32 @@ def dumps(value: object) -> str:
     return text
 
 
+@contextmanager
+def intact(what: str) -> Iterator[None]:
+    """Around the making of values from rows: where that fails, the rows are not what was written.
+
+    :raises CatalogError: it failed.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, OverflowError, InternalError) as error:
+        raise CatalogError(
+            f"The catalog is damaged: {what} cannot be made of its rows ({error}). `lading db check` says more."
+        ) from error
+
+
+def loads_object(text: str) -> dict[str, object]:
+    """What :func:`dumps` made of a mapping.
+
+    :raises ValueError: it is something else.
+    """
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"{text[:40]!r} is not a JSON object")
+
+    return value
+
+
 def read_cards(
     connection: Connection, names: Collection[str] | None = None, *, env: str | None = None
 ) -> list[CardEntry]:
@@ -64,16 +92,17 @@ def _cards(connection: Connection, *conditions: ColumnElement[bool]) -> list[Car
         .order_by(CardRow.source_id, CardRow.position)
     )
 
-    return [
-        CardEntry(
-            name=name,
-            env=env,
-            metadata=json.loads(metadata),
-            folder=None if folder is None else Path(folder),
-            source=label(uri, position),
-        )
-        for name, env, metadata, folder, position, uri in rows
-    ]
+    with intact("a card"):
+        return [
+            CardEntry(
+                name=name,
+                env=env,
+                metadata=loads_object(metadata),
+                folder=None if folder is None else Path(folder),
+                source=label(uri, position),
+            )
+            for name, env, metadata, folder, position, uri in rows
+        ]
 
 
 def read_architectures(
@@ -98,12 +127,17 @@ def read_architectures(
         .order_by(ArchitectureRow.source_id, ArchitectureRow.position)
     )
 
-    return [
-        (
-            ArchitectureEntry(
-                name=row_name, family=row_family, base=base, config=json.loads(config), source=label(uri, position)
-            ),
-            uri,
-        )
-        for row_family, row_name, base, config, position, uri in rows
-    ]
+    with intact("an architecture"):
+        return [
+            (
+                ArchitectureEntry(
+                    name=row_name,
+                    family=row_family,
+                    base=base,
+                    config=loads_object(config),
+                    source=label(uri, position),
+                ),
+                uri,
+            )
+            for row_family, row_name, base, config, position, uri in rows
+        ]

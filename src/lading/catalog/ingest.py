@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from sqlalchemy import Connection, delete, insert, select, update
 
-from lading import __version__
 from lading.card import path_uri, split_name, uri_path
 from lading.catalog.apply import apply
 from lading.catalog.database import Database
@@ -27,6 +26,7 @@ from lading.catalog.rows import link_by_uri
 from lading.catalog.schema import CardCheckpointRow, CardRow, CheckpointRow, CopyRow, VerificationRow
 from lading.filesystem import FileStat, place_id
 from lading.manifest import Manifest
+from lading.version import __version__
 
 if TYPE_CHECKING:
     from lading.cardfile import CardFile

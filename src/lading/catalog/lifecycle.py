@@ -30,10 +30,11 @@ from lading.catalog.engine import (
     peek,
     readonly_engine,
     server_engine,
-    sqlite_failure,
     transaction,
+    translated,
 )
 from lading.catalog.resolved import stale_columns
+from lading.catalog.search import is_not_index, stale_index
 from lading.errors import CatalogError
 from lading.settings import Settings
 
@@ -200,6 +201,7 @@ def check(settings: Settings) -> list[str]:
                 or _drift(connection)
                 or (_lost_references(connection) if target.is_sqlite else [])
                 or stale_columns(connection)
+                or stale_index(connection)
             )
     except CatalogError as error:
         return [error.message]
@@ -222,7 +224,9 @@ def _drift(connection: Connection) -> list[str]:
 
     from lading.catalog.schema import Row
 
-    context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
+    context = MigrationContext.configure(
+        connection, opts={"version_table": VERSION_TABLE, "include_name": is_not_index}
+    )
     problems = [f"drift: {difference}" for difference in compare_metadata(context, Row.metadata)]
     if connection.dialect.name != "sqlite":
         return problems
@@ -281,12 +285,10 @@ def backup(settings: Settings, target: Path | None = None) -> Path:
     # A copy that was cut off must not look like a whole one.
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with closing(connect_readonly(source.path)) as reader, closing(_new(partial)) as copy:
+        with translated(source), closing(connect_readonly(source.path)) as reader, closing(_new(partial)) as copy:
             reader.backup(copy)
             copy.execute("PRAGMA journal_mode = DELETE")
         partial.rename(target)
-    except sqlite3.Error as error:
-        raise sqlite_failure(error, source) from error
     finally:
         for suffix in ("", "-journal", "-wal", "-shm"):
             Path(f"{partial}{suffix}").unlink(missing_ok=True)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
-from sqlalchemy import Connection, column, func, or_, select, table
+from sqlalchemy import ColumnElement, Connection, SQLColumnExpression, and_, column, or_, select, table
 
-from lading.card import uri_path
+from lading.card import AssetCard, checkpoint_ref, uri_path
+from lading.catalog.entries import CHUNK
 from lading.catalog.records import ModelSummary
 from lading.catalog.schema import CardRow
+from lading.catalog.search import found
+from lading.errors import AssetCardError
 
 _COLUMNS = tuple(field.name for field in fields(ModelSummary))
 _ASSETS = table("assets", *(column(name) for name in _COLUMNS))
@@ -29,9 +33,16 @@ def list_models(
     include_all: bool,
     family: str | None,
     status: str | None,
+    search: str | None,
     limit: int | None,
+    overlaid: Callable[[str], AssetCard | None] = lambda name: None,
+    overlaid_names: Collection[str] = (),
 ) -> list[ModelSummary]:
-    """The models whose name matches a shell-style pattern, with their status as this machine sees it."""
+    """The models whose name matches a shell-style pattern, with their status as this machine sees it.
+
+    :param overlaid: gives the card of a name if an overlay lies on its chain.
+    :param overlaid_names: the names for which it does.
+    """
     c = _ASSETS.c
     statement = select(*(c[name] for name in _COLUMNS)).order_by(c.name)
     if not include_all:
@@ -41,26 +52,68 @@ def list_models(
     if pattern is not None:
         # Databases differ in their patterns; what all of them have is a prefix.
         prefix = pattern[: min((i for i, sign in enumerate(pattern) if sign in "*?["), default=len(pattern))]
-        statement = statement.where(c.name.startswith(prefix, autoescape=True))
+        statement = statement.where(c.name == pattern if prefix == pattern else _begins(connection, c.name, prefix))
+    if search is not None and search.strip():
+        statement = statement.where(found(connection, c.name, search))
+    if status is not None and len(overlaid_names) <= CHUNK:
+        # What the database takes for ready may not be, and an overlay may change all of it: the rest is as it says.
+        possible = {status} if status == "unknown-family" else {status, "ready"}
+        statement = statement.where(or_(c.status.in_(possible), c.name.in_(overlaid_names)))
 
     def matching() -> Iterator[ModelSummary]:
         for row in connection.execute(statement):
             if pattern is None or fnmatchcase(row[0], pattern):
-                model = _as_seen_here(ModelSummary(**dict(zip(_COLUMNS, row, strict=True))))
+                model = as_seen_here(ModelSummary(**dict(zip(_COLUMNS, row, strict=True))), overlaid(row[0]))
                 if status is None or model.status == status:
                     yield model
 
     return list(islice(matching(), limit))
 
 
-def _as_seen_here(model: ModelSummary) -> ModelSummary:
-    """The database cannot look at files: a copy may have gone, or be another machine's."""
+def _begins(connection: Connection, name: SQLColumnExpression[str], prefix: str) -> ColumnElement[bool]:
+    """The condition that ``name`` begins with ``prefix``, as a range of an index where the database sorts by bytes."""
+    if connection.dialect.name != "sqlite":
+        return name.startswith(prefix, autoescape=True)
+
+    # The first text behind all that begin so. What is highest has none behind it, and half of a pair is no text.
+    head = prefix.rstrip(chr(sys.maxunicode))
+    if not head:
+        return name >= prefix
+    last = ord(head[-1]) + 1
+    behind = head[:-1] + chr(0xE000 if last == 0xD800 else last)
+
+    return and_(name >= prefix, name < behind)
+
+
+def summary_of(connection: Connection, card: AssetCard) -> ModelSummary | None:
+    """The row of one card, as :func:`as_seen_here`; ``None`` for a card that is not in the catalog."""
+    c = _ASSETS.c
+    row = connection.execute(select(*(c[name] for name in _COLUMNS)).where(c.name == card.name)).one_or_none()
+
+    return None if row is None else as_seen_here(ModelSummary(**dict(zip(_COLUMNS, row, strict=True))), card)
+
+
+def as_seen_here(model: ModelSummary, card: AssetCard | None) -> ModelSummary:
+    """The database cannot look at files, and knows no overlays: which of them count is a choice of this process.
+
+    :param card: what the name means to this process, where overlays may lie on its chain.
+    """
+    if card is not None and model.status in ("ready", "remote", "gated"):
+        try:
+            ref = checkpoint_ref(card)
+        except AssetCardError as error:
+            return replace(model, status="broken", problem=error.message)
+        if ref.uri != (model.checkpoint or ""):
+            status = "gated" if ref.gated else "ready" if uri_path(ref.uri) else "remote"
+            model = replace(model, status=status, checkpoint=ref.uri or None, local_path=None, verified_at=None)
+
     if model.status != "ready" or (model.local_path is not None and Path(model.local_path).exists()):
         return model
 
     path = uri_path(model.checkpoint or "")
     if path is None:
-        return replace(model, status="remote", local_path=None, verified_at=None)
+        status = "remote" if model.checkpoint else "gated"
+        return replace(model, status=status, local_path=None, verified_at=None)
     if path.exists():
         return replace(model, local_path=str(path))
 
@@ -78,9 +131,12 @@ def near_names(connection: Connection, name: str, *, models: bool) -> list[str]:
     conditions = [CardRow.env == ""]
     if models:
         conditions.append(CardRow.family.is_not(None))
-    if (connection.scalar(select(func.count(CardRow.id)).where(*conditions)) or 0) > _FEW:
-        conditions.append(CardRow.name.istartswith(name[:2], autoescape=True))
-    known = connection.scalars(select(CardRow.name).where(*conditions).order_by(CardRow.name).limit(_FEW)).all()
+    statement = select(CardRow.name).where(*conditions).order_by(CardRow.name).limit(_FEW + 1)
+    known = connection.scalars(statement).all()
+    if len(known) > _FEW:
+        heads = {"".join(signs) for signs in product(*({sign.lower(), sign.upper()} for sign in name[:2]))}
+        alike = or_(*(_begins(connection, CardRow.name, head) for head in sorted(heads)))
+        known = connection.scalars(statement.where(alike)).all()
 
     # Case and signs are what is mistaken most often: Qwen3-0.6B for qwen3_0.6b.
     by_key: dict[str, list[str]] = {}

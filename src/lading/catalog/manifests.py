@@ -10,6 +10,7 @@ from itertools import islice
 
 from sqlalchemy import Connection, delete, insert, select
 
+from lading.catalog.entries import intact, loads_object
 from lading.catalog.schema import CheckpointRow, ShardRow, TensorRow
 from lading.manifest import BITS, Manifest, Shard
 
@@ -18,7 +19,15 @@ _ROWS = 10_000
 
 
 def read_manifest(connection: Connection, checkpoint_id: int) -> Manifest:
-    """The manifest of a checkpoint."""
+    """The manifest of a checkpoint.
+
+    :raises CatalogError: the rows make none.
+    """
+    with intact("a manifest"):
+        return _read_manifest(connection, checkpoint_id)
+
+
+def _read_manifest(connection: Connection, checkpoint_id: int) -> Manifest:
     format_, index_name, metadata = connection.execute(
         select(CheckpointRow.format, CheckpointRow.index_name, CheckpointRow.metadata_).where(
             CheckpointRow.id == checkpoint_id
@@ -46,7 +55,7 @@ def read_manifest(connection: Connection, checkpoint_id: int) -> Manifest:
     while rows := tensors.fetchmany(_ROWS):
         for name, dtype, shape, shard, offset in rows:
             names.append(name)
-            dtypes.append(known_dtypes.setdefault(dtype, dtype))
+            dtypes.append(known_dtypes[dtype])
             parsed = known_shapes.get(shape)
             if parsed is None:
                 parsed = known_shapes[shape] = tuple(json.loads(shape))
@@ -63,7 +72,7 @@ def read_manifest(connection: Connection, checkpoint_id: int) -> Manifest:
         shard_ids=shard_ids,
         offsets=offsets,
         index_name=index_name,
-        metadata=json.loads(metadata),
+        metadata={str(key): str(value) for key, value in loads_object(metadata).items()},
     )
 
 

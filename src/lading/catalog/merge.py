@@ -86,6 +86,12 @@ class Decision:
         for _, claim in self.changed:
             yield claim
 
+    def touched(self) -> Iterator[Claim]:
+        """The documents whose row changes in any way. Messages name where a card stands, so a move counts."""
+        yield from self.written()
+        for _, claim in self.moved:
+            yield claim
+
     def refuse(self, reasons: Mapping[Key, str]) -> None:
         """Take out what may not go in."""
         for claim in self.written():

@@ -267,6 +267,9 @@ def _ask_server(
         raise QueryError("There is no query. For example: lading sql 'select name, status from models'")
     if ";" in statement:
         raise PolicyError("`lading sql` takes one statement; write a semicolon in a text as a parameter.")
+    first = _TOKEN.sub(lambda m: "" if m[0].startswith(("--", "/*")) else m[0], statement).split(maxsplit=1)[:1]
+    if first and first[0].lower().lstrip("(") not in {"", "select", "with", "values", "table"}:
+        raise PolicyError(f"`lading sql` only reads, so {first[0].upper()} is refused.")
 
     with database.read() as connection:
         connection.exec_driver_sql("SET TRANSACTION READ ONLY")
@@ -274,16 +277,16 @@ def _ask_server(
         # Through a cursor of the server only a query can go: not COPY, which writes files even when reading only.
         streaming = connection.execution_options(stream_results=True)
         try:
-            result = streaming.execute(text(statement), parameters)
-            rows = result.fetchall() if limit is None else result.fetchmany(limit + 1)
-            columns = tuple(result.keys())
+            with streaming.execute(text(statement), parameters) as result:
+                rows = result.fetchall() if limit is None else result.fetchmany(limit + 1)
+                columns = tuple(result.keys())
         except exc.SQLAlchemyError as error:
             cause = getattr(error, "orig", None) or error
             state = getattr(cause, "sqlstate", None) or ""
             # https://www.postgresql.org/docs/current/errcodes-appendix.html
             if state == "57014":
                 raise _late(deadline_s) from error
-            if state in ("25006", "42501"):
+            if state in ("0A000", "25006", "42501"):
                 raise PolicyError(f"`lading sql` only reads, so this is refused: {cause}") from error
             if state.startswith(("08", "53", "57", "58", "XX")):
                 raise CatalogError(f"{database.target} does not answer: {cause}") from error

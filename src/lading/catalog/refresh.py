@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Row, insert, select, update
 
-from lading import __version__
 from lading.card import path_uri, uri_path
 from lading.catalog.apply import apply
 from lading.catalog.provenance import newer
@@ -26,6 +25,7 @@ from lading.catalog.rows import forget
 from lading.catalog.schema import FamilyRow, SourceRow
 from lading.filesystem import FileStat
 from lading.settings import Settings
+from lading.version import __version__
 
 if TYPE_CHECKING:
     from lading.cardfile import CardFile

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, select
 from lading.card import AssetCard, CardEntry, checkpoint_ref, resolve_card
 from lading.catalog.entries import chunks, read_cards
 from lading.catalog.schema import CardRow
+from lading.catalog.search import fold_fields, search_text
 from lading.errors import AssetCardError
 
 COLUMNS = (
@@ -24,6 +25,7 @@ COLUMNS = (
     CardRow.gated,
     CardRow.info_url,
     CardRow.problem,
+    CardRow.search_text,
 )
 """The columns of a card that hold what it resolves to."""
 
@@ -35,6 +37,8 @@ class Entries:
         self._connection = connection
         self._entries: dict[str, CardEntry | None] = dict(changes)
         self._climbed: set[str] = set()
+        self._cards: dict[str, AssetCard] = {}
+        self._words: dict[str, Mapping[str, str]] = {}
 
     def load(self, names: Iterable[str]) -> None:
         """Read these cards and all their bases: level by level rather than card by card."""
@@ -57,6 +61,38 @@ class Entries:
 
         return {} if entry is None else {"": entry}
 
+    def card(self, entry: CardEntry) -> AssetCard:
+        """The card that ``entry`` states.
+
+        :raises AssetCardError: as :func:`lading.card.resolve_card`.
+        """
+        if entry.base is not None and entry.base not in self._cards:
+            card = resolve_card(entry.name, (), self.look_up)
+            while card is not None:
+                card = self._cards.setdefault(card.name, card).base
+
+        # Few bases have many cards on them: each is resolved once.
+        return _card(entry, None if entry.base is None else self._cards[entry.base])
+
+    def words(self, name: str | None) -> Mapping[str, str]:
+        """The words of each field of a card, its own or inherited; none of a card that is not there."""
+        if name is None:
+            return {}
+        found = self._words.get(name)
+        if found is None:
+            self._words[name] = {}  # until it is known: bases may form a cycle
+            entry = self._entries.get(name)
+            found = {} if entry is None else fold_fields(entry.metadata)
+            if entry is not None:
+                found |= {k: v for k, v in self.words(entry.base).items() if k not in entry.metadata}
+            self._words[name] = found
+
+        return found
+
+
+def _card(entry: CardEntry, base: AssetCard | None) -> AssetCard:
+    return AssetCard(entry.name, entry.metadata, base, dict.fromkeys(entry.metadata, entry.folder), entry.source)
+
 
 def resolve_columns(entry: CardEntry, entries: Entries) -> dict[str, str | int | None]:
     """The values of :data:`COLUMNS` for the card that ``entry`` states and whose bases ``entries`` has loaded.
@@ -65,12 +101,10 @@ def resolve_columns(entry: CardEntry, entries: Entries) -> dict[str, str | int |
     """
     problems: list[str] = []
     try:
-        card = resolve_card(entry.name, (), entries.look_up)
+        card = entries.card(entry)
     except AssetCardError as error:
         problems.append(error.message)
-        card = None
-    if card is None:  # its own fields are known all the same
-        card = AssetCard(entry.name, entry.metadata, None, dict.fromkeys(entry.metadata, entry.folder), entry.source)
+        card = _card(entry, None)  # its own fields are known all the same
 
     found: dict[str, str | int | None] = {
         "base": entry.base,
@@ -92,6 +126,7 @@ def resolve_columns(entry: CardEntry, entries: Entries) -> dict[str, str | int |
         found["gated"] = int(ref.gated)
         found["info_url"] = ref.info_url
     found["problem"] = "\n".join(problems) or None
+    found["search_text"] = search_text(entry.name, entry.metadata, entries.words(entry.base))
 
     return found
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, bindparam, delete, exists, insert, literal, select, update
+from sqlalchemy import Connection, bindparam, delete, exists, func, insert, literal, select, update
 
-from lading import __version__
 from lading.card import ArchitectureEntry, CardEntry
+from lading.catalog import search
 from lading.catalog.entries import chunks, dumps
 from lading.catalog.merge import Claim, Decision
 from lading.catalog.provenance import now
 from lading.catalog.resolved import COLUMNS, Entries, descendants, resolve_columns
 from lading.catalog.schema import ArchitectureRow, CardCheckpointRow, CardRow, CheckpointRow, FamilyRow, SourceRow
 from lading.filesystem import FileStat
+from lading.version import __version__
 
 if TYPE_CHECKING:
     from lading.cardfile import CardFile
@@ -114,22 +115,22 @@ def write_cards(connection: Connection, decision: Decision, sources: Mapping[str
     :param entries: holds the cards that change, and their bases.
     """
     removed = {row.key[0] for row in decision.removed if not row.key[1]}
-    written = {claim.key[0] for claim in decision.written() if not claim.key[1]}
+    written = {claim.key[0] for claim in decision.touched() if not claim.key[1]}
     heirs = descendants(connection, written | removed) - written - removed
     entries.load(heirs)
 
     for ids in chunks(row.row_id for row in decision.removed):
         connection.execute(delete(CardRow).where(CardRow.id.in_(ids)))
 
+    last = connection.scalar(select(func.max(CardRow.id))) or 0
     for claims in chunks(decision.added):
         values = [_card(claim, sources, entries) for claim in claims]
         write_families(connection, {family for row in values if isinstance(family := row["family"], str)})
         connection.execute(insert(CardRow), values)
+    search.index_new(connection, last)
 
-    for changes in chunks(decision.changed):
+    for changes in chunks([*decision.changed, *decision.moved]):
         _update(connection, [{"row_id": row.row_id} | _card(claim, sources, entries) for row, claim in changes])
-    for moves in chunks(decision.moved):
-        _update(connection, [{"row_id": row.row_id} | _place(claim, sources) for row, claim in moves])
     for names in chunks(heirs):
         found = connection.execute(select(CardRow.id, CardRow.name).where(CardRow.env == "", CardRow.name.in_(names)))
         _update(
@@ -153,13 +154,11 @@ def _card(claim: Claim, sources: Mapping[str, int], entries: Entries) -> Values:
         "name": entry.name,
         "env": entry.env,
         "metadata_": claim.text,
-        **_place(claim, sources),
+        "source_id": sources[claim.uri],
+        "position": claim.position,
+        "folder": claim.folder,
         **(_NOTHING if entry.env else resolve_columns(entry, entries)),
     }
-
-
-def _place(claim: Claim, sources: Mapping[str, int]) -> Values:
-    return {"source_id": sources[claim.uri], "position": claim.position, "folder": claim.folder}
 
 
 def _update(connection: Connection, rows: list[Values]) -> None:
@@ -167,23 +166,26 @@ def _update(connection: Connection, rows: list[Values]) -> None:
     if not rows:
         return
 
-    if "checkpoint_uri" in rows[0]:
-        write_families(connection, {family for row in rows if isinstance(family := row["family"], str)})
-        new = {row["row_id"]: (row["checkpoint_uri"], row["checkpoint_path"]) for row in rows}
-        linked = connection.execute(
-            select(CardRow.id, CardRow.checkpoint_uri, CardRow.checkpoint_path)
-            .join_from(CardRow, CardCheckpointRow, CardRow.id == CardCheckpointRow.card_id)
-            .where(CardRow.id.in_(new))
-        )
-        # A card that now names another checkpoint is no longer linked to the one that it was loaded from.
-        stale = [row_id for row_id, uri, path in linked if (uri, path) != new[row_id]]
-        connection.execute(delete(CardCheckpointRow).where(CardCheckpointRow.card_id.in_(stale)))
-
     columns: Values = {name: bindparam(f"new_{name}") for name in rows[0] if name != "row_id"}
-    connection.execute(
-        update(CardRow).where(CardRow.id == bindparam("new_row_id")).values(columns),
-        [{f"new_{name}": value for name, value in row.items()} for row in rows],
+    statement = update(CardRow).where(CardRow.id == bindparam("new_row_id")).values(columns)
+    values = [{f"new_{name}": value for name, value in row.items()} for row in rows]
+
+    _unlink_moved(connection, rows)
+    write_families(connection, {family for row in rows if isinstance(family := row["family"], str)})
+    with search.reindexed(connection, [row["row_id"] for row in rows]):
+        connection.execute(statement, values)
+
+
+def _unlink_moved(connection: Connection, rows: Sequence[Values]) -> None:
+    """A card that is to name another checkpoint is no longer linked to the one that it was loaded from."""
+    new = {row["row_id"]: (row["checkpoint_uri"], row["checkpoint_path"]) for row in rows}
+    linked = connection.execute(
+        select(CardRow.id, CardRow.checkpoint_uri, CardRow.checkpoint_path)
+        .join_from(CardRow, CardCheckpointRow, CardRow.id == CardCheckpointRow.card_id)
+        .where(CardRow.id.in_(new))
     )
+    stale = [row_id for row_id, uri, path in linked if (uri, path) != new[row_id]]
+    connection.execute(delete(CardCheckpointRow).where(CardCheckpointRow.card_id.in_(stale)))
 
 
 def link_by_uri(connection: Connection) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from sqlalchemy import (
+    DDL,
     BigInteger,
     CheckConstraint,
     ForeignKey,
@@ -19,6 +20,7 @@ from sqlalchemy import (
     MetaData,
     Text,
     UniqueConstraint,
+    event,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -112,7 +114,8 @@ class CardRow(Row):
         _json("metadata"),
         # Overlays are few: an index of them alone tells at once whether an environment exists.
         Index("ix_cards_env", "env", sqlite_where=text("env <> ''")),
-        Index("ix_cards_family", "family", "arch"),
+        # With the name, so that a family is listed in its order without a sort.
+        Index("ix_cards_family", "family", "name"),
         _STRICT,
     )
 
@@ -130,7 +133,7 @@ class CardRow(Row):
     base: Mapped[str | None] = mapped_column(index=True)
     """The card that this one is based on, which need not exist."""
     family: Mapped[str | None] = mapped_column(ForeignKey("families.name"))
-    arch: Mapped[str | None]
+    arch: Mapped[str | None] = mapped_column(index=True)
     checkpoint_uri: Mapped[str | None] = mapped_column(index=True)
     checkpoint_path: Mapped[str | None]
     license: Mapped[str | None]
@@ -138,6 +141,30 @@ class CardRow(Row):
     info_url: Mapped[str | None]
     problem: Mapped[str | None]
     """Why the card cannot be used: a base that is missing, a field of a wrong type."""
+    search_text: Mapped[str | None]
+    """The words of its name and its fields, folded. It stands last: those who do not ask for it do not pass it."""
+
+
+_SEARCH = (
+    """
+CREATE VIRTUAL TABLE card_search USING fts5(
+    search_text, content='cards', content_rowid='id', tokenize='ascii', columnsize=0
+)
+""",
+    """
+CREATE TRIGGER card_search_delete AFTER DELETE ON cards WHEN old.search_text IS NOT NULL BEGIN
+    INSERT INTO card_search (card_search, rowid, search_text) VALUES ('delete', old.id, old.search_text);
+END
+""",
+)
+"""The full-text index of the cards, whose text stays where it is.
+
+Cards go in cascades too, which only a trigger sees. What comes is indexed in bulk by those who write it: each firing of
+a trigger makes the index write out all that it holds, and costs four times the row.
+"""
+
+for _statement in _SEARCH:
+    event.listen(CardRow.__table__, "after_create", DDL(_statement.strip()).execute_if(dialect="sqlite"))  # type: ignore[no-untyped-call]
 
 
 class CheckpointRow(Row):

@@ -21,8 +21,8 @@ from lading.card import (
     split_name,
 )
 from lading.catalog.database import Database
-from lading.catalog.entries import read_architectures, read_cards
-from lading.catalog.listing import list_models, near_names
+from lading.catalog.entries import intact, read_architectures, read_cards
+from lading.catalog.listing import list_models, near_names, summary_of
 from lading.catalog.manifests import read_manifest
 from lading.catalog.records import (
     ArchitectureSummary,
@@ -155,9 +155,8 @@ class AssetStore:
             return sorted(name for name, by_env in entries.items() if "" in by_env), entries
 
         # What is kept is true of every card on whose chain no overlay lies.
-        overlaid = set(connection.scalars(select(CardRow.name).where(CardRow.env != "", CardRow.env.in_(envs))))
         names = set(connection.scalars(select(CardRow.name).where(CardRow.env == "", kept == value)))
-        names |= descendants(connection, overlaid) | overlaid
+        names |= self._overlaid(connection, envs)
 
         entries = {}
         level: Collection[str] = names
@@ -168,6 +167,12 @@ class AssetStore:
             level = {base for base in bases if base is not None and base not in entries}
 
         return sorted(names), entries
+
+    def _overlaid(self, connection: Connection, envs: Sequence[str]) -> set[str]:
+        """The names of the cards on whose chain of bases an overlay of ``envs`` lies."""
+        found = set(connection.scalars(select(CardRow.name).where(CardRow.env != "", CardRow.env.in_(envs))))
+
+        return descendants(connection, found) | found
 
     def _envs(self, connection: Connection, name: str, env: str | None) -> tuple[str, ...]:
         """The environments whose overlays are tried, first to last."""
@@ -257,19 +262,45 @@ class AssetStore:
         include_all: bool = False,
         family: str | None = None,
         status: str | None = None,
+        search: str | None = None,
         limit: int | None = None,
     ) -> list[ModelSummary]:
-        """The models of the catalog, by name, overlays apart; with their status as this machine sees it.
+        """The models of the catalog, by name, with their status and checkpoint as this process and machine see them.
 
         :param pattern: a shell-style pattern of the name.
         :param include_all: also cards that are no models.
+        :param search: words that all occur, in any order, in the name or the fields of the card, its own or inherited;
+            of the last one, the beginning is enough. Blank: no condition; without a word: nothing is found.
         :param limit: at most so many.
         """
         if not _is_text(f"{pattern}{family}"):
             return []
 
         with self._database.read() as connection:
-            return list_models(connection, pattern, include_all=include_all, family=family, status=status, limit=limit)
+            envs = self._envs(connection, "", None)
+            overlaid = self._overlaid(connection, envs)
+
+            def with_overlays(name: str) -> AssetCard | None:
+                if name not in overlaid:
+                    return None
+                return resolve_card(name, envs, lambda name: _by_env(read_cards(connection, [name])))
+
+            return list_models(
+                connection,
+                pattern,
+                include_all=include_all,
+                family=family,
+                status=status,
+                search=search,
+                limit=limit,
+                overlaid=with_overlays,
+                overlaid_names=overlaid,
+            )
+
+    def summary(self, card: AssetCard) -> ModelSummary | None:
+        """What :meth:`models` says of a card, with the overlays that it was retrieved with."""
+        with self._database.read() as connection:
+            return summary_of(connection, card)
 
     def suggest(self, name: str) -> list[str]:
         """The names of the models nearest to ``name``, the nearest first."""
@@ -337,11 +368,12 @@ def _copies(connection: Connection, checkpoint_id: int) -> Iterator[LocalCopy]:
         .where(CopyRow.checkpoint_id == checkpoint_id)
         .order_by(CopyRow.file, CopyRow.place)
     )
-    for file, place, name, size, mtime_ns, ctime_ns, inode, verified_at in rows:
-        path = Path(name)
-        if place == place_id(path.parent):
-            stat = FileStat(size, mtime_ns, ctime_ns, from_signed(inode))
-            yield LocalCopy(file=file, path=path, stat=stat, verified_at=verified_at)
+    with intact("a copy"):
+        for file, place, name, size, mtime_ns, ctime_ns, inode, verified_at in rows:
+            path = Path(name)
+            if place == place_id(path.parent):
+                stat = FileStat(size, mtime_ns, ctime_ns, from_signed(inode))
+                yield LocalCopy(file=file, path=path, stat=stat, verified_at=verified_at)
 
 
 def _grouped(entries: Collection[CardEntry]) -> dict[str, dict[str, CardEntry]]:
@@ -357,10 +389,10 @@ def _by_env(entries: Collection[CardEntry]) -> dict[str, CardEntry]:
 
 
 def _is_text(name: str) -> bool:
-    """Whether ``name`` is Unicode text: half a surrogate pair, as in the path of a file, names nothing here."""
+    """Whether a database can keep ``name``: neither half a surrogate pair, as paths may have, nor a NUL."""
     try:
         name.encode()
     except UnicodeEncodeError:
         return False
 
-    return True
+    return "\0" not in name

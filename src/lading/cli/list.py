@@ -30,10 +30,17 @@ _TABLE = (
 @click.option(
     "--status", type=click.Choice(list(STATUSES)), metavar="STATUS", help=f"Only models that are {', '.join(STATUSES)}."
 )
+@click.option("--search", metavar="WORDS", help="Only models in whose name or fields all these words occur.")
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="At most N models.")
 @listing_options
 def list_models(
-    pattern: str | None, include_all: bool, family: str | None, status: str | None, limit: int | None, form: Form
+    pattern: str | None,
+    include_all: bool,
+    family: str | None,
+    status: str | None,
+    search: str | None,
+    limit: int | None,
+    form: Form,
 ) -> None:
     """List the models of the catalog.
 
@@ -46,7 +53,7 @@ def list_models(
     from lading.catalog.store import ModelSummary, get_asset_store
 
     store = get_asset_store()
-    models = store.models(pattern, include_all=include_all, family=family, status=status, limit=limit)
+    models = store.models(pattern, include_all=include_all, family=family, status=status, search=search, limit=limit)
 
     if not models:
         if family is not None and family not in (known := [f.name for f in store.families()]):

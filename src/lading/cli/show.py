@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,8 +68,6 @@ def show(name: str, part: str | None, form: Form) -> None:
 class _Found:
     card: AssetCard
     summary: ModelSummary
-    """Of the card without overlays."""
-    status: str | None
     ref: CheckpointRef
     path: Path | None
     """Where the checkpoint should be on this machine, if that is where it should be."""
@@ -82,16 +79,13 @@ class _Found:
 
 def _look_up(name: str, store: AssetStore) -> _Found:
     card = store.retrieve_card(name)
-    (summary,) = store.models(escape(card.name), include_all=True)
+    summary = store.summary(card)
+    assert summary is not None  # it was retrieved just now
     ref = checkpoint_ref(card)
     path = _local_path(ref)
     family, arch = _text_field(card, "model_family"), _text_field(card, "model_arch")
 
-    status, problem = summary.status, summary.problem
-    if ref.uri != (summary.checkpoint or "") and status in ("ready", "remote", "gated", "broken"):
-        # An overlay moved the checkpoint, of which the summary says nothing.
-        status, problem = _status(card, ref, path)
-
+    problem = summary.problem
     architecture = None
     if family is not None and arch is not None:
         architecture = store.maybe_architecture(arch, family)
@@ -101,7 +95,6 @@ def _look_up(name: str, store: AssetStore) -> _Found:
     return _Found(
         card=card,
         summary=summary,
-        status=status,
         ref=ref,
         path=path,
         checkpoint=store.checkpoint(path_uri(path) if path is not None else ref.uri),
@@ -120,17 +113,6 @@ def _local_path(ref: CheckpointRef) -> Path | None:
     path = uri_path(ref.uri)
 
     return path if path is None or ref.path is None else path / ref.path
-
-
-def _status(card: AssetCard, ref: CheckpointRef, path: Path | None) -> tuple[str, str | None]:
-    if ref.gated:
-        return "gated", None
-    if path is None:
-        return "remote", None
-    if path.exists():
-        return "ready", None
-
-    return "broken", f"The checkpoint of the card {card.name!r} is {path}, where nothing is."
 
 
 def _fields(card: AssetCard) -> Iterator[tuple[str, object, str, str]]:
@@ -153,7 +135,7 @@ def _as_object(found: _Found) -> dict[str, object]:
         "name": card.name,
         "family": _text_field(card, "model_family"),
         "arch": _text_field(card, "model_arch"),
-        "status": found.status,
+        "status": found.summary.status,
         "problem": found.problem,
         "license": _text_field(card, "license"),
         "cards": [{"name": each.name, "source": each.source} for each in card.chain()],
@@ -246,7 +228,7 @@ def _write_text(found: _Found) -> None:
         "family": _text_field(card, "model_family"),
         "architecture": _text_field(card, "model_arch"),
         "based on": " ← ".join(each.name for each in card.chain() if each is not card) or None,
-        "status": found.status,
+        "status": found.summary.status,
         "problem": found.problem,
         "license": _text_field(card, "license"),
         "source": found.summary.source,

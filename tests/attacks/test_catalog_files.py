@@ -1,0 +1,106 @@
+"""Damaged catalogs: whatever the bytes are, what comes out is an answer, or an error of lading or of the system."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from catalog_tools import card_file, make_copies, make_manifest, settings_in
+from lading.catalog import lifecycle, refresh
+from lading.catalog.database import Database
+from lading.catalog.ingest import import_files, record_checkpoint
+from lading.catalog.query import query
+from lading.catalog.store import AssetStore
+from lading.errors import LadingError
+from lading.settings import Settings
+
+PAGE = 4096
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The bytes of a catalog that holds something in every table."""
+    folder = tmp_path_factory.mktemp("whole")
+    database = Database.open(settings_in(folder))
+    cards = "".join(f"name: c{i}\nbase: c{i - 1}\nnote: {'x' * (i * 7)}\n---\n" for i in range(1, 40))
+    import_files(database, [card_file(f"name: c0\nmodel_family: qwen\ncheckpoint: hg://a/b\n---\n{cards}name: end\n")])
+    manifest = make_manifest(300, 3)
+    record_checkpoint(database, uri="hg://a/b", manifest=manifest, copies=make_copies(manifest, folder))
+    return (folder / "catalog.sqlite").read_bytes()
+
+
+def flip(data: bytearray, chance: random.Random) -> None:
+    for _ in range(chance.randint(1, 40)):
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+
+
+def flip_in_header(data: bytearray, chance: random.Random) -> None:
+    data[chance.randrange(16, 100)] = chance.randrange(256)
+
+
+def cut(data: bytearray, chance: random.Random) -> None:
+    del data[chance.randrange(len(data)) :]
+
+
+def cut_at_page(data: bytearray, chance: random.Random) -> None:
+    del data[chance.randrange(1, len(data) // PAGE) * PAGE :]
+
+
+def blank(data: bytearray, chance: random.Random) -> None:
+    at = chance.randrange(len(data) // PAGE) * PAGE
+    data[at : at + PAGE] = bytes(PAGE)
+
+
+def swap(data: bytearray, chance: random.Random) -> None:
+    a, b = (chance.randrange(1, len(data) // PAGE) * PAGE for _ in range(2))
+    data[a : a + PAGE], data[b : b + PAGE] = data[b : b + PAGE], data[a : a + PAGE]
+
+
+def noise(data: bytearray, chance: random.Random) -> None:
+    at = chance.randrange(len(data))
+    data[at : at + 200] = chance.randbytes(len(data[at : at + 200]))
+
+
+DOORS: list[Callable[[Settings], object]] = [
+    lambda s: AssetStore(Database.open(s)).models(include_all=True),
+    lambda s: AssetStore(Database.open(s)).retrieve_card("c30").fields(),
+    lambda s: [c.name for c in AssetStore(Database.open(s)).find_cards("model_family", "qwen")],
+    lambda s: AssetStore(Database.open(s)).checkpoint("hg://a/b"),
+    lambda s: AssetStore(Database.open(s)).entries(),
+    lambda s: AssetStore(Database.open(s)).suggest("c3o"),
+    lambda s: query(Database.open(s), "SELECT * FROM model_tensors"),
+    lambda s: import_files(Database.open(s), [card_file("name: c1\nv: 1\n---\nname: new\nbase: c2\n")], replace=True),
+    lambda s: record_checkpoint(Database.open(s), uri="hg://a/b", manifest=make_manifest(30), copies=[]),
+    lifecycle.check,
+    lifecycle.upgrade,
+    lifecycle.backup,
+]
+
+
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.slow] if n >= 3 else []) for n in range(100)])
+@pytest.mark.parametrize("damage", [flip, flip_in_header, cut, cut_at_page, blank, swap, noise])
+def test_damage(
+    tmp_path: Path,
+    whole: bytes,
+    damage: Callable[[bytearray, random.Random], None],
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "seeds").mkdir()
+    monkeypatch.setattr(refresh, "files", lambda package: tmp_path / "seeds")
+    data = bytearray(whole)
+    damage(data, random.Random(seed))
+
+    for number, door in enumerate(DOORS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "catalog.sqlite").write_bytes(data)
+        try:
+            door(settings_in(folder))
+        except (LadingError, OSError):
+            pass
+        shutil.rmtree(folder)
