@@ -24,6 +24,15 @@ Bar = tuple[str, str, str, float]
 """(name, contender, other contender, the ratio of totals to reach)."""
 
 
+def make_catalog(path: Path, *commands: list[str]) -> None:
+    """Make a new catalog at ``path`` by commands of the CLI."""
+    for suffix in ("", "-wal", "-shm"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
+    environment = os.environ | {"LADING_DATABASE_URL": f"sqlite:///{path}"}
+    for command in commands:
+        subprocess.run([sys.executable, "-m", "lading", *command], check=True, env=environment, capture_output=True)
+
+
 def evict(files: Sequence[Path]) -> None:
     """Drop files from the page cache."""
     for path in files:

@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,11 +56,6 @@ def shards() -> list[Path]:
     return sorted(folder().glob("*.safetensors"))
 
 
-def database() -> str:
-    """The catalog that knows the checkpoint."""
-    return f"sqlite:///{DATA / 'catalog_8b.sqlite'}"
-
-
 def make_checkpoint() -> None:
     """Write the checkpoint once, shard by shard, and a catalog that knows it."""
     if not (folder() / "model.safetensors.index.json").exists():
@@ -98,16 +92,14 @@ def make_checkpoint() -> None:
         (folder() / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
     (DATA / "cards_8b.yaml").write_text(CARD)
-    environment = os.environ | {"LADING_DATABASE_URL": database()}
-    for command in (["import", str(DATA / "cards_8b.yaml")], ["index", "bench_8b"]):
-        subprocess.run([sys.executable, "-m", "lading", *command], check=True, env=environment, capture_output=True)
+    harness.make_catalog(DATA / "catalog_8b.sqlite", ["import", str(DATA / "cards_8b.yaml")], ["index", "bench_8b"])
 
 
 def lading(dtype: str) -> Callable[[], Loader]:
     """``load_model`` from the catalog to the model."""
 
     def prepare() -> Loader:
-        os.environ["LADING_DATABASE_URL"] = database()
+        os.environ["LADING_DATABASE_URL"] = f"sqlite:///{DATA / 'catalog_8b.sqlite'}"
         import torch
 
         import lading.families.qwen  # noqa: F401

@@ -1,0 +1,419 @@
+"""What a large catalog costs: writing it, asking a million cards, a manifest of 100,000 tensors, the command line.
+
+    python benchmarks/catalog.py                        # a million cards: some minutes, 4 GB of memory, 2 GB of disk
+    python benchmarks/catalog.py --cards 20000 --rounds 3
+
+Everything is compared within one run, taking turns: the import with sqlite3's `executemany` of the same rows, the large
+catalog with one of 100 cards that gives the same answers, the command with a process that only imports what it needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import harness
+
+from lading.box import Box
+from lading.card import CardEntry, checkpoint_ref
+from lading.cardfile import CardFile
+from lading.catalog.database import Database
+from lading.catalog.ingest import import_files, record_checkpoint
+from lading.catalog.store import AssetStore
+from lading.manifest import Manifest, Shard
+from lading.overrides import layers_of, merge_layers
+from lading.settings import Settings
+from lading.transfer.plan import Wanted, plan
+
+CARDS = ("sources", "families", "cards")
+CHECKPOINTS = ("checkpoints", "shards", "tensors")
+
+SMALL = 100
+BULK = 100_000
+TENSORS = 100_000
+BATCH = 100_000
+
+Rows = list[list[Any]]
+Part = dict[str, Rows]
+
+FAMILIES = ("llama", "mistral", "bert", "gemma", "phi", "t5", "wav2vec2", "falcon", "olmo", "mpt", "bloom", "opt")
+LICENSES = ("apache-2.0", "mit", "llama3", "cc-by-nc-4.0", "gemma", "openrail")
+TASKS = ("chat", "summarization", "translation", "speech recognition", "code completion", "classification")
+LANGUAGES = ("en", "de", "fr", "es", "zh", "hi", "ar", "sw")
+
+
+# --- cards -----------------------------------------------------------------------------------------------------------
+
+
+def cards(count: int) -> Iterator[CardEntry]:
+    """Cards that look real: bases two levels deep, a dozen families; 50 of them are the same whatever ``count``."""
+    yield from _common()
+
+    rng = random.Random(count)
+    made = 50
+    for family_number in range(1, 1_000_000):
+        family = FAMILIES[family_number % len(FAMILIES)]
+        root = f"{family}_{family_number}"
+        yield _card(root, model_family=family, license=rng.choice(LICENSES), url=f"https://example.com/{root}")
+        made += 1
+        for size in (1, 3, 8, 14, 70):
+            base = f"{root}_{size}b"
+            yield _card(
+                base, base=root, model_arch=f"{family}_{size}b", checkpoint=f"hg://{family}-team/{base}",
+                tokenizer=f"hg://{family}-team/{base}",
+            )  # fmt: skip
+            made += 1
+            for tune in range(200):
+                if made >= count:
+                    return
+                task = rng.choice(TASKS)
+                yield _card(
+                    f"{base}_{task.replace(' ', '_')}_{tune}",
+                    base=base,
+                    checkpoint=f"hg://user{rng.randrange(50_000)}/{base}-{tune}",
+                    task=task,
+                    languages=rng.sample(LANGUAGES, 2),
+                    description=f"{family} {size}B fine-tuned for {task}, {rng.randrange(1, 100)}h of data",
+                    model_config={"dropout_p": rng.randrange(10) / 10},
+                )
+                made += 1
+
+
+def _common() -> Iterator[CardEntry]:
+    yield _card("qwen_bench", model_family="bench_family", license="apache-2.0", checkpoint="hg://bench/base")
+    for n in range(39):
+        yield _card(f"qwen_bench_{n}", base="qwen_bench", model_arch="qwen3_0.6b", checkpoint=f"hg://bench/{n}")
+    for n in range(10):
+        yield _card(f"asr_{n}", base="qwen_bench", description="A zyzzyva hears speech after 777h of data")
+
+
+def _card(name: str, **metadata: object) -> CardEntry:
+    return CardEntry(name=name, metadata=metadata)
+
+
+def card_files(count: int) -> Iterator[CardFile]:
+    """The cards in files as a parser would give them."""
+    made = cards(count)
+    number = 0
+    while piece := tuple(islice(made, BATCH)):
+        text = f"bench{number}"
+        yield CardFile(
+            source=f"file:///bench/{text}.jsonl", sha256=sha256(text.encode()).hexdigest(), cards=piece,
+            architectures=(), problems=(),
+        )  # fmt: skip
+        number += 1
+
+
+def settings(path: Path) -> Settings:
+    """Settings of a catalog in the file ``path``, without cards of the user."""
+    return Settings(
+        database_url=f"sqlite:///{path}", cache_dir=path.parent / "cache", card_paths=(), env=None, offline=True
+    )
+
+
+def make_catalog(path: Path, count: int) -> AssetStore:
+    """A catalog of ``count`` cards, besides the package's own."""
+    database = Database.open(settings(path))
+    for file in card_files(count):
+        import_files(database, [file])
+
+    return AssetStore(database)
+
+
+# --- bulk import -----------------------------------------------------------------------------------------------------
+
+
+def bulk(folder: Path, count: int, rounds: int) -> Part:
+    """Rates of import beside those of ``executemany`` of the same rows into the same tables, indexes and all."""
+    empty = folder / "empty.sqlite"
+    Database.open(settings(empty))
+    (file,) = card_files(min(count, BULK))
+    manifest = make_manifest(min(count, TENSORS))
+    target = folder / "bulk.sqlite"
+
+    def by_lading() -> tuple[float, float]:
+        shutil.copy(empty, target)
+        database = Database.open(settings(target))
+        start = time.perf_counter()
+        import_files(database, [file])
+        middle = time.perf_counter()
+        record_checkpoint(database, uri="hg://bench/base", manifest=manifest, copies=())
+        return middle - start, time.perf_counter() - middle
+
+    by_lading()
+    with closing(sqlite3.connect(target)) as connection:
+        rows = {name: _new_rows(connection, empty, name) for name in (*CARDS, *CHECKPOINTS)}
+        words = connection.execute("SELECT id, search_text FROM cards ORDER BY id").fetchall()[-len(rows["cards"]) :]
+
+    def raw(search: bool) -> tuple[float, float]:
+        shutil.copy(empty, target)
+        with closing(sqlite3.connect(target, isolation_level=None)) as connection:
+            connection.execute("PRAGMA foreign_keys = ON")
+            indexed = {"card_search (rowid, search_text)": words} if search else {}
+            first = _insert(connection, {name: rows[name] for name in CARDS} | indexed)
+            second = _insert(connection, {name: rows[name] for name in CHECKPOINTS})
+        return first, second
+
+    found: dict[str, list[tuple[float, float]]] = {"lading": [], "raw": [], "raw without search": []}
+    for _ in range(rounds):
+        found["lading"].append(by_lading())
+        found["raw"].append(raw(search=True))
+        found["raw without search"].append(raw(search=False))
+
+    table: Rows = [["rows", "lading, rows/s", "executemany, rows/s", "ratio", "goal: at least", ""]]
+    for what, number, part, other in (
+        ("cards", len(rows["cards"]), 0, "raw"),
+        ("cards, beside no search index there", len(rows["cards"]), 0, "raw without search"),
+        ("tensors", len(rows["tensors"]), 1, "raw"),
+    ):
+        ours, theirs = [run[part] for run in found["lading"]], [run[part] for run in found[other]]
+        ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+        table.append(
+            [f"{number:,} {what}", f"{number / statistics.median(ours):,.0f}",
+             f"{number / statistics.median(theirs):,.0f}", f"{ratio:.2f}", "0.2", _met(ratio >= 0.2)]
+        )  # fmt: skip
+
+    return {"rows": table}
+
+
+def _new_rows(connection: sqlite3.Connection, before: Path, table: str) -> list[tuple[object, ...]]:
+    """The rows that ``before`` does not have."""
+    connection.execute("ATTACH ? AS before", (str(before),))
+    rows = connection.execute(f"SELECT * FROM main.{table} EXCEPT SELECT * FROM before.{table}").fetchall()
+    connection.execute("DETACH before")
+
+    return rows
+
+
+def _insert(connection: sqlite3.Connection, tables: dict[str, list[tuple[object, ...]]]) -> float:
+    start = time.perf_counter()
+    connection.execute("BEGIN IMMEDIATE")
+    for table, rows in tables.items():
+        if rows:
+            connection.executemany(f"INSERT INTO {table} VALUES ({','.join('?' * len(rows[0]))})", rows)
+    connection.execute("COMMIT")
+
+    return time.perf_counter() - start
+
+
+# --- a large catalog beside a small one ------------------------------------------------------------------------------
+
+
+def scale(small: AssetStore, large: AssetStore, rounds: int, count: int) -> Part:
+    """The same questions, with the same answers, to a small and a large catalog."""
+    questions: dict[str, Callable[[AssetStore], object]] = {
+        "retrieve_card": lambda store: store.retrieve_card("qwen_bench_7"),
+        "show": _show,
+        "list 'qwen*' --limit 20": lambda store: store.models("qwen*", limit=20),
+        "list --limit 20": lambda store: len(store.models(limit=20)),
+        "list --family, 50 models": lambda store: store.models(family="bench_family"),
+        "find_cards, 50 cards": lambda store: [c.name for c in store.find_cards("model_family", "bench_family")],
+        "list --search, a rare word": lambda store: store.models(search="zyzzyva"),
+        "list --search, two common words": lambda store: store.models(search="speech 777h"),
+    }
+    table: Rows = [["question", "100 cards, ms", f"{count:,} cards, ms", "ratio", "goal: at most", ""]]
+    for name, ask in questions.items():
+        if ask(small) != ask(large):
+            sys.exit(f"{name}: the two catalogs answer differently")
+        times: dict[int, list[float]] = {0: [], 1: []}
+        for _ in range(rounds * 20):
+            for i, store in enumerate((small, large)):
+                start = time.perf_counter()
+                ask(store)
+                times[i].append(time.perf_counter() - start)
+        a, b = statistics.median(times[0]) * 1e3, statistics.median(times[1]) * 1e3
+        table.append([name, f"{a:.2f}", f"{b:.2f}", f"{b / a:.2f}", "1.5", _met(b / a <= 1.5)])
+
+    return {"rows": table}
+
+
+def _show(store: AssetStore) -> object:
+    """What `lading show` asks."""
+    card = store.retrieve_card("qwen_bench_7")
+    summary = store.summary(card)
+    architecture = store.maybe_architecture(card.field("model_arch").as_(str), "qwen")
+
+    return summary, architecture, store.checkpoint(checkpoint_ref(card).uri)
+
+
+# --- a large manifest ------------------------------------------------------------------------------------------------
+
+
+def make_manifest(count: int) -> Manifest:
+    """A mixture of experts: many tensors of few shapes, in shards of some gigabytes."""
+    names, shapes, shard_ids, offsets = [], [], array("I"), array("q")
+    per_shard, at = 1_000, 0
+    for i in range(count):
+        expert, kind = divmod(i, 3)
+        layer, expert = divmod(expert, 384)
+        if i % per_shard == 0:
+            at = 100_000
+        names.append(f"model.layers.{layer}.mlp.experts.{expert}.{('gate', 'up', 'down')[kind]}_proj.weight")
+        shapes.append((7_168, 2_048) if kind == 2 else (2_048, 7_168))
+        shard_ids.append(i // per_shard)
+        offsets.append(at)
+        at += 2 * 2_048 * 7_168
+    shards = -(-count // per_shard)
+
+    return Manifest(
+        format="safetensors",
+        shards=tuple(
+            Shard(name=f"model-{i + 1:05}-of-{shards:05}.safetensors", size=100_000 + per_shard * 2 * 2_048 * 7_168)
+            for i in range(shards)
+        ),
+        names=names,
+        dtypes=["BF16"] * count,
+        shapes=shapes,
+        shard_ids=shard_ids,
+        offsets=offsets,
+        index_name="model.safetensors.index.json",
+    )
+
+
+def manifest(store: AssetStore, rounds: int) -> Part:
+    """A manifest of 100,000 tensors written, read and planned."""
+    given = make_manifest(TENSORS)
+    uri = "hg://bench/7"
+    writes, reads, wholes = [], [], []
+
+    for n in range(rounds):
+        start = time.perf_counter()
+        record_checkpoint(store.database, uri=f"{uri}?{n}" if n else uri, manifest=given, copies=())
+        writes.append(time.perf_counter() - start)
+
+        start = time.perf_counter()
+        card = store.retrieve_card("qwen_bench_7")
+        architecture = store.architecture(card.field("model_arch").as_(str), "qwen")
+        merge_layers({}, layers_of(card, architecture))
+        middle = time.perf_counter()
+        stored = store.checkpoint(checkpoint_ref(card).uri)
+        reads.append(time.perf_counter() - middle)
+        _plan(stored.manifest)
+        wholes.append(time.perf_counter() - start)
+
+    tracemalloc.start()
+    stored = store.checkpoint(uri)
+    kept = tracemalloc.get_traced_memory()[0] / 1e6
+    tracemalloc.stop()
+    assert stored is not None
+    assert len(stored.manifest) == TENSORS
+
+    whole = statistics.median(wholes)
+    return {
+        "rows": [
+            ["what", "figure", "goal: at most", ""],
+            ["write", f"{statistics.median(writes):.2f} s", "", ""],
+            ["read", f"{statistics.median(reads):.2f} s", "", ""],
+            ["card, config, manifest and plan", f"{whole:.2f} s", "1.5 s", _met(whole <= 1.5)],
+            ["memory that the manifest keeps", f"{kept:.1f} MB", "40 MB", _met(kept <= 40)],
+        ]
+    }
+
+
+def _plan(stored: Manifest) -> None:
+    whole = {shape: Box.whole(shape) for shape in set(stored.shapes)}
+    wanted = Wanted(
+        tensors=range(len(stored)), boxes=[whole[shape] for shape in stored.shapes], dtypes=list(stored.dtypes)
+    )
+    made = plan(stored, wanted)
+    assert made.read_bytes == stored.total_bytes
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def process(folder: Path, rounds: int) -> Part:
+    """`lading list` beside a process that only imports what it cannot do without."""
+    environment = os.environ | {
+        "LADING_DATABASE_URL": f"sqlite:///{folder / 'list.sqlite'}",
+        "XDG_CONFIG_HOME": str(folder),
+    }
+    commands = {
+        "lading list": [sys.executable, "-m", "lading", "list"],
+        "import sqlalchemy.orm, click": [sys.executable, "-c", "import sqlalchemy.orm, click"],
+    }
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    for n in range(rounds * 3 + 1):
+        for name, command in commands.items():
+            start = time.perf_counter()
+            subprocess.run(command, env=environment, check=True, capture_output=True)
+            if n:  # the first one makes the catalog
+                times[name].append(time.perf_counter() - start)
+
+    ours, theirs = times.values()
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    return {
+        "rows": [
+            ["process", "s", "ratio", "goal: at most", ""],
+            *([name, f"{statistics.median(t):.3f}", "", "", ""] for name, t in list(times.items())[1:]),
+            ["lading list", f"{statistics.median(ours):.3f}", f"{ratio:.2f}", "1.5", _met(ratio <= 1.5)],
+        ]
+    }
+
+
+def _met(yes: bool) -> str:
+    return "met" if yes else "missed"
+
+
+def show(title: str, part: Part) -> None:
+    """Print a part as Markdown."""
+    head, *rows = part["rows"]
+    print(f"\n{title}\n")
+    for line in (head, ["---"] * len(head), *rows):
+        print(f"| {' | '.join(map(str, line))} |", flush=True)
+
+
+def main() -> None:
+    """Measure everything, print it, and keep it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cards", type=int, default=1_000_000, help="of the large catalog")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=("bulk", "scale", "manifest", "process"))
+    parser.add_argument("--save", metavar="NAME", help="keep the figures as benchmarks/results/NAME.json")
+    options = parser.parse_args()
+    wanted = options.only or ("bulk", "scale", "manifest", "process")
+
+    harness.DATA.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"benchmark": "catalog", "rounds": options.rounds}
+    with tempfile.TemporaryDirectory(dir=harness.DATA) as name:
+        folder = Path(name)
+        if "bulk" in wanted:
+            results["bulk"] = bulk(folder, options.cards, options.rounds)
+            show("Bulk import", results["bulk"])
+        small = make_catalog(folder / "small.sqlite", SMALL)
+        if "scale" in wanted:
+            start = time.perf_counter()
+            large = make_catalog(folder / "large.sqlite", options.cards)
+            print(f"{options.cards:,} cards in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+            results["scale"] = scale(small, large, options.rounds, options.cards)
+            show("A large catalog beside a small one", results["scale"])
+        if "manifest" in wanted:
+            results["manifest"] = manifest(small, options.rounds)
+            show("A manifest of 100,000 tensors", results["manifest"])
+        if "process" in wanted:
+            results["process"] = process(folder, options.rounds)
+            show("The command line", results["process"])
+
+    results["machine"] = harness.machine()
+    if options.save:
+        harness.save(options.save, results)
+
+
+if __name__ == "__main__":
+    main()
