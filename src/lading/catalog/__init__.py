@@ -7,6 +7,6 @@ ask in SQL, and :mod:`~lading.catalog.doors` does the latter two over the defaul
 
 Below these doors: ``engine`` opens connections and tells their failures, ``lifecycle`` moves the schema between
 versions, ``refresh`` takes up what is new in the package and in the user's card files, ``merge`` decides what card
-files change, ``apply`` and ``rows`` write it, ``resolved`` keeps what cards resolve to, ``manifests`` holds tensors in
-columns.
+files change, ``apply`` and ``rows`` write it, ``resolved`` keeps what cards resolve to, ``search`` finds words in that,
+``manifests`` holds tensors in columns.
 """
