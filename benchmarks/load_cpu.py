@@ -194,11 +194,15 @@ def fairseq2(folder: Path) -> Loader:
 
 def floor(folder: Path) -> Loader:
     """Two threads, ``preadv`` into fresh huge pages: what the machine can do without making tensors."""
+    import torch  # noqa: F401 - which touches the pages afterwards
+
     return lambda: _raw_read(folder, threads=2, flags=os.O_RDONLY)
 
 
 def direct_floor(folder: Path) -> Loader:
     """Four threads, direct I/O into fresh huge pages: what the disk can do."""
+    import torch  # noqa: F401
+
     return lambda: _raw_read(folder, threads=4, flags=os.O_RDONLY | os.O_DIRECT)
 
 
@@ -292,15 +296,13 @@ def run_one(name: str, cold: bool) -> None:
 
 
 def _touch(result: Any) -> None:
-    """Read a byte of every page of every tensor."""
-    if isinstance(result, list):
-        for memory in result:
-            sum(memory[at] for at in range(0, len(memory), 2 << 20))
-        return
-
+    """Read a byte of every page of every tensor, or of the memory that a floor filled."""
     import torch
 
-    tensors = result.values() if isinstance(result, dict) else result.parameters()
+    if isinstance(result, list):
+        tensors = [torch.frombuffer(memory, dtype=torch.uint8) for memory in result]
+    else:
+        tensors = result.values() if isinstance(result, dict) else result.parameters()
     for tensor in tensors:
         tensor.detach().view(-1).view(torch.uint8)[::4096].sum()
 

@@ -55,7 +55,8 @@ def execute(
         mapped = sorted({home for home in plan.homes if home != ARENA})
         shards = {i: stack.enter_context(open_shard(files[i])) for i in sorted({*plan.shards, *mapped})}
 
-        _read(plan, shards, arena, threads or _threads(plan, shards, arena), progress)
+        if plan.sizes:
+            _read(plan, shards, arena, threads or _threads(plan, shards, arena), progress)
         mappings = {i: map_file(shards[i].fd, files[i].stat.size) for i in mapped}
         with ThreadPoolExecutor(_cores()) as pool:
             list(pool.map(populate, mappings.values()))
