@@ -1,0 +1,99 @@
+"""What every scheme of a source does, and the values that pass: what a source publishes, and what has been fetched of it.
+
+A source is asked for its :class:`Snapshot`, which is pinned: whatever is read or fetched by it is of one revision. Which
+of its files make a checkpoint is not known here: that is a matter of formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from lading.filesystem import FileStat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteFile:
+    """A file that a source publishes."""
+
+    name: str
+    """Within the source, with forward slashes. It comes from the server: it is compared and shown, never a path."""
+    size: int | None
+    """Bytes; ``None`` where the source does not say."""
+    sha256: str | None = None
+    """Of the whole file, in lower-case hexadecimal, where the source publishes it."""
+    etag: str | None = None
+    """A strong validator of HTTP, by which a later range is known to be of the same content."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What a source publishes, at one revision."""
+
+    uri: str
+    revision: str
+    """A commit; empty where the source has none."""
+    files: tuple[RemoteFile, ...]
+
+    def file(self, name: str) -> RemoteFile | None:
+        """The file of this name; ``None`` where there is none."""
+        return next((file for file in self.files if file.name == name), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchedFile:
+    """A file that is on this machine now."""
+
+    name: str
+    """Within the source."""
+    path: Path
+    stat: FileStat
+    """Of the regular file that ``path`` leads to, in the state whose bytes have the digest."""
+    sha256: str
+    """Of all its bytes, computed by lading itself."""
+    published: bool
+    """Whether the source publishes that digest; else it is only recorded."""
+
+
+Known = Callable[[str], Path | None]
+"""Where a file with a SHA-256 is on this machine already, by what the catalog knows; ``None`` where it does not."""
+
+
+class Source(Protocol):
+    """A place that checkpoints are fetched from."""
+
+    uri: str
+
+    def snapshot(self) -> Snapshot:
+        """What is published now, or at the revision that the source was opened for.
+
+        :raises FetchError: the source cannot be reached, or answers nonsense.
+        :raises CheckpointNotFoundError: it says that there is no such thing (also a ``FileNotFoundError``).
+        :raises ModelGatedError: it hands it out on request only.
+        """
+
+    def read(self, snapshot: Snapshot, file: RemoteFile, offset: int, size: int) -> bytes:
+        """Exactly ``size`` bytes of a file, from ``offset`` on. May be called from several threads.
+
+        :raises FetchError: the source cannot be reached, answers nonsense, or has another content by now.
+        """
+
+    def fetch(
+        self, snapshot: Snapshot, files: Sequence[RemoteFile], *, known: Known, progress: bool
+    ) -> list[FetchedFile]:
+        """Bring files to this machine, in the order in which they are asked for. What is here already stays.
+
+        Idempotent, and safe beside other processes that do the same.
+
+        :raises FetchError: the source cannot be reached, answers nonsense, or has another content by now.
+        :raises DigestMismatchError: what came is not what was published.
+        :raises OSError: the disk is full, or cannot be written.
+        """
+
+    def local(self, snapshot: Snapshot, files: Sequence[RemoteFile]) -> list[FetchedFile | Path | None]:
+        """Where files are on this machine already, without opening a socket, in the order in which they are asked for.
+
+        A path alone is of a file whose bytes were not checked by lading yet.
+        """
