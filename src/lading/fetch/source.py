@@ -1,7 +1,7 @@
-"""What every scheme of a source does, and the values that pass: what a source publishes, and what has been fetched of it.
+"""What every scheme of a source does, and the values that pass: what a source publishes, and what is fetched of it.
 
-A source is asked for its :class:`Snapshot`, which is pinned: whatever is read or fetched by it is of one revision. Which
-of its files make a checkpoint is not known here: that is a matter of formats.
+A source is asked for its :class:`Snapshot`, which is pinned: whatever is read or fetched by it is of one revision.
+Which of its files make a checkpoint is not known here: that is a matter of formats.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class Source(Protocol):
         :raises OSError: the disk is full, or cannot be written.
         """
 
-    def local(self, snapshot: Snapshot, files: Sequence[RemoteFile]) -> list[FetchedFile | Path | None]:
-        """Where files are on this machine already, without opening a socket, in the order in which they are asked for.
+    def local(self, snapshot: Snapshot, files: Sequence[RemoteFile]) -> list[Path | None]:
+        """Where files are on this machine already, found without opening a socket, in the order asked for.
 
-        A path alone is of a file whose bytes were not checked by lading yet.
+        Their bytes need not have been checked.
         """
