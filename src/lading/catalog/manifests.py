@@ -11,7 +11,7 @@ from itertools import islice
 from sqlalchemy import Connection, delete, insert, select
 
 from lading.catalog.entries import intact, loads_object
-from lading.catalog.schema import CheckpointRow, ShardRow, TensorRow
+from lading.catalog.schema import CHECKPOINTS, SHARDS, TENSORS, ShardRow, TensorRow
 from lading.manifest import BITS, Manifest, Shard
 
 _ROWS = 10_000
@@ -29,19 +29,19 @@ def read_manifest(connection: Connection, checkpoint_id: int) -> Manifest:
 
 def _read_manifest(connection: Connection, checkpoint_id: int) -> Manifest:
     format_, index_name, metadata = connection.execute(
-        select(CheckpointRow.format, CheckpointRow.index_name, CheckpointRow.metadata_).where(
-            CheckpointRow.id == checkpoint_id
+        select(CHECKPOINTS.c.format, CHECKPOINTS.c.index_name, CHECKPOINTS.c.metadata_).where(
+            CHECKPOINTS.c.id == checkpoint_id
         )
     ).one()
     shards = connection.execute(
-        select(ShardRow.name, ShardRow.size, ShardRow.sha256)
-        .where(ShardRow.checkpoint_id == checkpoint_id)
-        .order_by(ShardRow.position)
+        select(SHARDS.c.name, SHARDS.c.size, SHARDS.c.sha256)
+        .where(SHARDS.c.checkpoint_id == checkpoint_id)
+        .order_by(SHARDS.c.position)
     ).all()
     tensors = connection.execute(
-        select(TensorRow.name, TensorRow.dtype, TensorRow.shape, TensorRow.shard, TensorRow.offset)
-        .where(TensorRow.checkpoint_id == checkpoint_id)
-        .order_by(TensorRow.position)
+        select(TENSORS.c.name, TENSORS.c.dtype, TENSORS.c.shape, TENSORS.c.shard, TENSORS.c.offset)
+        .where(TENSORS.c.checkpoint_id == checkpoint_id)
+        .order_by(TENSORS.c.position)
     )
 
     names: list[str] = []

@@ -33,7 +33,7 @@ from lading.catalog.records import (
     from_signed,
 )
 from lading.catalog.resolved import descendants
-from lading.catalog.schema import ArchitectureRow, CardRow, CheckpointRow, CopyRow, FamilyRow
+from lading.catalog.schema import ARCHITECTURES, CARDS, CHECKPOINTS, COPIES, FAMILIES
 from lading.errors import (
     AssetCardError,
     AssetNotFoundError,
@@ -55,7 +55,7 @@ __all__ = [
 
 _log = logging.getLogger("lading")
 
-_MATERIALISED = {"model_family": CardRow.family, "model_arch": CardRow.arch}
+_MATERIALISED = {"model_family": CARDS.c.family, "model_arch": CARDS.c.arch}
 """Fields whose resolved values are kept in columns."""
 
 
@@ -143,7 +143,7 @@ class AssetStore:
     def asset_names(self) -> Set[str]:
         """The names of all cards, overlays apart."""
         with self._database.read() as connection:
-            return frozenset(connection.scalars(select(CardRow.name).where(CardRow.env == "")))
+            return frozenset(connection.scalars(select(CARDS.c.name).where(CARDS.c.env == "")))
 
     def _candidates(
         self, connection: Connection, field: str, value: object, envs: Sequence[str]
@@ -155,7 +155,7 @@ class AssetStore:
             return sorted(name for name, by_env in entries.items() if "" in by_env), entries
 
         # What is kept is true of every card on whose chain no overlay lies.
-        names = set(connection.scalars(select(CardRow.name).where(CardRow.env == "", kept == value)))
+        names = set(connection.scalars(select(CARDS.c.name).where(CARDS.c.env == "", kept == value)))
         names |= self._overlaid(connection, envs)
 
         entries = {}
@@ -170,7 +170,7 @@ class AssetStore:
 
     def _overlaid(self, connection: Connection, envs: Sequence[str]) -> set[str]:
         """The names of the cards on whose chain of bases an overlay of ``envs`` lies."""
-        found = set(connection.scalars(select(CardRow.name).where(CardRow.env != "", CardRow.env.in_(envs))))
+        found = set(connection.scalars(select(CARDS.c.name).where(CARDS.c.env != "", CARDS.c.env.in_(envs))))
 
         return descendants(connection, found) | found
 
@@ -181,9 +181,9 @@ class AssetStore:
 
         wanted = self._env if env is None else env
         if wanted is not None and wanted != USER_ENV:
-            known = CardRow.env == wanted
-            if not connection.scalar(select(CardRow.id).where(CardRow.env != "", known).limit(1)):
-                envs = connection.scalars(select(CardRow.env).where(CardRow.env != "").distinct())
+            known = CARDS.c.env == wanted
+            if not connection.scalar(select(CARDS.c.id).where(CARDS.c.env != "", known).limit(1)):
+                envs = connection.scalars(select(CARDS.c.env).where(CARDS.c.env != "").distinct())
                 asked = "LADING_ENV names" if env is None else f"{name}@{env} asks for"
                 raise AssetCardError(
                     name,
@@ -236,10 +236,12 @@ class AssetStore:
 
     def families(self) -> list[FamilySummary]:
         """The families that packages register, and those that cards and architectures name."""
-        of_cards = select(CardRow.family, func.count()).where(CardRow.env == "").group_by(CardRow.family)
-        of_architectures = select(ArchitectureRow.family, func.count()).group_by(ArchitectureRow.family)
+        of_cards = select(CARDS.c.family, func.count()).where(CARDS.c.env == "").group_by(CARDS.c.family)
+        of_architectures = select(ARCHITECTURES.c.family, func.count()).group_by(ARCHITECTURES.c.family)
         with self._database.read() as connection:
-            families = connection.execute(select(FamilyRow.name, FamilyRow.entry_point).order_by(FamilyRow.name)).all()
+            families = connection.execute(
+                select(FAMILIES.c.name, FAMILIES.c.entry_point).order_by(FAMILIES.c.name)
+            ).all()
             cards = {row[0]: row[1] for row in connection.execute(of_cards)}
             architectures = {row[0]: row[1] for row in connection.execute(of_architectures)}
 
@@ -322,8 +324,8 @@ class AssetStore:
 
         with self._database.read() as connection:
             found = connection.execute(
-                select(CheckpointRow.id, CheckpointRow.revision, CheckpointRow.indexed_at).where(
-                    CheckpointRow.uri == uri
+                select(CHECKPOINTS.c.id, CHECKPOINTS.c.revision, CHECKPOINTS.c.indexed_at).where(
+                    CHECKPOINTS.c.uri == uri
                 )
             ).one_or_none()
             if found is None:
@@ -356,17 +358,17 @@ class AssetStore:
 def _copies(connection: Connection, checkpoint_id: int) -> Iterator[LocalCopy]:
     rows = connection.execute(
         select(
-            CopyRow.file,
-            CopyRow.place,
-            CopyRow.path,
-            CopyRow.size,
-            CopyRow.mtime_ns,
-            CopyRow.ctime_ns,
-            CopyRow.inode,
-            CopyRow.verified_at,
+            COPIES.c.file,
+            COPIES.c.place,
+            COPIES.c.path,
+            COPIES.c.size,
+            COPIES.c.mtime_ns,
+            COPIES.c.ctime_ns,
+            COPIES.c.inode,
+            COPIES.c.verified_at,
         )
-        .where(CopyRow.checkpoint_id == checkpoint_id)
-        .order_by(CopyRow.file, CopyRow.place)
+        .where(COPIES.c.checkpoint_id == checkpoint_id)
+        .order_by(COPIES.c.file, COPIES.c.place)
     )
     with intact("a copy"):
         for file, place, name, size, mtime_ns, ctime_ns, inode, verified_at in rows:
