@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,7 +77,7 @@ class Manifest:
     """The free-form ``__metadata__`` of the first shard."""
 
     def __post_init__(self) -> None:
-        lengths = {len(c) for c in (self.names, self.dtypes, self.shapes, self.shard_ids, self.offsets)}
+        lengths = set(map(len, self._columns))
         if len(lengths) != 1:
             raise InternalError(f"the columns of a manifest must be of equal length, but are of lengths {lengths}")
         if len(self.shard_ids) and max(self.shard_ids) >= len(self.shards):
@@ -102,6 +103,38 @@ class Manifest:
     def nbytes(self, i: int) -> int:
         """The bytes of tensor ``i``."""
         return math.prod(self.shapes[i]) * BITS[self.dtypes[i]] // 8
+
+    def has_files_of(self, other: Manifest) -> bool:
+        """Whether both are of the same files, as far as names, sizes and the digests that both know tell."""
+        return len(self.shards) == len(other.shards) and all(
+            (a.name, a.size) == (b.name, b.size) and (None in (a.sha256, b.sha256) or a.sha256 == b.sha256)
+            for a, b in zip(self.shards, other.shards, strict=True)
+        )
+
+    def tensors_equal(self, other: Manifest) -> bool:
+        """Whether both hold the same tensors at the same places of as many files."""
+        return len(self.shards) == len(other.shards) and all(
+            len(a) == len(b) and all(x == y for x, y in zip(a, b, strict=True))
+            for a, b in zip(self._columns, other._columns, strict=True)
+        )
+
+    def only(self, shard: int) -> Manifest:
+        """The manifest of one of the files."""
+        begin, end = bisect_left(self.shard_ids, shard), bisect_right(self.shard_ids, shard)
+
+        return Manifest(
+            format=self.format,
+            shards=(self.shards[shard],),
+            names=self.names[begin:end],
+            dtypes=self.dtypes[begin:end],
+            shapes=self.shapes[begin:end],
+            shard_ids=array("I", [0]) * (end - begin),
+            offsets=self.offsets[begin:end],
+        )
+
+    @property
+    def _columns(self) -> tuple[Sequence[object], ...]:
+        return self.names, self.dtypes, self.shapes, self.shard_ids, self.offsets
 
     @property
     def total_bytes(self) -> int:

@@ -20,6 +20,7 @@ from catalog_tools import card_file, settings_in
 from lading.catalog import lifecycle, refresh
 from lading.catalog.database import Database
 from lading.catalog.engine import Found, peek
+from lading.catalog.checkpoints import record_checkpoint
 from lading.catalog.ingest import import_files
 from lading.catalog.store import AssetStore
 

@@ -14,11 +14,12 @@ from catalog_tools import card_file, make_copies, make_manifest, settings_in
 from lading.card import ArchitectureEntry, CardEntry
 from lading.cardfile import CardFile
 from lading.catalog import lifecycle, refresh
+from lading.catalog.checkpoints import record_checkpoint, record_files
 from lading.catalog.database import Database
-from lading.catalog.ingest import collect, import_files, record_checkpoint, record_verification
+from lading.catalog.ingest import collect, import_files
 from lading.catalog.merge import MAX_DEPTH
 from lading.catalog.query import query
-from lading.catalog.records import ImportReport, LocalCopy
+from lading.catalog.records import Check, ImportReport, LocalCopy
 from lading.catalog.store import AssetStore
 from lading.errors import CardFileError
 from lading.filesystem import FileStat
@@ -513,9 +514,8 @@ def test_a_verification(tmp_path: Path, database: Database) -> None:
     record_checkpoint(database, uri=URI, manifest=manifest, copies=[copy])
 
     def verify(found: str, stat: FileStat = copy.stat) -> str | None:
-        record_verification(
-            database, uri=URI, file=copy.file, path=copy.path, stat=stat, method="sha256", expected="aa", found=found
-        )
+        check = Check(file=copy.file, path=copy.path, stat=stat, method="sha256", expected="aa", found=found)
+        record_files(database, uri=URI, checks=[check])
         stored = AssetStore(database).checkpoint(URI)
         assert stored is not None
         return stored.copies[0].verified_at

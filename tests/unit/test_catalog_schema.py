@@ -177,7 +177,11 @@ def test_upgrade_of_what_is_up_to_date_does_nothing(tmp_path: Path) -> None:
     Database.open(settings)
     before = (tmp_path / "catalog.sqlite").read_bytes()
     report = lifecycle.upgrade(settings)
-    assert (report.from_version, report.to_version, report.backup) == (engine.SCHEMA_VERSION, engine.SCHEMA_VERSION, None)
+    assert (report.from_version, report.to_version, report.backup) == (
+        engine.SCHEMA_VERSION,
+        engine.SCHEMA_VERSION,
+        None,
+    )
     assert (tmp_path / "catalog.sqlite").read_bytes() == before
 
 

@@ -8,10 +8,10 @@ from array import array
 from collections.abc import Iterator
 from itertools import islice
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, delete, insert, select, update
 
 from lading.catalog.entries import intact, loads_object
-from lading.catalog.schema import CHECKPOINTS, SHARDS, TENSORS, ShardRow, TensorRow
+from lading.catalog.schema import CHECKPOINTS, SHARDS, TENSORS, DigestRow, ShardRow, TensorRow
 from lading.manifest import BITS, Manifest, Shard
 
 _ROWS = 10_000
@@ -77,17 +77,8 @@ def _read_manifest(connection: Connection, checkpoint_id: int) -> Manifest:
 
 
 def same_tensors(a: Manifest, b: Manifest) -> bool:
-    """Whether two manifests have the same shards and tensors; the columns may be of different types."""
-    return a.shards == b.shards and all(
-        len(x) == len(y) and all(p == q for p, q in zip(x, y, strict=True))
-        for x, y in (
-            (a.names, b.names),
-            (a.dtypes, b.dtypes),
-            (a.shapes, b.shapes),
-            (a.shard_ids, b.shard_ids),
-            (a.offsets, b.offsets),
-        )
-    )
+    """Whether two manifests have the same files and tensors; the columns may be of different types."""
+    return a.has_files_of(b) and a.tensors_equal(b)
 
 
 def write_tensors(connection: Connection, checkpoint_id: int, manifest: Manifest) -> None:
@@ -113,6 +104,13 @@ def write_tensors(connection: Connection, checkpoint_id: int, manifest: Manifest
     rows = _tensor_rows(checkpoint_id, manifest)
     while piece := list(islice(rows, _ROWS)):
         connection.execute(insert(TensorRow), piece)
+
+
+def forget_digests(connection: Connection, checkpoint_id: int) -> None:
+    """Forget what is known of the bytes of a checkpoint."""
+    connection.execute(delete(DigestRow).where(DigestRow.checkpoint_id == checkpoint_id))
+    connection.execute(update(TensorRow).where(TensorRow.checkpoint_id == checkpoint_id).values(digest=None))
+    connection.execute(update(ShardRow).where(ShardRow.checkpoint_id == checkpoint_id).values(sha256=None))
 
 
 def _tensor_rows(checkpoint_id: int, manifest: Manifest) -> Iterator[dict[str, object]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -20,8 +21,9 @@ from lading.card import (
     resolve_card,
     split_name,
 )
+from lading.catalog.copies import copies_of, copies_with
 from lading.catalog.database import Database
-from lading.catalog.entries import intact, read_architectures, read_cards
+from lading.catalog.entries import read_architectures, read_cards
 from lading.catalog.listing import list_models, near_names, summary_of
 from lading.catalog.manifests import read_manifest
 from lading.catalog.records import (
@@ -30,17 +32,16 @@ from lading.catalog.records import (
     LocalCopy,
     ModelSummary,
     StoredCheckpoint,
-    from_signed,
 )
 from lading.catalog.resolved import descendants
-from lading.catalog.schema import ARCHITECTURES, CARDS, CHECKPOINTS, COPIES, FAMILIES
+from lading.catalog.schema import ARCHITECTURES, CARDS, CHECKPOINTS, FAMILIES
 from lading.errors import (
     AssetCardError,
     AssetNotFoundError,
     ModelArchitectureNotKnownError,
     did_you_mean,
 )
-from lading.filesystem import FileStat, place_id
+from lading.filesystem import FileStat
 from lading.settings import Settings
 
 __all__ = [
@@ -336,9 +337,21 @@ class AssetStore:
                 uri=uri,
                 revision=revision,
                 manifest=read_manifest(connection, checkpoint_id),
-                copies=tuple(_copies(connection, checkpoint_id)),
+                copies=tuple(copies_of(connection, checkpoint_id)),
                 indexed_at=indexed_at,
             )
+
+    def find_content(self, sha256: str) -> Path | None:
+        """A file on this machine that was verified to have this SHA-256, and is as it was then."""
+        with self._database.read() as connection:
+            for copy in copies_with(connection, sha256):
+                try:
+                    if copy.verified_at is not None and FileStat.from_stat(os.stat(copy.path)) == copy.stat:
+                        return copy.path
+                except OSError:
+                    continue
+
+        return None
 
     # --- export ---
 
@@ -353,29 +366,6 @@ class AssetStore:
             architectures = [entry for entry, _ in read_architectures(connection) if matches(entry.name)]
 
         return cards, architectures
-
-
-def _copies(connection: Connection, checkpoint_id: int) -> Iterator[LocalCopy]:
-    rows = connection.execute(
-        select(
-            COPIES.c.file,
-            COPIES.c.place,
-            COPIES.c.path,
-            COPIES.c.size,
-            COPIES.c.mtime_ns,
-            COPIES.c.ctime_ns,
-            COPIES.c.inode,
-            COPIES.c.verified_at,
-        )
-        .where(COPIES.c.checkpoint_id == checkpoint_id)
-        .order_by(COPIES.c.file, COPIES.c.place)
-    )
-    with intact("a copy"):
-        for file, place, name, size, mtime_ns, ctime_ns, inode, verified_at in rows:
-            path = Path(name)
-            if place == place_id(path.parent):
-                stat = FileStat(size, mtime_ns, ctime_ns, from_signed(inode))
-                yield LocalCopy(file=file, path=path, stat=stat, verified_at=verified_at)
 
 
 def _grouped(entries: Collection[CardEntry]) -> dict[str, dict[str, CardEntry]]:
