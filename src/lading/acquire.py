@@ -55,9 +55,7 @@ def acquire(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool)
     if store is not None:
         _record(checkpoint, fetched, source.kind, store)
 
-    return replace(
-        checkpoint, files=tuple(ShardFile(path=file.path, stat=file.stat) for file in fetched), trusted=True
-    )
+    return replace(checkpoint, files=tuple(ShardFile(path=file.path, stat=file.stat) for file in fetched), trusted=True)
 
 
 def _known(store: AssetStore | None) -> Known:
@@ -76,9 +74,7 @@ def _known(store: AssetStore | None) -> Known:
 
 
 def _require_same_tensors(file: FetchedFile, manifest: Manifest, shard: str) -> None:
-    """
-    :raises CorruptModelCheckpointError: a file without a published digest is not the one whose header was read before.
-    """
+    """:raises CorruptModelCheckpointError: a file of no published digest is not the one that was indexed."""
     found = index_file(file.path)
     number = next(i for i, known in enumerate(manifest.shards) if known.name == shard)
     if not found.tensors_equal(manifest.only(number)):

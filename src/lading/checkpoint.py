@@ -1,4 +1,4 @@
-"""Checkpoints: where a card's is, what it holds, whether it is on this machine, and what the catalog knows of all that."""
+"""Checkpoints: where a card's is, what it holds, whether it is on this machine, and what the catalog knows of it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lading.catalog.checkpoints import record_checkpoint
 from lading.catalog.store import AssetStore, LocalCopy, StoredCheckpoint, get_asset_store
 from lading.errors import (
     CatalogError,
+    CheckpointNotFoundError,
     CorruptModelCheckpointError,
     DigestMismatchError,
     InternalError,
@@ -24,7 +25,7 @@ from lading.fetch.file import local_checkpoint
 from lading.filesystem import FileStat
 from lading.folder import read_hf_config, refuse_quantised_config
 from lading.manifest import Manifest
-from lading.source import index_source
+from lading.published import index_source
 from lading.transfer.files import ShardFile
 
 log = logging.getLogger("lading")
@@ -42,13 +43,23 @@ class Checkpoint:
     """Where it is, for messages: a path, or the address that it is fetched from."""
     manifest: Manifest
     files: tuple[ShardFile, ...] | None
-    """One for each shard of the manifest, in the state in which they were looked at; ``None`` before they are fetched."""
+    """One for each shard of the manifest, in the state in which it was looked at; ``None`` before they are fetched."""
     trusted: bool = False
     """Whether the catalog saw all files verified in just the state that they are in."""
     ref: CheckpointRef | None = None
     """Where to fetch it from; ``None`` for what is on this machine by itself."""
     revision: str = ""
     """The commit at the source that the manifest is of."""
+
+    def here(self) -> tuple[ShardFile, ...]:
+        """The files on this machine.
+
+        :raises InternalError: they were not fetched.
+        """
+        if self.files is None:
+            raise InternalError(f"the checkpoint {self.where} is to be read, but was not fetched")
+
+        return self.files
 
 
 def card_checkpoint(card: AssetCard, store: AssetStore) -> Checkpoint:
@@ -71,6 +82,35 @@ def card_checkpoint(card: AssetCard, store: AssetStore) -> Checkpoint:
         return _remote_checkpoint(card.name, ref, store)
 
     return _local_checkpoint(card.name, local_checkpoint(path, inner_path=ref.path), store)
+
+
+def local_paths(card: AssetCard, store: AssetStore) -> list[Path]:
+    """Where a card's checkpoint is on this machine: its folder or its file; else all of its files, one by one.
+
+    :raises ModelGatedError: the card names none.
+    :raises CheckpointNotFoundError: it is not on this machine.
+    """
+    ref = checkpoint_ref(card)
+    path = uri_path(ref.uri)
+    if path is not None:
+        return [local_checkpoint(path, inner_path=ref.path)]
+
+    stored = store.checkpoint(ref.key) if ref.uri else None
+    files = None if stored is None else _copies_as_known(stored)
+    if stored is None or files is None:
+        if ref.gated:
+            raise ModelGatedError(card.name, ref.info_url)
+        raise CheckpointNotFoundError(
+            ref.key,
+            f"The checkpoint of {card.name!r} is at {ref.key}, not on this machine. `lading pull {card.name}` fetches "
+            "it.",
+        )
+
+    paths = [file.path for file in files]
+    folders = {each.parent for each in paths}
+    named = all(file.name == shard.name for file, shard in zip(paths, stored.manifest.shards, strict=True))
+
+    return [folders.pop()] if len(paths) > 1 and len(folders) == 1 and named else paths
 
 
 def path_checkpoint(path: Path) -> Checkpoint:
@@ -244,9 +284,7 @@ def _here(
     folder = _folder(path)
     files = tuple(ShardFile(path=folder / shard.name, stat=stats[shard.name]) for shard in manifest.shards)
 
-    return Checkpoint(
-        name=name, uri=path_uri(path), where=str(path), manifest=manifest, files=files, trusted=trusted
-    )
+    return Checkpoint(name=name, uri=path_uri(path), where=str(path), manifest=manifest, files=files, trusted=trusted)
 
 
 def _folder(path: Path) -> Path:
@@ -284,9 +322,7 @@ def _unchanged(stored: StoredCheckpoint, path: Path) -> dict[str, FileStat] | No
 
 
 def _refuse_other_tensors(name: str, path: Path, stored: StoredCheckpoint, manifest: Manifest) -> None:
-    """
-    :raises DigestMismatchError: the files that were verified have been replaced by a checkpoint of other tensors.
-    """
+    """:raises DigestMismatchError: the files that were verified were replaced by a checkpoint of other tensors."""
     if manifest.tensors_equal(stored.manifest) or not _was_verified(stored):
         return
 

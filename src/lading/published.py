@@ -10,6 +10,7 @@ from lading.card import CheckpointRef
 from lading.errors import CorruptModelCheckpointError
 from lading.fetch import open_source
 from lading.fetch.source import RemoteFile, Snapshot, Source
+from lading.formats.folder import is_checkpoint_file
 from lading.formats.remote import index_files, index_names
 from lading.manifest import Manifest
 from lading.settings import Settings
@@ -44,8 +45,9 @@ def index_source(ref: CheckpointRef, *, revision: str | None = None) -> Publishe
     """
     source = open_source(ref.uri, inner_path=ref.path, revision=revision, settings=Settings.from_environment())
     snapshot = source.snapshot()
-    # A source that lists no folder is told which files an index names.
-    snapshot = source.beside(snapshot, index_names(_PublishedFiles(source, snapshot), name=source.inner))
+    if not source.lists:
+        named = index_names(_PublishedFiles(source, snapshot), name=source.inner)
+        snapshot = source.beside(snapshot, named)
     files = _PublishedFiles(source, snapshot)
     manifest = index_files(files, name=source.inner)
 
@@ -74,7 +76,7 @@ def name_in_source(inner: str | None, file: str) -> str:
 
 
 class _PublishedFiles:
-    """The files of a source, as formats read them. What was read is kept: an index is asked for twice."""
+    """The files of a source, as formats read them."""
 
     def __init__(self, source: Source, snapshot: Snapshot) -> None:
         self._source = source

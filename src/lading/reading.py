@@ -28,7 +28,7 @@ def read_tensors(
     planned = plan(checkpoint.manifest, Wanted(tensors=tensors, boxes=boxes, dtypes=dtypes), mapped=mmap)
     shapes = [(box.sizes, dtype) for box, dtype in zip(boxes, dtypes, strict=True)]
 
-    return execute(planned, checkpoint.files, shapes, device=torch.device("cpu"))
+    return execute(planned, checkpoint.here(), shapes, device=torch.device("cpu"))
 
 
 def iter_tensors(

@@ -49,6 +49,11 @@ def is_index(name: str) -> bool:
     return name.endswith(_INDEX_SUFFIX)
 
 
+def is_checkpoint_file(name: str) -> bool:
+    """Whether a file of this name is a checkpoint or the index of one, by its suffix."""
+    return name.endswith((".safetensors", _INDEX_SUFFIX, *_OTHER_FORMATS))
+
+
 def is_other_format(name: str) -> bool:
     """Whether a file of this name is of a format of checkpoints that is not read here."""
     return name.endswith(_OTHER_FORMATS)

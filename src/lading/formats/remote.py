@@ -94,6 +94,18 @@ def index_files(files: Files, *, name: str | None = None) -> Manifest:
     return join_shards(index, parts)
 
 
+def index_names(files: Files, *, name: str | None = None) -> list[str]:
+    """The names, among ``files``, of the shards that a checkpoint's index speaks of; none where it is a single file.
+
+    Raises what :func:`index_files` does.
+    """
+    folder, file = _find(files.label, frozenset(files.names()), name)
+    if not is_index(file):
+        return []
+
+    return [folder + shard for shard in read_index(_Reader(files, folder).open(file)).tensors]
+
+
 def _find(label: str, names: Collection[str], name: str | None) -> tuple[str, str]:
     """The folder, with a slash behind it unless it is that of all files, and the file in it to begin with."""
     if name is not None and name in names:
