@@ -11,7 +11,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lading.errors import InternalError
 
@@ -120,16 +120,24 @@ class Manifest:
 
     def only(self, shard: int) -> Manifest:
         """The manifest of one of the files."""
-        begin, end = bisect_left(self.shard_ids, shard), bisect_right(self.shard_ids, shard)
+        part = self.take(self.tensors_of(shard))
 
+        return replace(part, shards=(self.shards[shard],), shard_ids=array("I", [0]) * len(part))
+
+    def tensors_of(self, shard: int) -> range:
+        """The positions of the tensors in one of the files."""
+        return range(bisect_left(self.shard_ids, shard), bisect_right(self.shard_ids, shard))
+
+    def take(self, positions: Sequence[int]) -> Manifest:
+        """The manifest of some of the tensors, in their order; of the same files."""
         return Manifest(
             format=self.format,
-            shards=(self.shards[shard],),
-            names=self.names[begin:end],
-            dtypes=self.dtypes[begin:end],
-            shapes=self.shapes[begin:end],
-            shard_ids=array("I", [0]) * (end - begin),
-            offsets=self.offsets[begin:end],
+            shards=self.shards,
+            names=[self.names[i] for i in positions],
+            dtypes=[self.dtypes[i] for i in positions],
+            shapes=[self.shapes[i] for i in positions],
+            shard_ids=array("I", [self.shard_ids[i] for i in positions]),
+            offsets=array("q", [self.offsets[i] for i in positions]),
         )
 
     @property

@@ -11,11 +11,18 @@ from lading.card import split_name
 from lading.catalog.copies import all_known, copies_of, replace_copies, same_copy, write_copies
 from lading.catalog.database import Database
 from lading.catalog.entries import dumps
-from lading.catalog.manifests import forget_digests, read_manifest, same_tensors, write_tensors
+from lading.catalog.manifests import (
+    forget_digests,
+    read_manifest,
+    same_tensors,
+    write_digests,
+    write_tensors,
+)
 from lading.catalog.provenance import now
 from lading.catalog.records import Check, LocalCopy
 from lading.catalog.rows import link_by_uri
 from lading.catalog.schema import CardCheckpointRow, CardRow, CheckpointRow, CopyRow, ShardRow, VerificationRow
+from lading.digests import Digests
 from lading.manifest import Manifest
 from lading.version import __version__
 
@@ -102,6 +109,23 @@ def record_files(
             replace_copies(connection, checkpoint_id, copies)
         for check in checks:
             _write_check(connection, uri, checkpoint_id, check)
+
+
+def record_digests(database: Database, *, uri: str, manifest: Manifest, digests: Digests) -> None:
+    """Write the digests of a checkpoint's tensors, unless the catalog knows other tensors of it by now.
+
+    Where the catalog cannot be written, nothing is done but to log it.
+
+    :raises CatalogError: the catalog is damaged, or another process holds it.
+    :raises OSError: the disk is full.
+    """
+    if not _writable(database, f"the digests of {uri}"):
+        return
+
+    with database.write() as connection:
+        known = connection.scalar(select(CheckpointRow.id).where(CheckpointRow.uri == uri))
+        if known is not None and read_manifest(connection, known).tensors_equal(manifest):
+            write_digests(connection, known, manifest, digests)
 
 
 def forget_copies(database: Database, chosen: Callable[[LocalCopy], bool], *, uri: str) -> int:

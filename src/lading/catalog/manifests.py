@@ -8,10 +8,11 @@ from array import array
 from collections.abc import Iterator
 from itertools import islice
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
-from lading.catalog.entries import intact, loads_object
-from lading.catalog.schema import CHECKPOINTS, SHARDS, TENSORS, DigestRow, ShardRow, TensorRow
+from lading.catalog.entries import chunks, intact, loads_object
+from lading.catalog.schema import CHECKPOINTS, DIGESTS, SHARDS, TENSORS, DigestRow, ShardRow, TensorRow
+from lading.digests import Digests, recorded
 from lading.manifest import BITS, Manifest, Shard
 
 _ROWS = 10_000
@@ -104,6 +105,46 @@ def write_tensors(connection: Connection, checkpoint_id: int, manifest: Manifest
     rows = _tensor_rows(checkpoint_id, manifest)
     while piece := list(islice(rows, _ROWS)):
         connection.execute(insert(TensorRow), piece)
+
+
+def read_digests(connection: Connection, checkpoint_id: int, manifest: Manifest) -> Digests | None:
+    """What is recorded of the bytes of a checkpoint's tensors; ``None`` where nothing is.
+
+    :raises CatalogError: the rows make no digests.
+    """
+    rows: list[tuple[int, bytes] | None] = [None] * len(manifest)
+    with intact("a digest"):
+        found = connection.execute(
+            select(DIGESTS.c.position, DIGESTS.c.dim, DIGESTS.c.blocks).where(DIGESTS.c.checkpoint_id == checkpoint_id)
+        ).all()
+        if not found:
+            return None
+        for position, dim, blocks in found:
+            if not 0 <= position < len(rows):
+                raise ValueError(f"there is no tensor {position}")
+            rows[position] = (dim, bytes(blocks))
+
+        return recorded(manifest, rows)
+
+
+def write_digests(connection: Connection, checkpoint_id: int, manifest: Manifest, digests: Digests) -> None:
+    """Record digests in place of those that were recorded before."""
+    connection.execute(delete(DigestRow).where(DigestRow.checkpoint_id == checkpoint_id))
+    known = [(i, digest) for i, digest in enumerate(digests.iter(manifest)) if digest is not None]
+    for piece in chunks(known):
+        connection.execute(
+            insert(DigestRow),
+            [
+                {"checkpoint_id": checkpoint_id, "position": i, "dim": digest.dim, "blocks": digest.blocks}
+                for i, digest in piece
+            ],
+        )
+        connection.execute(
+            update(TensorRow)
+            .where(TensorRow.checkpoint_id == checkpoint_id, TensorRow.position == bindparam("at"))
+            .values(digest=bindparam("root")),
+            [{"at": i, "root": digest.root} for i, digest in piece],
+        )
 
 
 def forget_digests(connection: Connection, checkpoint_id: int) -> None:

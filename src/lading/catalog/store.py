@@ -25,7 +25,7 @@ from lading.catalog.copies import copies_of, copies_with
 from lading.catalog.database import Database
 from lading.catalog.entries import read_architectures, read_cards
 from lading.catalog.listing import list_models, near_names, summary_of
-from lading.catalog.manifests import read_manifest
+from lading.catalog.manifests import read_digests, read_manifest
 from lading.catalog.records import (
     ArchitectureSummary,
     FamilySummary,
@@ -35,6 +35,7 @@ from lading.catalog.records import (
 )
 from lading.catalog.resolved import descendants
 from lading.catalog.schema import ARCHITECTURES, CARDS, CHECKPOINTS, FAMILIES
+from lading.digests import Digests
 from lading.errors import (
     AssetCardError,
     AssetNotFoundError,
@@ -42,6 +43,7 @@ from lading.errors import (
     did_you_mean,
 )
 from lading.filesystem import FileStat
+from lading.manifest import Manifest
 from lading.settings import Settings
 
 __all__ = [
@@ -340,6 +342,22 @@ class AssetStore:
                 copies=tuple(copies_of(connection, checkpoint_id)),
                 indexed_at=indexed_at,
             )
+
+    def digests(self, uri: str, manifest: Manifest) -> Digests | None:
+        """What is recorded of the bytes of a checkpoint's tensors.
+
+        :param manifest: of the checkpoint; ``None`` is returned where the catalog's is of other tensors by now.
+        """
+        with self._database.read() as connection:
+            found = connection.execute(
+                select(CHECKPOINTS.c.id, CHECKPOINTS.c.tensors).where(CHECKPOINTS.c.uri == uri)
+            ).one_or_none()
+            if found is None or found[1] != len(manifest):
+                return None
+            if not read_manifest(connection, found[0]).tensors_equal(manifest):
+                return None
+
+            return read_digests(connection, found[0], manifest)
 
     def find_content(self, sha256: str) -> Path | None:
         """A file on this machine that was verified to have this SHA-256, and is as it was then."""
