@@ -76,6 +76,18 @@ def _read_manifest(connection: Connection, checkpoint_id: int) -> Manifest:
     )
 
 
+def read_digests(connection: Connection, uri: str) -> dict[str, str]:
+    """The digests of the tensors of the checkpoint at ``uri``, by their names, where they are known."""
+    rows = connection.execute(
+        select(TensorRow.name, TensorRow.digest)
+        .join(CheckpointRow, CheckpointRow.id == TensorRow.checkpoint_id)
+        .where(CheckpointRow.uri == uri, TensorRow.digest.is_not(None))
+        .order_by(TensorRow.position)
+    )
+
+    return {name: digest for name, digest in rows if digest is not None}
+
+
 def same_tensors(a: Manifest, b: Manifest) -> bool:
     """Whether two manifests have the same shards and tensors; the columns may be of different types."""
     return a.shards == b.shards and all(

@@ -23,7 +23,7 @@ from lading.card import (
 from lading.catalog.database import Database
 from lading.catalog.entries import intact, read_architectures, read_cards
 from lading.catalog.listing import list_models, near_names, summary_of
-from lading.catalog.manifests import read_manifest
+from lading.catalog.manifests import read_digests, read_manifest
 from lading.catalog.records import (
     ArchitectureSummary,
     FamilySummary,
@@ -337,6 +337,14 @@ class AssetStore:
                 copies=tuple(_copies(connection, checkpoint_id)),
                 indexed_at=indexed_at,
             )
+
+    def tensor_digests(self, uri: str) -> Mapping[str, str]:
+        """The digests of a checkpoint's tensors, by their names, where they are known."""
+        if not _is_text(uri):
+            return {}
+
+        with self._database.read() as connection:
+            return read_digests(connection, uri)
 
     # --- export ---
 
