@@ -17,7 +17,7 @@ from lading.card import path_uri, split_name, uri_path
 from lading.catalog.apply import apply
 from lading.catalog.database import Database
 from lading.catalog.entries import dumps
-from lading.catalog.manifests import read_manifest, same_tensors, write_tensors
+from lading.catalog.manifests import forget_digests, read_manifest, same_tensors, write_tensors
 from lading.catalog.merge import STDIN
 from lading.catalog.provenance import now
 from lading.catalog.records import ImportReport, LocalCopy, to_signed
@@ -145,8 +145,8 @@ def record_checkpoint(
 ) -> None:
     """Write what a checkpoint holds and where its files are; it replaces what was known of ``uri``.
 
-    Copies that other machines recorded stay known as long as the files are the same. Where the catalog cannot be
-    written, nothing is done but to log it: no load needs it.
+    Copies that other machines recorded stay known as long as the files are the same, and digests of tensors as long as
+    the bytes are sure to be. Where the catalog cannot be written, nothing is done but to log it: no load needs it.
 
     :param uri: of the checkpoint, all that tells it from another included.
     :param copies: the files on this machine: shards and, where there is one, the index file.
@@ -172,7 +172,9 @@ def record_checkpoint(
         "version": __version__,
     }
     with database.write() as connection:
-        known = connection.scalar(select(CheckpointRow.id).where(CheckpointRow.uri == uri))
+        known, known_revision = connection.execute(
+            select(CheckpointRow.id, CheckpointRow.revision).where(CheckpointRow.uri == uri)
+        ).one_or_none() or (None, "")
         old = None if known is None else read_manifest(connection, known)
         if known is None:
             connection.execute(insert(CheckpointRow).values(uri=uri, **values))
@@ -181,6 +183,13 @@ def record_checkpoint(
             connection.execute(update(CheckpointRow).where(CheckpointRow.id == known).values(**values))
         if old is None or not same_tensors(old, manifest):
             write_tensors(connection, known, manifest)
+        elif not (
+            # Equal tensors may hold other values: these are the three ways to know that they do not.
+            all(shard.sha256 for shard in manifest.shards)
+            or (revision and revision == known_revision)
+            or (copies and _are_known(connection, known, copies))
+        ):
+            forget_digests(connection, known)
 
         same_files = old is not None and old.shards == manifest.shards and old.index_name == manifest.index_name
         _write_copies(connection, known, copies, keep_others=same_files)
@@ -189,22 +198,33 @@ def record_checkpoint(
         link_by_uri(connection)
 
 
+def _state(copy: LocalCopy) -> dict[str, object]:
+    """Where a copy is, and the state that it is in."""
+    return {
+        "file": copy.file,
+        "place": place_id(copy.path.parent),
+        "path": str(copy.path),
+        "size": copy.stat.size,
+        "mtime_ns": copy.stat.mtime_ns,
+        "ctime_ns": copy.stat.ctime_ns,
+        "inode": to_signed(copy.stat.inode),
+    }
+
+
+def _are_known(connection: Connection, checkpoint_id: int, copies: Sequence[LocalCopy]) -> bool:
+    """Whether these copies are recorded already, in the same state."""
+    states = [_state(copy) for copy in copies]
+    columns = [getattr(CopyRow, name) for name in states[0]]
+    rows = connection.execute(select(*columns).where(CopyRow.checkpoint_id == checkpoint_id))
+
+    return {tuple(state.values()) for state in states} <= set(map(tuple, rows))
+
+
 def _write_copies(
     connection: Connection, checkpoint_id: int, copies: Sequence[LocalCopy], *, keep_others: bool
 ) -> None:
     rows = [
-        {
-            "checkpoint_id": checkpoint_id,
-            "file": copy.file,
-            "place": place_id(copy.path.parent),
-            "path": str(copy.path),
-            "size": copy.stat.size,
-            "mtime_ns": copy.stat.mtime_ns,
-            "ctime_ns": copy.stat.ctime_ns,
-            "inode": to_signed(copy.stat.inode),
-            "recorded_at": now(),
-            "verified_at": copy.verified_at,
-        }
+        {"checkpoint_id": checkpoint_id, **_state(copy), "recorded_at": now(), "verified_at": copy.verified_at}
         for copy in copies
     ]
     outdated = delete(CopyRow).where(CopyRow.checkpoint_id == checkpoint_id)

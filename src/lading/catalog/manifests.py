@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Iterator
 from itertools import islice
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, delete, insert, select, update
 
 from lading.catalog.entries import intact, loads_object
 from lading.catalog.schema import CheckpointRow, ShardRow, TensorRow
@@ -86,6 +86,12 @@ def read_digests(connection: Connection, uri: str) -> dict[str, str]:
     )
 
     return {name: digest for name, digest in rows if digest is not None}
+
+
+def forget_digests(connection: Connection, checkpoint_id: int) -> None:
+    """Forget the digests of the tensors of a checkpoint, whose bytes may be others by now."""
+    known = TensorRow.checkpoint_id == checkpoint_id, TensorRow.digest.is_not(None)
+    connection.execute(update(TensorRow).where(*known).values(digest=None))
 
 
 def same_tensors(a: Manifest, b: Manifest) -> bool:
