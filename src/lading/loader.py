@@ -23,6 +23,7 @@ from torch.nn import Module
 from lading.acquire import acquire
 from lading.card import AssetCard
 from lading.catalog.store import AssetStore
+from lading.check import report_fit, require_fit
 from lading.checkpoint import Checkpoint, card_checkpoint, path_checkpoint
 from lading.config import architecture_config, resolve_config
 from lading.construct import assign, build_on_meta, check_config_type, reset_buffers
@@ -30,13 +31,11 @@ from lading.errors import (
     AssetCardError,
     ModelArchitectureNotKnownError,
     ModelCheckpointMismatchError,
-    NotSupportedError,
 )
 from lading.family import Family
 from lading.gangs import Gangs
 from lading.keymap import Route, route
 from lading.reading import read_tensors
-from lading.transfer import fit
 from lading.transfer.dtypes import DTYPE_NAMES
 from lading.transfer.execute import execute
 from lading.transfer.plan import Plan, Wanted, plan
@@ -195,7 +194,8 @@ def _load(
     with clock.phase("plan"):
         targets = targets_of(module, dtype=None if dtype == "auto" else dtype)
         routed = route(manifest.names, targets.names, family.rules(config), targets.aliases)
-        _check_fit(checkpoint, targets, routed)
+        fit = report_fit(manifest, targets, routed, family=family.name)
+        require_fit(fit, path=checkpoint.where, name=checkpoint.name)
         order = array("I", routed.targets)
         wanted = Wanted(
             tensors=routed.tensors,
@@ -230,32 +230,6 @@ def _load(
     )
 
     return module, report
-
-
-def _check_fit(checkpoint: Checkpoint, targets: Targets, routed: Route) -> None:
-    """
-    :raises ModelCheckpointMismatchError: with all problems together.
-    :raises NotSupportedError: the weights are quantised.
-    """
-    tensor = fit.quantised(checkpoint.manifest, targets, routed)
-    if tensor is not None:
-        dtype = checkpoint.manifest.dtypes[checkpoint.manifest.names.index(tensor)]
-        raise NotSupportedError(
-            f"The checkpoint at {checkpoint.where} holds the weight {tensor!r} as {dtype}: it is quantised, which "
-            "lading does not load. Use the checkpoint in its original precision."
-        )
-
-    problems = fit.problems(checkpoint.manifest, targets, routed)
-    if problems:
-        shown = problems[:20]
-        more = [f"… and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
-        raise ModelCheckpointMismatchError(
-            checkpoint.where,
-            f"The checkpoint at {checkpoint.where} does not fit the configuration of {checkpoint.name}: "
-            f"{len(problems)} problem{'s' if len(problems) > 1 else ''}. Check the architecture and the overrides.\n  "
-            + "\n  ".join(shown + more),
-            problems,
-        )
 
 
 def _check_tied(checkpoint: Checkpoint, targets: Targets, routed: Route, loaded: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """Whether what is loaded is what was published or recorded: decided before the bytes are read, settled behind.
 
-Two kinds of digests are known of a checkpoint. The SHA-256 of a whole file is what sources publish; it takes a pass over
-the file. The digests of blocks of tensors (:mod:`lading.digests`) are recorded the first time that all bytes pass by;
+Two kinds of digests are known of a checkpoint. The SHA-256 of a whole file is what sources publish; it takes a pass
+over the file. The digests of blocks of tensors (:mod:`lading.digests`) are recorded the first time that all bytes pass by;
 they are taken while a load reads, by as many threads. A file that was seen with the right digest is trusted as long as
 its state (size, times, inode) is the same.
 """

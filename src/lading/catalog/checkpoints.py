@@ -68,7 +68,9 @@ def record_checkpoint(
         "version": __version__,
     }
     with database.write() as connection:
-        known = connection.scalar(select(CheckpointRow.id).where(CheckpointRow.uri == uri))
+        known, known_revision = connection.execute(
+            select(CheckpointRow.id, CheckpointRow.revision).where(CheckpointRow.uri == uri)
+        ).one_or_none() or (None, "")
         old = None if known is None else read_manifest(connection, known)
         if known is None:
             connection.execute(insert(CheckpointRow).values(uri=uri, **values))
@@ -77,7 +79,10 @@ def record_checkpoint(
             connection.execute(update(CheckpointRow).where(CheckpointRow.id == known).values(**values))
         if old is None or not same_tensors(old, manifest):
             write_tensors(connection, known, manifest)
-        elif accept and not all_known(connection, known, copies):
+        elif (accept and not all_known(connection, known, copies)) or (
+            # Of another revision, the same tensors may hold other values, unless digests of the files say that not.
+            revision != known_revision and not all(shard.sha256 for shard in manifest.shards)
+        ):
             forget_digests(connection, known)
 
         same_files = old is not None and old.index_name == manifest.index_name and old.has_files_of(manifest)

@@ -77,6 +77,18 @@ def _read_manifest(connection: Connection, checkpoint_id: int) -> Manifest:
     )
 
 
+def read_roots(connection: Connection, uri: str) -> dict[str, str]:
+    """The digests of the tensors of the checkpoint at ``uri``, by their names, where they are known."""
+    rows = connection.execute(
+        select(TENSORS.c.name, TENSORS.c.digest)
+        .join(CHECKPOINTS, CHECKPOINTS.c.id == TENSORS.c.checkpoint_id)
+        .where(CHECKPOINTS.c.uri == uri, TENSORS.c.digest.is_not(None))
+        .order_by(TENSORS.c.position)
+    )
+
+    return dict(map(tuple, rows))
+
+
 def same_tensors(a: Manifest, b: Manifest) -> bool:
     """Whether two manifests have the same files and tensors; the columns may be of different types."""
     return a.has_files_of(b) and a.tensors_equal(b)

@@ -25,7 +25,7 @@ from lading.catalog.copies import copies_of, copies_with
 from lading.catalog.database import Database
 from lading.catalog.entries import read_architectures, read_cards
 from lading.catalog.listing import list_models, near_names, summary_of
-from lading.catalog.manifests import read_digests, read_manifest
+from lading.catalog.manifests import read_digests, read_manifest, read_roots
 from lading.catalog.records import (
     ArchitectureSummary,
     FamilySummary,
@@ -370,6 +370,14 @@ class AssetStore:
                     continue
 
         return None
+
+    def tensor_digests(self, uri: str) -> Mapping[str, str]:
+        """The digests of a checkpoint's tensors, by their names, where they are known."""
+        if not _is_text(uri):
+            return {}
+
+        with self._database.read() as connection:
+            return read_roots(connection, uri)
 
     # --- export ---
 
