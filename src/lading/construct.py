@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,8 +15,16 @@ from torch.nn import Module, Parameter
 
 from lading.errors import InternalError, NotSupportedError
 from lading.family import Family
+from lading.gangs import Gangs
+from lading.keymap import Route
+from lading.manifest import Manifest
 from lading.transfer.dtypes import TORCH_DTYPES
-from lading.transfer.targets import targets_of
+from lading.transfer.targets import Targets, is_distributed, targets_of
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+log = logging.getLogger("lading")
 
 
 def check_config_type(config: Any, family: Family[Any, Any]) -> None:
@@ -90,19 +100,76 @@ def create_model(
     return module
 
 
-def assign(module: Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
-    """Give the module its tensors; a tied parameter stays one object under all of its names."""
+def parallelize(module: Module, family: Family[Any, Any], config: Any, gangs: Gangs) -> None:
+    """Split ``module``, which is on the meta device, over ``gangs`` as the family's plan says; see
+    :mod:`lading.parallel`, which is imported only where there is something to split.
+
+    :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``.
+    """
+    if gangs.root.size > 1:
+        from lading.parallel import parallelize
+
+        parallelize(module, family, config, gangs)
+
+
+def settle_dtypes(targets: Targets, routed: Route, manifest: Manifest, gangs: Gangs) -> list[str]:
+    """The dtype in memory of each routed tensor: the one asked for, or the checkpoint's own.
+
+    Parameters that are gathered together have to be of one dtype: where ``gangs.sdp`` shards them, the checkpoint's
+    most common one stands for all that it could be of.
+    """
+    free = [targets.dtypes[i] is None for i in routed.targets]
+    own = [manifest.dtypes[t] for t in routed.tensors]
+
+    if gangs.sdp.size > 1:
+        elements: dict[str, int] = {}
+        for is_free, i, dtype in zip(free, routed.targets, own, strict=True):
+            if is_free:
+                elements[dtype] = elements.get(dtype, 0) + math.prod(targets.shapes[i])
+        if len(elements) > 1:
+            common = max(elements, key=elements.__getitem__)
+            log.warning(
+                "the checkpoint holds weights as %s, but parameters that are sharded together must be of one dtype: "
+                "all are loaded as %s, the most common one",
+                ", ".join(sorted(elements)),
+                common,
+            )
+            own = [common if is_free else dtype for is_free, dtype in zip(free, own, strict=True)]
+
+    return [targets.dtypes[i] or dtype for i, dtype in zip(routed.targets, own, strict=True)]
+
+
+def assign(module: Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> int:
+    """Give the module its tensors; a tied parameter stays one object under all of its names.
+
+    :param tensors: by the first name of each; of a ``DTensor`` the part that this rank owns.
+
+    :returns: the bytes of what was copied on the way: a part that is smaller than that of the first rank, which FSDP
+        pads to be of equal size.
+    """
     state: dict[str, Tensor] = {}
     for name, own in module.state_dict(keep_vars=True).items():
         first = aliases.get(name, name)
         if first not in tensors:
             continue  # extra state
-        if isinstance(own, Parameter):
-            state[name] = state[first] if first in state else Parameter(tensors[first], own.requires_grad)
-        else:
-            state[name] = tensors[first]
+        if first in state:
+            state[name] = state[first]
+            continue
+        tensor = _distributed(tensors[first], own) if is_distributed(own) else tensors[first]
+        state[name] = Parameter(tensor, own.requires_grad) if isinstance(own, Parameter) else tensor
 
     module.load_state_dict(state, strict=False, assign=True)
+
+    parts = {name: own.to_local() for name, own in state.items() if name in tensors and is_distributed(own)}
+
+    return sum(part.nbytes for name, part in parts.items() if part.data_ptr() != tensors[name].data_ptr())
+
+
+def _distributed(local: Tensor, own: DTensor) -> DTensor:
+    """The tensor of which ``local`` is this rank's part, placed as ``own`` is."""
+    return type(own).from_local(
+        local, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
+    )
 
 
 def reset_buffers(module: Module, device: torch.device) -> None:

@@ -18,6 +18,7 @@ from torch.nn import Module
 
 from lading.errors import InternalError, ModelFamilyNotKnownError, did_you_mean
 from lading.keymap import Rule
+from lading.nn.sharding import ParallelPlan
 
 ENTRY_POINT_GROUP = "lading.families"
 
@@ -27,6 +28,10 @@ ModelConfigT = TypeVar("ModelConfigT")
 
 def _no_rules(config: Any) -> Sequence[Rule]:
     return ()
+
+
+def _no_plan(config: Any) -> ParallelPlan:
+    return ParallelPlan()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +52,8 @@ class Family(Generic[ModelT, ModelConfigT]):
     """Fill all parameters with random numbers, by the architecture's own scheme."""
     rules: Callable[[ModelConfigT], Sequence[Rule]] = _no_rules
     """How tensors of a checkpoint map to parameters, where their names differ."""
+    parallel_plan: Callable[[ModelConfigT], ParallelPlan] = _no_plan
+    """How a model is split over the ranks of gangs; axes of which it says nothing are ignored."""
     hf_model_types: frozenset[str] = frozenset()
     """The values of ``model_type`` in a Hugging Face ``config.json`` that this family can read."""
     from_hf: Callable[[Mapping[str, object]], ModelConfigT] | None = None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 
@@ -18,6 +21,7 @@ class Gang:
     rank: int
     size: int
     device: torch.device
+    mesh: DeviceMesh | None = None
 
     def first(self, produce: Callable[[], T]) -> T:
         """What rank 0 gets from ``produce``, a value or an exception, on every rank."""

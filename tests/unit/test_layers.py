@@ -19,6 +19,7 @@ LAYERS = [
     {"overrides", "config", "keymap", "catalog", "formats", "fetch", "nn"},
     {"transfer"},
     {"family"},
+    {"parallel"},
     {"checkpoint", "construct"},
     {"loader"},
     {"hub"},

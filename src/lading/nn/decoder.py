@@ -18,6 +18,7 @@ from lading.nn.cache import KeyValueCache
 from lading.nn.ffn import GatedFeedForward
 from lading.nn.norm import RMSNorm
 from lading.nn.rope import RotaryEmbedding, RotaryScaling
+from lading.nn.sharding import ParallelPlan, Split
 from lading.nn.uninitialized import Embedding, Linear
 
 
@@ -307,6 +308,36 @@ class DecoderLM(nn.Module):
                 position_ids = position_ids[:, -1:] + 1
 
         return torch.cat(ids, dim=1)
+
+
+def decoder_plan(spec: DecoderSpec) -> ParallelPlan:
+    """How a :class:`DecoderLM` is split: attention by heads, feed-forward networks by their inner width, embedding and
+    output by symbols (https://arxiv.org/abs/1909.08053), and layer by layer where parameters are sharded."""
+    return ParallelPlan(
+        tensor={
+            "model.embed_tokens": Split.VOCABULARY,
+            "model.layers.*.self_attn.q_proj": Split.COLUMN,
+            "model.layers.*.self_attn.k_proj": Split.KEY_VALUE,
+            "model.layers.*.self_attn.v_proj": Split.KEY_VALUE,
+            "model.layers.*.self_attn.o_proj": Split.ROW,
+            "model.layers.*.self_attn.q_norm": Split.HEADS,
+            "model.layers.*.self_attn.k_norm": Split.HEADS,
+            "model.layers.*.mlp.gate_proj": Split.COLUMN,
+            "model.layers.*.mlp.up_proj": Split.COLUMN,
+            "model.layers.*.mlp.down_proj": Split.ROW,
+            "model.layers.*.input_layernorm": Split.REPLICATED,
+            "model.layers.*.post_attention_layernorm": Split.REPLICATED,
+            "model.norm": Split.REPLICATED,
+            "lm_head": Split.LOGITS,
+        },
+        divisible={
+            "num_attn_heads": spec.num_attn_heads,
+            "ffn_inner_dim": spec.ffn_inner_dim,
+            "vocab_size": spec.vocab_size,
+        },
+        num_key_value_heads=spec.num_key_value_heads,
+        units=("model.layers.*",),
+    )
 
 
 @torch.no_grad()

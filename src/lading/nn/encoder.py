@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu
 
 from lading.nn.attention import AttentionMask, attend
+from lading.nn.sharding import ParallelPlan, Split
 from lading.nn.uninitialized import Embedding, LayerNorm, Linear
 
 
@@ -206,6 +207,34 @@ class Pooler(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, S, model_dim) → (N, model_dim)."""
         return torch.tanh(self.dense(x[:, 0]))
+
+
+def encoder_plan(spec: EncoderSpec) -> ParallelPlan:
+    """How an encoder with its embeddings (``embeddings``, ``encoder``, ``pooler``) is split: attention by heads,
+    feed-forward networks by their inner width, the embedding of words by symbols."""
+    return ParallelPlan(
+        tensor={
+            "embeddings.word_embeddings": Split.VOCABULARY,
+            "embeddings.position_embeddings": Split.REPLICATED,
+            "embeddings.token_type_embeddings": Split.REPLICATED,
+            "embeddings.LayerNorm": Split.REPLICATED,
+            "encoder.layer.*.attention.self.query": Split.COLUMN,
+            "encoder.layer.*.attention.self.key": Split.COLUMN,
+            "encoder.layer.*.attention.self.value": Split.COLUMN,
+            "encoder.layer.*.attention.output.dense": Split.ROW,
+            "encoder.layer.*.attention.output.LayerNorm": Split.REPLICATED,
+            "encoder.layer.*.intermediate.dense": Split.COLUMN,
+            "encoder.layer.*.output.dense": Split.ROW,
+            "encoder.layer.*.output.LayerNorm": Split.REPLICATED,
+            "pooler.dense": Split.REPLICATED,
+        },
+        divisible={
+            "num_attn_heads": spec.num_attn_heads,
+            "ffn_inner_dim": spec.ffn_inner_dim,
+            "vocab_size": spec.vocab_size,
+        },
+        units=("encoder.layer.*", "pooler"),
+    )
 
 
 @torch.no_grad()
