@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -73,31 +74,64 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def create_model(
-    family: Family[Any, Any], config: Any, *, device: torch.device, dtype: torch.dtype, meta: bool
-) -> Module:
-    """A new model with random parameters, or one without memory.
+def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: torch.dtype, meta: bool) -> Module:
+    """The part of a new model with random parameters that this rank owns, or one without memory.
 
-    :raises NotSupportedError: ``meta``, and the family cannot.
+    Each parameter is drawn whole, by itself, from a generator that is seeded by torch's seed on the first rank and the
+    parameter's name, and then cut: the same model comes of any gangs.
+
+    :raises NotSupportedError: ``meta``, and the family cannot; or a size does not divide over ``gangs.tp``.
     """
     check_config_type(config, family)
     if meta and not family.supports_meta:
         raise NotSupportedError(f"Models of the {family.name} family cannot be made on the meta device.")
 
     module = build_on_meta(family, config)
+    parallelize(module, family, config, gangs)
     targets = targets_of(module, dtype=dtype)
-    where = torch.device("meta") if meta else device
-    empty = {
-        name: torch.empty(shape, dtype=TORCH_DTYPES[own or ""], device=where)
-        for name, shape, own in zip(targets.names, targets.shapes, targets.dtypes, strict=True)
-    }
-    assign(module, empty, targets.aliases)
+    dtypes = [TORCH_DTYPES[own or ""] for own in targets.dtypes]
 
-    if not meta:
-        family.init(module, config)
-        reset_buffers(module, device)
+    if meta:
+        own = {
+            name: torch.empty(box.sizes, dtype=own, device="meta")
+            for name, box, own in zip(targets.names, targets.boxes, dtypes, strict=True)
+        }
+        assign(module, own, targets.aliases)
+        return module
+
+    device = gangs.root.device
+    own = {}
+    with _own_random_state(device):
+        seed = gangs.root.first(torch.initial_seed)
+        for name, shape, box, dtype_ in zip(targets.names, targets.shapes, targets.boxes, dtypes, strict=True):
+            whole = torch.empty(shape, dtype=dtype_, device=device)
+            _seed(device, seed, name)
+            family.init(module, config, name, whole)
+            cut = tuple(slice(start, end) for start, end in zip(box.starts, box.ends, strict=True))
+            own[name] = whole if box.covers(shape) else whole[cut].clone(memory_format=torch.contiguous_format)
+
+    assign(module, own, targets.aliases)
+    reset_buffers(module, device)
+    gangs.root.agree()
 
     return module
+
+
+@contextmanager
+def _own_random_state(device: torch.device) -> Iterator[None]:
+    """Leave torch's generators as they were found."""
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        yield
+
+
+def _seed(device: torch.device, seed: int, name: str) -> None:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    number = int.from_bytes(digest[:8], "little", signed=True)
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(number)
+    else:
+        with device:
+            torch.get_device_module(device).manual_seed(number)
 
 
 def parallelize(module: Module, family: Family[Any, Any], config: Any, gangs: Gangs) -> None:

@@ -14,6 +14,7 @@ from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
+from torch import Tensor
 from torch.nn import Module
 
 from lading.errors import InternalError, ModelFamilyNotKnownError, did_you_mean
@@ -48,8 +49,12 @@ class Family(Generic[ModelT, ModelConfigT]):
 
     Modules with non-persistent buffers implement ``reset_non_persistent_buffers(device)``, which computes them anew.
     """
-    init: Callable[[ModelT, ModelConfigT], None]
-    """Fill all parameters with random numbers, by the architecture's own scheme."""
+    init: Callable[[ModelT, ModelConfigT, str, Tensor], None]
+    """Fill a tensor with random numbers, by the architecture's own scheme for the parameter or persistent buffer of
+    that name. The tensor is the whole one, whatever the model holds of it.
+
+    Numbers come from torch's default generator, which is seeded for each name: the order of the calls does not matter.
+    """
     rules: Callable[[ModelConfigT], Sequence[Rule]] = _no_rules
     """How tensors of a checkpoint map to parameters, where their names differ."""
     parallel_plan: Callable[[ModelConfigT], ParallelPlan] = _no_plan

@@ -295,6 +295,6 @@ def _report(
         shards=len(checkpoint.manifest.shards),
         bytes_read=planned.read_bytes,
         bytes_mapped=mapped,
-        reads=len(planned.sizes),
+        reads=planned.num_reads,
         phases=dict(clock.phases),
     )

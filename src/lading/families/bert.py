@@ -246,7 +246,7 @@ FAMILY = Family(
     kls=Bert,
     config_kls=BertConfig,
     build=Bert,
-    init=lambda model, config: init_encoder(model, std=config.init_std),
+    init=lambda model, config, name, parameter: init_encoder(model, name, parameter, std=config.init_std),
     rules=_rules,
     parallel_plan=lambda config: encoder_plan(_spec(config)),
     hf_model_types=frozenset({"bert"}),

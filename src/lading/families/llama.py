@@ -202,7 +202,9 @@ FAMILY = Family(
     kls=LLaMA,
     config_kls=LLaMAConfig,
     build=lambda config: LLaMA(_spec(config)),
-    init=lambda model, config: init_decoder(model, std=config.init_std, std_scale=config.init_std_scale),
+    init=lambda model, config, name, parameter: init_decoder(
+        model, name, parameter, std=config.init_std, std_scale=config.init_std_scale
+    ),
     rules=lambda config: DECODER_RULES,
     parallel_plan=lambda config: decoder_plan(_spec(config)),
     hf_model_types=frozenset({"llama"}),

@@ -120,7 +120,7 @@ FAMILY = Family(
     kls=Mistral,
     config_kls=MistralConfig,
     build=lambda config: Mistral(_spec(config)),
-    init=lambda model, config: init_decoder(model, std=config.init_std),
+    init=lambda model, config, name, parameter: init_decoder(model, name, parameter, std=config.init_std),
     rules=lambda config: DECODER_RULES,
     parallel_plan=lambda config: decoder_plan(_spec(config)),
     hf_model_types=frozenset({"mistral"}),

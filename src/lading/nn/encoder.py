@@ -211,7 +211,8 @@ class Pooler(nn.Module):
 
 def encoder_plan(spec: EncoderSpec) -> ParallelPlan:
     """How an encoder with its embeddings (``embeddings``, ``encoder``, ``pooler``) is split: attention by heads,
-    feed-forward networks by their inner width, the embedding of words by symbols."""
+    feed-forward networks by their inner width, the embedding of words by symbols.
+    """
     return ParallelPlan(
         tensor={
             "embeddings.word_embeddings": Split.VOCABULARY,
@@ -228,29 +229,27 @@ def encoder_plan(spec: EncoderSpec) -> ParallelPlan:
             "encoder.layer.*.output.LayerNorm": Split.REPLICATED,
             "pooler.dense": Split.REPLICATED,
         },
-        divisible={
-            "num_attn_heads": spec.num_attn_heads,
-            "ffn_inner_dim": spec.ffn_inner_dim,
-            "vocab_size": spec.vocab_size,
-        },
+        divisible={"num_attn_heads": spec.num_attn_heads, "ffn_inner_dim": spec.ffn_inner_dim},
         units=("encoder.layer.*", "pooler"),
     )
 
 
 @torch.no_grad()
-def init_encoder(model: nn.Module, *, std: float) -> None:
-    """Fill ``model`` with random numbers: weights from a normal distribution.
+def init_encoder(model: nn.Module, name: str, parameter: Tensor, *, std: float) -> None:
+    """Fill ``parameter`` with random numbers: weights from a normal distribution.
 
     Biases become zero, norms one, and the padding's embedding zero.
+
+    :param name: of the parameter in ``model``, whose own tensor is not looked at.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=std)
-            module.bias.zero_()
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=std)
-            if module.padding_idx is not None:
-                module.weight[module.padding_idx].zero_()
-        elif isinstance(module, nn.LayerNorm):
-            module.weight.fill_(1.0)
-            module.bias.zero_()
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+
+    if leaf == "bias":
+        parameter.zero_()
+    elif isinstance(module, nn.LayerNorm):
+        parameter.fill_(1.0)
+    else:
+        nn.init.normal_(parameter, std=std)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            parameter[module.padding_idx].zero_()

@@ -53,9 +53,7 @@ class ParallelPlan:
     when it is needed; what they leave over is gathered once. ``None`` where the family does not have it."""
 
     def check(self, tp: int) -> None:
-        """
-        :raises NotSupportedError: ``tp`` ranks cannot split a module of this configuration evenly.
-        """
+        """:raises NotSupportedError: ``tp`` ranks cannot split a module of this configuration evenly."""
         if self.tensor is None or tp == 1:
             return
 

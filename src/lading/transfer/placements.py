@@ -84,7 +84,7 @@ def boxes_for_all_ranks(
         for axis in plain + strided:
             count = mesh_shape[axis]
             coordinate = np.arange(count, dtype=np.int64).reshape(
-                tuple(count if a == axis else 1 for a in range(ranks)) + (1,)
+                (*(count if a == axis else 1 for a in range(ranks)), 1)
             )
             chunk = -(-size // count)
             first = np.minimum(coordinate * chunk, size)
@@ -103,8 +103,9 @@ def _shard_dim(placement: Placement) -> int | None:
 
 
 def _check_box(shape: Sequence[int], mesh_shape: Sequence[int], placements: Sequence[Placement]) -> None:
-    """Parts are boxes where each mesh dim cuts what those before it left; a strided one is for FSDP over tensor
-    parallelism, and cuts what the one dim behind it left, if that cut evenly."""
+    """Parts are boxes where each mesh dim cuts what those before it left. A strided one is for FSDP over tensor
+    parallelism: it cuts what the one dim behind it, on which the tensor was cut first, left.
+    """
     for axis, placement in enumerate(placements):
         if isinstance(placement, Replicate):
             continue
@@ -112,17 +113,35 @@ def _check_box(shape: Sequence[int], mesh_shape: Sequence[int], placements: Sequ
         dim = _shard_dim(placement)
         good = dim is not None and not isinstance(placement, Partial)
         if good and isinstance(placement, _StridedShard) and placement.split_factor > 1:
-            behind = [a for a in range(axis + 1, len(placements)) if _shard_dim(placements[a]) == dim]
-            before = [a for a in range(axis) if _shard_dim(placements[a]) == dim]
+            others = [a for a in range(len(placements)) if a != axis and _shard_dim(placements[a]) == dim]
             good = (
-                not before
-                and len(behind) == 1
-                and not isinstance(placements[behind[0]], _StridedShard)
-                and mesh_shape[behind[0]] == placement.split_factor
-                and shape[dim or 0] % mesh_shape[behind[0]] == 0
+                len(others) == 1
+                and others[0] > axis
+                and not isinstance(placements[others[0]], _StridedShard)
+                and mesh_shape[others[0]] == placement.split_factor
+                and _interleaves(shape[dim or 0], mesh_shape[others[0]], mesh_shape[axis])
             )
         if not good:
             raise NotSupportedError(
                 f"A tensor of shape {list(shape)} is placed as {tuple(placements)} on a mesh of shape "
                 f"{tuple(mesh_shape)}: a rank's part is no contiguous box, which is all that lading reads."
             )
+
+
+def _interleaves(size: int, first: int, second: int) -> bool:
+    """Whether both ways to read the placements agree: FSDP cuts ``size`` elements into ``first`` pieces, each of them
+    into ``second``; torch takes one of the smaller pieces out of each larger one, joins them, and cuts into ``first``.
+    They differ for some sizes that do not divide.
+    """
+    if size % (first * second) == 0:
+        return True
+
+    pieces = [_chunks(piece, second) for piece in _chunks(size, first)]
+
+    return all(_chunks(sum(mine), first) == list(mine) for mine in zip(*pieces, strict=True))
+
+
+def _chunks(size: int, count: int) -> list[int]:
+    chunk = -(-size // count)
+
+    return [max(0, min(chunk, size - i * chunk)) for i in range(count)]
