@@ -48,7 +48,7 @@ def parallelize(module: Module, family: Family[Any, Any], config: Any, gangs: Ga
         _split(module, plan, mesh_of(gangs.tp))
 
     if gangs.sdp.size > 1 and plan.units is not None:
-        mesh = mesh_of(gangs.sdp) if gangs.rdp.size == 1 else mesh_of(gangs.root)["rdp", "sdp"]
+        mesh = mesh_of(gangs.sdp if gangs.rdp.size == 1 else gangs.dp)
         for pattern in plan.units:
             for unit in _modules(module, pattern).values():
                 fully_shard(unit, mesh=mesh)
