@@ -15,12 +15,12 @@ ROOT = Path(lading.__file__).parent
 
 LAYERS = [
     {"errors", "box", "filesystem", "version"},
-    {"documents", "card", "cardfile", "manifest", "settings", "gangs"},
+    {"documents", "card", "cardfile", "manifest", "digests", "settings", "gangs"},
     {"overrides", "config", "keymap", "catalog", "formats", "fetch", "nn"},
     {"transfer"},
     {"family"},
-    {"parallel"},
-    {"folder", "construct", "published", "diff"},
+    {"parallel", "report"},
+    {"folder", "construct", "published", "diff", "resolve"},
     {"checkpoint", "check"},
     {"acquire", "reading", "verification"},
     {"loader"},
