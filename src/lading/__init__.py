@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from lading.catalog.doors import query as query
     from lading.catalog.store import AssetStore as AssetStore
     from lading.catalog.store import get_asset_store as get_asset_store
+    from lading.check import CheckReport as CheckReport
     from lading.checkpoint import index_checkpoint as index_checkpoint
+    from lading.diff import DiffReport as DiffReport
+    from lading.doors import check_model as check_model
+    from lading.doors import diff_models as diff_models
     from lading.errors import AssetCardError as AssetCardError
     from lading.errors import AssetNotFoundError as AssetNotFoundError
     from lading.errors import CatalogError as CatalogError
@@ -59,7 +63,11 @@ _HOME = {
     "query": "catalog.doors",
     "AssetStore": "catalog.store",
     "get_asset_store": "catalog.store",
+    "CheckReport": "check",
     "index_checkpoint": "checkpoint",
+    "DiffReport": "diff",
+    "check_model": "doors",
+    "diff_models": "doors",
     "AssetCardError": "errors",
     "AssetNotFoundError": "errors",
     "CatalogError": "errors",

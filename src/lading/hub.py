@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from lading.card import AssetCard
 from lading.catalog.store import AssetStore, get_asset_store
-from lading.checkpoint import family_of_folder, iter_tensors, path_checkpoint
+from lading.checkpoint import path_checkpoint
 from lading.construct import check_config_type, create_model
 from lading.errors import (
     AssetCardError,
@@ -27,8 +27,10 @@ from lading.errors import (
     did_you_mean,
 )
 from lading.family import Family, get_family
+from lading.folder import family_of_folder
 from lading.gangs import Gangs, create_fake_gangs
 from lading.loader import DType, LoadReport, arch_config, load_card, load_path, model_config
+from lading.reading import iter_tensors
 
 ModelT = TypeVar("ModelT", bound=Module)
 ModelConfigT = TypeVar("ModelConfigT")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from uuid import uuid4
 
 from lading.errors import FetchError
@@ -46,15 +46,21 @@ _log = logging.getLogger("lading.fetch")
 class HubSource:
     """A repository on the hub; a :class:`~lading.fetch.source.Source`."""
 
-    def __init__(self, uri: str, *, revision: str | None = None, offline: bool = False) -> None:
+    kind: Literal["cache", "hub"] = "hub"
+    lists = True
+
+    def __init__(
+        self, uri: str, *, inner_path: str | None = None, revision: str | None = None, offline: bool = False
+    ) -> None:
         """
         :param uri: ``hg://[org/]name[@revision][/path/inside]``, or the same with ``hf://``.
+        :param inner_path: a path inside what ``uri`` names.
         :param revision: a branch, a tag or a commit, instead of the one in ``uri``.
         :param offline: whether no socket may be opened: only the cache is asked then.
 
         :raises FetchError: the URI or the revision is none.
         """
-        address = HubAddress.from_uri(uri)
+        address = HubAddress.from_uri(uri if inner_path is None else f"{uri.rstrip('/')}/{inner_path.strip('/')}")
         if revision is not None:
             check_revision(revision, uri)
 
@@ -146,6 +152,10 @@ class HubSource:
 
     def _folders(self) -> list[tuple[str, Path]]:
         return repository_folders(self._spelled or self.repo, self.repo)
+
+    def beside(self, snapshot: Snapshot, names: Sequence[str]) -> Snapshot:
+        """The snapshot as it is: it lists all files."""
+        return snapshot
 
     # --- bytes -------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -23,6 +23,9 @@ STEP = 8 << 20
 
 CAST_CHUNK = 1 << 20
 """Bytes that are read before they are cast: they have to stay in a core's cache."""
+
+POPULATE_STEP = 64 << 20
+"""Bytes of a mapping that a thread makes present before it takes the next part: shards are few, and differ in size."""
 
 PINNED_BYTES = 512 << 20
 """Host memory that copies to a device may have pinned at once."""
@@ -58,13 +61,23 @@ def execute(
         if plan.sizes:
             _read(plan, shards, arena, threads or _threads(plan, shards, arena), progress)
         mappings = {i: map_file(shards[i].fd, files[i].stat.size) for i in mapped}
-        with ThreadPoolExecutor(_cores()) as pool:
-            list(pool.map(populate, mappings.values()))
+        _populate(mappings.values())
 
     return [
         _tensor(arena, mappings, home, place, shape, dtype)
         for home, place, (shape, dtype) in zip(plan.homes, plan.places, wanted, strict=True)
     ]
+
+
+def _populate(mappings: Iterable[mmap.mmap]) -> None:
+    pieces = [
+        (mapping, start, min(POPULATE_STEP, len(mapping) - start))
+        for mapping in mappings
+        for start in range(0, len(mapping), POPULATE_STEP)
+    ]
+    if pieces:
+        with ThreadPoolExecutor(min(_cores(), len(pieces))) as pool:
+            list(pool.map(lambda piece: populate(*piece), pieces))
 
 
 def _tensor(
