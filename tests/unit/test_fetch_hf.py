@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub.utils import validate_repo_id
 
-from lading.errors import FetchError, ModelGatedError
+from lading.errors import FetchError, ModelGatedError, PolicyError
 from lading.fetch.hf import HubSource
 from lading.fetch.hf_cache import (
     CachedFile,
@@ -176,7 +176,32 @@ def test_it_is_a_source() -> None:
     source: Source = HubSource("hg://org/name@v1/inner/file.pt")
 
     assert source.uri == "hg://org/name@v1/inner/file.pt"
-    assert source.inner == "inner/file.pt"
+    assert (source.inner, source.kind, source.lists) == ("inner/file.pt", "hub", True)
+    snapshot = Snapshot(uri=source.uri, revision=COMMIT, files=())
+    assert source.beside(snapshot, ["x"]) is snapshot
+
+
+@pytest.mark.parametrize(
+    ("uri", "inner_path", "inner"),
+    [
+        ("hg://a/b", None, None),
+        ("hg://a/b", "c/d.pth", "c/d.pth"),
+        ("hg://gpt2", "c.pth", "c.pth"),
+        ("hg://a/b/c", None, "c"),
+        ("hg://a/b@v1/c", "d/", "c/d"),
+    ],
+)
+def test_the_path_of_a_card_is_inside_that_of_the_address(uri: str, inner_path: str | None, inner: str | None) -> None:
+    source = HubSource(uri, inner_path=inner_path)
+
+    assert source.inner == inner
+    assert source.repo == HubSource(uri).repo
+
+
+@pytest.mark.parametrize("inner_path", ["", "/", "/etc", "../x", "a/../..", "a\0b"])
+def test_the_path_of_a_card_does_not_lead_out(inner_path: str) -> None:
+    with pytest.raises(PolicyError, match="inside the checkpoint"):
+        HubSource("hg://a/b", inner_path=inner_path)
 
 
 def test_git_names_content_so(tmp_path: Path) -> None:
