@@ -68,6 +68,8 @@ class FakeHub:
         self.members = {TOKEN}
         self.after_info: Callable[[], object] | None = None
         """Called once, when the next answer about a repository is on its way: what is published can change then."""
+        self.rewrite: Callable[[dict[str, Any]], object] | None = None
+        """What changes each answer about a repository, in place."""
         self._faults: dict[str, tuple[str, int]] = {}
         self._lock = threading.Lock()
         self._hub = _server(self, "hub")
@@ -97,11 +99,17 @@ class FakeHub:
         """From now on, so many times, do a thing wrong.
 
         :param target: the name of a file; or ``info``, for answers about repositories.
-        :param fault: ``corrupt`` (one bit), ``short`` (half the body), ``ignore-range``, ``wrong-range``, ``gzip``,
-            ``html``, ``slow``, ``loop`` (redirects), ``downgrade`` (a redirect to another scheme), ``other-commit``, a
-            status (``503``, ``404`` …), or ``tag:…`` (that entity tag).
+        :param fault: ``corrupt`` (one bit), ``short`` (half the body), ``long``, ``ignore-range``, ``wrong-range``,
+            ``gzip``, ``html``, ``slow`` (a second late), ``loop`` (redirects), ``downgrade`` (a redirect to another
+            scheme), ``other-commit``, a status (``503``, ``404`` …), or ``tag:…`` (that entity tag).
         """
         self._faults[target] = (fault, times)
+
+    def behave(self) -> None:
+        """Like a hub again, with the requests forgotten."""
+        self._faults.clear()
+        self.requests.clear()
+        self.after_info = self.rewrite = None
 
     def fault(self, target: str) -> str | None:
         with self._lock:
@@ -210,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "loop":
             self._send(302, Location=self.hub.url + self.path)
         elif fault == "slow":
-            time.sleep(3)
+            time.sleep(1)
         elif fault is not None and fault.isdecimal():
             self._fail(int(fault))
 
@@ -259,6 +267,8 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [_sibling(name, data, "blobs" in query) for name, data in files.items()]
             answer = {"_id": "0", "id": repo.id, "sha": commit, "private": repo.private, "gated": repo.gated}
             answer["siblings"] = siblings
+            if self.hub.rewrite is not None:
+                self.hub.rewrite(answer)
             if self.hub.after_info is not None:
                 change, self.hub.after_info = self.hub.after_info, None
                 change()

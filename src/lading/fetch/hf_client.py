@@ -184,7 +184,12 @@ def _translation(repo: str, what: str, error: Exception) -> Exception:
             "valid HF_TOKEN, or none."
         )
     if status in (401, 403):
-        return ModelGatedError(repo, page(repo))
+        return ModelGatedError(
+            repo,
+            page(repo),
+            message=f"{repo!r} is gated or private on the hub, which hands it out on request only (HTTP {status}). Ask "
+            f"for access at {page(repo)}, and then log in with `hf auth login`, or set HF_TOKEN.",
+        )
     if status is not None:
         return FetchError(f"{uri}: expected the hub to answer with {what}, got HTTP {status}: {_line(error)}.")
     if isinstance(error, errors.OfflineModeIsEnabled):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lading.errors import DigestMismatchError, FetchError
+from lading.errors import DigestMismatchError, FetchError, ModelCheckpointError
 from lading.fetch import hf_client
 from lading.fetch.hf_cache import folder_name, hub_cache
 from lading.fetch.hf_names import is_commit
@@ -77,7 +77,11 @@ class _Job:
         for place in (here, None if file.sha256 is None else self.known(file.sha256)):
             if place is None:
                 continue
-            seen = _check(place, file, count)
+            try:
+                seen = _check(place, file, count)
+            except (ModelCheckpointError, OSError) as error:  # it is gone, or not for us
+                _log.warning("%s is left aside: %s", place, error)
+                continue
             if seen.good is not None:
                 return seen.good
             count(-seen.size)
