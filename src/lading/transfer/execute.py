@@ -5,18 +5,22 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lading.manifest import BITS
+from lading.digests import LEAF, Digests, default_dims
+from lading.errors import InternalError
+from lading.manifest import BITS, Manifest
 from lading.transfer.files import OpenShard, ShardFile, open_shard
-from lading.transfer.memory import RING_DEPTH, Arena, Stage, create_arena, map_file, populate, view
-from lading.transfer.plan import ARENA, PAGE, Plan
+from lading.transfer.hashing import Hasher, Job
+from lading.transfer.memory import RING_DEPTH, Arena, NoArena, Stage, create_arena, map_file, populate, view
+from lading.transfer.plan import ARENA, PAGE, Plan, plan_pass
 
 STEP = 8 << 20
 """Bytes that a thread reads before it takes the next step: large enough for the disk, small enough to stop soon."""
@@ -39,12 +43,15 @@ def execute(
     device: torch.device,
     threads: int | None = None,
     progress: bool = False,
+    hasher: Hasher | None = None,
 ) -> list[Tensor]:
     """Read what ``plan`` says, and return the wanted tensors in the order in which the plan was asked for them.
 
     :param files: one for each shard of the manifest.
     :param wanted: the shape and the dtype of each tensor in memory.
     :param threads: that read at once; default: as many as this process may use cores, and some more for a disk.
+    :param hasher: of the same plan; collects digests of what the files hold, on the way. What they are expected to be
+        is the caller's matter.
 
     :raises CorruptModelCheckpointError: a file ends early, or is not the one that the plan was made for.
     :raises OSError: a file cannot be read.
@@ -56,15 +63,48 @@ def execute(
         shards = {i: stack.enter_context(open_shard(files[i])) for i in sorted({*plan.shards, *mapped})}
 
         if plan.sizes:
-            _read(plan, shards, arena, threads or _threads(plan, shards, arena), progress)
+            _read(plan, shards, arena, threads or _threads(plan, shards, arena), hasher, "load" if progress else None)
         mappings = {i: map_file(shards[i].fd, files[i].stat.size) for i in mapped}
         with ThreadPoolExecutor(_cores()) as pool:
             list(pool.map(populate, mappings.values()))
+        if hasher is not None and hasher.memory_bytes:
+            _hash(hasher, arena, mappings, threads or _cores(), "verify" if progress else None)
 
     return [
         _tensor(arena, mappings, home, place, shape, dtype)
         for home, place, (shape, dtype) in zip(plan.homes, plan.places, wanted, strict=True)
     ]
+
+
+def hash_checkpoint(
+    manifest: Manifest,
+    files: Sequence[ShardFile],
+    dims: Sequence[int] | None = None,
+    *,
+    threads: int | None = None,
+    progress: bool = False,
+) -> Digests:
+    """The digests of all tensors of a checkpoint. Each byte is read once, and a few MiB for each thread are all that is
+    kept in memory.
+
+    :param files: one for each shard of the manifest.
+    :param dims: for each tensor the dim along which it is cut into blocks; default: 0.
+    :param threads: that read and hash at once; default: as :func:`execute`.
+
+    :raises CorruptModelCheckpointError: a file ends early, or is not the one whose manifest this is.
+    :raises OSError: a file cannot be read.
+    :raises ValueError: a tensor has no such dim.
+    """
+    plan, wanted = plan_pass(manifest)
+    hasher = Hasher(manifest, default_dims(manifest) if dims is None else dims, plan, wanted, on_host=False)
+    arena = NoArena()
+
+    with ExitStack() as stack:
+        shards = {i: stack.enter_context(open_shard(file)) for i, file in enumerate(files)}
+        if plan.sizes:
+            _read(plan, shards, arena, threads or _threads(plan, shards, arena), hasher, "verify" if progress else None)
+
+    return hasher.digests()
 
 
 def _tensor(
@@ -84,9 +124,24 @@ def _threads(plan: Plan, shards: Mapping[int, OpenShard], arena: Arena) -> int:
     return min(most, max(_cores(), COLD_THREADS) if cold else _cores())
 
 
-def _read(plan: Plan, shards: Mapping[int, OpenShard], arena: Arena, threads: int, progress: bool) -> None:
-    """Run the reads on ``threads`` threads; the first error, or an interrupt, stops all of them."""
-    steps = _steps(plan)
+class _Worker(Protocol):
+    """What one thread does its steps with."""
+
+    def run(self, *step: Any) -> int:
+        """Do a step; returns how many bytes that was."""
+
+    def finish(self) -> None:
+        """Return when all is done."""
+
+
+def _drive(
+    steps: Iterator[tuple[Any, ...]], worker: Callable[[], _Worker], threads: int, total: int, label: str | None
+) -> None:
+    """Have ``threads`` threads do the steps; the first error, or an interrupt, stops all of them.
+
+    :param total: bytes of all steps.
+    :param label: of the progress bar; ``None`` shows none.
+    """
     lock = threading.Lock()
     stop = threading.Event()
     errors: list[BaseException] = []
@@ -95,16 +150,15 @@ def _read(plan: Plan, shards: Mapping[int, OpenShard], arena: Arena, threads: in
     def work(me: int) -> None:
         # An intra-op thread pool within each reader would only fight with the other readers for the cores.
         torch.set_num_threads(1)
-        reader = _Reader(plan, shards, arena)
         try:
+            mine = worker()
             while not stop.is_set():
                 with lock:
                     step = next(steps, None)
                 if step is None:
                     break
-                reader.run(*step)
-                done[me] += step[2]
-            reader.finish()
+                done[me] += mine.run(*step)
+            mine.finish()
         except BaseException as error:  # it is raised again where the caller can see it
             errors.append(error)
             stop.set()
@@ -112,48 +166,74 @@ def _read(plan: Plan, shards: Mapping[int, OpenShard], arena: Arena, threads: in
     torch_threads = torch.get_num_threads()
     workers = [
         threading.Thread(target=work, args=(i,), name=f"lading-reader-{i}", daemon=True)
-        for i in range(min(threads, max(1, plan.read_bytes // STEP)))
+        for i in range(min(threads, max(1, total // STEP)))
     ]
     try:
-        for worker in workers:
-            worker.start()
+        for thread in workers:
+            thread.start()
         with tqdm(
-            total=plan.read_bytes, unit="B", unit_scale=True, desc="load", disable=not progress, leave=False, delay=0.5
+            total=total, unit="B", unit_scale=True, desc=label, disable=label is None, leave=False, delay=0.5
         ) as bar:
-            for worker in workers:
-                while worker.is_alive():
-                    worker.join(timeout=0.1)
+            for thread in workers:
+                while thread.is_alive():
+                    thread.join(timeout=0.1)
                     bar.update(sum(done) - bar.n)
     finally:
         # Also when the wait was interrupted: nobody may write to the arena when this function has returned.
         stop.set()
-        for worker in workers:
-            if worker.ident is not None:
-                worker.join()
+        for thread in workers:
+            if thread.ident is not None:
+                thread.join()
         torch.set_num_threads(torch_threads)
 
     if errors:
         raise errors[0]
 
 
-def _steps(plan: Plan) -> Iterator[tuple[int, int, int, int, int]]:
-    """The reads cut into steps: (shard, offset in the file, bytes, place in the arena, conversion)."""
-    for shard, offset, size, target, cast in zip(
-        plan.shards, plan.offsets, plan.sizes, plan.targets, plan.casts, strict=True
-    ):
-        source_size, target_size = _item_sizes(plan.conversions[cast])
-        for start, count in _pieces(offset, size, STEP, source_size):
-            yield shard, offset + start, count, target + start // source_size * target_size, cast
+def _read(
+    plan: Plan,
+    shards: Mapping[int, OpenShard],
+    arena: Arena,
+    threads: int,
+    hasher: Hasher | None,
+    label: str | None,
+) -> None:
+    """Run the reads, and have what they read hashed."""
+    _drive(_steps(plan, hasher), lambda: _Reader(plan, shards, arena, hasher), threads, plan.read_bytes, label)
 
 
-def _pieces(offset: int, size: int, most: int, item: int) -> Iterator[tuple[int, int]]:
-    """(start, size) of pieces of whole items, of at most ``most`` bytes, that end where a page of the file does."""
-    start = 0
-    while start < size:
-        count = most - (offset + start) % PAGE
-        count = min(size - start, count - count % item)
-        yield start, count
-        start += count
+def _hash(hasher: Hasher, arena: Arena, mappings: Mapping[int, mmap.mmap], threads: int, label: str | None) -> None:
+    """Hash what lies in memory."""
+    steps = ((step,) for step in hasher.memory_steps(STEP))
+    _drive(steps, lambda: _MemoryHasher(hasher, arena, mappings), threads, hasher.memory_bytes, label)
+
+
+def _steps(plan: Plan, hasher: Hasher | None) -> Iterator[tuple[int, int, int]]:
+    """The reads cut into steps: (read, offset in the file, bytes)."""
+    for read, (offset, size, cast) in enumerate(zip(plan.offsets, plan.sizes, plan.casts, strict=True)):
+        item, _ = _item_sizes(plan.conversions[cast])
+        for at, count in _pieces(hasher, read, offset, size, STEP, item):
+            yield read, at, count
+
+
+def _pieces(
+    hasher: Hasher | None, read: int, offset: int, size: int, most: int, item: int
+) -> Iterator[tuple[int, int]]:
+    """(offset, size) of pieces of whole items, of about ``most`` bytes. They end where a page of the file does, or
+    where nothing ends that is hashed in one piece.
+    """
+    at, end = offset, offset + size
+    while at < end:
+        limit = at + most
+        if limit >= end:
+            stop = end
+        elif hasher is None:
+            stop = limit - limit % PAGE
+            stop -= (stop - at) % item
+        else:
+            stop = hasher.stop(read, at, limit, item)
+        yield at, stop - at
+        at = stop
 
 
 def _item_sizes(conversion: tuple[str, str]) -> tuple[int, int]:
@@ -165,30 +245,73 @@ def _item_sizes(conversion: tuple[str, str]) -> tuple[int, int]:
 class _Reader:
     """What one thread needs to read."""
 
-    def __init__(self, plan: Plan, shards: Mapping[int, OpenShard], arena: Arena) -> None:
+    def __init__(self, plan: Plan, shards: Mapping[int, OpenShard], arena: Arena, hasher: Hasher | None) -> None:
         self._plan = plan
         self._shards = shards
         self._arena = arena
+        self._hasher = hasher
+        self._leaves = None if hasher is None else hasher.thread()
         self._stage: Stage | None = None
 
-    def run(self, shard: int, offset: int, size: int, place: int, cast: int) -> None:
-        file = self._shards[shard]
+    def run(self, read: int, offset: int, size: int) -> int:
+        plan = self._plan
+        file, cast = self._shards[plan.shards[read]], plan.casts[read]
+        source, target = plan.conversions[cast]
+        source_size, target_size = _item_sizes((source, target))
+        place = plan.targets[read] + (offset - plan.offsets[read]) // source_size * target_size
         cold = file.is_cold(offset)
+
         memory = self._arena.direct(place, size) if cast == 0 else None
         if memory is not None:
-            file.fill(offset, memory, direct=cold and (place - offset) % PAGE == 0)
-            return
+            self._fill(file, read, offset, memory, direct=cold and (place - offset) % PAGE == 0)
+            return size
 
-        source, target = self._plan.conversions[cast]
-        source_size, target_size = _item_sizes((source, target))
         chunk = CAST_CHUNK if self._arena.on_host else STEP
         if self._stage is None:
-            self._stage = self._arena.stage(chunk)
+            self._stage = self._arena.stage(max(chunk, LEAF) + PAGE)
 
-        for start, count in _pieces(offset, size, chunk, source_size):
-            file.fill(offset + start, self._stage.take()[:count], direct=cold and (offset + start) % PAGE == 0)
-            self._stage.put(count, place + start // source_size * target_size, source, target)
+        for at, count in _pieces(self._hasher, read, offset, size, chunk, source_size):
+            # Past the page cache, a byte must land where it is in its page; items have to be aligned all the same.
+            skip = at % PAGE if cold and at % source_size == 0 else 0
+            memory = self._stage.take()[skip : skip + count]
+            self._fill(file, read, at, memory, direct=cold and (at - skip) % PAGE == 0)
+            self._stage.put(skip, count, place + (at - offset) // source_size * target_size, source, target)
+
+        return size
+
+    def _fill(self, file: OpenShard, read: int, offset: int, memory: memoryview, *, direct: bool) -> None:
+        """Read a piece, and have it hashed before it leaves the cache."""
+        if self._leaves is None:
+            file.fill(offset, memory, direct=direct)
+            return
+
+        # A disk wants to be asked for much at once; what it brings is not in the cache of this core anyhow.
+        for at, count in _pieces(self._hasher, read, offset, len(memory), len(memory) if direct else LEAF, 1):
+            part = memory[at - offset : at - offset + count]
+            file.fill(at, part, direct=direct)
+            self._leaves.read(read, at, part)
 
     def finish(self) -> None:
         if self._stage is not None:
             self._stage.finish()
+
+
+class _MemoryHasher:
+    """What one thread needs to hash what lies in memory."""
+
+    def __init__(self, hasher: Hasher, arena: Arena, mappings: Mapping[int, mmap.mmap]) -> None:
+        self._leaves = hasher.thread()
+        self._arena = arena
+        self._mappings = {home: memoryview(mapping) for home, mapping in mappings.items()}
+
+    def run(self, step: list[tuple[int, Job, int, int]]) -> int:
+        for home, job, begin, end in step:
+            memory = self._arena.direct(begin, end - begin) if home == ARENA else self._mappings[home][begin:end]
+            if memory is None:
+                raise InternalError("what is on a device cannot be hashed there")
+            self._leaves.part(job, begin, memory)
+
+        return sum(end - begin for _, _, begin, end in step)
+
+    def finish(self) -> None:
+        pass
