@@ -117,7 +117,9 @@ def test_what_divides_is_fine(name: str, tp: int) -> None:
 def test_what_does_not_divide_is_named_with_its_size() -> None:
     family, config = CONFIGS["qwen"]
     with pytest.raises(NotSupportedError) as error:
-        family.parallel_plan(replace(config, num_attn_heads=6, ffn_inner_dim=50, num_key_value_heads=6, head_dim=8)).check(4)
+        family.parallel_plan(
+            replace(config, num_attn_heads=6, ffn_inner_dim=50, num_key_value_heads=6, head_dim=8)
+        ).check(4)
 
     message = str(error.value)
     assert "over 4 ranks" in message

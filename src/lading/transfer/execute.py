@@ -225,7 +225,7 @@ class _Reader:
         source, target = self._plan.conversions[cast]
         source_size, target_size = _item_sizes((source, target))
         gaps = reads_gaps(stride, length)
-        at_once = ROWS_CHUNK // (stride if gaps else length)
+        at_once = max(1, min(ROWS_CHUNK // (stride if gaps else length), self._chunk // length))
         if cold and not gaps:
             file.advise_random()
 
