@@ -150,7 +150,7 @@ class Reader:
         place = rows.targets[number] + begin * length // source_size * target_size
         cold = file.is_cold(offset)
         gaps = reads_gaps(stride, length)
-        at_once = ROWS_CHUNK // (stride if gaps else length)
+        at_once = max(1, min(ROWS_CHUNK // (stride if gaps else length), self._chunk // length))
         if cold and not gaps:
             file.advise_random()
 
