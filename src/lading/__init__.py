@@ -47,13 +47,15 @@ if TYPE_CHECKING:
     from lading.gangs import Gang as Gang
     from lading.gangs import Gangs as Gangs
     from lading.gangs import create_fake_gangs as create_fake_gangs
+    from lading.gangs import create_gangs as create_gangs
+    from lading.gangs import simulate_gangs as simulate_gangs
     from lading.hub import GlobalModelLoader as GlobalModelLoader
     from lading.hub import ModelHub as ModelHub
     from lading.hub import ModelHubAccessor as ModelHubAccessor
     from lading.hub import load_model as load_model
     from lading.keymap import Rule as Rule
-    from lading.loader import LoadReport as LoadReport
     from lading.manifest import Manifest as Manifest
+    from lading.report import LoadReport as LoadReport
 
 _HOME = {
     "AssetCard": "card",
@@ -91,12 +93,14 @@ _HOME = {
     "Gang": "gangs",
     "Gangs": "gangs",
     "create_fake_gangs": "gangs",
+    "create_gangs": "gangs",
+    "simulate_gangs": "gangs",
     "GlobalModelLoader": "hub",
     "ModelHub": "hub",
     "ModelHubAccessor": "hub",
     "load_model": "hub",
     "Rule": "keymap",
-    "LoadReport": "loader",
+    "LoadReport": "report",
     "Manifest": "manifest",
 }
 

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from lading.card import Architecture, AssetCard, checkpoint_ref, path_uri, uri_path
 from lading.catalog.store import AssetStore, get_asset_store
@@ -15,11 +14,11 @@ from lading.checkpoint import card_checkpoint, path_checkpoint
 from lading.config import architecture_config
 from lading.construct import build_on_meta
 from lading.diff import DiffReport, Side, diff
-from lading.errors import AssetCardError, ModelFamilyNotKnownError, NotSupportedError
-from lading.family import Family, get_family
+from lading.errors import NotSupportedError
+from lading.family import get_family
 from lading.filesystem import FileStat
 from lading.folder import family_of_folder
-from lading.loader import model_config
+from lading.resolve import family_of_card, model_config
 from lading.transfer.targets import targets_of
 
 
@@ -74,18 +73,6 @@ def diff_models(a: AssetCard | str | Path, b: AssetCard | str | Path, *, store: 
         )
 
     return diff(*(_side(thing, store) for thing in things))
-
-
-def family_of_card(card: AssetCard) -> Family[Any, Any]:
-    """The family of a card.
-
-    :raises AssetCardError: it is not registered, or the card names none.
-    """
-    name = card.field("model_family").as_(str)
-    try:
-        return get_family(name)
-    except ModelFamilyNotKnownError as error:
-        raise AssetCardError(card.name, f"The card {card.name!r} asks for the model family {name!r}. {error}") from None
 
 
 def _retrieve(target: AssetCard | str | Path, store: AssetStore) -> AssetCard | Architecture | Path:
