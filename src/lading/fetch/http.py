@@ -12,11 +12,11 @@ import os
 import stat
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Lock
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from lading.errors import DigestMismatchError, FetchError, LadingError
@@ -47,6 +47,9 @@ _LOOKS = 8
 class HttpSource:
     """The source at an ``https://`` URI. See :class:`lading.fetch.source.Source`, whose methods it has."""
 
+    kind: Literal["cache", "hub"] = "cache"
+    lists = False
+
     def __init__(
         self,
         uri: str,
@@ -69,6 +72,7 @@ class HttpSource:
         self._name = unquote(self._parts.path.rpartition("/")[2])
         if not is_plain(self._name):
             raise FetchError(f"{shown(uri)!r} does not name a file: its path must end in a plain file name.")
+        self.inner: str | None = self._name
 
         self._lock = Lock()
         self._made: Client | None = None
@@ -103,9 +107,9 @@ class HttpSource:
         :raises CheckpointNotFoundError: it says that there is no such thing (also a ``FileNotFoundError``).
         :raises PolicyError: it wants credentials, redirects where it may not, or the URI is of a refused kind.
         """
-        return self.with_files(Snapshot(uri=self.uri, revision="", files=()), [self._name])
+        return self.beside(Snapshot(uri=self.uri, revision="", files=()), [self._name])
 
-    def with_files(self, snapshot: Snapshot, names: Iterable[str]) -> Snapshot:
+    def beside(self, snapshot: Snapshot, names: Sequence[str]) -> Snapshot:
         """``snapshot``, and the files of these names that lie beside the one of the URI, in the order given.
 
         :raises FetchError: a name is not a plain one (an index names them, which whoever wrote it chose); or as
