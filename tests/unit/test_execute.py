@@ -228,7 +228,8 @@ def test_parts_of_columns(
     if case != "long runs":
         assert max(sizes) <= reader.ROWS_CHUNK + 2 * 4096
     if case == "gaps are passed by" or not planned.rows.counts:
-        assert sum(sizes) == box.numel * 4
+        rounding = 2 * 4096 * len(sizes) if is_cold else 0  # to whole pages
+        assert box.numel * 4 <= sum(sizes) <= box.numel * 4 + rounding
 
 
 def test_an_error_in_one_thread_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,9 @@ LAYERS = [
     {"parallel", "report"},
     {"folder", "construct", "published", "diff", "resolve"},
     {"checkpoint", "check"},
-    {"acquire", "reading", "verification"},
+    {"acquire", "reading"},
+    {"verification"},
+    {"verify", "pull"},
     {"loader"},
     {"hub", "doors"},
     {"families"},
@@ -117,6 +119,7 @@ def test_the_public_names() -> None:
         """
         AssetCard AssetCardField Architecture AssetStore get_asset_store
         load_model ModelHub ModelHubAccessor GlobalModelLoader LoadReport
+        pull_model PullReport verify_model VerifyReport
         import_cards index_checkpoint query check_model CheckReport diff_models DiffReport
         Family Rule Manifest Gang Gangs create_fake_gangs create_gangs simulate_gangs
         LadingError ModelNotKnownError ModelFamilyNotKnownError ModelArchitectureNotKnownError ModelGatedError
