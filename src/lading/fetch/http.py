@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from lading.errors import DigestMismatchError, FetchError, LadingError
-from lading.fetch.answers import BadRanges, HeadRefused, describe, require_range, require_same
+from lading.fetch.answers import BadRanges, HeadRefused, describe
 from lading.fetch.cache import Cache, CachedFile, Entry
-from lading.fetch.client import Client, Connection, Patience, chunks
-from lading.fetch.download import Crew, Download, Effort, require_space
+from lading.fetch.client import Client, Connection, Patience
+from lading.fetch.download import Crew, Download, Effort, read_range, require_space
 from lading.fetch.partial import Identity, Partial, sweep
 from lading.fetch.redirects import shown
 from lading.fetch.source import FetchedFile, Known, RemoteFile, Snapshot
@@ -38,8 +38,6 @@ _log = logging.getLogger("lading")
 
 _MAX_NAME = 255
 """Bytes; the limit of the common file systems."""
-_MAX_SKIP = 64 << 20
-"""Bytes that are read past where a server does not do ranges."""
 _LOOKS = 8
 """Connections over which the files of an index are asked for."""
 
@@ -68,7 +66,10 @@ class HttpSource:
         self._offline = offline
         self._patience = patience or Patience()
         self._effort = effort or Effort()
-        self._parts = urlsplit(uri)
+        try:
+            self._parts = urlsplit(uri)
+        except ValueError as error:
+            raise FetchError(f"{uri[:200]!r} is not a URL: {error}.") from error
         self._name = unquote(self._parts.path.rpartition("/")[2])
         if not is_plain(self._name):
             raise FetchError(f"{shown(uri)!r} does not name a file: its path must end in a plain file name.")
@@ -204,9 +205,7 @@ class HttpSource:
         url = client.parse(self._url(file.name))
 
         with client.connection() as connection:
-            return client.retry(
-                lambda: _read(connection, url, file, offset, size, self._patience), what=repr(shown(url))
-            )
+            return client.retry(lambda: read_range(connection, url, file, offset, size), what=repr(shown(url)))
 
     # --- whole files -------------------------------------------------------------------------------------------------
 
@@ -334,14 +333,15 @@ class HttpSource:
                 self._note(file, sha256, state)
             return FetchedFile(name=file.name, path=path, stat=state, sha256=sha256, published=file.sha256 is not None)
 
-        if file.sha256 is not None and (path := known(file.sha256)) is not None:
+        if (path := known(sha256)) is not None:
             try:
                 found = os.stat(path)
             except OSError:
                 return None
             if stat.S_ISREG(found.st_mode) and file.size in (None, found.st_size):
+                state = FileStat.from_stat(found)
                 return FetchedFile(
-                    name=file.name, path=path, stat=FileStat.from_stat(found), sha256=sha256, published=True
+                    name=file.name, path=path, stat=state, sha256=sha256, published=file.sha256 is not None
                 )
 
         return None
@@ -372,47 +372,20 @@ def is_plain(name: str) -> bool:
 
 def _look(connection: Connection, url: httpx.URL, name: str) -> RemoteFile:
     """What the server says of a file: by HEAD, or by its first byte where it does not answer that, or not in full."""
+    by_head = None
     try:
         with connection.open("HEAD", url, {}) as response:
-            file = describe(response, name)
-            if file.size is not None:
-                return file
+            by_head = describe(response, name)
     except HeadRefused:
         pass
+    if by_head is not None and by_head.size:
+        return by_head
 
     with connection.open("GET", url, {"Range": "bytes=0-0"}) as response:
-        return describe(response, name)
+        by_get = describe(response, name)
 
-
-def _read(
-    connection: Connection, url: httpx.URL, file: RemoteFile, offset: int, size: int, patience: Patience
-) -> bytes:
-    headers = {"Range": f"bytes={offset}-{offset + size - 1}"}
-    if file.etag is not None:
-        headers["If-Range"] = file.etag
-
-    with connection.open("GET", url, headers) as response:
-        require_same(response, file.etag, url)
-        skip = 0
-        try:
-            require_range(response, offset, offset + size, file.size)
-        except BadRanges as error:
-            # The start of a file can be had without ranges, too.
-            skip = offset
-            if response.status_code != 200 or offset + size > _MAX_SKIP:
-                raise FetchError(
-                    f"{shown(url)!r} cannot be read in parts: {error}. Fetch the whole file instead."
-                ) from error
-        data = bytearray()
-        for chunk in chunks(response, patience):
-            data += chunk
-            if len(data) >= skip + size:
-                break
-
-    if len(data) < skip + size:
-        raise FetchError(f"{shown(url)!r} ends early: expected {size} bytes at {offset}, found {len(data) - skip}.")
-
-    return bytes(data[skip : skip + size])
+    # Some servers say zero where they do not know, and of others it is true.
+    return by_head if by_head is not None and by_head.size == by_get.size else by_get
 
 
 def _verified(path: Path, sha256: str, state: FileStat | None) -> FileStat | None:
