@@ -304,14 +304,14 @@ def test_hostile_names_are_not_even_asked_for(tmp_path: Path, name: str) -> None
         snapshot = opened.snapshot()
         server.requests.clear()
         with pytest.raises(FetchError, match="plain names"):
-            opened.with_files(snapshot, ["good.safetensors", name])
+            opened.beside(snapshot, ["good.safetensors", name])
         assert server.requests == []
 
 
 def test_what_a_file_is_called_says_nothing_of_where_it_lies(tmp_path: Path) -> None:
     with serve({PATH: DATA, "/org/..%20a%26b.evil": b"x"}) as server:
         opened = source(server, tmp_path)
-        snapshot = opened.with_files(opened.snapshot(), [".. a&b.evil"])
+        snapshot = opened.beside(opened.snapshot(), [".. a&b.evil"])
         assert [file.name for file in snapshot.files] == ["model.safetensors", ".. a&b.evil"]
 
         _, evil = opened.fetch(snapshot, snapshot.files, known=lambda _: None, progress=False)

@@ -144,34 +144,36 @@ def test_files_beside_it(cache: Cache) -> None:
     files = {f"/org/{name}": name.encode() for name in names}
     with serve({"/org/model.safetensors.index.json": b"{}", **files}) as server:
         source = open_source(server, cache, "/org/model.safetensors.index.json?key=1#part")
-        snapshot = source.with_files(source.snapshot(), [*names, names[0]])
+        snapshot = source.beside(source.snapshot(), [*names, names[0]])
         assert [file.name for file in snapshot.files] == ["model.safetensors.index.json", *names]
         assert {path.partition("?")[2] for _, path, _ in server.requests} == {"key=1"}
 
         fetched = source.fetch(snapshot, snapshot.files[:0:-1], known=nothing_known, progress=False)
         assert [file.path.read_text() for file in fetched] == names[::-1]
 
-        with pytest.raises(CheckpointNotFoundError, match=r"missing\.json"):
-            source.with_files(snapshot, [*names, "other.json", "missing.json"][-1:])
-        with pytest.raises(CheckpointNotFoundError):
-            source.with_files(snapshot, [f"missing-{i}" for i in range(20)])
+        assert source.beside(snapshot, ["missing.json"]) == snapshot
+        assert source.beside(snapshot, [f"missing-{i}" for i in range(20)]) == snapshot
+        with pytest.raises(CheckpointNotFoundError, match=r"gone\.index\.json"):
+            open_source(server, cache, "/org/gone.index.json").snapshot()
 
 
 def test_offline_there_is_what_was_fetched(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with serve({PATH: DATA, "/org/b.json": b"{}"}) as server:
         source = open_source(server, cache)
-        snapshot = source.with_files(source.snapshot(), ["b.json"])
+        snapshot = source.beside(source.snapshot(), ["b.json"])
         fetched = fetch_all(source, snapshot)
         server.requests.clear()
 
         offline = open_source(server, cache, offline=True)
-        assert offline.with_files(offline.snapshot(), ["b.json"]) == snapshot
+        assert offline.beside(offline.snapshot(), ["b.json"]) == snapshot
         assert fetch_all(offline, snapshot) == fetched
         assert offline.local(snapshot, snapshot.files) == [file.path for file in fetched]
 
         with pytest.raises(FetchError, match=r"'c\.json' of .* HF_HUB_OFFLINE is set"):
-            offline.with_files(snapshot, ["c.json"])
+            offline.beside(snapshot, ["c.json"])
+        assert offline.read(snapshot, snapshot.files[0], 7, 100) == DATA[7:107]
+        fetched[0].path.touch()  # nobody has checked it since
         with pytest.raises(FetchError, match="HF_HUB_OFFLINE is set"):
             offline.read(snapshot, snapshot.files[0], 0, 1)
         shutil.rmtree(cache.folder / "blobs")

@@ -14,12 +14,13 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from lading.errors import DigestMismatchError, FetchError, LadingError
+from lading.errors import CheckpointNotFoundError, DigestMismatchError, FetchError, LadingError
 from lading.fetch.answers import BadRanges, HeadRefused, describe
 from lading.fetch.cache import Cache, CachedFile, Entry
 from lading.fetch.client import Client, Connection, Patience
@@ -108,10 +109,17 @@ class HttpSource:
         :raises CheckpointNotFoundError: it says that there is no such thing (also a ``FileNotFoundError``).
         :raises PolicyError: it wants credentials, redirects where it may not, or the URI is of a refused kind.
         """
-        return self.beside(Snapshot(uri=self.uri, revision="", files=()), [self._name])
+        (file,) = self._describe([self._name])
+        if isinstance(file, CheckpointNotFoundError):
+            raise file
+
+        return Snapshot(uri=self.uri, revision="", files=(file,))
 
     def beside(self, snapshot: Snapshot, names: Sequence[str]) -> Snapshot:
         """``snapshot``, and the files of these names that lie beside the one of the URI, in the order given.
+
+        What the server says it does not have is left out. What is not in the cache is an error offline, as there nobody
+        says that.
 
         :raises FetchError: a name is not a plain one (an index names them, which whoever wrote it chose); or as
             ``snapshot`` does, and so for the other errors.
@@ -121,13 +129,17 @@ class HttpSource:
             if not is_plain(name):
                 raise FetchError(f"{shown(self.uri)!r}: expected plain names of files beside it, found {name[:80]!r}.")
 
-        if self._offline:
-            entry = self._cache.entry(self.uri)
-            found = [self._remembered(entry, name) for name in wanted]
-        else:
-            found = self._look_at(wanted)
+        found = [file for file in self._describe(wanted) if isinstance(file, RemoteFile)]
 
         return replace(snapshot, files=(*snapshot.files, *found))
+
+    def _describe(self, names: Sequence[str]) -> list[RemoteFile | CheckpointNotFoundError]:
+        if not self._offline:
+            return self._look_at(names)
+
+        entry = self._cache.entry(self.uri)
+
+        return [self._remembered(entry, name) for name in names]
 
     def _remembered(self, entry: Entry | None, name: str) -> RemoteFile:
         record = None if entry is None else entry.files.get(name)
@@ -146,9 +158,9 @@ class HttpSource:
             f"{variable} is set. Unset it, or fetch the file on a machine that may."
         )
 
-    def _look_at(self, names: Sequence[str]) -> list[RemoteFile]:
+    def _look_at(self, names: Sequence[str]) -> list[RemoteFile | CheckpointNotFoundError]:
         client, waiting, lock = self._client, iter(names), Lock()
-        found: dict[str, RemoteFile] = {}
+        found: dict[str, RemoteFile | CheckpointNotFoundError] = {}
 
         def look(connection: Connection, stop: Event) -> None:
             while True:
@@ -157,11 +169,11 @@ class HttpSource:
                 if name is None:
                     return
                 url = client.parse(self._url(name))
-                found[name] = client.retry(
-                    lambda name=name, url=url: _look(connection, url, name),  # type: ignore[misc]
-                    what=repr(shown(url)),
-                    stop=stop,
-                )
+                action = partial(_look, connection, url, name)
+                try:
+                    found[name] = client.retry(action, what=repr(shown(url)), stop=stop)
+                except CheckpointNotFoundError as error:
+                    found[name] = error
 
         if len(names) == 1:
             with client.connection() as connection:
@@ -198,6 +210,9 @@ class HttpSource:
             raise ValueError(f"{file.name!r} has {file.size} bytes: there are no {size} at {offset}.")
         if size == 0:
             return b""
+        here = self._read_here(file, offset, size)
+        if here is not None:
+            return here
         if self._offline:
             raise self._offline_error(file.name)
 
@@ -206,6 +221,22 @@ class HttpSource:
 
         with client.connection() as connection:
             return client.retry(lambda: read_range(connection, url, file, offset, size), what=repr(shown(url)))
+
+    def _read_here(self, file: RemoteFile, offset: int, size: int) -> bytes | None:
+        """Of the copy in the cache, if that is as it was when it was checked."""
+        record = self._record(self._cache.entry(self.uri), file)
+        path = None if record is None else self._cache.find(record.sha256)
+        if record is None or path is None:
+            return None
+        try:
+            with open(path, "rb", buffering=0) as opened:
+                if FileStat.from_stat(os.fstat(opened.fileno())) != record.stat:
+                    return None
+                data = os.pread(opened.fileno(), size, offset)
+        except OSError:
+            return None
+
+        return data if len(data) == size else None
 
     # --- whole files -------------------------------------------------------------------------------------------------
 
@@ -269,34 +300,34 @@ class HttpSource:
 
     def _download(self, file: RemoteFile, identity: Identity, bar: tqdm[Any]) -> FetchedFile:
         for last in (False, True):
-            partial = Partial.open(self._cache.tmp, identity)
-            resumed = bool(partial.done)
-            download = Download(self._client, partial, effort=self._effort, advance=bar.update)
+            part = Partial.open(self._cache.tmp, identity)
+            resumed = bool(part.done)
+            download = Download(self._client, part, effort=self._effort, advance=bar.update)
             try:
-                require_space(self._cache.tmp, (file.size or 0) - sum(end - start for start, end in partial.done))
+                require_space(self._cache.tmp, (file.size or 0) - sum(end - start for start, end in part.done))
                 ranges = identity.resumable and (resumed or (file.size or 0) > self._effort.piece_of(file.size or 0))
                 try:
                     sha256 = download.in_ranges() if ranges and not last else download.as_a_whole()
                 except BadRanges as error:
                     _log.info("%s: %s; fetching it as a whole", shown(identity.url), error)
-                    partial.discard()
+                    part.discard()
                     bar.update(-download.reported)
                     continue
                 if file.sha256 not in (None, sha256):
                     if resumed and not last:  # what was there from before may have been damaged
-                        partial.discard()
+                        part.discard()
                         bar.update(-download.reported)
                         continue
                     raise _mismatch(identity.url, str(file.sha256), sha256)
-                path = self._cache.put(partial.fd, partial.path, sha256, file.name)
+                path = self._cache.put(part.fd, part.path, sha256, file.name)
             except (OSError, DigestMismatchError):
                 # It would only fill the disk further, or is of no use.
-                partial.discard()
+                part.discard()
                 raise
             except BaseException:
-                partial.release(download.done)
+                part.release(download.done)
                 raise
-            partial.finished()
+            part.finished()
 
             state = FileStat.from_stat(os.stat(path))
             self._note(file, sha256, state)
