@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
-import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,15 +18,15 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from lading.errors import CheckpointNotFoundError, DigestMismatchError, FetchError, LadingError
+from lading.errors import CheckpointNotFoundError, DigestMismatchError, FetchError
 from lading.fetch.answers import BadRanges, HeadRefused, describe
-from lading.fetch.cache import Cache, CachedFile, Entry
+from lading.fetch.cache import Cache
 from lading.fetch.client import Client, Connection, Patience
 from lading.fetch.download import Crew, Download, Effort, read_range, require_space
+from lading.fetch.kept import Kept
 from lading.fetch.partial import Identity, Partial, sweep
 from lading.fetch.redirects import shown
 from lading.fetch.source import FetchedFile, Known, RemoteFile, Snapshot
-from lading.fetch.verify import sha256_file
 from lading.filesystem import FileStat
 
 if TYPE_CHECKING:
@@ -64,6 +62,7 @@ class HttpSource:
         """
         self.uri = uri
         self._cache = cache
+        self._kept = Kept(cache, uri, offline=offline)
         self._offline = offline
         self._patience = patience or Patience()
         self._effort = effort or Effort()
@@ -137,18 +136,14 @@ class HttpSource:
         if not self._offline:
             return self._look_at(names)
 
-        entry = self._cache.entry(self.uri)
+        files: list[RemoteFile | CheckpointNotFoundError] = []
+        for name in names:
+            file = self._kept.described(name)
+            if file is None:
+                raise self._offline_error(name)
+            files.append(file)
 
-        return [self._remembered(entry, name) for name in names]
-
-    def _remembered(self, entry: Entry | None, name: str) -> RemoteFile:
-        record = None if entry is None else entry.files.get(name)
-        if record is None:
-            raise self._offline_error(name)
-
-        return RemoteFile(
-            name=name, size=record.size, sha256=record.sha256 if record.published else None, etag=record.etag
-        )
+        return files
 
     def _offline_error(self, name: str) -> FetchError:
         variable = next((v for v in ("LADING_OFFLINE", "HF_HUB_OFFLINE") if os.environ.get(v)), "LADING_OFFLINE")
@@ -210,7 +205,7 @@ class HttpSource:
             raise ValueError(f"{file.name!r} has {file.size} bytes: there are no {size} at {offset}.")
         if size == 0:
             return b""
-        here = self._read_here(file, offset, size)
+        here = self._kept.read(file, offset, size)
         if here is not None:
             return here
         if self._offline:
@@ -222,34 +217,11 @@ class HttpSource:
         with client.connection() as connection:
             return client.retry(lambda: read_range(connection, url, file, offset, size), what=repr(shown(url)))
 
-    def _read_here(self, file: RemoteFile, offset: int, size: int) -> bytes | None:
-        """Of the copy in the cache, if that is as it was when it was checked."""
-        record = self._record(self._cache.entry(self.uri), file)
-        path = None if record is None else self._cache.find(record.sha256)
-        if record is None or path is None:
-            return None
-        try:
-            with open(path, "rb", buffering=0) as opened:
-                if FileStat.from_stat(os.fstat(opened.fileno())) != record.stat:
-                    return None
-                data = os.pread(opened.fileno(), size, offset)
-        except OSError:
-            return None
-
-        return data if len(data) == size else None
-
     # --- whole files -------------------------------------------------------------------------------------------------
 
     def local(self, snapshot: Snapshot, files: Sequence[RemoteFile]) -> list[Path | None]:
         """Where files are in the cache, found without opening a socket. Their bytes are not checked."""
-        entry = self._cache.entry(self.uri)
-        paths: list[Path | None] = []
-        for file in files:
-            record = self._record(entry, file)
-            sha256 = file.sha256 if record is None else record.sha256
-            paths.append(None if sha256 is None else self._cache.find(sha256))
-
-        return paths
+        return [self._kept.path(file) for file in files]
 
     def fetch(
         self, snapshot: Snapshot, files: Sequence[RemoteFile], *, known: Known, progress: bool
@@ -261,7 +233,7 @@ class HttpSource:
         :raises PolicyError: it wants credentials, or redirects where it may not.
         :raises OSError: the disk is full, or cannot be written.
         """
-        here = [self._here(file, known) for file in files]
+        here = [self._kept.find(file, known) for file in files]
         missing = [file for file, found in zip(files, here, strict=True) if found is None]
         if not missing:
             return [file for file in here if file is not None]
@@ -291,7 +263,7 @@ class HttpSource:
         identity = Identity(url=self._url(file.name), etag=file.etag, size=file.size, sha256=file.sha256)
         with self._cache.lock(identity.key):
             # Another process may have brought it meanwhile, or another name of the same content was fetched before.
-            found = self._here(file, known)
+            found = self._kept.find(file, known)
             if found is not None:
                 bar.update(file.size or 0)
                 return found
@@ -330,64 +302,11 @@ class HttpSource:
             part.finished()
 
             state = FileStat.from_stat(os.stat(path))
-            self._note(file, sha256, state)
+            self._kept.note(file, sha256, state)
 
             return FetchedFile(name=file.name, path=path, stat=state, sha256=sha256, published=file.sha256 is not None)
 
         raise AssertionError("the second round ends")
-
-    def _note(self, file: RemoteFile, sha256: str, state: FileStat) -> None:
-        record = CachedFile(
-            sha256=sha256,
-            size=state.size,
-            etag=file.etag,
-            published=file.sha256 is not None,
-            stat=state,
-            fetched_at=time.time(),
-        )
-        try:
-            self._cache.add(self.uri, "", {file.name: record})
-        except OSError as error:
-            # The file is here and good; it is only found with more effort the next time.
-            _log.warning("The cache %s cannot be written, so it forgets %r: %s", self._cache.folder, file.name, error)
-
-    def _here(self, file: RemoteFile, known: Known) -> FetchedFile | None:
-        """The file, if it is on this machine: by the cache's notes, by its content, or by what the catalog knows."""
-        record = self._record(self._cache.entry(self.uri), file)
-        sha256 = file.sha256 if record is None else record.sha256
-        if sha256 is None:
-            return None
-
-        path = self._cache.find(sha256)
-        if path is not None and (state := _verified(path, sha256, None if record is None else record.stat)):
-            if record is None or record.stat != state:
-                self._note(file, sha256, state)
-            return FetchedFile(name=file.name, path=path, stat=state, sha256=sha256, published=file.sha256 is not None)
-
-        if (path := known(sha256)) is not None:
-            try:
-                found = os.stat(path)
-            except OSError:
-                return None
-            if stat.S_ISREG(found.st_mode) and file.size in (None, found.st_size):
-                state = FileStat.from_stat(found)
-                return FetchedFile(
-                    name=file.name, path=path, stat=state, sha256=sha256, published=file.sha256 is not None
-                )
-
-        return None
-
-    def _record(self, entry: Entry | None, file: RemoteFile) -> CachedFile | None:
-        """What was fetched under the name of ``file``, if that is known to be the same content."""
-        record = None if entry is None else entry.files.get(file.name)
-        if record is None or file.size not in (None, record.size):
-            return None
-        if file.sha256 is not None:
-            return record if record.sha256 == file.sha256 else None
-        # Offline there is nothing but the entry, of which `file` was made.
-        same = file.etag == record.etag and (file.etag is not None or self._offline)
-
-        return record if same else None
 
 
 def is_plain(name: str) -> bool:
@@ -417,23 +336,6 @@ def _look(connection: Connection, url: httpx.URL, name: str) -> RemoteFile:
 
     # Some servers say zero where they do not know, and of others it is true.
     return by_head if by_head is not None and by_head.size == by_get.size else by_get
-
-
-def _verified(path: Path, sha256: str, state: FileStat | None) -> FileStat | None:
-    """The state of a file of the cache if it has the content that its name says; ``state`` is known to have it."""
-    try:
-        now = FileStat.from_stat(os.stat(path))
-        if now == state:
-            return now
-        found, now = sha256_file(path)
-    except (OSError, LadingError) as error:
-        _log.warning("%s cannot be used: %s", path, error)
-        return None
-    if found != sha256:
-        _log.warning("%s is damaged: its bytes are not the ones that were fetched. It is fetched again.", path)
-        return None
-
-    return now
 
 
 def _mismatch(url: str, expected: str, found: str) -> DigestMismatchError:
