@@ -1,6 +1,8 @@
 """The one conductor: from a card or a path to a model, each layer called once, top to bottom.
 
-config → fetch → manifest → module on the meta device → targets → route → plan → execute → buffers → agreement.
+config → manifest → module on the meta device → targets → route → plan → fetch → execute → buffers → agreement.
+
+Nothing is fetched before it is known from the manifest that the checkpoint fits.
 """
 
 from __future__ import annotations
@@ -18,21 +20,22 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from lading.acquire import acquire
 from lading.card import AssetCard
 from lading.catalog.store import AssetStore
-from lading.checkpoint import Checkpoint, card_checkpoint, path_checkpoint, read_tensors
+from lading.check import report_fit, require_fit
+from lading.checkpoint import Checkpoint, card_checkpoint, path_checkpoint
 from lading.config import architecture_config, resolve_config
-from lading.construct import assign, build_on_meta, check_config_type, reset_buffers
+from lading.construct import assign, build_on_meta, check_config_type, parallelize, reset_buffers, settle_dtypes
 from lading.errors import (
     AssetCardError,
     ModelArchitectureNotKnownError,
     ModelCheckpointMismatchError,
-    NotSupportedError,
 )
 from lading.family import Family
 from lading.gangs import Gangs
 from lading.keymap import Route, route
-from lading.transfer import fit
+from lading.reading import read_tensors
 from lading.transfer.dtypes import DTYPE_NAMES
 from lading.transfer.execute import execute
 from lading.transfer.plan import Plan, Wanted, plan
@@ -149,7 +152,7 @@ def load_card(
 
     resolved, checkpoint = gangs.root.first(resolve)
 
-    return _load(checkpoint, family, resolved, gangs, dtype, mmap, progress, clock)
+    return _load(checkpoint, family, resolved, store, gangs, dtype, mmap, progress, clock)
 
 
 def load_path(
@@ -167,13 +170,14 @@ def load_path(
     with clock.phase("manifest"):
         checkpoint = gangs.root.first(lambda: path_checkpoint(path))
 
-    return _load(checkpoint, family, config, gangs, dtype, mmap, progress, clock)
+    return _load(checkpoint, family, config, None, gangs, dtype, mmap, progress, clock)
 
 
 def _load(
     checkpoint: Checkpoint,
     family: Family[Any, Any],
     config: Any,
+    store: Callable[[], AssetStore] | None,
     gangs: Gangs,
     dtype: DType,
     mmap: bool,
@@ -186,22 +190,28 @@ def _load(
 
     with clock.phase("build"):
         module = build_on_meta(family, config)
+        parallelize(module, family, config, gangs)
 
     with clock.phase("plan"):
         targets = targets_of(module, dtype=None if dtype == "auto" else dtype)
         routed = route(manifest.names, targets.names, family.rules(config), targets.aliases)
-        _check_fit(checkpoint, targets, routed)
+        fit = report_fit(manifest, targets, routed, family=family.name)
+        require_fit(fit, path=checkpoint.where, name=checkpoint.name)
         order = array("I", routed.targets)
         wanted = Wanted(
             tensors=routed.tensors,
             boxes=[targets.boxes[i] for i in order],
-            dtypes=[targets.dtypes[i] or manifest.dtypes[t] for i, t in zip(order, routed.tensors, strict=True)],
+            dtypes=settle_dtypes(targets, routed, manifest, gangs),
         )
         planned = plan(manifest, wanted, mapped=mmap and device.type == "cpu")
 
+    with clock.phase("fetch"):
+        checkpoint = gangs.root.first(lambda: acquire(checkpoint, store and store(), progress=progress))
+        files = checkpoint.here()
+
     with clock.phase("read"):
         shapes = [(box.sizes, name) for box, name in zip(wanted.boxes, wanted.dtypes, strict=True)]
-        tensors = execute(planned, checkpoint.files, shapes, device=device, progress=progress)
+        tensors = execute(planned, files, shapes, device=device, progress=progress)
         by_name = {targets.names[i]: tensor for i, tensor in zip(order, tensors, strict=True)}
         _check_tied(checkpoint, targets, routed, by_name)
 
@@ -223,32 +233,6 @@ def _load(
     return module, report
 
 
-def _check_fit(checkpoint: Checkpoint, targets: Targets, routed: Route) -> None:
-    """
-    :raises ModelCheckpointMismatchError: with all problems together.
-    :raises NotSupportedError: the weights are quantised.
-    """
-    tensor = fit.quantised(checkpoint.manifest, targets, routed)
-    if tensor is not None:
-        dtype = checkpoint.manifest.dtypes[checkpoint.manifest.names.index(tensor)]
-        raise NotSupportedError(
-            f"The checkpoint at {checkpoint.path} holds the weight {tensor!r} as {dtype}: it is quantised, which "
-            "lading does not load. Use the checkpoint in its original precision."
-        )
-
-    problems = fit.problems(checkpoint.manifest, targets, routed)
-    if problems:
-        shown = problems[:20]
-        more = [f"… and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
-        raise ModelCheckpointMismatchError(
-            checkpoint.path,
-            f"The checkpoint at {checkpoint.path} does not fit the configuration of {checkpoint.name}: "
-            f"{len(problems)} problem{'s' if len(problems) > 1 else ''}. Check the architecture and the overrides.\n  "
-            + "\n  ".join(shown + more),
-            problems,
-        )
-
-
 def _check_tied(checkpoint: Checkpoint, targets: Targets, routed: Route, loaded: Mapping[str, Tensor]) -> None:
     """A tied parameter may be in the checkpoint under several names, if all of them hold the same."""
     manifest = checkpoint.manifest
@@ -258,9 +242,9 @@ def _check_tied(checkpoint: Checkpoint, targets: Targets, routed: Route, loaded:
         (other,) = read_tensors(checkpoint, [tensor], [DTYPE_NAMES[mine.dtype]])
         if not torch.equal(mine.cpu(), other):
             raise ModelCheckpointMismatchError(
-                checkpoint.path,
+                checkpoint.where,
                 f"The configuration of {checkpoint.name} ties {manifest.names[tensor]!r} to {name!r}, but the "
-                f"checkpoint at {checkpoint.path} holds different values for them. Load it with "
+                f"checkpoint at {checkpoint.where} holds different values for them. Load it with "
                 "`tied_embeddings: false`.",
                 [f"tied, but different: {manifest.names[tensor]} and {name}"],
             )
@@ -294,6 +278,6 @@ def _report(
         shards=len(checkpoint.manifest.shards),
         bytes_read=planned.read_bytes,
         bytes_mapped=mapped,
-        reads=len(planned.sizes),
+        reads=planned.num_reads,
         phases=dict(clock.phases),
     )

@@ -25,6 +25,7 @@ from lading.filesystem import FileStat
 from lading.manifest import Manifest, Shard
 from lading.transfer import execute as execution
 from lading.transfer import files as module
+from lading.transfer import reader
 from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.execute import execute
 from lading.transfer.files import ShardFile
@@ -260,6 +261,7 @@ def test_a_ring_never_reuses_a_buffer_that_is_still_being_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, threads: int
 ) -> None:
     monkeypatch.setattr(execution, "STEP", 64 << 10)
+    monkeypatch.setattr(reader, "STEP", 64 << 10)
     devices: list[SlowDevice] = []
 
     def create(size: int, device: torch.device) -> SlowDevice:

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from urllib.parse import urlsplit
 
-from lading.card import uri_path
-from lading.errors import FetchError
-from lading.fetch.file import local_checkpoint
+from lading.errors import NotSupportedError
+from lading.fetch.source import Source
+from lading.settings import Settings
+
+HUB_SCHEMES = ("hg", "hf")
+HTTP_SCHEMES = ("https", "http")
 
 
-def fetch(uri: str, *, inner_path: str | None = None) -> Path:
-    """The local path, a file or a folder, of the checkpoint at ``uri``.
+def open_source(uri: str, *, inner_path: str | None, revision: str | None, settings: Settings) -> Source:
+    """The source of a checkpoint that is elsewhere; nothing is asked of it yet.
 
-    :param inner_path: a path inside the source (``checkpoint_path`` of a card).
+    :param inner_path: the checkpoint inside the source (``checkpoint_path`` of a card).
+    :param revision: default: the one that ``uri`` names, or what is published now.
 
-    :raises CheckpointNotFoundError: nothing is there (also a ``FileNotFoundError``).
-    :raises FetchError: the source is remote.
+    :raises NotSupportedError: a scheme that is not known here, or a source that has no revisions or no folders.
+    :raises PolicyError: a path that leads out of the source, or a scheme that is refused.
     """
-    path = uri_path(uri)
-    if path is None:
-        raise FetchError(
-            f"The checkpoint is at {uri}, and this version of lading reads local files only. Download it with the tool "
-            "of your choice and name its folder in a card of your own: `name: NAME@user` with `checkpoint: /path`."
-        )
+    scheme = urlsplit(uri).scheme
 
-    return local_checkpoint(path, inner_path=inner_path)
+    # What speaks to servers is imported only by those who do.
+    if scheme in HUB_SCHEMES:
+        from lading.fetch.hf import HubSource
+
+        return HubSource(uri, inner_path=inner_path, revision=revision, offline=settings.offline)
+    if scheme in HTTP_SCHEMES:
+        from lading.fetch.cache import Cache
+        from lading.fetch.http import HttpSource
+
+        if inner_path is not None:
+            raise NotSupportedError(
+                f"{uri} is one file, of which lading reads no part by a path, but `checkpoint_path` is {inner_path!r}."
+            )
+        return HttpSource(uri, cache=Cache(settings.cache_dir), offline=settings.offline)
+
+    raise NotSupportedError(
+        f"{uri} is of the scheme {scheme!r}, but checkpoints are read from paths, file://, https://, hg:// and hf://."
+    )

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lading.digests import LEAF, Digests, default_dims
-from lading.errors import InternalError
-from lading.manifest import BITS, Manifest
+from lading.digests import Digests, default_dims
+from lading.manifest import Manifest
 from lading.transfer.files import OpenShard, ShardFile, open_shard
-from lading.transfer.hashing import Hasher, Job
-from lading.transfer.memory import RING_DEPTH, Arena, NoArena, Stage, create_arena, map_file, populate, view
-from lading.transfer.plan import ARENA, PAGE, Plan, plan_pass
+from lading.transfer.hashing import Hasher
+from lading.transfer.leaves import Part
+from lading.transfer.memory import RING_DEPTH, Arena, NoArena, create_arena, map_file, populate, view
+from lading.transfer.plan import ARENA, Plan, plan_pass
+from lading.transfer.reader import STEP, Reader, ReadStep, RowStep, read_steps, row_steps
 
-STEP = 8 << 20
-"""Bytes that a thread reads before it takes the next step: large enough for the disk, small enough to stop soon."""
-
-CAST_CHUNK = 1 << 20
-"""Bytes that are read before they are cast: they have to stay in a core's cache."""
+POPULATE_STEP = 64 << 20
+"""Bytes of a mapping that a thread makes present before it takes the next part: shards are few, and differ in size."""
 
 PINNED_BYTES = 512 << 20
 """Host memory that copies to a device may have pinned at once."""
@@ -60,15 +59,16 @@ def execute(
 
     with ExitStack() as stack:
         mapped = sorted({home for home in plan.homes if home != ARENA})
-        shards = {i: stack.enter_context(open_shard(files[i])) for i in sorted({*plan.shards, *mapped})}
+        shards = {
+            i: stack.enter_context(open_shard(files[i])) for i in sorted({*plan.shards, *plan.rows.shards, *mapped})
+        }
 
-        if plan.sizes:
+        if plan.sizes or plan.rows.counts:
             _read(plan, shards, arena, threads or _threads(plan, shards, arena), hasher, "load" if progress else None)
         mappings = {i: map_file(shards[i].fd, files[i].stat.size) for i in mapped}
-        with ThreadPoolExecutor(_cores()) as pool:
-            list(pool.map(populate, mappings.values()))
-        if hasher is not None and hasher.memory_bytes:
-            _hash(hasher, arena, mappings, threads or _cores(), "verify" if progress else None)
+        _populate(mappings.values())
+        if hasher is not None and hasher.mapped_bytes:
+            _hash(hasher, mappings, threads or _cores(), "verify" if progress else None)
 
     return [
         _tensor(arena, mappings, home, place, shape, dtype)
@@ -96,7 +96,7 @@ def hash_checkpoint(
     :raises ValueError: a tensor has no such dim.
     """
     plan, wanted = plan_pass(manifest)
-    hasher = Hasher(manifest, default_dims(manifest) if dims is None else dims, plan, wanted, on_host=False)
+    hasher = Hasher(manifest, default_dims(manifest) if dims is None else dims, plan, wanted)
     arena = NoArena()
 
     with ExitStack() as stack:
@@ -105,6 +105,17 @@ def hash_checkpoint(
             _read(plan, shards, arena, threads or _threads(plan, shards, arena), hasher, "verify" if progress else None)
 
     return hasher.digests()
+
+
+def _populate(mappings: Iterable[mmap.mmap]) -> None:
+    pieces = [
+        (mapping, start, min(POPULATE_STEP, len(mapping) - start))
+        for mapping in mappings
+        for start in range(0, len(mapping), POPULATE_STEP)
+    ]
+    if pieces:
+        with ThreadPoolExecutor(min(_cores(), len(pieces))) as pool:
+            list(pool.map(lambda piece: populate(*piece), pieces))
 
 
 def _tensor(
@@ -119,15 +130,19 @@ def _cores() -> int:
 
 def _threads(plan: Plan, shards: Mapping[int, OpenShard], arena: Arena) -> int:
     most = PINNED_BYTES // (RING_DEPTH * STEP) if not arena.on_host else _cores() + COLD_THREADS
-    cold = any(shards[i].is_cold(offset) for i, offset in zip(plan.shards, plan.offsets, strict=True))
+    reads = zip((*plan.shards, *plan.rows.shards), (*plan.offsets, *plan.rows.offsets), strict=True)
+    cold = any(shards[i].is_cold(offset) for i, offset in reads)
 
     return min(most, max(_cores(), COLD_THREADS) if cold else _cores())
 
 
-class _Worker(Protocol):
+_StepT = TypeVar("_StepT", contravariant=True)
+
+
+class _Worker(Protocol[_StepT]):
     """What one thread does its steps with."""
 
-    def run(self, *step: Any) -> int:
+    def run(self, step: _StepT) -> int:
         """Do a step; returns how many bytes that was."""
 
     def finish(self) -> None:
@@ -135,7 +150,7 @@ class _Worker(Protocol):
 
 
 def _drive(
-    steps: Iterator[tuple[Any, ...]], worker: Callable[[], _Worker], threads: int, total: int, label: str | None
+    steps: Iterator[_StepT], worker: Callable[[], _Worker[_StepT]], threads: int, total: int, label: str | None
 ) -> None:
     """Have ``threads`` threads do the steps; the first error, or an interrupt, stops all of them.
 
@@ -157,7 +172,7 @@ def _drive(
                     step = next(steps, None)
                 if step is None:
                     break
-                done[me] += mine.run(*step)
+                done[me] += mine.run(step)
             mine.finish()
         except BaseException as error:  # it is raised again where the caller can see it
             errors.append(error)
@@ -171,13 +186,14 @@ def _drive(
     try:
         for thread in workers:
             thread.start()
-        with tqdm(
-            total=total, unit="B", unit_scale=True, desc=label, disable=label is None, leave=False, delay=0.5
-        ) as bar:
+        with ExitStack() as stack:
+            # Even one that shows nothing would start a thread that outlives it.
+            bar = None if label is None else stack.enter_context(_bar(total, label))
             for thread in workers:
                 while thread.is_alive():
                     thread.join(timeout=0.1)
-                    bar.update(sum(done) - bar.n)
+                    if bar is not None:
+                        bar.update(sum(done) - bar.n)
     finally:
         # Also when the wait was interrupted: nobody may write to the arena when this function has returned.
         stop.set()
@@ -190,6 +206,10 @@ def _drive(
         raise errors[0]
 
 
+def _bar(total: int, label: str) -> tqdm[NoReturn]:
+    return tqdm(total=total, unit="B", unit_scale=True, desc=label, leave=False, delay=0.5)
+
+
 def _read(
     plan: Plan,
     shards: Mapping[int, OpenShard],
@@ -199,119 +219,28 @@ def _read(
     label: str | None,
 ) -> None:
     """Run the reads, and have what they read hashed."""
-    _drive(_steps(plan, hasher), lambda: _Reader(plan, shards, arena, hasher), threads, plan.read_bytes, label)
+    steps: Iterator[ReadStep | RowStep] = itertools.chain(read_steps(plan, hasher), row_steps(plan, hasher))
+    _drive(steps, lambda: Reader(plan, shards, arena, hasher), threads, plan.read_bytes, label)
 
 
-def _hash(hasher: Hasher, arena: Arena, mappings: Mapping[int, mmap.mmap], threads: int, label: str | None) -> None:
-    """Hash what lies in memory."""
-    steps = ((step,) for step in hasher.memory_steps(STEP))
-    _drive(steps, lambda: _MemoryHasher(hasher, arena, mappings), threads, hasher.memory_bytes, label)
+def _hash(hasher: Hasher, mappings: Mapping[int, mmap.mmap], threads: int, label: str | None) -> None:
+    """Hash what is mapped."""
+    steps = hasher.mapped_steps(STEP)
+    _drive(steps, lambda: _MappingHasher(hasher, mappings), threads, hasher.mapped_bytes, label)
 
 
-def _steps(plan: Plan, hasher: Hasher | None) -> Iterator[tuple[int, int, int]]:
-    """The reads cut into steps: (read, offset in the file, bytes)."""
-    for read, (offset, size, cast) in enumerate(zip(plan.offsets, plan.sizes, plan.casts, strict=True)):
-        item, _ = _item_sizes(plan.conversions[cast])
-        for at, count in _pieces(hasher, read, offset, size, STEP, item):
-            yield read, at, count
+class _MappingHasher:
+    """What one thread needs to hash what is mapped."""
 
-
-def _pieces(
-    hasher: Hasher | None, read: int, offset: int, size: int, most: int, item: int
-) -> Iterator[tuple[int, int]]:
-    """(offset, size) of pieces of whole items, of about ``most`` bytes. They end where a page of the file does, or
-    where nothing ends that is hashed in one piece.
-    """
-    at, end = offset, offset + size
-    while at < end:
-        limit = at + most
-        if limit >= end:
-            stop = end
-        elif hasher is None:
-            stop = limit - limit % PAGE
-            stop -= (stop - at) % item
-        else:
-            stop = hasher.stop(read, at, limit, item)
-        yield at, stop - at
-        at = stop
-
-
-def _item_sizes(conversion: tuple[str, str]) -> tuple[int, int]:
-    source, target = conversion
-
-    return BITS[source] // 8 if source else 1, BITS[target] // 8 if target else 1
-
-
-class _Reader:
-    """What one thread needs to read."""
-
-    def __init__(self, plan: Plan, shards: Mapping[int, OpenShard], arena: Arena, hasher: Hasher | None) -> None:
-        self._plan = plan
-        self._shards = shards
-        self._arena = arena
-        self._hasher = hasher
-        self._leaves = None if hasher is None else hasher.thread()
-        self._stage: Stage | None = None
-
-    def run(self, read: int, offset: int, size: int) -> int:
-        plan = self._plan
-        file, cast = self._shards[plan.shards[read]], plan.casts[read]
-        source, target = plan.conversions[cast]
-        source_size, target_size = _item_sizes((source, target))
-        place = plan.targets[read] + (offset - plan.offsets[read]) // source_size * target_size
-        cold = file.is_cold(offset)
-
-        memory = self._arena.direct(place, size) if cast == 0 else None
-        if memory is not None:
-            self._fill(file, read, offset, memory, direct=cold and (place - offset) % PAGE == 0)
-            return size
-
-        chunk = CAST_CHUNK if self._arena.on_host else STEP
-        if self._stage is None:
-            self._stage = self._arena.stage(max(chunk, LEAF) + PAGE)
-
-        for at, count in _pieces(self._hasher, read, offset, size, chunk, source_size):
-            # Past the page cache, a byte must land where it is in its page; items have to be aligned all the same.
-            skip = at % PAGE if cold and at % source_size == 0 else 0
-            memory = self._stage.take()[skip : skip + count]
-            self._fill(file, read, at, memory, direct=cold and (at - skip) % PAGE == 0)
-            self._stage.put(skip, count, place + (at - offset) // source_size * target_size, source, target)
-
-        return size
-
-    def _fill(self, file: OpenShard, read: int, offset: int, memory: memoryview, *, direct: bool) -> None:
-        """Read a piece, and have it hashed before it leaves the cache."""
-        if self._leaves is None:
-            file.fill(offset, memory, direct=direct)
-            return
-
-        # A disk wants to be asked for much at once; what it brings is not in the cache of this core anyhow.
-        for at, count in _pieces(self._hasher, read, offset, len(memory), len(memory) if direct else LEAF, 1):
-            part = memory[at - offset : at - offset + count]
-            file.fill(at, part, direct=direct)
-            self._leaves.read(read, at, part)
-
-    def finish(self) -> None:
-        if self._stage is not None:
-            self._stage.finish()
-
-
-class _MemoryHasher:
-    """What one thread needs to hash what lies in memory."""
-
-    def __init__(self, hasher: Hasher, arena: Arena, mappings: Mapping[int, mmap.mmap]) -> None:
+    def __init__(self, hasher: Hasher, mappings: Mapping[int, mmap.mmap]) -> None:
         self._leaves = hasher.thread()
-        self._arena = arena
         self._mappings = {home: memoryview(mapping) for home, mapping in mappings.items()}
 
-    def run(self, step: list[tuple[int, Job, int, int]]) -> int:
-        for home, job, begin, end in step:
-            memory = self._arena.direct(begin, end - begin) if home == ARENA else self._mappings[home][begin:end]
-            if memory is None:
-                raise InternalError("what is on a device cannot be hashed there")
-            self._leaves.part(job, begin, memory)
+    def run(self, step: Sequence[Part]) -> int:
+        for part in step:
+            self._leaves.part(part, self._mappings[part.source][part.begin : part.end])
 
-        return sum(end - begin for _, _, begin, end in step)
+        return sum(part.end - part.begin for part in step)
 
     def finish(self) -> None:
         pass

@@ -239,15 +239,18 @@ def map_file(fd: int, size: int) -> mmap.mmap:
     return mmap.mmap(fd, size, access=mmap.ACCESS_COPY)
 
 
-def populate(mapping: mmap.mmap) -> None:
-    """Have all pages of a mapping present: 30 times faster than a fault for each, as they are touched.
+def populate(mapping: mmap.mmap, start: int, size: int) -> None:
+    """Have all pages of a part of a mapping present: 30 times faster than a fault for each, as they are touched.
+
+    :param start: a multiple of the page size.
 
     By ctypes, because the method of the mapping does not let other threads run meanwhile. An older kernel refuses; then
     the pages come one by one.
     """
     first = ctypes.c_char.from_buffer(mapping)
     try:
-        _libc.madvise(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(mapping)), MADV_POPULATE_READ)
+        address = ctypes.c_void_p(ctypes.addressof(first) + start)
+        _libc.madvise(address, ctypes.c_size_t(size), MADV_POPULATE_READ)
     finally:
         del first  # a mapping that is still exported can't be closed
 
