@@ -429,6 +429,19 @@ def test_a_part_that_ends_within_a_block_is_not_vouched_for(tmp_path: Path) -> N
     assert list(hasher.digests().known) == [0b1110]
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_parts_in_any_order(tmp_path: Path, mapped: bool) -> None:
+    manifest, file = checkpoint(tmp_path, [("BF16", (24, 10))])
+    boxes = [Box((12, 0), (12, 10)), Box((0, 0), (12, 10)), Box((6, 0), (9, 10))]
+    wanted = Wanted(tensors=[0, 0, 0], boxes=boxes, dtypes=["BF16"] * 3)
+    planned = plan(manifest, wanted, mapped=mapped)
+    hasher = Hasher(manifest, [0], planned, wanted)
+    execute(planned, [file], [(box.sizes, "BF16") for box in boxes], device=CPU, hasher=hasher)
+
+    assert bytes(hasher.vouched) == bytes([1, 1, 1])
+    assert roots(manifest, hasher.digests()) == references(manifest, file, [0])
+
+
 def test_bytes_that_are_read_twice_must_be_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest, file = checkpoint(tmp_path, [("BF16", (24, 10))])
     box = Box.whole((24, 10))

@@ -11,6 +11,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from lading.box import Box
 from lading.digests import (
@@ -32,7 +33,7 @@ from lading.transfer.plan import ARENA, Plan, Wanted
 
 
 class _Jobs:
-    """Jobs in columns, ordered by where they lie, and by where they begin there."""
+    """Jobs in columns. To be found, they have to be in order, by where they lie and by where they begin there."""
 
     def __init__(self) -> None:
         self._sources = array("q")
@@ -42,13 +43,15 @@ class _Jobs:
         """The bytes of all jobs."""
 
     def add(self, source: int, job: Job) -> None:
-        if self._sources and (source, job.begin) < (self._sources[-1], self._begins[-1]):
-            raise InternalError("what is to be hashed has to come in the order of the plan")
-
         self._sources.append(source)
         for column, value in zip(self._columns, job, strict=True):
             column.append(value)
         self.nbytes += job.end - job.begin
+
+    def require_order(self) -> None:
+        """:raises InternalError: they are not in order, because the plan is not."""
+        if any(a > b for a, b in pairwise(zip(self._sources, self._begins, strict=True))):
+            raise InternalError("the tensors of a plan are expected in the order of its reads")
 
     def __iter__(self) -> Iterator[Part]:
         for j, source in enumerate(self._sources):
@@ -159,6 +162,8 @@ class Hasher:
                 self._add_rows(i, tensor, box, wanted.dtypes[i])
 
         self._add_run(pending)
+        self._reads.require_order()
+        self._rows.require_order()
 
     def _run(self, i: int, tensor: int, box: Box, first: int) -> _Run:
         """Where the bytes of a wanted tensor are, which begin with its element ``first``."""
