@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     from lading.hub import ModelHubAccessor as ModelHubAccessor
     from lading.hub import load_model as load_model
     from lading.keymap import Rule as Rule
-    from lading.loader import LoadReport as LoadReport
     from lading.manifest import Manifest as Manifest
+    from lading.report import LoadReport as LoadReport
 
 _HOME = {
     "AssetCard": "card",
@@ -100,7 +100,7 @@ _HOME = {
     "ModelHubAccessor": "hub",
     "load_model": "hub",
     "Rule": "keymap",
-    "LoadReport": "loader",
+    "LoadReport": "report",
     "Manifest": "manifest",
 }
 

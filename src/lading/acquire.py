@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from lading.catalog.checkpoints import record_files
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore
 from lading.checkpoint import Checkpoint
-from lading.errors import CatalogError, CorruptModelCheckpointError, InternalError
-from lading.fetch import open_source
+from lading.errors import CatalogError, CheckpointNotFoundError, CorruptModelCheckpointError, InternalError
 from lading.fetch.source import FetchedFile, Known, RemoteFile, Snapshot
+from lading.fetch.sources import open_source
+from lading.filesystem import FileStat
 from lading.formats.safetensors import index_file
+from lading.gangs import Gang
 from lading.manifest import Manifest
 from lading.published import name_in_source
 from lading.settings import Settings
@@ -56,6 +59,58 @@ def acquire(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool)
         _record(checkpoint, fetched, source.kind, store)
 
     return replace(checkpoint, files=tuple(ShardFile(path=file.path, stat=file.stat) for file in fetched), trusted=True)
+
+
+def share(checkpoint: Checkpoint, root: Gang, find: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
+    """The checkpoint with its files, on every rank: one rank of each host finds or fetches them for all of it.
+
+    :param find: gives the checkpoint with its files.
+
+    Raises what ``find`` does, on the rank that calls it.
+    """
+    if root.line is None:  # alone, or simulated
+        return find(checkpoint)
+
+    found: Checkpoint | None = None
+    if root.local_rank == 0:
+        same_host = root.hosts[root.rank] == root.hosts[0]
+        with root.at_work():
+            found = find(checkpoint if same_host else _on_this_host(checkpoint))
+
+    answers = root.gather_objects(None if found is None else (found.files, found.trusted))
+    mine = answers[root.local_ranks[0]]
+
+    return replace(
+        checkpoint,
+        files=None if mine is None else mine[0],
+        trusted=all(answer[1] for answer in answers if answer is not None),
+    )
+
+
+def _on_this_host(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as another host than that of the catalog knows it: by the same paths, or to be fetched."""
+    if checkpoint.ref is not None or checkpoint.files is None:
+        return replace(checkpoint, files=None, trusted=False)
+
+    files = []
+    for file, shard in zip(checkpoint.files, checkpoint.manifest.shards, strict=True):
+        try:
+            stat = FileStat.from_stat(os.stat(file.path))
+        except FileNotFoundError:
+            raise CheckpointNotFoundError(
+                file.path,
+                f"{file.path}, a file of {checkpoint.name}, is not on the host {os.uname().nodename}. Put it there, or "
+                "on a file system that all hosts share.",
+            ) from None
+        if stat.size != shard.size:
+            raise CorruptModelCheckpointError(
+                file.path,
+                f"{file.path} on the host {os.uname().nodename} has {stat.size} bytes, but {shard.size} on that of "
+                "rank 0. Copy it there again.",
+            )
+        files.append(ShardFile(path=file.path, stat=stat))
+
+    return replace(checkpoint, files=tuple(files), trusted=False)
 
 
 def _known(store: AssetStore | None) -> Known:

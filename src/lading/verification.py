@@ -1,18 +1,20 @@
 """Whether what is loaded is what was published or recorded: decided before the bytes are read, settled behind.
 
 Two kinds of digests are known of a checkpoint. The SHA-256 of a whole file is what sources publish; it takes a pass
-over the file. The digests of blocks of tensors (:mod:`lading.digests`) are recorded the first time that all bytes pass by;
-they are taken while a load reads, by as many threads. A file that was seen with the right digest is trusted as long as
-its state (size, times, inode) is the same.
+over the file. The digests of blocks of tensors (:mod:`lading.digests`) are recorded the first time that all bytes pass
+by; they are taken while a load reads, by as many threads. A file that was seen with the right digest is trusted as long
+as its state (size, times, inode) is the same.
 """
 
 from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +27,7 @@ from lading.checkpoint import Checkpoint
 from lading.digests import Digests, differences, recorded
 from lading.errors import CatalogError, DigestMismatchError, NotSupportedError
 from lading.fetch.verify import sha256_file
+from lading.gangs import Gang
 from lading.manifest import Manifest
 from lading.transfer.execute import hash_checkpoint
 from lading.transfer.files import ShardFile
@@ -48,14 +51,21 @@ class Expected:
 
 
 def expect(
-    checkpoint: Checkpoint, store: AssetStore | None, mode: Verify, dims: Sequence[int], *, progress: bool = False
+    checkpoint: Checkpoint,
+    store: AssetStore | None,
+    mode: Verify,
+    dims: Callable[[], array[int]],
+    *,
+    ranks: int = 1,
+    progress: bool = False,
 ) -> Expected | None:
     """What the load of a checkpoint is to be checked against; ``None``: nothing has to be checked.
 
     Files of which only a SHA-256 is known are checked here and now.
 
     :param store: ``None`` for a checkpoint that the catalog is not asked about.
-    :param dims: for each tensor the dim along which it would be cut, where nothing is recorded of it.
+    :param dims: gives for each tensor the dim along which it is to be cut, where nothing is recorded of it.
+    :param ranks: that load it together. Several do not record what is not known yet, as each sees a part only.
 
     :raises DigestMismatchError: a file is not the one that was published.
     :raises NotSupportedError: ``always``, and there is no catalog to ask.
@@ -74,21 +84,40 @@ def expect(
         _record_checks(checkpoint, checks, store)
         require_match(checks)
 
-    return Expected(digests=digests, dims=array("b", dims) if digests is None else digests.dims)
+    if digests is None and ranks > 1:
+        return None
+
+    return Expected(digests=digests, dims=dims() if digests is None else digests.dims)
 
 
 def settle(
-    checkpoint: Checkpoint, expected: Expected, found: Digests, store: AssetStore, *, progress: bool = False
+    checkpoint: Checkpoint,
+    expected: Expected,
+    found: Digests,
+    store: AssetStore | None,
+    root: Gang,
+    *,
+    progress: bool = False,
 ) -> None:
     """Compare what was read with what was expected, and record it.
 
-    Tensors that the load had no use for are read here, so that the checkpoint as a whole is known or recorded.
+    Rank 0 reads the tensors of which nobody has seen all, so that it is known of the checkpoint as a whole.
+
+    :param found: by this rank.
+    :param store: where it is recorded; only rank 0 has one.
 
     :raises DigestMismatchError: a tensor is not the one that was recorded.
     """
     manifest, files = checkpoint.manifest, checkpoint.here()
     if expected.digests is not None:
         refuse_differences(checkpoint, expected.digests, found, store)
+
+    seen = root.gather_objects(found.known)
+    if store is None:
+        return
+    if expected.digests is not None and root.size > 1:
+        # The others would have raised: what they have seen is what was expected.
+        found = _seen_by_all(expected.digests, seen)
     found = _completed(manifest, files, found, progress=progress)
     if expected.digests is not None:
         refuse_differences(checkpoint, expected.digests, found, store)
@@ -183,6 +212,12 @@ def _record_checks(checkpoint: Checkpoint, checks: Sequence[Check], store: Asset
         record_files(store.database, uri=checkpoint.uri, checks=checks)
     except (CatalogError, OSError) as error:
         log.warning("what was checked of %s is not in the catalog: %s", checkpoint.name, error)
+
+
+def _seen_by_all(expected: Digests, seen: Sequence[bytes]) -> Digests:
+    known = bytes(reduce(or_, masks) for masks in zip(*seen, strict=True))
+
+    return replace(expected, known=known)
 
 
 def _completed(manifest: Manifest, files: Sequence[ShardFile], found: Digests, *, progress: bool) -> Digests:

@@ -68,6 +68,8 @@ class FakeHub:
         self.members = {TOKEN}
         self.after_info: Callable[[], object] | None = None
         """Called once, when the next answer about a repository is on its way: what is published can change then."""
+        self.rewrite: Callable[[dict[str, Any]], object] | None = None
+        """What changes each answer about a repository, in place."""
         self._faults: dict[str, tuple[str, int]] = {}
         self._lock = threading.Lock()
         self._hub = _server(self, "hub")
@@ -97,11 +99,17 @@ class FakeHub:
         """From now on, so many times, do a thing wrong.
 
         :param target: the name of a file; or ``info``, for answers about repositories.
-        :param fault: ``corrupt`` (one bit), ``short`` (half the body), ``ignore-range``, ``wrong-range``, ``gzip``,
-            ``html``, ``slow``, ``loop`` (redirects), ``downgrade`` (a redirect to another scheme), ``other-commit``, a
-            status (``503``, ``404`` …), or ``tag:…`` (that entity tag).
+        :param fault: ``corrupt`` (one bit), ``short`` (half the body), ``long``, ``ignore-range``, ``wrong-range``,
+            ``gzip``, ``html``, ``slow`` (a second late), ``drip`` (takes four), ``loop`` (redirects), ``downgrade`` (a
+            redirect to another scheme), ``other-commit``, a status (``503`` …), or ``tag:…`` (that entity tag).
         """
         self._faults[target] = (fault, times)
+
+    def behave(self) -> None:
+        """Like a hub again, with the requests forgotten."""
+        self._faults.clear()
+        self.requests.clear()
+        self.after_info = self.rewrite = None
 
     def fault(self, target: str) -> str | None:
         with self._lock:
@@ -183,7 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
-    def _send(self, status: int, body: bytes = b"", **headers: str) -> None:
+    def _send(self, status: int, body: bytes = b"", *, drip: bool = False, **headers: str) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -191,7 +199,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            step = max(len(body) // 40, 1) if drip else len(body) or 1
+            for start in range(0, len(body), step):
+                self.wfile.write(body[start : start + step])
+                time.sleep(0.1 if drip else 0)
         raise _Answered
 
     def _fail(self, status: int, code: str | None = None, message: str = "") -> None:
@@ -210,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "loop":
             self._send(302, Location=self.hub.url + self.path)
         elif fault == "slow":
-            time.sleep(3)
+            time.sleep(1)
         elif fault is not None and fault.isdecimal():
             self._fail(int(fault))
 
@@ -259,6 +270,8 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [_sibling(name, data, "blobs" in query) for name, data in files.items()]
             answer = {"_id": "0", "id": repo.id, "sha": commit, "private": repo.private, "gated": repo.gated}
             answer["siblings"] = siblings
+            if self.hub.rewrite is not None:
+                self.hub.rewrite(answer)
             if self.hub.after_info is not None:
                 change, self.hub.after_info = self.hub.after_info, None
                 change()
@@ -346,7 +359,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "short":
             body = body[: len(body) // 2]
             self.close_connection = True
-        self._send(status, body, **headers)
+        self._send(status, body, drip=fault == "drip", **headers)
 
 
 def _sibling(name: str, data: bytes, blobs: bool) -> dict[str, Any]:

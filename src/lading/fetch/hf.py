@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from uuid import uuid4
 
-from lading.errors import FetchError
-from lading.fetch import hf_client
+from lading.errors import FetchError, PolicyError
 from lading.fetch.hf_cache import (
     CachedFile,
     cached_commit,
@@ -25,6 +24,7 @@ from lading.fetch.hf_cache import (
     snapshot_files,
     snapshot_folders,
 )
+from lading.fetch.hf_client import describe, read_range
 from lading.fetch.hf_files import fetch_files, offline_error
 from lading.fetch.hf_names import (
     HubAddress,
@@ -47,20 +47,21 @@ class HubSource:
     """A repository on the hub; a :class:`~lading.fetch.source.Source`."""
 
     kind: Literal["cache", "hub"] = "hub"
-    lists = True
+    lists: bool = True
 
     def __init__(
         self, uri: str, *, inner_path: str | None = None, revision: str | None = None, offline: bool = False
     ) -> None:
         """
         :param uri: ``hg://[org/]name[@revision][/path/inside]``, or the same with ``hf://``.
-        :param inner_path: a path inside what ``uri`` names.
+        :param inner_path: the checkpoint inside what ``uri`` names.
         :param revision: a branch, a tag or a commit, instead of the one in ``uri``.
         :param offline: whether no socket may be opened: only the cache is asked then.
 
         :raises FetchError: the URI or the revision is none.
+        :raises PolicyError: ``inner_path`` leads out of the repository.
         """
-        address = HubAddress.from_uri(uri if inner_path is None else f"{uri.rstrip('/')}/{inner_path.strip('/')}")
+        address = HubAddress.from_uri(uri)
         if revision is not None:
             check_revision(revision, uri)
 
@@ -69,8 +70,7 @@ class HubSource:
         """The id, as the URI spells it."""
         self.revision = revision or address.revision
         """As it was asked for; ``None`` for the main branch."""
-        self.inner = address.inner
-        """A path inside the repository, where the URI names one."""
+        self.inner = _inner(address.inner, inner_path)
         self._offline = offline
         self._spelled: str | None = None  # the id as the hub spells it, once it was asked
         self._pinned: str | None = None  # the commit that it then had
@@ -94,7 +94,7 @@ class HubSource:
                 raise offline_error(self.repo, f"revision {self.revision or 'main'}")
             return cached
 
-        info = hf_client.describe(self.repo, self.revision)
+        info = describe(self.repo, self.revision)
         if not isinstance(info.id, str) or not is_repo_id(info.id):
             raise FetchError(f"{self.uri}: expected the hub to answer with the id of a repository, found {info.id!r}.")
         if not isinstance(info.sha, str) or not is_commit(info.sha):
@@ -177,7 +177,7 @@ class HubSource:
         if self._offline:
             return self._read_here(snapshot, file, offset, size)
 
-        return hf_client.read_range(
+        return read_range(
             self._spelled or self.repo,
             commit,
             file.name,
@@ -263,6 +263,18 @@ class HubSource:
             temporary.replace(path)
         except OSError as error:  # a cache that is only read serves all the same
             _log.info("%s: could not note the commit of %s: %s", self.uri, revision, error)
+
+
+def _inner(path: str | None, inner_path: str | None) -> str | None:
+    """The path inside the repository, of the URI's and the card's. They are not one text: ``hg://name/x`` is an id."""
+    if inner_path is None:
+        return path
+
+    inner = inner_path.rstrip("/")
+    if not is_file_name(inner):
+        raise PolicyError(f"`checkpoint_path` must be a path inside the checkpoint, but is {inner_path!r}.")
+
+    return inner if path is None else f"{path}/{inner}"
 
 
 def _in_folder(folder: Path, commit: str, file: RemoteFile) -> Path | None:

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lading.errors import DigestMismatchError, FetchError
-from lading.fetch import hf_client
+from lading.errors import DigestMismatchError, FetchError, ModelCheckpointError
 from lading.fetch.hf_cache import folder_name, hub_cache
+from lading.fetch.hf_client import download
 from lading.fetch.hf_names import is_commit
 from lading.fetch.source import FetchedFile, Known, RemoteFile
 from lading.fetch.verify import sha256_file
@@ -77,7 +77,11 @@ class _Job:
         for place in (here, None if file.sha256 is None else self.known(file.sha256)):
             if place is None:
                 continue
-            seen = _check(place, file, count)
+            try:
+                seen = _check(place, file, count)
+            except (ModelCheckpointError, OSError) as error:  # it is gone, or not for us
+                _log.warning("%s is left aside: %s", place, error)
+                continue
             if seen.good is not None:
                 return seen.good
             count(-seen.size)
@@ -124,7 +128,7 @@ class _Job:
             came += size
             count(size)
 
-        path = Path(hf_client.download(self.repo, self.commit, file.name, force=force, advance=advance))
+        path = Path(download(self.repo, self.commit, file.name, force=force, advance=advance))
         expected = hub_cache().resolve() / folder_name(self.repo) / "snapshots" / self.commit / file.name
         if path != expected:
             raise FetchError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import mmap
 import os
 import threading
@@ -22,7 +21,7 @@ from lading.transfer.hashing import Hasher
 from lading.transfer.leaves import Part
 from lading.transfer.memory import RING_DEPTH, Arena, NoArena, create_arena, map_file, populate, view
 from lading.transfer.plan import ARENA, Plan, plan_pass
-from lading.transfer.reader import STEP, Reader, ReadStep, RowStep, read_steps, row_steps
+from lading.transfer.reader import STEP, Reader, steps_of
 
 POPULATE_STEP = 64 << 20
 """Bytes of a mapping that a thread makes present before it takes the next part: shards are few, and differ in size."""
@@ -219,8 +218,7 @@ def _read(
     label: str | None,
 ) -> None:
     """Run the reads, and have what they read hashed."""
-    steps: Iterator[ReadStep | RowStep] = itertools.chain(read_steps(plan, hasher), row_steps(plan, hasher))
-    _drive(steps, lambda: Reader(plan, shards, arena, hasher), threads, plan.read_bytes, label)
+    _drive(steps_of(plan, hasher), lambda: Reader(plan, shards, arena, hasher), threads, plan.read_bytes, label)
 
 
 def _hash(hasher: Hasher, mappings: Mapping[int, mmap.mmap], threads: int, label: str | None) -> None:

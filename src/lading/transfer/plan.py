@@ -17,7 +17,7 @@ ARENA = -1
 """The home of a tensor that is read into memory of its own."""
 
 
-GAP = 16 << 10
+GAP = 32 << 10
 """Bytes between two runs that are read with them rather than by-passed: what a system call costs more than a copy."""
 
 LONG_RUN = 256 << 10

@@ -1,4 +1,4 @@
-"""How one thread reads its share of a plan: in steps, each straight to its place, or by way of a small buffer."""
+"""How one thread reads: the steps that a plan is cut into, and the way of each into memory."""
 
 from __future__ import annotations
 
@@ -26,43 +26,40 @@ ROWS_CHUNK = 1 << 20
 """Bytes that are read at once where gaps are read too: they have to stay in a core's cache until they are copied."""
 
 
-class ReadStep(NamedTuple):
-    """A part of a read."""
+class Step(NamedTuple):
+    """A part of a read of the plan."""
 
     read: int
+    """Its number."""
     offset: int
     """In the file."""
     size: int
+    """Bytes."""
 
 
 class RowStep(NamedTuple):
-    """A part of the runs of an entry of the plan's rows."""
+    """A part of rows of the plan: runs at equal distances, which follow one another in memory."""
 
     rows: int
+    """Their number."""
     first: int
-    num: int
+    """The first run."""
+    runs: int
 
 
-def read_steps(plan: Plan, hasher: Hasher | None) -> Iterator[ReadStep]:
+def steps_of(plan: Plan, hasher: Hasher | None) -> Iterator[Step | RowStep]:
+    """All that a plan reads, in steps for several threads."""
     for read, (offset, size, cast) in enumerate(zip(plan.offsets, plan.sizes, plan.casts, strict=True)):
         item, _ = _item_sizes(plan.conversions[cast])
         for at, count in _pieces(hasher, read, offset, size, STEP, item):
-            yield ReadStep(read, at, count)
+            yield Step(read, at, count)
 
-
-def row_steps(plan: Plan, hasher: Hasher | None) -> Iterator[RowStep]:
-    rows = plan.rows
-    for i, (stride, length, count) in enumerate(zip(rows.strides, rows.lengths, rows.counts, strict=True)):
-        at_once = _rows_at_once(STEP, stride if reads_gaps(stride, length) else length, hasher, i)
+    for number, (stride, length, count) in enumerate(
+        zip(plan.rows.strides, plan.rows.lengths, plan.rows.counts, strict=True)
+    ):
+        at_once = _runs_at_once(hasher, number, STEP, stride if reads_gaps(stride, length) else length)
         for first in range(0, count, at_once):
-            yield RowStep(i, first, min(count - first, at_once))
-
-
-def _rows_at_once(most: int, distance: int, hasher: Hasher | None, rows: int) -> int:
-    """How many runs, of ``distance`` bytes each, are read at once."""
-    together = 1 if hasher is None else hasher.rows_together(rows)
-
-    return max(1, most // distance // together) * together
+            yield RowStep(number, first, min(count - first, at_once))
 
 
 def _pieces(
@@ -85,6 +82,13 @@ def _pieces(
         at = stop
 
 
+def _runs_at_once(hasher: Hasher | None, number: int, most: int, distance: int) -> int:
+    """How many runs of the plan's rows ``number`` are read at once, which take ``distance`` bytes each."""
+    together = 1 if hasher is None else hasher.rows_together(number)
+
+    return max(1, most // distance // together) * together
+
+
 def _item_sizes(conversion: tuple[str, str]) -> tuple[int, int]:
     source, target = conversion
 
@@ -98,14 +102,15 @@ class Reader:
         self._plan = plan
         self._shards = shards
         self._arena = arena
+        self._chunk = CAST_CHUNK if arena.on_host else STEP
         self._hasher = hasher
         self._leaves = None if hasher is None else hasher.thread()
-        self._chunk = CAST_CHUNK if arena.on_host else STEP
         self._stage: Stage | None = None
         self._bounce: mmap.mmap | None = None
 
-    def run(self, step: ReadStep | RowStep) -> int:
-        return self._run_rows(*step) if isinstance(step, RowStep) else self._run(*step)
+    def run(self, step: Step | RowStep) -> int:
+        """Do a step; returns the bytes that were read."""
+        return self._run(*step) if isinstance(step, Step) else self._run_rows(*step)
 
     def _run(self, read: int, offset: int, size: int) -> int:
         plan = self._plan
@@ -124,70 +129,11 @@ class Reader:
         for at, count in _pieces(self._hasher, read, offset, size, self._chunk, source_size):
             # Past the page cache, a byte must land where it is in its page; items have to be aligned all the same.
             skip = at % PAGE if cold and at % source_size == 0 else 0
-            self._fill(file, read, at, stage.take()[skip : skip + count], direct=cold and (at - skip) % PAGE == 0)
+            memory = stage.take()[skip : skip + count]
+            self._fill(file, read, at, memory, direct=cold and (at - skip) % PAGE == 0)
             stage.put(skip, count, place + (at - offset) // source_size * target_size, source, target)
 
         return size
-
-    def _run_rows(self, i: int, first: int, count: int) -> int:
-        """Read runs at equal distances; in memory one follows the other."""
-        plan, rows = self._plan, self._plan.rows
-        file, cast = self._shards[rows.shards[i]], rows.casts[i]
-        stride, length = rows.strides[i], rows.lengths[i]
-        source, target = plan.conversions[cast]
-        source_size, target_size = _item_sizes((source, target))
-        gaps = reads_gaps(stride, length)
-        distance = stride if gaps else length
-        cold = file.is_cold(rows.offsets[i] + first * stride)
-        if cold and not gaps:
-            file.advise_random()
-
-        at_once = _rows_at_once(ROWS_CHUNK, distance, self._hasher, i)
-        for begin in range(first, first + count, at_once):
-            num = min(first + count - begin, at_once)
-            place = rows.targets[i] + begin * length // source_size * target_size
-            memory = self._arena.direct(place, num * length) if cast == 0 else None
-            stage = self._get_stage() if memory is None else None
-            if stage is not None:
-                memory = stage.take()[: num * length]
-            assert memory is not None
-
-            offset = rows.offsets[i] + begin * stride
-            if gaps:
-                bounce = self._read_bounce(file, offset, (num - 1) * stride + length, cold)
-                packed = torch.frombuffer(memory, dtype=torch.uint8).view(num, length)
-                packed.copy_(bounce.as_strided((num, length), (stride, 1), bounce.storage_offset()))
-            else:
-                for row in range(num):
-                    file.fill(offset + row * stride, memory[row * length : (row + 1) * length])
-
-            if self._hasher is not None and self._leaves is not None:
-                parts = self._hasher.in_rows(i, begin * length, (begin + num) * length)
-                self._leaves.parts(parts, begin * length, memory)
-            if stage is not None:
-                stage.put(0, num * length, place, source, target)
-
-        return (count - 1) * distance + length
-
-    def _read_bounce(self, file: OpenShard, offset: int, size: int, cold: bool) -> Tensor:
-        """The bytes of the file, until the next call."""
-        if self._bounce is None:
-            self._bounce = mmap.mmap(-1, max(ROWS_CHUNK, LEAF) + 2 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-        # Congruent to the file, and of whole pages, so that all of it can come past the page cache.
-        skew = offset % PAGE
-        begin = offset - skew
-        end = min(-(-(offset + size) // PAGE) * PAGE, file.file.stat.size) if cold else offset + size
-        first = 0 if cold else skew
-        file.fill(begin + first, memoryview(self._bounce)[first : end - begin], direct=cold)
-
-        return torch.frombuffer(self._bounce, dtype=torch.uint8, count=size, offset=skew)
-
-    def _get_stage(self) -> Stage:
-        if self._stage is None:
-            self._stage = self._arena.stage(max(self._chunk, LEAF) + PAGE)
-
-        return self._stage
 
     def _fill(self, file: OpenShard, read: int, offset: int, memory: memoryview, *, direct: bool) -> None:
         """Read a piece, and have it hashed before it leaves the cache."""
@@ -201,6 +147,67 @@ class Reader:
             file.fill(at, part, direct=direct)
             self._leaves.parts(self._hasher.in_read(read, at, at + count), at, part)
 
+    def _run_rows(self, number: int, begin: int, runs: int) -> int:
+        rows = self._plan.rows
+        file, cast = self._shards[rows.shards[number]], rows.casts[number]
+        stride, length = rows.strides[number], rows.lengths[number]
+        source, target = self._plan.conversions[cast]
+        source_size, target_size = _item_sizes((source, target))
+        offset = rows.offsets[number] + begin * stride
+        place = rows.targets[number] + begin * length // source_size * target_size
+        cold = file.is_cold(offset)
+        gaps = reads_gaps(stride, length)
+        at_once = _runs_at_once(self._hasher, number, ROWS_CHUNK, stride if gaps else length)
+        if cold and not gaps:
+            file.advise_random()
+
+        for first in range(0, runs, at_once):
+            count = min(runs - first, at_once)
+            at, to = offset + first * stride, place + first * length // source_size * target_size
+            memory = self._arena.direct(to, count * length) if cast == 0 else None
+            stage = self._get_stage() if memory is None else None
+            if stage is not None:
+                memory = stage.take()[: count * length]
+            assert memory is not None
+
+            if gaps:
+                bounce = self._read_bounce(file, at, (count - 1) * stride + length, cold)
+                packed = torch.frombuffer(memory, dtype=torch.uint8).view(count, length)
+                packed.copy_(bounce.as_strided((count, length), (stride, 1), bounce.storage_offset()))
+            else:
+                for i in range(count):
+                    file.fill(at + i * stride, memory[i * length : (i + 1) * length])
+
+            if self._hasher is not None and self._leaves is not None:
+                done = (begin + first) * length
+                self._leaves.parts(self._hasher.in_rows(number, done, done + count * length), done, memory)
+            if stage is not None:
+                stage.put(0, count * length, to, source, target)
+
+        return (runs - 1) * (stride if gaps else length) + length
+
+    def _read_bounce(self, file: OpenShard, offset: int, size: int, cold: bool) -> Tensor:
+        """The bytes of the file, until the next call."""
+        if self._bounce is None:
+            most = max(ROWS_CHUNK, LEAF) + 2 * PAGE
+            self._bounce = mmap.mmap(-1, most, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+        # Congruent to the file, and of whole pages, so that all of it can come past the page cache.
+        skew = offset % PAGE
+        begin = offset - skew
+        end = min(-(-(offset + size) // PAGE) * PAGE, file.file.stat.size) if cold else offset + size
+        first = 0 if cold else skew
+        file.fill(begin + first, memoryview(self._bounce)[first : end - begin], direct=cold)
+
+        return torch.frombuffer(self._bounce, dtype=torch.uint8, count=size, offset=skew)
+
+    def _get_stage(self) -> Stage:
+        if self._stage is None:
+            self._stage = self._arena.stage(max(self._chunk, ROWS_CHUNK, LEAF) + PAGE)
+
+        return self._stage
+
     def finish(self) -> None:
+        """Return when all that was read is where it belongs."""
         if self._stage is not None:
             self._stage.finish()
