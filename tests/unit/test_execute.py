@@ -429,7 +429,7 @@ def test_the_part_of_a_rank_is_vouched_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, on_device: bool, rank: int
 ) -> None:
     # Columns whose gaps are read, and columns whose gaps are not; long runs; rows.
-    shapes = [(100, 1536), (40, 65536), (3, 8, 300_000), (64, 1000)]
+    shapes = [(800, 6144), (50, 60_000), (3, 8, 300_000), (64, 1000)]
     dims = [1, 1, 1, 0]
     manifest, file = checkpoint(tmp_path, [("BF16", shape) for shape in shapes])
     boxes = []
