@@ -28,7 +28,7 @@ from weakref import WeakSet
 from lading.errors import GangError
 from lading.gangs.failure import Failure
 from lading.gangs.private import PrefixStore, Store, store_host
-from lading.gangs.switchboard import GREETING, Header, Outbox, Payload, Switchboard, prepare, read_frame
+from lading.gangs.switchboard import GREETING, Header, Outbox, Payload, Switchboard, beat, prepare, read_frame, silence
 
 
 @dataclass(slots=True)
@@ -46,6 +46,7 @@ class Line:
     """
 
     def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
+        self._id = secrets.token_hex(8)
         self._rank = rank
         self._size = size
         self._timeout = timeout
@@ -56,6 +57,7 @@ class Line:
         self._gone: list[int] = []
         self._broken: GangError | None = None
         self._heard = time.monotonic()
+        self._silent: list[int] = []
         self._working = 0
         self._switchboard: Switchboard | None = None
 
@@ -112,6 +114,10 @@ class Line:
 
         return verdict.payloads if verdict.how == "ok" else self._judge(verdict, what)
 
+    def position(self, members: tuple[int, ...]) -> tuple[object, ...]:
+        """How far the calls of a gang have come."""
+        return self._id, members, self._epoch, self._calls.get(members, 0)
+
     def check(self) -> None:
         """Return if, as far as is known here, all ranks are well.
 
@@ -120,18 +126,45 @@ class Line:
         with self._news:
             self._check()
 
-    def settle(self) -> None:
-        """Wait a moment for bad news: what a death breaks is seen before it is known who died."""
-        with self._news:
-            self._news.wait_for(lambda: bool(self._gone or self._broken), 2)
+    def suspects(self) -> list[int]:
+        """The ranks that seem to be stopped, where something between ranks has broken or not ended in time.
 
-    def watch(self, done: Callable[[], bool]) -> None:
-        """Wait until ``done()``, for as long as all ranks are well."""
-        pause = 2e-5
-        while not done():
+        It waits a moment for bad news, as what a death breaks is seen before it is known who died.
+
+        :raises GangError: what :meth:`check` raises.
+        """
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
             self.check()
-            time.sleep(pause)
-            pause = min(2 * pause, 5e-3)
+            time.sleep(0.05)
+        if time.monotonic() > self._heard + silence(self._timeout):
+            return [0]
+
+        return self._silent
+
+    def watch(self, done: Callable[[], bool], what: str) -> None:
+        """Wait until ``done()``, for as long as all ranks are well, and no longer than the timeout.
+
+        :raises GangError: it is not done, and why.
+        """
+        pause, end = 2e-5, time.monotonic() + self._timeout + 2
+        with self.at_work():  # for the others: it is not this rank that is late
+            while not done():
+                self.check()
+                if time.monotonic() > end:
+                    raise self.blame(what, f"it did not end within {self._timeout:g} s")
+                time.sleep(pause)
+                pause = min(2 * pause, 5e-3)
+
+    def blame(self, what: str, why: object) -> GangError:
+        """The error for something between ranks that broke; it names those that seem to be the cause.
+
+        :raises GangError: what :meth:`check` raises, which says more.
+        """
+        suspects = self.suspects()
+        stopped = f"; {_names(suspects)} gave no sign of life for some time" if suspects else ""
+
+        return GangError(f"{what} failed on rank {self._rank}: {why}{stopped}", ranks=suspects)
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -195,8 +228,8 @@ class Line:
             return Failure.merge([Failure.load(p) for p in verdict.payloads])
         if verdict.how == "late":
             raise GangError(
-                f"{_names(verdict.ranks)} did not come to {what} within {self._timeout:g} s and gave no sign of life: "
-                "stopped, or at something else",
+                f"{_names(verdict.ranks)} did not come to {what} within {self._timeout:g} s: stopped, or busy with "
+                "something else without saying so",
                 ranks=verdict.ranks,
             )
 
@@ -267,7 +300,9 @@ class Line:
 
     def _hear(self, header: Header, payload: memoryview) -> None:
         self._heard = time.monotonic()
-        if header["is"] == "gone":
+        if header["is"] == "ping":
+            self._silent = header["silent"]
+        elif header["is"] == "gone":
             self._gone = sorted({*self._gone, header["rank"]})
         elif header["is"] == "verdict":
             payloads, at = [], 0
@@ -278,9 +313,8 @@ class Line:
 
     async def _beat(self) -> None:
         while True:
-            await asyncio.sleep(min(1.0, self._timeout / 4))
-            if self._working:
-                self._outbox.put({"is": "beat"})
+            self._outbox.put({"is": "beat", "working": self._working > 0})
+            await asyncio.sleep(beat(self._timeout))
 
     def _sockets(self) -> list[socket.socket]:
         return [self._sock, *(self._switchboard.sockets if self._switchboard else ())]
