@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from workers import Outcome, Pool
 
 from lading.errors import CorruptModelCheckpointError, GangError, InternalError, ModelGatedError
 from lading.gangs import Gang, Gangs, create_gangs
 from lading.gangs.failure import KNOWN
+from lading.gangs.switchboard import GREETING
 
 SOON = 9.0
 """Seconds within which a rank that is gone, or can still speak, is known to all."""
@@ -460,10 +468,11 @@ def step(point: str, victim: int, timeout: float, mark: str) -> None:
         Path(mark).touch()
         time.sleep(60)
 
-    os.environ.setdefault("RANK", "0")
     here = int(os.environ["RANK"]) == victim
-    if here and point == "create":
-        stay()
+    if point == "create":
+        dist.init_process_group("gloo")
+        if here:
+            stay()
     gangs = _gangs(timeout=timeout, tp=2)
     root = gangs.root
     if here and point == "before":
@@ -472,12 +481,10 @@ def step(point: str, victim: int, timeout: float, mark: str) -> None:
     if here and point == "after":
         stay()
     if here and point == "reduce":
-        gangs.tp.all_reduce(torch.ones(3))
         stay()
     gangs.tp.all_reduce(torch.ones(3))
-    if point == "reduce":
-        # Those of another tp gang wait at a call that the victim's neighbour never comes to.
-        gangs.tp.all_reduce(torch.ones(3))
+    if point == "all reduce":
+        root.all_reduce(torch.ones(3)) if not here else stay()
     if here and point == "wait":
         Path(mark).touch()
     elif point == "wait":
@@ -487,10 +494,17 @@ def step(point: str, victim: int, timeout: float, mark: str) -> None:
 
 @contextmanager
 def _struck(
-    tmp_path: Path, point: str, victim: int, number: signal.Signals, *, size: int = 4, timeout: float = 60
+    tmp_path: Path,
+    point: str,
+    victim: int,
+    number: signal.Signals,
+    *,
+    size: int = 4,
+    timeout: float = 60,
+    agent: bool = True,
 ) -> Iterator[Pool]:
     mark = tmp_path / "mark"
-    with Pool(size) as pool:
+    with Pool(size, agent=agent) as pool:
         pool.start(step, point, victim, timeout, str(mark))
         while not mark.exists():
             time.sleep(0.01)
@@ -499,7 +513,9 @@ def _struck(
         yield pool
 
 
-KILLED = [(p, v) for v in (0, 3) for p in ("before", "produce", "after", "reduce", "wait") if p != "produce" or v == 0]
+POINTS = ("before", "after", "reduce", "all reduce", "wait")
+KILLED = [("produce", 0), *((point, victim) for victim in (0, 3) for point in POINTS)]
+STOPPED = [("create", 3), ("produce", 0), ("reduce", 3), ("all reduce", 0), ("wait", 0)]
 
 
 @pytest.mark.parametrize(("point", "victim"), KILLED)
@@ -510,10 +526,208 @@ def test_a_rank_is_killed(tmp_path: Path, point: str, victim: int) -> None:
     _all_are_gang_errors(outcomes, victim)
 
 
-@pytest.mark.parametrize(("point", "victim"), [("before", 3), ("produce", 0), ("reduce", 3), ("wait", 0)])
+@pytest.mark.parametrize(("point", "victim"), STOPPED)
 def test_a_rank_is_stopped_and_goes_on_too_late(tmp_path: Path, point: str, victim: int) -> None:
     with _struck(tmp_path, point, victim, signal.SIGSTOP, timeout=TIMEOUT) as pool:
-        _all_are_gang_errors(pool.collect(within=30, without=[victim]), victim, within=TIMEOUT + 4)
+        _all_are_gang_errors(pool.collect(within=30, without=[victim]), victim, within=TIMEOUT + 5)
         if point == "wait":
             pool.send(victim, signal.SIGCONT)
             assert isinstance(pool.collect(within=30)[victim].error, GangError)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_is_killed_that_served_the_store(tmp_path: Path, victim: int) -> None:
+    with _struck(tmp_path, "after", victim, signal.SIGKILL, size=2, agent=False) as pool:
+        outcomes = pool.collect(within=30)
+    assert outcomes.pop(victim).dead
+    _all_are_gang_errors(outcomes, victim)
+
+
+def interrupted(victim: int, mark: str) -> Any:
+    root = _gangs().root
+    if root.rank != victim:
+        time.sleep(2)
+    else:
+        Path(mark).touch()
+    raised = _raised(root.agree)
+    again = _raised(lambda: root.agree(raised))
+    root.agree()
+    return type(raised), again is raised, str(raised)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_is_interrupted_while_it_waits(tmp_path: Path, victim: int) -> None:
+    mark = tmp_path / "mark"
+    with Pool(2) as pool:
+        pool.start(interrupted, victim, str(mark))
+        while not mark.exists():
+            time.sleep(0.01)
+        time.sleep(0.3)
+        pool.send(victim, signal.SIGINT)
+        outcomes = [outcome.get() for outcome in pool.collect(within=30)]
+    assert outcomes.pop(victim)[:2] == (KeyboardInterrupt, True)
+    assert outcomes == [(GangError, True, f"rank {victim}: KeyboardInterrupt")]
+
+
+def leaves(how: str) -> None:
+    root = _gangs().root
+    if root.rank == 1:
+        if how == "close":
+            _gangs().close()
+            return
+        if how == "exit":
+            os._exit(0)
+        child = os.fork()
+        if child == 0:
+            time.sleep(20)  # as a worker of a data loader that has not noticed yet
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    root.agree()
+
+
+@pytest.mark.parametrize("how", ["close", "exit", "fork"])
+def test_a_rank_leaves(how: str) -> None:
+    with Pool(2) as pool:
+        pool.start(leaves, how)
+        _all_are_gang_errors(pool.collect(within=30, without=[1]), 1)
+
+
+def error_amid_collectives() -> Any:
+    gangs = _gangs(tp=2)
+    root, start = gangs.root, time.monotonic()
+    try:
+        if root.rank == 3:
+            raise CorruptModelCheckpointError("/x", "bad header")
+        gangs.tp.all_reduce(torch.ones(3))
+        root.all_reduce(torch.ones(3))
+    except Exception as ex:
+        error: Exception | None = ex
+    else:
+        error = None
+    raised = _raised(lambda: root.agree(error))
+    took = time.monotonic() - start
+    root.agree()  # control goes on, whatever has become of the process groups
+    return type(raised), str(raised), took
+
+
+def test_an_error_reaches_those_who_are_in_a_collective() -> None:
+    with Pool(4) as pool:
+        outcomes = pool.values(error_amid_collectives)
+    assert outcomes.pop()[0] is CorruptModelCheckpointError
+    for kind, text, took in outcomes:
+        assert (kind, text) == (GangError, "rank 3: CorruptModelCheckpointError: bad header")
+        assert took < SOON
+
+
+def existing_group(path: str) -> Any:
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=size)
+    with create_gangs(sdp=2) as one, create_gangs(tp=2) as two:
+        both = one.root.first(lambda: "one"), two.root.first(lambda: "two")
+        tensor = torch.ones(1)
+        two.tp.all_reduce(tensor)
+        two.root.barrier()
+    return both, tensor.item()
+
+
+def test_a_process_group_that_is_there_is_used(tmp_path: Path) -> None:
+    with Pool(2) as pool:
+        assert pool.values(existing_group, str(tmp_path / "store")) == [(("one", "two"), 2.0)] * 2
+
+
+def strangers() -> Any:
+    gangs = _gangs()
+    line = gangs.root.line
+    assert line is not None
+    if gangs.root.rank == 0:
+        assert line._switchboard is not None
+        address = line._switchboard.sockets[0].getsockname()
+        for greeting in (b"", b"GET / HTTP/1.1\r\n\r\n" + b" " * 100, GREETING.pack(b"\0" * 32, 1), b"\0" * 40):
+            with socket.create_connection(address) as sock:
+                sock.sendall(greeting)
+                sock.shutdown(socket.SHUT_WR)
+                try:
+                    assert sock.recv(100) == b""
+                except ConnectionResetError:
+                    pass
+        return gangs.root.first(lambda: address[0])
+    return gangs.root.first(lambda: None)
+
+
+def test_strangers_are_sent_away(pool2: Pool) -> None:
+    assert pool2.values(strangers) == ["127.0.0.1", "127.0.0.1"]
+
+
+# --- the long matrix -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_eight_ranks_in_all_layouts() -> None:
+    with Pool(8) as pool:
+        for pp, sdp, tp in itertools.product((1, 2, 4, 8), repeat=3):
+            if 8 % (pp * sdp * tp) == 0:
+                found = pool.values(layout, {"pp": pp, "sdp": sdp, "tp": tp})
+                for rank, gangs in enumerate(found):
+                    assert rank in gangs["tp"]
+                    assert gangs["tp"] == tuple(range(rank - rank % tp, rank - rank % tp + tp))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("victim", [0, 1, 5, 7])
+@pytest.mark.parametrize("point", ["create", *POINTS])
+def test_one_of_eight_is_struck(tmp_path: Path, point: str, victim: int, number: signal.Signals) -> None:
+    with _struck(tmp_path, point, victim, number, size=8, timeout=TIMEOUT) as pool:
+        _all_are_gang_errors(pool.collect(within=30, without=[victim]), victim, within=TIMEOUT + 6)
+
+
+def many_calls(seed: int) -> int:
+    gangs, draw = _gangs(tp=2, sdp=2), random.Random(seed)
+    failures = 0
+    for i in range(300):
+        bad = draw.choice([None] * 6 + [draw.randrange(8)])
+        call = draw.choice(["first", "agree", "barrier", "tp", "sdp"])
+        time.sleep(random.random() * 0.003)
+        try:
+            if bad == gangs.root.rank:
+                raise ValueError(i)
+            if call == "first":
+                assert gangs.root.first(partial(int, i)) == i
+            elif call == "tp":
+                assert gangs.tp.first(partial(int, i)) == i
+            elif call == "sdp":
+                gangs.sdp.agree()
+            elif call == "barrier":
+                gangs.root.barrier()
+        except (GangError, ValueError) as ex:
+            error: Exception | None = ex
+        else:
+            error = None
+        try:
+            gangs.root.agree(error)
+        except (GangError, ValueError):
+            failures += 1
+            assert bad is not None
+        else:
+            assert bad is None
+    return failures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_calls_stay_in_step_through_errors(seed: int) -> None:
+    with Pool(8) as pool:
+        assert len(set(pool.values(many_calls, seed, within=280))) == 1
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from lading import create_gangs\n"
+        "with create_gangs(tp=2) as gangs:\n"
+        "    print(gangs.root.gather_objects(gangs.root.rank), gangs.root.first(lambda: 'told'), flush=True)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert out.stdout.splitlines() == ["[0, 1] told"] * 2

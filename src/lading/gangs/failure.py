@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from lading.errors import GangError
@@ -38,15 +39,16 @@ class Failure:
         ranks: tuple[int, ...] = (rank,)
         if isinstance(error, GangError):
             text, ranks = message, error.ranks  # a rank that only passes on what it has heard is not to blame
-        # After a MemoryError there may be no memory for more than the words.
-        try:
+        trace, pickled = "", b""
+        with suppress(Exception):  # after a MemoryError there may be no memory for more than the words
             trace = "".join(traceback.format_exception(error))
+        try:
             pickled = pickle.dumps(error)
             back = pickle.loads(pickled)
             if type(back) is not type(error) or str(back) != message:
                 pickled = b""
         except Exception:
-            trace, pickled = "", b""
+            pickled = b""
 
         return cls(rank, ranks, text, trace, pickled)
 

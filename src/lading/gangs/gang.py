@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lading.errors import GangError, InternalError
 from lading.gangs.digest import differences, digest, flatten
-from lading.gangs.failure import KNOWN, Failure
+from lading.gangs.failure import Failure
 from lading.gangs.line import Line
 
 T = TypeVar("T")
@@ -122,19 +122,17 @@ class Gang:
     def _exchange(self, what: str, payload: bytes = b"", *, as_is: bool = False) -> list[memoryview]:
         """What all ranks bring; where one brings an exception, it is raised: in a GangError, or as it is."""
         assert self.line is not None
-        try:
-            answer = self.line.exchange(self.ranks, what, payload)
-            if isinstance(answer, Failure):
-                error = answer.exception() if as_is and answer.ranks == self.ranks[:1] else None
-                raise error if isinstance(error, Exception) else answer.as_gang_error()
-        except Exception as ex:
-            self._remember(ex)
-            raise
+        answer = self.line.exchange(self.ranks, what, payload)
+        if isinstance(answer, Failure):
+            found = answer.exception() if as_is and answer.ranks == self.ranks[:1] else None
+            error = found if isinstance(found, Exception) else answer.as_gang_error()
+            self.line.remember(self.ranks, error)
+            raise error
 
         return answer
 
     def _bring(self, what: str, error: BaseException) -> None:
-        if self.line is None or self._is_known(error):
+        if self.line is None or self.line.is_known(self.ranks, error):
             return
 
         failure = Failure.of(self.ranks[self.rank], error)
@@ -142,20 +140,7 @@ class Gang:
             self.line.exchange(self.ranks, what, failure.dump(), failed=True)
         except GangError:
             pass  # whatever else is wrong with the gang, the error of this rank says more
-        self._remember(error)
-
-    def _remember(self, error: BaseException) -> None:
-        assert self.line is not None
-        setattr(error, KNOWN, self.line.position(self.ranks))
-
-    def _is_known(self, error: BaseException | None) -> bool:
-        assert self.line is not None
-        while error is not None:
-            if getattr(error, KNOWN, None) == self.line.position(self.ranks):
-                return True
-            error = error.__cause__ or error.__context__
-
-        return False
+        self.line.remember(self.ranks, error)
 
     def same(self, value: object, what: str) -> None:
         """Return if all ranks pass the same value: a card, a config, a dtype, a mapping or sequence of them.

@@ -21,14 +21,26 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from threading import Condition, Thread
 from typing import Any
 from weakref import WeakSet
 
 from lading.errors import GangError
-from lading.gangs.failure import Failure
+from lading.gangs.failure import KNOWN, Failure
 from lading.gangs.private import PrefixStore, Store, store_host
-from lading.gangs.switchboard import GREETING, Header, Outbox, Payload, Switchboard, beat, prepare, read_frame, silence
+from lading.gangs.switchboard import (
+    GRACE,
+    GREETING,
+    Header,
+    Outbox,
+    Payload,
+    Switchboard,
+    beat,
+    prepare,
+    read_frame,
+    silence,
+)
 
 
 @dataclass(slots=True)
@@ -70,7 +82,7 @@ class Line:
                 _leave_address(place, store_host(store), listener, token)
             self._sock = _connect(place, rank, timeout)
         except (OSError, RuntimeError, ValueError) as ex:
-            raise GangError(f"rank {rank} cannot reach rank 0: {ex}") from ex
+            raise GangError(f"rank {rank} cannot reach rank 0: {ex}", ranks=(0,)) from ex
 
         self._loop = asyncio.new_event_loop()
         self._outbox = Outbox(self._sock)
@@ -99,24 +111,35 @@ class Line:
         self._post(put, payload)
         try:
             verdict = self._await(members, seq, what)
-        except GangError:
+            self._adopt(members, verdict)
+            return verdict.payloads if verdict.how == "ok" else self._judge(verdict, what)
+        except GangError as ex:
+            self.remember(members, ex)
             raise
         except BaseException as ex:
             # An interrupt: the others must not wait for, nor count on, a rank that has left.
             self._post({**put, "failed": True}, Failure.of(self._rank, ex).dump())
+            with contextlib.suppress(GangError):
+                verdict = self._await(members, seq, what, patience=GRACE + 2)
+                self._adopt(members, verdict)
+                if verdict.how != "ok":
+                    self.remember(members, ex)
             raise
 
-        if verdict.how != "ok" and len(members) == self._size:
-            self._epoch += 1
-            self._calls.clear()
-            with self._news:
-                self._verdicts.clear()
+    def remember(self, members: tuple[int, ...], error: BaseException) -> None:
+        """Note that a call has told all members of this error, so that no other call has to."""
+        setattr(error, KNOWN, self._position(members))
 
-        return verdict.payloads if verdict.how == "ok" else self._judge(verdict, what)
+    def is_known(self, members: tuple[int, ...], error: BaseException | None) -> bool:
+        """Whether the last call has told all members of this error, or of one that it came from."""
+        seen: set[int] = set()
+        while error is not None and id(error) not in seen:
+            if getattr(error, KNOWN, None) == self._position(members):
+                return True
+            seen.add(id(error))
+            error = error.__cause__ or error.__context__
 
-    def position(self, members: tuple[int, ...]) -> tuple[object, ...]:
-        """How far the calls of a gang have come."""
-        return self._id, members, self._epoch, self._calls.get(members, 0)
+        return False
 
     def check(self) -> None:
         """Return if, as far as is known here, all ranks are well.
@@ -188,7 +211,17 @@ class Line:
 
     # --- waiting, in the thread of the caller ------------------------------------------------------------------------
 
-    def _await(self, members: tuple[int, ...], seq: int, what: str) -> _Verdict:
+    def _position(self, members: tuple[int, ...]) -> tuple[object, ...]:
+        return self._id, members, self._epoch, self._calls.get(members, 0)
+
+    def _adopt(self, members: tuple[int, ...], verdict: _Verdict) -> None:
+        if verdict.how != "ok" and len(members) == self._size:
+            self._epoch += 1
+            self._calls.clear()
+            with self._news:
+                self._verdicts.clear()
+
+    def _await(self, members: tuple[int, ...], seq: int, what: str, patience: float = float("inf")) -> _Verdict:
         start = time.monotonic()
         with self._news:
             while True:
@@ -197,6 +230,8 @@ class Line:
                     return verdict
 
                 self._check()
+                if time.monotonic() > start + patience:
+                    raise GangError(f"there is no answer to {what}")
                 if time.monotonic() - max(start, self._heard) > self._timeout + 1:
                     # One that has left does not come back: what it brought may be used by others no more.
                     self._loop.call_soon_threadsafe(self._stop)
@@ -320,6 +355,7 @@ class Line:
         return [self._sock, *(self._switchboard.sockets if self._switchboard else ())]
 
     def _abandon(self) -> None:
+        self._broken = GangError("a forked process is not a member of the gangs of its parent")
         for sock in self._sockets():
             sock.close()
 
@@ -364,6 +400,7 @@ def _leave_address(place: Store, host: str | None, listener: socket.socket, toke
 
 
 def _connect(place: Store, rank: int, timeout: float) -> socket.socket:
+    place.wait(["address"], timedelta(seconds=timeout))
     port, token, *hosts = place.get("address").decode().split(" ")
     deadline = time.monotonic() + min(timeout, 60)
     while True:
