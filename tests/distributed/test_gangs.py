@@ -1,18 +1,15 @@
-"""Gangs of real processes: what one rank gets all get, and whatever happens to a rank, nobody waits for it in vain."""
+"""Gangs of real processes: what one rank gets all get, and who differs is named."""
 
 from __future__ import annotations
 
 import itertools
 import os
-import random
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -22,51 +19,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from gang_tools import check_gang_errors, gangs_of, raised_by
 from torch import Tensor
-from workers import Outcome, Pool
+from workers import Pool
 
 from lading.errors import CorruptModelCheckpointError, GangError, InternalError, ModelGatedError
-from lading.gangs import Gang, Gangs, create_gangs
+from lading.gangs import Gang, create_gangs
 from lading.gangs.failure import KNOWN
 from lading.gangs.switchboard import GREETING
-
-SOON = 9.0
-"""Seconds within which a rank that is gone, or can still speak, is known to all."""
-
-TIMEOUT = 4.0
-"""The timeout of the gangs where a rank is stopped."""
-
-_MADE: dict[Any, Gangs] = {}
-
-
-def _gangs(timeout: float = 300, **sizes: int) -> Gangs:
-    key = (timeout, *sorted(sizes.items()))
-    if key not in _MADE:
-        _MADE[key] = create_gangs(timeout=timedelta(seconds=timeout), **sizes)
-    return _MADE[key]
-
-
-def _raised(call: Callable[[], Any]) -> BaseException:
-    try:
-        call()
-    except BaseException as ex:
-        return ex
-    raise AssertionError("nothing was raised")
-
-
-def _all_are_gang_errors(outcomes: list[Outcome], rank: int, within: float = SOON) -> None:
-    for outcome in outcomes:
-        assert isinstance(outcome.error, GangError), (outcome, outcome.trace)
-        assert outcome.error.ranks == (rank,), outcome.error
-        assert f"rank {rank}" in str(outcome.error)
-        assert outcome.seconds < within
-
 
 # --- layout ----------------------------------------------------------------------------------------------------------
 
 
 def layout(sizes: dict[str, int]) -> dict[str, Any]:
-    gangs = _gangs(**sizes)
+    gangs = gangs_of(**sizes)
     named = {name: getattr(gangs, name) for name in ("root", "dp", "rdp", "sdp", "tp", "pp")}
     assert gangs.mesh is not None
     for name, gang in named.items():
@@ -113,18 +79,18 @@ def test_a_size_that_does_not_divide_the_world(pool4: Pool) -> None:
 
 def test_sizes_that_differ_between_ranks(pool4: Pool) -> None:
     outcomes = pool4.run(sizes_that_do_not_fit, each=[{"tp": 2}, {"tp": 2}, {"tp": 4}, {"tp": 2}])
-    _all_are_gang_errors(outcomes, 2)
+    check_gang_errors(outcomes, 2)
     assert "tp is 4 (on rank 0: 2)" in str(outcomes[0].error)
 
 
 def test_a_size_that_is_wrong_on_one_rank(pool4: Pool) -> None:
     outcomes = pool4.run(sizes_that_do_not_fit, each=[{"tp": 2}, {"tp": 3}, {"tp": 2}, {"tp": 2}])
     assert isinstance(outcomes.pop(1).error, ValueError)
-    _all_are_gang_errors(outcomes, 1)
+    check_gang_errors(outcomes, 1)
 
 
 def hosts() -> Any:
-    root = _gangs().root
+    root = gangs_of().root
     return root.local_rank, root.local_size, len(set(root.hosts))
 
 
@@ -137,7 +103,7 @@ def test_ranks_of_one_machine_share_a_host(pool4: Pool) -> None:
 
 def first_value() -> Any:
     calls: list[int] = []
-    root = _gangs().root
+    root = gangs_of().root
 
     def produce() -> dict[str, Any]:
         calls.append(root.rank)
@@ -174,13 +140,13 @@ TRAVELS = {"gated", "corrupt", "missing", "value", "memory"}
 
 
 def first_error(name: str) -> Any:
-    root = _gangs().root
+    root = gangs_of().root
     error = ERRORS[name]()
 
     def produce() -> None:
         raise error
 
-    raised = _raised(lambda: root.first(produce))
+    raised = raised_by(lambda: root.first(produce))
     root.agree()
     own = raised is error
     return own, type(raised).__name__, str(raised), getattr(raised, "ranks", None), vars(raised)
@@ -204,8 +170,8 @@ def test_what_the_first_raises_all_raise(pool2: Pool, name: str) -> None:
 
 
 def first_unpicklable() -> Any:
-    root = _gangs().root
-    raised = _raised(lambda: root.first(lambda: threading.Lock()))
+    root = gangs_of().root
+    raised = raised_by(lambda: root.first(lambda: threading.Lock()))
     root.agree()
     return type(raised), str(raised)
 
@@ -217,7 +183,7 @@ def test_a_value_that_does_not_pickle_is_a_mistake_on_all(pool2: Pool) -> None:
 
 
 def first_late(seconds: float) -> Any:
-    return _gangs(timeout=1.0).root.first(lambda: time.sleep(seconds))
+    return gangs_of(timeout=1.0).root.first(lambda: time.sleep(seconds))
 
 
 def test_the_first_may_work_for_longer_than_the_timeout(pool2: Pool) -> None:
@@ -228,16 +194,16 @@ def test_the_first_may_work_for_longer_than_the_timeout(pool2: Pool) -> None:
 
 
 def agree(own: str | None) -> Any:
-    root = _gangs().root
+    root = gangs_of().root
     error = None if own is None else ERRORS[own]()
-    raised = _raised(lambda: root.agree(error))
+    raised = raised_by(lambda: root.agree(error))
     cause = raised.__cause__
     root.agree()
     return raised is error, type(raised).__name__, str(raised), getattr(raised, "ranks", None), repr(cause)
 
 
 def all_agree() -> None:
-    _gangs().root.agree()
+    gangs_of().root.agree()
 
 
 def test_nobody_brings_an_error(pool4: Pool) -> None:
@@ -272,7 +238,7 @@ def test_all_ranks_bring_errors(pool4: Pool) -> None:
 
 
 def agree_in_tp(own: str | None) -> Any:
-    gangs = _gangs(tp=2)
+    gangs = gangs_of(tp=2)
     raised = None
     try:
         gangs.tp.agree(None if own is None else ERRORS[own]())
@@ -288,11 +254,11 @@ def test_an_error_in_a_part_of_the_world_stays_there(pool4: Pool) -> None:
 
 
 def early_and_late(own: str | None) -> Any:
-    root = _gangs().root
+    root = gangs_of().root
     start = time.monotonic()
     if own is None and root.rank != 0:
         time.sleep(3)
-    raised = _raised(lambda: root.agree(None if own is None else ERRORS[own]()))
+    raised = raised_by(lambda: root.agree(None if own is None else ERRORS[own]()))
     took = time.monotonic() - start
     root.agree()
     return type(raised), took
@@ -306,15 +272,15 @@ def test_an_error_does_not_wait_for_those_who_still_work(pool4: Pool) -> None:
 
 
 def error_before_first(own: str | None) -> Any:
-    root = _gangs().root
+    root = gangs_of().root
     try:
         if own is not None:
             raise ERRORS[own]()
         root.first(lambda: time.sleep(0.3))
     except BaseException as ex:
         error = ex
-        return type(ex), str(_raised(lambda: root.agree(error)))
-    return None, str(_raised(root.agree))
+        return type(ex), str(raised_by(lambda: root.agree(error)))
+    return None, str(raised_by(root.agree))
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -328,12 +294,51 @@ def test_an_error_reaches_those_who_are_at_another_call(pool4: Pool, rank: int) 
     assert pool4.values(all_agree) == [None] * 4
 
 
+def in_a_block(own: str | None) -> Any:
+    root = gangs_of(1.0).root
+    done = []
+
+    def block() -> None:
+        with root.all_or_none():
+            if own is not None:
+                raise ERRORS[own]()
+            if root.rank == 1:
+                time.sleep(2)  # at work for longer than the timeout
+            done.append(root.rank)
+
+    try:
+        block()
+    except Exception as ex:
+        return done, type(ex)
+    return done, None
+
+
+def test_all_ranks_leave_a_block_or_none(pool2: Pool) -> None:
+    assert pool2.values(in_a_block, None) == [([0], None), ([1], None)]
+    assert pool2.values(in_a_block, each=["value", None]) == [([], ValueError), ([1], GangError)]
+
+
+def twice(own: list[str]) -> Any:
+    root = gangs_of().root
+    if not own:
+        time.sleep(3.5)
+        return [type(raised_by(root.agree)), type(raised_by(root.agree)), root.agree()]
+    kinds: list[Any] = [type(raised_by(partial(root.agree, ERRORS[name]()))) for name in own]
+    return [*kinds, root.agree()]
+
+
+def test_a_rank_that_fails_twice_before_others_hear_of_the_first(pool4: Pool) -> None:
+    outcomes = pool4.values(twice, each=[[], ["value", "memory"], [], []])
+    assert outcomes.pop(1) == [ValueError, MemoryError, None]
+    assert outcomes == [[GangError, GangError, None]] * 3
+
+
 # --- the same calls, the same values ---------------------------------------------------------------------------------
 
 
 def different_calls(name: str) -> Any:
-    root = _gangs().root
-    raised = _raised({"first": lambda: root.first(lambda: 1), "agree": root.agree, "barrier": root.barrier}[name])
+    root = gangs_of().root
+    raised = raised_by({"first": lambda: root.first(lambda: 1), "agree": root.agree, "barrier": root.barrier}[name])
     root.agree()
     return raised.args, type(raised), getattr(raised, "ranks", None)
 
@@ -355,7 +360,7 @@ class Config:
 
 
 def same(value: Any) -> Any:
-    root = _gangs().root
+    root = gangs_of().root
     try:
         root.same(value, "config")
     except (GangError, TypeError) as ex:
@@ -394,7 +399,7 @@ def test_a_value_without_a_stable_form(pool2: Pool) -> None:
 
 
 def collectives() -> None:
-    gangs = _gangs(tp=2, sdp=2)
+    gangs = gangs_of(tp=2, sdp=2)
     for gang in (gangs.root, gangs.tp, gangs.sdp, gangs.dp):
         _check_collectives(gang)
     _check_collectives(gangs.rdp)
@@ -434,7 +439,7 @@ def test_collectives(pool4: Pool) -> None:
 
 
 def bad_collectives() -> list[str]:
-    root = _gangs().root
+    root = gangs_of().root
     calls: list[Callable[[], Any]] = [
         lambda: root.all_gather(torch.empty(3), torch.empty(1)),
         lambda: root.all_gather(torch.empty(2, 1), torch.empty(1, dtype=torch.float16)),
@@ -444,7 +449,7 @@ def bad_collectives() -> list[str]:
         lambda: root.broadcast(torch.zeros(1), 2),
         lambda: root.broadcast_objects([], -1),
     ]
-    errors = [_raised(call) for call in calls]
+    errors = [raised_by(call) for call in calls]
     assert all(type(error) is ValueError for error in errors)
     return [str(error) for error in errors]
 
@@ -456,167 +461,7 @@ def test_collectives_check_their_arguments(pool2: Pool) -> None:
     assert "less than the size of the gang, 2" in here[-1]
 
 
-# --- a fault at every step -------------------------------------------------------------------------------------------
-#
-# Each of these has a pool of its own, as a rank of it dies. `point` is where the victim is when it does.
-
-
-def step(point: str, victim: int, timeout: float, mark: str) -> None:
-    """All ranks go the way of a load; the victim stays at ``point`` and is sent a signal there."""
-
-    def stay() -> None:
-        Path(mark).touch()
-        time.sleep(60)
-
-    here = int(os.environ["RANK"]) == victim
-    if point == "create":
-        dist.init_process_group("gloo")
-        if here:
-            stay()
-    gangs = _gangs(timeout=timeout, tp=2)
-    root = gangs.root
-    if here and point == "before":
-        stay()
-    root.first(lambda: stay() if here and point == "produce" else 1)
-    if here and point == "after":
-        stay()
-    if here and point == "reduce":
-        stay()
-    gangs.tp.all_reduce(torch.ones(3))
-    if point == "all reduce":
-        root.all_reduce(torch.ones(3)) if not here else stay()
-    if here and point == "wait":
-        Path(mark).touch()
-    elif point == "wait":
-        time.sleep(1.5)
-    root.agree()
-
-
-@contextmanager
-def _struck(
-    tmp_path: Path,
-    point: str,
-    victim: int,
-    number: signal.Signals,
-    *,
-    size: int = 4,
-    timeout: float = 60,
-    agent: bool = True,
-) -> Iterator[Pool]:
-    mark = tmp_path / "mark"
-    with Pool(size, agent=agent) as pool:
-        pool.start(step, point, victim, timeout, str(mark))
-        while not mark.exists():
-            time.sleep(0.01)
-        time.sleep(0.3)  # for the others to arrive where they wait
-        pool.send(victim, number)
-        yield pool
-
-
-POINTS = ("before", "after", "reduce", "all reduce", "wait")
-KILLED = [("produce", 0), *((point, victim) for victim in (0, 3) for point in POINTS)]
-STOPPED = [("create", 3), ("produce", 0), ("reduce", 3), ("all reduce", 0), ("wait", 0)]
-
-
-@pytest.mark.parametrize(("point", "victim"), KILLED)
-def test_a_rank_is_killed(tmp_path: Path, point: str, victim: int) -> None:
-    with _struck(tmp_path, point, victim, signal.SIGKILL) as pool:
-        outcomes = pool.collect(within=30)
-    assert outcomes.pop(victim).dead
-    _all_are_gang_errors(outcomes, victim)
-
-
-@pytest.mark.parametrize(("point", "victim"), STOPPED)
-def test_a_rank_is_stopped_and_goes_on_too_late(tmp_path: Path, point: str, victim: int) -> None:
-    with _struck(tmp_path, point, victim, signal.SIGSTOP, timeout=TIMEOUT) as pool:
-        _all_are_gang_errors(pool.collect(within=30, without=[victim]), victim, within=TIMEOUT + 5)
-        if point == "wait":
-            pool.send(victim, signal.SIGCONT)
-            assert isinstance(pool.collect(within=30)[victim].error, GangError)
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_is_killed_that_served_the_store(tmp_path: Path, victim: int) -> None:
-    with _struck(tmp_path, "after", victim, signal.SIGKILL, size=2, agent=False) as pool:
-        outcomes = pool.collect(within=30)
-    assert outcomes.pop(victim).dead
-    _all_are_gang_errors(outcomes, victim)
-
-
-def interrupted(victim: int, mark: str) -> Any:
-    root = _gangs().root
-    if root.rank != victim:
-        time.sleep(2)
-    else:
-        Path(mark).touch()
-    raised = _raised(root.agree)
-    again = _raised(lambda: root.agree(raised))
-    root.agree()
-    return type(raised), again is raised, str(raised)
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_is_interrupted_while_it_waits(tmp_path: Path, victim: int) -> None:
-    mark = tmp_path / "mark"
-    with Pool(2) as pool:
-        pool.start(interrupted, victim, str(mark))
-        while not mark.exists():
-            time.sleep(0.01)
-        time.sleep(0.3)
-        pool.send(victim, signal.SIGINT)
-        outcomes = [outcome.get() for outcome in pool.collect(within=30)]
-    assert outcomes.pop(victim)[:2] == (KeyboardInterrupt, True)
-    assert outcomes == [(GangError, True, f"rank {victim}: KeyboardInterrupt")]
-
-
-def leaves(how: str) -> None:
-    root = _gangs().root
-    if root.rank == 1:
-        if how == "close":
-            _gangs().close()
-            return
-        if how == "exit":
-            os._exit(0)
-        child = os.fork()
-        if child == 0:
-            time.sleep(20)  # as a worker of a data loader that has not noticed yet
-            os._exit(0)
-        os.kill(os.getpid(), signal.SIGKILL)
-    root.agree()
-
-
-@pytest.mark.parametrize("how", ["close", "exit", "fork"])
-def test_a_rank_leaves(how: str) -> None:
-    with Pool(2) as pool:
-        pool.start(leaves, how)
-        _all_are_gang_errors(pool.collect(within=30, without=[1]), 1)
-
-
-def error_amid_collectives() -> Any:
-    gangs = _gangs(tp=2)
-    root, start = gangs.root, time.monotonic()
-    try:
-        if root.rank == 3:
-            raise CorruptModelCheckpointError("/x", "bad header")
-        gangs.tp.all_reduce(torch.ones(3))
-        root.all_reduce(torch.ones(3))
-    except Exception as ex:
-        error: Exception | None = ex
-    else:
-        error = None
-    raised = _raised(lambda: root.agree(error))
-    took = time.monotonic() - start
-    root.agree()  # control goes on, whatever has become of the process groups
-    return type(raised), str(raised), took
-
-
-def test_an_error_reaches_those_who_are_in_a_collective() -> None:
-    with Pool(4) as pool:
-        outcomes = pool.values(error_amid_collectives)
-    assert outcomes.pop()[0] is CorruptModelCheckpointError
-    for kind, text, took in outcomes:
-        assert (kind, text) == (GangError, "rank 3: CorruptModelCheckpointError: bad header")
-        assert took < SOON
+# --- worlds -----------------------------------------------------------------------------------------------------------
 
 
 def existing_group(path: str) -> Any:
@@ -636,7 +481,7 @@ def test_a_process_group_that_is_there_is_used(tmp_path: Path) -> None:
 
 
 def strangers() -> Any:
-    gangs = _gangs()
+    gangs = gangs_of()
     line = gangs.root.line
     assert line is not None
     if gangs.root.rank == 0:
@@ -658,9 +503,6 @@ def test_strangers_are_sent_away(pool2: Pool) -> None:
     assert pool2.values(strangers) == ["127.0.0.1", "127.0.0.1"]
 
 
-# --- the long matrix -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_eight_ranks_in_all_layouts() -> None:
     with Pool(8) as pool:
@@ -670,54 +512,6 @@ def test_eight_ranks_in_all_layouts() -> None:
                 for rank, gangs in enumerate(found):
                     assert rank in gangs["tp"]
                     assert gangs["tp"] == tuple(range(rank - rank % tp, rank - rank % tp + tp))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("victim", [0, 1, 5, 7])
-@pytest.mark.parametrize("point", ["create", *POINTS])
-def test_one_of_eight_is_struck(tmp_path: Path, point: str, victim: int, number: signal.Signals) -> None:
-    with _struck(tmp_path, point, victim, number, size=8, timeout=TIMEOUT) as pool:
-        _all_are_gang_errors(pool.collect(within=30, without=[victim]), victim, within=TIMEOUT + 6)
-
-
-def many_calls(seed: int) -> int:
-    gangs, draw = _gangs(tp=2, sdp=2), random.Random(seed)
-    failures = 0
-    for i in range(300):
-        bad = draw.choice([None] * 6 + [draw.randrange(8)])
-        call = draw.choice(["first", "agree", "barrier", "tp", "sdp"])
-        time.sleep(random.random() * 0.003)
-        try:
-            if bad == gangs.root.rank:
-                raise ValueError(i)
-            if call == "first":
-                assert gangs.root.first(partial(int, i)) == i
-            elif call == "tp":
-                assert gangs.tp.first(partial(int, i)) == i
-            elif call == "sdp":
-                gangs.sdp.agree()
-            elif call == "barrier":
-                gangs.root.barrier()
-        except (GangError, ValueError) as ex:
-            error: Exception | None = ex
-        else:
-            error = None
-        try:
-            gangs.root.agree(error)
-        except (GangError, ValueError):
-            failures += 1
-            assert bad is not None
-        else:
-            assert bad is None
-    return failures
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
-def test_calls_stay_in_step_through_errors(seed: int) -> None:
-    with Pool(8) as pool:
-        assert len(set(pool.values(many_calls, seed, within=280))) == 1
 
 
 @pytest.mark.slow

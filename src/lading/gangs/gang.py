@@ -119,6 +119,19 @@ class Gang:
         if self.line is not None:
             self._exchange("agree()")
 
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """Leave the block on every rank if no rank raises in it; raise on every rank otherwise, as :meth:`agree` does.
+
+        Within, the ranks are :meth:`at_work`.
+        """
+        try:
+            with self.at_work():
+                yield
+        except BaseException as ex:
+            self.agree(ex)
+        self.agree()
+
     def _exchange(self, what: str, payload: bytes = b"", *, as_is: bool = False) -> list[memoryview]:
         """What all ranks bring; where one brings an exception, it is raised: in a GangError, or as it is."""
         assert self.line is not None

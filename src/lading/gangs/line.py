@@ -63,7 +63,7 @@ class Line:
         self._size = size
         self._timeout = timeout
         self._news = Condition()
-        self._verdicts: dict[tuple[tuple[int, ...], int], _Verdict] = {}
+        self._verdicts: dict[tuple[int, tuple[int, ...], int], _Verdict] = {}
         self._calls: dict[tuple[int, ...], int] = {}
         self._epoch = 0
         self._gone: list[int] = []
@@ -82,6 +82,8 @@ class Line:
                 _leave_address(place, store_host(store), listener, token)
             self._sock = _connect(place, rank, timeout)
         except (OSError, RuntimeError, ValueError) as ex:
+            if self._switchboard is not None:
+                self._switchboard.sockets[0].close()
             raise GangError(f"rank {rank} cannot reach rank 0: {ex}", ranks=(0,)) from ex
 
         self._loop = asyncio.new_event_loop()
@@ -219,13 +221,14 @@ class Line:
             self._epoch += 1
             self._calls.clear()
             with self._news:
-                self._verdicts.clear()
+                # A rank that is ahead may have failed in the new epoch already.
+                self._verdicts = {key: v for key, v in self._verdicts.items() if key[0] >= self._epoch}
 
     def _await(self, members: tuple[int, ...], seq: int, what: str, patience: float = float("inf")) -> _Verdict:
         start = time.monotonic()
         with self._news:
             while True:
-                verdict = self._verdicts.pop((members, seq), None)
+                verdict = self._verdicts.pop((self._epoch, members, seq), None)
                 if verdict is not None:
                     return verdict
 
@@ -253,7 +256,7 @@ class Line:
         if self._broken is not None:
             raise GangError(self._broken.message, ranks=self._broken.ranks)
 
-        for (members, _), verdict in self._verdicts.items():
+        for (_, members, _), verdict in self._verdicts.items():
             if verdict.how != "ok" and len(members) == self._size:
                 bad = self._judge(verdict, "a call of all ranks")
                 raise bad.as_gang_error()
@@ -344,7 +347,8 @@ class Line:
             for size in header["sizes"]:
                 payloads.append(payload[at : at + size])
                 at += size
-            self._verdicts[tuple(header["members"]), header["seq"]] = _Verdict(header["how"], header["ranks"], payloads)
+            key = header["epoch"], tuple(header["members"]), header["seq"]
+            self._verdicts[key] = _Verdict(header["how"], header["ranks"], payloads)
 
     async def _beat(self) -> None:
         while True:
@@ -402,7 +406,7 @@ def _leave_address(place: Store, host: str | None, listener: socket.socket, toke
 def _connect(place: Store, rank: int, timeout: float) -> socket.socket:
     place.wait(["address"], timedelta(seconds=timeout))
     port, token, *hosts = place.get("address").decode().split(" ")
-    deadline = time.monotonic() + min(timeout, 60)
+    deadline = time.monotonic() + 5  # it listened before it left its address
     while True:
         for host in hosts:
             try:
