@@ -258,14 +258,21 @@ def family_of_folder(path: Path) -> tuple[Family[Any, Any], Any]:
 
 
 def read_tensors(
-    checkpoint: Checkpoint, tensors: Sequence[int], dtypes: Sequence[str], mmap: bool = False
+    checkpoint: Checkpoint,
+    tensors: Sequence[int],
+    dtypes: Sequence[str],
+    mmap: bool = False,
+    *,
+    boxes: Sequence[Box] | None = None,
 ) -> list[Tensor]:
-    """Whole tensors of a checkpoint, on the CPU.
+    """Tensors of a checkpoint, on the CPU.
 
     :param tensors: positions in the manifest.
     :param dtypes: of each in memory.
+    :param boxes: the part of each; all of it by default.
     """
-    boxes = [Box.whole(checkpoint.manifest.shapes[i]) for i in tensors]
+    if boxes is None:
+        boxes = [Box.whole(checkpoint.manifest.shapes[i]) for i in tensors]
     planned = plan(checkpoint.manifest, Wanted(tensors=tensors, boxes=boxes, dtypes=dtypes), mapped=mmap)
     shapes = [(box.sizes, dtype) for box, dtype in zip(boxes, dtypes, strict=True)]
 

@@ -61,6 +61,8 @@ class LoadReport:
     shards: int
     bytes_read: int
     bytes_mapped: int
+    bytes_copied: int
+    """Bytes that were copied once more, where a shard is smaller than that of the first rank: FSDP pads it."""
     reads: int
     """Reads after neighbours were joined."""
     phases: Mapping[str, float]
@@ -186,6 +188,7 @@ def _load(
 
     with clock.phase("build"):
         module = build_on_meta(family, config)
+        kls = type(module)  # which FSDP changes
         parallelize(module, family, config, gangs)
 
     with clock.phase("plan"):
@@ -207,11 +210,11 @@ def _load(
         _check_tied(checkpoint, targets, routed, by_name)
 
     with clock.phase("assemble"):
-        assign(module, by_name, targets.aliases)
+        copied = assign(module, by_name, targets.aliases)
         reset_buffers(module, device)
 
     gangs.root.agree()
-    report = _report(checkpoint, family, module, device, by_name, routed, planned, clock)
+    report = _report(checkpoint, family, kls, device, by_name, routed, planned, copied, clock)
     log.info(
         "loaded %s: %d parameters, %.3f GB read in %d reads, %.3f s",
         report.name,
@@ -256,7 +259,7 @@ def _check_tied(checkpoint: Checkpoint, targets: Targets, routed: Route, loaded:
     for target, tensor in routed.duplicates:
         name = targets.names[target]
         mine = loaded[name]
-        (other,) = read_tensors(checkpoint, [tensor], [DTYPE_NAMES[mine.dtype]])
+        (other,) = read_tensors(checkpoint, [tensor], [DTYPE_NAMES[mine.dtype]], boxes=[targets.boxes[target]])
         if not torch.equal(mine.cpu(), other):
             raise ModelCheckpointMismatchError(
                 checkpoint.path,
@@ -270,11 +273,12 @@ def _check_tied(checkpoint: Checkpoint, targets: Targets, routed: Route, loaded:
 def _report(
     checkpoint: Checkpoint,
     family: Family[Any, Any],
-    module: Module,
+    kls: type[Module],
     device: torch.device,
     loaded: Mapping[str, Tensor],
     routed: Route,
     planned: Plan,
+    copied: int,
     clock: _Clock,
 ) -> LoadReport:
     dtypes: dict[str, int] = {}
@@ -287,7 +291,7 @@ def _report(
     return LoadReport(
         name=checkpoint.name,
         family=family.name,
-        model_class=type(module).__name__,
+        model_class=kls.__name__,
         device=str(device),
         dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1])),
         parameters=sum(dtypes.values()),
@@ -295,6 +299,7 @@ def _report(
         shards=len(checkpoint.manifest.shards),
         bytes_read=planned.read_bytes,
         bytes_mapped=mapped,
+        bytes_copied=copied,
         reads=planned.num_reads,
         phases=dict(clock.phases),
     )
