@@ -186,6 +186,34 @@ def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
     )
 
 
+def plan_pass(manifest: Manifest) -> tuple[Plan, Wanted]:
+    """Plan to read each tensor of a checkpoint once, whole and as it is, for its bytes to be looked at as they pass."""
+    reads = _Reads()
+    places = array("q")
+    end = 0
+    for i in range(len(manifest)):
+        size = manifest.nbytes(i)
+        places.append(end)
+        if size:
+            reads.add(manifest.shard_ids[i], manifest.offsets[i], size, end, size, 0)
+        end += size
+
+    plan = Plan(
+        arena_bytes=end,
+        homes=array("i", [ARENA]) * len(manifest),
+        places=places,
+        shards=reads.shards,
+        offsets=reads.offsets,
+        sizes=reads.sizes,
+        targets=reads.targets,
+        casts=reads.casts,
+        conversions=(("", ""),),
+    )
+    boxes = [Box.whole(shape) for shape in manifest.shapes]
+
+    return plan, Wanted(tensors=range(len(manifest)), boxes=boxes, dtypes=manifest.dtypes)
+
+
 def _congruent(place: int, offset: int) -> int:
     """The first place at or behind ``place`` that equals ``offset`` modulo the page size."""
     return place + (offset - place) % PAGE
