@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from lading.hub import load_model as load_model
     from lading.keymap import Rule as Rule
     from lading.manifest import Manifest as Manifest
+    from lading.nn.sharding import ParallelPlan as ParallelPlan
+    from lading.nn.sharding import Split as Split
     from lading.report import LoadReport as LoadReport
 
 _HOME = {
@@ -102,6 +104,8 @@ _HOME = {
     "Rule": "keymap",
     "LoadReport": "report",
     "Manifest": "manifest",
+    "ParallelPlan": "nn.sharding",
+    "Split": "nn.sharding",
 }
 
 __all__ = [*_HOME, "__version__"]

@@ -19,8 +19,9 @@ from lading.construct import assign, build_on_meta, create_model, settle_dtypes
 from lading.errors import InternalError, ModelCheckpointMismatchError, NotSupportedError
 from lading.families import bert, llama, mistral, qwen
 from lading.family import Family
+from lading.folder import family_of_folder
 from lading.gangs import Gang, create_fake_gangs, simulate_gangs
-from lading.hub import load_model, load_with_report
+from lading.hub import ModelHub, load_model, load_with_report
 from lading.keymap import Route
 from lading.manifest import Manifest, Shard
 from lading.nn.sharding import ParallelPlan, Split, matches
@@ -242,6 +243,22 @@ def test_a_copy_of_a_tied_parameter_is_compared_part_by_part(tmp_path: Path) -> 
         pytest.raises(ModelCheckpointMismatchError, match="different values"),
     ):
         load_model(folder, gangs=gangs, dtype=torch.bfloat16, progress=False)
+
+
+def test_a_checkpoint_is_read_part_by_part(folder: Path) -> None:
+    family, config = family_of_folder(folder)
+    hub = ModelHub(family, None)  # type: ignore[arg-type]  # which is not asked
+    alone = dict(hub.iter_checkpoint(folder, config))
+    with simulate_gangs(rank=3, tp=2, sdp=2) as gangs:
+        parts = dict(hub.iter_checkpoint(folder, config, gangs=gangs))
+        own = boxes(targets_of(load_model(folder, gangs=gangs, progress=False), dtype=None))
+
+        assert parts.keys() == alone.keys() == own.keys()
+        for name, part in parts.items():
+            assert torch.equal(part, alone[name][tuple(map(slice, own[name].starts, own[name].ends))]), name
+
+        with pytest.raises(ModelCheckpointMismatchError, match=r"embed_tokens.weight is expected to be \(104, 32\)"):
+            dict(hub.iter_checkpoint(folder, replace(config, vocab_size=104), gangs=gangs))
 
 
 def test_what_is_padded_is_in_the_report(folder: Path) -> None:
