@@ -111,6 +111,12 @@ def differences(model: Module, alone: Module) -> list[str]:
         elif gradient is not None and parameter.grad is not None and far(whole(parameter.grad), gradient, 1e-4):
             found.append(f"gradient of {name}")
 
+    if hasattr(model, "encode"):
+        with torch.no_grad():
+            if far(model.encode(ids, mask), alone.encode(ids, mask), 1e-4):
+                found.append("embeddings of sentences")
+            if far(model.pooled_output(model(ids)), alone.pooled_output(alone(ids)), 1e-4):
+                found.append("what the pooler gives")
     if hasattr(model, "generate"):
         prompt = ids[:, :4]
         if not torch.equal(model.generate(prompt, max_new_tokens=5), alone.generate(prompt, max_new_tokens=5)):
