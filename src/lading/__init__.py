@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from lading.hub import load_model as load_model
     from lading.keymap import Rule as Rule
     from lading.manifest import Manifest as Manifest
+    from lading.nn.sharding import ParallelPlan as ParallelPlan
+    from lading.nn.sharding import Split as Split
     from lading.pull import PullReport as PullReport
     from lading.pull import pull_model as pull_model
     from lading.report import LoadReport as LoadReport
@@ -110,6 +112,8 @@ _HOME = {
     "VerifyReport": "verify",
     "LoadReport": "report",
     "Manifest": "manifest",
+    "ParallelPlan": "nn.sharding",
+    "Split": "nn.sharding",
 }
 
 __all__ = [*_HOME, "__version__"]

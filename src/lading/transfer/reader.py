@@ -192,12 +192,8 @@ class Reader:
             most = max(ROWS_CHUNK, LEAF) + 2 * PAGE
             self._bounce = mmap.mmap(-1, most, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
-        # Congruent to the file, and of whole pages, so that all of it can come past the page cache.
-        skew = offset % PAGE
-        begin = offset - skew
-        end = min(-(-(offset + size) // PAGE) * PAGE, file.file.stat.size) if cold else offset + size
-        first = 0 if cold else skew
-        file.fill(begin + first, memoryview(self._bounce)[first : end - begin], direct=cold)
+        skew = offset % PAGE  # past the page cache, a byte must land where it is in its page
+        file.fill(offset, memoryview(self._bounce)[skew : skew + size], direct=cold)
 
         return torch.frombuffer(self._bounce, dtype=torch.uint8, count=size, offset=skew)
 
