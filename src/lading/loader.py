@@ -97,14 +97,8 @@ def load_path(path: Path, family: Family[Any, Any], config: Any, options: LoadOp
 
 def agreed(gangs: Gangs, load: Callable[[], T]) -> T:
     """What ``load`` gives, if it gives something on every rank; else all ranks raise, naming the one that failed."""
-    try:
-        value = load()
-    except BaseException as error:
-        gangs.root.agree(error)
-        raise
-    gangs.root.agree()
-
-    return value
+    with gangs.root.all_or_none():
+        return load()
 
 
 def _load(
