@@ -50,7 +50,7 @@ class ConfigReader:
         """A positive integer."""
         value = self._values.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self._mismatch(key, "a positive integer", value)
+            self.mismatch(key, "a positive integer")
 
         return value
 
@@ -64,7 +64,7 @@ class ConfigReader:
         if value is None:
             return None
         if not isinstance(value, int) or isinstance(value, bool):
-            self._mismatch(key, "an integer or null", value)
+            self.mismatch(key, "an integer or null")
 
         return value if value >= 0 else None
 
@@ -72,7 +72,7 @@ class ConfigReader:
         """A finite number that is not negative; required where ``default`` is ``None``."""
         value = self._values.get(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
-            self._mismatch(key, "a finite number that is not negative", value)
+            self.mismatch(key, "a finite number that is not negative")
 
         return float(value)
 
@@ -80,7 +80,7 @@ class ConfigReader:
         """True or false."""
         value = self._values.get(key, default)
         if not isinstance(value, bool):
-            self._mismatch(key, "true or false", value)
+            self.mismatch(key, "true or false")
 
         return value
 
@@ -91,11 +91,21 @@ class ConfigReader:
         """
         value = self._values.get(key, default)
         if not isinstance(value, str):
-            self._mismatch(key, "a string", value)
+            self.mismatch(key, "a string")
         if value not in choices:
             self.refuse(key, value, choices)
 
         return choices[value]
+
+    def counts(self, key: str, default: Sequence[int]) -> list[int]:
+        """A list of positive integers."""
+        value = self._values.get(key, list(default))
+        if not isinstance(value, list) or not all(
+            isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in value
+        ):
+            self.mismatch(key, "a list of positive integers")
+
+        return value
 
     def strings(self, key: str) -> list[str] | None:
         """A list of strings, or null."""
@@ -103,7 +113,7 @@ class ConfigReader:
         if value is None:
             return None
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-            self._mismatch(key, "a list of strings", value)
+            self.mismatch(key, "a list of strings")
 
         return value
 
@@ -113,7 +123,7 @@ class ConfigReader:
         if value is None:
             value = {}
         if not isinstance(value, Mapping):
-            self._mismatch(key, "an object", value)
+            self.mismatch(key, "an object")
 
         return ConfigReader(value, self._family, f"{self._prefix}{key}.")
 
@@ -152,8 +162,9 @@ class ConfigReader:
             f"{f' (it supports {known})' if known else ''}. Load it with transformers itself."
         )
 
-    def _mismatch(self, key: str, expected: str, found: object) -> NoReturn:
-        what = f"is {found!r}" if key in self._values else "is missing"
+    def mismatch(self, key: str, expected: str) -> NoReturn:
+        """Say that the value of a key is not what is expected."""
+        what = f"is {self._values[key]!r}" if key in self._values else "is missing"
         raise ModelCheckpointMismatchError(
             "config.json",
             f"config.json: {self._prefix}{key} is expected to be {expected}, but {what}. Compare the file with the one "
