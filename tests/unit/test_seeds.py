@@ -19,7 +19,7 @@ SEEDS: dict[str, CardFile] = {
     for file in sorted(files("lading.seeds").iterdir(), key=lambda file: file.name)
     if file.name.endswith(".yaml")
 }
-FAMILIES = ("bert", "llama", "mistral", "qwen")
+FAMILIES = ("bert", "llama", "mistral", "qwen", "wav2vec2", "wav2vec2_asr")
 
 CARDS: dict[str, CardEntry] = {card.name: card for seed in SEEDS.values() for card in seed.cards}
 ARCHITECTURES: dict[tuple[str, str], ArchitectureEntry] = {
@@ -81,6 +81,15 @@ PARAMETERS = {
     ("qwen", "qwen3_8b"): 8_190_735_360,
     ("qwen", "qwen3_14b"): 14_768_307_200,
     ("qwen", "qwen3_32b"): 32_762_123_264,
+    ("wav2vec2", "base"): 95_044_608,
+    ("wav2vec2", "large"): 317_380_864,
+    ("wav2vec2", "large_lv60k"): 317_390_592,
+    ("wav2vec2_asr", "base_10h"): 94_396_320,
+    ("wav2vec2_asr", "base_100h"): 94_396_320,
+    ("wav2vec2_asr", "large_10h"): 315_461_792,
+    ("wav2vec2_asr", "large_100h"): 315_461_792,
+    ("wav2vec2_asr", "large_lv60k_10h"): 315_471_520,
+    ("wav2vec2_asr", "large_lv60k_100h"): 315_471_520,
 }
 
 
@@ -202,6 +211,7 @@ def test_no_two_cards_share_a_checkpoint(family: str, key: str) -> None:
         ("qwen3_0.6b", "apache-2.0"),
         ("mistral_nemo_base_2407", "apache-2.0"),
         ("all-minilm-l6-v2", "apache-2.0"),
+        ("wav2vec2_asr_base_10h", "mit"),
     ],
 )
 def test_licenses(name: str, license: str) -> None:  # noqa: A002
