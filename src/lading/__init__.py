@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from lading.gangs import Gang as Gang
     from lading.gangs import Gangs as Gangs
     from lading.gangs import create_fake_gangs as create_fake_gangs
+    from lading.gangs import create_gangs as create_gangs
+    from lading.gangs import simulate_gangs as simulate_gangs
     from lading.hub import GlobalModelLoader as GlobalModelLoader
     from lading.hub import ModelHub as ModelHub
     from lading.hub import ModelHubAccessor as ModelHubAccessor
@@ -83,6 +85,8 @@ _HOME = {
     "Gang": "gangs",
     "Gangs": "gangs",
     "create_fake_gangs": "gangs",
+    "create_gangs": "gangs",
+    "simulate_gangs": "gangs",
     "GlobalModelLoader": "hub",
     "ModelHub": "hub",
     "ModelHubAccessor": "hub",

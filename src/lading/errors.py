@@ -243,9 +243,13 @@ class ModelGatedError(PolicyError):
 
 
 class GangError(LadingError):
-    """Another rank of the gang failed, or cannot be reached."""
+    """Another rank of the gang failed, or cannot be reached; ``ranks`` holds those to blame, where known."""
 
     exit_code = 8
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
 
 
 class InternalError(LadingError):

@@ -88,14 +88,17 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
     ) -> ModelT:
         """A new model with random parameters, by the scheme of its architecture.
 
-        :param gangs: instead of ``device``; the model is made on ``gangs.root.device``.
+        What is drawn depends on ``torch.initial_seed()`` and on the names of the parameters: two calls make equal
+        models, and so do any gangs and a single device of the same kind.
+
+        :param gangs: instead of ``device``; the model is made on ``gangs.root.device``, and this rank gets its part.
         :param device: default: the current device.
         :param dtype: of parameters and persistent buffers; default: ``torch.get_default_dtype()``.
         :param meta: make it on the meta device, without memory.
 
         :raises ValueError: both ``gangs`` and ``device``, or a meta device without ``meta``.
         :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is no dtype.
-        :raises NotSupportedError: ``meta``, and the family cannot.
+        :raises NotSupportedError: ``meta``, and the family cannot; or a size does not divide over ``gangs.tp``.
         """
         effective = _effective_gangs(gangs, "cpu" if meta and gangs is None and device is None else device)
         concrete = _effective_dtype(dtype)
@@ -104,7 +107,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
                 "`dtype` must be a dtype for a new model, as there is no checkpoint that has one of its own"
             )
 
-        model = create_model(self._family, config, device=effective.root.device, dtype=concrete, meta=meta)
+        model = create_model(self._family, config, gangs=effective, dtype=concrete, meta=meta)
 
         return cast(ModelT, model)
 

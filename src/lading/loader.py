@@ -22,7 +22,7 @@ from lading.card import AssetCard
 from lading.catalog.store import AssetStore
 from lading.checkpoint import Checkpoint, card_checkpoint, path_checkpoint, read_tensors
 from lading.config import architecture_config, resolve_config
-from lading.construct import assign, build_on_meta, check_config_type, reset_buffers
+from lading.construct import assign, build_on_meta, check_config_type, parallelize, reset_buffers, settle_dtypes
 from lading.errors import (
     AssetCardError,
     ModelArchitectureNotKnownError,
@@ -186,6 +186,7 @@ def _load(
 
     with clock.phase("build"):
         module = build_on_meta(family, config)
+        parallelize(module, family, config, gangs)
 
     with clock.phase("plan"):
         targets = targets_of(module, dtype=None if dtype == "auto" else dtype)
@@ -195,7 +196,7 @@ def _load(
         wanted = Wanted(
             tensors=routed.tensors,
             boxes=[targets.boxes[i] for i in order],
-            dtypes=[targets.dtypes[i] or manifest.dtypes[t] for i, t in zip(order, routed.tensors, strict=True)],
+            dtypes=settle_dtypes(targets, routed, manifest, gangs),
         )
         planned = plan(manifest, wanted, mapped=mmap and device.type == "cpu")
 
@@ -294,6 +295,6 @@ def _report(
         shards=len(checkpoint.manifest.shards),
         bytes_read=planned.read_bytes,
         bytes_mapped=mapped,
-        reads=len(planned.sizes),
+        reads=planned.num_reads,
         phases=dict(clock.phases),
     )

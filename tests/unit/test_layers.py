@@ -19,6 +19,7 @@ LAYERS = [
     {"overrides", "config", "keymap", "catalog", "formats", "fetch", "nn"},
     {"transfer"},
     {"family"},
+    {"parallel"},
     {"checkpoint", "construct"},
     {"loader"},
     {"hub"},
@@ -115,7 +116,7 @@ def test_the_public_names() -> None:
         AssetCard AssetCardField Architecture AssetStore get_asset_store
         load_model ModelHub ModelHubAccessor GlobalModelLoader LoadReport
         import_cards index_checkpoint query
-        Family Rule Manifest Gang Gangs create_fake_gangs
+        Family Rule Manifest Gang Gangs create_fake_gangs create_gangs simulate_gangs
         LadingError ModelNotKnownError ModelFamilyNotKnownError ModelArchitectureNotKnownError ModelGatedError
         AssetCardError AssetNotFoundError ModelCheckpointError CorruptModelCheckpointError
         ModelCheckpointMismatchError DigestMismatchError NotSupportedError GangError FetchError CatalogError

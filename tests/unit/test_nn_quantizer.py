@@ -9,7 +9,8 @@ from lading.nn.quantizer import GumbelQuantizer, init_quantizer
 def make(temperature: tuple[float, float, float] = (2.0, 0.5, 0.5)) -> GumbelQuantizer:
     torch.manual_seed(0)
     quantizer = GumbelQuantizer(6, 8, num_codebooks=2, num_entries=5, temperature=temperature)
-    init_quantizer(quantizer)
+    for name, parameter in quantizer.named_parameters():
+        init_quantizer(name, parameter)
 
     return quantizer
 

@@ -52,7 +52,8 @@ MASKING = Masking(
 def make(spec: SpeechSpec = SPEC) -> SpeechModel:
     torch.manual_seed(0)
     model = SpeechModel(spec)
-    init_speech(model, std=0.3)
+    for name, parameter in model.named_parameters():
+        init_speech(model, name, parameter, std=0.3)
 
     return model.eval()
 

@@ -19,7 +19,7 @@ from lading.hub import ModelHubAccessor
 from lading.keymap import Rule
 from lading.nn.masking import Masking
 from lading.nn.quantizer import GumbelQuantizer, QuantizerOutput, init_quantizer
-from lading.nn.speech_encoder import SpeechModel, SpeechSpec, init_projection, init_speech
+from lading.nn.speech_encoder import SpeechModel, SpeechSpec, init_projection, init_speech, speech_plan
 from lading.nn.uninitialized import Linear
 
 
@@ -365,11 +365,14 @@ def _masking(config: Wav2Vec2Config) -> Masking:
     )
 
 
-def _init(model: Wav2Vec2, config: Wav2Vec2Config) -> None:
-    init_speech(model.wav2vec2, std=config.encoder_config.init_std)
-    init_quantizer(model.quantizer)
-    init_projection(model.project_hid)
-    init_projection(model.project_q)
+def _init(model: Wav2Vec2, config: Wav2Vec2Config, name: str, parameter: Tensor) -> None:
+    part, _, rest = name.partition(".")
+    if part == "wav2vec2":
+        init_speech(model.wav2vec2, rest, parameter, std=config.encoder_config.init_std)
+    elif part == "quantizer":
+        init_quantizer(rest, parameter)
+    else:
+        init_projection(parameter, config.encoder_config.model_dim if part == "project_hid" else config.quantized_dim)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -527,6 +530,7 @@ FAMILY = Family(
     build=Wav2Vec2,
     init=_init,
     rules=_rules,
+    parallel_plan=lambda config: speech_plan(encoder_spec(config.encoder_config, masked=True), "wav2vec2"),
     hf_model_types=frozenset({"wav2vec2"}),
     hf_architectures=frozenset({"Wav2Vec2ForPreTraining"}),
     from_hf=_from_hf,

@@ -18,7 +18,7 @@ from lading.family import Family
 from lading.hub import ModelHubAccessor
 from lading.keymap import Rule
 from lading.nn.masking import Masking
-from lading.nn.speech_encoder import SpeechModel, SpeechSpec, init_speech
+from lading.nn.speech_encoder import SpeechModel, SpeechSpec, init_speech, speech_plan
 from lading.nn.uninitialized import Linear
 
 
@@ -124,10 +124,14 @@ def _masking(config: Wav2Vec2AsrConfig) -> Masking | None:
 
 
 @torch.no_grad()
-def _init(model: Wav2Vec2Asr, config: Wav2Vec2AsrConfig) -> None:
-    init_speech(model.wav2vec2, std=config.encoder_config.init_std)
-    nn.init.xavier_uniform_(model.lm_head.weight)
-    model.lm_head.bias.zero_()
+def _init(model: Wav2Vec2Asr, config: Wav2Vec2AsrConfig, name: str, parameter: Tensor) -> None:
+    part, _, rest = name.partition(".")
+    if part == "wav2vec2":
+        init_speech(model.wav2vec2, rest, parameter, std=config.encoder_config.init_std)
+    elif rest == "weight":
+        nn.init.xavier_uniform_(parameter)
+    else:
+        parameter.zero_()
 
 
 def _rules(config: Wav2Vec2AsrConfig) -> Sequence[Rule]:
@@ -173,6 +177,7 @@ FAMILY = Family(
     build=Wav2Vec2Asr,
     init=_init,
     rules=_rules,
+    parallel_plan=lambda config: speech_plan(_spec(config), "wav2vec2"),
     hf_model_types=frozenset({"wav2vec2"}),
     hf_architectures=frozenset({"Wav2Vec2ForCTC"}),
     from_hf=_from_hf,

@@ -101,8 +101,14 @@ def _perplexity(probabilities: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def init_quantizer(quantizer: GumbelQuantizer) -> None:
-    """Fill ``quantizer`` with random numbers."""
-    nn.init.normal_(quantizer.weight_proj.weight)
-    quantizer.weight_proj.bias.zero_()
-    nn.init.uniform_(quantizer.codevectors)
+def init_quantizer(name: str, parameter: Tensor) -> None:
+    """Fill ``parameter`` with random numbers.
+
+    :param name: of the parameter in a :class:`GumbelQuantizer`.
+    """
+    if name == "codevectors":
+        nn.init.uniform_(parameter)
+    elif name == "weight_proj.weight":
+        nn.init.normal_(parameter)
+    else:
+        parameter.zero_()

@@ -14,6 +14,7 @@ from torch.nn.functional import conv1d, dropout, gelu
 
 from lading.nn.attention import AttentionMask, attend
 from lading.nn.masking import Masking
+from lading.nn.sharding import ParallelPlan, Split
 from lading.nn.speech_frontend import ConvolutionalFeatures, FeatureProjection, FilterBankFeatures
 from lading.nn.uninitialized import Conv1d, GroupNorm, LayerNorm, Linear
 
@@ -406,43 +407,66 @@ class SpeechModel(nn.Module):
         return torch.where(temporal_mask[:, :, None], self.masked_spec_embed.to(x.dtype), x)
 
 
-@torch.no_grad()
-def init_speech(model: SpeechModel, *, std: float) -> None:
-    """Fill ``model`` with random numbers.
+def speech_plan(spec: SpeechSpec, prefix: str) -> ParallelPlan:
+    """How a :class:`SpeechModel` is split: attention by heads, feed-forward networks by their inner width. The
+    frontend, with a twentieth of the parameters, is not.
 
+    :param prefix: the name of the :class:`SpeechModel` in the whole.
+    """
+    layer = f"{prefix}.encoder.layers.*"
+
+    return ParallelPlan(
+        tensor={
+            f"{layer}.attention.q_proj": Split.COLUMN,
+            f"{layer}.attention.k_proj": Split.COLUMN,
+            f"{layer}.attention.v_proj": Split.COLUMN,
+            f"{layer}.attention.out_proj": Split.ROW,
+            f"{layer}.feed_forward.intermediate_dense": Split.COLUMN,
+            f"{layer}.feed_forward.output_dense": Split.ROW,
+            f"{layer}.layer_norm": Split.REPLICATED,
+            f"{layer}.final_layer_norm": Split.REPLICATED,
+        },
+        divisible={"num_encoder_attn_heads": spec.num_attn_heads, "ffn_inner_dim": spec.ffn_inner_dim},
+        units=(layer,),
+    )
+
+
+@torch.no_grad()
+def init_speech(model: SpeechModel, name: str, parameter: Tensor, *, std: float) -> None:
+    """Fill ``parameter`` with random numbers.
+
+    :param name: of the parameter in ``model``, whose own tensor is not looked at.
     :param std: the standard deviation of projections inside the layers.
     """
-    for module in model.modules():
-        if isinstance(module, Conv1d):
-            nn.init.kaiming_normal_(module.weight)
-            if module.bias is not None:
-                _uniform(module.bias, module.in_channels * module.kernel_size[0])
-        elif isinstance(module, WeightNormConv1d):
-            module.bias.zero_()
-        elif isinstance(module, WeightNorm):
-            output_dim, _, kernel_size = module.original1.shape
-            nn.init.normal_(module.original1, std=(4.0 / (kernel_size * output_dim)) ** 0.5)
-            module.original0.copy_(module.norm())
-        elif isinstance(module, GroupNorm | LayerNorm):
-            module.weight.fill_(1.0)
-            module.bias.zero_()
-        elif isinstance(module, Linear):
-            nn.init.normal_(module.weight, std=std)
-            module.bias.zero_()
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
 
-    if model.feature_projection.projection is not None:
-        init_projection(model.feature_projection.projection)
-    if model.masked_spec_embed is not None:
-        nn.init.uniform_(model.masked_spec_embed)
+    if isinstance(module, GroupNorm | LayerNorm):
+        parameter.fill_(1.0 if leaf == "weight" else 0.0)
+    elif isinstance(module, Conv1d):
+        if leaf == "weight":
+            nn.init.kaiming_normal_(parameter)
+        else:
+            init_projection(parameter, module.in_channels * module.kernel_size[0])
+    elif isinstance(module, WeightNorm):
+        output_dim, input_dim, kernel_size = module.original1.shape
+        std = (4.0 / (kernel_size * output_dim)) ** 0.5
+        if leaf == "original1":
+            nn.init.normal_(parameter, std=std)
+        else:
+            # The length that a direction drawn so has to within a percent; it is drawn by itself.
+            parameter.fill_(std * (output_dim * input_dim) ** 0.5)
+    elif module is model.feature_projection.projection:
+        init_projection(parameter, model.spec.feature_dim)
+    elif leaf == "bias":
+        parameter.zero_()
+    elif module is model:
+        nn.init.uniform_(parameter)
+    else:
+        nn.init.normal_(parameter, std=std)
 
 
 @torch.no_grad()
-def init_projection(projection: nn.Linear) -> None:
-    """Fill ``projection`` with uniform random numbers, up to ``input_dim ** -0.5``."""
-    _uniform(projection.weight, projection.in_features)
-    if projection.bias is not None:
-        _uniform(projection.bias, projection.in_features)
-
-
-def _uniform(tensor: Tensor, fan_in: int) -> None:
-    nn.init.uniform_(tensor, -(fan_in**-0.5), fan_in**-0.5)
+def init_projection(parameter: Tensor, input_dim: int) -> None:
+    """Fill the weight or the bias of a projection with uniform random numbers, up to ``input_dim ** -0.5``."""
+    nn.init.uniform_(parameter, -(input_dim**-0.5), input_dim**-0.5)

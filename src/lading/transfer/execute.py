@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import threading
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from lading.manifest import BITS
 from lading.transfer.files import OpenShard, ShardFile, open_shard
 from lading.transfer.memory import RING_DEPTH, Arena, Stage, create_arena, map_file, populate, view
-from lading.transfer.plan import ARENA, PAGE, Plan
+from lading.transfer.plan import ARENA, PAGE, Plan, reads_gaps
 
 STEP = 8 << 20
 """Bytes that a thread reads before it takes the next step: large enough for the disk, small enough to stop soon."""
@@ -26,6 +27,9 @@ CAST_CHUNK = 1 << 20
 
 PINNED_BYTES = 512 << 20
 """Host memory that copies to a device may have pinned at once."""
+
+ROWS_CHUNK = 1 << 20
+"""Bytes that are read at once where gaps are read too: they have to stay in a core's cache until they are copied."""
 
 COLD_THREADS = 4
 """Threads that a disk needs to be busy; of memory, one for each core gets the most."""
@@ -53,9 +57,11 @@ def execute(
 
     with ExitStack() as stack:
         mapped = sorted({home for home in plan.homes if home != ARENA})
-        shards = {i: stack.enter_context(open_shard(files[i])) for i in sorted({*plan.shards, *mapped})}
+        shards = {
+            i: stack.enter_context(open_shard(files[i])) for i in sorted({*plan.shards, *plan.rows.shards, *mapped})
+        }
 
-        if plan.sizes:
+        if plan.sizes or plan.rows.counts:
             _read(plan, shards, arena, threads or _threads(plan, shards, arena), progress)
         mappings = {i: map_file(shards[i].fd, files[i].stat.size) for i in mapped}
         with ThreadPoolExecutor(_cores()) as pool:
@@ -79,14 +85,15 @@ def _cores() -> int:
 
 def _threads(plan: Plan, shards: Mapping[int, OpenShard], arena: Arena) -> int:
     most = PINNED_BYTES // (RING_DEPTH * STEP) if not arena.on_host else _cores() + COLD_THREADS
-    cold = any(shards[i].is_cold(offset) for i, offset in zip(plan.shards, plan.offsets, strict=True))
+    reads = zip((*plan.shards, *plan.rows.shards), (*plan.offsets, *plan.rows.offsets), strict=True)
+    cold = any(shards[i].is_cold(offset) for i, offset in reads)
 
     return min(most, max(_cores(), COLD_THREADS) if cold else _cores())
 
 
 def _read(plan: Plan, shards: Mapping[int, OpenShard], arena: Arena, threads: int, progress: bool) -> None:
     """Run the reads on ``threads`` threads; the first error, or an interrupt, stops all of them."""
-    steps = _steps(plan)
+    steps = itertools.chain(_steps(plan), _row_steps(plan))
     lock = threading.Lock()
     stop = threading.Event()
     errors: list[BaseException] = []
@@ -102,7 +109,10 @@ def _read(plan: Plan, shards: Mapping[int, OpenShard], arena: Arena, threads: in
                     step = next(steps, None)
                 if step is None:
                     break
-                reader.run(*step)
+                if len(step) == 5:
+                    reader.run(*step)
+                else:
+                    reader.run_rows(*step)
                 done[me] += step[2]
             reader.finish()
         except BaseException as error:  # it is raised again where the caller can see it
@@ -146,6 +156,23 @@ def _steps(plan: Plan) -> Iterator[tuple[int, int, int, int, int]]:
             yield shard, offset + start, count, target + start // source_size * target_size, cast
 
 
+def _row_steps(plan: Plan) -> Iterator[tuple[int, int, int, int, int, int, int, int]]:
+    """The rows cut into steps: (shard, offset in the file, bytes that are read, place in the arena, conversion, bytes
+    from run to run, bytes of a run, runs).
+    """
+    rows = plan.rows
+    for shard, offset, stride, length, count, target, cast in zip(
+        rows.shards, rows.offsets, rows.strides, rows.lengths, rows.counts, rows.targets, rows.casts, strict=True
+    ):
+        source_size, target_size = _item_sizes(plan.conversions[cast])
+        distance = stride if reads_gaps(stride, length) else length
+        at_once = max(1, STEP // distance)
+        for first in range(0, count, at_once):
+            runs = min(count - first, at_once)
+            place = target + first * length // source_size * target_size
+            yield shard, offset + first * stride, (runs - 1) * distance + length, place, cast, stride, length, runs
+
+
 def _pieces(offset: int, size: int, most: int, item: int) -> Iterator[tuple[int, int]]:
     """(start, size) of pieces of whole items, of at most ``most`` bytes, that end where a page of the file does."""
     start = 0
@@ -169,7 +196,9 @@ class _Reader:
         self._plan = plan
         self._shards = shards
         self._arena = arena
+        self._chunk = CAST_CHUNK if arena.on_host else STEP
         self._stage: Stage | None = None
+        self._bounce: mmap.mmap | None = None
 
     def run(self, shard: int, offset: int, size: int, place: int, cast: int) -> None:
         file = self._shards[shard]
@@ -181,13 +210,64 @@ class _Reader:
 
         source, target = self._plan.conversions[cast]
         source_size, target_size = _item_sizes((source, target))
-        chunk = CAST_CHUNK if self._arena.on_host else STEP
-        if self._stage is None:
-            self._stage = self._arena.stage(chunk)
+        stage = self._get_stage()
 
-        for start, count in _pieces(offset, size, chunk, source_size):
-            file.fill(offset + start, self._stage.take()[:count], direct=cold and (offset + start) % PAGE == 0)
-            self._stage.put(count, place + start // source_size * target_size, source, target)
+        for start, count in _pieces(offset, size, self._chunk, source_size):
+            file.fill(offset + start, stage.take()[:count], direct=cold and (offset + start) % PAGE == 0)
+            stage.put(count, place + start // source_size * target_size, source, target)
+
+    def run_rows(
+        self, shard: int, offset: int, size: int, place: int, cast: int, stride: int, length: int, count: int
+    ) -> None:
+        """Read ``count`` runs of ``length`` bytes, ``stride`` bytes apart; in memory one follows the other."""
+        file = self._shards[shard]
+        cold = file.is_cold(offset)
+        source, target = self._plan.conversions[cast]
+        source_size, target_size = _item_sizes((source, target))
+        gaps = reads_gaps(stride, length)
+        at_once = ROWS_CHUNK // (stride if gaps else length)
+        if cold and not gaps:
+            file.advise_random()
+
+        for first in range(0, count, at_once):
+            rows = min(count - first, at_once)
+            begin, to = offset + first * stride, place + first * length // source_size * target_size
+            memory = self._arena.direct(to, rows * length) if cast == 0 else None
+            stage = self._get_stage() if memory is None else None
+            if stage is not None:
+                memory = stage.take()[: rows * length]
+            assert memory is not None
+
+            if gaps:
+                bounce = self._read_bounce(file, begin, (rows - 1) * stride + length, cold)
+                packed = torch.frombuffer(memory, dtype=torch.uint8).view(rows, length)
+                packed.copy_(bounce.as_strided((rows, length), (stride, 1), bounce.storage_offset()))
+            else:
+                for i in range(rows):
+                    file.fill(begin + i * stride, memory[i * length : (i + 1) * length])
+
+            if stage is not None:
+                stage.put(rows * length, to, source, target)
+
+    def _read_bounce(self, file: OpenShard, offset: int, size: int, cold: bool) -> Tensor:
+        """The bytes of the file, until the next call."""
+        if self._bounce is None:
+            self._bounce = mmap.mmap(-1, ROWS_CHUNK + 2 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+        # Congruent to the file, and of whole pages, so that all of it can come past the page cache.
+        skew = offset % PAGE
+        begin = offset - skew
+        end = min(-(-(offset + size) // PAGE) * PAGE, file.file.stat.size) if cold else offset + size
+        first = 0 if cold else skew
+        file.fill(begin + first, memoryview(self._bounce)[first : end - begin], direct=cold)
+
+        return torch.frombuffer(self._bounce, dtype=torch.uint8, count=size, offset=skew)
+
+    def _get_stage(self) -> Stage:
+        if self._stage is None:
+            self._stage = self._arena.stage(self._chunk)
+
+        return self._stage
 
     def finish(self) -> None:
         if self._stage is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lading.box import Box
 from lading.manifest import BITS, Manifest
@@ -17,6 +17,13 @@ ARENA = -1
 """The home of a tensor that is read into memory of its own."""
 
 
+GAP = 16 << 10
+"""Bytes between two runs that are read with them rather than by-passed: what a system call costs more than a copy."""
+
+LONG_RUN = 256 << 10
+"""Bytes of a run that is a read of its own."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
     """What memory is to hold, in columns of equal length."""
@@ -27,6 +34,56 @@ class Wanted:
     """The part of each; within the tensor's shape."""
     dtypes: Sequence[str]
     """What memory holds; bytes are cast where the manifest says another."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Runs of equal size at equal distances, as a part of the columns of a matrix has them; in columns, sorted by shard
+    and offset. In memory one run follows the other.
+    """
+
+    shards: array[int] = field(default_factory=lambda: array("I"))
+    offsets: array[int] = field(default_factory=lambda: array("q"))
+    """Where the first run begins in the shard's file; type code ``q``, as all that follow."""
+    strides: array[int] = field(default_factory=lambda: array("q"))
+    """Bytes in the file from the beginning of a run to that of the next."""
+    lengths: array[int] = field(default_factory=lambda: array("q"))
+    """Bytes in the file of a run; at most :data:`LONG_RUN`."""
+    counts: array[int] = field(default_factory=lambda: array("q"))
+    """Runs; two at least."""
+    targets: array[int] = field(default_factory=lambda: array("q"))
+    """Where the first run goes in the arena."""
+    casts: array[int] = field(default_factory=lambda: array("I"))
+    """Position in the plan's ``conversions``."""
+
+    def add(self, shard: int, offset: int, stride: int, length: int, count: int, target: int, cast: int) -> None:
+        self.shards.append(shard)
+        self.offsets.append(offset)
+        self.strides.append(stride)
+        self.lengths.append(length)
+        self.counts.append(count)
+        self.targets.append(target)
+        self.casts.append(cast)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that are read, gaps included where they are read too."""
+        return sum(
+            (count - 1) * (stride if reads_gaps(stride, length) else length) + length
+            for stride, length, count in zip(self.strides, self.lengths, self.counts, strict=True)
+        )
+
+    @property
+    def num_reads(self) -> int:
+        return sum(
+            1 if reads_gaps(stride, length) else count
+            for stride, length, count in zip(self.strides, self.lengths, self.counts, strict=True)
+        )
+
+
+def reads_gaps(stride: int, length: int) -> bool:
+    """Whether runs of ``length`` bytes, ``stride`` bytes apart, are read with what is between them."""
+    return stride - length <= GAP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +109,16 @@ class Plan:
     """Position in ``conversions``; type code ``I``."""
     conversions: tuple[tuple[str, str], ...]
     """(dtype in the file, dtype in memory) of each cast; the first stands for none."""
+    rows: Rows = field(default_factory=Rows)
+    """What is read besides: runs at equal distances."""
 
     @property
     def read_bytes(self) -> int:
-        return sum(self.sizes)
+        return sum(self.sizes) + self.rows.read_bytes
+
+    @property
+    def num_reads(self) -> int:
+        return len(self.sizes) + self.rows.num_reads
 
 
 def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
@@ -68,6 +131,7 @@ def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
         need no cast and are aligned.
     """
     reads = _Reads()
+    rows = Rows()
     homes = array("i", [ARENA]) * len(wanted.tensors)
     places = array("q", [0]) * len(wanted.tensors)
     conversions: dict[tuple[str, str], int] = {("", ""): 0}
@@ -84,13 +148,11 @@ def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
             places[i] = end
             continue
 
-        if box.covers(shape):
-            runs = [(0, box.numel)]
-        else:
-            runs = list(box.runs(shape))
-        first = base + runs[0][0] * source_size
+        groups = [(0, box.numel, box.numel, 1)] if box.covers(shape) else list(box.rows(shape))
+        first = base + groups[0][0] * source_size
+        is_one_run = len(groups) == 1 and groups[0][3] == 1
 
-        if mapped and stored == dtype and len(runs) == 1 and first % size == 0:
+        if mapped and stored == dtype and is_one_run and first % size == 0:
             homes[i], places[i] = shard, first
             continue
 
@@ -99,9 +161,16 @@ def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
             end = _congruent(end, first) if cast == 0 and first % size == 0 else -(-end // ALIGNMENT) * ALIGNMENT
         places[i] = end
 
-        for start, count in runs:
-            reads.add(shard, base + start * source_size, count * source_size, end, count * size, cast)
-            end += count * size
+        for start, stride, length, count in groups:
+            offset = base + start * source_size
+            if count > 1 and length * source_size <= LONG_RUN:
+                rows.add(shard, offset, stride * source_size, length * source_size, count, end, cast)
+                end += count * length * size
+                continue
+            for _ in range(count):
+                reads.add(shard, offset, length * source_size, end, length * size, cast)
+                offset += stride * source_size
+                end += length * size
 
     return Plan(
         arena_bytes=end,
@@ -113,6 +182,7 @@ def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
         targets=reads.targets,
         casts=reads.casts,
         conversions=tuple(conversions),
+        rows=rows,
     )
 
 
