@@ -247,8 +247,9 @@ class Wav2Vec2(nn.Module):
         features = dropout(features, self.target_dropout_p, self.training)
 
         quantized = self.quantizer(_masked(features, mask))
-        targets = self.project_q(quantized.vectors)
-        states = self.project_hid(_masked(encoded.hidden, mask))
+        # What a linear with bias gives is a view, and FSDP warns of modules that return one.
+        targets = self.project_q(quantized.vectors).clone()
+        states = self.project_hid(_masked(encoded.hidden, mask)).clone()
 
         if distractors is None:
             distractors = draw_distractors(targets, self.num_distractors)

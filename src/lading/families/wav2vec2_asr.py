@@ -97,7 +97,8 @@ class Wav2Vec2Asr(nn.Module):
         encoded = self.wav2vec2(input_values, attention_mask, masking=self.masking if self.training else None)
         logits = self.lm_head(dropout(encoded.hidden, self.final_dropout_p, self.training))
 
-        return Wav2Vec2AsrOutput(logits=logits, num_frames=encoded.num_frames)
+        # What a linear with bias gives is a view, and FSDP warns of modules that return one.
+        return Wav2Vec2AsrOutput(logits=logits.clone(), num_frames=encoded.num_frames)
 
 
 def _spec(config: Wav2Vec2AsrConfig) -> SpeechSpec:

@@ -87,7 +87,7 @@ class ConvolutionalFeatures(nn.Module):
             scale = self.grad_scale
             x.register_hook(lambda grad: grad * scale)  # type: ignore[no-untyped-call]
 
-        return x.transpose(1, 2)
+        return x.transpose(1, 2).contiguous()
 
     def num_frames(self, lengths: Tensor) -> Tensor:
         """Numbers of samples → numbers of frames, none for what is shorter than the first."""
