@@ -15,14 +15,16 @@ ROOT = Path(lading.__file__).parent
 
 LAYERS = [
     {"errors", "box", "filesystem", "version"},
-    {"documents", "card", "cardfile", "manifest", "settings", "gangs"},
+    {"documents", "card", "cardfile", "manifest", "digests", "settings", "gangs"},
     {"overrides", "config", "keymap", "catalog", "formats", "fetch", "nn"},
     {"transfer"},
     {"family"},
-    {"parallel"},
-    {"checkpoint", "construct"},
+    {"parallel", "report"},
+    {"folder", "construct", "published", "diff", "resolve"},
+    {"checkpoint", "check"},
+    {"acquire", "reading", "verification"},
     {"loader"},
-    {"hub"},
+    {"hub", "doors"},
     {"families"},
     {"cli"},
 ]
@@ -115,7 +117,7 @@ def test_the_public_names() -> None:
         """
         AssetCard AssetCardField Architecture AssetStore get_asset_store
         load_model ModelHub ModelHubAccessor GlobalModelLoader LoadReport
-        import_cards index_checkpoint query
+        import_cards index_checkpoint query check_model CheckReport diff_models DiffReport
         Family Rule Manifest Gang Gangs create_fake_gangs create_gangs simulate_gangs
         LadingError ModelNotKnownError ModelFamilyNotKnownError ModelArchitectureNotKnownError ModelGatedError
         AssetCardError AssetNotFoundError ModelCheckpointError CorruptModelCheckpointError

@@ -8,15 +8,15 @@ Source: https://huggingface.co/docs/safetensors/metadata_parsing, *Sharded safet
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
-from lading.formats.files import corrupt, open_regular
-from lading.formats.safetensors import MAX_NAME_SIZE, Header, read_header
+from lading.formats.files import File, corrupt, open_file
+from lading.formats.safetensors import MAX_NAME_SIZE, Part, join, read_header
 from lading.formats.strict_json import StrictJson
-from lading.manifest import Manifest, Shard
+from lading.manifest import Manifest
 
 MAX_INDEX_SIZE = 100_000_000
 """Bytes; the limit that a header has, too."""
@@ -36,60 +36,69 @@ def index_shards(path: Path) -> Manifest:
         file, or the index and the files do not agree on which tensors there are.
     :raises OSError: a file cannot be read.
     """
-    weight_map = _read_weight_map(path)
-    files = sorted(set(weight_map.values()))
-    _require_plain_names(path, files)
+    with open_file(path) as file:
+        index = read_index(file)
 
-    shards: list[Shard] = []
-    headers: list[Header] = []
-    problems: list[str] = []
+    return join_shards(index, [_read_shard(path.parent / name) for name in index.tensors])
 
-    for file in files:
-        try:
-            shard, header = read_header(path.parent / file)
-        except CheckpointNotFoundError:
-            # Not an error of that type: the checkpoint was found, and a part of it is missing.
-            problems.append(f"{file!r} is missing")
-            continue
-        shards.append(shard)
-        headers.append(header)
 
+def _read_shard(path: Path) -> Part | None:
+    try:
+        with open_file(path) as file:
+            return read_header(file)
+    except CheckpointNotFoundError:
+        # Not an error of that type: the checkpoint was found, and a part of it is missing.
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Index:
+    """What an index says."""
+
+    file: File
+    weight_map: Mapping[str, str]
+    """Tensor → file."""
+    tensors: Mapping[str, Sequence[str]]
+    """File → its tensors; the files by name, which are plain names of files beside the index."""
+
+
+def join_shards(index: Index, parts: Sequence[Part | None]) -> Manifest:
+    """The manifest of the checkpoint of an index.
+
+    :param parts: one for each of ``index.tensors``; ``None`` where there is no such file.
+
+    :raises CorruptModelCheckpointError: a file is missing, or the index and the files do not agree on which tensors
+        there are.
+    """
+    found = [part for part in parts if part is not None]
+    problems = [f"{file!r} is missing" for file, part in zip(index.tensors, parts, strict=True) if part is None]
     # A missing file would repeat itself in each of its tensors.
-    problems = problems or _disagreements(weight_map, shards, headers)
+    problems = problems or _disagreements(index, found)
     if problems:
-        raise _disagreement(path, problems)
+        raise _disagreement(index.file.label, problems)
 
-    names: list[str] = []
-    dtypes: list[str] = []
-    shapes: list[tuple[int, ...]] = []
-    shard_ids, offsets = array("I"), array("q")
-    for i, header in enumerate(headers):
-        names += header.names
-        dtypes += header.dtypes
-        shapes += header.shapes
-        shard_ids += array("I", [i]) * len(header.names)
-        offsets += header.offsets
-
-    return Manifest(
-        format="safetensors",
-        shards=tuple(shards),
-        names=names,
-        dtypes=dtypes,
-        shapes=shapes,
-        shard_ids=shard_ids,
-        offsets=offsets,
-        index_name=path.name,
-        metadata=headers[0].metadata,
-    )
+    return join(found, index_name=index.file.name)
 
 
-def _read_weight_map(path: Path) -> dict[str, str]:
-    label = str(path)
+def read_index(file: File) -> Index:
+    """What the index in ``file`` says.
 
-    with open_regular(path) as (file, size):
-        if size > MAX_INDEX_SIZE:
-            raise corrupt(label, "", expected=f"at most {MAX_INDEX_SIZE} bytes", found=f"{size}")
-        data = file.read(size)
+    :raises CorruptModelCheckpointError: it is not valid, or it names files that are not beside it.
+    """
+    weight_map = _read_weight_map(file)
+    tensors: dict[str, list[str]] = {name: [] for name in sorted(set(weight_map.values()))}
+    _require_plain_names(file.label, tensors)
+    for tensor, name in weight_map.items():
+        tensors[name].append(tensor)
+
+    return Index(file=file, weight_map=weight_map, tensors=tensors)
+
+
+def _read_weight_map(file: File) -> dict[str, str]:
+    label = file.label
+    if file.size > MAX_INDEX_SIZE:
+        raise corrupt(label, "", expected=f"at most {MAX_INDEX_SIZE} bytes", found=f"{file.size}")
+    data = file.read(0, file.size)
 
     json = StrictJson(data, label=label, what="index")
     weight_map: dict[str, str] | None = None
@@ -113,27 +122,27 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _require_plain_names(path: Path, files: list[str]) -> None:
+def _require_plain_names(label: str, files: Iterable[str]) -> None:
     """Nothing but the name of a file in the same folder: whoever wrote the index must not choose what is read."""
     for file in files:
         # `isprintable` is false for control, bidirectional and other characters that hide what a name says.
         plain = file.isprintable() and not set(file) & set("/\\") and len(file.encode()) <= _MAX_FILE_NAME
         if not plain or not file.endswith(".safetensors"):
             raise corrupt(
-                str(path),
+                label,
                 "weight_map",
                 expected="plain file names that end in .safetensors, for files beside the index",
                 found=repr(file[:80]),
             )
 
 
-def _disagreements(weight_map: Mapping[str, str], shards: list[Shard], headers: list[Header]) -> list[str]:
+def _disagreements(index: Index, parts: Sequence[Part]) -> list[str]:
     problems: list[str] = []
     agreed = 0
 
-    for shard, header in zip(shards, headers, strict=True):
+    for shard, header in parts:
         for name in header.names:
-            file = weight_map.get(name)
+            file = index.weight_map.get(name)
             if file == shard.name:
                 agreed += 1
             elif file is None:
@@ -141,24 +150,24 @@ def _disagreements(weight_map: Mapping[str, str], shards: list[Shard], headers: 
             else:
                 problems.append(f"tensor {name!r} is in {shard.name!r}, but the index says {file!r}")
 
-    if agreed != len(weight_map):
-        held = {shard.name: set(header.names) for shard, header in zip(shards, headers, strict=True)}
+    if agreed != len(index.weight_map):
+        held = {shard.name: set(header.names) for shard, header in parts}
         problems += [
             f"tensor {name[:MAX_NAME_SIZE]!r} is not in {file!r}, though the index says so"
-            for name, file in weight_map.items()
+            for name, file in index.weight_map.items()
             if name not in held[file]
         ]
 
     return problems
 
 
-def _disagreement(path: Path, problems: list[str]) -> CorruptModelCheckpointError:
+def _disagreement(label: str, problems: list[str]) -> CorruptModelCheckpointError:
     lines = problems[:_MAX_LINES]
     if more := len(problems) - len(lines):
         lines.append(f"and {more} more")
 
     return corrupt(
-        str(path),
+        label,
         "",
         expected="an index and files that agree",
         found=f"{len(problems)} {'place' if len(problems) == 1 else 'places'} where they do not:\n  "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from torch._C._distributed_c10d import PrefixStore as PrefixStore
 from torch._C._distributed_c10d import Store as Store
 from torch._C._distributed_c10d import TCPStore
@@ -25,4 +27,9 @@ def store_host(store: Store) -> str | None:
 
 def init_fake_process_group(rank: int, size: int) -> None:
     """Make this process rank ``rank`` of a world in which nothing is ever sent."""
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        # It holds meshes, and equal are those of the same world, whichever rank this process was of it.
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
     init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)

@@ -8,13 +8,13 @@ from lading.transfer.dtypes import FLOATS
 from lading.transfer.targets import Targets
 
 
-def quantised(manifest: Manifest, targets: Targets, routed: Route) -> str | None:
-    """The first tensor that a weight would be made of although its numbers mean nothing without scales beside it."""
-    for target, tensor in zip(routed.targets, routed.tensors, strict=True):
-        if _is_float(targets, target) and manifest.dtypes[tensor] not in FLOATS:
-            return manifest.names[tensor]
-
-    return None
+def quantised(manifest: Manifest, targets: Targets, routed: Route) -> list[int]:
+    """The tensors that weights would be made of although their numbers mean nothing without scales beside them."""
+    return [
+        tensor
+        for target, tensor in zip(routed.targets, routed.tensors, strict=True)
+        if _is_float(targets, target) and manifest.dtypes[tensor] not in FLOATS
+    ]
 
 
 def problems(manifest: Manifest, targets: Targets, routed: Route) -> list[str]:

@@ -17,7 +17,7 @@ ARENA = -1
 """The home of a tensor that is read into memory of its own."""
 
 
-GAP = 16 << 10
+GAP = 32 << 10
 """Bytes between two runs that are read with them rather than by-passed: what a system call costs more than a copy."""
 
 LONG_RUN = 256 << 10
@@ -184,6 +184,34 @@ def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
         conversions=tuple(conversions),
         rows=rows,
     )
+
+
+def plan_pass(manifest: Manifest) -> tuple[Plan, Wanted]:
+    """Plan to read each tensor of a checkpoint once, whole and as it is, for its bytes to be looked at as they pass."""
+    reads = _Reads()
+    places = array("q")
+    end = 0
+    for i in range(len(manifest)):
+        size = manifest.nbytes(i)
+        places.append(end)
+        if size:
+            reads.add(manifest.shard_ids[i], manifest.offsets[i], size, end, size, 0)
+        end += size
+
+    plan = Plan(
+        arena_bytes=end,
+        homes=array("i", [ARENA]) * len(manifest),
+        places=places,
+        shards=reads.shards,
+        offsets=reads.offsets,
+        sizes=reads.sizes,
+        targets=reads.targets,
+        casts=reads.casts,
+        conversions=(("", ""),),
+    )
+    boxes = [Box.whole(shape) for shape in manifest.shapes]
+
+    return plan, Wanted(tensors=range(len(manifest)), boxes=boxes, dtypes=manifest.dtypes)
 
 
 def _congruent(place: int, offset: int) -> int:
