@@ -20,6 +20,7 @@ from ruamel.yaml import YAML
 FAMILIES = {
     "llama": "llama",
     "mistral": "mistral",
+    "olmo": "olmo",
     "qwen": "qwen",
     "wav2vec2": "wav2vec2",
     "wav2vec2_asr": "wav2vec2",

@@ -17,6 +17,7 @@ from typing import Any
 
 from fairseq2.models.llama.config import LLaMAConfig, register_llama_configs
 from fairseq2.models.mistral.config import MistralConfig, register_mistral_configs
+from fairseq2.models.olmo.config import OLMOConfig, register_olmo_configs
 from fairseq2.models.qwen.config import QwenConfig, register_qwen_configs
 from fairseq2.models.wav2vec2.asr.config import Wav2Vec2AsrConfig, register_wav2vec2_asr_configs
 from fairseq2.models.wav2vec2.config import Wav2Vec2Config, register_wav2vec2_configs
@@ -44,6 +45,7 @@ def main() -> None:
     for family, kls, register in (
         ("llama", LLaMAConfig, register_llama_configs),
         ("mistral", MistralConfig, register_mistral_configs),
+        ("olmo", OLMOConfig, register_olmo_configs),
         ("qwen", QwenConfig, register_qwen_configs),
         ("wav2vec2", Wav2Vec2Config, register_wav2vec2_configs),
         ("wav2vec2_asr", Wav2Vec2AsrConfig, register_wav2vec2_asr_configs),

@@ -29,6 +29,9 @@ FIELDS = (
     "tokenizer_family",
 )
 
+CORRECTED = {"olmo-2-0325-32b": {"model_config": {"ffn_inner_dim": 27_648}}}
+"""What cards say here because fairseq2's would not load the checkpoint that they name."""
+
 
 def entries(cards: list[dict[str, Any]]) -> list[CardEntry]:
     return [
@@ -62,6 +65,7 @@ def test_built_in_cards_say_what_fairseq2_says(family: str) -> None:
 
     for name, expected in RESOLVED[family].items():
         found = resolved(name, cards)
+        expected = expected | CORRECTED.get(name, {})
         assert {key: found.get(key) for key in FIELDS} == {key: expected.get(key) for key in FIELDS}, name
         assert {key: found.get(key) for key in expected} == expected, name
 

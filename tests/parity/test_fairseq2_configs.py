@@ -12,6 +12,7 @@ import pytest
 
 from lading.families.llama import LLaMAConfig, get_llama_model_hub
 from lading.families.mistral import MistralConfig, get_mistral_model_hub
+from lading.families.olmo import OLMOConfig, YaRNScaleConfig, get_olmo_model_hub
 from lading.families.qwen import QwenConfig, get_qwen_model_hub
 from lading.families.wav2vec2 import Wav2Vec2Config, get_wav2vec2_model_hub
 from lading.families.wav2vec2_asr import Wav2Vec2AsrConfig, get_wav2vec2_asr_model_hub
@@ -24,13 +25,17 @@ DUMPED: dict[str, dict[str, dict[str, Any]]] = json.loads(
 CONFIGS: dict[str, type] = {
     "llama": LLaMAConfig,
     "mistral": MistralConfig,
+    "olmo": OLMOConfig,
     "qwen": QwenConfig,
     "wav2vec2": Wav2Vec2Config,
     "wav2vec2_asr": Wav2Vec2AsrConfig,
 }
+OPTIONAL: dict[str, type] = {"yarn_scale_config": YaRNScaleConfig}
+"""Fields that hold no object by default, and the class of one."""
 HUBS: dict[str, Callable[[], ModelHub[Any, Any]]] = {
     "llama": get_llama_model_hub,
     "mistral": get_mistral_model_hub,
+    "olmo": get_olmo_model_hub,
     "qwen": get_qwen_model_hub,
     "wav2vec2": get_wav2vec2_model_hub,
     "wav2vec2_asr": get_wav2vec2_asr_model_hub,
@@ -46,9 +51,13 @@ def plain(config: Any) -> dict[str, Any]:
 
 def laid_over(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """``values``, and what only ``defaults`` has, in objects within, too."""
-    return defaults | {
-        key: laid_over(defaults[key], value) if isinstance(value, dict) else value for key, value in values.items()
-    }
+    laid = dict(defaults)
+    for key, value in values.items():
+        if isinstance(value, dict):
+            value = laid_over(defaults[key] or plain(OPTIONAL[key]()), value)
+        laid[key] = value
+
+    return laid
 
 
 @pytest.mark.parametrize(
@@ -56,6 +65,7 @@ def laid_over(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any
     [
         ("llama", "7b"),
         ("mistral", "7b"),
+        ("olmo", "olmo2_1b"),
         ("qwen", "qwen25_7b"),
         ("wav2vec2", "base"),
         ("wav2vec2_asr", "base_10h"),

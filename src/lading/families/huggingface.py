@@ -42,6 +42,10 @@ class ConfigReader:
     def __len__(self) -> int:
         return len(self._values)
 
+    def values(self) -> dict[str, object]:
+        """All keys with their values."""
+        return dict(self._values)
+
     def is_null(self, key: str) -> bool:
         """Whether the key is absent or null."""
         return self._values.get(key) is None
@@ -219,8 +223,65 @@ def read_rope(reader: ConfigReader, scaling_type: str | None = None) -> tuple[fl
 
     theta = (section if "rope_theta" in section else reader).number("rope_theta", 10_000.0)
 
+    return theta, _scaling(section, scaling_type)
+
+
+def read_rope_of_layers(
+    reader: ConfigReader, *, theta: float, window_theta: float, window_theta_key: str, scaling_type: str
+) -> tuple[float, ConfigReader | None, float]:
+    """The base of the rotary frequencies, the keys of their scaling if there is one, and the base in layers with a
+    window, where they are not scaled.
+
+    Understands ``rope_parameters`` by kind of layer, and what came before transformers 5: ``rope_theta`` and
+    ``rope_scaling`` for layers without a window.
+
+    :param theta: that of layers without a window where the file states none.
+    :param window_theta: that of layers with a window where the file states none.
+    :param window_theta_key: the key of the latter before transformers 5.
+    :param scaling_type: the one that the family supports.
+
+    :raises NotSupportedError: another type, scaling in layers with a window, or of a part of each head.
+    """
+    parameters = reader.section("rope_parameters")
+    full, window = parameters.section("full_attention"), parameters.section("sliding_attention")
+    if parameters and not full and not window:
+        reader.refuse("rope_parameters", parameters.values())
+    full = reader.section("rope_scaling") or full
+    for keys in (reader, full, window):
+        keys.require("partial_rotary_factor", 1.0)
+
+    _scaling(window, None)
+    if "rope_theta" in full:
+        theta = full.number("rope_theta", None)
+    else:
+        theta = reader.number("rope_theta", theta)
+    if "rope_theta" in window:
+        window_theta = window.number("rope_theta", None)
+    else:
+        window_theta = reader.number(window_theta_key, window_theta)
+
+    return theta, _scaling(full, scaling_type), window_theta
+
+
+def _scaling(section: ConfigReader, scaling_type: str | None) -> ConfigReader | None:
     type_key = "type" if section.is_null("rope_type") else "rope_type"
     known = ("default",) if scaling_type is None else ("default", scaling_type)
     kind = "default" if section.is_null(type_key) else section.choice(type_key, "default", {k: k for k in known})
 
-    return theta, None if kind == "default" else section
+    return None if kind == "default" else section
+
+
+def read_layer_types(reader: ConfigReader, num_layers: int, *, every: int) -> list[str]:
+    """Of each layer, whether its attention is ``sliding_attention`` or ``full_attention``.
+
+    :param every: one of so many has no window where the file states no types.
+
+    :raises NotSupportedError: other types.
+    """
+    types = reader.strings("layer_types")
+    if types is None:
+        return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(num_layers)]
+    if set(types) - {"sliding_attention", "full_attention"}:
+        reader.refuse("layer_types", types)
+
+    return types
