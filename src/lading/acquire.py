@@ -13,8 +13,8 @@ from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore
 from lading.checkpoint import Checkpoint
 from lading.errors import CatalogError, CheckpointNotFoundError, CorruptModelCheckpointError, InternalError
-from lading.fetch.sources import open_source
 from lading.fetch.source import FetchedFile, Known, RemoteFile, Snapshot
+from lading.fetch.sources import open_source
 from lading.filesystem import FileStat
 from lading.formats.safetensors import index_file
 from lading.gangs import Gang
@@ -68,7 +68,7 @@ def share(checkpoint: Checkpoint, root: Gang, find: Callable[[Checkpoint], Check
 
     Raises what ``find`` does, on the rank that calls it.
     """
-    if root.size == 1:
+    if root.line is None:  # alone, or simulated
         return find(checkpoint)
 
     found: Checkpoint | None = None

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from lading.card import CheckpointRef
 from lading.errors import CorruptModelCheckpointError
-from lading.fetch.sources import open_source
 from lading.fetch.source import RemoteFile, Snapshot, Source
+from lading.fetch.sources import open_source
 from lading.formats.folder import is_checkpoint_file
 from lading.formats.remote import index_files, index_names
 from lading.manifest import Manifest
