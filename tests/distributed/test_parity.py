@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from workers import Pool
 
-from lading.checkpoint import family_of_folder
 from lading.construct import create_model
 from lading.errors import NotSupportedError
+from lading.folder import family_of_folder
 from lading.gangs import Gangs, create_fake_gangs, create_gangs
 from lading.hub import load_model
 from make_checkpoint import make
