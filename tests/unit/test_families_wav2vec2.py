@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from lading.families import wav2vec2, wav2vec2_asr
 from lading.families.wav2vec2 import (
     Wav2Vec2,
     Wav2Vec2Config,
-    Wav2Vec2EncoderConfig,
     contrastive_logits,
     draw_distractors,
 )
 from lading.families.wav2vec2_asr import Wav2Vec2Asr, Wav2Vec2AsrConfig
+from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig
 from lading.family import family_of_model_type, get_family
+from lading.folder import family_of_folder
 from lading.keymap import route
 
 ENCODER = Wav2Vec2EncoderConfig(
@@ -525,3 +527,13 @@ def test_new_models(home: Path) -> None:
     assert model(sound().to(torch.bfloat16)).logits.isfinite().all()
     assert all(parameter.is_meta for parameter in hub.create_new_model(ASR_CONFIG, meta=True).parameters())
     assert hub.get_model_config("wav2vec2_asr_base_10h") == Wav2Vec2AsrConfig()
+
+
+def test_a_folder_of_another_architecture(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(BASE_960H | {"architectures": ["Wav2Vec2ForXVector"]}))
+
+    with pytest.raises(NotSupportedError, match=r"'wav2vec2' with the architectures \['Wav2Vec2ForXVector'\]"):
+        family_of_folder(tmp_path)
+
+    (tmp_path / "config.json").write_text(json.dumps(BASE_960H))
+    assert family_of_folder(tmp_path) == (wav2vec2_asr.FAMILY, wav2vec2_asr.FAMILY.from_hf(BASE_960H))

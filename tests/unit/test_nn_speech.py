@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lading.nn.masking import Masking
-from lading.nn.speech_encoder import SpeechModel, SpeechSpec, WeightNormConv1d, init_speech
+from lading.nn.speech import SpeechModel, init_speech
+from lading.nn.speech_encoder import SpeechSpec, WeightNormConv1d
 from lading.nn.speech_frontend import ConvolutionalFeatures, FilterBankFeatures
 
 SPEC = SpeechSpec(

@@ -13,12 +13,13 @@ from torch.nn.functional import dropout
 
 from lading.config import STRICT
 from lading.families.huggingface import ConfigReader
-from lading.families.wav2vec2 import Wav2Vec2EncoderConfig, encoder_from_hf, encoder_rules, encoder_spec
+from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig, encoder_from_hf, encoder_rules, encoder_spec
 from lading.family import Family
 from lading.hub import ModelHubAccessor
 from lading.keymap import Rule
 from lading.nn.masking import Masking
-from lading.nn.speech_encoder import SpeechModel, SpeechSpec, init_speech, speech_plan
+from lading.nn.speech import SpeechModel, init_speech, speech_plan
+from lading.nn.speech_encoder import SpeechSpec
 from lading.nn.uninitialized import Linear
 
 
