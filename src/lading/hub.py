@@ -103,6 +103,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         :raises ValueError: both ``gangs`` and ``device``, or a meta device without ``meta``.
         :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is no dtype.
         :raises NotSupportedError: ``meta``, and the family cannot; or a size does not divide over ``gangs.tp``.
+        :raises GangError: another rank failed, or asks for something else.
         """
         effective = _effective_gangs(gangs, "cpu" if meta and gangs is None and device is None else device)
         concrete = _effective_dtype(dtype)
@@ -111,7 +112,9 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
                 "`dtype` must be a dtype for a new model, as there is no checkpoint that has one of its own"
             )
 
-        model = create_model(self._family, config, gangs=effective, dtype=concrete, meta=meta)
+        model = agreed(
+            effective, lambda: create_model(self._family, config, gangs=effective, dtype=concrete, meta=meta)
+        )
 
         return cast(ModelT, model)
 
@@ -198,13 +201,18 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
 
         Names are those of the parameters, after the family's rules; dtypes are the checkpoint's own.
 
+        :param gangs: of a parameter that is split over them, give the part that this rank owns.
+
         :raises FileNotFoundError: nothing is at ``path``.
-        :raises ModelCheckpointError: the checkpoint is damaged.
+        :raises ModelCheckpointError: the checkpoint is damaged, or does not fit the configuration.
+        :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``.
         :raises TypeError: ``config`` is not of the family's class.
         """
         check_config_type(config, self._family)
 
-        return iter_tensors(path_checkpoint(Path(path)), self._family, config, mmap=mmap)
+        return iter_tensors(
+            path_checkpoint(Path(path)), self._family, config, gangs=gangs or create_fake_gangs("cpu"), mmap=mmap
+        )
 
 
 class ModelHubAccessor(Generic[ModelT, ModelConfigT]):

@@ -122,6 +122,7 @@ def _load(
 
     with clock.phase("build"):
         module = build_on_meta(family, config)
+        kls = type(module)  # which FSDP changes
         parallelize(module, family, config, gangs)
 
     with clock.phase("plan"):
@@ -163,10 +164,10 @@ def _load(
             settle(checkpoint, expected, hasher.digests(), catalog and catalog(), gangs.root, progress=progress)
 
     with clock.phase("assemble"):
-        assign(module, by_name, targets.aliases)
+        copied = assign(module, by_name, targets.aliases)
         reset_buffers(module, device)
 
-    report = _report(checkpoint, family, module, device, by_name, routed, planned, clock)
+    report = _report(checkpoint, family, kls, device, by_name, routed, planned, copied, clock)
     log.info(
         "loaded %s: %d parameters, %.3f GB read in %d reads, %.3f s",
         report.name,
@@ -199,7 +200,7 @@ def _check_tied(checkpoint: Checkpoint, targets: Targets, routed: Route, loaded:
     for target, tensor in routed.duplicates:
         name = targets.names[target]
         mine = loaded[name]
-        (other,) = read_tensors(checkpoint, [tensor], [DTYPE_NAMES[mine.dtype]])
+        (other,) = read_tensors(checkpoint, [tensor], [DTYPE_NAMES[mine.dtype]], boxes=[targets.boxes[target]])
         if not torch.equal(mine.cpu(), other):
             raise ModelCheckpointMismatchError(
                 checkpoint.where,
@@ -213,11 +214,12 @@ def _check_tied(checkpoint: Checkpoint, targets: Targets, routed: Route, loaded:
 def _report(
     checkpoint: Checkpoint,
     family: Family[Any, Any],
-    module: Module,
+    kls: type[Module],
     device: torch.device,
     loaded: Mapping[str, Tensor],
     routed: Route,
     planned: Plan,
+    copied: int,
     clock: Clock,
 ) -> LoadReport:
     dtypes: dict[str, int] = {}
@@ -230,7 +232,7 @@ def _report(
     return LoadReport(
         name=checkpoint.name,
         family=family.name,
-        model_class=type(module).__name__,
+        model_class=kls.__name__,
         device=str(device),
         dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1])),
         parameters=sum(dtypes.values()),
@@ -238,6 +240,7 @@ def _report(
         shards=len(checkpoint.manifest.shards),
         bytes_read=planned.read_bytes,
         bytes_mapped=mapped,
+        bytes_copied=copied,
         reads=planned.num_reads,
         phases=dict(clock.phases),
     )

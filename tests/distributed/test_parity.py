@@ -16,10 +16,10 @@ from torch.nn import Module
 from workers import Pool
 
 from lading.construct import create_model
-from lading.errors import NotSupportedError
+from lading.errors import GangError, NotSupportedError
 from lading.folder import family_of_folder
 from lading.gangs import Gangs, create_fake_gangs, create_gangs
-from lading.hub import load_model
+from lading.hub import ModelHub, load_model
 from make_checkpoint import make
 
 Axes = tuple[int, int, int]
@@ -135,6 +135,12 @@ def differences(model: Module, alone: Module) -> list[str]:
         elif gradient is not None and parameter.grad is not None and far(whole(parameter.grad), gradient, 1e-4):
             found.append(f"gradient of {name}")
 
+    if hasattr(model, "encode"):
+        with torch.no_grad():
+            if far(model.encode(ids, mask), alone.encode(ids, mask), 1e-4):
+                found.append("embeddings of sentences")
+            if far(model.pooled_output(model(ids)), alone.pooled_output(alone(ids)), 1e-4):
+                found.append("what the pooler gives")
     if hasattr(model, "generate"):
         prompt = ids[:, :4]
         if not torch.equal(model.generate(prompt, max_new_tokens=5), alone.generate(prompt, max_new_tokens=5)):
@@ -228,6 +234,20 @@ def new_and_compare(folder: Path, axes: Axes) -> list[str]:
         assert torch.equal(torch.get_rng_state(), state)
 
         return differences(model, alone)
+
+
+def new_but_another_on_rank_1(folder: Path) -> None:
+    family, config = family_of_folder(folder)
+    with gangs_of((2, 1, 1)) as gangs:
+        if gangs.root.rank == 1:
+            config.num_layers += 1
+        ModelHub(family, None).create_new_model(config, gangs=gangs)  # type: ignore[arg-type]
+
+
+def test_ranks_that_ask_for_different_models(pool2: Pool, folders: dict[str, Path]) -> None:
+    for outcome in pool2.run(new_but_another_on_rank_1, folders["qwen"]):
+        assert isinstance(outcome.error, GangError)
+        assert "num_layers" in str(outcome.error)
 
 
 @pytest.mark.parametrize(("family", "axes"), [("qwen", (2, 2, 1)), ("bert", (2, 2, 1)), ("llama", (1, 4, 1))])

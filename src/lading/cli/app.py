@@ -29,6 +29,8 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
         "check": "lading.cli.check:check",
         "diff": "lading.cli.diff:diff",
         "index": "lading.cli.index:index",
+        "pull": "lading.cli.pull:pull",
+        "verify": "lading.cli.verify:verify",
         "import": "lading.cli.cards:import_",
         "export-cards": "lading.cli.cards:export_cards",
         "db": "lading.cli.db:db",
