@@ -13,8 +13,9 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from lading.formats.files import corrupt, open_regular
 from lading.formats.strict_json import StrictJson
@@ -57,8 +58,11 @@ def index_file(path: Path) -> Manifest:
     :raises CorruptModelCheckpointError: it is no safetensors file.
     :raises OSError: it cannot be read.
     """
-    shard, header = read_header(path)
+    return manifest_of(*read_header(path))
 
+
+def manifest_of(shard: Shard, header: Header) -> Manifest:
+    """The manifest of one file."""
     return Manifest(
         format="safetensors",
         shards=(shard,),
@@ -76,17 +80,29 @@ def read_header(path: Path) -> tuple[Shard, Header]:
 
     Raises what :func:`index_file` does.
     """
-    label = str(path)
-
     with open_regular(path) as (file, size):
-        length = header_length(file.read(PREFIX_SIZE), file_size=size, label=label)
-        data = file.read(length)
-        if len(data) < length:
-            raise corrupt(label, "header", expected=f"{length} bytes", found=f"{len(data)}")
-
-        header = parse_header(data, buffer_size=size - PREFIX_SIZE - length, label=label)
+        header = read_header_at(file, base=0, size=size, label=str(path))
 
     return Shard(name=path.name, size=size), header
+
+
+def read_header_at(file: BinaryIO, *, base: int, size: int, label: str) -> Header:
+    """The header of the safetensors file that is the ``size`` bytes of ``file`` at ``base``; its offsets count from
+    the beginning of ``file``.
+
+    Raises what :func:`index_file` does.
+    """
+    file.seek(base)
+    length = header_length(file.read(min(PREFIX_SIZE, size)), file_size=size, label=label)
+    data = file.read(length)
+    if len(data) < length:
+        raise corrupt(label, "header", expected=f"{length} bytes", found=f"{len(data)}")
+
+    header = parse_header(data, buffer_size=size - PREFIX_SIZE - length, label=label)
+    if base:
+        header = replace(header, offsets=array("q", [base + offset for offset in header.offsets]))
+
+    return header
 
 
 def header_length(prefix: bytes, *, file_size: int, label: str) -> int:

@@ -1,4 +1,4 @@
-"""Checkpoints of many safetensors files, with an index that says which tensor is in which of them.
+"""Checkpoints of many files, of safetensors or of ``torch.save``, with an index that says which tensor is in which.
 
 The index is JSON: ``{"metadata": {…}, "weight_map": {"tensor": "file", …}}``. Its word decides which files belong to
 the checkpoint; others in the folder are not looked at.
@@ -16,6 +16,7 @@ from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
 from lading.formats.files import corrupt, open_regular
 from lading.formats.safetensors import MAX_NAME_SIZE, Header, read_header
 from lading.formats.strict_json import StrictJson
+from lading.formats.torch_pt import index_file as index_torch_file
 from lading.manifest import Manifest, Shard
 
 MAX_INDEX_SIZE = 100_000_000
@@ -28,17 +29,22 @@ _MAX_LINES = 20
 """Disagreements that an error lists; the rest it counts."""
 
 
-def index_shards(path: Path) -> Manifest:
+def index_shards(path: Path, *, restrict: bool = True) -> Manifest:
     """The manifest of the checkpoint whose index is at ``path``; the files that it names lie beside it.
 
+    :param restrict: as :func:`lading.formats.torch_pt.index_file` takes it.
+
     :raises CheckpointNotFoundError: no index is at ``path``.
-    :raises CorruptModelCheckpointError: the index is not valid, a file that it names is missing or is no safetensors
-        file, or the index and the files do not agree on which tensors there are.
+    :raises CorruptModelCheckpointError: the index is not valid, a file that it names is missing or damaged, or the
+        index and the files do not agree on which tensors there are.
+    :raises PolicyError: a file would import what a state dict does not need.
+    :raises NotSupportedError: a tensor of a file of ``torch.save`` is not a plain range of bytes.
     :raises OSError: a file cannot be read.
     """
     weight_map = _read_weight_map(path)
     files = sorted(set(weight_map.values()))
-    _require_plain_names(path, files)
+    suffix = ".bin" if path.name.endswith(".bin.index.json") else ".safetensors"
+    _require_plain_names(path, files, suffix)
 
     shards: list[Shard] = []
     headers: list[Header] = []
@@ -46,7 +52,7 @@ def index_shards(path: Path) -> Manifest:
 
     for file in files:
         try:
-            shard, header = read_header(path.parent / file)
+            shard, header = _read_part(path.parent / file, restrict)
         except CheckpointNotFoundError:
             # Not an error of that type: the checkpoint was found, and a part of it is missing.
             problems.append(f"{file!r} is missing")
@@ -71,7 +77,7 @@ def index_shards(path: Path) -> Manifest:
         offsets += header.offsets
 
     return Manifest(
-        format="safetensors",
+        format="torch" if suffix == ".bin" else "safetensors",
         shards=tuple(shards),
         names=names,
         dtypes=dtypes,
@@ -81,6 +87,16 @@ def index_shards(path: Path) -> Manifest:
         index_name=path.name,
         metadata=headers[0].metadata,
     )
+
+
+def _read_part(path: Path, restrict: bool) -> tuple[Shard, Header]:
+    if path.suffix != ".bin":
+        return read_header(path)
+
+    part = index_torch_file(path, restrict=restrict)
+    header = Header(names=part.names, dtypes=part.dtypes, shapes=part.shapes, offsets=part.offsets, metadata={})
+
+    return part.shards[0], header
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
@@ -113,16 +129,16 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _require_plain_names(path: Path, files: list[str]) -> None:
+def _require_plain_names(path: Path, files: list[str], suffix: str) -> None:
     """Nothing but the name of a file in the same folder: whoever wrote the index must not choose what is read."""
     for file in files:
         # `isprintable` is false for control, bidirectional and other characters that hide what a name says.
         plain = file.isprintable() and not set(file) & set("/\\") and len(file.encode()) <= _MAX_FILE_NAME
-        if not plain or not file.endswith(".safetensors"):
+        if not plain or not file.endswith(suffix):
             raise corrupt(
                 str(path),
                 "weight_map",
-                expected="plain file names that end in .safetensors, for files beside the index",
+                expected=f"plain file names that end in {suffix}, for files beside the index",
                 found=repr(file[:80]),
             )
 
