@@ -33,8 +33,9 @@ import harness
 from lading.box import Box
 from lading.card import CardEntry, checkpoint_ref
 from lading.cardfile import CardFile
+from lading.catalog.checkpoints import record_checkpoint
 from lading.catalog.database import Database
-from lading.catalog.ingest import import_files, record_checkpoint
+from lading.catalog.ingest import import_files
 from lading.catalog.store import AssetStore
 from lading.manifest import Manifest, Shard
 from lading.overrides import layers_of, merge_layers

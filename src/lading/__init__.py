@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from lading.catalog.doors import query as query
     from lading.catalog.store import AssetStore as AssetStore
     from lading.catalog.store import get_asset_store as get_asset_store
+    from lading.check import CheckReport as CheckReport
     from lading.checkpoint import index_checkpoint as index_checkpoint
+    from lading.diff import DiffReport as DiffReport
+    from lading.doors import check_model as check_model
+    from lading.doors import diff_models as diff_models
     from lading.errors import AssetCardError as AssetCardError
     from lading.errors import AssetNotFoundError as AssetNotFoundError
     from lading.errors import CatalogError as CatalogError
@@ -43,13 +47,15 @@ if TYPE_CHECKING:
     from lading.gangs import Gang as Gang
     from lading.gangs import Gangs as Gangs
     from lading.gangs import create_fake_gangs as create_fake_gangs
+    from lading.gangs import create_gangs as create_gangs
+    from lading.gangs import simulate_gangs as simulate_gangs
     from lading.hub import GlobalModelLoader as GlobalModelLoader
     from lading.hub import ModelHub as ModelHub
     from lading.hub import ModelHubAccessor as ModelHubAccessor
     from lading.hub import load_model as load_model
     from lading.keymap import Rule as Rule
-    from lading.loader import LoadReport as LoadReport
     from lading.manifest import Manifest as Manifest
+    from lading.report import LoadReport as LoadReport
 
 _HOME = {
     "AssetCard": "card",
@@ -59,7 +65,11 @@ _HOME = {
     "query": "catalog.doors",
     "AssetStore": "catalog.store",
     "get_asset_store": "catalog.store",
+    "CheckReport": "check",
     "index_checkpoint": "checkpoint",
+    "DiffReport": "diff",
+    "check_model": "doors",
+    "diff_models": "doors",
     "AssetCardError": "errors",
     "AssetNotFoundError": "errors",
     "CatalogError": "errors",
@@ -83,12 +93,14 @@ _HOME = {
     "Gang": "gangs",
     "Gangs": "gangs",
     "create_fake_gangs": "gangs",
+    "create_gangs": "gangs",
+    "simulate_gangs": "gangs",
     "GlobalModelLoader": "hub",
     "ModelHub": "hub",
     "ModelHubAccessor": "hub",
     "load_model": "hub",
     "Rule": "keymap",
-    "LoadReport": "loader",
+    "LoadReport": "report",
     "Manifest": "manifest",
 }
 

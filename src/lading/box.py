@@ -5,6 +5,7 @@ A box with no dims is a scalar and holds one element; a box with a size of zero 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,14 @@ class Box:
 
         The runs are ascending, do not touch, and are as few as can be: a box of whole rows is one run.
         """
+        for first, stride, length, count in self.rows(shape):
+            for i in range(count):
+                yield first + i * stride, length
+
+    def rows(self, shape: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
+        """The runs in groups of equal distances: ``(first element, elements from one run to the next, elements of a
+        run, number of runs)``. A part of the columns of a matrix is one group.
+        """
         if self.numel == 0:
             return
 
@@ -72,22 +81,17 @@ class Box:
         while split > 0 and self.sizes[split] == shape[split]:
             split -= 1
 
-        if split < 0:  # a scalar
-            yield 0, 1
-            return
-
         strides = [1] * len(shape)
         for dim in range(len(shape) - 2, -1, -1):
             strides[dim] = strides[dim + 1] * shape[dim + 1]
 
-        length = self.sizes[split] * strides[split]
         first = sum(start * stride for start, stride in zip(self.starts, strides, strict=True))
+        length = self.sizes[split] * strides[split] if shape else 1
+        outer = [(self.sizes[dim], strides[dim]) for dim in range(max(split, 0)) if self.sizes[dim] > 1]
 
-        def walk(dim: int, at: int) -> Iterator[tuple[int, int]]:
-            if dim == split:
-                yield at, length
-                return
-            for i in range(self.sizes[dim]):
-                yield from walk(dim + 1, at + i * strides[dim])
+        count, stride = outer.pop() if outer else (1, length)
+        while outer and outer[-1][1] == count * stride:
+            count *= outer.pop()[0]
 
-        yield from walk(0, first)
+        for steps in itertools.product(*(range(0, size * distance, distance) for size, distance in outer)):
+            yield first + sum(steps), stride, length, count

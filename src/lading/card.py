@@ -213,6 +213,11 @@ class CheckpointRef:
     def scheme(self) -> str:
         return urlsplit(self.uri).scheme
 
+    @property
+    def key(self) -> str:
+        """All that tells the checkpoint from another, in one URI."""
+        return self.uri if self.path is None else f"{self.uri.rstrip('/')}/{self.path.strip('/')}"
+
 
 def checkpoint_ref(card: AssetCard) -> CheckpointRef:
     """Where the card's checkpoint is. A card without one, or with ``;gated=true`` behind the URI, is gated.

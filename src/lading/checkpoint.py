@@ -1,107 +1,116 @@
-"""Checkpoints that are on this machine: where a card's is, what it holds, and whether the catalog still knows."""
+"""Checkpoints: where a card's is, what it holds, whether it is on this machine, and what the catalog knows of it."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from lading import formats
-from lading.box import Box
-from lading.card import AssetCard, checkpoint_ref, path_uri
-from lading.catalog.ingest import record_checkpoint
+from lading.card import AssetCard, CheckpointRef, checkpoint_ref, path_uri, uri_path
+from lading.catalog.checkpoints import record_checkpoint
 from lading.catalog.store import AssetStore, LocalCopy, StoredCheckpoint, get_asset_store
 from lading.errors import (
     CatalogError,
     CheckpointNotFoundError,
     CorruptModelCheckpointError,
+    DigestMismatchError,
     InternalError,
     ModelGatedError,
-    NotSupportedError,
 )
-from lading.family import Family, family_of_model_type
-from lading.fetch import fetch
+from lading.fetch.file import local_checkpoint
 from lading.filesystem import FileStat
-from lading.keymap import rename
+from lading.folder import read_hf_config, refuse_quantised_config
 from lading.manifest import Manifest
-from lading.transfer.execute import execute
+from lading.published import index_source
 from lading.transfer.files import ShardFile
-from lading.transfer.plan import Wanted, plan
 
 log = logging.getLogger("lading")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint that is on this machine: what it holds, and the files in the state in which that was read."""
+    """A checkpoint whose tensors are known; its files may still be elsewhere."""
 
     name: str
-    path: Path
+    """Of the card, or the path."""
+    uri: str
+    """What the catalog knows it by."""
+    where: str
+    """Where it is, for messages: a path, or the address that it is fetched from."""
     manifest: Manifest
-    files: tuple[ShardFile, ...]
-    """One for each shard of the manifest."""
+    files: tuple[ShardFile, ...] | None
+    """One for each shard of the manifest, in the state in which it was looked at; ``None`` before they are fetched."""
+    trusted: bool = False
+    """Whether the catalog saw all files verified in just the state that they are in."""
+    ref: CheckpointRef | None = None
+    """Where to fetch it from; ``None`` for what is on this machine by itself."""
+    revision: str = ""
+    """The commit at the source that the manifest is of."""
+
+    def here(self) -> tuple[ShardFile, ...]:
+        """The files on this machine.
+
+        :raises InternalError: they were not fetched.
+        """
+        if self.files is None:
+            raise InternalError(f"the checkpoint {self.where} is to be read, but was not fetched")
+
+        return self.files
 
 
 def card_checkpoint(card: AssetCard, store: AssetStore) -> Checkpoint:
     """The checkpoint of a card, its manifest from the catalog where that is known and still true.
 
+    One that is elsewhere is not fetched: its headers are read there, once, and pinned to what was published then.
+
     :raises ModelGatedError: the card names none.
-    :raises FetchError: it is not on this machine.
+    :raises CheckpointNotFoundError: nothing is where the card says.
+    :raises FetchError: the source cannot be reached.
+    :raises DigestMismatchError: other files are in the place of those that were verified.
+    :raises NotSupportedError: it is quantised.
     """
-    path = _fetch(card)
-    _refuse_quantised_config(read_hf_config(path), path)
+    ref = checkpoint_ref(card)
+    if ref.gated:
+        raise ModelGatedError(card.name, ref.info_url)
 
-    # All that the catalog can do here is to save the reading of headers, so its failures are not the load's.
-    try:
-        stored = store.checkpoint(path_uri(path))
-    except (CatalogError, OSError) as error:
-        log.warning("the manifest of %s cannot be read from the catalog: %s", card.name, error)
-        stored = None
+    path = uri_path(ref.uri)
+    if path is None:
+        return _remote_checkpoint(card.name, ref, store)
 
-    files = None if stored is None else _unchanged(stored, path)
-    if stored is not None and files is not None:
-        return Checkpoint(name=card.name, path=path, manifest=stored.manifest, files=files)
-
-    checkpoint = _read_checkpoint(card.name, path)
-    try:
-        _record(checkpoint, store, card.name)
-    except (CatalogError, OSError) as error:
-        log.warning("the manifest of %s is not in the catalog: %s", card.name, error)
-
-    return checkpoint
+    return _local_checkpoint(card.name, local_checkpoint(path, inner_path=ref.path), store)
 
 
-def index_checkpoint(target: str | Path, *, store: AssetStore | None = None) -> StoredCheckpoint:
-    """Read the manifest of a card's checkpoint, or of the one at a path, and write it to the catalog.
+def local_paths(card: AssetCard, store: AssetStore) -> list[Path]:
+    """Where a card's checkpoint is on this machine: its folder or its file; else all of its files, one by one.
 
-    :param target: the name of a card, or a path.
-
-    :raises AssetNotFoundError: no card has that name.
-    :raises CheckpointNotFoundError: nothing is there (also a ``FileNotFoundError``).
-    :raises CorruptModelCheckpointError: the file breaks the rules of its format.
-    :raises CatalogError: the catalog cannot be written.
+    :raises ModelGatedError: the card names none.
+    :raises CheckpointNotFoundError: it is not on this machine.
     """
-    store = store or get_asset_store()
-    if isinstance(target, Path):
-        path, name = target.expanduser().absolute(), None
-    else:
-        card = store.retrieve_card(target)
-        path, name = _fetch(card), card.name
+    ref = checkpoint_ref(card)
+    path = uri_path(ref.uri)
+    if path is not None:
+        return [local_checkpoint(path, inner_path=ref.path)]
 
-    _record(_read_checkpoint(name or str(path), path), store, name)
-    stored = store.checkpoint(path_uri(path))
-    if stored is None:
-        raise InternalError(f"the manifest of {path} was written to the catalog, but is not there")
+    stored = store.checkpoint(ref.key) if ref.uri else None
+    files = None if stored is None else _copies_as_known(stored)
+    if stored is None or files is None:
+        if ref.gated:
+            raise ModelGatedError(card.name, ref.info_url)
+        raise CheckpointNotFoundError(
+            ref.key,
+            f"The checkpoint of {card.name!r} is at {ref.key}, not on this machine. `lading pull {card.name}` fetches "
+            "it.",
+        )
 
-    return stored
+    paths = [file.path for file in files]
+    folders = {each.parent for each in paths}
+    named = all(file.name == shard.name for file, shard in zip(paths, stored.manifest.shards, strict=True))
+
+    return [folders.pop()] if len(paths) > 1 and len(folders) == 1 and named else paths
 
 
 def path_checkpoint(path: Path) -> Checkpoint:
@@ -109,43 +118,151 @@ def path_checkpoint(path: Path) -> Checkpoint:
 
     :raises CheckpointNotFoundError: nothing is there (also a ``FileNotFoundError``).
     """
-    return _read_checkpoint(str(path), path)
+    manifest, stats = _read(path)
+
+    return _here(str(path), path, manifest, stats)
 
 
-def _fetch(card: AssetCard) -> Path:
+def index_checkpoint(target: str | Path, *, store: AssetStore | None = None) -> StoredCheckpoint:
+    """Read the manifest of a card's checkpoint, or of the one at a path or an address, and write it to the catalog.
+
+    Of a checkpoint that is elsewhere only headers are read, a few megabytes, as they are published now. Files on this
+    machine are taken as they are now: what was recorded of other bytes in their place is forgotten.
+
+    :param target: the name of a card, a path, or an address such as ``hg://org/name``.
+
+    :raises AssetNotFoundError: no card has that name.
+    :raises CheckpointNotFoundError: nothing is there (also a ``FileNotFoundError``).
+    :raises CorruptModelCheckpointError: the file breaks the rules of its format.
+    :raises FetchError: the source cannot be reached.
+    :raises CatalogError: the catalog cannot be written.
+    """
+    store = store or get_asset_store()
+    card_name, ref = _ref_of(target, store)
+    path = uri_path(ref.uri)
+    if path is None:
+        uri, copies = ref.key, []
+        published = index_source(ref)
+        manifest, revision = published.manifest, published.revision
+    else:
+        path = local_checkpoint(path, inner_path=ref.path)
+        manifest, stats = _read(path)
+        uri, copies, revision = path_uri(path), _copies(path, stats), ""
+
+    _require_writable(store)
+    record_checkpoint(
+        store.database, uri=uri, manifest=manifest, copies=copies, revision=revision, card_name=card_name, accept=True
+    )
+    stored = store.checkpoint(uri)
+    if stored is None:
+        raise InternalError(f"the manifest of {uri} was written to the catalog, but is not there")
+
+    return stored
+
+
+def _ref_of(target: str | Path, store: AssetStore) -> tuple[str | None, CheckpointRef]:
+    """The card, if the target is one, and where the checkpoint is."""
+    if isinstance(target, Path):
+        return None, CheckpointRef(uri=path_uri(target.expanduser().absolute()), gated=False, info_url=None)
+    if "://" in target:
+        return None, CheckpointRef(uri=target, gated=False, info_url=None)
+
+    card = store.retrieve_card(target)
     ref = checkpoint_ref(card)
     if ref.gated:
         raise ModelGatedError(card.name, ref.info_url)
 
-    return fetch(ref.uri, inner_path=ref.path)
+    return card.name, ref
 
 
-def _record(checkpoint: Checkpoint, store: AssetStore, card_name: str | None) -> None:
+def _require_writable(store: AssetStore) -> None:
     if not store.database.writable:
         raise CatalogError(
             f"The catalog {store.database.url} cannot be written. Check the permissions of the file and its folder, or "
             "name another one in LADING_DATABASE_URL."
         )
 
-    folder = _folder(checkpoint.path)
-    copies = [
-        LocalCopy(file=file, path=folder / file, stat=stat, verified_at=None)
-        for file, stat in _stat_files(checkpoint.manifest, checkpoint.path).items()
-    ]
-    record_checkpoint(
-        store.database,
-        uri=path_uri(checkpoint.path),
-        manifest=checkpoint.manifest,
-        copies=copies,
-        card_name=card_name,
+
+# --- elsewhere -------------------------------------------------------------------------------------------------------
+
+
+def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore) -> Checkpoint:
+    stored = _stored(name, ref.key, store)
+    if stored is not None:
+        files = _copies_as_known(stored)
+        return Checkpoint(
+            name=name,
+            uri=ref.key,
+            where=ref.key,
+            manifest=stored.manifest,
+            files=files,
+            trusted=files is not None and _all_verified(stored),
+            ref=ref,
+            revision=stored.revision,
+        )
+
+    published = index_source(ref)
+    refuse_quantised_config(published.hf_config, ref.key)
+    checkpoint = Checkpoint(
+        name=name,
+        uri=ref.key,
+        where=ref.key,
+        manifest=published.manifest,
+        files=None,
+        ref=ref,
+        revision=published.revision,
     )
+    _record(checkpoint, (), store)
+
+    return checkpoint
+
+
+def _copies_as_known(stored: StoredCheckpoint) -> tuple[ShardFile, ...] | None:
+    """The files of all shards, if each is on this machine and as it was when it was recorded."""
+    known = {copy.file: copy for copy in stored.copies}
+    files = []
+    for shard in stored.manifest.shards:
+        copy = known.get(shard.name)
+        if copy is None or _stat(copy.path) != copy.stat:
+            return None
+        files.append(ShardFile(path=copy.path, stat=copy.stat))
+
+    return tuple(files)
+
+
+def _stat(path: Path) -> FileStat | None:
+    try:
+        return FileStat.from_stat(os.stat(path))
+    except OSError:
+        return None
+
+
+# --- on this machine -------------------------------------------------------------------------------------------------
+
+
+def _local_checkpoint(name: str, path: Path, store: AssetStore) -> Checkpoint:
+    refuse_quantised_config(read_hf_config(path), path)
+
+    stored = _stored(name, path_uri(path), store)
+    if stored is not None:
+        stats = _unchanged(stored, path)
+        if stats is not None:
+            return _here(name, path, stored.manifest, stats, trusted=_all_verified(stored))
+
+    manifest, stats = _read(path)
+    if stored is not None:
+        _refuse_other_tensors(name, path, stored, manifest)
+    checkpoint = _here(name, path, manifest, stats)
+    _record(checkpoint, _copies(path, stats), store)
+
+    return checkpoint
 
 
 RECENT_NS = 50_000_000
 """File systems tell times in steps of some milliseconds: a file that is younger may change without looking changed."""
 
 
-def _read_checkpoint(name: str, path: Path) -> Checkpoint:
+def _read(path: Path) -> tuple[Manifest, dict[str, FileStat]]:
     """Read all headers, and make sure that the files are still those whose headers were read."""
     start = time.time_ns()
     manifest = formats.index(path)
@@ -158,7 +275,16 @@ def _read_checkpoint(name: str, path: Path) -> Checkpoint:
                 path, f"{path} changed while its headers were read. Try again when nothing writes to it any more."
             )
 
-    return Checkpoint(name=name, path=path, manifest=manifest, files=_shard_files(manifest, path, stats))
+    return manifest, stats
+
+
+def _here(
+    name: str, path: Path, manifest: Manifest, stats: Mapping[str, FileStat], *, trusted: bool = False
+) -> Checkpoint:
+    folder = _folder(path)
+    files = tuple(ShardFile(path=folder / shard.name, stat=stats[shard.name]) for shard in manifest.shards)
+
+    return Checkpoint(name=name, uri=path_uri(path), where=str(path), manifest=manifest, files=files, trusted=trusted)
 
 
 def _folder(path: Path) -> Path:
@@ -175,14 +301,14 @@ def _stat_files(manifest: Manifest, path: Path) -> dict[str, FileStat]:
     return {name: FileStat.from_stat(os.stat(folder / name)) for name in names}
 
 
-def _shard_files(manifest: Manifest, path: Path, stats: Mapping[str, FileStat]) -> tuple[ShardFile, ...]:
+def _copies(path: Path, stats: Mapping[str, FileStat]) -> list[LocalCopy]:
     folder = _folder(path)
 
-    return tuple(ShardFile(path=folder / shard.name, stat=stats[shard.name]) for shard in manifest.shards)
+    return [LocalCopy(file=file, path=folder / file, stat=stat) for file, stat in stats.items()]
 
 
-def _unchanged(stored: StoredCheckpoint, path: Path) -> tuple[ShardFile, ...] | None:
-    """The files of a checkpoint whose manifest the catalog knows; ``None`` if any is not as it was when it was read."""
+def _unchanged(stored: StoredCheckpoint, path: Path) -> dict[str, FileStat] | None:
+    """The state of the files of a checkpoint whose manifest the catalog knows; ``None`` if any is in another one."""
     if path.is_dir() and stored.manifest.index_name is None and (path / formats.INDEX_NAME).exists():
         return None  # an index has come, and its word decides
     try:
@@ -191,93 +317,57 @@ def _unchanged(stored: StoredCheckpoint, path: Path) -> tuple[ShardFile, ...] | 
         return None
 
     known = {copy.file: copy.stat for copy in stored.copies}
-    if stats != {name: known.get(name) for name in stats}:
+
+    return stats if stats == {name: known.get(name) for name in stats} else None
+
+
+def _refuse_other_tensors(name: str, path: Path, stored: StoredCheckpoint, manifest: Manifest) -> None:
+    """:raises DigestMismatchError: the files that were verified were replaced by a checkpoint of other tensors."""
+    if manifest.tensors_equal(stored.manifest) or not _was_verified(stored):
+        return
+
+    raise DigestMismatchError(
+        path,
+        f"{path} is not the checkpoint that was verified: it has other files or tensors now. If that is meant, "
+        f"`lading index {name}` takes it for the right one.",
+        expected=f"{len(stored.manifest)} tensors",
+        found=f"{len(manifest)} tensors",
+    )
+
+
+# --- the catalog's word ----------------------------------------------------------------------------------------------
+
+
+def _stored(name: str, uri: str, store: AssetStore) -> StoredCheckpoint | None:
+    # All that the catalog can do here is to save the reading of headers, so its failures are not the load's.
+    try:
+        return store.checkpoint(uri)
+    except (CatalogError, OSError) as error:
+        log.warning("the manifest of %s cannot be read from the catalog: %s", name, error)
         return None
 
-    return _shard_files(stored.manifest, path, stats)
 
-
-def _refuse_quantised_config(hf_config: Mapping[str, object], path: Path) -> None:
-    quantisation = hf_config.get("quantization_config")
-    if quantisation is not None:
-        scheme = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
-        raise NotSupportedError(
-            f"The checkpoint at {path} is quantised (config.json: `quantization_config` of the scheme {scheme!r}), "
-            "which lading does not load. Use the checkpoint in its original precision."
-        )
-
-
-def read_hf_config(path: Path) -> dict[str, object]:
-    """The ``config.json`` in a Hugging Face style folder; empty where there is none.
-
-    :raises CorruptModelCheckpointError: it is not a JSON object.
-    """
-    file = path / "config.json" if path.is_dir() else path.parent / "config.json"
+def _record(checkpoint: Checkpoint, copies: list[LocalCopy] | tuple[()], store: AssetStore) -> None:
     try:
-        if not file.is_file():
-            return {}
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorruptModelCheckpointError(file, f"{file} is expected to be a JSON object, but: {error}.") from None
-
-    if not isinstance(config, dict):
-        raise CorruptModelCheckpointError(
-            file, f"{file} is expected to be a JSON object, but is of type {type(config).__name__}."
+        _require_writable(store)
+        record_checkpoint(
+            store.database,
+            uri=checkpoint.uri,
+            manifest=checkpoint.manifest,
+            copies=copies,
+            revision=checkpoint.revision,
+            card_name=checkpoint.name,
         )
-
-    return config
-
-
-def family_of_folder(path: Path) -> tuple[Family[Any, Any], Any]:
-    """Family and configuration of a Hugging Face style folder, from its ``config.json``.
-
-    :raises CheckpointNotFoundError: there is no such folder (also a ``FileNotFoundError``).
-    :raises NotSupportedError: no ``config.json``, or a model type that no registered family reads.
-    """
-    if not path.exists():
-        raise CheckpointNotFoundError(path, f"No checkpoint is at {path}: there is no such file or folder.")
-
-    hf_config = read_hf_config(path)
-    if not hf_config:
-        raise NotSupportedError(
-            f"{path} has no config.json that would tell the family of the model. Load it with "
-            "`get_<family>_model_hub().load_custom_model(path, config)`, or name it in a card."
-        )
-
-    model_type = hf_config.get("model_type")
-    family = family_of_model_type(model_type) if isinstance(model_type, str) else None
-    if family is None or family.from_hf is None:
-        raise NotSupportedError(
-            f"{path}/config.json is of the model type {model_type!r}, which no registered family reads "
-            "(`lading families` shows them)."
-        )
-
-    _refuse_quantised_config(hf_config, path)
-
-    return family, family.from_hf(hf_config)
+    except (CatalogError, OSError) as error:
+        log.warning("the manifest of %s is not in the catalog: %s", checkpoint.name, error)
 
 
-def read_tensors(
-    checkpoint: Checkpoint, tensors: Sequence[int], dtypes: Sequence[str], mmap: bool = False
-) -> list[Tensor]:
-    """Whole tensors of a checkpoint, on the CPU.
+def _all_verified(stored: StoredCheckpoint) -> bool:
+    """Whether every shard was seen verified in the state that is known of it on this machine."""
+    verified = {copy.file for copy in stored.copies if copy.verified_at is not None}
 
-    :param tensors: positions in the manifest.
-    :param dtypes: of each in memory.
-    """
-    boxes = [Box.whole(checkpoint.manifest.shapes[i]) for i in tensors]
-    planned = plan(checkpoint.manifest, Wanted(tensors=tensors, boxes=boxes, dtypes=dtypes), mapped=mmap)
-    shapes = [(box.sizes, dtype) for box, dtype in zip(boxes, dtypes, strict=True)]
-
-    return execute(planned, checkpoint.files, shapes, device=torch.device("cpu"))
+    return all(shard.name in verified for shard in stored.manifest.shards)
 
 
-def iter_tensors(
-    checkpoint: Checkpoint, family: Family[Any, Any], config: Any, *, mmap: bool = False
-) -> Iterator[tuple[str, Tensor]]:
-    """Pairs (parameter name, tensor) of a checkpoint, in the order of its files, one tensor in memory at a time."""
-    manifest = checkpoint.manifest
-    for i, name in enumerate(rename(manifest.names, family.rules(config))):
-        if name is not None:
-            (tensor,) = read_tensors(checkpoint, [i], [manifest.dtypes[i]], mmap)
-            yield name, tensor
+def _was_verified(stored: StoredCheckpoint) -> bool:
+    return any(copy.verified_at is not None for copy in stored.copies)

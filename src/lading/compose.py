@@ -1,7 +1,7 @@
-"""How a parameter is made of the tensors of a checkpoint, as a value; and which elements of them a part of it needs. Pure.
+"""How a parameter is made of the tensors of a checkpoint, as a value, and what a part of it needs of them. Pure.
 
-A *source* is a tensor, by its position in the manifest; or sources that are joined along a dim, stacked along a new one,
-or re-ordered along one. It is never carried out on tensors: a box of the parameter becomes :class:`Piece`\\ s, each a
+A *source* is a tensor, by its position in the manifest; or sources that are joined along a dim, stacked along a new
+one, or re-ordered along one. It is never carried out on tensors: for a box of the parameter it gives pieces, each a
 strided copy from one tensor to the memory of the box, so that a rank reads what its box needs and nothing else.
 """
 
@@ -19,9 +19,9 @@ from lading.errors import InternalError
 class Regroup:
     """Along ``dim``, every group of ``rows × columns`` indices of the source is a matrix, and is transposed.
 
-    Index ``i * columns + j`` of a group of the source is index ``j * rows + i`` of the same group of the parameter. With
-    ``rows = head_dim // 2`` and ``columns = 2`` this is the way from rotary embeddings that turn neighbouring channels,
-    as in Meta's LLaMA, to those that turn the two halves of a head, as in Hugging Face's.
+    Index ``i * columns + j`` of a group of the source is index ``j * rows + i`` of the same group of the parameter.
+    With ``rows = head_dim // 2`` and ``columns = 2`` this is the way from rotary embeddings that turn neighbouring
+    channels, as in Meta's LLaMA, to those that turn the two halves of a head, as in Hugging Face's.
     """
 
     dim: int
@@ -61,7 +61,7 @@ Source = int | Joined | Stacked | Reordered
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A strided copy: the elements of a tensor at ``starts + i * steps``, for each ``i`` below ``sizes``, dim by dim."""
+    """A strided copy: of a tensor the elements at ``starts + i * steps``, for ``i`` below ``sizes``, dim by dim."""
 
     tensor: int
     starts: tuple[int, ...]
@@ -72,8 +72,9 @@ class Piece:
     strides: tuple[int, ...]
     """In that memory, of each dim of the tensor, in elements."""
 
-    def runs(self, shape: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-        """The copy as runs ``(first element of the tensor, of the memory, number of elements)``, as few as can be.
+    def rows(self, shape: Sequence[int]) -> Iterator[tuple[int, int, int, int, int, int]]:
+        """The copy as runs, in groups of equal distances: ``(first element, elements from one run to the next, elements
+        of a run, number of runs)``, all of the tensor, then the same first and distance in the memory.
 
         :param shape: of the tensor.
         """
@@ -82,22 +83,29 @@ class Piece:
 
         own = _strides(shape)
         first = sum(start * stride for start, stride in zip(self.starts, own, strict=True))
-        outer: list[tuple[range, range]] = []
-        length, within = 1, True
+        loops: list[tuple[int, int, int]] = []
+        length = 1
         for size, step, stride, target in zip(
             reversed(self.sizes), reversed(self.steps), reversed(own), reversed(self.strides), strict=True
         ):
+            distance = step * stride
             if size == 1:
                 continue
-            within = within and step * stride == length == target
-            if within:
+            if not loops and distance == length == target:
                 length *= size
+            elif loops and (distance, target) == (loops[-1][0] * loops[-1][1], loops[-1][0] * loops[-1][2]):
+                loops[-1] = (loops[-1][0] * size, *loops[-1][1:])
             else:
-                outer.append((range(0, size * step * stride, step * stride), range(0, size * target, target)))
+                loops.append((size, distance, target))
 
+        (count, distance, apart), *outer = loops or [(1, length, length)]
         outer.reverse()
-        for at in product(*(zip(*pair, strict=True) for pair in outer)):
-            yield first + sum(a for a, _ in at), self.place + sum(b for _, b in at), length
+        for at in product(*(range(size) for size, _, _ in outer)):
+            begin, place = first, self.place
+            for i, (_, stride, target) in zip(at, outer, strict=True):
+                begin += i * stride
+                place += i * target
+            yield begin, distance, length, count, place, apart
 
 
 def tensors_of(source: Source) -> Iterator[int]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,8 +16,16 @@ from torch.nn import Module, Parameter
 
 from lading.errors import InternalError, NotSupportedError
 from lading.family import Family
+from lading.gangs import Gangs
+from lading.keymap import Route
+from lading.manifest import Manifest
 from lading.transfer.dtypes import TORCH_DTYPES
-from lading.transfer.targets import targets_of
+from lading.transfer.targets import Targets, is_distributed, targets_of
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+log = logging.getLogger("lading")
 
 
 def check_config_type(config: Any, family: Family[Any, Any]) -> None:
@@ -63,46 +74,136 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def create_model(
-    family: Family[Any, Any], config: Any, *, device: torch.device, dtype: torch.dtype, meta: bool
-) -> Module:
-    """A new model with random parameters, or one without memory.
+def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: torch.dtype, meta: bool) -> Module:
+    """The part of a new model with random parameters that this rank owns, or one without memory.
 
-    :raises NotSupportedError: ``meta``, and the family cannot.
+    Each parameter is drawn whole, by itself, from a generator that is seeded by torch's seed on the first rank and the
+    parameter's name, and then cut: the same model comes of any gangs.
+
+    :raises NotSupportedError: ``meta``, and the family cannot; or a size does not divide over ``gangs.tp``.
     """
     check_config_type(config, family)
     if meta and not family.supports_meta:
         raise NotSupportedError(f"Models of the {family.name} family cannot be made on the meta device.")
 
     module = build_on_meta(family, config)
+    parallelize(module, family, config, gangs)
     targets = targets_of(module, dtype=dtype)
-    where = torch.device("meta") if meta else device
-    empty = {
-        name: torch.empty(shape, dtype=TORCH_DTYPES[own or ""], device=where)
-        for name, shape, own in zip(targets.names, targets.shapes, targets.dtypes, strict=True)
-    }
-    assign(module, empty, targets.aliases)
+    dtypes = [TORCH_DTYPES[own or ""] for own in targets.dtypes]
 
-    if not meta:
-        family.init(module, config)
-        reset_buffers(module, device)
+    if meta:
+        own = {
+            name: torch.empty(box.sizes, dtype=own, device="meta")
+            for name, box, own in zip(targets.names, targets.boxes, dtypes, strict=True)
+        }
+        assign(module, own, targets.aliases)
+        return module
+
+    device = gangs.root.device
+    own = {}
+    with _own_random_state(device):
+        seed = gangs.root.first(torch.initial_seed)
+        for name, shape, box, dtype_ in zip(targets.names, targets.shapes, targets.boxes, dtypes, strict=True):
+            whole = torch.empty(shape, dtype=dtype_, device=device)
+            _seed(device, seed, name)
+            family.init(module, config, name, whole)
+            cut = tuple(slice(start, end) for start, end in zip(box.starts, box.ends, strict=True))
+            own[name] = whole if box.covers(shape) else whole[cut].clone(memory_format=torch.contiguous_format)
+
+    assign(module, own, targets.aliases)
+    reset_buffers(module, device)
+    gangs.root.agree()
 
     return module
 
 
-def assign(module: Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
-    """Give the module its tensors; a tied parameter stays one object under all of its names."""
+@contextmanager
+def _own_random_state(device: torch.device) -> Iterator[None]:
+    """Leave torch's generators as they were found."""
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        yield
+
+
+def _seed(device: torch.device, seed: int, name: str) -> None:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    number = int.from_bytes(digest[:8], "little", signed=True)
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(number)
+    else:
+        with device:
+            torch.get_device_module(device).manual_seed(number)
+
+
+def parallelize(module: Module, family: Family[Any, Any], config: Any, gangs: Gangs) -> None:
+    """Split ``module``, which is on the meta device, over ``gangs`` as the family's plan says; see
+    :mod:`lading.parallel`, which is imported only where there is something to split.
+
+    :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``.
+    """
+    if gangs.root.size > 1:
+        from lading.parallel import parallelize
+
+        parallelize(module, family, config, gangs)
+
+
+def settle_dtypes(targets: Targets, routed: Route, manifest: Manifest, gangs: Gangs) -> list[str]:
+    """The dtype in memory of each routed tensor: the one asked for, or the checkpoint's own.
+
+    Parameters that are gathered together have to be of one dtype: where ``gangs.sdp`` shards them, the checkpoint's
+    most common one stands for all that it could be of.
+    """
+    free = [targets.dtypes[i] is None for i in routed.targets]
+    own = [manifest.dtypes[t] for t in routed.tensors]
+
+    if gangs.sdp.size > 1:
+        elements: dict[str, int] = {}
+        for is_free, i, dtype in zip(free, routed.targets, own, strict=True):
+            if is_free:
+                elements[dtype] = elements.get(dtype, 0) + math.prod(targets.shapes[i])
+        if len(elements) > 1:
+            common = max(elements, key=elements.__getitem__)
+            log.warning(
+                "the checkpoint holds weights as %s, but parameters that are sharded together must be of one dtype: "
+                "all are loaded as %s, the most common one",
+                ", ".join(sorted(elements)),
+                common,
+            )
+            own = [common if is_free else dtype for is_free, dtype in zip(free, own, strict=True)]
+
+    return [targets.dtypes[i] or dtype for i, dtype in zip(routed.targets, own, strict=True)]
+
+
+def assign(module: Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> int:
+    """Give the module its tensors; a tied parameter stays one object under all of its names.
+
+    :param tensors: by the first name of each; of a ``DTensor`` the part that this rank owns.
+
+    :returns: the bytes of what was copied on the way: a part that is smaller than that of the first rank, which FSDP
+        pads to be of equal size.
+    """
     state: dict[str, Tensor] = {}
     for name, own in module.state_dict(keep_vars=True).items():
         first = aliases.get(name, name)
         if first not in tensors:
             continue  # extra state
-        if isinstance(own, Parameter):
-            state[name] = state[first] if first in state else Parameter(tensors[first], own.requires_grad)
-        else:
-            state[name] = tensors[first]
+        if first in state:
+            state[name] = state[first]
+            continue
+        tensor = _distributed(tensors[first], own) if is_distributed(own) else tensors[first]
+        state[name] = Parameter(tensor, own.requires_grad) if isinstance(own, Parameter) else tensor
 
     module.load_state_dict(state, strict=False, assign=True)
+
+    parts = {name: own.to_local() for name, own in state.items() if name in tensors and is_distributed(own)}
+
+    return sum(part.nbytes for name, part in parts.items() if part.data_ptr() != tensors[name].data_ptr())
+
+
+def _distributed(local: Tensor, own: DTensor) -> DTensor:
+    """The tensor of which ``local`` is this rank's part, placed as ``own`` is."""
+    return type(own).from_local(
+        local, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
+    )
 
 
 def reset_buffers(module: Module, device: torch.device) -> None:

@@ -230,12 +230,13 @@ class PolicyError(LadingError):
 
 
 class ModelGatedError(PolicyError):
-    """The card has no checkpoint to download: its publisher hands it out on request."""
+    """No checkpoint to download, or not for everyone: its publisher hands it out on request."""
 
-    def __init__(self, name: str, info_url: str | None) -> None:
+    def __init__(self, name: str, info_url: str | None, *, message: str | None = None) -> None:
         where = f"Ask for access at {info_url}" if info_url else "The card does not say where to ask for access"
         super().__init__(
-            f"{name!r} is a gated model: its card names no checkpoint that can be fetched. {where}; then give the "
+            message
+            or f"{name!r} is a gated model: its card names no checkpoint that can be fetched. {where}; then give the "
             f"downloaded files to a card of your own: `name: {name}@user` with `checkpoint: /path/to/it`."
         )
         self.name = name
@@ -243,9 +244,13 @@ class ModelGatedError(PolicyError):
 
 
 class GangError(LadingError):
-    """Another rank of the gang failed, or cannot be reached."""
+    """Another rank of the gang failed, or cannot be reached; ``ranks`` holds those to blame, where known."""
 
     exit_code = 8
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
 
 
 class InternalError(LadingError):

@@ -14,10 +14,12 @@ from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
+from torch import Tensor
 from torch.nn import Module
 
 from lading.errors import InternalError, ModelFamilyNotKnownError, did_you_mean
 from lading.keymap import Rule
+from lading.nn.sharding import ParallelPlan
 
 ENTRY_POINT_GROUP = "lading.families"
 
@@ -27,6 +29,10 @@ ModelConfigT = TypeVar("ModelConfigT")
 
 def _no_rules(config: Any) -> Sequence[Rule]:
     return ()
+
+
+def _no_plan(config: Any) -> ParallelPlan:
+    return ParallelPlan()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +49,16 @@ class Family(Generic[ModelT, ModelConfigT]):
 
     Modules with non-persistent buffers implement ``reset_non_persistent_buffers(device)``, which computes them anew.
     """
-    init: Callable[[ModelT, ModelConfigT], None]
-    """Fill all parameters with random numbers, by the architecture's own scheme."""
+    init: Callable[[ModelT, ModelConfigT, str, Tensor], None]
+    """Fill a tensor with random numbers, by the architecture's own scheme for the parameter or persistent buffer of
+    that name. The tensor is the whole one, whatever the model holds of it.
+
+    Numbers come from torch's default generator, which is seeded for each name: the order of the calls does not matter.
+    """
     rules: Callable[[ModelConfigT], Sequence[Rule]] = _no_rules
     """How tensors of a checkpoint map to parameters, where their names differ."""
+    parallel_plan: Callable[[ModelConfigT], ParallelPlan] = _no_plan
+    """How a model is split over the ranks of gangs; axes of which it says nothing are ignored."""
     hf_model_types: frozenset[str] = frozenset()
     """The values of ``model_type`` in a Hugging Face ``config.json`` that this family can read."""
     from_hf: Callable[[Mapping[str, object]], ModelConfigT] | None = None

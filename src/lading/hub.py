@@ -15,20 +15,24 @@ from torch.nn import Module
 
 from lading.card import AssetCard
 from lading.catalog.store import AssetStore, get_asset_store
-from lading.checkpoint import family_of_folder, iter_tensors, path_checkpoint
+from lading.checkpoint import path_checkpoint
 from lading.construct import check_config_type, create_model
 from lading.errors import (
     AssetCardError,
     AssetNotFoundError,
     InternalError,
     ModelArchitectureNotKnownError,
-    ModelFamilyNotKnownError,
     ModelNotKnownError,
     did_you_mean,
 )
 from lading.family import Family, get_family
+from lading.folder import family_of_folder
 from lading.gangs import Gangs, create_fake_gangs
-from lading.loader import DType, LoadReport, arch_config, load_card, load_path, model_config
+from lading.loader import DType, LoadOptions, agreed, load_card, load_path
+from lading.reading import iter_tensors
+from lading.report import LoadReport
+from lading.resolve import arch_config, family_of_card, model_config
+from lading.verification import VERIFY, Verify
 
 ModelT = TypeVar("ModelT", bound=Module)
 ModelConfigT = TypeVar("ModelConfigT")
@@ -88,14 +92,17 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
     ) -> ModelT:
         """A new model with random parameters, by the scheme of its architecture.
 
-        :param gangs: instead of ``device``; the model is made on ``gangs.root.device``.
+        What is drawn depends on ``torch.initial_seed()`` and on the names of the parameters: two calls make equal
+        models, and so do any gangs and a single device of the same kind.
+
+        :param gangs: instead of ``device``; the model is made on ``gangs.root.device``, and this rank gets its part.
         :param device: default: the current device.
         :param dtype: of parameters and persistent buffers; default: ``torch.get_default_dtype()``.
         :param meta: make it on the meta device, without memory.
 
         :raises ValueError: both ``gangs`` and ``device``, or a meta device without ``meta``.
         :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is no dtype.
-        :raises NotSupportedError: ``meta``, and the family cannot.
+        :raises NotSupportedError: ``meta``, and the family cannot; or a size does not divide over ``gangs.tp``.
         """
         effective = _effective_gangs(gangs, "cpu" if meta and gangs is None and device is None else device)
         concrete = _effective_dtype(dtype)
@@ -104,7 +111,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
                 "`dtype` must be a dtype for a new model, as there is no checkpoint that has one of its own"
             )
 
-        model = create_model(self._family, config, device=effective.root.device, dtype=concrete, meta=meta)
+        model = create_model(self._family, config, gangs=effective, dtype=concrete, meta=meta)
 
         return cast(ModelT, model)
 
@@ -118,6 +125,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         config: ModelConfigT | None = None,
         mmap: bool = False,
         progress: bool = True,
+        verify: Verify = "auto",
     ) -> ModelT:
         """A model with its pretrained weights, in train mode.
 
@@ -129,6 +137,8 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         :param config: instead of the card's configuration, for slight changes such as dropout.
         :param mmap: map the files instead of reading them, where no cast is needed and the device is the CPU.
         :param progress: show a bar on stderr when it takes longer than half a second.
+        :param verify: ``"auto"`` checks, while it loads, all that the catalog has not seen verified in just the state
+            that it is in now; ``"always"`` checks all; ``"never"`` nothing.
 
         :raises ModelNotKnownError: no card has that name.
         :raises AssetCardError: the card is of another family, names an architecture that is not known, or states
@@ -136,15 +146,14 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         :raises ModelGatedError: the card names no checkpoint; the publisher hands it out on request.
         :raises FetchError: the checkpoint cannot be fetched.
         :raises FileNotFoundError: nothing is where the checkpoint should be.
-        :raises ModelCheckpointError: the checkpoint is damaged, or does not fit the configuration.
+        :raises ModelCheckpointError: the checkpoint is damaged, does not fit the configuration, or is not the one that
+            was published or recorded.
         :raises NotSupportedError: the checkpoint is quantised.
         :raises ValueError: both ``gangs`` and ``device``, or a meta device.
         :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is no dtype.
         """
-        effective, dtype_ = _effective_gangs(gangs, device), _effective_dtype(dtype)
-        model, _ = _load(
-            card, self._family, lambda: self._asset_store, effective, dtype_, config, mmap=mmap, progress=progress
-        )
+        options = _options(gangs, device, dtype, mmap=mmap, progress=progress, verify=verify)
+        model, _ = _load(card, self._family, lambda: self._asset_store, options, config)
 
         return cast(ModelT, model)
 
@@ -159,6 +168,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         mmap: bool = False,
         restrict: bool | None = None,
         progress: bool = True,
+        verify: Verify = "auto",
     ) -> ModelT:
         """A model from a checkpoint file or folder that is not in the catalog.
 
@@ -169,11 +179,9 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
 
         The other parameters, and what is raised, are as for :meth:`load_model`.
         """
-        effective, dtype_ = _effective_gangs(gangs, device), _effective_dtype(dtype)
+        options = _options(gangs, device, dtype, mmap=mmap, progress=progress, verify=verify)
         check_config_type(config, self._family)
-        model, _ = load_path(
-            Path(path), self._family, config, gangs=effective, dtype=dtype_, mmap=mmap, progress=progress
-        )
+        model, _ = agreed(options.gangs, lambda: load_path(Path(path), self._family, config, options))
 
         return cast(ModelT, model)
 
@@ -252,10 +260,11 @@ class GlobalModelLoader:
         config: object | None = None,
         mmap: bool = False,
         progress: bool = True,
+        verify: Verify = "auto",
     ) -> Module:
         """See :func:`load_model`."""
         return self.load_with_report(
-            card, gangs=gangs, device=device, dtype=dtype, config=config, mmap=mmap, progress=progress
+            card, gangs=gangs, device=device, dtype=dtype, config=config, mmap=mmap, progress=progress, verify=verify
         )[0]
 
     def load_with_report(
@@ -268,11 +277,12 @@ class GlobalModelLoader:
         config: object | None = None,
         mmap: bool = False,
         progress: bool = True,
+        verify: Verify = "auto",
     ) -> tuple[Module, LoadReport]:
         """As :meth:`load`, with what the load did."""
-        effective, dtype_ = _effective_gangs(gangs, device), _effective_dtype(dtype)
+        options = _options(gangs, device, dtype, mmap=mmap, progress=progress, verify=verify)
 
-        return _load(card, None, self._store, effective, dtype_, config, mmap=mmap, progress=progress)
+        return _load(card, None, self._store, options, config)
 
     def _store(self) -> AssetStore:
         return self._asset_store if self._asset_store is not None else get_asset_store()
@@ -287,6 +297,7 @@ def load_model(
     config: object | None = None,
     mmap: bool = False,
     progress: bool = True,
+    verify: Verify = "auto",
 ) -> Module:
     """A model of any family with its pretrained weights, in train mode.
 
@@ -295,7 +306,7 @@ def load_model(
     that names none, is an :class:`AssetCardError`.
     """
     return GlobalModelLoader().load(
-        card, gangs=gangs, device=device, dtype=dtype, config=config, mmap=mmap, progress=progress
+        card, gangs=gangs, device=device, dtype=dtype, config=config, mmap=mmap, progress=progress, verify=verify
     )
 
 
@@ -310,12 +321,18 @@ def _load(
     card: AssetCard | str | Path,
     family: Family[Any, Any] | None,
     store: Callable[[], AssetStore],
-    gangs: Gangs,
-    dtype: DType,
+    options: LoadOptions,
     config: Any,
-    *,
-    mmap: bool,
-    progress: bool,
+) -> tuple[Module, LoadReport]:
+    return agreed(options.gangs, lambda: _load_any(card, family, store, options, config))
+
+
+def _load_any(
+    card: AssetCard | str | Path,
+    family: Family[Any, Any] | None,
+    store: Callable[[], AssetStore],
+    options: LoadOptions,
+    config: Any,
 ) -> tuple[Module, LoadReport]:
     if isinstance(card, Path):
         folder_family, folder_config = family_of_folder(card)
@@ -328,23 +345,15 @@ def _load(
         if config is not None:
             check_config_type(config, folder_family)
 
-        return load_path(
-            card,
-            folder_family,
-            folder_config if config is None else config,
-            gangs=gangs,
-            dtype=dtype,
-            mmap=mmap,
-            progress=progress,
-        )
+        return load_path(card, folder_family, folder_config if config is None else config, options)
 
-    resolved = gangs.root.first(lambda: _retrieve(card, store()))
+    resolved = options.gangs.root.first(lambda: _retrieve(card, store()))
     if family is None:
-        family = _family_of(resolved)
+        family = family_of_card(resolved)
     if config is not None:
         check_config_type(config, family)
 
-    return load_card(resolved, family, store, gangs=gangs, dtype=dtype, config=config, mmap=mmap, progress=progress)
+    return load_card(resolved, family, store, options, config=config)
 
 
 def _retrieve(card: AssetCard | str, store: AssetStore) -> AssetCard:
@@ -367,12 +376,25 @@ def did_you_mean_model(name: str, store: AssetStore) -> str:
     return did_you_mean(name, store.suggest(name))
 
 
-def _family_of(card: AssetCard) -> Family[Any, Any]:
-    name = card.field("model_family").as_(str)
-    try:
-        return get_family(name)
-    except ModelFamilyNotKnownError as error:
-        raise AssetCardError(card.name, f"The card {card.name!r} asks for the model family {name!r}. {error}") from None
+def _options(
+    gangs: Gangs | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | Literal["auto"] | None,
+    *,
+    mmap: bool,
+    progress: bool,
+    verify: Verify,
+) -> LoadOptions:
+    if verify not in VERIFY:
+        raise ValueError(f"`verify` must be one of {', '.join(map(repr, VERIFY))}, but is {verify!r}")
+
+    return LoadOptions(
+        gangs=_effective_gangs(gangs, device),
+        dtype=_effective_dtype(dtype),
+        mmap=mmap,
+        progress=progress,
+        verify=verify,
+    )
 
 
 def _effective_gangs(gangs: Gangs | None, device: torch.device | str | None) -> Gangs:

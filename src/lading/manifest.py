@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from array import array
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lading.errors import InternalError
 
@@ -76,7 +77,7 @@ class Manifest:
     """The free-form ``__metadata__`` of the first shard."""
 
     def __post_init__(self) -> None:
-        lengths = {len(c) for c in (self.names, self.dtypes, self.shapes, self.shard_ids, self.offsets)}
+        lengths = set(map(len, self._columns))
         if len(lengths) != 1:
             raise InternalError(f"the columns of a manifest must be of equal length, but are of lengths {lengths}")
         if len(self.shard_ids) and max(self.shard_ids) >= len(self.shards):
@@ -102,6 +103,46 @@ class Manifest:
     def nbytes(self, i: int) -> int:
         """The bytes of tensor ``i``."""
         return math.prod(self.shapes[i]) * BITS[self.dtypes[i]] // 8
+
+    def has_files_of(self, other: Manifest) -> bool:
+        """Whether both are of the same files, as far as names, sizes and the digests that both know tell."""
+        return len(self.shards) == len(other.shards) and all(
+            (a.name, a.size) == (b.name, b.size) and (None in (a.sha256, b.sha256) or a.sha256 == b.sha256)
+            for a, b in zip(self.shards, other.shards, strict=True)
+        )
+
+    def tensors_equal(self, other: Manifest) -> bool:
+        """Whether both hold the same tensors at the same places of as many files."""
+        return len(self.shards) == len(other.shards) and all(
+            len(a) == len(b) and all(x == y for x, y in zip(a, b, strict=True))
+            for a, b in zip(self._columns, other._columns, strict=True)
+        )
+
+    def only(self, shard: int) -> Manifest:
+        """The manifest of one of the files."""
+        part = self.take(self.tensors_of(shard))
+
+        return replace(part, shards=(self.shards[shard],), shard_ids=array("I", [0]) * len(part))
+
+    def tensors_of(self, shard: int) -> range:
+        """The positions of the tensors in one of the files."""
+        return range(bisect_left(self.shard_ids, shard), bisect_right(self.shard_ids, shard))
+
+    def take(self, positions: Sequence[int]) -> Manifest:
+        """The manifest of some of the tensors, in their order; of the same files."""
+        return Manifest(
+            format=self.format,
+            shards=self.shards,
+            names=[self.names[i] for i in positions],
+            dtypes=[self.dtypes[i] for i in positions],
+            shapes=[self.shapes[i] for i in positions],
+            shard_ids=array("I", [self.shard_ids[i] for i in positions]),
+            offsets=array("q", [self.offsets[i] for i in positions]),
+        )
+
+    @property
+    def _columns(self) -> tuple[Sequence[object], ...]:
+        return self.names, self.dtypes, self.shapes, self.shard_ids, self.offsets
 
     @property
     def total_bytes(self) -> int:

@@ -11,8 +11,9 @@ import pytest
 
 from catalog_tools import card_file, make_copies, make_manifest, settings_in
 from lading.catalog import lifecycle, refresh
+from lading.catalog.checkpoints import record_checkpoint
 from lading.catalog.database import Database
-from lading.catalog.ingest import import_files, record_checkpoint
+from lading.catalog.ingest import import_files
 from lading.catalog.query import query
 from lading.catalog.store import AssetStore
 from lading.errors import LadingError

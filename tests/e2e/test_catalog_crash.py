@@ -34,8 +34,9 @@ sys.path.insert(0, sys.argv[1])
 import alembic.command
 from catalog_tools import card_file, make_manifest, settings_in
 from lading.catalog import lifecycle, refresh
+from lading.catalog.checkpoints import record_checkpoint
 from lading.catalog.database import Database
-from lading.catalog.ingest import import_files, record_checkpoint
+from lading.catalog.ingest import import_files
 from lading.catalog.store import AssetStore
 
 

@@ -189,6 +189,9 @@ def test_completion(catalog):
     assert complete("lading archs qw") == ["plain,qwen"]
     assert complete("lading list --family mis") == ["plain,mistral"]
     assert complete("lading load ./x") == ["file,./x"]
+    assert complete("lading check qwen3_0.") == ["plain,qwen3_0.6b", "plain,qwen3_0.6b_base"]
+    assert complete("lading diff x qwen/qwen3_0.") == ["plain,qwen/qwen3_0.6b"]
+    assert complete("lading diff y/x") == ["file,y/x"]
     assert complete("lading show [") == []
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import tempfile
 from array import array
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from lading.box import Box
 from lading.filesystem import FileStat
 from lading.manifest import BITS, Manifest, Shard
+from lading.transfer import plan as planning
 from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.execute import execute
 from lading.transfer.files import ShardFile
@@ -83,17 +86,45 @@ def _wanted_bytes(manifest: Manifest, wanted: Wanted, skip: Plan | None = None) 
     return found
 
 
-@given(cases(), st.booleans())
-def test_reads_tile_what_is_wanted_once(case: tuple[Manifest, Wanted], mapped: bool) -> None:
-    manifest, wanted = case
-    planned = plan(manifest, wanted, mapped=mapped)
+def _runs(planned: Plan) -> Iterator[tuple[int, int, int, int, int]]:
+    """(shard, offset, bytes, place in memory, conversion) of all that is read, the runs of rows one by one."""
+    yield from zip(planned.shards, planned.offsets, planned.sizes, planned.targets, planned.casts, strict=True)
+    rows = planned.rows
+    for shard, offset, stride, length, count, target, cast in zip(
+        rows.shards, rows.offsets, rows.strides, rows.lengths, rows.counts, rows.targets, rows.casts, strict=True
+    ):
+        for i in range(count):
+            yield shard, offset + i * stride, length, target + i * _grown(planned, length, cast), cast
 
-    read = Counter(
-        (shard, b)
-        for shard, offset, size in zip(planned.shards, planned.offsets, planned.sizes, strict=True)
-        for b in range(offset, offset + size)
-    )
+
+def _grown(planned: Plan, size: int, cast: int) -> int:
+    source, target = planned.conversions[cast]
+    return size if cast == 0 else size // (BITS[source] // 8) * (BITS[target] // 8)
+
+
+@given(cases(), st.booleans(), st.sampled_from([1, 8, 256 << 10]))
+def test_reads_tile_what_is_wanted_once(case: tuple[Manifest, Wanted], mapped: bool, long_run: int) -> None:
+    manifest, wanted = case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "LONG_RUN", long_run)
+        planned = plan(manifest, wanted, mapped=mapped)
+
+    read = Counter((shard, b) for shard, offset, size, *_ in _runs(planned) for b in range(offset, offset + size))
     assert read == _wanted_bytes(manifest, wanted, planned)
+    assert all(length <= long_run for length in planned.rows.lengths)
+    assert all(count > 1 for count in planned.rows.counts)
+
+
+@given(cases(), st.integers(0, 20))
+def test_what_a_plan_says_that_it_reads(case: tuple[Manifest, Wanted], gap: int) -> None:
+    planned = plan(*case)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "GAP", gap)
+        least, rows = sum(size for _, _, size, *_ in _runs(planned)), planned.rows
+        read = zip(rows.strides, rows.lengths, rows.counts, strict=True)
+        gaps = sum((count - 1) * (stride - length) for stride, length, count in read if stride - length <= gap)
+        assert planned.read_bytes == least + gaps
+        assert len(planned.sizes) + len(rows.counts) <= planned.num_reads <= len(list(_runs(planned)))
 
 
 @given(cases())
@@ -101,13 +132,13 @@ def test_reads_are_sorted_joined_and_never_overlap_in_memory(case: tuple[Manifes
     manifest, wanted = case
     planned = plan(manifest, wanted)
 
-    order = list(zip(planned.shards, planned.offsets, strict=True))
-    assert order == sorted(order)
+    for reads in (planned, planned.rows):
+        order = list(zip(reads.shards, reads.offsets, strict=True))
+        assert order == sorted(order)
 
     filled: Counter[int] = Counter()
-    for size, target, cast in zip(planned.sizes, planned.targets, planned.casts, strict=True):
-        source_dtype, target_dtype = planned.conversions[cast]
-        grown = size if cast == 0 else size // (BITS[source_dtype] // 8) * (BITS[target_dtype] // 8)
+    for _, _, size, target, cast in _runs(planned):
+        grown = _grown(planned, size, cast)
         filled.update(range(target, target + grown))
         assert target + grown <= planned.arena_bytes
     assert max(filled.values(), default=1) == 1
@@ -146,12 +177,13 @@ def test_a_shard_that_is_wanted_whole_is_one_read() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(cases(), st.booleans(), st.integers(1, 3), st.randoms(use_true_random=False))
+@given(cases(), st.booleans(), st.integers(1, 3), st.sampled_from([0, 4, 32 << 10]), st.randoms(use_true_random=False))
 def test_executing_equals_load_whole_then_slice(
-    case: tuple[Manifest, Wanted], mapped: bool, threads: int, random: object
+    case: tuple[Manifest, Wanted], mapped: bool, threads: int, gap: int, random: object
 ) -> None:
     manifest, wanted = case
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "GAP", gap)
         contents, files = [], []
         for shard in manifest.shards:
             data = bytes(random.getrandbits(8) for _ in range(shard.size))  # type: ignore[attr-defined]

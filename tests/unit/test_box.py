@@ -33,3 +33,22 @@ def test_boxes_that_only_touch_share_nothing() -> None:
 def test_nonsense_is_refused(starts: tuple[int, ...], sizes: tuple[int, ...]) -> None:
     with pytest.raises(ValueError):
         Box(starts, sizes)
+
+
+def test_columns_of_a_matrix_are_one_group_of_rows() -> None:
+    assert list(Box((1, 2), (3, 4)).rows((8, 10))) == [(12, 10, 4, 3)]
+
+
+def test_dims_that_are_whole_join_the_group() -> None:
+    assert list(Box((0, 0, 1), (2, 3, 2)).rows((2, 3, 4))) == [(1, 4, 2, 6)]
+    assert list(Box((1, 0, 1), (1, 3, 2)).rows((2, 3, 4))) == [(13, 4, 2, 3)]
+    assert list(Box((0, 2, 0), (2, 1, 4)).rows((2, 3, 4))) == [(8, 12, 4, 2)]
+
+
+def test_other_dims_make_a_group_each() -> None:
+    assert list(Box((0, 1, 1), (2, 2, 2)).rows((2, 4, 4))) == [(5, 4, 2, 2), (21, 4, 2, 2)]
+
+
+def test_one_run_is_a_group_of_one() -> None:
+    assert list(Box((2, 0), (3, 5)).rows((8, 5))) == [(10, 15, 15, 1)]
+    assert list(Box.whole(()).rows(())) == [(0, 1, 1, 1)]

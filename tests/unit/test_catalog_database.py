@@ -19,8 +19,9 @@ from sqlalchemy import text
 from catalog_tools import card_file, make_manifest, nobody, public_folder, settings_in
 from lading.catalog import database as database_module
 from lading.catalog import engine, lifecycle, refresh
+from lading.catalog.checkpoints import record_checkpoint
 from lading.catalog.database import Database
-from lading.catalog.ingest import import_files, record_checkpoint
+from lading.catalog.ingest import import_files
 from lading.catalog.query import query
 from lading.catalog.store import AssetStore
 from lading.errors import CatalogError, CatalogOutdatedError

@@ -14,14 +14,16 @@ from catalog_tools import card_file, make_copies, make_manifest, settings_in
 from lading.card import ArchitectureEntry, CardEntry
 from lading.cardfile import CardFile
 from lading.catalog import lifecycle, refresh
+from lading.catalog.checkpoints import record_checkpoint, record_files
 from lading.catalog.database import Database
-from lading.catalog.ingest import collect, import_files, record_checkpoint, record_verification
+from lading.catalog.ingest import collect, import_files
 from lading.catalog.merge import MAX_DEPTH
 from lading.catalog.query import query
-from lading.catalog.records import ImportReport, LocalCopy
+from lading.catalog.records import Check, ImportReport, LocalCopy
 from lading.catalog.store import AssetStore
 from lading.errors import CardFileError
 from lading.filesystem import FileStat
+from lading.manifest import Manifest
 
 CARDS = """\
 name: base
@@ -440,6 +442,39 @@ def test_a_later_manifest_replaces_the_first(tmp_path: Path, database: Database)
     assert_consistent(tmp_path)
 
 
+def test_digests_stay_as_long_as_the_bytes_are_sure_to_be_the_same(tmp_path: Path, database: Database) -> None:
+    store, manifest = AssetStore(database), make_manifest(6, 2)
+    copies = make_copies(manifest, tmp_path)
+    changed = [*copies[:-1], replace(copies[-1], stat=FileStat(1, 2, 3, 4))]
+    published = replace(manifest, shards=tuple(replace(shard, sha256="0" * 64) for shard in manifest.shards))
+
+    def kept(manifest: Manifest, copies: list[LocalCopy], revision: str = "") -> bool:
+        """Whether recording this leaves the digests of tensors alone; they are known afterwards in any case."""
+        record_checkpoint(database, uri=URI, manifest=manifest, copies=copies, revision=revision)
+        found = dict(store.tensor_digests(URI))
+        with database.write() as connection:
+            connection.exec_driver_sql("UPDATE tensors SET digest = 'd' || position WHERE position < 2")
+        assert found in ({}, store.tensor_digests(URI))
+        return bool(found)
+
+    assert not kept(manifest, copies)
+    assert store.tensor_digests(URI) == {name: f"d{i}" for i, name in enumerate(manifest.names[:2])}
+    assert kept(manifest, copies)
+    assert kept(manifest, copies[:1])
+    assert not kept(manifest, copies)
+    assert not kept(manifest, changed)
+    assert not kept(manifest, [])
+    assert not kept(manifest, [], "1")
+    assert kept(manifest, [], "1")
+    assert kept(manifest, copies, "1")
+    assert not kept(manifest, changed, "2")
+    assert not kept(published, copies)
+    assert kept(published, changed, "3")
+    assert kept(published, [])
+    assert not kept(make_manifest(5, 2), [], "3")
+    assert store.tensor_digests("hg://other") == store.tensor_digests("file:///\udcff") == {}
+
+
 def test_copies_of_other_machines_stay_as_long_as_the_files_do(tmp_path: Path, database: Database) -> None:
     manifest = make_manifest()
     record_checkpoint(database, uri=URI, manifest=manifest, copies=make_copies(manifest, tmp_path))
@@ -513,9 +548,8 @@ def test_a_verification(tmp_path: Path, database: Database) -> None:
     record_checkpoint(database, uri=URI, manifest=manifest, copies=[copy])
 
     def verify(found: str, stat: FileStat = copy.stat) -> str | None:
-        record_verification(
-            database, uri=URI, file=copy.file, path=copy.path, stat=stat, method="sha256", expected="aa", found=found
-        )
+        check = Check(file=copy.file, path=copy.path, stat=stat, method="sha256", expected="aa", found=found)
+        record_files(database, uri=URI, checks=[check])
         stored = AssetStore(database).checkpoint(URI)
         assert stored is not None
         return stored.copies[0].verified_at

@@ -9,9 +9,11 @@ import pytest
 
 from catalog_tools import card_file, make_copies, make_manifest, settings_in
 from lading.catalog import lifecycle, refresh
+from lading.catalog.checkpoints import record_checkpoint, record_files
 from lading.catalog.database import Database
-from lading.catalog.ingest import import_files, record_checkpoint, record_verification
+from lading.catalog.ingest import import_files
 from lading.catalog.query import query
+from lading.catalog.records import Check
 from lading.catalog.schema import Row
 from lading.errors import CatalogError, PolicyError, QueryError
 
@@ -52,9 +54,9 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
         copies = make_copies(manifest, tmp_path) if name == "m" else []
         record_checkpoint(database, uri=f"hg://a/{name}", manifest=manifest, copies=copies)
     copy = make_copies(manifest, tmp_path)[0]
-    checked = {"uri": "hg://a/m", "file": copy.file, "path": copy.path, "stat": copy.stat, "method": "sha256"}
     for found in ("aa", "bb"):
-        record_verification(database, expected="aa", found=found, **checked)  # type: ignore[arg-type]
+        check = Check(file=copy.file, path=copy.path, stat=copy.stat, method="sha256", expected="aa", found=found)
+        record_files(database, uri="hg://a/m", checks=[check])
     return database
 
 

@@ -29,6 +29,9 @@ from lading.catalog.store import AssetStore
 from lading.errors import CatalogError, CatalogOutdatedError
 
 ROOT = Path(__file__).parents[2]
+VERSIONS = sorted(f"versions/{path.name}" for path in (ROOT / "migrations" / "versions").glob("[0-9]*.py"))
+HEAD = engine.SCHEMA_VERSION
+NEXT = HEAD + 1
 
 
 @pytest.fixture(autouse=True)
@@ -154,7 +157,7 @@ def test_down_and_up_again(tmp_path: Path) -> None:
     assert raw(tmp_path / "catalog.sqlite", "SELECT name FROM sqlite_master WHERE type = 'view'") == []
     with pytest.raises(CatalogOutdatedError, match="lading db upgrade"):
         Database.open(settings)
-    assert lifecycle.check(settings) == ["the schema is of version 0, but this version of lading works with 1"]
+    assert lifecycle.check(settings) == [f"the schema is of version 0, but this version of lading works with {HEAD}"]
 
     report = lifecycle.upgrade(settings)
     assert (report.from_version, report.to_version) == (0, engine.SCHEMA_VERSION)
@@ -174,21 +177,26 @@ def test_upgrade_of_what_is_up_to_date_does_nothing(tmp_path: Path) -> None:
     Database.open(settings)
     before = (tmp_path / "catalog.sqlite").read_bytes()
     report = lifecycle.upgrade(settings)
-    assert (report.from_version, report.to_version, report.backup) == (1, 1, None)
+    assert (report.from_version, report.to_version, report.backup) == (
+        engine.SCHEMA_VERSION,
+        engine.SCHEMA_VERSION,
+        None,
+    )
     assert (tmp_path / "catalog.sqlite").read_bytes() == before
 
 
 def next_version(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str) -> None:
-    """Become a future package: one that has a second migration, and works with version 2."""
+    """Become a future package: one that has another migration, and works with the version behind ours."""
     (folder / "versions").mkdir(parents=True)
-    for name in ("env.py", "script.py.mako", "versions/0001_catalog.py"):
+    for name in ("env.py", "script.py.mako", *VERSIONS):
         (folder / name).write_text((ROOT / "migrations" / name).read_text())
-    (folder / "versions" / "0002_more.py").write_text(
-        f"from alembic import op\nimport sqlalchemy as sa\nrevision = '0002'\ndown_revision = '0001'\n{body}"
+    (folder / "versions" / f"{NEXT:04d}_more.py").write_text(
+        "from alembic import op\nimport sqlalchemy as sa\n"
+        f"revision = '{NEXT:04d}'\ndown_revision = '{HEAD:04d}'\n{body}"
     )
     monkeypatch.setattr(lifecycle, "files", lambda package: folder)
     for module in (engine, lifecycle):
-        monkeypatch.setattr(module, "SCHEMA_VERSION", 2)
+        monkeypatch.setattr(module, "SCHEMA_VERSION", NEXT)
 
 
 CHANGE = """
@@ -209,22 +217,22 @@ def test_a_later_schema_keeps_the_rows(tmp_path: Path, monkeypatch: pytest.Monke
     import_files(Database.open(settings), [card_file("name: a\n---\nname: b\nbase: a\n")])
     next_version(monkeypatch, tmp_path / "50%_migrations", CHANGE)
 
-    with pytest.raises(CatalogOutdatedError, match="version 1, but this version of lading works with 2"):
+    with pytest.raises(CatalogOutdatedError, match=f"version {HEAD}, but this version of lading works with {NEXT}"):
         Database.open(settings)
     report = lifecycle.upgrade(settings)
-    assert (report.from_version, report.to_version) == (1, 2)
+    assert (report.from_version, report.to_version) == (HEAD, NEXT)
     assert report.backup is not None
-    assert raw(report.backup, "PRAGMA user_version") == [(1,)]
+    assert raw(report.backup, "PRAGMA user_version") == [(HEAD,)]
     assert raw(report.backup, "PRAGMA journal_mode") == [("delete",)]
 
     path = tmp_path / "catalog.sqlite"
-    assert raw(path, "PRAGMA user_version") == [(2,)]
+    assert raw(path, "PRAGMA user_version") == [(NEXT,)]
     assert raw(path, "SELECT note FROM sources") == [(None,)]
     assert raw(path, "SELECT name FROM cards ORDER BY 1") == [("a",), ("b",)]  # a table was dropped that they refer to
     assert raw(path, "PRAGMA foreign_key_check") == []
 
-    lifecycle.downgrade(settings, "1")
-    assert raw(path, "PRAGMA user_version") == [(1,)]
+    lifecycle.downgrade(settings, str(HEAD))
+    assert raw(path, "PRAGMA user_version") == [(HEAD,)]
     assert raw(path, "SELECT name FROM cards ORDER BY 1") == [("a",), ("b",)]
 
 
@@ -234,7 +242,7 @@ def test_a_later_schema_is_made_at_first_use(tmp_path: Path, monkeypatch: pytest
     with database.read() as connection:
         assert connection.exec_driver_sql("SELECT note FROM sources").all() == []
         assert connection.exec_driver_sql("SELECT * FROM models").all() == []
-    assert raw(tmp_path / "catalog.sqlite", "PRAGMA user_version") == [(2,)]
+    assert raw(tmp_path / "catalog.sqlite", "PRAGMA user_version") == [(NEXT,)]
 
 
 def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,10 +255,10 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(CatalogError, match="nonsense"):
         lifecycle.upgrade(settings)
     assert raw(tmp_path / "catalog.sqlite", "SELECT sql FROM sqlite_master") == before
-    assert raw(tmp_path / "catalog.sqlite", "PRAGMA user_version") == [(1,)]
+    assert raw(tmp_path / "catalog.sqlite", "PRAGMA user_version") == [(HEAD,)]
 
 
-@pytest.mark.parametrize("to", ["7", "0007", "nonsense"])
+@pytest.mark.parametrize("to", ["99", "0099", "nonsense"])
 def test_downgrade_to_no_version(tmp_path: Path, to: str) -> None:
     Database.open(settings_in(tmp_path))
     with pytest.raises(CatalogError, match="cannot be brought to version"):
@@ -308,7 +316,7 @@ def test_backup(tmp_path: Path) -> None:
     with database.read():  # in use
         copy = lifecycle.backup(settings)
     assert copy.parent == tmp_path
-    assert re.fullmatch(r"catalog\.v1\.\d{8}T\d{6}\.\d{6}Z\.sqlite", copy.name)
+    assert re.fullmatch(rf"catalog\.v{HEAD}\.\d{{8}}T\d{{6}}\.\d{{6}}Z\.sqlite", copy.name)
     assert raw(copy, "SELECT name FROM cards") == [("a",)]
     assert lifecycle.check(settings_in(tmp_path, database_url=f"sqlite:///{copy}")) == []
 
@@ -352,7 +360,7 @@ def test_the_next_migration_gets_the_next_number(tmp_path: Path) -> None:
         "alembic.ini",
         "migrations/env.py",
         "migrations/script.py.mako",
-        "migrations/versions/0001_catalog.py",
+        *(f"migrations/{name}" for name in VERSIONS),
     ):
         (checkout / name).write_text((ROOT / name).read_text())
     env = {**os.environ, "LADING_DATABASE_URL": f"sqlite:///{tmp_path / 'dev.sqlite'}"}
@@ -364,9 +372,9 @@ def test_the_next_migration_gets_the_next_number(tmp_path: Path) -> None:
         subprocess.run(
             [sys.executable, "-m", "alembic", *arguments], cwd=checkout, env=env, check=True, capture_output=True
         )
-    (made,) = (checkout / "migrations" / "versions").glob("0002_*.py")
-    assert made.name == "0002_add_what_is_new.py"
+    (made,) = (checkout / "migrations" / "versions").glob(f"{NEXT:04d}_*.py")
+    assert made.name == f"{NEXT:04d}_add_what_is_new.py"
     text = made.read_text()
     compile(text, made.name, "exec")
-    assert 'down_revision = "0001"' in text.replace("'", '"')
-    assert raw(tmp_path / "dev.sqlite", "PRAGMA user_version") == [(2,)]
+    assert f'down_revision = "{HEAD:04d}"' in text.replace("'", '"')
+    assert raw(tmp_path / "dev.sqlite", "PRAGMA user_version") == [(NEXT,)]

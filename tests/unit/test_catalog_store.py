@@ -14,8 +14,9 @@ from catalog_tools import card_file, make_copies, make_manifest, settings_in
 from lading.cardfile import dump
 from lading.catalog import refresh
 from lading.catalog import store as store_module
+from lading.catalog.checkpoints import record_checkpoint
 from lading.catalog.database import Database
-from lading.catalog.ingest import import_files, record_checkpoint
+from lading.catalog.ingest import import_files
 from lading.catalog.query import query
 from lading.catalog.records import ModelSummary
 from lading.catalog.store import AssetStore, get_asset_store

@@ -28,7 +28,7 @@ INSTANCES = [
     errors.CatalogOutdatedError("m", expected=2, found=1),
     errors.PolicyError("m"),
     errors.ModelGatedError("a", "https://example.com"),
-    errors.GangError("m"),
+    errors.GangError("m", (1, 2)),
     errors.InternalError("m"),
 ]
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from array import array
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -185,6 +186,50 @@ def test_a_file_system_that_takes_the_flag_and_refuses_the_read(
     assert refused
 
 
+ROWS = {
+    "gaps are read": ((3000, 1000), Box((0, 250), (3000, 250))),
+    "gaps are passed by": ((300, 20_000), Box((0, 15_000), (300, 5000))),
+    "to the end of the file": ((2000, 300), Box((1, 299), (1999, 1))),
+    "of three dims": ((7, 60, 500), Box((1, 10, 100), (6, 50, 300))),
+    "long runs": ((40, 150_000), Box((0, 75_000), (40, 75_000))),
+}
+
+
+@pytest.mark.parametrize("is_cold", [False, True])
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("offset", [0, 24, 4095])
+@pytest.mark.parametrize("case", ROWS)
+def test_parts_of_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, offset: int, dtype: str, is_cold: bool
+) -> None:
+    shape, box = ROWS[case]
+    monkeypatch.setattr(execution, "ROWS_CHUNK", 300 << 10)
+    monkeypatch.setattr(execution, "STEP", 1 << 20)
+    monkeypatch.setattr(module.OpenShard, "is_cold", lambda self, offset: is_cold)
+    real, sizes = os.preadv, []
+
+    def counting(fd: int, buffers: list[memoryview], at: int, flags: int = 0) -> int:
+        sizes.append(real(fd, buffers, at, flags))
+        return sizes[-1]
+
+    monkeypatch.setattr(module.os, "preadv", counting)
+    tensor = torch.randn(shape)
+    path = tmp_path / "x"
+    path.write_bytes(bytes(offset) + tensor.view(torch.uint8).numpy().tobytes())
+    manifest = replace(manifest_of(tensor, "F32"), offsets=array("q", [offset]))
+    planned = plan(manifest, Wanted(tensors=[0], boxes=[box], dtypes=[dtype]))
+    file = ShardFile(path=path, stat=FileStat.from_stat(path.stat()))
+    (loaded,) = execute(planned, [file], [(box.sizes, dtype)], device=CPU, threads=2)
+
+    expected = tensor[tuple(map(slice, box.starts, box.ends))]
+    assert loaded.equal(expected.to(loaded.dtype))
+    assert loaded.is_contiguous()
+    if case != "long runs":
+        assert max(sizes) <= execution.ROWS_CHUNK + 2 * 4096
+    if case == "gaps are passed by" or not planned.rows.counts:
+        assert sum(sizes) == box.numel * 4
+
+
 def test_an_error_in_one_thread_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.randn(20 << 20)
     file = write(tmp_path / "x", tensor)
@@ -254,10 +299,11 @@ class SlowDevice:
             passed.set()
 
 
+@pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_ring_never_reuses_a_buffer_that_is_still_being_copied(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, threads: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, threads: int, rows: bool
 ) -> None:
     monkeypatch.setattr(execution, "STEP", 64 << 10)
     devices: list[SlowDevice] = []
@@ -267,14 +313,14 @@ def test_a_ring_never_reuses_a_buffer_that_is_still_being_copied(
         return devices[-1]
 
     monkeypatch.setattr(execution, "create_arena", create)
-    tensor = torch.randn(1 << 20)  # 64 steps
+    tensor = torch.randn(1 << 10, 1 << 10)  # 64 steps
     file = write(tmp_path / "x", tensor)
-    box = Box.whole(tensor.shape)
+    box = Box((0, 256), (1 << 10, 512)) if rows else Box.whole(tensor.shape)
     planned = plan(manifest_of(tensor, "F32"), Wanted(tensors=[0], boxes=[box], dtypes=[dtype]))
     (loaded,) = execute(planned, [file], [(box.sizes, dtype)], device=CPU, threads=threads)
     devices[0].jobs.put(None)
 
-    assert loaded.equal(tensor.to(loaded.dtype))
+    assert loaded.equal(tensor[:, box.starts[1] : box.ends[1]].to(loaded.dtype))
     assert len(devices[0].stages) <= threads
 
 

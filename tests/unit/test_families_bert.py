@@ -47,7 +47,8 @@ MINILM = {
 def make(config: BertConfig = CONFIG) -> Bert:
     torch.manual_seed(0)
     model = FAMILY.build(config)
-    FAMILY.init(model, replace(config, init_std=0.3))
+    for name, parameter in model.named_parameters():
+        FAMILY.init(model, replace(config, init_std=0.3), name, parameter)
 
     return model.eval()
 
@@ -160,10 +161,9 @@ def test_random_weights() -> None:
     torch.manual_seed(0)
     config = replace(CONFIG, model_dim=240, ffn_inner_dim=400, vocab_size=500)
     model = FAMILY.build(config)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         init.constant_(parameter, torch.nan)
-
-    FAMILY.init(model, config)
+        FAMILY.init(model, config, name, parameter)
 
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

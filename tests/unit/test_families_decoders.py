@@ -452,7 +452,8 @@ def test_random_weights(family: Family[Any, Any]) -> None:
     config.init_std = 0.01
     model = family.build(config)
 
-    family.init(model, config)
+    for name, parameter in model.named_parameters():
+        family.init(model, config, name, parameter)
 
     # LLaMA narrows by the depth of the layer, the others by that of the stack.
     divisor = {"llama": (2 * 1) ** 0.5}.get(family.name, (2 * 3) ** 0.5)

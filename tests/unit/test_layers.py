@@ -15,13 +15,16 @@ ROOT = Path(lading.__file__).parent
 
 LAYERS = [
     {"errors", "box", "filesystem", "version"},
-    {"documents", "card", "cardfile", "manifest", "settings", "gangs", "compose"},
+    {"documents", "card", "cardfile", "manifest", "compose", "digests", "settings", "gangs"},
     {"overrides", "config", "keymap", "catalog", "formats", "fetch", "nn"},
     {"transfer"},
     {"family"},
-    {"checkpoint", "construct"},
+    {"parallel", "report"},
+    {"folder", "construct", "published", "diff", "resolve"},
+    {"checkpoint", "check"},
+    {"acquire", "reading", "verification"},
     {"loader"},
-    {"hub"},
+    {"hub", "doors"},
     {"families"},
     {"cli"},
 ]
@@ -114,8 +117,8 @@ def test_the_public_names() -> None:
         """
         AssetCard AssetCardField Architecture AssetStore get_asset_store
         load_model ModelHub ModelHubAccessor GlobalModelLoader LoadReport
-        import_cards index_checkpoint query
-        Family Rule Manifest Gang Gangs create_fake_gangs
+        import_cards index_checkpoint query check_model CheckReport diff_models DiffReport
+        Family Rule Manifest Gang Gangs create_fake_gangs create_gangs simulate_gangs
         LadingError ModelNotKnownError ModelFamilyNotKnownError ModelArchitectureNotKnownError ModelGatedError
         AssetCardError AssetNotFoundError ModelCheckpointError CorruptModelCheckpointError
         ModelCheckpointMismatchError DigestMismatchError NotSupportedError GangError FetchError CatalogError

@@ -43,7 +43,8 @@ each_variant = pytest.mark.parametrize("spec", VARIANTS.values(), ids=VARIANTS.k
 def make(spec: DecoderSpec, seed: int = 0) -> DecoderLM:
     torch.manual_seed(seed)
     model = DecoderLM(spec)
-    init_decoder(model, std=0.3, std_scale="none")
+    for name, parameter in model.named_parameters():
+        init_decoder(model, name, parameter, std=0.3, std_scale="none")
 
     return model.eval()
 
@@ -356,9 +357,9 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 def initialised(spec: DecoderSpec, **options: Any) -> DecoderLM:
     torch.manual_seed(0)
     model = DecoderLM(spec)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         nn.init.constant_(parameter, torch.nan)
-    init_decoder(model, **options)
+        init_decoder(model, name, parameter, **options)
 
     return model
 

@@ -28,7 +28,7 @@ from sqlalchemy.pool import NullPool, StaticPool
 from lading.errors import CatalogError, CatalogOutdatedError, InternalError, LadingError
 from lading.filesystem import on_network
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """The version of the schema that this code works with: the number of the last migration."""
 
 APPLICATION_ID = int.from_bytes(b"ldng", "big")

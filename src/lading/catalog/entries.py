@@ -12,7 +12,7 @@ from typing import TypeVar
 from sqlalchemy import ColumnElement, Connection, and_, select
 
 from lading.card import ArchitectureEntry, CardEntry
-from lading.catalog.schema import ArchitectureRow, CardRow, SourceRow
+from lading.catalog.schema import ARCHITECTURES, CARDS, SOURCES
 from lading.errors import CatalogError, InternalError
 
 T = TypeVar("T")
@@ -77,19 +77,19 @@ def read_cards(
     connection: Connection, names: Collection[str] | None = None, *, env: str | None = None
 ) -> list[CardEntry]:
     """The entries of these cards (default: of all), of one environment or of all, in the order of their sources."""
-    only = [] if env is None else [CardRow.env == env]
+    only = [] if env is None else [CARDS.c.env == env]
     if names is None:
         return _cards(connection, *only)
 
-    return [entry for piece in chunks(names) for entry in _cards(connection, CardRow.name.in_(piece), *only)]
+    return [entry for piece in chunks(names) for entry in _cards(connection, CARDS.c.name.in_(piece), *only)]
 
 
 def _cards(connection: Connection, *conditions: ColumnElement[bool]) -> list[CardEntry]:
     rows = connection.execute(
-        select(CardRow.name, CardRow.env, CardRow.metadata_, CardRow.folder, CardRow.position, SourceRow.uri)
-        .join_from(CardRow, SourceRow, CardRow.source_id == SourceRow.id)
+        select(CARDS.c.name, CARDS.c.env, CARDS.c.metadata_, CARDS.c.folder, CARDS.c.position, SOURCES.c.uri)
+        .join_from(CARDS, SOURCES, CARDS.c.source_id == SOURCES.c.id)
         .where(*conditions)
-        .order_by(CardRow.source_id, CardRow.position)
+        .order_by(CARDS.c.source_id, CARDS.c.position)
     )
 
     with intact("a card"):
@@ -110,21 +110,21 @@ def read_architectures(
 ) -> list[tuple[ArchitectureEntry, str]]:
     """The entries of architectures, in the order of their sources, and the URI of the source of each."""
     conditions = [
-        *([] if family is None else [ArchitectureRow.family == family]),
-        *([] if name is None else [ArchitectureRow.name == name]),
+        *([] if family is None else [ARCHITECTURES.c.family == family]),
+        *([] if name is None else [ARCHITECTURES.c.name == name]),
     ]
     rows = connection.execute(
         select(
-            ArchitectureRow.family,
-            ArchitectureRow.name,
-            ArchitectureRow.base,
-            ArchitectureRow.config,
-            ArchitectureRow.position,
-            SourceRow.uri,
+            ARCHITECTURES.c.family,
+            ARCHITECTURES.c.name,
+            ARCHITECTURES.c.base,
+            ARCHITECTURES.c.config,
+            ARCHITECTURES.c.position,
+            SOURCES.c.uri,
         )
-        .join_from(ArchitectureRow, SourceRow, ArchitectureRow.source_id == SourceRow.id)
+        .join_from(ARCHITECTURES, SOURCES, ARCHITECTURES.c.source_id == SOURCES.c.id)
         .where(and_(True, *conditions))
-        .order_by(ArchitectureRow.source_id, ArchitectureRow.position)
+        .order_by(ARCHITECTURES.c.source_id, ARCHITECTURES.c.position)
     )
 
     with intact("an architecture"):

@@ -1,40 +1,25 @@
-"""Values into the catalog: card files, the manifests of checkpoints, and what checks of files found."""
+"""Card files into the catalog."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from sqlalchemy import Connection, delete, insert, select, update
-
-from lading.card import path_uri, split_name, uri_path
+from lading.card import path_uri, uri_path
 from lading.catalog.apply import apply
 from lading.catalog.database import Database
-from lading.catalog.entries import dumps
-from lading.catalog.manifests import read_manifest, same_tensors, write_tensors
 from lading.catalog.merge import STDIN
-from lading.catalog.provenance import now
-from lading.catalog.records import ImportReport, LocalCopy, to_signed
+from lading.catalog.records import ImportReport
 from lading.catalog.refresh import card_files
-from lading.catalog.rows import link_by_uri
-from lading.catalog.schema import CardCheckpointRow, CardRow, CheckpointRow, CopyRow, VerificationRow
-from lading.filesystem import FileStat, place_id
-from lading.manifest import Manifest
-from lading.version import __version__
+from lading.filesystem import FileStat
 
 if TYPE_CHECKING:
     from lading.cardfile import CardFile
-
-_log = logging.getLogger("lading")
-
-
-# --- cards -----------------------------------------------------------------------------------------------------------
 
 
 def collect(paths: Sequence[str | Path], *, stdin: BinaryIO | None = None) -> list[CardFile]:
@@ -129,155 +114,3 @@ def _unchanged_since_read(files: Iterable[CardFile]) -> dict[str, FileStat]:
             continue
 
     return stats
-
-
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def record_checkpoint(
-    database: Database,
-    *,
-    uri: str,
-    manifest: Manifest,
-    copies: Sequence[LocalCopy],
-    revision: str = "",
-    card_name: str | None = None,
-) -> None:
-    """Write what a checkpoint holds and where its files are; it replaces what was known of ``uri``.
-
-    Copies that other machines recorded stay known as long as the files are the same. Where the catalog cannot be
-    written, nothing is done but to log it: no load needs it.
-
-    :param uri: of the checkpoint, all that tells it from another included.
-    :param copies: the files on this machine: shards and, where there is one, the index file.
-    :param card_name: the card that the checkpoint was loaded for, which is linked to it.
-
-    :raises CatalogError: the catalog is damaged, or another process holds it.
-    :raises OSError: the disk is full.
-    """
-    if not database.writable:
-        _log.info("the manifest of %s is not kept, as the catalog %s cannot be written", uri, database.target)
-        return
-
-    values = {
-        "revision": revision,
-        "format": manifest.format,
-        "bytes": manifest.total_bytes,
-        "parameters": manifest.parameters,
-        "dtypes": ",".join(manifest.dtype_counts),
-        "tensors": len(manifest),
-        "index_name": manifest.index_name,
-        "metadata_": dumps(dict(manifest.metadata)),
-        "indexed_at": now(),
-        "version": __version__,
-    }
-    with database.write() as connection:
-        known = connection.scalar(select(CheckpointRow.id).where(CheckpointRow.uri == uri))
-        old = None if known is None else read_manifest(connection, known)
-        if known is None:
-            connection.execute(insert(CheckpointRow).values(uri=uri, **values))
-            known = connection.scalars(select(CheckpointRow.id).where(CheckpointRow.uri == uri)).one()
-        else:
-            connection.execute(update(CheckpointRow).where(CheckpointRow.id == known).values(**values))
-        if old is None or not same_tensors(old, manifest):
-            write_tensors(connection, known, manifest)
-
-        same_files = old is not None and old.shards == manifest.shards and old.index_name == manifest.index_name
-        _write_copies(connection, known, copies, keep_others=same_files)
-        if card_name is not None:
-            _link(connection, split_name(card_name)[0], known)
-        link_by_uri(connection)
-
-
-def _write_copies(
-    connection: Connection, checkpoint_id: int, copies: Sequence[LocalCopy], *, keep_others: bool
-) -> None:
-    rows = [
-        {
-            "checkpoint_id": checkpoint_id,
-            "file": copy.file,
-            "place": place_id(copy.path.parent),
-            "path": str(copy.path),
-            "size": copy.stat.size,
-            "mtime_ns": copy.stat.mtime_ns,
-            "ctime_ns": copy.stat.ctime_ns,
-            "inode": to_signed(copy.stat.inode),
-            "recorded_at": now(),
-            "verified_at": copy.verified_at,
-        }
-        for copy in copies
-    ]
-    outdated = delete(CopyRow).where(CopyRow.checkpoint_id == checkpoint_id)
-    if keep_others:
-        outdated = outdated.where(CopyRow.place.in_({row["place"] for row in rows}))
-    connection.execute(outdated)
-    if rows:
-        connection.execute(insert(CopyRow), rows)
-
-
-def _link(connection: Connection, card_name: str, checkpoint_id: int) -> None:
-    card_id = connection.scalar(select(CardRow.id).where(CardRow.name == card_name, CardRow.env == ""))
-    if card_id is None:
-        return
-
-    connection.execute(delete(CardCheckpointRow).where(CardCheckpointRow.card_id == card_id))
-    connection.execute(insert(CardCheckpointRow).values(card_id=card_id, checkpoint_id=checkpoint_id, linked_at=now()))
-
-
-def record_verification(
-    database: Database,
-    *,
-    uri: str,
-    file: str,
-    path: Path,
-    stat: FileStat,
-    method: str,
-    expected: str | None,
-    found: str | None,
-) -> None:
-    """Write that a file of a checkpoint was checked. Checks are only added; the last one decides what a copy is worth.
-
-    Where the catalog cannot be written, nothing is done but to log it.
-
-    :param file: its name within the checkpoint.
-    :param stat: the state in which it was checked.
-    :param method: such as ``sha256``.
-    :param expected: the digest that was published or recorded.
-    :param found: the digest of the file. The check succeeded if it is the expected one.
-
-    :raises CatalogError: the catalog is damaged, or another process holds it.
-    :raises OSError: the disk is full.
-    """
-    if not database.writable:
-        _log.info("the check of %s is not kept, as the catalog %s cannot be written", path, database.target)
-        return
-
-    match = expected is not None and expected == found
-    with database.write() as connection:
-        connection.execute(
-            insert(VerificationRow).values(
-                uri=uri,
-                file=file,
-                path=str(path),
-                method=method,
-                expected=expected,
-                found=found,
-                result="match" if match else "mismatch",
-                version=__version__,
-                at=now(),
-            )
-        )
-        connection.execute(
-            update(CopyRow)
-            .where(
-                CopyRow.checkpoint_id == select(CheckpointRow.id).where(CheckpointRow.uri == uri).scalar_subquery(),
-                CopyRow.file == file,
-                CopyRow.path == str(path),
-                CopyRow.place == place_id(path.parent),
-                CopyRow.size == stat.size,
-                CopyRow.mtime_ns == stat.mtime_ns,
-                CopyRow.ctime_ns == stat.ctime_ns,
-                CopyRow.inode == to_signed(stat.inode),
-            )
-            .values(verified_at=now() if match else None)
-        )

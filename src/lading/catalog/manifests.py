@@ -8,10 +8,11 @@ from array import array
 from collections.abc import Iterator
 from itertools import islice
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
-from lading.catalog.entries import intact, loads_object
-from lading.catalog.schema import CheckpointRow, ShardRow, TensorRow
+from lading.catalog.entries import chunks, intact, loads_object
+from lading.catalog.schema import CHECKPOINTS, DIGESTS, SHARDS, TENSORS, DigestRow, ShardRow, TensorRow
+from lading.digests import Digests, recorded
 from lading.manifest import BITS, Manifest, Shard
 
 _ROWS = 10_000
@@ -29,19 +30,19 @@ def read_manifest(connection: Connection, checkpoint_id: int) -> Manifest:
 
 def _read_manifest(connection: Connection, checkpoint_id: int) -> Manifest:
     format_, index_name, metadata = connection.execute(
-        select(CheckpointRow.format, CheckpointRow.index_name, CheckpointRow.metadata_).where(
-            CheckpointRow.id == checkpoint_id
+        select(CHECKPOINTS.c.format, CHECKPOINTS.c.index_name, CHECKPOINTS.c.metadata_).where(
+            CHECKPOINTS.c.id == checkpoint_id
         )
     ).one()
     shards = connection.execute(
-        select(ShardRow.name, ShardRow.size, ShardRow.sha256)
-        .where(ShardRow.checkpoint_id == checkpoint_id)
-        .order_by(ShardRow.position)
+        select(SHARDS.c.name, SHARDS.c.size, SHARDS.c.sha256)
+        .where(SHARDS.c.checkpoint_id == checkpoint_id)
+        .order_by(SHARDS.c.position)
     ).all()
     tensors = connection.execute(
-        select(TensorRow.name, TensorRow.dtype, TensorRow.shape, TensorRow.shard, TensorRow.offset)
-        .where(TensorRow.checkpoint_id == checkpoint_id)
-        .order_by(TensorRow.position)
+        select(TENSORS.c.name, TENSORS.c.dtype, TENSORS.c.shape, TENSORS.c.shard, TENSORS.c.offset)
+        .where(TENSORS.c.checkpoint_id == checkpoint_id)
+        .order_by(TENSORS.c.position)
     )
 
     names: list[str] = []
@@ -76,18 +77,21 @@ def _read_manifest(connection: Connection, checkpoint_id: int) -> Manifest:
     )
 
 
-def same_tensors(a: Manifest, b: Manifest) -> bool:
-    """Whether two manifests have the same shards and tensors; the columns may be of different types."""
-    return a.shards == b.shards and all(
-        len(x) == len(y) and all(p == q for p, q in zip(x, y, strict=True))
-        for x, y in (
-            (a.names, b.names),
-            (a.dtypes, b.dtypes),
-            (a.shapes, b.shapes),
-            (a.shard_ids, b.shard_ids),
-            (a.offsets, b.offsets),
-        )
+def read_roots(connection: Connection, uri: str) -> dict[str, str]:
+    """The digests of the tensors of the checkpoint at ``uri``, by their names, where they are known."""
+    rows = connection.execute(
+        select(TENSORS.c.name, TENSORS.c.digest)
+        .join(CHECKPOINTS, CHECKPOINTS.c.id == TENSORS.c.checkpoint_id)
+        .where(CHECKPOINTS.c.uri == uri, TENSORS.c.digest.is_not(None))
+        .order_by(TENSORS.c.position)
     )
+
+    return dict(map(tuple, rows))
+
+
+def same_tensors(a: Manifest, b: Manifest) -> bool:
+    """Whether two manifests have the same files and tensors; the columns may be of different types."""
+    return a.has_files_of(b) and a.tensors_equal(b)
 
 
 def write_tensors(connection: Connection, checkpoint_id: int, manifest: Manifest) -> None:
@@ -113,6 +117,53 @@ def write_tensors(connection: Connection, checkpoint_id: int, manifest: Manifest
     rows = _tensor_rows(checkpoint_id, manifest)
     while piece := list(islice(rows, _ROWS)):
         connection.execute(insert(TensorRow), piece)
+
+
+def read_digests(connection: Connection, checkpoint_id: int, manifest: Manifest) -> Digests | None:
+    """What is recorded of the bytes of a checkpoint's tensors; ``None`` where nothing is.
+
+    :raises CatalogError: the rows make no digests.
+    """
+    rows: list[tuple[int, bytes] | None] = [None] * len(manifest)
+    with intact("a digest"):
+        found = connection.execute(
+            select(DIGESTS.c.position, DIGESTS.c.dim, DIGESTS.c.blocks).where(DIGESTS.c.checkpoint_id == checkpoint_id)
+        ).all()
+        if not found:
+            return None
+        for position, dim, blocks in found:
+            if not 0 <= position < len(rows):
+                raise ValueError(f"there is no tensor {position}")
+            rows[position] = (dim, bytes(blocks))
+
+        return recorded(manifest, rows)
+
+
+def write_digests(connection: Connection, checkpoint_id: int, manifest: Manifest, digests: Digests) -> None:
+    """Record digests in place of those that were recorded before."""
+    connection.execute(delete(DigestRow).where(DigestRow.checkpoint_id == checkpoint_id))
+    known = [(i, digest) for i, digest in enumerate(digests.iter(manifest)) if digest is not None]
+    for piece in chunks(known):
+        connection.execute(
+            insert(DigestRow),
+            [
+                {"checkpoint_id": checkpoint_id, "position": i, "dim": digest.dim, "blocks": digest.blocks}
+                for i, digest in piece
+            ],
+        )
+        connection.execute(
+            update(TensorRow)
+            .where(TensorRow.checkpoint_id == checkpoint_id, TensorRow.position == bindparam("at"))
+            .values(digest=bindparam("root")),
+            [{"at": i, "root": digest.root} for i, digest in piece],
+        )
+
+
+def forget_digests(connection: Connection, checkpoint_id: int) -> None:
+    """Forget what is known of the bytes of a checkpoint."""
+    connection.execute(delete(DigestRow).where(DigestRow.checkpoint_id == checkpoint_id))
+    connection.execute(update(TensorRow).where(TensorRow.checkpoint_id == checkpoint_id).values(digest=None))
+    connection.execute(update(ShardRow).where(ShardRow.checkpoint_id == checkpoint_id).values(sha256=None))
 
 
 def _tensor_rows(checkpoint_id: int, manifest: Manifest) -> Iterator[dict[str, object]]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lading.filesystem import FileStat
 from lading.manifest import Manifest
+
+CopyKind = Literal["source", "cache", "hub", "adopted"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +74,32 @@ class LocalCopy:
     """The state in which it was last seen; another one now means another content."""
     verified_at: str | None = None
     """When, in that state, it was checked against its digest. ISO 8601, UTC."""
+    kind: CopyKind = "source"
+    """Whose file it is: the card's own source, lading's cache, the hub client's cache, or one that was adopted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A check of a file of a checkpoint against a digest."""
+
+    file: str
+    """Its name within the checkpoint."""
+    path: Path
+    stat: FileStat
+    """The state in which it was checked."""
+    method: str
+    """``sha256`` of the whole file, or ``blake3`` of its tensors."""
+    expected: str | None
+    """The digest that was published or recorded; ``None`` where none was known."""
+    found: str | None
+
+    @property
+    def result(self) -> Literal["match", "mismatch", "recorded"]:
+        """A digest that nothing is known of is recorded, and expected from then on."""
+        if self.expected is None and self.found is not None:
+            return "recorded"
+
+        return "match" if self.expected == self.found else "mismatch"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

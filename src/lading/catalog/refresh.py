@@ -22,7 +22,7 @@ from lading.card import path_uri, uri_path
 from lading.catalog.apply import apply
 from lading.catalog.provenance import newer
 from lading.catalog.rows import forget
-from lading.catalog.schema import FamilyRow, SourceRow
+from lading.catalog.schema import FAMILIES, SOURCES, FamilyRow, SourceRow
 from lading.filesystem import FileStat
 from lading.settings import Settings
 from lading.version import __version__
@@ -76,13 +76,13 @@ def look(connection: Connection, settings: Settings) -> News:
         row.uri: row
         for row in connection.execute(
             select(
-                SourceRow.uri,
-                SourceRow.kind,
-                SourceRow.sha256,
-                SourceRow.size,
-                SourceRow.mtime_ns,
-                SourceRow.version,
-                SourceRow.problems,
+                SOURCES.c.uri,
+                SOURCES.c.kind,
+                SOURCES.c.sha256,
+                SOURCES.c.size,
+                SOURCES.c.mtime_ns,
+                SOURCES.c.version,
+                SOURCES.c.problems,
             )
         )
     }
@@ -105,7 +105,7 @@ def take(connection: Connection, news: News) -> None:
 
 def _family_news(connection: Connection) -> dict[str, str | None]:
     registered = {entry.name: entry.value for entry in importlib.metadata.entry_points(group=_GROUP)}
-    known = {row[0]: row[1] for row in connection.execute(select(FamilyRow.name, FamilyRow.entry_point))}
+    known = {row[0]: row[1] for row in connection.execute(select(FAMILIES.c.name, FAMILIES.c.entry_point))}
     lost = [name for name, entry_point in known.items() if entry_point is not None and name not in registered]
 
     return {name: value for name, value in registered.items() if known.get(name) != value} | dict.fromkeys(lost)

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, select
 
 from lading.card import AssetCard, CardEntry, checkpoint_ref, resolve_card
 from lading.catalog.entries import chunks, read_cards
-from lading.catalog.schema import CardRow
+from lading.catalog.schema import CARDS, CardRow
 from lading.catalog.search import fold_fields, search_text
 from lading.errors import AssetCardError
 
@@ -149,7 +149,7 @@ def descendants(connection: Connection, names: Iterable[str]) -> set[str]:
     while level:
         children: set[str] = set()
         for piece in chunks(level):
-            children.update(connection.scalars(select(CardRow.name).where(CardRow.env == "", CardRow.base.in_(piece))))
+            children.update(connection.scalars(select(CARDS.c.name).where(CARDS.c.env == "", CARDS.c.base.in_(piece))))
         level = children - found
         found |= level
 

@@ -17,6 +17,7 @@ from sqlalchemy import (
     ForeignKeyConstraint,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     Text,
     UniqueConstraint,
@@ -27,6 +28,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 _STRICT = {"sqlite_strict": True}
 _STRICT_CLUSTERED = {"sqlite_strict": True, "sqlite_with_rowid": False}
+
+_KNOWN_SHA256 = text("sha256 IS NOT NULL")
+_KNOWN_DIGEST = text("digest IS NOT NULL")
 
 
 def _json(column: str) -> CheckConstraint:
@@ -47,7 +51,11 @@ class Row(DeclarativeBase):
         }
     )
     # STRICT tables know no BIGINT, and an INTEGER of SQLite has 64 bits anyway.
-    type_annotation_map: ClassVar = {str: Text(), int: BigInteger().with_variant(Integer(), "sqlite")}
+    type_annotation_map: ClassVar = {
+        str: Text(),
+        int: BigInteger().with_variant(Integer(), "sqlite"),
+        bytes: LargeBinary(),
+    }
 
 
 class SourceRow(Row):
@@ -200,6 +208,8 @@ class ShardRow(Row):
     __table_args__ = (
         UniqueConstraint("checkpoint_id", "name"),
         CheckConstraint("position >= 0 AND size >= 0", name="numbers"),
+        # Files are found by their content.
+        Index("ix_shards_sha256", "sha256", sqlite_where=_KNOWN_SHA256, postgresql_where=_KNOWN_SHA256),
         _STRICT_CLUSTERED,
     )
 
@@ -223,6 +233,8 @@ class TensorRow(Row):
         UniqueConstraint("checkpoint_id", "name"),
         CheckConstraint('parameters >= 0 AND bytes >= 0 AND "offset" >= 0', name="numbers"),
         _json("shape"),
+        # Tensors that are equal are found by their digest.
+        Index("ix_tensors_digest", "digest", sqlite_where=_KNOWN_DIGEST, postgresql_where=_KNOWN_DIGEST),
         _STRICT_CLUSTERED,
     )
 
@@ -238,13 +250,39 @@ class TensorRow(Row):
     offset: Mapped[int]
     """From the beginning of the shard's file."""
     digest: Mapped[str | None]
+    """Of all its bytes, as :mod:`lading.digests` defines it; equal tensors have equal ones."""
+
+
+class DigestRow(Row):
+    """The digests of the blocks of a tensor, by which a part of it can be checked."""
+
+    __tablename__ = "digests"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["checkpoint_id", "position"], ["tensors.checkpoint_id", "tensors.position"], ondelete="CASCADE"
+        ),
+        CheckConstraint("dim >= 0", name="dim"),
+        _STRICT_CLUSTERED,
+    )
+
+    checkpoint_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    position: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    """Of the tensor."""
+    dim: Mapped[int]
+    """The dim along which the blocks lie."""
+    blocks: Mapped[bytes]
+    """Their digests, one behind the other."""
 
 
 class CopyRow(Row):
     """A local copy of a shard, or of the index file, and the state in which it was last seen."""
 
     __tablename__ = "copies"
-    __table_args__ = (CheckConstraint("size >= 0", name="numbers"), _STRICT_CLUSTERED)
+    __table_args__ = (
+        CheckConstraint("size >= 0", name="numbers"),
+        CheckConstraint("kind IN ('source', 'cache', 'hub', 'adopted')", name="kind"),
+        _STRICT_CLUSTERED,
+    )
 
     checkpoint_id: Mapped[int] = mapped_column(
         ForeignKey("checkpoints.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
@@ -261,13 +299,16 @@ class CopyRow(Row):
     """As a signed number: some file systems use all 64 bits."""
     recorded_at: Mapped[str]
     verified_at: Mapped[str | None]
+    kind: Mapped[str] = mapped_column(server_default="source")
+    """Whose file it is: the card's own source, lading's cache, the cache of the hub's client, or one that was found and
+    adopted. Only what lading fetched is ever removed by it."""
 
 
 class VerificationRow(Row):
     """A check of a file against a digest. Rows are only ever added."""
 
     __tablename__ = "verifications"
-    __table_args__ = (CheckConstraint("result IN ('match', 'mismatch')", name="result"), _STRICT)
+    __table_args__ = (CheckConstraint("result IN ('match', 'mismatch', 'recorded')", name="result"), _STRICT)
 
     id: Mapped[int] = mapped_column(primary_key=True)
     uri: Mapped[str]
@@ -293,3 +334,11 @@ class CardCheckpointRow(Row):
     )
     checkpoint_id: Mapped[int] = mapped_column(ForeignKey("checkpoints.id", ondelete="CASCADE"), index=True)
     linked_at: Mapped[str]
+
+
+# For selects on the way of a load. The same by the classes would have the ORM configure its mappers first and compile
+# twice, which takes longer than the answers; so do not join by the classes there either.
+SOURCES, FAMILIES, ARCHITECTURES, CARDS = (row.__table__ for row in (SourceRow, FamilyRow, ArchitectureRow, CardRow))
+CHECKPOINTS, SHARDS, TENSORS, DIGESTS, COPIES = (
+    row.__table__ for row in (CheckpointRow, ShardRow, TensorRow, DigestRow, CopyRow)
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -20,27 +21,29 @@ from lading.card import (
     resolve_card,
     split_name,
 )
+from lading.catalog.copies import copies_of, copies_with
 from lading.catalog.database import Database
-from lading.catalog.entries import intact, read_architectures, read_cards
+from lading.catalog.entries import read_architectures, read_cards
 from lading.catalog.listing import list_models, near_names, summary_of
-from lading.catalog.manifests import read_manifest
+from lading.catalog.manifests import read_digests, read_manifest, read_roots
 from lading.catalog.records import (
     ArchitectureSummary,
     FamilySummary,
     LocalCopy,
     ModelSummary,
     StoredCheckpoint,
-    from_signed,
 )
 from lading.catalog.resolved import descendants
-from lading.catalog.schema import ArchitectureRow, CardRow, CheckpointRow, CopyRow, FamilyRow
+from lading.catalog.schema import ARCHITECTURES, CARDS, CHECKPOINTS, FAMILIES
+from lading.digests import Digests
 from lading.errors import (
     AssetCardError,
     AssetNotFoundError,
     ModelArchitectureNotKnownError,
     did_you_mean,
 )
-from lading.filesystem import FileStat, place_id
+from lading.filesystem import FileStat
+from lading.manifest import Manifest
 from lading.settings import Settings
 
 __all__ = [
@@ -55,7 +58,7 @@ __all__ = [
 
 _log = logging.getLogger("lading")
 
-_MATERIALISED = {"model_family": CardRow.family, "model_arch": CardRow.arch}
+_MATERIALISED = {"model_family": CARDS.c.family, "model_arch": CARDS.c.arch}
 """Fields whose resolved values are kept in columns."""
 
 
@@ -143,7 +146,7 @@ class AssetStore:
     def asset_names(self) -> Set[str]:
         """The names of all cards, overlays apart."""
         with self._database.read() as connection:
-            return frozenset(connection.scalars(select(CardRow.name).where(CardRow.env == "")))
+            return frozenset(connection.scalars(select(CARDS.c.name).where(CARDS.c.env == "")))
 
     def _candidates(
         self, connection: Connection, field: str, value: object, envs: Sequence[str]
@@ -155,7 +158,7 @@ class AssetStore:
             return sorted(name for name, by_env in entries.items() if "" in by_env), entries
 
         # What is kept is true of every card on whose chain no overlay lies.
-        names = set(connection.scalars(select(CardRow.name).where(CardRow.env == "", kept == value)))
+        names = set(connection.scalars(select(CARDS.c.name).where(CARDS.c.env == "", kept == value)))
         names |= self._overlaid(connection, envs)
 
         entries = {}
@@ -170,7 +173,7 @@ class AssetStore:
 
     def _overlaid(self, connection: Connection, envs: Sequence[str]) -> set[str]:
         """The names of the cards on whose chain of bases an overlay of ``envs`` lies."""
-        found = set(connection.scalars(select(CardRow.name).where(CardRow.env != "", CardRow.env.in_(envs))))
+        found = set(connection.scalars(select(CARDS.c.name).where(CARDS.c.env != "", CARDS.c.env.in_(envs))))
 
         return descendants(connection, found) | found
 
@@ -181,9 +184,9 @@ class AssetStore:
 
         wanted = self._env if env is None else env
         if wanted is not None and wanted != USER_ENV:
-            known = CardRow.env == wanted
-            if not connection.scalar(select(CardRow.id).where(CardRow.env != "", known).limit(1)):
-                envs = connection.scalars(select(CardRow.env).where(CardRow.env != "").distinct())
+            known = CARDS.c.env == wanted
+            if not connection.scalar(select(CARDS.c.id).where(CARDS.c.env != "", known).limit(1)):
+                envs = connection.scalars(select(CARDS.c.env).where(CARDS.c.env != "").distinct())
                 asked = "LADING_ENV names" if env is None else f"{name}@{env} asks for"
                 raise AssetCardError(
                     name,
@@ -236,10 +239,12 @@ class AssetStore:
 
     def families(self) -> list[FamilySummary]:
         """The families that packages register, and those that cards and architectures name."""
-        of_cards = select(CardRow.family, func.count()).where(CardRow.env == "").group_by(CardRow.family)
-        of_architectures = select(ArchitectureRow.family, func.count()).group_by(ArchitectureRow.family)
+        of_cards = select(CARDS.c.family, func.count()).where(CARDS.c.env == "").group_by(CARDS.c.family)
+        of_architectures = select(ARCHITECTURES.c.family, func.count()).group_by(ARCHITECTURES.c.family)
         with self._database.read() as connection:
-            families = connection.execute(select(FamilyRow.name, FamilyRow.entry_point).order_by(FamilyRow.name)).all()
+            families = connection.execute(
+                select(FAMILIES.c.name, FAMILIES.c.entry_point).order_by(FAMILIES.c.name)
+            ).all()
             cards = {row[0]: row[1] for row in connection.execute(of_cards)}
             architectures = {row[0]: row[1] for row in connection.execute(of_architectures)}
 
@@ -322,8 +327,8 @@ class AssetStore:
 
         with self._database.read() as connection:
             found = connection.execute(
-                select(CheckpointRow.id, CheckpointRow.revision, CheckpointRow.indexed_at).where(
-                    CheckpointRow.uri == uri
+                select(CHECKPOINTS.c.id, CHECKPOINTS.c.revision, CHECKPOINTS.c.indexed_at).where(
+                    CHECKPOINTS.c.uri == uri
                 )
             ).one_or_none()
             if found is None:
@@ -334,9 +339,45 @@ class AssetStore:
                 uri=uri,
                 revision=revision,
                 manifest=read_manifest(connection, checkpoint_id),
-                copies=tuple(_copies(connection, checkpoint_id)),
+                copies=tuple(copies_of(connection, checkpoint_id)),
                 indexed_at=indexed_at,
             )
+
+    def digests(self, uri: str, manifest: Manifest) -> Digests | None:
+        """What is recorded of the bytes of a checkpoint's tensors.
+
+        :param manifest: of the checkpoint; ``None`` is returned where the catalog's is of other tensors by now.
+        """
+        with self._database.read() as connection:
+            found = connection.execute(
+                select(CHECKPOINTS.c.id, CHECKPOINTS.c.tensors).where(CHECKPOINTS.c.uri == uri)
+            ).one_or_none()
+            if found is None or found[1] != len(manifest):
+                return None
+            if not read_manifest(connection, found[0]).tensors_equal(manifest):
+                return None
+
+            return read_digests(connection, found[0], manifest)
+
+    def find_content(self, sha256: str) -> Path | None:
+        """A file on this machine that was verified to have this SHA-256, and is as it was then."""
+        with self._database.read() as connection:
+            for copy in copies_with(connection, sha256):
+                try:
+                    if copy.verified_at is not None and FileStat.from_stat(os.stat(copy.path)) == copy.stat:
+                        return copy.path
+                except OSError:
+                    continue
+
+        return None
+
+    def tensor_digests(self, uri: str) -> Mapping[str, str]:
+        """The digests of a checkpoint's tensors, by their names, where they are known."""
+        if not _is_text(uri):
+            return {}
+
+        with self._database.read() as connection:
+            return read_roots(connection, uri)
 
     # --- export ---
 
@@ -351,29 +392,6 @@ class AssetStore:
             architectures = [entry for entry, _ in read_architectures(connection) if matches(entry.name)]
 
         return cards, architectures
-
-
-def _copies(connection: Connection, checkpoint_id: int) -> Iterator[LocalCopy]:
-    rows = connection.execute(
-        select(
-            CopyRow.file,
-            CopyRow.place,
-            CopyRow.path,
-            CopyRow.size,
-            CopyRow.mtime_ns,
-            CopyRow.ctime_ns,
-            CopyRow.inode,
-            CopyRow.verified_at,
-        )
-        .where(CopyRow.checkpoint_id == checkpoint_id)
-        .order_by(CopyRow.file, CopyRow.place)
-    )
-    with intact("a copy"):
-        for file, place, name, size, mtime_ns, ctime_ns, inode, verified_at in rows:
-            path = Path(name)
-            if place == place_id(path.parent):
-                stat = FileStat(size, mtime_ns, ctime_ns, from_signed(inode))
-                yield LocalCopy(file=file, path=path, stat=stat, verified_at=verified_at)
 
 
 def _grouped(entries: Collection[CardEntry]) -> dict[str, dict[str, CardEntry]]:

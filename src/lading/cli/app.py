@@ -26,6 +26,8 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
         "archs": "lading.cli.families:archs",
         "sql": "lading.cli.sql:sql",
         "load": "lading.cli.load:load",
+        "check": "lading.cli.check:check",
+        "diff": "lading.cli.diff:diff",
         "index": "lading.cli.index:index",
         "import": "lading.cli.cards:import_",
         "export-cards": "lading.cli.cards:export_cards",

@@ -29,6 +29,19 @@ def complete_target(context: click.Context, parameter: click.Parameter, incomple
     return complete_model(context, parameter, incomplete)
 
 
+def complete_comparable(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of models and ``family/architecture``, or files where the word is a path already."""
+    family, slash, arch = incomplete.partition("/")
+    if slash and (
+        found := _silent(
+            lambda store: [f"{family}/{a.name}" for a in store.architectures(family) if a.name.startswith(arch)]
+        )
+    ):
+        return found
+
+    return complete_target(context, parameter, incomplete)
+
+
 def complete_family(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names of families."""
     return _silent(lambda store: [f.name for f in store.families() if f.name.startswith(incomplete)])

@@ -18,7 +18,7 @@ from lading.family import Family
 from lading.hub import ModelHubAccessor
 from lading.keymap import Rule
 from lading.nn.attention import AttentionMask
-from lading.nn.encoder import Encoder, EncoderEmbeddings, EncoderSpec, Pooler, init_encoder
+from lading.nn.encoder import Encoder, EncoderEmbeddings, EncoderSpec, Pooler, encoder_plan, init_encoder
 
 
 @dataclass(kw_only=True)
@@ -246,8 +246,9 @@ FAMILY = Family(
     kls=Bert,
     config_kls=BertConfig,
     build=Bert,
-    init=lambda model, config: init_encoder(model, std=config.init_std),
+    init=lambda model, config, name, parameter: init_encoder(model, name, parameter, std=config.init_std),
     rules=_rules,
+    parallel_plan=lambda config: encoder_plan(_spec(config)),
     hf_model_types=frozenset({"bert"}),
     from_hf=_from_hf,
 )

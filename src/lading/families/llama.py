@@ -14,7 +14,7 @@ from lading.config import STRICT
 from lading.families.huggingface import DECODER_RULES, read_decoder_config, read_rope
 from lading.family import Family
 from lading.hub import ModelHubAccessor
-from lading.nn.decoder import DecoderLM, DecoderSpec, init_decoder
+from lading.nn.decoder import DecoderLM, DecoderSpec, decoder_plan, init_decoder
 from lading.nn.rope import RotaryScaling
 
 
@@ -202,8 +202,11 @@ FAMILY = Family(
     kls=LLaMA,
     config_kls=LLaMAConfig,
     build=lambda config: LLaMA(_spec(config)),
-    init=lambda model, config: init_decoder(model, std=config.init_std, std_scale=config.init_std_scale),
+    init=lambda model, config, name, parameter: init_decoder(
+        model, name, parameter, std=config.init_std, std_scale=config.init_std_scale
+    ),
     rules=lambda config: DECODER_RULES,
+    parallel_plan=lambda config: decoder_plan(_spec(config)),
     hf_model_types=frozenset({"llama"}),
     from_hf=_from_hf,
 )

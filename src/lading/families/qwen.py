@@ -12,7 +12,7 @@ from lading.config import STRICT
 from lading.families.huggingface import DECODER_RULES, ConfigReader, read_decoder_config, read_rope
 from lading.family import Family
 from lading.hub import ModelHubAccessor
-from lading.nn.decoder import DecoderLM, DecoderSpec, init_decoder
+from lading.nn.decoder import DecoderLM, DecoderSpec, decoder_plan, init_decoder
 
 
 @dataclass(kw_only=True)
@@ -155,8 +155,9 @@ FAMILY = Family(
     kls=Qwen,
     config_kls=QwenConfig,
     build=lambda config: Qwen(_spec(config)),
-    init=lambda model, config: init_decoder(model, std=config.init_std),
+    init=lambda model, config, name, parameter: init_decoder(model, name, parameter, std=config.init_std),
     rules=lambda config: DECODER_RULES,
+    parallel_plan=lambda config: decoder_plan(_spec(config)),
     hf_model_types=frozenset({"qwen2", "qwen3"}),
     from_hf=_from_hf,
 )

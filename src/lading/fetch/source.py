@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from lading.filesystem import FileStat
 
@@ -65,6 +65,18 @@ class Source(Protocol):
     """A place that checkpoints are fetched from."""
 
     uri: str
+    inner: str | None
+    """The checkpoint within the source, a file or a folder; ``None``: the folder of all that it publishes."""
+    kind: Literal["cache", "hub"]
+    """In which cache fetched files are: lading's, or that of the hub's client."""
+    lists: bool
+    """Whether a snapshot names all files. Else it names those that were asked for, and :meth:`beside` adds to them."""
+
+    def beside(self, snapshot: Snapshot, names: Sequence[str]) -> Snapshot:
+        """The snapshot with further files, named by another of its files.
+
+        Raises what :meth:`snapshot` does, but leaves out files that the source says it does not have.
+        """
 
     def snapshot(self) -> Snapshot:
         """What is published now, or at the revision that the source was opened for.

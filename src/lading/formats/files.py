@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,6 +39,35 @@ def corrupt(
     part = f" {where}:" if where else ""
 
     return CorruptModelCheckpointError(label, f"{label}:{part} expected {expected}, found {found}. {hint}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class File:
+    """A file of a checkpoint that can be read, wherever it is."""
+
+    name: str
+    """Beside the other files of the checkpoint."""
+    label: str
+    """Its path or address, for errors."""
+    size: int
+    """Bytes."""
+    read: Callable[[int, int], bytes]
+    """(offset, size) → these bytes, or as many of them as there are."""
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[File]:
+    """The file on this machine that ``path`` leads to, for as long as the block lasts.
+
+    Raises what :func:`open_regular` does.
+    """
+    with open_regular(path) as (file, size):
+
+        def read(offset: int, size: int) -> bytes:
+            file.seek(offset)
+            return file.read(size)
+
+        yield File(name=path.name, label=str(path), size=size, read=read)
 
 
 @contextmanager

@@ -9,25 +9,26 @@ a parameter is a matter of :mod:`lading.keymap`.
 from __future__ import annotations
 
 import re
-from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lading.errors import CheckpointNotFoundError
 from lading.formats.files import corrupt
-from lading.formats.torch_pt import index_file
-from lading.manifest import Manifest, Shard
+from lading.formats.safetensors import Part, join
+from lading.formats.torch_pt import read_part
+from lading.manifest import Manifest
 
 
-def is_consolidated(folder: Path) -> bool:
-    """Whether ``folder`` holds a checkpoint as Meta publishes its LLaMA models: ``consolidated.00.pth`` and so on."""
-    return (folder / "consolidated.00.pth").exists()
+def is_consolidated(names: Collection[str]) -> bool:
+    """Whether a folder that lists ``names`` holds a checkpoint as Meta publishes LLaMA: ``consolidated.00.pth`` …"""
+    return "consolidated.00.pth" in names
 
 
-def is_fairseq2_sharded(folder: Path) -> bool:
-    """Whether ``folder`` holds a checkpoint as fairseq2 saves its models: ``pp_00/tp_00/sdp_00.pt`` and so on."""
-    return (folder / "pp_00" / "tp_00" / "sdp_00.pt").exists()
+def is_fairseq2_sharded(names: Collection[str]) -> bool:
+    """Whether a folder that lists ``names`` holds a checkpoint as fairseq2 saves it: ``pp_00/tp_00/sdp_00.pt`` …"""
+    return "pp_00" in names
 
 
 def index_consolidated(folder: Path, *, restrict: bool = True) -> Manifest:
@@ -97,35 +98,19 @@ def _join(
     folder: Path, files: Sequence[tuple[str, tuple[int, ...]]], sizes: tuple[int, ...], restrict: bool
 ) -> Manifest:
     cut = any(size > 1 for size in sizes)
-    shards: list[Shard] = []
-    names: list[str] = []
-    dtypes: list[str] = []
-    shapes: list[tuple[int, ...]] = []
-    shard_ids, offsets = array("I"), array("q")
+    parts: list[Part] = []
 
-    for i, (name, place) in enumerate(files):
+    for name, place in files:
         try:
-            part = index_file(folder / name, restrict=restrict)
+            shard, header = read_part(folder / name, restrict=restrict)
         except CheckpointNotFoundError as error:
             raise corrupt(str(folder), "", expected=f"the file {name!r}", found="that it is gone") from error
         suffix = "#" + ".".join(map(str, place)) if cut else ""
-        shards.append(Shard(name=name, size=part.shards[0].size))
-        names += [f"{tensor}{suffix}" for tensor in part.names]
-        dtypes += part.dtypes
-        shapes += part.shapes
-        shard_ids += array("I", [i]) * len(part)
-        offsets += part.offsets
+        names = [f"{tensor}{suffix}" for tensor in header.names]
+        parts.append((replace(shard, name=name), replace(header, names=names)))
 
-    ((name, count),) = Counter(names).most_common(1) or [("", 0)]
-    if count > 1:
-        raise corrupt(str(folder), f"tensor {name!r}", expected="one tensor of that name", found=f"{count}")
+    counts = Counter(name for _, header in parts for name in header.names)
+    if twice := next((name for name, count in counts.items() if count > 1), None):
+        raise corrupt(str(folder), f"tensor {twice!r}", expected="one tensor of that name", found="another one")
 
-    return Manifest(
-        format="torch",
-        shards=tuple(shards),
-        names=names,
-        dtypes=dtypes,
-        shapes=shapes,
-        shard_ids=shard_ids,
-        offsets=offsets,
-    )
+    return join(parts, kind="torch")

@@ -13,11 +13,10 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-from lading.formats.files import corrupt, open_regular
+from lading.formats.files import File, corrupt, open_file
 from lading.formats.strict_json import StrictJson
 from lading.manifest import BITS, Manifest, Shard
 
@@ -51,6 +50,10 @@ class Header:
     metadata: Mapping[str, str]
 
 
+Part = tuple[Shard, Header]
+"""A file of a checkpoint, and its header."""
+
+
 def index_file(path: Path) -> Manifest:
     """The manifest of the safetensors file at ``path``, of which only the header is read.
 
@@ -58,51 +61,59 @@ def index_file(path: Path) -> Manifest:
     :raises CorruptModelCheckpointError: it is no safetensors file.
     :raises OSError: it cannot be read.
     """
-    return manifest_of(*read_header(path))
+    with open_file(path) as file:
+        part = read_header(file)
+
+    return join([part])
 
 
-def manifest_of(shard: Shard, header: Header) -> Manifest:
-    """The manifest of one file."""
-    return Manifest(
-        format="safetensors",
-        shards=(shard,),
-        names=header.names,
-        dtypes=header.dtypes,
-        shapes=header.shapes,
-        shard_ids=array("I", bytes(array("I").itemsize * len(header.names))),
-        offsets=header.offsets,
-        metadata=header.metadata,
-    )
+def read_header(file: File, *, guess: int = PREFIX_SIZE) -> Part:
+    """The header of a safetensors file, and what is known of the file.
 
+    :param guess: bytes to read at first. Where the header ends within them, one read is all.
 
-def read_header(path: Path) -> tuple[Shard, Header]:
-    """The header of the safetensors file at ``path``, and what is known of the file.
-
-    Raises what :func:`index_file` does.
+    :raises CorruptModelCheckpointError: it is no safetensors file.
     """
-    with open_regular(path) as (file, size):
-        header = read_header_at(file, base=0, size=size, label=str(path))
-
-    return Shard(name=path.name, size=size), header
-
-
-def read_header_at(file: BinaryIO, *, base: int, size: int, label: str) -> Header:
-    """The header of the safetensors file that is the ``size`` bytes of ``file`` at ``base``; its offsets count from
-    the beginning of ``file``.
-
-    Raises what :func:`index_file` does.
-    """
-    file.seek(base)
-    length = header_length(file.read(min(PREFIX_SIZE, size)), file_size=size, label=label)
-    data = file.read(length)
+    data = file.read(0, min(max(guess, PREFIX_SIZE), file.size))
+    length = header_length(data[:PREFIX_SIZE], file_size=file.size, label=file.label)
+    data = data[PREFIX_SIZE : PREFIX_SIZE + length]
     if len(data) < length:
-        raise corrupt(label, "header", expected=f"{length} bytes", found=f"{len(data)}")
+        data += file.read(PREFIX_SIZE + len(data), length - len(data))
+    if len(data) < length:
+        raise corrupt(file.label, "header", expected=f"{length} bytes", found=f"{len(data)}")
 
-    header = parse_header(data, buffer_size=size - PREFIX_SIZE - length, label=label)
-    if base:
-        header = replace(header, offsets=array("q", [base + offset for offset in header.offsets]))
+    header = parse_header(data, buffer_size=file.size - PREFIX_SIZE - length, label=file.label)
 
-    return header
+    return Shard(name=file.name, size=file.size), header
+
+
+def join(parts: Sequence[Part], *, index_name: str | None = None, kind: str = "safetensors") -> Manifest:
+    """The manifest of the files of one checkpoint, which has one file at least.
+
+    :param kind: the manifest's ``format``.
+    """
+    names: list[str] = []
+    dtypes: list[str] = []
+    shapes: list[tuple[int, ...]] = []
+    shard_ids, offsets = array("I"), array("q")
+    for i, (_, header) in enumerate(parts):
+        names += header.names
+        dtypes += header.dtypes
+        shapes += header.shapes
+        shard_ids += array("I", [i]) * len(header.names)
+        offsets += header.offsets
+
+    return Manifest(
+        format=kind,
+        shards=tuple(shard for shard, _ in parts),
+        names=names,
+        dtypes=dtypes,
+        shapes=shapes,
+        shard_ids=shard_ids,
+        offsets=offsets,
+        index_name=index_name,
+        metadata=parts[0][1].metadata,
+    )
 
 
 def header_length(prefix: bytes, *, file_size: int, label: str) -> int:

@@ -8,16 +8,17 @@ Source: https://huggingface.co/docs/safetensors/metadata_parsing, *Sharded safet
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
-from lading.formats.files import corrupt, open_regular
-from lading.formats.safetensors import MAX_NAME_SIZE, Header, read_header
+from lading.formats.files import File, corrupt, open_file
+from lading.formats.folder import is_torch_format
+from lading.formats.safetensors import MAX_NAME_SIZE, Part, join, read_header
 from lading.formats.strict_json import StrictJson
-from lading.formats.torch_pt import index_file as index_torch_file
-from lading.manifest import Manifest, Shard
+from lading.formats.torch_pt import read_part
+from lading.manifest import Manifest
 
 MAX_INDEX_SIZE = 100_000_000
 """Bytes; the limit that a header has, too."""
@@ -32,80 +33,82 @@ _MAX_LINES = 20
 def index_shards(path: Path, *, restrict: bool = True) -> Manifest:
     """The manifest of the checkpoint whose index is at ``path``; the files that it names lie beside it.
 
-    :param restrict: as :func:`lading.formats.torch_pt.index_file` takes it.
+    :param restrict: as :func:`lading.formats.index` takes it.
 
     :raises CheckpointNotFoundError: no index is at ``path``.
     :raises CorruptModelCheckpointError: the index is not valid, a file that it names is missing or damaged, or the
         index and the files do not agree on which tensors there are.
-    :raises PolicyError: a file would import what a state dict does not need.
-    :raises NotSupportedError: a tensor of a file of ``torch.save`` is not a plain range of bytes.
+    :raises PolicyError: a file of ``torch.save`` would import what a state dict does not need.
+    :raises NotSupportedError: a tensor of such a file is not a plain range of bytes.
     :raises OSError: a file cannot be read.
     """
-    weight_map = _read_weight_map(path)
-    files = sorted(set(weight_map.values()))
-    suffix = ".bin" if path.name.endswith(".bin.index.json") else ".safetensors"
-    _require_plain_names(path, files, suffix)
+    with open_file(path) as file:
+        index = read_index(file)
 
-    shards: list[Shard] = []
-    headers: list[Header] = []
-    problems: list[str] = []
+    return join_shards(index, [_read_shard(path.parent / name, restrict) for name in index.tensors])
 
-    for file in files:
-        try:
-            shard, header = _read_part(path.parent / file, restrict)
-        except CheckpointNotFoundError:
-            # Not an error of that type: the checkpoint was found, and a part of it is missing.
-            problems.append(f"{file!r} is missing")
-            continue
-        shards.append(shard)
-        headers.append(header)
 
+def _read_shard(path: Path, restrict: bool) -> Part | None:
+    try:
+        if is_torch_format(path.name):
+            return read_part(path, restrict=restrict)
+        with open_file(path) as file:
+            return read_header(file)
+    except CheckpointNotFoundError:
+        # Not an error of that type: the checkpoint was found, and a part of it is missing.
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Index:
+    """What an index says."""
+
+    file: File
+    weight_map: Mapping[str, str]
+    """Tensor → file."""
+    tensors: Mapping[str, Sequence[str]]
+    """File → its tensors; the files by name, which are plain names of files beside the index."""
+
+
+def join_shards(index: Index, parts: Sequence[Part | None]) -> Manifest:
+    """The manifest of the checkpoint of an index.
+
+    :param parts: one for each of ``index.tensors``; ``None`` where there is no such file.
+
+    :raises CorruptModelCheckpointError: a file is missing, or the index and the files do not agree on which tensors
+        there are.
+    """
+    found = [part for part in parts if part is not None]
+    problems = [f"{file!r} is missing" for file, part in zip(index.tensors, parts, strict=True) if part is None]
     # A missing file would repeat itself in each of its tensors.
-    problems = problems or _disagreements(weight_map, shards, headers)
+    problems = problems or _disagreements(index, found)
     if problems:
-        raise _disagreement(path, problems)
+        raise _disagreement(index.file.label, problems)
 
-    names: list[str] = []
-    dtypes: list[str] = []
-    shapes: list[tuple[int, ...]] = []
-    shard_ids, offsets = array("I"), array("q")
-    for i, header in enumerate(headers):
-        names += header.names
-        dtypes += header.dtypes
-        shapes += header.shapes
-        shard_ids += array("I", [i]) * len(header.names)
-        offsets += header.offsets
+    kind = "torch" if is_torch_format(index.file.name) else "safetensors"
 
-    return Manifest(
-        format="torch" if suffix == ".bin" else "safetensors",
-        shards=tuple(shards),
-        names=names,
-        dtypes=dtypes,
-        shapes=shapes,
-        shard_ids=shard_ids,
-        offsets=offsets,
-        index_name=path.name,
-        metadata=headers[0].metadata,
-    )
+    return join(found, index_name=index.file.name, kind=kind)
 
 
-def _read_part(path: Path, restrict: bool) -> tuple[Shard, Header]:
-    if path.suffix != ".bin":
-        return read_header(path)
+def read_index(file: File) -> Index:
+    """What the index in ``file`` says.
 
-    part = index_torch_file(path, restrict=restrict)
-    header = Header(names=part.names, dtypes=part.dtypes, shapes=part.shapes, offsets=part.offsets, metadata={})
+    :raises CorruptModelCheckpointError: it is not valid, or it names files that are not beside it.
+    """
+    weight_map = _read_weight_map(file)
+    tensors: dict[str, list[str]] = {name: [] for name in sorted(set(weight_map.values()))}
+    _require_plain_names(file.label, tensors, ".bin" if is_torch_format(file.name) else ".safetensors")
+    for tensor, name in weight_map.items():
+        tensors[name].append(tensor)
 
-    return part.shards[0], header
+    return Index(file=file, weight_map=weight_map, tensors=tensors)
 
 
-def _read_weight_map(path: Path) -> dict[str, str]:
-    label = str(path)
-
-    with open_regular(path) as (file, size):
-        if size > MAX_INDEX_SIZE:
-            raise corrupt(label, "", expected=f"at most {MAX_INDEX_SIZE} bytes", found=f"{size}")
-        data = file.read(size)
+def _read_weight_map(file: File) -> dict[str, str]:
+    label = file.label
+    if file.size > MAX_INDEX_SIZE:
+        raise corrupt(label, "", expected=f"at most {MAX_INDEX_SIZE} bytes", found=f"{file.size}")
+    data = file.read(0, file.size)
 
     json = StrictJson(data, label=label, what="index")
     weight_map: dict[str, str] | None = None
@@ -129,27 +132,27 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _require_plain_names(path: Path, files: list[str], suffix: str) -> None:
+def _require_plain_names(label: str, files: Iterable[str], suffix: str) -> None:
     """Nothing but the name of a file in the same folder: whoever wrote the index must not choose what is read."""
     for file in files:
         # `isprintable` is false for control, bidirectional and other characters that hide what a name says.
         plain = file.isprintable() and not set(file) & set("/\\") and len(file.encode()) <= _MAX_FILE_NAME
         if not plain or not file.endswith(suffix):
             raise corrupt(
-                str(path),
+                label,
                 "weight_map",
                 expected=f"plain file names that end in {suffix}, for files beside the index",
                 found=repr(file[:80]),
             )
 
 
-def _disagreements(weight_map: Mapping[str, str], shards: list[Shard], headers: list[Header]) -> list[str]:
+def _disagreements(index: Index, parts: Sequence[Part]) -> list[str]:
     problems: list[str] = []
     agreed = 0
 
-    for shard, header in zip(shards, headers, strict=True):
+    for shard, header in parts:
         for name in header.names:
-            file = weight_map.get(name)
+            file = index.weight_map.get(name)
             if file == shard.name:
                 agreed += 1
             elif file is None:
@@ -157,24 +160,24 @@ def _disagreements(weight_map: Mapping[str, str], shards: list[Shard], headers: 
             else:
                 problems.append(f"tensor {name!r} is in {shard.name!r}, but the index says {file!r}")
 
-    if agreed != len(weight_map):
-        held = {shard.name: set(header.names) for shard, header in zip(shards, headers, strict=True)}
+    if agreed != len(index.weight_map):
+        held = {shard.name: set(header.names) for shard, header in parts}
         problems += [
             f"tensor {name[:MAX_NAME_SIZE]!r} is not in {file!r}, though the index says so"
-            for name, file in weight_map.items()
+            for name, file in index.weight_map.items()
             if name not in held[file]
         ]
 
     return problems
 
 
-def _disagreement(path: Path, problems: list[str]) -> CorruptModelCheckpointError:
+def _disagreement(label: str, problems: list[str]) -> CorruptModelCheckpointError:
     lines = problems[:_MAX_LINES]
     if more := len(problems) - len(lines):
         lines.append(f"and {more} more")
 
     return corrupt(
-        str(path),
+        label,
         "",
         expected="an index and files that agree",
         found=f"{len(problems)} {'place' if len(problems) == 1 else 'places'} where they do not:\n  "

@@ -34,14 +34,12 @@ from lading.formats.pickle_reader import (
     describe,
     read_pickle,
 )
+from lading.formats.safetensors import MAX_NAME_SIZE, Header, Part, join
 from lading.formats.zip_archive import SIGNATURE, Record, read_directory, read_record
 from lading.manifest import BITS, Manifest, Shard
 
 STATE_KEYS = ("model", "state_dict", "model_state_dict")
 """Where fairseq, fairseq2, PyTorch Lightning and many a training script keep the state dict in what they save."""
-
-MAX_NAME_SIZE = 512
-"""Bytes of a tensor's name in UTF-8; what a safetensors file may have."""
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 """The first pickle of a file that is no zip archive."""
@@ -84,14 +82,19 @@ def index_file(path: Path, *, restrict: bool = True) -> Manifest:
     :raises NotSupportedError: a tensor is not a plain range of bytes: not contiguous, quantised, sparse …
     :raises OSError: it cannot be read.
     """
+    return join([read_part(path, restrict=restrict)], kind="torch")
+
+
+def read_part(path: Path, *, restrict: bool = True) -> Part:
+    """The tensors of the file at ``path`` as a part of a checkpoint. Takes and raises what :func:`index_file` does."""
     with open_regular(path) as (file, size):
         placed = place_tensors(file, base=0, size=size, label=str(path), restrict=restrict)
 
-    return manifest_of(placed, Shard(name=path.name, size=size), label=str(path))
+    return Shard(name=path.name, size=size), header_of(placed, label=str(path))
 
 
-def manifest_of(placed: list[Placed], shard: Shard, *, label: str) -> Manifest:
-    """The manifest of the tensors of one file.
+def header_of(placed: list[Placed], *, label: str) -> Header:
+    """The tensors of a file in the order of their offsets, as the header of a safetensors file has them.
 
     :raises NotSupportedError: a tensor is not contiguous.
     """
@@ -105,14 +108,12 @@ def manifest_of(placed: list[Placed], shard: Shard, *, label: str) -> Manifest:
 
     placed = sorted(placed, key=lambda entry: entry.offset)
 
-    return Manifest(
-        format="torch",
-        shards=(shard,),
+    return Header(
         names=[entry.name for entry in placed],
         dtypes=[entry.tensor.dtype for entry in placed],
         shapes=[entry.tensor.shape for entry in placed],
-        shard_ids=array("I", bytes(array("I").itemsize * len(placed))),
         offsets=array("q", [entry.offset for entry in placed]),
+        metadata={},
     )
 
 

@@ -18,6 +18,7 @@ from lading.nn.cache import KeyValueCache
 from lading.nn.ffn import GatedFeedForward
 from lading.nn.norm import RMSNorm
 from lading.nn.rope import RotaryEmbedding, RotaryScaling
+from lading.nn.sharding import ParallelPlan, Split
 from lading.nn.uninitialized import Embedding, Linear
 
 
@@ -309,40 +310,66 @@ class DecoderLM(nn.Module):
         return torch.cat(ids, dim=1)
 
 
+def decoder_plan(spec: DecoderSpec) -> ParallelPlan:
+    """How a :class:`DecoderLM` is split: attention by heads, feed-forward networks by their inner width, embedding and
+    output by symbols (https://arxiv.org/abs/1909.08053), and layer by layer where parameters are sharded.
+    """
+    return ParallelPlan(
+        tensor={
+            "model.embed_tokens": Split.VOCABULARY,
+            "model.layers.*.self_attn.q_proj": Split.COLUMN,
+            "model.layers.*.self_attn.k_proj": Split.KEY_VALUE,
+            "model.layers.*.self_attn.v_proj": Split.KEY_VALUE,
+            "model.layers.*.self_attn.o_proj": Split.ROW,
+            "model.layers.*.self_attn.q_norm": Split.HEADS,
+            "model.layers.*.self_attn.k_norm": Split.HEADS,
+            "model.layers.*.mlp.gate_proj": Split.COLUMN,
+            "model.layers.*.mlp.up_proj": Split.COLUMN,
+            "model.layers.*.mlp.down_proj": Split.ROW,
+            "model.layers.*.input_layernorm": Split.REPLICATED,
+            "model.layers.*.post_attention_layernorm": Split.REPLICATED,
+            "model.norm": Split.REPLICATED,
+            "lm_head": Split.LOGITS,
+        },
+        divisible={"num_attn_heads": spec.num_attn_heads, "ffn_inner_dim": spec.ffn_inner_dim},
+        num_key_value_heads=spec.num_key_value_heads,
+        units=("model.layers.*",),
+    )
+
+
 @torch.no_grad()
 def init_decoder(
-    model: DecoderLM, *, std: float | None = None, std_scale: Literal["none", "layer", "stack"] = "stack"
+    model: DecoderLM,
+    name: str,
+    parameter: Tensor,
+    *,
+    std: float | None = None,
+    std_scale: Literal["none", "layer", "stack"] = "stack",
 ) -> None:
-    """Fill ``model`` with random numbers: weights from normal distributions cut at three standard deviations.
+    """Fill ``parameter`` with random numbers: weights from normal distributions cut at three standard deviations.
 
     Biases become zero, norms one, and so does the padding's embedding zero.
 
+    :param name: of the parameter in ``model``, whose own tensor is not looked at.
     :param std: the standard deviation; ``None`` means ``input_dim ** -0.5`` of each projection.
     :param std_scale: what the standard deviations of the projections inside the layers are divided by:
         ``sqrt(2 * (i + 1))`` of the i-th layer (``layer``), ``sqrt(2 * (num_layers + 1))`` (``stack``) or nothing.
     """
-    spec = model.spec
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
 
-    def draw(weight: Tensor, divisor: float = 1.0) -> None:
-        s = (weight.size(1) ** -0.5 if std is None else std) / divisor
-        nn.init.trunc_normal_(weight, std=s, a=-3 * s, b=3 * s)
+    if leaf == "bias":
+        parameter.zero_()
+        return
+    if isinstance(module, RMSNorm):
+        parameter.fill_(1.0)
+        return
 
-    embedding = model.model.embed_tokens
-    draw(embedding.weight)
-    if embedding.padding_idx is not None:
-        embedding.weight[embedding.padding_idx].zero_()
+    s = parameter.size(1) ** -0.5 if std is None else std
+    if path.startswith("model.layers.") and std_scale != "none":
+        depth = int(path.split(".")[2]) if std_scale == "layer" else model.spec.num_layers
+        s /= (2 * (depth + 1)) ** 0.5
+    nn.init.trunc_normal_(parameter, std=s, a=-3 * s, b=3 * s)
 
-    for i, layer in enumerate(model.model.layers):
-        depth = {"none": None, "layer": i, "stack": spec.num_layers}[std_scale]
-        divisor = 1.0 if depth is None else (2 * (depth + 1)) ** 0.5
-        for module in layer.modules():
-            if isinstance(module, nn.Linear):
-                draw(module.weight, divisor)
-                if module.bias is not None:
-                    module.bias.zero_()
-            elif isinstance(module, RMSNorm):
-                module.weight.fill_(1.0)
-
-    model.model.norm.weight.fill_(1.0)
-    if not spec.tied_embeddings:
-        draw(model.lm_head.weight)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        parameter[module.padding_idx].zero_()

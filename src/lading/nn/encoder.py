@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu
 
 from lading.nn.attention import AttentionMask, attend
+from lading.nn.sharding import ParallelPlan, Split
 from lading.nn.uninitialized import Embedding, LayerNorm, Linear
 
 
@@ -208,20 +209,47 @@ class Pooler(nn.Module):
         return torch.tanh(self.dense(x[:, 0]))
 
 
+def encoder_plan(spec: EncoderSpec) -> ParallelPlan:
+    """How an encoder with its embeddings (``embeddings``, ``encoder``, ``pooler``) is split: attention by heads,
+    feed-forward networks by their inner width, the embedding of words by symbols.
+    """
+    return ParallelPlan(
+        tensor={
+            "embeddings.word_embeddings": Split.VOCABULARY,
+            "embeddings.position_embeddings": Split.REPLICATED,
+            "embeddings.token_type_embeddings": Split.REPLICATED,
+            "embeddings.LayerNorm": Split.REPLICATED,
+            "encoder.layer.*.attention.self.query": Split.COLUMN,
+            "encoder.layer.*.attention.self.key": Split.COLUMN,
+            "encoder.layer.*.attention.self.value": Split.COLUMN,
+            "encoder.layer.*.attention.output.dense": Split.ROW,
+            "encoder.layer.*.attention.output.LayerNorm": Split.REPLICATED,
+            "encoder.layer.*.intermediate.dense": Split.COLUMN,
+            "encoder.layer.*.output.dense": Split.ROW,
+            "encoder.layer.*.output.LayerNorm": Split.REPLICATED,
+            "pooler.dense": Split.REPLICATED,
+        },
+        divisible={"num_attn_heads": spec.num_attn_heads, "ffn_inner_dim": spec.ffn_inner_dim},
+        units=("encoder.layer.*", "pooler"),
+    )
+
+
 @torch.no_grad()
-def init_encoder(model: nn.Module, *, std: float) -> None:
-    """Fill ``model`` with random numbers: weights from a normal distribution.
+def init_encoder(model: nn.Module, name: str, parameter: Tensor, *, std: float) -> None:
+    """Fill ``parameter`` with random numbers: weights from a normal distribution.
 
     Biases become zero, norms one, and the padding's embedding zero.
+
+    :param name: of the parameter in ``model``, whose own tensor is not looked at.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=std)
-            module.bias.zero_()
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=std)
-            if module.padding_idx is not None:
-                module.weight[module.padding_idx].zero_()
-        elif isinstance(module, nn.LayerNorm):
-            module.weight.fill_(1.0)
-            module.bias.zero_()
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+
+    if leaf == "bias":
+        parameter.zero_()
+    elif isinstance(module, nn.LayerNorm):
+        parameter.fill_(1.0)
+    else:
+        nn.init.normal_(parameter, std=std)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            parameter[module.padding_idx].zero_()

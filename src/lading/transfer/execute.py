@@ -5,24 +5,26 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lading.manifest import BITS
+from lading.digests import Digests, default_dims
+from lading.errors import InternalError
+from lading.manifest import Manifest
 from lading.transfer.files import OpenShard, ShardFile, open_shard
-from lading.transfer.memory import RING_DEPTH, Arena, Stage, create_arena, map_file, populate, view
-from lading.transfer.plan import ARENA, PAGE, Plan
+from lading.transfer.hashing import Hasher, Job
+from lading.transfer.memory import RING_DEPTH, Arena, NoArena, create_arena, map_file, populate, view
+from lading.transfer.plan import ARENA, Plan, plan_pass
+from lading.transfer.reader import STEP, Reader, steps_of
 
-STEP = 8 << 20
-"""Bytes that a thread reads before it takes the next step: large enough for the disk, small enough to stop soon."""
-
-CAST_CHUNK = 1 << 20
-"""Bytes that are read before they are cast: they have to stay in a core's cache."""
+POPULATE_STEP = 64 << 20
+"""Bytes of a mapping that a thread makes present before it takes the next part: shards are few, and differ in size."""
 
 PINNED_BYTES = 512 << 20
 """Host memory that copies to a device may have pinned at once."""
@@ -39,12 +41,15 @@ def execute(
     device: torch.device,
     threads: int | None = None,
     progress: bool = False,
+    hasher: Hasher | None = None,
 ) -> list[Tensor]:
     """Read what ``plan`` says, and return the wanted tensors in the order in which the plan was asked for them.
 
     :param files: one for each shard of the manifest.
     :param wanted: the shape and the dtype of each tensor in memory.
     :param threads: that read at once; default: as many as this process may use cores, and some more for a disk.
+    :param hasher: of the same plan; collects digests of what the files hold, on the way. What they are expected to be
+        is the caller's matter.
 
     :raises CorruptModelCheckpointError: a file ends early, or is not the one that the plan was made for.
     :raises OSError: a file cannot be read.
@@ -53,18 +58,63 @@ def execute(
 
     with ExitStack() as stack:
         mapped = sorted({home for home in plan.homes if home != ARENA})
-        shards = {i: stack.enter_context(open_shard(files[i])) for i in sorted({*plan.shards, *mapped})}
+        shards = {
+            i: stack.enter_context(open_shard(files[i])) for i in sorted({*plan.shards, *plan.rows.shards, *mapped})
+        }
 
-        if plan.sizes:
-            _read(plan, shards, arena, threads or _threads(plan, shards, arena), progress)
+        if plan.sizes or plan.rows.counts:
+            _read(plan, shards, arena, threads or _threads(plan, shards, arena), hasher, "load" if progress else None)
         mappings = {i: map_file(shards[i].fd, files[i].stat.size) for i in mapped}
-        with ThreadPoolExecutor(_cores()) as pool:
-            list(pool.map(populate, mappings.values()))
+        _populate(mappings.values())
+        if hasher is not None and hasher.memory_bytes:
+            _hash(hasher, arena, mappings, threads or _cores(), "verify" if progress else None)
 
     return [
         _tensor(arena, mappings, home, place, shape, dtype)
         for home, place, (shape, dtype) in zip(plan.homes, plan.places, wanted, strict=True)
     ]
+
+
+def hash_checkpoint(
+    manifest: Manifest,
+    files: Sequence[ShardFile],
+    dims: Sequence[int] | None = None,
+    *,
+    threads: int | None = None,
+    progress: bool = False,
+) -> Digests:
+    """The digests of all tensors of a checkpoint. Each byte is read once, and a few MiB for each thread are all that is
+    kept in memory.
+
+    :param files: one for each shard of the manifest.
+    :param dims: for each tensor the dim along which it is cut into blocks; default: 0.
+    :param threads: that read and hash at once; default: as :func:`execute`.
+
+    :raises CorruptModelCheckpointError: a file ends early, or is not the one whose manifest this is.
+    :raises OSError: a file cannot be read.
+    :raises ValueError: a tensor has no such dim.
+    """
+    plan, wanted = plan_pass(manifest)
+    hasher = Hasher(manifest, default_dims(manifest) if dims is None else dims, plan, wanted, on_host=False)
+    arena = NoArena()
+
+    with ExitStack() as stack:
+        shards = {i: stack.enter_context(open_shard(file)) for i, file in enumerate(files)}
+        if plan.sizes:
+            _read(plan, shards, arena, threads or _threads(plan, shards, arena), hasher, "verify" if progress else None)
+
+    return hasher.digests()
+
+
+def _populate(mappings: Iterable[mmap.mmap]) -> None:
+    pieces = [
+        (mapping, start, min(POPULATE_STEP, len(mapping) - start))
+        for mapping in mappings
+        for start in range(0, len(mapping), POPULATE_STEP)
+    ]
+    if pieces:
+        with ThreadPoolExecutor(min(_cores(), len(pieces))) as pool:
+            list(pool.map(lambda piece: populate(*piece), pieces))
 
 
 def _tensor(
@@ -79,14 +129,28 @@ def _cores() -> int:
 
 def _threads(plan: Plan, shards: Mapping[int, OpenShard], arena: Arena) -> int:
     most = PINNED_BYTES // (RING_DEPTH * STEP) if not arena.on_host else _cores() + COLD_THREADS
-    cold = any(shards[i].is_cold(offset) for i, offset in zip(plan.shards, plan.offsets, strict=True))
+    reads = zip((*plan.shards, *plan.rows.shards), (*plan.offsets, *plan.rows.offsets), strict=True)
+    cold = any(shards[i].is_cold(offset) for i, offset in reads)
 
     return min(most, max(_cores(), COLD_THREADS) if cold else _cores())
 
 
-def _read(plan: Plan, shards: Mapping[int, OpenShard], arena: Arena, threads: int, progress: bool) -> None:
-    """Run the reads on ``threads`` threads; the first error, or an interrupt, stops all of them."""
-    steps = _steps(plan)
+class _Worker(Protocol):
+    """What one thread does its steps with."""
+
+    def run(self, step: Any) -> int:
+        """Do a step; returns how many bytes that was."""
+
+    def finish(self) -> None:
+        """Return when all is done."""
+
+
+def _drive(steps: Iterator[Any], worker: Callable[[], _Worker], threads: int, total: int, label: str | None) -> None:
+    """Have ``threads`` threads do the steps; the first error, or an interrupt, stops all of them.
+
+    :param total: bytes of all steps.
+    :param label: of the progress bar; ``None`` shows none.
+    """
     lock = threading.Lock()
     stop = threading.Event()
     errors: list[BaseException] = []
@@ -95,16 +159,15 @@ def _read(plan: Plan, shards: Mapping[int, OpenShard], arena: Arena, threads: in
     def work(me: int) -> None:
         # An intra-op thread pool within each reader would only fight with the other readers for the cores.
         torch.set_num_threads(1)
-        reader = _Reader(plan, shards, arena)
         try:
+            mine = worker()
             while not stop.is_set():
                 with lock:
                     step = next(steps, None)
                 if step is None:
                     break
-                reader.run(*step)
-                done[me] += step[2]
-            reader.finish()
+                done[me] += mine.run(step)
+            mine.finish()
         except BaseException as error:  # it is raised again where the caller can see it
             errors.append(error)
             stop.set()
@@ -112,83 +175,65 @@ def _read(plan: Plan, shards: Mapping[int, OpenShard], arena: Arena, threads: in
     torch_threads = torch.get_num_threads()
     workers = [
         threading.Thread(target=work, args=(i,), name=f"lading-reader-{i}", daemon=True)
-        for i in range(min(threads, max(1, plan.read_bytes // STEP)))
+        for i in range(min(threads, max(1, total // STEP)))
     ]
     try:
-        for worker in workers:
-            worker.start()
+        for thread in workers:
+            thread.start()
         with tqdm(
-            total=plan.read_bytes, unit="B", unit_scale=True, desc="load", disable=not progress, leave=False, delay=0.5
+            total=total, unit="B", unit_scale=True, desc=label, disable=label is None, leave=False, delay=0.5
         ) as bar:
-            for worker in workers:
-                while worker.is_alive():
-                    worker.join(timeout=0.1)
+            for thread in workers:
+                while thread.is_alive():
+                    thread.join(timeout=0.1)
                     bar.update(sum(done) - bar.n)
     finally:
         # Also when the wait was interrupted: nobody may write to the arena when this function has returned.
         stop.set()
-        for worker in workers:
-            if worker.ident is not None:
-                worker.join()
+        for thread in workers:
+            if thread.ident is not None:
+                thread.join()
         torch.set_num_threads(torch_threads)
 
     if errors:
         raise errors[0]
 
 
-def _steps(plan: Plan) -> Iterator[tuple[int, int, int, int, int]]:
-    """The reads cut into steps: (shard, offset in the file, bytes, place in the arena, conversion)."""
-    for shard, offset, size, target, cast in zip(
-        plan.shards, plan.offsets, plan.sizes, plan.targets, plan.casts, strict=True
-    ):
-        source_size, target_size = _item_sizes(plan.conversions[cast])
-        for start, count in _pieces(offset, size, STEP, source_size):
-            yield shard, offset + start, count, target + start // source_size * target_size, cast
+def _read(
+    plan: Plan,
+    shards: Mapping[int, OpenShard],
+    arena: Arena,
+    threads: int,
+    hasher: Hasher | None,
+    label: str | None,
+) -> None:
+    """Run the reads, and have what they read hashed."""
+    _drive(steps_of(plan, hasher), lambda: Reader(plan, shards, arena, hasher), threads, plan.read_bytes, label)
 
 
-def _pieces(offset: int, size: int, most: int, item: int) -> Iterator[tuple[int, int]]:
-    """(start, size) of pieces of whole items, of at most ``most`` bytes, that end where a page of the file does."""
-    start = 0
-    while start < size:
-        count = most - (offset + start) % PAGE
-        count = min(size - start, count - count % item)
-        yield start, count
-        start += count
+def _hash(hasher: Hasher, arena: Arena, mappings: Mapping[int, mmap.mmap], threads: int, label: str | None) -> None:
+    """Hash what lies in memory."""
+    _drive(
+        hasher.memory_steps(STEP), lambda: _MemoryHasher(hasher, arena, mappings), threads, hasher.memory_bytes, label
+    )
 
 
-def _item_sizes(conversion: tuple[str, str]) -> tuple[int, int]:
-    source, target = conversion
+class _MemoryHasher:
+    """What one thread needs to hash what lies in memory."""
 
-    return BITS[source] // 8 if source else 1, BITS[target] // 8 if target else 1
-
-
-class _Reader:
-    """What one thread needs to read."""
-
-    def __init__(self, plan: Plan, shards: Mapping[int, OpenShard], arena: Arena) -> None:
-        self._plan = plan
-        self._shards = shards
+    def __init__(self, hasher: Hasher, arena: Arena, mappings: Mapping[int, mmap.mmap]) -> None:
+        self._leaves = hasher.thread()
         self._arena = arena
-        self._stage: Stage | None = None
+        self._mappings = {home: memoryview(mapping) for home, mapping in mappings.items()}
 
-    def run(self, shard: int, offset: int, size: int, place: int, cast: int) -> None:
-        file = self._shards[shard]
-        cold = file.is_cold(offset)
-        memory = self._arena.direct(place, size) if cast == 0 else None
-        if memory is not None:
-            file.fill(offset, memory, direct=cold and (place - offset) % PAGE == 0)
-            return
+    def run(self, step: list[tuple[int, Job, int, int]]) -> int:
+        for home, job, begin, end in step:
+            memory = self._arena.direct(begin, end - begin) if home == ARENA else self._mappings[home][begin:end]
+            if memory is None:
+                raise InternalError("what is on a device cannot be hashed there")
+            self._leaves.part(job, begin, memory)
 
-        source, target = self._plan.conversions[cast]
-        source_size, target_size = _item_sizes((source, target))
-        chunk = CAST_CHUNK if self._arena.on_host else STEP
-        if self._stage is None:
-            self._stage = self._arena.stage(chunk)
-
-        for start, count in _pieces(offset, size, chunk, source_size):
-            file.fill(offset + start, self._stage.take()[:count], direct=cold and (offset + start) % PAGE == 0)
-            self._stage.put(count, place + start // source_size * target_size, source, target)
+        return sum(end - begin for _, _, begin, end in step)
 
     def finish(self) -> None:
-        if self._stage is not None:
-            self._stage.finish()
+        pass

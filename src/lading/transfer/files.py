@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,27 +83,51 @@ class OpenShard:
 
         return False
 
+    def advise_random(self) -> None:
+        """Say that reads are short and far from one another, so that nothing between them is read ahead."""
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
+
     def fill(self, offset: int, memory: memoryview, *, direct: bool = False) -> None:
         """Read ``len(memory)`` bytes at ``offset``.
 
-        :param direct: past the page cache, as far as whole pages go; ``memory`` must begin where ``offset`` does,
+        :param direct: past the page cache, if the file system lets us; ``memory`` must begin where ``offset`` does,
             modulo the page size.
 
         :raises CorruptModelCheckpointError: the file ends before.
         """
-        end = offset + len(memory)
-        first, last = -(-offset // PAGE) * PAGE, end // PAGE * PAGE
-        if not direct or first >= last:
-            self._read(self.fd, offset, memory)
-            return
+        done = self._read_direct(offset, memory) if direct else 0
+        self._read(self.fd, offset + done, memory[done:])
 
-        self._read(self.fd, offset, memory[: first - offset])
+    def _read_direct(self, offset: int, memory: memoryview) -> int:
+        """Read past the page cache, in one go; returns how many bytes have come, which may be none."""
+        end = offset + len(memory)
+        head, tail = offset % PAGE, end % PAGE
+        first, last = (PAGE - head) % PAGE, len(memory) - tail
+        if first >= last:
+            return 0
+
+        # Of a page that is not all wanted, what surrounds the wanted bytes must not be written: it is another thread's.
+        edges = memoryview(mmap.mmap(-1, 2 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        buffers = [memory[first:last]]
+        if head:
+            buffers.insert(0, edges[:PAGE])
+        if tail:
+            buffers.append(edges[PAGE:])
         try:
-            self._read(self._direct, first, memory[first - offset : last - offset])
+            count = os.preadv(self._direct, buffers, offset - head) - head
         except OSError:
-            # Some file systems take the flag and refuse the read.
-            self._read(self.fd, first, memory[first - offset : last - offset])
-        self._read(self.fd, last, memory[last - offset :])
+            return 0  # some file systems take the flag and refuse the read
+
+        if count < len(memory):
+            count = min(count, last)  # the last page has not come whole
+        else:
+            count = len(memory)
+            memory[last:] = edges[PAGE : PAGE + tail]
+        if count < first:
+            return 0
+        memory[:first] = edges[PAGE - first : PAGE]
+
+        return count
 
     def _read(self, fd: int, offset: int, memory: memoryview) -> None:
         at, end = 0, len(memory)

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lading.errors import InternalError
 from lading.transfer.dtypes import TORCH_DTYPES
 
 HUGE_PAGE = 2 << 20
@@ -29,8 +30,8 @@ class Stage(Protocol):
     def take(self) -> memoryview:
         """A buffer that nothing uses any more."""
 
-    def put(self, size: int, place: int, source: str, target: str) -> None:
-        """Move the first ``size`` bytes of the buffer taken last to ``place`` in the arena, cast on the way."""
+    def put(self, begin: int, size: int, place: int, source: str, target: str) -> None:
+        """Move ``size`` bytes at ``begin`` of the buffer taken last to ``place`` in the arena, cast on the way."""
 
     def finish(self) -> None:
         """Return when all that was put has arrived."""
@@ -76,6 +77,21 @@ class HostArena:
 
     def tensor(self, place: int, shape: tuple[int, ...], dtype: str) -> Tensor:
         return view(self._map, place, shape, dtype)
+
+
+class NoArena:
+    """For bytes that are only looked at as they pass."""
+
+    on_host = True
+
+    def direct(self, place: int, size: int) -> memoryview | None:
+        return None
+
+    def stage(self, chunk: int) -> Stage:
+        return _PassingStage(chunk)
+
+    def tensor(self, place: int, shape: tuple[int, ...], dtype: str) -> Tensor:
+        raise InternalError("bytes that were only looked at are no tensor")
 
 
 class DeviceArena:
@@ -138,9 +154,26 @@ class _HostStage:
     def take(self) -> memoryview:
         return self._bytes
 
-    def put(self, size: int, place: int, source: str, target: str) -> None:
-        read = torch.frombuffer(self._map, dtype=TORCH_DTYPES[source], count=size // TORCH_DTYPES[source].itemsize)
+    def put(self, begin: int, size: int, place: int, source: str, target: str) -> None:
+        dtype = TORCH_DTYPES[source]
+        read = torch.frombuffer(self._map, dtype=dtype, count=size // dtype.itemsize, offset=begin)
         torch.frombuffer(self._arena, dtype=TORCH_DTYPES[target], count=read.numel(), offset=place).copy_(read)
+
+    def finish(self) -> None:
+        pass
+
+
+class _PassingStage:
+    """A buffer from which nothing is moved."""
+
+    def __init__(self, chunk: int) -> None:
+        self._bytes = memoryview(mmap.mmap(-1, chunk, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+    def take(self) -> memoryview:
+        return self._bytes
+
+    def put(self, begin: int, size: int, place: int, source: str, target: str) -> None:
+        pass
 
     def finish(self) -> None:
         pass
@@ -178,8 +211,9 @@ class RingStage:
 
         return self._views[self._at]
 
-    def put(self, size: int, place: int, source: str, target: str) -> None:
-        self._copies[self._at] = self._copy(self._buffers[self._at][:size], place, source, target)
+    def put(self, begin: int, size: int, place: int, source: str, target: str) -> None:
+        read = self._buffers[self._at][begin : begin + size]
+        self._copies[self._at] = self._copy(read, place, source, target)
 
     def finish(self) -> None:
         for pending in self._copies:
@@ -205,15 +239,18 @@ def map_file(fd: int, size: int) -> mmap.mmap:
     return mmap.mmap(fd, size, access=mmap.ACCESS_COPY)
 
 
-def populate(mapping: mmap.mmap) -> None:
-    """Have all pages of a mapping present: 30 times faster than a fault for each, as they are touched.
+def populate(mapping: mmap.mmap, start: int, size: int) -> None:
+    """Have all pages of a part of a mapping present: 30 times faster than a fault for each, as they are touched.
+
+    :param start: a multiple of the page size.
 
     By ctypes, because the method of the mapping does not let other threads run meanwhile. An older kernel refuses; then
     the pages come one by one.
     """
     first = ctypes.c_char.from_buffer(mapping)
     try:
-        _libc.madvise(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(mapping)), MADV_POPULATE_READ)
+        address = ctypes.c_void_p(ctypes.addressof(first) + start)
+        _libc.madvise(address, ctypes.c_size_t(size), MADV_POPULATE_READ)
     finally:
         del first  # a mapping that is still exported can't be closed
 

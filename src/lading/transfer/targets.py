@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch.nn import Module
 
 from lading.box import Box
 from lading.transfer.dtypes import DTYPE_NAMES, FLOATS
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,14 +33,18 @@ class Targets:
 
 
 def targets_of(module: Module, *, dtype: torch.dtype | None) -> Targets:
-    """The targets of ``module``, which may be on the meta device.
+    """The targets of ``module``, which may be on the meta device, and whose parameters may be ``DTensor``s.
 
     :param dtype: of floating-point parameters and persistent buffers; ``None`` keeps the checkpoint's own.
+
+    :raises NotSupportedError: the part of a parameter that this rank owns is no box.
     """
+    box_of = _boxes()
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
     names: list[str] = []
     shapes: list[tuple[int, ...]] = []
+    boxes: list[Box] = []
     dtypes: list[str | None] = []
 
     for name, tensor in module.state_dict(keep_vars=True).items():
@@ -49,13 +57,36 @@ def targets_of(module: Module, *, dtype: torch.dtype | None) -> Targets:
         first[id(tensor)] = name
         names.append(name)
         shapes.append(tuple(tensor.shape))
+        boxes.append(box_of(tensor))
         own = DTYPE_NAMES[tensor.dtype]
         dtypes.append(own if own not in FLOATS else None if dtype is None else DTYPE_NAMES[dtype])
 
     return Targets(
         names=tuple(names),
         shapes=tuple(shapes),
-        boxes=tuple(map(Box.whole, shapes)),
+        boxes=tuple(boxes),
         dtypes=tuple(dtypes),
         aliases=aliases,
     )
+
+
+def is_distributed(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    """Whether ``tensor`` is a ``DTensor``, told without importing what makes them, which takes half a second."""
+    return hasattr(tensor, "device_mesh")
+
+
+def _boxes() -> Callable[[torch.Tensor], Box]:
+    """A function that gives the box of a tensor that this rank owns."""
+    distributed: list[Callable[[torch.Tensor], Box]] = []
+
+    def box_of(tensor: torch.Tensor) -> Box:
+        if not is_distributed(tensor):
+            return Box.whole(tensor.shape)
+        if not distributed:
+            from lading.transfer.placements import BoxCache
+
+            distributed.append(BoxCache().box_of)
+
+        return distributed[0](tensor)
+
+    return box_of

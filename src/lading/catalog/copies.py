@@ -1,0 +1,123 @@
+"""Where the files of a checkpoint are: rows of copies, and the values that they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, insert, select
+
+from lading.catalog.entries import intact
+from lading.catalog.provenance import now
+from lading.catalog.records import Check, LocalCopy, from_signed, to_signed
+from lading.catalog.schema import COPIES, SHARDS, CopyRow
+from lading.filesystem import FileStat, place_id
+
+
+def copies_of(connection: Connection, checkpoint_id: int) -> list[LocalCopy]:
+    """The copies of a checkpoint that can be reached from this machine by their path."""
+    return _reachable(connection, COPIES.c.checkpoint_id == checkpoint_id)
+
+
+def copies_with(connection: Connection, sha256: str) -> list[LocalCopy]:
+    """The copies of all shards of this SHA-256 that can be reached from this machine by their path."""
+    shards = select(SHARDS.c.checkpoint_id, SHARDS.c.name).where(SHARDS.c.sha256 == sha256).subquery()
+
+    return _reachable(
+        connection,
+        exists().where(shards.c.checkpoint_id == COPIES.c.checkpoint_id, shards.c.name == COPIES.c.file),
+    )
+
+
+def _reachable(connection: Connection, condition: ColumnElement[bool]) -> list[LocalCopy]:
+    rows = connection.execute(
+        select(
+            COPIES.c.file,
+            COPIES.c.place,
+            COPIES.c.path,
+            COPIES.c.size,
+            COPIES.c.mtime_ns,
+            COPIES.c.ctime_ns,
+            COPIES.c.inode,
+            COPIES.c.verified_at,
+            COPIES.c.kind,
+        )
+        .where(condition)
+        .order_by(COPIES.c.file, COPIES.c.place)
+    )
+    found = []
+    with intact("a copy"):
+        for file, place, name, size, mtime_ns, ctime_ns, inode, verified_at, kind in rows:
+            path = Path(name)
+            if place == place_id(path.parent):
+                stat = FileStat(size, mtime_ns, ctime_ns, from_signed(inode))
+                found.append(LocalCopy(file=file, path=path, stat=stat, verified_at=verified_at, kind=kind))
+
+    return found
+
+
+def write_copies(connection: Connection, checkpoint_id: int, copies: Sequence[LocalCopy], *, keep_others: bool) -> None:
+    """Write copies in place of all that are known.
+
+    :param keep_others: keep those of other machines.
+    """
+    outdated = delete(CopyRow).where(CopyRow.checkpoint_id == checkpoint_id)
+    if keep_others:
+        outdated = outdated.where(CopyRow.place.in_({place_id(copy.path.parent) for copy in copies}))
+    connection.execute(outdated)
+    _insert_copies(connection, checkpoint_id, copies)
+
+
+def replace_copies(connection: Connection, checkpoint_id: int, copies: Sequence[LocalCopy]) -> None:
+    """Write copies in place of those of the same files on this machine."""
+    for copy in copies:
+        connection.execute(
+            delete(CopyRow).where(
+                CopyRow.checkpoint_id == checkpoint_id,
+                CopyRow.file == copy.file,
+                CopyRow.place == place_id(copy.path.parent),
+            )
+        )
+    _insert_copies(connection, checkpoint_id, copies)
+
+
+def _insert_copies(connection: Connection, checkpoint_id: int, copies: Sequence[LocalCopy]) -> None:
+    rows = [
+        {
+            "checkpoint_id": checkpoint_id,
+            "file": copy.file,
+            "place": place_id(copy.path.parent),
+            "path": str(copy.path),
+            "size": copy.stat.size,
+            "mtime_ns": copy.stat.mtime_ns,
+            "ctime_ns": copy.stat.ctime_ns,
+            "inode": to_signed(copy.stat.inode),
+            "recorded_at": now(),
+            "verified_at": copy.verified_at,
+            "kind": copy.kind,
+        }
+        for copy in copies
+    ]
+    if rows:
+        connection.execute(insert(CopyRow), rows)
+
+
+def same_copy(checkpoint_id: int, copy: LocalCopy | Check) -> ColumnElement[bool]:
+    """The condition that a row is of this copy, in this state."""
+    return and_(
+        CopyRow.checkpoint_id == checkpoint_id,
+        CopyRow.file == copy.file,
+        CopyRow.path == str(copy.path),
+        CopyRow.place == place_id(copy.path.parent),
+        CopyRow.size == copy.stat.size,
+        CopyRow.mtime_ns == copy.stat.mtime_ns,
+        CopyRow.ctime_ns == copy.stat.ctime_ns,
+        CopyRow.inode == to_signed(copy.stat.inode),
+    )
+
+
+def all_known(connection: Connection, checkpoint_id: int, copies: Sequence[LocalCopy]) -> bool:
+    """Whether each copy is in the state in which it is known already."""
+    return all(
+        connection.scalar(select(CopyRow.file).where(same_copy(checkpoint_id, copy))) is not None for copy in copies
+    )

@@ -1,0 +1,71 @@
+"""`lading check`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from lading.cli.command import command
+from lading.cli.complete import complete_target
+from lading.cli.names import name_or_path
+from lading.cli.output import human_bytes, human_count, printable, write_json, write_pairs
+
+if TYPE_CHECKING:
+    from lading.check import CheckReport
+
+MISMATCH = 4
+
+
+@command("check")
+@click.argument("target", metavar="NAME|PATH", shell_complete=complete_target)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def check(target: str, as_json: bool) -> None:
+    """Say whether a checkpoint fits its model.
+
+    The names, shapes and dtypes of the tensors are compared with what the architecture needs; no tensor is read. The
+    model is that of the card NAME, or of the Hugging Face style folder at PATH.
+
+    For example: lading check qwen3_0.6b
+    """
+    from lading.catalog.store import get_asset_store
+
+    store = get_asset_store()
+    # Whether the name is known is said before torch is imported, which takes a second.
+    model = name_or_path(target, store)
+
+    from lading.doors import check_model
+
+    report = check_model(model, store=store)
+
+    if as_json:
+        write_json({"name": target, "fits": report.fits, **asdict(report)})
+    elif report.fits:
+        click.echo("ok")
+        write_pairs(_summary(report))
+    else:
+        for problem in report.problems:
+            click.echo(printable(problem))
+
+    if not report.fits:
+        click.get_current_context().exit(MISMATCH)
+
+
+def _summary(report: CheckReport) -> dict[str, object]:
+    return {
+        "family": report.family,
+        "parameters": human_count(report.parameters),
+        "size": human_bytes(report.bytes),
+        "tensors": f"{report.matched} of {report.tensors} are needed",
+        **({"tied": _some(report.tied)} if report.tied else {}),
+        **({"dropped": _some(report.dropped)} if report.dropped else {}),
+    }
+
+
+def _some(names: Collection[str]) -> str:
+    first = list(names)[:3]
+    more = len(names) - len(first)
+
+    return ", ".join(first) + (f" and {more} more" if more else "")

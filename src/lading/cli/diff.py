@@ -1,0 +1,84 @@
+"""`lading diff`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lading.cli.command import command
+from lading.cli.complete import complete_comparable
+from lading.cli.names import name_or_path
+from lading.cli.output import Column, Form, counted, listing_options, text, write_rows
+
+if TYPE_CHECKING:
+    from lading.catalog.store import AssetStore
+    from lading.diff import DiffReport
+
+
+@command("diff")
+@click.argument("a", shell_complete=complete_comparable)
+@click.argument("b", shell_complete=complete_comparable)
+@listing_options
+def diff(a: str, b: str, form: Form) -> None:
+    """List in what two checkpoints, or two architectures, differ.
+
+    A and B are names of cards, paths of checkpoints, or architectures as FAMILY/ARCH. Of checkpoints, names, shapes and
+    dtypes of the tensors are compared, and values where the digests of both are known; of architectures, the fields of
+    the configurations, too.
+
+    For example: lading diff qwen3_0.6b qwen3_0.6b_base
+    """
+    from lading.catalog.store import get_asset_store
+
+    store = get_asset_store()
+    targets = [_target(each, store) for each in (a, b)]
+
+    from lading.doors import diff_models
+
+    report = diff_models(*targets, store=store)
+
+    rows = [(change.name, change.kind, change.a, change.b) for change in report.changes]
+    if rows or form is not Form.TABLE:
+        write_rows(("name", "change", "a", "b"), rows, form, table=_TABLE)
+    if form is Form.TABLE:
+        click.echo(f"lading: {_summary(report)}", err=True)
+
+
+def _target(target: str, store: AssetStore) -> str | Path:
+    """An architecture where what stands before the slash is a family, and no path; else as for other commands."""
+    family, slash, arch = target.partition("/")
+    if slash and store.maybe_retrieve_card(target) is None:
+        known = store.maybe_architecture(arch, family) is not None
+        if known or (not Path(target).exists() and family in {f.name for f in store.families()}):
+            return target
+
+    return name_or_path(target, store)
+
+
+def _summary(report: DiffReport) -> str:
+    differences = counted(len(report.changes), "difference") if report.changes else "no difference"
+    same, other = report.same, report.same - report.equal - report.unknown
+    if report.unknown == same:
+        values = "values not compared"
+    else:
+        values = f"values: {report.equal} equal, {other} different, {report.unknown} not compared"
+
+    return f"{differences}; {counted(same, 'tensor')} of the same shape and dtype ({values})"
+
+
+def _show(value: object) -> str:
+    match value:
+        case {"dtype": dtype, "shape": shape}:
+            return text(shape) if dtype is None else f"{dtype} {text(shape)}"
+        case _:
+            return text(value)
+
+
+_TABLE = (
+    Column(name="name", keep=True),
+    Column(name="change"),
+    Column(name="a", show=_show),
+    Column(name="b", show=_show),
+)

@@ -1,0 +1,130 @@
+"""Questions about models, answered without loading any: what the command line asks, for Python."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from lading.card import Architecture, AssetCard, checkpoint_ref, path_uri, uri_path
+from lading.catalog.store import AssetStore, get_asset_store
+from lading.check import CheckReport, check_manifest
+from lading.checkpoint import card_checkpoint, path_checkpoint
+from lading.config import architecture_config
+from lading.construct import build_on_meta
+from lading.diff import DiffReport, Side, diff
+from lading.errors import NotSupportedError
+from lading.family import get_family
+from lading.filesystem import FileStat
+from lading.folder import family_of_folder
+from lading.resolve import family_of_card, model_config
+from lading.transfer.targets import targets_of
+
+
+def check_model(target: AssetCard | str | Path, *, store: AssetStore | None = None) -> CheckReport:
+    """Whether a model's checkpoint fits its architecture, by the names, shapes and dtypes of its tensors.
+
+    :param target: a card, the name of one, or the path of a Hugging Face style folder. The checkpoint of a card need
+        not be on this machine: of one that the catalog does not know yet, the headers are read where it is.
+
+    :raises AssetNotFoundError: no card has that name.
+    :raises AssetCardError: the card's family is not registered, or its overrides do not fit.
+    :raises ModelGatedError: the card names no checkpoint.
+    :raises FetchError: the source of the checkpoint cannot be reached.
+    :raises CheckpointNotFoundError: nothing is where the checkpoint should be (also a ``FileNotFoundError``).
+    :raises CorruptModelCheckpointError: a file breaks the rules of its format.
+    :raises NotSupportedError: its ``config.json`` says that it is quantised, or is of no family that is registered.
+    """
+    if isinstance(target, Path):
+        family, config = family_of_folder(target)
+        return check_manifest(path_checkpoint(target).manifest, family, config)
+
+    store = store or get_asset_store()
+    card = target if isinstance(target, AssetCard) else store.retrieve_card(target)
+    family = family_of_card(card)
+    config = model_config(card, family, store)
+
+    return check_manifest(card_checkpoint(card, store).manifest, family, config)
+
+
+def diff_models(a: AssetCard | str | Path, b: AssetCard | str | Path, *, store: AssetStore | None = None) -> DiffReport:
+    """In what two checkpoints, or two architectures, differ.
+
+    Of checkpoints, the tensors are compared: names, shapes, dtypes, and values where the catalog knows the digests of
+    both. Of architectures, the fields of their configurations, and names and shapes of the parameters.
+
+    :param a: a card, the name of one, the path of a checkpoint, or an architecture as ``"family/architecture"``.
+    :param b: likewise; an architecture if ``a`` is one.
+
+    :raises AssetNotFoundError: no card has that name.
+    :raises ModelFamilyNotKnownError: the family of an architecture is not registered.
+    :raises ModelArchitectureNotKnownError: the family has no such architecture.
+    :raises NotSupportedError: a checkpoint and an architecture.
+
+    Otherwise what :func:`check_model` does of checkpoints.
+    """
+    store = store or get_asset_store()
+    things = [_retrieve(target, store) for target in (a, b)]
+    if len({isinstance(thing, Architecture) for thing in things}) > 1:
+        raise NotSupportedError(
+            "Expected two checkpoints or two architectures to compare, but found one of each. `lading check NAME` says "
+            "whether the checkpoint of a model fits its architecture."
+        )
+
+    return diff(*(_side(thing, store) for thing in things))
+
+
+def _retrieve(target: AssetCard | str | Path, store: AssetStore) -> AssetCard | Architecture | Path:
+    if not isinstance(target, str):
+        return target
+
+    family, slash, arch = target.partition("/")
+    if slash and store.maybe_retrieve_card(target) is None:
+        return store.architecture(arch, family)
+
+    return store.retrieve_card(target)
+
+
+def _side(thing: AssetCard | Architecture | Path, store: AssetStore) -> Side:
+    match thing:
+        case Architecture():
+            return _architecture_side(thing)
+        case Path():
+            # Before the files are read: what is known of them then is true of what is read, or they changed meanwhile.
+            digests = _digests(path_uri(thing), store)
+            return Side.of_manifest(path_checkpoint(thing).manifest, digests)
+        case AssetCard():
+            ref = checkpoint_ref(thing)
+            path = uri_path(ref.uri)
+            digests = _digests(ref.key if path is None else path_uri(path / (ref.path or "")), store)
+            return Side.of_manifest(card_checkpoint(thing, store).manifest, digests)
+
+
+def _architecture_side(architecture: Architecture) -> Side:
+    family = get_family(architecture.family)
+    config = architecture_config(architecture, family.config_kls)
+    targets = targets_of(build_on_meta(family, config), dtype=None)
+
+    return Side(names=targets.names, shapes=targets.shapes, dtypes=targets.dtypes, config=asdict(config))
+
+
+def _digests(uri: str, store: AssetStore) -> Mapping[str, str]:
+    """The digests of a checkpoint's tensors, as far as the catalog knows them and its files are those it knows."""
+    digests = store.tensor_digests(uri)
+    if not digests or uri_path(uri) is None:
+        return digests
+
+    stored = store.checkpoint(uri)
+    if stored is None:
+        return {}
+    known = {copy.file: copy for copy in stored.copies}
+    for shard in stored.manifest.shards:
+        copy = known.get(shard.name)
+        try:
+            if copy is None or FileStat.from_stat(os.stat(copy.path)) != copy.stat:
+                return {}
+        except OSError:
+            return {}
+
+    return digests

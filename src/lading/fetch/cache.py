@@ -1,0 +1,304 @@
+"""lading's own store of fetched files: found by their content, and readable without a catalog.
+
+::
+
+    blobs/ab/abcd….safetensors    a file, under its SHA-256 and an extension that lading chose; read-only
+    entries/0123….json            what was fetched from one URI: for each file its digest, size and validator
+    tmp/                          what is being written, or was when its process ended
+    locks/                        who fetches a URI tells others, where the file system has locks
+
+Nothing here depends on a lock. A file appears under its name by a rename, when it is complete and on the disk; an entry
+is replaced by a rename, too. What a crash leaves in ``tmp`` is taken up or removed by who comes later.
+
+No name in the store comes from a server, and it holds no links of any kind.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lading.errors import LadingError
+from lading.fetch.partial import courtesy_lock, sweep, temporary
+from lading.fetch.verify import sha256_file
+from lading.filesystem import FileStat
+
+_EXTENSIONS = {"safetensors", "json", "pt", "pth", "bin", "tar", "model", "txt"}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_BLOB = re.compile(r"([0-9a-f]{64})\.([a-z]+)")
+_MAX_ENTRY = 64 << 20
+"""Bytes of an entry; a thousand shards need 400 KB."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedFile:
+    """A file that was fetched, as its entry has it."""
+
+    sha256: str
+    size: int
+    etag: str | None
+    """Its validator at the time."""
+    published: bool
+    """Whether the source published the digest."""
+    stat: FileStat | None
+    """The state in which its bytes had the digest; ``None`` where it is to be checked again."""
+    fetched_at: float
+    """Seconds since 1970."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What was fetched from one URI."""
+
+    uri: str
+    revision: str
+    files: Mapping[str, CachedFile]
+    """By their names within the source."""
+
+
+class Cache:
+    """A folder with fetched files. Nothing is created before something is added."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def blob(self, sha256: str, name: str) -> Path:
+        """Where the file with this digest has its place; ``name``, a server's, says only which extension it gets."""
+        if not _SHA256.fullmatch(sha256):
+            raise ValueError(f"`sha256` must be 64 lower-case hexadecimal digits, but is {sha256!r}.")
+        extension = name.rpartition(".")[2].lower()
+
+        return self.folder / "blobs" / sha256[:2] / f"{sha256}.{extension if extension in _EXTENSIONS else 'blob'}"
+
+    def find(self, sha256: str) -> Path | None:
+        """Where the file with this digest is; ``None`` where it is not. Its bytes are not read."""
+        if not _SHA256.fullmatch(sha256):
+            return None
+        folder = self.folder / "blobs" / sha256[:2]
+        for extension in ("safetensors", "json", *sorted(_EXTENSIONS - {"safetensors", "json"}), "blob"):
+            path = folder / f"{sha256}.{extension}"
+            with suppress(OSError):
+                if stat.S_ISREG(os.lstat(path).st_mode):
+                    return path
+
+        return None
+
+    def put(self, fd: int, path: Path, sha256: str, name: str) -> Path:
+        """Make the finished file ``path``, open as ``fd``, the one that is found by its digest.
+
+        :returns: its path from now on.
+        """
+        blob = self.blob(sha256, name)
+        # What is there already may be in use, and be known by its state; unless it is damaged, it stays.
+        with suppress(LadingError, OSError):
+            if sha256_file(blob)[0] == sha256:
+                path.unlink()
+                return blob
+
+        _make_folder(blob.parent)
+        os.fchmod(fd, 0o444)
+        os.fsync(fd)
+        path.rename(blob)
+        _sync_folder(blob.parent)
+
+        return blob
+
+    # --- entries -----------------------------------------------------------------------------------------------------
+
+    def entry(self, uri: str) -> Entry | None:
+        """What was fetched from ``uri``; ``None`` where nothing was, or where it cannot be told."""
+        entry = _read_entry(self._entry_path(uri))
+
+        return entry if entry is not None and entry.uri == uri else None
+
+    def entries(self) -> Iterator[Entry]:
+        """All of them, in no order that means something. Damaged ones are as none."""
+        for path in sorted(_files(self.folder / "entries")):
+            if path.suffix == ".json" and (entry := _read_entry(path)) is not None:
+                yield entry
+
+    def add(self, uri: str, revision: str, files: Mapping[str, CachedFile]) -> None:
+        """Note what was fetched from ``uri``; what its entry says of other files of the same revision stays.
+
+        Of two processes that do so at once, one may not see what the other one noted: that is then fetched, or found
+        by its content, another time.
+        """
+        before = self.entry(uri)
+        if before is not None and before.revision == revision:
+            files = {**before.files, **files}
+
+        self._write(Entry(uri=uri, revision=revision, files=files))
+
+    def remove(self, uri: str) -> int:
+        """Forget ``uri``, and remove the files that nothing else here refers to.
+
+        :returns: the bytes that were freed.
+        """
+        entry = self.entry(uri)
+        if entry is None:
+            return 0
+        # In this order: an entry whose file is gone is harmless, too, but a file without entry is never missed.
+        self._entry_path(uri).unlink()
+        _sync_folder(self.folder / "entries")
+
+        needed = {file.sha256 for other in self.entries() for file in other.files.values()}
+        freed = 0
+        for sha256 in {file.sha256 for file in entry.files.values()} - needed:
+            while (path := self.find(sha256)) is not None:
+                size = os.lstat(path).st_size
+                with suppress(FileNotFoundError):
+                    path.unlink()
+                    freed += size
+
+        return freed
+
+    def prune(self, *, older_than: float = 86_400) -> int:
+        """Remove files that no entry refers to (any more), and what crashes left behind.
+
+        :param older_than: seconds; a younger file may just not have got its entry yet.
+
+        :returns: the bytes that were freed.
+        """
+        needed = {file.sha256 for entry in self.entries() for file in entry.files.values()}
+        freed = sweep(self.tmp, older_than=older_than)
+        for path, found in self._blobs():
+            if path.name[:64] not in needed and time.time() - found.st_ctime > older_than:
+                with suppress(FileNotFoundError):
+                    path.unlink()
+                    freed += found.st_size
+
+        return freed
+
+    def size(self) -> int:
+        """Bytes of all files here, those that are being fetched included."""
+        parts = sum(os.lstat(path).st_blocks * 512 for path in _files(self.tmp))
+
+        return parts + sum(found.st_size for _, found in self._blobs())
+
+    # --- what is being written ---------------------------------------------------------------------------------------
+
+    @property
+    def tmp(self) -> Path:
+        return self.folder / "tmp"
+
+    @contextmanager
+    def lock(self, key: str) -> Iterator[bool]:
+        """Keep other processes from fetching the same thing, as far as that is possible: they only waste bandwidth.
+
+        :returns: whether this process had to wait.
+        """
+        with courtesy_lock(self.folder / "locks", key) as waited:
+            yield waited
+
+    def _blobs(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for folder in sorted(_folders(self.folder / "blobs")):
+            for path in sorted(_files(folder)):
+                if _BLOB.fullmatch(path.name):
+                    with suppress(FileNotFoundError):
+                        yield path, os.lstat(path)
+
+    def _entry_path(self, uri: str) -> Path:
+        return self.folder / "entries" / f"{hashlib.sha256(uri.encode()).hexdigest()}.json"
+
+    def _write(self, entry: Entry) -> None:
+        path = self._entry_path(entry.uri)
+        _make_folder(path.parent)
+        with temporary(self.tmp, "entry") as (file, name):
+            file.write(json.dumps(_to_json(entry), indent=1).encode())
+            file.flush()
+            os.fsync(file.fileno())
+            name.rename(path)
+        _sync_folder(path.parent)
+
+
+def _to_json(entry: Entry) -> dict[str, Any]:
+    return {
+        "uri": entry.uri,
+        "revision": entry.revision,
+        "files": {
+            name: {
+                "sha256": file.sha256,
+                "size": file.size,
+                "etag": file.etag,
+                "published": file.published,
+                "stat": None if file.stat is None else [file.stat.mtime_ns, file.stat.ctime_ns, file.stat.inode],
+                "fetched_at": file.fetched_at,
+            }
+            for name, file in entry.files.items()
+        },
+    }
+
+
+def _read_entry(path: Path) -> Entry | None:
+    """``None`` for whatever is not an entry as it is written here: it is then fetched again."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        with open(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                return None
+            document = json.loads(file.read(_MAX_ENTRY))
+        if hashlib.sha256(document["uri"].encode()).hexdigest() != path.stem:
+            return None
+        files = {str(name): _file_from_json(value) for name, value in document["files"].items()}
+        return Entry(uri=document["uri"], revision=str(document["revision"]), files=files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _file_from_json(value: dict[str, Any]) -> CachedFile:
+    sha256, size, state = value["sha256"], value["size"], value["stat"]
+    etag = value["etag"]
+    if not _SHA256.fullmatch(sha256) or type(size) is not int or not isinstance(etag, str | None):
+        raise ValueError(value)
+
+    return CachedFile(
+        sha256=sha256,
+        size=size,
+        etag=etag,
+        published=value["published"] is True,
+        stat=None if state is None else FileStat(size, *map(int, state)),
+        fetched_at=float(value["fetched_at"]),
+    )
+
+
+def _make_folder(path: Path) -> None:
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """A rename is on the disk when its folder is."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do not have it
+            raise
+    finally:
+        os.close(fd)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        yield from [Path(entry.path) for entry in entries if entry.is_file(follow_symlinks=False)]
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        yield from [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]

@@ -1,0 +1,371 @@
+"""Requests over https: connections, deadlines, redirects, credentials and retries.
+
+The HTTP client is the one that huggingface_hub brings, ``httpx2`` or, before its version 2, ``httpx``, of which
+nothing but connections and parsing is used. Proxies (``HTTPS_PROXY``, ``NO_PROXY`` …) and certificates
+(``SSL_CERT_FILE``, ``SSL_CERT_DIR``) are taken from the environment, as that client does. Credentials come from the
+file that ``NETRC`` names, else ``~/.netrc``.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import netrc
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lading.errors import CheckpointNotFoundError, FetchError, PolicyError
+from lading.fetch.answers import HeadRefused, Unavailable, require_success
+from lading.fetch.redirects import MAX_REDIRECTS, Boundary, Origin, check_url, shown
+from lading.version import __version__
+
+if TYPE_CHECKING:
+    import httpx2 as httpx
+
+T = TypeVar("T")
+
+_log = logging.getLogger("lading")
+
+_REDIRECTS = {301, 302, 303, 307, 308}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long a server is waited for; times in seconds."""
+
+    connect: float = 15
+    """Until a connection is there, TLS included."""
+    answer: float = 60
+    """Until all headers of an answer are there, however slowly they come."""
+    silence: float = 30
+    """Without a single byte."""
+    window: float = 30
+    """Over which the throughput is measured, …"""
+    min_rate: float = 4096
+    """… and what it must be at least, in bytes a second, on each connection."""
+    attempts: int = 6
+    """Requests for the same bytes that may fail one after another."""
+    backoff: float = 0.5
+    """The first wait between two of them, doubled each time and drawn at random between nothing and that."""
+    max_wait: float = 60
+    """At most this long, whatever a server asks for (``Retry-After``)."""
+
+
+class Stopped(Exception):  # noqa: N818 — the error is another one's
+    """The work was stopped from outside; nobody waits for the result."""
+
+
+@lru_cache(maxsize=1)
+def http_library() -> Any:
+    """``httpx2``, or ``httpx``, whose names used here are the same."""
+    try:
+        return import_module("httpx2")
+    except ImportError:
+        return import_module("httpx")
+
+
+class Client:
+    """Makes requests for one source: what it has learnt of redirects and addresses holds for all of its connections.
+
+    Safe to use from several threads, of which each has a :class:`Connection` of its own while it needs one.
+    """
+
+    def __init__(self, uri: str, *, patience: Patience) -> None:
+        """:raises PolicyError: ``uri`` is not of a kind that may be asked."""
+        self._library = http_library()
+        self.patience = patience
+        self.url = self.parse(uri)
+        check_url(self.url)
+
+        self._boundary = Boundary()
+        self._authorization = _authorization(self.url.host)
+        self._locations: dict[str, httpx.URL] = {}
+        """Where the redirects for a URL led to, so that not each range goes through all of them again."""
+        self._tls: Any = None
+        self._lock = threading.Lock()
+        self._idle: list[Connection] = []
+
+    def parse(self, url: str) -> httpx.URL:
+        """:raises FetchError: ``url`` is none."""
+        try:
+            parsed: httpx.URL = self._library.URL(url)
+        except self._library.InvalidURL as error:
+            raise FetchError(f"{url[:200]!r} is not a URL: {error}.") from error
+
+        return parsed
+
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """A connection for the calling thread, which has it alone."""
+        with self._lock:
+            if self._tls is None:
+                self._tls = self._library.create_ssl_context()  # the certificates of the world, read once
+            connection = self._idle.pop() if self._idle else Connection(self, self._tls)
+        try:
+            yield connection
+        finally:
+            with self._lock:
+                self._idle.append(connection)
+
+    def close(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    def retry(
+        self,
+        action: Callable[[], T],
+        *,
+        what: str,
+        stop: threading.Event | None = None,
+        progressed: Callable[[], bool] = lambda: False,
+    ) -> T:
+        """``action()``, again and again as long as it is :class:`Unavailable`, with growing waits.
+
+        :param progressed: whether the last attempt brought something, so that failures are counted anew.
+
+        :raises FetchError: it stayed unavailable.
+        :raises Stopped: ``stop`` was set meanwhile.
+        """
+        stop = threading.Event() if stop is None else stop
+        failed = 0
+        while not stop.is_set():
+            try:
+                return action()
+            except Unavailable as error:
+                if stop.is_set():
+                    break
+                failed = 1 if progressed() else failed + 1
+                if failed >= self.patience.attempts:
+                    raise FetchError(
+                        f"{what} could not be fetched: {error.reason} (tried {failed} times). Try again later; "
+                        "what has arrived is kept."
+                    ) from error.__cause__
+                wait = random.uniform(0, self.patience.backoff * 2 ** (failed - 1))
+                wait = min(max(wait, error.retry_after or 0), self.patience.max_wait)
+                _log.info("%s: %s; trying again in %.1f s", what, error.reason, wait)
+                stop.wait(wait)
+
+        raise Stopped
+
+    def headers(self, url: httpx.URL) -> dict[str, str]:
+        headers = {
+            "User-Agent": f"lading/{__version__}",
+            "Accept": "*/*",
+            "Accept-Encoding": "identity",  # a range of a compressed body is of no use
+        }
+        if self._authorization is not None and Origin.of(url) == Origin.of(self.url):
+            headers["Authorization"] = self._authorization
+
+        return headers
+
+    def located(self, url: httpx.URL) -> httpx.URL:
+        return self._locations.get(str(url), url)
+
+    def locate(self, url: httpx.URL, location: httpx.URL | None) -> None:
+        if location is None:
+            self._locations.pop(str(url), None)
+        elif location != url:
+            self._locations[str(url)] = location
+
+    def watch(self, url: httpx.URL, opened: Callable[[Any], None]) -> Callable[[str, dict[str, Any]], None]:
+        """What the HTTP client calls as it goes along: here each new connection is seen before a byte is sent on it."""
+        direct = True
+
+        def trace(event: str, info: dict[str, Any]) -> None:
+            nonlocal direct
+            if event.endswith("connect_tcp.started"):
+                direct = info.get("host") == url.raw_host.decode("ascii")
+            elif event.endswith("connect_tcp.complete"):
+                stream = info["return_value"]
+                try:
+                    with self._lock:
+                        if direct:
+                            self._boundary.check_address(url, stream.get_extra_info("server_addr")[0])
+                        else:
+                            self._boundary.check_host(url)
+                except PolicyError:
+                    stream.close()
+                    raise
+                opened(stream.get_extra_info("socket"))
+            elif event.endswith("start_tls.complete"):
+                opened(info["return_value"].get_extra_info("socket"))
+
+        return trace
+
+
+class Connection:
+    """One thread's way to the servers of a source."""
+
+    def __init__(self, client: Client, tls: Any) -> None:
+        library, patience = http_library(), client.patience
+        self._client = client
+        self._sockets: list[socket.socket] = []
+        self._errors: tuple[type[Exception], ...] = (library.TransportError,)
+        self._http = library.Client(
+            verify=tls,
+            follow_redirects=False,
+            timeout=library.Timeout(patience.silence, connect=patience.connect, pool=None),
+            limits=library.Limits(max_connections=4, max_keepalive_connections=2),
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+            # Plain http is for loopback, where no proxy has a place.
+            mounts={"http://": library.HTTPTransport()},
+        )
+
+    @contextmanager
+    def open(self, method: str, url: httpx.URL, headers: dict[str, str]) -> Iterator[httpx.Response]:
+        """The answer to a request, of which the headers are here and the body is still to come; redirects are followed.
+
+        :raises Unavailable: it may work another time.
+        :raises CheckpointNotFoundError: there is no such thing.
+        :raises PolicyError: it is refused, there or here.
+        :raises FetchError: anything else but 200 and 206.
+        """
+        start = self._client.located(url)
+        try:
+            with self._follow(method, start, headers) as (response, location):
+                require_success(response, location)
+                self._client.locate(url, location)
+                yield response
+                return
+        except (HeadRefused, PolicyError, CheckpointNotFoundError, FetchError):
+            # A place that was found by redirects may have been lent for a while only.
+            if start == url or self._client.located(url) != start:
+                raise
+            self._client.locate(url, None)
+
+        with self._follow(method, url, headers) as (response, location):
+            require_success(response, location)
+            self._client.locate(url, location)
+            yield response
+
+    @contextmanager
+    def _follow(
+        self, method: str, url: httpx.URL, headers: dict[str, str]
+    ) -> Iterator[tuple[httpx.Response, httpx.URL]]:
+        start = url
+        for _ in range(MAX_REDIRECTS + 1):
+            with self._send(method, url, headers) as response:
+                if response.status_code not in _REDIRECTS:
+                    yield response, url
+                    return
+                location = response.headers.get("location")
+            if not location:
+                raise FetchError(f"{shown(url)!r} answers with a redirect ({response.status_code}) to nowhere.")
+            try:
+                target = url.join(location).copy_with(fragment=None)
+            except http_library().InvalidURL as error:
+                raise FetchError(f"{shown(url)!r} redirects to {location[:200]!r}, which is not a URL.") from error
+            check_url(target, came_from=url)
+            url = target
+
+        raise FetchError(f"{shown(start)!r} redirects more than {MAX_REDIRECTS} times, at last to {shown(url)!r}.")
+
+    @contextmanager
+    def _send(self, method: str, url: httpx.URL, headers: dict[str, str]) -> Iterator[httpx.Response]:
+        """One request; failures of the network, of the body too, are :class:`Unavailable`."""
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            self.abort()
+
+        # The client's own deadline begins anew with each byte.
+        timer = threading.Timer(self._client.patience.answer, give_up)
+        timer.daemon = True
+        request = self._http.build_request(
+            method,
+            url,
+            headers={**self._client.headers(url), **headers},
+            extensions={"trace": self._client.watch(url, self._opened)},
+        )
+        try:
+            timer.start()
+            try:
+                response = self._http.send(request, stream=True, auth=None)
+            finally:
+                timer.cancel()
+            try:
+                yield response
+            finally:
+                response.close()
+        except self._errors as error:
+            raise Unavailable(self._reason(error, url, late.is_set())) from error
+
+    def _reason(self, error: Exception, url: httpx.URL, late: bool) -> str:
+        kind = type(error).__name__
+        if late:
+            return f"{url.host} did not answer within {self._client.patience.answer:g} s"
+        if kind == "ReadTimeout":
+            return f"{url.host} was silent for {self._client.patience.silence:g} s"
+        if kind == "ConnectTimeout":
+            return f"{url.host} could not be connected to within {self._client.patience.connect:g} s"
+
+        return f"{url.host}: {' '.join(str(error).split())[:200] or kind}"
+
+    def _opened(self, new: socket.socket) -> None:
+        self._sockets = [s for s in self._sockets if s.fileno() >= 0]
+        self._sockets.append(new)
+
+    def abort(self) -> None:
+        """End what is under way, from another thread."""
+        for each in list(self._sockets):
+            try:
+                # Unlike `close`, it wakes who reads; and TLS sockets have a method of their own that would confuse it.
+                socket.socket.shutdown(each, socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def close(self) -> None:
+        self._http.close()
+
+
+def chunks(response: httpx.Response, patience: Patience) -> Iterator[bytes]:
+    """The bytes of a body as they come.
+
+    :raises Unavailable: they come too slowly.
+    """
+    began, count = time.monotonic(), 0
+    for chunk in response.iter_raw():
+        yield chunk
+        count += len(chunk)
+        now = time.monotonic()
+        if now - began >= patience.window:
+            rate = count / (now - began)
+            if rate < patience.min_rate:
+                raise Unavailable(
+                    f"{response.url.host} sent {rate:.0f} bytes a second for {now - began:.0f} s, where at least "
+                    f"{patience.min_rate:.0f} are expected"
+                )
+            began, count = now, 0
+
+
+def _authorization(host: str) -> str | None:
+    """What the user's netrc file has for ``host``; a ``default`` in it is for no one, as it would be for everyone."""
+    named = os.environ.get("NETRC", "").strip()
+    path = Path(named).expanduser() if named else Path("~/.netrc").expanduser()
+    try:
+        entry = netrc.netrc(path).hosts.get(host)
+    except (OSError, UnicodeDecodeError):
+        return None
+    except netrc.NetrcParseError as error:
+        _log.warning("%s is not used, as line %s of it is not understood: %s", path, error.lineno, error.msg)
+        return None
+    if entry is None or host == "default":
+        return None
+
+    login, _, password = entry
+
+    return "Basic " + base64.b64encode(f"{login}:{password or ''}".encode()).decode("ascii")

@@ -1,0 +1,131 @@
+"""What a name on the Hugging Face hub may be: addresses (``hg://org/name@revision/path``), ids, revisions, file names.
+
+Whatever is not plainly such a name is refused here, before a socket is opened or a path is made of it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Self
+from urllib.parse import unquote
+
+from lading.errors import FetchError
+
+SCHEMES = ("hg://", "hf://")
+
+# https://github.com/huggingface/huggingface_hub, `validate_repo_id`: the same rules, but of ASCII alone.
+_SEGMENT = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(?:/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_OTHER_KINDS = frozenset({"datasets", "spaces", "kernels", "buckets"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubAddress:
+    """A URI of the hub, taken apart."""
+
+    repo: str
+    """``org/name``, or ``name`` alone, as it was written: the hub's own spelling may differ in case."""
+    revision: str | None
+    """A branch, a tag or a commit; ``None`` for the main branch."""
+    inner: str | None
+    """A path inside the repository."""
+
+    @classmethod
+    def from_uri(cls, uri: str) -> Self:
+        """Parse ``hg://[org/]name[@revision][/path/inside]``; ``hf://`` means the same.
+
+        Of a URI without a revision the first two parts are the id. A slash in a revision is written ``%2F``, except in
+        the hub's own ``refs/pr/N`` and ``refs/convert/NAME``.
+
+        :raises FetchError: it is none, or names something else than a repository of a model.
+        """
+        scheme = next((s for s in SCHEMES if uri.startswith(s)), None)
+        if scheme is None:
+            raise _wrong_uri(uri, "it does not begin so")
+
+        rest = uri.removeprefix(scheme)
+        parts = rest.split("/")
+        if parts[0] == "models" and len(parts) > 2:
+            parts = parts[1:]
+        if parts[0] in _OTHER_KINDS and len(parts) > 2:
+            raise _wrong_uri(uri, f"{parts[0]} are no models")
+
+        taken = 1 if "@" in parts[0] or len(parts) == 1 else 2
+        repo, at, revision = "/".join(parts[:taken]).partition("@")
+        parts = parts[taken:]
+        if at and revision == "refs" and len(parts) > 1 and parts[0] in {"pr", "convert"}:
+            revision, parts = f"refs/{parts[0]}/{parts[1]}", parts[2:]
+        inner = "/".join(parts)
+
+        if not is_repo_id(repo):
+            raise _wrong_uri(
+                uri,
+                f"{repo!r} is no id: letters, digits, `-`, `_` and `.` of ASCII, neither `--` nor `..` in it, at most "
+                "96 to a part",
+            )
+        if at:
+            check_revision(revision := unquote(revision), uri)
+        if parts and not is_file_name(inner):
+            raise _wrong_uri(uri, f"{inner!r} is no plain path inside a repository")
+
+        return cls(repo=repo, revision=revision if at else None, inner=inner if parts else None)
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether ``text`` may be the id of a repository, so that the name of its folder in the cache is safe."""
+    parts = text.split("/")
+
+    return (
+        len(parts) <= 2
+        and all(_SEGMENT.fullmatch(part) is not None for part in parts)
+        and "--" not in text
+        and ".." not in text
+        and not text.endswith(".git")
+    )
+
+
+def check_revision(revision: str, uri: str) -> None:
+    """:raises FetchError: ``revision`` can be neither a branch nor a tag nor a commit."""
+    if _REVISION.fullmatch(revision) is None or ".." in revision or len(revision) > 200:
+        raise FetchError(
+            f"{uri}: expected as a revision the name of a branch or a tag, or a commit of 40 hexadecimal digits, found "
+            f"{revision!r}."
+        )
+
+
+def is_commit(text: str) -> bool:
+    """Whether ``text`` is a full commit: what a snapshot is pinned to."""
+    return _COMMIT.fullmatch(text) is not None
+
+
+def is_sha256(text: str) -> bool:
+    """Whether ``text`` is a SHA-256 in lower-case hexadecimal."""
+    return _SHA256.fullmatch(text) is not None
+
+
+def is_file_name(name: str) -> bool:
+    """Whether ``name`` is a relative path of plain segments, that shows as what it is."""
+    return (
+        name.isprintable()
+        and "\\" not in name
+        and len(name) <= 1024
+        and all(part not in {"", ".", ".."} and len(part.encode()) <= 255 for part in name.split("/"))
+    )
+
+
+def check_file_name(name: str, uri: str) -> None:
+    """:raises FetchError: ``name`` is none that a file of a repository may have here."""
+    if not is_file_name(name):
+        raise FetchError(
+            f"{uri}: expected the name of a file to be a relative path of plain segments, found {name!r}. Nothing is "
+            "fetched under such a name; tell the publisher of the repository."
+        )
+
+
+def _wrong_uri(uri: str, found: str) -> FetchError:
+    return FetchError(
+        f"{uri!r}: expected `hg://[org/]name[@revision][/path/inside]` or the same with `hf://`: {found}."
+    )

@@ -1,0 +1,43 @@
+"""Which source a URI names."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from lading.errors import NotSupportedError
+from lading.fetch.source import Source
+from lading.settings import Settings
+
+HUB_SCHEMES = ("hg", "hf")
+HTTP_SCHEMES = ("https", "http")
+
+
+def open_source(uri: str, *, inner_path: str | None, revision: str | None, settings: Settings) -> Source:
+    """The source of a checkpoint that is elsewhere; nothing is asked of it yet.
+
+    :param inner_path: the checkpoint inside the source (``checkpoint_path`` of a card).
+    :param revision: default: the one that ``uri`` names, or what is published now.
+
+    :raises NotSupportedError: a scheme that is not known here, or a source that has no revisions or no folders.
+    :raises PolicyError: a path that leads out of the source, or a scheme that is refused.
+    """
+    scheme = urlsplit(uri).scheme
+
+    # What speaks to servers is imported only by those who do.
+    if scheme in HUB_SCHEMES:
+        from lading.fetch.hf import HubSource
+
+        return HubSource(uri, inner_path=inner_path, revision=revision, offline=settings.offline)
+    if scheme in HTTP_SCHEMES:
+        from lading.fetch.cache import Cache
+        from lading.fetch.http import HttpSource
+
+        if inner_path is not None:
+            raise NotSupportedError(
+                f"{uri} is one file, of which lading reads no part by a path, but `checkpoint_path` is {inner_path!r}."
+            )
+        return HttpSource(uri, cache=Cache(settings.cache_dir), offline=settings.offline)
+
+    raise NotSupportedError(
+        f"{uri} is of the scheme {scheme!r}, but checkpoints are read from paths, file://, https://, hg:// and hf://."
+    )

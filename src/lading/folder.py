@@ -1,0 +1,72 @@
+"""Hugging Face style folders: what their ``config.json`` says of the model beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, NotSupportedError
+from lading.family import Family, family_of_model_type
+
+
+def refuse_quantised_config(hf_config: Mapping[str, object], path: Path | str) -> None:
+    """:raises NotSupportedError: the configuration says that the weights are quantised."""
+    quantisation = hf_config.get("quantization_config")
+    if quantisation is not None:
+        scheme = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
+        raise NotSupportedError(
+            f"The checkpoint at {path} is quantised (config.json: `quantization_config` of the scheme {scheme!r}), "
+            "which lading does not load. Use the checkpoint in its original precision."
+        )
+
+
+def read_hf_config(path: Path) -> dict[str, object]:
+    """The ``config.json`` in a Hugging Face style folder; empty where there is none.
+
+    :raises CorruptModelCheckpointError: it is not a JSON object.
+    """
+    file = path / "config.json" if path.is_dir() else path.parent / "config.json"
+    try:
+        if not file.is_file():
+            return {}
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CorruptModelCheckpointError(file, f"{file} is expected to be a JSON object, but: {error}.") from None
+
+    if not isinstance(config, dict):
+        raise CorruptModelCheckpointError(
+            file, f"{file} is expected to be a JSON object, but is of type {type(config).__name__}."
+        )
+
+    return config
+
+
+def family_of_folder(path: Path) -> tuple[Family[Any, Any], Any]:
+    """Family and configuration of a Hugging Face style folder, from its ``config.json``.
+
+    :raises CheckpointNotFoundError: there is no such folder (also a ``FileNotFoundError``).
+    :raises NotSupportedError: no ``config.json``, or a model type that no registered family reads.
+    """
+    if not path.exists():
+        raise CheckpointNotFoundError(path, f"No checkpoint is at {path}: there is no such file or folder.")
+
+    hf_config = read_hf_config(path)
+    if not hf_config:
+        raise NotSupportedError(
+            f"{path} has no config.json that would tell the family of the model. Load it with "
+            "`get_<family>_model_hub().load_custom_model(path, config)`, or name it in a card."
+        )
+
+    model_type = hf_config.get("model_type")
+    family = family_of_model_type(model_type) if isinstance(model_type, str) else None
+    if family is None or family.from_hf is None:
+        raise NotSupportedError(
+            f"{path}/config.json is of the model type {model_type!r}, which no registered family reads "
+            "(`lading families` shows them)."
+        )
+
+    refuse_quantised_config(hf_config, path)
+
+    return family, family.from_hf(hf_config)

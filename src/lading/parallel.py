@@ -1,0 +1,190 @@
+"""A family's plan, applied: a module without memory becomes the part of it that this rank owns.
+
+Tensor parallelism is torch's :func:`~torch.distributed.tensor.parallel.parallelize_module`, fully sharded data
+parallelism its :func:`~torch.distributed.fsdp.fully_shard`. Replicas of what is not sharded are plain copies.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.nn import Module, Parameter
+
+from lading.errors import InternalError
+from lading.family import Family
+from lading.gangs import Gang, Gangs
+from lading.nn.sharding import ParallelPlan, Split, matches
+
+log = logging.getLogger("lading")
+
+
+def parallelize(module: Module, family: Family[Any, Any], config: Any, gangs: Gangs) -> None:
+    """Split ``module``, which is on the meta device, over ``gangs`` as the family's plan says.
+
+    Its split parameters become ``DTensor``s. A tied parameter stays one object under all of its names.
+
+    :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``.
+    """
+    plan = family.parallel_plan(config)
+    for axis, size, served in (
+        ("tp", gangs.tp.size, plan.tensor is not None),
+        ("sdp", gangs.sdp.size, plan.units is not None),
+        ("pp", gangs.pp.size, False),
+    ):
+        if size > 1 and not served:
+            _log_ignored(family.name, axis)
+
+    if gangs.tp.size > 1 and plan.tensor is not None:
+        plan.check(gangs.tp.size)
+        _split(module, plan, mesh_of(gangs.tp))
+
+    if gangs.sdp.size > 1 and plan.units is not None:
+        mesh = mesh_of(gangs.sdp if gangs.rdp.size == 1 else gangs.dp)
+        for pattern in plan.units:
+            for unit in _modules(module, pattern).values():
+                fully_shard(unit, mesh=mesh)
+        fully_shard(module, mesh=mesh)
+
+
+def mesh_of(gang: Gang) -> DeviceMesh:
+    """The devices of a gang.
+
+    :raises InternalError: it has none, as it is not of ``torch.distributed``.
+    """
+    if gang.mesh is None:
+        raise InternalError(f"a gang of {gang.size} ranks is expected to have a device mesh, but has none")
+
+    return gang.mesh
+
+
+@lru_cache(maxsize=256)
+def _log_ignored(family: str, axis: str) -> None:
+    log.warning(
+        "models of the %s family have no plan for the axis %s: its ranks hold copies of one another", family, axis
+    )
+
+
+def _split(module: Module, plan: ParallelPlan, mesh: DeviceMesh) -> None:
+    styles: dict[str, ParallelStyle] = {}
+    for pattern, split in (plan.tensor or {}).items():
+        styles |= dict.fromkeys(_modules(module, pattern), _style(split, plan, mesh.size()))
+
+    ties = _ties(module)
+    parallelize_module(module, mesh, styles)
+    for first, *others in ties:
+        for name in others:
+            _set_parameter(module, name, module.get_parameter(first))
+
+
+def _modules(module: Module, pattern: str) -> Mapping[str, Module]:
+    """The modules that ``pattern`` names. It may name none: a model can be made without some of its parts."""
+    return {name: part for name, part in module.named_modules() if matches(pattern, name)}
+
+
+def _ties(module: Module) -> Iterator[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+
+    return iter([tied for tied in names.values() if len(tied) > 1])
+
+
+def _set_parameter(module: Module, name: str, parameter: Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, parameter)
+
+
+def _style(split: Split, plan: ParallelPlan, tp: int) -> ParallelStyle:
+    match split:
+        case Split.COLUMN:
+            return ColwiseParallel()
+        case Split.ROW:
+            return RowwiseParallel()
+        case Split.KEY_VALUE:
+            heads = plan.num_key_value_heads
+            return ColwiseParallel() if tp <= heads else _SharedHeads(heads)
+        case Split.VOCABULARY:
+            return RowwiseParallel(input_layouts=Replicate())
+        case Split.LOGITS:
+            return _Logits(output_layouts=Replicate(), use_local_output=False)
+        case Split.HEADS:
+            return _SameParameters(Shard(2))
+        case Split.REPLICATED:
+            return _SameParameters(Replicate())
+
+
+class _Local(Function):
+    """The part of a ``DTensor`` that this rank holds.
+
+    ``to_local`` gives a view, and FSDP warns of each module of its own that returns one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: DTensor) -> Tensor:
+        ctx.placed = tensor.device_mesh, tensor.placements
+
+        return tensor.to_local()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> DTensor:
+        return DTensor.from_local(gradients[0], *ctx.placed, run_check=False)
+
+
+class _Logits(ColwiseParallel):
+    """All ranks get all outputs of a linear whose weight is split by them."""
+
+    def _apply(self, module: Module, device_mesh: DeviceMesh) -> Module:
+        applied: Module = super()._apply(module, device_mesh)
+        applied.register_forward_hook(lambda _, inputs, output: _Local.apply(output))  # type: ignore[no-untyped-call]
+
+        return applied
+
+
+class _SameParameters(ParallelStyle):
+    """All ranks hold the same parameters.
+
+    :param layout: how inputs, and outputs with them, lie on the ranks.
+    """
+
+    def __init__(self, layout: Placement) -> None:
+        super().__init__()
+        self._layout = layout
+
+    def _apply(self, module: Module, device_mesh: DeviceMesh) -> Module:
+        return distribute_module(module, device_mesh, None, self._enter, self._leave)
+
+    def _enter(self, module: Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> Any:
+        return tuple(DTensor.from_local(x, mesh, (self._layout,), run_check=False) for x in inputs)
+
+    def _leave(self, module: Module, output: Any, mesh: DeviceMesh) -> Any:
+        if not isinstance(output, DTensor):
+            raise InternalError(f"{type(module).__name__} cannot be replicated: its output is not of its inputs")
+
+        return _Local.apply(output.redistribute(placements=(self._layout,)))  # type: ignore[no-untyped-call]
+
+
+class _SharedHeads(_SameParameters):
+    """All ranks hold all heads of a projection, and each goes on with the one that its queries attend to.
+
+    :param heads: of the projection, fewer than ranks.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__(Replicate())
+        self._heads = heads
+
+    def _leave(self, module: Module, output: Any, mesh: DeviceMesh) -> Tensor:
+        # Each rank's gradient is of one head only; that of the parameters is the sum over all ranks.
+        features: Tensor = output.to_local(grad_placements=(Partial(),))
+
+        return features.tensor_split(self._heads, -1)[mesh.get_local_rank() * self._heads // mesh.size()]

@@ -1,0 +1,114 @@
+"""Checkpoints as sources publish them: what one holds, by its index and headers, before anything is fetched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+from lading.card import CheckpointRef
+from lading.errors import CorruptModelCheckpointError
+from lading.fetch.source import RemoteFile, Snapshot, Source
+from lading.fetch.sources import open_source
+from lading.formats.folder import is_checkpoint_file
+from lading.formats.remote import index_files, index_names
+from lading.manifest import Manifest
+from lading.settings import Settings
+
+CONFIG_NAME = "config.json"
+
+_MAX_CONFIG_SIZE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A checkpoint as a source publishes it."""
+
+    manifest: Manifest
+    """With the SHA-256 of each shard, where the source publishes it."""
+    revision: str
+    """The commit that it is of; empty where the source has none."""
+    hf_config: Mapping[str, object]
+    """The ``config.json`` beside it; empty where there is none."""
+    snapshot: Snapshot
+
+
+def index_source(ref: CheckpointRef, *, revision: str | None = None) -> Published:
+    """Read index and headers of a checkpoint that is elsewhere.
+
+    :param revision: default: the one that the address names, or what is published now.
+
+    :raises CheckpointNotFoundError: the source says that there is no such thing.
+    :raises FetchError: it cannot be reached, or answers nonsense.
+    :raises CorruptModelCheckpointError: an index or a header breaks the rules of its format.
+    :raises NotSupportedError: a scheme, or a format, that is not read here.
+    """
+    source = open_source(ref.uri, inner_path=ref.path, revision=revision, settings=Settings.from_environment())
+    snapshot = source.snapshot()
+    if not source.lists:
+        named = index_names(_PublishedFiles(source, snapshot), name=source.inner)
+        snapshot = source.beside(snapshot, named)
+    files = _PublishedFiles(source, snapshot)
+    manifest = index_files(files, name=source.inner)
+
+    folder = name_in_source(source.inner, "")
+    digests = {file.name: file.sha256 for file in snapshot.files}
+    shards = tuple(replace(shard, sha256=digests[folder + shard.name]) for shard in manifest.shards)
+
+    return Published(
+        manifest=replace(manifest, shards=shards),
+        revision=snapshot.revision,
+        hf_config=_hf_config(files, folder),
+        snapshot=snapshot,
+    )
+
+
+def name_in_source(inner: str | None, file: str) -> str:
+    """The name within the source of a file of the checkpoint.
+
+    :param inner: the checkpoint within the source: a file that is known by its suffix, or a folder.
+    """
+    if inner is None:
+        return file
+    folder = inner.rpartition("/")[0] if is_checkpoint_file(inner) else inner.strip("/")
+
+    return f"{folder}/{file}" if folder else file
+
+
+class _PublishedFiles:
+    """The files of a source, as formats read them."""
+
+    def __init__(self, source: Source, snapshot: Snapshot) -> None:
+        self._source = source
+        self._snapshot = snapshot
+        self._files = {file.name: file for file in snapshot.files}
+
+    @property
+    def label(self) -> str:
+        return self._snapshot.uri
+
+    def names(self) -> Collection[str]:
+        return self._files
+
+    def size(self, name: str) -> int:
+        return self.file(name).size or 0
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        return self._source.read(self._snapshot, self.file(name), offset, size)
+
+    def file(self, name: str) -> RemoteFile:
+        return self._files[name]
+
+
+def _hf_config(files: _PublishedFiles, folder: str) -> Mapping[str, object]:
+    name = folder + CONFIG_NAME
+    if name not in files.names() or not 0 < files.size(name) <= _MAX_CONFIG_SIZE:
+        return {}
+
+    label = f"{files.label}/{name}"
+    try:
+        config = json.loads(files.read(name, 0, files.size(name)))
+    except (ValueError, RecursionError) as error:
+        raise CorruptModelCheckpointError(label, f"{label} is expected to be a JSON object, but: {error}.") from None
+
+    return config if isinstance(config, dict) else {}

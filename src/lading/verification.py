@@ -1,0 +1,269 @@
+"""Whether what is loaded is what was published or recorded: decided before the bytes are read, settled behind.
+
+Two kinds of digests are known of a checkpoint. The SHA-256 of a whole file is what sources publish; it takes a pass
+over the file. The digests of blocks of tensors (:mod:`lading.digests`) are recorded the first time that all bytes pass
+by; they are taken while a load reads, by as many threads. A file that was seen with the right digest is trusted as long
+as its state (size, times, inode) is the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import Literal
+
+from blake3 import blake3
+
+from lading.catalog.checkpoints import record_digests, record_files
+from lading.catalog.records import Check
+from lading.catalog.store import AssetStore
+from lading.checkpoint import Checkpoint
+from lading.digests import Digests, differences, recorded
+from lading.errors import CatalogError, DigestMismatchError, NotSupportedError
+from lading.fetch.verify import sha256_file
+from lading.gangs import Gang
+from lading.manifest import Manifest
+from lading.transfer.execute import hash_checkpoint
+from lading.transfer.files import ShardFile
+
+log = logging.getLogger("lading")
+
+Verify = Literal["auto", "always", "never"]
+"""``auto`` checks what the catalog has not seen verified in just the state that it is in, ``always`` checks all."""
+
+VERIFY = ("auto", "always", "never")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What a load is to be checked against."""
+
+    digests: Digests | None
+    """Recorded before; ``None`` where this load records them."""
+    dims: array[int]
+    """For each tensor the dim along which it is cut into blocks; type code ``b``."""
+
+
+def expect(
+    checkpoint: Checkpoint,
+    store: AssetStore | None,
+    mode: Verify,
+    dims: Callable[[], array[int]],
+    *,
+    ranks: int = 1,
+    progress: bool = False,
+) -> Expected | None:
+    """What the load of a checkpoint is to be checked against; ``None``: nothing has to be checked.
+
+    Files of which only a SHA-256 is known are checked here and now.
+
+    :param store: ``None`` for a checkpoint that the catalog is not asked about.
+    :param dims: gives for each tensor the dim along which it is to be cut, where nothing is recorded of it.
+    :param ranks: that load it together. Several do not record what is not known yet, as each sees a part only.
+
+    :raises DigestMismatchError: a file is not the one that was published.
+    :raises NotSupportedError: ``always``, and there is no catalog to ask.
+    """
+    if mode == "never" or (mode == "auto" and (checkpoint.trusted or store is None)):
+        return None
+    if store is None:
+        raise NotSupportedError(
+            f"Nothing is known that {checkpoint.where} could be verified against. Name it in a card and load it by its "
+            "name, or load it with `verify='auto'`."
+        )
+
+    digests = _stored_digests(checkpoint, store)
+    if digests is None and any(shard.sha256 is not None for shard in checkpoint.manifest.shards):
+        checks = check_files(checkpoint, progress=progress)
+        _record_checks(checkpoint, checks, store)
+        require_match(checks)
+
+    if digests is None and ranks > 1:
+        return None
+
+    return Expected(digests=digests, dims=dims() if digests is None else digests.dims)
+
+
+def settle(
+    checkpoint: Checkpoint,
+    expected: Expected,
+    found: Digests,
+    store: AssetStore | None,
+    root: Gang,
+    *,
+    progress: bool = False,
+) -> None:
+    """Compare what was read with what was expected, and record it.
+
+    Rank 0 reads the tensors of which nobody has seen all, so that it is known of the checkpoint as a whole.
+
+    :param found: by this rank.
+    :param store: where it is recorded; only rank 0 has one.
+
+    :raises DigestMismatchError: a tensor is not the one that was recorded.
+    """
+    manifest, files = checkpoint.manifest, checkpoint.here()
+    if expected.digests is not None:
+        refuse_differences(checkpoint, expected.digests, found, store)
+
+    seen = root.gather_objects(found.known)
+    if store is None:
+        return
+    if expected.digests is not None and root.size > 1:
+        # The others would have raised: what they have seen is what was expected.
+        found = _seen_by_all(expected.digests, seen)
+    found = _completed(manifest, files, found, progress=progress)
+    if expected.digests is not None:
+        refuse_differences(checkpoint, expected.digests, found, store)
+
+    checks = list(_shard_checks(checkpoint, expected.digests, found))
+    try:
+        if expected.digests is None:
+            record_digests(store.database, uri=checkpoint.uri, manifest=manifest, digests=found)
+        record_files(store.database, uri=checkpoint.uri, checks=checks)
+    except (CatalogError, OSError) as error:
+        log.warning("what was checked of %s is not in the catalog: %s", checkpoint.name, error)
+
+
+def refuse_differences(checkpoint: Checkpoint, expected: Digests, found: Digests, store: AssetStore | None) -> None:
+    """:raises DigestMismatchError: a tensor is not the one that was recorded; the catalog then knows."""
+    different = differences(expected, found)
+    if not different:
+        return
+
+    manifest, files = checkpoint.manifest, checkpoint.here()
+    shards = sorted({manifest.shard_ids[i] for i, _ in different})
+    checks = [
+        _check(checkpoint, shard, "blake3", expected=_shard_digest(manifest, expected, shard), found=None)
+        for shard in shards
+    ]
+    if store is not None:
+        _record_checks(checkpoint, checks, store)
+
+    shown = ", ".join(manifest.names[i] for i, _ in different[:5])
+    more = f" and {len(different) - 5} more" if len(different) > 5 else ""
+    path = files[shards[0]].path
+    first, blocks = different[0]
+    raise DigestMismatchError(
+        path,
+        f"{path}: {len(different)} of {len(manifest)} tensors are not those that were verified before: {shown}{more}. "
+        f"{remedy(checkpoint)}",
+        expected=f"the recorded digests of {manifest.names[first]}",
+        found=f"others in blocks {', '.join(map(str, blocks))}",
+    )
+
+
+def remedy(checkpoint: Checkpoint) -> str:
+    """What to do about files that are not the right ones."""
+    if checkpoint.ref is not None:
+        return f"`lading verify {checkpoint.name} --repair` fetches them anew."
+
+    return f"If they were changed on purpose, `lading index {checkpoint.name}` takes them for the right ones."
+
+
+def check_files(checkpoint: Checkpoint, *, progress: bool = False) -> list[Check]:
+    """Hash all files whose SHA-256 is known."""
+    shards = checkpoint.manifest.shards
+
+    def check(i: int) -> Check:
+        found, stat = sha256_file(checkpoint.here()[i].path)
+        return Check(
+            file=shards[i].name,
+            path=checkpoint.here()[i].path,
+            stat=stat,
+            method="sha256",
+            expected=shards[i].sha256,
+            found=found,
+        )
+
+    with ThreadPoolExecutor(4, thread_name_prefix="lading-verify") as pool:
+        return list(pool.map(check, [i for i, shard in enumerate(shards) if shard.sha256 is not None]))
+
+
+def require_match(checks: Sequence[Check]) -> None:
+    """:raises DigestMismatchError: a file is not the one that was published or recorded."""
+    for check in checks:
+        if check.result == "mismatch":
+            raise DigestMismatchError(
+                check.path,
+                f"{check.path} is not the file that was published: expected the SHA-256 {check.expected}, found "
+                f"{check.found}. It was not loaded.",
+                expected=check.expected or "",
+                found=check.found or "",
+            )
+
+
+def _stored_digests(checkpoint: Checkpoint, store: AssetStore) -> Digests | None:
+    try:
+        return store.digests(checkpoint.uri, checkpoint.manifest)
+    except (CatalogError, OSError) as error:
+        log.warning("the digests of %s cannot be read from the catalog: %s", checkpoint.name, error)
+        return None
+
+
+def _record_checks(checkpoint: Checkpoint, checks: Sequence[Check], store: AssetStore) -> None:
+    try:
+        record_files(store.database, uri=checkpoint.uri, checks=checks)
+    except (CatalogError, OSError) as error:
+        log.warning("what was checked of %s is not in the catalog: %s", checkpoint.name, error)
+
+
+def _seen_by_all(expected: Digests, seen: Sequence[bytes]) -> Digests:
+    known = bytes(reduce(or_, masks) for masks in zip(*seen, strict=True))
+
+    return replace(expected, known=known)
+
+
+def _completed(manifest: Manifest, files: Sequence[ShardFile], found: Digests, *, progress: bool) -> Digests:
+    """``found`` with the digests of the tensors that it lacks, whose bytes are read for it."""
+    missing = [i for i in range(len(manifest)) if not found.is_complete(i)]
+    if not missing:
+        return found
+
+    rest = manifest.take(missing)
+    more = hash_checkpoint(rest, files, [found.dims[i] for i in missing], progress=progress)
+    rows: list[tuple[int, bytes] | None] = [
+        None if digest is None else (digest.dim, digest.blocks) for digest in found.iter(manifest)
+    ]
+    for i, digest in zip(missing, more.iter(rest), strict=True):
+        rows[i] = None if digest is None else (digest.dim, digest.blocks)
+
+    return recorded(manifest, rows)
+
+
+def _shard_checks(checkpoint: Checkpoint, expected: Digests | None, found: Digests) -> Iterator[Check]:
+    manifest = checkpoint.manifest
+    for shard in range(len(manifest.shards)):
+        yield _check(
+            checkpoint,
+            shard,
+            "blake3",
+            expected=None if expected is None else _shard_digest(manifest, expected, shard),
+            found=_shard_digest(manifest, found, shard),
+        )
+
+
+def _check(checkpoint: Checkpoint, shard: int, method: str, *, expected: str | None, found: str | None) -> Check:
+    file = checkpoint.here()[shard]
+
+    return Check(
+        file=checkpoint.manifest.shards[shard].name,
+        path=Path(file.path),
+        stat=file.stat,
+        method=method,
+        expected=expected,
+        found=found,
+    )
+
+
+def _shard_digest(manifest: Manifest, digests: Digests, shard: int) -> str:
+    """The digests of all tensors of a file in one."""
+    roots = (digests.of(manifest, i) for i in manifest.tensors_of(shard))
+
+    return blake3("".join("-" if digest is None else digest.root for digest in roots).encode("ascii")).hexdigest()

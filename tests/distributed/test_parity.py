@@ -1,0 +1,209 @@
+"""What ranks compute together is what one process computes alone, over real processes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Module
+from workers import Pool
+
+from lading.checkpoint import family_of_folder
+from lading.construct import create_model
+from lading.errors import NotSupportedError
+from lading.gangs import Gangs, create_fake_gangs, create_gangs
+from lading.hub import load_model
+from make_checkpoint import make
+
+Axes = tuple[int, int, int]
+"""tp, sdp, rdp."""
+
+# Vocabulary, keys and values of this LLaMA do not divide by 4 along dim 0, its other parameters not by 8.
+LLAMA = {
+    "hidden_size": 36,
+    "intermediate_size": 52,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 10,
+    "vocab_size": 101,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "tie_word_embeddings": False,
+}
+MISTRAL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "vocab_size": 96,
+    "sliding_window": 5,
+    "tie_word_embeddings": False,
+}
+BERT = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 8, "vocab_size": 102}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    import transformers
+
+    root = tmp_path_factory.mktemp("models")
+    made = {"qwen": make(root / "qwen", shards=2, num_attention_heads=4)}
+    for name, config, kls in (
+        ("llama", transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        ("mistral", transformers.MistralConfig, transformers.MistralForCausalLM),
+        ("bert", transformers.BertConfig, transformers.BertModel),
+    ):
+        sizes = {"llama": LLAMA, "mistral": MISTRAL, "bert": BERT}[name]
+        torch.manual_seed(0)
+        model = kls(config(num_hidden_layers=2, max_position_embeddings=64, **sizes))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.2)
+        model.save_pretrained(root / name)
+        made[name] = root / name
+
+    return made
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def far(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    scale = max(1.0, float(expected.detach().abs().max()))
+    return not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * scale)
+
+
+def differences(model: Module, alone: Module) -> list[str]:
+    """Everything in which a model of this gang differs from one of a single process."""
+    found = []
+    expected = dict(alone.named_parameters(remove_duplicate=False))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        full = whole(parameter.detach())
+        if full.shape != expected[name].shape or not torch.equal(full, expected[name]):
+            found.append(f"parameter {name}")
+    if hasattr(model, "lm_head"):
+        tied = model.lm_head.weight is model.model.embed_tokens.weight
+        if tied != (alone.lm_head.weight is alone.model.embed_tokens.weight):
+            found.append("ties")
+
+    ids = torch.randint(1, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    for options in ({}, {"attention_mask": mask}):
+        logits, reference = model(ids, **options), alone(ids, **options)
+        if far(logits, reference, 1e-4):
+            found.append(f"logits with {list(options)} by {float((logits - reference).abs().max())}")
+    logits.square().mean().backward()
+    reference.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        gradient = expected[name].grad
+        if (gradient is None) != (parameter.grad is None):
+            found.append(f"presence of the gradient of {name}")
+        elif gradient is not None and parameter.grad is not None and far(whole(parameter.grad), gradient, 1e-4):
+            found.append(f"gradient of {name}")
+
+    if hasattr(model, "generate"):
+        prompt = ids[:, :4]
+        if not torch.equal(model.generate(prompt, max_new_tokens=5), alone.generate(prompt, max_new_tokens=5)):
+            found.append("what is generated")
+
+    return found
+
+
+def gangs_of(axes: Axes) -> Gangs:
+    tp, sdp, _ = axes
+    return create_gangs("cpu", tp=tp, sdp=sdp)
+
+
+def load_and_compare(folder: Path, axes: Axes) -> list[str]:
+    torch.set_num_threads(1)
+    with warnings.catch_warnings(), gangs_of(axes) as gangs:
+        warnings.simplefilter("error")
+        assert gangs.rdp.size == axes[2]
+        alone = load_model(folder, device="cpu", dtype=torch.float32, progress=False).eval()
+        model = load_model(folder, gangs=gangs, dtype=torch.float32, progress=False).eval()
+
+        return differences(model, alone)
+
+
+def compare(pool: Pool, folder: Path, axes: Axes) -> None:
+    assert pool.values(load_and_compare, folder, axes) == [[]] * pool.size
+
+
+def case_id(value: Any) -> str:
+    return value if isinstance(value, str) else "tp{}-sdp{}-rdp{}".format(*value)
+
+
+FAMILIES = ["llama", "qwen", "mistral", "bert"]
+
+
+@pytest.mark.parametrize("axes", [(2, 1, 1), (1, 2, 1)], ids=case_id)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks(pool2: Pool, folders: dict[str, Path], family: str, axes: Axes) -> None:
+    compare(pool2, folders[family], axes)
+
+
+@pytest.mark.parametrize(
+    ("family", "axes"),
+    [
+        ("llama", (4, 1, 1)),  # one key/value head, which all ranks share
+        ("llama", (1, 4, 1)),
+        ("llama", (2, 2, 1)),  # a vocabulary that tensor parallelism splits unevenly
+        ("mistral", (4, 1, 1)),  # two ranks to a key/value head
+        ("qwen", (2, 2, 1)),
+        ("qwen", (1, 2, 2)),
+        ("bert", (2, 1, 2)),
+        ("bert", (2, 2, 1)),
+    ],
+    ids=case_id,
+)
+def test_four_ranks(pool4: Pool, folders: dict[str, Path], family: str, axes: Axes) -> None:
+    compare(pool4, folders[family], axes)
+
+
+@pytest.fixture(scope="module")
+def pool8() -> Any:
+    with Pool(8) as pool:
+        yield pool
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "axes", [a for a in itertools.product([1, 2, 4, 8], repeat=3) if a[0] * a[1] * a[2] == 8], ids=case_id
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eight_ranks(pool8: Pool, folders: dict[str, Path], family: str, axes: Axes) -> None:
+    if axes[0] == 8 and family in ("llama", "qwen"):
+        outcomes = pool8.run(load_and_compare, folders[family], axes)
+        assert all(isinstance(o.error, NotSupportedError) and "num_attn_heads" in str(o.error) for o in outcomes)
+    else:
+        compare(pool8, folders[family], axes)
+
+
+def new_and_compare(folder: Path, axes: Axes) -> list[str]:
+    torch.set_num_threads(1)
+    family, config = family_of_folder(folder)
+    rank = int(os.environ["RANK"])
+    torch.manual_seed(7)
+    alone = create_model(family, config, gangs=create_fake_gangs("cpu"), dtype=torch.float32, meta=False).eval()
+    torch.manual_seed(7 + rank)  # the first rank's seed counts
+    state = torch.get_rng_state()
+    with gangs_of(axes) as gangs:
+        model = create_model(family, config, gangs=gangs, dtype=torch.float32, meta=False).eval()
+        assert torch.equal(torch.get_rng_state(), state)
+
+        return differences(model, alone)
+
+
+@pytest.mark.parametrize(("family", "axes"), [("qwen", (2, 2, 1)), ("bert", (2, 2, 1)), ("llama", (1, 4, 1))])
+def test_a_new_model(pool4: Pool, folders: dict[str, Path], family: str, axes: Axes) -> None:
+    assert pool4.values(new_and_compare, folders[family], axes) == [[]] * 4

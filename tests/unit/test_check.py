@@ -1,0 +1,216 @@
+"""Whether a checkpoint fits its architecture, from its manifest alone."""
+
+from __future__ import annotations
+
+import pickle
+from array import array
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import Module, Parameter
+
+from lading.check import CheckReport, check_manifest, require_fit
+from lading.errors import ModelCheckpointMismatchError, NotSupportedError
+from lading.families.llama import LLaMAConfig
+from lading.families.qwen import FAMILY as QWEN
+from lading.families.qwen import QwenConfig
+from lading.family import Family
+from lading.manifest import BITS, Manifest, Shard
+
+CONFIG = QwenConfig(
+    model_dim=32,
+    vocab_size=100,
+    tied_embeddings=True,
+    num_layers=2,
+    num_attn_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    qkv_proj_bias=False,
+    q_norm=True,
+    k_norm=True,
+    ffn_inner_dim=64,
+)
+EMBEDDING, NORM, UP = "model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
+
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def tensors(config: QwenConfig = CONFIG) -> Tensors:
+    from lading.construct import build_on_meta
+
+    state = build_on_meta(QWEN, config).state_dict()
+    return {name: ("BF16", tuple(t.shape)) for name, t in state.items() if name != "lm_head.weight"}
+
+
+def manifest(tensors: Tensors) -> Manifest:
+    return Manifest(
+        format="safetensors",
+        shards=(Shard(name="model.safetensors", size=1 << 30),),
+        names=list(tensors),
+        dtypes=[dtype for dtype, _ in tensors.values()],
+        shapes=[shape for _, shape in tensors.values()],
+        shard_ids=array("I", [0] * len(tensors)),
+        offsets=array("q", range(len(tensors))),
+    )
+
+
+def check(tensors: Tensors, config: QwenConfig = CONFIG) -> CheckReport:
+    return check_manifest(manifest(tensors), QWEN, config)
+
+
+def test_one_that_fits() -> None:
+    report = check(tensors())
+
+    assert report == CheckReport(
+        family="qwen",
+        problems=(),
+        quantised={},
+        tensors=24,
+        matched=24,
+        tied={},
+        dropped=(),
+        parameters=21_824,
+        bytes=43_648,
+    )
+    assert report.fits
+    require_fit(report, path="x", name="tiny")
+    assert pickle.loads(pickle.dumps(report)) == report
+
+
+def test_what_a_model_does_not_need_and_what_it_needs_once() -> None:
+    given = tensors()
+    given["lm_head.weight"] = given[EMBEDDING]
+    given["model.layers.0.self_attn.rotary_emb.inv_freq"] = ("F32", (4,))
+
+    report = check(given)
+
+    assert report.fits
+    assert (report.tensors, report.matched, report.bytes) == (26, 24, 43_648)
+    assert report.tied == {"lm_head.weight": EMBEDDING}
+    assert report.dropped == ("model.layers.0.self_attn.rotary_emb.inv_freq",)
+
+
+def test_names_go_through_the_rules() -> None:
+    assert check({name.removeprefix("model."): value for name, value in tensors().items()}).fits
+
+
+def test_all_problems_together() -> None:
+    given = tensors()
+    del given["model.layers.0.mlp.up_proj.weight"]
+    given["extra"] = ("F32", (1,))
+    given[NORM] = ("BF16", (33,))
+    given["norm.weight"] = ("BF16", (32,))
+    given[UP] = ("F8_E4M3", (64, 32))
+    given["lm_head.weight"] = ("BF16", (101, 32))
+
+    report = check(given)
+
+    assert report.problems == (
+        f"quantised: {UP} is stored as F8_E4M3",
+        "missing: model.layers.0.mlp.up_proj.weight [64, 32]",
+        "unexpected: extra",
+        f"claimed by 2 tensors: {NORM} by {NORM}, norm.weight",
+        f"mis-shaped: {NORM} is expected to be [32], but is [33]",
+        "mis-shaped: lm_head.weight is expected to be [100, 32], but is [101, 32]",
+    )
+    assert not report.fits
+    assert report.quantised == {UP: "F8_E4M3"}
+    assert report.dropped == ()
+
+
+def test_the_error_of_a_load() -> None:
+    report = check({**tensors(), NORM: ("BF16", (33,))})
+    with pytest.raises(
+        ModelCheckpointMismatchError, match=r"(?s)at m does not fit .* of tiny: 1 problem\. .*\[33\]"
+    ) as one:
+        require_fit(report, path="m", name="tiny")
+    assert one.value.problems == report.problems
+
+    report = check(tensors(), replace(CONFIG, num_layers=9))
+    with pytest.raises(ModelCheckpointMismatchError, match=r"(?s)77 problems\. .*\n  … and 57 more$") as many:
+        require_fit(report, path=Path("m"), name="tiny")
+    assert many.value.problems == report.problems
+    assert len(report.problems) == 77
+
+    report = check({**tensors(), NORM: ("BF16", (33,)), UP: ("I8", (64, 32))})
+    with pytest.raises(NotSupportedError, match=rf"'{UP}' as I8: it is quantised"):
+        require_fit(report, path="m", name="tiny")
+
+
+@dataclass
+class CounterConfig:
+    size: int = 3
+
+
+class Counter(Module):
+    """A weight, and a buffer that counts."""
+
+    def __init__(self, config: CounterConfig) -> None:
+        super().__init__()
+        self.weight = Parameter(torch.empty(config.size))
+        self.register_buffer("steps", torch.empty((), dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("weight", "steps", "problems"),
+    [
+        ("F64", "I64", ()),
+        ("F32", "I32", ("of another dtype: steps is expected to be I64, but is I32",)),
+        (
+            "I64",
+            "F32",
+            ("quantised: weight is stored as I64", "of another dtype: steps is expected to be I64, but is F32"),
+        ),
+    ],
+)
+def test_what_is_no_weight_must_be_of_the_same_dtype(weight: str, steps: str, problems: tuple[str, ...]) -> None:
+    family = Family(
+        name="counter", kls=Counter, config_kls=CounterConfig, build=Counter, init=lambda model, config: None
+    )
+    given = manifest({"weight": (weight, (3,)), "steps": (steps, ())})
+
+    assert check_manifest(given, family, CounterConfig()).problems == problems
+
+
+def test_a_configuration_of_another_class() -> None:
+    with pytest.raises(TypeError, match="must be of type QwenConfig"):
+        check_manifest(manifest({}), QWEN, LLaMAConfig())
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_any_change_is_told(data: st.DataObject) -> None:
+    """Each tensor is matched, tied, dropped or told of; what is not told of is as the architecture has it."""
+    wanted, given = tensors(), tensors()
+    for name in data.draw(st.lists(st.sampled_from(sorted(wanted)), max_size=5)):
+        change: Any = data.draw(st.sampled_from(["gone", "named", "shaped", "cast", "quantised"]))
+        value = given.pop(name, None)
+        if value is None or change == "gone":
+            continue
+        dtype, shape = value
+        match change:
+            case "named":
+                given[name + "_2"] = value
+            case "shaped":
+                given[name] = dtype, (*shape, 1)
+            case "cast":
+                given[name] = data.draw(st.sampled_from(["F16", "F32", "F64"])), shape
+            case "quantised":
+                given[name] = data.draw(st.sampled_from(sorted(BITS.keys() - {"F16", "BF16", "F32", "F64"}))), shape
+
+    report = check(given)
+
+    floats = ("F16", "BF16", "F32", "F64")
+    bad = {n for n, (d, s) in given.items() if n not in wanted or s != wanted[n][1] or d not in floats}
+    bad |= wanted.keys() - given.keys()
+    assert report.fits == (not bad)
+    told = "\n".join(report.problems)
+    assert all(f" {name}" in told for name in bad)
+    assert all(f" {name} " not in told + " " for name in wanted.keys() - bad)
+    assert report.tensors == len(given)
+    assert report.matched == len(wanted.keys() & given.keys())
