@@ -158,6 +158,11 @@ def rename(names: Sequence[str], rules: Sequence[Rule]) -> list[str | None]:
     return [renamed for renamed, _ in _apply(names, rules)]
 
 
+def makes_parts(names: Sequence[str], rules: Sequence[Rule]) -> bool:
+    """Whether any tensor is a part of a target, or is not in it as it is."""
+    return any(place is not None for _, place in _apply(names, rules))
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where in a target a tensor is."""

@@ -11,10 +11,13 @@ from torch import Tensor
 from lading.box import Box
 from lading.checkpoint import Checkpoint
 from lading.compose import Source, shape_of, tensors_of
+from lading.construct import build_on_meta
+from lading.errors import ModelCheckpointMismatchError
 from lading.family import Family
-from lading.keymap import rename
+from lading.keymap import Rule, makes_parts, rename, route
 from lading.transfer.execute import execute
 from lading.transfer.plan import Wanted, plan
+from lading.transfer.targets import targets_of
 
 
 def read_tensors(
@@ -47,9 +50,45 @@ def read_tensors(
 def iter_tensors(
     checkpoint: Checkpoint, family: Family[Any, Any], config: Any, *, mmap: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Pairs (parameter name, tensor) of a checkpoint, in the order of its files, one tensor in memory at a time."""
+    """Pairs (parameter name, tensor) of a checkpoint, in the order of its files, one tensor in memory at a time.
+
+    :raises ModelCheckpointMismatchError: parts that make a parameter together are missing, or claim the same place.
+    """
+    manifest, rules = checkpoint.manifest, family.rules(config)
+    if makes_parts(manifest.names, rules):
+        sources = _made(checkpoint, family, config, rules)
+    else:
+        sources = [(name, i) for i, name in enumerate(rename(manifest.names, rules)) if name is not None]
+
+    for name, source in sources:
+        dtype = manifest.dtypes[next(tensors_of(source))]
+        (tensor,) = read_tensors(checkpoint, [source], [dtype], mmap)
+        yield name, tensor
+
+
+def _made(
+    checkpoint: Checkpoint, family: Family[Any, Any], config: Any, rules: Sequence[Rule]
+) -> list[tuple[str, Source]]:
+    """What the tensors make, those that no parameter needs too."""
     manifest = checkpoint.manifest
-    for i, name in enumerate(rename(manifest.names, family.rules(config))):
-        if name is not None:
-            (tensor,) = read_tensors(checkpoint, [i], [manifest.dtypes[i]], mmap)
-            yield name, tensor
+    targets = targets_of(build_on_meta(family, config), dtype=None)
+    shapes = dict(zip(targets.names, targets.shapes, strict=True))
+    names = list(dict.fromkeys(name for name in rename(manifest.names, rules) if name is not None))
+    # A further name of a tied parameter has its shape.
+    target_shapes = [shapes.get(targets.aliases.get(name, name), ()) for name in names]
+
+    made = route(manifest.names, names, rules, shapes=manifest.shapes, target_shapes=target_shapes)
+    problems = [f"claimed by {len(by)} tensors: {name} by {', '.join(by)}" for name, by in made.clashes]
+    problems += [f"incomplete: {name}: {why}" for name, why in made.incomplete]
+    if problems:
+        raise ModelCheckpointMismatchError(
+            checkpoint.where,
+            f"The checkpoint at {checkpoint.where} does not make the parameters of {checkpoint.name}: "
+            + "; ".join(problems[:20]),
+            problems,
+        )
+
+    return sorted(
+        ((names[target], made.composed.get(i, made.tensors[i])) for i, target in enumerate(made.targets)),
+        key=lambda pair: next(tensors_of(pair[1])),
+    )
