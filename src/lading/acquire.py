@@ -68,7 +68,7 @@ def share(checkpoint: Checkpoint, root: Gang, find: Callable[[Checkpoint], Check
 
     Raises what ``find`` does, on the rank that calls it.
     """
-    if root.size == 1:
+    if root.line is None:  # alone, or simulated
         return find(checkpoint)
 
     found: Checkpoint | None = None

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from lading.card import Architecture, AssetCard, checkpoint_ref, path_uri, uri_path
+from lading.card import Architecture, AssetCard
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.check import CheckReport, check_manifest
-from lading.checkpoint import card_checkpoint, path_checkpoint
+from lading.checkpoint import Checkpoint, card_checkpoint, path_checkpoint
 from lading.config import architecture_config
 from lading.construct import build_on_meta
 from lading.diff import DiffReport, Side, diff
 from lading.errors import NotSupportedError
 from lading.family import get_family
-from lading.filesystem import FileStat
 from lading.folder import family_of_folder
 from lading.resolve import family_of_card, model_config
 from lading.transfer.targets import targets_of
@@ -87,18 +85,12 @@ def _retrieve(target: AssetCard | str | Path, store: AssetStore) -> AssetCard | 
 
 
 def _side(thing: AssetCard | Architecture | Path, store: AssetStore) -> Side:
-    match thing:
-        case Architecture():
-            return _architecture_side(thing)
-        case Path():
-            # Before the files are read: what is known of them then is true of what is read, or they changed meanwhile.
-            digests = _digests(path_uri(thing), store)
-            return Side.of_manifest(path_checkpoint(thing).manifest, digests)
-        case AssetCard():
-            ref = checkpoint_ref(thing)
-            path = uri_path(ref.uri)
-            digests = _digests(ref.key if path is None else path_uri(path / (ref.path or "")), store)
-            return Side.of_manifest(card_checkpoint(thing, store).manifest, digests)
+    if isinstance(thing, Architecture):
+        return _architecture_side(thing)
+
+    checkpoint = path_checkpoint(thing) if isinstance(thing, Path) else card_checkpoint(thing, store)
+
+    return Side.of_manifest(checkpoint.manifest, _digests(checkpoint, store))
 
 
 def _architecture_side(architecture: Architecture) -> Side:
@@ -109,22 +101,14 @@ def _architecture_side(architecture: Architecture) -> Side:
     return Side(names=targets.names, shapes=targets.shapes, dtypes=targets.dtypes, config=asdict(config))
 
 
-def _digests(uri: str, store: AssetStore) -> Mapping[str, str]:
-    """The digests of a checkpoint's tensors, as far as the catalog knows them and its files are those it knows."""
-    digests = store.tensor_digests(uri)
-    if not digests or uri_path(uri) is None:
-        return digests
-
-    stored = store.checkpoint(uri)
-    if stored is None:
-        return {}
-    known = {copy.file: copy for copy in stored.copies}
-    for shard in stored.manifest.shards:
-        copy = known.get(shard.name)
-        try:
-            if copy is None or FileStat.from_stat(os.stat(copy.path)) != copy.stat:
-                return {}
-        except OSError:
+def _digests(checkpoint: Checkpoint, store: AssetStore) -> Mapping[str, str]:
+    """The digests of a checkpoint's tensors, if the catalog knows them and they are those of its files as they are."""
+    # What a source publishes is pinned. Files that others look after are those that were verified while they look so.
+    if checkpoint.ref is None and not checkpoint.trusted:
+        stored = store.checkpoint(checkpoint.uri)
+        copies = () if stored is None else stored.copies
+        verified = {copy.path: copy.stat for copy in copies if copy.verified_at is not None}
+        if any(verified.get(file.path.absolute()) != file.stat for file in checkpoint.here()):
             return {}
 
-    return digests
+    return store.tensor_digests(checkpoint.uri)

@@ -229,7 +229,7 @@ class TestPath:
         assert result.stderr == ""
 
     def test_models_that_are_not_here(self, cli, cards):
-        assert "`name: tiny_arch@user`" in cli("path", "tiny_arch@", code=2).stderr
+        assert "`lading pull tiny_arch`" in cli("path", "tiny_arch@", code=2).stderr
         assert "`name: tiny_gated@user`" in cli("path", "tiny_gated", code=7).stderr
         assert str(cards.parent / "gone") in cli("path", "tiny_gone", code=2).stderr
         assert "'tiny_child'" in cli("path", "tiny_chld", code=2).stderr
@@ -443,8 +443,8 @@ class TestDb:
     def test_down_and_up_again(self, cli, catalog):
         result = cli("db", "downgrade", "--to", "0")
         assert "the catalog as it was is in " in result.stderr
-        assert len(list(catalog.parent.glob("catalog.v1.*.sqlite"))) == 1
-        assert "from version 0 to 1" in cli("db", "upgrade").stderr
+        assert len(list(catalog.parent.glob("catalog.v2.*.sqlite"))) == 1
+        assert "from version 0 to 2" in cli("db", "upgrade").stderr
         assert cli("db", "check").stdout == "ok\n"
         assert "qwen3_0.6b" in cli("list", "-q").stdout.split()
 

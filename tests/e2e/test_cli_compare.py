@@ -10,13 +10,19 @@ import torch
 from safetensors.torch import save_file
 
 import lading
-from lading.catalog.ingest import record_checkpoint
+from lading.catalog.checkpoints import record_checkpoint
 from lading.errors import AssetCardError, AssetNotFoundError, FetchError, ModelGatedError
 from make_checkpoint import make, tensors
+from servers.hub import FakeHub
 
 WIDE = "name: wide\nbase: tiny\nmodel_config: {vocab_size: 101, num_layers: 3}\n"
 REMOTE = "name: remote\nbase: tiny\ncheckpoint: hg://somebody/tiny\n---\n"
 REMOTE += "name: inner\nbase: remote\ncheckpoint_path: in/here\n"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("LADING_OFFLINE", "1")
 
 
 @pytest.fixture
@@ -24,18 +30,18 @@ def remote(cli, cards, tmp_path):
     """A card whose checkpoint is not here; the catalog knows what it holds."""
     (tmp_path / "remote.yaml").write_text(REMOTE)
     cli("import", tmp_path / "remote.yaml")
-    store = lading.get_asset_store()
     manifest = lading.index_checkpoint("tiny").manifest
-    record_checkpoint(store.database, uri="hg://somebody/tiny", manifest=manifest, copies=[], revision="abc")
-    return store
+    database = lading.get_asset_store().database
+    record_checkpoint(database, uri="hg://somebody/tiny", manifest=manifest, copies=[], revision="abc")
 
 
-def set_digests(uri: str, **changes: str) -> None:
-    """Give each tensor of a checkpoint a digest that is told by its name."""
+def set_digests(uri: str, **others: str) -> None:
+    """Say that a checkpoint was verified, and give each tensor a digest that is told by its name."""
     with lading.get_asset_store().database.write() as connection:
         key = "checkpoint_id = (SELECT id FROM checkpoints WHERE uri = ?)"
         connection.exec_driver_sql(f"UPDATE tensors SET digest = 'of ' || name WHERE {key}", (uri,))
-        for name, digest in changes.items():
+        connection.exec_driver_sql(f"UPDATE copies SET verified_at = '2026-01-02T03:04:05Z' WHERE {key}", (uri,))
+        for name, digest in others.items():
             statement = f"UPDATE tensors SET digest = ? WHERE {key} AND name LIKE ?"
             connection.exec_driver_sql(statement, (digest, uri, f"%{name}.weight"))
 
@@ -89,6 +95,24 @@ class TestCheck:
         assert cli("check", "remote").stdout.startswith("ok\n")
         # What is at a path inside the source is not what the catalog knows of all of it.
         cli("check", "inner", code=5)
+
+    def test_headers_are_read_where_they_are(self, cards, process, tmp_path):
+        with FakeHub() as hub:
+            hub.add("somebody/tiny", make(tmp_path / "hub", shards=3))
+            env = {"LADING_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": ""}
+            (tmp_path / "remote.yaml").write_text(REMOTE)
+            process("import", tmp_path / "remote.yaml")
+
+            first = process("check", "remote", env=env)
+            assert (first.returncode, first.stdout.splitlines()[0]) == (0, "ok"), first.stderr
+            asked = len(hub.requests)
+            assert asked > 0
+            assert not list((tmp_path / "hf").rglob("*.safetensors"))
+
+            # The catalog knows it from now on.
+            assert process("check", "remote", env=env).returncode == 0
+            assert process("diff", "remote", "tiny", env=env).stderr.startswith("lading: no difference; 24 tensors")
+            assert len(hub.requests) == asked
 
     def test_what_cannot_be_checked(self, cli, cards, tmp_path):
         cli("check", "tiny_arch", code=5)
@@ -150,8 +174,9 @@ class TestDiff:
         )
 
     def test_values(self, cli, cards, remote):
-        local = f"file://{cards.parent / 'tiny'}"
-        set_digests(local)
+        folder = cards.parent / "tiny"
+        assert "(values not compared)" in cli("diff", "tiny", "remote").stderr
+        set_digests(f"file://{folder}")
         set_digests("hg://somebody/tiny", q_proj="other")
 
         result = cli("diff", "tiny", "remote")
@@ -159,13 +184,12 @@ class TestDiff:
             [name, "values", "of", name, "other"] for name in tensors() if "q_proj" in name
         ]
         assert "(values: 22 equal, 2 different, 0 not compared)" in result.stderr
-        assert "(values: 22 equal, 2 different, 0 not compared)" in cli("diff", cards.parent / "tiny", "remote").stderr
+        assert "(values: 22 equal, 2 different, 0 not compared)" in cli("diff", folder, "remote").stderr
 
-        # What was known of a file is not known of one that has changed.
-        os.utime(cards.parent / "tiny" / "model.safetensors")
-        for _ in range(2):
-            for name in (cards.parent / "tiny", "tiny"):
-                assert "(values not compared)" in cli("diff", name, "remote").stderr
+        # What was known of a file is not known of one that looks changed, also once that was noticed.
+        os.utime(folder / "model.safetensors")
+        for target in (folder, "tiny", folder, "tiny"):
+            assert "(values not compared)" in cli("diff", target, "remote").stderr
 
     def test_architectures(self, cli, cards):
         rows = [

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -358,6 +360,64 @@ finally:
         client(code, uri="hg://Qwen/Tiny-0.1B", progress=False)
     assert type(caught.value) is OSError
     assert not list(client.cache.rglob("*.incomplete"))
+
+
+PROCESS = """
+import sys
+from lading.fetch.hf import HubSource
+source = HubSource("hg://Qwen/Large")
+snapshot = source.snapshot()
+for file in source.fetch(snapshot, snapshot.files, known=lambda _: None, progress=False):
+    print(file.name, file.sha256)
+"""
+
+
+def _process(hub: FakeHub, home: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROCESS],
+        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_fetch_leaves_no_half_file(
+    hub: FakeHub, client: HubClient, tmp_path: Path, number: signal.Signals
+) -> None:
+    large = WEIGHTS * 82  # huggingface_hub hands on 10 MiB at once
+    hub.add("Qwen/Large", {"a.safetensors": large, "config.json": CONFIG})
+    hub.misbehave("a.safetensors", "drip", 1)
+
+    with _process(hub, tmp_path) as process:
+        while not any(p.stat().st_size for p in tmp_path.rglob("*.incomplete")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, errors = process.communicate()
+
+    assert process.returncode == -number
+    if number == signal.SIGINT:
+        assert errors.rstrip().endswith("KeyboardInterrupt")
+        assert not list(tmp_path.rglob("*.incomplete"))
+    assert not list(tmp_path.rglob("snapshots/*/a.safetensors"))
+    assert {f.name: f.path.read_bytes() for f in _fetch(client, "hg://Qwen/Large")} == {
+        "a.safetensors": large,
+        "config.json": CONFIG,
+    }
+
+
+def test_several_processes_fetch_the_same(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("Qwen/Large", {"a.safetensors": WEIGHTS, "b.safetensors": WEIGHTS[1:], "config.json": CONFIG})
+    hub.misbehave("a.safetensors", "slow", 4)
+
+    processes = [_process(hub, tmp_path) for _ in range(4)]
+    said = [process.communicate() for process in processes]
+
+    assert [process.returncode for process in processes] == [0] * 4, said
+    assert len({out for out, _ in said}) == 1
+    assert said[0][0].splitlines()[0] == f"a.safetensors {hashlib.sha256(WEIGHTS).hexdigest()}"
 
 
 # --- who may ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lading
-from lading import AssetCard, get_asset_store, load_model
+from lading import AssetCard, DigestMismatchError, get_asset_store, load_model
 from lading.checkpoint import index_checkpoint
 from lading.families.llama import get_llama_model_hub
 from lading.families.qwen import Qwen, QwenConfig, get_qwen_model_hub
@@ -196,19 +196,34 @@ def test_the_manifest_is_written_at_the_first_load_and_used_at_the_second(
     check(load_model("tiny"))
 
 
-def test_a_checkpoint_that_was_replaced_is_read_anew(cards: Path) -> None:
+@pytest.mark.parametrize("other_tensors", [False, True])
+def test_a_checkpoint_that_was_replaced_is_never_loaded_silently(cards: Path, other_tensors: bool) -> None:
     load_model("tiny")
     state = {name: tensor + 1 for name, tensor in load_file(cards / "tiny" / "model.safetensors").items()}
+    if other_tensors:
+        state["extra"] = torch.zeros(3)
     save_file(dict(reversed(state.items())), cards / "tiny" / "model.safetensors")
 
-    loaded = load_model("tiny", dtype="auto").state_dict()
+    for _ in range(2):
+        with pytest.raises(DigestMismatchError, match="`lading index tiny` takes"):
+            load_model("tiny")
+    if other_tensors:
+        return
+    loaded = load_model("tiny", dtype="auto", verify="never").state_dict()
+    assert all(loaded[name].equal(tensor) for name, tensor in state.items())
 
+    index_checkpoint("tiny")  # its owner says that it is meant
+    loaded = load_model("tiny", dtype="auto").state_dict()
     assert all(loaded[name].equal(tensor) for name, tensor in state.items())
 
 
 def test_an_index_that_comes_later_decides(cards: Path) -> None:
     load_model("tiny")
     make(cards / "tiny", shards=2)
+    with pytest.raises(DigestMismatchError, match="other files or tensors"):
+        load_with_report("tiny")
+
+    index_checkpoint("tiny")
     _, report = load_with_report("tiny")
     assert report.shards == 2
 

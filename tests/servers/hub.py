@@ -100,8 +100,8 @@ class FakeHub:
 
         :param target: the name of a file; or ``info``, for answers about repositories.
         :param fault: ``corrupt`` (one bit), ``short`` (half the body), ``long``, ``ignore-range``, ``wrong-range``,
-            ``gzip``, ``html``, ``slow`` (a second late), ``loop`` (redirects), ``downgrade`` (a redirect to another
-            scheme), ``other-commit``, a status (``503``, ``404`` …), or ``tag:…`` (that entity tag).
+            ``gzip``, ``html``, ``slow`` (a second late), ``drip`` (takes four), ``loop`` (redirects), ``downgrade`` (a
+            redirect to another scheme), ``other-commit``, a status (``503`` …), or ``tag:…`` (that entity tag).
         """
         self._faults[target] = (fault, times)
 
@@ -191,7 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
-    def _send(self, status: int, body: bytes = b"", **headers: str) -> None:
+    def _send(self, status: int, body: bytes = b"", *, drip: bool = False, **headers: str) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -199,7 +199,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            step = max(len(body) // 40, 1) if drip else len(body) or 1
+            for start in range(0, len(body), step):
+                self.wfile.write(body[start : start + step])
+                time.sleep(0.1 if drip else 0)
         raise _Answered
 
     def _fail(self, status: int, code: str | None = None, message: str = "") -> None:
@@ -356,7 +359,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "short":
             body = body[: len(body) // 2]
             self.close_connection = True
-        self._send(status, body, **headers)
+        self._send(status, body, drip=fault == "drip", **headers)
 
 
 def _sibling(name: str, data: bytes, blobs: bool) -> dict[str, Any]:

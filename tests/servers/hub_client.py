@@ -62,9 +62,9 @@ def main() -> None:
 
     from huggingface_hub import constants
 
-    from lading.fetch import hf, hf_cache, hf_client, hf_files, source
+    from lading.fetch import hf, hf_cache, hf_client, hf_errors, hf_files, source
 
-    hf_client.BACK_OFF = 0.01
+    hf_errors.BACK_OFF = 0.01
     pipe, sys.stdout = sys.stdout.buffer, sys.stderr
     while True:
         try:

@@ -26,6 +26,7 @@ from lading.filesystem import FileStat
 from lading.manifest import Manifest, Shard
 from lading.transfer import execute as execution
 from lading.transfer import files as module
+from lading.transfer import reader
 from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.execute import execute
 from lading.transfer.files import ShardFile
@@ -203,7 +204,7 @@ def test_parts_of_columns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, offset: int, dtype: str, is_cold: bool
 ) -> None:
     shape, box = ROWS[case]
-    monkeypatch.setattr(execution, "ROWS_CHUNK", 300 << 10)
+    monkeypatch.setattr(reader, "ROWS_CHUNK", 300 << 10)
     monkeypatch.setattr(execution, "STEP", 1 << 20)
     monkeypatch.setattr(module.OpenShard, "is_cold", lambda self, offset: is_cold)
     real, sizes = os.preadv, []
@@ -225,7 +226,7 @@ def test_parts_of_columns(
     assert loaded.equal(expected.to(loaded.dtype))
     assert loaded.is_contiguous()
     if case != "long runs":
-        assert max(sizes) <= execution.ROWS_CHUNK + 2 * 4096
+        assert max(sizes) <= reader.ROWS_CHUNK + 2 * 4096
     if case == "gaps are passed by" or not planned.rows.counts:
         assert sum(sizes) == box.numel * 4
 

@@ -79,10 +79,9 @@ def record_checkpoint(
             connection.execute(update(CheckpointRow).where(CheckpointRow.id == known).values(**values))
         if old is None or not same_tensors(old, manifest):
             write_tensors(connection, known, manifest)
-        elif (accept and not all_known(connection, known, copies)) or (
-            # Of another revision, the same tensors may hold other values, unless digests of the files say that not.
-            revision != known_revision and not all(shard.sha256 for shard in manifest.shards)
-        ):
+        elif _may_differ(
+            connection, known, manifest, copies, same_revision=bool(revision) and revision == known_revision
+        ) and (accept or not copies):
             forget_digests(connection, known)
 
         same_files = old is not None and old.index_name == manifest.index_name and old.has_files_of(manifest)
@@ -90,6 +89,16 @@ def record_checkpoint(
         if card_name is not None:
             _link(connection, split_name(card_name)[0], known)
         link_by_uri(connection)
+
+
+def _may_differ(
+    connection: Connection, checkpoint_id: int, manifest: Manifest, copies: Sequence[LocalCopy], *, same_revision: bool
+) -> bool:
+    """Whether the same tensors may hold other values than before: nothing tells that they do not."""
+    if same_revision or all(shard.sha256 for shard in manifest.shards):
+        return False
+
+    return not copies or not all_known(connection, checkpoint_id, copies)
 
 
 def record_files(

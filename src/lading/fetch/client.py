@@ -14,10 +14,11 @@ import netrc
 import os
 import random
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -25,7 +26,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lading.errors import CheckpointNotFoundError, FetchError, PolicyError
+from lading.errors import FetchError, LadingError, PolicyError
 from lading.fetch.answers import HeadRefused, Unavailable, require_success
 from lading.fetch.redirects import MAX_REDIRECTS, Boundary, Origin, check_url, shown
 from lading.version import __version__
@@ -233,23 +234,30 @@ class Connection:
         :raises PolicyError: it is refused, there or here.
         :raises FetchError: anything else but 200 and 206.
         """
-        start = self._client.located(url)
-        try:
-            with self._follow(method, start, headers) as (response, location):
-                require_success(response, location)
-                self._client.locate(url, location)
-                yield response
-                return
-        except (HeadRefused, PolicyError, CheckpointNotFoundError, FetchError):
-            # A place that was found by redirects may have been lent for a while only.
-            if start == url or self._client.located(url) != start:
-                raise
-            self._client.locate(url, None)
+        known = self._client.located(url)
+        with ExitStack() as stack:
+            try:
+                response, location = self._ask(stack, method, known, headers)
+            except (HeadRefused, Unavailable, LadingError):
+                self._client.locate(url, None)
+                # A place that was found by redirects may have been lent for a while only.
+                if known == url:
+                    raise
+                response, location = self._ask(stack, method, url, headers)
 
-        with self._follow(method, url, headers) as (response, location):
-            require_success(response, location)
             self._client.locate(url, location)
             yield response
+
+    def _ask(
+        self, stack: ExitStack, method: str, url: httpx.URL, headers: dict[str, str]
+    ) -> tuple[httpx.Response, httpx.URL]:
+        """An answer that is good for something, to be closed with ``stack``, and where it came from in the end."""
+        with ExitStack() as own:
+            response, location = own.enter_context(self._follow(method, url, headers))
+            require_success(response, location)
+            stack.push(own.pop_all())
+
+        return response, location
 
     @contextmanager
     def _follow(
@@ -302,6 +310,11 @@ class Connection:
             finally:
                 response.close()
         except self._errors as error:
+            if _is_about_trust(error):
+                raise FetchError(
+                    f"{url.host} cannot be trusted to be {url.host}: {error}. If it is signed by an authority of your "
+                    "own, name that one's certificate in SSL_CERT_FILE."
+                ) from error
             raise Unavailable(self._reason(error, url, late.is_set())) from error
 
     def _reason(self, error: Exception, url: httpx.URL, late: bool) -> str:
@@ -350,6 +363,16 @@ def chunks(response: httpx.Response, patience: Patience) -> Iterator[bytes]:
                     f"{patience.min_rate:.0f} are expected"
                 )
             began, count = now, 0
+
+
+def _is_about_trust(error: BaseException | None) -> bool:
+    """Whether a certificate was not believed: it will not be the next time either."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return True
+        error = error.__cause__ or error.__context__
+
+    return False
 
 
 def _authorization(host: str) -> str | None:

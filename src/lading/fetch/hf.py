@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Literal
 from uuid import uuid4
 
 from lading.errors import FetchError, PolicyError
-from lading.fetch import hf_client
 from lading.fetch.hf_cache import (
     CachedFile,
     cached_commit,
@@ -25,6 +24,7 @@ from lading.fetch.hf_cache import (
     snapshot_files,
     snapshot_folders,
 )
+from lading.fetch.hf_client import describe, read_range
 from lading.fetch.hf_files import fetch_files, offline_error
 from lading.fetch.hf_names import (
     HubAddress,
@@ -94,7 +94,7 @@ class HubSource:
                 raise offline_error(self.repo, f"revision {self.revision or 'main'}")
             return cached
 
-        info = hf_client.describe(self.repo, self.revision)
+        info = describe(self.repo, self.revision)
         if not isinstance(info.id, str) or not is_repo_id(info.id):
             raise FetchError(f"{self.uri}: expected the hub to answer with the id of a repository, found {info.id!r}.")
         if not isinstance(info.sha, str) or not is_commit(info.sha):
@@ -177,7 +177,7 @@ class HubSource:
         if self._offline:
             return self._read_here(snapshot, file, offset, size)
 
-        return hf_client.read_range(
+        return read_range(
             self._spelled or self.repo,
             commit,
             file.name,

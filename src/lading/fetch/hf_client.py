@@ -1,62 +1,44 @@
 """The one place that talks to the Hugging Face hub, always through the client of huggingface_hub.
 
-That client does the protocol: endpoint, tokens, redirects, its cache. What it does not do is done here: no exception of
-it gets out, names that it would make a path of are looked at, and ranges are asked for with every answer checked.
+That client does the protocol: endpoint, tokens, redirects, its cache. What it does not do is done here: what it would
+make a path of is looked at, and ranges are asked for with every answer checked.
 """
 
 from __future__ import annotations
 
-import errno
-import logging
-import random
 import re
-import socket
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
-from lading.errors import CheckpointNotFoundError, FetchError, LadingError, ModelGatedError
+from lading.errors import FetchError
+from lading.fetch.hf_errors import BrokenAnswerError, retried, translated
 from lading.version import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
-T = TypeVar("T")
-
-ATTEMPTS = 5
-BACK_OFF = 0.5
-"""Seconds before the second attempt; twice as long before each further one, up to ``LONGEST_WAIT``."""
-LONGEST_WAIT = 30.0
-"""Seconds: what a server's ``Retry-After`` is believed up to."""
 TIMEOUT = 30.0
 """Seconds without a byte."""
 SLOWEST = 1 << 16
 """Bytes a second that a range has to come with, on top of a ``TIMEOUT`` for its beginning."""
 REDIRECTS = 10
 
-_TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
-
-_log = logging.getLogger("lading.fetch")
-
-
-class _BrokenAnswerError(Exception):
-    """An answer that did not come as it should have: worth another attempt."""
 
 
 def describe(repo: str, revision: str | None) -> ModelInfo:
     """What the hub says of a repository at a revision (default: the main branch), in one call.
 
-    :raises FetchError: see :func:`translated`; so are the others.
+    :raises FetchError: see :func:`~lading.fetch.hf_errors.translated`; so are the others.
     """
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="lading", library_version=__version__)
     with translated(repo, "the list of its files"):
-        return _retried(
+        return retried(
             lambda: api.model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT),
             f"the list of files of {repo}",
         )
@@ -68,15 +50,12 @@ def download(repo: str, commit: str, name: str, *, force: bool, advance: Callabl
     :param force: whether to do so although it is there.
     :param advance: called with the number of bytes of each step; what it raises stops the download.
 
-    :raises FetchError: see :func:`translated`; so are the others.
+    :raises FetchError: see :func:`~lading.fetch.hf_errors.translated`; so are the others.
     """
-    from huggingface_hub import get_session, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
     with translated(repo, name):
-        hooks = get_session().event_hooks["response"]
-        if _refuse_unsafe_tag not in hooks:
-            hooks.append(_refuse_unsafe_tag)
-
+        guard_entity_tags()
         return str(
             hf_hub_download(
                 repo,
@@ -98,7 +77,7 @@ def read_range(
     :param total: the size of the file, where it is known.
     :param places: addresses that the hub redirected to, by name of the file: they are asked first, until they fail.
 
-    :raises FetchError: see :func:`translated`; so are the others.
+    :raises FetchError: see :func:`~lading.fetch.hf_errors.translated`; so are the others.
     """
     from huggingface_hub import hf_hub_url
 
@@ -118,149 +97,7 @@ def read_range(
                 places[name] = place
             return body
 
-        return _retried(ask, f"{name} of {repo}")
-
-
-def page(repo: str) -> str:
-    """Where people read about a repository, and ask for it."""
-    from huggingface_hub import constants
-
-    return f"{constants.ENDPOINT}/{repo}"
-
-
-@contextmanager
-def translated(repo: str, what: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes an error of lading, or is one of the operating system.
-
-    :raises ModelGatedError: the hub hands ``repo`` out on request only.
-    :raises CheckpointNotFoundError: the hub says that there is no such repository, revision or file.
-    :raises FetchError: the hub cannot be reached, or answers nonsense.
-    :raises OSError: the disk is full, or cannot be written.
-    """
-    try:
-        yield
-    except (LadingError, MemoryError):
-        raise
-    except Exception as error:
-        translation = _translation(repo, what, error)
-        if translation is error:
-            raise
-        raise translation from error
-
-
-def _translation(repo: str, what: str, error: Exception) -> Exception:
-    from huggingface_hub import errors
-
-    # The client says "not in the cache" or "force failed" of what the hub refused; the reason stands behind.
-    while isinstance(error, (errors.LocalEntryNotFoundError, ValueError)) and isinstance(error.__cause__, Exception):
-        if isinstance(error, errors.HfHubHTTPError):
-            break
-        error = error.__cause__
-    if isinstance(error, LadingError):
-        return error
-
-    uri = f"hg://{repo}"
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
-    code = None if response is None else response.headers.get("X-Error-Code")
-
-    if isinstance(error, errors.RevisionNotFoundError):
-        return CheckpointNotFoundError(
-            uri, f"{uri}: the hub has this repository, but not the revision that was asked for. See {page(repo)}/refs."
-        )
-    if isinstance(error, errors.EntryNotFoundError):
-        return CheckpointNotFoundError(uri, f"{uri}: the hub has this repository, but no {what!r} in it.")
-    if status == 404 or code == "RepoNotFound":
-        return CheckpointNotFoundError(
-            uri,
-            f"{uri}: the hub at {page('')} knows no such repository, or not for you. Check the id; if it is a private "
-            "one, log in with `hf auth login`, or set HF_TOKEN.",
-        )
-    if isinstance(error, errors.DisabledRepoError):
-        return FetchError(f"{uri}: the hub has closed access to this repository, for everyone. See {page(repo)}.")
-    if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
-        return FetchError(
-            f"{uri}: the hub does not accept your token ({_line(error)}). Log in again with `hf auth login`, or set a "
-            "valid HF_TOKEN, or none."
-        )
-    if status in (401, 403):
-        return ModelGatedError(
-            repo,
-            page(repo),
-            message=f"{repo!r} is gated or private on the hub, which hands it out on request only (HTTP {status}). Ask "
-            f"for access at {page(repo)}, and then log in with `hf auth login`, or set HF_TOKEN.",
-        )
-    if status is not None:
-        return FetchError(f"{uri}: expected the hub to answer with {what}, got HTTP {status}: {_line(error)}.")
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return FetchError(f"{uri}: HF_HUB_OFFLINE is set, so nothing can be fetched. Unset it, and try again.")
-    if _is_of_the_disk(error):
-        return error
-
-    return FetchError(
-        f"{uri}: could not get {what} from {page(repo)}: {type(error).__name__}: {_line(error)}. Check the network "
-        "(and HF_ENDPOINT, if it is set), and try again: what was fetched is kept."
-    )
-
-
-def _is_of_the_disk(error: Exception) -> bool:
-    return (
-        isinstance(error, OSError)
-        and error.errno is not None
-        and not isinstance(error, (ConnectionError, TimeoutError, socket.gaierror))
-        and error.errno not in {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL}
-    )
-
-
-def _client_errors(*names: str) -> tuple[type[Exception], ...]:
-    """Errors of the HTTP client that huggingface_hub brings: httpx in its version 1, httpx2 in version 2."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    package = HfHubHTTPError.__bases__[0].__module__.partition(".")[0]
-
-    return tuple(getattr(sys.modules[package], name) for name in names)
-
-
-def _line(error: Exception) -> str:
-    """What an error says, on one line that a terminal shows as it is: a server has written some of it."""
-    text = " ".join(str(error).split())
-    text = "".join(c if c.isprintable() else "?" for c in text)
-
-    return (text if len(text) <= 300 else f"{text[:300]}…").rstrip(".")
-
-
-# --- attempts --------------------------------------------------------------------------------------------------------
-
-
-def _retried(ask: Callable[[], T], what: str) -> T:
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return ask()
-        except Exception as error:
-            wait = _wait(error, attempt)
-            if wait is None or attempt == ATTEMPTS:
-                if isinstance(error, _BrokenAnswerError):
-                    raise FetchError(f"Tried {attempt} times to get {what}: {error}.") from error
-                raise
-            _log.info("%s: %s; trying again in %.1f s (%d of %d)", what, _line(error), wait, attempt + 1, ATTEMPTS)
-            time.sleep(wait)
-
-    raise AssertionError("unreachable")
-
-
-def _wait(error: Exception, attempt: int) -> float | None:
-    """Seconds before the next attempt; ``None`` if another one would be in vain."""
-    back_off = BACK_OFF * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
-    response = getattr(error, "response", None)
-    if response is not None:
-        if response.status_code not in _TRANSIENT:
-            return None
-        asked = response.headers.get("Retry-After", "")
-        return float(min(max(back_off, float(asked) if asked.isdecimal() else 0.0), LONGEST_WAIT))
-
-    passing = _client_errors("TimeoutException", "NetworkError", "RemoteProtocolError")
-
-    return min(back_off, LONGEST_WAIT) if isinstance(error, (_BrokenAnswerError, *passing)) else None
+        return retried(ask, f"{name} of {repo}")
 
 
 # --- ranges ----------------------------------------------------------------------------------------------------------
@@ -325,11 +162,11 @@ def _body(response: Any, offset: int, size: int, total: int | None) -> bytes:
         if len(body) > size:
             raise FetchError(f"{response.url}: expected {size} bytes, found more.")
         if time.monotonic() > deadline:
-            raise _BrokenAnswerError(
+            raise BrokenAnswerError(
                 f"{response.url} sent {len(body)} of {size} bytes and is slower than {SLOWEST} bytes a second"
             )
     if len(body) < size:
-        raise _BrokenAnswerError(f"{response.url} sent {len(body)} of {size} bytes")
+        raise BrokenAnswerError(f"{response.url} sent {len(body)} of {size} bytes")
 
     return bytes(body)
 
@@ -337,11 +174,39 @@ def _body(response: Any, offset: int, size: int, total: int | None) -> bytes:
 # --- what the client takes on trust ----------------------------------------------------------------------------------
 
 
-def _refuse_unsafe_tag(response: Any) -> None:
-    """A hook of the HTTP client, before huggingface_hub sees an answer of a hub.
+def guard_entity_tags() -> None:
+    """See to it that no HTTP client of huggingface_hub in this process hands it an entity tag that is not plain.
 
-    It makes the path of a blob of the entity tag, and looks at everything but that.
+    It makes the path of a blob of the tag, and looks at everything but that. Its client is closed and made anew when a
+    connection fails, in the middle of a download too, so both the client and what makes it are seen to.
     """
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import _http
+
+    # Private to huggingface_hub: to set it in the public way closes the client, under whoever is using it.
+    if not isinstance(_http._GLOBAL_CLIENT_FACTORY, _GuardedFactory):
+        _http._GLOBAL_CLIENT_FACTORY = _GuardedFactory(_http._GLOBAL_CLIENT_FACTORY)
+    _add_hook(get_session())
+
+
+@dataclass(frozen=True, slots=True)
+class _GuardedFactory:
+    factory: Callable[[], Any]
+
+    def __call__(self) -> Any:
+        return _add_hook(self.factory())
+
+
+def _add_hook(client: Any) -> Any:
+    hooks = client.event_hooks["response"]
+    if _refuse_unsafe_tag not in hooks:
+        hooks.append(_refuse_unsafe_tag)
+
+    return client
+
+
+def _refuse_unsafe_tag(response: Any) -> None:
+    """A hook of the HTTP client, before huggingface_hub sees an answer of a hub."""
     headers = response.headers
     if "X-Repo-Commit" not in headers:
         return

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lading.errors import DigestMismatchError, FetchError, ModelCheckpointError
-from lading.fetch import hf_client
 from lading.fetch.hf_cache import folder_name, hub_cache
+from lading.fetch.hf_client import download
 from lading.fetch.hf_names import is_commit
 from lading.fetch.source import FetchedFile, Known, RemoteFile
 from lading.fetch.verify import sha256_file
@@ -128,7 +128,7 @@ class _Job:
             came += size
             count(size)
 
-        path = Path(hf_client.download(self.repo, self.commit, file.name, force=force, advance=advance))
+        path = Path(download(self.repo, self.commit, file.name, force=force, advance=advance))
         expected = hub_cache().resolve() / folder_name(self.repo) / "snapshots" / self.commit / file.name
         if path != expected:
             raise FetchError(

@@ -315,7 +315,11 @@ class HttpSource:
             stat=state,
             fetched_at=time.time(),
         )
-        self._cache.add(self.uri, "", {file.name: record})
+        try:
+            self._cache.add(self.uri, "", {file.name: record})
+        except OSError as error:
+            # The file is here and good; it is only found with more effort the next time.
+            _log.warning("The cache %s cannot be written, so it forgets %r: %s", self._cache.folder, file.name, error)
 
     def _here(self, file: RemoteFile, known: Known) -> FetchedFile | None:
         """The file, if it is on this machine: by the cache's notes, by its content, or by what the catalog knows."""
@@ -327,10 +331,7 @@ class HttpSource:
         path = self._cache.find(sha256)
         if path is not None and (state := _verified(path, sha256, None if record is None else record.stat)):
             if record is None or record.stat != state:
-                try:
-                    self._note(file, sha256, state)
-                except OSError as error:
-                    _log.info("the check of %s is not kept: %s", path, error)
+                self._note(file, sha256, state)
             return FetchedFile(name=file.name, path=path, stat=state, sha256=sha256, published=file.sha256 is not None)
 
         if file.sha256 is not None and (path := known(file.sha256)) is not None:

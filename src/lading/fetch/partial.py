@@ -115,10 +115,15 @@ class Partial:
         if not done or not self.identity.resumable:
             self.discard()
             return
-        free = self.path.with_name(f"{self.identity.key}.{_place()}-0-0.{secrets.token_hex(4)}.part")
-        old, self.path = self.path, free
-        self.note(done)
-        old.rename(free)
+        old = self.path
+        self.path = old.with_name(f"{self.identity.key}.{_place()}-0-0.{secrets.token_hex(4)}.part")
+        try:
+            self.note(done)
+            old.rename(self.path)
+        except OSError as error:
+            _log.info("what has arrived of %s is not kept: %s", self.identity.url, error)
+            self.discard()
+            _remove(old)
         _remove(_notes(old))
 
     def finished(self) -> None:

@@ -1,0 +1,342 @@
+"""Whatever ends a fetch, the cache is as before or as after, and the next fetch succeeds; so do many at once."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from lading.errors import FetchError
+from lading.fetch.cache import Cache
+from lading.fetch.client import Patience
+from lading.fetch.download import Effort
+from lading.fetch.http import HttpSource
+from servers import hostile
+from servers.hostile import Exchange, Server, serve
+
+PATH = "/org/model.safetensors"
+PIECE = 64 << 10
+DATA = os.urandom(24 * PIECE + 1000)
+SHA256 = hashlib.sha256(DATA).hexdigest()
+PIECES = 25
+
+CHILD = """\
+import resource, sys
+from pathlib import Path
+
+from lading.fetch.cache import Cache
+from lading.fetch.client import Patience, http_library
+from lading.fetch.download import Effort
+from lading.fetch.http import HttpSource
+
+uri, folder, mode = sys.argv[1:]
+http_library()
+
+if mode == "no locks":
+    import fcntl
+    fcntl.flock = lambda fd, how: None
+if mode == "small files":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+effort = Effort(connections=4, piece=64 << 10, notes_every=0.001)
+with HttpSource(uri, cache=Cache(Path(folder)), offline=mode == "offline", effort=effort) as source:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    snapshot = source.snapshot()
+    (file,) = source.fetch(snapshot, snapshot.files, known=lambda _: None, progress=False)
+print(file.path, file.sha256)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _environment(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
+class Child:
+    """A process that fetches one file when it is told to."""
+
+    def __init__(self, uri: str, folder: Path, mode: str = "") -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CHILD, uri, str(folder), mode],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n", self.process.communicate()[1]
+
+    def go(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+
+    def end(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=120)
+        return self.process.returncode, out, err
+
+
+def fetch_here(server: Server, folder: Path, **options: object) -> None:
+    """In this process, patient and without a wait between attempts."""
+    effort = Effort(connections=4, piece=PIECE, notes_every=0.001)
+    patience = Patience(attempts=2, backoff=0.001)
+    with HttpSource(server.url(PATH), cache=Cache(folder), offline=False, effort=effort, patience=patience) as source:
+        snapshot = source.snapshot()
+        (file,) = source.fetch(snapshot, snapshot.files, known=lambda _: None, progress=False)
+    assert file.sha256 == SHA256
+    assert file.path.read_bytes() == DATA
+
+
+def files_in(folder: Path, kind: str) -> list[Path]:
+    return sorted(path for path in (folder / kind).rglob("*") if path.is_file())
+
+
+def require_consistent(folder: Path) -> None:
+    for blob in files_in(folder, "blobs"):
+        assert re.fullmatch(r"[0-9a-f]{64}\.safetensors", blob.name)
+        assert hashlib.sha256(blob.read_bytes()).hexdigest() == blob.stem
+        assert blob.stat().st_mode & 0o777 == 0o444
+        assert blob.stat().st_nlink == 1
+    cache = Cache(folder)
+    entries = list(cache.entries())
+    assert len(entries) == len(files_in(folder, "entries"))
+    for entry in entries:
+        for file in entry.files.values():
+            assert cache.find(file.sha256) is not None
+    assert not any(path.is_symlink() for path in folder.rglob("*"))
+
+
+def slow(exchange: Exchange) -> None:
+    time.sleep(0.005)
+    hostile.honest(exchange)
+
+
+def _kill_points(folder: Path, count: int, seed: int) -> Iterator[str]:
+    """Kill that many fetches at random points; say how far each of them came."""
+    rng = random.Random(seed)
+    with serve({PATH: DATA}, slow) as server:
+        began = time.monotonic()
+        child = Child(server.url(PATH), folder / "measure")
+        began = time.monotonic()
+        child.go()
+        assert child.end()[0] == 0
+        whole = time.monotonic() - began
+
+        for i in range(count):
+            cache = folder / f"cache{i}"
+            child = Child(server.url(PATH), cache)
+            child.go()
+            time.sleep(rng.uniform(0, 1.1 * whole))
+            child.process.kill()
+            child.end()
+
+            require_consistent(cache)
+            yield "entry" if files_in(cache, "entries") else "parts" if files_in(cache, "tmp") else "none"
+
+            fetch_here(server, cache)
+            require_consistent(cache)
+            assert len(files_in(cache, "blobs")) == 1
+            # What a process left that was killed while it took up or finished something is removed later.
+            assert len(files_in(cache, "tmp")) <= 3
+
+
+def test_a_killed_fetch_leaves_a_good_cache(tmp_path: Path) -> None:
+    assert len(list(_kill_points(tmp_path, 5, seed=1))) == 5
+
+
+@pytest.mark.slow
+def test_many_killed_fetches_leave_a_good_cache(tmp_path: Path) -> None:
+    states = list(_kill_points(tmp_path, 120, seed=2))
+    assert "parts" in states
+
+
+def stops_after(ranges: int) -> hostile.Behaviour:
+    """So many ranges, then no answer any more, until the state says `go on`."""
+
+    def behave(exchange: Exchange) -> None:
+        asked = exchange.command == "GET"
+        if asked and exchange.hub.count("ranges") > ranges and "go on" not in exchange.hub.state:
+            hostile.silent(exchange)
+        else:
+            hostile.honest(exchange)
+
+    return behave
+
+
+def _wait_for(condition: object, seconds: float = 30) -> None:
+    until = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def _noted(folder: Path) -> int:
+    """Bytes that notes say are here."""
+    count = 0
+    for path in files_in(folder, "tmp"):
+        with suppress(FileNotFoundError):
+            ranges = re.findall(r"\[(\d+), (\d+)\]", path.read_text()) if path.suffix == ".json" else []
+            count += sum(int(end) - int(start) for start, end in ranges)
+    return count
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_what_a_stopped_fetch_had_is_not_fetched_again(tmp_path: Path, how: signal.Signals) -> None:
+    with serve({PATH: DATA}, stops_after(10)) as server:
+        child = Child(server.url(PATH), tmp_path)
+        child.go()
+        _wait_for(lambda: _noted(tmp_path) == 10 * PIECE)
+        child.process.send_signal(how)
+        began = time.monotonic()
+        code, _, err = child.end()
+        assert code == -how, err
+        assert time.monotonic() - began < 10  # while the server is silent
+        assert {path.suffix for path in files_in(tmp_path, "tmp")} == {".part", ".json"}
+        assert len(files_in(tmp_path, "tmp")) == 2
+        assert ("Traceback" in err) == (how == signal.SIGINT)
+
+        server.state["go on"] = True
+        server.requests.clear()
+        fetch_here(server, tmp_path)
+
+        assert len(server.gets()) == PIECES - 10
+        assert files_in(tmp_path, "tmp") == []
+
+
+def test_an_interrupted_fetch_without_ranges_leaves_nothing(tmp_path: Path) -> None:
+    with serve({PATH: DATA}, hostile.on_get(hostile.silent_body), etags=False) as server:
+        child = Child(server.url(PATH), tmp_path)
+        child.go()
+        _wait_for(lambda: [p for p in files_in(tmp_path, "tmp") if p.stat().st_size])
+        child.process.send_signal(signal.SIGINT)
+        assert child.end()[0] == -signal.SIGINT
+    assert files_in(tmp_path, "tmp") == []
+
+
+def test_a_failed_fetch_is_taken_up_by_the_same_process(tmp_path: Path) -> None:
+    def behave(exchange: Exchange) -> None:
+        if exchange.command == "GET" and exchange.hub.count("ranges") > 7 and "go on" not in exchange.hub.state:
+            exchange.answer(500)
+        else:
+            hostile.honest(exchange)
+
+    with serve({PATH: DATA}, behave) as server:
+        with pytest.raises(FetchError, match="answers 500"):
+            fetch_here(server, tmp_path)
+        assert len(files_in(tmp_path, "tmp")) == 2
+        server.state["go on"] = True
+        server.requests.clear()
+        fetch_here(server, tmp_path)
+        # Of the seven, those of the other three connections may have been cut off when the first one gave up.
+        assert PIECES - 7 <= len(server.gets()) <= PIECES - 7 + 3
+        assert files_in(tmp_path, "tmp") == []
+
+
+def test_what_was_kept_of_another_content_is_not_used(tmp_path: Path) -> None:
+    with serve({PATH: DATA[::-1]}, stops_after(5)) as server:
+        child = Child(server.url(PATH), tmp_path)
+        child.go()
+        _wait_for(lambda: _noted(tmp_path) == 5 * PIECE)
+        child.process.kill()
+        child.end()
+
+        server.files = {PATH: DATA}
+        server.state["go on"] = True
+        fetch_here(server, tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["locks", "no locks"])
+def test_eight_processes_fetch_one_file(tmp_path: Path, mode: str) -> None:
+    with serve({PATH: DATA}, slow) as server:
+        children = [Child(server.url(PATH), tmp_path, mode) for _ in range(8)]
+        for child in children:
+            child.go()
+        ends = [child.end() for child in children]
+
+    assert [(code, err) for code, _, err in ends if code] == []
+    assert {out for _, out, _ in ends} == {f"{Cache(tmp_path).find(SHA256)} {SHA256}\n"}
+    assert files_in(tmp_path, "tmp") == []
+    require_consistent(tmp_path)
+    if mode == "locks":
+        assert len(server.gets()) == PIECES
+        assert any("waiting for it" in err for _, _, err in ends)
+
+
+def test_a_file_that_cannot_be_written_is_an_error_of_the_system(tmp_path: Path) -> None:
+    with serve({PATH: DATA}) as server:
+        child = Child(server.url(PATH), tmp_path, "small files")
+        child.go()
+        code, _, err = child.end()
+        assert code == 1
+        assert "OSError: [Errno 27]" in err  # EFBIG, which a process with that limit gets where a full disk is ENOSPC
+        assert files_in(tmp_path, "tmp") + files_in(tmp_path, "blobs") + files_in(tmp_path, "entries") == []
+        fetch_here(server, tmp_path)
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fdatasync", "fsync", "ftruncate", "open", "fchmod"])
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """At each call that can need a block, not only at the first one."""
+    real, calls = getattr(os, call), []
+
+    def full(*args: object, **kwargs: object) -> object:
+        calls.append(args)
+        if call == "open" and not (int(args[1]) & os.O_CREAT and str(tmp_path) in str(args[0])):  # type: ignore[call-overload]
+            return real(*args, **kwargs)
+        if call == "pwrite" and len(calls) < 4:
+            return real(*args, **kwargs)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with serve({PATH: DATA}, etags=call != "ftruncate") as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, full)
+            with pytest.raises(OSError, match="No space left"):
+                fetch_here(server, tmp_path)
+        assert files_in(tmp_path, "tmp") + files_in(tmp_path, "blobs") + files_in(tmp_path, "entries") == []
+
+        fetch_here(server, tmp_path)
+        require_consistent(tmp_path)
+
+
+GUARD = """\
+import sys
+
+def guard(event, args):
+    if event.startswith("socket."):
+        raise SystemExit(f"a socket was used: {event}")
+
+sys.addaudithook(guard)
+"""
+
+
+def test_offline_opens_no_socket(tmp_path: Path) -> None:
+    with serve({PATH: DATA}) as server:
+        fetch_here(server, tmp_path)
+        uri = server.url(PATH)
+
+    def run(uri: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", GUARD + CHILD, uri, str(tmp_path), "offline"],
+            input="go\n",
+            capture_output=True,
+            text=True,
+        )
+
+    there, missing = run(uri), run(uri.replace("model", "other"))
+    assert there.returncode == 0, there.stderr
+    assert there.stdout.endswith(f"{SHA256}\n")
+    assert missing.returncode == 1
+    assert re.search(r"FetchError: 'other\.safetensors' .* LADING_OFFLINE is set", missing.stderr)

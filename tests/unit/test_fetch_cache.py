@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from lading.fetch.cache import Cache, CachedFile
+from lading.fetch.partial import Identity, Partial, courtesy_lock, sweep, temporary
+from lading.filesystem import FileStat
+
+URI = "https://a.example/org/model.safetensors"
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache")
+
+
+def put(cache: Cache, data: bytes, name: str = "model.safetensors") -> CachedFile:
+    sha256 = hashlib.sha256(data).hexdigest()
+    cache.tmp.mkdir(parents=True, exist_ok=True)
+    path = cache.tmp / "x"
+    path.write_bytes(data)
+    with open(path, "rb+") as file:
+        blob = cache.put(file.fileno(), path, sha256, name)
+    return CachedFile(
+        sha256=sha256,
+        size=len(data),
+        etag='"e"',
+        published=True,
+        stat=FileStat.from_stat(blob.stat()),
+        fetched_at=12.5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "extension"),
+    [
+        ("model.safetensors", "safetensors"),
+        ("a.b.JSON", "json"),
+        ("consolidated.00.pth", "pth"),
+        ("model.tar.gz", "blob"),
+        ("../../x", "blob"),
+        ("safetensors", "safetensors"),
+        ("x.s/../y", "blob"),
+        ("", "blob"),
+    ],
+)
+def test_names_say_only_the_extension(cache: Cache, name: str, extension: str) -> None:
+    sha256 = "ab" * 32
+    assert cache.blob(sha256, name) == cache.folder / "blobs" / "ab" / f"{sha256}.{extension}"
+
+
+@pytest.mark.parametrize("sha256", ["", "ab", "AB" * 32, "../" * 22, "ab" * 32 + "\n"])
+def test_what_is_no_digest_is_no_path(cache: Cache, sha256: str) -> None:
+    assert cache.find(sha256) is None
+    with pytest.raises(ValueError, match="64 lower-case"):
+        cache.blob(sha256, "x")
+
+
+def test_a_file_is_found_by_its_content(cache: Cache) -> None:
+    assert cache.find("ab" * 32) is None
+    file = put(cache, b"abc")
+    path = cache.find(file.sha256)
+    assert path is not None
+    assert path.read_bytes() == b"abc"
+    assert path.stat().st_mode & 0o777 == 0o444
+    assert list(cache.tmp.iterdir()) == []
+
+
+def test_a_link_is_no_file_of_the_cache(cache: Cache, tmp_path: Path) -> None:
+    path = cache.blob("ab" * 32, "x.json")
+    path.parent.mkdir(parents=True)
+    path.symlink_to("/etc/passwd")
+    assert cache.find("ab" * 32) is None
+
+
+def test_the_same_content_again_leaves_what_is_there(cache: Cache) -> None:
+    first, second = put(cache, b"abc"), put(cache, b"abc")
+    assert first.stat == second.stat
+    assert list(cache.tmp.iterdir()) == []
+
+
+def test_a_damaged_file_is_replaced(cache: Cache) -> None:
+    file = put(cache, b"abc")
+    path = cache.find(file.sha256)
+    assert path is not None
+    path.chmod(0o644)
+    path.write_bytes(b"abd")
+    put(cache, b"abc")
+    assert path.read_bytes() == b"abc"
+
+
+def test_entries(cache: Cache) -> None:
+    assert cache.entry(URI) is None
+    assert list(cache.entries()) == []
+    one, two = put(cache, b"1"), put(cache, b"2")
+    cache.add(URI, "", {"model.safetensors": one})
+    cache.add(URI, "", {"../evil": two})
+
+    entry = cache.entry(URI)
+    assert entry is not None
+    assert (entry.uri, entry.revision) == (URI, "")
+    assert entry.files == {"model.safetensors": one, "../evil": two}
+    assert list(cache.entries()) == [entry]
+
+    cache.add(URI, "r2", {"model.safetensors": two})
+    entry = cache.entry(URI)
+    assert entry is not None
+    assert entry.files == {"model.safetensors": two}
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "list", "deep", "digest", "uri", "size", "link", "fifo", "folder"])
+def test_a_damaged_entry_is_none(cache: Cache, tmp_path: Path, damage: str) -> None:
+    cache.add(URI, "", {"model.safetensors": put(cache, b"1")})
+    (path,) = (cache.folder / "entries").iterdir()
+    text = path.read_text()
+    path.unlink()
+    document = json.loads(text)
+    if damage == "cut":
+        path.write_text(text[:-20])
+    elif damage == "empty":
+        path.touch()
+    elif damage == "list":
+        path.write_text("[]")
+    elif damage == "deep":
+        path.write_text("[" * 100_000)
+    elif damage == "digest":
+        document["files"]["model.safetensors"]["sha256"] = "../../../etc/passwd"
+        path.write_text(json.dumps(document))
+    elif damage == "uri":
+        path.write_text(json.dumps({**document, "uri": "https://other.example/x"}))
+    elif damage == "size":
+        document["files"]["model.safetensors"]["size"] = "1"
+        path.write_text(json.dumps(document))
+    elif damage == "link":
+        (tmp_path / "elsewhere").write_text(text)
+        path.symlink_to(tmp_path / "elsewhere")
+    elif damage == "fifo":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+
+    assert cache.entry(URI) is None
+    assert list(cache.entries()) == []
+
+
+def test_removing_keeps_what_others_refer_to(cache: Cache) -> None:
+    one, two = put(cache, b"1" * 100), put(cache, b"2" * 50)
+    cache.add(URI, "", {"a": one, "b": two})
+    cache.add(URI + "2", "", {"c": two})
+    assert cache.size() == 150
+
+    assert cache.remove(URI) == 100
+    assert cache.entry(URI) is None
+    assert cache.find(one.sha256) is None
+    assert cache.find(two.sha256) is not None
+
+    assert cache.remove(URI) == 0
+    assert cache.remove(URI + "2") == 50
+    assert cache.size() == 0
+
+
+def test_pruning_removes_old_files_without_an_entry(cache: Cache) -> None:
+    one, two = put(cache, b"1" * 100), put(cache, b"2" * 50)
+    cache.add(URI, "", {"a": one})
+    assert cache.prune() == 0
+    assert cache.prune(older_than=-1) == 50
+    assert cache.find(one.sha256) is not None
+    assert cache.find(two.sha256) is None
+
+
+# --- what is being written -------------------------------------------------------------------------------------------
+
+IDENTITY = Identity(url=URI, etag='"e"', size=100, sha256=None)
+
+
+def abandon(folder: Path, identity: Identity = IDENTITY) -> Partial:
+    """What a process left that has ended: ten bytes, and notes that say so."""
+    partial = Partial.open(folder, identity)
+    os.pwrite(partial.fd, b"0123456789", 0)
+    partial.release([(0, 10)])
+    return partial
+
+
+def test_what_an_ended_process_left_is_taken_up_once(tmp_path: Path) -> None:
+    abandon(tmp_path)
+    first, second = Partial.open(tmp_path, IDENTITY), Partial.open(tmp_path, IDENTITY)
+    assert (first.done, second.done) == ([(0, 10)], [])
+    assert os.pread(first.fd, 100, 0) == b"0123456789"
+    first.discard()
+    second.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_living_process_writes_is_left_to_it(tmp_path: Path) -> None:
+    mine = Partial.open(tmp_path, IDENTITY)
+    os.pwrite(mine.fd, b"0123456789", 0)
+    mine.note([(0, 10)])
+    assert Partial.open(tmp_path, IDENTITY).done == []
+    sweep(tmp_path, older_than=-1)
+    assert mine.path.exists()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Identity(url=URI, etag='"f"', size=100, sha256=None),
+        Identity(url=URI, etag='"e"', size=101, sha256=None),
+        Identity(url=URI, etag='"e"', size=100, sha256="ab" * 32),
+        Identity(url=URI + "?", etag='"e"', size=100, sha256=None),
+        Identity(url=URI, etag=None, size=100, sha256=None),
+    ],
+)
+def test_what_is_of_another_content_is_not_taken_up(tmp_path: Path, other: Identity) -> None:
+    abandon(tmp_path)
+    assert Partial.open(tmp_path, other).done == []
+
+
+@pytest.mark.parametrize(
+    "notes", ["", "[]", '{"done": [[0, 10]]}', "[[0, 11]]", "[[5, 10], [0, 5]]", "[[0, 0]]", "[0]"]
+)
+def test_notes_that_make_no_sense_are_none(tmp_path: Path, notes: str) -> None:
+    path = abandon(tmp_path).path.with_suffix(".json")
+    if notes.startswith("[") and notes != "[]":
+        notes = json.dumps({**json.loads(path.read_text()), "done": json.loads(notes)})
+    path.write_text(notes)
+    assert Partial.open(tmp_path, IDENTITY).done == []
+
+
+def test_without_a_validator_nothing_is_kept(tmp_path: Path) -> None:
+    abandon(tmp_path, Identity(url=URI, etag=None, size=100, sha256=None))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_litter_is_swept_when_it_is_old(tmp_path: Path) -> None:
+    abandon(tmp_path)
+    (tmp_path / "somebody's.file").touch()
+    assert sweep(tmp_path) == 0
+    for path in tmp_path.iterdir():
+        os.utime(path, (time.time() - 100_000,) * 2)
+    assert sweep(tmp_path) > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["somebody's.file"]
+
+
+def test_a_temporary_file_is_gone_whatever_happens(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), temporary(tmp_path, "entry"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_is_a_courtesy(tmp_path: Path) -> None:
+    with courtesy_lock(tmp_path / "locks", "k") as waited:
+        assert not waited
+    (tmp_path / "file").touch()
+    with courtesy_lock(tmp_path / "file", "k") as waited:  # no such folder can be made
+        assert not waited
