@@ -60,6 +60,8 @@ class LoadOptions:
     mmap: bool = False
     progress: bool = True
     verify: Verify = "auto"
+    restrict: bool = True
+    """As :func:`lading.formats.index` takes it; for a path."""
 
     @property
     def shows_progress(self) -> bool:
@@ -92,7 +94,7 @@ def load_path(path: Path, family: Family[Any, Any], config: Any, options: LoadOp
     clock = Clock()
 
     with clock.phase("manifest"):
-        checkpoint = options.gangs.root.first(lambda: path_checkpoint(path))
+        checkpoint = options.gangs.root.first(lambda: path_checkpoint(path, restrict=options.restrict))
 
     return _load(checkpoint, family, config, None, options, clock)
 

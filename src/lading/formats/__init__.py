@@ -28,9 +28,12 @@ from lading.formats.remote import Files, index_files
 from lading.formats.safetensors import index_file, join, read_header
 from lading.formats.sharded import index_shards
 from lading.formats.tar import find_member
+from lading.formats.torch_pt import NonContiguousError
 from lading.manifest import Manifest, Shard
 
-__all__ = ["FILE_NAME", "INDEX_NAME", "Files", "index", "index_files", "readable"]
+__all__ = ["FILE_NAME", "INDEX_NAME", "Files", "NonContiguousError", "archive_of", "index", "index_files", "readable"]
+
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def index(path: Path | str, *, member: str | None = None, cache: Path | None = None, restrict: bool = True) -> Manifest:
@@ -40,7 +43,7 @@ def index(path: Path | str, *, member: str | None = None, cache: Path | None = N
         several, an uncompressed tar archive, or a folder with one of these under its usual name, the first that is
         there: ``model.safetensors.index.json``, ``model.safetensors``, ``consolidated.00.pth`` and its like,
         ``pp_00/tp_00/sdp_00.pt`` and its like, ``pytorch_model.bin.index.json``, ``pytorch_model.bin``. Symbolic links
-        are followed, as long as they lead to regular files.
+        are followed, as long as they lead to regular files. A path may lead on into an archive: ``a.tar/b/model.pt``.
     :param member: the name of the checkpoint in the archive at ``path``, of which the manifest's offsets are.
     :param cache: a folder to rewrite the checkpoint in, once, if its tensors are no ranges of bytes. The manifest is
         then the one of that file, which :func:`readable` names.
@@ -56,10 +59,10 @@ def index(path: Path | str, *, member: str | None = None, cache: Path | None = N
     :raises ModelCheckpointError: a file cannot be rewritten within the limits of time and memory.
     :raises OSError: a file cannot be read, for want of a permission say.
     """
-    path = Path(path)
+    path, member = _split(Path(path), member)
     try:
         return _index(path, member, restrict)
-    except torch_pt.NonContiguousError:
+    except NonContiguousError:
         if cache is None:
             raise
 
@@ -72,13 +75,26 @@ def readable(path: Path | str, *, member: str | None = None, cache: Path, restri
     Takes and raises what :func:`index` does, which gives the manifest of what is at the returned path (with the same
     ``member``, if it is the same path).
     """
-    path = Path(path)
+    file, inner = _split(Path(path), member)
     try:
-        _index(path, member, restrict)
-    except torch_pt.NonContiguousError:
-        return _rewritten(path, member, cache, restrict)
+        _index(file, inner, restrict)
+    except NonContiguousError:
+        return _rewritten(file, inner, cache, restrict)
 
-    return path
+    return Path(path)
+
+
+def archive_of(path: Path) -> Path | None:
+    """The archive that ``path`` leads into; ``None`` where it is a path as any other."""
+    archives = (parent for parent in path.parents if parent.name.lower().endswith(_ARCHIVES))
+
+    return next((archive for archive in archives if archive.is_file()), None)
+
+
+def _split(path: Path, member: str | None) -> tuple[Path, str | None]:
+    archive = archive_of(path) if member is None else None
+
+    return (path, member) if archive is None else (archive, path.relative_to(archive).as_posix())
 
 
 def _index(path: Path, member: str | None, restrict: bool) -> Manifest:
@@ -99,8 +115,10 @@ def _index(path: Path, member: str | None, restrict: bool) -> Manifest:
         return torch_pt.index_file(path, restrict=restrict)
     if is_other_format(path.name) and path.exists():
         raise not_supported(path, repr(path.name))
-    if path.suffix == ".tar" and path.exists():
-        raise NotSupportedError(f"{path}: expected the name of a member of this archive, found none given.")
+    if path.name.lower().endswith(_ARCHIVES) and path.exists():
+        raise NotSupportedError(
+            f"{path}: expected the name of a member of this archive, as in {path.name}/model.pt, found none given."
+        )
 
     return index_file(path)
 
