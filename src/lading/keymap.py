@@ -247,7 +247,7 @@ def _compose(
     for sdp_dim in (0, None) if sdp > 1 else (0,):
         for tp_dim in (*range(len(target_shape)), None) if tp > 1 else (None,):
             try:
-                source = _build(cells, tp_dim, sdp_dim)
+                source = _build(cells, shapes, tp_dim, sdp_dim)
                 if shape_of(source, shapes) == target_shape:
                     return source
             except ValueError as failure:
@@ -266,7 +266,10 @@ def _rules_of(places: Sequence[tuple[int, _Place | None]]) -> list[Rule | None]:
 
 
 def _build(
-    cells: Mapping[int, Mapping[int, Sequence[tuple[int, _Place]]]], tp_dim: int | None, sdp_dim: int | None
+    cells: Mapping[int, Mapping[int, Sequence[tuple[int, _Place]]]],
+    shapes: Sequence[tuple[int, ...]],
+    tp_dim: int | None,
+    sdp_dim: int | None,
 ) -> Source:
     stacked: list[Source] = []
     rule: Rule | None = None
@@ -274,7 +277,7 @@ def _build(
         joined: list[Source] = []
         for j in range(len(cells[i])):
             rule = cells[i][j][0][1].rule
-            source = _join_ranks(cells[i][j], tp_dim, sdp_dim)
+            source = _join_ranks(cells[i][j], shapes, tp_dim, sdp_dim)
             joined.append(source if rule is None or rule.order is None else Reordered(rule.order, source))
         concat = None if rule is None else rule.concat
         stacked.append(joined[0] if concat is None else Joined(concat[0], tuple(joined)))
@@ -282,7 +285,9 @@ def _build(
     return stacked[0] if rule is None or rule.stack is None else Stacked(tuple(stacked))
 
 
-def _join_ranks(parts: Sequence[tuple[int, _Place]], tp_dim: int | None, sdp_dim: int | None) -> Source:
+def _join_ranks(
+    parts: Sequence[tuple[int, _Place]], shapes: Sequence[tuple[int, ...]], tp_dim: int | None, sdp_dim: int | None
+) -> Source:
     rows: dict[int, dict[int, int]] = {}
     for tensor, place in parts:
         rows.setdefault(place.ranks[0], {})[place.ranks[1]] = tensor
@@ -290,9 +295,10 @@ def _join_ranks(parts: Sequence[tuple[int, _Place]], tp_dim: int | None, sdp_dim
 
     whole: list[Source] = []
     for tp in range(len(rows)):
-        # Ranks that got no row of an uneven tensor may have saved none.
+        # Ranks that got no row of an uneven tensor may have saved nothing, or an empty tensor of any shape.
         _require_all("sharded parts", rows[tp])
-        row = tuple(rows[tp][sdp] for sdp in range(len(rows[tp])))
+        all_parts = [rows[tp][sdp] for sdp in range(len(rows[tp]))]
+        row = tuple(part for part in all_parts if 0 not in shapes[part]) or (all_parts[0],)
         whole.append(row[0] if sdp_dim is None or len(row) == 1 else Joined(sdp_dim, row))
 
     return whole[0] if tp_dim is None or len(whole) == 1 else Joined(tp_dim, tuple(whole))

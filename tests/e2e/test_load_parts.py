@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import Result
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lading.errors import ModelCheckpointMismatchError
+from lading import load_model
+from lading.errors import DigestMismatchError, ModelCheckpointMismatchError
 from lading.families.llama import LLaMAConfig, get_llama_model_hub
 from lading.families.mistral import MistralConfig, get_mistral_model_hub
 from lading.gangs import simulate_gangs
@@ -134,8 +136,10 @@ def _fairseq2(folder: Path, meta: State, tp: int, sdp: int) -> Path:
             for name, value in meta.items():
                 dim = _cut_dim(name, 1)
                 rows = (value if dim is None else value.chunk(tp, dim)[i]).chunk(sdp)
-                if j < len(rows):
-                    part[_renamed(name, FAIRSEQ2, "decoder.layers")] = rows[j].clone()
+                # What FSDP1 leaves to a rank that has no row.
+                mine = rows[j].clone() if j < len(rows) else torch.Tensor([])
+                if mine.numel() or i == 0:
+                    part[_renamed(name, FAIRSEQ2, "decoder.layers")] = mine
             path = folder / "pp_00" / f"tp_{i:02}" / f"sdp_{j:02}.pt"
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save({"model": part, "fs2": True}, path)
@@ -201,6 +205,37 @@ def test_one_tensor_after_another(path: Path, states: tuple[State, State]) -> No
 
     assert found.keys() == states[1].keys()
     assert all(torch.equal(found[name], value) for name, value in states[1].items())
+
+
+CARD = """
+name: tiny_meta
+model_family: llama
+model_config: {model_dim: 24, max_seq_len: 64, vocab_size: 40, num_layers: 2, num_attn_heads: 4, num_key_value_heads: 2,
+               head_dim: 12, ffn_inner_dim: 20, ffn_inner_dim_scale: 1.0, ffn_inner_dim_multiple_of: 1}
+checkpoint: meta
+"""
+
+
+def test_a_card_is_verified(
+    cards: Path, cli: Callable[..., Result], tmp_path: Path, states: tuple[State, State]
+) -> None:
+    """No parameter holds a tensor's bytes as they are in the file: digests are of the file's tensors all the same."""
+    folder = _consolidated(tmp_path / "meta", states[0], 2)
+    (tmp_path / "meta.yaml").write_text(CARD)
+    cli("import", tmp_path / "meta.yaml")
+
+    for verify in ("auto", "always"):
+        model = load_model("tiny_meta", dtype="auto", verify=verify)
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in states[1].items())
+    cli("check", "tiny_meta")
+
+    file = folder / "consolidated.01.pth"
+    data = bytearray(file.read_bytes())
+    at = data.index(states[0]["output.weight"].chunk(2)[1].view(torch.uint8).numpy().tobytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DigestMismatchError, match=r"output\.weight#1"):
+        load_model("tiny_meta", dtype="auto")
 
 
 def test_a_part_that_is_missing(tmp_path: Path, states: tuple[State, State]) -> None:

@@ -191,6 +191,16 @@ def test_a_file_of_before_byteorder(tmp_path: Path) -> None:
     assert equal(read_all(path)["w"], torch.arange(6, dtype=torch.float32).reshape(2, 3))
 
 
+def test_a_file_without_checksums(tmp_path: Path) -> None:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = _written(tmp_path / "model.pt", {"w": BASE})
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert equal(read_all(path)["w"], BASE)
+
+
 def test_old_ways_to_rebuild(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     data = pickled(dictionary(w=tensor(storage())).replace(b"_rebuild_tensor_v2", b"_rebuild_tensor"))

@@ -154,6 +154,13 @@ def test_a_tied_parameter_in_parts() -> None:
     assert routed.duplicates == ((0, Joined(0, (2, 3))),)
 
 
+def test_ranks_that_have_no_part() -> None:
+    names, shapes = ["w#0.0", "w#0.1", "w#0.2"], [(2, 3), (1, 3), (0,)]
+    assert route(names, ["w"], shapes=shapes, target_shapes=[(3, 3)]).composed == {0: Joined(0, (0, 1))}
+    assert route(names[:2], ["w"], shapes=shapes[:2], target_shapes=[(3, 3)]).composed == {0: Joined(0, (0, 1))}
+    assert list(route(names, ["w"], shapes=[(0, 3)] * 3, target_shapes=[(0, 3)]).tensors) == [0]
+
+
 def test_copies_of_a_tensor_on_all_ranks() -> None:
     routed = route(["norm#0", "norm#1"], ["norm"], shapes=[(4,)] * 2, target_shapes=[(4,)])
     assert list(routed.tensors) == [0]
