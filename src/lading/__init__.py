@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from lading.errors import NotSupportedError as NotSupportedError
     from lading.errors import PolicyError as PolicyError
     from lading.errors import QueryError as QueryError
+    from lading.export import ExportReport as ExportReport
+    from lading.export import convert_checkpoint as convert_checkpoint
+    from lading.export import export_model as export_model
     from lading.family import Family as Family
     from lading.gangs import Gang as Gang
     from lading.gangs import Gangs as Gangs
@@ -95,6 +98,9 @@ _HOME = {
     "NotSupportedError": "errors",
     "PolicyError": "errors",
     "QueryError": "errors",
+    "convert_checkpoint": "export",
+    "export_model": "export",
+    "ExportReport": "export",
     "Family": "family",
     "Gang": "gangs",
     "Gangs": "gangs",

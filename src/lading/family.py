@@ -69,6 +69,11 @@ class Family(Generic[ModelT, ModelConfigT]):
 
     :raises NotSupportedError: the file asks for something that the family does not do.
     """
+    to_hf: Callable[[ModelConfigT], Mapping[str, object]] | None = None
+    """The way back: the ``config.json`` that describes a model of the configuration, as transformers reads it.
+
+    :raises NotSupportedError: no such file can describe it.
+    """
     supports_meta: bool = True
     """Whether ``create_new_model(…, meta=True)`` may be asked for."""
     restrict: bool = True

@@ -14,7 +14,7 @@ import lading
 ROOT = Path(lading.__file__).parent
 
 LAYERS = [
-    {"errors", "box", "filesystem", "version"},
+    {"errors", "box", "filesystem", "new_folder", "version"},
     {"documents", "card", "cardfile", "manifest", "compose", "digests", "settings", "gangs"},
     {"overrides", "config", "keymap", "catalog", "formats", "fetch", "nn"},
     {"transfer"},
@@ -22,9 +22,9 @@ LAYERS = [
     {"parallel", "report"},
     {"folder", "construct", "published", "diff", "resolve"},
     {"checkpoint", "check"},
-    {"acquire", "reading"},
+    {"acquire", "reading", "companions"},
     {"verification"},
-    {"verify", "pull"},
+    {"verify", "pull", "export"},
     {"loader"},
     {"hub", "doors"},
     {"families"},
@@ -121,6 +121,7 @@ def test_the_public_names() -> None:
         AssetCard AssetCardField Architecture AssetStore get_asset_store
         load_model ModelHub ModelHubAccessor GlobalModelLoader LoadReport
         pull_model PullReport verify_model VerifyReport
+        convert_checkpoint export_model ExportReport
         import_cards index_checkpoint query check_model CheckReport diff_models DiffReport
         Family Rule ParallelPlan Split Manifest Gang Gangs create_fake_gangs create_gangs simulate_gangs
         LadingError ModelNotKnownError ModelFamilyNotKnownError ModelArchitectureNotKnownError ModelGatedError
