@@ -6,6 +6,7 @@ The calls and their meaning are those of fairseq2 0.8.1's ``fairseq2.models.hub`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast
 
@@ -177,12 +178,13 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
 
         :param path: of the file or folder.
         :param config: the configuration that the checkpoint was made with.
-        :param restrict: limit unpickling, in formats that use pickle, to tensors and plain containers; ``None``: the
-            family's default.
+        :param restrict: refuse a file of ``torch.save`` that names anything that a state dict does not need, instead of
+            passing over it; ``None``: the family's default. Nothing that a file names is imported in either case.
 
         The other parameters, and what is raised, are as for :meth:`load_model`.
         """
         options = _options(gangs, device, dtype, mmap=mmap, progress=progress, verify=verify)
+        options = replace(options, restrict=self._restrict(restrict))
         check_config_type(config, self._family)
         model, _ = agreed(options.gangs, lambda: load_path(Path(path), self._family, config, options))
 
@@ -210,9 +212,12 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         """
         check_config_type(config, self._family)
 
-        return iter_tensors(
-            path_checkpoint(Path(path)), self._family, config, gangs=gangs or create_fake_gangs("cpu"), mmap=mmap
-        )
+        checkpoint = path_checkpoint(Path(path), restrict=self._restrict(restrict))
+
+        return iter_tensors(checkpoint, self._family, config, gangs=gangs or create_fake_gangs("cpu"), mmap=mmap)
+
+    def _restrict(self, asked: bool | None) -> bool:
+        return self._family.restrict if asked is None else asked
 
 
 class ModelHubAccessor(Generic[ModelT, ModelConfigT]):

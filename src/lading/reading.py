@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that is on this machine, without a model."""
+"""Whole tensors of a checkpoint that is on this machine, without a model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lading.box import Box
 from lading.checkpoint import Checkpoint
+from lading.compose import Source, shape_of, tensors_of
 from lading.construct import build_on_meta, parallelize
 from lading.errors import ModelCheckpointMismatchError
 from lading.family import Family
 from lading.gangs import Gangs
-from lading.keymap import rename
+from lading.keymap import Rule, makes_parts, rename, route
 from lading.transfer.execute import execute
 from lading.transfer.plan import Wanted, plan
 from lading.transfer.targets import targets_of
@@ -22,21 +23,27 @@ from lading.transfer.targets import targets_of
 
 def read_tensors(
     checkpoint: Checkpoint,
-    tensors: Sequence[int],
+    sources: Sequence[Source],
     dtypes: Sequence[str],
     mmap: bool = False,
     *,
     boxes: Sequence[Box] | None = None,
 ) -> list[Tensor]:
-    """Tensors of a checkpoint, on the CPU.
+    """Tensors of a checkpoint, or what they make together, on the CPU.
 
-    :param tensors: positions in the manifest.
+    :param sources: of tensors, their positions in the manifest.
     :param dtypes: of each in memory.
-    :param boxes: the part of each; all of it by default.
+    :param boxes: the part of each; default: all.
     """
     if boxes is None:
-        boxes = [Box.whole(checkpoint.manifest.shapes[i]) for i in tensors]
-    planned = plan(checkpoint.manifest, Wanted(tensors=tensors, boxes=boxes, dtypes=dtypes), mapped=mmap)
+        boxes = [Box.whole(shape_of(source, checkpoint.manifest.shapes)) for source in sources]
+    wanted = Wanted(
+        tensors=[next(tensors_of(source)) for source in sources],
+        boxes=boxes,
+        dtypes=dtypes,
+        composed={i: source for i, source in enumerate(sources) if not isinstance(source, int)},
+    )
+    planned = plan(checkpoint.manifest, wanted, mapped=mmap)
     shapes = [(box.sizes, dtype) for box, dtype in zip(boxes, dtypes, strict=True)]
 
     return execute(planned, checkpoint.here(), shapes, device=torch.device("cpu"))
@@ -49,22 +56,27 @@ def iter_tensors(
 
     Of a parameter that is split over ``gangs`` it is the part that this rank owns.
 
-    :raises ModelCheckpointMismatchError: a tensor that would be cut is not of the shape of its parameter.
+    :raises ModelCheckpointMismatchError: parts that make a parameter together are missing, or claim the same place; or
+        a tensor that would be cut is not of the shape of its parameter.
     """
-    manifest = checkpoint.manifest
+    manifest, rules = checkpoint.manifest, family.rules(config)
     owned = _owned(family, config, gangs)
+    if makes_parts(manifest.names, rules):
+        sources = _made(checkpoint, family, config, rules)
+    else:
+        sources = [(name, i) for i, name in enumerate(rename(manifest.names, rules)) if name is not None]
 
-    for i, name in enumerate(rename(manifest.names, family.rules(config))):
-        if name is None:
-            continue
-        expected, box = owned.get(name, (manifest.shapes[i], Box.whole(manifest.shapes[i])))
-        if manifest.shapes[i] != expected:
-            problem = f"mis-shaped: {manifest.names[i]} is expected to be {expected}, but is {manifest.shapes[i]}"
+    for name, source in sources:
+        shape = shape_of(source, manifest.shapes)
+        expected, box = owned.get(name, (shape, Box.whole(shape)))
+        if shape != expected:
+            problem = f"mis-shaped: {name} is expected to be {expected}, but is {shape}"
             raise ModelCheckpointMismatchError(
                 checkpoint.where, f"The checkpoint at {checkpoint.where} does not fit: {problem}.", [problem]
             )
 
-        (tensor,) = read_tensors(checkpoint, [i], [manifest.dtypes[i]], mmap, boxes=[box])
+        dtype = manifest.dtypes[next(tensors_of(source))]
+        (tensor,) = read_tensors(checkpoint, [source], [dtype], mmap, boxes=[box])
         yield name, tensor
 
 
@@ -79,3 +91,31 @@ def _owned(family: Family[Any, Any], config: Any, gangs: Gangs) -> Mapping[str, 
     owned = dict(zip(targets.names, zip(targets.shapes, targets.boxes, strict=True), strict=True))
 
     return owned | {alias: owned[first] for alias, first in targets.aliases.items()}
+
+
+def _made(
+    checkpoint: Checkpoint, family: Family[Any, Any], config: Any, rules: Sequence[Rule]
+) -> list[tuple[str, Source]]:
+    """What the tensors make, those that no parameter needs too."""
+    manifest = checkpoint.manifest
+    targets = targets_of(build_on_meta(family, config), dtype=None)
+    shapes = dict(zip(targets.names, targets.shapes, strict=True))
+    names = list(dict.fromkeys(name for name in rename(manifest.names, rules) if name is not None))
+    # A further name of a tied parameter has its shape.
+    target_shapes = [shapes.get(targets.aliases.get(name, name), ()) for name in names]
+
+    made = route(manifest.names, names, rules, shapes=manifest.shapes, target_shapes=target_shapes)
+    problems = [f"claimed by {len(by)} tensors: {name} by {', '.join(by)}" for name, by in made.clashes]
+    problems += [f"incomplete: {name}: {why}" for name, why in made.incomplete]
+    if problems:
+        raise ModelCheckpointMismatchError(
+            checkpoint.where,
+            f"The checkpoint at {checkpoint.where} does not make the parameters of {checkpoint.name}: "
+            + "; ".join(problems[:20]),
+            problems,
+        )
+
+    return sorted(
+        ((names[target], made.composed.get(i, made.tensors[i])) for i, target in enumerate(made.targets)),
+        key=lambda pair: next(tensors_of(pair[1])),
+    )

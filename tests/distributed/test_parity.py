@@ -47,6 +47,28 @@ MISTRAL = {
     "sliding_window": 5,
     "tie_word_embeddings": False,
 }
+OLMO = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+GEMMA = {
+    "hidden_size": 36,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 10,
+    "vocab_size": 101,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 BERT = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 8, "vocab_size": 102}
 
 
@@ -59,9 +81,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, config, kls in (
         ("llama", transformers.LlamaConfig, transformers.LlamaForCausalLM),
         ("mistral", transformers.MistralConfig, transformers.MistralForCausalLM),
+        ("olmo", transformers.Olmo3Config, transformers.Olmo3ForCausalLM),
+        ("gemma", transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
         ("bert", transformers.BertConfig, transformers.BertModel),
     ):
-        sizes = {"llama": LLAMA, "mistral": MISTRAL, "bert": BERT}[name]
+        sizes = {"llama": LLAMA, "mistral": MISTRAL, "olmo": OLMO, "gemma": GEMMA, "bert": BERT}[name]
         torch.manual_seed(0)
         model = kls(config(num_hidden_layers=2, max_position_embeddings=64, **sizes))
         with torch.no_grad():
@@ -149,7 +173,7 @@ def case_id(value: Any) -> str:
     return value if isinstance(value, str) else "tp{}-sdp{}-rdp{}".format(*value)
 
 
-FAMILIES = ["llama", "qwen", "mistral", "bert"]
+FAMILIES = ["llama", "qwen", "mistral", "olmo", "gemma", "bert"]
 
 
 @pytest.mark.parametrize("axes", [(2, 1, 1), (1, 2, 1)], ids=case_id)
@@ -167,6 +191,8 @@ def test_two_ranks(pool2: Pool, folders: dict[str, Path], family: str, axes: Axe
         ("mistral", (4, 1, 1)),  # two ranks to a key/value head
         ("qwen", (2, 2, 1)),
         ("qwen", (1, 2, 2)),
+        ("olmo", (2, 2, 1)),
+        ("gemma", (2, 2, 1)),
         ("bert", (2, 1, 2)),
         ("bert", (2, 2, 1)),
     ],
@@ -188,7 +214,7 @@ def pool8() -> Any:
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_ranks(pool8: Pool, folders: dict[str, Path], family: str, axes: Axes) -> None:
-    if axes[0] == 8 and family in ("llama", "qwen"):
+    if axes[0] == 8 and family in ("llama", "qwen", "gemma"):
         outcomes = pool8.run(load_and_compare, folders[family], axes)
         assert all(isinstance(o.error, NotSupportedError) and "num_attn_heads" in str(o.error) for o in outcomes)
     else:

@@ -140,7 +140,8 @@ class Pool:
             ready = wait([self._connections[r] for r in missing], timeout=max(left, 0))
             if not ready:
                 self.close()
-                raise WorkerHangError(f"ranks {sorted(missing)} did not answer within {within} s")
+                others = "\n".join(f"rank {r}: {o.trace or o}" for r, o in sorted(self._outcomes.items()))
+                raise WorkerHangError(f"ranks {sorted(missing)} did not answer within {within} s\n{others}")
             for rank in missing:
                 if self._connections[rank] in ready:
                     self._outcomes[rank] = self._receive(rank)

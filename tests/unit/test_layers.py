@@ -15,7 +15,7 @@ ROOT = Path(lading.__file__).parent
 
 LAYERS = [
     {"errors", "box", "filesystem", "version"},
-    {"documents", "card", "cardfile", "manifest", "digests", "settings", "gangs"},
+    {"documents", "card", "cardfile", "manifest", "compose", "digests", "settings", "gangs"},
     {"overrides", "config", "keymap", "catalog", "formats", "fetch", "nn"},
     {"transfer"},
     {"family"},

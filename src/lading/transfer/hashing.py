@@ -141,6 +141,8 @@ class Hasher:
 
         # In the order in which a plan lays tensors out.
         for i in sorted(range(len(wanted.tensors)), key=wanted.tensors.__getitem__):
+            if i in wanted.composed:
+                continue  # its memory holds no tensor's bytes as they are in the file
             tensor, box = wanted.tensors[i], wanted.boxes[i]
             shape = self._manifest.shapes[tensor]
             if box.numel == 0:
