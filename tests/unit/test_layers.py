@@ -22,6 +22,7 @@ LAYERS = [
     {"parallel", "report"},
     {"folder", "construct", "published", "whole", "diff", "resolve"},
     {"checkpoint", "check"},
+    {"locate"},
     {"acquire", "reading"},
     {"verification"},
     {"verify", "pull"},
