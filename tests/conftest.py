@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,18 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home.mkdir()
     for name in ("LADING_DATABASE_URL", "LADING_CACHE_DIR", "LADING_CARDS", "LADING_ENV", "LADING_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
+    # Who needs a network has one on loopback, and says so; to look for another one takes seconds.
+    monkeypatch.setenv("LADING_OFFLINE", "1")
     monkeypatch.setenv("HOME", str(home))
     for name in ("DATA", "CACHE", "CONFIG"):
         monkeypatch.setenv(f"XDG_{name}_HOME", str(home / name.lower()))
     return home
+
+
+@pytest.fixture(autouse=True)
+def _no_simulated_world_is_left() -> Iterator[None]:
+    """What was simulated must not be seen by other tests: other libraries look at the default process group too."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized() and distributed.get_backend() == "fake":
+        distributed.destroy_process_group()

@@ -25,7 +25,7 @@ from lading.acquire import acquire
 from lading.card import AssetCard
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.check import report_fit, require_fit
-from lading.checkpoint import Checkpoint, card_checkpoint, path_checkpoint
+from lading.checkpoint import Checkpoint, path_checkpoint
 from lading.companions import companions, files_beside
 from lading.compose import Source
 from lading.construct import build_on_meta, check_config_type, settle_dtypes
@@ -35,6 +35,7 @@ from lading.folder import family_of_folder, refuse_quantised_config
 from lading.formats.write_safetensors import Entry, Writer, shard_names, shards_of, write_index
 from lading.gangs import Gang, Gangs, create_fake_gangs
 from lading.keymap import Route, route
+from lading.locate import card_checkpoint
 from lading.new_folder import new_folder, require_empty
 from lading.published import CONFIG_NAME
 from lading.reading import read_tensors

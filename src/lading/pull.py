@@ -12,14 +12,16 @@ from lading.card import AssetCard, CheckpointRef, checkpoint_ref, uri_path
 from lading.catalog.checkpoints import record_checkpoint
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.check import check_manifest, require_fit
-from lading.checkpoint import Checkpoint, card_checkpoint
+from lading.checkpoint import Checkpoint
 from lading.errors import AssetCardError, ModelGatedError, NotSupportedError
 from lading.fetch.source import FetchedFile, RemoteFile, Snapshot
 from lading.fetch.sources import open_source
 from lading.folder import refuse_quantised_config
+from lading.locate import card_checkpoint
 from lading.published import CONFIG_NAME, Published, index_source, name_in_source
 from lading.resolve import family_of_card, model_config
 from lading.settings import Settings
+from lading.whole import comes_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +86,12 @@ def pull_model(
     if uri_path(ref.uri) is not None:
         return _of_local(card_checkpoint(card, store), revision)
 
-    if Settings.from_environment().offline:  # what is known of it already is all that there is
-        published, checkpoint = None, card_checkpoint(card, store)
+    published: Published | None = None
+    if comes_whole(ref) or Settings.from_environment().offline:
+        if dry_run and store.checkpoint(ref.key) is None:
+            file = PulledFile(name=ref.key, size=None, path=None, fetched=True)
+            return PullReport(name=card.name, uri=ref.key, revision=revision, files=(file,))
+        checkpoint = card_checkpoint(card, store, progress=progress)
     else:
         published = index_source(ref, revision=revision)
         refuse_quantised_config(published.hf_config, ref.key)
