@@ -31,7 +31,6 @@ from lading.family import Family
 from lading.gangs import Gangs
 from lading.keymap import Route, route
 from lading.locate import card_checkpoint
-from lading.manifest import Manifest
 from lading.reading import read_tensors
 from lading.report import Clock, LoadReport
 from lading.resolve import check_family, model_config
@@ -41,7 +40,7 @@ from lading.transfer.fit import name_of
 from lading.transfer.hashing import Hasher
 from lading.transfer.plan import Plan, Wanted, plan
 from lading.transfer.targets import Targets, targets_of
-from lading.verification import Verify, expect, settle
+from lading.verification import Verify, block_dims, expect, settle
 
 log = logging.getLogger("lading")
 
@@ -155,7 +154,7 @@ def _load(
                 checkpoint,
                 store and store(),
                 options.verify,
-                lambda: _block_dims(manifest, family, config, targets, routed),
+                lambda: block_dims(manifest, family, config, targets, routed),
                 ranks=gangs.root.size,
                 progress=progress,
             )
@@ -187,20 +186,6 @@ def _load(
     )
 
     return module, report
-
-
-def _block_dims(
-    manifest: Manifest, family: Family[Any, Any], config: Any, targets: Targets, routed: Route
-) -> array[int]:
-    """For each tensor the dim along which digests cut it: the one along which ranks do, so that they can check."""
-    plan_ = family.parallel_plan(config)
-    dims = array("b", [0]) * len(manifest)
-    for target, tensor in zip(routed.targets, routed.tensors, strict=True):
-        dim = plan_.shard_dim(targets.names[target])
-        if dim < len(manifest.shapes[tensor]):
-            dims[tensor] = dim
-
-    return dims
 
 
 def _check_tied(checkpoint: Checkpoint, targets: Targets, routed: Route, loaded: Mapping[str, Tensor]) -> None:
