@@ -13,6 +13,7 @@ from lading.errors import AssetCardError, FetchError
 from lading.fetch.file import local_checkpoint
 from lading.fetch.source import FetchedFile, RemoteFile, Snapshot, Source
 from lading.fetch.sources import HUB_SCHEMES, open_source
+from lading.formats.folder import is_checkpoint_file
 from lading.published import CONFIG_NAME, name_in_source
 from lading.settings import Settings
 
@@ -93,8 +94,7 @@ def same_source(tokenizer: TokenizerRef | None, ref: CheckpointRef) -> bool:
 
 def _source_of(uri: str) -> str:
     """What tells one source from another, of a URI."""
-    scheme = uri.partition("://")[0]
-    if scheme not in HUB_SCHEMES:
+    if not _is_hub(uri):
         return uri.rstrip("/")
 
     from lading.fetch.hf_names import HubAddress
@@ -118,6 +118,12 @@ class Elsewhere:
     source: Source
     snapshot: Snapshot
     files: tuple[RemoteFile, ...]
+    member: str | None = None
+    """What of the one file is meant, if that is an archive."""
+
+    def only(self, file: RemoteFile) -> Elsewhere:
+        """One of the files."""
+        return replace(self, files=(file,))
 
     def fetch(self, *, progress: bool) -> list[FetchedFile]:
         """Bring them here. Raises what :meth:`lading.fetch.source.Source.fetch` does."""
@@ -145,18 +151,45 @@ def tokenizer_elsewhere(
         return None
 
     settings = Settings.from_environment()
-    hub = tokenizer.uri.partition("://")[0] in HUB_SCHEMES
-    source = open_source(
-        tokenizer.uri,
-        inner_path=tokenizer.path if hub else None,  # elsewhere it is a member of the archive
-        revision=revision,
-        settings=settings if offline is None else replace(settings, offline=offline),
-    )
+    source = _open(tokenizer, settings if offline is None else replace(settings, offline=offline), revision)
     snapshot = source.snapshot()
-    named = None if source.inner is None else snapshot.file(source.inner)
-    files = [named] if named is not None else in_snapshot(snapshot, source.inner, TOKENIZER_NAMES)
+    files = tokenizer_files(snapshot, source.inner)
 
-    return Elsewhere(source=source, snapshot=snapshot, files=tuple(files))
+    return Elsewhere(
+        source=source, snapshot=snapshot, files=tuple(files), member=None if _is_hub(tokenizer.uri) else tokenizer.path
+    )
+
+
+def tokenizer_beside(tokenizer: TokenizerRef | None, snapshot: Snapshot, inner: str | None) -> list[RemoteFile]:
+    """The files of a tokenizer that comes from where the checkpoint does.
+
+    :param snapshot: of their source.
+    :param inner: the checkpoint within it.
+    """
+    if tokenizer is not None:
+        inner = _open(tokenizer, Settings.from_environment(), None).inner
+
+    return tokenizer_files(snapshot, inner)
+
+
+def tokenizer_files(snapshot: Snapshot, inner: str | None) -> list[RemoteFile]:
+    """The files of a tokenizer: the file ``inner``, or those of the usual names in that folder, or beside that
+    checkpoint.
+    """
+    named = None if inner is None or is_checkpoint_file(inner) else snapshot.file(inner)
+
+    return [named] if named is not None else in_snapshot(snapshot, inner, TOKENIZER_NAMES)
+
+
+def _open(tokenizer: TokenizerRef, settings: Settings, revision: str | None) -> Source:
+    # Elsewhere than on the hub, what a path leads to is a member of the archive at the address.
+    inner = tokenizer.path if _is_hub(tokenizer.uri) else None
+
+    return open_source(tokenizer.uri, inner_path=inner, revision=revision, settings=settings)
+
+
+def _is_hub(uri: str) -> bool:
+    return uri.partition("://")[0] in HUB_SCHEMES
 
 
 def files_beside(path: Path) -> dict[str, Path]:
