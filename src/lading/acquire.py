@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from lading.catalog.checkpoints import record_files
+from lading.catalog.holdings import kind_at
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore
 from lading.checkpoint import Checkpoint
 from lading.errors import CatalogError, CheckpointNotFoundError, CorruptModelCheckpointError, InternalError
-from lading.fetch.source import FetchedFile, Known, RemoteFile, Snapshot
+from lading.fetch.source import FetchedFile, RemoteFile, Snapshot
 from lading.fetch.sources import open_source
 from lading.filesystem import FileStat
 from lading.formats.safetensors import index_file
@@ -51,12 +52,15 @@ def acquire(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool)
     ]
     snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=tuple(files))
 
-    fetched = source.fetch(snapshot, files, known=_known(store), progress=progress)
+    known = _Known(store)
+    before = {path: _state(path) for path in source.local(snapshot, files) if path is not None}
+    fetched = source.fetch(snapshot, files, known=known, progress=progress)
     for file, shard in zip(fetched, shards, strict=True):
         if not file.published:
             _require_same_tensors(file, checkpoint.manifest, shard.name)
     if store is not None:
-        _record(checkpoint, fetched, source.kind, store)
+        kinds = [known.kind(file, before, source.kind) for file in fetched]
+        _record(checkpoint, fetched, kinds, store)
 
     return replace(checkpoint, files=tuple(ShardFile(path=file.path, stat=file.stat) for file in fetched), trusted=True)
 
@@ -113,19 +117,50 @@ def _on_this_host(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, files=tuple(files), trusted=False)
 
 
-def _known(store: AssetStore | None) -> Known:
-    """Where the catalog knows a verified file of a digest."""
+class _Known:
+    """Where the catalog knows a verified file of a digest, and whose files those are that came of a fetch."""
 
-    def known(sha256: str) -> Path | None:
-        if store is None:
+    def __init__(self, store: AssetStore | None) -> None:
+        self._store = store
+        self._offered: set[Path] = set()
+
+    def __call__(self, sha256: str) -> Path | None:
+        if self._store is None:
             return None
         try:
-            return store.find_content(sha256)
+            path = self._store.find_content(sha256)
         except (CatalogError, OSError) as error:
             log.warning("the catalog cannot be asked for files that are here already: %s", error)
             return None
+        if path is not None:
+            self._offered.add(path)
 
-    return known
+        return path
+
+    def kind(self, file: FetchedFile, before: Mapping[Path, FileStat | None], kind: CopyKind) -> CopyKind:
+        """Whose file it is: what was here already is not lading's to delete, unless the catalog says that it is.
+
+        :param before: the files that the source's cache held before the fetch, in the states that they were in.
+        :param kind: of what was fetched now.
+        """
+        was_here = file.path in self._offered or before.get(file.path) == file.stat
+        if self._store is None or not was_here:
+            return kind
+        try:
+            known = kind_at(self._store.database, file.path)
+        except (CatalogError, OSError) as error:
+            log.warning("the catalog does not say whose file %s is, so it stays another's: %s", file.path, error)
+            known = None
+
+        # Nobody but lading writes to its own cache.
+        return known or (kind if kind == "cache" else "adopted")
+
+
+def _state(path: Path) -> FileStat | None:
+    try:
+        return FileStat.from_stat(os.stat(path))
+    except OSError:
+        return None
 
 
 def _require_same_tensors(file: FetchedFile, manifest: Manifest, shard: str) -> None:
@@ -140,9 +175,11 @@ def _require_same_tensors(file: FetchedFile, manifest: Manifest, shard: str) -> 
         )
 
 
-def _record(checkpoint: Checkpoint, fetched: Sequence[FetchedFile], kind: CopyKind, store: AssetStore) -> None:
+def _record(
+    checkpoint: Checkpoint, fetched: Sequence[FetchedFile], kinds: Sequence[CopyKind], store: AssetStore
+) -> None:
     copies, checks = [], []
-    for file, shard in zip(fetched, checkpoint.manifest.shards, strict=True):
+    for file, kind, shard in zip(fetched, kinds, checkpoint.manifest.shards, strict=True):
         copies.append(LocalCopy(file=shard.name, path=file.path, stat=file.stat, kind=kind))
         checks.append(
             Check(

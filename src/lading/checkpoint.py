@@ -74,10 +74,10 @@ def card_checkpoint(card: AssetCard, store: AssetStore) -> Checkpoint:
     :raises NotSupportedError: it is quantised.
     """
     ref = checkpoint_ref(card)
-    if ref.gated:
+    path = uri_path(ref.uri)
+    if ref.gated and not (ref.uri and path is None and _is_here(card.name, ref, store)):
         raise ModelGatedError(card.name, ref.info_url)
 
-    path = uri_path(ref.uri)
     if path is None:
         return _remote_checkpoint(card.name, ref, store)
 
@@ -118,7 +118,7 @@ def path_checkpoint(path: Path) -> Checkpoint:
 
     :raises CheckpointNotFoundError: nothing is there (also a ``FileNotFoundError``).
     """
-    manifest, stats = _read(path)
+    manifest, stats = read_headers(path)
 
     return _here(str(path), path, manifest, stats)
 
@@ -146,10 +146,10 @@ def index_checkpoint(target: str | Path, *, store: AssetStore | None = None) -> 
         manifest, revision = published.manifest, published.revision
     else:
         path = local_checkpoint(path, inner_path=ref.path)
-        manifest, stats = _read(path)
+        manifest, stats = read_headers(path)
         uri, copies, revision = path_uri(path), _copies(path, stats), ""
 
-    _require_writable(store)
+    require_writable(store)
     record_checkpoint(
         store.database, uri=uri, manifest=manifest, copies=copies, revision=revision, card_name=card_name, accept=True
     )
@@ -175,7 +175,8 @@ def _ref_of(target: str | Path, store: AssetStore) -> tuple[str | None, Checkpoi
     return card.name, ref
 
 
-def _require_writable(store: AssetStore) -> None:
+def require_writable(store: AssetStore) -> None:
+    """:raises CatalogError: the catalog cannot be written."""
     if not store.database.writable:
         raise CatalogError(
             f"The catalog {store.database.url} cannot be written. Check the permissions of the file and its folder, or "
@@ -217,6 +218,13 @@ def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore) -> Chec
     return checkpoint
 
 
+def _is_here(name: str, ref: CheckpointRef, store: AssetStore) -> bool:
+    """Whether the catalog knows all files on this machine: who has been given them need not ask for them."""
+    stored = _stored(name, ref.key, store)
+
+    return stored is not None and _copies_as_known(stored) is not None
+
+
 def _copies_as_known(stored: StoredCheckpoint) -> tuple[ShardFile, ...] | None:
     """The files of all shards, if each is on this machine and as it was when it was recorded."""
     known = {copy.file: copy for copy in stored.copies}
@@ -249,7 +257,7 @@ def _local_checkpoint(name: str, path: Path, store: AssetStore) -> Checkpoint:
         if stats is not None:
             return _here(name, path, stored.manifest, stats, trusted=_all_verified(stored))
 
-    manifest, stats = _read(path)
+    manifest, stats = read_headers(path)
     if stored is not None:
         _refuse_other_tensors(name, path, stored, manifest)
     checkpoint = _here(name, path, manifest, stats)
@@ -262,7 +270,7 @@ RECENT_NS = 50_000_000
 """File systems tell times in steps of some milliseconds: a file that is younger may change without looking changed."""
 
 
-def _read(path: Path) -> tuple[Manifest, dict[str, FileStat]]:
+def read_headers(path: Path) -> tuple[Manifest, dict[str, FileStat]]:
     """Read all headers, and make sure that the files are still those whose headers were read."""
     start = time.time_ns()
     manifest = formats.index(path)
@@ -349,7 +357,7 @@ def _stored(name: str, uri: str, store: AssetStore) -> StoredCheckpoint | None:
 
 def _record(checkpoint: Checkpoint, copies: list[LocalCopy] | tuple[()], store: AssetStore) -> None:
     try:
-        _require_writable(store)
+        require_writable(store)
         record_checkpoint(
             store.database,
             uri=checkpoint.uri,

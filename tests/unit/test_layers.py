@@ -21,8 +21,9 @@ LAYERS = [
     {"family"},
     {"parallel", "report"},
     {"folder", "construct", "published", "diff", "resolve"},
+    {"finding"},
     {"checkpoint", "check"},
-    {"acquire", "reading", "verification"},
+    {"acquire", "reading", "verification", "holdings", "adoption", "removal"},
     {"loader"},
     {"hub", "doors"},
     {"families"},
@@ -118,6 +119,7 @@ def test_the_public_names() -> None:
         AssetCard AssetCardField Architecture AssetStore get_asset_store
         load_model ModelHub ModelHubAccessor GlobalModelLoader LoadReport
         import_cards index_checkpoint query check_model CheckReport diff_models DiffReport
+        adopt_checkpoints Adoption disk_usage DiskUsage Holding remove_model remove_orphans Removal
         Family Rule Manifest Gang Gangs create_fake_gangs create_gangs simulate_gangs
         LadingError ModelNotKnownError ModelFamilyNotKnownError ModelArchitectureNotKnownError ModelGatedError
         AssetCardError AssetNotFoundError ModelCheckpointError CorruptModelCheckpointError

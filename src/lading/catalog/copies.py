@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, exists, insert, select
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, insert, select, true
 
 from lading.catalog.entries import intact
 from lading.catalog.provenance import now
@@ -16,22 +16,36 @@ from lading.filesystem import FileStat, place_id
 
 def copies_of(connection: Connection, checkpoint_id: int) -> list[LocalCopy]:
     """The copies of a checkpoint that can be reached from this machine by their path."""
-    return _reachable(connection, COPIES.c.checkpoint_id == checkpoint_id)
+    return [copy for _, copy in _reachable(connection, COPIES.c.checkpoint_id == checkpoint_id)]
+
+
+def all_copies(connection: Connection) -> dict[int, list[LocalCopy]]:
+    """The copies of all checkpoints that can be reached from this machine by their path, by the checkpoint's id."""
+    found: dict[int, list[LocalCopy]] = {}
+    for checkpoint_id, copy in _reachable(connection, true()):
+        found.setdefault(checkpoint_id, []).append(copy)
+
+    return found
 
 
 def copies_with(connection: Connection, sha256: str) -> list[LocalCopy]:
     """The copies of all shards of this SHA-256 that can be reached from this machine by their path."""
     shards = select(SHARDS.c.checkpoint_id, SHARDS.c.name).where(SHARDS.c.sha256 == sha256).subquery()
 
-    return _reachable(
-        connection,
-        exists().where(shards.c.checkpoint_id == COPIES.c.checkpoint_id, shards.c.name == COPIES.c.file),
-    )
+    condition = exists().where(shards.c.checkpoint_id == COPIES.c.checkpoint_id, shards.c.name == COPIES.c.file)
+
+    return [copy for _, copy in _reachable(connection, condition)]
 
 
-def _reachable(connection: Connection, condition: ColumnElement[bool]) -> list[LocalCopy]:
+def copies_at(connection: Connection, path: Path) -> list[LocalCopy]:
+    """The copies of any checkpoint that are this file."""
+    return [copy for _, copy in _reachable(connection, COPIES.c.path == str(path))]
+
+
+def _reachable(connection: Connection, condition: ColumnElement[bool]) -> list[tuple[int, LocalCopy]]:
     rows = connection.execute(
         select(
+            COPIES.c.checkpoint_id,
             COPIES.c.file,
             COPIES.c.place,
             COPIES.c.path,
@@ -43,15 +57,16 @@ def _reachable(connection: Connection, condition: ColumnElement[bool]) -> list[L
             COPIES.c.kind,
         )
         .where(condition)
-        .order_by(COPIES.c.file, COPIES.c.place)
+        .order_by(COPIES.c.checkpoint_id, COPIES.c.file, COPIES.c.place)
     )
     found = []
     with intact("a copy"):
-        for file, place, name, size, mtime_ns, ctime_ns, inode, verified_at, kind in rows:
+        for checkpoint_id, file, place, name, size, mtime_ns, ctime_ns, inode, verified_at, kind in rows:
             path = Path(name)
             if place == place_id(path.parent):
                 stat = FileStat(size, mtime_ns, ctime_ns, from_signed(inode))
-                found.append(LocalCopy(file=file, path=path, stat=stat, verified_at=verified_at, kind=kind))
+                copy = LocalCopy(file=file, path=path, stat=stat, verified_at=verified_at, kind=kind)
+                found.append((checkpoint_id, copy))
 
     return found
 
