@@ -1,4 +1,4 @@
-"""Repositories in a Hugging Face cache, laid out as huggingface_hub does it, without a hub."""
+"""Repositories in a Hugging Face cache, laid out as huggingface_hub does it, without a hub; and cards of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,23 @@ from pathlib import Path
 
 import pytest
 
+import lading
 from servers.hub import LFS, git_blob
+
+CONFIG = """\
+model_family: qwen
+model_config:
+  {model_dim: 32, max_seq_len: 128, vocab_size: 100, tied_embeddings: true, num_layers: 2, num_attn_heads: 4,
+   num_key_value_heads: 2, head_dim: 8, qkv_proj_bias: false, q_norm: true, k_norm: true, ffn_inner_dim: 64}
+"""
+
+
+def add_cards(folder: Path, **checkpoints: str) -> None:
+    """A card for each name; ``checkpoints`` are the URIs, and may go on with further lines."""
+    text = "---\n".join(f"name: {name}\ncheckpoint: {uri}\n{CONFIG}" for name, uri in checkpoints.items())
+    path = folder / "cards.yaml"
+    path.write_text(text)
+    lading.import_cards(path, replace=True)
 
 
 def use_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

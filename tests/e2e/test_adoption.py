@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lading
-from cached_repository import add_snapshot, tree, use_cache
+from cached_repository import add_cards, add_snapshot, tree, use_cache
 from lading.card import path_uri
 from lading.checkpoint import local_paths
 from lading.errors import (
@@ -22,13 +22,6 @@ from lading.errors import (
     PolicyError,
 )
 from make_checkpoint import make
-
-CONFIG = """\
-model_family: qwen
-model_config:
-  {model_dim: 32, max_seq_len: 128, vocab_size: 100, tied_embeddings: true, num_layers: 2, num_attn_heads: 4,
-   num_key_value_heads: 2, head_dim: 8, qkv_proj_bias: false, q_norm: true, k_norm: true, ffn_inner_dim: 64}
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -49,14 +42,6 @@ def tiny(tmp_path: Path) -> Path:
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     return make(tmp_path / "made" / "Sharded", shards=3)
-
-
-def add_cards(folder: Path, **checkpoints: str) -> None:
-    """A card for each name; ``checkpoints`` are the URIs, and may go on with further lines."""
-    text = "---\n".join(f"name: {name}\ncheckpoint: {uri}\n{CONFIG}" for name, uri in checkpoints.items())
-    path = folder / "cards.yaml"
-    path.write_text(text)
-    lading.import_cards(path, replace=True)
 
 
 def loads(name: str) -> None:

@@ -72,10 +72,17 @@ def remove_files(files: Sequence[SnapshotFile], *, dry_run: bool = False) -> int
     freed = 0
     for repository in dict.fromkeys(file.repository for file in files):
         mine = [file for file in files if file.repository == repository]
-        with suppress(FileNotFoundError, NotADirectoryError), _opened(repository) as folder:
-            freed += _remove(folder, mine, dry_run=dry_run)
-            if not dry_run:
-                _tidy(folder, {file.commit for file in mine})
+        try:
+            with _opened(repository) as folder:
+                freed += _remove(folder, mine, dry_run=dry_run)
+                if not dry_run:
+                    _tidy(folder, {file.commit for file in mine})
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            # What was opened from a folder is named from there on.
+            error.filename = str(repository / (error.filename or ""))
+            raise
         if not dry_run:
             _remove_empty(repository)
 
@@ -100,14 +107,19 @@ def _remove(repository: int, files: Sequence[SnapshotFile], *, dry_run: bool) ->
 def _unlink(repository: int, name: str, *, dry_run: bool) -> int:
     """Remove a file or a link; returns the bytes that were freed."""
     *folders, last = name.split("/")
-    with suppress(FileNotFoundError), _below(repository, folders) as folder:
-        found = os.stat(last, dir_fd=folder, follow_symlinks=False)
-        if not dry_run:
-            os.unlink(last, dir_fd=folder)
-        # A blob that is a link is one of those that repositories share: huggingface_hub keeps the books of them.
-        return found.st_size if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 else 0
+    try:
+        with _below(repository, folders) as folder:
+            found = os.stat(last, dir_fd=folder, follow_symlinks=False)
+            if not dry_run:
+                os.unlink(last, dir_fd=folder)
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        error.filename = name
+        raise
 
-    return 0
+    # A blob that is a link is one of those that repositories share: huggingface_hub keeps the books of them.
+    return found.st_size if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 else 0
 
 
 def _blob(repository: int, name: str) -> str | None:
