@@ -60,10 +60,16 @@ if TYPE_CHECKING:
     from lading.hub import load_model as load_model
     from lading.keymap import Rule as Rule
     from lading.manifest import Manifest as Manifest
+    from lading.nn.sharding import ParallelPlan as ParallelPlan
+    from lading.nn.sharding import Split as Split
+    from lading.pull import PullReport as PullReport
+    from lading.pull import pull_model as pull_model
     from lading.removal import Removal as Removal
     from lading.removal import remove_model as remove_model
     from lading.removal import remove_orphans as remove_orphans
     from lading.report import LoadReport as LoadReport
+    from lading.verify import VerifyReport as VerifyReport
+    from lading.verify import verify_model as verify_model
 
 _HOME = {
     "Adoption": "adoption",
@@ -116,8 +122,14 @@ _HOME = {
     "Removal": "removal",
     "remove_model": "removal",
     "remove_orphans": "removal",
+    "pull_model": "pull",
+    "PullReport": "pull",
+    "verify_model": "verify",
+    "VerifyReport": "verify",
     "LoadReport": "report",
     "Manifest": "manifest",
+    "ParallelPlan": "nn.sharding",
+    "Split": "nn.sharding",
 }
 
 __all__ = [*_HOME, "__version__"]

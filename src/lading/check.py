@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lading.compose import tensors_of
 from lading.construct import build_on_meta, check_config_type
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError
 from lading.family import Family
@@ -54,7 +55,14 @@ def check_manifest(manifest: Manifest, family: Family[Any, Any], config: Any) ->
     """
     check_config_type(config, family)
     targets = targets_of(build_on_meta(family, config), dtype=None)
-    routed = route(manifest.names, targets.names, family.rules(config), targets.aliases)
+    routed = route(
+        manifest.names,
+        targets.names,
+        family.rules(config),
+        targets.aliases,
+        shapes=manifest.shapes,
+        target_shapes=targets.shapes,
+    )
 
     return report_fit(manifest, targets, routed, family=family.name)
 
@@ -68,8 +76,14 @@ def report_fit(manifest: Manifest, targets: Targets, routed: Route, *, family: s
     problems = [f"quantised: {name} is stored as {dtype}" for name, dtype in quantised.items()]
     problems += fit.problems(manifest, targets, routed)
 
-    tied = {manifest.names[tensor]: targets.names[target] for target, tensor in routed.duplicates}
-    known = {manifest.names[t] for t in routed.tensors} | tied.keys() | set(routed.unexpected)
+    tied = {
+        manifest.names[tensor]: targets.names[target]
+        for target, source in routed.duplicates
+        for tensor in tensors_of(source)
+    }
+    matched = [t for i, t in enumerate(routed.tensors) if i not in routed.composed]
+    matched += [t for source in routed.composed.values() for t in tensors_of(source)]
+    known = {manifest.names[t] for t in matched} | tied.keys() | set(routed.unexpected)
     known.update(name for _, names in routed.clashes for name in names)
 
     return CheckReport(
@@ -77,11 +91,11 @@ def report_fit(manifest: Manifest, targets: Targets, routed: Route, *, family: s
         problems=tuple(problems),
         quantised=quantised,
         tensors=len(manifest),
-        matched=len(routed.tensors),
+        matched=len(matched),
         tied=tied,
         dropped=tuple(name for name in manifest.names if name not in known),
         parameters=sum(map(math.prod, targets.shapes)),
-        bytes=sum(map(manifest.nbytes, routed.tensors)),
+        bytes=sum(map(manifest.nbytes, matched)),
     )
 
 

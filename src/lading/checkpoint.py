@@ -26,6 +26,7 @@ from lading.filesystem import FileStat
 from lading.folder import read_hf_config, refuse_quantised_config
 from lading.manifest import Manifest
 from lading.published import index_source
+from lading.settings import Settings
 from lading.transfer.files import ShardFile
 
 log = logging.getLogger("lading")
@@ -113,12 +114,17 @@ def local_paths(card: AssetCard, store: AssetStore) -> list[Path]:
     return [folders.pop()] if len(paths) > 1 and len(folders) == 1 and named else paths
 
 
-def path_checkpoint(path: Path) -> Checkpoint:
+def path_checkpoint(path: Path, *, restrict: bool = True) -> Checkpoint:
     """The checkpoint at a path, of which the catalog is not asked and learns nothing.
+
+    :param restrict: as :func:`lading.formats.index` takes it.
 
     :raises CheckpointNotFoundError: nothing is there (also a ``FileNotFoundError``).
     """
-    manifest, stats = read_headers(path)
+    try:
+        manifest, stats = read_headers(path, restrict=restrict)
+    except formats.NonContiguousError:
+        return path_checkpoint(_rewritten(path, restrict=restrict))
 
     return _here(str(path), path, manifest, stats)
 
@@ -146,7 +152,11 @@ def index_checkpoint(target: str | Path, *, store: AssetStore | None = None) -> 
         manifest, revision = published.manifest, published.revision
     else:
         path = local_checkpoint(path, inner_path=ref.path)
-        manifest, stats = read_headers(path)
+        try:
+            manifest, stats = read_headers(path)
+        except formats.NonContiguousError:
+            path = _rewritten(path)
+            manifest, stats = read_headers(path)
         uri, copies, revision = path_uri(path), _copies(path, stats), ""
 
     require_writable(store)
@@ -257,7 +267,10 @@ def _local_checkpoint(name: str, path: Path, store: AssetStore) -> Checkpoint:
         if stats is not None:
             return _here(name, path, stored.manifest, stats, trusted=_all_verified(stored))
 
-    manifest, stats = read_headers(path)
+    try:
+        manifest, stats = read_headers(path)
+    except formats.NonContiguousError:
+        return _local_checkpoint(name, _rewritten(path), store)
     if stored is not None:
         _refuse_other_tensors(name, path, stored, manifest)
     checkpoint = _here(name, path, manifest, stats)
@@ -270,14 +283,17 @@ RECENT_NS = 50_000_000
 """File systems tell times in steps of some milliseconds: a file that is younger may change without looking changed."""
 
 
-def read_headers(path: Path) -> tuple[Manifest, dict[str, FileStat]]:
-    """Read all headers, and make sure that the files are still those whose headers were read."""
+def read_headers(path: Path, *, restrict: bool = True) -> tuple[Manifest, dict[str, FileStat]]:
+    """Read all headers, and make sure that the files are still those whose headers were read.
+
+    :raises NonContiguousError: tensors are no ranges of bytes there, but are in the file that was :func:`_rewritten`.
+    """
     start = time.time_ns()
-    manifest = formats.index(path)
+    manifest = formats.index(path, restrict=restrict)
     stats = _stat_files(manifest, path)
 
     if any(stat.ctime_ns > start - RECENT_NS for stat in stats.values()):
-        again = formats.index(path)
+        again = formats.index(path, restrict=restrict)
         if again != manifest or _stat_files(again, path) != stats:
             raise CorruptModelCheckpointError(
                 path, f"{path} changed while its headers were read. Try again when nothing writes to it any more."
@@ -295,7 +311,14 @@ def _here(
     return Checkpoint(name=name, uri=path_uri(path), where=str(path), manifest=manifest, files=files, trusted=trusted)
 
 
+def _rewritten(path: Path, *, restrict: bool = True) -> Path:
+    return formats.readable(path, cache=Settings.from_environment().cache_dir, restrict=restrict)
+
+
 def _folder(path: Path) -> Path:
+    if archive := formats.archive_of(path):
+        return archive.parent
+
     return path if path.is_dir() else path.parent
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from lading.box import Box
 from lading.errors import InternalError, NotSupportedError
 from lading.family import Family
 from lading.gangs import Gangs
@@ -81,8 +82,10 @@ def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: 
     parameter's name, and then cut: the same model comes of any gangs.
 
     :raises NotSupportedError: ``meta``, and the family cannot; or a size does not divide over ``gangs.tp``.
+    :raises GangError: the ranks do not all ask for the same.
     """
     check_config_type(config, family)
+    gangs.root.same((config, dtype, meta), "configuration, dtype and meta")
     if meta and not family.supports_meta:
         raise NotSupportedError(f"Models of the {family.name} family cannot be made on the meta device.")
 
@@ -92,27 +95,30 @@ def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: 
     dtypes = [TORCH_DTYPES[own or ""] for own in targets.dtypes]
 
     if meta:
-        own = {
+        empty = {
             name: torch.empty(box.sizes, dtype=own, device="meta")
             for name, box, own in zip(targets.names, targets.boxes, dtypes, strict=True)
         }
-        assign(module, own, targets.aliases)
+        assign(module, empty, targets.aliases)
         return module
 
     device = gangs.root.device
-    own = {}
+
+    def draw(name: str, shape: tuple[int, ...], box: Box, own: torch.dtype) -> Tensor:
+        whole = torch.empty(shape, dtype=own, device=device)
+        _seed(device, seed, name)
+        family.init(module, config, name, whole)
+        cut = tuple(slice(start, end) for start, end in zip(box.starts, box.ends, strict=True))
+
+        return whole if box.covers(shape) else whole[cut].clone(memory_format=torch.contiguous_format)
+
     with _own_random_state(device):
         seed = gangs.root.first(torch.initial_seed)
-        for name, shape, box, dtype_ in zip(targets.names, targets.shapes, targets.boxes, dtypes, strict=True):
-            whole = torch.empty(shape, dtype=dtype_, device=device)
-            _seed(device, seed, name)
-            family.init(module, config, name, whole)
-            cut = tuple(slice(start, end) for start, end in zip(box.starts, box.ends, strict=True))
-            own[name] = whole if box.covers(shape) else whole[cut].clone(memory_format=torch.contiguous_format)
+        columns = zip(targets.names, targets.shapes, targets.boxes, dtypes, strict=True)
+        drawn = {name: draw(name, shape, box, own) for name, shape, box, own in columns}
 
-    assign(module, own, targets.aliases)
+    assign(module, drawn, targets.aliases)
     reset_buffers(module, device)
-    gangs.root.agree()
 
     return module
 

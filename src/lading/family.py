@@ -8,7 +8,7 @@ A family registers itself as an entry point of the group ``lading.families``, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
@@ -61,6 +61,9 @@ class Family(Generic[ModelT, ModelConfigT]):
     """How a model is split over the ranks of gangs; axes of which it says nothing are ignored."""
     hf_model_types: frozenset[str] = frozenset()
     """The values of ``model_type`` in a Hugging Face ``config.json`` that this family can read."""
+    hf_architectures: frozenset[str] = frozenset()
+    """The values in ``architectures`` of that file that this family can read; empty means any, where no other family
+    shares the model type."""
     from_hf: Callable[[Mapping[str, object]], ModelConfigT] | None = None
     """The configuration that a Hugging Face ``config.json`` stands for.
 
@@ -90,11 +93,15 @@ def get_family(name: str) -> Family[Any, Any]:
     return _load(entry)
 
 
-def family_of_model_type(model_type: str) -> Family[Any, Any] | None:
-    """The family that reads checkpoints of this Hugging Face ``model_type``; ``None`` where none does."""
+def family_of_model_type(model_type: str, architectures: Iterable[str] = ()) -> Family[Any, Any] | None:
+    """The family that reads checkpoints of this Hugging Face ``model_type``; ``None`` where none does.
+
+    :param architectures: what the file's key of that name says, for types that several families share.
+    """
+    names = frozenset(architectures)
     for name in sorted(_entry_points()):
         family = get_family(name)
-        if model_type in family.hf_model_types:
+        if model_type in family.hf_model_types and (not family.hf_architectures or family.hf_architectures & names):
             return family
 
     return None

@@ -12,11 +12,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lading.errors import PolicyError
+from lading.errors import NotSupportedError, PolicyError
 from lading.fetch.hf_cache import repository_id
 from lading.fetch.hf_names import is_commit
 from lading.formats.files import open_file
-from lading.formats.folder import checkpoint_file, is_checkpoint_file, is_index
+from lading.formats.folder import (
+    checkpoint_file,
+    is_checkpoint_file,
+    is_index,
+    is_other_format,
+    is_torch_format,
+    some,
+)
 from lading.formats.sharded import read_index
 from lading.published import CONFIG_NAME
 
@@ -101,9 +108,12 @@ def require_inside(path: Path, place: Place) -> None:
     bounds = _Bounds(place)
     if path.is_dir() and not path.is_symlink():
         _require_no_links_between(path, place)
-        path = path / checkpoint_file((entry.name for entry in path.iterdir()), where=path)
+        names = [entry.name for entry in path.iterdir()]
+        _require_safetensors(path, names)
+        path = path / checkpoint_file(names, where=path)
     else:
         _require_no_links_between(path.parent, place)
+        _require_safetensors(path, [path.name])
 
     bounds.check(path)
     bounds.check(path.parent / CONFIG_NAME)
@@ -112,6 +122,15 @@ def require_inside(path: Path, place: Place) -> None:
             names = list(read_index(file).tensors)
         for name in names:
             bounds.check(path.parent / name)
+
+
+def _require_safetensors(path: Path, names: list[str]) -> None:
+    found = [name for name in names if is_checkpoint_file(name)]
+    if found and all(is_torch_format(name) or is_other_format(name) for name in found):
+        raise NotSupportedError(
+            f"{path}: expected a safetensors checkpoint to adopt, found {some(sorted(found))}. What lading can load of "
+            "other formats it loads by its path, or by a card of your own that names it."
+        )
 
 
 def _require_no_links_between(folder: Path, place: Place) -> None:

@@ -60,10 +60,13 @@ def family_of_folder(path: Path) -> tuple[Family[Any, Any], Any]:
         )
 
     model_type = hf_config.get("model_type")
-    family = family_of_model_type(model_type) if isinstance(model_type, str) else None
+    stated = hf_config.get("architectures")
+    architectures = [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
+    family = family_of_model_type(model_type, architectures) if isinstance(model_type, str) else None
     if family is None or family.from_hf is None:
+        of = f" with the architectures {architectures}" if architectures else ""
         raise NotSupportedError(
-            f"{path}/config.json is of the model type {model_type!r}, which no registered family reads "
+            f"{path}/config.json is of the model type {model_type!r}{of}, which no registered family reads "
             "(`lading families` shows them)."
         )
 

@@ -6,6 +6,7 @@ The calls and their meaning are those of fairseq2 0.8.1's ``fairseq2.models.hub`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast
 
@@ -103,6 +104,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         :raises ValueError: both ``gangs`` and ``device``, or a meta device without ``meta``.
         :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is no dtype.
         :raises NotSupportedError: ``meta``, and the family cannot; or a size does not divide over ``gangs.tp``.
+        :raises GangError: another rank failed, or asks for something else.
         """
         effective = _effective_gangs(gangs, "cpu" if meta and gangs is None and device is None else device)
         concrete = _effective_dtype(dtype)
@@ -111,7 +113,9 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
                 "`dtype` must be a dtype for a new model, as there is no checkpoint that has one of its own"
             )
 
-        model = create_model(self._family, config, gangs=effective, dtype=concrete, meta=meta)
+        model = agreed(
+            effective, lambda: create_model(self._family, config, gangs=effective, dtype=concrete, meta=meta)
+        )
 
         return cast(ModelT, model)
 
@@ -174,12 +178,13 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
 
         :param path: of the file or folder.
         :param config: the configuration that the checkpoint was made with.
-        :param restrict: limit unpickling, in formats that use pickle, to tensors and plain containers; ``None``: the
-            family's default.
+        :param restrict: refuse a file of ``torch.save`` that names anything that a state dict does not need, instead of
+            passing over it; ``None``: the family's default. Nothing that a file names is imported in either case.
 
         The other parameters, and what is raised, are as for :meth:`load_model`.
         """
         options = _options(gangs, device, dtype, mmap=mmap, progress=progress, verify=verify)
+        options = replace(options, restrict=self._restrict(restrict))
         check_config_type(config, self._family)
         model, _ = agreed(options.gangs, lambda: load_path(Path(path), self._family, config, options))
 
@@ -198,13 +203,21 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
 
         Names are those of the parameters, after the family's rules; dtypes are the checkpoint's own.
 
+        :param gangs: of a parameter that is split over them, give the part that this rank owns.
+
         :raises FileNotFoundError: nothing is at ``path``.
-        :raises ModelCheckpointError: the checkpoint is damaged.
+        :raises ModelCheckpointError: the checkpoint is damaged, or does not fit the configuration.
+        :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``.
         :raises TypeError: ``config`` is not of the family's class.
         """
         check_config_type(config, self._family)
 
-        return iter_tensors(path_checkpoint(Path(path)), self._family, config, mmap=mmap)
+        checkpoint = path_checkpoint(Path(path), restrict=self._restrict(restrict))
+
+        return iter_tensors(checkpoint, self._family, config, gangs=gangs or create_fake_gangs("cpu"), mmap=mmap)
+
+    def _restrict(self, asked: bool | None) -> bool:
+        return self._family.restrict if asked is None else asked
 
 
 class ModelHubAccessor(Generic[ModelT, ModelConfigT]):

@@ -24,6 +24,7 @@ from lading.card import AssetCard
 from lading.catalog.store import AssetStore
 from lading.check import report_fit, require_fit
 from lading.checkpoint import Checkpoint, card_checkpoint, path_checkpoint
+from lading.compose import Source, tensors_of
 from lading.construct import assign, build_on_meta, check_config_type, parallelize, reset_buffers, settle_dtypes
 from lading.errors import ModelCheckpointMismatchError
 from lading.family import Family
@@ -35,6 +36,7 @@ from lading.report import Clock, LoadReport
 from lading.resolve import check_family, model_config
 from lading.transfer.dtypes import DTYPE_NAMES
 from lading.transfer.execute import execute
+from lading.transfer.fit import name_of
 from lading.transfer.hashing import Hasher
 from lading.transfer.plan import Plan, Wanted, plan
 from lading.transfer.targets import Targets, targets_of
@@ -58,6 +60,8 @@ class LoadOptions:
     mmap: bool = False
     progress: bool = True
     verify: Verify = "auto"
+    restrict: bool = True
+    """As :func:`lading.formats.index` takes it; for a path."""
 
     @property
     def shows_progress(self) -> bool:
@@ -90,21 +94,15 @@ def load_path(path: Path, family: Family[Any, Any], config: Any, options: LoadOp
     clock = Clock()
 
     with clock.phase("manifest"):
-        checkpoint = options.gangs.root.first(lambda: path_checkpoint(path))
+        checkpoint = options.gangs.root.first(lambda: path_checkpoint(path, restrict=options.restrict))
 
     return _load(checkpoint, family, config, None, options, clock)
 
 
 def agreed(gangs: Gangs, load: Callable[[], T]) -> T:
     """What ``load`` gives, if it gives something on every rank; else all ranks raise, naming the one that failed."""
-    try:
-        value = load()
-    except BaseException as error:
-        gangs.root.agree(error)
-        raise
-    gangs.root.agree()
-
-    return value
+    with gangs.root.all_or_none():
+        return load()
 
 
 def _load(
@@ -122,11 +120,19 @@ def _load(
 
     with clock.phase("build"):
         module = build_on_meta(family, config)
+        kls = type(module)  # which FSDP changes
         parallelize(module, family, config, gangs)
 
     with clock.phase("plan"):
         targets = targets_of(module, dtype=None if options.dtype == "auto" else options.dtype)
-        routed = route(manifest.names, targets.names, family.rules(config), targets.aliases)
+        routed = route(
+            manifest.names,
+            targets.names,
+            family.rules(config),
+            targets.aliases,
+            shapes=manifest.shapes,
+            target_shapes=targets.shapes,
+        )
         fit = report_fit(manifest, targets, routed, family=family.name)
         require_fit(fit, path=checkpoint.where, name=checkpoint.name)
         order = array("I", routed.targets)
@@ -134,6 +140,7 @@ def _load(
             tensors=routed.tensors,
             boxes=[targets.boxes[i] for i in order],
             dtypes=settle_dtypes(targets, routed, manifest, gangs),
+            composed=routed.composed,
         )
         planned = plan(manifest, wanted, mapped=options.mmap and device.type == "cpu")
 
@@ -163,10 +170,10 @@ def _load(
             settle(checkpoint, expected, hasher.digests(), catalog and catalog(), gangs.root, progress=progress)
 
     with clock.phase("assemble"):
-        assign(module, by_name, targets.aliases)
+        copied = assign(module, by_name, targets.aliases)
         reset_buffers(module, device)
 
-    report = _report(checkpoint, family, module, device, by_name, routed, planned, clock)
+    report = _report(checkpoint, family, kls, device, by_name, routed, planned, copied, clock)
     log.info(
         "loaded %s: %d parameters, %.3f GB read in %d reads, %.3f s",
         report.name,
@@ -196,28 +203,36 @@ def _block_dims(
 def _check_tied(checkpoint: Checkpoint, targets: Targets, routed: Route, loaded: Mapping[str, Tensor]) -> None:
     """A tied parameter may be in the checkpoint under several names, if all of them hold the same."""
     manifest = checkpoint.manifest
-    for target, tensor in routed.duplicates:
-        name = targets.names[target]
+    for target, source in routed.duplicates:
+        name, copy = targets.names[target], name_of(source, manifest)
         mine = loaded[name]
-        (other,) = read_tensors(checkpoint, [tensor], [DTYPE_NAMES[mine.dtype]])
+        (other,) = read_tensors(checkpoint, [source], [DTYPE_NAMES[mine.dtype]], boxes=[targets.boxes[target]])
         if not torch.equal(mine.cpu(), other):
             raise ModelCheckpointMismatchError(
                 checkpoint.where,
-                f"The configuration of {checkpoint.name} ties {manifest.names[tensor]!r} to {name!r}, but the "
+                f"The configuration of {checkpoint.name} ties {copy!r} to {name!r}, but the "
                 f"checkpoint at {checkpoint.where} holds different values for them. Load it with "
                 "`tied_embeddings: false`.",
-                [f"tied, but different: {manifest.names[tensor]} and {name}"],
+                [f"tied, but different: {copy} and {name}"],
             )
+
+
+def _sources(routed: Route) -> list[Source]:
+    """All that is read of the checkpoint."""
+    made = [routed.composed.get(i, tensor) for i, tensor in enumerate(routed.tensors)]
+
+    return made + [source for _, source in routed.duplicates]
 
 
 def _report(
     checkpoint: Checkpoint,
     family: Family[Any, Any],
-    module: Module,
+    kls: type[Module],
     device: torch.device,
     loaded: Mapping[str, Tensor],
     routed: Route,
     planned: Plan,
+    copied: int,
     clock: Clock,
 ) -> LoadReport:
     dtypes: dict[str, int] = {}
@@ -230,14 +245,15 @@ def _report(
     return LoadReport(
         name=checkpoint.name,
         family=family.name,
-        model_class=type(module).__name__,
+        model_class=kls.__name__,
         device=str(device),
         dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1])),
         parameters=sum(dtypes.values()),
-        tensors=len(routed.tensors) + len(routed.duplicates),
+        tensors=sum(1 for source in _sources(routed) for _ in tensors_of(source)),
         shards=len(checkpoint.manifest.shards),
         bytes_read=planned.read_bytes,
         bytes_mapped=mapped,
+        bytes_copied=copied,
         reads=planned.num_reads,
         phases=dict(clock.phases),
     )

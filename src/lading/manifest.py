@@ -60,7 +60,7 @@ class Manifest:
     """
 
     format: str
-    """``"safetensors"``, for now."""
+    """``"safetensors"`` or ``"torch"``."""
     shards: tuple[Shard, ...]
     names: Sequence[str]
     """Unique within the checkpoint."""

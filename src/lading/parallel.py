@@ -7,7 +7,7 @@ parallelism its :func:`~torch.distributed.fsdp.fully_shard`. Replicas of what is
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -90,13 +90,13 @@ def _modules(module: Module, pattern: str) -> Mapping[str, Module]:
     return {name: part for name, part in module.named_modules() if matches(pattern, name)}
 
 
-def _ties(module: Module) -> Iterator[list[str]]:
+def _ties(module: Module) -> list[list[str]]:
     """The names of each parameter that has several."""
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
 
-    return iter([tied for tied in names.values() if len(tied) > 1])
+    return [tied for tied in names.values() if len(tied) > 1]
 
 
 def _set_parameter(module: Module, name: str, parameter: Parameter) -> None:

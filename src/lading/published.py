@@ -30,6 +30,8 @@ class Published:
     """The commit that it is of; empty where the source has none."""
     hf_config: Mapping[str, object]
     """The ``config.json`` beside it; empty where there is none."""
+    inner: str | None
+    """The checkpoint within the source, a file or a folder; ``None``: the source as a whole."""
     snapshot: Snapshot
 
 
@@ -59,6 +61,7 @@ def index_source(ref: CheckpointRef, *, revision: str | None = None) -> Publishe
         manifest=replace(manifest, shards=shards),
         revision=snapshot.revision,
         hf_config=_hf_config(files, folder),
+        inner=source.inner,
         snapshot=snapshot,
     )
 

@@ -26,6 +26,8 @@ class LoadReport:
     shards: int
     bytes_read: int
     bytes_mapped: int
+    bytes_copied: int
+    """Bytes that were copied once more, where a shard is smaller than that of the first rank: FSDP pads it."""
     reads: int
     """Reads after neighbours were joined."""
     phases: Mapping[str, float]

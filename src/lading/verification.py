@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
 from pathlib import Path
+from threading import Lock
 from typing import Literal
 
 from blake3 import blake3
+from tqdm import tqdm
 
 from lading.catalog.checkpoints import record_digests, record_files
 from lading.catalog.records import Check
@@ -38,6 +40,9 @@ Verify = Literal["auto", "always", "never"]
 """``auto`` checks what the catalog has not seen verified in just the state that it is in, ``always`` checks all."""
 
 VERIFY = ("auto", "always", "never")
+
+_THREADS = 4
+"""Files that are hashed at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +145,7 @@ def refuse_differences(checkpoint: Checkpoint, expected: Digests, found: Digests
     manifest, files = checkpoint.manifest, checkpoint.here()
     shards = sorted({manifest.shard_ids[i] for i, _ in different})
     checks = [
-        _check(checkpoint, shard, "blake3", expected=_shard_digest(manifest, expected, shard), found=None)
+        _check(checkpoint, shard, "blake3", expected=shard_digest(manifest, expected, shard), found=None)
         for shard in shards
     ]
     if store is not None:
@@ -167,12 +172,22 @@ def remedy(checkpoint: Checkpoint) -> str:
     return f"If they were changed on purpose, `lading index {checkpoint.name}` takes them for the right ones."
 
 
-def check_files(checkpoint: Checkpoint, *, progress: bool = False) -> list[Check]:
-    """Hash all files whose SHA-256 is known."""
+def check_files(checkpoint: Checkpoint, chosen: Sequence[int] | None = None, *, progress: bool = False) -> list[Check]:
+    """Hash the files whose SHA-256 is known.
+
+    :param chosen: positions of those that are asked for; default: all.
+    """
     shards = checkpoint.manifest.shards
+    known = [i for i, shard in enumerate(shards) if shard.sha256 is not None and (chosen is None or i in chosen)]
+
+    lock = Lock()
+
+    def count(size: int) -> None:
+        with lock:
+            bar.update(size)
 
     def check(i: int) -> Check:
-        found, stat = sha256_file(checkpoint.here()[i].path)
+        found, stat = sha256_file(checkpoint.here()[i].path, progress=count)
         return Check(
             file=shards[i].name,
             path=checkpoint.here()[i].path,
@@ -182,8 +197,14 @@ def check_files(checkpoint: Checkpoint, *, progress: bool = False) -> list[Check
             found=found,
         )
 
-    with ThreadPoolExecutor(4, thread_name_prefix="lading-verify") as pool:
-        return list(pool.map(check, [i for i, shard in enumerate(shards) if shard.sha256 is not None]))
+    total = sum(shards[i].size for i in known)
+    with (
+        tqdm(
+            total=total, unit="B", unit_scale=True, desc="verify", disable=not progress, leave=False, delay=0.5
+        ) as bar,
+        ThreadPoolExecutor(_THREADS, thread_name_prefix="lading-verify") as pool,
+    ):
+        return list(pool.map(check, known))
 
 
 def require_match(checks: Sequence[Check]) -> None:
@@ -244,8 +265,8 @@ def _shard_checks(checkpoint: Checkpoint, expected: Digests | None, found: Diges
             checkpoint,
             shard,
             "blake3",
-            expected=None if expected is None else _shard_digest(manifest, expected, shard),
-            found=_shard_digest(manifest, found, shard),
+            expected=None if expected is None else shard_digest(manifest, expected, shard),
+            found=shard_digest(manifest, found, shard),
         )
 
 
@@ -262,7 +283,7 @@ def _check(checkpoint: Checkpoint, shard: int, method: str, *, expected: str | N
     )
 
 
-def _shard_digest(manifest: Manifest, digests: Digests, shard: int) -> str:
+def shard_digest(manifest: Manifest, digests: Digests, shard: int) -> str:
     """The digests of all tensors of a file in one."""
     roots = (digests.of(manifest, i) for i in manifest.tensors_of(shard))
 

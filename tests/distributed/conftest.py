@@ -12,14 +12,27 @@ from workers import Pool
 
 
 @pytest.fixture(scope="session")
-def pool2() -> Iterator[Pool]:
+def _pools() -> Iterator[dict[int, Pool]]:
+    pools: dict[int, Pool] = {}
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
+def _living(pools: dict[int, Pool], size: int) -> Pool:
+    # One that hung in another test is closed.
+    if size not in pools or pools[size].closed:
+        pools[size] = Pool(size)
+    return pools[size]
+
+
+@pytest.fixture
+def pool2(_pools: dict[int, Pool]) -> Pool:
     """Two ranks, for all cases that leave them alive."""
-    with Pool(2) as pool:
-        yield pool
+    return _living(_pools, 2)
 
 
-@pytest.fixture(scope="session")
-def pool4() -> Iterator[Pool]:
+@pytest.fixture
+def pool4(_pools: dict[int, Pool]) -> Pool:
     """Four ranks, for all cases that leave them alive."""
-    with Pool(4) as pool:
-        yield pool
+    return _living(_pools, 4)

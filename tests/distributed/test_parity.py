@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from workers import Pool
 
-from lading.checkpoint import family_of_folder
 from lading.construct import create_model
-from lading.errors import NotSupportedError
+from lading.errors import GangError, NotSupportedError
+from lading.folder import family_of_folder
 from lading.gangs import Gangs, create_fake_gangs, create_gangs
-from lading.hub import load_model
+from lading.hub import ModelHub, load_model
 from make_checkpoint import make
 
 Axes = tuple[int, int, int]
@@ -47,6 +47,28 @@ MISTRAL = {
     "sliding_window": 5,
     "tie_word_embeddings": False,
 }
+OLMO = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+GEMMA = {
+    "hidden_size": 36,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 10,
+    "vocab_size": 101,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 BERT = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 8, "vocab_size": 102}
 
 
@@ -59,9 +81,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, config, kls in (
         ("llama", transformers.LlamaConfig, transformers.LlamaForCausalLM),
         ("mistral", transformers.MistralConfig, transformers.MistralForCausalLM),
+        ("olmo", transformers.Olmo3Config, transformers.Olmo3ForCausalLM),
+        ("gemma", transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
         ("bert", transformers.BertConfig, transformers.BertModel),
     ):
-        sizes = {"llama": LLAMA, "mistral": MISTRAL, "bert": BERT}[name]
+        sizes = {"llama": LLAMA, "mistral": MISTRAL, "olmo": OLMO, "gemma": GEMMA, "bert": BERT}[name]
         torch.manual_seed(0)
         model = kls(config(num_hidden_layers=2, max_position_embeddings=64, **sizes))
         with torch.no_grad():
@@ -111,6 +135,12 @@ def differences(model: Module, alone: Module) -> list[str]:
         elif gradient is not None and parameter.grad is not None and far(whole(parameter.grad), gradient, 1e-4):
             found.append(f"gradient of {name}")
 
+    if hasattr(model, "encode"):
+        with torch.no_grad():
+            if far(model.encode(ids, mask), alone.encode(ids, mask), 1e-4):
+                found.append("embeddings of sentences")
+            if far(model.pooled_output(model(ids)), alone.pooled_output(alone(ids)), 1e-4):
+                found.append("what the pooler gives")
     if hasattr(model, "generate"):
         prompt = ids[:, :4]
         if not torch.equal(model.generate(prompt, max_new_tokens=5), alone.generate(prompt, max_new_tokens=5)):
@@ -143,7 +173,7 @@ def case_id(value: Any) -> str:
     return value if isinstance(value, str) else "tp{}-sdp{}-rdp{}".format(*value)
 
 
-FAMILIES = ["llama", "qwen", "mistral", "bert"]
+FAMILIES = ["llama", "qwen", "mistral", "olmo", "gemma", "bert"]
 
 
 @pytest.mark.parametrize("axes", [(2, 1, 1), (1, 2, 1)], ids=case_id)
@@ -161,6 +191,8 @@ def test_two_ranks(pool2: Pool, folders: dict[str, Path], family: str, axes: Axe
         ("mistral", (4, 1, 1)),  # two ranks to a key/value head
         ("qwen", (2, 2, 1)),
         ("qwen", (1, 2, 2)),
+        ("olmo", (2, 2, 1)),
+        ("gemma", (2, 2, 1)),
         ("bert", (2, 1, 2)),
         ("bert", (2, 2, 1)),
     ],
@@ -182,7 +214,7 @@ def pool8() -> Any:
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_ranks(pool8: Pool, folders: dict[str, Path], family: str, axes: Axes) -> None:
-    if axes[0] == 8 and family in ("llama", "qwen"):
+    if axes[0] == 8 and family in ("llama", "qwen", "gemma"):
         outcomes = pool8.run(load_and_compare, folders[family], axes)
         assert all(isinstance(o.error, NotSupportedError) and "num_attn_heads" in str(o.error) for o in outcomes)
     else:
@@ -202,6 +234,20 @@ def new_and_compare(folder: Path, axes: Axes) -> list[str]:
         assert torch.equal(torch.get_rng_state(), state)
 
         return differences(model, alone)
+
+
+def new_but_another_on_rank_1(folder: Path) -> None:
+    family, config = family_of_folder(folder)
+    with gangs_of((2, 1, 1)) as gangs:
+        if gangs.root.rank == 1:
+            config.num_layers += 1
+        ModelHub(family, None).create_new_model(config, gangs=gangs)  # type: ignore[arg-type]
+
+
+def test_ranks_that_ask_for_different_models(pool2: Pool, folders: dict[str, Path]) -> None:
+    for outcome in pool2.run(new_but_another_on_rank_1, folders["qwen"]):
+        assert isinstance(outcome.error, GangError)
+        assert "num_layers" in str(outcome.error)
 
 
 @pytest.mark.parametrize(("family", "axes"), [("qwen", (2, 2, 1)), ("bert", (2, 2, 1)), ("llama", (1, 4, 1))])

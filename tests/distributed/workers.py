@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -70,12 +71,10 @@ class Pool:
     def __init__(self, size: int, *, agent: bool = True, env: dict[str, str] | None = None) -> None:
         import torch.distributed as dist
 
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
         self.size = size
         # The port of a store that the parent serves is taken; so that rank 0 can have it, it is let go.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        common = {
+        self._env = {
             "WORLD_SIZE": str(size),
             "LOCAL_WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1",
@@ -85,21 +84,28 @@ class Pool:
         }
         if not agent:
             del self._store
-        self._processes = []
-        self._connections: list[Connection] = []
         self._started = 0.0
         self._outcomes: dict[int, Outcome] = {}
+        self._processes: list[Any] = []
+        self._connections: list[Connection] = []
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_work,
-                args=(theirs, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, list(sys.path)),
+                args=(theirs, {**self._env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, list(sys.path)),
                 daemon=True,
             )
             process.start()
             theirs.close()
             self._processes.append(process)
             self._connections.append(ours)
+
+    @property
+    def closed(self) -> bool:
+        """Whether its processes have been ended."""
+        return not self._processes
 
     def pid(self, rank: int) -> int:
         """The process of a rank."""
@@ -134,7 +140,8 @@ class Pool:
             ready = wait([self._connections[r] for r in missing], timeout=max(left, 0))
             if not ready:
                 self.close()
-                raise WorkerHangError(f"ranks {sorted(missing)} did not answer within {within} s")
+                others = "\n".join(f"rank {r}: {o.trace or o}" for r, o in sorted(self._outcomes.items()))
+                raise WorkerHangError(f"ranks {sorted(missing)} did not answer within {within} s\n{others}")
             for rank in missing:
                 if self._connections[rank] in ready:
                     self._outcomes[rank] = self._receive(rank)
@@ -184,6 +191,7 @@ class Pool:
 
 def _work(connection: Connection, env: dict[str, str], path: list[str]) -> None:
     os.environ.update(env)
+    warnings.simplefilter("error")
     sys.path[:] = path
     while True:
         try:

@@ -205,7 +205,7 @@ def test_a_checkpoint_that_was_replaced_is_never_loaded_silently(cards: Path, ot
     save_file(dict(reversed(state.items())), cards / "tiny" / "model.safetensors")
 
     for _ in range(2):
-        with pytest.raises(DigestMismatchError, match="`lading index tiny` takes"):
+        with pytest.raises(DigestMismatchError, match="`lading index tiny`"):
             load_model("tiny")
     if other_tensors:
         return

@@ -17,7 +17,15 @@ import fairseq2
 from fairseq2.assets import AssetCard, get_asset_store
 from ruamel.yaml import YAML
 
-FAMILIES = ("llama", "mistral", "qwen")
+FAMILIES = {
+    "llama": "llama",
+    "mistral": "mistral",
+    "olmo": "olmo",
+    "qwen": "qwen",
+    "wav2vec2": "wav2vec2",
+    "wav2vec2_asr": "wav2vec2",
+}
+"""Each with the file of its cards."""
 
 
 def resolved(card: AssetCard) -> dict[str, Any]:
@@ -39,10 +47,10 @@ def main() -> None:
     families = {
         family: {
             card["name"]: fields
-            for card in cards[f"models/{family}.yaml"]
+            for card in cards[f"models/{file}.yaml"]
             if (fields := resolved(store.retrieve_card(card["name"])))["model_family"] == family
         }
-        for family in FAMILIES
+        for family, file in FAMILIES.items()
     }
 
     json.dump({"fairseq2": version("fairseq2"), "files": cards, "resolved": families}, sys.stdout, indent=1)

@@ -1,4 +1,4 @@
-"""Print every LLaMA, Qwen and Mistral architecture of fairseq2 as JSON: family → architecture → configuration.
+"""Print every architecture of fairseq2 that is here, too, as JSON: family → architecture → configuration.
 
 Run it where fairseq2 0.8.1 is installed::
 
@@ -11,36 +11,51 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from enum import Enum
 from importlib.metadata import version
 from typing import Any
 
-from fairseq2.models.llama.config import register_llama_configs
-from fairseq2.models.mistral.config import register_mistral_configs
-from fairseq2.models.qwen.config import register_qwen_configs
+from fairseq2.models.llama.config import LLaMAConfig, register_llama_configs
+from fairseq2.models.mistral.config import MistralConfig, register_mistral_configs
+from fairseq2.models.olmo.config import OLMOConfig, register_olmo_configs
+from fairseq2.models.qwen.config import QwenConfig, register_qwen_configs
+from fairseq2.models.wav2vec2.asr.config import Wav2Vec2AsrConfig, register_wav2vec2_asr_configs
+from fairseq2.models.wav2vec2.config import Wav2Vec2Config, register_wav2vec2_configs
 
 
 class Recorder:
-    """Stands for fairseq2's dependency container, which its registration functions only hand their factories to."""
+    """Stands for fairseq2's dependency container, as far as its registration functions look at it."""
 
     def __init__(self) -> None:
-        self.configs: dict[str, dict[str, Any]] = {}
+        self.factories: dict[tuple[type, str], Callable[[Any], Any]] = {}
 
     def register(self, kls: type, factory: Callable[[Any], Any], *, key: str) -> None:
-        self.configs[key] = asdict(factory(self))
+        self.factories[kls, key] = factory
+
+    def resolve(self, kls: type, *, key: str) -> Any:
+        return self.factories[kls, key](self)
+
+    def configs(self, kls: type) -> dict[str, dict[str, Any]]:
+        return {key: asdict(self.resolve(kls, key=key)) for found, key in self.factories if found is kls}
 
 
 def main() -> None:
+    recorder = Recorder()
     families = {}
-    for family, register in (
-        ("llama", register_llama_configs),
-        ("mistral", register_mistral_configs),
-        ("qwen", register_qwen_configs),
+    for family, kls, register in (
+        ("llama", LLaMAConfig, register_llama_configs),
+        ("mistral", MistralConfig, register_mistral_configs),
+        ("olmo", OLMOConfig, register_olmo_configs),
+        ("qwen", QwenConfig, register_qwen_configs),
+        ("wav2vec2", Wav2Vec2Config, register_wav2vec2_configs),
+        ("wav2vec2_asr", Wav2Vec2AsrConfig, register_wav2vec2_asr_configs),
     ):
-        recorder = Recorder()
         register(recorder)
-        families[family] = recorder.configs
+        families[family] = recorder.configs(kls)
 
-    json.dump({"fairseq2": version("fairseq2"), "families": families}, sys.stdout, indent=1)
+    # As its card files name the members of enumerations.
+    dumped = {"fairseq2": version("fairseq2"), "families": families}
+    json.dump(dumped, sys.stdout, indent=1, default=lambda value: value.name if isinstance(value, Enum) else value)
     sys.stdout.write("\n")
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from lading.family import Family
+from lading.family import Family, family_of_model_type
 
-DECODERS = ["llama", "qwen2", "qwen3", "mistral"]
+DECODERS = ["llama", "qwen2", "qwen3", "mistral", "olmo2"]
+BY_LAYER = ["olmo3", "gemma3_text"]
 
 SPARSE: list[dict[str, Any]] = [
     {},
@@ -29,15 +30,10 @@ SPARSE: list[dict[str, Any]] = [
 
 
 def family_of(model_type: str) -> Family[Any, Any]:
-    from lading.families import bert, llama, mistral, qwen
+    family = family_of_model_type(model_type)
+    assert family is not None
 
-    return {
-        "llama": llama.FAMILY,
-        "qwen2": qwen.FAMILY,
-        "qwen3": qwen.FAMILY,
-        "mistral": mistral.FAMILY,
-        "bert": bert.FAMILY,
-    }[model_type]
+    return family
 
 
 def shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -60,6 +56,53 @@ def test_a_sparse_file_means_what_the_full_one_does(model_type: str, values: dic
     assert found.model.rotary_emb.theta == expected.model.rotary_emb.theta == full.rope_parameters["rope_theta"]
 
 
+SPARSE_BY_LAYER: dict[str, list[dict[str, Any]]] = {
+    "olmo3": [
+        {},
+        {"num_hidden_layers": 5, "sliding_window": 17},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "mscale": 0.5}},
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 500_000.0}}},
+        {"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2},
+    ],
+    "gemma3_text": [
+        {},
+        {"sliding_window_pattern": 3, "num_hidden_layers": 7},
+        {"rope_theta": 77.0},
+        {"rope_local_base_freq": 77.0},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 3.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 9.0},
+            }
+        },
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "values"),
+    [(model_type, values) for model_type, files in SPARSE_BY_LAYER.items() for values in files],
+    ids=json.dumps,
+)
+def test_a_sparse_file_with_kinds_of_layers_means_what_the_full_one_does(
+    model_type: str, values: dict[str, Any]
+) -> None:
+    from transformers import AutoConfig
+
+    family = family_of(model_type)
+    full = AutoConfig.for_model(model_type, **json.loads(json.dumps(values)))
+    found = family.from_hf({"model_type": model_type, **values})
+
+    assert found == family.from_hf(json.loads(full.to_json_string(use_diff=False)))
+    theta = found.local_rope_theta if model_type == "gemma3_text" else found.rope_theta
+    assert found.rope_theta == full.rope_parameters["full_attention"]["rope_theta"]
+    assert theta == full.rope_parameters["sliding_attention"]["rope_theta"]
+    assert found.layer_types == full.layer_types
+    assert found.sliding_window == full.sliding_window
+
+
 def test_a_sparse_file_of_bert_means_what_the_full_one_does() -> None:
     from transformers import BertConfig
 
@@ -69,7 +112,7 @@ def test_a_sparse_file_of_bert_means_what_the_full_one_does() -> None:
     assert family.from_hf({"model_type": "bert"}) == family.from_hf(full) == family.config_kls()
 
 
-@pytest.mark.parametrize("model_type", [*DECODERS, "bert"])
+@pytest.mark.parametrize("model_type", [*DECODERS, *BY_LAYER, "bert"])
 def test_an_empty_file_has_the_shapes_of_the_default_model(model_type: str) -> None:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lading.family import Family
+from lading.family import Family, family_of_model_type
 from lading.nn.decoder import DecoderLM
 
 TOLERANCE = 1e-5
@@ -26,6 +26,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,48 @@ CASES = [
     Case("mistral", "mistral", {"num_key_value_heads": 2, "sliding_window": None}),
     Case("mistral-window", "mistral", {"num_key_value_heads": 4, "sliding_window": 7, "head_dim": 20}),
     Case("mistral-window-1", "mistral", {"sliding_window": 1}),
+    Case("olmo2", "olmo2"),
+    Case("olmo2-gqa-tied", "olmo2", {"num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
+    Case("olmo3", "olmo3", {"num_hidden_layers": 5, "num_key_value_heads": 2, "sliding_window": 5}),
+    Case("olmo3-yarn", "olmo3", {"num_hidden_layers": 5, "sliding_window": 6, "rope_scaling": YARN}),
+    Case(
+        "olmo3-yarn-types-and-amplitude",
+        "olmo3",
+        {
+            "sliding_window": 6,
+            "rope_scaling": YARN | {"attention_factor": 1.3, "beta_fast": 4.0, "beta_slow": 0.5},
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    Case("olmo3-yarn-mscale", "olmo3", {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4}}),
+    Case("gemma3", "gemma3_text", {"num_hidden_layers": 7, "head_dim": 16, "sliding_window": 5}),
+    Case(
+        "gemma3-scaled",
+        "gemma3_text",
+        {
+            "num_hidden_layers": 3,
+            "sliding_window_pattern": 2,
+            "sliding_window": 6,
+            "head_dim": 12,
+            "num_key_value_heads": 2,
+            "query_pre_attn_scalar": 40,
+            "rope_theta": 12_345.0,
+            "rope_local_base_freq": 77.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "tie_word_embeddings": False,
+        },
+    ),
     Case("mistral-window-as-long", "mistral", {"sliding_window": 17, "tie_word_embeddings": True}),
 ]
 
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
-def families() -> dict[str, Family[Any, Any]]:
-    from lading.families import llama, mistral, qwen
+def family_of(model_type: str) -> Family[Any, Any]:
+    family = family_of_model_type(model_type)
+    assert family is not None
 
-    return {"llama": llama.FAMILY, "qwen2": qwen.FAMILY, "qwen3": qwen.FAMILY, "mistral": mistral.FAMILY}
+    return family
 
 
 def pair(case: Case) -> tuple[DecoderLM, nn.Module]:
@@ -95,7 +128,7 @@ def pair(case: Case) -> tuple[DecoderLM, nn.Module]:
     theirs = AutoModelForCausalLM.from_config(theirs_config, attn_implementation="eager").eval()
     randomise(theirs)
 
-    family = families()[case.model_type]
+    family = family_of(case.model_type)
     # The file that transformers writes today, and the spelling of the files that are on the hub.
     written = family.build(family.from_hf(json.loads(theirs_config.to_json_string(use_diff=False))))
     ours: DecoderLM = family.build(family.from_hf({"model_type": case.model_type, **values})).eval()

@@ -29,6 +29,9 @@ FIELDS = (
     "tokenizer_family",
 )
 
+CORRECTED = {"olmo-2-0325-32b": {"model_config": {"ffn_inner_dim": 27_648}}}
+"""What cards say here because fairseq2's would not load the checkpoint that they name."""
+
 
 def entries(cards: list[dict[str, Any]]) -> list[CardEntry]:
     return [
@@ -62,13 +65,15 @@ def test_built_in_cards_say_what_fairseq2_says(family: str) -> None:
 
     for name, expected in RESOLVED[family].items():
         found = resolved(name, cards)
+        expected = expected | CORRECTED.get(name, {})
         assert {key: found.get(key) for key in FIELDS} == {key: expected.get(key) for key in FIELDS}, name
         assert {key: found.get(key) for key in expected} == expected, name
 
 
 @pytest.mark.parametrize("family", RESOLVED)
 def test_fairseq2_resolves_its_own_cards_as_this_project_does(family: str) -> None:
-    cards = entries(FILES[f"models/{family}.yaml"])
+    file = "wav2vec2" if family == "wav2vec2_asr" else family
+    cards = entries(FILES[f"models/{file}.yaml"])
 
     for name, expected in RESOLVED[family].items():
         assert resolved(name, cards) == expected

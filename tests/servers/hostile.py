@@ -178,6 +178,13 @@ def without_head(exchange: Exchange) -> None:
         honest(exchange)
 
 
+def empty_head(exchange: Exchange) -> None:
+    if exchange.command == "HEAD":
+        exchange.answer(200)
+    else:
+        honest(exchange)
+
+
 def drops(after: int) -> Behaviour:
     """Closes the connection when so many bytes of a body are sent."""
 
@@ -264,6 +271,14 @@ def drips(exchange: Exchange) -> None:
 
 def drips_headers(exchange: Exchange) -> None:
     exchange.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+    while not exchange.hub.closing.wait(0.02):
+        exchange.wfile.write(b"x")
+        exchange.wfile.flush()
+
+
+def drips_of_nothing(exchange: Exchange) -> None:
+    """A body in chunks of which the first one's header does not end, though a byte of it comes every now and then."""
+    exchange.answer(200, {**exchange.about(), "Transfer-Encoding": "chunked"}, b"5;")
     while not exchange.hub.closing.wait(0.02):
         exchange.wfile.write(b"x")
         exchange.wfile.flush()

@@ -330,13 +330,13 @@ def test_folder_without_a_checkpoint(tmp_path: Path) -> None:
 
 def test_folder_with_files_of_other_names(tmp_path: Path) -> None:
     write(tmp_path / "adapter_model.safetensors", "{}")
-    (tmp_path / "pytorch_model.bin").touch()
+    (tmp_path / "adapter_model.bin").touch()
 
     with pytest.raises(CheckpointNotFoundError, match=r"adapter_model\.safetensors.*give the path of the file"):
         formats.index(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt", "model-Q4_K.gguf"])
+@pytest.mark.parametrize("name", ["model.onnx", "tf_model.h5", "model-Q4_K.gguf"])
 def test_other_formats(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from lading.compose import Joined, Regroup, Reordered, Stacked
 from lading.errors import InternalError
 from lading.keymap import Rule, rename, route
 
@@ -64,3 +67,101 @@ def test_tied_parameters_are_not_missing_and_their_copies_are_named() -> None:
 def test_two_tensors_of_one_name_clash() -> None:
     routed = route(["x", "y"], ["y"], (Rule("x", "y"),))
     assert routed.clashes == (("y", ("x", "y")),)
+
+
+# --- several tensors for one target ---
+
+CONCATENATED = (Rule("q.{n}", "qkv.{n}", concat=(0, 0)), Rule("k.{n}", "qkv.{n}", concat=(0, 1)))
+EXPERTS = (
+    Rule("experts.{e}.w1", "experts.gate_up", stack="e", concat=(0, 0)),
+    Rule("experts.{e}.w3", "experts.gate_up", stack="e", concat=(0, 1)),
+    Rule("experts.{e}.w2", "experts.down", stack="e"),
+)
+
+
+def test_tensors_are_concatenated() -> None:
+    routed = route(
+        ["k.1", "q.0", "k.0", "q.1"],
+        ["qkv.0", "qkv.1"],
+        CONCATENATED,
+        shapes=[(1, 3), (2, 3)] * 2,
+        target_shapes=[(3, 3)] * 2,
+    )
+    assert routed.composed == {0: Joined(0, (1, 2)), 1: Joined(0, (3, 0))}
+    assert list(routed.tensors) == [1, 3]
+
+
+def test_tensors_are_stacked() -> None:
+    names = ["experts.1.w1", "experts.0.w3", "experts.0.w1", "experts.1.w3", "experts.0.w2", "experts.1.w2"]
+    routed = route(
+        names,
+        ["experts.gate_up", "experts.down"],
+        EXPERTS,
+        shapes=[(2, 3)] * 4 + [(3, 2)] * 2,
+        target_shapes=[(2, 4, 3), (2, 3, 2)],
+    )
+    assert routed.composed == {0: Stacked((Joined(0, (2, 1)), Joined(0, (0, 3)))), 1: Stacked((4, 5))}
+
+
+def test_what_is_re_ordered_is_composed_of_one_tensor() -> None:
+    order = Regroup(0, 2, 2)
+    routed = route(["x"], ["y"], (Rule("x", "y", order=order),), shapes=[(8,)], target_shapes=[(8,)])
+    assert routed.composed == {0: Reordered(order, 0)}
+
+    routed = route(["x"], ["y"], (Rule("x", "y", order=order),), shapes=[(6,)], target_shapes=[(6,)])
+    assert routed.incomplete == (("y", "[6] has no groups of 4 along dim 0"),)
+
+
+@pytest.mark.parametrize(
+    ("names", "rules", "why"),
+    [
+        (["q.0", "k.0"], (CONCATENATED[0], Rule("k.{n}", "qkv.{n}", concat=(0, 2))), "number 1 is missing"),
+        (["experts.0.w2", "experts.99999999999.w2"], EXPERTS, "number 1 is missing"),
+        (["experts.0.w2", "experts.1.w2"], EXPERTS, r"\[2, 3\], \[3, 3\] cannot be stacked"),
+        (["x#0", "x#2"], (Rule("x", "experts.down"),), "tensor-parallel parts, number 1 is missing"),
+        (["x#0.1"], (Rule("x", "experts.down"),), "sharded parts, number 0 is missing"),
+    ],
+)
+def test_parts_that_are_missing_or_do_not_fit(names: list[str], rules: tuple[Rule, ...], why: str) -> None:
+    targets = ["qkv.0", "experts.down"]
+    routed = route(names, targets, rules, shapes=[(2, 3), (3, 3)], target_shapes=[(5, 3), (2, 9, 9)])
+    ((_, found),) = routed.incomplete
+    assert re.search(why, found)
+
+
+def test_two_tensors_of_one_place_clash() -> None:
+    rules = (Rule("a", "t", concat=(0, 0)), Rule("b", "t", concat=(0, 0)), Rule("c", "t"))
+    for names in (["a", "b"], ["a", "c"]):
+        routed = route(names, ["t"], rules, shapes=[(1,), (1,)], target_shapes=[(2,)])
+        assert routed.clashes == (("t", tuple(names)),)
+
+
+def test_rules_that_contradict_each_other() -> None:
+    rules = (Rule("a", "t", concat=(0, 0)), Rule("b", "t", concat=(1, 1)))
+    with pytest.raises(InternalError, match="do not agree"):
+        route(["a", "b"], ["t"], rules, shapes=[(1, 1)] * 2, target_shapes=[(2, 1)])
+
+
+def test_a_stack_counts_by_a_placeholder_of_its_source() -> None:
+    with pytest.raises(InternalError, match="placeholders"):
+        route(["x"], ["y"], (Rule("x", "y", stack="e"),))
+
+
+def test_a_tied_parameter_in_parts() -> None:
+    names = ["embed#0", "embed#1", "head#0", "head#1"]
+    routed = route(names, ["embed"], aliases={"head": "embed"}, shapes=[(2, 3)] * 4, target_shapes=[(4, 3)])
+    assert routed.composed == {0: Joined(0, (0, 1))}
+    assert routed.duplicates == ((0, Joined(0, (2, 3))),)
+
+
+def test_ranks_that_have_no_part() -> None:
+    names, shapes = ["w#0.0", "w#0.1", "w#0.2"], [(2, 3), (1, 3), (0,)]
+    assert route(names, ["w"], shapes=shapes, target_shapes=[(3, 3)]).composed == {0: Joined(0, (0, 1))}
+    assert route(names[:2], ["w"], shapes=shapes[:2], target_shapes=[(3, 3)]).composed == {0: Joined(0, (0, 1))}
+    assert list(route(names, ["w"], shapes=[(0, 3)] * 3, target_shapes=[(0, 3)]).tensors) == [0]
+
+
+def test_copies_of_a_tensor_on_all_ranks() -> None:
+    routed = route(["norm#0", "norm#1"], ["norm"], shapes=[(4,)] * 2, target_shapes=[(4,)])
+    assert list(routed.tensors) == [0]
+    assert routed.composed == {}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lading.nn.attention import AttentionMask, CausalSelfAttention, attend, causal_mask
+from lading.nn.norm import RMSNorm
 from lading.nn.uninitialized import Linear
 
 CPU = torch.device("cpu")
@@ -72,7 +73,7 @@ def test_names_and_shapes() -> None:
         output_bias=False,
         q_norm=True,
         k_norm=True,
-        norm_eps=1e-6,
+        norm=lambda dim: RMSNorm(dim, eps=1e-6),
         window=None,
         layer=0,
     )

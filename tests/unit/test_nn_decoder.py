@@ -9,7 +9,7 @@ from torch import nn
 
 from lading.nn.cache import KeyValueCache
 from lading.nn.decoder import DecoderLM, DecoderSpec, init_decoder
-from lading.nn.rope import RotaryScaling
+from lading.nn.rope import LinearScaling, RotaryScaling, YaRNScaling
 
 SPEC = DecoderSpec(
     model_dim=32,
@@ -29,6 +29,22 @@ VARIANTS = {
     "window-behind-full-layers": replace(SPEC, attn_window_len=3, num_full_attn_layers=2),
     "norms-biases-wide-heads": replace(
         SPEC, q_norm=True, k_norm=True, qkv_proj_bias=True, output_proj_bias=True, ffn_bias=True, head_dim=12
+    ),
+    "norms-after-over-all-heads": replace(
+        SPEC, q_norm=True, k_norm=True, norm_whole=True, norms="after", wide_norm=True, wide_rotary=True
+    ),
+    "norms-around-windows-that-turn-by-themselves": replace(
+        SPEC,
+        attn_window_len=4,
+        full_attn_layers=frozenset({1}),
+        window_rope_theta=33.0,
+        rope_scaling=LinearScaling(factor=4.0),
+        norms="both",
+        norm_offset=1.0,
+        wide_norm=True,
+        attn_scale=0.2,
+        ffn_activation="gelu_tanh",
+        embed_scale=5.7,
     ),
     "scaled-tied": replace(
         SPEC,
@@ -51,6 +67,58 @@ def make(spec: DecoderSpec, seed: int = 0) -> DecoderLM:
 
 def ids(n: int, s: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, SPEC.vocab_size, (n, s), generator=torch.Generator().manual_seed(seed))
+
+
+# --- the switches
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norms": "after"},
+        {"norms": "both"},
+        {"norm_whole": True},
+        {"attn_scale": 0.1},
+        {"ffn_activation": "gelu_tanh"},
+        {"embed_scale": 2.0},
+        {"full_attn_layers": frozenset({1})},
+        {"window_rope_theta": 33.0},
+        {"rope_scaling": LinearScaling(factor=4.0)},
+        {
+            "rope_scaling": YaRNScaling(
+                factor=4.0, original_seq_len=16, beta_fast=4.0, beta_slow=1.0, amplitude=1.1, truncate=True
+            )
+        },
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+@torch.no_grad()
+def test_every_switch_changes_the_result(changes: dict[str, Any]) -> None:
+    spec = replace(SPEC, q_norm=True, k_norm=True, attn_window_len=3)
+
+    assert not torch.allclose(make(replace(spec, **changes))(ids(2, 9)), make(spec)(ids(2, 9)), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_switches_of_precision_are_for_half_precision() -> None:
+    wide = replace(SPEC, wide_norm=True, wide_rotary=True)
+    assert torch.equal(make(wide)(ids(2, 9)), make(SPEC)(ids(2, 9)))
+
+    found, narrow = (make(spec).to(torch.bfloat16)(ids(2, 9)) for spec in (wide, SPEC))
+    assert found.dtype == torch.bfloat16
+    assert not torch.equal(found, narrow)
+
+
+@torch.no_grad()
+def test_embeddings_are_scaled_by_what_their_dtype_can_say() -> None:
+    spec = replace(SPEC, num_layers=1, embed_scale=33.9411)
+    model = make(spec).to(torch.bfloat16)
+    seen = []
+    model.model.layers[0].input_layernorm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+
+    model(ids(1, 4))
+
+    assert torch.equal(seen[0], model.model.embed_tokens(ids(1, 4)) * 34.0)
 
 
 # --- the names

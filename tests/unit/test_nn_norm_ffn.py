@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import linear, silu
+from torch.nn.functional import gelu, linear, silu
 
 from lading.nn.ffn import GatedFeedForward
 from lading.nn.norm import RMSNorm
@@ -25,6 +25,39 @@ def test_half_precision_is_normalised_in_float32() -> None:
 
     assert y.dtype == torch.float16
     torch.testing.assert_close(y, torch.ones(1, 4, dtype=torch.float16))
+
+
+def test_where_the_weight_is_applied() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 32).to(torch.bfloat16)
+    narrow, wide = (RMSNorm(32, eps=1e-5, wide=w).to(torch.bfloat16) for w in (False, True))
+    for norm in (narrow, wide):
+        torch.nn.init.constant_(norm.weight, 1.23)
+    unit = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)
+
+    assert torch.equal(narrow(x), unit.to(torch.bfloat16) * narrow.weight)
+    assert torch.equal(wide(x), (unit * wide.weight.float()).to(torch.bfloat16))
+    assert not torch.equal(narrow(x), wide(x))
+
+
+def test_what_the_weight_is_counted_from() -> None:
+    plain, shifted = RMSNorm(8, eps=1e-5), RMSNorm(8, eps=1e-5, offset=1.0)
+    torch.nn.init.constant_(plain.weight, 1.25)
+    torch.nn.init.constant_(shifted.weight, 0.25)
+    x = torch.randn(3, 8)
+
+    assert torch.equal(shifted(x), plain(x))
+
+
+def test_the_gate_may_be_a_gelu() -> None:
+    torch.manual_seed(0)
+    ffn = GatedFeedForward(6, 10, activation="gelu_tanh")
+    for parameter in ffn.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, 3, 6)
+
+    gate = gelu(linear(x, ffn.gate_proj.weight), approximate="tanh")
+    torch.testing.assert_close(ffn(x), linear(gate * linear(x, ffn.up_proj.weight), ffn.down_proj.weight))
 
 
 def test_the_feed_forward_network_is_gated() -> None:

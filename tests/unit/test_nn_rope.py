@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lading.nn.rope import RotaryEmbedding, RotaryScaling, rotate
+from lading.nn.rope import LinearScaling, RotaryEmbedding, RotaryScaling, YaRNScaling, rotate
 
 
 def scaling(**changes: float) -> RotaryScaling:
@@ -34,6 +34,81 @@ def test_scaled_frequencies_of_llama_3_1() -> None:
     assert (scaled[between] < plain[between]).all()
     assert (scaled[between] > plain[between] / 8).all()
     assert (scaled.diff() < 0).all()
+
+
+def yarn(**changes: float) -> YaRNScaling:
+    return YaRNScaling(
+        **{
+            "factor": 8.0,
+            "original_seq_len": 8192,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "amplitude": YaRNScaling.default_amplitude(8.0),
+            "truncate": True,
+            **changes,
+        }
+    )
+
+
+def test_scaled_frequencies_of_yarn() -> None:
+    plain = RotaryEmbedding(128, theta=500_000.0).inv_freq
+    scaled = RotaryEmbedding(128, theta=500_000.0, scaling=yarn()).inv_freq
+    turns = 8192 * plain / (2 * math.pi)
+
+    # Whole dimensions: up to one more is touched on each side.
+    fast, slow = turns > 32 * 1.25, turns < 1 / 1.25
+    torch.testing.assert_close(scaled[fast], plain[fast], rtol=1e-6, atol=0)
+    torch.testing.assert_close(scaled[slow], plain[slow] / 8, rtol=1e-6, atol=0)
+    between = (turns < 30) & (turns > 1.1)
+    assert between.any()
+    assert (scaled[between] < plain[between]).all()
+    assert (scaled[between] > plain[between] / 8).all()
+
+    exact = RotaryEmbedding(128, theta=500_000.0, scaling=yarn(truncate=False)).inv_freq
+    assert not torch.equal(exact, scaled)
+    torch.testing.assert_close(exact, scaled, rtol=0.2, atol=0)
+
+
+def test_yarn_makes_attention_sharper() -> None:
+    plain, scaled = RotaryEmbedding(8, theta=1e4), RotaryEmbedding(8, theta=1e4, scaling=yarn())
+    at = torch.zeros(1, 1)
+
+    assert YaRNScaling.default_amplitude(8.0) == pytest.approx(1.2079441541679836)
+    assert YaRNScaling.default_amplitude(1.0) == 1.0
+    assert plain(at, torch.float32)[0].max() == 1.0
+    assert float(scaled(at, torch.float32)[0].max()) == pytest.approx(1.2079441541679836)
+
+
+def test_yarn_between_two_betas_that_fall_together() -> None:
+    frequencies = RotaryEmbedding(8, theta=1e4, scaling=yarn(beta_fast=1.0 + 1e-9, truncate=False)).inv_freq
+
+    assert frequencies.isfinite().all()
+
+
+def test_linear_scaling() -> None:
+    plain = RotaryEmbedding(8, theta=1e4).inv_freq
+
+    assert torch.equal(RotaryEmbedding(8, theta=1e4, scaling=LinearScaling(factor=8.0)).inv_freq, plain / 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"factor": 0.5}, "factor"),
+        ({"beta_slow": 32.0}, "slow < fast"),
+        ({"beta_slow": 0.0}, "slow < fast"),
+        ({"original_seq_len": 0}, "original context"),
+        ({"amplitude": 0.0}, "amplitude"),
+    ],
+)
+def test_yarn_that_makes_no_sense(changes: dict[str, float], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        yarn(**changes)
+
+
+def test_a_linear_scaling_that_makes_no_sense() -> None:
+    with pytest.raises(ValueError, match="factor"):
+        LinearScaling(factor=0.0)
 
 
 @pytest.mark.parametrize(

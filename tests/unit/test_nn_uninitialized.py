@@ -7,12 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from lading.nn.uninitialized import Embedding, LayerNorm, Linear
+from lading.nn.uninitialized import Conv1d, Embedding, GroupNorm, LayerNorm, Linear
 
 
 @pytest.mark.parametrize(
     ("module", "base"),
-    [(lambda: Linear(3, 4), nn.Linear), (lambda: Embedding(5, 6), nn.Embedding), (lambda: LayerNorm(7), nn.LayerNorm)],
+    [
+        (lambda: Linear(3, 4), nn.Linear),
+        (lambda: Embedding(5, 6), nn.Embedding),
+        (lambda: LayerNorm(7), nn.LayerNorm),
+        (lambda: GroupNorm(2, 4), nn.GroupNorm),
+        (lambda: Conv1d(3, 4, 5), nn.Conv1d),
+    ],
 )
 def test_nothing_is_drawn(module, base) -> None:
     before = torch.get_rng_state()
@@ -29,15 +35,26 @@ def test_they_compute_what_torchs_do() -> None:
     assert torch.equal(ours(x), theirs(x))
 
 
-def test_building_on_the_meta_device_imports_nothing() -> None:
-    script = """
-import sys, torch
+DECODER = """
 from lading.nn.decoder import DecoderLM, DecoderSpec
 spec = DecoderSpec(model_dim=64, vocab_size=1000, max_seq_len=64, num_layers=2, num_attn_heads=4,
                    num_key_value_heads=2, ffn_inner_dim=96, norm_eps=1e-5, rope_theta=1e4, pad_idx=3)
+make = lambda: DecoderLM(spec)
+"""
+SPEECH = """
+from lading.families.wav2vec2 import FAMILY
+make = lambda: FAMILY.build(FAMILY.config_kls())
+"""
+
+
+@pytest.mark.parametrize("imports", [DECODER, SPEECH], ids=["decoder", "speech"])
+def test_building_on_the_meta_device_imports_nothing(imports: str) -> None:
+    script = f"""
+import sys, torch
+{imports}
 before = set(sys.modules)
 with torch.device("meta"):
-    DecoderLM(spec)
+    make()
 print(len(set(sys.modules) - before))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

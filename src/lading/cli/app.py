@@ -32,6 +32,8 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
         "adopt": "lading.cli.adopt:adopt",
         "rm": "lading.cli.rm:rm",
         "du": "lading.cli.du:du",
+        "pull": "lading.cli.pull:pull",
+        "verify": "lading.cli.verify:verify",
         "import": "lading.cli.cards:import_",
         "export-cards": "lading.cli.cards:export_cards",
         "db": "lading.cli.db:db",

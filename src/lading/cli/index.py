@@ -12,20 +12,21 @@ from lading.cli.output import write_json, write_pairs
 
 
 @command("index")
-@click.argument("target", metavar="NAME|PATH", shell_complete=complete_target)
+@click.argument("target", metavar="NAME|PATH|URI", shell_complete=complete_target)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def index(target: str, as_json: bool) -> None:
-    """Write to the catalog what a local checkpoint holds.
+    """Write to the catalog what a checkpoint holds, wherever it is.
 
-    The headers of its files are read: those of the card NAME, or of the file or folder at PATH.
+    The headers of its files are read, and nothing else is fetched: those of the card NAME, of the file or folder at
+    PATH, or of what hg://org/name or https://... publishes. Files that were changed on purpose are taken as they are.
 
-    For example: lading index ./my-model
+    For example: lading index hg://Qwen/Qwen3-0.6B
     """
     from lading.catalog.store import get_asset_store
     from lading.checkpoint import index_checkpoint
 
     store = get_asset_store()
-    stored = index_checkpoint(name_or_path(target, store), store=store)
+    stored = index_checkpoint(target if "://" in target else name_or_path(target, store), store=store)
 
     if as_json:
         write_json(checkpoint_object(stored))

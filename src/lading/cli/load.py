@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -24,9 +24,23 @@ _DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 @click.option("--device", metavar="DEVICE", help="Such as cpu, cuda or cuda:1; default: torch's.")
 @click.option("--dtype", type=click.Choice(_DTYPES), help="Of the parameters; auto: the checkpoint's own.")
 @click.option("--mmap", is_flag=True, help="Map the files instead of reading them.")
+@click.option(
+    "--verify",
+    type=click.Choice(("auto", "always", "never")),
+    default="auto",
+    help="Check bytes against digests; auto (the default): unless the file was seen verified as it is.",
+)
 @click.option("--no-progress", is_flag=True, help="Show no bar.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def load(target: str, device: str | None, dtype: str | None, mmap: bool, no_progress: bool, as_json: bool) -> None:
+def load(
+    target: str,
+    device: str | None,
+    dtype: str | None,
+    mmap: bool,
+    verify: Literal["auto", "always", "never"],
+    no_progress: bool,
+    as_json: bool,
+) -> None:
     """Load a model, and say how much and how fast.
 
     The model is that of the card NAME, or of the Hugging Face style folder at PATH.
@@ -47,6 +61,7 @@ def load(target: str, device: str | None, dtype: str | None, mmap: bool, no_prog
         device=None if device is None else _device(device),
         dtype="auto" if dtype == "auto" else None if dtype is None else getattr(torch, dtype),
         mmap=mmap,
+        verify=verify,
         progress=not no_progress,
     )
     moved = report.bytes_read + report.bytes_mapped

@@ -42,6 +42,10 @@ class ConfigReader:
     def __len__(self) -> int:
         return len(self._values)
 
+    def values(self) -> dict[str, object]:
+        """All keys with their values."""
+        return dict(self._values)
+
     def is_null(self, key: str) -> bool:
         """Whether the key is absent or null."""
         return self._values.get(key) is None
@@ -50,7 +54,7 @@ class ConfigReader:
         """A positive integer."""
         value = self._values.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self._mismatch(key, "a positive integer", value)
+            self.mismatch(key, "a positive integer")
 
         return value
 
@@ -64,7 +68,7 @@ class ConfigReader:
         if value is None:
             return None
         if not isinstance(value, int) or isinstance(value, bool):
-            self._mismatch(key, "an integer or null", value)
+            self.mismatch(key, "an integer or null")
 
         return value if value >= 0 else None
 
@@ -72,7 +76,7 @@ class ConfigReader:
         """A finite number that is not negative; required where ``default`` is ``None``."""
         value = self._values.get(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
-            self._mismatch(key, "a finite number that is not negative", value)
+            self.mismatch(key, "a finite number that is not negative")
 
         return float(value)
 
@@ -80,7 +84,7 @@ class ConfigReader:
         """True or false."""
         value = self._values.get(key, default)
         if not isinstance(value, bool):
-            self._mismatch(key, "true or false", value)
+            self.mismatch(key, "true or false")
 
         return value
 
@@ -91,11 +95,21 @@ class ConfigReader:
         """
         value = self._values.get(key, default)
         if not isinstance(value, str):
-            self._mismatch(key, "a string", value)
+            self.mismatch(key, "a string")
         if value not in choices:
             self.refuse(key, value, choices)
 
         return choices[value]
+
+    def counts(self, key: str, default: Sequence[int]) -> list[int]:
+        """A list of positive integers."""
+        value = self._values.get(key, list(default))
+        if not isinstance(value, list) or not all(
+            isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in value
+        ):
+            self.mismatch(key, "a list of positive integers")
+
+        return value
 
     def strings(self, key: str) -> list[str] | None:
         """A list of strings, or null."""
@@ -103,7 +117,7 @@ class ConfigReader:
         if value is None:
             return None
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-            self._mismatch(key, "a list of strings", value)
+            self.mismatch(key, "a list of strings")
 
         return value
 
@@ -113,7 +127,7 @@ class ConfigReader:
         if value is None:
             value = {}
         if not isinstance(value, Mapping):
-            self._mismatch(key, "an object", value)
+            self.mismatch(key, "an object")
 
         return ConfigReader(value, self._family, f"{self._prefix}{key}.")
 
@@ -152,8 +166,9 @@ class ConfigReader:
             f"{f' (it supports {known})' if known else ''}. Load it with transformers itself."
         )
 
-    def _mismatch(self, key: str, expected: str, found: object) -> NoReturn:
-        what = f"is {found!r}" if key in self._values else "is missing"
+    def mismatch(self, key: str, expected: str) -> NoReturn:
+        """Say that the value of a key is not what is expected."""
+        what = f"is {self._values[key]!r}" if key in self._values else "is missing"
         raise ModelCheckpointMismatchError(
             "config.json",
             f"config.json: {self._prefix}{key} is expected to be {expected}, but {what}. Compare the file with the one "
@@ -208,8 +223,65 @@ def read_rope(reader: ConfigReader, scaling_type: str | None = None) -> tuple[fl
 
     theta = (section if "rope_theta" in section else reader).number("rope_theta", 10_000.0)
 
+    return theta, _scaling(section, scaling_type)
+
+
+def read_rope_of_layers(
+    reader: ConfigReader, *, theta: float, window_theta: float, window_theta_key: str, scaling_type: str
+) -> tuple[float, ConfigReader | None, float]:
+    """The base of the rotary frequencies, the keys of their scaling if there is one, and the base in layers with a
+    window, where they are not scaled.
+
+    Understands ``rope_parameters`` by kind of layer, and what came before transformers 5: ``rope_theta`` and
+    ``rope_scaling`` for layers without a window.
+
+    :param theta: that of layers without a window where the file states none.
+    :param window_theta: that of layers with a window where the file states none.
+    :param window_theta_key: the key of the latter before transformers 5.
+    :param scaling_type: the one that the family supports.
+
+    :raises NotSupportedError: another type, scaling in layers with a window, or of a part of each head.
+    """
+    parameters = reader.section("rope_parameters")
+    full, window = parameters.section("full_attention"), parameters.section("sliding_attention")
+    if parameters and not full and not window:
+        reader.refuse("rope_parameters", parameters.values())
+    full = reader.section("rope_scaling") or full
+    for keys in (reader, full, window):
+        keys.require("partial_rotary_factor", 1.0)
+
+    _scaling(window, None)
+    if "rope_theta" in full:
+        theta = full.number("rope_theta", None)
+    else:
+        theta = reader.number("rope_theta", theta)
+    if "rope_theta" in window:
+        window_theta = window.number("rope_theta", None)
+    else:
+        window_theta = reader.number(window_theta_key, window_theta)
+
+    return theta, _scaling(full, scaling_type), window_theta
+
+
+def _scaling(section: ConfigReader, scaling_type: str | None) -> ConfigReader | None:
     type_key = "type" if section.is_null("rope_type") else "rope_type"
     known = ("default",) if scaling_type is None else ("default", scaling_type)
     kind = "default" if section.is_null(type_key) else section.choice(type_key, "default", {k: k for k in known})
 
-    return theta, None if kind == "default" else section
+    return None if kind == "default" else section
+
+
+def read_layer_types(reader: ConfigReader, num_layers: int, *, every: int) -> list[str]:
+    """Of each layer, whether its attention is ``sliding_attention`` or ``full_attention``.
+
+    :param every: one of so many has no window where the file states no types.
+
+    :raises NotSupportedError: other types.
+    """
+    types = reader.strings("layer_types")
+    if types is None:
+        return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(num_layers)]
+    if set(types) - {"sliding_attention", "full_attention"}:
+        reader.refuse("layer_types", types)
+
+    return types

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -12,8 +12,10 @@ from pydantic import ConfigDict
 
 from lading.config import STRICT
 from lading.families.huggingface import DECODER_RULES, read_decoder_config, read_rope
+from lading.families.meta import fairseq2_rules, meta_rules
 from lading.family import Family
 from lading.hub import ModelHubAccessor
+from lading.keymap import Rule
 from lading.nn.decoder import DecoderLM, DecoderSpec, decoder_plan, init_decoder
 from lading.nn.rope import RotaryScaling
 
@@ -197,6 +199,12 @@ def _from_hf(values: Mapping[str, object]) -> LLaMAConfig:
     return keys.checked(config, _spec)
 
 
+def _rules(config: LLaMAConfig) -> Sequence[Rule]:
+    head_dim = config.head_dim or config.model_dim // config.num_attn_heads
+
+    return (*meta_rules(head_dim), *fairseq2_rules(head_dim), *DECODER_RULES)
+
+
 FAMILY = Family(
     name="llama",
     kls=LLaMA,
@@ -205,7 +213,7 @@ FAMILY = Family(
     init=lambda model, config, name, parameter: init_decoder(
         model, name, parameter, std=config.init_std, std_scale=config.init_std_scale
     ),
-    rules=lambda config: DECODER_RULES,
+    rules=_rules,
     parallel_plan=lambda config: decoder_plan(_spec(config)),
     hf_model_types=frozenset({"llama"}),
     from_hf=_from_hf,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,8 +10,10 @@ from pydantic import ConfigDict
 
 from lading.config import STRICT
 from lading.families.huggingface import DECODER_RULES, ConfigReader, read_decoder_config, read_rope
+from lading.families.meta import fairseq2_rules
 from lading.family import Family
 from lading.hub import ModelHubAccessor
+from lading.keymap import Rule
 from lading.nn.decoder import DecoderLM, DecoderSpec, decoder_plan, init_decoder
 
 
@@ -150,13 +152,17 @@ def _windows(keys: ConfigReader, num_layers: int) -> tuple[int | None, int]:
     return (None, 0) if window is None or num_full >= num_layers else (window, num_full)
 
 
+def _rules(config: QwenConfig) -> Sequence[Rule]:
+    return (*fairseq2_rules(None), *DECODER_RULES)
+
+
 FAMILY = Family(
     name="qwen",
     kls=Qwen,
     config_kls=QwenConfig,
     build=lambda config: Qwen(_spec(config)),
     init=lambda model, config, name, parameter: init_decoder(model, name, parameter, std=config.init_std),
-    rules=lambda config: DECODER_RULES,
+    rules=_rules,
     parallel_plan=lambda config: decoder_plan(_spec(config)),
     hf_model_types=frozenset({"qwen2", "qwen3"}),
     from_hf=_from_hf,

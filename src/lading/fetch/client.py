@@ -2,16 +2,12 @@
 
 The HTTP client is the one that huggingface_hub brings, ``httpx2`` or, before its version 2, ``httpx``, of which
 nothing but connections and parsing is used. Proxies (``HTTPS_PROXY``, ``NO_PROXY`` …) and certificates
-(``SSL_CERT_FILE``, ``SSL_CERT_DIR``) are taken from the environment, as that client does. Credentials come from the
-file that ``NETRC`` names, else ``~/.netrc``.
+(``SSL_CERT_FILE``, ``SSL_CERT_DIR``) are taken from the environment, as that client does.
 """
 
 from __future__ import annotations
 
-import base64
 import logging
-import netrc
-import os
 import random
 import socket
 import ssl
@@ -23,11 +19,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lading.errors import FetchError, LadingError, PolicyError
 from lading.fetch.answers import HeadRefused, Unavailable, require_success
+from lading.fetch.credentials import authorization
 from lading.fetch.redirects import MAX_REDIRECTS, Boundary, Origin, check_url, shown
 from lading.version import __version__
 
@@ -48,13 +44,13 @@ class Patience:
     connect: float = 15
     """Until a connection is there, TLS included."""
     answer: float = 60
-    """Until all headers of an answer are there, however slowly they come."""
+    """Until all headers of an answer are there, and then between two parts of its body, whatever else comes."""
     silence: float = 30
     """Without a single byte."""
     window: float = 30
     """Over which the throughput is measured, …"""
     min_rate: float = 4096
-    """… and what it must be at least, in bytes a second, on each connection."""
+    """… and what it must be at least, in bytes a second, over all connections for a file."""
     attempts: int = 6
     """Requests for the same bytes that may fail one after another."""
     backoff: float = 0.5
@@ -90,7 +86,7 @@ class Client:
         check_url(self.url)
 
         self._boundary = Boundary()
-        self._authorization = _authorization(self.url.host)
+        self._authorization = authorization(self.url.host)
         self._locations: dict[str, httpx.URL] = {}
         """Where the redirects for a URL led to, so that not each range goes through all of them again."""
         self._tls: Any = None
@@ -151,8 +147,7 @@ class Client:
                 failed = 1 if progressed() else failed + 1
                 if failed >= self.patience.attempts:
                     raise FetchError(
-                        f"{what} could not be fetched: {error.reason} (tried {failed} times). Try again later; "
-                        "what has arrived is kept."
+                        f"{what} could not be fetched: {error.reason} (tried {failed} times). Try again later."
                     ) from error.__cause__
                 wait = random.uniform(0, self.patience.backoff * 2 ** (failed - 1))
                 wait = min(max(wait, error.retry_after or 0), self.patience.max_wait)
@@ -214,6 +209,7 @@ class Connection:
         library, patience = http_library(), client.patience
         self._client = client
         self._sockets: list[socket.socket] = []
+        self._alarm: _Alarm
         self._errors: tuple[type[Exception], ...] = (library.TransportError,)
         self._http = library.Client(
             verify=tls,
@@ -259,6 +255,31 @@ class Connection:
 
         return response, location
 
+    def body(self, response: httpx.Response, arrived: Callable[[], int] | None = None) -> Iterator[bytes]:
+        """The bytes of a body as they come, as the server sent them.
+
+        :param arrived: how many bytes have come over all connections that share the line; default: those of this body.
+
+        :raises Unavailable: they come too slowly.
+        """
+        patience, own = self._client.patience, 0
+        arrived = arrived or (lambda: own)
+        began, before = time.monotonic(), arrived()
+        for chunk in response.iter_raw():
+            self._alarm.put_off()
+            yield chunk
+            own += len(chunk)
+            now = time.monotonic()
+            if now - began >= patience.window:
+                count = arrived()
+                rate = (count - before) / (now - began)
+                if rate < patience.min_rate:
+                    raise Unavailable(
+                        f"{response.url.host} sent {rate:.0f} bytes a second for {now - began:.0f} s, where at least "
+                        f"{patience.min_rate:.0f} are expected"
+                    )
+                began, before = now, count
+
     @contextmanager
     def _follow(
         self, method: str, url: httpx.URL, headers: dict[str, str]
@@ -284,15 +305,7 @@ class Connection:
     @contextmanager
     def _send(self, method: str, url: httpx.URL, headers: dict[str, str]) -> Iterator[httpx.Response]:
         """One request; failures of the network, of the body too, are :class:`Unavailable`."""
-        late = threading.Event()
-
-        def give_up() -> None:
-            late.set()
-            self.abort()
-
-        # The client's own deadline begins anew with each byte.
-        timer = threading.Timer(self._client.patience.answer, give_up)
-        timer.daemon = True
+        alarm = self._alarm = _Alarm(self._client.patience.answer, self.abort)
         request = self._http.build_request(
             method,
             url,
@@ -300,11 +313,8 @@ class Connection:
             extensions={"trace": self._client.watch(url, self._opened)},
         )
         try:
-            timer.start()
-            try:
-                response = self._http.send(request, stream=True, auth=None)
-            finally:
-                timer.cancel()
+            response = self._http.send(request, stream=True, auth=None)
+            alarm.put_off()
             try:
                 yield response
             finally:
@@ -315,12 +325,14 @@ class Connection:
                     f"{url.host} cannot be trusted to be {url.host}: {error}. If it is signed by an authority of your "
                     "own, name that one's certificate in SSL_CERT_FILE."
                 ) from error
-            raise Unavailable(self._reason(error, url, late.is_set())) from error
+            raise Unavailable(self._reason(error, url, alarm.rang)) from error
+        finally:
+            alarm.cancel()
 
     def _reason(self, error: Exception, url: httpx.URL, late: bool) -> str:
         kind = type(error).__name__
         if late:
-            return f"{url.host} did not answer within {self._client.patience.answer:g} s"
+            return f"{url.host} sent nothing of use within {self._client.patience.answer:g} s"
         if kind == "ReadTimeout":
             return f"{url.host} was silent for {self._client.patience.silence:g} s"
         if kind == "ConnectTimeout":
@@ -345,24 +357,33 @@ class Connection:
         self._http.close()
 
 
-def chunks(response: httpx.Response, patience: Patience) -> Iterator[bytes]:
-    """The bytes of a body as they come.
+class _Alarm:
+    """Ends a request when its time is over.
 
-    :raises Unavailable: they come too slowly.
+    The HTTP client's own deadline begins anew with each byte, also with one that is no part of the file.
     """
-    began, count = time.monotonic(), 0
-    for chunk in response.iter_raw():
-        yield chunk
-        count += len(chunk)
-        now = time.monotonic()
-        if now - began >= patience.window:
-            rate = count / (now - began)
-            if rate < patience.min_rate:
-                raise Unavailable(
-                    f"{response.url.host} sent {rate:.0f} bytes a second for {now - began:.0f} s, where at least "
-                    f"{patience.min_rate:.0f} are expected"
-                )
-            began, count = now, 0
+
+    def __init__(self, seconds: float, ring: Callable[[], None]) -> None:
+        self.rang = False
+        self._seconds = seconds
+        self._ring = ring
+        self._cancelled = threading.Event()
+        self.put_off()
+        threading.Thread(target=self._wait, name="lading-alarm", daemon=True).start()
+
+    def put_off(self) -> None:
+        """Let the time begin anew."""
+        self._at = time.monotonic() + self._seconds
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def _wait(self) -> None:
+        while (left := self._at - time.monotonic()) > 0:
+            if self._cancelled.wait(left):
+                return
+        self.rang = True
+        self._ring()
 
 
 def _is_about_trust(error: BaseException | None) -> bool:
@@ -373,22 +394,3 @@ def _is_about_trust(error: BaseException | None) -> bool:
         error = error.__cause__ or error.__context__
 
     return False
-
-
-def _authorization(host: str) -> str | None:
-    """What the user's netrc file has for ``host``; a ``default`` in it is for no one, as it would be for everyone."""
-    named = os.environ.get("NETRC", "").strip()
-    path = Path(named).expanduser() if named else Path("~/.netrc").expanduser()
-    try:
-        entry = netrc.netrc(path).hosts.get(host)
-    except (OSError, UnicodeDecodeError):
-        return None
-    except netrc.NetrcParseError as error:
-        _log.warning("%s is not used, as line %s of it is not understood: %s", path, error.lineno, error.msg)
-        return None
-    if entry is None or host == "default":
-        return None
-
-    login, _, password = entry
-
-    return "Basic " + base64.b64encode(f"{login}:{password or ''}".encode()).decode("ascii")

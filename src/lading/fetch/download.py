@@ -19,15 +19,21 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from lading.errors import FetchError
 from lading.fetch.answers import BadRanges, Unavailable, a_web_page, require_range, require_same
-from lading.fetch.client import Client, Connection, Stopped, chunks
+from lading.fetch.client import Client, Connection, Stopped
 from lading.fetch.partial import Partial
 from lading.fetch.redirects import shown
+from lading.fetch.source import RemoteFile
+
+if TYPE_CHECKING:
+    import httpx2 as httpx
 
 _HTML = re.compile(rb"\s*<(!doctype html|html)\b", re.IGNORECASE)
+_MAX_SKIP = 64 << 20
+"""Bytes that are read past where a server does not do ranges."""
 _STEP = 1 << 20
 _GOOD = 1 << 20
 """Bytes after which an attempt that failed in the end is not counted as one."""
@@ -131,6 +137,8 @@ class Download:
         self._url = client.parse(partial.identity.url)
         self._what = repr(shown(self._url))
         self._pieces: list[_Piece] = []
+        self._first = 0
+        """Of the pieces, the first one that may not be done."""
         self.reported = 0
         """Bytes that `advance` was told of."""
 
@@ -166,7 +174,6 @@ class Download:
                 return next(waiting, None)
 
         with Crew() as crew:
-            self._report(sum(piece.at - piece.start for piece in self._pieces))
             started = 0
 
             def tick() -> None:
@@ -176,7 +183,7 @@ class Download:
                 while started < wanted:
                     started += 1
                     crew.start(lambda: self._work(crew, take, begun))
-                self._report(sum(piece.at - piece.start for piece in self._pieces))
+                self._report(self._arrived())
 
             crew.start(lambda: self._hash(crew.stop, digest, size))
             crew.watch(tick)
@@ -204,6 +211,9 @@ class Download:
             crew.watch(lambda: self._report(piece.at))
 
         return digests[0]
+
+    def _arrived(self) -> int:
+        return sum(piece.at - piece.start for piece in self._pieces)
 
     def _report(self, count: int) -> None:
         if count != self.reported:
@@ -237,7 +247,7 @@ class Download:
             require_same(response, self._identity.etag, self._url)
             require_range(response, piece.at, piece.end, self._identity.size)
             begun.set()
-            for chunk in chunks(response, self._client.patience):
+            for chunk in connection.body(response, self._arrived):
                 if len(chunk) > piece.end - piece.at:
                     raise BadRanges("a range is longer than it says")
                 self._write(chunk, piece.at, stop)
@@ -259,7 +269,7 @@ class Download:
             length = response.headers.get("content-length")
             if size is not None and length is not None and length != str(size):
                 raise FetchError(f"{self._what} has {length[:20]} bytes, where {size} were published. Try again.")
-            for chunk in chunks(response, self._client.patience):
+            for chunk in connection.body(response):
                 if piece.at == 0 and _HTML.match(chunk):
                     raise a_web_page(self._url)
                 if piece.at + len(chunk) > limit:
@@ -303,13 +313,10 @@ class Download:
                 noted = time.monotonic()
 
     def _front(self) -> int:
-        at = 0
-        for piece in self._pieces:
-            at = piece.at
-            if at < piece.end:
-                break
+        while self._first + 1 < len(self._pieces) and self._pieces[self._first].at == self._pieces[self._first].end:
+            self._first += 1
 
-        return at
+        return self._pieces[self._first].at
 
 
 def _cut(size: int, most: int, done: list[tuple[int, int]]) -> Iterator[_Piece]:
@@ -323,6 +330,40 @@ def _cut(size: int, most: int, done: list[tuple[int, int]]) -> Iterator[_Piece]:
         if start < end:
             yield _Piece(start, end, end)
             at = end
+
+
+def read_range(connection: Connection, url: httpx.URL, file: RemoteFile, offset: int, size: int) -> bytes:
+    """Exactly ``size`` bytes of a file, from ``offset`` on.
+
+    :raises FetchError: the server does not do ranges, and they are not near the start; or they have changed.
+    :raises Unavailable: another attempt may succeed.
+    """
+    headers = {"Range": f"bytes={offset}-{offset + size - 1}"}
+    if file.etag is not None:
+        headers["If-Range"] = file.etag
+
+    with connection.open("GET", url, headers) as response:
+        require_same(response, file.etag, url)
+        skip = 0
+        try:
+            require_range(response, offset, offset + size, file.size)
+        except BadRanges as error:
+            # The start of a file can be had without ranges, too.
+            skip = offset
+            if response.status_code != 200 or offset + size > _MAX_SKIP:
+                raise FetchError(
+                    f"{shown(url)!r} cannot be read in parts: {error}. Fetch the whole file instead."
+                ) from error
+        data = bytearray()
+        for chunk in connection.body(response):
+            data += chunk
+            if len(data) >= skip + size:
+                break
+
+    if len(data) < skip + size:
+        raise FetchError(f"{shown(url)!r} ends early: expected {size} bytes at {offset}, found {len(data) - skip}.")
+
+    return bytes(data[skip : skip + size])
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -19,7 +19,8 @@ def local_checkpoint(path: Path, *, inner_path: str | None = None) -> Path:
             raise PolicyError(f"`checkpoint_path` must be a path inside the checkpoint, but is {inner_path!r}.")
         path = path / inner
 
-    if not path.exists():
+    # What a path means that leads on into a file, the file's format tells.
+    if not path.exists() and not any(parent.is_file() for parent in path.parents):
         raise CheckpointNotFoundError(path, f"No checkpoint is at {path}: there is no such file or folder.")
 
     return path

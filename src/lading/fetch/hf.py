@@ -220,7 +220,7 @@ class HubSource:
         if not files:
             return []
 
-        repo = self._download_id()
+        repo = self._download_id(commit)
         fetched = fetch_files(
             files,
             self.local(snapshot, files),
@@ -241,12 +241,16 @@ class HubSource:
 
         return snapshot.revision
 
-    def _download_id(self) -> str:
+    def _download_id(self, commit: str) -> str:
         """The id whose folder in the cache is written: the hub's spelling; else the one that is in the cache."""
-        if self._spelled is not None:
-            return self._spelled
+        if self._spelled is None and (found := next((repo for repo, _ in self._folders()), None)) is not None:
+            return found
+        if self._spelled is None and not self._offline:
+            # Under another spelling, other programs would not find the files.
+            answer = describe(self.repo, commit).id
+            self._spelled = answer if isinstance(answer, str) and is_repo_id(answer) else None
 
-        return next((repo for repo, _ in self._folders()), self.repo)
+        return self._spelled or self.repo
 
     def _remember(self, repo: str, commit: str) -> None:
         """Note in the cache which commit the revision has, as huggingface_hub does, so that it is found offline."""

@@ -72,8 +72,10 @@ class Partial:
         folder.mkdir(parents=True, exist_ok=True)
         if identity.resumable:
             for path in sorted(folder.glob(f"{identity.key}.*.part")):
-                if _ended(path) and (partial := cls._take_up(path, identity)) is not None:
-                    return partial
+                if _ended(path):
+                    if (partial := cls._take_up(path, identity)) is not None:
+                        return partial
+                    _discard(path)  # nobody will ever want it: the file has changed, or there are no notes
 
         path = folder / f"{identity.key}.{_owner()}.{secrets.token_hex(4)}.part"
 
@@ -107,8 +109,7 @@ class Partial:
 
     def discard(self) -> None:
         """Remove it; nothing of it is of use."""
-        for path in (self.path, _notes(self.path), _notes(self.path).with_suffix(".new")):
-            _remove(path)
+        _discard(self.path)
 
     def release(self, done: Sequence[tuple[int, int]]) -> None:
         """Leave it to whoever wants to take it up, this process included."""
@@ -121,7 +122,7 @@ class Partial:
             self.note(done)
             old.rename(self.path)
         except OSError as error:
-            _log.info("what has arrived of %s is not kept: %s", self.identity.url, error)
+            _log.info("What has arrived is not kept in %s: %s", self.path.parent, error)
             self.discard()
             _remove(old)
         _remove(_notes(old))
@@ -265,6 +266,11 @@ def _start_time(pid: int) -> int | None:
         return None
 
     return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def _discard(path: Path) -> None:
+    for each in (path, _notes(path), _notes(path).with_suffix(".new")):
+        _remove(each)
 
 
 def _remove(path: Path) -> None:

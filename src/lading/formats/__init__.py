@@ -1,43 +1,157 @@
 """Checkpoint formats: each of them differs from the others only in how it gives a manifest.
 
 The doors are :func:`index`, for what is on this machine, and :func:`index_files`, for what is anywhere. They need
-neither torch nor the safetensors package.
+neither torch nor the safetensors package, and run nothing that a file names.
 """
 
 from __future__ import annotations
 
+from array import array
+from dataclasses import replace
 from pathlib import Path
 
-from lading.formats.folder import FILE_NAME, INDEX_NAME, checkpoint_file, is_index, is_other_format, not_supported
+from lading.errors import NotSupportedError
+from lading.formats import rewrite, torch_pt
+from lading.formats.files import File, open_regular
+from lading.formats.folder import (
+    BIN_NAME,
+    FILE_NAME,
+    INDEX_NAME,
+    checkpoint_file,
+    is_index,
+    is_other_format,
+    is_torch_format,
+    not_supported,
+)
+from lading.formats.parts import index_consolidated, index_fairseq2_sharded, is_consolidated, is_fairseq2_sharded
 from lading.formats.remote import Files, index_files
-from lading.formats.safetensors import index_file
+from lading.formats.safetensors import index_file, join, read_header
 from lading.formats.sharded import index_shards
-from lading.manifest import Manifest
+from lading.formats.tar import find_member
+from lading.formats.torch_pt import NonContiguousError
+from lading.manifest import Manifest, Shard
 
-__all__ = ["FILE_NAME", "INDEX_NAME", "Files", "index", "index_files"]
+__all__ = ["FILE_NAME", "INDEX_NAME", "Files", "NonContiguousError", "archive_of", "index", "index_files", "readable"]
+
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-def index(path: Path | str) -> Manifest:
+def index(path: Path | str, *, member: str | None = None, cache: Path | None = None, restrict: bool = True) -> Manifest:
     """The manifest of the checkpoint at ``path``, with its columns in the order (shard, offset).
 
-    :param path: a safetensors file, an index of several, or a folder with one of these under its usual name:
-        ``model.safetensors.index.json`` or ``model.safetensors``. Where a folder has both, the index decides. Symbolic
-        links are followed, as long as they lead to regular files.
+    :param path: a file of safetensors or of ``torch.save`` (``.pt``, ``.pth``, ``.bin``, ``.ckpt``), the index of
+        several, an uncompressed tar archive, or a folder with one of these under its usual name, the first that is
+        there: ``model.safetensors.index.json``, ``model.safetensors``, ``consolidated.00.pth`` and its like,
+        ``pp_00/tp_00/sdp_00.pt`` and its like, ``pytorch_model.bin.index.json``, ``pytorch_model.bin``. Symbolic links
+        are followed, as long as they lead to regular files. A path may lead on into an archive: ``a.tar/b/model.pt``.
+    :param member: the name of the checkpoint in the archive at ``path``, of which the manifest's offsets are.
+    :param cache: a folder to rewrite the checkpoint in, once, if its tensors are no ranges of bytes. The manifest is
+        then the one of that file, which :func:`readable` names.
+    :param restrict: refuse a file of ``torch.save`` that names anything that a state dict does not need. Where it is
+        not set, such objects are passed over; what they name is imported in neither case. Only this argument leads
+        from one to the other.
 
-    :raises CheckpointNotFoundError: nothing is at ``path``, or no checkpoint is in that folder.
-    :raises NotSupportedError: what is there is of a format that is not read here.
+    :raises CheckpointNotFoundError: nothing is at ``path``, or no checkpoint is in that folder or archive.
+    :raises NotSupportedError: what is there is of a format that is not read here, or has tensors that are not.
     :raises CorruptModelCheckpointError: a file breaks the rules of its format, or changed while it was read; one that
         the index names is missing; or what is at ``path`` is neither a folder nor a regular file.
+    :raises PolicyError: a file of ``torch.save`` would import what a state dict does not need.
+    :raises ModelCheckpointError: a file cannot be rewritten within the limits of time and memory.
     :raises OSError: a file cannot be read, for want of a permission say.
     """
-    path = Path(path)
+    path, member = _split(Path(path), member)
+    try:
+        return _index(path, member, restrict)
+    except NonContiguousError:
+        if cache is None:
+            raise
 
+    return index_file(_rewritten(path, member, cache, restrict))
+
+
+def readable(path: Path | str, *, member: str | None = None, cache: Path, restrict: bool = True) -> Path:
+    """Where the tensors of the checkpoint at ``path`` are ranges of bytes: there, or in a file of the cache.
+
+    Takes and raises what :func:`index` does, which gives the manifest of what is at the returned path (with the same
+    ``member``, if it is the same path).
+    """
+    file, inner = _split(Path(path), member)
+    try:
+        _index(file, inner, restrict)
+    except NonContiguousError:
+        return _rewritten(file, inner, cache, restrict)
+
+    return Path(path)
+
+
+def archive_of(path: Path) -> Path | None:
+    """The archive that ``path`` leads into; ``None`` where it is a path as any other."""
+    archives = (parent for parent in path.parents if parent.name.lower().endswith(_ARCHIVES))
+
+    return next((archive for archive in archives if archive.is_file()), None)
+
+
+def _split(path: Path, member: str | None) -> tuple[Path, str | None]:
+    archive = archive_of(path) if member is None else None
+
+    return (path, member) if archive is None else (archive, path.relative_to(archive).as_posix())
+
+
+def _index(path: Path, member: str | None, restrict: bool) -> Manifest:
+    if member is not None:
+        return _index_member(path, member, restrict)
     if path.is_dir():
         # A link that leads nowhere is listed, too: an index must not be passed over.
-        path = path / checkpoint_file((entry.name for entry in path.iterdir()), where=path)
+        names = {entry.name for entry in path.iterdir()}
+        if not names & {INDEX_NAME, FILE_NAME}:
+            if is_consolidated(names):
+                return index_consolidated(path, restrict=restrict)
+            if is_fairseq2_sharded(names):
+                return index_fairseq2_sharded(path, restrict=restrict)
+        path = path / checkpoint_file(names, where=path, torch=True)
     if is_index(path.name):
-        return index_shards(path)
+        return index_shards(path, restrict=restrict)
+    if is_torch_format(path.name):
+        return torch_pt.index_file(path, restrict=restrict)
     if is_other_format(path.name) and path.exists():
         raise not_supported(path, repr(path.name))
+    if path.name.lower().endswith(_ARCHIVES) and path.exists():
+        raise NotSupportedError(
+            f"{path}: expected the name of a member of this archive, as in {path.name}/model.pt, found none given."
+        )
 
     return index_file(path)
+
+
+def _index_member(path: Path, member: str, restrict: bool) -> Manifest:
+    label = f"{path}[{member}]"
+    with open_regular(path) as (file, size):
+        base, length = find_member(file, member, size=size, label=str(path))
+        shard = Shard(name=path.name, size=size)
+        if is_torch_format(member):
+            placed = torch_pt.place_tensors(file, base=base, size=length, label=label, restrict=restrict)
+            return join([(shard, torch_pt.header_of(placed, label=label))], kind="torch")
+
+        def read(offset: int, size: int) -> bytes:
+            file.seek(base + offset)
+            return file.read(min(size, length - offset))
+
+        _, header = read_header(File(name=member, label=label, size=length, read=read))
+
+    return join([(shard, replace(header, offsets=array("q", [base + offset for offset in header.offsets])))])
+
+
+def _rewritten(path: Path, member: str | None, cache: Path, restrict: bool) -> Path:
+    if member is not None:
+        with open_regular(path) as (file, size):
+            base, length = find_member(file, member, size=size, label=str(path))
+        return rewrite.rewrite(path, cache, base=base, size=length, restrict=restrict)
+    if path.is_dir() and not is_consolidated(names := {entry.name for entry in path.iterdir()}) and BIN_NAME in names:
+        path = path / BIN_NAME
+    if path.is_dir() or is_index(path.name):
+        raise NotSupportedError(
+            f"{path}: expected tensors in row-major order, found one of another order in a checkpoint of several "
+            "files. Only a checkpoint of one file is rewritten; load this one with torch, and save it as safetensors."
+        )
+
+    return rewrite.rewrite(path, cache, restrict=restrict)

@@ -10,33 +10,40 @@ from lading.errors import CheckpointNotFoundError, NotSupportedError
 INDEX_NAME = "model.safetensors.index.json"
 FILE_NAME = "model.safetensors"
 
+BIN_INDEX_NAME = "pytorch_model.bin.index.json"
+BIN_NAME = "pytorch_model.bin"
+
 _INDEX_SUFFIX = ".safetensors.index.json"
-_OTHER_FORMATS = (
-    ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".msgpack", ".npz", ".onnx",
-)  # fmt: skip
+_BIN_INDEX_SUFFIX = ".bin.index.json"
+_TORCH_FORMATS = (".bin", ".pt", ".pth", ".ckpt")
+_OTHER_FORMATS = (".pkl", ".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".msgpack", ".npz", ".onnx")
 
 
-def checkpoint_file(names: Iterable[str], *, where: Path | str) -> str:
+def checkpoint_file(names: Iterable[str], *, where: Path | str, torch: bool = False) -> str:
     """The file by which the checkpoint in a folder is read: the index, or else the single file.
 
     :param names: all that the folder lists.
     :param where: its path or address, for the error.
+    :param torch: whether files of ``torch.save`` can be read, where there are none of safetensors.
 
     :raises CheckpointNotFoundError: it has neither under its usual name.
     :raises NotSupportedError: it has a checkpoint of a format that is not read here.
     """
     listed = sorted(names)
-    for name in (INDEX_NAME, FILE_NAME):
+    usual = (INDEX_NAME, FILE_NAME, BIN_INDEX_NAME, BIN_NAME) if torch else (INDEX_NAME, FILE_NAME)
+    for name in usual:
         if name in listed:
             return name
 
-    if found := [name for name in listed if name.endswith((".safetensors", _INDEX_SUFFIX))]:
+    if found := [
+        name for name in listed if name.endswith((".safetensors", _INDEX_SUFFIX)) or (torch and is_torch_format(name))
+    ]:
         raise CheckpointNotFoundError(
             where,
             f"{where}: expected {INDEX_NAME} or {FILE_NAME}, found {some(found)}. To read one of these, give the "
             f"path of the file instead of the folder's.",
         )
-    if found := [name for name in listed if is_other_format(name)]:
+    if found := [name for name in listed if is_other_format(name) or is_torch_format(name)]:
         raise not_supported(where, some(found))
 
     raise CheckpointNotFoundError(
@@ -46,12 +53,17 @@ def checkpoint_file(names: Iterable[str], *, where: Path | str) -> str:
 
 def is_index(name: str) -> bool:
     """Whether a file of this name says which shards belong to a checkpoint."""
-    return name.endswith(_INDEX_SUFFIX)
+    return name.endswith((_INDEX_SUFFIX, _BIN_INDEX_SUFFIX))
 
 
 def is_checkpoint_file(name: str) -> bool:
     """Whether a file of this name is a checkpoint or the index of one, by its suffix."""
-    return name.endswith((".safetensors", _INDEX_SUFFIX, *_OTHER_FORMATS))
+    return name.endswith((".safetensors", _INDEX_SUFFIX, _BIN_INDEX_SUFFIX, *_TORCH_FORMATS, *_OTHER_FORMATS))
+
+
+def is_torch_format(name: str) -> bool:
+    """Whether a file of this name is what ``torch.save`` wrote, or the index of such files."""
+    return name.endswith((*_TORCH_FORMATS, _BIN_INDEX_SUFFIX))
 
 
 def is_other_format(name: str) -> bool:

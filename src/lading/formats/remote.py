@@ -14,7 +14,7 @@ from typing import Protocol
 
 from lading.errors import CheckpointNotFoundError
 from lading.formats.files import File, corrupt
-from lading.formats.folder import checkpoint_file, is_index, is_other_format, not_supported, some
+from lading.formats.folder import checkpoint_file, is_index, is_other_format, is_torch_format, not_supported, some
 from lading.formats.safetensors import PREFIX_SIZE, Part, join, read_header
 from lading.formats.sharded import join_shards, read_index
 from lading.manifest import Manifest
@@ -70,7 +70,7 @@ def index_files(files: Files, *, name: str | None = None) -> Manifest:
     """
     names = frozenset(files.names())
     folder, file = _find(files.label, names, name)
-    if is_other_format(file):
+    if is_other_format(file) or is_torch_format(file):  # where a zip archive's records are takes a read for each
         raise not_supported(f"{files.label.rstrip('/')}/{folder}{file}", repr(file))
 
     reader = _Reader(files, folder)

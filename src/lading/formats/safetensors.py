@@ -87,8 +87,11 @@ def read_header(file: File, *, guess: int = PREFIX_SIZE) -> Part:
     return Shard(name=file.name, size=file.size), header
 
 
-def join(parts: Sequence[Part], *, index_name: str | None = None) -> Manifest:
-    """The manifest of the files of one checkpoint, which has one file at least."""
+def join(parts: Sequence[Part], *, index_name: str | None = None, kind: str = "safetensors") -> Manifest:
+    """The manifest of the files of one checkpoint, which has one file at least.
+
+    :param kind: the manifest's ``format``.
+    """
     names: list[str] = []
     dtypes: list[str] = []
     shapes: list[tuple[int, ...]] = []
@@ -101,7 +104,7 @@ def join(parts: Sequence[Part], *, index_name: str | None = None) -> Manifest:
         offsets += header.offsets
 
     return Manifest(
-        format="safetensors",
+        format=kind,
         shards=tuple(shard for shard, _ in parts),
         names=names,
         dtypes=dtypes,

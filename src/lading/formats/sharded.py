@@ -1,4 +1,4 @@
-"""Checkpoints of many safetensors files, with an index that says which tensor is in which of them.
+"""Checkpoints of many files, of safetensors or of ``torch.save``, with an index that says which tensor is in which.
 
 The index is JSON: ``{"metadata": {…}, "weight_map": {"tensor": "file", …}}``. Its word decides which files belong to
 the checkpoint; others in the folder are not looked at.
@@ -14,8 +14,10 @@ from pathlib import Path
 
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
 from lading.formats.files import File, corrupt, open_file
+from lading.formats.folder import is_torch_format
 from lading.formats.safetensors import MAX_NAME_SIZE, Part, join, read_header
 from lading.formats.strict_json import StrictJson
+from lading.formats.torch_pt import read_part
 from lading.manifest import Manifest
 
 MAX_INDEX_SIZE = 100_000_000
@@ -28,22 +30,28 @@ _MAX_LINES = 20
 """Disagreements that an error lists; the rest it counts."""
 
 
-def index_shards(path: Path) -> Manifest:
+def index_shards(path: Path, *, restrict: bool = True) -> Manifest:
     """The manifest of the checkpoint whose index is at ``path``; the files that it names lie beside it.
 
+    :param restrict: as :func:`lading.formats.index` takes it.
+
     :raises CheckpointNotFoundError: no index is at ``path``.
-    :raises CorruptModelCheckpointError: the index is not valid, a file that it names is missing or is no safetensors
-        file, or the index and the files do not agree on which tensors there are.
+    :raises CorruptModelCheckpointError: the index is not valid, a file that it names is missing or damaged, or the
+        index and the files do not agree on which tensors there are.
+    :raises PolicyError: a file of ``torch.save`` would import what a state dict does not need.
+    :raises NotSupportedError: a tensor of such a file is not a plain range of bytes.
     :raises OSError: a file cannot be read.
     """
     with open_file(path) as file:
         index = read_index(file)
 
-    return join_shards(index, [_read_shard(path.parent / name) for name in index.tensors])
+    return join_shards(index, [_read_shard(path.parent / name, restrict) for name in index.tensors])
 
 
-def _read_shard(path: Path) -> Part | None:
+def _read_shard(path: Path, restrict: bool) -> Part | None:
     try:
+        if is_torch_format(path.name):
+            return read_part(path, restrict=restrict)
         with open_file(path) as file:
             return read_header(file)
     except CheckpointNotFoundError:
@@ -77,7 +85,9 @@ def join_shards(index: Index, parts: Sequence[Part | None]) -> Manifest:
     if problems:
         raise _disagreement(index.file.label, problems)
 
-    return join(found, index_name=index.file.name)
+    kind = "torch" if is_torch_format(index.file.name) else "safetensors"
+
+    return join(found, index_name=index.file.name, kind=kind)
 
 
 def read_index(file: File) -> Index:
@@ -87,7 +97,7 @@ def read_index(file: File) -> Index:
     """
     weight_map = _read_weight_map(file)
     tensors: dict[str, list[str]] = {name: [] for name in sorted(set(weight_map.values()))}
-    _require_plain_names(file.label, tensors)
+    _require_plain_names(file.label, tensors, ".bin" if is_torch_format(file.name) else ".safetensors")
     for tensor, name in weight_map.items():
         tensors[name].append(tensor)
 
@@ -122,16 +132,16 @@ def _read_weight_map(file: File) -> dict[str, str]:
     return weight_map
 
 
-def _require_plain_names(label: str, files: Iterable[str]) -> None:
+def _require_plain_names(label: str, files: Iterable[str], suffix: str) -> None:
     """Nothing but the name of a file in the same folder: whoever wrote the index must not choose what is read."""
     for file in files:
         # `isprintable` is false for control, bidirectional and other characters that hide what a name says.
         plain = file.isprintable() and not set(file) & set("/\\") and len(file.encode()) <= _MAX_FILE_NAME
-        if not plain or not file.endswith(".safetensors"):
+        if not plain or not file.endswith(suffix):
             raise corrupt(
                 label,
                 "weight_map",
-                expected="plain file names that end in .safetensors, for files beside the index",
+                expected=f"plain file names that end in {suffix}, for files beside the index",
                 found=repr(file[:80]),
             )
 

@@ -74,7 +74,7 @@ def _leaves(value: object, path: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, Mapping):
         yield f"{path}:", f"mapping of {len(value)}"
         for key in sorted(value, key=repr):
-            yield from _leaves(value[key], _join(path, key if isinstance(key, str) else repr(key)))
+            yield from _leaves(value[key], _join(path, key) if isinstance(key, str) else f"{path}[{key!r}]")
     elif isinstance(value, AbstractSet):
         yield f"{path}:", f"set of {len(value)}"
         for i, item in enumerate(sorted(value, key=repr)):

@@ -31,6 +31,8 @@ _OPERATIONS = {
     "max": dist.ReduceOp.MAX,
 }
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gang:
@@ -87,15 +89,7 @@ class Gang:
             return produce()
 
         if self.rank != 0:
-            answer = self.line.exchange(self.ranks, "first()")
-            if isinstance(answer, Failure):
-                error = answer.exception()
-                raise (
-                    error
-                    if isinstance(error, Exception) and answer.ranks[0] == self.ranks[0]
-                    else (answer.as_gang_error())
-                )
-            told: T = _unpickle(answer[0])
+            told: T = _unpickle(self._exchange("first()", as_is=True)[0])
             return told
 
         try:
@@ -105,10 +99,7 @@ class Gang:
         except BaseException as ex:
             self._bring("first()", ex)
             raise
-
-        answer = self.line.exchange(self.ranks, "first()", payload)
-        if isinstance(answer, Failure):
-            raise answer.as_gang_error()
+        self._exchange("first()", payload)
 
         return value
 
@@ -116,7 +107,8 @@ class Gang:
         """Return on every rank if no rank brings an error; raise on every rank otherwise.
 
         A rank that has an error to bring should do so at once: it is not kept waiting, and the others hear of it
-        wherever they wait for one another.
+        wherever they wait for one another. An error that a call of the gang has raised is known to all, and only raised
+        again.
 
         :param error: what went wrong on this rank, which is also what is raised on it.
         :raises GangError: on the ranks that brought none, with their ranks, types and messages.
@@ -124,19 +116,44 @@ class Gang:
         if error is not None:
             self._bring("agree()", error)
             raise error
-        if self.line is None:
-            return
+        if self.line is not None:
+            self._exchange("agree()")
 
-        answer = self.line.exchange(self.ranks, "agree()")
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """Leave the block on every rank if no rank raises in it; raise on every rank otherwise, as :meth:`agree` does.
+
+        Within, the ranks are :meth:`at_work`.
+        """
+        try:
+            with self.at_work():
+                yield
+        except BaseException as ex:
+            self.agree(ex)
+        self.agree()
+
+    def _exchange(self, what: str, payload: bytes = b"", *, as_is: bool = False) -> list[memoryview]:
+        """What all ranks bring; where one brings an exception, it is raised: in a GangError, or as it is."""
+        assert self.line is not None
+        answer = self.line.exchange(self.ranks, what, payload)
         if isinstance(answer, Failure):
-            raise answer.as_gang_error()
+            found = answer.exception() if as_is and answer.ranks == self.ranks[:1] else None
+            error = found if isinstance(found, Exception) else answer.as_gang_error()
+            self.line.remember(self.ranks, error)
+            raise error
+
+        return answer
 
     def _bring(self, what: str, error: BaseException) -> None:
-        if self.line is not None:
-            try:
-                self.line.exchange(self.ranks, what, Failure.of(self.ranks[self.rank], error).dump(), failed=True)
-            except GangError:
-                pass  # whatever else is wrong with the gang, this rank's own error says more
+        if self.line is None or self.line.is_known(self.ranks, error):
+            return
+
+        failure = Failure.of(self.ranks[self.rank], error)
+        try:
+            self.line.exchange(self.ranks, what, failure.dump(), failed=True)
+        except GangError:
+            pass  # whatever else is wrong with the gang, the error of this rank says more
+        self.line.remember(self.ranks, error)
 
     def same(self, value: object, what: str) -> None:
         """Return if all ranks pass the same value: a card, a config, a dtype, a mapping or sequence of them.
@@ -155,15 +172,17 @@ class Gang:
             self._bring(f"same({what})", ex)
             raise
 
-        digests = [bytes(p) for p in self._ask(f"same({what})", mine)]
+        digests = [bytes(p) for p in self._exchange(f"same({what})", mine)]
         if len(set(digests)) > 1:
-            forms = [pickle.loads(p) for p in self._ask(f"same({what})", pickle.dumps(flatten(value)))]
+            forms = [pickle.loads(p) for p in self._exchange(f"same({what})", pickle.dumps(flatten(value)))]
             ranks, text = differences(digests, forms, self.ranks)
             raise GangError(f"the ranks do not have the same {what}: {text}", ranks=ranks)
 
     def gather_objects(self, value: T) -> list[T]:
         """The values of all ranks, in the order of their ranks; small ones, as each rank gets them all."""
-        return [value] if self.line is None else [_unpickle(p) for p in self._ask("gather_objects()", _pickle(value))]
+        return (
+            [value] if self.line is None else [_unpickle(p) for p in self._exchange("gather_objects()", _pickle(value))]
+        )
 
     def broadcast_objects(self, objects: list[object], source_rank: int = 0) -> None:
         """Replace the items of ``objects`` by those of ``source_rank``; they travel by pickle."""
@@ -178,28 +197,20 @@ class Gang:
         except InternalError as ex:
             self._bring("broadcast_objects()", ex)
             raise
-        answer = self._ask(f"broadcast_objects(source_rank={source_rank})", payload)[source_rank]
+        answer = self._exchange(f"broadcast_objects(source_rank={source_rank})", payload)[source_rank]
         if self.rank != source_rank:
             objects[:] = _unpickle(answer)
 
     def barrier(self) -> None:
         """Return once every rank is here. It is about the processes, not the streams of their devices."""
         if self.line is not None:
-            self._ask("barrier()", b"")
+            self._exchange("barrier()")
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Within, the others wait for this rank for as long as it is alive and not stopped: a fetch takes hours."""
         with nullcontext() if self.line is None else self.line.at_work():
             yield
-
-    def _ask(self, what: str, payload: bytes) -> list[memoryview]:
-        assert self.line is not None
-        answer = self.line.exchange(self.ranks, what, payload)
-        if isinstance(answer, Failure):
-            raise answer.as_gang_error()
-
-        return answer
 
     # --- tensors -----------------------------------------------------------------------------------------------------
 
@@ -238,8 +249,8 @@ class Gang:
             output[0].copy_(input)
             return
 
-        flat = output.view(-1, *input.shape[1:]) if input.dim() else output
-        self._run("all_gather()", lambda g, wait: dist.all_gather_into_tensor(flat, input, group=g, async_op=wait))
+        flat, own = output.view(-1), input.view(-1)
+        self._run("all_gather()", lambda g, wait: _all_gather(flat, own, group=g, async_op=wait))
 
     def all_reduce(self, tensor: Tensor, op: ReduceOperation = "sum") -> None:
         """Overwrite ``tensor`` with the reduction of those of all ranks.
@@ -268,16 +279,10 @@ class Gang:
         try:
             work = collective(self.group, True)
             assert work is not None
-            self.line.watch(work.is_completed)
+            self.line.watch(work.is_completed, what)
             work.wait()
         except RuntimeError as ex:  # of torch; none of ours is one
-            self._blame(what, ex)
-
-    def _blame(self, what: str, error: RuntimeError) -> None:
-        assert self.line is not None
-        self.line.settle()  # a dead peer breaks the collective a moment before the news of its death arrive
-        self.line.check()
-        raise GangError(f"{what} failed on rank {self.ranks[self.rank]}: {error}") from error
+            raise self.line.blame(what, ex) from ex
 
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.size:

@@ -21,14 +21,26 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from threading import Condition, Thread
 from typing import Any
 from weakref import WeakSet
 
 from lading.errors import GangError
-from lading.gangs.failure import Failure
+from lading.gangs.failure import KNOWN, Failure
 from lading.gangs.private import PrefixStore, Store, store_host
-from lading.gangs.switchboard import GREETING, Header, Outbox, Payload, Switchboard, prepare, read_frame
+from lading.gangs.switchboard import (
+    GRACE,
+    GREETING,
+    Header,
+    Outbox,
+    Payload,
+    Switchboard,
+    beat,
+    prepare,
+    read_frame,
+    silence,
+)
 
 
 @dataclass(slots=True)
@@ -46,16 +58,18 @@ class Line:
     """
 
     def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
+        self._id = secrets.token_hex(8)
         self._rank = rank
         self._size = size
         self._timeout = timeout
         self._news = Condition()
-        self._verdicts: dict[tuple[tuple[int, ...], int], _Verdict] = {}
+        self._verdicts: dict[tuple[int, tuple[int, ...], int], _Verdict] = {}
         self._calls: dict[tuple[int, ...], int] = {}
         self._epoch = 0
         self._gone: list[int] = []
         self._broken: GangError | None = None
         self._heard = time.monotonic()
+        self._silent: list[int] = []
         self._working = 0
         self._switchboard: Switchboard | None = None
 
@@ -68,7 +82,9 @@ class Line:
                 _leave_address(place, store_host(store), listener, token)
             self._sock = _connect(place, rank, timeout)
         except (OSError, RuntimeError, ValueError) as ex:
-            raise GangError(f"rank {rank} cannot reach rank 0: {ex}") from ex
+            if self._switchboard is not None:
+                self._switchboard.sockets[0].close()
+            raise GangError(f"rank {rank} cannot reach rank 0: {ex}", ranks=(0,)) from ex
 
         self._loop = asyncio.new_event_loop()
         self._outbox = Outbox(self._sock)
@@ -97,20 +113,35 @@ class Line:
         self._post(put, payload)
         try:
             verdict = self._await(members, seq, what)
-        except GangError:
+            self._adopt(members, verdict)
+            return verdict.payloads if verdict.how == "ok" else self._judge(verdict, what)
+        except GangError as ex:
+            self.remember(members, ex)
             raise
         except BaseException as ex:
             # An interrupt: the others must not wait for, nor count on, a rank that has left.
             self._post({**put, "failed": True}, Failure.of(self._rank, ex).dump())
+            with contextlib.suppress(GangError):
+                verdict = self._await(members, seq, what, patience=GRACE + 2)
+                self._adopt(members, verdict)
+                if verdict.how != "ok":
+                    self.remember(members, ex)
             raise
 
-        if verdict.how != "ok" and len(members) == self._size:
-            self._epoch += 1
-            self._calls.clear()
-            with self._news:
-                self._verdicts.clear()
+    def remember(self, members: tuple[int, ...], error: BaseException) -> None:
+        """Note that a call has told all members of this error, so that no other call has to."""
+        setattr(error, KNOWN, self._position(members))
 
-        return verdict.payloads if verdict.how == "ok" else self._judge(verdict, what)
+    def is_known(self, members: tuple[int, ...], error: BaseException | None) -> bool:
+        """Whether the last call has told all members of this error, or of one that it came from."""
+        seen: set[int] = set()
+        while error is not None and id(error) not in seen:
+            if getattr(error, KNOWN, None) == self._position(members):
+                return True
+            seen.add(id(error))
+            error = error.__cause__ or error.__context__
+
+        return False
 
     def check(self) -> None:
         """Return if, as far as is known here, all ranks are well.
@@ -120,18 +151,45 @@ class Line:
         with self._news:
             self._check()
 
-    def settle(self) -> None:
-        """Wait a moment for bad news: what a death breaks is seen before it is known who died."""
-        with self._news:
-            self._news.wait_for(lambda: bool(self._gone or self._broken), 2)
+    def suspects(self) -> list[int]:
+        """The ranks that seem to be stopped, where something between ranks has broken or not ended in time.
 
-    def watch(self, done: Callable[[], bool]) -> None:
-        """Wait until ``done()``, for as long as all ranks are well."""
-        pause = 2e-5
-        while not done():
+        It waits a moment for bad news, as what a death breaks is seen before it is known who died.
+
+        :raises GangError: what :meth:`check` raises.
+        """
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
             self.check()
-            time.sleep(pause)
-            pause = min(2 * pause, 5e-3)
+            time.sleep(0.05)
+        if time.monotonic() > self._heard + silence(self._timeout):
+            return [0]
+
+        return self._silent
+
+    def watch(self, done: Callable[[], bool], what: str) -> None:
+        """Wait until ``done()``, for as long as all ranks are well, and no longer than the timeout.
+
+        :raises GangError: it is not done, and why.
+        """
+        pause, end = 2e-5, time.monotonic() + self._timeout + 2
+        with self.at_work():  # for the others: it is not this rank that is late
+            while not done():
+                self.check()
+                if time.monotonic() > end:
+                    raise self.blame(what, f"it did not end within {self._timeout:g} s")
+                time.sleep(pause)
+                pause = min(2 * pause, 5e-3)
+
+    def blame(self, what: str, why: object) -> GangError:
+        """The error for something between ranks that broke; it names those that seem to be the cause.
+
+        :raises GangError: what :meth:`check` raises, which says more.
+        """
+        suspects = self.suspects()
+        stopped = f"; {_names(suspects)} gave no sign of life for some time" if suspects else ""
+
+        return GangError(f"{what} failed on rank {self._rank}: {why}{stopped}", ranks=suspects)
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -155,15 +213,28 @@ class Line:
 
     # --- waiting, in the thread of the caller ------------------------------------------------------------------------
 
-    def _await(self, members: tuple[int, ...], seq: int, what: str) -> _Verdict:
+    def _position(self, members: tuple[int, ...]) -> tuple[object, ...]:
+        return self._id, members, self._epoch, self._calls.get(members, 0)
+
+    def _adopt(self, members: tuple[int, ...], verdict: _Verdict) -> None:
+        if verdict.how != "ok" and len(members) == self._size:
+            self._epoch += 1
+            self._calls.clear()
+            with self._news:
+                # A rank that is ahead may have failed in the new epoch already.
+                self._verdicts = {key: v for key, v in self._verdicts.items() if key[0] >= self._epoch}
+
+    def _await(self, members: tuple[int, ...], seq: int, what: str, patience: float = float("inf")) -> _Verdict:
         start = time.monotonic()
         with self._news:
             while True:
-                verdict = self._verdicts.pop((members, seq), None)
+                verdict = self._verdicts.pop((self._epoch, members, seq), None)
                 if verdict is not None:
                     return verdict
 
                 self._check()
+                if time.monotonic() > start + patience:
+                    raise GangError(f"there is no answer to {what}")
                 if time.monotonic() - max(start, self._heard) > self._timeout + 1:
                     # One that has left does not come back: what it brought may be used by others no more.
                     self._loop.call_soon_threadsafe(self._stop)
@@ -185,7 +256,7 @@ class Line:
         if self._broken is not None:
             raise GangError(self._broken.message, ranks=self._broken.ranks)
 
-        for (members, _), verdict in self._verdicts.items():
+        for (_, members, _), verdict in self._verdicts.items():
             if verdict.how != "ok" and len(members) == self._size:
                 bad = self._judge(verdict, "a call of all ranks")
                 raise bad.as_gang_error()
@@ -195,8 +266,8 @@ class Line:
             return Failure.merge([Failure.load(p) for p in verdict.payloads])
         if verdict.how == "late":
             raise GangError(
-                f"{_names(verdict.ranks)} did not come to {what} within {self._timeout:g} s and gave no sign of life: "
-                "stopped, or at something else",
+                f"{_names(verdict.ranks)} did not come to {what} within {self._timeout:g} s: stopped, or busy with "
+                "something else without saying so",
                 ranks=verdict.ranks,
             )
 
@@ -267,25 +338,28 @@ class Line:
 
     def _hear(self, header: Header, payload: memoryview) -> None:
         self._heard = time.monotonic()
-        if header["is"] == "gone":
+        if header["is"] == "ping":
+            self._silent = header["silent"]
+        elif header["is"] == "gone":
             self._gone = sorted({*self._gone, header["rank"]})
         elif header["is"] == "verdict":
             payloads, at = [], 0
             for size in header["sizes"]:
                 payloads.append(payload[at : at + size])
                 at += size
-            self._verdicts[tuple(header["members"]), header["seq"]] = _Verdict(header["how"], header["ranks"], payloads)
+            key = header["epoch"], tuple(header["members"]), header["seq"]
+            self._verdicts[key] = _Verdict(header["how"], header["ranks"], payloads)
 
     async def _beat(self) -> None:
         while True:
-            await asyncio.sleep(min(1.0, self._timeout / 4))
-            if self._working:
-                self._outbox.put({"is": "beat"})
+            self._outbox.put({"is": "beat", "working": self._working > 0})
+            await asyncio.sleep(beat(self._timeout))
 
     def _sockets(self) -> list[socket.socket]:
         return [self._sock, *(self._switchboard.sockets if self._switchboard else ())]
 
     def _abandon(self) -> None:
+        self._broken = GangError("a forked process is not a member of the gangs of its parent")
         for sock in self._sockets():
             sock.close()
 
@@ -330,8 +404,9 @@ def _leave_address(place: Store, host: str | None, listener: socket.socket, toke
 
 
 def _connect(place: Store, rank: int, timeout: float) -> socket.socket:
+    place.wait(["address"], timedelta(seconds=timeout))
     port, token, *hosts = place.get("address").decode().split(" ")
-    deadline = time.monotonic() + min(timeout, 60)
+    deadline = time.monotonic() + 5  # it listened before it left its address
     while True:
         for host in hosts:
             try:

@@ -1,8 +1,8 @@
 """The end of all lines, on rank 0: collects what each rank says at a call, and tells all of them how it went.
 
 A frame is a header (JSON) and a payload, which nobody reads here. A rank sends ``put`` (what it brings to a call) and
-``beat`` (it is late, but at work). The switchboard sends ``verdict``, ``gone`` (a connection closed, so that process
-is no more) and ``ping`` (rank 0 has not stopped).
+``beat`` (it has not stopped, and is at work or not). The switchboard sends ``verdict``, ``gone`` (a connection closed,
+so that process is no more) and ``ping`` (rank 0 has not stopped, and who seems to have).
 
 Calls are counted for each gang. A failed call of the whole world begins a new *epoch*: all counts start anew and what
 was pending is dropped, so that ranks that were at different calls when it failed are in step again.
@@ -54,29 +54,51 @@ async def read_exactly(sock: socket.socket, size: int) -> memoryview:
     return data
 
 
+def beat(timeout: float) -> float:
+    """Seconds between two signs of life."""
+    return min(1.0, timeout / 8)
+
+
+def silence(timeout: float) -> float:
+    """Seconds after which a rank that gives no sign of life seems to be stopped; one may be slow to."""
+    return min(5.0, timeout / 2)
+
+
 class Outbox:
     """The frames that wait to be sent over one connection."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._frames: asyncio.Queue[tuple[bytes, Payload]] = asyncio.Queue()
+        self._closed = False
 
     def put(self, header: Header, payload: Payload = b"") -> None:
         """Send a frame after those that wait; the payload is not copied, however many connections it goes to."""
+        if self._closed:
+            return
+
         text = json.dumps(header).encode()
         self._frames.put_nowait((_SIZES.pack(len(text), memoryview(payload).nbytes) + text, payload))
 
     async def run(self) -> None:
         """Send what is put, until the connection closes."""
         loop = asyncio.get_running_loop()
-        while True:
-            head, payload = await self._frames.get()
-            await loop.sock_sendall(self._sock, head)
-            await loop.sock_sendall(self._sock, payload)
-            self._frames.task_done()
+        try:
+            while True:
+                head, payload = await self._frames.get()
+                try:
+                    await loop.sock_sendall(self._sock, head)
+                    await loop.sock_sendall(self._sock, payload)
+                finally:
+                    self._frames.task_done()
+        finally:
+            self._closed = True
+            while not self._frames.empty():
+                self._frames.get_nowait()
+                self._frames.task_done()
 
     async def drained(self) -> None:
-        """Return once all is sent."""
+        """Return once all is sent, or can be sent no more."""
         await self._frames.join()
 
 
@@ -105,7 +127,8 @@ class Switchboard:
         self._epoch = 0
         self._calls: dict[tuple[tuple[int, ...], int], _Call] = {}
         self._settled: dict[tuple[int, ...], int] = {}
-        self._beats: dict[int, float] = {}
+        self._heard: dict[int, float] = {}
+        self._worked: dict[int, float] = {}
         self._ticked = 0.0
 
     @property
@@ -167,7 +190,9 @@ class Switchboard:
     def _take(self, rank: int, header: Header, payload: memoryview) -> None:
         self._notice_own_stop()
         now = asyncio.get_running_loop().time()
-        self._beats[rank] = now
+        self._heard[rank] = now
+        if header["is"] == "put" or header["working"]:
+            self._worked[rank] = now
         members = tuple(header.get("members", ()))
         if header["is"] != "put" or header["epoch"] != self._epoch or self._gone.intersection(members):
             return
@@ -239,18 +264,24 @@ class Switchboard:
         while True:
             self._notice_own_stop()
             now = self._ticked = asyncio.get_running_loop().time()
+            ping = {
+                "is": "ping",
+                "silent": [r for r, heard in self._heard.items() if now > heard + silence(self._timeout)],
+            }
             for rank, box in self._outboxes.items():
                 if rank not in self._gone:
-                    box.put({"is": "ping"})
+                    box.put(ping)
             for (members, seq), call in list(self._calls.items()):
                 late = [
                     r
                     for r in members
-                    if r not in call.payloads and now > max(call.since, self._beats.get(r, 0.0)) + self._timeout
+                    if r not in call.payloads and now > max(call.since, self._worked.get(r, 0.0)) + self._timeout
                 ]
                 if late and (members, seq) in self._calls:
-                    self._tell(members, seq, "late", late)
-            await asyncio.sleep(min(1.0, self._timeout / 4))
+                    # One that waits at another call, of another gang, is not the one that all wait for.
+                    waiting = {r for other in self._calls.values() for r in other.payloads}
+                    self._tell(members, seq, "late", [r for r in late if r not in waiting] or late)
+            await asyncio.sleep(beat(self._timeout))
 
     def _notice_own_stop(self) -> None:
         """Fail what is pending where this process was itself stopped: the others have given up long ago."""

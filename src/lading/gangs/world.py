@@ -126,7 +126,14 @@ def create_gangs(
         def make() -> tuple[DeviceMesh, ProcessGroup | None]:
             if device.type == "cuda":
                 torch.cuda.set_device(device)  # it is a setting of the thread
-            return _mesh(device, shape), _dp_group(rank, shape)
+            mesh, dp_group = _mesh(device, shape), _dp_group(rank, shape)
+            # NCCL connects at the first collective, and blocks until all have come: here, where it is guarded.
+            for group in (dist.group.WORLD, dp_group, *(mesh[axis].get_group() for axis in AXES)):
+                if group is not None and group.size() > 1:
+                    dist.all_reduce(torch.zeros(1, device=device), group=group)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            return mesh, dp_group
 
         mesh, dp_group = _guarded(make, line)
         everybody.barrier()
@@ -252,10 +259,9 @@ def _guarded(
 
     thread = Thread(target=run, name="lading-gangs-mesh", daemon=True)
     thread.start()
-    line.watch(lambda: not thread.is_alive())
+    line.watch(lambda: not thread.is_alive(), "making the process groups")
     if errors:
-        line.check()
-        raise GangError(f"the process groups of the gangs cannot be made: {errors[0]}") from errors[0]
+        raise line.blame("making the process groups", errors[0]) from errors[0]
 
     return results[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,8 +57,13 @@ def causal_mask(
     return AttentionMask(visible=visible[:, None])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, dropout_p: float = 0.0) -> Tensor:
-    """Queries (N, H, S, head_dim) attend to keys and values (N, H / G, K, head_dim); returns (N, S, H * head_dim)."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, dropout_p: float = 0.0, scale: float | None = None
+) -> Tensor:
+    """Queries (N, H, S, head_dim) attend to keys and values (N, H / G, K, head_dim); returns (N, S, H * head_dim).
+
+    :param scale: of the scores; ``None`` means ``head_dim ** -0.5``.
+    """
     groups = q.size(1) // k.size(1)
     if groups > 1 and mask.visible is not None:
         # The fused kernels take grouped queries or a mask, not both.
@@ -70,6 +76,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, dropout_p: f
         attn_mask=mask.visible,
         dropout_p=dropout_p,
         is_causal=mask.is_causal,
+        scale=scale,
         enable_gqa=q.size(1) != k.size(1),
     )
 
@@ -81,6 +88,9 @@ class CausalSelfAttention(nn.Module):
 
     :param layer: the index of the layer, under which it keeps its keys and values in a cache.
     :param window: the number of tokens, itself included, that a token attends to; ``None`` means all before it.
+    :param norm: makes a normalisation of that width.
+    :param norm_whole: whether queries and keys are normalised over all heads together, instead of head by head.
+    :param scale: of the scores; ``None`` means ``head_dim ** -0.5``.
     """
 
     def __init__(
@@ -94,23 +104,27 @@ class CausalSelfAttention(nn.Module):
         output_bias: bool,
         q_norm: bool,
         k_norm: bool,
-        norm_eps: float,
+        norm: Callable[[int], RMSNorm],
         window: int | None,
         layer: int,
+        norm_whole: bool = False,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
 
         self.head_dim = head_dim
         self.window = window
         self.layer = layer
+        self.norm_whole = norm_whole
+        self.scale = scale
 
         self.q_proj = Linear(model_dim, num_heads * head_dim, bias=qkv_bias)
         self.k_proj = Linear(model_dim, num_key_value_heads * head_dim, bias=qkv_bias)
         self.v_proj = Linear(model_dim, num_key_value_heads * head_dim, bias=qkv_bias)
         self.o_proj = Linear(num_heads * head_dim, model_dim, bias=output_bias)
 
-        self.q_norm = RMSNorm(head_dim, eps=norm_eps) if q_norm else None
-        self.k_norm = RMSNorm(head_dim, eps=norm_eps) if k_norm else None
+        self.q_norm = norm(num_heads * head_dim if norm_whole else head_dim) if q_norm else None
+        self.k_norm = norm(num_key_value_heads * head_dim if norm_whole else head_dim) if k_norm else None
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: KeyValueCache | None = None
@@ -120,20 +134,25 @@ class CausalSelfAttention(nn.Module):
         :param rotary: cosines and sines, each (N or 1, 1, S, head_dim / 2).
         """
         # The number of heads is left open: under tensor parallelism a rank projects to its own heads only.
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q, k = self._heads(self.q_proj(x), self.q_norm), self._heads(self.k_proj(x), self.k_norm)
+        v = self._heads(self.v_proj(x), None)
 
-        if self.q_norm is not None:
-            q = self.q_norm(q)
-        if self.k_norm is not None:
-            k = self.k_norm(k)
-
-        q, k = rotate(q.transpose(1, 2), *rotary), rotate(k.transpose(1, 2), *rotary)
+        # Where the angles are in float32, so is the turn.
+        q, k = rotate(q, *rotary).to(q.dtype), rotate(k, *rotary).to(k.dtype)
 
         if cache is not None:
             k, v = cache.append(self.layer, k, v, window=self.window)
 
-        y: Tensor = self.o_proj(attend(q, k, v, mask))
+        y: Tensor = self.o_proj(attend(q, k, v, mask, scale=self.scale))
 
         return y
+
+    def _heads(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
+        """(N, S, heads * head_dim) → (N, heads, S, head_dim)."""
+        if norm is not None and self.norm_whole:
+            x = norm(x)
+        x = torch.unflatten(x, -1, (-1, self.head_dim))
+        if norm is not None and not self.norm_whole:
+            x = norm(x)
+
+        return x.transpose(1, 2)

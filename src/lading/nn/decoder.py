@@ -17,7 +17,7 @@ from lading.nn.attention import AttentionMask, CausalSelfAttention, causal_mask
 from lading.nn.cache import KeyValueCache
 from lading.nn.ffn import GatedFeedForward
 from lading.nn.norm import RMSNorm
-from lading.nn.rope import RotaryEmbedding, RotaryScaling
+from lading.nn.rope import RotaryEmbedding, Scaling
 from lading.nn.sharding import ParallelPlan, Split
 from lading.nn.uninitialized import Embedding, Linear
 
@@ -40,7 +40,7 @@ class DecoderSpec:
     rope_theta: float
     head_dim: int | None = None
     """``None`` means ``model_dim // num_attn_heads``."""
-    rope_scaling: RotaryScaling | None = None
+    rope_scaling: Scaling | None = None
     pad_idx: int | None = None
     tied_embeddings: bool = False
     """Whether the output projection *is* the embedding table."""
@@ -54,6 +54,25 @@ class DecoderSpec:
     """The number of tokens, itself included, that a token attends to."""
     num_full_attn_layers: int = 0
     """The number of layers, from the first, that have no window."""
+    full_attn_layers: frozenset[int] = frozenset()
+    """The indices of further layers that have no window."""
+    window_rope_theta: float | None = None
+    """Of layers with a window, whose frequencies are then not scaled; ``None`` where they turn as all do."""
+    wide_rotary: bool = False
+    """Whether queries and keys are turned in float32, whatever their dtype."""
+    norms: Literal["before", "after", "both"] = "before"
+    """Whether layers normalise what their blocks read, what these give before it is added, or both."""
+    wide_norm: bool = False
+    """Whether weights of normalisations are applied in float32, whatever the dtype."""
+    norm_offset: float = 0.0
+    """What weights of normalisations are counted from."""
+    norm_whole: bool = False
+    """Whether ``q_norm`` and ``k_norm`` are over all heads together."""
+    attn_scale: float | None = None
+    """Of the attention scores; ``None`` means ``head_dim ** -0.5``."""
+    ffn_activation: Literal["silu", "gelu_tanh"] = "silu"
+    embed_scale: float = 1.0
+    """What embeddings are multiplied by, in their dtype."""
     dropout_p: float = 0.0
     """Of the embeddings and of the outputs of attention and feed-forward blocks."""
 
@@ -82,6 +101,10 @@ class DecoderSpec:
             raise ValueError(
                 f"`norm_eps` and `rope_theta` must be positive, but are {self.norm_eps} and {self.rope_theta}"
             )
+        for name in ("window_rope_theta", "attn_scale", "embed_scale"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be positive, but is {value}")
         if self.pad_idx is not None and not 0 <= self.pad_idx < self.vocab_size:
             raise ValueError(f"`pad_idx` must be an index of the {self.vocab_size} symbols, but is {self.pad_idx}")
         if self.attn_window_len is not None and self.attn_window_len < 1:
@@ -96,11 +119,17 @@ class DecoderSpec:
 
     def window_of(self, layer: int) -> int | None:
         """The attention window of layer ``layer``; ``None`` where it attends to all tokens before."""
-        return None if layer < self.num_full_attn_layers else self.attn_window_len
+        full = layer < self.num_full_attn_layers or layer in self.full_attn_layers
+
+        return None if full else self.attn_window_len
+
+    def norm(self, dim: int) -> RMSNorm:
+        """A normalisation of that width."""
+        return RMSNorm(dim, eps=self.norm_eps, wide=self.wide_norm, offset=self.norm_offset)
 
 
 class DecoderLayer(nn.Module):
-    """Attention and a feed-forward network, each normalised before and added to its input."""
+    """Attention and a feed-forward network, each normalised before or after, and added to its input."""
 
     def __init__(self, spec: DecoderSpec, layer: int) -> None:
         super().__init__()
@@ -116,22 +145,41 @@ class DecoderLayer(nn.Module):
             output_bias=spec.output_proj_bias,
             q_norm=spec.q_norm,
             k_norm=spec.k_norm,
-            norm_eps=spec.norm_eps,
+            norm=spec.norm,
+            norm_whole=spec.norm_whole,
+            scale=spec.attn_scale,
             window=spec.window_of(layer),
             layer=layer,
         )
-        self.mlp = GatedFeedForward(spec.model_dim, spec.ffn_inner_dim, bias=spec.ffn_bias)
-        self.input_layernorm = RMSNorm(spec.model_dim, eps=spec.norm_eps)
-        self.post_attention_layernorm = RMSNorm(spec.model_dim, eps=spec.norm_eps)
+        self.mlp = GatedFeedForward(
+            spec.model_dim, spec.ffn_inner_dim, bias=spec.ffn_bias, activation=spec.ffn_activation
+        )
+
+        # In Hugging Face's names, `post_attention_layernorm` is the first one after attention: it normalises what that
+        # gives, or else what the feed-forward network reads.
+        self.norms = spec.norms
+        if spec.norms != "after":
+            self.input_layernorm = spec.norm(spec.model_dim)
+        self.post_attention_layernorm = spec.norm(spec.model_dim)
+        if spec.norms == "both":
+            self.pre_feedforward_layernorm = spec.norm(spec.model_dim)
+        if spec.norms != "before":
+            self.post_feedforward_layernorm = spec.norm(spec.model_dim)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: KeyValueCache | None = None
     ) -> Tensor:
         """(N, S, model_dim) → the same shape."""
-        y = self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        y = self.self_attn(x if self.norms == "after" else self.input_layernorm(x), rotary, mask, cache)
+        if self.norms != "before":
+            y = self.post_attention_layernorm(y)
         x = x + dropout(y, self.dropout_p, self.training)
 
-        y = self.mlp(self.post_attention_layernorm(x))
+        if self.norms == "before":
+            y = self.mlp(self.post_attention_layernorm(x))
+        else:
+            y = self.mlp(x if self.norms == "after" else self.pre_feedforward_layernorm(x))
+            y = self.post_feedforward_layernorm(y)
 
         return x + dropout(y, self.dropout_p, self.training)
 
@@ -143,11 +191,16 @@ class Decoder(nn.Module):
         super().__init__()
 
         self.dropout_p = spec.dropout_p
+        self.embed_scale = spec.embed_scale
+        self.wide_rotary = spec.wide_rotary
 
         self.embed_tokens = Embedding(spec.vocab_size, spec.model_dim, padding_idx=spec.pad_idx)
         self.layers = nn.ModuleList(DecoderLayer(spec, layer) for layer in range(spec.num_layers))
-        self.norm = RMSNorm(spec.model_dim, eps=spec.norm_eps)
+        self.norm = spec.norm(spec.model_dim)
         self.rotary_emb = RotaryEmbedding(spec.attn_head_dim, theta=spec.rope_theta, scaling=spec.rope_scaling)
+        self.window_rotary_emb: RotaryEmbedding | None = None
+        if spec.window_rope_theta is not None:
+            self.window_rotary_emb = RotaryEmbedding(spec.attn_head_dim, theta=spec.window_rope_theta)
 
         self.windows = tuple(spec.window_of(layer) for layer in range(spec.num_layers))
 
@@ -163,11 +216,19 @@ class Decoder(nn.Module):
         new = input_ids.size(1)
         past = 0 if cache is None else cache.num_tokens
 
-        x = dropout(self.embed_tokens(input_ids), self.dropout_p, self.training)
+        x = self.embed_tokens(input_ids)
+        if self.embed_scale != 1.0:
+            # Rounded, as it is in the training of half precision checkpoints.
+            x = x * torch.tensor(self.embed_scale, dtype=x.dtype, device="cpu").item()
+        x = dropout(x, self.dropout_p, self.training)
 
         if position_ids is None:
             position_ids = torch.arange(past, past + new, device=x.device)[None]
-        rotary = self.rotary_emb(position_ids, x.dtype)
+        turn_dtype = torch.float32 if self.wide_rotary else x.dtype
+        rotary = self.rotary_emb(position_ids, turn_dtype)
+        window_rotary = rotary
+        if self.window_rotary_emb is not None:
+            window_rotary = self.window_rotary_emb(position_ids, turn_dtype)
 
         padding = None if attention_mask is None else attention_mask.to(x.device, torch.bool)
         masks = {
@@ -176,7 +237,7 @@ class Decoder(nn.Module):
         }
 
         for layer, window in zip(self.layers, self.windows, strict=True):
-            x = layer(x, rotary, masks[window], cache)
+            x = layer(x, rotary if window is None else window_rotary, masks[window], cache)
 
         y: Tensor = self.norm(x)
 
@@ -314,26 +375,38 @@ def decoder_plan(spec: DecoderSpec) -> ParallelPlan:
     """How a :class:`DecoderLM` is split: attention by heads, feed-forward networks by their inner width, embedding and
     output by symbols (https://arxiv.org/abs/1909.08053), and layer by layer where parameters are sharded.
     """
+    layer = "model.layers.*"
+    attention = {
+        "q_proj": Split.COLUMN,
+        "k_proj": Split.KEY_VALUE,
+        "v_proj": Split.KEY_VALUE,
+        "o_proj": Split.ROW,
+        "q_norm": Split.HEADS,
+        "k_norm": Split.HEADS,
+    }
+    divisible = {"num_attn_heads": spec.num_attn_heads, "ffn_inner_dim": spec.ffn_inner_dim}
+    if spec.norm_whole:
+        # A normalisation over all heads needs them all.
+        attention = dict.fromkeys(attention, Split.REPLICATED)
+        del divisible["num_attn_heads"]
+
     return ParallelPlan(
         tensor={
             "model.embed_tokens": Split.VOCABULARY,
-            "model.layers.*.self_attn.q_proj": Split.COLUMN,
-            "model.layers.*.self_attn.k_proj": Split.KEY_VALUE,
-            "model.layers.*.self_attn.v_proj": Split.KEY_VALUE,
-            "model.layers.*.self_attn.o_proj": Split.ROW,
-            "model.layers.*.self_attn.q_norm": Split.HEADS,
-            "model.layers.*.self_attn.k_norm": Split.HEADS,
-            "model.layers.*.mlp.gate_proj": Split.COLUMN,
-            "model.layers.*.mlp.up_proj": Split.COLUMN,
-            "model.layers.*.mlp.down_proj": Split.ROW,
-            "model.layers.*.input_layernorm": Split.REPLICATED,
-            "model.layers.*.post_attention_layernorm": Split.REPLICATED,
+            **{f"{layer}.self_attn.{name}": split for name, split in attention.items()},
+            f"{layer}.mlp.gate_proj": Split.COLUMN,
+            f"{layer}.mlp.up_proj": Split.COLUMN,
+            f"{layer}.mlp.down_proj": Split.ROW,
+            f"{layer}.input_layernorm": Split.REPLICATED,
+            f"{layer}.post_attention_layernorm": Split.REPLICATED,
+            f"{layer}.pre_feedforward_layernorm": Split.REPLICATED,
+            f"{layer}.post_feedforward_layernorm": Split.REPLICATED,
             "model.norm": Split.REPLICATED,
             "lm_head": Split.LOGITS,
         },
-        divisible={"num_attn_heads": spec.num_attn_heads, "ffn_inner_dim": spec.ffn_inner_dim},
+        divisible=divisible,
         num_key_value_heads=spec.num_key_value_heads,
-        units=("model.layers.*",),
+        units=(layer,),
     )
 
 
@@ -362,7 +435,7 @@ def init_decoder(
         parameter.zero_()
         return
     if isinstance(module, RMSNorm):
-        parameter.fill_(1.0)
+        parameter.fill_(1.0 - module.offset)
         return
 
     s = parameter.size(1) ** -0.5 if std is None else std

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 from lading.nn.uninitialized import Linear
 
 
 class GatedFeedForward(nn.Module):
-    """The SwiGLU network of https://arxiv.org/abs/2002.05202: ``down(silu(gate(x)) * up(x))``."""
+    """The gated networks of https://arxiv.org/abs/2002.05202: ``down(activation(gate(x)) * up(x))``."""
 
-    def __init__(self, model_dim: int, inner_dim: int, *, bias: bool = False) -> None:
+    def __init__(
+        self, model_dim: int, inner_dim: int, *, bias: bool = False, activation: Literal["silu", "gelu_tanh"] = "silu"
+    ) -> None:
         super().__init__()
+
+        self.activation = activation
 
         self.gate_proj = Linear(model_dim, inner_dim, bias=bias)
         self.up_proj = Linear(model_dim, inner_dim, bias=bias)
@@ -20,6 +26,8 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, model_dim) → the same shape."""
-        y: Tensor = self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        gate = silu(gate) if self.activation == "silu" else gelu(gate, approximate="tanh")
+        y: Tensor = self.down_proj(gate * self.up_proj(x))
 
         return y

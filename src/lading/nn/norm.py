@@ -9,22 +9,31 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """Root mean square layer normalisation (https://arxiv.org/abs/1910.07467), its parameter uninitialised.
 
-    The mean is taken in float32 whatever the dtype of the input, and the weight is applied in the dtype of the input:
-    checkpoints in half precision were trained with this order of casts.
+    The mean is taken in float32 whatever the dtype of the input. Checkpoints in half precision were trained with one or
+    the other order of casts.
+
+    :param wide: whether the weight is applied in float32, too, instead of the dtype of the input.
+    :param offset: what the weight is counted from.
     """
 
-    def __init__(self, dim: int, *, eps: float) -> None:
+    def __init__(self, dim: int, *, eps: float, wide: bool = False, offset: float = 0.0) -> None:
         super().__init__()
 
         self.weight = nn.Parameter(torch.empty(dim))
         self.eps = eps
+        self.wide = wide
+        self.offset = offset
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, dim) → the same shape and dtype."""
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
 
-        return self.weight * wide.to(x.dtype)
+        weight = self.weight.float() if self.wide else self.weight
+        if self.offset != 0.0:
+            weight = weight + self.offset
+
+        return (weight * (wide if self.wide else wide.to(x.dtype))).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.size(-1)}, eps={self.eps:g}"
+        return f"{self.weight.size(-1)}, eps={self.eps:g}, wide={self.wide}, offset={self.offset:g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,106 @@ class RotaryScaling:
         if self.original_seq_len < 1:
             raise ValueError(f"`original_seq_len` must be positive, but is {self.original_seq_len}")
 
+    @property
+    def amplitude(self) -> float:
+        """What cosines and sines are multiplied by."""
+        return 1.0
+
+    def apply(self, frequencies: Tensor, theta: float) -> Tensor:
+        """(head_dim / 2) → the same shape."""
+        wavelengths = 2 * math.pi / frequencies
+        low, high = self.low_freq_factor, self.high_freq_factor
+        weight = (self.original_seq_len / wavelengths - low) / (high - low)
+        blended = (1 - weight) * frequencies / self.factor + weight * frequencies
+
+        scaled = torch.where(wavelengths > self.original_seq_len / low, frequencies / self.factor, blended)
+
+        return torch.where(wavelengths < self.original_seq_len / high, frequencies, scaled)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearScaling:
+    """All wavelengths are stretched by ``factor`` (https://arxiv.org/abs/2306.15595).
+
+    :raises ValueError: ``factor`` is not positive.
+    """
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        if not self.factor > 0:
+            raise ValueError(f"`factor` of the rotary scaling must be positive, but is {self.factor}")
+
+    @property
+    def amplitude(self) -> float:
+        """What cosines and sines are multiplied by."""
+        return 1.0
+
+    def apply(self, frequencies: Tensor, theta: float) -> Tensor:
+        """(head_dim / 2) → the same shape."""
+        return frequencies / self.factor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class YaRNScaling:
+    """The scaling of YaRN (https://arxiv.org/abs/2309.00071), for ``factor`` times ``original_seq_len`` tokens.
+
+    Dimensions that turn ``beta_fast`` times or more in the original context stay, those that turn ``beta_slow`` times
+    or less are stretched, those between are blended.
+
+    :raises ValueError: the factors don't satisfy ``1 <= factor`` and ``0 < beta_slow < beta_fast``.
+    """
+
+    factor: float
+    original_seq_len: int
+    beta_fast: float
+    beta_slow: float
+    amplitude: float
+    """What cosines and sines are multiplied by."""
+    truncate: bool
+    """Whether the dimensions at which blending begins and ends are whole ones."""
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 1:
+            raise ValueError(f"the factor of the rotary scaling must be 1 or more, but is {self.factor}")
+        if not 0 < self.beta_slow < self.beta_fast:
+            raise ValueError(
+                f"the betas of the rotary scaling must satisfy 0 < slow < fast, but are {self.beta_slow} and "
+                f"{self.beta_fast}"
+            )
+        if self.original_seq_len < 1 or not self.amplitude > 0:
+            raise ValueError(
+                "the original context and the amplitude of the rotary scaling must be positive, but are "
+                f"{self.original_seq_len} and {self.amplitude}"
+            )
+
+    @staticmethod
+    def default_amplitude(factor: float, mscale: float = 1.0) -> float:
+        """What makes attention as sharp as it was in the original context (equation 22 of the paper)."""
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    def apply(self, frequencies: Tensor, theta: float) -> Tensor:
+        """(head_dim / 2) → the same shape."""
+        head_dim = 2 * len(frequencies)
+
+        def dimension(turns: float) -> float:
+            return head_dim * math.log(self.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        first, last = dimension(self.beta_fast), dimension(self.beta_slow)
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        if first == last:
+            last += 0.001
+
+        index = torch.arange(len(frequencies), dtype=torch.float32, device=frequencies.device)
+        weight = ((index - first) / (last - first)).clamp(0, 1)
+
+        return frequencies / self.factor * weight + frequencies * (1 - weight)
+
+
+Scaling: TypeAlias = RotaryScaling | LinearScaling | YaRNScaling
+
 
 class RotaryEmbedding(nn.Module):
     """Cosines and sines of the rotary position embedding (https://arxiv.org/abs/2104.09864)."""
@@ -44,7 +144,7 @@ class RotaryEmbedding(nn.Module):
     inv_freq: Tensor
     """(head_dim / 2), float32 whatever the dtype of the model: in half precision distant positions fall together."""
 
-    def __init__(self, head_dim: int, *, theta: float, scaling: RotaryScaling | None = None) -> None:
+    def __init__(self, head_dim: int, *, theta: float, scaling: Scaling | None = None) -> None:
         super().__init__()
 
         self.head_dim = head_dim
@@ -66,18 +166,7 @@ class RotaryEmbedding(nn.Module):
         index = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device="cpu")
         frequencies = 1.0 / (self.theta ** (index / self.head_dim))
 
-        scaling = self.scaling
-        if scaling is None:
-            return frequencies
-
-        wavelengths = 2 * math.pi / frequencies
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        weight = (scaling.original_seq_len / wavelengths - low) / (high - low)
-        blended = (1 - weight) * frequencies / scaling.factor + weight * frequencies
-
-        scaled = torch.where(wavelengths > scaling.original_seq_len / low, frequencies / scaling.factor, blended)
-
-        return torch.where(wavelengths < scaling.original_seq_len / high, frequencies, scaled)
+        return frequencies if self.scaling is None else self.scaling.apply(frequencies, self.theta)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
         # `Module.to(dtype)` casts buffers too, and what it rounds away cannot be had back from the result.
@@ -91,7 +180,11 @@ class RotaryEmbedding(nn.Module):
         """Positions (N, S) → cosines and sines, each (N, 1, S, head_dim / 2) in ``dtype``."""
         angles = position_ids[:, None, :, None].float() * self.inv_freq
 
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if self.scaling is not None and self.scaling.amplitude != 1.0:
+            cos, sin = cos * self.scaling.amplitude, sin * self.scaling.amplitude
+
+        return cos.to(dtype), sin.to(dtype)
 
     def extra_repr(self) -> str:
         return f"{self.head_dim}, theta={self.theta:g}, scaling={self.scaling}"

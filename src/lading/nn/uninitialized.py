@@ -30,3 +30,17 @@ class LayerNorm(nn.LayerNorm):
 
     def reset_parameters(self) -> None:
         """Do nothing."""
+
+
+class GroupNorm(nn.GroupNorm):
+    """``nn.GroupNorm`` whose constructor leaves its parameters uninitialised."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing."""
+
+
+class Conv1d(nn.Conv1d):
+    """``nn.Conv1d`` whose constructor leaves its parameters uninitialised."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing."""

@@ -8,17 +8,17 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from lading.digests import Digests, default_dims
-from lading.errors import InternalError
 from lading.manifest import Manifest
 from lading.transfer.files import OpenShard, ShardFile, open_shard
-from lading.transfer.hashing import Hasher, Job
+from lading.transfer.hashing import Hasher
+from lading.transfer.leaves import Part
 from lading.transfer.memory import RING_DEPTH, Arena, NoArena, create_arena, map_file, populate, view
 from lading.transfer.plan import ARENA, Plan, plan_pass
 from lading.transfer.reader import STEP, Reader, steps_of
@@ -66,8 +66,8 @@ def execute(
             _read(plan, shards, arena, threads or _threads(plan, shards, arena), hasher, "load" if progress else None)
         mappings = {i: map_file(shards[i].fd, files[i].stat.size) for i in mapped}
         _populate(mappings.values())
-        if hasher is not None and hasher.memory_bytes:
-            _hash(hasher, arena, mappings, threads or _cores(), "verify" if progress else None)
+        if hasher is not None and hasher.mapped_bytes:
+            _hash(hasher, mappings, threads or _cores(), "verify" if progress else None)
 
     return [
         _tensor(arena, mappings, home, place, shape, dtype)
@@ -95,7 +95,7 @@ def hash_checkpoint(
     :raises ValueError: a tensor has no such dim.
     """
     plan, wanted = plan_pass(manifest)
-    hasher = Hasher(manifest, default_dims(manifest) if dims is None else dims, plan, wanted, on_host=False)
+    hasher = Hasher(manifest, default_dims(manifest) if dims is None else dims, plan, wanted)
     arena = NoArena()
 
     with ExitStack() as stack:
@@ -135,17 +135,22 @@ def _threads(plan: Plan, shards: Mapping[int, OpenShard], arena: Arena) -> int:
     return min(most, max(_cores(), COLD_THREADS) if cold else _cores())
 
 
-class _Worker(Protocol):
+_StepT = TypeVar("_StepT", contravariant=True)
+
+
+class _Worker(Protocol[_StepT]):
     """What one thread does its steps with."""
 
-    def run(self, step: Any) -> int:
+    def run(self, step: _StepT) -> int:
         """Do a step; returns how many bytes that was."""
 
     def finish(self) -> None:
         """Return when all is done."""
 
 
-def _drive(steps: Iterator[Any], worker: Callable[[], _Worker], threads: int, total: int, label: str | None) -> None:
+def _drive(
+    steps: Iterator[_StepT], worker: Callable[[], _Worker[_StepT]], threads: int, total: int, label: str | None
+) -> None:
     """Have ``threads`` threads do the steps; the first error, or an interrupt, stops all of them.
 
     :param total: bytes of all steps.
@@ -180,13 +185,14 @@ def _drive(steps: Iterator[Any], worker: Callable[[], _Worker], threads: int, to
     try:
         for thread in workers:
             thread.start()
-        with tqdm(
-            total=total, unit="B", unit_scale=True, desc=label, disable=label is None, leave=False, delay=0.5
-        ) as bar:
+        with ExitStack() as stack:
+            # Even one that shows nothing would start a thread that outlives it.
+            bar = None if label is None else stack.enter_context(_bar(total, label))
             for thread in workers:
                 while thread.is_alive():
                     thread.join(timeout=0.1)
-                    bar.update(sum(done) - bar.n)
+                    if bar is not None:
+                        bar.update(sum(done) - bar.n)
     finally:
         # Also when the wait was interrupted: nobody may write to the arena when this function has returned.
         stop.set()
@@ -197,6 +203,10 @@ def _drive(steps: Iterator[Any], worker: Callable[[], _Worker], threads: int, to
 
     if errors:
         raise errors[0]
+
+
+def _bar(total: int, label: str) -> tqdm[NoReturn]:
+    return tqdm(total=total, unit="B", unit_scale=True, desc=label, leave=False, delay=0.5)
 
 
 def _read(
@@ -211,29 +221,24 @@ def _read(
     _drive(steps_of(plan, hasher), lambda: Reader(plan, shards, arena, hasher), threads, plan.read_bytes, label)
 
 
-def _hash(hasher: Hasher, arena: Arena, mappings: Mapping[int, mmap.mmap], threads: int, label: str | None) -> None:
-    """Hash what lies in memory."""
-    _drive(
-        hasher.memory_steps(STEP), lambda: _MemoryHasher(hasher, arena, mappings), threads, hasher.memory_bytes, label
-    )
+def _hash(hasher: Hasher, mappings: Mapping[int, mmap.mmap], threads: int, label: str | None) -> None:
+    """Hash what is mapped."""
+    steps = hasher.mapped_steps(STEP)
+    _drive(steps, lambda: _MappingHasher(hasher, mappings), threads, hasher.mapped_bytes, label)
 
 
-class _MemoryHasher:
-    """What one thread needs to hash what lies in memory."""
+class _MappingHasher:
+    """What one thread needs to hash what is mapped."""
 
-    def __init__(self, hasher: Hasher, arena: Arena, mappings: Mapping[int, mmap.mmap]) -> None:
+    def __init__(self, hasher: Hasher, mappings: Mapping[int, mmap.mmap]) -> None:
         self._leaves = hasher.thread()
-        self._arena = arena
         self._mappings = {home: memoryview(mapping) for home, mapping in mappings.items()}
 
-    def run(self, step: list[tuple[int, Job, int, int]]) -> int:
-        for home, job, begin, end in step:
-            memory = self._arena.direct(begin, end - begin) if home == ARENA else self._mappings[home][begin:end]
-            if memory is None:
-                raise InternalError("what is on a device cannot be hashed there")
-            self._leaves.part(job, begin, memory)
+    def run(self, step: Sequence[Part]) -> int:
+        for part in step:
+            self._leaves.part(part, self._mappings[part.source][part.begin : part.end])
 
-        return sum(end - begin for _, _, begin, end in step)
+        return sum(part.end - part.begin for part in step)
 
     def finish(self) -> None:
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lading.compose import Source, shape_of, tensors_of
 from lading.keymap import Route
 from lading.manifest import Manifest
 from lading.transfer.dtypes import FLOATS
@@ -12,7 +13,8 @@ def quantised(manifest: Manifest, targets: Targets, routed: Route) -> list[int]:
     """The tensors that weights would be made of although their numbers mean nothing without scales beside them."""
     return [
         tensor
-        for target, tensor in zip(routed.targets, routed.tensors, strict=True)
+        for target, source in _sources(routed)
+        for tensor in tensors_of(source)
         if _is_float(targets, target) and manifest.dtypes[tensor] not in FLOATS
     ]
 
@@ -24,15 +26,37 @@ def problems(manifest: Manifest, targets: Targets, routed: Route) -> list[str]:
     found += [f"unexpected: {name}" for name in routed.unexpected]
     found += [f"claimed by {len(names)} tensors: {target} by {', '.join(names)}" for target, names in routed.clashes]
 
-    for target, tensor in [*zip(routed.targets, routed.tensors, strict=True), *routed.duplicates]:
-        name, stored = manifest.names[tensor], manifest.dtypes[tensor]
-        if manifest.shapes[tensor] != targets.shapes[target]:
-            expected, is_ = list(targets.shapes[target]), list(manifest.shapes[tensor])
+    found += [f"incomplete: {name}: {why}" for name, why in routed.incomplete]
+
+    for target, source in [*_sources(routed), *routed.duplicates]:
+        name, shape = name_of(source, manifest), shape_of(source, manifest.shapes)
+        stored = next((d for d in _dtypes(source, manifest) if d != targets.dtypes[target]), None)
+        if shape != targets.shapes[target]:
+            expected, is_ = list(targets.shapes[target]), list(shape)
             found.append(f"mis-shaped: {name} is expected to be {expected}, but is {is_}")
-        elif not _is_float(targets, target) and stored != targets.dtypes[target]:
+        elif not _is_float(targets, target) and stored is not None:
             found.append(f"of another dtype: {name} is expected to be {targets.dtypes[target]}, but is {stored}")
 
     return found
+
+
+def name_of(source: Source, manifest: Manifest) -> str:
+    """What ``source`` is called in a message: its tensor, or the first one and how many more there are."""
+    first, *others = tensors_of(source)
+
+    return manifest.names[first] + (f" with {len(others)} more" if others else "")
+
+
+def _dtypes(source: Source, manifest: Manifest) -> list[str]:
+    return [manifest.dtypes[tensor] for tensor in tensors_of(source)]
+
+
+def _sources(routed: Route) -> list[tuple[int, Source]]:
+    """(target, what it is made of)."""
+    return [
+        (target, routed.composed.get(i, tensor))
+        for i, (target, tensor) in enumerate(zip(routed.targets, routed.tensors, strict=True))
+    ]
 
 
 def _is_float(targets: Targets, target: int) -> bool:

@@ -1,9 +1,8 @@
 """Digests of what a load reads, taken while the bytes are in the cache of the core that read them.
 
 Which blocks (:mod:`lading.digests`) lie in which read is settled before, so that the threads that read share nothing
-but an array of slots, one for each leaf, of which each is written once. Reads are taken in pieces that end where an
-*atom* does: the shortest run of bytes of a file that is hashed on its own. That is a group of rows, with a leaf for
-each block, or, where one row is larger than a leaf, a leaf.
+but an array of slots, one for each leaf, of which each is written once. Reads are taken in pieces that end where atoms
+(:mod:`lading.transfer.leaves`) do, so that each piece is hashed by itself.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
-
-import torch
+from dataclasses import dataclass
+from itertools import pairwise
 
 from lading.box import Box
 from lading.digests import (
@@ -26,211 +24,230 @@ from lading.digests import (
     blocks_touched,
     blocks_within,
     cut,
-    leaf_digest,
     starts_of,
 )
 from lading.errors import CorruptModelCheckpointError, InternalError
 from lading.manifest import BITS, Manifest
+from lading.transfer.leaves import Job, LeafHasher, Part
 from lading.transfer.plan import ARENA, Plan, Wanted
 
 
-class Job(NamedTuple):
-    """Consecutive blocks of a tensor that lie in memory, or in a file, as one run of bytes."""
-
-    tensor: int
-    """Position in the manifest."""
-    first: int
-    """The first of the blocks."""
-    begin: int
-    """Where the run begins."""
-    rows: int
-    blocks: int
-    segment: int
-    """The run is ``rows × blocks × segment`` bytes."""
-    group: int
-    """Rows of an atom; 0 where rows are larger than a leaf, so that atoms are pieces of segments."""
-    leaves: int
-    """Leaves of each block."""
-    slot: int
-    """The slot of the first leaf; those of a block follow one another."""
-
-    @property
-    def end(self) -> int:
-        """Where the run ends."""
-        return self.begin + self.rows * self.blocks * self.segment
-
-    def atom(self, at: int) -> tuple[int, int]:
-        """Begin and end of the atom that holds the byte at ``at``."""
-        within = at - self.begin
-        if self.group:
-            size = self.group * self.blocks * self.segment
-            begin = within - within % size
-            return self.begin + begin, min(self.begin + begin + size, self.end)
-
-        segment = within - within % self.segment
-        begin = within - (within - segment) % LEAF
-        return self.begin + begin, self.begin + min(begin + LEAF, segment + self.segment)
-
-
 class _Jobs:
-    """Jobs in columns, ordered by the read or the memory that they lie in, and by where they begin there."""
+    """Jobs in columns. To be found, they have to be in order, by where they lie and by where they begin there."""
 
     def __init__(self) -> None:
-        self.sources = array("q")
-        """The read, or the home, that each lies in."""
-        self.begins = array("q")
-        self._tensors, self._first, self._blocks = array("q"), array("B"), array("B")
-        self._rows, self._segments, self._groups = array("q"), array("q"), array("q")
-        self._leaves, self._slots = array("q"), array("q")
+        self._sources = array("q")
+        self._columns = tuple(array("q") for _ in Job._fields)
+        self._begins = self._columns[0]
+        self.nbytes = 0
+        """The bytes of all jobs."""
 
-    def __len__(self) -> int:
-        return len(self.begins)
+    def add(self, source: int, job: Job) -> None:
+        self._sources.append(source)
+        for column, value in zip(self._columns, job, strict=True):
+            column.append(value)
+        self.nbytes += job.end - job.begin
 
-    def __getitem__(self, j: int) -> Job:
-        return Job(
-            self._tensors[j], self._first[j], self.begins[j], self._rows[j], self._blocks[j], self._segments[j],
-            self._groups[j], self._leaves[j], self._slots[j],
-        )  # fmt: skip
+    def require_order(self) -> None:
+        """:raises InternalError: they are not in order, because the plan is not."""
+        if any(a > b for a, b in pairwise(zip(self._sources, self._begins, strict=True))):
+            raise InternalError("the tensors of a plan are expected in the order of its reads")
 
-    def __iter__(self) -> Iterator[Job]:
-        return map(self.__getitem__, range(len(self)))
+    def __iter__(self) -> Iterator[Part]:
+        for j, source in enumerate(self._sources):
+            job = self._job(j)
+            yield Part(job, source, job.begin, job.end)
 
-    def add(self, source: int, begin: int, tensor: int, blocks: range, whole: Cut, slot: int) -> int:
-        """Add the blocks ``blocks`` of a tensor that is cut as ``whole``; returns the number of their leaves."""
-        leaves = whole.leaves
-        self.sources.append(source)
-        self.begins.append(begin)
-        self._tensors.append(tensor)
-        self._first.append(blocks.start)
-        self._blocks.append(len(blocks))
-        self._rows.append(whole.rows)
-        self._segments.append(whole.segment)
-        self._groups.append(whole.group if whole.blocks * whole.segment <= LEAF else 0)
-        self._leaves.append(leaves)
-        self._slots.append(slot)
+    def within(self, source: int, begin: int, end: int) -> Iterator[Part]:
+        """What there is to be hashed of the bytes from ``begin`` to ``end``."""
+        low, high = self._range(source)
+        for j in range(max(low, bisect_right(self._begins, begin, low, high) - 1), high):
+            if self._begins[j] >= end:
+                break
+            job = self._job(j)
+            if job.end > begin:
+                yield Part(job, source, max(begin, job.begin), min(end, job.end))
 
-        return len(blocks) * leaves
+    def before(self, source: int, at: int) -> Job | None:
+        """The last job that begins before ``at``."""
+        low, high = self._range(source)
+        j = bisect_left(self._begins, at, low, high) - 1
+
+        return self._job(j) if j >= low else None
+
+    def _range(self, source: int) -> tuple[int, int]:
+        low = bisect_left(self._sources, source)
+
+        return low, bisect_right(self._sources, source, low)
+
+    def _job(self, j: int) -> Job:
+        return Job(*(column[j] for column in self._columns))
+
+
+@dataclass(slots=True)
+class _Run:
+    """Bytes of a tensor that lie side by side, in a read or in a mapping, and the wanted tensors that they are for."""
+
+    tensor: int
+    home: int
+    read: int
+    begin: int
+    """In the file."""
+    end: int
+    boxes: list[tuple[int, Box]]
+
+    def is_continued_by(self, other: _Run) -> bool:
+        """Whether ``other`` holds the same tensor's next bytes, so that blocks may lie across both."""
+        mine, its = (self.tensor, self.home, self.read, self.end), (other.tensor, other.home, other.read, other.begin)
+
+        return mine == its
 
 
 class Hasher:
     """Collects the digests of the blocks that one run of ``execute`` reads or maps whole.
 
-    Blocks of which only a part is read have none, and so do, for now, blocks of several runs of bytes each (of a shard
-    along another dim than the first) that are cast or go to a device: they never lie side by side in the host's memory.
+    Blocks of which only a part is read have none. Nor have blocks of long runs of bytes, each read by itself, of which
+    several make a leaf; no shard of a gang of 2, 4 or 8 has any.
 
     :param dims: for each tensor of the manifest the dim along which it is cut into blocks.
     :param wanted: what ``plan`` was made for.
-    :param on_host: whether what is read can be looked at afterwards.
 
     :raises ValueError: a tensor has no such dim.
     """
 
-    def __init__(
-        self, manifest: Manifest, dims: Sequence[int], plan: Plan, wanted: Wanted, *, on_host: bool = True
-    ) -> None:
+    def __init__(self, manifest: Manifest, dims: Sequence[int], plan: Plan, wanted: Wanted) -> None:
         self._manifest = manifest
         self._dims = array("b", dims)
         self._plan = plan
         self.vouched = bytearray(len(wanted.tensors))
         """For each wanted tensor 1 if all of its bytes are in blocks that are hashed, as read for it; else 0."""
-        self._empty: list[int] = []
-        self._reads, self._memory = _Jobs(), _Jobs()
+
+        # What is hashed: tensor, first block, number of blocks, leaves of each, first slot.
+        self._results = tuple(array("q") for _ in range(5))
         self._slots_used = 0
+        self._empty: list[int] = []
+        # Where it lies: by read, by entry of the plan's rows, by mapping.
+        self._reads, self._rows, self._mapped = _Jobs(), _Jobs(), _Jobs()
         self._threads: list[LeafHasher] = []
 
-        self._find_jobs(wanted, on_host)
+        self._find_jobs(wanted)
         self.slots = bytearray(self._slots_used * SIZE)
-        """The digests of all leaves."""
+        """The digests of all leaves; of the only leaf of a block the block's own."""
 
     # --- what is to be hashed ----------------------------------------------------------------------------------------
 
-    def _find_jobs(self, wanted: Wanted, on_host: bool) -> None:
-        manifest, plan = self._manifest, self._plan
+    def _find_jobs(self, wanted: Wanted) -> None:
         pending: _Run | None = None
 
         # In the order in which a plan lays tensors out.
         for i in sorted(range(len(wanted.tensors)), key=wanted.tensors.__getitem__):
+            if i in wanted.composed:
+                continue  # its memory holds no tensor's bytes as they are in the file
             tensor, box = wanted.tensors[i], wanted.boxes[i]
+            shape = self._manifest.shapes[tensor]
             if box.numel == 0:
                 self.vouched[i] = 1
-                if box.covers(manifest.shapes[tensor]):
+                if box.covers(shape):
                     self._empty.append(tensor)
                 continue
 
-            run = self._run(i, tensor, box)
-            if run is None:
-                if on_host and plan.homes[i] == ARENA and manifest.dtypes[tensor] == wanted.dtypes[i]:
-                    self._add_strided(i, tensor, box)
-            elif pending is not None and pending.is_continued_by(run):
+            first, count = (0, box.numel) if box.covers(shape) else next(box.runs(shape))
+            run = self._run(i, tensor, box, first) if count == box.numel else None
+            if run is not None and pending is not None and pending.is_continued_by(run):
                 pending.end = run.end
                 pending.boxes += run.boxes
-            else:
-                self._add(pending)
-                pending = run
+                continue
 
-        self._add(pending)
+            self._add_run(pending)
+            pending = run
+            if run is None:
+                self._add_rows(i, tensor, box, wanted.dtypes[i])
 
-    def _run(self, i: int, tensor: int, box: Box) -> _Run | None:
-        """Where the bytes of a wanted tensor are in a file, if they are one run of bytes of one read or mapping."""
-        plan, shape, dtype = self._plan, self._manifest.shapes[tensor], self._manifest.dtypes[tensor]
-        first, count = (0, box.numel) if box.covers(shape) else next(box.runs(shape))
-        if count != box.numel:
-            return None
+        self._add_run(pending)
+        self._reads.require_order()
+        self._rows.require_order()
 
-        bits = BITS[dtype]
+    def _run(self, i: int, tensor: int, box: Box, first: int) -> _Run:
+        """Where the bytes of a wanted tensor are, which begin with its element ``first``."""
+        home, bits = self._plan.homes[i], BITS[self._manifest.dtypes[tensor]]
         begin = self._manifest.offsets[tensor] + first * bits // 8
-        run = _Run(plan.homes[i], -1, tensor, begin, begin + count * bits // 8, [(i, box)])
-        if run.home != ARENA:
-            return run
+        end = begin + box.numel * bits // 8
+        read = self._read_of(tensor, self._plan.places[i], begin, end) if home == ARENA else -1
 
+        return _Run(tensor, home, read, begin, end, [(i, box)])
+
+    def _read_of(self, tensor: int, place: int, begin: int, end: int) -> int:
+        """The read that fills ``place`` with the bytes of the file from ``begin`` to ``end``."""
         # No two reads go to the same place, so that the place tells the read, also of bytes that are read twice.
-        run.read = bisect_right(plan.targets, plan.places[i]) - 1
-        if run.read < 0 or not (
-            plan.shards[run.read] == self._manifest.shard_ids[tensor]
-            and plan.offsets[run.read] <= run.begin
-            and run.end <= plan.offsets[run.read] + plan.sizes[run.read]
+        plan = self._plan
+        read = bisect_right(plan.targets, place) - 1
+        if read < 0 or not (
+            plan.shards[read] == self._manifest.shard_ids[tensor]
+            and plan.offsets[read] <= begin
+            and end <= plan.offsets[read] + plan.sizes[read]
         ):
             raise InternalError(f"no read of the plan fills the place of tensor {self._manifest.names[tensor]!r}")
 
-        return run
+        return read
 
-    def _add(self, run: _Run | None) -> None:
+    def _add_run(self, run: _Run | None) -> None:
         """Hash the blocks that lie in ``run``."""
         if run is None:
             return
 
-        tensor, dim = run.tensor, self._dims[run.tensor]
-        dtype, shape = self._manifest.dtypes[tensor], self._manifest.shapes[tensor]
-        base = self._manifest.offsets[tensor]
-        whole = cut(dtype, shape, dim)
-        begin, end = run.begin - base, run.end - base
+        dtype, shape, dim = self._manifest.dtypes[run.tensor], self._manifest.shapes[run.tensor], self._dims[run.tensor]
+        base, whole = self._manifest.offsets[run.tensor], cut(dtype, shape, dim)
         if whole.rows == 1:
-            blocks = range(-(-begin // whole.segment), end // whole.segment)
+            blocks = range(-(-(run.begin - base) // whole.segment), (run.end - base) // whole.segment)
         else:
-            blocks = range(whole.blocks if end - begin == whole.nbytes else 0)
+            blocks = range(whole.blocks if run.end - run.begin == whole.nbytes else 0)
 
         if blocks:
-            jobs, source = (self._reads, run.read) if run.home == ARENA else (self._memory, run.home)
-            at = base + blocks.start * whole.segment
-            self._slots_used += jobs.add(source, at, tensor, blocks, whole, self._slots_used)
+            jobs, source = (self._reads, run.read) if run.home == ARENA else (self._mapped, run.home)
+            slot = self._add_result(run.tensor, blocks, whole)
+            jobs.add(source, _job(base + blocks.start * whole.segment, blocks, whole, slot))
         for i, box in run.boxes:
             self.vouched[i] = _within(blocks_touched(dtype, shape, dim, box), blocks)
 
-    def _add_strided(self, i: int, tensor: int, box: Box) -> None:
-        """Hash the blocks of a box of whole blocks where it lies in the arena, after it is read."""
-        dim, dtype, shape = self._dims[tensor], self._manifest.dtypes[tensor], self._manifest.shapes[tensor]
-        blocks = blocks_within(dtype, shape, dim, box)
-        if blocks and blocks == blocks_touched(dtype, shape, dim, box):
-            whole = cut(dtype, shape, dim)
-            self._slots_used += self._memory.add(ARENA, self._plan.places[i], tensor, blocks, whole, self._slots_used)
-            self.vouched[i] = 1
+    def _add_rows(self, i: int, tensor: int, box: Box, dtype: str) -> None:
+        """Hash the blocks of a box of whole blocks that is several runs of bytes, one in each row."""
+        rows, place = self._plan.rows, self._plan.places[i]
+        stored, shape, dim = self._manifest.dtypes[tensor], self._manifest.shapes[tensor], self._dims[tensor]
+        blocks = blocks_within(stored, shape, dim, box)
+        if not blocks or blocks != blocks_touched(stored, shape, dim, box):
+            return
+
+        whole = cut(stored, shape, dim)
+        row, length = whole.blocks * whole.segment, len(blocks) * whole.segment
+        entry = bisect_left(rows.targets, place)
+        if entry < len(rows.targets) and (
+            (rows.targets[entry], rows.strides[entry], rows.lengths[entry], rows.counts[entry])
+            == (place, row, length, whole.rows)
+        ):
+            self._rows.add(entry, _job(0, blocks, whole, self._add_result(tensor, blocks, whole)))
+        elif whole.group == 1:
+            slot, leaves = self._add_result(tensor, blocks, whole), whole.leaves // whole.rows
+            begin = self._manifest.offsets[tensor] + blocks.start * whole.segment
+            for n in range(whole.rows):
+                read = self._read_of(tensor, place, begin, begin + length)
+                self._reads.add(read, _job(begin, blocks, whole, slot)._replace(rows=1, leaf=n * leaves))
+                begin += row
+                place += length // (BITS[stored] // 8) * (BITS[dtype] // 8)
+        else:
+            return
+
+        self.vouched[i] = 1
+
+    def _add_result(self, tensor: int, blocks: range, whole: Cut) -> int:
+        """Expect the digests of ``blocks``; returns their first slot."""
+        slot = self._slots_used
+        for column, value in zip(self._results, (tensor, blocks.start, len(blocks), whole.leaves, slot), strict=True):
+            column.append(value)
+        self._slots_used += len(blocks) * whole.leaves
+
+        return slot
 
     # --- while it is read --------------------------------------------------------------------------------------------
-
-    @property
-    def memory_bytes(self) -> int:
-        """The bytes that are hashed in memory, behind the reads."""
-        return sum(job.end - job.begin for job in self._memory)
 
     def stop(self, read: int, at: int, limit: int, item: int) -> int:
         """Where a piece of a read has to end, so that it holds whole atoms and whole items.
@@ -238,37 +255,42 @@ class Hasher:
         :param at: where it begins in the file; not inside an atom.
         :param limit: how far it may reach, unless the first atom reaches farther.
         """
-        low, high = self._jobs_of(read)
-        j = bisect_left(self._reads.begins, limit, low, high) - 1  # the last that begins before
-        if j >= low:
-            job = self._reads[j]
-            if limit < job.end:
-                begin, end = job.atom(limit)
-                return begin if begin > at else end
+        job = self._reads.before(read, limit)
+        if job is not None and limit < job.end:
+            begin, end = job.atom(limit)
+            return begin if begin > at else end
 
         return limit - (limit - at) % item
 
-    def jobs_within(self, read: int, begin: int, end: int) -> Iterator[tuple[Job, int, int]]:
-        """(job, begin, end) of all that is to be hashed of a piece of a read, by offsets in the file."""
-        low, high = self._jobs_of(read)
-        for j in range(max(low, bisect_right(self._reads.begins, begin, low, high) - 1), high):
-            job = self._reads[j]
-            if job.begin >= end:
-                break
-            if job.end > begin:
-                yield job, max(begin, job.begin), min(end, job.end)
+    def rows_together(self, entry: int) -> int:
+        """By how many rows at once an entry of the plan's rows has to be read."""
+        job = self._rows.before(entry, 1)
 
-    def memory_steps(self, most: int) -> Iterator[list[tuple[int, Job, int, int]]]:
-        """What is to be hashed in memory, in steps of about ``most`` bytes: (home, job, begin, end) of each part."""
-        step: list[tuple[int, Job, int, int]] = []
+        return 1 if job is None else max(1, job.group)
+
+    def in_read(self, read: int, begin: int, end: int) -> Iterator[Part]:
+        """What is to be hashed of a piece of a read, by offsets in the file."""
+        return self._reads.within(read, begin, end)
+
+    def in_rows(self, entry: int, begin: int, end: int) -> Iterator[Part]:
+        """What is to be hashed of an entry of the plan's rows, by offsets in memory, where row follows row."""
+        return self._rows.within(entry, begin, end)
+
+    @property
+    def mapped_bytes(self) -> int:
+        """The bytes that are to be hashed where they are mapped."""
+        return self._mapped.nbytes
+
+    def mapped_steps(self, most: int) -> Iterator[list[Part]]:
+        """What is to be hashed where it is mapped, by offsets in the file, in steps of about ``most`` bytes."""
+        step: list[Part] = []
         size = 0
-        for home, job in zip(self._memory.sources, self._memory, strict=True):
-            at = job.begin
-            while at < job.end:
+        for job, source, at, end in self._mapped:
+            while at < end:
                 limit = at + most - size
-                begin, end = job.atom(limit) if limit < job.end else (job.end, job.end)
-                stop = begin if begin > at else end
-                step.append((home, job, at, stop))
+                first, last = job.atom(limit) if limit < end else (end, end)
+                stop = first if first > at else last
+                step.append(Part(job, source, at, stop))
                 size += stop - at
                 at = stop
                 if size >= most - LEAF:
@@ -278,14 +300,9 @@ class Hasher:
         if step:
             yield step
 
-    def _jobs_of(self, read: int) -> tuple[int, int]:
-        low = bisect_left(self._reads.sources, read)
-
-        return low, bisect_right(self._reads.sources, read, low)
-
     def thread(self) -> LeafHasher:
         """What one thread hashes with."""
-        self._threads.append(LeafHasher(self))
+        self._threads.append(LeafHasher(self.slots))
 
         return self._threads[-1]
 
@@ -296,7 +313,7 @@ class Hasher:
 
         :raises CorruptModelCheckpointError: bytes that were read twice were not the same.
         """
-        expected = self.memory_bytes + sum(job.end - job.begin for job in self._reads)
+        expected = self._reads.nbytes + self._rows.nbytes + self._mapped.nbytes
         hashed = sum(thread.hashed for thread in self._threads)
         if hashed != expected:
             raise InternalError(f"{expected} bytes should have been hashed, but {hashed} were")
@@ -307,115 +324,40 @@ class Hasher:
             blocks[starts[tensor] * SIZE : starts[tensor + 1] * SIZE] = EMPTY_BLOCK
             known[tensor] = 1
 
-        for job in (*self._reads, *self._memory):
-            size = job.leaves * SIZE
-            found: bytes | bytearray = self.slots[job.slot * SIZE : job.slot * SIZE + job.blocks * size]
-            if job.leaves > 1:  # the only leaf of a block was followed by the block's own digest at once
+        for tensor, first, count, leaves, slot in zip(*self._results, strict=True):
+            size = leaves * SIZE
+            found: bytes | bytearray = self.slots[slot * SIZE : slot * SIZE + count * size]
+            if leaves > 1:
                 found = b"".join(block_digest(found[at : at + size]) for at in range(0, len(found), size))
 
-            at = (starts[job.tensor] + job.first) * SIZE
-            mask = (1 << job.blocks) - 1 << job.first
-            if known[job.tensor] & mask:
-                self._require_same(job, known[job.tensor] & mask, blocks[at : at + len(found)], found)
+            at = (starts[tensor] + first) * SIZE
+            mask = (1 << count) - 1 << first
+            if known[tensor] & mask:
+                self._require_same(tensor, first, known[tensor] & mask, blocks[at : at + len(found)], found)
             blocks[at : at + len(found)] = found
-            known[job.tensor] |= mask
+            known[tensor] |= mask
 
         return Digests(dims=self._dims, starts=starts, blocks=bytes(blocks), known=bytes(known))
 
-    def _require_same(self, job: Job, both: int, before: bytearray, found: bytes | bytearray) -> None:
-        for b in range(job.blocks):
-            one, other = (digests[b * SIZE : (b + 1) * SIZE] for digests in (before, found))
-            if both >> job.first + b & 1 and one != other:
-                shard = self._manifest.shards[self._manifest.shard_ids[job.tensor]].name
+    def _require_same(self, tensor: int, first: int, both: int, before: bytearray, found: bytes | bytearray) -> None:
+        for at in range(0, len(found), SIZE):
+            block = first + at // SIZE
+            if both >> block & 1 and before[at : at + SIZE] != found[at : at + SIZE]:
+                shard = self._manifest.shards[self._manifest.shard_ids[tensor]].name
                 raise CorruptModelCheckpointError(
                     shard,
-                    f"{shard}: block {job.first + b} of tensor {self._manifest.names[job.tensor]!r} was read twice, "
-                    "and is expected to be the same each time, but is not. Load it again when nothing writes to it any "
-                    "more; if that does not help, check the disk.",
+                    f"{shard}: block {block} of tensor {self._manifest.names[tensor]!r} was read twice, and is "
+                    "expected to be the same each time, but is not. Load it again when nothing writes to it any more; "
+                    "if that does not help, check the disk.",
                 )
 
 
-class _Run:
-    """Bytes of a tensor that lie side by side, in a read or in a mapping, and the wanted tensors that they are for."""
+def _job(begin: int, blocks: range, whole: Cut, slot: int) -> Job:
+    """The job of some of the blocks of a tensor that is cut as ``whole``."""
+    group = whole.group if whole.blocks * whole.segment <= LEAF else 0
 
-    def __init__(self, home: int, read: int, tensor: int, begin: int, end: int, boxes: list[tuple[int, Box]]) -> None:
-        self.home, self.read, self.tensor, self.begin, self.end, self.boxes = home, read, tensor, begin, end, boxes
-
-    def is_continued_by(self, other: _Run) -> bool:
-        """Whether ``other`` holds the same tensor's next bytes, so that blocks may lie across both."""
-        return (self.home, self.read, self.tensor, self.end) == (other.home, other.read, other.tensor, other.begin)
+    return Job(begin, whole.rows, len(blocks), whole.segment, group, whole.leaves, 0, slot)
 
 
 def _within(inner: range, outer: range) -> bool:
     return not inner or (outer.start <= inner.start and inner.stop <= outer.stop)
-
-
-class LeafHasher:
-    """What one thread needs to hash leaves."""
-
-    def __init__(self, hasher: Hasher) -> None:
-        self.hashed = 0
-        """Bytes so far."""
-        self._hasher = hasher
-        self._slots = hasher.slots
-        self._gathered = torch.empty(0, dtype=torch.uint8)
-        self._view = memoryview(b"")
-
-    def read(self, read: int, begin: int, memory: memoryview) -> None:
-        """Hash a piece of a read: whole atoms, that begin at ``begin`` in the file."""
-        for job, at, end in self._hasher.jobs_within(read, begin, begin + len(memory)):
-            self.part(job, at, memory[at - begin : end - begin])
-
-    def part(self, job: Job, begin: int, memory: memoryview) -> None:
-        """Hash atoms of a job."""
-        if job.group:
-            self._groups(job, begin - job.begin, memory)
-        else:
-            self._pieces(job, begin - job.begin, memory)
-        self.hashed += len(memory)
-
-    def _groups(self, job: Job, begin: int, memory: memoryview) -> None:
-        row = job.blocks * job.segment
-        size = job.group * row
-        for at in range(0, len(memory), size):
-            atom = memory[at : at + size]
-            each = len(atom) // row * job.segment
-            if job.blocks > 1 and each > job.segment:
-                atom = self._gather(atom, job)
-            for b in range(job.blocks):
-                self._put(job, b, (begin + at) // size, leaf_digest(atom[b * each : (b + 1) * each]))
-
-    def _pieces(self, job: Job, begin: int, memory: memoryview) -> None:
-        pieces = -(-job.segment // LEAF)
-        at = 0
-        while at < len(memory):
-            row, within = divmod(begin + at, job.blocks * job.segment)
-            b, within = divmod(within, job.segment)
-            size = min(LEAF, job.segment - within)
-            self._put(job, b, row * pieces + within // LEAF, leaf_digest(memory[at : at + size]))
-            at += size
-
-    def _put(self, job: Job, block: int, leaf: int, digest: bytes) -> None:
-        if job.leaves == 1:
-            digest = block_digest(digest)
-        at = (job.slot + block * job.leaves + leaf) * SIZE
-        self._slots[at : at + SIZE] = digest
-
-    def _gather(self, atom: memoryview, job: Job) -> memoryview:
-        """The same rows, but block by block."""
-        source = torch.frombuffer(atom, dtype=torch.uint8)
-        if not self._gathered.numel():
-            buffer = bytearray(LEAF)
-            self._view = memoryview(buffer)
-            self._gathered = torch.frombuffer(buffer, dtype=torch.uint8)
-
-        # The wider the items, the fewer there are to copy.
-        dtype = next((d for d in _WIDE if not (job.segment | source.data_ptr()) % d.itemsize), torch.uint8)
-        rows = source.view(dtype).view(-1, job.blocks, job.segment // dtype.itemsize)
-        target = self._gathered[: len(atom)].view(dtype).view(job.blocks, rows.shape[0], -1)
-        target.copy_(rows.transpose(0, 1))
-
-        return self._view[: len(atom)]
-
-
-_WIDE = (torch.int64, torch.int32, torch.int16)

@@ -52,10 +52,30 @@ class BoxCache:
         return self._known[key]
 
 
+def placements_on(tensor: Tensor, axes: Sequence[str]) -> tuple[Placement, ...]:
+    """How a tensor is placed on a mesh of ``axes``, of which its own mesh has some; on the others it is replicated.
+
+    :raises NotSupportedError: its mesh has another axis, or names none.
+    """
+    if not isinstance(tensor, DTensor):
+        return (Replicate(),) * len(axes)
+
+    names = tensor.device_mesh.mesh_dim_names or ()
+    if len(names) != tensor.device_mesh.ndim or not set(names) <= set(axes):
+        raise NotSupportedError(
+            f"A tensor is expected to be placed on axes of {', '.join(axes)}, but is on {tensor.device_mesh}."
+        )
+    own = dict(zip(names, tensor.placements, strict=True))
+
+    return tuple(own.get(axis, Replicate()) for axis in axes)
+
+
 def boxes_for_all_ranks(
     placements: Sequence[Placement], mesh_shape: Sequence[int], shapes: Sequence[Sequence[int]]
 ) -> tuple[list[Ints], list[Ints]]:
     """The boxes of many tensors of equal placements on all ranks of a mesh at once.
+
+    Of very many tensors, ask for a thousand at a time: the numbers of all of them on all ranks may be gigabytes.
 
     :param shapes: of the global tensors, all of as many dims.
 
@@ -66,7 +86,9 @@ def boxes_for_all_ranks(
     """
     ranks = len(mesh_shape)
     columns = np.asarray(shapes, dtype=np.int64).reshape(len(shapes), -1).T
-    for shape in {tuple(shape) for shape in shapes}:
+    # What a part's being a box depends on is the size of the dim that is cut twice.
+    twice = [p.dim for p in placements if isinstance(p, _StridedShard)]
+    for shape in {tuple(shape[dim] for dim in twice): shape for shape in shapes}.values():
         _check_box(shape, mesh_shape, placements)
 
     starts: list[Ints] = []
@@ -90,8 +112,9 @@ def boxes_for_all_ranks(
             first = np.minimum(coordinate * chunk, size)
             start, size = start + first, np.minimum(chunk, size - first)
 
-        # torch has parts without elements begin at the end.
-        starts.append(np.where(size == 0, whole, start) if plain or strided else start)
+        if (plain or strided) and not size.all():
+            start = np.where(size == 0, whole, start)  # torch has parts without elements begin at the end
+        starts.append(start)
         sizes.append(size)
 
     return starts, sizes
@@ -133,15 +156,17 @@ def _interleaves(size: int, first: int, second: int) -> bool:
     into ``second``; torch takes one of the smaller pieces out of each larger one, joins them, and cuts into ``first``.
     They differ for some sizes that do not divide.
     """
-    if size % (first * second) == 0:
+    if size % first == 0:
         return True
 
-    pieces = [_chunks(piece, second) for piece in _chunks(size, first)]
+    parts = _chunk(_chunk(np.array(size), first), second)  # (second, first)
 
-    return all(_chunks(sum(mine), first) == list(mine) for mine in zip(*pieces, strict=True))
+    return bool((parts == _chunk(parts.sum(1), first).T).all())
 
 
-def _chunks(size: int, count: int) -> list[int]:
-    chunk = -(-size // count)
+def _chunk(sizes: Ints, count: int) -> Ints:
+    """The sizes of ``count`` chunks of each of ``sizes``: (…) → (count, …)."""
+    chunk = -(-sizes // count)
+    first = np.arange(count).reshape(-1, *(1,) * sizes.ndim) * chunk
 
-    return [max(0, min(chunk, size - i * chunk)) for i in range(count)]
+    return np.clip(sizes - first, 0, chunk)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from lading.box import Box
+from lading.compose import Source, pieces
 from lading.manifest import BITS, Manifest
 
 PAGE = 4096
@@ -34,12 +35,15 @@ class Wanted:
     """The part of each; within the tensor's shape."""
     dtypes: Sequence[str]
     """What memory holds; bytes are cast where the manifest says another."""
+    composed: Mapping[int, Source] = field(default_factory=dict)
+    """By the position in these columns, what those are made of that are not one tensor as it is; the box is a part of
+    what that makes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """Runs of equal size at equal distances, as a part of the columns of a matrix has them; in columns, sorted by shard
-    and offset. In memory one run follows the other.
+    """Runs of equal size at equal distances, as a part of the columns of a matrix has them; in columns, sorted as the
+    reads of a plan are. In memory one run follows the other.
     """
 
     shards: array[int] = field(default_factory=lambda: array("I"))
@@ -88,7 +92,7 @@ def reads_gaps(stride: int, length: int) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Reads in columns, sorted by shard and offset, neighbours joined."""
+    """Reads in columns, sorted by shard and offset, neighbours joined. What is composed comes last, sorted likewise."""
 
     arena_bytes: int
     """The size of the arena that the reads fill."""
@@ -138,7 +142,10 @@ def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
     end = 0
 
     # The manifest is in the order (shard, offset), therefore its positions are too.
-    for i in sorted(range(len(wanted.tensors)), key=wanted.tensors.__getitem__):
+    order = sorted(range(len(wanted.tensors)), key=wanted.tensors.__getitem__)
+    for i in order:
+        if i in wanted.composed:
+            continue
         tensor, box, dtype = wanted.tensors[i], wanted.boxes[i], wanted.dtypes[i]
         stored, shape = manifest.dtypes[tensor], manifest.shapes[tensor]
         shard, base = manifest.shard_ids[tensor], manifest.offsets[tensor]
@@ -171,6 +178,20 @@ def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
                 reads.add(shard, offset, length * source_size, end, length * size, cast)
                 offset += stride * source_size
                 end += length * size
+
+    copies: list[_Copy] = []
+    for i in (i for i in order if i in wanted.composed):
+        found = _copies(manifest, wanted.composed[i], wanted.boxes[i], wanted.dtypes[i])
+        home = _home(found, wanted.dtypes[i]) if mapped else None
+        if home is not None:
+            homes[i], places[i] = home
+            continue
+        places[i] = end = -(-end // ALIGNMENT) * ALIGNMENT
+        copies += (copy.at(end) for copy in found)
+        end += wanted.boxes[i].numel * (BITS[wanted.dtypes[i]] // 8)
+
+    for copy in sorted(copies):
+        copy.add_to(reads, rows, conversions.setdefault(copy.conversion, len(conversions)))
 
     return Plan(
         arena_bytes=end,
@@ -212,6 +233,72 @@ def plan_pass(manifest: Manifest) -> tuple[Plan, Wanted]:
     boxes = [Box.whole(shape) for shape in manifest.shapes]
 
     return plan, Wanted(tensors=range(len(manifest)), boxes=boxes, dtypes=manifest.dtypes)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Copy:
+    """Runs of bytes at equal distances in a file, that go to equal distances in the arena."""
+
+    shard: int
+    offset: int
+    stride: int
+    length: int
+    count: int
+    target: int
+    apart: int
+    """Bytes in the arena from the beginning of a run to that of the next."""
+    target_length: int
+    """Bytes in the arena of a run."""
+    conversion: tuple[str, str]
+
+    def at(self, place: int) -> _Copy:
+        """The same for memory that begins at ``place`` of the arena."""
+        return replace(self, target=place + self.target)
+
+    def add_to(self, reads: _Reads, rows: Rows, cast: int) -> None:
+        side_by_side = self.apart == self.target_length
+        if self.count > 1 and side_by_side and self.length <= LONG_RUN:
+            rows.add(self.shard, self.offset, self.stride, self.length, self.count, self.target, cast)
+            return
+        for k in range(self.count):
+            offset, target = self.offset + k * self.stride, self.target + k * self.apart
+            reads.add(self.shard, offset, self.length, target, self.target_length, cast)
+
+
+def _copies(manifest: Manifest, source: Source, box: Box, dtype: str) -> list[_Copy]:
+    """What fills the memory of ``box``, which begins at 0."""
+    found: list[_Copy] = []
+    size = BITS[dtype] // 8
+    for piece in pieces(source, manifest.shapes, box):
+        tensor = piece.tensor
+        stored = manifest.dtypes[tensor]
+        item = BITS[stored] // 8
+        found += (
+            _Copy(
+                shard=manifest.shard_ids[tensor],
+                offset=manifest.offsets[tensor] + first * item,
+                stride=stride * item,
+                length=length * item,
+                count=count,
+                target=place * size,
+                apart=apart * size,
+                target_length=length * size,
+                conversion=("", "") if stored == dtype else (stored, dtype),
+            )
+            for first, stride, length, count, place, apart in piece.rows(manifest.shapes[tensor])
+        )
+
+    return found
+
+
+def _home(copies: Sequence[_Copy], dtype: str) -> tuple[int, int] | None:
+    """The shard, and the place in it, where all of the copies lie as they would in memory; ``None`` if nowhere."""
+    if len(copies) != 1:
+        return None
+    (copy,) = copies
+    as_it_is = copy.count == 1 and copy.conversion == ("", "") and copy.offset % (BITS[dtype] // 8) == 0
+
+    return (copy.shard, copy.offset) if as_it_is else None
 
 
 def _congruent(place: int, offset: int) -> int:

@@ -57,7 +57,7 @@ def steps_of(plan: Plan, hasher: Hasher | None) -> Iterator[Step | RowStep]:
     for number, (stride, length, count) in enumerate(
         zip(plan.rows.strides, plan.rows.lengths, plan.rows.counts, strict=True)
     ):
-        at_once = max(1, STEP // (stride if reads_gaps(stride, length) else length))
+        at_once = _runs_at_once(hasher, number, STEP, stride if reads_gaps(stride, length) else length)
         for first in range(0, count, at_once):
             yield RowStep(number, first, min(count - first, at_once))
 
@@ -80,6 +80,13 @@ def _pieces(
             stop = hasher.stop(read, at, limit, item)
         yield at, stop - at
         at = stop
+
+
+def _runs_at_once(hasher: Hasher | None, number: int, most: int, distance: int) -> int:
+    """How many runs of the plan's rows ``number`` are read at once, which take ``distance`` bytes each."""
+    together = 1 if hasher is None else hasher.rows_together(number)
+
+    return max(1, most // distance // together) * together
 
 
 def _item_sizes(conversion: tuple[str, str]) -> tuple[int, int]:
@@ -130,7 +137,7 @@ class Reader:
 
     def _fill(self, file: OpenShard, read: int, offset: int, memory: memoryview, *, direct: bool) -> None:
         """Read a piece, and have it hashed before it leaves the cache."""
-        if self._leaves is None:
+        if self._hasher is None or self._leaves is None:
             file.fill(offset, memory, direct=direct)
             return
 
@@ -138,7 +145,7 @@ class Reader:
         for at, count in _pieces(self._hasher, read, offset, len(memory), len(memory) if direct else LEAF, 1):
             part = memory[at - offset : at - offset + count]
             file.fill(at, part, direct=direct)
-            self._leaves.read(read, at, part)
+            self._leaves.parts(self._hasher.in_read(read, at, at + count), at, part)
 
     def _run_rows(self, number: int, begin: int, runs: int) -> int:
         rows = self._plan.rows
@@ -150,7 +157,7 @@ class Reader:
         place = rows.targets[number] + begin * length // source_size * target_size
         cold = file.is_cold(offset)
         gaps = reads_gaps(stride, length)
-        at_once = max(1, min(ROWS_CHUNK // (stride if gaps else length), self._chunk // length))
+        at_once = _runs_at_once(self._hasher, number, ROWS_CHUNK, stride if gaps else length)
         if cold and not gaps:
             file.advise_random()
 
@@ -171,6 +178,9 @@ class Reader:
                 for i in range(count):
                     file.fill(at + i * stride, memory[i * length : (i + 1) * length])
 
+            if self._hasher is not None and self._leaves is not None:
+                done = (begin + first) * length
+                self._leaves.parts(self._hasher.in_rows(number, done, done + count * length), done, memory)
             if stage is not None:
                 stage.put(0, count * length, to, source, target)
 
@@ -179,20 +189,17 @@ class Reader:
     def _read_bounce(self, file: OpenShard, offset: int, size: int, cold: bool) -> Tensor:
         """The bytes of the file, until the next call."""
         if self._bounce is None:
-            self._bounce = mmap.mmap(-1, ROWS_CHUNK + 2 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            most = max(ROWS_CHUNK, LEAF) + 2 * PAGE
+            self._bounce = mmap.mmap(-1, most, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
-        # Congruent to the file, and of whole pages, so that all of it can come past the page cache.
-        skew = offset % PAGE
-        begin = offset - skew
-        end = min(-(-(offset + size) // PAGE) * PAGE, file.file.stat.size) if cold else offset + size
-        first = 0 if cold else skew
-        file.fill(begin + first, memoryview(self._bounce)[first : end - begin], direct=cold)
+        skew = offset % PAGE  # past the page cache, a byte must land where it is in its page
+        file.fill(offset, memoryview(self._bounce)[skew : skew + size], direct=cold)
 
         return torch.frombuffer(self._bounce, dtype=torch.uint8, count=size, offset=skew)
 
     def _get_stage(self) -> Stage:
         if self._stage is None:
-            self._stage = self._arena.stage(max(self._chunk, LEAF) + PAGE)
+            self._stage = self._arena.stage(max(self._chunk, ROWS_CHUNK, LEAF) + PAGE)
 
         return self._stage
 

@@ -1,0 +1,58 @@
+"""`lading pull`."""
+
+from __future__ import annotations
+
+import click
+
+from lading.cli.command import command
+from lading.cli.complete import complete_model
+from lading.cli.output import Column, Form, human_bytes, listing_options, write_rows
+
+_COLUMNS = ("name", "bytes", "fetched", "path", "model", "revision")
+_TABLE = (
+    Column(name="model"),
+    Column(name="name", heading="file", keep=True),
+    Column(name="bytes", heading="size", show=human_bytes, right=True),
+    Column(name="fetched", show=lambda fetched: "fetched" if fetched else "here"),
+    Column(name="path"),
+)
+_DRY_TABLE = (*_TABLE[:3], Column(name="fetched", show=lambda fetched: "to fetch" if fetched else "here"))
+
+
+@command("pull")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_model)
+@click.option("--revision", metavar="R", help="A branch, a tag or a commit; default: the card's, or the latest.")
+@click.option("--include", metavar="PATTERN", multiple=True, help="Further files of the source, such as 'tokenizer*'.")
+@click.option("-n", "--dry-run", is_flag=True, help="Only say what would be fetched.")
+@click.option("--no-progress", is_flag=True, help="Show no bar.")
+@listing_options
+def pull(
+    names: tuple[str, ...],
+    revision: str | None,
+    include: tuple[str, ...],
+    dry_run: bool,
+    no_progress: bool,
+    form: Form,
+) -> None:
+    """Fetch the checkpoints of models, as they are published now.
+
+    Whether one fits its architecture is checked by its headers first, and every byte that came by its digest. Loads use
+    what was pulled until the next pull.
+
+    For example: lading pull qwen3_0.6b --include 'tokenizer*'
+    """
+    from lading.catalog.store import get_asset_store
+    from lading.pull import pull_model
+
+    store = get_asset_store()
+    for name in names:  # a wrong name is said before hours of fetching
+        store.retrieve_card(name)
+
+    rows: list[tuple[object, ...]] = []
+    for name in names:
+        report = pull_model(
+            name, revision=revision, include=include, dry_run=dry_run, progress=not no_progress, store=store
+        )
+        rows += [(f.name, f.size, f.fetched, f.path, report.name, report.revision) for f in report.files]
+
+    write_rows(_COLUMNS, rows, form, table=_DRY_TABLE if dry_run else _TABLE)

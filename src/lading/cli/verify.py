@@ -1,0 +1,64 @@
+"""`lading verify`."""
+
+from __future__ import annotations
+
+import click
+
+from lading.cli.command import command
+from lading.cli.complete import complete_model
+from lading.cli.output import Column, Form, listing_options, write_rows
+
+MISMATCH = 4
+
+_COLUMNS = ("file", "result", "method", "expected", "found", "path", "model")
+_COLOURS = {"match": "green", "recorded": "green", "repaired": "yellow", "mismatch": "red"}
+_TABLE = (
+    Column(name="model"),
+    Column(name="file", keep=True),
+    Column(name="result", colour=_COLOURS.get),
+    Column(name="method"),
+    Column(name="path"),
+)
+
+
+@command("verify")
+@click.argument("names", metavar="[NAME...]", nargs=-1, shell_complete=complete_model)
+@click.option("--all", "everything", is_flag=True, help="All models whose files are on this machine.")
+@click.option("--repair", is_flag=True, help="Fetch anew what is not right.")
+@click.option("--no-progress", is_flag=True, help="Show no bar.")
+@listing_options
+def verify(names: tuple[str, ...], everything: bool, repair: bool, no_progress: bool, form: Form) -> None:
+    """Check files on this machine, all bytes of them, against their digests.
+
+    What was published counts, or else what was recorded the first time that all bytes were seen. Exits with 4 if a file
+    is not the right one.
+
+    For example: lading verify qwen3_0.6b
+    """
+    from lading.catalog.store import get_asset_store
+    from lading.verify import verify_model
+
+    if bool(names) == everything:
+        raise click.UsageError("Give names of models, or --all.", click.get_current_context())
+
+    store = get_asset_store()
+    if everything:
+        names = tuple(model.name for model in store.models(status="ready"))
+    for name in names:  # a wrong name is said before minutes of hashing
+        store.retrieve_card(name)
+
+    rows: list[tuple[object, ...]] = []
+    hints: list[str] = []
+    for name in names:
+        report = verify_model(name, repair=repair, progress=not no_progress, store=store)
+        for check in report.checks:
+            result = "repaired" if check.result != "mismatch" and check.file in report.repaired else check.result
+            rows.append((check.file, result, check.method, check.expected, check.found, check.path, report.name))
+        if not report.good:
+            hints.append(f"{name} is not what it should be. {report.hint}")
+
+    write_rows(_COLUMNS, rows, form, table=_TABLE)
+    for hint in hints:
+        click.echo(f"lading: {hint}", err=True)
+    if hints:
+        click.get_current_context().exit(MISMATCH)

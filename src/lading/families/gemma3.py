@@ -1,0 +1,191 @@
+"""Gemma 3 (https://arxiv.org/abs/2503.19786), the models of text alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, cast
+
+from pydantic import ConfigDict
+
+from lading.config import STRICT
+from lading.families.huggingface import DECODER_RULES, ConfigReader, read_layer_types, read_rope_of_layers
+from lading.family import Family
+from lading.hub import ModelHubAccessor
+from lading.nn.decoder import DecoderLM, DecoderSpec, decoder_plan, init_decoder
+from lading.nn.rope import LinearScaling
+
+LayerType = Literal["sliding_attention", "full_attention"]
+
+
+@dataclass(kw_only=True)
+class Gemma3Config:
+    """The configuration of a Gemma 3 model; the defaults are those of the model with a billion parameters."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    model_dim: int = 1152
+    """The width of the model, and the square of what embeddings are multiplied by."""
+
+    max_seq_len: int = 32_768
+    """The longest sequence, in tokens."""
+
+    vocab_size: int = 262_144
+    """The number of symbols."""
+
+    pad_idx: int | None = 0
+    """The index of the symbol for padding."""
+
+    tied_embeddings: bool = True
+    """Whether the output projection is the embedding table."""
+
+    num_layers: int = 26
+    """The number of decoder layers."""
+
+    num_attn_heads: int = 4
+    """The number of attention heads."""
+
+    num_key_value_heads: int = 1
+    """The number of heads of keys and values, each of which serves a group of attention heads."""
+
+    head_dim: int = 256
+    """The width of an attention head."""
+
+    attn_scale_dim: int = 256
+    """Attention scores are divided by the root of this."""
+
+    sliding_window: int = 512
+    """The number of tokens, itself included, that a token attends to in layers with a window."""
+
+    layer_types: list[LayerType] | None = None
+    """Of each layer; ``None`` means a window in five of six layers."""
+
+    ffn_inner_dim: int = 6912
+    """The inner width of the feed-forward networks."""
+
+    norm_eps: float = 1e-6
+    """What is added to the mean square before its root is taken."""
+
+    rope_theta: float = 1_000_000.0
+    """The base of the frequencies of the rotary position embeddings, in layers without a window."""
+
+    rope_factor: float | None = None
+    """What wavelengths are stretched by there."""
+
+    local_rope_theta: float = 10_000.0
+    """The base of the frequencies in layers with a window."""
+
+    dropout_p: float = 0.0
+    """The dropout probability of the embeddings and of the outputs of attention and feed-forward blocks."""
+
+    init_std: float | None = 0.02
+    """The standard deviation of random weights; ``None`` means ``input_dim ** -0.5`` of each projection."""
+
+
+class Gemma3(DecoderLM):
+    """A Gemma 3 language model."""
+
+
+def _spec(config: Gemma3Config) -> DecoderSpec:
+    types = _layer_types(config)
+    if config.attn_scale_dim < 1:
+        raise ValueError(f"`attn_scale_dim` must be positive, but is {config.attn_scale_dim}")
+
+    return DecoderSpec(
+        model_dim=config.model_dim,
+        vocab_size=config.vocab_size,
+        max_seq_len=config.max_seq_len,
+        pad_idx=config.pad_idx,
+        embed_scale=config.model_dim**0.5,
+        tied_embeddings=config.tied_embeddings,
+        num_layers=config.num_layers,
+        num_attn_heads=config.num_attn_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        q_norm=True,
+        k_norm=True,
+        attn_scale=config.attn_scale_dim**-0.5,
+        attn_window_len=config.sliding_window,
+        full_attn_layers=frozenset(i for i, kind in enumerate(types) if kind == "full_attention"),
+        ffn_inner_dim=config.ffn_inner_dim,
+        ffn_activation="gelu_tanh",
+        norms="both",
+        wide_norm=True,
+        norm_offset=1.0,
+        norm_eps=config.norm_eps,
+        rope_theta=config.rope_theta,
+        rope_scaling=None if config.rope_factor is None else LinearScaling(factor=config.rope_factor),
+        window_rope_theta=config.local_rope_theta,
+        dropout_p=config.dropout_p,
+    )
+
+
+def _layer_types(config: Gemma3Config) -> list[LayerType]:
+    n = config.num_layers
+    types = config.layer_types
+    if types is None:
+        return ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(n)]
+    if len(types) != n:
+        raise ValueError(f"`layer_types` must have one for each of the {n} layers, but has {len(types)}")
+
+    return types
+
+
+def _from_hf(values: Mapping[str, object]) -> Gemma3Config:
+    keys = ConfigReader(values, "gemma3")
+    keys.refuse_quantised()
+    keys.require("attention_bias", False)
+    keys.require("use_bidirectional_attention", False)
+    keys.require("final_logit_softcapping", None)
+    keys.require("attn_logit_softcapping", None)
+    keys.choice("hidden_activation", "gelu_pytorch_tanh", {"gelu_pytorch_tanh": "gelu_tanh"})
+    num_layers = keys.count("num_hidden_layers", 26)
+    theta, scaling, local_theta = read_rope_of_layers(
+        keys,
+        theta=1_000_000.0,
+        window_theta=10_000.0,
+        window_theta_key="rope_local_base_freq",
+        scaling_type="linear",
+    )
+
+    config = Gemma3Config(
+        model_dim=keys.count("hidden_size", 2304),
+        max_seq_len=keys.count("max_position_embeddings", 131_072),
+        vocab_size=keys.count("vocab_size", 262_208),
+        pad_idx=keys.index("pad_token_id", 0),
+        tied_embeddings=keys.flag("tie_word_embeddings", True),
+        num_layers=num_layers,
+        num_attn_heads=keys.count("num_attention_heads", 8),
+        num_key_value_heads=keys.count("num_key_value_heads", 4),
+        head_dim=keys.count("head_dim", 256),
+        attn_scale_dim=keys.count("query_pre_attn_scalar", 256),
+        sliding_window=keys.count("sliding_window", 4096),
+        layer_types=cast(
+            list[LayerType], read_layer_types(keys, num_layers, every=keys.count("sliding_window_pattern", 6))
+        ),
+        ffn_inner_dim=keys.count("intermediate_size", 9216),
+        norm_eps=keys.number("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_factor=None if scaling is None else scaling.number("factor", None),
+        local_rope_theta=local_theta,
+        init_std=keys.number("initializer_range", 0.02),
+    )
+
+    return keys.checked(config, _spec)
+
+
+FAMILY = Family(
+    name="gemma3",
+    kls=Gemma3,
+    config_kls=Gemma3Config,
+    build=lambda config: Gemma3(_spec(config)),
+    init=lambda model, config, name, parameter: init_decoder(
+        model, name, parameter, std=config.init_std, std_scale="none"
+    ),
+    rules=lambda config: DECODER_RULES,
+    parallel_plan=lambda config: decoder_plan(_spec(config)),
+    hf_model_types=frozenset({"gemma3_text"}),
+    from_hf=_from_hf,
+)
+
+get_gemma3_model_hub = ModelHubAccessor("gemma3", Gemma3, Gemma3Config)

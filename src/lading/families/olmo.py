@@ -1,0 +1,264 @@
+"""OLMo 2 (https://arxiv.org/abs/2501.00656) and 3 (https://arxiv.org/abs/2512.13961)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, cast
+
+from pydantic import ConfigDict
+
+from lading.config import STRICT
+from lading.families.huggingface import (
+    DECODER_RULES,
+    ConfigReader,
+    read_decoder_config,
+    read_layer_types,
+    read_rope,
+    read_rope_of_layers,
+)
+from lading.family import Family
+from lading.hub import ModelHubAccessor
+from lading.nn.decoder import DecoderLM, DecoderSpec, decoder_plan, init_decoder
+from lading.nn.rope import YaRNScaling
+
+LayerType = Literal["sliding_attention", "full_attention"]
+
+
+@dataclass(kw_only=True)
+class YaRNScaleConfig:
+    """How OLMo 3 scales the frequencies of its rotary position embeddings."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    scale_factor: float = 8.0
+    """The context that is wanted, divided by the context of the first training."""
+
+    original_max_seq_len: int = 8192
+    """The context of the first training, in tokens."""
+
+    beta_fast: float = 32.0
+    """Dimensions that turn so often in that context stay as they are."""
+
+    beta_slow: float = 1.0
+    """Dimensions that turn so often, or less, are stretched by the whole factor."""
+
+    mscale: float = 1.0
+    """Sharpens attention; together with ``mscale_all_dim`` only, and alone as if it were 1."""
+
+    mscale_all_dim: float = 0.0
+    """What ``mscale`` is divided by; 0 is none."""
+
+    truncate: bool = True
+    """Whether the dimensions at which stretching begins and ends are whole ones."""
+
+    amplitude: float | None = None
+    """What cosines and sines are multiplied by; ``None`` means what follows from the fields above."""
+
+
+@dataclass(kw_only=True)
+class OLMOConfig:
+    """The configuration of an OLMo model; the defaults are those of OLMo 2 with a billion parameters."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    model_dim: int = 2048
+    """The width of the model."""
+
+    max_seq_len: int = 4096
+    """The longest sequence, in tokens."""
+
+    vocab_size: int = 100_352
+    """The number of symbols."""
+
+    pad_idx: int | None = 100_277
+    """The index of the symbol for padding."""
+
+    bos_token_id: int | None = None
+    """The index of the symbol that begins a sequence; not looked at here."""
+
+    eos_token_id: int | None = 100_257
+    """The index of the symbol that ends a sequence; not looked at here."""
+
+    tied_embeddings: bool = False
+    """Whether the output projection is the embedding table."""
+
+    num_layers: int = 16
+    """The number of decoder layers."""
+
+    num_attn_heads: int = 16
+    """The number of attention heads."""
+
+    num_key_value_heads: int = 16
+    """The number of heads of keys and values, each of which serves a group of attention heads."""
+
+    ffn_inner_dim: int = 8192
+    """The inner width of the feed-forward networks."""
+
+    rms_norm_eps: float = 1e-6
+    """What is added to the mean square before its root is taken."""
+
+    rope_theta: float = 500_000.0
+    """The base of the frequencies of the rotary position embeddings."""
+
+    dropout_p: float = 0.0
+    """The dropout probability of the embeddings and of the outputs of attention and feed-forward blocks."""
+
+    init_std: float | None = None
+    """The standard deviation of random weights; ``None`` means ``input_dim ** -0.5`` of each projection."""
+
+    init_std_scale: Literal["none", "layer", "stack"] = "layer"
+    """What it is divided by in layers: nothing, or by their own depth, or by that of the stack."""
+
+    shard_embed_dim: bool = True
+    """Not looked at: embeddings are split by symbols."""
+
+    sliding_window: int | None = None
+    """The number of tokens, itself included, that a token attends to in layers with a window (OLMo 3)."""
+
+    layer_types: list[LayerType] | None = None
+    """Of each layer; ``None`` means a window in three of four layers, but not in the last."""
+
+    yarn_scale_config: YaRNScaleConfig | None = None
+    """How frequencies are scaled."""
+
+    yarn_in_all_layers: bool = False
+    """Whether they are in layers with a window, too. As published, they are not; fairseq2 0.8.1 scales them."""
+
+
+class OLMO(DecoderLM):
+    """An OLMo language model."""
+
+
+def _spec(config: OLMOConfig) -> DecoderSpec:
+    types = _layer_types(config)
+    yarn = config.yarn_scale_config
+    local = yarn is not None and config.sliding_window is not None and not config.yarn_in_all_layers
+
+    return DecoderSpec(
+        model_dim=config.model_dim,
+        vocab_size=config.vocab_size,
+        max_seq_len=config.max_seq_len,
+        pad_idx=config.pad_idx,
+        tied_embeddings=config.tied_embeddings,
+        num_layers=config.num_layers,
+        num_attn_heads=config.num_attn_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        q_norm=True,
+        k_norm=True,
+        norm_whole=True,
+        attn_window_len=config.sliding_window,
+        full_attn_layers=frozenset(i for i, kind in enumerate(types) if kind == "full_attention"),
+        ffn_inner_dim=config.ffn_inner_dim,
+        norms="after",
+        wide_norm=True,
+        norm_eps=config.rms_norm_eps,
+        rope_theta=config.rope_theta,
+        rope_scaling=None if yarn is None else _scaling(yarn),
+        window_rope_theta=config.rope_theta if local else None,
+        wide_rotary=True,
+        dropout_p=config.dropout_p,
+    )
+
+
+def _layer_types(config: OLMOConfig) -> list[LayerType]:
+    n = config.num_layers
+    types = config.layer_types
+    if types is None:
+        return ["full_attention" if (i + 1) % 4 == 0 or i + 1 == n else "sliding_attention" for i in range(n)]
+    if len(types) != n:
+        raise ValueError(f"`layer_types` must have one for each of the {n} layers, but has {len(types)}")
+
+    return types
+
+
+def _scaling(config: YaRNScaleConfig) -> YaRNScaling:
+    amplitude = config.amplitude
+    if amplitude is None:
+        amplitude = YaRNScaling.default_amplitude(config.scale_factor)
+        if config.mscale and config.mscale_all_dim:
+            numerator = YaRNScaling.default_amplitude(config.scale_factor, config.mscale)
+            amplitude = numerator / YaRNScaling.default_amplitude(config.scale_factor, config.mscale_all_dim)
+
+    return YaRNScaling(
+        factor=config.scale_factor,
+        original_seq_len=config.original_max_seq_len,
+        beta_fast=config.beta_fast,
+        beta_slow=config.beta_slow,
+        amplitude=amplitude,
+        truncate=config.truncate,
+    )
+
+
+def _from_hf(values: Mapping[str, object]) -> OLMOConfig:
+    keys = read_decoder_config(values, "olmo")
+    keys.require("attention_bias", False)
+    model_dim, num_layers = keys.count("hidden_size", 4096), keys.count("num_hidden_layers", 32)
+    num_attn_heads = keys.count("num_attention_heads", 32)
+    keys.require("head_dim", model_dim // num_attn_heads)
+
+    config = OLMOConfig(
+        model_dim=model_dim,
+        max_seq_len=keys.count("max_position_embeddings", 2048),
+        vocab_size=keys.count("vocab_size", 50_304),
+        pad_idx=keys.index("pad_token_id", 1),
+        bos_token_id=keys.index("bos_token_id", None),
+        eos_token_id=None,  # there may be several
+        tied_embeddings=keys.flag("tie_word_embeddings", False),
+        num_layers=num_layers,
+        num_attn_heads=num_attn_heads,
+        num_key_value_heads=keys.maybe_count("num_key_value_heads", None) or num_attn_heads,
+        ffn_inner_dim=keys.count("intermediate_size", 11_008),
+        rms_norm_eps=keys.number("rms_norm_eps", 1e-5),
+    )
+    if values.get("model_type") != "olmo3":
+        config.rope_theta, _ = read_rope(keys)
+        return keys.checked(config, _spec)
+
+    window = keys.maybe_count("sliding_window", 4096)
+    config.layer_types = cast(list[LayerType], read_layer_types(keys, num_layers, every=4))
+    config.sliding_window = window
+    if window is None and "sliding_attention" in config.layer_types:
+        keys.refuse("sliding_window", None)
+
+    config.rope_theta, scaling, window_theta = read_rope_of_layers(
+        keys, theta=500_000.0, window_theta=500_000.0, window_theta_key="rope_theta", scaling_type="yarn"
+    )
+    if window_theta != config.rope_theta:
+        keys.refuse("rope_parameters", values.get("rope_parameters"))
+    if scaling is not None:
+        config.yarn_scale_config = _read_yarn(scaling, config.max_seq_len)
+
+    return keys.checked(config, _spec)
+
+
+def _read_yarn(keys: ConfigReader, max_seq_len: int) -> YaRNScaleConfig:
+    original = keys.count("original_max_position_embeddings", max_seq_len)
+
+    return YaRNScaleConfig(
+        scale_factor=max_seq_len / original if keys.is_null("factor") else keys.number("factor", None),
+        original_max_seq_len=original,
+        beta_fast=32.0 if keys.is_null("beta_fast") else keys.number("beta_fast", None),
+        beta_slow=1.0 if keys.is_null("beta_slow") else keys.number("beta_slow", None),
+        mscale=0.0 if keys.is_null("mscale") else keys.number("mscale", None),
+        mscale_all_dim=0.0 if keys.is_null("mscale_all_dim") else keys.number("mscale_all_dim", None),
+        truncate=keys.flag("truncate", True),
+        amplitude=None if keys.is_null("attention_factor") else keys.number("attention_factor", None),
+    )
+
+
+FAMILY = Family(
+    name="olmo",
+    kls=OLMO,
+    config_kls=OLMOConfig,
+    build=lambda config: OLMO(_spec(config)),
+    init=lambda model, config, name, parameter: init_decoder(
+        model, name, parameter, std=config.init_std, std_scale=config.init_std_scale
+    ),
+    rules=lambda config: DECODER_RULES,
+    parallel_plan=lambda config: decoder_plan(_spec(config)),
+    hf_model_types=frozenset({"olmo2", "olmo3"}),
+    from_hf=_from_hf,
+)
+
+get_olmo_model_hub = ModelHubAccessor("olmo", OLMO, OLMOConfig)

@@ -1,0 +1,278 @@
+"""wav2vec 2.0 (https://arxiv.org/abs/2006.11477) as it is pre-trained: quantised frames are told from distractors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from lading.config import STRICT
+from lading.families.huggingface import ConfigReader
+from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig, encoder_from_hf, encoder_rules, encoder_spec
+from lading.family import Family
+from lading.hub import ModelHubAccessor
+from lading.keymap import Rule
+from lading.nn.masking import Masking
+from lading.nn.quantizer import GumbelQuantizer, QuantizerOutput, init_quantizer
+from lading.nn.speech import SpeechModel, init_projection, init_speech, speech_plan
+from lading.nn.uninitialized import Linear
+
+
+@dataclass(kw_only=True)
+class Wav2Vec2Config:
+    """The configuration of a model for pre-training; the defaults are those of the base model."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    encoder_config: Wav2Vec2EncoderConfig = field(default_factory=Wav2Vec2EncoderConfig)
+    """The encoder."""
+
+    final_dim: int = 256
+    """The width in which the encoder's outputs and quantised frames are compared."""
+
+    final_proj_bias: bool = True
+    """Whether the projection of the encoder's outputs to it has a bias."""
+
+    quantizer_encoder_grad: bool = True
+    """Whether the frontend learns through the quantiser, too."""
+
+    temporal_mask_span_len: int = 10
+    """The length of a masked span, in frames."""
+
+    max_temporal_mask_prob: float = 0.69
+    """The share of frames that masked spans would cover if none overlapped."""
+
+    min_num_temporal_mask_spans: int = 2
+    """The least number of masked spans in a sequence."""
+
+    spatial_mask_span_len: int = 10
+    """The length of a masked span, in features."""
+
+    max_spatial_mask_prob: float = 0.0
+    """The share of features that masked spans would cover if none overlapped."""
+
+    min_num_spatial_mask_spans: int = 2
+    """The least number of masked spans over features."""
+
+    quantized_dim: int = 256
+    """The width of a quantised frame."""
+
+    num_codebooks: int = 2
+    """The number of codebooks, each of which gives a part of a quantised frame."""
+
+    num_codebook_entries: int = 320
+    """The number of entries of each."""
+
+    codebook_sampling_temperature: tuple[float, float, float] = (2.0, 0.5, 0.999995)
+    """That of the first update, the lowest one, and the factor between two updates."""
+
+    num_distractors: int = 100
+    """The number of wrong candidates for each masked frame."""
+
+    logit_temp: float = 0.1
+    """The temperature by which similarities are divided."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wav2Vec2Output:
+    """What a model for pre-training says of M masked frames in each sequence."""
+
+    logits: Tensor
+    """(N, M, 1 + num_distractors), float32; the right candidate is the first. Those equal to it are minus infinity."""
+    states: Tensor
+    """What the encoder says of masked frames, (N, M, final_dim)."""
+    targets: Tensor
+    """What they are, quantised, (N, M, final_dim)."""
+    quantizer: QuantizerOutput
+    temporal_mask: Tensor
+    """True where a frame is masked, (N, T)."""
+    hidden: Tensor
+    """The encoder's outputs, (N, T, model_dim)."""
+    raw_features: Tensor
+    """Frames before normalisation, (N, T, feature_dim): training keeps their squares small."""
+    num_frames: Tensor
+    """Of each sequence without padding, (N), int64."""
+
+
+class Wav2Vec2(nn.Module):
+    """A wav2vec 2.0 model for pre-training; its parameters are uninitialised."""
+
+    def __init__(self, config: Wav2Vec2Config) -> None:
+        super().__init__()
+
+        spec = encoder_spec(config.encoder_config, masked=True)
+
+        self.masking = _masking(config)
+        self.target_dropout_p = spec.feature_dropout_p
+        self.quantizer_encoder_grad = config.quantizer_encoder_grad
+        self.num_distractors = config.num_distractors
+        self.logit_temp = config.logit_temp
+
+        self.wav2vec2 = SpeechModel(spec)
+        self.quantizer = GumbelQuantizer(
+            spec.feature_dim,
+            config.quantized_dim,
+            num_codebooks=config.num_codebooks,
+            num_entries=config.num_codebook_entries,
+            temperature=config.codebook_sampling_temperature,
+        )
+        self.project_hid = Linear(spec.model_dim, config.final_dim, bias=config.final_proj_bias)
+        self.project_q = Linear(config.quantized_dim, config.final_dim)
+
+    def forward(
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        temporal_mask: Tensor | None = None,
+        distractors: Tensor | None = None,
+    ) -> Wav2Vec2Output:
+        """A waveform (N, S), or filter banks (N, S, C), masked in evaluation, too.
+
+        :param attention_mask: (N, S); 1 is sound, 0 the padding after it.
+        :param temporal_mask: bool, (N, T), true in M places of each row; by default drawn.
+        :param distractors: int64, (N, M, L), which of the M masked frames of a sequence are its wrong candidates; by
+            default ``num_distractors`` others, drawn.
+
+        :raises ValueError: an input or a mask of another shape, sound that is too short for a frame, or for a mask.
+        """
+        encoded = self.wav2vec2(input_values, attention_mask, masking=self.masking, temporal_mask=temporal_mask)
+        mask = encoded.temporal_mask
+
+        features = encoded.features if self.quantizer_encoder_grad else encoded.features.detach()
+        features = dropout(features, self.target_dropout_p, self.training)
+
+        quantized = self.quantizer(_masked(features, mask))
+        # What a linear with bias gives is a view, and FSDP warns of modules that return one.
+        targets = self.project_q(quantized.vectors).clone()
+        states = self.project_hid(_masked(encoded.hidden, mask)).clone()
+
+        if distractors is None:
+            distractors = draw_distractors(targets, self.num_distractors)
+
+        return Wav2Vec2Output(
+            logits=contrastive_logits(states, targets, distractors, temperature=self.logit_temp),
+            states=states,
+            targets=targets,
+            quantizer=quantized,
+            temporal_mask=mask,
+            hidden=encoded.hidden,
+            raw_features=encoded.raw_features,
+            num_frames=encoded.num_frames,
+        )
+
+
+def _masked(x: Tensor, mask: Tensor) -> Tensor:
+    """(N, T, D) → (N, M, D)."""
+    counts = mask.sum(1).tolist()
+    if len(set(counts)) > 1 or counts[0] < 2:
+        raise ValueError(f"a mask must have the same number of frames in each row, and two or more, but has {counts}")
+
+    return x[mask].view(x.size(0), counts[0], x.size(2))
+
+
+def draw_distractors(targets: Tensor, num_distractors: int) -> Tensor:
+    """(N, M, D) → int64, (N, M, num_distractors): for each frame, others of the same sequence, with replacement."""
+    batch_size, num_masked, _ = targets.shape
+
+    own = torch.arange(num_masked, device=targets.device)[None, :, None]
+    drawn = torch.randint(num_masked - 1, (batch_size, num_masked, num_distractors), device=targets.device)
+
+    return drawn + (drawn >= own)
+
+
+def contrastive_logits(states: Tensor, targets: Tensor, distractors: Tensor, *, temperature: float) -> Tensor:
+    """Twice (N, M, D), and indices (N, M, L) into M → (N, M, 1 + L), float32: equation 3 of the paper."""
+    rows = torch.arange(targets.size(0), device=targets.device)[:, None, None]
+    wrong = targets[rows, distractors]
+    candidates = torch.cat((targets[:, :, None], wrong), dim=2)
+
+    logits = torch.cosine_similarity(states[:, :, None].float(), candidates.float(), dim=-1) / temperature
+    same = (wrong == targets[:, :, None]).all(-1)
+
+    return logits.masked_fill(nn.functional.pad(same, (1, 0)), -torch.inf)
+
+
+def _masking(config: Wav2Vec2Config) -> Masking:
+    if not config.max_temporal_mask_prob > 0.0:
+        raise ValueError(
+            "without masked frames there is nothing to learn: `max_temporal_mask_prob` must be positive, but is "
+            f"{config.max_temporal_mask_prob}"
+        )
+
+    return Masking(
+        temporal_span_len=config.temporal_mask_span_len,
+        max_temporal_prob=config.max_temporal_mask_prob,
+        min_num_temporal_spans=config.min_num_temporal_mask_spans,
+        spatial_span_len=config.spatial_mask_span_len,
+        max_spatial_prob=config.max_spatial_mask_prob,
+        min_num_spatial_spans=config.min_num_spatial_mask_spans,
+    )
+
+
+def _init(model: Wav2Vec2, config: Wav2Vec2Config, name: str, parameter: Tensor) -> None:
+    part, _, rest = name.partition(".")
+    if part == "wav2vec2":
+        init_speech(model.wav2vec2, rest, parameter, std=config.encoder_config.init_std)
+    elif part == "quantizer":
+        init_quantizer(rest, parameter)
+    else:
+        init_projection(parameter, config.encoder_config.model_dim if part == "project_hid" else config.quantized_dim)
+
+
+def _rules(config: Wav2Vec2Config) -> Sequence[Rule]:
+    return (
+        # fairseq's `project_q` is called that here, too; its and fairseq2's `final_proj` are one.
+        Rule("final_proj.{p*}", "project_hid.{p}"),
+        Rule("final_target_proj.{p*}", "project_q.{p}"),
+        Rule("quantizer.vars", "quantizer.codevectors"),
+        Rule("quantizer.entries", "quantizer.codevectors"),
+        Rule("quantizer.entry_proj.{p*}", "quantizer.weight_proj.{p}"),
+        Rule("quantizer.num_updates", None),
+        *encoder_rules(config.encoder_config, masked=True),
+    )
+
+
+def _from_hf(values: Mapping[str, object]) -> Wav2Vec2Config:
+    """The temperatures of codebooks are not in the file: training scripts hold them."""
+    keys = ConfigReader(values, "wav2vec2")
+    keys.require("apply_spec_augment", True)
+
+    config = Wav2Vec2Config(
+        encoder_config=encoder_from_hf(keys),
+        final_dim=keys.count("proj_codevector_dim", 256),
+        temporal_mask_span_len=keys.count("mask_time_length", 10),
+        max_temporal_mask_prob=keys.number("mask_time_prob", 0.05),
+        min_num_temporal_mask_spans=keys.index("mask_time_min_masks", 2) or 0,
+        spatial_mask_span_len=keys.count("mask_feature_length", 10),
+        max_spatial_mask_prob=keys.number("mask_feature_prob", 0.0),
+        min_num_spatial_mask_spans=keys.index("mask_feature_min_masks", 0) or 0,
+        quantized_dim=keys.count("codevector_dim", 256),
+        num_codebooks=keys.count("num_codevector_groups", 2),
+        num_codebook_entries=keys.count("num_codevectors_per_group", 320),
+        num_distractors=keys.count("num_negatives", 100),
+        logit_temp=keys.number("contrastive_logits_temperature", 0.1),
+    )
+
+    return keys.checked(config, lambda c: (encoder_spec(c.encoder_config, masked=True), _masking(c)))
+
+
+FAMILY = Family(
+    name="wav2vec2",
+    kls=Wav2Vec2,
+    config_kls=Wav2Vec2Config,
+    build=Wav2Vec2,
+    init=_init,
+    rules=_rules,
+    parallel_plan=lambda config: speech_plan(encoder_spec(config.encoder_config, masked=True), "wav2vec2"),
+    hf_model_types=frozenset({"wav2vec2"}),
+    hf_architectures=frozenset({"Wav2Vec2ForPreTraining"}),
+    from_hf=_from_hf,
+)
+
+get_wav2vec2_model_hub = ModelHubAccessor("wav2vec2", Wav2Vec2, Wav2Vec2Config)

@@ -1,0 +1,188 @@
+"""wav2vec 2.0 (https://arxiv.org/abs/2006.11477) that was trained to write down speech, by CTC."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from lading.config import STRICT
+from lading.families.huggingface import ConfigReader
+from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig, encoder_from_hf, encoder_rules, encoder_spec
+from lading.family import Family
+from lading.hub import ModelHubAccessor
+from lading.keymap import Rule
+from lading.nn.masking import Masking
+from lading.nn.speech import SpeechModel, init_speech, speech_plan
+from lading.nn.speech_encoder import SpeechSpec
+from lading.nn.uninitialized import Linear
+
+
+@dataclass(kw_only=True)
+class Wav2Vec2AsrConfig:
+    """The configuration of a model that writes; the defaults are those of the base model trained on 10 hours."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    encoder_config: Wav2Vec2EncoderConfig = field(
+        default_factory=lambda: Wav2Vec2EncoderConfig(
+            feature_grad_scale=1.0, dropout_p=0.0, attn_dropout_p=0.0, ffn_inner_dropout_p=0.1
+        )
+    )
+    """The encoder."""
+
+    target_vocab_size: int = 32
+    """The number of symbols."""
+
+    final_dropout_p: float = 0.0
+    """The dropout probability of the encoder's outputs."""
+
+    use_masking: bool = True
+    """Whether frames and features are masked in training."""
+
+    temporal_mask_span_len: int = 10
+    """The length of a masked span, in frames."""
+
+    max_temporal_mask_prob: float = 0.69
+    """The share of frames that masked spans would cover if none overlapped."""
+
+    min_num_temporal_mask_spans: int = 2
+    """The least number of masked spans in a sequence."""
+
+    spatial_mask_span_len: int = 64
+    """The length of a masked span, in features."""
+
+    max_spatial_mask_prob: float = 0.55
+    """The share of features that masked spans would cover if none overlapped."""
+
+    min_num_spatial_mask_spans: int = 2
+    """The least number of masked spans over features."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wav2Vec2AsrOutput:
+    """What was heard."""
+
+    logits: Tensor
+    """Of the symbols in each frame, (N, T, target_vocab_size)."""
+    num_frames: Tensor
+    """Of each sequence without padding, (N), int64: what :func:`torch.nn.functional.ctc_loss` wants to know."""
+
+
+class Wav2Vec2Asr(nn.Module):
+    """A wav2vec 2.0 encoder with a projection to symbols; its parameters are uninitialised."""
+
+    def __init__(self, config: Wav2Vec2AsrConfig) -> None:
+        super().__init__()
+
+        self.masking = _masking(config)
+        self.final_dropout_p = config.final_dropout_p
+
+        self.wav2vec2 = SpeechModel(_spec(config))
+        self.lm_head = Linear(config.encoder_config.model_dim, config.target_vocab_size)
+
+    def forward(self, input_values: Tensor, attention_mask: Tensor | None = None) -> Wav2Vec2AsrOutput:
+        """A waveform (N, S), 16,000 samples a second, of mean 0 and variance 1; or filter banks (N, S, C).
+
+        :param attention_mask: (N, S); 1 is sound, 0 the padding after it. Models with a group normalisation between
+            convolutions were trained without: they hear padding, which has to be zero.
+
+        :raises ValueError: an input or a mask of another shape, sound that is too short for a frame, or for the masks
+            of training.
+        """
+        encoded = self.wav2vec2(input_values, attention_mask, masking=self.masking if self.training else None)
+        logits = self.lm_head(dropout(encoded.hidden, self.final_dropout_p, self.training))
+
+        # What a linear with bias gives is a view, and FSDP warns of modules that return one.
+        return Wav2Vec2AsrOutput(logits=logits.clone(), num_frames=encoded.num_frames)
+
+
+def _spec(config: Wav2Vec2AsrConfig) -> SpeechSpec:
+    if config.target_vocab_size < 1:
+        raise ValueError(f"`target_vocab_size` must be positive, but is {config.target_vocab_size}")
+    if not 0.0 <= config.final_dropout_p < 1.0:
+        raise ValueError(f"`final_dropout_p` must be in [0, 1), but is {config.final_dropout_p}")
+
+    return encoder_spec(config.encoder_config, masked=config.use_masking)
+
+
+def _masking(config: Wav2Vec2AsrConfig) -> Masking | None:
+    if not config.use_masking:
+        return None
+
+    return Masking(
+        temporal_span_len=config.temporal_mask_span_len,
+        max_temporal_prob=config.max_temporal_mask_prob,
+        min_num_temporal_spans=config.min_num_temporal_mask_spans,
+        spatial_span_len=config.spatial_mask_span_len,
+        max_spatial_prob=config.max_spatial_mask_prob,
+        min_num_spatial_spans=config.min_num_spatial_mask_spans,
+    )
+
+
+@torch.no_grad()
+def _init(model: Wav2Vec2Asr, config: Wav2Vec2AsrConfig, name: str, parameter: Tensor) -> None:
+    part, _, rest = name.partition(".")
+    if part == "wav2vec2":
+        init_speech(model.wav2vec2, rest, parameter, std=config.encoder_config.init_std)
+    elif rest == "weight":
+        nn.init.xavier_uniform_(parameter)
+    else:
+        parameter.zero_()
+
+
+def _rules(config: Wav2Vec2AsrConfig) -> Sequence[Rule]:
+    prefix = "w2v_encoder.w2v_model."
+
+    return (
+        Rule("w2v_encoder.proj.{p*}", "lm_head.{p}"),  # fairseq
+        Rule("final_proj.{p*}", "lm_head.{p}"),  # fairseq2
+        # What only pre-training needs.
+        *(Rule(f"{prefix}{head}.{{p*}}", None) for head in ("quantizer", "project_q", "final_proj")),
+        *encoder_rules(config.encoder_config, masked=config.use_masking, fairseq_prefix=prefix),
+    )
+
+
+def _from_hf(values: Mapping[str, object]) -> Wav2Vec2AsrConfig:
+    """Masking, which is a matter of training, is left off.
+
+    The commonest of these checkpoints, such as facebook/wav2vec2-base-960h, lack the embedding that stands for masked
+    frames although their ``config.json`` speaks of it.
+    """
+    keys = ConfigReader(values, "wav2vec2_asr")
+
+    config = Wav2Vec2AsrConfig(
+        encoder_config=encoder_from_hf(keys),
+        target_vocab_size=keys.count("vocab_size", 32),
+        final_dropout_p=keys.number("final_dropout", 0.1),
+        use_masking=False,
+        temporal_mask_span_len=keys.count("mask_time_length", 10),
+        max_temporal_mask_prob=keys.number("mask_time_prob", 0.05),
+        min_num_temporal_mask_spans=keys.index("mask_time_min_masks", 2) or 0,
+        spatial_mask_span_len=keys.count("mask_feature_length", 10),
+        max_spatial_mask_prob=keys.number("mask_feature_prob", 0.0),
+        min_num_spatial_mask_spans=keys.index("mask_feature_min_masks", 0) or 0,
+    )
+
+    return keys.checked(config, _spec)
+
+
+FAMILY = Family(
+    name="wav2vec2_asr",
+    kls=Wav2Vec2Asr,
+    config_kls=Wav2Vec2AsrConfig,
+    build=Wav2Vec2Asr,
+    init=_init,
+    rules=_rules,
+    parallel_plan=lambda config: speech_plan(_spec(config), "wav2vec2"),
+    hf_model_types=frozenset({"wav2vec2"}),
+    hf_architectures=frozenset({"Wav2Vec2ForCTC"}),
+    from_hf=_from_hf,
+)
+
+get_wav2vec2_asr_model_hub = ModelHubAccessor("wav2vec2_asr", Wav2Vec2Asr, Wav2Vec2AsrConfig)

@@ -1,0 +1,276 @@
+"""The encoder that the wav2vec 2.0 families share: its configuration, and what checkpoints call its parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict
+
+from lading.config import STRICT
+from lading.errors import NotSupportedError
+from lading.families.huggingface import ConfigReader
+from lading.keymap import Rule
+from lading.nn.speech_encoder import SpeechSpec
+
+
+@dataclass(kw_only=True)
+class Wav2Vec2EncoderConfig:
+    """The configuration of the encoder; the defaults are those of the base model."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    model_dim: int = 768
+    """The width of the model."""
+
+    max_seq_len: int = 4096
+    """The longest sequence, in frames. Convolutional positions have no such limit, and don't look at it."""
+
+    feature_dim: int = 512
+    """The width of a frame."""
+
+    use_fbank: bool = False
+    """Whether the model reads log-mel filter banks in place of a waveform."""
+
+    first_pass_dropout_p: float = 0.0
+    """The dropout probability of frames, before masking and positions."""
+
+    layer_norm_features: bool = True
+    """Whether frames are normalised once they have positions."""
+
+    feature_extractor_layer_descs: list[tuple[int, int, int]] = field(
+        default_factory=lambda: [(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2
+    )
+    """Output dimension, kernel size and stride of each convolution over the waveform."""
+
+    feature_extractor_bias: bool = False
+    """Whether these convolutions have biases."""
+
+    feature_extractor_layer_norm_convs: bool = False
+    """Whether each of them is followed by a layer normalisation; if not, the first by a group normalisation."""
+
+    feature_grad_scale: float = 0.1
+    """What their gradient is multiplied by in training."""
+
+    num_fbank_channels: int = 0
+    """The number of channels of the filter banks."""
+
+    fbank_stride: int = 0
+    """The number of neighbouring filter banks that make a frame."""
+
+    sample_fbank_every_k: int = 0
+    """Which filter banks are left out; not supported beyond 1, which is none of them."""
+
+    pos_encoder_type: Literal["conv", "relative", "rotary"] = "conv"
+    """How frames come by positions; only ``conv`` is supported."""
+
+    pos_encoder_depth: int = 1
+    """The number of convolutions for that; only 1 is supported."""
+
+    pos_conv_kernel_size: int = 128
+    """The kernel size of that convolution, in frames."""
+
+    num_pos_conv_groups: int = 16
+    """The number of its groups."""
+
+    use_conformer: bool = False
+    """Whether the layers are Conformer blocks; not supported."""
+
+    num_encoder_layers: int = 12
+    """The number of layers."""
+
+    num_encoder_attn_heads: int = 12
+    """The number of attention heads."""
+
+    ffn_inner_dim: int = 3072
+    """The inner width of the feed-forward networks."""
+
+    dropout_p: float = 0.1
+    """The dropout probability of frames with positions, and of the outputs of attention and feed-forward blocks."""
+
+    attn_dropout_p: float = 0.1
+    """The dropout probability of the attention weights."""
+
+    ffn_inner_dropout_p: float = 0.0
+    """The dropout probability inside the feed-forward networks."""
+
+    layer_drop_p: float = 0.05
+    """The probability with which a layer is left out in training."""
+
+    norm_order: Literal["POST", "PRE"] = "POST"
+    """Whether a layer normalises what its blocks read, or their outputs with their residuals."""
+
+    depthwise_conv_kernel_size: int = 0
+    """The kernel size of the convolutions of Conformer blocks."""
+
+    feature_projection: bool | None = None
+    """Whether frames are projected to the width of the model; ``None`` means where these differ."""
+
+    norm_eps: float = 1e-5
+    """What is added to the variance before its root is taken."""
+
+    init_std: float = 0.02
+    """The standard deviation of random weights inside the layers."""
+
+
+def encoder_spec(config: Wav2Vec2EncoderConfig, *, masked: bool) -> SpeechSpec:
+    """The switches of the encoder.
+
+    :param masked: whether the model has an embedding to put in place of masked frames.
+
+    :raises NotSupportedError: Conformer blocks, other than convolutional positions, or filter banks that are left out.
+    :raises ValueError: sizes that make no encoder.
+    """
+    for name, supported in (("use_conformer", False), ("pos_encoder_type", "conv"), ("pos_encoder_depth", 1)):
+        if getattr(config, name) != supported:
+            raise NotSupportedError(
+                f"The wav2vec 2.0 families support no other `{name}` than {supported!r}, but the configuration says "
+                f"{getattr(config, name)!r}."
+            )
+    if config.use_fbank and config.sample_fbank_every_k > 1:
+        raise NotSupportedError(
+            "The wav2vec 2.0 families leave no filter banks out, but the configuration's `sample_fbank_every_k` is "
+            f"{config.sample_fbank_every_k}."
+        )
+    if config.use_fbank and min(config.num_fbank_channels, config.fbank_stride) < 1:
+        raise ValueError(
+            "`num_fbank_channels` and `fbank_stride` must be positive, but are "
+            f"{config.num_fbank_channels} and {config.fbank_stride}"
+        )
+
+    project = config.feature_projection
+    return SpeechSpec(
+        model_dim=config.model_dim,
+        feature_dim=config.feature_dim,
+        fbank=(config.num_fbank_channels, config.fbank_stride) if config.use_fbank else None,
+        conv_layer_descs=config.feature_extractor_layer_descs,
+        conv_bias=config.feature_extractor_bias,
+        conv_layer_norm=config.feature_extractor_layer_norm_convs,
+        feature_grad_scale=config.feature_grad_scale,
+        project_features=config.feature_dim != config.model_dim if project is None else project,
+        pos_conv_kernel_size=config.pos_conv_kernel_size,
+        num_pos_conv_groups=config.num_pos_conv_groups,
+        num_layers=config.num_encoder_layers,
+        num_attn_heads=config.num_encoder_attn_heads,
+        ffn_inner_dim=config.ffn_inner_dim,
+        norm_first=config.norm_order == "PRE",
+        norm_features=config.layer_norm_features,
+        norm_eps=config.norm_eps,
+        feature_dropout_p=config.first_pass_dropout_p,
+        dropout_p=config.dropout_p,
+        attn_dropout_p=config.attn_dropout_p,
+        ffn_inner_dropout_p=config.ffn_inner_dropout_p,
+        layer_drop_p=config.layer_drop_p,
+        masked=masked,
+    )
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+_CONV = "feature_extractor.conv_layers.{n}"
+_POS_CONV = "encoder.pos_conv_embed.conv"
+_LAYER = "encoder.layers.{n}"
+
+_FAIRSEQ = {
+    "mask_emb": "masked_spec_embed",
+    f"{_CONV}.0.{{p*}}": f"{_CONV}.conv.{{p}}",
+    f"{_CONV}.2.1.{{p*}}": f"{_CONV}.layer_norm.{{p}}",  # a layer normalisation stands between two transpositions
+    f"{_CONV}.2.{{p*}}": f"{_CONV}.layer_norm.{{p}}",
+    "layer_norm.{p*}": "feature_projection.layer_norm.{p}",
+    "post_extract_proj.{p*}": "feature_projection.projection.{p}",
+    "encoder.pos_conv.0.weight_g": f"{_POS_CONV}.parametrizations.weight.original0",
+    "encoder.pos_conv.0.weight_v": f"{_POS_CONV}.parametrizations.weight.original1",
+    "encoder.pos_conv.0.bias": f"{_POS_CONV}.bias",
+    "encoder.layer_norm.{p*}": "encoder.layer_norm.{p}",
+    f"{_LAYER}.self_attn.{{p*}}": f"{_LAYER}.attention.{{p}}",
+    f"{_LAYER}.self_attn_layer_norm.{{p*}}": f"{_LAYER}.layer_norm.{{p}}",
+    f"{_LAYER}.fc1.{{p*}}": f"{_LAYER}.feed_forward.intermediate_dense.{{p}}",
+    f"{_LAYER}.fc2.{{p*}}": f"{_LAYER}.feed_forward.output_dense.{{p}}",
+    f"{_LAYER}.final_layer_norm.{{p*}}": f"{_LAYER}.final_layer_norm.{{p}}",
+}
+"""Names of fairseq's checkpoints → those here, without the names of what is around the encoder."""
+
+_FRONTEND = "encoder_frontend"
+_FAIRSEQ2 = {
+    "masker.temporal_mask_embed": "masked_spec_embed",
+    f"{_FRONTEND}.feature_extractor.layers.{{n}}.conv.{{p*}}": f"{_CONV}.conv.{{p}}",
+    f"{_FRONTEND}.feature_extractor.layers.{{n}}.group_norm.{{p*}}": f"{_CONV}.layer_norm.{{p}}",
+    f"{_FRONTEND}.feature_extractor.layers.{{n}}.layer_norm.{{p*}}": f"{_CONV}.layer_norm.{{p}}",
+    f"{_FRONTEND}.post_extract_layer_norm.{{p*}}": "feature_projection.layer_norm.{p}",
+    f"{_FRONTEND}.model_dim_proj.{{p*}}": "feature_projection.projection.{p}",
+    f"{_FRONTEND}.pos_encoder.conv.weight_g": f"{_POS_CONV}.parametrizations.weight.original0",
+    f"{_FRONTEND}.pos_encoder.conv.weight_v": f"{_POS_CONV}.parametrizations.weight.original1",
+    f"{_FRONTEND}.pos_encoder.conv.bias": f"{_POS_CONV}.bias",
+    f"{_LAYER}.self_attn.output_proj.{{p*}}": f"{_LAYER}.attention.out_proj.{{p}}",
+    f"{_LAYER}.ffn.inner_proj.{{p*}}": f"{_LAYER}.feed_forward.intermediate_dense.{{p}}",
+    f"{_LAYER}.ffn.output_proj.{{p*}}": f"{_LAYER}.feed_forward.output_dense.{{p}}",
+    f"{_LAYER}.ffn_layer_norm.{{p*}}": f"{_LAYER}.final_layer_norm.{{p}}",
+}
+"""Names of fairseq2's checkpoints, where they are not fairseq's."""
+
+
+def encoder_rules(config: Wav2Vec2EncoderConfig, *, masked: bool, fairseq_prefix: str = "") -> list[Rule]:
+    """Rules for the encoder in checkpoints of fairseq, fairseq2 and older ones of Hugging Face.
+
+    :param masked: whether the model has an embedding to put in place of masked frames.
+    :param fairseq_prefix: what stands before the encoder's names in fairseq's checkpoints.
+    """
+    # The same normalisation, which fairseq2 counts to the frontend where the layers have theirs last.
+    frontend_norm = "input_layer_norm" if config.norm_order == "PRE" else "layer_norm"
+
+    rules = {
+        f"wav2vec2.{_POS_CONV}.weight_g": f"{_POS_CONV}.parametrizations.weight.original0",
+        f"wav2vec2.{_POS_CONV}.weight_v": f"{_POS_CONV}.parametrizations.weight.original1",
+        "wav2vec2.masked_spec_embed": "masked_spec_embed",
+        **_FAIRSEQ2,
+        f"{_FRONTEND}.layer_norm.{{p*}}": f"encoder.{frontend_norm}.{{p}}",
+        **_FAIRSEQ,
+        **{f"{fairseq_prefix}{source}": target for source, target in _FAIRSEQ.items()},
+    }
+    unwanted = set() if masked else {"masked_spec_embed"}
+
+    return [Rule(source, None if target in unwanted else f"wav2vec2.{target}") for source, target in rules.items()]
+
+
+def encoder_from_hf(keys: ConfigReader) -> Wav2Vec2EncoderConfig:
+    """The encoder that a ``config.json`` describes.
+
+    :raises NotSupportedError: quantised weights, adapters, or other activations.
+    """
+    keys.refuse_quantised()
+    keys.require("add_adapter", False)
+    keys.require("adapter_attn_dim", None)
+    for activation in ("hidden_act", "feat_extract_activation"):
+        keys.choice(activation, "gelu", {"gelu": "gelu"})
+    conv_norm = keys.choice("feat_extract_norm", "group", {"group": "group", "layer": "layer"})
+    norm_first = keys.flag("do_stable_layer_norm", False)
+
+    dims = keys.counts("conv_dim", (512,) * 7)
+    kernels = keys.counts("conv_kernel", (10, 3, 3, 3, 3, 2, 2))
+    strides = keys.counts("conv_stride", (5, 2, 2, 2, 2, 2, 2))
+    if not dims or not len(dims) == len(kernels) == len(strides):
+        keys.mismatch("conv_dim", f"as many numbers as conv_kernel ({len(kernels)}) and conv_stride ({len(strides)})")
+
+    return Wav2Vec2EncoderConfig(
+        model_dim=keys.count("hidden_size", 768),
+        feature_dim=dims[-1],
+        first_pass_dropout_p=keys.number("feat_proj_dropout", 0.0),
+        layer_norm_features=not norm_first,
+        feature_extractor_layer_descs=list(zip(dims, kernels, strides, strict=True)),
+        feature_extractor_bias=keys.flag("conv_bias", False),
+        feature_extractor_layer_norm_convs=conv_norm == "layer",
+        feature_grad_scale=1.0,
+        pos_conv_kernel_size=keys.count("num_conv_pos_embeddings", 128),
+        num_pos_conv_groups=keys.count("num_conv_pos_embedding_groups", 16),
+        num_encoder_layers=keys.count("num_hidden_layers", 12),
+        num_encoder_attn_heads=keys.count("num_attention_heads", 12),
+        ffn_inner_dim=keys.count("intermediate_size", 3072),
+        dropout_p=keys.number("hidden_dropout", 0.1),
+        attn_dropout_p=keys.number("attention_dropout", 0.1),
+        ffn_inner_dropout_p=keys.number("activation_dropout", 0.1),
+        layer_drop_p=keys.number("layerdrop", 0.1),
+        norm_order="PRE" if norm_first else "POST",
+        feature_projection=True,
+        norm_eps=keys.number("layer_norm_eps", 1e-5),
+        init_std=keys.number("initializer_range", 0.02),
+    )

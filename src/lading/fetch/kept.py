@@ -1,0 +1,132 @@
+"""What of a web server's files is on this machine, by the cache's notes, by content, or by what the catalog knows."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import time
+from pathlib import Path
+
+from lading.errors import LadingError
+from lading.fetch.cache import Cache, CachedFile
+from lading.fetch.source import FetchedFile, Known, RemoteFile
+from lading.fetch.verify import sha256_file
+from lading.filesystem import FileStat
+
+_log = logging.getLogger("lading")
+
+
+class Kept:
+    """The files of one URI, as far as they are here."""
+
+    def __init__(self, cache: Cache, uri: str, *, offline: bool) -> None:
+        self._cache = cache
+        self._uri = uri
+        self._offline = offline
+
+    def described(self, name: str) -> RemoteFile | None:
+        """The file as the server described it when it was fetched last; ``None`` where it was not."""
+        entry = self._cache.entry(self._uri)
+        record = None if entry is None else entry.files.get(name)
+        if record is None:
+            return None
+
+        return RemoteFile(
+            name=name, size=record.size, sha256=record.sha256 if record.published else None, etag=record.etag
+        )
+
+    def path(self, file: RemoteFile) -> Path | None:
+        """Where the file is in the cache. Its bytes are not checked."""
+        record = self._record(file)
+        sha256 = file.sha256 if record is None else record.sha256
+
+        return None if sha256 is None else self._cache.find(sha256)
+
+    def find(self, file: RemoteFile, known: Known) -> FetchedFile | None:
+        """The file, if it is on this machine: by the cache's notes, by its content, or by what the catalog knows."""
+        record = self._record(file)
+        sha256 = file.sha256 if record is None else record.sha256
+        if sha256 is None:
+            return None
+
+        path = self._cache.find(sha256)
+        if path is not None and (state := _verified(path, sha256, None if record is None else record.stat)):
+            if record is None or record.stat != state:
+                self.note(file, sha256, state)
+            return FetchedFile(name=file.name, path=path, stat=state, sha256=sha256, published=file.sha256 is not None)
+
+        if (path := known(sha256)) is not None:
+            try:
+                found = os.stat(path)
+            except OSError:
+                return None
+            if stat.S_ISREG(found.st_mode) and file.size in (None, found.st_size):
+                state = FileStat.from_stat(found)
+                return FetchedFile(
+                    name=file.name, path=path, stat=state, sha256=sha256, published=file.sha256 is not None
+                )
+
+        return None
+
+    def read(self, file: RemoteFile, offset: int, size: int) -> bytes | None:
+        """A part of the copy in the cache, if that is as it was when it was checked."""
+        record = self._record(file)
+        path = None if record is None else self._cache.find(record.sha256)
+        if record is None or path is None:
+            return None
+        try:
+            with open(path, "rb", buffering=0) as opened:
+                if FileStat.from_stat(os.fstat(opened.fileno())) != record.stat:
+                    return None
+                data = os.pread(opened.fileno(), size, offset)
+        except OSError:
+            return None
+
+        return data if len(data) == size else None
+
+    def note(self, file: RemoteFile, sha256: str, state: FileStat) -> None:
+        """Write down that the file is in the cache, in a state whose bytes have the digest."""
+        record = CachedFile(
+            sha256=sha256,
+            size=state.size,
+            etag=file.etag,
+            published=file.sha256 is not None,
+            stat=state,
+            fetched_at=time.time(),
+        )
+        try:
+            self._cache.add(self._uri, "", {file.name: record})
+        except OSError as error:
+            # The file is here and good; it is only found with more effort the next time.
+            _log.warning("The cache %s cannot be written, so it forgets %r: %s", self._cache.folder, file.name, error)
+
+    def _record(self, file: RemoteFile) -> CachedFile | None:
+        """What was fetched under the name of ``file``, if that is known to be the same content."""
+        entry = self._cache.entry(self._uri)
+        record = None if entry is None else entry.files.get(file.name)
+        if record is None or file.size not in (None, record.size):
+            return None
+        if file.sha256 is not None:
+            return record if record.sha256 == file.sha256 else None
+        # Offline there is nothing but the entry, of which `file` was made.
+        same = file.etag == record.etag and (file.etag is not None or self._offline)
+
+        return record if same else None
+
+
+def _verified(path: Path, sha256: str, state: FileStat | None) -> FileStat | None:
+    """The state of a file of the cache if it has the content that its name says; ``state`` is known to have it."""
+    try:
+        now = FileStat.from_stat(os.stat(path))
+        if now == state:
+            return now
+        found, now = sha256_file(path)
+    except (OSError, LadingError) as error:
+        _log.warning("%s cannot be used: %s", path, error)
+        return None
+    if found != sha256:
+        _log.warning("%s is damaged: its bytes are not the ones that were fetched. It is fetched again.", path)
+        return None
+
+    return now

@@ -1,0 +1,116 @@
+"""Checkpoints whose tensors are cut into parts, by the ranks of the gangs that saved them.
+
+A part is a tensor of its own in the manifest. Its name is the tensor's, ``#``, and its place along the axes that it was
+cut along, as numbers with dots between them: ``output.weight#1`` is the second part of ``output.weight``, and
+``output.weight#1.0`` the part of the tensor-parallel rank 1 and of the sharded-data-parallel rank 0. How the parts make
+a parameter is a matter of :mod:`lading.keymap`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lading.errors import CheckpointNotFoundError
+from lading.formats.files import corrupt
+from lading.formats.safetensors import Part, join
+from lading.formats.torch_pt import read_part
+from lading.manifest import Manifest
+
+
+def is_consolidated(names: Collection[str]) -> bool:
+    """Whether a folder that lists ``names`` holds a checkpoint as Meta publishes LLaMA: ``consolidated.00.pth`` …"""
+    return "consolidated.00.pth" in names
+
+
+def is_fairseq2_sharded(names: Collection[str]) -> bool:
+    """Whether a folder that lists ``names`` holds a checkpoint as fairseq2 saves it: ``pp_00/tp_00/sdp_00.pt`` …"""
+    return "pp_00" in names
+
+
+def index_consolidated(folder: Path, *, restrict: bool = True) -> Manifest:
+    """The manifest of ``consolidated.NN.pth``, one file for each model-parallel rank.
+
+    Where there is one file only, its tensors are whole and have plain names.
+
+    :raises CorruptModelCheckpointError: a file is damaged, or missing between others.
+    :raises NotSupportedError: a tensor is not a plain range of bytes.
+    """
+    names = _counted(folder, "consolidated.", ".pth")
+
+    return _join(folder, [(name, (i,)) for i, name in enumerate(names)], (len(names),), restrict)
+
+
+def index_fairseq2_sharded(folder: Path, *, restrict: bool = True) -> Manifest:
+    """The manifest of ``pp_XX/tp_XX/sdp_XX.pt``, one file for each rank.
+
+    The pipeline-parallel ranks hold different tensors, the others parts of the same: ``NAME#TP.SDP``. Where there is
+    one of each only, the tensors are whole and have plain names.
+
+    Source: fairseq2 0.8.1, its loader of native checkpoints.
+
+    :raises CorruptModelCheckpointError: a file is damaged, or missing between others.
+    :raises NotSupportedError: a tensor is not a plain range of bytes.
+    """
+    files: list[tuple[str, tuple[int, ...]]] = []
+    sizes: set[tuple[int, int]] = set()
+    for pp in _counted(folder, "pp_"):
+        tps = _counted(folder / pp, "tp_")
+        for tp, tp_name in enumerate(tps):
+            names = _counted(folder / pp / tp_name, "sdp_", ".pt")
+            files += [(f"{pp}/{tp_name}/{name}", (tp, sdp)) for sdp, name in enumerate(names)]
+            sizes.add((len(tps), len(names)))
+    if len(sizes) != 1:
+        raise corrupt(
+            str(folder),
+            "",
+            expected="as many tp_XX in each pp_XX, and as many sdp_XX.pt in each of them",
+            found=" and ".join(f"{tp} of {sdp}" for tp, sdp in sorted(sizes)),
+        )
+
+    return _join(folder, files, sizes.pop(), restrict)
+
+
+def _counted(folder: Path, prefix: str, suffix: str = "") -> list[str]:
+    """The entries of ``folder`` that are named so around a number, which must be all from 00 on, in that order."""
+    found = {
+        entry.name
+        for entry in folder.iterdir()
+        if re.fullmatch(f"{re.escape(prefix)}[0-9]{{2,4}}{re.escape(suffix)}", entry.name)
+    }
+    names = [f"{prefix}{i:02}{suffix}" for i in range(len(found))]
+    if not found or found != set(names):
+        missing = sorted(set(names) - found)
+        raise corrupt(
+            str(folder),
+            "",
+            expected=f"all parts of the checkpoint, counted from 00 on: {', '.join(missing[:4]) or 'at least one'}",
+            found=", ".join(sorted(found)[:8]) or "none",
+        )
+
+    return names
+
+
+def _join(
+    folder: Path, files: Sequence[tuple[str, tuple[int, ...]]], sizes: tuple[int, ...], restrict: bool
+) -> Manifest:
+    cut = any(size > 1 for size in sizes)
+    parts: list[Part] = []
+
+    for name, place in files:
+        try:
+            shard, header = read_part(folder / name, restrict=restrict)
+        except CheckpointNotFoundError as error:
+            raise corrupt(str(folder), "", expected=f"the file {name!r}", found="that it is gone") from error
+        suffix = "#" + ".".join(map(str, place)) if cut else ""
+        names = [f"{tensor}{suffix}" for tensor in header.names]
+        parts.append((replace(shard, name=name), replace(header, names=names)))
+
+    counts = Counter(name for _, header in parts for name in header.names)
+    if twice := next((name for name, count in counts.items() if count > 1), None):
+        raise corrupt(str(folder), f"tensor {twice!r}", expected="one tensor of that name", found="another one")
+
+    return join(parts, kind="torch")

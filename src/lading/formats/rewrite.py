@@ -1,0 +1,161 @@
+"""Rewriting a checkpoint whose tensors are not ranges of bytes, once, as a safetensors file in a cache.
+
+A child process does it: of this Python, but with no environment, no network, and with limits of memory, time and the
+size of what it writes. It gets two open files rather than paths, and reads the pickle with the same reader that found
+the tensors (:mod:`lading.formats.pickle_reader`), so that it cannot run anything either; what it adds are the strides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+from lading.errors import (
+    CorruptModelCheckpointError,
+    LadingError,
+    ModelCheckpointError,
+    NotSupportedError,
+    PolicyError,
+)
+from lading.formats.files import open_regular
+from lading.formats.safetensors import index_file
+
+FOLDER = "rewritten"
+"""Within the cache."""
+
+VERSION = 1
+"""Of what is written; a file of another version is written anew."""
+
+SECONDS = 120
+"""Of time that the child may take, and one more for each :data:`BYTES_PER_SECOND` of the file."""
+
+BYTES_PER_SECOND = 10_000_000
+
+_STALE_SECONDS = 86_400
+"""The age at which the temporary file of a process that was killed is removed."""
+
+_ENVIRONMENT = {"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+_CHILD = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from lading.formats.rewrite_child import main; main()"
+)
+
+
+def rewrite(path: Path, cache: Path, *, base: int = 0, size: int | None = None, restrict: bool = True) -> Path:
+    """The safetensors file, in ``cache``, with the tensors of the torch checkpoint at ``path``.
+
+    It is written if it is not there yet for this state of the file, and is complete whenever it is there.
+
+    :param base: where the checkpoint begins in the file at ``path``.
+    :param size: its bytes; default: up to the end of the file.
+
+    :raises CheckpointNotFoundError: nothing is at ``path``.
+    :raises CorruptModelCheckpointError: it is damaged, or changed meanwhile.
+    :raises PolicyError: to unpickle it would import what a state dict does not need, or it would be larger by far than
+        what it was.
+    :raises ModelCheckpointError: the child took too much memory or time.
+    :raises OSError: a file cannot be read or written.
+    """
+    with open_regular(path) as (file, file_size):
+        size = file_size - base if size is None else size
+        target = cache / FOLDER / f"{_identity(file, base, size)}.safetensors"
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_stale(target.parent)
+            _write(file, base, size, target, restrict, label=str(path))
+
+    return target
+
+
+def _identity(file: BinaryIO, base: int, size: int) -> str:
+    """A name for one state of a file, and for the part of it that is read."""
+    stat = os.fstat(file.fileno())
+    state = (VERSION, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, base, size)
+
+    return hashlib.sha256(repr(state).encode()).hexdigest()
+
+
+def _remove_stale(folder: Path) -> None:
+    for path in folder.glob(".*.tmp"):
+        try:
+            if path.stat().st_mtime < time.time() - _STALE_SECONDS:
+                path.unlink()
+        except FileNotFoundError:
+            pass
+
+
+def _write(file: BinaryIO, base: int, size: int, target: Path, restrict: bool, *, label: str) -> None:
+    fd, temporary = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=".tmp", dir=target.parent)
+    try:
+        _run_child(file, fd, base, size, restrict, label=label)
+        os.fsync(fd)
+        index_file(Path(temporary))  # whatever the child did, what is kept has a good header
+        os.fchmod(fd, 0o444)
+        Path(temporary).replace(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _run_child(file: BinaryIO, out: int, base: int, size: int, restrict: bool, *, label: str) -> None:
+    seconds = SECONDS + size // BYTES_PER_SECOND
+    order = {
+        "file": file.fileno(), "out": out, "base": base, "size": size, "restrict": restrict, "label": label,
+        "seconds": seconds, "parent": os.getpid(),
+    }  # fmt: skip
+    try:
+        child = subprocess.run(
+            [sys.executable, "-I", "-c", _CHILD, json.dumps(sys.path), json.dumps(order)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            pass_fds=(file.fileno(), out),
+            env={**_ENVIRONMENT, **({"LD_LIBRARY_PATH": path} if (path := os.environ.get("LD_LIBRARY_PATH")) else {})},
+            timeout=seconds * 2,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise _stopped(label, f"more than {seconds * 2} s") from None
+
+    if child.returncode == 0:
+        return
+    if child.returncode == -signal.SIGXCPU:
+        raise _stopped(label, f"more than {seconds} s of a processor")
+    if child.returncode == -signal.SIGBUS:
+        raise CorruptModelCheckpointError(
+            label, f"{label}: expected a file that does not change while it is read, found that it was cut meanwhile."
+        )
+    raise _error(child.stdout, label) or _stopped(
+        label, f"an end with status {child.returncode}: {child.stderr[-500:].decode(errors='replace').strip()}"
+    )
+
+
+def _error(report: bytes, label: str) -> LadingError | None:
+    """The error that the child reports, if it is one of those that it may."""
+    try:
+        kind, message = json.loads(report)
+    except ValueError:
+        return None
+    if kind == "OSError":
+        return ModelCheckpointError(label, message)
+    if kind == "CorruptModelCheckpointError":
+        return CorruptModelCheckpointError(label, message)
+
+    return {"PolicyError": PolicyError, "NotSupportedError": NotSupportedError}.get(kind, LadingError)(message)
+
+
+def _stopped(label: str, found: str) -> ModelCheckpointError:
+    return ModelCheckpointError(
+        label,
+        f"{label}: expected that its tensors can be rewritten within the limits of time and memory, found {found}. "
+        "Load it with torch, and save the tensors with `safetensors.torch.save_file`.",
+    )

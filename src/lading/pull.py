@@ -1,0 +1,203 @@
+"""Checkpoints brought to this machine ahead of their load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from lading.acquire import acquire
+from lading.card import AssetCard, CheckpointRef, checkpoint_ref, uri_path
+from lading.catalog.checkpoints import record_checkpoint
+from lading.catalog.store import AssetStore, get_asset_store
+from lading.check import check_manifest, require_fit
+from lading.checkpoint import Checkpoint, card_checkpoint
+from lading.errors import AssetCardError, ModelGatedError, NotSupportedError
+from lading.fetch.source import FetchedFile, RemoteFile, Snapshot
+from lading.fetch.sources import open_source
+from lading.folder import refuse_quantised_config
+from lading.published import CONFIG_NAME, Published, index_source, name_in_source
+from lading.resolve import family_of_card, model_config
+from lading.settings import Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PulledFile:
+    """A file of a model, or one beside it."""
+
+    name: str
+    """Within the source."""
+    size: int | None
+    """Bytes, where they are known."""
+    path: Path | None
+    """On this machine; ``None`` where it is not here."""
+    fetched: bool
+    """Whether it was, or would be, brought here just now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullReport:
+    """What a pull did, or would do."""
+
+    name: str
+    uri: str
+    revision: str | None
+    files: tuple[PulledFile, ...]
+
+    @property
+    def fetched_bytes(self) -> int:
+        return sum(file.size or 0 for file in self.files if file.fetched)
+
+
+def pull_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    include: Sequence[str] = (),
+    dry_run: bool = False,
+    progress: bool = True,
+    store: AssetStore | None = None,
+) -> PullReport:
+    """Bring the checkpoint of a card to this machine, as it is published now, and note in the catalog where it is.
+
+    Whether it fits the card's architecture is checked by its headers, before a byte of a weight is fetched.
+
+    :param revision: a branch, a tag or a commit of the source; default: the one that the card's URI names, or the
+        latest. Loads of the card then use it until the next pull.
+    :param include: shell-style patterns of further files of the source; its ``config.json`` always comes along.
+    :param dry_run: only say what would be fetched.
+    :param progress: show a bar on stderr.
+
+    :raises AssetNotFoundError: no card has that name.
+    :raises ModelGatedError: the publisher hands it out on request.
+    :raises ModelCheckpointMismatchError: it does not fit the card's architecture; nothing was fetched.
+    :raises FetchError: the source cannot be reached, or answers nonsense.
+    :raises DigestMismatchError: what came is not what is published.
+    :raises OSError: the disk is full, or the cache cannot be written.
+    """
+    store = store or get_asset_store()
+    card = store.retrieve_card(name)
+    ref = checkpoint_ref(card)
+    if ref.gated:
+        raise ModelGatedError(card.name, ref.info_url)
+    if uri_path(ref.uri) is not None:
+        return _of_local(card_checkpoint(card, store), revision)
+
+    if Settings.from_environment().offline:  # what is known of it already is all that there is
+        published, checkpoint = None, card_checkpoint(card, store)
+    else:
+        published = index_source(ref, revision=revision)
+        refuse_quantised_config(published.hf_config, ref.key)
+        checkpoint = _as_checkpoint(card, ref, published, store)
+    _require_fit(card, checkpoint, store)
+
+    companions = _companions(checkpoint, published, include)
+    missing = checkpoint.files is None
+    if dry_run:
+        shown = [PulledFile(name=file.name, size=file.size, path=None, fetched=True) for file in companions]
+        return _report(checkpoint, missing, shown)
+
+    if published is not None:
+        record_checkpoint(
+            store.database,
+            uri=checkpoint.uri,
+            manifest=checkpoint.manifest,
+            copies=(),
+            revision=checkpoint.revision,
+            card_name=card.name,
+        )
+    here = acquire(checkpoint, store, progress=progress)
+    beside = [
+        PulledFile(name=file.name, size=file.stat.size, path=file.path, fetched=True)
+        for file in _fetch(checkpoint, companions, progress=progress)
+    ]
+
+    return _report(here, missing, beside)
+
+
+def _of_local(checkpoint: Checkpoint, revision: str | None) -> PullReport:
+    if revision is not None:
+        raise NotSupportedError(
+            f"{checkpoint.where} is on this machine and has no revisions, but {revision!r} was asked for."
+        )
+
+    return _report(checkpoint, missing=False, beside=())
+
+
+def _as_checkpoint(card: AssetCard, ref: CheckpointRef, published: Published, store: AssetStore) -> Checkpoint:
+    """What is published, with the files of it that the catalog knows on this machine, if it is what it knows."""
+    fresh = Checkpoint(
+        name=card.name,
+        uri=ref.key,
+        where=ref.key,
+        manifest=published.manifest,
+        files=None,
+        ref=ref,
+        revision=published.revision,
+    )
+    known = store.checkpoint(ref.key)
+    if known is None or not known.manifest.tensors_equal(fresh.manifest):
+        return fresh
+    # Without digests, another revision may hold other values in the same tensors.
+    if known.revision != fresh.revision and not all(shard.sha256 for shard in fresh.manifest.shards):
+        return fresh
+    if not known.manifest.has_files_of(fresh.manifest):
+        return fresh
+
+    kept = card_checkpoint(card, store)
+
+    return replace(fresh, files=kept.files, trusted=kept.trusted)
+
+
+def _require_fit(card: AssetCard, checkpoint: Checkpoint, store: AssetStore) -> None:
+    try:
+        family = family_of_card(card)
+    except AssetCardError:
+        return  # it may be pulled for other programs all the same
+
+    report = check_manifest(checkpoint.manifest, family, model_config(card, family, store))
+    require_fit(report, path=checkpoint.where, name=card.name)
+
+
+def _companions(checkpoint: Checkpoint, published: Published | None, include: Sequence[str]) -> tuple[RemoteFile, ...]:
+    """The files beside the weights that are to come along."""
+    if published is None:
+        return ()
+
+    manifest = checkpoint.manifest
+    weights = {name_in_source(published.inner, shard.name) for shard in manifest.shards}
+    always = {name_in_source(published.inner, name) for name in (CONFIG_NAME, manifest.index_name) if name is not None}
+
+    return tuple(
+        file
+        for file in published.snapshot.files
+        if file.name not in weights
+        and (file.name in always or any(fnmatchcase(file.name, pattern) for pattern in include))
+    )
+
+
+def _fetch(checkpoint: Checkpoint, files: tuple[RemoteFile, ...], *, progress: bool) -> list[FetchedFile]:
+    ref = checkpoint.ref
+    if not files or ref is None:
+        return []
+
+    source = open_source(
+        ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=Settings.from_environment()
+    )
+    snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=files)
+
+    return source.fetch(snapshot, files, known=lambda sha256: None, progress=progress)
+
+
+def _report(checkpoint: Checkpoint, missing: bool, beside: Sequence[PulledFile]) -> PullReport:
+    shards = checkpoint.manifest.shards
+    paths = [None] * len(shards) if checkpoint.files is None else [file.path for file in checkpoint.files]
+    files = [
+        PulledFile(name=shard.name, size=shard.size, path=path, fetched=missing)
+        for shard, path in zip(shards, paths, strict=True)
+    ]
+
+    return PullReport(
+        name=checkpoint.name, uri=checkpoint.uri, revision=checkpoint.revision or None, files=(*files, *beside)
+    )

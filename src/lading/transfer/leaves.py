@@ -1,0 +1,134 @@
+"""The leaves of tensors, hashed where their bytes are: in a core's cache, by the thread that put them there.
+
+The bytes of a tensor's blocks are hashed in *atoms*: an atom is the shortest run of bytes that is hashed on its own.
+That is a group of rows, with a leaf for each block, or, where one row is larger than a leaf, a leaf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from lading.digests import LEAF, SIZE, block_digest, leaf_digest
+
+_WIDE = (torch.int64, torch.int32, torch.int16)
+"""Of the dtypes to copy bytes as, the widest that fits has the fewest to copy."""
+
+
+class Job(NamedTuple):
+    """Consecutive blocks of a tensor, or one row of them, that lie in a file or in memory as one run of bytes."""
+
+    begin: int
+    """Where the run begins."""
+    rows: int
+    blocks: int
+    segment: int
+    """The run is ``rows × blocks × segment`` bytes."""
+    group: int
+    """Rows of an atom; 0 where rows are larger than a leaf, so that atoms are pieces of segments."""
+    leaves: int
+    """Leaves of each block."""
+    leaf: int
+    """The first of them that is here."""
+    slot: int
+    """The slot of the first leaf of the first block; those of a block follow one another."""
+
+    @property
+    def end(self) -> int:
+        """Where the run ends."""
+        return self.begin + self.rows * self.blocks * self.segment
+
+    def atom(self, at: int) -> tuple[int, int]:
+        """Begin and end of the atom that holds the byte at ``at``."""
+        within = at - self.begin
+        if self.group:
+            size = self.group * self.blocks * self.segment
+            begin = within - within % size
+            return self.begin + begin, min(self.begin + begin + size, self.end)
+
+        segment = within - within % self.segment
+        begin = within - (within - segment) % LEAF
+        return self.begin + begin, self.begin + min(begin + LEAF, segment + self.segment)
+
+
+class Part(NamedTuple):
+    """Whole atoms of a job."""
+
+    job: Job
+    source: int
+    """Where the job lies: a read, an entry of the plan's rows, or a mapping."""
+    begin: int
+    end: int
+
+
+class LeafHasher:
+    """What one thread needs to hash leaves.
+
+    :param slots: of the digests, which all threads share.
+    """
+
+    def __init__(self, slots: bytearray) -> None:
+        self.hashed = 0
+        """Bytes so far."""
+        self._slots = slots
+        self._gathered = torch.empty(0, dtype=torch.uint8)
+        self._view = memoryview(b"")
+
+    def parts(self, parts: Iterable[Part], begin: int, memory: memoryview) -> None:
+        """Hash parts of what ``memory`` holds, which begins at ``begin`` where they count from."""
+        for part in parts:
+            self.part(part, memory[part.begin - begin : part.end - begin])
+
+    def part(self, part: Part, memory: memoryview) -> None:
+        """Hash a part, whose bytes are ``memory``."""
+        job = part.job
+        if job.group:
+            self._groups(job, part.begin - job.begin, memory)
+        else:
+            self._pieces(job, part.begin - job.begin, memory)
+        self.hashed += len(memory)
+
+    def _groups(self, job: Job, begin: int, memory: memoryview) -> None:
+        row = job.blocks * job.segment
+        size = job.group * row
+        for at in range(0, len(memory), size):
+            atom = memory[at : at + size]
+            each = len(atom) // row * job.segment
+            if job.blocks > 1 and each > job.segment:
+                atom = self._gather(atom, job)
+            for b in range(job.blocks):
+                self._put(job, b, (begin + at) // size, leaf_digest(atom[b * each : (b + 1) * each]))
+
+    def _pieces(self, job: Job, begin: int, memory: memoryview) -> None:
+        pieces = -(-job.segment // LEAF)
+        at = 0
+        while at < len(memory):
+            row, within = divmod(begin + at, job.blocks * job.segment)
+            b, within = divmod(within, job.segment)
+            size = min(LEAF, job.segment - within)
+            self._put(job, b, row * pieces + within // LEAF, leaf_digest(memory[at : at + size]))
+            at += size
+
+    def _put(self, job: Job, block: int, leaf: int, digest: bytes) -> None:
+        if job.leaves == 1:
+            digest = block_digest(digest)
+        at = (job.slot + block * job.leaves + job.leaf + leaf) * SIZE
+        self._slots[at : at + SIZE] = digest
+
+    def _gather(self, atom: memoryview, job: Job) -> memoryview:
+        """The same rows, but block by block."""
+        source = torch.frombuffer(atom, dtype=torch.uint8)
+        if not self._gathered.numel():
+            buffer = bytearray(LEAF)
+            self._view = memoryview(buffer)
+            self._gathered = torch.frombuffer(buffer, dtype=torch.uint8)
+
+        # The wider the items, the fewer there are to copy.
+        dtype = next((d for d in _WIDE if not (job.segment | source.data_ptr()) % d.itemsize), torch.uint8)
+        rows = source.view(dtype).view(-1, job.blocks, job.segment // dtype.itemsize)
+        target = self._gathered[: len(atom)].view(dtype).view(job.blocks, rows.shape[0], -1)
+        target.copy_(rows.transpose(0, 1))
+
+        return self._view[: len(atom)]

@@ -1,0 +1,210 @@
+"""Files that are on this machine, checked against what was published or recorded, without loading them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lading.acquire import acquire
+from lading.card import AssetCard, checkpoint_ref, path_uri, uri_path
+from lading.catalog.checkpoints import record_digests, record_files
+from lading.catalog.records import Check, CopyKind, LocalCopy
+from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoint import Checkpoint, card_checkpoint
+from lading.digests import Digests, recorded
+from lading.errors import (
+    CheckpointNotFoundError,
+    CorruptModelCheckpointError,
+    ModelGatedError,
+    NotSupportedError,
+)
+from lading.fetch.file import local_checkpoint
+from lading.filesystem import FileStat
+from lading.formats.safetensors import index_file
+from lading.transfer.execute import hash_checkpoint
+from lading.transfer.files import ShardFile
+from lading.verification import check_files, remedy, shard_digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What the files of a model are worth."""
+
+    name: str
+    uri: str
+    checks: tuple[Check, ...]
+    """The last one of each file."""
+    repaired: frozenset[str] = frozenset()
+    """Files that were not the right ones, and were fetched anew."""
+    hint: str = ""
+    """What to do about files that are not the right ones."""
+
+    @property
+    def good(self) -> bool:
+        return all(check.result != "mismatch" for check in self.checks)
+
+
+def verify_model(
+    name: str, *, repair: bool = False, progress: bool = True, store: AssetStore | None = None
+) -> VerifyReport:
+    """Check the files of a model on this machine, all bytes of them.
+
+    Against the SHA-256 that was published, or that was recorded; else against the digests of tensors that were recorded
+    when all bytes passed by for the first time. Where nothing is known yet, this records it. Every check becomes a row.
+
+    :param repair: fetch what is not right anew. Only files that lading fetched are ever replaced.
+    :param progress: show a bar on stderr.
+
+    :raises AssetNotFoundError: no card has that name.
+    :raises CheckpointNotFoundError: the checkpoint is not on this machine.
+    :raises NotSupportedError: ``repair``, of files that lading did not fetch.
+    :raises FetchError: ``repair``, and the source cannot be reached.
+    :raises CatalogError: the catalog cannot be written.
+    """
+    store = store or get_asset_store()
+    card = store.retrieve_card(name)
+    checkpoint, kinds = _known(card, store)
+    checks = _checked(checkpoint, store, progress=progress)
+    _record(checkpoint, kinds, checks, store)
+
+    bad = [check for check in checks if check.result == "mismatch"]
+    if not bad or not repair:
+        return VerifyReport(
+            name=card.name, uri=checkpoint.uri, checks=tuple(checks), hint=remedy(checkpoint) if bad else ""
+        )
+
+    _refuse_foreign(bad, kinds, checkpoint)
+    for check in bad:
+        if kinds[check.file] == "cache":  # it may be damaged in a way that its state does not show
+            check.path.unlink(missing_ok=True)
+    repaired = acquire(replace(checkpoint, files=None), store, progress=progress)
+    checks = _checked(repaired, store, progress=progress)
+    _record(repaired, kinds, checks, store)
+
+    return VerifyReport(
+        name=card.name,
+        uri=checkpoint.uri,
+        checks=tuple(checks),
+        repaired=frozenset(check.file for check in bad),
+        hint=remedy(checkpoint),
+    )
+
+
+def _known(card: AssetCard, store: AssetStore) -> tuple[Checkpoint, dict[str, CopyKind]]:
+    """The checkpoint by what the catalog knows of it, its files in whatever state they are now; and whose each is."""
+    ref = checkpoint_ref(card)
+    if ref.gated:
+        raise ModelGatedError(card.name, ref.info_url)
+
+    path = uri_path(ref.uri)
+    if path is not None:
+        path = local_checkpoint(path, inner_path=ref.path)
+    uri = ref.key if path is None else path_uri(path)
+    stored = store.checkpoint(uri)
+    if stored is None and path is not None:
+        card_checkpoint(card, store)
+        stored = store.checkpoint(uri)
+    copies = {} if stored is None else {copy.file: copy for copy in stored.copies}
+    if stored is None or not all(shard.name in copies for shard in stored.manifest.shards):
+        raise CheckpointNotFoundError(
+            uri,
+            f"The checkpoint of {card.name!r} is at {uri}, and the catalog knows no copy of it on this machine. "
+            f"`lading pull {card.name}` fetches it.",
+        )
+
+    files = tuple(_as_it_is(copies[shard.name].path) for shard in stored.manifest.shards)
+    checkpoint = Checkpoint(
+        name=card.name,
+        uri=uri,
+        where=uri if path is None else str(path),
+        manifest=stored.manifest,
+        files=files,
+        ref=ref if path is None else None,
+        revision=stored.revision,
+    )
+
+    return checkpoint, {shard.name: copies[shard.name].kind for shard in stored.manifest.shards}
+
+
+_GONE = FileStat(0, 0, 0, 0)
+
+
+def _as_it_is(path: Path) -> ShardFile:
+    try:
+        stat = FileStat.from_stat(os.stat(path))
+    except FileNotFoundError:
+        stat = _GONE
+
+    return ShardFile(path=path, stat=stat)
+
+
+def _checked(checkpoint: Checkpoint, store: AssetStore, *, progress: bool) -> list[Check]:
+    """One check of each file."""
+    shards, files = checkpoint.manifest.shards, checkpoint.here()
+    there = [i for i, file in enumerate(files) if file.stat != _GONE]
+    checks = {check.file: check for check in check_files(checkpoint, there, progress=progress)}
+    rest = [i for i in there if shards[i].name not in checks]
+    checks |= {check.file: check for check in _checked_by_tensors(checkpoint, rest, store, progress=progress)}
+
+    return [
+        checks.get(shard.name)
+        or Check(
+            file=shard.name,
+            path=file.path,
+            stat=file.stat,
+            method="presence",
+            expected=f"{shard.size} bytes",
+            found=None,
+        )
+        for shard, file in zip(shards, files, strict=True)
+    ]
+
+
+def _checked_by_tensors(
+    checkpoint: Checkpoint, chosen: Sequence[int], store: AssetStore, *, progress: bool
+) -> Iterator[Check]:
+    """Checks of files of which no SHA-256 is known, by the digests of their tensors."""
+    manifest, files = checkpoint.manifest, checkpoint.here()
+    if not chosen:
+        return
+
+    expected = store.digests(checkpoint.uri, manifest)
+    found: dict[int, Digests] = {}
+    for i in chosen:
+        part = manifest.only(i)
+        dims = None if expected is None else [expected.dims[t] for t in manifest.tensors_of(i)]
+        try:
+            if index_file(files[i].path).tensors_equal(part):
+                found[i] = hash_checkpoint(part, [files[i]], dims, progress=progress)
+        except CorruptModelCheckpointError:
+            pass  # it is not even a checkpoint any more
+        yield Check(
+            file=manifest.shards[i].name,
+            path=files[i].path,
+            stat=files[i].stat,
+            method="blake3",
+            expected=shard_digest(manifest, expected, i) if expected is not None else None if i in found else "tensors",
+            found=shard_digest(part, found[i], 0) if i in found else None,
+        )
+
+    if expected is None and len(found) == len(manifest.shards):
+        rows = [(d.dim, d.blocks) for i in chosen for d in found[i].iter(manifest.only(i)) if d is not None]
+        record_digests(store.database, uri=checkpoint.uri, manifest=manifest, digests=recorded(manifest, rows))
+
+
+def _record(checkpoint: Checkpoint, kinds: dict[str, CopyKind], checks: Sequence[Check], store: AssetStore) -> None:
+    good = [check for check in checks if check.result != "mismatch"]
+    copies = [LocalCopy(file=c.file, path=c.path, stat=c.stat, kind=kinds[c.file]) for c in good]
+    record_files(store.database, uri=checkpoint.uri, copies=copies, checks=checks)
+
+
+def _refuse_foreign(bad: Sequence[Check], kinds: dict[str, CopyKind], checkpoint: Checkpoint) -> None:
+    """:raises NotSupportedError: a file to be replaced is not one that lading fetched."""
+    foreign = [check.path for check in bad if kinds[check.file] not in ("cache", "hub")]
+    if foreign or checkpoint.ref is None:
+        raise NotSupportedError(
+            f"{foreign[0] if foreign else checkpoint.where} is not the file that was verified, and lading did "
+            f"not fetch it, so it does not replace it. {remedy(checkpoint)}"
+        )

@@ -1,0 +1,43 @@
+"""What the tests of gangs share: gangs that live as long as their worker, and what they should raise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from workers import Outcome
+
+from lading.errors import GangError
+from lading.gangs import Gangs, create_gangs
+
+SOON = 9.0
+"""Seconds within which a rank that is gone, or can still speak, is known to all."""
+
+TIMEOUT = 4.0
+"""The timeout of the gangs where a rank is stopped."""
+
+_MADE: dict[Any, Gangs] = {}
+
+
+def gangs_of(timeout: float = 300, **sizes: int) -> Gangs:
+    key = (timeout, *sorted(sizes.items()))
+    if key not in _MADE:
+        _MADE[key] = create_gangs(timeout=timedelta(seconds=timeout), **sizes)
+    return _MADE[key]
+
+
+def raised_by(call: Callable[[], Any]) -> BaseException:
+    try:
+        call()
+    except BaseException as ex:
+        return ex
+    raise AssertionError("nothing was raised")
+
+
+def check_gang_errors(outcomes: list[Outcome], rank: int, within: float = SOON) -> None:
+    for outcome in outcomes:
+        assert isinstance(outcome.error, GangError), (outcome, outcome.trace)
+        assert outcome.error.ranks == (rank,), outcome.error
+        assert f"rank {rank}" in str(outcome.error)
+        assert outcome.seconds < within

@@ -1,0 +1,236 @@
+"""Whatever happens to a rank, and whenever: all others hear of it in time, and nobody waits in vain."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from gang_tools import SOON, TIMEOUT, check_gang_errors, gangs_of, raised_by
+from workers import Pool
+
+from lading.errors import CorruptModelCheckpointError, GangError
+
+# --- a fault at every step -------------------------------------------------------------------------------------------
+#
+# Each of these has a pool of its own, as a rank of it dies. `point` is where the victim is when it does.
+
+
+def step(point: str, victim: int, timeout: float, mark: str) -> None:
+    """All ranks go the way of a load; the victim stays at ``point`` and is sent a signal there."""
+
+    def stay() -> None:
+        Path(mark).touch()
+        time.sleep(60)
+
+    here = int(os.environ["RANK"]) == victim
+    if point == "create":
+        dist.init_process_group("gloo")
+        if here:
+            stay()
+    gangs = gangs_of(timeout=timeout, tp=2)
+    root = gangs.root
+    if here and point == "before":
+        stay()
+    root.first(lambda: stay() if here and point == "produce" else 1)
+    if here and point == "after":
+        stay()
+    if here and point == "reduce":
+        stay()
+    gangs.tp.all_reduce(torch.ones(3))
+    if point == "all reduce":
+        root.all_reduce(torch.ones(3)) if not here else stay()
+    if here and point == "wait":
+        Path(mark).touch()
+    elif point == "wait":
+        time.sleep(1.5)
+    root.agree()
+
+
+@contextmanager
+def _struck(
+    tmp_path: Path,
+    point: str,
+    victim: int,
+    number: signal.Signals,
+    *,
+    size: int = 4,
+    timeout: float = 60,
+    agent: bool = True,
+) -> Iterator[Pool]:
+    mark = tmp_path / "mark"
+    with Pool(size, agent=agent) as pool:
+        pool.start(step, point, victim, timeout, str(mark))
+        while not mark.exists():
+            time.sleep(0.01)
+        time.sleep(0.3)  # for the others to arrive where they wait
+        pool.send(victim, number)
+        yield pool
+
+
+POINTS = ("before", "after", "reduce", "all reduce", "wait")
+KILLED = [("produce", 0), *((point, victim) for victim in (0, 3) for point in POINTS)]
+STOPPED = [("reduce", 3), ("wait", 0)]
+
+
+@pytest.mark.parametrize(("point", "victim"), KILLED)
+def test_a_rank_is_killed(tmp_path: Path, point: str, victim: int) -> None:
+    with _struck(tmp_path, point, victim, signal.SIGKILL) as pool:
+        outcomes = pool.collect(within=30)
+    assert outcomes.pop(victim).dead
+    check_gang_errors(outcomes, victim)
+
+
+@pytest.mark.parametrize(("point", "victim"), STOPPED)
+def test_a_rank_is_stopped_and_goes_on_too_late(tmp_path: Path, point: str, victim: int) -> None:
+    with _struck(tmp_path, point, victim, signal.SIGSTOP, timeout=TIMEOUT) as pool:
+        check_gang_errors(pool.collect(within=30, without=[victim]), victim, within=TIMEOUT + 5)
+        if point == "wait":
+            pool.send(victim, signal.SIGCONT)
+            assert isinstance(pool.collect(within=30)[victim].error, GangError)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_is_killed_that_served_the_store(tmp_path: Path, victim: int) -> None:
+    with _struck(tmp_path, "after", victim, signal.SIGKILL, size=2, agent=False) as pool:
+        outcomes = pool.collect(within=30)
+    assert outcomes.pop(victim).dead
+    check_gang_errors(outcomes, victim)
+
+
+def interrupted(victim: int, mark: str) -> Any:
+    root = gangs_of().root
+    if root.rank != victim:
+        time.sleep(2)
+    else:
+        Path(mark).touch()
+    raised = raised_by(root.agree)
+    again = raised_by(lambda: root.agree(raised))
+    root.agree()
+    return type(raised), again is raised, str(raised)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_is_interrupted_while_it_waits(tmp_path: Path, victim: int) -> None:
+    mark = tmp_path / "mark"
+    with Pool(2) as pool:
+        pool.start(interrupted, victim, str(mark))
+        while not mark.exists():
+            time.sleep(0.01)
+        time.sleep(0.3)
+        pool.send(victim, signal.SIGINT)
+        outcomes = [outcome.get() for outcome in pool.collect(within=30)]
+    assert outcomes.pop(victim)[:2] == (KeyboardInterrupt, True)
+    assert outcomes == [(GangError, True, f"rank {victim}: KeyboardInterrupt")]
+
+
+def leaves(how: str) -> None:
+    root = gangs_of().root
+    if root.rank == 1:
+        if how == "close":
+            gangs_of().close()
+            return
+        if how == "exit":
+            os._exit(0)
+        child = os.fork()
+        if child == 0:
+            time.sleep(20)  # as a worker of a data loader that has not noticed yet
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    root.agree()
+
+
+@pytest.mark.parametrize("how", ["close", "exit", "fork"])
+def test_a_rank_leaves(how: str) -> None:
+    with Pool(2) as pool:
+        pool.start(leaves, how)
+        check_gang_errors(pool.collect(within=30, without=[1]), 1)
+
+
+def error_amid_collectives() -> Any:
+    gangs = gangs_of(tp=2)
+    root, start = gangs.root, time.monotonic()
+    try:
+        if root.rank == 3:
+            raise CorruptModelCheckpointError("/x", "bad header")
+        gangs.tp.all_reduce(torch.ones(3))
+        root.all_reduce(torch.ones(3))
+    except Exception as ex:
+        error: Exception | None = ex
+    else:
+        error = None
+    raised = raised_by(lambda: root.agree(error))
+    took = time.monotonic() - start
+    root.agree()  # control goes on, whatever has become of the process groups
+    return type(raised), str(raised), took
+
+
+def test_an_error_reaches_those_who_are_in_a_collective() -> None:
+    with Pool(4) as pool:
+        outcomes = pool.values(error_amid_collectives)
+    assert outcomes.pop()[0] is CorruptModelCheckpointError
+    for kind, text, took in outcomes:
+        assert (kind, text) == (GangError, "rank 3: CorruptModelCheckpointError: bad header")
+        assert took < SOON
+
+
+# --- the long matrix -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("victim", [0, 1, 5, 7])
+@pytest.mark.parametrize("point", ["create", *POINTS])
+def test_one_of_eight_is_struck(tmp_path: Path, point: str, victim: int, number: signal.Signals) -> None:
+    if number == signal.SIGSTOP and point == "wait" and victim != 0:
+        victim = 0  # another one has come before it is stopped, so that nobody has to wait for it
+    with _struck(tmp_path, point, victim, number, size=8, timeout=TIMEOUT) as pool:
+        check_gang_errors(pool.collect(within=30, without=[victim]), victim, within=TIMEOUT + 6)
+
+
+def many_calls(seed: int) -> int:
+    gangs, draw = gangs_of(tp=2, sdp=2), random.Random(seed)
+    failures = 0
+    for i in range(200):
+        bad = draw.choice([None] * 6 + [draw.randrange(8)])
+        call = draw.choice(["first", "agree", "barrier", "tp", "sdp"])
+        time.sleep(random.random() * 0.003)
+        try:
+            if bad == gangs.root.rank:
+                raise ValueError(i)
+            if call == "first":
+                assert gangs.root.first(partial(int, i)) == i
+            elif call == "tp":
+                assert gangs.tp.first(partial(int, i)) == i
+            elif call == "sdp":
+                gangs.sdp.agree()
+            elif call == "barrier":
+                gangs.root.barrier()
+        except (GangError, ValueError) as ex:
+            error: Exception | None = ex
+        else:
+            error = None
+        try:
+            gangs.root.agree(error)
+        except (GangError, ValueError):
+            failures += 1
+            assert bad is not None
+        else:
+            assert bad is None
+    return failures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_calls_stay_in_step_through_errors(seed: int) -> None:
+    with Pool(8) as pool:
+        assert len(set(pool.values(many_calls, seed, within=280))) == 1

@@ -1,0 +1,98 @@
+"""What ranks compute together of speech is what one process computes alone, over real processes."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Module
+from workers import Pool
+
+from lading.construct import create_model
+from lading.families.wav2vec2 import Wav2Vec2Config
+from lading.families.wav2vec2_asr import Wav2Vec2AsrConfig
+from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig
+from lading.family import get_family
+from lading.gangs import create_fake_gangs, create_gangs
+
+ENCODER = Wav2Vec2EncoderConfig(
+    model_dim=24,
+    feature_dim=9,  # which does not divide over two ranks
+    feature_extractor_layer_descs=[(7, 10, 5), (9, 3, 2)],
+    pos_conv_kernel_size=4,
+    num_pos_conv_groups=3,
+    num_encoder_layers=3,
+    num_encoder_attn_heads=4,
+    ffn_inner_dim=20,
+    dropout_p=0.0,
+    attn_dropout_p=0.0,
+    layer_drop_p=0.5,
+    init_std=0.3,
+)
+CONFIGS = {
+    "wav2vec2": Wav2Vec2Config(
+        encoder_config=ENCODER, quantized_dim=6, num_codebook_entries=5, temporal_mask_span_len=3, num_distractors=4
+    ),
+    "wav2vec2_asr": Wav2Vec2AsrConfig(
+        encoder_config=ENCODER, target_vocab_size=5, temporal_mask_span_len=3, spatial_mask_span_len=2
+    ),
+}
+
+
+def outcome(model: Module, seed: int) -> dict[str, Tensor]:
+    """Logits, and all gradients by the names of parameters."""
+    sound = torch.randn(2, 403, generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(403)[None] < torch.tensor([[403], [300]])).long()
+
+    torch.manual_seed(seed)
+    logits = model(sound, mask).logits
+    logits[logits.isfinite()].square().mean().backward()
+
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {"": logits.detach()} | {
+        name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()
+    }
+
+
+def compare(family_name: str, axes: dict[str, int]) -> list[str]:
+    torch.set_num_threads(1)
+    family: Any = get_family(family_name)
+    config = CONFIGS[family_name]
+    found = []
+
+    with warnings.catch_warnings(), create_gangs("cpu", **axes) as gangs:
+        warnings.simplefilter("error")
+        torch.manual_seed(0)
+        alone = create_model(family, config, gangs=create_fake_gangs("cpu"), dtype=torch.float32, meta=False)
+        model = create_model(family, config, gangs=gangs, dtype=torch.float32, meta=False)
+
+        # Masks, dropped layers and noise are the same where the seeds are.
+        for seed, training in ((1, True), (2, True), (3, False)):
+            for each in (alone, model):
+                each.zero_grad()
+                each.train(training)
+            expected, ours = outcome(alone, seed), outcome(model, seed)
+            if expected.keys() != ours.keys():
+                found.append(f"gradients of {expected.keys() ^ ours.keys()}")
+            # Against the largest of all: the keys' bias has no gradient but noise.
+            largest = max(float(tensor[tensor.isfinite()].abs().max()) for tensor in expected.values())
+            for name, tensor in expected.items():
+                if not torch.allclose(ours[name], tensor, rtol=1e-4, atol=1e-5 * largest):
+                    found.append(f"{name or 'logits'}, seed {seed}")
+
+    return found
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("axes", [{"tp": 2}, {"sdp": 2}], ids=str)
+def test_two_ranks(pool2: Pool, family: str, axes: dict[str, int]) -> None:
+    assert pool2.values(compare, family, axes) == [[]] * 2
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_four_ranks(pool4: Pool, family: str) -> None:
+    assert pool4.values(compare, family, {"tp": 2, "sdp": 2}) == [[]] * 4

@@ -1,0 +1,194 @@
+"""From a name to weights that are not here yet: fetched from a hub on loopback, checked, loaded, verified, repaired."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from make_checkpoint import make
+from servers.hub import FakeHub
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+SHARD = "model-00001-of-00002.safetensors"
+
+CARD = """\
+name: {name}
+model_family: qwen
+checkpoint: {uri}
+model_config: {{model_dim: 32, max_seq_len: 128, vocab_size: 100, tied_embeddings: true, num_layers: {layers},
+  num_attn_heads: 4, num_key_value_heads: 2, head_dim: 8, qkv_proj_bias: false, q_norm: true, k_norm: true,
+  ffn_inner_dim: 64}}
+"""
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[FakeHub]:
+    with FakeHub() as hub:
+        make(tmp_path / "repository", shards=2)
+        (tmp_path / "repository" / "tokenizer.json").write_text("{}")
+        hub.add("Some/Tiny-Qwen", tmp_path / "repository")
+        yield hub
+
+
+@pytest.fixture
+def run(process: Run, hub: FakeHub, tmp_path: Path) -> Run:
+    """The command line, in a process that knows the hub; a list of words gives what it printed."""
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    path = tmp_path / "cards.yaml"
+    cards = [
+        CARD.format(name="far", uri="hg://some/tiny-qwen", layers=2),
+        CARD.format(name="misfit", uri="hg://some/tiny-qwen", layers=3),
+    ]
+    path.write_text("---\n".join(cards))
+
+    def run(*words: str | Path, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
+        done = process(*words, env=env | more)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    run("import", path)
+    return run
+
+
+def weights(hub: FakeHub) -> list[str]:
+    """The requests for bytes of weights."""
+    return [r.path for r in hub.requests if r.origin == "cdn" and r.method == "GET" and r.range is None]
+
+
+def shard_of(tmp_path: Path) -> Path:
+    (link,) = tmp_path.glob(f"hf/hub/models--Some--Tiny-Qwen/snapshots/*/{SHARD}")
+    return link.resolve()
+
+
+def damage(path: Path) -> None:
+    """Flip one bit of the last byte, which is a tensor's."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+
+
+def test_from_headers_to_weights_and_back(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    # Known before the download, from headers alone.
+    indexed = json.loads(run("index", "hg://some/tiny-qwen", "--json").stdout)
+    assert len(indexed["revision"]) == 40
+    assert all(len(shard["sha256"]) == 64 for shard in indexed["shards"])
+    rows = json.loads(run("sql", "--json", "select count(*) n from model_tensors where model = 'far'").stdout)
+    assert rows == [{"n": indexed["tensors"]}]
+    assert run("check", "far").stdout.startswith("ok")
+    assert weights(hub) == []
+
+    # What does not fit is refused before a byte of it is fetched.
+    assert "does not fit" in run("pull", "misfit", code=4).stderr
+    assert "does not fit" in run("load", "misfit", code=4).stderr
+    planned = json.loads(run("pull", "far", "--dry-run", "--json").stdout)
+    assert {file["fetched"] for file in planned} == {True}
+    assert weights(hub) == []
+    assert "`lading pull far`" in run("path", "far", code=2).stderr
+
+    # A load fetches by itself.
+    report = json.loads(run("load", "far", "--dtype", "auto", "--json", "--no-progress").stdout)
+    assert report["shards"] == 2
+    assert len(weights(hub)) == 2
+    folder = Path(run("path", "far").stdout.strip())
+    assert sorted(p.name for p in folder.glob("*.safetensors")) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+
+    # From now on nobody is asked.
+    hub.requests.clear()
+    run("load", "far", "--no-progress")
+    run("load", "far", "--no-progress", LADING_OFFLINE="1")
+    assert hub.requests == []
+
+    # A pull looks for what is new, and brings what lies beside.
+    pulled = json.loads(run("pull", "far", "--include", "tokenizer*", "--json", "--no-progress").stdout)
+    assert {f["name"] for f in pulled if f["fetched"]} == {
+        "config.json", "model.safetensors.index.json", "tokenizer.json",
+    }  # fmt: skip
+    assert (folder / "tokenizer.json").read_text() == "{}"
+    assert weights(hub) == []
+
+    # The audit of all that.
+    rows = json.loads(run("sql", "--json", "select method, result, expected = found ok from verifications").stdout)
+    assert {(r["method"], r["result"], r["ok"]) for r in rows} >= {("sha256", "match", 1)}
+    verified = json.loads(run("verify", "far", "--json", "--no-progress").stdout)
+    assert [(v["result"], v["method"]) for v in verified] == [("match", "sha256")] * 2
+
+
+def test_a_bit_that_flips_is_found_and_repaired(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    run("pull", "far", "--no-progress")
+    damage(shard_of(tmp_path))
+
+    assert [v["result"] for v in json.loads(run("verify", "far", "--json", code=4).stdout)] == ["mismatch", "match"]
+    assert "Unset LADING_OFFLINE" in run("load", "far", "--no-progress", code=4, LADING_OFFLINE="1").stderr
+    repaired = json.loads(run("verify", "far", "--repair", "--json", "--no-progress").stdout)
+    assert [v["result"] for v in repaired] == ["repaired", "match"]
+
+    # A load fetches anew what is not what was published, and says so.
+    damage(shard_of(tmp_path))
+    assert "is not what the hub publishes" in run("load", "far", "--no-progress").stderr
+
+
+def test_a_bit_that_flips_behind_an_unchanged_state(run: Run, hub: FakeHub, tmp_path: Path, catalog: Path) -> None:
+    run("pull", "far", "--no-progress")
+    run("load", "far", "--no-progress", "--verify", "always")  # records the digests of tensors
+    path = shard_of(tmp_path)
+    damage(path)
+    stat = path.stat()
+    with closing(sqlite3.connect(catalog)) as connection, connection:
+        connection.execute(
+            "UPDATE copies SET mtime_ns = ?, ctime_ns = ?, inode = ? WHERE file = ?",
+            (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, SHARD),
+        )
+
+    run("load", "far", "--no-progress")  # the state is the one that was seen verified
+    assert "not those that were verified" in run("load", "far", "--no-progress", "--verify", "always", code=4).stderr
+    assert "`lading verify far --repair`" in run("load", "far", "--no-progress", code=4).stderr  # it counts no more
+    run("verify", "far", "--repair", "--no-progress")
+    run("load", "far", "--no-progress")
+
+
+def test_what_is_published_moves_on(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    run("pull", "far", "--no-progress")
+    folder = tmp_path / "repository"
+    state = {k: v + 1 for k, v in load_file(folder / "model-00001-of-00002.safetensors").items()}
+    save_file(state, folder / "model-00001-of-00002.safetensors")
+    old = hub.repositories["some/tiny-qwen"].refs["main"]
+    files = {p.name: p.read_bytes() for p in folder.iterdir()}
+    new = hub.repositories["some/tiny-qwen"].commit(files)
+
+    def revision() -> str:
+        return json.loads(run("show", "far", "--json").stdout)["checkpoint"]["indexed"]["revision"]
+
+    run("load", "far", "--no-progress")  # stays with what was pulled
+    assert revision() == old
+    hub.requests.clear()
+    pulled = json.loads(run("pull", "far", "--json", "--no-progress").stdout)
+    assert revision() == new
+    assert len(weights(hub)) == 1  # the other shard is here already, by its content
+    assert len(pulled) == 4
+    run("load", "far", "--no-progress", "--verify", "always")
+    run("pull", "far", "--revision", old, "--no-progress")
+    assert revision() == old
+
+
+def test_nothing_is_asked_offline(run: Run, hub: FakeHub) -> None:
+    error = run("load", "far", code=5, LADING_OFFLINE="1").stderr
+    assert "LADING_OFFLINE" in error
+    assert hub.requests == []
+
+
+def test_a_gated_repository_says_where_to_ask(run: Run, hub: FakeHub) -> None:
+    hub.repositories["some/tiny-qwen"].gated = True
+    assert "Some/Tiny-Qwen" in run("load", "far", code=7).stderr.replace("some/tiny-qwen", "Some/Tiny-Qwen")

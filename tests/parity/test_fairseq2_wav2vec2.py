@@ -1,0 +1,128 @@
+"""wav2vec 2.0 against fairseq2, of which ``dump_fairseq2_wav2vec2.py`` wrote tiny random models beside this file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lading import load_model
+from lading.config import structure
+from lading.families.wav2vec2 import get_wav2vec2_model_hub
+from lading.families.wav2vec2_asr import get_wav2vec2_asr_model_hub
+from lading.family import get_family
+from lading.keymap import rename
+
+TOLERANCE = 1e-5
+FILES = {path.stem: path for path in sorted(Path(__file__).with_name("fairseq2_wav2vec2").glob("*.safetensors"))}
+ASR = [name for name in FILES if name.startswith("asr-")]
+
+
+class Dumped:
+    def __init__(self, name: str) -> None:
+        self.family = get_family("wav2vec2_asr" if name in ASR else "wav2vec2")
+        with safe_open(FILES[name], "pt") as file:
+            self.metadata = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        self.config = structure(self.family.config_kls, json.loads(self.metadata["config"]), where=name)
+        self.test = {key.removeprefix("test."): value for key, value in tensors.items() if key.startswith("test.")}
+        self.state = {key: value for key, value in tensors.items() if not key.startswith("test.")}
+
+    def load(self, folder: Path, **changes: str) -> Any:
+        """This project's model, from a file with fairseq2's names, or those that ``changes`` has for them."""
+        path = folder / "model.safetensors"
+        save_file({changes.get(name, name): tensor for name, tensor in self.state.items()}, path)
+
+        hub: Any = get_wav2vec2_asr_model_hub() if self.family.name == "wav2vec2_asr" else get_wav2vec2_model_hub()
+
+        return hub.load_custom_model(path, self.config, progress=False).eval()
+
+    def input(self) -> tuple[Tensor, Tensor]:
+        x = self.test["input_values"]
+
+        return x, (torch.arange(x.size(1))[None] < self.test["lengths"][:, None]).long()
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("name", ASR)
+@torch.no_grad()
+def test_logits_of_symbols(name: str, tmp_path: Path, home: Path) -> None:
+    dumped = Dumped(name)
+
+    found = dumped.load(tmp_path)(*dumped.input())
+
+    assert torch.equal(found.num_frames, dumped.test["num_frames"])
+    for i, n in enumerate(found.num_frames.tolist()):
+        assert relative_difference(found.logits[i, :n], dumped.test["logits"][i, :n]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in ASR])
+@torch.no_grad()
+def test_pre_training(name: str, tmp_path: Path, home: Path) -> None:
+    dumped = Dumped(name)
+    expected = dumped.test
+
+    found = dumped.load(tmp_path)(
+        *dumped.input(), temporal_mask=expected["temporal_mask"], distractors=expected["distractors"]
+    )
+
+    assert torch.equal(found.logits.isinf(), expected["logits"].isinf())
+    finite = expected["logits"].isfinite()
+    assert relative_difference(found.logits[finite], expected["logits"][finite]) <= TOLERANCE
+    assert relative_difference(found.targets, expected["targets"]) <= TOLERANCE
+    assert relative_difference(found.raw_features, expected["raw_features"]) <= TOLERANCE
+    assert relative_difference(found.quantizer.code_perplexity, expected["code_perplexity"]) <= TOLERANCE
+    assert relative_difference(found.quantizer.prob_perplexity, expected["prob_perplexity"]) <= TOLERANCE
+    for i, n in enumerate(found.num_frames.tolist()):
+        assert relative_difference(found.hidden[i, :n], expected["hidden"][i, :n]) <= TOLERANCE
+
+    flat = found.logits.flatten(0, 1)
+    loss = nn.functional.cross_entropy(flat, torch.zeros(len(flat), dtype=torch.long), reduction="sum")
+    assert relative_difference(loss, expected["contrastive_loss"]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["asr-base", "asr-lv60k"])
+@torch.no_grad()
+def test_names_of_fairseq(name: str, tmp_path: Path, home: Path) -> None:
+    dumped = Dumped(name)
+    names = json.loads(dumped.metadata["fairseq"])
+    rules = dumped.family.rules(dumped.config)
+
+    assert set(names.values()) == dumped.state.keys()
+    assert rename(list(names), rules) == rename(list(names.values()), rules)
+
+    model = dumped.load(tmp_path, **{fairseq2: fairseq for fairseq, fairseq2 in names.items()})
+    assert relative_difference(model(dumped.input()[0]).logits[:1], dumped.test["logits"][:1]) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_a_card_of_a_local_file(tmp_path: Path, home: Path) -> None:
+    """All of the way but the download."""
+    from lading import import_cards
+
+    dumped = Dumped("asr-lv60k")
+    dumped.load(tmp_path)
+    card = {
+        "name": "tiny_asr",
+        "base": "wav2vec2_asr_base_10h",
+        "model_arch": "large_lv60k_10h",
+        "checkpoint": "./model.safetensors",
+        "model_config": json.loads(dumped.metadata["config"]),
+    }
+    (tmp_path / "cards.yaml").write_text(json.dumps(card))
+    import_cards(tmp_path / "cards.yaml")
+
+    model = load_model("tiny_asr", progress=False).eval()
+
+    found = model(*dumped.input())
+    for i, n in enumerate(found.num_frames.tolist()):
+        assert relative_difference(found.logits[i, :n], dumped.test["logits"][i, :n]) <= TOLERANCE
