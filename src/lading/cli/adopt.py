@@ -42,7 +42,8 @@ def adopt(paths: tuple[Path, ...], dry_run: bool, form: Form) -> None:
     from lading.adoption import adopt_checkpoints
 
     found = adopt_checkpoints(*paths, dry_run=dry_run)
-    write_rows(_COLUMNS, [[getattr(each, c) for c in _COLUMNS] for each in found], form, table=_TABLE)
+    if found or form is not Form.TABLE:
+        write_rows(_COLUMNS, [[getattr(each, c) for c in _COLUMNS] for each in found], form, table=_TABLE)
     for each in found:
         if each.problem is not None:
             click.echo(f"lading: {printable(each.problem)}", err=True)
