@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lading.card import CheckpointRef
 from lading.catalog.checkpoints import record_files
-from lading.catalog.holdings import kind_at
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore
-from lading.checkpoint import Checkpoint
+from lading.checkpoint import Checkpoint, known_content
 from lading.errors import CatalogError, CheckpointNotFoundError, CorruptModelCheckpointError, InternalError
 from lading.fetch.source import FetchedFile, RemoteFile, Snapshot
 from lading.fetch.sources import open_source
@@ -23,6 +23,7 @@ from lading.manifest import Manifest
 from lading.published import name_in_source
 from lading.settings import Settings
 from lading.transfer.files import ShardFile
+from lading.whole import comes_whole, fetch_whole
 
 log = logging.getLogger("lading")
 
@@ -42,6 +43,9 @@ def acquire(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool)
     if ref is None:
         raise InternalError(f"nothing says where the checkpoint {checkpoint.uri} could be fetched from")
 
+    if comes_whole(ref):
+        return _acquire_whole(checkpoint, ref, store, progress=progress)
+
     source = open_source(
         ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=Settings.from_environment()
     )
@@ -52,17 +56,26 @@ def acquire(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool)
     ]
     snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=tuple(files))
 
-    known = _Known(store)
-    before = {path: _state(path) for path in source.local(snapshot, files) if path is not None}
-    fetched = source.fetch(snapshot, files, known=known, progress=progress)
+    fetched = source.fetch(snapshot, files, known=known_content(store), progress=progress)
     for file, shard in zip(fetched, shards, strict=True):
         if not file.published:
             _require_same_tensors(file, checkpoint.manifest, shard.name)
     if store is not None:
-        kinds = [known.kind(file, before, source.kind) for file in fetched]
-        _record(checkpoint, fetched, kinds, store)
+        _record(checkpoint, fetched, source.kind, store)
 
     return replace(checkpoint, files=tuple(ShardFile(path=file.path, stat=file.stat) for file in fetched), trusted=True)
+
+
+def _acquire_whole(
+    checkpoint: Checkpoint, ref: CheckpointRef, store: AssetStore | None, *, progress: bool
+) -> Checkpoint:
+    whole = fetch_whole(ref, known=known_content(store), progress=progress, revision=checkpoint.revision or None)
+    if not whole.manifest.tensors_equal(checkpoint.manifest):
+        raise _replaced(whole.copy.path, whole.copy.file)
+    if store is not None:
+        _record_all(checkpoint, [whole.copy], [whole.check], store)
+
+    return replace(checkpoint, files=(ShardFile(path=whole.copy.path, stat=whole.copy.stat),), trusted=True)
 
 
 def share(checkpoint: Checkpoint, root: Gang, find: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
@@ -117,70 +130,28 @@ def _on_this_host(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, files=tuple(files), trusted=False)
 
 
-class _Known:
-    """Where the catalog knows a verified file of a digest, and whose files those are that came of a fetch."""
-
-    def __init__(self, store: AssetStore | None) -> None:
-        self._store = store
-        self._offered: set[Path] = set()
-
-    def __call__(self, sha256: str) -> Path | None:
-        if self._store is None:
-            return None
-        try:
-            path = self._store.find_content(sha256)
-        except (CatalogError, OSError) as error:
-            log.warning("the catalog cannot be asked for files that are here already: %s", error)
-            return None
-        if path is not None:
-            self._offered.add(path)
-
-        return path
-
-    def kind(self, file: FetchedFile, before: Mapping[Path, FileStat | None], kind: CopyKind) -> CopyKind:
-        """Whose file it is: what was here already is not lading's to delete, unless the catalog says that it is.
-
-        :param before: the files that the source's cache held before the fetch, in the states that they were in.
-        :param kind: of what was fetched now.
-        """
-        was_here = file.path in self._offered or before.get(file.path) == file.stat
-        if self._store is None or not was_here:
-            return kind
-        try:
-            known = kind_at(self._store.database, file.path)
-        except (CatalogError, OSError) as error:
-            log.warning("the catalog does not say whose file %s is, so it stays another's: %s", file.path, error)
-            known = None
-
-        # Nobody but lading writes to its own cache.
-        return known or (kind if kind == "cache" else "adopted")
-
-
-def _state(path: Path) -> FileStat | None:
-    try:
-        return FileStat.from_stat(os.stat(path))
-    except OSError:
-        return None
-
-
 def _require_same_tensors(file: FetchedFile, manifest: Manifest, shard: str) -> None:
     """:raises CorruptModelCheckpointError: a file of no published digest is not the one that was indexed."""
     found = index_file(file.path)
     number = next(i for i, known in enumerate(manifest.shards) if known.name == shard)
     if not found.tensors_equal(manifest.only(number)):
-        raise CorruptModelCheckpointError(
-            file.path,
-            f"{file.name} as it was fetched holds other tensors than its header said when it was indexed: it was "
-            "replaced at its source. Index it anew with `lading index`.",
-        )
+        raise _replaced(file.path, file.name)
 
 
-def _record(
-    checkpoint: Checkpoint, fetched: Sequence[FetchedFile], kinds: Sequence[CopyKind], store: AssetStore
-) -> None:
+def _replaced(path: Path, name: str) -> CorruptModelCheckpointError:
+    return CorruptModelCheckpointError(
+        path,
+        f"{name} as it was fetched holds other tensors than it did when it was indexed: it was replaced at its source. "
+        "Index it anew with `lading index`.",
+    )
+
+
+def _record(checkpoint: Checkpoint, fetched: Sequence[FetchedFile], kind: CopyKind, store: AssetStore) -> None:
     copies, checks = [], []
-    for file, kind, shard in zip(fetched, kinds, checkpoint.manifest.shards, strict=True):
-        copies.append(LocalCopy(file=shard.name, path=file.path, stat=file.stat, kind=kind))
+    for file, shard in zip(fetched, checkpoint.manifest.shards, strict=True):
+        # What others fetched is not lading's to remove; the catalog knows better where it was lading after all.
+        owner = kind if file.own else "adopted"
+        copies.append(LocalCopy(file=shard.name, path=file.path, stat=file.stat, kind=owner))
         checks.append(
             Check(
                 file=shard.name,
@@ -191,6 +162,12 @@ def _record(
                 found=file.sha256,
             )
         )
+    _record_all(checkpoint, copies, checks, store)
+
+
+def _record_all(
+    checkpoint: Checkpoint, copies: Sequence[LocalCopy], checks: Sequence[Check], store: AssetStore
+) -> None:
     try:
         record_files(store.database, uri=checkpoint.uri, copies=copies, checks=checks)
     except (CatalogError, OSError) as error:

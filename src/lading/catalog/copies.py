@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, exists, insert, select, true
 
-from lading.catalog.entries import intact
+from lading.catalog.entries import chunks, intact
 from lading.catalog.provenance import now
-from lading.catalog.records import Check, LocalCopy, from_signed, to_signed
+from lading.catalog.records import Check, CopyKind, LocalCopy, from_signed, to_signed
 from lading.catalog.schema import COPIES, SHARDS, CopyRow
 from lading.filesystem import FileStat, place_id
 
@@ -35,11 +36,6 @@ def copies_with(connection: Connection, sha256: str) -> list[LocalCopy]:
     condition = exists().where(shards.c.checkpoint_id == COPIES.c.checkpoint_id, shards.c.name == COPIES.c.file)
 
     return [copy for _, copy in _reachable(connection, condition)]
-
-
-def copies_at(connection: Connection, path: Path) -> list[LocalCopy]:
-    """The copies of any checkpoint that are this file."""
-    return [copy for _, copy in _reachable(connection, COPIES.c.path == str(path))]
 
 
 def _reachable(connection: Connection, condition: ColumnElement[bool]) -> list[tuple[int, LocalCopy]]:
@@ -76,6 +72,7 @@ def write_copies(connection: Connection, checkpoint_id: int, copies: Sequence[Lo
 
     :param keep_others: keep those of other machines.
     """
+    copies = _with_owners(connection, copies)
     outdated = delete(CopyRow).where(CopyRow.checkpoint_id == checkpoint_id)
     if keep_others:
         outdated = outdated.where(CopyRow.place.in_({place_id(copy.path.parent) for copy in copies}))
@@ -85,6 +82,7 @@ def write_copies(connection: Connection, checkpoint_id: int, copies: Sequence[Lo
 
 def replace_copies(connection: Connection, checkpoint_id: int, copies: Sequence[LocalCopy]) -> None:
     """Write copies in place of those of the same files on this machine."""
+    copies = _with_owners(connection, copies)
     for copy in copies:
         connection.execute(
             delete(CopyRow).where(
@@ -94,6 +92,27 @@ def replace_copies(connection: Connection, checkpoint_id: int, copies: Sequence[
             )
         )
     _insert_copies(connection, checkpoint_id, copies)
+
+
+_THEIRS_FIRST: tuple[CopyKind, ...] = ("source", "adopted", "hub", "cache")
+
+
+def _with_owners(connection: Connection, copies: Sequence[LocalCopy]) -> list[LocalCopy]:
+    """The copies with the kinds that are known of them: a file that looks as it did is whose it was.
+
+    What is not lading's in one checkpoint is so in all: it must never be removed for one of them.
+    """
+    known: dict[tuple[Path, FileStat], set[CopyKind]] = {}
+    for paths in chunks(str(copy.path) for copy in copies):
+        for _, copy in _reachable(connection, COPIES.c.path.in_(paths)):
+            known.setdefault((copy.path, copy.stat), set()).add(copy.kind)
+
+    return [
+        replace(copy, kind=next(kind for kind in _THEIRS_FIRST if kind in kinds))
+        if (kinds := known.get((copy.path, copy.stat)))
+        else copy
+        for copy in copies
+    ]
 
 
 def _insert_copies(connection: Connection, checkpoint_id: int, copies: Sequence[LocalCopy]) -> None:

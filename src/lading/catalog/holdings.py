@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from sqlalchemy import Connection, delete, exists, select
 
 from lading.card import split_name
 from lading.catalog.checkpoints import link_card
-from lading.catalog.copies import all_copies, copies_at, same_copy
+from lading.catalog.copies import all_copies, same_copy
 from lading.catalog.database import Database
 from lading.catalog.entries import chunks, intact
 from lading.catalog.manifests import read_manifest
-from lading.catalog.records import CopyKind, HeldCheckpoint
+from lading.catalog.records import HeldCheckpoint
 from lading.catalog.schema import CHECKPOINTS, SHARDS, CopyRow
 from lading.manifest import Manifest, Shard
 
@@ -100,17 +99,6 @@ def checkpoints_like(database: Database, manifest: Manifest) -> list[tuple[str, 
         for uri, other in known
         if [shard.size for shard in other.shards] == sizes and other.tensors_equal(manifest)
     ]
-
-
-_THEIRS_FIRST: tuple[CopyKind, ...] = ("source", "adopted", "hub", "cache")
-
-
-def kind_at(database: Database, path: Path) -> CopyKind | None:
-    """Whose file is at ``path``, by what the catalog knows; one that is not lading's stays so for all checkpoints."""
-    with database.read() as connection:
-        kinds = {copy.kind for copy in copies_at(connection, path)}
-
-    return next((kind for kind in _THEIRS_FIRST if kind in kinds), None)
 
 
 def link_cards(database: Database, names: Collection[str], *, uri: str) -> None:
