@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from lading.catalog.store import AssetStore as AssetStore
     from lading.catalog.store import get_asset_store as get_asset_store
     from lading.check import CheckReport as CheckReport
-    from lading.checkpoint import index_checkpoint as index_checkpoint
     from lading.diff import DiffReport as DiffReport
     from lading.doors import check_model as check_model
     from lading.doors import diff_models as diff_models
@@ -59,6 +58,7 @@ if TYPE_CHECKING:
     from lading.hub import ModelHubAccessor as ModelHubAccessor
     from lading.hub import load_model as load_model
     from lading.keymap import Rule as Rule
+    from lading.locate import index_checkpoint as index_checkpoint
     from lading.manifest import Manifest as Manifest
     from lading.nn.sharding import ParallelPlan as ParallelPlan
     from lading.nn.sharding import Split as Split
@@ -82,7 +82,7 @@ _HOME = {
     "AssetStore": "catalog.store",
     "get_asset_store": "catalog.store",
     "CheckReport": "check",
-    "index_checkpoint": "checkpoint",
+    "index_checkpoint": "locate",
     "DiffReport": "diff",
     "check_model": "doors",
     "diff_models": "doors",

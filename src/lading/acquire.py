@@ -12,13 +12,14 @@ from lading.card import CheckpointRef
 from lading.catalog.checkpoints import record_files
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore
-from lading.checkpoint import Checkpoint, known_content
+from lading.checkpoint import Checkpoint
 from lading.errors import CatalogError, CheckpointNotFoundError, CorruptModelCheckpointError, InternalError
 from lading.fetch.source import FetchedFile, RemoteFile, Snapshot
 from lading.fetch.sources import open_source
 from lading.filesystem import FileStat
 from lading.formats.safetensors import index_file
 from lading.gangs import Gang
+from lading.locate import known_content
 from lading.manifest import Manifest
 from lading.published import name_in_source
 from lading.settings import Settings

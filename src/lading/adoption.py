@@ -17,7 +17,7 @@ from lading.catalog.checkpoints import record_checkpoint, record_files
 from lading.catalog.holdings import checkpoints_like, link_cards
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore, StoredCheckpoint, get_asset_store
-from lading.checkpoint import read_headers, require_writable
+from lading.checkpoint import OnDisk
 from lading.errors import (
     CatalogError,
     CheckpointNotFoundError,
@@ -32,6 +32,7 @@ from lading.filesystem import FileStat
 from lading.finding import Place, find_places, hub_places, require_inside
 from lading.folder import read_hf_config, refuse_quantised_config
 from lading.holdings import cards_with, intact_copies, names_of
+from lading.locate import require_writable
 from lading.manifest import Manifest
 
 log = logging.getLogger("lading")
@@ -353,12 +354,9 @@ def _read(path: Path, place: Place) -> tuple[Manifest, list[LocalCopy]]:
     _uri_of(path)
     require_inside(path, place)
     refuse_quantised_config(read_hf_config(path), path)
-    manifest, stats = read_headers(path)
-    folder = path if path.is_dir() else path.parent
+    found = OnDisk.read(path)
 
-    return manifest, [
-        LocalCopy(file=file, path=folder / file, stat=stat, kind="adopted") for file, stat in stats.items()
-    ]
+    return found.manifest, [replace(copy, kind="adopted") for copy in found.copies()]
 
 
 def _uri_of(path: Path) -> str:

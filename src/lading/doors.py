@@ -9,13 +9,14 @@ from pathlib import Path
 from lading.card import Architecture, AssetCard
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.check import CheckReport, check_manifest
-from lading.checkpoint import Checkpoint, card_checkpoint, path_checkpoint
+from lading.checkpoint import Checkpoint, path_checkpoint
 from lading.config import architecture_config
 from lading.construct import build_on_meta
 from lading.diff import DiffReport, Side, diff
 from lading.errors import NotSupportedError
 from lading.family import get_family
 from lading.folder import family_of_folder
+from lading.locate import card_checkpoint
 from lading.resolve import family_of_card, model_config
 from lading.transfer.targets import targets_of
 

@@ -23,13 +23,14 @@ from lading.acquire import acquire, share
 from lading.card import AssetCard
 from lading.catalog.store import AssetStore
 from lading.check import report_fit, require_fit
-from lading.checkpoint import Checkpoint, card_checkpoint, path_checkpoint
+from lading.checkpoint import Checkpoint, path_checkpoint
 from lading.compose import Source, tensors_of
 from lading.construct import assign, build_on_meta, check_config_type, parallelize, reset_buffers, settle_dtypes
 from lading.errors import ModelCheckpointMismatchError
 from lading.family import Family
 from lading.gangs import Gangs
 from lading.keymap import Route, route
+from lading.locate import card_checkpoint
 from lading.manifest import Manifest
 from lading.reading import read_tensors
 from lading.report import Clock, LoadReport
@@ -82,7 +83,9 @@ def load_card(
             resolved = model_config(card, family, open_store) if config is None else config
 
         with clock.phase("manifest"):
-            return resolved, card_checkpoint(card, open_store, progress=options.progress)
+            return resolved, card_checkpoint(
+                card, open_store, progress=options.progress, accept_others=options.verify == "never"
+            )
 
     resolved, checkpoint = options.gangs.root.first(resolve)
 

@@ -13,10 +13,10 @@ from lading.card import checkpoint_ref
 from lading.catalog.holdings import held_checkpoints, letting_go
 from lading.catalog.records import HeldCheckpoint, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
-from lading.checkpoint import require_writable
 from lading.fetch.cache import Cache
 from lading.fetch.hf_removal import SnapshotFile, remove_files, snapshot_file
 from lading.holdings import catalog_uri, find_orphans, names_of
+from lading.locate import require_writable
 from lading.settings import Settings
 
 _GRACE = 3_600

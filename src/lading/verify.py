@@ -12,7 +12,7 @@ from lading.card import AssetCard, checkpoint_ref, path_uri, uri_path
 from lading.catalog.checkpoints import record_digests, record_files
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
-from lading.checkpoint import Checkpoint, card_checkpoint
+from lading.checkpoint import Checkpoint
 from lading.digests import Digests, recorded
 from lading.errors import (
     CheckpointNotFoundError,
@@ -23,6 +23,7 @@ from lading.errors import (
 from lading.fetch.file import local_checkpoint
 from lading.filesystem import FileStat
 from lading.formats.safetensors import index_file
+from lading.locate import card_checkpoint
 from lading.transfer.execute import hash_checkpoint
 from lading.transfer.files import ShardFile
 from lading.verification import check_files, remedy, shard_digest

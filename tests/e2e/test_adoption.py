@@ -13,7 +13,6 @@ import pytest
 import lading
 from cached_repository import add_cards, add_snapshot, tree, use_cache
 from lading.card import path_uri
-from lading.checkpoint import local_paths
 from lading.errors import (
     CheckpointNotFoundError,
     CorruptModelCheckpointError,
@@ -21,6 +20,7 @@ from lading.errors import (
     NotSupportedError,
     PolicyError,
 )
+from lading.locate import local_paths
 from make_checkpoint import make
 
 

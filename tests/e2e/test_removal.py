@@ -379,7 +379,7 @@ def test_a_removal_from_the_cache_that_is_killed(tmp_path: Path, hub: Path, made
 
 def usable(name: str) -> bool:
     """Whether a load would find the model on this machine."""
-    from lading.checkpoint import card_checkpoint
+    from lading.locate import card_checkpoint
 
     store = lading.get_asset_store()
     return card_checkpoint(store.retrieve_card(name), store).files is not None

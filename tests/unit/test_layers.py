@@ -23,6 +23,7 @@ LAYERS = [
     {"folder", "construct", "published", "whole", "diff", "resolve"},
     {"finding"},
     {"checkpoint", "check"},
+    {"locate"},
     {"acquire", "reading", "holdings", "adoption", "removal"},
     {"verification"},
     {"verify", "pull"},
