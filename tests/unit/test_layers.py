@@ -22,7 +22,7 @@ LAYERS = [
     {"parallel", "report"},
     {"folder", "construct", "published", "whole", "diff", "resolve"},
     {"checkpoint", "check"},
-    {"acquire", "reading"},
+    {"acquire", "completion", "reading"},
     {"verification"},
     {"verify", "pull"},
     {"loader"},
