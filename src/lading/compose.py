@@ -1,8 +1,8 @@
 """How a parameter is made of the tensors of a checkpoint, as a value, and what a part of it needs of them. Pure.
 
 A *source* is a tensor, by its position in the manifest; or sources that are joined along a dim, stacked along a new
-one, or re-ordered or cut along one. It is never carried out on tensors: for a box of the parameter it gives pieces, each a
-strided copy from one tensor to the memory of the box, so that a rank reads what its box needs and nothing else.
+one, or re-ordered or cut along one. It is never carried out on tensors: for a box of the parameter it gives pieces,
+each a strided copy from one tensor to the memory of the box, so that a rank reads what its box needs and nothing else.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ def _hf_config(config: HuggingFaceModelConfig) -> PretrainedConfig:
         _refuse(config, f"the model type {model_type!r}")
 
     try:
-        return cast("PretrainedConfig", CONFIG_MAPPING[model_type].from_dict(_without_orders(config.hf_config)))
+        return CONFIG_MAPPING[model_type].from_dict(_without_orders(config.hf_config))
     except Exception as error:  # whatever a field of a wrong type leads to there
         raise _mismatch(f"transformers cannot read it: {error}") from error
 
@@ -233,9 +233,7 @@ def _outline(config: HuggingFaceModelConfig) -> PreTrainedModel:
 @lru_cache(maxsize=1)
 def _kept_outline(key: str) -> PreTrainedModel:
     model_type, custom_model_class, hf_config = json.loads(key)
-    config = HuggingFaceModelConfig(
-        model_type=model_type, custom_model_class=custom_model_class, hf_config=hf_config
-    )
+    config = HuggingFaceModelConfig(model_type=model_type, custom_model_class=custom_model_class, hf_config=hf_config)
     with torch.device("meta"):
         return _build(config)
 
@@ -258,11 +256,12 @@ def _reset_buffers(model: Module, config: HuggingFaceModelConfig, device: torch.
 
     :raises NotSupportedError: transformers computes one nowhere but in the constructor.
     """
+    dtype = cast("PreTrainedModel", model).dtype
+    _state_dtype(model.config, dtype)
     buffers = _non_persistent_buffers(model)
     if not buffers:
         return
 
-    dtype = cast("PreTrainedModel", model).dtype
     dtypes = {} if dtype == torch.float32 else _buffer_dtypes(config, dtype)
     results: list[dict[str, Tensor]] = []
     with _only_buffers(model):
@@ -282,13 +281,21 @@ def _reset_buffers(model: Module, config: HuggingFaceModelConfig, device: torch.
         )
 
 
+def _state_dtype(hf_config: Any, dtype: torch.dtype) -> None:
+    """Have the model's configuration say what it holds, as after ``from_pretrained``."""
+    hf_config.dtype = dtype
+    for name in hf_config.sub_configs:
+        if (part := getattr(hf_config, name, None)) is not None:
+            part.dtype = dtype
+
+
 def _non_persistent_buffers(model: Module) -> dict[str, tuple[Module, str, Tensor]]:
     """By name, each with its owner and its name there; a buffer that several names share comes under each."""
     return {
         f"{prefix}.{leaf}" if prefix else leaf: (owner, leaf, buffer)
         for prefix, owner in model.named_modules()
         for leaf in sorted(owner._non_persistent_buffers_set)
-        if (buffer := owner._buffers.get(leaf)) is not None
+        if (buffer := owner._buffers[leaf]) is not None
     }
 
 
@@ -335,7 +342,7 @@ def _init(model: Module, config: HuggingFaceModelConfig, name: str, tensor: Tens
     steps = path.split(".") if path else []
     owners = [outline.get_submodule(".".join(steps[:i])) for i in range(len(steps) + 1)]
     owner = owners[-1]
-    held = owner._parameters if leaf in owner._parameters else owner._buffers
+    held: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
     before = held[leaf]
     with torch.no_grad():
         tensor.zero_()
@@ -345,7 +352,7 @@ def _init(model: Module, config: HuggingFaceModelConfig, name: str, tensor: Tens
                 reset()
             for i in reversed(range(len(owners))):
                 models = [each for each in owners[: i + 1] if isinstance(each, PreTrainedModel)]
-                models[-1]._init_weights(owners[i])
+                models[-1]._init_weights(owners[i])  # type: ignore[no-untyped-call]
         finally:
             held[leaf] = before
 

@@ -143,7 +143,7 @@ def _converted(
                         orders[i] = _rope_order(model, operation, shapes[target][0])
             case _:
                 raise NotSupportedError(
-                    f"transformers makes {renamed} of {name} and others by {operation!r}, which lading has no rule for. "
+                    f"transformers makes {renamed} of {name} and others by {operation!r}, for which there is no rule. "
                     "Save the model with a version of transformers that writes it as it is in memory, or load it with "
                     "transformers itself."
                 )
