@@ -220,9 +220,7 @@ def test_some_are_of_several_files(folder: Callable[[Case], Path]) -> None:
 
 
 @pytest.mark.parametrize("id_", ["decoder", "gpt2", "experts", "speech"])
-def test_the_model_without_its_head_loads_from_a_checkpoint_with_one(
-    id_: str, folder: Callable[[Case], Path]
-) -> None:
+def test_the_model_without_its_head_loads_from_a_checkpoint_with_one(id_: str, folder: Callable[[Case], Path]) -> None:
     import transformers
 
     case = next(case for case in CASES if case.id == id_)

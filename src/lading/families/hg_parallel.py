@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from torch.nn import Embedding, Linear, Module
@@ -50,18 +51,21 @@ def _tensor(model: Module, stated: Mapping[str, str]) -> dict[str, Split]:
     Modules beside one another go together: what one leaves split, another puts together.
     """
     modules = {_star(name): part for name, part in model.named_modules()}
+    known = modules.keys() | {_star(name) for name, _ in model.named_parameters()}
     groups: dict[str, dict[str, str]] = {}
-    for name, style in stated.items():
-        if name in modules or any(known.startswith(f"{name}.") for known in modules) or _is_parameter(model, name):
-            groups.setdefault(name.rpartition(".")[0], {})[name] = style
+    for name in known & stated.keys():
+        groups.setdefault(name.rpartition(".")[0], {})[name] = stated[name]
 
     found: dict[str, Split] = {}
     for parent, styles in groups.items():
         splits = {name: _split(name, style, modules.get(name)) for name, style in styles.items()}
-        if others := sorted(style for name, style in styles.items() if splits[name] is None):
-            log.info("modules of %s stay whole: lading has no plan for %s", parent or "the model", ", ".join(others))
+        done = {name: split for name, split in splits.items() if split is not None}
+        if others := sorted({style for name, style in styles.items() if name not in done}):
+            log.info("modules of %s stay whole: there is no plan here for %s", parent or "the model", ", ".join(others))
+        elif (Split.COLUMN in done.values()) != (Split.ROW in done.values()):
+            log.info("modules of %s stay whole: what is split there is put together elsewhere", parent or "the model")
         else:
-            found |= {name: split for name, split in splits.items() if split is not None}
+            found |= done
 
     return _with_ties(model, found)
 
@@ -97,12 +101,13 @@ def _divisible(model: PreTrainedModel, splits: Mapping[str, Split]) -> dict[str,
     sizes = {name: size for name in _HEADS if isinstance(size := getattr(config, name, None), int)}
     for name, part in model.named_modules():
         split = splits.get(_star(name))
-        if split in (Split.COLUMN, Split.LOGITS) and isinstance(part, Linear):
-            sizes[f"{_star(name)}.out_features"] = part.out_features
-        elif split is Split.ROW and isinstance(part, Linear):
-            sizes[f"{_star(name)}.in_features"] = part.in_features
-        elif split is Split.VOCABULARY and isinstance(part, Embedding):
-            sizes[f"{_star(name)}.num_embeddings"] = part.num_embeddings
+        if split in (None, Split.HEADS):
+            continue
+        key = (
+            "num_embeddings" if isinstance(part, Embedding) else "in_features" if split is Split.ROW else "out_features"
+        )
+        # A number divides all of several sizes if it divides what divides them all.
+        sizes[f"{_star(name)}.{key}"] = gcd(getattr(part, key), sizes.get(f"{_star(name)}.{key}", 0))
 
     return sizes
 
@@ -112,10 +117,6 @@ def _units(model: PreTrainedModel) -> Iterator[str]:
     kinds = set(model._no_split_modules or ())
     names = (_star(name) for name, part in model.named_modules() if name and type(part).__name__ in kinds)
     yield from dict.fromkeys(names)
-
-
-def _is_parameter(model: Module, name: str) -> bool:
-    return any(_star(own) == name for own, _ in model.named_parameters())
 
 
 def _star(name: str) -> str:
