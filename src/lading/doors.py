@@ -10,6 +10,7 @@ from lading.card import Architecture, AssetCard
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.check import CheckReport, check_manifest
 from lading.checkpoint import Checkpoint, path_checkpoint
+from lading.completion import completed
 from lading.config import architecture_config
 from lading.construct import build_on_meta
 from lading.diff import DiffReport, Side, diff
@@ -44,7 +45,9 @@ def check_model(target: AssetCard | str | Path, *, store: AssetStore | None = No
     family = family_of_card(card)
     config = model_config(card, family, store)
 
-    return check_manifest(card_checkpoint(card, store).manifest, family, config)
+    checkpoint = card_checkpoint(card, store)
+
+    return check_manifest(checkpoint.manifest, family, completed(config, family, checkpoint))
 
 
 def diff_models(a: AssetCard | str | Path, b: AssetCard | str | Path, *, store: AssetStore | None = None) -> DiffReport:

@@ -24,7 +24,7 @@ LAYERS = [
     {"finding"},
     {"checkpoint", "check"},
     {"locate"},
-    {"acquire", "reading", "holdings", "adoption", "removal"},
+    {"acquire", "completion", "reading", "holdings", "adoption", "removal"},
     {"verification"},
     {"verify", "pull"},
     {"loader"},
