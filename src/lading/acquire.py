@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lading.card import CheckpointRef
 from lading.catalog.checkpoints import record_files
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore
-from lading.checkpoint import Checkpoint
+from lading.checkpoint import Checkpoint, known_content
 from lading.errors import CatalogError, CheckpointNotFoundError, CorruptModelCheckpointError, InternalError
-from lading.fetch.source import FetchedFile, Known, RemoteFile, Snapshot
+from lading.fetch.source import FetchedFile, RemoteFile, Snapshot
 from lading.fetch.sources import open_source
 from lading.filesystem import FileStat
 from lading.formats.safetensors import index_file
@@ -22,6 +23,7 @@ from lading.manifest import Manifest
 from lading.published import name_in_source
 from lading.settings import Settings
 from lading.transfer.files import ShardFile
+from lading.whole import comes_whole, fetch_whole
 
 log = logging.getLogger("lading")
 
@@ -41,6 +43,9 @@ def acquire(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool)
     if ref is None:
         raise InternalError(f"nothing says where the checkpoint {checkpoint.uri} could be fetched from")
 
+    if comes_whole(ref):
+        return _acquire_whole(checkpoint, ref, store, progress=progress)
+
     source = open_source(
         ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=Settings.from_environment()
     )
@@ -51,7 +56,7 @@ def acquire(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool)
     ]
     snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=tuple(files))
 
-    fetched = source.fetch(snapshot, files, known=_known(store), progress=progress)
+    fetched = source.fetch(snapshot, files, known=known_content(store), progress=progress)
     for file, shard in zip(fetched, shards, strict=True):
         if not file.published:
             _require_same_tensors(file, checkpoint.manifest, shard.name)
@@ -59,6 +64,18 @@ def acquire(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool)
         _record(checkpoint, fetched, source.kind, store)
 
     return replace(checkpoint, files=tuple(ShardFile(path=file.path, stat=file.stat) for file in fetched), trusted=True)
+
+
+def _acquire_whole(
+    checkpoint: Checkpoint, ref: CheckpointRef, store: AssetStore | None, *, progress: bool
+) -> Checkpoint:
+    whole = fetch_whole(ref, known=known_content(store), progress=progress, revision=checkpoint.revision or None)
+    if not whole.manifest.tensors_equal(checkpoint.manifest):
+        raise _replaced(whole.copy.path, whole.copy.file)
+    if store is not None:
+        _record_all(checkpoint, [whole.copy], [whole.check], store)
+
+    return replace(checkpoint, files=(ShardFile(path=whole.copy.path, stat=whole.copy.stat),), trusted=True)
 
 
 def share(checkpoint: Checkpoint, root: Gang, find: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
@@ -113,31 +130,20 @@ def _on_this_host(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, files=tuple(files), trusted=False)
 
 
-def _known(store: AssetStore | None) -> Known:
-    """Where the catalog knows a verified file of a digest."""
-
-    def known(sha256: str) -> Path | None:
-        if store is None:
-            return None
-        try:
-            return store.find_content(sha256)
-        except (CatalogError, OSError) as error:
-            log.warning("the catalog cannot be asked for files that are here already: %s", error)
-            return None
-
-    return known
-
-
 def _require_same_tensors(file: FetchedFile, manifest: Manifest, shard: str) -> None:
     """:raises CorruptModelCheckpointError: a file of no published digest is not the one that was indexed."""
     found = index_file(file.path)
     number = next(i for i, known in enumerate(manifest.shards) if known.name == shard)
     if not found.tensors_equal(manifest.only(number)):
-        raise CorruptModelCheckpointError(
-            file.path,
-            f"{file.name} as it was fetched holds other tensors than its header said when it was indexed: it was "
-            "replaced at its source. Index it anew with `lading index`.",
-        )
+        raise _replaced(file.path, file.name)
+
+
+def _replaced(path: Path, name: str) -> CorruptModelCheckpointError:
+    return CorruptModelCheckpointError(
+        path,
+        f"{name} as it was fetched holds other tensors than it did when it was indexed: it was replaced at its source. "
+        "Index it anew with `lading index`.",
+    )
 
 
 def _record(checkpoint: Checkpoint, fetched: Sequence[FetchedFile], kind: CopyKind, store: AssetStore) -> None:
@@ -154,6 +160,12 @@ def _record(checkpoint: Checkpoint, fetched: Sequence[FetchedFile], kind: CopyKi
                 found=file.sha256,
             )
         )
+    _record_all(checkpoint, copies, checks, store)
+
+
+def _record_all(
+    checkpoint: Checkpoint, copies: Sequence[LocalCopy], checks: Sequence[Check], store: AssetStore
+) -> None:
     try:
         record_files(store.database, uri=checkpoint.uri, copies=copies, checks=checks)
     except (CatalogError, OSError) as error:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lading import formats
 from lading.card import AssetCard, CheckpointRef, checkpoint_ref, path_uri, uri_path
-from lading.catalog.checkpoints import record_checkpoint
+from lading.catalog.checkpoints import record_checkpoint, record_files
+from lading.catalog.records import Check
 from lading.catalog.store import AssetStore, LocalCopy, StoredCheckpoint, get_asset_store
 from lading.errors import (
     CatalogError,
@@ -22,12 +23,14 @@ from lading.errors import (
     ModelGatedError,
 )
 from lading.fetch.file import local_checkpoint
+from lading.fetch.source import Known
 from lading.filesystem import FileStat
 from lading.folder import read_hf_config, refuse_quantised_config
 from lading.manifest import Manifest
 from lading.published import index_source
 from lading.settings import Settings
 from lading.transfer.files import ShardFile
+from lading.whole import comes_whole, fetch_whole
 
 log = logging.getLogger("lading")
 
@@ -63,10 +66,13 @@ class Checkpoint:
         return self.files
 
 
-def card_checkpoint(card: AssetCard, store: AssetStore) -> Checkpoint:
+def card_checkpoint(card: AssetCard, store: AssetStore, *, progress: bool = False) -> Checkpoint:
     """The checkpoint of a card, its manifest from the catalog where that is known and still true.
 
-    One that is elsewhere is not fetched: its headers are read there, once, and pinned to what was published then.
+    One that is elsewhere is not fetched: its headers are read there, once, and pinned to what was published then. Only
+    what ``torch.save`` wrote has to come first (:mod:`lading.whole`).
+
+    :param progress: show a bar on stderr if it does.
 
     :raises ModelGatedError: the card names none.
     :raises CheckpointNotFoundError: nothing is where the card says.
@@ -80,7 +86,7 @@ def card_checkpoint(card: AssetCard, store: AssetStore) -> Checkpoint:
 
     path = uri_path(ref.uri)
     if path is None:
-        return _remote_checkpoint(card.name, ref, store)
+        return _remote_checkpoint(card.name, ref, store, progress=progress)
 
     return _local_checkpoint(card.name, local_checkpoint(path, inner_path=ref.path), store)
 
@@ -146,7 +152,10 @@ def index_checkpoint(target: str | Path, *, store: AssetStore | None = None) -> 
     store = store or get_asset_store()
     card_name, ref = _ref_of(target, store)
     path = uri_path(ref.uri)
-    if path is None:
+    if path is None and comes_whole(ref):
+        whole = fetch_whole(ref, known=known_content(store), progress=False)
+        uri, manifest, copies, revision = ref.key, whole.manifest, [whole.copy], whole.revision
+    elif path is None:
         uri, copies = ref.key, []
         published = index_source(ref)
         manifest, revision = published.manifest, published.revision
@@ -196,7 +205,22 @@ def _require_writable(store: AssetStore) -> None:
 # --- elsewhere -------------------------------------------------------------------------------------------------------
 
 
-def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore) -> Checkpoint:
+def known_content(store: AssetStore | None) -> Known:
+    """Where the catalog knows a verified file of a digest."""
+
+    def known(sha256: str) -> Path | None:
+        if store is None:
+            return None
+        try:
+            return store.find_content(sha256)
+        except (CatalogError, OSError) as error:
+            log.warning("the catalog cannot be asked for files that are here already: %s", error)
+            return None
+
+    return known
+
+
+def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, progress: bool) -> Checkpoint:
     stored = _stored(name, ref.key, store)
     if stored is not None:
         files = _copies_as_known(stored)
@@ -211,6 +235,9 @@ def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore) -> Chec
             revision=stored.revision,
         )
 
+    if comes_whole(ref):
+        return _whole_checkpoint(name, ref, store, progress=progress)
+
     published = index_source(ref)
     refuse_quantised_config(published.hf_config, ref.key)
     checkpoint = Checkpoint(
@@ -223,6 +250,23 @@ def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore) -> Chec
         revision=published.revision,
     )
     _record(checkpoint, (), store)
+
+    return checkpoint
+
+
+def _whole_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, progress: bool) -> Checkpoint:
+    whole = fetch_whole(ref, known=known_content(store), progress=progress)
+    checkpoint = Checkpoint(
+        name=name,
+        uri=ref.key,
+        where=ref.key,
+        manifest=whole.manifest,
+        files=(ShardFile(path=whole.copy.path, stat=whole.copy.stat),),
+        trusted=True,
+        ref=ref,
+        revision=whole.revision,
+    )
+    _record(checkpoint, [whole.copy], store, checks=[whole.check])
 
     return checkpoint
 
@@ -370,7 +414,9 @@ def _stored(name: str, uri: str, store: AssetStore) -> StoredCheckpoint | None:
         return None
 
 
-def _record(checkpoint: Checkpoint, copies: list[LocalCopy] | tuple[()], store: AssetStore) -> None:
+def _record(
+    checkpoint: Checkpoint, copies: Sequence[LocalCopy], store: AssetStore, *, checks: Sequence[Check] = ()
+) -> None:
     try:
         _require_writable(store)
         record_checkpoint(
@@ -381,6 +427,8 @@ def _record(checkpoint: Checkpoint, copies: list[LocalCopy] | tuple[()], store: 
             revision=checkpoint.revision,
             card_name=checkpoint.name,
         )
+        if checks:
+            record_files(store.database, uri=checkpoint.uri, checks=checks)
     except (CatalogError, OSError) as error:
         log.warning("the manifest of %s is not in the catalog: %s", checkpoint.name, error)
 

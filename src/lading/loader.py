@@ -82,7 +82,7 @@ def load_card(
             resolved = model_config(card, family, open_store) if config is None else config
 
         with clock.phase("manifest"):
-            return resolved, card_checkpoint(card, open_store)
+            return resolved, card_checkpoint(card, open_store, progress=options.progress)
 
     resolved, checkpoint = options.gangs.root.first(resolve)
 

@@ -20,6 +20,7 @@ from lading.folder import refuse_quantised_config
 from lading.published import CONFIG_NAME, Published, index_source, name_in_source
 from lading.resolve import family_of_card, model_config
 from lading.settings import Settings
+from lading.whole import comes_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +85,12 @@ def pull_model(
     if uri_path(ref.uri) is not None:
         return _of_local(card_checkpoint(card, store), revision)
 
-    if Settings.from_environment().offline:  # what is known of it already is all that there is
-        published, checkpoint = None, card_checkpoint(card, store)
+    published: Published | None = None
+    if comes_whole(ref) or Settings.from_environment().offline:
+        if dry_run and store.checkpoint(ref.key) is None:
+            file = PulledFile(name=ref.key, size=None, path=None, fetched=True)
+            return PullReport(name=card.name, uri=ref.key, revision=revision, files=(file,))
+        checkpoint = card_checkpoint(card, store, progress=progress)
     else:
         published = index_source(ref, revision=revision)
         refuse_quantised_config(published.hf_config, ref.key)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from make_checkpoint import make
+from make_checkpoint import make, tensors
 from servers.hub import FakeHub
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -34,6 +39,7 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
     with FakeHub() as hub:
         make(tmp_path / "repository", shards=2)
         (tmp_path / "repository" / "tokenizer.json").write_text("{}")
+        torch.save({"model": tensors()}, tmp_path / "repository" / "model.pt")
         hub.add("Some/Tiny-Qwen", tmp_path / "repository")
         yield hub
 
@@ -46,6 +52,7 @@ def run(process: Run, hub: FakeHub, tmp_path: Path) -> Run:
     cards = [
         CARD.format(name="far", uri="hg://some/tiny-qwen", layers=2),
         CARD.format(name="misfit", uri="hg://some/tiny-qwen", layers=3),
+        CARD.format(name="pickled", uri="hg://some/tiny-qwen/model.pt", layers=2),
     ]
     path.write_text("---\n".join(cards))
 
@@ -192,3 +199,46 @@ def test_nothing_is_asked_offline(run: Run, hub: FakeHub) -> None:
 def test_a_gated_repository_says_where_to_ask(run: Run, hub: FakeHub) -> None:
     hub.repositories["some/tiny-qwen"].gated = True
     assert "Some/Tiny-Qwen" in run("load", "far", code=7).stderr.replace("some/tiny-qwen", "Some/Tiny-Qwen")
+
+
+def test_what_torch_saved_is_fetched_first(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    report = json.loads(run("load", "pickled", "--dtype", "auto", "--json", "--no-progress").stdout)
+    assert report["tensors"] == len(tensors())
+    assert Path(run("path", "pickled").stdout.strip()).name == "model.pt"
+    hub.requests.clear()
+    run("load", "pickled", "--no-progress", "--mmap")
+    assert [v["result"] for v in json.loads(run("verify", "pickled", "--json").stdout)] == ["match"]
+    assert hub.requests == []
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    """A folder on a web server that knows no ranges."""
+    folder = tmp_path / "web"
+    make(folder, shards=2)
+    torch.save({"model": tensors()}, folder / "model.pt")
+    for path in folder.iterdir():  # a validator of HTTP has to be older than a minute
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors.index.json", "model.pt"])
+def test_from_a_web_server(process: Run, web: str, tmp_path: Path, file: str) -> None:
+    (tmp_path / "cards.yaml").write_text(CARD.format(name="web", uri=f"{web}/{file}", layers=2))
+    cache = {"LADING_CACHE_DIR": str(tmp_path / "cache")}
+
+    def run(*words: str, **env: str) -> str:
+        done = process(*words, env=cache | env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run("import", str(tmp_path / "cards.yaml"))
+    assert json.loads(run("load", "web", "--dtype", "auto", "--json", "--no-progress"))["parameters"] > 0
+    run("load", "web", "--no-progress", "--verify", "always", LADING_OFFLINE="1")
+    assert [v["result"] for v in json.loads(run("verify", "web", "--json"))] == ["match"] * (1 if "pt" in file else 2)
+    paths = run("path", "web").splitlines()
+    assert all(Path(path).is_relative_to(tmp_path / "cache" / "blobs") for path in paths)

@@ -20,7 +20,7 @@ LAYERS = [
     {"transfer"},
     {"family"},
     {"parallel", "report"},
-    {"folder", "construct", "published", "diff", "resolve"},
+    {"folder", "construct", "published", "whole", "diff", "resolve"},
     {"checkpoint", "check"},
     {"acquire", "reading"},
     {"verification"},
