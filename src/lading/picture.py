@@ -272,7 +272,7 @@ class _Canvas:
                 )
             else:
                 shapes = f'<path fill="{colour}" stroke="#99a" stroke-width=".5" d="M{x:g} {at:g}h14v14h-14z"/>'
-            self.texts.append(f'{shapes}<text x="{x + 20:g}" y="{at + 12:g}">{_escaped(text)}</text>')
+            self.texts.append(f'<g>{shapes}<text x="{x + 20:g}" y="{at + 12:g}">{_escaped(text)}</text></g>')
 
         return y + -(-len(entries) // 4) * 22 + MARGIN
 
