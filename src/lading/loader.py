@@ -147,7 +147,7 @@ def _load(
         wanted = Wanted(
             tensors=routed.tensors,
             boxes=[targets.boxes[i] for i in order],
-            dtypes=settle_dtypes(targets, routed, manifest, gangs),
+            dtypes=settle_dtypes(targets, routed, manifest, sdp=gangs.sdp.size),
             composed=routed.composed,
         )
         planned = plan(manifest, wanted, mapped=options.mmap and device.type == "cpu")

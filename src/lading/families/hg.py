@@ -271,7 +271,7 @@ def _reset_buffers(model: Module, config: HuggingFaceModelConfig, device: torch.
                     buffer, fill, device=device, dtype=dtypes.get(name, buffer.dtype)
                 )
             _init_weights(model, model)
-            results.append({name: owner._buffers[leaf] for name, (owner, leaf, _) in buffers.items()})
+            results.append({name: owner.get_buffer(leaf) for name, (owner, leaf, _) in buffers.items()})
 
     left = [name for name, tensor in results[0].items() if not torch.equal(tensor, results[1][name])]
     if left:
