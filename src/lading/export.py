@@ -27,6 +27,7 @@ from lading.catalog.store import AssetStore, get_asset_store
 from lading.check import report_fit, require_fit
 from lading.checkpoint import Checkpoint, path_checkpoint
 from lading.companions import companions, files_beside
+from lading.completion import completed
 from lading.compose import Source
 from lading.construct import build_on_meta, check_config_type, settle_dtypes
 from lading.errors import CorruptModelCheckpointError, LadingError, ModelCheckpointMismatchError, NotSupportedError
@@ -114,14 +115,15 @@ def convert_checkpoint(
         name = str(target)
         family, config = family_of_folder(target) if arch is None else _of_architecture(arch, store)
         checkpoint = path_checkpoint(target, restrict=restrict)
+        config = completed(config, family, checkpoint)
     else:
         if arch is not None:
             raise ValueError("`arch` is for a checkpoint at a path: a card names its own")
         store = store or get_asset_store()
         card = target if isinstance(target, AssetCard) else store.retrieve_card(target)
         name, family = card.name, family_of_card(card)
-        config = model_config(card, family, store)
-        checkpoint = card_checkpoint(card, store)
+        checkpoint = card_checkpoint(card, store, progress=progress)
+        config = completed(model_config(card, family, store), family, checkpoint)
 
     manifest = checkpoint.manifest
     targets = targets_of(build_on_meta(family, config), dtype=None if dtype == "auto" else dtype)
@@ -136,7 +138,7 @@ def convert_checkpoint(
     fit = report_fit(manifest, targets, routed, family=family.name)
     require_fit(fit, path=checkpoint.where, name=checkpoint.name)
 
-    dtypes = settle_dtypes(targets, routed, manifest, create_fake_gangs("cpu"))
+    dtypes = settle_dtypes(targets, routed, manifest, sdp=1)
     entries = [
         Entry(name=targets.names[i], dtype=d, shape=targets.shapes[i])
         for i, d in zip(routed.targets, dtypes, strict=True)
@@ -383,7 +385,8 @@ def _read_config(path: Path) -> Mapping[str, object]:
 
 def _is_of(values: Mapping[str, object], family: Family[Any, Any], targets: Targets) -> bool:
     """Whether a ``config.json`` describes a model of these parameters."""
-    if family.from_hf is None or values.get("model_type") not in family.hf_model_types:
+    known = values.get("model_type") in family.hf_model_types or family.reads_other_model_types
+    if family.from_hf is None or not known:
         return False
     try:
         found = targets_of(build_on_meta(family, family.from_hf(values)), dtype=None)

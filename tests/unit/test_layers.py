@@ -21,12 +21,13 @@ LAYERS = [
     {"family"},
     {"parallel", "report"},
     {"folder", "construct", "published", "whole", "diff", "resolve"},
+    {"finding"},
     {"checkpoint", "check"},
     {"locate"},
-    {"acquire", "reading", "companions"},
+    {"acquire", "companions", "completion", "reading", "holdings", "adoption", "removal"},
     {"verification"},
-    {"verify", "pull", "export"},
-    {"loader"},
+    {"verify", "pull", "export", "planning", "tokenizer"},
+    {"loader", "picture"},
     {"hub", "doors"},
     {"families"},
     {"cli"},
@@ -122,8 +123,9 @@ def test_the_public_names() -> None:
         AssetCard AssetCardField Architecture AssetStore get_asset_store
         load_model ModelHub ModelHubAccessor GlobalModelLoader LoadReport
         pull_model PullReport verify_model VerifyReport
-        convert_checkpoint export_model ExportReport
-        import_cards index_checkpoint query check_model CheckReport diff_models DiffReport
+        convert_checkpoint export_model ExportReport load_tokenizer
+        import_cards index_checkpoint query check_model CheckReport diff_models DiffReport plan_load LoadPlan
+        adopt_checkpoints Adoption disk_usage DiskUsage Holding remove_model remove_orphans Removal
         Family Rule ParallelPlan Split Manifest Gang Gangs create_fake_gangs create_gangs simulate_gangs
         LadingError ModelNotKnownError ModelFamilyNotKnownError ModelArchitectureNotKnownError ModelGatedError
         AssetCardError AssetNotFoundError ModelCheckpointError CorruptModelCheckpointError
