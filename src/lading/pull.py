@@ -14,11 +14,11 @@ from lading.catalog.store import AssetStore, get_asset_store
 from lading.check import check_manifest, require_fit
 from lading.checkpoint import Checkpoint
 from lading.completion import completed
-from lading.errors import AssetCardError, ModelGatedError, NotSupportedError
+from lading.errors import AssetCardError, NotSupportedError
 from lading.fetch.source import FetchedFile, RemoteFile, Snapshot
 from lading.fetch.sources import open_source
 from lading.folder import refuse_quantised_config
-from lading.locate import card_checkpoint
+from lading.locate import card_checkpoint, require_access
 from lading.published import CONFIG_NAME, Published, index_source, name_in_source
 from lading.resolve import family_of_card, model_config
 from lading.settings import Settings
@@ -82,8 +82,7 @@ def pull_model(
     store = store or get_asset_store()
     card = store.retrieve_card(name)
     ref = checkpoint_ref(card)
-    if ref.gated:
-        raise ModelGatedError(card.name, ref.info_url)
+    require_access(card.name, ref)
     if uri_path(ref.uri) is not None:
         return _of_local(card_checkpoint(card, store), revision)
 
