@@ -217,6 +217,8 @@ def _build(config: HuggingFaceModelConfig, dtype: torch.dtype = torch.float32) -
             model = kls._from_config(hf_config, dtype=dtype)
         else:
             model = kls.from_config(hf_config, dtype=dtype, trust_remote_code=False)
+    except ImportError as error:
+        raise NotSupportedError(f"{kls.__name__} of transformers asks for another package: {error}") from error
     except Exception as error:  # whatever sizes that do not fit together lead to there
         raise _mismatch(f"{kls.__name__} cannot be made of it: {error}") from error
     if config.enable_gradient_checkpointing:
