@@ -12,12 +12,13 @@ from lading.card import AssetCard, CheckpointRef, checkpoint_ref, uri_path
 from lading.catalog.checkpoints import record_checkpoint
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.check import check_manifest, require_fit
-from lading.checkpoint import Checkpoint, card_checkpoint
+from lading.checkpoint import Checkpoint
 from lading.completion import completed
 from lading.errors import AssetCardError, ModelGatedError, NotSupportedError
 from lading.fetch.source import FetchedFile, RemoteFile, Snapshot
 from lading.fetch.sources import open_source
 from lading.folder import refuse_quantised_config
+from lading.locate import card_checkpoint
 from lading.published import CONFIG_NAME, Published, index_source, name_in_source
 from lading.resolve import family_of_card, model_config
 from lading.settings import Settings
