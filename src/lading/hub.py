@@ -348,7 +348,7 @@ def _load_any(
     config: Any,
 ) -> tuple[Module, LoadReport]:
     if isinstance(card, Path):
-        folder_family, folder_config = family_of_folder(card)
+        folder_family, folder_config = family_of_folder(card, family)
         if family is not None and family.name != folder_family.name:
             raise AssetCardError(
                 str(card),
