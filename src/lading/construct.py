@@ -119,7 +119,7 @@ def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: 
         drawn = {name: draw(name, shape, box, own) for name, shape, box, own in columns}
 
     assign(module, drawn, targets.aliases)
-    reset_buffers(module, device)
+    reset_buffers(module, family, config, device)
 
     return module
 
@@ -213,7 +213,7 @@ def _distributed(local: Tensor, own: DTensor) -> DTensor:
     )
 
 
-def reset_buffers(module: Module, device: torch.device) -> None:
+def reset_buffers(module: Module, family: Family[Any, Any], config: Any, device: torch.device) -> None:
     """Compute the buffers that no checkpoint holds, such as rotary frequencies.
 
     :raises InternalError: something of the module is still on the meta device afterwards.
@@ -222,6 +222,8 @@ def reset_buffers(module: Module, device: torch.device) -> None:
         reset = getattr(part, "reset_non_persistent_buffers", None)
         if reset is not None:
             reset(device)
+    if family.reset_buffers is not None:
+        family.reset_buffers(module, config, device)
 
     left = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
     if left:

@@ -12,13 +12,15 @@ import torch
 from lading.card import Architecture, AssetCard
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.check import CheckReport, check_manifest
-from lading.checkpoint import Checkpoint, card_checkpoint, path_checkpoint
+from lading.checkpoint import Checkpoint, path_checkpoint
+from lading.completion import completed
 from lading.config import architecture_config
 from lading.construct import build_on_meta
 from lading.diff import DiffReport, Side, diff
 from lading.errors import NotSupportedError
 from lading.family import Family, get_family
 from lading.folder import family_of_folder
+from lading.locate import card_checkpoint
 from lading.resolve import family_of_card, model_config
 from lading.transfer.targets import targets_of
 
@@ -92,7 +94,9 @@ def _model_of(target: AssetCard | str | Path, store: AssetStore | None) -> tuple
     family = family_of_card(card)
     config = model_config(card, family, store)
 
-    return family, config, card_checkpoint(card, store)
+    checkpoint = card_checkpoint(card, store)
+
+    return family, completed(config, family, checkpoint), checkpoint
 
 
 def diff_models(a: AssetCard | str | Path, b: AssetCard | str | Path, *, store: AssetStore | None = None) -> DiffReport:

@@ -1,4 +1,4 @@
-"""The pages about sources, verification and working offline: their examples, run in a shell against a hub on loopback."""
+"""The pages about sources, verification and working offline: their examples, run against a hub on loopback."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def shell(catalog: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
         yield {
             **os.environ,
             "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}",
+            "LADING_OFFLINE": "",
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "hf"),
             "LADING_CARDS": str(tmp_path / "cards.yaml"),
@@ -47,7 +48,9 @@ def test_the_page(shell: dict[str, str], tmp_path: Path, page: str) -> None:
     blocks = examples((DOCS / f"{page}.md").read_text(encoding="utf-8"))
     marker = "=== the next command"
     # One shell for all of them: what one exports, the next one has.
-    script = "".join(f"{command}\ncode=$?; echo; echo '{marker}' $code\n" for command, _ in blocks if command != "echo $?\n")
+    script = "".join(
+        f"{command}\ncode=$?; echo; echo '{marker}' $code\n" for command, _ in blocks if command != "echo $?\n"
+    )
     done = subprocess.run(
         ["bash", "-c", script], env=shell, cwd=tmp_path, text=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120, check=False,

@@ -47,7 +47,12 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
 @pytest.fixture
 def run(process: Run, hub: FakeHub, tmp_path: Path) -> Run:
     """The command line, in a process that knows the hub; a list of words gives what it printed."""
-    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    env = {
+        "LADING_OFFLINE": "",
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
     path = tmp_path / "cards.yaml"
     cards = [
         CARD.format(name="far", uri="hg://some/tiny-qwen", layers=2),
@@ -229,7 +234,7 @@ def web(tmp_path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("file", ["model.safetensors.index.json", "model.pt"])
 def test_from_a_web_server(process: Run, web: str, tmp_path: Path, file: str) -> None:
     (tmp_path / "cards.yaml").write_text(CARD.format(name="web", uri=f"{web}/{file}", layers=2))
-    cache = {"LADING_CACHE_DIR": str(tmp_path / "cache")}
+    cache = {"LADING_OFFLINE": "", "LADING_CACHE_DIR": str(tmp_path / "cache")}
 
     def run(*words: str, **env: str) -> str:
         done = process(*words, env=cache | env)

@@ -21,8 +21,10 @@ LAYERS = [
     {"family"},
     {"parallel", "report"},
     {"folder", "construct", "published", "whole", "diff", "resolve"},
+    {"finding"},
     {"checkpoint", "check"},
-    {"acquire", "reading"},
+    {"locate"},
+    {"acquire", "completion", "reading", "holdings", "adoption", "removal"},
     {"verification"},
     {"verify", "pull", "planning"},
     {"loader", "picture"},
@@ -122,6 +124,7 @@ def test_the_public_names() -> None:
         load_model ModelHub ModelHubAccessor GlobalModelLoader LoadReport
         pull_model PullReport verify_model VerifyReport
         import_cards index_checkpoint query check_model CheckReport diff_models DiffReport plan_load LoadPlan
+        adopt_checkpoints Adoption disk_usage DiskUsage Holding remove_model remove_orphans Removal
         Family Rule ParallelPlan Split Manifest Gang Gangs create_fake_gangs create_gangs simulate_gangs
         LadingError ModelNotKnownError ModelFamilyNotKnownError ModelArchitectureNotKnownError ModelGatedError
         AssetCardError AssetNotFoundError ModelCheckpointError CorruptModelCheckpointError
