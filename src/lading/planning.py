@@ -106,7 +106,7 @@ def plan_checkpoint(
         routed = route(
             manifest.names,
             targets.names,
-            family.rules(config),
+            family.rules_for(config, manifest.names),
             targets.aliases,
             shapes=manifest.shapes,
             target_shapes=targets.shapes,
