@@ -19,7 +19,7 @@ LAYERS = [
     {"overrides", "config", "keymap", "catalog", "formats", "fetch", "nn"},
     {"transfer"},
     {"family"},
-    {"parallel", "report"},
+    {"parallel", "pipeline", "report"},
     {"folder", "construct", "published", "whole", "diff", "resolve"},
     {"checkpoint", "check"},
     {"locate"},
