@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.nn import Module
 from workers import Pool
 
 from lading.construct import create_model
-from lading.errors import ModelCheckpointMismatchError, NotSupportedError
+from lading.errors import DigestMismatchError, GangError, ModelCheckpointMismatchError, NotSupportedError
 from lading.folder import family_of_folder
 from lading.gangs import Gangs, create_fake_gangs, create_gangs
 from lading.hub import load_model, load_with_report
@@ -204,3 +205,44 @@ def test_a_checkpoint_that_lacks_a_layer_of_one_stage(pool2: Pool, tmp_path: Pat
     for outcome in pool2.run(load_in_stages, folder, 2):
         assert isinstance(outcome.error, ModelCheckpointMismatchError)
         assert "missing: model.layers.2" in str(outcome.error)
+
+
+CARD = """\
+name: tiny
+model_family: qwen
+checkpoint: tiny
+model_config:
+  {model_dim: 32, max_seq_len: 128, vocab_size: 100, tied_embeddings: true, num_layers: 2, num_attn_heads: 4,
+   num_key_value_heads: 2, head_dim: 8, ffn_inner_dim: 64, qkv_proj_bias: false, q_norm: true, k_norm: true}
+"""
+
+
+def load_verified(environment: dict[str, str]) -> int:
+    with pytest.MonkeyPatch.context() as patch, create_gangs("cpu", pp=2) as gangs:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        return load_with_report("tiny", gangs=gangs, dtype="auto", verify="always", progress=False)[1].tensors
+
+
+def test_stages_check_what_they_read(pool2: Pool, home: Path) -> None:
+    folder = home / "config" / "lading" / "cards"
+    folder.mkdir(parents=True)
+    file = make(folder / "tiny") / "model.safetensors"
+    (folder / "mine.yaml").write_text(CARD)
+    load_model("tiny", device="cpu", dtype="auto", verify="always", progress=False)
+    environment = {n: v for n, v in os.environ.items() if n == "HOME" or n.startswith(("XDG_", "LADING_"))}
+    # A layer and the table on the first rank; the other one, the normalisation and the table again on the second.
+    assert pool2.values(load_verified, environment) == [12, 13]
+
+    data, mtime = bytearray(file.read_bytes()), file.stat().st_mtime_ns
+    header = int.from_bytes(data[:8], "little")
+    begin, _ = json.loads(data[8 : 8 + header])["model.norm.weight"]["data_offsets"]
+    data[8 + header + begin] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(mtime, mtime))
+
+    first, last = pool2.run(load_verified, environment)
+    assert isinstance(last.error, DigestMismatchError)
+    assert "model.norm.weight" in str(last.error)
+    assert isinstance(first.error, GangError)
+    assert "rank 1" in str(first.error)

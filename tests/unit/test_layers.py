@@ -123,7 +123,7 @@ def test_the_public_names() -> None:
         load_model ModelHub ModelHubAccessor GlobalModelLoader LoadReport
         pull_model PullReport verify_model VerifyReport
         import_cards index_checkpoint query check_model CheckReport diff_models DiffReport
-        Family Rule ParallelPlan Split Manifest Gang Gangs create_fake_gangs create_gangs simulate_gangs
+        Family Rule ParallelPlan Split Stages Manifest Gang Gangs create_fake_gangs create_gangs simulate_gangs
         LadingError ModelNotKnownError ModelFamilyNotKnownError ModelArchitectureNotKnownError ModelGatedError
         AssetCardError AssetNotFoundError ModelCheckpointError CorruptModelCheckpointError
         ModelCheckpointMismatchError DigestMismatchError NotSupportedError GangError FetchError CatalogError
