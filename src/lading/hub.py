@@ -205,7 +205,8 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
 
         Names are those of the parameters, after the family's rules; dtypes are the checkpoint's own.
 
-        :param gangs: of a parameter that is split over them, give the part that this rank owns.
+        :param gangs: of a parameter that is split over them, give the part that this rank owns; of other stages of a
+            pipeline, nothing.
 
         :raises FileNotFoundError: nothing is at ``path``.
         :raises ModelCheckpointError: the checkpoint is damaged, or does not fit the configuration.

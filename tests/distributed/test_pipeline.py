@@ -173,6 +173,27 @@ def test_four_ranks(pool4: Pool, staged: dict[str, Path], family: str, axes: Axe
     assert pool4.values(load_and_compare, staged[family], axes) == [[]] * 4
 
 
+@pytest.fixture(scope="module")
+def pool8() -> Any:
+    with Pool(8) as pool:
+        yield pool
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "axes"),
+    [
+        ("llama", {"pp": 2, "tp": 2, "sdp": 2}),
+        ("gemma", {"pp": 2, "tp": 2, "sdp": 2}),
+        ("gemma", {"pp": 2, "sdp": 2}),
+        ("qwen", {"pp": 2, "tp": 4}),
+    ],
+    ids=case_id,
+)
+def test_eight_ranks(pool8: Pool, staged: dict[str, Path], family: str, axes: Axes) -> None:
+    assert pool8.values(load_and_compare, staged[family], axes, within=180) == [[]] * 8
+
+
 def new_and_compare(folder: Path, axes: Axes) -> list[str]:
     torch.set_num_threads(1)
     family, config = family_of_folder(folder)
