@@ -150,7 +150,9 @@ def _replaced(path: Path, name: str) -> CorruptModelCheckpointError:
 def _record(checkpoint: Checkpoint, fetched: Sequence[FetchedFile], kind: CopyKind, store: AssetStore) -> None:
     copies, checks = [], []
     for file, shard in zip(fetched, checkpoint.manifest.shards, strict=True):
-        copies.append(LocalCopy(file=shard.name, path=file.path, stat=file.stat, kind=kind))
+        # What others fetched is not lading's to remove; the catalog knows better where it was lading after all.
+        owner = kind if file.own else "adopted"
+        copies.append(LocalCopy(file=shard.name, path=file.path, stat=file.stat, kind=owner))
         checks.append(
             Check(
                 file=shard.name,

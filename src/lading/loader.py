@@ -24,6 +24,7 @@ from lading.card import AssetCard
 from lading.catalog.store import AssetStore
 from lading.check import report_fit, require_fit
 from lading.checkpoint import Checkpoint, path_checkpoint
+from lading.completion import completed
 from lading.compose import Source, tensors_of
 from lading.construct import assign, build_on_meta, check_config_type, reset_buffers, settle_dtypes, split
 from lading.errors import ModelCheckpointMismatchError
@@ -82,9 +83,10 @@ def load_card(
             resolved = model_config(card, family, open_store) if config is None else config
 
         with clock.phase("manifest"):
-            return resolved, card_checkpoint(
+            checkpoint = card_checkpoint(
                 card, open_store, progress=options.progress, accept_others=options.verify == "never"
             )
+            return completed(resolved, family, checkpoint), checkpoint
 
     resolved, checkpoint = options.gangs.root.first(resolve)
 
@@ -95,10 +97,14 @@ def load_path(path: Path, family: Family[Any, Any], config: Any, options: LoadOp
     """Load the checkpoint at ``path``, of which the catalog is not asked."""
     clock = Clock()
 
-    with clock.phase("manifest"):
-        checkpoint = options.gangs.root.first(lambda: path_checkpoint(path, restrict=options.restrict))
+    def resolve() -> tuple[Any, Checkpoint]:
+        checkpoint = path_checkpoint(path, restrict=options.restrict)
+        return completed(config, family, checkpoint), checkpoint
 
-    return _load(checkpoint, family, config, None, options, clock)
+    with clock.phase("manifest"):
+        resolved, checkpoint = options.gangs.root.first(resolve)
+
+    return _load(checkpoint, family, resolved, None, options, clock)
 
 
 def agreed(gangs: Gangs, load: Callable[[], T]) -> T:
@@ -130,7 +136,7 @@ def _load(
         routed = route(
             manifest.names,
             targets.names,
-            family.rules(config),
+            family.rules_for(config, manifest.names),
             targets.aliases,
             shapes=manifest.shapes,
             target_shapes=targets.shapes,
@@ -141,7 +147,7 @@ def _load(
         wanted = Wanted(
             tensors=routed.tensors,
             boxes=[targets.boxes[i] for i in order],
-            dtypes=settle_dtypes(targets, routed, manifest, gangs),
+            dtypes=settle_dtypes(targets, routed, manifest, sdp=gangs.sdp.size),
             composed=routed.composed,
         )
         planned = plan(manifest, wanted, mapped=options.mmap and device.type == "cpu")
@@ -173,7 +179,7 @@ def _load(
 
     with clock.phase("assemble"):
         copied = assign(module, by_name, targets.aliases)
-        reset_buffers(module, device)
+        reset_buffers(module, family, config, device)
 
     report = _report(checkpoint, family, kls, device, by_name, targets, routed, planned, copied, clock)
     log.info(

@@ -48,10 +48,10 @@ def card_checkpoint(
     :raises NotSupportedError: it is quantised.
     """
     ref = checkpoint_ref(card)
-    if ref.gated:
+    path = uri_path(ref.uri)
+    if ref.gated and not (ref.uri and path is None and _is_here(card.name, ref, store)):
         raise ModelGatedError(card.name, ref.info_url)
 
-    path = uri_path(ref.uri)
     if path is None:
         return _remote_checkpoint(card.name, ref, store, progress=progress)
 
@@ -118,7 +118,7 @@ def index_checkpoint(target: str | Path, *, store: AssetStore | None = None) -> 
         found = OnDisk.read(path)
         uri, manifest, copies, revision = path_uri(found.path), found.manifest, found.copies(), ""
 
-    _require_writable(store)
+    require_writable(store)
     record_checkpoint(
         store.database, uri=uri, manifest=manifest, copies=copies, revision=revision, card_name=card_name, accept=True
     )
@@ -144,7 +144,8 @@ def _ref_of(target: str | Path, store: AssetStore) -> tuple[str | None, Checkpoi
     return card.name, ref
 
 
-def _require_writable(store: AssetStore) -> None:
+def require_writable(store: AssetStore) -> None:
+    """:raises CatalogError: the catalog cannot be written."""
     if not store.database.writable:
         raise CatalogError(
             f"The catalog {store.database.url} cannot be written. Check the permissions of the file and its folder, or "
@@ -221,6 +222,13 @@ def _whole_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, progr
     return checkpoint
 
 
+def _is_here(name: str, ref: CheckpointRef, store: AssetStore) -> bool:
+    """Whether the catalog knows all files on this machine: who has been given them need not ask for them."""
+    stored = _stored(name, ref.key, store)
+
+    return stored is not None and _copies_as_known(stored) is not None
+
+
 def _copies_as_known(stored: StoredCheckpoint) -> tuple[ShardFile, ...] | None:
     """The files of all shards, if each is on this machine and as it was when it was recorded."""
     known = {copy.file: copy for copy in stored.copies}
@@ -287,7 +295,7 @@ def _record(
     checkpoint: Checkpoint, copies: Sequence[LocalCopy], store: AssetStore, *, checks: Sequence[Check] = ()
 ) -> None:
     try:
-        _require_writable(store)
+        require_writable(store)
         record_checkpoint(
             store.database,
             uri=checkpoint.uri,

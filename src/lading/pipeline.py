@@ -6,6 +6,7 @@ What stays keeps its name, index included, so that a checkpoint needs no renumbe
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from torch.nn import Module
@@ -25,7 +26,7 @@ def cut(module: Module, stages: Stages, pp: Gang, *, family: str) -> None:
 
     :raises NotSupportedError: there are fewer layers than stages.
     """
-    absent = stages.absent(pp.rank, pp.size)
+    absent = [name for name, stage in stages.places(pp.size).items() if stage != pp.rank]
     before = tied_names(module)
 
     for name in absent:
@@ -40,6 +41,36 @@ def cut(module: Module, stages: Stages, pp: Gang, *, family: str) -> None:
         own = [name for name in names if name in held]
         if 0 < len(own) < len(names):
             _log_copies(family, own[0], ", ".join(name for name in names if name not in held))
+
+
+def holders(stages: Stages, names: Sequence[str], aliases: Mapping[str, str], pp: int) -> list[frozenset[int] | None]:
+    """Which of ``pp`` stages :func:`cut` leaves each tensor to; ``None``: all of them.
+
+    :param names: of the tensors of a module's state; of a tied one the first.
+    :param aliases: their further names → the first.
+
+    :raises NotSupportedError: there are fewer layers than stages.
+    """
+    places = stages.places(pp)
+    further: dict[str, list[str]] = {}
+    for alias, first in aliases.items():
+        further.setdefault(first, []).append(alias)
+
+    found: list[frozenset[int] | None] = []
+    for name in names:
+        own = {_place(each, places) for each in (name, *further.get(name, ()))}
+        found.append(None if None in own else frozenset(stage for stage in own if stage is not None))
+
+    return found
+
+
+def _place(name: str, places: Mapping[str, int]) -> int | None:
+    while name:
+        name = name.rpartition(".")[0]
+        if name in places:
+            return places[name]
+
+    return None
 
 
 def tied_names(module: Module) -> list[list[str]]:

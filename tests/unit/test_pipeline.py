@@ -24,6 +24,7 @@ from lading.nn.cache import KeyValueCache
 from lading.nn.decoder import DecoderLM
 from lading.nn.sharding import ParallelPlan, Stages, matches
 from lading.parallel import parallelize
+from lading.pipeline import holders
 from lading.transfer.targets import targets_of
 from make_checkpoint import make
 
@@ -69,12 +70,14 @@ def test_more_stages_than_layers() -> None:
         Stages(layers="l.*", num_layers=3).cut(4)
 
 
-def test_what_a_stage_leaves_to_others() -> None:
+def test_where_modules_and_tensors_are() -> None:
     stages = Stages(layers="l.*", num_layers=4, first=("embed",), last=("norm", "head"))
-    assert stages.absent(0, 3) == {"l.1", "l.2", "l.3", "norm", "head"}
-    assert stages.absent(1, 3) == {"embed", "l.0", "l.3", "norm", "head"}
-    assert stages.absent(2, 3) == {"embed", "l.0", "l.1", "l.2"}
-    assert stages.absent(0, 1) == frozenset()
+    assert stages.places(3) == {"embed": 0, "l.0": 0, "l.1": 1, "l.2": 1, "l.3": 2, "norm": 2, "head": 2}
+    assert set(stages.places(1).values()) == {0}
+
+    names = ["embed.weight", "l.1.up.weight", "norm.weight", "other.weight", "bare"]
+    found = holders(stages, names, {"head.weight": "embed.weight"}, 3)
+    assert found == [{0, 2}, {1}, {2}, None, None]
 
 
 @each_family

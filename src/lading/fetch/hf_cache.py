@@ -70,6 +70,13 @@ def folder_name(repo: str) -> str:
     return _PREFIX + repo.replace("/", "--")
 
 
+def repository_id(folder: Path) -> str | None:
+    """The id of the repository that a folder of a cache is of, by its name; ``None`` for any other folder."""
+    repo = folder.name.removeprefix(_PREFIX).replace("--", "/")
+
+    return repo if folder.name.startswith(_PREFIX) and is_repo_id(repo) else None
+
+
 def repository_folders(*repos: str) -> list[tuple[str, Path]]:
     """The id and the folder of each repository of these ids, in any case of letters; those spelled so come first."""
     wanted = {folder_name(repo).casefold() for repo in repos}
@@ -104,7 +111,7 @@ def snapshot_files(path: Path) -> tuple[CachedFile, ...]:
             break
         seen = _regular(path / name, root)
         if seen is not None:
-            found.append(CachedFile(name=name, size=seen.st_size, tag=_tag(path / name)))
+            found.append(CachedFile(name=name, size=seen.st_size, tag=blob_tag(path / name)))
 
     return tuple(sorted(found, key=lambda file: file.name))
 
@@ -138,8 +145,8 @@ def cached_commit(folder: Path, revision: str) -> str | None:
 
 def _folders() -> Iterator[tuple[str, Path]]:
     for entry in _entries(hub_cache()):
-        repo = entry.name.removeprefix(_PREFIX).replace("--", "/")
-        if entry.name.startswith(_PREFIX) and is_repo_id(repo) and entry.is_dir(follow_symlinks=False):
+        repo = repository_id(Path(entry.path))
+        if repo is not None and entry.is_dir(follow_symlinks=False):
             yield repo, Path(entry.path)
 
 
@@ -174,7 +181,8 @@ def _regular(path: Path, root: str) -> os.stat_result | None:
     return seen if stat.S_ISREG(seen.st_mode) and real.startswith(root + os.sep) else None
 
 
-def _tag(path: Path) -> str | None:
+def blob_tag(path: Path) -> str | None:
+    """The entity tag of a file of a snapshot, as the hub gave it: the name of the blob that it is a link to."""
     try:
         name = path.readlink().name
     except OSError:

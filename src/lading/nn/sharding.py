@@ -74,16 +74,14 @@ class Stages:
 
         return tuple(range(end - size, end) for size, end in zip(sizes, ends, strict=True))
 
-    def absent(self, stage: int, pp: int) -> frozenset[str]:
-        """The names of the modules that stage ``stage`` of ``pp`` leaves to the others.
+    def places(self, pp: int) -> dict[str, int]:
+        """The one of ``pp`` stages that each module is in, of those that are in one alone, by name.
 
         :raises NotSupportedError: there are fewer layers than stages.
         """
-        own = self.cut(pp)[stage]
-        absent = {self.layers.replace("*", str(i)) for i in range(self.num_layers) if i not in own}
-        absent.update(self.first if stage > 0 else (), self.last if stage < pp - 1 else ())
+        places = {self.layers.replace("*", str(i)): stage for stage, own in enumerate(self.cut(pp)) for i in own}
 
-        return frozenset(absent)
+        return places | dict.fromkeys(self.first, 0) | dict.fromkeys(self.last, pp - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,10 +40,7 @@ class Targets:
         """
         held = dict(zip(stage.names, stage.boxes, strict=True))
         by_first = {self.aliases.get(name, name): box for name, box in held.items()}
-        boxes = tuple(
-            by_first.get(name) or Box((0,) * len(shape), (0,) * len(shape))
-            for name, shape in zip(self.names, self.shapes, strict=True)
-        )
+        boxes = tuple(by_first.get(name) or box.empty() for name, box in zip(self.names, self.boxes, strict=True))
 
         return replace(self, boxes=boxes)
 
