@@ -47,7 +47,9 @@ def test_the_page(shell: dict[str, str], tmp_path: Path, page: str) -> None:
     blocks = examples((DOCS / f"{page}.md").read_text(encoding="utf-8"))
     marker = "=== the next command"
     # One shell for all of them: what one exports, the next one has.
-    script = "".join(f"{command}\ncode=$?; echo; echo '{marker}' $code\n" for command, _ in blocks if command != "echo $?\n")
+    script = "".join(
+        f"{command}\ncode=$?; echo; echo '{marker}' $code\n" for command, _ in blocks if command != "echo $?\n"
+    )
     done = subprocess.run(
         ["bash", "-c", script], env=shell, cwd=tmp_path, text=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120, check=False,
