@@ -38,7 +38,7 @@ class Ended:
 
 
 class Nursery:
-    """``nursery.run(["pull", "far"], env)`` is ``lading pull far``."""
+    """``nursery.run(["pull", "far"], env)`` is ``lading pull far``; after ``-c`` comes Python."""
 
     def __init__(self, folder: Path, endpoint: str = "http://127.0.0.1:9") -> None:
         self._folder = folder
@@ -110,7 +110,7 @@ class Child:
         return Ended(code, out, err)
 
 
-# --- ways in which a process can be hampered; all of this runs in the child ---------------------------------------------
+# --- ways in which a process can be hampered, each done in the child -------------------------------------------------
 
 
 def _killed_at(number: int) -> None:
@@ -248,16 +248,20 @@ def _live(command: dict[str, Any]) -> None:
     for name, value in command["ways"].items():
         WAYS[name](value)
     time.sleep(max(0.0, command["at"] - time.monotonic()))
-    app(command["words"])
+    if command["words"][0] == "-c":
+        exec(command["words"][1], {})
+    else:
+        app(command["words"])
 
 
 def main() -> None:
     import traceback
+    import warnings
 
     import huggingface_hub.file_download
     import torch  # noqa: F401
 
-    import lading.cli.app  # noqa: F401
+    import lading.cli.app
     from lading.cli.app import app
     from lading.fetch import hf, hf_errors, http  # noqa: F401
     from lading.fetch.client import Patience, http_library
@@ -267,6 +271,8 @@ def main() -> None:
     hurry = {"connect": 5, "answer": 2, "silence": 1, "window": 1.5, "attempts": 3, "backoff": 0.01, "max_wait": 0.05}
     Patience.__init__.__kwdefaults__.update(hurry)  # type: ignore[misc]
 
+    # The client looks at the disk too, a moment later, when it may be fuller.
+    warnings.filterwarnings("default", "Not enough free disk space")
     http_library()
     huggingface_hub.HfApi()
     for name in ("index", "load", "pull", "verify", "import", "list", "db"):
@@ -287,6 +293,7 @@ def main() -> None:
             code = 1
             try:
                 _live(command)
+                code = 0
             except SystemExit as error:
                 code = int(error.code or 0)
             except BaseException:

@@ -168,7 +168,7 @@ def index_checkpoint(target: str | Path, *, store: AssetStore | None = None) -> 
             manifest, stats = _read(path)
         uri, copies, revision = path_uri(path), _copies(path, stats), ""
 
-    _require_writable(store)
+    require_writable(store)
     record_checkpoint(
         store.database, uri=uri, manifest=manifest, copies=copies, revision=revision, card_name=card_name, accept=True
     )
@@ -194,7 +194,8 @@ def _ref_of(target: str | Path, store: AssetStore) -> tuple[str | None, Checkpoi
     return card.name, ref
 
 
-def _require_writable(store: AssetStore) -> None:
+def require_writable(store: AssetStore) -> None:
+    """:raises CatalogError: the catalog cannot be written."""
     if not store.database.writable:
         raise CatalogError(
             f"The catalog {store.database.url} cannot be written. Check the permissions of the file and its folder, or "
@@ -418,7 +419,7 @@ def _record(
     checkpoint: Checkpoint, copies: Sequence[LocalCopy], store: AssetStore, *, checks: Sequence[Check] = ()
 ) -> None:
     try:
-        _require_writable(store)
+        require_writable(store)
         record_checkpoint(
             store.database,
             uri=checkpoint.uri,

@@ -12,7 +12,7 @@ from lading.card import AssetCard, CheckpointRef, checkpoint_ref, uri_path
 from lading.catalog.checkpoints import record_checkpoint
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.check import check_manifest, require_fit
-from lading.checkpoint import Checkpoint, card_checkpoint
+from lading.checkpoint import Checkpoint, card_checkpoint, require_writable
 from lading.errors import AssetCardError, ModelGatedError, NotSupportedError
 from lading.fetch.source import FetchedFile, RemoteFile, Snapshot
 from lading.fetch.sources import open_source
@@ -74,6 +74,7 @@ def pull_model(
     :raises ModelGatedError: the publisher hands it out on request.
     :raises ModelCheckpointMismatchError: it does not fit the card's architecture; nothing was fetched.
     :raises FetchError: the source cannot be reached, or answers nonsense.
+    :raises CatalogError: something is to be fetched, and the catalog cannot be written.
     :raises DigestMismatchError: what came is not what is published.
     :raises OSError: the disk is full, or the cache cannot be written.
     """
@@ -103,6 +104,8 @@ def pull_model(
         shown = [PulledFile(name=file.name, size=file.size, path=None, fetched=True) for file in companions]
         return _report(checkpoint, missing, shown)
 
+    if missing:
+        require_writable(store)
     if published is not None:
         record_checkpoint(
             store.database,

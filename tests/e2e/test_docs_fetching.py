@@ -36,6 +36,7 @@ def shell(catalog: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
         yield {
             **os.environ,
             "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}",
+            "LADING_OFFLINE": "",
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "hf"),
             "LADING_CARDS": str(tmp_path / "cards.yaml"),

@@ -5,118 +5,26 @@ Command lines run as processes of a :class:`~nursery.Nursery`, against a hub and
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import random
+import re
 import shutil
-import sqlite3
+import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
-from cache_tools import files_in, require_consistent, require_consistent_hub
-from catalog_tools import settings_in
-from lading.card import path_uri
-from lading.catalog import lifecycle
-from make_checkpoint import make, tensors
-from nursery import Ended, Nursery, may_mount
-from servers.hostile import Server, serve
-from servers.hub import FakeHub
-
-INDEX = "model.safetensors.index.json"
-
-CARD = """\
-name: {name}
-model_family: qwen
-checkpoint: {uri}
-model_config: {{model_dim: 32, max_seq_len: 128, vocab_size: 100, tied_embeddings: true, num_layers: 2,
-  num_attn_heads: 4, num_key_value_heads: 2, head_dim: 8, qkv_proj_bias: false, q_norm: true, k_norm: true,
-  ffn_inner_dim: 64}}
-"""
-
-
-@dataclass(frozen=True)
-class World:
-    """What all tests share: servers that publish one model, and a catalog with cards of it."""
-
-    nursery: Nursery
-    hub: FakeHub
-    web: Server
-    shards: dict[str, str]
-    """SHA-256 of the files that hold tensors, by name."""
-    template: Path
-    """The catalog with the cards ``far`` (on the hub), ``web`` and ``near``."""
-    uris: dict[str, str]
-    """Of the cards, as the catalog has them."""
+from cache_tools import files_in
+from fault_world import Place, World, open_world
+from make_checkpoint import tensors
+from nursery import may_mount
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    folder = make(tmp_path_factory.mktemp("near") / "checkpoint", shards=2)
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    digests = {n: hashlib.sha256(data).hexdigest() for n, data in files.items() if n.endswith(".safetensors")}
-    home = tmp_path_factory.mktemp("nursery")
-
-    with FakeHub() as hub, serve({f"/m/{name}": data for name, data in files.items()}) as web:
-        hub.add("Some/Tiny", files)
-        nursery = Nursery(home, hub.url)
-        uris = {"far": "hg://some/tiny", "web": web.url(f"/m/{INDEX}"), "near": path_uri(folder)}
-        (home / "cards.yaml").write_text("---\n".join(CARD.format(name=name, uri=uri) for name, uri in uris.items()))
-        template = home / "catalog.sqlite"
-        done = nursery.run(["import", home / "cards.yaml"], Place(home, nursery).env)
-        assert done.code == 0, done.err
-        yield World(nursery, hub, web, digests, template, uris)
-        nursery.close()
-
-
-@dataclass(frozen=True)
-class Place:
-    """A catalog and caches in a folder, and command lines that use them."""
-
-    folder: Path
-    nursery: Nursery
-
-    @property
-    def catalog(self) -> Path:
-        return self.folder / "catalog.sqlite"
-
-    @property
-    def env(self) -> dict[str, str]:
-        return {
-            "LADING_DATABASE_URL": f"sqlite:///{self.catalog}",
-            "LADING_CACHE_DIR": str(self.folder / "cache"),
-            "HF_HUB_CACHE": str(self.folder / "hub"),
-            "XDG_CONFIG_HOME": str(self.folder / "config"),
-        }
-
-    def run(self, *words: str | Path, code: int = 0, **ways: object) -> Ended:
-        done = self.nursery.run(words, self.env, **ways)
-        assert done.code == code, f"{words}, {ways}: {done}"
-        assert "Traceback" not in done.err
-        return done
-
-    def sql(self, sql: str) -> list[tuple[object, ...]]:
-        with closing(sqlite3.connect(self.catalog, isolation_level=None)) as connection:
-            return connection.execute(sql).fetchall()
-
-    def require_consistent(self, shards: dict[str, str]) -> None:
-        """Nothing is damaged, and what the catalog says of files is true."""
-        assert lifecycle.check(settings_in(self.folder)) == []
-        require_consistent(self.folder / "cache")
-        require_consistent_hub(self.folder / "hub")
-        copies = self.sql(f"SELECT file, path FROM copies WHERE file <> '{INDEX}'")
-        for file, path in copies:
-            assert hashlib.sha256(Path(str(path)).read_bytes()).hexdigest() == shards[str(file)]
-        # What is recorded together is there as a whole or not at all.
-        assert len(copies) % len(shards) == 0
-        assert len(self.sql("SELECT * FROM digests")) % len(tensors()) == 0
-        assert {result for (result,) in self.sql("SELECT result FROM verifications")} <= {"match", "recorded"}
+    with open_world(tmp_path_factory.mktemp("world")) as world:
+        yield world
 
 
 @pytest.fixture
@@ -203,3 +111,202 @@ def require_result(place: Place, command: Sequence[str], world: World) -> None:
         assert {file for (file,) in copies} >= set(world.shards)
     if action == "load" or (action == "verify" and name == "near"):
         assert place.sql(f"SELECT count(*) FROM digests WHERE {where}") == [(len(tensors()),)]
+
+
+def require_nothing_half(place: Place) -> None:
+    assert files_in(place.cache, "tmp") == []
+    assert list(place.hub.rglob("*.incomplete")) == []
+
+
+# --- at once ---------------------------------------------------------------------------------------------------------
+
+LOAD = """
+import hashlib
+from lading.hub import load_model
+
+state = load_model({name!r}, dtype="auto", progress=False, verify={verify!r}).state_dict()
+digest = hashlib.sha256()
+for name, tensor in sorted(state.items()):
+    digest.update(name.encode() + bytes(tensor.untyped_storage()))
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("ways", [{}, {"no_locks": True}], ids=["locks", "no locks"])
+@pytest.mark.parametrize("name", ["far", "web"])
+def test_eight_processes_load_one_model(world: World, place: Place, name: str, ways: dict[str, object]) -> None:
+    expected = place.run("-c", LOAD.format(name="near", verify="never")).out
+    at = time.monotonic() + 0.2
+    words = ["-c", LOAD.format(name=name, verify="always")]
+    children = [world.nursery.start(words, place.env, at=at, **ways) for _ in range(8)]
+    ends = [child.wait() for child in children]
+
+    assert [end for end in ends if end.code or end.out != expected] == []
+    place.require_consistent(world.shards)
+    require_result(place, ["load", name], world)
+    require_nothing_half(place)
+
+
+# --- full ------------------------------------------------------------------------------------------------------------
+
+PAGE = 4096
+FULL = "No space left|File too large|disk I/O error"
+
+
+class Disk:
+    """A small file system; where none may be mounted, processes whose files may not grow."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self._filler = folder / "filler"
+        self._mounted = may_mount()
+        if self._mounted:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "lading", folder], check=True)
+
+    def leave(self, free: int) -> dict[str, object]:
+        """So many bytes are left from now on, to a process that is hampered in the ways that are returned."""
+        if not self._mounted:
+            return {"small_files": free}
+        self._filler.write_bytes(bytes(max(0, shutil.disk_usage(self.folder).free - free)))
+        return {}
+
+    def tidy(self) -> None:
+        self._filler.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self._mounted:
+            subprocess.run(["umount", "--lazy", self.folder], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    disk = Disk(tmp_path / "disk")
+    yield disk
+    disk.close()
+
+
+@pytest.mark.parametrize("step", [pytest.param(PAGE, marks=pytest.mark.slow), 6 * PAGE], ids=["each page", "some"])
+@pytest.mark.parametrize(("name", "full"), [("far", "catalog"), ("far", "cache"), ("web", "cache")])
+def test_a_full_disk(world: World, tmp_path: Path, disk: Disk, name: str, full: str, step: int) -> None:
+    """With a little more space each time, until it is enough."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    catalogs, caches = (disk.folder, elsewhere) if full == "catalog" else (elsewhere, disk.folder)
+    place = Place(catalogs, world.nursery, caches)
+
+    failed = 0
+    for free in range(0, 100 * step, step):
+        shutil.copy(world.template, place.catalog)
+        before = place.rows()
+        done = world.nursery.run(["pull", name], place.env, **disk.leave(free))
+        disk.tidy()
+        if done.code == 0:
+            break
+        failed += 1
+
+        assert done.code == 8, done
+        assert re.fullmatch(rf"lading: error: .*({FULL}).*\n", done.err), done
+        place.require_consistent(world.shards)
+        after = place.rows()
+        assert after == before or (full == "cache" and after["copies"] == before["copies"])
+        require_nothing_half(place)
+
+        place.run("pull", name)
+        place.require_consistent(world.shards)
+        require_result(place, ["pull", name], world)
+        for path in [place.cache, place.hub, *catalogs.glob("catalog.*")]:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    else:
+        raise AssertionError("no space is enough")
+    assert failed > 1
+
+
+def test_a_catalog_on_a_full_disk_does_not_keep_a_model_from_being_loaded(world: World, disk: Disk) -> None:
+    place = Place(disk.folder, world.nursery)
+    shutil.copy(world.template, place.catalog)
+    done = place.run("load", "near", **disk.leave(9 * PAGE))  # what it takes to read
+
+    assert "what was checked of near is not in the catalog" in done.err
+    assert done.errors == []
+    disk.tidy()
+    place.run("load", "near")
+    require_result(place, ["load", "near"], world)
+
+
+# --- read-only -------------------------------------------------------------------------------------------------------
+
+Freeze = Callable[..., dict[str, object]]
+
+
+@pytest.fixture(params=["mounts", "permissions"])
+def freeze(request: pytest.FixtureRequest) -> Iterator[Freeze]:
+    """Makes folders unchangeable to a process that is hampered in the ways that are returned."""
+    frozen: list[tuple[Path, int]] = []
+
+    def freeze(*folders: Path) -> dict[str, object]:
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+        if request.param == "mounts" and may_mount():
+            return {"mounted_read_only": [str(folder) for folder in folders]}
+        for folder in folders:
+            # Files of the caches are left as they are: by their state they are known.
+            for path in [folder, *folder.glob("catalog.*"), *(p for p in folder.rglob("*") if p.is_dir())]:
+                if not path.is_symlink():
+                    frozen.append((path, path.stat().st_mode & 0o777))
+        for path, mode in frozen:
+            path.chmod(mode & 0o555)
+        return {"bound_by_permissions": True}
+
+    yield freeze
+    for path, mode in frozen:
+        path.chmod(mode)
+
+
+@pytest.mark.parametrize("name", ["far", "web", "near"])
+def test_what_is_here_is_loaded_where_nothing_can_be_written(
+    world: World, place: Place, freeze: Freeze, name: str
+) -> None:
+    for folder in (place.cache, place.hub):
+        folder.mkdir()
+    words = ["-c", LOAD.format(name=name, verify="auto")]
+    expected = place.run("-c", LOAD.format(name="near", verify="never")).out
+    shutil.copy(world.template, place.catalog)
+    if name != "near":
+        place.run("pull", name)
+    before = place.rows()
+    ways = freeze(place.folder)
+
+    done = place.run(*words, **ways)
+    assert done.out == expected
+    assert done.errors == []
+    done = place.run("load", name, "--verify", "always", **ways)
+    assert done.errors == []
+    assert ("not in the catalog" in done.err) == (name == "near")
+    if name != "near":
+        place.run("pull", name, **ways)  # there is nothing to fetch
+        place.run("verify", name, **ways)
+    assert place.rows() == before
+
+
+@pytest.mark.parametrize(("name", "variable"), [("far", "HF_HUB_CACHE"), ("web", "LADING_CACHE_DIR")])
+def test_a_pull_into_a_cache_that_cannot_be_written(
+    world: World, place: Place, freeze: Freeze, name: str, variable: str
+) -> None:
+    ways = freeze(place.cache, place.hub)
+    for command in ("pull", "load"):
+        done = place.run(command, name, code=8, **ways)
+        assert re.fullmatch(rf"lading: error: .*; set {variable} to a folder that you can write: .*\n", done.err)
+
+
+@pytest.mark.parametrize("name", ["far", "web"])
+def test_a_pull_that_cannot_be_noted(world: World, place: Place, tmp_path: Path, freeze: Freeze, name: str) -> None:
+    frozen = tmp_path / "frozen"
+    frozen.mkdir()
+    shutil.copy(world.template, frozen / "catalog.sqlite")
+    shared = Place(frozen, world.nursery, tmp_path)
+    done = shared.run("pull", name, code=6, **freeze(frozen))
+
+    assert re.fullmatch("lading: error: The catalog .* cannot be written.* LADING_DATABASE_URL.*\n", done.err)
+    assert files_in(shared.cache, "blobs") == []
+    assert list(shared.hub.rglob("*.safetensors")) == []
