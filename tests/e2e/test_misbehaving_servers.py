@@ -36,7 +36,7 @@ def place(world: World, tmp_path: Path) -> Iterator[Place]:
 
 def require_end(world: World, place: Place, name: str, code: int, says: str) -> None:
     """The pull ends with the code and, unless it succeeds, with one line that says so; nothing half is left."""
-    done = world.nursery.run(["pull", name], place.env)
+    done = world.nursery.run(["pull", name, "--no-progress"], place.env)
     assert done.code == code, done
     assert len(done.errors) == (code != FINE), done
     assert code == FINE or re.fullmatch(rf"lading: error: .*({says}).*", done.errors[0]), done
@@ -69,13 +69,13 @@ WEB: dict[str, tuple[Behaviour, int, str]] = {
     "drops each time": (drops(100), SOURCE, "ends early|broke off|closed"),
     "drops in the weights": (of_shard(drops(100)), SOURCE, "."),
     "drops once": (of_shard(first(1, drops(100))), FINE, ""),
-    "half the length": (length(0.5), SOURCE, "."),
-    "twice the length": (of_shard(length(2)), SOURCE, "."),
+    "half the length": (length(0.5), DAMAGED, "."),
+    "twice the length": (of_shard(length(2)), DAMAGED, "."),
     "two lengths": (hostile.two_lengths, SOURCE, "."),
     "no ranges": (hostile.without_ranges, FINE, ""),
     "another range": (of_shard(on_ranges(hostile.shifted_range)), SOURCE, "."),
     "another total": (of_shard(on_ranges(hostile.other_total)), SOURCE, "."),
-    "more than the range": (of_shard(on_ranges(hostile.long_range)), SOURCE, "."),
+    "more than the range": (of_shard(on_ranges(hostile.long_range)), FINE, ""),
     "416": (of_shard(on_ranges(status(416))), SOURCE, "416"),
     "another content each time": (of_shard(hostile.new_content_each_time), SOURCE, "."),
     "drips": (of_shard(on_get(drips)), SOURCE, "."),
@@ -91,12 +91,12 @@ WEB: dict[str, tuple[Behaviour, int, str]] = {
     "401": (status(401), REFUSED, "401"),
     "403": (of_shard(status(403)), REFUSED, "403"),
     "404": (status(404), MISSING, "404"),
-    "404 of a shard": (of_shard(status(404)), MISSING, "."),
+    "404 of a shard": (of_shard(status(404)), DAMAGED, SHARD),
     "500": (of_shard(status(500)), SOURCE, "500"),
     "a web page": (hostile.html, SOURCE, "."),
-    "a web page in disguise": (of_shard(hostile.html_in_disguise), SOURCE, "."),
+    "a web page in disguise": (of_shard(hostile.html_in_disguise), DAMAGED, "."),
     "gzip": (of_shard(hostile.compressed), SOURCE, "."),
-    "endless": (hostile.endless, SOURCE, "."),
+    "endless": (hostile.endless, SOURCE, "does not say how many bytes"),
     "no HTTP": (hostile.garbage, SOURCE, "."),
     "a name that leads out": (wrong_name("../../../etc/passwd"), DAMAGED, "."),
     "an absolute name": (wrong_name("/etc/passwd"), DAMAGED, "."),
@@ -117,7 +117,7 @@ HUB: dict[str, tuple[str, str, int, str]] = {
     "a bit that flips": (SHARD, "corrupt", DAMAGED, "is not what the hub publishes"),
     "half the body": (SHARD, "short", SOURCE, "."),
     "a longer body": (SHARD, "long", SOURCE, "."),
-    "no ranges": (SHARD, "ignore-range", FINE, ""),
+    "no ranges": (SHARD, "ignore-range", SOURCE, "does not serve ranges"),
     "another range": (SHARD, "wrong-range", SOURCE, "."),
     "gzip": (SHARD, "gzip", SOURCE, "."),
     "a web page": (SHARD, "html", SOURCE, "."),
@@ -129,7 +129,7 @@ HUB: dict[str, tuple[str, str, int, str]] = {
     "429": (SHARD, "429", SOURCE, "429"),
     "503": (SHARD, "503", SOURCE, "503"),
     "401": (SHARD, "401", SOURCE, "."),
-    "403": (SHARD, "403", SOURCE, "."),
+    "403": (SHARD, "403", REFUSED, "Ask for access"),
     "404": (SHARD, "404", MISSING, "."),
     "nonsense about the repository": ("info", "html", SOURCE, "."),
     "a loop about the repository": ("info", "loop", SOURCE, "."),
@@ -151,10 +151,10 @@ def _renamed(answer: dict[str, Any]) -> None:
 
 
 ANSWERS: dict[str, tuple[Callable[[dict[str, Any]], object], int]] = {
-    "names that lead out": (_renamed, SOURCE),
+    "names that lead out": (_renamed, MISSING),
     "no commit": (lambda answer: answer.pop("sha"), SOURCE),
     "a commit that is a path": (lambda answer: answer.update(sha="../../x"), SOURCE),
-    "an id that is a path": (lambda answer: answer.update(id="../../x"), FINE),
+    "an id that is a path": (lambda answer: answer.update(id="../../x"), SOURCE),
     "no files": (lambda answer: answer.update(siblings=[]), MISSING),
 }
 
