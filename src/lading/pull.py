@@ -26,7 +26,7 @@ from lading.errors import AssetCardError, NotSupportedError
 from lading.fetch.source import FetchedFile, RemoteFile, Snapshot
 from lading.fetch.sources import HUB_SCHEMES, open_source
 from lading.folder import refuse_quantised_config
-from lading.locate import card_checkpoint, require_access
+from lading.locate import card_checkpoint, require_access, require_writable
 from lading.published import CONFIG_NAME, Published, index_source, name_in_source
 from lading.resolve import family_of_card, model_config
 from lading.settings import Settings
@@ -85,6 +85,7 @@ def pull_model(
     :raises ModelGatedError: the publisher hands it out on request.
     :raises ModelCheckpointMismatchError: it does not fit the card's architecture; nothing was fetched.
     :raises FetchError: the source cannot be reached, or answers nonsense.
+    :raises CatalogError: something is to be fetched, and the catalog cannot be written.
     :raises DigestMismatchError: what came is not what is published.
     :raises OSError: the disk is full, or the cache cannot be written.
     """
@@ -116,6 +117,8 @@ def pull_model(
         shown = [PulledFile(name=file.name, size=file.size, path=None, fetched=True) for file in companions]
         return _report(checkpoint, missing, [*shown, *_bring(tokenizer, dry_run=True, progress=progress)])
 
+    if missing:
+        require_writable(store)
     if published is not None:
         record_checkpoint(
             store.database,
