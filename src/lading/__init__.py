@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from lading.manifest import Manifest as Manifest
     from lading.nn.sharding import ParallelPlan as ParallelPlan
     from lading.nn.sharding import Split as Split
+    from lading.nn.sharding import Stages as Stages
     from lading.planning import LoadPlan as LoadPlan
     from lading.pull import PullReport as PullReport
     from lading.pull import pull_model as pull_model
@@ -142,6 +143,7 @@ _HOME = {
     "Manifest": "manifest",
     "ParallelPlan": "nn.sharding",
     "Split": "nn.sharding",
+    "Stages": "nn.sharding",
 }
 
 __all__ = [*_HOME, "__version__"]

@@ -22,11 +22,11 @@ from lading.companions import (
     tokenizer_ref,
 )
 from lading.completion import completed
-from lading.errors import AssetCardError, ModelGatedError, NotSupportedError
+from lading.errors import AssetCardError, NotSupportedError
 from lading.fetch.source import FetchedFile, RemoteFile, Snapshot
 from lading.fetch.sources import HUB_SCHEMES, open_source
 from lading.folder import refuse_quantised_config
-from lading.locate import card_checkpoint
+from lading.locate import card_checkpoint, require_access, require_writable
 from lading.published import CONFIG_NAME, Published, index_source, name_in_source
 from lading.resolve import family_of_card, model_config
 from lading.settings import Settings
@@ -85,14 +85,14 @@ def pull_model(
     :raises ModelGatedError: the publisher hands it out on request.
     :raises ModelCheckpointMismatchError: it does not fit the card's architecture; nothing was fetched.
     :raises FetchError: the source cannot be reached, or answers nonsense.
+    :raises CatalogError: something is to be fetched, and the catalog cannot be written.
     :raises DigestMismatchError: what came is not what is published.
     :raises OSError: the disk is full, or the cache cannot be written.
     """
     store = store or get_asset_store()
     card = store.retrieve_card(name)
     ref = checkpoint_ref(card)
-    if ref.gated:
-        raise ModelGatedError(card.name, ref.info_url)
+    require_access(card.name, ref)
     if uri_path(ref.uri) is not None:
         checkpoint = _local(card_checkpoint(card, store), revision)
         tokenizer = _tokenizer_elsewhere(card, ref, None, store)
@@ -117,6 +117,8 @@ def pull_model(
         shown = [PulledFile(name=file.name, size=file.size, path=None, fetched=True) for file in companions]
         return _report(checkpoint, missing, [*shown, *_bring(tokenizer, dry_run=True, progress=progress)])
 
+    if missing:
+        require_writable(store)
     if published is not None:
         record_checkpoint(
             store.database,

@@ -19,7 +19,7 @@ LAYERS = [
     {"overrides", "config", "keymap", "catalog", "formats", "fetch", "nn"},
     {"transfer"},
     {"family"},
-    {"parallel", "report"},
+    {"parallel", "pipeline", "report"},
     {"folder", "construct", "published", "whole", "diff", "resolve"},
     {"finding"},
     {"checkpoint", "check"},
@@ -126,7 +126,7 @@ def test_the_public_names() -> None:
         convert_checkpoint export_model ExportReport load_tokenizer
         import_cards index_checkpoint query check_model CheckReport diff_models DiffReport plan_load LoadPlan
         adopt_checkpoints Adoption disk_usage DiskUsage Holding remove_model remove_orphans Removal
-        Family Rule ParallelPlan Split Manifest Gang Gangs create_fake_gangs create_gangs simulate_gangs
+        Family Rule ParallelPlan Split Stages Manifest Gang Gangs create_fake_gangs create_gangs simulate_gangs
         LadingError ModelNotKnownError ModelFamilyNotKnownError ModelArchitectureNotKnownError ModelGatedError
         AssetCardError AssetNotFoundError ModelCheckpointError CorruptModelCheckpointError
         ModelCheckpointMismatchError DigestMismatchError NotSupportedError GangError FetchError CatalogError
