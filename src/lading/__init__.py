@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lading.diff import DiffReport as DiffReport
     from lading.doors import check_model as check_model
     from lading.doors import diff_models as diff_models
+    from lading.doors import plan_load as plan_load
     from lading.errors import AssetCardError as AssetCardError
     from lading.errors import AssetNotFoundError as AssetNotFoundError
     from lading.errors import CatalogError as CatalogError
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from lading.manifest import Manifest as Manifest
     from lading.nn.sharding import ParallelPlan as ParallelPlan
     from lading.nn.sharding import Split as Split
+    from lading.planning import LoadPlan as LoadPlan
     from lading.pull import PullReport as PullReport
     from lading.pull import pull_model as pull_model
     from lading.removal import Removal as Removal
@@ -86,6 +88,7 @@ _HOME = {
     "DiffReport": "diff",
     "check_model": "doors",
     "diff_models": "doors",
+    "plan_load": "doors",
     "AssetCardError": "errors",
     "AssetNotFoundError": "errors",
     "CatalogError": "errors",
@@ -122,6 +125,7 @@ _HOME = {
     "Removal": "removal",
     "remove_model": "removal",
     "remove_orphans": "removal",
+    "LoadPlan": "planning",
     "pull_model": "pull",
     "PullReport": "pull",
     "verify_model": "verify",

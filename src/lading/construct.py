@@ -40,7 +40,7 @@ def check_config_type(config: Any, family: Family[Any, Any]) -> None:
 
 def build_on_meta(family: Family[Any, Any], config: Any) -> Module:
     """The module without memory. Parameters are float32 on the meta device, whatever the defaults of this process."""
-    with _default_dtype(torch.float32), _no_collection(), torch.device("meta"):
+    with _default_dtype(torch.float32), no_collection(), torch.device("meta"):
         built = family.build(config)
 
     if not isinstance(built, family.kls):
@@ -54,7 +54,8 @@ def build_on_meta(family: Family[Any, Any], config: Any) -> Module:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
+    """Keep the garbage collector from running."""
     # Thousands of new objects start a collection, which goes through all that torch has imported: ten times the build.
     enabled = gc.isenabled()
     gc.disable()
@@ -118,7 +119,7 @@ def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: 
         drawn = {name: draw(name, shape, box, own) for name, shape, box, own in columns}
 
     assign(module, drawn, targets.aliases)
-    reset_buffers(module, device)
+    reset_buffers(module, family, config, device)
 
     return module
 
@@ -152,16 +153,16 @@ def parallelize(module: Module, family: Family[Any, Any], config: Any, gangs: Ga
         parallelize(module, family, config, gangs)
 
 
-def settle_dtypes(targets: Targets, routed: Route, manifest: Manifest, gangs: Gangs) -> list[str]:
+def settle_dtypes(targets: Targets, routed: Route, manifest: Manifest, *, sdp: int) -> list[str]:
     """The dtype in memory of each routed tensor: the one asked for, or the checkpoint's own.
 
-    Parameters that are gathered together have to be of one dtype: where ``gangs.sdp`` shards them, the checkpoint's
+    Parameters that are gathered together have to be of one dtype: where ``sdp`` ranks shard them, the checkpoint's
     most common one stands for all that it could be of.
     """
     free = [targets.dtypes[i] is None for i in routed.targets]
     own = [manifest.dtypes[t] for t in routed.tensors]
 
-    if gangs.sdp.size > 1:
+    if sdp > 1:
         elements: dict[str, int] = {}
         for is_free, i, dtype in zip(free, routed.targets, own, strict=True):
             if is_free:
@@ -212,7 +213,7 @@ def _distributed(local: Tensor, own: DTensor) -> DTensor:
     )
 
 
-def reset_buffers(module: Module, device: torch.device) -> None:
+def reset_buffers(module: Module, family: Family[Any, Any], config: Any, device: torch.device) -> None:
     """Compute the buffers that no checkpoint holds, such as rotary frequencies.
 
     :raises InternalError: something of the module is still on the meta device afterwards.
@@ -221,6 +222,8 @@ def reset_buffers(module: Module, device: torch.device) -> None:
         reset = getattr(part, "reset_non_persistent_buffers", None)
         if reset is not None:
             reset(device)
+    if family.reset_buffers is not None:
+        family.reset_buffers(module, config, device)
 
     left = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
     if left:

@@ -24,6 +24,7 @@ from lading.card import AssetCard
 from lading.catalog.store import AssetStore
 from lading.check import report_fit, require_fit
 from lading.checkpoint import Checkpoint, path_checkpoint
+from lading.completion import completed
 from lading.compose import Source, tensors_of
 from lading.construct import assign, build_on_meta, check_config_type, parallelize, reset_buffers, settle_dtypes
 from lading.errors import ModelCheckpointMismatchError
@@ -31,7 +32,6 @@ from lading.family import Family
 from lading.gangs import Gangs
 from lading.keymap import Route, route
 from lading.locate import card_checkpoint
-from lading.manifest import Manifest
 from lading.reading import read_tensors
 from lading.report import Clock, LoadReport
 from lading.resolve import check_family, model_config
@@ -41,7 +41,7 @@ from lading.transfer.fit import name_of
 from lading.transfer.hashing import Hasher
 from lading.transfer.plan import Plan, Wanted, plan
 from lading.transfer.targets import Targets, targets_of
-from lading.verification import Verify, expect, settle
+from lading.verification import Verify, block_dims, expect, settle
 
 log = logging.getLogger("lading")
 
@@ -83,9 +83,10 @@ def load_card(
             resolved = model_config(card, family, open_store) if config is None else config
 
         with clock.phase("manifest"):
-            return resolved, card_checkpoint(
+            checkpoint = card_checkpoint(
                 card, open_store, progress=options.progress, accept_others=options.verify == "never"
             )
+            return completed(resolved, family, checkpoint), checkpoint
 
     resolved, checkpoint = options.gangs.root.first(resolve)
 
@@ -96,10 +97,14 @@ def load_path(path: Path, family: Family[Any, Any], config: Any, options: LoadOp
     """Load the checkpoint at ``path``, of which the catalog is not asked."""
     clock = Clock()
 
-    with clock.phase("manifest"):
-        checkpoint = options.gangs.root.first(lambda: path_checkpoint(path, restrict=options.restrict))
+    def resolve() -> tuple[Any, Checkpoint]:
+        checkpoint = path_checkpoint(path, restrict=options.restrict)
+        return completed(config, family, checkpoint), checkpoint
 
-    return _load(checkpoint, family, config, None, options, clock)
+    with clock.phase("manifest"):
+        resolved, checkpoint = options.gangs.root.first(resolve)
+
+    return _load(checkpoint, family, resolved, None, options, clock)
 
 
 def agreed(gangs: Gangs, load: Callable[[], T]) -> T:
@@ -131,7 +136,7 @@ def _load(
         routed = route(
             manifest.names,
             targets.names,
-            family.rules(config),
+            family.rules_for(config, manifest.names),
             targets.aliases,
             shapes=manifest.shapes,
             target_shapes=targets.shapes,
@@ -142,7 +147,7 @@ def _load(
         wanted = Wanted(
             tensors=routed.tensors,
             boxes=[targets.boxes[i] for i in order],
-            dtypes=settle_dtypes(targets, routed, manifest, gangs),
+            dtypes=settle_dtypes(targets, routed, manifest, sdp=gangs.sdp.size),
             composed=routed.composed,
         )
         planned = plan(manifest, wanted, mapped=options.mmap and device.type == "cpu")
@@ -155,7 +160,7 @@ def _load(
                 checkpoint,
                 store and store(),
                 options.verify,
-                lambda: _block_dims(manifest, family, config, targets, routed),
+                lambda: block_dims(manifest, family, config, targets, routed),
                 ranks=gangs.root.size,
                 progress=progress,
             )
@@ -174,7 +179,7 @@ def _load(
 
     with clock.phase("assemble"):
         copied = assign(module, by_name, targets.aliases)
-        reset_buffers(module, device)
+        reset_buffers(module, family, config, device)
 
     report = _report(checkpoint, family, kls, device, by_name, routed, planned, copied, clock)
     log.info(
@@ -187,20 +192,6 @@ def _load(
     )
 
     return module, report
-
-
-def _block_dims(
-    manifest: Manifest, family: Family[Any, Any], config: Any, targets: Targets, routed: Route
-) -> array[int]:
-    """For each tensor the dim along which digests cut it: the one along which ranks do, so that they can check."""
-    plan_ = family.parallel_plan(config)
-    dims = array("b", [0]) * len(manifest)
-    for target, tensor in zip(routed.targets, routed.tensors, strict=True):
-        dim = plan_.shard_dim(targets.names[target])
-        if dim < len(manifest.shapes[tensor]):
-            dims[tensor] = dim
-
-    return dims
 
 
 def _check_tied(checkpoint: Checkpoint, targets: Targets, routed: Route, loaded: Mapping[str, Tensor]) -> None:

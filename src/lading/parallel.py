@@ -7,7 +7,7 @@ parallelism its :func:`~torch.distributed.fsdp.fully_shard`. Replicas of what is
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import Module, Parameter
 
 from lading.errors import InternalError
@@ -25,6 +26,8 @@ from lading.gangs import Gang, Gangs
 from lading.nn.sharding import ParallelPlan, Split, matches
 
 log = logging.getLogger("lading")
+
+_REPLICATED: Placement = Replicate()
 
 
 def parallelize(module: Module, family: Family[Any, Any], config: Any, gangs: Gangs) -> None:
@@ -53,6 +56,34 @@ def parallelize(module: Module, family: Family[Any, Any], config: Any, gangs: Ga
             for unit in _modules(module, pattern).values():
                 fully_shard(unit, mesh=mesh)
         fully_shard(module, mesh=mesh)
+
+
+def placements(
+    plan: ParallelPlan, names: Sequence[str], parameters: Container[str], *, sdp: int, tp: int
+) -> list[tuple[Placement, Placement]]:
+    """How :func:`parallelize` would place tensors on the axes ``sdp`` and ``tp``, told without doing it: of very many
+    parameters, torch takes minutes. On all other axes tensors are replicated.
+
+    :param names: of the tensors of a module's state; of a tied one the first.
+    :param parameters: those of them that are no buffers.
+
+    :raises NotSupportedError: a size of the configuration does not divide over ``tp``.
+    """
+    plan.check(tp)
+    sharded = sdp > 1 and plan.units is not None
+    found: list[tuple[Placement, Placement]] = []
+    for name in names:
+        of_tp = of_sdp = _REPLICATED
+        if name in parameters:
+            module, _, leaf = name.rpartition(".")
+            split = plan.split_of(module) if tp > 1 else None
+            of_tp = _REPLICATED if split is None else _placement(split, leaf, plan, tp)
+            if sharded:
+                # FSDP cuts what tensor parallelism left, though its axis comes first.
+                of_sdp = _StridedShard(0, split_factor=tp) if of_tp == Shard(0) else Shard(0)
+        found.append((of_sdp, of_tp))
+
+    return found
 
 
 def mesh_of(gang: Gang) -> DeviceMesh:
@@ -121,6 +152,19 @@ def _style(split: Split, plan: ParallelPlan, tp: int) -> ParallelStyle:
             return _SameParameters(Shard(2))
         case Split.REPLICATED:
             return _SameParameters(Replicate())
+
+
+def _placement(split: Split, leaf: str, plan: ParallelPlan, tp: int) -> Placement:
+    """Of a parameter of a module that is split, by the last part of its name."""
+    match split:
+        case Split.ROW:
+            return Shard(1) if leaf == "weight" else _REPLICATED
+        case Split.KEY_VALUE:
+            return Shard(0) if tp <= plan.num_key_value_heads else _REPLICATED
+        case Split.COLUMN | Split.VOCABULARY | Split.LOGITS:
+            return Shard(0)
+        case Split.HEADS | Split.REPLICATED:
+            return _REPLICATED
 
 
 class _Local(Function):

@@ -13,6 +13,7 @@ from lading.catalog.checkpoints import record_checkpoint
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.check import check_manifest, require_fit
 from lading.checkpoint import Checkpoint
+from lading.completion import completed
 from lading.errors import AssetCardError, ModelGatedError, NotSupportedError
 from lading.fetch.source import FetchedFile, RemoteFile, Snapshot
 from lading.fetch.sources import open_source
@@ -96,7 +97,7 @@ def pull_model(
         published = index_source(ref, revision=revision)
         refuse_quantised_config(published.hf_config, ref.key)
         checkpoint = _as_checkpoint(card, ref, published, store)
-    _require_fit(card, checkpoint, store)
+    _require_fit(card, checkpoint, published, store)
 
     companions = _companions(checkpoint, published, include)
     missing = checkpoint.files is None
@@ -156,13 +157,15 @@ def _as_checkpoint(card: AssetCard, ref: CheckpointRef, published: Published, st
     return replace(fresh, files=kept.files, trusted=kept.trusted)
 
 
-def _require_fit(card: AssetCard, checkpoint: Checkpoint, store: AssetStore) -> None:
+def _require_fit(card: AssetCard, checkpoint: Checkpoint, published: Published | None, store: AssetStore) -> None:
     try:
         family = family_of_card(card)
     except AssetCardError:
         return  # it may be pulled for other programs all the same
 
-    report = check_manifest(checkpoint.manifest, family, model_config(card, family, store))
+    hf_config = None if published is None else published.hf_config
+    config = completed(model_config(card, family, store), family, checkpoint, hf_config)
+    report = check_manifest(checkpoint.manifest, family, config)
     require_fit(report, path=checkpoint.where, name=card.name)
 
 

@@ -59,7 +59,8 @@ def iter_tensors(
     :raises ModelCheckpointMismatchError: parts that make a parameter together are missing, or claim the same place; or
         a tensor that would be cut is not of the shape of its parameter.
     """
-    manifest, rules = checkpoint.manifest, family.rules(config)
+    manifest = checkpoint.manifest
+    rules = family.rules_for(config, manifest.names)
     owned = _owned(family, config, gangs)
     if makes_parts(manifest.names, rules):
         sources = _made(checkpoint, family, config, rules)

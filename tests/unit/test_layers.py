@@ -24,10 +24,10 @@ LAYERS = [
     {"finding"},
     {"checkpoint", "check"},
     {"locate"},
-    {"acquire", "reading", "holdings", "adoption", "removal"},
+    {"acquire", "completion", "reading", "holdings", "adoption", "removal"},
     {"verification"},
-    {"verify", "pull"},
-    {"loader"},
+    {"verify", "pull", "planning"},
+    {"loader", "picture"},
     {"hub", "doors"},
     {"families"},
     {"cli"},
@@ -123,7 +123,7 @@ def test_the_public_names() -> None:
         AssetCard AssetCardField Architecture AssetStore get_asset_store
         load_model ModelHub ModelHubAccessor GlobalModelLoader LoadReport
         pull_model PullReport verify_model VerifyReport
-        import_cards index_checkpoint query check_model CheckReport diff_models DiffReport
+        import_cards index_checkpoint query check_model CheckReport diff_models DiffReport plan_load LoadPlan
         adopt_checkpoints Adoption disk_usage DiskUsage Holding remove_model remove_orphans Removal
         Family Rule ParallelPlan Split Manifest Gang Gangs create_fake_gangs create_gangs simulate_gangs
         LadingError ModelNotKnownError ModelFamilyNotKnownError ModelArchitectureNotKnownError ModelGatedError

@@ -26,6 +26,7 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
         "archs": "lading.cli.families:archs",
         "sql": "lading.cli.sql:sql",
         "load": "lading.cli.load:load",
+        "plan": "lading.cli.plan:plan",
         "check": "lading.cli.check:check",
         "diff": "lading.cli.diff:diff",
         "index": "lading.cli.index:index",
