@@ -38,10 +38,10 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
 @pytest.fixture
 def env(hub: FakeHub, tmp_path: Path) -> dict[str, str]:
     return {
-        "LADING_OFFLINE": "",
         "HF_ENDPOINT": hub.url,
         "HF_HUB_CACHE": str(tmp_path / "hub"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "LADING_OFFLINE": "",
     }
 
 
