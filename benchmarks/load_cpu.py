@@ -59,7 +59,7 @@ checkpoint: checkpoint
 # --- the checkpoint --------------------------------------------------------------------------------------------------
 
 
-def make_checkpoint() -> Path:
+def make_checkpoint(catalog: Path = DATA / "catalog.sqlite") -> Path:
     """Write the checkpoint once, and a catalog that knows it."""
     folder = DATA / "checkpoint"
     if not (folder / "model.safetensors.index.json").exists():
@@ -75,7 +75,7 @@ def make_checkpoint() -> Path:
         model.save_pretrained(folder, max_shard_size="500MB")
 
     (DATA / "cards.yaml").write_text(CARD)
-    harness.make_catalog(DATA / "catalog.sqlite", ["import", str(DATA / "cards.yaml")], ["index", "bench"])
+    harness.make_catalog(catalog, ["import", str(DATA / "cards.yaml")], ["verify", "bench"])
 
     return folder
 
@@ -249,6 +249,8 @@ def _raw_read(folder: Path, threads: int, flags: int) -> list[mmap.mmap]:
 CONTENDERS: dict[str, tuple[Callable[[Path], Loader], str | None]] = {
     "lading": (lading(dtype="auto"), None),
     "lading mmap": (lading(dtype="auto", mmap=True), None),
+    "lading verified": (lading(dtype="auto", verify="always"), None),
+    "lading mmap verified": (lading(dtype="auto", mmap=True, verify="always"), None),
     "lading float32": (lading(), None),
     "safetensors": (safetensors_file(clone=False), "safetensors"),
     "safetensors cloned": (safetensors_file(clone=True), "safetensors"),
@@ -263,7 +265,7 @@ CONTENDERS: dict[str, tuple[Callable[[Path], Loader], str | None]] = {
 }
 WARM = tuple(name for name in CONTENDERS if name != "direct floor")
 
-COLD = ("lading", "lading mmap", "transformers", "dcp", "fastsafetensors", "runai", "direct floor")
+COLD = ("lading", "lading verified", "lading mmap", "transformers", "dcp", "fastsafetensors", "runai", "direct floor")
 """The contenders for which cold files are of interest; the others would only wait for the disk in the same way."""
 
 WARM_BARS = [
@@ -271,11 +273,15 @@ WARM_BARS = [
     ("B1", "lading", "fastsafetensors", 0.6),
     ("B1", "lading", "fairseq2", 0.14),
     ("B1", "lading", "floor", 1.2),
+    ("B2", "lading verified", "lading", 1.6),
+    ("B2", "lading verified", "dcp", 1.0),
     ("B3", "lading mmap", "transformers", 0.5),
+    ("B3", "lading mmap verified", "transformers", 2.0),
     ("B4", "lading float32", "transformers float32", 0.5),
 ]
 COLD_BARS = [
     ("B6", "lading", "direct floor", 1.1),
+    ("B6", "lading verified", "lading", 1.15),
     ("B6", "lading", "runai", 1.0),
     ("B6", "lading", "fastsafetensors", 1.0),
 ]

@@ -26,6 +26,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home.mkdir()
     for name in ("LADING_DATABASE_URL", "LADING_CACHE_DIR", "LADING_CARDS", "LADING_ENV", "LADING_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
+    # Who needs a network has one on loopback, and says so; to look for another one takes seconds.
+    monkeypatch.setenv("LADING_OFFLINE", "1")
     monkeypatch.setenv("HOME", str(home))
     for name in ("DATA", "CACHE", "CONFIG"):
         monkeypatch.setenv(f"XDG_{name}_HOME", str(home / name.lower()))

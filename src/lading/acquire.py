@@ -12,13 +12,14 @@ from lading.card import CheckpointRef
 from lading.catalog.checkpoints import record_files
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore
-from lading.checkpoint import Checkpoint, known_content
+from lading.checkpoint import Checkpoint
 from lading.errors import CatalogError, CheckpointNotFoundError, CorruptModelCheckpointError, InternalError
 from lading.fetch.source import FetchedFile, RemoteFile, Snapshot
 from lading.fetch.sources import open_source
 from lading.filesystem import FileStat
 from lading.formats.safetensors import index_file
 from lading.gangs import Gang
+from lading.locate import known_content
 from lading.manifest import Manifest
 from lading.published import name_in_source
 from lading.settings import Settings
@@ -149,7 +150,9 @@ def _replaced(path: Path, name: str) -> CorruptModelCheckpointError:
 def _record(checkpoint: Checkpoint, fetched: Sequence[FetchedFile], kind: CopyKind, store: AssetStore) -> None:
     copies, checks = [], []
     for file, shard in zip(fetched, checkpoint.manifest.shards, strict=True):
-        copies.append(LocalCopy(file=shard.name, path=file.path, stat=file.stat, kind=kind))
+        # What others fetched is not lading's to remove; the catalog knows better where it was lading after all.
+        owner = kind if file.own else "adopted"
+        copies.append(LocalCopy(file=shard.name, path=file.path, stat=file.stat, kind=owner))
         checks.append(
             Check(
                 file=shard.name,

@@ -58,7 +58,7 @@ def check_manifest(manifest: Manifest, family: Family[Any, Any], config: Any) ->
     routed = route(
         manifest.names,
         targets.names,
-        family.rules(config),
+        family.rules_for(config, manifest.names),
         targets.aliases,
         shapes=manifest.shapes,
         target_shapes=targets.shapes,

@@ -1,8 +1,8 @@
 """How a parameter is made of the tensors of a checkpoint, as a value, and what a part of it needs of them. Pure.
 
 A *source* is a tensor, by its position in the manifest; or sources that are joined along a dim, stacked along a new
-one, or re-ordered along one. It is never carried out on tensors: for a box of the parameter it gives pieces, each a
-strided copy from one tensor to the memory of the box, so that a rank reads what its box needs and nothing else.
+one, or re-ordered or cut along one. It is never carried out on tensors: for a box of the parameter it gives pieces,
+each a strided copy from one tensor to the memory of the box, so that a rank reads what its box needs and nothing else.
 """
 
 from __future__ import annotations
@@ -56,7 +56,17 @@ class Reordered:
     source: Source
 
 
-Source = int | Joined | Stacked | Reordered
+@dataclass(frozen=True, slots=True)
+class Sliced:
+    """Of a source the ``size`` indices from ``start`` on along ``dim``."""
+
+    dim: int
+    start: int
+    size: int
+    source: Source
+
+
+Source = int | Joined | Stacked | Reordered | Sliced
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +122,7 @@ def tensors_of(source: Source) -> Iterator[int]:
     """The positions of all tensors that ``source`` is made of."""
     if isinstance(source, int):
         yield source
-    elif isinstance(source, Reordered):
+    elif isinstance(source, Reordered | Sliced):
         yield from tensors_of(source.source)
     else:
         for part in source.parts:
@@ -133,6 +143,11 @@ def shape_of(source: Source, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ..
         if order.dim >= len(shape) or shape[order.dim] % order.group:
             raise ValueError(f"{list(shape)} has no groups of {order.group} along dim {order.dim}")
         return shape
+    if isinstance(source, Sliced):
+        shape, dim = shape_of(source.source, shapes), source.dim
+        if dim >= len(shape) or source.start + source.size > shape[dim]:
+            raise ValueError(f"{list(shape)} has no {source.size} indices from {source.start} on along dim {dim}")
+        return (*shape[:dim], source.size, *shape[dim + 1 :])
 
     parts = [shape_of(part, shapes) for part in source.parts]
     if isinstance(source, Stacked):
@@ -193,6 +208,10 @@ def _walk(source: Source, shapes: Sequence[tuple[int, ...]], need: _Need) -> Ite
             place = need.place + i * need.strides[0]
             inner = _Need(need.starts[1:], need.sizes[1:], need.steps[1:], place, need.strides[1:])
             yield from _walk(part, shapes, inner)
+    elif isinstance(source, Sliced):
+        dim = source.dim
+        start = need.starts[dim] + source.start
+        yield from _walk(source.source, shapes, need.along(dim, 0, need.sizes[dim], start, need.steps[dim]))
     else:
         for inner in _reordered(source.order, need):
             yield from _walk(source.source, shapes, inner)

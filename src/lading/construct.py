@@ -40,7 +40,7 @@ def check_config_type(config: Any, family: Family[Any, Any]) -> None:
 
 def build_on_meta(family: Family[Any, Any], config: Any) -> Module:
     """The module without memory. Parameters are float32 on the meta device, whatever the defaults of this process."""
-    with _default_dtype(torch.float32), _no_collection(), torch.device("meta"):
+    with _default_dtype(torch.float32), no_collection(), torch.device("meta"):
         built = family.build(config)
 
     if not isinstance(built, family.kls):
@@ -54,7 +54,8 @@ def build_on_meta(family: Family[Any, Any], config: Any) -> Module:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
+    """Keep the garbage collector from running."""
     # Thousands of new objects start a collection, which goes through all that torch has imported: ten times the build.
     enabled = gc.isenabled()
     gc.disable()
@@ -81,7 +82,8 @@ def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: 
     Each parameter is drawn whole, by itself, from a generator that is seeded by torch's seed on the first rank and the
     parameter's name, and then cut: the same model comes of any gangs.
 
-    :raises NotSupportedError: ``meta``, and the family cannot; or a size does not divide over ``gangs.tp``.
+    :raises NotSupportedError: ``meta``, and the family cannot; a size does not divide over ``gangs.tp``; or there are
+        more ranks in ``gangs.pp`` than layers.
     :raises GangError: the ranks do not all ask for the same.
     """
     check_config_type(config, family)
@@ -90,8 +92,7 @@ def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: 
         raise NotSupportedError(f"Models of the {family.name} family cannot be made on the meta device.")
 
     module = build_on_meta(family, config)
-    parallelize(module, family, config, gangs)
-    targets = targets_of(module, dtype=dtype)
+    targets = split(module, family, config, gangs, dtype=dtype)
     dtypes = [TORCH_DTYPES[own or ""] for own in targets.dtypes]
 
     if meta:
@@ -103,11 +104,15 @@ def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: 
         return module
 
     device = gangs.root.device
+    # A stage draws what it holds as a part of the model that it was cut from, which tells names and depths.
+    model = module if gangs.pp.size == 1 else build_on_meta(family, config)
 
     def draw(name: str, shape: tuple[int, ...], box: Box, own: torch.dtype) -> Tensor:
+        if box.numel == 0:
+            return torch.empty(box.sizes, dtype=own, device=device)
         whole = torch.empty(shape, dtype=own, device=device)
         _seed(device, seed, name)
-        family.init(module, config, name, whole)
+        family.init(model, config, name, whole)
         cut = tuple(slice(start, end) for start, end in zip(box.starts, box.ends, strict=True))
 
         return whole if box.covers(shape) else whole[cut].clone(memory_format=torch.contiguous_format)
@@ -118,7 +123,7 @@ def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: 
         drawn = {name: draw(name, shape, box, own) for name, shape, box, own in columns}
 
     assign(module, drawn, targets.aliases)
-    reset_buffers(module, device)
+    reset_buffers(module, family, config, device)
 
     return module
 
@@ -144,7 +149,8 @@ def parallelize(module: Module, family: Family[Any, Any], config: Any, gangs: Ga
     """Split ``module``, which is on the meta device, over ``gangs`` as the family's plan says; see
     :mod:`lading.parallel`, which is imported only where there is something to split.
 
-    :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``.
+    :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``, or there are more ranks
+        in ``gangs.pp`` than layers.
     """
     if gangs.root.size > 1:
         from lading.parallel import parallelize
@@ -152,16 +158,28 @@ def parallelize(module: Module, family: Family[Any, Any], config: Any, gangs: Ga
         parallelize(module, family, config, gangs)
 
 
-def settle_dtypes(targets: Targets, routed: Route, manifest: Manifest, gangs: Gangs) -> list[str]:
+def split(module: Module, family: Family[Any, Any], config: Any, gangs: Gangs, *, dtype: torch.dtype | None) -> Targets:
+    """As :func:`parallelize`; returns all tensors of the whole module, each with the part that this rank owns.
+
+    :param dtype: as :func:`targets_of` takes it.
+    """
+    whole = None if gangs.pp.size == 1 else targets_of(module, dtype=dtype)
+    parallelize(module, family, config, gangs)
+    own = targets_of(module, dtype=dtype)
+
+    return own if whole is None else whole.held_by(own)
+
+
+def settle_dtypes(targets: Targets, routed: Route, manifest: Manifest, *, sdp: int) -> list[str]:
     """The dtype in memory of each routed tensor: the one asked for, or the checkpoint's own.
 
-    Parameters that are gathered together have to be of one dtype: where ``gangs.sdp`` shards them, the checkpoint's
+    Parameters that are gathered together have to be of one dtype: where ``sdp`` ranks shard them, the checkpoint's
     most common one stands for all that it could be of.
     """
     free = [targets.dtypes[i] is None for i in routed.targets]
     own = [manifest.dtypes[t] for t in routed.tensors]
 
-    if gangs.sdp.size > 1:
+    if sdp > 1:
         elements: dict[str, int] = {}
         for is_free, i, dtype in zip(free, routed.targets, own, strict=True):
             if is_free:
@@ -200,7 +218,8 @@ def assign(module: Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, 
 
     module.load_state_dict(state, strict=False, assign=True)
 
-    parts = {name: own.to_local() for name, own in state.items() if name in tensors and is_distributed(own)}
+    # By the first name, which a stage of a pipeline may have under another one only.
+    parts = {aliases.get(name, name): own.to_local() for name, own in state.items() if is_distributed(own)}
 
     return sum(part.nbytes for name, part in parts.items() if part.data_ptr() != tensors[name].data_ptr())
 
@@ -212,7 +231,7 @@ def _distributed(local: Tensor, own: DTensor) -> DTensor:
     )
 
 
-def reset_buffers(module: Module, device: torch.device) -> None:
+def reset_buffers(module: Module, family: Family[Any, Any], config: Any, device: torch.device) -> None:
     """Compute the buffers that no checkpoint holds, such as rotary frequencies.
 
     :raises InternalError: something of the module is still on the meta device afterwards.
@@ -221,6 +240,8 @@ def reset_buffers(module: Module, device: torch.device) -> None:
         reset = getattr(part, "reset_non_persistent_buffers", None)
         if reset is not None:
             reset(device)
+    if family.reset_buffers is not None:
+        family.reset_buffers(module, config, device)
 
     left = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
     if left:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from lading.card import Architecture, AssetCard
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.check import CheckReport, check_manifest
-from lading.checkpoint import Checkpoint, card_checkpoint, path_checkpoint
+from lading.checkpoint import Checkpoint, path_checkpoint
+from lading.completion import completed
 from lading.config import architecture_config
 from lading.construct import build_on_meta
 from lading.diff import DiffReport, Side, diff
 from lading.errors import NotSupportedError
-from lading.family import get_family
+from lading.family import Family, get_family
 from lading.folder import family_of_folder
+from lading.locate import card_checkpoint
 from lading.resolve import family_of_card, model_config
 from lading.transfer.targets import targets_of
+
+if TYPE_CHECKING:
+    from lading.planning import LoadPlan
 
 
 def check_model(target: AssetCard | str | Path, *, store: AssetStore | None = None) -> CheckReport:
@@ -34,16 +42,61 @@ def check_model(target: AssetCard | str | Path, *, store: AssetStore | None = No
     :raises CorruptModelCheckpointError: a file breaks the rules of its format.
     :raises NotSupportedError: its ``config.json`` says that it is quantised, or is of no family that is registered.
     """
+    family, config, checkpoint = _model_of(target, store)
+
+    return check_manifest(checkpoint.manifest, family, config)
+
+
+def plan_load(
+    target: AssetCard | str | Path,
+    *,
+    tp: int = 1,
+    sdp: int = 1,
+    pp: int = 1,
+    rdp: int = 1,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    ranks: Sequence[int] | None = None,
+    store: AssetStore | None = None,
+) -> LoadPlan:
+    """What each rank of gangs of these sizes would read and hold of a model, were it loaded; no weight is read.
+
+    :param target: as :func:`check_model` takes it.
+    :param dtype: as ``load_model`` takes it.
+    :param ranks: to tell of, from 0 to ``pp × rdp × sdp × tp - 1``; default: all.
+
+    :raises ValueError: a size that is less than 1; a rank that the world does not have.
+    :raises ModelCheckpointMismatchError: the checkpoint does not fit the model's architecture.
+    :raises NotSupportedError: a size of the architecture does not divide over ``tp``; the checkpoint is quantised.
+
+    Otherwise what :func:`check_model` does.
+    """
+    from lading.planning import plan_checkpoint  # what knows of placements takes its time to import
+
+    family, config, checkpoint = _model_of(target, store)
+
+    return plan_checkpoint(
+        checkpoint,
+        family,
+        config,
+        sizes={"pp": pp, "rdp": rdp, "sdp": sdp, "tp": tp},
+        dtype=None if dtype == "auto" else dtype,
+        ranks=ranks,
+    )
+
+
+def _model_of(target: AssetCard | str | Path, store: AssetStore | None) -> tuple[Family[Any, Any], Any, Checkpoint]:
     if isinstance(target, Path):
         family, config = family_of_folder(target)
-        return check_manifest(path_checkpoint(target).manifest, family, config)
+        return family, config, path_checkpoint(target)
 
     store = store or get_asset_store()
     card = target if isinstance(target, AssetCard) else store.retrieve_card(target)
     family = family_of_card(card)
     config = model_config(card, family, store)
 
-    return check_manifest(card_checkpoint(card, store).manifest, family, config)
+    checkpoint = card_checkpoint(card, store)
+
+    return family, completed(config, family, checkpoint), checkpoint
 
 
 def diff_models(a: AssetCard | str | Path, b: AssetCard | str | Path, *, store: AssetStore | None = None) -> DiffReport:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from torch import Tensor
+from torch import Tensor, device
 from torch.nn import Module
 
 from lading.errors import InternalError, ModelFamilyNotKnownError, did_you_mean
@@ -57,6 +57,11 @@ class Family(Generic[ModelT, ModelConfigT]):
     """
     rules: Callable[[ModelConfigT], Sequence[Rule]] = _no_rules
     """How tensors of a checkpoint map to parameters, where their names differ."""
+    rules_of_names: Callable[[ModelConfigT, Sequence[str]], Sequence[Rule]] | None = None
+    """Instead of ``rules``, where the rules depend on the names of the tensors that a checkpoint holds.
+
+    :raises NotSupportedError: no rules can say what these tensors make.
+    """
     parallel_plan: Callable[[ModelConfigT], ParallelPlan] = _no_plan
     """How a model is split over the ranks of gangs; axes of which it says nothing are ignored."""
     hf_model_types: frozenset[str] = frozenset()
@@ -69,10 +74,31 @@ class Family(Generic[ModelT, ModelConfigT]):
 
     :raises NotSupportedError: the file asks for something that the family does not do.
     """
+    to_hf: Callable[[ModelConfigT], Mapping[str, object]] | None = None
+    """The way back: the ``config.json`` that describes a model of the configuration, as transformers reads it.
+
+    :raises NotSupportedError: no such file can describe it.
+    """
+    reads_other_model_types: bool = False
+    """Whether ``from_hf`` also takes the model types that no other family reads."""
+    complete: Callable[[ModelConfigT, Mapping[str, object]], ModelConfigT] | None = None
+    """A configuration with what it lacks taken from the ``config.json`` beside the checkpoint, which is empty where
+    there is none; for a family whose cards do not state the sizes of their models.
+
+    :raises NotSupportedError: the file asks for something that the family does not do.
+    :raises PolicyError: it asks for code of a repository to be run.
+    """
+    reset_buffers: Callable[[ModelT, ModelConfigT, device], None] | None = None
+    """Compute non-persistent buffers anew, for modules that do not implement ``reset_non_persistent_buffers``; the
+    parameters are there by then."""
     supports_meta: bool = True
     """Whether ``create_new_model(…, meta=True)`` may be asked for."""
     restrict: bool = True
     """Whether unpickling is limited to tensors and plain containers by default."""
+
+    def rules_for(self, config: ModelConfigT, names: Sequence[str]) -> Sequence[Rule]:
+        """How tensors of these names map to parameters."""
+        return self.rules(config) if self.rules_of_names is None else self.rules_of_names(config, names)
 
 
 def family_names() -> frozenset[str]:
@@ -96,15 +122,17 @@ def get_family(name: str) -> Family[Any, Any]:
 def family_of_model_type(model_type: str, architectures: Iterable[str] = ()) -> Family[Any, Any] | None:
     """The family that reads checkpoints of this Hugging Face ``model_type``; ``None`` where none does.
 
+    One that reads all model types comes after those that name the type.
+
     :param architectures: what the file's key of that name says, for types that several families share.
     """
     names = frozenset(architectures)
-    for name in sorted(_entry_points()):
-        family = get_family(name)
+    families = [get_family(name) for name in sorted(_entry_points())]
+    for family in families:
         if model_type in family.hf_model_types and (not family.hf_architectures or family.hf_architectures & names):
             return family
 
-    return None
+    return next((family for family in families if family.reads_other_model_types), None)
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from lading.compose import Joined, Regroup, Reordered, Source, Stacked, shape_of, tensors_of
+from lading.compose import Joined, Regroup, Reordered, Sliced, Source, Stacked, shape_of, tensors_of
 from lading.errors import InternalError
 
 
@@ -32,6 +32,11 @@ class Rule:
         Rule("experts.{e}.w1", "experts.gate_up", stack="e", concat=(0, 0))        # [experts, gate and up, dim]
         Rule("experts.{e}.w3", "experts.gate_up", stack="e", concat=(0, 1))
 
+    Where one tensor makes several targets, a rule for each, of the same source, says which part of it is its own::
+
+        Rule("layers.{n}.qkv", "layers.{n}.wq", cut=(0, 0, 4096))                  # dim, first index, size
+        Rule("layers.{n}.qkv", "layers.{n}.wk", cut=(0, 4096, 1024))
+
     The parts that ranks of gangs saved, which :mod:`lading.formats` names ``NAME#TP`` or ``NAME#TP.SDP``, need no rule:
     a rule is for ``NAME``, and the shape of the target tells along which dim the parts are joined, or that they are
     copies, of which the first is taken.
@@ -46,6 +51,8 @@ class Rule:
     """The placeholder that is its index along a new first dim of the target; the target does not have it."""
     order: Regroup | None = None
     """How its indices along a dim are re-ordered, before anything else but the joining of parts of ranks."""
+    cut: tuple[int, int, int] | None = None
+    """(dim, first index, size): the part of it that makes the target, after it was re-ordered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +88,8 @@ def route(
 ) -> Route:
     """Assign tensors to targets.
 
-    A name goes through the first rule whose source matches all of it; a name that no rule matches stands for itself.
+    A name goes through the first rule whose source matches all of it, and through further rules of the same source if
+    those cut it; a name that no rule matches stands for itself.
 
     :param aliases: further names of tied targets → the name among ``target_names``.
     :param shapes: of the tensors; needed where several of them make one target.
@@ -94,7 +102,7 @@ def route(
     claims: dict[int, dict[str, list[tuple[int, _Place | None]]]] = {}
     unexpected: list[str] = []
 
-    for tensor, (renamed, place) in enumerate(_apply(tensor_names, rules)):
+    for tensor, renamed, place in _apply(tensor_names, rules):
         if renamed is None:
             continue
 
@@ -154,13 +162,16 @@ def route(
 
 
 def rename(names: Sequence[str], rules: Sequence[Rule]) -> list[str | None]:
-    """Each name after the first rule whose source matches all of it; ``None`` where that rule drops the tensor."""
-    return [renamed for renamed, _ in _apply(names, rules)]
+    """Each name after the first rule whose source matches all of it; ``None`` where that rule drops the tensor.
+
+    A name that rules cut is there after each of them.
+    """
+    return [renamed for _, renamed, _ in _apply(names, rules)]
 
 
 def makes_parts(names: Sequence[str], rules: Sequence[Rule]) -> bool:
     """Whether any tensor is a part of a target, or is not in it as it is."""
-    return any(place is not None for _, place in _apply(names, rules))
+    return any(place is not None for _, _, place in _apply(names, rules))
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,28 +193,35 @@ class _Place:
 _PART = re.compile(r"(.+)#([0-9]{1,4})(?:\.([0-9]{1,4}))?", re.DOTALL)
 
 
-def _apply(names: Sequence[str], rules: Sequence[Rule]) -> Iterator[tuple[str | None, _Place | None]]:
-    """Each name after the rules, and where in that target the tensor is if it is not all of it as it is."""
+def _apply(names: Sequence[str], rules: Sequence[Rule]) -> Iterator[tuple[int, str | None, _Place | None]]:
+    """The position of each name, the name after the rules, and where in that target the tensor is if it is not all of
+    it as it is; a name that is cut comes once for each part.
+    """
     compiled = [(*_compile(rule), rule) for rule in rules]
     # One expression for all rules tells in one go whether any matches, which for most names none does.
     any_rule = re.compile("|".join(f"(?:{_NAMED.sub('(?:', pattern.pattern)})" for pattern, _, _ in compiled))
 
-    for name in names:
+    for i, name in enumerate(names):
         ranks = None
         if "#" in name and (part := _PART.fullmatch(name)):
             name, ranks = part[1], (int(part[2]), int(part[3] or 0))
         place = None if ranks is None else _Place(ranks)
 
         if not rules or any_rule.fullmatch(name) is None:
-            yield name, place
+            yield i, name, place
             continue
+        matched: Rule | None = None
         for pattern, target, rule in compiled:
+            if matched is not None and (rule.cut is None or rule.source != matched.source):
+                continue
             if match := pattern.fullmatch(name):
-                if rule.concat or rule.stack or rule.order:
+                if rule.concat or rule.stack or rule.order or rule.cut:
                     stack = int(match[rule.stack]) if rule.stack else 0
                     place = _Place(ranks or (0, 0), stack, rule.concat[1] if rule.concat else 0, rule)
-                yield (None if target is None else target.format(**match.groupdict())), place
-                break
+                yield i, (None if target is None else target.format(**match.groupdict())), place
+                if rule.cut is None:
+                    break
+                matched = rule
 
 
 def _clash(places: Sequence[tuple[int, _Place | None]]) -> list[int]:
@@ -278,7 +296,9 @@ def _build(
         for j in range(len(cells[i])):
             rule = cells[i][j][0][1].rule
             source = _join_ranks(cells[i][j], shapes, tp_dim, sdp_dim)
-            joined.append(source if rule is None or rule.order is None else Reordered(rule.order, source))
+            if rule is not None and rule.order is not None:
+                source = Reordered(rule.order, source)
+            joined.append(source if rule is None or rule.cut is None else Sliced(*rule.cut, source))
         concat = None if rule is None else rule.concat
         stacked.append(joined[0] if concat is None else Joined(concat[0], tuple(joined)))
 

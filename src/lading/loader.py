@@ -23,14 +23,15 @@ from lading.acquire import acquire, share
 from lading.card import AssetCard
 from lading.catalog.store import AssetStore
 from lading.check import report_fit, require_fit
-from lading.checkpoint import Checkpoint, card_checkpoint, path_checkpoint
+from lading.checkpoint import Checkpoint, path_checkpoint
+from lading.completion import completed
 from lading.compose import Source, tensors_of
-from lading.construct import assign, build_on_meta, check_config_type, parallelize, reset_buffers, settle_dtypes
+from lading.construct import assign, build_on_meta, check_config_type, reset_buffers, settle_dtypes, split
 from lading.errors import ModelCheckpointMismatchError
 from lading.family import Family
 from lading.gangs import Gangs
 from lading.keymap import Route, route
-from lading.manifest import Manifest
+from lading.locate import card_checkpoint
 from lading.reading import read_tensors
 from lading.report import Clock, LoadReport
 from lading.resolve import check_family, model_config
@@ -39,8 +40,8 @@ from lading.transfer.execute import execute
 from lading.transfer.fit import name_of
 from lading.transfer.hashing import Hasher
 from lading.transfer.plan import Plan, Wanted, plan
-from lading.transfer.targets import Targets, targets_of
-from lading.verification import Verify, expect, settle
+from lading.transfer.targets import Targets
+from lading.verification import Verify, block_dims, expect, settle
 
 log = logging.getLogger("lading")
 
@@ -82,7 +83,10 @@ def load_card(
             resolved = model_config(card, family, open_store) if config is None else config
 
         with clock.phase("manifest"):
-            return resolved, card_checkpoint(card, open_store, progress=options.progress)
+            checkpoint = card_checkpoint(
+                card, open_store, progress=options.progress, accept_others=options.verify == "never"
+            )
+            return completed(resolved, family, checkpoint), checkpoint
 
     resolved, checkpoint = options.gangs.root.first(resolve)
 
@@ -93,10 +97,14 @@ def load_path(path: Path, family: Family[Any, Any], config: Any, options: LoadOp
     """Load the checkpoint at ``path``, of which the catalog is not asked."""
     clock = Clock()
 
-    with clock.phase("manifest"):
-        checkpoint = options.gangs.root.first(lambda: path_checkpoint(path, restrict=options.restrict))
+    def resolve() -> tuple[Any, Checkpoint]:
+        checkpoint = path_checkpoint(path, restrict=options.restrict)
+        return completed(config, family, checkpoint), checkpoint
 
-    return _load(checkpoint, family, config, None, options, clock)
+    with clock.phase("manifest"):
+        resolved, checkpoint = options.gangs.root.first(resolve)
+
+    return _load(checkpoint, family, resolved, None, options, clock)
 
 
 def agreed(gangs: Gangs, load: Callable[[], T]) -> T:
@@ -121,14 +129,14 @@ def _load(
     with clock.phase("build"):
         module = build_on_meta(family, config)
         kls = type(module)  # which FSDP changes
-        parallelize(module, family, config, gangs)
+        # All of the model's, so that a checkpoint fits on all stages of a pipeline or on none.
+        targets = split(module, family, config, gangs, dtype=None if options.dtype == "auto" else options.dtype)
 
     with clock.phase("plan"):
-        targets = targets_of(module, dtype=None if options.dtype == "auto" else options.dtype)
         routed = route(
             manifest.names,
             targets.names,
-            family.rules(config),
+            family.rules_for(config, manifest.names),
             targets.aliases,
             shapes=manifest.shapes,
             target_shapes=targets.shapes,
@@ -139,7 +147,7 @@ def _load(
         wanted = Wanted(
             tensors=routed.tensors,
             boxes=[targets.boxes[i] for i in order],
-            dtypes=settle_dtypes(targets, routed, manifest, gangs),
+            dtypes=settle_dtypes(targets, routed, manifest, sdp=gangs.sdp.size),
             composed=routed.composed,
         )
         planned = plan(manifest, wanted, mapped=options.mmap and device.type == "cpu")
@@ -152,7 +160,7 @@ def _load(
                 checkpoint,
                 store and store(),
                 options.verify,
-                lambda: _block_dims(manifest, family, config, targets, routed),
+                lambda: block_dims(manifest, family, config, targets, routed),
                 ranks=gangs.root.size,
                 progress=progress,
             )
@@ -171,9 +179,9 @@ def _load(
 
     with clock.phase("assemble"):
         copied = assign(module, by_name, targets.aliases)
-        reset_buffers(module, device)
+        reset_buffers(module, family, config, device)
 
-    report = _report(checkpoint, family, kls, device, by_name, routed, planned, copied, clock)
+    report = _report(checkpoint, family, kls, device, by_name, targets, routed, planned, copied, clock)
     log.info(
         "loaded %s: %d parameters, %.3f GB read in %d reads, %.3f s",
         report.name,
@@ -184,20 +192,6 @@ def _load(
     )
 
     return module, report
-
-
-def _block_dims(
-    manifest: Manifest, family: Family[Any, Any], config: Any, targets: Targets, routed: Route
-) -> array[int]:
-    """For each tensor the dim along which digests cut it: the one along which ranks do, so that they can check."""
-    plan_ = family.parallel_plan(config)
-    dims = array("b", [0]) * len(manifest)
-    for target, tensor in zip(routed.targets, routed.tensors, strict=True):
-        dim = plan_.shard_dim(targets.names[target])
-        if dim < len(manifest.shapes[tensor]):
-            dims[tensor] = dim
-
-    return dims
 
 
 def _check_tied(checkpoint: Checkpoint, targets: Targets, routed: Route, loaded: Mapping[str, Tensor]) -> None:
@@ -217,11 +211,16 @@ def _check_tied(checkpoint: Checkpoint, targets: Targets, routed: Route, loaded:
             )
 
 
-def _sources(routed: Route) -> list[Source]:
-    """All that is read of the checkpoint."""
-    made = [routed.composed.get(i, tensor) for i, tensor in enumerate(routed.tensors)]
+def _sources(routed: Route, targets: Targets) -> list[Source]:
+    """All of which this rank reads something, or that is empty."""
+    read = [box.numel > 0 or 0 in shape for box, shape in zip(targets.boxes, targets.shapes, strict=True)]
+    made = [
+        routed.composed.get(i, tensor)
+        for i, (target, tensor) in enumerate(zip(routed.targets, routed.tensors, strict=True))
+        if read[target]
+    ]
 
-    return made + [source for _, source in routed.duplicates]
+    return made + [source for target, source in routed.duplicates if read[target]]
 
 
 def _report(
@@ -230,6 +229,7 @@ def _report(
     kls: type[Module],
     device: torch.device,
     loaded: Mapping[str, Tensor],
+    targets: Targets,
     routed: Route,
     planned: Plan,
     copied: int,
@@ -249,7 +249,7 @@ def _report(
         device=str(device),
         dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1])),
         parameters=sum(dtypes.values()),
-        tensors=sum(1 for source in _sources(routed) for _ in tensors_of(source)),
+        tensors=sum(1 for source in _sources(routed, targets) for _ in tensors_of(source)),
         shards=len(checkpoint.manifest.shards),
         bytes_read=planned.read_bytes,
         bytes_mapped=mapped,

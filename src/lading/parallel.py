@@ -1,13 +1,14 @@
 """A family's plan, applied: a module without memory becomes the part of it that this rank owns.
 
 Tensor parallelism is torch's :func:`~torch.distributed.tensor.parallel.parallelize_module`, fully sharded data
-parallelism its :func:`~torch.distributed.fsdp.fully_shard`. Replicas of what is not sharded are plain copies.
+parallelism its :func:`~torch.distributed.fsdp.fully_shard`, and a stage of a pipeline fits
+:class:`~torch.distributed.pipelining.PipelineStage`. Replicas of what is not sharded are plain copies.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,31 +18,40 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import Module, Parameter
 
 from lading.errors import InternalError
 from lading.family import Family
 from lading.gangs import Gang, Gangs
 from lading.nn.sharding import ParallelPlan, Split, matches
+from lading.pipeline import cut, tied_names
 
 log = logging.getLogger("lading")
+
+_REPLICATED: Placement = Replicate()
 
 
 def parallelize(module: Module, family: Family[Any, Any], config: Any, gangs: Gangs) -> None:
     """Split ``module``, which is on the meta device, over ``gangs`` as the family's plan says.
 
-    Its split parameters become ``DTensor``s. A tied parameter stays one object under all of its names.
+    Modules of other stages of ``gangs.pp`` become ``None``. Parameters that are split become ``DTensor``s. A tied
+    parameter stays one object under all of the names that this rank has.
 
-    :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``.
+    :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``, or ``gangs.pp`` has more
+        ranks than the model has layers.
     """
     plan = family.parallel_plan(config)
     for axis, size, served in (
         ("tp", gangs.tp.size, plan.tensor is not None),
         ("sdp", gangs.sdp.size, plan.units is not None),
-        ("pp", gangs.pp.size, False),
+        ("pp", gangs.pp.size, plan.stages is not None),
     ):
         if size > 1 and not served:
             _log_ignored(family.name, axis)
+
+    if gangs.pp.size > 1 and plan.stages is not None:
+        cut(module, plan.stages, gangs.pp, family=family.name)
 
     if gangs.tp.size > 1 and plan.tensor is not None:
         plan.check(gangs.tp.size)
@@ -53,6 +63,34 @@ def parallelize(module: Module, family: Family[Any, Any], config: Any, gangs: Ga
             for unit in _modules(module, pattern).values():
                 fully_shard(unit, mesh=mesh)
         fully_shard(module, mesh=mesh)
+
+
+def placements(
+    plan: ParallelPlan, names: Sequence[str], parameters: Container[str], *, sdp: int, tp: int
+) -> list[tuple[Placement, Placement]]:
+    """How :func:`parallelize` would place tensors on the axes ``sdp`` and ``tp``, told without doing it: of very many
+    parameters, torch takes minutes. On all other axes tensors are replicated.
+
+    :param names: of the tensors of a module's state; of a tied one the first.
+    :param parameters: those of them that are no buffers.
+
+    :raises NotSupportedError: a size of the configuration does not divide over ``tp``.
+    """
+    plan.check(tp)
+    sharded = sdp > 1 and plan.units is not None
+    found: list[tuple[Placement, Placement]] = []
+    for name in names:
+        of_tp = of_sdp = _REPLICATED
+        if name in parameters:
+            module, _, leaf = name.rpartition(".")
+            split = plan.split_of(module) if tp > 1 else None
+            of_tp = _REPLICATED if split is None else _placement(split, leaf, plan, tp)
+            if sharded:
+                # FSDP cuts what tensor parallelism left, though its axis comes first.
+                of_sdp = _StridedShard(0, split_factor=tp) if of_tp == Shard(0) else Shard(0)
+        found.append((of_sdp, of_tp))
+
+    return found
 
 
 def mesh_of(gang: Gang) -> DeviceMesh:
@@ -78,7 +116,7 @@ def _split(module: Module, plan: ParallelPlan, mesh: DeviceMesh) -> None:
     for pattern, split in (plan.tensor or {}).items():
         styles |= dict.fromkeys(_modules(module, pattern), _style(split, plan, mesh.size()))
 
-    ties = _ties(module)
+    ties = tied_names(module)
     parallelize_module(module, mesh, styles)
     for first, *others in ties:
         for name in others:
@@ -88,15 +126,6 @@ def _split(module: Module, plan: ParallelPlan, mesh: DeviceMesh) -> None:
 def _modules(module: Module, pattern: str) -> Mapping[str, Module]:
     """The modules that ``pattern`` names. It may name none: a model can be made without some of its parts."""
     return {name: part for name, part in module.named_modules() if matches(pattern, name)}
-
-
-def _ties(module: Module) -> list[list[str]]:
-    """The names of each parameter that has several."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-
-    return [tied for tied in names.values() if len(tied) > 1]
 
 
 def _set_parameter(module: Module, name: str, parameter: Parameter) -> None:
@@ -121,6 +150,19 @@ def _style(split: Split, plan: ParallelPlan, tp: int) -> ParallelStyle:
             return _SameParameters(Shard(2))
         case Split.REPLICATED:
             return _SameParameters(Replicate())
+
+
+def _placement(split: Split, leaf: str, plan: ParallelPlan, tp: int) -> Placement:
+    """Of a parameter of a module that is split, by the last part of its name."""
+    match split:
+        case Split.ROW:
+            return Shard(1) if leaf == "weight" else _REPLICATED
+        case Split.KEY_VALUE:
+            return Shard(0) if tp <= plan.num_key_value_heads else _REPLICATED
+        case Split.COLUMN | Split.VOCABULARY | Split.LOGITS:
+            return Shard(0)
+        case Split.HEADS | Split.REPLICATED:
+            return _REPLICATED
 
 
 class _Local(Function):

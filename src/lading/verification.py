@@ -17,7 +17,7 @@ from functools import reduce
 from operator import or_
 from pathlib import Path
 from threading import Lock
-from typing import Literal
+from typing import Any, Literal
 
 from blake3 import blake3
 from tqdm import tqdm
@@ -28,11 +28,14 @@ from lading.catalog.store import AssetStore
 from lading.checkpoint import Checkpoint
 from lading.digests import Digests, differences, recorded
 from lading.errors import CatalogError, DigestMismatchError, NotSupportedError
+from lading.family import Family
 from lading.fetch.verify import sha256_file
 from lading.gangs import Gang
+from lading.keymap import Route
 from lading.manifest import Manifest
 from lading.transfer.execute import hash_checkpoint
 from lading.transfer.files import ShardFile
+from lading.transfer.targets import Targets
 
 log = logging.getLogger("lading")
 
@@ -53,6 +56,20 @@ class Expected:
     """Recorded before; ``None`` where this load records them."""
     dims: array[int]
     """For each tensor the dim along which it is cut into blocks; type code ``b``."""
+
+
+def block_dims(
+    manifest: Manifest, family: Family[Any, Any], config: Any, targets: Targets, routed: Route
+) -> array[int]:
+    """For each tensor the dim along which digests cut it: the one along which ranks do, so that they can check."""
+    plan = family.parallel_plan(config)
+    dims = array("b", [0]) * len(manifest)
+    for target, tensor in zip(routed.targets, routed.tensors, strict=True):
+        dim = plan.shard_dim(targets.names[target])
+        if dim < len(manifest.shapes[tensor]):
+            dims[tensor] = dim
+
+    return dims
 
 
 def expect(

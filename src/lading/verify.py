@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +13,11 @@ from lading.card import AssetCard, checkpoint_ref, path_uri, uri_path
 from lading.catalog.checkpoints import record_digests, record_files
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
-from lading.checkpoint import Checkpoint, card_checkpoint
-from lading.digests import Digests, recorded
+from lading.checkpoint import Checkpoint, OnDisk
+from lading.construct import build_on_meta
+from lading.digests import Digests, default_dims, recorded
 from lading.errors import (
+    AssetCardError,
     CheckpointNotFoundError,
     CorruptModelCheckpointError,
     ModelGatedError,
@@ -23,9 +26,14 @@ from lading.errors import (
 from lading.fetch.file import local_checkpoint
 from lading.filesystem import FileStat
 from lading.formats.safetensors import index_file
+from lading.keymap import route
+from lading.locate import card_checkpoint
+from lading.manifest import Manifest
+from lading.resolve import family_of_card, model_config
 from lading.transfer.execute import hash_checkpoint
 from lading.transfer.files import ShardFile
-from lading.verification import check_files, remedy, shard_digest
+from lading.transfer.targets import targets_of
+from lading.verification import block_dims, check_files, remedy, shard_digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +74,7 @@ def verify_model(
     store = store or get_asset_store()
     card = store.retrieve_card(name)
     checkpoint, kinds = _known(card, store)
-    checks = _checked(checkpoint, store, progress=progress)
+    checks = _checked(checkpoint, card, store, progress=progress)
     _record(checkpoint, kinds, checks, store)
 
     bad = [check for check in checks if check.result == "mismatch"]
@@ -80,7 +88,7 @@ def verify_model(
         if kinds[check.file] == "cache":  # it may be damaged in a way that its state does not show
             check.path.unlink(missing_ok=True)
     repaired = acquire(replace(checkpoint, files=None), store, progress=progress)
-    checks = _checked(repaired, store, progress=progress)
+    checks = _checked(repaired, card, store, progress=progress)
     _record(repaired, kinds, checks, store)
 
     return VerifyReport(
@@ -95,9 +103,6 @@ def verify_model(
 def _known(card: AssetCard, store: AssetStore) -> tuple[Checkpoint, dict[str, CopyKind]]:
     """The checkpoint by what the catalog knows of it, its files in whatever state they are now; and whose each is."""
     ref = checkpoint_ref(card)
-    if ref.gated:
-        raise ModelGatedError(card.name, ref.info_url)
-
     path = uri_path(ref.uri)
     if path is not None:
         path = local_checkpoint(path, inner_path=ref.path)
@@ -108,6 +113,8 @@ def _known(card: AssetCard, store: AssetStore) -> tuple[Checkpoint, dict[str, Co
         stored = store.checkpoint(uri)
     copies = {} if stored is None else {copy.file: copy for copy in stored.copies}
     if stored is None or not all(shard.name in copies for shard in stored.manifest.shards):
+        if ref.gated:
+            raise ModelGatedError(card.name, ref.info_url)
         raise CheckpointNotFoundError(
             uri,
             f"The checkpoint of {card.name!r} is at {uri}, and the catalog knows no copy of it on this machine. "
@@ -140,13 +147,13 @@ def _as_it_is(path: Path) -> ShardFile:
     return ShardFile(path=path, stat=stat)
 
 
-def _checked(checkpoint: Checkpoint, store: AssetStore, *, progress: bool) -> list[Check]:
+def _checked(checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, progress: bool) -> list[Check]:
     """One check of each file."""
     shards, files = checkpoint.manifest.shards, checkpoint.here()
     there = [i for i, file in enumerate(files) if file.stat != _GONE]
     checks = {check.file: check for check in check_files(checkpoint, there, progress=progress)}
     rest = [i for i in there if shards[i].name not in checks]
-    checks |= {check.file: check for check in _checked_by_tensors(checkpoint, rest, store, progress=progress)}
+    checks |= {check.file: check for check in _checked_by_tensors(checkpoint, rest, card, store, progress=progress)}
 
     return [
         checks.get(shard.name)
@@ -163,7 +170,7 @@ def _checked(checkpoint: Checkpoint, store: AssetStore, *, progress: bool) -> li
 
 
 def _checked_by_tensors(
-    checkpoint: Checkpoint, chosen: Sequence[int], store: AssetStore, *, progress: bool
+    checkpoint: Checkpoint, chosen: Sequence[int], card: AssetCard, store: AssetStore, *, progress: bool
 ) -> Iterator[Check]:
     """Checks of files of which no SHA-256 is known, by the digests of their tensors."""
     manifest, files = checkpoint.manifest, checkpoint.here()
@@ -171,13 +178,14 @@ def _checked_by_tensors(
         return
 
     expected = store.digests(checkpoint.uri, manifest)
+    dims = _family_dims(manifest, card, store) if expected is None else expected.dims
     found: dict[int, Digests] = {}
     for i in chosen:
         part = manifest.only(i)
-        dims = None if expected is None else [expected.dims[t] for t in manifest.tensors_of(i)]
         try:
-            if index_file(files[i].path).tensors_equal(part):
-                found[i] = hash_checkpoint(part, [files[i]], dims, progress=progress)
+            if _has_same_tensors(checkpoint, i):
+                own = [dims[t] for t in manifest.tensors_of(i)]
+                found[i] = hash_checkpoint(part, [files[i]], own, progress=progress)
         except CorruptModelCheckpointError:
             pass  # it is not even a checkpoint any more
         yield Check(
@@ -192,6 +200,38 @@ def _checked_by_tensors(
     if expected is None and len(found) == len(manifest.shards):
         rows = [(d.dim, d.blocks) for i in chosen for d in found[i].iter(manifest.only(i)) if d is not None]
         record_digests(store.database, uri=checkpoint.uri, manifest=manifest, digests=recorded(manifest, rows))
+
+
+def _has_same_tensors(checkpoint: Checkpoint, shard: int) -> bool:
+    """Whether a file still says that it holds what the catalog says.
+
+    :raises CorruptModelCheckpointError: it says nothing sensible.
+    """
+    if checkpoint.ref is None:
+        return OnDisk.read(Path(checkpoint.where)).manifest.tensors_equal(checkpoint.manifest)
+
+    return index_file(checkpoint.here()[shard].path).tensors_equal(checkpoint.manifest.only(shard))
+
+
+def _family_dims(manifest: Manifest, card: AssetCard, store: AssetStore) -> array[int]:
+    """The dims along which ranks would cut the tensors, where the family is known."""
+    try:
+        family = family_of_card(card)
+        config = model_config(card, family, store)
+    except AssetCardError:
+        return default_dims(manifest)
+
+    targets = targets_of(build_on_meta(family, config), dtype=None)
+    routed = route(
+        manifest.names,
+        targets.names,
+        family.rules(config),
+        targets.aliases,
+        shapes=manifest.shapes,
+        target_shapes=targets.shapes,
+    )
+
+    return block_dims(manifest, family, config, targets, routed)
 
 
 def _record(checkpoint: Checkpoint, kinds: dict[str, CopyKind], checks: Sequence[Check], store: AssetStore) -> None:

@@ -83,7 +83,7 @@ def fetch_whole(ref: CheckpointRef, *, known: Known, progress: bool, revision: s
             file=name,
             path=path,
             stat=FileStat.from_stat(path.stat()),
-            kind=source.kind if in_place else "cache",
+            kind="cache" if not in_place else source.kind if fetched.own else "adopted",
             verified_at=now(),
         ),
         check=Check(

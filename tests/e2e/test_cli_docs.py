@@ -13,32 +13,10 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from console_blocks import examples, matches
 from make_checkpoint import make
 
 PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
-
-
-def examples() -> list[tuple[str, str]]:
-    """Pairs (command, what it prints)."""
-    found: list[tuple[str, str]] = []
-    for block in re.findall(r"^```console\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
-        for line in block.splitlines(keepends=True):
-            command, output = found[-1] if found else ("", "")
-            if line.startswith("$ "):
-                found.append((line[2:], ""))
-            elif line.startswith("> ") and not output:
-                found[-1] = (command + line[2:], "")
-            else:
-                found[-1] = (command, output + line)
-
-    return found
-
-
-def matches(expected: str, written: str) -> bool:
-    """Whether ``written`` is what the page says, in which ``...`` stands for anything."""
-    pattern = ".*".join(re.escape(part) for part in re.split(r"\.\.\.\n?", expected.rstrip("\n")))
-
-    return re.fullmatch(pattern, written.rstrip("\n"), re.DOTALL) is not None
 
 
 def run(command: str) -> tuple[int, str]:
@@ -66,7 +44,7 @@ def test_the_page(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PATH", f"{bin_}{os.pathsep}{os.environ['PATH']}")
 
     code = 0
-    for command, expected in examples():
+    for command, expected in examples(PAGE):
         if command == "echo $?\n":
             assert int(expected) == code != 0
             code = 0
@@ -125,5 +103,5 @@ def test_every_code_is_described_and_shown() -> None:
     codes = {kls.exit_code for kls in vars(errors).values() if isinstance(kls, type) and hasattr(kls, "exit_code")}
     described = {int(code) for code in re.findall(r"^\| (\d+) \|", PAGE, re.MULTILINE)}
     assert codes | {0, 130, 141} <= described
-    shown = {int(output) for command, output in examples() if command == "echo $?\n"}
+    shown = {int(output) for command, output in examples(PAGE) if command == "echo $?\n"}
     assert shown >= {2, 3, 4, 5, 6, 7}

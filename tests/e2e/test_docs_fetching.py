@@ -1,4 +1,4 @@
-"""The pages about sources, verification and working offline: their examples, run in a shell against a hub on loopback."""
+"""The pages about sources, verification and working offline: their examples, run against a hub on loopback."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import lading
 from lading import AssetCard, DigestMismatchError, get_asset_store, load_model
-from lading.checkpoint import index_checkpoint
 from lading.families.llama import get_llama_model_hub
 from lading.families.qwen import Qwen, QwenConfig, get_qwen_model_hub
 from lading.hub import GlobalModelLoader, load_with_report
+from lading.locate import index_checkpoint
 from make_checkpoint import make, tensors
 
 CONFIG = QwenConfig(
@@ -243,7 +243,7 @@ def test_a_catalog_that_cannot_be_written_does_not_stop_a_load(
     def fail(*args: object, **kwargs: object) -> None:
         raise lading.CatalogError("disk on fire")
 
-    monkeypatch.setattr("lading.checkpoint.record_checkpoint", fail)
+    monkeypatch.setattr("lading.locate.record_checkpoint", fail)
     check(load_model("tiny"))
     assert "disk on fire" in caplog.text
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from make_checkpoint import make, tensors
-from servers.hub import FakeHub
+from servers.hub import TOKEN, FakeHub
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -47,7 +47,12 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
 @pytest.fixture
 def run(process: Run, hub: FakeHub, tmp_path: Path) -> Run:
     """The command line, in a process that knows the hub; a list of words gives what it printed."""
-    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    env = {
+        "LADING_OFFLINE": "",
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
     path = tmp_path / "cards.yaml"
     cards = [
         CARD.format(name="far", uri="hg://some/tiny-qwen", layers=2),
@@ -196,6 +201,18 @@ def test_nothing_is_asked_offline(run: Run, hub: FakeHub) -> None:
     assert hub.requests == []
 
 
+def test_a_card_that_is_gated_is_open_to_who_has_a_token(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    hub.repositories["some/tiny-qwen"].gated = True
+    path = tmp_path / "gated.yaml"
+    path.write_text(CARD.format(name="closed", uri="hg://some/tiny-qwen;gated=true", layers=2))
+    run("import", path)
+
+    assert "Ask for access at" in run("load", "closed", code=7).stderr
+    assert hub.requests == []
+    run("pull", "closed", "--no-progress", HF_TOKEN=TOKEN)
+    run("load", "closed", "--no-progress")  # it is here now
+
+
 def test_a_gated_repository_says_where_to_ask(run: Run, hub: FakeHub) -> None:
     hub.repositories["some/tiny-qwen"].gated = True
     assert "Some/Tiny-Qwen" in run("load", "far", code=7).stderr.replace("some/tiny-qwen", "Some/Tiny-Qwen")
@@ -229,7 +246,7 @@ def web(tmp_path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("file", ["model.safetensors.index.json", "model.pt"])
 def test_from_a_web_server(process: Run, web: str, tmp_path: Path, file: str) -> None:
     (tmp_path / "cards.yaml").write_text(CARD.format(name="web", uri=f"{web}/{file}", layers=2))
-    cache = {"LADING_CACHE_DIR": str(tmp_path / "cache")}
+    cache = {"LADING_OFFLINE": "", "LADING_CACHE_DIR": str(tmp_path / "cache")}
 
     def run(*words: str, **env: str) -> str:
         done = process(*words, env=cache | env)

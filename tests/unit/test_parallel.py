@@ -360,7 +360,7 @@ def settle(sdp: int) -> list[str]:
     )
     routed = Route(targets=array("I", range(4)), tensors=array("I", range(4)))
     with simulate_gangs(rank=0, sdp=sdp) as gangs:
-        return settle_dtypes(targets, routed, manifest, gangs)
+        return settle_dtypes(targets, routed, manifest, sdp=gangs.sdp.size)
 
 
 def test_parameters_that_are_sharded_are_of_one_dtype(caplog: pytest.LogCaptureFixture) -> None:

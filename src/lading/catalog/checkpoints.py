@@ -87,7 +87,7 @@ def record_checkpoint(
         same_files = old is not None and old.index_name == manifest.index_name and old.has_files_of(manifest)
         write_copies(connection, known, copies, keep_others=same_files)
         if card_name is not None:
-            _link(connection, split_name(card_name)[0], known)
+            link_card(connection, split_name(card_name)[0], known)
         link_by_uri(connection)
 
 
@@ -191,7 +191,8 @@ def _write_check(connection: Connection, uri: str, checkpoint_id: int | None, ch
         )
 
 
-def _link(connection: Connection, card_name: str, checkpoint_id: int) -> None:
+def link_card(connection: Connection, card_name: str, checkpoint_id: int) -> None:
+    """Link a card to the checkpoint that its models are loaded from, and to no other."""
     card_id = connection.scalar(select(CardRow.id).where(CardRow.name == card_name, CardRow.env == ""))
     if card_id is None:
         return

@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, exists, insert, select
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, insert, select, true
 
-from lading.catalog.entries import intact
+from lading.catalog.entries import chunks, intact
 from lading.catalog.provenance import now
-from lading.catalog.records import Check, LocalCopy, from_signed, to_signed
+from lading.catalog.records import Check, CopyKind, LocalCopy, from_signed, to_signed
 from lading.catalog.schema import COPIES, SHARDS, CopyRow
 from lading.filesystem import FileStat, place_id
 
 
 def copies_of(connection: Connection, checkpoint_id: int) -> list[LocalCopy]:
     """The copies of a checkpoint that can be reached from this machine by their path."""
-    return _reachable(connection, COPIES.c.checkpoint_id == checkpoint_id)
+    return [copy for _, copy in _reachable(connection, COPIES.c.checkpoint_id == checkpoint_id)]
+
+
+def all_copies(connection: Connection) -> dict[int, list[LocalCopy]]:
+    """The copies of all checkpoints that can be reached from this machine by their path, by the checkpoint's id."""
+    found: dict[int, list[LocalCopy]] = {}
+    for checkpoint_id, copy in _reachable(connection, true()):
+        found.setdefault(checkpoint_id, []).append(copy)
+
+    return found
 
 
 def copies_with(connection: Connection, sha256: str) -> list[LocalCopy]:
     """The copies of all shards of this SHA-256 that can be reached from this machine by their path."""
     shards = select(SHARDS.c.checkpoint_id, SHARDS.c.name).where(SHARDS.c.sha256 == sha256).subquery()
 
-    return _reachable(
-        connection,
-        exists().where(shards.c.checkpoint_id == COPIES.c.checkpoint_id, shards.c.name == COPIES.c.file),
-    )
+    condition = exists().where(shards.c.checkpoint_id == COPIES.c.checkpoint_id, shards.c.name == COPIES.c.file)
+
+    return [copy for _, copy in _reachable(connection, condition)]
 
 
-def _reachable(connection: Connection, condition: ColumnElement[bool]) -> list[LocalCopy]:
+def _reachable(connection: Connection, condition: ColumnElement[bool]) -> list[tuple[int, LocalCopy]]:
     rows = connection.execute(
         select(
+            COPIES.c.checkpoint_id,
             COPIES.c.file,
             COPIES.c.place,
             COPIES.c.path,
@@ -43,15 +53,16 @@ def _reachable(connection: Connection, condition: ColumnElement[bool]) -> list[L
             COPIES.c.kind,
         )
         .where(condition)
-        .order_by(COPIES.c.file, COPIES.c.place)
+        .order_by(COPIES.c.checkpoint_id, COPIES.c.file, COPIES.c.place)
     )
     found = []
     with intact("a copy"):
-        for file, place, name, size, mtime_ns, ctime_ns, inode, verified_at, kind in rows:
+        for checkpoint_id, file, place, name, size, mtime_ns, ctime_ns, inode, verified_at, kind in rows:
             path = Path(name)
             if place == place_id(path.parent):
                 stat = FileStat(size, mtime_ns, ctime_ns, from_signed(inode))
-                found.append(LocalCopy(file=file, path=path, stat=stat, verified_at=verified_at, kind=kind))
+                copy = LocalCopy(file=file, path=path, stat=stat, verified_at=verified_at, kind=kind)
+                found.append((checkpoint_id, copy))
 
     return found
 
@@ -61,6 +72,7 @@ def write_copies(connection: Connection, checkpoint_id: int, copies: Sequence[Lo
 
     :param keep_others: keep those of other machines.
     """
+    copies = _with_owners(connection, copies)
     outdated = delete(CopyRow).where(CopyRow.checkpoint_id == checkpoint_id)
     if keep_others:
         outdated = outdated.where(CopyRow.place.in_({place_id(copy.path.parent) for copy in copies}))
@@ -70,6 +82,7 @@ def write_copies(connection: Connection, checkpoint_id: int, copies: Sequence[Lo
 
 def replace_copies(connection: Connection, checkpoint_id: int, copies: Sequence[LocalCopy]) -> None:
     """Write copies in place of those of the same files on this machine."""
+    copies = _with_owners(connection, copies)
     for copy in copies:
         connection.execute(
             delete(CopyRow).where(
@@ -79,6 +92,27 @@ def replace_copies(connection: Connection, checkpoint_id: int, copies: Sequence[
             )
         )
     _insert_copies(connection, checkpoint_id, copies)
+
+
+_THEIRS_FIRST: tuple[CopyKind, ...] = ("source", "adopted", "hub", "cache")
+
+
+def _with_owners(connection: Connection, copies: Sequence[LocalCopy]) -> list[LocalCopy]:
+    """The copies with the kinds that are known of them: a file that looks as it did is whose it was.
+
+    What is not lading's in one checkpoint is so in all: it must never be removed for one of them.
+    """
+    known: dict[tuple[Path, FileStat], set[CopyKind]] = {}
+    for paths in chunks(str(copy.path) for copy in copies):
+        for _, copy in _reachable(connection, COPIES.c.path.in_(paths)):
+            known.setdefault((copy.path, copy.stat), set()).add(copy.kind)
+
+    return [
+        replace(copy, kind=next(kind for kind in _THEIRS_FIRST if kind in kinds))
+        if (kinds := known.get((copy.path, copy.stat)))
+        else copy
+        for copy in copies
+    ]
 
 
 def _insert_copies(connection: Connection, checkpoint_id: int, copies: Sequence[LocalCopy]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from lading.filesystem import FileStat
-from lading.manifest import Manifest
+from lading.manifest import Manifest, Shard
 
 CopyKind = Literal["source", "cache", "hub", "adopted"]
 
@@ -112,6 +112,16 @@ class StoredCheckpoint:
     copies: tuple[LocalCopy, ...]
     """Those that can be reached from this machine by their path."""
     indexed_at: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldCheckpoint:
+    """A checkpoint of which files are on this machine, as far as the catalog knows."""
+
+    uri: str
+    revision: str
+    shards: tuple[Shard, ...]
+    copies: tuple[LocalCopy, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

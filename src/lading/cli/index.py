@@ -23,7 +23,7 @@ def index(target: str, as_json: bool) -> None:
     For example: lading index hg://Qwen/Qwen3-0.6B
     """
     from lading.catalog.store import get_asset_store
-    from lading.checkpoint import index_checkpoint
+    from lading.locate import index_checkpoint
 
     store = get_asset_store()
     stored = index_checkpoint(target if "://" in target else name_or_path(target, store), store=store)

@@ -36,8 +36,8 @@ def pull(
 ) -> None:
     """Fetch the checkpoints of models, as they are published now.
 
-    Whether one fits its architecture is checked by its headers first, and every byte that came by its digest. Loads use
-    what was pulled until the next pull.
+    Whether one fits its architecture is checked by its headers first, and every byte that came by its digest. Until the
+    next pull, loads use what was pulled.
 
     For example: lading pull qwen3_0.6b --include 'tokenizer*'
     """

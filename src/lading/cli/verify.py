@@ -28,10 +28,10 @@ _TABLE = (
 @click.option("--no-progress", is_flag=True, help="Show no bar.")
 @listing_options
 def verify(names: tuple[str, ...], everything: bool, repair: bool, no_progress: bool, form: Form) -> None:
-    """Check files on this machine, all bytes of them, against their digests.
+    """Check all bytes of files on this machine.
 
-    What was published counts, or else what was recorded the first time that all bytes were seen. Exits with 4 if a file
-    is not the right one.
+    The digests that were published count, or else those that were recorded the first time that all bytes were seen.
+    Exits with 4 if a file is not the right one.
 
     For example: lading verify qwen3_0.6b
     """

@@ -22,7 +22,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,45 +141,56 @@ class Cache:
 
         self._write(Entry(uri=uri, revision=revision, files=files))
 
-    def remove(self, uri: str) -> int:
+    def remove(self, uri: str, *, also: Collection[str] = (), keep: Collection[str] = ()) -> int:
         """Forget ``uri``, and remove the files that nothing else here refers to.
+
+        :param also: the SHA-256 of further files to remove, of which the entry need not know any more.
+        :param keep: of files that somebody else needs.
 
         :returns: the bytes that were freed.
         """
-        entry = self.entry(uri)
-        if entry is None:
-            return 0
+        paths = self.removable(uri, also=also, keep=keep)
         # In this order: an entry whose file is gone is harmless, too, but a file without entry is never missed.
-        self._entry_path(uri).unlink()
-        _sync_folder(self.folder / "entries")
+        with suppress(FileNotFoundError):
+            self._entry_path(uri).unlink()
+            _sync_folder(self.folder / "entries")
 
-        needed = {file.sha256 for other in self.entries() for file in other.files.values()}
-        freed = 0
-        for sha256 in {file.sha256 for file in entry.files.values()} - needed:
-            while (path := self.find(sha256)) is not None:
-                size = os.lstat(path).st_size
-                with suppress(FileNotFoundError):
-                    path.unlink()
-                    freed += size
+        return sum(map(_unlink, paths))
 
-        return freed
+    def removable(self, uri: str, *, also: Collection[str] = (), keep: Collection[str] = ()) -> list[Path]:
+        """The files that :meth:`remove` removes."""
+        entry = self.entry(uri)
+        wanted = set(also) | (set() if entry is None else {file.sha256 for file in entry.files.values()})
+        needed = {file.sha256 for other in self.entries() if other.uri != uri for file in other.files.values()}
+        gone = wanted - needed - set(keep)
 
-    def prune(self, *, older_than: float = 86_400) -> int:
+        return [path for path in self.files() if path.name[:64] in gone] if gone else []
+
+    def prune(self, *, older_than: float = 86_400, keep: Collection[str] = ()) -> int:
         """Remove files that no entry refers to (any more), and what crashes left behind.
 
         :param older_than: seconds; a younger file may just not have got its entry yet.
+        :param keep: the SHA-256 of files that somebody needs all the same.
 
         :returns: the bytes that were freed.
         """
-        needed = {file.sha256 for entry in self.entries() for file in entry.files.values()}
+        needed = {file.sha256 for entry in self.entries() for file in entry.files.values()} | set(keep)
         freed = sweep(self.tmp, older_than=older_than)
         for path, found in self._blobs():
             if path.name[:64] not in needed and time.time() - found.st_ctime > older_than:
-                with suppress(FileNotFoundError):
-                    path.unlink()
-                    freed += found.st_size
+                freed += _unlink(path)
 
         return freed
+
+    def files(self) -> list[Path]:
+        """All files that were fetched, those of no entry included."""
+        return [path for path, _ in self._blobs()]
+
+    def digest_of(self, path: Path) -> str | None:
+        """The SHA-256 under which ``path`` is kept here; ``None`` for what is no file of this cache."""
+        inside = path.parent.parent == self.folder / "blobs" and _BLOB.fullmatch(path.name) is not None
+
+        return path.name[:64] if inside else None
 
     def size(self) -> int:
         """Bytes of all files here, those that are being fetched included."""
@@ -292,6 +303,17 @@ def _sync_folder(path: Path) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def _unlink(path: Path) -> int:
+    """Remove a file, if nobody else did; returns the bytes that were freed."""
+    try:
+        size = os.lstat(path).st_size
+        path.unlink()
+    except FileNotFoundError:
+        return 0
+
+    return size
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -59,15 +59,37 @@ def hub_cache() -> Path:
         return Path(str(constants.HF_HUB_CACHE)).expanduser()
 
     env = os.environ
-    home = env.get("HF_HOME") or f"{env.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
-    found = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    found = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or f"{_home()}/hub"
 
     return Path(os.path.expandvars(found)).expanduser()
+
+
+def _home() -> str:
+    env = os.environ
+
+    return env.get("HF_HOME") or f"{env.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+
+
+def has_token() -> bool:
+    """Whether the user has a token for the hub: in ``HF_TOKEN``, or in the file of huggingface_hub's login."""
+    env = os.environ
+    if (env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN") or "").strip():
+        return True
+    path = Path(os.path.expandvars(env.get("HF_TOKEN_PATH") or f"{_home()}/token")).expanduser()
+
+    return path.is_file()
 
 
 def folder_name(repo: str) -> str:
     """The name of a repository's folder in the cache."""
     return _PREFIX + repo.replace("/", "--")
+
+
+def repository_id(folder: Path) -> str | None:
+    """The id of the repository that a folder of a cache is of, by its name; ``None`` for any other folder."""
+    repo = folder.name.removeprefix(_PREFIX).replace("--", "/")
+
+    return repo if folder.name.startswith(_PREFIX) and is_repo_id(repo) else None
 
 
 def repository_folders(*repos: str) -> list[tuple[str, Path]]:
@@ -104,7 +126,7 @@ def snapshot_files(path: Path) -> tuple[CachedFile, ...]:
             break
         seen = _regular(path / name, root)
         if seen is not None:
-            found.append(CachedFile(name=name, size=seen.st_size, tag=_tag(path / name)))
+            found.append(CachedFile(name=name, size=seen.st_size, tag=blob_tag(path / name)))
 
     return tuple(sorted(found, key=lambda file: file.name))
 
@@ -138,8 +160,8 @@ def cached_commit(folder: Path, revision: str) -> str | None:
 
 def _folders() -> Iterator[tuple[str, Path]]:
     for entry in _entries(hub_cache()):
-        repo = entry.name.removeprefix(_PREFIX).replace("--", "/")
-        if entry.name.startswith(_PREFIX) and is_repo_id(repo) and entry.is_dir(follow_symlinks=False):
+        repo = repository_id(Path(entry.path))
+        if repo is not None and entry.is_dir(follow_symlinks=False):
             yield repo, Path(entry.path)
 
 
@@ -174,7 +196,8 @@ def _regular(path: Path, root: str) -> os.stat_result | None:
     return seen if stat.S_ISREG(seen.st_mode) and real.startswith(root + os.sep) else None
 
 
-def _tag(path: Path) -> str | None:
+def blob_tag(path: Path) -> str | None:
+    """The entity tag of a file of a snapshot, as the hub gave it: the name of the blob that it is a link to."""
     try:
         name = path.readlink().name
     except OSError:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lading.errors import DigestMismatchError, FetchError, ModelCheckpointError
@@ -84,7 +84,7 @@ class _Job:
                 _log.warning("%s is left aside: %s", place, error)
                 continue
             if seen.good is not None:
-                return seen.good
+                return replace(seen.good, own=False)
             count(-seen.size)
             bad = bad or seen
             _log.warning("%s is not what the hub publishes as %s of %s", place, file.name, self.repo)

@@ -64,7 +64,12 @@ class Kept:
             if stat.S_ISREG(found.st_mode) and file.size in (None, found.st_size):
                 state = FileStat.from_stat(found)
                 return FetchedFile(
-                    name=file.name, path=path, stat=state, sha256=sha256, published=file.sha256 is not None
+                    name=file.name,
+                    path=path,
+                    stat=state,
+                    sha256=sha256,
+                    published=file.sha256 is not None,
+                    own=False,
                 )
 
         return None

@@ -55,6 +55,8 @@ class FetchedFile:
     """Of all its bytes, computed by lading itself."""
     published: bool
     """Whether the source publishes that digest; else it is only recorded."""
+    own: bool = True
+    """Whether lading fetched it, as far as the source can tell: not, if another program may have put it there."""
 
 
 Known = Callable[[str], Path | None]

@@ -1,0 +1,79 @@
+"""`lading adopt`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lading.cli.command import command
+from lading.cli.failure import SYSTEM
+from lading.cli.output import Column, Form, counted, human_bytes, listing_options, printable, write_rows
+from lading.errors import LadingError
+
+if TYPE_CHECKING:
+    from lading.adoption import Adoption
+
+_COLUMNS = (
+    "path", "status", "checkpoint", "revision", "cards", "bytes", "verified", "overlays", "problem",
+)  # fmt: skip
+
+_TABLE = (
+    Column(name="status", colour={"adopted": "green", "failed": "red"}.get),
+    Column(name="cards", show=lambda cards: ", ".join(cards) or "-", keep=True),
+    Column(name="bytes", heading="size", show=human_bytes, right=True),
+    Column(name="path"),
+)
+
+
+@command("adopt")
+@click.argument("paths", nargs=-1, metavar="[PATH]...", type=click.Path(path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@listing_options
+def adopt(paths: tuple[Path, ...], dry_run: bool, form: Form) -> None:
+    """Take checkpoints that are on this machine into the catalog.
+
+    They stay where they are, and lading never deletes them. Without PATH, those in the cache of Hugging Face's
+    libraries are taken; else those in the folders PATH, at any depth.
+
+    For example: lading adopt /models
+    """
+    from lading.adoption import adopt_checkpoints
+
+    found = adopt_checkpoints(*paths, dry_run=dry_run)
+    if found or form is not Form.TABLE:
+        write_rows(_COLUMNS, [[getattr(each, c) for c in _COLUMNS] for each in found], form, table=_TABLE)
+    for each in found:
+        if each.problem is not None:
+            click.echo(f"lading: {printable(each.problem)}", err=True)
+        elif each.overlays and form is Form.TABLE:
+            _suggest(each)
+
+    counts = [(counted(n, "checkpoint"), what) for what, n in _counts(found).items() if n]
+    summary = ", ".join(f"{count} {what}" for count, what in counts) or "no checkpoint was found"
+    click.echo(f"lading: {summary}{' (dry run: nothing was written)' if dry_run else ''}", err=True)
+
+    errors = [each.error for each in found if each.error is not None]
+    if errors and len(errors) == len(found):
+        error = errors[0]
+        click.get_current_context().exit(error.exit_code if isinstance(error, LadingError) else SYSTEM)
+
+
+def _counts(found: tuple[Adoption, ...]) -> dict[str, int]:
+    return {
+        "adopted": sum(each.status == "adopted" for each in found),
+        "known before": sum(each.status == "known" for each in found),
+        "that cannot be used": sum(each.status == "failed" for each in found),
+    }
+
+
+def _suggest(adoption: Adoption) -> None:
+    click.echo(
+        f"lading: {printable(str(adoption.path))} is of no card. If it is what its name says, this overlay, in a card "
+        "file, makes the model load it:",
+        err=True,
+    )
+    for overlay in adoption.overlays:
+        for line in overlay.splitlines():
+            click.echo(f"  {printable(line)}", err=True)

@@ -1,0 +1,76 @@
+"""`lading du`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from lading.cli.command import command
+from lading.cli.complete import complete_model
+from lading.cli.names import unknown_model
+from lading.cli.output import Column, Form, counted, human_bytes, listing_options, write_rows
+
+if TYPE_CHECKING:
+    from lading.holdings import Holding
+
+_COLUMNS = ("name", "bytes", "kind", "files", "complete", "verified", "path", "checkpoint", "revision")
+
+
+def _state(value: object) -> str:
+    return "" if value is None else "yes" if value else "no"
+
+
+_TABLE = (
+    Column(name="name", keep=True),
+    Column(name="bytes", heading="size", show=human_bytes, right=True),
+    Column(name="kind"),
+    Column(name="files", right=True),
+    Column(name="verified", show=_state),
+    Column(name="path"),
+)
+
+
+@command("du")
+@click.argument("pattern", required=False, shell_complete=complete_model)
+@click.option("--orphans", is_flag=True, help="What is in lading's cache and belongs to no card, instead.")
+@listing_options
+def du(pattern: str | None, orphans: bool, form: Form) -> None:
+    """Say how much of the disk models take.
+
+    PATTERN is a name, in which * and ? stand for others as in a shell. What the catalog knows of is counted.
+
+    For example: lading du 'qwen*'
+    """
+    if orphans and pattern is not None:
+        raise click.UsageError("--orphans have no names that PATTERN could match.", click.get_current_context())
+
+    from lading.catalog.store import get_asset_store
+    from lading.holdings import disk_usage
+
+    store = get_asset_store()
+    usage = disk_usage(pattern, store=store)
+    shown = usage.orphans if orphans else usage.holdings
+    is_name = pattern is not None and not any(c in pattern for c in "*?[") and "://" not in pattern
+    if pattern is not None and is_name and not shown and store.maybe_retrieve_card(pattern) is None:
+        raise unknown_model(pattern, store)
+
+    if shown or form is not Form.TABLE:
+        write_rows(_COLUMNS, _rows(shown, usage.orphan_bytes if orphans else usage.bytes, form), form, table=_TABLE)
+    else:
+        click.echo(f"lading: {'nothing belongs to no card' if orphans else 'nothing is on this machine'}", err=True)
+    if usage.orphans and not orphans and form is Form.TABLE:
+        click.echo(
+            f"lading: {counted(len(usage.orphans), 'download')} of {human_bytes(usage.orphan_bytes)} in the cache "
+            f"{'belongs' if len(usage.orphans) == 1 else 'belong'} to no card; `lading du --orphans` shows them",
+            err=True,
+        )
+
+
+def _rows(shown: tuple[Holding, ...], total: int, form: Form) -> list[list[object]]:
+    rows: list[list[object]] = [[getattr(holding, c) for c in _COLUMNS] for holding in shown]
+    if form is Form.TABLE:
+        # Files that several models share are counted once here, so it may be less than the sum.
+        rows.append(["total", total, "", "", None, None, "", None, None])
+
+    return rows

@@ -1,0 +1,145 @@
+"""`lading plan`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lading.cli.command import command
+from lading.cli.complete import complete_target
+from lading.cli.names import name_or_path
+from lading.cli.output import Column, Form, counted, human_bytes, listing_options, write_rows
+
+if TYPE_CHECKING:
+    from lading.planning import LoadPlan
+
+_DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+_UNITS = {
+    "": 1,
+    **{f"{p}{suffix}": base**n for n, p in enumerate("KMGTP", 1) for suffix, base in (("iB", 1024), ("B", 1000))},
+}
+
+
+class _Bytes(click.ParamType[int]):
+    """A number of bytes, such as 80GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", str(value))
+        units = {unit.lower(): factor for unit, factor in _UNITS.items()}
+        factor = units.get(match[2].lower()) if match else None
+        if match is None or factor is None:
+            self.fail(f"{value!r} is expected to be a number of bytes, such as 80GiB or 24GB.", param, ctx)
+
+        return int(float(match[1]) * factor)
+
+
+_AXIS = click.IntRange(min=1, max=1_000_000)
+
+
+@command("plan")
+@click.argument("target", metavar="NAME|PATH", shell_complete=complete_target)
+@click.option("--tp", type=_AXIS, default=1, help="Ranks of tensor parallelism.")
+@click.option("--sdp", type=_AXIS, default=1, help="Ranks that parameters are fully sharded over.")
+@click.option("--pp", type=_AXIS, default=1, help="Ranks of pipeline parallelism.")
+@click.option("--rdp", type=_AXIS, default=1, help="Replicas of all that.")
+@click.option("--dtype", type=click.Choice(_DTYPES), default="auto", help="Of the parameters; auto: as stored.")
+@click.option("--rank", type=click.IntRange(min=0), multiple=True, help="Only this rank; may be given again.")
+@click.option("--device-memory", type=_Bytes(), help="Say whether the weights fit, such as into 80GiB.")
+@click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw it, too.")
+@listing_options
+def plan(
+    target: str,
+    tp: int,
+    sdp: int,
+    pp: int,
+    rdp: int,
+    dtype: str,
+    rank: tuple[int, ...],
+    device_memory: int | None,
+    picture: Path | None,
+    form: Form,
+) -> None:
+    """Say what each rank of gangs would read and hold.
+
+    It is told from the checkpoint's manifest: no weight is read, and nothing is fetched. Memory is that of parameters
+    and persistent buffers; activations, gradients and the state of an optimizer come on top.
+
+    For example: lading plan qwen3_0.6b --tp 2 --sdp 2 --device-memory 24GiB
+    """
+    from lading.catalog.store import get_asset_store
+
+    store = get_asset_store()
+    # Whether the name is known is said before torch is imported, which takes a second.
+    model = name_or_path(target, store)
+    if rank and max(rank) >= (world := tp * sdp * pp * rdp):
+        raise click.BadParameter(f"the world has {counted(world, 'rank')}, from 0 on.", param_hint="--rank")
+
+    import torch
+
+    from lading.doors import plan_load
+
+    found = plan_load(
+        model,
+        tp=tp,
+        sdp=sdp,
+        pp=pp,
+        rdp=rdp,
+        dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+        ranks=rank or None,
+        store=store,
+    )
+    if picture is not None:
+        from lading.picture import picture as draw
+
+        picture.write_text(draw(found), encoding="utf-8")
+
+    rows = [
+        (
+            r.rank, r.pp, r.rdp, r.sdp, r.tp, r.bytes_read, r.reads, r.files, r.memory_bytes, r.memory,
+            None if device_memory is None else r.memory_bytes <= device_memory,
+        )
+        for r in found.ranks
+    ]  # fmt: skip
+    axes = [Column(name=axis, right=True) for axis, size in found.sizes.items() if size > 1]
+    fits = [] if device_memory is None else [Column(name="fits", show=_yes_no, colour=_fits_colour)]
+    write_rows(_COLUMNS, rows, form, table=(*_TABLE[:1], *axes, *_TABLE[1:], *fits))
+    if form is Form.TABLE:
+        click.echo(f"lading: {_summary(found)}", err=True)
+
+
+_COLUMNS = ("rank", "pp", "rdp", "sdp", "tp", "bytes_read", "reads", "files", "memory_bytes", "memory", "fits")
+
+
+def _memory(memory: dict[str, int]) -> str:
+    return ", ".join(f"{dtype} {human_bytes(size)}" for dtype, size in memory.items())
+
+
+def _yes_no(fits: bool) -> str:
+    return "yes" if fits else "no"
+
+
+def _fits_colour(fits: bool) -> str:
+    return "green" if fits else "red"
+
+
+_TABLE = (
+    Column(name="rank", right=True),
+    Column(name="bytes_read", heading="read", show=human_bytes, right=True),
+    Column(name="reads", right=True),
+    Column(name="files", right=True),
+    Column(name="memory", heading="memory of weights", show=_memory),
+)
+
+
+def _summary(plan: LoadPlan) -> str:
+    largest = max((rank.memory_bytes for rank in plan.ranks), default=0)
+
+    return (
+        f"of {human_bytes(plan.checkpoint_bytes)} in {counted(plan.files, 'file')}; weights alone, at most "
+        f"{human_bytes(largest)}: activations, gradients and optimizer state come on top"
+    )

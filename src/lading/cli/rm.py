@@ -1,0 +1,60 @@
+"""`lading rm`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from lading.cli.command import command
+from lading.cli.complete import complete_model
+from lading.cli.names import unknown_model
+from lading.cli.output import counted, human_bytes, printable
+
+if TYPE_CHECKING:
+    from lading.removal import Removal
+
+
+@command("rm")
+@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete_model)
+@click.option("--orphans", is_flag=True, help="What is in lading's cache and belongs to no card.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+def rm(names: tuple[str, ...], orphans: bool, dry_run: bool) -> None:
+    """Remove what lading fetched for models.
+
+    Files that it did not fetch, adopted ones and those that a card names by their path, stay; so does what another
+    model needs. The cards stay, too: a load fetches the model anew.
+
+    For example: lading rm qwen3_0.6b
+    """
+    if not names and not orphans:
+        raise click.UsageError("Give the NAME of a model, or --orphans.", click.get_current_context())
+
+    from lading.catalog.store import get_asset_store
+    from lading.removal import remove_model, remove_orphans
+
+    store = get_asset_store()
+    # All of them, before anything is removed.
+    for name in names:
+        if store.maybe_retrieve_card(name) is None and ("://" not in name or store.checkpoint(name) is None):
+            raise unknown_model(name, store)
+
+    for name in dict.fromkeys(names):
+        _say(name, remove_model(name, dry_run=dry_run, store=store), dry_run=dry_run)
+    if orphans:
+        _say("orphans", remove_orphans(dry_run=dry_run, store=store), dry_run=dry_run)
+
+
+def _say(name: str, removal: Removal, *, dry_run: bool) -> None:
+    for file in removal.kept:
+        click.echo(f"lading: {printable(str(file.path))} stays: {file.reason}", err=True)
+    if removal.also_of:
+        verb = "is" if dry_run else "was"
+        click.echo(f"lading: the checkpoint {verb} that of {printable(', '.join(removal.also_of))}, too", err=True)
+    if removal.nothing:
+        click.echo(f"lading: nothing of {printable(name)} is on this machine", err=True)
+        return
+
+    verb, note = ("to be removed", " (dry run)") if dry_run else ("removed", "")
+    files = counted(len(removal.removed), "file")
+    click.echo(f"{printable(name)}: {files} {verb}, {human_bytes(removal.freed)} freed{note}")

@@ -1,0 +1,379 @@
+"""Any model of transformers 5, by its class there: ``pip install lading[hf]``.
+
+transformers makes the module, without memory; the checkpoint is read by lading, as that of any other family. Code of
+a repository is never run: ``auto_map`` in a ``config.json`` is not followed, and ``trust_remote_code`` not heeded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, cast
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor
+from torch.nn import Module
+
+from lading.config import STRICT
+from lading.errors import ModelCheckpointMismatchError, NotSupportedError, PolicyError
+from lading.families.hg_checkpoint import rules_of
+from lading.families.hg_parallel import plan_of
+from lading.family import Family
+from lading.hub import ModelHubAccessor
+from lading.keymap import Rule
+from lading.nn.sharding import ParallelPlan
+from lading.overrides import merge
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+ModelType = Literal["auto", "causal_lm", "seq2seq_lm", "custom"]
+
+_AUTO_CLASSES: Mapping[str, str] = {
+    "auto": "AutoModel",
+    "causal_lm": "AutoModelForCausalLM",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
+}
+
+_LEFT_OUT = frozenset(
+    {
+        # Names code of the repository, or kernels that transformers would fetch from the hub and run.
+        "auto_map",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "experts_implementation",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+        "kernel_config",
+        "use_kernels",
+        # Asks for further weights, from elsewhere.
+        "use_pretrained_backbone",
+    }
+)
+
+
+@dataclass(kw_only=True)
+class HuggingFaceModelConfig:
+    """The configuration of a model of transformers: which class makes it, and what its ``config.json`` says.
+
+    The first fields are those of fairseq2 0.8.1. Those that speak of processors, devices and dtypes are kept for its
+    cards, and have no effect: the call says where a model is loaded, and as what.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    hf_name: str = ""
+    """The repository on the hub that the model is from; for people."""
+
+    model_type: ModelType = "auto"
+    """The class of transformers: the bare model, the one for causal or for sequence-to-sequence language modelling, or
+    ``custom_model_class``."""
+
+    use_processor: bool = False
+    """No effect."""
+
+    device: str = "cpu"
+    """No effect."""
+
+    custom_model_class: str | None = None
+    """The name of a class of transformers, for ``custom``; ``None`` means the one that ``architectures`` names."""
+
+    custom_processor_class: str | None = None
+    """No effect."""
+
+    trust_remote_code: bool = False
+    """No effect: where transformers does not have the model itself, it is refused."""
+
+    dtype: str | None = None
+    """No effect."""
+
+    load_kwargs: dict[str, Any] | None = None
+    """No effect."""
+
+    enable_gradient_checkpointing: bool = False
+    """Whether activations are computed again in the backward pass instead of being kept."""
+
+    hf_config: dict[str, Any] = field(default_factory=dict)
+    """The content of ``config.json``. What a card states here is laid over what is beside the checkpoint."""
+
+
+def _from_hf(values: Mapping[str, object]) -> HuggingFaceModelConfig:
+    named = _architecture(values)
+    config = HuggingFaceModelConfig(
+        model_type="auto" if named is None else "custom", custom_model_class=named, hf_config=dict(values)
+    )
+    _class_of(config)
+
+    return config
+
+
+def _complete(config: HuggingFaceModelConfig, hf_config: Mapping[str, object]) -> HuggingFaceModelConfig:
+    config = replace(config, hf_config=merge(hf_config, config.hf_config, path="hf_config"))
+    _class_of(config)
+
+    return config
+
+
+def _architecture(values: Mapping[str, object]) -> str | None:
+    stated = values.get("architectures")
+    first = stated[0] if isinstance(stated, list) and stated else None
+
+    return first if isinstance(first, str) else None
+
+
+# --- the class -------------------------------------------------------------------------------------------------------
+
+
+def _class_of(config: HuggingFaceModelConfig) -> tuple[Any, PretrainedConfig]:
+    """The class of transformers that makes the model, an ``Auto…`` one or its own, and the configuration for it.
+
+    :raises NotSupportedError: transformers is not installed, or does not have it.
+    :raises PolicyError: it would be made by code of its repository.
+    """
+    if not config.hf_config:
+        raise NotSupportedError(
+            "A model of the hg family is described by the config.json beside its checkpoint, but there is none. State "
+            "its content as `hf_config` in the card's `model_config`."
+        )
+    try:
+        import transformers
+    except ImportError:
+        raise NotSupportedError(
+            f"A model of the type {config.hf_config.get('model_type')!r} is made by transformers, which is not "
+            "installed: `pip install lading[hf]`."
+        ) from None
+
+    hf_config = _hf_config(config)
+    if config.model_type != "custom":
+        return getattr(transformers, _AUTO_CLASSES[config.model_type]), hf_config
+
+    name = config.custom_model_class or _architecture(config.hf_config)
+    found = getattr(transformers, name, None) if name is not None and name.isidentifier() else None
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        _refuse(config, f"the class {name!r}")
+    if not isinstance(hf_config, found.config_class or transformers.PreTrainedConfig):
+        raise NotSupportedError(
+            f"{name} of transformers is made of a {getattr(found.config_class, '__name__', None)}, but config.json is "
+            f"of the model type {hf_config.model_type!r}."
+        )
+
+    return found, hf_config
+
+
+def _hf_config(config: HuggingFaceModelConfig) -> PretrainedConfig:
+    from transformers import CONFIG_MAPPING
+
+    model_type = config.hf_config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        _refuse(config, f"the model type {model_type!r}")
+
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(_without_orders(config.hf_config))
+    except Exception as error:  # whatever a field of a wrong type leads to there
+        raise _mismatch(f"transformers cannot read it: {error}") from error
+
+
+def _without_orders(value: Any) -> Any:
+    """A copy without the keys that would have transformers fetch or run something."""
+    if isinstance(value, Mapping):
+        return {key: _without_orders(item) for key, item in value.items() if key not in _LEFT_OUT}
+
+    return [_without_orders(item) for item in value] if isinstance(value, list) else value
+
+
+def _refuse(config: HuggingFaceModelConfig, what: str) -> NoReturn:
+    """:raises NotSupportedError: always; a :class:`PolicyError` where code of the repository would do it."""
+    import transformers
+
+    lacks = f"config.json asks for {what}, which transformers {transformers.__version__} does not have"
+    if config.trust_remote_code or "auto_map" in config.hf_config:
+        raise PolicyError(
+            f"{lacks}: the model is made by code of its repository, which lading never runs. A version of transformers "
+            "that has it, or a package with a family of its own, can load it."
+        )
+    raise NotSupportedError(f"{lacks}, nor does any registered family read it (`lading families` shows them).")
+
+
+def _mismatch(problem: str) -> ModelCheckpointMismatchError:
+    return ModelCheckpointMismatchError(
+        "config.json",
+        f"config.json is expected to describe a model of transformers, but {problem}. Compare the file with the one "
+        "that the model's publisher offers.",
+    )
+
+
+# --- the module ------------------------------------------------------------------------------------------------------
+
+
+def _build(config: HuggingFaceModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    kls, hf_config = _class_of(config)
+    try:
+        if config.model_type == "custom":
+            model = kls._from_config(hf_config, dtype=dtype)
+        else:
+            model = kls.from_config(hf_config, dtype=dtype, trust_remote_code=False)
+    except ImportError as error:
+        raise NotSupportedError(f"{kls.__name__} of transformers asks for another package: {error}") from error
+    except Exception as error:  # whatever sizes that do not fit together lead to there
+        raise _mismatch(f"{kls.__name__} cannot be made of it: {error}") from error
+    if config.enable_gradient_checkpointing:
+        # The second is the name in older versions of transformers 5.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+
+    return cast("PreTrainedModel", model)
+
+
+def _outline(config: HuggingFaceModelConfig) -> PreTrainedModel:
+    """A model without memory that is only looked at: one is kept."""
+    return _kept_outline(json.dumps([config.model_type, config.custom_model_class, config.hf_config], sort_keys=True))
+
+
+@lru_cache(maxsize=1)
+def _kept_outline(key: str) -> PreTrainedModel:
+    model_type, custom_model_class, hf_config = json.loads(key)
+    config = HuggingFaceModelConfig(model_type=model_type, custom_model_class=custom_model_class, hf_config=hf_config)
+    with torch.device("meta"):
+        return _build(config)
+
+
+def _rules(config: HuggingFaceModelConfig, names: Sequence[str]) -> Sequence[Rule]:
+    return rules_of(_outline(config), names)
+
+
+def _parallel_plan(config: HuggingFaceModelConfig) -> ParallelPlan:
+    return plan_of(_outline(config))
+
+
+# --- numbers that no checkpoint holds --------------------------------------------------------------------------------
+
+
+def _reset_buffers(model: Module, config: HuggingFaceModelConfig, device: torch.device) -> None:
+    """Have transformers compute non-persistent buffers as it does after a load of its own.
+
+    Each is computed over zeros and over ones: what differs then was not computed at all.
+
+    :raises NotSupportedError: transformers computes one nowhere but in the constructor.
+    """
+    dtype = cast("PreTrainedModel", model).dtype
+    _state_dtype(model.config, dtype)
+    buffers = _non_persistent_buffers(model)
+    if not buffers:
+        return
+
+    dtypes = {} if dtype == torch.float32 else _buffer_dtypes(config, dtype)
+    results: list[dict[str, Tensor]] = []
+    with _only_buffers(model):
+        for fill in (0, 1):
+            for name, (owner, leaf, buffer) in buffers.items():
+                own = dtypes.get(name, buffer.dtype)
+                owner._buffers[leaf] = torch.full_like(buffer, fill, device=device, dtype=own)
+            _init_weights(model, model)
+            results.append({name: owner.get_buffer(leaf) for name, (owner, leaf, _) in buffers.items()})
+
+    left = [name for name, tensor in results[0].items() if not torch.equal(tensor, results[1][name])]
+    if left:
+        raise NotSupportedError(
+            f"{type(model).__name__} of transformers does not compute {', '.join(left)} after a load, and no "
+            "checkpoint holds it. A newer version of transformers may."
+        )
+
+
+def _state_dtype(hf_config: Any, dtype: torch.dtype) -> None:
+    """Have the model's configuration say what it holds, as after ``from_pretrained``."""
+    hf_config.dtype = dtype
+    for name in hf_config.sub_configs:
+        if (part := getattr(hf_config, name, None)) is not None:
+            part.dtype = dtype
+
+
+def _non_persistent_buffers(model: Module) -> dict[str, tuple[Module, str, Tensor]]:
+    """By name, each with its owner and its name there; a buffer that several names share comes under each."""
+    found = {}
+    for prefix, owner in model.named_modules():
+        for leaf in sorted(owner._non_persistent_buffers_set):
+            buffer = owner._buffers.get(leaf)
+            if buffer is not None:
+                found[f"{prefix}.{leaf}" if prefix else leaf] = owner, leaf, buffer
+
+    return found
+
+
+def _buffer_dtypes(config: HuggingFaceModelConfig, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtypes of buffers in a model that is made in ``dtype``: some are always of one, as rotary frequencies are."""
+    with torch.device("meta"):
+        model = _build(config, dtype)
+
+    return {name: buffer.dtype for name, (_, _, buffer) in _non_persistent_buffers(model).items()}
+
+
+@contextmanager
+def _only_buffers(model: Module) -> Iterator[None]:
+    """Have transformers leave alone all that was loaded, as it does after a load of its own: by its mark."""
+    from transformers import initialization
+
+    for tensor in model.state_dict(keep_vars=True).values():
+        if isinstance(tensor, Tensor):
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    with torch.no_grad(), initialization.guard_torch_init_functions():
+        yield
+
+
+def _init_weights(module: Module, model: Any) -> None:
+    """What transformers' ``initialize_weights`` does, each part by the model that it belongs to.
+
+    Parts without non-persistent buffers are passed over.
+    """
+    from transformers import PreTrainedModel
+
+    if not any(part._non_persistent_buffers_set for part in module.modules()):
+        return
+    for child in module.children():
+        _init_weights(child, child if isinstance(child, PreTrainedModel) else model)
+    model._init_weights(module)
+
+
+def _init(model: Module, config: HuggingFaceModelConfig, name: str, tensor: Tensor) -> None:
+    """Draw one parameter by transformers' own scheme: in a model without memory but for this parameter."""
+    from transformers import PreTrainedModel
+
+    outline: Module = _outline(config)
+    path, _, leaf = name.rpartition(".")
+    steps = path.split(".") if path else []
+    owners = [outline.get_submodule(".".join(steps[:i])) for i in range(len(steps) + 1)]
+    owner = owners[-1]
+    held: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+    before = held[leaf]
+    with torch.no_grad():
+        tensor.zero_()
+        held[leaf] = torch.nn.Parameter(tensor, tensor.is_floating_point()) if held is owner._parameters else tensor
+        try:
+            if callable(reset := getattr(owner, "reset_parameters", None)):
+                reset()
+            for i in reversed(range(len(owners))):
+                models = [each for each in owners[: i + 1] if isinstance(each, PreTrainedModel)]
+                models[-1]._init_weights(owners[i])  # type: ignore[no-untyped-call]
+        finally:
+            held[leaf] = before
+
+
+FAMILY = Family(
+    name="hg",
+    kls=Module,
+    config_kls=HuggingFaceModelConfig,
+    build=_build,
+    init=_init,
+    rules_of_names=_rules,
+    parallel_plan=_parallel_plan,
+    from_hf=_from_hf,
+    reads_other_model_types=True,
+    complete=_complete,
+    reset_buffers=_reset_buffers,
+)
+
+get_hg_model_hub = ModelHubAccessor("hg", Module, HuggingFaceModelConfig)

@@ -1,0 +1,168 @@
+"""Where checkpoints lie in a folder, at any depth, and which files they are of: nothing is read but names.
+
+A folder that a user names may hold anything. No link to a folder is followed; a link to a file is, where it lies right
+in the folder that was named, leads to a place inside it, or is one of those of which a Hugging Face cache consists.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lading.errors import NotSupportedError, PolicyError
+from lading.fetch.hf_cache import repository_id
+from lading.fetch.hf_names import is_commit
+from lading.formats.files import open_file
+from lading.formats.folder import (
+    checkpoint_file,
+    is_checkpoint_file,
+    is_index,
+    is_other_format,
+    is_torch_format,
+    some,
+)
+from lading.formats.sharded import read_index
+from lading.published import CONFIG_NAME
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A folder that may hold a checkpoint, or several commits of a repository."""
+
+    path: Path
+    root: Path
+    """The folder that the user named."""
+    repo: str | None = None
+    """The id of a repository, whose folder in a Hugging Face cache ``path`` is."""
+    commit: str | None = None
+    """The only commit of it that was asked for."""
+    problem: OSError | None = None
+    """Why nothing can be said of it."""
+
+
+def find_places(root: Path) -> Iterator[Place]:
+    """The folders below ``root``, itself included, that hold a checkpoint by what they list; in the order of names.
+
+    :param root: an absolute path.
+    """
+    snapshots = root.parent
+    if is_commit(root.name) and snapshots.name == "snapshots" and (repo := repository_id(snapshots.parent)):
+        yield Place(path=snapshots.parent, root=root, repo=repo, commit=root.name)
+        return
+
+    yield from _places(root, root)
+
+
+def hub_places(cache: Path) -> Iterator[Place]:
+    """The folders of repositories of models in a Hugging Face cache."""
+    folders, _, _ = _listed(cache)
+    for folder in folders:
+        repo = repository_id(folder)
+        if repo is not None:
+            yield Place(path=folder, root=cache, repo=repo)
+
+
+def _places(path: Path, root: Path) -> Iterator[Place]:
+    # Not by recursion: how deep the folders are is the user's matter.
+    left = [path]
+    while left:
+        path = left.pop()
+        repo = repository_id(path)
+        if repo is not None and (path / "snapshots").is_dir():
+            yield Place(path=path, root=root, repo=repo)
+            continue
+        folders, names, problem = _listed(path)
+        if problem is not None:
+            yield Place(path=path, root=root, problem=problem)
+        elif any(map(is_checkpoint_file, names)):
+            yield Place(path=path, root=root)
+        left += reversed(folders)
+
+
+def _listed(path: Path) -> tuple[list[Path], list[str], OSError | None]:
+    """The folders in a folder, the names of all else, and why there are none."""
+    try:
+        with os.scandir(path) as entries:
+            listed = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        return [], [], error
+
+    folders = [Path(entry.path) for entry in listed if entry.is_dir(follow_symlinks=False)]
+
+    return folders, [entry.name for entry in listed if not entry.is_dir(follow_symlinks=False)], None
+
+
+def require_inside(path: Path, place: Place) -> None:
+    """See to it that the files of which the checkpoint at ``path`` is are ones that its place may have.
+
+    :param path: a folder, a file, or an index.
+
+    :raises PolicyError: a link leads elsewhere.
+    :raises CheckpointNotFoundError: no checkpoint is there (also a ``FileNotFoundError``).
+    :raises NotSupportedError: it is of a format that is not read here.
+    :raises CorruptModelCheckpointError: its index breaks the rules of the format.
+    """
+    bounds = _Bounds(place)
+    if path.is_dir() and not path.is_symlink():
+        _require_no_links_between(path, place)
+        names = [entry.name for entry in path.iterdir()]
+        _require_safetensors(path, names)
+        path = path / checkpoint_file(names, where=path)
+    else:
+        _require_no_links_between(path.parent, place)
+        _require_safetensors(path, [path.name])
+
+    bounds.check(path)
+    bounds.check(path.parent / CONFIG_NAME)
+    if is_index(path.name):
+        with open_file(path) as file:
+            names = list(read_index(file).tensors)
+        for name in names:
+            bounds.check(path.parent / name)
+
+
+def _require_safetensors(path: Path, names: list[str]) -> None:
+    found = [name for name in names if is_checkpoint_file(name)]
+    if found and all(is_torch_format(name) or is_other_format(name) for name in found):
+        raise NotSupportedError(
+            f"{path}: expected a safetensors checkpoint to adopt, found {some(sorted(found))}. What lading can load of "
+            "other formats it loads by its path, or by a card of your own that names it."
+        )
+
+
+def _require_no_links_between(folder: Path, place: Place) -> None:
+    for part in (folder, *folder.parents):
+        if part in (place.path, place.root):
+            return
+        if part.is_symlink():
+            raise PolicyError(f"{part} is a link to a folder, which is not followed. Give the path that it leads to.")
+
+
+class _Bounds:
+    """Where the links of a place may lead."""
+
+    def __init__(self, place: Place) -> None:
+        self._root = place.root
+        # Blobs lie beside the snapshots, or are themselves links to those that all repositories of a cache share.
+        home = os.path.realpath(place.root if place.repo is None else place.path)
+        allowed = [home] if place.repo is None else [f"{home}/blobs", f"{os.path.dirname(home)}/blobs"]
+        self._allowed = tuple(folder + os.sep for folder in allowed)
+
+    def check(self, path: Path) -> None:
+        """:raises PolicyError: ``path`` is a link that leads elsewhere."""
+        try:
+            if not stat.S_ISLNK(os.lstat(path).st_mode):
+                return
+        except OSError:
+            return  # whoever reads it says it better
+        real = os.path.realpath(path)
+        if real.startswith(self._allowed) or (path.parent == self._root and Path(real).is_file()):
+            return
+
+        raise PolicyError(
+            f"{path} is a link that leads out of {self._root}, to {real}; it is not followed. Give the folder that "
+            "holds the file, or name it in a card of your own."
+        )

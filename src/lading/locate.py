@@ -1,0 +1,337 @@
+"""From a card to its checkpoint: where it is, what it holds, and what the catalog knows of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from lading.card import AssetCard, CheckpointRef, checkpoint_ref, path_uri, uri_path
+from lading.catalog.checkpoints import record_checkpoint, record_files
+from lading.catalog.records import Check
+from lading.catalog.store import AssetStore, LocalCopy, StoredCheckpoint, get_asset_store
+from lading.checkpoint import Checkpoint, OnDisk
+from lading.errors import (
+    CatalogError,
+    CheckpointNotFoundError,
+    DigestMismatchError,
+    InternalError,
+    ModelGatedError,
+)
+from lading.fetch.file import local_checkpoint
+from lading.fetch.hf_cache import has_token
+from lading.fetch.source import Known
+from lading.fetch.sources import HUB_SCHEMES
+from lading.filesystem import FileStat
+from lading.folder import read_hf_config, refuse_quantised_config
+from lading.published import index_source
+from lading.transfer.files import ShardFile
+from lading.whole import comes_whole, fetch_whole
+
+log = logging.getLogger("lading")
+
+
+def card_checkpoint(
+    card: AssetCard, store: AssetStore, *, progress: bool = False, accept_others: bool = False
+) -> Checkpoint:
+    """The checkpoint of a card, its manifest from the catalog where that is known and still true.
+
+    One that is elsewhere is not fetched: its headers are read there, once, and pinned to what was published then. Only
+    what ``torch.save`` wrote has to come first (:mod:`lading.whole`).
+
+    :param progress: show a bar on stderr if it does.
+    :param accept_others: take files of other tensors than those that were verified, and tell the catalog nothing of it.
+
+    :raises ModelGatedError: the card names none.
+    :raises CheckpointNotFoundError: nothing is where the card says.
+    :raises FetchError: the source cannot be reached.
+    :raises DigestMismatchError: other files are in the place of those that were verified.
+    :raises NotSupportedError: it is quantised.
+    """
+    ref = checkpoint_ref(card)
+    path = uri_path(ref.uri)
+    if not (ref.uri and path is None and _is_here(card.name, ref, store)):
+        require_access(card.name, ref)
+
+    if path is None:
+        return _remote_checkpoint(card.name, ref, store, progress=progress)
+
+    path = local_checkpoint(path, inner_path=ref.path)
+
+    return _local_checkpoint(card.name, path, store, accept_others=accept_others)
+
+
+def local_paths(card: AssetCard, store: AssetStore) -> list[Path]:
+    """Where a card's checkpoint is on this machine: its folder or its file; else all of its files, one by one.
+
+    :raises ModelGatedError: the card names none.
+    :raises CheckpointNotFoundError: it is not on this machine.
+    """
+    ref = checkpoint_ref(card)
+    path = uri_path(ref.uri)
+    if path is not None:
+        return [local_checkpoint(path, inner_path=ref.path)]
+
+    stored = store.checkpoint(ref.key) if ref.uri else None
+    files = None if stored is None else _copies_as_known(stored)
+    if stored is None or files is None:
+        if ref.gated:
+            raise ModelGatedError(card.name, ref.info_url)
+        raise CheckpointNotFoundError(
+            ref.key,
+            f"The checkpoint of {card.name!r} is at {ref.key}, not on this machine. `lading pull {card.name}` fetches "
+            "it.",
+        )
+
+    paths = [file.path for file in files]
+    folders = {each.parent for each in paths}
+    named = all(file.name == shard.name for file, shard in zip(paths, stored.manifest.shards, strict=True))
+
+    return [folders.pop()] if len(paths) > 1 and len(folders) == 1 and named else paths
+
+
+def index_checkpoint(target: str | Path, *, store: AssetStore | None = None) -> StoredCheckpoint:
+    """Read the manifest of a card's checkpoint, or of the one at a path or an address, and write it to the catalog.
+
+    Of a checkpoint that is elsewhere only headers are read, a few megabytes, as they are published now. Files on this
+    machine are taken as they are now: what was recorded of other bytes in their place is forgotten.
+
+    :param target: the name of a card, a path, or an address such as ``hg://org/name``.
+
+    :raises AssetNotFoundError: no card has that name.
+    :raises CheckpointNotFoundError: nothing is there (also a ``FileNotFoundError``).
+    :raises CorruptModelCheckpointError: the file breaks the rules of its format.
+    :raises FetchError: the source cannot be reached.
+    :raises CatalogError: the catalog cannot be written.
+    """
+    store = store or get_asset_store()
+    card_name, ref = _ref_of(target, store)
+    path = uri_path(ref.uri)
+    if path is None and comes_whole(ref):
+        whole = fetch_whole(ref, known=known_content(store), progress=False)
+        uri, manifest, copies, revision = ref.key, whole.manifest, [whole.copy], whole.revision
+    elif path is None:
+        uri, copies = ref.key, []
+        published = index_source(ref)
+        manifest, revision = published.manifest, published.revision
+    else:
+        path = local_checkpoint(path, inner_path=ref.path)
+        found = OnDisk.read(path)
+        uri, manifest, copies, revision = path_uri(found.path), found.manifest, found.copies(), ""
+
+    require_writable(store)
+    record_checkpoint(
+        store.database, uri=uri, manifest=manifest, copies=copies, revision=revision, card_name=card_name, accept=True
+    )
+    stored = store.checkpoint(uri)
+    if stored is None:
+        raise InternalError(f"the manifest of {uri} was written to the catalog, but is not there")
+
+    return stored
+
+
+def _ref_of(target: str | Path, store: AssetStore) -> tuple[str | None, CheckpointRef]:
+    """The card, if the target is one, and where the checkpoint is."""
+    if isinstance(target, Path):
+        return None, CheckpointRef(uri=path_uri(target.expanduser().absolute()), gated=False, info_url=None)
+    if "://" in target:
+        return None, CheckpointRef(uri=target, gated=False, info_url=None)
+
+    card = store.retrieve_card(target)
+    ref = checkpoint_ref(card)
+    require_access(card.name, ref)
+
+    return card.name, ref
+
+
+def require_access(name: str, ref: CheckpointRef) -> None:
+    """Make sure that there is something to ask for a checkpoint.
+
+    A gated repository of the hub may have let this user in: who has a token is told by the hub itself.
+
+    :raises ModelGatedError: there is not; it says where to ask.
+    """
+    if ref.gated and not (ref.scheme in HUB_SCHEMES and has_token()):
+        raise ModelGatedError(name, ref.info_url)
+
+
+def require_writable(store: AssetStore) -> None:
+    """:raises CatalogError: the catalog cannot be written."""
+    if not store.database.writable:
+        raise CatalogError(
+            f"The catalog {store.database.url} cannot be written. Check the permissions of the file and its folder, or "
+            "name another one in LADING_DATABASE_URL."
+        )
+
+
+# --- elsewhere -------------------------------------------------------------------------------------------------------
+
+
+def known_content(store: AssetStore | None) -> Known:
+    """Where the catalog knows a verified file of a digest."""
+
+    def known(sha256: str) -> Path | None:
+        if store is None:
+            return None
+        try:
+            return store.find_content(sha256)
+        except (CatalogError, OSError) as error:
+            log.warning("the catalog cannot be asked for files that are here already: %s", error)
+            return None
+
+    return known
+
+
+def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, progress: bool) -> Checkpoint:
+    stored = _stored(name, ref.key, store)
+    if stored is not None:
+        files = _copies_as_known(stored)
+        return Checkpoint(
+            name=name,
+            uri=ref.key,
+            where=ref.key,
+            manifest=stored.manifest,
+            files=files,
+            trusted=files is not None and _all_verified(stored),
+            ref=ref,
+            revision=stored.revision,
+        )
+
+    if comes_whole(ref):
+        return _whole_checkpoint(name, ref, store, progress=progress)
+
+    published = index_source(ref)
+    refuse_quantised_config(published.hf_config, ref.key)
+    checkpoint = Checkpoint(
+        name=name,
+        uri=ref.key,
+        where=ref.key,
+        manifest=published.manifest,
+        files=None,
+        ref=ref,
+        revision=published.revision,
+    )
+    _record(checkpoint, (), store)
+
+    return checkpoint
+
+
+def _whole_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, progress: bool) -> Checkpoint:
+    whole = fetch_whole(ref, known=known_content(store), progress=progress)
+    checkpoint = Checkpoint(
+        name=name,
+        uri=ref.key,
+        where=ref.key,
+        manifest=whole.manifest,
+        files=(ShardFile(path=whole.copy.path, stat=whole.copy.stat),),
+        trusted=True,
+        ref=ref,
+        revision=whole.revision,
+    )
+    _record(checkpoint, [whole.copy], store, checks=[whole.check])
+
+    return checkpoint
+
+
+def _is_here(name: str, ref: CheckpointRef, store: AssetStore) -> bool:
+    """Whether the catalog knows all files on this machine: who has been given them need not ask for them."""
+    stored = _stored(name, ref.key, store)
+
+    return stored is not None and _copies_as_known(stored) is not None
+
+
+def _copies_as_known(stored: StoredCheckpoint) -> tuple[ShardFile, ...] | None:
+    """The files of all shards, if each is on this machine and as it was when it was recorded."""
+    known = {copy.file: copy for copy in stored.copies}
+    files = []
+    for shard in stored.manifest.shards:
+        copy = known.get(shard.name)
+        if copy is None or _stat(copy.path) != copy.stat:
+            return None
+        files.append(ShardFile(path=copy.path, stat=copy.stat))
+
+    return tuple(files)
+
+
+def _stat(path: Path) -> FileStat | None:
+    try:
+        return FileStat.from_stat(os.stat(path))
+    except OSError:
+        return None
+
+
+# --- on this machine -------------------------------------------------------------------------------------------------
+
+
+def _local_checkpoint(name: str, path: Path, store: AssetStore, *, accept_others: bool) -> Checkpoint:
+    refuse_quantised_config(read_hf_config(path), path)
+
+    stored = _stored(name, path_uri(path), store)
+    known = None if stored is None else OnDisk.as_known(path, stored)
+    if stored is not None and known is not None:
+        return known.checkpoint(name, trusted=_all_verified(stored))
+
+    found = OnDisk.read(path)
+    if found.path != path:  # it was made anew in the cache, where the catalog may know it
+        return _local_checkpoint(name, found.path, store, accept_others=accept_others)
+    checkpoint = found.checkpoint(name)
+    if stored is not None and not found.manifest.tensors_equal(stored.manifest) and _was_verified(stored, store):
+        if accept_others:
+            return checkpoint
+        raise DigestMismatchError(
+            path,
+            f"{path} is not the checkpoint that was verified: it has other files or tensors now. If that is meant, "
+            f"`lading index {name}` takes it for the right one.",
+            expected=f"{len(stored.manifest)} tensors",
+            found=f"{len(found.manifest)} tensors",
+        )
+    _record(checkpoint, found.copies(), store)
+
+    return checkpoint
+
+
+# --- the catalog's word ----------------------------------------------------------------------------------------------
+
+
+def _stored(name: str, uri: str, store: AssetStore) -> StoredCheckpoint | None:
+    # All that the catalog can do here is to save the reading of headers, so its failures are not the load's.
+    try:
+        return store.checkpoint(uri)
+    except (CatalogError, OSError) as error:
+        log.warning("the manifest of %s cannot be read from the catalog: %s", name, error)
+        return None
+
+
+def _record(
+    checkpoint: Checkpoint, copies: Sequence[LocalCopy], store: AssetStore, *, checks: Sequence[Check] = ()
+) -> None:
+    try:
+        require_writable(store)
+        record_checkpoint(
+            store.database,
+            uri=checkpoint.uri,
+            manifest=checkpoint.manifest,
+            copies=copies,
+            revision=checkpoint.revision,
+            card_name=checkpoint.name,
+        )
+        if checks:
+            record_files(store.database, uri=checkpoint.uri, checks=checks)
+    except (CatalogError, OSError) as error:
+        log.warning("the manifest of %s is not in the catalog: %s", checkpoint.name, error)
+
+
+def _all_verified(stored: StoredCheckpoint) -> bool:
+    """Whether every shard was seen verified in the state that is known of it on this machine."""
+    verified = {copy.file for copy in stored.copies if copy.verified_at is not None}
+
+    return all(shard.name in verified for shard in stored.manifest.shards)
+
+
+def _was_verified(stored: StoredCheckpoint, store: AssetStore) -> bool:
+    """Whether it was known once which bytes are the right ones."""
+    if any(shard.sha256 is not None for shard in stored.manifest.shards):
+        return True
+
+    return bool(store.tensor_digests(stored.uri))

@@ -1,0 +1,183 @@
+"""What each rank of gangs will read and hold, told from a manifest alone: no rank need exist, no byte be read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lading.check import report_fit, require_fit
+from lading.checkpoint import Checkpoint
+from lading.construct import build_on_meta, check_config_type, no_collection, settle_dtypes
+from lading.family import Family
+from lading.keymap import route
+from lading.manifest import Manifest
+from lading.parallel import placements
+from lading.pipeline import holders
+from lading.transfer.dtypes import TORCH_DTYPES
+from lading.transfer.forecast import Layout, forecast, lay_out
+from lading.transfer.targets import targets_of
+
+AXES = ("pp", "rdp", "sdp", "tp")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPlan:
+    """What one rank will do."""
+
+    rank: int
+    pp: int
+    """Its place in its gang along this axis; likewise below."""
+    rdp: int
+    sdp: int
+    tp: int
+    bytes_read: int
+    reads: int
+    files: int
+    """That it reads of."""
+    memory: Mapping[str, int]
+    """Bytes of parameters and persistent buffers, by dtype. Activations, gradients, optimizers come on top."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of parameters and persistent buffers."""
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadPlan:
+    """What the ranks of gangs will read of a checkpoint, and hold."""
+
+    name: str
+    """Of the card, or the path."""
+    family: str
+    sizes: Mapping[str, int]
+    """Of the gangs ``pp``, ``rdp``, ``sdp`` and ``tp``."""
+    checkpoint_bytes: int
+    """Of all tensors."""
+    files: int
+    """Of the checkpoint."""
+    ranks: tuple[RankPlan, ...]
+    """Those that were asked for."""
+    manifest: Manifest = field(repr=False)
+    layout: Layout = field(repr=False, compare=False)
+    """What each rank owns of it; of ``sdp`` and ``tp``, and of ``pp`` where the family has stages, as the other axes
+    hold copies."""
+
+    @property
+    def world_size(self) -> int:
+        return math.prod(self.sizes.values())
+
+    def copies_of(self, seat: int) -> list[int]:
+        """The ranks that own what the rank ``seat`` of the layout does."""
+        stage_size = self.sizes["sdp"] * self.sizes["tp"]
+        if self.layout.ranks == stage_size:
+            return list(range(seat, self.world_size, stage_size))
+
+        stage, place = divmod(seat, stage_size)
+        rdp = self.sizes["rdp"]
+
+        return [(stage * rdp + r) * stage_size + place for r in range(rdp)]
+
+
+def plan_checkpoint(
+    checkpoint: Checkpoint,
+    family: Family[Any, Any],
+    config: Any,
+    *,
+    sizes: Mapping[str, int],
+    dtype: torch.dtype | None,
+    ranks: Sequence[int] | None,
+) -> LoadPlan:
+    """What a load of ``checkpoint`` comes to on every rank.
+
+    :param sizes: of all of :data:`AXES`.
+    :param dtype: of floating-point tensors; ``None`` keeps the checkpoint's own.
+    :param ranks: to tell of; default: all.
+
+    :raises ValueError: a size that is no size; a rank that the world does not have.
+    :raises ModelCheckpointMismatchError: the checkpoint does not fit ``config``.
+    :raises NotSupportedError: a size of the configuration does not divide over ``tp``, or there are fewer layers than
+        stages.
+    """
+    _check_sizes(sizes)
+    world = math.prod(sizes.values())
+    for rank in ranks or ():
+        if not 0 <= rank < world:
+            raise ValueError(f"a rank must be at least 0 and less than the size of the world, {world}, but is {rank}")
+    check_config_type(config, family)
+    manifest = checkpoint.manifest
+    sdp, tp = sizes["sdp"], sizes["tp"]
+
+    with no_collection():
+        module = build_on_meta(family, config)
+        targets = targets_of(module, dtype=dtype)
+        parameters = {name for name, _ in module.named_parameters()}
+        parallel_plan = family.parallel_plan(config)
+        placed = placements(parallel_plan, targets.names, parameters, sdp=sdp, tp=tp)
+        # Without stages, the axis holds copies.
+        staged = parallel_plan.stages
+        pp = 1 if staged is None else sizes["pp"]
+        held = [None] * len(targets.names) if staged is None else holders(staged, targets.names, targets.aliases, pp)
+        routed = route(
+            manifest.names,
+            targets.names,
+            family.rules_for(config, manifest.names),
+            targets.aliases,
+            shapes=manifest.shapes,
+            target_shapes=targets.shapes,
+        )
+        fit = report_fit(manifest, targets, routed, family=family.name)
+        require_fit(fit, path=checkpoint.where, name=checkpoint.name)
+        layout = lay_out(
+            manifest,
+            routed.tensors,
+            [targets.shapes[i] for i in routed.targets],
+            settle_dtypes(targets, routed, manifest, sdp=sdp),
+            [placed[i] for i in routed.targets],
+            (sdp, tp),
+            routed.composed,
+            stages=[held[i] for i in routed.targets],
+            pp=pp,
+        )
+        found = forecast(manifest, layout)
+
+    memory = {str(TORCH_DTYPES[name]).removeprefix("torch."): column for name, column in found.memory.items()}
+    files = found.files.sum(0)
+
+    def of_rank(rank: int) -> RankPlan:
+        copy, place = divmod(rank, sdp * tp)
+        p, r = divmod(copy, sizes["rdp"])
+        s, t = divmod(place, tp)
+        seat = place + p % pp * sdp * tp  # the other axes hold copies of one another
+        return RankPlan(
+            rank=rank,
+            pp=p,
+            rdp=r,
+            sdp=s,
+            tp=t,
+            bytes_read=int(found.bytes_read[seat]),
+            reads=int(found.reads[seat]),
+            files=int(files[seat]),
+            memory={name: int(column[seat]) for name, column in memory.items()},
+        )
+
+    return LoadPlan(
+        name=checkpoint.name,
+        family=family.name,
+        sizes={axis: sizes[axis] for axis in AXES},
+        checkpoint_bytes=manifest.total_bytes,
+        files=len(manifest.shards),
+        ranks=tuple(map(of_rank, range(world) if ranks is None else ranks)),
+        manifest=manifest,
+        layout=layout,
+    )
+
+
+def _check_sizes(sizes: Mapping[str, int]) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"`{name}` must be at least 1, but is {size}")

@@ -1,0 +1,212 @@
+"""Models taken off this machine: the bytes that lading itself fetched, and nothing that is somebody else's."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lading.card import checkpoint_ref
+from lading.catalog.holdings import held_checkpoints, letting_go
+from lading.catalog.records import HeldCheckpoint, LocalCopy
+from lading.catalog.store import AssetStore, get_asset_store
+from lading.fetch.cache import Cache
+from lading.fetch.hf_removal import SnapshotFile, remove_files, snapshot_file
+from lading.holdings import catalog_uri, find_orphans, names_of
+from lading.locate import require_writable
+from lading.settings import Settings
+
+_GRACE = 3_600
+"""Seconds. A file that is younger may just not have got its entry in the cache yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptFile:
+    """A file that stays, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removal:
+    """What was removed of a model, or would be."""
+
+    name: str
+    freed: int
+    """Bytes."""
+    removed: tuple[Path, ...]
+    """Files that are gone. Of those that others need the bytes stay, and are not counted."""
+    kept: tuple[KeptFile, ...]
+    """Files that stay; the catalog does not know them as the model's any more."""
+    also_of: tuple[str, ...]
+    """Other models of the same checkpoint, which is gone for them, too."""
+
+    @property
+    def nothing(self) -> bool:
+        """Whether nothing of the model was on this machine."""
+        return not (self.removed or self.kept or self.freed)
+
+
+def remove_model(name: str, *, dry_run: bool = False, store: AssetStore | None = None) -> Removal:
+    """Remove the files that lading fetched for a model; those of others are only forgotten.
+
+    What lading fetched is in its own cache, or in that of Hugging Face's libraries. A file that another model's
+    checkpoint needs stays. What the checkpoint holds stays known, and a load fetches it anew.
+
+    :param name: of a card; or the URI of a checkpoint that no card names.
+    :param dry_run: only say what would be removed.
+
+    :raises AssetNotFoundError: there is no such card, nor such a checkpoint.
+    :raises CatalogError: the catalog cannot be written; nothing was removed.
+    :raises OSError: a file cannot be removed. The catalog then says of all what it said before, and what is gone counts
+        as gone: remove the model again.
+    """
+    store = store or get_asset_store()
+    uri, entry = _checkpoint_of(name, store)
+    if not uri:
+        return Removal(name=name, freed=0, removed=(), kept=(), also_of=())
+
+    with _held(store, [uri], dry_run=dry_run) as held:
+        plan = _plan(uri, entry, held)
+        freed = plan.carry_out(dry_run=dry_run)
+    others = [other for other in names_of(store, [uri]).get(uri, ()) if other != name]
+
+    return Removal(name=name, freed=freed, removed=plan.paths, kept=plan.kept, also_of=tuple(others))
+
+
+def remove_orphans(*, dry_run: bool = False, older_than: float = _GRACE, store: AssetStore | None = None) -> Removal:
+    """Remove what is in lading's cache and belongs to no card, and what fetches left behind that were broken off.
+
+    :param dry_run: only say what would be removed.
+    :param older_than: seconds; of files that were not fetched for anything that is known, younger ones stay.
+
+    :raises CatalogError: the catalog cannot be written; nothing was removed.
+    :raises OSError: a file cannot be removed.
+    """
+    store = store or get_asset_store()
+    # A catalog that is not one's own does not say what belongs to nobody.
+    require_writable(store)
+    orphans = find_orphans(store, held_checkpoints(store.database))
+    paths = [path for uri in orphans.uris for path in orphans.entries[uri]]
+    paths += [path for path in orphans.strays if time.time() - os.lstat(path).st_ctime > older_than]
+    if dry_run:
+        return Removal(name="", freed=_bytes(paths), removed=tuple(paths), kept=(), also_of=())
+
+    freed = sum(orphans.cache.remove(uri, keep=orphans.needed) for uri in orphans.uris)
+    freed += orphans.cache.prune(older_than=older_than, keep=orphans.needed)
+    gone = tuple(path for path in paths if not path.exists())
+
+    return Removal(name="", freed=freed, removed=gone, kept=(), also_of=())
+
+
+def _bytes(paths: Sequence[Path]) -> int:
+    return sum(os.lstat(path).st_size for path in set(paths) if path.exists())
+
+
+def _checkpoint_of(name: str, store: AssetStore) -> tuple[str, str]:
+    """What the catalog knows the checkpoint by, and what lading's cache does."""
+    if "://" in name and store.maybe_retrieve_card(name) is None and store.checkpoint(name) is not None:
+        return name, name
+    ref = checkpoint_ref(store.retrieve_card(name))
+
+    return (catalog_uri(ref), ref.uri) if ref.uri else ("", "")
+
+
+@contextmanager
+def _held(store: AssetStore, uris: Sequence[str], *, dry_run: bool) -> Iterator[list[HeldCheckpoint]]:
+    if dry_run:
+        yield held_checkpoints(store.database)
+        return
+    with letting_go(store.database, uris) as held:
+        yield held
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """Which files of a checkpoint go, and which stay."""
+
+    cache: Cache
+    entry: str
+    digests: tuple[str, ...]
+    """Of files in lading's cache that go."""
+    needed: frozenset[str]
+    """Of those that other checkpoints need."""
+    hub: tuple[SnapshotFile, ...]
+    paths: tuple[Path, ...]
+    kept: tuple[KeptFile, ...]
+
+    def carry_out(self, *, dry_run: bool) -> int:
+        """Remove the files; returns the bytes that were freed."""
+        if dry_run:
+            return _bytes(self.cache.removable(self.entry, also=self.digests, keep=self.needed)) + remove_files(
+                self.hub, dry_run=True
+            )
+
+        return self.cache.remove(self.entry, also=self.digests, keep=self.needed) + remove_files(self.hub)
+
+
+def _plan(uri: str, entry: str, held: Sequence[HeldCheckpoint]) -> _Plan:
+    cache = Cache(Settings.from_environment().cache_dir)
+    copies = [copy for checkpoint in held if checkpoint.uri == uri for copy in checkpoint.copies]
+    others = {
+        os.path.realpath(copy.path): checkpoint.uri
+        for checkpoint in held
+        if checkpoint.uri != uri
+        for copy in checkpoint.copies
+    }
+    needed = frozenset(digest for path in others if (digest := _digest(cache, Path(path))) is not None)
+
+    digests: list[str] = []
+    hub: list[SnapshotFile] = []
+    kept: list[KeptFile] = []
+    for copy in copies:
+        digest, file = _digest(cache, copy.path), snapshot_file(copy.path)
+        other = others.get(os.path.realpath(copy.path))
+        if not os.path.lexists(copy.path) and copy.kind not in ("cache", "hub"):
+            continue
+        if copy.kind == "cache" and digest is not None and other is None:
+            digests.append(digest)
+        elif copy.kind == "hub" and file is not None and other is None:
+            hub.append(file)
+        else:
+            kept.append(KeptFile(path=copy.path, reason=_reason(copy, other)))
+
+    # The entry in the cache may know of files that the catalog does not: those of a fetch that did not end.
+    removable = cache.removable(entry, also=digests, keep=needed)
+    kept += [
+        KeptFile(path=copy.path, reason="fetched for another address, too")
+        for copy in copies
+        if copy.kind == "cache" and _digest(cache, copy.path) in set(digests) - {path.name[:64] for path in removable}
+        if os.path.lexists(copy.path)
+    ]
+    paths = [*removable, *(file.repository / file.name for file in hub)]
+
+    return _Plan(
+        cache=cache,
+        entry=entry,
+        digests=tuple(digests),
+        needed=needed,
+        hub=tuple(hub),
+        paths=tuple(path for path in paths if os.path.lexists(path)),
+        kept=tuple(kept),
+    )
+
+
+def _digest(cache: Cache, path: Path) -> str | None:
+    return cache.digest_of(path) or cache.digest_of(Path(os.path.realpath(path)))
+
+
+def _reason(copy: LocalCopy, other: str | None) -> str:
+    match copy.kind:
+        case "source":
+            return "the card's own file"
+        case "adopted":
+            return "adopted, not fetched by lading"
+        case _ if other is not None:
+            return f"a file of {other}, too"
+        case _:
+            return "not in a cache that lading knows; LADING_CACHE_DIR or HF_HUB_CACHE may name another one"

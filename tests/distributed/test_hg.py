@@ -1,0 +1,112 @@
+"""Models of transformers that ranks hold together compute what one process computes alone."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from workers import Pool
+
+from lading.errors import NotSupportedError
+from lading.families.hg import HuggingFaceModelConfig, get_hg_model_hub
+from lading.gangs import create_gangs
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    import transformers
+
+    root = tmp_path_factory.mktemp("hg")
+    for name, config, kls in (
+        ("qwen3", transformers.Qwen3Config(**SIZES, tie_word_embeddings=True), transformers.Qwen3ForCausalLM),
+        ("phi", transformers.PhiConfig(**SIZES), transformers.PhiForCausalLM),
+        ("mixtral", transformers.MixtralConfig(**SIZES, num_local_experts=4), transformers.MixtralForCausalLM),
+        ("gpt2", transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64), transformers.GPT2LMHeadModel),
+    ):
+        torch.manual_seed(0)
+        model = kls(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.2)
+        model.save_pretrained(root / name, max_shard_size="30KB")
+
+    return {path.name: path for path in root.iterdir()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def load_and_compare(folder: Path, tp: int, sdp: int) -> tuple[list[str], int]:
+    """Everything in which the two differ, and how many parameters are split."""
+    torch.set_num_threads(1)
+    config = HuggingFaceModelConfig(model_type="causal_lm")
+    found = []
+    with warnings.catch_warnings(), create_gangs("cpu", tp=tp, sdp=sdp) as gangs:
+        warnings.simplefilter("error")
+        hub = get_hg_model_hub()
+        alone = hub.load_custom_model(folder, config, device="cpu", dtype=torch.float32, progress=False).eval()
+        model = hub.load_custom_model(folder, config, gangs=gangs, dtype=torch.float32, progress=False).eval()
+
+        expected = dict(alone.named_parameters(remove_duplicate=False))
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if not torch.equal(whole(parameter.detach()), expected[name]):
+                found.append(f"parameter {name}")
+        for (name, buffer), (_, own) in zip(model.named_buffers(), alone.named_buffers(), strict=True):
+            if not torch.equal(buffer, own):
+                found.append(f"buffer {name}")
+
+        ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+        logits, reference = model(ids).logits, alone(ids).logits
+        if not torch.allclose(logits, reference, rtol=1e-4, atol=1e-4 * float(reference.detach().abs().max())):
+            found.append("logits")
+        logits.square().mean().backward()
+        reference.square().mean().backward()
+        for name, parameter in model.named_parameters():
+            gradient, own = expected[name].grad, parameter.grad
+            if gradient is None or own is None or not torch.allclose(whole(own), gradient, rtol=1e-4, atol=1e-4):
+                found.append(f"gradient of {name}")
+
+        split = sum(isinstance(p, DTensor) and not p.placements[0].is_replicate() for p in model.parameters())
+
+        return found, split
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "sdp", "split"),
+    [
+        ("qwen3", 2, 1, 15),  # all but the norms; embeddings and head are one
+        ("phi", 2, 1, 23),
+        ("mixtral", 2, 1, 10),  # experts stay whole
+        ("gpt2", 2, 1, 0),  # transformers has no plan for it
+        ("qwen3", 1, 2, 24),
+        ("gpt2", 1, 2, 28),
+    ],
+)
+def test_two_ranks(pool2: Pool, folders: dict[str, Path], name: str, tp: int, sdp: int, split: int) -> None:
+    for found in pool2.values(load_and_compare, folders[name], tp, sdp):
+        assert found == ([], split)
+
+
+def test_sizes_that_do_not_divide_are_told_before_anything_is_read(pool4: Pool, folders: dict[str, Path]) -> None:
+    for outcome in pool4.run(load_and_compare, folders["qwen3"], 4, 1):
+        assert isinstance(outcome.error, NotSupportedError)
+        assert "`num_key_value_heads` is 2" in str(outcome.error)

@@ -1,0 +1,198 @@
+"""`lading adopt`, `du` and `rm`, and what a hub has to do with them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from cached_repository import CONFIG, add_cards, add_snapshot, tree, use_cache
+from make_checkpoint import make
+from servers.hub import FakeHub
+
+Cli = Callable[..., Result]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+# --- beside a hub ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[FakeHub]:
+    with FakeHub() as hub:
+        hub.add("Some/Tiny", make(tmp_path / "repository", shards=2))
+        yield hub
+
+
+@pytest.fixture
+def env(hub: FakeHub, tmp_path: Path) -> dict[str, str]:
+    return {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+@pytest.fixture
+def run(process: Run, env: dict[str, str], tmp_path: Path) -> Run:
+    cards = tmp_path / "cards.yaml"
+    cards.write_text(f"name: far\ncheckpoint: hg://some/tiny\n{CONFIG}")
+
+    def run(*words: str | Path, code: int = 0, **more: str) -> subprocess.CompletedProcess[str]:
+        done = process(*words, env=env | more)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    run("import", cards)
+    return run
+
+
+def download(env: dict[str, str], *names: str) -> None:
+    """As another program would: with huggingface_hub itself."""
+    code = "import huggingface_hub, sys; [huggingface_hub.hf_hub_download('Some/Tiny', name) for name in sys.argv[1:]]"
+    subprocess.run([sys.executable, "-c", code, *names], env=os.environ | env, check=True, capture_output=True)
+
+
+def kinds(run: Run) -> dict[str, str]:
+    rows = json.loads(run("sql", "select file, kind from copies", "--json").stdout)
+    return {row["file"]: row["kind"] for row in rows}
+
+
+def test_what_another_program_fetched_is_not_lading_s_to_delete(
+    run: Run, hub: FakeHub, env: dict[str, str], tmp_path: Path
+) -> None:
+    download(env, "config.json", SHARDS[0])
+
+    run("load", "far", "--no-progress")
+    assert kinds(run) == {SHARDS[0]: "adopted", SHARDS[1]: "hub"}
+    assert "adopted,hub" in run("du", "far").stdout
+
+    done = run("rm", "far")
+    assert "1 file removed" in done.stdout
+    assert f"{SHARDS[0]} stays: adopted, not fetched by lading" in done.stderr
+    (snapshot,) = tmp_path.glob("hub/models--Some--Tiny/snapshots/*")
+    assert (snapshot / SHARDS[0]).exists()
+    assert not (snapshot / SHARDS[1]).is_symlink()
+
+    hub.requests.clear()
+    run("load", "far", "--no-progress")
+    assert not any(SHARDS[0] in r.path for r in hub.requests if r.origin == "cdn")
+    assert kinds(run) == {SHARDS[0]: "adopted", SHARDS[1]: "hub"}
+
+
+def test_what_lading_fetched_is(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    run("pull", "far")
+    assert set(kinds(run).values()) == {"hub"}
+    (row,) = json.loads(run("du", "--json").stdout)
+    size = sum((tmp_path / "repository" / name).stat().st_size for name in SHARDS)
+    assert (row["name"], row["kind"], row["bytes"], row["verified"]) == ("far", "hub", size, True)
+    run("adopt")
+    assert set(kinds(run).values()) == {"hub"}, "what the catalog knows already stays what it is"
+
+    assert "(dry run)" in run("rm", "far", "--dry-run").stdout
+    assert "2 files removed" in run("rm", "far").stdout
+    assert "nothing of far is on this machine" in run("rm", "far").stderr
+    assert json.loads(run("du", "--json").stdout) == []
+    assert not any(p.is_symlink() and p.name in SHARDS for p in (tmp_path / "hub").rglob("*"))
+
+    run("load", "far", "--no-progress")
+
+
+def test_adopting_asks_nobody(run: Run, hub: FakeHub, env: dict[str, str]) -> None:
+    download(env, "config.json", "model.safetensors.index.json", *SHARDS)
+    hub.requests.clear()
+
+    assert "1 checkpoint adopted" in run("adopt").stderr
+    run("load", "far", "--no-progress", "--dtype", "auto")
+
+    assert hub.requests == []
+
+
+# --- what they write -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LADING_OFFLINE", "1")
+    return use_cache(tmp_path / "hub", monkeypatch)
+
+
+@pytest.fixture
+def models(tmp_path: Path, cache: Path, catalog: Path) -> Path:
+    """A folder with a good checkpoint, one that may be of a card, and a broken one; a card of one in the cache."""
+    models = tmp_path / "models"
+    make(models / "Tiny")
+    shutil.copytree(models / "Tiny", models / "other")
+    (models / "broken").mkdir()
+    (models / "broken" / "model.safetensors").write_bytes(b"nothing")
+    add_cards(tmp_path, tiny="hg://Qwen/Tiny")
+    return models
+
+
+def test_what_adopt_writes(cli: Cli, cache: Path, models: Path) -> None:
+    add_snapshot(cache, "Qwen/Tiny", models / "Tiny")
+
+    dry = cli("adopt", "--dry-run")
+    assert "1 checkpoint adopted (dry run: nothing was written)" in dry.stderr
+    assert cli("du").stdout == ""
+    result = cli("adopt")
+    assert "adopted  tiny " in result.stdout
+    assert "known   tiny " in cli("adopt").stdout
+
+    result = cli("adopt", models)
+    assert "2 checkpoints adopted, 1 checkpoint that cannot be used" in result.stderr
+    assert f"name: tiny@user\n  checkpoint: {models / 'Tiny'}" in result.stderr
+    assert f"{models / 'broken' / 'model.safetensors'}" in result.stderr
+    assert cli("adopt", models, "-q").stdout.splitlines() == [str(models / n) for n in ("Tiny", "broken", "other")]
+    rows = json.loads(cli("adopt", models, "--json").stdout)
+    assert [(row["status"], row["cards"], bool(row["problem"])) for row in rows] == [
+        ("known", [], False), ("failed", [], True), ("known", [], False),
+    ]  # fmt: skip
+    assert rows[0]["overlays"] == [f"name: tiny@user\ncheckpoint: {models / 'Tiny'}\n"]
+    assert len(cli("adopt", models, "--nl").stdout.splitlines()) == 3
+    assert next(csv.DictReader(io.StringIO(cli("adopt", models, "--csv").stdout)))["path"] == str(models / "Tiny")
+
+
+def test_the_exit_code_is_of_what_failed_if_all_did(cli: Cli, models: Path, tmp_path: Path) -> None:
+    cli("adopt", models / "broken", code=4)
+    (models / "linked").mkdir()
+    (models / "linked" / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    cli("adopt", models / "broken", models / "Tiny")
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "pytorch_model.bin").write_bytes(b"x")
+    cli("adopt", tmp_path / "only", code=2)
+    assert "no checkpoint was found" in cli("adopt", tmp_path / "hub").stderr
+    cli("adopt", tmp_path / "nowhere", code=2)
+    cli("adopt", models / "Tiny" / "model.safetensors", code=2)
+
+
+def test_what_du_and_rm_write(cli: Cli, cache: Path, models: Path) -> None:
+    cli("adopt", models)
+    cli("adopt")
+    before = tree(models)
+
+    shown = cli("du").stdout.splitlines()
+    assert shown[0].split() == ["name", "size", "kind", "files", "verified", "path"]
+    assert shown[-1].split()[0] == "total"
+    assert len(shown) == 4
+    uri = f"file://{models / 'other'}"
+    assert cli("du", "*other", "-q").stdout.splitlines() == [uri]
+    assert cli("du", "tiny").stderr.startswith("lading: nothing is on this machine")
+    assert "Did you mean 'tiny'" in cli("du", "tinny", code=2).stderr
+    cli("du", "--orphans", "tiny", code=2)
+    assert "nothing belongs to no card" in cli("du", "--orphans").stderr
+
+    assert "stays: adopted, not fetched by lading" in cli("rm", uri).stderr
+    assert cli("du", "*other", "--json").stdout == "[]\n"
+    assert "nothing of tiny is on this machine" in cli("rm", "tiny").stderr
+    assert "nothing of orphans is on this machine" in cli("rm", "--orphans").stderr
+    cli("rm", code=2)
+    assert "Did you mean 'tiny'" in cli("rm", "tiny", "tinny", code=2).stderr
+    assert tree(models) == before

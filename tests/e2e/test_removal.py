@@ -1,0 +1,505 @@
+"""Models taken off the machine, whatever comes in between; and what is left is counted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lading
+from cached_repository import add_cards, add_snapshot, tree, use_cache
+from catalog_tools import nobody, public_folder
+from lading.catalog.checkpoints import record_checkpoint
+from lading.catalog.database import Database
+from lading.catalog.records import LocalCopy
+from lading.errors import AssetNotFoundError, CatalogError
+from lading.fetch.cache import Cache, CachedFile
+from lading.fetch.hf_cache import blob_tag, is_sha256, repositories
+from lading.filesystem import FileStat
+from lading.formats import index
+from lading.settings import Settings
+from make_checkpoint import make
+
+HTTP = "https://example.com/a/model.safetensors"
+OTHER = "https://example.com/b/model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def _offline(catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LADING_OFFLINE", "1")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return use_cache(tmp_path / "hub", monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    make(folder / "tiny")
+    make(folder / "sharded", shards=3)
+    return folder
+
+
+def own_cache() -> Cache:
+    return Cache(Settings.from_environment().cache_dir)
+
+
+def fetched_by_http(uri: str, file: Path, *, in_catalog: bool = True) -> Path:
+    """A file in lading's cache, as a fetch leaves it; returns where it is."""
+    data = file.read_bytes()
+    sha256, cache = hashlib.sha256(data).hexdigest(), own_cache()
+    part = cache.tmp / "part"
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_bytes(data)
+    with part.open("rb") as opened:
+        blob = cache.put(opened.fileno(), part, sha256, "model.safetensors")
+    stat = FileStat.from_stat(blob.stat())
+    known = CachedFile(sha256=sha256, size=len(data), etag=None, published=False, stat=stat, fetched_at=0.0)
+    cache.add(uri, "", {"model.safetensors": known})
+    if in_catalog:
+        copy = LocalCopy(file="model.safetensors", path=blob, stat=stat, kind="cache", verified_at="2026-01-01")
+        record(uri, file, [copy])
+    return blob
+
+
+def fetched_from_hub(uri: str, snapshot: Path) -> None:
+    """A snapshot of which lading fetched the checkpoint."""
+    manifest = index(snapshot)
+    copies = [
+        LocalCopy(
+            file=shard.name,
+            path=snapshot / shard.name,
+            stat=FileStat.from_stat((snapshot / shard.name).stat()),
+            kind="hub",
+        )
+        for shard in manifest.shards
+    ]
+    record(uri, snapshot, copies, revision=snapshot.name)
+
+
+def record(uri: str, path: Path, copies: list[LocalCopy], *, revision: str = "") -> None:
+    database = lading.get_asset_store().database
+    record_checkpoint(database, uri=uri, manifest=index(path), copies=copies, revision=revision)
+
+
+def known(uri: str) -> int:
+    stored = lading.get_asset_store().checkpoint(uri)
+    assert stored is not None, "what it holds stays known"
+    return len(stored.copies)
+
+
+# --- lading's own cache ----------------------------------------------------------------------------------------------
+
+
+def test_what_was_fetched_is_removed(tmp_path: Path, made: Path) -> None:
+    add_cards(tmp_path, tiny=HTTP, child=HTTP)
+    blob = fetched_by_http(HTTP, made / "tiny" / "model.safetensors")
+    size = blob.stat().st_size
+
+    removal = lading.remove_model("tiny", dry_run=True)
+    assert (removal.freed, removal.removed, removal.also_of) == (size, (blob,), ("child",))
+    assert blob.exists()
+    assert known(HTTP) == 1
+
+    assert lading.remove_model("tiny") == removal
+    assert not blob.exists()
+    assert own_cache().size() == 0
+    assert list(own_cache().entries()) == []
+    assert known(HTTP) == 0
+    assert lading.get_asset_store().models("tiny")[0].status == "remote"
+    assert lading.remove_model("tiny").nothing
+
+
+def test_a_file_that_others_need_stays(tmp_path: Path, hub: Path, made: Path) -> None:
+    add_cards(tmp_path, tiny=HTTP, other=OTHER, third="hg://Qwen/Tiny")
+    file = made / "tiny" / "model.safetensors"
+    blob = fetched_by_http(HTTP, file)
+    assert fetched_by_http(OTHER, file) == blob
+
+    removal = lading.remove_model("tiny")
+    assert (removal.freed, removal.removed) == (0, ())
+    assert [each.path for each in removal.kept] == [blob]
+    assert (known(HTTP), known(OTHER)) == (0, 1)
+    assert own_cache().entry(HTTP) is None
+    assert own_cache().entry(OTHER) is not None
+
+    # A checkpoint of the hub whose bytes were here before: only the catalog knows that it needs them.
+    copy = LocalCopy(file=file.name, path=blob, stat=FileStat.from_stat(blob.stat()), kind="cache")
+    record("hg://Qwen/Tiny", file, [copy], revision="a" * 40)
+    assert lading.remove_model("other").freed == 0
+    assert blob.exists()
+    assert lading.remove_model("third").freed > 0
+    assert not blob.exists()
+
+
+def test_what_the_catalog_does_not_know_is_found_by_its_entry(tmp_path: Path, made: Path) -> None:
+    add_cards(tmp_path, tiny=HTTP)
+    blob = fetched_by_http(HTTP, made / "tiny" / "model.safetensors", in_catalog=False)
+
+    assert lading.remove_model("tiny").removed == (blob,)
+    assert not blob.exists()
+
+
+def test_nobody_elses_files_are_removed(tmp_path: Path, hub: Path, made: Path) -> None:
+    shutil.copytree(made, tmp_path / "models")
+    snapshot = add_snapshot(hub, "Qwen/Tiny", made / "tiny")
+    add_cards(tmp_path, tiny="hg://Qwen/Tiny", own=str(tmp_path / "models" / "tiny"))
+    lading.adopt_checkpoints()
+    lading.adopt_checkpoints(tmp_path / "models")
+    before = tree(hub), tree(tmp_path / "models")
+
+    for name, path in (
+        ("tiny", snapshot / "model.safetensors"),
+        ("own", tmp_path / "models" / "tiny" / "model.safetensors"),
+        (f"file://{tmp_path}/models/sharded", None),
+    ):
+        removal = lading.remove_model(name)
+        assert (removal.freed, removal.removed) == (0, ())
+        assert path is None or [each.path for each in removal.kept] == [path]
+        assert removal.kept
+
+    assert (tree(hub), tree(tmp_path / "models")) == before
+    assert lading.query("select * from copies").rows == []
+
+
+def test_a_path_that_is_in_no_cache_is_never_removed(tmp_path: Path, hub: Path, made: Path) -> None:
+    folder = shutil.copytree(made / "tiny", tmp_path / "models")
+    add_cards(tmp_path, tiny="hg://Qwen/Tiny", http=HTTP)
+    stat = FileStat.from_stat((folder / "model.safetensors").stat())
+    for uri, kind in (("hg://Qwen/Tiny", "hub"), (HTTP, "cache")):
+        copy = LocalCopy(file="model.safetensors", path=folder / "model.safetensors", stat=stat, kind=kind)  # type: ignore[arg-type]
+        record(uri, folder, [copy])
+
+    lading.remove_model("tiny")
+    removal = lading.remove_model("http")
+
+    assert "LADING_CACHE_DIR" in removal.kept[0].reason
+    assert (folder / "model.safetensors").exists()
+
+
+# --- the cache of Hugging Face's libraries ---------------------------------------------------------------------------
+
+
+def test_a_repository_of_which_nothing_is_left(tmp_path: Path, hub: Path, made: Path) -> None:
+    add_cards(tmp_path, tiny="hg://Qwen/Tiny")
+    files = {p.name: p.read_bytes() for p in (made / "sharded").iterdir() if p.suffix == ".safetensors"}
+    index_file = "model.safetensors.index.json"
+    snapshot = add_snapshot(hub, "Qwen/Tiny", made / "sharded")
+    fetched_from_hub("hg://Qwen/Tiny", snapshot)
+    size = sum(map(len, files.values()))
+    untouched = tree(hub)
+
+    assert lading.remove_model("tiny", dry_run=True).freed == size
+    assert tree(hub) == untouched
+    removal = lading.remove_model("tiny")
+
+    assert removal.freed == size
+    assert sorted(p.name for p in removal.removed) == sorted(files)
+    # What lading did not fetch is there, and the cache is whole.
+    assert sorted(p.name for p in snapshot.iterdir()) == ["config.json", index_file]
+    assert all(p.exists() for p in snapshot.iterdir())
+    assert not any(is_sha256(p.name) for p in (hub / "models--Qwen--Tiny" / "blobs").iterdir())
+
+    shutil.rmtree(hub / "models--Qwen--Tiny")
+    snapshot = add_snapshot(hub, "Qwen/Tiny", {"model.safetensors": (made / "tiny" / "model.safetensors").read_bytes()})
+    (hub / "models--Qwen--Tiny" / ".no_exist" / snapshot.name).mkdir(parents=True)
+    (hub / "models--Qwen--Tiny" / ".no_exist" / snapshot.name / "x.json").touch()
+    fetched_from_hub("hg://Qwen/Tiny", snapshot)
+    lading.remove_model("tiny")
+    assert list(hub.iterdir()) == []
+
+
+def test_a_blob_of_two_snapshots_stays(tmp_path: Path, hub: Path, made: Path) -> None:
+    add_cards(tmp_path, tiny="hg://Qwen/Tiny@v1")
+    weights = (made / "tiny" / "model.safetensors").read_bytes()
+    old = add_snapshot(hub, "Qwen/Tiny", {"model.safetensors": weights}, ref="v1")
+    new = add_snapshot(hub, "Qwen/Tiny", {"model.safetensors": weights, "more.txt": b"more"})
+    fetched_from_hub("hg://Qwen/Tiny@v1", old)
+
+    removal = lading.remove_model("tiny")
+
+    assert (removal.freed, removal.removed) == (0, (old / "model.safetensors",))
+    assert not old.exists()
+    assert not (hub / "models--Qwen--Tiny" / "refs" / "v1").exists()
+    assert (hub / "models--Qwen--Tiny" / "refs" / "main").read_text() == new.name
+    assert (new / "model.safetensors").read_bytes() == weights
+
+
+def test_the_same_snapshot_by_two_uris(tmp_path: Path, hub: Path, made: Path) -> None:
+    add_cards(tmp_path, tiny="hg://Qwen/Tiny", other="hf://qwen/tiny")
+    snapshot = add_snapshot(hub, "Qwen/Tiny", made / "tiny")
+    for uri in ("hg://Qwen/Tiny", "hf://qwen/tiny"):
+        fetched_from_hub(uri, snapshot)
+
+    removal = lading.remove_model("tiny")
+    assert (removal.freed, removal.removed) == (0, ())
+    assert "hf://qwen/tiny" in removal.kept[0].reason
+    assert (snapshot / "model.safetensors").exists()
+
+    assert lading.remove_model("other").freed > 0
+    assert not (snapshot / "model.safetensors").exists()
+
+
+def test_a_cache_without_links(tmp_path: Path, hub: Path, made: Path) -> None:
+    add_cards(tmp_path, tiny="hg://Qwen/Tiny")
+    snapshot = add_snapshot(hub, "Qwen/Tiny", made / "tiny")
+    link = snapshot / "model.safetensors"
+    blob = link.resolve()
+    link.unlink()
+    blob.rename(link)
+    fetched_from_hub("hg://Qwen/Tiny", snapshot)
+
+    assert lading.remove_model("tiny").freed > 0
+    assert not link.exists()
+
+
+def test_nothing_outside_of_the_repository_is_removed(tmp_path: Path, hub: Path, made: Path) -> None:
+    victim = shutil.copytree(made / "tiny", tmp_path / "victim")
+    before = tree(victim)
+    add_cards(tmp_path, tiny="hg://Qwen/Tiny", linked="hg://Qwen/Linked")
+
+    snapshot = add_snapshot(hub, "Qwen/Tiny", made / "tiny")
+    fetched_from_hub("hg://Qwen/Tiny", snapshot)
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(victim / "model.safetensors")
+    lading.remove_model("tiny")
+    assert not (snapshot / "model.safetensors").is_symlink()
+
+    snapshot = add_snapshot(hub, "Qwen/Linked", made / "tiny")
+    fetched_from_hub("hg://Qwen/Linked", snapshot)
+    shutil.rmtree(snapshot)
+    snapshot.symlink_to(victim)
+    with pytest.raises(NotADirectoryError) as raised:
+        lading.remove_model("linked")
+    assert raised.value.filename == str(snapshot / "model.safetensors")
+    assert known("hg://Qwen/Linked") == 1
+
+    assert tree(victim) == before
+
+
+def test_the_real_client_finds_the_cache_whole(tmp_path: Path, hub: Path, made: Path) -> None:
+    add_cards(tmp_path, tiny="hg://Qwen/Tiny", other="hg://Qwen/Tiny@v1")
+    weights = (made / "tiny" / "model.safetensors").read_bytes()
+    fetched_from_hub("hg://Qwen/Tiny", add_snapshot(hub, "Qwen/Tiny", {"model.safetensors": weights}))
+    add_snapshot(hub, "Qwen/Tiny", {"model.safetensors": weights, "x.txt": b"x"}, ref="v1")
+    lading.remove_model("tiny")
+
+    code = (
+        "from huggingface_hub import scan_cache_dir; info = scan_cache_dir(); assert not info.warnings, info.warnings; "
+        "print(sum(len(r.revisions) for r in info.repos))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+# --- whatever comes in between ---------------------------------------------------------------------------------------
+
+CHILD = """\
+import os, signal, sys
+import lading
+
+left = int(sys.argv[2])
+
+def deadly(call):
+    def wrapped(*args, **kwargs):
+        global left
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return call(*args, **kwargs)
+    return wrapped
+
+lading.get_asset_store()
+for name in ("unlink", "rmdir", "rename", "fsync"):
+    setattr(os, name, deadly(getattr(os, name)))
+lading.remove_model(sys.argv[1])
+"""
+
+
+def _killed_at_each_step(name: str, prepare: object) -> Iterator[None]:
+    """Remove a model in processes that die at their first, second … change of the file system."""
+    for step in range(40):
+        assert callable(prepare)
+        prepare()
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, name, str(step)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode in (0, -9), done.stderr
+        yield
+        if done.returncode == 0:
+            assert step > 1
+            return
+    raise AssertionError("the removal has no end")
+
+
+def test_a_removal_from_the_hubs_cache_that_is_killed(tmp_path: Path, hub: Path, made: Path) -> None:
+    add_cards(tmp_path, tiny="hg://Qwen/Tiny")
+    files = {p.name: p.read_bytes() for p in (made / "sharded").iterdir() if p.name != "config.json"}
+
+    def prepare() -> None:
+        shutil.rmtree(hub)
+        fetched_from_hub("hg://Qwen/Tiny", add_snapshot(hub, "Qwen/Tiny", files))
+        add_snapshot(
+            hub, "Qwen/Tiny", {"model-00001-of-00003.safetensors": files["model-00001-of-00003.safetensors"]}, ref="v2"
+        )
+
+    for _ in _killed_at_each_step("tiny", prepare):
+        whole = all((repo.path / name).exists() for repo in repositories() if len(repo.files) > 1 for name in files)
+        assert known("hg://Qwen/Tiny") in (0, 3)
+        assert whole or not usable("tiny"), "half a model is never loaded"
+        assert (known("hg://Qwen/Tiny") == 0) <= (not usable("tiny"))
+
+        lading.remove_model("tiny")
+        assert known("hg://Qwen/Tiny") == 0
+        left = [p for p in (hub / "models--Qwen--Tiny" / "blobs").iterdir() if is_sha256(p.name)]
+        assert [p.read_bytes() for p in left] == [files["model-00001-of-00003.safetensors"]]
+        assert not any(p.is_symlink() and not p.exists() for p in hub.rglob("*"))
+
+
+def test_a_removal_from_the_cache_that_is_killed(tmp_path: Path, hub: Path, made: Path) -> None:
+    add_cards(tmp_path, tiny=HTTP)
+
+    def prepare() -> None:
+        fetched_by_http(HTTP, made / "tiny" / "model.safetensors")
+
+    for _ in _killed_at_each_step("tiny", prepare):
+        assert known(HTTP) == 0 or not usable("tiny") or own_cache().size() > 0
+
+        lading.remove_model("tiny")
+        assert (known(HTTP), own_cache().size(), list(own_cache().entries())) == (0, 0, [])
+
+
+def usable(name: str) -> bool:
+    """Whether a load would find the model on this machine."""
+    from lading.locate import card_checkpoint
+
+    store = lading.get_asset_store()
+    return card_checkpoint(store.retrieve_card(name), store).files is not None
+
+
+def test_a_cache_and_a_catalog_that_cannot_be_written(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with public_folder() as folder:
+        monkeypatch.setenv("LADING_CACHE_DIR", str(folder / "cache"))
+        monkeypatch.setenv("LADING_DATABASE_URL", f"sqlite:///{folder / 'catalog.sqlite'}")
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
+        hub = use_cache(folder / "hub", monkeypatch)
+        add_cards(folder, tiny=HTTP, hubbed="hg://Qwen/Tiny")
+        blob = fetched_by_http(HTTP, made / "tiny" / "model.safetensors")
+        snapshot = add_snapshot(hub, "Qwen/Tiny", made / "tiny")
+        fetched_from_hub("hg://Qwen/Tiny", snapshot)
+        os.chmod(folder / "catalog.sqlite", 0o666)
+        os.chmod(folder, 0o777)  # for the files beside the database
+        with nobody():
+            for name in ("tiny", "hubbed"):
+                with pytest.raises(PermissionError):
+                    lading.remove_model(name)
+                assert not lading.remove_model(name, dry_run=True).nothing
+        assert (known(HTTP), known("hg://Qwen/Tiny")) == (1, 1)
+        assert usable("tiny")
+        assert usable("hubbed")
+
+        os.chmod(folder, 0o755)
+        os.chmod(folder / "catalog.sqlite", 0o644)
+        with nobody():
+            store = lading.AssetStore(Database.open(Settings.from_environment()))
+            assert not store.database.writable
+            for call in (
+                lambda: lading.remove_model("tiny", store=store),
+                lambda: lading.remove_orphans(store=store),
+                lambda: lading.adopt_checkpoints(store=store),
+            ):
+                with pytest.raises(CatalogError, match="cannot be written"):
+                    call()
+            assert lading.disk_usage(store=store).bytes > 0
+        assert blob.exists()
+        assert (snapshot / "model.safetensors").exists()
+
+
+def test_names_that_nobody_has() -> None:
+    for name in ("nobody", "file:///nowhere", "hg://no/body"):
+        with pytest.raises(AssetNotFoundError):
+            lading.remove_model(name)
+    assert lading.remove_model("llama3_8b").nothing, "a gated model has no checkpoint at all"
+
+
+# --- what is there ---------------------------------------------------------------------------------------------------
+
+
+def test_usage_counts_each_byte_once(tmp_path: Path, hub: Path, made: Path) -> None:
+    add_cards(
+        tmp_path, a=HTTP, b=OTHER, c=OTHER, hubbed="hg://Qwen/Tiny", own=str(made / "sharded"), gone="hg://no/one"
+    )
+    file = made / "tiny" / "model.safetensors"
+    blob = fetched_by_http(HTTP, file)
+    fetched_by_http(OTHER, file)
+    snapshot = add_snapshot(hub, "Qwen/Tiny", made / "tiny")
+    lading.adopt_checkpoints()
+    lading.index_checkpoint("own")
+    size = file.stat().st_size
+    own = sum(p.stat().st_size for p in (made / "sharded").iterdir() if p.name != "config.json")
+
+    usage = lading.disk_usage()
+
+    assert {h.name: (h.kind, h.bytes, h.files, h.verified, h.path) for h in usage.holdings} == {
+        "a": ("cache", size, 1, True, str(blob)),
+        "b": ("cache", size, 1, True, str(blob)),
+        "c": ("cache", size, 1, True, str(blob)),
+        "hubbed": ("adopted", size, 1, False, str(snapshot / "model.safetensors")),
+        "own": ("source", own, 4, False, str(made / "sharded")),
+    }
+    assert usage.bytes == 2 * size + own
+    assert usage.orphans == ()
+    assert [h.name for h in lading.disk_usage("[ab]").holdings] == ["a", "b"]
+    assert lading.disk_usage("[ab]").bytes == size
+
+    (snapshot / "model.safetensors").resolve().unlink()
+    assert "hubbed" not in {h.name for h in lading.disk_usage().holdings}
+
+
+def test_a_file_that_changed_is_not_verified(tmp_path: Path, made: Path) -> None:
+    add_cards(tmp_path, a=HTTP)
+    blob = fetched_by_http(HTTP, made / "tiny" / "model.safetensors")
+    assert lading.disk_usage().holdings[0].verified
+
+    os.utime(blob, ns=(1, 1))
+
+    (holding,) = lading.disk_usage().holdings
+    assert (holding.verified, holding.complete) == (False, False)
+
+
+def test_orphans(tmp_path: Path, hub: Path, made: Path) -> None:
+    add_cards(tmp_path, tiny=HTTP)
+    needed = fetched_by_http(HTTP, made / "tiny" / "model.safetensors")
+    shared = fetched_by_http("https://example.com/gone", made / "tiny" / "model.safetensors")
+    lost = fetched_by_http("https://example.com/lost", made / "sharded" / "model-00001-of-00003.safetensors")
+    stray = fetched_by_http(
+        "https://example.com/stray", made / "sharded" / "model-00002-of-00003.safetensors", in_catalog=False
+    )
+    next(p for p in (own_cache().folder / "entries").iterdir() if "stray" in p.read_text()).unlink()
+    assert needed == shared
+
+    usage = lading.disk_usage()
+
+    assert [(h.name, h.bytes, h.files) for h in usage.orphans] == [
+        ("https://example.com/gone", 0, 0),
+        ("https://example.com/lost", lost.stat().st_size, 1),
+        (str(stray), stray.stat().st_size, 1),
+    ]
+    assert usage.orphan_bytes == lost.stat().st_size + stray.stat().st_size
+
+    removal = lading.remove_orphans(dry_run=True, older_than=0)
+    assert set(removal.removed) == {lost, stray}
+    assert lading.remove_orphans().removed == (lost,), "one that has just come may be about to get its entry"
+    lading.remove_orphans(older_than=0)
+    assert own_cache().files() == [needed]
+    assert [entry.uri for entry in own_cache().entries()] == [HTTP]
+    assert lading.disk_usage().orphans == ()
+    assert blob_tag(needed) is None
