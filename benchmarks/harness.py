@@ -63,11 +63,11 @@ def have_memory(size: int) -> None:
 
 
 def timed(load: Callable[[], Any], touch: Callable[[Any], None]) -> dict[str, float]:
-    """Run ``load`` once: seconds, peak memory beyond the level before, bytes from the disk."""
+    """Run ``load`` once: seconds, those of all cores, peak memory beyond the level before, bytes from the disk."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before, io_before = status("VmRSS"), io("read_bytes")
 
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     result = load()
     loaded = time.perf_counter() - start
     touch(result)
@@ -76,6 +76,7 @@ def timed(load: Callable[[], Any], touch: Callable[[Any], None]) -> dict[str, fl
     return {
         "load_s": loaded,
         "total_s": total,
+        "cpu_s": time.process_time() - cpu,
         "peak_bytes": status("VmHWM") - before,
         "disk_bytes": io("read_bytes") - io_before,
     }

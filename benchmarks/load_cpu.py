@@ -59,7 +59,7 @@ checkpoint: checkpoint
 # --- the checkpoint --------------------------------------------------------------------------------------------------
 
 
-def make_checkpoint() -> Path:
+def make_checkpoint(catalog: Path = DATA / "catalog.sqlite") -> Path:
     """Write the checkpoint once, and a catalog that knows it."""
     folder = DATA / "checkpoint"
     if not (folder / "model.safetensors.index.json").exists():
@@ -75,7 +75,7 @@ def make_checkpoint() -> Path:
         model.save_pretrained(folder, max_shard_size="500MB")
 
     (DATA / "cards.yaml").write_text(CARD)
-    harness.make_catalog(DATA / "catalog.sqlite", ["import", str(DATA / "cards.yaml")], ["verify", "bench"])
+    harness.make_catalog(catalog, ["import", str(DATA / "cards.yaml")], ["verify", "bench"])
 
     return folder
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from make_checkpoint import make, tensors
-from servers.hub import FakeHub
+from servers.hub import TOKEN, FakeHub
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -199,6 +199,18 @@ def test_nothing_is_asked_offline(run: Run, hub: FakeHub) -> None:
     error = run("load", "far", code=5, LADING_OFFLINE="1").stderr
     assert "LADING_OFFLINE" in error
     assert hub.requests == []
+
+
+def test_a_card_that_is_gated_is_open_to_who_has_a_token(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    hub.repositories["some/tiny-qwen"].gated = True
+    path = tmp_path / "gated.yaml"
+    path.write_text(CARD.format(name="closed", uri="hg://some/tiny-qwen;gated=true", layers=2))
+    run("import", path)
+
+    assert "Ask for access at" in run("load", "closed", code=7).stderr
+    assert hub.requests == []
+    run("pull", "closed", "--no-progress", HF_TOKEN=TOKEN)
+    run("load", "closed", "--no-progress")  # it is here now
 
 
 def test_a_gated_repository_says_where_to_ask(run: Run, hub: FakeHub) -> None:

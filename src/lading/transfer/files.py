@@ -46,6 +46,7 @@ class OpenShard:
     def __init__(self, file: ShardFile, fd: int, flags: int) -> None:
         self.file = file
         self.fd = fd
+        self._cold: dict[int, bool] = {}
         self._direct = -1
         """A descriptor that reads past the page cache, where the file system has that."""
         if not on_network(file.path):  # what direct I/O means there differs from one to the next
@@ -74,6 +75,13 @@ class OpenShard:
         """Whether the byte at ``offset`` would have to come from the disk, and can come past the page cache."""
         if self._direct < 0:
             return False
+        # The kernel answers, and goes to get the page: whoever asks again is told otherwise.
+        if offset not in self._cold:
+            self._cold[offset] = self._would_wait(offset)
+
+        return self._cold[offset]
+
+    def _would_wait(self, offset: int) -> bool:
         try:
             os.preadv(self.fd, [bytearray(1)], offset, os.RWF_NOWAIT)
         except BlockingIOError:
