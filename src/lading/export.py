@@ -30,7 +30,12 @@ from lading.companions import companions, files_beside
 from lading.completion import completed
 from lading.compose import Source
 from lading.construct import build_on_meta, check_config_type, settle_dtypes
-from lading.errors import CorruptModelCheckpointError, LadingError, ModelCheckpointMismatchError, NotSupportedError
+from lading.errors import (
+    CorruptModelCheckpointError,
+    LadingError,
+    ModelCheckpointMismatchError,
+    NotSupportedError,
+)
 from lading.family import Family, get_family
 from lading.folder import family_of_folder, refuse_quantised_config
 from lading.formats.write_safetensors import Entry, Writer, shard_names, shards_of, write_index
@@ -130,7 +135,7 @@ def convert_checkpoint(
     routed = route(
         manifest.names,
         targets.names,
-        family.rules(config),
+        family.rules_for(config, manifest.names),
         targets.aliases,
         shapes=manifest.shapes,
         target_shapes=targets.shapes,
@@ -197,6 +202,7 @@ def export_model(
     :raises FileExistsError: something is at ``folder``, and is no empty folder.
     :raises NotSupportedError: no ``config.json`` can describe the model; or gangs that are only simulated.
     :raises TypeError: ``config`` or ``model`` is not of the family's class.
+    :raises ValueError: ``config`` describes other parameters than ``model`` has.
     :raises GangError: another rank failed, asks for something else, or writes to another file system.
     :raises OSError: the disk is full, or cannot be written.
     """
@@ -211,22 +217,31 @@ def export_model(
         raise NotSupportedError("A model of simulated gangs cannot be exported: the other parts of it are nowhere.")
     root.same((config, dtype, shard_size, str(folder)), "configuration, dtype, size of shards and folder")
 
-    targets = targets_of(model, dtype=dtype)
     tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-    entries = [
-        Entry(name=name, dtype=asked or DTYPE_NAMES[tensors[name].dtype], shape=shape)
-        for name, asked, shape in zip(targets.names, targets.dtypes, targets.shapes, strict=True)
-    ]
-    shards = _shards(entries, shard_size)
+    mine = targets_of(model, dtype=dtype)
+    whole = targets_of(build_on_meta(family, config), dtype=dtype)
+    # Of a parameter that is tied over stages, each has a copy; the first name is the one that is written.
+    held = {
+        name: Entry(name=name, dtype=asked or DTYPE_NAMES[tensors[name].dtype], shape=shape)
+        for name, asked, shape in zip(mine.names, mine.dtypes, mine.shapes, strict=True)
+        if name not in whole.aliases
+    }
+    stages: dict[tuple[Entry, ...], list[int]] = {}
+    for rank, entries_of_rank in enumerate(root.gather_objects(tuple(held.values()))):
+        stages.setdefault(entries_of_rank, []).append(rank)
+    entries = [entry for stage in stages for entry in stage]
+    if {entry.name: entry.shape for entry in entries} != dict(zip(whole.names, whole.shapes, strict=True)):
+        raise ValueError("`config` must be the one that `model` was made with, but describes other parameters")
+    shards, writers = _shards_of_stages(stages, shard_size)
 
     def begin() -> tuple[Path, Mapping[str, Path], Mapping[str, object]]:
         files = {} if beside is None else files_beside(Path(beside))
-        values = _config_values(family, config, targets, entries, files)
+        values = _config_values(family, config, whole, entries, files)
 
         return stack.enter_context(new_folder(folder)), files, values
 
     def finish() -> ExportReport:
-        _require_here(temporary, shards, root)
+        _require_here(temporary, writers, root)
         _finish(temporary, shards, values, files)
         report = _report(family.kls.__name__, family, folder, temporary, entries)
         stack.close()
@@ -235,9 +250,10 @@ def export_model(
 
     with ExitStack() as stack:  # of rank 0: an exception takes the folder away again
         temporary, files, values = root.first(begin)
-        for number, (file, shard) in enumerate(shards.items()):
+        for file, shard in shards.items():
             with root.all_or_none():
-                _write_together(temporary / file, shard, tensors, writes=number % root.size == root.rank)
+                if shard[0].name in held:
+                    _write_together(temporary / file, shard, tensors, writes=writers[file] == root.rank)
 
         return root.first(finish)
 
@@ -264,6 +280,25 @@ def _shards(entries: Sequence[Entry], shard_size: int) -> Mapping[str, Sequence[
     shards = shards_of(entries, shard_size)
 
     return {file: [entries[i] for i in shard] for file, shard in zip(shard_names(len(shards)), shards, strict=True)}
+
+
+def _shards_of_stages(
+    stages: Mapping[tuple[Entry, ...], Sequence[int]], shard_size: int
+) -> tuple[Mapping[str, Sequence[Entry]], Mapping[str, int]]:
+    """The tensors of each file, and the rank that writes it.
+
+    :param stages: tensors that the same ranks hold, and these ranks.
+    """
+    shards: list[list[Entry]] = []
+    writers: list[int] = []
+    for entries, ranks in stages.items():
+        for number, shard in enumerate(shards_of(entries, shard_size)):
+            if shard:
+                shards.append([entries[i] for i in shard])
+                writers.append(ranks[number % len(ranks)])
+    names = shard_names(len(shards))
+
+    return dict(zip(names, shards, strict=True)), dict(zip(names, writers, strict=True))
 
 
 def _batches(shard: Sequence[Entry]) -> Iterator[list[Entry]]:
@@ -396,14 +431,13 @@ def _is_of(values: Mapping[str, object], family: Family[Any, Any], targets: Targ
     return (found.names, found.shapes, found.aliases) == (targets.names, targets.shapes, targets.aliases)
 
 
-def _require_here(folder: Path, shards: Mapping[str, Sequence[Entry]], root: Gang) -> None:
+def _require_here(folder: Path, writers: Mapping[str, int], root: Gang) -> None:
     """:raises NotSupportedError: a file that another rank wrote is on another file system."""
-    for number, file in enumerate(shards):
+    for file, rank in writers.items():
         if not (folder / file).exists():
-            host = root.hosts[number % root.size]
             raise NotSupportedError(
-                f"{file} was written by rank {number % root.size} on the host {host}, but is not in {folder} on that "
-                "of rank 0. Export to a folder on a file system that all hosts share."
+                f"{file} was written by rank {rank} on the host {root.hosts[rank]}, but is not in {folder} on that of "
+                "rank 0. Export to a folder on a file system that all hosts share."
             )
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -204,5 +205,7 @@ def test_a_model_in_memory_with_the_tokenizer_of_another_folder(tmp_path: Path) 
     check_state(tmp_path / "out", expected)
     with pytest.raises(TypeError, match="Qwen"):
         export_model(torch.nn.Linear(1, 1), family, config, tmp_path / "other")
+    with pytest.raises(ValueError, match="`config`"):
+        export_model(model, family, replace(config, num_layers=3), tmp_path / "other")
     with pytest.raises(ValueError, match="shard_size"):
         export_model(model, family, config, tmp_path / "other", shard_size=0)

@@ -218,3 +218,29 @@ def test_a_head_that_the_family_does_not_have(tmp_path: Path) -> None:
     convert_checkpoint(tmp_path / "in", tmp_path / "out", progress=False)
 
     same(their_model(tmp_path / "out"), load_model(tmp_path / "in"))
+
+
+@pytest.mark.parametrize(
+    ("config", "kls"),
+    [
+        (
+            transformers.GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=50, bos_token_id=1, eos_token_id=2),
+            transformers.GPT2LMHeadModel,
+        ),
+        (
+            transformers.MixtralConfig(
+                hidden_size=24, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                vocab_size=50, num_local_experts=3,
+            ),
+            transformers.MixtralForCausalLM,
+        ),
+    ],
+    ids=["gpt2", "mixtral"],
+)  # fmt: skip
+def test_a_model_of_transformers_itself(tmp_path: Path, config: Any, kls: type[nn.Module]) -> None:
+    state = published(tmp_path / "in", kls(config))
+    convert_checkpoint(tmp_path / "in", tmp_path / "out", shard_size=20_000, progress=False)
+
+    theirs = their_model(tmp_path / "out").state_dict()
+    assert theirs.keys() == state.keys()
+    assert all(torch.equal(theirs[name], value) for name, value in state.items())
