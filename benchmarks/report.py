@@ -35,9 +35,14 @@ def render(results: dict[str, Any], part: str) -> str:
     if part == "machine":
         machine = results["machine"]
         gpu = f"{machine['gpu']}, " if "gpu" in machine else ""
+        load = (
+            f", beside other work (load average {results['load_average']:.0f})"
+            if results.get("load_average", 0) > 1
+            else ""
+        )
         return (
             f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, Linux {machine['kernel']}, "
-            f"Python {machine['python']}, torch {machine['torch']}; medians of {results['rounds']} rounds.\n"
+            f"Python {machine['python']}, torch {machine['torch']}; medians of {results['rounds']} rounds{load}.\n"
         )
     if "rows" in results.get(part, {}):
         head, *rows = results[part]["rows"]

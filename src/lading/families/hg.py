@@ -17,6 +17,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 from torch.nn import Module
+from torch.overrides import TorchFunctionMode
 
 from lading.config import STRICT
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError, PolicyError
@@ -213,10 +214,11 @@ def _mismatch(problem: str) -> ModelCheckpointMismatchError:
 def _build(config: HuggingFaceModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     kls, hf_config = _class_of(config)
     try:
-        if config.model_type == "custom":
-            model = kls._from_config(hf_config, dtype=dtype)
-        else:
-            model = kls.from_config(hf_config, dtype=dtype, trust_remote_code=False)
+        with _NoInit():
+            if config.model_type == "custom":
+                model = kls._from_config(hf_config, dtype=dtype)
+            else:
+                model = kls.from_config(hf_config, dtype=dtype, trust_remote_code=False)
     except ImportError as error:
         raise NotSupportedError(f"{kls.__name__} of transformers asks for another package: {error}") from error
     except Exception as error:  # whatever sizes that do not fit together lead to there
@@ -227,6 +229,16 @@ def _build(config: HuggingFaceModelConfig, dtype: torch.dtype = torch.float32) -
         enable()
 
     return cast("PreTrainedModel", model)
+
+
+class _NoInit(TorchFunctionMode):
+    """Leave parameters as they are made: on the meta device, to draw their numbers takes most of a build."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+
+        return func(*args, **(kwargs or {}))
 
 
 def _outline(config: HuggingFaceModelConfig) -> PreTrainedModel:

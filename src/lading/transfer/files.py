@@ -77,7 +77,9 @@ class OpenShard:
             return False
         # The kernel answers, and goes to get the page: whoever asks again is told otherwise.
         if offset not in self._cold:
-            self._cold[offset] = self._would_wait(offset)
+            cold = self._cold[offset] = self._would_wait(offset)
+            if cold:
+                self._advise_random()
 
         return self._cold[offset]
 
@@ -91,8 +93,10 @@ class OpenShard:
 
         return False
 
-    def advise_random(self) -> None:
-        """Say that reads are short and far from one another, so that nothing between them is read ahead."""
+    def _advise_random(self) -> None:
+        """Say that nothing is to be read ahead: what lies between reads is not wanted, and what lies behind one would
+        look as if it need not be read past the page cache.
+        """
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def fill(self, offset: int, memory: memoryview, *, direct: bool = False) -> None:

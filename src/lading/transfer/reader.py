@@ -158,8 +158,6 @@ class Reader:
         cold = file.is_cold(offset)
         gaps = reads_gaps(stride, length)
         at_once = _runs_at_once(self._hasher, number, ROWS_CHUNK, stride if gaps else length)
-        if cold and not gaps:
-            file.advise_random()
 
         for first in range(0, runs, at_once):
             count = min(runs - first, at_once)
