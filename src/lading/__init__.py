@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from lading.errors import NotSupportedError as NotSupportedError
     from lading.errors import PolicyError as PolicyError
     from lading.errors import QueryError as QueryError
+    from lading.export import ExportReport as ExportReport
+    from lading.export import convert_checkpoint as convert_checkpoint
+    from lading.export import export_model as export_model
     from lading.family import Family as Family
     from lading.gangs import Gang as Gang
     from lading.gangs import Gangs as Gangs
@@ -63,6 +66,7 @@ if TYPE_CHECKING:
     from lading.manifest import Manifest as Manifest
     from lading.nn.sharding import ParallelPlan as ParallelPlan
     from lading.nn.sharding import Split as Split
+    from lading.nn.sharding import Stages as Stages
     from lading.planning import LoadPlan as LoadPlan
     from lading.pull import PullReport as PullReport
     from lading.pull import pull_model as pull_model
@@ -70,6 +74,7 @@ if TYPE_CHECKING:
     from lading.removal import remove_model as remove_model
     from lading.removal import remove_orphans as remove_orphans
     from lading.report import LoadReport as LoadReport
+    from lading.tokenizer import load_tokenizer as load_tokenizer
     from lading.verify import VerifyReport as VerifyReport
     from lading.verify import verify_model as verify_model
 
@@ -108,6 +113,9 @@ _HOME = {
     "NotSupportedError": "errors",
     "PolicyError": "errors",
     "QueryError": "errors",
+    "convert_checkpoint": "export",
+    "export_model": "export",
+    "ExportReport": "export",
     "Family": "family",
     "Gang": "gangs",
     "Gangs": "gangs",
@@ -128,12 +136,14 @@ _HOME = {
     "LoadPlan": "planning",
     "pull_model": "pull",
     "PullReport": "pull",
+    "load_tokenizer": "tokenizer",
     "verify_model": "verify",
     "VerifyReport": "verify",
     "LoadReport": "report",
     "Manifest": "manifest",
     "ParallelPlan": "nn.sharding",
     "Split": "nn.sharding",
+    "Stages": "nn.sharding",
 }
 
 __all__ = [*_HOME, "__version__"]

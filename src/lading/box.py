@@ -32,6 +32,10 @@ class Box:
         """The box of all of a tensor of shape ``shape``."""
         return cls((0,) * len(shape), tuple(shape))
 
+    def empty(self) -> Box:
+        """A box of as many dims that holds nothing; of a scalar, which no box can leave out, this one."""
+        return Box((0,) * len(self.sizes), (0,) * len(self.sizes))
+
     @property
     def ends(self) -> tuple[int, ...]:
         return tuple(start + size for start, size in zip(self.starts, self.sizes, strict=True))

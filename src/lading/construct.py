@@ -82,7 +82,8 @@ def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: 
     Each parameter is drawn whole, by itself, from a generator that is seeded by torch's seed on the first rank and the
     parameter's name, and then cut: the same model comes of any gangs.
 
-    :raises NotSupportedError: ``meta``, and the family cannot; or a size does not divide over ``gangs.tp``.
+    :raises NotSupportedError: ``meta``, and the family cannot; a size does not divide over ``gangs.tp``; or there are
+        more ranks in ``gangs.pp`` than layers.
     :raises GangError: the ranks do not all ask for the same.
     """
     check_config_type(config, family)
@@ -91,8 +92,7 @@ def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: 
         raise NotSupportedError(f"Models of the {family.name} family cannot be made on the meta device.")
 
     module = build_on_meta(family, config)
-    parallelize(module, family, config, gangs)
-    targets = targets_of(module, dtype=dtype)
+    targets = split(module, family, config, gangs, dtype=dtype)
     dtypes = [TORCH_DTYPES[own or ""] for own in targets.dtypes]
 
     if meta:
@@ -104,11 +104,15 @@ def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: 
         return module
 
     device = gangs.root.device
+    # A stage draws what it holds as a part of the model that it was cut from, which tells names and depths.
+    model = module if gangs.pp.size == 1 else build_on_meta(family, config)
 
     def draw(name: str, shape: tuple[int, ...], box: Box, own: torch.dtype) -> Tensor:
+        if box.numel == 0:
+            return torch.empty(box.sizes, dtype=own, device=device)
         whole = torch.empty(shape, dtype=own, device=device)
         _seed(device, seed, name)
-        family.init(module, config, name, whole)
+        family.init(model, config, name, whole)
         cut = tuple(slice(start, end) for start, end in zip(box.starts, box.ends, strict=True))
 
         return whole if box.covers(shape) else whole[cut].clone(memory_format=torch.contiguous_format)
@@ -145,12 +149,25 @@ def parallelize(module: Module, family: Family[Any, Any], config: Any, gangs: Ga
     """Split ``module``, which is on the meta device, over ``gangs`` as the family's plan says; see
     :mod:`lading.parallel`, which is imported only where there is something to split.
 
-    :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``.
+    :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``, or there are more ranks
+        in ``gangs.pp`` than layers.
     """
     if gangs.root.size > 1:
         from lading.parallel import parallelize
 
         parallelize(module, family, config, gangs)
+
+
+def split(module: Module, family: Family[Any, Any], config: Any, gangs: Gangs, *, dtype: torch.dtype | None) -> Targets:
+    """As :func:`parallelize`; returns all tensors of the whole module, each with the part that this rank owns.
+
+    :param dtype: as :func:`targets_of` takes it.
+    """
+    whole = None if gangs.pp.size == 1 else targets_of(module, dtype=dtype)
+    parallelize(module, family, config, gangs)
+    own = targets_of(module, dtype=dtype)
+
+    return own if whole is None else whole.held_by(own)
 
 
 def settle_dtypes(targets: Targets, routed: Route, manifest: Manifest, *, sdp: int) -> list[str]:
@@ -201,7 +218,8 @@ def assign(module: Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, 
 
     module.load_state_dict(state, strict=False, assign=True)
 
-    parts = {name: own.to_local() for name, own in state.items() if name in tensors and is_distributed(own)}
+    # By the first name, which a stage of a pipeline may have under another one only.
+    parts = {aliases.get(name, name): own.to_local() for name, own in state.items() if is_distributed(own)}
 
     return sum(part.nbytes for name, part in parts.items() if part.data_ptr() != tensors[name].data_ptr())
 

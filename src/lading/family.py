@@ -74,6 +74,11 @@ class Family(Generic[ModelT, ModelConfigT]):
 
     :raises NotSupportedError: the file asks for something that the family does not do.
     """
+    to_hf: Callable[[ModelConfigT], Mapping[str, object]] | None = None
+    """The way back: the ``config.json`` that describes a model of the configuration, as transformers reads it.
+
+    :raises NotSupportedError: no such file can describe it.
+    """
     reads_other_model_types: bool = False
     """Whether ``from_hf`` also takes the model types that no other family reads."""
     complete: Callable[[ModelConfigT, Mapping[str, object]], ModelConfigT] | None = None

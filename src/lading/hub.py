@@ -103,7 +103,8 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
 
         :raises ValueError: both ``gangs`` and ``device``, or a meta device without ``meta``.
         :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is no dtype.
-        :raises NotSupportedError: ``meta``, and the family cannot; or a size does not divide over ``gangs.tp``.
+        :raises NotSupportedError: ``meta``, and the family cannot; a size does not divide over ``gangs.tp``; or there
+            are more ranks in ``gangs.pp`` than layers.
         :raises GangError: another rank failed, or asks for something else.
         """
         effective = _effective_gangs(gangs, "cpu" if meta and gangs is None and device is None else device)
@@ -152,7 +153,8 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         :raises FileNotFoundError: nothing is where the checkpoint should be.
         :raises ModelCheckpointError: the checkpoint is damaged, does not fit the configuration, or is not the one that
             was published or recorded.
-        :raises NotSupportedError: the checkpoint is quantised.
+        :raises NotSupportedError: the checkpoint is quantised; a size does not divide over ``gangs.tp``; or there are
+            more ranks in ``gangs.pp`` than layers.
         :raises ValueError: both ``gangs`` and ``device``, or a meta device.
         :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is no dtype.
         """
@@ -203,11 +205,13 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
 
         Names are those of the parameters, after the family's rules; dtypes are the checkpoint's own.
 
-        :param gangs: of a parameter that is split over them, give the part that this rank owns.
+        :param gangs: of a parameter that is split over them, give the part that this rank owns; of other stages of a
+            pipeline, nothing.
 
         :raises FileNotFoundError: nothing is at ``path``.
         :raises ModelCheckpointError: the checkpoint is damaged, or does not fit the configuration.
-        :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``.
+        :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``, or there are more
+            ranks in ``gangs.pp`` than layers.
         :raises TypeError: ``config`` is not of the family's class.
         """
         check_config_type(config, self._family)
@@ -348,7 +352,7 @@ def _load_any(
     config: Any,
 ) -> tuple[Module, LoadReport]:
     if isinstance(card, Path):
-        folder_family, folder_config = family_of_folder(card)
+        folder_family, folder_config = family_of_folder(card, family)
         if family is not None and family.name != folder_family.name:
             raise AssetCardError(
                 str(card),

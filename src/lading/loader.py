@@ -26,7 +26,7 @@ from lading.check import report_fit, require_fit
 from lading.checkpoint import Checkpoint, path_checkpoint
 from lading.completion import completed
 from lading.compose import Source, tensors_of
-from lading.construct import assign, build_on_meta, check_config_type, parallelize, reset_buffers, settle_dtypes
+from lading.construct import assign, build_on_meta, check_config_type, reset_buffers, settle_dtypes, split
 from lading.errors import ModelCheckpointMismatchError
 from lading.family import Family
 from lading.gangs import Gangs
@@ -40,7 +40,7 @@ from lading.transfer.execute import execute
 from lading.transfer.fit import name_of
 from lading.transfer.hashing import Hasher
 from lading.transfer.plan import Plan, Wanted, plan
-from lading.transfer.targets import Targets, targets_of
+from lading.transfer.targets import Targets
 from lading.verification import Verify, block_dims, expect, settle
 
 log = logging.getLogger("lading")
@@ -129,10 +129,10 @@ def _load(
     with clock.phase("build"):
         module = build_on_meta(family, config)
         kls = type(module)  # which FSDP changes
-        parallelize(module, family, config, gangs)
+        # All of the model's, so that a checkpoint fits on all stages of a pipeline or on none.
+        targets = split(module, family, config, gangs, dtype=None if options.dtype == "auto" else options.dtype)
 
     with clock.phase("plan"):
-        targets = targets_of(module, dtype=None if options.dtype == "auto" else options.dtype)
         routed = route(
             manifest.names,
             targets.names,
@@ -181,7 +181,7 @@ def _load(
         copied = assign(module, by_name, targets.aliases)
         reset_buffers(module, family, config, device)
 
-    report = _report(checkpoint, family, kls, device, by_name, routed, planned, copied, clock)
+    report = _report(checkpoint, family, kls, device, by_name, targets, routed, planned, copied, clock)
     log.info(
         "loaded %s: %d parameters, %.3f GB read in %d reads, %.3f s",
         report.name,
@@ -211,11 +211,16 @@ def _check_tied(checkpoint: Checkpoint, targets: Targets, routed: Route, loaded:
             )
 
 
-def _sources(routed: Route) -> list[Source]:
-    """All that is read of the checkpoint."""
-    made = [routed.composed.get(i, tensor) for i, tensor in enumerate(routed.tensors)]
+def _sources(routed: Route, targets: Targets) -> list[Source]:
+    """All of which this rank reads something, or that is empty."""
+    read = [box.numel > 0 or 0 in shape for box, shape in zip(targets.boxes, targets.shapes, strict=True)]
+    made = [
+        routed.composed.get(i, tensor)
+        for i, (target, tensor) in enumerate(zip(routed.targets, routed.tensors, strict=True))
+        if read[target]
+    ]
 
-    return made + [source for _, source in routed.duplicates]
+    return made + [source for target, source in routed.duplicates if read[target]]
 
 
 def _report(
@@ -224,6 +229,7 @@ def _report(
     kls: type[Module],
     device: torch.device,
     loaded: Mapping[str, Tensor],
+    targets: Targets,
     routed: Route,
     planned: Plan,
     copied: int,
@@ -243,7 +249,7 @@ def _report(
         device=str(device),
         dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1])),
         parameters=sum(dtypes.values()),
-        tensors=sum(1 for source in _sources(routed) for _ in tensors_of(source)),
+        tensors=sum(1 for source in _sources(routed, targets) for _ in tensors_of(source)),
         shards=len(checkpoint.manifest.shards),
         bytes_read=planned.read_bytes,
         bytes_mapped=mapped,

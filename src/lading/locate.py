@@ -20,7 +20,9 @@ from lading.errors import (
     ModelGatedError,
 )
 from lading.fetch.file import local_checkpoint
+from lading.fetch.hf_cache import has_token
 from lading.fetch.source import Known
+from lading.fetch.sources import HUB_SCHEMES
 from lading.filesystem import FileStat
 from lading.folder import read_hf_config, refuse_quantised_config
 from lading.published import index_source
@@ -49,8 +51,8 @@ def card_checkpoint(
     """
     ref = checkpoint_ref(card)
     path = uri_path(ref.uri)
-    if ref.gated and not (ref.uri and path is None and _is_here(card.name, ref, store)):
-        raise ModelGatedError(card.name, ref.info_url)
+    if not (ref.uri and path is None and _is_here(card.name, ref, store)):
+        require_access(card.name, ref)
 
     if path is None:
         return _remote_checkpoint(card.name, ref, store, progress=progress)
@@ -138,10 +140,20 @@ def _ref_of(target: str | Path, store: AssetStore) -> tuple[str | None, Checkpoi
 
     card = store.retrieve_card(target)
     ref = checkpoint_ref(card)
-    if ref.gated:
-        raise ModelGatedError(card.name, ref.info_url)
+    require_access(card.name, ref)
 
     return card.name, ref
+
+
+def require_access(name: str, ref: CheckpointRef) -> None:
+    """Make sure that there is something to ask for a checkpoint.
+
+    A gated repository of the hub may have let this user in: who has a token is told by the hub itself.
+
+    :raises ModelGatedError: there is not; it says where to ask.
+    """
+    if ref.gated and not (ref.scheme in HUB_SCHEMES and has_token()):
+        raise ModelGatedError(name, ref.info_url)
 
 
 def require_writable(store: AssetStore) -> None:

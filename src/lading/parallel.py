@@ -1,7 +1,8 @@
 """A family's plan, applied: a module without memory becomes the part of it that this rank owns.
 
 Tensor parallelism is torch's :func:`~torch.distributed.tensor.parallel.parallelize_module`, fully sharded data
-parallelism its :func:`~torch.distributed.fsdp.fully_shard`. Replicas of what is not sharded are plain copies.
+parallelism its :func:`~torch.distributed.fsdp.fully_shard`, and a stage of a pipeline fits
+:class:`~torch.distributed.pipelining.PipelineStage`. Replicas of what is not sharded are plain copies.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lading.errors import InternalError
 from lading.family import Family
 from lading.gangs import Gang, Gangs
 from lading.nn.sharding import ParallelPlan, Split, matches
+from lading.pipeline import cut, tied_names
 
 log = logging.getLogger("lading")
 
@@ -33,18 +35,23 @@ _REPLICATED: Placement = Replicate()
 def parallelize(module: Module, family: Family[Any, Any], config: Any, gangs: Gangs) -> None:
     """Split ``module``, which is on the meta device, over ``gangs`` as the family's plan says.
 
-    Its split parameters become ``DTensor``s. A tied parameter stays one object under all of its names.
+    Modules of other stages of ``gangs.pp`` become ``None``. Parameters that are split become ``DTensor``s. A tied
+    parameter stays one object under all of the names that this rank has.
 
-    :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``.
+    :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``, or ``gangs.pp`` has more
+        ranks than the model has layers.
     """
     plan = family.parallel_plan(config)
     for axis, size, served in (
         ("tp", gangs.tp.size, plan.tensor is not None),
         ("sdp", gangs.sdp.size, plan.units is not None),
-        ("pp", gangs.pp.size, False),
+        ("pp", gangs.pp.size, plan.stages is not None),
     ):
         if size > 1 and not served:
             _log_ignored(family.name, axis)
+
+    if gangs.pp.size > 1 and plan.stages is not None:
+        cut(module, plan.stages, gangs.pp, family=family.name)
 
     if gangs.tp.size > 1 and plan.tensor is not None:
         plan.check(gangs.tp.size)
@@ -109,7 +116,7 @@ def _split(module: Module, plan: ParallelPlan, mesh: DeviceMesh) -> None:
     for pattern, split in (plan.tensor or {}).items():
         styles |= dict.fromkeys(_modules(module, pattern), _style(split, plan, mesh.size()))
 
-    ties = _ties(module)
+    ties = tied_names(module)
     parallelize_module(module, mesh, styles)
     for first, *others in ties:
         for name in others:
@@ -119,15 +126,6 @@ def _split(module: Module, plan: ParallelPlan, mesh: DeviceMesh) -> None:
 def _modules(module: Module, pattern: str) -> Mapping[str, Module]:
     """The modules that ``pattern`` names. It may name none: a model can be made without some of its parts."""
     return {name: part for name, part in module.named_modules() if matches(pattern, name)}
-
-
-def _ties(module: Module) -> list[list[str]]:
-    """The names of each parameter that has several."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-
-    return [tied for tied in names.values() if len(tied) > 1]
 
 
 def _set_parameter(module: Module, name: str, parameter: Parameter) -> None:

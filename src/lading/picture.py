@@ -259,7 +259,7 @@ class _Canvas:
         return "\n".join(parts) + "\n"
 
     def _legend(self, plan: LoadPlan, palette: _Palette, y: float) -> float:
-        entries = [(palette.colour(n), _ranks_text(palette.seats_of(n), palette.seats, plan.world_size))
+        entries = [(palette.colour(n), _ranks_text([plan.copies_of(seat) for seat in palette.seats_of(n)]))
                    for n in range(palette.count)]  # fmt: skip
         if palette.count > 1:
             entries += [(ALL, "every rank"), ("stripes", "the ranks of these colours")]
@@ -277,15 +277,24 @@ class _Canvas:
         return y + -(-len(entries) // 4) * 22 + MARGIN
 
 
-def _ranks_text(seats: range, apart: int, world: int) -> str:
-    first = f"{seats[0]}" if len(seats) == 1 else f"{seats[0]}–{seats[-1]}"
-    copies = [f"{seat + apart}" for seat in range(seats[0], world - apart, apart)]
+def _ranks_text(seats: Sequence[Sequence[int]]) -> str:
+    """The ranks of one colour; those of a seat are copies of one another."""
+    first = _runs_text([ranks[0] for ranks in seats])
+    copies = list(map(str, seats[0][1:]))
     if not copies:
         return f"rank{'' if len(seats) == 1 else 's'} {first}"
     if len(seats) > 1 or len(copies) > 3:
         return f"rank{'' if len(seats) == 1 else 's'} {first} and copies"
 
     return f"ranks {', '.join([first, *copies])}"
+
+
+def _runs_text(ranks: Sequence[int]) -> str:
+    """Ascending numbers, those that follow one another as a range."""
+    starts = [i for i in range(len(ranks)) if i == 0 or ranks[i] != ranks[i - 1] + 1]
+    runs = [(ranks[i], ranks[end - 1]) for i, end in zip(starts, [*starts[1:], len(ranks)], strict=True)]
+
+    return ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in runs)
 
 
 def _escaped(text: str) -> str:

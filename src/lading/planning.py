@@ -16,6 +16,7 @@ from lading.family import Family
 from lading.keymap import route
 from lading.manifest import Manifest
 from lading.parallel import placements
+from lading.pipeline import holders
 from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.forecast import Layout, forecast, lay_out
 from lading.transfer.targets import targets_of
@@ -63,11 +64,23 @@ class LoadPlan:
     """Those that were asked for."""
     manifest: Manifest = field(repr=False)
     layout: Layout = field(repr=False, compare=False)
-    """What each rank owns of it; of ``sdp`` and ``tp``, as the other axes hold copies."""
+    """What each rank owns of it; of ``sdp`` and ``tp``, and of ``pp`` where the family has stages, as the other axes
+    hold copies."""
 
     @property
     def world_size(self) -> int:
         return math.prod(self.sizes.values())
+
+    def copies_of(self, seat: int) -> list[int]:
+        """The ranks that own what the rank ``seat`` of the layout does."""
+        stage_size = self.sizes["sdp"] * self.sizes["tp"]
+        if self.layout.ranks == stage_size:
+            return list(range(seat, self.world_size, stage_size))
+
+        stage, place = divmod(seat, stage_size)
+        rdp = self.sizes["rdp"]
+
+        return [(stage * rdp + r) * stage_size + place for r in range(rdp)]
 
 
 def plan_checkpoint(
@@ -87,7 +100,8 @@ def plan_checkpoint(
 
     :raises ValueError: a size that is no size; a rank that the world does not have.
     :raises ModelCheckpointMismatchError: the checkpoint does not fit ``config``.
-    :raises NotSupportedError: a size of the configuration does not divide over ``tp``.
+    :raises NotSupportedError: a size of the configuration does not divide over ``tp``, or there are fewer layers than
+        stages.
     """
     _check_sizes(sizes)
     world = math.prod(sizes.values())
@@ -102,7 +116,12 @@ def plan_checkpoint(
         module = build_on_meta(family, config)
         targets = targets_of(module, dtype=dtype)
         parameters = {name for name, _ in module.named_parameters()}
-        placed = placements(family.parallel_plan(config), targets.names, parameters, sdp=sdp, tp=tp)
+        parallel_plan = family.parallel_plan(config)
+        placed = placements(parallel_plan, targets.names, parameters, sdp=sdp, tp=tp)
+        # Without stages, the axis holds copies.
+        staged = parallel_plan.stages
+        pp = 1 if staged is None else sizes["pp"]
+        held = [None] * len(targets.names) if staged is None else holders(staged, targets.names, targets.aliases, pp)
         routed = route(
             manifest.names,
             targets.names,
@@ -121,6 +140,8 @@ def plan_checkpoint(
             [placed[i] for i in routed.targets],
             (sdp, tp),
             routed.composed,
+            stages=[held[i] for i in routed.targets],
+            pp=pp,
         )
         found = forecast(manifest, layout)
 
@@ -128,9 +149,10 @@ def plan_checkpoint(
     files = found.files.sum(0)
 
     def of_rank(rank: int) -> RankPlan:
-        seat = rank % (sdp * tp)  # the other axes hold copies of one another
-        copy, (s, t) = rank // (sdp * tp), divmod(seat, tp)
+        copy, place = divmod(rank, sdp * tp)
         p, r = divmod(copy, sizes["rdp"])
+        s, t = divmod(place, tp)
+        seat = place + p % pp * sdp * tp  # the other axes hold copies of one another
         return RankPlan(
             rank=rank,
             pp=p,

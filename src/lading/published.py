@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from lading.card import CheckpointRef
-from lading.errors import CorruptModelCheckpointError
+from lading.errors import CorruptModelCheckpointError, FetchError
 from lading.fetch.source import RemoteFile, Snapshot, Source
 from lading.fetch.sources import open_source
 from lading.formats.folder import is_checkpoint_file
@@ -94,7 +94,14 @@ class _PublishedFiles:
         return self._files
 
     def size(self, name: str) -> int:
-        return self.file(name).size or 0
+        size = self.file(name).size
+        if size is None:
+            raise FetchError(
+                f"{self.label}: the server does not say how many bytes {name} has, and its header is not read without "
+                "that. Have it served with a Content-Length."
+            )
+
+        return size
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         return self._source.read(self._snapshot, self.file(name), offset, size)
@@ -105,7 +112,7 @@ class _PublishedFiles:
 
 def _hf_config(files: _PublishedFiles, folder: str) -> Mapping[str, object]:
     name = folder + CONFIG_NAME
-    if name not in files.names() or not 0 < files.size(name) <= _MAX_CONFIG_SIZE:
+    if name not in files.names() or not 0 < (files.file(name).size or 0) <= _MAX_CONFIG_SIZE:
         return {}
 
     label = f"{files.label}/{name}"

@@ -13,12 +13,20 @@ from lading.catalog.checkpoints import record_checkpoint
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.check import check_manifest, require_fit
 from lading.checkpoint import Checkpoint
+from lading.companions import (
+    Elsewhere,
+    TokenizerRef,
+    same_source,
+    tokenizer_beside,
+    tokenizer_elsewhere,
+    tokenizer_ref,
+)
 from lading.completion import completed
-from lading.errors import AssetCardError, ModelGatedError, NotSupportedError
+from lading.errors import AssetCardError, NotSupportedError
 from lading.fetch.source import FetchedFile, RemoteFile, Snapshot
-from lading.fetch.sources import open_source
+from lading.fetch.sources import HUB_SCHEMES, open_source
 from lading.folder import refuse_quantised_config
-from lading.locate import card_checkpoint
+from lading.locate import card_checkpoint, require_access, require_writable
 from lading.published import CONFIG_NAME, Published, index_source, name_in_source
 from lading.resolve import family_of_card, model_config
 from lading.settings import Settings
@@ -68,7 +76,8 @@ def pull_model(
 
     :param revision: a branch, a tag or a commit of the source; default: the one that the card's URI names, or the
         latest. Loads of the card then use it until the next pull.
-    :param include: shell-style patterns of further files of the source; its ``config.json`` always comes along.
+    :param include: shell-style patterns of further files of the source; its ``config.json`` always comes along, and so
+        does the tokenizer, from there or from where the card says that it is.
     :param dry_run: only say what would be fetched.
     :param progress: show a bar on stderr.
 
@@ -76,16 +85,18 @@ def pull_model(
     :raises ModelGatedError: the publisher hands it out on request.
     :raises ModelCheckpointMismatchError: it does not fit the card's architecture; nothing was fetched.
     :raises FetchError: the source cannot be reached, or answers nonsense.
+    :raises CatalogError: something is to be fetched, and the catalog cannot be written.
     :raises DigestMismatchError: what came is not what is published.
     :raises OSError: the disk is full, or the cache cannot be written.
     """
     store = store or get_asset_store()
     card = store.retrieve_card(name)
     ref = checkpoint_ref(card)
-    if ref.gated:
-        raise ModelGatedError(card.name, ref.info_url)
+    require_access(card.name, ref)
     if uri_path(ref.uri) is not None:
-        return _of_local(card_checkpoint(card, store), revision)
+        checkpoint = _local(card_checkpoint(card, store), revision)
+        tokenizer = _tokenizer_elsewhere(card, ref, None, store)
+        return _report(checkpoint, missing=False, beside=_bring(tokenizer, dry_run=dry_run, progress=progress))
 
     published: Published | None = None
     if comes_whole(ref) or Settings.from_environment().offline:
@@ -99,12 +110,15 @@ def pull_model(
         checkpoint = _as_checkpoint(card, ref, published, store)
     _require_fit(card, checkpoint, published, store)
 
-    companions = _companions(checkpoint, published, include)
+    companions = _companions(checkpoint, published, include, card, store)
+    tokenizer = _tokenizer_elsewhere(card, ref, published, store)
     missing = checkpoint.files is None
     if dry_run:
         shown = [PulledFile(name=file.name, size=file.size, path=None, fetched=True) for file in companions]
-        return _report(checkpoint, missing, shown)
+        return _report(checkpoint, missing, [*shown, *_bring(tokenizer, dry_run=True, progress=progress)])
 
+    if missing:
+        require_writable(store)
     if published is not None:
         record_checkpoint(
             store.database,
@@ -120,16 +134,16 @@ def pull_model(
         for file in _fetch(checkpoint, companions, progress=progress)
     ]
 
-    return _report(here, missing, beside)
+    return _report(here, missing, [*beside, *_bring(tokenizer, dry_run=False, progress=progress)])
 
 
-def _of_local(checkpoint: Checkpoint, revision: str | None) -> PullReport:
+def _local(checkpoint: Checkpoint, revision: str | None) -> Checkpoint:
     if revision is not None:
         raise NotSupportedError(
             f"{checkpoint.where} is on this machine and has no revisions, but {revision!r} was asked for."
         )
 
-    return _report(checkpoint, missing=False, beside=())
+    return checkpoint
 
 
 def _as_checkpoint(card: AssetCard, ref: CheckpointRef, published: Published, store: AssetStore) -> Checkpoint:
@@ -169,7 +183,9 @@ def _require_fit(card: AssetCard, checkpoint: Checkpoint, published: Published |
     require_fit(report, path=checkpoint.where, name=card.name)
 
 
-def _companions(checkpoint: Checkpoint, published: Published | None, include: Sequence[str]) -> tuple[RemoteFile, ...]:
+def _companions(
+    checkpoint: Checkpoint, published: Published | None, include: Sequence[str], card: AssetCard, store: AssetStore
+) -> tuple[RemoteFile, ...]:
     """The files beside the weights that are to come along."""
     if published is None:
         return ()
@@ -177,6 +193,9 @@ def _companions(checkpoint: Checkpoint, published: Published | None, include: Se
     manifest = checkpoint.manifest
     weights = {name_in_source(published.inner, shard.name) for shard in manifest.shards}
     always = {name_in_source(published.inner, name) for name in (CONFIG_NAME, manifest.index_name) if name is not None}
+    tokenizer = tokenizer_ref(card, store.retrieve_card)
+    if same_source(tokenizer, checkpoint_ref(card)):
+        always |= {file.name for file in tokenizer_beside(tokenizer, published.snapshot, published.inner)}
 
     return tuple(
         file
@@ -184,6 +203,37 @@ def _companions(checkpoint: Checkpoint, published: Published | None, include: Se
         if file.name not in weights
         and (file.name in always or any(fnmatchcase(file.name, pattern) for pattern in include))
     )
+
+
+def _tokenizer_elsewhere(
+    card: AssetCard, ref: CheckpointRef, published: Published | None, store: AssetStore
+) -> Elsewhere | None:
+    """The files of the tokenizer, if they are neither on this machine nor among those that lie beside the weights."""
+    tokenizer = tokenizer_ref(card, store.retrieve_card)
+    if tokenizer is None and ref.scheme in HUB_SCHEMES:
+        tokenizer = TokenizerRef(uri=ref.uri, path=ref.path, card=card.name)
+    if tokenizer is None or Settings.from_environment().offline:
+        return None
+    if same_source(tokenizer, ref) and (published is not None or ref.scheme not in HUB_SCHEMES):
+        return None  # it is in the archive that the checkpoint is in, or beside it
+
+    return tokenizer_elsewhere(tokenizer)
+
+
+def _bring(tokenizer: Elsewhere | None, *, dry_run: bool, progress: bool) -> list[PulledFile]:
+    if tokenizer is None:
+        return []
+    where = tokenizer.source.uri
+    if dry_run:
+        return [
+            PulledFile(name=f"{where}: {file.name}", size=file.size, path=None, fetched=True)
+            for file in tokenizer.files
+        ]
+
+    return [
+        PulledFile(name=f"{where}: {file.name}", size=file.stat.size, path=file.path, fetched=True)
+        for file in tokenizer.fetch(progress=progress)
+    ]
 
 
 def _fetch(checkpoint: Checkpoint, files: tuple[RemoteFile, ...], *, progress: bool) -> list[FetchedFile]:

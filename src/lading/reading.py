@@ -11,7 +11,7 @@ from torch import Tensor
 from lading.box import Box
 from lading.checkpoint import Checkpoint
 from lading.compose import Source, shape_of, tensors_of
-from lading.construct import build_on_meta, parallelize
+from lading.construct import build_on_meta, split
 from lading.errors import ModelCheckpointMismatchError
 from lading.family import Family
 from lading.gangs import Gangs
@@ -54,7 +54,8 @@ def iter_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Pairs (parameter name, tensor) of a checkpoint, in the order of its files, one tensor in memory at a time.
 
-    Of a parameter that is split over ``gangs`` it is the part that this rank owns.
+    Of a parameter that is split over ``gangs`` it is the part that this rank owns. What belongs to other stages of a
+    pipeline is left out; a table that stages share has the name that the checkpoint gives it.
 
     :raises ModelCheckpointMismatchError: parts that make a parameter together are missing, or claim the same place; or
         a tensor that would be cut is not of the shape of its parameter.
@@ -68,8 +69,10 @@ def iter_tensors(
         sources = [(name, i) for i, name in enumerate(rename(manifest.names, rules)) if name is not None]
 
     for name, source in sources:
+        if name in owned and owned[name] is None:
+            continue
         shape = shape_of(source, manifest.shapes)
-        expected, box = owned.get(name, (shape, Box.whole(shape)))
+        expected, box = owned.get(name) or (shape, Box.whole(shape))
         if shape != expected:
             problem = f"mis-shaped: {name} is expected to be {expected}, but is {shape}"
             raise ModelCheckpointMismatchError(
@@ -81,15 +84,21 @@ def iter_tensors(
         yield name, tensor
 
 
-def _owned(family: Family[Any, Any], config: Any, gangs: Gangs) -> Mapping[str, tuple[tuple[int, ...], Box]]:
-    """The shape of each parameter, under each of its names, and the part that this rank owns; of a rank alone, none."""
+def _owned(family: Family[Any, Any], config: Any, gangs: Gangs) -> Mapping[str, tuple[tuple[int, ...], Box] | None]:
+    """The shape of each parameter, under each of its names, and the part that this rank owns; of a rank alone, none.
+
+    ``None`` stands for what other stages of a pipeline hold.
+    """
     if gangs.root.size == 1:
         return {}
 
     module = build_on_meta(family, config)
-    parallelize(module, family, config, gangs)
-    targets = targets_of(module, dtype=None)
-    owned = dict(zip(targets.names, zip(targets.shapes, targets.boxes, strict=True), strict=True))
+    targets = split(module, family, config, gangs, dtype=None)
+    held = {targets.aliases.get(name, name) for name in module.state_dict()}
+    owned = {
+        name: (shape, box) if name in held else None
+        for name, shape, box in zip(targets.names, targets.shapes, targets.boxes, strict=True)
+    }
 
     return owned | {alias: owned[first] for alias, first in targets.aliases.items()}
 

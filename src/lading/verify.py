@@ -103,9 +103,6 @@ def verify_model(
 def _known(card: AssetCard, store: AssetStore) -> tuple[Checkpoint, dict[str, CopyKind]]:
     """The checkpoint by what the catalog knows of it, its files in whatever state they are now; and whose each is."""
     ref = checkpoint_ref(card)
-    if ref.gated:
-        raise ModelGatedError(card.name, ref.info_url)
-
     path = uri_path(ref.uri)
     if path is not None:
         path = local_checkpoint(path, inner_path=ref.path)
@@ -116,6 +113,8 @@ def _known(card: AssetCard, store: AssetStore) -> tuple[Checkpoint, dict[str, Co
         stored = store.checkpoint(uri)
     copies = {} if stored is None else {copy.file: copy for copy in stored.copies}
     if stored is None or not all(shard.name in copies for shard in stored.manifest.shards):
+        if ref.gated:
+            raise ModelGatedError(card.name, ref.info_url)
         raise CheckpointNotFoundError(
             uri,
             f"The checkpoint of {card.name!r} is at {uri}, and the catalog knows no copy of it on this machine. "

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from cache_tools import files_in, require_consistent
 from lading.errors import FetchError
 from lading.fetch.cache import Cache
 from lading.fetch.client import Patience
@@ -99,25 +100,6 @@ def fetch_here(server: Server, folder: Path, **options: object) -> None:
         (file,) = source.fetch(snapshot, snapshot.files, known=lambda _: None, progress=False)
     assert file.sha256 == SHA256
     assert file.path.read_bytes() == DATA
-
-
-def files_in(folder: Path, kind: str) -> list[Path]:
-    return sorted(path for path in (folder / kind).rglob("*") if path.is_file())
-
-
-def require_consistent(folder: Path) -> None:
-    for blob in files_in(folder, "blobs"):
-        assert re.fullmatch(r"[0-9a-f]{64}\.safetensors", blob.name)
-        assert hashlib.sha256(blob.read_bytes()).hexdigest() == blob.stem
-        assert blob.stat().st_mode & 0o777 == 0o444
-        assert blob.stat().st_nlink == 1
-    cache = Cache(folder)
-    entries = list(cache.entries())
-    assert len(entries) == len(files_in(folder, "entries"))
-    for entry in entries:
-        for file in entry.files.values():
-            assert cache.find(file.sha256) is not None
-    assert not any(path.is_symlink() for path in folder.rglob("*"))
 
 
 def slow(exchange: Exchange) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -214,7 +215,7 @@ def test_fetched_files_are_in_the_cache_and_hashed(hub: FakeHub, repo: Repositor
     assert client.stderr() == ""
 
     hub.requests.clear()
-    assert _fetch(client) == files
+    assert _fetch(client) == [replace(file, own=False) for file in files]
     assert not [r for r in hub.requests if "resolve" in r.path], "what is here is not asked for again"
 
 
@@ -497,7 +498,7 @@ def test_offline_the_cache_answers_and_no_socket_is_opened(hub: FakeHub, repo: R
 
     assert snapshot == online, "the names of blobs are the digests that the hub published"
     assert read == WEIGHTS[10:15]
-    assert again == files
+    assert again == [replace(file, own=False) for file in files]
     assert not sockets
     assert not hub.requests
 

@@ -12,7 +12,7 @@ from click.testing import Result
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lading import load_model
+from lading import convert_checkpoint, import_cards, load_model
 from lading.errors import DigestMismatchError, ModelCheckpointMismatchError
 from lading.families.llama import LLaMAConfig, get_llama_model_hub
 from lading.families.mistral import MistralConfig, get_mistral_model_hub
@@ -206,6 +206,24 @@ def test_one_tensor_after_another(path: Path, states: tuple[State, State]) -> No
     assert found.keys() == states[1].keys()
     assert all(torch.equal(found[name], value) for name, value in states[1].items())
 
+
+def test_as_a_hugging_face_repository(path: Path, states: tuple[State, State], tmp_path: Path, home: Path) -> None:
+    (home / "cards.yaml").write_text(ARCHITECTURE)
+    import_cards(home / "cards.yaml")
+    report = convert_checkpoint(path, tmp_path / "out", arch="llama/tiny", shard_size=8000, progress=False)
+
+    assert len(report.files) > 3
+    found = load_model(tmp_path / "out", dtype="auto").state_dict()
+    assert found.keys() == states[1].keys()
+    assert all(torch.equal(found[name], value) for name, value in states[1].items())
+
+
+ARCHITECTURE = """
+architecture: tiny
+family: llama
+config: {model_dim: 24, max_seq_len: 64, vocab_size: 40, num_layers: 2, num_attn_heads: 4, num_key_value_heads: 2,
+         head_dim: 12, ffn_inner_dim: 20, ffn_inner_dim_scale: 1.0, ffn_inner_dim_multiple_of: 1}
+"""
 
 CARD = """
 name: tiny_meta

@@ -6,6 +6,7 @@ import json
 import os
 import sqlite3
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from make_checkpoint import make, tensors
-from servers.hub import FakeHub
+from servers.hub import TOKEN, FakeHub
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -189,7 +190,7 @@ def test_what_is_published_moves_on(run: Run, hub: FakeHub, tmp_path: Path) -> N
     pulled = json.loads(run("pull", "far", "--json", "--no-progress").stdout)
     assert revision() == new
     assert len(weights(hub)) == 1  # the other shard is here already, by its content
-    assert len(pulled) == 4
+    assert len(pulled) == 5  # with the index, the configuration and the tokenizer
     run("load", "far", "--no-progress", "--verify", "always")
     run("pull", "far", "--revision", old, "--no-progress")
     assert revision() == old
@@ -199,6 +200,18 @@ def test_nothing_is_asked_offline(run: Run, hub: FakeHub) -> None:
     error = run("load", "far", code=5, LADING_OFFLINE="1").stderr
     assert "LADING_OFFLINE" in error
     assert hub.requests == []
+
+
+def test_a_card_that_is_gated_is_open_to_who_has_a_token(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    hub.repositories["some/tiny-qwen"].gated = True
+    path = tmp_path / "gated.yaml"
+    path.write_text(CARD.format(name="closed", uri="hg://some/tiny-qwen;gated=true", layers=2))
+    run("import", path)
+
+    assert "Ask for access at" in run("load", "closed", code=7).stderr
+    assert hub.requests == []
+    run("pull", "closed", "--no-progress", HF_TOKEN=TOKEN)
+    run("load", "closed", "--no-progress")  # it is here now
 
 
 def test_a_gated_repository_says_where_to_ask(run: Run, hub: FakeHub) -> None:
@@ -247,3 +260,62 @@ def test_from_a_web_server(process: Run, web: str, tmp_path: Path, file: str) ->
     assert [v["result"] for v in json.loads(run("verify", "web", "--json"))] == ["match"] * (1 if "pt" in file else 2)
     paths = run("path", "web").splitlines()
     assert all(Path(path).is_relative_to(tmp_path / "cache" / "blobs") for path in paths)
+
+
+TOKENIZERS = """\
+name: with_another
+base: far
+tokenizer: hg://some/words
+---
+name: with_a_reference
+base: far
+tokenizer_ref: with_another
+---
+name: with_its_own
+base: far
+tokenizer: hf://Some/Tiny-Qwen
+"""
+
+WORDS = '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}}'
+
+ASK = (
+    "import sys; from lading import load_tokenizer; print(load_tokenizer(sys.argv[1], progress=False).get_vocab_size())"
+)
+
+
+def test_the_tokenizer_comes_along(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("Some/Words", {"tokenizer.json": WORDS.encode(), "tokenizer_config.json": b"{}", "notes.md": b""})
+    (tmp_path / "tokenizers.yaml").write_text(TOKENIZERS)
+    run("import", tmp_path / "tokenizers.yaml")
+
+    def fetched(*words: str) -> set[str]:
+        files = json.loads(run("pull", *words, "--json", "--no-progress").stdout)
+        return {f["name"] for f in files if not f["name"].startswith(("model", "config"))}
+
+    assert fetched("far") == fetched("with_its_own") == {"tokenizer.json"}
+    elsewhere = {"hg://some/words: tokenizer.json", "hg://some/words: tokenizer_config.json"}
+    assert fetched("with_another", "--dry-run") == elsewhere
+    assert not list(tmp_path.glob("hf/hub/models--Some--Words/snapshots/*/tokenizer.json"))
+    assert fetched("with_another") == fetched("with_a_reference") == elsewhere
+    assert list(tmp_path.glob("hf/hub/models--Some--Words/snapshots/*/tokenizer.json"))
+
+    # What is written as a repository has the card's tokenizer; by now nobody is asked.
+    hub.requests.clear()
+    for name, expected in (("with_a_reference", WORDS), ("far", "{}")):
+        run("export", name, tmp_path / name, "--no-progress", LADING_OFFLINE="1")
+        assert (tmp_path / name / "tokenizer.json").read_text() == expected
+        assert (tmp_path / name / "tokenizer_config.json").exists() == (expected == WORDS)
+    assert hub.requests == []
+
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, "with_a_reference"], env=env, text=True, capture_output=True, check=True
+    )
+    assert done.stdout == "2\n"
+
+
+def test_a_tokenizer_that_is_gone_is_said_before_weights_are_fetched(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / "tokenizers.yaml").write_text(TOKENIZERS)
+    run("import", tmp_path / "tokenizers.yaml")
+    assert "some/words" in run("pull", "with_another", code=2).stderr
+    assert weights(hub) == []

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lading.box import Box
-from lading.compose import Joined, Piece, Regroup, Reordered, Source, Stacked, pieces, shape_of, tensors_of
+from lading.compose import Joined, Piece, Regroup, Reordered, Sliced, Source, Stacked, pieces, shape_of, tensors_of
 from lading.filesystem import FileStat
 from lading.keymap import Rule, route
 from lading.manifest import BITS, Manifest, Shard
@@ -30,7 +30,7 @@ def sources(draw: st.DrawFn, shape: Shape, shapes: list[Shape], depth: int = 3, 
     """A source that makes ``shape``; the shapes of its tensors are added to ``shapes``."""
     kinds = ["tensor"]
     if depth and shape:
-        kinds += ["joined"]
+        kinds += ["joined", "sliced"]
         kinds += ["stacked"] if shape[0] else []
         kinds += ["reordered"] if ordered else []
     kind = draw(st.sampled_from(kinds))
@@ -49,6 +49,12 @@ def sources(draw: st.DrawFn, shape: Shape, shapes: list[Shape], depth: int = 3, 
         rows = draw(st.sampled_from([n for n in range(1, group + 1) if group % n == 0]))
         inner = draw(sources(shape, shapes, depth - 1, ordered=False))
         return Reordered(Regroup(dim, rows, group // rows), inner)
+    if kind == "sliced":
+        dim = draw(st.integers(0, len(shape) - 1))
+        start, after = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+        whole = (*shape[:dim], start + shape[dim] + after, *shape[dim + 1 :])
+        # What is cut may be re-ordered, if what makes it is not.
+        return Sliced(dim, start, shape[dim], draw(sources(whole, shapes, depth - 1, ordered)))
     shapes.append(shape)
     return len(shapes) - 1
 
@@ -81,6 +87,8 @@ def compose(source: Source, tensors: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([compose(part, tensors) for part in source.parts], source.dim)
     if isinstance(source, Stacked):
         return torch.stack([compose(part, tensors) for part in source.parts])
+    if isinstance(source, Sliced):
+        return compose(source.source, tensors).narrow(source.dim, source.start, source.size)
     order, value = source.order, compose(source.source, tensors)
     shape = value.shape
     groups = (*shape[: order.dim], shape[order.dim] // order.group, order.rows, order.columns, *shape[order.dim + 1 :])

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from lading.checkpoint import Checkpoint
-from lading.construct import build_on_meta, parallelize, settle_dtypes
+from lading.construct import build_on_meta, settle_dtypes, split
 from lading.families import bert, llama, mistral, qwen
 from lading.family import Family
 from lading.gangs import simulate_gangs
@@ -84,12 +84,15 @@ def by_itself(
     manifest = checkpoint.manifest
     module = build_on_meta(family, config)
     with simulate_gangs(rank, **sizes) as gangs:
-        parallelize(module, family, config, gangs)
-        targets = targets_of(module, dtype=dtype)
+        targets = split(module, family, config, gangs, dtype=dtype)
         routed = route(
-            manifest.names, targets.names, family.rules_for(config, manifest.names), targets.aliases,
-            shapes=manifest.shapes, target_shapes=targets.shapes,
-        )  # fmt: skip
+            manifest.names,
+            targets.names,
+            family.rules_for(config, manifest.names),
+            targets.aliases,
+            shapes=manifest.shapes,
+            target_shapes=targets.shapes,
+        )
         boxes = [targets.boxes[i] for i in routed.targets]
         dtypes = settle_dtypes(targets, routed, manifest, sdp=gangs.sdp.size)
         planned = plan(manifest, Wanted(tensors=routed.tensors, boxes=boxes, dtypes=dtypes, composed=routed.composed))
@@ -130,7 +133,9 @@ def test_every_rank_reads_what_was_told(name: str, data: st.DataObject) -> None:
                 (1, 1, 3, 1),
                 (1, 1, 2, 2),
                 (1, 2, 2, 1),
+                (2, 1, 1, 1),
                 (2, 1, 1, 2),
+                (2, 2, 2, 1),
                 (1, 1, 4, 4),
             ]
         )

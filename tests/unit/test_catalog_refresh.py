@@ -126,7 +126,7 @@ def test_a_bad_seed_does_not_hide_the_good_ones(
 ) -> None:
     seed("a.yaml", "name: a\n---\nname: [b]\n")
     assert cards(settings) == {"a": "{}"}
-    assert "A card that comes with lading was left out: a.yaml[1]" in caplog.text
+    assert "A card that comes with a package was left out: a.yaml[1]" in caplog.text
 
 
 def test_the_seeds_of_this_package(tmp_path: Path) -> None:

@@ -158,6 +158,7 @@ def test_files_beside_it(cache: Cache) -> None:
 
 
 def test_offline_there_is_what_was_fetched(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LADING_OFFLINE", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with serve({PATH: DATA, "/org/b.json": b"{}"}) as server:
         source = open_source(server, cache)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lading.compose import Joined, Regroup, Reordered, Stacked
+from lading.compose import Joined, Regroup, Reordered, Sliced, Stacked
 from lading.errors import InternalError
 from lading.keymap import Rule, rename, route
 
@@ -101,6 +101,31 @@ def test_tensors_are_stacked() -> None:
         target_shapes=[(2, 4, 3), (2, 3, 2)],
     )
     assert routed.composed == {0: Stacked((Joined(0, (2, 1)), Joined(0, (0, 3)))), 1: Stacked((4, 5))}
+
+
+def test_a_tensor_is_cut_into_several_targets() -> None:
+    rules = (
+        Rule("{n}.qkv", "{n}.q", cut=(0, 0, 4)),
+        Rule("{n}.qkv", "{n}.k", cut=(0, 4, 2), order=Regroup(0, 1, 2)),
+        Rule("{rest*}", "other.{rest}"),
+    )
+    targets = ["0.q", "0.k", "1.q", "1.k", "other.x"]
+    shapes = [(6, 3)] * 2 + [(5,)]
+
+    found = route(["0.qkv", "1.qkv", "x"], targets, rules, shapes=shapes, target_shapes=[(4, 3), (2, 3)] * 2 + [(5,)])
+
+    assert rename(["0.qkv", "x"], rules) == ["0.q", "0.k", "other.x"]
+    assert list(found.targets) == [0, 1, 2, 3, 4]
+    assert dict(found.composed) == {
+        0: Sliced(0, 0, 4, 0),
+        1: Sliced(0, 4, 2, Reordered(Regroup(0, 1, 2), 0)),
+        2: Sliced(0, 0, 4, 1),
+        3: Sliced(0, 4, 2, Reordered(Regroup(0, 1, 2), 1)),
+    }
+    assert not found.unexpected
+
+    short = route(["0.qkv"], ["0.q", "0.k"], rules, shapes=[(5, 3)], target_shapes=[(4, 3), (2, 3)])
+    assert [name for name, _ in short.incomplete] == ["0.k"]
 
 
 def test_what_is_re_ordered_is_composed_of_one_tensor() -> None:

@@ -14,19 +14,19 @@ import lading
 ROOT = Path(lading.__file__).parent
 
 LAYERS = [
-    {"errors", "box", "filesystem", "version"},
+    {"errors", "box", "filesystem", "new_folder", "version"},
     {"documents", "card", "cardfile", "manifest", "compose", "digests", "settings", "gangs"},
     {"overrides", "config", "keymap", "catalog", "formats", "fetch", "nn"},
     {"transfer"},
     {"family"},
-    {"parallel", "report"},
+    {"parallel", "pipeline", "report"},
     {"folder", "construct", "published", "whole", "diff", "resolve"},
     {"finding"},
     {"checkpoint", "check"},
     {"locate"},
-    {"acquire", "completion", "reading", "holdings", "adoption", "removal"},
+    {"acquire", "companions", "completion", "reading", "holdings", "adoption", "removal"},
     {"verification"},
-    {"verify", "pull", "planning"},
+    {"verify", "pull", "export", "planning", "tokenizer"},
     {"loader", "picture"},
     {"hub", "doors"},
     {"families"},
@@ -123,9 +123,10 @@ def test_the_public_names() -> None:
         AssetCard AssetCardField Architecture AssetStore get_asset_store
         load_model ModelHub ModelHubAccessor GlobalModelLoader LoadReport
         pull_model PullReport verify_model VerifyReport
+        convert_checkpoint export_model ExportReport load_tokenizer
         import_cards index_checkpoint query check_model CheckReport diff_models DiffReport plan_load LoadPlan
         adopt_checkpoints Adoption disk_usage DiskUsage Holding remove_model remove_orphans Removal
-        Family Rule ParallelPlan Split Manifest Gang Gangs create_fake_gangs create_gangs simulate_gangs
+        Family Rule ParallelPlan Split Stages Manifest Gang Gangs create_fake_gangs create_gangs simulate_gangs
         LadingError ModelNotKnownError ModelFamilyNotKnownError ModelArchitectureNotKnownError ModelGatedError
         AssetCardError AssetNotFoundError ModelCheckpointError CorruptModelCheckpointError
         ModelCheckpointMismatchError DigestMismatchError NotSupportedError GangError FetchError CatalogError

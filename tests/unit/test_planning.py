@@ -53,7 +53,30 @@ def test_axes_that_hold_copies(tiny: Path) -> None:
     ranks = lading.plan_load(tiny, tp=2, rdp=2, pp=2).ranks
 
     assert [(r.pp, r.rdp, r.tp) for r in ranks] == [(p, r, t) for p in (0, 1) for r in (0, 1) for t in (0, 1)]
-    assert len({r.bytes_read for r in ranks[::2]}) == 1
+    assert [r.bytes_read for r in ranks[:2]] == [r.bytes_read for r in ranks[2:4]]
+
+
+def test_every_stage_loads_what_its_plan_says(tiny: Path) -> None:
+    found = lading.plan_load(tiny, pp=2, tp=2)
+    for rank in found.ranks:
+        with lading.simulate_gangs(rank.rank, pp=2, tp=2) as gangs:
+            _, report = load_with_report(tiny, gangs=gangs, dtype="auto", progress=False)
+        assert (report.bytes_read, report.reads) == (rank.bytes_read, rank.reads)
+        assert report.parameters * 2 == rank.memory_bytes < 43_648 * 0.6
+        assert (gangs.pp.rank, gangs.tp.rank) == (rank.pp, rank.tp)
+
+    with pytest.raises(NotSupportedError, match="as many layers, but the model has 2"):
+        lading.plan_load(tiny, pp=3)
+
+
+def test_stages_in_a_picture_and_their_copies(tiny: Path) -> None:
+    drawn = picture(lading.plan_load(tiny, pp=2, rdp=2))
+    assert ">ranks 0, 1<" in drawn
+    assert ">ranks 2, 3<" in drawn
+    assert ">ranks 16, 24<" in picture(lading.plan_load(tiny, pp=2, rdp=2, sdp=8))
+    many = picture(lading.plan_load(tiny, pp=2, rdp=2, sdp=32))
+    assert ">ranks 0–1 and copies<" in many
+    assert ">ranks 64–65 and copies<" in many
 
 
 def test_some_ranks_only(tiny: Path) -> None:

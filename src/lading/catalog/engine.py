@@ -342,7 +342,8 @@ def sqlite_failure(error: sqlite3.Error, target: Target) -> LadingError | OSErro
             f"Another process has been writing to {target} for {BUSY_TIMEOUT_S:.0f} s{holders}. Try again when it is "
             "done."
         )
-    if code == sqlite3.SQLITE_FULL:
+    # Without room for the shared memory of the write-ahead log, a catalog cannot even be read.
+    if code == sqlite3.SQLITE_FULL or getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_SHMSIZE:
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
         return PermissionError(errno.EACCES, f"The catalog cannot be written ({error})", str(target))

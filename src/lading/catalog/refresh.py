@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,7 @@ SUFFIXES = (".yaml", ".yml", ".jsonl")
 
 _GROUP = "lading.families"
 _SEEDS = "lading.seeds"
+"""The package with lading's own card files; and the group of the entry points that name such packages of others."""
 
 _log = logging.getLogger("lading")
 
@@ -60,7 +62,7 @@ class News:
     families: Mapping[str, str | None]
     """The entry points of families, where they changed; ``None`` for one that is registered no longer."""
     seeds: Mapping[str, bytes] | None
-    """The package's card files by URI, if any of them changed."""
+    """The card files of packages by URI, if any of them changed."""
     changed: Mapping[str, FileStat]
     """The user's card files that changed, and their state."""
     gone: frozenset[str]
@@ -129,6 +131,18 @@ def _seed_news(sources: Mapping[str, Row[*tuple[Any, ...]]]) -> dict[str, bytes]
         for file in files(_SEEDS).iterdir()
         if file.name.endswith(SUFFIXES)
     }
+    for entry in importlib.metadata.entry_points(group=_SEEDS):
+        try:
+            folder = _package_folder(entry.module)
+            seeds |= {
+                f"package:{entry.module}/{file.name}": file.read_bytes()
+                for file in sorted(folder.iterdir())
+                if file.name.endswith(SUFFIXES)
+            }
+        except (ImportError, OSError, ValueError) as error:  # another's mistake must not close the catalog
+            _log.warning(
+                "The cards of the package %s, entry point %r, are not read: %s", entry.module, entry.name, error
+            )
     stored = {uri: row for uri, row in sources.items() if row.kind == "seed"}
     if {uri: row.sha256 for uri, row in stored.items()} == {uri: _sha256(data) for uri, data in seeds.items()}:
         return None
@@ -137,6 +151,21 @@ def _seed_news(sources: Mapping[str, Row[*tuple[Any, ...]]]) -> dict[str, bytes]
         return None
 
     return seeds
+
+
+def _package_folder(package: str) -> Path:
+    """The folder of a package, which is not imported: that may import torch.
+
+    :raises ModuleNotFoundError: there is no such package.
+    """
+    top, *inner = package.split(".")
+    spec = importlib.util.find_spec(top)
+    for location in () if spec is None else spec.submodule_search_locations or ():
+        folder = Path(location, *inner)
+        if folder.is_dir():
+            return folder
+
+    raise ModuleNotFoundError(f"there is no package {package!r}")
 
 
 def _take_seeds(connection: Connection, seeds: Mapping[str, bytes]) -> None:
@@ -149,7 +178,7 @@ def _take_seeds(connection: Connection, seeds: Mapping[str, bytes]) -> None:
         gone=set(stored) - seeds.keys(),
     )
     for line in report.problems:
-        _log.warning("A card that comes with lading was left out: %s", line)
+        _log.warning("A card that comes with a package was left out: %s", line)
 
 
 # --- the user's cards ------------------------------------------------------------------------------------------------

@@ -70,8 +70,8 @@ def _counts(found: tuple[Adoption, ...]) -> dict[str, int]:
 
 def _suggest(adoption: Adoption) -> None:
     click.echo(
-        f"lading: {printable(str(adoption.path))} is of no card. If it is what its name says, this overlay, in a card "
-        "file, makes the model load it:",
+        f"lading: {printable(str(adoption.path))} is of no card. If it is what its name says, a card file with this "
+        "makes the model load it:",
         err=True,
     )
     for overlay in adoption.overlays:

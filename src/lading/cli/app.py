@@ -35,6 +35,8 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
         "du": "lading.cli.du:du",
         "pull": "lading.cli.pull:pull",
         "verify": "lading.cli.verify:verify",
+        "convert": "lading.cli.convert:convert",
+        "export": "lading.cli.convert:export",
         "import": "lading.cli.cards:import_",
         "export-cards": "lading.cli.cards:export_cards",
         "db": "lading.cli.db:db",

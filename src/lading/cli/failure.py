@@ -50,7 +50,7 @@ def _judge(error: BaseException) -> tuple[int, str]:
         case OSError():
             where = "" if error.filename is None else f": {printable(str(error.filename))}"
             what = _line(error.strerror or str(error) or type(error).__name__)
-            return USAGE if isinstance(error, FileNotFoundError) else SYSTEM, f"{what}{where}"
+            return USAGE if isinstance(error, FileNotFoundError | FileExistsError) else SYSTEM, f"{what}{where}"
         case MemoryError():
             return SYSTEM, "Out of memory"
         # torch's own, which is a RuntimeError, is known by its name: this page does not import torch.

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from lading.config import STRICT
 from lading.errors import NotSupportedError
-from lading.families.huggingface import ConfigReader
+from lading.families.huggingface import ConfigReader, describing
 from lading.family import Family
 from lading.hub import ModelHubAccessor
 from lading.keymap import Rule
@@ -241,6 +241,29 @@ def _from_hf(values: Mapping[str, object]) -> BertConfig:
     return keys.checked(config, _spec)
 
 
+def _to_hf(config: BertConfig) -> Mapping[str, object]:
+    """How sentences are embedded is not among the values: files of sentence-transformers say it."""
+    values: dict[str, object] = {
+        "architectures": ["BertModel"],
+        "model_type": "bert",
+        "hidden_size": config.model_dim,
+        "max_position_embeddings": config.max_seq_len,
+        "vocab_size": config.vocab_size,
+        "type_vocab_size": config.type_vocab_size,
+        "pad_token_id": config.pad_idx,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attn_heads,
+        "intermediate_size": config.ffn_inner_dim,
+        "hidden_act": {"gelu": "gelu", "gelu_tanh": "gelu_new"}[config.ffn_activation],
+        "layer_norm_eps": config.norm_eps,
+        "hidden_dropout_prob": config.dropout_p,
+        "attention_probs_dropout_prob": config.attn_dropout_p,
+        "initializer_range": config.init_std,
+    }
+
+    return describing(values, config, family="bert", from_hf=_from_hf, spec=_spec)
+
+
 FAMILY = Family(
     name="bert",
     kls=Bert,
@@ -251,6 +274,7 @@ FAMILY = Family(
     parallel_plan=lambda config: encoder_plan(_spec(config)),
     hf_model_types=frozenset({"bert"}),
     from_hf=_from_hf,
+    to_hf=_to_hf,
 )
 
 get_bert_model_hub = ModelHubAccessor("bert", Bert, BertConfig)

@@ -9,7 +9,14 @@ from typing import ClassVar, Literal, cast
 from pydantic import ConfigDict
 
 from lading.config import STRICT
-from lading.families.huggingface import DECODER_RULES, ConfigReader, read_layer_types, read_rope_of_layers
+from lading.families.huggingface import (
+    DECODER_RULES,
+    ConfigReader,
+    decoder_values,
+    describing,
+    read_layer_types,
+    read_rope_of_layers,
+)
 from lading.family import Family
 from lading.hub import ModelHubAccessor
 from lading.nn.decoder import DecoderLM, DecoderSpec, decoder_plan, init_decoder
@@ -174,6 +181,24 @@ def _from_hf(values: Mapping[str, object]) -> Gemma3Config:
     return keys.checked(config, _spec)
 
 
+def _to_hf(config: Gemma3Config) -> Mapping[str, object]:
+    values = decoder_values(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        config,
+        pad_token_id=config.pad_idx,
+        query_pre_attn_scalar=config.attn_scale_dim,
+        sliding_window=config.sliding_window,
+        layer_types=_layer_types(config),
+        hidden_activation="gelu_pytorch_tanh",
+        rms_norm_eps=config.norm_eps,
+        rope_scaling=None if config.rope_factor is None else {"rope_type": "linear", "factor": config.rope_factor},
+        rope_local_base_freq=config.local_rope_theta,
+    )
+
+    return describing(values, config, family="gemma3", from_hf=_from_hf, spec=_spec)
+
+
 FAMILY = Family(
     name="gemma3",
     kls=Gemma3,
@@ -186,6 +211,7 @@ FAMILY = Family(
     parallel_plan=lambda config: decoder_plan(_spec(config)),
     hf_model_types=frozenset({"gemma3_text"}),
     from_hf=_from_hf,
+    to_hf=_to_hf,
 )
 
 get_gemma3_model_hub = ModelHubAccessor("gemma3", Gemma3, Gemma3Config)

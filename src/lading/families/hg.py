@@ -17,6 +17,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 from torch.nn import Module
+from torch.overrides import TorchFunctionMode
 
 from lading.config import STRICT
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError, PolicyError
@@ -190,13 +191,13 @@ def _refuse(config: HuggingFaceModelConfig, what: str) -> NoReturn:
     """:raises NotSupportedError: always; a :class:`PolicyError` where code of the repository would do it."""
     import transformers
 
-    lacks = f"transformers {transformers.__version__} does not have {what}"
+    lacks = f"config.json asks for {what}, which transformers {transformers.__version__} does not have"
     if config.trust_remote_code or "auto_map" in config.hf_config:
         raise PolicyError(
             f"{lacks}: the model is made by code of its repository, which lading never runs. A version of transformers "
             "that has it, or a package with a family of its own, can load it."
         )
-    raise NotSupportedError(f"{lacks}, and no registered family reads it (`lading families` shows them).")
+    raise NotSupportedError(f"{lacks}, nor does any registered family read it (`lading families` shows them).")
 
 
 def _mismatch(problem: str) -> ModelCheckpointMismatchError:
@@ -213,16 +214,31 @@ def _mismatch(problem: str) -> ModelCheckpointMismatchError:
 def _build(config: HuggingFaceModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     kls, hf_config = _class_of(config)
     try:
-        if config.model_type == "custom":
-            model = kls._from_config(hf_config, dtype=dtype)
-        else:
-            model = kls.from_config(hf_config, dtype=dtype, trust_remote_code=False)
+        with _NoInit():
+            if config.model_type == "custom":
+                model = kls._from_config(hf_config, dtype=dtype)
+            else:
+                model = kls.from_config(hf_config, dtype=dtype, trust_remote_code=False)
+    except ImportError as error:
+        raise NotSupportedError(f"{kls.__name__} of transformers asks for another package: {error}") from error
     except Exception as error:  # whatever sizes that do not fit together lead to there
         raise _mismatch(f"{kls.__name__} cannot be made of it: {error}") from error
     if config.enable_gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # The second is the name in older versions of transformers 5.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
 
     return cast("PreTrainedModel", model)
+
+
+class _NoInit(TorchFunctionMode):
+    """Leave parameters as they are made: on the meta device, to draw their numbers takes most of a build."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+
+        return func(*args, **(kwargs or {}))
 
 
 def _outline(config: HuggingFaceModelConfig) -> PreTrainedModel:
@@ -267,9 +283,8 @@ def _reset_buffers(model: Module, config: HuggingFaceModelConfig, device: torch.
     with _only_buffers(model):
         for fill in (0, 1):
             for name, (owner, leaf, buffer) in buffers.items():
-                owner._buffers[leaf] = torch.full_like(
-                    buffer, fill, device=device, dtype=dtypes.get(name, buffer.dtype)
-                )
+                own = dtypes.get(name, buffer.dtype)
+                owner._buffers[leaf] = torch.full_like(buffer, fill, device=device, dtype=own)
             _init_weights(model, model)
             results.append({name: owner.get_buffer(leaf) for name, (owner, leaf, _) in buffers.items()})
 
@@ -291,12 +306,14 @@ def _state_dtype(hf_config: Any, dtype: torch.dtype) -> None:
 
 def _non_persistent_buffers(model: Module) -> dict[str, tuple[Module, str, Tensor]]:
     """By name, each with its owner and its name there; a buffer that several names share comes under each."""
-    return {
-        f"{prefix}.{leaf}" if prefix else leaf: (owner, leaf, buffer)
-        for prefix, owner in model.named_modules()
-        for leaf in sorted(owner._non_persistent_buffers_set)
-        if (buffer := owner._buffers[leaf]) is not None
-    }
+    found = {}
+    for prefix, owner in model.named_modules():
+        for leaf in sorted(owner._non_persistent_buffers_set):
+            buffer = owner._buffers.get(leaf)
+            if buffer is not None:
+                found[f"{prefix}.{leaf}" if prefix else leaf] = owner, leaf, buffer
+
+    return found
 
 
 def _buffer_dtypes(config: HuggingFaceModelConfig, dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -36,13 +36,24 @@ _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 def plan_of(model: PreTrainedModel) -> ParallelPlan:
     """How ``model``, which may be without memory, is split over the ranks of gangs."""
     stated = {_star(name): style for name, style in (model._tp_plan or {}).items()}
-    tensor = _tensor(model, stated) if stated else None
+    heads = _heads(model) if stated else {}
+    tensor = _tensor(model, stated) if heads else {}
 
     return ParallelPlan(
         tensor=tensor or None,
-        divisible=_divisible(model, tensor) if tensor else {},
+        divisible=heads | _features(model, tensor) if tensor else {},
         units=tuple(_units(model)) or None,
     )
+
+
+def _heads(model: PreTrainedModel) -> dict[str, int]:
+    """The numbers of heads, which ranks have to divide; none where they are not told, or differ from layer to layer."""
+    config: Any = model.config.get_text_config(decoder=True)
+    try:
+        return {name: size for name in _HEADS if isinstance(size := getattr(config, name, None), int)}
+    except Exception as error:  # of no class in common over the versions of transformers
+        log.info("the model stays whole: its configuration tells no number of heads: %s", error)
+        return {}
 
 
 def _tensor(model: Module, stated: Mapping[str, str]) -> dict[str, Split]:
@@ -95,10 +106,9 @@ def _with_ties(model: Module, splits: dict[str, Split]) -> dict[str, Split]:
     return splits
 
 
-def _divisible(model: PreTrainedModel, splits: Mapping[str, Split]) -> dict[str, int]:
-    """The sizes that ranks have to divide: heads, and the features that are split."""
-    config: Any = model.config.get_text_config(decoder=True)
-    sizes = {name: size for name in _HEADS if isinstance(size := getattr(config, name, None), int)}
+def _features(model: Module, splits: Mapping[str, Split]) -> dict[str, int]:
+    """The numbers of features that are split, which ranks have to divide."""
+    sizes: dict[str, int] = {}
     for name, part in model.named_modules():
         split = splits.get(_star(name))
         if split in (None, Split.HEADS):

@@ -6,7 +6,8 @@ The meaning of the keys, and what holds where one is absent, is that of the conf
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, Final, NoReturn, TypeVar
 
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError
@@ -285,3 +286,68 @@ def read_layer_types(reader: ConfigReader, num_layers: int, *, every: int) -> li
         reader.refuse("layer_types", types)
 
     return types
+
+
+# --- the way back ----------------------------------------------------------------------------------------------------
+
+
+def describing(
+    values: dict[str, object],
+    config: ConfigT,
+    *,
+    family: str,
+    from_hf: Callable[[Mapping[str, object]], ConfigT],
+    spec: Callable[[ConfigT], Any],
+    free: Collection[str] = (),
+) -> dict[str, object]:
+    """``values``, if a ``config.json`` of them describes just the model that ``config`` does.
+
+    Dropout may differ: it is a matter of training, for which these files have few words.
+
+    :param spec: the switches of the model, a dataclass.
+    :param free: further switches that may differ.
+
+    :raises NotSupportedError: it does not, as Hugging Face's models of this type cannot be like that.
+    """
+    meant, read = spec(config), spec(from_hf(values))
+    for name in (f.name for f in fields(meant) if f.name not in free and not f.name.endswith("drop_p")):
+        if name.endswith("dropout_p") or getattr(meant, name) == getattr(read, name):
+            continue
+        raise NotSupportedError(
+            f"A config.json of the type {values['model_type']!r} cannot describe this configuration of the {family} "
+            f"family: `{name}` is {getattr(meant, name)!r}, but would be read as {getattr(read, name)!r}. Models like "
+            "that have no form that transformers loads."
+        )
+
+    return values
+
+
+def decoder_values(model_type: str, architecture: str, config: Any, **values: object) -> dict[str, object]:
+    """The keys of ``config.json`` that the decoders share.
+
+    :param architecture: the class of transformers.
+    :param config: of a family whose fields bear the names of fairseq2's.
+    :param values: what is different or more.
+    """
+    shared: dict[str, object] = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "hidden_size": config.model_dim,
+        "max_position_embeddings": config.max_seq_len,
+        "vocab_size": config.vocab_size,
+        # Which symbols begin and end a text is the tokenizer's to say.
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "tie_word_embeddings": config.tied_embeddings,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attn_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "intermediate_size": config.ffn_inner_dim,
+        "rope_theta": config.rope_theta,
+    }
+
+    if getattr(config, "head_dim", None) is not None:
+        shared["head_dim"] = config.head_dim
+
+    return shared | values

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict
 
 from lading.config import STRICT
-from lading.families.huggingface import DECODER_RULES, read_decoder_config, read_rope
+from lading.families.huggingface import DECODER_RULES, decoder_values, describing, read_decoder_config, read_rope
 from lading.families.meta import fairseq2_rules, meta_rules
 from lading.family import Family
 from lading.hub import ModelHubAccessor
@@ -199,6 +199,31 @@ def _from_hf(values: Mapping[str, object]) -> LLaMAConfig:
     return keys.checked(config, _spec)
 
 
+def _to_hf(config: LLaMAConfig) -> Mapping[str, object]:
+    scale = config.rope_scale
+    scaling = {
+        "rope_type": "llama3",
+        "factor": scale.factor,
+        "low_freq_factor": scale.frequency_factors[0],
+        "high_freq_factor": scale.frequency_factors[1],
+        "original_max_position_embeddings": scale.original_context_length,
+    }
+    values = decoder_values(
+        "llama",
+        "LlamaForCausalLM",
+        config,
+        pad_token_id=config.pad_idx,
+        attention_bias=config.qkv_proj_bias,
+        intermediate_size=config.gated_inner_dim(),
+        mlp_bias=config.ffn_bias,
+        rms_norm_eps=config.norm_eps,
+        rope_scaling=scaling if config.use_scaled_rope else None,
+        hidden_act="silu",
+    )
+
+    return describing(values, config, family="llama", from_hf=_from_hf, spec=_spec)
+
+
 def _rules(config: LLaMAConfig) -> Sequence[Rule]:
     head_dim = config.head_dim or config.model_dim // config.num_attn_heads
 
@@ -217,6 +242,7 @@ FAMILY = Family(
     parallel_plan=lambda config: decoder_plan(_spec(config)),
     hf_model_types=frozenset({"llama"}),
     from_hf=_from_hf,
+    to_hf=_to_hf,
 )
 
 get_llama_model_hub = ModelHubAccessor("llama", LLaMA, LLaMAConfig)

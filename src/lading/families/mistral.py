@@ -9,7 +9,7 @@ from typing import ClassVar
 from pydantic import ConfigDict
 
 from lading.config import STRICT
-from lading.families.huggingface import DECODER_RULES, read_decoder_config, read_rope
+from lading.families.huggingface import DECODER_RULES, decoder_values, describing, read_decoder_config, read_rope
 from lading.families.meta import fairseq2_rules, meta_rules
 from lading.family import Family
 from lading.hub import ModelHubAccessor
@@ -117,6 +117,20 @@ def _from_hf(values: Mapping[str, object]) -> MistralConfig:
     return keys.checked(config, _spec)
 
 
+def _to_hf(config: MistralConfig) -> Mapping[str, object]:
+    values = decoder_values(
+        "mistral",
+        "MistralForCausalLM",
+        config,
+        pad_token_id=config.pad_idx,
+        sliding_window=config.attn_window_len,
+        rms_norm_eps=config.norm_eps,
+        hidden_act="silu",
+    )
+
+    return describing(values, config, family="mistral", from_hf=_from_hf, spec=_spec)
+
+
 def _rules(config: MistralConfig) -> Sequence[Rule]:
     head_dim = config.head_dim or config.model_dim // config.num_attn_heads
 
@@ -133,6 +147,7 @@ FAMILY = Family(
     parallel_plan=lambda config: decoder_plan(_spec(config)),
     hf_model_types=frozenset({"mistral"}),
     from_hf=_from_hf,
+    to_hf=_to_hf,
 )
 
 get_mistral_model_hub = ModelHubAccessor("mistral", Mistral, MistralConfig)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast
 
 from pydantic import ConfigDict
@@ -12,6 +12,8 @@ from lading.config import STRICT
 from lading.families.huggingface import (
     DECODER_RULES,
     ConfigReader,
+    decoder_values,
+    describing,
     read_decoder_config,
     read_layer_types,
     read_rope,
@@ -247,6 +249,55 @@ def _read_yarn(keys: ConfigReader, max_seq_len: int) -> YaRNScaleConfig:
     )
 
 
+def _to_hf(config: OLMOConfig) -> Mapping[str, object]:
+    third = config.sliding_window is not None or config.yarn_scale_config is not None
+    values = decoder_values(
+        "olmo3" if third else "olmo2",
+        "Olmo3ForCausalLM" if third else "Olmo2ForCausalLM",
+        config,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_idx,
+        attention_bias=False,
+        rms_norm_eps=config.rms_norm_eps,
+        hidden_act="silu",
+    )
+    if third:
+        plain = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
+        yarn = config.yarn_scale_config
+        full = plain if yarn is None else plain | _yarn_values(yarn)
+        values |= {
+            "sliding_window": config.sliding_window or config.max_seq_len,  # it must be one, if no layer's
+            "layer_types": ["full_attention"] * config.num_layers
+            if config.sliding_window is None
+            else _layer_types(config),
+            "rope_parameters": {"full_attention": full, "sliding_attention": plain},
+        }
+
+    return describing(values, config, family="olmo", from_hf=_from_hf, spec=_comparable)
+
+
+def _yarn_values(config: YaRNScaleConfig) -> dict[str, object]:
+    return {
+        "rope_type": "yarn",
+        "factor": config.scale_factor,
+        "original_max_position_embeddings": config.original_max_seq_len,
+        "beta_fast": config.beta_fast,
+        "beta_slow": config.beta_slow,
+        "truncate": config.truncate,
+        "attention_factor": _scaling(config).amplitude,
+    }
+
+
+def _comparable(config: OLMOConfig) -> DecoderSpec:
+    """The switches, but for what does not matter where no layer has a window."""
+    spec = _spec(config)
+    if any(spec.window_of(layer) is not None for layer in range(spec.num_layers)):
+        return spec
+
+    return replace(spec, attn_window_len=None, full_attn_layers=frozenset(), window_rope_theta=None)
+
+
 FAMILY = Family(
     name="olmo",
     kls=OLMO,
@@ -259,6 +310,7 @@ FAMILY = Family(
     parallel_plan=lambda config: decoder_plan(_spec(config)),
     hf_model_types=frozenset({"olmo2", "olmo3"}),
     from_hf=_from_hf,
+    to_hf=_to_hf,
 )
 
 get_olmo_model_hub = ModelHubAccessor("olmo", OLMO, OLMOConfig)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from pydantic import ConfigDict
 
 from lading.config import STRICT
-from lading.families.huggingface import DECODER_RULES, ConfigReader, read_decoder_config, read_rope
+from lading.families.huggingface import (
+    DECODER_RULES,
+    ConfigReader,
+    decoder_values,
+    describing,
+    read_decoder_config,
+    read_rope,
+)
 from lading.families.meta import fairseq2_rules
 from lading.family import Family
 from lading.hub import ModelHubAccessor
@@ -152,6 +159,31 @@ def _windows(keys: ConfigReader, num_layers: int) -> tuple[int | None, int]:
     return (None, 0) if window is None or num_full >= num_layers else (window, num_full)
 
 
+def _to_hf(config: QwenConfig) -> Mapping[str, object]:
+    third = config.q_norm and config.k_norm
+    if third:  # of which a file that does not say it means 128
+        config = replace(config, head_dim=_spec(config).attn_head_dim)
+    window = config.attn_window_len
+    full = config.num_layers if window is None else min(config.num_full_attn_layers, config.num_layers)
+    values = decoder_values(
+        "qwen3" if third else "qwen2",
+        "Qwen3ForCausalLM" if third else "Qwen2ForCausalLM",
+        config,
+        **({"attention_bias": False} if third else {}),
+        use_sliding_window=window is not None,
+        sliding_window=window,
+        max_window_layers=full,
+        layer_types=["full_attention"] * full + ["sliding_attention"] * (config.num_layers - full),
+        rms_norm_eps=config.norm_eps,
+        hidden_act="silu",
+    )
+    # A window that no layer has is none.
+    if full == config.num_layers:
+        config = replace(config, attn_window_len=None, num_full_attn_layers=0)
+
+    return describing(values, config, family="qwen", from_hf=_from_hf, spec=_spec)
+
+
 def _rules(config: QwenConfig) -> Sequence[Rule]:
     return (*fairseq2_rules(None), *DECODER_RULES)
 
@@ -166,6 +198,7 @@ FAMILY = Family(
     parallel_plan=lambda config: decoder_plan(_spec(config)),
     hf_model_types=frozenset({"qwen2", "qwen3"}),
     from_hf=_from_hf,
+    to_hf=_to_hf,
 )
 
 get_qwen_model_hub = ModelHubAccessor("qwen", Qwen, QwenConfig)

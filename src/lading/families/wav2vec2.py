@@ -12,8 +12,16 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from lading.config import STRICT
-from lading.families.huggingface import ConfigReader
-from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig, encoder_from_hf, encoder_rules, encoder_spec
+from lading.errors import NotSupportedError
+from lading.families.huggingface import ConfigReader, describing
+from lading.families.wav2vec2_encoder import (
+    TRAINING_ONLY,
+    Wav2Vec2EncoderConfig,
+    encoder_from_hf,
+    encoder_rules,
+    encoder_spec,
+    encoder_to_hf,
+)
 from lading.family import Family
 from lading.hub import ModelHubAccessor
 from lading.keymap import Rule
@@ -262,6 +270,39 @@ def _from_hf(values: Mapping[str, object]) -> Wav2Vec2Config:
     return keys.checked(config, lambda c: (encoder_spec(c.encoder_config, masked=True), _masking(c)))
 
 
+def _to_hf(config: Wav2Vec2Config) -> Mapping[str, object]:
+    """What a training script holds is not among the values: temperatures, and whether the frontend learns from both."""
+    if not config.final_proj_bias:
+        raise NotSupportedError(
+            "A config.json of the type 'wav2vec2' cannot describe a model for pre-training without `final_proj_bias`."
+        )
+    values = encoder_to_hf(config.encoder_config) | {
+        "architectures": ["Wav2Vec2ForPreTraining"],
+        "proj_codevector_dim": config.final_dim,
+        "apply_spec_augment": True,
+        "mask_time_length": config.temporal_mask_span_len,
+        "mask_time_prob": config.max_temporal_mask_prob,
+        "mask_time_min_masks": config.min_num_temporal_mask_spans,
+        "mask_feature_length": config.spatial_mask_span_len,
+        "mask_feature_prob": config.max_spatial_mask_prob,
+        "mask_feature_min_masks": config.min_num_spatial_mask_spans,
+        "codevector_dim": config.quantized_dim,
+        "num_codevector_groups": config.num_codebooks,
+        "num_codevectors_per_group": config.num_codebook_entries,
+        "num_negatives": config.num_distractors,
+        "contrastive_logits_temperature": config.logit_temp,
+    }
+
+    return describing(
+        values,
+        config,
+        family="wav2vec2",
+        from_hf=_from_hf,
+        spec=lambda c: encoder_spec(c.encoder_config, masked=True),
+        free=TRAINING_ONLY,
+    )
+
+
 FAMILY = Family(
     name="wav2vec2",
     kls=Wav2Vec2,
@@ -273,6 +314,7 @@ FAMILY = Family(
     hf_model_types=frozenset({"wav2vec2"}),
     hf_architectures=frozenset({"Wav2Vec2ForPreTraining"}),
     from_hf=_from_hf,
+    to_hf=_to_hf,
 )
 
 get_wav2vec2_model_hub = ModelHubAccessor("wav2vec2", Wav2Vec2, Wav2Vec2Config)

@@ -12,8 +12,15 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from lading.config import STRICT
-from lading.families.huggingface import ConfigReader
-from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig, encoder_from_hf, encoder_rules, encoder_spec
+from lading.families.huggingface import ConfigReader, describing
+from lading.families.wav2vec2_encoder import (
+    TRAINING_ONLY,
+    Wav2Vec2EncoderConfig,
+    encoder_from_hf,
+    encoder_rules,
+    encoder_spec,
+    encoder_to_hf,
+)
 from lading.family import Family
 from lading.hub import ModelHubAccessor
 from lading.keymap import Rule
@@ -172,6 +179,25 @@ def _from_hf(values: Mapping[str, object]) -> Wav2Vec2AsrConfig:
     return keys.checked(config, _spec)
 
 
+def _to_hf(config: Wav2Vec2AsrConfig) -> Mapping[str, object]:
+    """A model without the embedding that stands for masked frames is one that masks none."""
+    masks = config.use_masking
+    values = encoder_to_hf(config.encoder_config) | {
+        "architectures": ["Wav2Vec2ForCTC"],
+        "vocab_size": config.target_vocab_size,
+        "final_dropout": config.final_dropout_p,
+        "apply_spec_augment": masks,
+        "mask_time_length": config.temporal_mask_span_len,
+        "mask_time_prob": config.max_temporal_mask_prob if masks else 0.0,
+        "mask_time_min_masks": config.min_num_temporal_mask_spans,
+        "mask_feature_length": config.spatial_mask_span_len,
+        "mask_feature_prob": config.max_spatial_mask_prob if masks else 0.0,
+        "mask_feature_min_masks": config.min_num_spatial_mask_spans,
+    }
+
+    return describing(values, config, family="wav2vec2_asr", from_hf=_from_hf, spec=_spec, free=TRAINING_ONLY)
+
+
 FAMILY = Family(
     name="wav2vec2_asr",
     kls=Wav2Vec2Asr,
@@ -183,6 +209,7 @@ FAMILY = Family(
     hf_model_types=frozenset({"wav2vec2"}),
     hf_architectures=frozenset({"Wav2Vec2ForCTC"}),
     from_hf=_from_hf,
+    to_hf=_to_hf,
 )
 
 get_wav2vec2_asr_model_hub = ModelHubAccessor("wav2vec2_asr", Wav2Vec2Asr, Wav2Vec2AsrConfig)

@@ -232,6 +232,40 @@ def encoder_rules(config: Wav2Vec2EncoderConfig, *, masked: bool, fairseq_prefix
     return [Rule(source, None if target in unwanted else f"wav2vec2.{target}") for source, target in rules.items()]
 
 
+def encoder_to_hf(config: Wav2Vec2EncoderConfig) -> dict[str, object]:
+    """The keys of ``config.json`` that describe the encoder."""
+    descs = config.feature_extractor_layer_descs
+
+    return {
+        "model_type": "wav2vec2",
+        "hidden_size": config.model_dim,
+        "feat_proj_dropout": config.first_pass_dropout_p,
+        "conv_dim": [dim for dim, _, _ in descs],
+        "conv_kernel": [kernel for _, kernel, _ in descs],
+        "conv_stride": [stride for _, _, stride in descs],
+        "conv_bias": config.feature_extractor_bias,
+        "feat_extract_norm": "layer" if config.feature_extractor_layer_norm_convs else "group",
+        "feat_extract_activation": "gelu",
+        "num_conv_pos_embeddings": config.pos_conv_kernel_size,
+        "num_conv_pos_embedding_groups": config.num_pos_conv_groups,
+        "num_hidden_layers": config.num_encoder_layers,
+        "num_attention_heads": config.num_encoder_attn_heads,
+        "intermediate_size": config.ffn_inner_dim,
+        "hidden_act": "gelu",
+        "hidden_dropout": config.dropout_p,
+        "attention_dropout": config.attn_dropout_p,
+        "activation_dropout": config.ffn_inner_dropout_p,
+        "layerdrop": config.layer_drop_p,
+        "do_stable_layer_norm": config.norm_order == "PRE",
+        "layer_norm_eps": config.norm_eps,
+        "initializer_range": config.init_std,
+    }
+
+
+TRAINING_ONLY = ("feature_grad_scale", "masked")
+"""Switches of the encoder for which ``config.json`` has no words, and which change nothing but training."""
+
+
 def encoder_from_hf(keys: ConfigReader) -> Wav2Vec2EncoderConfig:
     """The encoder that a ``config.json`` describes.
 

@@ -13,12 +13,10 @@ import errno
 import hashlib
 import os
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from lading.errors import FetchError
@@ -364,12 +362,3 @@ def read_range(connection: Connection, url: httpx.URL, file: RemoteFile, offset:
         raise FetchError(f"{shown(url)!r} ends early: expected {size} bytes at {offset}, found {len(data) - skip}.")
 
     return bytes(data[skip : skip + size])
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """:raises OSError: the disk has not ``needed`` bytes left; better said now than in an hour."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed} bytes are needed, {free} are left", str(folder)
-        )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from uuid import uuid4
 
 from lading.errors import FetchError, PolicyError
+from lading.fetch.disk import advised
 from lading.fetch.hf_cache import (
     CachedFile,
     cached_commit,
@@ -221,15 +222,16 @@ class HubSource:
             return []
 
         repo = self._download_id(commit)
-        fetched = fetch_files(
-            files,
-            self.local(snapshot, files),
-            repo=repo,
-            commit=commit,
-            known=known,
-            offline=self._offline,
-            progress=progress,
-        )
+        with advised("HF_HUB_CACHE"):
+            fetched = fetch_files(
+                files,
+                self.local(snapshot, files),
+                repo=repo,
+                commit=commit,
+                known=known,
+                offline=self._offline,
+                progress=progress,
+            )
         if commit == self._pinned:
             self._remember(repo, commit)
 

@@ -59,10 +59,25 @@ def hub_cache() -> Path:
         return Path(str(constants.HF_HUB_CACHE)).expanduser()
 
     env = os.environ
-    home = env.get("HF_HOME") or f"{env.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
-    found = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    found = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or f"{_home()}/hub"
 
     return Path(os.path.expandvars(found)).expanduser()
+
+
+def _home() -> str:
+    env = os.environ
+
+    return env.get("HF_HOME") or f"{env.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+
+
+def has_token() -> bool:
+    """Whether the user has a token for the hub: in ``HF_TOKEN``, or in the file of huggingface_hub's login."""
+    env = os.environ
+    if (env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN") or "").strip():
+        return True
+    path = Path(os.path.expandvars(env.get("HF_TOKEN_PATH") or f"{_home()}/token")).expanduser()
+
+    return path.is_file()
 
 
 def folder_name(repo: str) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lading.errors import DigestMismatchError, FetchError, ModelCheckpointError
+from lading.fetch.disk import require_space
 from lading.fetch.hf_cache import folder_name, hub_cache
 from lading.fetch.hf_client import download
 from lading.fetch.hf_names import is_commit
@@ -128,6 +129,8 @@ class _Job:
             came += size
             count(size)
 
+        # The client only warns of it, and goes on.
+        require_space(hub_cache(), file.size or 0)
         path = Path(download(self.repo, self.commit, file.name, force=force, advance=advance))
         expected = hub_cache().resolve() / folder_name(self.repo) / "snapshots" / self.commit / file.name
         if path != expected:

@@ -22,7 +22,8 @@ from lading.errors import CheckpointNotFoundError, DigestMismatchError, FetchErr
 from lading.fetch.answers import BadRanges, HeadRefused, describe
 from lading.fetch.cache import Cache
 from lading.fetch.client import Client, Connection, Patience
-from lading.fetch.download import Crew, Download, Effort, read_range, require_space
+from lading.fetch.disk import advised, require_space
+from lading.fetch.download import Crew, Download, Effort, read_range
 from lading.fetch.kept import Kept
 from lading.fetch.partial import Identity, Partial, sweep
 from lading.fetch.redirects import shown
@@ -255,7 +256,8 @@ class HttpSource:
             delay=0.5,
         ) as bar:
             try:
-                return [found or self._bring(file, known, bar) for file, found in zip(files, here, strict=True)]
+                with advised("LADING_CACHE_DIR"):
+                    return [found or self._bring(file, known, bar) for file, found in zip(files, here, strict=True)]
             finally:
                 self.close()
 

@@ -172,15 +172,17 @@ def _disagreements(index: Index, parts: Sequence[Part]) -> list[str]:
 
 
 def _disagreement(label: str, problems: list[str]) -> CorruptModelCheckpointError:
-    lines = problems[:_MAX_LINES]
-    if more := len(problems) - len(lines):
+    first, *others = problems
+    lines = others[: _MAX_LINES - 1]
+    if more := len(others) - len(lines):
         lines.append(f"and {more} more")
 
+    # The first one stands on the first line, which is all that some readers show.
     return corrupt(
         label,
         "",
         expected="an index and files that agree",
-        found=f"{len(problems)} {'place' if len(problems) == 1 else 'places'} where they do not:\n  "
-        + "\n  ".join(lines)
-        + "\n",
+        found=f"{len(problems)} {'place' if len(problems) == 1 else 'places'} where they do not: {first}"
+        + "".join(f"\n  {line}" for line in lines)
+        + ("\n" if lines else ""),
     )

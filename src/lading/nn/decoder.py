@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
+from lading.errors import NotSupportedError
 from lading.nn.attention import AttentionMask, CausalSelfAttention, causal_mask
 from lading.nn.cache import KeyValueCache
 from lading.nn.ffn import GatedFeedForward
 from lading.nn.norm import RMSNorm
 from lading.nn.rope import RotaryEmbedding, Scaling
-from lading.nn.sharding import ParallelPlan, Split
+from lading.nn.sharding import ParallelPlan, Split, Stages
 from lading.nn.uninitialized import Embedding, Linear
 
 
@@ -194,9 +195,10 @@ class Decoder(nn.Module):
         self.embed_scale = spec.embed_scale
         self.wide_rotary = spec.wide_rotary
 
-        self.embed_tokens = Embedding(spec.vocab_size, spec.model_dim, padding_idx=spec.pad_idx)
+        # Of these and the layers, a stage of a pipeline has some; the others are ``None`` there.
+        self.embed_tokens: Embedding | None = Embedding(spec.vocab_size, spec.model_dim, padding_idx=spec.pad_idx)
         self.layers = nn.ModuleList(DecoderLayer(spec, layer) for layer in range(spec.num_layers))
-        self.norm = spec.norm(spec.model_dim)
+        self.norm: RMSNorm | None = spec.norm(spec.model_dim)
         self.rotary_emb = RotaryEmbedding(spec.attn_head_dim, theta=spec.rope_theta, scaling=spec.rope_scaling)
         self.window_rotary_emb: RotaryEmbedding | None = None
         if spec.window_rope_theta is not None:
@@ -216,11 +218,13 @@ class Decoder(nn.Module):
         new = input_ids.size(1)
         past = 0 if cache is None else cache.num_tokens
 
-        x = self.embed_tokens(input_ids)
-        if self.embed_scale != 1.0:
-            # Rounded, as it is in the training of half precision checkpoints.
-            x = x * torch.tensor(self.embed_scale, dtype=x.dtype, device="cpu").item()
-        x = dropout(x, self.dropout_p, self.training)
+        x = input_ids
+        if self.embed_tokens is not None:
+            x = self.embed_tokens(input_ids)
+            if self.embed_scale != 1.0:
+                # Rounded, as it is in the training of half precision checkpoints.
+                x = x * torch.tensor(self.embed_scale, dtype=x.dtype, device="cpu").item()
+            x = dropout(x, self.dropout_p, self.training)
 
         if position_ids is None:
             position_ids = torch.arange(past, past + new, device=x.device)[None]
@@ -231,21 +235,26 @@ class Decoder(nn.Module):
             window_rotary = self.window_rotary_emb(position_ids, turn_dtype)
 
         padding = None if attention_mask is None else attention_mask.to(x.device, torch.bool)
+        layers = [pair for pair in zip(self.layers, self.windows, strict=True) if pair[0] is not None]
         masks = {
             window: causal_mask(new, past=past, window=window, padding=padding, device=x.device)
-            for window in set(self.windows)
+            for window in {window for _, window in layers}
         }
 
-        for layer, window in zip(self.layers, self.windows, strict=True):
+        for layer, window in layers:
             x = layer(x, rotary if window is None else window_rotary, masks[window], cache)
 
-        y: Tensor = self.norm(x)
+        y: Tensor = x if self.norm is None else self.norm(x)
 
         return y
 
 
 class DecoderLM(nn.Module):
-    """A decoder with an output projection; its parameters are uninitialised."""
+    """A decoder with an output projection; its parameters are uninitialised.
+
+    A stage of a pipeline is one that lacks some of its modules: the embedding on all stages but the first, the last
+    normalisation and the output projection on all but the last.
+    """
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -253,18 +262,20 @@ class DecoderLM(nn.Module):
         self.spec = spec
 
         self.model = Decoder(spec)
-        if spec.tied_embeddings:
-            # On the meta device, as the table it would have of its own is not wanted.
-            self.lm_head = Linear(spec.model_dim, spec.vocab_size, bias=False, device="meta")
-            self.lm_head.weight = self.model.embed_tokens.weight
-        else:
-            self.lm_head = Linear(spec.model_dim, spec.vocab_size, bias=False)
+        # On the meta device where it is tied, as the table it would have of its own is not wanted.
+        device = "meta" if spec.tied_embeddings else None
+        self.lm_head: Linear | None = Linear(spec.model_dim, spec.vocab_size, bias=False, device=device)
+        self._tie()
+
+    def _tie(self) -> None:
+        table = self.model.embed_tokens
+        if self.spec.tied_embeddings and table is not None and self.lm_head is not None:
+            self.lm_head.weight = table.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
         # `to_empty` and other moves from the meta device make a new parameter under each name of a tied one.
         super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
-        if self.spec.tied_embeddings and self.lm_head.weight is not self.model.embed_tokens.weight:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self._tie()
 
         return self
 
@@ -279,14 +290,24 @@ class DecoderLM(nn.Module):
     ) -> Tensor:
         """Token ids (N, S), int64 → logits (N, S, V).
 
+        A stage of a pipeline, unless it is the first, takes the hidden states (N, S, model_dim) of the one before it
+        instead of token ids, and gives hidden states of that shape, unless it is the last. All stages take the same
+        mask and positions; each has a cache of its own.
+
         :param attention_mask: (N, S_total), where S_total counts the tokens in ``cache`` too; 1 is a token, 0 padding.
         :param position_ids: (N or 1, S), what the rotary embeddings turn by; by default the tokens count on from those
             in ``cache``. What a token attends to depends on its place in the sequence, not on these.
         :param cache: what earlier calls have seen; this call's tokens are appended to it.
         :param last_only: whether to compute the logits of the last token only: (N, 1, V).
 
-        :raises ValueError: more tokens than ``max_seq_len``, or an attention mask of another shape.
+        :raises ValueError: more tokens than ``max_seq_len``, an attention mask of another shape, or token ids for a
+            stage that takes hidden states, or the reverse.
         """
+        first = self.model.embed_tokens is not None
+        if input_ids.dim() != (2 if first else 3):
+            expected = "token ids (N, S)" if first else f"hidden states (N, S, {self.spec.model_dim})"
+            raise ValueError(f"{expected} are expected, but `input_ids` is of shape {tuple(input_ids.shape)}")
+
         total = input_ids.size(1) + (0 if cache is None else cache.num_tokens)
         if total > self.spec.max_seq_len:
             raise ValueError(
@@ -299,7 +320,9 @@ class DecoderLM(nn.Module):
                 f"but is of shape {tuple(attention_mask.shape)}"
             )
 
-        x = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache)
+        x: Tensor = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache)
+        if self.lm_head is None:
+            return x
         logits: Tensor = self.lm_head(x[:, -1:] if last_only else x)
 
         return logits
@@ -323,7 +346,13 @@ class DecoderLM(nn.Module):
 
         :raises ValueError: an empty prompt, more tokens than ``max_seq_len``, a negative ``max_new_tokens``, or a mask
             of another shape or with padding on the right.
+        :raises NotSupportedError: this is a stage of a pipeline.
         """
+        if self.model.embed_tokens is None or self.lm_head is None:
+            raise NotSupportedError(
+                "A stage of a pipeline cannot generate by itself. Load the model without `pp`, or carry hidden states "
+                "and tokens between the stages."
+            )
         n, prompt_len = input_ids.shape
         if prompt_len == 0:
             raise ValueError("`input_ids` must hold at least one token a sequence, but is empty")
@@ -373,7 +402,8 @@ class DecoderLM(nn.Module):
 
 def decoder_plan(spec: DecoderSpec) -> ParallelPlan:
     """How a :class:`DecoderLM` is split: attention by heads, feed-forward networks by their inner width, embedding and
-    output by symbols (https://arxiv.org/abs/1909.08053), and layer by layer where parameters are sharded.
+    output by symbols (https://arxiv.org/abs/1909.08053), layer by layer where parameters are sharded, and into stages
+    between layers.
     """
     layer = "model.layers.*"
     attention = {
@@ -407,6 +437,12 @@ def decoder_plan(spec: DecoderSpec) -> ParallelPlan:
         divisible=divisible,
         num_key_value_heads=spec.num_key_value_heads,
         units=(layer,),
+        stages=Stages(
+            layers=layer,
+            num_layers=spec.num_layers,
+            first=("model.embed_tokens",),
+            last=("model.norm", "lm_head"),
+        ),
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
+from itertools import accumulate
 
 from lading.errors import NotSupportedError
 
@@ -41,6 +42,49 @@ _DIMS: Mapping[Split, int] = {Split.ROW: 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stages:
+    """How a stack of layers is cut into the stages of a pipeline. A module that is not named is in all of them."""
+
+    layers: str
+    """The names of the layers; ``*`` stands for the index, from 0."""
+    num_layers: int
+    first: Sequence[str] = ()
+    """Names of the modules before the layers, which are in the first stage alone."""
+    last: Sequence[str] = ()
+    """Names of the modules behind the layers, which are in the last stage alone."""
+
+    def cut(self, pp: int) -> tuple[range, ...]:
+        """The layers of each of ``pp`` stages.
+
+        Their numbers differ by one at most. The middle stages have the odd ones, as the first and the last hold
+        embedding and output besides; where there is no middle, an earlier stage has them, as the output is the dearer.
+
+        :raises NotSupportedError: there are fewer layers than stages.
+        """
+        if pp > self.num_layers:
+            raise NotSupportedError(
+                f"A pipeline of {pp} stages needs as many layers, but the model has {self.num_layers}. Use a `pp` of "
+                f"at most {self.num_layers}."
+            )
+
+        size, odd = divmod(self.num_layers, pp)
+        begin = (pp - odd) // 2
+        sizes = [size + (begin <= stage < begin + odd) for stage in range(pp)]
+        ends = list(accumulate(sizes))
+
+        return tuple(range(end - size, end) for size, end in zip(sizes, ends, strict=True))
+
+    def places(self, pp: int) -> dict[str, int]:
+        """The one of ``pp`` stages that each module is in, of those that are in one alone, by name.
+
+        :raises NotSupportedError: there are fewer layers than stages.
+        """
+        places = {self.layers.replace("*", str(i)): stage for stage, own in enumerate(self.cut(pp)) for i in own}
+
+        return places | dict.fromkeys(self.first, 0) | dict.fromkeys(self.last, pp - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelPlan:
     """Which axes of parallelism a family serves, and how."""
 
@@ -53,6 +97,8 @@ class ParallelPlan:
     units: Sequence[str] | None = None
     """For fully sharded data parallelism: names of the modules whose parameters are gathered together, each module
     when it is needed; what they leave over is gathered once. ``None`` where the family does not have it."""
+    stages: Stages | None = None
+    """For pipeline parallelism; ``None`` where the family does not have it."""
 
     def check(self, tp: int) -> None:
         """:raises NotSupportedError: ``tp`` ranks cannot split a module of this configuration evenly."""

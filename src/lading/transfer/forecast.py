@@ -83,30 +83,37 @@ def lay_out(
     placements: Sequence[tuple[Placement, ...]],
     mesh_shape: Sequence[int],
     composed: Mapping[int, Source],
+    *,
+    stages: Sequence[frozenset[int] | None] = (),
+    pp: int = 1,
 ) -> Layout:
-    """What each rank of a mesh owns.
+    """What each rank of a mesh owns; of a pipeline, of the mesh of each stage, one behind the other.
 
     :param tensors: positions in the manifest; what follows are columns of the same length.
     :param shapes: of the global tensors in memory.
     :param dtypes: in memory.
     :param placements: of each, one for every dim of the mesh.
+    :param stages: those that hold each, the others having an empty part; ``None``: all. Default: all hold all.
+    :param pp: how many stages there are.
 
     :raises NotSupportedError: what a rank owns of a tensor is no box.
     """
     numbers: dict[tuple[object, ...], int] = {}
     known: list[Kind] = []
     kinds = np.empty(len(tensors), dtype=np.int64)
-    for i, (tensor, shape, dtype, placed) in enumerate(zip(tensors, shapes, dtypes, placements, strict=True)):
+    held = stages or [None] * len(tensors)
+    columns = zip(tensors, shapes, dtypes, placements, held, strict=True)
+    for i, (tensor, shape, dtype, placed, holders) in enumerate(columns):
         stored = manifest.dtypes[tensor]
-        key = (shape, stored, dtype, placed)
+        key = (shape, stored, dtype, placed, holders)
         number = numbers.get(key)
         if number is None:
             number = numbers[key] = len(known)
-            boxes, owned = _boxes(shape, placed, mesh_shape)
+            boxes, owned = _staged(*_boxes(shape, placed, mesh_shape), holders, pp)
             known.append(Kind(shape=shape, stored=stored, dtype=dtype, boxes=boxes, owned=owned))
         kinds[i] = number
 
-    ranks = int(np.prod(mesh_shape, dtype=np.int64))
+    ranks = pp * int(np.prod(mesh_shape, dtype=np.int64))
 
     return Layout(ranks=ranks, tensors=tensors, kinds=kinds, known=tuple(known), composed=composed)
 
@@ -122,6 +129,18 @@ def _boxes(
     owned = np.broadcast_to(np.arange(count).reshape(differing), tuple(mesh_shape)).ravel()
 
     return boxes, owned
+
+
+def _staged(
+    boxes: tuple[Box, ...], owned: Ints, holders: frozenset[int] | None, pp: int
+) -> tuple[tuple[Box, ...], Ints]:
+    """The parts of all stages, which have the same of what they hold."""
+    if holders is None or len(holders) == pp:
+        return boxes, np.tile(owned, pp)
+
+    nothing = np.full_like(owned, len(boxes))
+
+    return (*boxes, boxes[0].empty()), np.concatenate([owned if s in holders else nothing for s in range(pp)])
 
 
 def forecast(manifest: Manifest, layout: Layout) -> Forecast:

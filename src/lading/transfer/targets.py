@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -30,6 +30,19 @@ class Targets:
     """What memory is to hold, by the manifest's names; ``None`` keeps the checkpoint's own."""
     aliases: Mapping[str, str]
     """Further names of tied tensors → the first."""
+
+    def held_by(self, stage: Targets) -> Targets:
+        """These, as one stage of a pipeline holds them: of a tensor that it lacks it owns an empty part.
+
+        A scalar has no empty part. One that the stage lacks is read with the others, and dropped.
+
+        :param stage: the targets of the stage, which has some of these names.
+        """
+        held = dict(zip(stage.names, stage.boxes, strict=True))
+        by_first = {self.aliases.get(name, name): box for name, box in held.items()}
+        boxes = tuple(by_first.get(name) or box.empty() for name, box in zip(self.names, self.boxes, strict=True))
+
+        return replace(self, boxes=boxes)
 
 
 def targets_of(module: Module, *, dtype: torch.dtype | None) -> Targets:

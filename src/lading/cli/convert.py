@@ -1,0 +1,166 @@
+"""`lading convert` and `lading export`: one way to write a model, and two ways to name it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from lading.cli.command import command
+from lading.cli.complete import complete_model, complete_target
+from lading.cli.describe import dtype_text
+from lading.cli.names import name_or_path
+from lading.cli.output import counted, human_bytes, human_count, write_json, write_pairs
+
+if TYPE_CHECKING:
+    from lading.export import ExportReport
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+_BINARY = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
+
+
+class Size(click.ParamType[int]):
+    """Bytes, as ``5GB`` or ``512MiB``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of bytes."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?|)B?", value, re.IGNORECASE)
+        unit = None if match is None else match[2].capitalize()
+        size = 0 if match is None or unit is None else int(float(match[1]) * (_UNITS | _BINARY)[unit])
+        if size < 1:
+            self.fail(f"expected a size such as 5GB or 512MiB, found {value!r}.", param, ctx)
+
+        return size
+
+
+def _writing(function: F) -> F:
+    """The options that both commands have."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="One JSON object."),
+        click.option("--no-progress", is_flag=True, help="Show no bar."),
+        click.option(
+            "--dtype", type=click.Choice(_DTYPES), default="auto",
+            help="Of floating-point tensors; auto (the default): their own.",
+        ),
+        click.option(
+            "--shard-size", type=Size(), default="5GB", show_default=True, metavar="SIZE",
+            help="Of a file at most, unless a single tensor is larger.",
+        ),
+        click.argument("folder", metavar="DIR", type=click.Path(path_type=Path)),
+    ):  # fmt: skip
+        function = option(function)
+
+    return function
+
+
+@command("convert")
+@click.argument("target", metavar="NAME|PATH", shell_complete=complete_target)
+@_writing
+@click.option("--arch", metavar="FAMILY/ARCH", help="Of a checkpoint at PATH that has no config.json.")
+@click.option("--no-restrict", is_flag=True, help="Pass over what a state dict does not need, instead of refusing it.")
+def convert(
+    target: str,
+    folder: Path,
+    shard_size: int,
+    dtype: str,
+    arch: str | None,
+    no_restrict: bool,
+    no_progress: bool,
+    as_json: bool,
+) -> None:
+    """Write a checkpoint of any format as a Hugging Face repository.
+
+    The checkpoint is that of the card NAME, or the one at PATH: safetensors, what torch.save wrote, Meta's or
+    fairseq2's. DIR must be empty or not there, and appears complete or not at all.
+
+    For example: lading convert ./consolidated.00.pth llama --arch llama/llama3_8b
+    """
+    from lading.catalog.store import get_asset_store
+
+    found = name_or_path(target, get_asset_store())
+    if arch is not None and isinstance(found, str):
+        raise click.UsageError(f"--arch is for a checkpoint at a path, but {found!r} is a card, which names its own.")
+    if arch is not None and "/" not in arch:
+        raise click.BadParameter("expected FAMILY/ARCH, as in llama/llama3_8b.", param_hint="--arch")
+
+    _write(found, folder, shard_size, dtype, no_progress, as_json, arch=arch, restrict=not no_restrict)
+
+
+@command("export")
+@click.argument("name", shell_complete=complete_model)
+@_writing
+def export(name: str, folder: Path, shard_size: int, dtype: str, no_progress: bool, as_json: bool) -> None:
+    """Write a model of the catalog as a Hugging Face repository.
+
+    As `lading convert`, but of a card only: what its checkpoint and its tokenizer are, and where, is the card's word.
+
+    For example: lading export qwen3_0.6b ./qwen --dtype float16
+    """
+    from lading.catalog.store import get_asset_store
+    from lading.cli.names import unknown_model
+
+    store = get_asset_store()
+    if store.maybe_retrieve_card(name) is None:
+        if Path(name).exists():
+            raise click.UsageError(f"{name!r} is a path, and no card has that name: `lading convert` takes paths.")
+        raise unknown_model(name, store)
+
+    _write(name, folder, shard_size, dtype, no_progress, as_json)
+
+
+def _write(
+    target: str | Path, folder: Path, shard_size: int, dtype: str, no_progress: bool, as_json: bool, **more: Any
+) -> None:
+    import torch
+
+    from lading.export import convert_checkpoint
+
+    report = convert_checkpoint(
+        target,
+        folder,
+        dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+        shard_size=shard_size,
+        progress=not no_progress,
+        **more,
+    )
+    _say(report, as_json)
+
+
+def _say(report: ExportReport, as_json: bool) -> None:
+    if as_json:
+        write_json(
+            {
+                "name": report.name,
+                "family": report.family,
+                "folder": report.folder,
+                "files": [{"name": name, "bytes": size} for name, size in report.files.items()],
+                "tensors": report.tensors,
+                "parameters": report.parameters,
+                "dtypes": report.dtypes,
+                "bytes": report.bytes,
+            }
+        )
+        return
+
+    weights = sum(name.endswith(".safetensors") for name in report.files)
+    write_pairs(
+        {
+            "name": report.name,
+            "family": report.family,
+            "parameters": human_count(report.parameters),
+            "dtypes": dtype_text(report.dtypes),
+            "tensors": f"{report.tensors} in {counted(weights, 'shard')}",
+            "written": f"{human_bytes(report.bytes)} in {counted(len(report.files), 'file')}",
+            "folder": report.folder,
+        }
+    )

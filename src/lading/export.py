@@ -1,0 +1,479 @@
+"""Models written as Hugging Face repositories, from a checkpoint of any format or from a model in memory.
+
+The names of parameters are those of Hugging Face checkpoints already, so what is written is what a load would read. A
+repository comes to be all at once, and never is more than one tensor, or a few small ones, in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from tqdm import tqdm
+
+from lading.acquire import acquire
+from lading.card import AssetCard
+from lading.catalog.store import AssetStore, get_asset_store
+from lading.check import report_fit, require_fit
+from lading.checkpoint import Checkpoint, path_checkpoint
+from lading.companions import companions, files_beside
+from lading.completion import completed
+from lading.compose import Source
+from lading.construct import build_on_meta, check_config_type, settle_dtypes
+from lading.errors import (
+    CorruptModelCheckpointError,
+    LadingError,
+    ModelCheckpointMismatchError,
+    NotSupportedError,
+)
+from lading.family import Family, get_family
+from lading.folder import family_of_folder, refuse_quantised_config
+from lading.formats.write_safetensors import Entry, Writer, shard_names, shards_of, write_index
+from lading.gangs import Gang, Gangs, create_fake_gangs
+from lading.keymap import Route, route
+from lading.locate import card_checkpoint
+from lading.new_folder import new_folder, require_empty
+from lading.published import CONFIG_NAME
+from lading.reading import read_tensors
+from lading.resolve import arch_config, family_of_card, model_config
+from lading.transfer.dtypes import DTYPE_NAMES, FLOATS, TORCH_DTYPES
+from lading.transfer.targets import Targets, is_distributed, targets_of
+
+SHARD_SIZE = 5_000_000_000
+"""Bytes that a file has at most by default, as the hub advises."""
+
+BATCH = 64 << 20
+"""Bytes of small tensors that are read together."""
+
+ModelT = TypeVar("ModelT", bound=Module)
+ModelConfigT = TypeVar("ModelConfigT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportReport:
+    """What was written."""
+
+    name: str
+    """Of the card, the path, or the class of the model."""
+    family: str
+    folder: Path
+    files: Mapping[str, int]
+    """By name, in bytes."""
+    tensors: int
+    parameters: int
+    """Elements of all tensors."""
+    dtypes: Mapping[str, int]
+    """Elements by dtype, the most frequent first."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.files.values())
+
+
+def convert_checkpoint(
+    target: AssetCard | str | Path,
+    folder: Path | str,
+    *,
+    arch: str | None = None,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    shard_size: int = SHARD_SIZE,
+    restrict: bool = True,
+    progress: bool = True,
+    store: AssetStore | None = None,
+) -> ExportReport:
+    """Write the checkpoint of a model, of any format that is read here, as a Hugging Face repository.
+
+    Its ``config.json`` is the one beside the checkpoint, if that describes the same model; else it is made of the
+    configuration. The tokenizer's files come along.
+
+    :param target: a card, the name of one, or the path of a checkpoint.
+    :param folder: which is made; nothing, or an empty folder, may be there. It appears complete or not at all.
+    :param arch: of a checkpoint at a path without a ``config.json``: ``"family/architecture"`` of the catalog.
+    :param dtype: of floating-point tensors; ``"auto"`` keeps each as it is.
+    :param shard_size: bytes that a file has at most, unless a single tensor has more.
+    :param restrict: as :func:`lading.formats.index` takes it; for a path.
+    :param progress: show a bar on stderr.
+
+    :raises FileExistsError: something is at ``folder``, and is no empty folder.
+    :raises NotSupportedError: the checkpoint is quantised, of no known family, or no ``config.json`` can describe it.
+    :raises AssetNotFoundError: no card has that name.
+    :raises ModelCheckpointError: the checkpoint is damaged, or does not fit the configuration.
+    :raises CheckpointNotFoundError: nothing is where it should be (also a ``FileNotFoundError``).
+    :raises FetchError: it is elsewhere, and cannot be fetched.
+    :raises OSError: the disk is full, or cannot be written.
+    """
+    folder = Path(folder)
+    require_empty(folder)  # before hours of fetching
+    check_shard_size(shard_size)
+
+    if isinstance(target, Path):
+        name = str(target)
+        family, config = family_of_folder(target) if arch is None else _of_architecture(arch, store)
+        checkpoint = path_checkpoint(target, restrict=restrict)
+        config = completed(config, family, checkpoint)
+    else:
+        if arch is not None:
+            raise ValueError("`arch` is for a checkpoint at a path: a card names its own")
+        store = store or get_asset_store()
+        card = target if isinstance(target, AssetCard) else store.retrieve_card(target)
+        name, family = card.name, family_of_card(card)
+        checkpoint = card_checkpoint(card, store, progress=progress)
+        config = completed(model_config(card, family, store), family, checkpoint)
+
+    manifest = checkpoint.manifest
+    targets = targets_of(build_on_meta(family, config), dtype=None if dtype == "auto" else dtype)
+    routed = route(
+        manifest.names,
+        targets.names,
+        family.rules_for(config, manifest.names),
+        targets.aliases,
+        shapes=manifest.shapes,
+        target_shapes=targets.shapes,
+    )
+    fit = report_fit(manifest, targets, routed, family=family.name)
+    require_fit(fit, path=checkpoint.where, name=checkpoint.name)
+
+    dtypes = settle_dtypes(targets, routed, manifest, sdp=1)
+    entries = [
+        Entry(name=targets.names[i], dtype=d, shape=targets.shapes[i])
+        for i, d in zip(routed.targets, dtypes, strict=True)
+    ]
+    sources = [routed.composed.get(i, tensor) for i, tensor in enumerate(routed.tensors)]
+
+    if isinstance(target, Path):
+        beside: Mapping[str, Path] = files_beside(target)
+    else:
+        assert store is not None
+        checkpoint = acquire(checkpoint, store, progress=progress)
+        beside = companions(checkpoint, card, store.retrieve_card, progress=progress)
+    values = _config_values(family, config, targets, entries, beside)
+    _check_tied(checkpoint, targets, routed)
+
+    with new_folder(folder) as temporary:
+        order = sorted(range(len(entries)), key=routed.tensors.__getitem__)  # as they lie in the files
+        shards = _shards([entries[i] for i in order], shard_size)
+        by_name = {entry.name: source for entry, source in zip(entries, sources, strict=True)}
+        with _bar(entries, progress) as bar:
+            for file, shard in shards.items():
+                with Writer(temporary / file, shard) as writer:
+                    for batch in _batches(shard):
+                        wanted = [by_name[entry.name] for entry in batch]
+                        for tensor in read_tensors(checkpoint, wanted, [entry.dtype for entry in batch]):
+                            writer.write(_bytes(tensor))
+                            bar.update(tensor.nbytes)
+        _finish(temporary, shards, values, beside)
+        return _report(name, family, folder, temporary, entries)
+
+
+def export_model(
+    model: Module,
+    family: Family[Any, Any] | str,
+    config: Any,
+    folder: Path | str,
+    *,
+    gangs: Gangs | None = None,
+    dtype: torch.dtype | None = None,
+    shard_size: int = SHARD_SIZE,
+    beside: Path | str | None = None,
+) -> ExportReport:
+    """Write a model in memory as a Hugging Face repository.
+
+    Over ``gangs``, all ranks call this alike. They write the files in turn, to a folder that all of their hosts see;
+    each tensor is gathered when its file is written, and no rank holds more than one.
+
+    :param family: or the name of one.
+    :param config: that the model was made with.
+    :param folder: which is made; nothing, or an empty folder, may be there. It appears complete or not at all.
+    :param gangs: that hold the model; default: this process holds all of it.
+    :param dtype: of floating-point tensors; default: their own.
+    :param shard_size: bytes that a file has at most, unless a single tensor has more.
+    :param beside: a folder whose tokenizer, and ``config.json`` if it describes the model, come along.
+
+    :raises FileExistsError: something is at ``folder``, and is no empty folder.
+    :raises NotSupportedError: no ``config.json`` can describe the model; or gangs that are only simulated.
+    :raises TypeError: ``config`` or ``model`` is not of the family's class.
+    :raises ValueError: ``config`` describes other parameters than ``model`` has.
+    :raises GangError: another rank failed, asks for something else, or writes to another file system.
+    :raises OSError: the disk is full, or cannot be written.
+    """
+    family = get_family(family) if isinstance(family, str) else family
+    folder = Path(folder)
+    check_config_type(config, family)
+    check_shard_size(shard_size)
+    if not isinstance(model, family.kls):
+        raise TypeError(f"`model` must be a {family.kls.__name__}, but is of type {type(model).__name__}")
+    root = (gangs or create_fake_gangs("cpu")).root
+    if root.size > 1 and root.line is None:
+        raise NotSupportedError("A model of simulated gangs cannot be exported: the other parts of it are nowhere.")
+    root.same((config, dtype, shard_size, str(folder)), "configuration, dtype, size of shards and folder")
+
+    tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    mine = targets_of(model, dtype=dtype)
+    whole = targets_of(build_on_meta(family, config), dtype=dtype)
+    # Of a parameter that is tied over stages, each has a copy; the first name is the one that is written.
+    held = {
+        name: Entry(name=name, dtype=asked or DTYPE_NAMES[tensors[name].dtype], shape=shape)
+        for name, asked, shape in zip(mine.names, mine.dtypes, mine.shapes, strict=True)
+        if name not in whole.aliases
+    }
+    stages: dict[tuple[Entry, ...], list[int]] = {}
+    for rank, entries_of_rank in enumerate(root.gather_objects(tuple(held.values()))):
+        stages.setdefault(entries_of_rank, []).append(rank)
+    entries = [entry for stage in stages for entry in stage]
+    if {entry.name: entry.shape for entry in entries} != dict(zip(whole.names, whole.shapes, strict=True)):
+        raise ValueError("`config` must be the one that `model` was made with, but describes other parameters")
+    shards, writers = _shards_of_stages(stages, shard_size)
+
+    def begin() -> tuple[Path, Mapping[str, Path], Mapping[str, object]]:
+        files = {} if beside is None else files_beside(Path(beside))
+        values = _config_values(family, config, whole, entries, files)
+
+        return stack.enter_context(new_folder(folder)), files, values
+
+    def finish() -> ExportReport:
+        _require_here(temporary, writers, root)
+        _finish(temporary, shards, values, files)
+        report = _report(family.kls.__name__, family, folder, temporary, entries)
+        stack.close()
+
+        return report
+
+    with ExitStack() as stack:  # of rank 0: an exception takes the folder away again
+        temporary, files, values = root.first(begin)
+        for file, shard in shards.items():
+            with root.all_or_none():
+                if shard[0].name in held:
+                    _write_together(temporary / file, shard, tensors, writes=writers[file] == root.rank)
+
+        return root.first(finish)
+
+
+def check_shard_size(size: int) -> None:
+    """:raises ValueError: no file can be that small."""
+    if size < 1:
+        raise ValueError(f"`shard_size` must be positive, but is {size}")
+
+
+def _of_architecture(arch: str, store: AssetStore | None) -> tuple[Family[Any, Any], Any]:
+    family_name, slash, name = arch.partition("/")
+    if not slash:
+        raise ValueError(f"`arch` must be 'family/architecture', but is {arch!r}")
+    family = get_family(family_name)
+
+    return family, arch_config(name, family, store or get_asset_store())
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def _shards(entries: Sequence[Entry], shard_size: int) -> Mapping[str, Sequence[Entry]]:
+    shards = shards_of(entries, shard_size)
+
+    return {file: [entries[i] for i in shard] for file, shard in zip(shard_names(len(shards)), shards, strict=True)}
+
+
+def _shards_of_stages(
+    stages: Mapping[tuple[Entry, ...], Sequence[int]], shard_size: int
+) -> tuple[Mapping[str, Sequence[Entry]], Mapping[str, int]]:
+    """The tensors of each file, and the rank that writes it.
+
+    :param stages: tensors that the same ranks hold, and these ranks.
+    """
+    shards: list[list[Entry]] = []
+    writers: list[int] = []
+    for entries, ranks in stages.items():
+        for number, shard in enumerate(shards_of(entries, shard_size)):
+            if shard:
+                shards.append([entries[i] for i in shard])
+                writers.append(ranks[number % len(ranks)])
+    names = shard_names(len(shards))
+
+    return dict(zip(names, shards, strict=True)), dict(zip(names, writers, strict=True))
+
+
+def _batches(shard: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """Tensors that are read together: as many as fit in :data:`BATCH`, or one."""
+    batch: list[Entry] = []
+    size = 0
+    for entry in shard:
+        if batch and size + entry.nbytes > BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append(entry)
+        size += entry.nbytes
+    if batch:
+        yield batch
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _check_tied(checkpoint: Checkpoint, targets: Targets, routed: Route) -> None:
+    """Of a tied parameter one copy is written, so the others must hold the same."""
+    manifest = checkpoint.manifest
+    written = {target: i for i, target in enumerate(routed.targets)}
+    for target, source in routed.duplicates:
+        i, name = written[target], targets.names[target]
+        own: Source = routed.composed.get(i, routed.tensors[i])
+        ours, other = read_tensors(checkpoint, [own, source], [manifest.dtypes[routed.tensors[i]]] * 2)
+        if not torch.equal(ours, other):
+            raise ModelCheckpointMismatchError(
+                checkpoint.where,
+                f"The configuration ties parameters to {name!r}, but the checkpoint at {checkpoint.where} holds "
+                "different values for them. Use a configuration of `tied_embeddings: false`.",
+                [f"tied, but different: {name}"],
+            )
+
+
+def _write_together(path: Path, shard: Sequence[Entry], tensors: Mapping[str, Tensor], *, writes: bool) -> None:
+    """Gather the tensors of a file, one after another, on all ranks; one of them writes it."""
+    failed: Exception | None = None
+    with ExitStack() as stack:
+        writer: Writer | None = None
+        try:
+            writer = stack.enter_context(Writer(path, shard)) if writes else None
+        except OSError as error:
+            failed = error
+
+        for entry in shard:
+            whole = _whole(tensors[entry.name])
+            if writer is None or failed is not None:
+                continue
+            try:
+                writer.write(_bytes(whole.to(TORCH_DTYPES[entry.dtype])))
+            except OSError as error:
+                failed = error  # the others wait for this rank in the next gathering, so it goes on
+        if failed is not None:
+            raise failed
+
+
+@torch.no_grad()
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if is_distributed(tensor) else tensor
+
+
+# --- the rest of a repository ----------------------------------------------------------------------------------------
+
+
+def _config_values(
+    family: Family[Any, Any],
+    config: Any,
+    targets: Targets,
+    entries: Sequence[Entry],
+    beside: Mapping[str, Path],
+) -> Mapping[str, object]:
+    """What ``config.json`` is to say: what the one beside the checkpoint does, if it is of this model."""
+    own = _read_config(beside[CONFIG_NAME]) if CONFIG_NAME in beside else {}
+    known = bool(own) and _is_of(own, family, targets)
+    if family.to_hf is None and not known:
+        raise NotSupportedError(
+            f"Models of the {family.name} family cannot say what their config.json would be. Put the one of the model "
+            "beside the checkpoint."
+        )
+    made: Mapping[str, object] = {}
+    try:
+        made = {} if family.to_hf is None else family.to_hf(config)
+    except NotSupportedError:
+        if not known:
+            raise
+    values = dict(own if known else made)
+    values.pop("auto_map", None)  # names code that is not here
+    values |= {key: made[key] for key in ("architectures",) if key in made}
+
+    for key in ("dtype", "torch_dtype"):
+        values.pop(key, None)
+    elements: dict[str, int] = {}
+    for entry in entries:
+        if entry.dtype in FLOATS:
+            elements[entry.dtype] = elements.get(entry.dtype, 0) + math.prod(entry.shape)
+    if elements:
+        common = max(elements, key=elements.__getitem__)
+        values["dtype"] = str(TORCH_DTYPES[common]).removeprefix("torch.")
+
+    return values
+
+
+def _read_config(path: Path) -> Mapping[str, object]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CorruptModelCheckpointError(path, f"{path} is expected to be a JSON object, but: {error}.") from None
+    if not isinstance(values, dict):
+        raise CorruptModelCheckpointError(
+            path, f"{path} is expected to be a JSON object, but is of type {type(values).__name__}."
+        )
+    refuse_quantised_config(values, path.parent)
+
+    return values
+
+
+def _is_of(values: Mapping[str, object], family: Family[Any, Any], targets: Targets) -> bool:
+    """Whether a ``config.json`` describes a model of these parameters."""
+    known = values.get("model_type") in family.hf_model_types or family.reads_other_model_types
+    if family.from_hf is None or not known:
+        return False
+    try:
+        found = targets_of(build_on_meta(family, family.from_hf(values)), dtype=None)
+    except (LadingError, ValueError):
+        return False
+
+    return (found.names, found.shapes, found.aliases) == (targets.names, targets.shapes, targets.aliases)
+
+
+def _require_here(folder: Path, writers: Mapping[str, int], root: Gang) -> None:
+    """:raises NotSupportedError: a file that another rank wrote is on another file system."""
+    for file, rank in writers.items():
+        if not (folder / file).exists():
+            raise NotSupportedError(
+                f"{file} was written by rank {rank} on the host {root.hosts[rank]}, but is not in {folder} on that of "
+                "rank 0. Export to a folder on a file system that all hosts share."
+            )
+
+
+def _finish(
+    folder: Path, shards: Mapping[str, Sequence[Entry]], values: Mapping[str, object], beside: Mapping[str, Path]
+) -> None:
+    if len(shards) > 1:
+        write_index(folder, shards)
+    with (folder / CONFIG_NAME).open("w", encoding="utf-8") as file:
+        json.dump(values, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    for name, path in beside.items():
+        if name != CONFIG_NAME:
+            shutil.copyfile(path, folder / name)
+
+
+def _report(name: str, family: Family[Any, Any], folder: Path, written: Path, entries: Sequence[Entry]) -> ExportReport:
+    dtypes: dict[str, int] = {}
+    for entry in entries:
+        dtype = str(TORCH_DTYPES[entry.dtype]).removeprefix("torch.")
+        dtypes[dtype] = dtypes.get(dtype, 0) + math.prod(entry.shape)
+
+    return ExportReport(
+        name=name,
+        family=family.name,
+        folder=folder,
+        files={path.name: path.stat().st_size for path in sorted(written.iterdir())},
+        tensors=len(entries),
+        parameters=sum(dtypes.values()),
+        dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1])),
+    )
+
+
+def _bar(entries: Sequence[Entry], progress: bool) -> tqdm[Any]:
+    total = sum(entry.nbytes for entry in entries)
+
+    return tqdm(total=total, unit="B", unit_scale=True, desc="write", leave=False, delay=0.5, disable=not progress)

@@ -1,0 +1,246 @@
+"""What is exported, loaded by transformers: parameters equal bit for bit, and nothing missing or left over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import Module
+
+from lading import Family, NotSupportedError, convert_checkpoint, export_model, load_model
+from lading.construct import create_model
+from lading.families.bert import BertConfig
+from lading.families.gemma3 import Gemma3Config
+from lading.families.llama import LLaMAConfig, LLaMARoPEScaleConfig
+from lading.families.mistral import MistralConfig
+from lading.families.olmo import OLMOConfig, YaRNScaleConfig
+from lading.families.qwen import QwenConfig
+from lading.families.wav2vec2 import Wav2Vec2Config
+from lading.families.wav2vec2_asr import Wav2Vec2AsrConfig
+from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig
+from lading.family import get_family
+from lading.gangs import create_fake_gangs
+
+SIZES: dict[str, Any] = {
+    "model_dim": 24, "max_seq_len": 64, "vocab_size": 50, "num_layers": 3, "num_attn_heads": 4,
+    "num_key_value_heads": 2, "ffn_inner_dim": 20,
+}  # fmt: skip
+LLAMA = LLaMAConfig(**SIZES, ffn_inner_dim_multiple_of=8)
+QWEN = QwenConfig(**SIZES)
+QWEN3 = replace(QWEN, qkv_proj_bias=False, q_norm=True, k_norm=True)
+GEMMA = Gemma3Config(**SIZES, head_dim=6, sliding_window=5, attn_scale_dim=7)
+OLMO = OLMOConfig(**SIZES | {"num_key_value_heads": 4}, pad_idx=1)
+SPEECH = Wav2Vec2EncoderConfig(
+    model_dim=24, feature_dim=9, feature_extractor_layer_descs=[(7, 10, 5), (9, 3, 2)], pos_conv_kernel_size=4,
+    num_pos_conv_groups=3, num_encoder_layers=2, num_encoder_attn_heads=4, ffn_inner_dim=20,
+)  # fmt: skip
+PRE_NORM = replace(
+    SPEECH, norm_order="PRE", layer_norm_features=False, feature_extractor_layer_norm_convs=True,
+    feature_extractor_bias=True,
+)  # fmt: skip
+
+CASES: dict[str, tuple[str, Any]] = {
+    "llama": ("llama", LLAMA),
+    "llama-3.1": (
+        "llama",
+        replace(
+            LLAMA, tied_embeddings=True, use_scaled_rope=True, rope_theta=5e5, head_dim=10, pad_idx=3,
+            rope_scale=LLaMARoPEScaleConfig(factor=4.0, original_context_length=16), qkv_proj_bias=True,
+            output_proj_bias=True, ffn_bias=True,
+        ),
+    ),
+    "qwen2": ("qwen", QWEN),
+    "qwen2-windows": ("qwen", replace(QWEN, attn_window_len=5, num_full_attn_layers=2, head_dim=8)),
+    "qwen2-no-layer-has-the-window": ("qwen", replace(QWEN, attn_window_len=5, num_full_attn_layers=3)),
+    "qwen3": ("qwen", replace(QWEN3, tied_embeddings=True)),
+    "qwen3-head-dim": ("qwen", replace(QWEN3, head_dim=10)),
+    "mistral": ("mistral", MistralConfig(**SIZES)),
+    "mistral-without-window": ("mistral", MistralConfig(**SIZES, attn_window_len=None, head_dim=8, pad_idx=2)),
+    "olmo2": ("olmo", OLMO),
+    "olmo3": ("olmo", replace(OLMO, sliding_window=5, num_key_value_heads=2, rope_theta=77.0)),
+    "olmo3-yarn": (
+        "olmo",
+        replace(OLMO, sliding_window=5, yarn_scale_config=YaRNScaleConfig(scale_factor=4.0, original_max_seq_len=16)),
+    ),
+    "olmo3-yarn-without-window": (
+        "olmo", replace(OLMO, yarn_scale_config=YaRNScaleConfig(scale_factor=4.0, original_max_seq_len=16)),
+    ),
+    "gemma3": ("gemma3", GEMMA),
+    "gemma3-factor": (
+        "gemma3",
+        replace(
+            GEMMA, rope_factor=4.0, rope_theta=99.0, local_rope_theta=9.0, tied_embeddings=False,
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+        ),
+    ),
+    "bert": (
+        "bert",
+        BertConfig(model_dim=24, max_seq_len=40, vocab_size=50, num_layers=2, num_attn_heads=4, ffn_inner_dim=20),
+    ),
+    "wav2vec2": (
+        "wav2vec2", Wav2Vec2Config(encoder_config=SPEECH, final_dim=20, quantized_dim=6, num_codebook_entries=5),
+    ),
+    "wav2vec2-pre-norm": ("wav2vec2", Wav2Vec2Config(encoder_config=PRE_NORM, quantized_dim=6)),
+    "wav2vec2-asr": ("wav2vec2_asr", Wav2Vec2AsrConfig(encoder_config=SPEECH, target_vocab_size=5)),
+    "wav2vec2-asr-without-masks": (
+        "wav2vec2_asr", Wav2Vec2AsrConfig(encoder_config=PRE_NORM, target_vocab_size=5, use_masking=False),
+    ),
+}  # fmt: skip
+
+
+def create(family: Family[Any, Any], config: Any, dtype: torch.dtype = torch.float32) -> Module:
+    torch.manual_seed(0)
+    model = create_model(family, config, gangs=create_fake_gangs("cpu"), dtype=dtype, meta=False).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model
+
+
+def their_model(folder: Path) -> Module:
+    """By the class that the file itself names; all parameters are there, and no others."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    (name,) = config.architectures
+    model, info = getattr(transformers, name).from_pretrained(
+        folder, dtype="auto", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def same(found: Module, expected: Module) -> None:
+    ours, theirs = (dict(m.named_parameters(remove_duplicate=False)) for m in (found, expected))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype
+        assert torch.equal(ours[name], value), name
+
+
+def outputs(model: Module, family: str) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        if family == "wav2vec2":
+            sound = torch.randn(1, 400, generator=generator)
+            speech = model.wav2vec2
+            value = speech(sound)
+        elif family == "wav2vec2_asr":
+            value = model(torch.randn(1, 400, generator=generator))
+        else:
+            value = model(torch.randint(5, 45, (2, 21), generator=generator))
+    for name in ("logits", "last_hidden_state", "hidden"):
+        value = getattr(value, name, value)
+    assert isinstance(value, Tensor)
+    return value
+
+
+@pytest.mark.parametrize(("name", "config"), CASES.values(), ids=CASES.keys())
+def test_a_configuration_there_and_back(tmp_path: Path, name: str, config: Any) -> None:
+    family = get_family(name)
+    model = create(family, config)
+    report = export_model(model, family, config, tmp_path / "out", shard_size=8000)
+    assert len(report.files) > 3
+
+    theirs = their_model(tmp_path / "out")
+    same(model, theirs)
+    torch.testing.assert_close(outputs(model, name), outputs(theirs, name), rtol=1e-4, atol=1e-4)
+
+    read = family.from_hf(family.to_hf(config))
+    if name == "wav2vec2_asr":  # which reads that nothing is masked, but keeps how much was
+        read = family.from_hf(family.to_hf(read))
+    assert family.from_hf(family.to_hf(read)) == read
+    again = load_model(tmp_path / "out", dtype="auto")
+    if not getattr(config, "use_masking", False):  # what stands for masked frames is never read from such files
+        same(again, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "field"),
+    [
+        ("llama", replace(LLAMA, qkv_proj_bias=True), "output_proj_bias"),
+        ("qwen", replace(QWEN, q_norm=True), "q_norm"),
+        ("qwen", replace(QWEN3, qkv_proj_bias=True), "qkv_proj_bias"),
+        (
+            "olmo",
+            replace(
+                OLMO, sliding_window=5, yarn_scale_config=YaRNScaleConfig(scale_factor=4.0), yarn_in_all_layers=True
+            ),
+            "window_rope_theta",
+        ),
+        ("wav2vec2", Wav2Vec2Config(encoder_config=SPEECH, final_proj_bias=False), "final_proj_bias"),
+        (
+            "wav2vec2_asr",
+            Wav2Vec2AsrConfig(encoder_config=replace(SPEECH, use_fbank=True, num_fbank_channels=9, fbank_stride=1)),
+            "fbank",
+        ),
+    ],
+)
+def test_what_no_file_can_describe(tmp_path: Path, name: str, config: Any, field: str) -> None:
+    family = get_family(name)
+    with pytest.raises(NotSupportedError, match=field):
+        export_model(create(family, config), family, config, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def published(folder: Path, model: nn.Module, **options: Any) -> Mapping[str, Tensor]:
+    model.save_pretrained(folder, **options)  # type: ignore[operator]
+    return dict(model.state_dict())
+
+
+@pytest.mark.parametrize("dtype", ["auto", torch.float16])
+def test_a_published_folder(tmp_path: Path, dtype: Any) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, bos_token_id=7
+    )
+    state = published(tmp_path / "in", transformers.LlamaForCausalLM(config).bfloat16(), max_shard_size="8KB")
+    convert_checkpoint(tmp_path / "in", tmp_path / "out", dtype=dtype, progress=False)
+
+    theirs = their_model(tmp_path / "out")
+    wanted = torch.bfloat16 if dtype == "auto" else dtype
+    assert theirs.dtype == wanted
+    assert theirs.config.bos_token_id == 7
+    assert (tmp_path / "out" / "generation_config.json").exists()
+    assert all(torch.equal(theirs.state_dict()[name], value.to(wanted)) for name, value in state.items())
+
+
+def test_a_head_that_the_family_does_not_have(tmp_path: Path) -> None:
+    """The file then names the class that what was written is of."""
+    config = transformers.BertConfig(
+        hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, vocab_size=50
+    )
+    published(tmp_path / "in", transformers.BertForPreTraining(config))
+    convert_checkpoint(tmp_path / "in", tmp_path / "out", progress=False)
+
+    same(their_model(tmp_path / "out"), load_model(tmp_path / "in"))
+
+
+@pytest.mark.parametrize(
+    ("config", "kls"),
+    [
+        (
+            transformers.GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=50, bos_token_id=1, eos_token_id=2),
+            transformers.GPT2LMHeadModel,
+        ),
+        (
+            transformers.MixtralConfig(
+                hidden_size=24, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                vocab_size=50, num_local_experts=3,
+            ),
+            transformers.MixtralForCausalLM,
+        ),
+    ],
+    ids=["gpt2", "mixtral"],
+)  # fmt: skip
+def test_a_model_of_transformers_itself(tmp_path: Path, config: Any, kls: type[nn.Module]) -> None:
+    state = published(tmp_path / "in", kls(config))
+    convert_checkpoint(tmp_path / "in", tmp_path / "out", shard_size=20_000, progress=False)
+
+    theirs = their_model(tmp_path / "out").state_dict()
+    assert theirs.keys() == state.keys()
+    assert all(torch.equal(theirs[name], value) for name, value in state.items())

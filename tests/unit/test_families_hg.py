@@ -1,0 +1,401 @@
+"""The family of any model of transformers: what it takes from ``config.json``, what it refuses, and its rules."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lading import load_model
+from lading.compose import Joined, Regroup, Reordered, Sliced
+from lading.construct import build_on_meta, create_model
+from lading.errors import AssetCardError, ModelCheckpointMismatchError, NotSupportedError, PolicyError
+from lading.families import hg
+from lading.families.hg import FAMILY, HuggingFaceModelConfig, get_hg_model_hub
+from lading.families.hg_checkpoint import rules_of
+from lading.family import family_of_model_type
+from lading.folder import family_of_folder
+from lading.gangs import create_fake_gangs
+from lading.keymap import Rule, route
+from lading.nn.sharding import Split
+from lading.transfer.targets import targets_of
+
+GPT2: dict[str, Any] = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "vocab_size": 64,
+}
+DECODER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def config(values: dict[str, Any] = GPT2, **fields: Any) -> HuggingFaceModelConfig:
+    return HuggingFaceModelConfig(hf_config=values, **fields)
+
+
+# --- the configuration -----------------------------------------------------------------------------------------------
+
+
+def test_native_families_come_first() -> None:
+    assert family_of_model_type("qwen3").name == "qwen"  # type: ignore[union-attr]
+    assert family_of_model_type("gpt2") is FAMILY
+    assert family_of_model_type("no_such_type") is FAMILY
+
+
+def test_a_folder_says_its_class(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GPT2))
+
+    family, found = family_of_folder(tmp_path)
+
+    assert family is FAMILY
+    assert found == HuggingFaceModelConfig(model_type="custom", custom_model_class="GPT2LMHeadModel", hf_config=GPT2)
+
+
+def test_the_family_can_be_asked_for_where_another_reads_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", **DECODER}))
+
+    assert family_of_folder(tmp_path)[0].name == "qwen"
+    assert family_of_folder(tmp_path, FAMILY)[0] is FAMILY
+
+
+def test_without_architectures_it_is_the_bare_model() -> None:
+    found = FAMILY.from_hf({key: value for key, value in GPT2.items() if key != "architectures"})
+
+    assert found.model_type == "auto"
+    assert type(build_on_meta(FAMILY, found)).__name__ == "GPT2Model"
+
+
+@pytest.mark.parametrize(
+    ("fields", "kls"),
+    [
+        ({}, "GPT2Model"),
+        ({"model_type": "causal_lm"}, "GPT2LMHeadModel"),
+        ({"model_type": "custom"}, "GPT2LMHeadModel"),
+        ({"model_type": "custom", "custom_model_class": "GPT2DoubleHeadsModel"}, "GPT2DoubleHeadsModel"),
+        ({"trust_remote_code": True}, "GPT2Model"),
+    ],
+)
+def test_the_class(fields: dict[str, Any], kls: str) -> None:
+    module = build_on_meta(FAMILY, config(**fields))
+
+    assert type(module).__name__ == kls
+    assert type(module).__module__ == "transformers.models.gpt2.modeling_gpt2"
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+
+
+def test_what_a_card_states_is_laid_over_what_is_beside_the_checkpoint() -> None:
+    stated = HuggingFaceModelConfig(model_type="causal_lm", hf_config={"n_layer": 1})
+
+    assert FAMILY.complete is not None
+    found = FAMILY.complete(stated, GPT2)
+
+    assert found.hf_config == GPT2 | {"n_layer": 1}
+    assert FAMILY.complete(found, GPT2) == found
+    assert len(build_on_meta(FAMILY, found).transformer.h) == 1  # type: ignore[union-attr, arg-type]
+
+
+def test_gradient_checkpointing() -> None:
+    assert build_on_meta(FAMILY, config(enable_gradient_checkpointing=True)).h[0].gradient_checkpointing  # type: ignore[union-attr, index]
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "fields"),
+    [
+        (GPT2 | {"model_type": "their_own", "auto_map": {"AutoModel": "modeling.Theirs"}}, {}),
+        (GPT2 | {"model_type": "their_own"}, {"trust_remote_code": True}),
+        (GPT2 | {"auto_map": {"AutoModel": "m.Theirs"}}, {"model_type": "custom", "custom_model_class": "Theirs"}),
+    ],
+)
+def test_code_of_a_repository_is_refused(values: dict[str, Any], fields: dict[str, Any]) -> None:
+    with pytest.raises(PolicyError, match="never runs"):
+        build_on_meta(FAMILY, config(values, **fields))
+
+
+def test_code_of_a_repository_is_not_looked_at_where_transformers_has_the_model(tmp_path: Path) -> None:
+    """Nor are kernels fetched that a configuration names."""
+    import transformers
+
+    values = GPT2 | {
+        "auto_map": {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"},
+        "_attn_implementation": "somebody/kernels",
+        "attn_implementation": "somebody/kernels",
+        "experts_implementation": "somebody/kernels",
+    }
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "theirs.py").write_text("raise SystemExit('run')")
+
+    model = load_model(tmp_path)
+
+    assert type(model) is transformers.GPT2LMHeadModel
+    assert model.config._attn_implementation == "sdpa"
+    assert not hasattr(model.config, "auto_map")
+
+
+@pytest.mark.parametrize(
+    ("values", "fields", "message"),
+    [
+        ({}, {}, "there is none"),
+        ({"model_type": "no_such"}, {}, "'no_such'"),
+        ({"model_type": 3}, {}, "3"),
+        (GPT2, {"model_type": "seq2seq_lm"}, "AutoModelForSeq2SeqLM"),
+        (GPT2, {"model_type": "custom", "custom_model_class": "NoSuchModel"}, "NoSuchModel"),
+        (GPT2, {"model_type": "custom", "custom_model_class": "pipeline"}, "'pipeline'"),
+        (GPT2, {"model_type": "custom", "custom_model_class": "models.gpt2"}, "'models.gpt2'"),
+        (GPT2, {"model_type": "custom", "custom_model_class": "BertModel"}, "BertConfig"),
+    ],
+)
+def test_what_transformers_does_not_have(values: dict[str, Any], fields: dict[str, Any], message: str) -> None:
+    with pytest.raises((NotSupportedError, ModelCheckpointMismatchError), match=message):
+        build_on_meta(FAMILY, config(values, **fields))
+
+
+@pytest.mark.parametrize("changes", [{"n_embd": "wide"}, {"n_head": 5}, {"n_layer": {}}])
+def test_sizes_that_make_no_model(changes: dict[str, Any]) -> None:
+    with pytest.raises(ModelCheckpointMismatchError, match=r"config\.json"):
+        build_on_meta(FAMILY, config(GPT2 | changes))
+
+
+def test_without_transformers(tmp_path: Path) -> None:
+    """In a process where it cannot be imported, all else works, and the error says what to install."""
+    (tmp_path / "config.json").write_text(json.dumps(GPT2))
+    script = f"""
+import sys
+sys.modules["transformers"] = None
+from pathlib import Path
+from lading.errors import NotSupportedError
+from lading.family import family_of_model_type
+from lading.folder import family_of_folder
+assert family_of_model_type("qwen3").name == "qwen"
+try:
+    family_of_folder(Path({str(tmp_path)!r}))
+except NotSupportedError as error:
+    print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert "`pip install lading[hf]`" in out.stdout
+
+
+def test_transformers_is_imported_only_by_what_needs_it() -> None:
+    script = "import sys, lading.families.hg; print('transformers' in sys.modules)"
+
+    assert (
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "False\n"
+    )
+
+
+# --- rules -----------------------------------------------------------------------------------------------------------
+
+
+def mixtral() -> Any:
+    import transformers
+
+    with torch.device("meta"):
+        return transformers.MixtralForCausalLM(transformers.MixtralConfig(**DECODER, num_local_experts=3))
+
+
+def test_experts_are_stacked_by_few_rules() -> None:
+    part = "block_sparse_moe.experts"
+    names = [f"model.layers.{n}.{part}.{e}.{w}.weight" for n in range(2) for e in range(3) for w in ("w1", "w2", "w3")]
+
+    rules = rules_of(mixtral(), names)
+
+    prefix, target = f"model.layers.{{a}}.{part}.{{b}}", "model.layers.{a}.mlp.experts"
+    assert sorted(rules, key=lambda rule: rule.source) == [
+        Rule(f"{prefix}.w1.weight", f"{target}.gate_up_proj", concat=(0, 0), stack="b"),
+        Rule(f"{prefix}.w2.weight", f"{target}.down_proj", stack="b"),
+        Rule(f"{prefix}.w3.weight", f"{target}.gate_up_proj", concat=(0, 1), stack="b"),
+    ]
+
+
+def test_a_checkpoint_that_is_as_the_model_is_needs_no_rules() -> None:
+    model = mixtral()
+
+    assert rules_of(model, list(model.state_dict())) == []
+
+
+def test_what_old_versions_saved_is_dropped() -> None:
+    model = mixtral()
+
+    assert rules_of(model, ["model.layers.0.self_attn.rotary_emb.inv_freq"]) == [
+        Rule("model.layers.{a}.self_attn.rotary_emb.inv_freq", None)
+    ]
+
+
+def test_a_tensor_is_cut_into_the_parameters_that_it_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the operations that transformers has, in the order in which it does them."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import Chunk, Concatenate, Interleave, PermuteForRope, WeightConverter
+
+    model = mixtral()
+    of_head = [WeightConverter("odd.head", "lm_head.weight", [Interleave(dim=0)])]
+    cases: list[tuple[Any, list[str], Any]] = [
+        (
+            WeightConverter("attn.kv", ["self_attn.k_proj", "self_attn.v_proj"], [Chunk(dim=0)]),
+            ["model.layers.0.attn.kv.weight", "model.layers.1.attn.kv.weight"],
+            {
+                "model.layers.0.self_attn.k_proj.weight": Sliced(0, 0, 16, 0),
+                "model.layers.0.self_attn.v_proj.weight": Sliced(0, 16, 16, 0),
+                "model.layers.1.self_attn.v_proj.weight": Sliced(0, 16, 16, 1),
+            },
+        ),
+        (
+            WeightConverter(["half.a", "half.b"], "lm_head", [Concatenate(dim=1)]),
+            ["half.b.weight", "half.a.weight"],
+            {"lm_head.weight": Joined(1, (1, 0))},
+        ),
+        (of_head[0], ["odd.head"], {"lm_head.weight": Reordered(Regroup(0, 32, 2), 0)}),
+        (
+            WeightConverter("attn.q", "self_attn.q_proj", [PermuteForRope()]),
+            ["model.layers.0.attn.q.weight"],
+            {"model.layers.0.self_attn.q_proj.weight": Reordered(Regroup(0, 4, 2), 0)},
+        ),
+    ]
+    targets = targets_of(model, dtype=None)
+    shapes_of = dict(zip(targets.names, targets.shapes, strict=True))
+
+    for converter, names, expected in cases:
+        monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model, c=converter: [c])
+        shapes = [(32, 32)] * 2 if "kv" in names[0] else [(64, 16)] * 2 if "half" in names[0] else [(64, 32)]
+        if "attn.q" in names[0]:
+            shapes = [(32, 32)]
+        found = route(names, targets.names, rules_of(model, names), shapes=shapes, target_shapes=targets.shapes)
+        made = {targets.names[target]: found.composed[i] for i, target in enumerate(found.targets)}
+        assert expected.items() <= made.items()
+        assert not found.unexpected
+        assert not found.incomplete
+        assert shapes_of.keys() >= made.keys()
+
+
+def test_what_no_rule_can_say_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import Transpose, WeightConverter
+
+    converter = WeightConverter("turned", "lm_head", [Transpose(0, 1)])
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: [converter])
+
+    with pytest.raises(NotSupportedError, match="Transpose"):
+        rules_of(mixtral(), ["turned.weight"])
+
+
+def test_names_of_one_form_that_go_different_ways() -> None:
+    model = mixtral()
+    names = [f"model.layers.{n}.{name}" for n in range(4) for name in ("input_layernorm.weight", "{odd}.weight")]
+
+    found = route(names, list(model.state_dict()), rules_of(model, names))
+
+    # The model has two layers only, and the rules do not hide it.
+    assert set(found.unexpected) == {*names[1:4:2], *names[4:]}
+
+
+# --- splits ----------------------------------------------------------------------------------------------------------
+
+
+def test_experts_stay_whole_where_the_rest_is_split() -> None:
+    plan = FAMILY.parallel_plan(
+        config({"model_type": "mixtral", **DECODER, "num_local_experts": 3}, model_type="causal_lm")
+    )
+
+    assert plan.tensor is not None
+    assert plan.split_of("model.layers.1.self_attn.q_proj") is Split.COLUMN
+    assert plan.split_of("model.layers.1.self_attn.o_proj") is Split.ROW
+    assert plan.split_of("model.embed_tokens") is Split.VOCABULARY
+    assert plan.split_of("lm_head") is Split.LOGITS
+    assert plan.split_of("model.layers.1.mlp.experts") is None
+    assert plan.units == ("model.layers.*",)
+    plan.check(2)
+    with pytest.raises(NotSupportedError, match="`num_key_value_heads` is 2"):
+        plan.check(4)
+
+
+def test_a_model_without_a_plan() -> None:
+    plan = FAMILY.parallel_plan(config())
+
+    assert plan.tensor is None
+    assert plan.units == ("h.*",)
+
+
+# --- new models ------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_model_has_the_numbers_of_its_architecture() -> None:
+    model = create_model(
+        FAMILY, config(model_type="causal_lm"), gangs=create_fake_gangs("cpu"), dtype=torch.float32, meta=False
+    )
+
+    block = model.requires_grad_(False).transformer.h[0]  # type: ignore[union-attr, index]
+    assert torch.equal(block.ln_1.weight, torch.ones(32))
+    assert torch.equal(block.attn.c_attn.bias, torch.zeros(96))
+    assert 0.01 < float(block.attn.c_attn.weight.std()) < 0.03
+    # Projections back into the stream are narrower with depth.
+    assert float(block.attn.c_proj.weight.std()) < 0.75 * float(block.attn.c_attn.weight.std())
+    assert model.lm_head.weight is model.transformer.wte.weight  # type: ignore[union-attr]
+    assert all(parameter.is_meta for parameter in hg._outline(config(model_type="causal_lm")).parameters())
+
+
+# --- cards -----------------------------------------------------------------------------------------------------------
+
+
+def test_architectures_and_cards(home: Path) -> None:
+    hub = get_hg_model_hub()
+
+    assert hub.get_archs() == {"auto", "causal_lm", "seq2seq_lm", "custom"}
+    assert hub.get_arch_config("seq2seq_lm").model_type == "seq2seq_lm"
+    assert {card.name for card in hub.iter_cards()} == {
+        "hg_qwen25_omni_3b",
+        "hg_qwen25_omni_7b",
+        "hg_qwen3_0.6b",
+        "hg_qwen3_1.7b",
+    }
+    omni = hub.get_model_config("hg_qwen25_omni_7b")
+    assert (omni.model_type, omni.custom_model_class) == ("custom", "Qwen2_5OmniForConditionalGeneration")
+
+
+@pytest.mark.parametrize("name", ["hg_qwen25_omni_3b", "hg_qwen3_0.6b"])
+def test_the_classes_of_cards_are_there(home: Path, name: str) -> None:
+    stated = get_hg_model_hub().get_model_config(name)
+    model_type = "qwen2_5_omni" if "omni" in name else "qwen3"
+
+    assert FAMILY.complete is not None
+    assert FAMILY.complete(stated, {"model_type": model_type}).hf_config == {"model_type": model_type}
+
+
+def test_a_card_of_a_folder(home: Path, tmp_path: Path) -> None:
+    import transformers
+
+    from lading import import_cards
+    from lading.doors import check_model
+
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)).save_pretrained(tmp_path / "model")
+    card = {"name": "tiny", "model_family": "hg", "model_arch": "causal_lm", "checkpoint": "./model"}
+    (tmp_path / "cards.yaml").write_text(json.dumps(card))
+    import_cards(tmp_path / "cards.yaml")
+
+    assert check_model("tiny").fits
+    assert type(load_model("tiny")) is transformers.GPT2LMHeadModel
+    (tmp_path / "bad.yaml").write_text(json.dumps(card | {"name": "bad", "model_config": {"model_type": "vision"}}))
+    import_cards(tmp_path / "bad.yaml")
+    with pytest.raises(AssetCardError, match="model_type"):
+        load_model("bad")
