@@ -302,9 +302,8 @@ def main() -> None:
         results |= {part: {"rows": rows} for part, rows in tables.items()}
         results[f"{temperature}-runs"] = found
         print(f"\n{temperature}\n\n" + "\n\n".join(map(markdown, tables.values())), flush=True)
-
-    if options.save:
-        harness.save(options.save, results)
+        if options.save:
+            harness.save(options.save, results)
 
 
 def _installed(library: str) -> bool:

@@ -4,7 +4,8 @@
     python benchmarks/report.py --check    # exit 1 if they are not what docs hold
 
 In a page, ``<!-- results: NAME warm -->`` and ``<!-- end -->`` stand around a table that comes from
-``benchmarks/results/NAME.json``; ``machine`` in place of ``warm`` names the machine.
+``benchmarks/results/NAME.json``; ``machine`` in place of ``warm`` names the machine. Where there is no such file, the
+page says that nothing was measured yet.
 """
 
 from __future__ import annotations
@@ -58,7 +59,11 @@ def fill(text: str) -> str:
     """A page with its tables as the results have them."""
 
     def replace(match: re.Match[str]) -> str:
-        results = json.loads((harness.HERE / "results" / f"{match[2]}.json").read_text())
+        file = harness.HERE / "results" / f"{match[2]}.json"
+        if not file.exists():
+            missing = "Not measured yet.\n" if match[3] == "machine" else ""
+            return f"{match[1]}\n{missing}\n{match[4]}" if missing else f"{match[1]}{match[4]}"
+        results = json.loads(file.read_text())
         return f"{match[1]}\n{render(results, match[3])}\n{match[4]}"
 
     return _BLOCK.sub(replace, text)

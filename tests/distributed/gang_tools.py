@@ -20,11 +20,17 @@ TIMEOUT = 4.0
 _MADE: dict[Any, Gangs] = {}
 
 
+_KEPT = 4
+"""Gangs that stay: each of them has its ranks tell one another that they live, which takes the time of all others."""
+
+
 def gangs_of(timeout: float = 300, **sizes: int) -> Gangs:
     key = (timeout, *sorted(sizes.items()))
-    if key not in _MADE:
-        _MADE[key] = create_gangs(timeout=timedelta(seconds=timeout), **sizes)
-    return _MADE[key]
+    gangs = _MADE.pop(key, None) or create_gangs(timeout=timedelta(seconds=timeout), **sizes)
+    _MADE[key] = gangs  # the one used last stands last
+    if len(_MADE) > _KEPT:
+        _MADE.pop(next(iter(_MADE))).close()  # all ranks ask for the same ones in the same order
+    return gangs
 
 
 def raised_by(call: Callable[[], Any]) -> BaseException:
