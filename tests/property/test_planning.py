@@ -86,8 +86,8 @@ def by_itself(
     with simulate_gangs(rank, **sizes) as gangs:
         targets = split(module, family, config, gangs, dtype=dtype)
         routed = route(
-            manifest.names, targets.names, family.rules_for(config, manifest.names), targets.aliases, shapes=manifest.shapes,
-            target_shapes=targets.shapes,
+            manifest.names, targets.names, family.rules_for(config, manifest.names), targets.aliases,
+            shapes=manifest.shapes, target_shapes=targets.shapes,
         )  # fmt: skip
         boxes = [targets.boxes[i] for i in routed.targets]
         dtypes = settle_dtypes(targets, routed, manifest, sdp=gangs.sdp.size)
