@@ -24,6 +24,7 @@ CARDS = """\
 name: base
 model_family: qwen
 model_config: {max_seq_len: 10}
+tokenizer: hg://a/words
 ---
 name: m
 base: base
