@@ -35,7 +35,12 @@ def test_pulled_once_and_loaded_offline(process: Run, tmp_path: Path) -> None:
 
     with FakeHub() as hub:
         hub.add("Some/Tiny", tmp_path / "repository")
-        env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        env = {
+            "LADING_OFFLINE": "",
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
 
         def run(*words: str | Path, **more: str) -> str:
             done = process(*words, env=env | more)

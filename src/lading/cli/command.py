@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
@@ -116,6 +117,8 @@ class Program(Group):
         log.addHandler(handler)
         log.setLevel(logging.WARNING)
         _never_fail_to_encode()
+        # What that client warns of, such as little space, lading checks itself and says in one line.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"huggingface_hub\.")
 
         try:
             code = super().main(args, prog_name or "lading", standalone_mode=False, **extra)

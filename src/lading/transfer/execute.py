@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -178,12 +179,14 @@ def _drive(
             stop.set()
 
     torch_threads = torch.get_num_threads()
+    started: list[threading.Thread] = []
     workers = [
         threading.Thread(target=work, args=(i,), name=f"lading-reader-{i}", daemon=True)
         for i in range(min(threads, max(1, total // STEP)))
     ]
     try:
         for thread in workers:
+            started.append(thread)
             thread.start()
         with ExitStack() as stack:
             # Even one that shows nothing would start a thread that outlives it.
@@ -196,9 +199,8 @@ def _drive(
     finally:
         # Also when the wait was interrupted: nobody may write to the arena when this function has returned.
         stop.set()
-        for thread in workers:
-            if thread.ident is not None:
-                thread.join()
+        for thread in started:
+            _join(thread)
         torch.set_num_threads(torch_threads)
 
     if errors:
@@ -207,6 +209,15 @@ def _drive(
 
 def _bar(total: int, label: str) -> tqdm[NoReturn]:
     return tqdm(total=total, unit="B", unit_scale=True, desc=label, leave=False, delay=0.5)
+
+
+def _join(thread: threading.Thread) -> None:
+    # An interrupt may come while `start` waits for the thread, which then runs although nobody knows it by a number yet.
+    end = time.monotonic() + 1
+    while thread.ident is None and time.monotonic() < end:
+        time.sleep(0.001)
+    if thread.ident is not None:
+        thread.join()
 
 
 def _read(
