@@ -225,7 +225,7 @@ def _family_dims(manifest: Manifest, card: AssetCard, store: AssetStore) -> arra
     routed = route(
         manifest.names,
         targets.names,
-        family.rules(config),
+        family.rules_for(config, manifest.names),
         targets.aliases,
         shapes=manifest.shapes,
         target_shapes=targets.shapes,

@@ -212,7 +212,7 @@ def _bar(total: int, label: str) -> tqdm[NoReturn]:
 
 
 def _join(thread: threading.Thread) -> None:
-    # An interrupt may come while `start` waits for the thread, which then runs although nobody knows it by a number yet.
+    # An interrupt may come while `start` waits for the thread, which then runs although it has no number yet.
     end = time.monotonic() + 1
     while thread.ident is None and time.monotonic() < end:
         time.sleep(0.001)
