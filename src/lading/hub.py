@@ -17,7 +17,7 @@ from torch.nn import Module
 from lading.card import AssetCard
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoint import path_checkpoint
-from lading.construct import check_config_type, create_model
+from lading.construct import check_config_type, create_model, no_collection
 from lading.errors import (
     AssetCardError,
     AssetNotFoundError,
@@ -341,7 +341,8 @@ def _load(
     options: LoadOptions,
     config: Any,
 ) -> tuple[Module, LoadReport]:
-    return agreed(options.gangs, lambda: _load_any(card, family, store, options, config))
+    with no_collection():  # it would go through all that torch has imported, which takes as long as to read a gigabyte
+        return agreed(options.gangs, lambda: _load_any(card, family, store, options, config))
 
 
 def _load_any(
