@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, device
@@ -20,6 +20,7 @@ from torch.nn import Module
 from lading.errors import InternalError, ModelFamilyNotKnownError, did_you_mean
 from lading.keymap import Rule
 from lading.nn.sharding import ParallelPlan
+from lading.registered import registered
 
 ENTRY_POINT_GROUP = "lading.families"
 
@@ -137,7 +138,7 @@ def family_of_model_type(model_type: str, architectures: Iterable[str] = ()) -> 
 
 @lru_cache(maxsize=1)
 def _entry_points() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    return {entry.name: entry for entry in registered(ENTRY_POINT_GROUP)}
 
 
 @lru_cache(maxsize=256)

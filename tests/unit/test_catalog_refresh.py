@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from collections.abc import Callable
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import pytest
@@ -265,11 +265,11 @@ def test_a_file_that_was_imported_by_name_becomes_the_users(mine: Write, setting
 def test_families(seed: Write, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     registered = [("one", "pkg.one:FAMILY"), ("two", "pkg.two:FAMILY")]
 
-    def entry_points(*, group: str) -> list[importlib.metadata.EntryPoint]:
+    def entry_points(group: str) -> EntryPoints:
         named = registered if group == "lading.families" else []
-        return [importlib.metadata.EntryPoint(name, value, group) for name, value in named]
+        return EntryPoints(EntryPoint(name, value, group) for name, value in named)
 
-    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    monkeypatch.setattr(refresh, "registered", entry_points)
     seed("a.yaml", "name: a\nmodel_family: one\ncheckpoint: hg://x\n---\nname: b\nmodel_family: nobody\n")
 
     def families() -> dict[str, bool]:

@@ -7,7 +7,6 @@ user's, and writes nothing.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -25,6 +24,7 @@ from lading.catalog.provenance import newer
 from lading.catalog.rows import forget
 from lading.catalog.schema import FAMILIES, SOURCES, FamilyRow, SourceRow
 from lading.filesystem import FileStat
+from lading.registered import registered
 from lading.settings import Settings
 from lading.version import __version__
 
@@ -106,11 +106,11 @@ def take(connection: Connection, news: News) -> None:
 
 
 def _family_news(connection: Connection) -> dict[str, str | None]:
-    registered = {entry.name: entry.value for entry in importlib.metadata.entry_points(group=_GROUP)}
+    present = {entry.name: entry.value for entry in registered(_GROUP)}
     known = {row[0]: row[1] for row in connection.execute(select(FAMILIES.c.name, FAMILIES.c.entry_point))}
-    lost = [name for name, entry_point in known.items() if entry_point is not None and name not in registered]
+    lost = [name for name, entry_point in known.items() if entry_point is not None and name not in present]
 
-    return {name: value for name, value in registered.items() if known.get(name) != value} | dict.fromkeys(lost)
+    return {name: value for name, value in present.items() if known.get(name) != value} | dict.fromkeys(lost)
 
 
 def _take_families(connection: Connection, families: Mapping[str, str | None]) -> None:
@@ -131,7 +131,7 @@ def _seed_news(sources: Mapping[str, Row[*tuple[Any, ...]]]) -> dict[str, bytes]
         for file in files(_SEEDS).iterdir()
         if file.name.endswith(SUFFIXES)
     }
-    for entry in importlib.metadata.entry_points(group=_SEEDS):
+    for entry in registered(_SEEDS):
         try:
             folder = _package_folder(entry.module)
             seeds |= {
