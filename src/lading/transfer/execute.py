@@ -64,7 +64,8 @@ def execute(
         }
 
         if plan.sizes or plan.rows.counts:
-            _read(plan, shards, arena, threads or _threads(plan, shards, arena), hasher, "load" if progress else None)
+            count = threads or _threads(plan, shards, arena, hasher)
+            _read(plan, shards, arena, count, hasher, "load" if progress else None)
         mappings = {i: map_file(shards[i].fd, files[i].stat.size) for i in mapped}
         _populate(mappings.values())
         if hasher is not None and hasher.mapped_bytes:
@@ -102,7 +103,8 @@ def hash_checkpoint(
     with ExitStack() as stack:
         shards = {i: stack.enter_context(open_shard(file)) for i, file in enumerate(files)}
         if plan.sizes:
-            _read(plan, shards, arena, threads or _threads(plan, shards, arena), hasher, "verify" if progress else None)
+            count = threads or _threads(plan, shards, arena, hasher)
+            _read(plan, shards, arena, count, hasher, "verify" if progress else None)
 
     return hasher.digests()
 
@@ -128,12 +130,16 @@ def _cores() -> int:
     return max(1, len(os.sched_getaffinity(0)))
 
 
-def _threads(plan: Plan, shards: Mapping[int, OpenShard], arena: Arena) -> int:
+def _threads(plan: Plan, shards: Mapping[int, OpenShard], arena: Arena, hasher: Hasher | None) -> int:
     most = PINNED_BYTES // (RING_DEPTH * STEP) if not arena.on_host else _cores() + COLD_THREADS
     reads = zip((*plan.shards, *plan.rows.shards), (*plan.offsets, *plan.rows.offsets), strict=True)
     cold = any(shards[i].is_cold(offset) for i, offset in reads)
 
-    return min(most, max(_cores(), COLD_THREADS) if cold else _cores())
+    if not cold:
+        return min(most, _cores())
+
+    # While some hash, which keeps a core busy each, the disk has to be asked by as many others.
+    return min(most, max(_cores(), COLD_THREADS + (0 if hasher is None else _cores())))
 
 
 _StepT = TypeVar("_StepT", contravariant=True)
