@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from lading import formats
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, NotSupportedError, PolicyError
 from lading.formats import pickle_reader
+from lading.formats.pickle_values import Inert
 from torch_files import (
     GOOD,
     Member,
@@ -239,7 +240,7 @@ def test_a_pickle_of_more_than_the_limit(tmp_path: Path, monkeypatch: pytest.Mon
 def test_large_numbers_are_never_shown() -> None:
     data = pickled(b"\x8b" + struct.pack("<I", 1 << 20) + b"\x7f" * (1 << 20))
     value = pickle_reader.read_pickle(io.BytesIO(data), label="x", where="y", restrict=True).value
-    assert isinstance(value, pickle_reader.Inert)
+    assert isinstance(value, Inert)
 
 
 # --- archives ---

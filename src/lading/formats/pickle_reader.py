@@ -2,9 +2,9 @@
 
 A pickle is a program for a small machine, and one of its instructions calls any function of any module. The usual way
 to read one safely is to run that machine and to refuse some names. Here there is no machine that could call anything:
-this reader knows the few functions that state dicts are made with by their *names*, and has values of its own for what
-they would return. A tensor becomes a :class:`StoredTensor`, which says where its bytes are; all other names are
-refused, or become a value that does nothing (:class:`Inert`), which is all that ``restrict=False`` changes.
+this reader knows the few functions that state dicts are made with by their *names* (:mod:`.pickle_calls`), and has
+values of its own for what they would return (:mod:`.pickle_values`). A tensor becomes one that says where its bytes
+are; all other names are refused, or become a value that does nothing, which is all that ``restrict=False`` changes.
 
 Source: the opcodes as described in CPython's ``pickletools``, and what ``torch.save`` writes, of torch 1.0 to 2.13.
 What no version of these writes (the text opcodes of protocol 0, the extension registry, ``DUP``) is refused as damage.
@@ -22,94 +22,14 @@ from typing import BinaryIO
 
 from lading.errors import CorruptModelCheckpointError, PolicyError
 from lading.formats.files import corrupt
+from lading.formats.pickle_calls import ArgumentError, call, is_known, is_size, num_copied, storage_dtype
+from lading.formats.pickle_values import ITEM_SIZES, Global, Inert, Storage, describe
 
 MAX_PICKLE_SIZE = 100_000_000
 """Bytes; the limit that the header of a safetensors file has, too."""
 
-MAX_RANK = 64
-"""Dims of a tensor; torch has no limit of its own."""
-
 _MAX_INT_SIZE = 16
 """Bytes of an integer that is kept; nothing in a tensor needs more than 8."""
-
-
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """A run of bytes that tensors lie in, by what a persistent id says of it."""
-
-    key: str
-    dtype: str | None
-    """A key of :data:`ITEM_SIZES`; ``None`` where it is in bytes."""
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A tensor, by where its elements lie."""
-
-    storage: Storage
-    dtype: str
-    """A key of :data:`ITEM_SIZES`."""
-    offset: int
-    """Of its first element in the storage, in elements."""
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    """In elements."""
-
-
-@dataclass(frozen=True, slots=True)
-class Inert:
-    """Anything else. It does nothing, and all that is known of it is what it would be."""
-
-    what: str
-    is_tensor: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Global:
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-ITEM_SIZES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8,
-    "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "C32": 4, "C64": 8, "C128": 16,
-    "F8_E5M2": 1, "F8_E4M3": 1, "F8_E5M2FNUZ": 1, "F8_E4M3FNUZ": 1, "F8_E8M0": 1,
-    "quint8": 1, "qint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1,
-}  # fmt: skip
-"""Bytes per element, by the manifest's names; torch's own where the manifest has none."""
-
-_STORAGES = {
-    "BoolStorage": "BOOL", "ByteStorage": "U8", "CharStorage": "I8", "ShortStorage": "I16", "IntStorage": "I32",
-    "LongStorage": "I64", "HalfStorage": "F16", "BFloat16Storage": "BF16", "FloatStorage": "F32",
-    "DoubleStorage": "F64", "ComplexFloatStorage": "C64", "ComplexDoubleStorage": "C128",
-    "QUInt8Storage": "quint8", "QInt8Storage": "qint8", "QInt32Storage": "qint32", "QUInt4x2Storage": "quint4x2",
-    "QUInt2x4Storage": "quint2x4",
-}  # fmt: skip
-
-_DTYPES = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
-    "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
-    "complex32": "C32", "complex64": "C64", "complex128": "C128", "float8_e5m2": "F8_E5M2",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e8m0fnu": "F8_E8M0", "quint8": "quint8", "qint8": "qint8", "qint32": "qint32", "quint4x2": "quint4x2",
-    "quint2x4": "quint2x4",
-}  # fmt: skip
-
-_HARMLESS = {
-    ("torch", "Tensor"), ("torch.nn.parameter", "Parameter"), ("torch.nn.parameter", "Buffer"), ("torch", "device"),
-    ("torch.serialization", "_get_layout"), ("_codecs", "encode"), ("collections", "Counter"),
-    ("torch._utils", "_rebuild_qtensor"), ("torch._utils", "_rebuild_sparse_tensor"),
-    ("torch._utils", "_rebuild_meta_tensor_no_storage"), ("torch._utils", "_rebuild_nested_tensor"),
-    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"),
-    *((module, name) for module in ("builtins", "__builtin__") for name in ("set", "bytearray", "complex")),
-    *(("torch", name) for name in ("per_tensor_affine", "per_tensor_symmetric", "per_channel_affine",
-                                   "per_channel_symmetric", "per_channel_affine_float_qparams")),
-}  # fmt: skip
-"""What a state dict may name although nothing of it is needed here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +47,7 @@ def read_pickle(stream: BinaryIO, *, label: str, where: str, restrict: bool, lim
     """The pickle that begins where ``stream`` stands, which then stands behind it.
 
     Its value is made of ``dict``, ``list``, ``tuple``, ``str``, ``bytes``, ``int``, ``float``, ``bool`` and ``None``,
-    and of the values of this module. It may be nested as deeply as the pickle is long, and may contain itself.
+    and of those of :mod:`.pickle_values`. It may be nested as deeply as the pickle is long, and may contain itself.
 
     :param label: the path or the address of the file, for the error.
     :param where: the part of the file, for the error.
@@ -269,7 +189,7 @@ class _Machine:
         if type(target) is list:
             target += values
         elif not isinstance(target, Inert):
-            raise self._fail("a list to append to", _kind(target))
+            raise self._fail("a list to append to", describe(target))
 
     def _set(self, values: list[object]) -> None:
         if len(values) % 2:
@@ -279,7 +199,7 @@ class _Machine:
             # Other keys cannot name a tensor, and the hash of a nested one could be made to take any time.
             target.update((k, v) for k, v in zip(values[::2], values[1::2], strict=True) if type(k) is str)
         elif not isinstance(target, Inert):
-            raise self._fail("a dict to set items of", _kind(target))
+            raise self._fail("a dict to set items of", describe(target))
 
     def _pop_pair(self) -> list[object]:
         value, key = self._pop(), self._pop()
@@ -306,18 +226,9 @@ class _Machine:
 
     def _global(self, module: object, name: object) -> None:
         if type(module) is not str or type(name) is not str:
-            raise self._fail("the names of a module and of something in it", f"{_kind(module)} and {_kind(name)}")
-        self._push(self._known(_Global(module, name)))
-
-    def _known(self, named: _Global) -> _Global:
-        key = (named.module, named.name)
-        known = (
-            key in _CALLS
-            or key in _HARMLESS
-            or _storage_dtype(named) != ""
-            or (named.module == "torch" and named.name in _DTYPES)
-        )
-        if not known and self._restrict:
+            raise self._fail("the names of a module and of something in it", f"{describe(module)} and {describe(name)}")
+        named = Global(module, name)
+        if self._restrict and not is_known(named):
             shown = repr(str(named)[:200])
             raise PolicyError(
                 f"{self._label}: {self._where}: expected a state dict, which holds tensors and plain values only, "
@@ -325,206 +236,63 @@ class _Machine:
                 "or read the tensors alone with `restrict=False`: lading then passes over such objects, and imports "
                 "nothing that they name."
             )
-
-        return named
+        self._push(named)
 
     def _reduce(self) -> None:
         args, function = self._pop(), self._pop()
         if type(args) is not tuple:
-            raise self._fail("the arguments of a call", _kind(args))
-        if type(function) is not _Global:
+            raise self._fail("the arguments of a call", describe(args))
+        if type(function) is not Global:
             # An inert value came from a name that was let pass, and what it would return is no better.
             if not isinstance(function, Inert):
-                raise self._fail("the name of a function to call", _kind(function))
+                raise self._fail("the name of a function to call", describe(function))
             self._push(function)
             return
 
         self._push(self._call(function, args))
 
-    def _call(self, function: _Global, args: tuple[object, ...]) -> object:
-        call = _CALLS.get((function.module, function.name))
-        if call is None:
-            is_tensor = function.module == "torch._utils"
-            kind = "a tensor" if is_tensor else "an object"
-            return Inert(f"{kind} that {str(function)[:200]!r} makes", is_tensor)
-        if call in (_ordered_dict, _size) and args and isinstance(args[0], (list, tuple)):
-            # What is kept takes two bytes to ask for again, whatever its length: no copy of a copy of a copy.
-            self._copied += len(args[0])
-            if self._copied > self.taken:
-                raise self._fail("no more items than the pickle has bytes", f"{self._copied}, by copies of copies")
+    def _call(self, function: Global, args: tuple[object, ...]) -> object:
+        # What is kept takes two bytes to ask for again, whatever its length: no copy of a copy of a copy.
+        self._copied += num_copied(function, args)
+        if self._copied > self.taken:
+            raise self._fail("no more items than the pickle has bytes", f"{self._copied}, by copies of copies")
         try:
-            return call(args)
-        except _ArgumentError as error:
+            return call(function, args)
+        except ArgumentError as error:
             raise self._fail(f"arguments of {function} that {error.expected}", error.found) from None
 
     def _new(self, keywords: bool) -> None:
         if keywords:
             self._pop()
         args, kls = self._pop(), self._pop()
-        if type(args) is not tuple or not isinstance(kls, (_Global, Inert)):
-            raise self._fail("a class and its arguments", f"{_kind(kls)} and {_kind(args)}")
+        if type(args) is not tuple or not isinstance(kls, (Global, Inert)):
+            raise self._fail("a class and its arguments", f"{describe(kls)} and {describe(args)}")
         # `OrderedDict` comes this way when a subclass of it would.
-        self._push(self._call(kls, args) if type(kls) is _Global else kls)
+        self._push(self._call(kls, args) if type(kls) is Global else kls)
 
     def _build(self) -> None:
         # The attributes of an object: hooks, versions of modules. None of them is a tensor of the state dict.
         self._pop()
-        if isinstance(target := self._top(), (_Global, str, int, float, type(None))):
-            raise self._fail("an object to set attributes of", _kind(target))
+        if isinstance(target := self._top(), (Global, str, int, float, type(None))):
+            raise self._fail("an object to set attributes of", describe(target))
 
     def _persistent(self) -> None:
         self._push(self._storage(self._pop()))
 
     def _storage(self, pid: object) -> object:
         if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != "storage":
-            raise self._fail("('storage', type, key, location, size)", _kind(pid))
+            raise self._fail("('storage', type, key, location, size)", describe(pid))
         _, kind, key, location, size, *view = pid
-        dtype = _storage_dtype(kind) if type(kind) is _Global else ""
-        known = dtype != "" and type(key) is str and type(location) is str and _is_size(size)
+        dtype = storage_dtype(kind) if type(kind) is Global else ""
+        known = dtype != "" and type(key) is str and type(location) is str and is_size(size)
         # Before torch 0.4, a storage could be a part of another one.
         if not known or any(part is not None for part in view):
-            raise self._fail("a storage with its key, location and size", ", ".join(map(_kind, pid[1:])))
+            raise self._fail("a storage with its key, location and size", ", ".join(map(describe, pid[1:])))
 
         storage = Storage(key, dtype, size * (ITEM_SIZES[dtype] if dtype else 1))
         self.storages[key] = storage
 
         return storage
-
-
-def _kind(value: object) -> str:
-    """What a value is, in an error; never its ``repr``, which may be endless."""
-    if type(value) in (str, bytes):
-        return repr(value[:80])  # type: ignore[index]
-    if value is None or type(value) in (int, float, bool):
-        return repr(value)
-    if isinstance(value, Inert):
-        return value.what
-    if isinstance(value, _Global):
-        return str(value)[:200]
-
-    return f"a {type(value).__name__}"
-
-
-def describe(value: object) -> str:
-    """What a value is, in an error."""
-    return _kind(value)
-
-
-# --- what the functions that state dicts are made with would return ---------------------------------------------------
-
-
-class _ArgumentError(Exception):
-    def __init__(self, expected: str, found: str) -> None:
-        super().__init__(expected, found)
-        self.expected = expected
-        self.found = found
-
-
-def _storage_dtype(kind: _Global) -> str | None:
-    """The dtype of a class of storages; ``None`` where it counts bytes, an empty string where it is none."""
-    if kind == _Global("torch.storage", "UntypedStorage"):
-        return None
-
-    return _STORAGES.get(kind.name, "") if kind.module in ("torch", "torch.cuda") else ""
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _sizes(value: object) -> tuple[int, ...] | None:
-    return value if type(value) is tuple and len(value) <= MAX_RANK and all(map(_is_size, value)) else None
-
-
-def _tensor(storage: object, dtype: str | None, offset: object, shape: object, strides: object) -> StoredTensor:
-    sizes, steps = _sizes(shape), _sizes(strides)
-    if (
-        type(storage) is not Storage
-        or dtype is None
-        or type(offset) is not int
-        or not _is_size(offset)
-        or sizes is None
-        or steps is None
-        or len(sizes) != len(steps)
-    ):
-        given = ", ".join(map(_kind, (storage, offset, shape, strides)))
-        raise _ArgumentError("are a storage, an offset, sizes and strides", given)
-
-    return StoredTensor(storage, dtype, offset, sizes, steps)
-
-
-def _rebuild_tensor(args: tuple[object, ...]) -> object:
-    _require(4 <= len(args) <= 7, args)
-    storage, offset, shape, strides, *rest = args
-    if len(rest) == 3 and rest[2]:
-        # Complex conjugation, or negation, that was put off: the bytes are not what the tensor holds.
-        return Inert("a tensor whose conjugation or negation is pending", True)
-
-    return _tensor(storage, storage.dtype if type(storage) is Storage else None, offset, shape, strides)
-
-
-def _rebuild_tensor_v3(args: tuple[object, ...]) -> object:
-    _require(7 <= len(args) <= 8, args)
-    storage, offset, shape, strides, _, _, dtype, *metadata = args
-    if metadata and metadata[0]:
-        return Inert("a tensor whose conjugation or negation is pending", True)
-    known = _DTYPES.get(dtype.name) if type(dtype) is _Global and dtype.module == "torch" else None
-
-    return _tensor(storage, known, offset, shape, strides)
-
-
-def _rebuild_parameter(args: tuple[object, ...]) -> object:
-    _require(len(args) in (1, 2, 3, 4) and isinstance(args[0], (StoredTensor, Inert)), args)
-
-    return args[0]
-
-
-def _rebuild_from_type(args: tuple[object, ...]) -> object:
-    _require(len(args) == 4, args)
-    function, kls, inner, _ = args
-    if type(function) is not _Global or type(kls) is not _Global or type(inner) is not tuple:
-        raise _ArgumentError("are a function, a type, arguments and a state", ", ".join(map(_kind, args)))
-    call = _CALLS.get((function.module, function.name))
-    # A subclass of tensors may hold its numbers in a form of its own.
-    plain = (kls.module, kls.name) in _TENSOR_TYPES and call is not None and call is not _rebuild_from_type
-
-    return call(inner) if plain and call is not None else Inert(f"a tensor of the type {str(kls)[:200]!r}", True)
-
-
-def _ordered_dict(args: tuple[object, ...]) -> object:
-    _require(len(args) <= 1, args)
-    made: dict[str, object] = {}
-    for pair in args[0] if args and type(args[0]) in (list, tuple) else ():  # type: ignore[attr-defined]
-        _require(type(pair) in (list, tuple) and len(pair) == 2, args)
-        if type(pair[0]) is str:
-            made[pair[0]] = pair[1]
-
-    return made
-
-
-def _size(args: tuple[object, ...]) -> object:
-    _require(len(args) == 1 and type(args[0]) in (list, tuple), args)
-
-    return tuple(args[0])  # type: ignore[arg-type]
-
-
-def _require(good: bool, args: tuple[object, ...]) -> None:
-    if not good:
-        raise _ArgumentError("fit", ", ".join(map(_kind, args[:8])) or "none")
-
-
-_TENSOR_TYPES = {("torch", "Tensor"), ("torch.nn.parameter", "Parameter"), ("torch.nn.parameter", "Buffer")}
-
-_CALLS: dict[tuple[str, str], Callable[[tuple[object, ...]], object]] = {
-    ("collections", "OrderedDict"): _ordered_dict,
-    ("torch", "Size"): _size,
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
-    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
-}
 
 
 # --- opcodes ----------------------------------------------------------------------------------------------------------

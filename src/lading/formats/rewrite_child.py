@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lading.errors import LadingError, PolicyError
-from lading.formats.pickle_reader import ITEM_SIZES
+from lading.formats.pickle_values import ITEM_SIZES
 from lading.formats.torch_pt import Placed, place_tensors
 
 SLACK = 1 << 30

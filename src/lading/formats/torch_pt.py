@@ -24,16 +24,8 @@ from typing import BinaryIO
 
 from lading.errors import CorruptModelCheckpointError, NotSupportedError, PolicyError
 from lading.formats.files import corrupt, open_regular
-from lading.formats.pickle_reader import (
-    ITEM_SIZES,
-    MAX_PICKLE_SIZE,
-    Inert,
-    Pickle,
-    Storage,
-    StoredTensor,
-    describe,
-    read_pickle,
-)
+from lading.formats.pickle_reader import MAX_PICKLE_SIZE, Pickle, read_pickle
+from lading.formats.pickle_values import ITEM_SIZES, Inert, Storage, StoredTensor, describe
 from lading.formats.safetensors import MAX_NAME_SIZE, Header, Part, join
 from lading.formats.zip_archive import SIGNATURE, Record, read_directory, read_record
 from lading.manifest import BITS, Manifest, Shard
