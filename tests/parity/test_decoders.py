@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lading.family import Family, family_of_model_type
-from lading.nn.decoder import DecoderLM
+from lading.nn.decoder_lm import DecoderLM
 
 TOLERANCE = 1e-5
 VOCAB = 101

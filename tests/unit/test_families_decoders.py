@@ -14,7 +14,7 @@ from lading.families.mistral import MistralConfig
 from lading.families.qwen import QwenConfig
 from lading.family import Family, get_family
 from lading.keymap import route
-from lading.nn.decoder import DecoderSpec
+from lading.nn.decoder_spec import DecoderSpec
 
 LLAMA_3_2_1B = {
     "architectures": ["LlamaForCausalLM"],
@@ -430,7 +430,7 @@ def test_every_field_of_a_configuration_reaches_the_decoder() -> None:
         "rope_scale": LLaMARoPEScaleConfig(factor=3.0),
         "num_full_attn_layers": 3,
     }
-    # These are read by the family's `init`, and by the plan of tensor parallelism.
+    # The first are read by the family's `init`; the last is kept for the cards that state it.
     elsewhere = {"init_std", "init_std_scale", "shard_embed_dim"}
 
     for family in (llama.FAMILY, qwen.FAMILY, mistral.FAMILY):

@@ -11,7 +11,7 @@ from lading.families import gemma3, olmo
 from lading.families.gemma3 import Gemma3Config
 from lading.families.olmo import OLMOConfig, YaRNScaleConfig
 from lading.family import Family, get_family
-from lading.nn.decoder import DecoderSpec
+from lading.nn.decoder_spec import DecoderSpec
 from lading.nn.rope import LinearScaling, YaRNScaling
 
 OLMO_2_7B = {

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from lading.nn.cache import KeyValueCache
-from lading.nn.decoder import DecoderLM, DecoderSpec, init_decoder
-from lading.nn.rope import LinearScaling, RotaryScaling, YaRNScaling
+from lading.nn.decoder_lm import DecoderLM, init_decoder
+from lading.nn.decoder_spec import DecoderSpec
+from lading.nn.rope import LinearScaling, LLaMA3Scaling, YaRNScaling
 
 SPEC = DecoderSpec(
     model_dim=32,
@@ -49,7 +50,7 @@ VARIANTS = {
     "scaled-tied": replace(
         SPEC,
         tied_embeddings=True,
-        rope_scaling=RotaryScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_seq_len=16),
+        rope_scaling=LLaMA3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_seq_len=16),
     ),
 }
 

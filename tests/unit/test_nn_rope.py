@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from lading.nn.rope import LinearScaling, RotaryEmbedding, RotaryScaling, YaRNScaling, rotate
+from lading.nn.rope import LinearScaling, LLaMA3Scaling, RotaryEmbedding, YaRNScaling, rotate
 
 
-def scaling(**changes: float) -> RotaryScaling:
-    return RotaryScaling(
+def scaling(**changes: float) -> LLaMA3Scaling:
+    return LLaMA3Scaling(
         **{"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_seq_len": 8192, **changes}
     )
 

@@ -21,7 +21,7 @@ from lading.folder import family_of_folder
 from lading.gangs import create_fake_gangs, simulate_gangs
 from lading.hub import ModelHub, load_model, load_with_report
 from lading.nn.cache import KeyValueCache
-from lading.nn.decoder import DecoderLM
+from lading.nn.decoder_lm import DecoderLM
 from lading.nn.sharding import ParallelPlan, Stages, matches
 from lading.parallel import parallelize
 from lading.pipeline import holders

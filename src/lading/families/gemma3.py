@@ -19,7 +19,9 @@ from lading.families.huggingface import (
 )
 from lading.family import Family
 from lading.hub import ModelHubAccessor
-from lading.nn.decoder import DecoderLM, DecoderSpec, decoder_plan, init_decoder
+from lading.nn.decoder_lm import DecoderLM, init_decoder
+from lading.nn.decoder_plan import decoder_plan
+from lading.nn.decoder_spec import DecoderSpec
 from lading.nn.rope import LinearScaling
 
 LayerType = Literal["sliding_attention", "full_attention"]

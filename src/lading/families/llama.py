@@ -16,8 +16,10 @@ from lading.families.meta import fairseq2_rules, meta_rules
 from lading.family import Family
 from lading.hub import ModelHubAccessor
 from lading.keymap import Rule
-from lading.nn.decoder import DecoderLM, DecoderSpec, decoder_plan, init_decoder
-from lading.nn.rope import RotaryScaling
+from lading.nn.decoder_lm import DecoderLM, init_decoder
+from lading.nn.decoder_plan import decoder_plan
+from lading.nn.decoder_spec import DecoderSpec
+from lading.nn.rope import LLaMA3Scaling
 
 
 @dataclass
@@ -109,10 +111,10 @@ class LLaMAConfig:
     """The standard deviation of random weights; ``None`` means ``input_dim ** -0.5`` of each projection."""
 
     init_std_scale: Literal["none", "layer", "stack"] = "layer"
-    """What narrows ``init_std`` in a layer: nothing, its depth, or the depth of the stack."""
+    """What it is divided by in layers: nothing, or by their own depth, or by that of the stack."""
 
     shard_embed_dim: bool = True
-    """Whether tensor parallelism shards the width of the embedding table; else its symbols."""
+    """Not looked at: embeddings are split by symbols."""
 
     def gated_inner_dim(self) -> int:
         """The inner width of the feed-forward networks: multiplied, scaled, and rounded up, in this order.
@@ -150,7 +152,7 @@ def _spec(config: LLaMAConfig) -> DecoderSpec:
         ffn_bias=config.ffn_bias,
         norm_eps=config.norm_eps,
         rope_theta=config.rope_theta,
-        rope_scaling=RotaryScaling(
+        rope_scaling=LLaMA3Scaling(
             factor=scale.factor,
             low_freq_factor=scale.frequency_factors[0],
             high_freq_factor=scale.frequency_factors[1],

@@ -14,7 +14,9 @@ from lading.families.meta import fairseq2_rules, meta_rules
 from lading.family import Family
 from lading.hub import ModelHubAccessor
 from lading.keymap import Rule
-from lading.nn.decoder import DecoderLM, DecoderSpec, decoder_plan, init_decoder
+from lading.nn.decoder_lm import DecoderLM, init_decoder
+from lading.nn.decoder_plan import decoder_plan
+from lading.nn.decoder_spec import DecoderSpec
 
 
 @dataclass(kw_only=True)

@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries."""
+"""Attention in heads, its masks, and causal self-attention with grouped queries."""
 
 from __future__ import annotations
 
@@ -83,6 +83,14 @@ def attend(
     return y.transpose(1, 2).flatten(2)
 
 
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(N, S, heads * head_dim) → (N, heads, S, head_dim).
+
+    How many heads there are is left to ``x``: under tensor parallelism a rank projects to its own heads only.
+    """
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
 class CausalSelfAttention(nn.Module):
     """Attention with grouped queries (https://arxiv.org/abs/2305.13245) and rotary positions.
 
@@ -133,9 +141,9 @@ class CausalSelfAttention(nn.Module):
 
         :param rotary: cosines and sines, each (N or 1, 1, S, head_dim / 2).
         """
-        # The number of heads is left open: under tensor parallelism a rank projects to its own heads only.
-        q, k = self._heads(self.q_proj(x), self.q_norm), self._heads(self.k_proj(x), self.k_norm)
-        v = self._heads(self.v_proj(x), None)
+        q = self._normalised_heads(self.q_proj(x), self.q_norm)
+        k = self._normalised_heads(self.k_proj(x), self.k_norm)
+        v = split_heads(self.v_proj(x), self.head_dim)
 
         # Where the angles are in float32, so is the turn.
         q, k = rotate(q, *rotary).to(q.dtype), rotate(k, *rotary).to(k.dtype)
@@ -147,12 +155,13 @@ class CausalSelfAttention(nn.Module):
 
         return y
 
-    def _heads(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
+    def _normalised_heads(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
         """(N, S, heads * head_dim) → (N, heads, S, head_dim)."""
-        if norm is not None and self.norm_whole:
-            x = norm(x)
-        x = torch.unflatten(x, -1, (-1, self.head_dim))
-        if norm is not None and not self.norm_whole:
-            x = norm(x)
+        if norm is None:
+            return split_heads(x, self.head_dim)
+        if self.norm_whole:
+            return split_heads(norm(x), self.head_dim)
 
-        return x.transpose(1, 2)
+        y: Tensor = norm(x.unflatten(-1, (-1, self.head_dim)))
+
+        return y.transpose(1, 2)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu
 
-from lading.nn.attention import AttentionMask, attend
+from lading.nn.attention import AttentionMask, attend, split_heads
+from lading.nn.checks import require_dropout, require_multiple, require_positive, require_symbol
 from lading.nn.sharding import ParallelPlan, Split
 from lading.nn.uninitialized import Embedding, LayerNorm, Linear
 
@@ -40,7 +41,8 @@ class EncoderSpec:
     """Of the attention weights."""
 
     def __post_init__(self) -> None:
-        for name in (
+        require_positive(
+            self,
             "model_dim",
             "max_seq_len",
             "vocab_size",
@@ -49,24 +51,12 @@ class EncoderSpec:
             "num_attn_heads",
             "ffn_inner_dim",
             "norm_eps",
-        ):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive, but is {getattr(self, name)}")
-
-        if self.model_dim % self.num_attn_heads != 0:
-            raise ValueError(
-                f"`model_dim` must be a multiple of `num_attn_heads`, but they are {self.model_dim} and "
-                f"{self.num_attn_heads}"
-            )
+        )
+        require_multiple(self, "model_dim", "num_attn_heads")
         if self.ffn_activation not in ("gelu", "gelu_tanh"):
             raise ValueError(f"`ffn_activation` must be 'gelu' or 'gelu_tanh', but is {self.ffn_activation!r}")
-        if self.pad_idx is not None and not 0 <= self.pad_idx < self.vocab_size:
-            raise ValueError(f"`pad_idx` must be an index of the {self.vocab_size} symbols, but is {self.pad_idx}")
-        if not 0.0 <= self.dropout_p < 1.0 or not 0.0 <= self.attn_dropout_p < 1.0:
-            raise ValueError(
-                f"`dropout_p` and `attn_dropout_p` must be in [0, 1), but are {self.dropout_p} and "
-                f"{self.attn_dropout_p}"
-            )
+        require_symbol(self.pad_idx, self.vocab_size)
+        require_dropout(self, "dropout_p", "attn_dropout_p")
 
 
 class EncoderEmbeddings(nn.Module):
@@ -105,10 +95,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
         """(N, S, model_dim) → the same shape."""
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.query, self.key, self.value)
-        )
+        q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.query, self.key, self.value))
 
         return attend(q, k, v, mask, dropout_p=self.dropout_p if self.training else 0.0)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lading.nn.checks import require_positive
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Masking:
@@ -29,9 +31,7 @@ class Masking:
         for name in ("max_temporal_prob", "max_spatial_prob"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"`{name}` must be in [0, 1], but is {getattr(self, name)}")
-        for name in ("temporal_span_len", "spatial_span_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be positive, but is {getattr(self, name)}")
+        require_positive(self, "temporal_span_len", "spatial_span_len")
         if self.min_num_temporal_spans < 0 or self.min_num_spatial_spans < 0:
             raise ValueError(
                 "the least numbers of spans must not be negative, but are "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RotaryScaling:
+class LLaMA3Scaling:
     """The frequency scaling of LLaMA 3.1, which stretches a context of ``original_seq_len`` tokens by ``factor``.
 
     Wavelengths shorter than ``original_seq_len / high_freq_factor`` stay, those longer than ``original_seq_len /
@@ -135,7 +135,7 @@ class YaRNScaling:
         return frequencies / self.factor * weight + frequencies * (1 - weight)
 
 
-Scaling: TypeAlias = RotaryScaling | LinearScaling | YaRNScaling
+Scaling: TypeAlias = LLaMA3Scaling | LinearScaling | YaRNScaling
 
 
 class RotaryEmbedding(nn.Module):

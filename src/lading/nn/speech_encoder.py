@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, dropout, gelu
 
-from lading.nn.attention import AttentionMask, attend
+from lading.nn.attention import AttentionMask, attend, split_heads
+from lading.nn.checks import require_dropout, require_multiple, require_positive
 from lading.nn.uninitialized import LayerNorm, Linear
 
 
@@ -57,7 +58,8 @@ class SpeechSpec:
     """Whether the model has an embedding to put in place of masked frames."""
 
     def __post_init__(self) -> None:
-        for name in (
+        require_positive(
+            self,
             "model_dim",
             "feature_dim",
             "pos_conv_kernel_size",
@@ -66,19 +68,9 @@ class SpeechSpec:
             "num_attn_heads",
             "ffn_inner_dim",
             "norm_eps",
-        ):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive, but is {getattr(self, name)}")
-
-        for name in ("num_attn_heads", "num_pos_conv_groups"):
-            if self.model_dim % getattr(self, name) != 0:
-                raise ValueError(
-                    f"`model_dim` must be a multiple of `{name}`, but they are {self.model_dim} and "
-                    f"{getattr(self, name)}"
-                )
-        for name in ("feature_dropout_p", "dropout_p", "attn_dropout_p", "ffn_inner_dropout_p", "layer_drop_p"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"`{name}` must be in [0, 1), but is {getattr(self, name)}")
+        )
+        require_multiple(self, "model_dim", "num_attn_heads", "num_pos_conv_groups")
+        require_dropout(self, "feature_dropout_p", "dropout_p", "attn_dropout_p", "ffn_inner_dropout_p", "layer_drop_p")
         if not 0.0 < self.feature_grad_scale <= 1.0:
             raise ValueError(f"`feature_grad_scale` must be in (0, 1], but is {self.feature_grad_scale}")
         if not self.project_features and self.feature_dim != self.model_dim:
@@ -175,10 +167,7 @@ class SpeechAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
         """(N, T, model_dim) → the same shape."""
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
         y: Tensor = self.out_proj(attend(q, k, v, mask, dropout_p=self.dropout_p if self.training else 0.0))
 
         return y

@@ -1,0 +1,40 @@
+"""What the sizes and probabilities of a module have to satisfy, whichever module it is.
+
+Each check takes the value that holds the fields, and their names; the error names the first one that is wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def require_positive(spec: Any, *names: str) -> None:
+    """:raises ValueError: one of these fields is not above zero."""
+    for name in names:
+        value = getattr(spec, name)
+        if not value > 0:
+            raise ValueError(f"`{name}` must be positive, but is {value}")
+
+
+def require_multiple(spec: Any, name: str, *divisors: str) -> None:
+    """:raises ValueError: the field ``name`` is not a multiple of one of the other fields."""
+    for divisor in divisors:
+        if getattr(spec, name) % getattr(spec, divisor) != 0:
+            raise ValueError(
+                f"`{name}` must be a multiple of `{divisor}`, but they are {getattr(spec, name)} and "
+                f"{getattr(spec, divisor)}"
+            )
+
+
+def require_dropout(spec: Any, *names: str) -> None:
+    """:raises ValueError: one of these fields is no probability with which something may be left out: below one."""
+    for name in names:
+        value = getattr(spec, name)
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"`{name}` must be in [0, 1), but is {value}")
+
+
+def require_symbol(pad_idx: int | None, vocab_size: int) -> None:
+    """:raises ValueError: the symbol for padding is none of ``vocab_size`` symbols."""
+    if pad_idx is not None and not 0 <= pad_idx < vocab_size:
+        raise ValueError(f"`pad_idx` must be an index of the {vocab_size} symbols, but is {pad_idx}")
