@@ -22,6 +22,7 @@ from lading.families.wav2vec2_encoder import (
     encoder_spec,
     encoder_to_hf,
 )
+from lading.families.wav2vec2_masking import MaskingFields, masking_from_hf, masking_of, masking_to_hf
 from lading.family import Family
 from lading.hub import ModelHubAccessor
 from lading.keymap import Rule
@@ -32,7 +33,7 @@ from lading.nn.uninitialized import Linear
 
 
 @dataclass(kw_only=True)
-class Wav2Vec2Config:
+class Wav2Vec2Config(MaskingFields):
     """The configuration of a model for pre-training; the defaults are those of the base model."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -48,24 +49,6 @@ class Wav2Vec2Config:
 
     quantizer_encoder_grad: bool = True
     """Whether the frontend learns through the quantiser, too."""
-
-    temporal_mask_span_len: int = 10
-    """The length of a masked span, in frames."""
-
-    max_temporal_mask_prob: float = 0.69
-    """The share of frames that masked spans would cover if none overlapped."""
-
-    min_num_temporal_mask_spans: int = 2
-    """The least number of masked spans in a sequence."""
-
-    spatial_mask_span_len: int = 10
-    """The length of a masked span, in features."""
-
-    max_spatial_mask_prob: float = 0.0
-    """The share of features that masked spans would cover if none overlapped."""
-
-    min_num_spatial_mask_spans: int = 2
-    """The least number of masked spans over features."""
 
     quantized_dim: int = 256
     """The width of a quantised frame."""
@@ -213,14 +196,7 @@ def _masking(config: Wav2Vec2Config) -> Masking:
             f"{config.max_temporal_mask_prob}"
         )
 
-    return Masking(
-        temporal_span_len=config.temporal_mask_span_len,
-        max_temporal_prob=config.max_temporal_mask_prob,
-        min_num_temporal_spans=config.min_num_temporal_mask_spans,
-        spatial_span_len=config.spatial_mask_span_len,
-        max_spatial_prob=config.max_spatial_mask_prob,
-        min_num_spatial_spans=config.min_num_spatial_mask_spans,
-    )
+    return masking_of(config)
 
 
 def _init(model: Wav2Vec2, config: Wav2Vec2Config, name: str, parameter: Tensor) -> None:
@@ -254,17 +230,12 @@ def _from_hf(values: Mapping[str, object]) -> Wav2Vec2Config:
     config = Wav2Vec2Config(
         encoder_config=encoder_from_hf(keys),
         final_dim=keys.count("proj_codevector_dim", 256),
-        temporal_mask_span_len=keys.count("mask_time_length", 10),
-        max_temporal_mask_prob=keys.number("mask_time_prob", 0.05),
-        min_num_temporal_mask_spans=keys.index("mask_time_min_masks", 2) or 0,
-        spatial_mask_span_len=keys.count("mask_feature_length", 10),
-        max_spatial_mask_prob=keys.number("mask_feature_prob", 0.0),
-        min_num_spatial_mask_spans=keys.index("mask_feature_min_masks", 0) or 0,
         quantized_dim=keys.count("codevector_dim", 256),
         num_codebooks=keys.count("num_codevector_groups", 2),
         num_codebook_entries=keys.count("num_codevectors_per_group", 320),
         num_distractors=keys.count("num_negatives", 100),
         logit_temp=keys.number("contrastive_logits_temperature", 0.1),
+        **masking_from_hf(keys),
     )
 
     return keys.checked(config, lambda c: (encoder_spec(c.encoder_config, masked=True), _masking(c)))
@@ -280,12 +251,7 @@ def _to_hf(config: Wav2Vec2Config) -> Mapping[str, object]:
         "architectures": ["Wav2Vec2ForPreTraining"],
         "proj_codevector_dim": config.final_dim,
         "apply_spec_augment": True,
-        "mask_time_length": config.temporal_mask_span_len,
-        "mask_time_prob": config.max_temporal_mask_prob,
-        "mask_time_min_masks": config.min_num_temporal_mask_spans,
-        "mask_feature_length": config.spatial_mask_span_len,
-        "mask_feature_prob": config.max_spatial_mask_prob,
-        "mask_feature_min_masks": config.min_num_spatial_mask_spans,
+        **masking_to_hf(config),
         "codevector_dim": config.quantized_dim,
         "num_codevector_groups": config.num_codebooks,
         "num_codevectors_per_group": config.num_codebook_entries,

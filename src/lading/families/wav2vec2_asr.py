@@ -21,17 +21,18 @@ from lading.families.wav2vec2_encoder import (
     encoder_spec,
     encoder_to_hf,
 )
+from lading.families.wav2vec2_masking import MaskingFields, masking_from_hf, masking_of, masking_to_hf
 from lading.family import Family
 from lading.hub import ModelHubAccessor
 from lading.keymap import Rule
-from lading.nn.masking import Masking
+from lading.nn.checks import require_dropout, require_positive
 from lading.nn.speech import SpeechModel, init_speech, speech_plan
 from lading.nn.speech_encoder import SpeechSpec
 from lading.nn.uninitialized import Linear
 
 
 @dataclass(kw_only=True)
-class Wav2Vec2AsrConfig:
+class Wav2Vec2AsrConfig(MaskingFields):
     """The configuration of a model that writes; the defaults are those of the base model trained on 10 hours."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -52,23 +53,11 @@ class Wav2Vec2AsrConfig:
     use_masking: bool = True
     """Whether frames and features are masked in training."""
 
-    temporal_mask_span_len: int = 10
-    """The length of a masked span, in frames."""
-
-    max_temporal_mask_prob: float = 0.69
-    """The share of frames that masked spans would cover if none overlapped."""
-
-    min_num_temporal_mask_spans: int = 2
-    """The least number of masked spans in a sequence."""
-
     spatial_mask_span_len: int = 64
     """The length of a masked span, in features."""
 
     max_spatial_mask_prob: float = 0.55
     """The share of features that masked spans would cover if none overlapped."""
-
-    min_num_spatial_mask_spans: int = 2
-    """The least number of masked spans over features."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +76,7 @@ class Wav2Vec2Asr(nn.Module):
     def __init__(self, config: Wav2Vec2AsrConfig) -> None:
         super().__init__()
 
-        self.masking = _masking(config)
+        self.masking = masking_of(config) if config.use_masking else None
         self.final_dropout_p = config.final_dropout_p
 
         self.wav2vec2 = SpeechModel(_spec(config))
@@ -110,26 +99,10 @@ class Wav2Vec2Asr(nn.Module):
 
 
 def _spec(config: Wav2Vec2AsrConfig) -> SpeechSpec:
-    if config.target_vocab_size < 1:
-        raise ValueError(f"`target_vocab_size` must be positive, but is {config.target_vocab_size}")
-    if not 0.0 <= config.final_dropout_p < 1.0:
-        raise ValueError(f"`final_dropout_p` must be in [0, 1), but is {config.final_dropout_p}")
+    require_positive(config, "target_vocab_size")
+    require_dropout(config, "final_dropout_p")
 
     return encoder_spec(config.encoder_config, masked=config.use_masking)
-
-
-def _masking(config: Wav2Vec2AsrConfig) -> Masking | None:
-    if not config.use_masking:
-        return None
-
-    return Masking(
-        temporal_span_len=config.temporal_mask_span_len,
-        max_temporal_prob=config.max_temporal_mask_prob,
-        min_num_temporal_spans=config.min_num_temporal_mask_spans,
-        spatial_span_len=config.spatial_mask_span_len,
-        max_spatial_prob=config.max_spatial_mask_prob,
-        min_num_spatial_spans=config.min_num_spatial_mask_spans,
-    )
 
 
 @torch.no_grad()
@@ -168,12 +141,7 @@ def _from_hf(values: Mapping[str, object]) -> Wav2Vec2AsrConfig:
         target_vocab_size=keys.count("vocab_size", 32),
         final_dropout_p=keys.number("final_dropout", 0.1),
         use_masking=False,
-        temporal_mask_span_len=keys.count("mask_time_length", 10),
-        max_temporal_mask_prob=keys.number("mask_time_prob", 0.05),
-        min_num_temporal_mask_spans=keys.index("mask_time_min_masks", 2) or 0,
-        spatial_mask_span_len=keys.count("mask_feature_length", 10),
-        max_spatial_mask_prob=keys.number("mask_feature_prob", 0.0),
-        min_num_spatial_mask_spans=keys.index("mask_feature_min_masks", 0) or 0,
+        **masking_from_hf(keys),
     )
 
     return keys.checked(config, _spec)
@@ -187,12 +155,8 @@ def _to_hf(config: Wav2Vec2AsrConfig) -> Mapping[str, object]:
         "vocab_size": config.target_vocab_size,
         "final_dropout": config.final_dropout_p,
         "apply_spec_augment": masks,
-        "mask_time_length": config.temporal_mask_span_len,
-        "mask_time_prob": config.max_temporal_mask_prob if masks else 0.0,
-        "mask_time_min_masks": config.min_num_temporal_mask_spans,
-        "mask_feature_length": config.spatial_mask_span_len,
-        "mask_feature_prob": config.max_spatial_mask_prob if masks else 0.0,
-        "mask_feature_min_masks": config.min_num_spatial_mask_spans,
+        **masking_to_hf(config),
+        **({} if masks else {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}),
     }
 
     return describing(values, config, family="wav2vec2_asr", from_hf=_from_hf, spec=_spec, free=TRAINING_ONLY)
