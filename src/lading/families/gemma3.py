@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import ClassVar
 
 from pydantic import ConfigDict
 
@@ -12,19 +12,21 @@ from lading.config import STRICT
 from lading.families.huggingface import (
     DECODER_RULES,
     ConfigReader,
+    LayerType,
     decoder_values,
+    default_layer_types,
     describing,
+    full_attn_layers,
     read_layer_types,
     read_rope_of_layers,
 )
 from lading.family import Family
 from lading.hub import ModelHubAccessor
+from lading.nn.checks import require_positive
 from lading.nn.decoder_lm import DecoderLM, init_decoder
 from lading.nn.decoder_plan import decoder_plan
 from lading.nn.decoder_spec import DecoderSpec
 from lading.nn.rope import LinearScaling
-
-LayerType = Literal["sliding_attention", "full_attention"]
 
 
 @dataclass(kw_only=True)
@@ -96,9 +98,7 @@ class Gemma3(DecoderLM):
 
 
 def _spec(config: Gemma3Config) -> DecoderSpec:
-    types = _layer_types(config)
-    if config.attn_scale_dim < 1:
-        raise ValueError(f"`attn_scale_dim` must be positive, but is {config.attn_scale_dim}")
+    require_positive(config, "attn_scale_dim")
 
     return DecoderSpec(
         model_dim=config.model_dim,
@@ -115,7 +115,7 @@ def _spec(config: Gemma3Config) -> DecoderSpec:
         k_norm=True,
         attn_scale=config.attn_scale_dim**-0.5,
         attn_window_len=config.sliding_window,
-        full_attn_layers=frozenset(i for i, kind in enumerate(types) if kind == "full_attention"),
+        full_attn_layers=full_attn_layers(_layer_types(config), config.num_layers),
         ffn_inner_dim=config.ffn_inner_dim,
         ffn_activation="gelu_tanh",
         norms="both",
@@ -130,14 +130,7 @@ def _spec(config: Gemma3Config) -> DecoderSpec:
 
 
 def _layer_types(config: Gemma3Config) -> list[LayerType]:
-    n = config.num_layers
-    types = config.layer_types
-    if types is None:
-        return ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(n)]
-    if len(types) != n:
-        raise ValueError(f"`layer_types` must have one for each of the {n} layers, but has {len(types)}")
-
-    return types
+    return default_layer_types(config.num_layers, every=6) if config.layer_types is None else config.layer_types
 
 
 def _from_hf(values: Mapping[str, object]) -> Gemma3Config:
@@ -169,9 +162,7 @@ def _from_hf(values: Mapping[str, object]) -> Gemma3Config:
         head_dim=keys.count("head_dim", 256),
         attn_scale_dim=keys.count("query_pre_attn_scalar", 256),
         sliding_window=keys.count("sliding_window", 4096),
-        layer_types=cast(
-            list[LayerType], read_layer_types(keys, num_layers, every=keys.count("sliding_window_pattern", 6))
-        ),
+        layer_types=read_layer_types(keys, num_layers, every=keys.count("sliding_window_pattern", 6)),
         ffn_inner_dim=keys.count("intermediate_size", 9216),
         norm_eps=keys.number("rms_norm_eps", 1e-6),
         rope_theta=theta,

@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, Literal, NoReturn, TypeVar, cast, get_args
 
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError
 from lading.keymap import Rule
 
 ConfigT = TypeVar("ConfigT")
+
+LayerType = Literal["sliding_attention", "full_attention"]
+"""Whether the attention of a layer has a window."""
 
 DECODER_RULES: Final[Sequence[Rule]] = (
     # Old versions of transformers saved these buffers, which are computed.
@@ -30,6 +33,8 @@ class ConfigReader:
     """The keys of a ``config.json``, each checked where it is read.
 
     :param family: the family that reads, for messages.
+
+    :raises ModelCheckpointMismatchError: (all methods that read a key) its value is of another type.
     """
 
     def __init__(self, values: Mapping[str, object], family: str, prefix: str = "") -> None:
@@ -160,7 +165,10 @@ class ConfigReader:
                 self.refuse(key, value)
 
     def refuse(self, key: str, found: object, supported: Iterable[object] = ()) -> NoReturn:
-        """Say that the family does not do what the file asks for."""
+        """Say that the family does not do what the file asks for.
+
+        :raises NotSupportedError: always.
+        """
         known = ", ".join(repr(value) for value in supported)
         raise NotSupportedError(
             f"config.json: {self._prefix}{key} is {found!r}, which the {self._family} family does not support"
@@ -168,7 +176,10 @@ class ConfigReader:
         )
 
     def mismatch(self, key: str, expected: str) -> NoReturn:
-        """Say that the value of a key is not what is expected."""
+        """Say that the value of a key is not what is expected.
+
+        :raises ModelCheckpointMismatchError: always.
+        """
         what = f"is {self._values[key]!r}" if key in self._values else "is missing"
         raise ModelCheckpointMismatchError(
             "config.json",
@@ -272,20 +283,36 @@ def _scaling(section: ConfigReader, scaling_type: str | None) -> ConfigReader | 
     return None if kind == "default" else section
 
 
-def read_layer_types(reader: ConfigReader, num_layers: int, *, every: int) -> list[str]:
-    """Of each layer, whether its attention is ``sliding_attention`` or ``full_attention``.
+def read_layer_types(reader: ConfigReader, num_layers: int, *, every: int) -> list[LayerType]:
+    """Of each layer, whether its attention has a window.
 
-    :param every: one of so many has no window where the file states no types.
+    :param every: one of so many has none where the file states no types.
 
     :raises NotSupportedError: other types.
     """
     types = reader.strings("layer_types")
     if types is None:
-        return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(num_layers)]
-    if set(types) - {"sliding_attention", "full_attention"}:
+        return default_layer_types(num_layers, every=every)
+    if set(types) - set(get_args(LayerType)):
         reader.refuse("layer_types", types)
 
-    return types
+    return cast(list[LayerType], types)
+
+
+def default_layer_types(num_layers: int, *, every: int) -> list[LayerType]:
+    """A window in all layers but one of ``every``, the last of them."""
+    return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(num_layers)]
+
+
+def full_attn_layers(types: Sequence[LayerType], num_layers: int) -> frozenset[int]:
+    """The indices of the layers without a window.
+
+    :raises ValueError: there is not one type for each layer.
+    """
+    if len(types) != num_layers:
+        raise ValueError(f"`layer_types` must have one for each of the {num_layers} layers, but has {len(types)}")
+
+    return frozenset(i for i, kind in enumerate(types) if kind == "full_attention")
 
 
 # --- the way back ----------------------------------------------------------------------------------------------------

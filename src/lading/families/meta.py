@@ -11,30 +11,47 @@ layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from lading.compose import Regroup
 from lading.keymap import Rule
 
+_META = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "attention_norm": "input_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "ffn_norm": "post_attention_layernorm",
+}
+"""What Meta calls the modules of a layer → their names here."""
+
+_FAIRSEQ2 = {
+    "self_attn.q_proj": "self_attn.q_proj",
+    "self_attn.k_proj": "self_attn.k_proj",
+    "self_attn.v_proj": "self_attn.v_proj",
+    "self_attn.output_proj": "self_attn.o_proj",
+    "self_attn.q_norm": "self_attn.q_norm",
+    "self_attn.k_norm": "self_attn.k_norm",
+    "self_attn_layer_norm": "input_layernorm",
+    "ffn.gate_proj": "mlp.gate_proj",
+    "ffn.output_proj": "mlp.down_proj",
+    "ffn.inner_proj": "mlp.up_proj",
+    "ffn_layer_norm": "post_attention_layernorm",
+}
+"""What fairseq2 calls them."""
+
 
 def meta_rules(head_dim: int) -> Sequence[Rule]:
     """Rules for tensors with Meta's names, ``layers.0.attention.wq.weight`` …, which Mistral took over."""
-    layer, target = "layers.{n}.", "model.layers.{n}."
-    turned = Regroup(0, head_dim // 2, 2)
-
     return (
         Rule("rope.freqs", None),
         Rule("tok_embeddings.weight", "model.embed_tokens.weight"),
         Rule("output.weight", "lm_head.weight"),
-        Rule(f"{layer}attention.wq.{{rest*}}", f"{target}self_attn.q_proj.{{rest}}", order=turned),
-        Rule(f"{layer}attention.wk.{{rest*}}", f"{target}self_attn.k_proj.{{rest}}", order=turned),
-        Rule(f"{layer}attention.wv.{{rest*}}", f"{target}self_attn.v_proj.{{rest}}"),
-        Rule(f"{layer}attention.wo.{{rest*}}", f"{target}self_attn.o_proj.{{rest}}"),
-        Rule(f"{layer}attention_norm.weight", f"{target}input_layernorm.weight"),
-        Rule(f"{layer}feed_forward.w1.{{rest*}}", f"{target}mlp.gate_proj.{{rest}}"),
-        Rule(f"{layer}feed_forward.w2.{{rest*}}", f"{target}mlp.down_proj.{{rest}}"),
-        Rule(f"{layer}feed_forward.w3.{{rest*}}", f"{target}mlp.up_proj.{{rest}}"),
-        Rule(f"{layer}ffn_norm.weight", f"{target}post_attention_layernorm.weight"),
+        *_layer_rules("layers.{n}", _META, head_dim),
     )
 
 
@@ -43,20 +60,16 @@ def fairseq2_rules(head_dim: int | None) -> Sequence[Rule]:
 
     :param head_dim: where rotary embeddings turn neighbouring channels; ``None`` where they turn the halves of a head.
     """
-    layer, target = "decoder.layers.{n}.", "model.layers.{n}."
-    turned = None if head_dim is None else Regroup(0, head_dim // 2, 2)
-
     return (
         Rule("decoder_frontend.embed.weight", "model.embed_tokens.weight"),
         Rule("decoder.layer_norm.weight", "model.norm.weight"),
         Rule("final_proj.weight", "lm_head.weight"),
-        Rule(f"{layer}self_attn.q_proj.{{rest*}}", f"{target}self_attn.q_proj.{{rest}}", order=turned),
-        Rule(f"{layer}self_attn.k_proj.{{rest*}}", f"{target}self_attn.k_proj.{{rest}}", order=turned),
-        Rule(f"{layer}self_attn.output_proj.{{rest*}}", f"{target}self_attn.o_proj.{{rest}}"),
-        Rule(f"{layer}self_attn.{{rest*}}", f"{target}self_attn.{{rest}}"),
-        Rule(f"{layer}self_attn_layer_norm.weight", f"{target}input_layernorm.weight"),
-        Rule(f"{layer}ffn.gate_proj.{{rest*}}", f"{target}mlp.gate_proj.{{rest}}"),
-        Rule(f"{layer}ffn.output_proj.{{rest*}}", f"{target}mlp.down_proj.{{rest}}"),
-        Rule(f"{layer}ffn.inner_proj.{{rest*}}", f"{target}mlp.up_proj.{{rest}}"),
-        Rule(f"{layer}ffn_layer_norm.weight", f"{target}post_attention_layernorm.weight"),
+        *_layer_rules("decoder.layers.{n}", _FAIRSEQ2, head_dim),
     )
+
+
+def _layer_rules(layer: str, names: Mapping[str, str], head_dim: int | None) -> Iterator[Rule]:
+    turned = None if head_dim is None else Regroup(0, head_dim // 2, 2)
+    for source, target in names.items():
+        order = turned if target in ("self_attn.q_proj", "self_attn.k_proj") else None
+        yield Rule(f"{layer}.{source}.{{rest*}}", f"model.layers.{{n}}.{target}.{{rest}}", order=order)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
@@ -12,8 +12,11 @@ from lading.config import STRICT
 from lading.families.huggingface import (
     DECODER_RULES,
     ConfigReader,
+    LayerType,
     decoder_values,
+    default_layer_types,
     describing,
+    full_attn_layers,
     read_decoder_config,
     read_layer_types,
     read_rope,
@@ -25,8 +28,6 @@ from lading.nn.decoder_lm import DecoderLM, init_decoder
 from lading.nn.decoder_plan import decoder_plan
 from lading.nn.decoder_spec import DecoderSpec
 from lading.nn.rope import YaRNScaling
-
-LayerType = Literal["sliding_attention", "full_attention"]
 
 
 @dataclass(kw_only=True)
@@ -135,7 +136,6 @@ class OLMO(DecoderLM):
 
 
 def _spec(config: OLMOConfig) -> DecoderSpec:
-    types = _layer_types(config)
     yarn = config.yarn_scale_config
     local = yarn is not None and config.sliding_window is not None and not config.yarn_in_all_layers
 
@@ -152,7 +152,7 @@ def _spec(config: OLMOConfig) -> DecoderSpec:
         k_norm=True,
         norm_whole=True,
         attn_window_len=config.sliding_window,
-        full_attn_layers=frozenset(i for i, kind in enumerate(types) if kind == "full_attention"),
+        full_attn_layers=full_attn_layers(_layer_types(config), config.num_layers),
         ffn_inner_dim=config.ffn_inner_dim,
         norms="after",
         wide_norm=True,
@@ -166,12 +166,12 @@ def _spec(config: OLMOConfig) -> DecoderSpec:
 
 
 def _layer_types(config: OLMOConfig) -> list[LayerType]:
-    n = config.num_layers
-    types = config.layer_types
-    if types is None:
-        return ["full_attention" if (i + 1) % 4 == 0 or i + 1 == n else "sliding_attention" for i in range(n)]
-    if len(types) != n:
-        raise ValueError(f"`layer_types` must have one for each of the {n} layers, but has {len(types)}")
+    if config.layer_types is not None:
+        return config.layer_types
+
+    types = default_layer_types(config.num_layers, every=4)
+    if types:
+        types[-1] = "full_attention"
 
     return types
 
@@ -220,7 +220,7 @@ def _from_hf(values: Mapping[str, object]) -> OLMOConfig:
         return keys.checked(config, _spec)
 
     window = keys.maybe_count("sliding_window", 4096)
-    config.layer_types = cast(list[LayerType], read_layer_types(keys, num_layers, every=4))
+    config.layer_types = read_layer_types(keys, num_layers, every=4)
     config.sliding_window = window
     if window is None and "sliding_attention" in config.layer_types:
         keys.refuse("sliding_window", None)
