@@ -7,7 +7,7 @@ model has. Here each name of the checkpoint goes through them; names that differ
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from lading.keymap import Rule
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
+NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 """A number that is a whole part of a name."""
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -44,7 +44,7 @@ def rules_of(model: PreTrainedModel, names: Sequence[str]) -> list[Rule]:
     names = list(dict.fromkeys(name.partition("#")[0] for name in names))  # parts of ranks need no rule
     by_form: dict[str, list[tuple[str, tuple[_Way, ...]]]] = {}
     for name, ways in _ways(model, names):
-        by_form.setdefault(_NUMBER.sub("#", name), []).append((name, ways))
+        by_form.setdefault(NUMBER.sub("#", name), []).append((name, ways))
 
     return [rule for group in by_form.values() for rule in _rules_of_form(group)]
 
@@ -78,8 +78,8 @@ def _ways(model: PreTrainedModel, names: Sequence[str]) -> Iterator[tuple[str, t
             yield name, _converted(model, name, renamed, by_pattern[pattern], pattern, shapes)
 
 
-def _dropped(model: PreTrainedModel, names: Sequence[str]) -> Any:
-    """Whether a name that the model does not have is of something that it does not need."""
+def _dropped(model: PreTrainedModel, names: Sequence[str]) -> Callable[[str], bool]:
+    """Tells whether a name that the model does not have is of something that it does not need."""
     patterns = set(model._keys_to_ignore_on_load_unexpected or ())
     # Buffers that old versions of transformers saved.
     patterns |= {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)attn\.(masked_)?bias$"}
@@ -179,7 +179,7 @@ def _rules_of_form(group: Sequence[tuple[str, tuple[_Way, ...]]]) -> list[Rule]:
     if all(ways == (_Way(name),) for name, ways in group) or any("{" in name or "}" in name for name, _ in group):
         return []
 
-    numbers = [_NUMBER.findall(name) for name, _ in group]
+    numbers = [NUMBER.findall(name) for name, _ in group]
     count = len(numbers[0])
     common = []
     for i in range(max(len(ways) for _, ways in group)):
@@ -204,7 +204,7 @@ def _common(
     if first.target is None:
         return None
 
-    kept = len(_NUMBER.findall(first.target))
+    kept = len(NUMBER.findall(first.target))
     if first.stacked and kept != count - 1:
         return None
     for slots in combinations(range(count), kept):
@@ -224,7 +224,7 @@ def _placed(name: str, slots: Sequence[int]) -> str:
     """The name with placeholders instead of its numbers."""
     left = iter(slots)
 
-    return _NUMBER.sub(lambda _: f"{{{_LETTERS[next(left)]}}}", name)
+    return NUMBER.sub(lambda _: f"{{{_LETTERS[next(left)]}}}", name)
 
 
 def _literal(name: str, ways: Sequence[_Way]) -> Iterator[Rule]:
@@ -232,6 +232,6 @@ def _literal(name: str, ways: Sequence[_Way]) -> Iterator[Rule]:
         source, stack = name, None
         if way.stacked:
             # The number that the target lacks counts the stacked tensors.
-            *_, last = _NUMBER.finditer(name)
+            *_, last = NUMBER.finditer(name)
             source, stack = f"{name[: last.start()]}{{a}}{name[last.end() :]}", "a"
         yield Rule(source, way.target, concat=way.concat, stack=stack, order=way.order, cut=way.cut)

@@ -5,13 +5,13 @@ stay whole on every rank.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from torch.nn import Embedding, Linear, Module
 
+from lading.families.hg_checkpoint import NUMBER
 from lading.nn.sharding import ParallelPlan, Split
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ _SPLITS: Mapping[str, Split] = {
 }
 
 _HEADS = ("num_attention_heads", "num_key_value_heads")
-
-_NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
 
 def plan_of(model: PreTrainedModel) -> ParallelPlan:
@@ -130,4 +128,4 @@ def _units(model: PreTrainedModel) -> Iterator[str]:
 
 
 def _star(name: str) -> str:
-    return _NUMBER.sub("*", name)
+    return NUMBER.sub("*", name)
