@@ -8,10 +8,11 @@ from alembic import context
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection
 
-from lading.catalog.engine import APPLICATION_ID, Target, file_engine, server_engine, transaction
+from lading.catalog.engine import file_engine, server_engine, transaction
 from lading.catalog.lifecycle import VERSION_TABLE
 from lading.catalog.schema import Row
 from lading.catalog.search import is_not_index
+from lading.catalog.target import APPLICATION_ID, Target
 from lading.settings import Settings
 
 

@@ -19,9 +19,9 @@ import pytest
 from catalog_tools import card_file, settings_in
 from lading.catalog import lifecycle, refresh
 from lading.catalog.database import Database
-from lading.catalog.engine import Found, peek
 from lading.catalog.ingest import import_files
 from lading.catalog.store import AssetStore
+from lading.catalog.target import Found, peek
 
 CARDS = 1_000
 

@@ -19,11 +19,13 @@ from sqlalchemy import text
 from catalog_tools import card_file, make_manifest, nobody, public_folder, settings_in
 from lading.catalog import database as database_module
 from lading.catalog import engine, lifecycle, refresh
+from lading.catalog import target as target_module
 from lading.catalog.checkpoints import record_checkpoint
 from lading.catalog.database import Database
 from lading.catalog.ingest import import_files
 from lading.catalog.query import query
 from lading.catalog.store import AssetStore
+from lading.catalog.target import APPLICATION_ID, SCHEMA_VERSION, Found, Target
 from lading.errors import CatalogError, CatalogOutdatedError
 
 CARD = "name: mine\nmodel_family: qwen\ncheckpoint: hg://a/b\n"
@@ -59,8 +61,8 @@ def test_the_first_use_makes_everything(tmp_path: Path) -> None:
     assert database.path == path
     assert database.url == f"sqlite:///{path}"
     assert database.writable
-    assert raw(path, "PRAGMA application_id") == [(engine.APPLICATION_ID,)]
-    assert raw(path, "PRAGMA user_version") == [(engine.SCHEMA_VERSION,)]
+    assert raw(path, "PRAGMA application_id") == [(APPLICATION_ID,)]
+    assert raw(path, "PRAGMA user_version") == [(SCHEMA_VERSION,)]
     assert raw(path, "PRAGMA journal_mode") == [("wal",)]
     assert AssetStore(database).asset_names == {"built_in"}
     assert lifecycle.check(settings) == []
@@ -158,7 +160,7 @@ def test_urls_that_name_no_database(tmp_path: Path, url: str, words: str) -> Non
 
 
 def test_a_password_is_not_shown() -> None:
-    target = engine.Target.from_url("postgresql+psycopg://me:secret@host/db")
+    target = Target.from_url("postgresql+psycopg://me:secret@host/db")
     assert "secret" not in str(target)
     assert "host" in str(target)
 
@@ -218,7 +220,7 @@ def test_a_pipe_is_no_catalog(tmp_path: Path) -> None:
 
 def test_a_foreign_database_that_came_while_we_waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     foreign_database(tmp_path / "catalog.sqlite")
-    monkeypatch.setattr(database_module, "peek", lambda path: engine.Found.NOTHING)
+    monkeypatch.setattr(database_module, "peek", lambda path: Found.NOTHING)
     before = (tmp_path / "catalog.sqlite").read_bytes()
     with pytest.raises(CatalogError, match="another kind of file"):
         Database.open(settings_in(tmp_path))
@@ -234,7 +236,7 @@ def test_a_newer_schema(tmp_path: Path) -> None:
     for door in (Database.open, lifecycle.upgrade):
         with pytest.raises(CatalogOutdatedError, match="pip install --upgrade lading") as caught:
             door(settings_in(tmp_path))
-        assert (caught.value.expected, caught.value.found) == (engine.SCHEMA_VERSION, 99)
+        assert (caught.value.expected, caught.value.found) == (SCHEMA_VERSION, 99)
 
 
 def test_an_older_schema_is_not_touched(tmp_path: Path) -> None:
@@ -310,7 +312,7 @@ def test_a_read_sees_one_state(tmp_path: Path) -> None:
 
 def test_a_lock_that_is_held_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     database = Database.open(settings_in(tmp_path))
-    monkeypatch.setattr(engine, "BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(target_module, "BUSY_TIMEOUT_S", 0.05)
     script = (
         "import sqlite3, sys\n"
         f"c = sqlite3.connect({str(tmp_path / 'catalog.sqlite')!r}, isolation_level=None)\n"
@@ -334,7 +336,7 @@ def test_a_refresh_that_must_wait_too_long_is_put_off(
 ) -> None:
     Database.open(settings_in(tmp_path))
     (seeds / "more.yaml").write_text("name: more\n")
-    monkeypatch.setattr(engine, "BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(target_module, "BUSY_TIMEOUT_S", 0.05)
     with closing(sqlite3.connect(tmp_path / "catalog.sqlite", isolation_level=None)) as holder:
         holder.execute("BEGIN IMMEDIATE")
         assert AssetStore(Database.open(settings_in(tmp_path))).asset_names == {"built_in"}

@@ -20,17 +20,18 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.schema import CreateTable
 
 from catalog_tools import card_file, settings_in
-from lading.catalog import engine, lifecycle, refresh
+from lading.catalog import engine, lifecycle, refresh, target
 from lading.catalog.database import Database
 from lading.catalog.ingest import import_files
 from lading.catalog.schema import Row
 from lading.catalog.search import is_not_index
 from lading.catalog.store import AssetStore
+from lading.catalog.target import APPLICATION_ID, SCHEMA_VERSION
 from lading.errors import CatalogError, CatalogOutdatedError
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = sorted(f"versions/{path.name}" for path in (ROOT / "migrations" / "versions").glob("[0-9]*.py"))
-HEAD = engine.SCHEMA_VERSION
+HEAD = SCHEMA_VERSION
 NEXT = HEAD + 1
 
 
@@ -65,8 +66,8 @@ def test_the_version_is_the_last_migration() -> None:
     config = Config()
     config.set_main_option("script_location", str(files("lading.migrations")))
     script = ScriptDirectory.from_config(config)
-    assert script.get_current_head() == f"{engine.SCHEMA_VERSION:04d}"
-    assert [r.revision for r in script.walk_revisions()] == [f"{n:04d}" for n in range(engine.SCHEMA_VERSION, 0, -1)]
+    assert script.get_current_head() == f"{SCHEMA_VERSION:04d}"
+    assert [r.revision for r in script.walk_revisions()] == [f"{n:04d}" for n in range(SCHEMA_VERSION, 0, -1)]
 
 
 def test_autogenerate_finds_no_difference(tmp_path: Path) -> None:
@@ -153,14 +154,14 @@ def test_down_and_up_again(tmp_path: Path) -> None:
     assert copy is not None
     assert raw(copy, "SELECT name FROM cards") == [("a",)]
     assert raw(tmp_path / "catalog.sqlite", "PRAGMA user_version") == [(0,)]
-    assert raw(tmp_path / "catalog.sqlite", "PRAGMA application_id") == [(engine.APPLICATION_ID,)]
+    assert raw(tmp_path / "catalog.sqlite", "PRAGMA application_id") == [(APPLICATION_ID,)]
     assert raw(tmp_path / "catalog.sqlite", "SELECT name FROM sqlite_master WHERE type = 'view'") == []
     with pytest.raises(CatalogOutdatedError, match="lading db upgrade"):
         Database.open(settings)
     assert lifecycle.check(settings) == [f"the schema is of version 0, but this version of lading works with {HEAD}"]
 
     report = lifecycle.upgrade(settings)
-    assert (report.from_version, report.to_version) == (0, engine.SCHEMA_VERSION)
+    assert (report.from_version, report.to_version) == (0, SCHEMA_VERSION)
     assert AssetStore(Database.open(settings)).asset_names == set()
     assert lifecycle.check(settings) == []
 
@@ -168,7 +169,7 @@ def test_down_and_up_again(tmp_path: Path) -> None:
 def test_upgrade_of_nothing_makes_a_catalog(tmp_path: Path) -> None:
     settings = settings_in(tmp_path / "new")
     report = lifecycle.upgrade(settings)
-    assert (report.from_version, report.to_version, report.backup) == (0, engine.SCHEMA_VERSION, None)
+    assert (report.from_version, report.to_version, report.backup) == (0, SCHEMA_VERSION, None)
     assert Database.open(settings).writable
 
 
@@ -178,8 +179,8 @@ def test_upgrade_of_what_is_up_to_date_does_nothing(tmp_path: Path) -> None:
     before = (tmp_path / "catalog.sqlite").read_bytes()
     report = lifecycle.upgrade(settings)
     assert (report.from_version, report.to_version, report.backup) == (
-        engine.SCHEMA_VERSION,
-        engine.SCHEMA_VERSION,
+        SCHEMA_VERSION,
+        SCHEMA_VERSION,
         None,
     )
     assert (tmp_path / "catalog.sqlite").read_bytes() == before
@@ -195,7 +196,7 @@ def next_version(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str) -> No
         f"revision = '{NEXT:04d}'\ndown_revision = '{HEAD:04d}'\n{body}"
     )
     monkeypatch.setattr(lifecycle, "files", lambda package: folder)
-    for module in (engine, lifecycle):
+    for module in (target, lifecycle):
         monkeypatch.setattr(module, "SCHEMA_VERSION", NEXT)
 
 
@@ -342,8 +343,8 @@ def test_backup_of_nothing(tmp_path: Path) -> None:
 def test_alembic_in_a_checkout(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'dev.sqlite'}"
     alembic("upgrade", "head", url=url)
-    assert raw(tmp_path / "dev.sqlite", "PRAGMA user_version") == [(engine.SCHEMA_VERSION,)]
-    assert raw(tmp_path / "dev.sqlite", "PRAGMA application_id") == [(engine.APPLICATION_ID,)]
+    assert raw(tmp_path / "dev.sqlite", "PRAGMA user_version") == [(SCHEMA_VERSION,)]
+    assert raw(tmp_path / "dev.sqlite", "PRAGMA application_id") == [(APPLICATION_ID,)]
     assert "No new upgrade operations detected." in alembic("check", url=url)
     assert Database.open(settings_in(tmp_path, database_url=url)).writable
     alembic("downgrade", "base", url=url)

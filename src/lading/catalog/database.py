@@ -14,21 +14,15 @@ from sqlalchemy import Connection, Engine
 
 from lading.catalog import refresh
 from lading.catalog.engine import (
-    APPLICATION_ID,
-    Found,
-    Target,
-    check_version,
     file_engine,
-    foreign,
     memory_engine,
-    peek,
     readonly_engine,
     server_engine,
     set_journal_mode,
     transaction,
-    writable,
 )
 from lading.catalog.lifecycle import UpgradeReport, backup, check, downgrade, migrate, upgrade, version_of
+from lading.catalog.target import APPLICATION_ID, Found, Target, check_version, foreign, peek, writable
 from lading.errors import CatalogError
 from lading.settings import Settings
 

@@ -19,22 +19,17 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection, Engine, inspect, text
 
 from lading.catalog.engine import (
-    SCHEMA_VERSION,
-    Found,
-    Target,
-    check_version,
     connect_readonly,
     file_engine,
-    foreign,
     memory_engine,
-    peek,
     readonly_engine,
     server_engine,
     transaction,
-    translated,
 )
+from lading.catalog.failures import translated
 from lading.catalog.resolved import stale_columns
 from lading.catalog.search import is_not_index, stale_index
+from lading.catalog.target import SCHEMA_VERSION, Found, Target, check_version, foreign, peek
 from lading.errors import CatalogError
 from lading.settings import Settings
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from sqlalchemy import exc, text
 
 from lading.catalog.database import Database
-from lading.catalog.engine import connect_readonly, primary_code, sqlite_failure, translated
+from lading.catalog.engine import connect_readonly
+from lading.catalog.failures import primary_code, sqlite_failure, translated
 from lading.errors import CatalogError, PolicyError, QueryError
 
 MAX_VALUE_BYTES = 200_000

@@ -1,0 +1,167 @@
+"""Where a catalog is, and what is there: nothing, a catalog of some version, or something else."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+import struct
+from contextlib import closing
+from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+from typing import Self
+from urllib.parse import quote
+
+from sqlalchemy import URL, exc, make_url
+
+from lading.errors import CatalogError, CatalogOutdatedError
+
+SCHEMA_VERSION = 2
+"""The version of the schema that this code works with: the number of the last migration."""
+
+APPLICATION_ID = int.from_bytes(b"ldng", "big")
+"""What the header of a catalog file carries, so that no other database is taken for one."""
+
+BUSY_TIMEOUT_S = 30.0
+"""How long a connection waits for the lock of another one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Where a catalog is."""
+
+    url: URL
+    path: Path | None
+    """The file of a SQLite database; ``None`` for a server, and for one in memory."""
+
+    @classmethod
+    def from_url(cls, text: str) -> Self:
+        """Read a database URL.
+
+        :raises CatalogError: not a URL, or a SQLite URL with query parameters.
+        """
+        try:
+            url = make_url(text)
+        except exc.ArgumentError as error:
+            raise CatalogError(
+                f"LADING_DATABASE_URL is expected to be a URL such as sqlite:////data/catalog.sqlite or "
+                f"postgresql+psycopg://user@host/lading, but is {text!r}."
+            ) from error
+
+        if url.get_backend_name() != "sqlite":
+            return cls(url=url, path=None)
+        if url.query:
+            raise CatalogError(f"A SQLite database URL takes no parameters, but {text!r} has some behind the `?`.")
+        if url.database in (None, "", ":memory:"):
+            return cls(url=url, path=None)
+
+        return cls(url=url, path=Path(str(url.database)).expanduser().absolute())
+
+    @property
+    def is_sqlite(self) -> bool:
+        return self.url.get_backend_name() == "sqlite"
+
+    def __str__(self) -> str:
+        if self.path is not None:
+            return str(self.path)
+
+        return "the catalog in memory" if self.is_sqlite else self.url.render_as_string(hide_password=True)
+
+
+def connect(path: Path, parameters: str) -> sqlite3.Connection:
+    """A connection to a SQLite file in autocommit mode.
+
+    :param parameters: of the URI, such as ``mode=ro``.
+    """
+    return sqlite3.connect(
+        f"file:{quote(os.fsencode(path))}?{parameters}",
+        uri=True,
+        timeout=BUSY_TIMEOUT_S,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+
+
+class Found(Enum):
+    """What a look at a file finds, before it is opened as a database."""
+
+    NOTHING = auto()
+    """No file, or one that holds nothing yet: what a creation that was cut off leaves behind."""
+    CATALOG = auto()
+    FOREIGN = auto()
+
+
+def peek(path: Path) -> Found:
+    """Look at the file's header and touch nothing: not even a journal appears beside a file that is not ours.
+
+    :raises CatalogError: ``path`` is a folder or another thing that is not a file.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return Found.NOTHING
+    if not stat.S_ISREG(mode):
+        raise CatalogError(
+            f"The catalog is expected to be a file, but {path} is {'a folder' if stat.S_ISDIR(mode) else 'not one'}."
+        )
+
+    # https://www.sqlite.org/fileformat2.html#the_database_header
+    with open(path, "rb") as file:
+        header = file.read(100)
+    if not header:
+        return Found.NOTHING
+    if len(header) == 100 and not any(header):
+        # A big transaction writes other pages before the first one; a journal tells that one was under way.
+        return Found.NOTHING if Path(f"{path}-journal").exists() else Found.FOREIGN
+    if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
+        return Found.FOREIGN
+
+    (application_id,) = struct.unpack_from(">i", header, 68)
+    if application_id == APPLICATION_ID:
+        return Found.CATALOG
+    if application_id != 0 or Path(f"{path}-wal").exists():
+        return Found.FOREIGN
+
+    try:
+        with closing(connect(path, "mode=ro&immutable=1")) as connection:
+            (objects,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except (sqlite3.Error, UnicodeDecodeError):  # the latter of a message that quotes what is damaged
+        return Found.FOREIGN
+
+    return Found.FOREIGN if objects else Found.NOTHING
+
+
+def foreign(target: Target) -> CatalogError:
+    """The error for a file that is something else."""
+    return CatalogError(
+        f"{target} is expected to be a catalog of lading, but is another kind of file; it was left as it is. Move it "
+        "away, or set LADING_DATABASE_URL to another place."
+    )
+
+
+def check_version(found: int, target: Target) -> None:
+    """Check the schema's version.
+
+    :raises CatalogOutdatedError: it is not :data:`SCHEMA_VERSION`.
+    """
+    if found == SCHEMA_VERSION:
+        return
+
+    what = f"The schema of {target} is of version {found}, but this version of lading works with {SCHEMA_VERSION}."
+    todo = (
+        "Upgrade lading: `pip install --upgrade lading`."
+        if found > SCHEMA_VERSION
+        else "`lading db upgrade` brings it up to date, after a backup."
+    )
+    raise CatalogOutdatedError(f"{what} {todo}", expected=SCHEMA_VERSION, found=found)
+
+
+def writable(path: Path) -> bool:
+    """Whether the catalog file can be written, and a journal beside it."""
+    # With the effective user's rights where the system can tell them: those are the ones that `open` is granted by.
+    effective = os.access in os.supports_effective_ids
+
+    return os.access(path, os.W_OK, effective_ids=effective) and os.access(
+        path.parent, os.W_OK | os.X_OK, effective_ids=effective
+    )
