@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Final
 
 from lading.card import CONFIG_KEYS, ArchitectureEntry, CardEntry
-from lading.documents import Document, json_documents, show, to_yaml, yaml_documents
+from lading.documents.document import Document, show
+from lading.documents.json_lines import json_documents
+from lading.documents.read_yaml import yaml_documents
+from lading.documents.write_yaml import to_yaml
 from lading.errors import did_you_mean
 
 MAX_NAME_LENGTH: Final = 200

@@ -20,7 +20,7 @@ from pydantic_core import CoreSchema, ErrorDetails, PydanticKnownError, SchemaVa
 from pydantic_core.core_schema import DataclassSchema, no_info_before_validator_function
 
 from lading.card import Architecture, AssetCard
-from lading.documents import join, show
+from lading.documents.document import join, show
 from lading.errors import AssetCardError, InternalError, did_you_mean
 from lading.overrides import Layer, architecture_layers, layers_of, merge_layers
 

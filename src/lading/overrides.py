@@ -12,6 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 from lading.card import CONFIG_KEYS, Architecture, AssetCard
+from lading.documents.document import join, show
 from lading.errors import AssetCardError
 
 
@@ -70,8 +71,6 @@ def merge_layers(base: Mapping[str, object], layers: Iterable[Layer]) -> dict[st
     merged = dict(base)
     for layer in layers:
         if not isinstance(layer.overrides, Mapping):
-            from lading.documents import show
-
             raise AssetCardError(layer.owner, f"{layer.where}: expected a mapping, found {show(layer.overrides)}.")
         try:
             merged = merge(merged, layer.overrides, path=layer.where)
@@ -94,9 +93,6 @@ def merge(base: Mapping[str, object], overrides: Mapping[str, object], *, path: 
     try:
         return _merge(base, overrides)
     except _DirectiveError as error:
-        # Reading YAML, which that page is about, is not imported for questions that are answered well.
-        from lading.documents import join, show
-
         for step in error.place:
             path = join(path, step)
         items = error.found[:5] if isinstance(error.found, list) else None

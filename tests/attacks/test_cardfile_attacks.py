@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lading.cardfile import CardFile, parse
-from lading.documents import MAX_BYTES, MAX_DEPTH, MAX_PROBLEMS
+from lading.documents.document import MAX_BYTES, MAX_DEPTH, MAX_PROBLEMS
 
 pytestmark = pytest.mark.timeout(60)
 
