@@ -7,14 +7,13 @@ repository comes to be all at once, and never is more than one tensor, or a few 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,15 +29,19 @@ from lading.companions import companions, files_beside
 from lading.completion import completed
 from lading.compose import Source
 from lading.construct import build_on_meta, check_config_type, settle_dtypes
-from lading.errors import (
-    CorruptModelCheckpointError,
-    LadingError,
-    ModelCheckpointMismatchError,
-    NotSupportedError,
+from lading.errors import ModelCheckpointMismatchError, NotSupportedError
+from lading.export_plan import (
+    batches,
+    check_shard_size,
+    config_values,
+    elements_by_dtype,
+    files_of,
+    files_of_stages,
+    torch_name,
 )
 from lading.family import Family, get_family
-from lading.folder import family_of_folder, refuse_quantised_config
-from lading.formats.write_safetensors import Entry, Writer, shard_names, shards_of, write_index
+from lading.folder import family_of_folder
+from lading.formats.write_safetensors import Entry, Writer, write_index
 from lading.gangs import Gang, Gangs, create_fake_gangs
 from lading.keymap import Route, route
 from lading.locate import card_checkpoint
@@ -46,17 +49,11 @@ from lading.new_folder import new_folder, require_empty
 from lading.published import CONFIG_NAME
 from lading.reading import read_tensors
 from lading.resolve import arch_config, family_of_card, model_config
-from lading.transfer.dtypes import DTYPE_NAMES, FLOATS, TORCH_DTYPES
+from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from lading.transfer.targets import Targets, is_distributed, targets_of
 
 SHARD_SIZE = 5_000_000_000
 """Bytes that a file has at most by default, as the hub advises."""
-
-BATCH = 64 << 20
-"""Bytes of small tensors that are read together."""
-
-ModelT = TypeVar("ModelT", bound=Module)
-ModelConfigT = TypeVar("ModelConfigT")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,17 +153,17 @@ def convert_checkpoint(
         assert store is not None
         checkpoint = acquire(checkpoint, store, progress=progress)
         beside = companions(checkpoint, card, store.retrieve_card, progress=progress)
-    values = _config_values(family, config, targets, entries, beside)
+    values = config_values(family, config, targets, entries, beside)
     _check_tied(checkpoint, targets, routed)
 
     with new_folder(folder) as temporary:
         order = sorted(range(len(entries)), key=routed.tensors.__getitem__)  # as they lie in the files
-        shards = _shards([entries[i] for i in order], shard_size)
+        shards = files_of([entries[i] for i in order], shard_size)
         by_name = {entry.name: source for entry, source in zip(entries, sources, strict=True)}
         with _bar(entries, progress) as bar:
             for file, shard in shards.items():
                 with Writer(temporary / file, shard) as writer:
-                    for batch in _batches(shard):
+                    for batch in batches(shard):
                         wanted = [by_name[entry.name] for entry in batch]
                         for tensor in read_tensors(checkpoint, wanted, [entry.dtype for entry in batch]):
                             writer.write(_bytes(tensor))
@@ -232,11 +229,11 @@ def export_model(
     entries = [entry for stage in stages for entry in stage]
     if {entry.name: entry.shape for entry in entries} != dict(zip(whole.names, whole.shapes, strict=True)):
         raise ValueError("`config` must be the one that `model` was made with, but describes other parameters")
-    shards, writers = _shards_of_stages(stages, shard_size)
+    shards, writers = files_of_stages(stages, shard_size)
 
     def begin() -> tuple[Path, Mapping[str, Path], Mapping[str, object]]:
         files = {} if beside is None else files_beside(Path(beside))
-        values = _config_values(family, config, whole, entries, files)
+        values = config_values(family, config, whole, entries, files)
 
         return stack.enter_context(new_folder(folder)), files, values
 
@@ -258,12 +255,6 @@ def export_model(
         return root.first(finish)
 
 
-def check_shard_size(size: int) -> None:
-    """:raises ValueError: no file can be that small."""
-    if size < 1:
-        raise ValueError(f"`shard_size` must be positive, but is {size}")
-
-
 def _of_architecture(arch: str, store: AssetStore | None) -> tuple[Family[Any, Any], Any]:
     family_name, slash, name = arch.partition("/")
     if not slash:
@@ -274,45 +265,6 @@ def _of_architecture(arch: str, store: AssetStore | None) -> tuple[Family[Any, A
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
-
-
-def _shards(entries: Sequence[Entry], shard_size: int) -> Mapping[str, Sequence[Entry]]:
-    shards = shards_of(entries, shard_size)
-
-    return {file: [entries[i] for i in shard] for file, shard in zip(shard_names(len(shards)), shards, strict=True)}
-
-
-def _shards_of_stages(
-    stages: Mapping[tuple[Entry, ...], Sequence[int]], shard_size: int
-) -> tuple[Mapping[str, Sequence[Entry]], Mapping[str, int]]:
-    """The tensors of each file, and the rank that writes it.
-
-    :param stages: tensors that the same ranks hold, and these ranks.
-    """
-    shards: list[list[Entry]] = []
-    writers: list[int] = []
-    for entries, ranks in stages.items():
-        for number, shard in enumerate(shards_of(entries, shard_size)):
-            if shard:
-                shards.append([entries[i] for i in shard])
-                writers.append(ranks[number % len(ranks)])
-    names = shard_names(len(shards))
-
-    return dict(zip(names, shards, strict=True)), dict(zip(names, writers, strict=True))
-
-
-def _batches(shard: Sequence[Entry]) -> Iterator[list[Entry]]:
-    """Tensors that are read together: as many as fit in :data:`BATCH`, or one."""
-    batch: list[Entry] = []
-    size = 0
-    for entry in shard:
-        if batch and size + entry.nbytes > BATCH:
-            yield batch
-            batch, size = [], 0
-        batch.append(entry)
-        size += entry.nbytes
-    if batch:
-        yield batch
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -366,71 +318,6 @@ def _whole(tensor: Tensor) -> Tensor:
 # --- the rest of a repository ----------------------------------------------------------------------------------------
 
 
-def _config_values(
-    family: Family[Any, Any],
-    config: Any,
-    targets: Targets,
-    entries: Sequence[Entry],
-    beside: Mapping[str, Path],
-) -> Mapping[str, object]:
-    """What ``config.json`` is to say: what the one beside the checkpoint does, if it is of this model."""
-    own = _read_config(beside[CONFIG_NAME]) if CONFIG_NAME in beside else {}
-    known = bool(own) and _is_of(own, family, targets)
-    if family.to_hf is None and not known:
-        raise NotSupportedError(
-            f"Models of the {family.name} family cannot say what their config.json would be. Put the one of the model "
-            "beside the checkpoint."
-        )
-    made: Mapping[str, object] = {}
-    try:
-        made = {} if family.to_hf is None else family.to_hf(config)
-    except NotSupportedError:
-        if not known:
-            raise
-    values = dict(own if known else made)
-    values.pop("auto_map", None)  # names code that is not here
-    values |= {key: made[key] for key in ("architectures",) if key in made}
-
-    for key in ("dtype", "torch_dtype"):
-        values.pop(key, None)
-    elements: dict[str, int] = {}
-    for entry in entries:
-        if entry.dtype in FLOATS:
-            elements[entry.dtype] = elements.get(entry.dtype, 0) + math.prod(entry.shape)
-    if elements:
-        common = max(elements, key=elements.__getitem__)
-        values["dtype"] = str(TORCH_DTYPES[common]).removeprefix("torch.")
-
-    return values
-
-
-def _read_config(path: Path) -> Mapping[str, object]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorruptModelCheckpointError(path, f"{path} is expected to be a JSON object, but: {error}.") from None
-    if not isinstance(values, dict):
-        raise CorruptModelCheckpointError(
-            path, f"{path} is expected to be a JSON object, but is of type {type(values).__name__}."
-        )
-    refuse_quantised_config(values, path.parent)
-
-    return values
-
-
-def _is_of(values: Mapping[str, object], family: Family[Any, Any], targets: Targets) -> bool:
-    """Whether a ``config.json`` describes a model of these parameters."""
-    known = values.get("model_type") in family.hf_model_types or family.reads_other_model_types
-    if family.from_hf is None or not known:
-        return False
-    try:
-        found = targets_of(build_on_meta(family, family.from_hf(values)), dtype=None)
-    except (LadingError, ValueError):
-        return False
-
-    return (found.names, found.shapes, found.aliases) == (targets.names, targets.shapes, targets.aliases)
-
-
 def _require_here(folder: Path, writers: Mapping[str, int], root: Gang) -> None:
     """:raises NotSupportedError: a file that another rank wrote is on another file system."""
     for file, rank in writers.items():
@@ -444,6 +331,7 @@ def _require_here(folder: Path, writers: Mapping[str, int], root: Gang) -> None:
 def _finish(
     folder: Path, shards: Mapping[str, Sequence[Entry]], values: Mapping[str, object], beside: Mapping[str, Path]
 ) -> None:
+    """Write all that a repository holds besides its tensors."""
     if len(shards) > 1:
         write_index(folder, shards)
     with (folder / CONFIG_NAME).open("w", encoding="utf-8") as file:
@@ -457,10 +345,7 @@ def _finish(
 
 
 def _report(name: str, family: Family[Any, Any], folder: Path, written: Path, entries: Sequence[Entry]) -> ExportReport:
-    dtypes: dict[str, int] = {}
-    for entry in entries:
-        dtype = str(TORCH_DTYPES[entry.dtype]).removeprefix("torch.")
-        dtypes[dtype] = dtypes.get(dtype, 0) + math.prod(entry.shape)
+    dtypes = {torch_name(dtype): count for dtype, count in elements_by_dtype(entries).items()}
 
     return ExportReport(
         name=name,

@@ -26,7 +26,7 @@ LAYERS = [
     {"locate"},
     {"acquire", "companions", "completion", "reading", "holdings", "adoption", "removal"},
     {"verification"},
-    {"verify", "pull", "export", "planning", "tokenizer"},
+    {"verify", "pull", "export", "export_plan", "planning", "tokenizer"},
     {"loader", "picture"},
     {"hub", "doors"},
     {"families"},
