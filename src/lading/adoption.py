@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from json import dumps
 from pathlib import Path
 from typing import Literal
 
-from lading.card import AssetCard, CheckpointRef, path_uri
+from lading.card import path_uri
 from lading.catalog.checkpoints import record_checkpoint, record_files
 from lading.catalog.holdings import checkpoints_like, link_cards
 from lading.catalog.records import Check, CopyKind, LocalCopy
@@ -25,13 +25,14 @@ from lading.errors import (
     LadingError,
     NotSupportedError,
 )
-from lading.fetch.hf_cache import blob_tag, cached_commit, hub_cache, snapshot_folders
-from lading.fetch.hf_names import SCHEMES, HubAddress, is_file_name, is_sha256
+from lading.fetch.hf_cache import blob_tag, hub_cache
+from lading.fetch.hf_names import is_sha256
 from lading.fetch.verify import sha256_file
 from lading.filesystem import FileStat
 from lading.finding import Place, find_places, hub_places, require_inside
 from lading.folder import read_hf_config, refuse_quantised_config
-from lading.holdings import cards_with, intact_copies, names_of
+from lading.holdings import intact_copies, names_of
+from lading.hub_checkpoints import HubCheckpoint, commit_of, hub_checkpoints, no_snapshot
 from lading.locate import require_writable
 from lading.manifest import Manifest
 
@@ -109,16 +110,6 @@ def _root(path: str | Path) -> Path:
     return root
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _HubCheckpoint:
-    """A checkpoint on the hub, as cards name it."""
-
-    uri: str
-    revision: str | None = None
-    inner: str | None = None
-    cards: tuple[str, ...] = ()
-
-
 class _Adopter:
     """Takes one place after another; what the catalog says of cards is asked once."""
 
@@ -126,7 +117,7 @@ class _Adopter:
         self._store = store
         self._dry_run = dry_run
         self._progress = progress
-        self._by_repo = _hub_checkpoints(store)
+        self._by_repo = hub_checkpoints(store)
 
     def adopt(self, place: Place) -> Iterator[Adoption]:
         """Everything in a place."""
@@ -152,7 +143,7 @@ class _Adopter:
         found = False
         for checkpoint in wanted:
             stored = self._store.checkpoint(checkpoint.uri)
-            commit = _commit(place, checkpoint.revision, stored)
+            commit = commit_of(place, checkpoint.revision, stored)
             if commit is not None:
                 found = True
                 yield from self._snapshot(place, checkpoint, commit, stored)
@@ -160,23 +151,23 @@ class _Adopter:
             return
 
         # It is of no card, or of one that asks for another revision.
-        commit = _commit(place, None, None)
+        commit = commit_of(place, None, None)
         if commit is None:
-            yield _failed(place.path, _no_snapshot(place))
+            yield _failed(place.path, no_snapshot(place))
             return
         pinned = f"@{commit}" if wanted else ""
-        checkpoint = _HubCheckpoint(uri=f"hg://{repo}{pinned}")
+        checkpoint = HubCheckpoint(uri=f"hg://{repo}{pinned}")
         yield from self._snapshot(place, checkpoint, commit, self._store.checkpoint(checkpoint.uri))
 
     def _snapshot(
-        self, place: Place, checkpoint: _HubCheckpoint, commit: str, stored: StoredCheckpoint | None
+        self, place: Place, checkpoint: HubCheckpoint, commit: str, stored: StoredCheckpoint | None
     ) -> list[Adoption]:
         path = place.path / "snapshots" / commit / (checkpoint.inner or "")
 
         return self._attempt(path, lambda: [self._take_snapshot(place, path, checkpoint, commit, stored)])
 
     def _take_snapshot(
-        self, place: Place, path: Path, checkpoint: _HubCheckpoint, commit: str, stored: StoredCheckpoint | None
+        self, place: Place, path: Path, checkpoint: HubCheckpoint, commit: str, stored: StoredCheckpoint | None
     ) -> Adoption:
         known = _known(path, stored, checkpoint.cards)
         if known is not None:
@@ -299,59 +290,9 @@ class _Adopter:
         record_checkpoint(self._store.database, uri=uri, manifest=manifest, copies=copies, revision=revision)
 
 
-def _hub_checkpoints(store: AssetStore) -> Mapping[str, Sequence[_HubCheckpoint]]:
-    """The checkpoints of cards on the hub, by the id of their repository in one case."""
-    found: dict[str, tuple[HubAddress, CheckpointRef, list[str]]] = {}
-    for card, ref in cards_with(store, lambda uri: uri.startswith(SCHEMES)):
-        _add(found, card, ref)
-
-    by_repo: dict[str, list[_HubCheckpoint]] = {}
-    for uri, (address, ref, cards) in found.items():
-        inner = "/".join(part.strip("/") for part in (address.inner, ref.path) if part)
-        if inner and not is_file_name(inner):
-            log.warning("the checkpoint %s leads out of its repository", uri)
-            continue
-        by_repo.setdefault(address.repo.casefold(), []).append(
-            _HubCheckpoint(uri=uri, revision=address.revision, inner=inner or None, cards=tuple(cards))
-        )
-
-    return by_repo
-
-
-def _add(found: dict[str, tuple[HubAddress, CheckpointRef, list[str]]], card: AssetCard, ref: CheckpointRef) -> None:
-    try:
-        address = HubAddress.from_uri(ref.uri)
-    except LadingError as error:
-        log.warning("the card %s names no repository: %s", card.name, error)
-        return
-    found.setdefault(ref.key, (address, ref, []))[2].append(card.name)
-
-
-def _commit(place: Place, revision: str | None, stored: StoredCheckpoint | None) -> str | None:
-    """The commit in the folder of a repository that a revision means; that of the catalog first, if it is there."""
-    if stored is not None and stored.revision and (place.path / "snapshots" / stored.revision).is_dir():
-        commit: str | None = stored.revision
-    else:
-        commit = cached_commit(place.path, revision or "main")
-        if commit is None and revision is None:
-            snapshots = snapshot_folders(place.path)
-            commit = snapshots[0].name if len(snapshots) == 1 else None
-    if place.commit not in (None, commit):
-        return place.commit if revision is None and stored is None else None
-
-    return commit if commit is not None and (place.path / "snapshots" / commit).is_dir() else None
-
-
-def _no_snapshot(place: Place) -> CheckpointNotFoundError:
-    snapshots = [path.name for path in snapshot_folders(place.path)]
-    found = f"found {', '.join(snapshots)}, and nothing that says which is the main one" if snapshots else "found none"
-
-    return CheckpointNotFoundError(place.path, f"{place.path}: expected a snapshot of the repository, {found}.")
-
-
 def _read(path: Path, place: Place) -> tuple[Manifest, list[LocalCopy]]:
     """What a checkpoint holds, and its files; nothing of it is read before all links are seen to stay inside."""
-    _uri_of(path)
+    _uri_of(path)  # before any work, as it may be none that the catalog keeps
     require_inside(path, place)
     refuse_quantised_config(read_hf_config(path), path)
     found = OnDisk.read(path)
@@ -360,6 +301,7 @@ def _read(path: Path, place: Place) -> tuple[Manifest, list[LocalCopy]]:
 
 
 def _uri_of(path: Path) -> str:
+    """:raises NotSupportedError: the path is no text that the catalog keeps."""
     uri = path_uri(path)
     try:
         uri.encode()

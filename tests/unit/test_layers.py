@@ -24,7 +24,7 @@ LAYERS = [
     {"finding"},
     {"checkpoint", "check"},
     {"locate"},
-    {"acquire", "companions", "completion", "reading", "holdings", "adoption", "removal"},
+    {"acquire", "companions", "completion", "reading", "holdings", "hub_checkpoints", "adoption", "removal"},
     {"verification"},
     {"verify", "pull", "export", "export_plan", "planning", "tokenizer"},
     {"loader", "picture"},
