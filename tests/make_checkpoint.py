@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from lading.families.qwen import QwenConfig
 
 CONFIG = {
     "model_type": "qwen3",
@@ -25,6 +29,27 @@ CONFIG = {
     "hidden_act": "silu",
     "attention_bias": False,
 }
+
+
+def qwen_config() -> QwenConfig:
+    """What lading reads :data:`CONFIG` as."""
+    from lading.families.qwen import QwenConfig
+
+    return QwenConfig(
+        model_dim=32,
+        max_seq_len=128,
+        vocab_size=100,
+        tied_embeddings=True,
+        num_layers=2,
+        num_attn_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        qkv_proj_bias=False,
+        q_norm=True,
+        k_norm=True,
+        ffn_inner_dim=64,
+        rope_theta=1_000_000.0,
+    )
 
 
 def tensors() -> dict[str, torch.Tensor]:

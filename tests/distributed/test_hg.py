@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from tiny_models import save_model, whole
 from torch.distributed.tensor import DTensor
 from workers import Pool
 
@@ -41,18 +41,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("mixtral", transformers.MixtralConfig(**SIZES, num_local_experts=4), transformers.MixtralForCausalLM),
         ("gpt2", transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64), transformers.GPT2LMHeadModel),
     ):
-        torch.manual_seed(0)
-        model = kls(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.normal_(std=0.2)
-        model.save_pretrained(root / name, max_shard_size="30KB")
+        save_model(root / name, kls, config, max_shard_size="30KB")
 
     return {path.name: path for path in root.iterdir()}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def load_and_compare(folder: Path, tp: int, sdp: int) -> tuple[list[str], int]:

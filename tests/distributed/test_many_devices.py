@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor
+from tiny_models import whole
 from workers import Pool
 
 from lading.gangs import create_gangs, world
@@ -62,11 +62,7 @@ def load_on(host: str, home: str) -> tuple[str, dict[str, torch.Tensor], int]:
     move_to(host, home)
     with create_gangs("cpu", tp=2, sdp=2) as gangs:
         model = load_model("far", gangs=gangs, dtype="auto", progress=False)
-        whole = {
-            name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-            for name, p in model.named_parameters()
-        }
-        return host, whole, gangs.root.local_size
+        return host, {name: whole(p).detach().clone() for name, p in model.named_parameters()}, gangs.root.local_size
 
 
 @pytest.fixture
@@ -87,9 +83,9 @@ def test_each_of_two_hosts_fetches_once(pool: Pool, tmp_path: Path) -> None:
     assert asked.count(None) == 2
     assert [(host, neighbours) for host, _, neighbours in found] == [("a", 2), ("a", 2), ("b", 2), ("b", 2)]
     expected = load_file(file)
-    for _, whole, _ in found:
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in whole.items())
-        assert len(whole) == len(expected)
+    for _, tensors, _ in found:
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+        assert len(tensors) == len(expected)
     for host in "ab":
         (kept,) = (tmp_path / host / "cache").rglob("*.safetensors")
         assert kept.read_bytes() == file.read_bytes()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tiny_models import far, save_model, whole
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import DTensor
@@ -56,24 +57,10 @@ def staged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("llama", transformers.LlamaConfig, transformers.LlamaForCausalLM, LLAMA),
         ("gemma", transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM, GEMMA),
     ):
-        torch.manual_seed(0)
-        model = kls(config(num_hidden_layers=3, max_position_embeddings=64, **sizes))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.normal_(std=0.2)
-        model.save_pretrained(root / name)
-        made[name] = root / name
+        values = config(num_hidden_layers=3, max_position_embeddings=64, **sizes)
+        made[name] = save_model(root / name, kls, values)
 
     return made
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def far(found: Tensor, expected: Tensor) -> bool:
-    scale = max(1.0, float(expected.detach().abs().max()))
-    return not torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * scale)
 
 
 def by_hand(stage: Module, gangs: Gangs, ids: Tensor, dim: int, **options: Tensor) -> Tensor | None:

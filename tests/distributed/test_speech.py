@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import whole
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from workers import Pool
 
@@ -53,9 +53,7 @@ def outcome(model: Module, seed: int) -> dict[str, Tensor]:
     logits[logits.isfinite()].square().mean().backward()
 
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return {"": logits.detach()} | {
-        name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()
-    }
+    return {"": logits.detach()} | {name: whole(gradient) for name, gradient in gradients.items()}
 
 
 def compare(family_name: str, axes: dict[str, int]) -> list[str]:

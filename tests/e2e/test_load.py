@@ -18,23 +18,9 @@ from lading.families.llama import get_llama_model_hub
 from lading.families.qwen import Qwen, QwenConfig, get_qwen_model_hub
 from lading.hub import GlobalModelLoader, load_with_report
 from lading.locate import index_checkpoint
-from make_checkpoint import make, tensors
+from make_checkpoint import make, qwen_config, tensors
 
-CONFIG = QwenConfig(
-    model_dim=32,
-    max_seq_len=128,
-    vocab_size=100,
-    tied_embeddings=True,
-    num_layers=2,
-    num_attn_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    qkv_proj_bias=False,
-    q_norm=True,
-    k_norm=True,
-    ffn_inner_dim=64,
-    rope_theta=1_000_000.0,
-)
+CONFIG = qwen_config()
 
 CARD = """\
 name: tiny

@@ -13,25 +13,11 @@ import torch
 from click.testing import Result
 
 from lading import PolicyError, load_model
-from lading.families.qwen import Qwen, QwenConfig, get_qwen_model_hub
+from lading.families.qwen import Qwen, get_qwen_model_hub
 from lading.hub import load_with_report
-from make_checkpoint import make
+from make_checkpoint import make, qwen_config
 
-CONFIG = QwenConfig(
-    model_dim=32,
-    max_seq_len=128,
-    vocab_size=100,
-    tied_embeddings=True,
-    num_layers=2,
-    num_attn_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    qkv_proj_bias=False,
-    q_norm=True,
-    k_norm=True,
-    ffn_inner_dim=64,
-    rope_theta=1_000_000.0,
-)
+CONFIG = qwen_config()
 
 
 @pytest.fixture
@@ -72,9 +58,7 @@ def test_a_saved_module(tmp_path: Path, model: Qwen, kind: str, legacy: bool, mm
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_strided_tensors_beside_other_objects(tmp_path: Path, model: Qwen, legacy: bool) -> None:
     """As a fairseq checkpoint may be: it takes an argument of the call, and a file in the cache."""
-    strided = {
-        name: value.t().contiguous().t() if value.ndim == 2 else value for name, value in _tensors(model).items()
-    }
+    strided = _strided(model)
     value = {"model": strided, "args": argparse.Namespace(lr=0.1)}
     path = tmp_path / "model.pt"
     torch.save(value, path, _use_new_zipfile_serialization=not legacy)
@@ -112,13 +96,15 @@ def _archive(folder: Path, model: Qwen) -> Path:
     return path
 
 
-def _tensors(model: Qwen) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
+def _strided(model: Qwen) -> dict[str, torch.Tensor]:
+    """Its state, no matrix of which lies row after row."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    return {name: value.t().contiguous().t() if value.ndim == 2 else value for name, value in state.items()}
 
 
 def test_a_card_of_strided_tensors(cards: Path, cli: Callable[..., Result], tmp_path: Path, model: Qwen) -> None:
     path = tmp_path / "cards" / "strided.pt"
-    torch.save({name: v.t().contiguous().t() if v.ndim == 2 else v for name, v in _tensors(model).items()}, path)
+    torch.save(_strided(model), path)
     card = tmp_path / "pt.yaml"
     card.write_text(f"name: tiny_strided\nbase: tiny\ncheckpoint: {path}\n")
     cli("import", card)

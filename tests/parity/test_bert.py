@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from parity_tools import randomise, relative_difference
 
 TOLERANCE = 1e-5
 VOCAB = 89
@@ -46,12 +48,7 @@ def pair(config: dict[str, Any]) -> tuple[Any, nn.Module]:
     }
     theirs_config = BertConfig(**values)
     theirs = BertModel._from_config(theirs_config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=2.0 * parameter.size(1) ** -0.5)
-            else:
-                parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
+    randomise(theirs)
 
     written = FAMILY.from_hf(json.loads(theirs_config.to_json_string(use_diff=False)))
     assert written == FAMILY.from_hf({"model_type": "bert", **values})
@@ -62,10 +59,6 @@ def pair(config: dict[str, Any]) -> tuple[Any, nn.Module]:
     ours.load_state_dict(state)
 
     return ours, theirs
-
-
-def relative_difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
 
 
 @by_case

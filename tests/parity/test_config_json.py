@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lading.family import Family, family_of_model_type
+from parity_tools import family_of
 
 DECODERS = ["llama", "qwen2", "qwen3", "mistral", "olmo2"]
 BY_LAYER = ["olmo3", "gemma3_text"]
@@ -27,13 +27,6 @@ SPARSE: list[dict[str, Any]] = [
     {"rope_theta": 12_345.0, "rope_parameters": {"rope_type": "default", "rope_theta": 77.0}},
     {"rope_parameters": {"rope_theta": 77.0}, "rope_scaling": {}},
 ]
-
-
-def family_of(model_type: str) -> Family[Any, Any]:
-    family = family_of_model_type(model_type)
-    assert family is not None
-
-    return family
 
 
 def shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lading.family import Family, family_of_model_type
 from lading.nn.decoder_lm import DecoderLM
+from parity_tools import family_of, randomise, relative_difference
 
 TOLERANCE = 1e-5
 VOCAB = 101
@@ -101,13 +101,6 @@ CASES = [
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
-def family_of(model_type: str) -> Family[Any, Any]:
-    family = family_of_model_type(model_type)
-    assert family is not None
-
-    return family
-
-
 def pair(case: Case) -> tuple[DecoderLM, nn.Module]:
     """This project's model and that of transformers, with the same weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -141,20 +134,6 @@ def pair(case: Case) -> tuple[DecoderLM, nn.Module]:
     ours.load_state_dict(state)
 
     return ours, theirs
-
-
-@torch.no_grad()
-def randomise(module: nn.Module) -> None:
-    """Draw weights so large that attention is far from uniform."""
-    for parameter in module.parameters():
-        if parameter.dim() == 2:
-            parameter.normal_(std=2.0 * parameter.size(1) ** -0.5)
-        else:
-            parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
-
-
-def relative_difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
 
 
 def tokens(n: int, s: int) -> Tensor:

@@ -18,6 +18,7 @@ from lading.families.wav2vec2 import get_wav2vec2_model_hub
 from lading.families.wav2vec2_asr import get_wav2vec2_asr_model_hub
 from lading.family import get_family
 from lading.keymap import rename
+from parity_tools import relative_difference
 
 TOLERANCE = 1e-5
 FILES = {path.stem: path for path in sorted(Path(__file__).with_name("fairseq2_wav2vec2").glob("*.safetensors"))}
@@ -47,10 +48,6 @@ class Dumped:
         x = self.test["input_values"]
 
         return x, (torch.arange(x.size(1))[None] < self.test["lengths"][:, None]).long()
-
-
-def relative_difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
 
 
 @pytest.mark.parametrize("name", ASR)

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from parity_tools import randomise, relative_difference
+
 TOLERANCE = 1e-5
 
 BASE: dict[str, Any] = {"feat_extract_norm": "group", "do_stable_layer_norm": False}
@@ -56,15 +58,6 @@ def their_config(config: dict[str, Any]) -> Any:
     )
 
 
-def randomise(model: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.normal_(std=1.5 * parameter[0].numel() ** -0.5)
-            else:
-                parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
-
-
 def pair(name: str, config: dict[str, Any]) -> tuple[Any, Any]:
     """This project's model and that of transformers, with the same weights."""
     import transformers
@@ -74,7 +67,7 @@ def pair(name: str, config: dict[str, Any]) -> tuple[Any, Any]:
     torch.manual_seed(len(config))
     theirs_config = their_config(config)
     theirs = getattr(transformers, name)._from_config(theirs_config, attn_implementation="eager").eval()
-    randomise(theirs)
+    randomise(theirs, gain=1.5)
 
     family = family_of_model_type("wav2vec2", [name])
     assert family is not None
@@ -94,10 +87,6 @@ def sound(n: int = 3, length: int = 523) -> Tensor:
 
 def padding(*lengths: int) -> Tensor:
     return (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
-
-
-def relative_difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).detach().abs().max() / b.detach().abs().max())
 
 
 @by_case

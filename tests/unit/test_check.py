@@ -21,20 +21,9 @@ from lading.families.qwen import FAMILY as QWEN
 from lading.families.qwen import QwenConfig
 from lading.family import Family
 from lading.manifest import BITS, Manifest, Shard
+from make_checkpoint import qwen_config
 
-CONFIG = QwenConfig(
-    model_dim=32,
-    vocab_size=100,
-    tied_embeddings=True,
-    num_layers=2,
-    num_attn_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    qkv_proj_bias=False,
-    q_norm=True,
-    k_norm=True,
-    ffn_inner_dim=64,
-)
+CONFIG = qwen_config()
 EMBEDDING, NORM, UP = "model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
