@@ -105,6 +105,8 @@ def convert_checkpoint(
     :raises NotSupportedError: the checkpoint is quantised, of no known family, or no ``config.json`` can describe it.
     :raises AssetNotFoundError: no card has that name.
     :raises ModelCheckpointError: the checkpoint is damaged, or does not fit the configuration.
+    :raises PolicyError: to unpickle it would import what a state dict does not need.
+    :raises ValueError: ``arch`` is given with a card, or is of another form; or ``shard_size`` is not positive.
     :raises CheckpointNotFoundError: nothing is where it should be (also a ``FileNotFoundError``).
     :raises FetchError: it is elsewhere, and cannot be fetched.
     :raises OSError: the disk is full, or cannot be written.
@@ -162,12 +164,7 @@ def convert_checkpoint(
         by_name = {entry.name: source for entry, source in zip(entries, sources, strict=True)}
         with _bar(entries, progress) as bar:
             for file, shard in shards.items():
-                with Writer(temporary / file, shard) as writer:
-                    for batch in batches(shard):
-                        wanted = [by_name[entry.name] for entry in batch]
-                        for tensor in read_tensors(checkpoint, wanted, [entry.dtype for entry in batch]):
-                            writer.write(_bytes(tensor))
-                            bar.update(tensor.nbytes)
+                _copy(temporary / file, shard, checkpoint, by_name, bar)
         _finish(temporary, shards, values, beside)
         return _report(name, family, folder, temporary, entries)
 
@@ -199,7 +196,7 @@ def export_model(
     :raises FileExistsError: something is at ``folder``, and is no empty folder.
     :raises NotSupportedError: no ``config.json`` can describe the model; or gangs that are only simulated.
     :raises TypeError: ``config`` or ``model`` is not of the family's class.
-    :raises ValueError: ``config`` describes other parameters than ``model`` has.
+    :raises ValueError: ``config`` describes other parameters than ``model`` has; or ``shard_size`` is not positive.
     :raises GangError: another rank failed, asks for something else, or writes to another file system.
     :raises OSError: the disk is full, or cannot be written.
     """
@@ -286,6 +283,21 @@ def _check_tied(checkpoint: Checkpoint, targets: Targets, routed: Route) -> None
                 "different values for them. Use a configuration of `tied_embeddings: false`.",
                 [f"tied, but different: {name}"],
             )
+
+
+def _copy(
+    path: Path, shard: Sequence[Entry], checkpoint: Checkpoint, sources: Mapping[str, Source], bar: tqdm[Any]
+) -> None:
+    """Write a file from a checkpoint, a few tensors at a time.
+
+    :param sources: what the tensors are made of, by their names.
+    """
+    with Writer(path, shard) as writer:
+        for batch in batches(shard):
+            wanted = [sources[entry.name] for entry in batch]
+            for tensor in read_tensors(checkpoint, wanted, [entry.dtype for entry in batch]):
+                writer.write(_bytes(tensor))
+                bar.update(tensor.nbytes)
 
 
 def _write_together(path: Path, shard: Sequence[Entry], tensors: Mapping[str, Tensor], *, writes: bool) -> None:

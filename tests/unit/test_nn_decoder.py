@@ -387,6 +387,15 @@ def test_generation_stops_when_all_have_ended() -> None:
     assert torch.equal(found, free[:, :7])
 
 
+@pytest.mark.parametrize("pad_idx", [None, 49])
+def test_no_token_ends_a_sequence(pad_idx: int | None) -> None:
+    model = make(replace(SPEC, pad_idx=pad_idx))
+
+    assert torch.equal(
+        model.generate(ids(2, 6), max_new_tokens=4, eos_id=[]), model.generate(ids(2, 6), max_new_tokens=4)
+    )
+
+
 def test_nothing_new() -> None:
     assert torch.equal(make(SPEC).generate(ids(2, 6), max_new_tokens=0), ids(2, 6))
 

@@ -146,6 +146,8 @@ class DecoderLM(nn.Module):
             position_ids = (mask.cumsum(-1) - 1).clamp_(min=0)
 
         ends = None if eos_id is None else torch.as_tensor(eos_id, device=input_ids.device).reshape(-1)
+        if ends is not None and len(ends) == 0:
+            ends = None  # there is no first of them to fill up with, and nothing that has ended
         finished = torch.zeros(n, dtype=torch.bool, device=input_ids.device)
 
         cache = KeyValueCache()
