@@ -23,7 +23,7 @@ from lading.nn.encoder import Encoder, EncoderEmbeddings, EncoderSpec, Pooler, e
 
 @dataclass(kw_only=True)
 class BertConfig:
-    """The configuration of a BERT model; the defaults are those of the base model without case."""
+    """The configuration of a BERT model; the defaults are those of the uncased base model."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 

@@ -36,7 +36,7 @@ class Gemma3Config:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     model_dim: int = 1152
-    """The width of the model, and the square of what embeddings are multiplied by."""
+    """The width of the model; embeddings are multiplied by its root."""
 
     max_seq_len: int = 32_768
     """The longest sequence, in tokens."""
@@ -81,7 +81,7 @@ class Gemma3Config:
     """The base of the frequencies of the rotary position embeddings, in layers without a window."""
 
     rope_factor: float | None = None
-    """What wavelengths are stretched by there."""
+    """What wavelengths are stretched by in layers without a window; ``None`` means that they are not."""
 
     local_rope_theta: float = 10_000.0
     """The base of the frequencies in layers with a window."""

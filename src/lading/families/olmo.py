@@ -49,7 +49,7 @@ class YaRNScaleConfig:
     """Dimensions that turn so often, or less, are stretched by the whole factor."""
 
     mscale: float = 1.0
-    """Sharpens attention; together with ``mscale_all_dim`` only, and alone as if it were 1."""
+    """How much attention is sharpened; without ``mscale_all_dim`` it is as if this were 1."""
 
     mscale_all_dim: float = 0.0
     """What ``mscale`` is divided by; 0 is none."""
@@ -125,10 +125,10 @@ class OLMOConfig:
     """Of each layer; ``None`` means a window in three of four layers, but not in the last."""
 
     yarn_scale_config: YaRNScaleConfig | None = None
-    """How frequencies are scaled."""
+    """How the frequencies of the rotary position embeddings are scaled; ``None`` means that they are not."""
 
     yarn_in_all_layers: bool = False
-    """Whether they are in layers with a window, too. As published, they are not; fairseq2 0.8.1 scales them."""
+    """Whether they are scaled in layers with a window, too: fairseq2 0.8.1 does so, the published models do not."""
 
 
 class OLMO(DecoderLM):

@@ -33,7 +33,7 @@ from lading.nn.uninitialized import Linear
 
 @dataclass(kw_only=True)
 class Wav2Vec2AsrConfig(MaskingFields):
-    """The configuration of a model that writes; the defaults are those of the base model trained on 10 hours."""
+    """The configuration of a model that writes down speech; the defaults are the base model's, trained on 10 hours."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 

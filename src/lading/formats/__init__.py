@@ -48,8 +48,8 @@ def index(path: Path | str, *, member: str | None = None, cache: Path | None = N
     :param cache: a folder to rewrite the checkpoint in, once, if its tensors are no ranges of bytes. The manifest is
         then the one of that file, which :func:`readable` names.
     :param restrict: refuse a file of ``torch.save`` that names anything that a state dict does not need. Where it is
-        not set, such objects are passed over; what they name is imported in neither case. Only this argument leads
-        from one to the other.
+        not set, such objects are passed over; what they name is imported in neither case. No card can loosen it: that
+        takes this argument.
 
     :raises CheckpointNotFoundError: nothing is at ``path``, or no checkpoint is in that folder or archive.
     :raises NotSupportedError: what is there is of a format that is not read here, or has tensors that are not.

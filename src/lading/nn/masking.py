@@ -72,7 +72,7 @@ class Masking:
 
 
 def span_mask(lengths: Tensor, max_length: int, *, span_len: int, max_prob: float, min_num_spans: int) -> Tensor:
-    """The lengths of rows (N), int64 → (N, max_length), true where masked, in each row as often.
+    """The lengths of rows (N), int64 → (N, max_length), true where masked: equally often in each row.
 
     Spans are drawn with replacement and may overlap. Where fewer did than elsewhere, some steps are unmasked again, so
     that the masked steps of all rows make one tensor.
