@@ -88,7 +88,7 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
 
     How many heads there are is left to ``x``: under tensor parallelism a rank projects to its own heads only.
     """
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    return torch.unflatten(x, -1, (-1, head_dim)).transpose(1, 2)
 
 
 class CausalSelfAttention(nn.Module):
@@ -162,6 +162,6 @@ class CausalSelfAttention(nn.Module):
         if self.norm_whole:
             return split_heads(norm(x), self.head_dim)
 
-        y: Tensor = norm(x.unflatten(-1, (-1, self.head_dim)))
+        y: Tensor = norm(torch.unflatten(x, -1, (-1, self.head_dim)))
 
         return y.transpose(1, 2)
