@@ -131,6 +131,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         mmap: bool = False,
         progress: bool = True,
         verify: Verify = "auto",
+        cooperative: bool = False,
     ) -> ModelT:
         """A model with its pretrained weights, in train mode.
 
@@ -144,6 +145,8 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         :param progress: show a bar on stderr when it takes longer than half a second.
         :param verify: ``"auto"`` checks, while it loads, all that the catalog has not seen verified in just the state
             that it is in now; ``"always"`` checks all; ``"never"`` nothing.
+        :param cooperative: the ranks of a host each read a part of the files and exchange what it holds, so that every
+            byte comes from storage once. All ranks have to say the same.
 
         :raises ModelNotKnownError: no card has that name.
         :raises AssetCardError: the card is of another family, names an architecture that is not known, or states
@@ -155,10 +158,10 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
             was published or recorded.
         :raises NotSupportedError: the checkpoint is quantised; a size does not divide over ``gangs.tp``; or there are
             more ranks in ``gangs.pp`` than layers.
-        :raises ValueError: both ``gangs`` and ``device``, or a meta device.
+        :raises ValueError: both ``gangs`` and ``device``, or a meta device; or both ``mmap`` and ``cooperative``.
         :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is no dtype.
         """
-        options = _options(gangs, device, dtype, mmap=mmap, progress=progress, verify=verify)
+        options = _options(gangs, device, dtype, mmap=mmap, progress=progress, verify=verify, cooperative=cooperative)
         model, _ = _load(card, self._family, lambda: self._asset_store, options, config)
 
         return cast(ModelT, model)
@@ -175,6 +178,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         restrict: bool | None = None,
         progress: bool = True,
         verify: Verify = "auto",
+        cooperative: bool = False,
     ) -> ModelT:
         """A model from a checkpoint file or folder that is not in the catalog.
 
@@ -185,7 +189,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
 
         The other parameters, and what is raised, are as for :meth:`load_model`.
         """
-        options = _options(gangs, device, dtype, mmap=mmap, progress=progress, verify=verify)
+        options = _options(gangs, device, dtype, mmap=mmap, progress=progress, verify=verify, cooperative=cooperative)
         options = replace(options, restrict=self._restrict(restrict))
         check_config_type(config, self._family)
         model, _ = agreed(options.gangs, lambda: load_path(Path(path), self._family, config, options))
@@ -278,11 +282,13 @@ class GlobalModelLoader:
         mmap: bool = False,
         progress: bool = True,
         verify: Verify = "auto",
+        cooperative: bool = False,
     ) -> Module:
         """See :func:`load_model`."""
         return self.load_with_report(
-            card, gangs=gangs, device=device, dtype=dtype, config=config, mmap=mmap, progress=progress, verify=verify
-        )[0]
+            card, gangs=gangs, device=device, dtype=dtype, config=config, mmap=mmap, progress=progress, verify=verify,
+            cooperative=cooperative,
+        )[0]  # fmt: skip
 
     def load_with_report(
         self,
@@ -295,9 +301,10 @@ class GlobalModelLoader:
         mmap: bool = False,
         progress: bool = True,
         verify: Verify = "auto",
+        cooperative: bool = False,
     ) -> tuple[Module, LoadReport]:
         """As :meth:`load`, with what the load did."""
-        options = _options(gangs, device, dtype, mmap=mmap, progress=progress, verify=verify)
+        options = _options(gangs, device, dtype, mmap=mmap, progress=progress, verify=verify, cooperative=cooperative)
 
         return _load(card, None, self._store, options, config)
 
@@ -315,6 +322,7 @@ def load_model(
     mmap: bool = False,
     progress: bool = True,
     verify: Verify = "auto",
+    cooperative: bool = False,
 ) -> Module:
     """A model of any family with its pretrained weights, in train mode.
 
@@ -323,8 +331,9 @@ def load_model(
     that names none, is an :class:`AssetCardError`.
     """
     return GlobalModelLoader().load(
-        card, gangs=gangs, device=device, dtype=dtype, config=config, mmap=mmap, progress=progress, verify=verify
-    )
+        card, gangs=gangs, device=device, dtype=dtype, config=config, mmap=mmap, progress=progress, verify=verify,
+        cooperative=cooperative,
+    )  # fmt: skip
 
 
 load_with_report = GlobalModelLoader().load_with_report
@@ -402,9 +411,12 @@ def _options(
     mmap: bool,
     progress: bool,
     verify: Verify,
+    cooperative: bool,
 ) -> LoadOptions:
     if verify not in VERIFY:
         raise ValueError(f"`verify` must be one of {', '.join(map(repr, VERIFY))}, but is {verify!r}")
+    if mmap and cooperative:
+        raise ValueError("`mmap` and `cooperative` must not be given together: what is mapped is not read")
 
     return LoadOptions(
         gangs=_effective_gangs(gangs, device),
@@ -412,6 +424,7 @@ def _options(
         mmap=mmap,
         progress=progress,
         verify=verify,
+        cooperative=cooperative,
     )
 
 

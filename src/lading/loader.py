@@ -36,9 +36,8 @@ from lading.reading import read_tensors
 from lading.report import Clock, LoadReport
 from lading.resolve import check_family, model_config
 from lading.transfer.dtypes import DTYPE_NAMES
-from lading.transfer.execute import execute
 from lading.transfer.fit import name_of
-from lading.transfer.hashing import Hasher
+from lading.transfer.move import Moved, move
 from lading.transfer.plan import Plan, Wanted, plan
 from lading.transfer.targets import Targets
 from lading.verification import Verify, block_dims, expect, settle
@@ -61,6 +60,8 @@ class LoadOptions:
     mmap: bool = False
     progress: bool = True
     verify: Verify = "auto"
+    cooperative: bool = False
+    """Whether the ranks of a host each read a part of the files, and exchange what it holds."""
     restrict: bool = True
     """As :func:`lading.formats.index` takes it; for a path."""
 
@@ -123,7 +124,9 @@ def _load(
 ) -> tuple[Module, LoadReport]:
     gangs, device, progress = options.gangs, options.gangs.root.device, options.shows_progress
     check_config_type(config, family)
-    gangs.root.same((config, options.dtype, options.verify), "configuration, dtype and verify")
+    gangs.root.same(
+        (config, options.dtype, options.verify, options.cooperative), "configuration, dtype, verify and cooperative"
+    )
     manifest = checkpoint.manifest
 
     with clock.phase("build"):
@@ -161,27 +164,36 @@ def _load(
                 store and store(),
                 options.verify,
                 lambda: block_dims(manifest, family, config, targets, routed),
-                ranks=gangs.root.size,
+                # Those of a host that read together see all that it reads.
+                ranks=len(set(gangs.root.hosts)) if options.cooperative else gangs.root.size,
                 progress=progress,
             )
         )
 
     with clock.phase("read"):
-        shapes = [(box.sizes, name) for box, name in zip(wanted.boxes, wanted.dtypes, strict=True)]
-        hasher = None if expected is None else Hasher(manifest, expected.dims, planned, wanted)
-        tensors = execute(planned, checkpoint.here(), shapes, device=device, progress=progress, hasher=hasher)
-        by_name = {targets.names[i]: tensor for i, tensor in zip(order, tensors, strict=True)}
+        moved = move(
+            manifest,
+            planned,
+            wanted,
+            checkpoint.here(),
+            root=gangs.root,
+            device=device,
+            dims=None if expected is None else expected.dims,
+            cooperative=options.cooperative,
+            progress=progress,
+        )
+        by_name = {targets.names[i]: tensor for i, tensor in zip(order, moved.tensors, strict=True)}
         _check_tied(checkpoint, targets, routed, by_name)
 
-    if hasher is not None and expected is not None:
+    if expected is not None and moved.digests is not None:
         with clock.phase("verify"):
-            settle(checkpoint, expected, hasher.digests(), catalog and catalog(), gangs.root, progress=progress)
+            settle(checkpoint, expected, moved.digests, catalog and catalog(), gangs.root, progress=progress)
 
     with clock.phase("assemble"):
         copied = assign(module, by_name, targets.aliases)
         reset_buffers(module, family, config, device)
 
-    report = _report(checkpoint, family, kls, device, by_name, targets, routed, planned, copied, clock)
+    report = _report(checkpoint, family, kls, device, by_name, targets, routed, planned, moved, copied, clock)
     log.info(
         "loaded %s: %d parameters, %.3f GB read in %d reads, %.3f s",
         report.name,
@@ -232,6 +244,7 @@ def _report(
     targets: Targets,
     routed: Route,
     planned: Plan,
+    moved: Moved,
     copied: int,
     clock: Clock,
 ) -> LoadReport:
@@ -251,9 +264,9 @@ def _report(
         parameters=sum(dtypes.values()),
         tensors=sum(1 for source in _sources(routed, targets) for _ in tensors_of(source)),
         shards=len(checkpoint.manifest.shards),
-        bytes_read=planned.read_bytes,
+        bytes_read=moved.bytes_read,
         bytes_mapped=mapped,
         bytes_copied=copied,
-        reads=planned.num_reads,
+        reads=moved.reads,
         phases=dict(clock.phases),
     )

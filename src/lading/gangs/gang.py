@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -212,6 +212,47 @@ class Gang:
         with nullcontext() if self.line is None else self.line.at_work():
             yield
 
+    @contextmanager
+    def on_host(self) -> Iterator[Gang]:
+        """The ranks of the root gang that are on this host, as a gang on the CPU, until the block is left.
+
+        Its process group is its own, so that what a failure leaves unfinished in it is in nobody's way. Where this rank
+        is alone on its host, it is a gang of one.
+
+        :raises GangError: another rank failed; or the gang is not that of all processes.
+        """
+        line = self.line
+        if line is None:
+            yield Gang(rank=0, size=1, device=torch.device("cpu"), ranks=(self.ranks[self.rank],))
+            return
+        if self.size != dist.get_world_size():
+            raise GangError("the ranks of a host are asked of the root gang: all processes make their groups together")
+
+        def make() -> ProcessGroup | None:
+            mine = None
+            # Every rank makes every group, in the same order: torch counts them.
+            for host in dict.fromkeys(self.hosts):
+                ranks = [rank for rank, of in zip(self.ranks, self.hosts, strict=True) if of == host]
+                group = dist.new_group(ranks, backend="gloo")
+                mine = group if host == self.hosts[self.rank] else mine
+            return mine
+
+        group = line.guard(make, "making the process groups of hosts")
+        local = self.local_ranks
+        alone = len(local) == 1
+        try:
+            yield Gang(
+                rank=self.local_rank,
+                size=len(local),
+                device=torch.device("cpu"),
+                ranks=tuple(self.ranks[r] for r in local),
+                hosts=tuple(self.hosts[r] for r in local),
+                group=None if alone else group,
+                line=None if alone else line,
+            )
+        finally:
+            dist.destroy_process_group(group)
+
     # --- tensors -----------------------------------------------------------------------------------------------------
 
     def as_process_group(self) -> ProcessGroup:
@@ -251,6 +292,29 @@ class Gang:
 
         flat, own = output.view(-1), input.view(-1)
         self._run("all_gather()", lambda g, wait: _all_gather(flat, own, group=g, async_op=wait))
+
+    def all_to_all(
+        self,
+        output: Tensor,
+        output_sizes: Sequence[int],
+        input: Tensor,  # noqa: A002
+        input_sizes: Sequence[int],
+    ) -> None:
+        """Send each rank its part of ``input``, and write to ``output`` what comes from each, in the order of ranks.
+
+        :param output: contiguous, of one dim.
+        :param output_sizes: how many elements come from each rank; what that rank has in its ``input_sizes`` for this.
+        :param input: likewise, of the same dtype.
+        """
+        if self.group is None:
+            output.copy_(input)
+            return
+
+        received, sent = list(output_sizes), list(input_sizes)
+        self._run(
+            "all_to_all()",
+            lambda g, wait: dist.all_to_all_single(output, input, received, sent, group=g, async_op=wait),
+        )
 
     def all_reduce(self, tensor: Tensor, op: ReduceOperation = "sum") -> None:
         """Overwrite ``tensor`` with the reduction of those of all ranks.

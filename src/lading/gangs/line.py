@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from threading import Condition, Thread
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 from lading.errors import GangError
@@ -41,6 +41,8 @@ from lading.gangs.switchboard import (
     read_frame,
     silence,
 )
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -180,6 +182,28 @@ class Line:
                     raise self.blame(what, f"it did not end within {self._timeout:g} s")
                 time.sleep(pause)
                 pause = min(2 * pause, 5e-3)
+
+    def guard(self, make: Callable[[], T], what: str) -> T:
+        """What ``make`` returns, unless a rank dies meanwhile: torch would wait for it until the timeout.
+
+        :raises GangError: it did not end well, and why.
+        """
+        results: list[T] = []
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                results.append(make())
+            except BaseException as ex:
+                errors.append(ex)
+
+        thread = Thread(target=run, name="lading-gangs-guarded", daemon=True)
+        thread.start()
+        self.watch(lambda: not thread.is_alive(), what)
+        if errors:
+            raise self.blame(what, errors[0]) from errors[0]
+
+        return results[0]
 
     def blame(self, what: str, why: object) -> GangError:
         """The error for something between ranks that broke; it names those that seem to be the cause.

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
-from threading import Thread
 from types import TracebackType
 
 import torch
@@ -135,7 +133,7 @@ def create_gangs(
                 torch.cuda.synchronize(device)
             return mesh, dp_group
 
-        mesh, dp_group = _guarded(make, line)
+        mesh, dp_group = line.guard(make, "making the process groups")
         everybody.barrier()
 
         return _lay_out(mesh, rank, shape, device, hosts, line, dist.group.WORLD, dp_group)
@@ -242,28 +240,6 @@ def _lay_out(
         tp=gang(grid[p, r, s, :], mesh["tp"], mesh["tp"].get_group()),
         pp=gang(grid[:, r, s, t], mesh["pp"], mesh["pp"].get_group()),
     )
-
-
-def _guarded(
-    make: Callable[[], tuple[DeviceMesh, ProcessGroup | None]], line: Line
-) -> tuple[DeviceMesh, ProcessGroup | None]:
-    """What ``make`` returns, unless a rank dies meanwhile: torch would wait for it until the timeout."""
-    results: list[tuple[DeviceMesh, ProcessGroup | None]] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(make())
-        except BaseException as ex:
-            errors.append(ex)
-
-    thread = Thread(target=run, name="lading-gangs-mesh", daemon=True)
-    thread.start()
-    line.watch(lambda: not thread.is_alive(), "making the process groups")
-    if errors:
-        raise line.blame("making the process groups", errors[0]) from errors[0]
-
-    return results[0]
 
 
 # --- arguments and environment ---------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def _drive(
             thread.start()
         with ExitStack() as stack:
             # Even one that shows nothing would start a thread that outlives it.
-            bar = None if label is None else stack.enter_context(_bar(total, label))
+            bar = None if label is None else stack.enter_context(progress_bar(total, label))
             for thread in workers:
                 while thread.is_alive():
                     thread.join(timeout=0.1)
@@ -213,7 +213,8 @@ def _drive(
         raise errors[0]
 
 
-def _bar(total: int, label: str) -> tqdm[NoReturn]:
+def progress_bar(total: int, label: str) -> tqdm[NoReturn]:
+    """A bar for bytes on stderr, which appears when they take longer than half a second."""
     return tqdm(total=total, unit="B", unit_scale=True, desc=label, leave=False, delay=0.5)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -129,6 +129,7 @@ class Hasher:
         # Where it lies: by read, by entry of the plan's rows, by mapping.
         self._reads, self._rows, self._mapped = _Jobs(), _Jobs(), _Jobs()
         self._threads: list[LeafHasher] = []
+        self._hashed_by_all: int | None = None
 
         self._find_jobs(wanted)
         self.slots = bytearray(self._slots_used * SIZE)
@@ -308,13 +309,25 @@ class Hasher:
 
     # --- afterwards --------------------------------------------------------------------------------------------------
 
+    def pool(self, add_up: Callable[[bytearray | array[int]], None]) -> None:
+        """Take in what other ranks have hashed, each another part of what the same plan reads.
+
+        :param add_up: overwrites numbers by their sums over all ranks. A slot is written by one of them; those of the
+            others are zero.
+        """
+        hashed = array("q", [sum(thread.hashed for thread in self._threads)])
+        add_up(hashed)
+        add_up(self.slots)
+        self._hashed_by_all = hashed[0]
+
     def digests(self) -> Digests:
         """The digests of all blocks that were hashed, when ``execute`` has returned.
 
         :raises CorruptModelCheckpointError: bytes that were read twice were not the same.
         """
         expected = self._reads.nbytes + self._rows.nbytes + self._mapped.nbytes
-        hashed = sum(thread.hashed for thread in self._threads)
+        own = sum(thread.hashed for thread in self._threads)
+        hashed = own if self._hashed_by_all is None else self._hashed_by_all
         if hashed != expected:
             raise InternalError(f"{expected} bytes should have been hashed, but {hashed} were")
 

@@ -50,7 +50,7 @@ class RowStep(NamedTuple):
 def steps_of(plan: Plan, hasher: Hasher | None) -> Iterator[Step | RowStep]:
     """All that a plan reads, in steps for several threads."""
     for read, (offset, size, cast) in enumerate(zip(plan.offsets, plan.sizes, plan.casts, strict=True)):
-        item, _ = _item_sizes(plan.conversions[cast])
+        item, _ = item_sizes(plan.conversions[cast])
         for at, count in _pieces(hasher, read, offset, size, STEP, item):
             yield Step(read, at, count)
 
@@ -89,7 +89,8 @@ def _runs_at_once(hasher: Hasher | None, number: int, most: int, distance: int) 
     return max(1, most // distance // together) * together
 
 
-def _item_sizes(conversion: tuple[str, str]) -> tuple[int, int]:
+def item_sizes(conversion: tuple[str, str]) -> tuple[int, int]:
+    """Bytes of an item in the file and in memory; where nothing is cast, bytes are the items."""
     source, target = conversion
 
     return BITS[source] // 8 if source else 1, BITS[target] // 8 if target else 1
@@ -116,7 +117,7 @@ class Reader:
         plan = self._plan
         file, cast = self._shards[plan.shards[read]], plan.casts[read]
         source, target = plan.conversions[cast]
-        source_size, target_size = _item_sizes((source, target))
+        source_size, target_size = item_sizes((source, target))
         place = plan.targets[read] + (offset - plan.offsets[read]) // source_size * target_size
         cold = file.is_cold(offset)
 
@@ -152,7 +153,7 @@ class Reader:
         file, cast = self._shards[rows.shards[number]], rows.casts[number]
         stride, length = rows.strides[number], rows.lengths[number]
         source, target = self._plan.conversions[cast]
-        source_size, target_size = _item_sizes((source, target))
+        source_size, target_size = item_sizes((source, target))
         offset = rows.offsets[number] + begin * stride
         place = rows.targets[number] + begin * length // source_size * target_size
         cold = file.is_cold(offset)

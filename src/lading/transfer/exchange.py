@@ -1,0 +1,214 @@
+"""How the ranks of a host read together: round by round, each reads a step and they exchange what it holds."""
+
+from __future__ import annotations
+
+import mmap
+from array import array
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+
+import torch
+from torch import Tensor
+
+from lading.errors import InternalError
+from lading.gangs import Gang
+from lading.transfer.execute import progress_bar
+from lading.transfer.files import ShardFile, open_shard
+from lading.transfer.hashing import Hasher
+from lading.transfer.memory import Arena, Stage, create_arena
+from lading.transfer.plan import Plan
+from lading.transfer.reader import Reader, item_sizes
+from lading.transfer.together import Joint, Piece, Schedule
+
+
+def execute_together(
+    plan: Plan,
+    joint: Joint,
+    schedule: Schedule,
+    files: Sequence[ShardFile],
+    wanted: Sequence[tuple[tuple[int, ...], str]],
+    *,
+    host: Gang,
+    device: torch.device,
+    progress: bool = False,
+    hasher: Hasher | None = None,
+) -> list[Tensor]:
+    """As :func:`~lading.transfer.execute.execute`, but of the files this rank reads only its part of the schedule.
+
+    All ranks of the host call it with plans of their own, and else with the same.
+
+    :param plan: of this rank; one that maps nothing.
+    :param joint: of the plans of all.
+    :param schedule: of ``joint`` and ``hasher``.
+    :param host: the ranks that read together, with a process group on the CPU.
+    :param hasher: of ``joint.plan``; has the digests of what all ranks have read.
+
+    :raises CorruptModelCheckpointError: a file ends early, or is not the one that the plan was made for.
+    :raises OSError: a file cannot be read.
+    :raises GangError: another rank failed.
+    """
+    arena = create_arena(plan.arena_bytes, device)
+    with ExitStack() as stack:
+        numbers = sorted({joint.plan.shards[step.read] for step in schedule.steps(host.rank)})
+        shards = {i: stack.enter_context(open_shard(files[i])) for i in numbers}
+        window = _Window()
+        sender = _Sender(joint, schedule, host, Reader(joint.plan, shards, window, hasher), window)
+        receiver = _Receiver(plan, joint, schedule, host, arena)
+
+        total = schedule.bytes_of(host.rank)
+        bar = stack.enter_context(progress_bar(total, "load") if progress else nullcontext())
+        # The next step is read while this one is on its way.
+        pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="lading-reader"))
+        ahead = pool.submit(sender.prepare, 0)
+        for number in range(schedule.rounds):
+            buffer, sizes = ahead.result()
+            if number + 1 < schedule.rounds:
+                ahead = pool.submit(sender.prepare, number + 1)
+            receiver.receive(number, buffer, sizes)
+            step = schedule.step(host.rank, number)
+            if bar is not None and step is not None:
+                bar.update(step.size)
+        receiver.finish()
+
+    if hasher is not None:
+        hasher.pool(lambda numbers: _add_up(host, numbers))
+
+    return [arena.tensor(place, shape, dtype) for place, (shape, dtype) in zip(plan.places, wanted, strict=True)]
+
+
+def _add_up(host: Gang, numbers: bytearray | array[int]) -> None:
+    if len(numbers):
+        dtype = torch.uint8 if isinstance(numbers, bytearray) else torch.int64
+        host.all_reduce(torch.frombuffer(numbers, dtype=dtype), "sum")
+
+
+class _Window:
+    """Memory through which bytes pass: an arena and its only stage, which keeps what was read last."""
+
+    on_host = False
+
+    def __init__(self) -> None:
+        self._map = mmap.mmap(-1, 1)
+        self.read = torch.empty(0, dtype=torch.uint8)
+        """What was read last, until something else is."""
+
+    def direct(self, place: int, size: int) -> memoryview | None:
+        return None
+
+    def stage(self, chunk: int) -> Stage:
+        self._map = mmap.mmap(-1, chunk, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+        return self
+
+    def tensor(self, place: int, shape: tuple[int, ...], dtype: str) -> Tensor:
+        raise InternalError("bytes that were only sent to others are no tensor")
+
+    def take(self) -> memoryview:
+        return memoryview(self._map)
+
+    def put(self, begin: int, size: int, place: int, source: str, target: str) -> None:
+        self.read = torch.frombuffer(self._map, dtype=torch.uint8, count=size, offset=begin)
+
+    def finish(self) -> None:
+        pass
+
+
+class _Sender:
+    """Reads the steps of this rank, and packs of each what every rank wants."""
+
+    def __init__(self, joint: Joint, schedule: Schedule, host: Gang, reader: Reader, window: _Window) -> None:
+        self._joint = joint
+        self._schedule = schedule
+        self._host = host
+        self._reader = reader
+        self._window = window
+        self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
+        """One is filled while the other is on its way."""
+
+    def prepare(self, number: int) -> tuple[Tensor, list[int]]:
+        """What this rank sends in a round, rank by rank, and the bytes for each."""
+        step = self._schedule.step(self._host.rank, number)
+        if step is None:
+            return torch.empty(0, dtype=torch.uint8), [0] * self._host.size
+
+        self._reader.run(step)
+        shard = self._joint.plan.shards[step.read]
+        ranks = range(self._host.size)
+        messages = [self._joint.message(rank, shard, step.offset, step.offset + step.size) for rank in ranks]
+        sizes = [message.size for message in messages]
+        buffer = self._buffers[number % 2]
+        if buffer.numel() < sum(sizes):
+            buffer = self._buffers[number % 2] = torch.empty(sum(sizes), dtype=torch.uint8)
+
+        at = 0
+        for rank, message in enumerate(messages):
+            self._joint.pack(rank, message, self._window.read, step.offset, buffer[at : at + message.size])
+            at += message.size
+
+        return buffer[:at], sizes
+
+
+class _Receiver:
+    """Sends and receives, and puts what has come where it belongs."""
+
+    def __init__(self, plan: Plan, joint: Joint, schedule: Schedule, host: Gang, arena: Arena) -> None:
+        self._plan = plan
+        self._joint = joint
+        self._schedule = schedule
+        self._host = host
+        self._arena = arena
+        self._stage: Stage | None = None
+        self._stage_size = 0
+
+    def receive(self, number: int, sent: Tensor, sizes: list[int]) -> None:
+        """Send what this rank has read in a round, and take what it wants of what the others have."""
+        messages = []
+        for rank in range(self._host.size):
+            step = self._schedule.step(rank, number)
+            if step is not None:
+                begin, shard = step.offset, self._joint.plan.shards[step.read]
+                messages.append((rank, self._joint.message(self._host.rank, shard, begin, begin + step.size)))
+        expected = [0] * self._host.size
+        for rank, message in messages:
+            expected[rank] = message.size
+
+        stage = self._stage_of(sum(expected))
+        memory = stage.take()[: sum(expected)]
+        received = torch.frombuffer(memory, dtype=torch.uint8) if len(memory) else sent[:0]
+        self._host.all_to_all(received, expected, sent, sizes)
+
+        at = 0
+        for _, message in messages:
+            for piece, place in zip(message.pieces, message.places, strict=True):
+                self._put(stage, memory, at + place, piece)
+            at += message.size
+
+    def finish(self) -> None:
+        """Return when all is where it belongs."""
+        if self._stage is not None:
+            self._stage.finish()
+
+    def _stage_of(self, size: int) -> Stage:
+        """The buffer that messages arrive in."""
+        if self._stage is None or self._stage_size < size:
+            self.finish()
+            self._stage_size = max(size, 2 * self._stage_size, 1)
+            self._stage = self._arena.stage(self._stage_size)
+
+        return self._stage
+
+    def _put(self, stage: Stage, memory: memoryview, at: int, piece: Piece) -> None:
+        plan, rows = self._plan, self._plan.rows
+        row = piece.entry - len(plan.sizes)
+        target, cast = (
+            (plan.targets[piece.entry], plan.casts[piece.entry]) if row < 0 else (rows.targets[row], rows.casts[row])
+        )
+        source_size, target_size = item_sizes(plan.conversions[cast])
+        place, size = target + piece.first // source_size * target_size, piece.last - piece.first
+
+        direct = self._arena.direct(place, size) if cast == 0 else None
+        if direct is not None:
+            direct[:] = memory[at : at + size]
+        else:
+            stage.put(at, size, place, *plan.conversions[cast])

@@ -1,0 +1,86 @@
+"""What a plan says, done: by each rank for itself, or by the ranks of a host together; with digests, if they are asked
+for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lading.digests import Digests
+from lading.gangs import Gang
+from lading.manifest import Manifest
+from lading.transfer.exchange import execute_together
+from lading.transfer.execute import execute
+from lading.transfer.files import ShardFile
+from lading.transfer.hashing import Hasher
+from lading.transfer.plan import Plan, Wanted
+from lading.transfer.together import Demand, Joint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Moved:
+    """What has come of a plan."""
+
+    tensors: Sequence[Tensor]
+    """In the order in which they were wanted."""
+    digests: Digests | None
+    """Of the blocks that were read whole: by this rank, or by all ranks that read with it."""
+    bytes_read: int
+    """By this rank."""
+    reads: int
+
+
+def move(
+    manifest: Manifest,
+    planned: Plan,
+    wanted: Wanted,
+    files: Sequence[ShardFile],
+    *,
+    root: Gang,
+    device: torch.device,
+    dims: Sequence[int] | None = None,
+    cooperative: bool = False,
+    progress: bool = False,
+) -> Moved:
+    """Do what a plan says.
+
+    :param planned: for ``wanted``; with ``cooperative``, one that maps nothing.
+    :param root: all ranks.
+    :param dims: take digests of blocks along these, one for each tensor of the manifest.
+    :param cooperative: the ranks of a host read together. All ranks of all hosts have to say the same.
+
+    :raises CorruptModelCheckpointError: a file ends early, or is not the one that the plan was made for.
+    :raises OSError: a file cannot be read.
+    :raises GangError: another rank failed, while they read together.
+    """
+    shapes = [(box.sizes, dtype) for box, dtype in zip(wanted.boxes, wanted.dtypes, strict=True)]
+    if cooperative:
+        with root.on_host() as host:
+            if host.size > 1:
+                joint = Joint(manifest, host.gather_objects(Demand.of(planned)))
+                hasher = None if dims is None else Hasher(manifest, dims, joint.plan, joint.wanted)
+                schedule = joint.schedule(hasher)
+                tensors = execute_together(
+                    planned, joint, schedule, files, shapes,
+                    host=host, device=device, progress=progress, hasher=hasher,
+                )  # fmt: skip
+                return Moved(
+                    tensors=tensors,
+                    digests=None if hasher is None else hasher.digests(),
+                    bytes_read=schedule.bytes_of(host.rank),
+                    reads=sum(1 for _ in schedule.steps(host.rank)),
+                )
+
+    hasher = None if dims is None else Hasher(manifest, dims, planned, wanted)
+    tensors = execute(planned, files, shapes, device=device, progress=progress, hasher=hasher)
+
+    return Moved(
+        tensors=tensors,
+        digests=None if hasher is None else hasher.digests(),
+        bytes_read=planned.read_bytes,
+        reads=planned.num_reads,
+    )
