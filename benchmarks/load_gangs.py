@@ -193,12 +193,12 @@ def run_one(name: str, cold: bool) -> None:
 
     before = harness.io("rchar")
     owned: list[int] = []
-    figures = harness.timed(load, lambda result: owned.append(_touch(result)))
+    figures = harness.timed(load, lambda result: owned.append(touch(result)))
     figures |= {"read_bytes": harness.io("rchar") - before, "beyond_bytes": figures["peak_bytes"] - owned[0]}
     print(json.dumps(figures))
 
 
-def _touch(result: Any) -> int:
+def touch(result: Any) -> int:
     """Read a byte of every page of every tensor; returns how many bytes they have."""
     import torch
 
@@ -226,8 +226,8 @@ def table(found: harness.Runs) -> list[list[str]]:
                 f"{min(totals):.3f}–{max(totals):.3f}",
                 f"{harness.median(runs, 'cpu_s'):.3f}",
                 f"{harness.median(runs, 'beyond_bytes') / 1e6:,.0f}",
-                f"{100 * harness.median(runs, 'read_bytes') / _whole():.1f}",
-                f"{100 * harness.median(runs, 'disk_bytes') / _whole():.1f}",
+                f"{100 * harness.median(runs, 'read_bytes') / whole():.1f}",
+                f"{100 * harness.median(runs, 'disk_bytes') / whole():.1f}",
             ]
         )
     head = ["rank 0 of", "contender", "total s", "min–max", "CPU s", "MB beyond owned", "read, %", "from disk, %"]
@@ -253,14 +253,14 @@ def goals(found: harness.Runs, temperature: str) -> list[list[str]]:
             add("B7", f"memory beyond owned, {name}", beyond, BEYOND, f"{beyond / 2**20:.0f} MiB", "32 MiB")
     goal, name, figure, most = SHARES[temperature]
     if name in found:
-        share = harness.median(found[name], figure) / _whole()
+        share = harness.median(found[name], figure) / whole()
         what = "read" if figure == "read_bytes" else "from disk"
         add(goal, f"of the checkpoint {what}, {name}", share, most, f"{share:.1%}", f"{most:.0%}")
 
     return rows
 
 
-def _whole() -> int:
+def whole() -> int:
     return sum(path.stat().st_size for path in load_cpu.shards(DATA / "checkpoint"))
 
 

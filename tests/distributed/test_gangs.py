@@ -422,6 +422,12 @@ def _check_collectives(gang: Gang) -> None:
         expected = torch.stack([torch.full(shape, r) for r in gang.ranks])
         assert torch.equal(output, expected)
 
+    # Rank r sends r + s of its elements to rank s.
+    sizes = [gang.rank + s for s in range(gang.size)]
+    output = torch.empty(sum(sizes), dtype=torch.int64)
+    gang.all_to_all(output, sizes, torch.full((sum(sizes),), gang.rank), sizes)
+    assert output.tolist() == [r for r, size in enumerate(sizes) for _ in range(size)]
+
     values = [float(r + 1) for r in gang.ranks]
     reductions: dict[Any, Callable[[Tensor], Tensor]] = {
         "sum": torch.sum, "mean": torch.mean, "product": torch.prod, "min": torch.min, "max": torch.max
@@ -437,6 +443,22 @@ def _check_collectives(gang: Gang) -> None:
 
 def test_collectives(pool4: Pool) -> None:
     pool4.values(collectives)
+
+
+def on_host() -> Any:
+    gangs = gangs_of(tp=2, sdp=2)
+    with gangs.root.on_host() as host:
+        _check_collectives(host)
+        found = host.ranks, host.rank, host.device.type
+    with gangs.root.on_host() as again:
+        _check_collectives(again)
+    error = raised_by(lambda: gangs.tp.on_host().__enter__())
+    gangs.root.barrier()
+    return *found, type(error)
+
+
+def test_the_ranks_of_a_host_are_a_gang(pool4: Pool) -> None:
+    assert pool4.values(on_host) == [((0, 1, 2, 3), rank, "cpu", GangError) for rank in range(4)]
 
 
 def bad_collectives() -> list[str]:
@@ -519,8 +541,9 @@ def test_torchrun(tmp_path: Path) -> None:
     script.write_text(
         "from lading import create_gangs\n"
         "with create_gangs(tp=2) as gangs:\n"
-        "    print(gangs.root.gather_objects(gangs.root.rank), gangs.root.first(lambda: 'told'), flush=True)\n"
+        "    line = f'{gangs.root.gather_objects(gangs.root.rank)} {gangs.root.first(lambda: 1)}\\n'\n"
+        "    print(line, end='', flush=True)\n"  # in one piece, as both ranks write to one pipe
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     out = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert out.stdout.splitlines() == ["[0, 1] told"] * 2
+    assert out.stdout.splitlines() == ["[0, 1] 1"] * 2

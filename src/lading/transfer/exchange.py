@@ -53,7 +53,7 @@ def execute_together(
         numbers = sorted({joint.plan.shards[step.read] for step in schedule.steps(host.rank)})
         shards = {i: stack.enter_context(open_shard(files[i])) for i in numbers}
         window = _Window()
-        sender = _Sender(joint, schedule, host, Reader(joint.plan, shards, window, hasher), window)
+        sender = _Sender(joint, schedule, host, Reader(joint.plan, shards, window, hasher, schedule.longest), window)
         receiver = _Receiver(plan, joint, schedule, host, arena)
 
         total = schedule.bytes_of(host.rank)

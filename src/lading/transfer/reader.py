@@ -97,13 +97,23 @@ def item_sizes(conversion: tuple[str, str]) -> tuple[int, int]:
 
 
 class Reader:
-    """What one thread needs to read."""
+    """What one thread needs to read.
 
-    def __init__(self, plan: Plan, shards: Mapping[int, OpenShard], arena: Arena, hasher: Hasher | None) -> None:
+    :param chunk: bytes that are read at once where they do not go straight into the arena.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        shards: Mapping[int, OpenShard],
+        arena: Arena,
+        hasher: Hasher | None,
+        chunk: int | None = None,
+    ) -> None:
         self._plan = plan
         self._shards = shards
         self._arena = arena
-        self._chunk = CAST_CHUNK if arena.on_host else STEP
+        self._chunk = chunk or (CAST_CHUNK if arena.on_host else STEP)
         self._hasher = hasher
         self._leaves = None if hasher is None else hasher.thread()
         self._stage: Stage | None = None

@@ -26,7 +26,7 @@ from lading.transfer.hashing import Hasher
 from lading.transfer.plan import ALIGNMENT, PAGE, Plan, Wanted, plan
 from lading.transfer.reader import Step
 
-ROUND = 16 << 20
+ROUND = 8 << 20
 """Bytes that the ranks of a host read at once, all together."""
 
 Ints = npt.NDArray[np.int64]
@@ -213,6 +213,11 @@ class Schedule:
     sizes: array[int]
     bounds: tuple[int, ...]
     """Where the steps of each rank begin, and where those of the last end."""
+
+    @property
+    def longest(self) -> int:
+        """Bytes of the longest step."""
+        return max(self.sizes, default=0)
 
     @property
     def rounds(self) -> int:
