@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -88,4 +90,72 @@ def test_each_of_two_hosts_fetches_once(pool: Pool, tmp_path: Path) -> None:
         assert len(tensors) == len(expected)
     for host in "ab":
         (kept,) = (tmp_path / host / "cache").rglob("*.safetensors")
+        assert kept.read_bytes() == file.read_bytes()
+
+
+# --- two hosts, as far as the kernel can make them of one ------------------------------------------------------------
+
+PORT = 8931
+"""Of a web server on the loopback interface of each host, which is that host's alone."""
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def two_networks() -> Iterator[dict[str, tuple[str, str]]]:
+    """Two network namespaces that a cable joins: name → (address, interface)."""
+    tag = f"lad{os.getpid() % 100_000}"
+    found = {f"{tag}{end}": (f"10.213.7.{n}", f"{tag}{end}") for n, end in enumerate("ab", start=1)}
+    with ExitStack() as stack:
+        for name in found:
+            try:
+                ip("netns", "add", name)
+            except (FileNotFoundError, subprocess.CalledProcessError) as error:
+                pytest.skip(f"this machine makes no network namespaces: {getattr(error, 'stderr', error)}")
+            stack.callback(ip, "netns", "delete", name)
+        (a, (_, cable)), (b, (_, other)) = found.items()
+        ip("link", "add", cable, "netns", a, "type", "veth", "peer", "name", other, "netns", b)
+        for name, (address, interface) in found.items():
+            ip("-n", name, "address", "add", f"{address}/24", "dev", interface)
+            ip("-n", name, "link", "set", interface, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield found
+
+
+@pytest.mark.parametrize("cooperative", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_hosts_with_networks_of_their_own(
+    two_networks: dict[str, tuple[str, str]], tmp_path: Path, cooperative: bool
+) -> None:
+    file = make(tmp_path / "origin") / "model.safetensors"
+    (tmp_path / "far.yaml").write_text(CARD.format(uri=f"http://127.0.0.1:{PORT}/model.safetensors"))
+    master, _ = next(iter(two_networks.values()))
+    started = []
+    for number, (name, (_, interface)) in enumerate(two_networks.items()):
+        environment = os.environ | {"MASTER_ADDR": master, "MASTER_PORT": "29400", "GLOO_SOCKET_IFNAME": interface}
+        command = [sys.executable, str(Path(__file__).with_name("one_host.py")), str(number), str(PORT), str(tmp_path)]
+        started.append(
+            subprocess.Popen(
+                ["ip", "netns", "exec", name, *command, *(["together"] if cooperative else [])],
+                env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    hosts = []
+    for process in started:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        hosts.append(json.loads(out))
+
+    expected = {name: tensor.float().sum().item() for name, tensor in load_file(file).items()}
+    for number, host in enumerate(hosts):
+        # Rank 0 has read the header, and one rank of each host has fetched the file.
+        assert host["whole"] == 1
+        assert host["ranges"] == (1 if number == 0 else 0)
+        assert [rank["neighbours"] for rank in host["ranks"]] == [2, 2]
+        for rank in host["ranks"]:
+            assert rank["sums"] == expected
+        if cooperative:
+            assert sum(rank["read"] for rank in host["ranks"]) <= 1.05 * file.stat().st_size
+        (kept,) = (tmp_path / str(number) / "cache").rglob("*.safetensors")
         assert kept.read_bytes() == file.read_bytes()

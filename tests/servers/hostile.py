@@ -346,6 +346,7 @@ def serve(
     behaviour: Behaviour = honest,
     *,
     address: str = "127.0.0.1",
+    port: int = 0,
     certificate: tuple[Path, Path] | None = None,
     etags: bool = True,
     old: bool = False,
@@ -367,7 +368,7 @@ def serve(
         formatdate(1_600_000_000, usegmt=True) if old else None,
         digests,
     )
-    server = _Quiet((address, 0), type("Handler", (Exchange,), {"hub": hub}))
+    server = _Quiet((address, port), type("Handler", (Exchange,), {"hub": hub}))
     hub.port = server.server_address[1]
     if certificate is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
