@@ -73,6 +73,8 @@ if TYPE_CHECKING:
     from lading.removal import Removal as Removal
     from lading.removal import remove_model as remove_model
     from lading.removal import remove_orphans as remove_orphans
+    from lading.repack import RepackReport as RepackReport
+    from lading.repack import repack_model as repack_model
     from lading.report import LoadReport as LoadReport
     from lading.tokenizer import load_tokenizer as load_tokenizer
     from lading.verify import VerifyReport as VerifyReport
@@ -136,6 +138,8 @@ _HOME = {
     "LoadPlan": "planning",
     "pull_model": "pull",
     "PullReport": "pull",
+    "repack_model": "repack",
+    "RepackReport": "repack",
     "load_tokenizer": "tokenizer",
     "verify_model": "verify",
     "VerifyReport": "verify",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -16,6 +16,7 @@ from lading.errors import CorruptModelCheckpointError, InternalError
 from lading.filesystem import FileStat
 from lading.manifest import Manifest
 from lading.settings import Settings
+from lading.sidecar import Sidecar, joined
 from lading.transfer.files import ShardFile
 
 RECENT_NS = 50_000_000
@@ -41,6 +42,10 @@ class Checkpoint:
     """Where to fetch it from; ``None`` for what is on this machine by itself."""
     revision: str = ""
     """The commit at the source that the manifest is of."""
+    sidecar: Sidecar | None = None
+    """That holds some of its tensors cut for the gangs of this load."""
+    joined: Sidecar | None = None
+    """The sidecar whose file and tensors are the last of ``files`` and ``manifest``; see :meth:`with_joined`."""
 
     def here(self) -> tuple[ShardFile, ...]:
         """The files on this machine.
@@ -51,6 +56,19 @@ class Checkpoint:
             raise InternalError(f"the checkpoint {self.where} is to be read, but was not fetched")
 
         return self.files
+
+    def with_joined(self, sidecar: Sidecar | None) -> Checkpoint:
+        """The checkpoint with the file and the tensors of a sidecar behind its own."""
+        if sidecar is None:
+            return self
+
+        manifest, files = joined(self.manifest, sidecar), (*self.here(), sidecar.file)
+
+        return replace(self, manifest=manifest, files=files, sidecar=None, joined=sidecar)
+
+    def uri_of(self, path: Path) -> str:
+        """What the catalog knows the checkpoint by that a file belongs to."""
+        return self.uri if self.joined is None or path != self.joined.file.path else self.joined.uri
 
 
 def path_checkpoint(path: Path, *, restrict: bool = True) -> Checkpoint:

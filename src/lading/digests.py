@@ -277,6 +277,16 @@ def recorded(manifest: Manifest, rows: Iterable[tuple[int, bytes] | None]) -> Di
     return Digests(dims=dims, starts=starts, blocks=bytes(blocks), known=bytes(known))
 
 
+def joined(a: Digests, b: Digests) -> Digests:
+    """The digests of two manifests, one behind the other."""
+    return Digests(
+        dims=a.dims + b.dims,
+        starts=a.starts + array("q", [a.starts[-1] + start for start in b.starts[1:]]),
+        blocks=a.blocks + b.blocks,
+        known=a.known + b.known,
+    )
+
+
 def differences(expected: Digests, found: Digests) -> list[tuple[int, tuple[int, ...]]]:
     """The tensors that differ, and which of their blocks do: (position in the manifest, blocks), ascending.
 

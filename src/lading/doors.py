@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lading.beside import with_sidecar
 from lading.card import Architecture, AssetCard
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.check import CheckReport, check_manifest
@@ -73,6 +74,8 @@ def plan_load(
     from lading.planning import plan_checkpoint  # what knows of placements takes its time to import
 
     family, config, checkpoint = _model_of(target, store)
+    if not isinstance(target, Path):
+        checkpoint = with_sidecar(checkpoint, store or get_asset_store(), tp)
 
     return plan_checkpoint(
         checkpoint,

@@ -17,6 +17,7 @@ from lading.errors import AssetCardError
 from lading.fetch.cache import Cache
 from lading.filesystem import FileStat
 from lading.settings import Settings
+from lading.sidecar import base_uri
 
 log = logging.getLogger("lading")
 
@@ -150,17 +151,18 @@ def cards_with(store: AssetStore, wanted: Callable[[str], bool]) -> list[tuple[A
 
 
 def names_of(store: AssetStore, uris: Iterable[str]) -> dict[str, list[str]]:
-    """The names of the cards whose models are loaded from each of these checkpoints."""
-    uris = set(uris)
-    heads = {head for uri in uris for head in _heads(uri)}
+    """The names of the cards whose models are loaded from each of these checkpoints, or from what a sidecar is of."""
+    bases = {uri: base_uri(uri) or uri for uri in uris}
+    wanted = set(bases.values())
+    heads = {head for uri in wanted for head in _heads(uri)}
 
     names: dict[str, list[str]] = {}
     for card, ref in cards_with(store, lambda uri: uri.rstrip("/") in heads):
         uri = catalog_uri(ref)
-        if uri in uris:
+        if uri in wanted:
             names.setdefault(uri, []).append(card.name)
 
-    return names
+    return {uri: names[base] for uri, base in bases.items() if base in names}
 
 
 def _heads(uri: str) -> list[str]:
@@ -185,7 +187,7 @@ class Orphans:
     entries: dict[str, tuple[Path, ...]]
     """The files of each of ``uris`` that nobody else needs."""
     strays: tuple[Path, ...]
-    """Files that were not fetched for anything that is known."""
+    """Files that were not fetched for, or made of, anything that is known."""
     needed: frozenset[str]
     """The SHA-256 of files that somebody needs."""
 
@@ -219,13 +221,17 @@ def find_orphans(store: AssetStore, held: Sequence[HeldCheckpoint]) -> Orphans:
         for entry in entries
         if entry.uri not in with_cards
     }
+    kept = {copy.path for checkpoint in held if checkpoint.uri in named for copy in checkpoint.copies}
     known = needed | {file.sha256 for entry in entries for file in entry.files.values()}
 
     return Orphans(
         cache=cache,
         uris=tuple(sorted(orphans)),
         entries=orphans,
-        strays=tuple(path for path in cache.files() if cache.digest_of(path) not in known),
+        strays=(
+            *(path for path in cache.files() if cache.digest_of(path) not in known),
+            *(path for path in cache.repacked_files() if path not in kept),
+        ),
         needed=frozenset(needed),
     )
 

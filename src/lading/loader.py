@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from lading.acquire import acquire, share
+from lading.beside import agree_on_sidecar, with_sidecar
 from lading.card import AssetCard
 from lading.catalog.store import AssetStore
 from lading.check import report_fit, require_fit
@@ -35,6 +36,7 @@ from lading.locate import card_checkpoint
 from lading.reading import read_tensors
 from lading.report import Clock, LoadReport
 from lading.resolve import check_family, model_config
+from lading.sidecar import substituted
 from lading.transfer.dtypes import DTYPE_NAMES
 from lading.transfer.fit import name_of
 from lading.transfer.move import Moved, move
@@ -87,6 +89,8 @@ def load_card(
             checkpoint = card_checkpoint(
                 card, open_store, progress=options.progress, accept_others=options.verify == "never"
             )
+            if not options.cooperative:  # which reads all of the files in any case
+                checkpoint = with_sidecar(checkpoint, open_store, options.gangs.tp.size)
             return completed(resolved, family, checkpoint), checkpoint
 
     resolved, checkpoint = options.gangs.root.first(resolve)
@@ -153,7 +157,9 @@ def _load(
             dtypes=settle_dtypes(targets, routed, manifest, sdp=gangs.sdp.size),
             composed=routed.composed,
         )
-        planned = plan(manifest, wanted, mapped=options.mmap and device.type == "cpu")
+        checkpoint = agree_on_sidecar(checkpoint, gangs.root)
+        source, wanted = substituted(manifest, wanted, checkpoint.sidecar)
+        planned = plan(source, wanted, mapped=options.mmap and device.type == "cpu")
 
     with clock.phase("fetch"):
         catalog = store if gangs.root.rank == 0 else None
@@ -169,10 +175,11 @@ def _load(
                 progress=progress,
             )
         )
+        checkpoint = checkpoint.with_joined(checkpoint.sidecar)
 
     with clock.phase("read"):
         moved = move(
-            manifest,
+            source,
             planned,
             wanted,
             checkpoint.here(),

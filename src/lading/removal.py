@@ -18,6 +18,7 @@ from lading.fetch.hf_removal import SnapshotFile, remove_files, snapshot_file
 from lading.holdings import catalog_uri, find_orphans, names_of
 from lading.locate import require_writable
 from lading.settings import Settings
+from lading.sidecar import base_uri
 
 _GRACE = 3_600
 """Seconds. A file that is younger may just not have got its entry in the cache yet."""
@@ -55,7 +56,7 @@ def remove_model(name: str, *, dry_run: bool = False, store: AssetStore | None =
     """Remove the files that lading fetched for a model; those of others are only forgotten.
 
     What lading fetched is in its own cache, or in that of Hugging Face's libraries. A file that another model's
-    checkpoint needs stays. What the checkpoint holds stays known, and a load fetches it anew.
+    checkpoint needs stays. What the checkpoint holds stays known, and a load fetches it anew; but its sidecars go, too.
 
     :param name: of a card; or the URI of a checkpoint that no card names.
     :param dry_run: only say what would be removed.
@@ -70,7 +71,7 @@ def remove_model(name: str, *, dry_run: bool = False, store: AssetStore | None =
     if not uri:
         return Removal(name=name, freed=0, removed=(), kept=(), also_of=())
 
-    with _held(store, [uri], dry_run=dry_run) as held:
+    with _held(store, uri, dry_run=dry_run) as held:
         plan = _plan(uri, entry, held)
         freed = plan.carry_out(dry_run=dry_run)
     others = [other for other in names_of(store, [uri]).get(uri, ()) if other != name]
@@ -98,6 +99,7 @@ def remove_orphans(*, dry_run: bool = False, older_than: float = _GRACE, store: 
 
     freed = sum(orphans.cache.remove(uri, keep=orphans.needed) for uri in orphans.uris)
     freed += orphans.cache.prune(older_than=older_than, keep=orphans.needed)
+    freed += sum(map(orphans.cache.remove_repacked, paths))
     gone = tuple(path for path in paths if not path.exists())
 
     return Removal(name="", freed=freed, removed=gone, kept=(), also_of=())
@@ -117,12 +119,17 @@ def _checkpoint_of(name: str, store: AssetStore) -> tuple[str, str]:
 
 
 @contextmanager
-def _held(store: AssetStore, uris: Sequence[str], *, dry_run: bool) -> Iterator[list[HeldCheckpoint]]:
+def _held(store: AssetStore, uri: str, *, dry_run: bool) -> Iterator[list[HeldCheckpoint]]:
     if dry_run:
         yield held_checkpoints(store.database)
         return
-    with letting_go(store.database, uris) as held:
+    with letting_go(store.database, lambda other: _is_of(other, uri)) as held:
         yield held
+
+
+def _is_of(other: str, uri: str) -> bool:
+    """Whether a checkpoint is the one of a URI, or a sidecar of it."""
+    return uri in (other, base_uri(other))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,32 +143,35 @@ class _Plan:
     needed: frozenset[str]
     """Of those that other checkpoints need."""
     hub: tuple[SnapshotFile, ...]
+    repacked: tuple[Path, ...]
     paths: tuple[Path, ...]
     kept: tuple[KeptFile, ...]
 
     def carry_out(self, *, dry_run: bool) -> int:
         """Remove the files; returns the bytes that were freed."""
         if dry_run:
-            return _bytes(self.cache.removable(self.entry, also=self.digests, keep=self.needed)) + remove_files(
-                self.hub, dry_run=True
-            )
+            removable = self.cache.removable(self.entry, also=self.digests, keep=self.needed)
+            return _bytes([*removable, *self.repacked]) + remove_files(self.hub, dry_run=True)
 
-        return self.cache.remove(self.entry, also=self.digests, keep=self.needed) + remove_files(self.hub)
+        freed = self.cache.remove(self.entry, also=self.digests, keep=self.needed) + remove_files(self.hub)
+
+        return freed + sum(map(self.cache.remove_repacked, self.repacked))
 
 
 def _plan(uri: str, entry: str, held: Sequence[HeldCheckpoint]) -> _Plan:
     cache = Cache(Settings.from_environment().cache_dir)
-    copies = [copy for checkpoint in held if checkpoint.uri == uri for copy in checkpoint.copies]
+    copies = [copy for checkpoint in held if _is_of(checkpoint.uri, uri) for copy in checkpoint.copies]
     others = {
         os.path.realpath(copy.path): checkpoint.uri
         for checkpoint in held
-        if checkpoint.uri != uri
+        if not _is_of(checkpoint.uri, uri)
         for copy in checkpoint.copies
     }
     needed = frozenset(digest for path in others if (digest := _digest(cache, Path(path))) is not None)
 
     digests: list[str] = []
     hub: list[SnapshotFile] = []
+    repacked: list[Path] = []
     kept: list[KeptFile] = []
     for copy in copies:
         digest, file = _digest(cache, copy.path), snapshot_file(copy.path)
@@ -172,6 +182,8 @@ def _plan(uri: str, entry: str, held: Sequence[HeldCheckpoint]) -> _Plan:
             digests.append(digest)
         elif copy.kind == "hub" and file is not None and other is None:
             hub.append(file)
+        elif copy.kind == "cache" and cache.is_repacked(copy.path):
+            repacked.append(copy.path)
         else:
             kept.append(KeptFile(path=copy.path, reason=_reason(copy, other)))
 
@@ -183,7 +195,7 @@ def _plan(uri: str, entry: str, held: Sequence[HeldCheckpoint]) -> _Plan:
         if copy.kind == "cache" and _digest(cache, copy.path) in set(digests) - {path.name[:64] for path in removable}
         if os.path.lexists(copy.path)
     ]
-    paths = [*removable, *(file.repository / file.name for file in hub)]
+    paths = [*removable, *(file.repository / file.name for file in hub), *repacked]
 
     return _Plan(
         cache=cache,
@@ -191,6 +203,7 @@ def _plan(uri: str, entry: str, held: Sequence[HeldCheckpoint]) -> _Plan:
         digests=tuple(digests),
         needed=needed,
         hub=tuple(hub),
+        repacked=tuple(repacked),
         paths=tuple(path for path in paths if os.path.lexists(path)),
         kept=tuple(kept),
     )

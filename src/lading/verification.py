@@ -26,7 +26,7 @@ from lading.catalog.checkpoints import record_digests, record_files
 from lading.catalog.records import Check
 from lading.catalog.store import AssetStore
 from lading.checkpoint import Checkpoint
-from lading.digests import Digests, differences, recorded
+from lading.digests import Digests, differences, joined, recorded
 from lading.errors import CatalogError, DigestMismatchError, NotSupportedError
 from lading.family import Family
 from lading.fetch.verify import sha256_file
@@ -123,7 +123,8 @@ def settle(
 ) -> None:
     """Compare what was read with what was expected, and record it.
 
-    Rank 0 reads the tensors of which nobody has seen all, so that it is known of the checkpoint as a whole.
+    Rank 0 reads the tensors of which nobody has seen all, so that it is known of the checkpoint as a whole. But not
+    where a sidecar spares their bytes: then only files of which all was seen are noted as checked.
 
     :param found: by this rank.
     :param store: where it is recorded; only rank 0 has one.
@@ -140,7 +141,8 @@ def settle(
     if expected.digests is not None and root.size > 1:
         # The others would have raised: what they have seen is what was expected.
         found = _seen_by_all(expected.digests, seen)
-    found = _completed(manifest, files, found, progress=progress)
+    if checkpoint.joined is None:
+        found = _completed(manifest, files, found, progress=progress)
     if expected.digests is not None:
         refuse_differences(checkpoint, expected.digests, found, store)
 
@@ -148,7 +150,7 @@ def settle(
     try:
         if expected.digests is None:
             record_digests(store.database, uri=checkpoint.uri, manifest=manifest, digests=found)
-        record_files(store.database, uri=checkpoint.uri, checks=checks)
+        _write_checks(checkpoint, checks, store)
     except (CatalogError, OSError) as error:
         log.warning("what was checked of %s is not in the catalog: %s", checkpoint.name, error)
 
@@ -175,14 +177,16 @@ def refuse_differences(checkpoint: Checkpoint, expected: Digests, found: Digests
     raise DigestMismatchError(
         path,
         f"{path}: {len(different)} of {len(manifest)} tensors are not those that were verified before: {shown}{more}. "
-        f"{remedy(checkpoint)}",
+        f"{remedy(checkpoint, path)}",
         expected=f"the recorded digests of {manifest.names[first]}",
         found=f"others in blocks {', '.join(map(str, blocks))}",
     )
 
 
-def remedy(checkpoint: Checkpoint) -> str:
+def remedy(checkpoint: Checkpoint, path: Path | None = None) -> str:
     """What to do about files that are not the right ones."""
+    if checkpoint.joined is not None and path == checkpoint.joined.file.path:
+        return f"`lading repack {checkpoint.name} --tp {checkpoint.joined.tp}` makes the file anew."
     if checkpoint.ref is not None:
         return f"`lading verify {checkpoint.name} --repair` fetches them anew."
 
@@ -238,8 +242,13 @@ def require_match(checks: Sequence[Check]) -> None:
 
 
 def _stored_digests(checkpoint: Checkpoint, store: AssetStore) -> Digests | None:
+    sidecar = checkpoint.sidecar
     try:
-        return store.digests(checkpoint.uri, checkpoint.manifest)
+        digests = store.digests(checkpoint.uri, checkpoint.manifest)
+        if digests is None or sidecar is None:
+            return digests
+        blocks = store.digests(sidecar.uri, sidecar.manifest)
+        return None if blocks is None else joined(digests, blocks)
     except (CatalogError, OSError) as error:
         log.warning("the digests of %s cannot be read from the catalog: %s", checkpoint.name, error)
         return None
@@ -247,9 +256,17 @@ def _stored_digests(checkpoint: Checkpoint, store: AssetStore) -> Digests | None
 
 def _record_checks(checkpoint: Checkpoint, checks: Sequence[Check], store: AssetStore) -> None:
     try:
-        record_files(store.database, uri=checkpoint.uri, checks=checks)
+        _write_checks(checkpoint, checks, store)
     except (CatalogError, OSError) as error:
         log.warning("what was checked of %s is not in the catalog: %s", checkpoint.name, error)
+
+
+def _write_checks(checkpoint: Checkpoint, checks: Sequence[Check], store: AssetStore) -> None:
+    by_uri: dict[str, list[Check]] = {}
+    for check in checks:
+        by_uri.setdefault(checkpoint.uri_of(check.path), []).append(check)
+    for uri, own in by_uri.items():
+        record_files(store.database, uri=uri, checks=own)
 
 
 def _seen_by_all(expected: Digests, seen: Sequence[bytes]) -> Digests:
@@ -278,6 +295,8 @@ def _completed(manifest: Manifest, files: Sequence[ShardFile], found: Digests, *
 def _shard_checks(checkpoint: Checkpoint, expected: Digests | None, found: Digests) -> Iterator[Check]:
     manifest = checkpoint.manifest
     for shard in range(len(manifest.shards)):
+        if not all(map(found.is_complete, manifest.tensors_of(shard))):
+            continue  # nobody has seen all of it
         yield _check(
             checkpoint,
             shard,

@@ -20,13 +20,13 @@ LAYERS = [
     {"transfer"},
     {"family"},
     {"parallel", "pipeline", "report"},
-    {"folder", "construct", "published", "whole", "diff", "resolve"},
+    {"folder", "construct", "published", "whole", "diff", "resolve", "sidecar"},
     {"finding"},
     {"checkpoint", "check"},
     {"locate"},
-    {"acquire", "companions", "completion", "reading", "holdings", "hub_checkpoints", "adoption", "removal"},
+    {"acquire", "beside", "companions", "completion", "reading", "holdings", "hub_checkpoints", "adoption", "removal"},
     {"verification"},
-    {"verify", "pull", "export", "export_plan", "planning", "tokenizer"},
+    {"verify", "pull", "export", "export_plan", "planning", "repack", "tokenizer"},
     {"loader", "picture"},
     {"hub", "doors"},
     {"families"},
@@ -122,7 +122,7 @@ def test_the_public_names() -> None:
         """
         AssetCard AssetCardField Architecture AssetStore get_asset_store
         load_model ModelHub ModelHubAccessor GlobalModelLoader LoadReport
-        pull_model PullReport verify_model VerifyReport
+        pull_model PullReport verify_model VerifyReport repack_model RepackReport
         convert_checkpoint export_model ExportReport load_tokenizer
         import_cards index_checkpoint query check_model CheckReport diff_models DiffReport plan_load LoadPlan
         adopt_checkpoints Adoption disk_usage DiskUsage Holding remove_model remove_orphans Removal

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lading import InternalError, formats
-from lading.formats.write_safetensors import Entry, Writer, shard_names, shards_of, write_index
+from lading.formats.write_safetensors import Entry, Writer, header_of, shard_names, shards_of, write_index
 from lading.manifest import BITS
 from lading.transfer.dtypes import TORCH_DTYPES
 
@@ -53,6 +53,18 @@ def test_both_readers_read_it(tmp_path: Path) -> None:
     assert list(manifest.names) == [entry.name for entry in ENTRIES]
     assert manifest.metadata == {"format": "pt"}
     assert min(manifest.offsets) % 8 == 0
+
+
+def test_a_header_by_itself(tmp_path: Path) -> None:
+    """Who writes tensors in another order than they lie in begins with it."""
+    told = {"format": "pt", "von": 'einem "ü"'}
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(header_of(ENTRIES, told) + bytes(sum(entry.nbytes for entry in ENTRIES)))
+
+    manifest = formats.index(path)
+    assert list(manifest.names) == [entry.name for entry in ENTRIES]
+    assert manifest.metadata == told
+    assert load_file(path).keys() == {entry.name for entry in ENTRIES}
 
 
 def test_a_file_without_tensors(tmp_path: Path) -> None:
@@ -104,10 +116,8 @@ def test_no_file_is_larger_than_asked(tensors: list[tuple[str, str, list[int]]],
 
     assert sorted(i for shard in shards for i in shard) == list(range(len(entries)))
     for shard in shards:
-        from lading.formats.write_safetensors import _header
-
         own = [entries[i] for i in shard]
-        assert len(_header(own)) + sum(entry.nbytes for entry in own) <= size or len(shard) <= 1
+        assert len(header_of(own)) + sum(entry.nbytes for entry in own) <= size or len(shard) <= 1
         widths = [BITS[entry.dtype] for entry in own]
         assert widths == sorted(widths, reverse=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from sqlalchemy import Connection, delete, exists, select
@@ -25,7 +25,7 @@ def held_checkpoints(database: Database) -> list[HeldCheckpoint]:
 
 
 @contextmanager
-def letting_go(database: Database, uris: Collection[str]) -> Iterator[list[HeldCheckpoint]]:
+def letting_go(database: Database, chosen: Callable[[str], bool]) -> Iterator[list[HeldCheckpoint]]:
     """Forget where files of checkpoints are on this machine, and remove them: the latter is the body's part.
 
     The body sees what is held, those checkpoints included. While it runs nobody else writes to the catalog, so no file
@@ -35,13 +35,15 @@ def letting_go(database: Database, uris: Collection[str]) -> Iterator[list[HeldC
 
     What the checkpoints hold stays known, and so do digests and checks.
 
+    :param chosen: says by their URI which checkpoints.
+
     :raises CatalogError: the catalog cannot be written.
     :raises OSError: the disk is full.
     """
     with database.write() as connection:
         held = _held(connection)
         for checkpoint_id, checkpoint in held:
-            for copy in checkpoint.copies if checkpoint.uri in uris else ():
+            for copy in checkpoint.copies if chosen(checkpoint.uri) else ():
                 connection.execute(delete(CopyRow).where(same_copy(checkpoint_id, copy)))
         yield [checkpoint for _, checkpoint in held]
 

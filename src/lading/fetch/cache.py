@@ -4,6 +4,7 @@
 
     blobs/ab/abcd….safetensors    a file, under its SHA-256 and an extension that lading chose; read-only
     entries/0123….json            what was fetched from one URI: for each file its digest, size and validator
+    repacked/0123….safetensors    tensors of a checkpoint, cut for the ranks that load it; read-only
     tmp/                          what is being written, or was when its process ended
     locks/                        who fetches a URI tells others, where the file system has locks
 
@@ -114,6 +115,32 @@ class Cache:
         _sync_folder(blob.parent)
 
         return blob
+
+    # --- what was made of files --------------------------------------------------------------------------------------
+
+    def repacked(self, of: str) -> Path:
+        """Where a file with tensors of a checkpoint, cut anew, has its place; it tells what it is made of."""
+        return self.folder / "repacked" / f"{hashlib.sha256(of.encode()).hexdigest()}.safetensors"
+
+    def is_repacked(self, path: Path) -> bool:
+        """Whether ``path`` is the place of such a file."""
+        return path.parent == self.folder / "repacked" and path.suffix == ".safetensors"
+
+    def repacked_files(self) -> list[Path]:
+        """All such files."""
+        return sorted(filter(self.is_repacked, _files(self.folder / "repacked")))
+
+    def put_repacked(self, fd: int, path: Path, target: Path) -> None:
+        """Make the finished file ``path``, open as ``fd``, the one at ``target``."""
+        _make_folder(target.parent)
+        os.fchmod(fd, 0o444)
+        os.fsync(fd)
+        path.rename(target)
+        _sync_folder(target.parent)
+
+    def remove_repacked(self, path: Path) -> int:
+        """Remove such a file; returns the bytes that were freed."""
+        return _unlink(path) if self.is_repacked(path) else 0
 
     # --- entries -----------------------------------------------------------------------------------------------------
 

@@ -173,15 +173,16 @@ def temporary(folder: Path, kind: str) -> Iterator[tuple[IO[bytes], Path]]:
         _remove(path)
 
 
-def sweep(folder: Path, *, older_than: float = _DAY) -> int:
+def sweep(folder: Path, *, older_than: float = _DAY, kind: str = "*") -> int:
     """Remove what ended processes left and nobody took up.
 
+    :param kind: of what :func:`temporary` made; default: all, and what came in parts, too.
     :param older_than: seconds since it was last written to.
 
     :returns: the bytes that were freed.
     """
     freed = 0
-    for path in folder.glob("*"):
+    for path in folder.glob(f"{kind}.*"):
         with suppress(OSError):
             found = os.lstat(path)
             if _NAME.fullmatch(path.name) and time.time() - found.st_mtime > older_than and _ended(path):

@@ -113,7 +113,7 @@ class Writer:
     def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
         self._entries = entries
         self._next = 0
-        header = _header(entries)
+        header = header_of(entries)
         self._file = path.open("xb")
         self._file.write(header)
 
@@ -141,11 +141,17 @@ class Writer:
             os.fsync(self._file.fileno())
 
 
-def _header(entries: Sequence[Entry]) -> bytes:
+def header_of(entries: Sequence[Entry], metadata: Mapping[str, str] = METADATA) -> bytes:
+    """What comes before the bytes of the tensors in a file.
+
+    :param entries: all tensors of the file, in the order of their bytes.
+
+    :raises InternalError: a tensor that cannot be written in this format, or too many of them.
+    """
     if len({entry.name for entry in entries}) != len(entries):
         raise InternalError("tensors of equal names were to be written to one file")
 
-    parts = [f'"__metadata__":{json.dumps(METADATA)}']
+    parts = [f'"__metadata__":{json.dumps(metadata)}']
     end = 0
     for entry in entries:
         if len(entry.name.encode()) > MAX_NAME_SIZE or entry.name == "__metadata__" or BITS[entry.dtype] % 8:
