@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from sqlalchemy import Connection, delete, insert, select, update
 
 from lading.card import split_name
-from lading.catalog.copies import all_known, copies_of, replace_copies, same_copy, write_copies
+from lading.catalog.copies import all_verified, copies_of, replace_copies, same_copy, write_copies
 from lading.catalog.database import Database
 from lading.catalog.entries import dumps
 from lading.catalog.manifests import (
@@ -77,7 +77,8 @@ def record_checkpoint(
             known = connection.scalars(select(CheckpointRow.id).where(CheckpointRow.uri == uri)).one()
         else:
             connection.execute(update(CheckpointRow).where(CheckpointRow.id == known).values(**values))
-        if old is None or not same_tensors(old, manifest):
+        same = old is not None and same_tensors(old, manifest)
+        if not same:
             write_tensors(connection, known, manifest)
         elif _may_differ(
             connection, known, manifest, copies, same_revision=bool(revision) and revision == known_revision
@@ -85,7 +86,7 @@ def record_checkpoint(
             forget_digests(connection, known)
 
         same_files = old is not None and old.index_name == manifest.index_name and old.has_files_of(manifest)
-        write_copies(connection, known, copies, keep_others=same_files)
+        write_copies(connection, known, copies, keep_others=same_files, keep_verified=same)
         if card_name is not None:
             link_card(connection, split_name(card_name)[0], known)
         link_by_uri(connection)
@@ -98,7 +99,8 @@ def _may_differ(
     if same_revision or all(shard.sha256 for shard in manifest.shards):
         return False
 
-    return not copies or not all_known(connection, checkpoint_id, copies)
+    # A load that found other bytes has recorded the files as they are, too; only what was verified is known to be good.
+    return not copies or not all_verified(connection, checkpoint_id, copies)
 
 
 def record_files(

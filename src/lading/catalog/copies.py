@@ -67,12 +67,23 @@ def _reachable(connection: Connection, condition: ColumnElement[bool]) -> list[t
     return found
 
 
-def write_copies(connection: Connection, checkpoint_id: int, copies: Sequence[LocalCopy], *, keep_others: bool) -> None:
+def write_copies(
+    connection: Connection,
+    checkpoint_id: int,
+    copies: Sequence[LocalCopy],
+    *,
+    keep_others: bool,
+    keep_verified: bool,
+) -> None:
     """Write copies in place of all that are known.
 
     :param keep_others: keep those of other machines.
+    :param keep_verified: what was verified in just the state that it is in stays so.
     """
     copies = _with_owners(connection, copies)
+    if keep_verified:
+        verified = {(c.file, c.path, c.stat): c.verified_at for c in copies_of(connection, checkpoint_id)}
+        copies = [replace(c, verified_at=c.verified_at or verified.get((c.file, c.path, c.stat))) for c in copies]
     outdated = delete(CopyRow).where(CopyRow.checkpoint_id == checkpoint_id)
     if keep_others:
         outdated = outdated.where(CopyRow.place.in_({place_id(copy.path.parent) for copy in copies}))
@@ -150,8 +161,9 @@ def same_copy(checkpoint_id: int, copy: LocalCopy | Check) -> ColumnElement[bool
     )
 
 
-def all_known(connection: Connection, checkpoint_id: int, copies: Sequence[LocalCopy]) -> bool:
-    """Whether each copy is in the state in which it is known already."""
+def all_verified(connection: Connection, checkpoint_id: int, copies: Sequence[LocalCopy]) -> bool:
+    """Whether each copy was verified in just the state that it is in."""
     return all(
-        connection.scalar(select(CopyRow.file).where(same_copy(checkpoint_id, copy))) is not None for copy in copies
+        connection.scalar(select(CopyRow.verified_at).where(same_copy(checkpoint_id, copy))) is not None
+        for copy in copies
     )
