@@ -23,7 +23,7 @@ from lading.transfer.plan import Wanted
 IDENTITY = "lading.tensors"
 """The key of the metadata under which a sidecar says what it is of; see :func:`identity_of`."""
 
-_URI = re.compile(r"repack\+tp=\d+:(.+)", re.DOTALL)
+_URI = re.compile(r"repack\+tp=(\d+):(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,19 @@ def base_uri(uri: str) -> str | None:
     """The URI of the checkpoint that a sidecar is of; ``None`` for what is no URI of a sidecar."""
     match = _URI.fullmatch(uri)
 
-    return None if match is None else match[1]
+    return None if match is None else match[2]
+
+
+def tp_of(uri: str) -> int:
+    """For how many ranks the sidecar of this URI was cut.
+
+    :raises ValueError: it is no URI of a sidecar.
+    """
+    match = _URI.fullmatch(uri)
+    if match is None:
+        raise ValueError(f"the URI of a sidecar is expected, but it is {uri!r}")
+
+    return int(match[1])
 
 
 def identity_of(manifest: Manifest, tensors: Sequence[int], roots: Mapping[str, str]) -> str | None:

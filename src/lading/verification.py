@@ -44,6 +44,9 @@ Verify = Literal["auto", "always", "never"]
 
 VERIFY = ("auto", "always", "never")
 
+Different = Sequence[tuple[int, tuple[int, ...]]]
+"""Tensors that are others than expected, by their positions in the manifest, and which of their blocks are."""
+
 _THREADS = 4
 """Files that are hashed at once."""
 
@@ -132,19 +135,24 @@ def settle(
     :raises DigestMismatchError: a tensor is not the one that was recorded.
     """
     manifest, files = checkpoint.manifest, checkpoint.here()
-    if expected.digests is not None:
-        refuse_differences(checkpoint, expected.digests, found, store)
+    different = [] if expected.digests is None else differences(expected.digests, found)
+    answers = root.gather_objects((found.known, _shards_of(manifest, different)))
+    bad = sorted(set().union(*(shards for _, shards in answers)))
+    if bad:
+        _record_bad(checkpoint, expected.digests, bad, store)
+        _refuse(checkpoint, different)
+        return  # it is another rank that raises, and all do when they agree
 
-    seen = root.gather_objects(found.known)
     if store is None:
         return
     if expected.digests is not None and root.size > 1:
-        # The others would have raised: what they have seen is what was expected.
-        found = _seen_by_all(expected.digests, seen)
+        found = _seen_by_all(expected.digests, [known for known, _ in answers])
     if checkpoint.joined is None:
         found = _completed(manifest, files, found, progress=progress)
     if expected.digests is not None:
-        refuse_differences(checkpoint, expected.digests, found, store)
+        different = differences(expected.digests, found)
+        _record_bad(checkpoint, expected.digests, _shards_of(manifest, different), store)
+        _refuse(checkpoint, different)
 
     checks = list(_shard_checks(checkpoint, expected.digests, found))
     try:
@@ -155,24 +163,34 @@ def settle(
         log.warning("what was checked of %s is not in the catalog: %s", checkpoint.name, error)
 
 
-def refuse_differences(checkpoint: Checkpoint, expected: Digests, found: Digests, store: AssetStore | None) -> None:
-    """:raises DigestMismatchError: a tensor is not the one that was recorded; the catalog then knows."""
-    different = differences(expected, found)
-    if not different:
+def _shards_of(manifest: Manifest, different: Different) -> list[int]:
+    return sorted({manifest.shard_ids[i] for i, _ in different})
+
+
+def _record_bad(
+    checkpoint: Checkpoint, expected: Digests | None, shards: Sequence[int], store: AssetStore | None
+) -> None:
+    """Have the catalog know which files are not the right ones."""
+    if store is None or expected is None or not shards:
         return
 
-    manifest, files = checkpoint.manifest, checkpoint.here()
-    shards = sorted({manifest.shard_ids[i] for i, _ in different})
+    manifest = checkpoint.manifest
     checks = [
         _check(checkpoint, shard, "blake3", expected=shard_digest(manifest, expected, shard), found=None)
         for shard in shards
     ]
-    if store is not None:
-        _record_checks(checkpoint, checks, store)
+    _record_checks(checkpoint, checks, store)
 
+
+def _refuse(checkpoint: Checkpoint, different: Different) -> None:
+    """:raises DigestMismatchError: there is a tensor that is not the one that was recorded."""
+    if not different:
+        return
+
+    manifest = checkpoint.manifest
     shown = ", ".join(manifest.names[i] for i, _ in different[:5])
     more = f" and {len(different) - 5} more" if len(different) > 5 else ""
-    path = files[shards[0]].path
+    path = checkpoint.here()[_shards_of(manifest, different)[0]].path
     first, blocks = different[0]
     raise DigestMismatchError(
         path,

@@ -11,6 +11,7 @@ from pathlib import Path
 from lading.acquire import acquire
 from lading.card import AssetCard, checkpoint_ref, path_uri, uri_path
 from lading.catalog.checkpoints import record_digests, record_files
+from lading.catalog.holdings import held_checkpoints
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoint import Checkpoint, OnDisk
@@ -30,6 +31,7 @@ from lading.keymap import route
 from lading.locate import card_checkpoint
 from lading.manifest import Manifest
 from lading.resolve import family_of_card, model_config
+from lading.sidecar import base_uri, tp_of
 from lading.transfer.execute import hash_checkpoint
 from lading.transfer.files import ShardFile
 from lading.transfer.targets import targets_of
@@ -61,6 +63,7 @@ def verify_model(
 
     Against the SHA-256 that was published, or that was recorded; else against the digests of tensors that were recorded
     when all bytes passed by for the first time. Where nothing is known yet, this records it. Every check becomes a row.
+    What :func:`~lading.repack.repack_model` made of them is checked as well.
 
     :param repair: fetch what is not right anew. Only files that lading fetched are ever replaced.
     :param progress: show a bar on stderr.
@@ -79,9 +82,9 @@ def verify_model(
 
     bad = [check for check in checks if check.result == "mismatch"]
     if not bad or not repair:
-        return VerifyReport(
-            name=card.name, uri=checkpoint.uri, checks=tuple(checks), hint=remedy(checkpoint) if bad else ""
-        )
+        beside, hints = _checked_sidecars(checkpoint, card, store, progress=progress)
+        hints = [*([remedy(checkpoint)] if bad else []), *hints]
+        return VerifyReport(name=card.name, uri=checkpoint.uri, checks=(*checks, *beside), hint=" ".join(hints))
 
     _refuse_foreign(bad, kinds, checkpoint)
     for check in bad:
@@ -90,13 +93,14 @@ def verify_model(
     repaired = acquire(replace(checkpoint, files=None), store, progress=progress)
     checks = _checked(repaired, card, store, progress=progress)
     _record(repaired, kinds, checks, store)
+    beside, hints = _checked_sidecars(repaired, card, store, progress=progress)
 
     return VerifyReport(
         name=card.name,
         uri=checkpoint.uri,
-        checks=tuple(checks),
+        checks=(*checks, *beside),
         repaired=frozenset(check.file for check in bad),
-        hint=remedy(checkpoint),
+        hint=" ".join([remedy(checkpoint), *hints]),
     )
 
 
@@ -211,6 +215,33 @@ def _has_same_tensors(checkpoint: Checkpoint, shard: int) -> bool:
         return OnDisk.read(Path(checkpoint.where)).manifest.tensors_equal(checkpoint.manifest)
 
     return index_file(checkpoint.here()[shard].path).tensors_equal(checkpoint.manifest.only(shard))
+
+
+def _checked_sidecars(
+    checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, progress: bool
+) -> tuple[list[Check], list[str]]:
+    """Checks of what was cut beforehand of a checkpoint, and what to do about files that are not the right ones."""
+    checks: list[Check] = []
+    hints: list[str] = []
+    for held in held_checkpoints(store.database):
+        stored = store.checkpoint(held.uri) if base_uri(held.uri) == checkpoint.uri else None
+        if stored is None:
+            continue
+        (copy,) = stored.copies
+        sidecar = Checkpoint(
+            name=card.name,
+            uri=held.uri,
+            where=str(copy.path),
+            manifest=stored.manifest,
+            files=(_as_it_is(copy.path),),
+        )
+        found = _checked(sidecar, card, store, progress=progress)
+        _record(sidecar, {copy.file: copy.kind}, found, store)
+        checks += found
+        if any(check.result == "mismatch" for check in found):
+            hints.append(f"`lading repack {card.name} --tp {tp_of(held.uri)}` makes the file {copy.path.name} anew.")
+
+    return checks, hints
 
 
 def _family_dims(manifest: Manifest, card: AssetCard, store: AssetStore) -> array[int]:

@@ -125,6 +125,9 @@ def test_a_bit_that_one_rank_reads(pool2: Pool, catalog: dict[str, str]) -> None
     assert isinstance(second.error, DigestMismatchError)
     assert "`lading repack near --tp 2`" in str(second.error)
     assert isinstance(first.error, GangError)
+    with closing(sqlite3.connect(catalog["LADING_DATABASE_URL"].removeprefix("sqlite:///"))) as connection:
+        (last,) = connection.execute("SELECT path, result FROM verifications ORDER BY id DESC LIMIT 1")
+    assert last == (str(path), "mismatch")
 
 
 def flip(path: Path, at: int, env: dict[str, str]) -> None:

@@ -241,6 +241,24 @@ def test_a_bit_that_flipped(wide: Path, catalog: Path, caplog: pytest.LogCapture
     assert load(0, tp=4, verify="always").bytes_read <= 0.265 * BYTES
 
 
+def test_it_is_verified_with_its_checkpoint(wide: Path, catalog: Path, cli: Cli) -> None:
+    path = lading.repack_model("wide", tp=4, progress=False).path
+    assert cli("verify", "wide", "-q").stdout.splitlines() == ["model.safetensors", path.name]
+
+    os.utime(path)
+    assert [row["result"] for row in json.loads(cli("verify", "wide", "--json").stdout)] == ["match", "match"]
+    assert load(1, tp=4).bytes_read <= 0.265 * BYTES
+
+    rot(path, "model.layers.1.mlp.down_proj.weight.0", catalog)
+    found = cli("verify", "wide", "--json", code=4)
+    assert [row["result"] for row in json.loads(found.stdout)] == ["match", "mismatch"]
+    assert f"`lading repack wide --tp 4` makes the file {path.name} anew" in found.stderr
+    assert load(1, tp=4).bytes_read > 0.3 * BYTES
+
+    path.unlink()
+    assert [row["method"] for row in json.loads(cli("verify", "wide", "--json", code=4).stdout)][1] == "presence"
+
+
 @pytest.mark.parametrize("what", ["touched", "gone"])
 def test_a_file_that_is_not_as_it_was(wide: Path, what: str, caplog: pytest.LogCaptureFixture) -> None:
     path = lading.repack_model("wide", tp=4, progress=False).path
