@@ -24,7 +24,7 @@ from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.targets import Targets, is_distributed, targets_of
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+    pass
 
 log = logging.getLogger("lading")
 
@@ -213,8 +213,13 @@ def assign(module: Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, 
         if first in state:
             state[name] = state[first]
             continue
-        tensor = _distributed(tensors[first], own) if is_distributed(own) else tensors[first]
-        state[name] = Parameter(tensor, own.requires_grad) if isinstance(own, Parameter) else tensor
+        tensor = tensors[first]
+        if is_distributed(own):
+            from lading.transfer.placements import placed_as  # which takes half a second to import
+
+            state[name] = placed_as(tensor, own)
+        else:
+            state[name] = Parameter(tensor, own.requires_grad) if isinstance(own, Parameter) else tensor
 
     module.load_state_dict(state, strict=False, assign=True)
 
@@ -222,13 +227,6 @@ def assign(module: Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, 
     parts = {aliases.get(name, name): own.to_local() for name, own in state.items() if is_distributed(own)}
 
     return sum(part.nbytes for name, part in parts.items() if part.data_ptr() != tensors[name].data_ptr())
-
-
-def _distributed(local: Tensor, own: DTensor) -> DTensor:
-    """The tensor of which ``local`` is this rank's part, placed as ``own`` is."""
-    return type(own).from_local(
-        local, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
-    )
 
 
 def reset_buffers(module: Module, family: Family[Any, Any], config: Any, device: torch.device) -> None:

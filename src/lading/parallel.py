@@ -112,12 +112,14 @@ def _log_ignored(family: str, axis: str) -> None:
 
 
 def _split(module: Module, plan: ParallelPlan, mesh: DeviceMesh) -> None:
-    styles: dict[str, ParallelStyle] = {}
-    for pattern, split in (plan.tensor or {}).items():
-        styles |= dict.fromkeys(_modules(module, pattern), _style(split, plan, mesh.size()))
-
     ties = tied_names(module)
-    parallelize_module(module, mesh, styles)
+    styles: dict[Split, ParallelStyle] = {}
+    for name, part in module.named_modules():
+        split = plan.split_of(name)
+        if split is not None:
+            style = styles.setdefault(split, _style(split, plan, mesh.size()))
+            parallelize_module(part, mesh, style)  # by itself: of names, torch compares each with all modules
+
     for first, *others in ties:
         for name in others:
             _set_parameter(module, name, module.get_parameter(first))

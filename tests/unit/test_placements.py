@@ -11,14 +11,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset as torch_box
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.nn import Module, Parameter
 
 from lading.box import Box
 from lading.errors import NotSupportedError
 from lading.gangs import simulate_gangs
-from lading.transfer.placements import BoxCache, boxes_for_all_ranks, placements_on
+from lading.transfer.placements import BoxCache, boxes_for_all_ranks, placed_as, placements_on
 
 
 @st.composite
@@ -127,3 +128,29 @@ def test_placements_on_all_axes() -> None:
         assert placements_on(torch.empty(3), axes) == (Replicate(),) * 4
         with pytest.raises(NotSupportedError, match="axes of pp, rdp"):
             placements_on(tensor, ("pp", "rdp"))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_part_in_the_place_of_a_parameter_is_what_torch_makes_of_it(requires_grad: bool) -> None:
+    mesh = simulate_gangs(1, tp=2).mesh
+    assert mesh is not None
+    own = Parameter(distribute_tensor(torch.empty(6, 4, device="meta"), mesh["tp"], [Shard(0)]), requires_grad)
+    local = torch.randn(3, 4)
+
+    made = placed_as(local, own)
+    expected = Parameter(DTensor.from_local(local, mesh["tp"], [Shard(0)], run_check=False), requires_grad)
+    assert isinstance(made, Parameter)
+    assert type(made) is type(expected)
+    assert made.placements == expected.placements
+    assert (made.shape, made.stride(), made.dtype) == (expected.shape, expected.stride(), expected.dtype)
+    assert made.requires_grad is requires_grad
+    assert made.is_leaf
+    assert made.grad_fn is None
+    assert made.to_local().data_ptr() == local.data_ptr()
+
+    module = Module()
+    module.weight = made
+    assert dict(module.named_parameters()) == {"weight": made}
+
+    buffer = placed_as(local, distribute_tensor(torch.empty(6, 4, device="meta"), mesh["tp"], [Shard(0)]))
+    assert not isinstance(buffer, Parameter)
