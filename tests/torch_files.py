@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 import zlib
 from collections.abc import Mapping
@@ -21,6 +22,16 @@ def save(value: object, *, legacy: bool = False, protocol: int = 2) -> bytes:
     file = io.BytesIO()
     torch.save(value, file, _use_new_zipfile_serialization=not legacy, pickle_protocol=protocol)
     return file.getvalue()
+
+
+def save_shards(folder: Path, state: Mapping[str, torch.Tensor], count: int = 2) -> None:
+    """What old versions of transformers wrote of a large model: several files, and an index of them."""
+    names, weight_map = sorted(state), {}
+    for i in range(count):
+        file = f"pytorch_model-{i + 1:05}-of-{count:05}.bin"
+        torch.save({name: state[name] for name in names[i::count]}, folder / file)
+        weight_map |= dict.fromkeys(names[i::count], file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def read_all(path: Path, manifest: Manifest | None = None) -> dict[str, torch.Tensor]:

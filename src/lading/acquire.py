@@ -24,7 +24,7 @@ from lading.manifest import Manifest
 from lading.published import name_in_source
 from lading.settings import Settings
 from lading.transfer.files import ShardFile
-from lading.whole import comes_whole, fetch_whole
+from lading.whole import came_whole, fetch_whole
 
 log = logging.getLogger("lading")
 
@@ -44,7 +44,7 @@ def acquire(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool)
     if ref is None:
         raise InternalError(f"nothing says where the checkpoint {checkpoint.uri} could be fetched from")
 
-    if comes_whole(ref):
+    if came_whole(checkpoint.manifest):
         return _acquire_whole(checkpoint, ref, store, progress=progress)
 
     source = open_source(
@@ -72,11 +72,13 @@ def _acquire_whole(
 ) -> Checkpoint:
     whole = fetch_whole(ref, known=known_content(store), progress=progress, revision=checkpoint.revision or None)
     if not whole.manifest.tensors_equal(checkpoint.manifest):
-        raise _replaced(whole.copy.path, whole.copy.file)
+        raise _replaced(checkpoint.uri)
     if store is not None:
-        _record_all(checkpoint, [whole.copy], [whole.check], store)
+        _record_all(checkpoint, whole.copies, whole.checks, store)
 
-    return replace(checkpoint, files=(ShardFile(path=whole.copy.path, stat=whole.copy.stat),), trusted=True)
+    return replace(
+        checkpoint, files=tuple(ShardFile(path=copy.path, stat=copy.stat) for copy in whole.copies), trusted=True
+    )
 
 
 def share(checkpoint: Checkpoint, root: Gang, find: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
@@ -136,12 +138,12 @@ def _require_same_tensors(file: FetchedFile, manifest: Manifest, shard: str) -> 
     found = index_file(file.path)
     number = next(i for i, known in enumerate(manifest.shards) if known.name == shard)
     if not found.tensors_equal(manifest.only(number)):
-        raise _replaced(file.path, file.name)
+        raise _replaced(file.name, path=file.path)
 
 
-def _replaced(path: Path, name: str) -> CorruptModelCheckpointError:
+def _replaced(name: str, *, path: Path | None = None) -> CorruptModelCheckpointError:
     return CorruptModelCheckpointError(
-        path,
+        path or name,
         f"{name} as it was fetched holds other tensors than it did when it was indexed: it was replaced at its source. "
         "Index it anew with `lading index`.",
     )

@@ -89,6 +89,8 @@ class OnDisk:
     manifest: Manifest
     stats: Mapping[str, FileStat]
     """By their names beside one another."""
+    made_of: Path | None = None
+    """The checkpoint that was asked for, where this one was made of it in the cache."""
 
     @classmethod
     def read(cls, path: Path, *, restrict: bool = True) -> Self:
@@ -101,7 +103,8 @@ class OnDisk:
             manifest = formats.index(path, restrict=restrict)
         except formats.NonContiguousError:
             cache = Settings.from_environment().cache_dir
-            return cls.read(formats.readable(path, cache=cache, restrict=restrict), restrict=restrict)
+            made = cls.read(formats.readable(path, cache=cache, restrict=restrict), restrict=restrict)
+            return replace(made, made_of=path)
         stats = _stat_files(manifest, path)
 
         if any(stat.ctime_ns > start - RECENT_NS for stat in stats.values()):
@@ -137,7 +140,7 @@ class OnDisk:
         return Checkpoint(
             name=name,
             uri=path_uri(self.path),
-            where=str(self.path),
+            where=str(self.made_of or self.path),
             manifest=self.manifest,
             files=tuple(ShardFile(path=folder / shard.name, stat=self.stats[shard.name]) for shard in shards),
             trusted=trusted,

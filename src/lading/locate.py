@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from lading import formats
 from lading.card import AssetCard, CheckpointRef, checkpoint_ref, path_uri, uri_path
 from lading.catalog.checkpoints import record_checkpoint, record_files
 from lading.catalog.records import Check
@@ -25,9 +27,9 @@ from lading.fetch.source import Known
 from lading.fetch.sources import HUB_SCHEMES
 from lading.filesystem import FileStat
 from lading.folder import read_hf_config, refuse_quantised_config
-from lading.published import index_source
+from lading.published import Published, index_source
 from lading.transfer.files import ShardFile
-from lading.whole import comes_whole, fetch_whole
+from lading.whole import Whole, comes_whole, fetch_whole
 
 log = logging.getLogger("lading")
 
@@ -108,17 +110,15 @@ def index_checkpoint(target: str | Path, *, store: AssetStore | None = None) -> 
     store = store or get_asset_store()
     card_name, ref = _ref_of(target, store)
     path = uri_path(ref.uri)
-    if path is None and comes_whole(ref):
-        whole = fetch_whole(ref, known=known_content(store), progress=False)
-        uri, manifest, copies, revision = ref.key, whole.manifest, [whole.copy], whole.revision
-    elif path is None:
-        uri, copies = ref.key, []
-        published = index_source(ref)
-        manifest, revision = published.manifest, published.revision
+    copies: Sequence[LocalCopy]
+    if path is None:
+        found = _published_or_whole(ref, store, progress=False)
+        copies = found.copies if isinstance(found, Whole) else ()
+        uri, manifest, revision = ref.key, found.manifest, found.revision
     else:
         path = local_checkpoint(path, inner_path=ref.path)
-        found = OnDisk.read(path)
-        uri, manifest, copies, revision = path_uri(found.path), found.manifest, found.copies(), ""
+        here = OnDisk.read(path)
+        uri, manifest, copies, revision = path_uri(here.path), here.manifest, here.copies(), ""
 
     require_writable(store)
     record_checkpoint(
@@ -198,10 +198,9 @@ def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, prog
             revision=stored.revision,
         )
 
-    if comes_whole(ref):
-        return _whole_checkpoint(name, ref, store, progress=progress)
-
-    published = index_source(ref)
+    published = _published_or_whole(ref, store, progress=progress)
+    if isinstance(published, Whole):
+        return _whole_checkpoint(name, ref, published, store)
     refuse_quantised_config(published.hf_config, ref.key)
     checkpoint = Checkpoint(
         name=name,
@@ -217,19 +216,29 @@ def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, prog
     return checkpoint
 
 
-def _whole_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, progress: bool) -> Checkpoint:
-    whole = fetch_whole(ref, known=known_content(store), progress=progress)
+def _published_or_whole(ref: CheckpointRef, store: AssetStore, *, progress: bool) -> Published | Whole:
+    """What is published, by its headers; fetched, if it has none that would tell."""
+    if not comes_whole(ref):
+        try:
+            return index_source(ref)
+        except formats.NotByHeadersError:
+            pass
+
+    return fetch_whole(ref, known=known_content(store), progress=progress)
+
+
+def _whole_checkpoint(name: str, ref: CheckpointRef, whole: Whole, store: AssetStore) -> Checkpoint:
     checkpoint = Checkpoint(
         name=name,
         uri=ref.key,
         where=ref.key,
         manifest=whole.manifest,
-        files=(ShardFile(path=whole.copy.path, stat=whole.copy.stat),),
+        files=tuple(ShardFile(path=copy.path, stat=copy.stat) for copy in whole.copies),
         trusted=True,
         ref=ref,
         revision=whole.revision,
     )
-    _record(checkpoint, [whole.copy], store, checks=[whole.check])
+    _record(checkpoint, whole.copies, store, checks=whole.checks)
 
     return checkpoint
 
@@ -274,7 +283,8 @@ def _local_checkpoint(name: str, path: Path, store: AssetStore, *, accept_others
 
     found = OnDisk.read(path)
     if found.path != path:  # it was made anew in the cache, where the catalog may know it
-        return _local_checkpoint(name, found.path, store, accept_others=accept_others)
+        made = _local_checkpoint(name, found.path, store, accept_others=accept_others)
+        return replace(made, where=str(path))
     checkpoint = found.checkpoint(name)
     if stored is not None and not found.manifest.tensors_equal(stored.manifest) and _was_verified(stored, store):
         if accept_others:

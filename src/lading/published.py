@@ -43,14 +43,15 @@ def index_source(ref: CheckpointRef, *, revision: str | None = None) -> Publishe
     :raises CheckpointNotFoundError: the source says that there is no such thing.
     :raises FetchError: it cannot be reached, or answers nonsense.
     :raises CorruptModelCheckpointError: an index or a header breaks the rules of its format.
+    :raises NotByHeadersError: it was written by ``torch.save``, and is to be fetched first (:mod:`lading.whole`).
     :raises NotSupportedError: a scheme, or a format, that is not read here.
     """
     source = open_source(ref.uri, inner_path=ref.path, revision=revision, settings=Settings.from_environment())
     snapshot = source.snapshot()
     if not source.lists:
-        named = index_names(_PublishedFiles(source, snapshot), name=source.inner)
+        named = index_names(PublishedFiles(source, snapshot), name=source.inner)
         snapshot = source.beside(snapshot, named)
-    files = _PublishedFiles(source, snapshot)
+    files = PublishedFiles(source, snapshot)
     manifest = index_files(files, name=source.inner)
 
     folder = name_in_source(source.inner, "")
@@ -60,7 +61,7 @@ def index_source(ref: CheckpointRef, *, revision: str | None = None) -> Publishe
     return Published(
         manifest=replace(manifest, shards=shards),
         revision=snapshot.revision,
-        hf_config=_hf_config(files, folder),
+        hf_config=published_config(files, folder),
         inner=source.inner,
         snapshot=snapshot,
     )
@@ -78,7 +79,7 @@ def name_in_source(inner: str | None, file: str) -> str:
     return f"{folder}/{file}" if folder else file
 
 
-class _PublishedFiles:
+class PublishedFiles:
     """The files of a source, as formats read them."""
 
     def __init__(self, source: Source, snapshot: Snapshot) -> None:
@@ -110,7 +111,8 @@ class _PublishedFiles:
         return self._files[name]
 
 
-def _hf_config(files: _PublishedFiles, folder: str) -> Mapping[str, object]:
+def published_config(files: PublishedFiles, folder: str) -> Mapping[str, object]:
+    """The ``config.json`` in a folder of a source; empty where there is none, or none of a usual size."""
     name = folder + CONFIG_NAME
     if name not in files.names() or not 0 < (files.file(name).size or 0) <= _MAX_CONFIG_SIZE:
         return {}

@@ -26,6 +26,7 @@ from lading.errors import AssetCardError, NotSupportedError
 from lading.fetch.source import FetchedFile, RemoteFile, Snapshot
 from lading.fetch.sources import HUB_SCHEMES, open_source
 from lading.folder import refuse_quantised_config
+from lading.formats import NotByHeadersError
 from lading.locate import card_checkpoint, require_access, require_writable
 from lading.published import CONFIG_NAME, Published, index_source, name_in_source
 from lading.resolve import family_of_card, model_config
@@ -98,14 +99,13 @@ def pull_model(
         tokenizer = _tokenizer_elsewhere(card, ref, None, store)
         return _report(checkpoint, missing=False, beside=_bring(tokenizer, dry_run=dry_run, progress=progress))
 
-    published: Published | None = None
-    if comes_whole(ref) or Settings.from_environment().offline:
+    published = _published(ref, revision)
+    if published is None:
         if dry_run and store.checkpoint(ref.key) is None:
             file = PulledFile(name=ref.key, size=None, path=None, fetched=True)
             return PullReport(name=card.name, uri=ref.key, revision=revision, files=(file,))
         checkpoint = card_checkpoint(card, store, progress=progress)
     else:
-        published = index_source(ref, revision=revision)
         refuse_quantised_config(published.hf_config, ref.key)
         checkpoint = _as_checkpoint(card, ref, published, store)
     _require_fit(card, checkpoint, published, store)
@@ -135,6 +135,16 @@ def pull_model(
     ]
 
     return _report(here, missing, [*beside, *_bring(tokenizer, dry_run=False, progress=progress)])
+
+
+def _published(ref: CheckpointRef, revision: str | None) -> Published | None:
+    """What is published now, by its headers; ``None`` if nobody is to be asked, or it is to be fetched to be known."""
+    if comes_whole(ref) or Settings.from_environment().offline:
+        return None
+    try:
+        return index_source(ref, revision=revision)
+    except NotByHeadersError:
+        return None
 
 
 def _local(checkpoint: Checkpoint, revision: str | None) -> Checkpoint:

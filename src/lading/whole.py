@@ -6,6 +6,7 @@ and indexed then.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
@@ -14,12 +15,16 @@ from lading import formats
 from lading.card import CheckpointRef
 from lading.catalog.provenance import now
 from lading.catalog.records import Check, LocalCopy
-from lading.errors import CheckpointNotFoundError, NotSupportedError
-from lading.fetch.source import Known
+from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
+from lading.fetch.source import FetchedFile, Known, RemoteFile, Snapshot, Source
 from lading.fetch.sources import HTTP_SCHEMES, HUB_SCHEMES, open_source
 from lading.filesystem import FileStat
+from lading.folder import refuse_quantised_config
 from lading.formats.folder import is_index, is_torch_format
-from lading.manifest import Manifest, Shard
+from lading.formats.remote import find_checkpoint
+from lading.formats.sharded import index_shards, read_index_at
+from lading.manifest import Manifest
+from lading.published import PublishedFiles, published_config
 from lading.settings import Settings
 
 _ARCHIVE = ".tar"
@@ -27,28 +32,34 @@ _ARCHIVE = ".tar"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Whole:
-    """A checkpoint that was fetched to be known."""
+    """A checkpoint that was fetched to be known; of each shard of its manifest what the catalog is to know."""
 
     manifest: Manifest
     revision: str
-    copy: LocalCopy
-    check: Check
+    copies: Sequence[LocalCopy]
+    checks: Sequence[Check]
 
 
 def comes_whole(ref: CheckpointRef) -> bool:
-    """Whether the checkpoint is to be fetched before it can be indexed, by the names in its address."""
+    """Whether the checkpoint is to be fetched before it can be indexed, by the names in its address.
+
+    Of a folder it is told by what it lists: :class:`lading.formats.NotByHeadersError`.
+    """
     if ref.scheme not in (*HTTP_SCHEMES, *HUB_SCHEMES):
         return False
 
     path = PurePosixPath(urlsplit(ref.uri).path if ref.path is None else f"{urlsplit(ref.uri).path}/{ref.path}")
 
-    return any(part.endswith(_ARCHIVE) for part in path.parts) or (
-        is_torch_format(path.name) and not is_index(path.name)
-    )
+    return any(part.endswith(_ARCHIVE) for part in path.parts) or is_torch_format(path.name)
+
+
+def came_whole(manifest: Manifest) -> bool:
+    """Whether a checkpoint that is elsewhere had to be fetched for its manifest."""
+    return all(is_torch_format(shard.name) or shard.name.endswith(_ARCHIVE) for shard in manifest.shards)
 
 
 def fetch_whole(ref: CheckpointRef, *, known: Known, progress: bool, revision: str | None = None) -> Whole:
-    """Fetch the file of a checkpoint, and index it.
+    """Fetch the files of a checkpoint, and index them.
 
     :param known: where content is on this machine already.
     :param revision: default: the one that the address names, or what is published now.
@@ -58,37 +69,91 @@ def fetch_whole(ref: CheckpointRef, *, known: Known, progress: bool, revision: s
     :raises DigestMismatchError: what came is not what is published.
     :raises CorruptModelCheckpointError: what came breaks the rules of its format.
     :raises PolicyError: it would import what a state dict does not need.
-    :raises NotSupportedError: a format that is not read here.
+    :raises NotSupportedError: a format that is not read here, or weights that are quantised.
     """
-    settings = Settings.from_environment()
     inner, member = _split(ref)
-    source = open_source(ref.uri, inner_path=inner, revision=revision, settings=settings)
+    source = open_source(ref.uri, inner_path=inner, revision=revision, settings=Settings.from_environment())
     snapshot = source.snapshot()
     name, member = _file_of(source.inner, member)
-    file = snapshot.file(name)
-    if file is None:
+    if member is None:
+        folder, file = find_checkpoint(snapshot.uri, frozenset(each.name for each in snapshot.files), name)
+        refuse_quantised_config(published_config(PublishedFiles(source, snapshot), folder), ref.key)
+        if is_index(file):
+            return _fetch_shards(source, snapshot, folder, file, known=known, progress=progress)
+        name = folder + file
+    published = snapshot.file(name) if name is not None else None
+    if published is None:
         raise CheckpointNotFoundError(ref.key, f"{ref.uri} has no file {name!r}.")
 
-    (fetched,) = source.fetch(snapshot, [file], known=known, progress=progress)
-    path = formats.readable(fetched.path, member=member, cache=settings.cache_dir)
-    in_place = path == fetched.path
-    manifest = formats.index(path, member=member if in_place else None)
+    (fetched,) = source.fetch(snapshot, [published], known=known, progress=progress)
+    copy = _readable(fetched, published.name, source, member=member)
+    manifest = formats.index(copy.path, member=member if copy.path == fetched.path else None)
     (shard,) = manifest.shards
-    published = file.sha256 if in_place else None
+
+    named = replace(manifest, shards=(replace(shard, name=published.name),))
+
+    return _whole(named, snapshot, [published], [fetched], [copy])
+
+
+def _fetch_shards(source: Source, snapshot: Snapshot, folder: str, file: str, *, known: Known, progress: bool) -> Whole:
+    """The files that the index ``file`` in ``folder`` names."""
+    published = [each for each in snapshot.files if each.name == folder + file]
+    (index,) = source.fetch(snapshot, published, known=known, progress=False)
+    names = list(read_index_at(index.path, name=file).tensors)
+    snapshot = source.beside(snapshot, [folder + name for name in names])
+    shards = [snapshot.file(folder + name) for name in names]
+    if None in shards:
+        raise CorruptModelCheckpointError(
+            f"{snapshot.uri}/{folder}{file}",
+            f"{snapshot.uri}/{folder}{file}: expected the file {names[shards.index(None)]!r} beside it, found "
+            "none. Ask its publisher for it.",
+        )
+
+    there = [shard for shard in shards if shard is not None]
+    fetched = source.fetch(snapshot, there, known=known, progress=progress)
+    copies = [_readable(each, name, source) for each, name in zip(fetched, names, strict=True)]
+    manifest = index_shards(index.path, name=file, shards={copy.file: copy.path for copy in copies})
+
+    return _whole(manifest, snapshot, there, fetched, copies)
+
+
+def _readable(fetched: FetchedFile, name: str, source: Source, *, member: str | None = None) -> LocalCopy:
+    """The file, or what it was rewritten as, under the name of its shard."""
+    path = formats.readable(fetched.path, member=member, cache=Settings.from_environment().cache_dir)
+    kind = source.kind if fetched.own else "adopted"
+
+    return LocalCopy(
+        file=name,
+        path=path,
+        stat=FileStat.from_stat(path.stat()),
+        kind=kind if path == fetched.path else "cache",
+        verified_at=now(),
+    )
+
+
+def _whole(
+    manifest: Manifest,
+    snapshot: Snapshot,
+    published: Sequence[RemoteFile],
+    fetched: Sequence[FetchedFile],
+    copies: Sequence[LocalCopy],
+) -> Whole:
+    shards, checks = [], []
+    for shard, stated, file, copy in zip(manifest.shards, published, fetched, copies, strict=True):
+        shards.append(replace(shard, sha256=stated.sha256 if copy.path == file.path else None))
+        checks.append(
+            Check(
+                file=shard.name,
+                path=file.path,
+                stat=file.stat,
+                method="sha256",
+                expected=stated.sha256,
+                found=file.sha256,
+            )
+        )
 
     return Whole(
-        manifest=replace(manifest, shards=(Shard(name=name, size=shard.size, sha256=published),)),
-        revision=snapshot.revision,
-        copy=LocalCopy(
-            file=name,
-            path=path,
-            stat=FileStat.from_stat(path.stat()),
-            kind="cache" if not in_place else source.kind if fetched.own else "adopted",
-            verified_at=now(),
-        ),
-        check=Check(
-            file=name, path=fetched.path, stat=fetched.stat, method="sha256", expected=file.sha256, found=fetched.sha256
-        ),
+        manifest=replace(manifest, shards=tuple(shards)), revision=snapshot.revision, copies=copies, checks=checks
     )
 
 
@@ -100,11 +165,12 @@ def _split(ref: CheckpointRef) -> tuple[str | None, str | None]:
     return ref.path, None
 
 
-def _file_of(inner: str | None, member: str | None) -> tuple[str, str | None]:
-    """The file within the source, and the member of it that is the checkpoint, if it is an archive."""
-    if inner is None:
-        raise NotSupportedError("Expected the path of a file within the source, found none.")
-    if member is not None:
+def _file_of(inner: str | None, member: str | None) -> tuple[str | None, str | None]:
+    """The file or folder within the source, and the member of it that is the checkpoint, if it is an archive.
+
+    :raises NotSupportedError: no member of an archive is named.
+    """
+    if member is not None or inner is None:
         return inner, member
 
     parts = PurePosixPath(inner).parts

@@ -16,6 +16,7 @@ from lading import PolicyError, load_model
 from lading.families.qwen import Qwen, get_qwen_model_hub
 from lading.hub import load_with_report
 from make_checkpoint import make, qwen_config
+from torch_files import save_shards
 
 CONFIG = qwen_config()
 
@@ -96,7 +97,7 @@ def _archive(folder: Path, model: Qwen) -> Path:
     return path
 
 
-def _strided(model: Qwen) -> dict[str, torch.Tensor]:
+def _strided(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Its state, no matrix of which lies row after row."""
     state = {name: value.clone() for name, value in model.state_dict().items()}
     return {name: value.t().contiguous().t() if value.ndim == 2 else value for name, value in state.items()}
@@ -112,6 +113,35 @@ def test_a_card_of_strided_tensors(cards: Path, cli: Callable[..., Result], tmp_
 
     for _ in range(2):
         _check(load_with_report("tiny_strided", dtype="auto", mmap=True)[0], model)
+
+
+@pytest.mark.parametrize("strided", [False, True], ids=["rows", "strided"])
+def test_a_folder_of_several_files(cards: Path, cli: Callable[..., Result], tmp_path: Path, strided: bool) -> None:
+    folder = tmp_path / "cards" / "m"
+    expected = load_model(make(folder), dtype="auto")
+    (folder / "model.safetensors").unlink()
+    save_shards(folder, _strided(expected) if strided else dict(expected.state_dict()))
+    (tmp_path / "pt.yaml").write_text(f"name: tiny_bin\nbase: tiny\ncheckpoint: {folder}\n")
+    cli("import", tmp_path / "pt.yaml")
+
+    for _ in range(2):
+        _check(load_model(folder, dtype="auto"), expected)
+        _check(load_with_report("tiny_bin", dtype="auto", mmap=True)[0], expected)
+
+
+def test_strided_tensors_with_a_family_that_reads_the_file_beside_them(
+    cards: Path, cli: Callable[..., Result], tmp_path: Path
+) -> None:
+    folder = tmp_path / "cards" / "m"
+    expected = load_model(make(folder), dtype="auto")
+    (folder / "model.safetensors").unlink()
+    torch.save(_strided(expected), folder / "pytorch_model.bin")
+    (tmp_path / "pt.yaml").write_text(f"name: tiny_hg\nmodel_family: hg\nmodel_arch: causal_lm\ncheckpoint: {folder}\n")
+    cli("import", tmp_path / "pt.yaml")
+
+    for _ in range(2):
+        found = load_with_report("tiny_hg", dtype="auto")[0].state_dict()
+        assert all(torch.equal(found[name], value) for name, value in expected.state_dict().items())
 
 
 def test_a_saved_module_is_cast(tmp_path: Path, model: Qwen) -> None:

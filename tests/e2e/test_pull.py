@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from make_checkpoint import make, tensors
 from servers.hub import TOKEN, FakeHub
+from torch_files import save_shards
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -229,12 +230,79 @@ def test_what_torch_saved_is_fetched_first(run: Run, hub: FakeHub, tmp_path: Pat
     assert hub.requests == []
 
 
+def test_a_repository_of_before_safetensors(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    folder = make(tmp_path / "before")
+    (folder / "model.safetensors").unlink()
+    save_shards(folder, {name: _turned(value) for name, value in tensors().items()})
+    hub.add("Some/Before", folder)
+    (tmp_path / "before.yaml").write_text(CARD.format(name="before", uri="hg://some/before", layers=2))
+    run("import", tmp_path / "before.yaml")
+
+    run("index", "before")
+    assert json.loads(run("load", "before", "--dtype", "auto", "--json", "--no-progress").stdout)["shards"] == 2
+    assert sorted(weights(hub)) == sorted(set(weights(hub)))  # each file once
+    hub.requests.clear()
+    run("load", "before", "--no-progress", "--mmap", "--verify", "always")
+    assert [v["result"] for v in json.loads(run("verify", "before", "--json").stdout)] == ["match"] * 2
+    assert hub.requests == []
+    run("export", "before", tmp_path / "out")
+    assert weights(hub) == []
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in tensors().items())
+
+
+def test_a_repository_of_one_file_of_before_safetensors(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    folder = make(tmp_path / "before")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors(), folder / "pytorch_model.bin")
+    hub.add("Some/Before", folder)
+    (tmp_path / "before.yaml").write_text(CARD.format(name="before", uri="hg://some/before", layers=2))
+    run("import", tmp_path / "before.yaml")
+
+    assert json.loads(run("pull", "before", "--dry-run", "--json").stdout)[0]["fetched"]
+    assert weights(hub) == []
+    run("pull", "before")
+    run("load", "before", LADING_OFFLINE="1")
+    assert len(weights(hub)) == 1
+
+
+def test_a_quantised_repository_of_before_safetensors_is_refused(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    folder = make(tmp_path / "before", quantization_config={"quant_method": "gptq"})
+    (folder / "model.safetensors").unlink()
+    save_shards(folder, tensors())
+    hub.add("Some/Before", folder)
+    (tmp_path / "before.yaml").write_text(CARD.format(name="before", uri="hg://some/before", layers=2))
+    run("import", tmp_path / "before.yaml")
+
+    assert "gptq" in run("load", "before", code=2).stderr
+    assert weights(hub) == []
+
+
+def test_a_shard_that_the_repository_lacks(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    folder = make(tmp_path / "before")
+    (folder / "model.safetensors").unlink()
+    save_shards(folder, tensors())
+    (folder / "pytorch_model-00002-of-00002.bin").unlink()
+    hub.add("Some/Before", folder)
+    (tmp_path / "before.yaml").write_text(CARD.format(name="before", uri="hg://some/before", layers=2))
+    run("import", tmp_path / "before.yaml")
+
+    assert "'pytorch_model-00002-of-00002.bin'" in run("load", "before", code=4).stderr
+    assert weights(hub) == []
+
+
+def _turned(value: torch.Tensor) -> torch.Tensor:
+    """The same numbers, column after column."""
+    return value.t().contiguous().t() if value.ndim == 2 else value
+
+
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
     """A folder on a web server that knows no ranges."""
     folder = tmp_path / "web"
     make(folder, shards=2)
     torch.save({"model": tensors()}, folder / "model.pt")
+    save_shards(folder, tensors())
     for path in folder.iterdir():  # a validator of HTTP has to be older than a minute
         os.utime(path, (1_700_000_000, 1_700_000_000))
     handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
@@ -244,7 +312,7 @@ def web(tmp_path: Path) -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.mark.parametrize("file", ["model.safetensors.index.json", "model.pt"])
+@pytest.mark.parametrize("file", ["model.safetensors.index.json", "model.pt", "pytorch_model.bin.index.json"])
 def test_from_a_web_server(process: Run, web: str, tmp_path: Path, file: str) -> None:
     (tmp_path / "cards.yaml").write_text(CARD.format(name="web", uri=f"{web}/{file}", layers=2))
     cache = {"LADING_OFFLINE": "", "LADING_CACHE_DIR": str(tmp_path / "cache")}
@@ -257,7 +325,9 @@ def test_from_a_web_server(process: Run, web: str, tmp_path: Path, file: str) ->
     run("import", str(tmp_path / "cards.yaml"))
     assert json.loads(run("load", "web", "--dtype", "auto", "--json", "--no-progress"))["parameters"] > 0
     run("load", "web", "--no-progress", "--verify", "always", LADING_OFFLINE="1")
-    assert [v["result"] for v in json.loads(run("verify", "web", "--json"))] == ["match"] * (1 if "pt" in file else 2)
+    assert [v["result"] for v in json.loads(run("verify", "web", "--json"))] == ["match"] * (
+        1 if file == "model.pt" else 2
+    )
     paths = run("path", "web").splitlines()
     assert all(Path(path).is_relative_to(tmp_path / "cache" / "blobs") for path in paths)
 

@@ -26,6 +26,7 @@ from lading.errors import (
     NotSupportedError,
     PolicyError,
 )
+from lading.filesystem import FileStat
 from lading.formats import rewrite
 from lading.manifest import BITS
 from lading.transfer.dtypes import TORCH_DTYPES
@@ -233,7 +234,7 @@ def test_strided_tensors_are_rewritten_once(tmp_path: Path, legacy: bool) -> Non
         formats.index(path)
 
     new = formats.readable(path, cache=cache)
-    stat = new.stat()
+    stat = FileStat.from_stat(new.stat())
     manifest = formats.index(path, cache=cache)
     found = load_file(new)
 
@@ -242,9 +243,9 @@ def test_strided_tensors_are_rewritten_once(tmp_path: Path, legacy: bool) -> Non
     assert manifest == formats.index(new)
     assert all(tensor.offset % (BITS[tensor.dtype] // 8) == 0 for tensor in manifest)
     assert formats.readable(path, cache=cache) == new
-    assert new.stat() == stat
+    assert FileStat.from_stat(new.stat()) == stat
     assert [p.name for p in new.parent.iterdir()] == [new.name]
-    assert stat.st_mode & 0o777 == 0o444
+    assert new.stat().st_mode & 0o777 == 0o444
 
     # Another state of the file is another checkpoint.
     _written(path, {"t": BASE.t().add(1).t().t()}, legacy=legacy)
@@ -357,10 +358,58 @@ def test_an_index_of_several(tmp_path: Path) -> None:
     with pytest.raises(CorruptModelCheckpointError, match=r"end in \.bin"):
         formats.index(tmp_path)
 
+
+def test_strided_tensors_in_several_files_are_rewritten_once(tmp_path: Path) -> None:
+    a, b = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
+    _written(tmp_path / a, {"v": BASE[0]})
     _written(tmp_path / b, {"w": BASE.t()})
+    index, cache = tmp_path / "pytorch_model.bin.index.json", tmp_path / "cache"
     index.write_text(f'{{"weight_map": {{"v": "{a}", "w": "{b}"}}}}')
-    with pytest.raises(NotSupportedError, match="several files"):
-        formats.index(tmp_path, cache=tmp_path / "cache")
+
+    with pytest.raises(formats.NonContiguousError, match=r"strides.*cache folder"):
+        formats.index(tmp_path)
+    new = formats.readable(tmp_path, cache=cache)
+    states = {path: FileStat.from_stat(path.stat()) for path in new.parent.iterdir()}
+    assert len(states) == 3
+    assert all(path.stat().st_mode & 0o777 == 0o444 for path in states)
+    manifest = formats.index(tmp_path, cache=cache)
+    assert (manifest.format, manifest.index_name) == ("safetensors", new.name)
+    found = read_all(new)
+    assert found.keys() == {"v", "w"}
+    assert equal(found["v"], BASE[0])
+    assert equal(found["w"], BASE.t())
+    assert formats.readable(index, cache=cache) == new
+    assert {path: FileStat.from_stat(path.stat()) for path in new.parent.iterdir()} == states
+
+    # What the index and the files say is compared before.
+    index.write_text(f'{{"weight_map": {{"v": "{b}", "w": "{b}"}}}}')
+    with pytest.raises(CorruptModelCheckpointError, match="agree"):
+        formats.index(tmp_path, cache=cache)
+    index.write_text(f'{{"weight_map": {{"v": "{a}", "w": "{b}"}}}}')
+    (tmp_path / a).unlink()
+    with pytest.raises(CorruptModelCheckpointError, match=rf"'{a}' is missing"):
+        formats.index(tmp_path, cache=cache)
+
+
+@pytest.mark.parametrize("kind", ["consolidated", "fairseq2"])
+def test_strided_parts_of_ranks_are_rewritten(tmp_path: Path, kind: str) -> None:
+    for tp in range(2):
+        file = tmp_path / ("pp_00/tp_{:02}/sdp_00.pt" if kind == "fairseq2" else "consolidated.{:02}.pth").format(tp)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _written(file, {"w": (BASE + tp).t(), "norm": BASE[0]})
+
+    found = read_all(formats.readable(tmp_path, cache=tmp_path / "cache"))
+    suffix = ".0" if kind == "fairseq2" else ""
+    assert found.keys() == {f"{name}#{tp}{suffix}" for name in ("w", "norm") for tp in range(2)}
+    assert all(equal(found[f"w#{tp}{suffix}"], (BASE + tp).t()) for tp in range(2))
+
+
+def test_the_same_tensor_of_two_pipeline_ranks_is_not_rewritten(tmp_path: Path) -> None:
+    for pp in range(2):
+        (tmp_path / f"pp_{pp:02}" / "tp_00").mkdir(parents=True)
+        _written(tmp_path / f"pp_{pp:02}" / "tp_00" / "sdp_00.pt", {"w": BASE.t()})
+    with pytest.raises(CorruptModelCheckpointError, match="tensor 'w'"):
+        formats.readable(tmp_path, cache=tmp_path / "cache")
 
 
 def test_consolidated(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from lading.fetch.partial import courtesy_lock, sweep, temporary
 from lading.fetch.verify import sha256_file
 from lading.filesystem import FileStat
 
-_EXTENSIONS = {"safetensors", "json", "pt", "pth", "bin", "tar", "model", "txt"}
+_EXTENSIONS = {"safetensors", "json", "pt", "pth", "bin", "ckpt", "tar", "model", "txt"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _BLOB = re.compile(r"([0-9a-f]{64})\.([a-z]+)")
 _MAX_ENTRY = 64 << 20

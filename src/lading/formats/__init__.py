@@ -14,7 +14,6 @@ from lading.errors import NotSupportedError
 from lading.formats import rewrite, torch_pt
 from lading.formats.files import File, open_regular
 from lading.formats.folder import (
-    BIN_NAME,
     FILE_NAME,
     INDEX_NAME,
     checkpoint_file,
@@ -23,15 +22,32 @@ from lading.formats.folder import (
     is_torch_format,
     not_supported,
 )
-from lading.formats.parts import index_consolidated, index_fairseq2_sharded, is_consolidated, is_fairseq2_sharded
-from lading.formats.remote import Files, index_files
+from lading.formats.parts import (
+    consolidated_parts,
+    fairseq2_parts,
+    index_consolidated,
+    index_fairseq2_sharded,
+    is_consolidated,
+    is_fairseq2_sharded,
+)
+from lading.formats.remote import Files, NotByHeadersError, index_files
 from lading.formats.safetensors import index_file, join, read_header
-from lading.formats.sharded import index_shards
+from lading.formats.sharded import index_shards, read_index_at
 from lading.formats.tar import find_member
 from lading.formats.torch_pt import NonContiguousError
 from lading.manifest import Manifest, Shard
 
-__all__ = ["FILE_NAME", "INDEX_NAME", "Files", "NonContiguousError", "archive_of", "index", "index_files", "readable"]
+__all__ = [
+    "FILE_NAME",
+    "INDEX_NAME",
+    "Files",
+    "NonContiguousError",
+    "NotByHeadersError",
+    "archive_of",
+    "index",
+    "index_files",
+    "readable",
+]
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -46,7 +62,7 @@ def index(path: Path | str, *, member: str | None = None, cache: Path | None = N
         are followed, as long as they lead to regular files. A path may lead on into an archive: ``a.tar/b/model.pt``.
     :param member: the name of the checkpoint in the archive at ``path``, of which the manifest's offsets are.
     :param cache: a folder to rewrite the checkpoint in, once, if its tensors are no ranges of bytes. The manifest is
-        then the one of that file, which :func:`readable` names.
+        then the one of what :func:`readable` names: a safetensors file, or the index of several.
     :param restrict: refuse a file of ``torch.save`` that names anything that a state dict does not need. Where it is
         not set, such objects are passed over; what they name is imported in neither case. No card can loosen it: that
         takes this argument.
@@ -66,11 +82,11 @@ def index(path: Path | str, *, member: str | None = None, cache: Path | None = N
         if cache is None:
             raise
 
-    return index_file(_rewritten(path, member, cache, restrict))
+    return _index(_rewritten(path, member, cache, restrict), None, restrict)
 
 
 def readable(path: Path | str, *, member: str | None = None, cache: Path, restrict: bool = True) -> Path:
-    """Where the tensors of the checkpoint at ``path`` are ranges of bytes: there, or in a file of the cache.
+    """Where the tensors of the checkpoint at ``path`` are ranges of bytes: there, or in files of the cache.
 
     Takes and raises what :func:`index` does, which gives the manifest of what is at the returned path (with the same
     ``member``, if it is the same path).
@@ -146,12 +162,21 @@ def _rewritten(path: Path, member: str | None, cache: Path, restrict: bool) -> P
         with open_regular(path) as (file, size):
             base, length = find_member(file, member, size=size, label=str(path))
         return rewrite.rewrite(path, cache, base=base, size=length, restrict=restrict)
-    if path.is_dir() and not is_consolidated(names := {entry.name for entry in path.iterdir()}) and BIN_NAME in names:
-        path = path / BIN_NAME
-    if path.is_dir() or is_index(path.name):
-        raise NotSupportedError(
-            f"{path}: expected tensors in row-major order, found one of another order in a checkpoint of several "
-            "files. Only a checkpoint of one file is rewritten; load this one with torch, and save it as safetensors."
-        )
+    if path.is_dir():
+        names = {entry.name for entry in path.iterdir()}
+        if is_consolidated(names) or is_fairseq2_sharded(names):
+            parts = consolidated_parts(path) if is_consolidated(names) else fairseq2_parts(path)
+            return rewrite.rewrite_all([(path / name, suffix) for name, suffix in parts], cache, restrict=restrict)
+        path = path / checkpoint_file(names, where=path, torch=True)
+    if is_index(path.name):
+        return _rewritten_shards(path, cache, restrict)
 
     return rewrite.rewrite(path, cache, restrict=restrict)
+
+
+def _rewritten_shards(path: Path, cache: Path, restrict: bool) -> Path:
+    files = [path.parent / name for name in read_index_at(path).tensors]
+    there = {file.name: rewrite.rewrite(file, cache, restrict=restrict) if file.exists() else file for file in files}
+    index_shards(path, shards=there)  # which tells whether index and files agree
+
+    return rewrite.rewrite_all([(file, "") for file in files], cache, restrict=restrict)

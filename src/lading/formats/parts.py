@@ -39,9 +39,17 @@ def index_consolidated(folder: Path, *, restrict: bool = True) -> Manifest:
     :raises CorruptModelCheckpointError: a file is damaged, or missing between others.
     :raises NotSupportedError: a tensor is not a plain range of bytes.
     """
+    return _join(folder, consolidated_parts(folder), restrict)
+
+
+def consolidated_parts(folder: Path) -> list[tuple[str, str]]:
+    """The files of such a checkpoint, each with what the names of its parts end in.
+
+    :raises CorruptModelCheckpointError: one is missing between others.
+    """
     names = _counted(folder, "consolidated.", ".pth")
 
-    return _join(folder, [(name, (i,)) for i, name in enumerate(names)], (len(names),), restrict)
+    return _with_suffixes([(name, (i,)) for i, name in enumerate(names)], (len(names),))
 
 
 def index_fairseq2_sharded(folder: Path, *, restrict: bool = True) -> Manifest:
@@ -54,6 +62,14 @@ def index_fairseq2_sharded(folder: Path, *, restrict: bool = True) -> Manifest:
 
     :raises CorruptModelCheckpointError: a file is damaged, or missing between others.
     :raises NotSupportedError: a tensor is not a plain range of bytes.
+    """
+    return _join(folder, fairseq2_parts(folder), restrict)
+
+
+def fairseq2_parts(folder: Path) -> list[tuple[str, str]]:
+    """The files of such a checkpoint, each with what the names of its parts end in.
+
+    :raises CorruptModelCheckpointError: one is missing between others.
     """
     files: list[tuple[str, tuple[int, ...]]] = []
     sizes: set[tuple[int, int]] = set()
@@ -71,7 +87,14 @@ def index_fairseq2_sharded(folder: Path, *, restrict: bool = True) -> Manifest:
             found=" and ".join(f"{tp} of {sdp}" for tp, sdp in sorted(sizes)),
         )
 
-    return _join(folder, files, sizes.pop(), restrict)
+    return _with_suffixes(files, sizes.pop())
+
+
+def _with_suffixes(files: Sequence[tuple[str, tuple[int, ...]]], sizes: tuple[int, ...]) -> list[tuple[str, str]]:
+    if all(size == 1 for size in sizes):
+        return [(name, "") for name, _ in files]
+
+    return [(name, "#" + ".".join(map(str, place))) for name, place in files]
 
 
 def _counted(folder: Path, prefix: str, suffix: str = "") -> list[str]:
@@ -94,18 +117,14 @@ def _counted(folder: Path, prefix: str, suffix: str = "") -> list[str]:
     return names
 
 
-def _join(
-    folder: Path, files: Sequence[tuple[str, tuple[int, ...]]], sizes: tuple[int, ...], restrict: bool
-) -> Manifest:
-    cut = any(size > 1 for size in sizes)
+def _join(folder: Path, files: Sequence[tuple[str, str]], restrict: bool) -> Manifest:
     parts: list[Part] = []
 
-    for name, place in files:
+    for name, suffix in files:
         try:
             shard, header = read_part(folder / name, restrict=restrict)
         except CheckpointNotFoundError as error:
             raise corrupt(str(folder), "", expected=f"the file {name!r}", found="that it is gone") from error
-        suffix = "#" + ".".join(map(str, place)) if cut else ""
         names = [f"{tensor}{suffix}" for tensor in header.names]
         parts.append((replace(shard, name=name), replace(header, names=names)))
 

@@ -12,7 +12,7 @@ from functools import partial
 from threading import Lock
 from typing import Protocol
 
-from lading.errors import CheckpointNotFoundError
+from lading.errors import CheckpointNotFoundError, NotSupportedError
 from lading.formats.files import File, corrupt
 from lading.formats.folder import checkpoint_file, is_index, is_other_format, is_torch_format, not_supported, some
 from lading.formats.safetensors import PREFIX_SIZE, Part, join, read_header
@@ -32,6 +32,10 @@ _LARGEST_GUESS = 1 << 24
 _METADATA_SIZE = 1 << 12
 _ENTRY_SIZE = 128
 """Bytes of a tensor in a header, its name apart: from 75 to 115, as most writers write it."""
+
+
+class NotByHeadersError(NotSupportedError):
+    """A checkpoint of which nothing is known before it was fetched: where its tensors are takes a read for each."""
 
 
 class Files(Protocol):
@@ -62,6 +66,7 @@ def index_files(files: Files, *, name: str | None = None) -> Manifest:
     :param name: a safetensors file among ``files``, an index of several, or a folder; default: the folder of all.
 
     :raises CheckpointNotFoundError: there is no such file, or no checkpoint in that folder.
+    :raises NotByHeadersError: it was written by ``torch.save``.
     :raises NotSupportedError: what is there is of a format that is not read here.
     :raises CorruptModelCheckpointError: a file breaks the rules of its format, or has other bytes than was said; one
         that the index names is missing; or headers and index together have more than :data:`MAX_READ` bytes.
@@ -69,9 +74,15 @@ def index_files(files: Files, *, name: str | None = None) -> Manifest:
     Whatever ``files.read`` raises is passed on.
     """
     names = frozenset(files.names())
-    folder, file = _find(files.label, names, name)
-    if is_other_format(file) or is_torch_format(file):  # where a zip archive's records are takes a read for each
-        raise not_supported(f"{files.label.rstrip('/')}/{folder}{file}", repr(file))
+    folder, file = find_checkpoint(files.label, names, name)
+    where = f"{files.label.rstrip('/')}/{folder}{file}"
+    if is_torch_format(file):
+        raise NotByHeadersError(
+            f"{where}: expected a safetensors checkpoint, found {file!r}, which is read on this machine only. "
+            "Fetch it, and index it here."
+        )
+    if is_other_format(file):
+        raise not_supported(where, repr(file))
 
     reader = _Reader(files, folder)
     if not is_index(file):
@@ -99,15 +110,20 @@ def index_names(files: Files, *, name: str | None = None) -> list[str]:
 
     Raises what :func:`index_files` does.
     """
-    folder, file = _find(files.label, frozenset(files.names()), name)
+    folder, file = find_checkpoint(files.label, frozenset(files.names()), name)
     if not is_index(file):
         return []
 
     return [folder + shard for shard in read_index(_Reader(files, folder).open(file)).tensors]
 
 
-def _find(label: str, names: Collection[str], name: str | None) -> tuple[str, str]:
-    """The folder, with a slash behind it unless it is that of all files, and the file in it to begin with."""
+def find_checkpoint(label: str, names: Collection[str], name: str | None) -> tuple[str, str]:
+    """The folder, with a slash behind it unless it is that of all files, and the file in it to begin with.
+
+    Takes and raises what :func:`index_files` does.
+
+    :param label: the address of the folder that holds ``names``.
+    """
     if name is not None and name in names:
         folder, slash, file = name.rpartition("/")
         return folder + slash, file
@@ -119,7 +135,7 @@ def _find(label: str, names: Collection[str], name: str | None) -> tuple[str, st
             f"{label.rstrip('/')}/{name}", f"{label}: expected {name!r}, found {some(sorted(names)) or 'no files'}."
         )
 
-    return folder, checkpoint_file(inside, where=f"{label.rstrip('/')}/{folder}".rstrip("/"))
+    return folder, checkpoint_file(inside, where=f"{label.rstrip('/')}/{folder}".rstrip("/"), torch=True)
 
 
 def _header_size(tensors: Iterable[str]) -> int:

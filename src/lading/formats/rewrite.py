@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,7 +27,7 @@ from lading.errors import (
     NotSupportedError,
     PolicyError,
 )
-from lading.formats.files import open_regular
+from lading.formats.files import corrupt, open_regular
 from lading.formats.safetensors import index_file
 
 FOLDER = "rewritten"
@@ -49,13 +51,16 @@ _CHILD = (
 )
 
 
-def rewrite(path: Path, cache: Path, *, base: int = 0, size: int | None = None, restrict: bool = True) -> Path:
+def rewrite(
+    path: Path, cache: Path, *, base: int = 0, size: int | None = None, suffix: str = "", restrict: bool = True
+) -> Path:
     """The safetensors file, in ``cache``, with the tensors of the torch checkpoint at ``path``.
 
     It is written if it is not there yet for this state of the file, and is complete whenever it is there.
 
     :param base: where the checkpoint begins in the file at ``path``.
     :param size: its bytes; default: up to the end of the file.
+    :param suffix: what is put behind the names of the tensors.
 
     :raises CheckpointNotFoundError: nothing is at ``path``.
     :raises CorruptModelCheckpointError: it is damaged, or changed meanwhile.
@@ -66,21 +71,56 @@ def rewrite(path: Path, cache: Path, *, base: int = 0, size: int | None = None, 
     """
     with open_regular(path) as (file, file_size):
         size = file_size - base if size is None else size
-        target = cache / FOLDER / f"{_identity(file, base, size)}.safetensors"
+        target = cache / FOLDER / f"{_identity(file, base, size, suffix)}.safetensors"
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             _remove_stale(target.parent)
-            _write(file, base, size, target, restrict, label=str(path))
+            _write(file, base, size, target, suffix, restrict, label=str(path))
 
     return target
 
 
-def _identity(file: BinaryIO, base: int, size: int) -> str:
+def rewrite_all(parts: Sequence[tuple[Path, str]], cache: Path, *, restrict: bool = True) -> Path:
+    """The index, in ``cache``, of the safetensors files with the tensors of several torch files.
+
+    :param parts: each file, with what is put behind the names of its tensors.
+
+    Raises what :func:`rewrite` does.
+
+    :raises CorruptModelCheckpointError: two of them hold a tensor of the same name, too.
+    """
+    files = [rewrite(path, cache, suffix=suffix, restrict=restrict) for path, suffix in parts]
+    target = cache / FOLDER / f"{_hash(tuple(file.name for file in files))}.safetensors.index.json"
+    if target.exists():
+        return target
+
+    weight_map: dict[str, str] = {}
+    for (path, suffix), file in zip(parts, files, strict=True):
+        for name in index_file(file).names:
+            if name in weight_map:
+                raise corrupt(
+                    str(path),
+                    f"tensor {name.removesuffix(suffix)!r}",
+                    expected="one of that name in all files of the checkpoint",
+                    found="another one",
+                )
+            weight_map[name] = file.name
+    with _new(target) as (fd, _):
+        os.write(fd, json.dumps({"weight_map": weight_map}).encode())
+
+    return target
+
+
+def _identity(file: BinaryIO, base: int, size: int, suffix: str) -> str:
     """A name for one state of a file, and for the part of it that is read."""
     stat = os.fstat(file.fileno())
-    state = (VERSION, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, base, size)
+    state = (VERSION, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, base, size, suffix)
 
-    return hashlib.sha256(repr(state).encode()).hexdigest()
+    return _hash(state)
+
+
+def _hash(value: tuple[object, ...]) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 def _remove_stale(folder: Path) -> None:
@@ -92,12 +132,19 @@ def _remove_stale(folder: Path) -> None:
             pass
 
 
-def _write(file: BinaryIO, base: int, size: int, target: Path, restrict: bool, *, label: str) -> None:
+def _write(file: BinaryIO, base: int, size: int, target: Path, suffix: str, restrict: bool, *, label: str) -> None:
+    with _new(target) as (fd, temporary):
+        _run_child(file, fd, base, size, suffix, restrict, label=label)
+        index_file(temporary)  # whatever the child did, what is kept has a good header
+
+
+@contextmanager
+def _new(target: Path) -> Iterator[tuple[int, Path]]:
+    """A temporary file, open for writing, that is in the place of ``target`` after the block."""
     fd, temporary = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=".tmp", dir=target.parent)
     try:
-        _run_child(file, fd, base, size, restrict, label=label)
+        yield fd, Path(temporary)
         os.fsync(fd)
-        index_file(Path(temporary))  # whatever the child did, what is kept has a good header
         os.fchmod(fd, 0o444)
         Path(temporary).replace(target)
     except BaseException:
@@ -107,11 +154,11 @@ def _write(file: BinaryIO, base: int, size: int, target: Path, restrict: bool, *
         os.close(fd)
 
 
-def _run_child(file: BinaryIO, out: int, base: int, size: int, restrict: bool, *, label: str) -> None:
+def _run_child(file: BinaryIO, out: int, base: int, size: int, suffix: str, restrict: bool, *, label: str) -> None:
     seconds = SECONDS + size // BYTES_PER_SECOND
     order = {
-        "file": file.fileno(), "out": out, "base": base, "size": size, "restrict": restrict, "label": label,
-        "seconds": seconds, "parent": os.getpid(),
+        "file": file.fileno(), "out": out, "base": base, "size": size, "suffix": suffix, "restrict": restrict,
+        "label": label, "seconds": seconds, "parent": os.getpid(),
     }  # fmt: skip
     try:
         child = subprocess.run(

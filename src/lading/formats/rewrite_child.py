@@ -39,7 +39,15 @@ def main() -> None:
     try:
         limit(seconds=order["seconds"], size=os.fstat(order["file"]).st_size, parent=order["parent"])
         with open(order["file"], "rb", closefd=False) as file, open(order["out"], "wb", closefd=False) as out:
-            rewrite(file, out, order["base"], order["size"], label=order["label"], restrict=order["restrict"])
+            rewrite(
+                file,
+                out,
+                order["base"],
+                order["size"],
+                suffix=order["suffix"],
+                label=order["label"],
+                restrict=order["restrict"],
+            )
     except (LadingError, OSError) as error:
         kind = type(error).__name__ if isinstance(error, LadingError) else "OSError"
         sys.stdout.write(json.dumps([kind, str(error)]))
@@ -79,8 +87,8 @@ def _set_limit(which: int, value: int) -> None:
     resource.setrlimit(which, (value, value))
 
 
-def rewrite(file: BinaryIO, out: BinaryIO, base: int, size: int, *, label: str, restrict: bool) -> None:
-    """Write the tensors of the torch checkpoint in ``file`` to ``out``, as safetensors."""
+def rewrite(file: BinaryIO, out: BinaryIO, base: int, size: int, *, suffix: str, label: str, restrict: bool) -> None:
+    """Write the tensors of the torch checkpoint in ``file`` to ``out``, as safetensors, their names with ``suffix``."""
     placed = place_tensors(file, base=base, size=size, label=label, restrict=restrict)
     # The largest elements first: then all are aligned.
     placed.sort(key=lambda entry: (-ITEM_SIZES[entry.tensor.dtype], entry.offset))
@@ -91,7 +99,7 @@ def rewrite(file: BinaryIO, out: BinaryIO, base: int, size: int, *, label: str, 
             "of them repeat their elements. Save a smaller state dict."
         )
 
-    out.write(_header(placed, sizes))
+    out.write(_header(placed, sizes, suffix))
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for entry in placed:
             out.writelines(np.ascontiguousarray(chunk).data.cast("B") for chunk in _chunks(_view(data, entry)))
@@ -105,13 +113,14 @@ def _nbytes(entry: Placed) -> int:
     return count
 
 
-def _header(placed: Sequence[Placed], sizes: Sequence[int]) -> bytes:
+def _header(placed: Sequence[Placed], sizes: Sequence[int], suffix: str) -> bytes:
     """The header of a safetensors file, padded so that the tensors begin at a multiple of 64 bytes."""
     header: dict[str, object] = {}
     at = 0
     for entry, nbytes in zip(placed, sizes, strict=True):
         tensor = entry.tensor
-        header[entry.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [at, at + nbytes]}
+        place = [at, at + nbytes]
+        header[entry.name + suffix] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": place}
         at += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)

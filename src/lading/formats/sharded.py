@@ -9,7 +9,7 @@ Source: https://huggingface.co/docs/safetensors/metadata_parsing, *Sharded safet
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
@@ -30,10 +30,14 @@ _MAX_LINES = 20
 """Disagreements that an error lists; the rest it counts."""
 
 
-def index_shards(path: Path, *, restrict: bool = True) -> Manifest:
-    """The manifest of the checkpoint whose index is at ``path``; the files that it names lie beside it.
+def index_shards(
+    path: Path, *, restrict: bool = True, name: str | None = None, shards: Mapping[str, Path] | None = None
+) -> Manifest:
+    """The manifest of the checkpoint whose index is at ``path``.
 
     :param restrict: as :func:`lading.formats.index` takes it.
+    :param name: of the index, where the one in ``path`` says nothing.
+    :param shards: the files that it names; default: they lie beside it.
 
     :raises CheckpointNotFoundError: no index is at ``path``.
     :raises CorruptModelCheckpointError: the index is not valid, a file that it names is missing or damaged, or the
@@ -42,21 +46,36 @@ def index_shards(path: Path, *, restrict: bool = True) -> Manifest:
     :raises NotSupportedError: a tensor of such a file is not a plain range of bytes.
     :raises OSError: a file cannot be read.
     """
+    index = read_index_at(path, name=name)
+    places = {file: path.parent / file if shards is None else shards[file] for file in index.tensors}
+
+    return join_shards(index, [_read_shard(file, place, restrict) for file, place in places.items()])
+
+
+def read_index_at(path: Path, *, name: str | None = None) -> Index:
+    """What the index at ``path`` says.
+
+    :param name: of the index, where the one in ``path`` says nothing.
+
+    :raises CheckpointNotFoundError: no index is at ``path``.
+    :raises CorruptModelCheckpointError: it is not valid.
+    """
     with open_file(path) as file:
-        index = read_index(file)
-
-    return join_shards(index, [_read_shard(path.parent / name, restrict) for name in index.tensors])
+        return read_index(file if name is None else replace(file, name=name))
 
 
-def _read_shard(path: Path, restrict: bool) -> Part | None:
+def _read_shard(name: str, path: Path, restrict: bool) -> Part | None:
     try:
         if is_torch_format(path.name):
-            return read_part(path, restrict=restrict)
-        with open_file(path) as file:
-            return read_header(file)
+            shard, header = read_part(path, restrict=restrict)
+        else:
+            with open_file(path) as file:
+                shard, header = read_header(file)
     except CheckpointNotFoundError:
         # Not an error of that type: the checkpoint was found, and a part of it is missing.
         return None
+
+    return replace(shard, name=name), header
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
