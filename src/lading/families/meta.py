@@ -1,12 +1,12 @@
 """Decoders as Meta publishes them, and as fairseq2 saves them: other names, and another layout of rotary embeddings.
 
 Their rotary embeddings turn neighbouring channels of a head together, where Hugging Face's turn its two halves (as
-fairseq2's Qwen does, too); the rows of the projections of queries and keys are re-ordered accordingly. How Meta's
-model-parallel shards and fairseq2's ranks cut a tensor needs no rule: :mod:`lading.keymap`.
+fairseq2's Qwen and OLMo do, too); the rows of the projections of queries and keys are re-ordered accordingly. How
+Meta's model-parallel shards and fairseq2's ranks cut a tensor needs no rule: :mod:`lading.keymap`.
 
 Sources: https://github.com/meta-llama/llama-models (``models/llama3/model.py``) and fairseq2 0.8.1
-(``models/llama/interop.py``) for the names; transformers (``models/llama/convert_llama_weights_to_hf.py``) for the
-layout.
+(``models/llama/interop.py``, ``models/olmo/interop.py``) for the names; transformers
+(``models/llama/convert_llama_weights_to_hf.py``) for the layout.
 """
 
 from __future__ import annotations
@@ -44,6 +44,12 @@ _FAIRSEQ2 = {
 }
 """What fairseq2 calls them."""
 
+_FAIRSEQ2_AFTER = _FAIRSEQ2 | {
+    "self_attn_layer_norm": "post_attention_layernorm",
+    "ffn_layer_norm": "post_feedforward_layernorm",
+}
+"""What it calls them where blocks are normalised after what they compute, as in OLMo."""
+
 
 def meta_rules(head_dim: int) -> Sequence[Rule]:
     """Rules for tensors with Meta's names, ``layers.0.attention.wq.weight`` …, which Mistral took over."""
@@ -55,16 +61,17 @@ def meta_rules(head_dim: int) -> Sequence[Rule]:
     )
 
 
-def fairseq2_rules(head_dim: int | None) -> Sequence[Rule]:
+def fairseq2_rules(head_dim: int | None, *, norms_after: bool = False) -> Sequence[Rule]:
     """Rules for tensors with the names of fairseq2's decoders, ``decoder.layers.0.self_attn.q_proj.weight`` …
 
     :param head_dim: where rotary embeddings turn neighbouring channels; ``None`` where they turn the halves of a head.
+    :param norms_after: whether the normalisations of a layer are of what its blocks compute.
     """
     return (
         Rule("decoder_frontend.embed.weight", "model.embed_tokens.weight"),
         Rule("decoder.layer_norm.weight", "model.norm.weight"),
         Rule("final_proj.weight", "lm_head.weight"),
-        *_layer_rules("decoder.layers.{n}", _FAIRSEQ2, head_dim),
+        *_layer_rules("decoder.layers.{n}", _FAIRSEQ2_AFTER if norms_after else _FAIRSEQ2, head_dim),
     )
 
 

@@ -22,6 +22,7 @@ from lading.families.huggingface import (
     read_rope,
     read_rope_of_layers,
 )
+from lading.families.meta import fairseq2_rules
 from lading.family import Family
 from lading.hub import ModelHubAccessor
 from lading.nn.decoder_lm import DecoderLM, init_decoder
@@ -308,7 +309,7 @@ FAMILY = Family(
     init=lambda model, config, name, parameter: init_decoder(
         model, name, parameter, std=config.init_std, std_scale=config.init_std_scale
     ),
-    rules=lambda config: DECODER_RULES,
+    rules=lambda config: (*fairseq2_rules(None, norms_after=True), *DECODER_RULES),
     parallel_plan=lambda config: decoder_plan(_spec(config)),
     hf_model_types=frozenset({"olmo2", "olmo3"}),
     from_hf=_from_hf,

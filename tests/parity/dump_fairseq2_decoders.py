@@ -1,0 +1,80 @@
+"""Write tiny random decoders of fairseq2 to a folder: parameters under its own names, tokens and logits.
+
+Run it where fairseq2 0.8.1 is installed::
+
+    python tests/parity/dump_fairseq2_decoders.py tests/parity/fairseq2_decoders
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq2.models.llama import LLaMAConfig
+from fairseq2.models.llama.factory import create_llama_model
+from fairseq2.models.mistral import MistralConfig
+from fairseq2.models.mistral.factory import create_mistral_model
+from fairseq2.models.olmo import OLMOConfig
+from fairseq2.models.olmo.config import YaRNScaleConfig
+from fairseq2.models.olmo.factory import create_olmo_model
+from fairseq2.models.qwen import QwenConfig
+from fairseq2.models.qwen.factory import create_qwen_model
+from fairseq2.nn import BatchLayout
+from safetensors.torch import save_file
+
+SIZES: dict[str, Any] = {
+    "model_dim": 16, "max_seq_len": 32, "vocab_size": 13, "num_layers": 2, "num_attn_heads": 4,
+    "num_key_value_heads": 2, "ffn_inner_dim": 12,
+}  # fmt: skip
+OLMO: dict[str, Any] = {**SIZES, "pad_idx": 0, "eos_token_id": 1}
+LLAMA: dict[str, Any] = {**SIZES, "ffn_inner_dim_scale": 1.0, "ffn_inner_dim_multiplier": 1.0}
+YARN = {"scale_factor": 4.0, "original_max_seq_len": 8}
+
+CASES: dict[str, tuple[Any, Any]] = {
+    "llama": (create_llama_model, lambda: LLaMAConfig(**LLAMA, ffn_inner_dim_multiple_of=4)),
+    "llama-tied": (
+        create_llama_model,
+        lambda: LLaMAConfig(
+            **LLAMA, ffn_inner_dim_multiple_of=4, tied_embeddings=True, shard_embed_dim=False, use_scaled_rope=True
+        ),
+    ),
+    "mistral": (create_mistral_model, lambda: MistralConfig(**SIZES, attn_window_len=5)),
+    "olmo-2": (create_olmo_model, lambda: OLMOConfig(**OLMO)),
+    "olmo-2-tied": (create_olmo_model, lambda: OLMOConfig(**OLMO, tied_embeddings=True)),
+    "olmo-3": (create_olmo_model, lambda: OLMOConfig(**{**OLMO, "num_layers": 4}, sliding_window=4)),
+    "olmo-3-yarn": (
+        create_olmo_model,
+        lambda: OLMOConfig(**{**OLMO, "num_layers": 4}, sliding_window=4, yarn_scale_config=YaRNScaleConfig(**YARN)),
+    ),
+    "qwen-2": (create_qwen_model, lambda: QwenConfig(**SIZES)),
+    "qwen-3": (create_qwen_model, lambda: QwenConfig(**SIZES, qkv_proj_bias=False, q_norm=True, k_norm=True)),
+}
+
+
+def main(folder: Path) -> None:
+    torch.compiler.set_stance("force_eager")
+    folder.mkdir(exist_ok=True)
+
+    for seed, (name, (create, config_of)) in enumerate(CASES.items()):
+        torch.manual_seed(seed)
+        config = config_of()
+        model = create(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.5) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
+            tokens = torch.randint(2, SIZES["vocab_size"], (2, 14))
+            logits = model(tokens, BatchLayout.of(tokens))
+        save_file(
+            {key: value.clone() for key, value in model.state_dict().items()}
+            | {"test.tokens": tokens, "test.logits": logits},
+            folder / f"{name}.safetensors",
+            {"config": json.dumps(asdict(config))},
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,36 @@
+"""Decoders as fairseq2 saves them, of which ``dump_fairseq2_decoders.py`` wrote tiny random ones beside this file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from lading.config import structure
+from lading.family import get_family
+from lading.hub import ModelHubAccessor
+from parity_tools import relative_difference
+
+FILES = {path.stem: path for path in sorted(Path(__file__).with_name("fairseq2_decoders").glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("name", FILES)
+@torch.no_grad()
+def test_logits(name: str, tmp_path: Path, home: Path) -> None:
+    family = get_family(name.partition("-")[0])
+    with safe_open(FILES[name], "pt") as file:
+        values = json.loads(file.metadata()["config"])
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    tokens, logits = state.pop("test.tokens"), state.pop("test.logits")
+    torch.save({"fs2": True, "model": state}, tmp_path / "model.pt")
+    if values.get("yarn_scale_config"):
+        values["yarn_in_all_layers"] = True
+    config = structure(family.config_kls, values, where=name)
+
+    hub = ModelHubAccessor(family.name, family.kls, family.config_kls)()
+    model = hub.load_custom_model(tmp_path / "model.pt", config, progress=False).eval()
+
+    assert relative_difference(model(tokens), logits) <= 1e-5
