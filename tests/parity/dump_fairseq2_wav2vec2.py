@@ -110,6 +110,9 @@ def run(config: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         "code_perplexity": output.quantizer_output.code_perplexity,
         "prob_perplexity": output.quantizer_output.prob_perplexity,
         "contrastive_loss": loss.contrastive,
+        "diversity_loss": loss.diversity,
+        "features_penalty": loss.features_penalty,
+        "aggregate_loss": loss.aggregate,
     }
 
 

@@ -90,6 +90,20 @@ class Wav2Vec2Output:
     """Of each sequence without padding, (N), int64."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wav2Vec2Loss:
+    """What pre-training minimises: scalars in float32, summed over the masked frames of the batch."""
+
+    aggregate: Tensor
+    """The sum of the others, weighted."""
+    contrastive: Tensor
+    """Minus the logarithm of the probability of the right candidate (equation 3 of the paper)."""
+    diversity: Tensor
+    """The share of the codebooks' entries that are not in use (equation 4)."""
+    features_penalty: Tensor
+    """The mean square of frames before normalisation."""
+
+
 class Wav2Vec2(nn.Module):
     """A wav2vec 2.0 model for pre-training; its parameters are uninitialised."""
 
@@ -155,6 +169,28 @@ class Wav2Vec2(nn.Module):
             hidden=encoded.hidden,
             raw_features=encoded.raw_features,
             num_frames=encoded.num_frames,
+        )
+
+    def loss(
+        self, output: Wav2Vec2Output, *, diversity_weight: float = 0.1, features_penalty_weight: float = 10.0
+    ) -> Wav2Vec2Loss:
+        """What this model's ``output`` is worth, by the weights of fairseq2's recipe unless others are given.
+
+        Divide it by the number of masked frames, ``output.logits.shape[:2].numel()``, for a mean.
+        """
+        logits = output.logits.flatten(0, 1)
+        num_entries = self.quantizer.num_codebooks * self.quantizer.num_entries
+
+        right = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        contrastive = nn.functional.cross_entropy(logits, right, reduction="sum")
+        diversity = (num_entries - output.quantizer.prob_perplexity) / num_entries * len(logits)
+        features_penalty = output.raw_features.float().square().mean() * len(logits)
+
+        return Wav2Vec2Loss(
+            aggregate=contrastive + diversity_weight * diversity + features_penalty_weight * features_penalty,
+            contrastive=contrastive,
+            diversity=diversity,
+            features_penalty=features_penalty,
         )
 
 
