@@ -70,6 +70,9 @@ class Family(Generic[ModelT, ModelConfigT]):
     hf_architectures: frozenset[str] = frozenset()
     """The values in ``architectures`` of that file that this family can read; empty means any, where no other family
     shares the model type."""
+    hf_part_of: frozenset[str] = frozenset()
+    """Further values of ``model_type``, of models that have one of this family as a part: it reads that part, where it
+    is asked for by its name."""
     from_hf: Callable[[Mapping[str, object]], ModelConfigT] | None = None
     """The configuration that a Hugging Face ``config.json`` stands for.
 

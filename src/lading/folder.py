@@ -46,7 +46,8 @@ def read_hf_config(path: Path) -> dict[str, object]:
 def family_of_folder(path: Path, asked: Family[Any, Any] | None = None) -> tuple[Family[Any, Any], Any]:
     """Family and configuration of a Hugging Face style folder, from its ``config.json``.
 
-    :param asked: the family that is asked for; one that reads all model types also reads those that others name.
+    :param asked: the family that is asked for; it also reads its part of a larger model, and one that reads all model
+        types those that others name.
 
     :raises CheckpointNotFoundError: there is no such folder (also a ``FileNotFoundError``).
     :raises NotSupportedError: no ``config.json``, or a model type that no registered family reads.
@@ -64,7 +65,7 @@ def family_of_folder(path: Path, asked: Family[Any, Any] | None = None) -> tuple
     model_type = hf_config.get("model_type")
     stated = hf_config.get("architectures")
     architectures = [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
-    if asked is not None and asked.reads_other_model_types:
+    if asked is not None and (asked.reads_other_model_types or model_type in asked.hf_part_of):
         family: Family[Any, Any] | None = asked
     else:
         family = family_of_model_type(model_type, architectures) if isinstance(model_type, str) else None

@@ -1,8 +1,8 @@
-"""Gemma 3 (https://arxiv.org/abs/2503.19786), the models of text alone."""
+"""Gemma 3 (https://arxiv.org/abs/2503.19786): the models of text alone, and the decoders of those that see images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ from lading.families.huggingface import (
 )
 from lading.family import Family
 from lading.hub import ModelHubAccessor
+from lading.keymap import Rule
 from lading.nn.checks import require_positive
 from lading.nn.decoder_lm import DecoderLM, init_decoder
 from lading.nn.decoder_plan import decoder_plan
@@ -133,9 +134,23 @@ def _layer_types(config: Gemma3Config) -> list[LayerType]:
     return default_layer_types(config.num_layers, every=6) if config.layer_types is None else config.layer_types
 
 
+_DECODER_OF_IMAGES: Sequence[Rule] = (
+    Rule("language_model.model.{rest*}", "model.{rest}"),
+    Rule("language_model.lm_head.weight", "lm_head.weight"),
+    Rule("model.language_model.{rest*}", "model.{rest}"),
+    Rule("vision_tower.{rest*}", None),
+    Rule("multi_modal_projector.{rest*}", None),
+    Rule("model.vision_tower.{rest*}", None),
+    Rule("model.multi_modal_projector.{rest*}", None),
+)
+"""What the decoder is called in a model that sees images, in files and in the memory of transformers 5."""
+
+
 def _from_hf(values: Mapping[str, object]) -> Gemma3Config:
     keys = ConfigReader(values, "gemma3")
     keys.refuse_quantised()
+    if "text_config" in keys:  # of a model that sees images
+        keys = keys.section("text_config")
     keys.require("attention_bias", False)
     keys.require("use_bidirectional_attention", False)
     keys.require("final_logit_softcapping", None)
@@ -200,9 +215,10 @@ FAMILY = Family(
     init=lambda model, config, name, parameter: init_decoder(
         model, name, parameter, std=config.init_std, std_scale="none"
     ),
-    rules=lambda config: DECODER_RULES,
+    rules=lambda config: (*_DECODER_OF_IMAGES, *DECODER_RULES),
     parallel_plan=lambda config: decoder_plan(_spec(config)),
     hf_model_types=frozenset({"gemma3_text"}),
+    hf_part_of=frozenset({"gemma3"}),
     from_hf=_from_hf,
     to_hf=_to_hf,
 )
