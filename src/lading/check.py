@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,13 @@ def check_manifest(manifest: Manifest, family: Family[Any, Any], config: Any) ->
     """
     check_config_type(config, family)
     targets = targets_of(build_on_meta(family, config), dtype=None)
+    routed = match(manifest, targets, family, config)
+
+    return report_fit(manifest, targets, routed, family=family.name)
+
+
+def match(manifest: Manifest, targets: Targets, family: Family[Any, Any], config: Any) -> Route:
+    """Which tensors of a checkpoint make which parameters and persistent buffers of a model."""
     routed = route(
         manifest.names,
         targets.names,
@@ -63,8 +70,16 @@ def check_manifest(manifest: Manifest, family: Family[Any, Any], config: Any) ->
         shapes=manifest.shapes,
         target_shapes=targets.shapes,
     )
+    if family.may_lack is None or not routed.missing:
+        return routed
 
-    return report_fit(manifest, targets, routed, family=family.name)
+    drawn = set(family.may_lack(config, routed.missing))
+
+    return replace(
+        routed,
+        missing=tuple(name for name in routed.missing if name not in drawn),
+        drawn=tuple(name for name in routed.missing if name in drawn),
+    )
 
 
 def report_fit(manifest: Manifest, targets: Targets, routed: Route, *, family: str) -> CheckReport:

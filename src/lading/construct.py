@@ -103,11 +103,35 @@ def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: 
         assign(module, empty, targets.aliases)
         return module
 
-    device = gangs.root.device
     # A stage draws what it holds as a part of the model that it was cut from, which tells names and depths.
     model = module if gangs.pp.size == 1 else build_on_meta(family, config)
+    assign(
+        module,
+        draw(model, family, config, targets, dict(zip(targets.names, dtypes, strict=True)), gangs),
+        targets.aliases,
+    )
+    reset_buffers(module, family, config, gangs.root.device)
 
-    def draw(name: str, shape: tuple[int, ...], box: Box, own: torch.dtype) -> Tensor:
+    return module
+
+
+def draw(
+    model: Module,
+    family: Family[Any, Any],
+    config: Any,
+    targets: Targets,
+    dtypes: Mapping[str, torch.dtype],
+    gangs: Gangs,
+) -> dict[str, Tensor]:
+    """New numbers for the parameters and persistent buffers of ``dtypes``, of each the part that this rank owns.
+
+    All ranks of ``gangs`` call this alike.
+
+    :param model: on the meta device, all of it.
+    """
+    device = gangs.root.device
+
+    def part(name: str, shape: tuple[int, ...], box: Box, own: torch.dtype) -> Tensor:
         if box.numel == 0:
             return torch.empty(box.sizes, dtype=own, device=device)
         whole = torch.empty(shape, dtype=own, device=device)
@@ -119,13 +143,8 @@ def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: 
 
     with _own_random_state(device):
         seed = gangs.root.first(torch.initial_seed)
-        columns = zip(targets.names, targets.shapes, targets.boxes, dtypes, strict=True)
-        drawn = {name: draw(name, shape, box, own) for name, shape, box, own in columns}
-
-    assign(module, drawn, targets.aliases)
-    reset_buffers(module, family, config, device)
-
-    return module
+        columns = zip(targets.names, targets.shapes, targets.boxes, strict=True)
+        return {name: part(name, shape, box, dtypes[name]) for name, shape, box in columns if name in dtypes}
 
 
 @contextmanager
@@ -180,10 +199,7 @@ def settle_dtypes(targets: Targets, routed: Route, manifest: Manifest, *, sdp: i
     own = [manifest.dtypes[t] for t in routed.tensors]
 
     if sdp > 1:
-        elements: dict[str, int] = {}
-        for is_free, i, dtype in zip(free, routed.targets, own, strict=True):
-            if is_free:
-                elements[dtype] = elements.get(dtype, 0) + math.prod(targets.shapes[i])
+        elements = _elements(targets, routed, manifest)
         if len(elements) > 1:
             common = max(elements, key=elements.__getitem__)
             log.warning(
@@ -195,6 +211,29 @@ def settle_dtypes(targets: Targets, routed: Route, manifest: Manifest, *, sdp: i
             own = [common if is_free else dtype for is_free, dtype in zip(free, own, strict=True)]
 
     return [targets.dtypes[i] or dtype for i, dtype in zip(routed.targets, own, strict=True)]
+
+
+def dtypes_of_drawn(targets: Targets, routed: Route, manifest: Manifest) -> dict[str, torch.dtype]:
+    """The dtype in memory of what the checkpoint lacks: the one asked for, or the checkpoint's most common one."""
+    if not routed.drawn:
+        return {}
+
+    elements = _elements(targets, routed, manifest)
+    common = max(elements, key=elements.__getitem__, default="F32")
+    own = dict(zip(targets.names, targets.dtypes, strict=True))
+
+    return {name: TORCH_DTYPES[own[name] or common] for name in routed.drawn}
+
+
+def _elements(targets: Targets, routed: Route, manifest: Manifest) -> dict[str, int]:
+    """Elements by the dtype of the checkpoint, of what may be of any."""
+    elements: dict[str, int] = {}
+    for i, tensor in zip(routed.targets, routed.tensors, strict=True):
+        if targets.dtypes[i] is None:
+            dtype = manifest.dtypes[tensor]
+            elements[dtype] = elements.get(dtype, 0) + math.prod(targets.shapes[i])
+
+    return elements
 
 
 def assign(module: Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> int:

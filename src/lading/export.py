@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lading.acquire import acquire
 from lading.card import AssetCard
 from lading.catalog.store import AssetStore, get_asset_store
-from lading.check import report_fit, require_fit
+from lading.check import match, report_fit, require_fit
 from lading.checkpoint import Checkpoint, path_checkpoint
 from lading.companions import companions, files_beside
 from lading.completion import completed
@@ -43,7 +43,7 @@ from lading.family import Family, get_family
 from lading.folder import family_of_folder
 from lading.formats.write_safetensors import Entry, Writer, write_index
 from lading.gangs import Gang, Gangs, create_fake_gangs
-from lading.keymap import Route, route
+from lading.keymap import Route
 from lading.locate import card_checkpoint
 from lading.new_folder import new_folder, require_empty
 from lading.published import CONFIG_NAME
@@ -131,14 +131,7 @@ def convert_checkpoint(
 
     manifest = checkpoint.manifest
     targets = targets_of(build_on_meta(family, config), dtype=None if dtype == "auto" else dtype)
-    routed = route(
-        manifest.names,
-        targets.names,
-        family.rules_for(config, manifest.names),
-        targets.aliases,
-        shapes=manifest.shapes,
-        target_shapes=targets.shapes,
-    )
+    routed = match(manifest, targets, family, config)
     fit = report_fit(manifest, targets, routed, family=family.name)
     require_fit(fit, path=checkpoint.where, name=checkpoint.name)
 

@@ -58,6 +58,9 @@ class Family(Generic[ModelT, ModelConfigT]):
     """
     rules: Callable[[ModelConfigT], Sequence[Rule]] = _no_rules
     """How tensors of a checkpoint map to parameters, where their names differ."""
+    may_lack: Callable[[ModelConfigT, Sequence[str]], Sequence[str]] | None = None
+    """Of these parameters and persistent buffers, which no tensor of a checkpoint makes, those that published
+    checkpoints lack by design: ``init`` fills them. ``None`` means that there are none."""
     rules_of_names: Callable[[ModelConfigT, Sequence[str]], Sequence[Rule]] | None = None
     """Instead of ``rules``, where the rules depend on the names of the tensors that a checkpoint holds.
 

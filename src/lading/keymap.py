@@ -69,6 +69,8 @@ class Route:
     """(target, source): a tied parameter that the checkpoint holds more than once; the copies must be equal."""
     missing: tuple[str, ...] = ()
     """Names of targets that no tensor makes."""
+    drawn: tuple[str, ...] = ()
+    """Of those that need none: their numbers are what a new model has."""
     unexpected: tuple[str, ...] = ()
     """Names of tensors that no rule knows and that make no target."""
     clashes: tuple[tuple[str, tuple[str, ...]], ...] = ()

@@ -23,15 +23,24 @@ from lading.acquire import acquire, share
 from lading.beside import agree_on_sidecar, with_sidecar
 from lading.card import AssetCard
 from lading.catalog.store import AssetStore
-from lading.check import report_fit, require_fit
+from lading.check import match, report_fit, require_fit
 from lading.checkpoint import Checkpoint, path_checkpoint
 from lading.completion import completed
 from lading.compose import Source, tensors_of
-from lading.construct import assign, build_on_meta, check_config_type, reset_buffers, settle_dtypes, split
+from lading.construct import (
+    assign,
+    build_on_meta,
+    check_config_type,
+    draw,
+    dtypes_of_drawn,
+    reset_buffers,
+    settle_dtypes,
+    split,
+)
 from lading.errors import ModelCheckpointMismatchError
 from lading.family import Family
 from lading.gangs import Gangs
-from lading.keymap import Route, route
+from lading.keymap import Route
 from lading.locate import card_checkpoint
 from lading.reading import read_tensors
 from lading.report import Clock, LoadReport
@@ -140,14 +149,7 @@ def _load(
         targets = split(module, family, config, gangs, dtype=None if options.dtype == "auto" else options.dtype)
 
     with clock.phase("plan"):
-        routed = route(
-            manifest.names,
-            targets.names,
-            family.rules_for(config, manifest.names),
-            targets.aliases,
-            shapes=manifest.shapes,
-            target_shapes=targets.shapes,
-        )
+        routed = match(manifest, targets, family, config)
         fit = report_fit(manifest, targets, routed, family=family.name)
         require_fit(fit, path=checkpoint.where, name=checkpoint.name)
         order = array("I", routed.targets)
@@ -197,7 +199,11 @@ def _load(
             settle(checkpoint, expected, moved.digests, catalog and catalog(), gangs.root, progress=progress)
 
     with clock.phase("assemble"):
-        copied = assign(module, by_name, targets.aliases)
+        drawn: dict[str, Tensor] = {}
+        if dtypes := dtypes_of_drawn(targets, routed, manifest):
+            log.info("%s lacks %s: they are as in a new model", checkpoint.name, ", ".join(dtypes))
+            drawn = draw(build_on_meta(family, config), family, config, targets, dtypes, gangs)
+        copied = assign(module, by_name | drawn, targets.aliases)
         reset_buffers(module, family, config, device)
 
     report = _report(checkpoint, family, kls, device, by_name, targets, routed, planned, moved, copied, clock)

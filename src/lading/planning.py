@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
-from lading.check import report_fit, require_fit
+from lading.check import match, report_fit, require_fit
 from lading.checkpoint import Checkpoint
 from lading.construct import build_on_meta, check_config_type, no_collection, settle_dtypes
 from lading.family import Family
-from lading.keymap import route
 from lading.manifest import Manifest
 from lading.parallel import placements
 from lading.pipeline import holders
@@ -128,14 +127,7 @@ def plan_checkpoint(
         staged = parallel_plan.stages
         pp = 1 if staged is None else sizes["pp"]
         held = [None] * len(targets.names) if staged is None else holders(staged, targets.names, targets.aliases, pp)
-        routed = route(
-            manifest.names,
-            targets.names,
-            family.rules_for(config, manifest.names),
-            targets.aliases,
-            shapes=manifest.shapes,
-            target_shapes=targets.shapes,
-        )
+        routed = match(manifest, targets, family, config)
         fit = report_fit(manifest, targets, routed, family=family.name)
         require_fit(fit, path=checkpoint.where, name=checkpoint.name)
         columns = _Columns(

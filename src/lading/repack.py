@@ -22,7 +22,7 @@ from lading.card import AssetCard
 from lading.catalog.checkpoints import record_checkpoint, record_digests, record_files
 from lading.catalog.records import Check, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
-from lading.check import report_fit, require_fit
+from lading.check import match, report_fit, require_fit
 from lading.checkpoint import Checkpoint
 from lading.completion import completed
 from lading.construct import build_on_meta
@@ -35,7 +35,7 @@ from lading.fetch.partial import sweep, temporary
 from lading.filesystem import FileStat
 from lading.formats.safetensors import index_file
 from lading.formats.write_safetensors import METADATA, Entry, header_of
-from lading.keymap import Route, route
+from lading.keymap import Route
 from lading.locate import card_checkpoint, require_writable
 from lading.manifest import BITS
 from lading.resolve import family_of_card, model_config
@@ -142,14 +142,7 @@ class _Model:
 
         manifest = checkpoint.manifest
         targets = targets_of(build_on_meta(family, config), dtype=None)
-        routed = route(
-            manifest.names,
-            targets.names,
-            family.rules_for(config, manifest.names),
-            targets.aliases,
-            shapes=manifest.shapes,
-            target_shapes=targets.shapes,
-        )
+        routed = match(manifest, targets, family, config)
         require_fit(report_fit(manifest, targets, routed, family=family.name), path=checkpoint.where, name=card.name)
         tensors = sorted(
             tensor

@@ -14,6 +14,7 @@ from lading.catalog.checkpoints import record_digests, record_files
 from lading.catalog.holdings import held_checkpoints
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
+from lading.check import match
 from lading.checkpoint import Checkpoint, OnDisk
 from lading.construct import build_on_meta
 from lading.digests import Digests, default_dims, recorded
@@ -27,7 +28,6 @@ from lading.errors import (
 from lading.fetch.file import local_checkpoint
 from lading.filesystem import FileStat
 from lading.formats.safetensors import index_file
-from lading.keymap import route
 from lading.locate import card_checkpoint
 from lading.manifest import Manifest
 from lading.resolve import family_of_card, model_config
@@ -253,14 +253,7 @@ def _family_dims(manifest: Manifest, card: AssetCard, store: AssetStore) -> arra
         return default_dims(manifest)
 
     targets = targets_of(build_on_meta(family, config), dtype=None)
-    routed = route(
-        manifest.names,
-        targets.names,
-        family.rules_for(config, manifest.names),
-        targets.aliases,
-        shapes=manifest.shapes,
-        target_shapes=targets.shapes,
-    )
+    routed = match(manifest, targets, family, config)
 
     return block_dims(manifest, family, config, targets, routed)
 

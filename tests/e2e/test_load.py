@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from safetensors.torch import load_file, save_file
 import lading
 from lading import AssetCard, DigestMismatchError, get_asset_store, load_model
 from lading.families.llama import get_llama_model_hub
-from lading.families.qwen import Qwen, QwenConfig, get_qwen_model_hub
+from lading.families.qwen import FAMILY, Qwen, QwenConfig, get_qwen_model_hub
 from lading.formats import index
 from lading.hub import GlobalModelLoader, load_with_report
+from lading.loader import LoadOptions, load_path
 from lading.locate import index_checkpoint
 from make_checkpoint import make, qwen_config, tensors
 
@@ -444,3 +446,33 @@ def test_a_listing_sees_overlays(cards: Path) -> None:
 
     load_model("tiny_gated")
     assert lading.query("select status from models where name = 'tiny_gated'").rows == [("ready",)]
+
+
+def test_what_checkpoints_lack_by_design_is_as_in_a_new_model(tmp_path: Path) -> None:
+    path = make(tmp_path / "m")
+    state = load_file(path / "model.safetensors")
+    lacking = {f"model.layers.{n}.self_attn.{name}_proj.weight" for n in range(2) for name in "qo"}
+    save_file({name: tensor for name, tensor in state.items() if name not in lacking}, path / "model.safetensors")
+    family = replace(FAMILY, may_lack=lambda config, names: [name for name in names if "_proj" in name])
+
+    def load(gangs: lading.Gangs, dtype: Any = "auto", family: Any = family, path: Path = path) -> dict[str, Any]:
+        torch.manual_seed(3)
+        options = LoadOptions(gangs=gangs, dtype=dtype)
+        return dict(load_path(path, family, CONFIG, options)[0].named_parameters())
+
+    with pytest.raises(lading.ModelCheckpointMismatchError, match="4 problems"):
+        load(lading.create_fake_gangs("cpu"), family=FAMILY)
+
+    torch.manual_seed(3)
+    new = dict(get_qwen_model_hub().create_new_model(CONFIG, dtype=torch.bfloat16).named_parameters())
+    whole = load(lading.create_fake_gangs("cpu"))
+    assert all(torch.equal(found, new[name] if name in lacking else state[name]) for name, found in whole.items())
+
+    # Of ranks, each has its part, as if all of it were in the checkpoint.
+    full = make(tmp_path / "full")
+    save_file({name: tensor.detach() for name, tensor in whole.items()}, full / "model.safetensors")
+    for rank in range(4):
+        with lading.simulate_gangs(rank, tp=2, sdp=2) as gangs:
+            expected = load(gangs, torch.bfloat16, FAMILY, full)
+            for name, found in load(gangs, torch.bfloat16).items():
+                assert torch.equal(found.to_local(), expected[name].to_local()), name

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Module
 
@@ -60,6 +61,15 @@ CASES = [
         "T5ForConditionalGeneration",
         "T5Config",
         {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8, "vocab_size": 64},
+        {"input_ids": IDS, "decoder_input_ids": IDS},
+    ),
+    Case(
+        "computed-positions",  # which its checkpoints lack
+        "MarianMTModel",
+        "MarianConfig",
+        {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "vocab_size": 64}
+        | {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 16}
+        | {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "decoder_vocab_size": 64},
         {"input_ids": IDS, "decoder_input_ids": IDS},
     ),
     Case("vision", "ViTForImageClassification", "ViTConfig", IMAGE, {"pixel_values": PIXELS}),
@@ -237,6 +247,27 @@ def test_what_a_model_has_and_its_checkpoint_does_not_is_an_error(folder: Callab
 
     with pytest.raises(ModelCheckpointMismatchError, match=r"missing: pooler\.dense\.weight"):
         get_hg_model_hub().load_custom_model(path, HuggingFaceModelConfig(model_type="auto"))
+
+
+def test_what_from_pretrained_passes_over_may_be_missing(tmp_path: Path, folder: Callable[[Case], Path]) -> None:
+    path = folder(next(case for case in CASES if case.id == "computed-positions"))
+    state = load_file(path / "model.safetensors")
+    lacking = {"model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"}
+    expected = theirs("MarianMTModel", path)
+    assert lacking == expected.state_dict().keys() - state.keys() - set(expected.all_tied_weights_keys)
+
+    del state["final_logits_bias"]
+    (tmp_path / "config.json").write_bytes((path / "config.json").read_bytes())
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    for dtype in (torch.bfloat16, "auto"):
+        found = load_model(tmp_path, dtype=dtype)
+        assert not found.final_logits_bias.any()
+        assert_equal(found, theirs("MarianMTModel", tmp_path, dtype=dtype))
+
+    del state["model.shared.weight"]
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelCheckpointMismatchError, match=r"1 problem.*\n +missing: model\.shared\.weight"):
+        load_model(tmp_path)
 
 
 def test_the_model_with_a_tied_head_loads_from_a_checkpoint_without_one(

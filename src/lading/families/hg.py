@@ -7,6 +7,7 @@ a repository is never run: ``auto_map`` in a ``config.json`` is not followed, an
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -258,6 +259,13 @@ def _rules(config: HuggingFaceModelConfig, names: Sequence[str]) -> Sequence[Rul
     return rules_of(_outline(config), names)
 
 
+def _may_lack(config: HuggingFaceModelConfig, names: Sequence[str]) -> Sequence[str]:
+    """What ``from_pretrained`` says nothing of if it is missing: counters, or positions that are computed."""
+    patterns = _outline(config)._keys_to_ignore_on_load_missing or ()
+
+    return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
+
+
 def _parallel_plan(config: HuggingFaceModelConfig) -> ParallelPlan:
     return plan_of(_outline(config))
 
@@ -381,6 +389,7 @@ FAMILY = Family(
     build=_build,
     init=_init,
     rules_of_names=_rules,
+    may_lack=_may_lack,
     parallel_plan=_parallel_plan,
     from_hf=_from_hf,
     reads_other_model_types=True,
