@@ -54,6 +54,11 @@ model_config:
   k_norm: true
   ffn_inner_dim: 6144
 checkpoint: checkpoint
+---
+name: bench_hg
+model_family: hg
+model_arch: causal_lm
+checkpoint: checkpoint
 """
 
 
@@ -102,6 +107,17 @@ def lading(**options: Any) -> Callable[[Path], Loader]:
         return lambda: load_model("bench", progress=False, **options)
 
     return prepare
+
+
+def lading_hg(folder: Path) -> Loader:
+    """``load_model`` of the same checkpoint through transformers' class, mapped."""
+    from transformers import Qwen3ForCausalLM  # noqa: F401 - which ``from_pretrained`` has before the clock starts, too
+
+    import lading.families.hg  # noqa: F401
+    from lading.hub import load_model
+
+    os.environ["LADING_DATABASE_URL"] = f"sqlite:///{DATA / 'catalog.sqlite'}"
+    return lambda: load_model("bench_hg", dtype="auto", mmap=True, progress=False)
 
 
 def safetensors_file(clone: bool) -> Callable[[Path], Loader]:
@@ -283,6 +299,7 @@ CONTENDERS: dict[str, tuple[Callable[[Path], Loader], str | None]] = {
     "lading verified": (lading(dtype="auto", verify="always"), None),
     "lading mmap verified": (lading(dtype="auto", mmap=True, verify="always"), None),
     "lading float32": (lading(), None),
+    "lading hg mmap": (lading_hg, "transformers"),
     "safetensors": (safetensors_file(clone=False), "safetensors"),
     "safetensors cloned": (safetensors_file(clone=True), "safetensors"),
     "transformers": (transformers("bfloat16"), "transformers"),
@@ -313,6 +330,7 @@ WARM_BARS = [
     ("B3", "lading mmap verified", "transformers", 2.0),
     ("floor", "lading mmap verified", "hashed mapped floor", 1.2),
     ("B4", "lading float32", "transformers float32", 0.5),
+    ("hg", "lading hg mmap", "transformers", 1.0),
 ]
 COLD_BARS = [
     ("B6", "lading", "direct floor", 1.1),

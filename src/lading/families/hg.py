@@ -243,7 +243,10 @@ class _NoInit(TorchFunctionMode):
 
 
 def _outline(config: HuggingFaceModelConfig) -> PreTrainedModel:
-    """A model without memory that is only looked at: one is kept."""
+    """A model without memory that is only looked at: one is kept.
+
+    It is made in bfloat16, which tells what is of the dtype of a model from what is always float32.
+    """
     return _kept_outline(json.dumps([config.model_type, config.custom_model_class, config.hf_config], sort_keys=True))
 
 
@@ -252,7 +255,7 @@ def _kept_outline(key: str) -> PreTrainedModel:
     model_type, custom_model_class, hf_config = json.loads(key)
     config = HuggingFaceModelConfig(model_type=model_type, custom_model_class=custom_model_class, hf_config=hf_config)
     with torch.device("meta"):
-        return _build(config)
+        return _build(config, torch.bfloat16)
 
 
 def _rules(config: HuggingFaceModelConfig, names: Sequence[str]) -> Sequence[Rule]:
@@ -286,7 +289,7 @@ def _reset_buffers(model: Module, config: HuggingFaceModelConfig, device: torch.
     if not buffers:
         return
 
-    dtypes = {} if dtype == torch.float32 else _buffer_dtypes(config, dtype)
+    dtypes = {} if dtype == torch.float32 else _buffer_dtypes(config, buffers, dtype)
     results: list[dict[str, Tensor]] = []
     with _only_buffers(model):
         for fill in (0, 1):
@@ -324,12 +327,19 @@ def _non_persistent_buffers(model: Module) -> dict[str, tuple[Module, str, Tenso
     return found
 
 
-def _buffer_dtypes(config: HuggingFaceModelConfig, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtypes of buffers in a model that is made in ``dtype``: some are always of one, as rotary frequencies are."""
-    with torch.device("meta"):
-        model = _build(config, dtype)
+def _buffer_dtypes(
+    config: HuggingFaceModelConfig, buffers: Mapping[str, tuple[Module, str, Tensor]], dtype: torch.dtype
+) -> dict[str, torch.dtype]:
+    """The dtypes that ``buffers``, of a model that was made in float32, have in one that is made in ``dtype``.
 
-    return {name: buffer.dtype for name, (_, _, buffer) in _non_persistent_buffers(model).items()}
+    Some are always of one, as rotary frequencies are.
+    """
+    outline = _non_persistent_buffers(_outline(config))
+
+    return {
+        name: dtype if buffer.dtype == torch.float32 != outline[name][2].dtype else buffer.dtype
+        for name, (_, _, buffer) in buffers.items()
+    }
 
 
 @contextmanager
