@@ -200,7 +200,7 @@ def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, prog
 
     published = _published_or_whole(ref, store, progress=progress)
     if isinstance(published, Whole):
-        return _whole_checkpoint(name, ref, published, store)
+        return whole_checkpoint(name, ref, published, store)
     refuse_quantised_config(published.hf_config, ref.key)
     checkpoint = Checkpoint(
         name=name,
@@ -216,7 +216,7 @@ def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, prog
     return checkpoint
 
 
-def _published_or_whole(ref: CheckpointRef, store: AssetStore, *, progress: bool) -> Published | Whole:
+def _published_or_whole(ref: CheckpointRef, store: AssetStore, *, progress: bool) -> Published:
     """What is published, by its headers; fetched, if it has none that would tell."""
     if not comes_whole(ref):
         try:
@@ -227,7 +227,8 @@ def _published_or_whole(ref: CheckpointRef, store: AssetStore, *, progress: bool
     return fetch_whole(ref, known=known_content(store), progress=progress)
 
 
-def _whole_checkpoint(name: str, ref: CheckpointRef, whole: Whole, store: AssetStore) -> Checkpoint:
+def whole_checkpoint(name: str, ref: CheckpointRef, whole: Whole, store: AssetStore) -> Checkpoint:
+    """A card's checkpoint as it was just fetched; the catalog is told of it."""
     checkpoint = Checkpoint(
         name=name,
         uri=ref.key,

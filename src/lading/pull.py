@@ -27,11 +27,11 @@ from lading.fetch.source import FetchedFile, RemoteFile, Snapshot
 from lading.fetch.sources import HUB_SCHEMES, open_source
 from lading.folder import refuse_quantised_config
 from lading.formats import NotByHeadersError
-from lading.locate import card_checkpoint, require_access, require_writable
+from lading.locate import card_checkpoint, known_content, require_access, require_writable, whole_checkpoint
 from lading.published import CONFIG_NAME, Published, index_source, name_in_source
 from lading.resolve import family_of_card, model_config
 from lading.settings import Settings
-from lading.whole import comes_whole
+from lading.whole import Whole, comes_whole, fetch_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,12 +99,15 @@ def pull_model(
         tokenizer = _tokenizer_elsewhere(card, ref, None, store)
         return _report(checkpoint, missing=False, beside=_bring(tokenizer, dry_run=dry_run, progress=progress))
 
-    published = _published(ref, revision)
+    published, missing = _published(ref, revision), False
     if published is None:
         if dry_run and store.checkpoint(ref.key) is None:
             file = PulledFile(name=ref.key, size=None, path=None, fetched=True)
             return PullReport(name=card.name, uri=ref.key, revision=revision, files=(file,))
-        checkpoint = card_checkpoint(card, store, progress=progress)
+        if dry_run or Settings.from_environment().offline:
+            checkpoint = card_checkpoint(card, store, progress=progress)
+        else:
+            checkpoint, published, missing = _fetched_whole(card, ref, store, revision, progress=progress)
     else:
         refuse_quantised_config(published.hf_config, ref.key)
         checkpoint = _as_checkpoint(card, ref, published, store)
@@ -112,14 +115,14 @@ def pull_model(
 
     companions = _companions(checkpoint, published, include, card, store)
     tokenizer = _tokenizer_elsewhere(card, ref, published, store)
-    missing = checkpoint.files is None
+    missing = missing or checkpoint.files is None
     if dry_run:
         shown = [PulledFile(name=file.name, size=file.size, path=None, fetched=True) for file in companions]
         return _report(checkpoint, missing, [*shown, *_bring(tokenizer, dry_run=True, progress=progress)])
 
     if missing:
         require_writable(store)
-    if published is not None:
+    if published is not None and not isinstance(published, Whole):
         record_checkpoint(
             store.database,
             uri=checkpoint.uri,
@@ -145,6 +148,18 @@ def _published(ref: CheckpointRef, revision: str | None) -> Published | None:
         return index_source(ref, revision=revision)
     except NotByHeadersError:
         return None
+
+
+def _fetched_whole(
+    card: AssetCard, ref: CheckpointRef, store: AssetStore, revision: str | None, *, progress: bool
+) -> tuple[Checkpoint, Whole, bool]:
+    """What is published now, fetched to be known; and whether it was not what the catalog knew on this machine."""
+    require_writable(store)
+    known = None if store.checkpoint(ref.key) is None else card_checkpoint(card, store)
+    whole = fetch_whole(ref, known=known_content(store), progress=progress, revision=revision)
+    checkpoint = whole_checkpoint(card.name, ref, whole, store)
+
+    return checkpoint, whole, known is None or known.files != checkpoint.files
 
 
 def _local(checkpoint: Checkpoint, revision: str | None) -> Checkpoint:

@@ -6,7 +6,7 @@ and indexed then.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
@@ -24,18 +24,16 @@ from lading.formats.folder import is_index, is_torch_format
 from lading.formats.remote import find_checkpoint
 from lading.formats.sharded import index_shards, read_index_at
 from lading.manifest import Manifest
-from lading.published import PublishedFiles, published_config
+from lading.published import Published, PublishedFiles, published_config
 from lading.settings import Settings
 
 _ARCHIVE = ".tar"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Whole:
+class Whole(Published):
     """A checkpoint that was fetched to be known; of each shard of its manifest what the catalog is to know."""
 
-    manifest: Manifest
-    revision: str
     copies: Sequence[LocalCopy]
     checks: Sequence[Check]
 
@@ -75,27 +73,38 @@ def fetch_whole(ref: CheckpointRef, *, known: Known, progress: bool, revision: s
     source = open_source(ref.uri, inner_path=inner, revision=revision, settings=Settings.from_environment())
     snapshot = source.snapshot()
     name, member = _file_of(source.inner, member)
+    hf_config: Mapping[str, object] = {}
     if member is None:
         folder, file = find_checkpoint(snapshot.uri, frozenset(each.name for each in snapshot.files), name)
-        refuse_quantised_config(published_config(PublishedFiles(source, snapshot), folder), ref.key)
+        hf_config = published_config(PublishedFiles(source, snapshot), folder)
+        refuse_quantised_config(hf_config, ref.key)
         if is_index(file):
-            return _fetch_shards(source, snapshot, folder, file, known=known, progress=progress)
+            return _fetch_shards(source, snapshot, folder, file, hf_config, known=known, progress=progress)
         name = folder + file
     published = snapshot.file(name) if name is not None else None
     if published is None:
         raise CheckpointNotFoundError(ref.key, f"{ref.uri} has no file {name!r}.")
 
     (fetched,) = source.fetch(snapshot, [published], known=known, progress=progress)
-    copy = _readable(fetched, published.name, source, member=member)
+    copy = _readable(fetched, published.name.rpartition("/")[2], source, member=member)
     manifest = formats.index(copy.path, member=member if copy.path == fetched.path else None)
     (shard,) = manifest.shards
 
-    named = replace(manifest, shards=(replace(shard, name=published.name),))
+    named = replace(manifest, shards=(replace(shard, name=copy.file),))
 
-    return _whole(named, snapshot, [published], [fetched], [copy])
+    return _whole(named, source, snapshot, hf_config, [published], [fetched], [copy])
 
 
-def _fetch_shards(source: Source, snapshot: Snapshot, folder: str, file: str, *, known: Known, progress: bool) -> Whole:
+def _fetch_shards(
+    source: Source,
+    snapshot: Snapshot,
+    folder: str,
+    file: str,
+    hf_config: Mapping[str, object],
+    *,
+    known: Known,
+    progress: bool,
+) -> Whole:
     """The files that the index ``file`` in ``folder`` names."""
     published = [each for each in snapshot.files if each.name == folder + file]
     (index,) = source.fetch(snapshot, published, known=known, progress=False)
@@ -114,7 +123,7 @@ def _fetch_shards(source: Source, snapshot: Snapshot, folder: str, file: str, *,
     copies = [_readable(each, name, source) for each, name in zip(fetched, names, strict=True)]
     manifest = index_shards(index.path, name=file, shards={copy.file: copy.path for copy in copies})
 
-    return _whole(manifest, snapshot, there, fetched, copies)
+    return _whole(manifest, source, snapshot, hf_config, there, fetched, copies)
 
 
 def _readable(fetched: FetchedFile, name: str, source: Source, *, member: str | None = None) -> LocalCopy:
@@ -133,7 +142,9 @@ def _readable(fetched: FetchedFile, name: str, source: Source, *, member: str | 
 
 def _whole(
     manifest: Manifest,
+    source: Source,
     snapshot: Snapshot,
+    hf_config: Mapping[str, object],
     published: Sequence[RemoteFile],
     fetched: Sequence[FetchedFile],
     copies: Sequence[LocalCopy],
@@ -153,7 +164,13 @@ def _whole(
         )
 
     return Whole(
-        manifest=replace(manifest, shards=tuple(shards)), revision=snapshot.revision, copies=copies, checks=checks
+        manifest=replace(manifest, shards=tuple(shards)),
+        revision=snapshot.revision,
+        hf_config=hf_config,
+        inner=source.inner,
+        snapshot=snapshot,
+        copies=copies,
+        checks=checks,
     )
 
 

@@ -254,6 +254,7 @@ def test_a_repository_of_before_safetensors(run: Run, hub: FakeHub, tmp_path: Pa
 def test_a_repository_of_one_file_of_before_safetensors(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     folder = make(tmp_path / "before")
     (folder / "model.safetensors").unlink()
+    (folder / "tokenizer.json").write_text("{}")
     torch.save(tensors(), folder / "pytorch_model.bin")
     hub.add("Some/Before", folder)
     (tmp_path / "before.yaml").write_text(CARD.format(name="before", uri="hg://some/before", layers=2))
@@ -261,9 +262,22 @@ def test_a_repository_of_one_file_of_before_safetensors(run: Run, hub: FakeHub, 
 
     assert json.loads(run("pull", "before", "--dry-run", "--json").stdout)[0]["fetched"]
     assert weights(hub) == []
-    run("pull", "before")
+
+    def pulled() -> dict[str, bool]:
+        return {file["name"]: file["fetched"] for file in json.loads(run("pull", "before", "--json").stdout)}
+
+    assert pulled() == {"pytorch_model.bin": True, "config.json": True, "tokenizer.json": True}
+    assert not pulled()["pytorch_model.bin"]
     run("load", "before", LADING_OFFLINE="1")
     assert len(weights(hub)) == 1
+
+    # What is published moves on; a load does not, but a pull.
+    torch.save({name: tensor * 2 for name, tensor in tensors().items()}, folder / "pytorch_model.bin")
+    hub.repositories["some/before"].commit({path.name: path.read_bytes() for path in folder.iterdir()})
+    run("load", "before")
+    assert len(weights(hub)) == 1
+    assert pulled()["pytorch_model.bin"]
+    assert len(weights(hub)) == 2
 
 
 def test_a_quantised_repository_of_before_safetensors_is_refused(run: Run, hub: FakeHub, tmp_path: Path) -> None:
