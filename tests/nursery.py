@@ -65,6 +65,8 @@ class Nursery:
         """
         self._count += 1
         files = [self._folder / f"{self._count}.{kind}" for kind in ("out", "err")]
+        for file in files:  # a process may be killed before it opens them
+            file.touch()
         pid = self._ask(words=[str(w) for w in words], env=dict(env), at=at, files=[str(f) for f in files], ways=ways)
 
         return Child(self, pid, *files)
