@@ -114,7 +114,7 @@ class Place:
         assert lifecycle.check(settings_in(self.folder)) == []
         require_consistent(self.cache)
         require_consistent_hub(self.hub)
-        copies = self.sql(f"SELECT file, path FROM copies WHERE file <> '{INDEX}'")
+        copies = self.sql(f"SELECT file, path FROM copies WHERE file NOT IN ('{INDEX}', path)")
         for file, path in copies:
             assert hashlib.sha256(Path(str(path)).read_bytes()).hexdigest() == shards[str(file)]
         # What is recorded together is there as a whole or not at all.

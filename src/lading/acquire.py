@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lading.brought import noting_broken_off
 from lading.card import CheckpointRef
 from lading.catalog.checkpoints import record_files
 from lading.catalog.records import Check, CopyKind, LocalCopy
@@ -57,7 +58,8 @@ def acquire(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool)
     ]
     snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=tuple(files))
 
-    fetched = source.fetch(snapshot, files, known=known_content(store), progress=progress)
+    with noting_broken_off(source, snapshot, files, store, checkpoint.uri):
+        fetched = source.fetch(snapshot, files, known=known_content(store), progress=progress)
     for file, shard in zip(fetched, shards, strict=True):
         if not file.published:
             _require_same_tensors(file, checkpoint.manifest, shard.name)
@@ -74,7 +76,7 @@ def _acquire_whole(
     if not whole.manifest.tensors_equal(checkpoint.manifest):
         raise _replaced(checkpoint.uri)
     if store is not None:
-        _record_all(checkpoint, whole.copies, whole.checks, store)
+        _record_all(checkpoint, [*whole.copies, *whole.originals], whole.checks, store)
 
     return replace(
         checkpoint, files=tuple(ShardFile(path=copy.path, stat=copy.stat) for copy in whole.copies), trusted=True

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lading.brought import fetch_along
 from lading.card import AssetCard, CheckpointRef, checkpoint_ref, uri_path
+from lading.catalog.store import AssetStore
 from lading.checkpoint import Checkpoint
 from lading.errors import AssetCardError, FetchError
 from lading.fetch.file import local_checkpoint
@@ -125,16 +127,9 @@ class Elsewhere:
         """One of the files."""
         return replace(self, files=(file,))
 
-    def fetch(self, *, progress: bool) -> list[FetchedFile]:
-        """Bring them here. Raises what :meth:`lading.fetch.source.Source.fetch` does."""
-        return fetch_files(self.source, self.snapshot, self.files, progress=progress)
-
-
-def fetch_files(
-    source: Source, snapshot: Snapshot, files: Sequence[RemoteFile], *, progress: bool
-) -> list[FetchedFile]:
-    """Bring files of a source here; raises what its method does."""
-    return source.fetch(snapshot, files, known=lambda sha256: None, progress=progress) if files else []
+    def fetch(self, store: AssetStore, uri: str, *, progress: bool) -> list[FetchedFile]:
+        """Bring them here, along with the checkpoint ``uri``. Raises what :func:`lading.brought.fetch_along` does."""
+        return fetch_along(self.source, self.snapshot, self.files, store, uri, progress=progress)
 
 
 def tokenizer_elsewhere(
@@ -202,24 +197,20 @@ def files_beside(path: Path) -> dict[str, Path]:
     return {name: file for name in COMPANION_NAMES if (file := folder / name).is_file()}
 
 
-def companions(
-    checkpoint: Checkpoint, card: AssetCard, retrieve: Callable[[str], AssetCard], *, progress: bool
-) -> Mapping[str, Path]:
+def companions(checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, progress: bool) -> Mapping[str, Path]:
     """The files that go with the checkpoint of a card, by their plain names, on this machine; fetched where they are
     not here.
 
     Where a source cannot be reached now, those of an earlier fetch are all.
-
-    :param retrieve: gives the card of a name.
     """
     ref = checkpoint_ref(card)
     path = uri_path(ref.uri)
     if path is not None:
         found = files_beside(local_checkpoint(path, inner_path=ref.path))
     else:
-        found = _or_cached(lambda offline: _beside(checkpoint, ref, offline=offline, progress=progress), ref.key)
+        found = _or_cached(lambda offline: _beside(checkpoint, ref, store, offline=offline, progress=progress), ref.key)
 
-    tokenizer = tokenizer_ref(card, retrieve)
+    tokenizer = tokenizer_ref(card, store.retrieve_card)
     if tokenizer is None or (tokenizer.path is None and same_source(tokenizer, ref)):
         return found
 
@@ -227,7 +218,10 @@ def companions(
     found = {name: path for name, path in found.items() if name not in TOKENIZER_NAMES}
     path = uri_path(tokenizer.uri)
     if path is None:
-        found |= _or_cached(lambda offline: _tokenizer(tokenizer, offline=offline, progress=progress), tokenizer.uri)
+        found |= _or_cached(
+            lambda offline: _tokenizer(tokenizer, checkpoint.uri, store, offline=offline, progress=progress),
+            tokenizer.uri,
+        )
     else:
         path = path if tokenizer.path is None else path / tokenizer.path
         names = TOKENIZER_NAMES if path.is_dir() else {path.name} & TOKENIZER_NAMES
@@ -252,7 +246,9 @@ def _or_cached(find: Callable[[bool], dict[str, Path]], where: str) -> dict[str,
     return {}
 
 
-def _beside(checkpoint: Checkpoint, ref: CheckpointRef, *, offline: bool, progress: bool) -> dict[str, Path]:
+def _beside(
+    checkpoint: Checkpoint, ref: CheckpointRef, store: AssetStore, *, offline: bool, progress: bool
+) -> dict[str, Path]:
     source = open_source(
         ref.uri,
         inner_path=ref.path,
@@ -264,12 +260,14 @@ def _beside(checkpoint: Checkpoint, ref: CheckpointRef, *, offline: bool, progre
     snapshot = source.snapshot()
     files = in_snapshot(snapshot, source.inner, COMPANION_NAMES)
 
-    return _by_name(fetch_files(source, snapshot, files, progress=progress))
+    return _by_name(fetch_along(source, snapshot, files, store, checkpoint.uri, progress=progress))
 
 
-def _tokenizer(tokenizer: TokenizerRef, *, offline: bool, progress: bool) -> dict[str, Path]:
+def _tokenizer(
+    tokenizer: TokenizerRef, uri: str, store: AssetStore, *, offline: bool, progress: bool
+) -> dict[str, Path]:
     elsewhere = tokenizer_elsewhere(tokenizer, offline=offline)
-    found = {} if elsewhere is None else _by_name(elsewhere.fetch(progress=progress))
+    found = {} if elsewhere is None else _by_name(elsewhere.fetch(store, uri, progress=progress))
 
     return {name: path for name, path in found.items() if name in TOKENIZER_NAMES}
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lading.brought import fetch_along
+from lading.catalog.store import AssetStore
 from lading.checkpoint import Checkpoint
 from lading.construct import check_config_type
 from lading.errors import CheckpointNotFoundError
@@ -18,11 +20,17 @@ from lading.settings import Settings
 
 
 def completed(
-    config: Any, family: Family[Any, Any], checkpoint: Checkpoint, hf_config: Mapping[str, object] | None = None
+    config: Any,
+    family: Family[Any, Any],
+    checkpoint: Checkpoint,
+    hf_config: Mapping[str, object] | None = None,
+    *,
+    store: AssetStore | None = None,
 ) -> Any:
     """The configuration with what it lacks; the very one, unless the family takes it from beside the checkpoint.
 
     :param hf_config: the ``config.json`` beside it, where it is known; else it is read, or fetched.
+    :param store: whose catalog is told if it is fetched.
 
     :raises TypeError: ``config`` is not of the family's class.
     :raises FetchError: ``config.json`` cannot be fetched.
@@ -34,13 +42,13 @@ def completed(
         return config
 
     check_config_type(config, family)
-    hf_config = _hf_config(checkpoint) if hf_config is None else hf_config
+    hf_config = _hf_config(checkpoint, store) if hf_config is None else hf_config
     refuse_quantised_config(hf_config, checkpoint.where)
 
     return family.complete(config, hf_config)
 
 
-def _hf_config(checkpoint: Checkpoint) -> Mapping[str, object]:
+def _hf_config(checkpoint: Checkpoint, store: AssetStore | None) -> Mapping[str, object]:
     """The ``config.json`` beside a checkpoint, fetched where it is not here; empty where there is none."""
     ref = checkpoint.ref
     if ref is None:
@@ -52,7 +60,7 @@ def _hf_config(checkpoint: Checkpoint) -> Mapping[str, object]:
     file = RemoteFile(name=name_in_source(source.inner, CONFIG_NAME), size=None)
     snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=(file,))
     try:
-        (fetched,) = source.fetch(snapshot, [file], known=lambda sha256: None, progress=False)
+        (fetched,) = fetch_along(source, snapshot, [file], store, checkpoint.uri, progress=False)
     except CheckpointNotFoundError:
         return {}
 

@@ -99,7 +99,7 @@ def _model_of(target: AssetCard | str | Path, store: AssetStore | None) -> tuple
 
     checkpoint = card_checkpoint(card, store)
 
-    return family, completed(config, family, checkpoint), checkpoint
+    return family, completed(config, family, checkpoint, store=store), checkpoint
 
 
 def diff_models(a: AssetCard | str | Path, b: AssetCard | str | Path, *, store: AssetStore | None = None) -> DiffReport:

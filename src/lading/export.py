@@ -127,7 +127,7 @@ def convert_checkpoint(
         card = target if isinstance(target, AssetCard) else store.retrieve_card(target)
         name, family = card.name, family_of_card(card)
         checkpoint = card_checkpoint(card, store, progress=progress)
-        config = completed(model_config(card, family, store), family, checkpoint)
+        config = completed(model_config(card, family, store), family, checkpoint, store=store)
 
     manifest = checkpoint.manifest
     targets = targets_of(build_on_meta(family, config), dtype=None if dtype == "auto" else dtype)
@@ -147,7 +147,7 @@ def convert_checkpoint(
     else:
         assert store is not None
         checkpoint = acquire(checkpoint, store, progress=progress)
-        beside = companions(checkpoint, card, store.retrieve_card, progress=progress)
+        beside = companions(checkpoint, card, store, progress=progress)
     values = config_values(family, config, targets, entries, beside)
     _check_tied(checkpoint, targets, routed)
 

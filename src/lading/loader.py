@@ -100,7 +100,7 @@ def load_card(
             )
             if not options.cooperative:  # which reads all of the files in any case
                 checkpoint = with_sidecar(checkpoint, open_store, options.gangs.tp.size)
-            return completed(resolved, family, checkpoint), checkpoint
+            return completed(resolved, family, checkpoint, store=open_store), checkpoint
 
     resolved, checkpoint = options.gangs.root.first(resolve)
 

@@ -113,7 +113,7 @@ def index_checkpoint(target: str | Path, *, store: AssetStore | None = None) -> 
     copies: Sequence[LocalCopy]
     if path is None:
         found = _published_or_whole(ref, store, progress=False)
-        copies = found.copies if isinstance(found, Whole) else ()
+        copies = (*found.copies, *found.originals) if isinstance(found, Whole) else ()
         uri, manifest, revision = ref.key, found.manifest, found.revision
     else:
         path = local_checkpoint(path, inner_path=ref.path)
@@ -239,7 +239,7 @@ def whole_checkpoint(name: str, ref: CheckpointRef, whole: Whole, store: AssetSt
         ref=ref,
         revision=whole.revision,
     )
-    _record(checkpoint, whole.copies, store, checks=whole.checks)
+    _record(checkpoint, [*whole.copies, *whole.originals], store, checks=whole.checks)
 
     return checkpoint
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lading.acquire import acquire
+from lading.brought import fetch_along
 from lading.card import AssetCard, CheckpointRef, checkpoint_ref, uri_path
 from lading.catalog.checkpoints import record_checkpoint
 from lading.catalog.store import AssetStore, get_asset_store
@@ -97,7 +98,8 @@ def pull_model(
     if uri_path(ref.uri) is not None:
         checkpoint = _local(card_checkpoint(card, store), revision)
         tokenizer = _tokenizer_elsewhere(card, ref, None, store)
-        return _report(checkpoint, missing=False, beside=_bring(tokenizer, dry_run=dry_run, progress=progress))
+        beside = _bring(tokenizer, checkpoint, store, dry_run=dry_run, progress=progress)
+        return _report(checkpoint, missing=False, beside=beside)
 
     published, missing = _published(ref, revision), False
     if published is None:
@@ -118,7 +120,8 @@ def pull_model(
     missing = missing or checkpoint.files is None
     if dry_run:
         shown = [PulledFile(name=file.name, size=file.size, path=None, fetched=True) for file in companions]
-        return _report(checkpoint, missing, [*shown, *_bring(tokenizer, dry_run=True, progress=progress)])
+        shown += _bring(tokenizer, checkpoint, store, dry_run=True, progress=progress)
+        return _report(checkpoint, missing, shown)
 
     if missing:
         require_writable(store)
@@ -134,10 +137,12 @@ def pull_model(
     here = acquire(checkpoint, store, progress=progress)
     beside = [
         PulledFile(name=file.name, size=file.stat.size, path=file.path, fetched=True)
-        for file in _fetch(checkpoint, companions, progress=progress)
+        for file in _fetch(checkpoint, companions, store, progress=progress)
     ]
 
-    return _report(here, missing, [*beside, *_bring(tokenizer, dry_run=False, progress=progress)])
+    beside += _bring(tokenizer, checkpoint, store, dry_run=False, progress=progress)
+
+    return _report(here, missing, beside)
 
 
 def _published(ref: CheckpointRef, revision: str | None) -> Published | None:
@@ -245,7 +250,9 @@ def _tokenizer_elsewhere(
     return tokenizer_elsewhere(tokenizer)
 
 
-def _bring(tokenizer: Elsewhere | None, *, dry_run: bool, progress: bool) -> list[PulledFile]:
+def _bring(
+    tokenizer: Elsewhere | None, checkpoint: Checkpoint, store: AssetStore, *, dry_run: bool, progress: bool
+) -> list[PulledFile]:
     if tokenizer is None:
         return []
     where = tokenizer.source.uri
@@ -257,11 +264,13 @@ def _bring(tokenizer: Elsewhere | None, *, dry_run: bool, progress: bool) -> lis
 
     return [
         PulledFile(name=f"{where}: {file.name}", size=file.stat.size, path=file.path, fetched=True)
-        for file in tokenizer.fetch(progress=progress)
+        for file in tokenizer.fetch(store, checkpoint.uri, progress=progress)
     ]
 
 
-def _fetch(checkpoint: Checkpoint, files: tuple[RemoteFile, ...], *, progress: bool) -> list[FetchedFile]:
+def _fetch(
+    checkpoint: Checkpoint, files: tuple[RemoteFile, ...], store: AssetStore, *, progress: bool
+) -> list[FetchedFile]:
     ref = checkpoint.ref
     if not files or ref is None:
         return []
@@ -271,7 +280,7 @@ def _fetch(checkpoint: Checkpoint, files: tuple[RemoteFile, ...], *, progress: b
     )
     snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=files)
 
-    return source.fetch(snapshot, files, known=lambda sha256: None, progress=progress)
+    return fetch_along(source, snapshot, files, store, checkpoint.uri, progress=progress)
 
 
 def _report(checkpoint: Checkpoint, missing: bool, beside: Sequence[PulledFile]) -> PullReport:

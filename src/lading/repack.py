@@ -131,7 +131,7 @@ class _Model:
         family = family_of_card(card)
         config = model_config(card, family, store)
         checkpoint = card_checkpoint(card, store, progress=progress)
-        config = completed(config, family, checkpoint)
+        config = completed(config, family, checkpoint, store=store)
         parallel_plan = family.parallel_plan(config)
         if parallel_plan.tensor is None:
             raise NotSupportedError(

@@ -13,6 +13,7 @@ from lading.companions import (
     SENTENCEPIECE_NAMES,
     TOKENIZER_JSON,
     TOKENIZER_NAMES,
+    Elsewhere,
     TokenizerRef,
     same_source,
     tokenizer_elsewhere,
@@ -84,7 +85,11 @@ def load_tokenizer(
 
     known = store.checkpoint(ref.key) if ref.uri and same_source(stated, ref) else None
 
-    return _remote(stated, None if known is None else known.revision or None, progress=progress)
+    revision = None if known is None else known.revision or None
+    elsewhere = tokenizer_elsewhere(stated, revision=revision)
+    assert elsewhere is not None  # it is not on this machine
+
+    return _remote(elsewhere, store, ref.key if ref.uri else "", progress=progress)
 
 
 def _local(path: Path) -> Any:
@@ -98,12 +103,10 @@ def _local(path: Path) -> Any:
     return _read(path)
 
 
-def _remote(tokenizer: TokenizerRef, revision: str | None, *, progress: bool) -> Any:
-    elsewhere = tokenizer_elsewhere(tokenizer, revision=revision)
-    assert elsewhere is not None  # it is not on this machine
+def _remote(elsewhere: Elsewhere, store: AssetStore, checkpoint: str, *, progress: bool) -> Any:
     names = {file.name.rpartition("/")[2]: file for file in elsewhere.files}
-    name = next(iter(names)) if len(names) == 1 else _choose(list(names), tokenizer.uri)
-    (fetched,) = elsewhere.only(names[name]).fetch(progress=progress)
+    name = next(iter(names)) if len(names) == 1 else _choose(list(names), elsewhere.source.uri)
+    (fetched,) = elsewhere.only(names[name]).fetch(store, checkpoint, progress=progress)
 
     return _read(fetched.path, elsewhere.member, name=name)
 

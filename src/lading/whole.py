@@ -35,8 +35,9 @@ class Whole(Published):
     """A checkpoint that was fetched to be known; of each shard of its manifest what the catalog is to know."""
 
     copies: Sequence[LocalCopy]
+    originals: Sequence[LocalCopy]
+    """Files that came and that another was made of, which stands for them."""
     checks: Sequence[Check]
-
 
 def comes_whole(ref: CheckpointRef) -> bool:
     """Whether the checkpoint is to be fetched before it can be indexed, by the names in its address.
@@ -163,6 +164,12 @@ def _whole(
             )
         )
 
+    originals = [
+        LocalCopy(file=str(file.path), path=file.path, stat=file.stat, kind=source.kind if file.own else "adopted")
+        for file, copy in zip(fetched, copies, strict=True)
+        if copy.path != file.path
+    ]
+
     return Whole(
         manifest=replace(manifest, shards=tuple(shards)),
         revision=snapshot.revision,
@@ -170,6 +177,7 @@ def _whole(
         inner=source.inner,
         snapshot=snapshot,
         copies=copies,
+        originals=originals,
         checks=checks,
     )
 

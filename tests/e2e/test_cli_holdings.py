@@ -96,18 +96,69 @@ def test_what_lading_fetched_is(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     run("pull", "far")
     assert set(kinds(run).values()) == {"hub"}
     (row,) = json.loads(run("du", "--json").stdout)
-    size = sum((tmp_path / "repository" / name).stat().st_size for name in SHARDS)
-    assert (row["name"], row["kind"], row["bytes"], row["verified"]) == ("far", "hub", size, True)
+    files = list((tmp_path / "repository").iterdir())
+    size = sum(path.stat().st_size for path in files)
+    assert (row["name"], row["kind"], row["files"], row["bytes"]) == ("far", "hub", len(files), size)
+    assert row["verified"]
     run("adopt")
     assert set(kinds(run).values()) == {"hub"}, "what the catalog knows already stays what it is"
 
     assert "(dry run)" in run("rm", "far", "--dry-run").stdout
-    assert "2 files removed" in run("rm", "far").stdout
+    assert "4 files removed" in run("rm", "far").stdout
     assert "nothing of far is on this machine" in run("rm", "far").stderr
     assert json.loads(run("du", "--json").stdout) == []
-    assert not any(p.is_symlink() and p.name in SHARDS for p in (tmp_path / "hub").rglob("*"))
+    assert list((tmp_path / "hub").glob("models--*")) == []
 
     run("load", "far", "--no-progress")
+
+
+def test_a_revision_that_a_pull_left_goes_with_the_rest(
+    run: Run, hub: FakeHub, env: dict[str, str], tmp_path: Path
+) -> None:
+    download(env, "config.json")
+    run("pull", "far")
+    repository = hub.repositories["some/tiny"]
+    files = {path.name: path.read_bytes() for path in (tmp_path / "repository").iterdir()}
+    first = files[SHARDS[0]]
+    commit = repository.commit(files | {SHARDS[0]: first[:-1] + bytes([first[-1] ^ 1])})
+    run("pull", "far")
+    (old,) = set(repository.commits) - {commit}
+
+    (row,) = json.loads(run("du", "--json").stdout)
+    # What is the same in both is there once.
+    assert row["bytes"] == sum(map(len, files.values())) + len(first)
+    assert (row["files"], row["complete"], row["verified"]) == (8, True, True)
+
+    done = run("rm", "far")
+    assert "7 files removed" in done.stdout
+    assert f"{old}/config.json stays: adopted, not fetched by lading" in done.stderr
+    (left,) = (tmp_path / "hub").glob("models--*/snapshots/*/*")
+    assert left.relative_to(left.parents[1]).parts == (old, "config.json")
+    assert left.exists()
+
+
+def test_what_came_along_stays_while_another_card_has_it(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text(f"name: other\ncheckpoint: hf://Some/Tiny\n{CONFIG}")
+    run("import", tmp_path / "other.yaml")
+    run("pull", "far")
+    run("pull", "other")
+
+    assert "0 files removed" in run("rm", "far").stdout
+    (snapshot,) = tmp_path.glob("hub/models--*/snapshots/*")
+    assert {path.name for path in snapshot.iterdir()} == {"config.json", "model.safetensors.index.json", *SHARDS}
+    assert "4 files removed" in run("rm", "other").stdout
+    assert not snapshot.exists()
+
+
+def test_what_a_pull_brought_that_failed_is_lading_s_too(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    hub.misbehave(SHARDS[1], "404")
+    run("pull", "far", code=2)
+    hub.behave()
+    run("pull", "far")
+
+    assert set(kinds(run).values()) == {"hub"}
+    assert "4 files removed" in run("rm", "far").stdout
+    assert list((tmp_path / "hub").glob("models--*")) == []
 
 
 def test_adopting_asks_nobody(run: Run, hub: FakeHub, env: dict[str, str]) -> None:

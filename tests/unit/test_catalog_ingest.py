@@ -15,12 +15,12 @@ from catalog_tools import card_file, make_copies, make_manifest, settings_in
 from lading.card import ArchitectureEntry, CardEntry
 from lading.cardfile import CardFile
 from lading.catalog import lifecycle, refresh
-from lading.catalog.checkpoints import record_checkpoint, record_files
+from lading.catalog.checkpoints import record_checkpoint, record_companions, record_files
 from lading.catalog.database import Database
 from lading.catalog.ingest import collect, import_files
 from lading.catalog.merge import MAX_DEPTH
 from lading.catalog.query import query
-from lading.catalog.records import Check, ImportReport, LocalCopy
+from lading.catalog.records import Check, CopyKind, ImportReport, LocalCopy
 from lading.catalog.store import AssetStore
 from lading.errors import CardFileError
 from lading.filesystem import FileStat
@@ -504,6 +504,47 @@ def test_copies_of_other_machines_stay_as_long_as_the_files_do(tmp_path: Path, d
 
     record_checkpoint(database, uri=URI, manifest=make_manifest(6, 3), copies=[])
     assert rows(database, "SELECT count(*) FROM copies") == [(0,)]
+
+
+def test_what_was_brought_stays_known_when_a_checkpoint_moves_on(tmp_path: Path, database: Database) -> None:
+    """By the paths, in the cache of the hub's client alone; what is lading's own or somebody else's is forgotten."""
+    manifest, store = make_manifest(index_name=None), AssetStore(database)
+    kinds: tuple[CopyKind, ...] = ("hub", "hub", "cache", "adopted", "source")
+
+    def copies(commit: str) -> list[LocalCopy]:
+        made = make_copies(manifest, tmp_path / commit)
+        return [replace(copy, kind=kinds[i % len(kinds)]) for i, copy in enumerate(made)]
+
+    def beside(commit: str, kind: CopyKind) -> LocalCopy:
+        path = tmp_path / commit / "config.json"
+        return LocalCopy(file=str(path), path=path, stat=FileStat(1, 2, 3, 4), kind=kind)
+
+    def here() -> set[tuple[str, Path]]:
+        stored = store.checkpoint(URI)
+        assert stored is not None
+        return {(copy.file, copy.path) for copy in stored.copies}
+
+    def as_known(copies: list[LocalCopy]) -> set[tuple[str, Path]]:
+        return {(copy.file, copy.path) for copy in copies}
+
+    def left(copies: list[LocalCopy]) -> set[tuple[str, Path]]:
+        return {(str(copy.path), copy.path) for copy in copies if copy.kind == "hub"}
+
+    one, two, along = copies("one"), copies("two"), [beside("one", "hub"), beside("two", "adopted")]
+    record_companions(database, uri=URI, copies=along)
+    record_checkpoint(database, uri=URI, manifest=manifest, copies=one)
+    assert here() == as_known(one), "nothing comes along with what is not known"
+    record_companions(database, uri=URI, copies=along)
+    assert here() == as_known([*one, *along])
+
+    record_files(database, uri=URI, copies=two)
+    assert here() == as_known([*two, *along]) | left(one)
+    record_files(database, uri=URI, copies=one)
+    assert here() == as_known([*one, *along]) | left(two)
+    record_checkpoint(database, uri=URI, manifest=manifest, copies=two)
+    assert here() == as_known([*two, *along]) | left(one)
+    record_checkpoint(database, uri=URI, manifest=make_manifest(6, 3), copies=[])
+    assert here() == as_known(along) | left([*one, *two])
 
 
 def test_inodes_of_64_bits(tmp_path: Path, database: Database) -> None:

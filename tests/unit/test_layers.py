@@ -20,7 +20,7 @@ LAYERS = [
     {"transfer"},
     {"family"},
     {"parallel", "pipeline", "report"},
-    {"folder", "construct", "published", "whole", "diff", "resolve", "sidecar"},
+    {"folder", "construct", "published", "whole", "brought", "diff", "resolve", "sidecar"},
     {"finding"},
     {"checkpoint", "check"},
     {"locate"},

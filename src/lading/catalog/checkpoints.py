@@ -127,6 +127,20 @@ def record_files(
             _write_check(connection, uri, checkpoint_id, check)
 
 
+def record_companions(database: Database, *, uri: str, copies: Sequence[LocalCopy]) -> None:
+    """Write which files came along with a checkpoint, each under its path; none is one that tensors are read from.
+
+    Where all are known as they are, nothing is written. Raises what :func:`record_files` does.
+    """
+    with database.read() as connection:
+        checkpoint_id = connection.scalar(select(CheckpointRow.id).where(CheckpointRow.uri == uri))
+        known = () if checkpoint_id is None else copies_of(connection, checkpoint_id)
+        if checkpoint_id is None or {(c.path, c.stat) for c in copies} <= {(c.path, c.stat) for c in known}:
+            return
+
+    record_files(database, uri=uri, copies=copies)
+
+
 def record_digests(database: Database, *, uri: str, manifest: Manifest, digests: Digests) -> None:
     """Write the digests of a checkpoint's tensors, unless the catalog knows other tensors of it by now.
 

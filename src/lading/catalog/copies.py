@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, exists, insert, select, true
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, insert, or_, select, true
 
 from lading.catalog.entries import chunks, intact
 from lading.catalog.provenance import now
@@ -84,10 +84,10 @@ def write_copies(
     if keep_verified:
         verified = {(c.file, c.path, c.stat): c.verified_at for c in copies_of(connection, checkpoint_id)}
         copies = [replace(c, verified_at=c.verified_at or verified.get((c.file, c.path, c.stat))) for c in copies]
-    outdated = delete(CopyRow).where(CopyRow.checkpoint_id == checkpoint_id)
+    outdated = CopyRow.checkpoint_id == checkpoint_id
     if keep_others:
-        outdated = outdated.where(CopyRow.place.in_({place_id(copy.path.parent) for copy in copies}))
-    connection.execute(outdated)
+        outdated &= CopyRow.place.in_({place_id(copy.path.parent) for copy in copies})
+    _make_way(connection, outdated, copies)
     _insert_copies(connection, checkpoint_id, copies)
 
 
@@ -95,14 +95,34 @@ def replace_copies(connection: Connection, checkpoint_id: int, copies: Sequence[
     """Write copies in place of those of the same files on this machine."""
     copies = _with_owners(connection, copies)
     for copy in copies:
-        connection.execute(
-            delete(CopyRow).where(
-                CopyRow.checkpoint_id == checkpoint_id,
-                CopyRow.file == copy.file,
-                CopyRow.place == place_id(copy.path.parent),
-            )
+        outdated = and_(
+            CopyRow.checkpoint_id == checkpoint_id,
+            CopyRow.file.in_({copy.file, str(copy.path)}),
+            CopyRow.place == place_id(copy.path.parent),
         )
+        _make_way(connection, outdated, copies)
     _insert_copies(connection, checkpoint_id, copies)
+
+
+def _make_way(connection: Connection, outdated: ColumnElement[bool], copies: Sequence[LocalCopy]) -> None:
+    """Delete copies that others take the place of.
+
+    What lading brought into the cache of the hub's client is of use to no checkpoint then, and that cache keeps it. So
+    it stays known, by its path, as what came along does; it is removed with the rest.
+    """
+    rows = connection.execute(
+        select(COPIES).where(outdated, or_(COPIES.c.kind == "hub", COPIES.c.file == COPIES.c.path))
+    ).mappings()
+    new = {(str(copy.path), place_id(copy.path.parent)) for copy in copies}
+    left = {(row["path"], row["place"]): {**row, "file": row["path"]} for row in rows}
+    left = {key: row for key, row in left.items() if key not in new}
+
+    connection.execute(delete(CopyRow).where(outdated))
+    for (path, place), row in left.items():
+        same = and_(CopyRow.checkpoint_id == row["checkpoint_id"], CopyRow.file == path, CopyRow.place == place)
+        connection.execute(delete(CopyRow).where(same))
+    if left:
+        connection.execute(insert(CopyRow), list(left.values()))
 
 
 _THEIRS_FIRST: tuple[CopyKind, ...] = ("source", "adopted", "hub", "cache")

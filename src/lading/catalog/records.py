@@ -68,7 +68,7 @@ class LocalCopy:
     """A file of a checkpoint on this machine."""
 
     file: str
-    """Its name within the checkpoint."""
+    """Its name within the checkpoint; its path, if it came along with it, or is of a revision that was left."""
     path: Path
     stat: FileStat
     """The state in which it was last seen; another one now means another content."""

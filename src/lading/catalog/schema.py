@@ -275,7 +275,7 @@ class DigestRow(Row):
 
 
 class CopyRow(Row):
-    """A local copy of a shard, or of the index file, and the state in which it was last seen."""
+    """A local copy of a file that belongs to a checkpoint, and the state in which it was last seen."""
 
     __tablename__ = "copies"
     __table_args__ = (
@@ -288,7 +288,8 @@ class CopyRow(Row):
         ForeignKey("checkpoints.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
     )
     file: Mapped[str] = mapped_column(primary_key=True)
-    """Its name within the checkpoint."""
+    """Of a shard, or of the index file, its name within the checkpoint. What came along with the checkpoint, or was
+    fetched for a revision that it left, is known by its path."""
     place: Mapped[str] = mapped_column(primary_key=True)
     """The machine, or the network file system, where ``path`` means this copy."""
     path: Mapped[str]
