@@ -11,7 +11,7 @@ from typing import Self
 
 from lading import formats
 from lading.card import CheckpointRef, path_uri
-from lading.catalog.records import LocalCopy, StoredCheckpoint
+from lading.catalog.records import CopyKind, LocalCopy, StoredCheckpoint
 from lading.errors import CorruptModelCheckpointError, InternalError
 from lading.filesystem import FileStat
 from lading.manifest import Manifest
@@ -149,8 +149,10 @@ class OnDisk:
     def copies(self) -> list[LocalCopy]:
         """Its files, as the catalog knows them."""
         folder = _folder(self.path)
+        made = formats.is_rewritten(self.path, Settings.from_environment().cache_dir)
+        kind: CopyKind = "cache" if made else "source"
 
-        return [LocalCopy(file=file, path=folder / file, stat=stat) for file, stat in self.stats.items()]
+        return [LocalCopy(file=file, path=folder / file, stat=stat, kind=kind) for file, stat in self.stats.items()]
 
 
 def _folder(path: Path) -> Path:

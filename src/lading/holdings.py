@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from lading import formats
 from lading.card import AssetCard, CheckpointRef, checkpoint_ref, path_uri, uri_path
 from lading.catalog.holdings import held_checkpoints
 from lading.catalog.records import HeldCheckpoint, LocalCopy
@@ -127,8 +128,9 @@ def catalog_uri(ref: CheckpointRef) -> str:
     path = uri_path(ref.uri)
     if path is None:
         return ref.key
+    path = path if ref.path is None else path / ref.path
 
-    return path_uri(path if ref.path is None else path / ref.path)
+    return path_uri(formats.rewritten(path, cache=Settings.from_environment().cache_dir) or path)
 
 
 def cards_with(store: AssetStore, wanted: Callable[[str], bool]) -> list[tuple[AssetCard, CheckpointRef]]:
@@ -155,14 +157,25 @@ def names_of(store: AssetStore, uris: Iterable[str]) -> dict[str, list[str]]:
     bases = {uri: base_uri(uri) or uri for uri in uris}
     wanted = set(bases.values())
     heads = {head for uri in wanted for head in _heads(uri)}
+    # What was rewritten is not known by the address of what it was made of.
+    any_rewritten = any(map(_is_rewritten, wanted))
+
+    def may_be(uri: str) -> bool:
+        return uri.rstrip("/") in heads or (any_rewritten and uri_path(uri) is not None)
 
     names: dict[str, list[str]] = {}
-    for card, ref in cards_with(store, lambda uri: uri.rstrip("/") in heads):
+    for card, ref in cards_with(store, may_be):
         uri = catalog_uri(ref)
         if uri in wanted:
             names.setdefault(uri, []).append(card.name)
 
     return {uri: names[base] for uri, base in bases.items() if base in names}
+
+
+def _is_rewritten(uri: str) -> bool:
+    path = uri_path(uri)
+
+    return path is not None and formats.is_rewritten(path, Settings.from_environment().cache_dir)
 
 
 def _heads(uri: str) -> list[str]:
@@ -231,6 +244,7 @@ def find_orphans(store: AssetStore, held: Sequence[HeldCheckpoint]) -> Orphans:
         strays=(
             *(path for path in cache.files() if cache.digest_of(path) not in known),
             *(path for path in cache.repacked_files() if path not in kept),
+            *(path for path in formats.rewritten_files(cache.folder) if path not in kept),
         ),
         needed=frozenset(needed),
     )

@@ -15,6 +15,7 @@ from lading.catalog.records import HeldCheckpoint, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.fetch.cache import Cache
 from lading.fetch.hf_removal import SnapshotFile, remove_files, snapshot_file
+from lading.formats import is_rewritten
 from lading.holdings import catalog_uri, find_orphans, names_of
 from lading.locate import require_writable
 from lading.settings import Settings
@@ -55,8 +56,9 @@ class Removal:
 def remove_model(name: str, *, dry_run: bool = False, store: AssetStore | None = None) -> Removal:
     """Remove the files that lading fetched for a model; those of others are only forgotten.
 
-    What lading fetched is in its own cache, or in that of Hugging Face's libraries. A file that another model's
-    checkpoint needs stays. What the checkpoint holds stays known, and a load fetches it anew; but its sidecars go, too.
+    What lading fetched is in its own cache, or in that of Hugging Face's libraries: the weights, what came along with
+    them, and all of it of revisions that a pull has left. A file that another model's checkpoint needs stays. What the
+    checkpoint holds stays known, and a load fetches it anew; but its sidecars go, too.
 
     :param name: of a card; or the URI of a checkpoint that no card names.
     :param dry_run: only say what would be removed.
@@ -71,10 +73,11 @@ def remove_model(name: str, *, dry_run: bool = False, store: AssetStore | None =
     if not uri:
         return Removal(name=name, freed=0, removed=(), kept=(), also_of=())
 
+    # Before anything is gone: what was rewritten is told by its being there.
+    others = [other for other in names_of(store, [uri]).get(uri, ()) if other != name]
     with _held(store, uri, dry_run=dry_run) as held:
         plan = _plan(uri, entry, held)
         freed = plan.carry_out(dry_run=dry_run)
-    others = [other for other in names_of(store, [uri]).get(uri, ()) if other != name]
 
     return Removal(name=name, freed=freed, removed=plan.paths, kept=plan.kept, also_of=tuple(others))
 
@@ -99,7 +102,7 @@ def remove_orphans(*, dry_run: bool = False, older_than: float = _GRACE, store: 
 
     freed = sum(orphans.cache.remove(uri, keep=orphans.needed) for uri in orphans.uris)
     freed += orphans.cache.prune(older_than=older_than, keep=orphans.needed)
-    freed += sum(map(orphans.cache.remove_repacked, paths))
+    freed += _remove([path for path in paths if _is_made(path, orphans.cache)])
     gone = tuple(path for path in paths if not path.exists())
 
     return Removal(name="", freed=freed, removed=gone, kept=(), also_of=())
@@ -107,6 +110,15 @@ def remove_orphans(*, dry_run: bool = False, older_than: float = _GRACE, store: 
 
 def _bytes(paths: Sequence[Path]) -> int:
     return sum(os.lstat(path).st_size for path in set(paths) if path.exists())
+
+
+def _remove(paths: Sequence[Path]) -> int:
+    """Remove files; returns the bytes that were freed."""
+    freed = _bytes(paths)
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+    return freed
 
 
 def _checkpoint_of(name: str, store: AssetStore) -> tuple[str, str]:
@@ -143,7 +155,8 @@ class _Plan:
     needed: frozenset[str]
     """Of those that other checkpoints need."""
     hub: tuple[SnapshotFile, ...]
-    repacked: tuple[Path, ...]
+    made: tuple[Path, ...]
+    """Of files that were made of others in lading's cache."""
     paths: tuple[Path, ...]
     kept: tuple[KeptFile, ...]
 
@@ -151,11 +164,11 @@ class _Plan:
         """Remove the files; returns the bytes that were freed."""
         if dry_run:
             removable = self.cache.removable(self.entry, also=self.digests, keep=self.needed)
-            return _bytes([*removable, *self.repacked]) + remove_files(self.hub, dry_run=True)
+            return _bytes([*removable, *self.made]) + remove_files(self.hub, dry_run=True)
 
         freed = self.cache.remove(self.entry, also=self.digests, keep=self.needed) + remove_files(self.hub)
 
-        return freed + sum(map(self.cache.remove_repacked, self.repacked))
+        return freed + _remove(self.made)
 
 
 def _plan(uri: str, entry: str, held: Sequence[HeldCheckpoint]) -> _Plan:
@@ -171,7 +184,7 @@ def _plan(uri: str, entry: str, held: Sequence[HeldCheckpoint]) -> _Plan:
 
     digests: list[str] = []
     hub: list[SnapshotFile] = []
-    repacked: list[Path] = []
+    made: list[Path] = []
     kept: list[KeptFile] = []
     for copy in copies:
         digest, file = _digest(cache, copy.path), snapshot_file(copy.path)
@@ -182,8 +195,8 @@ def _plan(uri: str, entry: str, held: Sequence[HeldCheckpoint]) -> _Plan:
             digests.append(digest)
         elif copy.kind == "hub" and file is not None and other is None:
             hub.append(file)
-        elif copy.kind == "cache" and cache.is_repacked(copy.path):
-            repacked.append(copy.path)
+        elif _is_made(copy.path, cache) and other is None:
+            made.append(copy.path)
         else:
             kept.append(KeptFile(path=copy.path, reason=_reason(copy, other)))
 
@@ -195,7 +208,7 @@ def _plan(uri: str, entry: str, held: Sequence[HeldCheckpoint]) -> _Plan:
         if copy.kind == "cache" and _digest(cache, copy.path) in set(digests) - {path.name[:64] for path in removable}
         if os.path.lexists(copy.path)
     ]
-    paths = [*removable, *(file.repository / file.name for file in hub), *repacked]
+    paths = [*removable, *(file.repository / file.name for file in hub), *made]
 
     return _Plan(
         cache=cache,
@@ -203,10 +216,15 @@ def _plan(uri: str, entry: str, held: Sequence[HeldCheckpoint]) -> _Plan:
         digests=tuple(digests),
         needed=needed,
         hub=tuple(hub),
-        repacked=tuple(repacked),
+        made=tuple(made),
         paths=tuple(path for path in paths if os.path.lexists(path)),
         kept=tuple(kept),
     )
+
+
+def _is_made(path: Path, cache: Cache) -> bool:
+    """Whether a file was made of others in lading's cache: rewritten, or cut for ranks."""
+    return is_rewritten(path, cache.folder) or cache.is_repacked(path)
 
 
 def _digest(cache: Cache, path: Path) -> str | None:

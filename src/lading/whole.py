@@ -39,6 +39,7 @@ class Whole(Published):
     """Files that came and that another was made of, which stands for them."""
     checks: Sequence[Check]
 
+
 def comes_whole(ref: CheckpointRef) -> bool:
     """Whether the checkpoint is to be fetched before it can be indexed, by the names in its address.
 

@@ -10,7 +10,7 @@ from array import array
 from dataclasses import replace
 from pathlib import Path
 
-from lading.errors import NotSupportedError
+from lading.errors import LadingError, NotSupportedError
 from lading.formats import rewrite, torch_pt
 from lading.formats.files import File, open_regular
 from lading.formats.folder import (
@@ -31,6 +31,7 @@ from lading.formats.parts import (
     is_fairseq2_sharded,
 )
 from lading.formats.remote import Files, NotByHeadersError, index_files
+from lading.formats.rewrite import is_rewritten, rewritten_files
 from lading.formats.safetensors import index_file, join, read_header
 from lading.formats.sharded import index_shards, read_index_at
 from lading.formats.tar import find_member
@@ -46,7 +47,10 @@ __all__ = [
     "archive_of",
     "index",
     "index_files",
+    "is_rewritten",
     "readable",
+    "rewritten",
+    "rewritten_files",
 ]
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -98,6 +102,15 @@ def readable(path: Path | str, *, member: str | None = None, cache: Path, restri
         return _rewritten(file, inner, cache, restrict)
 
     return Path(path)
+
+
+def rewritten(path: Path | str, *, cache: Path) -> Path | None:
+    """The file of the cache that was made of the checkpoint at ``path`` as it is now; ``None`` where there is none."""
+    file, member = _split(Path(path), None)
+    try:
+        return _find_rewritten(file, member, cache)
+    except (LadingError, OSError):
+        return None
 
 
 def archive_of(path: Path) -> Path | None:
@@ -159,24 +172,57 @@ def _index_member(path: Path, member: str, restrict: bool) -> Manifest:
 
 def _rewritten(path: Path, member: str | None, cache: Path, restrict: bool) -> Path:
     if member is not None:
-        with open_regular(path) as (file, size):
-            base, length = find_member(file, member, size=size, label=str(path))
-        return rewrite.rewrite(path, cache, base=base, size=length, restrict=restrict)
-    if path.is_dir():
-        names = {entry.name for entry in path.iterdir()}
-        if is_consolidated(names) or is_fairseq2_sharded(names):
-            parts = consolidated_parts(path) if is_consolidated(names) else fairseq2_parts(path)
-            return rewrite.rewrite_all([(path / name, suffix) for name, suffix in parts], cache, restrict=restrict)
-        path = path / checkpoint_file(names, where=path, torch=True)
+        base, size = _place_of(path, member)
+        return rewrite.rewrite(path, cache, base=base, size=size, restrict=restrict)
+
+    path = _checkpoint_file(path)
+    parts = _parts(path)
+    if parts is None:
+        return rewrite.rewrite(path, cache, restrict=restrict)
     if is_index(path.name):
-        return _rewritten_shards(path, cache, restrict)
+        files = [file for file, _ in parts]
+        made = {f.name: rewrite.rewrite(f, cache, restrict=restrict) if f.exists() else f for f in files}
+        index_shards(path, shards=made)  # which tells whether index and files agree
 
-    return rewrite.rewrite(path, cache, restrict=restrict)
+    return rewrite.rewrite_all(parts, cache, restrict=restrict)
 
 
-def _rewritten_shards(path: Path, cache: Path, restrict: bool) -> Path:
-    files = [path.parent / name for name in read_index_at(path).tensors]
-    there = {file.name: rewrite.rewrite(file, cache, restrict=restrict) if file.exists() else file for file in files}
-    index_shards(path, shards=there)  # which tells whether index and files agree
+def _find_rewritten(path: Path, member: str | None, cache: Path) -> Path | None:
+    if member is not None:
+        base, size = _place_of(path, member)
+        return rewrite.rewritten(path, cache, base=base, size=size)
 
-    return rewrite.rewrite_all([(file, "") for file in files], cache, restrict=restrict)
+    path = _checkpoint_file(path)
+    parts = _parts(path)
+
+    return rewrite.rewritten(path, cache) if parts is None else rewrite.rewritten_all(parts, cache)
+
+
+def _place_of(path: Path, member: str) -> tuple[int, int]:
+    """Where a member of an archive begins, and its bytes."""
+    with open_regular(path) as (file, size):
+        return find_member(file, member, size=size, label=str(path))
+
+
+def _checkpoint_file(path: Path) -> Path:
+    """The file that decides in a folder; the folder itself where all of its files do, and any other path as it is."""
+    if not path.is_dir():
+        return path
+    names = {entry.name for entry in path.iterdir()}
+    if is_consolidated(names) or is_fairseq2_sharded(names):
+        return path
+
+    return path / checkpoint_file(names, where=path, torch=True)
+
+
+def _parts(path: Path) -> list[tuple[Path, str]] | None:
+    """The files of a checkpoint of several, each with what is put behind the names of its tensors; ``None`` where it is
+    one file.
+    """
+    if is_index(path.name):
+        return [(path.parent / name, "") for name in read_index_at(path).tensors]
+    if not path.is_dir():
+        return None
+    consolidated = is_consolidated({entry.name for entry in path.iterdir()})
+
+    return [(path / name, suffix) for name, suffix in (consolidated_parts if consolidated else fairseq2_parts)(path)]

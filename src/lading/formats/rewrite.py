@@ -33,6 +33,9 @@ from lading.formats.safetensors import index_file
 FOLDER = "rewritten"
 """Within the cache."""
 
+_FILE, _INDEX = ".safetensors", ".safetensors.index.json"
+"""How the names of what is written end."""
+
 VERSION = 1
 """Of what is written; a file of another version is written anew."""
 
@@ -71,7 +74,7 @@ def rewrite(
     """
     with open_regular(path) as (file, file_size):
         size = file_size - base if size is None else size
-        target = cache / FOLDER / f"{_identity(file, base, size, suffix)}.safetensors"
+        target = _target(file, cache, base, size, suffix)
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             _remove_stale(target.parent)
@@ -90,7 +93,7 @@ def rewrite_all(parts: Sequence[tuple[Path, str]], cache: Path, *, restrict: boo
     :raises CorruptModelCheckpointError: two of them hold a tensor of the same name, too.
     """
     files = [rewrite(path, cache, suffix=suffix, restrict=restrict) for path, suffix in parts]
-    target = cache / FOLDER / f"{_hash(tuple(file.name for file in files))}.safetensors.index.json"
+    target = _index(files, cache)
     if target.exists():
         return target
 
@@ -109,6 +112,40 @@ def rewrite_all(parts: Sequence[tuple[Path, str]], cache: Path, *, restrict: boo
         os.write(fd, json.dumps({"weight_map": weight_map}).encode())
 
     return target
+
+
+def rewritten(path: Path, cache: Path, *, base: int = 0, size: int | None = None, suffix: str = "") -> Path | None:
+    """What :func:`rewrite` wrote of this state of the file; ``None`` where it did not. Takes and raises the same."""
+    with open_regular(path) as (file, file_size):
+        target = _target(file, cache, base, file_size - base if size is None else size, suffix)
+
+    return target if target.exists() else None
+
+
+def rewritten_all(parts: Sequence[tuple[Path, str]], cache: Path) -> Path | None:
+    """What :func:`rewrite_all` wrote of these states of the files; ``None`` where it did not."""
+    files = [rewritten(path, cache, suffix=suffix) for path, suffix in parts]
+    target = _index([file for file in files if file is not None], cache)
+
+    return target if None not in files and target.exists() else None
+
+
+def is_rewritten(path: Path, cache: Path) -> bool:
+    """Whether ``path`` is where :func:`rewrite` and :func:`rewrite_all` put what they write."""
+    return path.parent == cache / FOLDER and path.name.endswith((_FILE, _INDEX))
+
+
+def rewritten_files(cache: Path) -> list[Path]:
+    """All that was rewritten in a cache."""
+    return sorted(path for path in (cache / FOLDER).glob("*") if is_rewritten(path, cache) and path.is_file())
+
+
+def _target(file: BinaryIO, cache: Path, base: int, size: int, suffix: str) -> Path:
+    return cache / FOLDER / f"{_identity(file, base, size, suffix)}{_FILE}"
+
+
+def _index(files: Sequence[Path], cache: Path) -> Path:
+    return cache / FOLDER / f"{_hash(tuple(file.name for file in files))}{_INDEX}"
 
 
 def _identity(file: BinaryIO, base: int, size: int, suffix: str) -> str:
