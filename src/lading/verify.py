@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lading import formats
 from lading.acquire import acquire
 from lading.card import AssetCard, checkpoint_ref, path_uri, uri_path
 from lading.catalog.checkpoints import record_digests, record_files
@@ -31,6 +32,7 @@ from lading.formats.safetensors import index_file
 from lading.locate import card_checkpoint
 from lading.manifest import Manifest
 from lading.resolve import family_of_card, model_config
+from lading.settings import Settings
 from lading.sidecar import base_uri, tp_of
 from lading.transfer.execute import hash_checkpoint
 from lading.transfer.files import ShardFile
@@ -50,6 +52,8 @@ class VerifyReport:
     """Files that were not the right ones, and were fetched anew."""
     hint: str = ""
     """What to do about files that are not the right ones."""
+    unrecorded: str = ""
+    """Why nothing of it is in the catalog; empty where all of it is."""
 
     @property
     def good(self) -> bool:
@@ -62,8 +66,9 @@ def verify_model(
     """Check the files of a model on this machine, all bytes of them.
 
     Against the SHA-256 that was published, or that was recorded; else against the digests of tensors that were recorded
-    when all bytes passed by for the first time. Where nothing is known yet, this records it. Every check becomes a row.
-    What :func:`~lading.repack.repack_model` made of them is checked as well.
+    when all bytes passed by for the first time. Where nothing is known yet, this records it. Every check becomes a row;
+    where the catalog cannot be written, the files are checked all the same. What :func:`~lading.repack.repack_model`
+    made of them is checked as well.
 
     :param repair: fetch what is not right anew. Only files that lading fetched are ever replaced.
     :param progress: show a bar on stderr.
@@ -72,7 +77,7 @@ def verify_model(
     :raises CheckpointNotFoundError: the checkpoint is not on this machine.
     :raises NotSupportedError: ``repair``, of files that lading did not fetch.
     :raises FetchError: ``repair``, and the source cannot be reached.
-    :raises CatalogError: the catalog cannot be written.
+    :raises CatalogError: the catalog is damaged, or another process holds it.
     """
     store = store or get_asset_store()
     card = store.retrieve_card(name)
@@ -80,11 +85,18 @@ def verify_model(
     checks = _checked(checkpoint, card, store, progress=progress)
     _record(checkpoint, kinds, checks, store)
 
+    database = store.database
+    unrecorded = "" if database.writable else f"the catalog {database.url} cannot be written"
     bad = [check for check in checks if check.result == "mismatch"]
     if not bad or not repair:
         beside, hints = _checked_sidecars(checkpoint, card, store, progress=progress)
-        hints = [*([remedy(checkpoint)] if bad else []), *hints]
-        return VerifyReport(name=card.name, uri=checkpoint.uri, checks=(*checks, *beside), hint=" ".join(hints))
+        return VerifyReport(
+            name=card.name,
+            uri=checkpoint.uri,
+            checks=(*checks, *beside),
+            hint=" ".join([*([remedy(checkpoint)] if bad else []), *hints]),
+            unrecorded=unrecorded,
+        )
 
     _refuse_foreign(bad, kinds, checkpoint)
     for check in bad:
@@ -101,6 +113,7 @@ def verify_model(
         checks=(*checks, *beside),
         repaired=frozenset(check.file for check in bad),
         hint=" ".join([remedy(checkpoint), *hints]),
+        unrecorded=unrecorded,
     )
 
 
@@ -110,11 +123,15 @@ def _known(card: AssetCard, store: AssetStore) -> tuple[Checkpoint, dict[str, Co
     path = uri_path(ref.uri)
     if path is not None:
         path = local_checkpoint(path, inner_path=ref.path)
+        path = formats.rewritten(path, cache=Settings.from_environment().cache_dir) or path
     uri = ref.key if path is None else path_uri(path)
     stored = store.checkpoint(uri)
     if stored is None and path is not None:
-        card_checkpoint(card, store)
+        fresh = card_checkpoint(card, store) if store.database.writable else OnDisk.read(path).checkpoint(card.name)
+        path, uri = Path(fresh.where), fresh.uri
         stored = store.checkpoint(uri)
+        if stored is None:  # the catalog cannot be written
+            return fresh, {shard.name: "source" for shard in fresh.manifest.shards}
     copies = {} if stored is None else {copy.file: copy for copy in stored.copies}
     if stored is None or not all(shard.name in copies for shard in stored.manifest.shards):
         if ref.gated:

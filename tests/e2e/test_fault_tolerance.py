@@ -5,6 +5,7 @@ Command lines run as processes of a :class:`~nursery.Nursery`, against a hub and
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import shutil
@@ -211,7 +212,7 @@ def test_a_full_disk(world: World, tmp_path: Path, disk: Disk, name: str, full: 
         place.require_consistent(world.shards)
         after = place.rows()
         # The catalog is elsewhere than the cache: it knows what was to be fetched, and the weights once all are there.
-        copies = {file for _, file, *_ in after["copies"]}
+        copies = {file for _, file, _, path, *_ in after["copies"] if file != path}
         assert after == before or (full == "cache" and copies in (set(), set(world.shards)))
         require_nothing_half(place)
 
@@ -290,6 +291,34 @@ def test_what_is_here_is_loaded_where_nothing_can_be_written(
         place.run("pull", name, **ways)  # there is nothing to fetch
         place.run("verify", name, **ways)
     assert place.rows() == before
+
+
+def test_what_is_here_is_verified_where_nothing_can_be_recorded(world: World, place: Place, freeze: Freeze) -> None:
+    place.run("pull", "web")
+    before = place.rows()
+    ways = freeze(place.folder)
+
+    for words, results in (
+        (["web"], {"match"}),
+        (["near"], {"not recorded"}),
+        (["web", "near"], {"match", "not recorded"}),
+    ):
+        done = place.run("verify", *words, "--json", **ways)
+        assert {row["result"] for row in json.loads(done.out)} == results
+        assert re.fullmatch("lading: nothing of this was recorded, as the catalog .* cannot be written\n", done.err)
+    assert place.rows() == before
+
+
+def test_what_is_not_right_is_said_where_nothing_can_be_recorded(world: World, place: Place, freeze: Freeze) -> None:
+    place.run("pull", "web")
+    blob = next(path for path in files_in(place.cache, "blobs") if path.suffix == ".safetensors")
+    blob.chmod(0o644)
+    blob.write_bytes(bytes(blob.stat().st_size))
+    done = place.run("verify", "web", code=4, **freeze(place.folder))
+
+    assert re.search(
+        "lading: web is not what it should be. .*\nlading: nothing of this was recorded, as .*\n$", done.err
+    )
 
 
 @pytest.mark.parametrize(("name", "variable"), [("far", "HF_HUB_CACHE"), ("web", "LADING_CACHE_DIR")])

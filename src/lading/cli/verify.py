@@ -6,7 +6,7 @@ import click
 
 from lading.cli.command import command
 from lading.cli.complete import complete_model
-from lading.cli.output import Column, Form, listing_options, write_rows
+from lading.cli.output import Column, Form, listing_options, printable, write_rows
 
 MISMATCH = 4
 
@@ -49,16 +49,24 @@ def verify(names: tuple[str, ...], everything: bool, repair: bool, no_progress: 
 
     rows: list[tuple[object, ...]] = []
     hints: list[str] = []
+    unrecorded = ""
     for name in names:
         report = verify_model(name, repair=repair, progress=not no_progress, store=store)
         for check in report.checks:
-            result = "repaired" if check.result != "mismatch" and check.file in report.repaired else check.result
+            result: str = check.result
+            if result != "mismatch" and check.file in report.repaired:
+                result = "repaired"
+            elif result == "recorded" and report.unrecorded:
+                result = "not recorded"
             rows.append((check.file, result, check.method, check.expected, check.found, check.path, report.name))
         if not report.good:
             hints.append(f"{name} is not what it should be. {report.hint}")
+        unrecorded = unrecorded or report.unrecorded
 
     write_rows(_COLUMNS, rows, form, table=_TABLE)
     for hint in hints:
         click.echo(f"lading: {hint}", err=True)
+    if unrecorded:
+        click.echo(f"lading: nothing of this was recorded, as {printable(unrecorded)}", err=True)
     if hints:
         click.get_current_context().exit(MISMATCH)
