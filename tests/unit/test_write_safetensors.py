@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,21 @@ def test_an_index(tmp_path: Path) -> None:
     assert len(formats.index(tmp_path)) == len(ENTRIES)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 60 + 14 + 8 + 3, "total_parameters": 15 + 7 + 1 + 3}
+
+
+def test_a_header_that_the_disk_does_not_take_leaves_nothing_open(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    entries = [Entry(name=f"tensor.{i}", dtype="F32", shape=(1,)) for i in range(50_000)]  # more than a buffer holds
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            Writer(path, entries)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    # While the error is still held, with all that its frames hold.
+    assert caught.value is not None
+    opened = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    assert str(path) not in opened

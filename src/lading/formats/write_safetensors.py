@@ -115,7 +115,11 @@ class Writer:
         self._next = 0
         header = header_of(entries)
         self._file = path.open("xb")
-        self._file.write(header)
+        try:
+            self._file.write(header)
+        except BaseException:
+            self._file.close()
+            raise
 
     def write(self, data: memoryview) -> None:
         """Write all bytes of the next tensor, row-major and little-endian."""
