@@ -28,7 +28,7 @@ from lading.errors import (
 from lading.fetch.hf_cache import blob_tag, hub_cache
 from lading.fetch.hf_names import is_sha256
 from lading.fetch.verify import sha256_file
-from lading.filesystem import FileStat
+from lading.filesystem import FileStat, expand_home
 from lading.finding import Place, find_places, hub_places, require_inside
 from lading.folder import read_hf_config, refuse_quantised_config
 from lading.holdings import intact_copies, names_of
@@ -99,7 +99,7 @@ def adopt_checkpoints(
 
 
 def _root(path: str | Path) -> Path:
-    root = Path(path).expanduser().absolute()
+    root = expand_home(path).absolute()
     if not root.exists():
         raise CheckpointNotFoundError(root, f"No folder is at {root}.")
     if not root.is_dir():

@@ -17,6 +17,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from lading.errors import AssetCardError
+from lading.filesystem import expand_home
 
 T = TypeVar("T", bool, int, float, str, list[object], dict[str, object])
 
@@ -173,7 +174,7 @@ class AssetCardField:
         if _SCHEME.match(value):
             return value
 
-        path = Path(value).expanduser()
+        path = expand_home(value)
         if not path.is_absolute():
             if self.folder is None:
                 raise AssetCardError(

@@ -29,6 +29,28 @@ class FileStat:
         return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
+def expand_home(path: str | Path) -> Path:
+    """``path`` with the home folder in place of a leading ``~``.
+
+    Where there is no such user, or this one has no home (in a container, under a number), it stays as it is, to be
+    missed as any other path is.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether something is at ``path``, as far as can be told: not where one may not look, unlike ``Path.exists``."""
+    try:
+        os.stat(path)
+    except (OSError, ValueError):  # the latter of a name with a NUL in it
+        return False
+
+    return True
+
+
 def file_system_type(path: Path) -> str:
     """The type of the file system that holds ``path`` (``ext4``, ``nfs4`` …); empty where the system does not say."""
     return _mount(path)[0]

@@ -27,6 +27,7 @@ from lading.errors import (
     did_you_mean,
 )
 from lading.family import Family, get_family
+from lading.filesystem import is_there
 from lading.folder import family_of_folder
 from lading.gangs import Gangs, create_fake_gangs
 from lading.loader import DType, LoadOptions, agreed, load_card, load_path
@@ -397,7 +398,7 @@ def _retrieve(card: AssetCard | str, store: AssetStore) -> AssetCard:
 
 def did_you_mean_model(name: str, store: AssetStore) -> str:
     """A hint for a name that no card has; a path in its place is told apart."""
-    if Path(name).exists():
+    if is_there(name):
         return f" A folder is given as a path: `load_model(Path({name!r}))`."
 
     return did_you_mean(name, store.suggest(name))

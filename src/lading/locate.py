@@ -25,7 +25,7 @@ from lading.fetch.file import local_checkpoint
 from lading.fetch.hf_cache import has_token
 from lading.fetch.source import Known
 from lading.fetch.sources import HUB_SCHEMES
-from lading.filesystem import FileStat
+from lading.filesystem import FileStat, expand_home
 from lading.folder import read_hf_config, refuse_quantised_config
 from lading.published import Published, index_source
 from lading.transfer.files import ShardFile
@@ -134,7 +134,7 @@ def index_checkpoint(target: str | Path, *, store: AssetStore | None = None) -> 
 def _ref_of(target: str | Path, store: AssetStore) -> tuple[str | None, CheckpointRef]:
     """The card, if the target is one, and where the checkpoint is."""
     if isinstance(target, Path):
-        return None, CheckpointRef(uri=path_uri(target.expanduser().absolute()), gated=False, info_url=None)
+        return None, CheckpointRef(uri=path_uri(expand_home(target).absolute()), gated=False, info_url=None)
     if "://" in target:
         return None, CheckpointRef(uri=target, gated=False, info_url=None)
 

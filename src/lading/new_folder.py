@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lading.filesystem import expand_home
+
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
@@ -23,7 +25,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     :raises FileExistsError: something is there, and is no empty folder.
     :raises OSError: the disk is full, or cannot be written.
     """
-    folder = Path(os.path.realpath(folder.expanduser()))  # a link that leads to an empty folder stays one
+    folder = Path(os.path.realpath(expand_home(folder)))  # a link that leads to an empty folder stays one
     require_empty(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):

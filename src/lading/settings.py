@@ -10,6 +10,8 @@ from typing import Self
 
 import platformdirs
 
+from lading.filesystem import expand_home
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -33,12 +35,12 @@ class Settings:
 
         data = Path(platformdirs.user_data_path("lading", appauthor=False))
         cards = [Path(platformdirs.user_config_path("lading", appauthor=False)) / "cards"]
-        cards += [Path(p).expanduser().absolute() for p in env.get("LADING_CARDS", "").split(os.pathsep) if p.strip()]
+        cards += [expand_home(p).absolute() for p in env.get("LADING_CARDS", "").split(os.pathsep) if p.strip()]
         cache = env.get("LADING_CACHE_DIR", "").strip()
 
         return cls(
             database_url=env.get("LADING_DATABASE_URL", "").strip() or f"sqlite:///{data / 'catalog.sqlite'}",
-            cache_dir=Path(cache).expanduser().absolute() if cache else platformdirs.user_cache_path("lading", False),
+            cache_dir=expand_home(cache).absolute() if cache else platformdirs.user_cache_path("lading", False),
             card_paths=tuple(cards),
             env=env.get("LADING_ENV", "").strip() or None,
             offline=_truth(env.get("LADING_OFFLINE", "")) or _truth(env.get("HF_HUB_OFFLINE", "")),

@@ -27,6 +27,7 @@ from lading.errors import (
 )
 from lading.fetch.file import local_checkpoint
 from lading.fetch.sources import HUB_SCHEMES
+from lading.filesystem import expand_home
 from lading.formats import archive_of
 from lading.formats.files import open_regular
 from lading.formats.tar import find_member
@@ -93,7 +94,7 @@ def load_tokenizer(
 
 
 def _local(path: Path) -> Any:
-    path = path.expanduser()
+    path = expand_home(path)
     archive = archive_of(path)
     if archive is not None:
         return _read(archive, path.relative_to(archive).as_posix())

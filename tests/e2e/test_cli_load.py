@@ -147,3 +147,9 @@ class TestLoad:
         assert result.stderr.count("\n") > 10
         assert "model.layers.2." in result.stderr
         assert "model.embed_tokens.weight" in result.stderr
+
+
+@pytest.mark.parametrize("target", ["~no-such-user/x", "x" * 300, "no/such\x01folder"])
+def test_names_that_no_file_system_has(cli, home, target):
+    result = cli("load", target, code=2)
+    assert len(result.stderr.splitlines()) == 1

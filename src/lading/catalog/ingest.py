@@ -16,7 +16,7 @@ from lading.catalog.database import Database
 from lading.catalog.merge import STDIN
 from lading.catalog.records import ImportReport
 from lading.catalog.refresh import card_files
-from lading.filesystem import FileStat
+from lading.filesystem import FileStat, expand_home
 
 if TYPE_CHECKING:
     from lading.cardfile import CardFile
@@ -40,7 +40,7 @@ def collect(paths: Sequence[str | Path], *, stdin: BinaryIO | None = None) -> li
             files[STDIN] = parse(data, source=STDIN, label=STDIN, json_lines=data.lstrip().startswith(b"{"))
             continue
 
-        top = Path(path).expanduser().absolute()
+        top = expand_home(path).absolute()
         if not top.exists():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         found = list(card_files(top))

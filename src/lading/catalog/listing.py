@@ -8,7 +8,6 @@ from dataclasses import fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import islice, product
-from pathlib import Path
 
 from sqlalchemy import ColumnElement, Connection, SQLColumnExpression, and_, column, or_, select, table
 
@@ -18,6 +17,7 @@ from lading.catalog.records import ModelSummary
 from lading.catalog.schema import CardRow
 from lading.catalog.search import found
 from lading.errors import AssetCardError
+from lading.filesystem import is_there
 
 _COLUMNS = tuple(field.name for field in fields(ModelSummary))
 _ASSETS = table("assets", *(column(name) for name in _COLUMNS))
@@ -107,14 +107,14 @@ def as_seen_here(model: ModelSummary, card: AssetCard | None) -> ModelSummary:
             status = "gated" if ref.gated else "ready" if uri_path(ref.uri) else "remote"
             model = replace(model, status=status, checkpoint=ref.uri or None, local_path=None, verified_at=None)
 
-    if model.status != "ready" or (model.local_path is not None and Path(model.local_path).exists()):
+    if model.status != "ready" or (model.local_path is not None and is_there(model.local_path)):
         return model
 
     path = uri_path(model.checkpoint or "")
     if path is None:
         status = "remote" if model.checkpoint else "gated"
         return replace(model, status=status, local_path=None, verified_at=None)
-    if path.exists():
+    if is_there(path):
         return replace(model, local_path=str(path))
 
     return replace(

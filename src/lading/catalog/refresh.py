@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -23,7 +24,7 @@ from lading.catalog.apply import apply
 from lading.catalog.provenance import newer
 from lading.catalog.rows import forget
 from lading.catalog.schema import FAMILIES, SOURCES, FamilyRow, SourceRow
-from lading.filesystem import FileStat
+from lading.filesystem import FileStat, is_there
 from lading.registered import registered
 from lading.settings import Settings
 from lading.version import __version__
@@ -43,9 +44,12 @@ _log = logging.getLogger("lading")
 
 def card_files(path: Path) -> Iterator[Path]:
     """The card files in a folder and the folders below it, by name; or ``path`` itself, if it is a file."""
-    if not path.is_dir():
-        if path.exists():
-            yield path
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # nothing is there, or it is not for us, as in a home that is another's
+        return
+    if not stat.S_ISDIR(mode):
+        yield path
         return
 
     for folder, folders, names in os.walk(path):
@@ -215,7 +219,7 @@ def _user_news(
         and uri not in present
         and (path := uri_path(uri)) is not None
         and not os.path.lexists(path)
-        and (path.parent.is_dir() or any(path.is_relative_to(known) for known in settings.card_paths))
+        and (is_there(path.parent) or any(path.is_relative_to(known) for known in settings.card_paths))
     )
 
     return changed, gone
@@ -225,7 +229,7 @@ def _take_user_files(connection: Connection, news: News) -> None:
     known = {row[0]: row[1] for row in connection.execute(select(SourceRow.uri, SourceRow.sha256))}
     parsed: list[CardFile] = []
 
-    for uri, stat in news.changed.items():
+    for uri, found in news.changed.items():
         path = uri_path(uri)
         assert path is not None
         try:
@@ -237,7 +241,7 @@ def _take_user_files(connection: Connection, news: News) -> None:
             connection.execute(
                 update(SourceRow)
                 .where(SourceRow.uri == uri)
-                .values(kind="user", size=stat.size, mtime_ns=stat.mtime_ns)
+                .values(kind="user", size=found.size, mtime_ns=found.mtime_ns)
             )
         else:
             parsed.append(_parse(uri, data, folder=path.parent))

@@ -16,6 +16,7 @@ from urllib.parse import quote
 from sqlalchemy import URL, exc, make_url
 
 from lading.errors import CatalogError, CatalogOutdatedError
+from lading.filesystem import expand_home
 
 SCHEMA_VERSION = 2
 """The version of the schema that this code works with: the number of the last migration."""
@@ -56,7 +57,7 @@ class Target:
         if url.database in (None, "", ":memory:"):
             return cls(url=url, path=None)
 
-        return cls(url=url, path=Path(str(url.database)).expanduser().absolute())
+        return cls(url=url, path=expand_home(str(url.database)).absolute())
 
     @property
     def is_sqlite(self) -> bool:

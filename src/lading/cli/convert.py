@@ -14,6 +14,7 @@ from lading.cli.complete import complete_model, complete_target
 from lading.cli.describe import dtype_text
 from lading.cli.names import name_or_path
 from lading.cli.output import counted, human_bytes, human_count, write_json, write_pairs
+from lading.filesystem import is_there
 
 if TYPE_CHECKING:
     from lading.export import ExportReport
@@ -111,7 +112,7 @@ def export(name: str, folder: Path, shard_size: int, dtype: str, no_progress: bo
 
     store = get_asset_store()
     if store.maybe_retrieve_card(name) is None:
-        if Path(name).exists():
+        if is_there(name):
             raise click.UsageError(f"{name!r} is a path, and no card has that name: `lading convert` takes paths.")
         raise unknown_model(name, store)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lading.errors import ModelNotKnownError
+from lading.filesystem import expand_home, is_there
 
 if TYPE_CHECKING:
     from lading.catalog.store import AssetStore
@@ -17,10 +18,10 @@ def name_or_path(target: str, store: AssetStore) -> str | Path:
     :raises ModelNotKnownError: it is neither.
     """
     if target.startswith((".", "~")):
-        return Path(target).expanduser()
+        return expand_home(target)
     if store.maybe_retrieve_card(target) is not None:
         return target
-    if "/" in target or Path(target).exists():
+    if "/" in target or is_there(target):
         return Path(target)
 
     raise unknown_model(target, store)

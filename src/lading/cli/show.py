@@ -27,6 +27,7 @@ from lading.cli.output import (
     write_rows,
 )
 from lading.errors import CheckpointNotFoundError
+from lading.filesystem import is_there
 from lading.overrides import layers_of, merge_layers
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def _as_object(found: _Found) -> dict[str, object]:
 
 
 def _existing(path: Path | None) -> Path | None:
-    return path if path is not None and path.exists() else None
+    return path if path is not None and is_there(path) else None
 
 
 def _verified_at(stored: StoredCheckpoint | None) -> str | None:

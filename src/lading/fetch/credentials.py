@@ -10,7 +10,8 @@ import base64
 import logging
 import netrc
 import os
-from pathlib import Path
+
+from lading.filesystem import expand_home
 
 _log = logging.getLogger("lading")
 
@@ -21,7 +22,7 @@ def authorization(host: str) -> str | None:
     A ``default`` in the file is for no one, as it would be for everyone.
     """
     named = os.environ.get("NETRC", "").strip()
-    path = Path(named).expanduser() if named else Path("~/.netrc").expanduser()
+    path = expand_home(named or "~/.netrc")
     try:
         entry = netrc.netrc(path).hosts.get(host)
     except (OSError, UnicodeDecodeError):

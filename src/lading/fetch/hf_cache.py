@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lading.fetch.hf_names import is_commit, is_file_name, is_repo_id, is_sha256
+from lading.filesystem import expand_home
 
 _PREFIX = "models--"
 _DEPTH = 16
@@ -56,12 +57,12 @@ def hub_cache() -> Path:
     """
     constants = sys.modules.get("huggingface_hub.constants")
     if constants is not None:
-        return Path(str(constants.HF_HUB_CACHE)).expanduser()
+        return expand_home(str(constants.HF_HUB_CACHE))
 
     env = os.environ
     found = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or f"{_home()}/hub"
 
-    return Path(os.path.expandvars(found)).expanduser()
+    return expand_home(os.path.expandvars(found))
 
 
 def _home() -> str:
@@ -75,7 +76,7 @@ def has_token() -> bool:
     env = os.environ
     if (env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN") or "").strip():
         return True
-    path = Path(os.path.expandvars(env.get("HF_TOKEN_PATH") or f"{_home()}/token")).expanduser()
+    path = expand_home(os.path.expandvars(env.get("HF_TOKEN_PATH") or f"{_home()}/token"))
 
     return path.is_file()
 
