@@ -16,7 +16,7 @@ from lading.cli.output import counted, human_bytes, printable, write_json
 @click.option("--no-progress", is_flag=True, help="Show no bar.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def repack(name: str, tp: int, no_progress: bool, as_json: bool) -> None:
-    """Write what ranks of tensor parallelism read by columns once more, cut beforehand.
+    """Cut beforehand what ranks read by columns.
 
     The file is a sidecar in lading's cache; the checkpoint stays as it is. Loads over gangs of this size use it, so
     that each rank reads no more than it keeps. `lading rm` removes both.
