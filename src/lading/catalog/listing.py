@@ -12,7 +12,7 @@ from itertools import islice, product
 from sqlalchemy import ColumnElement, Connection, SQLColumnExpression, and_, column, or_, select, table
 
 from lading.card import AssetCard, checkpoint_ref, uri_path
-from lading.catalog.entries import CHUNK
+from lading.catalog.entries import CHUNK, intact
 from lading.catalog.records import ModelSummary
 from lading.catalog.schema import CardRow
 from lading.catalog.search import found
@@ -140,12 +140,14 @@ def near_names(connection: Connection, name: str, *, models: bool) -> list[str]:
 
     # Case and signs are what is mistaken most often: Qwen3-0.6B for qwen3_0.6b.
     by_key: dict[str, list[str]] = {}
-    for other in known:
-        by_key.setdefault(_key(other), []).append(other)
+    with intact("a name"):
+        for other in known:
+            by_key.setdefault(_key(other), []).append(other)
     near = get_close_matches(_key(name), by_key, n=3, cutoff=0.6)
 
     return [other for key in near for other in by_key[key]][:3]
 
 
 def _key(name: str) -> str:
-    return name.casefold().translate(str.maketrans("- /", "___"))
+    # A damaged catalog may give bytes, which this refuses as what it is not made for.
+    return str.casefold(name).translate(str.maketrans("- /", "___"))
