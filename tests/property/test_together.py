@@ -87,11 +87,8 @@ def shapes_of(wanted: Wanted) -> list[tuple[tuple[int, ...], str]]:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
-    )
+    # How a cast turns one NaN into another depends on how many items are cast at once.
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
 
 
 @given(cases(), st.sampled_from([7, 64, 1000]), st.booleans())
