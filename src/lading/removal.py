@@ -197,7 +197,7 @@ def _plan(uri: str, entry: str, held: Sequence[HeldCheckpoint]) -> _Plan:
             hub.append(file)
         elif _is_made(copy.path, cache) and other is None:
             made.append(copy.path)
-        else:
+        elif os.path.lexists(copy.path):  # in a cache that was another one's, it may be gone
             kept.append(KeptFile(path=copy.path, reason=_reason(copy, other)))
 
     # The entry in the cache may know of files that the catalog does not: those of a fetch that did not end.

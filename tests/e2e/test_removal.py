@@ -185,6 +185,17 @@ def test_a_path_that_is_in_no_cache_is_never_removed(tmp_path: Path, hub: Path, 
     assert (folder / "model.safetensors").exists()
 
 
+def test_what_was_in_another_cache_that_is_gone(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_cards(tmp_path, tiny=HTTP)
+    monkeypatch.setenv("LADING_CACHE_DIR", str(tmp_path / "other"))
+    fetched_by_http(HTTP, made / "tiny" / "model.safetensors")
+    monkeypatch.delenv("LADING_CACHE_DIR")
+    shutil.rmtree(tmp_path / "other")
+
+    assert lading.remove_model("tiny").nothing
+    assert known(HTTP) == 0
+
+
 # --- the cache of Hugging Face's libraries ---------------------------------------------------------------------------
 
 
