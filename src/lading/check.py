@@ -131,7 +131,8 @@ def require_fit(report: CheckReport, *, path: Path | str, name: str) -> None:
         )
 
     if problems := report.problems:
-        shown = list(problems[:_MAX_LINES])
+        # The name of a tensor may hold line breaks, but a problem is a line.
+        shown = ["\\n".join(problem.splitlines()) for problem in problems[:_MAX_LINES]]
         if more := len(problems) - len(shown):
             shown.append(f"… and {more} more")
         raise ModelCheckpointMismatchError(

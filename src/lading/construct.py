@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from lading.box import Box
-from lading.errors import InternalError, NotSupportedError
+from lading.errors import InternalError, ModelConfigError, NotSupportedError
 from lading.family import Family
 from lading.gangs import Gangs
 from lading.keymap import Route
@@ -39,9 +39,16 @@ def check_config_type(config: Any, family: Family[Any, Any]) -> None:
 
 
 def build_on_meta(family: Family[Any, Any], config: Any) -> Module:
-    """The module without memory. Parameters are float32 on the meta device, whatever the defaults of this process."""
+    """The module without memory. Parameters are float32 on the meta device, whatever the defaults of this process.
+
+    :raises ModelConfigError: the values of ``config`` make no model together (also a ``ValueError``).
+    """
     with _default_dtype(torch.float32), no_collection(), torch.device("meta"):
-        built = family.build(config)
+        try:
+            built = family.build(config)
+        except ValueError as error:
+            # Cards and architectures state such values, so it is a mistake of theirs before it is one of the family's.
+            raise ModelConfigError(family.name, str(error)) from error
 
     if not isinstance(built, family.kls):
         raise InternalError(

@@ -10,7 +10,8 @@
     ├── NotSupportedError                             2  right question, but not one that lading answers
     ├── QueryError                                    2  SQL that the database does not understand
     ├── AssetCardError                                3  a card that is wrong, or of a family that is not registered
-    │   └── CardFileError                             3  files of cards; carries every problem found (`.problems`)
+    │   ├── CardFileError                             3  files of cards; carries every problem found (`.problems`)
+    │   └── ModelConfigError                          3  no model can be made of it; also a ValueError
     ├── ModelCheckpointError                          4
     │   ├── CheckpointNotFoundError                   2  also a FileNotFoundError
     │   ├── CorruptModelCheckpointError               4  the file breaks the rules of its format
@@ -153,6 +154,18 @@ class CardFileError(AssetCardError):
         head = problems[0] if count == 1 else f"{count} problems:\n  " + "\n  ".join(problems)
         super().__init__("", f"{head}\nNothing was imported.")
         self.problems = tuple(problems)
+
+
+class ModelConfigError(AssetCardError, ValueError):
+    """A configuration whose values are each of the right type, but of which together no model can be made."""
+
+    def __init__(self, family: str, problem: str) -> None:
+        super().__init__(
+            "",
+            f"No model of the {family} family can be made of this configuration: {problem}. Change it where it is "
+            "stated: in the `model_config` of the card, in its architecture, or in the argument of the call.",
+        )
+        self.family = family
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

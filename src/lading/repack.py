@@ -132,6 +132,7 @@ class _Model:
         config = model_config(card, family, store)
         checkpoint = card_checkpoint(card, store, progress=progress)
         config = completed(config, family, checkpoint, store=store)
+        targets = targets_of(build_on_meta(family, config), dtype=None)
         parallel_plan = family.parallel_plan(config)
         if parallel_plan.tensor is None:
             raise NotSupportedError(
@@ -141,7 +142,6 @@ class _Model:
         parallel_plan.check(tp)
 
         manifest = checkpoint.manifest
-        targets = targets_of(build_on_meta(family, config), dtype=None)
         routed = match(manifest, targets, family, config)
         require_fit(report_fit(manifest, targets, routed, family=family.name), path=checkpoint.where, name=card.name)
         tensors = sorted(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.nn import Module, Parameter
 
 from lading.check import CheckReport, check_manifest, require_fit
-from lading.errors import ModelCheckpointMismatchError, NotSupportedError
+from lading.errors import AssetCardError, ModelCheckpointMismatchError, ModelConfigError, NotSupportedError
 from lading.families.llama import LLaMAConfig
 from lading.families.qwen import FAMILY as QWEN
 from lading.families.qwen import QwenConfig
@@ -50,6 +50,22 @@ def manifest(tensors: Tensors) -> Manifest:
 
 def check(tensors: Tensors, config: QwenConfig = CONFIG) -> CheckReport:
     return check_manifest(manifest(tensors), QWEN, config)
+
+
+def test_a_configuration_that_makes_no_model_is_a_wrong_argument_and_a_wrong_card() -> None:
+    with pytest.raises(ModelConfigError, match=r"No model of the qwen family .*`num_attn_heads` must be") as caught:
+        check(tensors(), replace(CONFIG, num_attn_heads=3))
+
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, AssetCardError)
+
+
+def test_a_problem_is_a_line_whatever_names_hold() -> None:
+    report = check(tensors() | {"a\nb\u2028c": ("F32", (1,))})
+    with pytest.raises(ModelCheckpointMismatchError) as caught:
+        require_fit(report, path="x", name="x")
+
+    assert caught.value.message.splitlines()[1:] == ["  unexpected: a\\nb\\nc"]
 
 
 def test_one_that_fits() -> None:

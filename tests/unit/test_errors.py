@@ -18,6 +18,7 @@ INSTANCES = [
     errors.QueryError("m"),
     errors.AssetCardError("card", "m"),
     errors.CardFileError(["one", "two"]),
+    errors.ModelConfigError("qwen", "`num_layers` must be positive, but is -1"),
     errors.ModelCheckpointError(Path("/x"), "m"),
     errors.CheckpointNotFoundError(Path("/x"), "m"),
     errors.CorruptModelCheckpointError(Path("/x"), "m"),

@@ -326,6 +326,7 @@ def test_what_one_family_does_not_do(family: Family[Any, Any], file: dict[str, A
         ({"hidden_size": 0}, "hidden_size is expected to be a positive integer, but is 0"),
         ({"hidden_size": 1024.0}, "hidden_size is expected to be a positive integer, but is 1024.0"),
         ({"hidden_size": None}, "hidden_size is expected to be a positive integer, but is None"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is expected to be a number of layers, at most 10000"),
         ({"num_hidden_layers": True}, "num_hidden_layers is expected to be a positive integer, but is True"),
         ({"num_attention_heads": 7}, "multiple of `num_key_value_heads`"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is expected to be a finite number"),

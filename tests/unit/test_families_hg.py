@@ -177,6 +177,13 @@ def test_sizes_that_make_no_model(changes: dict[str, Any]) -> None:
         build_on_meta(FAMILY, config(GPT2 | changes))
 
 
+@pytest.mark.parametrize("changes", [{"n_layer": 10**9}, {"part": [{"encoder_layers": 10**9}]}])
+def test_more_layers_than_the_memory_holds(changes: dict[str, Any]) -> None:
+    """Modules cost memory also where their parameters have none."""
+    with pytest.raises(ModelCheckpointMismatchError, match="which is 1000000000, is more than the 10000 layers"):
+        build_on_meta(FAMILY, config(GPT2 | changes))
+
+
 def test_without_transformers(tmp_path: Path) -> None:
     """In a process where it cannot be imported, all else works, and the error says what to install."""
     (tmp_path / "config.json").write_text(json.dumps(GPT2))

@@ -228,7 +228,7 @@ def _from_hf(values: Mapping[str, object]) -> BertConfig:
         vocab_size=keys.count("vocab_size", 30_522),
         type_vocab_size=keys.count("type_vocab_size", 2),
         pad_idx=keys.index("pad_token_id", 0),
-        num_layers=keys.count("num_hidden_layers", 12),
+        num_layers=keys.layers("num_hidden_layers", 12),
         num_attn_heads=keys.count("num_attention_heads", 12),
         ffn_inner_dim=keys.count("intermediate_size", 3072),
         ffn_activation=cast(Literal["gelu", "gelu_tanh"], keys.choice("hidden_act", "gelu", _ACTIVATIONS)),

@@ -156,7 +156,7 @@ def _from_hf(values: Mapping[str, object]) -> Gemma3Config:
     keys.require("final_logit_softcapping", None)
     keys.require("attn_logit_softcapping", None)
     keys.choice("hidden_activation", "gelu_pytorch_tanh", {"gelu_pytorch_tanh": "gelu_tanh"})
-    num_layers = keys.count("num_hidden_layers", 26)
+    num_layers = keys.layers("num_hidden_layers", 26)
     theta, scaling, local_theta = read_rope_of_layers(
         keys,
         theta=1_000_000.0,

@@ -27,6 +27,7 @@ from lading.families.hg_parallel import plan_of
 from lading.family import Family
 from lading.hub import ModelHubAccessor
 from lading.keymap import Rule
+from lading.nn.checks import MAX_LAYERS
 from lading.nn.sharding import ParallelPlan
 from lading.overrides import merge
 
@@ -173,11 +174,25 @@ def _hf_config(config: HuggingFaceModelConfig) -> PretrainedConfig:
     model_type = config.hf_config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         _refuse(config, f"the model type {model_type!r}")
+    if (deep := _too_deep(config.hf_config)) is not None:
+        raise _mismatch(f"{deep} is more than the {MAX_LAYERS} layers that any model has")
 
     try:
         return CONFIG_MAPPING[model_type].from_dict(_without_orders(config.hf_config))
     except Exception as error:  # whatever a field of a wrong type leads to there
         raise _mismatch(f"transformers cannot read it: {error}") from error
+
+
+def _too_deep(value: Any) -> str | None:
+    """The first key, with its value, that asks for more layers than modules can be made of."""
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if isinstance(item, int) and str(key).endswith(("layer", "layers")) and item > MAX_LAYERS:
+            return f"`{key}`, which is {item},"
+        if (found := _too_deep(item)) is not None:
+            return found
+
+    return None
 
 
 def _without_orders(value: Any) -> Any:

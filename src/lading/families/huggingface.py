@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, NoReturn, TypeVar, cast, get_args
 
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError
 from lading.keymap import Rule
+from lading.nn.checks import MAX_LAYERS, require_layers
 
 ConfigT = TypeVar("ConfigT")
 
@@ -61,6 +62,13 @@ class ConfigReader:
         value = self._values.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             self.mismatch(key, "a positive integer")
+
+        return value
+
+    def layers(self, key: str, default: int) -> int:
+        """A number of layers, of which modules can be made."""
+        if (value := self.count(key, default)) > MAX_LAYERS:
+            self.mismatch(key, f"a number of layers, at most {MAX_LAYERS}")
 
         return value
 
@@ -300,7 +308,12 @@ def read_layer_types(reader: ConfigReader, num_layers: int, *, every: int) -> li
 
 
 def default_layer_types(num_layers: int, *, every: int) -> list[LayerType]:
-    """A window in all layers but one of ``every``, the last of them."""
+    """A window in all layers but one of ``every``, the last of them.
+
+    :raises ValueError: there are more layers than modules can be made of.
+    """
+    require_layers(num_layers)
+
     return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(num_layers)]
 
 

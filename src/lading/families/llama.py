@@ -177,7 +177,7 @@ def _from_hf(values: Mapping[str, object]) -> LLaMAConfig:
         vocab_size=keys.count("vocab_size", 32_000),
         pad_idx=keys.index("pad_token_id", None),
         tied_embeddings=keys.flag("tie_word_embeddings", False),
-        num_layers=keys.count("num_hidden_layers", 32),
+        num_layers=keys.layers("num_hidden_layers", 32),
         num_attn_heads=num_attn_heads,
         num_key_value_heads=keys.maybe_count("num_key_value_heads", None) or num_attn_heads,
         head_dim=keys.maybe_count("head_dim", None),

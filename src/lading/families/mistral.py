@@ -107,7 +107,7 @@ def _from_hf(values: Mapping[str, object]) -> MistralConfig:
         pad_idx=keys.index("pad_token_id", None),
         tied_embeddings=keys.flag("tie_word_embeddings", False),
         attn_window_len=keys.maybe_count("sliding_window", 4096),
-        num_layers=keys.count("num_hidden_layers", 32),
+        num_layers=keys.layers("num_hidden_layers", 32),
         num_attn_heads=num_attn_heads,
         num_key_value_heads=keys.maybe_count("num_key_value_heads", 8) or num_attn_heads,
         head_dim=keys.maybe_count("head_dim", None),

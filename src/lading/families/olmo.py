@@ -198,7 +198,7 @@ def _scaling(config: YaRNScaleConfig) -> YaRNScaling:
 def _from_hf(values: Mapping[str, object]) -> OLMOConfig:
     keys = read_decoder_config(values, "olmo")
     keys.require("attention_bias", False)
-    model_dim, num_layers = keys.count("hidden_size", 4096), keys.count("num_hidden_layers", 32)
+    model_dim, num_layers = keys.count("hidden_size", 4096), keys.layers("num_hidden_layers", 32)
     num_attn_heads = keys.count("num_attention_heads", 32)
     keys.require("head_dim", model_dim // num_attn_heads)
 

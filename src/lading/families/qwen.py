@@ -117,7 +117,7 @@ def _from_hf(values: Mapping[str, object]) -> QwenConfig:
     keys = read_decoder_config(values, "qwen")
     rope_theta, _ = read_rope(keys)
     num_attn_heads = keys.count("num_attention_heads", 32)
-    num_layers = keys.count("num_hidden_layers", 32)
+    num_layers = keys.layers("num_hidden_layers", 32)
     window, num_full = _windows(keys, num_layers)
 
     if third := values.get("model_type") == "qwen3":

@@ -296,7 +296,7 @@ def encoder_from_hf(keys: ConfigReader) -> Wav2Vec2EncoderConfig:
         feature_grad_scale=1.0,
         pos_conv_kernel_size=keys.count("num_conv_pos_embeddings", 128),
         num_pos_conv_groups=keys.count("num_conv_pos_embedding_groups", 16),
-        num_encoder_layers=keys.count("num_hidden_layers", 12),
+        num_encoder_layers=keys.layers("num_hidden_layers", 12),
         num_encoder_attn_heads=keys.count("num_attention_heads", 12),
         ffn_inner_dim=keys.count("intermediate_size", 3072),
         dropout_p=keys.number("hidden_dropout", 0.1),

@@ -16,6 +16,16 @@ def require_positive(spec: Any, *names: str) -> None:
             raise ValueError(f"`{name}` must be positive, but is {value}")
 
 
+MAX_LAYERS = 10_000
+"""More than any model has, and few enough to make modules of."""
+
+
+def require_layers(num_layers: int) -> None:
+    """:raises ValueError: no layers, or so many that modules for them would take all of the memory."""
+    if not 0 < num_layers <= MAX_LAYERS:
+        raise ValueError(f"`num_layers` must be from 1 to {MAX_LAYERS}, but is {num_layers}")
+
+
 def require_multiple(spec: Any, name: str, *divisors: str) -> None:
     """:raises ValueError: the field ``name`` is not a multiple of one of the other fields."""
     for divisor in divisors:

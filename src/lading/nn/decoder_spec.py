@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lading.nn.checks import require_dropout, require_multiple, require_positive, require_symbol
+from lading.nn.checks import require_dropout, require_layers, require_multiple, require_positive, require_symbol
 from lading.nn.norm import RMSNorm
 from lading.nn.rope import Scaling
 
@@ -65,12 +65,12 @@ class DecoderSpec:
     """Of the embeddings and of the outputs of attention and feed-forward blocks."""
 
     def __post_init__(self) -> None:
+        require_layers(self.num_layers)
         require_positive(
             self,
             "model_dim",
             "vocab_size",
             "max_seq_len",
-            "num_layers",
             "num_attn_heads",
             "num_key_value_heads",
             "attn_head_dim",

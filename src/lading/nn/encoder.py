@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu
 
 from lading.nn.attention import AttentionMask, attend, split_heads
-from lading.nn.checks import require_dropout, require_multiple, require_positive, require_symbol
+from lading.nn.checks import require_dropout, require_layers, require_multiple, require_positive, require_symbol
 from lading.nn.sharding import ParallelPlan, Split
 from lading.nn.uninitialized import Embedding, LayerNorm, Linear
 
@@ -41,13 +41,13 @@ class EncoderSpec:
     """Of the attention weights."""
 
     def __post_init__(self) -> None:
+        require_layers(self.num_layers)
         require_positive(
             self,
             "model_dim",
             "max_seq_len",
             "vocab_size",
             "type_vocab_size",
-            "num_layers",
             "num_attn_heads",
             "ffn_inner_dim",
             "norm_eps",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv1d, dropout, gelu
 
 from lading.nn.attention import AttentionMask, attend, split_heads
-from lading.nn.checks import require_dropout, require_multiple, require_positive
+from lading.nn.checks import require_dropout, require_layers, require_multiple, require_positive
 from lading.nn.uninitialized import LayerNorm, Linear
 
 
@@ -58,13 +58,13 @@ class SpeechSpec:
     """Whether the model has an embedding to put in place of masked frames."""
 
     def __post_init__(self) -> None:
+        require_layers(self.num_layers)
         require_positive(
             self,
             "model_dim",
             "feature_dim",
             "pos_conv_kernel_size",
             "num_pos_conv_groups",
-            "num_layers",
             "num_attn_heads",
             "ffn_inner_dim",
             "norm_eps",
