@@ -149,6 +149,14 @@ def test_unusual_and_legal(tmp_path: Path, header: str) -> None:
         assert manifest.metadata == (f.metadata() or {})
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 5\n")
+
+    with pytest.raises(CorruptModelCheckpointError, match=r"pointer of Git LFS.*`git lfs pull`"):
+        formats.index(tmp_path)
+
+
 def test_scalar(tmp_path: Path) -> None:
     save_file({"scalar": torch.tensor(1.5)}, tmp_path / "x.safetensors")
 

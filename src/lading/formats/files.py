@@ -41,6 +41,24 @@ def corrupt(
     return CorruptModelCheckpointError(label, f"{label}:{part} expected {expected}, found {found}. {hint}")
 
 
+LFS_POINTER = b"version "
+"""What a pointer of Git LFS begins with: the file that a clone holds in the place of a large one.
+
+Source: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+"""
+
+
+def stands_for_another(label: str) -> CorruptModelCheckpointError:
+    """The error for a pointer of Git LFS."""
+    return corrupt(
+        label,
+        "",
+        expected="the checkpoint's own bytes",
+        found="a pointer of Git LFS, which stands for them",
+        hint="`git lfs pull` in the clone brings them.",
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class File:
     """A file of a checkpoint that can be read, wherever it is."""

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lading.formats.files import File, corrupt, open_file
+from lading.formats.files import LFS_POINTER, File, corrupt, open_file, stands_for_another
 from lading.formats.strict_json import StrictJson
 from lading.manifest import BITS, Manifest, Shard
 
@@ -128,6 +128,9 @@ def header_length(prefix: bytes, *, file_size: int, label: str) -> int:
         raise corrupt(
             label, "header length", expected=f"{PREFIX_SIZE} bytes", found=f"a file of {min(len(prefix), file_size)}"
         )
+
+    if prefix.startswith(LFS_POINTER):
+        raise stands_for_another(label)
 
     length = int.from_bytes(prefix[:PREFIX_SIZE], "little")
     limit = min(MAX_HEADER_SIZE, file_size - PREFIX_SIZE)

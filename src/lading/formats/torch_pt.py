@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lading.errors import CorruptModelCheckpointError, NotSupportedError, PolicyError
-from lading.formats.files import corrupt, open_regular
+from lading.formats.files import LFS_POINTER, corrupt, open_regular, stands_for_another
 from lading.formats.pickle_reader import MAX_PICKLE_SIZE, Pickle, read_pickle
 from lading.formats.pickle_values import ITEM_SIZES, Inert, Storage, StoredTensor, describe
 from lading.formats.safetensors import MAX_NAME_SIZE, Header, Part, join
@@ -124,6 +124,8 @@ def place_tensors(file: BinaryIO, *, base: int, size: int, label: str, restrict:
         value, storages = _read_zip(file, base, size, label, restrict)
     elif head[:1] == b"\x80":
         value, storages = _read_legacy(file, base, size, label, restrict)
+    elif head == LFS_POINTER[:4]:
+        raise stands_for_another(label)
     else:
         raise corrupt(label, "", expected="a file that `torch.save` wrote", found=f"{head!r} as its first bytes")
 
