@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sqlite3
 
 import pytest
@@ -63,6 +64,7 @@ class TestList:
     def test_a_limit(self, cli):
         assert len(rows(cli("list", "--limit", "3", "--json"))) == 3
         assert rows(cli("list", "--limit", "0", "--json")) == []
+        assert len(rows(cli("list", "--limit", str(10**30), "--json"))) > 10
 
     def test_base_cards_are_models_only_with_all(self, cli, cards):
         assert "tiny_tokenizer" not in cli("list", "-q").stdout.split()
@@ -284,6 +286,7 @@ class TestSql:
         assert len(result.stdout.splitlines()) == 2
         assert "more rows than these 2" in result.stderr
         assert cli("sql", "select 1", "--limit", "2").stderr == ""
+        assert cli("sql", "select 1", "--limit", str(10**30)).stderr == ""
 
     @pytest.mark.parametrize(
         "query", ["drop table cards", "attach '/tmp/x' as x", "vacuum into '/tmp/x'", "pragma journal_mode = delete"]
@@ -457,6 +460,8 @@ class TestDb:
 
     def test_downgrade_to_nowhere(self, cli):
         cli("db", "downgrade", "--to", "77", code=6)
+        cli("db", "downgrade", "--to", "-1", code=6)
+        assert cli("db", "check").stdout == "ok\n"
         cli("db", "downgrade", code=2)
 
     def test_backup(self, cli, catalog, tmp_path):
@@ -474,14 +479,23 @@ class TestDb:
 
 
 @pytest.mark.parametrize(
-    "words", [("lst",), ("list", "--jsn"), ("db", "chek"), ("show",), ("list", "a", "b"), ("--nope",)]
+    "words",
+    [
+        ("lst",),
+        ("list", "--jsn"),
+        ("db", "chek"),
+        ("show",),
+        ("show", "qwen3_0.6b", "--tensors", "--shards"),
+        ("list", "a", "b"),
+        ("--nope",),
+    ],
 )
 def test_usage(cli, words):
     result = cli(*words, code=2)
     assert result.stdout == ""
     assert result.stderr.startswith("lading: error: ")
     assert result.stderr.count("\n") == 1
-    assert "--help`" in result.stderr
+    assert re.search(r"[.?)] `lading.* --help` says more\.$", result.stderr)
 
 
 def test_commands_are_suggested(cli):

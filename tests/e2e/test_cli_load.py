@@ -139,6 +139,24 @@ class TestLoad:
         assert "bad.yaml[0].model_config.num_layer: " in result.stderr
         assert "bad.yaml[0].model_config.vocab_size: " in result.stderr
 
+    @pytest.mark.parametrize(
+        ("overrides", "words"),
+        [
+            ("dropout_p: 2.0", "`dropout_p` must be in [0, 1), but is 2.0"),
+            ("num_attn_heads: 3", "`num_attn_heads` must be a multiple of `num_key_value_heads`"),
+            ("num_layers: -1", "`num_layers` must be from 1 to 10000, but is -1"),
+            ("num_layers: 1000000000", "`num_layers` must be from 1 to 10000, but is 1000000000"),
+        ],
+    )
+    def test_overrides_that_make_no_model(self, cli, cards, tmp_path, overrides, words):
+        bad = tmp_path / "bad.yaml"
+        bad.write_text(f"name: bad\nbase: tiny\nmodel_config: {{{overrides}}}\n")
+        cli("import", bad)
+        for command in (("load",), ("check",), ("plan",), ("repack", "--tp", "2")):
+            result = cli(*command, "bad", code=3)
+            assert words in result.stderr
+            assert result.stderr.count("\n") == 1
+
     def test_a_checkpoint_that_does_not_fit_lists_what_is_wrong(self, cli, cards, tmp_path):
         wide = tmp_path / "wide.yaml"
         wide.write_text("name: wide\nbase: tiny\nmodel_config: {num_layers: 3, vocab_size: 101}\n")
@@ -152,4 +170,11 @@ class TestLoad:
 @pytest.mark.parametrize("target", ["~no-such-user/x", "x" * 300, "no/such\x01folder"])
 def test_names_that_no_file_system_has(cli, home, target):
     result = cli("load", target, code=2)
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["load", "check", "plan"])
+def test_a_uri_is_what_a_card_states(cli, home, command):
+    result = cli(command, "hg://somebody/tiny", code=2)
+    assert "found the URI 'hg://somebody/tiny'. State it as the `checkpoint` of a card" in result.stderr
     assert len(result.stderr.splitlines()) == 1

@@ -212,6 +212,14 @@ def test_a_folder_is_no_catalog(tmp_path: Path) -> None:
         Database.open(settings_in(tmp_path))
 
 
+@pytest.mark.parametrize("path", ["file/catalog.sqlite", "file/folder/catalog.sqlite"])
+def test_a_file_where_the_folder_should_be(tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").write_text("")
+    settings = settings_in(tmp_path, database_url=f"sqlite:///{tmp_path / path}")
+    with pytest.raises(CatalogError, match=r"cannot be a folder .*LADING_DATABASE_URL"):
+        Database.open(settings)
+
+
 def test_a_pipe_is_no_catalog(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "catalog.sqlite")
     with pytest.raises(CatalogError, match="expected to be a file"):

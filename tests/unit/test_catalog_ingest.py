@@ -305,6 +305,7 @@ def test_a_cycle_of_bases(database: Database, text: str, words: str) -> None:
     with pytest.raises(CardFileError, match=words):
         import_files(database, [card_file(text)])
     report = import_files(database, [card_file(text + "---\nname: fine\n")], keep_going=True)
+    assert len(set(report.problems)) == text.count("base:")
     assert report.added == ("fine",)
 
 

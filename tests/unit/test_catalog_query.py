@@ -171,7 +171,7 @@ def test_a_query_in_memory(tmp_path: Path, database: Database) -> None:
         ("SELECT * FROM nix", "no such table: nix"),
         ("SELEC 1", 'near "SELEC": syntax error'),
         ("SELECT", "incomplete input|syntax error"),
-        ("SELECT :name", "binding parameter :name|Binding 1"),
+        ("SELECT :name", "`-p name VALUE`|inding 1"),
         ("SELECT ?", "has no name|binding"),
         ("SELECT nix()", "no such function: nix"),
         ("SELECT upper()", "wrong number of arguments"),

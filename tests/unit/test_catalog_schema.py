@@ -259,12 +259,13 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
     assert raw(tmp_path / "catalog.sqlite", "PRAGMA user_version") == [(HEAD,)]
 
 
-@pytest.mark.parametrize("to", ["99", "0099", "nonsense"])
+@pytest.mark.parametrize("to", ["99", "0099", "nonsense", "-1", "base", ""])
 def test_downgrade_to_no_version(tmp_path: Path, to: str) -> None:
     Database.open(settings_in(tmp_path))
     with pytest.raises(CatalogError, match="cannot be brought to version"):
         lifecycle.downgrade(settings_in(tmp_path), to)
     assert lifecycle.check(settings_in(tmp_path)) == []
+    assert len(list(tmp_path.glob("*.sqlite"))) == 1  # a backup is made only of what is about to change
 
 
 def test_downgrade_of_nothing(tmp_path: Path) -> None:

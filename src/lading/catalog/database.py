@@ -31,6 +31,7 @@ __all__ = ["Database", "UpgradeReport", "backup", "check", "downgrade", "upgrade
 _log = logging.getLogger("lading")
 
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 
 
 class Database:
@@ -80,7 +81,10 @@ class Database:
         if target.path is None:
             return cls._open_elsewhere(target, settings, create=create)
 
-        found = peek(target.path)
+        try:
+            found = peek(target.path)
+        except NotADirectoryError as error:
+            raise _nowhere(target, error) from error
         if found is Found.FOREIGN:
             raise foreign(target)
         if found is Found.NOTHING:
@@ -89,6 +93,8 @@ class Database:
             try:
                 return cls._create(target, settings)
             except OSError as error:
+                if error.errno in _NO_FOLDER:
+                    raise _nowhere(target, error) from error
                 if error.errno not in _CANNOT_WRITE:
                     raise
                 _log.warning(
@@ -208,3 +214,11 @@ class Database:
         except (CatalogError, OSError) as error:
             # What is there already can be used all the same.
             _log.warning("The catalog %s could not be brought up to date: %s", self._target, error)
+
+
+def _nowhere(target: Target, error: OSError) -> CatalogError:
+    assert target.path is not None
+    return CatalogError(
+        f"The catalog is expected to be a file at {target}, but {target.path.parent} cannot be a folder "
+        f"({error.strerror}). Set LADING_DATABASE_URL to another place."
+    )

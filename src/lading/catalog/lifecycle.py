@@ -128,12 +128,17 @@ def downgrade(settings: Settings, to: str) -> Path | None:
     :raises CatalogError: there is no catalog or no such version, or the file is damaged.
     """
     target = Target.from_url(settings.database_url)
-    if not _version(target):
+    before = _version(target)
+    if not before:
         raise CatalogError(f"There is no catalog at {target} that could be downgraded.")
+    # Alembic takes other words, too: -1 for the version before.
+    if not to.isdecimal() or int(to) > before:
+        raise CatalogError(
+            f"The schema cannot be brought to version {to!r}: expected a number from 0 to {before}, its own."
+        )
 
     copy = backup(settings, None) if target.path is not None else None
-    number = int(to) if to.isdecimal() else None
-    _move(target, "base" if number == 0 else to if number is None else f"{number:04d}", down=True)
+    _move(target, f"{int(to):04d}" if int(to) else "base", down=True)
 
     return copy
 

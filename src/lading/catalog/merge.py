@@ -225,8 +225,12 @@ def climb(noun: str, claims: Mapping[str, Claim], base_of: Callable[[str], str |
         if at in path:
             names = list(path)
             cycle = names[names.index(at) :]
-            why = f"{claim.entry.source}: the bases of the {noun} {start!r} form a cycle: {' → '.join([*cycle, at])}"
-            refused.update((claims[name].key, why) for name in cycle if name in claims)
+            for i, name in enumerate(cycle):
+                if name in claims:
+                    around = " → ".join([*cycle[i:], *cycle[:i], name])
+                    refused[claims[name].key] = (
+                        f"{claims[name].entry.source}: the bases of the {noun} {name!r} form a cycle: {around}"
+                    )
 
         depth = depths.get(at, 0)
         for name in reversed(path):

@@ -29,6 +29,11 @@ MAX_VALUE_BYTES = 200_000
 MAX_EXPANSION = 10_000
 """Copies that the compiler may make of common table expressions; each that names another one twice doubles them."""
 
+_LACKING = re.compile(r"did not supply a value for binding(?: parameter)? :(\w+)")
+
+_MOST_ROWS = 2**31 - 2
+"""That a cursor can be asked for, and one more to know whether there are others."""
+
 _STEPS = 100
 """Steps of SQLite's program between two looks at the clock."""
 
@@ -106,6 +111,8 @@ def query(
     if limit is not None and limit < 0:
         raise ValueError(f"limit must not be negative, but is {limit}")
 
+    if limit is not None:
+        limit = min(limit, _MOST_ROWS)
     ask = _ask_sqlite if database.target.is_sqlite else _ask_server
 
     return ask(database, sql, dict(parameters or {}), deadline_s, limit)
@@ -159,7 +166,13 @@ def _ask_sqlite(
                 ) from error
             if code not in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_RANGE):
                 raise sqlite_failure(error, database.target) from error  # type: ignore[arg-type]
-            raise QueryError(f"{error}. `docs/sql.md` describes the tables and views.") from error
+            if (lacking := _LACKING.search(str(error))) is not None:
+                name = lacking[1]
+                raise QueryError(
+                    f"The query has a parameter {name!r} without a value. Give it one: `-p {name} VALUE`, or in Python "
+                    f"{{{name!r}: value}}."
+                ) from error
+            raise QueryError(f"{str(error).rstrip('.')}. `docs/sql.md` describes the tables and views.") from error
 
     truncated = limit is not None and len(rows) > limit
 

@@ -65,8 +65,10 @@ def _judge(error: BaseException) -> tuple[int, str]:
 
 def _usage(error: click.UsageError) -> str:
     hint = f" `{error.ctx.command_path} --help` says more." if error.ctx is not None else ""
-    # Click breaks some messages over lines.
-    return printable(" ".join(error.format_message().split())) + hint
+    # Click breaks some messages over lines, and ends some without a full stop.
+    message = printable(" ".join(error.format_message().split()))
+
+    return message + ("" if message.endswith((".", "?", "!", "?)")) else ".") + hint
 
 
 def _line(message: str) -> str:

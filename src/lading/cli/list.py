@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from lading.cli.command import command
@@ -53,6 +55,7 @@ def list_models(
     from lading.catalog.store import ModelSummary, get_asset_store
 
     store = get_asset_store()
+    limit = None if limit is None else min(limit, sys.maxsize)
     models = store.models(pattern, include_all=include_all, family=family, status=status, search=search, limit=limit)
 
     if not models:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lading.errors import ModelNotKnownError
+from lading.errors import ModelNotKnownError, NotSupportedError
 from lading.filesystem import expand_home, is_there
 
 if TYPE_CHECKING:
@@ -16,9 +16,15 @@ def name_or_path(target: str, store: AssetStore) -> str | Path:
     """The name of a card where one has it; else a path, if it looks like one or if something is there.
 
     :raises ModelNotKnownError: it is neither.
+    :raises NotSupportedError: it is a URI, which only the card of a model can state.
     """
     if target.startswith((".", "~")):
         return expand_home(target)
+    if "://" in target:
+        raise NotSupportedError(
+            f"Expected the name of a model or a path, found the URI {target!r}. State it as the "
+            "`checkpoint` of a card, and give the card's name."
+        )
     if store.maybe_retrieve_card(target) is not None:
         return target
     if "/" in target or is_there(target):

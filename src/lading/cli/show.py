@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 @command("show")
 @click.argument("name", shell_complete=complete_model)
-@click.option("--tensors", "part", flag_value="tensors", help="List the tensors of its checkpoint.")
-@click.option("--shards", "part", flag_value="shards", help="List the files of its checkpoint.")
+@click.option("--tensors", is_flag=True, help="List the tensors of its checkpoint.")
+@click.option("--shards", is_flag=True, help="List the files of its checkpoint.")
 @listing_options
-def show(name: str, part: str | None, form: Form) -> None:
+def show(name: str, tensors: bool, shards: bool, form: Form) -> None:
     """Show a model's card, configuration and checkpoint.
 
     NAME may be that of an overlay (NAME@user), or end in @ for the card without any. With --csv and -q only the fields
@@ -47,13 +47,16 @@ def show(name: str, part: str | None, form: Form) -> None:
 
     For example: lading show qwen3_0.6b
     """
+    if tensors and shards:
+        raise click.UsageError("Only one of --tensors and --shards can be given.", click.get_current_context())
+
     from lading.catalog.store import get_asset_store
 
     found = _look_up(name, get_asset_store())
 
-    if part == "tensors":
+    if tensors:
         _write_tensors(found, form)
-    elif part == "shards":
+    elif shards:
         _write_shards(found, form)
     elif form is Form.JSON:
         write_json(_as_object(found))
