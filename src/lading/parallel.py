@@ -1,6 +1,7 @@
 """A family's plan, applied: a module without memory becomes the part of it that this rank owns.
 
-Tensor parallelism is torch's :func:`~torch.distributed.tensor.parallel.parallelize_module`, fully sharded data
+Tensor parallelism is torch's :func:`~torch.distributed.tensor.parallel.parallelize_module` with styles of our own
+(:mod:`lading.split_style`), fully sharded data
 parallelism its :func:`~torch.distributed.fsdp.fully_shard`, and a stage of a pipeline fits
 :class:`~torch.distributed.pipelining.PipelineStage`. Replicas of what is not sharded are plain copies.
 """
@@ -12,12 +13,10 @@ from collections.abc import Container, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from torch import Tensor
-from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import Module, Parameter
 
@@ -26,10 +25,25 @@ from lading.family import Family
 from lading.gangs import Gang, Gangs
 from lading.nn.sharding import ParallelPlan, Split, matches
 from lading.pipeline import cut, tied_names
+from lading.split_style import SharedHeads, SplitStyle
 
 log = logging.getLogger("lading")
 
 _REPLICATED: Placement = Replicate()
+
+_LAYOUTS: Mapping[Split, tuple[Placement, Placement]] = {
+    Split.COLUMN: (_REPLICATED, Shard(-1)),
+    Split.ROW: (Shard(-1), _REPLICATED),
+    Split.KEY_VALUE: (_REPLICATED, Shard(-1)),
+    Split.VOCABULARY: (_REPLICATED, _REPLICATED),
+    Split.LOGITS: (_REPLICATED, _REPLICATED),
+    Split.HEADS: (Shard(2), Shard(2)),
+    Split.REPLICATED: (_REPLICATED, _REPLICATED),
+}
+"""How inputs and outputs of a module lie on the ranks."""
+
+_OWN_UNITS = (Split.LOGITS, Split.HEADS, Split.REPLICATED)
+"""What FSDP may gather by itself; it warns of each such module that returns a view."""
 
 
 def parallelize(module: Module, family: Family[Any, Any], config: Any, gangs: Gangs) -> None:
@@ -113,12 +127,13 @@ def _log_ignored(family: str, axis: str) -> None:
 
 def _split(module: Module, plan: ParallelPlan, mesh: DeviceMesh) -> None:
     ties = tied_names(module)
-    styles: dict[Split, ParallelStyle] = {}
+    styles: dict[Split, SplitStyle] = {}
     for name, part in module.named_modules():
         split = plan.split_of(name)
         if split is not None:
-            style = styles.setdefault(split, _style(split, plan, mesh.size()))
-            parallelize_module(part, mesh, style)  # by itself: of names, torch compares each with all modules
+            if split not in styles:
+                styles[split] = _style(split, plan, mesh.size())
+            parallelize_module(part, mesh, styles[split])  # by itself: of names, torch compares each with all modules
 
     for first, *others in ties:
         for name in others:
@@ -135,23 +150,14 @@ def _set_parameter(module: Module, name: str, parameter: Parameter) -> None:
     setattr(module.get_submodule(owner), leaf, parameter)
 
 
-def _style(split: Split, plan: ParallelPlan, tp: int) -> ParallelStyle:
-    match split:
-        case Split.COLUMN:
-            return ColwiseParallel()
-        case Split.ROW:
-            return RowwiseParallel()
-        case Split.KEY_VALUE:
-            heads = plan.num_key_value_heads
-            return ColwiseParallel() if tp <= heads else _SharedHeads(heads)
-        case Split.VOCABULARY:
-            return RowwiseParallel(input_layouts=Replicate())
-        case Split.LOGITS:
-            return _Logits(output_layouts=Replicate(), use_local_output=False)
-        case Split.HEADS:
-            return _SameParameters(Shard(2))
-        case Split.REPLICATED:
-            return _SameParameters(Replicate())
+def _style(split: Split, plan: ParallelPlan, tp: int) -> SplitStyle:
+    def placement(leaf: str) -> Placement:
+        return _placement(split, leaf, plan, tp)
+
+    if split is Split.KEY_VALUE and tp > plan.num_key_value_heads:
+        return SharedHeads(placement, plan.num_key_value_heads)
+
+    return SplitStyle(placement, *_LAYOUTS[split], as_view=split not in _OWN_UNITS)
 
 
 def _placement(split: Split, leaf: str, plan: ParallelPlan, tp: int) -> Placement:
@@ -165,70 +171,3 @@ def _placement(split: Split, leaf: str, plan: ParallelPlan, tp: int) -> Placemen
             return Shard(0)
         case Split.HEADS | Split.REPLICATED:
             return _REPLICATED
-
-
-class _Local(Function):
-    """The part of a ``DTensor`` that this rank holds.
-
-    ``to_local`` gives a view, and FSDP warns of each module of its own that returns one.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tensor: DTensor) -> Tensor:
-        ctx.placed = tensor.device_mesh, tensor.placements
-
-        return tensor.to_local()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> DTensor:
-        return DTensor.from_local(gradients[0], *ctx.placed, run_check=False)
-
-
-class _Logits(ColwiseParallel):
-    """All ranks get all outputs of a linear whose weight is split by them."""
-
-    def _apply(self, module: Module, device_mesh: DeviceMesh) -> Module:
-        applied: Module = super()._apply(module, device_mesh)
-        applied.register_forward_hook(lambda _, inputs, output: _Local.apply(output))  # type: ignore[no-untyped-call]
-
-        return applied
-
-
-class _SameParameters(ParallelStyle):
-    """All ranks hold the same parameters.
-
-    :param layout: how inputs, and outputs with them, lie on the ranks.
-    """
-
-    def __init__(self, layout: Placement) -> None:
-        super().__init__()
-        self._layout = layout
-
-    def _apply(self, module: Module, device_mesh: DeviceMesh) -> Module:
-        return distribute_module(module, device_mesh, None, self._enter, self._leave)
-
-    def _enter(self, module: Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> Any:
-        return tuple(DTensor.from_local(x, mesh, (self._layout,), run_check=False) for x in inputs)
-
-    def _leave(self, module: Module, output: Any, mesh: DeviceMesh) -> Any:
-        if not isinstance(output, DTensor):
-            raise InternalError(f"{type(module).__name__} cannot be replicated: its output is not of its inputs")
-
-        return _Local.apply(output.redistribute(placements=(self._layout,)))  # type: ignore[no-untyped-call]
-
-
-class _SharedHeads(_SameParameters):
-    """All ranks hold all heads of a projection, and each goes on with the one that its queries attend to.
-
-    :param heads: of the projection, fewer than ranks.
-    """
-
-    def __init__(self, heads: int) -> None:
-        super().__init__(Replicate())
-        self._heads = heads
-
-    def _leave(self, module: Module, output: Any, mesh: DeviceMesh) -> Tensor:
-        # Each rank's gradient is of one head only; that of the parameters is the sum over all ranks.
-        features: Tensor = output.to_local(grad_placements=(Partial(),))
-
-        return features.tensor_split(self._heads, -1)[mesh.get_local_rank() * self._heads // mesh.size()]

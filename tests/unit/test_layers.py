@@ -19,7 +19,7 @@ LAYERS = [
     {"overrides", "config", "keymap", "catalog", "formats", "fetch", "nn"},
     {"transfer"},
     {"family"},
-    {"parallel", "pipeline", "report"},
+    {"parallel", "pipeline", "report", "split_style"},
     {"folder", "construct", "published", "whole", "brought", "diff", "resolve", "sidecar"},
     {"finding"},
     {"checkpoint", "check"},

@@ -19,7 +19,7 @@ from torch.nn import Module, Parameter
 from lading.box import Box
 from lading.errors import NotSupportedError
 from lading.gangs import simulate_gangs
-from lading.transfer.placements import BoxCache, boxes_for_all_ranks, placed_as, placements_on
+from lading.transfer.placements import BoxCache, boxes_for_all_ranks, part_on_meta, placed_as, placements_on
 
 
 @st.composite
@@ -154,3 +154,23 @@ def test_a_part_in_the_place_of_a_parameter_is_what_torch_makes_of_it(requires_g
 
     buffer = placed_as(local, distribute_tensor(torch.empty(6, 4, device="meta"), mesh["tp"], [Shard(0)]))
     assert not isinstance(buffer, Parameter)
+
+
+@pytest.mark.parametrize("rank", [0, 2, 3])
+@pytest.mark.parametrize("placement", [Replicate(), Shard(0), Shard(1)])
+@pytest.mark.parametrize("shape", [(8, 4), (6, 9), (2, 3)])
+def test_a_part_without_memory_is_as_torch_makes_it(rank: int, placement: Placement, shape: tuple[int, ...]) -> None:
+    with simulate_gangs(rank, tp=4) as gangs:
+        assert gangs.tp.mesh is not None
+        whole = Parameter(torch.empty(shape, device="meta", dtype=torch.bfloat16))
+
+        part = part_on_meta(whole, gangs.tp.mesh, placement)
+        expected = distribute_tensor(whole, gangs.tp.mesh, [placement])
+        assert isinstance(part, Parameter)
+        assert isinstance(part, DTensor)
+        assert part.is_meta
+        assert part.is_leaf
+        assert part.requires_grad
+        assert (part.shape, part.dtype, part.placements) == (expected.shape, expected.dtype, expected.placements)
+        assert part.to_local().shape == expected.to_local().shape
+        assert part.to_local().is_contiguous()

@@ -77,11 +77,27 @@ def placed_as(local: Tensor, own: DTensor) -> DTensor:
     ``Parameter(…)`` would make the same, but has the operators of distributed tensors detach each first: 0.1 ms for
     each, and a millisecond for the first of each shape.
     """
-    tensor = DTensor.from_local(
-        local, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
-    )
-    if isinstance(own, Parameter):
-        tensor.requires_grad_(own.requires_grad)
+    return _placed(local, own, own.device_mesh, own.placements)
+
+
+def part_on_meta(parameter: Parameter, mesh: DeviceMesh, placement: Placement) -> Parameter:
+    """A parameter placed on a mesh of one dim, on the meta device: there are shapes, and nothing that is sent."""
+    shape = list(parameter.shape)
+    if isinstance(placement, Shard):
+        size, odd = divmod(shape[placement.dim], mesh.size())
+        if odd:
+            shape[:] = _local_shape_and_offset(parameter.shape, mesh, (placement,))[0]
+        else:
+            shape[placement.dim] = size
+
+    return cast(Parameter, _placed(parameter.detach().new_empty(shape), parameter, mesh, (placement,)))
+
+
+def _placed(local: Tensor, whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    """``local``, placed as a part of a tensor like ``whole``."""
+    tensor = DTensor.from_local(local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
+    if isinstance(whole, Parameter):
+        tensor.requires_grad_(whole.requires_grad)
         tensor._is_param = True  # what Parameter marks tensors of other classes with
 
     return tensor
