@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -48,6 +49,7 @@ from lading.resolve import check_family, model_config
 from lading.sidecar import substituted
 from lading.transfer.dtypes import DTYPE_NAMES
 from lading.transfer.fit import name_of
+from lading.transfer.mappings import NOTHING_AHEAD, Ahead, mapped_ahead, may_be_mapped
 from lading.transfer.move import Moved, move
 from lading.transfer.plan import Plan, Wanted, plan
 from lading.transfer.targets import Targets
@@ -77,6 +79,11 @@ class LoadOptions:
     """As :func:`lading.formats.index` takes it; for a path."""
 
     @property
+    def maps(self) -> bool:
+        """Whether tensors stay in the files where they can."""
+        return self.mmap and self.gangs.root.device.type == "cpu"
+
+    @property
     def shows_progress(self) -> bool:
         """Whether this rank does."""
         return self.progress and self.gangs.root.rank == 0
@@ -104,7 +111,8 @@ def load_card(
 
     resolved, checkpoint = options.gangs.root.first(resolve)
 
-    return _load(checkpoint, family, resolved, store, options, clock)
+    with _mapped_ahead(checkpoint, options) as ahead:
+        return _load(checkpoint, family, resolved, store, options, clock, ahead)
 
 
 def load_path(path: Path, family: Family[Any, Any], config: Any, options: LoadOptions) -> tuple[Module, LoadReport]:
@@ -118,13 +126,24 @@ def load_path(path: Path, family: Family[Any, Any], config: Any, options: LoadOp
     with clock.phase("manifest"):
         resolved, checkpoint = options.gangs.root.first(resolve)
 
-    return _load(checkpoint, family, resolved, None, options, clock)
+    with _mapped_ahead(checkpoint, options) as ahead:
+        return _load(checkpoint, family, resolved, None, options, clock, ahead)
 
 
 def agreed(gangs: Gangs, load: Callable[[], T]) -> T:
     """What ``load`` gives, if it gives something on every rank; else all ranks raise, naming the one that failed."""
     with gangs.root.all_or_none():
         return load()
+
+
+def _mapped_ahead(checkpoint: Checkpoint, options: LoadOptions) -> AbstractContextManager[Ahead]:
+    """Have the files mapped while the model is built, where all of them is wanted and they are here."""
+    if not options.maps or options.gangs.root.size > 1 or checkpoint.files is None:
+        return nullcontext(NOTHING_AHEAD)
+
+    dtype = None if options.dtype == "auto" else DTYPE_NAMES[options.dtype]
+
+    return mapped_ahead(checkpoint.files, may_be_mapped(checkpoint.manifest, dtype))
 
 
 def _load(
@@ -134,6 +153,7 @@ def _load(
     store: Store | None,
     options: LoadOptions,
     clock: Clock,
+    ahead: Ahead,
 ) -> tuple[Module, LoadReport]:
     gangs, device, progress = options.gangs, options.gangs.root.device, options.shows_progress
     check_config_type(config, family)
@@ -161,7 +181,7 @@ def _load(
         )
         checkpoint = agree_on_sidecar(checkpoint, gangs.root)
         source, wanted = substituted(manifest, wanted, checkpoint.sidecar)
-        planned = plan(source, wanted, mapped=options.mmap and device.type == "cpu")
+        planned = plan(source, wanted, mapped=options.maps)
 
     with clock.phase("fetch"):
         catalog = store if gangs.root.rank == 0 else None
@@ -190,6 +210,7 @@ def _load(
             dims=None if expected is None else expected.dims,
             cooperative=options.cooperative,
             progress=progress,
+            ahead=ahead,
         )
         by_name = {targets.names[i]: tensor for i, tensor in zip(order, moved.tensors, strict=True)}
         _check_tied(checkpoint, targets, routed, by_name)

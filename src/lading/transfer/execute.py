@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import mmap
-import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import NoReturn, Protocol, TypeVar
 
@@ -16,16 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lading.digests import Digests, default_dims
-from lading.manifest import Manifest
+from lading.manifest import BITS, Manifest
 from lading.transfer.files import OpenShard, ShardFile, open_shard
 from lading.transfer.hashing import Hasher
 from lading.transfer.leaves import Part
-from lading.transfer.memory import RING_DEPTH, Arena, NoArena, create_arena, map_file, populate, view
+from lading.transfer.mappings import NOTHING_AHEAD, Ahead, Range, cores, make_present
+from lading.transfer.memory import RING_DEPTH, Arena, NoArena, create_arena, map_file, view
 from lading.transfer.plan import ARENA, Plan, plan_pass
 from lading.transfer.reader import STEP, Reader, steps_of
-
-POPULATE_STEP = 64 << 20
-"""Bytes of a mapping that a thread makes present before it takes the next part: shards are few, and differ in size."""
 
 PINNED_BYTES = 512 << 20
 """Host memory that copies to a device may have pinned at once."""
@@ -43,6 +40,7 @@ def execute(
     threads: int | None = None,
     progress: bool = False,
     hasher: Hasher | None = None,
+    ahead: Ahead = NOTHING_AHEAD,
 ) -> list[Tensor]:
     """Read what ``plan`` says, and return the wanted tensors in the order in which the plan was asked for them.
 
@@ -51,6 +49,7 @@ def execute(
     :param threads: that read at once; default: as many as this process may use cores, and some more for a disk.
     :param hasher: of the same plan; collects digests of what the files hold, on the way. What they are expected to be
         is the caller's matter.
+    :param ahead: what is mapped already, of the same files.
 
     :raises CorruptModelCheckpointError: a file ends early, or is not the one that the plan was made for.
     :raises OSError: a file cannot be read.
@@ -66,10 +65,11 @@ def execute(
         if plan.sizes or plan.rows.counts:
             count = threads or _threads(plan, shards, arena, hasher)
             _read(plan, shards, arena, count, hasher, "load" if progress else None)
-        mappings = {i: map_file(shards[i].fd, files[i].stat.size) for i in mapped}
-        _populate(mappings.values())
+        # The same files: these are open in the state in which those were mapped.
+        mappings = {i: ahead.mappings.get(i) or map_file(shards[i].fd, files[i].stat.size) for i in mapped}
+        make_present(mappings, _mapped_ranges(plan, wanted), ahead)
         if hasher is not None and hasher.mapped_bytes:
-            _hash(hasher, mappings, threads or _cores(), "verify" if progress else None)
+            _hash(hasher, mappings, threads or cores(), "verify" if progress else None)
 
     return [
         _tensor(arena, mappings, home, place, shape, dtype)
@@ -109,15 +109,10 @@ def hash_checkpoint(
     return hasher.digests()
 
 
-def _populate(mappings: Iterable[mmap.mmap]) -> None:
-    pieces = [
-        (mapping, start, min(POPULATE_STEP, len(mapping) - start))
-        for mapping in mappings
-        for start in range(0, len(mapping), POPULATE_STEP)
-    ]
-    if pieces:
-        with ThreadPoolExecutor(min(_cores(), len(pieces))) as pool:
-            list(pool.map(lambda piece: populate(*piece), pieces))
+def _mapped_ranges(plan: Plan, wanted: Sequence[tuple[tuple[int, ...], str]]) -> Iterator[Range]:
+    for home, place, (shape, dtype) in zip(plan.homes, plan.places, wanted, strict=True):
+        if home != ARENA:
+            yield home, place, place + math.prod(shape) * BITS[dtype] // 8
 
 
 def _tensor(
@@ -126,20 +121,16 @@ def _tensor(
     return arena.tensor(place, shape, dtype) if home == ARENA else view(mappings[home], place, shape, dtype)
 
 
-def _cores() -> int:
-    return max(1, len(os.sched_getaffinity(0)))
-
-
 def _threads(plan: Plan, shards: Mapping[int, OpenShard], arena: Arena, hasher: Hasher | None) -> int:
-    most = PINNED_BYTES // (RING_DEPTH * STEP) if not arena.on_host else _cores() + COLD_THREADS
+    most = PINNED_BYTES // (RING_DEPTH * STEP) if not arena.on_host else cores() + COLD_THREADS
     reads = zip((*plan.shards, *plan.rows.shards), (*plan.offsets, *plan.rows.offsets), strict=True)
     cold = any(shards[i].is_cold(offset) for i, offset in reads)
 
     if not cold:
-        return min(most, _cores())
+        return min(most, cores())
 
     # While some hash, which keeps a core busy each, the disk has to be asked by as many others.
-    return min(most, max(_cores(), COLD_THREADS + (0 if hasher is None else _cores())))
+    return min(most, max(cores(), COLD_THREADS + (0 if hasher is None else cores())))
 
 
 _StepT = TypeVar("_StepT", contravariant=True)

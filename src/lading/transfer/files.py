@@ -77,21 +77,24 @@ class OpenShard:
             return False
         # The kernel answers, and goes to get the page: whoever asks again is told otherwise.
         if offset not in self._cold:
-            cold = self._cold[offset] = self._would_wait(offset)
+            cold = self._cold[offset] = self._peek(offset) is False
             if cold:
                 self._advise_random()
 
         return self._cold[offset]
 
-    def _would_wait(self, offset: int) -> bool:
-        try:
-            os.preadv(self.fd, [bytearray(1)], offset, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass  # a file system that cannot tell
+    def is_cached(self, offset: int) -> bool:
+        """Whether the byte at ``offset`` is known to be in the page cache."""
+        return self._peek(offset) is True
 
-        return False
+    def _peek(self, offset: int) -> bool | None:
+        """Whether a byte is in the page cache; ``None`` on a file system that cannot tell."""
+        try:
+            return os.preadv(self.fd, [bytearray(1)], offset, os.RWF_NOWAIT) > 0
+        except BlockingIOError:
+            return False
+        except OSError:
+            return None
 
     def _advise_random(self) -> None:
         """Say that nothing is to be read ahead: what lies between reads is not wanted, and what lies behind one would

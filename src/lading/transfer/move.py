@@ -17,6 +17,7 @@ from lading.transfer.exchange import execute_together
 from lading.transfer.execute import execute
 from lading.transfer.files import ShardFile
 from lading.transfer.hashing import Hasher
+from lading.transfer.mappings import NOTHING_AHEAD, Ahead
 from lading.transfer.plan import Plan, Wanted
 from lading.transfer.together import Demand, Joint
 
@@ -45,6 +46,7 @@ def move(
     dims: Sequence[int] | None = None,
     cooperative: bool = False,
     progress: bool = False,
+    ahead: Ahead = NOTHING_AHEAD,
 ) -> Moved:
     """Do what a plan says.
 
@@ -52,6 +54,7 @@ def move(
     :param root: all ranks.
     :param dims: take digests of blocks along these, one for each tensor of the manifest.
     :param cooperative: the ranks of a host read together. All ranks of all hosts have to say the same.
+    :param ahead: what is mapped already, of the same files.
 
     :raises CorruptModelCheckpointError: a file ends early, or is not the one that the plan was made for.
     :raises OSError: a file cannot be read.
@@ -76,7 +79,7 @@ def move(
                 )
 
     hasher = None if dims is None else Hasher(manifest, dims, planned, wanted)
-    tensors = execute(planned, files, shapes, device=device, progress=progress, hasher=hasher)
+    tensors = execute(planned, files, shapes, device=device, progress=progress, hasher=hasher, ahead=ahead)
 
     return Moved(
         tensors=tensors,

@@ -1,0 +1,121 @@
+"""Files that are mapped, and how their pages come to be present."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from lading.errors import LadingError
+from lading.manifest import Manifest
+from lading.transfer.files import ShardFile, open_shard
+from lading.transfer.memory import HUGE_PAGE, map_file, populate
+from lading.transfer.plan import PAGE
+
+CELL = 64 << 20
+"""Bytes of a file that a thread makes present before it takes the next part: shards are few, and differ in size."""
+
+Range = tuple[int, int, int]
+"""(shard, begin, end): bytes of a shard's file."""
+
+Cell = tuple[int, int]
+"""(shard, number): which of the parts of :data:`CELL` bytes of a shard's file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """Files that were mapped before it was settled what of them is wanted."""
+
+    mappings: Mapping[int, mmap.mmap] = field(default_factory=dict)
+    """By shard."""
+    cells: Mapping[Cell, object] = field(default_factory=dict)
+    """What of them is made present without being asked for."""
+
+
+NOTHING_AHEAD = Ahead()
+
+
+@contextmanager
+def mapped_ahead(files: Sequence[ShardFile], ranges: Iterable[Range]) -> Iterator[Ahead]:
+    """Map files, and have what of them is in the page cache made present while the block runs.
+
+    Mapping what the cache holds takes as long as all else that a mapped load does, and needs no Python. Nothing is read
+    from a disk for it, as not all may be wanted. What cannot be mapped is left to whoever maps it next, and to the
+    error that this raises.
+
+    :param ranges: what may be wanted.
+    """
+    mappings: dict[int, mmap.mmap] = {}
+    cells: dict[Cell, list[tuple[int, int]]] = {}
+    by_shard: dict[int, dict[Cell, list[tuple[int, int]]]] = {}
+    for cell, parts in cells_of(ranges).items():
+        by_shard.setdefault(cell[0], {})[cell] = parts
+    for i, own in by_shard.items():
+        try:
+            with open_shard(files[i]) as shard:
+                present = {cell: parts for cell, parts in own.items() if shard.is_cached(parts[0][0])}
+                if present:
+                    mappings[i] = map_file(shard.fd, files[i].stat.size)
+                    cells |= present
+        except (LadingError, OSError):
+            continue
+
+    with ThreadPoolExecutor(cores(), thread_name_prefix="lading-mapper") as pool:
+        for (i, _), parts in cells.items():
+            pool.submit(_populate, mappings[i], parts)
+        try:
+            yield Ahead(mappings, cells)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def make_present(mappings: Mapping[int, mmap.mmap], ranges: Iterable[Range], ahead: Ahead) -> None:
+    """Have bytes of mappings present, but for what is made so ``ahead``. On as many threads as there are cores."""
+    cells = {cell: parts for cell, parts in cells_of(ranges).items() if cell not in ahead.cells}
+    if cells:
+        with ThreadPoolExecutor(min(cores(), len(cells)), thread_name_prefix="lading-mapper") as pool:
+            list(pool.map(lambda cell: _populate(mappings[cell[0]], cells[cell]), cells))
+
+
+def may_be_mapped(manifest: Manifest, dtype: str | None) -> Iterator[Range]:
+    """Where tensors lie that need no cast.
+
+    :param dtype: that is asked for; ``None`` for that of each tensor.
+    """
+    if dtype is None:
+        return ((i, 0, shard.size) for i, shard in enumerate(manifest.shards))
+
+    return (
+        (manifest.shard_ids[i], manifest.offsets[i], manifest.offsets[i] + manifest.nbytes(i))
+        for i, stored in enumerate(manifest.dtypes)
+        if stored == dtype
+    )
+
+
+def cells_of(ranges: Iterable[Range]) -> dict[Cell, list[tuple[int, int]]]:
+    """Ranges by the cells that they lie in, joined where less than a huge page is between them. They begin at pages."""
+    cells: dict[Cell, list[tuple[int, int]]] = {}
+    for shard, begin, end in sorted(ranges):
+        for number in range(begin // CELL, -(-end // CELL)):
+            low, high = max(begin - begin % PAGE, number * CELL), min(end, (number + 1) * CELL)
+            parts = cells.setdefault((shard, number), [])
+            if parts and low - parts[-1][1] < HUGE_PAGE:
+                parts[-1] = (parts[-1][0], max(high, parts[-1][1]))
+            else:
+                parts.append((low, high))
+
+    return cells
+
+
+def cores() -> int:
+    """As many as this process may use."""
+    return max(1, len(os.sched_getaffinity(0)))
+
+
+def _populate(mapping: mmap.mmap, parts: Iterable[tuple[int, int]]) -> None:
+    for begin, end in parts:
+        populate(mapping, begin, end - begin)
