@@ -108,11 +108,6 @@ class Family(Generic[ModelT, ModelConfigT]):
         return self.rules(config) if self.rules_of_names is None else self.rules_of_names(config, names)
 
 
-def family_names() -> frozenset[str]:
-    """The names of all registered families; imports none of them."""
-    return frozenset(_entry_points())
-
-
 def get_family(name: str) -> Family[Any, Any]:
     """The family that is registered under ``name``.
 

@@ -58,10 +58,6 @@ class PullReport:
     revision: str | None
     files: tuple[PulledFile, ...]
 
-    @property
-    def fetched_bytes(self) -> int:
-        return sum(file.size or 0 for file in self.files if file.fetched)
-
 
 def pull_model(
     name: str,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from sqlalchemy import Connection, delete, insert, select, update
 
@@ -156,19 +156,6 @@ def record_digests(database: Database, *, uri: str, manifest: Manifest, digests:
         known = connection.scalar(select(CheckpointRow.id).where(CheckpointRow.uri == uri))
         if known is not None and read_manifest(connection, known).tensors_equal(manifest):
             write_digests(connection, known, manifest, digests)
-
-
-def forget_copies(database: Database, chosen: Callable[[LocalCopy], bool], *, uri: str) -> int:
-    """Drop copies of a checkpoint on this machine; returns how many. What the checkpoint holds stays known."""
-    with database.write() as connection:
-        checkpoint_id = connection.scalar(select(CheckpointRow.id).where(CheckpointRow.uri == uri))
-        if checkpoint_id is None:
-            return 0
-        gone = [copy for copy in copies_of(connection, checkpoint_id) if chosen(copy)]
-        for copy in gone:
-            connection.execute(delete(CopyRow).where(same_copy(checkpoint_id, copy)))
-
-    return len(gone)
 
 
 def _writable(database: Database, what: str) -> bool:
