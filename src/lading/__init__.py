@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lading.doors import plan_load as plan_load
     from lading.errors import AssetCardError as AssetCardError
     from lading.errors import AssetNotFoundError as AssetNotFoundError
+    from lading.errors import CardFileError as CardFileError
     from lading.errors import CatalogError as CatalogError
     from lading.errors import CatalogOutdatedError as CatalogOutdatedError
     from lading.errors import CorruptModelCheckpointError as CorruptModelCheckpointError
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from lading.errors import ModelArchitectureNotKnownError as ModelArchitectureNotKnownError
     from lading.errors import ModelCheckpointError as ModelCheckpointError
     from lading.errors import ModelCheckpointMismatchError as ModelCheckpointMismatchError
+    from lading.errors import ModelConfigError as ModelConfigError
     from lading.errors import ModelFamilyNotKnownError as ModelFamilyNotKnownError
     from lading.errors import ModelGatedError as ModelGatedError
     from lading.errors import ModelNotKnownError as ModelNotKnownError
@@ -98,6 +100,7 @@ _HOME = {
     "plan_load": "doors",
     "AssetCardError": "errors",
     "AssetNotFoundError": "errors",
+    "CardFileError": "errors",
     "CatalogError": "errors",
     "CatalogOutdatedError": "errors",
     "CorruptModelCheckpointError": "errors",
@@ -109,6 +112,7 @@ _HOME = {
     "ModelArchitectureNotKnownError": "errors",
     "ModelCheckpointError": "errors",
     "ModelCheckpointMismatchError": "errors",
+    "ModelConfigError": "errors",
     "ModelFamilyNotKnownError": "errors",
     "ModelGatedError": "errors",
     "ModelNotKnownError": "errors",

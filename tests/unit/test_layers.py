@@ -128,7 +128,8 @@ def test_the_public_names() -> None:
         adopt_checkpoints Adoption disk_usage DiskUsage Holding remove_model remove_orphans Removal
         Family Rule ParallelPlan Split Stages Manifest Gang Gangs create_fake_gangs create_gangs simulate_gangs
         LadingError ModelNotKnownError ModelFamilyNotKnownError ModelArchitectureNotKnownError ModelGatedError
-        AssetCardError AssetNotFoundError ModelCheckpointError CorruptModelCheckpointError
+        AssetCardError CardFileError ModelConfigError AssetNotFoundError
+        ModelCheckpointError CorruptModelCheckpointError
         ModelCheckpointMismatchError DigestMismatchError NotSupportedError GangError FetchError CatalogError
         CatalogOutdatedError PolicyError QueryError InternalError __version__
         """.split()
