@@ -47,10 +47,11 @@ from lading.keymap import Route
 from lading.locate import card_checkpoint
 from lading.new_folder import new_folder, require_empty
 from lading.published import CONFIG_NAME
-from lading.reading import read_tensors
+from lading.reading import Witness, read_tensors
 from lading.resolve import arch_config, family_of_card, model_config
 from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from lading.transfer.targets import Targets, is_distributed, targets_of
+from lading.verification import Verify, block_dims, expect, require_mode, settle
 
 SHARD_SIZE = 5_000_000_000
 """Bytes that a file has at most by default, as the hub advises."""
@@ -86,6 +87,7 @@ def convert_checkpoint(
     shard_size: int = SHARD_SIZE,
     restrict: bool = True,
     progress: bool = True,
+    verify: Verify = "auto",
     store: AssetStore | None = None,
 ) -> ExportReport:
     """Write the checkpoint of a model, of any format that is read here, as a Hugging Face repository.
@@ -100,13 +102,18 @@ def convert_checkpoint(
     :param shard_size: bytes that a file has at most, unless a single tensor has more.
     :param restrict: as :func:`lading.formats.index` takes it; for a path.
     :param progress: show a bar on stderr.
+    :param verify: ``"auto"`` checks, while it is read, all that the catalog has not seen verified in just the state
+        that it is in now; ``"always"`` checks all; ``"never"`` nothing. Of a checkpoint at a path nothing is known.
 
     :raises FileExistsError: something is at ``folder``, and is no empty folder.
-    :raises NotSupportedError: the checkpoint is quantised, of no known family, or no ``config.json`` can describe it.
+    :raises NotSupportedError: the checkpoint is quantised, of no known family, or no ``config.json`` can describe it;
+        or ``verify`` is ``"always"``, of a path.
     :raises AssetNotFoundError: no card has that name.
-    :raises ModelCheckpointError: the checkpoint is damaged, or does not fit the configuration.
+    :raises ModelCheckpointError: the checkpoint is damaged, does not fit the configuration, or is not the one that was
+        published or recorded.
     :raises PolicyError: to unpickle it would import what a state dict does not need.
-    :raises ValueError: ``arch`` is given with a card, or is of another form; or ``shard_size`` is not positive.
+    :raises ValueError: ``arch`` is given with a card, or is of another form; ``shard_size`` is not positive; or
+        ``verify`` is none of these.
     :raises CheckpointNotFoundError: nothing is where it should be (also a ``FileNotFoundError``).
     :raises FetchError: it is elsewhere, and cannot be fetched.
     :raises OSError: the disk is full, or cannot be written.
@@ -114,6 +121,7 @@ def convert_checkpoint(
     folder = Path(folder)
     require_empty(folder)  # before hours of fetching
     check_shard_size(shard_size)
+    require_mode(verify)
 
     if isinstance(target, Path):
         name = str(target)
@@ -126,7 +134,7 @@ def convert_checkpoint(
         store = store or get_asset_store()
         card = target if isinstance(target, AssetCard) else store.retrieve_card(target)
         name, family = card.name, family_of_card(card)
-        checkpoint = card_checkpoint(card, store, progress=progress)
+        checkpoint = card_checkpoint(card, store, progress=progress, accept_others=verify == "never")
         config = completed(model_config(card, family, store), family, checkpoint, store=store)
 
     manifest = checkpoint.manifest
@@ -142,12 +150,17 @@ def convert_checkpoint(
     ]
     sources = [routed.composed.get(i, tensor) for i, tensor in enumerate(routed.tensors)]
 
+    catalog = None if isinstance(target, Path) else store
     if isinstance(target, Path):
         beside: Mapping[str, Path] = files_beside(target)
     else:
         assert store is not None
         checkpoint = acquire(checkpoint, store, progress=progress)
         beside = companions(checkpoint, card, store, progress=progress)
+    expected = expect(
+        checkpoint, catalog, verify, lambda: block_dims(manifest, family, config, targets, routed), progress=progress
+    )
+    witness = None if expected is None else Witness(manifest, expected.dims)
     values = config_values(family, config, targets, entries, beside)
     _check_tied(checkpoint, targets, routed)
 
@@ -157,7 +170,9 @@ def convert_checkpoint(
         by_name = {entry.name: source for entry, source in zip(entries, sources, strict=True)}
         with _bar(entries, progress) as bar:
             for file, shard in shards.items():
-                _copy(temporary / file, shard, checkpoint, by_name, bar)
+                _copy(temporary / file, shard, checkpoint, by_name, bar, witness)
+        if expected is not None and witness is not None:
+            settle(checkpoint, expected, witness.digests(), catalog, create_fake_gangs("cpu").root, progress=progress)
         _finish(temporary, shards, values, beside)
         return _report(name, family, folder, temporary, entries)
 
@@ -279,16 +294,22 @@ def _check_tied(checkpoint: Checkpoint, targets: Targets, routed: Route) -> None
 
 
 def _copy(
-    path: Path, shard: Sequence[Entry], checkpoint: Checkpoint, sources: Mapping[str, Source], bar: tqdm[Any]
+    path: Path,
+    shard: Sequence[Entry],
+    checkpoint: Checkpoint,
+    sources: Mapping[str, Source],
+    bar: tqdm[Any],
+    witness: Witness | None,
 ) -> None:
     """Write a file from a checkpoint, a few tensors at a time.
 
     :param sources: what the tensors are made of, by their names.
+    :param witness: takes digests of what is read.
     """
     with Writer(path, shard) as writer:
         for batch in batches(shard):
             wanted = [sources[entry.name] for entry in batch]
-            for tensor in read_tensors(checkpoint, wanted, [entry.dtype for entry in batch]):
+            for tensor in read_tensors(checkpoint, wanted, [entry.dtype for entry in batch], witness=witness):
                 writer.write(_bytes(tensor))
                 bar.update(tensor.nbytes)
 

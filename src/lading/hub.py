@@ -34,7 +34,7 @@ from lading.loader import DType, LoadOptions, agreed, load_card, load_path
 from lading.reading import iter_tensors
 from lading.report import LoadReport
 from lading.resolve import arch_config, family_of_card, model_config
-from lading.verification import VERIFY, Verify
+from lading.verification import Verify, require_mode
 
 ModelT = TypeVar("ModelT", bound=Module)
 ModelConfigT = TypeVar("ModelConfigT")
@@ -414,8 +414,7 @@ def _options(
     verify: Verify,
     cooperative: bool,
 ) -> LoadOptions:
-    if verify not in VERIFY:
-        raise ValueError(f"`verify` must be one of {', '.join(map(repr, VERIFY))}, but is {verify!r}")
+    require_mode(verify)
     if mmap and cooperative:
         raise ValueError("`mmap` and `cooperative` must not be given together: what is mapped is not read")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,11 +13,14 @@ from lading.box import Box
 from lading.checkpoint import Checkpoint
 from lading.compose import Source, shape_of, tensors_of
 from lading.construct import build_on_meta, split
+from lading.digests import SIZE, Digests, starts_of
 from lading.errors import ModelCheckpointMismatchError
 from lading.family import Family
 from lading.gangs import Gangs
 from lading.keymap import Rule, makes_parts, rename, route
+from lading.manifest import Manifest
 from lading.transfer.execute import execute
+from lading.transfer.hashing import Hasher
 from lading.transfer.plan import Wanted, plan
 from lading.transfer.targets import targets_of
 
@@ -28,13 +32,17 @@ def read_tensors(
     mmap: bool = False,
     *,
     boxes: Sequence[Box] | None = None,
+    witness: Witness | None = None,
 ) -> list[Tensor]:
     """Tensors of a checkpoint, or what they make together, on the CPU.
 
     :param sources: of tensors, their positions in the manifest.
     :param dtypes: of each in memory.
     :param boxes: the part of each; default: all.
+    :param witness: takes digests of those that are tensors as they are in the files.
     """
+    if witness is not None:
+        return _witnessed(checkpoint, sources, dtypes, witness)
     if boxes is None:
         boxes = [Box.whole(shape_of(source, checkpoint.manifest.shapes)) for source in sources]
     wanted = Wanted(
@@ -47,6 +55,64 @@ def read_tensors(
     shapes = [(box.sizes, dtype) for box, dtype in zip(boxes, dtypes, strict=True)]
 
     return execute(planned, checkpoint.here(), shapes, device=torch.device("cpu"))
+
+
+class Witness:
+    """The digests of a checkpoint's tensors, of which some are read at a time.
+
+    :param dims: for each tensor the dim along which it is cut into blocks.
+    """
+
+    def __init__(self, manifest: Manifest, dims: Sequence[int]) -> None:
+        self._manifest = manifest
+        self.dims = array("b", dims)
+        self._starts = starts_of(manifest, dims)
+        self._blocks = bytearray(self._starts[-1] * SIZE)
+        self._known = bytearray(len(manifest))
+
+    def take(self, positions: Sequence[int], found: Digests) -> None:
+        """Take note of the digests of tensors.
+
+        :param positions: of the tensors in the manifest.
+        :param found: of them alone, in this order.
+        """
+        for n, i in enumerate(positions):
+            at, end = found.starts[n] * SIZE, found.starts[n + 1] * SIZE
+            self._blocks[self._starts[i] * SIZE : self._starts[i + 1] * SIZE] = found.blocks[at:end]
+            self._known[i] = found.known[n]
+
+    def digests(self) -> Digests:
+        """Of all that was read."""
+        return Digests(dims=self.dims, starts=self._starts, blocks=bytes(self._blocks), known=bytes(self._known))
+
+
+def _witnessed(
+    checkpoint: Checkpoint, sources: Sequence[Source], dtypes: Sequence[str], witness: Witness
+) -> list[Tensor]:
+    # What is made of several tensors has no bytes as they are in the files, so others have to look at those.
+    composed = [i for i, source in enumerate(sources) if not isinstance(source, int)]
+    made = read_tensors(checkpoint, [sources[i] for i in composed], [dtypes[i] for i in composed]) if composed else []
+    tensors = dict(zip(composed, made, strict=True))
+
+    # A manifest of these alone: to look at all 100,000 tensors for each few would take longer than to read them.
+    plain = {i: source for i, source in enumerate(sources) if isinstance(source, int)}
+    if not plain:
+        return made
+    positions = sorted(set(plain.values()))
+    at = {position: n for n, position in enumerate(positions)}
+    part = checkpoint.manifest.take(positions)
+    boxes = [Box.whole(part.shapes[at[position]]) for position in plain.values()]
+    wanted = Wanted(
+        tensors=[at[position] for position in plain.values()], boxes=boxes, dtypes=[dtypes[i] for i in plain]
+    )
+    planned = plan(part, wanted)
+    hasher = Hasher(part, [witness.dims[position] for position in positions], planned, wanted)
+    shapes = [(box.sizes, dtype) for box, dtype in zip(boxes, wanted.dtypes, strict=True)]
+    read = execute(planned, checkpoint.here(), shapes, device=torch.device("cpu"), hasher=hasher)
+    witness.take(positions, hasher.digests())
+    tensors |= dict(zip(plain, read, strict=True))
+
+    return [tensors[i] for i in range(len(sources))]
 
 
 def iter_tensors(

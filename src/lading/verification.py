@@ -51,6 +51,12 @@ _THREADS = 4
 """Files that are hashed at once."""
 
 
+def require_mode(verify: str) -> None:
+    """:raises ValueError: it is none of :data:`VERIFY`."""
+    if verify not in VERIFY:
+        raise ValueError(f"`verify` must be one of {', '.join(map(repr, VERIFY))}, but is {verify!r}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
     """What a load is to be checked against."""
@@ -253,7 +259,7 @@ def require_match(checks: Sequence[Check]) -> None:
             raise DigestMismatchError(
                 check.path,
                 f"{check.path} is not the file that was published: expected the SHA-256 {check.expected}, found "
-                f"{check.found}. It was not loaded.",
+                f"{check.found}. It was not used.",
                 expected=check.expected or "",
                 found=check.found or "",
             )

@@ -16,7 +16,14 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-from lading import ModelCheckpointMismatchError, PolicyError, convert_checkpoint, export_model, load_model
+from lading import (
+    DigestMismatchError,
+    ModelCheckpointMismatchError,
+    PolicyError,
+    convert_checkpoint,
+    export_model,
+    load_model,
+)
 from lading.families.qwen import QwenConfig
 from make_checkpoint import CONFIG, make, tensors
 
@@ -78,6 +85,53 @@ def test_what_is_refused(cards: Path, cli: Cli, tmp_path: Path) -> None:
     assert "gated" in cli("export", "tiny_gated", tmp_path / "out", code=7).output
     assert not (tmp_path / "out").exists()
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine"]
+
+
+def flip(path: Path) -> None:
+    """Change the last byte of a file, which is one of a tensor."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_file_that_was_changed_is_not_converted(cards: Path, cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "cards" / "tiny" / "model.safetensors"
+    cli("convert", "tiny", tmp_path / "first", "--no-progress")  # which records what all of it is
+    first = "select result from verifications order by id"
+    assert cli("sql", first, "-q").output.split() == ["recorded"]
+    cli("export", "tiny", tmp_path / "again", "--no-progress")  # nothing is hashed twice
+    assert cli("sql", first, "-q").output.split() == ["recorded"]
+    cli("export", "tiny", tmp_path / "checked", "--verify", "always", "--no-progress")
+    assert cli("sql", first, "-q").output.split() == ["recorded", "match"]
+
+    flip(file)
+    before = sorted(tmp_path.iterdir())
+    for command in ("convert", "export"):
+        for mode in ("auto", "always"):
+            result = cli(command, "tiny", tmp_path / "out", "--verify", mode, "--no-progress", code=4)
+            assert "1 of 24 tensors are not those that were verified before" in result.output
+    assert sorted(tmp_path.iterdir()) == before
+    with pytest.raises(DigestMismatchError):
+        convert_checkpoint("tiny", tmp_path / "out", dtype=torch.float16, shard_size=20_000, progress=False)
+    with pytest.raises(ValueError, match="`verify`"):
+        convert_checkpoint("tiny", tmp_path / "out", verify="often")  # type: ignore[arg-type]
+    assert sorted(tmp_path.iterdir()) == before
+
+    cli("export", "tiny", tmp_path / "out", "--verify", "never", "--no-progress")
+    check_state(tmp_path / "out", load_file(file))
+    path = tmp_path / "cards" / "tiny"
+    assert "Nothing is known" in cli("convert", path, tmp_path / "o", "--verify", "always", code=2).output
+
+
+def test_a_tied_copy_that_is_not_written_is_checked_too(cards: Path, cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "cards" / "tiny" / "model.safetensors"
+    state = tensors()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, file)
+    convert_checkpoint("tiny", tmp_path / "out", progress=False)
+    assert cli("sql", "select count(digest) from model_tensors where model = 'tiny'", "-q").output == "25\n"
+    assert cli("sql", "select result from verifications order by id", "-q").output.split() == ["recorded"]
+    check_state(tmp_path / "out", tensors())
 
 
 @pytest.mark.parametrize(("size", "expected"), [("5GB", 5 * 10**9), ("512MiB", 512 << 20), ("1.5k", 1500), ("7", 7)])

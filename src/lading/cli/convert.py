@@ -18,6 +18,7 @@ from lading.filesystem import is_there
 
 if TYPE_CHECKING:
     from lading.export import ExportReport
+    from lading.verification import Verify
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,6 +51,10 @@ def _writing(function: F) -> F:
         click.option("--json", "as_json", is_flag=True, help="One JSON object."),
         click.option("--no-progress", is_flag=True, help="Show no bar."),
         click.option(
+            "--verify", type=click.Choice(("auto", "always", "never")), default="auto",
+            help="Check bytes against digests; auto (the default): unless the file was seen verified as it is.",
+        ),
+        click.option(
             "--dtype", type=click.Choice(_DTYPES), default="auto",
             help="Of floating-point tensors; auto (the default): their own.",
         ),
@@ -76,6 +81,7 @@ def convert(
     dtype: str,
     arch: str | None,
     no_restrict: bool,
+    verify: Verify,
     no_progress: bool,
     as_json: bool,
 ) -> None:
@@ -94,13 +100,15 @@ def convert(
     if arch is not None and "/" not in arch:
         raise click.BadParameter("expected FAMILY/ARCH, as in llama/llama3_8b.", param_hint="--arch")
 
-    _write(found, folder, shard_size, dtype, no_progress, as_json, arch=arch, restrict=not no_restrict)
+    _write(found, folder, shard_size, dtype, verify, no_progress, as_json, arch=arch, restrict=not no_restrict)
 
 
 @command("export")
 @click.argument("name", shell_complete=complete_model)
 @_writing
-def export(name: str, folder: Path, shard_size: int, dtype: str, no_progress: bool, as_json: bool) -> None:
+def export(
+    name: str, folder: Path, shard_size: int, dtype: str, verify: Verify, no_progress: bool, as_json: bool
+) -> None:
     """Write a model of the catalog as a Hugging Face repository.
 
     As `lading convert`, but of a card only: what its checkpoint and its tokenizer are, and where, is the card's word.
@@ -116,11 +124,18 @@ def export(name: str, folder: Path, shard_size: int, dtype: str, no_progress: bo
             raise click.UsageError(f"{name!r} is a path, and no card has that name: `lading convert` takes paths.")
         raise unknown_model(name, store)
 
-    _write(name, folder, shard_size, dtype, no_progress, as_json)
+    _write(name, folder, shard_size, dtype, verify, no_progress, as_json)
 
 
 def _write(
-    target: str | Path, folder: Path, shard_size: int, dtype: str, no_progress: bool, as_json: bool, **more: Any
+    target: str | Path,
+    folder: Path,
+    shard_size: int,
+    dtype: str,
+    verify: Verify,
+    no_progress: bool,
+    as_json: bool,
+    **more: Any,
 ) -> None:
     import torch
 
@@ -131,6 +146,7 @@ def _write(
         folder,
         dtype="auto" if dtype == "auto" else getattr(torch, dtype),
         shard_size=shard_size,
+        verify=verify,
         progress=not no_progress,
         **more,
     )
