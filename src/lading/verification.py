@@ -201,20 +201,27 @@ def _refuse(checkpoint: Checkpoint, different: Different) -> None:
     raise DigestMismatchError(
         path,
         f"{path}: {len(different)} of {len(manifest)} tensors are not those that were verified before: {shown}{more}. "
-        f"{remedy(checkpoint, path)}",
+        f"{remedy(checkpoint, path, files=len(_shards_of(manifest, different)))}",
         expected=f"the recorded digests of {manifest.names[first]}",
         found=f"others in blocks {', '.join(map(str, blocks))}",
     )
 
 
-def remedy(checkpoint: Checkpoint, path: Path | None = None) -> str:
-    """What to do about files that are not the right ones."""
+def remedy(checkpoint: Checkpoint, path: Path | None = None, *, files: int = 1) -> str:
+    """What to do about files that are not the right ones.
+
+    :param path: the first of them.
+    :param files: their number.
+    """
+    them = "it" if files == 1 else "them"
     if checkpoint.joined is not None and path == checkpoint.joined.file.path:
         return f"`lading repack {checkpoint.name} --tp {checkpoint.joined.tp}` makes the file anew."
     if checkpoint.ref is not None:
-        return f"`lading verify {checkpoint.name} --repair` fetches them anew."
+        return f"`lading verify {checkpoint.name} --repair` fetches {them} anew."
 
-    return f"If they were changed on purpose, `lading index {checkpoint.name}` takes them for the right ones."
+    they, ones = ("it was", "one") if files == 1 else ("they were", "ones")
+
+    return f"If {they} changed on purpose, `lading index {checkpoint.name}` takes {them} for the right {ones}."
 
 
 def check_files(checkpoint: Checkpoint, chosen: Sequence[int] | None = None, *, progress: bool = False) -> list[Check]:

@@ -94,7 +94,7 @@ def verify_model(
             name=card.name,
             uri=checkpoint.uri,
             checks=(*checks, *beside),
-            hint=" ".join([*([remedy(checkpoint)] if bad else []), *hints]),
+            hint=" ".join([*([remedy(checkpoint, files=len(bad))] if bad else []), *hints]),
             unrecorded=unrecorded,
         )
 
@@ -112,7 +112,7 @@ def verify_model(
         uri=checkpoint.uri,
         checks=(*checks, *beside),
         repaired=frozenset(check.file for check in bad),
-        hint=" ".join([remedy(checkpoint), *hints]),
+        hint=" ".join([remedy(checkpoint, files=len(bad)), *hints]),
         unrecorded=unrecorded,
     )
 
@@ -287,5 +287,5 @@ def _refuse_foreign(bad: Sequence[Check], kinds: dict[str, CopyKind], checkpoint
     if foreign or checkpoint.ref is None:
         raise NotSupportedError(
             f"{foreign[0] if foreign else checkpoint.where} is not the file that was verified, and lading did "
-            f"not fetch it, so it does not replace it. {remedy(checkpoint)}"
+            f"not fetch it, so it does not replace it. {remedy(checkpoint, files=len(bad))}"
         )

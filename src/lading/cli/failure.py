@@ -26,7 +26,7 @@ def report(error: BaseException, *, debug: bool) -> int:
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE
 
-    code, message = _judge(error)
+    code, message = explain(error)
     # The code holds, whether or not somebody reads the words.
     with suppress(BrokenPipeError):
         if debug and not isinstance(error, click.ClickException):
@@ -36,7 +36,8 @@ def report(error: BaseException, *, debug: bool) -> int:
     return code
 
 
-def _judge(error: BaseException) -> tuple[int, str]:
+def explain(error: BaseException) -> tuple[int, str]:
+    """The exit code of an error, and the words for it."""
     match error:
         case LadingError():
             lines = error.message.splitlines() or [type(error).__name__]

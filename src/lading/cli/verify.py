@@ -6,7 +6,9 @@ import click
 
 from lading.cli.command import command
 from lading.cli.complete import complete_model
+from lading.cli.failure import explain
 from lading.cli.output import Column, Form, listing_options, printable, write_rows
+from lading.errors import CatalogError
 
 MISMATCH = 4
 
@@ -31,7 +33,7 @@ def verify(names: tuple[str, ...], everything: bool, repair: bool, no_progress: 
     """Check all bytes of files on this machine.
 
     The digests that were published count, or else those that were recorded the first time that all bytes were seen.
-    Exits with 4 if a file is not the right one.
+    Exits with 4 if a file is not the right one. What cannot be checked is told, and does not keep the others from it.
 
     For example: lading verify qwen3_0.6b
     """
@@ -44,14 +46,24 @@ def verify(names: tuple[str, ...], everything: bool, repair: bool, no_progress: 
     store = get_asset_store()
     if everything:
         names = tuple(model.name for model in store.models(status="ready"))
-    for name in names:  # a wrong name is said before minutes of hashing
-        store.retrieve_card(name)
+    else:
+        for name in names:  # a wrong name is said before minutes of hashing
+            store.retrieve_card(name)
 
     rows: list[tuple[object, ...]] = []
     hints: list[str] = []
     unrecorded = ""
+    codes: list[int] = []
     for name in names:
-        report = verify_model(name, repair=repair, progress=not no_progress, store=store)
+        try:
+            report = verify_model(name, repair=repair, progress=not no_progress, store=store)
+        except Exception as error:  # whatever a card leads to, a mistake in the code of its family too
+            if isinstance(error, CatalogError) or (names == (name,) and not everything):
+                raise
+            code, message = explain(error)
+            codes.append(code)
+            hints.append(f"error: {printable(name)} could not be verified: {message}")
+            continue
         for check in report.checks:
             result: str = check.result
             if result != "mismatch" and check.file in report.repaired:
@@ -60,7 +72,8 @@ def verify(names: tuple[str, ...], everything: bool, repair: bool, no_progress: 
                 result = "not recorded"
             rows.append((check.file, result, check.method, check.expected, check.found, check.path, report.name))
         if not report.good:
-            hints.append(f"{name} is not what it should be. {report.hint}")
+            codes.append(MISMATCH)
+            hints.append(f"{printable(name)} is not what it should be. {report.hint}")
         unrecorded = unrecorded or report.unrecorded
 
     write_rows(_COLUMNS, rows, form, table=_TABLE)
@@ -68,5 +81,5 @@ def verify(names: tuple[str, ...], everything: bool, repair: bool, no_progress: 
         click.echo(f"lading: {hint}", err=True)
     if unrecorded:
         click.echo(f"lading: nothing of this was recorded, as {printable(unrecorded)}", err=True)
-    if hints:
-        click.get_current_context().exit(MISMATCH)
+    if codes:
+        click.get_current_context().exit(max(codes))
