@@ -11,10 +11,10 @@ from lading.brought import fetch_along
 from lading.card import AssetCard, CheckpointRef, checkpoint_ref, uri_path
 from lading.catalog.store import AssetStore
 from lading.checkpoint import Checkpoint
-from lading.errors import AssetCardError, FetchError
+from lading.errors import AddressError, AssetCardError, FetchError
 from lading.fetch.file import local_checkpoint
 from lading.fetch.source import FetchedFile, RemoteFile, Snapshot, Source
-from lading.fetch.sources import HUB_SCHEMES, open_source
+from lading.fetch.sources import HUB_SCHEMES, check_address, open_source
 from lading.formats.folder import is_checkpoint_file
 from lading.published import CONFIG_NAME, name_in_source
 from lading.settings import Settings
@@ -59,7 +59,7 @@ def tokenizer_ref(card: AssetCard, retrieve: Callable[[str], AssetCard]) -> Toke
 
     :param retrieve: gives the card of a name.
 
-    :raises AssetCardError: references that lead in a circle, or a field of another type.
+    :raises AssetCardError: references that lead in a circle, a field of another type, or what is no address.
     :raises AssetNotFoundError: a reference to a card that is not in the catalog.
     """
     seen = [card.name]
@@ -81,9 +81,16 @@ def tokenizer_ref(card: AssetCard, retrieve: Callable[[str], AssetCard]) -> Toke
     if field.value is None:
         return None
     path = card.maybe_get_field("tokenizer_path")
+    uri = field.as_uri().partition(";")[0]
+    try:
+        check_address(uri)
+    except AddressError as error:
+        raise AssetCardError(
+            card.name, f"The field 'tokenizer' of the card {card.name!r} is no address. {error}"
+        ) from None
 
     return TokenizerRef(
-        uri=field.as_uri().partition(";")[0],
+        uri=uri,
         path=None if path is None or path.value is None else path.as_(str),
         card=card.name,
     )

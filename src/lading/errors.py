@@ -18,6 +18,7 @@
     │   ├── ModelCheckpointMismatchError              4  a good file that does not fit the model (`.problems`)
     │   └── DigestMismatchError                       4  the bytes are not the ones that were published
     ├── FetchError                                    5  network
+    │   └── AddressError                              2  no address, so nobody was asked; of a card, an AssetCardError
     ├── CatalogError                                  6
     │   └── CatalogOutdatedError                      6  `lading db upgrade` mends it
     ├── PolicyError                                   7  possible, but refused
@@ -84,6 +85,7 @@ class AssetNotFoundError(LadingError):
     def __init__(self, name: str, hint: str = "") -> None:
         super().__init__(f"No asset card named {name!r} is in the catalog.{hint or ' `lading list --all` shows them.'}")
         self.name = name
+        self.hint = hint
 
 
 class ModelNotKnownError(LadingError):
@@ -219,6 +221,12 @@ class FetchError(LadingError):
     """A source that cannot be reached, or that answers nonsense."""
 
     exit_code = 5
+
+
+class AddressError(FetchError):
+    """What is to name a source, or a revision of it, and cannot be the name of one."""
+
+    exit_code = 2
 
 
 class CatalogError(LadingError):

@@ -392,8 +392,9 @@ def _retrieve(card: AssetCard | str, store: AssetStore) -> AssetCard:
 
     try:
         return store.retrieve_card(card)
-    except AssetNotFoundError:
-        raise ModelNotKnownError(card, did_you_mean_model(card, store)) from None
+    except AssetNotFoundError as error:
+        hint = error.hint if "@" in card else did_you_mean_model(card, store)
+        raise ModelNotKnownError(card, hint) from None
 
 
 def did_you_mean_model(name: str, store: AssetStore) -> str:

@@ -15,6 +15,8 @@ from lading.catalog.records import Check
 from lading.catalog.store import AssetStore, LocalCopy, StoredCheckpoint, get_asset_store
 from lading.checkpoint import Checkpoint, OnDisk
 from lading.errors import (
+    AddressError,
+    AssetCardError,
     CatalogError,
     CheckpointNotFoundError,
     DigestMismatchError,
@@ -24,7 +26,7 @@ from lading.errors import (
 from lading.fetch.file import local_checkpoint
 from lading.fetch.hf_cache import has_token
 from lading.fetch.source import Known
-from lading.fetch.sources import HUB_SCHEMES
+from lading.fetch.sources import HUB_SCHEMES, check_address
 from lading.filesystem import FileStat, expand_home
 from lading.folder import read_hf_config, refuse_quantised_config
 from lading.published import Published, index_source
@@ -51,7 +53,7 @@ def card_checkpoint(
     :raises DigestMismatchError: other files are in the place of those that were verified.
     :raises NotSupportedError: it is quantised.
     """
-    ref = checkpoint_ref(card)
+    ref = address_of(card)
     path = uri_path(ref.uri)
     if not (ref.uri and path is None and _is_here(card.name, ref, store)):
         require_access(card.name, ref)
@@ -64,13 +66,29 @@ def card_checkpoint(
     return _local_checkpoint(card.name, path, store, accept_others=accept_others)
 
 
+def address_of(card: AssetCard) -> CheckpointRef:
+    """Where the card's checkpoint is, by an address that can be one.
+
+    :raises AssetCardError: it cannot; or a field is no string.
+    """
+    ref = checkpoint_ref(card)
+    try:
+        check_address(ref.uri)
+    except AddressError as error:
+        raise AssetCardError(
+            card.name, f"The field 'checkpoint' of the card {card.name!r} is no address. {error}"
+        ) from None
+
+    return ref
+
+
 def local_paths(card: AssetCard, store: AssetStore) -> list[Path]:
     """Where a card's checkpoint is on this machine: its folder or its file; else all of its files, one by one.
 
     :raises ModelGatedError: the card names none.
     :raises CheckpointNotFoundError: it is not on this machine.
     """
-    ref = checkpoint_ref(card)
+    ref = address_of(card)
     path = uri_path(ref.uri)
     if path is not None:
         return [local_checkpoint(path, inner_path=ref.path)]
@@ -102,6 +120,7 @@ def index_checkpoint(target: str | Path, *, store: AssetStore | None = None) -> 
     :param target: the name of a card, a path, or an address such as ``hg://org/name``.
 
     :raises AssetNotFoundError: no card has that name.
+    :raises AddressError: no address is written so; in a card that is an ``AssetCardError``.
     :raises CheckpointNotFoundError: nothing is there (also a ``FileNotFoundError``).
     :raises CorruptModelCheckpointError: the file breaks the rules of its format.
     :raises FetchError: the source cannot be reached.
@@ -136,10 +155,11 @@ def _ref_of(target: str | Path, store: AssetStore) -> tuple[str | None, Checkpoi
     if isinstance(target, Path):
         return None, CheckpointRef(uri=path_uri(expand_home(target).absolute()), gated=False, info_url=None)
     if "://" in target:
+        check_address(target)
         return None, CheckpointRef(uri=target, gated=False, info_url=None)
 
     card = store.retrieve_card(target)
-    ref = checkpoint_ref(card)
+    ref = address_of(card)
     require_access(card.name, ref)
 
     return card.name, ref

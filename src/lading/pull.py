@@ -28,7 +28,7 @@ from lading.fetch.source import FetchedFile, RemoteFile, Snapshot
 from lading.fetch.sources import HUB_SCHEMES, open_source
 from lading.folder import refuse_quantised_config
 from lading.formats import NotByHeadersError
-from lading.locate import card_checkpoint, known_content, require_access, require_writable, whole_checkpoint
+from lading.locate import address_of, card_checkpoint, known_content, require_access, require_writable, whole_checkpoint
 from lading.published import CONFIG_NAME, Published, index_source, name_in_source
 from lading.resolve import family_of_card, model_config
 from lading.settings import Settings
@@ -89,7 +89,7 @@ def pull_model(
     """
     store = store or get_asset_store()
     card = store.retrieve_card(name)
-    ref = checkpoint_ref(card)
+    ref = address_of(card)
     require_access(card.name, ref)
     if uri_path(ref.uri) is not None:
         checkpoint = _local(card_checkpoint(card, store), revision)

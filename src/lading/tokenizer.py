@@ -31,6 +31,7 @@ from lading.filesystem import expand_home
 from lading.formats import archive_of
 from lading.formats.files import open_regular
 from lading.formats.tar import find_member
+from lading.locate import address_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -67,6 +68,7 @@ def load_tokenizer(
     ref = checkpoint_ref(card)
     stated = tokenizer_ref(card, store.retrieve_card)
     if stated is None:
+        ref = address_of(card)
         if not ref.uri:
             raise ModelGatedError(card.name, ref.info_url)
         path = uri_path(ref.uri)

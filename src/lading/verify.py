@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lading import formats
 from lading.acquire import acquire
-from lading.card import AssetCard, checkpoint_ref, path_uri, uri_path
+from lading.card import AssetCard, path_uri, uri_path
 from lading.catalog.checkpoints import record_digests, record_files
 from lading.catalog.holdings import held_checkpoints
 from lading.catalog.records import Check, CopyKind, LocalCopy
@@ -29,7 +29,7 @@ from lading.errors import (
 from lading.fetch.file import local_checkpoint
 from lading.filesystem import FileStat
 from lading.formats.safetensors import index_file
-from lading.locate import card_checkpoint
+from lading.locate import address_of, card_checkpoint
 from lading.manifest import Manifest
 from lading.resolve import family_of_card, model_config
 from lading.settings import Settings
@@ -119,7 +119,7 @@ def verify_model(
 
 def _known(card: AssetCard, store: AssetStore) -> tuple[Checkpoint, dict[str, CopyKind]]:
     """The checkpoint by what the catalog knows of it, its files in whatever state they are now; and whose each is."""
-    ref = checkpoint_ref(card)
+    ref = address_of(card)
     path = uri_path(ref.uri)
     if path is not None:
         path = local_checkpoint(path, inner_path=ref.path)

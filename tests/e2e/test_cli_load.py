@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 
+from lading import AssetCardError, load_tokenizer
 from make_checkpoint import make
 
 
@@ -178,3 +179,42 @@ def test_a_uri_is_what_a_card_states(cli, home, command):
     result = cli(command, "hg://somebody/tiny", code=2)
     assert "found the URI 'hg://somebody/tiny'. State it as the `checkpoint` of a card" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+WRONG = (
+    "hg://org//x",
+    "hg:org/name",
+    "hg://a@re..v",
+    "https://host/",
+    "https:///x.safetensors",
+    "https://[::1/x.safetensors",
+    "https://host:port/x.safetensors",
+    "https://ho st/x.safetensors",
+)
+
+
+def test_an_address_that_is_none(cli, home, tmp_path):
+    cards = tmp_path / "cards.yaml"
+    cards.write_text(
+        "---\n".join(f"name: wrong{i}\nmodel_family: qwen\ncheckpoint: '{uri}'\n" for i, uri in enumerate(WRONG))
+        + "---\nname: read\nmodel_family: qwen\ncheckpoint: hg://org/name\ntokenizer: hg://org//x\n"
+    )
+    cli("import", cards)
+    for i, uri in enumerate(WRONG):
+        for command in ("index", "pull", "verify", "path"):
+            result = cli(command, f"wrong{i}", code=3)
+            assert f"'checkpoint' of the card 'wrong{i}' is no address" in result.stderr
+        if "://" in uri:
+            typed = cli("index", uri, code=2)
+            assert ": expected " in typed.stderr
+            assert len(typed.stderr.splitlines()) == 1
+    assert "secret" not in cli("index", "https://me:secret@host/", code=2).stderr
+    with pytest.raises(AssetCardError, match="'tokenizer' of the card 'read' is no address"):
+        load_tokenizer("read")
+
+
+def test_an_environment_of_no_card(cli, cards):
+    for name, known in (("tiny@usr", "Known: user. Did you mean 'user'?"), ("tinny@usr", "Did you mean 'tiny'")):
+        for command in ("load", "show", "pull", "export"):
+            words = (command, name) if command != "export" else (command, name, "out")
+            assert known in cli(*words, code=2).stderr

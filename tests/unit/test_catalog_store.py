@@ -124,8 +124,12 @@ def test_names_nearly_right_among_many(stock: Stock, monkeypatch: pytest.MonkeyP
 
 
 def test_an_unknown_environment(stock: Stock) -> None:
-    with pytest.raises(AssetCardError, match=r"leaf@nope asks for .*'nope'.* Known: cluster, user"):
+    with pytest.raises(AssetNotFoundError, match=r"'leaf@nope'.* overlay for .*'nope'\. Known: cluster, user\.$"):
         stock().retrieve_card("leaf@nope")
+    with pytest.raises(AssetNotFoundError, match="Did you mean 'cluster'"):
+        stock().maybe_retrieve_card("leaf@clutser")
+    with pytest.raises(AssetNotFoundError, match=r"'leave@nope' is in the catalog\. Did you mean 'leaf'\?$"):
+        stock().retrieve_card("leave@nope")
     with pytest.raises(AssetCardError, match=r"LADING_ENV names .*'nope'"):
         stock(env="nope").retrieve_card("leaf")
     with pytest.raises(AssetCardError, match="LADING_ENV"):

@@ -25,6 +25,7 @@ INSTANCES = [
     errors.ModelCheckpointMismatchError(Path("/x"), "m", ["missing: w"]),
     errors.DigestMismatchError(Path("/x"), "m", expected="a", found="b"),
     errors.FetchError("m"),
+    errors.AddressError("m"),
     errors.CatalogError("m"),
     errors.CatalogOutdatedError("m", expected=2, found=1),
     errors.PolicyError("m"),

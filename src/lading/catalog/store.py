@@ -103,8 +103,9 @@ class AssetStore:
         ``name`` alone is the card with its first overlay of ``user`` and the default environment; ``name@env`` the card
         with just that overlay, ``name@`` without any. The same holds for its bases.
 
-        :raises AssetNotFoundError: there is none.
-        :raises AssetCardError: a base is missing or leads back to the card, or nothing is known of the environment.
+        :raises AssetNotFoundError: there is none, or no card has an overlay for ``env``.
+        :raises AssetCardError: a base is missing or leads back to the card, or no card has an overlay for the default
+            environment.
         """
         card = self.maybe_retrieve_card(name)
         if card is None:
@@ -120,7 +121,12 @@ class AssetStore:
             return None
 
         with self._database.read() as connection:
-            envs = self._envs(connection, plain, env)
+            try:
+                envs = self._envs(connection, plain, env)
+            except AssetNotFoundError:
+                if not read_cards(connection, [plain], env=""):
+                    return None  # the name comes before what is behind it
+                raise
             return resolve_card(plain, envs, lambda name: _by_env(read_cards(connection, [name])))
 
     def find_cards(self, field: str, value: object) -> Iterator[AssetCard]:
@@ -187,11 +193,14 @@ class AssetStore:
             known = CARDS.c.env == wanted
             if not connection.scalar(select(CARDS.c.id).where(CARDS.c.env != "", known).limit(1)):
                 envs = connection.scalars(select(CARDS.c.env).where(CARDS.c.env != "").distinct())
-                asked = "LADING_ENV names" if env is None else f"{name}@{env} asks for"
+                others = sorted({USER_ENV, *envs})
+                known_ones = f"Known: {', '.join(others)}.{did_you_mean(wanted, others)}"
+                if env is not None:
+                    hint = f" No card has an overlay for the environment {wanted!r}. {known_ones}"
+                    raise AssetNotFoundError(f"{name}@{env}", hint)
                 raise AssetCardError(
                     name,
-                    f"{asked} the environment {wanted!r}, for which no card has an overlay. "
-                    f"Known: {', '.join(sorted({USER_ENV, *envs}))}.",
+                    f"LADING_ENV names the environment {wanted!r}, for which no card has an overlay. {known_ones}",
                 )
         if env is not None:
             return (env,)

@@ -21,7 +21,7 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lading.errors import FetchError, LadingError, PolicyError
+from lading.errors import AddressError, FetchError, LadingError, PolicyError
 from lading.fetch.answers import HeadRefused, Unavailable, require_success
 from lading.fetch.credentials import authorization
 from lading.fetch.redirects import MAX_REDIRECTS, Boundary, Origin, check_url, shown
@@ -94,11 +94,11 @@ class Client:
         self._idle: list[Connection] = []
 
     def parse(self, url: str) -> httpx.URL:
-        """:raises FetchError: ``url`` is none."""
+        """:raises AddressError: ``url`` is none."""
         try:
             parsed: httpx.URL = self._library.URL(url)
         except self._library.InvalidURL as error:
-            raise FetchError(f"{url[:200]!r} is not a URL: {error}.") from error
+            raise AddressError(f"{shown(url)[:200]!r} is not a URL: {error}.") from error
 
         return parsed
 

@@ -59,7 +59,7 @@ class HubSource:
         :param revision: a branch, a tag or a commit, instead of the one in ``uri``.
         :param offline: whether no socket may be opened: only the cache is asked then.
 
-        :raises FetchError: the URI or the revision is none.
+        :raises AddressError: the URI or the revision is none.
         :raises PolicyError: ``inner_path`` leads out of the repository.
         """
         address = HubAddress.from_uri(uri)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Self
 from urllib.parse import unquote
 
-from lading.errors import FetchError
+from lading.errors import AddressError, FetchError
 
 SCHEMES = ("hg://", "hf://")
 
@@ -40,7 +40,7 @@ class HubAddress:
         Of a URI without a revision the first two parts are the id. A slash in a revision is written ``%2F``, except in
         the hub's own ``refs/pr/N`` and ``refs/convert/NAME``.
 
-        :raises FetchError: it is none, or names something else than a repository of a model.
+        :raises AddressError: it is none, or names something else than a repository of a model.
         """
         scheme = next((s for s in SCHEMES if uri.startswith(s)), None)
         if scheme is None:
@@ -88,9 +88,9 @@ def is_repo_id(text: str) -> bool:
 
 
 def check_revision(revision: str, uri: str) -> None:
-    """:raises FetchError: ``revision`` can be neither a branch nor a tag nor a commit."""
+    """:raises AddressError: ``revision`` can be neither a branch nor a tag nor a commit."""
     if _REVISION.fullmatch(revision) is None or ".." in revision or len(revision) > 200:
-        raise FetchError(
+        raise AddressError(
             f"{uri}: expected as a revision the name of a branch or a tag, or a commit of 40 hexadecimal digits, found "
             f"{revision!r}."
         )
@@ -125,7 +125,7 @@ def check_file_name(name: str, uri: str) -> None:
         )
 
 
-def _wrong_uri(uri: str, found: str) -> FetchError:
-    return FetchError(
+def _wrong_uri(uri: str, found: str) -> AddressError:
+    return AddressError(
         f"{uri!r}: expected `hg://[org/]name[@revision][/path/inside]` or the same with `hf://`: {found}."
     )

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, Literal, Self
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import quote, urlunsplit
 
 from lading.errors import CheckpointNotFoundError, DigestMismatchError, FetchError
 from lading.fetch.answers import BadRanges, HeadRefused, describe
@@ -24,6 +24,7 @@ from lading.fetch.cache import Cache
 from lading.fetch.client import Client, Connection, Patience
 from lading.fetch.disk import advised, require_space
 from lading.fetch.download import Crew, Download, Effort, read_range
+from lading.fetch.http_names import WebAddress, is_plain
 from lading.fetch.kept import Kept
 from lading.fetch.partial import Identity, Partial, sweep
 from lading.fetch.redirects import shown
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("lading")
 
-_MAX_NAME = 255
-"""Bytes; the limit of the common file systems."""
 _LOOKS = 8
 """Connections over which the files of an index are asked for."""
 
@@ -59,7 +58,7 @@ class HttpSource:
     ) -> None:
         """:param offline: only what is in the cache is there; no socket is opened.
 
-        :raises FetchError: ``uri`` does not name a file.
+        :raises AddressError: ``uri`` does not name a file.
         """
         self.uri = uri
         self._cache = cache
@@ -67,13 +66,7 @@ class HttpSource:
         self._offline = offline
         self._patience = patience or Patience()
         self._effort = effort or Effort()
-        try:
-            self._parts = urlsplit(uri)
-        except ValueError as error:
-            raise FetchError(f"{uri[:200]!r} is not a URL: {error}.") from error
-        self._name = unquote(self._parts.path.rpartition("/")[2])
-        if not is_plain(self._name):
-            raise FetchError(f"{shown(uri)!r} does not name a file: its path must end in a plain file name.")
+        self._parts, self._name = WebAddress.from_uri(uri)
         self.inner: str | None = self._name
 
         self._lock = Lock()
@@ -309,17 +302,6 @@ class HttpSource:
             return FetchedFile(name=file.name, path=path, stat=state, sha256=sha256, published=file.sha256 is not None)
 
         raise AssertionError("the second round ends")
-
-
-def is_plain(name: str) -> bool:
-    """Whether ``name`` is nothing but the name of a file: no path, nothing that hides what it says."""
-    return (
-        name.isprintable()
-        and name.strip() == name
-        and name not in ("", ".", "..")
-        and not set(name) & set("/\\")
-        and len(name.encode("utf-8", "surrogatepass")) <= _MAX_NAME
-    )
 
 
 def _look(connection: Connection, url: httpx.URL, name: str) -> RemoteFile:

@@ -5,11 +5,25 @@ from __future__ import annotations
 from urllib.parse import urlsplit
 
 from lading.errors import NotSupportedError
+from lading.fetch.hf_names import HubAddress
+from lading.fetch.http_names import WebAddress
 from lading.fetch.source import Source
 from lading.settings import Settings
 
 HUB_SCHEMES = ("hg", "hf")
 HTTP_SCHEMES = ("https", "http")
+
+
+def check_address(uri: str) -> None:
+    """Whether an address of the hub or of the web is written as such a one. Others are not looked at.
+
+    :raises AddressError: it is not, so that there is nobody to ask.
+    """
+    scheme = uri.partition(":")[0].lower()
+    if scheme in HUB_SCHEMES:
+        HubAddress.from_uri(uri)
+    elif scheme in HTTP_SCHEMES:
+        WebAddress.from_uri(uri)
 
 
 def open_source(uri: str, *, inner_path: str | None, revision: str | None, settings: Settings) -> Source:
