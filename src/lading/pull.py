@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -24,8 +25,9 @@ from lading.companions import (
 )
 from lading.completion import completed
 from lading.errors import AssetCardError, NotSupportedError
+from lading.fetch.http_names import is_plain
 from lading.fetch.source import FetchedFile, RemoteFile, Snapshot
-from lading.fetch.sources import HUB_SCHEMES, open_source
+from lading.fetch.sources import HTTP_SCHEMES, HUB_SCHEMES, open_source
 from lading.folder import refuse_quantised_config
 from lading.formats import NotByHeadersError
 from lading.locate import address_of, card_checkpoint, known_content, require_access, require_writable, whole_checkpoint
@@ -33,6 +35,8 @@ from lading.published import CONFIG_NAME, Published, index_source, name_in_sourc
 from lading.resolve import family_of_card, model_config
 from lading.settings import Settings
 from lading.whole import Whole, comes_whole, fetch_whole
+
+log = logging.getLogger("lading")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +79,13 @@ def pull_model(
     :param revision: a branch, a tag or a commit of the source; default: the one that the card's URI names, or the
         latest. Loads of the card then use it until the next pull.
     :param include: shell-style patterns of further files of the source; its ``config.json`` always comes along, and so
-        does the tokenizer, from there or from where the card says that it is.
+        does the tokenizer, from there or from where the card says that it is. A web server lists no files: there they
+        are names of files beside the checkpoint.
     :param dry_run: only say what would be fetched.
     :param progress: show a bar on stderr.
 
     :raises AssetNotFoundError: no card has that name.
+    :raises NotSupportedError: ``revision``, of a source that has none; or patterns for one that lists no files.
     :raises ModelGatedError: the publisher hands it out on request.
     :raises ModelCheckpointMismatchError: it does not fit the card's architecture; nothing was fetched.
     :raises FetchError: the source cannot be reached, or answers nonsense.
@@ -96,6 +102,8 @@ def pull_model(
         tokenizer = _tokenizer_elsewhere(card, ref, None, store)
         beside = _bring(tokenizer, checkpoint, store, dry_run=dry_run, progress=progress)
         return _report(checkpoint, missing=False, beside=beside)
+    if ref.scheme in HTTP_SCHEMES:
+        _require_of_web(ref, revision, include)
 
     published, missing = _published(ref, revision), False
     if published is None:
@@ -163,6 +171,31 @@ def _fetched_whole(
     return checkpoint, whole, known is None or known.files != checkpoint.files
 
 
+def _require_of_web(ref: CheckpointRef, revision: str | None, include: Sequence[str]) -> None:
+    """:raises NotSupportedError: something is asked for that web servers do not have."""
+    if revision is not None:
+        raise NotSupportedError(
+            f"{ref.uri} is a file of a web server and has no revisions, but {revision!r} was asked for."
+        )
+    patterns = [name for name in include if not is_plain(name) or set(name) & set("*?[")]
+    if patterns:
+        raise NotSupportedError(
+            f"{ref.uri} is a file of a web server, which does not say what lies beside it: expected plain names of "
+            f"files to include, such as tokenizer.json, found {patterns[0]!r}."
+        )
+
+
+def _named_beside(ref: CheckpointRef, snapshot: Snapshot, names: Sequence[str]) -> Snapshot:
+    """The snapshot of a source that lists no files, with those of these names."""
+    source = open_source(ref.uri, inner_path=None, revision=None, settings=Settings.from_environment())
+    more = source.beside(snapshot, names)
+    for name in names:
+        if more.file(name) is None:
+            log.warning("there is no file %r beside %s", name, ref.uri)
+
+    return more
+
+
 def _local(checkpoint: Checkpoint, revision: str | None) -> Checkpoint:
     if revision is not None:
         raise NotSupportedError(
@@ -219,13 +252,16 @@ def _companions(
     manifest = checkpoint.manifest
     weights = {name_in_source(published.inner, shard.name) for shard in manifest.shards}
     always = {name_in_source(published.inner, name) for name in (CONFIG_NAME, manifest.index_name) if name is not None}
+    ref, snapshot = checkpoint_ref(card), published.snapshot
+    if ref.scheme in HTTP_SCHEMES and include:
+        snapshot = _named_beside(ref, snapshot, include)
     tokenizer = tokenizer_ref(card, store.retrieve_card)
-    if same_source(tokenizer, checkpoint_ref(card)):
-        always |= {file.name for file in tokenizer_beside(tokenizer, published.snapshot, published.inner)}
+    if same_source(tokenizer, ref):
+        always |= {file.name for file in tokenizer_beside(tokenizer, snapshot, published.inner)}
 
     return tuple(
         file
-        for file in published.snapshot.files
+        for file in snapshot.files
         if file.name not in weights
         and (file.name in always or any(fnmatchcase(file.name, pattern) for pattern in include))
     )
@@ -271,8 +307,9 @@ def _fetch(
     if not files or ref is None:
         return []
 
+    # Files are named from the top of the source, wherever in it the checkpoint is.
     source = open_source(
-        ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=Settings.from_environment()
+        ref.uri, inner_path=None, revision=checkpoint.revision or None, settings=Settings.from_environment()
     )
     snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=files)
 

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lading.errors import CheckpointNotFoundError, DigestMismatchError, FetchError, LadingError, PolicyError
+from lading.errors import (
+    AddressError,
+    CheckpointNotFoundError,
+    DigestMismatchError,
+    FetchError,
+    LadingError,
+    PolicyError,
+)
 from lading.fetch import redirects
 from lading.fetch.cache import Cache
-from lading.fetch.client import Patience
+from lading.fetch.client import Patience, http_library
 from lading.fetch.download import Effort
+from lading.fetch.hf_errors import retried, translated
 from lading.fetch.http import HttpSource
 from lading.fetch.redirects import Reach
 from lading.fetch.source import FetchedFile
@@ -214,6 +225,56 @@ def test_over_tls(tmp_path: Path, certificate: tuple[Path, Path], monkeypatch: p
         require_data(fetch(source(server, tmp_path)))
 
 
+@contextmanager
+def answers(data: bytes) -> Iterator[tuple[str, list[bytes]]]:
+    """The URL of a server that answers every connection with ``data``, and how each began."""
+    begun: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def run() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                with connection:
+                    begun.append(connection.recv(1 << 16))
+                    connection.sendall(data)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        yield f"https://127.0.0.1:{listener.getsockname()[1]}{PATH}", begun
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+NO_TLS = {
+    "plain http": (b"HTTP/1.1 400 Bad Request\r\n\r\n", "no TLS"),
+    "another service": (b"SSH-2.0-x\r\n", "no TLS"),
+    "no common version": (bytes.fromhex("15 0301 0002 02 46"), "do not agree"),
+    "no common cipher": (bytes.fromhex("15 0301 0002 02 28"), "do not agree"),
+}
+
+
+@pytest.mark.parametrize("what", NO_TLS)
+def test_what_is_no_tls_is_asked_once(tmp_path: Path, what: str) -> None:
+    data, says = NO_TLS[what]
+    with answers(data) as (url, begun):
+        with pytest.raises(FetchError, match=says):
+            HttpSource(url, cache=Cache(tmp_path), offline=False, patience=PATIENCE).snapshot()
+        assert len(begun) == 1
+        with pytest.raises(FetchError, match=says), translated("a/b", "the list of its files"):
+            retried(lambda: http_library().get(url, trust_env=False), "the list of files of a/b")
+        assert len(begun) == 2
+
+
+def test_a_connection_that_breaks_off_is_tried_again(tmp_path: Path) -> None:
+    with answers(b"") as (url, begun):
+        with pytest.raises(FetchError, match="tried 2 times"):
+            HttpSource(url, cache=Cache(tmp_path), offline=False, patience=PATIENCE).snapshot()
+        assert len(begun) == 2
+
+
 def test_never_from_https_to_http(
     tmp_path: Path, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,11 +386,12 @@ REFUSED: list[tuple[str, type[LadingError]]] = [
     ("http://10.0.0.1/model.safetensors", PolicyError),
     ("https://user:secret@example.com/model.safetensors", PolicyError),
     ("ftp://127.0.0.1/model.safetensors", PolicyError),
-    ("https:///model.safetensors", PolicyError),
-    ("https://[::1/model.safetensors", FetchError),
-    ("https://example.com/", FetchError),
-    ("https://example.com/a%2Fb", FetchError),
-    ("https://example.com/%2e%2e", FetchError),
+    ("https:///model.safetensors", AddressError),
+    ("https://[::1/model.safetensors", AddressError),
+    ("https://me:secret/@example.com/x", AddressError),
+    ("https://example.com/", AddressError),
+    ("https://example.com/a%2Fb", AddressError),
+    ("https://example.com/%2e%2e", AddressError),
 ]
 
 

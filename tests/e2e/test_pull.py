@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import Result
 from safetensors.torch import load_file, save_file
 
 from make_checkpoint import make, tensors
@@ -344,6 +345,32 @@ def test_from_a_web_server(process: Run, web: str, tmp_path: Path, file: str) ->
     )
     paths = run("path", "web").splitlines()
     assert all(Path(path).is_relative_to(tmp_path / "cache" / "blobs") for path in paths)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors.index.json", "model.pt"])
+def test_what_a_web_server_has_not(
+    cli: Callable[..., Result], web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.setenv("LADING_OFFLINE", "0")
+    monkeypatch.setenv("LADING_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "web" / "words.txt").write_text("a b")
+    (tmp_path / "cards.yaml").write_text(CARD.format(name="web", uri=f"{web}/{file}", layers=2))
+    cli("import", tmp_path / "cards.yaml")
+
+    assert "has no revisions, but 'main' was asked for" in cli("pull", "web", "--revision", "main", code=2).stderr
+    for pattern in ("*.txt", "a/b", ".."):
+        assert f"names of files to include, such as tokenizer.json, found {pattern!r}" in (
+            cli("pull", "web", "--include", pattern, code=2).stderr
+        )
+    assert not (tmp_path / "cache").exists()
+
+    words = ("pull", "web", "--include", "words.txt", "--include", "none.txt", "--no-progress", "--json")
+    done = cli(*words)
+    assert "there is no file 'none.txt' beside" in done.stderr
+    (path,) = (row["path"] for row in json.loads(done.stdout) if row["name"] == "words.txt")
+    assert Path(path).read_text() == "a b"
+    cli("rm", "web")
+    assert not Path(path).exists()
 
 
 TOKENIZERS = """\

@@ -22,7 +22,9 @@ _DRY_TABLE = (*_TABLE[:3], Column(name="fetched", show=lambda fetched: "to fetch
 @command("pull")
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_model)
 @click.option("--revision", metavar="R", help="A branch, a tag or a commit; default: the card's, or the latest.")
-@click.option("--include", metavar="PATTERN", multiple=True, help="Further files of the source, such as 'tokenizer*'.")
+@click.option(
+    "--include", metavar="PATTERN", multiple=True, help="Further files, such as 'tokenizer*'; of a web server, by name."
+)
 @click.option("-n", "--dry-run", is_flag=True, help="Only say what would be fetched.")
 @click.option("--no-progress", is_flag=True, help="Show no bar.")
 @listing_options

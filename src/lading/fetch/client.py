@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import random
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from lading.errors import AddressError, FetchError, LadingError, PolicyError
 from lading.fetch.answers import HeadRefused, Unavailable, require_success
 from lading.fetch.credentials import authorization
 from lading.fetch.redirects import MAX_REDIRECTS, Boundary, Origin, check_url, shown
+from lading.fetch.tls import lasting_fault
 from lading.version import __version__
 
 if TYPE_CHECKING:
@@ -320,11 +320,8 @@ class Connection:
             finally:
                 response.close()
         except self._errors as error:
-            if _is_about_trust(error):
-                raise FetchError(
-                    f"{url.host} cannot be trusted to be {url.host}: {error}. If it is signed by an authority of your "
-                    "own, name that one's certificate in SSL_CERT_FILE."
-                ) from error
+            if fault := lasting_fault(error, url.host):
+                raise FetchError(f"{shown(url)!r} could not be fetched: {fault}") from error
             raise Unavailable(self._reason(error, url, alarm.rang)) from error
         finally:
             alarm.cancel()
@@ -384,13 +381,3 @@ class _Alarm:
                 return
         self.rang = True
         self._ring()
-
-
-def _is_about_trust(error: BaseException | None) -> bool:
-    """Whether a certificate was not believed: it will not be the next time either."""
-    while error is not None:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return True
-        error = error.__cause__ or error.__context__
-
-    return False

@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from lading.errors import CheckpointNotFoundError, FetchError, LadingError, ModelGatedError
+from lading.fetch.tls import lasting_fault
 
 T = TypeVar("T")
 
@@ -104,6 +106,8 @@ def _translation(repo: str, what: str, error: Exception) -> Exception:
         return FetchError(f"{uri}: expected the hub to answer with {what}, got HTTP {status}: {_line(error)}.")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return FetchError(f"{uri}: HF_HUB_OFFLINE is set, so nothing can be fetched. Unset it, and try again.")
+    if fault := lasting_fault(error, urlsplit(page(repo)).hostname or page(repo)):
+        return FetchError(f"{uri}: could not get {what} from {page(repo)}: {fault}")
     if _is_of_the_disk(error):
         return error
 
@@ -172,6 +176,8 @@ def _wait(error: Exception, attempt: int) -> float | None:
         asked = response.headers.get("Retry-After", "")
         return float(min(max(back_off, float(asked) if asked.isdecimal() else 0.0), LONGEST_WAIT))
 
+    if lasting_fault(error, "") is not None:
+        return None
     passing = _client_errors("TimeoutException", "NetworkError", "RemoteProtocolError")
 
     return min(back_off, LONGEST_WAIT) if isinstance(error, (BrokenAnswerError, *passing)) else None

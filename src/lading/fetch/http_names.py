@@ -16,7 +16,8 @@ _MAX_NAME = 255
 """Bytes; the limit of the common file systems."""
 
 _HOST = re.compile(r"[^\s/\\<>\"^`{|}]+")
-_USER = re.compile(r"//[^/?#]*@")
+_SECRET = re.compile(r"//.*@")
+"""A user name and a password, also such as would have to be quoted."""
 
 
 class WebAddress(NamedTuple):
@@ -59,5 +60,4 @@ def is_plain(name: str) -> bool:
 
 
 def _wrong_uri(uri: str, found: str) -> AddressError:
-    # A password in it is nobody's business.
-    return AddressError(f"{_USER.sub('//…@', shown(uri))[:200]!r}: expected `https://host/path/file`: {found}.")
+    return AddressError(f"{_SECRET.sub('//…@', shown(uri))[:200]!r}: expected `https://host/path/file`: {found}.")

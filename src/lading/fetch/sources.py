@@ -46,6 +46,10 @@ def open_source(uri: str, *, inner_path: str | None, revision: str | None, setti
         from lading.fetch.cache import Cache
         from lading.fetch.http import HttpSource
 
+        if revision is not None:
+            raise NotSupportedError(
+                f"{uri} is a file of a web server and has no revisions, but {revision!r} was asked for."
+            )
         if inner_path is not None:
             raise NotSupportedError(
                 f"{uri} is one file, of which lading reads no part by a path, but `checkpoint_path` is {inner_path!r}."
