@@ -8,6 +8,7 @@
     ├── ModelArchitectureNotKnownError                2
     ├── ModelFamilyNotKnownError                      2
     ├── NotSupportedError                             2  right question, but not one that lading answers
+    ├── SettingsError                                 2  a variable of the environment that means nothing here
     ├── QueryError                                    2  SQL that the database does not understand
     ├── AssetCardError                                3  a card that is wrong, or of a family that is not registered
     │   ├── CardFileError                             3  files of cards; carries every problem found (`.problems`)
@@ -125,6 +126,12 @@ class ModelFamilyNotKnownError(LadingError):
 
 class NotSupportedError(LadingError):
     """The question is right, but lading (or this family) does not do that."""
+
+    exit_code = 2
+
+
+class SettingsError(LadingError):
+    """A variable of the environment whose value means nothing here."""
 
     exit_code = 2
 

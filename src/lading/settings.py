@@ -10,6 +10,7 @@ from typing import Self
 
 import platformdirs
 
+from lading.errors import SettingsError
 from lading.filesystem import expand_home
 
 
@@ -26,11 +27,15 @@ class Settings:
     env: str | None
     """The default environment, whose overlays (``name@env``) are laid over cards. ``LADING_ENV``."""
     offline: bool
-    """Whether no socket may be opened. ``LADING_OFFLINE`` or ``HF_HUB_OFFLINE``."""
+    """Whether no socket may be opened. ``LADING_OFFLINE`` or ``HF_HUB_OFFLINE``, the latter as huggingface_hub reads
+    it."""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Self:
-        """Read the settings from ``environ`` (default: the process's environment)."""
+        """Read the settings from ``environ`` (default: the process's environment).
+
+        :raises SettingsError: ``LADING_OFFLINE`` says neither yes nor no.
+        """
         env = os.environ if environ is None else environ
 
         data = Path(platformdirs.user_data_path("lading", appauthor=False))
@@ -43,9 +48,27 @@ class Settings:
             cache_dir=expand_home(cache).absolute() if cache else platformdirs.user_cache_path("lading", False),
             card_paths=tuple(cards),
             env=env.get("LADING_ENV", "").strip() or None,
-            offline=_truth(env.get("LADING_OFFLINE", "")) or _truth(env.get("HF_HUB_OFFLINE", "")),
+            offline=_switch("LADING_OFFLINE", env.get("LADING_OFFLINE", ""))
+            or _hub_switch(env.get("HF_HUB_OFFLINE", "")),
         )
 
 
-def _truth(value: str) -> bool:
-    return value.strip().lower() in {"1", "true", "yes", "on"}
+_YES = ("1", "true", "yes", "on", "y")
+_NO = ("0", "false", "no", "off", "n")
+
+
+def _switch(name: str, value: str) -> bool:
+    said = value.strip().lower()
+    if said and said not in _YES + _NO:
+        # To take it for no would open connections that somebody may have meant to forbid.
+        raise SettingsError(
+            f"{name} is expected to be one of {', '.join(_YES)}, or of {', '.join(_NO)}, but is {value!r}. Set it to "
+            "one of these, or unset it."
+        )
+
+    return said in _YES
+
+
+def _hub_switch(value: str) -> bool:
+    """As ``huggingface_hub.constants`` reads its variables: whatever is not one of these is no."""
+    return value.upper() in {"1", "ON", "YES", "TRUE"}

@@ -589,3 +589,19 @@ def test_the_env_of_cards_reaches_the_command_line(cli, cards, tmp_path, monkeyp
     assert cli("path", "tiny_arch").stdout == f"{cards.parent / 'tiny'}\n"
     monkeypatch.setenv("LADING_ENV", "moon")
     cli("path", "tiny_arch", code=3)
+
+
+def test_variables_that_say_nothing(cli, cards, tmp_path, monkeypatch):
+    more = tmp_path / "more.yaml"
+    more.write_text("name: more\nbase: tiny\n")
+    gone = tmp_path / "mroe.yaml"
+    monkeypatch.setenv("LADING_CARDS", f"{gone}:{more}")
+    result = cli("list", "more", "-q")
+    assert result.stdout == "more\n"
+    says = f"LADING_CARDS names {gone}, but nothing is there, or it cannot be looked at."
+    assert result.stderr == f"lading: warning: {says}\n"
+
+    monkeypatch.setenv("LADING_OFFLINE", "maybe")
+    result = cli("list", code=2)
+    assert result.stderr.startswith("lading: error: LADING_OFFLINE is expected to be one of 1, true, yes, on, y, or of")
+    assert len(result.stderr.splitlines()) == 1

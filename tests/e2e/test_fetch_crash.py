@@ -321,4 +321,4 @@ def test_offline_opens_no_socket(tmp_path: Path) -> None:
     assert there.returncode == 0, there.stderr
     assert there.stdout.endswith(f"{SHA256}\n")
     assert missing.returncode == 1
-    assert re.search(r"FetchError: 'other\.safetensors' .* LADING_OFFLINE is set", missing.stderr)
+    assert re.search(r"FetchError: 'other\.safetensors' .* LADING_OFFLINE or HF_HUB_OFFLINE is set", missing.stderr)

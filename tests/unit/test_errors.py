@@ -15,6 +15,7 @@ INSTANCES = [
     errors.ModelArchitectureNotKnownError("7b", "llama"),
     errors.ModelFamilyNotKnownError("f"),
     errors.NotSupportedError("m"),
+    errors.SettingsError("m"),
     errors.QueryError("m"),
     errors.AssetCardError("card", "m"),
     errors.CardFileError(["one", "two"]),

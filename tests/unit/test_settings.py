@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from lading.errors import SettingsError
 from lading.filesystem import file_system_type, host_id, on_network
 from lading.settings import Settings
 
@@ -33,6 +34,27 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert settings.card_paths[1:] == (Path("/a"), Path("/b.yaml"))
     assert settings.env == "cluster"
     assert settings.offline
+
+
+@pytest.mark.parametrize("word", ["1", "true", "yes", "on", "y", "0", "false", "no", "off", "n", "", " "])
+def test_what_says_that_there_is_no_network(word: str) -> None:
+    for text in (word, word.upper(), f" {word.title()} "):
+        offline = Settings.from_environment({"LADING_OFFLINE": text}).offline
+        assert offline == (word in {"1", "true", "yes", "on", "y"})
+
+
+@pytest.mark.parametrize("text", ["2", "ja", "offline", "tru", "1 1"])
+def test_what_says_neither_yes_nor_no(text: str) -> None:
+    with pytest.raises(SettingsError, match=f"LADING_OFFLINE is expected to be one of 1, true.*'{text}'"):
+        Settings.from_environment({"LADING_OFFLINE": text})
+
+
+@pytest.mark.parametrize("text", ["1", "on", "Yes", "TRUE", "y", "0", "off", "no", "", "2", " 1"])
+def test_the_hub_s_variable_means_what_it_means_there(text: str) -> None:
+    from huggingface_hub.constants import _is_true
+
+    assert Settings.from_environment({"HF_HUB_OFFLINE": text}).offline == _is_true(text)
+    assert Settings.from_environment({"HF_HUB_OFFLINE": text, "LADING_OFFLINE": "yes"}).offline
 
 
 def test_settings_are_equal_and_hash_by_value() -> None:

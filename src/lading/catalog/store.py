@@ -42,7 +42,7 @@ from lading.errors import (
     ModelArchitectureNotKnownError,
     did_you_mean,
 )
-from lading.filesystem import FileStat
+from lading.filesystem import FileStat, is_there
 from lading.manifest import Manifest
 from lading.settings import Settings
 
@@ -80,6 +80,10 @@ def get_asset_store() -> AssetStore:
 
 @lru_cache(maxsize=8)
 def _store(settings: Settings) -> AssetStore:
+    for path in settings.card_paths[1:]:
+        if not is_there(path):
+            _log.warning("LADING_CARDS names %s, but nothing is there, or it cannot be looked at.", path)
+
     return AssetStore(Database.open(settings), env=settings.env)
 
 

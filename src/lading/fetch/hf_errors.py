@@ -105,7 +105,7 @@ def _translation(repo: str, what: str, error: Exception) -> Exception:
     if status is not None:
         return FetchError(f"{uri}: expected the hub to answer with {what}, got HTTP {status}: {_line(error)}.")
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return FetchError(f"{uri}: HF_HUB_OFFLINE is set, so nothing can be fetched. Unset it, and try again.")
+        return FetchError(f"{uri}: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so nothing can be fetched. Unset it.")
     if fault := lasting_fault(error, urlsplit(page(repo)).hostname or page(repo)):
         return FetchError(f"{uri}: could not get {what} from {page(repo)}: {fault}")
     if _is_of_the_disk(error):

@@ -140,11 +140,9 @@ class HttpSource:
         return files
 
     def _offline_error(self, name: str) -> FetchError:
-        variable = next((v for v in ("LADING_OFFLINE", "HF_HUB_OFFLINE") if os.environ.get(v)), "LADING_OFFLINE")
-
         return FetchError(
             f"{name!r} of {shown(self.uri)!r} is not in the cache {self._cache.folder}, and it is not fetched, as "
-            f"{variable} is set. Unset it, or fetch the file on a machine that may."
+            "LADING_OFFLINE or HF_HUB_OFFLINE is set. Unset it, or fetch the file on a machine that may."
         )
 
     def _look_at(self, names: Sequence[str]) -> list[RemoteFile | CheckpointNotFoundError]:
