@@ -27,6 +27,22 @@ USER_ENV = "user"
 CONFIG_KEYS = ("model_config_overrides", "model_config_override", "model_config")
 """The fields that may hold configuration overrides, the older names first."""
 
+FIELDS = (
+    "base",
+    "model_family",
+    "model_arch",
+    *CONFIG_KEYS,
+    "checkpoint",
+    "checkpoint_path",
+    "restrict",
+    "tokenizer",
+    "tokenizer_path",
+    "tokenizer_ref",
+    "url",
+    "license",
+)
+"""The fields, besides the name, that mean something here. A card may have any others: they are kept and found."""
+
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 
 

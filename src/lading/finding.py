@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lading.errors import NotSupportedError, PolicyError
+from lading.errors import CheckpointNotFoundError, NotSupportedError, PolicyError
 from lading.fetch.hf_cache import repository_id
 from lading.fetch.hf_names import is_commit
 from lading.formats.files import open_file
 from lading.formats.folder import (
+    FILE_NAME,
+    INDEX_NAME,
     checkpoint_file,
     is_checkpoint_file,
     is_index,
@@ -110,6 +112,7 @@ def require_inside(path: Path, place: Place) -> None:
         _require_no_links_between(path, place)
         names = [entry.name for entry in path.iterdir()]
         _require_safetensors(path, names)
+        _require_usual_name(path, names)
         path = path / checkpoint_file(names, where=path)
     else:
         _require_no_links_between(path.parent, place)
@@ -130,6 +133,16 @@ def _require_safetensors(path: Path, names: list[str]) -> None:
         raise NotSupportedError(
             f"{path}: expected a safetensors checkpoint to adopt, found {some(sorted(found))}. What lading can load of "
             "other formats it loads by its path, or by a card of your own that names it."
+        )
+
+
+def _require_usual_name(path: Path, names: list[str]) -> None:
+    found = [name for name in names if is_checkpoint_file(name)]
+    if found and not {INDEX_NAME, FILE_NAME} & set(names):
+        raise CheckpointNotFoundError(
+            path,
+            f"{path}: expected {INDEX_NAME} or {FILE_NAME}, by which a folder is adopted, found {some(sorted(found))}. "
+            "Give one of these to `lading index` by its path, or name it as the `checkpoint` of a card of your own.",
         )
 
 

@@ -381,3 +381,11 @@ def test_the_file_of_a_card_stays_the_cards_own(tmp_path: Path, cache: Path, tin
 
     assert (adoption.status, adoption.cards) == ("adopted", ("tiny",))
     assert copies(path_uri(tiny)) == [("model.safetensors", "source", False)]
+
+
+def test_what_is_advised_of_a_folder_of_single_files_can_be_done(cli: Callable[..., Result], tmp_path: Path) -> None:
+    folder = make(tmp_path / "many")
+    (folder / "model.safetensors").rename(folder / "first.safetensors")
+    advised = cli("adopt", folder, code=2).stderr
+    assert "found 'first.safetensors'. Give one of these to `lading index` by its path, or name it as" in advised
+    cli("index", folder / "first.safetensors")

@@ -605,3 +605,25 @@ def test_variables_that_say_nothing(cli, cards, tmp_path, monkeypatch):
     result = cli("list", code=2)
     assert result.stderr.startswith("lading: error: LADING_OFFLINE is expected to be one of 1, true, yes, on, y, or of")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_field_that_is_nearly_right_is_told(cli, process, cards, home, tmp_path):
+    odd = tmp_path / "odd.yaml"
+    odd.write_text(
+        "name: a\nmodel_famly: qwen\nnotes: free\n---\nname: b\nmodel_famly: qwen\n---\n"
+        "name: c\nlicense: mit\nlicence: mit\n---\nname: c@user\nCheckpoint: x\n"
+    )
+    shown = cli("import", odd).stderr.splitlines()
+    assert shown == [
+        "lading: warning: odd.yaml[0] (and 1 more): the field 'model_famly' means nothing here. "
+        "Did you mean 'model_family'?",
+        "lading: warning: odd.yaml[3]: the field 'Checkpoint' means nothing here. Did you mean 'checkpoint'?",
+        "lading: 4 added, 0 changed, 0 unchanged, 0 removed",
+    ]
+    assert "model_famly: qwen" in cli("export-cards", "a").stdout
+
+    own = home / "config" / "lading" / "cards"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text("name: mine\nbse: tiny\n")
+    code = "lading: warning: mine.yaml[0]: the field 'bse' means nothing here. Did you mean 'base'?\n"
+    assert process("list", "mine", "--all", "-q").stderr == code

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from sqlalchemy import ColumnElement, Connection, func, select, true
 
-from lading.card import CardEntry
+from lading.card import FIELDS, CardEntry
 from lading.catalog import rows
 from lading.catalog.entries import chunks
 from lading.catalog.merge import (
@@ -197,6 +199,17 @@ def _warnings(connection: Connection, cards: Decision, architectures: Decision) 
                 "is not in the catalog"
             )
 
+    strange: dict[tuple[str, str], list[str]] = {}
+    for claim in cards.written():
+        if isinstance(claim.entry, CardEntry):
+            for field in claim.entry.metadata:
+                meant = _meant(field)
+                if meant is not None and meant not in claim.entry.metadata:
+                    strange.setdefault((field, meant), []).append(claim.entry.source)
+    for (field, meant), sources in strange.items():
+        more = f" (and {len(sources) - 1} more)" if len(sources) > 1 else ""
+        warnings.append(f"{sources[0]}{more}: the field {field!r} means nothing here. Did you mean {meant!r}?")
+
     unregistered = set(connection.scalars(select(FamilyRow.name).where(FamilyRow.entry_point.is_(None))))
     users: dict[str, list[str]] = {}
     plain = [claim.key[0] for claim in cards.written() if not claim.key[1]] if unregistered else []
@@ -219,6 +232,14 @@ def _warnings(connection: Connection, cards: Decision, architectures: Decision) 
         )
 
     return tuple(warnings)
+
+
+@lru_cache(maxsize=4096)
+def _meant(field: str) -> str | None:
+    """The field that a free one is probably meant to be, by its name."""
+    near = [] if field in FIELDS else get_close_matches(field.lower(), FIELDS, n=1, cutoff=0.85)
+
+    return near[0] if near else None
 
 
 def _names(connection: Connection, names: Iterable[str]) -> set[str]:

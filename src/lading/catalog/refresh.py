@@ -247,6 +247,8 @@ def _take_user_files(connection: Connection, news: News) -> None:
             parsed.append(_parse(uri, data, folder=path.parent))
 
     report = apply(connection, parsed, kind="user", keep_going=True, stats=news.changed, gone=news.gone)
+    for line in report.warnings:
+        _log.warning("%s", line)
     for line in report.problems:
         _log.warning("Not all of your cards were imported: %s", line)
 
