@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 
 import lading
 from cached_repository import add_cards, add_snapshot, tree, use_cache

@@ -2,58 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
 
-from console_blocks import examples, matches
+from console_blocks import examples, matches, run_page
 from make_checkpoint import make
 
 PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
 
 
-def run(command: str) -> tuple[int, str]:
-    """Exit code and output. Only what needs a shell gets one: a process of its own takes half a second."""
-    if re.fullmatch(r"lading [^|<>$&;`]*", command):
-        from lading.cli.app import app
-
-        result = CliRunner().invoke(app, shlex.split(command)[1:])
-        return result.exit_code, result.output
-
-    done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail\n{command}"],
-        text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    return done.returncode, done.stdout
-
-
 def test_the_page(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    work, bin_ = tmp_path / "work", tmp_path / "bin"
+    work = tmp_path / "work"
     make(work / "tiny-qwen")
-    monkeypatch.chdir(work)
-    bin_.mkdir()
-    (bin_ / "lading").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m lading "$@"\n')
-    (bin_ / "lading").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{bin_}{os.pathsep}{os.environ['PATH']}")
-
-    code = 0
-    for command, expected in examples(PAGE):
-        if command == "echo $?\n":
-            assert int(expected) == code != 0
-            code = 0
-            continue
-
-        assert code == 0, f"the page does not say that the command before {command!r} fails with {code}"
-        code, written = run(command)
-        assert matches(expected, written), f"$ {command}\nexpected:\n{expected}\nwritten:\n{written}"
-    assert code == 0
+    run_page(PAGE, work, tmp_path / "bin", monkeypatch)
 
 
 def test_the_matcher() -> None:

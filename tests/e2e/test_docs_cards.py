@@ -1,0 +1,37 @@
+"""docs/cards.md: its files and commands, in one empty home; and whether it mentions every field."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from console_blocks import run_page
+from lading.card import FIELDS
+from lading.cardfile import _ARCHITECTURE_FIELDS, _STRING_FIELDS
+from make_checkpoint import make
+
+PAGE = (Path(__file__).parents[2] / "docs" / "cards.md").read_text(encoding="utf-8")
+
+
+def test_the_page(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = tmp_path / "work"
+    make(work / "tiny-qwen")
+    files = re.findall(r"^```yaml\n# (\S+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    assert len(files) == PAGE.count("```yaml")
+    for name, text in files:
+        (work / name).write_text(text)
+    run_page(PAGE, work, tmp_path / "bin", monkeypatch)
+
+
+def test_every_field_is_described() -> None:
+    cards, architectures = (
+        set(re.findall(r"`([a-z_]+)`", " ".join(re.findall(r"^\| (`[^|]*) \|", section, re.MULTILINE))))
+        for section in (
+            PAGE.partition(f"\n## The fields of {what}\n")[2].partition("\n## ")[0]
+            for what in ("a card", "an architecture")
+        )
+    )
+    assert cards == {"name", *FIELDS, *_STRING_FIELDS}
+    assert architectures == set(_ARCHITECTURE_FIELDS)
