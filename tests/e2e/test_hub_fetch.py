@@ -534,7 +534,7 @@ def test_offline_a_bad_copy_is_not_used(repo: Repository, client: HubClient) -> 
 def test_the_variable_of_huggingface_hub_holds_too(hub: FakeHub, repo: Repository, client: HubClient) -> None:
     code = f"constants.HF_HUB_OFFLINE = True\ntry:\n    {SNAPSHOT}\nfinally:\n    constants.HF_HUB_OFFLINE = False"
 
-    with pytest.raises(FetchError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(FetchError, match="HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"):
         client(code, uri="hg://Qwen/Tiny-0.1B", revision=None)
     assert not hub.requests
 
