@@ -246,6 +246,9 @@ def test_a_card_is_verified(
         model = load_model("tiny_meta", dtype="auto", verify=verify)
         assert all(torch.equal(model.state_dict()[name], value) for name, value in states[1].items())
     cli("check", "tiny_meta")
+    convert_checkpoint("tiny_meta", tmp_path / "out", verify="always", progress=False)
+    written = load_model(tmp_path / "out", dtype="auto").state_dict()
+    assert all(torch.equal(written[name], value) for name, value in states[1].items())
 
     file = folder / "consolidated.01.pth"
     data = bytearray(file.read_bytes())
@@ -254,6 +257,9 @@ def test_a_card_is_verified(
     file.write_bytes(data)
     with pytest.raises(DigestMismatchError, match=r"output\.weight#1"):
         load_model("tiny_meta", dtype="auto")
+    with pytest.raises(DigestMismatchError, match=r"output\.weight#1"):
+        convert_checkpoint("tiny_meta", tmp_path / "other", progress=False)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("parts", [1, 2])
