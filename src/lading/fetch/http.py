@@ -71,6 +71,7 @@ class HttpSource:
 
         self._lock = Lock()
         self._made: Client | None = None
+        self._asked: set[RemoteFile] = set()  # as the server describes them
 
     @property
     def _client(self) -> Client:
@@ -177,6 +178,8 @@ class HttpSource:
                     crew.start(work)
                 crew.watch(lambda: None)
 
+        self._asked.update(file for file in found.values() if isinstance(file, RemoteFile))
+
         return [found[name] for name in names]
 
     def _url(self, name: str) -> str:
@@ -225,6 +228,7 @@ class HttpSource:
         :raises PolicyError: it wants credentials, or redirects where it may not.
         :raises OSError: the disk is full, or cannot be written.
         """
+        files = self._with_validators(files)
         here = [self._kept.find(file, known) for file in files]
         missing = [file for file, found in zip(files, here, strict=True) if found is None]
         if not missing:
@@ -251,6 +255,35 @@ class HttpSource:
                     return [found or self._bring(file, known, bar) for file, found in zip(files, here, strict=True)]
             finally:
                 self.close()
+
+    def _with_validators(self, files: Sequence[RemoteFile]) -> Sequence[RemoteFile]:
+        """The files with what their server says of their content, where nothing is known that tells it from another.
+
+        Without that, nothing could be used of a fetch that was broken off: neither files that came, nor parts of one.
+
+        :raises FetchError: the server cannot be reached, or the file has another size by now.
+        :raises CheckpointNotFoundError: it is gone.
+        """
+        unknown = [file.name for file in files if file.sha256 is file.etag is None and file not in self._asked]
+        if self._offline or not unknown:
+            return files
+
+        now = dict(zip(unknown, self._look_at(unknown), strict=True))
+
+        return [self._as_it_is(file, now.get(file.name)) for file in files]
+
+    def _as_it_is(self, file: RemoteFile, now: RemoteFile | CheckpointNotFoundError | None) -> RemoteFile:
+        if now is None:
+            return file
+        if isinstance(now, CheckpointNotFoundError):
+            raise now
+        if None not in (file.size, now.size) and file.size != now.size:
+            raise FetchError(
+                f"{shown(self._url(file.name))!r} has changed: expected {file.size} bytes, as it was indexed, but it "
+                f"has {now.size} now. Index it anew with `lading index`."
+            )
+
+        return replace(file, sha256=now.sha256, etag=now.etag)
 
     def _bring(self, file: RemoteFile, known: Known, bar: tqdm[Any]) -> FetchedFile:
         identity = Identity(url=self._url(file.name), etag=file.etag, size=file.size, sha256=file.sha256)

@@ -114,8 +114,8 @@ class Kept:
             return None
         if file.sha256 is not None:
             return record if record.sha256 == file.sha256 else None
-        # Offline there is nothing but the entry, of which `file` was made.
-        same = file.etag == record.etag and (file.etag is not None or self._offline)
+        # Offline nobody says what is there now, and the entry is all that there is.
+        same = self._offline if file.etag is None else file.etag == record.etag
 
         return record if same else None
 

@@ -1,0 +1,106 @@
+"""Pulls that are killed between two shards: what had come is used, and is known to be lading's own."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cache_tools import require_consistent
+from fault_world import CARD, INDEX, Place, World, open_world
+from make_checkpoint import make
+from nursery import Ended
+from servers import hostile
+from servers.hostile import Exchange, Server, serve
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with open_world(tmp_path_factory.mktemp("world")) as world:
+        yield world
+
+
+@pytest.fixture
+def place(world: World, tmp_path: Path) -> Iterator[Place]:
+    shutil.copy(world.template, tmp_path / "catalog.sqlite")
+    yield Place(tmp_path, world.nursery)
+    world.hub.behave()
+
+
+def killed_when(place: Place, name: str, reached: Callable[[], bool]) -> Ended:
+    """A pull that is killed as soon as something is reached."""
+    child = place.nursery.start(["pull", name, "--no-progress"], place.env)
+    until = time.monotonic() + 30
+    while not reached():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    ended = child.kill()
+    assert ended.code == -9, ended
+    return ended
+
+
+# --- from a web server -----------------------------------------------------------------------------------------------
+
+SHARDS = [f"/m/model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+PLAIN = {"etag": {"etags": True}, "date": {"etags": False, "old": True}, "nothing": {"etags": False}}
+"""What the server says that tells a content from another: never its digest."""
+
+
+def silent_at(path: str) -> hostile.Behaviour:
+    """Nothing comes of this file but its header, until the state says `go on`."""
+
+    def behave(exchange: Exchange) -> None:
+        wanted = exchange.wanted()
+        if exchange.command == "GET" and exchange.path == path and (wanted is None or wanted[1] > 20_000):
+            exchange.hub.state["reached"] = True
+            if "go on" not in exchange.hub.state:
+                hostile.silent_body(exchange)
+                return
+        hostile.honest(exchange)
+
+    return behave
+
+
+@pytest.fixture(params=PLAIN)
+def web(request: pytest.FixtureRequest, place: Place, tmp_path: Path) -> Iterator[Server]:
+    """A server of a checkpoint of three shards, in whose second one a pull was killed."""
+    folder = make(tmp_path / "three", shards=3)
+    files = {f"/m/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    with serve(files, silent_at(SHARDS[1]), **PLAIN[request.param]) as server:
+        (tmp_path / "three.yaml").write_text(CARD.format(name="three", uri=server.url(f"/m/{INDEX}")))
+        place.run("import", tmp_path / "three.yaml")
+        killed_when(place, "three", lambda: "reached" in server.state)
+        server.state["go on"] = True
+        server.requests.clear()
+        yield server
+
+
+def fetched(server: Server) -> list[str]:
+    """The shards of which more than the header was asked for."""
+    asked = [(path, headers.get("range", "-999999")) for method, path, headers in server.requests if method == "GET"]
+    return sorted({path for path, wanted in asked if path in SHARDS and int(wanted.rpartition("-")[2]) > 20_000})
+
+
+def test_shards_that_had_come_are_not_fetched_again(web: Server, place: Place) -> None:
+    known = web.etags or web.modified is not None
+    place.run("pull", "three", "--no-progress")
+
+    assert fetched(web) == (SHARDS[1:] if known else SHARDS)
+    require_consistent(place.cache)
+    assert place.run("verify", "three").code == 0
+
+
+def test_a_shard_that_changed_meanwhile_is_fetched_anew(web: Server, place: Place) -> None:
+    data = bytearray(web.files[SHARDS[0]])
+    data[-1] ^= 1
+    web.files[SHARDS[0]] = bytes(data)
+    if web.modified is not None:
+        web.modified = "Sun, 13 Sep 2020 12:26:41 GMT"
+    place.run("pull", "three", "--no-progress")
+
+    assert fetched(web) == SHARDS
+    (path,) = place.sql(f"SELECT path FROM copies WHERE file = '{SHARDS[0][3:]}'")
+    assert Path(str(path[0])).read_bytes() == data
