@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lading.brought import noting_broken_off
+from lading.brought import noting_intent
 from lading.card import CheckpointRef
 from lading.catalog.checkpoints import record_files
 from lading.catalog.records import Check, CopyKind, LocalCopy
@@ -58,7 +58,7 @@ def acquire(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool)
     ]
     snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=tuple(files))
 
-    with noting_broken_off(source, snapshot, files, store, checkpoint.uri):
+    with noting_intent(source, snapshot, files, store, checkpoint.uri):
         fetched = source.fetch(snapshot, files, known=known_content(store), progress=progress)
     for file, shard in zip(fetched, shards, strict=True):
         if not file.published:
@@ -72,7 +72,9 @@ def acquire(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool)
 def _acquire_whole(
     checkpoint: Checkpoint, ref: CheckpointRef, store: AssetStore | None, *, progress: bool
 ) -> Checkpoint:
-    whole = fetch_whole(ref, known=known_content(store), progress=progress, revision=checkpoint.revision or None)
+    whole = fetch_whole(
+        ref, store=store, known=known_content(store), progress=progress, revision=checkpoint.revision or None
+    )
     if not whole.manifest.tensors_equal(checkpoint.manifest):
         raise _replaced(checkpoint.uri)
     if store is not None:

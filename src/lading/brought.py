@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lading.catalog.checkpoints import record_companions
+from lading.catalog.intents import forget_unmet, record_intents
 from lading.catalog.records import LocalCopy
 from lading.catalog.store import AssetStore
 from lading.errors import CatalogError
 from lading.fetch.source import FetchedFile, RemoteFile, Snapshot, Source
-from lading.filesystem import FileStat
 
 log = logging.getLogger("lading")
 
@@ -33,7 +32,7 @@ def fetch_along(
     if not files:
         return []
 
-    with noting_broken_off(source, snapshot, files, store, uri):
+    with noting_intent(source, snapshot, files, store, uri):
         fetched = source.fetch(snapshot, files, known=lambda sha256: None, progress=progress)
     _note(
         store,
@@ -48,30 +47,29 @@ def fetch_along(
 
 
 @contextmanager
-def noting_broken_off(
+def noting_intent(
     source: Source, snapshot: Snapshot, files: Sequence[RemoteFile], store: AssetStore | None, uri: str
 ) -> Iterator[None]:
-    """Where the body brings some of the files and fails, note which: a second attempt finds them, and could not tell
-    them from those of other programs.
+    """Note before the body fetches files what it is about to bring into a cache that other programs use, too.
+
+    However the body ends, and be it that the process dies, what came is then known to be lading's.
     """
-    if store is None or source.kind == "cache":  # what is in lading's own cache is lading's
+    paths = [] if store is None or not store.database.writable else source.shared(snapshot, files)
+    if store is None or not paths:
         yield
         return
 
-    before = source.local(snapshot, files)
+    try:
+        record_intents(store.database, paths, uri=uri)
+    except (CatalogError, OSError) as error:
+        log.warning("what is about to come of %s is not in the catalog: %s", uri, error)
     try:
         yield
-    except BaseException:
-        came = [path for path, old in zip(source.local(snapshot, files), before, strict=True) if path and not old]
-        _note(
-            store,
-            uri,
-            [
-                LocalCopy(file=str(path), path=path, stat=FileStat.from_stat(os.stat(path)), kind=source.kind)
-                for path in came
-            ],
-        )
-        raise
+    finally:
+        try:
+            forget_unmet(store.database, paths)
+        except (CatalogError, OSError) as error:
+            log.warning("what did not come of %s is in the catalog still: %s", uri, error)
 
 
 def _note(store: AssetStore | None, uri: str, copies: Sequence[LocalCopy]) -> None:

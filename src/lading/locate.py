@@ -244,7 +244,7 @@ def _published_or_whole(ref: CheckpointRef, store: AssetStore, *, progress: bool
         except formats.NotByHeadersError:
             pass
 
-    return fetch_whole(ref, known=known_content(store), progress=progress)
+    return fetch_whole(ref, store=store, known=known_content(store), progress=progress)
 
 
 def whole_checkpoint(name: str, ref: CheckpointRef, whole: Whole, store: AssetStore) -> Checkpoint:

@@ -165,7 +165,7 @@ def _fetched_whole(
     """What is published now, fetched to be known; and whether it was not what the catalog knew on this machine."""
     require_writable(store)
     known = None if store.checkpoint(ref.key) is None else card_checkpoint(card, store)
-    whole = fetch_whole(ref, known=known_content(store), progress=progress, revision=revision)
+    whole = fetch_whole(ref, store=store, known=known_content(store), progress=progress, revision=revision)
     checkpoint = whole_checkpoint(card.name, ref, whole, store)
 
     return checkpoint, whole, known is None or known.files != checkpoint.files

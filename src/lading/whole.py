@@ -12,9 +12,11 @@ from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
 from lading import formats
+from lading.brought import noting_intent
 from lading.card import CheckpointRef
 from lading.catalog.provenance import now
 from lading.catalog.records import Check, LocalCopy
+from lading.catalog.store import AssetStore
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
 from lading.fetch.source import FetchedFile, Known, RemoteFile, Snapshot, Source
 from lading.fetch.sources import HTTP_SCHEMES, HUB_SCHEMES, open_source
@@ -58,9 +60,12 @@ def came_whole(manifest: Manifest) -> bool:
     return all(is_torch_format(shard.name) or shard.name.endswith(_ARCHIVE) for shard in manifest.shards)
 
 
-def fetch_whole(ref: CheckpointRef, *, known: Known, progress: bool, revision: str | None = None) -> Whole:
+def fetch_whole(
+    ref: CheckpointRef, *, store: AssetStore | None, known: Known, progress: bool, revision: str | None = None
+) -> Whole:
     """Fetch the files of a checkpoint, and index them.
 
+    :param store: whose catalog is told what is about to come; what came, the caller tells it.
     :param known: where content is on this machine already.
     :param revision: default: the one that the address names, or what is published now.
 
@@ -81,13 +86,14 @@ def fetch_whole(ref: CheckpointRef, *, known: Known, progress: bool, revision: s
         hf_config = published_config(PublishedFiles(source, snapshot), folder)
         refuse_quantised_config(hf_config, ref.key)
         if is_index(file):
-            return _fetch_shards(source, snapshot, folder, file, hf_config, known=known, progress=progress)
+            return _fetch_shards(ref, source, snapshot, folder, file, hf_config, store, known=known, progress=progress)
         name = folder + file
     published = snapshot.file(name) if name is not None else None
     if published is None:
         raise CheckpointNotFoundError(ref.key, f"{ref.uri} has no file {name!r}.")
 
-    (fetched,) = source.fetch(snapshot, [published], known=known, progress=progress)
+    with noting_intent(source, snapshot, [published], store, ref.key):
+        (fetched,) = source.fetch(snapshot, [published], known=known, progress=progress)
     copy = _readable(fetched, published.name.rpartition("/")[2], source, member=member)
     manifest = formats.index(copy.path, member=member if copy.path == fetched.path else None)
     (shard,) = manifest.shards
@@ -98,18 +104,21 @@ def fetch_whole(ref: CheckpointRef, *, known: Known, progress: bool, revision: s
 
 
 def _fetch_shards(
+    ref: CheckpointRef,
     source: Source,
     snapshot: Snapshot,
     folder: str,
     file: str,
     hf_config: Mapping[str, object],
+    store: AssetStore | None,
     *,
     known: Known,
     progress: bool,
 ) -> Whole:
     """The files that the index ``file`` in ``folder`` names."""
     published = [each for each in snapshot.files if each.name == folder + file]
-    (index,) = source.fetch(snapshot, published, known=known, progress=False)
+    with noting_intent(source, snapshot, published, store, ref.key):
+        (index,) = source.fetch(snapshot, published, known=known, progress=False)
     names = list(read_index_at(index.path, name=file).tensors)
     snapshot = source.beside(snapshot, [folder + name for name in names])
     shards = [snapshot.file(folder + name) for name in names]
@@ -121,7 +130,8 @@ def _fetch_shards(
         )
 
     there = [shard for shard in shards if shard is not None]
-    fetched = source.fetch(snapshot, there, known=known, progress=progress)
+    with noting_intent(source, snapshot, there, store, ref.key):
+        fetched = source.fetch(snapshot, there, known=known, progress=progress)
     copies = [_readable(each, name, source) for each, name in zip(fetched, names, strict=True)]
     manifest = index_shards(index.path, name=file, shards={copy.file: copy.path for copy in copies})
 

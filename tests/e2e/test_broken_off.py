@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -11,10 +12,11 @@ import pytest
 
 from cache_tools import require_consistent
 from fault_world import CARD, INDEX, Place, World, open_world
-from make_checkpoint import make
+from make_checkpoint import make, tensors
 from nursery import Ended
 from servers import hostile
 from servers.hostile import Exchange, Server, serve
+from torch_files import save_shards
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +106,76 @@ def test_a_shard_that_changed_meanwhile_is_fetched_anew(web: Server, place: Plac
     assert fetched(web) == SHARDS
     (path,) = place.sql(f"SELECT path FROM copies WHERE file = '{SHARDS[0][3:]}'")
     assert Path(str(path[0])).read_bytes() == data
+
+
+# --- from the hub ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["safetensors", "bin"])
+def far(request: pytest.FixtureRequest, world: World, place: Place, tmp_path: Path) -> list[Path]:
+    """Where the shards of a checkpoint come on the hub, the second of which is slow; the model is ``three``."""
+    folder = make(tmp_path / "three", shards=3)
+    if request.param == "bin":
+        for path in folder.glob("model*"):
+            path.unlink()
+        save_shards(folder, tensors(), 3)
+    repo = world.hub.add("Some/Three", folder)
+    (tmp_path / "three.yaml").write_text(CARD.format(name="three", uri="hg://some/three"))
+    place.run("import", tmp_path / "three.yaml")
+    (commit,) = repo.commits
+    shards = sorted(path.name for path in folder.glob("*-of-*"))
+    world.hub.misbehave(shards[1], "slow")
+    return [place.hub / "models--Some--Three" / "snapshots" / commit / name for name in shards]
+
+
+def bring(place: Place, path: Path) -> None:
+    """What another program does that needs a file of the repository."""
+    place.run("-c", f"from huggingface_hub import hf_hub_download as bring; bring('Some/Three', {path.name!r})")
+
+
+def kinds(place: Place) -> dict[str, str]:
+    return {Path(str(path)).name: str(kind) for path, kind in place.sql("SELECT path, kind FROM copies")}
+
+
+def test_what_a_killed_pull_brought_is_removed(place: Place, far: list[Path]) -> None:
+    one, two, three = far
+    killed_when(place, "three", lambda: one.exists() and three.exists())
+    assert not two.exists()
+
+    (holding,) = json.loads(place.run("du", "--json").out)
+    found = [holding[key] for key in ("name", "kind", "complete", "verified")]
+    assert found == ["three", "hub", False, False]
+    assert holding["bytes"] >= one.stat().st_size + three.stat().st_size
+    place.run("rm", "three")
+    assert [path for path in place.hub.rglob("*") if path.name in {path.name for path in far}] == []
+    assert place.sql("SELECT * FROM intents WHERE path NOT LIKE '%00002-of%'") == []
+
+
+def test_what_a_killed_pull_brought_stays_its_own(world: World, place: Place, far: list[Path]) -> None:
+    """But what was there before does not become so."""
+    one, _, three = far
+    bring(place, three)
+    bring(place, far[0].with_name("config.json"))
+    killed_when(place, "three", one.exists)
+    world.hub.behave()
+    place.run("pull", "three", "--no-progress")
+
+    found = kinds(place)
+    assert [found[path.name] for path in far] == ["hub", "hub", "adopted"]
+    assert found["config.json"] == "adopted"
+    assert place.sql("SELECT path FROM intents") == []
+    place.run("rm", "three")
+    assert [path.exists() for path in far] == [False, False, True]
+    assert far[0].with_name("config.json").exists()
+
+
+@pytest.mark.parametrize("far", ["safetensors"], indirect=True)
+def test_what_a_killed_pull_brought_is_not_adopted(place: Place, far: list[Path]) -> None:
+    one, two, three = far
+    killed_when(place, "three", lambda: one.exists() and three.exists())
+    index = next(iter(far[0].parent.glob("*.index.json")), far[0].with_name(INDEX))
+    for path in (two, index, far[0].with_name("config.json")):
+        bring(place, path)
+    place.run("adopt")
+
+    assert {kinds(place)[path.name] for path in (one, three)} == {"hub"}

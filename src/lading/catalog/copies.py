@@ -9,6 +9,7 @@ from pathlib import Path
 from sqlalchemy import ColumnElement, Connection, and_, delete, exists, insert, or_, select, true
 
 from lading.catalog.entries import chunks, intact
+from lading.catalog.intents import end_intents, intended
 from lading.catalog.provenance import now
 from lading.catalog.records import Check, CopyKind, LocalCopy, from_signed, to_signed
 from lading.catalog.schema import COPIES, SHARDS, CopyRow
@@ -131,19 +132,22 @@ _THEIRS_FIRST: tuple[CopyKind, ...] = ("source", "adopted", "hub", "cache")
 def _with_owners(connection: Connection, copies: Sequence[LocalCopy]) -> list[LocalCopy]:
     """The copies with the kinds that are known of them: a file that looks as it did is whose it was.
 
-    What is not lading's in one checkpoint is so in all: it must never be removed for one of them.
+    What is not lading's in one checkpoint is so in all: it must never be removed for one of them. What nothing is known
+    of but that lading was about to bring it is lading's.
     """
     known: dict[tuple[Path, FileStat], set[CopyKind]] = {}
     for paths in chunks(str(copy.path) for copy in copies):
         for _, copy in _reachable(connection, COPIES.c.path.in_(paths)):
             known.setdefault((copy.path, copy.stat), set()).add(copy.kind)
 
-    return [
-        replace(copy, kind=next(kind for kind in _THEIRS_FIRST if kind in kinds))
-        if (kinds := known.get((copy.path, copy.stat)))
-        else copy
-        for copy in copies
-    ]
+    ours = intended(connection, [copy.path for copy in copies if copy.kind == "adopted"])
+
+    def kind_of(copy: LocalCopy) -> CopyKind:
+        kinds = known.get((copy.path, copy.stat)) or ({"hub"} if copy.path in ours else {copy.kind})
+
+        return next(kind for kind in _THEIRS_FIRST if kind in kinds)
+
+    return [replace(copy, kind=kind_of(copy)) for copy in copies]
 
 
 def _insert_copies(connection: Connection, checkpoint_id: int, copies: Sequence[LocalCopy]) -> None:
@@ -165,6 +169,7 @@ def _insert_copies(connection: Connection, checkpoint_id: int, copies: Sequence[
     ]
     if rows:
         connection.execute(insert(CopyRow), rows)
+    end_intents(connection, (copy.path for copy in copies))
 
 
 def same_copy(checkpoint_id: int, copy: LocalCopy | Check) -> ColumnElement[bool]:

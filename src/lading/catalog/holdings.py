@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from sqlalchemy import Connection, delete, exists, select
 
@@ -12,9 +13,11 @@ from lading.catalog.checkpoints import link_card
 from lading.catalog.copies import all_copies, same_copy
 from lading.catalog.database import Database
 from lading.catalog.entries import chunks, intact
+from lading.catalog.intents import all_intents, end_intents
 from lading.catalog.manifests import read_manifest
-from lading.catalog.records import HeldCheckpoint
+from lading.catalog.records import HeldCheckpoint, LocalCopy
 from lading.catalog.schema import CHECKPOINTS, SHARDS, CopyRow
+from lading.filesystem import FileStat
 from lading.manifest import Manifest, Shard
 
 
@@ -43,13 +46,18 @@ def letting_go(database: Database, chosen: Callable[[str], bool]) -> Iterator[li
     with database.write() as connection:
         held = _held(connection)
         for checkpoint_id, checkpoint in held:
-            for copy in checkpoint.copies if chosen(checkpoint.uri) else ():
-                connection.execute(delete(CopyRow).where(same_copy(checkpoint_id, copy)))
+            if not chosen(checkpoint.uri):
+                continue
+            if checkpoint_id is not None:
+                for copy in checkpoint.copies:
+                    connection.execute(delete(CopyRow).where(same_copy(checkpoint_id, copy)))
+            end_intents(connection, (copy.path for copy in checkpoint.copies))
         yield [checkpoint for _, checkpoint in held]
 
 
-def _held(connection: Connection) -> list[tuple[int, HeldCheckpoint]]:
-    copies = all_copies(connection)
+def _held(connection: Connection) -> list[tuple[int | None, HeldCheckpoint]]:
+    """The checkpoints of which files are here, each with its id; that has none of which only a fetch began."""
+    copies, begun = all_copies(connection), all_intents(connection)
     shards: dict[int, list[Shard]] = {}
     rows: list[tuple[int, str, str]] = []
     for ids in chunks(copies):
@@ -63,18 +71,29 @@ def _held(connection: Connection) -> list[tuple[int, HeldCheckpoint]]:
         statement = select(CHECKPOINTS.c.id, CHECKPOINTS.c.uri, CHECKPOINTS.c.revision)
         rows += map(tuple, connection.execute(statement.where(CHECKPOINTS.c.id.in_(ids))))
 
-    return [
+    found: list[tuple[int | None, HeldCheckpoint]] = [
         (
             checkpoint_id,
             HeldCheckpoint(
                 uri=uri,
                 revision=revision,
                 shards=tuple(shards.get(checkpoint_id, ())),
-                copies=tuple(copies[checkpoint_id]),
+                copies=(*copies[checkpoint_id], *map(_came, begun.pop(uri, ()))),
             ),
         )
-        for checkpoint_id, uri, revision in sorted(rows, key=lambda row: row[1])
+        for checkpoint_id, uri, revision in rows
     ]
+    found += [
+        (None, HeldCheckpoint(uri=uri, revision="", shards=(), copies=tuple(map(_came, paths))))
+        for uri, paths in begun.items()
+    ]
+
+    return sorted(found, key=lambda pair: pair[1].uri)
+
+
+def _came(path: Path) -> LocalCopy:
+    """A file of a fetch that did not end, in a state that no file has: nothing is known of its bytes."""
+    return LocalCopy(file=str(path), path=path, stat=FileStat(0, 0, 0, 0), kind="hub")
 
 
 def checkpoints_like(database: Database, manifest: Manifest) -> list[tuple[str, Manifest]]:

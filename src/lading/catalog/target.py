@@ -18,7 +18,7 @@ from sqlalchemy import URL, exc, make_url
 from lading.errors import CatalogError, CatalogOutdatedError
 from lading.filesystem import expand_home
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """The version of the schema that this code works with: the number of the last migration."""
 
 APPLICATION_ID = int.from_bytes(b"ldng", "big")

@@ -8,6 +8,7 @@ too. It checks sizes alone, so all that comes from it is hashed here before it c
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -150,6 +151,21 @@ class HubSource:
             next((path for folder in folders if (path := _in_folder(folder, snapshot.revision, file))), None)
             for file in files
         ]
+
+    def shared(self, snapshot: Snapshot, files: Sequence[RemoteFile]) -> list[Path]:
+        """Where files of the snapshot's commit would come in huggingface_hub's cache, of those that are not there.
+
+        Offline nothing comes. Raises what :meth:`snapshot` does.
+        """
+        missing = [file for file, path in zip(files, self.local(snapshot, files), strict=True) if path is None]
+        if self._offline or not missing:
+            return []
+        commit = self._commit(snapshot)
+        for file in missing:
+            check_file_name(file.name, self.uri)
+        folder = hub_cache() / folder_name(self._download_id(commit)) / "snapshots" / commit
+
+        return [path for file in missing if not os.path.lexists(path := folder / file.name)]
 
     def _folders(self) -> list[tuple[str, Path]]:
         return repository_folders(self._spelled or self.repo, self.repo)

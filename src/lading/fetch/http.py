@@ -214,6 +214,10 @@ class HttpSource:
 
     # --- whole files -------------------------------------------------------------------------------------------------
 
+    def shared(self, snapshot: Snapshot, files: Sequence[RemoteFile]) -> list[Path]:
+        """Nowhere: lading's own cache is nobody else's."""
+        return []
+
     def local(self, snapshot: Snapshot, files: Sequence[RemoteFile]) -> list[Path | None]:
         """Where files are in the cache, found without opening a socket. Their bytes are not checked."""
         return [self._kept.path(file) for file in files]

@@ -106,6 +106,12 @@ class Source(Protocol):
         :raises OSError: the disk is full, or cannot be written.
         """
 
+    def shared(self, snapshot: Snapshot, files: Sequence[RemoteFile]) -> list[Path]:
+        """Where :meth:`fetch` would put files in a cache that other programs use, too, and nothing is yet.
+
+        Raises what :meth:`snapshot` does.
+        """
+
     def local(self, snapshot: Snapshot, files: Sequence[RemoteFile]) -> list[Path | None]:
         """Where files are on this machine already, found without opening a socket, in the order asked for.
 
