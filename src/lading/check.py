@@ -38,6 +38,8 @@ class CheckReport:
     """Tensors that are further copies of a tied parameter, and the parameter; a load makes sure that they are equal."""
     dropped: tuple[str, ...]
     """Tensors that the family's rules know and a model does not need."""
+    drawn: tuple[str, ...]
+    """Parameters and persistent buffers that the checkpoint may lack, and does: a load gives them as in a new model."""
     parameters: int
     """Elements of the model's parameters and persistent buffers, tied ones once."""
     bytes: int
@@ -109,6 +111,7 @@ def report_fit(manifest: Manifest, targets: Targets, routed: Route, *, family: s
         matched=len(matched),
         tied=tied,
         dropped=tuple(name for name in manifest.names if name not in known),
+        drawn=routed.drawn,
         parameters=sum(map(math.prod, targets.shapes)),
         bytes=sum(map(manifest.nbytes, matched)),
     )

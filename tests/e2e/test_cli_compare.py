@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import lading
 from lading.catalog.checkpoints import record_checkpoint
@@ -88,8 +88,35 @@ class TestCheck:
         report = json.loads(cli("check", "tiny", "--json").stdout)
         assert report == {
             "name": "tiny", "fits": True, "family": "qwen", "problems": [], "quantised": {}, "tensors": 24,
-            "matched": 24, "tied": {}, "dropped": [], "parameters": 21_824, "bytes": 43_648,
+            "matched": 24, "tied": {}, "dropped": [], "drawn": [], "parameters": 21_824, "bytes": 43_648,
         }  # fmt: skip
+
+    def test_what_transformers_draws(self, cli, tmp_path):
+        """Positions that are computed, which its checkpoints lack, and a bias that is zero, which they may lack."""
+        from transformers import MarianConfig, MarianMTModel
+
+        sizes = {"d_model": 32, "vocab_size": 64, "decoder_vocab_size": 64, "max_position_embeddings": 16}
+        sizes |= {f"{part}_{key}": n for part in ("encoder", "decoder")
+                  for key, n in {"layers": 1, "attention_heads": 4, "ffn_dim": 48}.items()}  # fmt: skip
+        MarianMTModel(MarianConfig(**sizes, pad_token_id=0, eos_token_id=2)).save_pretrained(tmp_path / "m")
+        state = load_file(tmp_path / "m" / "model.safetensors")
+        del state["final_logits_bias"]
+        save_file(state, tmp_path / "m" / "model.safetensors")
+
+        positions = [f"model.{part}.embed_positions.weight" for part in ("encoder", "decoder")]
+        drawn = ["final_logits_bias", *positions]
+        report = json.loads(cli("check", tmp_path / "m", "--json").stdout)
+        assert (report["fits"], report["problems"], sorted(report["drawn"])) == (True, [], sorted(drawn))
+        last = cli("check", tmp_path / "m").stdout.splitlines()[-1]
+        assert last.startswith("drawn anew  ")
+        assert sorted(last.removeprefix("drawn anew  ").split(", ")) == sorted(drawn)
+
+        # What a user has to decide on is a problem: a head, or the weights of a layer.
+        state.pop(next(name for name in state if "fc1.weight" in name))
+        save_file(state, tmp_path / "m" / "model.safetensors")
+        report = json.loads(cli("check", tmp_path / "m", "--json", code=4).stdout)
+        assert len(report["problems"]) == 1
+        assert sorted(report["drawn"]) == sorted(drawn)
 
     def test_one_that_is_not_here(self, cli, remote):
         assert cli("check", "remote").stdout.startswith("ok\n")

@@ -79,6 +79,7 @@ def test_one_that_fits() -> None:
         matched=24,
         tied={},
         dropped=(),
+        drawn=(),
         parameters=21_824,
         bytes=43_648,
     )

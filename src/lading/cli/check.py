@@ -61,6 +61,7 @@ def _summary(report: CheckReport) -> dict[str, object]:
         "tensors": f"{report.matched} of {report.tensors} are needed",
         **({"tied": _some(report.tied)} if report.tied else {}),
         **({"dropped": _some(report.dropped)} if report.dropped else {}),
+        **({"drawn anew": _some(report.drawn)} if report.drawn else {}),
     }
 
 
