@@ -19,6 +19,16 @@ settings.register_profile("lading", deadline=None, print_blob=True)
 settings.load_profile("lading")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _not_the_users_catalog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests that ask for no home of their own share a new one: the user's catalog may be of another version."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LADING_DATABASE_URL", raising=False)
+        for name in ("DATA", "CONFIG"):
+            patch.setenv(f"XDG_{name}_HOME", str(tmp_path_factory.mktemp(name.lower())))
+        yield
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home: whatever lading writes by default, it writes below this folder."""

@@ -11,11 +11,39 @@ from lading.catalog.store import AssetStore
 from lading.checkpoint import Checkpoint
 from lading.errors import CatalogError
 from lading.filesystem import FileStat
-from lading.gangs import Gang
+from lading.gangs import Gang, Gangs
 from lading.sidecar import IDENTITY, Sidecar, identity_of, matrices_of, sidecar_uri
 from lading.transfer.files import ShardFile
 
 log = logging.getLogger("lading")
+
+
+def with_known_sidecar(checkpoint: Checkpoint, store: AssetStore, gangs: Gangs) -> Checkpoint:
+    """The checkpoint at a path with its sidecar for these gangs, if the catalog knows both.
+
+    The first rank alone asks the catalog; where there are columns to be split, all ranks have to call this.
+    """
+    if gangs.tp.size == 1:
+        return checkpoint
+
+    def find() -> Sidecar | None:
+        return with_sidecar(_as_verified(checkpoint, store), store, gangs.tp.size).sidecar
+
+    return agree_on_sidecar(replace(checkpoint, sidecar=gangs.root.first(find)), gangs.root)
+
+
+def _as_verified(checkpoint: Checkpoint, store: AssetStore) -> Checkpoint:
+    """The checkpoint at a path, trusted if the catalog saw all its files verified in just this state."""
+    try:
+        stored = store.checkpoint(checkpoint.uri)
+    except (CatalogError, OSError) as error:
+        log.warning("the catalog cannot be asked for a sidecar of %s: %s", checkpoint.name, error)
+        return checkpoint
+    if stored is None or not stored.manifest.tensors_equal(checkpoint.manifest):
+        return checkpoint
+    verified = {(copy.path, copy.stat) for copy in stored.copies if copy.verified_at is not None}
+
+    return replace(checkpoint, trusted={(file.path.absolute(), file.stat) for file in checkpoint.here()} <= verified)
 
 
 def with_sidecar(checkpoint: Checkpoint, store: AssetStore, tp: int) -> Checkpoint:

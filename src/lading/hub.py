@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from lading.beside import with_known_sidecar
 from lading.card import AssetCard
 from lading.catalog.store import AssetStore, get_asset_store
-from lading.checkpoint import path_checkpoint
+from lading.checkpoint import Checkpoint, path_checkpoint
 from lading.construct import check_config_type, create_model, no_collection
 from lading.errors import (
     AssetCardError,
@@ -211,7 +212,8 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         Names are those of the parameters, after the family's rules; dtypes are the checkpoint's own.
 
         :param gangs: of a parameter that is split over them, give the part that this rank owns; of other stages of a
-            pipeline, nothing.
+            pipeline, nothing. Columns come from the sidecar that `lading repack` made of a card's checkpoint, if the
+            files at ``path`` are that, verified as they are. Under tensor parallelism all ranks have to call this.
 
         :raises FileNotFoundError: nothing is at ``path``.
         :raises ModelCheckpointError: the checkpoint is damaged, or does not fit the configuration.
@@ -221,9 +223,15 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         """
         check_config_type(config, self._family)
 
-        checkpoint = path_checkpoint(Path(path), restrict=self._restrict(restrict))
+        all_gangs = gangs or create_fake_gangs("cpu")
 
-        return iter_tensors(checkpoint, self._family, config, gangs=gangs or create_fake_gangs("cpu"), mmap=mmap)
+        def find() -> Checkpoint:
+            checkpoint = path_checkpoint(Path(path), restrict=self._restrict(restrict))
+            return with_known_sidecar(checkpoint, self._asset_store, all_gangs)
+
+        checkpoint = agreed(all_gangs, find) if all_gangs.tp.size > 1 else find()
+
+        return iter_tensors(checkpoint, self._family, config, gangs=all_gangs, mmap=mmap)
 
     def _restrict(self, asked: bool | None) -> bool:
         return self._family.restrict if asked is None else asked

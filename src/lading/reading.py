@@ -19,6 +19,7 @@ from lading.family import Family
 from lading.gangs import Gangs
 from lading.keymap import Rule, makes_parts, rename, route
 from lading.manifest import Manifest
+from lading.sidecar import substituted
 from lading.transfer.execute import execute
 from lading.transfer.hashing import Hasher
 from lading.transfer.plan import Wanted, plan
@@ -45,13 +46,7 @@ def read_tensors(
         return _witnessed(checkpoint, sources, dtypes, witness)
     if boxes is None:
         boxes = [Box.whole(shape_of(source, checkpoint.manifest.shapes)) for source in sources]
-    wanted = Wanted(
-        tensors=[next(tensors_of(source)) for source in sources],
-        boxes=boxes,
-        dtypes=dtypes,
-        composed={i: source for i, source in enumerate(sources) if not isinstance(source, int)},
-    )
-    planned = plan(checkpoint.manifest, wanted, mapped=mmap)
+    planned = plan(checkpoint.manifest, _wanted(sources, boxes, dtypes), mapped=mmap)
     shapes = [(box.sizes, dtype) for box, dtype in zip(boxes, dtypes, strict=True)]
 
     return execute(planned, checkpoint.here(), shapes, device=torch.device("cpu"))
@@ -134,20 +129,37 @@ def iter_tensors(
     else:
         sources = [(name, i) for i, name in enumerate(rename(manifest.names, rules)) if name is not None]
 
-    for name, source in sources:
-        if name in owned and owned[name] is None:
-            continue
-        shape = shape_of(source, manifest.shapes)
-        expected, box = owned.get(name) or (shape, Box.whole(shape))
+    sources = [(name, source) for name, source in sources if owned.get(name, ()) is not None]
+    shapes = [shape_of(source, manifest.shapes) for _, source in sources]
+    parts = [owned.get(name) or (shape, Box.whole(shape)) for (name, _), shape in zip(sources, shapes, strict=True)]
+    wanted = _wanted(
+        [source for _, source in sources],
+        [box if shape == expected else Box.whole(shape) for (expected, box), shape in zip(parts, shapes, strict=True)],
+        [manifest.dtypes[next(tensors_of(source))] for _, source in sources],
+    )
+    if checkpoint.sidecar is not None:
+        _, wanted = substituted(manifest, wanted, checkpoint.sidecar)
+        checkpoint = checkpoint.with_joined(checkpoint.sidecar)
+
+    for i, ((name, _), shape, (expected, _)) in enumerate(zip(sources, shapes, parts, strict=True)):
         if shape != expected:
             problem = f"mis-shaped: {name} is expected to be {expected}, but is {shape}"
             raise ModelCheckpointMismatchError(
                 checkpoint.where, f"The checkpoint at {checkpoint.where} does not fit: {problem}.", [problem]
             )
 
-        dtype = manifest.dtypes[next(tensors_of(source))]
-        (tensor,) = read_tensors(checkpoint, [source], [dtype], mmap, boxes=[box])
+        source = wanted.composed.get(i, wanted.tensors[i])
+        (tensor,) = read_tensors(checkpoint, [source], [wanted.dtypes[i]], mmap, boxes=[wanted.boxes[i]])
         yield name, tensor
+
+
+def _wanted(sources: Sequence[Source], boxes: Sequence[Box], dtypes: Sequence[str]) -> Wanted:
+    return Wanted(
+        tensors=[next(tensors_of(source)) for source in sources],
+        boxes=boxes,
+        dtypes=dtypes,
+        composed={i: source for i, source in enumerate(sources) if not isinstance(source, int)},
+    )
 
 
 def _owned(family: Family[Any, Any], config: Any, gangs: Gangs) -> Mapping[str, tuple[tuple[int, ...], Box] | None]:

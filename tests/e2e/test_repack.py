@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 import lading
 from fault_world import Place, World, open_world
 from lading.errors import DigestMismatchError, NotSupportedError
+from lading.families.qwen import get_qwen_model_hub
 from lading.gangs import simulate_gangs
 from lading.hub import load_with_report
 from lading.report import LoadReport
@@ -150,6 +151,54 @@ def test_rows_are_cut_as_well_and_mapped(wide: Path) -> None:
     report = load(1, tp=2, mmap=True)
     assert report.bytes_read == 0
     assert report.bytes_mapped > 0.5 * BYTES
+
+
+def parts(folder: Path, rank: int, **sizes: int) -> dict[str, torch.Tensor]:
+    """What a rank owns, tensor by tensor."""
+    hub = get_qwen_model_hub()
+    with simulate_gangs(rank, **sizes) as gangs:
+        return dict(hub.iter_checkpoint(folder, hub.get_model_config("wide"), gangs=gangs))
+
+
+def test_tensors_one_by_one(wide: Path, catalog: Path) -> None:
+    lading.repack_model("wide", tp=2, progress=False)
+    name = "model.layers.1.mlp.down_proj.weight"
+    # The place of a tensor that a sidecar stands for is not read: nobody sees that it is damaged.
+    rot(wide / "model.safetensors", name, catalog)
+    expected = weights()
+
+    for rank in range(2):
+        found = parts(wide, rank, tp=2)
+        assert found.keys() == expected.keys()
+        assert torch.equal(found[name], expected[name].chunk(2, 1)[rank])
+    for rank in range(4):
+        found = parts(wide, rank, tp=2, sdp=2)
+        assert torch.equal(found[name], expected[name].chunk(2, 1)[rank % 2].chunk(2)[rank // 2])
+    assert not torch.equal(parts(wide, 0, tp=4)[name], expected[name].chunk(4, 1)[0])
+    assert not torch.equal(parts(wide, 0)[name], expected[name])
+
+
+@pytest.mark.parametrize("change", ["sidecar", "checkpoint", "catalog"])
+def test_tensors_of_what_is_not_as_it_was(wide: Path, home: Path, catalog: Path, change: str) -> None:
+    """The sidecar is left aside, and what the files hold is read."""
+    lading.repack_model("wide", tp=2, progress=False)
+    if change == "sidecar":
+        (path,) = repacked(home)
+        path.chmod(0o644)
+        path.write_bytes(b"nothing")
+    elif change == "checkpoint":
+        save(wide, seed=1)
+    else:
+        with closing(sqlite3.connect(catalog)) as connection, connection:
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("DELETE FROM checkpoints WHERE uri NOT LIKE 'repack%'")
+    expected = weights(1 if change == "checkpoint" else 0)
+
+    for rank in range(2):
+        for name, tensor in parts(wide, rank, tp=2).items():
+            split = "norm" not in name
+            dim = 1 if "o_proj" in name or "down_proj" in name else 0
+            assert torch.equal(tensor, expected[name].chunk(2, dim)[rank] if split else expected[name]), name
 
 
 def test_what_is_in_it(wide: Path) -> None:

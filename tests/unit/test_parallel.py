@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lading.box import Box
+from lading.catalog.store import get_asset_store
 from lading.construct import assign, build_on_meta, create_model, settle_dtypes
 from lading.errors import InternalError, ModelCheckpointMismatchError, NotSupportedError
 from lading.families import bert, gemma3, llama, mistral, olmo, qwen
@@ -243,7 +244,7 @@ def test_a_copy_of_a_tied_parameter_is_compared_part_by_part(tmp_path: Path) -> 
 
 def test_a_checkpoint_is_read_part_by_part(folder: Path) -> None:
     family, config = family_of_folder(folder)
-    hub = ModelHub(family, None)  # type: ignore[arg-type]  # which is not asked
+    hub = ModelHub(family, get_asset_store())
     alone = dict(hub.iter_checkpoint(folder, config))
     with simulate_gangs(rank=3, tp=2, sdp=2) as gangs:
         parts = dict(hub.iter_checkpoint(folder, config, gangs=gangs))
