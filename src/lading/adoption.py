@@ -31,6 +31,7 @@ from lading.fetch.verify import sha256_file
 from lading.filesystem import FileStat, expand_home
 from lading.finding import Place, find_places, hub_places, require_inside
 from lading.folder import read_hf_config, refuse_quantised_config
+from lading.formats import NonContiguousError
 from lading.holdings import intact_copies, names_of
 from lading.hub_checkpoints import HubCheckpoint, commit_of, hub_checkpoints, no_snapshot
 from lading.locate import require_writable
@@ -71,7 +72,8 @@ def adopt_checkpoints(
 
     What is in a Hugging Face cache belongs to the cards that name its repository; it is verified when it is first
     loaded. What is in any other folder belongs to a card if its bytes have the digests that the catalog knows of the
-    card's checkpoint; else it is known by its path alone.
+    card's checkpoint; else it is known by its path alone. What ``torch.save`` wrote counts where there is no
+    safetensors, and its tensors are ranges of bytes.
 
     :param paths: folders, searched at any depth; default: the cache of Hugging Face's libraries.
     :param dry_run: only say what would be done.
@@ -181,7 +183,7 @@ class _Adopter:
             )
 
         manifest, copies = _read(path, place)
-        folder = path if path.is_dir() else path.parent
+        folder = _folder_of(path)
         shards = tuple(replace(shard, sha256=_sha256_of_blob(folder / shard.name)) for shard in manifest.shards)
         manifest = replace(manifest, shards=shards)
         if stored is not None and not (
@@ -238,6 +240,7 @@ class _Adopter:
         """The checkpoints of cards that a folder may hold, unless they are on this machine elsewhere."""
         uris = [uri for uri, _ in checkpoints_like(self._store.database, manifest) if uri != _uri_of(path)]
         names = names_of(self._store, uris) if uris else {}
+        here = {_folder_of(path) / shard.name for shard in manifest.shards}
 
         wanted = []
         for uri in uris:
@@ -245,7 +248,7 @@ class _Adopter:
             if stored is None or uri not in names:
                 continue
             intact = intact_copies([shard.name for shard in stored.manifest.shards], stored.copies)
-            if intact is None or all(copy.path.parent == path for copy in intact):
+            if intact is None or {copy.path for copy in intact} == here:
                 wanted.append((stored, tuple(names[uri])))
 
         return wanted
@@ -261,7 +264,7 @@ class _Adopter:
         # The files may have other names here than at the source, by which the catalog knows them.
         copies, checks = [], []
         for shard, here, (sha256, stat) in zip(stored.manifest.shards, manifest.shards, digests, strict=True):
-            file = path / here.name
+            file = _folder_of(path) / here.name
             copies.append(LocalCopy(file=shard.name, path=file, stat=stat, kind="adopted"))
             checks.append(
                 Check(file=shard.name, path=file, stat=stat, method="sha256", expected=shard.sha256, found=sha256)
@@ -295,7 +298,13 @@ def _read(path: Path, place: Place) -> tuple[Manifest, list[LocalCopy]]:
     _uri_of(path)  # before any work, as it may be none that the catalog keeps
     require_inside(path, place)
     refuse_quantised_config(read_hf_config(path), path)
-    found = OnDisk.read(path)
+    try:
+        found = OnDisk.read(path, rewrite=False)
+    except NonContiguousError:
+        raise NotSupportedError(
+            f"{path} has tensors that are no ranges of its bytes, so it cannot be used where it lies. A load by its "
+            "path, or by a card of your own that names it, makes a checkpoint of it in lading's cache."
+        ) from None
 
     return found.manifest, [replace(copy, kind="adopted") for copy in found.copies()]
 
@@ -309,6 +318,10 @@ def _uri_of(path: Path) -> str:
         raise NotSupportedError(f"{str(path)!r} is no Unicode text, which the catalog keeps. Rename it.") from None
 
     return uri
+
+
+def _folder_of(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
 
 
 def _sha256_of_blob(path: Path) -> str | None:
@@ -342,7 +355,9 @@ def _hash(path: Path, manifest: Manifest, *, progress: bool) -> list[tuple[str, 
         def advance(size: int) -> None:
             bar.update(size)
 
-        return list(pool.map(lambda shard: sha256_file(path / shard.name, progress=advance), manifest.shards))
+        folder = _folder_of(path)
+
+        return list(pool.map(lambda shard: sha256_file(folder / shard.name, progress=advance), manifest.shards))
 
 
 def _known(path: Path, stored: StoredCheckpoint | None, cards: tuple[str, ...]) -> Adoption | None:

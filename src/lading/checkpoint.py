@@ -93,15 +93,19 @@ class OnDisk:
     """The checkpoint that was asked for, where this one was made of it in the cache."""
 
     @classmethod
-    def read(cls, path: Path, *, restrict: bool = True) -> Self:
+    def read(cls, path: Path, *, restrict: bool = True, rewrite: bool = True) -> Self:
         """Read all headers, and make sure that the files are still those whose headers were read.
 
         Where tensors are no ranges of bytes, it is the checkpoint that was made of them in the cache.
+
+        :param rewrite: whether it may be made; if not, it is an error (:class:`lading.formats.NonContiguousError`).
         """
         start = time.time_ns()
         try:
             manifest = formats.index(path, restrict=restrict)
         except formats.NonContiguousError:
+            if not rewrite:
+                raise
             cache = Settings.from_environment().cache_dir
             made = cls.read(formats.readable(path, cache=cache, restrict=restrict), restrict=restrict)
             return replace(made, made_of=path)

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lading.errors import CheckpointNotFoundError, NotSupportedError, PolicyError
+from lading.errors import CheckpointNotFoundError, PolicyError
 from lading.fetch.hf_cache import repository_id
 from lading.fetch.hf_names import is_commit
 from lading.formats.files import open_file
 from lading.formats.folder import (
+    BIN_INDEX_NAME,
+    BIN_NAME,
     FILE_NAME,
     INDEX_NAME,
     checkpoint_file,
@@ -26,13 +28,14 @@ from lading.formats.folder import (
     is_torch_format,
     some,
 )
+from lading.formats.parts import consolidated_parts, fairseq2_parts, is_consolidated, is_fairseq2_sharded
 from lading.formats.sharded import read_index
 from lading.published import CONFIG_NAME
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """A folder that may hold a checkpoint, or several commits of a repository."""
+    """A folder or a file that may be a checkpoint, or a folder with several commits of a repository."""
 
     path: Path
     root: Path
@@ -47,6 +50,8 @@ class Place:
 
 def find_places(root: Path) -> Iterator[Place]:
     """The folders below ``root``, itself included, that hold a checkpoint by what they list; in the order of names.
+
+    Files of ``torch.save`` under other names than the usual ones are a checkpoint each.
 
     :param root: an absolute path.
     """
@@ -79,9 +84,26 @@ def _places(path: Path, root: Path) -> Iterator[Place]:
         folders, names, problem = _listed(path)
         if problem is not None:
             yield Place(path=path, root=root, problem=problem)
-        elif any(map(is_checkpoint_file, names)):
+            continue
+        if is_fairseq2_sharded([folder.name for folder in folders]):
             yield Place(path=path, root=root)
+            folders = [folder for folder in folders if not folder.name.startswith("pp_")]
+        else:
+            yield from _in_folder(path, root, names)
         left += reversed(folders)
+
+
+def _in_folder(path: Path, root: Path, names: list[str]) -> Iterator[Place]:
+    """The checkpoints in a folder, by the names of its files."""
+    found = [name for name in names if is_checkpoint_file(name)]
+    torch = [name for name in found if is_torch_format(name)]
+    usual = not {BIN_INDEX_NAME, BIN_NAME}.isdisjoint(names) or is_consolidated(names)
+    if torch and not usual and all(is_torch_format(name) or is_other_format(name) for name in found):
+        # What an index names are its parts.
+        for name in [name for name in torch if is_index(name)] or torch:
+            yield Place(path=path / name, root=root)
+    elif found:
+        yield Place(path=path, root=root)
 
 
 def _listed(path: Path) -> tuple[list[Path], list[str], OSError | None]:
@@ -108,37 +130,39 @@ def require_inside(path: Path, place: Place) -> None:
     :raises CorruptModelCheckpointError: its index breaks the rules of the format.
     """
     bounds = _Bounds(place)
-    if path.is_dir() and not path.is_symlink():
-        _require_no_links_between(path, place)
-        names = [entry.name for entry in path.iterdir()]
-        _require_safetensors(path, names)
-        _require_usual_name(path, names)
-        path = path / checkpoint_file(names, where=path)
-    else:
-        _require_no_links_between(path.parent, place)
-        _require_safetensors(path, [path.name])
-
-    bounds.check(path)
-    bounds.check(path.parent / CONFIG_NAME)
-    if is_index(path.name):
-        with open_file(path) as file:
-            names = list(read_index(file).tensors)
-        for name in names:
-            bounds.check(path.parent / name)
+    folder = path if path.is_dir() and not path.is_symlink() else path.parent
+    _require_no_links_between(folder, place)
+    bounds.check(folder / CONFIG_NAME)
+    for file in _files(path, folder):
+        if file.parent != folder:
+            _require_no_links_between(file.parent, place)
+        bounds.check(file)
+        if is_index(file.name):
+            with open_file(file) as opened:
+                names = list(read_index(opened).tensors)
+            for name in names:
+                bounds.check(folder / name)
 
 
-def _require_safetensors(path: Path, names: list[str]) -> None:
-    found = [name for name in names if is_checkpoint_file(name)]
-    if found and all(is_torch_format(name) or is_other_format(name) for name in found):
-        raise NotSupportedError(
-            f"{path}: expected a safetensors checkpoint to adopt, found {some(sorted(found))}. What lading can load of "
-            "other formats it loads by its path, or by a card of your own that names it."
-        )
+def _files(path: Path, folder: Path) -> list[Path]:
+    """The files by which the checkpoint at ``path`` is read."""
+    if path != folder:
+        return [path]
+    names = [entry.name for entry in path.iterdir()]
+    if not {INDEX_NAME, FILE_NAME} & set(names):
+        if is_consolidated(names):
+            return [path / name for name, _ in consolidated_parts(path)]
+        if is_fairseq2_sharded(names):
+            return [path / name for name, _ in fairseq2_parts(path)]
+
+    _require_usual_name(path, names)
+
+    return [path / checkpoint_file(names, where=path, torch=True)]
 
 
 def _require_usual_name(path: Path, names: list[str]) -> None:
-    found = [name for name in names if is_checkpoint_file(name)]
-    if found and not {INDEX_NAME, FILE_NAME} & set(names):
+    found = [name for name in names if is_checkpoint_file(name) and not is_other_format(name)]
+    if found and not {INDEX_NAME, FILE_NAME, BIN_INDEX_NAME, BIN_NAME} & set(names):
         raise CheckpointNotFoundError(
             path,
             f"{path}: expected {INDEX_NAME} or {FILE_NAME}, by which a folder is adopted, found {some(sorted(found))}. "

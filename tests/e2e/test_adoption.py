@@ -226,7 +226,7 @@ def test_junk_in_the_cache_is_listed_with_what_is_wrong(tmp_path: Path, cache: P
     assert found.pop("good--Tiny").status == "adopted"
     assert {name: type(each.error) for name, each in found.items()} == {
         "bad--missing": CorruptModelCheckpointError,
-        "bad--format": NotSupportedError,
+        "bad--format": CorruptModelCheckpointError,
         "bad--header": CorruptModelCheckpointError,
         "bad--quantised": NotSupportedError,
         "bad--empty": CheckpointNotFoundError,
@@ -361,7 +361,7 @@ def test_hostile_and_broken_folders(tmp_path: Path, cache: Path, tiny: Path) -> 
         "fifo": CorruptModelCheckpointError,
         "circle": CorruptModelCheckpointError,
         "adapter": CheckpointNotFoundError,
-        "bin": NotSupportedError,
+        "bin": CorruptModelCheckpointError,
         "header": CorruptModelCheckpointError,
         os.fsdecode(b"not \xff text"): NotSupportedError,
     }

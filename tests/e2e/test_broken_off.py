@@ -169,7 +169,6 @@ def test_what_a_killed_pull_brought_stays_its_own(world: World, place: Place, fa
     assert far[0].with_name("config.json").exists()
 
 
-@pytest.mark.parametrize("far", ["safetensors"], indirect=True)
 def test_what_a_killed_pull_brought_is_not_adopted(place: Place, far: list[Path]) -> None:
     one, two, three = far
     killed_when(place, "three", lambda: one.exists() and three.exists())

@@ -222,7 +222,7 @@ def test_the_exit_code_is_of_what_failed_if_all_did(cli: Cli, models: Path, tmp_
     (models / "linked" / "model.safetensors").symlink_to(tmp_path / "elsewhere")
     cli("adopt", models / "broken", models / "Tiny")
     (tmp_path / "only").mkdir()
-    (tmp_path / "only" / "pytorch_model.bin").write_bytes(b"x")
+    (tmp_path / "only" / "model.gguf").write_bytes(b"x")
     cli("adopt", tmp_path / "only", code=2)
     assert "no checkpoint was found" in cli("adopt", tmp_path / "hub").stderr
     cli("adopt", tmp_path / "nowhere", code=2)
