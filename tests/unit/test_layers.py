@@ -14,7 +14,7 @@ import lading
 ROOT = Path(lading.__file__).parent
 
 LAYERS = [
-    {"errors", "box", "filesystem", "new_folder", "registered", "version"},
+    {"errors", "box", "filesystem", "new_folder", "registered", "version", "worker"},
     {"documents", "card", "cardfile", "manifest", "compose", "digests", "settings", "gangs"},
     {"overrides", "config", "keymap", "catalog", "formats", "fetch", "nn"},
     {"transfer"},

@@ -25,6 +25,7 @@ from lading.fetch.client import Client, Connection, Stopped
 from lading.fetch.partial import Partial
 from lading.fetch.redirects import shown
 from lading.fetch.source import RemoteFile
+from lading.worker import Worker
 
 if TYPE_CHECKING:
     import httpx2 as httpx
@@ -60,7 +61,7 @@ class Crew:
     def __init__(self) -> None:
         self.stop = threading.Event()
         self.connections: list[Connection] = []
-        self._threads: list[threading.Thread] = []
+        self._threads: list[Worker] = []
         self._errors: list[BaseException] = []
 
     def __enter__(self) -> Self:
@@ -71,12 +72,11 @@ class Crew:
         # A thread may just be on its way to the next request. One that is stuck where nothing wakes it (the resolver of
         # names) is not waited for: it finds that it was stopped before it writes anything.
         until = time.monotonic() + 5
-        while time.monotonic() < until and any(thread.is_alive() for thread in self._threads):
+        while time.monotonic() < until and not all(thread.ended for thread in self._threads):
             for connection in list(self.connections):
                 connection.abort()
             for thread in self._threads:
-                thread.join(timeout=0.05)
-                if thread.is_alive():
+                if not thread.wait(0.05):
                     break
 
     def start(self, work: Callable[[], None]) -> None:
@@ -89,7 +89,7 @@ class Crew:
                 self._errors.append(error)
                 self.stop.set()
 
-        thread = threading.Thread(target=run, name=f"lading-fetch-{len(self._threads)}", daemon=True)
+        thread = Worker(run, f"lading-fetch-{len(self._threads)}")
         self._threads.append(thread)
         thread.start()
 
@@ -99,14 +99,14 @@ class Crew:
         :raises BaseException: what one of them raised first.
         """
         while True:
-            alive = [thread for thread in self._threads if thread.is_alive()]
+            alive = [thread for thread in self._threads if not thread.ended]
             tick()
             if self._errors:
                 raise self._errors[0]
-            if not alive and not any(thread.is_alive() for thread in self._threads):
+            if not alive and all(thread.ended for thread in self._threads):
                 return
             for thread in alive[:1]:
-                thread.join(timeout=0.05)
+                thread.wait(0.05)
 
 
 class _Piece:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import mmap
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import NoReturn, Protocol, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ from lading.transfer.mappings import NOTHING_AHEAD, Ahead, Range, cores, make_pr
 from lading.transfer.memory import RING_DEPTH, Arena, NoArena, create_arena, map_file, view
 from lading.transfer.plan import ARENA, Plan, plan_pass
 from lading.transfer.reader import STEP, Reader, steps_of
+from lading.worker import Worker
 
 PINNED_BYTES = 512 << 20
 """Host memory that copies to a device may have pinned at once."""
@@ -176,28 +177,26 @@ def _drive(
             stop.set()
 
     torch_threads = torch.get_num_threads()
-    started: list[threading.Thread] = []
-    workers = [
-        threading.Thread(target=work, args=(i,), name=f"lading-reader-{i}", daemon=True)
-        for i in range(min(threads, max(1, total // STEP)))
-    ]
+    started: list[Worker] = []
+    readers = [Worker(partial(work, i), f"lading-reader-{i}") for i in range(min(threads, max(1, total // STEP)))]
     try:
-        for thread in workers:
-            started.append(thread)
-            thread.start()
+        for reader in readers:
+            started.append(reader)
+            reader.start()
         with ExitStack() as stack:
             # Even one that shows nothing would start a thread that outlives it.
             bar = None if label is None else stack.enter_context(progress_bar(total, label))
-            for thread in workers:
-                while thread.is_alive():
-                    thread.join(timeout=0.1)
+            for reader in readers:
+                ended = False
+                while not ended:
+                    ended = reader.wait(0.1)
                     if bar is not None:
                         bar.update(sum(done) - bar.n)
     finally:
         # Also when the wait was interrupted: nobody may write to the arena when this function has returned.
         stop.set()
-        for thread in started:
-            _join(thread)
+        for reader in started:
+            reader.wait_if_started()
         torch.set_num_threads(torch_threads)
 
     if errors:
@@ -207,15 +206,6 @@ def _drive(
 def progress_bar(total: int, label: str) -> tqdm[NoReturn]:
     """A bar for bytes on stderr, which appears when they take longer than half a second."""
     return tqdm(total=total, unit="B", unit_scale=True, desc=label, leave=False, delay=0.5)
-
-
-def _join(thread: threading.Thread) -> None:
-    # An interrupt may come while `start` waits for the thread, which then runs although it has no number yet.
-    end = time.monotonic() + 1
-    while thread.ident is None and time.monotonic() < end:
-        time.sleep(0.001)
-    if thread.ident is not None:
-        thread.join()
 
 
 def _read(
