@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from datetime import timedelta
 from enum import Enum
 from itertools import product
 from pathlib import Path
+from threading import Event, Timer
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from lading.errors import GangError, ModelGatedError
 from lading.gangs import Gang, Gangs, create_fake_gangs, create_gangs, simulate_gangs
 from lading.gangs.digest import differences, digest, flatten
 from lading.gangs.failure import Failure
+from lading.gangs.line import Line
 from lading.gangs.private import default_store, init_fake_process_group, store_host
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
@@ -368,3 +372,29 @@ def test_the_fake_process_group() -> None:
     dist.all_reduce(tensor)
     assert tensor.item() == 1
     assert os.environ.get("RANK") is None
+
+
+# --- hanging up --------------------------------------------------------------------------------------------------------
+
+
+def test_who_hangs_up_while_another_does_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread of a line has seen that rank 0 is gone, and ends, when its own rank comes to close it."""
+    store = dist.HashStore()
+    first, second = Line(store, 0, 2, 60.0), Line(store, 1, 2, 60.0)
+    ends, goes_on, sockets = Event(), Event(), second._sockets
+
+    def held() -> list[socket.socket]:
+        ends.set()
+        goes_on.wait(10)
+        return sockets()
+
+    monkeypatch.setattr(second, "_sockets", held)
+    first.close()
+    assert ends.wait(10)
+    Timer(0.2, goes_on.set).start()
+    start = time.monotonic()
+    second.close()
+
+    assert time.monotonic() - start < 3
+    assert not second._thread.is_alive()
+    second.close()  # and once more does no harm

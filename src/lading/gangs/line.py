@@ -89,6 +89,7 @@ class Line:
             raise GangError(f"rank {rank} cannot reach rank 0: {ex}", ranks=(0,)) from ex
 
         self._loop = asyncio.new_event_loop()
+        self._leaving = asyncio.Event()
         self._outbox = Outbox(self._sock)
         self._tasks: list[asyncio.Task[None]] = []
         self._thread = Thread(target=self._run, name="lading-gangs", daemon=True)
@@ -229,12 +230,9 @@ class Line:
         """Hang up; to the others this rank is gone."""
         atexit.unregister(self.close)
         _OPEN.discard(self)
-        if self._thread.is_alive():
-            with contextlib.suppress(TimeoutError, RuntimeError):
-                asyncio.run_coroutine_threadsafe(self._drained(), self._loop).result(5)
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._stop)
-            self._thread.join(5)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the others have hung up before
+            self._loop.call_soon_threadsafe(self._leaving.set)
+        self._thread.join(10)
 
     # --- waiting, in the thread of the caller ------------------------------------------------------------------------
 
@@ -313,7 +311,7 @@ class Line:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        jobs: list[Coroutine[Any, Any, None]] = [self._outbox.run(), self._read(), self._beat()]
+        jobs: list[Coroutine[Any, Any, None]] = [self._hang_up(), self._outbox.run(), self._read(), self._beat()]
         if self._switchboard is not None:
             jobs.append(self._switchboard.serve())
         try:
@@ -344,10 +342,14 @@ class Line:
         for task in self._tasks:
             task.cancel()
 
-    async def _drained(self) -> None:
-        await self._outbox.drained()
-        if self._switchboard is not None:
-            await self._switchboard.drained()
+    async def _hang_up(self) -> None:
+        await self._leaving.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                await self._outbox.drained()
+                if self._switchboard is not None:
+                    await self._switchboard.drained()
+        self._stop()
 
     async def _read(self) -> None:
         try:
