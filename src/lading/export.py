@@ -40,6 +40,7 @@ from lading.export_plan import (
     torch_name,
 )
 from lading.family import Family, get_family
+from lading.fetch.disk import require_space
 from lading.folder import family_of_folder
 from lading.formats.write_safetensors import Entry, Writer, write_index
 from lading.gangs import Gang, Gangs, create_fake_gangs
@@ -165,6 +166,7 @@ def convert_checkpoint(
     _check_tied(checkpoint, targets, routed)
 
     with new_folder(folder) as temporary:
+        require_space(temporary, sum(entry.nbytes for entry in entries))
         order = sorted(range(len(entries)), key=routed.tensors.__getitem__)  # as they lie in the files
         shards = files_of([entries[i] for i in order], shard_size)
         by_name = {entry.name: source for entry, source in zip(entries, sources, strict=True)}

@@ -41,8 +41,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
         require_empty(folder)
         temporary.rename(folder)  # an empty folder gives way, in one step
         _sync(folder.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            # A write does not say to what, and the name of what is gone again would help nobody.
+            error.filename = str(folder)
         raise
     finally:
         os.close(fd)

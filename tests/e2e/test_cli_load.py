@@ -174,6 +174,14 @@ def test_names_that_no_file_system_has(cli, home, target):
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_picture_is_no_file_of_another_kind(cli, cards, tmp_path):
+    weights = tmp_path / "cards" / "tiny" / "model.safetensors"
+    before = weights.read_bytes()
+    result = cli("plan", "tiny", "--picture", weights, code=2)
+    assert "expected a name that ends in .svg, found 'model.safetensors'" in result.stderr
+    assert weights.read_bytes() == before
+
+
 @pytest.mark.parametrize("command", ["load", "check", "plan"])
 def test_a_uri_is_what_a_card_states(cli, home, command):
     result = cli(command, "hg://somebody/tiny", code=2)

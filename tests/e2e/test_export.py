@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,7 +153,9 @@ def test_a_file_of_torch_without_a_config(cards: Path, cli: Cli, tmp_path: Path)
     state = {name: value.t().contiguous().t() if value.ndim == 2 else value for name, value in tensors().items()}
     torch.save({"model": state, "args": torch.nn.ReLU()}, path)
 
-    assert "no config.json" in cli("convert", path, tmp_path / "out", code=2).output
+    told = cli("convert", path, tmp_path / "out", code=2).output
+    assert "no config.json" in told
+    assert "--arch FAMILY/ARCH" in told
     assert "ReLU" in cli("convert", path, tmp_path / "out", "--arch", "qwen/tiny", code=7).output
     with pytest.raises(PolicyError):
         convert_checkpoint(path, tmp_path / "out", arch="qwen/tiny")
@@ -189,6 +192,16 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_disk_too_small_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "in")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(OSError, match="bytes are needed, 1000 are left") as caught:
+        convert_checkpoint(tmp_path / "in", tmp_path / "out", progress=False)
+    assert caught.value.filename == str(tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 

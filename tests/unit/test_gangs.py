@@ -374,7 +374,7 @@ def test_the_fake_process_group() -> None:
     assert os.environ.get("RANK") is None
 
 
-# --- hanging up --------------------------------------------------------------------------------------------------------
+# --- hanging up -------------------------------------------------------------------------------------------------------
 
 
 def test_who_hangs_up_while_another_does_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,3 +90,14 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     with new_folder(tmp_path / "out"):
         assert len(list(tmp_path.iterdir())) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_told_by_the_name_of_the_folder(tmp_path: Path) -> None:
+    def write() -> None:
+        with new_folder(tmp_path / "out"), open("/dev/full", "wb", buffering=0) as full:
+            full.write(b"x")
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        write()
+    assert caught.value.filename == str(tmp_path / "out")
+    assert not any(tmp_path.iterdir())

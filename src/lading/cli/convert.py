@@ -100,6 +100,15 @@ def convert(
     if arch is not None and "/" not in arch:
         raise click.BadParameter("expected FAMILY/ARCH, as in llama/llama3_8b.", param_hint="--arch")
 
+    if arch is None and isinstance(found, Path) and found.exists():
+        from lading.folder import read_hf_config
+
+        if not read_hf_config(found):
+            raise click.UsageError(
+                f"{found} has no config.json that would tell the family of the model: name its architecture with "
+                "--arch FAMILY/ARCH (`lading archs` shows them)."
+            )
+
     _write(found, folder, shard_size, dtype, verify, no_progress, as_json, arch=arch, restrict=not no_restrict)
 
 

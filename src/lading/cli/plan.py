@@ -76,6 +76,8 @@ def plan(
     store = get_asset_store()
     # Whether the name is known is said before torch is imported, which takes a second.
     model = name_or_path(target, store)
+    if picture is not None and picture.suffix.lower() != ".svg":  # so that a slip does not overwrite weights
+        raise click.BadParameter(f"expected a name that ends in .svg, found {picture.name!r}.", param_hint="--picture")
     if rank and max(rank) >= (world := tp * sdp * pp * rdp):
         raise click.BadParameter(f"the world has {counted(world, 'rank')}, from 0 on.", param_hint="--rank")
 
