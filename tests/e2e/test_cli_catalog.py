@@ -446,8 +446,8 @@ class TestDb:
     def test_down_and_up_again(self, cli, catalog):
         result = cli("db", "downgrade", "--to", "0")
         assert "the catalog as it was is in " in result.stderr
-        assert len(list(catalog.parent.glob("catalog.v2.*.sqlite"))) == 1
-        assert "from version 0 to 2" in cli("db", "upgrade").stderr
+        assert len(list(catalog.parent.glob("catalog.v3.*.sqlite"))) == 1
+        assert "from version 0 to 3" in cli("db", "upgrade").stderr
         assert cli("db", "check").stdout == "ok\n"
         assert "qwen3_0.6b" in cli("list", "-q").stdout.split()
 
