@@ -66,7 +66,7 @@ def acquire(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool)
     if store is not None:
         _record(checkpoint, fetched, source.kind, store)
 
-    return replace(checkpoint, files=tuple(ShardFile(path=file.path, stat=file.stat) for file in fetched), trusted=True)
+    return replace(checkpoint, files=tuple(map(_shard_file, fetched)), trusted=True)
 
 
 def _acquire_whole(
@@ -135,6 +135,10 @@ def _on_this_host(checkpoint: Checkpoint) -> Checkpoint:
         files.append(ShardFile(path=file.path, stat=stat))
 
     return replace(checkpoint, files=tuple(files), trusted=False)
+
+
+def _shard_file(file: FetchedFile) -> ShardFile:
+    return ShardFile(path=file.path, stat=file.stat, sha256=file.sha256)
 
 
 def _require_same_tensors(file: FetchedFile, manifest: Manifest, shard: str) -> None:

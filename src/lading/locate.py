@@ -279,7 +279,7 @@ def _copies_as_known(stored: StoredCheckpoint) -> tuple[ShardFile, ...] | None:
         copy = known.get(shard.name)
         if copy is None or _stat(copy.path) != copy.stat:
             return None
-        files.append(ShardFile(path=copy.path, stat=copy.stat))
+        files.append(ShardFile(path=copy.path, stat=copy.stat, sha256=shard.sha256))
 
     return tuple(files)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import hashlib
 import io
 import math
 import mmap
@@ -137,6 +138,40 @@ def test_a_file_that_is_written_while_it_is_read_is_corrupt(tmp_path: Path, monk
     monkeypatch.setattr(module.os, "preadv", writing)
     with pytest.raises(CorruptModelCheckpointError, match="changed while it was loaded"):
         load(tensor, file)
+
+
+@pytest.mark.parametrize("content", ["same", "other", "longer"])
+def test_a_file_in_the_place_of_another_is_read_if_its_bytes_are_known_to_be_right(
+    tmp_path: Path, content: str
+) -> None:
+    tensor = torch.randn(1000)
+    file = write(tmp_path / "x", tensor)
+    known = replace(file, sha256=hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest())
+    other = {"same": tensor, "other": tensor + 1, "longer": torch.cat([tensor, tensor])}[content]
+    write(tmp_path / "y", other)
+    (tmp_path / "y").rename(tmp_path / "x")
+
+    with pytest.raises(CorruptModelCheckpointError, match="changed while it was loaded"):
+        load(tensor, file)
+    if content == "same":
+        assert torch.equal(load(tensor, known), tensor)
+    else:
+        with pytest.raises(CorruptModelCheckpointError, match="changed while it was loaded"):
+            load(tensor, known)
+
+
+def test_to_whoever_reads_it_a_file_that_is_replaced_is_what_it_was(tmp_path: Path) -> None:
+    file = write(tmp_path / "x", torch.zeros(10))
+
+    with open_shard(file) as shard:
+        write(tmp_path / "y", torch.ones(10))
+        (tmp_path / "y").rename(tmp_path / "x")
+        memory = memoryview(bytearray(40))
+        shard.fill(0, memory)
+    assert bytes(memory) == bytes(40)
+
+    with pytest.raises(CorruptModelCheckpointError), open_shard(file):
+        pass
 
 
 def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
