@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/many_devices.py NAME --tp 2
 
-NAME is that of a card, or a folder in Hugging Face's form. On a machine with GPUs each process takes one.
+NAME is that of a card of a decoder, or a folder of one in Hugging Face's form. On a machine with GPUs each
+process takes one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def main() -> None:
 
         ids = torch.tensor([[1, 2, 3, 4]], device=gangs.root.device)
         with torch.no_grad():
-            best = model(ids)[0, -1].argmax().item()
+            output = model(ids)
+            logits = getattr(output, "logits", output)  # those of transformers give them among other things
+            best = logits[0, -1].argmax().item()
 
         for line in gangs.root.gather_objects(
             f"rank {gangs.root.rank} (sdp {gangs.sdp.rank}, tp {gangs.tp.rank}): {report.bytes_read:,} bytes read, "

@@ -84,6 +84,12 @@ def torch_name(dtype: str) -> str:
     return str(TORCH_DTYPES[dtype]).removeprefix("torch.")
 
 
+_MADE = ("architectures", "apply_spec_augment", "mask_time_prob", "mask_feature_prob")
+"""Keys that are always those of the model that is written. The one beside a checkpoint may speak of masking, for which
+transformers would draw an embedding, where the model masks nothing.
+"""
+
+
 def config_values(
     family: Family[Any, Any],
     config: Any,
@@ -116,7 +122,7 @@ def config_values(
             raise
     values = dict(own if known else made)
     values.pop("auto_map", None)  # names code that is not here
-    values |= {key: made[key] for key in ("architectures",) if key in made}
+    values |= {key: made[key] for key in _MADE if key in made}
 
     for key in ("dtype", "torch_dtype"):
         values.pop(key, None)

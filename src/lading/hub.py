@@ -439,6 +439,10 @@ def _options(
 
 def _effective_gangs(gangs: Gangs | None, device: torch.device | str | None) -> Gangs:
     if gangs is not None:
+        if not isinstance(gangs, Gangs):
+            raise TypeError(
+                f"`gangs` must be Gangs, as `create_gangs` makes them, but is of type {type(gangs).__name__}"
+            )
         if device is not None:
             raise ValueError("`gangs` and `device` must not be given together: gangs bring a device of their own")
         if gangs.root.device.type == "meta":

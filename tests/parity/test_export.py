@@ -209,6 +209,23 @@ def test_a_published_folder(tmp_path: Path, dtype: Any) -> None:
     assert all(torch.equal(theirs.state_dict()[name], value.to(wanted)) for name, value in state.items())
 
 
+def test_masking_of_which_the_written_model_has_no_embedding(tmp_path: Path) -> None:
+    """The checkpoint has the embedding, but a model that writes down speech is loaded without it."""
+    config = transformers.Wav2Vec2Config(
+        hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, vocab_size=5, conv_dim=(9, 9),
+        conv_kernel=(10, 3), conv_stride=(5, 2), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=3, ctc_loss_reduction="mean",
+    )  # fmt: skip
+    state = published(tmp_path / "in", transformers.Wav2Vec2ForCTC(config))
+    assert "wav2vec2.masked_spec_embed" in state
+    convert_checkpoint(tmp_path / "in", tmp_path / "out", progress=False)
+
+    theirs = their_model(tmp_path / "out")
+    assert theirs.config.ctc_loss_reduction == "mean"
+    assert set(theirs.state_dict()) == set(state) - {"wav2vec2.masked_spec_embed"}
+    assert all(torch.equal(value, state[name]) for name, value in theirs.state_dict().items())
+
+
 def test_a_head_that_the_family_does_not_have(tmp_path: Path) -> None:
     """The file then names the class that what was written is of."""
     config = transformers.BertConfig(
