@@ -7,7 +7,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lading.errors import CorruptModelCheckpointError
@@ -21,7 +21,7 @@ class ShardFile:
 
     path: Path
     stat: FileStat
-    sha256: str | None = None
+    sha256: str | None = field(default=None, compare=False)
     """Of its bytes, where others may put the same bytes in its place at any time: where several processes fetch one
     file, and no lock works, the last one's stays."""
 
