@@ -1,0 +1,110 @@
+"""Numbers of transformers' models that no checkpoint holds, such as rotary frequencies, computed as it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from lading.errors import NotSupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def reset_buffers(model: Module, device: torch.device, outline: Callable[[], PreTrainedModel]) -> None:
+    """Have transformers compute non-persistent buffers as it does after a load of its own.
+
+    Each is computed over zeros and over ones: what differs then was not computed at all.
+
+    :param outline: gives the same model without memory, made in bfloat16.
+
+    :raises NotSupportedError: transformers computes one nowhere but in the constructor.
+    """
+    dtype = cast("PreTrainedModel", model).dtype
+    _state_dtype(model.config, dtype)
+    buffers = _non_persistent_buffers(model)
+    if not buffers:
+        return
+
+    dtypes = {} if dtype == torch.float32 else _buffer_dtypes(outline(), buffers, dtype)
+    results: list[dict[str, Tensor]] = []
+    with _only_buffers(model):
+        for fill in (0, 1):
+            for name, (owner, leaf, buffer) in buffers.items():
+                own = dtypes.get(name, buffer.dtype)
+                owner._buffers[leaf] = torch.full_like(buffer, fill, device=device, dtype=own)
+            _init_weights(model, model)
+            results.append({name: owner.get_buffer(leaf) for name, (owner, leaf, _) in buffers.items()})
+
+    left = [name for name, tensor in results[0].items() if not torch.equal(tensor, results[1][name])]
+    if left:
+        raise NotSupportedError(
+            f"{type(model).__name__} of transformers does not compute {', '.join(left)} after a load, and no "
+            "checkpoint holds it. A newer version of transformers may."
+        )
+
+
+def _state_dtype(hf_config: Any, dtype: torch.dtype) -> None:
+    """Have the model's configuration say what it holds, as after ``from_pretrained``."""
+    hf_config.dtype = dtype
+    for name in hf_config.sub_configs:
+        if (part := getattr(hf_config, name, None)) is not None:
+            part.dtype = dtype
+
+
+def _non_persistent_buffers(model: Module) -> dict[str, tuple[Module, str, Tensor]]:
+    """By name, each with its owner and its name there; a buffer that several names share comes under each."""
+    found = {}
+    for prefix, owner in model.named_modules():
+        for leaf in sorted(owner._non_persistent_buffers_set):
+            buffer = owner._buffers.get(leaf)
+            if buffer is not None:
+                found[f"{prefix}.{leaf}" if prefix else leaf] = owner, leaf, buffer
+
+    return found
+
+
+def _buffer_dtypes(
+    outline: PreTrainedModel, buffers: Mapping[str, tuple[Module, str, Tensor]], dtype: torch.dtype
+) -> dict[str, torch.dtype]:
+    """The dtypes that ``buffers``, of a model that was made in float32, have in one that is made in ``dtype``.
+
+    Some are always of one, as rotary frequencies are.
+    """
+    others = _non_persistent_buffers(outline)
+
+    return {
+        name: dtype if buffer.dtype == torch.float32 != others[name][2].dtype else buffer.dtype
+        for name, (_, _, buffer) in buffers.items()
+    }
+
+
+@contextmanager
+def _only_buffers(model: Module) -> Iterator[None]:
+    """Have transformers leave alone all that was loaded, as it does after a load of its own: by its mark."""
+    from transformers import initialization
+
+    for tensor in model.state_dict(keep_vars=True).values():
+        if isinstance(tensor, Tensor):
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    with torch.no_grad(), initialization.guard_torch_init_functions():
+        yield
+
+
+def _init_weights(module: Module, model: Any) -> None:
+    """What transformers' ``initialize_weights`` does, each part by the model that it belongs to.
+
+    Parts without non-persistent buffers are passed over.
+    """
+    from transformers import PreTrainedModel
+
+    if not any(part._non_persistent_buffers_set for part in module.modules()):
+        return
+    for child in module.children():
+        _init_weights(child, child if isinstance(child, PreTrainedModel) else model)
+    model._init_weights(module)
