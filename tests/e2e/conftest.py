@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from cached_repository import use_cache
+
 CARDS = """\
 name: tiny
 model_family: qwen
@@ -74,6 +76,12 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     subprocess.run([sys.executable, "-m", "lading", "list", "-q"], env=env, check=True, stdout=subprocess.DEVNULL)
     return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of Hugging Face's libraries, in the place of the user's."""
+    return use_cache(tmp_path / "hub", monkeypatch)
 
 
 @pytest.fixture

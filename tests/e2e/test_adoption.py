@@ -13,7 +13,7 @@ import pytest
 from click.testing import Result
 
 import lading
-from cached_repository import add_cards, add_snapshot, tree, use_cache
+from cached_repository import add_cards, add_snapshot, tree
 from lading.card import path_uri
 from lading.errors import (
     CheckpointNotFoundError,
@@ -29,11 +29,6 @@ from make_checkpoint import make
 @pytest.fixture(autouse=True)
 def _offline(catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LADING_OFFLINE", "1")
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return use_cache(tmp_path / "hub", monkeypatch)
 
 
 @pytest.fixture

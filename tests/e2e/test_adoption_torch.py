@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lading
-from cached_repository import add_cards, add_snapshot, tree, use_cache
+from cached_repository import add_cards, add_snapshot, tree
 from lading.adoption import Adoption
 from lading.card import path_uri
 from lading.catalog.checkpoints import record_checkpoint
@@ -24,11 +24,6 @@ from torch_files import save, save_shards
 @pytest.fixture(autouse=True)
 def _offline(catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LADING_OFFLINE", "1")
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return use_cache(tmp_path / "hub", monkeypatch)
 
 
 @pytest.fixture
