@@ -24,7 +24,7 @@ from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.targets import Targets, is_distributed, targets_of
 
 if TYPE_CHECKING:
-    pass
+    from lading.transfer.placements import Parts
 
 log = logging.getLogger("lading")
 
@@ -251,6 +251,7 @@ def assign(module: Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, 
     :returns: the bytes of what was copied on the way: a part that is smaller than that of the first rank, which FSDP
         pads to be of equal size.
     """
+    parts: Parts | None = None
     state: dict[str, Tensor] = {}
     for name, own in module.state_dict(keep_vars=True).items():
         first = aliases.get(name, name)
@@ -261,18 +262,21 @@ def assign(module: Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, 
             continue
         tensor = tensors[first]
         if is_distributed(own):
-            from lading.transfer.placements import placed_as  # which takes half a second to import
+            if parts is None:
+                from lading.transfer.placements import Parts  # which takes half a second to import
 
-            state[name] = placed_as(tensor, own)
+                parts = Parts()
+            state[name] = parts.placed_as(tensor, own)
         else:
             state[name] = Parameter(tensor, own.requires_grad) if isinstance(own, Parameter) else tensor
 
     module.load_state_dict(state, strict=False, assign=True)
 
-    # By the first name, which a stage of a pipeline may have under another one only.
-    parts = {aliases.get(name, name): own.to_local() for name, own in state.items() if is_distributed(own)}
+    with torch.no_grad():  # else each part is a view that autograd keeps account of
+        # By the first name, which a stage of a pipeline may have under another one only.
+        held = {aliases.get(name, name): own.to_local() for name, own in state.items() if is_distributed(own)}
 
-    return sum(part.nbytes for name, part in parts.items() if part.data_ptr() != tensors[name].data_ptr())
+    return sum(part.nbytes for name, part in held.items() if part.data_ptr() != tensors[name].data_ptr())
 
 
 def reset_buffers(module: Module, family: Family[Any, Any], config: Any, device: torch.device) -> None:

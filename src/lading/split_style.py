@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn import Module
 
 from lading.errors import InternalError
-from lading.transfer.placements import part_on_meta
+from lading.transfer.placements import Parts
 
 
 class SplitStyle(ParallelStyle):
@@ -39,11 +39,12 @@ class SplitStyle(ParallelStyle):
         self._enter = enter
         self._leave = leave
         self._as_view = as_view
+        self._parts = Parts()
 
     def _apply(self, module: Module, device_mesh: DeviceMesh) -> Module:
         for owner in module.modules():
             for leaf, parameter in list(owner.named_parameters(recurse=False)):
-                owner.register_parameter(leaf, part_on_meta(parameter, device_mesh, self._placement(leaf)))
+                owner.register_parameter(leaf, self._parts.on_meta(parameter, device_mesh, self._placement(leaf)))
 
         def before(module: Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(self._entered(x, device_mesh) for x in inputs)

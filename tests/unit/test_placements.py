@@ -19,7 +19,7 @@ from torch.nn import Module, Parameter
 from lading.box import Box
 from lading.errors import NotSupportedError
 from lading.gangs import simulate_gangs
-from lading.transfer.placements import BoxCache, boxes_for_all_ranks, part_on_meta, placed_as, placements_on
+from lading.transfer.placements import BoxCache, Parts, boxes_for_all_ranks, placements_on
 
 
 @st.composite
@@ -137,7 +137,7 @@ def test_a_part_in_the_place_of_a_parameter_is_what_torch_makes_of_it(requires_g
     own = Parameter(distribute_tensor(torch.empty(6, 4, device="meta"), mesh["tp"], [Shard(0)]), requires_grad)
     local = torch.randn(3, 4)
 
-    made = placed_as(local, own)
+    made = Parts().placed_as(local, own)
     expected = Parameter(DTensor.from_local(local, mesh["tp"], [Shard(0)], run_check=False), requires_grad)
     assert isinstance(made, Parameter)
     assert type(made) is type(expected)
@@ -147,12 +147,13 @@ def test_a_part_in_the_place_of_a_parameter_is_what_torch_makes_of_it(requires_g
     assert made.is_leaf
     assert made.grad_fn is None
     assert made.to_local().data_ptr() == local.data_ptr()
+    assert made._spec == expected._spec
 
     module = Module()
     module.weight = made
     assert dict(module.named_parameters()) == {"weight": made}
 
-    buffer = placed_as(local, distribute_tensor(torch.empty(6, 4, device="meta"), mesh["tp"], [Shard(0)]))
+    buffer = Parts().placed_as(local, distribute_tensor(torch.empty(6, 4, device="meta"), mesh["tp"], [Shard(0)]))
     assert not isinstance(buffer, Parameter)
 
 
@@ -164,7 +165,7 @@ def test_a_part_without_memory_is_as_torch_makes_it(rank: int, placement: Placem
         assert gangs.tp.mesh is not None
         whole = Parameter(torch.empty(shape, device="meta", dtype=torch.bfloat16))
 
-        part = part_on_meta(whole, gangs.tp.mesh, placement)
+        part = Parts().on_meta(whole, gangs.tp.mesh, placement)
         expected = distribute_tensor(whole, gangs.tp.mesh, [placement])
         assert isinstance(part, Parameter)
         assert isinstance(part, DTensor)
@@ -174,3 +175,23 @@ def test_a_part_without_memory_is_as_torch_makes_it(rank: int, placement: Placem
         assert (part.shape, part.dtype, part.placements) == (expected.shape, expected.dtype, expected.placements)
         assert part.to_local().shape == expected.to_local().shape
         assert part.to_local().is_contiguous()
+
+
+def test_parts_of_equal_meshes_stay_on_their_own_mesh() -> None:
+    parts = Parts()
+    for _ in range(2):
+        with simulate_gangs(0, tp=2) as gangs:
+            assert gangs.tp.mesh is not None
+            part = parts.on_meta(Parameter(torch.empty(4, 4, device="meta")), gangs.tp.mesh, Shard(0))
+            assert isinstance(part, DTensor)
+            assert part.device_mesh is gangs.tp.mesh
+
+
+def test_parts_of_other_shapes_and_dtypes_are_told_apart() -> None:
+    parts = Parts()
+    mesh = simulate_gangs(1, tp=2).mesh
+    assert mesh is not None
+    for shape, dtype in itertools.product([(6, 4), (4, 6)], [torch.float32, torch.bfloat16]):
+        own = distribute_tensor(torch.empty(shape, device="meta", dtype=dtype), mesh["tp"], [Shard(0)])
+        made = parts.placed_as(torch.zeros(shape[0] // 2, shape[1], dtype=dtype), own)
+        assert (tuple(made.shape), made.dtype, made.full_tensor().shape) == (shape, dtype, shape)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor import _utils as torch_utils
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.nn import Parameter
 
@@ -71,36 +72,47 @@ def placements_on(tensor: Tensor, axes: Sequence[str]) -> tuple[Placement, ...]:
     return tuple(own.get(axis, Replicate()) for axis in axes)
 
 
-def placed_as(local: Tensor, own: DTensor) -> DTensor:
-    """The tensor of which ``local`` is this rank's part, placed as ``own`` is; a parameter if that is one.
+class Parts:
+    """Makes distributed tensors of the parts that this rank holds.
 
-    ``Parameter(…)`` would make the same, but has the operators of distributed tensors detach each first: 0.1 ms for
-    each, and a millisecond for the first of each shape.
+    ``DTensor.from_local`` would make the same, but describes each anew, and is a function of autograd. Models have many
+    parameters of few shapes; those of one shape share a description.
     """
-    return _placed(local, own, own.device_mesh, own.placements)
 
+    def __init__(self) -> None:
+        self._specs: dict[Any, DTensorSpec] = {}
 
-def part_on_meta(parameter: Parameter, mesh: DeviceMesh, placement: Placement) -> Parameter:
-    """A parameter placed on a mesh of one dim, on the meta device: there are shapes, and nothing that is sent."""
-    shape = list(parameter.shape)
-    if isinstance(placement, Shard):
-        size, odd = divmod(shape[placement.dim], mesh.size())
-        if odd:
-            shape[:] = _local_shape_and_offset(parameter.shape, mesh, (placement,))[0]
-        else:
-            shape[placement.dim] = size
+    def placed_as(self, local: Tensor, own: DTensor) -> DTensor:
+        """The tensor of which ``local`` is this rank's part, placed as ``own`` is; a parameter if that is one."""
+        return self._placed(local, own, own.device_mesh, own.placements)
 
-    return cast(Parameter, _placed(parameter.detach().new_empty(shape), parameter, mesh, (placement,)))
+    def on_meta(self, parameter: Parameter, mesh: DeviceMesh, placement: Placement) -> Parameter:
+        """A parameter placed on a mesh of one dim, on the meta device: there are shapes, and nothing that is sent."""
+        shape = list(parameter.shape)
+        if isinstance(placement, Shard):
+            size, odd = divmod(shape[placement.dim], mesh.size())
+            if odd:
+                shape[:] = _local_shape_and_offset(parameter.shape, mesh, (placement,))[0]
+            else:
+                shape[placement.dim] = size
+        part = parameter.detach().new_empty(shape)
 
+        return cast(Parameter, self._placed(part, parameter, mesh, (placement,)))
 
-def _placed(local: Tensor, whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
-    """``local``, placed as a part of a tensor like ``whole``."""
-    tensor = DTensor.from_local(local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
-    if isinstance(whole, Parameter):
-        tensor.requires_grad_(whole.requires_grad)
-        tensor._is_param = True  # what Parameter marks tensors of other classes with
+    def _placed(self, local: Tensor, whole: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> DTensor:
+        """``local``, placed as a part of a tensor like ``whole``."""
+        # Meshes that are equal may be of different process groups.
+        key = id(mesh), placements, whole.shape, whole.stride(), local.dtype
+        if key not in self._specs:
+            meta = TensorMeta(whole.shape, whole.stride(), local.dtype)
+            self._specs[key] = DTensorSpec(mesh, placements, tensor_meta=meta)
+        tensor = DTensor(local, self._specs[key], requires_grad=whole.requires_grad)  # type: ignore[no-untyped-call]
+        if isinstance(whole, Parameter):
+            # `Parameter(…)` marks tensors of other classes like this, but has their operators detach each first: 0.1 ms
+            # for each, and a millisecond for the first of each shape.
+            tensor._is_param = True
 
-    return tensor
+        return tensor
 
 
 def boxes_for_all_ranks(
