@@ -36,6 +36,7 @@ from lading.holdings import intact_copies, names_of
 from lading.hub_checkpoints import HubCheckpoint, commit_of, hub_checkpoints, no_snapshot
 from lading.locate import require_writable
 from lading.manifest import Manifest
+from lading.progress import byte_bar
 
 log = logging.getLogger("lading")
 
@@ -344,11 +345,9 @@ def _digests_as_known(stored: StoredCheckpoint | None, manifest: Manifest) -> li
 
 
 def _hash(path: Path, manifest: Manifest, *, progress: bool) -> list[tuple[str, FileStat]]:
-    from tqdm import tqdm
-
-    total, hidden = sum(shard.size for shard in manifest.shards), None if progress else True
+    total = sum(shard.size for shard in manifest.shards)
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="hash", disable=hidden, leave=False, delay=0.5) as bar,
+        byte_bar(total, "hash", shown=progress) as bar,
         ThreadPoolExecutor(4, thread_name_prefix="lading-verify") as pool,
     ):
 

@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from tqdm import tqdm
 
 from lading.acquire import acquire
 from lading.card import AssetCard
@@ -47,12 +46,16 @@ from lading.gangs import Gang, Gangs, create_fake_gangs
 from lading.keymap import Route
 from lading.locate import card_checkpoint
 from lading.new_folder import new_folder, require_empty
+from lading.progress import byte_bar
 from lading.published import CONFIG_NAME
 from lading.reading import Witness, read_tensors
 from lading.resolve import arch_config, family_of_card, model_config
 from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from lading.transfer.targets import Targets, is_distributed, targets_of
 from lading.verification import Verify, block_dims, expect, require_mode, settle
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 SHARD_SIZE = 5_000_000_000
 """Bytes that a file has at most by default, as the hub advises."""
@@ -170,7 +173,7 @@ def convert_checkpoint(
         order = sorted(range(len(entries)), key=routed.tensors.__getitem__)  # as they lie in the files
         shards = files_of([entries[i] for i in order], shard_size)
         by_name = {entry.name: source for entry, source in zip(entries, sources, strict=True)}
-        with _bar(entries, progress) as bar:
+        with byte_bar(sum(entry.nbytes for entry in entries), "write", shown=progress) as bar:
             for file, shard in shards.items():
                 _copy(temporary / file, shard, checkpoint, by_name, bar, witness)
         if expected is not None and witness is not None:
@@ -384,9 +387,3 @@ def _report(name: str, family: Family[Any, Any], folder: Path, written: Path, en
         parameters=sum(dtypes.values()),
         dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1])),
     )
-
-
-def _bar(entries: Sequence[Entry], progress: bool) -> tqdm[Any]:
-    total = sum(entry.nbytes for entry in entries)
-
-    return tqdm(total=total, unit="B", unit_scale=True, desc="write", leave=False, delay=0.5, disable=not progress)

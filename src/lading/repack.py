@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lading.acquire import acquire
 from lading.beside import find_sidecar
@@ -38,6 +37,7 @@ from lading.formats.write_safetensors import METADATA, Entry, header_of
 from lading.keymap import Route
 from lading.locate import card_checkpoint, require_writable
 from lading.manifest import BITS
+from lading.progress import byte_bar
 from lading.resolve import family_of_card, model_config
 from lading.settings import Settings
 from lading.sidecar import Sidecar, blocks_of, identity_of, metadata_of, sidecar_uri
@@ -244,7 +244,7 @@ def _write(
     with advised("LADING_CACHE_DIR"):
         require_space(cache.folder, offsets[-1])
         sweep(cache.tmp, older_than=0, kind="repack")  # which nobody takes up
-        with temporary(cache.tmp, "repack") as (file, written), _bar(offsets[-1], progress) as bar:
+        with temporary(cache.tmp, "repack") as (file, written), byte_bar(offsets[-1], "repack", shown=progress) as bar:
             file.write(header)
             for place, i in enumerate(tensors):
                 matrix = _matrix(checkpoint, digests, i).view(torch.uint8)
@@ -312,7 +312,3 @@ def _record(checkpoint: Checkpoint, uri: str, path: Path, cache: Cache, store: A
     for copy in () if before is None else before.copies:
         if copy.path != path:
             cache.remove_repacked(copy.path)
-
-
-def _bar(total: int, progress: bool) -> tqdm[Any]:
-    return tqdm(total=total, unit="B", unit_scale=True, desc="repack", leave=False, delay=0.5, disable=not progress)

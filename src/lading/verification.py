@@ -20,7 +20,6 @@ from threading import Lock
 from typing import Any, Literal
 
 from blake3 import blake3
-from tqdm import tqdm
 
 from lading.catalog.checkpoints import record_digests, record_files
 from lading.catalog.records import Check
@@ -33,6 +32,7 @@ from lading.fetch.verify import sha256_file
 from lading.gangs import Gang
 from lading.keymap import Route
 from lading.manifest import Manifest
+from lading.progress import byte_bar
 from lading.transfer.execute import hash_checkpoint
 from lading.transfer.files import ShardFile
 from lading.transfer.targets import Targets
@@ -251,9 +251,7 @@ def check_files(checkpoint: Checkpoint, chosen: Sequence[int] | None = None, *, 
 
     total = sum(shards[i].size for i in known)
     with (
-        tqdm(
-            total=total, unit="B", unit_scale=True, desc="verify", disable=not progress, leave=False, delay=0.5
-        ) as bar,
+        byte_bar(total, "verify", shown=progress) as bar,
         ThreadPoolExecutor(_THREADS, thread_name_prefix="lading-verify") as pool,
     ):
         return list(pool.map(check, known))

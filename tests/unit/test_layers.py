@@ -14,8 +14,8 @@ import lading
 ROOT = Path(lading.__file__).parent
 
 LAYERS = [
-    {"errors", "box", "filesystem", "new_folder", "registered", "version", "worker"},
-    {"documents", "card", "cardfile", "manifest", "compose", "digests", "settings", "gangs"},
+    {"errors", "box", "filesystem", "new_folder", "progress", "registered", "version", "worker"},
+    {"device", "documents", "card", "cardfile", "manifest", "compose", "digests", "settings", "gangs"},
     {"overrides", "config", "keymap", "catalog", "formats", "fetch", "nn"},
     {"transfer"},
     {"family"},

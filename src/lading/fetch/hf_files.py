@@ -19,6 +19,7 @@ from lading.fetch.hf_client import download
 from lading.fetch.hf_names import is_commit
 from lading.fetch.source import FetchedFile, Known, RemoteFile
 from lading.fetch.verify import sha256_file
+from lading.progress import byte_bar
 
 _AT_ONCE = 8
 """Files that are fetched at the same time."""
@@ -215,10 +216,8 @@ def _discard(path: Path, blobs: Path) -> None:
 @contextmanager
 def _counted(total: int, *, show: bool) -> Iterator[tuple[Callable[[int], None], threading.Event]]:
     """A counter of bytes behind a bar on stderr, and the event that makes it raise, by which threads are stopped."""
-    from tqdm import tqdm
-
     stop, lock = threading.Event(), threading.Lock()
-    with tqdm(total=total, unit="B", unit_scale=True, desc="fetch", disable=not show, leave=False, delay=0.5) as bar:
+    with byte_bar(total, "fetch", shown=show) as bar:
 
         def count(size: int) -> None:
             if stop.is_set():

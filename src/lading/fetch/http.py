@@ -30,6 +30,7 @@ from lading.fetch.partial import Identity, Partial, sweep
 from lading.fetch.redirects import shown
 from lading.fetch.source import FetchedFile, Known, RemoteFile, Snapshot
 from lading.filesystem import FileStat
+from lading.progress import byte_bar
 
 if TYPE_CHECKING:
     import httpx2 as httpx
@@ -240,20 +241,10 @@ class HttpSource:
         if self._offline:
             raise self._offline_error(missing[0].name)
 
-        from tqdm import tqdm
-
         sweep(self._cache.tmp)
         sizes = [file.size for file in missing]
-        bar: tqdm[Any]
-        with tqdm(
-            total=None if None in sizes else sum(size or 0 for size in sizes),
-            unit="B",
-            unit_scale=True,
-            desc="fetch",
-            disable=not progress,
-            leave=False,
-            delay=0.5,
-        ) as bar:
+        total = None if None in sizes else sum(size or 0 for size in sizes)
+        with byte_bar(total, "fetch", shown=progress) as bar:
             try:
                 with advised("LADING_CACHE_DIR"):
                     return [found or self._bring(file, known, bar) for file, found in zip(files, here, strict=True)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lading.errors import InternalError
 from lading.gangs import Gang
-from lading.transfer.execute import progress_bar
+from lading.progress import byte_bar
 from lading.transfer.files import ShardFile, open_shard
 from lading.transfer.hashing import Hasher
 from lading.transfer.memory import Arena, Stage, create_arena
@@ -57,7 +57,7 @@ def execute_together(
         receiver = _Receiver(plan, joint, schedule, host, arena)
 
         total = schedule.bytes_of(host.rank)
-        bar = stack.enter_context(progress_bar(total, "load") if progress else nullcontext())
+        bar = stack.enter_context(byte_bar(total, "load") if progress else nullcontext())
         # The next step is read while this one is on its way.
         pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="lading-reader"))
         ahead = pool.submit(sender.prepare, 0)

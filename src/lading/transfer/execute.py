@@ -8,14 +8,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import NoReturn, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lading.digests import Digests, default_dims
 from lading.manifest import BITS, Manifest
+from lading.progress import byte_bar
 from lading.transfer.files import OpenShard, ShardFile, open_shard
 from lading.transfer.hashing import Hasher
 from lading.transfer.leaves import Part
@@ -185,7 +185,7 @@ def _drive(
             reader.start()
         with ExitStack() as stack:
             # Even one that shows nothing would start a thread that outlives it.
-            bar = None if label is None else stack.enter_context(progress_bar(total, label))
+            bar = None if label is None else stack.enter_context(byte_bar(total, label))
             for reader in readers:
                 ended = False
                 while not ended:
@@ -201,11 +201,6 @@ def _drive(
 
     if errors:
         raise errors[0]
-
-
-def progress_bar(total: int, label: str) -> tqdm[NoReturn]:
-    """A bar for bytes on stderr, which appears when they take longer than half a second."""
-    return tqdm(total=total, unit="B", unit_scale=True, desc=label, leave=False, delay=0.5)
 
 
 def _read(
