@@ -19,6 +19,7 @@ from lading.card import AssetCard
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoint import Checkpoint, path_checkpoint
 from lading.construct import check_config_type, create_model, no_collection
+from lading.device import require_usable
 from lading.errors import (
     AssetCardError,
     AssetNotFoundError,
@@ -449,7 +450,7 @@ def _effective_gangs(gangs: Gangs | None, device: torch.device | str | None) -> 
             raise ValueError("`gangs` must be on a device that holds data, but are on the meta device")
         return gangs
 
-    return create_fake_gangs(torch.get_default_device() if device is None else device)
+    return create_fake_gangs(require_usable(torch.get_default_device() if device is None else device))
 
 
 def _effective_dtype(dtype: torch.dtype | Literal["auto"] | None) -> DType:

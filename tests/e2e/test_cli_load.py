@@ -112,7 +112,7 @@ class TestLoad:
         assert "holds no data" in cli("load", "tiny", "--device", "meta", code=2).stderr
         for name in ("toaster", "cuda:99", "mps"):
             result = cli("load", "tiny", "--device", name, code=2)
-            assert f"torch cannot use '{name}': " in result.stderr
+            assert f"torch cannot use the device '{name}': " in result.stderr
             assert result.stderr.count("\n") == 1
 
     def test_memory_of_the_device_that_is_spent(self, cli, cards, monkeypatch):

@@ -12,6 +12,7 @@ from lading.cli.complete import complete_target
 from lading.cli.describe import dtype_text
 from lading.cli.names import name_or_path
 from lading.cli.output import counted, human_bytes, human_count, write_json, write_pairs
+from lading.errors import NotSupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -91,16 +92,12 @@ def _device(name: str) -> torch.device:
 
     :raises click.BadParameter: it cannot hold a tensor here.
     """
-    import torch
+    from lading.device import require_usable
 
     try:
-        device = torch.device(name)
-        # What is not compiled in, or not in this machine, is only noticed by what uses it.
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        # Of what torch says, which may go on to name every backend that there is, the first sentence.
-        reason = (str(error).splitlines() or [""])[0].partition(". ")[0].rstrip(".")
-        raise click.BadParameter(f"torch cannot use {name!r}: {reason}.", param_hint="--device") from None
+        device = require_usable(name)
+    except NotSupportedError as error:
+        raise click.BadParameter(error.message, param_hint="--device") from None
 
     if device.type == "meta":
         raise click.BadParameter("the meta device holds no data.", param_hint="--device")
