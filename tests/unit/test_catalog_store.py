@@ -20,7 +20,7 @@ from lading.catalog.ingest import import_files
 from lading.catalog.query import query
 from lading.catalog.records import ModelSummary
 from lading.catalog.store import AssetStore, get_asset_store
-from lading.errors import AssetCardError, AssetNotFoundError, ModelArchitectureNotKnownError
+from lading.errors import AssetCardError, AssetNotFoundError, ModelArchitectureNotKnownError, SettingsError
 
 Stock = Callable[..., AssetStore]
 
@@ -130,9 +130,9 @@ def test_an_unknown_environment(stock: Stock) -> None:
         stock().maybe_retrieve_card("leaf@clutser")
     with pytest.raises(AssetNotFoundError, match=r"'leave@nope' is in the catalog\. Did you mean 'leaf'\?$"):
         stock().retrieve_card("leave@nope")
-    with pytest.raises(AssetCardError, match=r"LADING_ENV names .*'nope'"):
+    with pytest.raises(SettingsError, match=r"LADING_ENV names .*'nope'"):
         stock(env="nope").retrieve_card("leaf")
-    with pytest.raises(AssetCardError, match="LADING_ENV"):
+    with pytest.raises(SettingsError, match="LADING_ENV"):
         list(stock(env="nope").find_cards("model_family", "qwen"))
     assert stock(env="nope").retrieve_card("leaf@").name == "leaf"
     assert stock("name: only\n", "file:///c/b.yaml").retrieve_card("only@cluster").name == "only"
@@ -490,5 +490,5 @@ def test_the_default_store(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (home / "a.sqlite").exists()
 
     monkeypatch.setenv("LADING_ENV", "nope")
-    with pytest.raises(AssetCardError, match="LADING_ENV"):
+    with pytest.raises(SettingsError, match="LADING_ENV"):
         get_asset_store().retrieve_card("anything")

@@ -40,6 +40,7 @@ from lading.errors import (
     AssetCardError,
     AssetNotFoundError,
     ModelArchitectureNotKnownError,
+    SettingsError,
     did_you_mean,
 )
 from lading.filesystem import FileStat, is_there
@@ -108,8 +109,8 @@ class AssetStore:
         with just that overlay, ``name@`` without any. The same holds for its bases.
 
         :raises AssetNotFoundError: there is none, or no card has an overlay for ``env``.
-        :raises AssetCardError: a base is missing or leads back to the card, or no card has an overlay for the default
-            environment.
+        :raises AssetCardError: a base is missing or leads back to the card.
+        :raises SettingsError: no card has an overlay for the default environment.
         """
         card = self.maybe_retrieve_card(name)
         if card is None:
@@ -136,7 +137,7 @@ class AssetStore:
     def find_cards(self, field: str, value: object) -> Iterator[AssetCard]:
         """All cards whose field ``field``, their own or a base's, equals ``value``. A bad card is logged and left out.
 
-        :raises AssetCardError: nothing is known of the default environment.
+        :raises SettingsError: nothing is known of the default environment.
         """
         with self._database.read() as connection:
             envs = self._envs(connection, "", None)
@@ -202,8 +203,7 @@ class AssetStore:
                 if env is not None:
                     hint = f" No card has an overlay for the environment {wanted!r}. {known_ones}"
                     raise AssetNotFoundError(f"{name}@{env}", hint)
-                raise AssetCardError(
-                    name,
+                raise SettingsError(
                     f"LADING_ENV names the environment {wanted!r}, for which no card has an overlay. {known_ones}",
                 )
         if env is not None:
