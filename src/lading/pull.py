@@ -24,7 +24,7 @@ from lading.companions import (
     tokenizer_ref,
 )
 from lading.completion import completed
-from lading.errors import AssetCardError, NotSupportedError
+from lading.errors import AssetCardError, FetchError, NotSupportedError
 from lading.fetch.http_names import is_plain
 from lading.fetch.source import FetchedFile, RemoteFile, Snapshot
 from lading.fetch.sources import HTTP_SCHEMES, HUB_SCHEMES, open_source
@@ -112,6 +112,7 @@ def pull_model(
             return PullReport(name=card.name, uri=ref.key, revision=revision, files=(file,))
         if dry_run or Settings.from_environment().offline:
             checkpoint = card_checkpoint(card, store, progress=progress)
+            _require_known_revision(checkpoint, revision)
         else:
             checkpoint, published, missing = _fetched_whole(card, ref, store, revision, progress=progress)
     else:
@@ -169,6 +170,16 @@ def _fetched_whole(
     checkpoint = whole_checkpoint(card.name, ref, whole, store)
 
     return checkpoint, whole, known is None or known.files != checkpoint.files
+
+
+def _require_known_revision(checkpoint: Checkpoint, revision: str | None) -> None:
+    """:raises FetchError: another revision is asked for than the one that is known, and nobody can be asked for it."""
+    if revision is not None and revision != checkpoint.revision:
+        known = checkpoint.revision or "one without a name"
+        raise FetchError(
+            f"The revision {revision!r} of {checkpoint.uri} cannot be asked for offline; the one that is known here is "
+            f"{known}. Pull without --revision, or when the network is there."
+        )
 
 
 def _require_of_web(ref: CheckpointRef, revision: str | None, include: Sequence[str]) -> None:

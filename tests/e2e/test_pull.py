@@ -204,6 +204,18 @@ def test_nothing_is_asked_offline(run: Run, hub: FakeHub) -> None:
     assert hub.requests == []
 
 
+def test_another_revision_cannot_be_asked_for_offline(run: Run, hub: FakeHub) -> None:
+    run("pull", "far", "--no-progress")
+    known = hub.repositories["some/tiny-qwen"].refs["main"]
+    hub.requests.clear()
+
+    run("pull", "far", "--revision", known, "--no-progress", LADING_OFFLINE="1")
+    error = run("pull", "far", "--revision", "v2", "--no-progress", code=5, LADING_OFFLINE="1").stderr
+    assert "'v2'" in error
+    assert known in error
+    assert hub.requests == []
+
+
 def test_a_card_that_is_gated_is_open_to_who_has_a_token(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     hub.repositories["some/tiny-qwen"].gated = True
     path = tmp_path / "gated.yaml"
