@@ -116,6 +116,9 @@ class Program(Group):
         handler, level = _Stderr(), log.level
         log.addHandler(handler)
         log.setLevel(logging.WARNING)
+        # What fails in closing a connection, as when an interrupt comes just then, SQLAlchemy logs with its traceback.
+        silent = logging.NullHandler()
+        logging.getLogger("sqlalchemy.pool").addHandler(silent)
         _never_fail_to_encode()
         # What that client warns of, such as little space, lading checks itself and says in one line.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"huggingface_hub\.")
@@ -130,6 +133,7 @@ class Program(Group):
             # No command has begun yet, so it is not what the user asked for that failed.
             code = report(error, debug=True)
         finally:
+            logging.getLogger("sqlalchemy.pool").removeHandler(silent)
             log.removeHandler(handler)
             log.setLevel(level)
 
