@@ -166,7 +166,7 @@ def _whole(
         shards.append(replace(shard, sha256=stated.sha256 if copy.path == file.path else None))
         checks.append(
             Check(
-                file=shard.name,
+                file=shard.name if copy.path == file.path else str(file.path),
                 path=file.path,
                 stat=file.stat,
                 method="sha256",

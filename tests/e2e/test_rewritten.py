@@ -1,0 +1,49 @@
+"""What is rewritten of a file that is elsewhere is a file of its own: with a digest, a state and a fate of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import lading
+from cached_repository import add_cards
+from lading.catalog.store import get_asset_store
+from lading.formats import rewritten_files
+from lading.settings import Settings
+from make_checkpoint import tensors
+from servers.hostile import serve
+
+
+@pytest.fixture
+def published(tmp_path: Path, catalog: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Cards of a file on a server whose matrices do not lie row after row."""
+    monkeypatch.delenv("LADING_OFFLINE", raising=False)
+    path = tmp_path / "model.pt"
+    torch.save({name: t.t().contiguous().t() if t.ndim == 2 else t for name, t in tensors().items()}, path)
+    with serve({"/model.pt": path.read_bytes(), "/again.pt": path.read_bytes()}) as server:
+        add_cards(tmp_path, far=server.url("/model.pt"), again=server.url("/again.pt"))
+        yield
+
+
+def load(name: str = "far", **kwargs: object) -> dict[str, torch.Tensor]:
+    return lading.load_model(name, dtype="auto", progress=False, **kwargs).state_dict()  # type: ignore[arg-type]
+
+
+def made() -> Path:
+    (path,) = rewritten_files(Settings.from_environment().cache_dir)
+    return path
+
+
+def test_the_digest_of_the_original_is_not_that_of_what_was_made_of_it(published: None) -> None:
+    load()
+
+    assert lading.query("SELECT name, sha256 FROM shards").rows == [("model.pt", None)]
+    assert lading.verify_model("far", progress=False).good
+    load(verify="always")
+
+    ((sha256, path),) = lading.query("SELECT found, path FROM verifications WHERE method = 'sha256'").rows
+    assert "/blobs/" in str(path)
+    assert get_asset_store().find_content(str(sha256)) is None, "a file of other bytes has this digest"
