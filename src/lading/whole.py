@@ -6,9 +6,10 @@ and indexed then.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from lading import formats
@@ -17,7 +18,7 @@ from lading.card import CheckpointRef
 from lading.catalog.provenance import now
 from lading.catalog.records import Check, LocalCopy
 from lading.catalog.store import AssetStore
-from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
+from lading.errors import CatalogError, CheckpointNotFoundError, CorruptModelCheckpointError
 from lading.fetch.source import FetchedFile, Known, RemoteFile, Snapshot, Source
 from lading.fetch.sources import HTTP_SCHEMES, HUB_SCHEMES, open_source
 from lading.filesystem import FileStat
@@ -28,6 +29,8 @@ from lading.formats.sharded import index_shards, read_index_at
 from lading.manifest import Manifest
 from lading.published import Published, PublishedFiles, published_config
 from lading.settings import Settings
+
+log = logging.getLogger("lading")
 
 _ARCHIVE = ".tar"
 
@@ -94,7 +97,7 @@ def fetch_whole(
 
     with noting_intent(source, snapshot, [published], store, ref.key):
         (fetched,) = source.fetch(snapshot, [published], known=known, progress=progress)
-    copy = _readable(fetched, published.name.rpartition("/")[2], source, member=member)
+    copy = _readable(fetched, published.name.rpartition("/")[2], source, store, member=member)
     manifest = formats.index(copy.path, member=member if copy.path == fetched.path else None)
     (shard,) = manifest.shards
 
@@ -132,15 +135,21 @@ def _fetch_shards(
     there = [shard for shard in shards if shard is not None]
     with noting_intent(source, snapshot, there, store, ref.key):
         fetched = source.fetch(snapshot, there, known=known, progress=progress)
-    copies = [_readable(each, name, source) for each, name in zip(fetched, names, strict=True)]
+    copies = [_readable(each, name, source, store) for each, name in zip(fetched, names, strict=True)]
     manifest = index_shards(index.path, name=file, shards={copy.file: copy.path for copy in copies})
 
     return _whole(manifest, source, snapshot, hf_config, there, fetched, copies)
 
 
-def _readable(fetched: FetchedFile, name: str, source: Source, *, member: str | None = None) -> LocalCopy:
+def _readable(
+    fetched: FetchedFile, name: str, source: Source, store: AssetStore | None, *, member: str | None = None
+) -> LocalCopy:
     """The file, or what it was rewritten as, under the name of its shard."""
-    path = formats.readable(fetched.path, member=member, cache=Settings.from_environment().cache_dir)
+    cache = Settings.from_environment().cache_dir
+    before = formats.rewritten(fetched.path, member=member, cache=cache)
+    if before is not None and not _is_good(before, store):
+        before.unlink(missing_ok=True)
+    path = formats.readable(fetched.path, member=member, cache=cache)
     kind = source.kind if fetched.own else "adopted"
 
     return LocalCopy(
@@ -150,6 +159,19 @@ def _readable(fetched: FetchedFile, name: str, source: Source, *, member: str | 
         kind=kind if path == fetched.path else "cache",
         verified_at=now(),
     )
+
+
+def _is_good(path: Path, store: AssetStore | None) -> bool:
+    """Whether what was made of a file before is as it was then. It has no digest of its own, only the catalog's word;
+    where the catalog keeps none, it is believed, as it would be made anew by every load.
+    """
+    if store is None or not store.database.writable:
+        return True
+    try:
+        return store.is_verified(path)
+    except (CatalogError, OSError) as error:
+        log.warning("the catalog cannot say whether %s is good, so it is made anew: %s", path, error)
+        return False
 
 
 def _whole(

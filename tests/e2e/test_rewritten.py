@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,3 +48,25 @@ def test_the_digest_of_the_original_is_not_that_of_what_was_made_of_it(published
     ((sha256, path),) = lading.query("SELECT found, path FROM verifications WHERE method = 'sha256'").rows
     assert "/blobs/" in str(path)
     assert get_asset_store().find_content(str(sha256)) is None, "a file of other bytes has this digest"
+
+
+def test_what_was_written_to_since_is_made_anew(published: None) -> None:
+    expected = {name: tensor.clone() for name, tensor in load().items()}
+    path = made()
+    data = path.read_bytes()
+    os.chmod(path, 0o644)
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 0x3F]))
+
+    found = load()
+
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    assert made().read_bytes() == data
+
+
+def test_what_is_known_to_be_good_is_made_once(published: None) -> None:
+    load()
+    state = made().stat()
+
+    load("again")
+
+    assert made().stat() == state

@@ -39,6 +39,11 @@ def copies_with(connection: Connection, sha256: str) -> list[LocalCopy]:
     return [copy for _, copy in _reachable(connection, condition)]
 
 
+def copies_at(connection: Connection, path: Path) -> list[LocalCopy]:
+    """What is known of the file at ``path`` of this machine, by each checkpoint that it is of."""
+    return [copy for _, copy in _reachable(connection, COPIES.c.path == str(path))]
+
+
 def _reachable(connection: Connection, condition: ColumnElement[bool]) -> list[tuple[int, LocalCopy]]:
     rows = connection.execute(
         select(

@@ -21,7 +21,7 @@ from lading.card import (
     resolve_card,
     split_name,
 )
-from lading.catalog.copies import copies_of, copies_with
+from lading.catalog.copies import copies_at, copies_of, copies_with
 from lading.catalog.database import Database
 from lading.catalog.entries import read_architectures, read_cards
 from lading.catalog.listing import list_models, near_names, summary_of
@@ -383,6 +383,17 @@ class AssetStore:
                     continue
 
         return None
+
+    def is_verified(self, path: Path) -> bool:
+        """Whether the file at ``path`` was seen to be good, and is as it was then."""
+        with self._database.read() as connection:
+            copies = copies_at(connection, path)
+        try:
+            found = FileStat.from_stat(os.stat(path))
+        except OSError:
+            return False
+
+        return any(copy.verified_at is not None and copy.stat == found for copy in copies)
 
     def tensor_digests(self, uri: str) -> Mapping[str, str]:
         """The digests of a checkpoint's tensors, by their names, where they are known."""

@@ -104,11 +104,11 @@ def readable(path: Path | str, *, member: str | None = None, cache: Path, restri
     return Path(path)
 
 
-def rewritten(path: Path | str, *, cache: Path) -> Path | None:
+def rewritten(path: Path | str, *, member: str | None = None, cache: Path) -> Path | None:
     """The file of the cache that was made of the checkpoint at ``path`` as it is now; ``None`` where there is none."""
-    file, member = _split(Path(path), None)
+    file, inner = _split(Path(path), member)
     try:
-        return _find_rewritten(file, member, cache)
+        return _find_rewritten(file, inner, cache)
     except (LadingError, OSError):
         return None
 
