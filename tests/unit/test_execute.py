@@ -174,6 +174,23 @@ def test_to_whoever_reads_it_a_file_that_is_replaced_is_what_it_was(tmp_path: Pa
         pass
 
 
+def test_what_is_read_past_the_page_cache_is_of_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "x", torch.zeros(4096))
+    write(tmp_path / "y", torch.ones(4096))
+
+    def replace_first(path: Path, flags: int) -> int:
+        if flags & os.O_DIRECT and (tmp_path / "y").exists():
+            (tmp_path / "y").rename(tmp_path / "x")
+        return real(path, flags)
+
+    real = os.open
+    monkeypatch.setattr(module.os, "open", replace_first)
+    memory = memoryview(mmap.mmap(-1, 16384))
+    with open_shard(file) as shard:
+        shard.fill(0, memory, direct=True)
+    assert bytes(memory) == bytes(16384)
+
+
 def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.randn(10_000)
     file = write(tmp_path / "x", tensor)

@@ -60,6 +60,10 @@ class OpenShard:
                 self._direct = os.open(file.path, flags | os.O_DIRECT)
             except OSError:
                 pass
+        # Another file may have taken the place of the one that is open.
+        if self._direct >= 0 and not os.path.samestat(os.fstat(fd), os.fstat(self._direct)):
+            os.close(self._direct)
+            self._direct = -1
 
     def close(self) -> None:
         os.close(self.fd)
