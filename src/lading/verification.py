@@ -142,9 +142,11 @@ def settle(
     """
     manifest, files = checkpoint.manifest, checkpoint.here()
     different = [] if expected.digests is None else differences(expected.digests, found)
-    answers = root.gather_objects((found.known, _shards_of(manifest, different)))
-    bad = sorted(set().union(*(shards for _, shards in answers)))
-    if bad:
+    answers = root.gather_objects((found.known, _shards_of(manifest, different), files))
+    # Hosts may have the same path each on a disk of its own: what one has seen there is not seen here.
+    mine = [(known, shards) for known, shards, theirs in answers if theirs == files]
+    if any(shards for _, shards, _ in answers):
+        bad = sorted(set().union(*(shards for _, shards in mine)))
         _record_bad(checkpoint, expected.digests, bad, store)
         _refuse(checkpoint, different)
         return  # it is another rank that raises, and all do when they agree
@@ -152,7 +154,7 @@ def settle(
     if store is None:
         return
     if expected.digests is not None and root.size > 1:
-        found = _seen_by_all(expected.digests, [known for known, _ in answers])
+        found = _seen_by_all(expected.digests, [known for known, _ in mine])
     if checkpoint.joined is None:
         found = _completed(manifest, files, found, progress=progress)
     if expected.digests is not None:
