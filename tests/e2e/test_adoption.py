@@ -241,6 +241,13 @@ def known_elsewhere(folder: Path, cache: Path, files: Path) -> None:
     shutil.rmtree(snapshot.parents[1])
 
 
+def flip_last_byte(path: Path) -> bytes:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    return bytes(data)
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_folder_with_the_bytes_of_a_card(tmp_path: Path, cache: Path, shards: int) -> None:
     folder = make(tmp_path / "models" / "a" / "b" / "renamed", shards=shards)
@@ -260,9 +267,7 @@ def test_a_folder_with_the_bytes_of_a_card(tmp_path: Path, cache: Path, shards: 
 def test_a_folder_with_the_names_but_not_the_bytes_of_a_card(tmp_path: Path, cache: Path, tiny: Path) -> None:
     known_elsewhere(tmp_path, cache, tiny)
     folder = shutil.copytree(tiny, tmp_path / "models" / "tiny")
-    data = bytearray((folder / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (folder / "model.safetensors").write_bytes(data)
+    data = flip_last_byte(folder / "model.safetensors")
 
     for status in ("adopted", "known"):
         (adoption,) = lading.adopt_checkpoints(tmp_path / "models")
@@ -273,6 +278,21 @@ def test_a_folder_with_the_names_but_not_the_bytes_of_a_card(tmp_path: Path, cac
     assert lading.get_asset_store().models("tiny")[0].status == "remote"
     shards = lading.query("select sha256 from shards").rows
     assert (hashlib.sha256(data).hexdigest(),) in [tuple(row) for row in shards], "it is not hashed another time"
+
+
+def test_a_folder_that_was_hashed_is_not_loaded_with_other_bytes(tmp_path: Path, cache: Path, tiny: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "models" / "tiny")
+    flip_last_byte(tiny / "model.safetensors")
+    known_elsewhere(tmp_path, cache, tiny)  # so that the folder is hashed
+    lading.adopt_checkpoints(tmp_path / "models")
+    add_cards(tmp_path, mine=str(folder))
+    flip_last_byte(folder / "model.safetensors")
+
+    with pytest.raises(DigestMismatchError):
+        loads("mine")
+
+    flip_last_byte(folder / "model.safetensors")
+    loads("mine")
 
 
 def test_the_suggested_overlay_works(tmp_path: Path, cache: Path, tiny: Path) -> None:
