@@ -15,6 +15,7 @@ from typing import Literal
 from lading.card import path_uri
 from lading.catalog.checkpoints import record_checkpoint, record_files
 from lading.catalog.holdings import checkpoints_like, link_cards
+from lading.catalog.provenance import now
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore, StoredCheckpoint, get_asset_store
 from lading.checkpoint import OnDisk
@@ -229,6 +230,8 @@ class _Adopter:
             if digests is not None:
                 shards = zip(manifest.shards, digests, strict=True)
                 manifest = replace(manifest, shards=tuple(replace(s, sha256=sha256) for s, (sha256, _) in shards))
+                seen = {stat for _, stat in digests}
+                copies = [replace(copy, verified_at=now()) if copy.stat in seen else copy for copy in copies]
             if not self._dry_run:
                 kind: CopyKind = "source" if cards else "adopted"
                 self._record(uri, manifest, [replace(copy, kind=kind) for copy in copies], revision="")
@@ -339,7 +342,8 @@ def _digests_as_known(stored: StoredCheckpoint | None, manifest: Manifest) -> li
     copies = intact_copies([shard.name for shard in shards], stored.copies)
     if copies is None:
         return None
-    known = [(shard.sha256, copy.stat) for shard, copy in zip(shards, copies, strict=True) if shard.sha256]
+    pairs = zip(shards, copies, strict=True)
+    known = [(shard.sha256, copy.stat) for shard, copy in pairs if shard.sha256 and copy.verified_at is not None]
 
     return [(str(sha256), stat) for sha256, stat in known] if len(known) == len(shards) else None
 

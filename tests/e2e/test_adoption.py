@@ -295,6 +295,25 @@ def test_a_folder_that_was_hashed_is_not_loaded_with_other_bytes(tmp_path: Path,
     loads("mine")
 
 
+def test_a_folder_that_had_the_bytes_of_a_card_before(tmp_path: Path, cache: Path, tiny: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "models" / "tiny")
+    flip_last_byte(tiny / "model.safetensors")
+    known_elsewhere(tmp_path, cache, tiny)  # so that the folder is hashed
+    lading.adopt_checkpoints(tmp_path / "models")
+    snapshot = add_snapshot(cache, "Qwen/Later", folder)
+    add_cards(tmp_path, tiny="hg://Qwen/Tiny", later="hg://Qwen/Later", mine=str(folder))
+    lading.index_checkpoint("later")
+    shutil.rmtree(snapshot.parents[1])
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1] + b"?")
+    with pytest.raises(DigestMismatchError):
+        loads("mine")
+
+    (adoption,) = lading.adopt_checkpoints(tmp_path / "models")
+
+    assert adoption.cards == ("mine",)
+    assert lading.get_asset_store().models("later")[0].status == "remote"
+
+
 def test_the_suggested_overlay_works(tmp_path: Path, cache: Path, tiny: Path) -> None:
     folder = shutil.copytree(tiny, tmp_path / "it's: my #models" / "tiny")
     add_cards(tmp_path, tiny="hg://Qwen/Tiny")
