@@ -33,6 +33,9 @@ def url(text: str):  # type: ignore[no-untyped-def]
         ("::ffff:10.0.0.1", Reach.NETWORK),
         ("::ffff:8.8.8.8", Reach.EVERYWHERE),
         ("2002:7f00:1::", Reach.MACHINE),
+        ("64:ff9b::a9fe:a9fe", Reach.MACHINE),
+        ("64:ff9b::a00:1", Reach.NETWORK),
+        ("64:ff9b::808:808", Reach.EVERYWHERE),
         ("example.com", Reach.EVERYWHERE),
     ],
 )

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 MAX_REDIRECTS = 10
 
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+"""Behind it stands an IPv4 address, to which a translator passes it on: https://www.rfc-editor.org/rfc/rfc6052."""
+
 
 class Reach(IntEnum):
     """From where an address can be reached: the larger, the fewer can."""
@@ -41,7 +44,8 @@ def reach(address: str) -> Reach:
         return Reach.EVERYWHERE
 
     if isinstance(ip, ipaddress.IPv6Address):
-        ip = ip.ipv4_mapped or ip.sixtofour or ip
+        translated = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else None
+        ip = ip.ipv4_mapped or ip.sixtofour or translated or ip
     if ip.is_loopback or ip.is_link_local or ip.is_unspecified:
         return Reach.MACHINE
 
