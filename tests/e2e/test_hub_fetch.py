@@ -463,6 +463,25 @@ def test_what_is_not_there(repo: Repository, client: HubClient, token: str | Non
         client(SNAPSHOT, uri="hg://Qwen/Tiny-0.1B", revision="never", token=token)
 
 
+@pytest.mark.parametrize("fault", ["gzip", "ignore-range", "wrong-range", "long"])
+def test_a_signed_address_is_not_shown(hub: FakeHub, repo: Repository, client: HubClient, fault: str) -> None:
+    hub.misbehave("model.safetensors", fault)
+    with pytest.raises(FetchError, match=f"{hub.cdn_url}.*: expected") as caught:
+        client(READ, uri="hg://Qwen/Tiny-0.1B", name="model.safetensors", offset=8, size=100)
+    assert "signed" not in str(caught.value)
+
+
+def test_a_password_in_the_address_of_the_hub_is_not_shown(repo: Repository, hub: FakeHub, tmp_path: Path) -> None:
+    client = HubClient(hub.url.replace("http://", "http://me:secret@"), tmp_path)
+    try:
+        for uri in ("hg://Qwen/None", "hg://Qwen/Tiny-0.1B"):
+            with pytest.raises((CheckpointNotFoundError, FetchError)) as caught:
+                client(SNAPSHOT, uri=uri, revision="never")
+            assert "secret" not in str(caught.value)
+    finally:
+        client.close()
+
+
 def test_a_hub_that_is_not_there(tmp_path: Path) -> None:
     with FakeHub() as gone:
         url = gone.url

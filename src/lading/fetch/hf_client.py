@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
 from lading.errors import FetchError
-from lading.fetch.hf_errors import BrokenAnswerError, retried, translated
+from lading.fetch.hf_errors import BrokenAnswerError, public, retried, translated
 from lading.version import __version__
 
 if TYPE_CHECKING:
@@ -123,10 +123,14 @@ def _ask(start: str, home: str, offset: int, size: int, total: int | None) -> tu
             target = urljoin(at, response.headers["Location"])
 
         if urlsplit(target).scheme not in {"https", urlsplit(at).scheme}:
-            raise FetchError(f"{home}: expected a redirect to https, found one to {target!r}. It was not followed.")
+            raise FetchError(
+                f"{public(home)}: expected a redirect to https, found one to {public(target)!r}. It was not followed."
+            )
         at = target
 
-    raise FetchError(f"{home}: expected at most {REDIRECTS} redirects, found more. The last one was to {at!r}.")
+    raise FetchError(
+        f"{public(home)}: expected at most {REDIRECTS} redirects, found more. The last one was to {public(at)!r}."
+    )
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
@@ -137,21 +141,21 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 def _body(response: Any, offset: int, size: int, total: int | None) -> bytes:
     """The bytes of a checked answer to a request for a range."""
-    end = offset + size - 1
+    end, url = offset + size - 1, public(response.url)
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding.lower() != "identity":
-        raise FetchError(f"{response.url}: expected the bytes as they are, found them in {encoding!r}.")
+        raise FetchError(f"{url}: expected the bytes as they are, found them in {encoding!r}.")
 
     if response.status_code == 206:
         text = response.headers.get("Content-Range", "")
         found = _CONTENT_RANGE.fullmatch(text)
         if found is None or (int(found[1]), int(found[2])) != (offset, end):
-            raise FetchError(f"{response.url}: expected the range {offset}-{end}, found {text!r}.")
+            raise FetchError(f"{url}: expected the range {offset}-{end}, found {text!r}.")
         if total is not None and found[3] not in {"*", str(total)}:
-            raise FetchError(f"{response.url}: expected a file of {total} bytes, found one of {found[3]}.")
+            raise FetchError(f"{url}: expected a file of {total} bytes, found one of {found[3]}.")
     elif (response.status_code, offset, size) != (200, 0, total):
         raise FetchError(
-            f"{response.url}: expected HTTP 206 with the range {offset}-{end}, got HTTP {response.status_code}: this "
+            f"{url}: expected HTTP 206 with the range {offset}-{end}, got HTTP {response.status_code}: this "
             "server does not serve ranges."
         )
 
@@ -160,13 +164,13 @@ def _body(response: Any, offset: int, size: int, total: int | None) -> bytes:
     for piece in response.iter_raw():
         body += piece
         if len(body) > size:
-            raise FetchError(f"{response.url}: expected {size} bytes, found more.")
+            raise FetchError(f"{url}: expected {size} bytes, found more.")
         if time.monotonic() > deadline:
             raise BrokenAnswerError(
-                f"{response.url} sent {len(body)} of {size} bytes and is slower than {SLOWEST} bytes a second"
+                f"{url} sent {len(body)} of {size} bytes and is slower than {SLOWEST} bytes a second"
             )
     if len(body) < size:
-        raise BrokenAnswerError(f"{response.url} sent {len(body)} of {size} bytes")
+        raise BrokenAnswerError(f"{url} sent {len(body)} of {size} bytes")
 
     return bytes(body)
 
@@ -215,8 +219,8 @@ def _refuse_unsafe_tag(response: Any) -> None:
         tag = headers.get(name, "")
         if "/" in tag.removeprefix("W/") or "\\" in tag or ".." in tag or not tag.isprintable():
             raise FetchError(
-                f"{response.url}: expected the entity tag of the file to be plain, found {tag!r}, which would lead out "
-                "of the cache. Nothing was fetched; is HF_ENDPOINT a hub that you trust?"
+                f"{public(response.url)}: expected the entity tag of the file to be plain, found {tag!r}, which would "
+                "lead out of the cache. Nothing was fetched; is HF_ENDPOINT a hub that you trust?"
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import random
+import re
 import socket
 import sys
 import time
@@ -26,6 +27,9 @@ LONGEST_WAIT = 30.0
 
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 
+_USER = re.compile(r"(?<=://)[^/\s'\"]*@")
+_QUERY = re.compile(r"(https?://[^\s?'\"]*)\?[^\s'\"]*")
+
 _log = logging.getLogger("lading.fetch")
 
 
@@ -37,7 +41,12 @@ def page(repo: str) -> str:
     """Where people read about a repository, and ask for it."""
     from huggingface_hub import constants
 
-    return f"{constants.ENDPOINT}/{repo}"
+    return public(f"{constants.ENDPOINT}/{repo}")
+
+
+def public(text: object) -> str:
+    """``text`` without what is secret in the addresses that it names: users with their passwords, and signatures."""
+    return _QUERY.sub(r"\1", _USER.sub("", str(text)))
 
 
 @contextmanager
@@ -137,7 +146,7 @@ def _client_errors(*names: str) -> tuple[type[Exception], ...]:
 
 def _line(error: Exception) -> str:
     """What an error says, on one line that a terminal shows as it is: a server has written some of it."""
-    text = " ".join(str(error).split())
+    text = " ".join(public(error).split())
     text = "".join(c if c.isprintable() else "?" for c in text)
 
     return (text if len(text) <= 300 else f"{text[:300]}…").rstrip(".")
