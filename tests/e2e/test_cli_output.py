@@ -53,6 +53,13 @@ class TestForms:
         write_rows(("n", "m"), [("x", 1), ("y", 2), (None, 3)], Form.NAMES)
         assert capsys.readouterr().out == "x\ny\n\n"
 
+    def test_programs_get_names_as_they_are(self, capsys):
+        for form in (Form.NAMES, Form.CSV):
+            write_rows(("n",), [("a\x1b",)], form)
+            assert "a\x1b\n" in capsys.readouterr().out
+        output.write_json("a\x9b")
+        assert capsys.readouterr().out == '"a\\u009b"\n'
+
     def test_a_table_keeps_each_row_on_one_line(self, capsys):
         assert self.written(Form.TABLE, capsys).splitlines() == [
             "name  bytes  extra",
@@ -112,6 +119,15 @@ class TestTerminal:
         assert shown.isascii()
         assert "\\x1b]0;" in shown
         assert "\\u202e" in shown
+
+    @pytest.mark.parametrize("form", [form for form in Form if form is not Form.TABLE])
+    def test_terminal_controls_are_not_obeyed_in_any_form(self, capsys, form):
+        name = "\x1b]0;title\x07\u202eevil\x9b31m"
+        write_rows(("name",), [(name,)], form)
+        written = capsys.readouterr().out
+        assert written.replace("\n", "").isprintable()
+        if form is Form.LINES:
+            assert json.loads(written) == {"name": name}
 
     def test_colour_is_for_terminals_that_want_it(self, capsys, monkeypatch):
         table = (Column(name="name", colour=lambda _: "red"),)

@@ -105,12 +105,23 @@ def write_rows(
             objects = ",\n ".join(_objects(columns, rows))
             text = f"[{objects}]\n"
 
+    if form in (Form.NAMES, Form.CSV) and _is_terminal():  # programs get them as they are
+        text = "\n".join(map(printable, text.split("\n")))
     click.echo(text, nl=False, color=True)
 
 
 def write_json(value: object) -> None:
     """Write one JSON value to stdout, spread over lines."""
-    click.echo(json.dumps(plain(value), ensure_ascii=False, indent=2))
+    click.echo(as_json(value, indent=2))
+
+
+def as_json(value: object, *, indent: int | None = None) -> str:
+    """``value`` as JSON for people to read, too: letters as they are, and what no terminal should see as escapes."""
+    text = json.dumps(plain(value), ensure_ascii=False, indent=indent)
+    if text.isprintable():
+        return text
+
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def write_pairs(pairs: Mapping[str, object]) -> None:
@@ -155,7 +166,7 @@ def text(value: object) -> str:
         case str() as string:
             return string
         case dict() | list() as tree:
-            return json.dumps(tree, ensure_ascii=False)
+            return as_json(tree)
         case other:
             return str(other)
 
@@ -322,7 +333,7 @@ def _field(value: object) -> object:
         case None:
             return ""
         case bool() | dict() | list() as tree:
-            return json.dumps(tree, ensure_ascii=False)
+            return as_json(tree)
         case other:
             return other
 
@@ -330,7 +341,7 @@ def _field(value: object) -> object:
 def _objects(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterable[str]:
     keys = _unique(columns)
 
-    return (json.dumps(dict(zip(keys, map(plain, row), strict=True)), ensure_ascii=False) for row in rows)
+    return (as_json(dict(zip(keys, row, strict=True))) for row in rows)
 
 
 def _unique(names: Sequence[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from lading.cli.describe import checkpoint_object, checkpoint_pairs
 from lading.cli.output import (
     Column,
     Form,
+    as_json,
     human_bytes,
     human_count,
     listing_options,
-    plain,
     write_json,
     write_pairs,
     write_rows,
@@ -61,7 +60,7 @@ def show(name: str, tensors: bool, shards: bool, form: Form) -> None:
     elif form is Form.JSON:
         write_json(_as_object(found))
     elif form is Form.LINES:
-        click.echo(json.dumps(plain(_as_object(found)), ensure_ascii=False))
+        click.echo(as_json(_as_object(found)))
     elif form is Form.TABLE:
         _write_text(found)
     else:
