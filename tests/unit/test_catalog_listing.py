@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -56,23 +57,33 @@ def test_a_pattern(store: AssetStore, pattern: str) -> None:
 def test_no_list_sorts_or_scans(
     store: AssetStore, monkeypatch: pytest.MonkeyPatch, question: dict[str, str], step: str
 ) -> None:
+    plan = plan_of(store, "FROM assets", lambda: store.models(**question))  # type: ignore[arg-type]
+    assert any(step in line for line in plan), plan
+    assert "ORDER BY" not in plan[-1] or "name=?" in step, plan
+
+
+def plan_of(store: AssetStore, part: str, ask: Callable[[], object]) -> list[str]:
+    """How SQLite answers the one statement with this part."""
     asked = []
 
     def remember(connection: object, cursor: object, statement: str, parameters: object, *rest: object) -> None:
-        if "FROM assets" in statement:
+        if part in statement:
             asked.append((statement, parameters))
 
     event.listen(Engine, "before_cursor_execute", remember)
     try:
-        store.models(**question)  # type: ignore[arg-type]
+        ask()
     finally:
         event.remove(Engine, "before_cursor_execute", remember)
 
     ((statement, parameters),) = asked
     with store.database.read() as connection:
-        plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)]
-    assert any(step in line for line in plan), plan
-    assert "ORDER BY" not in plan[-1] or "name=?" in step, plan
+        return [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)]
+
+
+def test_content_is_found_by_indexes_alone(store: AssetStore) -> None:
+    plan = plan_of(store, "FROM copies", lambda: store.find_content("0" * 64))
+    assert not any("SCAN" in line for line in plan), plan
 
 
 def test_where_all_are_hits_the_text_is_read_in_the_order_of_the_list(

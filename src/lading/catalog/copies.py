@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, exists, insert, or_, select, true
+from sqlalchemy import ColumnElement, Connection, and_, delete, insert, or_, select, true, tuple_
 
 from lading.catalog.entries import chunks, intact
 from lading.catalog.intents import end_intents, intended
@@ -32,11 +32,9 @@ def all_copies(connection: Connection) -> dict[int, list[LocalCopy]]:
 
 def copies_with(connection: Connection, sha256: str) -> list[LocalCopy]:
     """The copies of all shards of this SHA-256 that can be reached from this machine by their path."""
-    shards = select(SHARDS.c.checkpoint_id, SHARDS.c.name).where(SHARDS.c.sha256 == sha256).subquery()
+    shards = select(SHARDS.c.checkpoint_id, SHARDS.c.name).where(SHARDS.c.sha256 == sha256)
 
-    condition = exists().where(shards.c.checkpoint_id == COPIES.c.checkpoint_id, shards.c.name == COPIES.c.file)
-
-    return [copy for _, copy in _reachable(connection, condition)]
+    return [copy for _, copy in _reachable(connection, tuple_(COPIES.c.checkpoint_id, COPIES.c.file).in_(shards))]
 
 
 def copies_at(connection: Connection, path: Path) -> list[LocalCopy]:
