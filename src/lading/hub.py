@@ -219,7 +219,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         :raises FileNotFoundError: nothing is at ``path``.
         :raises ModelCheckpointError: the checkpoint is damaged, or does not fit the configuration.
         :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``, or there are more
-            ranks in ``gangs.pp`` than layers.
+            ranks in ``gangs.pp`` than layers; or a tensor is of a dtype that torch does not have.
         :raises TypeError: ``config`` is not of the family's class.
         """
         check_config_type(config, self._family)

@@ -14,12 +14,13 @@ from lading.checkpoint import Checkpoint
 from lading.compose import Source, shape_of, tensors_of
 from lading.construct import build_on_meta, split
 from lading.digests import SIZE, Digests, starts_of
-from lading.errors import ModelCheckpointMismatchError
+from lading.errors import ModelCheckpointMismatchError, NotSupportedError
 from lading.family import Family
 from lading.gangs import Gangs
 from lading.keymap import Rule, makes_parts, rename, route
 from lading.manifest import Manifest
 from lading.sidecar import substituted
+from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.execute import execute
 from lading.transfer.hashing import Hasher
 from lading.transfer.plan import Wanted, plan
@@ -41,9 +42,18 @@ def read_tensors(
     :param dtypes: of each in memory.
     :param boxes: the part of each; default: all.
     :param witness: takes digests of those that are tensors as they are in the files.
+
+    :raises NotSupportedError: one is of a dtype that torch does not have.
     """
     if witness is not None:
         return _witnessed(checkpoint, sources, dtypes, witness)
+    for source in sources:
+        for i in tensors_of(source):
+            if (stored := checkpoint.manifest.dtypes[i]) not in TORCH_DTYPES:
+                raise NotSupportedError(
+                    f"{checkpoint.manifest.names[i]!r} is stored as {stored}, of which torch has no tensors, so it is "
+                    f"not read. Use the checkpoint at {checkpoint.where} in its original precision."
+                )
     if boxes is None:
         boxes = [Box.whole(shape_of(source, checkpoint.manifest.shapes)) for source in sources]
     planned = plan(checkpoint.manifest, _wanted(sources, boxes, dtypes), mapped=mmap)
@@ -120,6 +130,7 @@ def iter_tensors(
 
     :raises ModelCheckpointMismatchError: parts that make a parameter together are missing, or claim the same place; or
         a tensor that would be cut is not of the shape of its parameter.
+    :raises NotSupportedError: a tensor is of a dtype that torch does not have.
     """
     manifest = checkpoint.manifest
     rules = family.rules_for(config, manifest.names)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lading
-from lading import AssetCard, DigestMismatchError, get_asset_store, load_model
+from lading import AssetCard, DigestMismatchError, NotSupportedError, get_asset_store, load_model
 from lading.families.llama import get_llama_model_hub
 from lading.families.qwen import FAMILY, Qwen, QwenConfig, get_qwen_model_hub
 from lading.formats import index
@@ -410,6 +410,16 @@ def test_iterating_over_a_checkpoint(home: Path, tmp_path: Path, mmap: bool) -> 
 
     with pytest.raises(FileNotFoundError):
         next(get_qwen_model_hub().iter_checkpoint(tmp_path / "gone", CONFIG))
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_iterating_over_numbers_that_torch_has_no_tensors_of(home: Path, tmp_path: Path, mmap: bool) -> None:
+    header = b'{"packed":{"dtype":"F4","shape":[4,8],"data_offsets":[0,16]}}'
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+
+    with pytest.raises(NotSupportedError, match="'packed' is stored as F4"):
+        next(get_qwen_model_hub().iter_checkpoint(path, CONFIG, mmap=mmap))
 
 
 def test_an_accessor_checks_the_classes_it_was_made_with(home: Path) -> None:
