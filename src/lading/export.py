@@ -326,7 +326,7 @@ def _write_together(path: Path, shard: Sequence[Entry], tensors: Mapping[str, Te
         writer: Writer | None = None
         try:
             writer = stack.enter_context(Writer(path, shard)) if writes else None
-        except OSError as error:
+        except Exception as error:
             failed = error
 
         for entry in shard:
@@ -335,7 +335,7 @@ def _write_together(path: Path, shard: Sequence[Entry], tensors: Mapping[str, Te
                 continue
             try:
                 writer.write(_bytes(whole.to(TORCH_DTYPES[entry.dtype])))
-            except OSError as error:
+            except Exception as error:
                 failed = error  # the others wait for this rank in the next gathering, so it goes on
         if failed is not None:
             raise failed

@@ -60,12 +60,14 @@ def export_with_a_fault(source: Path, folder: Path, fault: str) -> None:
     model = load_model(source, gangs=gangs, dtype="auto", progress=False)
     if gangs.root.rank == 1 and fault == "other":
         folder = folder.with_name("other")
-    if gangs.root.rank == 1 and fault == "disk":
+    if gangs.root.rank == 1 and fault in ("disk", "memory"):
         import lading.export
 
         class Full(lading.export.Writer):
             def write(self, data: memoryview) -> None:
-                raise OSError(28, "No space left on device", "the disk of rank 1")
+                raise (MemoryError if fault == "memory" else OSError)(
+                    28, "No space left on device", "the disk of rank 1"
+                )
 
         original, lading.export.Writer = lading.export.Writer, Full  # type: ignore[misc]
         try:
@@ -76,7 +78,7 @@ def export_with_a_fault(source: Path, folder: Path, fault: str) -> None:
         export_model(model, family, config, folder, gangs=gangs, shard_size=20_000)
 
 
-@pytest.mark.parametrize("fault", ["other", "disk", "full"])
+@pytest.mark.parametrize("fault", ["other", "disk", "memory", "full"])
 def test_a_fault_on_one_rank_is_told_on_all(pool2: Pool, tmp_path: Path, fault: str) -> None:
     make(tmp_path / "in")
     if fault == "full":
@@ -84,8 +86,8 @@ def test_a_fault_on_one_rank_is_told_on_all(pool2: Pool, tmp_path: Path, fault: 
         (tmp_path / "out" / "mine").touch()
     outcomes = pool2.run(export_with_a_fault, tmp_path / "in", tmp_path / "out", fault)
 
-    assert all(isinstance(o.error, LadingError | OSError) for o in outcomes), outcomes
-    if fault == "disk":
+    assert all(isinstance(o.error, LadingError | OSError | MemoryError) for o in outcomes), outcomes
+    if fault in ("disk", "memory"):
         assert isinstance(outcomes[0].error, GangError)
         assert "No space left" in str(outcomes[0].error)
     if fault == "full":
