@@ -14,7 +14,7 @@ from lading.errors import CheckpointNotFoundError
 from lading.family import Family
 from lading.fetch.source import RemoteFile, Snapshot
 from lading.fetch.sources import open_source
-from lading.folder import read_hf_config, refuse_quantised_config
+from lading.folder import parse_hf_config, read_hf_config, refuse_quantised_config
 from lading.published import CONFIG_NAME, name_in_source
 from lading.settings import Settings
 
@@ -64,4 +64,4 @@ def _hf_config(checkpoint: Checkpoint, store: AssetStore | None) -> Mapping[str,
     except CheckpointNotFoundError:
         return {}
 
-    return read_hf_config(fetched.path)
+    return parse_hf_config(fetched.path)  # in lading's cache it has another name

@@ -27,7 +27,14 @@ def read_hf_config(path: Path) -> dict[str, object]:
 
     :raises CorruptModelCheckpointError: it is not a JSON object.
     """
-    file = path / "config.json" if path.is_dir() else path.parent / "config.json"
+    return parse_hf_config(path / "config.json" if path.is_dir() else path.parent / "config.json")
+
+
+def parse_hf_config(file: Path) -> dict[str, object]:
+    """What is in a ``config.json``, whatever it is called here; empty where there is none.
+
+    :raises CorruptModelCheckpointError: it is not a JSON object.
+    """
     try:
         if not file.is_file():
             return {}

@@ -247,8 +247,9 @@ def _require_fit(card: AssetCard, checkpoint: Checkpoint, published: Published |
     except AssetCardError:
         return  # it may be pulled for other programs all the same
 
-    hf_config = None if published is None else published.hf_config
-    config = completed(model_config(card, family, store), family, checkpoint, hf_config)
+    # A web server lists no files, so that nothing is known of one beside the checkpoint before it is asked for.
+    hf_config = None if published is None else published.hf_config or None
+    config = completed(model_config(card, family, store), family, checkpoint, hf_config, store=store)
     report = check_manifest(checkpoint.manifest, family, config)
     require_fit(report, path=checkpoint.where, name=card.name)
 

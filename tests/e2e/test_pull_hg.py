@@ -7,8 +7,11 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
+import lading
+from servers.hostile import serve
 from servers.hub import FakeHub
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -22,14 +25,18 @@ checkpoint: hg://some/tiny
 """
 
 
-def test_pulled_once_and_loaded_offline(process: Run, tmp_path: Path) -> None:
+def save_repository(folder: Path) -> None:
     import transformers
 
     config = transformers.GPT2Config(
         n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16, bos_token_id=0, eos_token_id=1
     )
     torch.manual_seed(0)
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "repository")
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+
+
+def test_pulled_once_and_loaded_offline(process: Run, tmp_path: Path) -> None:
+    save_repository(tmp_path / "repository")
     path = tmp_path / "cards.yaml"
     path.write_text(CARD)
 
@@ -57,3 +64,19 @@ def test_pulled_once_and_loaded_offline(process: Run, tmp_path: Path) -> None:
 
     assert report["model_class"] == "GPT2LMHeadModel"
     assert report["tensors"] == 16  # the head is the embedding table
+
+
+def test_from_a_web_server(catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_repository(tmp_path / "repository")
+    files = {f"/tiny/{path.name}": path.read_bytes() for path in (tmp_path / "repository").iterdir()}
+    with serve(files) as server:
+        card = CARD.replace("hg://some/tiny", server.url("/tiny/model.safetensors"))
+        (tmp_path / "cards.yaml").write_text(card)
+        lading.import_cards(tmp_path / "cards.yaml")
+        monkeypatch.setenv("LADING_OFFLINE", "")
+        assert lading.check_model("far").fits
+        lading.pull_model("far", progress=False)
+    monkeypatch.setenv("LADING_OFFLINE", "1")
+    model = lading.load_model("far", progress=False)
+
+    assert type(model).__name__ == "GPT2LMHeadModel"
