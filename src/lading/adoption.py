@@ -18,7 +18,7 @@ from lading.catalog.holdings import checkpoints_like, link_cards
 from lading.catalog.provenance import now
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore, StoredCheckpoint, get_asset_store
-from lading.checkpoint import OnDisk
+from lading.checkpoint import OnDisk, intact_copies
 from lading.errors import (
     CatalogError,
     CheckpointNotFoundError,
@@ -33,7 +33,7 @@ from lading.filesystem import FileStat, expand_home
 from lading.finding import Place, find_places, hub_places, require_inside
 from lading.folder import read_hf_config, refuse_quantised_config
 from lading.formats import NonContiguousError
-from lading.holdings import intact_copies, names_of
+from lading.holdings import names_of
 from lading.hub_checkpoints import HubCheckpoint, commit_of, hub_checkpoints, no_snapshot
 from lading.locate import require_writable
 from lading.manifest import Manifest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -173,3 +173,29 @@ def _stat_files(manifest: Manifest, path: Path) -> dict[str, FileStat]:
         names.append(manifest.index_name)
 
     return {name: FileStat.from_stat(os.stat(folder / name)) for name in names}
+
+
+def intact_copies(shards: Sequence[str], copies: Iterable[LocalCopy]) -> list[LocalCopy] | None:
+    """The copy of each shard, if each is on this machine and as it was when it was recorded."""
+    known = best_copies(copies)
+    found = [known.get(name) for name in shards]
+    intact = [copy for copy in found if copy is not None and _worth(copy) == 2]
+
+    return intact if len(intact) == len(found) else None
+
+
+def best_copies(copies: Iterable[LocalCopy]) -> dict[str, LocalCopy]:
+    """Of each file the copy that is as it was recorded; else one that is there; else any.
+
+    There may be several, on file systems of which others come and go.
+    """
+    return {copy.file: copy for copy in sorted(copies, key=_worth)}
+
+
+def _worth(copy: LocalCopy) -> int:
+    try:
+        found = FileStat.from_stat(os.stat(copy.path))
+    except OSError:
+        return 0
+
+    return 2 if found == copy.stat else 1

@@ -12,7 +12,7 @@ from pathlib import Path
 from lading import formats
 from lading.card import AssetCard, CheckpointRef, checkpoint_ref, path_uri, uri_path
 from lading.catalog.holdings import held_checkpoints
-from lading.catalog.records import HeldCheckpoint, LocalCopy
+from lading.catalog.records import HeldCheckpoint
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.errors import AssetCardError
 from lading.fetch.cache import Cache
@@ -273,18 +273,3 @@ def _orphan_holdings(orphans: Orphans, seen: dict[tuple[int, int], int]) -> list
         )
 
     return found
-
-
-def intact_copies(checkpoint_shards: Sequence[str], copies: Iterable[LocalCopy]) -> list[LocalCopy] | None:
-    """The copy of each shard, if each is on this machine and as it was when it was recorded."""
-    known = {copy.file: copy for copy in copies}
-    found = [known.get(name) for name in checkpoint_shards]
-    intact = [copy for copy in found if copy is not None and _as_recorded(copy)]
-
-    return intact if len(intact) == len(found) else None
-
-
-def _as_recorded(copy: LocalCopy) -> bool:
-    stat = _stat(copy.path)
-
-    return stat is not None and FileStat.from_stat(stat) == copy.stat

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from lading.card import AssetCard, CheckpointRef, checkpoint_ref, path_uri, uri_
 from lading.catalog.checkpoints import record_checkpoint, record_files
 from lading.catalog.records import Check
 from lading.catalog.store import AssetStore, LocalCopy, StoredCheckpoint, get_asset_store
-from lading.checkpoint import Checkpoint, OnDisk
+from lading.checkpoint import Checkpoint, OnDisk, intact_copies
 from lading.errors import (
     AddressError,
     AssetCardError,
@@ -27,7 +26,7 @@ from lading.fetch.file import local_checkpoint
 from lading.fetch.hf_cache import has_token
 from lading.fetch.source import Known
 from lading.fetch.sources import HUB_SCHEMES, check_address
-from lading.filesystem import FileStat, expand_home
+from lading.filesystem import expand_home
 from lading.folder import read_hf_config, refuse_quantised_config
 from lading.published import Published, index_source
 from lading.transfer.files import ShardFile
@@ -273,22 +272,15 @@ def _is_here(name: str, ref: CheckpointRef, store: AssetStore) -> bool:
 
 def _copies_as_known(stored: StoredCheckpoint) -> tuple[ShardFile, ...] | None:
     """The files of all shards, if each is on this machine and as it was when it was recorded."""
-    known = {copy.file: copy for copy in stored.copies}
-    files = []
-    for shard in stored.manifest.shards:
-        copy = known.get(shard.name)
-        if copy is None or _stat(copy.path) != copy.stat:
-            return None
-        files.append(ShardFile(path=copy.path, stat=copy.stat, sha256=shard.sha256))
-
-    return tuple(files)
-
-
-def _stat(path: Path) -> FileStat | None:
-    try:
-        return FileStat.from_stat(os.stat(path))
-    except OSError:
+    shards = stored.manifest.shards
+    copies = intact_copies([shard.name for shard in shards], stored.copies)
+    if copies is None:
         return None
+
+    return tuple(
+        ShardFile(path=copy.path, stat=copy.stat, sha256=shard.sha256)
+        for shard, copy in zip(shards, copies, strict=True)
+    )
 
 
 # --- on this machine -------------------------------------------------------------------------------------------------

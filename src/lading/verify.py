@@ -16,7 +16,7 @@ from lading.catalog.holdings import held_checkpoints
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.check import match
-from lading.checkpoint import Checkpoint, OnDisk
+from lading.checkpoint import Checkpoint, OnDisk, best_copies
 from lading.construct import build_on_meta
 from lading.digests import Digests, default_dims, recorded
 from lading.errors import (
@@ -132,7 +132,7 @@ def _known(card: AssetCard, store: AssetStore) -> tuple[Checkpoint, dict[str, Co
         stored = store.checkpoint(uri)
         if stored is None:  # the catalog cannot be written
             return fresh, {shard.name: "source" for shard in fresh.manifest.shards}
-    copies = {} if stored is None else {copy.file: copy for copy in stored.copies}
+    copies = {} if stored is None else best_copies(stored.copies)
     if stored is None or not all(shard.name in copies for shard in stored.manifest.shards):
         if ref.gated:
             raise ModelGatedError(card.name, ref.info_url)
@@ -244,7 +244,7 @@ def _checked_sidecars(
         stored = store.checkpoint(held.uri) if base_uri(held.uri) == checkpoint.uri else None
         if stored is None:
             continue
-        (copy,) = stored.copies
+        (copy,) = best_copies(stored.copies).values()
         sidecar = Checkpoint(
             name=card.name,
             uri=held.uri,

@@ -14,7 +14,10 @@ from click.testing import Result
 
 import lading
 from cached_repository import add_cards, add_snapshot, tree
+from lading import filesystem
 from lading.card import path_uri
+from lading.catalog.checkpoints import record_files
+from lading.catalog.records import LocalCopy
 from lading.errors import (
     CheckpointNotFoundError,
     CorruptModelCheckpointError,
@@ -22,6 +25,7 @@ from lading.errors import (
     NotSupportedError,
     PolicyError,
 )
+from lading.filesystem import FileStat
 from lading.locate import local_paths
 from make_checkpoint import make
 
@@ -109,6 +113,29 @@ def test_several_shards_and_a_checkpoint_inside(tmp_path: Path, cache: Path, tin
     for name in ("tiny", "same"):
         loads(name)
         assert local_paths(lading.get_asset_store().retrieve_card(name), lading.get_asset_store()) == [adoption.path]
+
+
+def test_a_copy_on_a_file_system_that_is_gone(
+    tmp_path: Path, cache: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_snapshot(cache, "Qwen/Tiny", tiny)
+    add_cards(tmp_path, tiny="hg://Qwen/Tiny")
+    loads("tiny")
+    real = filesystem._mount
+    shared = shutil.copytree(tiny, tmp_path / "shared") / "model.safetensors"
+    monkeypatch.setattr(
+        filesystem, "_mount", lambda path: ("nfs4", "far:/shared") if path == shared.parent else real(path)
+    )
+    copy = LocalCopy(file=shared.name, path=shared, stat=FileStat.from_stat(shared.stat()), kind="adopted")
+    record_files(lading.get_asset_store().database, uri="hg://Qwen/Tiny", copies=[copy])
+    assert len(copies("hg://Qwen/Tiny")) == 2
+    shared.unlink()
+    checks = lading.query("SELECT * FROM verifications").rows
+
+    loads("tiny")
+
+    assert lading.query("SELECT * FROM verifications").rows == checks, "the file that is here was hashed again"
+    assert lading.verify_model("tiny", progress=False).good
 
 
 def test_revisions_are_respected(tmp_path: Path, cache: Path, tiny: Path, sharded: Path) -> None:
