@@ -160,6 +160,11 @@ def test_urls_that_name_no_database(tmp_path: Path, url: str, words: str) -> Non
 
 
 def test_a_password_is_not_shown() -> None:
+    for wrong in ("postgresql+psycopg:/me:secret@host/db", "postgresql://me:secret@host:port/db"):
+        with pytest.raises(CatalogError, match="expected to be a URL") as caught:
+            Target.from_url(wrong)
+        assert "secret" not in str(caught.value)
+
     target = Target.from_url("postgresql+psycopg://me:secret@host/db")
     assert "secret" not in str(target)
     assert "host" in str(target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import stat
 import struct
@@ -24,6 +25,8 @@ SCHEMA_VERSION = 3
 APPLICATION_ID = int.from_bytes(b"ldng", "big")
 """What the header of a catalog file carries, so that no other database is taken for one."""
 
+_PASSWORD = re.compile(r":.*@")
+
 BUSY_TIMEOUT_S = 30.0
 """How long a connection waits for the lock of another one."""
 
@@ -44,11 +47,11 @@ class Target:
         """
         try:
             url = make_url(text)
-        except exc.ArgumentError as error:
+        except (exc.ArgumentError, ValueError):  # the latter of a port that is no number
             raise CatalogError(
                 f"LADING_DATABASE_URL is expected to be a URL such as sqlite:////data/catalog.sqlite or "
-                f"postgresql+psycopg://user@host/lading, but is {text!r}."
-            ) from error
+                f"postgresql+psycopg://user@host/lading, but is {_PASSWORD.sub(':…@', text)!r}."
+            ) from None
 
         if url.get_backend_name() != "sqlite":
             return cls(url=url, path=None)
