@@ -247,7 +247,7 @@ def _check_tied(checkpoint: Checkpoint, targets: Targets, routed: Route, loaded:
         name, copy = targets.names[target], name_of(source, manifest)
         mine = loaded[name]
         (other,) = read_tensors(checkpoint, [source], [DTYPE_NAMES[mine.dtype]], boxes=[targets.boxes[target]])
-        if not torch.equal(mine.cpu(), other):
+        if not _are_same(mine.cpu(), other):
             raise ModelCheckpointMismatchError(
                 checkpoint.where,
                 f"The configuration of {checkpoint.name} ties {copy!r} to {name!r}, but the "
@@ -255,6 +255,11 @@ def _check_tied(checkpoint: Checkpoint, targets: Targets, routed: Route, loaded:
                 "`tied_embeddings: false`.",
                 [f"tied, but different: {copy} and {name}"],
             )
+
+
+def _are_same(a: Tensor, b: Tensor) -> bool:
+    # By their bytes, NaNs are the same, too.
+    return torch.equal(a, b) or torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def _sources(routed: Route, targets: Targets) -> list[Source]:

@@ -80,7 +80,7 @@ def pull_model(
         latest. Loads of the card then use it until the next pull.
     :param include: shell-style patterns of further files of the source; its ``config.json`` always comes along, and so
         does the tokenizer, from there or from where the card says that it is. A web server lists no files: there they
-        are names of files beside the checkpoint.
+        are names of files beside the checkpoint, and ``config.json`` comes if its family needs it.
     :param dry_run: only say what would be fetched.
     :param progress: show a bar on stderr.
 

@@ -309,6 +309,14 @@ def test_a_tied_copy_in_the_file_must_be_equal(home: Path, tmp_path: Path, mmap:
     with pytest.raises(lading.ModelCheckpointMismatchError, match="ties"):
         load_model(folder, mmap=mmap)
 
+    # A row that nobody trained may hold anything.
+    holed = state["model.embed_tokens.weight"].clone()
+    holed[0, 0] = torch.nan
+    save_file(
+        state | {"model.embed_tokens.weight": holed, "lm_head.weight": holed.clone()}, folder / "model.safetensors"
+    )
+    assert load_model(folder, mmap=mmap).get_parameter("model.embed_tokens.weight")[0, 0].isnan()
+
 
 def test_quantised_checkpoints_are_refused(home: Path, tmp_path: Path) -> None:
     stated = make(tmp_path / "stated", quantization_config={"quant_method": "gptq", "bits": 4})
