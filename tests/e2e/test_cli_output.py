@@ -112,6 +112,12 @@ class TestTerminal:
         names = tuple(f"c{i}" for i in range(50))
         assert all(len(line) <= 30 for line in self.lines(capsys, names, [tuple(range(50))]))
 
+    def test_columns_without_room_are_left_out_before_the_first_cannot_be_read(self, capsys):
+        names = ("name", "family", "size")
+        row = ("a_name_of_a_model", "a_family_of_some_kind", "1.2 GB")
+        assert self.lines(capsys, names, [row]) == ["name               family", "a_name_of_a_model  a_family_o…"]
+        assert self.lines(capsys, names, [("n" * 40, *row[1:])])[1] == "n" * 29 + "…"
+
     def test_terminal_controls_are_shown_not_obeyed(self, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "80")
         write_rows(("name",), [("\x1b]0;title\x07\u202eevil\x9b31m",)], Form.TABLE)

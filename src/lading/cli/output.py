@@ -24,6 +24,8 @@ P = ParamSpec("P")
 _GAP = "  "
 _LEAST = 6
 """The width below which a column is not shortened while another can give way."""
+_FIRST = 24
+"""The width below which the first column, which tells what a row is of, is not shortened for the sake of others."""
 
 
 class Form(enum.Enum):
@@ -291,10 +293,12 @@ def _table(columns: Sequence[Column], rows: Sequence[Sequence[object]]) -> str:
 
     limit = terminal_width()
     if limit is not None:
-        # Of more columns than a terminal has cells for, only the first can be shown.
-        most = max(1, (limit + len(_GAP)) // (1 + len(_GAP)))
+        most = _columns_that_fit(widths, limit)
         columns, heads, widths, cells = columns[:most], heads[:most], widths[:most], [row[:most] for row in cells]
-        widths = fit_widths(widths, limit - len(_GAP) * (len(widths) - 1), [c.keep for c in columns])
+        keep = [c.keep for c in columns]
+        total, first = limit - len(_GAP) * (most - 1), min(widths[0], _FIRST, limit)
+        fitted = fit_widths(widths, total, keep)
+        widths = fitted if fitted[0] >= first else [first, *fit_widths(widths[1:], total - first, keep[1:])]
 
     colourful = _colourful()
 
@@ -309,6 +313,17 @@ def _table(columns: Sequence[Column], rows: Sequence[Sequence[object]]) -> str:
         lines.append(line(row, [{"fg": colour} if colour else {} for colour in colours]))
 
     return "".join(lines)
+
+
+def _columns_that_fit(widths: Sequence[int], limit: int) -> int:
+    """How many columns, from the left, a terminal has room for without leaving of each no more than a letter or two."""
+    used = min(widths[0], _FIRST)
+    for count, width in enumerate(widths[1:], start=1):
+        used += len(_GAP) + min(width, _LEAST)
+        if used > limit:
+            return count
+
+    return len(widths)
 
 
 def _field_of_table(column: Column, cell: str, width: int, style: Mapping[str, Any]) -> str:
