@@ -142,6 +142,14 @@ class TestShow:
             shown = json.loads(cli("show", name, "--json").stdout)
             assert structure(kls, shown["config"], where=name) == resolve_config(card, architecture, kls)
 
+    def test_of_a_family_that_is_not_installed_it_does_not_ask_for_its_architectures(self, cli, home, tmp_path):
+        card = tmp_path / "card.yaml"
+        card.write_text("name: far\nmodel_family: nobody\nmodel_arch: base\n")
+        cli("import", card)
+        shown = json.loads(cli("show", "far", "--json").stdout)
+        assert shown["status"] == "unknown-family"
+        assert shown["problem"].startswith("No installed package registers a model family named 'nobody'")
+
     def test_an_overlay_shows_where_it_reaches(self, cli, cards, tmp_path):
         overlay = tmp_path / "mine.yaml"
         overlay.write_text("name: tiny_gated@user\ncheckpoint: ./cards/tiny\n")

@@ -25,7 +25,7 @@ from lading.cli.output import (
     write_pairs,
     write_rows,
 )
-from lading.errors import CheckpointNotFoundError
+from lading.errors import CheckpointNotFoundError, ModelFamilyNotKnownError
 from lading.filesystem import is_there
 from lading.overrides import layers_of, merge_layers
 
@@ -92,8 +92,10 @@ def _look_up(name: str, store: AssetStore) -> _Found:
     architecture = None
     if family is not None and arch is not None:
         architecture = store.maybe_architecture(arch, family)
-        if architecture is None:
+        if architecture is None and summary.status != "unknown-family":
             problem = problem or f"{arch!r} is no architecture of the {family} family: see `lading archs {family}`."
+    if family is not None and summary.status == "unknown-family":
+        problem = problem or ModelFamilyNotKnownError(family).message
 
     return _Found(
         card=card,
