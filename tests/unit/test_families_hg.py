@@ -205,6 +205,34 @@ except NotSupportedError as error:
     assert "`pip install lading[hf]`" in out.stdout
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("__version__ = '4.57.1'", "transformers 5, but version 4.57.1 is installed"),
+        ("import nowhere_at_all", "cannot be imported: No module named 'nowhere_at_all'"),
+    ],
+    ids=["older", "broken"],
+)
+def test_with_a_transformers_that_cannot_make_it(tmp_path: Path, content: str, told: str) -> None:
+    """An environment may have had it before lading came without the extra."""
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text(content)
+    script = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from lading.errors import NotSupportedError
+from lading.families.hg import FAMILY
+try:
+    FAMILY.from_hf({GPT2!r})
+except NotSupportedError as error:
+    print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert told in out.stdout
+    assert "`pip install lading[hf]`" in out.stdout
+
+
 def test_transformers_is_imported_only_by_what_needs_it() -> None:
     script = "import sys, lading.families.hg; print('transformers' in sys.modules)"
 

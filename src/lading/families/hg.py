@@ -42,6 +42,9 @@ _AUTO_CLASSES: Mapping[str, str] = {
     "seq2seq_lm": "AutoModelForSeq2SeqLM",
 }
 
+_MAJOR = 5
+"""The first version of transformers that states how the tensors of a checkpoint become parameters."""
+
 _LEFT_OUT = frozenset(
     {
         # Names code of the repository, or kernels that transformers would fetch from the hub and run.
@@ -135,7 +138,7 @@ def _architecture(values: Mapping[str, object]) -> str | None:
 def _class_of(config: HuggingFaceModelConfig) -> tuple[Any, PretrainedConfig]:
     """The class of transformers that makes the model, an ``Auto…`` one or its own, and the configuration for it.
 
-    :raises NotSupportedError: transformers is not installed, or does not have it.
+    :raises NotSupportedError: transformers is not installed, is an older one, or does not have it.
     :raises PolicyError: it would be made by code of its repository.
     """
     if not config.hf_config:
@@ -143,13 +146,8 @@ def _class_of(config: HuggingFaceModelConfig) -> tuple[Any, PretrainedConfig]:
             "A model of the hg family is described by the config.json beside its checkpoint, but there is none. State "
             "its content as `hf_config` in the card's `model_config`."
         )
-    try:
-        import transformers
-    except ImportError:
-        raise NotSupportedError(
-            f"A model of the type {config.hf_config.get('model_type')!r} is made by transformers, which is not "
-            "installed: `pip install lading[hf]`."
-        ) from None
+    _require_transformers(config)
+    import transformers
 
     hf_config = _hf_config(config)
     if config.model_type != "custom":
@@ -166,6 +164,21 @@ def _class_of(config: HuggingFaceModelConfig) -> tuple[Any, PretrainedConfig]:
         )
 
     return found, hf_config
+
+
+def _require_transformers(config: HuggingFaceModelConfig) -> None:
+    """:raises NotSupportedError: it is not there, or is an older one."""
+    wanted = f"A model of the type {config.hf_config.get('model_type')!r} is made by transformers {_MAJOR}"
+    try:
+        import transformers
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "transformers"
+        why = "is not installed" if missing else f"cannot be imported: {error}"
+        raise NotSupportedError(f"{wanted}, which {why}. `pip install lading[hf]` brings what it takes.") from None
+    if int(transformers.__version__.partition(".")[0]) < _MAJOR:
+        raise NotSupportedError(
+            f"{wanted}, but version {transformers.__version__} is installed. `pip install lading[hf]` brings another."
+        )
 
 
 def _hf_config(config: HuggingFaceModelConfig) -> PretrainedConfig:
