@@ -248,13 +248,19 @@ def checkpoint_ref(card: AssetCard) -> CheckpointRef:
     if found is None or found.value is None:
         return CheckpointRef(uri="", gated=True, info_url=url)
 
-    uri, *parameters = found.as_uri().split(";")
-    gated = any(p.replace(" ", "").lower() == "gated=true" for p in parameters)
+    uri, gated = split_gated(found.as_uri())
     path = card.maybe_get_field("checkpoint_path")
 
     return CheckpointRef(
         uri=uri, gated=gated, info_url=(url or uri) if gated else url, path=None if path is None else path.as_(str)
     )
+
+
+def split_gated(uri: str) -> tuple[str, bool]:
+    """A URI without its parameters; and whether ``;gated=true``, as fairseq2's cards say it, is one of them."""
+    uri, *parameters = uri.split(";")
+
+    return uri, any(p.replace(" ", "").lower() == "gated=true" for p in parameters)
 
 
 # --- resolution ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lading.brought import fetch_along
-from lading.card import AssetCard, CheckpointRef, checkpoint_ref, uri_path
+from lading.card import AssetCard, CheckpointRef, checkpoint_ref, split_gated, uri_path
 from lading.catalog.store import AssetStore
 from lading.checkpoint import Checkpoint
 from lading.errors import AddressError, AssetCardError, FetchError
@@ -52,7 +52,8 @@ class TokenizerRef:
 
 
 def tokenizer_ref(card: AssetCard, retrieve: Callable[[str], AssetCard]) -> TokenizerRef | None:
-    """Where a card says that its tokenizer is; ``None`` where it says nothing: then it is beside the checkpoint.
+    """Where a card says that its tokenizer is; ``None`` where it says nothing that can be fetched: then it is beside
+    the checkpoint.
 
     The nearest card of the chain that states ``tokenizer`` or ``tokenizer_ref`` counts; the latter is the name of a
     card whose tokenizer is meant.
@@ -81,7 +82,9 @@ def tokenizer_ref(card: AssetCard, retrieve: Callable[[str], AssetCard]) -> Toke
     if field.value is None:
         return None
     path = card.maybe_get_field("tokenizer_path")
-    uri = field.as_uri().partition(";")[0]
+    uri, gated = split_gated(field.as_uri())
+    if gated and not _is_hub(uri):
+        return None  # a page where people ask, who are then given it with the checkpoint
     try:
         check_address(uri)
     except AddressError as error:

@@ -68,9 +68,13 @@ def card_checkpoint(
 def address_of(card: AssetCard) -> CheckpointRef:
     """Where the card's checkpoint is, by an address that can be one.
 
-    :raises AssetCardError: it cannot; or a field is no string.
+    :raises AssetCardError: it cannot; or a field is no string; or the card is none of a model.
     """
     ref = checkpoint_ref(card)
+    if not ref.uri and ref.info_url is None:
+        card.field("model_family")  # data sets and tokenizers have cards, too, and nobody hands out their weights
+    if ref.gated and ref.scheme not in HUB_SCHEMES:
+        return ref  # nobody is asked for it; what fairseq2's cards name is the page where people ask
     try:
         check_address(ref.uri)
     except AddressError as error:

@@ -221,6 +221,30 @@ def test_an_address_that_is_none(cli, home, tmp_path):
         load_tokenizer("read")
 
 
+def test_the_page_of_a_gated_model_is_no_address_that_is_wrong(cli, home, tmp_path):
+    # fairseq2's cards say it so; whoever was given the weights says so by an overlay.
+    cards = tmp_path / "cards.yaml"
+    gated = "https://example.com/ask/;gated=true"
+    cards.write_text(f"name: asked\nmodel_family: qwen\ncheckpoint: {gated}\ntokenizer: {gated}\n")
+    cli("import", cards)
+    for command in ("index", "pull", "verify", "path", "check", "load"):
+        result = cli(command, "asked", code=7)
+        assert "'asked' is a gated model" in result.stderr
+        assert "https://example.com/ask/" in result.stderr
+
+
+def test_the_card_of_a_data_set_is_of_no_gated_model(cli, home, tmp_path):
+    cards = tmp_path / "cards.yaml"
+    cards.write_text("name: speech\ndataset_family: generic_asr\n")
+    cli("import", cards)
+    for command in ("index", "pull", "verify", "path", "check", "load", "plan"):
+        result = cli(command, "speech", code=3)
+        assert (
+            result.stderr
+            == "lading: error: The card 'speech' and its bases have no field 'model_family' (cards.yaml[0]).\n"
+        )
+
+
 def test_an_environment_of_no_card(cli, cards):
     for name, known in (("tiny@usr", "Known: user. Did you mean 'user'?"), ("tinny@usr", "Did you mean 'tiny'")):
         for command in ("load", "show", "pull", "export"):

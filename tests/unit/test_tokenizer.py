@@ -189,3 +189,8 @@ def test_the_nearest_card_of_the_chain_counts() -> None:
     assert tokenizer_ref(card, {}.__getitem__) == TokenizerRef(uri="hg://a/b", path="t.model", card="card")
     other = AssetCard("other", {"tokenizer_ref": "card"}, base)
     assert tokenizer_ref(other, {"card": AssetCard("card", {})}.__getitem__) is None
+
+
+def test_the_page_of_a_gated_tokenizer_is_no_place_of_one() -> None:
+    card = AssetCard("card", {"tokenizer": "https://example.com/ask/;gated=true"})
+    assert tokenizer_ref(card, {}.__getitem__) is None
