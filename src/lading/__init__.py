@@ -119,6 +119,7 @@ _HOME = {
     "NotSupportedError": "errors",
     "PolicyError": "errors",
     "QueryError": "errors",
+    "RefusedPickleError": "errors",
     "convert_checkpoint": "export",
     "export_model": "export",
     "ExportReport": "export",

@@ -68,7 +68,11 @@ class Adoption:
 
 
 def adopt_checkpoints(
-    *paths: str | Path, dry_run: bool = False, progress: bool = True, store: AssetStore | None = None
+    *paths: str | Path,
+    dry_run: bool = False,
+    restrict: bool = True,
+    progress: bool = True,
+    store: AssetStore | None = None,
 ) -> tuple[Adoption, ...]:
     """Take checkpoints that are on this machine into the catalog, where they lie; lading never deletes their files.
 
@@ -79,6 +83,7 @@ def adopt_checkpoints(
 
     :param paths: folders, searched at any depth; default: the cache of Hugging Face's libraries.
     :param dry_run: only say what would be done.
+    :param restrict: as :func:`lading.formats.index` takes it.
     :param progress: whether to show a bar on stderr while files are hashed, if that is a terminal.
 
     :returns: one for each checkpoint that was found, also for those that cannot be used.
@@ -93,7 +98,7 @@ def adopt_checkpoints(
         require_writable(store)
 
     places = (place for root in roots for place in find_places(root)) if paths else hub_places(hub_cache())
-    adopter = _Adopter(store, dry_run=dry_run, progress=progress)
+    adopter = _Adopter(store, dry_run=dry_run, restrict=restrict, progress=progress)
     found: dict[tuple[Path, str | None], Adoption] = {}
     for place in places:
         for adoption in adopter.adopt(place):
@@ -117,9 +122,10 @@ def _root(path: str | Path) -> Path:
 class _Adopter:
     """Takes one place after another; what the catalog says of cards is asked once."""
 
-    def __init__(self, store: AssetStore, *, dry_run: bool, progress: bool) -> None:
+    def __init__(self, store: AssetStore, *, dry_run: bool, restrict: bool, progress: bool) -> None:
         self._store = store
         self._dry_run = dry_run
+        self._restrict = restrict
         self._progress = progress
         self._by_repo = hub_checkpoints(store)
 
@@ -184,7 +190,7 @@ class _Adopter:
                 "with LADING_OFFLINE=1 what is in the cache, for the right one.",
             )
 
-        manifest, copies = _read(path, place)
+        manifest, copies = _read(path, place, restrict=self._restrict)
         folder = _folder_of(path)
         shards = tuple(replace(shard, sha256=_sha256_of_blob(folder / shard.name)) for shard in manifest.shards)
         manifest = replace(manifest, shards=shards)
@@ -207,7 +213,7 @@ class _Adopter:
 
     def _folder(self, place: Place) -> list[Adoption]:
         path, uri = place.path, _uri_of(place.path)
-        manifest, copies = _read(path, place)
+        manifest, copies = _read(path, place, restrict=self._restrict)
 
         stored = self._store.checkpoint(uri)
         digests = _digests_as_known(stored, manifest)
@@ -297,13 +303,13 @@ class _Adopter:
         record_checkpoint(self._store.database, uri=uri, manifest=manifest, copies=copies, revision=revision)
 
 
-def _read(path: Path, place: Place) -> tuple[Manifest, list[LocalCopy]]:
+def _read(path: Path, place: Place, *, restrict: bool) -> tuple[Manifest, list[LocalCopy]]:
     """What a checkpoint holds, and its files; nothing of it is read before all links are seen to stay inside."""
     _uri_of(path)  # before any work, as it may be none that the catalog keeps
     require_inside(path, place)
     refuse_quantised_config(read_hf_config(path), path)
     try:
-        found = OnDisk.read(path, rewrite=False)
+        found = OnDisk.read(path, restrict=restrict, rewrite=False)
     except NonContiguousError:
         raise NotSupportedError(
             f"{path} has tensors that are no ranges of its bytes, so it cannot be used where it lies. A load by its "

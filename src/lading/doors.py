@@ -29,11 +29,14 @@ if TYPE_CHECKING:
     from lading.planning import LoadPlan
 
 
-def check_model(target: AssetCard | str | Path, *, store: AssetStore | None = None) -> CheckReport:
+def check_model(
+    target: AssetCard | str | Path, *, restrict: bool = True, store: AssetStore | None = None
+) -> CheckReport:
     """Whether a model's checkpoint fits its architecture, by the names, shapes and dtypes of its tensors.
 
     :param target: a card, the name of one, or the path of a Hugging Face style folder. The checkpoint of a card need
         not be on this machine: of one that the catalog does not know yet, the headers are read where it is.
+    :param restrict: as :func:`lading.formats.index` takes it; for a path.
 
     :raises AssetNotFoundError: no card has that name.
     :raises AssetCardError: the card's family is not registered, or its overrides do not fit.
@@ -43,7 +46,7 @@ def check_model(target: AssetCard | str | Path, *, store: AssetStore | None = No
     :raises CorruptModelCheckpointError: a file breaks the rules of its format.
     :raises NotSupportedError: its ``config.json`` says that it is quantised, or is of no family that is registered.
     """
-    family, config, checkpoint = _model_of(target, store)
+    family, config, checkpoint = _model_of(target, store, restrict=restrict)
 
     return check_manifest(checkpoint.manifest, family, config)
 
@@ -57,6 +60,7 @@ def plan_load(
     rdp: int = 1,
     dtype: torch.dtype | Literal["auto"] = "auto",
     ranks: Sequence[int] | None = None,
+    restrict: bool = True,
     store: AssetStore | None = None,
 ) -> LoadPlan:
     """What each rank of gangs of these sizes would read and hold of a model, were it loaded; no weight is read.
@@ -64,6 +68,7 @@ def plan_load(
     :param target: as :func:`check_model` takes it.
     :param dtype: as ``load_model`` takes it.
     :param ranks: to tell of, from 0 to ``pp × rdp × sdp × tp - 1``; default: all.
+    :param restrict: as :func:`lading.formats.index` takes it; for a path.
 
     :raises ValueError: a size that is less than 1; a rank that the world does not have.
     :raises ModelCheckpointMismatchError: the checkpoint does not fit the model's architecture.
@@ -73,7 +78,7 @@ def plan_load(
     """
     from lading.planning import plan_checkpoint  # what knows of placements takes its time to import
 
-    family, config, checkpoint = _model_of(target, store)
+    family, config, checkpoint = _model_of(target, store, restrict=restrict)
     if not isinstance(target, Path):
         checkpoint = with_sidecar(checkpoint, store or get_asset_store(), tp)
 
@@ -87,10 +92,12 @@ def plan_load(
     )
 
 
-def _model_of(target: AssetCard | str | Path, store: AssetStore | None) -> tuple[Family[Any, Any], Any, Checkpoint]:
+def _model_of(
+    target: AssetCard | str | Path, store: AssetStore | None, *, restrict: bool
+) -> tuple[Family[Any, Any], Any, Checkpoint]:
     if isinstance(target, Path):
         family, config = family_of_folder(target)
-        return family, config, path_checkpoint(target)
+        return family, config, path_checkpoint(target, restrict=restrict)
 
     store = store or get_asset_store()
     card = target if isinstance(target, AssetCard) else store.retrieve_card(target)
@@ -102,7 +109,9 @@ def _model_of(target: AssetCard | str | Path, store: AssetStore | None) -> tuple
     return family, completed(config, family, checkpoint, store=store), checkpoint
 
 
-def diff_models(a: AssetCard | str | Path, b: AssetCard | str | Path, *, store: AssetStore | None = None) -> DiffReport:
+def diff_models(
+    a: AssetCard | str | Path, b: AssetCard | str | Path, *, restrict: bool = True, store: AssetStore | None = None
+) -> DiffReport:
     """In what two checkpoints, or two architectures, differ.
 
     Of checkpoints, the tensors are compared: names, shapes, dtypes, and values where the catalog knows the digests of
@@ -110,6 +119,7 @@ def diff_models(a: AssetCard | str | Path, b: AssetCard | str | Path, *, store: 
 
     :param a: a card, the name of one, the path of a checkpoint, or an architecture as ``"family/architecture"``.
     :param b: likewise; an architecture if ``a`` is one.
+    :param restrict: as :func:`lading.formats.index` takes it; for a path.
 
     :raises AssetNotFoundError: no card has that name.
     :raises ModelFamilyNotKnownError: the family of an architecture is not registered.
@@ -126,7 +136,7 @@ def diff_models(a: AssetCard | str | Path, b: AssetCard | str | Path, *, store: 
             "whether the checkpoint of a model fits its architecture."
         )
 
-    return diff(*(_side(thing, store) for thing in things))
+    return diff(*(_side(thing, store, restrict=restrict) for thing in things))
 
 
 def _retrieve(target: AssetCard | str | Path, store: AssetStore) -> AssetCard | Architecture | Path:
@@ -140,11 +150,14 @@ def _retrieve(target: AssetCard | str | Path, store: AssetStore) -> AssetCard | 
     return store.retrieve_card(target)
 
 
-def _side(thing: AssetCard | Architecture | Path, store: AssetStore) -> Side:
+def _side(thing: AssetCard | Architecture | Path, store: AssetStore, *, restrict: bool) -> Side:
     if isinstance(thing, Architecture):
         return _architecture_side(thing)
 
-    checkpoint = path_checkpoint(thing) if isinstance(thing, Path) else card_checkpoint(thing, store)
+    if isinstance(thing, Path):
+        checkpoint = path_checkpoint(thing, restrict=restrict)
+    else:
+        checkpoint = card_checkpoint(thing, store)
 
     return Side.of_manifest(checkpoint.manifest, _digests(checkpoint, store))
 

@@ -23,7 +23,8 @@
     ├── CatalogError                                  6
     │   └── CatalogOutdatedError                      6  `lading db upgrade` mends it
     ├── PolicyError                                   7  possible, but refused
-    │   └── ModelGatedError                           7
+    │   ├── ModelGatedError                           7
+    │   └── RefusedPickleError                        7  a file that could run code; also a ModelCheckpointError
     ├── GangError                                     8  another rank failed, or cannot be reached
     └── InternalError                                 1  a mistake in lading or in a family's code
 
@@ -255,6 +256,10 @@ class PolicyError(LadingError):
     """Possible, but refused."""
 
     exit_code = 7
+
+
+class RefusedPickleError(PolicyError, ModelCheckpointError):
+    """A file of ``torch.save`` that holds more than a state dict needs: unpickling it could run code."""
 
 
 class ModelGatedError(PolicyError):

@@ -115,7 +115,7 @@ def convert_checkpoint(
     :raises AssetNotFoundError: no card has that name.
     :raises ModelCheckpointError: the checkpoint is damaged, does not fit the configuration, or is not the one that was
         published or recorded.
-    :raises PolicyError: to unpickle it would import what a state dict does not need.
+    :raises RefusedPickleError: to unpickle it would import what a state dict does not need.
     :raises ValueError: ``arch`` is given with a card, or is of another form; ``shard_size`` is not positive; or
         ``verify`` is none of these.
     :raises CheckpointNotFoundError: nothing is where it should be (also a ``FileNotFoundError``).

@@ -114,18 +114,20 @@ def local_paths(card: AssetCard, store: AssetStore) -> list[Path]:
     return [folders.pop()] if len(paths) > 1 and len(folders) == 1 and named else paths
 
 
-def index_checkpoint(target: str | Path, *, store: AssetStore | None = None) -> StoredCheckpoint:
+def index_checkpoint(target: str | Path, *, restrict: bool = True, store: AssetStore | None = None) -> StoredCheckpoint:
     """Read the manifest of a card's checkpoint, or of the one at a path or an address, and write it to the catalog.
 
     Of a checkpoint that is elsewhere only headers are read, a few megabytes, as they are published now. Files on this
     machine are taken as they are now: what was recorded of other bytes in their place is forgotten.
 
     :param target: the name of a card, a path, or an address such as ``hg://org/name``.
+    :param restrict: as :func:`lading.formats.index` takes it.
 
     :raises AssetNotFoundError: no card has that name.
     :raises AddressError: no address is written so; in a card that is an ``AssetCardError``.
     :raises CheckpointNotFoundError: nothing is there (also a ``FileNotFoundError``).
     :raises CorruptModelCheckpointError: the file breaks the rules of its format.
+    :raises RefusedPickleError: to unpickle it would import what a state dict does not need.
     :raises FetchError: the source cannot be reached.
     :raises CatalogError: the catalog cannot be written.
     """
@@ -134,12 +136,12 @@ def index_checkpoint(target: str | Path, *, store: AssetStore | None = None) -> 
     path = uri_path(ref.uri)
     copies: Sequence[LocalCopy]
     if path is None:
-        found = _published_or_whole(ref, store, progress=False)
+        found = _published_or_whole(ref, store, progress=False, restrict=restrict)
         copies = (*found.copies, *found.originals) if isinstance(found, Whole) else ()
         uri, manifest, revision = ref.key, found.manifest, found.revision
     else:
         path = local_checkpoint(path, inner_path=ref.path)
-        here = OnDisk.read(path)
+        here = OnDisk.read(path, restrict=restrict)
         uri, manifest, copies, revision = path_uri(here.path), here.manifest, here.copies(), ""
 
     require_writable(store)
@@ -239,7 +241,7 @@ def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, prog
     return checkpoint
 
 
-def _published_or_whole(ref: CheckpointRef, store: AssetStore, *, progress: bool) -> Published:
+def _published_or_whole(ref: CheckpointRef, store: AssetStore, *, progress: bool, restrict: bool = True) -> Published:
     """What is published, by its headers; fetched, if it has none that would tell."""
     if not comes_whole(ref):
         try:
@@ -247,7 +249,7 @@ def _published_or_whole(ref: CheckpointRef, store: AssetStore, *, progress: bool
         except formats.NotByHeadersError:
             pass
 
-    return fetch_whole(ref, store=store, known=known_content(store), progress=progress)
+    return fetch_whole(ref, store=store, known=known_content(store), progress=progress, restrict=restrict)
 
 
 def whole_checkpoint(name: str, ref: CheckpointRef, whole: Whole, store: AssetStore) -> Checkpoint:

@@ -64,19 +64,26 @@ def came_whole(manifest: Manifest) -> bool:
 
 
 def fetch_whole(
-    ref: CheckpointRef, *, store: AssetStore | None, known: Known, progress: bool, revision: str | None = None
+    ref: CheckpointRef,
+    *,
+    store: AssetStore | None,
+    known: Known,
+    progress: bool,
+    revision: str | None = None,
+    restrict: bool = True,
 ) -> Whole:
     """Fetch the files of a checkpoint, and index them.
 
     :param store: whose catalog is told what is about to come; what came, the caller tells it.
     :param known: where content is on this machine already.
     :param revision: default: the one that the address names, or what is published now.
+    :param restrict: as :func:`lading.formats.index` takes it.
 
     :raises CheckpointNotFoundError: the source has no such file, or the archive no such member.
     :raises FetchError: it cannot be reached, or answers nonsense.
     :raises DigestMismatchError: what came is not what is published.
     :raises CorruptModelCheckpointError: what came breaks the rules of its format.
-    :raises PolicyError: it would import what a state dict does not need.
+    :raises RefusedPickleError: it would import what a state dict does not need.
     :raises NotSupportedError: a format that is not read here, or weights that are quantised.
     """
     inner, member = _split(ref)
@@ -89,7 +96,9 @@ def fetch_whole(
         hf_config = published_config(PublishedFiles(source, snapshot), folder)
         refuse_quantised_config(hf_config, ref.key)
         if is_index(file):
-            return _fetch_shards(ref, source, snapshot, folder, file, hf_config, store, known=known, progress=progress)
+            return _fetch_shards(
+                ref, source, snapshot, folder, file, hf_config, store, known=known, progress=progress, restrict=restrict
+            )
         name = folder + file
     published = snapshot.file(name) if name is not None else None
     if published is None:
@@ -97,8 +106,9 @@ def fetch_whole(
 
     with noting_intent(source, snapshot, [published], store, ref.key):
         (fetched,) = source.fetch(snapshot, [published], known=known, progress=progress)
-    copy = _readable(fetched, published.name.rpartition("/")[2], source, store, member=member)
-    manifest = formats.index(copy.path, member=member if copy.path == fetched.path else None)
+    copy = _readable(fetched, published.name.rpartition("/")[2], source, store, restrict, member=member)
+    inner = member if copy.path == fetched.path else None
+    manifest = formats.index(copy.path, member=inner, restrict=restrict)
     (shard,) = manifest.shards
 
     named = replace(manifest, shards=(replace(shard, name=copy.file),))
@@ -117,6 +127,7 @@ def _fetch_shards(
     *,
     known: Known,
     progress: bool,
+    restrict: bool,
 ) -> Whole:
     """The files that the index ``file`` in ``folder`` names."""
     published = [each for each in snapshot.files if each.name == folder + file]
@@ -135,21 +146,27 @@ def _fetch_shards(
     there = [shard for shard in shards if shard is not None]
     with noting_intent(source, snapshot, there, store, ref.key):
         fetched = source.fetch(snapshot, there, known=known, progress=progress)
-    copies = [_readable(each, name, source, store) for each, name in zip(fetched, names, strict=True)]
-    manifest = index_shards(index.path, name=file, shards={copy.file: copy.path for copy in copies})
+    copies = [_readable(each, name, source, store, restrict) for each, name in zip(fetched, names, strict=True)]
+    manifest = index_shards(index.path, name=file, shards={copy.file: copy.path for copy in copies}, restrict=restrict)
 
     return _whole(manifest, source, snapshot, hf_config, there, fetched, copies)
 
 
 def _readable(
-    fetched: FetchedFile, name: str, source: Source, store: AssetStore | None, *, member: str | None = None
+    fetched: FetchedFile,
+    name: str,
+    source: Source,
+    store: AssetStore | None,
+    restrict: bool,
+    *,
+    member: str | None = None,
 ) -> LocalCopy:
     """The file, or what it was rewritten as, under the name of its shard."""
     cache = Settings.from_environment().cache_dir
     before = formats.rewritten(fetched.path, member=member, cache=cache)
     if before is not None and not _is_good(before, store):
         before.unlink(missing_ok=True)
-    path = formats.readable(fetched.path, member=member, cache=cache)
+    path = formats.readable(fetched.path, member=member, cache=cache, restrict=restrict)
     kind = source.kind if fetched.own else "adopted"
 
     return LocalCopy(

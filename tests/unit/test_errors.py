@@ -30,6 +30,7 @@ INSTANCES = [
     errors.CatalogError("m"),
     errors.CatalogOutdatedError("m", expected=2, found=1),
     errors.PolicyError("m"),
+    errors.RefusedPickleError(Path("/x"), "m"),
     errors.ModelGatedError("a", "https://example.com"),
     errors.GangError("m", (1, 2)),
     errors.InternalError("m"),
@@ -62,6 +63,13 @@ def test_a_missing_checkpoint_is_a_missing_file() -> None:
     error = errors.CheckpointNotFoundError(Path("/x"), "No checkpoint is at /x")
     assert isinstance(error, FileNotFoundError)
     assert str(error) == "No checkpoint is at /x"
+
+
+def test_a_refused_pickle_is_a_refusal_and_a_checkpoint_that_cannot_be_used() -> None:
+    error = errors.RefusedPickleError(Path("/x"), "m")
+    assert isinstance(error, errors.PolicyError)
+    assert isinstance(error, errors.ModelCheckpointError)
+    assert (error.path, error.exit_code) == (Path("/x"), 7)
 
 
 def test_near_names_are_suggested() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.cli.command import command
+from lading.cli.command import command, no_restrict
 from lading.cli.failure import SYSTEM
 from lading.cli.output import Column, Form, counted, human_bytes, listing_options, printable, write_rows
 from lading.errors import LadingError
@@ -30,8 +30,9 @@ _TABLE = (
 @command("adopt")
 @click.argument("paths", nargs=-1, metavar="[PATH]...", type=click.Path(path_type=Path))
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@no_restrict
 @listing_options
-def adopt(paths: tuple[Path, ...], dry_run: bool, form: Form) -> None:
+def adopt(paths: tuple[Path, ...], dry_run: bool, no_restrict: bool, form: Form) -> None:
     """Take checkpoints that are on this machine into the catalog.
 
     They stay where they are, and lading never deletes them. Without PATH, those in the cache of Hugging Face's
@@ -41,7 +42,7 @@ def adopt(paths: tuple[Path, ...], dry_run: bool, form: Form) -> None:
     """
     from lading.adoption import adopt_checkpoints
 
-    found = adopt_checkpoints(*paths, dry_run=dry_run)
+    found = adopt_checkpoints(*paths, dry_run=dry_run, restrict=not no_restrict)
     if found or form is not Form.TABLE:
         write_rows(_COLUMNS, [[getattr(each, c) for c in _COLUMNS] for each in found], form, table=_TABLE)
     for each in found:

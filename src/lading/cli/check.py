@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.cli.command import command
+from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_target
 from lading.cli.names import name_or_path
 from lading.cli.output import human_bytes, human_count, printable, write_json, write_pairs
@@ -21,8 +21,9 @@ MISMATCH = 4
 
 @command("check")
 @click.argument("target", metavar="NAME|PATH", shell_complete=complete_target)
+@no_restrict
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def check(target: str, as_json: bool) -> None:
+def check(target: str, no_restrict: bool, as_json: bool) -> None:
     """Say whether a checkpoint fits its model.
 
     The names, shapes and dtypes of the tensors are compared with what the architecture needs; no tensor is read. The
@@ -38,7 +39,7 @@ def check(target: str, as_json: bool) -> None:
 
     from lading.doors import check_model
 
-    report = check_model(model, store=store)
+    report = check_model(model, restrict=not no_restrict, store=store)
 
     if as_json:
         write_json({"name": target, "fits": report.fits, **asdict(report)})

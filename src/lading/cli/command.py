@@ -58,6 +58,13 @@ class Command(click.Command):
 command = partial(click.command, cls=Command)
 """The decorator of a command."""
 
+no_restrict = click.option(
+    "--no-restrict",
+    is_flag=True,
+    help="Pass over objects in a file of torch.save that a state dict does not need, instead of refusing the file.",
+)
+"""The option of commands that read checkpoints at paths; they receive ``no_restrict``."""
+
 
 class Group(click.Group):
     """A group of commands that are imported only once they are needed.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lading.cli.command import command
+from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_model, complete_target
 from lading.cli.describe import dtype_text
 from lading.cli.names import name_or_path
@@ -73,7 +73,7 @@ def _writing(function: F) -> F:
 @click.argument("target", metavar="NAME|PATH", shell_complete=complete_target)
 @_writing
 @click.option("--arch", metavar="FAMILY/ARCH", help="Of a checkpoint at PATH that has no config.json.")
-@click.option("--no-restrict", is_flag=True, help="Pass over what a state dict does not need, instead of refusing it.")
+@no_restrict
 def convert(
     target: str,
     folder: Path,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.cli.command import command
+from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_comparable
 from lading.cli.names import name_or_path
 from lading.cli.output import Column, Form, counted, listing_options, text, write_rows
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 @command("diff")
 @click.argument("a", shell_complete=complete_comparable)
 @click.argument("b", shell_complete=complete_comparable)
+@no_restrict
 @listing_options
-def diff(a: str, b: str, form: Form) -> None:
+def diff(a: str, b: str, no_restrict: bool, form: Form) -> None:
     """List in what two checkpoints, or two architectures, differ.
 
     A and B are names of cards, paths of checkpoints, or architectures as FAMILY/ARCH. Of checkpoints, names, shapes and
@@ -38,7 +39,7 @@ def diff(a: str, b: str, form: Form) -> None:
 
     from lading.doors import diff_models
 
-    report = diff_models(*targets, store=store)
+    report = diff_models(*targets, restrict=not no_restrict, store=store)
 
     rows = [(change.name, change.kind, change.a, change.b) for change in report.changes]
     if rows or form is not Form.TABLE:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lading.cli.command import command
+from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_target
 from lading.cli.describe import checkpoint_object, checkpoint_pairs
 from lading.cli.names import name_or_path
@@ -13,8 +13,9 @@ from lading.cli.output import write_json, write_pairs
 
 @command("index")
 @click.argument("target", metavar="NAME|PATH|URI", shell_complete=complete_target)
+@no_restrict
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def index(target: str, as_json: bool) -> None:
+def index(target: str, no_restrict: bool, as_json: bool) -> None:
     """Write to the catalog what a checkpoint holds, wherever it is.
 
     The headers of its files are read, and nothing else is fetched: those of the card NAME, of the file or folder at
@@ -26,7 +27,8 @@ def index(target: str, as_json: bool) -> None:
     from lading.locate import index_checkpoint
 
     store = get_asset_store()
-    stored = index_checkpoint(target if "://" in target else name_or_path(target, store), store=store)
+    found = target if "://" in target else name_or_path(target, store)
+    stored = index_checkpoint(found, restrict=not no_restrict, store=store)
 
     if as_json:
         write_json(checkpoint_object(stored))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lading.cli.command import command
+from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_target
 from lading.cli.names import name_or_path
 from lading.cli.output import Column, Form, counted, human_bytes, listing_options, write_rows
@@ -51,6 +51,7 @@ _AXIS = click.IntRange(min=1, max=1_000_000)
 @click.option("--rank", type=click.IntRange(min=0), multiple=True, help="Only this rank; may be given again.")
 @click.option("--device-memory", type=_Bytes(), help="Say whether the weights fit, such as into 80GiB.")
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw it, too.")
+@no_restrict
 @listing_options
 def plan(
     target: str,
@@ -62,6 +63,7 @@ def plan(
     rank: tuple[int, ...],
     device_memory: int | None,
     picture: Path | None,
+    no_restrict: bool,
     form: Form,
 ) -> None:
     """Say what each rank of gangs would read and hold.
@@ -93,6 +95,7 @@ def plan(
         rdp=rdp,
         dtype="auto" if dtype == "auto" else getattr(torch, dtype),
         ranks=rank or None,
+        restrict=not no_restrict,
         store=store,
     )
     if picture is not None:

@@ -75,7 +75,7 @@ def index(path: Path | str, *, member: str | None = None, cache: Path | None = N
     :raises NotSupportedError: what is there is of a format that is not read here, or has tensors that are not.
     :raises CorruptModelCheckpointError: a file breaks the rules of its format, or changed while it was read; one that
         the index names is missing; or what is at ``path`` is neither a folder nor a regular file.
-    :raises PolicyError: a file of ``torch.save`` would import what a state dict does not need.
+    :raises RefusedPickleError: a file of ``torch.save`` would import what a state dict does not need.
     :raises ModelCheckpointError: a file cannot be rewritten within the limits of time and memory.
     :raises OSError: a file cannot be read, for want of a permission say.
     """

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from lading.errors import CorruptModelCheckpointError, PolicyError
+from lading.errors import CorruptModelCheckpointError, RefusedPickleError
 from lading.formats.files import corrupt
 from lading.formats.pickle_calls import ArgumentError, call, is_known, is_size, num_copied, storage_dtype
 from lading.formats.pickle_values import ITEM_SIZES, Global, Inert, Storage, describe
@@ -55,7 +55,7 @@ def read_pickle(stream: BinaryIO, *, label: str, where: str, restrict: bool, lim
     :param limit: bytes that are read at most.
 
     :raises CorruptModelCheckpointError: it is no pickle, or not one of those that torch writes.
-    :raises PolicyError: it would import something else, and ``restrict`` is set.
+    :raises RefusedPickleError: it would import something else, and ``restrict`` is set.
     :raises OSError: the stream cannot be read.
     """
     machine = _Machine(stream, label, where, restrict, limit)
@@ -230,11 +230,12 @@ class _Machine:
         named = Global(module, name)
         if self._restrict and not is_known(named):
             shown = repr(str(named)[:200])
-            raise PolicyError(
+            raise RefusedPickleError(
+                self._label,
                 f"{self._label}: {self._where}: expected a state dict, which holds tensors and plain values only, "
                 f"found {shown}, which to unpickle would import and may run code. Save `model.state_dict()` instead, "
-                "or read the tensors alone with `restrict=False`: lading then passes over such objects, and imports "
-                "nothing that they name."
+                "or read the tensors alone with `--no-restrict` (in Python: `restrict=False`): lading then passes over "
+                "such objects, and imports nothing that they name.",
             )
         self._push(named)
 

@@ -26,6 +26,7 @@ from lading.errors import (
     ModelCheckpointError,
     NotSupportedError,
     PolicyError,
+    RefusedPickleError,
 )
 from lading.formats.files import corrupt, open_regular
 from lading.formats.safetensors import index_file
@@ -233,6 +234,8 @@ def _error(report: bytes, label: str) -> LadingError | None:
         return ModelCheckpointError(label, message)
     if kind == "CorruptModelCheckpointError":
         return CorruptModelCheckpointError(label, message)
+    if kind == "RefusedPickleError":
+        return RefusedPickleError(label, message)
 
     return {"PolicyError": PolicyError, "NotSupportedError": NotSupportedError}.get(kind, LadingError)(message)
 

@@ -42,7 +42,7 @@ def index_shards(
     :raises CheckpointNotFoundError: no index is at ``path``.
     :raises CorruptModelCheckpointError: the index is not valid, a file that it names is missing or damaged, or the
         index and the files do not agree on which tensors there are.
-    :raises PolicyError: a file of ``torch.save`` would import what a state dict does not need.
+    :raises RefusedPickleError: a file of ``torch.save`` would import what a state dict does not need.
     :raises NotSupportedError: a tensor of such a file is not a plain range of bytes.
     :raises OSError: a file cannot be read.
     """

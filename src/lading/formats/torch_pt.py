@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from lading.errors import CorruptModelCheckpointError, NotSupportedError, PolicyError
+from lading.errors import CorruptModelCheckpointError, NotSupportedError, RefusedPickleError
 from lading.formats.files import LFS_POINTER, corrupt, open_regular, stands_for_another
 from lading.formats.pickle_reader import MAX_PICKLE_SIZE, Pickle, read_pickle
 from lading.formats.pickle_values import ITEM_SIZES, Inert, Storage, StoredTensor, describe
@@ -70,7 +70,8 @@ def index_file(path: Path, *, restrict: bool = True) -> Manifest:
 
     :raises CheckpointNotFoundError: nothing is at ``path``.
     :raises CorruptModelCheckpointError: it is no such file, or damaged, or holds no state dict.
-    :raises PolicyError: to unpickle it would import what a state dict does not need; or it is a TorchScript archive.
+    :raises RefusedPickleError: to unpickle it would import what a state dict does not need; or it is a
+        TorchScript archive.
     :raises NotSupportedError: a tensor is not a plain range of bytes: not contiguous, quantised, sparse …
     :raises OSError: it cannot be read.
     """
@@ -165,9 +166,10 @@ def _read_zip(file: BinaryIO, base: int, size: int, label: str, restrict: bool) 
         raise corrupt(label, "", expected="one record FOLDER/data.pkl, as `torch.save` writes", found=f"{len(roots)}")
     (root,) = roots
     if f"{root}/constants.pkl" in records:
-        raise PolicyError(
+        raise RefusedPickleError(
+            label,
             f"{label}: expected a state dict, found a TorchScript archive, which is a program. Save "
-            "`model.state_dict()` instead."
+            "`model.state_dict()` instead.",
         )
 
     if order := records.get(f"{root}/byteorder"):
