@@ -44,6 +44,7 @@ FIELDS = (
 """The fields, besides the name, that mean something here. A card may have any others: they are kept and found."""
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+_GATED = re.compile(r" *; *gated *= *(true|false) *;? *$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,10 +258,15 @@ def checkpoint_ref(card: AssetCard) -> CheckpointRef:
 
 
 def split_gated(uri: str) -> tuple[str, bool]:
-    """A URI without its parameters; and whether ``;gated=true``, as fairseq2's cards say it, is one of them."""
-    uri, *parameters = uri.split(";")
+    """Return a URI without ``;gated=true`` or ``;gated=false`` behind it, as fairseq2's cards say it, and which it is.
 
-    return uri, any(p.replace(" ", "").lower() == "gated=true" for p in parameters)
+    Whatever else stands behind a ``;`` is a part of the URI: to drop it would ask for something else.
+    """
+    gated = False
+    while match := _GATED.search(uri):
+        uri, gated = uri[: match.start()], gated or match[1].lower() == "true"
+
+    return uri, gated
 
 
 # --- resolution ------------------------------------------------------------------------------------------------------

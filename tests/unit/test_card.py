@@ -171,6 +171,14 @@ def test_uris_of_paths() -> None:
             CheckpointRef(uri="https://a/", gated=True, info_url="u"),
         ),
         ({"checkpoint": "https://a/;gated=false"}, CheckpointRef(uri="https://a/", gated=False, info_url=None)),
+        # What is no word of fairseq2's cards is a part of the name: to drop it would ask for something else.
+        ({"checkpoint": "hg://a/b@main;rm"}, CheckpointRef(uri="hg://a/b@main;rm", gated=False, info_url=None)),
+        ({"checkpoint": "/x;y/z"}, CheckpointRef(uri="file:///x;y/z", gated=False, info_url=None)),
+        ({"checkpoint": "https://a/b;v=1?c;d"}, CheckpointRef(uri="https://a/b;v=1?c;d", gated=False, info_url=None)),
+        (
+            {"checkpoint": "hg://a/b;v=1;gated=true", "url": "u"},
+            CheckpointRef(uri="hg://a/b;v=1", gated=True, info_url="u"),
+        ),
     ],
 )
 def test_checkpoints(metadata: dict[str, Any], expected: CheckpointRef) -> None:
