@@ -94,7 +94,7 @@ def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: 
     :raises GangError: the ranks do not all ask for the same.
     """
     check_config_type(config, family)
-    gangs.root.same((config, dtype, meta), "configuration, dtype and meta")
+    gangs.root.same((family.name, config, dtype, meta), "family, configuration, dtype and meta")
     if meta and not family.supports_meta:
         raise NotSupportedError(f"Models of the {family.name} family cannot be made on the meta device.")
 

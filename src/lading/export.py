@@ -222,7 +222,10 @@ def export_model(
     root = (gangs or create_fake_gangs("cpu")).root
     if root.size > 1 and root.line is None:
         raise NotSupportedError("A model of simulated gangs cannot be exported: the other parts of it are nowhere.")
-    root.same((config, dtype, shard_size, str(folder)), "configuration, dtype, size of shards and folder")
+    root.same(
+        (family.name, config, dtype, shard_size, str(folder), None if beside is None else str(beside)),
+        "family, configuration, dtype, size of shards, folder and folder beside",
+    )
 
     tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     mine = targets_of(model, dtype=dtype)

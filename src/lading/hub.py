@@ -32,6 +32,7 @@ from lading.family import Family, get_family
 from lading.filesystem import is_there
 from lading.folder import family_of_folder
 from lading.gangs import Gangs, create_fake_gangs
+from lading.gangs.digest import digest
 from lading.loader import DType, LoadOptions, agreed, load_card, load_path
 from lading.reading import iter_tensors
 from lading.report import LoadReport
@@ -194,8 +195,13 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         """
         options = _options(gangs, device, dtype, mmap=mmap, progress=progress, verify=verify, cooperative=cooperative)
         options = replace(options, restrict=self._restrict(restrict))
-        check_config_type(config, self._family)
-        model, _ = agreed(options.gangs, lambda: load_path(Path(path), self._family, config, options))
+
+        def load() -> tuple[Module, LoadReport]:
+            check_config_type(config, self._family)
+            _require_same(options.gangs, Path(path), self._family, config, options.restrict)
+            return load_path(Path(path), self._family, config, options)
+
+        model, _ = agreed(options.gangs, load)
 
         return cast(ModelT, model)
 
@@ -227,6 +233,8 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         all_gangs = gangs or create_fake_gangs("cpu")
 
         def find() -> Checkpoint:
+            if all_gangs.tp.size > 1:
+                _require_same(all_gangs, Path(path), self._family, config, self._restrict(restrict))
             checkpoint = path_checkpoint(Path(path), restrict=self._restrict(restrict))
             return with_known_sidecar(checkpoint, self._asset_store, all_gangs)
 
@@ -371,6 +379,7 @@ def _load_any(
     options: LoadOptions,
     config: Any,
 ) -> tuple[Module, LoadReport]:
+    _require_same(options.gangs, card, family, config)
     if isinstance(card, Path):
         folder_family, folder_config = family_of_folder(card, family)
         if family is not None and family.name != folder_family.name:
@@ -391,6 +400,26 @@ def _load_any(
         check_config_type(config, family)
 
     return load_card(resolved, family, store, options, config=config)
+
+
+def _require_same(
+    gangs: Gangs, card: AssetCard | str | Path, family: Family[Any, Any] | None, config: object, *more: object
+) -> None:
+    """Make sure that all ranks ask for the same model: what rank 0 finds would be loaded by all of them.
+
+    :raises GangError: they do not; it names what each of them asks for.
+    """
+    if gangs.root.line is None:
+        return
+    asked: object = str(card)
+    if isinstance(card, AssetCard):  # whose fields may be secret
+        asked = f"the card {card.name} with the fields {digest(card.fields()).hex()[:16]}"
+    elif isinstance(card, Path):
+        asked = card.absolute()
+
+    gangs.root.same(
+        {"model": asked, "family": None if family is None else family.name, "config": config, "options": more}, "model"
+    )
 
 
 def _retrieve(card: AssetCard | str, store: AssetStore) -> AssetCard:

@@ -14,8 +14,11 @@ from tiny_models import far, save_model, whole
 from torch.nn import Module
 from workers import Pool
 
+from lading.card import AssetCard
+from lading.catalog.store import get_asset_store
 from lading.construct import create_model
 from lading.errors import GangError, NotSupportedError
+from lading.export import export_model
 from lading.folder import family_of_folder
 from lading.gangs import Gangs, create_fake_gangs, create_gangs
 from lading.hub import ModelHub, load_model
@@ -238,3 +241,55 @@ def test_ranks_that_ask_for_different_models(pool2: Pool, folders: dict[str, Pat
 @pytest.mark.parametrize(("family", "axes"), [("qwen", (2, 2, 1)), ("bert", (2, 2, 1)), ("llama", (1, 4, 1))])
 def test_a_new_model(pool4: Pool, folders: dict[str, Path], family: str, axes: Axes) -> None:
     assert pool4.values(new_and_compare, folders[family], axes) == [[]] * 4
+
+
+def ask_for(kind: str, folder: Path, other: Path, home: str) -> None:
+    """Ask on rank 0 for one model, on rank 1 for another."""
+    os.environ |= {"LADING_DATABASE_URL": f"sqlite:///{home}/c.sqlite", "XDG_CONFIG_HOME": home, "LADING_OFFLINE": "1"}
+    family, config = family_of_folder(folder)
+    hub = ModelHub(family, get_asset_store())
+    with gangs_of((2, 1, 1)) as gangs:
+        second = gangs.root.rank == 1
+        mine = other if second else folder
+        if kind == "names":
+            load_model("second" if second else "first", gangs=gangs)
+        elif kind == "cards":
+            load_model(AssetCard("first", {"checkpoint": str(mine), "model_family": family.name}), gangs=gangs)
+        elif kind == "paths":
+            load_model(mine, gangs=gangs)
+        elif kind == "paths with a configuration":
+            hub.load_custom_model(mine, config, gangs=gangs)
+        elif kind == "configurations":
+            config.max_seq_len += second
+            load_model(folder, config=config, gangs=gangs)
+        elif kind == "families":
+            load_model("first", gangs=gangs) if second else hub.load_model("first", gangs=gangs)
+        elif kind == "tensors":
+            list(hub.iter_checkpoint(mine, config, gangs=gangs))
+        else:
+            model = hub.create_new_model(config, gangs=gangs)
+            export_model(model, family, config, f"{home}/exported", gangs=gangs, beside=mine)
+
+
+@pytest.mark.parametrize(
+    ("kind", "both"),
+    [
+        ("names", ("'first'", "'second'")),
+        ("cards", ("model is 'the card first with",)),
+        ("paths", ("{folder}", "{other}")),
+        ("paths with a configuration", ("{folder}", "{other}")),
+        ("configurations", ("config.max_seq_len is",)),
+        ("families", ("'qwen'", "None")),
+        ("tensors", ("{folder}", "{other}")),
+        ("export", ("{folder}", "{other}")),
+    ],
+)
+def test_ranks_that_ask_for_different_things_are_told_of_both(
+    pool2: Pool, home: Path, tmp_path: Path, kind: str, both: tuple[str, ...]
+) -> None:
+    folder, other = make(tmp_path / "one"), make(tmp_path / "two")
+    for outcome in pool2.run(ask_for, kind, folder, other, str(home)):
+        assert isinstance(outcome.error, GangError), outcome.trace
+        for part in both:
+            assert part.format(folder=folder, other=other) in str(outcome.error)
+    assert not (home / "exported").exists()
