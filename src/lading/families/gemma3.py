@@ -99,7 +99,7 @@ class Gemma3(DecoderLM):
 
 
 def _spec(config: Gemma3Config) -> DecoderSpec:
-    require_positive(config, "attn_scale_dim")
+    require_positive(config, "model_dim", "attn_scale_dim")
 
     return DecoderSpec(
         model_dim=config.model_dim,

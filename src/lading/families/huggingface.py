@@ -5,14 +5,14 @@ The meaning of the keys, and what holds where one is absent, is that of the conf
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Final, Literal, NoReturn, TypeVar, cast, get_args
 
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError
 from lading.keymap import Rule
-from lading.nn.checks import MAX_LAYERS, require_layers
+from lading.nn.checks import MAX_LAYERS, MAX_SIZE, require_layers
 
 ConfigT = TypeVar("ConfigT")
 
@@ -62,6 +62,8 @@ class ConfigReader:
         value = self._values.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             self.mismatch(key, "a positive integer")
+        if value > MAX_SIZE:
+            self.mismatch(key, f"a positive integer, at most {MAX_SIZE}")
 
         return value
 
@@ -89,7 +91,7 @@ class ConfigReader:
     def number(self, key: str, default: float | None) -> float:
         """A finite number that is not negative; required where ``default`` is ``None``."""
         value = self._values.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= sys.float_info.max:
             self.mismatch(key, "a finite number that is not negative")
 
         return float(value)
@@ -122,6 +124,8 @@ class ConfigReader:
             isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in value
         ):
             self.mismatch(key, "a list of positive integers")
+        if max(value, default=0) > MAX_SIZE:
+            self.mismatch(key, f"a list of positive integers, each at most {MAX_SIZE}")
 
         return value
 

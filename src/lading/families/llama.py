@@ -119,12 +119,15 @@ class LLaMAConfig:
     def gated_inner_dim(self) -> int:
         """The inner width of the feed-forward networks: multiplied, scaled, and rounded up, in this order.
 
-        :raises ValueError: ``ffn_inner_dim_multiple_of`` is not positive.
+        :raises ValueError: ``ffn_inner_dim_multiple_of`` is not positive, or the width is too large.
         """
         if self.ffn_inner_dim_multiple_of < 1:
             raise ValueError(f"`ffn_inner_dim_multiple_of` must be positive, but is {self.ffn_inner_dim_multiple_of}")
 
-        dim = int(int(self.ffn_inner_dim * self.ffn_inner_dim_multiplier) * self.ffn_inner_dim_scale)
+        try:
+            dim = int(int(self.ffn_inner_dim * self.ffn_inner_dim_multiplier) * self.ffn_inner_dim_scale)
+        except OverflowError as error:
+            raise ValueError(f"`ffn_inner_dim` times its factors is too large: {error}") from None
 
         return -(-dim // self.ffn_inner_dim_multiple_of) * self.ffn_inner_dim_multiple_of
 

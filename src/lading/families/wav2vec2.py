@@ -26,6 +26,7 @@ from lading.families.wav2vec2_masking import MaskingFields, masking_from_hf, mas
 from lading.family import Family
 from lading.hub import ModelHubAccessor
 from lading.keymap import Rule
+from lading.nn.checks import require_positive
 from lading.nn.masking import Masking
 from lading.nn.quantizer import GumbelQuantizer, QuantizerOutput, init_quantizer
 from lading.nn.speech import SpeechModel, init_projection, init_speech, speech_plan
@@ -117,6 +118,8 @@ class Wav2Vec2(nn.Module):
         self.quantizer_encoder_grad = config.quantizer_encoder_grad
         self.num_distractors = config.num_distractors
         self.logit_temp = config.logit_temp
+
+        require_positive(config, "final_dim")
 
         self.wav2vec2 = SpeechModel(spec)
         self.quantizer = GumbelQuantizer(

@@ -7,13 +7,27 @@ from __future__ import annotations
 
 from typing import Any
 
+MAX_SIZE = 2**30
+"""More than any width, vocabulary or context of a model. The bytes of a float32 matrix of two such sizes still fit into
+64 bits; above that, torch fails with errors of its own."""
+
 
 def require_positive(spec: Any, *names: str) -> None:
-    """:raises ValueError: one of these fields is not above zero."""
+    """:raises ValueError: one of these fields is not above zero, or is an integer above ``MAX_SIZE``."""
     for name in names:
         value = getattr(spec, name)
         if not value > 0:
             raise ValueError(f"`{name}` must be positive, but is {value}")
+        if isinstance(value, int):
+            require_size(f"`{name}`", value)
+
+
+def require_size(what: str, value: int) -> None:
+    """:raises ValueError: ``value`` is larger than any size of a model."""
+    if value > MAX_SIZE:
+        # Python refuses to print integers of thousands of digits.
+        found = f"is {value}" if value.bit_length() < 100 else f"has {value.bit_length()} bits"
+        raise ValueError(f"{what} must be at most {MAX_SIZE}, but {found}")
 
 
 MAX_LAYERS = 10_000

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lading.nn.checks import require_dropout, require_layers, require_multiple, require_positive, require_symbol
+from lading.nn.checks import (
+    require_dropout,
+    require_layers,
+    require_multiple,
+    require_positive,
+    require_size,
+    require_symbol,
+)
 from lading.nn.norm import RMSNorm
 from lading.nn.rope import Scaling
 
@@ -82,6 +89,7 @@ class DecoderSpec:
         optional = ("window_rope_theta", "attn_window_len", "attn_scale")
         require_positive(self, *(name for name in optional if getattr(self, name) is not None))
         require_multiple(self, "num_attn_heads", "num_key_value_heads")
+        require_size("the width of all attention heads together", self.num_attn_heads * self.attn_head_dim)
         if self.attn_head_dim % 2 != 0:
             raise ValueError(f"the heads must be of even width for rotary embeddings, but are of {self.attn_head_dim}")
         require_symbol(self.pad_idx, self.vocab_size)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gumbel_softmax, one_hot
 
+from lading.nn.checks import require_size
 from lading.nn.uninitialized import Linear
 
 
@@ -51,6 +52,9 @@ class GumbelQuantizer(nn.Module):
                 f"the width of a quantised vector must be a multiple of the number of codebooks, and none of the sizes "
                 f"zero, but they are {output_dim}, {num_codebooks} and {num_entries} entries"
             )
+
+        require_size("the number of entries in all codebooks", num_codebooks * num_entries)
+        require_size("the width of a quantised vector", output_dim)
 
         self.num_codebooks = num_codebooks
         self.num_entries = num_entries

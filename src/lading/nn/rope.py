@@ -10,6 +10,8 @@ from typing import Any, Self, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lading.nn.checks import require_positive
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LLaMA3Scaling:
@@ -34,8 +36,7 @@ class LLaMA3Scaling:
                 "the frequency factors of the rotary scaling must satisfy 0 < low < high, but are "
                 f"{self.low_freq_factor} and {self.high_freq_factor}"
             )
-        if self.original_seq_len < 1:
-            raise ValueError(f"`original_seq_len` must be positive, but is {self.original_seq_len}")
+        require_positive(self, "original_seq_len")
 
     @property
     def amplitude(self) -> float:
@@ -104,11 +105,7 @@ class YaRNScaling:
                 f"the betas of the rotary scaling must satisfy 0 < slow < fast, but are {self.beta_slow} and "
                 f"{self.beta_fast}"
             )
-        if self.original_seq_len < 1 or not self.amplitude > 0:
-            raise ValueError(
-                "the original context and the amplitude of the rotary scaling must be positive, but are "
-                f"{self.original_seq_len} and {self.amplitude}"
-            )
+        require_positive(self, "original_seq_len", "amplitude")
 
     @staticmethod
     def default_amplitude(factor: float, mscale: float = 1.0) -> float:

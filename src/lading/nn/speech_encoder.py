@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv1d, dropout, gelu
 
 from lading.nn.attention import AttentionMask, attend, split_heads
-from lading.nn.checks import require_dropout, require_layers, require_multiple, require_positive
+from lading.nn.checks import require_dropout, require_layers, require_multiple, require_positive, require_size
 from lading.nn.uninitialized import LayerNorm, Linear
 
 
@@ -70,6 +70,7 @@ class SpeechSpec:
             "norm_eps",
         )
         require_multiple(self, "model_dim", "num_attn_heads", "num_pos_conv_groups")
+        require_size("`model_dim` times `pos_conv_kernel_size`", self.model_dim * self.pos_conv_kernel_size)
         require_dropout(self, "feature_dropout_p", "dropout_p", "attn_dropout_p", "ffn_inner_dropout_p", "layer_drop_p")
         if not 0.0 < self.feature_grad_scale <= 1.0:
             raise ValueError(f"`feature_grad_scale` must be in (0, 1], but is {self.feature_grad_scale}")
@@ -86,6 +87,12 @@ class SpeechSpec:
                 "the convolutions must have positive dimensions, kernels and strides, and there must be one at least, "
                 f"but they are {list(self.conv_layer_descs)}"
             )
+        require_size("the longest stride of a convolution", max(stride for _, _, stride in self.conv_layer_descs))
+        for input_dim, (output_dim, kernel_size, _) in zip(
+            (1, *(dim for dim, _, _ in self.conv_layer_descs)), self.conv_layer_descs, strict=False
+        ):
+            require_size("the dimension of a convolution", output_dim)
+            require_size("the input dimension times the kernel size of a convolution", input_dim * kernel_size)
         self._check_width(self.conv_layer_descs[-1][0], "the last convolution gives")
 
     def _check_width(self, width: int, what: str) -> None:
