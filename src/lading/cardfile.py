@@ -88,6 +88,11 @@ def parse(
     )
 
 
+def unfit(source: str, problem: str) -> CardFile:
+    """Return what stands for a file that is not read, and why it is not."""
+    return CardFile(source=source, sha256="", cards=(), architectures=(), problems=(problem,))
+
+
 def dump(cards: Iterable[CardEntry], architectures: Iterable[ArchitectureEntry] = ()) -> str:
     """Multi-document YAML, architectures first, which :func:`parse` reads back equal.
 

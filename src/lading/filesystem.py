@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -49,6 +51,56 @@ def is_there(path: str | Path) -> bool:
         return False
 
     return True
+
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
+
+
+class UnfitFileError(OSError):
+    """Something at a path that is not read: it is not a regular file, or is too large."""
+
+
+def require_regular(path: Path, found: os.stat_result) -> None:
+    """Raise unless ``found`` is the state of a regular file.
+
+    :raises UnfitFileError: it is that of something else.
+    """
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise UnfitFileError(errno.EINVAL, f"expected a regular file, found {kind}", str(path))
+
+
+def read_regular(path: Path, *, at_most: int) -> bytes:
+    """Read the regular file that ``path`` leads to, through symbolic links too.
+
+    Never waits: opening anything else can block (a FIFO) or act (a device).
+
+    :param at_most: bytes; of a larger file nothing is read.
+
+    :raises UnfitFileError: it is not a regular file, or is larger.
+    :raises OSError: nothing is there, or it cannot be read.
+    """
+    require_regular(path, os.stat(path))
+    # Another file may take the place of the one that was looked at, and one that is being written grows.
+    with open(path, "rb", opener=_open_at_once) as file:
+        found = os.fstat(file.fileno())
+        require_regular(path, found)
+        data = file.read(at_most + 1) if found.st_size <= at_most else b""
+    size = max(found.st_size, len(data))
+    if size > at_most:
+        raise UnfitFileError(errno.EFBIG, f"expected a file of at most {at_most:,} bytes, found {size:,}", str(path))
+
+    return data
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def file_system_type(path: Path) -> str:

@@ -606,7 +606,8 @@ def test_variables_that_say_nothing(cli, cards, tmp_path, monkeypatch):
     monkeypatch.setenv("LADING_CARDS", f"{gone}:{more}")
     result = cli("list", "more", "-q")
     assert result.stdout == "more\n"
-    says = f"LADING_CARDS names {gone}, but nothing is there, or it cannot be looked at."
+    says = f"LADING_CARDS names {gone}, but nothing is there, or it cannot be looked at; "
+    says += "cards that came from there stay as they were."
     assert result.stderr == f"lading: warning: {says}\n"
 
     monkeypatch.setenv("LADING_OFFLINE", "maybe")

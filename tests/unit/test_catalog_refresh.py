@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
@@ -15,6 +16,7 @@ from lading.catalog.database import Database
 from lading.catalog.ingest import collect, import_files
 from lading.catalog.query import query
 from lading.catalog.store import AssetStore
+from lading.errors import CardFileError
 from lading.settings import Settings
 
 Write = Callable[[str, str], Path]
@@ -233,6 +235,7 @@ def test_a_name_of_the_package_is_not_the_users(
 def test_two_processes_with_different_folders(tmp_path: Path, mine: Write, settings: Settings) -> None:
     """One does not withdraw what the other watches, unless the file is gone."""
     path = mine("a.yaml", "name: a\n")
+    mine("README", "")
     other = settings_in(tmp_path)
     Database.open(settings)
     assert cards(other).keys() == {"a"}
@@ -240,12 +243,172 @@ def test_two_processes_with_different_folders(tmp_path: Path, mine: Write, setti
     assert cards(other) == {}
 
 
-def test_a_folder_that_is_not_mounted_here(tmp_path: Path, mine: Write, settings: Settings) -> None:
-    mine("a.yaml", "name: a\n")
+@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize("deep", [True, False])
+@pytest.mark.parametrize("state", ["missing", "empty", "unreadable"])
+def test_a_folder_that_is_out_of_sight(
+    tmp_path: Path, mine: Write, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    state: str, deep: bool, watched: bool,
+) -> None:  # fmt: skip
+    """A share that is not mounted, or a folder that cannot be read, does not say that its cards are gone."""
+    mine("a.yaml", "name: root\n")
+    mine("deep/b.yaml", "name: deep\n")
     Database.open(settings)
-    (tmp_path / "cards").rename(tmp_path / "unmounted")
-    assert cards(settings_in(tmp_path)).keys() == {"a"}
-    assert cards(settings) == {}  # here the folder is one of one's own
+    top, away = tmp_path / "cards", tmp_path / "away"
+    place = top / "deep" if deep else top
+    place.rename(away)
+    if state != "missing":
+        place.mkdir()
+    if state == "unreadable":
+
+        def scandir(path: str) -> object:
+            if unreadable and str(path).startswith(str(place)):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path)
+
+        real, unreadable = os.scandir, True
+        (place / "else").touch()
+        monkeypatch.setattr(os, "scandir", scandir)
+
+    there = cards(settings if watched else settings_in(tmp_path))
+    # The folder above tells that a folder within was removed, as git does with the last file in one.
+    assert there.keys() == ({"root"} if state == "missing" and deep and watched else {"root", "deep"})
+    assert ("stay as they were" in caplog.text) == (watched and there.keys() == {"root", "deep"})
+
+    if state == "unreadable":
+        unreadable = False
+        (place / "else").unlink()
+    if state != "missing":
+        place.rmdir()
+    away.rename(place)
+    mine("a.yaml", "name: root\nv: 2\n")
+    caplog.clear()
+    assert cards(settings) == {"root": '{"v":2}', "deep": "{}"}
+    assert caplog.text == ""
+
+
+def test_a_folder_without_the_file_says_that_it_is_gone(tmp_path: Path, mine: Write, settings: Settings) -> None:
+    path = mine("a.yaml", "name: a\n")
+    Database.open(settings)
+    path.unlink()
+    assert cards(settings).keys() == {"a"}
+    mine("README", "cards of the team")
+    assert cards(settings) == {}
+
+
+def test_a_single_file_on_a_share(tmp_path: Path, seed: Write) -> None:
+    (share := tmp_path / "share").mkdir()
+    (share / "a.yaml").write_text("name: a\n")
+    settings = settings_in(tmp_path, card_paths=(tmp_path / "own", share / "a.yaml"))
+    Database.open(settings)
+    share.rename(tmp_path / "away")
+    assert cards(settings).keys() == {"a"}
+    (tmp_path / "away").rename(share)
+    (share / "a.yaml").rename(share / "b.yaml")
+    assert cards(settings) == {}
+
+
+@pytest.mark.parametrize("how", ["replaced", "in place"])
+def test_a_file_of_the_same_size_and_times(mine: Write, settings: Settings, how: str) -> None:
+    """As ``rsync -t``, ``cp -p``, ostree and the layers of containers leave it."""
+    path = mine("a.yaml", "name: a\nv: 1\n")
+    os.utime(path, ns=(10**18, 10**18))
+    assert cards(settings) == {"a": '{"v":1}'}
+    if how == "replaced":
+        path.rename(path.with_name("old"))
+    mine("a.yaml", "name: a\nv: 2\n")
+    os.utime(path, ns=(10**18, 10**18))
+    assert cards(settings) == {"a": '{"v":2}'}
+
+
+def test_hidden_files_and_folders_are_no_card_files(
+    tmp_path: Path, mine: Write, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine("team.yaml", "name: team\n")
+    mine(".github/workflows/ci.yml", "name: CI\non: [push]\n")
+    mine(".pre-commit-config.yaml", "repos: []\n")
+    mine(".ipynb_checkpoints/team-checkpoint.yaml", "name: team\nv: old\n")
+    # A volume that Kubernetes makes of a ConfigMap.
+    mine("..2026_01_01/map.yaml", "name: map\n")
+    (tmp_path / "cards" / "..data").symlink_to("..2026_01_01")
+    (tmp_path / "cards" / "map.yaml").symlink_to("..data/map.yaml")
+    assert cards(settings) == {"team": "{}", "map": "{}"}
+    assert caplog.text == ""
+    assert [file.source.rpartition("/")[2] for file in collect([tmp_path / "cards"])] == ["map.yaml", "team.yaml"]
+
+    mine("..2026_01_02/map.yaml", "name: map\nv: 2\n")
+    (tmp_path / "cards" / "..next").symlink_to("..2026_01_02")
+    (tmp_path / "cards" / "..next").rename(tmp_path / "cards" / "..data")
+    assert cards(settings) == {"team": "{}", "map": '{"v":2}'}
+
+
+@pytest.mark.parametrize("second", ["name: dup\nv: 1\n", "name: dup\nv: 2\n"])
+def test_one_of_two_files_that_state_a_name_goes(
+    mine: Write, settings: Settings, caplog: pytest.LogCaptureFixture, second: str
+) -> None:
+    first = mine("a.yaml", "name: dup\nv: 1\n")
+    mine("b.yaml", second)
+    assert cards(settings) == {"dup": '{"v":1}'}
+    caplog.clear()
+    first.unlink()
+    assert cards(settings) == {"dup": f'{{"v":{second[-2]}}}'}
+    assert caplog.text == ""
+
+
+def test_a_name_that_another_file_withdraws(
+    tmp_path: Path, mine: Write, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What hid it may be a file that was imported by name, or one that states something else now."""
+    mine("b.yaml", "name: x\nv: 2\n---\nname: y\nv: 2\n")
+    (imported := tmp_path / "imported.yaml").write_text("name: x\nv: 1\n")
+    database = Database.open(settings_in(tmp_path))
+    import_files(database, collect([imported]))
+    mine("a.yaml", "name: y\nv: 1\n")
+    assert cards(settings) == {"x": '{"v":1}', "y": '{"v":1}'}
+
+    imported.write_text("name: z\n")
+    import_files(database, collect([imported]))
+    mine("a.yaml", "name: y\nv: 2\n")
+    caplog.clear()
+    assert cards(settings) == {"x": '{"v":2}', "y": '{"v":2}', "z": "{}"}
+    assert caplog.text == ""
+
+
+def test_a_file_that_was_imported_is_moved_into_the_watched_folder(
+    tmp_path: Path, mine: Write, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    (path := tmp_path / "a.yaml").write_text("name: a\nv: 1\n")
+    import_files(Database.open(settings), collect([path]))
+    path.rename(mine("a.yaml", ""))
+    assert cards(settings) == {"a": '{"v":1}'}
+    mine("a.yaml", "name: a\nv: 2\n")
+    assert cards(settings) == {"a": '{"v":2}'}
+    assert query(Database.open(settings), "SELECT uri FROM sources WHERE kind <> 'seed'").rows == [
+        (f"file://{tmp_path}/cards/a.yaml",)
+    ]
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "large"])
+def test_what_is_not_read(
+    tmp_path: Path, mine: Write, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    kind: str,
+) -> None:  # fmt: skip
+    mine("good.yaml", "name: good\n")
+    path = tmp_path / "cards" / "odd.yaml"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        monkeypatch.chdir(path.parent)  # the path of a socket has at most 107 characters
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path.name)
+    else:
+        path.touch()
+        os.truncate(path, 2 << 30)
+    assert cards(settings).keys() == {"good"}
+    assert f"{path} cannot be read" in caplog.text
+    with pytest.raises(CardFileError, match=r"odd\.yaml: expected a .*file"):
+        import_files(Database.open(settings), collect([path]))
 
 
 def test_a_file_that_was_imported_by_name_becomes_the_users(mine: Write, settings: Settings, tmp_path: Path) -> None:

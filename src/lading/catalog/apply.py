@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import ColumnElement, Connection, func, select, true
 
-from lading.card import FIELDS, CardEntry
+from lading.card import FIELDS, CardEntry, uri_path
 from lading.catalog import rows
 from lading.catalog.entries import chunks
 from lading.catalog.merge import (
@@ -67,9 +68,11 @@ def apply(
     reread = {file.source for file in files if file.source != STDIN} - bad | set(gone)
 
     kept = _kept_cards(connection, of_cards.by_key, reread)
-    cards = decide(of_cards, kept, reread=reread, seeds=seeds, replace=replace)
+    missing = _missing(kept) if kind == "user" else set()
+    cards = decide(of_cards, kept, reread=reread, missing=missing, seeds=seeds, replace=replace)
     kept = _kept_architectures(connection, of_architectures.by_key, reread)
-    architectures = decide(of_architectures, kept, reread=reread, seeds=seeds, replace=replace)
+    missing |= _missing(kept) if kind == "user" else set()
+    architectures = decide(of_architectures, kept, reread=reread, missing=missing, seeds=seeds, replace=replace)
     _refuse_towers(connection, cards, architectures)
 
     problems = {file.source: list(file.problems) for file in files}
@@ -83,8 +86,11 @@ def apply(
     ids = rows.write_sources(connection, files, kind=kind, problems=problems, stats=stats or {})
     rows.write_architectures(connection, architectures, ids)
     rows.write_cards(connection, cards, ids, _entries(connection, cards))
+    rows.forget(connection, gone)
+    rows.forget_empty(connection, {row.uri for row, _ in (*cards.moved, *architectures.moved)} & missing)
     withdrawn = bool(cards.removed or architectures.removed)
-    rows.forget(connection, gone, restore_seeds=withdrawn and not seeds)
+    if withdrawn or cards.changed or architectures.changed:
+        rows.ask_again(connection, but=ids.values(), seeds=withdrawn and not seeds, all_users=withdrawn)
 
     return _report(cards, architectures, warnings=_warnings(connection, cards, architectures), problems=all_problems)
 
@@ -131,6 +137,13 @@ def _kept_architectures(connection: Connection, keys: Collection[Key], sources: 
         for condition in conditions
         for family, name, base, config, position, uri in connection.execute(statement.where(condition))
     }
+
+
+def _missing(kept: Mapping[Key, Kept]) -> set[str]:
+    """Return the sources of these rows whose file is not where it was."""
+    paths = {uri: uri_path(uri) for uri in {row.uri for row in kept.values()}}
+
+    return {uri for uri, path in paths.items() if path is not None and not os.path.lexists(path)}
 
 
 def _entries(connection: Connection, cards: Decision) -> Entries:

@@ -152,7 +152,7 @@ class Database:
                 if objects:
                     raise foreign(target)
                 migrate(connection)
-                refresh.take(connection, refresh.look(connection, settings))
+                refresh.take_up(connection, settings)
 
         # Only now: the change of mode is no part of a transaction.
         set_journal_mode(target.path, patience_s=2.0)
@@ -170,7 +170,7 @@ class Database:
         database = cls(target, memory_engine(), writable=True)
         with database.write() as connection:
             migrate(connection)
-            refresh.take(connection, refresh.look(connection, settings))
+            refresh.take_up(connection, settings)
         database.writable = writable
 
         return database
@@ -201,16 +201,16 @@ class Database:
     def _refresh(self, settings: Settings) -> None:
         with self.read() as connection:
             news = refresh.look(connection, settings)
-        if not news:
-            return
-        if not self.writable:
+        if not news or not self.writable:
+            for line in news.warnings.values():
+                _log.warning("%s", line)
             if news.changed or news.gone:
                 _log.warning("Your card files changed, but the catalog %s cannot be written by you.", self._target)
             return
 
         try:
             with self.write() as connection:
-                refresh.take(connection, refresh.look(connection, settings))
+                refresh.take_up(connection, settings)
         except (CatalogError, OSError) as error:
             # What is there already can be used all the same.
             _log.warning("The catalog %s could not be brought up to date: %s", self._target, error)

@@ -16,7 +16,8 @@ from lading.catalog.database import Database
 from lading.catalog.merge import STDIN
 from lading.catalog.records import ImportReport
 from lading.catalog.refresh import card_files
-from lading.filesystem import FileStat, expand_home
+from lading.documents.document import MAX_FILE_BYTES
+from lading.filesystem import FileStat, UnfitFileError, expand_home, read_regular
 
 if TYPE_CHECKING:
     from lading.cardfile import CardFile
@@ -26,17 +27,21 @@ def collect(paths: Sequence[str | Path], *, stdin: BinaryIO | None = None) -> li
     """Read card files; what is wrong in one is told by its ``problems``.
 
     :param paths: files (JSON Lines if they end in ``.jsonl``, else YAML), folders (their ``*.yaml``, ``*.yml`` and
-        ``*.jsonl``, at any depth), or ``-`` for ``stdin``, whose first character tells which of the two it is.
+        ``*.jsonl``, at any depth, hidden ones apart), or ``-`` for ``stdin``, whose first character tells which of the
+        two it is.
 
     :raises FileNotFoundError: nothing is at a path, or no card file in a folder.
     :raises OSError: a file cannot be read.
     """
-    from lading.cardfile import parse
+    from lading.cardfile import parse, unfit
 
     files: dict[str, CardFile] = {}  # a path that is given twice is read once
     for path in paths:
         if str(path) == "-":
-            data = (stdin or sys.stdin.buffer).read()
+            data = (stdin or sys.stdin.buffer).read(MAX_FILE_BYTES + 1)
+            if len(data) > MAX_FILE_BYTES:
+                files[STDIN] = unfit(STDIN, f"{STDIN}: expected at most {MAX_FILE_BYTES:,} bytes, found more")
+                continue
             files[STDIN] = parse(data, source=STDIN, label=STDIN, json_lines=data.lstrip().startswith(b"{"))
             continue
 
@@ -48,13 +53,13 @@ def collect(paths: Sequence[str | Path], *, stdin: BinaryIO | None = None) -> li
             raise FileNotFoundError(errno.ENOENT, "The folder holds no card file (*.yaml, *.yml, *.jsonl)", str(path))
         for file in found:
             uri = path_uri(file)
-            files[uri] = parse(
-                file.read_bytes(),
-                source=uri,
-                folder=file.parent,
-                label=file.name if file == top else file.relative_to(top).as_posix(),
-                json_lines=file.suffix == ".jsonl",
-            )
+            label = file.name if file == top else file.relative_to(top).as_posix()
+            try:
+                data = read_regular(file, at_most=MAX_FILE_BYTES)
+            except UnfitFileError as error:
+                files[uri] = unfit(uri, f"{label}: {error.strerror}")
+                continue
+            files[uri] = parse(data, source=uri, folder=file.parent, label=label, json_lines=file.suffix == ".jsonl")
 
     return list(files.values())
 
@@ -108,7 +113,7 @@ def _unchanged_since_read(files: Iterable[CardFile]) -> dict[str, FileStat]:
         try:
             if path is not None:
                 stat = FileStat.from_stat(os.stat(path))
-                if hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256:
+                if hashlib.sha256(read_regular(path, at_most=MAX_FILE_BYTES)).hexdigest() == file.sha256:
                     stats[file.source] = stat
         except OSError:
             continue

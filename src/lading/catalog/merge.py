@@ -164,12 +164,20 @@ def claims_of(documents: Iterable[tuple[CardFile, Key, Entry, object]]) -> Claim
 
 
 def decide(
-    claims: Claims, kept: Mapping[Key, Kept], *, reread: Collection[str], seeds: bool, replace: bool
+    claims: Claims,
+    kept: Mapping[Key, Kept],
+    *,
+    reread: Collection[str],
+    missing: Collection[str] = (),
+    seeds: bool,
+    replace: bool,
 ) -> Decision:
     """Lay ``claims`` over the rows that are there.
 
     :param kept: the rows of the claimed keys, and all rows of the sources in ``reread``.
     :param reread: the sources whose claims are complete, so that a row of theirs that is not claimed is withdrawn.
+    :param missing: the sources whose file is not where it was: a claim that says the same takes their place, as that of
+        a file that was moved.
     :param seeds: whether the claims are those of the package, which give way to everyone's.
     """
     decision = Decision(problems={uri: list(lines) for uri, lines in claims.problems.items()})
@@ -182,7 +190,8 @@ def decide(
 
         same = _same(row, claim)
         withdrawn = row.uri in reread and (key, row.uri) not in claims.stated
-        if row.uri == claim.uri or withdrawn or (replace and not same):
+        moved = same and row.uri in missing
+        if row.uri == claim.uri or withdrawn or moved or (replace and not same):
             if not same:
                 decision.changed.append((row, claim))
                 continue

@@ -1,7 +1,7 @@
 """What a catalog takes up by itself when it is opened: registered families, the package's cards, the user's card files.
 
-An opening that finds nothing new costs a few milliseconds: it hashes the package's files, looks at the state of the
-user's, and writes nothing.
+An opening that finds nothing new costs a few milliseconds: it hashes the package's files and the user's small ones,
+looks at the state of larger ones, and writes nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from lading.catalog.apply import apply
 from lading.catalog.provenance import newer
 from lading.catalog.rows import forget
 from lading.catalog.schema import FAMILIES, SOURCES, FamilyRow, SourceRow
-from lading.filesystem import FileStat, is_there
+from lading.documents.document import MAX_FILE_BYTES
+from lading.filesystem import FileStat, is_there, read_regular
 from lading.registered import registered
 from lading.settings import Settings
 from lading.version import __version__
@@ -39,11 +40,18 @@ _GROUP = "lading.families"
 _SEEDS = "lading.seeds"
 """The package with lading's own card files; and the group of the entry points that name such packages of others."""
 
+_HASHED = 8 << 20
+"""Bytes up to which a card file is known by its content: a copy can have the size and the times of another file, and
+the inode and the time of the last change of status differ between machines that share a catalog."""
+
 _log = logging.getLogger("lading")
 
 
 def card_files(path: Path) -> Iterator[Path]:
-    """The card files in a folder and the folders below it, by name; or ``path`` itself, if it is a file."""
+    """Yield the card files in a folder and the folders below it, by name; or ``path`` itself, if it is not a folder.
+
+    What is hidden, such as ``.github`` in a repository or ``..data`` in a volume of Kubernetes, is passed over.
+    """
     try:
         mode = os.stat(path).st_mode
     except OSError:  # nothing is there, or it is not for us, as in a home that is another's
@@ -53,9 +61,9 @@ def card_files(path: Path) -> Iterator[Path]:
         return
 
     for folder, folders, names in os.walk(path):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if name.endswith(SUFFIXES):
+            if name.endswith(SUFFIXES) and not name.startswith("."):
                 yield Path(folder, name)
 
 
@@ -71,6 +79,8 @@ class News:
     """The user's card files that changed, and their state."""
     gone: frozenset[str]
     """The user's card files that are no more."""
+    warnings: Mapping[str, str]
+    """What is to be said of card files, by their URI or by their folder."""
 
     def __bool__(self) -> bool:
         return bool(self.families or self.seeds is not None or self.changed or self.gone)
@@ -92,13 +102,28 @@ def look(connection: Connection, settings: Settings) -> News:
             )
         )
     }
-    changed, gone = _user_news(sources, settings)
+    changed, gone, warnings = _user_news(sources, settings)
 
-    return News(families=_family_news(connection), seeds=_seed_news(sources), changed=changed, gone=gone)
+    return News(
+        families=_family_news(connection), seeds=_seed_news(sources), changed=changed, gone=gone, warnings=warnings
+    )
 
 
-def take(connection: Connection, news: News) -> None:
+def take_up(connection: Connection, settings: Settings) -> None:
     """Bring the catalog up to date. What is wrong in a file of the user is logged, and the rest goes in."""
+    news = look(connection, settings)
+    _take(connection, news)
+    warnings = dict(news.warnings)
+    # What was withdrawn may have hidden what another file states; that one is to be read again.
+    again = look(connection, settings)
+    _take(connection, again)
+    for uri in again.changed:
+        warnings.pop(uri, None)
+    for line in warnings.values():
+        _log.warning("%s", line)
+
+
+def _take(connection: Connection, news: News) -> None:
     _take_families(connection, news.families)
     if news.seeds is not None:
         _take_seeds(connection, news.seeds)
@@ -123,7 +148,7 @@ def _take_families(connection: Connection, families: Mapping[str, str | None]) -
         if not connection.execute(update(FamilyRow).where(FamilyRow.name == name).values(values)).rowcount:
             connection.execute(insert(FamilyRow).values(name=name, **values))
     if None in families.values():
-        forget(connection, (), restore_seeds=False)
+        forget(connection, ())
 
 
 # --- the package's cards ---------------------------------------------------------------------------------------------
@@ -190,39 +215,91 @@ def _take_seeds(connection: Connection, seeds: Mapping[str, bytes]) -> None:
 
 def _user_news(
     sources: Mapping[str, Row[*tuple[Any, ...]]], settings: Settings
-) -> tuple[dict[str, FileStat], frozenset[str]]:
+) -> tuple[dict[str, FileStat], frozenset[str], dict[str, str]]:
+    """Compare the sources with the user's card files: those that changed, those that are gone, and what to say."""
     changed: dict[str, FileStat] = {}
+    warnings: dict[str, str] = {}
     present: set[str] = set()
 
     for file in (file for path in settings.card_paths for file in card_files(path)):
         uri = path_uri(file)
         present.add(uri)
+        row = sources.get(uri)
         try:
             uri.encode()
-            stat = FileStat.from_stat(os.stat(file))
-        except OSError:  # a link that leads nowhere, or a file that has just gone
+            found, same = _compare(file, row)
+        except OSError as error:  # not a regular file, not for us, or a link that leads nowhere
+            kept = "" if row is None or row.kind != "user" else "; its cards stay as they were"
+            warnings[uri] = f"The card file {file} cannot be read{kept}: {error.strerror or error}."
             continue
         except UnicodeEncodeError:
-            _log.warning("The card file %r is not imported, as its name is not Unicode text. Rename it.", str(file))
+            warnings[uri] = f"The card file {str(file)!r} is not imported, as its name is not Unicode text. Rename it."
             continue
-        row = sources.get(uri)
-        if row is None or (row.size, row.mtime_ns) != (stat.size, stat.mtime_ns):
-            changed[uri] = stat
-        elif row.problems is not None and row.kind == "user":
-            _log.warning("Not all of the card file %s is in the catalog: %s", file, row.problems)
+        if not same:
+            changed[uri] = found
+        elif row is not None and row.problems is not None and row.kind == "user":
+            warnings[uri] = f"Not all of the card file {file} is in the catalog: {row.problems}"
 
-    # A file is gone if its folder is there and it is not: a folder that is missing may be a disk of another machine.
-    gone = frozenset(
-        uri
-        for uri, row in sources.items()
-        if row.kind == "user"
-        and uri not in present
-        and (path := uri_path(uri)) is not None
-        and not os.path.lexists(path)
-        and (is_there(path.parent) or any(path.is_relative_to(known) for known in settings.card_paths))
-    )
+    gone: set[str] = set()
+    for uri, row in sources.items():
+        path = uri_path(uri)
+        if row.kind != "user" or uri in present or path is None:
+            continue
+        watched = next((top for top in settings.card_paths if path.is_relative_to(top)), None)
+        folder, out_of_sight = _out_of_sight(path, watched)
+        if out_of_sight is None:
+            gone.add(uri)
+        elif watched is not None and (watched == settings.card_paths[0] or is_there(watched)):
+            # Of what LADING_CARDS names and is not there at all, the store warns.
+            warnings[str(folder)] = (
+                f"The cards that came from {folder} stay as they were: {out_of_sight}. If they are to go, let it be a "
+                "folder with any other file in it."
+            )
 
-    return changed, gone
+    return changed, frozenset(gone), warnings
+
+
+def _compare(file: Path, row: Row[*tuple[Any, ...]] | None) -> tuple[FileStat, bool]:
+    """Return the state of a card file, and whether its content is the one that ``row`` knows.
+
+    :raises OSError: it cannot be read.
+    """
+    found = FileStat.from_stat(os.stat(file))
+    data = read_regular(file, at_most=MAX_FILE_BYTES) if found.size <= _HASHED else None
+    if row is None or (row.size, row.mtime_ns) != (found.size, found.mtime_ns):
+        return found, False
+
+    return found, data is None or _sha256(data) == row.sha256
+
+
+def _out_of_sight(path: Path, watched: Path | None) -> tuple[Path, str | None]:
+    """Return the folder that should tell whether a card file is gone, and why it does not; ``None`` where it is gone.
+
+    Only a folder that can be read, and that holds anything else, says that a file is gone: one that is missing may be a
+    share that is not mounted, and one that is empty the place where it will be.
+
+    :param watched: the folder or the file by which ``path`` is watched; ``None`` if it no longer is.
+    """
+    folder = path.parent
+    try:
+        os.lstat(path)
+        return folder, "it is not watched"
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            return folder, f"it cannot be looked at ({error.strerror})"
+
+    while True:
+        try:
+            with os.scandir(folder) as entries:
+                if next(entries, None) is not None:
+                    return folder, None
+            return folder, "it is empty, as the place of a share is that is not mounted"
+        except FileNotFoundError:
+            if watched is None or not folder.is_relative_to(watched) or folder == watched:
+                return folder, "it is not there, as a share is that is not mounted"
+            folder = folder.parent
+        except OSError as error:
+            return folder, f"it cannot be read ({error.strerror})"
 
 
 def _take_user_files(connection: Connection, news: News) -> None:
@@ -233,7 +310,7 @@ def _take_user_files(connection: Connection, news: News) -> None:
         path = uri_path(uri)
         assert path is not None
         try:
-            data = path.read_bytes()
+            data = read_regular(path, at_most=MAX_FILE_BYTES)
         except OSError as error:
             _log.warning("The card file %s cannot be read, so its cards were not imported: %s", path, error)
             continue

@@ -210,16 +210,10 @@ def write_families(connection: Connection, names: Collection[str]) -> None:
         connection.execute(insert(FamilyRow), [{"name": name, "entry_point": None} for name in sorted(missing)])
 
 
-def forget(connection: Connection, sources: Collection[str], *, restore_seeds: bool) -> None:
-    """Drop sources that are no more, and families that nothing registers or names any longer.
-
-    :param restore_seeds: whether the package's own cards are to be read again, as one of them may have been hidden by
-        what was withdrawn.
-    """
+def forget(connection: Connection, sources: Collection[str]) -> None:
+    """Drop sources that are no more, and families that nothing registers or names any longer."""
     for piece in chunks(sources):
         connection.execute(delete(SourceRow).where(SourceRow.uri.in_(piece)))
-    if restore_seeds:
-        connection.execute(update(SourceRow).where(SourceRow.kind == "seed").values(sha256=None))
 
     connection.execute(
         delete(FamilyRow).where(
@@ -228,3 +222,32 @@ def forget(connection: Connection, sources: Collection[str], *, restore_seeds: b
             ~exists().where(ArchitectureRow.family == FamilyRow.name),
         )
     )
+
+
+def forget_empty(connection: Connection, sources: Collection[str]) -> None:
+    """Drop those of these sources that state nothing any longer."""
+    for piece in chunks(sources):
+        connection.execute(
+            delete(SourceRow).where(
+                SourceRow.uri.in_(piece),
+                ~exists().where(CardRow.source_id == SourceRow.id),
+                ~exists().where(ArchitectureRow.source_id == SourceRow.id),
+            )
+        )
+
+
+def ask_again(connection: Connection, *, but: Collection[int], seeds: bool, all_users: bool) -> None:
+    """Have sources read again, as what changed or was withdrawn may have hidden what they state.
+
+    :param but: the rows of the sources that were just read.
+    :param seeds: also the package's own files.
+    :param all_users: all files that are watched, not only those of which something could not be imported.
+    """
+    unknown: Values = {"sha256": None, "size": None, "mtime_ns": None}
+    if seeds:
+        connection.execute(update(SourceRow).where(SourceRow.kind == "seed").values(unknown))
+    users = select(SourceRow.id).where(SourceRow.kind == "user")
+    if not all_users:
+        users = users.where(SourceRow.problems.is_not(None))
+    for ids in chunks(set(connection.scalars(users)) - set(but)):
+        connection.execute(update(SourceRow).where(SourceRow.id.in_(ids)).values(unknown))

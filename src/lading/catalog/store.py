@@ -83,7 +83,11 @@ def get_asset_store() -> AssetStore:
 def _store(settings: Settings) -> AssetStore:
     for path in settings.card_paths[1:]:
         if not is_there(path):
-            _log.warning("LADING_CARDS names %s, but nothing is there, or it cannot be looked at.", path)
+            _log.warning(
+                "LADING_CARDS names %s, but nothing is there, or it cannot be looked at; cards that came from there "
+                "stay as they were.",
+                path,
+            )
 
     return AssetStore(Database.open(settings), env=settings.env)
 
