@@ -19,6 +19,7 @@ import pytest
 
 from cache_tools import files_in, require_consistent
 from lading.errors import FetchError
+from lading.fetch import partial
 from lading.fetch.cache import Cache
 from lading.fetch.client import Patience
 from lading.fetch.download import Effort
@@ -171,7 +172,7 @@ def _noted(folder: Path) -> int:
     count = 0
     for path in files_in(folder, "tmp"):
         with suppress(FileNotFoundError):
-            ranges = re.findall(r"\[(\d+), (\d+)\]", path.read_text()) if path.suffix == ".json" else []
+            ranges = re.findall(r"\[(\d+), (\d+), ", path.read_text()) if path.suffix == ".json" else []
             count += sum(int(end) - int(start) for start, end in ranges)
     return count
 
@@ -239,6 +240,42 @@ def test_what_was_kept_of_another_content_is_not_used(tmp_path: Path) -> None:
         server.files = {PATH: DATA}
         server.state["go on"] = True
         fetch_here(server, tmp_path)
+
+
+@pytest.mark.parametrize("digests", [False, True])
+def test_what_is_flipped_in_a_part_meanwhile_is_fetched_again(tmp_path: Path, digests: bool) -> None:
+    with serve({PATH: DATA}, stops_after(10), digests=digests) as server:
+        child = Child(server.url(PATH), tmp_path)
+        child.go()
+        _wait_for(lambda: _noted(tmp_path) == 10 * PIECE)
+        child.process.kill()
+        child.end()
+        (part,) = [path for path in files_in(tmp_path, "tmp") if path.suffix == ".part"]
+        with open(part, "r+b") as file:
+            file.seek(3 * PIECE + 17)
+            file.write(bytes([DATA[3 * PIECE + 17] ^ 1]))
+
+        server.state["go on"] = True
+        server.requests.clear()
+        fetch_here(server, tmp_path)
+        assert len(server.gets()) == PIECES - 9
+
+
+def test_a_fetch_that_is_stopped_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partial, "SILENCE", 0.5)
+    with serve({PATH: DATA}, stops_after(10)) as server:
+        child = Child(server.url(PATH), tmp_path)
+        child.go()
+        _wait_for(lambda: _noted(tmp_path) == 10 * PIECE)
+        child.process.send_signal(signal.SIGSTOP)
+        server.state["go on"] = True
+        server.requests.clear()
+        fetch_here(server, tmp_path)
+        assert len(server.gets()) == PIECES  # a copy of its own
+
+        child.process.kill()
+        child.end()
+    require_consistent(tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["locks", "no locks"])

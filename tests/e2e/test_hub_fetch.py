@@ -421,6 +421,43 @@ def test_several_processes_fetch_the_same(hub: FakeHub, tmp_path: Path) -> None:
     assert said[0][0].splitlines()[0] == f"a.safetensors {hashlib.sha256(WEIGHTS).hexdigest()}"
 
 
+def test_a_fetch_that_is_stopped_is_not_waited_for(hub: FakeHub, client: HubClient, tmp_path: Path) -> None:
+    large = WEIGHTS * 82
+    hub.add("Qwen/Large", {"a.safetensors": large})
+    hub.misbehave("a.safetensors", "drip", 1)
+
+    with _process(hub, tmp_path) as process:
+        while not any(p.stat().st_size for p in tmp_path.rglob("*.incomplete")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGSTOP)
+        code = f"from lading.fetch import partial; partial.SILENCE, before = 0.5, partial.SILENCE\n{FETCH}"
+        (file,) = client(f"{code}\npartial.SILENCE = before", uri="hg://Qwen/Large", progress=False)
+        assert file.path.read_bytes() == large
+        process.kill()
+    assert "no sign of life" in client.stderr()
+
+
+NO_LOCKS = """
+import errno, fcntl
+flock = fcntl.flock
+def without(fd, how):
+    raise OSError(getattr(errno, name), "no locks here")
+fcntl.flock = without
+try:
+    {fetch}
+finally:
+    fcntl.flock = flock
+"""
+
+
+@pytest.mark.parametrize("name", ["ENOLCK", "EIO", "ENOTSUP"])
+def test_a_file_system_without_locks(hub: FakeHub, repo: Repository, client: HubClient, name: str) -> None:
+    code = NO_LOCKS.format(fetch=FETCH.strip().replace("\n", "\n    "))
+    files = client(code, uri="hg://Qwen/Tiny-0.1B", progress=False, name=name)
+    assert {file.name: file.path.read_bytes() for file in files} == FILES
+
+
 # --- who may ---------------------------------------------------------------------------------------------------------
 
 

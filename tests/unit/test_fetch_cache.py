@@ -1,15 +1,23 @@
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import signal
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
+from lading.fetch import partial
 from lading.fetch.cache import Cache, CachedFile
-from lading.fetch.partial import Identity, Partial, courtesy_lock, sweep, temporary
+from lading.fetch.partial import Identity, Partial, Range, courtesy_lock, sweep, temporary
 from lading.filesystem import FileStat
 
 URI = "https://a.example/org/model.safetensors"
@@ -196,20 +204,21 @@ def test_pruning_removes_old_files_without_an_entry(cache: Cache) -> None:
 # --- what is being written -------------------------------------------------------------------------------------------
 
 IDENTITY = Identity(url=URI, etag='"e"', size=100, sha256=None)
+DONE = Range(0, 10, blake3(b"0123456789").hexdigest())
 
 
 def abandon(folder: Path, identity: Identity = IDENTITY) -> Partial:
     """What a process left that has ended: ten bytes, and notes that say so."""
-    partial = Partial.open(folder, identity)
-    os.pwrite(partial.fd, b"0123456789", 0)
-    partial.release([(0, 10)])
-    return partial
+    mine = Partial.open(folder, identity)
+    os.pwrite(mine.fd, b"0123456789", 0)
+    mine.release([DONE])
+    return mine
 
 
 def test_what_an_ended_process_left_is_taken_up_once(tmp_path: Path) -> None:
     abandon(tmp_path)
     first, second = Partial.open(tmp_path, IDENTITY), Partial.open(tmp_path, IDENTITY)
-    assert (first.done, second.done) == ([(0, 10)], [])
+    assert (first.done, second.done) == ([DONE], [])
     assert os.pread(first.fd, 100, 0) == b"0123456789"
     first.discard()
     second.discard()
@@ -219,7 +228,7 @@ def test_what_an_ended_process_left_is_taken_up_once(tmp_path: Path) -> None:
 def test_what_a_living_process_writes_is_left_to_it(tmp_path: Path) -> None:
     mine = Partial.open(tmp_path, IDENTITY)
     os.pwrite(mine.fd, b"0123456789", 0)
-    mine.note([(0, 10)])
+    mine.note([DONE])
     assert Partial.open(tmp_path, IDENTITY).done == []
     sweep(tmp_path, older_than=-1)
     assert mine.path.exists()
@@ -244,7 +253,17 @@ def test_what_is_of_another_content_is_not_taken_up(tmp_path: Path, other: Ident
 
 
 @pytest.mark.parametrize(
-    "notes", ["", "[]", '{"done": [[0, 10]]}', "[[0, 11]]", "[[5, 10], [0, 5]]", "[[0, 0]]", "[0]"]
+    "notes",
+    [
+        "",
+        "[]",
+        '{"done": [[0, 10, "d"]]}',
+        '[[0, 11, "d"]]',
+        '[[5, 10, "d"], [0, 5, "d"]]',
+        '[[0, 0, "d"]]',
+        "[0]",
+        "[[0, 10]]",
+    ],
 )
 def test_notes_that_make_no_sense_are_none(tmp_path: Path, notes: str) -> None:
     path = abandon(tmp_path).path.with_suffix(".json")
@@ -252,6 +271,16 @@ def test_notes_that_make_no_sense_are_none(tmp_path: Path, notes: str) -> None:
         notes = json.dumps({**json.loads(path.read_text()), "done": json.loads(notes)})
     path.write_text(notes)
     assert Partial.open(tmp_path, IDENTITY).done == []
+
+
+def test_what_was_changed_since_it_came_is_fetched_again(tmp_path: Path) -> None:
+    mine = Partial.open(tmp_path, IDENTITY)
+    os.pwrite(mine.fd, b"0123456789", 0)
+    first, second = Range(0, 5, blake3(b"01234").hexdigest()), Range(5, 10, blake3(b"56789").hexdigest())
+    mine.release([first, second])
+    os.pwrite(mine.fd, b"X", 2)
+
+    assert Partial.open(tmp_path, IDENTITY).done == [second]
 
 
 def test_without_a_validator_nothing_is_kept(tmp_path: Path) -> None:
@@ -289,8 +318,64 @@ def test_a_temporary_file_is_gone_whatever_happens(tmp_path: Path) -> None:
 
 
 def test_a_lock_is_a_courtesy(tmp_path: Path) -> None:
-    with courtesy_lock(tmp_path / "locks", "k") as waited:
+    with courtesy_lock(tmp_path / "locks", "k", written=tmp_path) as waited:
         assert not waited
     (tmp_path / "file").touch()
-    with courtesy_lock(tmp_path / "file", "k") as waited:  # no such folder can be made
+    with courtesy_lock(tmp_path / "file", "k", written=tmp_path) as waited:  # no such folder can be made
         assert not waited
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from lading.fetch.partial import courtesy_lock
+
+folder = Path(sys.argv[1])
+with courtesy_lock(folder / "locks", "k", written=folder):
+    print("held", flush=True)
+    while True:
+        sum(range(100_000))
+        time.sleep(0.01)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_stopped_process_is_not_waited_for(
+    tmp_path: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partial, "SILENCE", 0.5)
+    holder.send_signal(signal.SIGSTOP)
+    with courtesy_lock(tmp_path / "locks", "k", written=tmp_path) as waited:
+        assert waited
+
+
+def test_a_process_at_work_is_waited_for_until_it_ends(
+    tmp_path: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partial, "SILENCE", 5.0)
+    threading.Timer(7, holder.kill).start()
+    with courtesy_lock(tmp_path / "locks", "k", written=tmp_path) as waited:
+        assert waited
+        assert holder.wait() == -signal.SIGKILL
+
+
+def test_an_owner_on_another_machine_is_known_by_what_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partial, "SILENCE", 0.5)
+    (tmp_path / "locks").mkdir()
+    with open(tmp_path / "locks" / "k.lock", "w") as file:
+        file.write("somewhere-1-2\n")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (tmp_path / "part").write_bytes(b"x")
+        with courtesy_lock(tmp_path / "locks", "k", written=tmp_path) as waited:
+            assert waited

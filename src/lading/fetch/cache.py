@@ -235,9 +235,11 @@ class Cache:
     def lock(self, key: str) -> Iterator[bool]:
         """Keep other processes from fetching the same thing, as far as that is possible: they only waste bandwidth.
 
+        They wait as long as this one gives signs of life.
+
         :returns: whether this process had to wait.
         """
-        with courtesy_lock(self.folder / "locks", key) as waited:
+        with courtesy_lock(self.folder / "locks", key, written=self.tmp) as waited:
             yield waited
 
     def _blobs(self) -> Iterator[tuple[Path, os.stat_result]]:

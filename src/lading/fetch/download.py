@@ -15,14 +15,16 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
+
+from blake3 import blake3
 
 from lading.errors import FetchError
 from lading.fetch.answers import BadRanges, Unavailable, a_web_page, require_range, require_same
 from lading.fetch.client import Client, Connection, Stopped
-from lading.fetch.partial import Partial
+from lading.fetch.partial import Partial, Range
 from lading.fetch.redirects import shown
 from lading.fetch.source import RemoteFile
 from lading.worker import Worker
@@ -112,12 +114,30 @@ class Crew:
 class _Piece:
     """A range of the file: ``at`` is how far it has come."""
 
-    __slots__ = ("at", "end", "start")
+    __slots__ = ("_hasher", "_known", "_lock", "at", "end", "start")
 
-    def __init__(self, start: int, end: int, at: int | None = None) -> None:
+    def __init__(self, start: int, end: int, known: Range | None = None) -> None:
+        """:param known: what is there of it already: all."""
         self.start = start
         self.end = end
-        self.at = start if at is None else at
+        self.at = start if known is None else end
+        self._known = known
+        self._hasher = blake3()
+        self._lock = threading.Lock()
+
+    def arrived(self, chunk: bytes) -> None:
+        """Count bytes that are in the file now."""
+        with self._lock:
+            self._hasher.update(chunk)
+            self.at += len(chunk)
+
+    @property
+    def done(self) -> Range | None:
+        """What is in the file of it; ``None`` where that is nothing."""
+        if self._known is not None:
+            return self._known
+        with self._lock:
+            return Range(self.start, self.at, self._hasher.hexdigest()) if self.at > self.start else None
 
 
 class Download:
@@ -141,17 +161,9 @@ class Download:
         """Bytes that `advance` was told of."""
 
     @property
-    def done(self) -> list[tuple[int, int]]:
+    def done(self) -> list[Range]:
         """The ranges that are in the file."""
-        ranges: list[tuple[int, int]] = []
-        for piece in self._pieces:
-            at = piece.at
-            if ranges and ranges[-1][1] == piece.start:
-                ranges[-1] = (ranges[-1][0], at)
-            elif at > piece.start:
-                ranges.append((piece.start, at))
-
-        return ranges
+        return [done for piece in self._pieces if (done := piece.done) is not None]
 
     def in_ranges(self) -> str:
         """Fetch the missing ranges; returns the SHA-256 of the whole.
@@ -249,7 +261,7 @@ class Download:
                 if len(chunk) > piece.end - piece.at:
                     raise BadRanges("a range is longer than it says")
                 self._write(chunk, piece.at, stop)
-                piece.at += len(chunk)
+                piece.arrived(chunk)
 
         if piece.at < piece.end:
             raise Unavailable(f"{self._url.host} sent {piece.end - piece.at} bytes less than it said")
@@ -317,17 +329,19 @@ class Download:
         return self._pieces[self._first].at
 
 
-def _cut(size: int, most: int, done: list[tuple[int, int]]) -> Iterator[_Piece]:
+def _cut(size: int, most: int, done: Sequence[Range]) -> Iterator[_Piece]:
     """Pieces that cover a file: those that are done, and between them what is missing, at most ``most`` bytes each."""
     at = 0
-    for start, end in [*done, (size, size)]:
-        while at < start:
-            stop = min(start, at + most)
-            yield _Piece(at, stop)
-            at = stop
-        if start < end:
-            yield _Piece(start, end, end)
-            at = end
+    for known in done:
+        yield from _missing(at, known.start, most)
+        yield _Piece(known.start, known.end, known)
+        at = known.end
+    yield from _missing(at, size, most)
+
+
+def _missing(start: int, end: int, most: int) -> Iterator[_Piece]:
+    for at in range(start, end, most):
+        yield _Piece(at, min(end, at + most))
 
 
 def read_range(connection: Connection, url: httpx.URL, file: RemoteFile, offset: int, size: int) -> bytes:

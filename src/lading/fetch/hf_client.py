@@ -6,15 +6,20 @@ make a path of is looked at, and ranges are asked for with every answer checked.
 
 from __future__ import annotations
 
+import logging
 import re
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
 from lading.errors import FetchError
 from lading.fetch.hf_errors import BrokenAnswerError, public, retried, translated
+from lading.fetch.partial import Waiting, growth
 from lading.version import __version__
 
 if TYPE_CHECKING:
@@ -25,6 +30,8 @@ TIMEOUT = 30.0
 SLOWEST = 1 << 16
 """Bytes a second that a range has to come with, on top of a ``TIMEOUT`` for its beginning."""
 REDIRECTS = 10
+
+_log = logging.getLogger("lading.fetch")
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
@@ -56,8 +63,8 @@ def download(repo: str, commit: str, name: str, *, force: bool, advance: Callabl
 
     with translated(repo, name):
         guard_entity_tags()
-        return str(
-            hf_hub_download(
+        with bounded_locks():
+            path = hf_hub_download(
                 repo,
                 name,
                 revision=commit,
@@ -66,7 +73,7 @@ def download(repo: str, commit: str, name: str, *, force: bool, advance: Callabl
                 library_version=__version__,
                 tqdm_class=_forwarding(advance),
             )
-        )
+        return str(path)
 
 
 def read_range(
@@ -222,6 +229,59 @@ def _refuse_unsafe_tag(response: Any) -> None:
                 f"{public(response.url)}: expected the entity tag of the file to be plain, found {tag!r}, which would "
                 "lead out of the cache. Nothing was fetched; is HF_ENDPOINT a hub that you trust?"
             )
+
+
+_own = threading.local()
+
+
+@contextmanager
+def bounded_locks() -> Iterator[None]:
+    """See to it that huggingface_hub waits in this thread only as long as who has a lock is at work.
+
+    It would wait for ever for a process that is stopped, and fail where the file system has no locks. It needs none:
+    each download goes to a file of its own, which is renamed when it is complete.
+    """
+    from huggingface_hub import file_download
+
+    # Private to huggingface_hub, which has no other way to bound its wait.
+    if not isinstance(lock := vars(file_download)["WeakFileLock"], _BoundedLock):
+        vars(file_download)["WeakFileLock"] = _BoundedLock(lock)
+    _own.bounded = True
+    try:
+        yield
+    finally:
+        _own.bounded = False
+
+
+@dataclass(frozen=True, slots=True)
+class _BoundedLock:
+    lock: Callable[..., AbstractContextManager[Any]]
+
+    @contextmanager
+    def __call__(self, lock_file: str | Path, *, timeout: float | None = None) -> Iterator[Any]:
+        with ExitStack() as stack:
+            if getattr(_own, "bounded", False):
+                yield self._enter(stack, Path(lock_file))
+            else:
+                yield stack.enter_context(self.lock(lock_file, timeout=timeout))
+
+    def _enter(self, stack: ExitStack, path: Path) -> Any:
+        """Return the lock, held until ``stack`` is closed; ``None`` where it cannot be had."""
+        blobs = path.parents[2] / path.parent.name / "blobs"
+        waiting: Waiting | None = None
+        while True:
+            try:
+                return stack.enter_context(self.lock(path, timeout=1))
+            except TimeoutError:  # the one of filelock is one
+                if waiting is None:
+                    _log.warning("another process is fetching the same file; waiting for it")
+                    waiting = Waiting(lambda: growth(blobs, f"{path.stem}*"))
+                elif waiting.is_over():
+                    _log.warning("the other process gave no sign of life for some time; going on without it")
+                    return None
+            except OSError as error:
+                _log.info("%s cannot be locked: %s", path, error)
+                return None
 
 
 def _forwarding(advance: Callable[[int], None]) -> type[Any]:

@@ -297,7 +297,7 @@ class HttpSource:
             resumed = bool(part.done)
             download = Download(self._client, part, effort=self._effort, advance=bar.update)
             try:
-                require_space(self._cache.tmp, (file.size or 0) - sum(end - start for start, end in part.done))
+                require_space(self._cache.tmp, (file.size or 0) - sum(known.end - known.start for known in part.done))
                 ranges = identity.resumable and (resumed or (file.size or 0) > self._effort.piece_of(file.size or 0))
                 try:
                     sha256 = download.in_ranges() if ranges and not last else download.as_a_whole()

@@ -14,13 +14,15 @@ import re
 import secrets
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, NamedTuple, Self
+
+from blake3 import blake3
 
 from lading.filesystem import host_id
 
@@ -30,6 +32,9 @@ _NAME = re.compile(r"(?P<key>[0-9a-z]+)\.(?P<owner>[0-9a-f]{24}-(?P<pid>\d+)-(?P
 _DAY = 86_400
 _FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 _MAX_NOTES = 16 << 20
+_STEP = 1 << 20
+SILENCE = 30.0
+"""Seconds after which a process that gives no sign of life is waited for no longer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,17 +56,26 @@ class Identity:
         return self.size is not None and (self.etag is not None or self.sha256 is not None)
 
 
+class Range(NamedTuple):
+    """A range of a file that is on the disk."""
+
+    start: int
+    end: int
+    digest: str
+    """The BLAKE3 of its bytes as they came: until they are taken up, anything may happen to them."""
+
+
 class Partial:
     """A file that arrives in parts, and the notes beside it that say which parts are on the disk."""
 
-    def __init__(self, identity: Identity, path: Path, fd: int, done: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, identity: Identity, path: Path, fd: int, done: Sequence[Range]) -> None:
         self.identity = identity
         self.path = path
         self.fd = fd
         """Open as long as this object lives: a thread that cannot be stopped must not write to another file."""
         weakref.finalize(self, os.close, fd)
         self.done = list(done)
-        """Ranges (start, end) in bytes that were there when it was opened."""
+        """What was there, byte by byte as it came, when it was opened."""
 
     @classmethod
     def open(cls, folder: Path, identity: Identity) -> Self:
@@ -91,13 +105,17 @@ class Partial:
             path.rename(mine)
         except OSError:
             return None  # another process was quicker
-        partial = cls(identity, mine, os.open(mine, _FLAGS), done)
-        partial.note(done)
+        fd = os.open(mine, _FLAGS)
+        good = [each for each in done if _digest(fd, each) == each.digest]
+        if len(good) < len(done):
+            _log.warning("%s was changed after it came: what is damaged of it is fetched again", path)
+        partial = cls(identity, mine, fd, good)
+        partial.note(good)
         _remove(_notes(path))
 
         return partial
 
-    def note(self, done: Sequence[tuple[int, int]]) -> None:
+    def note(self, done: Sequence[Range]) -> None:
         """Write down which ranges are here; they are on the disk before the notes say so."""
         if not self.identity.resumable:
             return
@@ -111,7 +129,7 @@ class Partial:
         """Remove it; nothing of it is of use."""
         _discard(self.path)
 
-    def release(self, done: Sequence[tuple[int, int]]) -> None:
+    def release(self, done: Sequence[Range]) -> None:
         """Leave it to whoever wants to take it up, this process included."""
         if not done or not self.identity.resumable:
             self.discard()
@@ -140,20 +158,29 @@ def _notes(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _read_notes(path: Path, identity: Identity) -> list[tuple[int, int]]:
+def _digest(fd: int, part: Range) -> str:
+    hasher, at = blake3(), part.start
+    while at < part.end and (data := os.pread(fd, min(_STEP, part.end - at), at)):
+        hasher.update(data)
+        at += len(data)
+
+    return hasher.hexdigest()
+
+
+def _read_notes(path: Path, identity: Identity) -> list[Range]:
     """The ranges that are there; none where the notes do not say so, or speak of something else."""
     try:
         with open(_notes(path), "rb") as file:
             document = json.loads(file.read(_MAX_NOTES))
         if {k: document[k] for k in _identity_json(identity)} != _identity_json(identity):
             return []
-        ranges = [(int(start), int(end)) for start, end in document["done"]]
+        ranges = [Range(int(start), int(end), str(digest)) for start, end, digest in document["done"]]
         length = os.lstat(path).st_size
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
 
     at = 0
-    for start, end in ranges:
+    for start, end, _ in ranges:
         if not at <= start < end <= length:
             return []
         at = end
@@ -193,8 +220,13 @@ def sweep(folder: Path, *, older_than: float = _DAY, kind: str = "*") -> int:
 
 
 @contextmanager
-def courtesy_lock(folder: Path, key: str) -> Iterator[bool]:
+def courtesy_lock(folder: Path, key: str, *, written: Path) -> Iterator[bool]:
     """Wait while another process has the lock ``key``, if the file system has locks at all.
+
+    A process that is stopped, frozen, or cut off from its disk keeps its lock: once it has given no sign of life for
+    :data:`SILENCE` seconds, the body runs without the lock.
+
+    :param written: the folder that whoever has the lock writes to.
 
     :returns: whether it had to wait.
     """
@@ -205,22 +237,72 @@ def courtesy_lock(folder: Path, key: str) -> Iterator[bool]:
         yield False
         return
 
-    waited = False
     try:
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not waited:
-                    _log.warning("Another process is fetching the same file; waiting for it.")
-                waited = True
-                time.sleep(0.1)
-            except OSError:
-                break  # a file system without locks
+        try:
+            waited = _wait_for_lock(fd, lambda: _sign_of_life(fd, written))
+        except OSError:  # a file system without locks
+            waited = False
         yield waited
     finally:
         os.close(fd)
+
+
+def _wait_for_lock(fd: int, sign: Callable[[], object]) -> bool:
+    waiting = None
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is None:
+                _log.warning("Another process is fetching the same file; waiting for it.")
+                waiting = Waiting(sign)
+            elif waiting.is_over():
+                _log.warning("The other process gave no sign of life for %g s; going on without it.", SILENCE)
+                return True
+            time.sleep(0.1)
+            continue
+        with suppress(OSError):  # a full disk: whoever waits then looks at what is written
+            os.pwrite(fd, f"{_owner()}\n".encode(), 0)
+        return waiting is not None
+
+
+class Waiting:
+    """A wait for another process, which ends when that gives no sign of life any more."""
+
+    def __init__(self, sign: Callable[[], object]) -> None:
+        """:param sign: gives something else each time, as long as the other process is at work."""
+        self._sign = sign
+        self._last, self._since = sign(), time.monotonic()
+
+    def is_over(self) -> bool:
+        """Whether there was none for :data:`SILENCE` seconds."""
+        now, sign = time.monotonic(), self._sign()
+        if sign != self._last:
+            self._last, self._since = sign, now
+
+        return now - self._since > SILENCE
+
+
+def _sign_of_life(fd: int, written: Path) -> object:
+    """What changes while the process that has the lock ``fd`` is at work: the time it has computed; else its files."""
+    owner = os.pread(fd, 200, 0).decode("ascii", "replace").partition("\n")[0]
+    if owner.startswith(_place()):
+        _, pid, start = owner.rsplit("-", 2)
+        if pid.isdecimal() and (fields := _process(int(pid))) is not None and fields[19] == start:
+            return owner, fields[11], fields[12]
+
+    return owner, growth(written, "*")
+
+
+def growth(folder: Path, pattern: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of each file, which change as long as somebody writes them."""
+    found = []
+    for path in sorted(folder.glob(pattern)):
+        with suppress(OSError):
+            state = os.lstat(path)
+            found.append((path.name, state.st_blocks, state.st_mtime_ns))
+
+    return found
 
 
 def _owner() -> str:
@@ -257,16 +339,23 @@ def _place() -> str:
 
 
 def _start_time(pid: int) -> int | None:
-    """When a process began, in ticks since the machine did; ``None`` where there is no such process.
+    """When a process began, in ticks since the machine did; ``None`` where there is no such process."""
+    fields = _process(pid)
 
-    Source: proc_pid_stat(5), field 22.
+    return None if fields is None else int(fields[19])
+
+
+def _process(pid: int) -> list[str] | None:
+    """The fields of a process from its state on; ``None`` where there is no such process, or it has ended.
+
+    Source: proc_pid_stat(5), fields 3 and following.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
 
-    return None if fields[0] in ("Z", "X") else int(fields[19])
+    return None if fields[0] in ("Z", "X") else fields
 
 
 def _discard(path: Path) -> None:
