@@ -52,8 +52,9 @@ def acquire(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool)
         ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=Settings.from_environment()
     )
     shards = checkpoint.manifest.shards
+    names = [shard.name for shard in shards]
     files = [
-        RemoteFile(name=name_in_source(source.inner, shard.name), size=shard.size, sha256=shard.sha256)
+        RemoteFile(name=name_in_source(source.inner, shard.name, shards=names), size=shard.size, sha256=shard.sha256)
         for shard in shards
     ]
     snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=tuple(files))

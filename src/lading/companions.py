@@ -118,7 +118,9 @@ def in_snapshot(snapshot: Snapshot, folder: str | None, names: frozenset[str]) -
     """The files of a snapshot that have one of ``names``, in the folder of ``folder`` (see
     :func:`lading.published.name_in_source`).
     """
-    wanted = {name_in_source(folder, name) for name in names}
+    is_file = folder is not None and snapshot.file(folder) is not None
+    shards = [folder.rpartition("/")[2]] if folder is not None and is_file else []
+    wanted = {name_in_source(folder, name, shards=shards) for name in names}
 
     return [file for file in snapshot.files if file.name in wanted]
 

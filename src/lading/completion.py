@@ -57,7 +57,8 @@ def _hf_config(checkpoint: Checkpoint, store: AssetStore | None) -> Mapping[str,
     source = open_source(
         ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=Settings.from_environment()
     )
-    file = RemoteFile(name=name_in_source(source.inner, CONFIG_NAME), size=None)
+    shards = [shard.name for shard in checkpoint.manifest.shards]
+    file = RemoteFile(name=name_in_source(source.inner, CONFIG_NAME, shards=shards), size=None)
     snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=(file,))
     try:
         (fetched,) = fetch_along(source, snapshot, [file], store, checkpoint.uri, progress=False)

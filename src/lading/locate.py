@@ -264,7 +264,8 @@ def whole_checkpoint(name: str, ref: CheckpointRef, whole: Whole, store: AssetSt
         ref=ref,
         revision=whole.revision,
     )
-    _record(checkpoint, [*whole.copies, *whole.originals], store, checks=whole.checks)
+    # It may be published again under the same address: what was known of other bytes is not known of these.
+    _record(checkpoint, [*whole.copies, *whole.originals], store, checks=whole.checks, accept=True)
 
     return checkpoint
 
@@ -337,7 +338,12 @@ def _stored(name: str, uri: str, store: AssetStore) -> StoredCheckpoint | None:
 
 
 def _record(
-    checkpoint: Checkpoint, copies: Sequence[LocalCopy], store: AssetStore, *, checks: Sequence[Check] = ()
+    checkpoint: Checkpoint,
+    copies: Sequence[LocalCopy],
+    store: AssetStore,
+    *,
+    checks: Sequence[Check] = (),
+    accept: bool = False,
 ) -> None:
     try:
         require_writable(store)
@@ -348,6 +354,7 @@ def _record(
             copies=copies,
             revision=checkpoint.revision,
             card_name=checkpoint.name,
+            accept=accept,
         )
         if checks:
             record_files(store.database, uri=checkpoint.uri, checks=checks)

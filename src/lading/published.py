@@ -54,7 +54,7 @@ def index_source(ref: CheckpointRef, *, revision: str | None = None) -> Publishe
     files = PublishedFiles(source, snapshot)
     manifest = index_files(files, name=source.inner)
 
-    folder = name_in_source(source.inner, "")
+    folder = name_in_source(source.inner, "", shards=[shard.name for shard in manifest.shards])
     digests = {file.name: file.sha256 for file in snapshot.files}
     shards = tuple(replace(shard, sha256=digests[folder + shard.name]) for shard in manifest.shards)
 
@@ -67,14 +67,17 @@ def index_source(ref: CheckpointRef, *, revision: str | None = None) -> Publishe
     )
 
 
-def name_in_source(inner: str | None, file: str) -> str:
-    """The name within the source of a file of the checkpoint.
+def name_in_source(inner: str | None, file: str, *, shards: Collection[str] = ()) -> str:
+    """Return the name within the source of a file of the checkpoint.
 
-    :param inner: the checkpoint within the source: a file that is known by its suffix, or a folder.
+    :param inner: the checkpoint within the source: a file, or a folder.
+    :param shards: the names of its files, beside one another; a file whose name has no known suffix is one of them.
     """
     if inner is None:
         return file
-    folder = inner.rpartition("/")[0] if is_checkpoint_file(inner) else inner.strip("/")
+    folder, _, last = inner.rpartition("/")
+    if not is_checkpoint_file(inner) and last not in shards:
+        folder = inner.strip("/")
 
     return f"{folder}/{file}" if folder else file
 

@@ -230,15 +230,31 @@ def _as_checkpoint(card: AssetCard, ref: CheckpointRef, published: Published, st
     known = store.checkpoint(ref.key)
     if known is None or not known.manifest.tensors_equal(fresh.manifest):
         return fresh
+    digests = all(shard.sha256 for shard in (*fresh.manifest.shards, *known.manifest.shards))
     # Without digests, another revision may hold other values in the same tensors.
-    if known.revision != fresh.revision and not all(shard.sha256 for shard in fresh.manifest.shards):
+    if known.revision != fresh.revision and not digests:
         return fresh
     if not known.manifest.has_files_of(fresh.manifest):
         return fresh
 
     kept = card_checkpoint(card, store)
+    if not digests and not fresh.revision and not _is_unchanged(kept, ref, published):
+        return fresh
 
-    return replace(fresh, files=kept.files, trusted=kept.trusted)
+    return replace(fresh, manifest=kept.manifest, files=kept.files, trusted=kept.trusted)
+
+
+def _is_unchanged(kept: Checkpoint, ref: CheckpointRef, published: Published) -> bool:
+    """Return whether a source without revisions says that its files are still those that are here.
+
+    It says so by their validators: size and tensors are the same after further training, too.
+    """
+    source = open_source(ref.uri, inner_path=ref.path, revision=None, settings=Settings.from_environment())
+    names = [shard.name for shard in kept.manifest.shards]
+    files = [published.snapshot.file(name_in_source(published.inner, name, shards=names)) for name in names]
+    here = source.local(published.snapshot, [file for file in files if file is not None])
+
+    return [file.path for file in kept.files or ()] == here
 
 
 def _require_fit(card: AssetCard, checkpoint: Checkpoint, published: Published | None, store: AssetStore) -> None:
@@ -262,8 +278,10 @@ def _companions(
         return ()
 
     manifest = checkpoint.manifest
-    weights = {name_in_source(published.inner, shard.name) for shard in manifest.shards}
-    always = {name_in_source(published.inner, name) for name in (CONFIG_NAME, manifest.index_name) if name is not None}
+    shards = [shard.name for shard in manifest.shards]
+    beside = [name for name in (CONFIG_NAME, manifest.index_name) if name is not None]
+    weights = {name_in_source(published.inner, name, shards=shards) for name in shards}
+    always = {name_in_source(published.inner, name, shards=shards) for name in beside}
     ref, snapshot = checkpoint_ref(card), published.snapshot
     if ref.scheme in HTTP_SCHEMES and include:
         snapshot = _named_beside(ref, snapshot, include)
