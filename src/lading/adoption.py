@@ -97,7 +97,7 @@ def adopt_checkpoints(
     if not dry_run:
         require_writable(store)
 
-    places = (place for root in roots for place in find_places(root)) if paths else hub_places(hub_cache())
+    places = (place for root in roots for place in _places(root, store)) if paths else hub_places(hub_cache())
     adopter = _Adopter(store, dry_run=dry_run, restrict=restrict, progress=progress)
     found: dict[tuple[Path, str | None], Adoption] = {}
     for place in places:
@@ -117,6 +117,21 @@ def _root(path: str | Path) -> Path:
         )
 
     return root
+
+
+def _places(root: Path, store: AssetStore) -> Iterator[Place]:
+    """The places below a folder, however the user spells it.
+
+    Each has the one path that no link leads to, unless a card names it by the user's own spelling.
+    """
+    real = root.resolve()
+    for place in find_places(real):
+        if root != real and place.repo is None:
+            spelled = root / place.path.relative_to(real)
+            if names_of(store, [path_uri(spelled)]):
+                yield replace(place, path=spelled, root=root)
+                continue
+        yield place
 
 
 class _Adopter:

@@ -9,6 +9,7 @@ relative path resolves against the file that states it, whichever card inherits 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -205,9 +206,17 @@ class AssetCardField:
 
 
 def path_uri(path: Path) -> str:
-    """The ``file://`` URI of an absolute path, unquoted: it is compared and shown, and is read back by ``uri_path``."""
-    # `normpath` would be wrong where a folder is a symbolic link: only what is certain is simplified.
-    return f"file://{path.absolute()}"
+    """The ``file://`` URI of an absolute path, unquoted: it is compared and shown, and is read back by ``uri_path``.
+
+    A path has one URI, whether or not it is written with ``.``, ``..`` or a slash at its end. Links keep their names.
+    """
+    path = path.absolute()
+    if ".." in path.parts:
+        # Not `normpath`: behind a link to a folder, `..` leads to where that folder is.
+        behind = len(path.parts) - path.parts[::-1].index("..")
+        path = Path(os.path.realpath(Path(*path.parts[:behind])), *path.parts[behind:])
+
+    return f"file://{path}"
 
 
 def uri_path(uri: str) -> Path | None:

@@ -24,6 +24,8 @@ class Side:
     """Of the bytes of tensors, by their names, where they are known."""
     config: Mapping[str, object] = field(default_factory=dict)
     """Fields and their values, which may be mappings themselves."""
+    has_values: bool = True
+    """Whether its tensors have values: those of an architecture have none."""
 
     @classmethod
     def of_manifest(cls, manifest: Manifest, digests: Mapping[str, str] | None = None) -> Side:
@@ -54,8 +56,13 @@ class DiffReport:
     """Tensors of the same name, shape and dtype."""
     equal: int
     """Tensors among these whose values are known to be equal."""
-    unknown: int
-    """Tensors among these whose values were not compared, as a digest is not known."""
+    not_compared: tuple[str, ...]
+    """The names of those among these whose values were not compared, as a digest is not known, in the order of A."""
+
+    @property
+    def unknown(self) -> int:
+        """The number of tensors whose values were not compared."""
+        return len(self.not_compared)
 
 
 def diff(a: Side, b: Side) -> DiffReport:
@@ -67,7 +74,8 @@ def diff(a: Side, b: Side) -> DiffReport:
     changes = [Change(name=name, kind="config", a=x, b=y) for name, x, y in _fields(a.config, b.config)]
     positions = {name: i for i, name in enumerate(b.names)}
     renamed = _renamed(a, b, positions)
-    same = equal = unknown = 0
+    same = equal = 0
+    not_compared: list[str] = []
 
     for i, name in enumerate(a.names):
         j = positions.get(name)
@@ -86,8 +94,8 @@ def diff(a: Side, b: Side) -> DiffReport:
         same += 1
         if not found and name in a.digests and name in b.digests:
             equal += 1
-        elif not found:
-            unknown += 1
+        elif not found and a.has_values and b.has_values:
+            not_compared.append(name)
 
     ours, new_names = set(a.names), set(renamed.values())
     changes += [
@@ -96,7 +104,7 @@ def diff(a: Side, b: Side) -> DiffReport:
         if name not in ours and name not in new_names
     ]
 
-    return DiffReport(changes=tuple(changes), same=same, equal=equal, unknown=unknown)
+    return DiffReport(changes=tuple(changes), same=same, equal=equal, not_compared=tuple(not_compared))
 
 
 def _tensor_changes(a: Side, i: int, b: Side, j: int) -> Iterator[Change]:

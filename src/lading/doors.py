@@ -167,7 +167,9 @@ def _architecture_side(architecture: Architecture) -> Side:
     config = architecture_config(architecture, family.config_kls)
     targets = targets_of(build_on_meta(family, config), dtype=None)
 
-    return Side(names=targets.names, shapes=targets.shapes, dtypes=targets.dtypes, config=asdict(config))
+    return Side(
+        names=targets.names, shapes=targets.shapes, dtypes=targets.dtypes, config=asdict(config), has_values=False
+    )
 
 
 def _digests(checkpoint: Checkpoint, store: AssetStore) -> Mapping[str, str]:

@@ -51,8 +51,12 @@ class LadingError(Exception):
 
     @property
     def message(self) -> str:
-        """What was expected, what was found, where, and what to do."""
-        return str(self.args[0])
+        """What was expected, what was found, where, and what to do.
+
+        What a terminal would not show as it is, such as the control characters of a tensor's name, is escaped here, for
+        all errors; line breaks stay.
+        """
+        return escaped(str(self.args[0]), keep="\n")
 
     def __str__(self) -> str:
         return self.message
@@ -60,6 +64,17 @@ class LadingError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # The stock way calls the constructor with `args`, which holds the message alone.
         return _restore, (type(self), self.args, self.__dict__.copy())
+
+
+def escaped(text: str, *, keep: str = "") -> str:
+    """Return ``text`` with line breaks, terminal controls and other invisible characters written as escapes.
+
+    :param keep: characters that stay as they are.
+    """
+    if text.isprintable():
+        return text
+
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _restore(kls: type[LadingError], args: tuple[object, ...], state: dict[str, object]) -> LadingError:

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,6 +76,8 @@ class ExportReport:
     """Elements of all tensors."""
     dtypes: Mapping[str, int]
     """Elements by dtype, the most frequent first."""
+    dropped: tuple[str, ...] = ()
+    """Tensors of the checkpoint that the model has no use for, and that were not written."""
 
     @property
     def bytes(self) -> int:
@@ -179,7 +181,7 @@ def convert_checkpoint(
         if expected is not None and witness is not None:
             settle(checkpoint, expected, witness.digests(), catalog, create_fake_gangs("cpu").root, progress=progress)
         _finish(temporary, shards, values, beside)
-        return _report(name, family, folder, temporary, entries)
+        return replace(_report(name, family, folder, temporary, entries), dropped=fit.dropped)
 
 
 def export_model(

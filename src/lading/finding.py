@@ -130,7 +130,8 @@ def require_inside(path: Path, place: Place) -> None:
     :raises CorruptModelCheckpointError: its index breaks the rules of the format.
     """
     bounds = _Bounds(place)
-    folder = path if path.is_dir() and not path.is_symlink() else path.parent
+    # A link that the user named is followed.
+    folder = path if path.is_dir() and (path == place.root or not path.is_symlink()) else path.parent
     _require_no_links_between(folder, place)
     bounds.check(folder / CONFIG_NAME)
     for file in _files(path, folder):

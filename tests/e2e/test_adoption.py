@@ -403,6 +403,41 @@ def test_links_to_files_right_in_the_folder_that_was_named(tmp_path: Path, cache
     assert adoption.status == "adopted"
 
 
+def test_a_folder_is_one_checkpoint_by_every_spelling(
+    tmp_path: Path, cache: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(tiny, models / "deep" / "tiny")
+    (tmp_path / "link").symlink_to(models)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "deep").symlink_to(models / "deep")
+    monkeypatch.chdir(models)
+    spelled = [
+        str(models), f"{models}/", f"{models}/.", f"{models}/deep/..", "deep/../../models/", ".", "./deep/tiny",
+        tmp_path / "link", f"{tmp_path}/link/", tmp_path / "link" / "deep" / "tiny",
+        f"{tmp_path}/elsewhere/deep/../deep/tiny", tmp_path / "elsewhere" / "deep",
+    ]  # fmt: skip
+
+    (first,) = lading.adopt_checkpoints(*spelled)
+    assert (first.status, first.checkpoint) == ("adopted", f"file://{models}/deep/tiny")
+    for path in spelled:
+        assert [each.status for each in lading.adopt_checkpoints(path)] == ["known"], path
+    for path in (f"{models}/deep/../deep/tiny/", f"{tmp_path}/elsewhere/deep/../deep/tiny"):
+        assert lading.index_checkpoint(Path(path)).uri == first.checkpoint
+    assert [tuple(row) for row in lading.query("select count(*) from checkpoints").rows] == [(1,)]
+
+
+def test_a_card_may_name_a_folder_by_a_link(tmp_path: Path, cache: Path, tiny: Path) -> None:
+    (tmp_path / "link").symlink_to(tiny.parent)
+    (tmp_path / "direct").symlink_to(tiny)
+    add_cards(tmp_path, a=f"{tmp_path}/link/Tiny", b=f"{tmp_path}/direct", c=f"{tmp_path}/made/../made/Tiny")
+
+    for path, name in ((tmp_path / "link", "a"), (tmp_path / "direct", "b"), (tiny, "c")):
+        (adoption,) = lading.adopt_checkpoints(path)
+        assert (adoption.status, adoption.cards) == ("adopted", (name,))
+        loads(name)
+
+
 def test_hostile_and_broken_folders(tmp_path: Path, cache: Path, tiny: Path) -> None:
     models = tmp_path / "models"
     for name in ("fifo", "circle", "adapter", "bin", "empty", "header"):

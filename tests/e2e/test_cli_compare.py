@@ -138,7 +138,7 @@ class TestCheck:
 
             # The catalog knows it from now on.
             assert process("check", "remote", env=env).returncode == 0
-            assert process("diff", "remote", "tiny", env=env).stderr.startswith("lading: no difference; 24 tensors")
+            assert process("diff", "remote", "tiny", env=env).stderr.startswith("lading: no difference in names")
             assert len(hub.requests) == asked
 
     def test_what_cannot_be_checked(self, cli, cards, tmp_path):
@@ -169,9 +169,37 @@ class TestDiff:
     def test_two_that_are_the_same(self, cli, cards, tmp_path):
         result = cli("diff", "tiny", make(tmp_path / "m", shards=2))
         assert not result.stdout
-        assert result.stderr == "lading: no difference; 24 tensors of the same shape and dtype (values not compared)\n"
-        assert cli("diff", "tiny", tmp_path / "m", "--json").stdout == "[]\n"
-        assert not cli("diff", "tiny", tmp_path / "m", "--nl").output
+        assert result.stderr.startswith(
+            "lading: no difference in names, shapes and dtypes; 24 tensors of the same shape and dtype (values not "
+            "compared); `lading verify"
+        )
+
+    @pytest.mark.parametrize("option", ["--json", "--nl", "--csv"])
+    def test_a_program_is_told_that_no_value_was_compared(self, cli, cards, tmp_path, option):
+        """An empty list would say that all is equal."""
+        state = tensors()
+        make(tmp_path / "m")
+        save_file(
+            {**state, "model.norm.weight": torch.zeros(32, dtype=torch.bfloat16)}, tmp_path / "m" / "model.safetensors"
+        )
+        folder = cards.parent / "tiny"
+
+        result = cli("diff", folder, tmp_path / "m", option)
+        assert "values not compared" in result.stderr
+        assert result.stdout.count("not compared") == len(state)
+        if option == "--json":
+            rows = json.loads(result.stdout)
+            assert rows[0] == {"name": min(state), "change": "not compared", "a": None, "b": None}
+        assert not cli("diff", folder, tmp_path / "m", "-q").stdout
+
+        # Once the values of both are known, the one that differs is all.
+        for path in (folder, tmp_path / "m"):
+            lading.index_checkpoint(path)
+            set_digests(f"file://{path}", **({"norm": "other"} if path != folder else {}))
+        result = cli("diff", folder, tmp_path / "m", option)
+        assert "not compared" not in result.stdout
+        assert "model.norm.weight" in result.stdout
+        assert "0 not compared" in cli("diff", folder, tmp_path / "m").stderr
 
     def test_two_that_differ(self, cli, cards, tmp_path):
         state = tensors()

@@ -174,6 +174,18 @@ def test_names_that_no_file_system_has(cli, home, target):
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("form", [(), ("--json",), ("--nl",), ("-q",)], ids=str)
+def test_weights_that_do_not_fit_are_an_exit_code(cli, cards, form):
+    """43.6 kB over two ranks: some of them replicated."""
+    plan = ("plan", "tiny", "--tp", "2", *form)
+    cli(*plan)
+    assert "44 kB" in cli("plan", "tiny", "--tp", "2", "--dtype", "float32").stdout
+    cli(*plan, "--device-memory", "40kB")
+    result = cli(*plan, "--device-memory", "10kB", code=4)
+    assert result.stdout
+    cli(*plan, "--dtype", "float32", "--device-memory", "40kB", code=4)
+
+
 def test_a_picture_is_no_file_of_another_kind(cli, cards, tmp_path):
     weights = tmp_path / "cards" / "tiny" / "model.safetensors"
     before = weights.read_bytes()

@@ -47,16 +47,16 @@ class TestForms:
 
     def test_csv_reads_back(self, capsys):
         read = list(csv.reader(io.StringIO(self.written(Form.CSV, capsys), newline="")))
-        assert read == [["name", "bytes", "extra"], ["a", "1", ""], ["b\nc", "2", '{"k": [true]}']]
+        assert read == [["name", "bytes", "extra"], ["a", "1", ""], ["b\\nc", "2", '{"k": [true]}']]
 
     def test_names_are_the_first_column(self, capsys):
         write_rows(("n", "m"), [("x", 1), ("y", 2), (None, 3)], Form.NAMES)
         assert capsys.readouterr().out == "x\ny\n\n"
 
-    def test_programs_get_names_as_they_are(self, capsys):
+    def test_a_name_is_a_line_and_steers_no_terminal_behind_a_pipe(self, capsys):
         for form in (Form.NAMES, Form.CSV):
-            write_rows(("n",), [("a\x1b",)], form)
-            assert "a\x1b\n" in capsys.readouterr().out
+            write_rows(("n",), [("a\x1b[2Jb\nc",)], form)
+            assert capsys.readouterr().out.splitlines()[-1] == r"a\x1b[2Jb\nc"
         output.write_json("a\x9b")
         assert capsys.readouterr().out == '"a\\u009b"\n'
 

@@ -135,6 +135,19 @@ def test_a_tied_copy_that_is_not_written_is_checked_too(cards: Path, cli: Cli, t
     check_state(tmp_path / "out", tensors())
 
 
+def test_what_is_not_written_is_said(cli: Cli, tmp_path: Path) -> None:
+    folder = make(tmp_path / "m")
+    extra = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.zeros(4) for n in range(5)}
+    save_file(tensors() | extra, folder / "model.safetensors")
+
+    shown = json.loads(cli("convert", folder, tmp_path / "out", "--json").stdout)
+    assert sorted(shown["dropped"]) == sorted(extra)
+    assert state_of(tmp_path / "out").keys() == tensors().keys()
+    (line,) = [line for line in cli("convert", folder, tmp_path / "two").stdout.splitlines() if "dropped" in line]
+    assert line.endswith(".inv_freq and 2 more")
+    assert "dropped" not in cli("convert", tmp_path / "out", tmp_path / "three").stdout
+
+
 @pytest.mark.parametrize(("size", "expected"), [("5GB", 5 * 10**9), ("512MiB", 512 << 20), ("1.5k", 1500), ("7", 7)])
 def test_sizes(size: str, expected: int) -> None:
     from lading.cli.convert import Size

@@ -72,6 +72,13 @@ def test_a_refused_pickle_is_a_refusal_and_a_checkpoint_that_cannot_be_used() ->
     assert (error.path, error.exit_code) == (Path("/x"), 7)
 
 
+@pytest.mark.parametrize("error", [errors.CorruptModelCheckpointError, errors.CheckpointNotFoundError])
+def test_no_message_steers_a_terminal(error: type[errors.ModelCheckpointError]) -> None:
+    found = error(Path("/x"), "tensor \x1b]0;title\x07\u202e\x9b31m\udc80:\nexpected 日本 naïve")
+    expected = "tensor \\x1b]0;title\\x07\\u202e\\x9b31m\\udc80:\nexpected 日本 naïve"
+    assert str(found) == found.message == str(pickle.loads(pickle.dumps(found))) == expected
+
+
 def test_near_names_are_suggested() -> None:
     assert "'qwen3_0.6b'" in errors.did_you_mean("qwen3_06b", ["qwen3_0.6b", "llama"])
     assert errors.did_you_mean("zzz", ["qwen3_0.6b"]) == ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import click
 
 from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_target
+from lading.cli.describe import some
 from lading.cli.names import name_or_path
 from lading.cli.output import human_bytes, human_count, printable, write_json, write_pairs
 
@@ -60,14 +60,7 @@ def _summary(report: CheckReport) -> dict[str, object]:
         "parameters": human_count(report.parameters),
         "size": human_bytes(report.bytes),
         "tensors": f"{report.matched} of {report.tensors} are needed",
-        **({"tied": _some(report.tied)} if report.tied else {}),
-        **({"dropped": _some(report.dropped)} if report.dropped else {}),
-        **({"drawn anew": _some(report.drawn)} if report.drawn else {}),
+        **({"tied": some(report.tied)} if report.tied else {}),
+        **({"dropped": some(report.dropped)} if report.dropped else {}),
+        **({"drawn anew": some(report.drawn)} if report.drawn else {}),
     }
-
-
-def _some(names: Collection[str]) -> str:
-    first = list(names)[:3]
-    more = len(names) - len(first)
-
-    return ", ".join(first) + (f" and {more} more" if more else "")

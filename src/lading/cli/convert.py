@@ -11,7 +11,7 @@ import click
 
 from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_model, complete_target
-from lading.cli.describe import dtype_text
+from lading.cli.describe import dtype_text, some
 from lading.cli.names import name_or_path
 from lading.cli.output import counted, human_bytes, human_count, write_json, write_pairs
 from lading.filesystem import is_there
@@ -174,6 +174,7 @@ def _say(report: ExportReport, as_json: bool) -> None:
                 "parameters": report.parameters,
                 "dtypes": report.dtypes,
                 "bytes": report.bytes,
+                "dropped": report.dropped,
             }
         )
         return
@@ -186,6 +187,7 @@ def _say(report: ExportReport, as_json: bool) -> None:
             "parameters": human_count(report.parameters),
             "dtypes": dtype_text(report.dtypes),
             "tensors": f"{report.tensors} in {counted(weights, 'shard')}",
+            **({"dropped": some(report.dropped)} if report.dropped else {}),
             "written": f"{human_bytes(report.bytes)} in {counted(len(report.files), 'file')}",
             "folder": report.folder,
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from lading.cli.output import counted, human_bytes, human_count
@@ -45,3 +45,11 @@ def checkpoint_pairs(stored: StoredCheckpoint) -> dict[str, object]:
 def dtype_text(counts: Mapping[str, int]) -> str:
     """``BF16 1.2B, F32 2K``."""
     return ", ".join(f"{dtype} {human_count(count)}" for dtype, count in counts.items())
+
+
+def some(names: Collection[str]) -> str:
+    """The first three of ``names``, and how many more there are."""
+    first = list(names)[:3]
+    more = len(names) - len(first)
+
+    return ", ".join(first) + (f" and {more} more" if more else "")

@@ -27,8 +27,8 @@ def diff(a: str, b: str, no_restrict: bool, form: Form) -> None:
     """List in what two checkpoints, or two architectures, differ.
 
     A and B are names of cards, paths of checkpoints, or architectures as FAMILY/ARCH. Of checkpoints, names, shapes and
-    dtypes of the tensors are compared, and values where the digests of both are known; of architectures, the fields of
-    the configurations, too.
+    dtypes of the tensors are compared, and values where the digests of both are known; which were not compared is said.
+    Of architectures, the fields of the configurations are compared, too.
 
     For example: lading diff qwen3_0.6b qwen3_0.6b_base
     """
@@ -41,11 +41,18 @@ def diff(a: str, b: str, no_restrict: bool, form: Form) -> None:
 
     report = diff_models(*targets, restrict=not no_restrict, store=store)
 
-    rows = [(change.name, change.kind, change.a, change.b) for change in report.changes]
+    rows: list[tuple[object, ...]] = [(change.name, change.kind, change.a, change.b) for change in report.changes]
+    if form in (Form.JSON, Form.LINES, Form.CSV):
+        # A program must not take an empty list for a proof that all values are equal.
+        rows += [(name, NOT_COMPARED, None, None) for name in report.not_compared]
     if rows or form is not Form.TABLE:
         write_rows(("name", "change", "a", "b"), rows, form, table=_TABLE)
-    if form is Form.TABLE:
+    if form is Form.TABLE or report.not_compared:
         click.echo(f"lading: {_summary(report)}", err=True)
+
+
+NOT_COMPARED = "not compared"
+"""The change, for programs, of a tensor whose values may differ."""
 
 
 def _target(target: str, store: AssetStore) -> str | Path:
@@ -61,13 +68,16 @@ def _target(target: str, store: AssetStore) -> str | Path:
 
 def _summary(report: DiffReport) -> str:
     differences = counted(len(report.changes), "difference") if report.changes else "no difference"
-    same, other = report.same, report.same - report.equal - report.unknown
-    if report.unknown == same:
+    other = sum(change.kind == "values" for change in report.changes)
+    if report.unknown and not report.changes:
+        differences += " in names, shapes and dtypes"
+    if not report.equal and not other:
         values = "values not compared"
     else:
         values = f"values: {report.equal} equal, {other} different, {report.unknown} not compared"
+    hint = "; `lading verify NAME` records the digests that values are compared by" if report.unknown else ""
 
-    return f"{differences}; {counted(same, 'tensor')} of the same shape and dtype ({values})"
+    return f"{differences}; {counted(report.same, 'tensor')} of the same shape and dtype ({values}){hint}"
 
 
 def _show(value: object) -> str:

@@ -19,6 +19,8 @@ from typing import Any, ParamSpec
 
 import click
 
+from lading.errors import escaped
+
 P = ParamSpec("P")
 
 _GAP = "  "
@@ -98,7 +100,7 @@ def write_rows(
             shown = table if table is not None else _columns_of(columns, rows)
             text = _table(shown, [[row[_position(columns, c)] for c in shown] for row in rows])
         case Form.NAMES:
-            text = "".join(f"{'' if row[0] is None else plain(row[0])}\n" for row in rows)
+            text = "".join(f"{'' if row[0] is None else printable(str(plain(row[0])))}\n" for row in rows)
         case Form.CSV:
             text = _csv(columns, rows)
         case Form.LINES:
@@ -107,8 +109,6 @@ def write_rows(
             objects = ",\n ".join(_objects(columns, rows))
             text = f"[{objects}]\n"
 
-    if form in (Form.NAMES, Form.CSV) and _is_terminal():  # programs get them as they are
-        text = "\n".join(map(printable, text.split("\n")))
     click.echo(text, nl=False, color=True)
 
 
@@ -201,10 +201,7 @@ def _human(count: int, units: Sequence[str], gap: str) -> str:
 
 def printable(string: str) -> str:
     """``string`` with line breaks, terminal controls and other invisible characters written as escapes."""
-    if string.isprintable():
-        return string
-
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in string)
+    return escaped(string)
 
 
 def display_width(string: str) -> int:
@@ -337,7 +334,7 @@ def _field_of_table(column: Column, cell: str, width: int, style: Mapping[str, A
 def _csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
+    writer.writerow(map(printable, columns))
     writer.writerows([_field(v) for v in row] for row in rows)
 
     return buffer.getvalue()
@@ -349,6 +346,8 @@ def _field(value: object) -> object:
             return ""
         case bool() | dict() | list() as tree:
             return as_json(tree)
+        case str() as string:
+            return printable(string)
         case other:
             return other
 

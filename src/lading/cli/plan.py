@@ -38,6 +38,8 @@ class _Bytes(click.ParamType[int]):
         return int(float(match[1]) * factor)
 
 
+DOES_NOT_FIT = 4
+
 _AXIS = click.IntRange(min=1, max=1_000_000)
 
 
@@ -49,7 +51,7 @@ _AXIS = click.IntRange(min=1, max=1_000_000)
 @click.option("--rdp", type=_AXIS, default=1, help="Replicas of all that.")
 @click.option("--dtype", type=click.Choice(_DTYPES), default="auto", help="Of the parameters; auto: as stored.")
 @click.option("--rank", type=click.IntRange(min=0), multiple=True, help="Only this rank; may be given again.")
-@click.option("--device-memory", type=_Bytes(), help="Say whether the weights fit, such as into 80GiB.")
+@click.option("--device-memory", type=_Bytes(), help="Exit with 4 unless the weights fit, such as into 80GiB.")
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw it, too.")
 @no_restrict
 @listing_options
@@ -115,6 +117,8 @@ def plan(
     write_rows(_COLUMNS, rows, form, table=(*_TABLE[:1], *axes, *_TABLE[1:], *fits))
     if form is Form.TABLE:
         click.echo(f"lading: {_summary(found)}", err=True)
+    if device_memory is not None and any(r.memory_bytes > device_memory for r in found.ranks):
+        click.get_current_context().exit(DOES_NOT_FIT)
 
 
 _COLUMNS = ("rank", "pp", "rdp", "sdp", "tp", "bytes_read", "reads", "files", "memory_bytes", "memory", "fits")
