@@ -224,6 +224,19 @@ def uri_path(uri: str) -> Path | None:
     return Path(uri.removeprefix("file://")) if uri.startswith("file://") else None
 
 
+def shown_uri(uri: str) -> str:
+    """Return a URI as it may be shown and kept: of an address on the web without the user, the query and the fragment.
+
+    Signed addresses hold their secrets there.
+    """
+    scheme, _, rest = uri.partition("://")
+    if not rest or scheme.lower() in ("file", "hg", "hf"):
+        return uri
+    host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRef:
     """The ``checkpoint`` field of a card, taken apart."""
@@ -244,6 +257,12 @@ class CheckpointRef:
     def key(self) -> str:
         """All that tells the checkpoint from another, in one URI."""
         return self.uri if self.path is None else f"{self.uri.rstrip('/')}/{self.path.strip('/')}"
+
+    @property
+    def shown(self) -> str:
+        """The key as messages may show it."""
+        uri = shown_uri(self.uri)
+        return uri if self.path is None else f"{uri.rstrip('/')}/{self.path.strip('/')}"
 
 
 def checkpoint_ref(card: AssetCard) -> CheckpointRef:

@@ -10,12 +10,21 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lading import formats
-from lading.card import AssetCard, CheckpointRef, checkpoint_ref, path_uri, uri_path
-from lading.catalog.holdings import held_checkpoints
+from lading.card import (
+    AssetCard,
+    AssetCardField,
+    CheckpointRef,
+    checkpoint_ref,
+    path_uri,
+    shown_uri,
+    split_gated,
+    uri_path,
+)
+from lading.catalog.holdings import held_checkpoints, known_uris
 from lading.catalog.records import HeldCheckpoint
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.errors import AssetCardError
-from lading.fetch.cache import Cache
+from lading.fetch.cache import Cache, Entry, entry_key
 from lading.filesystem import FileStat
 from lading.settings import Settings
 from lading.sidecar import base_uri
@@ -51,7 +60,7 @@ class DiskUsage:
     holdings: tuple[Holding, ...]
     """By name. Models of one checkpoint, or of one file in different checkpoints, each count it."""
     orphans: tuple[Holding, ...]
-    """What is in lading's cache and belongs to no card."""
+    """What this catalog brought into lading's cache, and no card names in any environment."""
     bytes: int
     """Of ``holdings``, each file once."""
     orphan_bytes: int
@@ -71,7 +80,7 @@ def disk_usage(pattern: str | None = None, *, store: AssetStore | None = None) -
     found: list[Holding] = []
     seen: dict[tuple[int, int], int] = {}
     for checkpoint in held:
-        for name in names.get(checkpoint.uri) or [checkpoint.uri]:
+        for name in names.get(checkpoint.uri) or [shown_uri(checkpoint.uri)]:
             if pattern is None or fnmatchcase(name, pattern):
                 holding = _holding(name, checkpoint, seen)
                 found += [] if holding is None else [holding]
@@ -104,7 +113,7 @@ def _holding(name: str, checkpoint: HeldCheckpoint, seen: dict[tuple[int, int], 
         complete=bool(shards) and all(copy is not None for copy in shards),
         verified=bool(shards) and all(copy is not None and copy.verified_at is not None for copy in shards),
         path=_common_path([copy.path for copy, _ in there]),
-        checkpoint=checkpoint.uri,
+        checkpoint=shown_uri(checkpoint.uri),
         revision=checkpoint.revision or None,
     )
 
@@ -187,71 +196,115 @@ def _heads(uri: str) -> list[str]:
     return heads
 
 
-# --- what belongs to no card -----------------------------------------------------------------------------------------
+# --- what no card names -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Orphans:
-    """What is in lading's cache and belongs to no card."""
+    """What this catalog brought into lading's cache, and no card of it names in any environment."""
 
     cache: Cache
-    uris: tuple[str, ...]
-    """What was fetched for cards that are no more."""
-    entries: dict[str, tuple[Path, ...]]
-    """The files of each of ``uris`` that nobody else needs."""
+    entries: tuple[tuple[Entry, tuple[Path, ...]], ...]
+    """What was fetched for cards that are no more, and the files of each that nothing else needs."""
     strays: tuple[Path, ...]
-    """Files that were not fetched for, or made of, anything that is known."""
+    """Files that no entry refers to, and what was made of files."""
     needed: frozenset[str]
-    """The SHA-256 of files that somebody needs."""
+    """The SHA-256 of files that are needed."""
+
+
+def own_cache() -> Cache:
+    """Return lading's cache, as the catalog of the environment uses it."""
+    settings = Settings.from_environment()
+
+    return Cache(settings.cache_dir, catalog=settings.catalog_id)
 
 
 def find_orphans(store: AssetStore, held: Sequence[HeldCheckpoint]) -> Orphans:
-    """Look for them.
+    """Return what this catalog brought into lading's cache, and no card names.
+
+    Several catalogs may share the cache, and a new one may be in the place of one that is lost. So an entry counts only
+    if it is of this catalog, and of a checkpoint that this catalog knows.
 
     :param held: all checkpoints of which files are on this machine.
     """
-    cache = Cache(Settings.from_environment().cache_dir)
-    entries = list(cache.entries())
-    sources = {entry.uri for entry in entries}
-    with_cards = {ref.uri for _, ref in cards_with(store, sources.__contains__)}
-    named = names_of(store, [checkpoint.uri for checkpoint in held])
-
-    needed = {file.sha256 for entry in entries if entry.uri in with_cards for file in entry.files.values()}
-    needed |= {
-        sha256
-        for checkpoint in held
-        if checkpoint.uri in named
-        for copy in checkpoint.copies
-        if (sha256 := cache.digest_of(copy.path)) is not None
+    cache = own_cache()
+    stated = _stated(store)
+    stated_keys = set(map(entry_key, stated))
+    named = set(names_of(store, [checkpoint.uri for checkpoint in held]))
+    named |= {
+        checkpoint.uri for checkpoint in held if stated.intersection(_heads(base_uri(checkpoint.uri) or checkpoint.uri))
     }
+    known = {entry_key(head) for uri in known_uris(store.database) for head in _heads(uri)}
 
-    orphans = {
-        entry.uri: tuple(
-            path
-            for file in entry.files.values()
-            if file.sha256 not in needed and (path := cache.find(file.sha256)) is not None
-        )
-        for entry in entries
-        if entry.uri not in with_cards
-    }
+    def digests(of: Iterable[HeldCheckpoint]) -> set[str]:
+        found = (cache.digest_of(copy.path) for checkpoint in of for copy in checkpoint.copies)
+        return {sha256 for sha256 in found if sha256 is not None}
+
+    unnamed = [checkpoint for checkpoint in held if checkpoint.uri not in named]
+    needed = digests(checkpoint for checkpoint in held if checkpoint.uri in named)
+    ours = digests(unnamed)  # what came along with a checkpoint may have been fetched from elsewhere
+
+    gone: list[Entry] = []
+    shared = cache.has_unknown_entries()
+    for entry in cache.entries():
+        files = _digests_of(entry)
+        mine = bool(cache.catalog) and entry.catalog == cache.catalog
+        if mine and entry.key not in stated_keys and (entry.key in known or files & ours):
+            gone.append(entry)
+        else:
+            needed |= files
+            shared |= not mine or entry.key not in stated_keys
+
+    in_entries = needed.union(*map(_digests_of, gone))
     kept = {copy.path for checkpoint in held if checkpoint.uri in named for copy in checkpoint.copies}
-    known = needed | {file.sha256 for entry in entries for file in entry.files.values()}
+    own = {copy.path for checkpoint in unnamed for copy in checkpoint.copies}
+    strays = [path for path in cache.files() if cache.digest_of(path) not in in_entries]
+    strays += [path for path in (*cache.repacked_files(), *formats.rewritten_files(cache.folder)) if path not in kept]
 
     return Orphans(
         cache=cache,
-        uris=tuple(sorted(orphans)),
-        entries=orphans,
-        strays=(
-            *(path for path in cache.files() if cache.digest_of(path) not in known),
-            *(path for path in cache.repacked_files() if path not in kept),
-            *(path for path in formats.rewritten_files(cache.folder) if path not in kept),
+        entries=tuple(
+            (entry, tuple(path for sha256 in _digests_of(entry) - needed if (path := cache.find(sha256)) is not None))
+            for entry in sorted(gone, key=lambda entry: (entry.uri, entry.key))
         ),
+        # What nothing is known of is this catalog's only where there is no other one.
+        strays=tuple(path for path in strays if path in own or not shared),
         needed=frozenset(needed),
     )
 
 
+def _digests_of(entry: Entry) -> set[str]:
+    return {file.sha256 for file in entry.files.values()}
+
+
+def _stated(store: AssetStore) -> set[str]:
+    """Return every address and path that a card or an overlay states, of whatever environment."""
+    found: set[str] = set()
+    for entry in store.entries()[0]:
+        inner = entry.metadata.get("checkpoint_path")
+        for name, value in entry.metadata.items():
+            if not isinstance(value, str):
+                continue
+            try:
+                uri, _ = split_gated(AssetCardField(name, _NO_CARD, value, entry.folder).as_uri())
+            except AssetCardError:
+                continue
+            path = uri_path(uri)
+            for each in () if path is None else (path, path / inner) if isinstance(inner, str) else (path,):
+                made = formats.rewritten(each, cache=Settings.from_environment().cache_dir)
+                found |= set() if made is None else {path_uri(made)}
+            found.add(uri.rstrip("/"))
+
+    return found
+
+
+_NO_CARD = AssetCard("", {})
+
+
 def _orphan_holdings(orphans: Orphans, seen: dict[tuple[int, int], int]) -> list[Holding]:
-    groups: list[tuple[str, tuple[Path, ...], str | None]] = [(uri, orphans.entries[uri], uri) for uri in orphans.uris]
+    groups: list[tuple[str, tuple[Path, ...], str | None]] = [
+        (entry.uri, paths, entry.uri) for entry, paths in orphans.entries
+    ]
     groups += [(str(path), (path,), None) for path in orphans.strays]
 
     found = []

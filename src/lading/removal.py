@@ -15,10 +15,10 @@ from lading.catalog.records import HeldCheckpoint, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.fetch.cache import Cache
 from lading.fetch.hf_removal import SnapshotFile, remove_files, snapshot_file
+from lading.fetch.partial import sweep
 from lading.formats import is_rewritten
-from lading.holdings import catalog_uri, find_orphans, names_of
+from lading.holdings import catalog_uri, find_orphans, names_of, own_cache
 from lading.locate import require_writable
-from lading.settings import Settings
 from lading.sidecar import base_uri
 
 _GRACE = 3_600
@@ -83,7 +83,10 @@ def remove_model(name: str, *, dry_run: bool = False, store: AssetStore | None =
 
 
 def remove_orphans(*, dry_run: bool = False, older_than: float = _GRACE, store: AssetStore | None = None) -> Removal:
-    """Remove what is in lading's cache and belongs to no card, and what fetches left behind that were broken off.
+    """Remove what this catalog brought into lading's cache and no card names in any environment, and what fetches left
+    there that were broken off.
+
+    What other catalogs brought into a cache that they share stays.
 
     :param dry_run: only say what would be removed.
     :param older_than: seconds; of files that were not fetched for anything that is known, younger ones stay.
@@ -95,14 +98,14 @@ def remove_orphans(*, dry_run: bool = False, older_than: float = _GRACE, store: 
     # A catalog that is not one's own does not say what belongs to nobody.
     require_writable(store)
     orphans = find_orphans(store, held_checkpoints(store.database))
-    paths = [path for uri in orphans.uris for path in orphans.entries[uri]]
-    paths += [path for path in orphans.strays if time.time() - os.lstat(path).st_ctime > older_than]
+    cache = orphans.cache
+    strays = [path for path in orphans.strays if time.time() - os.lstat(path).st_ctime > older_than]
+    paths = [*(path for _, paths in orphans.entries for path in paths), *strays]
     if dry_run:
         return Removal(name="", freed=_bytes(paths), removed=tuple(paths), kept=(), also_of=())
 
-    freed = sum(orphans.cache.remove(uri, keep=orphans.needed) for uri in orphans.uris)
-    freed += orphans.cache.prune(older_than=older_than, keep=orphans.needed)
-    freed += _remove([path for path in paths if _is_made(path, orphans.cache)])
+    freed = sum(cache.remove(entry, keep=orphans.needed) for entry, _ in orphans.entries)
+    freed += _remove(strays) + sweep(cache.tmp)
     gone = tuple(path for path in paths if not path.exists())
 
     return Removal(name="", freed=freed, removed=gone, kept=(), also_of=())
@@ -172,7 +175,7 @@ class _Plan:
 
 
 def _plan(uri: str, entry: str, held: Sequence[HeldCheckpoint]) -> _Plan:
-    cache = Cache(Settings.from_environment().cache_dir)
+    cache = own_cache()
     copies = [copy for checkpoint in held if _is_of(checkpoint.uri, uri) for copy in checkpoint.copies]
     others = {
         os.path.realpath(copy.path): checkpoint.uri
@@ -203,7 +206,7 @@ def _plan(uri: str, entry: str, held: Sequence[HeldCheckpoint]) -> _Plan:
     # The entry in the cache may know of files that the catalog does not: those of a fetch that did not end.
     removable = cache.removable(entry, also=digests, keep=needed)
     kept += [
-        KeptFile(path=copy.path, reason="fetched for another address, too")
+        KeptFile(path=copy.path, reason="fetched for another address or by another catalog, too")
         for copy in copies
         if copy.kind == "cache" and _digest(cache, copy.path) in set(digests) - {path.name[:64] for path in removable}
         if os.path.lexists(copy.path)

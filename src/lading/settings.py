@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Self
 
 import platformdirs
 
 from lading.errors import SettingsError
-from lading.filesystem import expand_home
+from lading.filesystem import expand_home, place_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,25 @@ class Settings:
     offline: bool
     """Whether no socket may be opened. ``LADING_OFFLINE`` or ``HF_HUB_OFFLINE``, the latter as huggingface_hub reads
     it."""
+
+    @property
+    def catalog_id(self) -> str:
+        """A name for the catalog by which a shared cache tells its entries from others'; empty for one in memory.
+
+        It is the place of the database: nothing in a catalog tells it from a copy of it at another place.
+        """
+        scheme, _, rest = self.database_url.partition("://")
+        if scheme.partition("+")[0] != "sqlite":
+            # Neither the user nor the password nor what the driver is told makes another database.
+            text = f"{scheme.partition('+')[0]}://{rest.rpartition('@')[2].partition('?')[0]}"
+        else:
+            name = rest.partition("?")[0].removeprefix("/")
+            if name in ("", ":memory:"):
+                return ""
+            path = Path(os.path.realpath(name))
+            text = f"{place_id(path.parent)}:{path}"
+
+        return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Self:

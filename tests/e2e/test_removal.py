@@ -49,7 +49,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def own_cache() -> Cache:
-    return Cache(Settings.from_environment().cache_dir)
+    settings = Settings.from_environment()
+    return Cache(settings.cache_dir, catalog=settings.catalog_id)
 
 
 def fetched_by_http(uri: str, file: Path, *, in_catalog: bool = True) -> Path:
@@ -514,3 +515,93 @@ def test_orphans(tmp_path: Path, hub: Path, made: Path) -> None:
     assert [entry.uri for entry in own_cache().entries()] == [HTTP]
     assert lading.disk_usage().orphans == ()
     assert blob_tag(needed) is None
+
+
+# --- a cache that several catalogs share -----------------------------------------------------------------------------
+
+
+def use_catalog(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir(exist_ok=True)
+    monkeypatch.setenv("LADING_DATABASE_URL", f"sqlite:///{folder / 'catalog.sqlite'}")
+
+
+def test_what_another_catalog_brought_stays(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = made / "tiny" / "model.safetensors"
+    use_catalog(tmp_path / "a", monkeypatch)
+    add_cards(tmp_path / "a", tiny=HTTP)
+    blob = fetched_by_http(HTTP, file)
+    made_of_it = own_cache().repacked("x")
+    made_of_it.parent.mkdir()
+    made_of_it.write_bytes(b"x")
+
+    use_catalog(tmp_path / "b", monkeypatch)
+    add_cards(tmp_path / "b", other=OTHER)
+    assert lading.disk_usage().orphans == ()
+    assert lading.remove_orphans(older_than=-1).removed == ()
+
+    # The second one uses the file, and lets go of it.
+    fetched_by_http(HTTP, file)
+    assert [h.bytes for h in lading.disk_usage().orphans] == [0], "it gives back an entry, and no bytes"
+    lading.remove_orphans(older_than=-1)
+    assert lading.disk_usage().orphans == ()
+    fetched_by_http(OTHER, file)
+    removal = lading.remove_model("other")
+    assert (removal.freed, [each.path for each in removal.kept]) == (0, [blob])
+    assert blob.exists()
+    assert made_of_it.exists()
+
+    use_catalog(tmp_path / "a", monkeypatch)
+    assert lading.remove_model("tiny").removed == (blob,)
+    assert not blob.exists()
+
+
+def test_what_a_card_names_in_another_environment_stays(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = tmp_path / "own.yaml"
+    card.write_text(f"name: own\ncheckpoint: {HTTP}\n---\nname: own@cluster\ncheckpoint: {OTHER}\n")
+    lading.import_cards(card)
+    blobs = {
+        fetched_by_http(uri, made / name)
+        for uri, name in ((HTTP, "tiny/model.safetensors"), (OTHER, "sharded/model-00001-of-00003.safetensors"))
+    }
+
+    for env in ("cluster", "user", ""):
+        monkeypatch.setenv("LADING_ENV", env)
+        assert lading.disk_usage().orphans == ()
+        assert lading.remove_orphans(older_than=-1).removed == ()
+        assert all(blob.exists() for blob in blobs)
+
+
+def test_a_new_catalog_in_the_place_of_a_lost_one(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_catalog(tmp_path / "a", monkeypatch)
+    add_cards(tmp_path, tiny=HTTP)
+    blob = fetched_by_http(HTTP, made / "tiny" / "model.safetensors")
+    stray = fetched_by_http(OTHER, made / "sharded" / "model-00001-of-00003.safetensors", in_catalog=False)
+    for path in (tmp_path / "a").iterdir():
+        path.unlink()
+
+    assert lading.get_asset_store().maybe_retrieve_card("tiny") is None
+    assert lading.disk_usage().orphans == ()
+    assert lading.remove_orphans(older_than=-1).removed == ()
+    assert blob.exists()
+    assert stray.exists()
+
+
+@pytest.mark.parametrize("damage", ["{", '{"uri": 1}', '{"uri": "\\ud800", "whole": false, "files": {}}', "[" * 9999])
+def test_a_damaged_entry_stops_nothing(tmp_path: Path, made: Path, damage: str) -> None:
+    add_cards(tmp_path, tiny=HTTP)
+    blob = fetched_by_http(HTTP, made / "tiny" / "model.safetensors")
+    lost = fetched_by_http(OTHER, made / "sharded" / "model-00001-of-00003.safetensors")
+    stray = fetched_by_http(
+        "https://example.com/x", made / "sharded" / "model-00002-of-00003.safetensors", in_catalog=False
+    )
+    (entry,) = (p for p in (own_cache().folder / "entries").iterdir() if "example.com/x" in p.read_text())
+    entry.write_text(damage)
+
+    usage = lading.disk_usage()
+    assert [h.name for h in usage.holdings] == [OTHER, "tiny"]
+    assert [h.name for h in usage.orphans] == [OTHER]
+    assert lading.remove_orphans(older_than=-1).removed == (lost,)
+    assert lading.remove_model("tiny").removed == (blob,)
+    assert stray.exists(), "whose it is, only its entry says"

@@ -141,7 +141,9 @@ def test_entries(cache: Cache) -> None:
     assert entry.files == {"model.safetensors": two}
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "list", "deep", "digest", "uri", "size", "link", "fifo", "folder"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "empty", "list", "deep", "digest", "uri", "size", "huge", "link", "fifo", "folder"]
+)
 def test_a_damaged_entry_is_none(cache: Cache, tmp_path: Path, damage: str) -> None:
     cache.add(URI, "", {"model.safetensors": put(cache, b"1")})
     (path,) = (cache.folder / "entries").iterdir()
@@ -163,6 +165,9 @@ def test_a_damaged_entry_is_none(cache: Cache, tmp_path: Path, damage: str) -> N
         path.write_text(json.dumps({**document, "uri": "https://other.example/x"}))
     elif damage == "size":
         document["files"]["model.safetensors"]["size"] = "1"
+        path.write_text(json.dumps(document))
+    elif damage == "huge":
+        document["files"]["model.safetensors"]["fetched_at"] = 10**400
         path.write_text(json.dumps(document))
     elif damage == "link":
         (tmp_path / "elsewhere").write_text(text)
@@ -192,13 +197,45 @@ def test_removing_keeps_what_others_refer_to(cache: Cache) -> None:
     assert cache.size() == 0
 
 
-def test_pruning_removes_old_files_without_an_entry(cache: Cache) -> None:
-    one, two = put(cache, b"1" * 100), put(cache, b"2" * 50)
-    cache.add(URI, "", {"a": one})
-    assert cache.prune() == 0
-    assert cache.prune(older_than=-1) == 50
-    assert cache.find(one.sha256) is not None
-    assert cache.find(two.sha256) is None
+def test_each_catalog_has_entries_of_its_own(cache: Cache) -> None:
+    other = Cache(cache.folder, catalog="ab" * 8)
+    file = put(cache, b"1" * 100)
+    cache.add(URI, "", {"a": file})
+    other.add(URI, "", {"a": file})
+    other.add(URI + "2", "", {"b": file})
+
+    assert cache.entry(URI + "2") is None
+    (entry,) = other.others(URI)
+    assert entry.files["a"].stat is None, "another one's word on the state of a file"
+    assert entry.files["a"].sha256 == file.sha256
+    assert sorted(entry.catalog for entry in other.entries()) == ["", *2 * ["ab" * 8]]
+
+    assert cache.remove(URI) == 0
+    assert other.remove(URI) == 0
+    assert other.entry(URI) is None
+    assert other.remove(URI + "2") == 100
+
+
+def test_an_entry_that_others_may_write_says_nothing_of_states(cache: Cache) -> None:
+    cache.add(URI, "", {"a": put(cache, b"1")})
+    (path,) = (cache.folder / "entries").iterdir()
+    path.chmod(0o666)
+    entry = cache.entry(URI)
+    assert entry is not None
+    assert entry.files["a"].stat is None
+
+
+def test_the_secrets_of_an_address_are_not_kept(cache: Cache) -> None:
+    cache.add(URI, "", {"a": put(cache, b"1")})
+    for uri in (URI + "?token=Secret", URI + "?token=Geheim#Secret", "https://Secret@a.example/org/model.safetensors"):
+        cache.add(uri, "", {"a": put(cache, b"1")})
+        entry = cache.entry(uri)
+        assert entry is not None
+        assert entry.uri == URI
+    paths = list((cache.folder / "entries").iterdir())
+    assert len(paths) == 4
+    assert not any(word in path.read_text() for path in paths for word in ("Secret", "Geheim"))
+    assert sorted(path.stat().st_mode & 0o077 == 0 for path in paths)[1:] == [True, True, True]
 
 
 # --- what is being written -------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -258,6 +259,46 @@ def test_a_file_that_changed_is_checked_again(cache: Cache, damage: str) -> None
         server.requests.clear()
         assert fetch_all(source, snapshot) == [again]
         assert server.gets() == []
+
+
+@pytest.mark.parametrize("published", [True, False])
+@pytest.mark.parametrize("harm", ["file", "file and entry"])
+def test_what_another_catalog_wrote_is_checked_once(cache: Cache, harm: str, published: bool) -> None:
+    mine = Cache(cache.folder, catalog="ab" * 8)
+    with serve({PATH: DATA}, digests=published) as server:
+        source = open_source(server, cache)
+        (file,) = fetch_all(source, source.snapshot())
+        file.path.chmod(0o644)
+        file.path.write_bytes(DATA[:1000] + bytes([DATA[1000] ^ 1]) + DATA[1001:])
+        if harm == "file and entry":
+            entry = cache.entry(source.uri)
+            assert entry is not None
+            cache.add(
+                source.uri, "", {file.name: replace(entry.files[file.name], stat=FileStat.from_stat(file.path.stat()))}
+            )
+
+        source = open_source(server, mine)
+        assert source.read(source.snapshot(), source.snapshot().files[0], 1000, 1) == DATA[1000:1001]
+        (mended,) = fetch_all(source, source.snapshot())
+        assert mended.path.read_bytes() == DATA
+
+        # From then on, its own word is enough.
+        server.requests.clear()
+        source = open_source(server, mine)
+        (again,) = fetch_all(source, source.snapshot())
+        assert again == mended
+        assert not server.gets()
+
+
+def test_what_another_catalog_fetched_is_used(cache: Cache) -> None:
+    with serve({PATH: DATA}) as server:
+        source = open_source(server, cache)
+        (file,) = fetch_all(source, source.snapshot())
+        mine = open_source(server, Cache(cache.folder, catalog="ab" * 8), offline=True)
+        server.requests.clear()
+        assert mine.read(mine.snapshot(), mine.snapshot().files[0], 7, 3) == DATA[7:10]
+        assert fetch_all(mine, mine.snapshot()) == [file]
+        assert server.requests == []
 
 
 def test_reads_from_many_threads(cache: Cache) -> None:

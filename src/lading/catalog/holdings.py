@@ -27,6 +27,12 @@ def held_checkpoints(database: Database) -> list[HeldCheckpoint]:
         return [held for _, held in _held(connection)]
 
 
+def known_uris(database: Database) -> frozenset[str]:
+    """Return the URIs of all checkpoints of which the catalog knows what they hold."""
+    with database.read() as connection:
+        return frozenset(connection.scalars(select(CHECKPOINTS.c.uri)))
+
+
 @contextmanager
 def letting_go(database: Database, chosen: Callable[[str], bool]) -> Iterator[list[HeldCheckpoint]]:
     """Forget where files of checkpoints are on this machine, and remove them: the latter is the body's part.

@@ -33,7 +33,7 @@ _TABLE = (
 
 @command("du")
 @click.argument("pattern", required=False, shell_complete=complete_model)
-@click.option("--orphans", is_flag=True, help="What is in lading's cache and belongs to no card, instead.")
+@click.option("--orphans", is_flag=True, help="What this catalog brought into lading's cache and no card names.")
 @listing_options
 def du(pattern: str | None, orphans: bool, form: Form) -> None:
     """Say how much of the disk models take.

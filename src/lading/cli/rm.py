@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @command("rm")
 @click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete_model)
-@click.option("--orphans", is_flag=True, help="What is in lading's cache and belongs to no card.")
+@click.option("--orphans", is_flag=True, help="What this catalog brought into lading's cache and no card names.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 def rm(names: tuple[str, ...], orphans: bool, dry_run: bool) -> None:
     """Remove what lading fetched for models.

@@ -3,7 +3,7 @@
 ::
 
     blobs/ab/abcd….safetensors    a file, under its SHA-256 and an extension that lading chose; read-only
-    entries/0123….json            what was fetched from one URI: for each file its digest, size and validator
+    entries/0123….4567….json      what one catalog fetched from one URI: for each file its digest, size and validator
     repacked/0123….safetensors    tensors of a checkpoint, cut for the ranks that load it; read-only
     tmp/                          what is being written, or was when its process ended
     locks/                        who fetches a URI tells others, where the file system has locks
@@ -11,7 +11,10 @@
 Nothing here depends on a lock. A file appears under its name by a rename, when it is complete and on the disk; an entry
 is replaced by a rename, too. What a crash leaves in ``tmp`` is taken up or removed by who comes later.
 
-No name in the store comes from a server, and it holds no links of any kind.
+Several catalogs may share a store. Each writes entries of its own and removes no others; a file goes with the last
+entry that refers to it. What another catalog says of a file's state is not believed: its bytes are hashed once.
+
+No name in the store comes from a server, it holds no links of any kind, and no entry holds the secrets of an address.
 """
 
 from __future__ import annotations
@@ -22,21 +25,22 @@ import json
 import os
 import re
 import stat
-import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lading.card import shown_uri
 from lading.errors import LadingError
-from lading.fetch.partial import courtesy_lock, sweep, temporary
+from lading.fetch.partial import courtesy_lock, temporary
 from lading.fetch.verify import sha256_file
 from lading.filesystem import FileStat
 
 _EXTENSIONS = {"safetensors", "json", "pt", "pth", "bin", "ckpt", "tar", "model", "txt"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _BLOB = re.compile(r"([0-9a-f]{64})\.([a-z]+)")
+_ENTRY = re.compile(r"([0-9a-f]{64})(?:\.([0-9a-f]{16}))?\.json")
 _MAX_ENTRY = 64 << 20
 """Bytes of an entry; a thousand shards need 400 KB."""
 
@@ -59,19 +63,28 @@ class CachedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """What was fetched from one URI."""
+    """What one catalog fetched from one URI."""
 
     uri: str
+    """As it may be shown: without what is secret in it."""
+    key: str
+    """The SHA-256 of the whole URI, by which it is found."""
+    catalog: str = ""
+    """The catalog that fetched it, see :attr:`lading.settings.Settings.catalog_id`; empty where that is not known."""
     revision: str
     files: Mapping[str, CachedFile]
     """By their names within the source."""
 
 
 class Cache:
-    """A folder with fetched files. Nothing is created before something is added."""
+    """A folder with fetched files, as one catalog uses it. Nothing is created before something is added."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, catalog: str = "") -> None:
+        """:param catalog: the one whose entries are read and written, see
+        :attr:`lading.settings.Settings.catalog_id`.
+        """
         self.folder = folder
+        self.catalog = catalog
 
     # --- files -------------------------------------------------------------------------------------------------------
 
@@ -145,19 +158,30 @@ class Cache:
     # --- entries -----------------------------------------------------------------------------------------------------
 
     def entry(self, uri: str) -> Entry | None:
-        """What was fetched from ``uri``; ``None`` where nothing was, or where it cannot be told."""
-        entry = _read_entry(self._entry_path(uri))
+        """What this catalog fetched from ``uri``; ``None`` where that is nothing, or cannot be told."""
+        entry = self._read_entry(self._entry_path(entry_key(uri)))
 
-        return entry if entry is not None and entry.uri == uri else None
+        return entry if entry is not None and entry.uri == shown_uri(uri) else None
 
-    def entries(self) -> Iterator[Entry]:
-        """All of them, in no order that means something. Damaged ones are as none."""
-        for path in sorted(_files(self.folder / "entries")):
-            if path.suffix == ".json" and (entry := _read_entry(path)) is not None:
+    def others(self, uri: str) -> Iterator[Entry]:
+        """What other catalogs fetched from ``uri``, with no word of the state of its files."""
+        key = entry_key(uri)
+        for path in self._entry_files():
+            if path.name.startswith(key) and path != self._entry_path(key) and (entry := self._read_entry(path)):
                 yield entry
 
+    def entries(self) -> Iterator[Entry]:
+        """All of them, in no order that means something. Damaged ones are left out."""
+        for path in self._entry_files():
+            if (entry := self._read_entry(path)) is not None:
+                yield entry
+
+    def has_unknown_entries(self) -> bool:
+        """Whether there are entries that say nothing here: damaged, or not for this user to read."""
+        return any(self._read_entry(path) is None for path in self._entry_files())
+
     def add(self, uri: str, revision: str, files: Mapping[str, CachedFile]) -> None:
-        """Note what was fetched from ``uri``; what its entry says of other files of the same revision stays.
+        """Note what this catalog fetched from ``uri``; what its entry says of other files of the same revision stays.
 
         Of two processes that do so at once, one may not see what the other one noted: that is then fetched, or found
         by its content, another time.
@@ -166,10 +190,19 @@ class Cache:
         if before is not None and before.revision == revision:
             files = {**before.files, **files}
 
-        self._write(Entry(uri=uri, revision=revision, files=files))
+        path = self._entry_path(entry_key(uri))
+        _make_folder(path.parent)
+        with temporary(self.tmp, "entry") as (file, name):
+            if shown_uri(uri) != uri:
+                os.fchmod(file.fileno(), 0o600)
+            file.write(json.dumps(_to_json(uri, revision, files), indent=1).encode())
+            file.flush()
+            os.fsync(file.fileno())
+            name.rename(path)
+        _sync_folder(path.parent)
 
-    def remove(self, uri: str, *, also: Collection[str] = (), keep: Collection[str] = ()) -> int:
-        """Forget ``uri``, and remove the files that nothing else here refers to.
+    def remove(self, uri: str | Entry, *, also: Collection[str] = (), keep: Collection[str] = ()) -> int:
+        """Forget that this catalog fetched ``uri``, and remove the files that no other entry refers to.
 
         :param also: the SHA-256 of further files to remove, of which the entry need not know any more.
         :param keep: of files that somebody else needs.
@@ -179,35 +212,25 @@ class Cache:
         paths = self.removable(uri, also=also, keep=keep)
         # In this order: an entry whose file is gone is harmless, too, but a file without entry is never missed.
         with suppress(FileNotFoundError):
-            self._entry_path(uri).unlink()
+            self._entry_path(uri.key if isinstance(uri, Entry) else entry_key(uri)).unlink()
             _sync_folder(self.folder / "entries")
 
         return sum(map(_unlink, paths))
 
-    def removable(self, uri: str, *, also: Collection[str] = (), keep: Collection[str] = ()) -> list[Path]:
+    def removable(self, uri: str | Entry, *, also: Collection[str] = (), keep: Collection[str] = ()) -> list[Path]:
         """The files that :meth:`remove` removes."""
-        entry = self.entry(uri)
+        key = uri.key if isinstance(uri, Entry) else entry_key(uri)
+        entry = self._read_entry(self._entry_path(key))
         wanted = set(also) | (set() if entry is None else {file.sha256 for file in entry.files.values()})
-        needed = {file.sha256 for other in self.entries() if other.uri != uri for file in other.files.values()}
+        needed = {
+            file.sha256
+            for other in self.entries()
+            if (other.key, other.catalog) != (key, self.catalog)
+            for file in other.files.values()
+        }
         gone = wanted - needed - set(keep)
 
         return [path for path in self.files() if path.name[:64] in gone] if gone else []
-
-    def prune(self, *, older_than: float = 86_400, keep: Collection[str] = ()) -> int:
-        """Remove files that no entry refers to (any more), and what crashes left behind.
-
-        :param older_than: seconds; a younger file may just not have got its entry yet.
-        :param keep: the SHA-256 of files that somebody needs all the same.
-
-        :returns: the bytes that were freed.
-        """
-        needed = {file.sha256 for entry in self.entries() for file in entry.files.values()} | set(keep)
-        freed = sweep(self.tmp, older_than=older_than)
-        for path, found in self._blobs():
-            if path.name[:64] not in needed and time.time() - found.st_ctime > older_than:
-                freed += _unlink(path)
-
-        return freed
 
     def files(self) -> list[Path]:
         """All files that were fetched, those of no entry included."""
@@ -249,24 +272,35 @@ class Cache:
                     with suppress(FileNotFoundError):
                         yield path, os.lstat(path)
 
-    def _entry_path(self, uri: str) -> Path:
-        return self.folder / "entries" / f"{hashlib.sha256(uri.encode()).hexdigest()}.json"
+    def _entry_path(self, key: str) -> Path:
+        return self.folder / "entries" / f"{key}{self.catalog and '.'}{self.catalog}.json"
 
-    def _write(self, entry: Entry) -> None:
-        path = self._entry_path(entry.uri)
-        _make_folder(path.parent)
-        with temporary(self.tmp, "entry") as (file, name):
-            file.write(json.dumps(_to_json(entry), indent=1).encode())
-            file.flush()
-            os.fsync(file.fileno())
-            name.rename(path)
-        _sync_folder(path.parent)
+    def _entry_files(self) -> list[Path]:
+        return sorted(path for path in _files(self.folder / "entries") if _ENTRY.fullmatch(path.name))
+
+    def _read_entry(self, path: Path) -> Entry | None:
+        entry = _read_entry(path)
+        if entry is None or entry.catalog == self.catalog:
+            return entry
+
+        return _without_states(entry)
 
 
-def _to_json(entry: Entry) -> dict[str, Any]:
+def entry_key(uri: str) -> str:
+    """Return what the entries of a URI are found by: it tells the URI to nobody who does not know it."""
+    return hashlib.sha256(uri.encode()).hexdigest()
+
+
+def _without_states(entry: Entry) -> Entry:
+    """Return the entry as one that is not believed: whoever can write it can also write a state into it."""
+    return replace(entry, files={name: replace(file, stat=None) for name, file in entry.files.items()})
+
+
+def _to_json(uri: str, revision: str, files: Mapping[str, CachedFile]) -> dict[str, Any]:
     return {
-        "uri": entry.uri,
-        "revision": entry.revision,
+        "uri": shown_uri(uri),
+        "whole": shown_uri(uri) == uri,
+        "revision": revision,
         "files": {
             name: {
                 "sha256": file.sha256,
@@ -276,28 +310,35 @@ def _to_json(entry: Entry) -> dict[str, Any]:
                 "stat": None if file.stat is None else [file.stat.mtime_ns, file.stat.ctime_ns, file.stat.inode],
                 "fetched_at": file.fetched_at,
             }
-            for name, file in entry.files.items()
+            for name, file in files.items()
         },
     }
 
 
 def _read_entry(path: Path) -> Entry | None:
     """``None`` for whatever is not an entry as it is written here: it is then fetched again."""
+    match = _ENTRY.fullmatch(path.name)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError:
         return None
     try:
         with open(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+            found = os.fstat(fd)
+            if match is None or not stat.S_ISREG(found.st_mode):
                 return None
             document = json.loads(file.read(_MAX_ENTRY))
-        if hashlib.sha256(document["uri"].encode()).hexdigest() != path.stem:
+        uri = document["uri"]
+        if entry_key(uri) != match[1] and document["whole"] is not False:
             return None
         files = {str(name): _file_from_json(value) for name, value in document["files"].items()}
-        return Entry(uri=document["uri"], revision=str(document["revision"]), files=files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        entry = Entry(uri=uri, key=match[1], catalog=match[2] or "", revision=str(document["revision"]), files=files)
+    except (OSError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+    ours = found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+    return entry if ours else _without_states(entry)
 
 
 def _file_from_json(value: dict[str, Any]) -> CachedFile:
@@ -346,10 +387,10 @@ def _unlink(path: Path) -> int:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+    with suppress(FileNotFoundError, NotADirectoryError, PermissionError), os.scandir(folder) as entries:
         yield from [Path(entry.path) for entry in entries if entry.is_file(follow_symlinks=False)]
 
 
 def _folders(folder: Path) -> Iterator[Path]:
-    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+    with suppress(FileNotFoundError, NotADirectoryError, PermissionError), os.scandir(folder) as entries:
         yield from [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]

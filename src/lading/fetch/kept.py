@@ -6,6 +6,8 @@ import logging
 import os
 import stat
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from lading.errors import LadingError
@@ -24,11 +26,12 @@ class Kept:
         self._cache = cache
         self._uri = uri
         self._offline = offline
+        self._seen: dict[str, FileStat] = {}
+        """States of files in which their bytes had the digest: where the cache cannot be written, nothing else says."""
 
     def described(self, name: str) -> RemoteFile | None:
         """The file as the server described it when it was fetched last; ``None`` where it was not."""
-        entry = self._cache.entry(self._uri)
-        record = None if entry is None else entry.files.get(name)
+        record = next(self._records(name), None)
         if record is None:
             return None
 
@@ -52,6 +55,7 @@ class Kept:
 
         path = self._cache.find(sha256)
         if path is not None and (state := _verified(path, sha256, None if record is None else record.stat)):
+            self._seen[sha256] = state
             if record is None or record.stat != state:
                 self.note(file, sha256, state)
             return FetchedFile(name=file.name, path=path, stat=state, sha256=sha256, published=file.sha256 is not None)
@@ -75,8 +79,10 @@ class Kept:
         return None
 
     def read(self, file: RemoteFile, offset: int, size: int) -> bytes | None:
-        """A part of the copy in the cache, if that is as it was when it was checked."""
+        """A part of the copy in the cache, if that is as it was when it was checked; another catalog's is checked."""
         record = self._record(file)
+        if record is not None and record.stat is None and self.find(file, lambda sha256: None) is not None:
+            record = self._record(file)
         path = None if record is None else self._cache.find(record.sha256)
         if record is None or path is None:
             return None
@@ -108,16 +114,27 @@ class Kept:
 
     def _record(self, file: RemoteFile) -> CachedFile | None:
         """What was fetched under the name of ``file``, if that is known to be the same content."""
-        entry = self._cache.entry(self._uri)
-        record = None if entry is None else entry.files.get(file.name)
-        if record is None or file.size not in (None, record.size):
-            return None
-        if file.sha256 is not None:
-            return record if record.sha256 == file.sha256 else None
-        # Offline nobody says what is there now, and the entry is all that there is.
-        same = self._offline if file.etag is None else file.etag == record.etag
+        record = next((record for record in self._records(file.name) if self._is_of(record, file)), None)
+        if record is None or record.stat is not None:
+            return record
 
-        return record if same else None
+        return replace(record, stat=self._seen.get(record.sha256))
+
+    def _records(self, name: str) -> Iterator[CachedFile]:
+        """What is noted under a name: by this catalog, then by others, whose word on states is not taken."""
+        own = self._cache.entry(self._uri)
+        for entry in (own, *self._cache.others(self._uri)):
+            if entry is not None and name in entry.files:
+                yield entry.files[name]
+
+    def _is_of(self, record: CachedFile, file: RemoteFile) -> bool:
+        if file.size not in (None, record.size):
+            return False
+        if file.sha256 is not None:
+            return record.sha256 == file.sha256
+
+        # Offline nobody says what is there now, and the entry is all that there is.
+        return self._offline if file.etag is None else file.etag == record.etag
 
 
 def _verified(path: Path, sha256: str, state: FileStat | None) -> FileStat | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
+from lading.card import shown_uri
 from lading.errors import NotSupportedError
 from lading.fetch.hf_names import HubAddress
 from lading.fetch.http_names import WebAddress
@@ -48,14 +49,16 @@ def open_source(uri: str, *, inner_path: str | None, revision: str | None, setti
 
         if revision is not None:
             raise NotSupportedError(
-                f"{uri} is a file of a web server and has no revisions, but {revision!r} was asked for."
+                f"{shown_uri(uri)} is a file of a web server and has no revisions, but {revision!r} was asked for."
             )
         if inner_path is not None:
             raise NotSupportedError(
-                f"{uri} is one file, of which lading reads no part by a path, but `checkpoint_path` is {inner_path!r}."
+                f"{shown_uri(uri)} is one file, of which lading reads no part by a path, but `checkpoint_path` is "
+                f"{inner_path!r}."
             )
-        return HttpSource(uri, cache=Cache(settings.cache_dir), offline=settings.offline)
+        return HttpSource(uri, cache=Cache(settings.cache_dir, catalog=settings.catalog_id), offline=settings.offline)
 
     raise NotSupportedError(
-        f"{uri} is of the scheme {scheme!r}, but checkpoints are read from paths, file://, https://, hg:// and hf://."
+        f"{shown_uri(uri)} is of the scheme {scheme!r}, but checkpoints are read from paths, file://, https://, hg:// "
+        "and hf://."
     )
