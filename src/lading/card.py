@@ -106,6 +106,13 @@ class AssetCard:
     """The file and the document that the card comes from."""
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     """The document that states a field, by the field's name, where it is an overlay."""
+    env: str | None = field(default=None, compare=False)
+    """The environment that was asked for behind the name; ``None`` if none was, and empty for no overlay at all."""
+
+    @property
+    def title(self) -> str:
+        """The name under which a command finds the card just so: ``name``, or ``name@env``."""
+        return self.name if self.env is None else f"{self.name}@{self.env}"
 
     def field(self, name: str) -> AssetCardField:
         """The field ``name`` of this card or of the nearest base that has it.
@@ -119,17 +126,22 @@ class AssetCard:
         return found
 
     def maybe_get_field(self, name: str) -> AssetCardField | None:
-        """As :meth:`field`, but ``None`` where no card of the chain has it."""
+        """As :meth:`field`, but ``None`` where no card of the chain has it.
+
+        A null in a card takes back what its bases say.
+        """
         card: AssetCard | None = self
         while card is not None:  # not over `chain()`: an import asks six fields of each of its cards
             if name in card.metadata:
-                return AssetCardField(name, self, card.metadata[name], card.folders.get(name))
+                value = card.metadata[name]
+                return None if value is None else AssetCardField(name, self, value, card.folders.get(name))
             card = card.base
 
         return None
 
     def has_field(self, name: str) -> bool:
-        return any(name in card.metadata for card in self.chain())
+        """Whether this card or a base of it has the field ``name``, and no card nearer takes it back."""
+        return self.maybe_get_field(name) is not None
 
     def chain(self) -> Iterator[AssetCard]:
         """The card, its base, the base of that, and so on."""
@@ -145,7 +157,7 @@ class AssetCard:
             merged.update(card.metadata)
         merged.pop("base", None)
 
-        return merged
+        return {name: value for name, value in merged.items() if value is not None}
 
     def source_of(self, name: str) -> str:
         """The document that states the card's own field ``name``."""
@@ -274,7 +286,7 @@ def checkpoint_ref(card: AssetCard) -> CheckpointRef:
     url = None if url_field is None else url_field.as_(str)
 
     found = card.maybe_get_field("checkpoint")
-    if found is None or found.value is None:
+    if found is None:
         return CheckpointRef(uri="", gated=True, info_url=url)
 
     uri, gated = split_gated(found.as_uri())

@@ -36,6 +36,7 @@ _STRING_FIELDS = (
     "license",
     "tokenizer",
     "tokenizer_path",
+    "tokenizer_ref",
     "tokenizer_family",
     "dataset_family",
 )

@@ -56,7 +56,7 @@ def tokenizer_ref(card: AssetCard, retrieve: Callable[[str], AssetCard]) -> Toke
     the checkpoint.
 
     The nearest card of the chain that states ``tokenizer`` or ``tokenizer_ref`` counts; the latter is the name of a
-    card whose tokenizer is meant.
+    card whose tokenizer is meant. A null as ``tokenizer`` takes back either, one as ``tokenizer_ref`` that one.
 
     :param retrieve: gives the card of a name.
 
@@ -65,12 +65,11 @@ def tokenizer_ref(card: AssetCard, retrieve: Callable[[str], AssetCard]) -> Toke
     """
     seen = [card.name]
     while True:
-        owner = next((c for c in card.chain() if c.metadata.keys() & {"tokenizer", "tokenizer_ref"}), None)
-        if owner is None:
-            return None
-        if "tokenizer" in owner.metadata:
+        reference = card.maybe_get_field("tokenizer_ref")
+        stated = (c.metadata for c in card.chain() if "tokenizer" in c.metadata or c.metadata.get("tokenizer_ref"))
+        if reference is None or "tokenizer" in next(stated, {}):
             break
-        name = card.field("tokenizer_ref").as_(str)
+        name = reference.as_(str)
         if name in seen:
             raise AssetCardError(
                 seen[0], f"The `tokenizer_ref` of the card {seen[0]!r} leads in a circle: {' → '.join([*seen, name])}."
@@ -78,8 +77,8 @@ def tokenizer_ref(card: AssetCard, retrieve: Callable[[str], AssetCard]) -> Toke
         seen.append(name)
         card = retrieve(name)
 
-    field = card.field("tokenizer")
-    if field.value is None:
+    field = card.maybe_get_field("tokenizer")
+    if field is None:
         return None
     path = card.maybe_get_field("tokenizer_path")
     uri, gated = split_gated(field.as_uri())
@@ -94,7 +93,7 @@ def tokenizer_ref(card: AssetCard, retrieve: Callable[[str], AssetCard]) -> Toke
 
     return TokenizerRef(
         uri=uri,
-        path=None if path is None or path.value is None else path.as_(str),
+        path=None if path is None else path.as_(str),
         card=card.name,
     )
 

@@ -7,10 +7,12 @@ and ``"16"`` are good for an ``int`` (variables of the environment are strings),
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import lru_cache
 from typing import Any, Final, TypeVar, get_args, get_type_hints
+from uuid import uuid4
 
 # pydantic imports this part of it with the first schema of a dataclass, which would be in the middle of a load.
 import pydantic.dataclasses  # noqa: F401
@@ -22,7 +24,7 @@ from pydantic_core.core_schema import DataclassSchema, no_info_before_validator_
 from lading.card import Architecture, AssetCard
 from lading.documents.document import join, show
 from lading.errors import AssetCardError, InternalError, did_you_mean
-from lading.overrides import Layer, architecture_layers, layers_of, merge_layers
+from lading.overrides import EnvText, Layer, architecture_layers, expand_env, layers_of, merge_layers
 
 T = TypeVar("T")
 
@@ -45,9 +47,11 @@ def resolve_config(card: AssetCard, architecture: Architecture | None, config_kl
 
     It is that of ``architecture`` (without one, the defaults of ``config_kls``), with the overrides of the card's chain
     from the root base to the card itself. Of :data:`lading.card.CONFIG_KEYS`, the first that any card of the chain has
-    is used alone. ``${env:VAR}`` in overrides is replaced from the environment of the process.
+    is used alone. ``${env:VAR}`` in overrides is replaced from the environment of the process, where a number or one of
+    a fixed set of words is expected: what a variable holds is neither shown nor kept as text.
 
-    :raises AssetCardError: overrides that don't fit; its ``name`` is that of the card that states the first of them.
+    :raises AssetCardError: overrides that don't fit, or text of the environment; its ``name`` is that of the card that
+        states the first of them.
     """
     return _resolve(layers_of(card, architecture), config_kls, card.name, f"the card {card.name!r}")
 
@@ -75,14 +79,19 @@ def _resolve(layers: Sequence[Layer], config_kls: type[T], name: str, of: str) -
             f"{config_kls.__name__} is expected to be a dataclass with a default for every field: {error}"
         ) from error
 
-    return _structure(config_kls, merge_layers(defaults, layers), layers, name, of)
+    stated = merge_layers(defaults, layers)
+    config = _structure(config_kls, stated, layers, name, of)
+    _refuse_free_text(config_kls, stated, layers, of)
+
+    return config
 
 
 # --- checking --------------------------------------------------------------------------------------------------------
 
 
-def _structure(config_kls: type[T], mapping: Mapping[str, object], layers: Sequence[Layer], name: str, of: str) -> T:
-    """An instance of ``config_kls``; the error says which of ``layers``, whose sum ``mapping`` is, is to blame."""
+def _structure(config_kls: type[T], stated: Mapping[str, object], layers: Sequence[Layer], name: str, of: str) -> T:
+    """Return an instance of ``config_kls``; the error says which of ``layers``, whose sum ``stated`` is, is wrong."""
+    mapping: Any = expand_env(stated, os.environ)
     try:
         config: T = _validator(config_kls).validate_python(mapping)  # type: ignore[arg-type]  # classes are hashable
     except ValidationError as error:
@@ -95,18 +104,74 @@ def _structure(config_kls: type[T], mapping: Mapping[str, object], layers: Seque
     expected: dict[tuple[str, str], list[str]] = {}
     for problem in problems:
         place = _place(problem, mapping)
-        layer = next((each for each in reversed(layers) if _states(each.overrides, place)), None)
-        owners.append(name if layer is None else layer.owner)
-
-        where = config_kls.__name__ if layer is None else layer.where
-        for step in place:
-            where = f"{where}[{step}]" if isinstance(step, int) else join(where, step)
+        owner, where = _where(place, layers, config_kls)
+        owners.append(name if owner is None else owner)
         expectation, found = _describe(problem, config_kls, place)
+        if isinstance(text := _at(stated, place), EnvText):
+            found = show(text)
+        elif problem["type"] in _QUOTING:
+            for _, text in _leaves(stated, EnvText):
+                if value := text.expand(os.environ):
+                    found = found.replace(value, text)
         expected.setdefault((where, found), []).append(expectation)
 
     lines = [f"{where}: expected {' or '.join(texts)}, found {found}" for (where, found), texts in expected.items()]
     text = f" {lines[0]}" if len(lines) == 1 else "\n  ".join(["", *lines])
     raise AssetCardError(owners[0], f"The configuration of {of} does not fit {config_kls.__name__}:{text}")
+
+
+def _refuse_free_text(config_kls: type[T], stated: Mapping[str, object], layers: Sequence[Layer], of: str) -> None:
+    """Make sure that no variable of the environment became free text, which messages and exported files would show.
+
+    :raises AssetCardError: one did. A field takes free text if it also takes a text that nobody could have thought of.
+    """
+    for place, _ in _leaves(stated, EnvText):
+        probe: Any = expand_env(stated, os.environ)
+        _at(probe, place[:-1])[place[-1]] = f"{uuid4()}"
+        try:
+            _validator(config_kls).validate_python(probe)  # type: ignore[arg-type]
+        except ValidationError:
+            continue
+        owner, where = _where(place, layers, config_kls)
+        raise AssetCardError(
+            owner or "",
+            f"The configuration of {of} asks for text of the environment: {where}: expected the text itself, found "
+            f"{show(_at(stated, place))}. Variables of the environment stand for numbers and for words of a fixed set "
+            "only, as what they hold would be shown and kept otherwise.",
+        )
+
+
+def _where(place: _Place, layers: Sequence[Layer], config_kls: type[object]) -> tuple[str | None, str]:
+    """Return who states the value at ``place``, if anybody does, and its dotted path."""
+    layer = next((each for each in reversed(layers) if _states(each.overrides, place)), None)
+    where = config_kls.__name__ if layer is None else layer.where
+    for step in place:
+        where = f"{where}[{step}]" if isinstance(step, int) else join(where, step)
+
+    return None if layer is None else layer.owner, where
+
+
+def _at(value: Any, place: _Place) -> Any:
+    """Return what is at ``place`` inside ``value``; ``None`` if nothing is."""
+    for step in place:
+        try:
+            value = value[step]
+        except (LookupError, TypeError):
+            return None
+
+    return value
+
+
+def _leaves(value: object, kls: type[T], place: _Place = ()) -> Iterator[tuple[_Place, T]]:
+    """Yield all values of a type inside mappings and lists, with their places."""
+    if isinstance(value, kls):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, kls, (*place, key))
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _leaves(item, kls, (*place, i))
 
 
 _Place = tuple[str | int, ...]
@@ -142,6 +207,9 @@ def _states(overrides: object, place: _Place) -> bool:
 
     return bool(place)
 
+
+_QUOTING = ("value_error", "assertion_error")
+"""Types of problems whose words are a family's, and may quote any value."""
 
 _EXPECTED: Mapping[str, str] = {
     "bool_type": "true or false",
@@ -179,7 +247,7 @@ def _describe(problem: ErrorDetails, config_kls: type[object], place: _Place) ->
             return f"a list of {context['max_length']}", f"one of {context['actual_length']}"
         case "literal_error" | "enum":
             return str(context["expected"]), found
-        case "value_error" | "assertion_error":
+        case kind if kind in _QUOTING:
             return "values that fit together", f"some that do not: {context['error']}"
         case other:
             return _EXPECTED.get(other) or problem["msg"].removeprefix("Input should be "), found

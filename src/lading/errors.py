@@ -281,11 +281,12 @@ class ModelGatedError(PolicyError):
     """No checkpoint to download, or not for everyone: its publisher hands it out on request."""
 
     def __init__(self, name: str, info_url: str | None, *, message: str | None = None) -> None:
+        plain = name.partition("@")[0]
         where = f"Ask for access at {info_url}" if info_url else "The card does not say where to ask for access"
         super().__init__(
             message
             or f"{name!r} is a gated model: its card names no checkpoint that can be fetched. {where}; then give the "
-            f"downloaded files to a card of your own: `name: {name}@user` with `checkpoint: /path/to/it`."
+            f"downloaded files to a card of your own: `name: {plain}@user` with `checkpoint: /path/to/it`."
         )
         self.name = name
         self.info_url = info_url

@@ -54,15 +54,15 @@ def card_checkpoint(
     """
     ref = address_of(card)
     path = uri_path(ref.uri)
-    if not (ref.uri and path is None and _is_here(card.name, ref, store)):
-        require_access(card.name, ref)
+    if not (ref.uri and path is None and _is_here(card.title, ref, store)):
+        require_access(card.title, ref)
 
     if path is None:
-        return _remote_checkpoint(card.name, ref, store, progress=progress)
+        return _remote_checkpoint(card.title, ref, store, progress=progress)
 
     path = local_checkpoint(path, inner_path=ref.path)
 
-    return _local_checkpoint(card.name, path, store, accept_others=accept_others)
+    return _local_checkpoint(card.title, path, store, accept_others=accept_others)
 
 
 def address_of(card: AssetCard) -> CheckpointRef:
@@ -100,11 +100,11 @@ def local_paths(card: AssetCard, store: AssetStore) -> list[Path]:
     files = None if stored is None else _copies_as_known(stored)
     if stored is None or files is None:
         if ref.gated:
-            raise ModelGatedError(card.name, ref.info_url)
+            raise ModelGatedError(card.title, ref.info_url)
         raise CheckpointNotFoundError(
             ref.key,
-            f"The checkpoint of {card.name!r} is at {ref.key}, not on this machine. `lading pull {card.name}` fetches "
-            "it.",
+            f"The checkpoint of {card.title!r} is at {ref.key}, not on this machine. `lading pull {card.title}` "
+            "fetches it.",
         )
 
     paths = [file.path for file in files]
@@ -165,9 +165,9 @@ def _ref_of(target: str | Path, store: AssetStore) -> tuple[str | None, Checkpoi
 
     card = store.retrieve_card(target)
     ref = address_of(card)
-    require_access(card.name, ref)
+    require_access(card.title, ref)
 
-    return card.name, ref
+    return card.title, ref
 
 
 def require_access(name: str, ref: CheckpointRef) -> None:

@@ -5,9 +5,8 @@ The merge and its directives are those of fairseq2 0.8.1 (``fairseq2.utils.confi
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -32,16 +31,21 @@ def layers_of(card: AssetCard, architecture: Architecture | None) -> list[Layer]
     """The overrides of a card's configuration in the order in which they are laid over one another.
 
     Those of ``architecture`` come first, then those of the card's chain from the root base to the card itself. Of
-    :data:`lading.card.CONFIG_KEYS`, the first that any card of the chain has is used alone. ``${env:VAR}`` in a card is
-    replaced from the environment of the process.
+    :data:`lading.card.CONFIG_KEYS`, the first that any card of the chain has is used alone; a null takes back what the
+    bases say there. What a card asks of the environment is not put in: these layers may be shown.
     """
     layers = [] if architecture is None else architecture_layers(architecture)
 
     chain = list(card.chain())
     for key in CONFIG_KEYS:
-        stated = [each for each in reversed(chain) if each.metadata.get(key) is not None]
+        stated: list[AssetCard] = []
+        for each in chain:
+            if each.metadata.get(key, True) is None:
+                break
+            if key in each.metadata:
+                stated.append(each)
         if stated:
-            return [*layers, *(_card_layer(each, key) for each in stated)]
+            return [*layers, *(_card_layer(each, key) for each in reversed(stated))]
 
     return layers
 
@@ -58,9 +62,7 @@ def architecture_layers(architecture: Architecture) -> list[Layer]:
 
 
 def _card_layer(card: AssetCard, key: str) -> Layer:
-    overrides = expand_env(card.metadata[key], os.environ)
-
-    return Layer(overrides, f"{card.source_of(key) or card.name}.{key}", card.name)
+    return Layer(_mark(card.metadata[key]), f"{card.source_of(key) or card.name}.{key}", card.name)
 
 
 def merge_layers(base: Mapping[str, object], layers: Iterable[Layer]) -> dict[str, object]:
@@ -137,20 +139,45 @@ def _merge(
     return merged
 
 
-_ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::([^}]*))?\}")
+# --- the environment -------------------------------------------------------------------------------------------------
+
+
+class EnvText(str):
+    """Text of a card that asks for variables of the environment, as it stands in the card.
+
+    It is what messages and listings show, so that what the variables hold is not.
+    """
+
+    __slots__ = ()
+
+    def expand(self, environ: Mapping[str, str]) -> str:
+        """Return the text with ``${env:VAR}`` and ``${env:VAR:default}`` replaced.
+
+        A variable that is not set and has no default is empty, as in fairseq2.
+        """
+        return _ENV.sub(lambda match: environ.get(match[1], match[2] or ""), self)
 
 
 def expand_env(value: object, environ: Mapping[str, str]) -> object:
-    """``value`` with ``${env:VAR}`` and ``${env:VAR:default}`` replaced in all of its strings, keys apart.
+    """Return ``value`` with every :class:`EnvText` in it expanded."""
+    return _each(value, lambda text: text.expand(environ) if isinstance(text, EnvText) else text)
 
-    A variable that is not set and has no default is empty, as in fairseq2.
-    """
+
+def _mark(value: object) -> object:
+    """Return ``value`` with an :class:`EnvText` for each string that asks for the environment, keys apart."""
+    return _each(value, lambda text: EnvText(text) if _ENV.search(text) else text)
+
+
+def _each(value: object, change: Callable[[str], str]) -> object:
     match value:
         case str():
-            return _ENV.sub(lambda match: environ.get(match[1], match[2] or ""), value)
+            return change(value)
         case Mapping():
-            return {key: expand_env(item, environ) for key, item in value.items()}
+            return {key: _each(item, change) for key, item in value.items()}
         case list():
-            return [expand_env(item, environ) for item in value]
+            return [_each(item, change) for item in value]
         case _:
             return value
+
+
+_ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::([^}]*))?\}")

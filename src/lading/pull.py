@@ -96,7 +96,7 @@ def pull_model(
     store = store or get_asset_store()
     card = store.retrieve_card(name)
     ref = address_of(card)
-    require_access(card.name, ref)
+    require_access(card.title, ref)
     if uri_path(ref.uri) is not None:
         checkpoint = _local(card_checkpoint(card, store), revision)
         tokenizer = _tokenizer_elsewhere(card, ref, None, store)
@@ -137,7 +137,7 @@ def pull_model(
             manifest=checkpoint.manifest,
             copies=(),
             revision=checkpoint.revision,
-            card_name=card.name,
+            card_name=card.title,
         )
     here = acquire(checkpoint, store, progress=progress)
     beside = [
@@ -167,7 +167,7 @@ def _fetched_whole(
     require_writable(store)
     known = None if store.checkpoint(ref.key) is None else card_checkpoint(card, store)
     whole = fetch_whole(ref, store=store, known=known_content(store), progress=progress, revision=revision)
-    checkpoint = whole_checkpoint(card.name, ref, whole, store)
+    checkpoint = whole_checkpoint(card.title, ref, whole, store)
 
     return checkpoint, whole, known is None or known.files != checkpoint.files
 
@@ -267,7 +267,7 @@ def _require_fit(card: AssetCard, checkpoint: Checkpoint, published: Published |
     hf_config = None if published is None else published.hf_config or None
     config = completed(model_config(card, family, store), family, checkpoint, hf_config, store=store)
     report = check_manifest(checkpoint.manifest, family, config)
-    require_fit(report, path=checkpoint.where, name=card.name)
+    require_fit(report, path=checkpoint.where, name=card.title)
 
 
 def _companions(

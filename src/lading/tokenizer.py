@@ -70,7 +70,7 @@ def load_tokenizer(
     if stated is None:
         ref = address_of(card)
         if not ref.uri:
-            raise ModelGatedError(card.name, ref.info_url)
+            raise ModelGatedError(card.title, ref.info_url)
         path = uri_path(ref.uri)
         if path is not None:
             path = local_checkpoint(path, inner_path=ref.path)

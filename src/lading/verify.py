@@ -127,7 +127,7 @@ def _known(card: AssetCard, store: AssetStore) -> tuple[Checkpoint, dict[str, Co
     uri = ref.key if path is None else path_uri(path)
     stored = store.checkpoint(uri)
     if stored is None and path is not None:
-        fresh = card_checkpoint(card, store) if store.database.writable else OnDisk.read(path).checkpoint(card.name)
+        fresh = card_checkpoint(card, store) if store.database.writable else OnDisk.read(path).checkpoint(card.title)
         path, uri = Path(fresh.where), fresh.uri
         stored = store.checkpoint(uri)
         if stored is None:  # the catalog cannot be written
@@ -135,11 +135,11 @@ def _known(card: AssetCard, store: AssetStore) -> tuple[Checkpoint, dict[str, Co
     copies = {} if stored is None else best_copies(stored.copies)
     if stored is None or not all(shard.name in copies for shard in stored.manifest.shards):
         if ref.gated:
-            raise ModelGatedError(card.name, ref.info_url)
+            raise ModelGatedError(card.title, ref.info_url)
         raise CheckpointNotFoundError(
             uri,
-            f"The checkpoint of {card.name!r} is at {uri}, and the catalog knows no copy of it on this machine. "
-            f"`lading pull {card.name}` fetches it.",
+            f"The checkpoint of {card.title!r} is at {uri}, and the catalog knows no copy of it on this machine. "
+            f"`lading pull {card.title}` fetches it.",
         )
 
     files = tuple(_as_it_is(copies[shard.name].path) for shard in stored.manifest.shards)
@@ -256,7 +256,7 @@ def _checked_sidecars(
         _record(sidecar, {copy.file: copy.kind}, found, store)
         checks += found
         if any(check.result == "mismatch" for check in found):
-            hints.append(f"`lading repack {card.name} --tp {tp_of(held.uri)}` makes the file {copy.path.name} anew.")
+            hints.append(f"`lading repack {card.title} --tp {tp_of(held.uri)}` makes the file {copy.path.name} anew.")
 
     return checks, hints
 

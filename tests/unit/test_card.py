@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lading.card import (
+    FIELDS,
     ArchitectureEntry,
     AssetCard,
     CardEntry,
@@ -77,14 +78,28 @@ def test_fields_climb_the_bases() -> None:
     assert not card.has_field("nothing")
     assert card.maybe_get_field("nothing") is None
     assert card.metadata == {"base": "mid"}
-    assert card.fields() == {"url": "r", "shared": "m", "only": None}
+    assert card.fields() == {"url": "r", "shared": "m"}
 
 
-def test_a_null_is_a_value() -> None:
-    card = resolved("leaf", (*CHAIN[:2], entry("leaf", base="mid", url=None)))
+@pytest.mark.parametrize("overlay", [False, True])
+@pytest.mark.parametrize("name", [*FIELDS[1:], "owner"])
+def test_a_null_takes_back_what_a_base_says(name: str, overlay: bool) -> None:
+    bases = [entry("root", **{name: {}}), entry("mid", base="root", **{name: {}})]
+    leaf = [entry("leaf", base="mid"), entry("leaf@user", **{name: None})] if overlay else []
+    card = resolved("leaf", bases + (leaf or [entry("leaf", base="mid", **{name: None})]), ["user"])
 
-    assert card.has_field("url")
-    assert card.field("url").value is None
+    assert not card.has_field(name)
+    assert card.maybe_get_field(name) is None
+    assert name not in card.fields()
+    failure(lambda: card.field(name))
+
+
+def test_a_null_takes_back_the_base() -> None:
+    entries = [entry("root", url="r"), entry("leaf", base="root"), entry("leaf@user", base=None)]
+
+    assert resolved("leaf", entries).has_field("url")
+    assert not resolved("leaf", entries, ["user"]).has_field("url")
+    assert [each.name for each in resolved("leaf", entries, ["user"]).chain()] == ["leaf"]
 
 
 def test_a_missing_field_names_the_card_that_was_asked() -> None:

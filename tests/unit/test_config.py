@@ -209,6 +209,67 @@ def test_variables_of_the_environment_are_converted(monkeypatch: pytest.MonkeyPa
     assert found == ToyConfig(model_dim=128, norm_eps=1e-6)
 
 
+SECRET = "hf_0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model_dim": "${env:LADING_TEST_SECRET}"},
+        {"model_dim": "1${env:LADING_TEST_SECRET}2"},
+        {"nonsense": "${env:LADING_TEST_SECRET}"},
+        {"scale": "${env:LADING_TEST_SECRET}"},
+        {"scale": {"factor": "${env:LADING_TEST_SECRET}"}},
+        {"scale": {"factor": ["${env:LADING_TEST_SECRET}"]}},
+        {"_set_": "${env:LADING_TEST_SECRET}"},
+        {"_set_": {"scale": {"factor": "${env:LADING_TEST_SECRET}"}}},
+        {"_del_": "${env:LADING_TEST_SECRET}"},
+        {"_del_": ["${env:LADING_TEST_SECRET}", 1]},
+    ],
+)
+def test_what_a_variable_holds_is_not_shown(monkeypatch: pytest.MonkeyPatch, overrides: dict[str, object]) -> None:
+    monkeypatch.setenv("LADING_TEST_SECRET", SECRET)
+
+    with pytest.raises(AssetCardError) as error:
+        resolve(overrides)
+    assert SECRET not in str(error.value)
+
+
+def test_what_a_family_says_of_a_variable_shows_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(kw_only=True)
+    class Picky:
+        size: int = 8
+
+        def __post_init__(self) -> None:
+            if self.size > 8:
+                raise ValueError(f"{self.size} is too much")
+
+    monkeypatch.setenv("LADING_TEST_SIZE", "123456")
+    with pytest.raises(AssetCardError, match=r"\$\{env:LADING_TEST_SIZE\} is too much"):
+        resolve_config(card({"size": "${env:LADING_TEST_SIZE}"}), None, Picky)
+
+
+@dataclass(kw_only=True)
+class Free:
+    size: int = 8
+    word: Literal["a", "b"] = "a"
+    text: str = ""
+    others: dict[str, Any] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"text": "${env:LADING_TEST_WORD}"}, {"others": {"x": {"y": ["is ${env:LADING_TEST_WORD}"]}}}]
+)
+def test_a_variable_is_no_free_text(monkeypatch: pytest.MonkeyPatch, overrides: dict[str, object]) -> None:
+    """Text that a configuration keeps would stand in an exported config.json, and in any message."""
+    monkeypatch.setenv("LADING_TEST_WORD", "b")
+
+    assert resolve_config(card({"word": "${env:LADING_TEST_WORD}"}), None, Free).word == "b"
+    with pytest.raises(AssetCardError, match=r"LADING_TEST_WORD") as error:
+        resolve_config(card({"word": "${env:LADING_TEST_WORD}", **overrides}), None, Free)
+    assert error.value.name == "toy_7b"
+
+
 def test_the_card_that_states_a_wrong_value_is_named() -> None:
     root = card({"model_dim": "x", "scale": {"factor": 1}}, name="root")
     middle = card({"_set_": {"scale": {"factor": "y"}}}, root, name="middle")

@@ -9,7 +9,7 @@ import pytest
 
 from lading.card import Architecture, AssetCard
 from lading.errors import AssetCardError
-from lading.overrides import Layer, architecture_layers, expand_env, layers_of, merge, merge_layers
+from lading.overrides import EnvText, Layer, architecture_layers, expand_env, layers_of, merge, merge_layers
 
 BASE = {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "f": [1, 2]}
 
@@ -97,13 +97,15 @@ def test_directives_of_the_wrong_form(overrides: dict[str, Any], problem: str) -
 def test_variables_of_the_environment(text: str, expected: str) -> None:
     environ = {"SIZE": "7", "EMPTY": "", "NESTED": "${env:SIZE}"}
 
-    assert expand_env(text, environ) == expected
+    assert EnvText(text).expand(environ) == expected
 
 
 def test_variables_are_replaced_at_every_depth_but_not_in_keys() -> None:
-    value = {"${env:A}": ["${env:A}", {"b": "${env:A}"}, 1, None, True, 2.5]}
+    value = {"a": {"${env:A}": ["${env:A}", {"b": "${env:A}"}, 1, None, True, 2.5]}}
+    (layer,) = layers_of(card(value), None)
 
-    assert expand_env(value, {"A": "x"}) == {"${env:A}": ["x", {"b": "x"}, 1, None, True, 2.5]}
+    assert layer.overrides == value
+    assert expand_env(layer.overrides, {"A": "x"}) == {"a": {"${env:A}": ["x", {"b": "x"}, 1, None, True, 2.5]}}
 
 
 ARCHITECTURE = Architecture(
@@ -156,12 +158,22 @@ def test_of_the_three_fields_the_first_that_any_card_has_is_used_alone() -> None
     assert [layer.overrides for layer in layers_of(leaf, None)] == [{"a": 1}]
 
 
-def test_variables_are_replaced_in_cards_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LADING_TEST_SIZE", "7")
-    text = {"a": "${env:LADING_TEST_SIZE}"}
-    architecture = Architecture(name="big", family="toy", overrides=(text,))
+def test_variables_are_replaced_in_cards_only() -> None:
+    text = "${env:LADING_TEST_SIZE}"
+    architecture = Architecture(name="big", family="toy", overrides=({"a": text, "b": {"c": text}},))
+    merged = merge_layers({}, layers_of(card({"b": {"d": text}}, {"_set_": {"e": [text]}}), architecture))
 
-    assert [layer.overrides for layer in layers_of(card(text), architecture)] == [text, {"a": "7"}]
+    assert merged == {"a": text, "b": {"c": text, "d": text}, "e": [text]}
+    assert expand_env(merged, {"LADING_TEST_SIZE": "7"}) == {"a": text, "b": {"c": text, "d": "7"}, "e": ["7"]}
+
+
+@pytest.mark.parametrize("key", ["model_config", "model_config_overrides"])
+def test_a_null_takes_back_what_the_bases_say(key: str) -> None:
+    root = AssetCard("root", {key: {"a": 1}})
+    middle = AssetCard("middle", {key: None}, root)
+
+    assert layers_of(middle, None) == []
+    assert [layer.overrides for layer in layers_of(AssetCard("leaf", {key: {"b": 2}}, middle), None)] == [{"b": 2}]
 
 
 def test_merging_layers() -> None:

@@ -133,7 +133,7 @@ def resolve_columns(entry: CardEntry, entries: Entries) -> dict[str, str | int |
 
 def _text(card: AssetCard, name: str, problems: list[str]) -> str | None:
     field = card.maybe_get_field(name)
-    if field is None or field.value is None:
+    if field is None:
         return None
     try:
         return field.as_(str) or None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
@@ -136,7 +137,9 @@ class AssetStore:
                 if not read_cards(connection, [plain], env=""):
                     return None  # the name comes before what is behind it
                 raise
-            return resolve_card(plain, envs, lambda name: _by_env(read_cards(connection, [name])))
+            card = resolve_card(plain, envs, lambda name: _by_env(read_cards(connection, [name])))
+
+        return card if card is None or env is None else replace(card, env=env)
 
     def find_cards(self, field: str, value: object) -> Iterator[AssetCard]:
         """All cards whose field ``field``, their own or a base's, equals ``value``. A bad card is logged and left out.

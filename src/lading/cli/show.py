@@ -111,7 +111,7 @@ def _look_up(name: str, store: AssetStore) -> _Found:
 def _text_field(card: AssetCard, name: str) -> str | None:
     field = card.maybe_get_field(name)
 
-    return None if field is None or field.value is None else field.as_(str)
+    return None if field is None else field.as_(str)
 
 
 def _local_path(ref: CheckpointRef) -> Path | None:
@@ -212,7 +212,7 @@ def _write_shards(found: _Found, form: Form) -> None:
 
 def _indexed(found: _Found) -> StoredCheckpoint:
     if found.checkpoint is None:
-        name = found.card.name
+        name = found.card.title
         raise CheckpointNotFoundError(
             found.ref.uri,
             f"The catalog does not know yet what the checkpoint of {name!r} holds. `lading index {name}` reads it, "
