@@ -177,11 +177,57 @@ def test_sizes_that_make_no_model(changes: dict[str, Any]) -> None:
         build_on_meta(FAMILY, config(GPT2 | changes))
 
 
-@pytest.mark.parametrize("changes", [{"n_layer": 10**9}, {"part": [{"encoder_layers": 10**9}]}])
-def test_more_layers_than_the_memory_holds(changes: dict[str, Any]) -> None:
-    """Modules cost memory also where their parameters have none."""
-    with pytest.raises(ModelCheckpointMismatchError, match="which is 1000000000, is more than the 10000 layers"):
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({"n_layer": 10**9}, "10000 layers"),
+        ({"part": [{"encoder_layers": 10**9}]}, "10000 layers"),
+        ({"depths": [2, 10**9]}, "10000 layers"),
+        ({"num_labels": 10**9}, "1000000 labels"),
+        ({"vision_config": {"num_labels": 10**9}}, "1000000 labels"),
+    ],
+)
+def test_more_objects_than_the_memory_holds(changes: dict[str, Any], most: str) -> None:
+    """Modules and names cost memory also where parameters have none."""
+    with pytest.raises(ModelCheckpointMismatchError, match=f"which is 1000000000, is more than the {most}"):
         build_on_meta(FAMILY, config(GPT2 | changes))
+
+
+@pytest.mark.parametrize("top", [{"__float__": "Infinity"}, float("inf")])
+def test_numbers_that_json_does_not_have(top: object) -> None:
+    values = {"model_type": "mamba2", "time_step_limit": [0.0, top], "hidden_size": 32, "num_heads": 8, "head_dim": 8}
+
+    model: Any = build_on_meta(FAMILY, config(values | {"num_hidden_layers": 1, "vocab_size": 64}))
+
+    assert list(model.config.time_step_limit) == [0.0, float("inf")]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "stated", "kls"),
+    [
+        ("internlm3", "InternLM3ForCausalLM", "LlamaForCausalLM"),
+        ("iquestcoder", "IQuestCoderForCausalLM", "LlamaForCausalLM"),
+        ("iquestcoder", "IQuestCoderModel", "LlamaModel"),
+        ("iquestcoder", "LlamaForCausalLM", "LlamaForCausalLM"),
+        ("llama4", "Llama4ForCausalLM", "Llama4ForCausalLM"),  # of the part of it that is about text
+    ],
+)
+def test_types_that_share_the_class_of_another(model_type: str, stated: str, kls: str) -> None:
+    """Their files name a class of their repository, which transformers has under another name."""
+    values = {"model_type": model_type, "architectures": [stated], "auto_map": {"AutoModelForCausalLM": "m.Y"}}
+    text = DECODER | {"intermediate_size_mlp": 48, "num_local_experts": 2}
+    sizes = {"text_config": text} if model_type == "llama4" else DECODER
+
+    family_config = FAMILY.from_hf(values | sizes)  # type: ignore[misc]
+
+    assert type(build_on_meta(FAMILY, family_config)).__name__ == kls
+
+
+def test_a_type_with_a_class_of_its_own_does_not_stand_for_code_of_a_repository() -> None:
+    values = GPT2 | {"architectures": ["GPT2ForEverything"], "auto_map": {"AutoModel": "m.GPT2ForEverything"}}
+
+    with pytest.raises(PolicyError, match="never runs"):
+        build_on_meta(FAMILY, config(values, model_type="custom"))
 
 
 def test_without_transformers(tmp_path: Path) -> None:

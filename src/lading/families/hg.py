@@ -27,7 +27,7 @@ from lading.families.hg_parallel import plan_of
 from lading.family import Family
 from lading.hub import ModelHubAccessor
 from lading.keymap import Rule
-from lading.nn.checks import MAX_LAYERS
+from lading.nn.checks import MAX_LABELS, MAX_LAYERS
 from lading.nn.sharding import ParallelPlan
 from lading.overrides import merge
 
@@ -61,6 +61,16 @@ _LEFT_OUT = frozenset(
         "use_pretrained_backbone",
     }
 )
+
+_FLOAT, _FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")
+"""The key, and its values, by which transformers 5 writes numbers that JSON does not have."""
+
+_BOUNDS = (
+    (("layer", "layers", "depths"), MAX_LAYERS, "layers"),
+    # transformers keeps the name of each, which takes 750 bytes.
+    (("num_labels",), MAX_LABELS, "labels"),
+)
+"""Ends of keys, the largest number that may be there, and what it counts."""
 
 
 @dataclass(kw_only=True)
@@ -154,16 +164,43 @@ def _class_of(config: HuggingFaceModelConfig) -> tuple[Any, PretrainedConfig]:
         return getattr(transformers, _AUTO_CLASSES[config.model_type]), hf_config
 
     name = config.custom_model_class or _architecture(config.hf_config)
-    found = getattr(transformers, name, None) if name is not None and name.isidentifier() else None
+    shared = _shared_classes(hf_config)
+    known_as = name if name is None or hasattr(transformers, name) else shared.get(name, name)
+    found = getattr(transformers, known_as, None) if known_as is not None and known_as.isidentifier() else None
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         _refuse(config, f"the class {name!r}")
-    if not isinstance(hf_config, found.config_class or transformers.PreTrainedConfig):
+    of_text: Any = hf_config.sub_configs.get("text_config")
+    is_shared = found.__name__ in shared.values()
+    if is_shared and found.config_class is of_text:
+        return found, hf_config.get_text_config()
+    if not is_shared and not isinstance(hf_config, found.config_class or transformers.PreTrainedConfig):
         raise NotSupportedError(
             f"{name} of transformers is made of a {getattr(found.config_class, '__name__', None)}, but config.json is "
             f"of the model type {hf_config.model_type!r}."
         )
 
     return found, hf_config
+
+
+def _shared_classes(hf_config: PretrainedConfig) -> Mapping[str, str]:
+    """Return the classes that transformers makes models of this type with, by the names that they would have if the
+    type had classes of its own.
+
+    A published ``config.json`` names those, as they are in the code of its repository: ``InternLM3ForCausalLM`` is
+    transformers' ``LlamaForCausalLM``.
+    """
+    from transformers.models.auto import modeling_auto
+
+    own = type(hf_config).__name__.removesuffix("Config")
+    found = {}
+    for key, names in vars(modeling_auto).items():
+        if key.startswith("MODEL_") and key.endswith("_MAPPING_NAMES"):
+            stated = names.get(hf_config.model_type, ())
+            for name in (stated,) if isinstance(stated, str) else stated:
+                if kind := re.search(r"(For[A-Z]\w*|Model)$", name):
+                    found[f"{own}{kind[1]}"] = name
+
+    return found
 
 
 def _require_transformers(config: HuggingFaceModelConfig) -> None:
@@ -187,33 +224,36 @@ def _hf_config(config: HuggingFaceModelConfig) -> PretrainedConfig:
     model_type = config.hf_config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         _refuse(config, f"the model type {model_type!r}")
-    if (deep := _too_deep(config.hf_config)) is not None:
-        raise _mismatch(f"{deep} is more than the {MAX_LAYERS} layers that any model has")
+    if (many := _too_many(config.hf_config)) is not None:
+        raise _mismatch(many)
 
     try:
-        return CONFIG_MAPPING[model_type].from_dict(_without_orders(config.hf_config))
+        return CONFIG_MAPPING[model_type].from_dict(_as_read(config.hf_config))
     except Exception as error:  # whatever a field of a wrong type leads to there
         raise _mismatch(f"transformers cannot read it: {error}") from error
 
 
-def _too_deep(value: Any) -> str | None:
-    """The first key, with its value, that asks for more layers than modules can be made of."""
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        if isinstance(item, int) and str(key).endswith(("layer", "layers")) and item > MAX_LAYERS:
-            return f"`{key}`, which is {item},"
-        if (found := _too_deep(item)) is not None:
-            return found
+def _too_many(value: Any, key: str = "") -> str | None:
+    """The first key, with its value, that asks for more layers or labels than there can be objects of."""
+    if isinstance(value, int):
+        for ends, most, what in _BOUNDS:
+            if key.endswith(ends) and value > most:
+                return f"`{key}`, which is {value}, is more than the {most} {what} that any model has"
+        return None
+    named = value.items() if isinstance(value, Mapping) else ()
+    items = [(key, item) for item in value] if isinstance(value, list) else named
 
-    return None
+    return next((found for name, item in items if (found := _too_many(item, str(name))) is not None), None)
 
 
-def _without_orders(value: Any) -> Any:
-    """A copy without the keys that would have transformers fetch or run something."""
+def _as_read(value: Any) -> Any:
+    """A copy as transformers reads it, without the keys that would have it fetch or run something."""
     if isinstance(value, Mapping):
-        return {key: _without_orders(item) for key, item in value.items() if key not in _LEFT_OUT}
+        if value.keys() == {_FLOAT} and value[_FLOAT] in _FLOATS:
+            return float(value[_FLOAT])
+        return {key: _as_read(item) for key, item in value.items() if key not in _LEFT_OUT}
 
-    return [_without_orders(item) for item in value] if isinstance(value, list) else value
+    return [_as_read(item) for item in value] if isinstance(value, list) else value
 
 
 def _refuse(config: HuggingFaceModelConfig, what: str) -> NoReturn:

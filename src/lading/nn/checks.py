@@ -33,6 +33,9 @@ def require_size(what: str, value: int) -> None:
 MAX_LAYERS = 10_000
 """More than any model has, and few enough to make modules of."""
 
+MAX_LABELS = 1_000_000
+"""More than any classifier tells apart, and few enough to keep their names."""
+
 
 def require_layers(num_layers: int) -> None:
     """:raises ValueError: no layers, or so many that modules for them would take all of the memory."""
