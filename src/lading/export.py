@@ -28,7 +28,7 @@ from lading.companions import companions, files_beside
 from lading.completion import completed
 from lading.compose import Source
 from lading.construct import build_on_meta, check_config_type, settle_dtypes
-from lading.errors import ModelCheckpointMismatchError, NotSupportedError
+from lading.errors import NotSupportedError
 from lading.export_plan import (
     batches,
     check_shard_size,
@@ -50,7 +50,9 @@ from lading.progress import byte_bar
 from lading.published import CONFIG_NAME
 from lading.reading import Witness, read_tensors
 from lading.resolve import arch_config, family_of_card, model_config
+from lading.ties import are_same, different_copies, tied_but_different
 from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from lading.transfer.fit import name_of
 from lading.transfer.targets import Targets, is_distributed, targets_of
 from lading.verification import Verify, block_dims, expect, require_mode, settle
 
@@ -144,10 +146,20 @@ def convert_checkpoint(
         config = completed(model_config(card, family, store), family, checkpoint, store=store)
 
     manifest = checkpoint.manifest
-    targets = targets_of(build_on_meta(family, config), dtype=None if dtype == "auto" else dtype)
+    own_dtype = None if dtype == "auto" else dtype
+    module = build_on_meta(family, config)
+    # config.json describes these: it does not say that what is tied is stored apart.
+    described = targets = targets_of(module, dtype=own_dtype)
     routed = match(manifest, targets, family, config)
     fit = report_fit(manifest, targets, routed, family=family.name)
     require_fit(fit, path=checkpoint.where, name=checkpoint.name)
+    if not isinstance(target, Path):
+        assert store is not None
+        checkpoint = acquire(checkpoint, store, progress=progress)
+    if family.untie is not None and (untied := different_copies(checkpoint, targets, routed)):
+        family.untie(module, untied)
+        targets = targets_of(module, dtype=own_dtype)
+        routed = match(manifest, targets, family, config)
 
     dtypes = settle_dtypes(targets, routed, manifest, sdp=1)
     entries = [
@@ -161,14 +173,13 @@ def convert_checkpoint(
         beside: Mapping[str, Path] = files_beside(target)
     else:
         assert store is not None
-        checkpoint = acquire(checkpoint, store, progress=progress)
         beside = companions(checkpoint, card, store, progress=progress)
     expected = expect(
         checkpoint, catalog, verify, lambda: block_dims(manifest, family, config, targets, routed), progress=progress
     )
     witness = None if expected is None else Witness(manifest, expected.dims)
-    values = config_values(family, config, targets, entries, beside)
-    _check_tied(checkpoint, targets, routed)
+    values = config_values(family, config, described, entries, beside)
+    _check_tied(checkpoint, config, targets, routed)
 
     with new_folder(folder) as temporary:
         require_space(temporary, sum(entry.nbytes for entry in entries))
@@ -286,7 +297,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _check_tied(checkpoint: Checkpoint, targets: Targets, routed: Route) -> None:
+def _check_tied(checkpoint: Checkpoint, config: Any, targets: Targets, routed: Route) -> None:
     """Of a tied parameter one copy is written, so the others must hold the same."""
     manifest = checkpoint.manifest
     written = {target: i for i, target in enumerate(routed.targets)}
@@ -294,13 +305,8 @@ def _check_tied(checkpoint: Checkpoint, targets: Targets, routed: Route) -> None
         i, name = written[target], targets.names[target]
         own: Source = routed.composed.get(i, routed.tensors[i])
         ours, other = read_tensors(checkpoint, [own, source], [manifest.dtypes[routed.tensors[i]]] * 2)
-        if not torch.equal(ours, other):
-            raise ModelCheckpointMismatchError(
-                checkpoint.where,
-                f"The configuration ties parameters to {name!r}, but the checkpoint at {checkpoint.where} holds "
-                "different values for them. Use a configuration of `tied_embeddings: false`.",
-                [f"tied, but different: {name}"],
-            )
+        if not are_same(ours, other):
+            raise tied_but_different(checkpoint, config, name_of(source, manifest), name)
 
 
 def _copy(

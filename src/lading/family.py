@@ -88,6 +88,9 @@ class Family(Generic[ModelT, ModelConfigT]):
     """
     reads_other_model_types: bool = False
     """Whether ``from_hf`` also takes the model types that no other family reads."""
+    untie: Callable[[ModelT, Sequence[str]], None] | None = None
+    """Make parameters of their own of further names of tied ones, for a checkpoint that holds other numbers for them.
+    ``None`` refuses such a checkpoint."""
     complete: Callable[[ModelConfigT, Mapping[str, object]], ModelConfigT] | None = None
     """A configuration with what it lacks taken from the ``config.json`` beside the checkpoint, which is empty where
     there is none; for a family whose cards do not state the sizes of their models.

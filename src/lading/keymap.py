@@ -67,6 +67,8 @@ class Route:
     """By the position in ``targets``, what those are made of that are not one tensor as it is."""
     duplicates: tuple[tuple[int, Source], ...] = ()
     """(target, source): a tied parameter that the checkpoint holds more than once; the copies must be equal."""
+    further_names: tuple[str, ...] = ()
+    """For each of ``duplicates`` the name of the parameter, among its further ones, that the copy has."""
     missing: tuple[str, ...] = ()
     """Names of targets that no tensor makes."""
     drawn: tuple[str, ...] = ()
@@ -99,6 +101,7 @@ def route(
     """
     aliases = aliases or {}
     position = {name: i for i, name in enumerate(target_names)}
+    order = position | {name: len(position) + i for i, name in enumerate(aliases)}
 
     # (target, name after the rules) → the tensors that claim it.
     claims: dict[int, dict[str, list[tuple[int, _Place | None]]]] = {}
@@ -118,6 +121,7 @@ def route(
     composed: dict[int, Source] = {}
     missing: list[str] = []
     duplicates: list[tuple[int, Source]] = []
+    further_names: list[str] = []
     clashes: list[tuple[str, tuple[str, ...]]] = []
     incomplete: list[tuple[str, str]] = []
 
@@ -143,19 +147,22 @@ def route(
 
         if not sources:
             continue
-        first = name if name in sources else next(iter(sources))
+        # Of several copies, the one that comes first in the model, however they lie in files.
+        first = min(sources, key=order.__getitem__)
         source = sources[first]
         if not isinstance(source, int):
             composed[len(targets)] = source
         targets.append(target)
         tensors.append(next(tensors_of(source)))
         duplicates += [(target, other) for renamed, other in sources.items() if renamed != first]
+        further_names += [renamed for renamed in sources if renamed != first]
 
     return Route(
         targets=targets,
         tensors=tensors,
         composed=composed,
         duplicates=tuple(duplicates),
+        further_names=tuple(further_names),
         missing=tuple(missing),
         unexpected=tuple(unexpected),
         clashes=tuple(clashes),

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -38,7 +39,6 @@ from lading.construct import (
     settle_dtypes,
     split,
 )
-from lading.errors import ModelCheckpointMismatchError
 from lading.family import Family
 from lading.gangs import Gangs
 from lading.keymap import Route
@@ -47,6 +47,7 @@ from lading.reading import read_tensors
 from lading.report import Clock, LoadReport
 from lading.resolve import check_family, model_config
 from lading.sidecar import substituted
+from lading.ties import are_same, different_copies, tied_but_different
 from lading.transfer.dtypes import DTYPE_NAMES
 from lading.transfer.fit import name_of
 from lading.transfer.mappings import NOTHING_AHEAD, Ahead, mapped_ahead, may_be_mapped
@@ -162,16 +163,33 @@ def _load(
     )
     manifest = checkpoint.manifest
 
-    with clock.phase("build"):
-        module = build_on_meta(family, config)
-        kls = type(module)  # which FSDP changes
-        # All of the model's, so that a checkpoint fits on all stages of a pipeline or on none.
-        targets = split(module, family, config, gangs, dtype=None if options.dtype == "auto" else options.dtype)
+    catalog = store if gangs.root.rank == 0 else None
+    untied: tuple[str, ...] = ()
+    while True:
+        with clock.phase("build"):
+            module = build_on_meta(family, config)
+            kls = type(module)  # which FSDP changes
+            if family.untie is not None:
+                family.untie(module, untied)
+            # All of the model's, so that a checkpoint fits on all stages of a pipeline or on none.
+            targets = split(module, family, config, gangs, dtype=None if options.dtype == "auto" else options.dtype)
+
+        with clock.phase("plan"):
+            routed = match(manifest, targets, family, config)
+            fit = report_fit(manifest, targets, routed, family=family.name)
+            require_fit(fit, path=checkpoint.where, name=checkpoint.name)
+        if family.untie is None or untied or not routed.duplicates:
+            break
+
+        # Only the numbers tell whether the model is made with one parameter or with several.
+        with clock.phase("fetch"):
+            checkpoint = share(checkpoint, gangs.root, lambda c: acquire(c, catalog and catalog(), progress=progress))
+        with clock.phase("read"):
+            untied = gangs.root.first(partial(different_copies, checkpoint, targets, routed))
+        if not untied:
+            break
 
     with clock.phase("plan"):
-        routed = match(manifest, targets, family, config)
-        fit = report_fit(manifest, targets, routed, family=family.name)
-        require_fit(fit, path=checkpoint.where, name=checkpoint.name)
         order = array("I", routed.targets)
         wanted = Wanted(
             tensors=routed.tensors,
@@ -184,7 +202,6 @@ def _load(
         planned = plan(source, wanted, mapped=options.maps)
 
     with clock.phase("fetch"):
-        catalog = store if gangs.root.rank == 0 else None
         checkpoint = share(checkpoint, gangs.root, lambda c: acquire(c, catalog and catalog(), progress=progress))
         expected = gangs.root.first(
             lambda: expect(
@@ -213,7 +230,7 @@ def _load(
             ahead=ahead,
         )
         by_name = {targets.names[i]: tensor for i, tensor in zip(order, moved.tensors, strict=True)}
-        _check_tied(checkpoint, targets, routed, by_name)
+        _check_tied(checkpoint, config, targets, routed, by_name)
 
     if expected is not None and moved.digests is not None:
         with clock.phase("verify"):
@@ -240,26 +257,17 @@ def _load(
     return module, report
 
 
-def _check_tied(checkpoint: Checkpoint, targets: Targets, routed: Route, loaded: Mapping[str, Tensor]) -> None:
+def _check_tied(
+    checkpoint: Checkpoint, config: Any, targets: Targets, routed: Route, loaded: Mapping[str, Tensor]
+) -> None:
     """A tied parameter may be in the checkpoint under several names, if all of them hold the same."""
     manifest = checkpoint.manifest
     for target, source in routed.duplicates:
         name, copy = targets.names[target], name_of(source, manifest)
         mine = loaded[name]
         (other,) = read_tensors(checkpoint, [source], [DTYPE_NAMES[mine.dtype]], boxes=[targets.boxes[target]])
-        if not _are_same(mine.cpu(), other):
-            raise ModelCheckpointMismatchError(
-                checkpoint.where,
-                f"The configuration of {checkpoint.name} ties {copy!r} to {name!r}, but the "
-                f"checkpoint at {checkpoint.where} holds different values for them. Load it with "
-                "`tied_embeddings: false`.",
-                [f"tied, but different: {copy} and {name}"],
-            )
-
-
-def _are_same(a: Tensor, b: Tensor) -> bool:
-    # By their bytes, NaNs are the same, too.
-    return torch.equal(a, b) or torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+        if not are_same(mine.cpu(), other):
+            raise tied_but_different(checkpoint, config, copy, name)
 
 
 def _sources(routed: Route, targets: Targets) -> list[Source]:

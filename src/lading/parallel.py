@@ -73,9 +73,12 @@ def parallelize(module: Module, family: Family[Any, Any], config: Any, gangs: Ga
 
     if gangs.sdp.size > 1 and plan.units is not None:
         mesh = mesh_of(gangs.sdp if gangs.rdp.size == 1 else gangs.dp)
+        ties = tied_names(module)
         for pattern in plan.units:
-            for unit in _modules(module, pattern).values():
-                fully_shard(unit, mesh=mesh)
+            for name, unit in _modules(module, pattern).items():
+                # FSDP parts a parameter that one unit gathers from its further names outside of it.
+                if all(len({own.startswith(f"{name}.") for own in tied}) == 1 for tied in ties):
+                    fully_shard(unit, mesh=mesh)
         fully_shard(module, mesh=mesh)
 
 

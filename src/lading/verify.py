@@ -17,12 +17,14 @@ from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.check import match
 from lading.checkpoint import Checkpoint, OnDisk, best_copies
+from lading.completion import completed
 from lading.construct import build_on_meta
 from lading.digests import Digests, default_dims, recorded
 from lading.errors import (
     AssetCardError,
     CheckpointNotFoundError,
     CorruptModelCheckpointError,
+    FetchError,
     ModelGatedError,
     NotSupportedError,
 )
@@ -30,7 +32,6 @@ from lading.fetch.file import local_checkpoint
 from lading.filesystem import FileStat
 from lading.formats.safetensors import index_file
 from lading.locate import address_of, card_checkpoint
-from lading.manifest import Manifest
 from lading.resolve import family_of_card, model_config
 from lading.settings import Settings
 from lading.sidecar import base_uri, tp_of
@@ -199,7 +200,7 @@ def _checked_by_tensors(
         return
 
     expected = store.digests(checkpoint.uri, manifest)
-    dims = _family_dims(manifest, card, store) if expected is None else expected.dims
+    dims = _family_dims(checkpoint, card, store) if expected is None else expected.dims
     found: dict[int, Digests] = {}
     for i in chosen:
         part = manifest.only(i)
@@ -261,12 +262,13 @@ def _checked_sidecars(
     return checks, hints
 
 
-def _family_dims(manifest: Manifest, card: AssetCard, store: AssetStore) -> array[int]:
-    """The dims along which ranks would cut the tensors, where the family is known."""
+def _family_dims(checkpoint: Checkpoint, card: AssetCard, store: AssetStore) -> array[int]:
+    """The dims along which ranks would cut the tensors, where the family and its configuration are known."""
+    manifest = checkpoint.manifest
     try:
         family = family_of_card(card)
-        config = model_config(card, family, store)
-    except AssetCardError:
+        config = completed(model_config(card, family, store), family, checkpoint, store=store)
+    except (AssetCardError, FetchError):
         return default_dims(manifest)
 
     targets = targets_of(build_on_meta(family, config), dtype=None)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Module
 
-from lading import load_model
+from lading import convert_checkpoint, load_model, simulate_gangs
 from lading.errors import ModelCheckpointMismatchError
 from lading.families.hg import HuggingFaceModelConfig, get_hg_model_hub
 
@@ -282,3 +282,99 @@ def test_the_model_with_a_tied_head_loads_from_a_checkpoint_without_one(
 
     assert_equal(ours, expected)
     assert ours.lm_head.weight is ours.transformer.wte.weight
+
+
+T5 = {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8, "vocab_size": 64}
+BART = {
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 64, "max_position_embeddings": 16,
+}  # fmt: skip
+
+
+def own_output(state: dict[str, Tensor], table: str, output: str) -> dict[str, Tensor]:
+    return state | {output: state[table] * 0.3 + 1}
+
+
+def all_names(state: dict[str, Tensor], table: str, output: str) -> dict[str, Tensor]:
+    parts = {f"{part}.embed_tokens.weight": state[table].clone() for part in ("encoder", "decoder")}
+    return own_output(state, table, output) | parts
+
+
+def under_a_further_name(state: dict[str, Tensor], table: str, output: str) -> dict[str, Tensor]:
+    state = own_output(state, table, output)
+    return state | {"decoder.embed_tokens.weight": state.pop(table)}
+
+
+@pytest.mark.parametrize(
+    ("kls", "config", "values", "table", "output", "edit"),
+    [
+        ("T5ForConditionalGeneration", "T5Config", T5, "shared.weight", "lm_head.weight", own_output),
+        ("T5ForConditionalGeneration", "T5Config", T5, "shared.weight", "lm_head.weight", all_names),
+        ("T5ForConditionalGeneration", "T5Config", T5, "shared.weight", "lm_head.weight", under_a_further_name),
+        ("MT5ForConditionalGeneration", "MT5Config", T5, "shared.weight", "lm_head.weight", own_output),
+        ("UMT5ForConditionalGeneration", "UMT5Config", T5, "shared.weight", "lm_head.weight", own_output),
+        ("LongT5ForConditionalGeneration", "LongT5Config", T5, "shared.weight", "lm_head.weight", own_output),
+        ("BartForConditionalGeneration", "BartConfig", BART, "model.shared.weight", "lm_head.weight", own_output),
+        (
+            "BertLMHeadModel",
+            "BertConfig",
+            ENCODER | {"is_decoder": True},
+            "bert.embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.weight",
+            own_output,
+        ),
+        ("BertForMaskedLM", "BertConfig", ENCODER, "cls.predictions.bias", "cls.predictions.decoder.bias", own_output),
+        (
+            "Qwen3ForCausalLM",
+            "Qwen3Config",
+            DECODER | {"tie_word_embeddings": True},
+            "model.embed_tokens.weight",
+            "lm_head.weight",
+            own_output,
+        ),
+    ],
+)
+def test_what_is_tied_and_stored_twice_with_other_numbers_stays_apart(
+    tmp_path: Path, kls: str, config: str, values: dict[str, Any], table: str, output: str, edit: Callable[..., Any]
+) -> None:
+    make(Case("tied", kls, config, values), tmp_path)
+    state = edit(load_file(tmp_path / "model.safetensors"), table, output)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    expected = theirs(kls, tmp_path)
+    assert torch.equal(expected.get_parameter(output), state[output])
+
+    ours = get_hg_model_hub().load_model(tmp_path)
+
+    assert_equal(ours, expected)
+    assert ours.all_tied_weights_keys == expected.all_tied_weights_keys
+    # However many devices there are, and however the files are written anew.
+    sharded = get_hg_model_hub().load_model(tmp_path, gangs=simulate_gangs(0, sdp=2))
+    part = sharded.get_parameter(output).to_local()  # type: ignore[attr-defined]
+    assert torch.equal(part, state[output][: len(part)])
+    if kls.startswith(("T5", "Bart")):
+        convert_checkpoint(tmp_path, tmp_path / "out", progress=False)
+        assert_equal(get_hg_model_hub().load_model(tmp_path / "out"), expected)
+
+
+def test_equal_copies_of_what_is_tied_are_one(tmp_path: Path) -> None:
+    make(Case("tied", "T5ForConditionalGeneration", "T5Config", T5), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file(state | {"lm_head.weight": state["shared.weight"].clone()}, tmp_path / "model.safetensors")
+
+    ours = load_model(tmp_path)
+
+    assert ours.lm_head.weight is ours.shared.weight
+
+
+@pytest.mark.parametrize("edit", ["missing", "narrower"])
+def test_counters_of_batches(tmp_path: Path, folder: Callable[[Case], Path], edit: str) -> None:
+    path = folder(next(case for case in CASES if case.id == "convolutions"))
+    state = load_file(path / "model.safetensors")
+    counters = {name: tensor + 3 for name, tensor in state.items() if name.endswith("num_batches_tracked")}
+    assert counters
+    narrow = {} if edit == "missing" else {name: tensor.int() for name, tensor in counters.items()}
+    (tmp_path / "config.json").write_bytes((path / "config.json").read_bytes())
+    state = {name: tensor for name, tensor in state.items() if name not in counters}
+    save_file(state | narrow, tmp_path / "model.safetensors", {"format": "pt"})
+
+    assert_equal(load_model(tmp_path), theirs("ResNetForImageClassification", tmp_path))

@@ -166,7 +166,8 @@ class Counter(Module):
     ("weight", "steps", "problems"),
     [
         ("F64", "I64", ()),
-        ("F32", "I32", ("of another dtype: steps is expected to be I64, but is I32",)),
+        ("F32", "I32", ()),
+        ("F32", "U64", ("of another dtype: steps is expected to be I64, but is U64",)),
         (
             "I64",
             "F32",

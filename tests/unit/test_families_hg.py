@@ -466,7 +466,7 @@ def test_the_classes_of_cards_are_there(home: Path, name: str) -> None:
 def test_a_card_of_a_folder(home: Path, tmp_path: Path) -> None:
     import transformers
 
-    from lading import import_cards
+    from lading import import_cards, verify_model
     from lading.doors import check_model
 
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)).save_pretrained(tmp_path / "model")
@@ -475,6 +475,7 @@ def test_a_card_of_a_folder(home: Path, tmp_path: Path) -> None:
     import_cards(tmp_path / "cards.yaml")
 
     assert check_model("tiny").fits
+    assert verify_model("tiny", progress=False).good
     assert type(load_model("tiny")) is transformers.GPT2LMHeadModel
     (tmp_path / "bad.yaml").write_text(json.dumps(card | {"name": "bad", "model_config": {"model_type": "vision"}}))
     import_cards(tmp_path / "bad.yaml")

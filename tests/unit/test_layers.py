@@ -25,7 +25,7 @@ LAYERS = [
     {"checkpoint", "check"},
     {"locate"},
     {"acquire", "beside", "companions", "completion", "reading", "holdings", "hub_checkpoints", "adoption", "removal"},
-    {"verification"},
+    {"verification", "ties"},
     {"verify", "pull", "export", "export_plan", "planning", "repack", "tokenizer"},
     {"loader", "picture"},
     {"hub", "doors"},

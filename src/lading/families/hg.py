@@ -331,14 +331,25 @@ def _rules(config: HuggingFaceModelConfig, names: Sequence[str]) -> Sequence[Rul
 
 
 def _may_lack(config: HuggingFaceModelConfig, names: Sequence[str]) -> Sequence[str]:
-    """What ``from_pretrained`` says nothing of if it is missing: counters, or positions that are computed."""
-    patterns = _outline(config)._keys_to_ignore_on_load_missing or ()
+    """Return what ``from_pretrained`` does without: positions that are computed, and counters of batches, which
+    checkpoints of old versions of torch lack.
+    """
+    patterns = {*(_outline(config)._keys_to_ignore_on_load_missing or ()), r"(^|\.)num_batches_tracked$"}
 
     return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
 
 
 def _parallel_plan(config: HuggingFaceModelConfig) -> ParallelPlan:
     return plan_of(_outline(config))
+
+
+def _untie(model: Module, names: Sequence[str]) -> None:
+    """Do as ``from_pretrained`` does where both of two tied parameters are stored, and differ."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        owner, tied = model.get_submodule(path), model.get_parameter(name)
+        setattr(owner, leaf, torch.nn.Parameter(torch.empty_like(tied), tied.requires_grad))
+        cast("PreTrainedModel", model).all_tied_weights_keys.pop(name, None)
 
 
 # --- numbers that no checkpoint holds --------------------------------------------------------------------------------
@@ -384,6 +395,7 @@ FAMILY = Family(
     from_hf=_from_hf,
     reads_other_model_types=True,
     complete=_complete,
+    untie=_untie,
     reset_buffers=_reset_buffers,
 )
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lading.compose import Source, shape_of, tensors_of
 from lading.keymap import Route
 from lading.manifest import Manifest
 from lading.transfer.dtypes import FLOATS
 from lading.transfer.targets import Targets
+
+_WIDER: Mapping[str, frozenset[str]] = {
+    "I8": frozenset({"I16", "I32", "I64"}),
+    "I16": frozenset({"I32", "I64"}),
+    "I32": frozenset({"I64"}),
+    "U8": frozenset({"I16", "I32", "I64"}),
+}
+"""The dtypes of integers that hold all numbers of another: counters are stored as narrower ones."""
 
 
 def quantised(manifest: Manifest, targets: Targets, routed: Route) -> list[int]:
@@ -30,12 +40,13 @@ def problems(manifest: Manifest, targets: Targets, routed: Route) -> list[str]:
 
     for target, source in [*_sources(routed), *routed.duplicates]:
         name, shape = name_of(source, manifest), shape_of(source, manifest.shapes)
-        stored = next((d for d in _dtypes(source, manifest) if d != targets.dtypes[target]), None)
+        wanted = targets.dtypes[target]
+        stored = next((d for d in _dtypes(source, manifest) if d != wanted and wanted not in _WIDER.get(d, ())), None)
         if shape != targets.shapes[target]:
             expected, is_ = list(targets.shapes[target]), list(shape)
             found.append(f"mis-shaped: {name} is expected to be {expected}, but is {is_}")
         elif not _is_float(targets, target) and stored is not None:
-            found.append(f"of another dtype: {name} is expected to be {targets.dtypes[target]}, but is {stored}")
+            found.append(f"of another dtype: {name} is expected to be {wanted}, but is {stored}")
 
     return found
 
