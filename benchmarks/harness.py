@@ -51,16 +51,30 @@ def warm(files: Sequence[Path]) -> None:
                 pass
 
 
-def have_memory(size: int) -> None:
-    """Touch and free ``size`` bytes.
+REST = 3.0
+"""Seconds after which a host that takes back free memory has done so."""
 
-    Pages that the host took back cost ten times more at their first touch: have them before the clock starts.
-    """
+
+def have_memory(size: int) -> None:
+    """Touch and free ``size`` bytes, so that the host of a virtual machine backs them when the clock starts."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     for at in range(0, size, 4096):
         memory[at] = 1
     memory.close()
+
+
+def prepare_memory(state: str, size: int) -> None:
+    """Bring memory into a state: ``found``, after a rest without any touch, or ``backed``, ``size`` bytes."""
+    if state == "found":
+        time.sleep(REST)
+    else:
+        have_memory(size)  # last, as what has been free for a second may be gone again
+
+
+def split(found: Runs, state: str) -> Runs:
+    """Return the runs of one state of memory, by contender."""
+    return {name.partition(": ")[2]: runs for name, runs in found.items() if name.startswith(f"{state}: ")}
 
 
 def timed(load: Callable[[], Any], touch: Callable[[Any], None]) -> dict[str, float]:

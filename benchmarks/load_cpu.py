@@ -1,6 +1,6 @@
 """How fast a checkpoint becomes a model on the CPU, beside what else there is.
 
-    python benchmarks/load_cpu.py                     # warm and cold, all peers that are installed
+    python benchmarks/load_cpu.py                     # all states, all peers that are installed
     python benchmarks/load_cpu.py --rounds 9 --only lading safetensors floor
     FAIRSEQ2_PYTHON=/path/to/venv/bin/python python benchmarks/load_cpu.py
 
@@ -8,6 +8,10 @@ The checkpoint is a Qwen 3 of 2.15 GB with random bfloat16 weights in five shard
 is a fresh process; the contenders take turns, so that a machine that slows down slows all of them. "total" is the load
 plus touching every page of every parameter, without which mapping would look free. Memory is the peak beyond the level
 after imports. Absolute times move from machine to machine; the ratios are what counts.
+
+Three states: *as found*, files in the page cache and memory as after a rest of three seconds, as people find their
+machines; *backed*, the same, but memory was touched and freed just before, so that a virtual machine's host has it at
+hand; *cold*, files on the disk, memory backed. The first two are one interleaved run.
 """
 
 from __future__ import annotations
@@ -313,12 +317,25 @@ CONTENDERS: dict[str, tuple[Callable[[Path], Loader], str | None]] = {
     "hashed floor": (hashed_floor, None),
     "hashed mapped floor": (mapped_floor, None),
 }
-WARM = tuple(name for name in CONTENDERS if name != "direct floor")
+BACKED = tuple(name for name in CONTENDERS if name != "direct floor")
+
+FOUND = (
+    "lading", "lading mmap", "lading verified", "lading float32", "safetensors cloned", "transformers",
+    "transformers float32", "dcp", "fastsafetensors", "runai", "fairseq2", "floor",
+)  # fmt: skip
+"""The contenders for which the state of memory is of interest."""
 
 COLD = ("lading", "lading verified", "lading mmap", "transformers", "dcp", "fastsafetensors", "runai", "direct floor")
 """The contenders for which cold files are of interest; the others would only wait for the disk in the same way."""
 
-WARM_BARS = [
+FOUND_BARS = [
+    ("own memory", "lading", "dcp", 0.65),
+    ("own memory", "lading", "safetensors cloned", 0.65),
+    ("float32", "lading float32", "transformers float32", 0.95),
+    ("float32, aim", "lading float32", "transformers float32", 0.6),
+    ("mapped", "lading mmap", "transformers", 0.5),
+]
+BACKED_BARS = [
     ("B1", "lading", "dcp", 0.75),
     ("B1", "lading", "fastsafetensors", 0.6),
     ("B1", "lading", "fairseq2", 0.14),
@@ -340,16 +357,20 @@ COLD_BARS = [
 ]
 
 
+STATES = {"found": (FOUND, FOUND_BARS), "backed": (BACKED, BACKED_BARS), "cold": (COLD, COLD_BARS)}
+"""The contenders and the goals of each state."""
+
+
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def run_one(name: str, cold: bool) -> None:
+def run_one(name: str, state: str) -> None:
     """Run one contender in this process, and print what was measured as JSON."""
     folder = DATA / "checkpoint"
     load = CONTENDERS[name][0](folder)
 
-    (harness.evict if cold else harness.warm)(shards(folder))
-    harness.have_memory(5 << 30)  # last, as what has been free for a second may be gone again
+    (harness.evict if state == "cold" else harness.warm)(shards(folder))
+    harness.prepare_memory(state, 5 << 30)
 
     print(json.dumps(harness.timed(load, _touch)))
 
@@ -382,14 +403,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS))
-    parser.add_argument("--warm-only", action="store_true")
+    parser.add_argument("--states", nargs="+", choices=list(STATES), default=list(STATES))
     parser.add_argument("--save", metavar="NAME", help="keep the figures as benchmarks/results/NAME.json")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--cold", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--state", choices=list(STATES), help=argparse.SUPPRESS)
     options = parser.parse_args()
 
     if options.one:
-        run_one(options.one, options.cold)
+        run_one(options.one, options.state)
         return
 
     folder = make_checkpoint()
@@ -397,18 +418,24 @@ def main() -> None:
     harness.evict(shards(folder))
     harness.warm(shards(folder))
     names = {name: python for name in options.only or CONTENDERS if (python := installed(name))}
-    results = {"benchmark": "load_cpu", "machine": harness.machine(), "rounds": options.rounds}
-    for temperature in ("warm",) if options.warm_only else ("warm", "cold"):
-        flag = ["--cold"] if temperature == "cold" else []
+    results = {
+        "benchmark": "load_cpu",
+        "machine": harness.machine(),
+        "rounds": options.rounds,
+        "load_average": os.getloadavg()[0],
+    }
+    for states in (("found", "backed"), ("cold",)):
         commands = {
-            name: [python, __file__, "--one", name, *flag]
+            f"{state}: {name}": [python, __file__, "--one", name, "--state", state]
             for name, python in names.items()
-            if name in (WARM if temperature == "warm" else COLD)
+            for state in states
+            if state in options.states and name in STATES[state][0]
         }
         found = harness.interleave(commands, options.rounds)
-        results[temperature] = found
-        bars = WARM_BARS if temperature == "warm" else COLD_BARS
-        print(f"\n{temperature}\n\n{harness.table(found)}\n\n{harness.ratios(found, bars)}", flush=True)
+        for state in (each for each in states if each in options.states):
+            results[state] = harness.split(found, state)
+            table, ratios = harness.table(results[state]), harness.ratios(results[state], STATES[state][1])
+            print(f"\n{state}\n\n{table}\n\n{ratios}", flush=True)
 
     if options.save:
         harness.save(options.save, results)

@@ -1,12 +1,13 @@
 """How fast one rank of gangs gets its part of a checkpoint on the CPU, beside what else there is.
 
-    python benchmarks/load_gangs.py                          # warm and cold
+    python benchmarks/load_gangs.py                          # all states
     python benchmarks/load_gangs.py --rounds 9 --only 'lading tp=4' 'safetensors tp=4'
 
 The checkpoint is that of ``load_cpu.py``, 2.15 GB. Each run is a fresh process that is rank 0 of a world of four, of
 which it alone exists: nothing is sent, and what is measured is what a rank does by itself. Process group, imports and
-lists of shapes are had before the clock starts; the rest is as in ``load_cpu.py``. "read" is what went through system
-calls that read, which a mapping does without; "beyond owned" is the peak of memory less the parameters of the rank.
+lists of shapes are had before the clock starts; the states and the rest are as in ``load_cpu.py``. "read" is what went
+through system calls that read, which a mapping does without; "beyond owned" is the peak of memory less the parameters
+of the rank.
 
 - ``lading``: ``load_model`` with simulated gangs, from the catalog to the model.
 - ``lading+sidecar``: the same after ``lading repack bench --tp 4``, in a catalog and a cache of its own.
@@ -187,17 +188,22 @@ CONTENDERS = {
     for library in LIBRARIES
     if library not in TP_ONLY or world == "tp=4"
 }
-TIMES = [
-    ("B7", "lading tp=4", "safetensors tp=4", 0.7),
-    ("B7", "lading tp=4", "transformers tp=4", 0.6),
-    ("B7", "lading tp=4", "dcp tp=4", 0.3),
-    ("B8", "lading sdp=4", "dcp sdp=4", 0.3),
-]
-"""Ratios of totals to reach, warm."""
+TIMES = {
+    "found": [("rank", "lading tp=4", "safetensors tp=4", 0.7)],
+    "backed": [
+        ("B7", "lading tp=4", "safetensors tp=4", 0.7),
+        ("B7", "lading tp=4", "transformers tp=4", 0.6),
+        ("B7", "lading tp=4", "dcp tp=4", 0.3),
+        ("B8", "lading sdp=4", "dcp sdp=4", 0.3),
+    ],
+    "cold": [],
+}
+"""Ratios of totals to reach, by state."""
 BEYOND = 32 << 20
 """Bytes that the peak of memory may have beyond what a rank owns."""
 SHARES = {
-    "warm": [("B8", "lading sdp=4", "read_bytes", 0.26)],
+    "found": [],
+    "backed": [("B8", "lading sdp=4", "read_bytes", 0.26)],
     "cold": [("B7", "lading tp=4", "disk_bytes", 0.46), ("B7", "lading+sidecar tp=4", "disk_bytes", 0.265)],
 }
 """Of the bytes of the checkpoint, by what was measured."""
@@ -206,15 +212,15 @@ SHARES = {
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def run_one(name: str, cold: bool) -> None:
+def run_one(name: str, state: str) -> None:
     """Run one contender in this process, and print what was measured as JSON."""
     folder = DATA / "checkpoint"
     library, world = CONTENDERS[name]
     load = LIBRARIES[library](folder, SIZES[world])
 
     files = [*load_cpu.shards(folder), *CACHE.rglob("*.safetensors")]
-    (harness.evict if cold else harness.warm)(files)
-    harness.have_memory(2 << 30)
+    (harness.evict if state == "cold" else harness.warm)(files)
+    harness.prepare_memory(state, 2 << 30)
 
     before = harness.io("rchar")
     owned: list[int] = []
@@ -229,8 +235,8 @@ def touch(result: Any) -> int:
 
     size = 0
     for tensor in result.values() if isinstance(result, dict) else result.parameters():
-        local = tensor.detach()
-        local = local.to_local() if hasattr(local, "to_local") else local
+        # Not through autograd, which costs a distributed tensor more than the touch does.
+        local = getattr(tensor, "_local_tensor", tensor).detach()
         local.reshape(-1).view(torch.uint8)[::4096].sum()
         size += local.nbytes
 
@@ -260,14 +266,14 @@ def table(found: harness.Runs) -> list[list[str]]:
     return [head, *sorted(rows, key=lambda row: list(SIZES).index(row[0]))]
 
 
-def goals(found: harness.Runs, temperature: str) -> list[list[str]]:
+def goals(found: harness.Runs, state: str) -> list[list[str]]:
     """What is to be reached, and what was."""
     rows = [["goal", "figure", "median", "goal: at most", ""]]
 
     def add(goal: str, what: str, figure: float, most: float, shown: str, most_shown: str) -> None:
         rows.append([goal, what, shown, most_shown, "met" if figure <= most else "missed"])
 
-    for goal, one, other, most in TIMES if temperature == "warm" else ():
+    for goal, one, other, most in TIMES[state]:
         if one in found and other in found:
             pairs = zip(found[one], found[other], strict=True)
             ratio = statistics.median(a["total_s"] / b["total_s"] for a, b in pairs)
@@ -276,7 +282,7 @@ def goals(found: harness.Runs, temperature: str) -> list[list[str]]:
         if name.startswith("lading"):
             beyond = harness.median(runs, "beyond_bytes")
             add("B7", f"memory beyond owned, {name}", beyond, BEYOND, f"{beyond / 2**20:.0f} MiB", "32 MiB")
-    for goal, name, figure, most in SHARES[temperature]:
+    for goal, name, figure, most in SHARES[state]:
         if name in found:
             share = harness.median(found[name], figure) / whole()
             what = "read" if figure == "read_bytes" else "from disk"
@@ -301,14 +307,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS))
-    parser.add_argument("--warm-only", action="store_true")
+    parser.add_argument("--states", nargs="+", choices=list(TIMES), default=list(TIMES))
     parser.add_argument("--save", metavar="NAME", help="keep the figures as benchmarks/results/NAME.json")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--cold", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--state", choices=list(TIMES), help=argparse.SUPPRESS)
     options = parser.parse_args()
 
     if options.one:
-        run_one(options.one, options.cold)
+        run_one(options.one, options.state)
         return
 
     load_cpu.make_checkpoint(CATALOG)
@@ -323,14 +329,20 @@ def main() -> None:
         "load_average": os.getloadavg()[0],
     }
     names = [name for name in options.only or CONTENDERS if _installed(CONTENDERS[name][0])]
-    for temperature in ("warm",) if options.warm_only else ("warm", "cold"):
-        flag = ["--cold"] if temperature == "cold" else []
-        commands = {name: [sys.executable, __file__, "--one", name, *flag] for name in names}
-        found = harness.interleave(commands, options.rounds)
-        tables = {temperature: table(found), f"{temperature}-goals": goals(found, temperature)}
-        results |= {part: {"rows": rows} for part, rows in tables.items()}
-        results[f"{temperature}-runs"] = found
-        print(f"\n{temperature}\n\n" + "\n\n".join(map(markdown, tables.values())), flush=True)
+    for states in (("found", "backed"), ("cold",)):
+        states = [state for state in states if state in options.states]
+        commands = {
+            f"{state}: {name}": [sys.executable, __file__, "--one", name, "--state", state]
+            for name in names
+            for state in states
+        }
+        runs = harness.interleave(commands, options.rounds)
+        for state in states:
+            found = harness.split(runs, state)
+            tables = {state: table(found), f"{state}-goals": goals(found, state)}
+            results |= {part: {"rows": rows} for part, rows in tables.items()}
+            results[f"{state}-runs"] = found
+            print(f"\n{state}\n\n" + "\n\n".join(map(markdown, tables.values())), flush=True)
         if options.save:
             harness.save(options.save, results)
 

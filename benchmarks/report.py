@@ -23,8 +23,7 @@ import load_cuda
 ROOT = harness.HERE.parent
 PAGES = (*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md")
 BARS = {
-    ("load_cpu", "warm"): load_cpu.WARM_BARS,
-    ("load_cpu", "cold"): load_cpu.COLD_BARS,
+    **{("load_cpu", state): bars for state, (_, bars) in load_cpu.STATES.items()},
     ("load_cuda", "warm"): load_cuda.BARS,
     ("load_cuda", "cold"): load_cuda.BARS[1:],
 }

@@ -315,5 +315,6 @@ def _report(
         bytes_mapped=mapped,
         bytes_copied=copied,
         reads=moved.reads,
+        pages=moved.pages,
         phases=dict(clock.phases),
     )

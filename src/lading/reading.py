@@ -6,7 +6,6 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lading.box import Box
@@ -59,7 +58,7 @@ def read_tensors(
     planned = plan(checkpoint.manifest, _wanted(sources, boxes, dtypes), mapped=mmap)
     shapes = [(box.sizes, dtype) for box, dtype in zip(boxes, dtypes, strict=True)]
 
-    return execute(planned, checkpoint.here(), shapes, device=torch.device("cpu"))
+    return execute(planned, checkpoint.here(), shapes)
 
 
 class Witness:
@@ -113,7 +112,7 @@ def _witnessed(
     planned = plan(part, wanted)
     hasher = Hasher(part, [witness.dims[position] for position in positions], planned, wanted)
     shapes = [(box.sizes, dtype) for box, dtype in zip(boxes, wanted.dtypes, strict=True)]
-    read = execute(planned, checkpoint.here(), shapes, device=torch.device("cpu"), hasher=hasher)
+    read = execute(planned, checkpoint.here(), shapes, hasher=hasher)
     witness.take(positions, hasher.digests())
     tensors |= dict(zip(plain, read, strict=True))
 

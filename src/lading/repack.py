@@ -271,7 +271,7 @@ def _matrix(checkpoint: Checkpoint, digests: Digests, i: int) -> Tensor:
     wanted = Wanted(tensors=[0], boxes=[Box.whole(shape)], dtypes=[dtype])
     planned = plan(part, wanted)
     hasher = Hasher(part, [digests.dims[i]], planned, wanted)
-    (tensor,) = execute(planned, checkpoint.here(), [(shape, dtype)], device=torch.device("cpu"), hasher=hasher)
+    (tensor,) = execute(planned, checkpoint.here(), [(shape, dtype)], hasher=hasher)
 
     expected, found = digests.of(checkpoint.manifest, i), hasher.digests().of(part, 0)
     if expected is None or found != expected:

@@ -30,6 +30,8 @@ class LoadReport:
     """Bytes that were copied once more, where a shard is smaller than that of the first rank: FSDP pads it."""
     reads: int
     """Reads after neighbours were joined."""
+    pages: Mapping[str, int]
+    """Bytes of CPU memory by the size of the pages that were chosen for them, the most frequent first."""
     phases: Mapping[str, float]
     """Seconds of each phase, in the order in which they ran."""
 

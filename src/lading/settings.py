@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import platformdirs
 
@@ -30,6 +30,9 @@ class Settings:
     offline: bool
     """Whether no socket may be opened. ``LADING_OFFLINE`` or ``HF_HUB_OFFLINE``, the latter as huggingface_hub reads
     it."""
+    huge_pages: Literal["auto", "always", "never"] = "auto"
+    """The pages of the memory that a load fills: as large as is cheap, always large, or always small.
+    ``LADING_HUGE_PAGES``."""
 
     @property
     def catalog_id(self) -> str:
@@ -54,7 +57,7 @@ class Settings:
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Self:
         """Read the settings from ``environ`` (default: the process's environment).
 
-        :raises SettingsError: ``LADING_OFFLINE`` says neither yes nor no.
+        :raises SettingsError: ``LADING_OFFLINE`` says neither yes nor no, or ``LADING_HUGE_PAGES`` is unknown.
         """
         env = os.environ if environ is None else environ
 
@@ -70,6 +73,7 @@ class Settings:
             env=env.get("LADING_ENV", "").strip() or None,
             offline=_switch("LADING_OFFLINE", env.get("LADING_OFFLINE", ""))
             or _hub_switch(env.get("HF_HUB_OFFLINE", "")),
+            huge_pages=_huge_pages(env.get("LADING_HUGE_PAGES", "")),
         )
 
 
@@ -87,6 +91,21 @@ def _switch(name: str, value: str) -> bool:
         )
 
     return said in _YES
+
+
+def _huge_pages(value: str) -> Literal["auto", "always", "never"]:
+    match value.strip().lower():
+        case "" | "auto":
+            return "auto"
+        case "always":
+            return "always"
+        case "never":
+            return "never"
+
+    raise SettingsError(
+        f"LADING_HUGE_PAGES is expected to be auto, always or never, but is {value!r}. Set it to one of these, or "
+        "unset it."
+    )
 
 
 def _hub_switch(value: str) -> bool:

@@ -182,9 +182,7 @@ def test_executing_equals_composing_and_slicing(data: st.DataObject, mapped: boo
             composed={i: source for i, source in enumerate(wanted_sources) if not isinstance(source, int)},
         )
         planned = plan(manifest, wanted, mapped=mapped)
-        found = execute(
-            planned, files, list(zip([b.sizes for b in parts], memory, strict=True)), device=torch.device("cpu")
-        )
+        found = execute(planned, files, list(zip([b.sizes for b in parts], memory, strict=True)))
         for source, box, dtype, tensor in zip(wanted_sources, parts, memory, found, strict=True):
             whole = compose(source, [t.to(TORCH_DTYPES[dtype]) for t in tensors])
             assert tensor.dtype == TORCH_DTYPES[dtype]

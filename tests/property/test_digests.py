@@ -155,19 +155,18 @@ def test_a_load_takes_the_digests_of_the_definition(
 ) -> None:
     manifest, dims, wanted = load
     shapes = [(box.sizes, dtype) for box, dtype in zip(wanted.boxes, wanted.dtypes, strict=True)]
-    cpu = torch.device("cpu")
 
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr("lading.transfer.plan.LONG_RUN", long_run)
         patch.setattr("lading.transfer.plan.GAP", gap)
         contents, files = write(folder, manifest, seed)
         planned = plan(manifest, wanted, mapped=mapped)
-        plain = execute(planned, files, shapes, device=cpu)
+        plain = execute(planned, files, shapes)
 
         patch.setattr(OpenShard, "is_cold", lambda self, offset: cold)
         with leaves_of(leaf):
             hasher = Hasher(manifest, dims, planned, wanted)
-            loaded = execute(planned, files, shapes, device=cpu, threads=threads, hasher=hasher)
+            loaded = execute(planned, files, shapes, threads=threads, hasher=hasher)
             found = hasher.digests()
             groups = [cut(*column).group for column in zip(manifest.dtypes, manifest.shapes, dims, strict=True)]
 

@@ -134,7 +134,7 @@ def test_executing_equals_load_whole_then_slice(data: st.DataObject, tp: int, ma
         planned = plan(source, found, mapped=mapped)
         hasher = Hasher(source, default_dims(source), planned, found) if hashed else None
         shapes = [(box.sizes, dtype) for box, dtype in zip(found.boxes, found.dtypes, strict=True)]
-        tensors = execute(planned, files, shapes, device=torch.device("cpu"), threads=2, hasher=hasher)
+        tensors = execute(planned, files, shapes, threads=2, hasher=hasher)
         if hasher is not None and sidecar is not None:
             parts = hash_checkpoint(manifest, files[:-1]), hash_checkpoint(sidecar.manifest, files[-1:])
             whole, seen = digests_joined(*parts), hasher.digests()

@@ -24,11 +24,10 @@ from lading.transfer.exchange import execute_together
 from lading.transfer.execute import execute, hash_checkpoint
 from lading.transfer.files import ShardFile
 from lading.transfer.hashing import Hasher
+from lading.transfer.memory import HostArena
 from lading.transfer.plan import Wanted, plan
 from lading.transfer.together import Demand, Index, Joint
 from transfer_cases import manifests, wanted_of
-
-CPU = torch.device("cpu")
 
 
 @dataclass
@@ -111,7 +110,7 @@ def test_each_gets_what_it_would_have_read(case: tuple[Manifest, list[Wanted]], 
                 schedule = joint.schedule(hasher)
                 tensors = execute_together(
                     plans[rank], joint, schedule, files, shapes_of(wanted[rank]),
-                    host=ranks.host(rank), device=CPU, hasher=hasher,  # type: ignore[arg-type]
+                    host=ranks.host(rank), arena=HostArena(plans[rank].arena_bytes), hasher=hasher,  # type: ignore[arg-type]
                 )  # fmt: skip
             except BaseException:
                 ranks.barrier.abort()
@@ -122,7 +121,7 @@ def test_each_gets_what_it_would_have_read(case: tuple[Manifest, list[Wanted]], 
             found = list(pool.map(run, range(size)))
 
         for planned, each, (tensors, _, _) in zip(plans, wanted, found, strict=True):
-            expected = execute(planned, files, shapes_of(each), device=CPU)
+            expected = execute(planned, files, shapes_of(each))
             assert all(map(same, tensors, expected))
 
         joint = Joint(manifest, demands)

@@ -150,9 +150,7 @@ def test_executing_equals_load_whole_then_slice(
             files.append(ShardFile(path=path, stat=FileStat.from_stat(path.stat())))
 
         shapes = [(box.sizes, dtype) for box, dtype in zip(wanted.boxes, wanted.dtypes, strict=True)]
-        tensors = execute(
-            plan(manifest, wanted, mapped=mapped), files, shapes, device=torch.device("cpu"), threads=threads
-        )
+        tensors = execute(plan(manifest, wanted, mapped=mapped), files, shapes, threads=threads)
 
     for tensor, i, box, dtype in zip(tensors, wanted.tensors, wanted.boxes, wanted.dtypes, strict=True):
         begin, whole = manifest.offsets[i], Box.whole(manifest.shapes[i])

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from array import array
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,10 +37,8 @@ from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.execute import execute, hash_checkpoint
 from lading.transfer.files import ShardFile, open_shard
 from lading.transfer.hashing import Hasher
-from lading.transfer.memory import RingStage
+from lading.transfer.memory import HostArena, RingStage
 from lading.transfer.plan import Wanted, plan
-
-CPU = torch.device("cpu")
 
 
 def write(path: Path, tensor: torch.Tensor) -> ShardFile:
@@ -63,7 +62,7 @@ def load(tensor: torch.Tensor, file: ShardFile, dtype: str = "F32", mapped: bool
     manifest = manifest_of(tensor, "F32")
     box = Box.whole(tensor.shape)
     planned = plan(manifest, Wanted(tensors=[0], boxes=[box], dtypes=[dtype]), mapped=mapped)
-    (loaded,) = execute(planned, [file], [(box.sizes, dtype)], device=CPU, threads=2)
+    (loaded,) = execute(planned, [file], [(box.sizes, dtype)], threads=2)
     return loaded
 
 
@@ -97,7 +96,7 @@ def test_a_tensor_pickles_as_just_its_own_bytes(tmp_path: Path, mapped: bool) ->
     manifest = manifest_of(tensor, "F32")
     box = Box((0, 0), (1, 500_000))
     planned = plan(manifest, Wanted(tensors=[0, 0], boxes=[box, box.shift((1, 0))], dtypes=["F32"] * 2), mapped=mapped)
-    first, _ = execute(planned, [file], [(box.sizes, "F32")] * 2, device=CPU)
+    first, _ = execute(planned, [file], [(box.sizes, "F32")] * 2)
     buffer = io.BytesIO()
     torch.save(first, buffer)
     assert len(buffer.getvalue()) < 2_010_000
@@ -221,7 +220,7 @@ def test_cold_files_are_read_past_the_page_cache(tmp_path: Path, offset: int, dt
     box = Box.whole(tensor.shape)
     planned = plan(manifest, Wanted(tensors=[0], boxes=[box], dtypes=[dtype]))
     file = ShardFile(path=path, stat=FileStat.from_stat(path.stat()))
-    (loaded,) = execute(planned, [file], [(box.sizes, dtype)], device=CPU)
+    (loaded,) = execute(planned, [file], [(box.sizes, dtype)])
     assert loaded.equal(tensor.to(loaded.dtype))
 
 
@@ -278,7 +277,7 @@ def test_parts_of_columns(
     manifest = replace(manifest_of(tensor, "F32"), offsets=array("q", [offset]))
     planned = plan(manifest, Wanted(tensors=[0], boxes=[box], dtypes=[dtype]))
     file = ShardFile(path=path, stat=FileStat.from_stat(path.stat()))
-    (loaded,) = execute(planned, [file], [(box.sizes, dtype)], device=CPU, threads=2)
+    (loaded,) = execute(planned, [file], [(box.sizes, dtype)], threads=2)
 
     expected = tensor[tuple(map(slice, box.starts, box.ends))]
     assert loaded.equal(expected.to(loaded.dtype))
@@ -327,6 +326,7 @@ class SlowDevice:
     """A device whose copies pass later, by themselves, as those of a stream do."""
 
     on_host = False
+    pages: Mapping[str, int] = {}
 
     def __init__(self, size: int) -> None:
         self.bytes = torch.zeros(size, dtype=torch.uint8)
@@ -367,22 +367,16 @@ def test_a_ring_never_reuses_a_buffer_that_is_still_being_copied(
 ) -> None:
     for each in (reader, execution):
         monkeypatch.setattr(each, "STEP", 64 << 10)
-    devices: list[SlowDevice] = []
-
-    def create(size: int, device: torch.device) -> SlowDevice:
-        devices.append(SlowDevice(size))
-        return devices[-1]
-
-    monkeypatch.setattr(execution, "create_arena", create)
     tensor = torch.randn(1 << 10, 1 << 10)  # 64 steps
     file = write(tmp_path / "x", tensor)
     box = Box((0, 256), (1 << 10, 512)) if rows else Box.whole(tensor.shape)
     planned = plan(manifest_of(tensor, "F32"), Wanted(tensors=[0], boxes=[box], dtypes=[dtype]))
-    (loaded,) = execute(planned, [file], [(box.sizes, dtype)], device=CPU, threads=threads)
-    devices[0].jobs.put(None)
+    device = SlowDevice(planned.arena_bytes)
+    (loaded,) = execute(planned, [file], [(box.sizes, dtype)], arena=device, threads=threads)
+    device.jobs.put(None)
 
     assert loaded.equal(tensor[:, box.starts[1] : box.ends[1]].to(loaded.dtype))
-    assert len(devices[0].stages) <= threads
+    assert len(device.stages) <= threads
 
 
 # --- digests ----------------------------------------------------------------------------------------------------------
@@ -444,7 +438,7 @@ def test_digests_are_taken_on_the_way(tmp_path: Path, cold: bool, mapped: bool, 
     if cold:
         evict(file.path)
     shapes = [(box.sizes, d) for box, d in zip(boxes, wanted.dtypes, strict=True)]
-    tensors = execute(planned, [file], shapes, device=CPU, hasher=hasher)
+    tensors = execute(planned, [file], shapes, hasher=hasher)
 
     assert roots(manifest, hasher.digests()) == references(manifest, file, DIMS)
     assert bytes(hasher.vouched) == bytes([1] * 5)
@@ -478,9 +472,7 @@ def test_a_file_that_is_cut_is_not_hashed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("rank", [0, 3])
-def test_the_part_of_a_rank_is_vouched_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, on_device: bool, rank: int
-) -> None:
+def test_the_part_of_a_rank_is_vouched_for(tmp_path: Path, dtype: str, on_device: bool, rank: int) -> None:
     # Columns whose gaps are read, and columns whose gaps are not; long runs; rows.
     shapes = [(800, 6144), (50, 60_000), (3, 8, 300_000), (64, 1000)]
     dims = [1, 1, 1, 0]
@@ -490,13 +482,12 @@ def test_the_part_of_a_rank_is_vouched_for(
         size = shape[dim] // 4
         starts = tuple(rank * size if d == dim else 0 for d in range(len(shape)))
         boxes.append(Box(starts, tuple(size if d == dim else n for d, n in enumerate(shape))))
-    if on_device:
-        monkeypatch.setattr(execution, "create_arena", lambda size, device: SlowDevice(size))
     wanted = Wanted(tensors=range(4), boxes=boxes, dtypes=[dtype] * 4)
     planned = plan(manifest, wanted)
     assert len(planned.rows.counts) == 2
     hasher = Hasher(manifest, dims, planned, wanted)
-    execute(planned, [file], [(box.sizes, dtype) for box in boxes], device=CPU, hasher=hasher)
+    arena = SlowDevice(planned.arena_bytes) if on_device else HostArena(planned.arena_bytes)
+    execute(planned, [file], [(box.sizes, dtype) for box in boxes], arena=arena, hasher=hasher)
 
     assert bytes(hasher.vouched) == bytes([1] * 4)
     found, whole = hasher.digests(), hash_checkpoint(manifest, [file], dims)
@@ -511,7 +502,7 @@ def test_blocks_across_parts_that_are_wanted_one_after_the_other(tmp_path: Path)
     wanted = Wanted(tensors=[0, 0, 0], boxes=boxes, dtypes=["BF16"] * 3)
     planned = plan(manifest, wanted)
     hasher = Hasher(manifest, [0], planned, wanted)
-    execute(planned, [file], [(box.sizes, "BF16") for box in boxes], device=CPU, hasher=hasher)
+    execute(planned, [file], [(box.sizes, "BF16") for box in boxes], hasher=hasher)
 
     assert bytes(hasher.vouched) == bytes([1, 1, 1])
     assert roots(manifest, hasher.digests()) == references(manifest, file, [0])
@@ -523,7 +514,7 @@ def test_a_part_that_ends_within_a_block_is_not_vouched_for(tmp_path: Path) -> N
     wanted = Wanted(tensors=[0], boxes=[box], dtypes=["BF16"])
     planned = plan(manifest, wanted)
     hasher = Hasher(manifest, [0], planned, wanted)
-    execute(planned, [file], [(box.sizes, "BF16")], device=CPU, hasher=hasher)
+    execute(planned, [file], [(box.sizes, "BF16")], hasher=hasher)
 
     assert bytes(hasher.vouched) == bytes([0])
     assert list(hasher.digests().known) == [0b1110]
@@ -536,7 +527,7 @@ def test_parts_in_any_order(tmp_path: Path, mapped: bool) -> None:
     wanted = Wanted(tensors=[0, 0, 0], boxes=boxes, dtypes=["BF16"] * 3)
     planned = plan(manifest, wanted, mapped=mapped)
     hasher = Hasher(manifest, [0], planned, wanted)
-    execute(planned, [file], [(box.sizes, "BF16") for box in boxes], device=CPU, hasher=hasher)
+    execute(planned, [file], [(box.sizes, "BF16") for box in boxes], hasher=hasher)
 
     assert bytes(hasher.vouched) == bytes([1, 1, 1])
     assert roots(manifest, hasher.digests()) == references(manifest, file, [0])
@@ -558,7 +549,7 @@ def test_bytes_that_are_read_twice_must_be_the_same(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(module.os, "preadv", flipping)
     hasher = Hasher(manifest, [0], planned, wanted)
-    execute(planned, [file], [(box.sizes, "BF16")] * 2, device=CPU, hasher=hasher)
+    execute(planned, [file], [(box.sizes, "BF16")] * 2, hasher=hasher)
     with pytest.raises(CorruptModelCheckpointError, match="block 0 of tensor 't0' was read twice"):
         hasher.digests()
 

@@ -20,10 +20,9 @@ from lading.manifest import Manifest, Shard
 from lading.transfer.execute import execute
 from lading.transfer.files import ShardFile
 from lading.transfer.mappings import CELL, NOTHING_AHEAD, Ahead, Range, cells_of, mapped_ahead, may_be_mapped
-from lading.transfer.memory import HUGE_PAGE
+from lading.transfer.pages import BLOCK
 from lading.transfer.plan import PAGE, Wanted, plan
 
-CPU = torch.device("cpu")
 ROWS = 32  # of a MiB each
 
 ranges = st.lists(
@@ -43,7 +42,7 @@ def test_cells_hold_all_ranges_and_little_else(wanted: list[Range]) -> None:
         assert number * CELL <= parts[0][0]
         assert parts[-1][1] <= (number + 1) * CELL
         assert all(begin < end for begin, end in parts)
-        assert all(after - before >= HUGE_PAGE for (_, before), (after, _) in pairwise(parts))
+        assert all(after - before >= BLOCK for (_, before), (after, _) in pairwise(parts))
 
     for shard, begin, end in wanted:
         at = begin
@@ -53,7 +52,7 @@ def test_cells_hold_all_ranges_and_little_else(wanted: list[Range]) -> None:
 
     whole = sum(end - begin for parts in cells.values() for begin, end in parts)
     gaps = sum(len(parts) for parts in cells.values()) + len(wanted)
-    assert whole <= sum(end - begin for _, begin, end in wanted) + gaps * (HUGE_PAGE + PAGE)
+    assert whole <= sum(end - begin for _, begin, end in wanted) + gaps * (BLOCK + PAGE)
 
 
 def checkpoint(path: Path, seed: int = 0) -> tuple[Manifest, list[ShardFile], torch.Tensor]:
@@ -92,7 +91,7 @@ def mapped(
 ) -> torch.Tensor:
     box = box or Box.whole(manifest.shapes[0])
     planned = plan(manifest, Wanted(tensors=[0], boxes=[box], dtypes=[dtype]), mapped=True)
-    (loaded,) = execute(planned, files, [(box.sizes, dtype)], device=CPU, ahead=ahead)
+    (loaded,) = execute(planned, files, [(box.sizes, dtype)], ahead=ahead)
     return loaded
 
 

@@ -49,6 +49,18 @@ def test_what_says_neither_yes_nor_no(text: str) -> None:
         Settings.from_environment({"LADING_OFFLINE": text})
 
 
+@pytest.mark.parametrize("word", ["auto", "always", "never", ""])
+def test_pages_are_chosen_by_the_environment(word: str) -> None:
+    for text in (word, word.upper(), f" {word} "):
+        assert Settings.from_environment({"LADING_HUGE_PAGES": text}).huge_pages == (word or "auto")
+
+
+@pytest.mark.parametrize("text", ["1", "sometimes", "madvise"])
+def test_an_unknown_choice_of_pages_is_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match=f"LADING_HUGE_PAGES is expected to be auto, always or never.*'{text}'"):
+        Settings.from_environment({"LADING_HUGE_PAGES": text})
+
+
 @pytest.mark.parametrize("text", ["1", "on", "Yes", "TRUE", "y", "0", "off", "no", "", "2", " 1"])
 def test_the_hub_s_variable_means_what_it_means_there(text: str) -> None:
     from huggingface_hub.constants import _is_true

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal
 
@@ -81,10 +82,16 @@ def load(
             "tensors": f"{report.tensors} in {counted(report.shards, 'shard')}",
             "read": f"{human_bytes(report.bytes_read)} in {counted(report.reads, 'read')}",
             **({"mapped": human_bytes(report.bytes_mapped)} if report.bytes_mapped else {}),
+            **({"pages": _pages_text(report.pages)} if report.pages else {}),
             "seconds": f"{report.seconds:.3f} (" + ", ".join(f"{k} {v:.3f}" for k, v in report.phases.items()) + ")",
             "speed": f"{moved / report.seconds / 1e9:.2f} GB/s",
         }
     )
+
+
+def _pages_text(pages: Mapping[str, int]) -> str:
+    """Return how much memory has pages of which size."""
+    return ", ".join(f"{human_bytes(count)} of {size}" for size, count in pages.items())
 
 
 def _device(name: str) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 
@@ -16,7 +16,7 @@ from lading.gangs import Gang
 from lading.progress import byte_bar
 from lading.transfer.files import ShardFile, open_shard
 from lading.transfer.hashing import Hasher
-from lading.transfer.memory import Arena, Stage, create_arena
+from lading.transfer.memory import Arena, Stage
 from lading.transfer.plan import Plan
 from lading.transfer.reader import Reader, item_sizes
 from lading.transfer.together import Joint, Piece, Schedule
@@ -30,7 +30,7 @@ def execute_together(
     wanted: Sequence[tuple[tuple[int, ...], str]],
     *,
     host: Gang,
-    device: torch.device,
+    arena: Arena,
     progress: bool = False,
     hasher: Hasher | None = None,
 ) -> list[Tensor]:
@@ -42,13 +42,13 @@ def execute_together(
     :param joint: of the plans of all.
     :param schedule: of ``joint`` and ``hasher``.
     :param host: the ranks that read together, with a process group on the CPU.
+    :param arena: memory of ``plan.arena_bytes``.
     :param hasher: of ``joint.plan``; has the digests of what all ranks have read.
 
     :raises CorruptModelCheckpointError: a file ends early, or is not the one that the plan was made for.
     :raises OSError: a file cannot be read.
     :raises GangError: another rank failed.
     """
-    arena = create_arena(plan.arena_bytes, device)
     with ExitStack() as stack:
         numbers = sorted({joint.plan.shards[step.read] for step in schedule.steps(host.rank)})
         shards = {i: stack.enter_context(open_shard(files[i])) for i in numbers}
@@ -103,6 +103,10 @@ class _Window:
 
     def tensor(self, place: int, shape: tuple[int, ...], dtype: str) -> Tensor:
         raise InternalError("bytes that were only sent to others are no tensor")
+
+    @property
+    def pages(self) -> Mapping[str, int]:
+        return {}
 
     def take(self) -> memoryview:
         return memoryview(self._map)

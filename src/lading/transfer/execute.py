@@ -37,7 +37,7 @@ def execute(
     files: Sequence[ShardFile],
     wanted: Sequence[tuple[tuple[int, ...], str]],
     *,
-    device: torch.device,
+    arena: Arena | None = None,
     threads: int | None = None,
     progress: bool = False,
     hasher: Hasher | None = None,
@@ -47,6 +47,7 @@ def execute(
 
     :param files: one for each shard of the manifest.
     :param wanted: the shape and the dtype of each tensor in memory.
+    :param arena: memory of ``plan.arena_bytes`` for what is not mapped; default: on the CPU.
     :param threads: that read at once; default: as many as this process may use cores, and some more for a disk.
     :param hasher: of the same plan; collects digests of what the files hold, on the way. What they are expected to be
         is the caller's matter.
@@ -55,7 +56,8 @@ def execute(
     :raises CorruptModelCheckpointError: a file ends early, or is not the one that the plan was made for.
     :raises OSError: a file cannot be read.
     """
-    arena = create_arena(plan.arena_bytes, device)
+    if arena is None:
+        arena = create_arena(plan.arena_bytes, torch.device("cpu"))
 
     with ExitStack() as stack:
         mapped = sorted({home for home in plan.homes if home != ARENA})

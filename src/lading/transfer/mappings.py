@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from lading.errors import LadingError
 from lading.manifest import Manifest
 from lading.transfer.files import ShardFile, open_shard
-from lading.transfer.memory import HUGE_PAGE, map_file, populate
+from lading.transfer.memory import map_file, populate
+from lading.transfer.pages import BLOCK
 from lading.transfer.plan import PAGE
 
 CELL = 64 << 20
@@ -103,7 +104,7 @@ def cells_of(ranges: Iterable[Range]) -> dict[Cell, list[tuple[int, int]]]:
         for number in range(begin // CELL, -(-end // CELL)):
             low, high = max(begin - begin % PAGE, number * CELL), min(end, (number + 1) * CELL)
             parts = cells.setdefault((shard, number), [])
-            if parts and low - parts[-1][1] < HUGE_PAGE:
+            if parts and low - parts[-1][1] < BLOCK:
                 parts[-1] = (parts[-1][0], max(high, parts[-1][1]))
             else:
                 parts.append((low, high))

@@ -6,22 +6,19 @@ import ctypes
 import math
 import mmap
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lading.errors import InternalError
+from lading.settings import Settings
 from lading.transfer.dtypes import TORCH_DTYPES
-
-HUGE_PAGE = 2 << 20
+from lading.transfer.pages import BLOCK, POPULATE_READ, HugePages, madvise, pages_of
 
 RING_DEPTH = 3
 """Buffers of a reader that fills a device: one is read into while two are on their way."""
-
-MADV_POPULATE_READ = 22
-"""Linux 5.14; the mmap module of Python 3.11 does not name it yet."""
 
 
 class Stage(Protocol):
@@ -52,31 +49,49 @@ class Arena(Protocol):
     def tensor(self, place: int, shape: tuple[int, ...], dtype: str) -> Tensor:
         """The tensor at ``place``. It keeps the memory alive."""
 
+    @property
+    def pages(self) -> Mapping[str, int]:
+        """The page sizes that were chosen for it, with their bytes."""
+
 
 def create_arena(size: int, device: torch.device) -> Arena:
-    """Memory of ``size`` bytes on ``device``; what it holds is not defined."""
-    return HostArena(size) if device.type == "cpu" else DeviceArena(size, device)
+    """Return memory of ``size`` bytes on ``device``; its content is undefined.
+
+    :raises SettingsError: ``LADING_HUGE_PAGES`` is not a choice of pages.
+    """
+    if device.type != "cpu":
+        return DeviceArena(size, device)
+
+    return HostArena(size, Settings.from_environment().huge_pages)
 
 
 class HostArena:
-    """Anonymous memory in huge pages: faulting 4 KiB pages one by one would cost more than the copy."""
+    """Anonymous memory, whose pages are made present in the cheapest size as it is filled."""
 
     on_host = True
 
-    def __init__(self, size: int) -> None:
-        self._map = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if size >= HUGE_PAGE:
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        self._bytes = memoryview(self._map)
+    def __init__(self, size: int, huge_pages: HugePages = "auto") -> None:
+        self._map = mmap.mmap(-1, max(size, 1) + BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        address = _address(self._map)
+        self._begin = -address % BLOCK
+        """The first byte of the mapping where a large page can begin."""
+        self._bytes = memoryview(self._map)[self._begin : self._begin + size]
+        self._pages = pages_of(address + self._begin, size, huge_pages)
 
     def direct(self, place: int, size: int) -> memoryview | None:
+        self._pages.prepare(place, size)
+
         return self._bytes[place : place + size]
 
     def stage(self, chunk: int) -> Stage:
-        return _HostStage(self._map, chunk)
+        return _HostStage(self, chunk)
 
     def tensor(self, place: int, shape: tuple[int, ...], dtype: str) -> Tensor:
-        return view(self._map, place, shape, dtype)
+        return view(self._map, self._begin + place, shape, dtype)
+
+    @property
+    def pages(self) -> Mapping[str, int]:
+        return self._pages.chosen
 
 
 class NoArena:
@@ -92,6 +107,10 @@ class NoArena:
 
     def tensor(self, place: int, shape: tuple[int, ...], dtype: str) -> Tensor:
         raise InternalError("bytes that were only looked at are no tensor")
+
+    @property
+    def pages(self) -> Mapping[str, int]:
+        return {}
 
 
 class DeviceArena:
@@ -122,6 +141,10 @@ class DeviceArena:
 
         return self._bytes[place : place + size].view(torch_dtype).view(shape)
 
+    @property
+    def pages(self) -> Mapping[str, int]:
+        return {}
+
     def _copy(self, read: Tensor, place: int, source: str, target: str) -> torch.cuda.Event:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
@@ -146,7 +169,7 @@ class DeviceArena:
 class _HostStage:
     """A buffer that fits the cache: the bytes that were just read are cast before they leave it."""
 
-    def __init__(self, arena: mmap.mmap, chunk: int) -> None:
+    def __init__(self, arena: HostArena, chunk: int) -> None:
         self._arena = arena
         self._map = mmap.mmap(-1, chunk, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._bytes = memoryview(self._map)
@@ -155,9 +178,10 @@ class _HostStage:
         return self._bytes
 
     def put(self, begin: int, size: int, place: int, source: str, target: str) -> None:
-        dtype = TORCH_DTYPES[source]
+        dtype, cast = TORCH_DTYPES[source], TORCH_DTYPES[target]
         read = torch.frombuffer(self._map, dtype=dtype, count=size // dtype.itemsize, offset=begin)
-        torch.frombuffer(self._arena, dtype=TORCH_DTYPES[target], count=read.numel(), offset=place).copy_(read)
+        memory = self._arena.direct(place, read.numel() * cast.itemsize)
+        torch.frombuffer(memory, dtype=cast).copy_(read)
 
     def finish(self) -> None:
         pass
@@ -244,15 +268,12 @@ def populate(mapping: mmap.mmap, start: int, size: int) -> None:
 
     :param start: a multiple of the page size.
 
-    By ctypes, because the method of the mapping does not let other threads run meanwhile. An older kernel refuses; then
-    the pages come one by one.
+    An older kernel refuses; then the pages come one by one.
     """
-    first = ctypes.c_char.from_buffer(mapping)
-    try:
-        address = ctypes.c_void_p(ctypes.addressof(first) + start)
-        _libc.madvise(address, ctypes.c_size_t(size), MADV_POPULATE_READ)
-    finally:
-        del first  # a mapping that is still exported can't be closed
+    madvise(_address(mapping) + start, size, POPULATE_READ)
 
 
-_libc = ctypes.CDLL(None)
+def _address(mapping: mmap.mmap) -> int:
+    """Return where a mapping begins in memory."""
+    # Not kept: a mapping that is still exported can't be closed.
+    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))

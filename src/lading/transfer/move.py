@@ -4,7 +4,7 @@ for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from lading.transfer.execute import execute
 from lading.transfer.files import ShardFile
 from lading.transfer.hashing import Hasher
 from lading.transfer.mappings import NOTHING_AHEAD, Ahead
+from lading.transfer.memory import create_arena
 from lading.transfer.plan import Plan, Wanted
 from lading.transfer.together import Demand, Joint
 
@@ -33,6 +34,8 @@ class Moved:
     bytes_read: int
     """By this rank."""
     reads: int
+    pages: Mapping[str, int]
+    """Bytes in memory by the size of their pages."""
 
 
 def move(
@@ -60,6 +63,7 @@ def move(
     :raises OSError: a file cannot be read.
     :raises GangError: another rank failed, while they read together.
     """
+    arena = create_arena(planned.arena_bytes, device)
     shapes = [(box.sizes, dtype) for box, dtype in zip(wanted.boxes, wanted.dtypes, strict=True)]
     if cooperative:
         with root.on_host() as host:
@@ -69,21 +73,23 @@ def move(
                 schedule = joint.schedule(hasher)
                 tensors = execute_together(
                     planned, joint, schedule, files, shapes,
-                    host=host, device=device, progress=progress, hasher=hasher,
+                    host=host, arena=arena, progress=progress, hasher=hasher,
                 )  # fmt: skip
                 return Moved(
                     tensors=tensors,
                     digests=None if hasher is None else hasher.digests(),
                     bytes_read=schedule.bytes_of(host.rank),
                     reads=sum(1 for _ in schedule.steps(host.rank)),
+                    pages=arena.pages,
                 )
 
     hasher = None if dims is None else Hasher(manifest, dims, planned, wanted)
-    tensors = execute(planned, files, shapes, device=device, progress=progress, hasher=hasher, ahead=ahead)
+    tensors = execute(planned, files, shapes, arena=arena, progress=progress, hasher=hasher, ahead=ahead)
 
     return Moved(
         tensors=tensors,
         digests=None if hasher is None else hasher.digests(),
         bytes_read=planned.read_bytes,
         reads=planned.num_reads,
+        pages=arena.pages,
     )
