@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lading.construct import build_on_meta
-from lading.errors import CorruptModelCheckpointError, LadingError, NotSupportedError
+from lading.errors import LadingError, NotSupportedError
 from lading.family import Family
 from lading.folder import refuse_quantised_config
+from lading.formats.config_json import read_config_json
 from lading.formats.write_safetensors import Entry, shard_names, shards_of
 from lading.published import CONFIG_NAME
 from lading.transfer.dtypes import FLOATS, TORCH_DTYPES
@@ -134,14 +134,7 @@ def config_values(
 
 
 def _read_config(path: Path) -> Mapping[str, object]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorruptModelCheckpointError(path, f"{path} is expected to be a JSON object, but: {error}.") from None
-    if not isinstance(values, dict):
-        raise CorruptModelCheckpointError(
-            path, f"{path} is expected to be a JSON object, but is of type {type(values).__name__}."
-        )
+    values = read_config_json(path) or {}
     refuse_quantised_config(values, path.parent)
 
     return values

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, NotSupportedError
+from lading.errors import CheckpointNotFoundError, NotSupportedError
 from lading.family import Family, family_of_model_type
+from lading.formats.config_json import read_config_json
 
 
 def refuse_quantised_config(hf_config: Mapping[str, object], path: Path | str) -> None:
@@ -25,7 +25,7 @@ def refuse_quantised_config(hf_config: Mapping[str, object], path: Path | str) -
 def read_hf_config(path: Path) -> dict[str, object]:
     """The ``config.json`` in a Hugging Face style folder; empty where there is none.
 
-    :raises CorruptModelCheckpointError: it is not a JSON object.
+    :raises CorruptModelCheckpointError: it is not a regular file, is too large, or is not a JSON object.
     """
     return parse_hf_config(path / "config.json" if path.is_dir() else path.parent / "config.json")
 
@@ -33,21 +33,9 @@ def read_hf_config(path: Path) -> dict[str, object]:
 def parse_hf_config(file: Path) -> dict[str, object]:
     """What is in a ``config.json``, whatever it is called here; empty where there is none.
 
-    :raises CorruptModelCheckpointError: it is not a JSON object.
+    :raises CorruptModelCheckpointError: it is not a regular file, is too large, or is not a JSON object.
     """
-    try:
-        if not file.is_file():
-            return {}
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorruptModelCheckpointError(file, f"{file} is expected to be a JSON object, but: {error}.") from None
-
-    if not isinstance(config, dict):
-        raise CorruptModelCheckpointError(
-            file, f"{file} is expected to be a JSON object, but is of type {type(config).__name__}."
-        )
-
-    return config
+    return read_config_json(file) or {}
 
 
 def family_of_folder(path: Path, asked: Family[Any, Any] | None = None) -> tuple[Family[Any, Any], Any]:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from lading.card import CheckpointRef
-from lading.errors import CorruptModelCheckpointError, FetchError
+from lading.errors import FetchError
 from lading.fetch.source import RemoteFile, Snapshot, Source
 from lading.fetch.sources import open_source
+from lading.formats.config_json import parse_config_json, require_size
 from lading.formats.folder import is_checkpoint_file
 from lading.formats.remote import index_files, index_names
 from lading.manifest import Manifest
 from lading.settings import Settings
 
 CONFIG_NAME = "config.json"
-
-_MAX_CONFIG_SIZE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,15 +113,16 @@ class PublishedFiles:
 
 
 def published_config(files: PublishedFiles, folder: str) -> Mapping[str, object]:
-    """The ``config.json`` in a folder of a source; empty where there is none, or none of a usual size."""
+    """Return what the ``config.json`` in a folder of a source says; nothing where there is none.
+
+    :raises CorruptModelCheckpointError: it is too large, or is not a JSON object.
+    """
     name = folder + CONFIG_NAME
-    if name not in files.names() or not 0 < (files.file(name).size or 0) <= _MAX_CONFIG_SIZE:
+    size = (files.file(name).size or 0) if name in files.names() else 0
+    if not size:
         return {}
 
     label = f"{files.label}/{name}"
-    try:
-        config = json.loads(files.read(name, 0, files.size(name)))
-    except (ValueError, RecursionError) as error:
-        raise CorruptModelCheckpointError(label, f"{label} is expected to be a JSON object, but: {error}.") from None
+    require_size(size, label=label)
 
-    return config if isinstance(config, dict) else {}
+    return parse_config_json(files.read(name, 0, size), label=label)

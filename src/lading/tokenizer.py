@@ -29,7 +29,7 @@ from lading.fetch.file import local_checkpoint
 from lading.fetch.sources import HUB_SCHEMES
 from lading.filesystem import expand_home
 from lading.formats import archive_of
-from lading.formats.files import open_regular
+from lading.formats.files import LFS_POINTER, open_regular, stands_for_another
 from lading.formats.tar import find_member
 from lading.locate import address_of
 
@@ -146,6 +146,8 @@ def _read(path: Path, member: str | None = None, *, name: str | None = None) -> 
             )
         file.seek(offset)
         data = file.read(length)
+    if data.startswith(LFS_POINTER):
+        raise stands_for_another(label)
 
     if name.endswith(".json"):
         return _parse("tokenizers", label, lambda package: package.Tokenizer.from_buffer(data))

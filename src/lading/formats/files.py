@@ -53,7 +53,7 @@ def stands_for_another(label: str) -> CorruptModelCheckpointError:
     return corrupt(
         label,
         "",
-        expected="the checkpoint's own bytes",
+        expected="the file's own bytes",
         found="a pointer of Git LFS, which stands for them",
         hint="`git lfs pull` in the clone brings them.",
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
-from lading.formats.files import File, corrupt, open_file
+from lading.formats.files import LFS_POINTER, File, corrupt, open_file, stands_for_another
 from lading.formats.folder import is_torch_format
 from lading.formats.safetensors import MAX_NAME_SIZE, Part, join, read_header
 from lading.formats.strict_json import StrictJson
@@ -128,6 +128,8 @@ def _read_weight_map(file: File) -> dict[str, str]:
     if file.size > MAX_INDEX_SIZE:
         raise corrupt(label, "", expected=f"at most {MAX_INDEX_SIZE} bytes", found=f"{file.size}")
     data = file.read(0, file.size)
+    if data.startswith(LFS_POINTER):
+        raise stands_for_another(label)
 
     json = StrictJson(data, label=label, what="index")
     weight_map: dict[str, str] | None = None
