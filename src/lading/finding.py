@@ -1,4 +1,4 @@
-"""Where checkpoints lie in a folder, at any depth, and which files they are of: nothing is read but names.
+"""Where checkpoints lie in a folder, at any depth, and which files they are of, mostly by their names.
 
 A folder that a user names may hold anything. No link to a folder is followed; a link to a file is, where it lies right
 in the folder that was named, leads to a place inside it, or is one of those of which a Hugging Face cache consists.
@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lading.errors import CheckpointNotFoundError, PolicyError
+from lading.errors import CheckpointNotFoundError, LadingError, PolicyError
 from lading.fetch.hf_cache import repository_id
 from lading.fetch.hf_names import is_commit
 from lading.formats.files import open_file
+from lading.formats.first_bytes import SIZE, is_checkpoint
 from lading.formats.folder import (
     BIN_INDEX_NAME,
     BIN_NAME,
@@ -51,7 +52,8 @@ class Place:
 def find_places(root: Path) -> Iterator[Place]:
     """The folders below ``root``, itself included, that hold a checkpoint by what they list; in the order of names.
 
-    Files of ``torch.save`` under other names than the usual ones are a checkpoint each.
+    Files of ``torch.save`` under other names than the usual ones are a checkpoint each, and so are files whose names
+    have no suffix and whose first bytes are those of a checkpoint.
 
     :param root: an absolute path.
     """
@@ -95,15 +97,27 @@ def _places(path: Path, root: Path) -> Iterator[Place]:
 
 def _in_folder(path: Path, root: Path, names: list[str]) -> Iterator[Place]:
     """The checkpoints in a folder, by the names of its files."""
-    found = [name for name in names if is_checkpoint_file(name)]
-    torch = [name for name in found if is_torch_format(name)]
+    # Without a suffix, the first bytes tell: one small read, of files that no link leads to.
+    bare = [name for name in names if "." not in name and _is_checkpoint(path / name)]
+    found = [name for name in names if is_checkpoint_file(name) or name in bare]
+    torch = [name for name in found if is_torch_format(name) or name in bare]
     usual = not {BIN_INDEX_NAME, BIN_NAME}.isdisjoint(names) or is_consolidated(names)
-    if torch and not usual and all(is_torch_format(name) or is_other_format(name) for name in found):
+    if torch and not usual and all(name in torch or is_other_format(name) for name in found):
         # What an index names are its parts.
         for name in [name for name in torch if is_index(name)] or torch:
             yield Place(path=path / name, root=root)
     elif found:
         yield Place(path=path, root=root)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        if path.is_symlink():
+            return False
+        with open_file(path) as file:
+            return is_checkpoint(file.read(0, SIZE))
+    except (LadingError, OSError):
+        return False
 
 
 def _listed(path: Path) -> tuple[list[Path], list[str], OSError | None]:

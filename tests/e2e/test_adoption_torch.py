@@ -15,7 +15,7 @@ from cached_repository import add_cards, add_snapshot, tree
 from lading.adoption import Adoption
 from lading.card import path_uri
 from lading.catalog.checkpoints import record_checkpoint
-from lading.errors import CorruptModelCheckpointError, NotSupportedError, PolicyError
+from lading.errors import CorruptModelCheckpointError, NotSupportedError, PolicyError, RefusedPickleError
 from lading.formats import index
 from make_checkpoint import make, tensors
 from torch_files import save, save_shards
@@ -179,7 +179,7 @@ def test_what_cannot_be_used_is_listed_and_nothing_of_it_is_run(tmp_path: Path, 
     found = adopt(models)
 
     assert {name: type(each.error) for name, each in found.items()} == {
-        "runs.pt": PolicyError,
+        "runs.pt": RefusedPickleError,
         "args.bin": CorruptModelCheckpointError,
         "cut.pt": CorruptModelCheckpointError,
         "turned.pt": NotSupportedError,

@@ -6,21 +6,17 @@ neither torch nor the safetensors package, and run nothing that a file names.
 
 from __future__ import annotations
 
-from array import array
-from dataclasses import replace
 from pathlib import Path
 
-from lading.errors import LadingError, NotSupportedError
-from lading.formats import rewrite, torch_pt
-from lading.formats.files import File, open_regular
+from lading.errors import LadingError
+from lading.formats import rewrite
+from lading.formats.any_format import read_part, read_tensors
+from lading.formats.files import open_regular
 from lading.formats.folder import (
     FILE_NAME,
     INDEX_NAME,
     checkpoint_file,
     is_index,
-    is_other_format,
-    is_torch_format,
-    not_supported,
 )
 from lading.formats.parts import (
     consolidated_parts,
@@ -32,7 +28,7 @@ from lading.formats.parts import (
 )
 from lading.formats.remote import Files, NotByHeadersError, index_files
 from lading.formats.rewrite import is_rewritten, rewritten_files
-from lading.formats.safetensors import index_file, join, read_header
+from lading.formats.safetensors import join
 from lading.formats.sharded import index_shards, read_index_at
 from lading.formats.tar import find_member
 from lading.formats.torch_pt import NonContiguousError
@@ -59,8 +55,8 @@ _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 def index(path: Path | str, *, member: str | None = None, cache: Path | None = None, restrict: bool = True) -> Manifest:
     """The manifest of the checkpoint at ``path``, with its columns in the order (shard, offset).
 
-    :param path: a file of safetensors or of ``torch.save`` (``.pt``, ``.pth``, ``.bin``, ``.ckpt``), the index of
-        several, an uncompressed tar archive, or a folder with one of these under its usual name, the first that is
+    :param path: a file of safetensors or of ``torch.save`` (its first bytes tell which, whatever its name), the index
+        of several, an uncompressed tar archive, or a folder with one of these under its usual name, the first that is
         there: ``model.safetensors.index.json``, ``model.safetensors``, ``consolidated.00.pth`` and its like,
         ``pp_00/tp_00/sdp_00.pt`` and its like, ``pytorch_model.bin.index.json``, ``pytorch_model.bin``. Symbolic links
         are followed, as long as they lead to regular files. A path may lead on into an archive: ``a.tar/b/model.pt``.
@@ -140,16 +136,9 @@ def _index(path: Path, member: str | None, restrict: bool) -> Manifest:
         path = path / checkpoint_file(names, where=path, torch=True)
     if is_index(path.name):
         return index_shards(path, restrict=restrict)
-    if is_torch_format(path.name):
-        return torch_pt.index_file(path, restrict=restrict)
-    if is_other_format(path.name) and path.exists():
-        raise not_supported(path, repr(path.name))
-    if path.name.lower().endswith(_ARCHIVES) and path.exists():
-        raise NotSupportedError(
-            f"{path}: expected the name of a member of this archive, as in {path.name}/model.pt, found none given."
-        )
+    part, kind = read_part(path, restrict=restrict)
 
-    return index_file(path)
+    return join([part], kind=kind)
 
 
 def _index_member(path: Path, member: str, restrict: bool) -> Manifest:
@@ -157,17 +146,9 @@ def _index_member(path: Path, member: str, restrict: bool) -> Manifest:
     with open_regular(path) as (file, size):
         base, length = find_member(file, member, size=size, label=str(path))
         shard = Shard(name=path.name, size=size)
-        if is_torch_format(member):
-            placed = torch_pt.place_tensors(file, base=base, size=length, label=label, restrict=restrict)
-            return join([(shard, torch_pt.header_of(placed, label=label))], kind="torch")
+        header, kind = read_tensors(file, base=base, size=length, name=member, label=label, restrict=restrict)
 
-        def read(offset: int, size: int) -> bytes:
-            file.seek(base + offset)
-            return file.read(min(size, length - offset))
-
-        _, header = read_header(File(name=member, label=label, size=length, read=read))
-
-    return join([(shard, replace(header, offsets=array("q", [base + offset for offset in header.offsets])))])
+    return join([(shard, header)], kind=kind)
 
 
 def _rewritten(path: Path, member: str | None, cache: Path, restrict: bool) -> Path:

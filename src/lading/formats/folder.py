@@ -15,7 +15,7 @@ BIN_NAME = "pytorch_model.bin"
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 _BIN_INDEX_SUFFIX = ".bin.index.json"
-_TORCH_FORMATS = (".bin", ".pt", ".pth", ".ckpt")
+_TORCH_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".th", ".t7", ".jit", ".pth.tar", ".pt.tar", ".ckpt.tar")
 _OTHER_FORMATS = (".pkl", ".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".msgpack", ".npz", ".onnx")
 
 
@@ -36,7 +36,9 @@ def checkpoint_file(names: Iterable[str], *, where: Path | str, torch: bool = Fa
             return name
 
     if found := [
-        name for name in listed if name.endswith((".safetensors", _INDEX_SUFFIX)) or (torch and is_torch_format(name))
+        name
+        for name in listed
+        if name.lower().endswith((".safetensors", _INDEX_SUFFIX)) or (torch and is_torch_format(name))
     ]:
         raise CheckpointNotFoundError(
             where,
@@ -58,17 +60,19 @@ def is_index(name: str) -> bool:
 
 def is_checkpoint_file(name: str) -> bool:
     """Whether a file of this name is a checkpoint or the index of one, by its suffix."""
-    return name.endswith((".safetensors", _INDEX_SUFFIX, _BIN_INDEX_SUFFIX, *_TORCH_FORMATS, *_OTHER_FORMATS))
+    suffixes = (".safetensors", _INDEX_SUFFIX, _BIN_INDEX_SUFFIX, *_TORCH_FORMATS, *_OTHER_FORMATS)
+
+    return name.lower().endswith(suffixes)
 
 
 def is_torch_format(name: str) -> bool:
     """Whether a file of this name is what ``torch.save`` wrote, or the index of such files."""
-    return name.endswith((*_TORCH_FORMATS, _BIN_INDEX_SUFFIX))
+    return name.lower().endswith((*_TORCH_FORMATS, _BIN_INDEX_SUFFIX))
 
 
 def is_other_format(name: str) -> bool:
     """Whether a file of this name is of a format of checkpoints that is not read here."""
-    return name.endswith(_OTHER_FORMATS)
+    return name.lower().endswith(_OTHER_FORMATS)
 
 
 def not_supported(where: Path | str, found: str) -> NotSupportedError:

@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from lading.errors import CheckpointNotFoundError
+from lading.formats.any_format import read_part
 from lading.formats.files import corrupt
 from lading.formats.safetensors import Part, join
-from lading.formats.torch_pt import read_part
 from lading.manifest import Manifest
 
 
@@ -119,12 +119,14 @@ def _counted(folder: Path, prefix: str, suffix: str = "") -> list[str]:
 
 def _join(folder: Path, files: Sequence[tuple[str, str]], restrict: bool) -> Manifest:
     parts: list[Part] = []
+    kinds: set[str] = set()
 
     for name, suffix in files:
         try:
-            shard, header = read_part(folder / name, restrict=restrict)
+            (shard, header), kind = read_part(folder / name, restrict=restrict)
         except CheckpointNotFoundError as error:
             raise corrupt(str(folder), "", expected=f"the file {name!r}", found="that it is gone") from error
+        kinds.add(kind)
         names = [f"{tensor}{suffix}" for tensor in header.names]
         parts.append((replace(shard, name=name), replace(header, names=names)))
 
@@ -132,4 +134,4 @@ def _join(folder: Path, files: Sequence[tuple[str, str]], restrict: bool) -> Man
     if twice := next((name for name, count in counts.items() if count > 1), None):
         raise corrupt(str(folder), f"tensor {twice!r}", expected="one tensor of that name", found="another one")
 
-    return join(parts, kind="torch")
+    return join(parts, kind="torch" if "torch" in kinds else "safetensors")

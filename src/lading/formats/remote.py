@@ -14,6 +14,7 @@ from typing import Protocol
 
 from lading.errors import CheckpointNotFoundError, NotSupportedError
 from lading.formats.files import File, corrupt
+from lading.formats.first_bytes import SIZE, format_of
 from lading.formats.folder import checkpoint_file, is_index, is_other_format, is_torch_format, not_supported, some
 from lading.formats.safetensors import PREFIX_SIZE, Part, join, read_header
 from lading.formats.sharded import join_shards, read_index
@@ -77,23 +78,20 @@ def index_files(files: Files, *, name: str | None = None) -> Manifest:
     folder, file = find_checkpoint(files.label, names, name)
     where = f"{files.label.rstrip('/')}/{folder}{file}"
     if is_torch_format(file):
-        raise NotByHeadersError(
-            f"{where}: expected a safetensors checkpoint, found {file!r}, which is read on this machine only. "
-            "Fetch it, and index it here."
-        )
+        raise _not_by_headers(where)
     if is_other_format(file):
         raise not_supported(where, repr(file))
 
     reader = _Reader(files, folder)
     if not is_index(file):
-        return join([read_header(reader.open(file), guess=_GUESS)])
+        return join([_read_part(reader.open(file), _GUESS)])
 
     index = read_index(reader.open(file))
 
     def read_shard(shard: str, tensors: Sequence[str]) -> Part | None:
         if folder + shard not in names:
             return None
-        return read_header(reader.open(shard), guess=_header_size(tensors))
+        return _read_part(reader.open(shard), _header_size(tensors))
 
     with ThreadPoolExecutor(min(MAX_THREADS, len(index.tensors)), thread_name_prefix="lading-index") as pool:
         try:
@@ -103,6 +101,27 @@ def index_files(files: Files, *, name: str | None = None) -> Manifest:
             raise
 
     return join_shards(index, parts)
+
+
+def _read_part(file: File, guess: int) -> Part:
+    """The header of a safetensors file.
+
+    :param guess: bytes to read at first. Where the header ends within them, one read is all.
+
+    :raises NotByHeadersError: its first bytes say that ``torch.save`` wrote it.
+    """
+    first = file.read(0, min(guess, file.size))
+    if format_of(first[:SIZE], name=file.name, label=file.label) == "torch":
+        raise _not_by_headers(file.label)
+
+    return read_header(file, first=first)
+
+
+def _not_by_headers(where: str) -> NotByHeadersError:
+    return NotByHeadersError(
+        f"{where}: expected a safetensors checkpoint, found a file of `torch.save`, which is read on this machine "
+        "only. Fetch it, and index it here."
+    )
 
 
 def index_names(files: Files, *, name: str | None = None) -> list[str]:

@@ -67,14 +67,14 @@ def index_file(path: Path) -> Manifest:
     return join([part])
 
 
-def read_header(file: File, *, guess: int = PREFIX_SIZE) -> Part:
+def read_header(file: File, *, first: bytes | None = None) -> Part:
     """The header of a safetensors file, and what is known of the file.
 
-    :param guess: bytes to read at first. Where the header ends within them, one read is all.
+    :param first: the first bytes of the file, where they were read already; the rest of the header takes one read.
 
     :raises CorruptModelCheckpointError: it is no safetensors file.
     """
-    data = file.read(0, min(max(guess, PREFIX_SIZE), file.size))
+    data = file.read(0, min(PREFIX_SIZE, file.size)) if first is None else first
     length = header_length(data[:PREFIX_SIZE], file_size=file.size, label=file.label)
     data = data[PREFIX_SIZE : PREFIX_SIZE + length]
     if len(data) < length:

@@ -8,16 +8,17 @@ Source: https://huggingface.co/docs/safetensors/metadata_parsing, *Sharded safet
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
+from lading.formats.any_format import read_part
 from lading.formats.files import LFS_POINTER, File, corrupt, open_file, stands_for_another
+from lading.formats.first_bytes import Format
 from lading.formats.folder import is_torch_format
-from lading.formats.safetensors import MAX_NAME_SIZE, Part, join, read_header
+from lading.formats.safetensors import MAX_NAME_SIZE, Part, join
 from lading.formats.strict_json import StrictJson
-from lading.formats.torch_pt import read_part
 from lading.manifest import Manifest
 
 MAX_INDEX_SIZE = 100_000_000
@@ -49,7 +50,15 @@ def index_shards(
     index = read_index_at(path, name=name)
     places = {file: path.parent / file if shards is None else shards[file] for file in index.tensors}
 
-    return join_shards(index, [_read_shard(file, place, restrict) for file, place in places.items()])
+    read = [_read_shard(file, place, restrict) for file, place in places.items()]
+    kinds = {each[1] for each in read if each is not None}
+
+    return join_shards(index, [None if each is None else each[0] for each in read], kind=_kind(kinds))
+
+
+def _kind(kinds: Collection[Format]) -> Format:
+    """The format of a checkpoint whose files have these."""
+    return "torch" if "torch" in kinds else "safetensors"
 
 
 def read_index_at(path: Path, *, name: str | None = None) -> Index:
@@ -64,18 +73,12 @@ def read_index_at(path: Path, *, name: str | None = None) -> Index:
         return read_index(file if name is None else replace(file, name=name))
 
 
-def _read_shard(name: str, path: Path, restrict: bool) -> Part | None:
+def _read_shard(name: str, path: Path, restrict: bool) -> tuple[Part, Format] | None:
     try:
-        if is_torch_format(path.name):
-            shard, header = read_part(path, restrict=restrict)
-        else:
-            with open_file(path) as file:
-                shard, header = read_header(file)
+        return read_part(path, restrict=restrict, name=name)
     except CheckpointNotFoundError:
         # Not an error of that type: the checkpoint was found, and a part of it is missing.
         return None
-
-    return replace(shard, name=name), header
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,10 +92,11 @@ class Index:
     """File → its tensors; the files by name, which are plain names of files beside the index."""
 
 
-def join_shards(index: Index, parts: Sequence[Part | None]) -> Manifest:
+def join_shards(index: Index, parts: Sequence[Part | None], *, kind: Format = "safetensors") -> Manifest:
     """The manifest of the checkpoint of an index.
 
     :param parts: one for each of ``index.tensors``; ``None`` where there is no such file.
+    :param kind: the manifest's ``format``.
 
     :raises CorruptModelCheckpointError: a file is missing, or the index and the files do not agree on which tensors
         there are.
@@ -103,8 +107,6 @@ def join_shards(index: Index, parts: Sequence[Part | None]) -> Manifest:
     problems = problems or _disagreements(index, found)
     if problems:
         raise _disagreement(index.file.label, problems)
-
-    kind = "torch" if is_torch_format(index.file.name) else "safetensors"
 
     return join(found, index_name=index.file.name, kind=kind)
 

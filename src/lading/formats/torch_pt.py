@@ -19,16 +19,15 @@ import math
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 from lading.errors import CorruptModelCheckpointError, NotSupportedError, RefusedPickleError
-from lading.formats.files import LFS_POINTER, corrupt, open_regular, stands_for_another
+from lading.formats.files import LFS_POINTER, corrupt, stands_for_another
 from lading.formats.pickle_reader import MAX_PICKLE_SIZE, Pickle, read_pickle
 from lading.formats.pickle_values import ITEM_SIZES, Inert, Storage, StoredTensor, describe
-from lading.formats.safetensors import MAX_NAME_SIZE, Header, Part, join
+from lading.formats.safetensors import MAX_NAME_SIZE, Header
 from lading.formats.zip_archive import SIGNATURE, Record, read_directory, read_record
-from lading.manifest import BITS, Manifest, Shard
+from lading.manifest import BITS
 
 STATE_KEYS = ("model", "state_dict", "model_state_dict")
 """Where fairseq, fairseq2, PyTorch Lightning and many a training script keep the state dict in what they save."""
@@ -62,30 +61,6 @@ class Placed:
         return is_contiguous(self.tensor.shape, self.tensor.strides)
 
 
-def index_file(path: Path, *, restrict: bool = True) -> Manifest:
-    """The manifest of the file at ``path`` that ``torch.save`` wrote.
-
-    :param restrict: refuse a file whose pickle names anything that a state dict does not need. Where it is not set,
-        such objects are passed over, and nothing that they name is imported.
-
-    :raises CheckpointNotFoundError: nothing is at ``path``.
-    :raises CorruptModelCheckpointError: it is no such file, or damaged, or holds no state dict.
-    :raises RefusedPickleError: to unpickle it would import what a state dict does not need; or it is a
-        TorchScript archive.
-    :raises NotSupportedError: a tensor is not a plain range of bytes: not contiguous, quantised, sparse …
-    :raises OSError: it cannot be read.
-    """
-    return join([read_part(path, restrict=restrict)], kind="torch")
-
-
-def read_part(path: Path, *, restrict: bool = True) -> Part:
-    """The tensors of the file at ``path`` as a part of a checkpoint. Takes and raises what :func:`index_file` does."""
-    with open_regular(path) as (file, size):
-        placed = place_tensors(file, base=0, size=size, label=str(path), restrict=restrict)
-
-    return Shard(name=path.name, size=size), header_of(placed, label=str(path))
-
-
 def header_of(placed: list[Placed], *, label: str) -> Header:
     """The tensors of a file in the order of their offsets, as the header of a safetensors file has them.
 
@@ -117,7 +92,14 @@ class NonContiguousError(NotSupportedError):
 def place_tensors(file: BinaryIO, *, base: int, size: int, label: str, restrict: bool) -> list[Placed]:
     """The tensors of the state dict that ``torch.save`` wrote to the ``size`` bytes of ``file`` at ``base``.
 
-    Raises what :func:`index_file` does, but for tensors that are not contiguous.
+    :param restrict: refuse a file whose pickle names anything that a state dict does not need. Where it is not set,
+        such objects are passed over, and nothing that they name is imported.
+
+    :raises CorruptModelCheckpointError: it is no such file, or damaged, or holds no state dict.
+    :raises RefusedPickleError: to unpickle it would import what a state dict does not need; or it is a
+        TorchScript archive.
+    :raises NotSupportedError: a tensor is not dense: quantised, sparse …
+    :raises OSError: it cannot be read.
     """
     file.seek(base)
     head = file.read(4)

@@ -1,0 +1,152 @@
+"""Which format a file has, by its first bytes: a name says what somebody took it for, the bytes say what it is.
+
+Sources: the formats' own specifications; the signatures of containers are those of the `file` program's database.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from typing import Literal
+
+from lading.errors import LadingError, NotSupportedError
+from lading.formats.files import LFS_POINTER, corrupt, stands_for_another
+from lading.formats.folder import is_checkpoint_file, is_other_format, is_torch_format, not_supported
+from lading.formats.safetensors import MAX_HEADER_SIZE, PREFIX_SIZE
+from lading.formats.zip_archive import SIGNATURE as ZIP
+
+SIZE = 512
+"""Bytes that tell; a file may have fewer."""
+
+Format = Literal["safetensors", "torch"]
+"""A format that is read here, by the name that a manifest has for it."""
+
+_TORCH_PICKLE = re.compile(rb"\x80[\x02-\x05](?:\x95.{8})?\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19[.\x94]", re.DOTALL)
+"""How a file of ``torch.save`` begins that is no zip archive: the pickle of a magic number."""
+
+_TORCH_RECORD = re.compile(r"[^/]+/(?:data\.pkl|data/[^/]+|byteorder|version|constants\.pkl|code/.*|\.\w+(?:/\w+)?)")
+"""The first file in the zip archives that torch writes."""
+
+_OTHERS = (
+    (b"GGUF", "a GGUF file"), (b"lmgg", "a GGML file"), (b"tjgg", "a GGML file"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes them"), (b"\x93NUMPY", "an array of NumPy"),
+    (b"PAR1", "a Parquet file"), (b"SQLite format 3\0", "an SQLite database"), (b"\x7fELF", "a program"),
+)  # fmt: skip
+"""Formats that hold weights or tables, which are not read here."""
+
+_COMPRESSED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ\0", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
+
+_STRANGERS = (
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive"), (b"Rar!\x1a\x07", "a RAR archive"), (b"%PDF-", "a PDF document"),
+    (b"\x89PNG\r\n\x1a\n", "a picture"), (b"\xff\xd8\xff", "a picture"),
+)  # fmt: skip
+
+_HTML = re.compile(rb"\s*(?:<!--.*?-->\s*)?<(?:!doctype\s+html|html|head|body)\b", re.IGNORECASE | re.DOTALL)
+_TEXT = re.compile(rb"[\t\n\r\x20-\x7e\x80-\xff]{8,}")
+
+
+def format_of(head: bytes, *, name: str, label: str) -> Format:
+    """Return the format of the file that begins with ``head``.
+
+    Where the bytes say nothing, the name does; the reader of that format then says what is wrong.
+
+    :param head: its first :data:`SIZE` bytes, or as many as there are.
+    :param name: of the file, whose suffix is the format that it is expected to have.
+    :param label: its path or address, for the error.
+
+    :raises NotSupportedError: it is of a format that is not read here.
+    :raises CorruptModelCheckpointError: it is no checkpoint at all, such as a web page or a pointer of Git LFS.
+    """
+    if _is_safetensors(head):
+        return "safetensors"
+    if is_torch(head):
+        return "torch"
+    if is_other_format(name):
+        raise not_supported(label, repr(name))
+    if error := _other(head, name, label):
+        raise error
+    if (shown := _text(head)) is not None:
+        raise _unexpected(label, f"a text that begins with {shown!r}")
+    if is_torch_format(name) or head[:1] == b"\x80":
+        return "torch"
+    if head.startswith(ZIP):
+        raise _unexpected(label, f"a zip archive, whose first file is {_first_record(head)[:80]!r}")
+
+    return "safetensors"
+
+
+def is_checkpoint(head: bytes) -> bool:
+    """Return whether a file that begins with ``head`` is certainly a checkpoint of a format that is read here."""
+    return _is_safetensors(head) or is_torch(head)
+
+
+def is_torch(head: bytes) -> bool:
+    """Return whether a file that begins with ``head`` is certainly one that ``torch.save`` or TorchScript wrote."""
+    if head.startswith(ZIP):
+        return _TORCH_RECORD.fullmatch(_first_record(head)) is not None
+
+    return _TORCH_PICKLE.match(head) is not None
+
+
+def is_tar(head: bytes) -> bool:
+    """Return whether a file that begins with ``head`` is a tar archive."""
+    return head[257:262] == b"ustar"
+
+
+def _is_safetensors(head: bytes) -> bool:
+    # No text begins so: eight letters are a length beyond all limits.
+    length = int.from_bytes(head[:PREFIX_SIZE], "little")
+
+    return head[PREFIX_SIZE : PREFIX_SIZE + 1] == b"{" and 2 <= length <= MAX_HEADER_SIZE
+
+
+def _first_record(head: bytes) -> str:
+    """The name of the first file in a zip archive, as far as ``head`` goes."""
+    size = struct.unpack_from("<H", head, 26)[0] if len(head) >= 30 else 0
+
+    return head[30 : 30 + size].decode("utf-8", "replace")
+
+
+def _other(head: bytes, name: str, label: str) -> LadingError | None:
+    """The error for what is known to be something else."""
+    if head.startswith(LFS_POINTER):
+        return stands_for_another(label)
+    if is_tar(head):
+        return NotSupportedError(
+            f"{label}: expected the name of a member of this tar archive, as in {name}/model.pt, found none given."
+        )
+    for signature, what in _OTHERS:
+        if head.startswith(signature):
+            return _unexpected(label, what) if is_checkpoint_file(name) else not_supported(label, what)
+    for signature, program in _COMPRESSED:
+        if head.startswith(signature):
+            return NotSupportedError(
+                f"{label}: expected a file of safetensors or of `torch.save`, found one that {program} compressed. "
+                "Unpack it first."
+            )
+    for signature, what in _STRANGERS:
+        if head.startswith(signature):
+            return _unexpected(label, what)
+    if _HTML.match(head):
+        return _unexpected(
+            label,
+            "a web page",
+            hint="A server answers so in the place of a file that it wants a login or a consent for. Fetch it again, "
+            "with a token or from its publisher.",
+        )
+
+    return None
+
+
+def _unexpected(label: str, found: str, hint: str = "Fetch the checkpoint again, or give its own path.") -> LadingError:
+    return corrupt(label, "", expected="a file of safetensors or of `torch.save`", found=found, hint=hint)
+
+
+def _text(head: bytes) -> str | None:
+    """How a text begins; ``None`` where it is none."""
+    if not _TEXT.fullmatch(head):
+        return None
+    try:
+        return head[:-3].decode()[:60] if len(head) == SIZE else head.decode()[:60]
+    except UnicodeDecodeError:
+        return None

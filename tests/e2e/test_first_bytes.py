@@ -1,0 +1,87 @@
+"""Checkpoints under names that say nothing, or something else: adopted, of cards, and over http."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+from safetensors.torch import save as save_safetensors
+
+import lading
+from cached_repository import add_cards
+from make_checkpoint import tensors
+from servers.hostile import serve
+from torch_files import save
+
+Cli = Callable[..., Result]
+
+CONTENTS = {
+    "model.pth.tar": save(tensors()),
+    "model.th": save(tensors(), legacy=True),
+    "MODEL.PTH": save({"model": tensors()}),
+    "12345": save(tensors()),
+    "old": save(tensors(), legacy=True),
+    "plain": save_safetensors(tensors()),
+    "model.bin": save_safetensors(tensors()),
+    "strided.t7": save({n: t.t().contiguous().t() if t.ndim == 2 else t for n, t in tensors().items()}),
+    "strided": save({n: t.t().contiguous().t() if t.ndim == 2 else t for n, t in tensors().items()}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _settings(catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LADING_OFFLINE", "0")
+    monkeypatch.setenv("LADING_CACHE_DIR", str(tmp_path / "lading-cache"))
+
+
+def loads(name: str) -> None:
+    model = lading.load_model(name, device="cpu", dtype="auto", progress=False)
+    assert all(torch.equal(p.detach(), tensors()[n]) for n, p in model.named_parameters())
+
+
+def test_adopt(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    for name, data in CONTENTS.items():
+        (models / name).write_bytes(data)
+    for name in ("README", "LICENSE", "refs", "notes.txt", "empty"):
+        (models / name).write_text("no weights" if name != "empty" else "")
+    (models / "link").symlink_to("12345")
+
+    found = {each.path.name: each for each in lading.adopt_checkpoints(models, progress=False)}
+
+    assert found.keys() == CONTENTS.keys()
+    status = {name: each.status for name, each in found.items() if "strided" not in name}
+    assert set(status.values()) == {"adopted"}, found
+    for name in ("strided", "strided.t7"):
+        assert "no ranges" in str(found[name].problem)
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_card_on_this_machine(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(CONTENTS[name])
+    add_cards(tmp_path, mine=str(tmp_path / name))
+    loads("mine")
+    loads("mine")
+
+
+@pytest.mark.parametrize("digests", [False, True])
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_card_over_http(cli: Cli, tmp_path: Path, name: str, digests: bool) -> None:
+    path = f"/m/{name}"
+    with serve({path: CONTENTS[name]}, digests=digests) as server:
+        add_cards(tmp_path, web=server.url(path))
+        if digests:
+            cli("index", "web")
+        cli("pull", "web", "--no-progress")
+        loads("web")
+        assert {row["result"] for row in json.loads(cli("verify", "web", "--no-progress", "--json").stdout)} <= {
+            "match", "recorded",
+        }  # fmt: skip
+        # What is gone from this machine is fetched and found the same.
+        cli("rm", "web")
+        loads("web")
