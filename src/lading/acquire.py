@@ -77,7 +77,7 @@ def _acquire_whole(
         ref, store=store, known=known_content(store), progress=progress, revision=checkpoint.revision or None
     )
     if not whole.manifest.tensors_equal(checkpoint.manifest):
-        raise _replaced(checkpoint.uri)
+        raise _replaced(checkpoint.where)
     if store is not None:
         _record_all(checkpoint, [*whole.copies, *whole.originals], whole.checks, store)
 

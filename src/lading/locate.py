@@ -102,8 +102,8 @@ def local_paths(card: AssetCard, store: AssetStore) -> list[Path]:
         if ref.gated:
             raise ModelGatedError(card.title, ref.info_url)
         raise CheckpointNotFoundError(
-            ref.key,
-            f"The checkpoint of {card.title!r} is at {ref.key}, not on this machine. `lading pull {card.title}` "
+            ref.shown,
+            f"The checkpoint of {card.title!r} is at {ref.shown}, not on this machine. `lading pull {card.title}` "
             "fetches it.",
         )
 
@@ -215,7 +215,7 @@ def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, prog
         return Checkpoint(
             name=name,
             uri=ref.key,
-            where=ref.key,
+            where=ref.shown,
             manifest=stored.manifest,
             files=files,
             trusted=files is not None and _all_verified(stored),
@@ -226,11 +226,11 @@ def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, prog
     published = _published_or_whole(ref, store, progress=progress)
     if isinstance(published, Whole):
         return whole_checkpoint(name, ref, published, store)
-    refuse_quantised_config(published.hf_config, ref.key)
+    refuse_quantised_config(published.hf_config, ref.shown)
     checkpoint = Checkpoint(
         name=name,
         uri=ref.key,
-        where=ref.key,
+        where=ref.shown,
         manifest=published.manifest,
         files=None,
         ref=ref,
@@ -257,7 +257,7 @@ def whole_checkpoint(name: str, ref: CheckpointRef, whole: Whole, store: AssetSt
     checkpoint = Checkpoint(
         name=name,
         uri=ref.key,
-        where=ref.key,
+        where=ref.shown,
         manifest=whole.manifest,
         files=tuple(ShardFile(path=copy.path, stat=copy.stat) for copy in whole.copies),
         trusted=True,

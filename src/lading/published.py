@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from lading.card import CheckpointRef
+from lading.card import CheckpointRef, shown_uri
 from lading.errors import FetchError
 from lading.fetch.source import RemoteFile, Snapshot, Source
 from lading.fetch.sources import open_source
@@ -90,7 +90,7 @@ class PublishedFiles:
 
     @property
     def label(self) -> str:
-        return self._snapshot.uri
+        return shown_uri(self._snapshot.uri)
 
     def names(self) -> Collection[str]:
         return self._files

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lading.acquire import acquire
 from lading.brought import fetch_along
-from lading.card import AssetCard, CheckpointRef, checkpoint_ref, uri_path
+from lading.card import AssetCard, CheckpointRef, checkpoint_ref, shown_uri, uri_path
 from lading.catalog.checkpoints import record_checkpoint
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.check import check_manifest, require_fit
@@ -108,7 +108,7 @@ def pull_model(
     published, missing = _published(ref, revision), False
     if published is None:
         if dry_run and store.checkpoint(ref.key) is None:
-            file = PulledFile(name=ref.key, size=None, path=None, fetched=True)
+            file = PulledFile(name=ref.shown, size=None, path=None, fetched=True)
             return PullReport(name=card.name, uri=ref.key, revision=revision, files=(file,))
         if dry_run or Settings.from_environment().offline:
             checkpoint = card_checkpoint(card, store, progress=progress)
@@ -116,7 +116,7 @@ def pull_model(
         else:
             checkpoint, published, missing = _fetched_whole(card, ref, store, revision, progress=progress)
     else:
-        refuse_quantised_config(published.hf_config, ref.key)
+        refuse_quantised_config(published.hf_config, ref.shown)
         checkpoint = _as_checkpoint(card, ref, published, store)
     _require_fit(card, checkpoint, published, store)
 
@@ -124,9 +124,9 @@ def pull_model(
     tokenizer = _tokenizer_elsewhere(card, ref, published, store)
     missing = missing or checkpoint.files is None
     if dry_run:
-        shown = [PulledFile(name=file.name, size=file.size, path=None, fetched=True) for file in companions]
-        shown += _bring(tokenizer, checkpoint, store, dry_run=True, progress=progress)
-        return _report(checkpoint, missing, shown)
+        planned = [PulledFile(name=file.name, size=file.size, path=None, fetched=True) for file in companions]
+        planned += _bring(tokenizer, checkpoint, store, dry_run=True, progress=progress)
+        return _report(checkpoint, missing, planned)
 
     if missing:
         require_writable(store)
@@ -177,8 +177,8 @@ def _require_known_revision(checkpoint: Checkpoint, revision: str | None) -> Non
     if revision is not None and revision != checkpoint.revision:
         known = checkpoint.revision or "one without a name"
         raise FetchError(
-            f"The revision {revision!r} of {checkpoint.uri} cannot be asked for offline; the one that is known here is "
-            f"{known}. Pull without --revision, or when the network is there."
+            f"The revision {revision!r} of {checkpoint.where} cannot be asked for offline; the one that is known here "
+            f"is {known}. Pull without --revision, or when the network is there."
         )
 
 
@@ -186,13 +186,13 @@ def _require_of_web(ref: CheckpointRef, revision: str | None, include: Sequence[
     """:raises NotSupportedError: something is asked for that web servers do not have."""
     if revision is not None:
         raise NotSupportedError(
-            f"{ref.uri} is a file of a web server and has no revisions, but {revision!r} was asked for."
+            f"{shown_uri(ref.uri)} is a file of a web server and has no revisions, but {revision!r} was asked for."
         )
     patterns = [name for name in include if not is_plain(name) or set(name) & set("*?[")]
     if patterns:
         raise NotSupportedError(
-            f"{ref.uri} is a file of a web server, which does not say what lies beside it: expected plain names of "
-            f"files to include, such as tokenizer.json, found {patterns[0]!r}."
+            f"{shown_uri(ref.uri)} is a file of a web server, which does not say what lies beside it: expected plain "
+            f"names of files to include, such as tokenizer.json, found {patterns[0]!r}."
         )
 
 
@@ -202,7 +202,7 @@ def _named_beside(ref: CheckpointRef, snapshot: Snapshot, names: Sequence[str]) 
     more = source.beside(snapshot, names)
     for name in names:
         if more.file(name) is None:
-            log.warning("there is no file %r beside %s", name, ref.uri)
+            log.warning("there is no file %r beside %s", name, shown_uri(ref.uri))
 
     return more
 
@@ -221,7 +221,7 @@ def _as_checkpoint(card: AssetCard, ref: CheckpointRef, published: Published, st
     fresh = Checkpoint(
         name=card.name,
         uri=ref.key,
-        where=ref.key,
+        where=ref.shown,
         manifest=published.manifest,
         files=None,
         ref=ref,
@@ -317,7 +317,7 @@ def _bring(
 ) -> list[PulledFile]:
     if tokenizer is None:
         return []
-    where = tokenizer.source.uri
+    where = shown_uri(tokenizer.source.uri)
     if dry_run:
         return [
             PulledFile(name=f"{where}: {file.name}", size=file.size, path=None, fetched=True)

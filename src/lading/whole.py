@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from lading import formats
 from lading.brought import noting_intent
-from lading.card import CheckpointRef
+from lading.card import CheckpointRef, shown_uri
 from lading.catalog.provenance import now
 from lading.catalog.records import Check, LocalCopy
 from lading.catalog.store import AssetStore
@@ -93,9 +93,9 @@ def fetch_whole(
     name, member = _file_of(source.inner, member)
     hf_config: Mapping[str, object] = {}
     if member is None:
-        folder, file = find_checkpoint(snapshot.uri, frozenset(each.name for each in snapshot.files), name)
+        folder, file = find_checkpoint(shown_uri(snapshot.uri), frozenset(each.name for each in snapshot.files), name)
         hf_config = published_config(PublishedFiles(source, snapshot), folder)
-        refuse_quantised_config(hf_config, ref.key)
+        refuse_quantised_config(hf_config, ref.shown)
         if is_index(file):
             return _fetch_shards(
                 ref, source, snapshot, folder, file, hf_config, store, known=known, progress=progress, restrict=restrict
@@ -103,7 +103,7 @@ def fetch_whole(
         name = folder + file
     published = snapshot.file(name) if name is not None else None
     if published is None:
-        raise CheckpointNotFoundError(ref.key, f"{ref.uri} has no file {name!r}.")
+        raise CheckpointNotFoundError(ref.shown, f"{shown_uri(ref.uri)} has no file {name!r}.")
 
     with noting_intent(source, snapshot, [published], store, ref.key):
         (fetched,) = source.fetch(snapshot, [published], known=known, progress=progress)
@@ -138,10 +138,10 @@ def _fetch_shards(
     snapshot = source.beside(snapshot, [folder + name for name in names])
     shards = [snapshot.file(folder + name) for name in names]
     if None in shards:
+        where = f"{shown_uri(snapshot.uri)}/{folder}{file}"
         raise CorruptModelCheckpointError(
-            f"{snapshot.uri}/{folder}{file}",
-            f"{snapshot.uri}/{folder}{file}: expected the file {names[shards.index(None)]!r} beside it, found "
-            "none. Ask its publisher for it.",
+            where,
+            f"{where}: expected the file {names[shards.index(None)]!r} beside it, found none. Ask its publisher for it.",
         )
 
     there = [shard for shard in shards if shard is not None]

@@ -140,5 +140,24 @@ def test_what_is_no_checkpoint_at_an_address_without_a_suffix(cli: Cli, tmp_path
             assert "a bug in lading" not in done.output
 
 
+def test_what_is_secret_in_an_address_is_in_no_message(cli: Cli, tmp_path: Path) -> None:
+    folder = make(tmp_path / "m")
+    with serve(files_of(folder)) as server:
+        texts = []
+        for path in ("/m/model.safetensors", "/m/gone.safetensors", "/m/gone.pt", "/m/config.json", "/m/a.gguf"):
+            uri = server.url(f"{path}?token=s3cret")
+            (tmp_path / "cards.yaml").write_text(CARD.format(uri=uri))
+            cli("import", "--replace", tmp_path / "cards.yaml")
+            for words in (
+                ("pull", "web", "--dry-run"), ("pull", "web", "--revision", "main"), ("path", "web"),
+                ("pull", "web", "--include", "*"), ("index", "web"), ("check", "web"), ("pull", "web"),
+            ):  # fmt: skip
+                texts.append(cli(*words, code=None).stderr)
+        for name in ("hg://a/b?token=s3cret", "hg://a/b@x y?token=s3cret"):
+            texts.append(cli("index", name, code=None).output)
+    assert "s3cret" not in "".join(texts)
+    assert "/m/gone.pt" in "".join(texts)
+
+
 def _equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
     return all(torch.equal(found[name], tensor) for name, tensor in expected.items())

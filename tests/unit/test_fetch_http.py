@@ -16,11 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from lading.errors import CheckpointNotFoundError, FetchError, PolicyError
+from lading.errors import CheckpointNotFoundError, FetchError, PolicyError, SettingsError
+from lading.fetch import hf_client
 from lading.fetch.cache import Cache
-from lading.fetch.client import Patience
+from lading.fetch.client import Patience, http_library
 from lading.fetch.download import Effort
+from lading.fetch.hf import HubSource
 from lading.fetch.http import HttpSource
+from lading.fetch.proxies import require_proxies
 from lading.fetch.source import FetchedFile, RemoteFile, Snapshot, Source
 from lading.filesystem import FileStat
 from servers import hostile
@@ -409,6 +412,44 @@ def test_through_a_proxy(cache: Cache, tmp_path: Path, monkeypatch: pytest.Monke
             pytest.raises(PolicyError, match="inside this network or machine"),
         ):
             source.snapshot()
+
+
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "HTTP_PROXY"])
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("socks5://user:pass-word@a.example:1080", "socksio"),
+        ("socks5h://user:pass-word@a.example:1080", "socksio"),
+        ("socks4://user:pass-word@a.example:1080", "'socks4'"),
+        ("ftp://user:pass-word@a.example", "'ftp'"),
+        ("http://user:pass:pass-word@a.example:port", "not a URL"),
+        ("user:pass-word/", "not a URL"),
+        ("http://[::1", "not a URL"),
+        ("http://", "not a URL"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used_is_named_by_its_variable(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, variable: str, url: str, said: str
+) -> None:
+    monkeypatch.setenv(variable, url)
+    for ask in (
+        lambda: HttpSource("https://a.example/x.safetensors", cache=cache, offline=False).snapshot(),
+        lambda: HubSource("hg://org/name").snapshot(),
+        lambda: hf_client.download("org/name", "main", "x", force=False, advance=lambda _: None),
+    ):
+        with pytest.raises(SettingsError, match=variable) as caught:
+            ask()
+        assert said in str(caught.value)
+        assert "pass-word" not in str(caught.value)
+
+    monkeypatch.setenv("NO_PROXY", "a.example,*")
+    require_proxies(http_library())
+
+
+def test_proxies_that_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for url in ("http://a.example:3128", "https://u:p@a.example", "a.example:3128", ""):
+        monkeypatch.setenv("HTTPS_PROXY", url)
+        require_proxies(http_library())
 
 
 def test_a_source_that_is_forgotten_closes_its_connections(cache: Cache) -> None:

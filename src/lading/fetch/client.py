@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lading.errors import AddressError, FetchError, LadingError, PolicyError
 from lading.fetch.answers import HeadRefused, Unavailable, require_success
 from lading.fetch.credentials import authorization
+from lading.fetch.proxies import require_proxies
 from lading.fetch.redirects import MAX_REDIRECTS, Boundary, Origin, check_url, shown
 from lading.fetch.tls import lasting_fault
 from lading.version import __version__
@@ -79,8 +80,12 @@ class Client:
     """
 
     def __init__(self, uri: str, *, patience: Patience) -> None:
-        """:raises PolicyError: ``uri`` is not of a kind that may be asked."""
+        """
+        :raises PolicyError: ``uri`` is not of a kind that may be asked.
+        :raises SettingsError: the environment names a proxy that cannot be used.
+        """
         self._library = http_library()
+        require_proxies(self._library)
         self.patience = patience
         self.url = self.parse(uri)
         check_url(self.url)

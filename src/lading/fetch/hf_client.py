@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
 from lading.errors import FetchError
+from lading.fetch.client import http_library
 from lading.fetch.hf_errors import BrokenAnswerError, public, retried, translated
 from lading.fetch.partial import Waiting, growth
+from lading.fetch.proxies import require_proxies
 from lading.version import __version__
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def describe(repo: str, revision: str | None) -> ModelInfo:
 
     api = HfApi(library_name="lading", library_version=__version__)
     with translated(repo, "the list of its files"):
+        require_proxies(http_library())
         return retried(
             lambda: api.model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT),
             f"the list of files of {repo}",
@@ -62,6 +65,7 @@ def download(repo: str, commit: str, name: str, *, force: bool, advance: Callabl
     from huggingface_hub import hf_hub_download
 
     with translated(repo, name):
+        require_proxies(http_library())
         guard_entity_tags()
         with bounded_locks():
             path = hf_hub_download(
@@ -89,6 +93,7 @@ def read_range(
     from huggingface_hub import hf_hub_url
 
     with translated(repo, name):
+        require_proxies(http_library())
         url = hf_hub_url(repo, name, revision=commit)
 
         def ask() -> bytes:

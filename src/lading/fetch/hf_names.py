@@ -19,6 +19,7 @@ _SEGMENT = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(?:/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_QUERY = re.compile(r"\?[^\s'\"]+")
 _OTHER_KINDS = frozenset({"datasets", "spaces", "kernels", "buckets"})
 
 
@@ -90,7 +91,7 @@ def is_repo_id(text: str) -> bool:
 def check_revision(revision: str, uri: str) -> None:
     """:raises AddressError: ``revision`` can be neither a branch nor a tag nor a commit."""
     if _REVISION.fullmatch(revision) is None or ".." in revision or len(revision) > 200:
-        raise AddressError(
+        raise _error(
             f"{uri}: expected as a revision the name of a branch or a tag, or a commit of 40 hexadecimal digits, found "
             f"{revision!r}."
         )
@@ -126,6 +127,9 @@ def check_file_name(name: str, uri: str) -> None:
 
 
 def _wrong_uri(uri: str, found: str) -> AddressError:
-    return AddressError(
-        f"{uri!r}: expected `hg://[org/]name[@revision][/path/inside]` or the same with `hf://`: {found}."
-    )
+    return _error(f"{uri!r}: expected `hg://[org/]name[@revision][/path/inside]` or the same with `hf://`: {found}.")
+
+
+def _error(message: str) -> AddressError:
+    """Return the error without what stands behind a ``?``, which may be a token."""
+    return AddressError(_QUERY.sub("?…", message))
