@@ -141,7 +141,8 @@ def _fetch_shards(
         where = f"{shown_uri(snapshot.uri)}/{folder}{file}"
         raise CorruptModelCheckpointError(
             where,
-            f"{where}: expected the file {names[shards.index(None)]!r} beside it, found none. Ask its publisher for it.",
+            f"{where}: expected the file {names[shards.index(None)]!r} beside it, found none. Ask its publisher for "
+            "it.",
         )
 
     there = [shard for shard in shards if shard is not None]

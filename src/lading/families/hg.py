@@ -23,6 +23,7 @@ from lading.config import STRICT
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError, PolicyError
 from lading.families.hg_buffers import reset_buffers
 from lading.families.hg_checkpoint import rules_of
+from lading.families.hg_offline import offline_holds
 from lading.families.hg_parallel import plan_of
 from lading.family import Family
 from lading.hub import ModelHubAccessor
@@ -145,6 +146,7 @@ def _architecture(values: Mapping[str, object]) -> str | None:
 # --- the class -------------------------------------------------------------------------------------------------------
 
 
+@offline_holds()
 def _class_of(config: HuggingFaceModelConfig) -> tuple[Any, PretrainedConfig]:
     """The class of transformers that makes the model, an ``Auto…`` one or its own, and the configuration for it.
 
@@ -280,6 +282,7 @@ def _mismatch(problem: str) -> ModelCheckpointMismatchError:
 # --- the module ------------------------------------------------------------------------------------------------------
 
 
+@offline_holds()
 def _build(config: HuggingFaceModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     kls, hf_config = _class_of(config)
     try:
