@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from lading.config import structure
+from lading.errors import NotSupportedError
 from lading.family import get_family
 from lading.hub import ModelHubAccessor
 from parity_tools import relative_difference
@@ -34,3 +35,15 @@ def test_logits(name: str, tmp_path: Path, home: Path) -> None:
     model = hub.load_custom_model(tmp_path / "model.pt", config, progress=False).eval()
 
     assert relative_difference(model(tokens), logits) <= 1e-5
+
+
+def test_an_olmo_3_of_fairseq2_scales_all_layers_or_is_refused(tmp_path: Path, home: Path) -> None:
+    with safe_open(FILES["olmo-3-yarn"], "pt") as file:
+        values = json.loads(file.metadata()["config"])
+        state = {key: file.get_tensor(key) for key in file.keys() if not key.startswith("test.")}  # noqa: SIM118
+    torch.save({"fs2": True, "model": state}, tmp_path / "model.pt")
+    family = get_family("olmo")
+    hub = ModelHubAccessor(family.name, family.kls, family.config_kls)()
+
+    with pytest.raises(NotSupportedError, match="yarn_in_all_layers: true"):
+        hub.load_custom_model(tmp_path / "model.pt", structure(family.config_kls, values, where="olmo"), progress=False)

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from lading.errors import ModelCheckpointMismatchError, NotSupportedError
+from lading.errors import InternalError, ModelCheckpointMismatchError, NotSupportedError
 from lading.families import llama, mistral, qwen
-from lading.families.huggingface import DECODER_RULES
+from lading.families.huggingface import DECODER_RULES, ConfigReader, decoder_keys
 from lading.families.llama import LLaMAConfig, LLaMARoPEScaleConfig
 from lading.families.mistral import MistralConfig
 from lading.families.qwen import QwenConfig
@@ -527,3 +527,37 @@ def test_a_checkpoint_without_its_head() -> None:
 def test_all_decoders_know_these_names(family: Family[Any, Any]) -> None:
     rules = family.rules(family.config_kls())
     assert tuple(rules[-len(DECODER_RULES) :]) == DECODER_RULES
+
+
+# --- the one door
+
+
+def test_the_length_of_the_first_training_may_stand_beside_the_scaling() -> None:
+    scaling = {k: v for k, v in LLAMA_3_2_1B["rope_scaling"].items() if k != "original_max_position_embeddings"}
+    for file in (
+        LLAMA_3_2_1B | {"rope_scaling": scaling, "original_max_position_embeddings": 64},
+        LLAMA_3_2_1B | {"original_max_position_embeddings": 64},  # which comes first, as in transformers
+    ):
+        assert llama.FAMILY.from_hf(file).rope_scale.original_context_length == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"is_causal": None}, "is_causal is None"),
+        ({"per_layer_config": {"0": {"rms_norm_eps": 0.5}}}, "per_layer_config is"),
+        ({"attention_chunk_size": 8}, "attention_chunk_size is 8"),
+    ],
+)
+@each
+def test_a_key_that_the_family_does_not_honor_is_refused(
+    family: Family[Any, Any], file: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(NotSupportedError, match=rf"{message}.*get_hg_model_hub\(\)"):
+        family.from_hf(file | changes)
+
+
+def test_a_family_reads_no_key_that_is_not_in_its_table() -> None:
+    reader = ConfigReader({}, "llama", table=decoder_keys())
+    with pytest.raises(InternalError, match="'attention_bias'"):
+        reader.flag("attention_bias", False)

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from lading.config import STRICT
 from lading.errors import NotSupportedError
-from lading.families.huggingface import ConfigReader, describing
+from lading.families.huggingface import ConfigReader, describing, encoder_keys
 from lading.family import Family
 from lading.hub import ModelHubAccessor
 from lading.keymap import Rule
@@ -214,13 +214,31 @@ _ACTIVATIONS = {
 }
 
 
+_KEYS = encoder_keys(
+    """
+    hidden_size max_position_embeddings vocab_size type_vocab_size pad_token_id num_hidden_layers num_attention_heads
+    intermediate_size hidden_act layer_norm_eps hidden_dropout_prob attention_probs_dropout_prob initializer_range
+    quantization_config
+    """,
+    required={"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"},
+    ignored={
+        "tie_word_embeddings": "only the head of masked language modeling, which is not loaded",
+        "is_causal": "only a decoder reads it",
+        "gradient_checkpointing": "training",
+        "directionality": "of a paper of its time; each published file has it",
+        "pooler_fc_size": "of the first release, which transformers does not read",
+        "pooler_num_attention_heads": "of the first release, which transformers does not read",
+        "pooler_num_fc_layers": "of the first release, which transformers does not read",
+        "pooler_size_per_head": "of the first release, which transformers does not read",
+        "pooler_type": "of the first release, which transformers does not read",
+    },
+)
+
+
 def _from_hf(values: Mapping[str, object]) -> BertConfig:
     """The file does not say how sentences are embedded: that is in files of sentence-transformers beside it."""
-    keys = ConfigReader(values, "bert")
+    keys = ConfigReader(values, "bert", table=_KEYS)
     keys.refuse_quantised()
-    keys.require("is_decoder", False)
-    keys.require("add_cross_attention", False)
-    keys.require("position_embedding_type", "absolute")
 
     config = BertConfig(
         model_dim=keys.count("hidden_size", 768),

@@ -13,6 +13,7 @@ from lading.families.huggingface import (
     DECODER_RULES,
     ConfigReader,
     LayerType,
+    decoder_keys,
     decoder_values,
     default_layer_types,
     describing,
@@ -146,15 +147,36 @@ _DECODER_OF_IMAGES: Sequence[Rule] = (
 """What the decoder is called in a model that sees images, in files and in the memory of transformers 5."""
 
 
+_KEYS = decoder_keys(
+    "hidden_activation head_dim query_pre_attn_scalar sliding_window sliding_window_pattern layer_types "
+    "rope_local_base_freq initializer_range",
+    required={
+        "attention_bias": False,
+        "use_bidirectional_attention": False,
+        "final_logit_softcapping": None,
+        "attn_logit_softcapping": None,
+    },
+    ignored={
+        "original_max_position_embeddings": "transformers reads it in rope_parameters only",
+        "_sliding_window_pattern": "what transformers made of sliding_window_pattern; layer_types say it",
+        "hidden_act": "transformers reads hidden_activation",
+    },
+)
+
+
 def _from_hf(values: Mapping[str, object]) -> Gemma3Config:
-    keys = ConfigReader(values, "gemma3")
-    keys.refuse_quantised()
-    if "text_config" in keys:  # of a model that sees images
-        keys = keys.section("text_config")
-    keys.require("attention_bias", False)
-    keys.require("use_bidirectional_attention", False)
-    keys.require("final_logit_softcapping", None)
-    keys.require("attn_logit_softcapping", None)
+    whole = ConfigReader(values, "gemma3")
+    whole.refuse_quantised()
+    if "text_config" in whole:  # of a model that sees images
+        whole.require("is_causal", True)
+        whole.require("per_layer_config", None)
+        keys = whole.section("text_config", _KEYS)
+        keys.refuse_quantised()
+        # The class of transformers for both looks at the outer one.
+        if "tie_word_embeddings" in whole:
+            whole.require("tie_word_embeddings", keys.flag("tie_word_embeddings", True))
+    else:
+        keys = ConfigReader(values, "gemma3", table=_KEYS)
     keys.choice("hidden_activation", "gelu_pytorch_tanh", {"gelu_pytorch_tanh": "gelu_tanh"})
     num_layers = keys.layers("num_hidden_layers", 26)
     theta, scaling, local_theta = read_rope_of_layers(

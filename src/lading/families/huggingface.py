@@ -5,16 +5,23 @@ The meaning of the keys, and what holds where one is absent, is that of the conf
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, NoReturn, TypeVar, cast, get_args
 
-from lading.errors import ModelCheckpointMismatchError, NotSupportedError
+from lading.errors import InternalError, ModelCheckpointMismatchError, NotSupportedError
 from lading.keymap import Rule
 from lading.nn.checks import MAX_LAYERS, MAX_SIZE, require_layers
 
+log = logging.getLogger("lading")
+
 ConfigT = TypeVar("ConfigT")
+
+_BY_ITS_OWN_CLASS = (
+    "`get_hg_model_hub().load_model(…)` loads it by its own class of transformers; in a card: `model_family: hg`."
+)
 
 LayerType = Literal["sliding_attention", "full_attention"]
 """Whether the attention of a layer has a window."""
@@ -30,18 +37,128 @@ DECODER_RULES: Final[Sequence[Rule]] = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyTable:
+    """What a family does with the keys of a ``config.json``: with each of them one of these."""
+
+    honored: frozenset[str]
+    """Keys that the family reads."""
+    required: Mapping[str, object]
+    """Keys that change what transformers computes, with the only value that the family supports; it is also what holds
+    where the key is absent."""
+    ignored: Mapping[str, str]
+    """Keys that do not change what a model computes, and why."""
+
+    def unknown(self, values: Mapping[str, object]) -> list[str]:
+        """Return the keys of ``values`` that the family does not know and that are set to something."""
+        known = self.honored | self.required.keys() | self.ignored.keys() | IGNORED_KEYS.keys()
+
+        return sorted(key for key, value in values.items() if key not in known and value)
+
+
+def _for_reason(reason: str, keys: str) -> dict[str, str]:
+    return dict.fromkeys(keys.split(), reason)
+
+
+IGNORED_KEYS: Final[Mapping[str, str]] = {
+    **_for_reason("by these the family was chosen", "architectures model_type"),
+    **_for_reason("code of the repository is never run", "auto_map"),
+    **_for_reason("where the file comes from", "_name_or_path name_or_path _commit_hash transformers_version"),
+    **_for_reason("what wrote the file", "unsloth_fixed unsloth_version"),
+    **_for_reason("read where the dtype of a load is chosen", "dtype torch_dtype"),
+    **_for_reason("the form of what a forward returns", "return_dict output_attentions output_hidden_states"),
+    **_for_reason("how transformers computes the same", "use_cache cache_implementation chunk_size_feed_forward"),
+    **_for_reason("how transformers computes the same", "attn_implementation _attn_implementation pretraining_tp"),
+    **_for_reason("random weights, which a load replaces", "initializer_range initializer_factor"),
+    **_for_reason("training", "attention_dropout hidden_dropout classifier_dropout gradient_checkpointing"),
+    **_for_reason("the tokenizer says it", "bos_token_id eos_token_id sep_token_id"),
+    **_for_reason("heads that these families do not have", "id2label label2id num_labels problem_type"),
+    **_for_reason("text generation", "max_length do_sample temperature top_k top_p repetition_penalty"),
+    **_for_reason("only a class for encoder and decoder reads it", "is_encoder_decoder tie_encoder_decoder"),
+}
+"""Keys that no family reads, and why."""
+
+_CHANGES_EACH_MODEL: Final[Mapping[str, object]] = {"per_layer_config": None, "attribute_map": None}
+
+_CHANGES_EACH_DECODER: Final[Mapping[str, object]] = {
+    **_CHANGES_EACH_MODEL,
+    "is_causal": True,
+    "partial_rotary_factor": 1.0,
+    "attention_chunk_size": None,
+    "_rope_type_labels": None,
+}
+
+NO_WINDOWS: Final[Mapping[str, object]] = {"layer_types": None, "sliding_window": None}
+"""Keys by which transformers shortens its cache in generation, whether or not layers of the type have a window."""
+
+NO_SCALING: Final[Mapping[str, str]] = {"original_max_position_embeddings": "it is of a scaling, and none is supported"}
+"""What a family without scaled rotary frequencies ignores."""
+
+_DECODER_KEYS: Final = frozenset(
+    """
+    hidden_size max_position_embeddings vocab_size pad_token_id tie_word_embeddings num_hidden_layers
+    num_attention_heads num_key_value_heads intermediate_size rms_norm_eps rope_theta rope_scaling rope_parameters
+    quantization_config
+    """.split()
+)
+
+
+def decoder_keys(
+    honored: str = "", *, required: Mapping[str, object] | None = None, ignored: Mapping[str, str] | None = None
+) -> KeyTable:
+    """Return the keys of a decoder.
+
+    :param honored: names of keys that it reads, besides those that all decoders here read.
+    :param required: further keys, with the only value that it supports.
+    :param ignored: further keys that change nothing, and why.
+    """
+    return KeyTable(
+        honored=_DECODER_KEYS | set(honored.split()),
+        required={**_CHANGES_EACH_DECODER, **(required or {})},
+        ignored=ignored or {},
+    )
+
+
+def encoder_keys(honored: str, *, required: Mapping[str, object], ignored: Mapping[str, str]) -> KeyTable:
+    """Return the keys of an encoder; parameters as those of :func:`decoder_keys`."""
+    return KeyTable(honored=frozenset(honored.split()), required={**_CHANGES_EACH_MODEL, **required}, ignored=ignored)
+
+
 class ConfigReader:
     """The keys of a ``config.json``, each checked where it is read.
 
     :param family: the family that reads, for messages.
+    :param table: what the family does with each key; ``None`` where only some are read.
 
+    :raises NotSupportedError: a key of ``table.required`` has another value.
     :raises ModelCheckpointMismatchError: (all methods that read a key) its value is of another type.
     """
 
-    def __init__(self, values: Mapping[str, object], family: str, prefix: str = "") -> None:
+    def __init__(
+        self, values: Mapping[str, object], family: str, prefix: str = "", table: KeyTable | None = None
+    ) -> None:
         self._values = values
         self._family = family
         self._prefix = prefix
+        self._table = table
+
+        if table is None:
+            return
+        for key, value in table.required.items():
+            self.require(key, value)
+        if unknown := table.unknown(values):
+            log.warning(
+                "config.json: the %s family does not know %s, and loads as if it were not there.",
+                family,
+                ", ".join(f"{prefix}{key}" for key in unknown),
+            )
+
+    def _get(self, key: str, default: object = None) -> object:
+        table = self._table
+        if table is not None and key not in table.honored and key not in table.required:
+            raise InternalError(f"the {self._family} family reads {key!r}, which is not in its table of keys")
+
+        return self._values.get(key, default)
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
@@ -55,11 +172,11 @@ class ConfigReader:
 
     def is_null(self, key: str) -> bool:
         """Whether the key is absent or null."""
-        return self._values.get(key) is None
+        return self._get(key) is None
 
     def count(self, key: str, default: int) -> int:
         """A positive integer."""
-        value = self._values.get(key, default)
+        value = self._get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             self.mismatch(key, "a positive integer")
         if value > MAX_SIZE:
@@ -76,11 +193,11 @@ class ConfigReader:
 
     def maybe_count(self, key: str, default: int | None) -> int | None:
         """A positive integer, or null."""
-        return None if self._values.get(key, default) is None else self.count(key, default or 0)
+        return None if self._get(key, default) is None else self.count(key, default or 0)
 
     def index(self, key: str, default: int | None) -> int | None:
         """An integer, or null; a negative one means the same as null."""
-        value = self._values.get(key, default)
+        value = self._get(key, default)
         if value is None:
             return None
         if not isinstance(value, int) or isinstance(value, bool):
@@ -90,7 +207,7 @@ class ConfigReader:
 
     def number(self, key: str, default: float | None) -> float:
         """A finite number that is not negative; required where ``default`` is ``None``."""
-        value = self._values.get(key, default)
+        value = self._get(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= sys.float_info.max:
             self.mismatch(key, "a finite number that is not negative")
 
@@ -98,7 +215,7 @@ class ConfigReader:
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
-        value = self._values.get(key, default)
+        value = self._get(key, default)
         if not isinstance(value, bool):
             self.mismatch(key, "true or false")
 
@@ -109,7 +226,7 @@ class ConfigReader:
 
         :raises NotSupportedError: it says nothing.
         """
-        value = self._values.get(key, default)
+        value = self._get(key, default)
         if not isinstance(value, str):
             self.mismatch(key, "a string")
         if value not in choices:
@@ -119,7 +236,7 @@ class ConfigReader:
 
     def counts(self, key: str, default: Sequence[int]) -> list[int]:
         """A list of positive integers."""
-        value = self._values.get(key, list(default))
+        value = self._get(key, list(default))
         if not isinstance(value, list) or not all(
             isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in value
         ):
@@ -131,7 +248,7 @@ class ConfigReader:
 
     def strings(self, key: str) -> list[str] | None:
         """A list of strings, or null."""
-        value = self._values.get(key)
+        value = self._get(key)
         if value is None:
             return None
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
@@ -139,23 +256,25 @@ class ConfigReader:
 
         return value
 
-    def section(self, key: str) -> ConfigReader:
+    def section(self, key: str, table: KeyTable | None = None) -> ConfigReader:
         """The keys of an object; of none where it is absent or null."""
-        value = self._values.get(key)
+        value = self._get(key)
         if value is None:
             value = {}
         if not isinstance(value, Mapping):
             self.mismatch(key, "an object")
 
-        return ConfigReader(value, self._family, f"{self._prefix}{key}.")
+        return ConfigReader(value, self._family, f"{self._prefix}{key}.", table)
 
     def require(self, key: str, value: object) -> None:
-        """Refuse all but ``value``, which is also what holds where the key is absent or null.
+        """Refuse all but ``value``, which is also what holds where the key is absent.
+
+        So does null, but not for what is true by default: transformers takes null for false.
 
         :raises NotSupportedError: the file says something else.
         """
-        found = self._values.get(key)
-        if found is not None and found != value:
+        found = self._get(key, value)
+        if found != value and (found is not None or value is True):
             self.refuse(key, found, () if value is None else (value,))
 
     def refuse_quantised(self) -> None:
@@ -164,8 +283,11 @@ class ConfigReader:
         :raises NotSupportedError: the file says that they are.
         """
         if not self.is_null("quantization_config"):
-            section = self.section("quantization_config")
-            section.refuse("quant_method", section._values.get("quant_method"))
+            scheme = self.section("quantization_config")._get("quant_method")
+            raise NotSupportedError(
+                f"config.json: {self._prefix}quantization_config.quant_method is {scheme!r}: the weights are "
+                "quantised, which lading does not load. Use the checkpoint in its original precision."
+            )
 
     def refuse_nested(self) -> None:
         """Refuse a key whose value is an object.
@@ -184,7 +306,7 @@ class ConfigReader:
         known = ", ".join(repr(value) for value in supported)
         raise NotSupportedError(
             f"config.json: {self._prefix}{key} is {found!r}, which the {self._family} family does not support"
-            f"{f' (it supports {known})' if known else ''}. Load it with transformers itself."
+            f"{f' (it supports {known})' if known else ''}. {_BY_ITS_OWN_CLASS}"
         )
 
     def mismatch(self, key: str, expected: str) -> NoReturn:
@@ -216,16 +338,16 @@ class ConfigReader:
         return config
 
 
-def read_decoder_config(values: Mapping[str, object], family: str) -> ConfigReader:
-    """A reader, after refusing what would change the result of any decoder here.
+def read_decoder_config(values: Mapping[str, object], family: str, table: KeyTable) -> ConfigReader:
+    """Return a reader, after refusing what the family does not honor.
 
     Dropout is not read: it is a matter of training, and published files say zero.
 
-    :raises NotSupportedError: quantised weights, another activation, or attention that isn't causal.
+    :raises NotSupportedError: quantised weights, another activation, or a key with a value that the family does not
+        support, such as attention that isn't causal.
     """
-    reader = ConfigReader(values, family)
+    reader = ConfigReader(values, family, table=table)
     reader.refuse_quantised()
-    reader.require("is_causal", True)
     reader.choice("hidden_act", "silu", {"silu": "silu", "swish": "silu"})
 
     return reader
@@ -251,7 +373,7 @@ def read_rope(reader: ConfigReader, scaling_type: str | None = None) -> tuple[fl
 
 
 def read_rope_of_layers(
-    reader: ConfigReader, *, theta: float, window_theta: float, window_theta_key: str, scaling_type: str
+    reader: ConfigReader, *, theta: float, window_theta: float, window_theta_key: str | None, scaling_type: str
 ) -> tuple[float, ConfigReader | None, float]:
     """The base of the rotary frequencies, the keys of their scaling if there is one, and the base in layers with a
     window, where they are not scaled.
@@ -261,7 +383,7 @@ def read_rope_of_layers(
 
     :param theta: that of layers without a window where the file states none.
     :param window_theta: that of layers with a window where the file states none.
-    :param window_theta_key: the key of the latter before transformers 5.
+    :param window_theta_key: the key of the latter before transformers 5; ``None`` where there was none.
     :param scaling_type: the one that the family supports.
 
     :raises NotSupportedError: another type, scaling in layers with a window, or of a part of each head.
@@ -281,7 +403,7 @@ def read_rope_of_layers(
         theta = reader.number("rope_theta", theta)
     if "rope_theta" in window:
         window_theta = window.number("rope_theta", None)
-    else:
+    elif window_theta_key is not None:
         window_theta = reader.number(window_theta_key, window_theta)
 
     return theta, _scaling(full, scaling_type), window_theta

@@ -11,7 +11,15 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict
 
 from lading.config import STRICT
-from lading.families.huggingface import DECODER_RULES, decoder_values, describing, read_decoder_config, read_rope
+from lading.families.huggingface import (
+    DECODER_RULES,
+    NO_WINDOWS,
+    decoder_keys,
+    decoder_values,
+    describing,
+    read_decoder_config,
+    read_rope,
+)
 from lading.families.meta import fairseq2_rules, meta_rules
 from lading.family import Family
 from lading.hub import ModelHubAccessor
@@ -167,8 +175,14 @@ def _spec(config: LLaMAConfig) -> DecoderSpec:
     )
 
 
+_KEYS = decoder_keys(
+    "hidden_act attention_bias mlp_bias head_dim original_max_position_embeddings",
+    required=NO_WINDOWS,
+)
+
+
 def _from_hf(values: Mapping[str, object]) -> LLaMAConfig:
-    keys = read_decoder_config(values, "llama")
+    keys = read_decoder_config(values, "llama", _KEYS)
     rope_theta, scaling = read_rope(keys, "llama3")
     num_attn_heads = keys.count("num_attention_heads", 32)
     max_seq_len = keys.count("max_position_embeddings", 2048)
@@ -195,10 +209,12 @@ def _from_hf(values: Mapping[str, object]) -> LLaMAConfig:
     )
     if scaling is not None:
         config.use_scaled_rope = True
+        # Beside the scaling, it comes before the one in it.
+        first = keys if "original_max_position_embeddings" in keys else scaling
         config.rope_scale = LLaMARoPEScaleConfig(
             factor=scaling.number("factor", None),
             frequency_factors=(scaling.number("low_freq_factor", None), scaling.number("high_freq_factor", None)),
-            original_context_length=scaling.count("original_max_position_embeddings", max_seq_len),
+            original_context_length=first.count("original_max_position_embeddings", max_seq_len),
         )
 
     return keys.checked(config, _spec)

@@ -9,7 +9,15 @@ from typing import ClassVar
 from pydantic import ConfigDict
 
 from lading.config import STRICT
-from lading.families.huggingface import DECODER_RULES, decoder_values, describing, read_decoder_config, read_rope
+from lading.families.huggingface import (
+    DECODER_RULES,
+    NO_SCALING,
+    decoder_keys,
+    decoder_values,
+    describing,
+    read_decoder_config,
+    read_rope,
+)
 from lading.families.meta import fairseq2_rules, meta_rules
 from lading.family import Family
 from lading.hub import ModelHubAccessor
@@ -94,9 +102,11 @@ def _spec(config: MistralConfig) -> DecoderSpec:
     )
 
 
+_KEYS = decoder_keys("hidden_act head_dim sliding_window", required={"layer_types": None}, ignored=NO_SCALING)
+
+
 def _from_hf(values: Mapping[str, object]) -> MistralConfig:
-    keys = read_decoder_config(values, "mistral")
-    keys.require("layer_types", None)
+    keys = read_decoder_config(values, "mistral", _KEYS)
     rope_theta, _ = read_rope(keys)
     num_attn_heads = keys.count("num_attention_heads", 32)
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
 from lading.config import STRICT
+from lading.errors import NotSupportedError
 from lading.families.huggingface import (
     DECODER_RULES,
+    NO_SCALING,
+    NO_WINDOWS,
     ConfigReader,
     LayerType,
+    decoder_keys,
     decoder_values,
     default_layer_types,
     describing,
@@ -25,6 +29,7 @@ from lading.families.huggingface import (
 from lading.families.meta import fairseq2_rules
 from lading.family import Family
 from lading.hub import ModelHubAccessor
+from lading.keymap import Rule
 from lading.nn.decoder_lm import DecoderLM, init_decoder
 from lading.nn.decoder_plan import decoder_plan
 from lading.nn.decoder_spec import DecoderSpec
@@ -195,9 +200,18 @@ def _scaling(config: YaRNScaleConfig) -> YaRNScaling:
     )
 
 
+_NESTED = {"original_max_position_embeddings": "transformers reads it in rope_parameters only"}
+_OLMO_2_KEYS = decoder_keys(
+    "hidden_act head_dim bos_token_id", required={"attention_bias": False, **NO_WINDOWS}, ignored=NO_SCALING
+)
+_OLMO_3_KEYS = decoder_keys(
+    "hidden_act head_dim bos_token_id sliding_window layer_types", required={"attention_bias": False}, ignored=_NESTED
+)
+
+
 def _from_hf(values: Mapping[str, object]) -> OLMOConfig:
-    keys = read_decoder_config(values, "olmo")
-    keys.require("attention_bias", False)
+    third = values.get("model_type") == "olmo3"
+    keys = read_decoder_config(values, "olmo", _OLMO_3_KEYS if third else _OLMO_2_KEYS)
     model_dim, num_layers = keys.count("hidden_size", 4096), keys.layers("num_hidden_layers", 32)
     num_attn_heads = keys.count("num_attention_heads", 32)
     keys.require("head_dim", model_dim // num_attn_heads)
@@ -216,7 +230,7 @@ def _from_hf(values: Mapping[str, object]) -> OLMOConfig:
         ffn_inner_dim=keys.count("intermediate_size", 11_008),
         rms_norm_eps=keys.number("rms_norm_eps", 1e-5),
     )
-    if values.get("model_type") != "olmo3":
+    if not third:
         config.rope_theta, _ = read_rope(keys)
         return keys.checked(config, _spec)
 
@@ -227,10 +241,11 @@ def _from_hf(values: Mapping[str, object]) -> OLMOConfig:
         keys.refuse("sliding_window", None)
 
     config.rope_theta, scaling, window_theta = read_rope_of_layers(
-        keys, theta=500_000.0, window_theta=500_000.0, window_theta_key="rope_theta", scaling_type="yarn"
+        keys, theta=500_000.0, window_theta=500_000.0, window_theta_key=None, scaling_type="yarn"
     )
     if window_theta != config.rope_theta:
-        keys.refuse("rope_parameters", values.get("rope_parameters"))
+        key = "rope_theta" if keys.is_null("rope_parameters") else "rope_parameters"
+        keys.refuse(key, values.get(key))
     if scaling is not None:
         config.yarn_scale_config = _read_yarn(scaling, config.max_seq_len)
 
@@ -292,6 +307,19 @@ def _yarn_values(config: YaRNScaleConfig) -> dict[str, object]:
     }
 
 
+def _rules(config: OLMOConfig, names: Sequence[str]) -> Sequence[Rule]:
+    # fairseq2 0.8.1 scales the frequencies of all layers, and that is what its trainer saved was trained with.
+    scaled_apart = config.yarn_scale_config and config.sliding_window and not config.yarn_in_all_layers
+    if scaled_apart and (name := next((name for name in names if name.startswith("decoder.layers.")), None)):
+        raise NotSupportedError(
+            f"The checkpoint holds {name!r}, a name of fairseq2, whose OLMo 3 scales rotary frequencies in all layers; "
+            "the configuration scales them in layers without a window only. Set `yarn_in_all_layers: true` in the "
+            "`model_config` of the card, or in the configuration that you pass."
+        )
+
+    return (*fairseq2_rules(None, norms_after=True), *DECODER_RULES)
+
+
 def _comparable(config: OLMOConfig) -> DecoderSpec:
     """The switches, but for what does not matter where no layer has a window."""
     spec = _spec(config)
@@ -309,7 +337,7 @@ FAMILY = Family(
     init=lambda model, config, name, parameter: init_decoder(
         model, name, parameter, std=config.init_std, std_scale=config.init_std_scale
     ),
-    rules=lambda config: (*fairseq2_rules(None, norms_after=True), *DECODER_RULES),
+    rules_of_names=_rules,
     parallel_plan=lambda config: decoder_plan(_spec(config)),
     hf_model_types=frozenset({"olmo2", "olmo3"}),
     from_hf=_from_hf,

@@ -11,7 +11,9 @@ from pydantic import ConfigDict
 from lading.config import STRICT
 from lading.families.huggingface import (
     DECODER_RULES,
+    NO_SCALING,
     ConfigReader,
+    decoder_keys,
     decoder_values,
     describing,
     read_decoder_config,
@@ -113,8 +115,14 @@ def _spec(config: QwenConfig) -> DecoderSpec:
     )
 
 
+_KEYS = decoder_keys(
+    "hidden_act attention_bias head_dim sliding_window use_sliding_window max_window_layers layer_types",
+    ignored=NO_SCALING,
+)
+
+
 def _from_hf(values: Mapping[str, object]) -> QwenConfig:
-    keys = read_decoder_config(values, "qwen")
+    keys = read_decoder_config(values, "qwen", _KEYS)
     rope_theta, _ = read_rope(keys)
     num_attn_heads = keys.count("num_attention_heads", 32)
     num_layers = keys.layers("num_hidden_layers", 32)

@@ -1,0 +1,233 @@
+"""Each key of ``config.json``, changed: the same logits as those of transformers with that key, or a refusal."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lading.construct import build_on_meta
+from lading.errors import LadingError
+from parity_tools import family_of, relative_difference
+
+ABSENT = object()
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 60,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+DECODER = SIZES | {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
+WINDOWS = {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2}
+BASES: dict[str, dict[str, Any]] = {
+    "llama": DECODER,
+    "qwen2": DECODER | WINDOWS,
+    "qwen3": DECODER | WINDOWS | {"head_dim": 16},
+    "mistral": DECODER | {"sliding_window": 16, "head_dim": 16},
+    "olmo2": DECODER,
+    "olmo3": DECODER | {"sliding_window": 16},
+    "gemma3_text": DECODER | {"sliding_window": 16, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "bert": SIZES,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+SCALED = {"llama": LLAMA3, "olmo3": YARN, "gemma3_text": LINEAR}
+
+ROPES: list[dict[str, Any]] = [
+    LLAMA3,
+    LLAMA3 | {"rope_theta": 77.0},
+    LLAMA3 | {"attention_factor": 1.5},
+    YARN,
+    YARN | {"mscale": 0.5, "mscale_all_dim": 0.8},
+    YARN | {"attention_factor": 1.3},
+    YARN | {"beta_fast": 16, "beta_slow": 2},
+    YARN | {"truncate": False},
+    LINEAR,
+    {"type": "linear", "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "default", "rope_theta": 77.0},
+    {"rope_theta": 77.0},
+    {"rope_type": "default", "factor": 3.0},
+    {"rope_type": "default", "partial_rotary_factor": 0.5},
+    {"rope_type": "proportional", "partial_rotary_factor": 0.5},
+]
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+OLD_KEYS = """
+original_max_position_embeddings partial_rotary_factor rope_theta rope_scaling rope_local_base_freq
+sliding_window_pattern position_embedding_type is_causal use_bidirectional_attention per_layer_config head_dim
+pruned_heads tie_encoder_decoder
+torch_dtype attention_bias mlp_bias attn_logit_softcapping final_logit_softcapping unheard_of
+""".split()
+"""Keys that published files have, although no code of today's transformers may read them by name."""
+
+VALUES: dict[str, list[Any]] = {
+    "layer_types": [[FULL] * 4, [SLIDING] * 4, [FULL, FULL, SLIDING, SLIDING], [SLIDING, FULL] * 2, [FULL] * 3],
+    "hidden_act": ["gelu", "relu", "swish", "silu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python"],
+    "per_layer_config": [{"0": {"intermediate_size": 24}}, {"1": {"rms_norm_eps": 0.5}}, {"1": {"sliding_window": 4}}],
+    "position_embedding_type": ["absolute", "relative_key"],
+    "original_max_position_embeddings": [64, 128],
+    "rope_theta": [77.0, 500_000.0],
+    "rope_local_base_freq": [77.0],
+    "sliding_window_pattern": [3],
+    "partial_rotary_factor": [1.0],
+    "torch_dtype": ["float32", "bfloat16"],
+    "rope_scaling": [
+        *ROPES,
+        *({FULL: rope} for rope in ROPES),
+        *({SLIDING: rope} for rope in ROPES),
+        *({FULL: rope, SLIDING: {"rope_type": "default", "rope_theta": 99.0}} for rope in ROPES),
+    ],
+}
+VALUES |= {"hidden_activation": VALUES["hidden_act"], "rope_parameters": VALUES["rope_scaling"]}
+
+TOKENS = torch.arange(90)[None] % 59 + 1
+
+
+@cache
+def keys_that_transformers_reads(model_type: str) -> frozenset[str]:
+    """Names of attributes of configurations in the code that makes and runs a model of the type."""
+    import transformers
+    from transformers import AutoConfig, cache_utils, masking_utils, modeling_layers, modeling_rope_utils
+
+    module = inspect.getmodule(_class_of(model_type, AutoConfig.for_model(model_type)))
+    modules = [module, cache_utils, masking_utils, modeling_layers, modeling_rope_utils]
+    source = "\n".join(Path(str(m.__file__)).read_text(encoding="utf-8") for m in modules if m is not None)
+    found = set(re.findall(r"config\.([a-z_]+)\b(?!\()", source))
+    found |= set(re.findall(r"(?:get|has)attr\([a-z_.]*config, \"([a-z_]+)\"", source))
+
+    return frozenset(name for name in found if not hasattr(transformers.PreTrainedConfig, name)) | {"is_causal"}
+
+
+def _class_of(model_type: str, config: Any) -> type[nn.Module]:
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    auto = AutoModel if model_type == "bert" else AutoModelForCausalLM
+    kls: type[nn.Module] = auto._model_mapping[type(config)]
+
+    return kls
+
+
+def alternatives(key: str, found: Any) -> Iterator[Any]:
+    """What to put in the place of a value."""
+    if found is not ABSENT:
+        yield ABSENT
+    yield from (None, True, False, 1, 8, 0.5)
+    if isinstance(found, int) and not isinstance(found, bool):
+        yield from (2 * found, found + 1)
+    elif isinstance(found, float):
+        yield 3 * found + 0.1
+    yield from VALUES.get(key, ())
+
+
+def theirs_of(file: dict[str, Any]) -> tuple[nn.Module, Tensor] | None:
+    """The model of transformers and its output; ``None`` where it makes no model of the file."""
+    from transformers import AutoConfig
+
+    values = copy.deepcopy(file)
+    try:
+        config = AutoConfig.for_model(**values)
+        kls: Any = _class_of(file["model_type"], config)
+        model = kls._from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.3 * drawn if parameter.dim() > 1 else 1 + 0.2 * drawn)
+        output = model(TOKENS)
+    except Exception:  # whatever a wrong value leads to there
+        return None
+    found = getattr(output, "logits", None)
+
+    return model, output[0] if found is None else found
+
+
+def ours_of(file: dict[str, Any], theirs: nn.Module) -> nn.Module | None:
+    """This project's model with the same weights; ``None`` where it is refused."""
+    family = family_of(file["model_type"])
+    try:
+        model = build_on_meta(family, family.from_hf(file))
+    except LadingError:
+        return None
+    model.to_empty(device="cpu")
+    state = theirs.state_dict()
+    tied = set(model.state_dict()) ^ set(state) <= {"lm_head.weight"}
+    try:
+        model.load_state_dict(state, strict=not tied)
+    except RuntimeError:  # other names or shapes, which a load refuses
+        return None
+    for module in model.modules():
+        if hasattr(module, "reset_non_persistent_buffers"):
+            module.reset_non_persistent_buffers("cpu")
+
+    return model.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "scaled"), [*((name, False) for name in BASES), *((name, True) for name in SCALED)]
+)
+@torch.no_grad()
+def test_each_key(model_type: str, scaled: bool) -> None:
+    import transformers
+
+    config = transformers.AutoConfig.for_model(model_type, **BASES[model_type])
+    file = json.loads(config.to_json_string(use_diff=False))
+    keys = {*file, *OLD_KEYS, *keys_that_transformers_reads(model_type)} - {"model_type"}
+    if scaled:
+        ropes = file["rope_parameters"]
+        ropes = ropes.get(FULL, ropes)
+        ropes |= SCALED[model_type]
+        keys = {"rope_theta", "max_position_embeddings", "original_max_position_embeddings", "head_dim", "layer_types"}
+
+    wrong, compared = [], 0
+    for key in sorted(keys):
+        for value in alternatives(key, file.get(key, ABSENT)):
+            changed = {k: v for k, v in file.items() if k != key}
+            if value is not ABSENT:
+                changed[key] = value
+            made = theirs_of(changed)
+            ours = None if made is None else ours_of(copy.deepcopy(changed), made[0])
+            if made is None or ours is None:
+                continue
+            if (changed.get("max_position_embeddings") or 2048) < TOKENS.numel():
+                continue  # which is refused with each call
+            logits = ours(TOKENS)
+            compared += 1
+            if logits.shape != made[1].shape or not relative_difference(logits, made[1]) <= 1e-4:
+                wrong.append(f"{key}: {'absent' if value is ABSENT else json.dumps(value)}")
+
+    assert not wrong
+    assert compared > (5 if scaled else 200)
+
+
+@pytest.mark.parametrize("model_type", BASES)
+def test_a_file_of_transformers_has_no_unknown_key(model_type: str, caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import AutoConfig
+
+    file = json.loads(AutoConfig.for_model(model_type, **BASES[model_type]).to_json_string(use_diff=False))
+
+    family_of(model_type).from_hf(file)
+    assert not caplog.records
+
+    family_of(model_type).from_hf(file | {"unheard_of": 3, "unheard_of_too": None})
+    assert [record.getMessage().count("unheard_of") for record in caplog.records] == [1]
