@@ -35,6 +35,7 @@ FIELDS = (
     *CONFIG_KEYS,
     "checkpoint",
     "checkpoint_path",
+    "sha256",
     "restrict",
     "tokenizer",
     "tokenizer_path",
@@ -44,6 +45,7 @@ FIELDS = (
 )
 """The fields, besides the name, that mean something here. A card may have any others: they are kept and found."""
 
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _GATED = re.compile(r" *; *gated *= *(true|false) *;? *$", re.IGNORECASE)
 
@@ -309,6 +311,30 @@ def split_gated(uri: str) -> tuple[str, bool]:
     return uri, gated
 
 
+def is_sha256(value: object) -> bool:
+    """Whether ``value`` is a SHA-256 in hexadecimal."""
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+
+
+def pinned_digests(card: AssetCard) -> dict[str, str]:
+    """Return the SHA-256 of the files that a card pins, by their names; under the empty name that of the only file.
+
+    :raises AssetCardError: the field ``sha256`` is of another form.
+    """
+    field = card.maybe_get_field("sha256")
+    if field is None:
+        return {}
+    stated = field.value if isinstance(field.value, Mapping) else {"": field.value}
+    if not all(is_sha256(digest) for digest in stated.values()):
+        raise AssetCardError(
+            card.name,
+            f"The field 'sha256' of the card {card.name!r} is expected to be 64 hexadecimal digits, or a mapping of "
+            f"file names to them, but is {field.value!r}{card._at()}.",
+        )
+
+    return {name: str(digest).lower() for name, digest in stated.items()}
+
+
 # --- resolution ------------------------------------------------------------------------------------------------------
 
 
@@ -325,11 +351,13 @@ def resolve_card(name: str, envs: Sequence[str], look_up: Callable[[str], Mappin
     :param envs: environments in the order in which their overlays are tried; the first that exists is laid over a card.
     :param look_up: gives all entries of a name, by environment (the card itself under the empty one).
 
-    :raises AssetCardError: a base that does not exist, or that leads back to a card of the chain.
+    :raises AssetCardError: a base that does not exist, or that leads back to a card of the chain; or an overlay that is
+        not the user's own takes back a digest by which the card pins a file.
     """
     # The chain is walked down first and built up afterwards, as frozen cards need their base when they are made.
     layers: list[tuple[str, dict[str, object], dict[str, Path | None], str, dict[str, str]]] = []
     seen: list[str] = []
+    laid: list[CardEntry] = []
     at: str | None = name
 
     while at is not None:
@@ -347,6 +375,8 @@ def resolve_card(name: str, envs: Sequence[str], look_up: Callable[[str], Mappin
         sources: dict[str, str] = {}
         overlay = next((entries[env] for env in envs if env in entries), None)
         if overlay is not None:
+            if overlay.env != USER_ENV:
+                laid.append(overlay)
             metadata.update(overlay.metadata)
             folders.update(dict.fromkeys(overlay.metadata, overlay.folder))
             sources = dict.fromkeys(overlay.metadata, overlay.source)
@@ -364,8 +394,31 @@ def resolve_card(name: str, envs: Sequence[str], look_up: Callable[[str], Mappin
     card: AssetCard | None = None
     for layer_name, metadata, folders, source, sources in reversed(layers):
         card = AssetCard(layer_name, metadata, card, folders, source, sources)
+    if card is not None and laid:
+        _require_pins(card, laid[0], lambda: resolve_card(name, [env for env in envs if env == USER_ENV], look_up))
 
     return card
+
+
+def _require_pins(card: AssetCard, overlay: CardEntry, without: Callable[[], AssetCard | None]) -> None:
+    """Make sure that what a card pins is pinned with an overlay, too.
+
+    :param without: gives the card without overlays that are not the user's own.
+
+    :raises AssetCardError: it is not.
+    """
+    try:
+        plain = without()
+    except AssetCardError:
+        return  # without the overlay, nothing can be loaded by it
+    pins = {} if plain is None else pinned_digests(plain)
+    if pins and not pins.items() <= pinned_digests(card).items():
+        raise AssetCardError(
+            card.name,
+            f"The card {card.name!r} pins files of its checkpoint by `sha256`, and with the overlay {overlay.env!r} "
+            f"({overlay.source}) it would not. An overlay can pin more files, and only one of the environment "
+            f"{USER_ENV!r} others: state the digests in the card itself, or make the overlay a card of its own.",
+        )
 
 
 def resolve_architecture(

@@ -13,8 +13,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
-from lading.card import CONFIG_KEYS, ArchitectureEntry, CardEntry
-from lading.documents.document import Document, show
+from lading.card import CONFIG_KEYS, ArchitectureEntry, CardEntry, is_sha256
+from lading.documents.document import Document, join, show
 from lading.documents.json_lines import json_documents
 from lading.documents.read_yaml import yaml_documents
 from lading.documents.write_yaml import to_yaml
@@ -154,6 +154,7 @@ class _Reader:
         for key in CONFIG_KEYS:
             if (item := metadata.get(key)) is not None and not isinstance(item, dict):
                 problems.append(f".{key}: expected a mapping, found {show(item)}")
+        _check_digests(metadata.get("sha256"), problems)
         if isinstance(base := metadata.get("base"), str):
             metadata["base"] = _plain_name(base, "base", problems)
 
@@ -222,6 +223,16 @@ def _check_string(value: object, key: str, problems: list[str]) -> str | None:
     problems.append(f".{key}: expected a string, found {show(value)}{quotes}")
 
     return None
+
+
+def _check_digests(value: object, problems: list[str]) -> None:
+    """Add a problem for what is neither a SHA-256 nor a mapping of file names to such."""
+    if value is None:
+        return
+    for name, digest in value.items() if isinstance(value, dict) else [("", value)]:
+        if not is_sha256(digest):
+            place = join(".sha256", name) if name else ".sha256"
+            problems.append(f"{place}: expected 64 hexadecimal digits, found {show(digest)}")
 
 
 def _plain_name(name: str, key: str, problems: list[str]) -> str:

@@ -38,6 +38,8 @@ class Checkpoint:
     """One for each shard of the manifest, in the state in which it was looked at; ``None`` before they are fetched."""
     trusted: bool = False
     """Whether the catalog saw all files verified in just the state that they are in."""
+    pinned: tuple[int, ...] = ()
+    """The shards whose SHA-256 the card states, by their positions in the manifest."""
     ref: CheckpointRef | None = None
     """Where to fetch it from; ``None`` for what is on this machine by itself."""
     revision: str = ""

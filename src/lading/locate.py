@@ -28,6 +28,7 @@ from lading.fetch.source import Known
 from lading.fetch.sources import HUB_SCHEMES, check_address
 from lading.filesystem import expand_home
 from lading.folder import read_hf_config, refuse_quantised_config
+from lading.pins import with_pins
 from lading.published import Published, index_source
 from lading.transfer.files import ShardFile
 from lading.whole import Whole, comes_whole, fetch_whole
@@ -49,7 +50,7 @@ def card_checkpoint(
     :raises ModelGatedError: the card names none.
     :raises CheckpointNotFoundError: nothing is where the card says.
     :raises FetchError: the source cannot be reached.
-    :raises DigestMismatchError: other files are in the place of those that were verified.
+    :raises DigestMismatchError: other files are in the place of those that were verified, or that the card pins.
     :raises NotSupportedError: it is quantised.
     """
     ref = address_of(card)
@@ -58,11 +59,11 @@ def card_checkpoint(
         require_access(card.title, ref)
 
     if path is None:
-        return _remote_checkpoint(card.title, ref, store, progress=progress)
+        return with_pins(_remote_checkpoint(card.title, ref, store, progress=progress), card, store)
 
     path = local_checkpoint(path, inner_path=ref.path)
 
-    return _local_checkpoint(card.title, path, store, accept_others=accept_others)
+    return with_pins(_local_checkpoint(card.title, path, store, accept_others=accept_others), card, store)
 
 
 def address_of(card: AssetCard) -> CheckpointRef:

@@ -31,9 +31,11 @@ from lading.fetch.sources import HTTP_SCHEMES, HUB_SCHEMES, open_source
 from lading.folder import refuse_quantised_config
 from lading.formats import NotByHeadersError
 from lading.locate import address_of, card_checkpoint, known_content, require_access, require_writable, whole_checkpoint
+from lading.pins import with_pins
 from lading.published import CONFIG_NAME, Published, index_source, name_in_source
 from lading.resolve import family_of_card, model_config
 from lading.settings import Settings
+from lading.verification import require_pinned
 from lading.whole import Whole, comes_whole, fetch_whole
 
 log = logging.getLogger("lading")
@@ -99,6 +101,8 @@ def pull_model(
     require_access(card.title, ref)
     if uri_path(ref.uri) is not None:
         checkpoint = _local(card_checkpoint(card, store), revision)
+        if not dry_run:
+            require_pinned(checkpoint, store, progress=progress)
         tokenizer = _tokenizer_elsewhere(card, ref, None, store)
         beside = _bring(tokenizer, checkpoint, store, dry_run=dry_run, progress=progress)
         return _report(checkpoint, missing=False, beside=beside)
@@ -118,6 +122,7 @@ def pull_model(
     else:
         refuse_quantised_config(published.hf_config, ref.shown)
         checkpoint = _as_checkpoint(card, ref, published, store)
+    pinned = with_pins(checkpoint, card, store)
     _require_fit(card, checkpoint, published, store)
 
     companions = _companions(checkpoint, published, include, card, store)
@@ -139,7 +144,8 @@ def pull_model(
             revision=checkpoint.revision,
             card_name=card.title,
         )
-    here = acquire(checkpoint, store, progress=progress)
+    here = acquire(pinned, store, progress=progress)
+    require_pinned(here, store, progress=progress)
     beside = [
         PulledFile(name=file.name, size=file.stat.size, path=file.path, fetched=True)
         for file in _fetch(checkpoint, companions, store, progress=progress)

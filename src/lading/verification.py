@@ -110,8 +110,10 @@ def expect(
         )
 
     digests = _stored_digests(checkpoint, store)
-    if digests is None and any(shard.sha256 is not None for shard in checkpoint.manifest.shards):
-        checks = check_files(checkpoint, progress=progress)
+    # What was recorded of tensors may be of other bytes than those that the card pins.
+    chosen = None if digests is None else checkpoint.pinned
+    checks = check_files(checkpoint, chosen, progress=progress)
+    if checks:
         _record_checks(checkpoint, checks, store)
         require_match(checks)
 
@@ -224,6 +226,17 @@ def remedy(checkpoint: Checkpoint, path: Path | None = None, *, files: int = 1) 
     they, ones = ("it was", "one") if files == 1 else ("they were", "ones")
 
     return f"If {they} changed on purpose, `lading index {checkpoint.name}` takes {them} for the right {ones}."
+
+
+def require_pinned(checkpoint: Checkpoint, store: AssetStore, *, progress: bool = False) -> None:
+    """Hash the files that the card pins, unless the catalog saw them verified as they are.
+
+    :raises DigestMismatchError: one is another.
+    """
+    if checkpoint.pinned and not checkpoint.trusted:
+        checks = check_files(checkpoint, checkpoint.pinned, progress=progress)
+        _record_checks(checkpoint, checks, store)
+        require_match(checks)
 
 
 def check_files(checkpoint: Checkpoint, chosen: Sequence[int] | None = None, *, progress: bool = False) -> list[Check]:

@@ -32,6 +32,7 @@ from lading.fetch.file import local_checkpoint
 from lading.filesystem import FileStat
 from lading.formats.safetensors import index_file
 from lading.locate import address_of, card_checkpoint
+from lading.pins import with_pins
 from lading.resolve import family_of_card, model_config
 from lading.settings import Settings
 from lading.sidecar import base_uri, tp_of
@@ -154,7 +155,7 @@ def _known(card: AssetCard, store: AssetStore) -> tuple[Checkpoint, dict[str, Co
         revision=stored.revision,
     )
 
-    return checkpoint, {shard.name: copies[shard.name].kind for shard in stored.manifest.shards}
+    return with_pins(checkpoint, card, store), {shard.name: copies[shard.name].kind for shard in stored.manifest.shards}
 
 
 _GONE = FileStat(0, 0, 0, 0)

@@ -27,7 +27,7 @@ def test_the_page(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_every_field_is_described() -> None:
     cards, architectures = (
-        set(re.findall(r"`([a-z_]+)`", " ".join(re.findall(r"^\| (`[^|]*) \|", section, re.MULTILINE))))
+        set(re.findall(r"`([a-z0-9_]+)`", " ".join(re.findall(r"^\| (`[^|]*) \|", section, re.MULTILINE))))
         for section in (
             PAGE.partition(f"\n## The fields of {what}\n")[2].partition("\n## ")[0]
             for what in ("a card", "an architecture")

@@ -22,7 +22,7 @@ LAYERS = [
     {"parallel", "pipeline", "report", "split_style"},
     {"folder", "construct", "published", "whole", "brought", "diff", "resolve", "sidecar"},
     {"finding"},
-    {"checkpoint", "check"},
+    {"checkpoint", "check", "pins"},
     {"locate"},
     {"acquire", "beside", "companions", "completion", "reading", "holdings", "hub_checkpoints", "adoption", "removal"},
     {"verification", "ties"},
