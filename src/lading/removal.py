@@ -1,4 +1,4 @@
-"""Models taken off this machine: the bytes that lading itself fetched, and nothing that is somebody else's."""
+"""Models taken off this machine: what this catalog fetched, and revisions of the cache that all programs share."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lading.card import checkpoint_ref
+from lading.card import checkpoint_ref, shown_uri
 from lading.catalog.holdings import held_checkpoints, letting_go
 from lading.catalog.records import HeldCheckpoint, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
+from lading.errors import PolicyError
 from lading.fetch.cache import Cache
-from lading.fetch.hf_removal import SnapshotFile, remove_files, snapshot_file
+from lading.fetch.hf_removal import HubRevision, delete_revisions, revision_of
 from lading.fetch.partial import sweep
 from lading.formats import is_rewritten
 from lading.holdings import catalog_uri, find_orphans, names_of, own_cache
@@ -44,6 +45,8 @@ class Removal:
     """Files that are gone. Of those that others need the bytes stay, and are not counted."""
     kept: tuple[KeptFile, ...]
     """Files that stay; the catalog does not know them as the model's any more."""
+    revisions: tuple[HubRevision, ...] = ()
+    """Revisions that are deleted from the cache of Hugging Face's libraries, whoever fetched them."""
     also_of: tuple[str, ...]
     """Other models of the same checkpoint, which is gone for them, too."""
 
@@ -53,17 +56,20 @@ class Removal:
         return not (self.removed or self.kept or self.freed)
 
 
-def remove_model(name: str, *, dry_run: bool = False, store: AssetStore | None = None) -> Removal:
-    """Remove the files that lading fetched for a model; those of others are only forgotten.
+def remove_model(name: str, *, dry_run: bool = False, hub: bool = False, store: AssetStore | None = None) -> Removal:
+    """Remove the files of a model from lading's cache and from that of Hugging Face's libraries; forget the others.
 
-    What lading fetched is in its own cache, or in that of Hugging Face's libraries: the weights, what came along with
-    them, and all of it of revisions that a pull has left. A file that another model's checkpoint needs stays. What the
+    Of lading's own cache go the weights, what came along with them, and all of it of revisions that a pull has left,
+    unless another model's checkpoint or another catalog needs it. The cache of Hugging Face's libraries has no owners:
+    there whole revisions go, by huggingface_hub's own ``delete_revisions``, and only where that is asked for. What the
     checkpoint holds stays known, and a load fetches it anew; but its sidecars go, too.
 
     :param name: of a card; or the URI of a checkpoint that no card names.
     :param dry_run: only say what would be removed.
+    :param hub: delete the model's revisions from the cache of Hugging Face's libraries.
 
     :raises AssetNotFoundError: there is no such card, nor such a checkpoint.
+    :raises PolicyError: revisions are to be deleted, and ``hub`` does not say so; nothing was removed.
     :raises CatalogError: the catalog cannot be written; nothing was removed.
     :raises OSError: a file cannot be removed. The catalog then says of all what it said before, and what is gone counts
         as gone: remove the model again.
@@ -77,9 +83,18 @@ def remove_model(name: str, *, dry_run: bool = False, store: AssetStore | None =
     others = [other for other in names_of(store, [uri]).get(uri, ()) if other != name]
     with _held(store, uri, dry_run=dry_run) as held:
         plan = _plan(uri, entry, held)
+        if plan.revisions and not (dry_run or hub):
+            raise _refused(name, plan.revisions)
         freed = plan.carry_out(dry_run=dry_run)
 
-    return Removal(name=name, freed=freed, removed=plan.paths, kept=plan.kept, also_of=tuple(others))
+    return Removal(
+        name=name,
+        freed=freed,
+        removed=plan.paths,
+        kept=plan.kept,
+        revisions=plan.revisions,
+        also_of=tuple(others),
+    )
 
 
 def remove_orphans(*, dry_run: bool = False, older_than: float = _GRACE, store: AssetStore | None = None) -> Removal:
@@ -133,6 +148,15 @@ def _checkpoint_of(name: str, store: AssetStore) -> tuple[str, str]:
     return (catalog_uri(ref), ref.uri) if ref.uri else ("", "")
 
 
+def _refused(name: str, revisions: Sequence[HubRevision]) -> PolicyError:
+    which = ", ".join(f"{revision.commit} of {revision.repo}" for revision in revisions)
+
+    return PolicyError(
+        f"{name} is in the cache of Hugging Face's libraries, which other programs use, too: {which} would be deleted. "
+        f"Nothing was removed. `lading rm {name} --yes` deletes it (in Python `hub=True`)."
+    )
+
+
 @contextmanager
 def _held(store: AssetStore, uri: str, *, dry_run: bool) -> Iterator[list[HeldCheckpoint]]:
     if dry_run:
@@ -157,7 +181,7 @@ class _Plan:
     """Of files in lading's cache that go."""
     needed: frozenset[str]
     """Of those that other checkpoints need."""
-    hub: tuple[SnapshotFile, ...]
+    revisions: tuple[HubRevision, ...]
     made: tuple[Path, ...]
     """Of files that were made of others in lading's cache."""
     paths: tuple[Path, ...]
@@ -167,9 +191,9 @@ class _Plan:
         """Remove the files; returns the bytes that were freed."""
         if dry_run:
             removable = self.cache.removable(self.entry, also=self.digests, keep=self.needed)
-            return _bytes([*removable, *self.made]) + remove_files(self.hub, dry_run=True)
+            return _bytes([*removable, *self.made]) + delete_revisions(self.revisions, dry_run=True)
 
-        freed = self.cache.remove(self.entry, also=self.digests, keep=self.needed) + remove_files(self.hub)
+        freed = self.cache.remove(self.entry, also=self.digests, keep=self.needed) + delete_revisions(self.revisions)
 
         return freed + _remove(self.made)
 
@@ -177,27 +201,32 @@ class _Plan:
 def _plan(uri: str, entry: str, held: Sequence[HeldCheckpoint]) -> _Plan:
     cache = own_cache()
     copies = [copy for checkpoint in held if _is_of(checkpoint.uri, uri) for copy in checkpoint.copies]
-    others = {
-        os.path.realpath(copy.path): checkpoint.uri
+    by_name = {
+        copy.path: shown_uri(checkpoint.uri)
         for checkpoint in held
         if not _is_of(checkpoint.uri, uri)
         for copy in checkpoint.copies
     }
+    others = {os.path.realpath(path): other for path, other in by_name.items()}
     needed = frozenset(digest for path in others if (digest := _digest(cache, Path(path))) is not None)
 
+    revisions_of_others = {revision: other for path, other in by_name.items() if (revision := revision_of(path))}
+
     digests: list[str] = []
-    hub: list[SnapshotFile] = []
+    revisions: set[HubRevision] = set()
     made: list[Path] = []
     kept: list[KeptFile] = []
     for copy in copies:
-        digest, file = _digest(cache, copy.path), snapshot_file(copy.path)
+        digest, revision = _digest(cache, copy.path), revision_of(copy.path)
         other = others.get(os.path.realpath(copy.path))
+        if revision is not None and copy.kind in ("hub", "adopted"):
+            other = revisions_of_others.get(revision)
         if not os.path.lexists(copy.path) and copy.kind not in ("cache", "hub"):
             continue
         if copy.kind == "cache" and digest is not None and other is None:
             digests.append(digest)
-        elif copy.kind == "hub" and file is not None and other is None:
-            hub.append(file)
+        elif copy.kind in ("hub", "adopted") and revision is not None and other is None:
+            revisions.add(revision)
         elif _is_made(copy.path, cache) and other is None:
             made.append(copy.path)
         elif os.path.lexists(copy.path):  # in a cache that was another one's, it may be gone
@@ -211,14 +240,14 @@ def _plan(uri: str, entry: str, held: Sequence[HeldCheckpoint]) -> _Plan:
         if copy.kind == "cache" and _digest(cache, copy.path) in set(digests) - {path.name[:64] for path in removable}
         if os.path.lexists(copy.path)
     ]
-    paths = [*removable, *(file.repository / file.name for file in hub), *made]
+    paths = [*removable, *(path for revision in sorted(revisions) for path in revision.files()), *made]
 
     return _Plan(
         cache=cache,
         entry=entry,
         digests=tuple(digests),
         needed=needed,
-        hub=tuple(hub),
+        revisions=tuple(revision for revision in sorted(revisions) if revision.path.is_dir()),
         made=tuple(made),
         paths=tuple(path for path in paths if os.path.lexists(path)),
         kept=tuple(kept),

@@ -29,6 +29,7 @@ from lading.errors import (
     NotSupportedError,
 )
 from lading.fetch.file import local_checkpoint
+from lading.fetch.hf_removal import revision_of
 from lading.filesystem import FileStat
 from lading.formats.safetensors import index_file
 from lading.locate import address_of, card_checkpoint
@@ -72,12 +73,13 @@ def verify_model(
     where the catalog cannot be written, the files are checked all the same. What :func:`~lading.repack.repack_model`
     made of them is checked as well.
 
-    :param repair: fetch what is not right anew. Only files that lading fetched are ever replaced.
+    :param repair: fetch what is not right anew: files in lading's own cache, and in that of Hugging Face's libraries,
+        whose ``hf_hub_download`` replaces them. No others are ever replaced.
     :param progress: show a bar on stderr.
 
     :raises AssetNotFoundError: no card has that name.
     :raises CheckpointNotFoundError: the checkpoint is not on this machine.
-    :raises NotSupportedError: ``repair``, of files that lading did not fetch.
+    :raises NotSupportedError: ``repair``, of files in no cache.
     :raises FetchError: ``repair``, and the source cannot be reached.
     :raises CatalogError: the catalog is damaged, or another process holds it.
     """
@@ -285,8 +287,8 @@ def _record(checkpoint: Checkpoint, kinds: dict[str, CopyKind], checks: Sequence
 
 
 def _refuse_foreign(bad: Sequence[Check], kinds: dict[str, CopyKind], checkpoint: Checkpoint) -> None:
-    """:raises NotSupportedError: a file to be replaced is not one that lading fetched."""
-    foreign = [check.path for check in bad if kinds[check.file] not in ("cache", "hub")]
+    """:raises NotSupportedError: a file to be replaced is in no cache."""
+    foreign = [c.path for c in bad if kinds[c.file] not in ("cache", "hub") and revision_of(c.path) is None]
     if foreign or checkpoint.ref is None:
         raise NotSupportedError(
             f"{foreign[0] if foreign else checkpoint.where} is not the file that was verified, and lading did "

@@ -70,26 +70,22 @@ def kinds(run: Run) -> dict[str, str]:
     return {row["file"]: row["kind"] for row in rows}
 
 
-def test_what_another_program_fetched_is_not_lading_s_to_delete(
-    run: Run, hub: FakeHub, env: dict[str, str], tmp_path: Path
-) -> None:
+def test_the_hub_s_cache_has_no_owners(run: Run, hub: FakeHub, env: dict[str, str], tmp_path: Path) -> None:
     download(env, "config.json", SHARDS[0])
 
     run("load", "far", "--no-progress")
     assert kinds(run) == {SHARDS[0]: "adopted", SHARDS[1]: "hub"}
     assert "adopted,hub" in run("du", "far").stdout
 
-    done = run("rm", "far")
-    assert "1 file removed" in done.stdout
-    assert f"{SHARDS[0]} stays: adopted, not fetched by lading" in done.stderr
     (snapshot,) = tmp_path.glob("hub/models--Some--Tiny/snapshots/*")
-    assert (snapshot / SHARDS[0]).exists()
-    assert not (snapshot / SHARDS[1]).is_symlink()
+    before = {path.name for path in snapshot.iterdir()}
+    done = run("rm", "far", code=7)
+    assert f"{snapshot.name} of Some/Tiny" in done.stderr
+    assert "`lading rm far --yes`" in done.stderr
+    assert {path.name for path in snapshot.iterdir()} == before
 
-    hub.requests.clear()
-    run("load", "far", "--no-progress")
-    assert not any(SHARDS[0] in r.path for r in hub.requests if r.origin == "cdn")
-    assert kinds(run) == {SHARDS[0]: "adopted", SHARDS[1]: "hub"}
+    assert f"{snapshot.name} of Some/Tiny was deleted" in run("rm", "far", "--yes").stderr
+    assert not snapshot.exists()
 
 
 def test_what_lading_fetched_is(run: Run, hub: FakeHub, tmp_path: Path) -> None:
@@ -104,7 +100,7 @@ def test_what_lading_fetched_is(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     assert set(kinds(run).values()) == {"hub"}, "what the catalog knows already stays what it is"
 
     assert "(dry run)" in run("rm", "far", "--dry-run").stdout
-    assert "4 files removed" in run("rm", "far").stdout
+    assert "4 files removed" in run("rm", "far", "--yes").stdout
     assert "nothing of far is on this machine" in run("rm", "far").stderr
     assert json.loads(run("du", "--json").stdout) == []
     assert list((tmp_path / "hub").glob("models--*")) == []
@@ -129,12 +125,9 @@ def test_a_revision_that_a_pull_left_goes_with_the_rest(
     assert row["bytes"] == sum(map(len, files.values())) + len(first)
     assert (row["files"], row["complete"], row["verified"]) == (8, True, True)
 
-    done = run("rm", "far")
-    assert "7 files removed" in done.stdout
-    assert f"{old}/config.json stays: adopted, not fetched by lading" in done.stderr
-    (left,) = (tmp_path / "hub").glob("models--*/snapshots/*/*")
-    assert left.relative_to(left.parents[1]).parts == (old, "config.json")
-    assert left.exists()
+    done = run("rm", "far", "--yes")
+    assert f"{old} of Some/Tiny was deleted" in done.stderr
+    assert list((tmp_path / "hub").glob("models--*")) == []
 
 
 def test_what_came_along_stays_while_another_card_has_it(run: Run, hub: FakeHub, tmp_path: Path) -> None:
@@ -146,7 +139,7 @@ def test_what_came_along_stays_while_another_card_has_it(run: Run, hub: FakeHub,
     assert "0 files removed" in run("rm", "far").stdout
     (snapshot,) = tmp_path.glob("hub/models--*/snapshots/*")
     assert {path.name for path in snapshot.iterdir()} == {"config.json", "model.safetensors.index.json", *SHARDS}
-    assert "4 files removed" in run("rm", "other").stdout
+    assert "4 files removed" in run("rm", "other", "--yes").stdout
     assert not snapshot.exists()
 
 
@@ -157,7 +150,7 @@ def test_what_a_pull_brought_that_failed_is_lading_s_too(run: Run, hub: FakeHub,
     run("pull", "far")
 
     assert set(kinds(run).values()) == {"hub"}
-    assert "4 files removed" in run("rm", "far").stdout
+    assert "4 files removed" in run("rm", "far", "--yes").stdout
     assert list((tmp_path / "hub").glob("models--*")) == []
 
 

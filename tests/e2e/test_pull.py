@@ -155,6 +155,22 @@ def test_a_bit_that_flips_is_found_and_repaired(run: Run, hub: FakeHub, tmp_path
     assert "is not what the hub publishes" in run("load", "far", "--no-progress").stderr
 
 
+def test_a_hub_cache_without_links(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    plain = {"HF_HUB_DISABLE_SYMLINKS": "1"}
+    run("pull", "far", "--no-progress", **plain)
+    path = shard_of(tmp_path)
+    assert not path.is_symlink()
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+
+    run("verify", "far", "--no-progress", code=4, **plain)
+    (row,) = {v["result"] for v in json.loads(run("verify", "far", "--repair", "--json", **plain).stdout)} - {"match"}
+    assert row == "repaired"
+    assert path.read_bytes() == good
+    run("rm", "far", "--yes", **plain)
+    assert [p for p in (tmp_path / "hf" / "hub").rglob("*") if p.is_file() and p.stat().st_size > 1000] == []
+
+
 def test_a_bit_that_flips_behind_an_unchanged_state(run: Run, hub: FakeHub, tmp_path: Path, catalog: Path) -> None:
     run("pull", "far", "--no-progress")
     run("load", "far", "--no-progress", "--verify", "always")  # records the digests of tensors

@@ -102,6 +102,6 @@ def test_what_was_made_of_a_file_of_the_hub(process: Run, hub: FakeHub, tmp_path
     size = file.stat().st_size + original.stat().st_size
 
     assert run("du", "far", "--csv").splitlines()[1].split(",")[:4] == ["far", str(size), '"cache', 'hub"']
-    assert "2 files removed" in run("rm", "far")
+    assert "2 files removed" in run("rm", "far", "--yes")
     assert made() == []
     assert list((tmp_path / "hub").glob("models--*")) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -19,11 +20,14 @@ if TYPE_CHECKING:
 @click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete_model)
 @click.option("--orphans", is_flag=True, help="What this catalog brought into lading's cache and no card names.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
-def rm(names: tuple[str, ...], orphans: bool, dry_run: bool) -> None:
-    """Remove what lading fetched for models.
+@click.option("--yes", is_flag=True, help="Delete revisions of the Hugging Face cache without asking.")
+def rm(names: tuple[str, ...], orphans: bool, dry_run: bool, yes: bool) -> None:
+    """Remove models from this machine.
 
-    Files that it did not fetch, adopted ones and those that a card names by their path, stay; so does what another
-    model needs. The cards stay, too: a load fetches the model anew.
+    From lading's cache goes what this catalog fetched. The cache of Hugging Face's libraries has no owners: there the
+    revisions of the model are listed and, after a question, deleted. Files elsewhere, adopted ones and those that a
+    card names by their path, stay; so does what another model needs. The cards stay, too: a load fetches the model
+    anew.
 
     For example: lading rm qwen3_0.6b
     """
@@ -40,9 +44,25 @@ def rm(names: tuple[str, ...], orphans: bool, dry_run: bool) -> None:
             raise unknown_model(name, store)
 
     for name in dict.fromkeys(names):
-        _say(name, remove_model(name, dry_run=dry_run, store=store), dry_run=dry_run)
+        hub = yes or (not dry_run and _agreed(name, remove_model(name, dry_run=True, store=store)))
+        _say(name, remove_model(name, dry_run=dry_run, hub=hub, store=store), dry_run=dry_run)
     if orphans:
         _say("orphans", remove_orphans(dry_run=dry_run, store=store), dry_run=dry_run)
+
+
+def _agreed(name: str, removal: Removal) -> bool:
+    """Ask whether the revisions of a model are to be deleted, where there is a terminal to ask."""
+    if not removal.revisions or sys.stdin is None or not sys.stdin.isatty():
+        return False
+    for revision in removal.revisions:
+        click.echo(f"lading: {revision.commit} of {revision.repo} is in {printable(str(revision.path))}", err=True)
+    count = counted(len(removal.revisions), "revision")
+
+    return click.confirm(
+        f"Delete {count} of {printable(name)} from the Hugging Face cache, which other programs use, too?",
+        err=True,
+        abort=True,
+    )
 
 
 def _say(name: str, removal: Removal, *, dry_run: bool) -> None:
@@ -55,6 +75,11 @@ def _say(name: str, removal: Removal, *, dry_run: bool) -> None:
         click.echo(f"lading: nothing of {printable(name)} is on this machine", err=True)
         return
 
+    for revision in removal.revisions:
+        verb = "is to be" if dry_run else "was"
+        click.echo(
+            f"lading: the revision {revision.commit} of {revision.repo} {verb} deleted by huggingface_hub", err=True
+        )
     verb, note = ("to be removed", " (dry run)") if dry_run else ("removed", "")
     files = counted(len(removal.removed), "file")
     click.echo(f"{printable(name)}: {files} {verb}, {human_bytes(removal.freed)} freed{note}")

@@ -17,6 +17,7 @@ from lading.fetch.disk import require_space
 from lading.fetch.hf_cache import folder_name, hub_cache
 from lading.fetch.hf_client import download
 from lading.fetch.hf_names import is_commit
+from lading.fetch.hf_removal import delete_file
 from lading.fetch.source import FetchedFile, Known, RemoteFile
 from lading.fetch.verify import sha256_file
 from lading.progress import byte_bar
@@ -94,6 +95,10 @@ class _Job:
             if bad is None:
                 raise offline_error(self.repo, file.name)
             raise bad.mismatch(file, self.repo, "It is not used. Unset LADING_OFFLINE and HF_HUB_OFFLINE to fetch it.")
+
+        if bad is not None and bad.path == here and not bad.path.is_symlink():
+            # Where there are no links, huggingface_hub fetches the file again and leaves the bad one in its place.
+            delete_file(bad.path)
 
         return self._fetch(file, count, force=here is not None)
 
