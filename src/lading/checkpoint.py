@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from blake3 import blake3
+
 from lading import formats
 from lading.card import CheckpointRef, path_uri
-from lading.catalog.records import CopyKind, LocalCopy, StoredCheckpoint
+from lading.catalog.records import HEADER, Check, CopyKind, LocalCopy, StoredCheckpoint
 from lading.errors import CorruptModelCheckpointError, InternalError
 from lading.filesystem import FileStat
 from lading.manifest import Manifest
 from lading.settings import Settings
 from lading.sidecar import Sidecar, joined
 from lading.transfer.files import ShardFile
+
+_MOST_HEADER = 256 << 20
+"""Bytes of a file beside its tensors that are looked at; headers of safetensors have 100 MB at most."""
 
 RECENT_NS = 50_000_000
 """File systems tell times in steps of some milliseconds: a file that is younger may change without looking changed."""
@@ -201,3 +206,51 @@ def _worth(copy: LocalCopy) -> int:
         return 0
 
     return 2 if found == copy.stat else 1
+
+
+def header_checks(
+    checkpoint: Checkpoint, known: Mapping[str, str], chosen: Collection[int] | None = None
+) -> list[Check]:
+    """Return checks of the bytes of files that are of no tensor: of a safetensors file, its header.
+
+    Files whose SHA-256 is known are checked by that; and of an archive, most bytes are of other files.
+
+    :param known: digests that were recorded, by the names of files.
+    :param chosen: positions of files; default: all.
+
+    :raises OSError: a file cannot be read.
+    """
+    manifest, checks = checkpoint.manifest, []
+    for i, (shard, file) in enumerate(zip(manifest.shards, checkpoint.here(), strict=True)):
+        if shard.sha256 is not None or (chosen is not None and i not in chosen):
+            continue
+        ends = sorted((manifest.offsets[t], manifest.offsets[t] + manifest.nbytes(t)) for t in manifest.tensors_of(i))
+        if file.stat.size - sum(end - start for start, end in ends) > _MOST_HEADER:
+            continue
+        found = _digest_between(file.path, [*ends, (file.stat.size, file.stat.size)])
+        checks.append(
+            Check(
+                file=shard.name,
+                path=file.path,
+                stat=file.stat,
+                method=HEADER,
+                expected=known.get(shard.name),
+                found=found,
+            )
+        )
+
+    return checks
+
+
+def _digest_between(path: Path, ranges: Sequence[tuple[int, int]]) -> str:
+    """Return the BLAKE3 of all bytes before and between ranges of a file that are in order."""
+    digest, at = blake3(), 0
+    with path.open("rb") as file:
+        for start, end in ranges:
+            file.seek(at)
+            while at < start and (data := file.read(min(start - at, 1 << 20))):
+                digest.update(data)
+                at += len(data)
+            at = max(at, end)
+
+    return digest.hexdigest()

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from lading import formats
-from lading.card import AssetCard, CheckpointRef, checkpoint_ref, path_uri, uri_path
+from lading.card import AssetCard, CheckpointRef, checkpoint_ref, path_uri, shown_uri, uri_path
 from lading.catalog.checkpoints import record_checkpoint, record_files
 from lading.catalog.records import Check
 from lading.catalog.store import AssetStore, LocalCopy, StoredCheckpoint, get_asset_store
-from lading.checkpoint import Checkpoint, OnDisk, intact_copies
+from lading.checkpoint import Checkpoint, OnDisk, header_checks, intact_copies
 from lading.errors import (
     AddressError,
     AssetCardError,
@@ -149,9 +149,11 @@ def index_checkpoint(target: str | Path, *, restrict: bool = True, store: AssetS
     record_checkpoint(
         store.database, uri=uri, manifest=manifest, copies=copies, revision=revision, card_name=card_name, accept=True
     )
+    if path is not None:
+        record_files(store.database, uri=uri, checks=header_checks(here.checkpoint(uri), {}))
     stored = store.checkpoint(uri)
     if stored is None:
-        raise InternalError(f"the manifest of {uri} was written to the catalog, but is not there")
+        raise InternalError(f"the manifest of {shown_uri(uri)} was written to the catalog, but is not there")
 
     return stored
 
@@ -321,7 +323,8 @@ def _local_checkpoint(name: str, path: Path, store: AssetStore, *, accept_others
             expected=f"{len(stored.manifest)} tensors",
             found=f"{len(found.manifest)} tensors",
         )
-    _record(checkpoint, found.copies(), store)
+    # What is no tensor has digests of its own from the beginning; tensors get theirs when all bytes pass by.
+    _record(checkpoint, found.copies(), store, checks=header_checks(checkpoint, {}) if stored is None else ())
 
     return checkpoint
 

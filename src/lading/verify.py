@@ -10,13 +10,13 @@ from pathlib import Path
 
 from lading import formats
 from lading.acquire import acquire
-from lading.card import AssetCard, path_uri, uri_path
-from lading.catalog.checkpoints import record_digests, record_files
+from lading.card import AssetCard, path_uri, shown_uri, uri_path
+from lading.catalog.checkpoints import record_digests, record_files, recorded_headers
 from lading.catalog.holdings import held_checkpoints
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.check import match
-from lading.checkpoint import Checkpoint, OnDisk, best_copies
+from lading.checkpoint import Checkpoint, OnDisk, best_copies, header_checks
 from lading.completion import completed
 from lading.construct import build_on_meta
 from lading.digests import Digests, default_dims, recorded
@@ -141,16 +141,16 @@ def _known(card: AssetCard, store: AssetStore) -> tuple[Checkpoint, dict[str, Co
         if ref.gated:
             raise ModelGatedError(card.title, ref.info_url)
         raise CheckpointNotFoundError(
-            uri,
-            f"The checkpoint of {card.title!r} is at {uri}, and the catalog knows no copy of it on this machine. "
-            f"`lading pull {card.title}` fetches it.",
+            shown_uri(uri),
+            f"The checkpoint of {card.title!r} is at {shown_uri(uri)}, and the catalog knows no copy of it on this "
+            f"machine. `lading pull {card.title}` fetches it.",
         )
 
     files = tuple(_as_it_is(copies[shard.name].path) for shard in stored.manifest.shards)
     checkpoint = Checkpoint(
         name=card.name,
         uri=uri,
-        where=uri if path is None else str(path),
+        where=shown_uri(uri) if path is None else str(path),
         manifest=stored.manifest,
         files=files,
         ref=ref if path is None else None,
@@ -179,6 +179,7 @@ def _checked(checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, prog
     checks = {check.file: check for check in check_files(checkpoint, there, progress=progress)}
     rest = [i for i in there if shards[i].name not in checks]
     checks |= {check.file: check for check in _checked_by_tensors(checkpoint, rest, card, store, progress=progress)}
+    checks |= _checked_headers(checkpoint, [i for i in rest if checks[shards[i].name].result != "mismatch"], store)
 
     return [
         checks.get(shard.name)
@@ -225,6 +226,15 @@ def _checked_by_tensors(
     if expected is None and len(found) == len(manifest.shards):
         rows = [(d.dim, d.blocks) for i in chosen for d in found[i].iter(manifest.only(i)) if d is not None]
         record_digests(store.database, uri=checkpoint.uri, manifest=manifest, digests=recorded(manifest, rows))
+
+
+def _checked_headers(checkpoint: Checkpoint, chosen: Sequence[int], store: AssetStore) -> dict[str, Check]:
+    """Return the checks of files whose tensors are right, and whose other bytes are not; record what is not known."""
+    known = recorded_headers(store.database, checkpoint.uri)
+    checks = header_checks(checkpoint, known, chosen)
+    record_files(store.database, uri=checkpoint.uri, checks=[check for check in checks if check.result == "recorded"])
+
+    return {check.file: check for check in checks if check.result == "mismatch"}
 
 
 def _has_same_tensors(checkpoint: Checkpoint, shard: int) -> bool:

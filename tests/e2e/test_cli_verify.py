@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
+from safetensors.torch import load_file, save_file
 
 from make_checkpoint import make
 
@@ -55,3 +57,55 @@ def test_the_exit_code_is_that_of_the_worst(cli: Cli, cards: Path, three: Path) 
     alone = cli("verify", "odd", code=2)
     assert alone.stderr.startswith("lading: error: No checkpoint is at")
     assert cli("verify", "zz", "nobody", code=2).stdout == ""
+
+
+def of_header(data: bytes) -> bytes:
+    """The same tensors behind a header that says the same in other bytes."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    text = json.dumps(dict(reversed(header.items())), separators=(",", ":")).encode()
+    assert text.ljust(size) != data[8 : 8 + size]
+    return data[:8] + text.ljust(size) + data[8 + size :]
+
+
+def of_metadata(data: bytes) -> bytes:
+    assert b'"pt"' in data
+    return data.replace(b'"pt"', b'"tp"', 1)
+
+
+@pytest.mark.parametrize("change", [of_header, of_metadata])
+@pytest.mark.parametrize("first", ["index", "load", "verify", "convert"])
+def test_the_header_is_verified_too(
+    cli: Cli, cards: Path, tmp_path: Path, first: str, change: Callable[[bytes], bytes]
+) -> None:
+    file = cards.parent / "tiny" / "model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt"})
+    more = [tmp_path / "out"] if first == "convert" else []
+    cli(first, "tiny", *more, *(["--no-progress"] if first != "index" else []))
+    if first == "index":
+        cli("load", "tiny", "--no-progress")  # by which the digests of tensors are recorded
+    file.write_bytes(change(file.read_bytes()))
+
+    result = cli("verify", "tiny", "--json", "--no-progress", code=4)
+    (row,) = json.loads(result.stdout)
+    assert (row["result"], row["method"]) == ("mismatch", "header")
+    assert row["expected"] != row["found"]
+    assert "`lading index tiny`" in result.stderr
+    cli("index", "tiny")
+    assert json.loads(cli("verify", "tiny", "--json", "--no-progress").stdout)[0]["result"] in ("match", "recorded")
+    assert json.loads(cli("verify", "tiny", "--json", "--no-progress").stdout)[0]["result"] == "match"
+
+
+def test_the_pickle_of_a_torch_file_is_verified_too(cli: Cli, cards: Path) -> None:
+    folder = cards.parent / "tiny"
+    torch.save(load_file(folder / "model.safetensors") | {"note": "one"}, folder / "model.pt")
+    (folder / "model.safetensors").unlink()
+    cards.write_text(cards.read_text().replace("checkpoint: tiny\n", "checkpoint: tiny/model.pt\n", 1))
+    cli("import", cards, "--replace")
+    cli("load", "tiny", "--no-progress")
+    data = (folder / "model.pt").read_bytes()
+    assert data.count(b"one") == 1
+    (folder / "model.pt").write_bytes(data.replace(b"one", b"two"))
+
+    (row,) = json.loads(cli("verify", "tiny", "--json", "--no-progress", code=4).stdout)
+    assert row["result"] == "mismatch"

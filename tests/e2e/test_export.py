@@ -98,7 +98,7 @@ def flip(path: Path) -> None:
 def test_a_file_that_was_changed_is_not_converted(cards: Path, cli: Cli, tmp_path: Path) -> None:
     file = tmp_path / "cards" / "tiny" / "model.safetensors"
     cli("convert", "tiny", tmp_path / "first", "--no-progress")  # which records what all of it is
-    first = "select result from verifications order by id"
+    first = "select result from verifications where method <> 'header' order by id"
     assert cli("sql", first, "-q").output.split() == ["recorded"]
     cli("export", "tiny", tmp_path / "again", "--no-progress")  # nothing is hashed twice
     assert cli("sql", first, "-q").output.split() == ["recorded"]
@@ -131,7 +131,7 @@ def test_a_tied_copy_that_is_not_written_is_checked_too(cards: Path, cli: Cli, t
     save_file(state, file)
     convert_checkpoint("tiny", tmp_path / "out", progress=False)
     assert cli("sql", "select count(digest) from model_tensors where model = 'tiny'", "-q").output == "25\n"
-    assert cli("sql", "select result from verifications order by id", "-q").output.split() == ["recorded"]
+    assert cli("sql", "select result from verifications order by id", "-q").output.split() == ["recorded"] * 2
     check_state(tmp_path / "out", tensors())
 
 

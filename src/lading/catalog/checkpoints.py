@@ -19,7 +19,7 @@ from lading.catalog.manifests import (
     write_tensors,
 )
 from lading.catalog.provenance import now
-from lading.catalog.records import Check, LocalCopy
+from lading.catalog.records import HEADER, Check, LocalCopy
 from lading.catalog.rows import link_by_uri
 from lading.catalog.schema import CardCheckpointRow, CardRow, CheckpointRow, CopyRow, ShardRow, VerificationRow
 from lading.digests import Digests
@@ -141,6 +141,18 @@ def record_companions(database: Database, *, uri: str, copies: Sequence[LocalCop
     record_files(database, uri=uri, copies=copies)
 
 
+def recorded_headers(database: Database, uri: str) -> dict[str, str]:
+    """Return the digest of the header of each file of a checkpoint, as it was recorded last, by the file's name."""
+    row = VerificationRow
+    with database.read() as connection:
+        found = connection.execute(
+            select(row.file, row.found)
+            .where(row.uri == uri, row.method == HEADER, row.result == "recorded", row.found.is_not(None))
+            .order_by(row.id)
+        )
+        return {str(file): str(digest) for file, digest in found}
+
+
 def record_digests(database: Database, *, uri: str, manifest: Manifest, digests: Digests) -> None:
     """Write the digests of a checkpoint's tensors, unless the catalog knows other tensors of it by now.
 
@@ -183,6 +195,8 @@ def _write_check(connection: Connection, uri: str, checkpoint_id: int | None, ch
         return
 
     good = check.result != "mismatch"
+    if good and check.method == HEADER:
+        return  # it is a part of the file only
     connection.execute(
         update(CopyRow).where(same_copy(checkpoint_id, check)).values(verified_at=now() if good else None)
     )

@@ -10,6 +10,9 @@ from typing import Literal
 from lading.filesystem import FileStat
 from lading.manifest import Manifest, Shard
 
+HEADER = "header"
+"""The method of a check of all bytes of a file that are of no tensor."""
+
 CopyKind = Literal["source", "cache", "hub", "adopted"]
 
 
@@ -88,7 +91,7 @@ class Check:
     stat: FileStat
     """The state in which it was checked."""
     method: str
-    """``sha256`` of the whole file, or ``blake3`` of its tensors."""
+    """``sha256`` of the whole file, ``blake3`` of its tensors, or ``header`` of its other bytes."""
     expected: str | None
     """The digest that was published or recorded; ``None`` where none was known."""
     found: str | None
