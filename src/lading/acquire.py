@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lading.brought import noting_intent
-from lading.card import CheckpointRef
+from lading.card import CheckpointRef, shown_uri
 from lading.catalog.checkpoints import record_files
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore
@@ -43,7 +43,7 @@ def acquire(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool)
         return checkpoint
     ref = checkpoint.ref
     if ref is None:
-        raise InternalError(f"nothing says where the checkpoint {checkpoint.uri} could be fetched from")
+        raise InternalError(f"nothing says where the checkpoint {shown_uri(checkpoint.uri)} could be fetched from")
 
     if came_whole(checkpoint.manifest):
         return _acquire_whole(checkpoint, ref, store, progress=progress)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from lading.card import shown_uri
 from lading.catalog.checkpoints import record_companions
 from lading.catalog.intents import forget_unmet, record_intents
 from lading.catalog.records import LocalCopy
@@ -62,14 +63,14 @@ def noting_intent(
     try:
         record_intents(store.database, paths, uri=uri)
     except (CatalogError, OSError) as error:
-        log.warning("what is about to come of %s is not in the catalog: %s", uri, error)
+        log.warning("what is about to come of %s is not in the catalog: %s", shown_uri(uri), error)
     try:
         yield
     finally:
         try:
             forget_unmet(store.database, paths)
         except (CatalogError, OSError) as error:
-            log.warning("what did not come of %s is in the catalog still: %s", uri, error)
+            log.warning("what did not come of %s is in the catalog still: %s", shown_uri(uri), error)
 
 
 def _note(store: AssetStore | None, uri: str, copies: Sequence[LocalCopy]) -> None:
@@ -78,4 +79,4 @@ def _note(store: AssetStore | None, uri: str, copies: Sequence[LocalCopy]) -> No
     try:
         record_companions(store.database, uri=uri, copies=copies)
     except (CatalogError, OSError) as error:
-        log.warning("what came along with %s is not in the catalog: %s", uri, error)
+        log.warning("what came along with %s is not in the catalog: %s", shown_uri(uri), error)

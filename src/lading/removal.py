@@ -141,8 +141,8 @@ def _remove(paths: Sequence[Path]) -> int:
 
 def _checkpoint_of(name: str, store: AssetStore) -> tuple[str, str]:
     """What the catalog knows the checkpoint by, and what lading's cache does."""
-    if "://" in name and store.maybe_retrieve_card(name) is None and store.checkpoint(name) is not None:
-        return name, name
+    if "://" in name and store.maybe_retrieve_card(name) is None and (uri := checkpoint_without_card(name, store)):
+        return uri, uri
     ref = checkpoint_ref(store.retrieve_card(name))
 
     return (catalog_uri(ref), ref.uri) if ref.uri else ("", "")
@@ -155,6 +155,18 @@ def _refused(name: str, revisions: Sequence[HubRevision]) -> PolicyError:
         f"{name} is in the cache of Hugging Face's libraries, which other programs use, too: {which} would be deleted. "
         f"Nothing was removed. `lading rm {name} --yes` deletes it (in Python `hub=True`)."
     )
+
+
+def checkpoint_without_card(name: str, store: AssetStore) -> str | None:
+    """Return the URI of the checkpoint that ``du`` shows as ``name``; ``None`` for no checkpoint, or one of several.
+
+    What is secret in an address is not shown.
+    """
+    if store.checkpoint(name) is not None:
+        return name
+    found = [checkpoint.uri for checkpoint in held_checkpoints(store.database) if shown_uri(checkpoint.uri) == name]
+
+    return found[0] if len(found) == 1 else None
 
 
 @contextmanager

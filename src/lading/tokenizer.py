@@ -77,7 +77,7 @@ def load_tokenizer(
             return _local(path if path.is_dir() else path.parent)
         if ref.scheme not in HUB_SCHEMES:
             raise NotSupportedError(
-                f"The card {card.name!r} names no tokenizer, and its checkpoint is one file of a server: {ref.uri}. "
+                f"The card {card.name!r} names no tokenizer, and its checkpoint is one file of a server: {ref.shown}. "
                 "Name the tokenizer in the card's `tokenizer`, or that of another card in its `tokenizer_ref`."
             )
         stated = TokenizerRef(uri=ref.uri, path=ref.path, card=card.name)

@@ -7,12 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import huggingface_hub  # noqa: F401  # a user who may do nothing cannot import it either
 import pytest
+from click.testing import Result
 
 import lading
 from cached_repository import add_cards, add_snapshot, tree, use_cache
@@ -579,3 +580,29 @@ def test_a_damaged_entry_stops_nothing(tmp_path: Path, made: Path, damage: str) 
     assert lading.remove_orphans(older_than=-1).removed == (lost,)
     assert lading.remove_model("tiny").removed == (blob,)
     assert stray.exists(), "whose it is, only its entry says"
+
+
+# --- addresses with secrets ------------------------------------------------------------------------------------------
+
+
+def test_the_secret_of_an_address_is_shown_by_no_command(
+    tmp_path: Path, made: Path, cli: Callable[..., Result], caplog: pytest.LogCaptureFixture
+) -> None:
+    signed = f"{HTTP}?token=Secret-1#Secret-2"
+    add_cards(tmp_path, tiny=f'"{signed}"')
+    out = ""
+    for words in (["path", "tiny"], ["verify", "tiny"], ["pull", "tiny"], ["load", "tiny"]):
+        code = 5 if words[0] in ("pull", "load") else 2
+        out += cli(*words, code=code).output
+    out += cli("show", "tiny").output
+    fetched_by_http(signed, made / "tiny" / "model.safetensors")
+    for words in (["path", "tiny"], ["verify", "tiny"], ["du", "--json"], ["rm", "tiny", "--dry-run"]):
+        out += cli(*words).output
+    add_cards(tmp_path, tiny=OTHER)
+    for words in (["du"], ["du", "--json"], ["du", "--orphans", "--json"]):
+        out += cli(*words).output
+    assert f"{HTTP}: 1 file to be removed" in cli("rm", HTTP, "--dry-run").output
+    assert HTTP in out
+    assert "Secret" not in out + caplog.text
+    kept = [path for path in own_cache().folder.rglob("*") if path.is_file() and b"Secret" in path.read_bytes()]
+    assert kept == []

@@ -35,12 +35,14 @@ def rm(names: tuple[str, ...], orphans: bool, dry_run: bool, yes: bool) -> None:
         raise click.UsageError("Give the NAME of a model, or --orphans.", click.get_current_context())
 
     from lading.catalog.store import get_asset_store
-    from lading.removal import remove_model, remove_orphans
+    from lading.removal import checkpoint_without_card, remove_model, remove_orphans
 
     store = get_asset_store()
     # All of them, before anything is removed.
     for name in names:
-        if store.maybe_retrieve_card(name) is None and ("://" not in name or store.checkpoint(name) is None):
+        if store.maybe_retrieve_card(name) is None and (
+            "://" not in name or checkpoint_without_card(name, store) is None
+        ):
             raise unknown_model(name, store)
 
     for name in dict.fromkeys(names):

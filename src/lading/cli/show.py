@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.card import CONFIG_KEYS, AssetCard, CheckpointRef, checkpoint_ref, path_uri, uri_path
+from lading.card import CONFIG_KEYS, AssetCard, CheckpointRef, checkpoint_ref, path_uri, shown_uri, uri_path
 from lading.cli.command import command
 from lading.cli.complete import complete_model
 from lading.cli.describe import checkpoint_object, checkpoint_pairs
@@ -150,7 +150,7 @@ def _as_object(found: _Found) -> dict[str, object]:
         },
         "config": found.config,
         "checkpoint": {
-            "uri": found.ref.uri or None,
+            "uri": shown_uri(found.ref.uri) or None,
             "path": found.ref.path,
             "gated": found.ref.gated,
             "local_path": _existing(found.path),
@@ -214,7 +214,7 @@ def _indexed(found: _Found) -> StoredCheckpoint:
     if found.checkpoint is None:
         name = found.card.title
         raise CheckpointNotFoundError(
-            found.ref.uri,
+            shown_uri(found.ref.uri),
             f"The catalog does not know yet what the checkpoint of {name!r} holds. `lading index {name}` reads it, "
             "if it is on this machine.",
         )
@@ -237,7 +237,7 @@ def _write_text(found: _Found) -> None:
         "problem": found.problem,
         "license": _text_field(card, "license"),
         "source": found.summary.source,
-        "checkpoint": ref.uri or None,
+        "checkpoint": shown_uri(ref.uri) or None,
         "inner path": ref.path,
         "ask at": ref.info_url if ref.gated else None,
         "local path": _existing(found.path),

@@ -151,7 +151,13 @@ class Partial:
 
 
 def _identity_json(identity: Identity) -> dict[str, Any]:
-    return {"url": identity.url, "etag": identity.etag, "size": identity.size, "sha256": identity.sha256}
+    # The address itself may hold a secret, and notes are for all who share the cache.
+    return {
+        "url": sha256(identity.url.encode()).hexdigest(),
+        "etag": identity.etag,
+        "size": identity.size,
+        "sha256": identity.sha256,
+    }
 
 
 def _notes(path: Path) -> Path:
