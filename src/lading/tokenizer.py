@@ -149,19 +149,37 @@ def _read(path: Path, member: str | None = None, *, name: str | None = None) -> 
     if data.startswith(LFS_POINTER):
         raise stands_for_another(label)
 
-    if name.endswith(".json"):
+    # What the bytes say counts, and the name only where they say nothing.
+    is_sentencepiece = _is_sentencepiece(data)
+    if not is_sentencepiece and (name.endswith(".json") or data.lstrip()[:1] == b"{"):
         return _parse("tokenizers", label, lambda package: package.Tokenizer.from_buffer(data))
-    if not name.endswith(".model"):
-        raise NotSupportedError(
-            f"{label}: expected a tokenizer.json or a model of sentencepiece (*.model), found a file of another kind."
-        )
-    if _is_tiktoken(data):
+    if not is_sentencepiece and _is_tiktoken(data):
         raise NotSupportedError(
             f"{label}: expected a model of sentencepiece, found ranks of tiktoken. Use the tokenizer.json that is "
             "published with the same model in Hugging Face's form: name it in the card's `tokenizer`."
         )
 
+    if not is_sentencepiece and not name.endswith(".model"):
+        raise NotSupportedError(
+            f"{label}: expected a tokenizer.json or a model of sentencepiece, found a file of another kind, which "
+            f"begins with {data[:20]!r}."
+        )
+
     return _parse("sentencepiece", label, lambda package: package.SentencePieceProcessor(model_proto=data))
+
+
+def _is_sentencepiece(data: bytes) -> bool:
+    """Return whether these begin as a model of sentencepiece: a list of pieces, of which the first has a text.
+
+    Source: ``ModelProto`` and ``SentencePiece`` in sentencepiece_model.proto, by the wire format of protocol buffers:
+    field 1 of the model is a piece (``0a``, its size), and field 1 of that its text (``0a``, its size).
+    """
+    if len(data) < 4 or data[0] != 0x0A or data[1] >= 0x80 or data[2] != 0x0A or data[3] + 2 > data[1]:
+        return False
+    try:
+        return bool(data[4 : 4 + data[3]].decode())
+    except UnicodeDecodeError:
+        return False
 
 
 def _is_tiktoken(data: bytes) -> bool:

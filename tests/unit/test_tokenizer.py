@@ -144,6 +144,19 @@ def test_what_a_card_says_wrong(store: AssetStore) -> None:
         load_tokenizer("web")
 
 
+@pytest.mark.parametrize(
+    "name", ["spm", "sentencepiece.bpe", "source.spm", "12345", "pieces.json", "words.model", "x.bin"]
+)
+def test_the_bytes_tell_which_library_reads_a_file(tmp_path: Path, files: Mapping[str, bytes], name: str) -> None:
+    for source, kind in (("tokenizer.json", Tokenizer), ("tokenizer.model", sentencepiece.SentencePieceProcessor)):
+        (tmp_path / name).write_bytes(files[source])
+        assert isinstance(load_tokenizer(tmp_path / name), kind)
+    (tmp_path / name).write_bytes(b"IQ== 0\nIg== 1\n")
+    if not name.endswith(".json"):
+        with pytest.raises(NotSupportedError, match="tiktoken"):
+            load_tokenizer(tmp_path / name)
+
+
 def test_what_is_no_tokenizer(tmp_path: Path, files: Mapping[str, bytes]) -> None:
     (tmp_path / "vocab.txt").touch()
     with pytest.raises(NotSupportedError, match=r"vocab\.txt"):
