@@ -200,6 +200,19 @@ def test_a_pickle_that_is_wrong(tmp_path: Path, kind: str, restrict: bool) -> No
     assert len(caught.value.message) < 2000
 
 
+@pytest.mark.parametrize(
+    "body",
+    [b"]" * 200, b"}" * 200, b"(" * 200, b"]\x85" * 200, b"\x8f" * 200,
+     b"]" + b"".join(b"r" + struct.pack("<I", i) for i in range(200))],
+    ids=["lists", "dicts", "marks", "tuples", "sets", "kept values"],
+)  # fmt: skip
+def test_a_pickle_makes_only_so_many_objects(tmp_path: Path, body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes a byte of the file, and seventy of memory."""
+    monkeypatch.setattr(pickle_reader, "MAX_OBJECTS", 100)
+    with pytest.raises(CorruptModelCheckpointError, match="at most 100 "):
+        _index(tmp_path, pickled(body))
+
+
 def _nested(opening: bytes, closing: bytes, depth: int = 200_000) -> bytes:
     return pickled(opening * depth + b"}" + closing * depth)
 

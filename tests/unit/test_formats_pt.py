@@ -155,6 +155,24 @@ def test_a_whole_module_is_no_state_dict(tmp_path: Path) -> None:
         formats.index(path, restrict=False)
 
 
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_record_that_is_read_whole_has_the_right_crc(tmp_path: Path, strided: bool) -> None:
+    """A flipped bit in a tensor; where all of it is rewritten, it is read anyway."""
+    value = torch.arange(512, dtype=torch.float32).reshape(16, 32)
+    path = _written(tmp_path / "model.pt", {"a": value.t() if strided else value, "b": torch.ones(3).t()})
+    assert formats.index(path, cache=tmp_path / "good") is not None
+
+    data = bytearray(path.read_bytes())
+    data[data.index(struct.pack("<2f", 100, 101))] ^= 1
+    path.write_bytes(data)
+    if strided:
+        with pytest.raises(CorruptModelCheckpointError, match=r"record .*/data/0': expected bytes with the CRC"):
+            formats.index(path, cache=tmp_path / "cache")
+        assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    else:
+        formats.index(path, cache=tmp_path / "cache")  # which reads no tensor
+
+
 def test_torchscript_is_a_program(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     with zipfile.ZipFile(path, "w") as file:

@@ -28,6 +28,10 @@ from lading.formats.pickle_values import ITEM_SIZES, Global, Inert, Storage, des
 MAX_PICKLE_SIZE = 100_000_000
 """Bytes; the limit that the header of a safetensors file has, too."""
 
+MAX_OBJECTS = 4_000_000
+"""Lists, dicts, tuples and the like that a pickle makes, and values that it keeps: a state dict of 100,000 tensors has
+fewer than a million of each. One takes 70 bytes of memory for one of the pickle: 100 MB took 7 GB."""
+
 _MAX_INT_SIZE = 16
 """Bytes of an integer that is kept; nothing in a tensor needs more than 8."""
 
@@ -79,6 +83,7 @@ class _Machine:
         self._marked: list[list[object]] = []
         self._memo: dict[int, object] = {}
         self._copied = 0
+        self._made = 0
         self.storages: dict[str, Storage] = {}
 
     def run(self) -> object:
@@ -89,6 +94,10 @@ class _Machine:
             step = _STEPS.get(code)
             if step is None:
                 raise self._fail("an instruction of a pickle that torch writes", f"the byte {code:#04x}")
+            if code in _MAKERS:
+                self._made += 1
+                if self._made > MAX_OBJECTS:
+                    raise self._fail(f"at most {MAX_OBJECTS} lists, dicts and tuples", "more")
             step(self)
 
         value = self._pop()
@@ -222,6 +231,8 @@ class _Machine:
         self._push(self._memo[index])
 
     def _put(self, index: int) -> None:
+        if len(self._memo) >= MAX_OBJECTS:
+            raise self._fail(f"at most {MAX_OBJECTS} values that are kept", "more")
         self._memo[index] = self._top()
 
     def _global(self, module: object, name: object) -> None:
@@ -352,3 +363,6 @@ _STEPS: dict[int, Callable[[_Machine], None]] = {
     ord("b"): _M._build,
     ord("Q"): _M._persistent,
 }
+
+_MAKERS = frozenset(b"(]}tlRQ\x81\x85\x86\x87\x8f\x91\x92\x93c")
+"""Instructions that make an object of more than a few bytes."""

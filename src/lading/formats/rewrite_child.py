@@ -20,6 +20,7 @@ import numpy as np
 from lading.errors import LadingError, PolicyError
 from lading.formats.pickle_values import ITEM_SIZES
 from lading.formats.torch_pt import Placed, place_tensors
+from lading.formats.zip_archive import SIGNATURE, Record, read_directory, require_crc
 
 SLACK = 1 << 30
 """Bytes of memory beyond what the interpreter has and what the mapping of the file takes; and bytes that what is
@@ -100,9 +101,25 @@ def rewrite(file: BinaryIO, out: BinaryIO, base: int, size: int, *, suffix: str,
         )
 
     out.write(_header(placed, sizes, suffix))
+    unchecked = _records(file, base, size, label)
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for entry in placed:
+            if (found := unchecked.pop(entry.storage_offset, None)) is not None:
+                # All of it is read here in any case, and is in memory when its tensors are put in order.
+                name, record = found
+                with memoryview(data) as view, view[record.offset : record.offset + record.size] as stored:
+                    require_crc(record, stored, label=label, where=f"record {name!r}")
             out.writelines(np.ascontiguousarray(chunk).data.cast("B") for chunk in _chunks(_view(data, entry)))
+
+
+def _records(file: BinaryIO, base: int, size: int, label: str) -> dict[int, tuple[str, Record]]:
+    """The records of a zip archive that have bytes and a CRC, by where they begin; none where it is no archive."""
+    file.seek(base)
+    if file.read(len(SIGNATURE)) != SIGNATURE:
+        return {}
+    records = read_directory(file, base=base, size=size, label=label)
+
+    return {record.offset: (name, record) for name, record in records.items() if record.crc and record.size}
 
 
 def _nbytes(entry: Placed) -> int:

@@ -90,7 +90,7 @@ def read_directory(file: BinaryIO, *, base: int, size: int, label: str) -> Mappi
 
 
 def read_record(file: BinaryIO, record: Record, *, label: str, where: str) -> bytes:
-    """All bytes of a record, whose CRC is checked; torch writes 0 where it was told to compute none.
+    """All bytes of a record, whose CRC is checked.
 
     :raises CorruptModelCheckpointError: the CRC is not the one of the directory.
     """
@@ -98,10 +98,18 @@ def read_record(file: BinaryIO, record: Record, *, label: str, where: str) -> by
     data = file.read(record.size)
     if len(data) != record.size:
         raise corrupt(label, where, expected=f"{record.size} bytes", found=f"{len(data)}")
-    if record.crc and (crc := zlib.crc32(data)) != record.crc:
-        raise corrupt(label, where, expected=f"bytes with the CRC {record.crc:08x}", found=f"{crc:08x}")
+    require_crc(record, data, label=label, where=where)
 
     return data
+
+
+def require_crc(record: Record, data: bytes | memoryview, *, label: str, where: str) -> None:
+    """Check all bytes of a record against its CRC; torch writes 0 where it was told to compute none.
+
+    :raises CorruptModelCheckpointError: it is not the one of the directory.
+    """
+    if record.crc and (crc := zlib.crc32(data)) != record.crc:
+        raise corrupt(label, where, expected=f"bytes with the CRC {record.crc:08x}", found=f"{crc:08x}")
 
 
 class _Archive:
