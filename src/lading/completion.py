@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lading.brought import fetch_along
 from lading.catalog.store import AssetStore
 from lading.checkpoint import Checkpoint
 from lading.construct import check_config_type
-from lading.errors import CheckpointNotFoundError
+from lading.errors import CheckpointNotFoundError, FetchError
 from lading.family import Family
 from lading.fetch.source import RemoteFile, Snapshot
 from lading.fetch.sources import open_source
 from lading.folder import parse_hf_config, read_hf_config, refuse_quantised_config
 from lading.published import CONFIG_NAME, name_in_source
 from lading.settings import Settings
+from lading.transfer.dtypes import FLOATS, TORCH_DTYPES, DType
+
+log = logging.getLogger("lading")
 
 
 def completed(
@@ -46,6 +53,40 @@ def completed(
     refuse_quantised_config(hf_config, checkpoint.where)
 
     return family.complete(config, hf_config)
+
+
+def model_dtype(dtype: DType, checkpoint: Checkpoint, *, store: AssetStore | None = None) -> torch.dtype | None:
+    """Return the dtype that a model is to be loaded in; ``None`` for that of each tensor of the checkpoint.
+
+    :param dtype: ``"auto"`` is the one that the ``config.json`` beside the checkpoint states, else the one that most
+        elements of the checkpoint have; ``"keep"`` that of each tensor.
+    :param store: whose catalog is told if ``config.json`` is fetched.
+
+    :raises CorruptModelCheckpointError: ``config.json`` is not a JSON object.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "keep":
+        return None
+
+    try:
+        hf_config = _hf_config(checkpoint, store)
+    except FetchError as error:
+        log.info("config.json of %s cannot be asked for a dtype: %s", checkpoint.name, error)
+        hf_config = {}
+    stated = hf_config.get("dtype") or hf_config.get("torch_dtype")
+    named = {str(TORCH_DTYPES[name]).removeprefix("torch."): TORCH_DTYPES[name] for name in FLOATS}
+    if isinstance(stated, str) and (found := named.get(stated.removeprefix("torch."))) is not None:
+        return found
+
+    manifest = checkpoint.manifest
+    elements = dict.fromkeys(sorted(FLOATS), 0)
+    for own, shape in zip(manifest.dtypes, manifest.shapes, strict=True):
+        if own in elements:
+            elements[own] += math.prod(shape)
+    common = max(elements, key=elements.__getitem__)
+
+    return TORCH_DTYPES[common] if elements[common] else torch.get_default_dtype()
 
 
 def _hf_config(checkpoint: Checkpoint, store: AssetStore | None) -> Mapping[str, object]:

@@ -6,7 +6,7 @@ import gc
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ from lading.family import Family
 from lading.gangs import Gangs
 from lading.keymap import Route
 from lading.manifest import Manifest
-from lading.transfer.dtypes import TORCH_DTYPES
+from lading.pipeline import apart_modules, own_names
+from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from lading.transfer.targets import Targets, is_distributed, targets_of
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: 
         draw(model, family, config, targets, dict(zip(targets.names, dtypes, strict=True)), gangs),
         targets.aliases,
     )
-    reset_buffers(module, family, config, gangs.root.device)
+    reset_buffers(module, family, config, gangs.root.device, dtype)
 
     return module
 
@@ -171,9 +172,13 @@ def _seed(device: torch.device, seed: int, name: str) -> None:
             torch.get_device_module(device).manual_seed(number)
 
 
-def parallelize(module: Module, family: Family[Any, Any], config: Any, gangs: Gangs) -> None:
+def parallelize(
+    module: Module, family: Family[Any, Any], config: Any, gangs: Gangs, apart: Collection[str] = ()
+) -> None:
     """Split ``module``, which is on the meta device, over ``gangs`` as the family's plan says; see
     :mod:`lading.parallel`, which is imported only where there is something to split.
+
+    :param apart: names of tensors that are of another dtype than the model.
 
     :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``, or there are more ranks
         in ``gangs.pp`` than layers.
@@ -181,7 +186,33 @@ def parallelize(module: Module, family: Family[Any, Any], config: Any, gangs: Ga
     if gangs.root.size > 1:
         from lading.parallel import parallelize
 
-        parallelize(module, family, config, gangs)
+        parallelize(module, family, config, gangs, apart)
+
+
+def other_dtypes(
+    module: Module, family: Family[Any, Any], config: Any, dtype: torch.dtype | None, *, sdp: int
+) -> Mapping[str, torch.dtype]:
+    """Return the dtypes of those tensors of ``module``, all of it and on the meta device, that are not of ``dtype``.
+
+    :param sdp: ranks that shard parameters. Those that are gathered together have to be of one dtype: a parameter
+        that lies in a module with others is of the dtype of the model then, and the log says so.
+    """
+    if family.dtypes is None or dtype is None:
+        return {}
+    others = family.dtypes(module, config, dtype)
+    if sdp == 1 or family.parallel_plan(config).units is None:
+        return others
+
+    held = {name for part in apart_modules(module, others) for name in own_names(module, part)}
+    cast = others.keys() & dict(module.named_parameters(remove_duplicate=False)).keys() - held
+    if cast:
+        log.warning(
+            "%s keeps %s in a dtype of their own, but parameters that are sharded together must be of one: they are "
+            "loaded as %s",
+            *(type(module).__name__, ", ".join(sorted(cast)[:5]) + ("…" if len(cast) > 5 else ""), dtype),
+        )
+
+    return {name: own for name, own in others.items() if name not in cast}
 
 
 def split(module: Module, family: Family[Any, Any], config: Any, gangs: Gangs, *, dtype: torch.dtype | None) -> Targets:
@@ -189,9 +220,10 @@ def split(module: Module, family: Family[Any, Any], config: Any, gangs: Gangs, *
 
     :param dtype: as :func:`targets_of` takes it.
     """
-    whole = None if gangs.pp.size == 1 else targets_of(module, dtype=dtype)
-    parallelize(module, family, config, gangs)
-    own = targets_of(module, dtype=dtype)
+    others = other_dtypes(module, family, config, dtype, sdp=gangs.sdp.size)
+    whole = None if gangs.pp.size == 1 else targets_of(module, dtype=dtype, others=others)
+    parallelize(module, family, config, gangs, others)
+    own = targets_of(module, dtype=dtype, others=others)
 
     return own if whole is None else whole.held_by(own)
 
@@ -200,13 +232,13 @@ def settle_dtypes(targets: Targets, routed: Route, manifest: Manifest, *, sdp: i
     """The dtype in memory of each routed tensor: the one asked for, or the checkpoint's own.
 
     Parameters that are gathered together have to be of one dtype: where ``sdp`` ranks shard them, the checkpoint's
-    most common one stands for all that it could be of.
+    most common one stands for all that it could be of. Buffers are not sharded.
     """
-    free = [targets.dtypes[i] is None for i in routed.targets]
+    free = [targets.dtypes[i] is None and targets.names[i] in targets.parameters for i in routed.targets]
     own = [manifest.dtypes[t] for t in routed.tensors]
 
     if sdp > 1:
-        elements = _elements(targets, routed, manifest)
+        elements = _elements(targets, routed, manifest, only=targets.parameters)
         if len(elements) > 1:
             common = max(elements, key=elements.__getitem__)
             log.warning(
@@ -225,18 +257,29 @@ def dtypes_of_drawn(targets: Targets, routed: Route, manifest: Manifest) -> dict
     if not routed.drawn:
         return {}
 
-    elements = _elements(targets, routed, manifest)
-    common = max(elements, key=elements.__getitem__, default="F32")
+    common = DTYPE_NAMES[common_dtype(targets, routed, manifest)]
     own = dict(zip(targets.names, targets.dtypes, strict=True))
 
     return {name: TORCH_DTYPES[own[name] or common] for name in routed.drawn}
 
 
-def _elements(targets: Targets, routed: Route, manifest: Manifest) -> dict[str, int]:
-    """Elements by the dtype of the checkpoint, of what may be of any."""
+def common_dtype(targets: Targets, routed: Route, manifest: Manifest) -> torch.dtype:
+    """Return the most common dtype of the checkpoint, of what may be of any."""
+    elements = _elements(targets, routed, manifest)
+
+    return TORCH_DTYPES[max(elements, key=elements.__getitem__, default="F32")]
+
+
+def _elements(
+    targets: Targets, routed: Route, manifest: Manifest, only: Collection[str] | None = None
+) -> dict[str, int]:
+    """Elements by the dtype of the checkpoint, of what may be of any.
+
+    :param only: names of the targets that count; default: all.
+    """
     elements: dict[str, int] = {}
     for i, tensor in zip(routed.targets, routed.tensors, strict=True):
-        if targets.dtypes[i] is None:
+        if targets.dtypes[i] is None and (only is None or targets.names[i] in only):
             dtype = manifest.dtypes[tensor]
             elements[dtype] = elements.get(dtype, 0) + math.prod(targets.shapes[i])
 
@@ -279,8 +322,12 @@ def assign(module: Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, 
     return sum(part.nbytes for name, part in held.items() if part.data_ptr() != tensors[name].data_ptr())
 
 
-def reset_buffers(module: Module, family: Family[Any, Any], config: Any, device: torch.device) -> None:
+def reset_buffers(
+    module: Module, family: Family[Any, Any], config: Any, device: torch.device, dtype: torch.dtype
+) -> None:
     """Compute the buffers that no checkpoint holds, such as rotary frequencies.
+
+    :param dtype: of the model.
 
     :raises InternalError: something of the module is still on the meta device afterwards.
     """
@@ -289,7 +336,7 @@ def reset_buffers(module: Module, family: Family[Any, Any], config: Any, device:
         if reset is not None:
             reset(device)
     if family.reset_buffers is not None:
-        family.reset_buffers(module, config, device)
+        family.reset_buffers(module, config, device, dtype)
 
     left = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
     if left:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lading.beside import with_sidecar
 from lading.card import Architecture, AssetCard
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.check import CheckReport, check_manifest
 from lading.checkpoint import Checkpoint, path_checkpoint
-from lading.completion import completed
+from lading.completion import completed, model_dtype
 from lading.config import architecture_config
 from lading.construct import build_on_meta
 from lading.diff import DiffReport, Side, diff
@@ -23,6 +21,7 @@ from lading.family import Family, get_family
 from lading.folder import family_of_folder
 from lading.locate import card_checkpoint
 from lading.resolve import family_of_card, model_config
+from lading.transfer.dtypes import DType
 from lading.transfer.targets import targets_of
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def plan_load(
     sdp: int = 1,
     pp: int = 1,
     rdp: int = 1,
-    dtype: torch.dtype | Literal["auto"] = "auto",
+    dtype: DType = "auto",
     ranks: Sequence[int] | None = None,
     restrict: bool = True,
     store: AssetStore | None = None,
@@ -87,7 +86,7 @@ def plan_load(
         family,
         config,
         sizes={"pp": pp, "rdp": rdp, "sdp": sdp, "tp": tp},
-        dtype=None if dtype == "auto" else dtype,
+        dtype=model_dtype(dtype, checkpoint, store=None if isinstance(target, Path) else store or get_asset_store()),
         ranks=ranks,
     )
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,9 +25,9 @@ from lading.catalog.store import AssetStore, get_asset_store
 from lading.check import match, report_fit, require_fit
 from lading.checkpoint import Checkpoint, path_checkpoint
 from lading.companions import companions, files_beside
-from lading.completion import completed
+from lading.completion import completed, model_dtype
 from lading.compose import Source
-from lading.construct import build_on_meta, check_config_type, settle_dtypes
+from lading.construct import build_on_meta, check_config_type, other_dtypes, settle_dtypes
 from lading.errors import NotSupportedError
 from lading.export_plan import (
     batches,
@@ -51,7 +51,7 @@ from lading.published import CONFIG_NAME
 from lading.reading import Witness, read_tensors
 from lading.resolve import arch_config, family_of_card, model_config
 from lading.ties import are_same, different_copies, tied_but_different
-from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES, DType
 from lading.transfer.fit import name_of
 from lading.transfer.targets import Targets, is_distributed, targets_of
 from lading.verification import Verify, block_dims, expect, require_mode, settle
@@ -91,7 +91,7 @@ def convert_checkpoint(
     folder: Path | str,
     *,
     arch: str | None = None,
-    dtype: torch.dtype | Literal["auto"] = "auto",
+    dtype: DType = "keep",
     shard_size: int = SHARD_SIZE,
     restrict: bool = True,
     progress: bool = True,
@@ -106,7 +106,7 @@ def convert_checkpoint(
     :param target: a card, the name of one, or the path of a checkpoint.
     :param folder: which is made; nothing, or an empty folder, may be there. It appears complete or not at all.
     :param arch: of a checkpoint at a path without a ``config.json``: ``"family/architecture"`` of the catalog.
-    :param dtype: of floating-point tensors; ``"auto"`` keeps each as it is.
+    :param dtype: of floating-point tensors, as ``load_model`` takes it; ``"keep"`` keeps each as it is.
     :param shard_size: bytes that a file has at most, unless a single tensor has more.
     :param restrict: as :func:`lading.formats.index` takes it; for a path.
     :param progress: show a bar on stderr.
@@ -146,10 +146,11 @@ def convert_checkpoint(
         config = completed(model_config(card, family, store), family, checkpoint, store=store)
 
     manifest = checkpoint.manifest
-    own_dtype = None if dtype == "auto" else dtype
+    asked = model_dtype(dtype, checkpoint, store=None if isinstance(target, Path) else store)
     module = build_on_meta(family, config)
+    others = other_dtypes(module, family, config, asked, sdp=1)
     # config.json describes these: it does not say that what is tied is stored apart.
-    described = targets = targets_of(module, dtype=own_dtype)
+    described = targets = targets_of(module, dtype=asked, others=others)
     routed = match(manifest, targets, family, config)
     fit = report_fit(manifest, targets, routed, family=family.name)
     require_fit(fit, path=checkpoint.where, name=checkpoint.name)
@@ -158,7 +159,7 @@ def convert_checkpoint(
         checkpoint = acquire(checkpoint, store, progress=progress)
     if family.untie is not None and (untied := different_copies(checkpoint, targets, routed)):
         family.untie(module, untied)
-        targets = targets_of(module, dtype=own_dtype)
+        targets = targets_of(module, dtype=asked, others=others)
         routed = match(manifest, targets, family, config)
 
     dtypes = settle_dtypes(targets, routed, manifest, sdp=1)

@@ -14,7 +14,7 @@ from functools import lru_cache
 from importlib.metadata import EntryPoint
 from typing import Any, Generic, TypeVar
 
-from torch import Tensor, device
+from torch import Tensor, device, dtype
 from torch.nn import Module
 
 from lading.errors import InternalError, ModelFamilyNotKnownError, did_you_mean
@@ -98,9 +98,13 @@ class Family(Generic[ModelT, ModelConfigT]):
     :raises NotSupportedError: the file asks for something that the family does not do.
     :raises PolicyError: it asks for code of a repository to be run.
     """
-    reset_buffers: Callable[[ModelT, ModelConfigT, device], None] | None = None
-    """Compute non-persistent buffers anew, for modules that do not implement ``reset_non_persistent_buffers``; the
-    parameters are there by then."""
+    dtypes: Callable[[ModelT, ModelConfigT, dtype], Mapping[str, dtype]] | None = None
+    """Name the parameters and persistent buffers of a model in the given dtype that are of another one, such as those
+    that a class keeps in float32, and say of which. The model is made in float32, without memory. ``None`` means that
+    there are none."""
+    reset_buffers: Callable[[ModelT, ModelConfigT, device, dtype], None] | None = None
+    """Compute non-persistent buffers of a model in the given dtype again, for modules that do not implement
+    ``reset_non_persistent_buffers``; the parameters are there by then."""
     supports_meta: bool = True
     """Whether ``create_new_model(…, meta=True)`` may be asked for."""
     restrict: bool = True

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -33,10 +33,11 @@ from lading.filesystem import is_there
 from lading.folder import family_of_folder
 from lading.gangs import Gangs, create_fake_gangs
 from lading.gangs.digest import digest
-from lading.loader import DType, LoadOptions, agreed, load_card, load_path
+from lading.loader import LoadOptions, agreed, load_card, load_path
 from lading.reading import iter_tensors
 from lading.report import LoadReport
 from lading.resolve import arch_config, family_of_card, model_config
+from lading.transfer.dtypes import DType
 from lading.verification import Verify, require_mode
 
 ModelT = TypeVar("ModelT", bound=Module)
@@ -113,7 +114,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         """
         effective = _effective_gangs(gangs, "cpu" if meta and gangs is None and device is None else device)
         concrete = _effective_dtype(dtype)
-        if concrete == "auto":
+        if not isinstance(concrete, torch.dtype):
             raise ValueError(
                 "`dtype` must be a dtype for a new model, as there is no checkpoint that has one of its own"
             )
@@ -130,7 +131,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         *,
         gangs: Gangs | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | Literal["auto"] | None = None,
+        dtype: DType | None = None,
         config: ModelConfigT | None = None,
         mmap: bool = False,
         progress: bool = True,
@@ -142,8 +143,9 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         :param card: a card, the name of one, or the path of a Hugging Face style folder.
         :param gangs: instead of ``device``; the parallelism that they hold is applied.
         :param device: default: the current device.
-        :param dtype: of parameters and persistent buffers; default: ``torch.get_default_dtype()``. ``"auto"`` keeps
-            the checkpoint's own, tensor by tensor.
+        :param dtype: of parameters and persistent buffers; default: ``torch.get_default_dtype()``. ``"auto"`` is
+            the one that ``config.json`` beside the checkpoint states, else the most common one of the checkpoint;
+            ``"keep"`` keeps its own, tensor by tensor. What a class keeps in float32 stays so under every dtype.
         :param config: instead of the card's configuration, for slight changes such as dropout.
         :param mmap: map the files instead of reading them, where no cast is needed and the device is the CPU.
         :param progress: show a bar on stderr when it takes longer than half a second.
@@ -177,7 +179,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         *,
         gangs: Gangs | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | Literal["auto"] | None = None,
+        dtype: DType | None = None,
         mmap: bool = False,
         restrict: bool | None = None,
         progress: bool = True,
@@ -295,7 +297,7 @@ class GlobalModelLoader:
         *,
         gangs: Gangs | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | Literal["auto"] | None = None,
+        dtype: DType | None = None,
         config: object | None = None,
         mmap: bool = False,
         progress: bool = True,
@@ -314,7 +316,7 @@ class GlobalModelLoader:
         *,
         gangs: Gangs | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | Literal["auto"] | None = None,
+        dtype: DType | None = None,
         config: object | None = None,
         mmap: bool = False,
         progress: bool = True,
@@ -335,7 +337,7 @@ def load_model(
     *,
     gangs: Gangs | None = None,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | Literal["auto"] | None = None,
+    dtype: DType | None = None,
     config: object | None = None,
     mmap: bool = False,
     progress: bool = True,
@@ -446,7 +448,7 @@ def did_you_mean_model(name: str, store: AssetStore) -> str:
 def _options(
     gangs: Gangs | None,
     device: torch.device | str | None,
-    dtype: torch.dtype | Literal["auto"] | None,
+    dtype: DType | None,
     *,
     mmap: bool,
     progress: bool,
@@ -482,11 +484,11 @@ def _effective_gangs(gangs: Gangs | None, device: torch.device | str | None) -> 
     return create_fake_gangs(require_usable(torch.get_default_device() if device is None else device))
 
 
-def _effective_dtype(dtype: torch.dtype | Literal["auto"] | None) -> DType:
+def _effective_dtype(dtype: DType | None) -> DType:
     if dtype is None:
         return torch.get_default_dtype()
-    if dtype != "auto" and not isinstance(dtype, torch.dtype):
-        raise TypeError(f'`dtype` must be a torch.dtype, "auto" or None, but is {dtype!r}')
+    if not isinstance(dtype, torch.dtype) and dtype not in ("auto", "keep"):
+        raise TypeError(f'`dtype` must be a torch.dtype, "auto", "keep" or None, but is {dtype!r}')
     if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
         raise ValueError(f"`dtype` must be a floating-point dtype, but is {dtype}")
 

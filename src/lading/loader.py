@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,12 +27,13 @@ from lading.card import AssetCard
 from lading.catalog.store import AssetStore
 from lading.check import match, report_fit, require_fit
 from lading.checkpoint import Checkpoint, path_checkpoint
-from lading.completion import completed
+from lading.completion import completed, model_dtype
 from lading.compose import Source, tensors_of
 from lading.construct import (
     assign,
     build_on_meta,
     check_config_type,
+    common_dtype,
     draw,
     dtypes_of_drawn,
     reset_buffers,
@@ -48,7 +49,7 @@ from lading.report import Clock, LoadReport
 from lading.resolve import check_family, model_config
 from lading.sidecar import substituted
 from lading.ties import are_same, different_copies, tied_but_different
-from lading.transfer.dtypes import DTYPE_NAMES
+from lading.transfer.dtypes import DTYPE_NAMES, DType
 from lading.transfer.fit import name_of
 from lading.transfer.mappings import NOTHING_AHEAD, Ahead, mapped_ahead, may_be_mapped
 from lading.transfer.move import Moved, move
@@ -59,8 +60,6 @@ from lading.verification import Verify, block_dims, expect, settle
 log = logging.getLogger("lading")
 
 T = TypeVar("T")
-
-DType = torch.dtype | Literal["auto"]
 
 Store = Callable[[], AssetStore]
 
@@ -96,7 +95,7 @@ def load_card(
     """Load the model of a card. Only rank 0 of the root gang asks the catalog; the others are told."""
     clock = Clock()
 
-    def resolve() -> tuple[Any, Checkpoint]:
+    def resolve() -> tuple[Any, Checkpoint, torch.dtype | None]:
         with clock.phase("catalog"):
             open_store = store()
             check_family(card, family)
@@ -108,27 +107,28 @@ def load_card(
             )
             if not options.cooperative:  # which reads all of the files in any case
                 checkpoint = with_sidecar(checkpoint, open_store, options.gangs.tp.size)
-            return completed(resolved, family, checkpoint, store=open_store), checkpoint
+            found = completed(resolved, family, checkpoint, store=open_store)
+            return found, checkpoint, model_dtype(options.dtype, checkpoint, store=open_store)
 
-    resolved, checkpoint = options.gangs.root.first(resolve)
+    resolved, checkpoint, dtype = options.gangs.root.first(resolve)
 
-    with _mapped_ahead(checkpoint, options) as ahead:
-        return _load(checkpoint, family, resolved, store, options, clock, ahead)
+    with _mapped_ahead(checkpoint, dtype, options) as ahead:
+        return _load(checkpoint, family, resolved, dtype, store, options, clock, ahead)
 
 
 def load_path(path: Path, family: Family[Any, Any], config: Any, options: LoadOptions) -> tuple[Module, LoadReport]:
     """Load the checkpoint at ``path``, of which the catalog is not asked."""
     clock = Clock()
 
-    def resolve() -> tuple[Any, Checkpoint]:
+    def resolve() -> tuple[Any, Checkpoint, torch.dtype | None]:
         checkpoint = path_checkpoint(path, restrict=options.restrict)
-        return completed(config, family, checkpoint), checkpoint
+        return completed(config, family, checkpoint), checkpoint, model_dtype(options.dtype, checkpoint)
 
     with clock.phase("manifest"):
-        resolved, checkpoint = options.gangs.root.first(resolve)
+        resolved, checkpoint, dtype = options.gangs.root.first(resolve)
 
-    with _mapped_ahead(checkpoint, options) as ahead:
-        return _load(checkpoint, family, resolved, None, options, clock, ahead)
+    with _mapped_ahead(checkpoint, dtype, options) as ahead:
+        return _load(checkpoint, family, resolved, dtype, None, options, clock, ahead)
 
 
 def agreed(gangs: Gangs, load: Callable[[], T]) -> T:
@@ -137,20 +137,23 @@ def agreed(gangs: Gangs, load: Callable[[], T]) -> T:
         return load()
 
 
-def _mapped_ahead(checkpoint: Checkpoint, options: LoadOptions) -> AbstractContextManager[Ahead]:
+def _mapped_ahead(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, options: LoadOptions
+) -> AbstractContextManager[Ahead]:
     """Have the files mapped while the model is built, where all of them is wanted and they are here."""
     if not options.maps or options.gangs.root.size > 1 or checkpoint.files is None:
         return nullcontext(NOTHING_AHEAD)
 
-    dtype = None if options.dtype == "auto" else DTYPE_NAMES[options.dtype]
+    name = None if dtype is None else DTYPE_NAMES[dtype]
 
-    return mapped_ahead(checkpoint.files, may_be_mapped(checkpoint.manifest, dtype))
+    return mapped_ahead(checkpoint.files, may_be_mapped(checkpoint.manifest, name))
 
 
 def _load(
     checkpoint: Checkpoint,
     family: Family[Any, Any],
     config: Any,
+    dtype: torch.dtype | None,
     store: Store | None,
     options: LoadOptions,
     clock: Clock,
@@ -172,7 +175,7 @@ def _load(
             if family.untie is not None:
                 family.untie(module, untied)
             # All of the model's, so that a checkpoint fits on all stages of a pipeline or on none.
-            targets = split(module, family, config, gangs, dtype=None if options.dtype == "auto" else options.dtype)
+            targets = split(module, family, config, gangs, dtype=dtype)
 
         with clock.phase("plan"):
             routed = match(manifest, targets, family, config)
@@ -242,7 +245,7 @@ def _load(
             log.info("%s lacks %s: they are as in a new model", checkpoint.name, ", ".join(dtypes))
             drawn = draw(build_on_meta(family, config), family, config, targets, dtypes, gangs)
         copied = assign(module, by_name | drawn, targets.aliases)
-        reset_buffers(module, family, config, device)
+        reset_buffers(module, family, config, device, dtype or common_dtype(targets, routed, manifest))
 
     report = _report(checkpoint, family, kls, device, by_name, targets, routed, planned, moved, copied, clock)
     log.info(

@@ -9,12 +9,12 @@ parallelism its :func:`~torch.distributed.fsdp.fully_shard`, and a stage of a pi
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -24,7 +24,7 @@ from lading.errors import InternalError
 from lading.family import Family
 from lading.gangs import Gang, Gangs
 from lading.nn.sharding import ParallelPlan, Split, matches
-from lading.pipeline import cut, tied_names
+from lading.pipeline import apart_modules, crosses, cut, tied_names
 from lading.split_style import SharedHeads, SplitStyle
 
 log = logging.getLogger("lading")
@@ -46,11 +46,16 @@ _OWN_UNITS = (Split.LOGITS, Split.HEADS, Split.REPLICATED)
 """What FSDP may gather by itself; it warns of each such module that returns a view."""
 
 
-def parallelize(module: Module, family: Family[Any, Any], config: Any, gangs: Gangs) -> None:
+def parallelize(
+    module: Module, family: Family[Any, Any], config: Any, gangs: Gangs, apart: Collection[str] = ()
+) -> None:
     """Split ``module``, which is on the meta device, over ``gangs`` as the family's plan says.
 
     Modules of other stages of ``gangs.pp`` become ``None``. Parameters that are split become ``DTensor``s. A tied
     parameter stays one object under all of the names that this rank has.
+
+    :param apart: names of tensors of another dtype than the model's: modules of such parameters are gathered by
+        themselves, as FSDP gathers parameters of one dtype only.
 
     :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``, or ``gangs.pp`` has more
         ranks than the model has layers.
@@ -74,10 +79,12 @@ def parallelize(module: Module, family: Family[Any, Any], config: Any, gangs: Ga
     if gangs.sdp.size > 1 and plan.units is not None:
         mesh = mesh_of(gangs.sdp if gangs.rdp.size == 1 else gangs.dp)
         ties = tied_names(module)
+        for name in apart_modules(module, apart):
+            fully_shard(module.get_submodule(name), mesh=mesh)
         for pattern in plan.units:
             for name, unit in _modules(module, pattern).items():
                 # FSDP parts a parameter that one unit gathers from its further names outside of it.
-                if all(len({own.startswith(f"{name}.") for own in tied}) == 1 for tied in ties):
+                if not crosses(name, ties) and not isinstance(unit, FSDPModule):
                     fully_shard(unit, mesh=mesh)
         fully_shard(module, mesh=mesh)
 

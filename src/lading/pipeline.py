@@ -6,10 +6,10 @@ What stays keeps its name, index included, so that a checkpoint needs no renumbe
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 
-from torch.nn import Module
+from torch.nn import Module, ModuleDict, ModuleList
 
 from lading.gangs import Gang
 from lading.nn.sharding import Stages
@@ -71,6 +71,38 @@ def _place(name: str, places: Mapping[str, int]) -> int | None:
             return places[name]
 
     return None
+
+
+def apart_modules(module: Module, apart: Collection[str]) -> list[str]:
+    """Return the names of the largest modules in ``module`` whose parameters are all among ``apart``, and are tied to
+    none of another module.
+
+    :param apart: names of parameters.
+    """
+    found: list[str] = []
+    ties = tied_names(module)
+    for name, part in module.named_modules():
+        if isinstance(part, ModuleList | ModuleDict):
+            continue  # which nothing calls, so that FSDP could not gather it
+        if name and not any(name.startswith(f"{outer}.") for outer in found[-1:]):
+            own = own_names(module, name)
+            if own and all(each in apart for each in own) and not crosses(name, ties):
+                found.append(name)
+
+    return found
+
+
+def own_names(module: Module, part: str) -> list[str]:
+    """Return the names that the parameters of a part of ``module`` have in it."""
+    return [f"{part}.{name}" for name, _ in module.get_submodule(part).named_parameters(remove_duplicate=False)]
+
+
+def crosses(part: str, ties: Iterable[Sequence[str]]) -> bool:
+    """Return whether a parameter has names both in and outside of a part of a module.
+
+    :param ties: as :func:`tied_names` gives them.
+    """
+    return any(len({name.startswith(f"{part}.") for name in tied}) == 2 for tied in ties)
 
 
 def tied_names(module: Module) -> list[list[str]]:

@@ -13,7 +13,7 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
 from lading.check import match, report_fit, require_fit
 from lading.checkpoint import Checkpoint
-from lading.construct import build_on_meta, check_config_type, no_collection, settle_dtypes
+from lading.construct import build_on_meta, check_config_type, no_collection, other_dtypes, settle_dtypes
 from lading.family import Family
 from lading.manifest import Manifest
 from lading.parallel import placements
@@ -119,7 +119,8 @@ def plan_checkpoint(
 
     with no_collection():
         module = build_on_meta(family, config)
-        targets = targets_of(module, dtype=dtype)
+        others = other_dtypes(module, family, config, dtype, sdp=sdp)
+        targets = targets_of(module, dtype=dtype, others=others)
         parameters = {name for name, _ in module.named_parameters()}
         parallel_plan = family.parallel_plan(config)
         placed = placements(parallel_plan, targets.names, parameters, sdp=sdp, tp=tp)

@@ -29,6 +29,8 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+T5 = {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8, "vocab_size": 64}
+
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -40,6 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("phi", transformers.PhiConfig(**SIZES), transformers.PhiForCausalLM),
         ("mixtral", transformers.MixtralConfig(**SIZES, num_local_experts=4), transformers.MixtralForCausalLM),
         ("gpt2", transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64), transformers.GPT2LMHeadModel),
+        ("t5", transformers.T5Config(**T5), transformers.T5ForConditionalGeneration),
     ):
         save_model(root / name, kls, config, max_shard_size="30KB")
 
@@ -101,3 +104,32 @@ def test_sizes_that_do_not_divide_are_told_before_anything_is_read(pool4: Pool, 
     for outcome in pool4.run(load_and_compare, folders["qwen3"], 4, 1):
         assert isinstance(outcome.error, NotSupportedError)
         assert "`num_key_value_heads` is 2" in str(outcome.error)
+
+
+def load_in_half_precision(folder: Path) -> tuple[list[str], set[str]]:
+    """Everything in which a sharded model differs from one on a device alone, and what is in float32."""
+    torch.set_num_threads(1)
+    with create_gangs("cpu", sdp=2) as gangs:
+        hub = get_hg_model_hub()
+        alone = hub.load_model(folder, device="cpu", dtype=torch.float16, progress=False).eval()
+        model = hub.load_model(folder, gangs=gangs, dtype=torch.float16, progress=False).eval()
+
+        expected = dict(alone.named_parameters())
+        held = {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
+        found = [name for name, own in held.items() if own.dtype != expected[name].dtype]
+        found += [name for name, own in held.items() if not torch.equal(own, expected[name])]
+        ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+        logits, reference = (m(input_ids=ids, decoder_input_ids=ids).logits for m in (model, alone))
+        if not torch.allclose(logits, reference, rtol=1e-2, atol=1e-2):
+            found.append("logits")
+        logits.float().square().mean().backward()
+        found += [name for name, parameter in model.named_parameters() if parameter.grad is None]
+
+        return found, {name for name, own in held.items() if own.dtype == torch.float32}
+
+
+def test_what_is_kept_in_float32_is_sharded_by_itself(pool2: Pool, folders: dict[str, Path]) -> None:
+    for found, kept in pool2.values(load_in_half_precision, folders["t5"]):
+        assert found == []
+        assert len(kept) == 4
+        assert all(name.endswith(".wo.weight") for name in kept)

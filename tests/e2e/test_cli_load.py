@@ -81,10 +81,10 @@ class TestLoad:
         assert re.fullmatch(r"\d+\.\d{3} \(.*read \d+\.\d{3}.*\)", lines["seconds"])
         assert re.fullmatch(r"\d+\.\d\d GB/s", lines["speed"])
 
-    @pytest.mark.parametrize("dtype", ["auto", "float64", "float32", "bfloat16", "float16"])
+    @pytest.mark.parametrize("dtype", ["auto", "keep", "float64", "float32", "bfloat16", "float16"])
     def test_dtypes(self, cli, cards, dtype):
         report = json.loads(cli("load", "tiny", "--dtype", dtype, "--json").stdout)
-        assert report["dtypes"] == {"bfloat16" if dtype == "auto" else dtype: 21_824}
+        assert report["dtypes"] == {"bfloat16" if dtype in ("auto", "keep") else dtype: 21_824}
 
     def test_mapped(self, cli, cards):
         report = json.loads(cli("load", "tiny", "--dtype", "auto", "--mmap", "--json").stdout)

@@ -173,3 +173,20 @@ def test_a_card_whose_manifest_the_catalog_keeps(
         _check(loaded, model)
         assert report.bytes_read == 0
     assert "torch" in cli("show", "tiny_pt").output
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_parameters_that_share_bytes_of_the_file_stay_apart(
+    tmp_path: Path, model: Qwen, legacy: bool, mmap: bool
+) -> None:
+    """torch writes one storage for them; only what the model ties is one parameter."""
+    state = dict(model.state_dict())
+    first, second, *_ = [name for name in state if name.endswith("q_proj.weight")]
+    state[second] = state[first]
+    torch.save(state, tmp_path / "model.pt", _use_new_zipfile_serialization=not legacy)
+
+    loaded = get_qwen_model_hub().load_custom_model(tmp_path / "model.pt", CONFIG, dtype="keep", mmap=mmap)
+    loaded.get_parameter(first).detach().zero_()
+
+    assert torch.equal(loaded.get_parameter(second), state[second])

@@ -342,12 +342,13 @@ def test_a_gang_without_a_mesh() -> None:
 # --- dtypes
 
 
-def settle(sdp: int) -> list[str]:
+def settle(sdp: int, parameters: str = "abd") -> list[str]:
     targets = Targets(
         names=("a", "b", "c", "d"),
         shapes=((4,), (2,), (1,), (9,)),
         boxes=(Box.whole((4,)), Box.whole((2,)), Box.whole((1,)), Box.whole((9,))),
         dtypes=(None, None, "I64", "F64"),
+        parameters=frozenset(parameters),
         aliases={},
     )
     manifest = Manifest(
@@ -369,6 +370,11 @@ def test_parameters_that_are_sharded_are_of_one_dtype(caplog: pytest.LogCaptureF
     assert not caplog.records
     assert settle(sdp=2) == ["BF16", "BF16", "I64", "F64"]
     assert "all are loaded as BF16" in caplog.text
+
+
+def test_buffers_are_not_sharded_and_keep_their_dtype(caplog: pytest.LogCaptureFixture) -> None:
+    assert settle(sdp=2, parameters="ad") == ["BF16", "F32", "I64", "F64"]
+    assert not caplog.records
 
 
 # --- new models

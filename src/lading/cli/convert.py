@@ -11,7 +11,7 @@ import click
 
 from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_model, complete_target
-from lading.cli.describe import dtype_text, some
+from lading.cli.describe import DTYPES, asked_dtype, dtype_text, some
 from lading.cli.names import name_or_path
 from lading.cli.output import counted, human_bytes, human_count, write_json, write_pairs
 from lading.filesystem import is_there
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _BINARY = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
 
@@ -55,8 +54,8 @@ def _writing(function: F) -> F:
             help="Check bytes against digests; auto (the default): unless the file was seen verified as it is.",
         ),
         click.option(
-            "--dtype", type=click.Choice(_DTYPES), default="auto",
-            help="Of floating-point tensors; auto (the default): their own.",
+            "--dtype", type=click.Choice(DTYPES), default="keep",
+            help="Of floating-point tensors; keep (the default): their own; auto: as config.json says.",
         ),
         click.option(
             "--shard-size", type=Size(), default="5GB", show_default=True, metavar="SIZE",
@@ -146,14 +145,13 @@ def _write(
     as_json: bool,
     **more: Any,
 ) -> None:
-    import torch
 
     from lading.export import convert_checkpoint
 
     report = convert_checkpoint(
         target,
         folder,
-        dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+        dtype=asked_dtype(dtype),
         shard_size=shard_size,
         verify=verify,
         progress=not no_progress,

@@ -9,6 +9,7 @@ from lading.cli.output import counted, human_bytes, human_count
 
 if TYPE_CHECKING:
     from lading.catalog.store import StoredCheckpoint
+    from lading.transfer.dtypes import DType
 
 
 def checkpoint_object(stored: StoredCheckpoint) -> dict[str, object]:
@@ -53,3 +54,20 @@ def some(names: Collection[str]) -> str:
     more = len(names) - len(first)
 
     return ", ".join(first) + (f" and {more} more" if more else "")
+
+
+DTYPES = ("auto", "keep", "float64", "float32", "bfloat16", "float16")
+"""What commands take as a dtype."""
+
+
+def asked_dtype(name: str) -> DType:
+    """Return what one of :data:`DTYPES` stands for in Python."""
+    import torch
+
+    if name == "auto":
+        return "auto"
+    if name == "keep":
+        return "keep"
+    found: torch.dtype = getattr(torch, name)
+
+    return found

@@ -10,7 +10,7 @@ import click
 
 from lading.cli.command import command
 from lading.cli.complete import complete_target
-from lading.cli.describe import dtype_text
+from lading.cli.describe import DTYPES, asked_dtype, dtype_text
 from lading.cli.names import name_or_path
 from lading.cli.output import counted, human_bytes, human_count, write_json, write_pairs
 from lading.errors import NotSupportedError
@@ -18,13 +18,11 @@ from lading.errors import NotSupportedError
 if TYPE_CHECKING:
     import torch
 
-_DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
-
 
 @command("load")
 @click.argument("target", metavar="NAME|PATH", shell_complete=complete_target)
 @click.option("--device", metavar="DEVICE", help="Such as cpu, cuda or cuda:1; default: torch's.")
-@click.option("--dtype", type=click.Choice(_DTYPES), help="Of the parameters; auto: the checkpoint's own.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Of the parameters; auto: config.json's; keep: as stored.")
 @click.option("--mmap", is_flag=True, help="Map the files instead of reading them.")
 @click.option(
     "--verify",
@@ -54,14 +52,12 @@ def load(
     # Whether the name is known is said before torch is imported, which takes a second.
     card = name_or_path(target, get_asset_store())
 
-    import torch
-
     from lading.hub import load_with_report
 
     _, report = load_with_report(
         card,
         device=None if device is None else _device(device),
-        dtype="auto" if dtype == "auto" else None if dtype is None else getattr(torch, dtype),
+        dtype=None if dtype is None else asked_dtype(dtype),
         mmap=mmap,
         verify=verify,
         progress=not no_progress,

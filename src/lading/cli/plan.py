@@ -10,13 +10,13 @@ import click
 
 from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_target
+from lading.cli.describe import DTYPES, asked_dtype
 from lading.cli.names import name_or_path
 from lading.cli.output import Column, Form, counted, human_bytes, listing_options, write_rows
 
 if TYPE_CHECKING:
     from lading.planning import LoadPlan
 
-_DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 _UNITS = {
     "": 1,
     **{f"{p}{suffix}": base**n for n, p in enumerate("KMGTP", 1) for suffix, base in (("iB", 1024), ("B", 1000))},
@@ -49,7 +49,12 @@ _AXIS = click.IntRange(min=1, max=1_000_000)
 @click.option("--sdp", type=_AXIS, default=1, help="Ranks that parameters are fully sharded over.")
 @click.option("--pp", type=_AXIS, default=1, help="Ranks of pipeline parallelism.")
 @click.option("--rdp", type=_AXIS, default=1, help="Replicas of all that.")
-@click.option("--dtype", type=click.Choice(_DTYPES), default="auto", help="Of the parameters; auto: as stored.")
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="auto",
+    help="Of the parameters; auto: config.json's; keep: as stored.",
+)
 @click.option("--rank", type=click.IntRange(min=0), multiple=True, help="Only this rank; may be given again.")
 @click.option("--device-memory", type=_Bytes(), help="Exit with 4 unless the weights fit, such as into 80GiB.")
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw it, too.")
@@ -85,8 +90,6 @@ def plan(
     if rank and max(rank) >= (world := tp * sdp * pp * rdp):
         raise click.BadParameter(f"the world has {counted(world, 'rank')}, from 0 on.", param_hint="--rank")
 
-    import torch
-
     from lading.doors import plan_load
 
     found = plan_load(
@@ -95,7 +98,7 @@ def plan(
         sdp=sdp,
         pp=pp,
         rdp=rdp,
-        dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+        dtype=asked_dtype(dtype),
         ranks=rank or None,
         restrict=not no_restrict,
         store=store,

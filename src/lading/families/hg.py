@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from lading.config import STRICT
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError, PolicyError
-from lading.families.hg_buffers import reset_buffers
+from lading.families.hg_buffers import other_dtypes, reset_buffers
 from lading.families.hg_checkpoint import rules_of
 from lading.families.hg_offline import offline_holds
 from lading.families.hg_parallel import plan_of
@@ -358,8 +358,12 @@ def _untie(model: Module, names: Sequence[str]) -> None:
 # --- numbers that no checkpoint holds --------------------------------------------------------------------------------
 
 
-def _reset_buffers(model: Module, config: HuggingFaceModelConfig, device: torch.device) -> None:
-    reset_buffers(model, device, lambda: _outline(config))
+def _reset_buffers(model: Module, config: HuggingFaceModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    reset_buffers(model, device, dtype, lambda: _outline(config))
+
+
+def _dtypes(model: Module, config: HuggingFaceModelConfig, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
+    return other_dtypes(model, dtype, _outline(config))
 
 
 def _init(model: Module, config: HuggingFaceModelConfig, name: str, tensor: Tensor) -> None:
@@ -399,6 +403,7 @@ FAMILY = Family(
     reads_other_model_types=True,
     complete=_complete,
     untie=_untie,
+    dtypes=_dtypes,
     reset_buffers=_reset_buffers,
 )
 

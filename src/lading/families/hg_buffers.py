@@ -1,10 +1,13 @@
-"""Numbers of transformers' models that no checkpoint holds, such as rotary frequencies, computed as it does."""
+"""What transformers does to the tensors of its models besides reading them: numbers that no checkpoint holds, such as
+rotary frequencies, and dtypes that differ from the model's.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,16 +19,58 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def reset_buffers(model: Module, device: torch.device, outline: Callable[[], PreTrainedModel]) -> None:
+def other_dtypes(model: Module, dtype: torch.dtype, outline: PreTrainedModel) -> dict[str, torch.dtype]:
+    """Return the dtypes of those parameters and persistent buffers that ``from_pretrained`` does not load in ``dtype``.
+
+    :param model: made in float32, without memory.
+    :param outline: the same model, made in bfloat16.
+    """
+    patterns: set[str] = set()
+    if dtype == torch.float16:
+        patterns |= set(outline._keep_in_fp32_modules or ())
+    if dtype in (torch.float16, torch.bfloat16):
+        patterns |= set(outline._keep_in_fp32_modules_strict or ())
+    # transformers searches for these, too, so that "wo" stands for every name with these letters.
+    kept = re.compile("|".join(f"(?:{pattern.replace('*', '.*')})" for pattern in sorted(patterns)) or "(?!)")
+
+    others: dict[str, torch.dtype] = {}
+    made = outline.state_dict()
+    for name, tensor in model.state_dict().items():
+        if kept.search(name):
+            own = torch.float32
+        else:
+            own = _dtype_in(dtype, tensor, made.get(name))
+        if own != dtype:
+            others[name] = own
+
+    return others
+
+
+def _dtype_in(dtype: torch.dtype, tensor: Tensor, other: Tensor | None) -> torch.dtype:
+    """Return the dtype that a tensor has in a model that is made in ``dtype``.
+
+    Some are always of one, as rotary frequencies are.
+
+    :param tensor: in the model that is made in float32.
+    :param other: in the one that is made in bfloat16; ``None`` where it has none of that name.
+    """
+    follows = tensor.dtype == torch.float32 and (other is None or other.dtype != torch.float32)
+
+    return dtype if follows else tensor.dtype
+
+
+def reset_buffers(
+    model: Module, device: torch.device, dtype: torch.dtype, outline: Callable[[], PreTrainedModel]
+) -> None:
     """Have transformers compute non-persistent buffers as it does after a load of its own.
 
     Each is computed over zeros and over ones: what differs then was not computed at all.
 
+    :param dtype: of the model.
     :param outline: gives the same model without memory, made in bfloat16.
 
     :raises NotSupportedError: transformers computes one nowhere but in the constructor.
     """
-    dtype = cast("PreTrainedModel", model).dtype
     _state_dtype(model.config, dtype)
     buffers = _non_persistent_buffers(model)
     if not buffers:
@@ -72,16 +117,10 @@ def _non_persistent_buffers(model: Module) -> dict[str, tuple[Module, str, Tenso
 def _buffer_dtypes(
     outline: PreTrainedModel, buffers: Mapping[str, tuple[Module, str, Tensor]], dtype: torch.dtype
 ) -> dict[str, torch.dtype]:
-    """The dtypes that ``buffers``, of a model that was made in float32, have in one that is made in ``dtype``.
-
-    Some are always of one, as rotary frequencies are.
-    """
+    """The dtypes that ``buffers``, of a model that was made in float32, have in one that is made in ``dtype``."""
     others = _non_persistent_buffers(outline)
 
-    return {
-        name: dtype if buffer.dtype == torch.float32 != others[name][2].dtype else buffer.dtype
-        for name, (_, _, buffer) in buffers.items()
-    }
+    return {name: _dtype_in(dtype, buffer, others[name][2]) for name, (_, _, buffer) in buffers.items()}
 
 
 @contextmanager

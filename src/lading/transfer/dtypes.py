@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
+
+DType = torch.dtype | Literal["auto", "keep"]
+"""What a caller may ask for: a dtype, the checkpoint's, or that of each of its tensors."""
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -132,9 +133,10 @@ def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
     cast, arena and file agree modulo the page size, so that direct I/O can read straight into the arena.
 
     :param mapped: leave tensors where they are, in a mapping of the file, wherever their box is one run of bytes that
-        need no cast and are aligned.
+        need no cast, are aligned, and are of no other tensor: else who writes to one would change another.
     """
     reads = _Reads()
+    taken = _Taken()
     rows = Rows()
     homes = array("i", [ARENA]) * len(wanted.tensors)
     places = array("q", [0]) * len(wanted.tensors)
@@ -159,7 +161,8 @@ def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
         first = base + groups[0][0] * source_size
         is_one_run = len(groups) == 1 and groups[0][3] == 1
 
-        if mapped and stored == dtype and is_one_run and first % size == 0:
+        fits = mapped and stored == dtype and is_one_run and first % size == 0
+        if fits and taken.take(shard, first, first + box.numel * size):
             homes[i], places[i] = shard, first
             continue
 
@@ -183,12 +186,13 @@ def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
     for i in (i for i in order if i in wanted.composed):
         found = _copies(manifest, wanted.composed[i], wanted.boxes[i], wanted.dtypes[i])
         home = _home(found, wanted.dtypes[i]) if mapped else None
-        if home is not None:
+        nbytes = wanted.boxes[i].numel * (BITS[wanted.dtypes[i]] // 8)
+        if home is not None and taken.take(*home, home[1] + nbytes):
             homes[i], places[i] = home
             continue
         places[i] = end = -(-end // ALIGNMENT) * ALIGNMENT
         copies += (copy.at(end) for copy in found)
-        end += wanted.boxes[i].numel * (BITS[wanted.dtypes[i]] // 8)
+        end += nbytes
 
     for copy in sorted(copies):
         copy.add_to(reads, rows, conversions.setdefault(copy.conversion, len(conversions)))
@@ -304,6 +308,25 @@ def _home(copies: Sequence[_Copy], dtype: str) -> tuple[int, int] | None:
 def _congruent(place: int, offset: int) -> int:
     """The first place at or behind ``place`` that equals ``offset`` modulo the page size."""
     return place + (offset - place) % PAGE
+
+
+class _Taken:
+    """Ranges of files, each of them in one place only."""
+
+    def __init__(self) -> None:
+        self._starts: dict[int, list[int]] = {}
+        self._ends: dict[int, list[int]] = {}
+
+    def take(self, shard: int, begin: int, end: int) -> bool:
+        """Take a range; return whether nothing of it is taken yet."""
+        starts, ends = self._starts.setdefault(shard, []), self._ends.setdefault(shard, [])
+        at = bisect_left(starts, end)  # ranges are in order, and those before this place begin before the end
+        if at and ends[at - 1] > begin:
+            return False
+        starts.insert(at, begin)
+        ends.insert(at, end)
+
+        return True
 
 
 class _Reads:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from lading.box import Box
 from lading.transfer.dtypes import DTYPE_NAMES, FLOATS
@@ -28,6 +29,8 @@ class Targets:
     """The part of the global tensor that this rank owns."""
     dtypes: tuple[str | None, ...]
     """What memory is to hold, by the manifest's names; ``None`` keeps the checkpoint's own."""
+    parameters: frozenset[str]
+    """The names of those that are parameters; the others are buffers."""
     aliases: Mapping[str, str]
     """Further names of tied tensors → the first."""
 
@@ -45,10 +48,13 @@ class Targets:
         return replace(self, boxes=boxes)
 
 
-def targets_of(module: Module, *, dtype: torch.dtype | None) -> Targets:
+def targets_of(
+    module: Module, *, dtype: torch.dtype | None, others: Mapping[str, torch.dtype] = MappingProxyType({})
+) -> Targets:
     """The targets of ``module``, which may be on the meta device, and whose parameters may be ``DTensor``s.
 
     :param dtype: of floating-point parameters and persistent buffers; ``None`` keeps the checkpoint's own.
+    :param others: by name, those that are of another one.
 
     :raises NotSupportedError: the part of a parameter that this rank owns is no box.
     """
@@ -59,6 +65,7 @@ def targets_of(module: Module, *, dtype: torch.dtype | None) -> Targets:
     shapes: list[tuple[int, ...]] = []
     boxes: list[Box] = []
     dtypes: list[str | None] = []
+    parameters: list[str] = []
 
     for name, tensor in module.state_dict(keep_vars=True).items():
         if not isinstance(tensor, torch.Tensor):
@@ -72,13 +79,17 @@ def targets_of(module: Module, *, dtype: torch.dtype | None) -> Targets:
         shapes.append(tuple(tensor.shape))
         boxes.append(box_of(tensor))
         own = DTYPE_NAMES[tensor.dtype]
-        dtypes.append(own if own not in FLOATS else None if dtype is None else DTYPE_NAMES[dtype])
+        asked = others.get(name, dtype)
+        dtypes.append(own if own not in FLOATS else None if asked is None else DTYPE_NAMES[asked])
+        if isinstance(tensor, Parameter):
+            parameters.append(name)
 
     return Targets(
         names=tuple(names),
         shapes=tuple(shapes),
         boxes=tuple(boxes),
         dtypes=tuple(dtypes),
+        parameters=frozenset(parameters),
         aliases=aliases,
     )
 

@@ -1,0 +1,137 @@
+"""All types of models that transformers makes small, against ``from_pretrained``, in whole and in half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Module
+
+from lading.errors import NotSupportedError
+from lading.families.hg import get_hg_model_hub
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+SMALL: Mapping[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "model_dim", "embedding_size"), 32),
+    **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner"), 48),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "mlp_hidden_size"), 16),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("depth", "num_decoder_layers", "num_encoder_layers", "n_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "n_head", "n_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(("decoder_attention_heads", "num_key_value_heads", "mamba_n_heads"), 4),
+    **dict.fromkeys(("head_dim", "d_kv", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "mamba_d_head"), 8),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 16),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts"), 1),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "sliding_window"), 64),
+    **dict.fromkeys(("vocab_size", "decoder_vocab_size"), 64),
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0),
+    **dict.fromkeys(("image_size", "input_size"), 16),
+    "patch_size": 4,
+    "num_mel_bins": 8,
+}  # fmt: skip
+"""Values of keys of ``config.json`` that make a model small, whichever it is."""
+
+MOST = 2_000_000
+"""Parameters of a model that is small."""
+
+SAMPLE = ("t5", "umt5", "deepseek_v3", "glm4_moe", "gpt_oss", "rwkv", "blip_2_qformer", "mixtral", "whisper")
+"""Types that keep something in float32, and some that do not."""
+
+
+def small_config(kls: type[Any]) -> Any:
+    """Return a configuration of few small layers, parts included."""
+    default = kls()
+    values = {key: value for key, value in SMALL.items() if hasattr(default, key)}
+    parts = {name: small_config(type(part)).to_dict() for name in kls.sub_configs if (part := getattr(default, name))}
+
+    return kls(**values, **parts)
+
+
+def small_model(model_type: str) -> Module | None:
+    """Return a model of a type with random numbers, buffers included; ``None`` where it cannot be made small."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+    from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING as SEQ_TO_SEQ
+
+    try:
+        config = small_config(CONFIG_MAPPING[model_type])
+        found = next(
+            each[type(config)]
+            for each in (MODEL_FOR_CAUSAL_LM_MAPPING, SEQ_TO_SEQ, MODEL_MAPPING)
+            if type(config) in each
+        )
+        kls = found[0] if isinstance(found, tuple) else found
+        with torch.device("meta"):
+            if kls(config).num_parameters() > MOST:
+                return None
+        torch.manual_seed(0)
+        model: Module = kls(config)
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                if tensor.is_floating_point():
+                    # Numbers that half precision does not have.
+                    tensor.copy_(torch.randn(tensor.shape).mul_(0.1).add_(1e-3))
+    except Exception:  # whatever sizes that do not fit together, or packages that are not here, lead to there
+        return None
+
+    return model
+
+
+def differences(ours: Module, expected: Module) -> list[str]:
+    found = []
+    for kind in ("named_parameters", "named_buffers"):
+        a, b = (dict(getattr(model, kind)(remove_duplicate=False)) for model in (ours, expected))
+        found += [f"{name}: only one has it" for name in sorted(a.keys() ^ b.keys())]
+        for name in a.keys() & b.keys():
+            if a[name].dtype != b[name].dtype:
+                found.append(f"{name}: {a[name].dtype}, but {b[name].dtype} in transformers")
+            elif not torch.equal(a[name].nan_to_num(), b[name].nan_to_num()):
+                found.append(f"{name}: other numbers")
+
+    return found
+
+
+def compare(model_type: str, folder: Path) -> list[str] | None:
+    """Return what differs from ``from_pretrained``, or ``None`` where there is nothing to compare."""
+    model = small_model(model_type)
+    if model is None:
+        return None
+    kls: Any = type(model)
+    try:
+        model.save_pretrained(folder)  # type: ignore[operator]
+        expected = {dtype: kls.from_pretrained(folder, dtype=dtype) for dtype in DTYPES}
+    except Exception:  # not even transformers loads what it saves
+        return None
+    if any("meta" in str(t.device) for t in expected[torch.float32].state_dict().values()):
+        return None
+
+    found = []
+    for dtype in DTYPES:
+        try:
+            ours = get_hg_model_hub().load_model(folder, dtype=dtype, progress=False)
+        except NotSupportedError:
+            return None  # said, and not silently another model
+        found += [f"{dtype}: {line}" for line in differences(ours, expected[dtype])[:3]]
+
+    return found
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_a_model_is_the_same_in_every_precision(model_type: str, tmp_path: Path) -> None:
+    assert compare(model_type, tmp_path) == []
+
+
+@pytest.mark.slow
+def test_every_type_is_the_same_in_every_precision(tmp_path_factory: pytest.TempPathFactory) -> None:
+    from transformers import CONFIG_MAPPING
+
+    results = {name: compare(name, tmp_path_factory.mktemp("type")) for name in sorted(CONFIG_MAPPING.keys())}
+    compared = {name: lines for name, lines in results.items() if lines is not None}
+
+    assert {name: lines for name, lines in compared.items() if lines} == {}
+    assert len(compared) > 150
