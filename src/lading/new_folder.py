@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lading.filesystem import expand_home
@@ -35,7 +35,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)  # says that its process is alive
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_EX)  # says that its process is alive
         yield temporary
         os.fsync(fd)
         require_empty(folder)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from sqlalchemy import exc
 
@@ -41,6 +43,11 @@ def sqlite_failure(error: sqlite3.Error, target: Target) -> LadingError | OSErro
     code = primary_code(error)
     path = target.path
 
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_IOERR) and path is not None and (why := _lock_problem(path.parent)):
+        return CatalogError(
+            f"{target} is on a file system whose files cannot be locked ({why}), and a catalog needs locks. Set "
+            "LADING_DATABASE_URL to one on a disk of this machine: `sqlite:////folder/catalog.sqlite`."
+        )
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         holders = _holders(path) if path is not None else ""
         return CatalogError(
@@ -82,6 +89,22 @@ def primary_code(error: sqlite3.Error) -> int:
     """SQLite's primary result code of an error."""
     # Errors that the Python module raises by itself have no code.
     return int(getattr(error, "sqlite_errorcode", None) or sqlite3.SQLITE_ERROR) & 0xFF
+
+
+def _lock_problem(folder: Path) -> str | None:
+    """Return why files in ``folder`` cannot be locked; ``None`` where they can, or where that cannot be found out."""
+    try:
+        # Never the catalog itself: to close it would drop the locks that this process has on it.
+        file = TemporaryFile(dir=folder)  # noqa: SIM115 (an error of its own must be told from one of the lock)
+    except OSError:
+        return None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.strerror
+
+    return None
 
 
 def _holders(path: Path) -> str:
