@@ -137,7 +137,7 @@ def index_checkpoint(target: str | Path, *, restrict: bool = True, store: AssetS
     path = uri_path(ref.uri)
     copies: Sequence[LocalCopy]
     if path is None:
-        found = _published_or_whole(ref, store, progress=False, restrict=restrict)
+        found = _published_or_whole(ref, store, name=card_name, progress=False, restrict=restrict)
         copies = (*found.copies, *found.originals) if isinstance(found, Whole) else ()
         uri, manifest, revision = ref.key, found.manifest, found.revision
     else:
@@ -226,7 +226,7 @@ def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, prog
             revision=stored.revision,
         )
 
-    published = _published_or_whole(ref, store, progress=progress)
+    published = _published_or_whole(ref, store, name=name, progress=progress)
     if isinstance(published, Whole):
         return whole_checkpoint(name, ref, published, store)
     refuse_quantised_config(published.hf_config, ref.shown)
@@ -244,15 +244,17 @@ def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, prog
     return checkpoint
 
 
-def _published_or_whole(ref: CheckpointRef, store: AssetStore, *, progress: bool, restrict: bool = True) -> Published:
+def _published_or_whole(
+    ref: CheckpointRef, store: AssetStore, *, name: str | None, progress: bool, restrict: bool = True
+) -> Published:
     """What is published, by its headers; fetched, if it has none that would tell."""
     if not comes_whole(ref):
         try:
-            return index_source(ref)
+            return index_source(ref, name=name)
         except formats.NotByHeadersError:
             pass
 
-    return fetch_whole(ref, store=store, known=known_content(store), progress=progress, restrict=restrict)
+    return fetch_whole(ref, store=store, known=known_content(store), progress=progress, restrict=restrict, name=name)
 
 
 def whole_checkpoint(name: str, ref: CheckpointRef, whole: Whole, store: AssetStore) -> Checkpoint:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from lading.card import CheckpointRef, shown_uri
-from lading.errors import FetchError
+from lading.errors import CheckpointNotFoundError, FetchError
+from lading.fetch.hf_names import HubAddress
 from lading.fetch.source import RemoteFile, Snapshot, Source
 from lading.fetch.sources import open_source
 from lading.formats.config_json import parse_config_json, require_size
-from lading.formats.folder import is_checkpoint_file
-from lading.formats.remote import index_files, index_names
+from lading.formats.folder import FILE_NAME, is_checkpoint_file, is_index, some
+from lading.formats.remote import find_checkpoint, index_files, index_names
 from lading.manifest import Manifest
 from lading.settings import Settings
 
@@ -33,10 +35,11 @@ class Published:
     snapshot: Snapshot
 
 
-def index_source(ref: CheckpointRef, *, revision: str | None = None) -> Published:
+def index_source(ref: CheckpointRef, *, revision: str | None = None, name: str | None = None) -> Published:
     """Read index and headers of a checkpoint that is elsewhere.
 
     :param revision: default: the one that the address names, or what is published now.
+    :param name: of the card, for messages.
 
     :raises CheckpointNotFoundError: the source says that there is no such thing.
     :raises FetchError: it cannot be reached, or answers nonsense.
@@ -49,6 +52,7 @@ def index_source(ref: CheckpointRef, *, revision: str | None = None) -> Publishe
     if not source.lists:
         named = index_names(PublishedFiles(source, snapshot), name=source.inner)
         snapshot = source.beside(snapshot, named)
+    require_whole(source, snapshot, ref, name)
     files = PublishedFiles(source, snapshot)
     manifest = index_files(files, name=source.inner)
 
@@ -63,6 +67,51 @@ def index_source(ref: CheckpointRef, *, revision: str | None = None) -> Publishe
         inner=source.inner,
         snapshot=snapshot,
     )
+
+
+_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+
+
+def require_whole(source: Source, snapshot: Snapshot, ref: CheckpointRef, name: str | None) -> None:
+    """Make sure that all files of a checkpoint are in the cache, where nobody can be asked for others.
+
+    :param name: of the card, for messages.
+
+    :raises FetchError: some are not; it names them, and the command that fetches them.
+    """
+    if not snapshot.partial:
+        return
+    here = frozenset(file.name for file in snapshot.files)
+    try:
+        folder, file = find_checkpoint(ref.shown, here, source.inner)
+    except CheckpointNotFoundError:
+        missing = _expected(here, source.inner)
+    else:
+        named = index_names(PublishedFiles(source, snapshot), name=folder + file) if is_index(file) else ()
+        missing = [each for each in (name_in_source(folder + file, each) for each in named) if each not in here]
+    if missing:
+        repo = HubAddress.from_uri(ref.uri).repo
+        fetch = f"lading pull {name}" if name else f"hf download {repo} --revision {snapshot.revision}"
+        raise FetchError(
+            f"{ref.shown}: only a part of the revision {snapshot.revision} is on this machine, and LADING_OFFLINE or "
+            f"HF_HUB_OFFLINE is set, so the hub was not asked for the rest. Missing: {some(missing)}. Run `{fetch}` "
+            "where there is a network."
+        )
+
+
+def _expected(here: Collection[str], inner: str | None) -> list[str]:
+    """Return the files that a checkpoint without its first file should have, by the names of the others."""
+    if inner is not None and is_checkpoint_file(inner):
+        return [inner]
+    folder = "" if inner is None else f"{inner.strip('/')}/"
+    for each in sorted(here):
+        match = _SHARD.fullmatch(each.removeprefix(folder))
+        if match is not None and each.startswith(folder):
+            stem, count, suffix = match["stem"], match["count"], match["suffix"]
+            shards = [f"{folder}{stem}-{n:05d}-of-{count}{suffix}" for n in range(1, min(int(count), 1000) + 1)]
+            return [name for name in (*shards, f"{folder}{stem}{suffix}.index.json") if name not in here]
+
+    return [f"{folder}{FILE_NAME}"]
 
 
 def name_in_source(inner: str | None, file: str, *, shards: Collection[str] = ()) -> str:

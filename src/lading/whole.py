@@ -27,7 +27,7 @@ from lading.formats.folder import is_index, is_torch_format
 from lading.formats.remote import find_checkpoint
 from lading.formats.sharded import index_shards, read_index_at
 from lading.manifest import Manifest
-from lading.published import Published, PublishedFiles, published_config
+from lading.published import Published, PublishedFiles, published_config, require_whole
 from lading.settings import Settings
 
 log = logging.getLogger("lading")
@@ -72,6 +72,7 @@ def fetch_whole(
     progress: bool,
     revision: str | None = None,
     restrict: bool = True,
+    name: str | None = None,
 ) -> Whole:
     """Fetch the files of a checkpoint, and index them.
 
@@ -79,6 +80,7 @@ def fetch_whole(
     :param known: where content is on this machine already.
     :param revision: default: the one that the address names, or what is published now.
     :param restrict: as :func:`lading.formats.index` takes it.
+    :param name: of the card, for messages.
 
     :raises CheckpointNotFoundError: the source has no such file, or the archive no such member.
     :raises FetchError: it cannot be reached, or answers nonsense.
@@ -90,9 +92,10 @@ def fetch_whole(
     inner, member = _split(ref)
     source = open_source(ref.uri, inner_path=inner, revision=revision, settings=Settings.from_environment())
     snapshot = source.snapshot()
-    name, member = _file_of(source.inner, member)
+    card_name, (name, member) = name, _file_of(source.inner, member)
     hf_config: Mapping[str, object] = {}
     if member is None:
+        require_whole(source, snapshot, ref, card_name)
         folder, file = find_checkpoint(shown_uri(snapshot.uri), frozenset(each.name for each in snapshot.files), name)
         hf_config = published_config(PublishedFiles(source, snapshot), folder)
         refuse_quantised_config(hf_config, ref.shown)

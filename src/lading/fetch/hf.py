@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from uuid import uuid4
@@ -94,7 +95,7 @@ class HubSource:
             cached = self.cached_snapshot()
             if cached is None:
                 raise offline_error(self.repo, f"revision {self.revision or 'main'}")
-            return cached
+            return replace(cached, partial=True)
 
         info = describe(self.repo, self.revision)
         if not isinstance(info.id, str) or not is_repo_id(info.id):

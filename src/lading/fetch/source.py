@@ -36,6 +36,8 @@ class Snapshot:
     revision: str
     """A commit; empty where the source has none."""
     files: tuple[RemoteFile, ...]
+    partial: bool = False
+    """Whether it is what a cache has of it, as nobody was to be asked: further files may be published."""
 
     def file(self, name: str) -> RemoteFile | None:
         """The file of this name; ``None`` where there is none."""
