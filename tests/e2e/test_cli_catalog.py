@@ -239,7 +239,7 @@ class TestPath:
         assert result.stderr == ""
 
     def test_models_that_are_not_here(self, cli, cards):
-        assert "`lading pull tiny_arch`" in cli("path", "tiny_arch@", code=2).stderr
+        assert "`lading pull tiny_arch@`" in cli("path", "tiny_arch@", code=2).stderr
         assert "`name: tiny_gated@user`" in cli("path", "tiny_gated", code=7).stderr
         assert str(cards.parent / "gone") in cli("path", "tiny_gone", code=2).stderr
         assert "'tiny_child'" in cli("path", "tiny_chld", code=2).stderr
@@ -636,3 +636,10 @@ def test_a_field_that_is_nearly_right_is_told(cli, process, cards, home, tmp_pat
     (own / "mine.yaml").write_text("name: mine\nbse: tiny\n")
     code = "lading: warning: mine.yaml[0]: the field 'bse' means nothing here. Did you mean 'base'?\n"
     assert process("list", "mine", "--all", "-q").stderr == code
+
+
+def test_a_card_whose_file_is_out_of_sight(cli, cards):
+    assert "out of sight" not in cli("show", "tiny").stdout
+    cards.rename(cards.with_name("elsewhere"))
+    assert f"file://{cards} (out of sight; the card is kept as it was)" in cli("show", "tiny").stdout
+    assert json.loads(cli("show", "tiny", "--json").stdout)["source"] == f"file://{cards}"

@@ -13,6 +13,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from sqlalchemy import Connection, Row, insert, select, update
 
 from lading.card import path_uri, uri_path
 from lading.catalog.apply import apply
-from lading.catalog.provenance import newer
+from lading.catalog.provenance import newer, now
 from lading.catalog.rows import forget
 from lading.catalog.schema import FAMILIES, SOURCES, FamilyRow, SourceRow
 from lading.documents.document import MAX_FILE_BYTES
@@ -41,8 +42,9 @@ _SEEDS = "lading.seeds"
 """The package with lading's own card files; and the group of the entry points that name such packages of others."""
 
 _HASHED = 8 << 20
-"""Bytes up to which a card file is known by its content: a copy can have the size and the times of another file, and
-the inode and the time of the last change of status differ between machines that share a catalog."""
+"""Bytes up to which a card file is known by its content, as a copy can have the size and the times of another file. A
+larger one is read again if its status changed after it was imported: that time differs between machines that share a
+catalog, so it is not recorded."""
 
 _log = logging.getLogger("lading")
 
@@ -97,6 +99,7 @@ def look(connection: Connection, settings: Settings) -> News:
                 SOURCES.c.sha256,
                 SOURCES.c.size,
                 SOURCES.c.mtime_ns,
+                SOURCES.c.imported_at,
                 SOURCES.c.version,
                 SOURCES.c.problems,
             )
@@ -269,7 +272,10 @@ def _compare(file: Path, row: Row[*tuple[Any, ...]] | None) -> tuple[FileStat, b
     if row is None or (row.size, row.mtime_ns) != (found.size, found.mtime_ns):
         return found, False
 
-    return found, data is None or _sha256(data) == row.sha256
+    if data is None:
+        return found, found.ctime_ns < datetime.fromisoformat(row.imported_at).timestamp() * 1e9
+
+    return found, _sha256(data) == row.sha256
 
 
 def _out_of_sight(path: Path, watched: Path | None) -> tuple[Path, str | None]:
@@ -318,7 +324,7 @@ def _take_user_files(connection: Connection, news: News) -> None:
             connection.execute(
                 update(SourceRow)
                 .where(SourceRow.uri == uri)
-                .values(kind="user", size=found.size, mtime_ns=found.mtime_ns)
+                .values(kind="user", size=found.size, mtime_ns=found.mtime_ns, imported_at=now())
             )
         else:
             parsed.append(_parse(uri, data, folder=path.parent))

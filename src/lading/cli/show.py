@@ -236,7 +236,7 @@ def _write_text(found: _Found) -> None:
         "status": found.summary.status,
         "problem": found.problem,
         "license": _text_field(card, "license"),
-        "source": found.summary.source,
+        "source": _source(found.summary.source),
         "checkpoint": shown_uri(ref.uri) or None,
         "inner path": ref.path,
         "ask at": ref.info_url if ref.gated else None,
@@ -254,6 +254,13 @@ def _write_text(found: _Found) -> None:
     if found.config:
         click.echo()
         write_rows(("configuration", "value"), list(_flat(found.config)), Form.TABLE)
+
+
+def _source(uri: str) -> str:
+    """Return the source of a card, and whether it cannot be seen now."""
+    path = uri_path(uri)
+
+    return uri if path is None or is_there(path) else f"{uri} (out of sight; the card is kept as it was)"
 
 
 def _flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
