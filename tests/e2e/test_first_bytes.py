@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import lading
 from cached_repository import add_cards
 from make_checkpoint import tensors
 from servers.hostile import serve
+from servers.hub import FakeHub
 from torch_files import save
 
 Cli = Callable[..., Result]
@@ -85,3 +87,23 @@ def test_a_card_over_http(cli: Cli, tmp_path: Path, name: str, digests: bool) ->
         # What is gone from this machine is fetched and found the same.
         cli("rm", "web")
         loads("web")
+
+
+@pytest.mark.parametrize(
+    "inner", ["12345", *(pytest.param(n, marks=pytest.mark.slow) for n in ("model.pth.tar", "runs/old", "plain", "strided"))]
+)
+def test_a_file_in_a_repository_of_the_hub(
+    process: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, inner: str
+) -> None:
+    folder = tmp_path / "repository" / inner
+    folder.parent.mkdir(parents=True)
+    folder.write_bytes(CONTENTS[folder.name])
+    (tmp_path / "repository" / "README.md").write_text("weights")
+    with FakeHub() as hub:
+        hub.add("somebody/tiny", tmp_path / "repository")
+        env = {"LADING_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": ""}
+        add_cards(tmp_path, hub=f"hg://somebody/tiny\ncheckpoint_path: '{inner}'")
+        for words in (("index", "hub"), ("pull", "hub"), ("load", "hub", "--dtype", "auto"), ("verify", "hub")):
+            done = process(*words, env=env)
+            assert done.returncode == 0, done.stderr
+        assert "match" in done.stdout
