@@ -322,9 +322,14 @@ class GlobalModelLoader:
         progress: bool = True,
         verify: Verify = "auto",
         cooperative: bool = False,
+        restrict: bool = True,
     ) -> tuple[Module, LoadReport]:
-        """As :meth:`load`, with what the load did."""
+        """As :meth:`load`, with what the load did.
+
+        :param restrict: as :func:`lading.formats.index` takes it; for a path.
+        """
         options = _options(gangs, device, dtype, mmap=mmap, progress=progress, verify=verify, cooperative=cooperative)
+        options = replace(options, restrict=restrict)
 
         return _load(card, None, self._store, options, config)
 

@@ -28,7 +28,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "words",
-    [("index",), ("diff", "."), ("adopt",), ("check",), ("plan",), ("convert", "out")],
+    [("index",), ("diff", "."), ("adopt",), ("check",), ("plan",), ("load",), ("convert", "out")],
     ids=lambda words: words[0],
 )
 def test_each_command_that_refuses_one_takes_the_option_that_it_names(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from lading.cli.command import command
+from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_target
 from lading.cli.describe import DTYPES, asked_dtype, dtype_text
 from lading.cli.names import name_or_path
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     default="auto",
     help="Check bytes against digests; auto (the default): unless the file was seen verified as it is.",
 )
+@no_restrict
 @click.option("--no-progress", is_flag=True, help="Show no bar.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def load(
@@ -38,6 +39,7 @@ def load(
     dtype: str | None,
     mmap: bool,
     verify: Literal["auto", "always", "never"],
+    no_restrict: bool,
     no_progress: bool,
     as_json: bool,
 ) -> None:
@@ -60,6 +62,7 @@ def load(
         dtype=None if dtype is None else asked_dtype(dtype),
         mmap=mmap,
         verify=verify,
+        restrict=not no_restrict,
         progress=not no_progress,
     )
     moved = report.bytes_read + report.bytes_mapped
