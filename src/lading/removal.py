@@ -15,6 +15,7 @@ from lading.catalog.records import HeldCheckpoint, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.errors import PolicyError
 from lading.fetch.cache import Cache
+from lading.fetch.hf_names import SCHEMES
 from lading.fetch.hf_removal import HubRevision, delete_revisions, revision_of
 from lading.fetch.partial import sweep
 from lading.formats import is_rewritten
@@ -229,15 +230,16 @@ def _plan(uri: str, entry: str, held: Sequence[HeldCheckpoint]) -> _Plan:
     made: list[Path] = []
     kept: list[KeptFile] = []
     for copy in copies:
-        digest, revision = _digest(cache, copy.path), revision_of(copy.path)
-        other = others.get(os.path.realpath(copy.path))
-        if revision is not None and copy.kind in ("hub", "adopted"):
+        digest, other = _digest(cache, copy.path), others.get(os.path.realpath(copy.path))
+        # Bytes of another source may be there, too: those are no reason to delete a revision.
+        revision = revision_of(copy.path) if uri.startswith(SCHEMES) and copy.kind in ("hub", "adopted") else None
+        if revision is not None:
             other = revisions_of_others.get(revision)
         if not os.path.lexists(copy.path) and copy.kind not in ("cache", "hub"):
             continue
         if copy.kind == "cache" and digest is not None and other is None:
             digests.append(digest)
-        elif copy.kind in ("hub", "adopted") and revision is not None and other is None:
+        elif revision is not None and other is None:
             revisions.add(revision)
         elif _is_made(copy.path, cache) and other is None:
             made.append(copy.path)

@@ -259,6 +259,17 @@ def test_the_same_snapshot_by_two_uris(tmp_path: Path, hub: Path, made: Path) ->
     assert not (snapshot / "model.safetensors").exists()
 
 
+def test_bytes_of_another_source_are_no_reason_to_delete_a_revision(tmp_path: Path, hub: Path, made: Path) -> None:
+    add_cards(tmp_path, http=HTTP)
+    path = add_snapshot(hub, "Qwen/Tiny", made / "tiny") / "model.safetensors"
+    stat = FileStat.from_stat(path.stat())
+    record(HTTP, path, [LocalCopy(file=path.name, path=path, stat=stat, kind="adopted", verified_at="2026-01-01")])
+
+    removal = lading.remove_model("http")
+    assert ([each.path for each in removal.kept], removal.revisions) == ([path], ())
+    assert path.exists()
+
+
 @pytest.mark.parametrize("others", [True, False])
 def test_a_cache_without_links(tmp_path: Path, hub: Path, made: Path, others: bool) -> None:
     add_cards(tmp_path, tiny="hg://Qwen/Tiny")
