@@ -152,7 +152,7 @@ def convert_checkpoint(
     # config.json describes these: it does not say that what is tied is stored apart.
     described = targets = targets_of(module, dtype=asked, others=others)
     routed = match(manifest, targets, family, config)
-    fit = report_fit(manifest, targets, routed, family=family.name)
+    fit = report_fit(manifest, targets, routed, family=family)
     require_fit(fit, path=checkpoint.where, name=checkpoint.name)
     if not isinstance(target, Path):
         assert store is not None

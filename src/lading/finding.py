@@ -28,6 +28,7 @@ from lading.formats.folder import (
     is_other_format,
     is_torch_format,
     some,
+    without_index,
 )
 from lading.formats.parts import consolidated_parts, fairseq2_parts, is_consolidated, is_fairseq2_sharded
 from lading.formats.sharded import read_index
@@ -180,8 +181,10 @@ def _require_usual_name(path: Path, names: list[str]) -> None:
     if found and not {INDEX_NAME, FILE_NAME, BIN_INDEX_NAME, BIN_NAME} & set(names):
         raise CheckpointNotFoundError(
             path,
-            f"{path}: expected {INDEX_NAME} or {FILE_NAME}, by which a folder is adopted, found {some(sorted(found))}. "
-            "Give one of these to `lading index` by its path, or name it as the `checkpoint` of a card of your own.",
+            without_index(path, found)
+            or f"{path}: expected {INDEX_NAME} or {FILE_NAME}, by which a folder is adopted, found "
+            f"{some(sorted(found))}. Give one of these to `lading index` by its path, or name it as the `checkpoint` "
+            "of a card of your own.",
         )
 
 

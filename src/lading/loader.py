@@ -179,7 +179,7 @@ def _load(
 
         with clock.phase("plan"):
             routed = match(manifest, targets, family, config)
-            fit = report_fit(manifest, targets, routed, family=family.name)
+            fit = report_fit(manifest, targets, routed, family=family)
             require_fit(fit, path=checkpoint.where, name=checkpoint.name)
         if family.untie is None or untied or not routed.duplicates:
             break

@@ -129,7 +129,7 @@ def plan_checkpoint(
         pp = 1 if staged is None else sizes["pp"]
         held = [None] * len(targets.names) if staged is None else holders(staged, targets.names, targets.aliases, pp)
         routed = match(manifest, targets, family, config)
-        fit = report_fit(manifest, targets, routed, family=family.name)
+        fit = report_fit(manifest, targets, routed, family=family)
         require_fit(fit, path=checkpoint.where, name=checkpoint.name)
         columns = _Columns(
             tensors=routed.tensors,

@@ -143,7 +143,7 @@ class _Model:
 
         manifest = checkpoint.manifest
         routed = match(manifest, targets, family, config)
-        require_fit(report_fit(manifest, targets, routed, family=family.name), path=checkpoint.where, name=card.name)
+        require_fit(report_fit(manifest, targets, routed, family=family), path=checkpoint.where, name=card.name)
         tensors = sorted(
             tensor
             for i, (target, tensor) in enumerate(zip(routed.targets, routed.tensors, strict=True))

@@ -82,6 +82,7 @@ def test_one_that_fits() -> None:
         drawn=(),
         parameters=21_824,
         bytes=43_648,
+        advice="",
     )
     assert report.fits
     require_fit(report, path="x", name="tiny")
@@ -125,6 +126,7 @@ def test_all_problems_together() -> None:
         "mis-shaped: lm_head.weight is expected to be [100, 32], but is [101, 32]",
     )
     assert not report.fits
+    assert "architecture" in report.advice
     assert report.quantised == {UP: "F8_E4M3"}
     assert report.dropped == ()
 
@@ -146,6 +148,39 @@ def test_the_error_of_a_load() -> None:
     report = check({**tensors(), NORM: ("BF16", (33,)), UP: ("I8", (64, 32))})
     with pytest.raises(NotSupportedError, match=rf"'{UP}' as I8: it is quantised"):
         require_fit(report, path="m", name="tiny")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "state.module._orig_mod."])
+def test_a_wrapper_before_all_names_is_named(prefix: str) -> None:
+    report = check({prefix + name: value for name, value in tensors().items()})
+
+    assert f"begin with {prefix!r}" in report.advice
+    with pytest.raises(ModelCheckpointMismatchError) as caught:
+        require_fit(report, path="m", name="tiny")
+    shown = caught.value.message.splitlines()
+    assert sum(line.startswith("  missing: ") for line in shown) == 10
+    assert sum(line.startswith(f"  unexpected: {prefix}") for line in shown) == 10
+    assert len(caught.value.problems) == 2 * len(tensors())
+
+
+def test_one_name_that_is_not_of_a_wrapper() -> None:
+    given = {"module." + name: value for name, value in tensors().items()} | {"other": ("F32", (1,))}
+    assert "begin with" not in check(given).advice
+
+
+def test_what_the_names_suggest() -> None:
+    untied = replace(CONFIG, tied_embeddings=False)
+    bare = {name: value for name, value in tensors(untied).items() if name != "lm_head.weight"}
+    for state in (bare, bare | {"score.weight": ("BF16", (2, 32))}):
+        assert "get_hg_model_hub()" in check(state, untied).advice
+    assert "get_hg_model_hub()" not in check(bare | {"extra": ("BF16", (2, 32))}, untied).advice
+
+    more = tensors() | {f"model.layers.{i}.{part}": ("BF16", (1,)) for i in (7, 12) for part in ("a", "b")}
+    advice = check(more).advice
+    assert "model.layers.7 is not in it" in advice
+    assert "num_nextn_predict_layers" in advice
+
+    assert check(tensors() | {"mtp.fc.weight": ("BF16", (1,))}).dropped == ("mtp.fc.weight",)
 
 
 @dataclass

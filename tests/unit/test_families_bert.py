@@ -243,3 +243,17 @@ def test_a_pooler_that_is_not_wanted(prefix: str) -> None:
 
     assert not routed.missing
     assert not routed.unexpected
+
+
+def test_what_the_names_of_a_checkpoint_suggest() -> None:
+    assert FAMILY.explain is not None
+    missing = ["pooler.dense.weight", "pooler.dense.bias"]
+
+    without = FAMILY.explain(missing, [])
+    assert without is not None
+    assert "pooler: false" in without
+    task = FAMILY.explain([], ["classifier.weight", "classifier.bias"])
+    assert task is not None
+    assert "get_hg_model_hub()" in task
+    assert FAMILY.explain([*missing, "encoder.layer.0.output.dense.bias"], []) is None
+    assert FAMILY.explain([], ["extra"]) is None

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from lading.config import STRICT
 from lading.errors import NotSupportedError
-from lading.families.huggingface import ConfigReader, describing, encoder_keys
+from lading.families.huggingface import HEAD, ConfigReader, describing, encoder_keys
 from lading.family import Family
 from lading.hub import ModelHubAccessor
 from lading.keymap import Rule
@@ -259,6 +259,23 @@ def _from_hf(values: Mapping[str, object]) -> BertConfig:
     return keys.checked(config, _spec)
 
 
+def _explain(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
+    """Return what to do about a checkpoint without a pooler, or with the head of a task."""
+    if unexpected and all(HEAD.fullmatch(name) for name in unexpected):
+        return (
+            "The checkpoint has the head of a task, which `get_hg_model_hub().load_model(…)` loads with it; in a card: "
+            "`model_family: hg`."
+        )
+    if not unexpected and missing and all(name.startswith("pooler.") for name in missing):
+        return (
+            "The checkpoint has no pooler. Set `pooler: false` in the `model_config` of the card, or load it with "
+            "`load_custom_model` and a configuration that says so; or load it by its own class of transformers, with "
+            "`get_hg_model_hub().load_model(…)`."
+        )
+
+    return None
+
+
 def _to_hf(config: BertConfig) -> Mapping[str, object]:
     """How sentences are embedded is not among the values: files of sentence-transformers say it."""
     values: dict[str, object] = {
@@ -293,6 +310,7 @@ FAMILY = Family(
     hf_model_types=frozenset({"bert"}),
     from_hf=_from_hf,
     to_hf=_to_hf,
+    explain=_explain,
 )
 
 get_bert_model_hub = ModelHubAccessor("bert", Bert, BertConfig)

@@ -17,6 +17,7 @@ from lading.families.huggingface import (
     decoder_values,
     default_layer_types,
     describing,
+    explain_head,
     full_attn_layers,
     read_layer_types,
     read_rope_of_layers,
@@ -243,6 +244,7 @@ FAMILY = Family(
     hf_part_of=frozenset({"gemma3"}),
     from_hf=_from_hf,
     to_hf=_to_hf,
+    explain=explain_head,
 )
 
 get_gemma3_model_hub = ModelHubAccessor("gemma3", Gemma3, Gemma3Config)

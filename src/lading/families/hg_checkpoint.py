@@ -81,6 +81,7 @@ def _ways(model: PreTrainedModel, names: Sequence[str]) -> Iterator[tuple[str, t
 def _dropped(model: PreTrainedModel, names: Sequence[str]) -> Callable[[str], bool]:
     """Tells whether a name that the model does not have is of something that it does not need."""
     patterns = set(model._keys_to_ignore_on_load_unexpected or ())
+    patterns |= _draft_layers(model.config)
     # Buffers that old versions of transformers saved.
     patterns |= {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)attn\.(masked_)?bias$"}
     known = re.compile("|".join(f"(?:{pattern})" for pattern in sorted(patterns)))
@@ -90,6 +91,20 @@ def _dropped(model: PreTrainedModel, names: Sequence[str]) -> Callable[[str], bo
     of_head = is_base and any(name.startswith(prefix) for name in names)
 
     return lambda name: known.search(name) is not None or (of_head and not name.startswith(prefix))
+
+
+def _draft_layers(config: Any) -> set[str]:
+    """Return a pattern for the layers behind the last one that draft further tokens, if the configuration says so."""
+    config = config.get_text_config()
+    first, count = getattr(config, "num_hidden_layers", None), getattr(config, "num_nextn_predict_layers", None)
+    if not isinstance(first, int) or not isinstance(count, int) or not 0 < count <= _MAX_DRAFT_LAYERS:
+        return set()
+
+    return {rf"(^|\.)layers\.({'|'.join(str(first + i) for i in range(count))})\."}
+
+
+_MAX_DRAFT_LAYERS = 100
+"""Published models have one; each is a part of an expression."""
 
 
 def _converted(

@@ -6,6 +6,7 @@ The meaning of the keys, and what holds where one is absent, is that of the conf
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -26,10 +27,30 @@ _BY_ITS_OWN_CLASS = (
 LayerType = Literal["sliding_attention", "full_attention"]
 """Whether the attention of a layer has a window."""
 
+HEAD = re.compile(r"(lm_head|score|classifier|qa_outputs|v_head|value_head|regression_head)\..*")
+"""Names of what stands behind the last layer."""
+
+
+def explain_head(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
+    """Return what to do about a checkpoint of a decoder that has another head than that of a language model, or none.
+
+    :param missing: names of parameters that it lacks.
+    :param unexpected: names of tensors that no rule knows.
+    """
+    if not (missing or unexpected) or not all(HEAD.fullmatch(name) for name in (*missing, *unexpected)):
+        return None
+    what = "has another head than a language model" if unexpected else "has no head"
+
+    return f"The checkpoint {what}: see `architectures` in its config.json. {_BY_ITS_OWN_CLASS}"
+
+
 DECODER_RULES: Final[Sequence[Rule]] = (
     # Old versions of transformers saved these buffers, which are computed.
     Rule("{prefix*}rotary_emb.inv_freq", None),
     Rule("rotary_emb.inv_freq", None),
+    # Heads that draft further tokens, which transformers passes over, too.
+    Rule("mtp.{rest*}", None),
+    Rule("model.mtp.{rest*}", None),
     # A checkpoint of the model without its head lacks the prefix.
     Rule("embed_tokens.weight", "model.embed_tokens.weight"),
     Rule("layers.{n}.{rest*}", "model.layers.{n}.{rest}"),

@@ -17,6 +17,7 @@ from lading.families.huggingface import (
     decoder_keys,
     decoder_values,
     describing,
+    explain_head,
     read_decoder_config,
     read_rope,
 )
@@ -264,6 +265,7 @@ FAMILY = Family(
     hf_model_types=frozenset({"llama"}),
     from_hf=_from_hf,
     to_hf=_to_hf,
+    explain=explain_head,
 )
 
 get_llama_model_hub = ModelHubAccessor("llama", LLaMA, LLaMAConfig)

@@ -15,6 +15,7 @@ from lading.families.huggingface import (
     decoder_keys,
     decoder_values,
     describing,
+    explain_head,
     read_decoder_config,
     read_rope,
 )
@@ -160,6 +161,7 @@ FAMILY = Family(
     hf_model_types=frozenset({"mistral"}),
     from_hf=_from_hf,
     to_hf=_to_hf,
+    explain=explain_head,
 )
 
 get_mistral_model_hub = ModelHubAccessor("mistral", Mistral, MistralConfig)

@@ -20,6 +20,7 @@ from lading.families.huggingface import (
     decoder_values,
     default_layer_types,
     describing,
+    explain_head,
     full_attn_layers,
     read_decoder_config,
     read_layer_types,
@@ -342,6 +343,7 @@ FAMILY = Family(
     hf_model_types=frozenset({"olmo2", "olmo3"}),
     from_hf=_from_hf,
     to_hf=_to_hf,
+    explain=explain_head,
 )
 
 get_olmo_model_hub = ModelHubAccessor("olmo", OLMO, OLMOConfig)

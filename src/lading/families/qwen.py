@@ -16,6 +16,7 @@ from lading.families.huggingface import (
     decoder_keys,
     decoder_values,
     describing,
+    explain_head,
     read_decoder_config,
     read_rope,
 )
@@ -209,6 +210,7 @@ FAMILY = Family(
     hf_model_types=frozenset({"qwen2", "qwen3"}),
     from_hf=_from_hf,
     to_hf=_to_hf,
+    explain=explain_head,
 )
 
 get_qwen_model_hub = ModelHubAccessor("qwen", Qwen, QwenConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def checkpoint_file(names: Iterable[str], *, where: Path | str, torch: bool = Fa
     ]:
         raise CheckpointNotFoundError(
             where,
-            f"{where}: expected {INDEX_NAME} or {FILE_NAME}, found {some(found)}. To read one of these, give the "
+            without_index(where, found)
+            or f"{where}: expected {INDEX_NAME} or {FILE_NAME}, found {some(found)}. To read one of these, give the "
             f"path of the file instead of the folder's.",
         )
     if found := [name for name in listed if is_other_format(name) or is_torch_format(name)]:
@@ -50,6 +52,23 @@ def checkpoint_file(names: Iterable[str], *, where: Path | str, torch: bool = Fa
 
     raise CheckpointNotFoundError(
         where, f"{where}: expected {INDEX_NAME} or {FILE_NAME}, found {some(listed) or 'an empty folder'}."
+    )
+
+
+_SHARD = re.compile(r"(.+)-[0-9]{5}-of-[0-9]{5}(\.safetensors|\.bin)")
+
+
+def without_index(where: Path | str, found: Iterable[str]) -> str | None:
+    """Return the message for shards whose index is not there; ``None`` where the files are not shards."""
+    shards = sorted(name for name in found if _SHARD.fullmatch(name))
+    match = _SHARD.fullmatch(shards[0]) if shards else None
+    if match is None:
+        return None
+
+    return (
+        f"{where}: expected {match[1]}{match[2]}.index.json, the index of {len(shards)} shards, found none beside "
+        f"{some(shards)}. Fetch the index from where the shards are from, or save the model again with "
+        "`save_pretrained`."
     )
 
 
