@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal, Self
@@ -19,7 +19,7 @@ from lading.filesystem import expand_home, place_id
 class Settings:
     """The settings of this process; hashable, so that a catalog can be kept per settings."""
 
-    database_url: str
+    database_url: str = field(repr=False)  # may hold a password
     """A SQLAlchemy URL. ``LADING_DATABASE_URL``; default: ``catalog.sqlite`` in the platform's data folder."""
     cache_dir: Path
     """Where fetched files go. ``LADING_CACHE_DIR``; default: the platform's cache folder."""

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from sqlalchemy import text
@@ -99,7 +100,7 @@ def test_what_a_creation_that_was_cut_off_leaves(tmp_path: Path) -> None:
 def test_odd_paths(tmp_path: Path) -> None:
     folder = tmp_path / "50% #1 ?x=y; ünïcode &c"
     path = folder / "a b.sqlite"
-    settings = settings_in(tmp_path, database_url=f"sqlite:///{path}".replace("?", "_"))
+    settings = settings_in(tmp_path, database_url=f"sqlite:///{path}")
     database = Database.open(settings)
     assert database.path is not None
     assert database.path.exists()
@@ -159,15 +160,76 @@ def test_urls_that_name_no_database(tmp_path: Path, url: str, words: str) -> Non
         Database.open(settings_in(tmp_path, database_url=url))
 
 
-def test_a_password_is_not_shown() -> None:
-    for wrong in ("postgresql+psycopg:/me:secret@host/db", "postgresql://me:secret@host:port/db"):
-        with pytest.raises(CatalogError, match="expected to be a URL") as caught:
-            Target.from_url(wrong)
-        assert "secret" not in str(caught.value)
+SECRET = "sek%ret1"
+"""With a sign that URLs write in another way."""
 
-    target = Target.from_url("postgresql+psycopg://me:secret@host/db")
-    assert "secret" not in str(target)
-    assert "host" in str(target)
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+psycopg://me:{quoted}@127.0.0.1:1/x",
+        "postgresql://me:{quoted}@127.0.0.1:1/x",
+        "postgresql+nosuchdriver://me:{quoted}@127.0.0.1/x",
+        "postgresql+psycopg://:{quoted}@/x?host=/run/postgresql",
+        "postgresql+psycopg://127.0.0.1:1/x?user=me&password={quoted}",
+        "postgresql+psycopg://127.0.0.1:1/x?sslmode=require&sslpassword={quoted}",
+        "postgresql+psycopg://127.0.0.1:1/x?password={quoted}&password={quoted}",
+        "postgres://me:{quoted}@127.0.0.1/x",
+        "mysql://me:{quoted}@127.0.0.1/x",
+        # Not URLs, or read as something other than they say.
+        "postgresql+psycopg:/me:{plain}@host/db",
+        "postgresql+psycopg:://me:{plain}@host/db",
+        "postgresql+psycopg//me:{plain}@host/db",
+        "postgresql+psycopg://me:{plain}@[::1/db",
+        "postgresql://me:{plain}@host:port/db",
+        "postgresql://me:{plain}/db",
+        "postgresql+psycopg://host:port/x?user=me&password={plain}",
+        "host=127.0.0.1 user=me password={plain}",
+        "me:{plain}@host/x",
+        "postgresql+psycopg://me:a/{plain}@host/x",
+        "postgresql+psycopg://me:a@{plain}@host/x",
+        "postgresql+psycopg://me:a@b/{plain}@host/x",
+        "postgresql+psycopg://me:a@b?{plain}@host/x",
+        "sqlite:///x?password={plain}",
+        "sqlite://me:{plain}@host/x",
+    ],
+)
+def test_a_password_is_not_shown(tmp_path: Path, url: str) -> None:
+    text = url.format(plain=SECRET, quoted=quote(SECRET, safe=""))
+    settings = settings_in(tmp_path, database_url=text)
+    with pytest.raises(CatalogError) as caught:
+        Database.open(settings)
+    shown = f"{caught.value}{settings!r}"
+    try:
+        target = Target.from_url(text)
+    except CatalogError:
+        pass
+    else:
+        shown += f"{target}{target!r}{target.shown_url}"
+        secret = str(target.url.password or SECRET)
+        shown += target.without_secrets(f"the driver quotes {secret}, {secret!r} and {quote(secret, safe='')}")
+        assert str(target).startswith(text.partition("://")[0])
+    assert "sek" not in shown
+    assert "ret1" not in shown
+
+
+def test_the_harmless_parts_of_a_url_are_shown() -> None:
+    target = Target.from_url("postgresql+psycopg://me:secret@host:5/db?sslmode=require")
+    assert str(target) == "postgresql+psycopg://me:***@host:5/db"
+    with pytest.raises(CatalogError, match=r"but is '/data/catalog\.sqlite'"):
+        Target.from_url("/data/catalog.sqlite")
+
+
+def test_paths_that_look_like_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("what?/c.sqlite", "a=b?c=d&e/c.sqlite", "a%41b.sqlite", "me@home:5/c#1.sqlite", ":memory:/c.sqlite"):
+        path = tmp_path / name
+        assert Target.from_url(f"sqlite:///{path}").path == path
+    monkeypatch.chdir(tmp_path)
+    assert Target.from_url("sqlite:///here.sqlite").path == tmp_path / "here.sqlite"
+    assert Target.from_url("sqlite+pysqlite:///here.sqlite").path == tmp_path / "here.sqlite"
+    assert Target.from_url("sqlite:///:memory:").path is None
+    with pytest.raises(CatalogError, match="names a host"):
+        Target.from_url("sqlite://data/catalog.sqlite")
 
 
 # --- other files -----------------------------------------------------------------------------------------------------

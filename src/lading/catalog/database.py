@@ -57,8 +57,8 @@ class Database:
 
     @property
     def url(self) -> str:
-        """The URL of the database, without a password."""
-        return self._target.url.render_as_string(hide_password=True)
+        """The URL of the database, without a password and without parameters."""
+        return self._target.shown_url
 
     @property
     def path(self) -> Path | None:

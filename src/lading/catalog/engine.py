@@ -57,8 +57,8 @@ def server_engine(target: Target) -> Engine:
         return create_engine(target.url, poolclass=NullPool)
     except (exc.ArgumentError, ImportError) as error:
         raise CatalogError(
-            f"No driver for {target} can be used ({error}). For PostgreSQL: `pip install psycopg` and "
-            "postgresql+psycopg://…"
+            f"No driver for {target} can be used ({target.without_secrets(error)}). For PostgreSQL: `pip install "
+            "psycopg` and postgresql+psycopg://…"
         ) from error
 
 

@@ -31,7 +31,7 @@ def translated(target: Target) -> Iterator[None]:
         cause = getattr(error, "orig", None) or error
         if isinstance(cause, sqlite3.Error):
             raise sqlite_failure(cause, target) from error
-        raise CatalogError(f"{target} does not answer as expected: {cause}".rstrip()) from error
+        raise CatalogError(f"{target} does not answer as expected: {target.without_secrets(cause)}".rstrip()) from error
     except UnicodeDecodeError as error:
         raise _damaged(error, target) from error
     except UnicodeEncodeError as error:

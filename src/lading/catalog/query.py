@@ -303,7 +303,9 @@ def _ask_server(
             if state in ("0A000", "25006", "42501"):
                 raise PolicyError(f"`lading sql` only reads, so this is refused: {cause}") from error
             if state.startswith(("08", "53", "57", "58", "XX")):
-                raise CatalogError(f"{database.target} does not answer: {cause}") from error
+                raise CatalogError(
+                    f"{database.target} does not answer: {database.target.without_secrets(cause)}"
+                ) from error
             raise QueryError(str(cause)) from error
 
     truncated = limit is not None and len(rows) > limit

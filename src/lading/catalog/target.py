@@ -8,11 +8,11 @@ import sqlite3
 import stat
 import struct
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
 from typing import Self
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus
 
 from sqlalchemy import URL, exc, make_url
 
@@ -25,7 +25,11 @@ SCHEMA_VERSION = 3
 APPLICATION_ID = int.from_bytes(b"ldng", "big")
 """What the header of a catalog file carries, so that no other database is taken for one."""
 
-_PASSWORD = re.compile(r":.*@")
+_HARMLESS = re.compile(r"[\w.+-]*(:/*)?[\w./~ -]*")
+"""What no password can be in: no account, no port, no parameters."""
+
+_SECRETS = re.compile(r"pass|secret|token", re.IGNORECASE)
+"""Parameters of a URL whose values must not be shown, such as ``password`` and ``sslpassword``."""
 
 BUSY_TIMEOUT_S = 30.0
 """How long a connection waits for the lock of another one."""
@@ -35,7 +39,7 @@ BUSY_TIMEOUT_S = 30.0
 class Target:
     """Where a catalog is."""
 
-    url: URL
+    url: URL = field(repr=False)
     path: Path | None
     """The file of a SQLite database; ``None`` for a server, and for one in memory."""
 
@@ -43,34 +47,77 @@ class Target:
     def from_url(cls, text: str) -> Self:
         """Read a database URL.
 
-        :raises CatalogError: not a URL, or a SQLite URL with query parameters.
+        :raises CatalogError: not a URL, or one that would be read as something other than it says. The message shows
+            nothing that may be a password.
         """
         try:
             url = make_url(text)
-        except (exc.ArgumentError, ValueError):  # the latter of a port that is no number
+        except (exc.ArgumentError, ValueError):  # the latter of a port that is not a number
+            shown = repr(text) if _HARMLESS.fullmatch(text) else "something else, not shown as it may hold a password"
             raise CatalogError(
                 f"LADING_DATABASE_URL is expected to be a URL such as sqlite:////data/catalog.sqlite or "
-                f"postgresql+psycopg://user@host/lading, but is {_PASSWORD.sub(':…@', text)!r}."
+                f"postgresql+psycopg://user@host/lading, but is {shown}."
             ) from None
 
-        if url.get_backend_name() != "sqlite":
-            return cls(url=url, path=None)
-        if url.query:
-            raise CatalogError(f"A SQLite database URL takes no parameters, but {text!r} has some behind the `?`.")
-        if url.database in (None, "", ":memory:"):
+        if url.get_backend_name() == "sqlite":
+            return cls._sqlite(url, text)
+        # An unquoted password is read in part as the host, the database or a parameter, which are shown.
+        if text.count("@") > 1:
+            raise CatalogError(
+                "LADING_DATABASE_URL is expected to have one `@`, before the host, but has more. Write those of a name "
+                "or a password as %40."
+            )
+
+        return cls(url=url, path=None)
+
+    @classmethod
+    def _sqlite(cls, url: URL, text: str) -> Self:
+        # A folder may have a `?` in its name, as that of the user's data may; SQLAlchemy takes it for parameters.
+        shown, options, _ = text[text.rfind("/") :].partition("?")
+        if options:
+            raise CatalogError(
+                f"A SQLite database URL takes no parameters, but that of {shown.lstrip('/') or url.drivername!r} has some "
+                "behind the `?`. Set LADING_DATABASE_URL without them."
+            )
+        if url.host:
+            raise CatalogError(
+                "A SQLite database URL is expected to have three slashes before a relative path and four before an "
+                f"absolute one, but that of LADING_DATABASE_URL names a host."
+            )
+        database = text.partition(":///")[2]
+        if database in ("", ":memory:"):
             return cls(url=url, path=None)
 
-        return cls(url=url, path=expand_home(str(url.database)).absolute())
+        return cls(url=url.set(database=database, query={}), path=expand_home(database).absolute())
 
     @property
     def is_sqlite(self) -> bool:
         return self.url.get_backend_name() == "sqlite"
 
+    @property
+    def shown_url(self) -> str:
+        """The URL without a password and without parameters, which may hold one."""
+        return self.url.set(query={}).render_as_string(hide_password=True)
+
     def __str__(self) -> str:
         if self.path is not None:
             return str(self.path)
 
-        return "the catalog in memory" if self.is_sqlite else self.url.render_as_string(hide_password=True)
+        return "the catalog in memory" if self.is_sqlite else self.shown_url
+
+    def without_secrets(self, message: object) -> str:
+        """The words of a driver, which may quote what it was given, without the secrets of the URL."""
+        query = self.url.normalized_query
+        secrets = [
+            self.url.password or "",
+            *(v for key, values in query.items() if _SECRETS.search(key) for v in values),
+        ]
+        words = str(message)
+        for secret in filter(None, map(str, secrets)):
+            for form in {secret, quote(secret, safe=""), quote_plus(secret), repr(secret)[1:-1]}:
+                words = words.replace(form, "***")
+
+        return words
 
 
 def connect(path: Path, parameters: str) -> sqlite3.Connection:
