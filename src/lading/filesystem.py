@@ -43,6 +43,22 @@ def expand_home(path: str | Path) -> Path:
         return Path(path)
 
 
+NO_HOME = Path(os.devnull, "no-home")
+"""What stands for the home folder of a user who has none: nothing is there, and nothing can be made there."""
+
+
+def own_place(path: str | Path) -> Path:
+    """``path`` with the home folder in place of a leading ``~``, for a place where lading keeps things.
+
+    Where there is no home it is below :data:`NO_HOME`: a folder called ``~`` must never be made.
+    """
+    found = expand_home(path)
+    if found.parts[:1] and found.parts[0].startswith("~"):
+        return NO_HOME.joinpath(*found.parts[1:])
+
+    return found.absolute()
+
+
 def is_there(path: str | Path) -> bool:
     """Whether something is at ``path``, as far as can be told: not where one may not look, unlike ``Path.exists``."""
     try:
@@ -114,10 +130,18 @@ def on_network(path: Path) -> bool:
 
 
 def place_id(path: Path) -> str:
-    """Where the path ``path`` means this file: on this machine, or wherever the same network file system is mounted."""
-    kind, source = _mount(path)
+    """Where the path ``path`` means this file: on this machine, or wherever the same network file system is mounted.
 
-    return f"{kind}:{source}" if on_network(path) else host_id()
+    Containers have no machine id and a new host name each time, while what they share is on the same volume: there
+    the file system tells.
+    """
+    if on_network(path):
+        return ":".join(_mount(path))
+    if machine := _machine_id():
+        return machine
+    number = _file_system_id(path)
+
+    return f"volume:{number:x}" if number else host_id()
 
 
 @lru_cache(maxsize=64)
@@ -144,15 +168,29 @@ def _mount(path: Path) -> tuple[str, str]:
     return "", ""
 
 
-@lru_cache(maxsize=1)
 def host_id() -> str:
-    """A name for this machine that survives restarts; local copies are known by it."""
+    """A name for this machine that survives restarts, as far as it has one; else its host name."""
+    return _machine_id() or os.uname().nodename
+
+
+@lru_cache(maxsize=1)
+def _machine_id() -> str | None:
+    # https://www.freedesktop.org/software/systemd/man/machine-id.html
     for source in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
         try:
             text = Path(source).read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError):
             continue
-        if text:
+        if re.fullmatch(r"[0-9a-f]{32}", text):  # images hold none, or the word `uninitialized`
             return text
 
-    return os.uname().nodename
+    return None
+
+
+@lru_cache(maxsize=256)
+def _file_system_id(path: Path) -> int:
+    """A number of the file system that holds ``path``; zero where it has none."""
+    try:
+        return os.statvfs(path).f_fsid
+    except OSError:
+        return _file_system_id(path.parent) if path != path.parent else 0

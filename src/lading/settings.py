@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -12,15 +12,16 @@ from typing import Literal, Self
 import platformdirs
 
 from lading.errors import SettingsError
-from lading.filesystem import expand_home, place_id
+from lading.filesystem import NO_HOME, expand_home, own_place, place_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The settings of this process; hashable, so that a catalog can be kept per settings."""
 
-    database_url: str = field(repr=False)  # may hold a password
-    """A SQLAlchemy URL. ``LADING_DATABASE_URL``; default: ``catalog.sqlite`` in the platform's data folder."""
+    database_url: str | None = field(repr=False)  # may hold a password
+    """A SQLAlchemy URL. ``LADING_DATABASE_URL``; default: ``catalog.sqlite`` in the platform's data folder; ``None``
+    where the user has no home for that."""
     cache_dir: Path
     """Where fetched files go. ``LADING_CACHE_DIR``; default: the platform's cache folder."""
     card_paths: tuple[Path, ...]
@@ -40,15 +41,17 @@ class Settings:
 
         It is the place of the database: nothing in a catalog tells it from a copy of it at another place.
         """
+        if self.database_url is None:
+            return ""
         scheme, _, rest = self.database_url.partition("://")
         if scheme.partition("+")[0] != "sqlite":
             # Neither the user nor the password nor what the driver is told makes another database.
             text = f"{scheme.partition('+')[0]}://{rest.rpartition('@')[2].partition('?')[0]}"
         else:
-            name = rest.partition("?")[0].removeprefix("/")
+            name = rest.removeprefix("/")
             if name in ("", ":memory:"):
                 return ""
-            path = Path(os.path.realpath(name))
+            path = Path(os.path.realpath(own_place(name)))
             text = f"{place_id(path.parent)}:{path}"
 
         return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -61,20 +64,29 @@ class Settings:
         """
         env = os.environ if environ is None else environ
 
-        data = Path(platformdirs.user_data_path("lading", appauthor=False))
-        cards = [Path(platformdirs.user_config_path("lading", appauthor=False)) / "cards"]
+        data = _folder(platformdirs.user_data_path)
+        cards = [_folder(platformdirs.user_config_path) / "cards"]
         cards += [expand_home(p).absolute() for p in env.get("LADING_CARDS", "").split(os.pathsep) if p.strip()]
         cache = env.get("LADING_CACHE_DIR", "").strip()
 
         return cls(
-            database_url=env.get("LADING_DATABASE_URL", "").strip() or f"sqlite:///{data / 'catalog.sqlite'}",
-            cache_dir=expand_home(cache).absolute() if cache else platformdirs.user_cache_path("lading", False),
+            database_url=env.get("LADING_DATABASE_URL", "").strip()
+            or (None if data.is_relative_to(NO_HOME) else f"sqlite:///{data / 'catalog.sqlite'}"),
+            cache_dir=own_place(cache) if cache else _folder(platformdirs.user_cache_path),
             card_paths=tuple(cards),
             env=env.get("LADING_ENV", "").strip() or None,
             offline=_switch("LADING_OFFLINE", env.get("LADING_OFFLINE", ""))
             or _hub_switch(env.get("HF_HUB_OFFLINE", "")),
             huge_pages=_huge_pages(env.get("LADING_HUGE_PAGES", "")),
         )
+
+
+def _folder(find: Callable[..., Path]) -> Path:
+    """The folder of lading by the conventions of the platform; below :data:`NO_HOME` where the user has no home."""
+    try:
+        return own_place(find("lading", appauthor=False))
+    except RuntimeError:  # HOME is not an absolute path, and the user is one without an entry in passwd
+        return NO_HOME / "lading"
 
 
 _YES = ("1", "true", "yes", "on", "y")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lading.fetch.hf_names import is_commit, is_file_name, is_repo_id, is_sha256
-from lading.filesystem import expand_home
+from lading.filesystem import expand_home, own_place
 
 _PREFIX = "models--"
 _DEPTH = 16
@@ -57,12 +57,12 @@ def hub_cache() -> Path:
     """
     constants = sys.modules.get("huggingface_hub.constants")
     if constants is not None:
-        return expand_home(str(constants.HF_HUB_CACHE))
+        return own_place(str(constants.HF_HUB_CACHE))
 
     env = os.environ
     found = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or f"{_home()}/hub"
 
-    return expand_home(os.path.expandvars(found))
+    return own_place(os.path.expandvars(found))
 
 
 def _home() -> str:
