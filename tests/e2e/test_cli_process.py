@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 import pty
 import re
+import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from lading.catalog import target
+from lading.catalog.database import Database
+from lading.errors import CatalogError
+from lading.settings import Settings
 
 HEAVY = {"torch", "pydantic", "alembic", "ruamel.yaml", "numpy", "transformers", "huggingface_hub"}
 
@@ -203,3 +212,122 @@ def test_completion_neither_makes_a_catalog_nor_complains(home):
 
 def test_the_script_for_the_shell(process):
     assert "_LADING_COMPLETE=bash_complete" in process(env={"_LADING_COMPLETE": "bash_source"}).stdout
+
+
+def test_completion_waits_for_no_lock(catalog, monkeypatch):
+    (catalog.parent / "later.yaml").write_text("name: later\n")
+    with closing(sqlite3.connect(catalog, isolation_level=None)) as holder:
+        holder.execute("PRAGMA journal_mode = delete")
+        holder.execute("BEGIN EXCLUSIVE")
+        # A wait is of half a minute, and would be one more error in the log than this.
+        monkeypatch.setattr(target, "BUSY_TIMEOUT_S", 1e9)
+        settings = Settings.from_environment()
+        with pytest.raises(CatalogError, match="Another process"):
+            Database.glance(settings)
+        assert complete("lading show q") == []
+    with closing(sqlite3.connect(catalog, isolation_level=None)) as holder:
+        holder.execute("PRAGMA journal_mode = wal")
+        holder.execute("BEGIN IMMEDIATE")
+        assert complete("lading show qwen3_0.", LADING_CARDS=str(catalog.parent)) == [
+            "plain,qwen3_0.6b",
+            "plain,qwen3_0.6b_base",
+        ]
+
+
+# --- streams that are closed -----------------------------------------------------------------------------------------
+
+
+def with_closed(streams: str, *words: str) -> subprocess.CompletedProcess[str]:
+    command = shlex.join([sys.executable, "-m", "lading", *words])
+    return subprocess.run(["bash", "-c", f"exec {command} {streams}"], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("sql",), "Missing argument 'QUERY'"),
+        (("sql", "-"), "stdin is closed"),
+        (("import", "-"), "stdin is closed"),
+        (("import", "-", "--dry-run"), "stdin is closed"),
+    ],
+    ids=" ".join,
+)
+def test_without_stdin(catalog, words, message):
+    done = with_closed("<&-", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
+def test_no_file_takes_the_place_of_a_closed_stream(catalog, tmp_path, streams):
+    (tmp_path / "open.py").write_text(
+        "import sys\n"
+        "from lading.cli import main\n"
+        "sys.argv = ['lading', '--version']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "number = open(sys.argv[0] + '.out', 'w').fileno()\n"
+        "open(__file__ + '.number', 'w').write(str(number))\n"
+    )
+    command = shlex.join([sys.executable, str(tmp_path / "open.py")])
+    subprocess.run(["bash", "-c", f"exec {command} {streams}"], capture_output=True, check=True, cwd=tmp_path)
+    assert int((tmp_path / "open.py.number").read_text()) > 2
+    assert with_closed(streams, "db", "check").returncode == 0
+
+
+def test_a_query_without_an_end_on_stdin(process):
+    with open("/dev/zero", "rb") as zeros:
+        done = process("sql", "-", stdin=zeros)
+    assert done.returncode == 2
+    assert "longer than 1,000,000 bytes" in done.stderr
+
+
+# --- no home ---------------------------------------------------------------------------------------------------------
+
+
+NO_HOME = dict.fromkeys(("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "LADING_DATABASE_URL"))
+
+
+def as_a_number(*words: str, cwd: Path, **env: str | None) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user without an entry in passwd, and without a home."""
+    code = (
+        "import os, pwd, sys\n"
+        "def missing(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = missing\n"
+        "from lading.cli import main\n"
+        f"sys.argv = {['lading', *words]!r}\n"
+        "main()\n"
+    )
+    merged = {**os.environ, **NO_HOME, **env}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={name: value for name, value in merged.items() if value is not None},
+        cwd=cwd, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("home", [None, "", "some/where"])
+def test_without_a_home(tmp_path, home):
+    run = partial(as_a_number, cwd=tmp_path, HOME=home)
+    done = run("list", "qwen3_0.6b", "-q")
+    assert (done.returncode, done.stdout) == (0, "qwen3_0.6b\n")
+    assert "Set LADING_DATABASE_URL" in done.stderr
+
+    card = tmp_path / "card.yaml"
+    card.write_text("name: mine\n")
+    for words, code in [
+        (("import", str(card)), 6), (("db", "check"), 6), (("db", "upgrade"), 6), (("db", "backup"), 6),
+        (("du",), 0), (("path", "qwen3_0.6b"), 2), (("adopt", str(tmp_path)), 6),
+    ]:  # fmt: skip
+        done = run(*words)
+        assert done.returncode == code, (words, done)
+        assert "bug in lading" not in done.stderr
+        assert "Traceback" not in done.stderr
+
+    url = f"sqlite:///{tmp_path}/c.sqlite"
+    done = run("import", str(card), LADING_DATABASE_URL=url)
+    assert done.returncode == 0
+    done = run("list", "mine", "--all", "-q", LADING_DATABASE_URL=url)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "mine\n", "")
+    # No folder called `~`, or of a relative home, is made.
+    assert {p.name for p in tmp_path.iterdir()} - {"c.sqlite-wal", "c.sqlite-shm"} == {"card.yaml", "c.sqlite"}

@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import stat
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +39,7 @@ def import_(paths: tuple[str, ...], dry_run: bool, replace: bool, keep_going: bo
     from lading.catalog.store import get_asset_store
     from lading.errors import CardFileError
 
-    files = collect(paths, stdin=sys.stdin.buffer)
+    files = collect(paths)
     report = import_files(get_asset_store().database, files, replace=replace, keep_going=keep_going, dry_run=dry_run)
 
     for warning in report.warnings:

@@ -48,7 +48,8 @@ def complete_family(context: click.Context, parameter: click.Parameter, incomple
 
 
 def _silent(produce: Callable[[AssetStore], Iterable[str]]) -> list[CompletionItem]:
-    # There may be no catalog yet, or one of another version: a key press must neither make one nor complain.
+    # There may be no catalog yet, or one of another version or one that is locked: a key press must neither make one
+    # nor complain nor wait.
     logging.getLogger("lading").setLevel(logging.CRITICAL + 1)
     try:
         from lading.catalog.database import Database
@@ -56,7 +57,7 @@ def _silent(produce: Callable[[AssetStore], Iterable[str]]) -> list[CompletionIt
         from lading.settings import Settings
 
         settings = Settings.from_environment()
-        store = AssetStore(Database.open(settings, create=False), env=settings.env)
+        store = AssetStore(Database.glance(settings), env=settings.env)
         return [CompletionItem(name) for name in produce(store)]
     except Exception:
         return []

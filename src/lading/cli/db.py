@@ -66,7 +66,9 @@ def check() -> None:
         return
 
     for problem in problems:
-        click.echo(problem)
+        click.echo(printable(problem))
+    if not any("`lading db" in problem for problem in problems):
+        click.echo("lading: `lading db restore FILE` puts a backup in the place of the catalog", err=True)
     click.get_current_context().exit(DRIFT)
 
 
@@ -84,6 +86,26 @@ def backup(file: Path | None) -> None:
     from lading.settings import Settings
 
     click.echo(str(database.backup(Settings.from_environment(), file)))
+
+
+@db.command("restore")
+@click.argument("file", type=click.Path(path_type=Path))
+def restore(file: Path) -> None:
+    """Put a backup in the place of the catalog, after a check of it.
+
+    The catalog may be in use or damaged. What was there is kept beside it, and its log is minded: a backup that is
+    copied over a catalog by hand can be undone by the log that lies beside it.
+
+    For example: lading db restore catalog-backup.sqlite
+    """
+    from lading.catalog import database
+    from lading.settings import Settings
+
+    report = database.restore(Settings.from_environment(), file)
+    _say_backup(report.backup)
+    click.echo(f"lading: the catalog is that of {printable(str(file))}, of version {report.version}", err=True)
+    if report.version < database.SCHEMA_VERSION:
+        click.echo("lading: `lading db upgrade` brings it up to date", err=True)
 
 
 def _say_backup(path: Path | None) -> None:

@@ -11,6 +11,9 @@ import click
 from lading.cli.command import command
 from lading.cli.output import Form, listing_options, write_rows
 
+_MOST_BYTES = 1_000_000
+"""Of a query on stdin, which may be a device without an end."""
+
 # Numbers of more digits than any database can count with stay text.
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.[0-9]+)?")
 
@@ -65,9 +68,16 @@ def sql(
 def _statement(query: str | None) -> str:
     if query is None and (sys.stdin is None or sys.stdin.isatty()):
         raise click.UsageError("Missing argument 'QUERY'.", click.get_current_context())
+    if query == "-" and sys.stdin is None:
+        raise click.UsageError("There is nothing to read, as stdin is closed.", click.get_current_context())
     if query is None or query == "-":
+        data = sys.stdin.buffer.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise click.UsageError(
+                f"The query on stdin is longer than {_MOST_BYTES:,} bytes.", click.get_current_context()
+            )
         try:
-            return sys.stdin.buffer.read().decode("utf-8")
+            return data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise click.UsageError(f"The query on stdin is not UTF-8: {error}", click.get_current_context()) from None
 
