@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from lading.catalog.database import Database
 from lading.catalog.ingest import import_files
 from lading.catalog.query import query
 from lading.catalog.store import AssetStore
-from lading.errors import LadingError
+from lading.errors import CatalogError, LadingError
 from lading.settings import Settings
 
 PAGE = 4096
@@ -105,3 +107,58 @@ def test_damage(
         except (LadingError, OSError):
             pass
         shutil.rmtree(folder)
+
+
+# --- programs in a catalog that someone else made --------------------------------------------------------------------
+
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
+
+PROGRAMS = {
+    "trigger": f"CREATE TRIGGER t AFTER INSERT ON families BEGIN DELETE FROM cards WHERE id IN ({ENDLESS} "
+    "SELECT i FROM n); END",
+    "trigger on update": "CREATE TRIGGER t BEFORE UPDATE ON sources BEGIN DELETE FROM cards; END",
+    "trigger of a lading name": "DROP TRIGGER card_search_delete; CREATE TRIGGER card_search_delete AFTER DELETE ON "
+    "cards BEGIN DELETE FROM sources; END",
+    "view of its own": f"CREATE VIEW v AS {ENDLESS} SELECT i FROM n",
+    "view that never ends": f"DROP VIEW models; CREATE VIEW models AS {ENDLESS} SELECT i AS name FROM n",
+    "view in the place of a table": "PRAGMA legacy_alter_table = ON; ALTER TABLE families RENAME TO f; "
+    "CREATE VIEW families AS SELECT * FROM f; "
+    "CREATE TRIGGER t INSTEAD OF INSERT ON families BEGIN DELETE FROM f; END",
+    "column that is computed": "ALTER TABLE families ADD COLUMN big INTEGER AS (length(hex(zeroblob(400000000))))",
+    "index that computes": "CREATE INDEX i ON cards (length(replace(name, 'a', hex(metadata))))",
+    "table": "CREATE TABLE more (a)",
+    "name of control characters": 'CREATE TRIGGER "\x1b[2J" AFTER INSERT ON families BEGIN SELECT 1; END',
+}
+
+
+@pytest.mark.parametrize("version", ["1", None])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_are_found_before_they_run(tmp_path: Path, whole: bytes, program: str, version: str | None) -> None:
+    settings = settings_in(tmp_path)
+    path = tmp_path / "catalog.sqlite"
+    path.write_bytes(whole)
+    if version is not None:
+        lifecycle.downgrade(settings, version)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(f"PRAGMA journal_mode = delete; {PROGRAMS[program]};")
+        cards = connection.execute("SELECT count(*) FROM cards").fetchone()
+    before = path.read_bytes()
+
+    doors: list[Callable[[Settings], object]] = [
+        Database.open,
+        Database.glance,
+        lifecycle.upgrade,
+        lambda s: lifecycle.downgrade(s, "0"),
+        lambda s: lifecycle.restore(settings_in(tmp_path / "new"), path),
+    ]
+    for door in doors:
+        with pytest.raises(CatalogError) as caught:
+            door(settings)
+        assert str(caught.value).isprintable()
+    if version is None:
+        assert any(line.startswith("drift:") for line in lifecycle.check(settings))
+    assert not (tmp_path / "new" / "catalog.sqlite").exists()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = delete")
+        assert connection.execute("SELECT count(*) FROM cards").fetchone() == cards
+    assert path.read_bytes()[100:] == before[100:]

@@ -71,11 +71,11 @@ def test_the_first_use_makes_everything(tmp_path: Path) -> None:
 
 def test_without_leave_nothing_is_made(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match=r"no catalog at .*catalog\.sqlite yet\. `lading list` makes one"):
-        Database.open(settings_in(tmp_path), create=False)
+        Database.glance(settings_in(tmp_path))
     assert not (tmp_path / "catalog.sqlite").exists()
 
     Database.open(settings_in(tmp_path))
-    assert Database.open(settings_in(tmp_path), create=False).writable
+    assert not Database.glance(settings_in(tmp_path)).writable
 
 
 def test_an_empty_file_is_a_catalog_before_its_birth(tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_a_missing_table_is_damage(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
     Database.open(settings)
     raw(tmp_path / "catalog.sqlite", "DROP TABLE sources")
-    with pytest.raises(CatalogError, match="no such table"):
+    with pytest.raises(CatalogError, match=r"table sources is missing.*`lading db restore FILE`"):
         Database.open(settings)
     assert any("sources is missing" in line or "no such table" in line for line in lifecycle.check(settings))
 

@@ -9,6 +9,7 @@ import pytest
 
 from catalog_tools import card_file, make_copies, make_manifest, settings_in
 from lading.catalog import lifecycle, refresh
+from lading.catalog import query as reading
 from lading.catalog.checkpoints import record_checkpoint, record_files
 from lading.catalog.database import Database
 from lading.catalog.ingest import import_files
@@ -213,3 +214,17 @@ def test_a_damaged_catalog(database: Database) -> None:
     path.write_bytes(data[:4096] + b"\xa5" * (len(data) - 4096))
     with pytest.raises(CatalogError, match="damaged"):
         query(database, "SELECT * FROM models")
+
+
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
+
+
+@pytest.mark.parametrize("sql", [f"{ENDLESS} SELECT i FROM n", f"{ENDLESS} SELECT hex(hex(hex(i + 1000000))) FROM n"])
+@pytest.mark.parametrize("limit", [None, 10**9])
+def test_an_answer_without_an_end(
+    database: Database, sql: str, limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "MAX_ANSWER_BYTES", 2**20)
+    with pytest.raises(QueryError, match=r"larger than 1 MiB, after .* rows.*`--limit`"):
+        query(database, sql, limit=limit)
+    assert len(query(database, sql, limit=1000).rows) == 1000

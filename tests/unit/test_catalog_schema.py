@@ -23,6 +23,7 @@ from catalog_tools import card_file, settings_in
 from lading.catalog import engine, lifecycle, refresh, target
 from lading.catalog.database import Database
 from lading.catalog.ingest import import_files
+from lading.catalog.objects import SCHEMA_DIGEST, digest_of, objects_of
 from lading.catalog.schema import Row
 from lading.catalog.search import is_not_index
 from lading.catalog.store import AssetStore
@@ -68,6 +69,21 @@ def test_the_version_is_the_last_migration() -> None:
     script = ScriptDirectory.from_config(config)
     assert script.get_current_head() == f"{SCHEMA_VERSION:04d}"
     assert [r.revision for r in script.walk_revisions()] == [f"{n:04d}" for n in range(SCHEMA_VERSION, 0, -1)]
+
+
+def test_the_digest_is_that_of_the_migrations(tmp_path: Path) -> None:
+    with Database.open(settings_in(tmp_path)).read() as connection:
+        assert digest_of(objects_of(connection)) == SCHEMA_DIGEST
+
+
+@pytest.mark.parametrize("version", range(HEAD + 1))
+def test_the_way_to_a_schema_leaves_no_trace_in_it(tmp_path: Path, version: int) -> None:
+    settings = settings_in(tmp_path)
+    Database.open(settings)
+    lifecycle.downgrade(settings, str(version))
+    lifecycle.upgrade(settings)
+    with Database.open(settings).read() as connection:
+        assert digest_of(objects_of(connection)) == SCHEMA_DIGEST
 
 
 def test_autogenerate_finds_no_difference(tmp_path: Path) -> None:
@@ -158,7 +174,10 @@ def test_down_and_up_again(tmp_path: Path) -> None:
     assert raw(tmp_path / "catalog.sqlite", "SELECT name FROM sqlite_master WHERE type = 'view'") == []
     with pytest.raises(CatalogOutdatedError, match="lading db upgrade"):
         Database.open(settings)
-    assert lifecycle.check(settings) == [f"the schema is of version 0, but this version of lading works with {HEAD}"]
+    assert lifecycle.check(settings) == [
+        f"the schema is of version 0, but this version of lading works with {HEAD}; `lading db upgrade` brings it up "
+        "to date"
+    ]
 
     report = lifecycle.upgrade(settings)
     assert (report.from_version, report.to_version) == (0, SCHEMA_VERSION)
@@ -184,6 +203,45 @@ def test_upgrade_of_what_is_up_to_date_does_nothing(tmp_path: Path) -> None:
         None,
     )
     assert (tmp_path / "catalog.sqlite").read_bytes() == before
+
+
+@pytest.mark.parametrize("version", range(HEAD))
+def test_a_version_that_was_forged_back(tmp_path: Path, version: int) -> None:
+    settings = settings_in(tmp_path)
+    import_files(Database.open(settings), [card_file("name: a\n")])
+    raw(tmp_path / "catalog.sqlite", f"PRAGMA user_version = {version}")
+    with pytest.raises(CatalogOutdatedError, match="lading db upgrade"):
+        Database.open(settings)
+    with pytest.raises(CatalogError, match="Run `lading db upgrade` first"):
+        lifecycle.downgrade(settings, "0")
+
+    report = lifecycle.upgrade(settings)
+    assert (report.from_version, report.to_version) == (version, SCHEMA_VERSION)
+    assert AssetStore(Database.open(settings)).asset_names == {"a"}
+    assert lifecycle.check(settings) == []
+
+
+def test_a_version_that_was_forged_ahead(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    import_files(Database.open(settings), [card_file("name: a\n")])
+    lifecycle.downgrade(settings, "1")
+    raw(tmp_path / "catalog.sqlite", f"PRAGMA user_version = {SCHEMA_VERSION}")
+    with pytest.raises(CatalogError, match="is missing"):
+        Database.open(settings)
+    assert any("is missing" in line for line in lifecycle.check(settings))
+
+    lifecycle.upgrade(settings)
+    assert AssetStore(Database.open(settings)).asset_names == {"a"}
+    assert lifecycle.check(settings) == []
+
+
+def test_a_version_that_is_none(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    Database.open(settings)
+    raw(tmp_path / "catalog.sqlite", "UPDATE lading_version SET version_num = 'new'")
+    raw(tmp_path / "catalog.sqlite", "PRAGMA user_version = 1")
+    with pytest.raises(CatalogError, match="'new' is not a version"):
+        lifecycle.upgrade(settings)
 
 
 def next_version(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str) -> None:

@@ -21,12 +21,44 @@ from lading.catalog.engine import (
     set_journal_mode,
     transaction,
 )
-from lading.catalog.lifecycle import UpgradeReport, backup, check, downgrade, migrate, upgrade, version_of
-from lading.catalog.target import APPLICATION_ID, Found, Target, check_version, foreign, peek, writable
+from lading.catalog.journal import set_stale_log_aside
+from lading.catalog.lifecycle import (
+    RestoreReport,
+    UpgradeReport,
+    backup,
+    check,
+    check_objects,
+    downgrade,
+    migrate,
+    restore,
+    upgrade,
+    version_of,
+)
+from lading.catalog.target import (
+    APPLICATION_ID,
+    SCHEMA_VERSION,
+    Found,
+    Target,
+    check_version,
+    foreign,
+    no_catalog,
+    peek,
+    writable,
+)
 from lading.errors import CatalogError
 from lading.settings import Settings
 
-__all__ = ["Database", "UpgradeReport", "backup", "check", "downgrade", "upgrade"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "Database",
+    "RestoreReport",
+    "UpgradeReport",
+    "backup",
+    "check",
+    "downgrade",
+    "restore",
+    "upgrade",
+]
 
 _log = logging.getLogger("lading")
 
@@ -66,20 +98,25 @@ class Database:
         return self._target.path
 
     @classmethod
-    def open(cls, settings: Settings, *, create: bool = True) -> Self:
+    def open(cls, settings: Settings) -> Self:
         """Open the catalog; make it on first use; take up what is new in the package and in the user's card files.
 
         Where there is none and none can be made, the built-in cards are served from memory, with a warning.
 
-        :param create: whether a catalog is made where there is none.
-
-        :raises CatalogError: the file is something else, is damaged, or (without ``create``) is not there.
+        :raises CatalogError: the file is something else, is damaged, or was changed by something other than lading.
         :raises CatalogOutdatedError: the schema is older or newer than this code.
         :raises OSError: the disk is full, or the file cannot be read.
         """
+        if settings.database_url is None:
+            _log.warning(
+                "No catalog can be made, as this user has no home folder, so the built-in cards are used and nothing "
+                "is kept. Set LADING_DATABASE_URL to a place that can be written."
+            )
+            return cls._in_memory(settings, writable=False)
+
         target = Target.from_url(settings.database_url)
         if target.path is None:
-            return cls._open_elsewhere(target, settings, create=create)
+            return cls._open_elsewhere(target, settings)
 
         try:
             found = peek(target.path)
@@ -88,8 +125,6 @@ class Database:
         if found is Found.FOREIGN:
             raise foreign(target)
         if found is Found.NOTHING:
-            if not create:
-                raise CatalogError(f"There is no catalog at {target} yet. `lading list` makes one.")
             try:
                 return cls._create(target, settings)
             except OSError as error:
@@ -104,12 +139,32 @@ class Database:
                 return cls._in_memory(settings, writable=False)
 
         if not writable(target.path):
+            # A log of another file is passed over.
             database = cls(target, readonly_engine(target.path), writable=False)
         else:
+            set_stale_log_aside(target.path)
             set_journal_mode(target.path, patience_s=0.0)
             database = cls(target, file_engine(target.path), writable=True)
         database._check()
         database._refresh(settings)
+
+        return database
+
+    @classmethod
+    def glance(cls, settings: Settings) -> Self:
+        """Open the catalog to be read as it is: nothing is made, brought up to date or waited for.
+
+        :raises CatalogError: there is no catalog, it is of another version, or another process holds it.
+        :raises OSError: the file cannot be read.
+        """
+        target = Target.from_url(settings.database_url)
+        if target.path is None and not target.is_sqlite:
+            database = cls(target, server_engine(target), writable=False)
+        elif target.path is None or peek(target.path) is not Found.CATALOG:
+            raise no_catalog(target)
+        else:
+            database = cls(target, readonly_engine(target.path, patience_s=0.0), writable=False)
+        database._check()
 
         return database
 
@@ -176,7 +231,7 @@ class Database:
         return database
 
     @classmethod
-    def _open_elsewhere(cls, target: Target, settings: Settings, *, create: bool) -> Self:
+    def _open_elsewhere(cls, target: Target, settings: Settings) -> Self:
         if target.is_sqlite:
             return cls._in_memory(settings, writable=True)
 
@@ -184,8 +239,6 @@ class Database:
         with database.read() as connection:
             found = version_of(connection)
         if found == 0:
-            if not create:
-                raise CatalogError(f"There is no catalog at {target} yet. `lading list` makes one.")
             with database.write() as connection:
                 if version_of(connection) == 0:
                     migrate(connection)
@@ -197,6 +250,7 @@ class Database:
     def _check(self) -> None:
         with self.read() as connection:
             check_version(version_of(connection), self._target)
+            check_objects(connection, self._target)
 
     def _refresh(self, settings: Settings) -> None:
         with self.read() as connection:

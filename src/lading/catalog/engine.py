@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, exc
 from sqlalchemy.pool import NullPool, StaticPool
 
 from lading.catalog.failures import primary_code, translated
+from lading.catalog.journal import has_stale_log, refuse_left_log
 from lading.catalog.target import APPLICATION_ID, Target, connect
 from lading.errors import CatalogError
 from lading.filesystem import on_network
@@ -36,9 +37,9 @@ def file_engine(path: Path, *, create: bool = False, foreign_keys: bool = True) 
     return _sqlite_engine(lambda: connect(path, mode), NullPool, foreign_keys=foreign_keys)
 
 
-def readonly_engine(path: Path) -> Engine:
+def readonly_engine(path: Path, *, patience_s: float | None = None) -> Engine:
     """An engine for a SQLite file that cannot be written, or must not be."""
-    return _sqlite_engine(lambda: connect_readonly(path), NullPool)
+    return _sqlite_engine(lambda: connect_readonly(path, patience_s=patience_s), NullPool)
 
 
 def memory_engine() -> Engine:
@@ -62,20 +63,28 @@ def server_engine(target: Target) -> Engine:
         ) from error
 
 
-def connect_readonly(path: Path) -> sqlite3.Connection:
-    """A connection that cannot write; for a file in a folder that cannot be written too.
+def connect_readonly(path: Path, *, patience_s: float | None = None) -> sqlite3.Connection:
+    """Connect such that nothing can be written; also to a file in a folder that cannot be written.
 
-    A database in WAL mode needs its shared memory even to be read. Where that cannot be made, the file is taken as one
-    that does not change: without other users that is what it is.
+    A database in WAL mode needs its shared memory even to be read. Where that cannot be made and there is no log, the
+    file is taken as one that does not change: without other users that is what it is.
+
+    :param patience_s: as for :func:`lading.catalog.target.connect`.
+
+    :raises CatalogError: there is a log that is needed and cannot be used.
     """
-    connection = connect(path, "mode=ro")
+    if has_stale_log(path):
+        return connect(path, "mode=ro&immutable=1", patience_s=patience_s)
+
+    connection = connect(path, "mode=ro", patience_s=patience_s)
     try:
         connection.execute("PRAGMA schema_version").fetchone()
     except sqlite3.OperationalError as error:
         connection.close()
         if primary_code(error) not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
             raise
-        return connect(path, "mode=ro&immutable=1")
+        refuse_left_log(path)
+        return connect(path, "mode=ro&immutable=1", patience_s=patience_s)
 
     return connection
 

@@ -9,6 +9,9 @@ import errno
 import os
 import sqlite3
 import threading
+import time
+import warnings
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, Engine, inspect, text
+from sqlalchemy import URL, Connection, Engine, exc, inspect, text
 
 from lading.catalog.engine import (
     connect_readonly,
@@ -24,12 +27,26 @@ from lading.catalog.engine import (
     memory_engine,
     readonly_engine,
     server_engine,
+    set_journal_mode,
     transaction,
 )
-from lading.catalog.failures import translated
+from lading.catalog.failures import primary_code, translated
+from lading.catalog.journal import SUFFIXES, beside, set_stale_log_aside
+from lading.catalog.objects import SCHEMA_DIGEST, Objects, altered, differences, digest_of, objects_of
 from lading.catalog.resolved import stale_columns
 from lading.catalog.search import is_not_index, stale_index
-from lading.catalog.target import SCHEMA_VERSION, Found, Target, check_version, foreign, peek
+from lading.catalog.target import (
+    BUSY_TIMEOUT_S,
+    SCHEMA_VERSION,
+    Found,
+    Target,
+    check_version,
+    connect,
+    foreign,
+    no_catalog,
+    peek,
+    writable,
+)
 from lading.errors import CatalogError
 from lading.settings import Settings
 
@@ -79,10 +96,67 @@ def version_of(connection: Connection) -> int:
     """The version of the schema; zero where there is none."""
     if connection.dialect.name == "sqlite":
         return int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
-    if not inspect(connection).has_table(VERSION_TABLE):
-        return 0
 
-    return int(connection.scalar(text(f"SELECT max(version_num) FROM {VERSION_TABLE}")) or 0)
+    return _recorded_version(connection) if inspect(connection).has_table(VERSION_TABLE) else 0
+
+
+def _recorded_version(connection: Connection) -> int:
+    """The version that Alembic recorded, which is where migrations begin."""
+    found = connection.scalar(text(f"SELECT max(version_num) FROM {VERSION_TABLE}")) or 0
+    try:
+        return int(found)
+    except ValueError:
+        raise CatalogError(f"The catalog is damaged: {found!r} is not a version of its schema.") from None
+
+
+def check_objects(connection: Connection, target: Target) -> None:
+    """Check that a SQLite catalog has the tables, indexes, views and triggers that the migrations make, and no others.
+
+    :raises CatalogError: it differs.
+    """
+    if target.is_sqlite and (problems := _alterations(connection)):
+        raise altered(target, problems)
+
+
+def _alterations(connection: Connection) -> list[str]:
+    found = objects_of(connection)
+    # The digest spares the run of the migrations, which other versions of SQLite may yet write down in another way.
+    return [] if digest_of(found) == SCHEMA_DIGEST else differences(_expected_objects(SCHEMA_VERSION), found)
+
+
+def _expected_objects(version: int) -> Objects:
+    """The objects that the migrations make up to a version."""
+    if version == 0:
+        return {}
+    with memory_engine().connect() as connection, connection.begin():
+        migrate(connection, f"{version:04d}")
+        return objects_of(connection)
+
+
+def _true_version(connection: Connection, target: Target) -> int:
+    """The version that the objects of a catalog are of, whatever the header of a file says.
+
+    :raises CatalogError: they are of none.
+    """
+    if not target.is_sqlite:
+        version = version_of(connection)
+        if version > SCHEMA_VERSION:
+            check_version(version, target)
+        return version
+
+    found = objects_of(connection)
+    version = _recorded_version(connection) if ("table", VERSION_TABLE) in found else 0
+    if max(version, version_of(connection)) > SCHEMA_VERSION:
+        check_version(max(version, version_of(connection)), target)
+    expected = _expected_objects(version)
+    if not version and found:
+        # Alembic keeps its table when all else is gone.
+        table = ("table", VERSION_TABLE)
+        expected = {table: _expected_objects(1)[table]}
+    if problems := differences(expected, found):
+        raise altered(target, problems)
+
+    return version
 
 
 def _config(connection: Connection) -> Config:
@@ -106,18 +180,16 @@ def upgrade(settings: Settings) -> UpgradeReport:
     :raises CatalogOutdatedError: the catalog is newer than this code.
     """
     target = Target.from_url(settings.database_url)
-    before = _version(target)
-    if before > SCHEMA_VERSION:
-        check_version(before, target)
-    if before == SCHEMA_VERSION:
+    before, true = _versions(target)
+    if before == true == SCHEMA_VERSION:
         return UpgradeReport(from_version=before, to_version=before, backup=None)
 
     if target.path is not None:
         target.path.parent.mkdir(parents=True, exist_ok=True)
-    copy = backup(settings, None) if before and target.path is not None else None
-    _move(target, "head", down=False)
+    copy = backup(settings, None) if true and target.path is not None else None
+    _move(target, SCHEMA_VERSION, down=False)
 
-    return UpgradeReport(from_version=before, to_version=SCHEMA_VERSION, backup=copy)
+    return UpgradeReport(from_version=min(before, true), to_version=SCHEMA_VERSION, backup=copy)
 
 
 def downgrade(settings: Settings, to: str) -> Path | None:
@@ -128,9 +200,14 @@ def downgrade(settings: Settings, to: str) -> Path | None:
     :raises CatalogError: there is no catalog or no such version, or the file is damaged.
     """
     target = Target.from_url(settings.database_url)
-    before = _version(target)
-    if not before:
+    before, true = _versions(target)
+    if not true:
         raise CatalogError(f"There is no catalog at {target} that could be downgraded.")
+    if before != true:
+        raise CatalogError(
+            f"The header of {target} says version {before}, but its schema is of version {true}. Run "
+            "`lading db upgrade` first."
+        )
     # Alembic takes other words, too: -1 for the version before.
     if not to.isdecimal() or int(to) > before:
         raise CatalogError(
@@ -138,35 +215,53 @@ def downgrade(settings: Settings, to: str) -> Path | None:
         )
 
     copy = backup(settings, None) if target.path is not None else None
-    _move(target, f"{int(to):04d}" if int(to) else "base", down=True)
+    _move(target, int(to), down=True)
 
     return copy
 
 
-def _move(target: Target, revision: str, *, down: bool) -> None:
+def _move(target: Target, version: int, *, down: bool) -> None:
     engine = (
         file_engine(target.path, create=True, foreign_keys=False) if target.path is not None else server_engine(target)
     )
     with transaction(engine, target, write=True) as connection:
-        migrate(connection, revision, down=down)
+        _true_version(connection, target)
+        migrate(connection, f"{version:04d}" if version else "base", down=down)
         if target.is_sqlite:
+            # The migrations write it, too, but not where there are none to run.
+            connection.exec_driver_sql(f"PRAGMA user_version = {version}")
             lost = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
             if lost:
                 raise CatalogError(f"{target} has rows that refer to missing ones: {lost[:3]}. Nothing was changed.")
 
 
-def _version(target: Target) -> int:
-    if target.path is None and target.is_sqlite:
-        raise CatalogError("A catalog in memory lives as long as its process: it has no versions and no copies.")
-    if target.path is not None:
-        found = peek(target.path)
-        if found is Found.FOREIGN:
-            raise foreign(target)
-        if found is Found.NOTHING:
-            return 0
+def _versions(target: Target) -> tuple[int, int]:
+    """The version that the catalog says it is of, and the one that its schema is of; zeros where there is none.
+
+    :raises CatalogError: the file is something else, is damaged, or its schema is of no version.
+    :raises CatalogOutdatedError: the catalog is newer than this code.
+    """
+    if not _is_there(target):
+        return 0, 0
 
     with transaction(_engine(target), target, write=False) as connection:
-        return version_of(connection)
+        return version_of(connection), _true_version(connection, target)
+
+
+def _is_there(target: Target) -> bool:
+    """Whether there is a catalog; beside which a log of another file was set aside."""
+    if target.path is None and target.is_sqlite:
+        raise CatalogError("A catalog in memory lives as long as its process: it has no versions and no copies.")
+    if target.path is None:
+        return True
+
+    found = peek(target.path)
+    if found is Found.FOREIGN:
+        raise foreign(target)
+    if found is Found.CATALOG and writable(target.path):
+        set_stale_log_aside(target.path)
+
+    return found is Found.CATALOG
 
 
 def _engine(target: Target) -> Engine:
@@ -182,23 +277,23 @@ def check(settings: Settings) -> list[str]:
     :raises CatalogError: there is no catalog, or the file is something else.
     """
     target = Target.from_url(settings.database_url)
-    if target.path is not None:
-        found = peek(target.path)
-        if found is Found.FOREIGN:
-            raise foreign(target)
-        if found is Found.NOTHING:
-            raise CatalogError(f"There is no catalog at {target} yet. `lading list` makes one.")
+    if (target.path is not None or not target.is_sqlite) and not _is_there(target):
+        raise no_catalog(target)
 
     try:
         with transaction(_engine(target), target, write=False) as connection:
             version = version_of(connection)
             if version != SCHEMA_VERSION:
-                return [f"the schema is of version {version}, but this version of lading works with {SCHEMA_VERSION}"]
+                return [
+                    f"the schema is of version {version}, but this version of lading works with {SCHEMA_VERSION}"
+                    + ("; `lading db upgrade` brings it up to date" if version < SCHEMA_VERSION else "")
+                ]
 
             # Each question makes sense only where the one before it found nothing.
             return (
-                (_damage(connection) if target.is_sqlite else [])
-                or _drift(connection)
+                # First what is defined: to look for damage evaluates the expressions of tables and indexes.
+                _drift(connection)
+                or (_damage(connection) if target.is_sqlite else [])
                 or (_lost_references(connection) if target.is_sqlite else [])
                 or stale_columns(connection)
                 or stale_index(connection)
@@ -227,32 +322,14 @@ def _drift(connection: Connection) -> list[str]:
     context = MigrationContext.configure(
         connection, opts={"version_table": VERSION_TABLE, "include_name": is_not_index}
     )
-    problems = [f"drift: {difference}" for difference in compare_metadata(context, Row.metadata)]
-    if connection.dialect.name != "sqlite":
-        return problems
-
-    # The comparison above knows neither views nor checks.
-    with memory_engine().connect() as other, other.begin():
-        migrate(other)
-        expected = _objects(other)
-    found = _objects(connection)
-    for key in sorted(expected.keys() | found.keys()):
-        if key not in found:
-            problems.append(f"drift: the {key[0]} {key[1]} is missing")
-        elif key not in expected:
-            problems.append(f"drift: there is a {key[0]} {key[1]}, which is not of lading")
-        elif expected[key] != found[key]:
-            problems.append(f"drift: the {key[0]} {key[1]} is not defined as it should be")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", exc.SAWarning)  # of indexes by others that it cannot compare
+        problems = [f"drift: {difference}" for difference in compare_metadata(context, Row.metadata)]
+    if connection.dialect.name == "sqlite":
+        # The comparison above knows neither views nor triggers nor checks.
+        problems += [f"drift: {line}" for line in _alterations(connection)]
 
     return problems
-
-
-def _objects(connection: Connection) -> dict[tuple[str, str], str]:
-    rows = connection.exec_driver_sql(
-        "SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite~_%' ESCAPE '~'"
-    )
-
-    return {(kind, name): sql for kind, name, sql in rows}
 
 
 # --- backup ----------------------------------------------------------------------------------------------------------
@@ -268,13 +345,15 @@ def backup(settings: Settings, target: Path | None = None) -> Path:
     :raises OSError: the copy cannot be written.
     """
     source = Target.from_url(settings.database_url)
-    version = _version(source)
+    there = _is_there(source)
     if source.path is None:
         raise CatalogError(f"{source} has no file that could be copied. Use the server's own tool: `pg_dump`.")
-    if version == 0 and peek(source.path) is Found.NOTHING:
+    if not there:
         raise CatalogError(f"There is no catalog at {source} yet, so there is nothing to copy.")
 
-    name = f"{source.path.stem}.v{version}.{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}{source.path.suffix}"
+    with transaction(_engine(source), source, write=False) as connection:
+        version = version_of(connection)
+    name = f"{source.path.stem}.v{version}.{_stamp()}{source.path.suffix}"
     if target is None:
         target = source.path.with_name(name)
     elif target.is_dir():
@@ -286,11 +365,11 @@ def backup(settings: Settings, target: Path | None = None) -> Path:
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         with translated(source), closing(connect_readonly(source.path)) as reader, closing(_new(partial)) as copy:
-            reader.backup(copy)
+            reader.backup(copy, progress=_impatient())
             copy.execute("PRAGMA journal_mode = DELETE")
         partial.rename(target)
     finally:
-        for suffix in ("", "-journal", "-wal", "-shm"):
+        for suffix in ("", *SUFFIXES):
             Path(f"{partial}{suffix}").unlink(missing_ok=True)
 
     return target
@@ -301,3 +380,115 @@ def _new(path: Path) -> sqlite3.Connection:
         raise FileNotFoundError(errno.ENOENT, "The folder for the backup is not there", str(path.parent))
 
     return sqlite3.connect(path, isolation_level=None)
+
+
+def _stamp() -> str:
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+
+
+def _impatient() -> Callable[[int, int, int], None]:
+    """What ends a copy that waits for another process; the driver would wait without end."""
+    end = time.monotonic() + BUSY_TIMEOUT_S
+
+    def look(status: int, left: int, pages: int) -> None:
+        if status in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) and time.monotonic() > end:
+            error = sqlite3.OperationalError("database is locked")
+            error.sqlite_errorcode = status
+            raise error
+
+    return look
+
+
+# --- restore ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreReport:
+    """What a restore did."""
+
+    version: int
+    """The schema's version, which may be older than this code's."""
+    backup: Path | None
+    """The copy of what was there before; ``None`` where nothing was there."""
+
+
+def restore(settings: Settings, file: Path) -> RestoreReport:
+    """Put a backup in the place of the catalog, which may be in use or damaged. All or nothing.
+
+    The backup is checked first, and what it takes the place of is kept beside it. SQLite itself writes over the
+    catalog, so that its log and the locks of other processes are minded.
+
+    :param file: a backup of a catalog, with its own log if it has one.
+
+    :raises CatalogError: the file is no good catalog, or the catalog has no file; nothing was changed.
+    :raises CatalogOutdatedError: the backup is newer than this code.
+    :raises FileNotFoundError: there is no such file.
+    :raises OSError: the catalog cannot be written.
+    """
+    target = Target.from_url(settings.database_url)
+    if target.path is None:
+        what = "is in memory" if target.is_sqlite else "is on a server, whose own tool is `pg_restore`"
+        raise CatalogError(f"{target} has no file that a backup could take the place of: it {what}.")
+    file = file.absolute()
+    source = Target(url=URL.create("sqlite", database=str(file)), path=file)
+    if not file.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
+    if peek(file) is not Found.CATALOG:
+        raise CatalogError(f"{file} is expected to be a backup of a catalog, but is another kind of file.")
+    there = _is_there(target)
+    if there and file.samefile(target.path):
+        raise CatalogError(f"{target} is the catalog itself. Give the file of a backup: `lading db backup` makes one.")
+
+    with translated(source), closing(connect_readonly(file)) as reader:
+        version = _checked(source)
+        target.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _keep(settings, target.path) if there else None
+        with translated(target), closing(connect(target.path, "mode=rwc")) as writer:
+            reader.backup(writer, progress=_impatient())
+    set_journal_mode(target.path, patience_s=2.0)
+
+    return RestoreReport(version=version, backup=kept)
+
+
+def _checked(source: Target) -> int:
+    """The version of a backup that is whole."""
+    with transaction(_engine(source), source, write=False) as connection:
+        version = _true_version(connection, source)
+        problems = _damage(connection) or _lost_references(connection)
+    if not version:
+        problems = ["it holds no schema"]
+    if problems:
+        raise CatalogError(f"{source} is not a whole catalog: {problems[0]}. Nothing was changed; use another backup.")
+
+    return version
+
+
+def _keep(settings: Settings, path: Path) -> Path:
+    """Copy the catalog that is about to be written over; what is too damaged for that is moved away with its logs."""
+    if _is_legible(path):
+        return backup(settings, None)
+
+    kept = path.with_name(f"{path.stem}.damaged.{_stamp()}{path.suffix}")
+    logs = {beside(path, suffix): Path(f"{kept}{suffix}") for suffix in SUFFIXES}
+    # The file first: a log beside nothing is of no use to SQLite, which removes it.
+    path.rename(kept)
+    for log, other in logs.items():
+        if log.exists():
+            log.rename(other)
+
+    return kept
+
+
+def _is_legible(path: Path) -> bool:
+    """Whether SQLite can work with a file at all."""
+    try:
+        with closing(connect(path, "mode=rw")) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.DatabaseError as error:
+        # `SQLITE_ERROR` is a schema that cannot be parsed.
+        return primary_code(error) not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
+    except UnicodeDecodeError:
+        return False
+
+    return True

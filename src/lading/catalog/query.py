@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 import re
 import sqlite3
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 
 from sqlalchemy import exc, text
 
@@ -25,6 +27,9 @@ from lading.errors import CatalogError, PolicyError, QueryError
 
 MAX_VALUE_BYTES = 200_000
 """Of the longest value in a query. To search a megabyte for half a megabyte is one step, and takes seconds."""
+
+MAX_ANSWER_BYTES = 256 * 2**20
+"""Of memory for the rows of an answer; those of a catalog with a million tensors, all columns, are 200 MB."""
 
 MAX_EXPANSION = 10_000
 """Copies that the compiler may make of common table expressions; each that names another one twice doubles them."""
@@ -124,6 +129,26 @@ def _late(deadline_s: float) -> CatalogError:
     )
 
 
+def _fetch(cursor: Iterable[Iterable[object]], limit: int | None) -> list[tuple[object, ...]]:
+    """Return the rows of an answer, at most one more than ``limit``.
+
+    :raises QueryError: they are larger than :data:`MAX_ANSWER_BYTES`.
+    """
+    rows: list[tuple[object, ...]] = []
+    left = MAX_ANSWER_BYTES
+    for row in islice(cursor, None if limit is None else limit + 1):
+        values = tuple(row)
+        left -= sys.getsizeof(values) + sum(map(sys.getsizeof, values))
+        if left < 0:
+            raise QueryError(
+                f"The answer is larger than {MAX_ANSWER_BYTES // 2**20} MiB, after {len(rows):,} rows. Select fewer "
+                "columns, a part of long values, or fewer rows: `--limit`, or `where`."
+            )
+        rows.append(values)
+
+    return rows
+
+
 # --- SQLite ----------------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +173,7 @@ def _ask_sqlite(
             cursor = connection.execute(sql, parameters)
             if cursor.description is None:
                 raise QueryError("There is no query. For example: lading sql 'select name, status from models'")
-            rows = cursor.fetchall() if limit is None else cursor.fetchmany(limit + 1)
+            rows = _fetch(cursor, limit)
         except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:
             # `Warning` is what older Pythons raise for a second statement.
             if denied or "one statement at a time" in str(error):
@@ -292,7 +317,7 @@ def _ask_server(
         streaming = connection.execution_options(stream_results=True)
         try:
             with streaming.execute(text(statement), parameters) as result:
-                rows = result.fetchall() if limit is None else result.fetchmany(limit + 1)
+                rows = _fetch(result, limit)
                 columns = tuple(result.keys())
         except exc.SQLAlchemyError as error:
             cause = getattr(error, "orig", None) or error
@@ -310,4 +335,4 @@ def _ask_server(
 
     truncated = limit is not None and len(rows) > limit
 
-    return QueryResult(columns=columns, rows=[tuple(row) for row in rows[:limit]], truncated=truncated)
+    return QueryResult(columns=columns, rows=rows[:limit], truncated=truncated)

@@ -17,7 +17,7 @@ from urllib.parse import quote, quote_plus
 from sqlalchemy import URL, exc, make_url
 
 from lading.errors import CatalogError, CatalogOutdatedError
-from lading.filesystem import expand_home
+from lading.filesystem import own_place
 
 SCHEMA_VERSION = 3
 """The version of the schema that this code works with: the number of the last migration."""
@@ -44,12 +44,19 @@ class Target:
     """The file of a SQLite database; ``None`` for a server, and for one in memory."""
 
     @classmethod
-    def from_url(cls, text: str) -> Self:
+    def from_url(cls, text: str | None) -> Self:
         """Read a database URL.
+
+        :param text: ``None`` where there is none, as for a user without a home.
 
         :raises CatalogError: not a URL, or one that would be read as something other than it says. The message shows
             nothing that may be a password.
         """
+        if text is None:
+            raise CatalogError(
+                "There is no place for a catalog: this user has no home folder. Set LADING_DATABASE_URL to a place "
+                "that can be written, such as sqlite:////data/catalog.sqlite."
+            )
         try:
             url = make_url(text)
         except (exc.ArgumentError, ValueError):  # the latter of a port that is not a number
@@ -76,19 +83,19 @@ class Target:
         shown, options, _ = text[text.rfind("/") :].partition("?")
         if options:
             raise CatalogError(
-                f"A SQLite database URL takes no parameters, but that of {shown.lstrip('/') or url.drivername!r} has some "
-                "behind the `?`. Set LADING_DATABASE_URL without them."
+                f"A SQLite database URL takes no parameters, but that of {shown.lstrip('/') or url.drivername!r} has "
+                "some behind the `?`. Set LADING_DATABASE_URL without them."
             )
         if url.host:
             raise CatalogError(
                 "A SQLite database URL is expected to have three slashes before a relative path and four before an "
-                f"absolute one, but that of LADING_DATABASE_URL names a host."
+                "absolute one, but that of LADING_DATABASE_URL names a host."
             )
         database = text.partition(":///")[2]
         if database in ("", ":memory:"):
             return cls(url=url, path=None)
 
-        return cls(url=url.set(database=database, query={}), path=expand_home(database).absolute())
+        return cls(url=url.set(database=database, query={}), path=own_place(database))
 
     @property
     def is_sqlite(self) -> bool:
@@ -120,15 +127,16 @@ class Target:
         return words
 
 
-def connect(path: Path, parameters: str) -> sqlite3.Connection:
-    """A connection to a SQLite file in autocommit mode.
+def connect(path: Path, parameters: str, *, patience_s: float | None = None) -> sqlite3.Connection:
+    """Connect to a SQLite file in autocommit mode.
 
     :param parameters: of the URI, such as ``mode=ro``.
+    :param patience_s: seconds to wait for the lock of another connection. Default: :data:`BUSY_TIMEOUT_S`.
     """
     return sqlite3.connect(
         f"file:{quote(os.fsencode(path))}?{parameters}",
         uri=True,
-        timeout=BUSY_TIMEOUT_S,
+        timeout=BUSY_TIMEOUT_S if patience_s is None else patience_s,
         isolation_level=None,
         check_same_thread=False,
     )
@@ -189,6 +197,11 @@ def foreign(target: Target) -> CatalogError:
         f"{target} is expected to be a catalog of lading, but is another kind of file; it was left as it is. Move it "
         "away, or set LADING_DATABASE_URL to another place."
     )
+
+
+def no_catalog(target: Target) -> CatalogError:
+    """The error for a place where nothing is yet."""
+    return CatalogError(f"There is no catalog at {target} yet. `lading list` makes one.")
 
 
 def check_version(found: int, target: Target) -> None:

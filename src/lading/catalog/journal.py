@@ -1,0 +1,102 @@
+"""The logs that SQLite keeps beside a catalog's file, and what to do where one does not belong or cannot be read.
+
+SQLite takes any file of that name for the log of the database. So the log of a catalog that a backup was copied over
+brings the rows back that the backup should undo; and where the log cannot be used, it reads the file without the rows
+that were committed last.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lading.errors import CatalogError
+
+_log = logging.getLogger("lading")
+
+SUFFIXES = ("-wal", "-shm", "-journal")
+"""Of the files that SQLite keeps beside a database."""
+
+# https://www.sqlite.org/fileformat2.html: the rollback journal, the database header
+_JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
+_ROLLBACK_MODE = b"\1\1"
+
+
+def has_stale_log(path: Path) -> bool:
+    """Return whether a write-ahead log lies beside a database that does not use one.
+
+    SQLite turns the mode on in the file before it makes the log, and off after it removed the log. So such a log is of
+    another file that was in the place of this one, as when a backup is copied over a catalog.
+    """
+    log = beside(path, "-wal")
+
+    return _size(log) > 0 and _mode(path) == _ROLLBACK_MODE and _size(log) > 0
+
+
+def set_stale_log_aside(path: Path) -> None:
+    """Rename a write-ahead log that is of another file, so that its rows do not come back.
+
+    :raises CatalogError: it cannot be renamed.
+    """
+    if not has_stale_log(path):
+        return
+
+    log = beside(path, "-wal")
+    aside = log.with_name(f"{log.name}.{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
+    try:
+        log.rename(aside)
+    except FileNotFoundError:  # another process was first
+        return
+    except OSError as error:
+        raise CatalogError(
+            f"{log} is the log of another file than {path}, which a backup was copied over, and it cannot be renamed "
+            f"({error.strerror}). Move it away: with it, the rows come back that the backup undid."
+        ) from error
+    _log.warning(
+        "%s was the log of another file than the catalog beside it, which a backup was copied over; it is %s now, so "
+        "that its rows do not come back. `lading db restore FILE` puts a backup in place.", log, aside,
+    )  # fmt: skip
+
+
+def refuse_left_log(path: Path) -> None:
+    """Refuse to read a database beside a log that is needed and that this user cannot use.
+
+    :raises CatalogError: there is one.
+    """
+    for log in (beside(path, "-wal"), beside(path, "-journal")):
+        if _size(log) > 0 and (log.name.endswith("-wal") or _begins(log, _JOURNAL_MAGIC)):
+            raise CatalogError(
+                f"{path} cannot be read without its log {log}, which another process left there, and to use that takes "
+                "write access to both and to their folder. Run `lading list` once as a user who has it, or copy both "
+                "files to a folder of yours and set LADING_DATABASE_URL."
+            )
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """Return where SQLite keeps a log: beside the file that links lead to."""
+    return Path(f"{os.path.realpath(path)}{suffix}")
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _mode(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(20)[18:]
+    except OSError:
+        return b""
+
+
+def _begins(path: Path, magic: bytes) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(magic)) == magic
+    except OSError:  # it may be one
+        return True

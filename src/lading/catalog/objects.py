@@ -1,0 +1,66 @@
+"""The tables, indexes, views and triggers of a SQLite catalog, which must be those that the migrations make.
+
+Views and triggers are programs. Those of a file that someone else hands over would run with the first question or the
+first write, so they are looked at before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+
+from sqlalchemy import Connection
+
+from lading.catalog.target import Target
+from lading.errors import CatalogError
+
+Objects = Mapping[tuple[str, str], str]
+"""The kind and the name of an object → its definition in SQL, without spaces and quotes."""
+
+SCHEMA_DIGEST = "0b1cc76bf8da6c11764e3b8b61cb9de3167ab9ead2ddc4318d423048bbc568c9"
+"""That of the objects that the migrations make, so that to open a catalog takes no run of them."""
+
+_LAYOUT = re.compile(r'[\s"`\[\]]+')
+"""What differs between versions of SQLite and SQLAlchemy in a definition that means the same."""
+
+
+def objects_of(connection: Connection) -> Objects:
+    """Return what a SQLite database defines, SQLite's own tables apart."""
+    rows = connection.exec_driver_sql(
+        "SELECT type, name, sql FROM sqlite_master WHERE type IN ('view', 'trigger') OR name NOT LIKE 'sqlite~_%' "
+        "ESCAPE '~'"
+    )
+
+    return {(str(kind), str(name)): _LAYOUT.sub("", str(sql or "")) for kind, name, sql in rows}
+
+
+def digest_of(objects: Objects) -> str:
+    """Return a digest of all definitions."""
+    lines = [f"{kind}\0{name}\0{sql}" for (kind, name), sql in sorted(objects.items())]
+
+    return hashlib.sha256("\0\0".join(lines).encode()).hexdigest()
+
+
+def differences(expected: Objects, found: Objects) -> list[str]:
+    """Return in what the objects of a catalog differ from those that are expected, one line each."""
+    problems = []
+    for key in sorted(expected.keys() | found.keys()):
+        kind, name = (word if word.isprintable() else ascii(word) for word in key)
+        if key not in found:
+            problems.append(f"the {kind} {name} is missing")
+        elif key not in expected:
+            problems.append(f"there is a {kind} {name}, which is not of lading")
+        elif expected[key] != found[key]:
+            problems.append(f"the {kind} {name} is not defined as it should be")
+
+    return problems
+
+
+def altered(target: Target, problems: Sequence[str]) -> CatalogError:
+    """The error for a catalog whose objects are not those of lading."""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return CatalogError(
+        f"{target} is damaged, or was changed by something other than lading: {problems[0]}{more}. It was left as it "
+        "is. `lading db check` lists all; `lading db restore FILE` puts a backup in its place."
+    )
