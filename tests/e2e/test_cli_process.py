@@ -7,19 +7,12 @@ import pty
 import re
 import shlex
 import signal
-import sqlite3
 import subprocess
 import sys
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import pytest
-
-from lading.catalog import target
-from lading.catalog.database import Database
-from lading.errors import CatalogError
-from lading.settings import Settings
 
 HEAVY = {"torch", "pydantic", "alembic", "ruamel.yaml", "numpy", "transformers", "huggingface_hub"}
 
@@ -214,24 +207,26 @@ def test_the_script_for_the_shell(process):
     assert "_LADING_COMPLETE=bash_complete" in process(env={"_LADING_COMPLETE": "bash_source"}).stdout
 
 
-def test_completion_waits_for_no_lock(catalog, monkeypatch):
+def test_completion_waits_for_no_lock(catalog):
     (catalog.parent / "later.yaml").write_text("name: later\n")
-    with closing(sqlite3.connect(catalog, isolation_level=None)) as holder:
-        holder.execute("PRAGMA journal_mode = delete")
-        holder.execute("BEGIN EXCLUSIVE")
-        # A wait is of half a minute, and would be one more error in the log than this.
-        monkeypatch.setattr(target, "BUSY_TIMEOUT_S", 1e9)
-        settings = Settings.from_environment()
-        with pytest.raises(CatalogError, match="Another process"):
-            Database.glance(settings)
-        assert complete("lading show q") == []
-    with closing(sqlite3.connect(catalog, isolation_level=None)) as holder:
-        holder.execute("PRAGMA journal_mode = wal")
-        holder.execute("BEGIN IMMEDIATE")
-        assert complete("lading show qwen3_0.", LADING_CARDS=str(catalog.parent)) == [
-            "plain,qwen3_0.6b",
-            "plain,qwen3_0.6b_base",
-        ]
+    # Of another process: one file has one set of locks in a process.
+    script = (
+        "import sqlite3, sys\n"
+        f"c = sqlite3.connect({str(catalog)!r}, isolation_level=None)\n"
+        "c.execute(f'PRAGMA journal_mode = {sys.argv[1]}')\n"
+        "c.execute(f'BEGIN {sys.argv[2]}')\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    whole = ["plain,qwen3_0.6b", "plain,qwen3_0.6b_base"]
+    for mode, lock, expected in (("delete", "EXCLUSIVE", []), ("wal", "IMMEDIATE", whole)):
+        command = [sys.executable, "-c", script, mode, lock]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+            assert holder.stdout is not None
+            assert holder.stdin is not None
+            assert holder.stdout.readline() == b"held\n"
+            assert complete("lading show qwen3_0.", LADING_CARDS=str(catalog.parent)) == expected
+            holder.stdin.close()
 
 
 # --- streams that are closed -----------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from sqlalchemy.pool import NullPool, StaticPool
 
 from lading.catalog.failures import primary_code, translated
 from lading.catalog.journal import has_stale_log, refuse_left_log
-from lading.catalog.target import APPLICATION_ID, Target, connect
+from lading.catalog.target import APPLICATION_ID, Target, connect, writable
 from lading.errors import CatalogError
 from lading.filesystem import on_network
 
@@ -73,7 +73,8 @@ def connect_readonly(path: Path, *, patience_s: float | None = None) -> sqlite3.
 
     :raises CatalogError: there is a log that is needed and cannot be used.
     """
-    if has_stale_log(path):
+    # Who can write has set such a log aside. To look at the file closes it, which ends the locks of this process on it.
+    if not writable(path) and has_stale_log(path):
         return connect(path, "mode=ro&immutable=1", patience_s=patience_s)
 
     connection = connect(path, "mode=ro", patience_s=patience_s)
