@@ -132,7 +132,7 @@ def alternatives(key: str, found: Any) -> Iterator[Any]:
     """What to put in the place of a value."""
     if found is not ABSENT:
         yield ABSENT
-    yield from (None, True, False, 1, 8, 0.5)
+    yield from (None, True, False, 4, 8, 0.5)
     if isinstance(found, int) and not isinstance(found, bool):
         yield from (2 * found, found + 1)
     elif isinstance(found, float):
@@ -152,7 +152,8 @@ def theirs_of(file: dict[str, Any]) -> tuple[nn.Module, Tensor] | None:
         generator = torch.Generator().manual_seed(0)
         for parameter in model.parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(0.3 * drawn if parameter.dim() > 1 else 1 + 0.2 * drawn)
+            wide = parameter.dim() > 1
+            parameter.copy_(2 * parameter.shape[-1] ** -0.5 * drawn if wide else 1 + 0.2 * drawn)
         output = model(TOKENS)
     except Exception:  # whatever a wrong value leads to there
         return None

@@ -49,7 +49,6 @@ def check(target: str, no_restrict: bool, as_json: bool) -> None:
     else:
         for problem in report.problems:
             click.echo(printable(problem))
-        click.echo(printable(report.advice))
 
     if not report.fits:
         click.get_current_context().exit(MISMATCH)
