@@ -32,6 +32,7 @@ from lading.fetch.file import local_checkpoint
 from lading.fetch.hf_removal import revision_of
 from lading.filesystem import FileStat
 from lading.formats.safetensors import index_file
+from lading.formats.zip_archive import damaged_record
 from lading.locate import address_of, card_checkpoint
 from lading.pins import with_pins
 from lading.resolve import family_of_card, model_config
@@ -179,6 +180,7 @@ def _checked(checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, prog
     checks = {check.file: check for check in check_files(checkpoint, there, progress=progress)}
     rest = [i for i in there if shards[i].name not in checks]
     checks |= {check.file: check for check in _checked_by_tensors(checkpoint, rest, card, store, progress=progress)}
+    checks |= _checked_records(checkpoint, [i for i in rest if checks[shards[i].name].result != "mismatch"])
     checks |= _checked_headers(checkpoint, [i for i in rest if checks[shards[i].name].result != "mismatch"], store)
 
     return [
@@ -226,6 +228,28 @@ def _checked_by_tensors(
     if expected is None and len(found) == len(manifest.shards):
         rows = [(d.dim, d.blocks) for i in chosen for d in found[i].iter(manifest.only(i)) if d is not None]
         record_digests(store.database, uri=checkpoint.uri, manifest=manifest, digests=recorded(manifest, rows))
+
+
+def _checked_records(checkpoint: Checkpoint, chosen: Sequence[int]) -> dict[str, Check]:
+    """Return the checks of zip archives in which a record does not have the CRC that `torch.save` stored.
+
+    Digests are taken of what is there, and so say nothing of bytes that were wrong when they were seen first.
+    """
+    checks: dict[str, Check] = {}
+    for i in chosen:
+        file, name = checkpoint.here()[i], checkpoint.manifest.shards[i].name
+        if (damaged := damaged_record(file.path)) is not None:
+            record, expected, found = damaged
+            checks[name] = Check(
+                file=name,
+                path=file.path,
+                stat=file.stat,
+                method="crc32",
+                expected=f"{expected:08x} of {record}",
+                found=f"{found:08x} of {record}",
+            )
+
+    return checks
 
 
 def _checked_headers(checkpoint: Checkpoint, chosen: Sequence[int], store: AssetStore) -> dict[str, Check]:

@@ -109,3 +109,27 @@ def test_the_pickle_of_a_torch_file_is_verified_too(cli: Cli, cards: Path) -> No
 
     (row,) = json.loads(cli("verify", "tiny", "--json", "--no-progress", code=4).stdout)
     assert row["result"] == "mismatch"
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_record_that_does_not_have_its_crc_is_a_mismatch(cli: Cli, cards: Path, seen: bool) -> None:
+    """Bytes that were wrong before anything was recorded of them: only the archive itself tells."""
+    folder = cards.parent / "tiny"
+    tensors = load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "model.pt")
+    (folder / "model.safetensors").unlink()
+    cards.write_text(cards.read_text().replace("checkpoint: tiny\n", "checkpoint: tiny/model.pt\n", 1))
+    cli("import", cards, "--replace")
+    good = (folder / "model.pt").read_bytes()
+    at = good.index(tensors["model.embed_tokens.weight"].view(torch.uint8).numpy().tobytes()) + 10
+    (folder / "model.pt").write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+    if seen:
+        cli("load", "tiny", "--no-progress")
+
+    (row,) = json.loads(cli("verify", "tiny", "--json", "--no-progress", code=4).stdout)
+    assert (row["result"], row["method"]) == ("mismatch", "crc32")
+    assert "/data/" in row["expected"]
+
+    (folder / "model.pt").write_bytes(good)
+    cli("index", "tiny")
+    assert json.loads(cli("verify", "tiny", "--json", "--no-progress").stdout)[0]["result"] in ("match", "recorded")

@@ -91,7 +91,7 @@ class Check:
     stat: FileStat
     """The state in which it was checked."""
     method: str
-    """``sha256`` of the whole file, ``blake3`` of its tensors, or ``header`` of its other bytes."""
+    """``sha256`` of the whole file, ``blake3`` of its tensors, ``header`` of its other bytes, ``crc32`` of a record."""
     expected: str | None
     """The digest that was published or recorded; ``None`` where none was known."""
     found: str | None

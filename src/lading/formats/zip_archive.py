@@ -8,10 +8,12 @@ when records overlap. Here all of these are errors.
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 from lading.errors import CorruptModelCheckpointError
@@ -38,6 +40,10 @@ _ZIP64 = 0x0001
 
 _SIZES_BEHIND, _UTF8 = 0x0008, 0x0800
 """The flags that a record may have: its sizes come in a descriptor behind it, its name is UTF-8."""
+
+
+_CRC_CHUNK = 1 << 20
+"""Bytes whose CRC is taken at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +116,29 @@ def require_crc(record: Record, data: bytes | memoryview, *, label: str, where: 
     """
     if record.crc and (crc := zlib.crc32(data)) != record.crc:
         raise corrupt(label, where, expected=f"bytes with the CRC {record.crc:08x}", found=f"{crc:08x}")
+
+
+def damaged_record(path: Path) -> tuple[str, int, int] | None:
+    """Return the name of a record whose bytes do not have its CRC, and both CRCs; ``None`` where all have it.
+
+    A file that is no zip archive has no records. All of it is read, at the speed of zlib's CRC.
+
+    :raises CorruptModelCheckpointError: the archive breaks the rules that :func:`read_directory` checks.
+    :raises OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        if file.read(len(SIGNATURE)) != SIGNATURE:
+            return None
+        size = os.fstat(file.fileno()).st_size
+        for name, record in read_directory(file, base=0, size=size, label=str(path)).items():
+            file.seek(record.offset)
+            crc, left = 0, record.size
+            while left and (data := file.read(min(left, _CRC_CHUNK))):
+                crc, left = zlib.crc32(data, crc), left - len(data)
+            if record.crc not in (0, crc):
+                return name, record.crc, crc
+
+    return None
 
 
 class _Archive:
