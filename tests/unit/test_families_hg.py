@@ -21,7 +21,7 @@ from lading.families.hg_checkpoint import rules_of
 from lading.family import family_of_model_type
 from lading.folder import family_of_folder
 from lading.gangs import create_fake_gangs
-from lading.keymap import Rule, route
+from lading.keymap import Rule, rename, route
 from lading.nn.sharding import Split
 from lading.transfer.targets import targets_of
 
@@ -481,3 +481,22 @@ def test_a_card_of_a_folder(home: Path, tmp_path: Path) -> None:
     import_cards(tmp_path / "bad.yaml")
     with pytest.raises(AssetCardError, match="model_type"):
         load_model("bad")
+
+
+@pytest.mark.parametrize(("stated", "passed_over"), [(None, 0), (0, 0), (1, 1), (2, 2), (101, 0)])
+def test_layers_that_draft_tokens_are_passed_over_where_they_are_stated(stated: int | None, passed_over: int) -> None:
+    values: dict[str, Any] = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 2,
+        "vocab_size": 8,
+    }
+    values |= {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    values |= {} if stated is None else {"num_nextn_predict_layers": stated}
+    assert FAMILY.from_hf is not None
+    drafting = FAMILY.from_hf(values)
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(5)]
+
+    renamed = rename(names, FAMILY.rules_for(drafting, names))
+
+    assert renamed == [None if 2 <= layer < 2 + passed_over else name for layer, name in enumerate(names)]
