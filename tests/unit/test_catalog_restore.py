@@ -274,6 +274,15 @@ def test_a_reader_who_cannot_use_the_log(tmp_path: Path, leave: object) -> None:
         assert ghosts == [(int(leave is leave_a_log),)]
 
 
+@pytest.mark.parametrize("door", [lifecycle.check, lifecycle.backup, lifecycle.upgrade, Database.glance])
+def test_who_can_write_undoes_what_was_left_half_done(tmp_path: Path, settings: Settings, door: object) -> None:
+    journal = leave_a_journal(tmp_path / "catalog.sqlite")
+    door(settings)  # type: ignore[operator]
+    assert not journal.exists()
+    assert raw(tmp_path / "catalog.sqlite", "SELECT count(*) FROM cards WHERE license = 'half'") == [(0,)]
+    assert lifecycle.check(settings) == []
+
+
 def test_a_reader_beside_a_link(tmp_path: Path, settings: Settings) -> None:
     log = leave_a_log(tmp_path / "catalog.sqlite")
     with public_folder() as folder, public_folder() as links:

@@ -84,6 +84,11 @@ def connect_readonly(path: Path, *, patience_s: float | None = None) -> sqlite3.
         connection.close()
         if primary_code(error) not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
             raise
+        if writable(path):
+            # A transaction that a killed writer left half done is undone by the first one who can.
+            with closing(connect(path, "mode=rw", patience_s=patience_s)) as undoing:
+                undoing.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            return connect(path, "mode=ro", patience_s=patience_s)
         refuse_left_log(path)
         return connect(path, "mode=ro&immutable=1", patience_s=patience_s)
 
