@@ -11,8 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from workers import Pool
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def _pools() -> Iterator[dict[int, Pool]]:
+    """Not for the whole session: idle ranks keep a core busy, as each of gloo's many threads looks about all the time."""
     pools: dict[int, Pool] = {}
     yield pools
     for pool in pools.values():
