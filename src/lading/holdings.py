@@ -133,7 +133,7 @@ def _common_path(paths: Sequence[Path]) -> str:
 
 
 def catalog_uri(ref: CheckpointRef) -> str:
-    """What the catalog knows the checkpoint of a card by."""
+    """Return the URI by which the catalog knows the checkpoint of a card."""
     path = uri_path(ref.uri)
     if path is None:
         return ref.key
@@ -241,7 +241,7 @@ def find_orphans(store: AssetStore, held: Sequence[HeldCheckpoint]) -> Orphans:
         return {sha256 for sha256 in found if sha256 is not None}
 
     unnamed = [checkpoint for checkpoint in held if checkpoint.uri not in named]
-    needed = digests(checkpoint for checkpoint in held if checkpoint.uri in named)
+    needed = digests(checkpoint for checkpoint in held if checkpoint.uri in named) | cache.files_of_others()
     ours = digests(unnamed)  # what came along with a checkpoint may have been fetched from elsewhere
 
     gone: list[Entry] = []
@@ -267,7 +267,7 @@ def find_orphans(store: AssetStore, held: Sequence[HeldCheckpoint]) -> Orphans:
             (entry, tuple(path for sha256 in _digests_of(entry) - needed if (path := cache.find(sha256)) is not None))
             for entry in sorted(gone, key=lambda entry: (entry.uri, entry.key))
         ),
-        # What nothing is known of is this catalog's only where there is no other one.
+        # A file of which nothing is known is this catalog's only where there is no other one.
         strays=tuple(path for path in strays if path in own or not shared),
         needed=frozenset(needed),
     )

@@ -225,6 +225,39 @@ def test_an_entry_that_others_may_write_says_nothing_of_states(cache: Cache) -> 
     assert entry.files["a"].stat is None
 
 
+def test_own_entries_are_believed_under_every_umask(cache: Cache) -> None:
+    file = put(cache, b"1")
+    before = os.umask(0o002)
+    try:
+        cache.add(URI, "", {"a": file})
+    finally:
+        os.umask(before)
+    entry = cache.entry(URI)
+    assert entry is not None
+    assert entry.files["a"] == file
+
+
+def test_files_of_other_users_stay_where_an_entry_cannot_be_read(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.add(URI, "", {"a": put(cache, b"1" * 100)})
+    assert cache.files_of_others() == set()
+
+    monkeypatch.setattr("lading.fetch.cache.os.geteuid", lambda: 2**31 - 2)
+    assert cache.files_of_others() == set(), "all entries can be read"
+    assert len(cache.removable(URI)) == 1
+
+    hidden = cache.folder / "entries" / f"{'0' * 64}.{'cd' * 8}.json"
+    hidden.write_text("not for this user")
+    assert len(cache.files_of_others()) == 1
+    assert cache.removable(URI) == []
+
+
+def test_entries_that_cannot_be_listed_are_unknown(cache: Cache) -> None:
+    assert not cache.has_unknown_entries()
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    (cache.folder / "entries").write_text("not a folder")
+    assert cache.has_unknown_entries()
+
+
 def test_the_secrets_of_an_address_are_not_kept(cache: Cache) -> None:
     cache.add(URI, "", {"a": put(cache, b"1")})
     for uri in (URI + "?token=Secret", URI + "?token=Geheim#Secret", "https://Secret@a.example/org/model.safetensors"):

@@ -158,27 +158,41 @@ class Cache:
     # --- entries -----------------------------------------------------------------------------------------------------
 
     def entry(self, uri: str) -> Entry | None:
-        """What this catalog fetched from ``uri``; ``None`` where that is nothing, or cannot be told."""
+        """Return what this catalog fetched from ``uri``; ``None`` where that is nothing, or cannot be read."""
         entry = self._read_entry(self._entry_path(entry_key(uri)))
 
         return entry if entry is not None and entry.uri == shown_uri(uri) else None
 
     def others(self, uri: str) -> Iterator[Entry]:
-        """What other catalogs fetched from ``uri``, with no word of the state of its files."""
+        """Return what other catalogs fetched from ``uri``, without the states of its files."""
         key = entry_key(uri)
         for path in self._entry_files():
             if path.name.startswith(key) and path != self._entry_path(key) and (entry := self._read_entry(path)):
                 yield entry
 
     def entries(self) -> Iterator[Entry]:
-        """All of them, in no order that means something. Damaged ones are left out."""
+        """Return all of them, in no order that means something. Damaged ones are left out."""
         for path in self._entry_files():
             if (entry := self._read_entry(path)) is not None:
                 yield entry
 
     def has_unknown_entries(self) -> bool:
-        """Whether there are entries that say nothing here: damaged, or not for this user to read."""
+        """Return whether there may be entries that say nothing here: damaged, or not for this user to read."""
+        try:
+            os.scandir(self.folder / "entries").close()
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+
         return any(self._read_entry(path) is None for path in self._entry_files())
+
+    def files_of_others(self) -> set[str]:
+        """Return the SHA-256 of files that other users brought, if there may be entries of theirs that say nothing."""
+        if not self.has_unknown_entries():
+            return set()
+
+        return {path.name[:64] for path, found in self._blobs() if found.st_uid != os.geteuid()}
 
     def add(self, uri: str, revision: str, files: Mapping[str, CachedFile]) -> None:
         """Note what this catalog fetched from ``uri``; what its entry says of other files of the same revision stays.
@@ -193,8 +207,9 @@ class Cache:
         path = self._entry_path(entry_key(uri))
         _make_folder(path.parent)
         with temporary(self.tmp, "entry") as (file, name):
-            if shown_uri(uri) != uri:
-                os.fchmod(file.fileno(), 0o600)
+            # Whatever the umask: what others may write to is not believed.
+            mode = 0o600 if shown_uri(uri) != uri else stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o644
+            os.fchmod(file.fileno(), mode)
             file.write(json.dumps(_to_json(uri, revision, files), indent=1).encode())
             file.flush()
             os.fsync(file.fileno())
@@ -229,6 +244,8 @@ class Cache:
             for file in other.files.values()
         }
         gone = wanted - needed - set(keep)
+        if gone:
+            gone -= self.files_of_others()
 
         return [path for path in self.files() if path.name[:64] in gone] if gone else []
 
@@ -287,7 +304,7 @@ class Cache:
 
 
 def entry_key(uri: str) -> str:
-    """Return what the entries of a URI are found by: it tells the URI to nobody who does not know it."""
+    """Return the key of the entries of a URI, which does not reveal the URI."""
     return hashlib.sha256(uri.encode()).hexdigest()
 
 
