@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,6 +29,9 @@ class Kept:
         self._offline = offline
         self._seen: dict[str, FileStat] = {}
         """States of files in which their bytes had the digest: where the cache cannot be written, nothing else says."""
+        self._unusable: set[str] = set()
+        """The SHA-256 of files that :meth:`read` found missing or damaged."""
+        self._checking = threading.Lock()
 
     def described(self, name: str) -> RemoteFile | None:
         """The file as the server described it when it was fetched last; ``None`` where it was not."""
@@ -79,10 +83,18 @@ class Kept:
         return None
 
     def read(self, file: RemoteFile, offset: int, size: int) -> bytes | None:
-        """A part of the copy in the cache, if that is as it was when it was checked; another catalog's is checked."""
+        """Return a part of the copy in the cache, if that is as it was when it was checked; ``None`` where it is not.
+
+        A copy whose state only another catalog vouches for is checked first.
+        """
         record = self._record(file)
-        if record is not None and record.stat is None and self.find(file, lambda sha256: None) is not None:
-            record = self._record(file)
+        if record is not None and record.stat is None:
+            with self._checking:  # one thread hashes the file, and once, also where it is damaged
+                record = self._record(file)
+                if record is not None and record.stat is None and record.sha256 not in self._unusable:
+                    if self.find(file, lambda sha256: None) is None:
+                        self._unusable.add(record.sha256)
+                    record = self._record(file)
         path = None if record is None else self._cache.find(record.sha256)
         if record is None or path is None:
             return None
@@ -121,7 +133,7 @@ class Kept:
         return replace(record, stat=self._seen.get(record.sha256))
 
     def _records(self, name: str) -> Iterator[CachedFile]:
-        """What is noted under a name: by this catalog, then by others, whose word on states is not taken."""
+        """Yield what is noted under a name: by this catalog, then by others, whose states are not believed."""
         own = self._cache.entry(self._uri)
         for entry in (own, *self._cache.others(self._uri)):
             if entry is not None and name in entry.files:
@@ -133,7 +145,7 @@ class Kept:
         if file.sha256 is not None:
             return record.sha256 == file.sha256
 
-        # Offline nobody says what is there now, and the entry is all that there is.
+        # Offline no server says what is there now, and the entry is all that there is.
         return self._offline if file.etag is None else file.etag == record.etag
 
 
