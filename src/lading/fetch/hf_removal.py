@@ -34,7 +34,7 @@ class HubRevision:
 
 
 def revision_of(path: Path) -> HubRevision | None:
-    """Return the revision that a file is of, by its name; ``None`` for what is in no snapshot of the cache."""
+    """Return the revision of a file, by its path; ``None`` for a file that is in no snapshot of the cache."""
     for cache in (hub_cache(), hub_cache().resolve()):
         if not path.is_relative_to(cache):
             continue
@@ -74,7 +74,7 @@ def delete_revisions(revisions: Sequence[HubRevision], *, dry_run: bool = False)
         strategy = replace(info, repos=repos).delete_revisions(*commits)
         if outside := [blob for blob in strategy.blobs if not blob.is_relative_to(folder.resolve())]:
             # A link in a snapshot may lead anywhere, and huggingface_hub deletes what it leads to.
-            raise OSError(errno.EPERM, "it is no file of the repository, but a link there leads to it", str(outside[0]))
+            raise OSError(errno.EPERM, "a link in the repository leads to this file outside of it", str(outside[0]))
         freed += strategy.expected_freed_size
         if not dry_run:
             strategy.execute()
@@ -87,8 +87,8 @@ def delete_revisions(revisions: Sequence[HubRevision], *, dry_run: bool = False)
 
 
 def delete_file(path: Path) -> None:
-    """Delete a file of a snapshot by huggingface_hub's ``delete_files``, where this version of it has that."""
-    info = _scanned()
+    """Delete a file of a snapshot, not a link, by huggingface_hub's ``delete_files``, where this version has that."""
+    info, path = _scanned(), path.resolve()  # the scan names all files below the resolved folder of the cache
     files = [f for repo in info.repos for revision in repo.revisions for f in revision.files if f.file_path == path]
     if files and hasattr(info, "delete_files"):
         info.delete_files(*files).execute()
