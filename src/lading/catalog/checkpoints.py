@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import Connection, delete, insert, select, update
 
-from lading.card import split_name
+from lading.card import shown_uri, split_name
 from lading.catalog.copies import all_verified, copies_of, replace_copies, same_copy, write_copies
 from lading.catalog.database import Database
 from lading.catalog.entries import dumps
@@ -52,7 +52,7 @@ def record_checkpoint(
     :raises CatalogError: the catalog is damaged, or another process holds it.
     :raises OSError: the disk is full.
     """
-    if not _writable(database, f"the manifest of {uri}"):
+    if not _writable(database, f"the manifest of {shown_uri(uri)}"):
         return
 
     values = {
@@ -116,7 +116,7 @@ def record_files(
     :raises CatalogError: the catalog is damaged, or another process holds it.
     :raises OSError: the disk is full.
     """
-    if not _writable(database, f"what is known of the files of {uri}"):
+    if not _writable(database, f"what is known of the files of {shown_uri(uri)}"):
         return
 
     with database.write() as connection:
@@ -161,7 +161,7 @@ def record_digests(database: Database, *, uri: str, manifest: Manifest, digests:
     :raises CatalogError: the catalog is damaged, or another process holds it.
     :raises OSError: the disk is full.
     """
-    if not _writable(database, f"the digests of {uri}"):
+    if not _writable(database, f"the digests of {shown_uri(uri)}"):
         return
 
     with database.write() as connection:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
+from lading.card import shown_uri
 from lading.cli.output import counted, human_bytes, human_count
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ def checkpoint_object(stored: StoredCheckpoint) -> dict[str, object]:
     manifest = stored.manifest
 
     return {
-        "uri": stored.uri,
+        "uri": shown_uri(stored.uri),
         "revision": stored.revision or None,
         "format": manifest.format,
         "tensors": len(manifest),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from lading.card import shown_uri
 from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_target
 from lading.cli.describe import checkpoint_object, checkpoint_pairs
@@ -33,4 +34,4 @@ def index(target: str, no_restrict: bool, as_json: bool) -> None:
     if as_json:
         write_json(checkpoint_object(stored))
     else:
-        write_pairs({"checkpoint": stored.uri, **checkpoint_pairs(stored)})
+        write_pairs({"checkpoint": shown_uri(stored.uri), **checkpoint_pairs(stored)})
