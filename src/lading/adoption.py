@@ -120,7 +120,7 @@ def _root(path: str | Path) -> Path:
 
 
 def _places(root: Path, store: AssetStore) -> Iterator[Place]:
-    """The places below a folder, however the user spells it.
+    """Yield the places below a folder, however the user spells it.
 
     Each has the one path that no link leads to, unless a card names it by the user's own spelling.
     """

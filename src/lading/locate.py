@@ -325,7 +325,7 @@ def _local_checkpoint(name: str, path: Path, store: AssetStore, *, accept_others
             expected=f"{len(stored.manifest)} tensors",
             found=f"{len(found.manifest)} tensors",
         )
-    # What is no tensor has digests of its own from the beginning; tensors get theirs when all bytes pass by.
+    # The bytes beside the tensors have digests of their own from the beginning, tensors when all bytes pass by.
     _record(checkpoint, found.copies(), store, checks=header_checks(checkpoint, {}) if stored is None else ())
 
     return checkpoint

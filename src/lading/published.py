@@ -73,7 +73,7 @@ _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
 
 def require_whole(source: Source, snapshot: Snapshot, ref: CheckpointRef, name: str | None) -> None:
-    """Make sure that all files of a checkpoint are in the cache, where nobody can be asked for others.
+    """Make sure that all files of a checkpoint are in the cache, where the source cannot be asked for others.
 
     :param name: of the card, for messages.
 

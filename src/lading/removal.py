@@ -63,7 +63,7 @@ def remove_model(name: str, *, dry_run: bool = False, hub: bool = False, store: 
     Of lading's own cache go the weights, what came along with them, and all of it of revisions that a pull has left,
     unless another model's checkpoint or another catalog needs it. The cache of Hugging Face's libraries has no owners:
     there whole revisions go, by huggingface_hub's own ``delete_revisions``, and only where that is asked for. What the
-    checkpoint holds stays known, and a load fetches it anew; but its sidecars go, too.
+    checkpoint holds stays known, and a load fetches it again; but its sidecars go, too.
 
     :param name: of a card; or the URI of a checkpoint that no card names.
     :param dry_run: only say what would be removed.
@@ -141,7 +141,7 @@ def _remove(paths: Sequence[Path]) -> int:
 
 
 def _checkpoint_of(name: str, store: AssetStore) -> tuple[str, str]:
-    """What the catalog knows the checkpoint by, and what lading's cache does."""
+    """Return the URI of the checkpoint in the catalog, and the one in lading's cache."""
     if "://" in name and store.maybe_retrieve_card(name) is None and (uri := checkpoint_without_card(name, store)):
         return uri, uri
     ref = checkpoint_ref(store.retrieve_card(name))
@@ -180,7 +180,7 @@ def _held(store: AssetStore, uri: str, *, dry_run: bool) -> Iterator[list[HeldCh
 
 
 def _is_of(other: str, uri: str) -> bool:
-    """Whether a checkpoint is the one of a URI, or a sidecar of it."""
+    """Return whether a checkpoint is the one of a URI, or a sidecar of it."""
     return uri in (other, base_uri(other))
 
 
@@ -191,12 +191,12 @@ class _Plan:
     cache: Cache
     entry: str
     digests: tuple[str, ...]
-    """Of files in lading's cache that go."""
+    """The SHA-256 of files in lading's cache that go."""
     needed: frozenset[str]
-    """Of those that other checkpoints need."""
+    """The SHA-256 of files that other checkpoints need."""
     revisions: tuple[HubRevision, ...]
     made: tuple[Path, ...]
-    """Of files that were made of others in lading's cache."""
+    """Files that were made of others in lading's cache."""
     paths: tuple[Path, ...]
     kept: tuple[KeptFile, ...]
 
@@ -269,7 +269,7 @@ def _plan(uri: str, entry: str, held: Sequence[HeldCheckpoint]) -> _Plan:
 
 
 def _is_made(path: Path, cache: Cache) -> bool:
-    """Whether a file was made of others in lading's cache: rewritten, or cut for ranks."""
+    """Return whether a file was made of others in lading's cache: rewritten, or cut for ranks."""
     return is_rewritten(path, cache.folder) or cache.is_repacked(path)
 
 

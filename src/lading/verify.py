@@ -74,7 +74,7 @@ def verify_model(
     where the catalog cannot be written, the files are checked all the same. What :func:`~lading.repack.repack_model`
     made of them is checked as well.
 
-    :param repair: fetch what is not right anew: files in lading's own cache, and in that of Hugging Face's libraries,
+    :param repair: fetch what is not right again: files in lading's own cache, and in that of Hugging Face's libraries,
         whose ``hf_hub_download`` replaces them. No others are ever replaced.
     :param progress: show a bar on stderr.
 
@@ -300,7 +300,7 @@ def _checked_sidecars(
 
 
 def _family_dims(checkpoint: Checkpoint, card: AssetCard, store: AssetStore) -> array[int]:
-    """The dims along which ranks would cut the tensors, where the family and its configuration are known."""
+    """Return the dims along which ranks would cut the tensors, where the family and its configuration are known."""
     manifest = checkpoint.manifest
     try:
         family = family_of_card(card)

@@ -133,7 +133,7 @@ class _Piece:
 
     @property
     def done(self) -> Range | None:
-        """What is in the file of it; ``None`` where that is nothing."""
+        """The range of it that is in the file; ``None`` where that is empty."""
         if self._known is not None:
             return self._known
         with self._lock:

@@ -281,7 +281,7 @@ class Waiting:
         self._last, self._since = sign(), time.monotonic()
 
     def is_over(self) -> bool:
-        """Whether there was none for :data:`SILENCE` seconds."""
+        """Return whether there was no sign for :data:`SILENCE` seconds."""
         now, sign = time.monotonic(), self._sign()
         if sign != self._last:
             self._last, self._since = sign, now
@@ -290,7 +290,7 @@ class Waiting:
 
 
 def _sign_of_life(fd: int, written: Path) -> object:
-    """What changes while the process that has the lock ``fd`` is at work: the time it has computed; else its files."""
+    """Return what changes while the process with the lock ``fd`` works: its CPU time; where unknown, its files."""
     owner = os.pread(fd, 200, 0).decode("ascii", "replace").partition("\n")[0]
     if owner.startswith(_place()):
         _, pid, start = owner.rsplit("-", 2)
@@ -301,7 +301,7 @@ def _sign_of_life(fd: int, written: Path) -> object:
 
 
 def growth(folder: Path, pattern: str) -> list[tuple[str, int, int]]:
-    """Name, size and time of each file, which change as long as somebody writes them."""
+    """Return name, size and time of each file, which change as long as a process writes them."""
     found = []
     for path in sorted(folder.glob(pattern)):
         with suppress(OSError):
@@ -345,14 +345,14 @@ def _place() -> str:
 
 
 def _start_time(pid: int) -> int | None:
-    """When a process began, in ticks since the machine did; ``None`` where there is no such process."""
+    """Return when a process began, in ticks since the machine did; ``None`` where there is no such process."""
     fields = _process(pid)
 
     return None if fields is None else int(fields[19])
 
 
 def _process(pid: int) -> list[str] | None:
-    """The fields of a process from its state on; ``None`` where there is no such process, or it has ended.
+    """Return the fields of a process from its state on; ``None`` where there is no such process, or it has ended.
 
     Source: proc_pid_stat(5), fields 3 and following.
     """

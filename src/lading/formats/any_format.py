@@ -21,7 +21,7 @@ def read_part(path: Path, *, restrict: bool = True, name: str | None = None) -> 
     :param name: of the file, where the one in ``path`` says nothing.
 
     :raises CheckpointNotFoundError: nothing is at ``path``.
-    :raises CorruptModelCheckpointError: it is no checkpoint, or breaks the rules of its format.
+    :raises CorruptModelCheckpointError: it is not a checkpoint, or breaks the rules of its format.
     :raises RefusedPickleError: to unpickle it would import what a state dict does not need.
     :raises NotSupportedError: it is of a format that is not read here, or has tensors that are not.
     :raises OSError: it cannot be read.

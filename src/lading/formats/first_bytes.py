@@ -22,7 +22,7 @@ Format = Literal["safetensors", "torch"]
 """A format that is read here, by the name that a manifest has for it."""
 
 _TORCH_PICKLE = re.compile(rb"\x80[\x02-\x05](?:\x95.{8})?\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19[.\x94]", re.DOTALL)
-"""How a file of ``torch.save`` begins that is no zip archive: the pickle of a magic number."""
+"""The beginning of a file of ``torch.save`` that is not a zip archive: the pickle of a magic number."""
 
 _TORCH_RECORD = re.compile(r"[^/]+/(?:data\.pkl|data/[^/]+|byteorder|version|constants\.pkl|code/.*|\.\w+(?:/\w+)?)")
 """The first file in the zip archives that torch writes."""
@@ -55,7 +55,7 @@ def format_of(head: bytes, *, name: str, label: str) -> Format:
     :param label: its path or address, for the error.
 
     :raises NotSupportedError: it is of a format that is not read here.
-    :raises CorruptModelCheckpointError: it is no checkpoint at all, such as a web page or a pointer of Git LFS.
+    :raises CorruptModelCheckpointError: it is not a checkpoint at all, such as a web page or a pointer of Git LFS.
     """
     if _is_safetensors(head):
         return "safetensors"
@@ -101,14 +101,14 @@ def _is_safetensors(head: bytes) -> bool:
 
 
 def _first_record(head: bytes) -> str:
-    """The name of the first file in a zip archive, as far as ``head`` goes."""
+    """Return the name of the first file in a zip archive, as far as ``head`` goes."""
     size = struct.unpack_from("<H", head, 26)[0] if len(head) >= 30 else 0
 
     return head[30 : 30 + size].decode("utf-8", "replace")
 
 
 def _other(head: bytes, name: str, label: str) -> LadingError | None:
-    """The error for what is known to be something else."""
+    """Return the error for what is known to be something else; ``None`` where nothing is known."""
     if head.startswith(LFS_POINTER):
         return stands_for_another(label)
     if is_tar(head):
@@ -143,7 +143,7 @@ def _unexpected(label: str, found: str, hint: str = "Fetch the checkpoint again,
 
 
 def _text(head: bytes) -> str | None:
-    """How a text begins; ``None`` where it is none."""
+    """Return how a text begins; ``None`` for other bytes."""
     if not _TEXT.fullmatch(head):
         return None
     try:

@@ -104,7 +104,7 @@ def index_files(files: Files, *, name: str | None = None) -> Manifest:
 
 
 def _read_part(file: File, guess: int) -> Part:
-    """The header of a safetensors file.
+    """Read the header of a safetensors file.
 
     :param guess: bytes to read at first. Where the header ends within them, one read is all.
 

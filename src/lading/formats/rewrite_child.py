@@ -113,7 +113,7 @@ def rewrite(file: BinaryIO, out: BinaryIO, base: int, size: int, *, suffix: str,
 
 
 def _records(file: BinaryIO, base: int, size: int, label: str) -> dict[int, tuple[str, Record]]:
-    """The records of a zip archive that have bytes and a CRC, by where they begin; none where it is no archive."""
+    """Return the records of a zip archive that have bytes and a CRC, by their offsets; none of another file."""
     file.seek(base)
     if file.read(len(SIGNATURE)) != SIGNATURE:
         return {}

@@ -60,7 +60,7 @@ def index_shards(
 
 
 def _kind(kinds: Collection[Format]) -> Format:
-    """The format of a checkpoint whose files have these."""
+    """Return the format of a checkpoint whose files have these."""
     return "torch" if "torch" in kinds else "safetensors"
 
 

@@ -95,7 +95,7 @@ def place_tensors(file: BinaryIO, *, base: int, size: int, label: str, restrict:
     :param restrict: refuse a file whose pickle names anything that a state dict does not need. Where it is not set,
         such objects are passed over, and nothing that they name is imported.
 
-    :raises CorruptModelCheckpointError: it is no such file, or damaged, or holds no state dict.
+    :raises CorruptModelCheckpointError: it is another file, or damaged, or holds no state dict.
     :raises RefusedPickleError: to unpickle it would import what a state dict does not need; or it is a
         TorchScript archive.
     :raises NotSupportedError: a tensor is not dense: quantised, sparse …

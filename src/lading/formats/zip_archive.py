@@ -96,7 +96,7 @@ def read_directory(file: BinaryIO, *, base: int, size: int, label: str) -> Mappi
 
 
 def read_record(file: BinaryIO, record: Record, *, label: str, where: str) -> bytes:
-    """All bytes of a record, whose CRC is checked.
+    """Return all bytes of a record, whose CRC is checked.
 
     :raises CorruptModelCheckpointError: the CRC is not the one of the directory.
     """
@@ -121,7 +121,7 @@ def require_crc(record: Record, data: bytes | memoryview, *, label: str, where: 
 def damaged_record(path: Path) -> tuple[str, int, int] | None:
     """Return the name of a record whose bytes do not have its CRC, and both CRCs; ``None`` where all have it.
 
-    A file that is no zip archive has no records. All of it is read, at the speed of zlib's CRC.
+    A file that is not a zip archive has no records. All of it is read, at the speed of zlib's CRC.
 
     :raises CorruptModelCheckpointError: the archive breaks the rules that :func:`read_directory` checks.
     :raises OSError: the file cannot be read.
