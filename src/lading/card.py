@@ -47,7 +47,7 @@ FIELDS = (
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
-_GATED = re.compile(r" *; *gated *= *(true|false) *;? *$", re.IGNORECASE)
+_GATED = re.compile(r" *gated *= *(true|false) *", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +128,7 @@ class AssetCard:
         return found
 
     def maybe_get_field(self, name: str) -> AssetCardField | None:
-        """As :meth:`field`, but ``None`` where no card of the chain has it.
+        """Return the field ``name`` as :meth:`field` does, but ``None`` where no card of the chain has it.
 
         A null in a card takes back what its bases say.
         """
@@ -142,7 +142,7 @@ class AssetCard:
         return None
 
     def has_field(self, name: str) -> bool:
-        """Whether this card or a base of it has the field ``name``, and no card nearer takes it back."""
+        """Return whether this card or a base of it has the field ``name``, and no card nearer takes it back."""
         return self.maybe_get_field(name) is not None
 
     def chain(self) -> Iterator[AssetCard]:
@@ -220,7 +220,7 @@ class AssetCardField:
 
 
 def path_uri(path: Path) -> str:
-    """The ``file://`` URI of an absolute path, unquoted: it is compared and shown, and is read back by ``uri_path``.
+    """Return the ``file://`` URI of an absolute path, unquoted: it is compared, shown, and read back by ``uri_path``.
 
     A path has one URI, whether or not it is written with ``.``, ``..`` or a slash at its end. Links keep their names.
     """
@@ -295,7 +295,10 @@ def checkpoint_ref(card: AssetCard) -> CheckpointRef:
     path = card.maybe_get_field("checkpoint_path")
 
     return CheckpointRef(
-        uri=uri, gated=gated, info_url=(url or uri) if gated else url, path=None if path is None else path.as_(str)
+        uri=uri,
+        gated=gated,
+        info_url=(url or shown_uri(uri)) if gated else url,
+        path=None if path is None else path.as_(str),
     )
 
 
@@ -305,14 +308,17 @@ def split_gated(uri: str) -> tuple[str, bool]:
     Whatever else stands behind a ``;`` is a part of the URI: to drop it would ask for something else.
     """
     gated = False
-    while match := _GATED.search(uri):
-        uri, gated = uri[: match.start()], gated or match[1].lower() == "true"
-
-    return uri, gated
+    while True:
+        # Not one pattern for all of it: to search for spaces before a `;` takes hours in a megabyte of spaces.
+        head, semicolon, last = uri.rstrip(" ").removesuffix(";").rpartition(";")
+        match = _GATED.fullmatch(last)
+        if not semicolon or match is None:
+            return uri, gated
+        uri, gated = head.rstrip(" "), gated or match[1].lower() == "true"
 
 
 def is_sha256(value: object) -> bool:
-    """Whether ``value`` is a SHA-256 in hexadecimal."""
+    """Return whether ``value`` is a SHA-256 in hexadecimal."""
     return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 

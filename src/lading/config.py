@@ -123,7 +123,7 @@ def _structure(config_kls: type[T], stated: Mapping[str, object], layers: Sequen
 def _refuse_free_text(config_kls: type[T], stated: Mapping[str, object], layers: Sequence[Layer], of: str) -> None:
     """Make sure that no variable of the environment became free text, which messages and exported files would show.
 
-    :raises AssetCardError: one did. A field takes free text if it also takes a text that nobody could have thought of.
+    :raises AssetCardError: one did. A field takes free text if it also takes a text that is drawn at random.
     """
     for place, _ in _leaves(stated, EnvText):
         probe: Any = expand_env(stated, os.environ)
@@ -142,7 +142,7 @@ def _refuse_free_text(config_kls: type[T], stated: Mapping[str, object], layers:
 
 
 def _where(place: _Place, layers: Sequence[Layer], config_kls: type[object]) -> tuple[str | None, str]:
-    """Return who states the value at ``place``, if anybody does, and its dotted path."""
+    """Return the owner of the layer that states the value at ``place``, if one does, and its dotted path."""
     layer = next((each for each in reversed(layers) if _states(each.overrides, place)), None)
     where = config_kls.__name__ if layer is None else layer.where
     for step in place:

@@ -44,11 +44,11 @@ def expand_home(path: str | Path) -> Path:
 
 
 NO_HOME = Path(os.devnull, "no-home")
-"""What stands for the home folder of a user who has none: nothing is there, and nothing can be made there."""
+"""The stand-in for the home folder of a user who has none: nothing is there, and nothing can be made there."""
 
 
 def own_place(path: str | Path) -> Path:
-    """``path`` with the home folder in place of a leading ``~``, for a place where lading keeps things.
+    """Return ``path`` with the home folder in place of a leading ``~``, for a place where lading keeps things.
 
     Where there is no home it is below :data:`NO_HOME`: a folder called ``~`` must never be made.
     """
@@ -130,7 +130,7 @@ def on_network(path: Path) -> bool:
 
 
 def place_id(path: Path) -> str:
-    """Where the path ``path`` means this file: on this machine, or wherever the same network file system is mounted.
+    """Return the place where ``path`` means this file: this machine, or wherever the same network file system is.
 
     Containers have no machine id and a new host name each time, while what they share is on the same volume: there
     the file system tells.
@@ -169,7 +169,7 @@ def _mount(path: Path) -> tuple[str, str]:
 
 
 def host_id() -> str:
-    """A name for this machine that survives restarts, as far as it has one; else its host name."""
+    """Return a name for this machine that survives restarts, as far as it has one; else its host name."""
     return _machine_id() or os.uname().nodename
 
 
@@ -189,7 +189,7 @@ def _machine_id() -> str | None:
 
 @lru_cache(maxsize=256)
 def _file_system_id(path: Path) -> int:
-    """A number of the file system that holds ``path``; zero where it has none."""
+    """Return a number of the file system that holds ``path``; zero where it has none."""
     try:
         return os.statvfs(path).f_fsid
     except OSError:

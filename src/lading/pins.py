@@ -38,7 +38,7 @@ def with_pins(checkpoint: Checkpoint, card: AssetCard, store: AssetStore) -> Che
         numbers[""] = 0
     found = {numbers[name]: (name, digest) for name, digest in pins.items() if name in numbers}
     if len(found) < len(pins):
-        raise _no_such_file(checkpoint, pins.keys() - numbers.keys(), card, list(numbers))
+        raise _no_such_file(checkpoint, pins.keys() - numbers.keys(), card, [s.name for s in shards])
 
     trusted = checkpoint.trusted
     for i, (_, digest) in found.items():

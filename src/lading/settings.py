@@ -82,7 +82,7 @@ class Settings:
 
 
 def _folder(find: Callable[..., Path]) -> Path:
-    """The folder of lading by the conventions of the platform; below :data:`NO_HOME` where the user has no home."""
+    """Return lading's folder by the conventions of the platform; below :data:`NO_HOME` where the user has no home."""
     try:
         return own_place(find("lading", appauthor=False))
     except RuntimeError:  # HOME is not an absolute path, and the user is one without an entry in passwd

@@ -19,6 +19,7 @@ from lading.card import (
     path_uri,
     resolve_architecture,
     resolve_card,
+    split_gated,
     split_name,
     uri_path,
 )
@@ -349,3 +350,15 @@ def test_cards_travel_between_ranks() -> None:
 
     assert copy == card
     assert copy.source_of("config") == card.source_of("config")
+
+
+def test_an_address_of_very_many_spaces_is_taken_apart_at_once() -> None:
+    address = f"https://example.com/x;{' ' * 1_000_000}gated{' ' * 1_000_000}y"
+
+    assert split_gated(address) == (address, False)
+
+
+def test_the_page_of_a_gated_address_is_without_its_secrets() -> None:
+    card = AssetCard("tiny", {"checkpoint": "https://me:Secret@example.com/x?token=Secret;gated=true"})
+
+    assert checkpoint_ref(card).info_url == "https://example.com/x"

@@ -17,7 +17,7 @@ from lading.errors import CatalogError
 _log = logging.getLogger("lading")
 
 SUFFIXES = ("-wal", "-shm", "-journal")
-"""Of the files that SQLite keeps beside a database."""
+"""The endings of the files that SQLite keeps beside a database."""
 
 # https://www.sqlite.org/fileformat2.html: the rollback journal, the database header
 _JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
@@ -32,6 +32,7 @@ def has_stale_log(path: Path) -> bool:
     """
     log = beside(path, "-wal")
 
+    # The size is asked for twice: another process may end the mode in between.
     return _size(log) > 0 and _mode(path) == _ROLLBACK_MODE and _size(log) > 0
 
 

@@ -101,7 +101,7 @@ def version_of(connection: Connection) -> int:
 
 
 def _recorded_version(connection: Connection) -> int:
-    """The version that Alembic recorded, which is where migrations begin."""
+    """Return the version that Alembic recorded, which is where migrations begin."""
     found = connection.scalar(text(f"SELECT max(version_num) FROM {VERSION_TABLE}")) or 0
     try:
         return int(found)
@@ -125,7 +125,7 @@ def _alterations(connection: Connection) -> list[str]:
 
 
 def _expected_objects(version: int) -> Objects:
-    """The objects that the migrations make up to a version."""
+    """Return the objects that the migrations make up to a version."""
     if version == 0:
         return {}
     with memory_engine().connect() as connection, connection.begin():
@@ -134,7 +134,7 @@ def _expected_objects(version: int) -> Objects:
 
 
 def _true_version(connection: Connection, target: Target) -> int:
-    """The version that the objects of a catalog are of, whatever the header of a file says.
+    """Return the version that the objects of a catalog are of, whatever the header of a file says.
 
     :raises CatalogError: they are of none.
     """
@@ -236,7 +236,7 @@ def _move(target: Target, version: int, *, down: bool) -> None:
 
 
 def _versions(target: Target) -> tuple[int, int]:
-    """The version that the catalog says it is of, and the one that its schema is of; zeros where there is none.
+    """Return the version that the catalog says it has, and the one that its schema has; zeros where there is none.
 
     :raises CatalogError: the file is something else, is damaged, or its schema is of no version.
     :raises CatalogOutdatedError: the catalog is newer than this code.
@@ -249,7 +249,7 @@ def _versions(target: Target) -> tuple[int, int]:
 
 
 def _is_there(target: Target) -> bool:
-    """Whether there is a catalog; beside which a log of another file was set aside."""
+    """Return whether there is a catalog, after a log of another file beside it was set aside."""
     if target.path is None and target.is_sqlite:
         raise CatalogError("A catalog in memory lives as long as its process: it has no versions and no copies.")
     if target.path is None:
@@ -387,7 +387,7 @@ def _stamp() -> str:
 
 
 def _impatient() -> Callable[[int, int, int], None]:
-    """What ends a copy that waits for another process; the driver would wait without end."""
+    """Return what ends a copy that waits for another process; the driver would wait without end."""
     end = time.monotonic() + BUSY_TIMEOUT_S
 
     def look(status: int, left: int, pages: int) -> None:
@@ -404,7 +404,7 @@ def _impatient() -> Callable[[int, int, int], None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoreReport:
-    """What a restore did."""
+    """The result of a restore."""
 
     version: int
     """The schema's version, which may be older than this code's."""
@@ -416,7 +416,7 @@ def restore(settings: Settings, file: Path) -> RestoreReport:
     """Put a backup in the place of the catalog, which may be in use or damaged. All or nothing.
 
     The backup is checked first, and what it takes the place of is kept beside it. SQLite itself writes over the
-    catalog, so that its log and the locks of other processes are minded.
+    catalog, so that its log and the locks of other processes are respected.
 
     :param file: a backup of a catalog, with its own log if it has one.
 
@@ -451,7 +451,7 @@ def restore(settings: Settings, file: Path) -> RestoreReport:
 
 
 def _checked(source: Target) -> int:
-    """The version of a backup that is whole."""
+    """Return the version of a backup, after a check that it is whole."""
     with transaction(_engine(source), source, write=False) as connection:
         version = _true_version(connection, source)
         problems = _damage(connection) or _lost_references(connection)
@@ -480,7 +480,7 @@ def _keep(settings: Settings, path: Path) -> Path:
 
 
 def _is_legible(path: Path) -> bool:
-    """Whether SQLite can work with a file at all."""
+    """Return whether SQLite can work with a file at all."""
     try:
         with closing(connect(path, "mode=rw")) as connection:
             connection.execute("BEGIN IMMEDIATE")

@@ -22,7 +22,7 @@ SCHEMA_DIGEST = "fe1551dfb1250fb25df425b2d2756819c27a7d7bc67f8f21e07e220c669717d
 """That of the objects that the migrations make, so that to open a catalog takes no run of them."""
 
 _LAYOUT = re.compile(r'[\s"`\[\]]+')
-"""What differs between versions of SQLite and SQLAlchemy in a definition that means the same."""
+"""The layout, which differs between versions of SQLite and SQLAlchemy in a definition that means the same."""
 
 
 def objects_of(connection: Connection) -> Objects:
@@ -64,7 +64,7 @@ def differences(expected: Objects, found: Objects) -> list[str]:
 
 
 def altered(target: Target, problems: Sequence[str]) -> CatalogError:
-    """The error for a catalog whose objects are not those of lading."""
+    """Return the error for a catalog whose objects are not those of lading."""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return CatalogError(
         f"{target} is damaged, or was changed by something other than lading: {problems[0]}{more}. It was left as it "

@@ -29,7 +29,7 @@ MAX_VALUE_BYTES = 200_000
 """Of the longest value in a query. To search a megabyte for half a megabyte is one step, and takes seconds."""
 
 MAX_ANSWER_BYTES = 256 * 2**20
-"""Of memory for the rows of an answer; those of a catalog with a million tensors, all columns, are 200 MB."""
+"""The memory for the rows of an answer; those of a catalog with a million tensors, all columns, are 200 MB."""
 
 MAX_EXPANSION = 10_000
 """Copies that the compiler may make of common table expressions; each that names another one twice doubles them."""

@@ -82,7 +82,7 @@ class News:
     gone: frozenset[str]
     """The user's card files that are no more."""
     warnings: Mapping[str, str]
-    """What is to be said of card files, by their URI or by their folder."""
+    """Warnings about card files, by their URI or by their folder."""
 
     def __bool__(self) -> bool:
         return bool(self.families or self.seeds is not None or self.changed or self.gone)
@@ -268,7 +268,9 @@ def _compare(file: Path, row: Row[*tuple[Any, ...]] | None) -> tuple[FileStat, b
     :raises OSError: it cannot be read.
     """
     found = FileStat.from_stat(os.stat(file))
-    data = read_regular(file, at_most=MAX_FILE_BYTES) if found.size <= _HASHED else None
+    # One that is too large is refused here, and not taken for changed each time.
+    large = _HASHED < found.size <= MAX_FILE_BYTES
+    data = None if large else read_regular(file, at_most=MAX_FILE_BYTES)
     if row is None or (row.size, row.mtime_ns) != (found.size, found.mtime_ns):
         return found, False
 

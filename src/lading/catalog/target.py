@@ -26,7 +26,7 @@ APPLICATION_ID = int.from_bytes(b"ldng", "big")
 """What the header of a catalog file carries, so that no other database is taken for one."""
 
 _HARMLESS = re.compile(r"[\w.+-]*(:/*)?[\w./~ -]*")
-"""What no password can be in: no account, no port, no parameters."""
+"""Text that no password can be in: no account, no port, no parameters."""
 
 _SECRETS = re.compile(r"pass|secret|token", re.IGNORECASE)
 """Parameters of a URL whose values must not be shown, such as ``password`` and ``sslpassword``."""
@@ -86,10 +86,10 @@ class Target:
                 f"A SQLite database URL takes no parameters, but that of {shown.lstrip('/') or url.drivername!r} has "
                 "some behind the `?`. Set LADING_DATABASE_URL without them."
             )
-        if url.host:
+        if url.host or url.username is not None or url.password is not None:
             raise CatalogError(
                 "A SQLite database URL is expected to have three slashes before a relative path and four before an "
-                "absolute one, but that of LADING_DATABASE_URL names a host."
+                "absolute one, but that of LADING_DATABASE_URL names a host or a user."
             )
         database = text.partition(":///")[2]
         if database in ("", ":memory:"):
@@ -113,7 +113,7 @@ class Target:
         return "the catalog in memory" if self.is_sqlite else self.shown_url
 
     def without_secrets(self, message: object) -> str:
-        """The words of a driver, which may quote what it was given, without the secrets of the URL."""
+        """Return the words of a driver, which may quote what it was given, without the secrets of the URL."""
         query = self.url.normalized_query
         secrets = [
             self.url.password or "",
@@ -200,7 +200,7 @@ def foreign(target: Target) -> CatalogError:
 
 
 def no_catalog(target: Target) -> CatalogError:
-    """The error for a place where nothing is yet."""
+    """Return the error for a place where nothing is yet."""
     return CatalogError(f"There is no catalog at {target} yet. `lading list` makes one.")
 
 

@@ -145,7 +145,6 @@ def _write(
     as_json: bool,
     **more: Any,
 ) -> None:
-
     from lading.export import convert_checkpoint
 
     report = convert_checkpoint(

@@ -93,8 +93,8 @@ def backup(file: Path | None) -> None:
 def restore(file: Path) -> None:
     """Put a backup in the place of the catalog, after a check of it.
 
-    The catalog may be in use or damaged. What was there is kept beside it, and its log is minded: a backup that is
-    copied over a catalog by hand can be undone by the log that lies beside it.
+    The catalog may be in use or damaged. What was there is kept beside it. The log of SQLite is taken into account:
+    a backup that is copied over a catalog by hand can be undone by the log that lies beside it.
 
     For example: lading db restore catalog-backup.sqlite
     """

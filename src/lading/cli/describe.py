@@ -50,7 +50,7 @@ def dtype_text(counts: Mapping[str, int]) -> str:
 
 
 def some(names: Collection[str]) -> str:
-    """The first three of ``names``, and how many more there are."""
+    """Return the first three of ``names``, and how many more there are."""
     first = list(names)[:3]
     more = len(names) - len(first)
 
@@ -58,7 +58,7 @@ def some(names: Collection[str]) -> str:
 
 
 DTYPES = ("auto", "keep", "float64", "float32", "bfloat16", "float16")
-"""What commands take as a dtype."""
+"""The dtypes that commands take."""
 
 
 def asked_dtype(name: str) -> DType:

@@ -120,6 +120,10 @@ def _local_path(ref: CheckpointRef) -> Path | None:
     return path if path is None or ref.path is None else path / ref.path
 
 
+_ADDRESSES = ("checkpoint", "tokenizer")
+"""Fields whose values may be signed addresses."""
+
+
 def _fields(card: AssetCard) -> Iterator[tuple[str, object, str, str]]:
     """Name, value, card and document of each field, the card's own first."""
     seen = {"base"}
@@ -127,6 +131,8 @@ def _fields(card: AssetCard) -> Iterator[tuple[str, object, str, str]]:
         for name, value in each.metadata.items():
             if name not in seen:
                 seen.add(name)
+                if name in _ADDRESSES and isinstance(value, str):
+                    value = shown_uri(value)
                 yield name, value, each.name, each.source_of(name)
 
 

@@ -12,7 +12,7 @@ from lading.cli.command import command
 from lading.cli.output import Form, listing_options, write_rows
 
 _MOST_BYTES = 1_000_000
-"""Of a query on stdin, which may be a device without an end."""
+"""The longest query on stdin, which may be a device without an end."""
 
 # Numbers of more digits than any database can count with stay text.
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.[0-9]+)?")

@@ -11,7 +11,7 @@ from typing import Final
 MAX_BYTES: Final = 1 << 20
 """Of a document, in UTF-8."""
 MAX_FILE_BYTES: Final = 64 << 20
-"""Of a file of documents: some 300,000 cards, whose values take half a gigabyte of memory."""
+"""The largest file of documents: some 300,000 cards, whose values take half a gigabyte of memory."""
 MAX_DEPTH: Final = 32
 """Levels of mappings and lists, the document itself included."""
 MAX_KEY_LENGTH: Final = 200
