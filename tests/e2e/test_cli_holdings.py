@@ -108,6 +108,19 @@ def test_what_lading_fetched_is(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     run("load", "far", "--no-progress")
 
 
+def test_nothing_is_removed_where_one_of_several_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "near.yaml").write_text(f"name: near\ncheckpoint: {tmp_path / 'repository'}\n{CONFIG}")
+    run("import", tmp_path / "near.yaml")
+    run("load", "near", "--no-progress")
+    run("pull", "far")
+    before = kinds(run)
+
+    done = run("rm", "near", "far", code=7)
+    assert "`lading rm far --yes`" in done.stderr
+    assert done.stdout == ""
+    assert kinds(run) == before
+
+
 def test_a_revision_that_a_pull_left_goes_with_the_rest(
     run: Run, hub: FakeHub, env: dict[str, str], tmp_path: Path
 ) -> None:

@@ -293,3 +293,17 @@ def test_a_reader_beside_a_link(tmp_path: Path, settings: Settings) -> None:
         with nobody(), pytest.raises(CatalogError, match="cannot be read without its log"):
             Database.open(settings_in(links))
         folder.chmod(0o755)
+
+
+def test_opening_a_catalog_keeps_the_locks_that_this_process_has_on_it(tmp_path: Path, settings: Settings) -> None:
+    """POSIX drops all locks of a process on a file as soon as it closes any descriptor of that file."""
+    path = tmp_path / "catalog.sqlite"
+    shutil.copy(tmp_path / "backup.sqlite", path)
+    raw(path, "PRAGMA journal_mode=DELETE")  # as on network disks: the locks are on the file itself
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        assert target_module.peek(path) is target_module.Found.CATALOG
+        script = f"import sqlite3; sqlite3.connect({str(path)!r}, timeout=0).execute('BEGIN IMMEDIATE')"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+    assert "locked" in done.stderr

@@ -7,8 +7,13 @@ that were committed last.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,6 +27,36 @@ SUFFIXES = ("-wal", "-shm", "-journal")
 # https://www.sqlite.org/fileformat2.html: the rollback journal, the database header
 _JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
 _ROLLBACK_MODE = b"\1\1"
+
+
+HEADER_SIZE = 100
+"""Bytes, see https://www.sqlite.org/fileformat2.html#the_database_header."""
+
+_MOST_OPEN = 32
+"""Databases whose header was read and that stay open for that."""
+
+_open: OrderedDict[tuple[int, int], int] = OrderedDict()
+_open_lock = threading.Lock()
+
+
+def read_header(path: Path) -> bytes:
+    """Return the first bytes of a database, as many as there are.
+
+    The file stays open: when a process closes any descriptor of a file, the locks go that SQLite's connections in that
+    process have on it (https://www.sqlite.org/howtocorrupt.html, section 2.2).
+
+    :raises OSError: the file cannot be read.
+    """
+    with _open_lock:
+        found = os.stat(path)
+        key = (found.st_dev, found.st_ino)
+        if key not in _open:
+            _open[key] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if len(_open) > _MOST_OPEN:
+                os.close(_open.popitem(last=False)[1])
+        _open.move_to_end(key)
+
+        return os.pread(_open[key], HEADER_SIZE, 0)
 
 
 def has_stale_log(path: Path) -> bool:
@@ -47,8 +82,12 @@ def set_stale_log_aside(path: Path) -> None:
     log = beside(path, "-wal")
     aside = log.with_name(f"{log.name}.{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
     try:
-        log.rename(aside)
-    except FileNotFoundError:  # another process was first
+        with _held(log) as stale:
+            # Another process may have been first, and a log that the catalog needs lie there by now.
+            if not stale or not has_stale_log(path):
+                return
+            log.rename(aside)
+    except FileNotFoundError:
         return
     except OSError as error:
         raise CatalogError(
@@ -80,6 +119,21 @@ def beside(path: Path, suffix: str) -> Path:
     return Path(f"{os.path.realpath(path)}{suffix}")
 
 
+@contextmanager
+def _held(log: Path) -> Iterator[bool]:
+    """Keep other processes from renaming a log; yield whether it is still the file of that name.
+
+    :raises OSError: it cannot be opened.
+    """
+    with open(log, "rb") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield os.path.samestat(os.fstat(file.fileno()), os.stat(log))
+        except FileNotFoundError:
+            yield False
+
+
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
@@ -89,8 +143,7 @@ def _size(path: Path) -> int:
 
 def _mode(path: Path) -> bytes:
     try:
-        with open(path, "rb") as file:
-            return file.read(20)[18:]
+        return read_header(path)[18:20]
     except OSError:
         return b""
 

@@ -16,6 +16,7 @@ from urllib.parse import quote, quote_plus
 
 from sqlalchemy import URL, exc, make_url
 
+from lading.catalog.journal import HEADER_SIZE, read_header
 from lading.errors import CatalogError, CatalogOutdatedError
 from lading.filesystem import own_place
 
@@ -165,15 +166,13 @@ def peek(path: Path) -> Found:
             f"The catalog is expected to be a file, but {path} is {'a folder' if stat.S_ISDIR(mode) else 'not one'}."
         )
 
-    # https://www.sqlite.org/fileformat2.html#the_database_header
-    with open(path, "rb") as file:
-        header = file.read(100)
+    header = read_header(path)
     if not header:
         return Found.NOTHING
-    if len(header) == 100 and not any(header):
+    if len(header) == HEADER_SIZE and not any(header):
         # A big transaction writes other pages before the first one; a journal tells that one was under way.
         return Found.NOTHING if Path(f"{path}-journal").exists() else Found.FOREIGN
-    if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
+    if len(header) < HEADER_SIZE or not header.startswith(b"SQLite format 3\0"):
         return Found.FOREIGN
 
     (application_id,) = struct.unpack_from(">i", header, 68)

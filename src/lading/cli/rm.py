@@ -45,8 +45,14 @@ def rm(names: tuple[str, ...], orphans: bool, dry_run: bool, yes: bool) -> None:
         ):
             raise unknown_model(name, store)
 
-    for name in dict.fromkeys(names):
-        hub = yes or (not dry_run and _agreed(name, remove_model(name, dry_run=True, store=store)))
+    agreed: dict[str, bool] = {}
+    for name in names:
+        removal = remove_model(name, dry_run=True, store=store)
+        agreed[name] = yes or (not dry_run and _agreed(name, removal))
+        if removal.revisions and not dry_run and not agreed[name]:
+            remove_model(name, store=store)  # which refuses to, before another one is removed
+
+    for name, hub in agreed.items():
         _say(name, remove_model(name, dry_run=dry_run, hub=hub, store=store), dry_run=dry_run)
     if orphans:
         _say("orphans", remove_orphans(dry_run=dry_run, store=store), dry_run=dry_run)
