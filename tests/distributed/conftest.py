@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from workers import Pool
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def _pools() -> Iterator[dict[int, Pool]]:
-    """Not for the whole session: idle ranks keep a core busy, as each of gloo's many threads looks about all the time."""
+    """Not for the whole session: the many threads of gloo keep a core busy, even of idle ranks."""
     pools: dict[int, Pool] = {}
     yield pools
     for pool in pools.values():
