@@ -46,7 +46,7 @@ class CheckReport:
     bytes: int
     """Of the tensors that are matched, in the checkpoint."""
     advice: str
-    """What to do about the problems; empty where there are none."""
+    """Advice on how to solve the problems; empty where there are none."""
 
     @property
     def fits(self) -> bool:

@@ -106,7 +106,7 @@ class Family(Generic[ModelT, ModelConfigT]):
     """Compute non-persistent buffers of a model in the given dtype again, for modules that do not implement
     ``reset_non_persistent_buffers``; the parameters are there by then."""
     explain: Callable[[Sequence[str], Sequence[str]], str | None] | None = None
-    """What to do about a checkpoint that does not fit, from the names of the parameters that it lacks and of the
+    """Say what to do about a checkpoint that does not fit, from the names of the parameters that it lacks and of the
     tensors that no rule knows; ``None`` where these suggest nothing."""
     supports_meta: bool = True
     """Whether ``create_new_model(…, meta=True)`` may be asked for."""

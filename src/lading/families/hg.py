@@ -236,7 +236,7 @@ def _hf_config(config: HuggingFaceModelConfig) -> PretrainedConfig:
 
 
 def _too_many(value: Any, key: str = "") -> str | None:
-    """The first key, with its value, that asks for more layers or labels than there can be objects of."""
+    """Return the first key, with its value, that asks for more layers or labels than there can be objects of."""
     if isinstance(value, int):
         for ends, most, what in _BOUNDS:
             if key.endswith(ends) and value > most:
@@ -249,7 +249,7 @@ def _too_many(value: Any, key: str = "") -> str | None:
 
 
 def _as_read(value: Any) -> Any:
-    """A copy as transformers reads it, without the keys that would have it fetch or run something."""
+    """Return a copy as transformers reads it, without the keys that would have it fetch or run something."""
     if isinstance(value, Mapping):
         if value.keys() == {_FLOAT} and value[_FLOAT] in _FLOATS:
             return float(value[_FLOAT])

@@ -1,5 +1,5 @@
-"""What transformers does to the tensors of its models besides reading them: numbers that no checkpoint holds, such as
-rotary frequencies, and dtypes that differ from the model's.
+"""Treatment of tensors by transformers beyond reading them: numbers that no checkpoint holds, such as rotary
+frequencies, and dtypes that differ from the model's.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _non_persistent_buffers(model: Module) -> dict[str, tuple[Module, str, Tenso
 def _buffer_dtypes(
     outline: PreTrainedModel, buffers: Mapping[str, tuple[Module, str, Tensor]], dtype: torch.dtype
 ) -> dict[str, torch.dtype]:
-    """The dtypes that ``buffers``, of a model that was made in float32, have in one that is made in ``dtype``."""
+    """Return the dtypes that ``buffers``, of a model made in float32, have in one that is made in ``dtype``."""
     others = _non_persistent_buffers(outline)
 
     return {name: _dtype_in(dtype, buffer, others[name][2]) for name, (_, _, buffer) in buffers.items()}

@@ -1,4 +1,4 @@
-"""What transformers fetches by itself, such as the configuration of a backbone that ``config.json`` only names."""
+"""Files that transformers fetches by itself, such as the configuration of a backbone that is only named."""
 
 from __future__ import annotations
 

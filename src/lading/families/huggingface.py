@@ -60,7 +60,7 @@ DECODER_RULES: Final[Sequence[Rule]] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyTable:
-    """What a family does with the keys of a ``config.json``: with each of them one of these."""
+    """The treatment by a family of the keys of a ``config.json``: for each key one of these."""
 
     honored: frozenset[str]
     """Keys that the family reads."""
@@ -113,7 +113,7 @@ NO_WINDOWS: Final[Mapping[str, object]] = {"layer_types": None, "sliding_window"
 """Keys by which transformers shortens its cache in generation, whether or not layers of the type have a window."""
 
 NO_SCALING: Final[Mapping[str, str]] = {"original_max_position_embeddings": "it is of a scaling, and none is supported"}
-"""What a family without scaled rotary frequencies ignores."""
+"""Keys that a family without scaled rotary frequencies ignores."""
 
 _DECODER_KEYS: Final = frozenset(
     """

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 DType = torch.dtype | Literal["auto", "keep"]
-"""What a caller may ask for: a dtype, the checkpoint's, or that of each of its tensors."""
+"""A choice of the caller: a dtype, the checkpoint's, or that of each of its tensors."""
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,

@@ -36,7 +36,7 @@ POPULATE_READ, POPULATE_WRITE = 22, 23
 TRANSPARENT = Path("/sys/kernel/mm/transparent_hugepage")
 
 HugePages = Literal["auto", "always", "never"]
-"""Which sizes may be used: all, and the cheapest is; large ones only; small ones only."""
+"""The sizes that may be used: all, and the cheapest is; large ones only; small ones only."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -193,7 +193,7 @@ class LinuxKernel:
         return time.thread_time() - begin if self._madvise(start, size, POPULATE_WRITE) else None
 
     def _madvise(self, start: int, size: int, advice: int) -> bool:
-        """By ctypes, as the method of the mapping does not let other threads run meanwhile."""
+        # By ctypes, as the method of the mapping does not let other threads run meanwhile.
         return madvise(self._address + start, size, advice)
 
 
