@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -78,14 +78,14 @@ def parallelize(
 
     if gangs.sdp.size > 1 and plan.units is not None:
         mesh = mesh_of(gangs.sdp if gangs.rdp.size == 1 else gangs.dp)
+        units = {name: unit for pattern in plan.units for name, unit in _modules(module, pattern).items()}
         ties = tied_names(module)
-        for name in apart_modules(module, apart):
-            fully_shard(module.get_submodule(name), mesh=mesh)
-        for pattern in plan.units:
-            for name, unit in _modules(module, pattern).items():
-                # FSDP parts a parameter that one unit gathers from its further names outside of it.
-                if not crosses(name, ties) and not isinstance(unit, FSDPModule):
-                    fully_shard(unit, mesh=mesh)
+        # FSDP parts a parameter that one unit gathers from its further names outside of it.
+        units = {name: unit for name, unit in units.items() if not crosses(name, ties)}
+        units |= {name: module.get_submodule(name) for name in apart_modules(module, apart)}
+        # Units may lie in one another, in either order of the two kinds: FSDP wants the inner ones first.
+        for name in sorted(units, key=lambda name: name.count("."), reverse=True):
+            fully_shard(units[name], mesh=mesh)
         fully_shard(module, mesh=mesh)
 
 

@@ -31,6 +31,22 @@ SIZES: dict[str, Any] = {
 
 T5 = {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8, "vocab_size": 64}
 
+BLIP_2: dict[str, Any] = {
+    "vision_config": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 8,
+        "patch_size": 4,
+    },
+    "qformer_config": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "encoder_hidden_size": 32, "vocab_size": 64,
+    },
+    "text_config": {
+        "model_type": "opt", "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "vocab_size": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 16,
+    },
+    "num_query_tokens": 4,
+}  # fmt: skip
+
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -43,6 +59,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("mixtral", transformers.MixtralConfig(**SIZES, num_local_experts=4), transformers.MixtralForCausalLM),
         ("gpt2", transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64), transformers.GPT2LMHeadModel),
         ("t5", transformers.T5Config(**T5), transformers.T5ForConditionalGeneration),
+        ("blip2", transformers.Blip2Config(**BLIP_2), transformers.Blip2ForConditionalGeneration),
     ):
         save_model(root / name, kls, config, max_shard_size="30KB")
 
@@ -134,3 +151,28 @@ def test_what_is_kept_in_float32_is_sharded_by_itself(pool2: Pool, folders: dict
         assert found == []
         assert len(kept) == 4
         assert all(name.endswith(".wo.weight") for name in kept)
+
+
+def load_a_part_in_float32(folder: Path) -> tuple[list[str], set[str]]:
+    """Everything in which the parameters of a sharded model differ from those of one on a device alone, and the first
+    parts of the names of what is in float32.
+    """
+    torch.set_num_threads(1)
+    with create_gangs("cpu", sdp=2) as gangs:
+        hub = get_hg_model_hub()
+        alone = dict(hub.load_model(folder, device="cpu", dtype=torch.float16, progress=False).named_parameters())
+        model = hub.load_model(folder, gangs=gangs, dtype=torch.float16, progress=False)
+        held = {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
+
+        return (
+            [name for name, own in held.items() if own.dtype != alone[name].dtype or not torch.equal(own, alone[name])],
+            {name.partition(".")[0] for name, own in held.items() if own.dtype == torch.float32},
+        )
+
+
+def test_a_part_that_is_kept_in_float32_may_have_layers_that_are_gathered_by_themselves(
+    pool2: Pool, folders: dict[str, Path]
+) -> None:
+    for found, kept in pool2.values(load_a_part_in_float32, folders["blip2"]):
+        assert found == []
+        assert kept == {"qformer"}
