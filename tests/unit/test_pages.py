@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import random
 import re
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from lading.transfer.memory import HostArena
-from lading.transfer.pages import BLOCK, LinuxKernel, PageCosts, Pages, PageSize, offered_sizes
+from lading.transfer import pages as pages_module
+from lading.transfer.pages import BLOCK, PAGE, LinuxKernel, PageCosts, Pages, PageSize, madvise, offered_sizes
 
 SMALL, MIDDLE, LARGE = PageSize.SMALL, PageSize.MIDDLE, PageSize.LARGE
 
@@ -241,3 +243,25 @@ def test_what_the_kernel_offers(
         state(tmp_path / f"hugepages-{size}kB" / "enabled", value, ("always", "inherit", "madvise", "never"))
 
     assert offered_sizes(tmp_path) == expected
+
+
+@pytest.mark.parametrize(("error", "calls"), [(errno.EAGAIN, 1), (errno.ENOMEM, 1), (errno.EINTR, 3)])
+def test_advice_that_the_kernel_cannot_take_is_given_once(
+    monkeypatch: pytest.MonkeyPatch, error: int, calls: int
+) -> None:
+    class Full:
+        """A kernel whose process has as many areas of memory as it may have."""
+
+        calls = 0
+
+        def madvise(self, *arguments: object) -> int:
+            self.calls += 1
+            assert self.calls <= 3
+            ctypes.set_errno(error)
+            return 0 if self.calls == 3 else -1
+
+    kernel = Full()
+    monkeypatch.setattr(pages_module, "_libc", kernel)
+
+    assert madvise(0, PAGE, mmap.MADV_NOHUGEPAGE) == (error == errno.EINTR)
+    assert kernel.calls == calls

@@ -200,7 +200,8 @@ class LinuxKernel:
 def madvise(address: int, size: int, advice: int) -> bool:
     """Advise the kernel about whole pages of memory; return whether it took the advice."""
     while _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice):
-        if ctypes.get_errno() not in (errno.EINTR, errno.EAGAIN):
+        # Not for EAGAIN: that says that the process has all the areas of memory that it may have, and would for ever.
+        if ctypes.get_errno() != errno.EINTR:
             return False
 
     return True
