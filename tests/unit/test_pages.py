@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lading.transfer.memory import HostArena
 from lading.transfer import pages as pages_module
+from lading.transfer.memory import HostArena
 from lading.transfer.pages import BLOCK, PAGE, LinuxKernel, PageCosts, Pages, PageSize, madvise, offered_sizes
 
 SMALL, MIDDLE, LARGE = PageSize.SMALL, PageSize.MIDDLE, PageSize.LARGE
