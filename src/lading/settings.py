@@ -45,7 +45,7 @@ class Settings:
             return ""
         scheme, _, rest = self.database_url.partition("://")
         if scheme.partition("+")[0] != "sqlite":
-            # Neither the user nor the password nor what the driver is told makes another database.
+            # User, password and parameters of the driver do not make another database.
             text = f"{scheme.partition('+')[0]}://{rest.rpartition('@')[2].partition('?')[0]}"
         else:
             name = rest.removeprefix("/")

@@ -27,7 +27,7 @@ def rm(names: tuple[str, ...], orphans: bool, dry_run: bool, yes: bool) -> None:
     From lading's cache goes what this catalog fetched. The cache of Hugging Face's libraries has no owners: there the
     revisions of the model are listed and, after a question, deleted. Files elsewhere, adopted ones and those that a
     card names by their path, stay; so does what another model needs. The cards stay, too: a load fetches the model
-    anew.
+    again.
 
     For example: lading rm qwen3_0.6b
     """
