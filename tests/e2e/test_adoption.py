@@ -51,9 +51,11 @@ def loads(name: str) -> None:
 
 
 def copies(uri: str) -> list[tuple[str, str, bool]]:
+    """Return the copies of files with weights; the config.json that a load read is known by its path."""
     stored = lading.get_asset_store().checkpoint(uri)
     assert stored is not None
-    return [(copy.file, copy.kind, copy.verified_at is not None) for copy in stored.copies]
+    weights = [copy for copy in stored.copies if copy.file != str(copy.path)]
+    return [(copy.file, copy.kind, copy.verified_at is not None) for copy in weights]
 
 
 # --- the cache of Hugging Face's libraries ---------------------------------------------------------------------------
