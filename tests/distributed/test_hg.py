@@ -174,5 +174,5 @@ def test_a_part_that_is_kept_in_float32_may_have_layers_that_are_gathered_by_the
     pool2: Pool, folders: dict[str, Path]
 ) -> None:
     for found, kept in pool2.values(load_a_part_in_float32, folders["blip2"]):
-        assert found == []
+        assert found == ["query_tokens"]  # beside parameters of the model's dtype, with which it is gathered
         assert kept == {"qformer"}
