@@ -132,7 +132,7 @@ def test_as(value: object, kls: type) -> None:
         ("  hg://a/b  ", "hg://a/b"),
         ("/a/b.pt", "file:///a/b.pt"),
         ("b.pt", "file:///cards/b.pt"),
-        ("../b c", "file:///cards/../b c"),
+        ("../b c", "file:///b c"),
         ("b:c", "file:///cards/b:c"),
         ("~/b", f"file://{Path.home()}/b"),
     ],
