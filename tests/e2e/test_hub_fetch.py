@@ -552,7 +552,8 @@ def test_offline_the_cache_answers_and_no_socket_is_opened(hub: FakeHub, repo: R
 
     snapshot, read, again, sockets = client(OFFLINE, uri="hg://qwen/tiny-0.1b")
 
-    assert snapshot == online, "the names of blobs are the digests that the hub published"
+    # The names of blobs are the digests that the hub published; what else it has, a cache does not know.
+    assert snapshot == replace(online, partial=True)
     assert read == WEIGHTS[10:15]
     assert again == [replace(file, own=False) for file in files]
     assert not sockets
