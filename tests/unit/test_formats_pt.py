@@ -369,9 +369,11 @@ def test_an_index_of_several(tmp_path: Path) -> None:
     assert manifest.index_name == index.name
     assert equal(read_all(tmp_path)["w"], BASE)
 
-    index.write_text(f'{{"weight_map": {{"v": "{a}", "w": "{a}"}}}}')
+    index.write_text(f'{{"weight_map": {{"v": "{b}", "w": "{a}"}}}}')
     with pytest.raises(CorruptModelCheckpointError, match="agree"):
         formats.index(tmp_path)
+    index.write_text(f'{{"weight_map": {{"v": "{a}", "w": "{a}"}}}}')  # whether `w` is needed, the model says
+    assert list(formats.index(tmp_path).names) == ["v"]
     index.write_text('{"weight_map": {"v": "../x.bin"}}')
     with pytest.raises(CorruptModelCheckpointError, match=r"end in \.bin"):
         formats.index(tmp_path)
@@ -400,7 +402,7 @@ def test_strided_tensors_in_several_files_are_rewritten_once(tmp_path: Path) -> 
     assert {path: FileStat.from_stat(path.stat()) for path in new.parent.iterdir()} == states
 
     # What the index and the files say is compared before.
-    index.write_text(f'{{"weight_map": {{"v": "{b}", "w": "{b}"}}}}')
+    index.write_text(f'{{"weight_map": {{"v": "{b}", "w": "{a}"}}}}')
     with pytest.raises(CorruptModelCheckpointError, match="agree"):
         formats.index(tmp_path, cache=cache)
     index.write_text(f'{{"weight_map": {{"v": "{a}", "w": "{b}"}}}}')

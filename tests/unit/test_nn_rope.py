@@ -97,7 +97,7 @@ def test_linear_scaling() -> None:
         ({"factor": 0.5}, "factor"),
         ({"beta_slow": 32.0}, "slow < fast"),
         ({"beta_slow": 0.0}, "slow < fast"),
-        ({"original_seq_len": 0}, "original context"),
+        ({"original_seq_len": 0}, "original_seq_len"),
         ({"amplitude": 0.0}, "amplitude"),
     ],
 )
