@@ -71,7 +71,7 @@ def model_dtype(dtype: DType, checkpoint: Checkpoint, *, store: AssetStore | Non
 
     try:
         hf_config = _hf_config(checkpoint, store)
-    except FetchError as error:
+    except (FetchError, OSError) as error:
         log.info("config.json of %s cannot be asked for a dtype: %s", checkpoint.name, error)
         hf_config = {}
     stated = hf_config.get("dtype") or hf_config.get("torch_dtype")

@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -105,16 +106,25 @@ def test_without_stdout(process, catalog):
 
 
 @pytest.mark.parametrize("words", [(), ("--debug",)])
-def test_ctrl_c(catalog, tmp_path, words):
-    # To open the other end of a pipe is to know that the command has begun to read.
-    fifo = tmp_path / "cards.yaml"
-    os.mkfifo(fifo)
+def test_ctrl_c(catalog, words):
     child = subprocess.Popen(
-        [sys.executable, "-m", "lading", *words, "import", str(fifo)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "lading", *words, "import", "-"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    with fifo.open("w"):
-        child.send_signal(signal.SIGINT)
-        _, stderr = child.communicate(timeout=30)
+    assert child.stdin is not None
+    # More than a pipe holds: it is written only when the command has begun to read.
+    child.stdin.write("# a comment\n" * 20_000)
+    child.stdin.flush()
+    with child.stdin, child.stderr:
+        for _ in range(20):
+            time.sleep(1)
+            child.send_signal(signal.SIGINT)
+            if child.poll() is not None:
+                break
+        child.wait(10)
+        stderr = child.stderr.read()
     assert child.returncode == 130
     assert stderr.endswith("lading: interrupted\n")
     assert ("Traceback" in stderr) == bool(words)
