@@ -25,7 +25,7 @@ class Side:
     config: Mapping[str, object] = field(default_factory=dict)
     """Fields and their values, which may be mappings themselves."""
     has_values: bool = True
-    """Whether its tensors have values: those of an architecture have none."""
+    """True if its tensors have values; those of an architecture have none."""
 
     @classmethod
     def of_manifest(cls, manifest: Manifest, digests: Mapping[str, str] | None = None) -> Side:

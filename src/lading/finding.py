@@ -1,4 +1,4 @@
-"""Where checkpoints lie in a folder, at any depth, and which files they are of, mostly by their names.
+"""The search for checkpoints in a folder, at any depth, and for their files, mostly by their names.
 
 A folder that a user names may hold anything. No link to a folder is followed; a link to a file is, where it lies right
 in the folder that was named, leads to a place inside it, or is one of those of which a Hugging Face cache consists.

@@ -60,7 +60,7 @@ class DiskUsage:
     holdings: tuple[Holding, ...]
     """By name. Models of one checkpoint, or of one file in different checkpoints, each count it."""
     orphans: tuple[Holding, ...]
-    """What this catalog brought into lading's cache, and no card names in any environment."""
+    """Files that this catalog brought into lading's cache and no card names in any environment."""
     bytes: int
     """Of ``holdings``, each file once."""
     orphan_bytes: int
@@ -201,11 +201,11 @@ def _heads(uri: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Orphans:
-    """What this catalog brought into lading's cache, and no card of it names in any environment."""
+    """Files that this catalog brought into lading's cache and none of its cards names in any environment."""
 
     cache: Cache
     entries: tuple[tuple[Entry, tuple[Path, ...]], ...]
-    """What was fetched for cards that are no more, and the files of each that nothing else needs."""
+    """Entries fetched for cards that were removed, and the files of each that nothing else needs."""
     strays: tuple[Path, ...]
     """Files that no entry refers to, and what was made of files."""
     needed: frozenset[str]

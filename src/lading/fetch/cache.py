@@ -63,7 +63,7 @@ class CachedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """What one catalog fetched from one URI."""
+    """The files that one catalog fetched from one URI."""
 
     uri: str
     """As it may be shown: without what is secret in it."""

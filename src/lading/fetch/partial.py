@@ -75,7 +75,7 @@ class Partial:
         """Open as long as this object lives: a thread that cannot be stopped must not write to another file."""
         weakref.finalize(self, os.close, fd)
         self.done = list(done)
-        """What was there, byte by byte as it came, when it was opened."""
+        """The ranges of bytes that were there when it was opened."""
 
     @classmethod
     def open(cls, folder: Path, identity: Identity) -> Self:

@@ -37,7 +37,7 @@ class Snapshot:
     """A commit; empty where the source has none."""
     files: tuple[RemoteFile, ...]
     partial: bool = False
-    """Whether it lists what is in a cache, as the source could not be asked: further files may be published."""
+    """True if it lists only what is in a cache, as the source could not be asked: further files may be published."""
 
     def file(self, name: str) -> RemoteFile | None:
         """The file of this name; ``None`` where there is none."""

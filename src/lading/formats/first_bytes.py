@@ -1,4 +1,4 @@
-"""Which format a file has, by its first bytes: a name says what somebody took it for, the bytes say what it is.
+"""The format of a file, by its first bytes: a name says what somebody took it for, the bytes say what it is.
 
 Sources: the formats' own specifications; the signatures of containers are those of the `file` program's database.
 """
