@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,18 +126,23 @@ def test_files_of_a_web_server(cli: Cli, tmp_path: Path, file: str) -> None:
     cli("load", "pinned", "--no-progress", code=4)
 
 
-def test_a_digest_other_than_the_published_one(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_digest_other_than_the_published_one(
+    cli: Cli, process: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
     with FakeHub() as hub:
         folder = make(tmp_path / "m", shards=2)
         hub.add("some/tiny", folder)
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        env = {"LADING_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": ""}
         file = folder / "model-00002-of-00002.safetensors"
         add(cli, tmp_path, "hg://some/tiny", {file.name: WRONG})
-        assert sha256(file) in cli("pull", "pinned", "--no-progress", code=4).stderr
-        assert cli("path", "pinned", code=None).exit_code != 0
+        refused = process("pull", "pinned", "--no-progress", env=env)
+        assert refused.returncode == 4, refused.stderr
+        assert sha256(file) in refused.stderr
+        assert process("path", "pinned", env=env).returncode != 0
         add(cli, tmp_path, "hg://some/tiny", {file.name: sha256(file)})
-        cli("pull", "pinned", "--no-progress")
-        load()
+        for words in (("pull", "pinned", "--no-progress"), ("load", "pinned", "--no-progress")):
+            done = process(*words, env=env)
+            assert done.returncode == 0, done.stderr
 
 
 def test_a_file_that_had_to_be_rewritten(cli: Cli, tmp_path: Path) -> None:
