@@ -30,17 +30,17 @@ from typing import Any
 
 import harness
 
-from lading.box import Box
-from lading.card import CardEntry, checkpoint_ref
-from lading.cardfile import CardFile
-from lading.catalog.checkpoints import record_checkpoint
-from lading.catalog.database import Database
-from lading.catalog.ingest import import_files
+from lading.cards.card import CardEntry, checkpoint_ref
+from lading.cards.card_file import CardFile
+from lading.cards.overrides import layers_of, merge_layers
+from lading.catalog.checkpoints.record import record_checkpoint
+from lading.catalog.database.database import Database
+from lading.catalog.import_cards import import_files
 from lading.catalog.store import AssetStore
-from lading.manifest import Manifest, Shard
-from lading.overrides import layers_of, merge_layers
-from lading.settings import Settings
-from lading.transfer.plan import Wanted, plan
+from lading.formats.manifest import Manifest, Shard
+from lading.planning.box import Box
+from lading.planning.plan import Wanted, plan
+from lading.system.settings import Settings
 
 CARDS = ("sources", "families", "cards")
 CHECKPOINTS = ("checkpoints", "shards", "tensors")

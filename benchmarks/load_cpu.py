@@ -105,8 +105,7 @@ def lading(**options: Any) -> Callable[[Path], Loader]:
 
     def prepare(folder: Path) -> Loader:
         os.environ["LADING_DATABASE_URL"] = f"sqlite:///{DATA / 'catalog.sqlite'}"
-        import lading.families.qwen  # noqa: F401
-        from lading.hub import load_model
+        from lading.models.hub import load_model
 
         return lambda: load_model("bench", progress=False, **options)
 
@@ -117,8 +116,7 @@ def lading_hg(folder: Path) -> Loader:
     """``load_model`` of the same checkpoint through transformers' class, mapped."""
     from transformers import Qwen3ForCausalLM  # noqa: F401 - which ``from_pretrained`` has before the clock starts, too
 
-    import lading.families.hg  # noqa: F401
-    from lading.hub import load_model
+    from lading.models.hub import load_model
 
     os.environ["LADING_DATABASE_URL"] = f"sqlite:///{DATA / 'catalog.sqlite'}"
     return lambda: load_model("bench_hg", dtype="auto", mmap=True, progress=False)

@@ -62,9 +62,9 @@ def make_checkpoint() -> None:
         import torch
         from safetensors.torch import save_file
 
-        from lading.construct import build_on_meta
         from lading.families.qwen import get_qwen_model_hub
-        from lading.family import get_family
+        from lading.models.construct import build_on_meta
+        from lading.models.family import get_family
 
         print(f"writing 16.4 GB to {folder()}", file=sys.stderr)
         folder().mkdir(parents=True, exist_ok=True)
@@ -102,8 +102,7 @@ def lading(dtype: str) -> Callable[[], Loader]:
         os.environ["LADING_DATABASE_URL"] = f"sqlite:///{DATA / 'catalog_8b.sqlite'}"
         import torch
 
-        import lading.families.qwen  # noqa: F401
-        from lading.hub import load_model
+        from lading.models.hub import load_model
 
         named = "auto" if dtype == "auto" else getattr(torch, dtype)
 

@@ -52,11 +52,8 @@ Loader = Callable[[], Any]
 def lading(folder: Path, sizes: dict[str, int]) -> Loader:
     """``load_model`` of a rank."""
     os.environ["LADING_DATABASE_URL"] = f"sqlite:///{CATALOG}"
-    import lading.families.qwen
-    import lading.parallel
-    import lading.transfer.placements  # noqa: F401
     from lading.gangs import simulate_gangs
-    from lading.hub import load_model
+    from lading.models.hub import load_model
 
     gangs = simulate_gangs(0, **sizes)
 

@@ -43,12 +43,8 @@ def run_rank(name: str) -> None:
     os.environ["LADING_DATABASE_URL"] = f"sqlite:///{CATALOG}"
     import torch
 
-    import lading.families.qwen
-    import lading.parallel
-    import lading.transfer.exchange
-    import lading.transfer.placements  # noqa: F401
     from lading.gangs import create_gangs
-    from lading.hub import load_model
+    from lading.models.hub import load_model
 
     torch.set_num_threads(1)
     sizes, together = CONTENDERS[name]

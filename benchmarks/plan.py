@@ -32,12 +32,12 @@ def main() -> None:
     parser.add_argument("--save", metavar="NAME", help="keep the figures as benchmarks/results/NAME.json")
     options = parser.parse_args()
 
-    from lading.checkpoint import Checkpoint
-    from lading.construct import build_on_meta
+    from lading.checkpoints.checkpoint import Checkpoint
     from lading.families.qwen import FAMILY, QwenConfig
-    from lading.manifest import Manifest, Shard
-    from lading.planning import plan_checkpoint
-    from lading.transfer.targets import targets_of
+    from lading.formats.manifest import Manifest, Shard
+    from lading.models.construct import build_on_meta
+    from lading.models.targets import targets_of
+    from lading.operations.plan import plan_checkpoint
 
     config = QwenConfig(
         model_dim=2_048, vocab_size=65_536, tied_embeddings=False, num_layers=options.layers, num_attn_heads=16,

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from lading import create_gangs
-from lading.hub import load_with_report
+from lading.models.hub import load_with_report
 
 
 def main() -> None:

@@ -8,12 +8,12 @@ from alembic import context
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection
 
-from lading.catalog.engine import file_engine, server_engine, transaction
-from lading.catalog.lifecycle import VERSION_TABLE
+from lading.catalog.database.connection import file_engine, server_engine, transaction
+from lading.catalog.database.migrate import VERSION_TABLE
+from lading.catalog.database.target import APPLICATION_ID, Target
 from lading.catalog.schema import Row
 from lading.catalog.search import is_not_index
-from lading.catalog.target import APPLICATION_ID, Target
-from lading.settings import Settings
+from lading.system.settings import Settings
 
 
 def stamp(ctx: MigrationContext, **event: Any) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from lading.fetch.cache import Cache
+from lading.sources.cache import Cache
 from servers.hub import git_blob
 
 

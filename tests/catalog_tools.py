@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lading.cardfile import CardFile, parse
+from lading.cards.card_file import CardFile, parse
 from lading.catalog.records import LocalCopy
-from lading.filesystem import FileStat
-from lading.manifest import Manifest, Shard
-from lading.settings import Settings
+from lading.formats.manifest import Manifest, Shard
+from lading.system.filesystem import FileStat
+from lading.system.settings import Settings
 
 
 def settings_in(folder: Path, **changes: Any) -> Settings:

@@ -1,4 +1,4 @@
-"""The definition of a tensor's digests in `lading.digests`, sentence by sentence, as slowly as it reads."""
+"""The definition of a tensor's digests in `lading.formats.digests`, sentence by sentence, as slowly as it reads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 from blake3 import blake3
 
-from lading.manifest import BITS
+from lading.formats.manifest import BITS
 
 
 def reference(

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from cache_tools import require_consistent, require_consistent_hub
 from catalog_tools import settings_in
-from lading.card import path_uri
-from lading.catalog import lifecycle
+from lading.cards.card import path_uri
+from lading.catalog.database import migrate as lifecycle
 from make_checkpoint import make, tensors
 from nursery import Ended, Nursery
 from servers.hostile import Server, serve

@@ -263,10 +263,11 @@ def main() -> None:
     import huggingface_hub.file_download
     import torch  # noqa: F401
 
-    import lading.cli.app
     from lading.cli.app import app
-    from lading.fetch import hf, hf_errors, http  # noqa: F401
-    from lading.fetch.client import Patience, http_library
+    from lading.sources.hub import errors as hf_errors
+    from lading.sources.hub import source as hf  # noqa: F401
+    from lading.sources.web import source as http  # noqa: F401
+    from lading.sources.web.client import Patience, http_library
 
     # What a person waits for is not what a test can wait for.
     hf_errors.BACK_OFF = 0.01
@@ -279,11 +280,6 @@ def main() -> None:
     huggingface_hub.HfApi()
     for name in ("index", "load", "pull", "verify", "import", "list", "db"):
         app.get_command(None, name)
-    import lading.catalog.lifecycle
-    import lading.catalog.store
-    import lading.hub
-    import lading.pull
-    import lading.verify  # noqa: F401
 
     for line in sys.stdin:
         command = json.loads(line)

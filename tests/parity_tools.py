@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lading.family import Family, family_of_model_type
+from lading.models.family import Family, family_of_model_type
 
 
 def family_of(model_type: str) -> Family[Any, Any]:

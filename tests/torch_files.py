@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lading import formats
-from lading.manifest import Manifest
+from lading.formats.manifest import Manifest
 from lading.transfer.dtypes import TORCH_DTYPES
 
 

@@ -6,9 +6,9 @@ from array import array
 
 from hypothesis import strategies as st
 
-from lading.box import Box
-from lading.manifest import BITS, Manifest, Shard
-from lading.transfer.plan import Wanted
+from lading.formats.manifest import BITS, Manifest, Shard
+from lading.planning.box import Box
+from lading.planning.plan import Wanted
 
 FLOATS = ["BF16", "F16", "F32", "F64"]
 

@@ -9,23 +9,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from lading.version import __version__ as __version__
+from lading.system.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lading.adoption import Adoption as Adoption
-    from lading.adoption import adopt_checkpoints as adopt_checkpoints
-    from lading.card import Architecture as Architecture
-    from lading.card import AssetCard as AssetCard
-    from lading.card import AssetCardField as AssetCardField
+    from lading.cards.card import Architecture as Architecture
+    from lading.cards.card import AssetCard as AssetCard
+    from lading.cards.card import AssetCardField as AssetCardField
     from lading.catalog.doors import import_cards as import_cards
     from lading.catalog.doors import query as query
     from lading.catalog.store import AssetStore as AssetStore
     from lading.catalog.store import get_asset_store as get_asset_store
-    from lading.check import CheckReport as CheckReport
-    from lading.diff import DiffReport as DiffReport
-    from lading.doors import check_model as check_model
-    from lading.doors import diff_models as diff_models
-    from lading.doors import plan_load as plan_load
+    from lading.checkpoints.locate import index_checkpoint as index_checkpoint
+    from lading.checkpoints.tokenizer import load_tokenizer as load_tokenizer
     from lading.errors import AssetCardError as AssetCardError
     from lading.errors import AssetNotFoundError as AssetNotFoundError
     from lading.errors import CardFileError as CardFileError
@@ -47,57 +42,62 @@ if TYPE_CHECKING:
     from lading.errors import NotSupportedError as NotSupportedError
     from lading.errors import PolicyError as PolicyError
     from lading.errors import QueryError as QueryError
-    from lading.export import ExportReport as ExportReport
-    from lading.export import convert_checkpoint as convert_checkpoint
-    from lading.export import export_model as export_model
-    from lading.family import Family as Family
+    from lading.formats.manifest import Manifest as Manifest
     from lading.gangs import Gang as Gang
     from lading.gangs import Gangs as Gangs
     from lading.gangs import create_fake_gangs as create_fake_gangs
     from lading.gangs import create_gangs as create_gangs
     from lading.gangs import simulate_gangs as simulate_gangs
-    from lading.holdings import DiskUsage as DiskUsage
-    from lading.holdings import Holding as Holding
-    from lading.holdings import disk_usage as disk_usage
-    from lading.hub import GlobalModelLoader as GlobalModelLoader
-    from lading.hub import ModelHub as ModelHub
-    from lading.hub import ModelHubAccessor as ModelHubAccessor
-    from lading.hub import load_model as load_model
-    from lading.keymap import Rule as Rule
-    from lading.locate import index_checkpoint as index_checkpoint
-    from lading.manifest import Manifest as Manifest
-    from lading.nn.sharding import ParallelPlan as ParallelPlan
-    from lading.nn.sharding import Split as Split
-    from lading.nn.sharding import Stages as Stages
-    from lading.planning import LoadPlan as LoadPlan
-    from lading.pull import PullReport as PullReport
-    from lading.pull import pull_model as pull_model
-    from lading.removal import Removal as Removal
-    from lading.removal import remove_model as remove_model
-    from lading.removal import remove_orphans as remove_orphans
-    from lading.repack import RepackReport as RepackReport
-    from lading.repack import repack_model as repack_model
-    from lading.report import LoadReport as LoadReport
-    from lading.tokenizer import load_tokenizer as load_tokenizer
-    from lading.verify import VerifyReport as VerifyReport
-    from lading.verify import verify_model as verify_model
+    from lading.models.family import Family as Family
+    from lading.models.fit import CheckReport as CheckReport
+    from lading.models.hub import GlobalModelLoader as GlobalModelLoader
+    from lading.models.hub import ModelHub as ModelHub
+    from lading.models.hub import ModelHubAccessor as ModelHubAccessor
+    from lading.models.hub import load_model as load_model
+    from lading.models.parallel_plan import ParallelPlan as ParallelPlan
+    from lading.models.parallel_plan import Split as Split
+    from lading.models.parallel_plan import Stages as Stages
+    from lading.models.report import LoadReport as LoadReport
+    from lading.operations.adopt import Adoption as Adoption
+    from lading.operations.adopt import adopt_checkpoints as adopt_checkpoints
+    from lading.operations.check import check_model as check_model
+    from lading.operations.check import diff_models as diff_models
+    from lading.operations.check import plan_load as plan_load
+    from lading.operations.diff import DiffReport as DiffReport
+    from lading.operations.disk_usage import DiskUsage as DiskUsage
+    from lading.operations.disk_usage import Holding as Holding
+    from lading.operations.disk_usage import disk_usage as disk_usage
+    from lading.operations.export import ExportReport as ExportReport
+    from lading.operations.export import convert_checkpoint as convert_checkpoint
+    from lading.operations.export import export_model as export_model
+    from lading.operations.plan import LoadPlan as LoadPlan
+    from lading.operations.pull import PullReport as PullReport
+    from lading.operations.pull import pull_model as pull_model
+    from lading.operations.remove import Removal as Removal
+    from lading.operations.remove import remove_model as remove_model
+    from lading.operations.remove import remove_orphans as remove_orphans
+    from lading.operations.repack import RepackReport as RepackReport
+    from lading.operations.repack import repack_model as repack_model
+    from lading.operations.verify import VerifyReport as VerifyReport
+    from lading.operations.verify import verify_model as verify_model
+    from lading.planning.rules import Rule as Rule
 
 _HOME = {
-    "Adoption": "adoption",
-    "adopt_checkpoints": "adoption",
-    "AssetCard": "card",
-    "AssetCardField": "card",
-    "Architecture": "card",
+    "Adoption": "operations.adopt",
+    "adopt_checkpoints": "operations.adopt",
+    "AssetCard": "cards.card",
+    "AssetCardField": "cards.card",
+    "Architecture": "cards.card",
     "import_cards": "catalog.doors",
     "query": "catalog.doors",
     "AssetStore": "catalog.store",
     "get_asset_store": "catalog.store",
-    "CheckReport": "check",
-    "index_checkpoint": "locate",
-    "DiffReport": "diff",
-    "check_model": "doors",
-    "diff_models": "doors",
-    "plan_load": "doors",
+    "CheckReport": "models.fit",
+    "index_checkpoint": "checkpoints.locate",
+    "DiffReport": "operations.diff",
+    "check_model": "operations.check",
+    "diff_models": "operations.check",
+    "plan_load": "operations.check",
     "AssetCardError": "errors",
     "AssetNotFoundError": "errors",
     "CardFileError": "errors",
@@ -120,39 +120,39 @@ _HOME = {
     "PolicyError": "errors",
     "QueryError": "errors",
     "RefusedPickleError": "errors",
-    "convert_checkpoint": "export",
-    "export_model": "export",
-    "ExportReport": "export",
-    "Family": "family",
+    "convert_checkpoint": "operations.export",
+    "export_model": "operations.export",
+    "ExportReport": "operations.export",
+    "Family": "models.family",
     "Gang": "gangs",
     "Gangs": "gangs",
     "create_fake_gangs": "gangs",
     "create_gangs": "gangs",
     "simulate_gangs": "gangs",
-    "DiskUsage": "holdings",
-    "Holding": "holdings",
-    "disk_usage": "holdings",
-    "GlobalModelLoader": "hub",
-    "ModelHub": "hub",
-    "ModelHubAccessor": "hub",
-    "load_model": "hub",
-    "Rule": "keymap",
-    "Removal": "removal",
-    "remove_model": "removal",
-    "remove_orphans": "removal",
-    "LoadPlan": "planning",
-    "pull_model": "pull",
-    "PullReport": "pull",
-    "repack_model": "repack",
-    "RepackReport": "repack",
-    "load_tokenizer": "tokenizer",
-    "verify_model": "verify",
-    "VerifyReport": "verify",
-    "LoadReport": "report",
-    "Manifest": "manifest",
-    "ParallelPlan": "nn.sharding",
-    "Split": "nn.sharding",
-    "Stages": "nn.sharding",
+    "DiskUsage": "operations.disk_usage",
+    "Holding": "operations.disk_usage",
+    "disk_usage": "operations.disk_usage",
+    "GlobalModelLoader": "models.hub",
+    "ModelHub": "models.hub",
+    "ModelHubAccessor": "models.hub",
+    "load_model": "models.hub",
+    "Rule": "planning.rules",
+    "Removal": "operations.remove",
+    "remove_model": "operations.remove",
+    "remove_orphans": "operations.remove",
+    "LoadPlan": "operations.plan",
+    "pull_model": "operations.pull",
+    "PullReport": "operations.pull",
+    "repack_model": "operations.repack",
+    "RepackReport": "operations.repack",
+    "load_tokenizer": "checkpoints.tokenizer",
+    "verify_model": "operations.verify",
+    "VerifyReport": "operations.verify",
+    "LoadReport": "models.report",
+    "Manifest": "formats.manifest",
+    "ParallelPlan": "models.parallel_plan",
+    "Split": "models.parallel_plan",
+    "Stages": "models.parallel_plan",
 }
 
 __all__ = [*_HOME, "__version__"]

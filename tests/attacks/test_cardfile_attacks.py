@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lading.cardfile import CardFile, parse
-from lading.documents.document import MAX_BYTES, MAX_DEPTH, MAX_PROBLEMS
+from lading.cards.card_file import CardFile, parse
+from lading.cards.documents.document import MAX_BYTES, MAX_DEPTH, MAX_PROBLEMS
 
 pytestmark = pytest.mark.timeout(60)
 

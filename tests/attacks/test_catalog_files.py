@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 
 from catalog_tools import card_file, make_copies, make_manifest, settings_in
-from lading.catalog import lifecycle, refresh
-from lading.catalog.checkpoints import record_checkpoint
-from lading.catalog.database import Database
-from lading.catalog.ingest import import_files
+from lading.catalog.checkpoints.record import record_checkpoint
+from lading.catalog.database import migrate as lifecycle
+from lading.catalog.database.database import Database
+from lading.catalog.import_cards import import_files
+from lading.catalog.importing import refresh
 from lading.catalog.query import query
 from lading.catalog.store import AssetStore
 from lading.errors import CatalogError, LadingError
-from lading.settings import Settings
+from lading.system.settings import Settings
 
 PAGE = 4096
 

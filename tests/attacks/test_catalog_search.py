@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from catalog_tools import card_file, settings_in
-from lading.catalog import refresh, search
-from lading.catalog.database import Database
-from lading.catalog.ingest import import_files
+from lading.catalog import search
+from lading.catalog.database.database import Database
+from lading.catalog.import_cards import import_files
+from lading.catalog.importing import refresh
 from lading.catalog.store import AssetStore
 
 NONSENSE = [

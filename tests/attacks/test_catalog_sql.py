@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from catalog_tools import card_file, settings_in
-from lading.catalog import refresh
-from lading.catalog.database import Database
-from lading.catalog.ingest import import_files
+from lading.catalog.database.database import Database
+from lading.catalog.import_cards import import_files
+from lading.catalog.importing import refresh
 from lading.catalog.query import _FUNCTIONS, MAX_VALUE_BYTES, query
 from lading.errors import CatalogError, LadingError, PolicyError, QueryError
 

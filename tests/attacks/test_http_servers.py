@@ -23,14 +23,14 @@ from lading.errors import (
     LadingError,
     PolicyError,
 )
-from lading.fetch import redirects
-from lading.fetch.cache import Cache
-from lading.fetch.client import Patience, http_library
-from lading.fetch.download import Effort
-from lading.fetch.hf_errors import retried, translated
-from lading.fetch.http import HttpSource
-from lading.fetch.redirects import Reach
-from lading.fetch.source import FetchedFile
+from lading.sources.cache import Cache
+from lading.sources.hub.errors import retried, translated
+from lading.sources.source import FetchedFile
+from lading.sources.web import redirects
+from lading.sources.web.client import Patience, http_library
+from lading.sources.web.download import Effort
+from lading.sources.web.redirects import Reach
+from lading.sources.web.source import HttpSource
 from servers import hostile
 from servers.hostile import Behaviour, Exchange, Server, at, drops, first, on_get, on_ranges, redirect, serve, status
 

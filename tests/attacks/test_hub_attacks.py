@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from lading.errors import FetchError, LadingError
-from lading.fetch.hf import HubSource
-from lading.fetch.hf_cache import cached_file, repositories
-from lading.fetch.source import RemoteFile, Snapshot
+from lading.sources.hub.cache import cached_file, repositories
+from lading.sources.hub.source import HubSource
+from lading.sources.source import RemoteFile, Snapshot
 from servers.hub import TOKEN, FakeHub
 from servers.hub_client import HubClient
 

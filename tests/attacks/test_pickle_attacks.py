@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from lading import formats
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, NotSupportedError, PolicyError
-from lading.formats import pickle_reader
-from lading.formats.pickle_values import Inert
+from lading.formats.torch_save import pickle_machine as pickle_reader
+from lading.formats.torch_save.pickle_values import Inert
 from torch_files import (
     GOOD,
     Member,
@@ -243,7 +243,7 @@ def test_bombs_take_time_and_memory_in_proportion_to_their_size(tmp_path: Path, 
 
 
 def test_a_pickle_of_more_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lading.formats.torch_pt.MAX_PICKLE_SIZE", len(GOOD) - 1)
+    monkeypatch.setattr("lading.formats.torch_save.reader.MAX_PICKLE_SIZE", len(GOOD) - 1)
     with pytest.raises(CorruptModelCheckpointError, match="at most"):
         _index(tmp_path, checkpoint())
     with pytest.raises(CorruptModelCheckpointError, match="at most"):

@@ -55,7 +55,7 @@ def be_rank(*options: str) -> None:
     from tiny_models import whole
 
     from lading.gangs import create_gangs
-    from lading.hub import load_with_report
+    from lading.models.hub import load_with_report
 
     torch.set_num_threads(1)
     with create_gangs("cpu", tp=2, sdp=2) as gangs:

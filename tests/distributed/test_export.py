@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from workers import Pool
 
 from lading import GangError, LadingError, NotSupportedError, export_model, load_model, simulate_gangs
-from lading.folder import family_of_folder
+from lading.formats.hf_folder import family_of_folder
 from make_checkpoint import make, tensors
 
 
@@ -61,19 +61,19 @@ def export_with_a_fault(source: Path, folder: Path, fault: str) -> None:
     if gangs.root.rank == 1 and fault == "other":
         folder = folder.with_name("other")
     if gangs.root.rank == 1 and fault in ("disk", "memory"):
-        import lading.export
+        import lading.operations.export
 
-        class Full(lading.export.Writer):
+        class Full(lading.operations.export.Writer):
             def write(self, data: memoryview) -> None:
                 raise (MemoryError if fault == "memory" else OSError)(
                     28, "No space left on device", "the disk of rank 1"
                 )
 
-        original, lading.export.Writer = lading.export.Writer, Full  # type: ignore[misc]
+        original, lading.operations.export.Writer = lading.operations.export.Writer, Full  # type: ignore[misc]
         try:
             export_model(model, family, config, folder, gangs=gangs, shard_size=20_000)
         finally:
-            lading.export.Writer = original  # type: ignore[misc]
+            lading.operations.export.Writer = original  # type: ignore[misc]
     else:
         export_model(model, family, config, folder, gangs=gangs, shard_size=20_000)
 

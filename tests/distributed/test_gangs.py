@@ -26,8 +26,8 @@ from workers import Pool
 
 from lading.errors import CorruptModelCheckpointError, GangError, InternalError, ModelGatedError
 from lading.gangs import Gang, create_gangs
+from lading.gangs.coordinator import GREETING
 from lading.gangs.failure import KNOWN
-from lading.gangs.switchboard import GREETING
 
 # --- layout ----------------------------------------------------------------------------------------------------------
 

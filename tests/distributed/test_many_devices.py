@@ -17,7 +17,7 @@ from tiny_models import whole
 from workers import Pool
 
 from lading.gangs import create_gangs, world
-from lading.hub import load_model
+from lading.models.hub import load_model
 from make_checkpoint import make
 from servers.hostile import serve
 

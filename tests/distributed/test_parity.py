@@ -14,14 +14,14 @@ from tiny_models import far, save_model, whole
 from torch.nn import Module
 from workers import Pool
 
-from lading.card import AssetCard
+from lading.cards.card import AssetCard
 from lading.catalog.store import get_asset_store
-from lading.construct import create_model
 from lading.errors import GangError, NotSupportedError
-from lading.export import export_model
-from lading.folder import family_of_folder
+from lading.formats.hf_folder import family_of_folder
 from lading.gangs import Gangs, create_fake_gangs, create_gangs
-from lading.hub import ModelHub, load_model
+from lading.models.construct import create_model
+from lading.models.hub import ModelHub, load_model
+from lading.operations.export import export_model
 from make_checkpoint import make
 
 Axes = tuple[int, int, int]

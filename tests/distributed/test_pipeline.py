@@ -18,11 +18,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from workers import Pool
 
-from lading.construct import create_model
 from lading.errors import DigestMismatchError, GangError, ModelCheckpointMismatchError, NotSupportedError
-from lading.folder import family_of_folder
+from lading.formats.hf_folder import family_of_folder
 from lading.gangs import Gangs, create_fake_gangs, create_gangs
-from lading.hub import load_model, load_with_report
+from lading.models.construct import create_model
+from lading.models.hub import load_model, load_with_report
 from make_checkpoint import make
 
 Axes = dict[str, int]

@@ -17,7 +17,7 @@ import lading
 from fault_world import CARD
 from lading.errors import DigestMismatchError, GangError
 from lading.gangs import create_gangs
-from lading.hub import load_with_report
+from lading.models.hub import load_with_report
 from make_checkpoint import make, tensors
 
 
@@ -129,7 +129,7 @@ def test_a_host_that_sees_another_file_keeps_all_from_using_it(pool2: Pool, cata
 
 def load_without(blind: bool, env: dict[str, str], path: str) -> tuple[dict[str, torch.Tensor], int]:
     """Load as a rank of a host where nothing is at ``path``."""
-    from lading import beside
+    from lading.checkpoints import sidecar_lookup as beside
 
     seen = beside._stat
     beside._stat = lambda other: None if blind and str(other) == path else seen(other)

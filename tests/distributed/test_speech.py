@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import Module
 from workers import Pool
 
-from lading.construct import create_model
 from lading.families.wav2vec2 import Wav2Vec2Config
 from lading.families.wav2vec2_asr import Wav2Vec2AsrConfig
 from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig
-from lading.family import get_family
 from lading.gangs import create_fake_gangs, create_gangs
+from lading.models.construct import create_model
+from lading.models.family import get_family
 
 ENCODER = Wav2Vec2EncoderConfig(
     model_dim=24,

@@ -21,7 +21,7 @@ from workers import Pool
 from lading import formats
 from lading.errors import CorruptModelCheckpointError, DigestMismatchError, GangError
 from lading.gangs import create_fake_gangs, create_gangs
-from lading.hub import load_model, load_with_report
+from lading.models.hub import load_model, load_with_report
 from lading.transfer import together
 from lading.transfer.files import OpenShard
 from make_checkpoint import make

@@ -11,11 +11,11 @@ from workers import Pool
 
 import lading
 from fault_world import CARD
+from lading.checkpoints.verification import Verify
 from lading.errors import DigestMismatchError, GangError
 from lading.formats import index
 from lading.gangs import create_gangs, world
-from lading.hub import load_model
-from lading.verification import Verify
+from lading.models.hub import load_model
 from make_checkpoint import make
 
 HERE = "/proc/self/cwd/model.safetensors"

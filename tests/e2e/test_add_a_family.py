@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lading.catalog import refresh
+from lading.catalog.importing import refresh
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "examples" / "nplm"

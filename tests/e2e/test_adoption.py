@@ -14,10 +14,10 @@ from click.testing import Result
 
 import lading
 from cached_repository import add_cards, add_snapshot, tree
-from lading import filesystem
-from lading.card import path_uri
-from lading.catalog.checkpoints import record_files
+from lading.cards.card import path_uri
+from lading.catalog.checkpoints.record import record_files
 from lading.catalog.records import LocalCopy
+from lading.checkpoints.locate import local_paths
 from lading.errors import (
     CheckpointNotFoundError,
     CorruptModelCheckpointError,
@@ -25,8 +25,8 @@ from lading.errors import (
     NotSupportedError,
     PolicyError,
 )
-from lading.filesystem import FileStat
-from lading.locate import local_paths
+from lading.system import filesystem
+from lading.system.filesystem import FileStat
 from make_checkpoint import make
 
 

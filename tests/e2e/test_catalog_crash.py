@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 
 from catalog_tools import card_file, settings_in
-from lading.catalog import lifecycle, refresh
-from lading.catalog.database import Database
-from lading.catalog.ingest import import_files
+from lading.catalog.database import migrate as lifecycle
+from lading.catalog.database.database import Database
+from lading.catalog.database.target import Found, peek
+from lading.catalog.import_cards import import_files
+from lading.catalog.importing import refresh
 from lading.catalog.store import AssetStore
-from lading.catalog.target import Found, peek
 
 CARDS = 1_000
 
@@ -34,9 +35,9 @@ sys.path.insert(0, sys.argv[1])
 import alembic.command
 from catalog_tools import card_file, make_manifest, settings_in
 from lading.catalog import lifecycle, refresh
-from lading.catalog.checkpoints import record_checkpoint
-from lading.catalog.database import Database
-from lading.catalog.ingest import import_files
+from lading.catalog.checkpoints.record import record_checkpoint
+from lading.catalog.database.database import Database
+from lading.catalog.import_cards import import_files
 from lading.catalog.store import AssetStore
 
 

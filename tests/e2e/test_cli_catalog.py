@@ -10,7 +10,7 @@ import sqlite3
 import pytest
 
 from lading.cli.list import STATUSES
-from lading.family import get_family
+from lading.models.family import get_family
 
 
 def rows(result) -> list[dict]:
@@ -130,7 +130,7 @@ class TestShow:
 
     def test_the_configuration_is_the_one_that_loading_uses(self, cli, cards):
         from lading import get_asset_store
-        from lading.config import resolve_config, structure
+        from lading.cards.config import resolve_config, structure
 
         for name in ("tiny", "tiny_arch", "qwen3_0.6b", "llama3_1_8b", "mistral_7b_instruct"):
             store = get_asset_store()
@@ -251,7 +251,7 @@ class TestPath:
         assert cli("path", "inner").stdout == f"{cards.parent / 'tiny' / 'model.safetensors'}\n"
 
     def test_a_path_that_is_not_text_comes_out_as_it_is(self, cli, tmp_path, monkeypatch):
-        from lading.card import AssetCard
+        from lading.cards.card import AssetCard
         from lading.catalog.store import AssetStore
 
         folder = tmp_path / "weights\udc80"

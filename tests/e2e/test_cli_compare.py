@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lading
-from lading.catalog.checkpoints import record_checkpoint
+from lading.catalog.checkpoints.record import record_checkpoint
 from lading.errors import AssetCardError, AssetNotFoundError, FetchError, ModelGatedError
 from make_checkpoint import make, tensors
 from servers.hub import FakeHub

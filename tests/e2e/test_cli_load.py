@@ -119,7 +119,7 @@ class TestLoad:
         def load_with_report(*args, **kwargs):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
 
-        monkeypatch.setattr("lading.hub.load_with_report", load_with_report)
+        monkeypatch.setattr("lading.models.hub.load_with_report", load_with_report)
         assert cli("load", "tiny", code=8).stderr.startswith("lading: error: CUDA out of memory. Tried")
 
     def test_what_cannot_be_loaded(self, cli, cards, tmp_path):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from console_blocks import run_page
-from lading.card import FIELDS
-from lading.cardfile import _ARCHITECTURE_FIELDS, _STRING_FIELDS
+from lading.cards.card import FIELDS
+from lading.cards.card_file import _ARCHITECTURE_FIELDS, _STRING_FIELDS
 from make_checkpoint import make
 
 PAGE = (Path(__file__).parents[2] / "docs" / "cards.md").read_text(encoding="utf-8")

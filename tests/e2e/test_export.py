@@ -222,7 +222,7 @@ def test_a_disk_too_small_is_told_before_anything_is_written(tmp_path: Path, mon
 HALT = """
 import sys, time
 from pathlib import Path
-import lading.export as export
+import lading.operations.export as export
 
 class Halting(export.Writer):
     def __init__(self, path, entries):
@@ -269,7 +269,7 @@ def test_a_kill_at_any_time(tmp_path: Path, wait: float) -> None:
 
 
 def test_a_model_in_memory_with_the_tokenizer_of_another_folder(tmp_path: Path) -> None:
-    from lading.folder import family_of_folder
+    from lading.formats.hf_folder import family_of_folder
 
     make(tmp_path / "in")
     (tmp_path / "in" / "tokenizer.json").write_text("{}")

@@ -123,7 +123,7 @@ def require_nothing_half(place: Place) -> None:
 
 LOAD = """
 import hashlib
-from lading.hub import load_model
+from lading.models.hub import load_model
 
 state = load_model({name!r}, dtype="auto", progress=False, verify={verify!r}).state_dict()
 digest = hashlib.sha256()

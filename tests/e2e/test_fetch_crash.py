@@ -19,11 +19,11 @@ import pytest
 
 from cache_tools import files_in, require_consistent
 from lading.errors import FetchError
-from lading.fetch import partial
-from lading.fetch.cache import Cache
-from lading.fetch.client import Patience
-from lading.fetch.download import Effort
-from lading.fetch.http import HttpSource
+from lading.sources import partial
+from lading.sources.cache import Cache
+from lading.sources.web.client import Patience
+from lading.sources.web.download import Effort
+from lading.sources.web.source import HttpSource
 from servers import hostile
 from servers.hostile import Exchange, Server, serve
 
@@ -37,10 +37,10 @@ CHILD = """\
 import resource, sys
 from pathlib import Path
 
-from lading.fetch.cache import Cache
-from lading.fetch.client import Patience, http_library
-from lading.fetch.download import Effort
-from lading.fetch.http import HttpSource
+from lading.sources.cache import Cache
+from lading.sources.web.client import Patience, http_library
+from lading.sources.web.download import Effort
+from lading.sources.web.source import HttpSource
 
 uri, folder, mode = sys.argv[1:]
 http_library()

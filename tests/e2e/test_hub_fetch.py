@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lading.errors import CheckpointNotFoundError, DigestMismatchError, FetchError, ModelGatedError
-from lading.fetch.source import FetchedFile, RemoteFile, Snapshot
+from lading.sources.source import FetchedFile, RemoteFile, Snapshot
 from servers.hub import TOKEN, FakeHub, Repository, git_blob
 from servers.hub_client import HubClient
 
@@ -365,7 +365,7 @@ finally:
 
 PROCESS = """
 import sys
-from lading.fetch.hf import HubSource
+from lading.sources.hub.source import HubSource
 source = HubSource("hg://Qwen/Large")
 snapshot = source.snapshot()
 for file in source.fetch(snapshot, snapshot.files, known=lambda _: None, progress=False):
@@ -431,7 +431,7 @@ def test_a_fetch_that_is_stopped_is_not_waited_for(hub: FakeHub, client: HubClie
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(signal.SIGSTOP)
-        code = f"from lading.fetch import partial; partial.SILENCE, before = 0.5, partial.SILENCE\n{FETCH}"
+        code = f"from lading.sources import partial; partial.SILENCE, before = 0.5, partial.SILENCE\n{FETCH}"
         (file,) = client(f"{code}\npartial.SILENCE = before", uri="hg://Qwen/Large", progress=False)
         assert file.path.read_bytes() == large
         process.kill()
@@ -597,7 +597,9 @@ def test_the_variable_of_huggingface_hub_holds_too(hub: FakeHub, repo: Repositor
 
 
 def test_the_source_is_light_until_it_is_used() -> None:
-    code = "import sys, lading.fetch.hf as hf; hf.HubSource('hg://a/b').cached_snapshot(); print(*sys.modules)"
+    code = (
+        "import sys, lading.sources.hub.source as hf; hf.HubSource('hg://a/b').cached_snapshot(); print(*sys.modules)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert not {"huggingface_hub", "torch", "httpx", "httpx2", "pydantic"} & set(out.stdout.split())

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import lading
 from lading import AssetCard, DigestMismatchError, NotSupportedError, get_asset_store, load_model
+from lading.checkpoints.locate import index_checkpoint
 from lading.families.llama import get_llama_model_hub
 from lading.families.qwen import FAMILY, Qwen, QwenConfig, get_qwen_model_hub
 from lading.formats import index
-from lading.hub import GlobalModelLoader, load_with_report
-from lading.loader import LoadOptions, load_path
-from lading.locate import index_checkpoint
+from lading.models.hub import GlobalModelLoader, load_with_report
+from lading.models.loader import LoadOptions, load_path
 from make_checkpoint import make, qwen_config, tensors
 
 CONFIG = qwen_config()
@@ -235,7 +235,7 @@ def test_a_catalog_that_cannot_be_written_does_not_stop_a_load(
     def fail(*args: object, **kwargs: object) -> None:
         raise lading.CatalogError("disk on fire")
 
-    monkeypatch.setattr("lading.locate.record_checkpoint", fail)
+    monkeypatch.setattr("lading.checkpoints.locate.record_checkpoint", fail)
     check(load_model("tiny"))
     assert "disk on fire" in caplog.text
 

@@ -17,7 +17,7 @@ from lading.errors import DigestMismatchError, ModelCheckpointMismatchError, Not
 from lading.families.llama import LLaMAConfig, get_llama_model_hub
 from lading.families.mistral import MistralConfig, get_mistral_model_hub
 from lading.gangs import simulate_gangs
-from lading.transfer.targets import targets_of
+from lading.models.targets import targets_of
 
 CONFIG = LLaMAConfig(
     model_dim=24,

@@ -14,7 +14,7 @@ from click.testing import Result
 
 from lading import PolicyError, load_model
 from lading.families.qwen import Qwen, get_qwen_model_hub
-from lading.hub import load_with_report
+from lading.models.hub import load_with_report
 from make_checkpoint import make, qwen_config
 from torch_files import save_shards
 

@@ -21,9 +21,9 @@ def blocks(language: str) -> list[str]:
 
 def write_checkpoint(folder: Path) -> None:
     """A Qwen3-0.6B whose weights are a hole in the file: right in everything but its values, and no space on disk."""
-    from lading.construct import build_on_meta
     from lading.families.qwen import get_qwen_model_hub
-    from lading.family import get_family
+    from lading.models.construct import build_on_meta
+    from lading.models.family import get_family
 
     config = get_qwen_model_hub().get_arch_config("qwen3_0.6b")
     module = build_on_meta(get_family("qwen"), config)

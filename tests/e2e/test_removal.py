@@ -18,15 +18,15 @@ from click.testing import Result
 import lading
 from cached_repository import add_cards, add_snapshot, tree, use_cache
 from catalog_tools import nobody, public_folder
-from lading.catalog.checkpoints import record_checkpoint
-from lading.catalog.database import Database
+from lading.catalog.checkpoints.record import record_checkpoint
+from lading.catalog.database.database import Database
 from lading.catalog.records import LocalCopy
 from lading.errors import AssetNotFoundError, CatalogError, PolicyError
-from lading.fetch.cache import Cache, CachedFile
-from lading.fetch.hf_cache import blob_tag
-from lading.filesystem import FileStat
 from lading.formats import index
-from lading.settings import Settings
+from lading.sources.cache import Cache, CachedFile
+from lading.sources.hub.cache import blob_tag
+from lading.system.filesystem import FileStat
+from lading.system.settings import Settings
 from make_checkpoint import make
 
 HTTP = "https://example.com/a/model.safetensors"
@@ -377,7 +377,7 @@ def test_a_removal_from_the_cache_that_is_killed(tmp_path: Path, hub: Path, made
 
 def usable(name: str) -> bool:
     """Whether a load would find the model on this machine."""
-    from lading.locate import card_checkpoint
+    from lading.checkpoints.locate import card_checkpoint
 
     store = lading.get_asset_store()
     return card_checkpoint(store.retrieve_card(name), store).files is not None

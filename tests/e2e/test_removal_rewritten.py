@@ -13,7 +13,7 @@ import torch
 import lading
 from cached_repository import CONFIG, add_cards
 from lading.formats import rewritten_files
-from lading.settings import Settings
+from lading.system.settings import Settings
 from make_checkpoint import tensors
 from servers.hub import FakeHub
 

@@ -26,8 +26,8 @@ from fault_world import Place, World, open_world
 from lading.errors import DigestMismatchError, NotSupportedError
 from lading.families.qwen import get_qwen_model_hub
 from lading.gangs import simulate_gangs
-from lading.hub import load_with_report
-from lading.report import LoadReport
+from lading.models.hub import load_with_report
+from lading.models.report import LoadReport
 
 Cli = Callable[..., Result]
 
@@ -212,7 +212,7 @@ def test_what_is_in_it(wide: Path) -> None:
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "pt"
-    assert metadata["lading.checkpoint"] == wide.as_uri()
+    assert metadata["lading.checkpoints.checkpoint"] == wide.as_uri()
     assert metadata["lading.tp"] == "2"
 
 
@@ -262,7 +262,7 @@ def test_a_plan_tells_of_it(wide: Path) -> None:
     assert lading.plan_load("wide", tp=2).sidecar is None
     assert lading.plan_load("wide").sidecar is None
 
-    from lading.picture import picture
+    from lading.operations.plan_svg import picture
 
     drawn = picture(told)
     assert path.name in drawn

@@ -13,7 +13,7 @@ import lading
 from cached_repository import add_cards
 from lading.catalog.store import get_asset_store
 from lading.formats import rewritten_files
-from lading.settings import Settings
+from lading.system.settings import Settings
 from make_checkpoint import tensors
 from servers.hostile import serve
 

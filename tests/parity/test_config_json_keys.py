@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lading.construct import build_on_meta
 from lading.errors import LadingError
+from lading.models.construct import build_on_meta
 from parity_tools import family_of, relative_difference
 
 ABSENT = object()

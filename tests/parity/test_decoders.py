@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lading.nn.decoder_lm import DecoderLM
+from lading.families.nn.decoder_lm import DecoderLM
 from parity_tools import family_of, randomise, relative_difference
 
 TOLERANCE = 1e-5

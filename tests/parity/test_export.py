@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 from lading import Family, NotSupportedError, convert_checkpoint, export_model, load_model
-from lading.construct import create_model
 from lading.families.bert import BertConfig
 from lading.families.gemma3 import Gemma3Config
 from lading.families.llama import LLaMAConfig, LLaMARoPEScaleConfig
@@ -24,8 +23,9 @@ from lading.families.qwen import QwenConfig
 from lading.families.wav2vec2 import Wav2Vec2Config
 from lading.families.wav2vec2_asr import Wav2Vec2AsrConfig
 from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig
-from lading.family import get_family
 from lading.gangs import create_fake_gangs
+from lading.models.construct import create_model
+from lading.models.family import get_family
 
 SIZES: dict[str, Any] = {
     "model_dim": 24, "max_seq_len": 64, "vocab_size": 50, "num_layers": 3, "num_attn_heads": 4,

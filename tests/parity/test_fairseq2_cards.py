@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from lading import get_asset_store, import_cards
-from lading.card import CardEntry, resolve_card
-from lading.cardfile import dump, parse
+from lading.cards.card import CardEntry, resolve_card
+from lading.cards.card_file import dump, parse
 
 DUMPED: dict[str, Any] = json.loads(Path(__file__).with_name("fairseq2_cards.json").read_text(encoding="utf-8"))
 FILES: dict[str, list[dict[str, Any]]] = DUMPED["files"]

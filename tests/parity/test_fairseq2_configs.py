@@ -16,7 +16,7 @@ from lading.families.olmo import OLMOConfig, YaRNScaleConfig, get_olmo_model_hub
 from lading.families.qwen import QwenConfig, get_qwen_model_hub
 from lading.families.wav2vec2 import Wav2Vec2Config, get_wav2vec2_model_hub
 from lading.families.wav2vec2_asr import Wav2Vec2AsrConfig, get_wav2vec2_asr_model_hub
-from lading.hub import ModelHub
+from lading.models.hub import ModelHub
 
 DUMPED: dict[str, dict[str, dict[str, Any]]] = json.loads(
     Path(__file__).with_name("fairseq2_configs.json").read_text(encoding="utf-8")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lading.config import structure
+from lading.cards.config import structure
 from lading.errors import NotSupportedError
-from lading.family import get_family
-from lading.hub import ModelHubAccessor
+from lading.models.family import get_family
+from lading.models.hub import ModelHubAccessor
 from parity_tools import relative_difference
 
 FILES = {path.stem: path for path in sorted(Path(__file__).with_name("fairseq2_decoders").glob("*.safetensors"))}

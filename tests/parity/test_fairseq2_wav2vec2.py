@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lading import load_model
-from lading.config import structure
+from lading.cards.config import structure
 from lading.families.wav2vec2 import get_wav2vec2_model_hub
 from lading.families.wav2vec2_asr import get_wav2vec2_asr_model_hub
-from lading.family import get_family
-from lading.keymap import rename
+from lading.models.family import get_family
+from lading.planning.rules import rename
 from parity_tools import relative_difference
 
 TOLERANCE = 1e-5

@@ -62,7 +62,7 @@ def pair(name: str, config: dict[str, Any]) -> tuple[Any, Any]:
     """This project's model and that of transformers, with the same weights."""
     import transformers
 
-    from lading.family import family_of_model_type
+    from lading.models.family import family_of_model_type
 
     torch.manual_seed(len(config))
     theirs_config = their_config(config)
@@ -199,7 +199,7 @@ def test_a_saved_folder(name: str, config: dict[str, Any], tmp_path: Path, home:
 def test_a_sparse_file_means_what_the_full_one_does(name: str) -> None:
     import transformers
 
-    from lading.family import family_of_model_type
+    from lading.models.family import family_of_model_type
 
     family = family_of_model_type("wav2vec2", [name])
     assert family is not None

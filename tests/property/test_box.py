@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lading.box import Box
+from lading.planning.box import Box
 
 
 @st.composite

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from lading.card import ArchitectureEntry, CardEntry
-from lading.cardfile import dump, parse
+from lading.cards.card import ArchitectureEntry, CardEntry
+from lading.cards.card_file import dump, parse
 
 # Surrogates and NUL cannot be stored; all else that Unicode has may stand in a string.
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from catalog_tools import settings_in
-from lading.card import CardEntry
-from lading.cardfile import CardFile
-from lading.catalog import refresh
-from lading.catalog.database import Database
-from lading.catalog.ingest import import_files
+from lading.cards.card import CardEntry
+from lading.cards.card_file import CardFile
+from lading.catalog.database.database import Database
+from lading.catalog.import_cards import import_files
+from lading.catalog.importing import refresh
+from lading.catalog.importing.derived import stale_columns
 from lading.catalog.query import query
-from lading.catalog.resolved import stale_columns
 from lading.catalog.store import AssetStore
 from lading.errors import AssetCardError, CardFileError
 

@@ -12,15 +12,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lading.box import Box
-from lading.compose import Joined, Piece, Regroup, Reordered, Sliced, Source, Stacked, pieces, shape_of, tensors_of
-from lading.filesystem import FileStat
-from lading.keymap import Rule, route
-from lading.manifest import BITS, Manifest, Shard
+from lading.formats.manifest import BITS, Manifest, Shard
+from lading.planning.box import Box
+from lading.planning.composition import (
+    Joined,
+    Piece,
+    Regroup,
+    Reordered,
+    Sliced,
+    Source,
+    Stacked,
+    pieces,
+    shape_of,
+    tensors_of,
+)
+from lading.planning.plan import ARENA, Wanted, plan
+from lading.planning.rules import Rule, route
+from lading.system.filesystem import FileStat
 from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.execute import execute
 from lading.transfer.files import ShardFile
-from lading.transfer.plan import ARENA, Wanted, plan
 
 Shape = tuple[int, ...]
 

@@ -15,18 +15,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lading.digests
+import lading.formats.digests
 from digest_reference import reference
-from lading.box import Box
-from lading.digests import SIZE, Digests, blocks_touched, blocks_within, cut, differences
-from lading.filesystem import FileStat
-from lading.manifest import BITS, Manifest, Shard
+from lading.formats.digests import SIZE, Digests, blocks_touched, blocks_within, cut, differences
+from lading.formats.manifest import BITS, Manifest, Shard
+from lading.planning.box import Box
+from lading.planning.plan import Wanted, plan
+from lading.system.filesystem import FileStat
 from lading.transfer import execute as execution
 from lading.transfer import hashing, leaves, reader
 from lading.transfer.execute import execute, hash_checkpoint
 from lading.transfer.files import OpenShard, ShardFile
 from lading.transfer.hashing import Hasher
-from lading.transfer.plan import Wanted, plan
 
 FLOATS = ["BF16", "F16", "F32", "F64"]
 SMALL = ["F4", "F6_E2M3"]
@@ -38,7 +38,7 @@ sizes = st.sampled_from([0, 1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 24])
 def leaves_of(size: int) -> Iterator[None]:
     """Small leaves, chunks and steps, so that small tensors have many."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (lading.digests, hashing, leaves, reader):
+        for module in (lading.formats.digests, hashing, leaves, reader):
             patch.setattr(module, "LEAF", size)
         for module in (execution, reader):
             patch.setattr(module, "STEP", 3 * size)
@@ -157,8 +157,8 @@ def test_a_load_takes_the_digests_of_the_definition(
     shapes = [(box.sizes, dtype) for box, dtype in zip(wanted.boxes, wanted.dtypes, strict=True)]
 
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lading.transfer.plan.LONG_RUN", long_run)
-        patch.setattr("lading.transfer.plan.GAP", gap)
+        patch.setattr("lading.planning.plan.LONG_RUN", long_run)
+        patch.setattr("lading.planning.plan.GAP", gap)
         contents, files = write(folder, manifest, seed)
         planned = plan(manifest, wanted, mapped=mapped)
         plain = execute(planned, files, shapes)

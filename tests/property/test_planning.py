@@ -15,21 +15,21 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from lading.checkpoint import Checkpoint
-from lading.construct import build_on_meta, settle_dtypes, split
+from lading.checkpoints.checkpoint import Checkpoint
 from lading.families import bert, llama, mistral, qwen
-from lading.family import Family
+from lading.formats.manifest import BITS, Manifest
+from lading.formats.manifest import Shard as File
 from lading.gangs import simulate_gangs
-from lading.keymap import route
-from lading.manifest import BITS, Manifest
-from lading.manifest import Shard as File
-from lading.planning import LoadPlan, RankPlan, plan_checkpoint
-from lading.transfer import forecast as forecasting
-from lading.transfer import plan as plans
+from lading.models.construct import build_on_meta, settle_dtypes, split
+from lading.models.family import Family
+from lading.models.targets import targets_of
+from lading.operations import forecast as forecasting
+from lading.operations.forecast import Layout, forecast, lay_out
+from lading.operations.plan import LoadPlan, RankPlan, plan_checkpoint
+from lading.planning import plan as plans
+from lading.planning.plan import Wanted, plan
+from lading.planning.rules import route
 from lading.transfer.dtypes import TORCH_DTYPES
-from lading.transfer.forecast import Layout, forecast, lay_out
-from lading.transfer.plan import Wanted, plan
-from lading.transfer.targets import targets_of
 
 SMALL = {"model_dim": 24, "vocab_size": 37, "num_layers": 2, "num_attn_heads": 4, "ffn_inner_dim": 40}
 CONFIGS: dict[str, tuple[Family[Any, Any], Any]] = {

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from lading.errors import CorruptModelCheckpointError
+from lading.formats.manifest import BITS
 from lading.formats.safetensors import MAX_NAME_SIZE, header_length, parse_header
-from lading.manifest import BITS
 
 Tensors = dict[str, tuple[str, list[int], bytes]]
 

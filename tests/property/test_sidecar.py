@@ -16,25 +16,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lading.box import Box
-from lading.checkpoint import Checkpoint
-from lading.construct import build_on_meta, settle_dtypes, split
-from lading.digests import default_dims
-from lading.digests import joined as digests_joined
+from lading.checkpoints.checkpoint import Checkpoint
+from lading.checkpoints.sidecar import Sidecar, blocks_of, sidecar_uri, substituted
 from lading.families import bert, llama, qwen
-from lading.family import Family
-from lading.filesystem import FileStat
+from lading.formats.digests import default_dims
+from lading.formats.digests import joined as digests_joined
+from lading.formats.manifest import BITS, Manifest, Shard
 from lading.gangs import simulate_gangs
-from lading.keymap import route
-from lading.manifest import BITS, Manifest, Shard
-from lading.planning import plan_checkpoint
-from lading.sidecar import Sidecar, blocks_of, sidecar_uri, substituted
+from lading.models.construct import build_on_meta, settle_dtypes, split
+from lading.models.family import Family
+from lading.models.targets import targets_of
+from lading.operations.plan import plan_checkpoint
+from lading.planning.box import Box
+from lading.planning.plan import Wanted, plan
+from lading.planning.rules import route
+from lading.system.filesystem import FileStat
 from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.execute import execute, hash_checkpoint
 from lading.transfer.files import ShardFile
 from lading.transfer.hashing import Hasher
-from lading.transfer.plan import Wanted, plan
-from lading.transfer.targets import targets_of
 
 SIZES = st.sampled_from([1, 2, 3, 4, 8])
 

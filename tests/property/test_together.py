@@ -15,17 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lading.box import Box
-from lading.digests import default_dims
-from lading.filesystem import FileStat
-from lading.manifest import BITS, Manifest, Shard
+from lading.formats.digests import default_dims
+from lading.formats.manifest import BITS, Manifest, Shard
+from lading.planning.box import Box
+from lading.planning.plan import Wanted, plan
+from lading.system.filesystem import FileStat
 from lading.transfer import together
 from lading.transfer.exchange import execute_together
 from lading.transfer.execute import execute, hash_checkpoint
 from lading.transfer.files import ShardFile
 from lading.transfer.hashing import Hasher
 from lading.transfer.memory import HostArena
-from lading.transfer.plan import Wanted, plan
 from lading.transfer.together import Demand, Index, Joint
 from transfer_cases import manifests, wanted_of
 

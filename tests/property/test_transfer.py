@@ -13,14 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lading.box import Box
-from lading.filesystem import FileStat
-from lading.manifest import BITS, Manifest, Shard
-from lading.transfer import plan as planning
+from lading.formats.manifest import BITS, Manifest, Shard
+from lading.planning import plan as planning
+from lading.planning.box import Box
+from lading.planning.plan import ARENA, PAGE, Plan, Wanted, plan
+from lading.system.filesystem import FileStat
 from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.execute import execute
 from lading.transfer.files import ShardFile
-from lading.transfer.plan import ARENA, PAGE, Plan, Wanted, plan
 from transfer_cases import manifests, wanted_of
 
 

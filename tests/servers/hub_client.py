@@ -62,7 +62,12 @@ def main() -> None:
 
     from huggingface_hub import constants
 
-    from lading.fetch import hf, hf_cache, hf_client, hf_errors, hf_files, source
+    from lading.sources import source
+    from lading.sources.hub import cache as hf_cache
+    from lading.sources.hub import client as hf_client
+    from lading.sources.hub import errors as hf_errors
+    from lading.sources.hub import files as hf_files
+    from lading.sources.hub import source as hf
 
     hf_errors.BACK_OFF = 0.01
     pipe, sys.stdout = sys.stdout.buffer, sys.stderr

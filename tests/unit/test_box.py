@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lading.box import Box
+from lading.planning.box import Box
 
 
 def test_a_box_of_whole_rows_is_one_run() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lading.card import (
+from lading.cards.card import (
     FIELDS,
     ArchitectureEntry,
     AssetCard,

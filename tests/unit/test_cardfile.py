@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lading.card import ArchitectureEntry, CardEntry
-from lading.cardfile import CardFile, dump, parse
+from lading.cards.card import ArchitectureEntry, CardEntry
+from lading.cards.card_file import CardFile, dump, parse
 
 
 def parse_text(text: str) -> CardFile:

@@ -18,15 +18,17 @@ import pytest
 from sqlalchemy import text
 
 from catalog_tools import card_file, make_manifest, nobody, public_folder, settings_in
-from lading.catalog import database as database_module
-from lading.catalog import engine, lifecycle, refresh
-from lading.catalog import target as target_module
-from lading.catalog.checkpoints import record_checkpoint
-from lading.catalog.database import Database
-from lading.catalog.ingest import import_files
+from lading.catalog.checkpoints.record import record_checkpoint
+from lading.catalog.database import connection as engine
+from lading.catalog.database import database as database_module
+from lading.catalog.database import migrate as lifecycle
+from lading.catalog.database import target as target_module
+from lading.catalog.database.database import Database
+from lading.catalog.database.target import APPLICATION_ID, SCHEMA_VERSION, Found, Target
+from lading.catalog.import_cards import import_files
+from lading.catalog.importing import refresh
 from lading.catalog.query import query
 from lading.catalog.store import AssetStore
-from lading.catalog.target import APPLICATION_ID, SCHEMA_VERSION, Found, Target
 from lading.errors import CatalogError, CatalogOutdatedError
 
 CARD = "name: mine\nmodel_family: qwen\ncheckpoint: hg://a/b\n"
@@ -441,8 +443,8 @@ def test_children_of_a_fork_use_it_too(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "sys.path.insert(0, sys.argv[1])\n"
         "from catalog_tools import card_file, settings_in\n"
-        "from lading.catalog.database import Database\n"
-        "from lading.catalog.ingest import import_files\n"
+        "from lading.catalog.database.database import Database\n"
+        "from lading.catalog.import_cards import import_files\n"
         "from lading.catalog.store import AssetStore\n"
         "database = Database.open(settings_in(Path(sys.argv[2])))\n"
         "store = AssetStore(database)\n"
@@ -572,8 +574,8 @@ def test_opening_and_listing_stay_light(tmp_path: Path) -> None:
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from lading.settings import Settings\n"
-        "from lading.catalog.database import Database\n"
+        "from lading.system.settings import Settings\n"
+        "from lading.catalog.database.database import Database\n"
         "from lading.catalog.store import AssetStore\n"
         "from lading.catalog.query import query\n"
         f"url = 'sqlite:///{tmp_path}/c.sqlite'\n"

@@ -12,19 +12,20 @@ from pathlib import Path
 import pytest
 
 from catalog_tools import card_file, make_copies, make_manifest, settings_in
-from lading.card import ArchitectureEntry, CardEntry
-from lading.cardfile import CardFile
-from lading.catalog import lifecycle, refresh
-from lading.catalog.checkpoints import record_checkpoint, record_companions, record_files
-from lading.catalog.database import Database
-from lading.catalog.ingest import collect, import_files
-from lading.catalog.merge import MAX_DEPTH
+from lading.cards.card import ArchitectureEntry, CardEntry
+from lading.cards.card_file import CardFile
+from lading.catalog.checkpoints.record import record_checkpoint, record_companions, record_files
+from lading.catalog.database import migrate as lifecycle
+from lading.catalog.database.database import Database
+from lading.catalog.import_cards import collect, import_files
+from lading.catalog.importing import refresh
+from lading.catalog.importing.changes import MAX_DEPTH
 from lading.catalog.query import query
 from lading.catalog.records import Check, CopyKind, ImportReport, LocalCopy
 from lading.catalog.store import AssetStore
 from lading.errors import CardFileError
-from lading.filesystem import FileStat
-from lading.manifest import Manifest
+from lading.formats.manifest import Manifest
+from lading.system.filesystem import FileStat
 
 CARDS = """\
 name: base

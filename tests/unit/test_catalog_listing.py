@@ -11,9 +11,10 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from catalog_tools import card_file, settings_in
-from lading.catalog import refresh, search
-from lading.catalog.database import Database
-from lading.catalog.ingest import import_files
+from lading.catalog import search
+from lading.catalog.database.database import Database
+from lading.catalog.import_cards import import_files
+from lading.catalog.importing import refresh
 from lading.catalog.store import AssetStore
 
 NAMES = [

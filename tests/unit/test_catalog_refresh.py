@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 
 from catalog_tools import card_file, settings_in
-from lading.catalog import lifecycle, refresh, rows
-from lading.catalog.database import Database
-from lading.catalog.ingest import collect, import_files
+from lading.catalog.database import migrate as lifecycle
+from lading.catalog.database.database import Database
+from lading.catalog.import_cards import collect, import_files
+from lading.catalog.importing import refresh
+from lading.catalog.importing import write as rows
 from lading.catalog.query import query
 from lading.catalog.store import AssetStore
 from lading.errors import CardFileError
-from lading.settings import Settings
+from lading.system.settings import Settings
 
 Write = Callable[[str, str], Path]
 

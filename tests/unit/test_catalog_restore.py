@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 
 from catalog_tools import card_file, nobody, public_folder, settings_in
-from lading.catalog import lifecycle, refresh
-from lading.catalog import target as target_module
-from lading.catalog.database import Database
-from lading.catalog.ingest import import_files
+from lading.catalog.database import migrate as lifecycle
+from lading.catalog.database import target as target_module
+from lading.catalog.database.database import Database
+from lading.catalog.database.target import SCHEMA_VERSION
+from lading.catalog.import_cards import import_files
+from lading.catalog.importing import refresh
 from lading.catalog.store import AssetStore
-from lading.catalog.target import SCHEMA_VERSION
 from lading.errors import CatalogError, CatalogOutdatedError
-from lading.settings import Settings
+from lading.system.settings import Settings
 
 
 @pytest.fixture(autouse=True)

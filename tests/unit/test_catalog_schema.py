@@ -20,14 +20,17 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.schema import CreateTable
 
 from catalog_tools import card_file, settings_in
-from lading.catalog import engine, lifecycle, refresh, target
-from lading.catalog.database import Database
-from lading.catalog.ingest import import_files
-from lading.catalog.objects import SCHEMA_DIGEST, digest_of, objects_of
+from lading.catalog.database import connection as engine
+from lading.catalog.database import migrate as lifecycle
+from lading.catalog.database import target
+from lading.catalog.database.database import Database
+from lading.catalog.database.objects import SCHEMA_DIGEST, digest_of, objects_of
+from lading.catalog.database.target import APPLICATION_ID, SCHEMA_VERSION
+from lading.catalog.import_cards import import_files
+from lading.catalog.importing import refresh
 from lading.catalog.schema import Row
 from lading.catalog.search import is_not_index
 from lading.catalog.store import AssetStore
-from lading.catalog.target import APPLICATION_ID, SCHEMA_VERSION
 from lading.errors import CatalogError, CatalogOutdatedError
 
 ROOT = Path(__file__).parents[2]

@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catalog_tools import card_file, settings_in
-from lading.catalog import lifecycle, refresh, search
-from lading.catalog.database import Database
-from lading.catalog.ingest import import_files
+from lading.catalog import search
+from lading.catalog.database import migrate as lifecycle
+from lading.catalog.database.database import Database
+from lading.catalog.import_cards import import_files
+from lading.catalog.importing import refresh
 from lading.catalog.search import MAX_TEXT, fold, fold_fields, phrases, search_text
 from lading.catalog.store import AssetStore
 

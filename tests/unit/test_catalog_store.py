@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from catalog_tools import card_file, make_copies, make_manifest, settings_in
-from lading.cardfile import dump
-from lading.catalog import refresh
+from lading.cards.card_file import dump
 from lading.catalog import store as store_module
-from lading.catalog.checkpoints import record_checkpoint
-from lading.catalog.database import Database
-from lading.catalog.ingest import import_files
+from lading.catalog.checkpoints.record import record_checkpoint
+from lading.catalog.database.database import Database
+from lading.catalog.import_cards import import_files
+from lading.catalog.importing import refresh
 from lading.catalog.query import query
 from lading.catalog.records import ModelSummary
 from lading.catalog.store import AssetStore, get_asset_store

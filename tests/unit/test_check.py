@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import Module, Parameter
 
-from lading.check import CheckReport, check_manifest, require_fit
 from lading.errors import AssetCardError, ModelCheckpointMismatchError, ModelConfigError, NotSupportedError
 from lading.families.llama import LLaMAConfig
 from lading.families.qwen import FAMILY as QWEN
 from lading.families.qwen import QwenConfig
-from lading.family import Family
-from lading.manifest import BITS, Manifest, Shard
+from lading.formats.manifest import BITS, Manifest, Shard
+from lading.models.family import Family
+from lading.models.fit import CheckReport, check_manifest, require_fit
 from make_checkpoint import qwen_config
 
 CONFIG = qwen_config()
@@ -30,7 +30,7 @@ Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def tensors(config: QwenConfig = CONFIG) -> Tensors:
-    from lading.construct import build_on_meta
+    from lading.models.construct import build_on_meta
 
     state = build_on_meta(QWEN, config).state_dict()
     return {name: ("BF16", tuple(t.shape)) for name, t in state.items() if name != "lm_head.weight"}

@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import pytest
 from pydantic import ConfigDict, Field
 
-from lading.card import Architecture, AssetCard
-from lading.config import STRICT, architecture_config, json_schema, resolve_config, structure
+from lading.cards.card import Architecture, AssetCard
+from lading.cards.config import STRICT, architecture_config, json_schema, resolve_config, structure
 from lading.errors import AssetCardError, InternalError
 
 
@@ -358,6 +358,6 @@ def test_json_schema() -> None:
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys, lading.config; sys.exit('torch' in sys.modules)"
+    code = "import sys, lading.cards.config; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

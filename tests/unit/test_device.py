@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lading import NotSupportedError, load_model
-from lading.device import require_usable
+from lading.models.device import require_usable
 
 
 def test_devices_that_hold_tensors() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catalog_tools import make_manifest
-from lading.diff import Change, DiffReport, Side, diff
+from lading.operations.diff import Change, DiffReport, Side, diff
 
 Tensors = dict[str, tuple[str | None, tuple[int, ...]]]
 

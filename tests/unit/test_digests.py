@@ -9,8 +9,7 @@ from itertools import pairwise
 import pytest
 
 from digest_reference import reference
-from lading.box import Box
-from lading.digests import (
+from lading.formats.digests import (
     LEAF,
     SIZE,
     Cut,
@@ -24,7 +23,8 @@ from lading.digests import (
     root_digest,
     starts_of,
 )
-from lading.manifest import BITS, Manifest, Shard
+from lading.formats.manifest import BITS, Manifest, Shard
+from lading.planning.box import Box
 
 
 def make(*tensors: tuple[str, tuple[int, ...]]) -> Manifest:

@@ -25,11 +25,12 @@ import pytest
 import torch
 
 from digest_reference import reference
-from lading.box import Box
-from lading.digests import Digests, differences
 from lading.errors import CorruptModelCheckpointError, InternalError
-from lading.filesystem import FileStat
-from lading.manifest import BITS, Manifest, Shard
+from lading.formats.digests import Digests, differences
+from lading.formats.manifest import BITS, Manifest, Shard
+from lading.planning.box import Box
+from lading.planning.plan import Wanted, plan
+from lading.system.filesystem import FileStat
 from lading.transfer import execute as execution
 from lading.transfer import files as module
 from lading.transfer import reader
@@ -38,7 +39,6 @@ from lading.transfer.execute import execute, hash_checkpoint
 from lading.transfer.files import ShardFile, open_shard
 from lading.transfer.hashing import Hasher
 from lading.transfer.memory import HostArena, RingStage
-from lading.transfer.plan import Wanted, plan
 
 
 def write(path: Path, tensor: torch.Tensor) -> ShardFile:

@@ -9,8 +9,8 @@ from torch.nn import init
 
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError
 from lading.families.bert import FAMILY, Bert, BertConfig
-from lading.family import get_family
-from lading.keymap import route
+from lading.models.family import get_family
+from lading.planning.rules import route
 
 CONFIG = BertConfig(
     model_dim=24,

@@ -8,13 +8,13 @@ import torch
 
 from lading.errors import InternalError, ModelCheckpointMismatchError, NotSupportedError
 from lading.families import llama, mistral, qwen
-from lading.families.huggingface import DECODER_RULES, ConfigReader, decoder_keys
+from lading.families.config_json import DECODER_RULES, ConfigReader, decoder_keys
 from lading.families.llama import LLaMAConfig, LLaMARoPEScaleConfig
 from lading.families.mistral import MistralConfig
+from lading.families.nn.decoder_spec import DecoderSpec
 from lading.families.qwen import QwenConfig
-from lading.family import Family, get_family
-from lading.keymap import route
-from lading.nn.decoder_spec import DecoderSpec
+from lading.models.family import Family, get_family
+from lading.planning.rules import route
 
 LLAMA_3_2_1B = {
     "architectures": ["LlamaForCausalLM"],

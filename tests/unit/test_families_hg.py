@@ -12,18 +12,18 @@ import pytest
 import torch
 
 from lading import load_model
-from lading.compose import Joined, Regroup, Reordered, Sliced
-from lading.construct import build_on_meta, create_model
 from lading.errors import AssetCardError, ModelCheckpointMismatchError, NotSupportedError, PolicyError
 from lading.families import hg
 from lading.families.hg import FAMILY, HuggingFaceModelConfig, get_hg_model_hub
-from lading.families.hg_checkpoint import rules_of
-from lading.family import family_of_model_type
-from lading.folder import family_of_folder
+from lading.families.hg.rules import rules_of
+from lading.formats.hf_folder import family_of_folder
 from lading.gangs import create_fake_gangs
-from lading.keymap import Rule, rename, route
-from lading.nn.sharding import Split
-from lading.transfer.targets import targets_of
+from lading.models.construct import build_on_meta, create_model
+from lading.models.family import family_of_model_type
+from lading.models.parallel_plan import Split
+from lading.models.targets import targets_of
+from lading.planning.composition import Joined, Regroup, Reordered, Sliced
+from lading.planning.rules import Rule, rename, route
 
 GPT2: dict[str, Any] = {
     "model_type": "gpt2",
@@ -238,8 +238,8 @@ import sys
 sys.modules["transformers"] = None
 from pathlib import Path
 from lading.errors import NotSupportedError
-from lading.family import family_of_model_type
-from lading.folder import family_of_folder
+from lading.models.family import family_of_model_type
+from lading.formats.hf_folder import family_of_folder
 assert family_of_model_type("qwen3").name == "qwen"
 try:
     family_of_folder(Path({str(tmp_path)!r}))
@@ -467,7 +467,7 @@ def test_a_card_of_a_folder(home: Path, tmp_path: Path) -> None:
     import transformers
 
     from lading import import_cards, verify_model
-    from lading.doors import check_model
+    from lading.operations.check import check_model
 
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)).save_pretrained(tmp_path / "model")
     card = {"name": "tiny", "model_family": "hg", "model_arch": "causal_lm", "checkpoint": "./model"}

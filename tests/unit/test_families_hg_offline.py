@@ -18,7 +18,7 @@ def guard(event, args):
     if event in ("socket.connect", "socket.getaddrinfo"):
         raise SystemExit(f"a socket was used: {event}")
 
-from lading.construct import build_on_meta
+from lading.models.construct import build_on_meta
 from lading.errors import FetchError
 from lading.families.hg import FAMILY
 

@@ -9,10 +9,10 @@ import torch
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError
 from lading.families import gemma3, olmo
 from lading.families.gemma3 import Gemma3Config
+from lading.families.nn.decoder_spec import DecoderSpec
+from lading.families.nn.rope import LinearScaling, YaRNScaling
 from lading.families.olmo import OLMOConfig, YaRNScaleConfig
-from lading.family import Family, get_family
-from lading.nn.decoder_spec import DecoderSpec
-from lading.nn.rope import LinearScaling, YaRNScaling
+from lading.models.family import Family, get_family
 
 OLMO_2_7B = {
     "architectures": ["Olmo2ForCausalLM"],

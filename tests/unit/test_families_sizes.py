@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from lading.config import structure
-from lading.construct import build_on_meta
+from lading.cards.config import structure
+from lading.cards.overrides import merge
 from lading.errors import AssetCardError, ModelCheckpointMismatchError, ModelConfigError, NotSupportedError
-from lading.family import get_family
-from lading.nn.checks import MAX_SIZE, require_size
-from lading.overrides import merge
+from lading.families.nn.checks import MAX_SIZE, require_size
+from lading.models.construct import build_on_meta
+from lading.models.family import get_family
 from parity_tools import family_of
 
 FAMILIES = ["llama", "qwen", "mistral", "olmo", "gemma3", "bert", "wav2vec2", "wav2vec2_asr"]

@@ -9,20 +9,15 @@ import pytest
 import torch
 from torch.nn import init
 
-from lading.config import structure
+from lading.cards.config import structure
 from lading.errors import AssetCardError, ModelCheckpointMismatchError, NotSupportedError
 from lading.families import wav2vec2, wav2vec2_asr
-from lading.families.wav2vec2 import (
-    Wav2Vec2,
-    Wav2Vec2Config,
-    contrastive_logits,
-    draw_distractors,
-)
+from lading.families.wav2vec2 import Wav2Vec2, Wav2Vec2Config, contrastive_logits, draw_distractors
 from lading.families.wav2vec2_asr import Wav2Vec2Asr, Wav2Vec2AsrConfig
 from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig
-from lading.family import family_of_model_type, get_family
-from lading.folder import family_of_folder
-from lading.keymap import route
+from lading.formats.hf_folder import family_of_folder
+from lading.models.family import family_of_model_type, get_family
+from lading.planning.rules import route
 
 ENCODER = Wav2Vec2EncoderConfig(
     model_dim=12,

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from lading.fetch import partial
-from lading.fetch.cache import Cache, CachedFile
-from lading.fetch.partial import Identity, Partial, Range, courtesy_lock, sweep, temporary
-from lading.filesystem import FileStat
+from lading.sources import partial
+from lading.sources.cache import Cache, CachedFile
+from lading.sources.partial import Identity, Partial, Range, courtesy_lock, sweep, temporary
+from lading.system.filesystem import FileStat
 
 URI = "https://a.example/org/model.safetensors"
 
@@ -241,7 +241,7 @@ def test_files_of_other_users_stay_where_an_entry_cannot_be_read(cache: Cache, m
     cache.add(URI, "", {"a": put(cache, b"1" * 100)})
     assert cache.files_of_others() == set()
 
-    monkeypatch.setattr("lading.fetch.cache.os.geteuid", lambda: 2**31 - 2)
+    monkeypatch.setattr("lading.sources.cache.os.geteuid", lambda: 2**31 - 2)
     assert cache.files_of_others() == set(), "all entries can be read"
     assert len(cache.removable(URI)) == 1
 
@@ -398,7 +398,7 @@ def test_a_lock_is_a_courtesy(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from lading.fetch.partial import courtesy_lock
+from lading.sources.partial import courtesy_lock
 
 folder = Path(sys.argv[1])
 with courtesy_lock(folder / "locks", "k", written=folder):

@@ -11,18 +11,11 @@ import pytest
 from huggingface_hub.utils import validate_repo_id
 
 from lading.errors import FetchError, ModelGatedError, PolicyError
-from lading.fetch.hf import HubSource
-from lading.fetch.hf_cache import (
-    CachedFile,
-    cached_commit,
-    cached_file,
-    hub_cache,
-    repositories,
-    repository_folders,
-)
-from lading.fetch.hf_files import git_blob_id
-from lading.fetch.hf_names import HubAddress, is_file_name, is_repo_id
-from lading.fetch.source import RemoteFile, Snapshot, Source
+from lading.sources.hub.address import HubAddress, is_file_name, is_repo_id
+from lading.sources.hub.cache import CachedFile, cached_commit, cached_file, hub_cache, repositories, repository_folders
+from lading.sources.hub.files import git_blob_id
+from lading.sources.hub.source import HubSource
+from lading.sources.source import RemoteFile, Snapshot, Source
 
 COMMIT, OTHER = "0123456789abcdef" * 2 + "01234567", "f" * 40
 SHA256 = "ab" * 32

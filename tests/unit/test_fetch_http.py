@@ -17,15 +17,15 @@ from pathlib import Path
 import pytest
 
 from lading.errors import CheckpointNotFoundError, FetchError, PolicyError, SettingsError
-from lading.fetch import hf_client
-from lading.fetch.cache import Cache
-from lading.fetch.client import Patience, http_library
-from lading.fetch.download import Effort
-from lading.fetch.hf import HubSource
-from lading.fetch.http import HttpSource
-from lading.fetch.proxies import require_proxies
-from lading.fetch.source import FetchedFile, RemoteFile, Snapshot, Source
-from lading.filesystem import FileStat
+from lading.sources.cache import Cache
+from lading.sources.hub import client as hf_client
+from lading.sources.hub.source import HubSource
+from lading.sources.proxies import require_proxies
+from lading.sources.source import FetchedFile, RemoteFile, Snapshot, Source
+from lading.sources.web.client import Patience, http_library
+from lading.sources.web.download import Effort
+from lading.sources.web.source import HttpSource
+from lading.system.filesystem import FileStat
 from servers import hostile
 from servers.hostile import Exchange, Server, at, on_ranges, redirect, serve
 
@@ -478,5 +478,7 @@ def test_progress_is_shown_where_it_takes_long(
 
 
 def test_the_http_client_is_not_imported_before_it_is_needed() -> None:
-    code = "import sys, lading.fetch.http; print(sorted({'httpx', 'httpx2', 'tqdm', 'torch'} & set(sys.modules)))"
+    code = (
+        "import sys, lading.sources.web.source; print(sorted({'httpx', 'httpx2', 'tqdm', 'torch'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

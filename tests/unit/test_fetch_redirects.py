@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from lading.errors import PolicyError
-from lading.fetch.client import http_library
-from lading.fetch.redirects import Boundary, Origin, Reach, check_url, is_loopback, reach, shown
+from lading.sources.web.client import http_library
+from lading.sources.web.redirects import Boundary, Origin, Reach, check_url, is_loopback, reach, shown
 
 
 def url(text: str):  # type: ignore[no-untyped-def]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
-from lading.fetch.verify import sha256_file
-from lading.filesystem import FileStat
+from lading.sources.sha256 import sha256_file
+from lading.system.filesystem import FileStat
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, 3_000_001])

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lading import filesystem
-from lading.filesystem import host_id, place_id
+from lading.system import filesystem
+from lading.system.filesystem import host_id, place_id
 
 
 def test_a_local_file_is_this_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,9 +26,9 @@ from lading.errors import (
     NotSupportedError,
     PolicyError,
 )
-from lading.filesystem import FileStat
-from lading.formats import rewrite
-from lading.manifest import BITS
+from lading.formats.manifest import BITS
+from lading.formats.torch_save import rewrite
+from lading.system.filesystem import FileStat
 from lading.transfer.dtypes import TORCH_DTYPES
 from torch_files import GOOD, Member, archive, checkpoint, dictionary, equal, pickled, read_all, save, storage, tensor
 
@@ -306,7 +306,7 @@ def test_the_child_has_a_limit_of_time(tmp_path: Path, monkeypatch: pytest.Monke
 _LIMITED = """
 import os, socket, subprocess
 from lading.errors import PolicyError
-from lading.formats.rewrite_child import limit
+from lading.formats.torch_save.rewrite_child import limit
 limit(seconds=20, size=1, parent=os.getppid())
 for forbidden in (socket.socket, lambda: subprocess.run(["true"]), lambda: os.system("true"), os.fork):
     try:

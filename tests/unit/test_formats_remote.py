@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from lading import formats
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, FetchError, NotSupportedError
 from lading.formats import remote
+from lading.formats.manifest import BITS
 from lading.formats.safetensors import MAX_HEADER_SIZE
-from lading.formats.sharded import MAX_INDEX_SIZE
-from lading.manifest import BITS
+from lading.formats.shard_index import MAX_INDEX_SIZE
 
 INDEX = "model.safetensors.index.json"
 

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from lading import formats
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, NotSupportedError
+from lading.formats.manifest import BITS, Manifest, Shard
 from lading.formats.safetensors import header_length, parse_header
-from lading.manifest import BITS, Manifest, Shard
 
 
 def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:

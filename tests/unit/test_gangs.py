@@ -21,10 +21,10 @@ from torch.distributed import DeviceMesh
 
 from lading.errors import GangError, ModelGatedError
 from lading.gangs import Gang, Gangs, create_fake_gangs, create_gangs, simulate_gangs
-from lading.gangs.digest import differences, digest, flatten
+from lading.gangs.compare import differences, digest, flatten
+from lading.gangs.control import Line
 from lading.gangs.failure import Failure
-from lading.gangs.line import Line
-from lading.gangs.private import default_store, init_fake_process_group, store_host
+from lading.gangs.torch_private import default_store, init_fake_process_group, store_host
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
 

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from lading.compose import Joined, Regroup, Reordered, Sliced, Stacked
 from lading.errors import InternalError
-from lading.keymap import Rule, rename, route
+from lading.planning.composition import Joined, Regroup, Reordered, Sliced, Stacked
+from lading.planning.rules import Rule, rename, route
 
 RULES = (
     Rule("{rest*}.rotary_emb.inv_freq", None),

@@ -5,7 +5,7 @@ from array import array
 import pytest
 
 from lading.errors import InternalError
-from lading.manifest import Manifest, Shard
+from lading.formats.manifest import Manifest, Shard
 
 
 def make(**changes: object) -> Manifest:

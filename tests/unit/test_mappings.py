@@ -13,15 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lading.box import Box
 from lading.errors import CorruptModelCheckpointError
-from lading.filesystem import FileStat
-from lading.manifest import Manifest, Shard
+from lading.formats.manifest import Manifest, Shard
+from lading.planning.box import Box
+from lading.planning.plan import PAGE, Wanted, plan
+from lading.system.filesystem import FileStat
 from lading.transfer.execute import execute
 from lading.transfer.files import ShardFile
 from lading.transfer.mappings import CELL, NOTHING_AHEAD, Ahead, Range, cells_of, mapped_ahead, may_be_mapped
 from lading.transfer.pages import BLOCK
-from lading.transfer.plan import PAGE, Wanted, plan
 
 ROWS = 32  # of a MiB each
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lading.new_folder import new_folder
+from lading.operations.atomic_folder import new_folder
 
 
 def test_it_comes_all_at_once(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom lading.new_folder import new_folder\n"
+        "import sys, time\nfrom pathlib import Path\nfrom lading.operations.atomic_folder import new_folder\n"
         "with new_folder(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'half').touch()\n    print(flush=True)\n    time.sleep(60)\n"
     )

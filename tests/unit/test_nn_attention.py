@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lading.nn.attention import AttentionMask, CausalSelfAttention, attend, causal_mask
-from lading.nn.norm import RMSNorm
-from lading.nn.uninitialized import Linear
+from lading.families.nn.attention import AttentionMask, CausalSelfAttention, attend, causal_mask
+from lading.families.nn.norm import RMSNorm
+from lading.families.nn.uninitialized import Linear
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lading.nn.cache import KeyValueCache
+from lading.families.nn.cache import KeyValueCache
 
 
 def tokens(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:

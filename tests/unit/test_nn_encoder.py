@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lading.nn.encoder import EncoderSpec
+from lading.families.nn.encoder import EncoderSpec
 
 SPEC = EncoderSpec(
     model_dim=24,

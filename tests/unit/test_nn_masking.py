@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lading.nn.masking import Masking, span_mask
+from lading.families.nn.masking import Masking, span_mask
 
 MASKING = Masking(
     temporal_span_len=4,

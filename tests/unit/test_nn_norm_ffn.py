@@ -3,8 +3,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import gelu, linear, silu
 
-from lading.nn.ffn import GatedFeedForward
-from lading.nn.norm import RMSNorm
+from lading.families.nn.ffn import GatedFeedForward
+from lading.families.nn.norm import RMSNorm
 
 
 def test_the_root_mean_square_becomes_one() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lading.nn.quantizer import GumbelQuantizer, init_quantizer
+from lading.families.nn.quantizer import GumbelQuantizer, init_quantizer
 
 
 def make(temperature: tuple[float, float, float] = (2.0, 0.5, 0.5)) -> GumbelQuantizer:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lading.nn.rope import LinearScaling, LLaMA3Scaling, RotaryEmbedding, YaRNScaling, rotate
+from lading.families.nn.rope import LinearScaling, LLaMA3Scaling, RotaryEmbedding, YaRNScaling, rotate
 
 
 def scaling(**changes: float) -> LLaMA3Scaling:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from lading.nn.masking import Masking
-from lading.nn.speech import SpeechModel, init_speech
-from lading.nn.speech_encoder import SpeechSpec, WeightNormConv1d
-from lading.nn.speech_frontend import ConvolutionalFeatures, FilterBankFeatures
+from lading.families.nn.masking import Masking
+from lading.families.nn.speech import SpeechModel, init_speech
+from lading.families.nn.speech_encoder import SpeechSpec, WeightNormConv1d
+from lading.families.nn.speech_frontend import ConvolutionalFeatures, FilterBankFeatures
 
 SPEC = SpeechSpec(
     model_dim=12,

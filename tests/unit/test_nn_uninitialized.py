@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lading.nn.uninitialized import Conv1d, Embedding, GroupNorm, LayerNorm, Linear
+from lading.families.nn.uninitialized import Conv1d, Embedding, GroupNorm, LayerNorm, Linear
 
 
 @pytest.mark.parametrize(
@@ -36,8 +36,8 @@ def test_they_compute_what_torchs_do() -> None:
 
 
 DECODER = """
-from lading.nn.decoder_lm import DecoderLM
-from lading.nn.decoder_spec import DecoderSpec
+from lading.families.nn.decoder_lm import DecoderLM
+from lading.families.nn.decoder_spec import DecoderSpec
 spec = DecoderSpec(model_dim=64, vocab_size=1000, max_seq_len=64, num_layers=2, num_attn_heads=4,
                    num_key_value_heads=2, ffn_inner_dim=96, norm_eps=1e-5, rope_theta=1e4, pad_idx=3)
 make = lambda: DecoderLM(spec)

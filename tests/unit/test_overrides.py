@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lading.card import Architecture, AssetCard
+from lading.cards.card import Architecture, AssetCard
+from lading.cards.overrides import EnvText, Layer, architecture_layers, expand_env, layers_of, merge, merge_layers
 from lading.errors import AssetCardError
-from lading.overrides import EnvText, Layer, architecture_layers, expand_env, layers_of, merge, merge_layers
 
 BASE = {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "f": [1, 2]}
 

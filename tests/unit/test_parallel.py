@@ -14,20 +14,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lading.box import Box
 from lading.catalog.store import get_asset_store
-from lading.construct import assign, build_on_meta, create_model, settle_dtypes
 from lading.errors import InternalError, ModelCheckpointMismatchError, NotSupportedError
 from lading.families import bert, gemma3, llama, mistral, olmo, qwen
-from lading.family import Family
-from lading.folder import family_of_folder
+from lading.formats.hf_folder import family_of_folder
+from lading.formats.manifest import Manifest, Shard
 from lading.gangs import Gang, create_fake_gangs, simulate_gangs
-from lading.hub import ModelHub, load_model, load_with_report
-from lading.keymap import Route
-from lading.manifest import Manifest, Shard
-from lading.nn.sharding import ParallelPlan, Split, matches
-from lading.parallel import mesh_of, parallelize
-from lading.transfer.targets import Targets, targets_of
+from lading.models.construct import assign, build_on_meta, create_model, settle_dtypes
+from lading.models.family import Family
+from lading.models.hub import ModelHub, load_model, load_with_report
+from lading.models.parallel_plan import ParallelPlan, Split, matches
+from lading.models.parallelize import mesh_of, parallelize
+from lading.models.targets import Targets, targets_of
+from lading.planning.box import Box
+from lading.planning.rules import Route
 from make_checkpoint import make
 
 SMALL = {"model_dim": 32, "vocab_size": 40, "num_layers": 2, "num_attn_heads": 4, "ffn_inner_dim": 48}

@@ -13,19 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lading.construct import build_on_meta, create_model, split
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError
 from lading.families import bert, gemma3, llama, mistral, olmo, qwen
-from lading.family import Family
-from lading.folder import family_of_folder
+from lading.families.nn.cache import KeyValueCache
+from lading.families.nn.decoder_lm import DecoderLM
+from lading.formats.hf_folder import family_of_folder
 from lading.gangs import create_fake_gangs, simulate_gangs
-from lading.hub import ModelHub, load_model, load_with_report
-from lading.nn.cache import KeyValueCache
-from lading.nn.decoder_lm import DecoderLM
-from lading.nn.sharding import ParallelPlan, Stages, matches
-from lading.parallel import parallelize
-from lading.pipeline import holders
-from lading.transfer.targets import targets_of
+from lading.models.construct import build_on_meta, create_model, split
+from lading.models.family import Family
+from lading.models.hub import ModelHub, load_model, load_with_report
+from lading.models.parallel_plan import ParallelPlan, Stages, matches
+from lading.models.parallelize import parallelize
+from lading.models.pipeline import holders
+from lading.models.targets import targets_of
 from make_checkpoint import make
 
 SMALL = {"model_dim": 32, "vocab_size": 40, "num_layers": 3, "num_attn_heads": 4, "ffn_inner_dim": 48}

@@ -16,10 +16,10 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.nn import Module, Parameter
 
-from lading.box import Box
 from lading.errors import NotSupportedError
 from lading.gangs import simulate_gangs
-from lading.transfer.placements import BoxCache, Parts, boxes_for_all_ranks, placements_on
+from lading.models.placements import BoxCache, Parts, boxes_for_all_ranks, placements_on
+from lading.planning.box import Box
 
 
 @st.composite

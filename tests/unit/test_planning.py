@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 
 import lading
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError
-from lading.hub import load_with_report
-from lading.picture import picture
-from lading.planning import LoadPlan
+from lading.models.hub import load_with_report
+from lading.operations.plan import LoadPlan
+from lading.operations.plan_svg import picture
 from make_checkpoint import make, tensors
 
 

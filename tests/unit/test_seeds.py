@@ -10,10 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from lading.card import ArchitectureEntry, AssetCard, CardEntry, checkpoint_ref, resolve_architecture, resolve_card
-from lading.cardfile import CardFile, parse
-from lading.config import architecture_config, resolve_config
-from lading.family import get_family
+from lading.cards.card import (
+    ArchitectureEntry,
+    AssetCard,
+    CardEntry,
+    checkpoint_ref,
+    resolve_architecture,
+    resolve_card,
+)
+from lading.cards.card_file import CardFile, parse
+from lading.cards.config import architecture_config, resolve_config
+from lading.models.family import get_family
 
 SEEDS: dict[str, CardFile] = {
     file.name: parse(file.read_bytes(), source=f"package:lading.seeds/{file.name}")

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from lading.errors import SettingsError
-from lading.filesystem import file_system_type, host_id, on_network
-from lading.settings import Settings
+from lading.system.filesystem import file_system_type, host_id, on_network
+from lading.system.settings import Settings
 
 
 def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

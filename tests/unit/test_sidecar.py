@@ -8,11 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lading.box import Box
-from lading.compose import Joined
-from lading.filesystem import FileStat
-from lading.manifest import Manifest, Shard
-from lading.sidecar import (
+from lading.checkpoints.sidecar import (
     Sidecar,
     base_uri,
     blocks_of,
@@ -22,8 +18,12 @@ from lading.sidecar import (
     sidecar_uri,
     substituted,
 )
+from lading.formats.manifest import Manifest, Shard
+from lading.planning.box import Box
+from lading.planning.composition import Joined
+from lading.planning.plan import Wanted
+from lading.system.filesystem import FileStat
 from lading.transfer.files import ShardFile
-from lading.transfer.plan import Wanted
 
 
 def manifest_of(*tensors: tuple[str, str, tuple[int, ...]], file: str = "model.safetensors") -> Manifest:

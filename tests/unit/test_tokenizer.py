@@ -22,8 +22,8 @@ from lading import (
     import_cards,
     load_tokenizer,
 )
-from lading.card import CheckpointRef
-from lading.companions import TokenizerRef, same_source, tokenizer_ref
+from lading.cards.card import CheckpointRef
+from lading.checkpoints.extra_files import TokenizerRef, same_source, tokenizer_ref
 from lading.errors import CheckpointNotFoundError, ModelGatedError
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lading.catalog.failures import sqlite_failure
-from lading.catalog.target import Target
+from lading.catalog.database.failures import sqlite_failure
+from lading.catalog.database.target import Target
 from lading.errors import CatalogError
-from lading.new_folder import new_folder
+from lading.operations.atomic_folder import new_folder
 
 
 def sqlite_error(code: int) -> sqlite3.OperationalError:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from lading.worker import Worker
+from lading.system.threads import Worker
 
 
 def test_an_interrupted_wait_does_not_end_the_thread() -> None:

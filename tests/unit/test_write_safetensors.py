@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lading import InternalError, formats
-from lading.formats.write_safetensors import Entry, Writer, header_of, shard_names, shards_of, write_index
-from lading.manifest import BITS
+from lading.formats.manifest import BITS
+from lading.formats.safetensors_writer import Entry, Writer, header_of, shard_names, shards_of, write_index
 from lading.transfer.dtypes import TORCH_DTYPES
 
 DTYPES = ["F32", "BF16", "F16", "F64", "I64", "U8", "BOOL", "F8_E4M3"]

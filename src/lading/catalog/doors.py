@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from lading.catalog import ingest
+from lading.catalog import import_cards as ingest
 from lading.catalog import query as reading
 from lading.catalog.query import QueryResult
 from lading.catalog.records import ImportReport

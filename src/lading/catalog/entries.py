@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from sqlalchemy import ColumnElement, Connection, and_, select
 
-from lading.card import ArchitectureEntry, CardEntry
+from lading.cards.card import ArchitectureEntry, CardEntry
 from lading.catalog.schema import ARCHITECTURES, CARDS, SOURCES
 from lading.errors import CatalogError, InternalError
 

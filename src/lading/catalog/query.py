@@ -20,9 +20,9 @@ from itertools import islice
 
 from sqlalchemy import exc, text
 
-from lading.catalog.database import Database
-from lading.catalog.engine import connect_readonly
-from lading.catalog.failures import primary_code, sqlite_failure, translated
+from lading.catalog.database.connection import connect_readonly
+from lading.catalog.database.database import Database
+from lading.catalog.database.failures import primary_code, sqlite_failure, translated
 from lading.errors import CatalogError, PolicyError, QueryError
 
 MAX_VALUE_BYTES = 200_000

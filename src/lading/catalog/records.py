@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lading.filesystem import FileStat
-from lading.manifest import Manifest, Shard
+from lading.formats.manifest import Manifest, Shard
+from lading.system.filesystem import FileStat
 
 HEADER = "header"
 """The method of a check of all bytes of a file that are of no tensor."""

@@ -250,7 +250,7 @@ class TensorRow(Row):
     offset: Mapped[int]
     """From the beginning of the shard's file."""
     digest: Mapped[str | None]
-    """Of all its bytes, as :mod:`lading.digests` defines it; equal tensors have equal ones."""
+    """Of all its bytes, as :mod:`lading.formats.digests` defines it; equal tensors have equal ones."""
 
 
 class DigestRow(Row):

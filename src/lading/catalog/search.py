@@ -15,7 +15,7 @@ from typing import Final
 
 from sqlalchemy import ColumnElement, Connection, column, exists, false, func, insert, literal, select, table
 
-from lading.card import CONFIG_KEYS
+from lading.cards.card import CONFIG_KEYS
 from lading.catalog.schema import CardRow
 
 MAX_TEXT: Final = 4_000

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection, func, select
 
-from lading.card import (
+from lading.cards.card import (
     USER_ENV,
     Architecture,
     ArchitectureEntry,
@@ -22,21 +22,14 @@ from lading.card import (
     resolve_card,
     split_name,
 )
-from lading.catalog.copies import copies_at, copies_of, copies_with
-from lading.catalog.database import Database
+from lading.catalog.checkpoints.copies import copies_at, copies_of, copies_with
+from lading.catalog.checkpoints.manifests import read_digests, read_manifest, read_roots
+from lading.catalog.database.database import Database
 from lading.catalog.entries import read_architectures, read_cards
+from lading.catalog.importing.derived import descendants
 from lading.catalog.listing import list_models, near_names, summary_of
-from lading.catalog.manifests import read_digests, read_manifest, read_roots
-from lading.catalog.records import (
-    ArchitectureSummary,
-    FamilySummary,
-    LocalCopy,
-    ModelSummary,
-    StoredCheckpoint,
-)
-from lading.catalog.resolved import descendants
+from lading.catalog.records import ArchitectureSummary, FamilySummary, LocalCopy, ModelSummary, StoredCheckpoint
 from lading.catalog.schema import ARCHITECTURES, CARDS, CHECKPOINTS, FAMILIES
-from lading.digests import Digests
 from lading.errors import (
     AssetCardError,
     AssetNotFoundError,
@@ -44,9 +37,10 @@ from lading.errors import (
     SettingsError,
     did_you_mean,
 )
-from lading.filesystem import FileStat, is_there
-from lading.manifest import Manifest
-from lading.settings import Settings
+from lading.formats.digests import Digests
+from lading.formats.manifest import Manifest
+from lading.system.filesystem import FileStat, is_there
+from lading.system.settings import Settings
 
 __all__ = [
     "ArchitectureSummary",

@@ -13,7 +13,7 @@ from lading.cli.output import Column, Form, counted, human_bytes, listing_option
 from lading.errors import LadingError
 
 if TYPE_CHECKING:
-    from lading.adoption import Adoption
+    from lading.operations.adopt import Adoption
 
 _COLUMNS = (
     "path", "status", "checkpoint", "revision", "cards", "bytes", "verified", "overlays", "problem",
@@ -40,7 +40,7 @@ def adopt(paths: tuple[Path, ...], dry_run: bool, no_restrict: bool, form: Form)
 
     For example: lading adopt /models
     """
-    from lading.adoption import adopt_checkpoints
+    from lading.operations.adopt import adopt_checkpoints
 
     found = adopt_checkpoints(*paths, dry_run=dry_run, restrict=not no_restrict)
     if found or form is not Form.TABLE:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from lading.card import AssetCard, AssetCardField, CardEntry, uri_path
+from lading.cards.card import AssetCard, AssetCardField, CardEntry, uri_path
 from lading.cli.command import command
 from lading.cli.complete import complete_model
 from lading.cli.output import counted, printable
@@ -35,7 +35,7 @@ def import_(paths: tuple[str, ...], dry_run: bool, replace: bool, keep_going: bo
 
     For example: lading import ./cards --dry-run
     """
-    from lading.catalog.ingest import collect, import_files
+    from lading.catalog.import_cards import collect, import_files
     from lading.catalog.store import get_asset_store
     from lading.errors import CardFileError
 
@@ -68,7 +68,7 @@ def export_cards(pattern: str | None, output: str | None) -> None:
 
     For example: lading export-cards 'qwen*' -o qwen.yaml
     """
-    from lading import cardfile
+    from lading.cards import card_file as cardfile
     from lading.catalog.store import get_asset_store
 
     cards, architectures = get_asset_store().entries(pattern)

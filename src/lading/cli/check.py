@@ -14,7 +14,7 @@ from lading.cli.names import name_or_path
 from lading.cli.output import human_bytes, human_count, printable, write_json, write_pairs
 
 if TYPE_CHECKING:
-    from lading.check import CheckReport
+    from lading.models.fit import CheckReport
 
 MISMATCH = 4
 
@@ -37,7 +37,7 @@ def check(target: str, no_restrict: bool, as_json: bool) -> None:
     # Whether the name is known is said before torch is imported, which takes a second.
     model = name_or_path(target, store)
 
-    from lading.doors import check_model
+    from lading.operations.check import check_model
 
     report = check_model(model, restrict=not no_restrict, store=store)
 

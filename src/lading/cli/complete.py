@@ -52,9 +52,9 @@ def _silent(produce: Callable[[AssetStore], Iterable[str]]) -> list[CompletionIt
     # nor complain nor wait.
     logging.getLogger("lading").setLevel(logging.CRITICAL + 1)
     try:
-        from lading.catalog.database import Database
+        from lading.catalog.database.database import Database
         from lading.catalog.store import AssetStore
-        from lading.settings import Settings
+        from lading.system.settings import Settings
 
         settings = Settings.from_environment()
         store = AssetStore(Database.glance(settings), env=settings.env)

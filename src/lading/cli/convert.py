@@ -14,11 +14,11 @@ from lading.cli.complete import complete_model, complete_target
 from lading.cli.describe import DTYPES, asked_dtype, dtype_text, some
 from lading.cli.names import name_or_path
 from lading.cli.output import counted, human_bytes, human_count, write_json, write_pairs
-from lading.filesystem import is_there
+from lading.system.filesystem import is_there
 
 if TYPE_CHECKING:
-    from lading.export import ExportReport
-    from lading.verification import Verify
+    from lading.checkpoints.verification import Verify
+    from lading.operations.export import ExportReport
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -100,7 +100,7 @@ def convert(
         raise click.BadParameter("expected FAMILY/ARCH, as in llama/llama3_8b.", param_hint="--arch")
 
     if arch is None and isinstance(found, Path) and found.exists():
-        from lading.folder import read_hf_config
+        from lading.formats.hf_folder import read_hf_config
 
         if not read_hf_config(found):
             raise click.UsageError(
@@ -145,7 +145,7 @@ def _write(
     as_json: bool,
     **more: Any,
 ) -> None:
-    from lading.export import convert_checkpoint
+    from lading.operations.export import convert_checkpoint
 
     report = convert_checkpoint(
         target,

@@ -26,8 +26,8 @@ def upgrade() -> None:
 
     For example: lading db upgrade
     """
-    from lading.catalog import database
-    from lading.settings import Settings
+    from lading.catalog.database import database
+    from lading.system.settings import Settings
 
     report = database.upgrade(Settings.from_environment())
     _say_backup(report.backup)
@@ -44,8 +44,8 @@ def downgrade(version: str) -> None:
 
     For example: lading db downgrade --to 1
     """
-    from lading.catalog import database
-    from lading.settings import Settings
+    from lading.catalog.database import database
+    from lading.system.settings import Settings
 
     _say_backup(database.downgrade(Settings.from_environment(), version))
     click.echo(f"lading: the catalog is of version {version} now", err=True)
@@ -57,8 +57,8 @@ def check() -> None:
 
     For example: lading db check
     """
-    from lading.catalog import database
-    from lading.settings import Settings
+    from lading.catalog.database import database
+    from lading.system.settings import Settings
 
     problems = database.check(Settings.from_environment())
     if not problems:
@@ -82,8 +82,8 @@ def backup(file: Path | None) -> None:
 
     For example: lading db backup catalog-backup.sqlite
     """
-    from lading.catalog import database
-    from lading.settings import Settings
+    from lading.catalog.database import database
+    from lading.system.settings import Settings
 
     click.echo(str(database.backup(Settings.from_environment(), file)))
 
@@ -98,8 +98,8 @@ def restore(file: Path) -> None:
 
     For example: lading db restore catalog-backup.sqlite
     """
-    from lading.catalog import database
-    from lading.settings import Settings
+    from lading.catalog.database import database
+    from lading.system.settings import Settings
 
     report = database.restore(Settings.from_environment(), file)
     _say_backup(report.backup)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from lading.card import shown_uri
+from lading.cards.card import shown_uri
 from lading.cli.output import counted, human_bytes, human_count
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_comparable
 from lading.cli.names import name_or_path
 from lading.cli.output import Column, Form, counted, listing_options, text, write_rows
-from lading.filesystem import is_there
+from lading.system.filesystem import is_there
 
 if TYPE_CHECKING:
     from lading.catalog.store import AssetStore
-    from lading.diff import DiffReport
+    from lading.operations.diff import DiffReport
 
 
 @command("diff")
@@ -37,7 +37,7 @@ def diff(a: str, b: str, no_restrict: bool, form: Form) -> None:
     store = get_asset_store()
     targets = [_target(each, store) for each in (a, b)]
 
-    from lading.doors import diff_models
+    from lading.operations.check import diff_models
 
     report = diff_models(*targets, restrict=not no_restrict, store=store)
 

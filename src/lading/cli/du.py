@@ -12,7 +12,7 @@ from lading.cli.names import unknown_model
 from lading.cli.output import Column, Form, counted, human_bytes, listing_options, write_rows
 
 if TYPE_CHECKING:
-    from lading.holdings import Holding
+    from lading.operations.disk_usage import Holding
 
 _COLUMNS = ("name", "bytes", "kind", "files", "complete", "verified", "path", "checkpoint", "revision")
 
@@ -46,7 +46,7 @@ def du(pattern: str | None, orphans: bool, form: Form) -> None:
         raise click.UsageError("--orphans have no names that PATTERN could match.", click.get_current_context())
 
     from lading.catalog.store import get_asset_store
-    from lading.holdings import disk_usage
+    from lading.operations.disk_usage import disk_usage
 
     store = get_asset_store()
     usage = disk_usage(pattern, store=store)

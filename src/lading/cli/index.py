@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lading.card import shown_uri
+from lading.cards.card import shown_uri
 from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_target
 from lading.cli.describe import checkpoint_object, checkpoint_pairs
@@ -25,7 +25,7 @@ def index(target: str, no_restrict: bool, as_json: bool) -> None:
     For example: lading index hg://Qwen/Qwen3-0.6B
     """
     from lading.catalog.store import get_asset_store
-    from lading.locate import index_checkpoint
+    from lading.checkpoints.locate import index_checkpoint
 
     store = get_asset_store()
     found = target if "://" in target else name_or_path(target, store)

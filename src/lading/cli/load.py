@@ -54,7 +54,7 @@ def load(
     # Whether the name is known is said before torch is imported, which takes a second.
     card = name_or_path(target, get_asset_store())
 
-    from lading.hub import load_with_report
+    from lading.models.hub import load_with_report
 
     _, report = load_with_report(
         card,
@@ -98,7 +98,7 @@ def _device(name: str) -> torch.device:
 
     :raises click.BadParameter: it cannot hold a tensor here.
     """
-    from lading.device import require_usable
+    from lading.models.device import require_usable
 
     try:
         device = require_usable(name)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lading.errors import ModelNotKnownError, NotSupportedError
-from lading.filesystem import expand_home, is_there
+from lading.system.filesystem import expand_home, is_there
 
 if TYPE_CHECKING:
     from lading.catalog.store import AssetStore

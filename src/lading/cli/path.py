@@ -21,7 +21,7 @@ def path(name: str) -> None:
     For example: ls "$(lading path qwen3_0.6b)"
     """
     from lading.catalog.store import get_asset_store
-    from lading.locate import local_paths
+    from lading.checkpoints.locate import local_paths
 
     store = get_asset_store()
     for found in local_paths(store.retrieve_card(name), store):

@@ -15,7 +15,7 @@ from lading.cli.names import name_or_path
 from lading.cli.output import Column, Form, counted, human_bytes, listing_options, write_rows
 
 if TYPE_CHECKING:
-    from lading.planning import LoadPlan
+    from lading.operations.plan import LoadPlan
 
 _UNITS = {
     "": 1,
@@ -90,7 +90,7 @@ def plan(
     if rank and max(rank) >= (world := tp * sdp * pp * rdp):
         raise click.BadParameter(f"the world has {counted(world, 'rank')}, from 0 on.", param_hint="--rank")
 
-    from lading.doors import plan_load
+    from lading.operations.check import plan_load
 
     found = plan_load(
         model,
@@ -104,7 +104,7 @@ def plan(
         store=store,
     )
     if picture is not None:
-        from lading.picture import picture as draw
+        from lading.operations.plan_svg import picture as draw
 
         picture.write_text(draw(found), encoding="utf-8")
 

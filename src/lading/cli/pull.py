@@ -44,7 +44,7 @@ def pull(
     For example: lading pull qwen3_0.6b --include 'tokenizer*'
     """
     from lading.catalog.store import get_asset_store
-    from lading.pull import pull_model
+    from lading.operations.pull import pull_model
 
     store = get_asset_store()
     for name in names:  # a wrong name is said before hours of fetching

@@ -29,7 +29,7 @@ def repack(name: str, tp: int, no_progress: bool, as_json: bool) -> None:
     if store.maybe_retrieve_card(name) is None:
         raise unknown_model(name, store)
 
-    from lading.repack import repack_model
+    from lading.operations.repack import repack_model
 
     report = repack_model(name, tp=tp, progress=not no_progress, store=store)
     if as_json:

@@ -13,7 +13,7 @@ from lading.cli.names import unknown_model
 from lading.cli.output import counted, human_bytes, printable
 
 if TYPE_CHECKING:
-    from lading.removal import Removal
+    from lading.operations.remove import Removal
 
 
 @command("rm")
@@ -35,7 +35,7 @@ def rm(names: tuple[str, ...], orphans: bool, dry_run: bool, yes: bool) -> None:
         raise click.UsageError("Give the NAME of a model, or --orphans.", click.get_current_context())
 
     from lading.catalog.store import get_asset_store
-    from lading.removal import checkpoint_without_card, remove_model, remove_orphans
+    from lading.operations.remove import checkpoint_without_card, remove_model, remove_orphans
 
     store = get_asset_store()
     # All of them, before anything is removed.

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.card import CONFIG_KEYS, AssetCard, CheckpointRef, checkpoint_ref, path_uri, shown_uri, uri_path
+from lading.cards.card import CONFIG_KEYS, AssetCard, CheckpointRef, checkpoint_ref, path_uri, shown_uri, uri_path
+from lading.cards.overrides import layers_of, merge_layers
 from lading.cli.command import command
 from lading.cli.complete import complete_model
 from lading.cli.describe import checkpoint_object, checkpoint_pairs
@@ -26,8 +27,7 @@ from lading.cli.output import (
     write_rows,
 )
 from lading.errors import CheckpointNotFoundError, ModelFamilyNotKnownError
-from lading.filesystem import is_there
-from lading.overrides import layers_of, merge_layers
+from lading.system.filesystem import is_there
 
 if TYPE_CHECKING:
     from lading.catalog.store import AssetStore, ModelSummary, StoredCheckpoint

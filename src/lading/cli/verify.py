@@ -38,7 +38,7 @@ def verify(names: tuple[str, ...], everything: bool, repair: bool, no_progress: 
     For example: lading verify qwen3_0.6b
     """
     from lading.catalog.store import get_asset_store
-    from lading.verify import verify_model
+    from lading.operations.verify import verify_model
 
     if bool(names) == everything:
         raise click.UsageError("Give names of models, or --all.", click.get_current_context())

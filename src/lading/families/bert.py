@@ -11,14 +11,14 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lading.config import STRICT
+from lading.cards.config import STRICT
 from lading.errors import NotSupportedError
-from lading.families.huggingface import HEAD, ConfigReader, describing, encoder_keys
-from lading.family import Family
-from lading.hub import ModelHubAccessor
-from lading.keymap import Rule
-from lading.nn.attention import AttentionMask
-from lading.nn.encoder import Encoder, EncoderEmbeddings, EncoderSpec, Pooler, encoder_plan, init_encoder
+from lading.families.config_json import HEAD, ConfigReader, describing, encoder_keys
+from lading.families.nn.attention import AttentionMask
+from lading.families.nn.encoder import Encoder, EncoderEmbeddings, EncoderSpec, Pooler, encoder_plan, init_encoder
+from lading.models.family import Family
+from lading.models.hub import ModelHubAccessor
+from lading.planning.rules import Rule
 
 
 @dataclass(kw_only=True)

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from pydantic import ConfigDict
 
-from lading.config import STRICT
-from lading.families.huggingface import (
+from lading.cards.config import STRICT
+from lading.families.config_json import (
     DECODER_RULES,
     ConfigReader,
     LayerType,
@@ -22,14 +22,14 @@ from lading.families.huggingface import (
     read_layer_types,
     read_rope_of_layers,
 )
-from lading.family import Family
-from lading.hub import ModelHubAccessor
-from lading.keymap import Rule
-from lading.nn.checks import require_positive
-from lading.nn.decoder_lm import DecoderLM, init_decoder
-from lading.nn.decoder_plan import decoder_plan
-from lading.nn.decoder_spec import DecoderSpec
-from lading.nn.rope import LinearScaling
+from lading.families.nn.checks import require_positive
+from lading.families.nn.decoder_lm import DecoderLM, init_decoder
+from lading.families.nn.decoder_plan import decoder_plan
+from lading.families.nn.decoder_spec import DecoderSpec
+from lading.families.nn.rope import LinearScaling
+from lading.models.family import Family
+from lading.models.hub import ModelHubAccessor
+from lading.planning.rules import Rule
 
 
 @dataclass(kw_only=True)

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from lading.config import STRICT
+from lading.cards.config import STRICT
 from lading.errors import NotSupportedError
-from lading.families.huggingface import (
+from lading.families.config_json import (
     DECODER_RULES,
     NO_SCALING,
     NO_WINDOWS,
@@ -27,14 +27,14 @@ from lading.families.huggingface import (
     read_rope,
     read_rope_of_layers,
 )
-from lading.families.meta import fairseq2_rules
-from lading.family import Family
-from lading.hub import ModelHubAccessor
-from lading.keymap import Rule
-from lading.nn.decoder_lm import DecoderLM, init_decoder
-from lading.nn.decoder_plan import decoder_plan
-from lading.nn.decoder_spec import DecoderSpec
-from lading.nn.rope import YaRNScaling
+from lading.families.name_rules import fairseq2_rules
+from lading.families.nn.decoder_lm import DecoderLM, init_decoder
+from lading.families.nn.decoder_plan import decoder_plan
+from lading.families.nn.decoder_spec import DecoderSpec
+from lading.families.nn.rope import YaRNScaling
+from lading.models.family import Family
+from lading.models.hub import ModelHubAccessor
+from lading.planning.rules import Rule
 
 
 @dataclass(kw_only=True)

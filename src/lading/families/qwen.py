@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from pydantic import ConfigDict
 
-from lading.config import STRICT
-from lading.families.huggingface import (
+from lading.cards.config import STRICT
+from lading.families.config_json import (
     DECODER_RULES,
     NO_SCALING,
     ConfigReader,
@@ -20,13 +20,13 @@ from lading.families.huggingface import (
     read_decoder_config,
     read_rope,
 )
-from lading.families.meta import fairseq2_rules
-from lading.family import Family
-from lading.hub import ModelHubAccessor
-from lading.keymap import Rule
-from lading.nn.decoder_lm import DecoderLM, init_decoder
-from lading.nn.decoder_plan import decoder_plan
-from lading.nn.decoder_spec import DecoderSpec
+from lading.families.name_rules import fairseq2_rules
+from lading.families.nn.decoder_lm import DecoderLM, init_decoder
+from lading.families.nn.decoder_plan import decoder_plan
+from lading.families.nn.decoder_spec import DecoderSpec
+from lading.models.family import Family
+from lading.models.hub import ModelHubAccessor
+from lading.planning.rules import Rule
 
 
 @dataclass(kw_only=True)

@@ -11,8 +11,12 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from lading.config import STRICT
-from lading.families.huggingface import ConfigReader, describing
+from lading.cards.config import STRICT
+from lading.families.config_json import ConfigReader, describing
+from lading.families.nn.checks import require_dropout, require_positive
+from lading.families.nn.speech import SpeechModel, init_speech, speech_plan
+from lading.families.nn.speech_encoder import SpeechSpec
+from lading.families.nn.uninitialized import Linear
 from lading.families.wav2vec2_encoder import (
     TRAINING_ONLY,
     Wav2Vec2EncoderConfig,
@@ -22,13 +26,9 @@ from lading.families.wav2vec2_encoder import (
     encoder_to_hf,
 )
 from lading.families.wav2vec2_masking import MaskingFields, masking_from_hf, masking_of, masking_to_hf
-from lading.family import Family
-from lading.hub import ModelHubAccessor
-from lading.keymap import Rule
-from lading.nn.checks import require_dropout, require_positive
-from lading.nn.speech import SpeechModel, init_speech, speech_plan
-from lading.nn.speech_encoder import SpeechSpec
-from lading.nn.uninitialized import Linear
+from lading.models.family import Family
+from lading.models.hub import ModelHubAccessor
+from lading.planning.rules import Rule
 
 
 @dataclass(kw_only=True)

@@ -7,11 +7,11 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from lading.config import STRICT
+from lading.cards.config import STRICT
 from lading.errors import NotSupportedError
-from lading.families.huggingface import ConfigReader
-from lading.keymap import Rule
-from lading.nn.speech_encoder import SpeechSpec
+from lading.families.config_json import ConfigReader
+from lading.families.nn.speech_encoder import SpeechSpec
+from lading.planning.rules import Rule
 
 
 @dataclass(kw_only=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lading.families.huggingface import ConfigReader
-from lading.nn.masking import Masking
+from lading.families.config_json import ConfigReader
+from lading.families.nn.masking import Masking
 
 
 @dataclass(kw_only=True)

@@ -9,9 +9,9 @@ from typing import BinaryIO
 
 from lading.formats.files import File, open_regular
 from lading.formats.first_bytes import SIZE, Format, format_of
+from lading.formats.manifest import Shard
 from lading.formats.safetensors import Header, Part, read_header
-from lading.formats.torch_pt import header_of, place_tensors
-from lading.manifest import Shard
+from lading.formats.torch_save.reader import header_of, place_tensors
 
 
 def read_part(path: Path, *, restrict: bool = True, name: str | None = None) -> tuple[Part, Format]:

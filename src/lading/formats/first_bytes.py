@@ -13,7 +13,7 @@ from lading.errors import LadingError, NotSupportedError
 from lading.formats.files import LFS_POINTER, corrupt, stands_for_another
 from lading.formats.folder import is_checkpoint_file, is_other_format, is_torch_format, not_supported
 from lading.formats.safetensors import MAX_HEADER_SIZE, PREFIX_SIZE
-from lading.formats.zip_archive import SIGNATURE as ZIP
+from lading.formats.torch_save.zip_archive import SIGNATURE as ZIP
 
 SIZE = 512
 """Bytes that tell; a file may have fewer."""

@@ -16,9 +16,9 @@ from lading.errors import CheckpointNotFoundError, NotSupportedError
 from lading.formats.files import File, corrupt
 from lading.formats.first_bytes import SIZE, format_of
 from lading.formats.folder import checkpoint_file, is_index, is_other_format, is_torch_format, not_supported, some
+from lading.formats.manifest import Manifest
 from lading.formats.safetensors import PREFIX_SIZE, Part, join, read_header
-from lading.formats.sharded import join_shards, read_index
-from lading.manifest import Manifest
+from lading.formats.shard_index import join_shards, read_index
 
 MAX_READ = 256_000_000
 """Bytes that are read of one checkpoint, in all. The largest that are published have headers of some 30 MB together."""

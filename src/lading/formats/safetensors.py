@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lading.formats.files import LFS_POINTER, File, corrupt, open_file, stands_for_another
+from lading.formats.manifest import BITS, Manifest, Shard
 from lading.formats.strict_json import StrictJson
-from lading.manifest import BITS, Manifest, Shard
 
 PREFIX_SIZE = 8
 """Bytes before the header: its length."""
@@ -43,7 +43,7 @@ class Header:
 
     names: Sequence[str]
     dtypes: Sequence[str]
-    """Keys of :data:`lading.manifest.BITS`."""
+    """Keys of :data:`lading.formats.manifest.BITS`."""
     shapes: Sequence[tuple[int, ...]]
     offsets: array[int]
     """Where the bytes of each tensor begin, counted from the beginning of the file; type code ``q``."""

@@ -15,9 +15,9 @@ from torch.distributed import ProcessGroup, Work
 from torch.distributed.device_mesh import DeviceMesh
 
 from lading.errors import GangError, InternalError
-from lading.gangs.digest import differences, digest, flatten
+from lading.gangs.compare import differences, digest, flatten
+from lading.gangs.control import Line
 from lading.gangs.failure import Failure
-from lading.gangs.line import Line
 
 T = TypeVar("T")
 

@@ -15,10 +15,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lading.errors import GangError
-from lading.filesystem import host_id
+from lading.gangs.control import Line
 from lading.gangs.gang import Gang
-from lading.gangs.line import Line
-from lading.gangs.private import default_store, init_fake_process_group
+from lading.gangs.torch_private import default_store, init_fake_process_group
+from lading.system.filesystem import host_id
 
 AXES = ("pp", "rdp", "sdp", "tp")
 """The axes of the mesh, from the one whose ranks lie furthest apart to the one whose ranks are neighbours."""

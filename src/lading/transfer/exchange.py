@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lading.errors import InternalError
 from lading.gangs import Gang
-from lading.progress import byte_bar
+from lading.planning.plan import Plan
+from lading.system.progress import byte_bar
 from lading.transfer.files import ShardFile, open_shard
 from lading.transfer.hashing import Hasher
 from lading.transfer.memory import Arena, Stage
-from lading.transfer.plan import Plan
 from lading.transfer.reader import Reader, item_sizes
 from lading.transfer.together import Joint, Piece, Schedule
 

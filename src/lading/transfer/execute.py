@@ -13,17 +13,17 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from lading.digests import Digests, default_dims
-from lading.manifest import BITS, Manifest
-from lading.progress import byte_bar
+from lading.formats.digests import Digests, default_dims
+from lading.formats.manifest import BITS, Manifest
+from lading.planning.plan import ARENA, Plan, plan_pass
+from lading.system.progress import byte_bar
+from lading.system.threads import Worker
 from lading.transfer.files import OpenShard, ShardFile, open_shard
 from lading.transfer.hashing import Hasher
 from lading.transfer.leaves import Part
 from lading.transfer.mappings import NOTHING_AHEAD, Ahead, Range, cores, make_present
 from lading.transfer.memory import RING_DEPTH, Arena, NoArena, create_arena, map_file, view
-from lading.transfer.plan import ARENA, Plan, plan_pass
 from lading.transfer.reader import STEP, Reader, steps_of
-from lading.worker import Worker
 
 PINNED_BYTES = 512 << 20
 """Host memory that copies to a device may have pinned at once."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lading.errors import CorruptModelCheckpointError
-from lading.filesystem import FileStat, on_network
-from lading.transfer.plan import PAGE
+from lading.planning.plan import PAGE
+from lading.system.filesystem import FileStat, on_network
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Digests of what a load reads, taken while the bytes are in the cache of the core that read them.
 
-Which blocks (:mod:`lading.digests`) lie in which read is settled before, so that the threads that read share nothing
-but an array of slots, one for each leaf, of which each is written once. Reads are taken in pieces that end where atoms
-(:mod:`lading.transfer.leaves`) do, so that each piece is hashed by itself.
+Which blocks (:mod:`lading.formats.digests`) lie in which read is settled before, so that the threads that read share
+nothing but an array of slots, one for each leaf, of which each is written once. Reads are taken in pieces that end
+where atoms (:mod:`lading.transfer.leaves`) do, so that each piece is hashed by itself.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lading.box import Box
-from lading.digests import (
+from lading.errors import CorruptModelCheckpointError, InternalError
+from lading.formats.digests import (
     EMPTY_BLOCK,
     LEAF,
     SIZE,
@@ -26,10 +26,10 @@ from lading.digests import (
     cut,
     starts_of,
 )
-from lading.errors import CorruptModelCheckpointError, InternalError
-from lading.manifest import BITS, Manifest
+from lading.formats.manifest import BITS, Manifest
+from lading.planning.box import Box
+from lading.planning.plan import ARENA, Plan, Wanted
 from lading.transfer.leaves import Job, LeafHasher, Part
-from lading.transfer.plan import ARENA, Plan, Wanted
 
 
 class _Jobs:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from lading.digests import LEAF, SIZE, block_digest, leaf_digest
+from lading.formats.digests import LEAF, SIZE, block_digest, leaf_digest
 
 _WIDE = (torch.int64, torch.int32, torch.int16)
 """Of the dtypes to copy bytes as, the widest that fits has the fewest to copy."""

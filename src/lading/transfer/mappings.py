@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from lading.errors import LadingError
-from lading.manifest import Manifest
+from lading.formats.manifest import Manifest
+from lading.planning.plan import PAGE
 from lading.transfer.files import ShardFile, open_shard
 from lading.transfer.memory import map_file, populate
 from lading.transfer.pages import BLOCK
-from lading.transfer.plan import PAGE
 
 CELL = 64 << 20
 """Bytes of a file that a thread makes present before it takes the next part: shards are few, and differ in size."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lading.errors import InternalError
-from lading.settings import Settings
+from lading.system.settings import Settings
 from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.pages import BLOCK, POPULATE_READ, HugePages, madvise, pages_of
 

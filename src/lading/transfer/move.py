@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lading.digests import Digests
+from lading.formats.digests import Digests
+from lading.formats.manifest import Manifest
 from lading.gangs import Gang
-from lading.manifest import Manifest
+from lading.planning.plan import Plan, Wanted
 from lading.transfer.exchange import execute_together
 from lading.transfer.execute import execute
 from lading.transfer.files import ShardFile
 from lading.transfer.hashing import Hasher
 from lading.transfer.mappings import NOTHING_AHEAD, Ahead
 from lading.transfer.memory import create_arena
-from lading.transfer.plan import Plan, Wanted
 from lading.transfer.together import Demand, Joint
 
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lading.digests import LEAF
-from lading.manifest import BITS
+from lading.formats.digests import LEAF
+from lading.formats.manifest import BITS
+from lading.planning.plan import PAGE, Plan, reads_gaps
 from lading.transfer.files import OpenShard
 from lading.transfer.hashing import Hasher
 from lading.transfer.memory import Arena, Stage
-from lading.transfer.plan import PAGE, Plan, reads_gaps
 
 STEP = 8 << 20
 """Bytes that a thread reads before it takes the next step: large enough for the disk, small enough to stop soon."""

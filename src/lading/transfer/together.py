@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from lading.box import Box
-from lading.digests import LEAF
-from lading.manifest import BITS, Manifest
+from lading.formats.digests import LEAF
+from lading.formats.manifest import BITS, Manifest
+from lading.planning.box import Box
+from lading.planning.plan import ALIGNMENT, PAGE, Plan, Wanted, plan
 from lading.transfer.hashing import Hasher
-from lading.transfer.plan import ALIGNMENT, PAGE, Plan, Wanted, plan
 from lading.transfer.reader import Step
 
 ROUND = 8 << 20

@@ -1,0 +1,464 @@
+"""Asset cards and architectures as values, and the one place where a name is resolved to a card.
+
+A *card file* holds :class:`CardEntry` and :class:`ArchitectureEntry` values, one per document. An :class:`AssetCard` is
+what a name means: an entry, an overlay of an environment laid over it, and the card that it is based on.
+
+Semantics are those of fairseq2 0.8.1 (``fairseq2.assets``), less its defects: a cycle of bases is an error here, and a
+relative path resolves against the file that states it, whichever card inherits it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from lading.errors import AssetCardError
+from lading.system.filesystem import expand_home
+
+T = TypeVar("T", bool, int, float, str, list[object], dict[str, object])
+
+USER_ENV = "user"
+"""The environment whose overlays are always laid first."""
+
+CONFIG_KEYS = ("model_config_overrides", "model_config_override", "model_config")
+"""The fields that may hold configuration overrides, the older names first."""
+
+FIELDS = (
+    "base",
+    "model_family",
+    "model_arch",
+    *CONFIG_KEYS,
+    "checkpoint",
+    "checkpoint_path",
+    "sha256",
+    "restrict",
+    "tokenizer",
+    "tokenizer_path",
+    "tokenizer_ref",
+    "url",
+    "license",
+)
+"""The fields, besides the name, that mean something here. A card may have any others: they are kept and found."""
+
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+_GATED = re.compile(r" *gated *= *(true|false) *", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardEntry:
+    """One document of a card file: the fields of a card, or of an overlay to it."""
+
+    name: str
+    env: str = ""
+    """The environment of an overlay; empty for the card itself."""
+    metadata: Mapping[str, object]
+    """All fields but the name; plain JSON values."""
+    folder: Path | None = None
+    """The folder of the card's file, against which its relative paths resolve."""
+    source: str = ""
+    """Where the entry comes from, for messages: ``qwen.yaml[3]``."""
+
+    @property
+    def base(self) -> str | None:
+        base = self.metadata.get("base")
+        return base if isinstance(base, str) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArchitectureEntry:
+    """One document of a card file that describes an architecture: the numbers of a family's configuration."""
+
+    name: str
+    family: str
+    base: str | None = None
+    """Another architecture of the same family, whose numbers come first."""
+    config: Mapping[str, object]
+    """Overrides to ``base``'s configuration, or to the defaults of the family's configuration class."""
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """An architecture of a family: overrides to the defaults of the family's configuration class, base first."""
+
+    name: str
+    family: str
+    overrides: tuple[Mapping[str, object], ...]
+    sources: tuple[str, ...] = field(default=(), compare=False)
+    """Where each of ``overrides`` comes from, for messages; may be shorter."""
+
+
+@dataclass(frozen=True, slots=True)
+class AssetCard:
+    """What a name in the catalog means. Fields that the card lacks are looked up in its bases."""
+
+    name: str
+    metadata: Mapping[str, object]
+    """The card's own fields, an environment's overlay already laid over them."""
+    base: AssetCard | None = None
+    folders: Mapping[str, Path | None] = field(default_factory=dict, repr=False, compare=False)
+    """The folder of the file that states each field, by the field's name."""
+    source: str = field(default="", compare=False)
+    """The file and the document that the card comes from."""
+    sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """The document that states a field, by the field's name, where it is an overlay."""
+    env: str | None = field(default=None, compare=False)
+    """The environment that was asked for behind the name; ``None`` if none was, and empty for no overlay at all."""
+
+    @property
+    def title(self) -> str:
+        """The name under which a command finds the card just so: ``name``, or ``name@env``."""
+        return self.name if self.env is None else f"{self.name}@{self.env}"
+
+    def field(self, name: str) -> AssetCardField:
+        """The field ``name`` of this card or of the nearest base that has it.
+
+        :raises AssetCardError: neither has it.
+        """
+        found = self.maybe_get_field(name)
+        if found is None:
+            raise AssetCardError(self.name, f"The card {self.name!r} and its bases have no field {name!r}{self._at()}.")
+
+        return found
+
+    def maybe_get_field(self, name: str) -> AssetCardField | None:
+        """Return the field ``name`` as :meth:`field` does, but ``None`` where no card of the chain has it.
+
+        A null in a card takes back what its bases say.
+        """
+        card: AssetCard | None = self
+        while card is not None:  # not over `chain()`: an import asks six fields of each of its cards
+            if name in card.metadata:
+                value = card.metadata[name]
+                return None if value is None else AssetCardField(name, self, value, card.folders.get(name))
+            card = card.base
+
+        return None
+
+    def has_field(self, name: str) -> bool:
+        """Return whether this card or a base of it has the field ``name``, and no card nearer takes it back."""
+        return self.maybe_get_field(name) is not None
+
+    def chain(self) -> Iterator[AssetCard]:
+        """The card, its base, the base of that, and so on."""
+        card: AssetCard | None = self
+        while card is not None:
+            yield card
+            card = card.base
+
+    def fields(self) -> dict[str, object]:
+        """All fields of the card and its bases, the nearest first where several have one."""
+        merged: dict[str, object] = {}
+        for card in reversed(list(self.chain())):
+            merged.update(card.metadata)
+        merged.pop("base", None)
+
+        return {name: value for name, value in merged.items() if value is not None}
+
+    def source_of(self, name: str) -> str:
+        """The document that states the card's own field ``name``."""
+        return self.sources.get(name, self.source)
+
+    def _at(self) -> str:
+        return f" ({self.source})" if self.source else ""
+
+
+@dataclass(frozen=True, slots=True)
+class AssetCardField:
+    """A field of a card."""
+
+    name: str
+    card: AssetCard
+    """The card that was asked; a base of it may be the one that states the field."""
+    value: object
+    folder: Path | None = None
+
+    def as_(self, kls: type[T]) -> T:
+        """The value, if it is of just this type (``True`` is not an ``int``, ``1`` is not a ``float``).
+
+        :raises AssetCardError: it is of another type.
+        """
+        if type(self.value) is not kls:
+            raise AssetCardError(
+                self.card.name,
+                f"The field {self.name!r} of the card {self.card.name!r} is expected to be of type {kls.__name__}, "
+                f"but is {self.value!r}, of type {type(self.value).__name__}{self.card._at()}.",
+            )
+
+        return self.value
+
+    def as_uri(self) -> str:
+        """The value as a URI. A path becomes a ``file://`` URI; a relative one starts at the folder of its file.
+
+        :raises AssetCardError: not a string, or a relative path in a card that comes from no file.
+        """
+        value = self.as_(str).strip()
+        if not value:
+            raise AssetCardError(
+                self.card.name, f"The field {self.name!r} of the card {self.card.name!r} is empty{self.card._at()}."
+            )
+        if _SCHEME.match(value):
+            return value
+
+        path = expand_home(value)
+        if not path.is_absolute():
+            if self.folder is None:
+                raise AssetCardError(
+                    self.card.name,
+                    f"The field {self.name!r} of the card {self.card.name!r} is the relative path {value!r}, but the "
+                    "card comes from no file that it could be relative to. Use an absolute path.",
+                )
+            path = self.folder / path
+
+        return path_uri(path)
+
+
+def path_uri(path: Path) -> str:
+    """Return the ``file://`` URI of an absolute path, unquoted: it is compared, shown, and read back by ``uri_path``.
+
+    A path has one URI, whether or not it is written with ``.``, ``..`` or a slash at its end. Links keep their names.
+    """
+    path = path.absolute()
+    if ".." in path.parts:
+        # Not `normpath`: behind a link to a folder, `..` leads to where that folder is.
+        behind = len(path.parts) - path.parts[::-1].index("..")
+        path = Path(os.path.realpath(Path(*path.parts[:behind])), *path.parts[behind:])
+
+    return f"file://{path}"
+
+
+def uri_path(uri: str) -> Path | None:
+    """The path of a ``file://`` URI; ``None`` for any other."""
+    return Path(uri.removeprefix("file://")) if uri.startswith("file://") else None
+
+
+def shown_uri(uri: str) -> str:
+    """Return a URI as it may be shown and kept: of an address on the web without the user, the query and the fragment.
+
+    Signed addresses hold their secrets there.
+    """
+    scheme, _, rest = uri.partition("://")
+    if not rest or scheme.lower() in ("file", "hg", "hf"):
+        return uri
+    host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRef:
+    """The ``checkpoint`` field of a card, taken apart."""
+
+    uri: str
+    """Without parameters; empty where the card names none."""
+    gated: bool
+    info_url: str | None
+    """Where to ask for a gated model."""
+    path: str | None = None
+    """The ``checkpoint_path`` inside the source, where the card names one."""
+
+    @property
+    def scheme(self) -> str:
+        return urlsplit(self.uri).scheme
+
+    @property
+    def key(self) -> str:
+        """All that tells the checkpoint from another, in one URI."""
+        return self.uri if self.path is None else f"{self.uri.rstrip('/')}/{self.path.strip('/')}"
+
+    @property
+    def shown(self) -> str:
+        """The key as messages may show it."""
+        uri = shown_uri(self.uri)
+        return uri if self.path is None else f"{uri.rstrip('/')}/{self.path.strip('/')}"
+
+
+def checkpoint_ref(card: AssetCard) -> CheckpointRef:
+    """Where the card's checkpoint is. A card without one, or with ``;gated=true`` behind the URI, is gated.
+
+    :raises AssetCardError: a ``checkpoint``, ``checkpoint_path`` or ``url`` that is not a string.
+    """
+    url_field = card.maybe_get_field("url")
+    url = None if url_field is None else url_field.as_(str)
+
+    found = card.maybe_get_field("checkpoint")
+    if found is None:
+        return CheckpointRef(uri="", gated=True, info_url=url)
+
+    uri, gated = split_gated(found.as_uri())
+    path = card.maybe_get_field("checkpoint_path")
+
+    return CheckpointRef(
+        uri=uri,
+        gated=gated,
+        info_url=(url or shown_uri(uri)) if gated else url,
+        path=None if path is None else path.as_(str),
+    )
+
+
+def split_gated(uri: str) -> tuple[str, bool]:
+    """Return a URI without ``;gated=true`` or ``;gated=false`` behind it, as fairseq2's cards say it, and which it is.
+
+    Whatever else stands behind a ``;`` is a part of the URI: to drop it would ask for something else.
+    """
+    gated = False
+    while True:
+        # Not one pattern for all of it: to search for spaces before a `;` takes hours in a megabyte of spaces.
+        head, semicolon, last = uri.rstrip(" ").removesuffix(";").rpartition(";")
+        match = _GATED.fullmatch(last)
+        if not semicolon or match is None:
+            return uri, gated
+        uri, gated = head.rstrip(" "), gated or match[1].lower() == "true"
+
+
+def is_sha256(value: object) -> bool:
+    """Return whether ``value`` is a SHA-256 in hexadecimal."""
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+
+
+def pinned_digests(card: AssetCard) -> dict[str, str]:
+    """Return the SHA-256 of the files that a card pins, by their names; under the empty name that of the only file.
+
+    :raises AssetCardError: the field ``sha256`` is of another form.
+    """
+    field = card.maybe_get_field("sha256")
+    if field is None:
+        return {}
+    stated = field.value if isinstance(field.value, Mapping) else {"": field.value}
+    if not all(is_sha256(digest) for digest in stated.values()):
+        raise AssetCardError(
+            card.name,
+            f"The field 'sha256' of the card {card.name!r} is expected to be 64 hexadecimal digits, or a mapping of "
+            f"file names to them, but is {field.value!r}{card._at()}.",
+        )
+
+    return {name: str(digest).lower() for name, digest in stated.items()}
+
+
+# --- resolution ------------------------------------------------------------------------------------------------------
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """``name@env`` as (name, environment); the environment is ``None`` without an ``@``, and may be empty behind it."""
+    plain, at, env = name.partition("@")
+
+    return plain.strip(), env.strip() if at else None
+
+
+def resolve_card(name: str, envs: Sequence[str], look_up: Callable[[str], Mapping[str, CardEntry]]) -> AssetCard | None:
+    """What ``name`` means.
+
+    :param envs: environments in the order in which their overlays are tried; the first that exists is laid over a card.
+    :param look_up: gives all entries of a name, by environment (the card itself under the empty one).
+
+    :raises AssetCardError: a base that does not exist, or that leads back to a card of the chain; or an overlay that is
+        not the user's own takes back a digest by which the card pins a file.
+    """
+    # The chain is walked down first and built up afterwards, as frozen cards need their base when they are made.
+    layers: list[tuple[str, dict[str, object], dict[str, Path | None], str, dict[str, str]]] = []
+    seen: list[str] = []
+    laid: list[CardEntry] = []
+    at: str | None = name
+
+    while at is not None:
+        entries = look_up(at)
+        entry = entries.get("")
+        if entry is None:
+            if not layers:
+                return None
+            raise AssetCardError(
+                name, f"The card {seen[-1]!r} is based on {at!r}, which is not in the catalog ({layers[-1][3]})."
+            )
+
+        metadata = dict(entry.metadata)
+        folders: dict[str, Path | None] = dict.fromkeys(metadata, entry.folder)
+        sources: dict[str, str] = {}
+        overlay = next((entries[env] for env in envs if env in entries), None)
+        if overlay is not None:
+            if overlay.env != USER_ENV:
+                laid.append(overlay)
+            metadata.update(overlay.metadata)
+            folders.update(dict.fromkeys(overlay.metadata, overlay.folder))
+            sources = dict.fromkeys(overlay.metadata, overlay.source)
+
+        layers.append((at, metadata, folders, entry.source, sources))
+        seen.append(at)
+
+        base = metadata.get("base")
+        at = base if isinstance(base, str) else None
+        if at in seen:
+            raise AssetCardError(
+                name, f"The bases of the card {name!r} form a cycle: {' → '.join([*seen, at])} ({entry.source})."
+            )
+
+    card: AssetCard | None = None
+    for layer_name, metadata, folders, source, sources in reversed(layers):
+        card = AssetCard(layer_name, metadata, card, folders, source, sources)
+    if card is not None and laid:
+        _require_pins(card, laid[0], lambda: resolve_card(name, [env for env in envs if env == USER_ENV], look_up))
+
+    return card
+
+
+def _require_pins(card: AssetCard, overlay: CardEntry, without: Callable[[], AssetCard | None]) -> None:
+    """Make sure that what a card pins is pinned with an overlay, too.
+
+    :param without: gives the card without overlays that are not the user's own.
+
+    :raises AssetCardError: it is not.
+    """
+    try:
+        plain = without()
+    except AssetCardError:
+        return  # without the overlay, nothing can be loaded by it
+    pins = {} if plain is None else pinned_digests(plain)
+    if pins and not pins.items() <= pinned_digests(card).items():
+        raise AssetCardError(
+            card.name,
+            f"The card {card.name!r} pins files of its checkpoint by `sha256`, and with the overlay {overlay.env!r} "
+            f"({overlay.source}) it would not. An overlay can pin more files, and only one of the environment "
+            f"{USER_ENV!r} others: state the digests in the card itself, or make the overlay a card of its own.",
+        )
+
+
+def resolve_architecture(
+    name: str, family: str, look_up: Callable[[str], ArchitectureEntry | None]
+) -> Architecture | None:
+    """The architecture ``name`` of ``family``, the overrides of its bases first; ``None`` where there is none.
+
+    :raises AssetCardError: a base that does not exist, or that leads back to an architecture of the chain.
+    """
+    chain: list[ArchitectureEntry] = []
+    at: str | None = name
+
+    while at is not None:
+        entry = look_up(at)
+        if entry is None:
+            if not chain:
+                return None
+            raise AssetCardError(
+                name,
+                f"The {family} architecture {chain[-1].name!r} is based on {at!r}, which is not in the catalog "
+                f"({chain[-1].source}).",
+            )
+
+        chain.append(entry)
+        at = entry.base
+        if any(at == other.name for other in chain):
+            cycle = " → ".join([*(other.name for other in chain), str(at)])
+            raise AssetCardError(name, f"The bases of the {family} architecture {name!r} form a cycle: {cycle}.")
+
+    chain.reverse()
+
+    return Architecture(
+        name=name,
+        family=family,
+        overrides=tuple(entry.config for entry in chain),
+        sources=tuple(entry.source for entry in chain),
+    )

@@ -1,0 +1,345 @@
+"""Configurations: the defaults of a family's class, an architecture's numbers, a card's overrides; merged and checked.
+
+Values are converted as fairseq2 0.8.1 (``fairseq2.utils.structured``) converts them, where nothing is lost: ``16.0``
+and ``"16"`` are good for an ``int`` (variables of the environment are strings), ``16.5`` and ``true`` are not.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from functools import lru_cache
+from typing import Any, Final, TypeVar, get_args, get_type_hints
+from uuid import uuid4
+
+# pydantic imports this part of it with the first schema of a dataclass, which would be in the middle of a load.
+import pydantic.dataclasses  # noqa: F401
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import CoreSchema, ErrorDetails, PydanticKnownError, SchemaValidator
+from pydantic_core.core_schema import DataclassSchema, no_info_before_validator_function
+
+from lading.cards.card import Architecture, AssetCard
+from lading.cards.documents.document import join, show
+from lading.cards.overrides import EnvText, Layer, architecture_layers, expand_env, layers_of, merge_layers
+from lading.errors import AssetCardError, InternalError, did_you_mean
+
+T = TypeVar("T")
+
+STRICT: Final = ConfigDict(extra="forbid")
+"""For the ``__pydantic_config__`` of configuration classes: keys that they don't have are errors."""
+
+
+def architecture_config(architecture: Architecture, config_kls: type[T]) -> T:
+    """The configuration of an architecture: a new object each time.
+
+    :raises AssetCardError: its numbers don't fit ``config_kls``.
+    """
+    of = f"the {architecture.family} architecture {architecture.name!r}"
+
+    return _resolve(architecture_layers(architecture), config_kls, architecture.name, of)
+
+
+def resolve_config(card: AssetCard, architecture: Architecture | None, config_kls: type[T]) -> T:
+    """The configuration of a card: a new object each time.
+
+    It is that of ``architecture`` (without one, the defaults of ``config_kls``), with the overrides of the card's chain
+    from the root base to the card itself. Of :data:`lading.cards.card.CONFIG_KEYS`, the first that any card of the
+    chain has is used alone. ``${env:VAR}`` in overrides is replaced from the environment of the process, where a number
+    or one of a fixed set of words is expected: what a variable holds is neither shown nor kept as text.
+
+    :raises AssetCardError: overrides that don't fit, or text of the environment; its ``name`` is that of the card that
+        states the first of them.
+    """
+    return _resolve(layers_of(card, architecture), config_kls, card.name, f"the card {card.name!r}")
+
+
+def structure(config_kls: type[T], mapping: Mapping[str, object], *, where: str) -> T:
+    """An instance of ``config_kls`` from a mapping of its fields.
+
+    :param where: what ``mapping`` is, for the error: ``qwen.yaml[3].model_config``.
+
+    :raises AssetCardError: (named ``where``) it does not fit; every unknown key and every wrong value is listed.
+    """
+    return _structure(config_kls, mapping, [Layer(mapping, where, where)], where, where)
+
+
+def json_schema(config_kls: type[object]) -> dict[str, Any]:
+    """The JSON Schema of the mappings that :func:`structure` takes."""
+    return _JsonSchema().generate(_schema(config_kls))
+
+
+def _resolve(layers: Sequence[Layer], config_kls: type[T], name: str, of: str) -> T:
+    try:
+        defaults: dict[str, object] = asdict(config_kls())  # type: ignore[call-overload]
+    except TypeError as error:
+        raise InternalError(
+            f"{config_kls.__name__} is expected to be a dataclass with a default for every field: {error}"
+        ) from error
+
+    stated = merge_layers(defaults, layers)
+    config = _structure(config_kls, stated, layers, name, of)
+    _refuse_free_text(config_kls, stated, layers, of)
+
+    return config
+
+
+# --- checking --------------------------------------------------------------------------------------------------------
+
+
+def _structure(config_kls: type[T], stated: Mapping[str, object], layers: Sequence[Layer], name: str, of: str) -> T:
+    """Return an instance of ``config_kls``; the error says which of ``layers``, whose sum ``stated`` is, is wrong."""
+    mapping: Any = expand_env(stated, os.environ)
+    try:
+        config: T = _validator(config_kls).validate_python(mapping)  # type: ignore[arg-type]  # classes are hashable
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+    else:
+        return config
+
+    owners: list[str] = []
+    # A value that fits none of several types is a problem for each of them.
+    expected: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        place = _place(problem, mapping)
+        owner, where = _where(place, layers, config_kls)
+        owners.append(name if owner is None else owner)
+        expectation, found = _describe(problem, config_kls, place)
+        if isinstance(text := _at(stated, place), EnvText):
+            found = show(text)
+        elif problem["type"] in _QUOTING:
+            for _, text in _leaves(stated, EnvText):
+                if value := text.expand(os.environ):
+                    found = found.replace(value, text)
+        expected.setdefault((where, found), []).append(expectation)
+
+    lines = [f"{where}: expected {' or '.join(texts)}, found {found}" for (where, found), texts in expected.items()]
+    text = f" {lines[0]}" if len(lines) == 1 else "\n  ".join(["", *lines])
+    raise AssetCardError(owners[0], f"The configuration of {of} does not fit {config_kls.__name__}:{text}")
+
+
+def _refuse_free_text(config_kls: type[T], stated: Mapping[str, object], layers: Sequence[Layer], of: str) -> None:
+    """Make sure that no variable of the environment became free text, which messages and exported files would show.
+
+    :raises AssetCardError: one did. A field takes free text if it also takes a text that is drawn at random.
+    """
+    for place, _ in _leaves(stated, EnvText):
+        probe: Any = expand_env(stated, os.environ)
+        _at(probe, place[:-1])[place[-1]] = f"{uuid4()}"
+        try:
+            _validator(config_kls).validate_python(probe)  # type: ignore[arg-type]
+        except ValidationError:
+            continue
+        owner, where = _where(place, layers, config_kls)
+        raise AssetCardError(
+            owner or "",
+            f"The configuration of {of} asks for text of the environment: {where}: expected the text itself, found "
+            f"{show(_at(stated, place))}. Variables of the environment stand for numbers and for words of a fixed set "
+            "only, as what they hold would be shown and kept otherwise.",
+        )
+
+
+def _where(place: _Place, layers: Sequence[Layer], config_kls: type[object]) -> tuple[str | None, str]:
+    """Return the owner of the layer that states the value at ``place``, if one does, and its dotted path."""
+    layer = next((each for each in reversed(layers) if _states(each.overrides, place)), None)
+    where = config_kls.__name__ if layer is None else layer.where
+    for step in place:
+        where = f"{where}[{step}]" if isinstance(step, int) else join(where, step)
+
+    return None if layer is None else layer.owner, where
+
+
+def _at(value: Any, place: _Place) -> Any:
+    """Return what is at ``place`` inside ``value``; ``None`` if nothing is."""
+    for step in place:
+        try:
+            value = value[step]
+        except (LookupError, TypeError):
+            return None
+
+    return value
+
+
+def _leaves(value: object, kls: type[T], place: _Place = ()) -> Iterator[tuple[_Place, T]]:
+    """Yield all values of a type inside mappings and lists, with their places."""
+    if isinstance(value, kls):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, kls, (*place, key))
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _leaves(item, kls, (*place, i))
+
+
+_Place = tuple[str | int, ...]
+
+
+def _place(problem: ErrorDetails, mapping: Mapping[str, object]) -> _Place:
+    """The steps that lead through ``mapping`` to the wrong value; pydantic's own also name members of unions."""
+    place: list[str | int] = []
+    value: Any = mapping
+    for step in problem["loc"]:
+        try:
+            value = value[step]
+        except (LookupError, TypeError):
+            continue
+        place.append(step)
+
+    return tuple(place)
+
+
+def _states(overrides: object, place: _Place) -> bool:
+    """Whether ``overrides`` state the value at ``place``, or one that it is a part of."""
+    for i, step in enumerate(place):
+        if isinstance(overrides, Mapping):
+            replaced = overrides.get("_set_")
+            if isinstance(replaced, Mapping) and step in replaced:
+                overrides = replaced[step]
+            elif step in overrides:
+                overrides = overrides[step]
+            else:
+                return False
+        elif not isinstance(overrides, (list, tuple)):
+            return i > 0
+
+    return bool(place)
+
+
+_QUOTING = ("value_error", "assertion_error")
+"""Types of problems whose words are a family's, and may quote any value."""
+
+_EXPECTED: Mapping[str, str] = {
+    "bool_type": "true or false",
+    "dataclass_type": "a mapping",
+    "dict_type": "a mapping",
+    "finite_number": "a finite number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "int_from_float": "an integer",
+    "int_parsing": "an integer",
+    "int_parsing_size": "an integer",
+    "int_type": "an integer",
+    "list_type": "a list",
+    "none_required": "null",
+    "string_type": "a string",
+    "tuple_type": "a list",
+}
+"""What is expected, by pydantic's type of error."""
+
+
+def _describe(problem: ErrorDetails, config_kls: type[object], place: _Place) -> tuple[str, str]:
+    """What was expected, and what was found."""
+    found = show(problem["input"])
+    context = problem.get("ctx", {})
+    match problem["type"]:
+        case "unexpected_keyword_argument" | "extra_forbidden":
+            kls = _class_at(config_kls, place[:-1])
+            hint = did_you_mean(str(place[-1]), [] if kls is None else [f.name for f in fields(kls) if f.init])
+            return f"a field of {(kls or config_kls).__name__}", f"an unknown key{hint and '.' + hint}"
+        case "missing" if isinstance(name := problem["loc"][-1], str):
+            return f"a value for {name!r}", "none"
+        case "missing":
+            return "a longer list", f"one of {problem['loc'][-1]}"
+        case "too_long":
+            return f"a list of {context['max_length']}", f"one of {context['actual_length']}"
+        case "literal_error" | "enum":
+            return str(context["expected"]), found
+        case kind if kind in _QUOTING:
+            return "values that fit together", f"some that do not: {context['error']}"
+        case other:
+            return _EXPECTED.get(other) or problem["msg"].removeprefix("Input should be "), found
+
+
+def _class_at(kls: Any, place: _Place) -> Any:
+    """The dataclass of the value at ``place`` inside a ``kls``; ``None`` where it is not a dataclass."""
+    for step in place:
+        if isinstance(step, str) and kls is not None:
+            kls = _dataclass_in(get_type_hints(kls).get(step))
+
+    return kls
+
+
+def _dataclass_in(annotation: Any) -> Any:
+    """The first dataclass that ``annotation`` is made of."""
+    if isinstance(annotation, type) and is_dataclass(annotation):
+        return annotation
+
+    return next((kls for arg in get_args(annotation) if (kls := _dataclass_in(arg)) is not None), None)
+
+
+@lru_cache(maxsize=256)
+def _validator(config_kls: type[Any]) -> SchemaValidator:
+    return SchemaValidator(_schema(config_kls))
+
+
+def _schema(config_kls: type[object]) -> CoreSchema:
+    """The schema that pydantic makes of the class, but strict.
+
+    :raises InternalError: the class has fields of types that pydantic does not know.
+    """
+    try:
+        # Copied, as what stands for a schema that could not be made says why when it is read.
+        schema = dict(TypeAdapter(config_kls).core_schema)
+    except (PydanticUserError, NameError) as error:
+        raise InternalError(f"The fields of {config_kls.__name__} cannot be checked: {error}") from error
+
+    return _strict(schema)  # type: ignore[return-value]
+
+
+def _strict(schema: object) -> object:
+    """``schema`` without the conversions that hide mistakes, and with no class that takes unknown keys.
+
+    pydantic's own strict mode would refuse numbers in strings, too, and does not reach the classes of others.
+    """
+    if isinstance(schema, list):
+        return [_strict(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+
+    strict: Any = {key: value if key in ("default", "metadata") else _strict(value) for key, value in schema.items()}
+    match schema.get("type"):
+        case "dataclass-args":
+            return {**strict, "extra_behavior": "forbid"}
+        case "bool":
+            return {**strict, "strict": True}
+        case "int":
+            return no_info_before_validator_function(_integer, strict)
+        case "float":
+            return no_info_before_validator_function(_number, strict)
+
+    return strict
+
+
+class _JsonSchema(GenerateJsonSchema):
+    """With what :func:`_strict` says of unknown keys, which pydantic looks up in the class."""
+
+    def dataclass_schema(self, schema: DataclassSchema) -> JsonSchemaValue:
+        return {**super().dataclass_schema(schema), "additionalProperties": False}
+
+
+def _integer(value: object) -> object:
+    if isinstance(value, bool):
+        raise PydanticKnownError("int_type")
+
+    return value
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool):
+        raise PydanticKnownError("float_type")
+    # A default may be infinite; what a card says, or the environment for it, may not.
+    if isinstance(value, str) and not math.isfinite(_float(value)):
+        raise PydanticKnownError("finite_number")
+
+    return value
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        # pydantic says it better.
+        return 0.0

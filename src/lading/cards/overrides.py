@@ -1,0 +1,183 @@
+"""What an architecture and a card say about a configuration, and how one is laid over the other.
+
+The merge and its directives are those of fairseq2 0.8.1 (``fairseq2.utils.config``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+
+from lading.cards.card import CONFIG_KEYS, Architecture, AssetCard
+from lading.cards.documents.document import join, show
+from lading.errors import AssetCardError
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Overrides, and who states them."""
+
+    overrides: object
+    """Expected to be a mapping; whoever merges checks."""
+    where: str
+    """For messages: ``qwen.yaml[3].model_config``."""
+    owner: str
+    """The name of the card or architecture."""
+
+
+def layers_of(card: AssetCard, architecture: Architecture | None) -> list[Layer]:
+    """The overrides of a card's configuration in the order in which they are laid over one another.
+
+    Those of ``architecture`` come first, then those of the card's chain from the root base to the card itself. Of
+    :data:`lading.cards.card.CONFIG_KEYS`, the first that any card of the chain has is used alone; a null takes back
+    what the bases say there. What a card asks of the environment is not put in: these layers may be shown.
+    """
+    layers = [] if architecture is None else architecture_layers(architecture)
+
+    chain = list(card.chain())
+    for key in CONFIG_KEYS:
+        stated: list[AssetCard] = []
+        for each in chain:
+            if each.metadata.get(key, True) is None:
+                break
+            if key in each.metadata:
+                stated.append(each)
+        if stated:
+            return [*layers, *(_card_layer(each, key) for each in reversed(stated))]
+
+    return layers
+
+
+def architecture_layers(architecture: Architecture) -> list[Layer]:
+    """The overrides of an architecture, those of its bases first."""
+    count = len(architecture.overrides)
+    sources = [*architecture.sources, *("" for _ in range(count))][:count]
+
+    return [
+        Layer(overrides, f"{source or architecture.name}.config", architecture.name)
+        for overrides, source in zip(architecture.overrides, sources, strict=True)
+    ]
+
+
+def _card_layer(card: AssetCard, key: str) -> Layer:
+    return Layer(_mark(card.metadata[key]), f"{card.source_of(key) or card.name}.{key}", card.name)
+
+
+def merge_layers(base: Mapping[str, object], layers: Iterable[Layer]) -> dict[str, object]:
+    """``base`` with all layers laid over it, the first one first.
+
+    :raises AssetCardError: a layer that is not a mapping, or a directive of the wrong form.
+    """
+    merged = dict(base)
+    for layer in layers:
+        if not isinstance(layer.overrides, Mapping):
+            raise AssetCardError(layer.owner, f"{layer.where}: expected a mapping, found {show(layer.overrides)}.")
+        try:
+            merged = merge(merged, layer.overrides, path=layer.where)
+        except ValueError as error:
+            raise AssetCardError(layer.owner, str(error)) from None
+
+    return merged
+
+
+def merge(base: Mapping[str, object], overrides: Mapping[str, object], *, path: str) -> dict[str, object]:
+    """``base`` with ``overrides`` laid over it, mappings within mappings likewise; both stay as they are.
+
+    At every level, ``_del_`` is a list of keys of ``base`` to leave out first, and ``_set_`` a mapping whose values
+    replace what is there, whole, at last.
+
+    :param path: where ``overrides`` stands, for the error.
+
+    :raises ValueError: a directive of the wrong form.
+    """
+    try:
+        return _merge(base, overrides)
+    except _DirectiveError as error:
+        for step in error.place:
+            path = join(path, step)
+        items = error.found[:5] if isinstance(error.found, list) else None
+        found = show(error.found) if items is None else f"[{', '.join(map(show, items))}]"
+        raise ValueError(f"{path}: expected {error.expected}, found {found}.") from None
+
+
+class _DirectiveError(Exception):
+    def __init__(self, place: tuple[str, ...], expected: str, found: object) -> None:
+        super().__init__(place, expected, found)
+        self.place = place
+        self.expected = expected
+        self.found = found
+
+
+def _merge(
+    base: Mapping[str, object], overrides: Mapping[str, object], place: tuple[str, ...] = ()
+) -> dict[str, object]:
+    deleted = overrides.get("_del_")
+    if deleted is None:
+        deleted = []
+    elif not isinstance(deleted, list) or not all(isinstance(key, str) for key in deleted):
+        raise _DirectiveError((*place, "_del_"), "a list of keys", deleted)
+
+    replaced = overrides.get("_set_")
+    if replaced is None:
+        replaced = {}
+    elif not isinstance(replaced, Mapping):
+        raise _DirectiveError((*place, "_set_"), "a mapping", replaced)
+
+    merged = {key: deepcopy(value) for key, value in base.items() if key not in deleted}
+    for key, value in overrides.items():
+        if key in ("_del_", "_set_"):
+            continue
+        if isinstance(value, Mapping):
+            below = merged.get(key)
+            merged[key] = _merge(below if isinstance(below, Mapping) else {}, value, (*place, key))
+        else:
+            merged[key] = deepcopy(value)
+    merged.update(deepcopy(dict(replaced)))
+
+    return merged
+
+
+# --- the environment -------------------------------------------------------------------------------------------------
+
+
+class EnvText(str):
+    """Text of a card that asks for variables of the environment, as it stands in the card.
+
+    It is what messages and listings show, so that what the variables hold is not.
+    """
+
+    __slots__ = ()
+
+    def expand(self, environ: Mapping[str, str]) -> str:
+        """Return the text with ``${env:VAR}`` and ``${env:VAR:default}`` replaced.
+
+        A variable that is not set and has no default is empty, as in fairseq2.
+        """
+        return _ENV.sub(lambda match: environ.get(match[1], match[2] or ""), self)
+
+
+def expand_env(value: object, environ: Mapping[str, str]) -> object:
+    """Return ``value`` with every :class:`EnvText` in it expanded."""
+    return _each(value, lambda text: text.expand(environ) if isinstance(text, EnvText) else text)
+
+
+def _mark(value: object) -> object:
+    """Return ``value`` with an :class:`EnvText` for each string that asks for the environment, keys apart."""
+    return _each(value, lambda text: EnvText(text) if _ENV.search(text) else text)
+
+
+def _each(value: object, change: Callable[[str], str]) -> object:
+    match value:
+        case str():
+            return change(value)
+        case Mapping():
+            return {key: _each(item, change) for key, item in value.items()}
+        case list():
+            return [_each(item, change) for item in value]
+        case _:
+            return value
+
+
+_ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::([^}]*))?\}")

@@ -1,0 +1,1 @@
+"""The rows of checkpoints: manifests, digests, local copies and the audit."""

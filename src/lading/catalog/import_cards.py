@@ -1,0 +1,123 @@
+"""Card files into the catalog."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from lading.cards.card import path_uri, uri_path
+from lading.cards.documents.document import MAX_FILE_BYTES
+from lading.catalog.database.database import Database
+from lading.catalog.importing.apply import apply
+from lading.catalog.importing.changes import STDIN
+from lading.catalog.importing.refresh import card_files
+from lading.catalog.records import ImportReport
+from lading.system.filesystem import FileStat, UnfitFileError, expand_home, read_regular
+
+if TYPE_CHECKING:
+    from lading.cards.card_file import CardFile
+
+
+def collect(paths: Sequence[str | Path], *, stdin: BinaryIO | None = None) -> list[CardFile]:
+    """Read card files; what is wrong in one is told by its ``problems``.
+
+    :param paths: files (JSON Lines if they end in ``.jsonl``, else YAML), folders (their ``*.yaml``, ``*.yml`` and
+        ``*.jsonl``, at any depth, hidden ones apart), or ``-`` for ``stdin``, whose first character tells which of the
+        two it is.
+
+    :raises FileNotFoundError: nothing is at a path, or no card file in a folder.
+    :raises OSError: a file cannot be read.
+    """
+    from lading.cards.card_file import parse, unfit
+
+    files: dict[str, CardFile] = {}  # a path that is given twice is read once
+    for path in paths:
+        if str(path) == "-":
+            if stdin is None and sys.stdin is None:
+                raise FileNotFoundError(errno.ENOENT, "There is nothing to read, as stdin is closed", "-")
+            data = (stdin or sys.stdin.buffer).read(MAX_FILE_BYTES + 1)
+            if len(data) > MAX_FILE_BYTES:
+                files[STDIN] = unfit(STDIN, f"{STDIN}: expected at most {MAX_FILE_BYTES:,} bytes, found more")
+                continue
+            files[STDIN] = parse(data, source=STDIN, label=STDIN, json_lines=data.lstrip().startswith(b"{"))
+            continue
+
+        top = expand_home(path).absolute()
+        if not top.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        found = list(card_files(top))
+        if not found:
+            raise FileNotFoundError(errno.ENOENT, "The folder holds no card file (*.yaml, *.yml, *.jsonl)", str(path))
+        for file in found:
+            uri = path_uri(file)
+            label = file.name if file == top else file.relative_to(top).as_posix()
+            try:
+                data = read_regular(file, at_most=MAX_FILE_BYTES)
+            except UnfitFileError as error:
+                files[uri] = unfit(uri, f"{label}: {error.strerror}")
+                continue
+            files[uri] = parse(data, source=uri, folder=file.parent, label=label, json_lines=file.suffix == ".jsonl")
+
+    return list(files.values())
+
+
+class _DryRun(Exception):  # noqa: N818  (it is no error: it ends the transaction without a commit)
+    def __init__(self, report: ImportReport) -> None:
+        self.report = report
+
+
+def import_files(
+    database: Database,
+    files: Sequence[CardFile],
+    *,
+    kind: str = "import",
+    replace: bool = False,
+    keep_going: bool = False,
+    dry_run: bool = False,
+) -> ImportReport:
+    """Bring the catalog in line with card files, in one transaction.
+
+    Importing the same file again changes what changed in it and removes what is gone from it. A name that another
+    source states with the same content stays as it is. A base or a family that is not known is a warning, as files come
+    in any order; bases that form a cycle are a problem.
+
+    :param kind: ``import``, or ``user`` for files that are watched.
+    :param replace: take over names that another source states otherwise, which else is a problem.
+    :param keep_going: import what is right although something is wrong, and report the rest.
+    :param dry_run: report, and change nothing.
+
+    :raises CardFileError: something is wrong (``.problems``: all of it, in all files); nothing was changed.
+    :raises CatalogError: the catalog cannot be written.
+    """
+    try:
+        with database.write() as connection:
+            report = apply(
+                connection, files, kind=kind, replace=replace, keep_going=keep_going, stats=_unchanged_since_read(files)
+            )
+            if dry_run:
+                raise _DryRun(report)
+    except _DryRun as done:
+        return done.report
+
+    return report
+
+
+def _unchanged_since_read(files: Iterable[CardFile]) -> dict[str, FileStat]:
+    """The states of files whose content is still what was read: only that may be recorded beside the content."""
+    stats: dict[str, FileStat] = {}
+    for file in files:
+        path = uri_path(file.source)
+        try:
+            if path is not None:
+                stat = FileStat.from_stat(os.stat(path))
+                if hashlib.sha256(read_regular(path, at_most=MAX_FILE_BYTES)).hexdigest() == file.sha256:
+                    stats[file.source] = stat
+        except OSError:
+            continue
+
+    return stats

@@ -1,0 +1,1 @@
+"""Card files into rows: what is new, changed, gone or in conflict, and the writes of it."""

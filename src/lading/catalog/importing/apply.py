@@ -1,0 +1,279 @@
+"""Bring the catalog in line with card files: read what is there, decide, write. All in the caller's transaction."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from sqlalchemy import ColumnElement, Connection, func, select, true
+
+from lading.cards.card import FIELDS, CardEntry, uri_path
+from lading.catalog.entries import chunks
+from lading.catalog.importing import write as rows
+from lading.catalog.importing.changes import (
+    STDIN,
+    Decision,
+    Kept,
+    Key,
+    architecture_key,
+    architecture_text,
+    architecture_title,
+    card_key,
+    card_title,
+    claims_of,
+    climb,
+    decide,
+)
+from lading.catalog.importing.derived import Entries
+from lading.catalog.records import ImportReport
+from lading.catalog.schema import ArchitectureRow, CardRow, FamilyRow, SourceRow
+from lading.errors import CardFileError
+from lading.system.filesystem import FileStat
+
+if TYPE_CHECKING:
+    from lading.cards.card_file import CardFile
+
+
+def apply(
+    connection: Connection,
+    files: Sequence[CardFile],
+    *,
+    kind: str,
+    replace: bool = False,
+    keep_going: bool = False,
+    stats: Mapping[str, FileStat] | None = None,
+    gone: Collection[str] = (),
+) -> ImportReport:
+    """Bring the catalog in line with ``files``.
+
+    :param kind: ``seed``, ``user`` or ``import``.
+    :param replace: whether the files may take over what another source states differently.
+    :param keep_going: whether what is right goes in although something else is wrong.
+    :param stats: the state of each source's file from before it was read.
+    :param gone: sources that are no more; what they stated goes with them.
+
+    :raises CardFileError: something is wrong, and ``keep_going`` is not set.
+    """
+    seeds = kind == "seed"
+    of_cards = claims_of((f, card_key(e), e, dict(e.metadata)) for f in files for e in f.cards)
+    of_architectures = claims_of(
+        (f, architecture_key(e), e, {"base": e.base, "config": dict(e.config)}) for f in files for e in f.architectures
+    )
+
+    # A file with a problem withdraws nothing: the card that is missing may be the one that could not be read.
+    bad = {file.source for file in files if file.problems} | of_cards.problems.keys() | of_architectures.problems.keys()
+    reread = {file.source for file in files if file.source != STDIN} - bad | set(gone)
+
+    kept = _kept_cards(connection, of_cards.by_key, reread)
+    missing = _missing(kept) if kind == "user" else set()
+    cards = decide(of_cards, kept, reread=reread, missing=missing, seeds=seeds, replace=replace)
+    kept = _kept_architectures(connection, of_architectures.by_key, reread)
+    missing |= _missing(kept) if kind == "user" else set()
+    architectures = decide(of_architectures, kept, reread=reread, missing=missing, seeds=seeds, replace=replace)
+    _refuse_towers(connection, cards, architectures)
+
+    problems = {file.source: list(file.problems) for file in files}
+    for decision in (cards, architectures):
+        for uri, lines in decision.problems.items():
+            problems[uri] += lines
+    all_problems = tuple(line for lines in problems.values() for line in lines)
+    if all_problems and not keep_going:
+        raise CardFileError(all_problems)
+
+    ids = rows.write_sources(connection, files, kind=kind, problems=problems, stats=stats or {})
+    rows.write_architectures(connection, architectures, ids)
+    rows.write_cards(connection, cards, ids, _entries(connection, cards))
+    rows.forget(connection, gone)
+    rows.forget_empty(connection, {row.uri for row, _ in (*cards.moved, *architectures.moved)} & missing)
+    withdrawn = bool(cards.removed or architectures.removed)
+    if withdrawn or cards.changed or architectures.changed:
+        rows.ask_again(connection, but=ids.values(), seeds=withdrawn and not seeds, all_users=withdrawn)
+
+    return _report(cards, architectures, warnings=_warnings(connection, cards, architectures), problems=all_problems)
+
+
+# --- what is there ---------------------------------------------------------------------------------------------------
+
+
+def _kept_cards(connection: Connection, keys: Collection[Key], sources: Collection[str]) -> dict[Key, Kept]:
+    statement = select(
+        CardRow.id, CardRow.name, CardRow.env, CardRow.position, CardRow.metadata_, CardRow.folder, SourceRow.uri
+    ).join_from(CardRow, SourceRow, CardRow.source_id == SourceRow.id)
+
+    conditions: list[ColumnElement[bool]]
+    if (connection.scalar(select(func.count(CardRow.id))) or 0) < len(keys):
+        conditions = [true()]  # all rows are fewer than the questions for single ones
+    else:
+        conditions = [CardRow.name.in_(piece) for piece in chunks({name for name, _ in keys})]
+        conditions += [SourceRow.uri.in_(piece) for piece in chunks(sources)]
+
+    return {
+        (name, env): Kept((name, env), uri, position, text, folder, row_id)
+        for condition in conditions
+        for row_id, name, env, position, text, folder, uri in connection.execute(statement.where(condition))
+    }
+
+
+def _kept_architectures(connection: Connection, keys: Collection[Key], sources: Collection[str]) -> dict[Key, Kept]:
+    statement = select(
+        ArchitectureRow.family,
+        ArchitectureRow.name,
+        ArchitectureRow.base,
+        ArchitectureRow.config,
+        ArchitectureRow.position,
+        SourceRow.uri,
+    ).join_from(ArchitectureRow, SourceRow, ArchitectureRow.source_id == SourceRow.id)
+
+    conditions: list[ColumnElement[bool]] = [
+        ArchitectureRow.family.in_(piece) for piece in chunks({family for family, _ in keys})
+    ]
+    conditions += [SourceRow.uri.in_(piece) for piece in chunks(sources)]
+
+    return {
+        (family, name): Kept((family, name), uri, position, architecture_text(base, config), None)
+        for condition in conditions
+        for family, name, base, config, position, uri in connection.execute(statement.where(condition))
+    }
+
+
+def _missing(kept: Mapping[Key, Kept]) -> set[str]:
+    """Return the sources of these rows whose file is not where it was."""
+    paths = {uri: uri_path(uri) for uri in {row.uri for row in kept.values()}}
+
+    return {uri for uri, path in paths.items() if path is not None and not os.path.lexists(path)}
+
+
+def _entries(connection: Connection, cards: Decision) -> Entries:
+    """The cards that are about to change, and all their bases."""
+    changes: dict[str, CardEntry | None] = {row.key[0]: None for row in cards.removed if not row.key[1]}
+    for claim in cards.touched():
+        if isinstance(claim.entry, CardEntry) and not claim.entry.env:
+            changes[claim.entry.name] = claim.entry
+
+    entries = Entries(connection, changes)
+    entries.load(name for name, entry in changes.items() if entry is not None and entry.base is not None)
+
+    return entries
+
+
+def _refuse_towers(connection: Connection, cards: Decision, architectures: Decision) -> None:
+    entries = _entries(connection, cards)
+
+    def card_base(name: str) -> str | None:
+        entry = entries.get(name)
+        return None if entry is None else entry.base
+
+    cards.refuse(climb("card", {c.key[0]: c for c in cards.written() if not c.key[1]}, card_base))
+
+    families: dict[str, list[str]] = {}
+    for claim in architectures.written():
+        families.setdefault(claim.key[0], []).append(claim.key[1])
+    for family in families:
+        claims = {c.key[1]: c for c in architectures.written() if c.key[0] == family}
+        rows_there = connection.execute(
+            select(ArchitectureRow.name, ArchitectureRow.base).where(ArchitectureRow.family == family)
+        )
+        bases = {row[0]: row[1] for row in rows_there}
+        bases.update((name, claim.entry.base) for name, claim in claims.items())
+        architectures.refuse(climb("architecture", claims, bases.get))
+
+
+# --- what is told ----------------------------------------------------------------------------------------------------
+
+
+def _warnings(connection: Connection, cards: Decision, architectures: Decision) -> tuple[str, ...]:
+    """What may be meant (files come in any order), but cannot be used as it is."""
+    warnings: list[str] = []
+
+    wanted: dict[str, list[str]] = {}  # by the name of the card that should be there
+    for claim in cards.written():
+        name, env = claim.key
+        if env:
+            wanted.setdefault(name, []).append(
+                f"{claim.entry.source}: there is no card {name!r} for the overlay {env!r}"
+            )
+        elif claim.entry.base is not None:
+            wanted.setdefault(claim.entry.base, []).append(
+                f"{claim.entry.source}: the card {name!r} is based on {claim.entry.base!r}, which is not in the catalog"
+            )
+    there = _names(connection, wanted)
+    warnings += [line for name, lines in wanted.items() if name not in there for line in lines]
+
+    for claim in architectures.written():
+        base = claim.entry.base
+        if base is not None and not connection.scalar(
+            select(ArchitectureRow.name).where(ArchitectureRow.family == claim.key[0], ArchitectureRow.name == base)
+        ):
+            warnings.append(
+                f"{claim.entry.source}: the {claim.key[0]} architecture {claim.key[1]!r} is based on {base!r}, which "
+                "is not in the catalog"
+            )
+
+    strange: dict[tuple[str, str], list[str]] = {}
+    for claim in cards.written():
+        if isinstance(claim.entry, CardEntry):
+            for field in claim.entry.metadata:
+                meant = _meant(field)
+                if meant is not None and meant not in claim.entry.metadata:
+                    strange.setdefault((field, meant), []).append(claim.entry.source)
+    for (field, meant), sources in strange.items():
+        more = f" (and {len(sources) - 1} more)" if len(sources) > 1 else ""
+        warnings.append(f"{sources[0]}{more}: the field {field!r} means nothing here. Did you mean {meant!r}?")
+
+    unregistered = set(connection.scalars(select(FamilyRow.name).where(FamilyRow.entry_point.is_(None))))
+    users: dict[str, list[str]] = {}
+    plain = [claim.key[0] for claim in cards.written() if not claim.key[1]] if unregistered else []
+    for piece in chunks(plain):
+        found = connection.execute(
+            select(CardRow.family, CardRow.name)
+            .where(CardRow.env == "", CardRow.name.in_(piece), CardRow.family.in_(unregistered))
+            .order_by(CardRow.name)
+        )
+        for family, name in found:
+            users.setdefault(str(family), []).append(name)
+    for claim in architectures.written():
+        if claim.key[0] in unregistered:
+            users.setdefault(claim.key[0], []).append(architecture_title(claim.key))
+    for family, names in sorted(users.items()):
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        warnings.append(
+            f"no installed package registers the model family {family!r}, so {shown} cannot be loaded; install it, or "
+            "see `lading families`"
+        )
+
+    return tuple(warnings)
+
+
+@lru_cache(maxsize=4096)
+def _meant(field: str) -> str | None:
+    """The field that a free one is probably meant to be, by its name."""
+    near = [] if field in FIELDS else get_close_matches(field.lower(), FIELDS, n=1, cutoff=0.85)
+
+    return near[0] if near else None
+
+
+def _names(connection: Connection, names: Iterable[str]) -> set[str]:
+    return {
+        name
+        for piece in chunks(names)
+        for name in connection.scalars(select(CardRow.name).where(CardRow.env == "", CardRow.name.in_(piece)))
+    }
+
+
+def _report(
+    cards: Decision, architectures: Decision, *, warnings: tuple[str, ...], problems: tuple[str, ...]
+) -> ImportReport:
+    def titles(of_cards: Iterable[Key], of_architectures: Iterable[Key]) -> tuple[str, ...]:
+        return (*sorted(map(card_title, of_cards)), *sorted(map(architecture_title, of_architectures)))
+
+    return ImportReport(
+        added=titles((c.key for c in cards.added), (c.key for c in architectures.added)),
+        changed=titles((c.key for _, c in cards.changed), (c.key for _, c in architectures.changed)),
+        unchanged=titles(cards.unchanged, architectures.unchanged),
+        removed=titles((r.key for r in cards.removed), (r.key for r in architectures.removed)),
+        warnings=warnings,
+        problems=problems,
+    )

@@ -1,0 +1,288 @@
+"""What card files mean for a catalog that has rows already: what is new, changed, gone or in conflict. Pure.
+
+A *key* names a card or an overlay (name, environment), or an architecture (family, name). Each row belongs to the
+source that stated it. A source may change and withdraw what is its own; it takes over from another only when told to.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from lading.cards.card import ArchitectureEntry, CardEntry
+from lading.catalog.entries import dumps, label
+
+if TYPE_CHECKING:
+    from lading.cards.card_file import CardFile
+
+Key = tuple[str, str]
+Entry = CardEntry | ArchitectureEntry
+
+MAX_DEPTH = 100
+"""Bases above a card. Nobody stacks so many by intent, and each costs every look-up a step."""
+
+SEEDS_URI = "package:"
+"""How the sources of the package's own cards begin."""
+
+STDIN = "stdin"
+"""The source of what is piped in. It is not one file: what a pipe does not repeat is not withdrawn."""
+
+_POSITION = re.compile(r"\[(\d+)\]$")
+
+
+class Claim(NamedTuple):  # as there is one per document, and a tuple is the cheapest value
+    """A document that states a key."""
+
+    key: Key
+    entry: Entry
+    uri: str
+    position: int
+    text: str
+    """Its content, as JSON."""
+    folder: str | None
+
+
+class Kept(NamedTuple):
+    """A row of the catalog."""
+
+    key: Key
+    uri: str
+    position: int
+    text: str
+    folder: str | None
+    row_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """The documents of an import, one per key."""
+
+    by_key: dict[Key, Claim]
+    stated: frozenset[tuple[Key, str]]
+    """Each key with each source that states it."""
+    problems: dict[str, list[str]]
+    """By source."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What is to be done to make the catalog say what the files say."""
+
+    added: list[Claim] = field(default_factory=list)
+    changed: list[tuple[Kept, Claim]] = field(default_factory=list)
+    unchanged: list[Key] = field(default_factory=list)
+    moved: list[tuple[Kept, Claim]] = field(default_factory=list)
+    """The same content at another place."""
+    removed: list[Kept] = field(default_factory=list)
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    """By source."""
+
+    def written(self) -> Iterator[Claim]:
+        """The documents whose content goes into the catalog."""
+        yield from self.added
+        for _, claim in self.changed:
+            yield claim
+
+    def touched(self) -> Iterator[Claim]:
+        """The documents whose row changes in any way. Messages name where a card stands, so a move counts."""
+        yield from self.written()
+        for _, claim in self.moved:
+            yield claim
+
+    def refuse(self, reasons: Mapping[Key, str]) -> None:
+        """Take out what may not go in."""
+        for claim in self.written():
+            if claim.key in reasons:
+                self.problems.setdefault(claim.uri, []).append(reasons[claim.key])
+        self.added[:] = [claim for claim in self.added if claim.key not in reasons]
+        self.changed[:] = [(row, claim) for row, claim in self.changed if claim.key not in reasons]
+
+
+def card_key(entry: CardEntry) -> Key:
+    return entry.name, entry.env
+
+
+def architecture_key(entry: ArchitectureEntry) -> Key:
+    return entry.family, entry.name
+
+
+def title(entry: Entry) -> str:
+    """How a report names an entry."""
+    if isinstance(entry, ArchitectureEntry):
+        return architecture_title(architecture_key(entry))
+
+    return card_title(card_key(entry))
+
+
+def card_title(key: Key) -> str:
+    return f"{key[0]}@{key[1]}" if key[1] else key[0]
+
+
+def architecture_title(key: Key) -> str:
+    return f"{key[0]}/{key[1]} (architecture)"
+
+
+def architecture_text(base: str | None, config: str) -> str:
+    """All that an architecture states, as JSON; ``config`` is JSON already."""
+    return f'{{"base":{json.dumps(base)},"config":{config}}}'
+
+
+def claims_of(documents: Iterable[tuple[CardFile, Key, Entry, object]]) -> Claims:
+    """One claim per key; the same key twice is a problem unless another file says the same of it.
+
+    :param documents: file, key, entry and content of each document, in order.
+    """
+    by_key: dict[Key, Claim] = {}
+    stated: set[tuple[Key, str]] = set()
+    problems: dict[str, list[str]] = {}
+
+    for number, (file, key, entry, content) in enumerate(documents):
+        try:
+            text = dumps(content)
+            (key[0] + key[1]).encode()
+        except (ValueError, TypeError) as error:
+            problems.setdefault(file.source, []).append(
+                f"{entry.source}: {title(entry)!r} holds a value that JSON cannot express: {error}"
+            )
+            continue
+
+        position = _POSITION.search(entry.source)
+        folder = str(entry.folder) if isinstance(entry, CardEntry) and entry.folder is not None else None
+        claim = Claim(key, entry, file.source, int(position[1]) if position else number, text, folder)
+        stated.add((key, file.source))
+
+        first = by_key.setdefault(key, claim)
+        if first is not claim and not _same(first, claim):
+            problems.setdefault(file.source, []).append(
+                f"{entry.source}: {title(entry)!r} is described already by {first.entry.source}. Keep one of the two."
+            )
+
+    return Claims(by_key, frozenset(stated), problems)
+
+
+def decide(
+    claims: Claims,
+    kept: Mapping[Key, Kept],
+    *,
+    reread: Collection[str],
+    missing: Collection[str] = (),
+    seeds: bool,
+    replace: bool,
+) -> Decision:
+    """Lay ``claims`` over the rows that are there.
+
+    :param kept: the rows of the claimed keys, and all rows of the sources in ``reread``.
+    :param reread: the sources whose claims are complete, so that a row of theirs that is not claimed is withdrawn.
+    :param missing: the sources whose file is not where it was: a claim that says the same takes their place, as that of
+        a file that was moved.
+    :param seeds: whether the claims are those of the package, which give way to everyone's.
+    """
+    decision = Decision(problems={uri: list(lines) for uri, lines in claims.problems.items()})
+
+    for key, claim in claims.by_key.items():
+        row = kept.get(key)
+        if row is None:
+            decision.added.append(claim)
+            continue
+
+        same = _same(row, claim)
+        withdrawn = row.uri in reread and (key, row.uri) not in claims.stated
+        moved = same and row.uri in missing
+        if row.uri == claim.uri or withdrawn or moved or (replace and not same):
+            if not same:
+                decision.changed.append((row, claim))
+                continue
+            if (row.uri, row.position, row.folder) != (claim.uri, claim.position, claim.folder):
+                decision.moved.append((row, claim))
+            decision.unchanged.append(key)
+        elif same or _is_built_in(row, claim):
+            decision.unchanged.append(key)
+        elif not seeds:
+            decision.problems.setdefault(claim.uri, []).append(
+                f"{claim.entry.source}: {title(claim.entry)!r} is described already, otherwise, by "
+                f"{label(row.uri, row.position)} ({row.uri}). Rename it, or let it take the other's place with "
+                "`--replace`."
+            )
+
+    decision.removed.extend(row for key, row in kept.items() if row.uri in reread and key not in claims.by_key)
+
+    return decision
+
+
+def climb(noun: str, claims: Mapping[str, Claim], base_of: Callable[[str], str | None]) -> dict[Key, str]:
+    """The claims that may not go in because their bases form a cycle or a tower, and why.
+
+    :param claims: by the name that ``base_of`` knows them by.
+    :param base_of: the base of each name, as it is about to be.
+    """
+    depths: dict[str | None, int] = {None: 0}
+    refused: dict[Key, str] = {}
+
+    for start, claim in claims.items():
+        if claim.entry.base is None:
+            continue
+        path: dict[str, None] = {}  # an ordered set
+        at: str | None = start
+        while at not in depths and at not in path:
+            assert at is not None  # it is in `depths`
+            path[at] = None
+            at = base_of(at)
+
+        if at in path:
+            names = list(path)
+            cycle = names[names.index(at) :]
+            for i, name in enumerate(cycle):
+                if name in claims:
+                    around = " → ".join([*cycle[i:], *cycle[:i], name])
+                    refused[claims[name].key] = (
+                        f"{claims[name].entry.source}: the bases of the {noun} {name!r} form a cycle: {around}"
+                    )
+
+        depth = depths.get(at, 0)
+        for name in reversed(path):
+            depth += 1
+            depths[name] = depth
+            if depth > MAX_DEPTH and name in claims:
+                refused.setdefault(
+                    claims[name].key,
+                    f"{claims[name].entry.source}: the {noun} {name!r} has more than {MAX_DEPTH - 1} bases above it",
+                )
+
+    return refused
+
+
+def _same(a: Claim | Kept, b: Claim) -> bool:
+    if a.text != b.text and _parsed(a.text) != json.loads(b.text):
+        return False
+
+    # The same relative path in another folder is another file.
+    return a.folder == b.folder or not (isinstance(b.entry, CardEntry) and _has_relative_path(b.entry))
+
+
+def _is_built_in(row: Kept, claim: Claim) -> bool:
+    """Whether a card of the package says all that ``claim`` does; it may say more, such as a license.
+
+    fairseq2's own card files have the names of cards that come with lading, and must import as they are.
+    """
+    if not row.uri.startswith(SEEDS_URI):
+        return False
+    stored, stated = _parsed(row.text), json.loads(claim.text)
+
+    return isinstance(stored, dict) and all(k in stored and stored[k] == v for k, v in stated.items())
+
+
+def _parsed(text: str) -> object:
+    """The content of a row, which nothing equals if the row is damaged."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return object()
+
+
+def _has_relative_path(entry: CardEntry) -> bool:
+    values = (entry.metadata.get(name) for name in ("checkpoint", "tokenizer"))
+
+    return any(isinstance(v, str) and "://" not in v and not v.startswith(("/", "~")) for v in values)

@@ -1,0 +1,349 @@
+"""What a catalog takes up by itself when it is opened: registered families, the package's cards, the user's card files.
+
+An opening that finds nothing new costs a few milliseconds: it hashes the package's files and the user's small ones,
+looks at the state of larger ones, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, Row, insert, select, update
+
+from lading.cards.card import path_uri, uri_path
+from lading.cards.documents.document import MAX_FILE_BYTES
+from lading.catalog.importing.apply import apply
+from lading.catalog.importing.write import forget
+from lading.catalog.provenance import newer, now
+from lading.catalog.schema import FAMILIES, SOURCES, FamilyRow, SourceRow
+from lading.system.entry_points import registered
+from lading.system.filesystem import FileStat, is_there, read_regular
+from lading.system.settings import Settings
+from lading.system.version import __version__
+
+if TYPE_CHECKING:
+    from lading.cards.card_file import CardFile
+
+SUFFIXES = (".yaml", ".yml", ".jsonl")
+"""Of card files."""
+
+_GROUP = "lading.families"
+_SEEDS = "lading.seeds"
+"""The package with lading's own card files; and the group of the entry points that name such packages of others."""
+
+_HASHED = 8 << 20
+"""Bytes up to which a card file is known by its content, as a copy can have the size and the times of another file. A
+larger one is read again if its status changed after it was imported: that time differs between machines that share a
+catalog, so it is not recorded."""
+
+_log = logging.getLogger("lading")
+
+
+def card_files(path: Path) -> Iterator[Path]:
+    """Yield the card files in a folder and the folders below it, by name; or ``path`` itself, if it is not a folder.
+
+    What is hidden, such as ``.github`` in a repository or ``..data`` in a volume of Kubernetes, is passed over.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # nothing is there, or it is not for us, as in a home that is another's
+        return
+    if not stat.S_ISDIR(mode):
+        yield path
+        return
+
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if name.endswith(SUFFIXES) and not name.startswith("."):
+                yield Path(folder, name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class News:
+    """What differs between the catalog and the world."""
+
+    families: Mapping[str, str | None]
+    """The entry points of families, where they changed; ``None`` for one that is registered no longer."""
+    seeds: Mapping[str, bytes] | None
+    """The card files of packages by URI, if any of them changed."""
+    changed: Mapping[str, FileStat]
+    """The user's card files that changed, and their state."""
+    gone: frozenset[str]
+    """The user's card files that are no more."""
+    warnings: Mapping[str, str]
+    """Warnings about card files, by their URI or by their folder."""
+
+    def __bool__(self) -> bool:
+        return bool(self.families or self.seeds is not None or self.changed or self.gone)
+
+
+def look(connection: Connection, settings: Settings) -> News:
+    """Compare the catalog with the world."""
+    sources = {
+        row.uri: row
+        for row in connection.execute(
+            select(
+                SOURCES.c.uri,
+                SOURCES.c.kind,
+                SOURCES.c.sha256,
+                SOURCES.c.size,
+                SOURCES.c.mtime_ns,
+                SOURCES.c.imported_at,
+                SOURCES.c.version,
+                SOURCES.c.problems,
+            )
+        )
+    }
+    changed, gone, warnings = _user_news(sources, settings)
+
+    return News(
+        families=_family_news(connection), seeds=_seed_news(sources), changed=changed, gone=gone, warnings=warnings
+    )
+
+
+def take_up(connection: Connection, settings: Settings) -> None:
+    """Bring the catalog up to date. What is wrong in a file of the user is logged, and the rest goes in."""
+    news = look(connection, settings)
+    _take(connection, news)
+    warnings = dict(news.warnings)
+    # What was withdrawn may have hidden what another file states; that one is to be read again.
+    again = look(connection, settings)
+    _take(connection, again)
+    for uri in again.changed:
+        warnings.pop(uri, None)
+    for line in warnings.values():
+        _log.warning("%s", line)
+
+
+def _take(connection: Connection, news: News) -> None:
+    _take_families(connection, news.families)
+    if news.seeds is not None:
+        _take_seeds(connection, news.seeds)
+    if news.changed or news.gone:
+        _take_user_files(connection, news)
+
+
+# --- families --------------------------------------------------------------------------------------------------------
+
+
+def _family_news(connection: Connection) -> dict[str, str | None]:
+    present = {entry.name: entry.value for entry in registered(_GROUP)}
+    known = {row[0]: row[1] for row in connection.execute(select(FAMILIES.c.name, FAMILIES.c.entry_point))}
+    lost = [name for name, entry_point in known.items() if entry_point is not None and name not in present]
+
+    return {name: value for name, value in present.items() if known.get(name) != value} | dict.fromkeys(lost)
+
+
+def _take_families(connection: Connection, families: Mapping[str, str | None]) -> None:
+    for name, entry_point in families.items():
+        values = {"entry_point": entry_point}
+        if not connection.execute(update(FamilyRow).where(FamilyRow.name == name).values(values)).rowcount:
+            connection.execute(insert(FamilyRow).values(name=name, **values))
+    if None in families.values():
+        forget(connection, ())
+
+
+# --- the package's cards ---------------------------------------------------------------------------------------------
+
+
+def _seed_news(sources: Mapping[str, Row[*tuple[Any, ...]]]) -> dict[str, bytes] | None:
+    seeds = {
+        f"package:{_SEEDS}/{file.name}": file.read_bytes()
+        for file in files(_SEEDS).iterdir()
+        if file.name.endswith(SUFFIXES)
+    }
+    for entry in registered(_SEEDS):
+        try:
+            folder = _package_folder(entry.module)
+            seeds |= {
+                f"package:{entry.module}/{file.name}": file.read_bytes()
+                for file in sorted(folder.iterdir())
+                if file.name.endswith(SUFFIXES)
+            }
+        except (ImportError, OSError, ValueError) as error:  # another's mistake must not close the catalog
+            _log.warning(
+                "The cards of the package %s, entry point %r, are not read: %s", entry.module, entry.name, error
+            )
+    stored = {uri: row for uri, row in sources.items() if row.kind == "seed"}
+    if {uri: row.sha256 for uri, row in stored.items()} == {uri: _sha256(data) for uri, data in seeds.items()}:
+        return None
+    # Two versions of lading may share a catalog: the older one does not take back what the newer one brought.
+    if any(newer(row.version, __version__) for row in stored.values()):
+        return None
+
+    return seeds
+
+
+def _package_folder(package: str) -> Path:
+    """The folder of a package, which is not imported: that may import torch.
+
+    :raises ModuleNotFoundError: there is no such package.
+    """
+    top, *inner = package.split(".")
+    spec = importlib.util.find_spec(top)
+    for location in () if spec is None else spec.submodule_search_locations or ():
+        folder = Path(location, *inner)
+        if folder.is_dir():
+            return folder
+
+    raise ModuleNotFoundError(f"there is no package {package!r}")
+
+
+def _take_seeds(connection: Connection, seeds: Mapping[str, bytes]) -> None:
+    stored = connection.scalars(select(SourceRow.uri).where(SourceRow.kind == "seed"))
+    report = apply(
+        connection,
+        [_parse(uri, data, folder=None) for uri, data in sorted(seeds.items())],
+        kind="seed",
+        keep_going=True,
+        gone=set(stored) - seeds.keys(),
+    )
+    for line in report.problems:
+        _log.warning("A card that comes with a package was left out: %s", line)
+
+
+# --- the user's cards ------------------------------------------------------------------------------------------------
+
+
+def _user_news(
+    sources: Mapping[str, Row[*tuple[Any, ...]]], settings: Settings
+) -> tuple[dict[str, FileStat], frozenset[str], dict[str, str]]:
+    """Compare the sources with the user's card files: those that changed, those that are gone, and what to say."""
+    changed: dict[str, FileStat] = {}
+    warnings: dict[str, str] = {}
+    present: set[str] = set()
+
+    for file in (file for path in settings.card_paths for file in card_files(path)):
+        uri = path_uri(file)
+        present.add(uri)
+        row = sources.get(uri)
+        try:
+            uri.encode()
+            found, same = _compare(file, row)
+        except OSError as error:  # not a regular file, not for us, or a link that leads nowhere
+            kept = "" if row is None or row.kind != "user" else "; its cards stay as they were"
+            warnings[uri] = f"The card file {file} cannot be read{kept}: {error.strerror or error}."
+            continue
+        except UnicodeEncodeError:
+            warnings[uri] = f"The card file {str(file)!r} is not imported, as its name is not Unicode text. Rename it."
+            continue
+        if not same:
+            changed[uri] = found
+        elif row is not None and row.problems is not None and row.kind == "user":
+            warnings[uri] = f"Not all of the card file {file} is in the catalog: {row.problems}"
+
+    gone: set[str] = set()
+    for uri, row in sources.items():
+        path = uri_path(uri)
+        if row.kind != "user" or uri in present or path is None:
+            continue
+        watched = next((top for top in settings.card_paths if path.is_relative_to(top)), None)
+        folder, out_of_sight = _out_of_sight(path, watched)
+        if out_of_sight is None:
+            gone.add(uri)
+        elif watched is not None and (watched == settings.card_paths[0] or is_there(watched)):
+            # Of what LADING_CARDS names and is not there at all, the store warns.
+            warnings[str(folder)] = (
+                f"The cards that came from {folder} stay as they were: {out_of_sight}. If they are to go, let it be a "
+                "folder with any other file in it."
+            )
+
+    return changed, frozenset(gone), warnings
+
+
+def _compare(file: Path, row: Row[*tuple[Any, ...]] | None) -> tuple[FileStat, bool]:
+    """Return the state of a card file, and whether its content is the one that ``row`` knows.
+
+    :raises OSError: it cannot be read.
+    """
+    found = FileStat.from_stat(os.stat(file))
+    # One that is too large is refused here, and not taken for changed each time.
+    large = _HASHED < found.size <= MAX_FILE_BYTES
+    data = None if large else read_regular(file, at_most=MAX_FILE_BYTES)
+    if row is None or (row.size, row.mtime_ns) != (found.size, found.mtime_ns):
+        return found, False
+
+    if data is None:
+        return found, found.ctime_ns < datetime.fromisoformat(row.imported_at).timestamp() * 1e9
+
+    return found, _sha256(data) == row.sha256
+
+
+def _out_of_sight(path: Path, watched: Path | None) -> tuple[Path, str | None]:
+    """Return the folder that should tell whether a card file is gone, and why it does not; ``None`` where it is gone.
+
+    Only a folder that can be read, and that holds anything else, says that a file is gone: one that is missing may be a
+    share that is not mounted, and one that is empty the place where it will be.
+
+    :param watched: the folder or the file by which ``path`` is watched; ``None`` if it no longer is.
+    """
+    folder = path.parent
+    try:
+        os.lstat(path)
+        return folder, "it is not watched"
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            return folder, f"it cannot be looked at ({error.strerror})"
+
+    while True:
+        try:
+            with os.scandir(folder) as entries:
+                if next(entries, None) is not None:
+                    return folder, None
+            return folder, "it is empty, as the place of a share is that is not mounted"
+        except FileNotFoundError:
+            if watched is None or not folder.is_relative_to(watched) or folder == watched:
+                return folder, "it is not there, as a share is that is not mounted"
+            folder = folder.parent
+        except OSError as error:
+            return folder, f"it cannot be read ({error.strerror})"
+
+
+def _take_user_files(connection: Connection, news: News) -> None:
+    known = {row[0]: row[1] for row in connection.execute(select(SourceRow.uri, SourceRow.sha256))}
+    parsed: list[CardFile] = []
+
+    for uri, found in news.changed.items():
+        path = uri_path(uri)
+        assert path is not None
+        try:
+            data = read_regular(path, at_most=MAX_FILE_BYTES)
+        except OSError as error:
+            _log.warning("The card file %s cannot be read, so its cards were not imported: %s", path, error)
+            continue
+        if known.get(uri) == _sha256(data):
+            connection.execute(
+                update(SourceRow)
+                .where(SourceRow.uri == uri)
+                .values(kind="user", size=found.size, mtime_ns=found.mtime_ns, imported_at=now())
+            )
+        else:
+            parsed.append(_parse(uri, data, folder=path.parent))
+
+    report = apply(connection, parsed, kind="user", keep_going=True, stats=news.changed, gone=news.gone)
+    for line in report.warnings:
+        _log.warning("%s", line)
+    for line in report.problems:
+        _log.warning("Not all of your cards were imported: %s", line)
+
+
+def _parse(uri: str, data: bytes, *, folder: Path | None) -> CardFile:
+    # Reading YAML imports much, and most openings read none.
+    from lading.cards.card_file import parse
+
+    return parse(data, source=uri, folder=folder, label=uri.rpartition("/")[2], json_lines=uri.endswith(".jsonl"))
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,1 @@
+"""From a card to files that are here and trusted."""

@@ -1,0 +1,256 @@
+"""Checkpoints: what one holds, where its files are, and the state in which they were looked at."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from blake3 import blake3
+
+from lading import formats
+from lading.cards.card import CheckpointRef, path_uri
+from lading.catalog.records import HEADER, Check, CopyKind, LocalCopy, StoredCheckpoint
+from lading.checkpoints.sidecar import Sidecar, joined
+from lading.errors import CorruptModelCheckpointError, InternalError
+from lading.formats.manifest import Manifest
+from lading.system.filesystem import FileStat
+from lading.system.settings import Settings
+from lading.transfer.files import ShardFile
+
+_MOST_HEADER = 256 << 20
+"""Bytes of a file beside its tensors that are looked at; headers of safetensors have 100 MB at most."""
+
+RECENT_NS = 50_000_000
+"""File systems tell times in steps of some milliseconds: a file that is younger may change without looking changed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint whose tensors are known; its files may still be elsewhere."""
+
+    name: str
+    """Of the card, or the path."""
+    uri: str
+    """What the catalog knows it by."""
+    where: str
+    """Where it is, for messages: a path, or the address that it is fetched from."""
+    manifest: Manifest
+    files: tuple[ShardFile, ...] | None
+    """One for each shard of the manifest, in the state in which it was looked at; ``None`` before they are fetched."""
+    trusted: bool = False
+    """Whether the catalog saw all files verified in just the state that they are in."""
+    pinned: tuple[int, ...] = ()
+    """The shards whose SHA-256 the card states, by their positions in the manifest."""
+    ref: CheckpointRef | None = None
+    """Where to fetch it from; ``None`` for what is on this machine by itself."""
+    revision: str = ""
+    """The commit at the source that the manifest is of."""
+    sidecar: Sidecar | None = None
+    """That holds some of its tensors cut for the gangs of this load."""
+    joined: Sidecar | None = None
+    """The sidecar whose file and tensors are the last of ``files`` and ``manifest``; see :meth:`with_joined`."""
+
+    def here(self) -> tuple[ShardFile, ...]:
+        """The files on this machine.
+
+        :raises InternalError: they were not fetched.
+        """
+        if self.files is None:
+            raise InternalError(f"the checkpoint {self.where} is to be read, but was not fetched")
+
+        return self.files
+
+    def with_joined(self, sidecar: Sidecar | None) -> Checkpoint:
+        """The checkpoint with the file and the tensors of a sidecar behind its own."""
+        if sidecar is None:
+            return self
+
+        manifest, files = joined(self.manifest, sidecar), (*self.here(), sidecar.file)
+
+        return replace(self, manifest=manifest, files=files, sidecar=None, joined=sidecar)
+
+    def uri_of(self, path: Path) -> str:
+        """What the catalog knows the checkpoint by that a file belongs to."""
+        return self.uri if self.joined is None or path != self.joined.file.path else self.joined.uri
+
+
+def path_checkpoint(path: Path, *, restrict: bool = True) -> Checkpoint:
+    """The checkpoint at a path, of which the catalog is not asked and learns nothing.
+
+    :param restrict: as :func:`lading.formats.index` takes it.
+
+    :raises CheckpointNotFoundError: nothing is there (also a ``FileNotFoundError``).
+    """
+    return OnDisk.read(path, restrict=restrict).checkpoint(str(path))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnDisk:
+    """The checkpoint at a path of this machine, and the state of all files that determine what it holds."""
+
+    path: Path
+    manifest: Manifest
+    stats: Mapping[str, FileStat]
+    """By their names beside one another."""
+    made_of: Path | None = None
+    """The checkpoint that was asked for, where this one was made of it in the cache."""
+
+    @classmethod
+    def read(cls, path: Path, *, restrict: bool = True, rewrite: bool = True) -> Self:
+        """Read all headers, and make sure that the files are still those whose headers were read.
+
+        Where tensors are no ranges of bytes, it is the checkpoint that was made of them in the cache.
+
+        :param rewrite: whether it may be made; if not, it is an error (:class:`lading.formats.NonContiguousError`).
+        """
+        start = time.time_ns()
+        try:
+            manifest = formats.index(path, restrict=restrict)
+        except formats.NonContiguousError:
+            if not rewrite:
+                raise
+            cache = Settings.from_environment().cache_dir
+            made = cls.read(formats.readable(path, cache=cache, restrict=restrict), restrict=restrict)
+            return replace(made, made_of=path)
+        stats = _stat_files(manifest, path)
+
+        if any(stat.ctime_ns > start - RECENT_NS for stat in stats.values()):
+            again = formats.index(path, restrict=restrict)
+            if again != manifest or _stat_files(again, path) != stats:
+                raise CorruptModelCheckpointError(
+                    path, f"{path} changed while its headers were read. Try again when nothing writes to it any more."
+                )
+
+        return cls(path=path, manifest=manifest, stats=stats)
+
+    @classmethod
+    def as_known(cls, path: Path, stored: StoredCheckpoint) -> Self | None:
+        """The checkpoint whose manifest the catalog knows; ``None`` if any of its files is in another state by now."""
+        if path.is_dir() and stored.manifest.index_name is None and (path / formats.INDEX_NAME).exists():
+            return None  # an index has come, and its word decides
+        try:
+            stats = _stat_files(stored.manifest, path)
+        except OSError:
+            return None
+
+        known = {copy.file: copy.stat for copy in stored.copies}
+        if stats != {name: known.get(name) for name in stats}:
+            return None
+
+        return cls(path=path, manifest=stored.manifest, stats=stats)
+
+    def checkpoint(self, name: str, *, trusted: bool = False) -> Checkpoint:
+        """It, under a name."""
+        folder = _folder(self.path)
+        shards = self.manifest.shards
+
+        return Checkpoint(
+            name=name,
+            uri=path_uri(self.path),
+            where=str(self.made_of or self.path),
+            manifest=self.manifest,
+            files=tuple(ShardFile(path=folder / shard.name, stat=self.stats[shard.name]) for shard in shards),
+            trusted=trusted,
+        )
+
+    def copies(self) -> list[LocalCopy]:
+        """Its files, as the catalog knows them."""
+        folder = _folder(self.path)
+        made = formats.is_rewritten(self.path, Settings.from_environment().cache_dir)
+        kind: CopyKind = "cache" if made else "source"
+
+        return [LocalCopy(file=file, path=folder / file, stat=stat, kind=kind) for file, stat in self.stats.items()]
+
+
+def _folder(path: Path) -> Path:
+    if archive := formats.archive_of(path):
+        return archive.parent
+
+    return path if path.is_dir() else path.parent
+
+
+def _stat_files(manifest: Manifest, path: Path) -> dict[str, FileStat]:
+    folder = _folder(path)
+    names = [shard.name for shard in manifest.shards]
+    if manifest.index_name is not None:
+        names.append(manifest.index_name)
+
+    return {name: FileStat.from_stat(os.stat(folder / name)) for name in names}
+
+
+def intact_copies(shards: Sequence[str], copies: Iterable[LocalCopy]) -> list[LocalCopy] | None:
+    """The copy of each shard, if each is on this machine and as it was when it was recorded."""
+    known = best_copies(copies)
+    found = [known.get(name) for name in shards]
+    intact = [copy for copy in found if copy is not None and _worth(copy) == 2]
+
+    return intact if len(intact) == len(found) else None
+
+
+def best_copies(copies: Iterable[LocalCopy]) -> dict[str, LocalCopy]:
+    """Of each file the copy that is as it was recorded; else one that is there; else any.
+
+    There may be several, on file systems of which others come and go.
+    """
+    return {copy.file: copy for copy in sorted(copies, key=_worth)}
+
+
+def _worth(copy: LocalCopy) -> int:
+    try:
+        found = FileStat.from_stat(os.stat(copy.path))
+    except OSError:
+        return 0
+
+    return 2 if found == copy.stat else 1
+
+
+def header_checks(
+    checkpoint: Checkpoint, known: Mapping[str, str], chosen: Collection[int] | None = None
+) -> list[Check]:
+    """Return checks of the bytes of files that are of no tensor: of a safetensors file, its header.
+
+    Files whose SHA-256 is known are checked by that; and of an archive, most bytes are of other files.
+
+    :param known: digests that were recorded, by the names of files.
+    :param chosen: positions of files; default: all.
+
+    :raises OSError: a file cannot be read.
+    """
+    manifest, checks = checkpoint.manifest, []
+    for i, (shard, file) in enumerate(zip(manifest.shards, checkpoint.here(), strict=True)):
+        if shard.sha256 is not None or (chosen is not None and i not in chosen):
+            continue
+        ends = sorted((manifest.offsets[t], manifest.offsets[t] + manifest.nbytes(t)) for t in manifest.tensors_of(i))
+        if file.stat.size - sum(end - start for start, end in ends) > _MOST_HEADER:
+            continue
+        found = _digest_between(file.path, [*ends, (file.stat.size, file.stat.size)])
+        checks.append(
+            Check(
+                file=shard.name,
+                path=file.path,
+                stat=file.stat,
+                method=HEADER,
+                expected=known.get(shard.name),
+                found=found,
+            )
+        )
+
+    return checks
+
+
+def _digest_between(path: Path, ranges: Sequence[tuple[int, int]]) -> str:
+    """Return the BLAKE3 of all bytes before and between ranges of a file that are in order."""
+    digest, at = blake3(), 0
+    with path.open("rb") as file:
+        for start, end in ranges:
+            file.seek(at)
+            while at < start and (data := file.read(min(start - at, 1 << 20))):
+                digest.update(data)
+                at += len(data)
+            at = max(at, end)
+
+    return digest.hexdigest()

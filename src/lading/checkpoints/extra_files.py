@@ -1,0 +1,289 @@
+"""The files that go with weights: the configuration and the tokenizer, wherever a card says that they are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref, split_gated, uri_path
+from lading.catalog.store import AssetStore
+from lading.checkpoints.checkpoint import Checkpoint
+from lading.checkpoints.local_path import local_checkpoint
+from lading.checkpoints.published import CONFIG_NAME, name_in_source
+from lading.checkpoints.recording import fetch_along
+from lading.errors import AddressError, AssetCardError, FetchError
+from lading.formats.folder import is_checkpoint_file
+from lading.sources.open import HUB_SCHEMES, check_address, open_source
+from lading.sources.source import FetchedFile, RemoteFile, Snapshot, Source
+from lading.system.settings import Settings
+
+log = logging.getLogger("lading")
+
+TOKENIZER_JSON = "tokenizer.json"
+
+SENTENCEPIECE_NAMES = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model")
+"""What repositories call a sentencepiece model, the commonest first."""
+
+TOKENIZER_NAMES = frozenset(
+    {
+        TOKENIZER_JSON, *SENTENCEPIECE_NAMES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+        "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "tekken.json",
+    }
+)  # fmt: skip
+"""Files by which transformers, tokenizers and sentencepiece know a tokenizer."""
+
+COMPANION_NAMES = TOKENIZER_NAMES | {
+    CONFIG_NAME, "generation_config.json", "preprocessor_config.json", "processor_config.json",
+}  # fmt: skip
+"""Files beside weights that a model is used with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerRef:
+    """The ``tokenizer`` field of a card, or of the card that its ``tokenizer_ref`` leads to."""
+
+    uri: str
+    path: str | None
+    """The ``tokenizer_path`` inside the source, where the card names one."""
+    card: str
+    """The card that states it."""
+
+
+def tokenizer_ref(card: AssetCard, retrieve: Callable[[str], AssetCard]) -> TokenizerRef | None:
+    """Where a card says that its tokenizer is; ``None`` where it says nothing that can be fetched: then it is beside
+    the checkpoint.
+
+    The nearest card of the chain that states ``tokenizer`` or ``tokenizer_ref`` counts; the latter is the name of a
+    card whose tokenizer is meant. A null as ``tokenizer`` takes back either, one as ``tokenizer_ref`` that one.
+
+    :param retrieve: gives the card of a name.
+
+    :raises AssetCardError: references that lead in a circle, a field of another type, or what is no address.
+    :raises AssetNotFoundError: a reference to a card that is not in the catalog.
+    """
+    seen = [card.name]
+    while True:
+        reference = card.maybe_get_field("tokenizer_ref")
+        stated = (c.metadata for c in card.chain() if "tokenizer" in c.metadata or c.metadata.get("tokenizer_ref"))
+        if reference is None or "tokenizer" in next(stated, {}):
+            break
+        name = reference.as_(str)
+        if name in seen:
+            raise AssetCardError(
+                seen[0], f"The `tokenizer_ref` of the card {seen[0]!r} leads in a circle: {' → '.join([*seen, name])}."
+            )
+        seen.append(name)
+        card = retrieve(name)
+
+    field = card.maybe_get_field("tokenizer")
+    if field is None:
+        return None
+    path = card.maybe_get_field("tokenizer_path")
+    uri, gated = split_gated(field.as_uri())
+    if gated and not _is_hub(uri):
+        return None  # a page where people ask, who are then given it with the checkpoint
+    try:
+        check_address(uri)
+    except AddressError as error:
+        raise AssetCardError(
+            card.name, f"The field 'tokenizer' of the card {card.name!r} is no address. {error}"
+        ) from None
+
+    return TokenizerRef(
+        uri=uri,
+        path=None if path is None else path.as_(str),
+        card=card.name,
+    )
+
+
+def same_source(tokenizer: TokenizerRef | None, ref: CheckpointRef) -> bool:
+    """Whether the tokenizer comes from where the checkpoint does."""
+    return tokenizer is None or _source_of(tokenizer.uri) == _source_of(ref.uri)
+
+
+def _source_of(uri: str) -> str:
+    """What tells one source from another, of a URI."""
+    if not _is_hub(uri):
+        return uri.rstrip("/")
+
+    from lading.sources.hub.address import HubAddress
+
+    return f"hub {HubAddress.from_uri(uri).repo.casefold()}"
+
+
+def in_snapshot(snapshot: Snapshot, folder: str | None, names: frozenset[str]) -> list[RemoteFile]:
+    """The files of a snapshot that have one of ``names``, in the folder of ``folder`` (see
+    :func:`lading.checkpoints.published.name_in_source`).
+    """
+    is_file = folder is not None and snapshot.file(folder) is not None
+    shards = [folder.rpartition("/")[2]] if folder is not None and is_file else []
+    wanted = {name_in_source(folder, name, shards=shards) for name in names}
+
+    return [file for file in snapshot.files if file.name in wanted]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Elsewhere:
+    """Files of a source other than the checkpoint's, at one revision; they may still have to be fetched."""
+
+    source: Source
+    snapshot: Snapshot
+    files: tuple[RemoteFile, ...]
+    member: str | None = None
+    """What of the one file is meant, if that is an archive."""
+
+    def only(self, file: RemoteFile) -> Elsewhere:
+        """One of the files."""
+        return replace(self, files=(file,))
+
+    def fetch(self, store: AssetStore, uri: str, *, progress: bool) -> list[FetchedFile]:
+        """Bring them here, along with the checkpoint ``uri``. Raises what
+        :func:`lading.checkpoints.recording.fetch_along` does.
+        """
+        return fetch_along(self.source, self.snapshot, self.files, store, uri, progress=progress)
+
+
+def tokenizer_elsewhere(
+    tokenizer: TokenizerRef, *, revision: str | None = None, offline: bool | None = None
+) -> Elsewhere | None:
+    """The files of a tokenizer in its source; ``None`` for one on this machine.
+
+    :param revision: of the source; default: the one that its address names, or what is published now.
+    :param offline: default: as the environment says.
+
+    Raises what :meth:`lading.sources.source.Source.snapshot` does.
+    """
+    if uri_path(tokenizer.uri) is not None:
+        return None
+
+    settings = Settings.from_environment()
+    source = _open(tokenizer, settings if offline is None else replace(settings, offline=offline), revision)
+    snapshot = source.snapshot()
+    files = tokenizer_files(snapshot, source.inner)
+
+    return Elsewhere(
+        source=source, snapshot=snapshot, files=tuple(files), member=None if _is_hub(tokenizer.uri) else tokenizer.path
+    )
+
+
+def tokenizer_beside(tokenizer: TokenizerRef | None, snapshot: Snapshot, inner: str | None) -> list[RemoteFile]:
+    """The files of a tokenizer that comes from where the checkpoint does.
+
+    :param snapshot: of their source.
+    :param inner: the checkpoint within it.
+    """
+    if tokenizer is not None:
+        inner = _open(tokenizer, Settings.from_environment(), None).inner
+
+    return tokenizer_files(snapshot, inner)
+
+
+def tokenizer_files(snapshot: Snapshot, inner: str | None) -> list[RemoteFile]:
+    """The files of a tokenizer: the file ``inner``, or those of the usual names in that folder, or beside that
+    checkpoint.
+    """
+    named = None if inner is None or is_checkpoint_file(inner) else snapshot.file(inner)
+
+    return [named] if named is not None else in_snapshot(snapshot, inner, TOKENIZER_NAMES)
+
+
+def _open(tokenizer: TokenizerRef, settings: Settings, revision: str | None) -> Source:
+    # Elsewhere than on the hub, what a path leads to is a member of the archive at the address.
+    inner = tokenizer.path if _is_hub(tokenizer.uri) else None
+
+    return open_source(tokenizer.uri, inner_path=inner, revision=revision, settings=settings)
+
+
+def _is_hub(uri: str) -> bool:
+    return uri.partition("://")[0] in HUB_SCHEMES
+
+
+def files_beside(path: Path) -> dict[str, Path]:
+    """The files beside a checkpoint on this machine, by their names.
+
+    :param path: of the checkpoint, its folder or its file.
+    """
+    folder = path if path.is_dir() else path.parent
+
+    return {name: file for name in COMPANION_NAMES if (file := folder / name).is_file()}
+
+
+def companions(checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, progress: bool) -> Mapping[str, Path]:
+    """The files that go with the checkpoint of a card, by their plain names, on this machine; fetched where they are
+    not here.
+
+    Where a source cannot be reached now, those of an earlier fetch are all.
+    """
+    ref = checkpoint_ref(card)
+    path = uri_path(ref.uri)
+    if path is not None:
+        found = files_beside(local_checkpoint(path, inner_path=ref.path))
+    else:
+        found = _or_cached(lambda offline: _beside(checkpoint, ref, store, offline=offline, progress=progress), ref.key)
+
+    tokenizer = tokenizer_ref(card, store.retrieve_card)
+    if tokenizer is None or (tokenizer.path is None and same_source(tokenizer, ref)):
+        return found
+
+    # Of two tokenizers the card's is meant, with no file of the other.
+    found = {name: path for name, path in found.items() if name not in TOKENIZER_NAMES}
+    path = uri_path(tokenizer.uri)
+    if path is None:
+        found |= _or_cached(
+            lambda offline: _tokenizer(tokenizer, checkpoint.uri, store, offline=offline, progress=progress),
+            tokenizer.uri,
+        )
+    else:
+        path = path if tokenizer.path is None else path / tokenizer.path
+        names = TOKENIZER_NAMES if path.is_dir() else {path.name} & TOKENIZER_NAMES
+        found |= {name: file for name in names if (file := (path if path.is_dir() else path.parent) / name).is_file()}
+
+    return found
+
+
+def _or_cached(find: Callable[[bool], dict[str, Path]], where: str) -> dict[str, Path]:
+    offline = Settings.from_environment().offline
+    try:
+        return find(offline)
+    except FetchError as error:
+        if not offline:
+            log.warning("the files beside the weights are as they were fetched before: %s", error)
+            try:
+                return find(True)
+            except FetchError:
+                pass
+    log.warning("no files beside the weights at %s are on this machine", where)
+
+    return {}
+
+
+def _beside(
+    checkpoint: Checkpoint, ref: CheckpointRef, store: AssetStore, *, offline: bool, progress: bool
+) -> dict[str, Path]:
+    source = open_source(
+        ref.uri,
+        inner_path=ref.path,
+        revision=checkpoint.revision or None,
+        settings=replace(Settings.from_environment(), offline=offline),
+    )
+    if not source.lists:
+        return {}
+    snapshot = source.snapshot()
+    files = in_snapshot(snapshot, source.inner, COMPANION_NAMES)
+
+    return _by_name(fetch_along(source, snapshot, files, store, checkpoint.uri, progress=progress))
+
+
+def _tokenizer(
+    tokenizer: TokenizerRef, uri: str, store: AssetStore, *, offline: bool, progress: bool
+) -> dict[str, Path]:
+    elsewhere = tokenizer_elsewhere(tokenizer, offline=offline)
+    found = {} if elsewhere is None else _by_name(elsewhere.fetch(store, uri, progress=progress))
+
+    return {name: path for name, path in found.items() if name in TOKENIZER_NAMES}
+
+
+def _by_name(files: Sequence[FetchedFile]) -> dict[str, Path]:
+    return {file.name.rpartition("/")[2]: file.path for file in files}

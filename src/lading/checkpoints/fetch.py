@@ -1,0 +1,186 @@
+"""From a checkpoint that is known to one whose files are on this machine, every byte of them accounted for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lading.cards.card import CheckpointRef, shown_uri
+from lading.catalog.checkpoints.record import record_files
+from lading.catalog.records import Check, CopyKind, LocalCopy
+from lading.catalog.store import AssetStore
+from lading.checkpoints.checkpoint import Checkpoint
+from lading.checkpoints.fetch_to_index import came_whole, fetch_whole
+from lading.checkpoints.locate import known_content
+from lading.checkpoints.published import name_in_source
+from lading.checkpoints.recording import noting_intent
+from lading.errors import CatalogError, CheckpointNotFoundError, CorruptModelCheckpointError, InternalError
+from lading.formats.manifest import Manifest
+from lading.formats.safetensors import index_file
+from lading.gangs import Gang
+from lading.sources.open import open_source
+from lading.sources.source import FetchedFile, RemoteFile, Snapshot
+from lading.system.filesystem import FileStat
+from lading.system.settings import Settings
+from lading.transfer.files import ShardFile
+
+log = logging.getLogger("lading")
+
+
+def acquire(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool) -> Checkpoint:
+    """The checkpoint with its files, fetched where they are not here.
+
+    :param store: where content is looked up, and where what was fetched is recorded.
+
+    :raises FetchError: the source cannot be reached, answers nonsense, or publishes something else by now.
+    :raises DigestMismatchError: what came is not what was published or recorded.
+    :raises OSError: the disk is full, or the cache cannot be written.
+    """
+    if checkpoint.files is not None:
+        return checkpoint
+    ref = checkpoint.ref
+    if ref is None:
+        raise InternalError(f"nothing says where the checkpoint {shown_uri(checkpoint.uri)} could be fetched from")
+
+    if came_whole(checkpoint.manifest):
+        return _acquire_whole(checkpoint, ref, store, progress=progress)
+
+    source = open_source(
+        ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=Settings.from_environment()
+    )
+    shards = checkpoint.manifest.shards
+    names = [shard.name for shard in shards]
+    files = [
+        RemoteFile(name=name_in_source(source.inner, shard.name, shards=names), size=shard.size, sha256=shard.sha256)
+        for shard in shards
+    ]
+    snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=tuple(files))
+
+    with noting_intent(source, snapshot, files, store, checkpoint.uri):
+        fetched = source.fetch(snapshot, files, known=known_content(store), progress=progress)
+    for file, shard in zip(fetched, shards, strict=True):
+        if not file.published:
+            _require_same_tensors(file, checkpoint.manifest, shard.name)
+    if store is not None:
+        _record(checkpoint, fetched, source.kind, store)
+
+    return replace(checkpoint, files=tuple(map(_shard_file, fetched)), trusted=True)
+
+
+def _acquire_whole(
+    checkpoint: Checkpoint, ref: CheckpointRef, store: AssetStore | None, *, progress: bool
+) -> Checkpoint:
+    whole = fetch_whole(
+        ref, store=store, known=known_content(store), progress=progress, revision=checkpoint.revision or None
+    )
+    if not whole.manifest.tensors_equal(checkpoint.manifest):
+        raise _replaced(checkpoint.where)
+    if store is not None:
+        _record_all(checkpoint, [*whole.copies, *whole.originals], whole.checks, store)
+
+    return replace(
+        checkpoint, files=tuple(ShardFile(path=copy.path, stat=copy.stat) for copy in whole.copies), trusted=True
+    )
+
+
+def share(checkpoint: Checkpoint, root: Gang, find: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
+    """The checkpoint with its files, on every rank: one rank of each host finds or fetches them for all of it.
+
+    :param find: gives the checkpoint with its files.
+
+    Raises what ``find`` does, on the rank that calls it.
+    """
+    if root.line is None:  # alone, or simulated
+        return find(checkpoint)
+
+    found: Checkpoint | None = None
+    if root.local_rank == 0:
+        same_host = root.hosts[root.rank] == root.hosts[0]
+        with root.at_work():
+            found = find(checkpoint if same_host else _on_this_host(checkpoint))
+
+    answers = root.gather_objects(None if found is None else (found.files, found.trusted))
+    mine = answers[root.local_ranks[0]]
+
+    return replace(
+        checkpoint,
+        files=None if mine is None else mine[0],
+        trusted=all(answer[1] for answer in answers if answer is not None),
+    )
+
+
+def _on_this_host(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as another host than that of the catalog knows it: by the same paths, or to be fetched."""
+    if checkpoint.ref is not None or checkpoint.files is None:
+        return replace(checkpoint, files=None, trusted=False)
+
+    files = []
+    for file, shard in zip(checkpoint.files, checkpoint.manifest.shards, strict=True):
+        try:
+            stat = FileStat.from_stat(os.stat(file.path))
+        except FileNotFoundError:
+            raise CheckpointNotFoundError(
+                file.path,
+                f"{file.path}, a file of {checkpoint.name}, is not on the host {os.uname().nodename}. Put it there, or "
+                "on a file system that all hosts share.",
+            ) from None
+        if stat.size != shard.size:
+            raise CorruptModelCheckpointError(
+                file.path,
+                f"{file.path} on the host {os.uname().nodename} has {stat.size} bytes, but {shard.size} on that of "
+                "rank 0. Copy it there again.",
+            )
+        files.append(ShardFile(path=file.path, stat=stat))
+
+    return replace(checkpoint, files=tuple(files), trusted=False)
+
+
+def _shard_file(file: FetchedFile) -> ShardFile:
+    return ShardFile(path=file.path, stat=file.stat, sha256=file.sha256)
+
+
+def _require_same_tensors(file: FetchedFile, manifest: Manifest, shard: str) -> None:
+    """:raises CorruptModelCheckpointError: a file of no published digest is not the one that was indexed."""
+    found = index_file(file.path)
+    number = next(i for i, known in enumerate(manifest.shards) if known.name == shard)
+    if not found.tensors_equal(manifest.only(number)):
+        raise _replaced(file.name, path=file.path)
+
+
+def _replaced(name: str, *, path: Path | None = None) -> CorruptModelCheckpointError:
+    return CorruptModelCheckpointError(
+        path or name,
+        f"{name} as it was fetched holds other tensors than it did when it was indexed: it was replaced at its source. "
+        "Index it anew with `lading index`.",
+    )
+
+
+def _record(checkpoint: Checkpoint, fetched: Sequence[FetchedFile], kind: CopyKind, store: AssetStore) -> None:
+    copies, checks = [], []
+    for file, shard in zip(fetched, checkpoint.manifest.shards, strict=True):
+        # What others fetched is not lading's to remove; the catalog knows better where it was lading after all.
+        owner = kind if file.own else "adopted"
+        copies.append(LocalCopy(file=shard.name, path=file.path, stat=file.stat, kind=owner))
+        checks.append(
+            Check(
+                file=shard.name,
+                path=file.path,
+                stat=file.stat,
+                method="sha256",
+                expected=shard.sha256,
+                found=file.sha256,
+            )
+        )
+    _record_all(checkpoint, copies, checks, store)
+
+
+def _record_all(
+    checkpoint: Checkpoint, copies: Sequence[LocalCopy], checks: Sequence[Check], store: AssetStore
+) -> None:
+    try:
+        record_files(store.database, uri=checkpoint.uri, copies=copies, checks=checks)
+    except (CatalogError, OSError) as error:
+        log.warning("what was fetched for %s is not in the catalog: %s", checkpoint.name, error)

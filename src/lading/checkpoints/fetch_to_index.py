@@ -1,0 +1,261 @@
+"""Checkpoints elsewhere whose tensors are only known once their bytes are here: what ``torch.save`` wrote, archives.
+
+The place of each tensor in such a file is told by parts of it that lie at its end, or anywhere: it is fetched first,
+and indexed then.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from lading import formats
+from lading.cards.card import CheckpointRef, shown_uri
+from lading.catalog.provenance import now
+from lading.catalog.records import Check, LocalCopy
+from lading.catalog.store import AssetStore
+from lading.checkpoints.published import Published, PublishedFiles, published_config, require_whole
+from lading.checkpoints.recording import noting_intent
+from lading.errors import CatalogError, CheckpointNotFoundError, CorruptModelCheckpointError
+from lading.formats.folder import is_index, is_torch_format
+from lading.formats.hf_folder import refuse_quantised_config
+from lading.formats.manifest import Manifest
+from lading.formats.remote import find_checkpoint
+from lading.formats.shard_index import index_shards, read_index_at
+from lading.sources.open import HTTP_SCHEMES, HUB_SCHEMES, open_source
+from lading.sources.source import FetchedFile, Known, RemoteFile, Snapshot, Source
+from lading.system.filesystem import FileStat
+from lading.system.settings import Settings
+
+log = logging.getLogger("lading")
+
+_ARCHIVE = ".tar"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whole(Published):
+    """A checkpoint that was fetched to be known; of each shard of its manifest what the catalog is to know."""
+
+    copies: Sequence[LocalCopy]
+    originals: Sequence[LocalCopy]
+    """Files that came and that another was made of, which stands for them."""
+    checks: Sequence[Check]
+
+
+def comes_whole(ref: CheckpointRef) -> bool:
+    """Whether the checkpoint is to be fetched before it can be indexed, by the names in its address.
+
+    Of a folder it is told by what it lists: :class:`lading.formats.NotByHeadersError`.
+    """
+    if ref.scheme not in (*HTTP_SCHEMES, *HUB_SCHEMES):
+        return False
+
+    path = PurePosixPath(urlsplit(ref.uri).path if ref.path is None else f"{urlsplit(ref.uri).path}/{ref.path}")
+
+    return any(part.endswith(_ARCHIVE) for part in path.parts) or is_torch_format(path.name)
+
+
+def came_whole(manifest: Manifest) -> bool:
+    """Whether a checkpoint that is elsewhere had to be fetched for its manifest."""
+    # By the names of the files: the manifest may be of what one was rewritten as, which is safetensors.
+    return not any(shard.name.lower().endswith(".safetensors") for shard in manifest.shards)
+
+
+def fetch_whole(
+    ref: CheckpointRef,
+    *,
+    store: AssetStore | None,
+    known: Known,
+    progress: bool,
+    revision: str | None = None,
+    restrict: bool = True,
+    name: str | None = None,
+) -> Whole:
+    """Fetch the files of a checkpoint, and index them.
+
+    :param store: whose catalog is told what is about to come; what came, the caller tells it.
+    :param known: where content is on this machine already.
+    :param revision: default: the one that the address names, or what is published now.
+    :param restrict: as :func:`lading.formats.index` takes it.
+    :param name: of the card, for messages.
+
+    :raises CheckpointNotFoundError: the source has no such file, or the archive no such member.
+    :raises FetchError: it cannot be reached, or answers nonsense.
+    :raises DigestMismatchError: what came is not what is published.
+    :raises CorruptModelCheckpointError: what came breaks the rules of its format.
+    :raises RefusedPickleError: it would import what a state dict does not need.
+    :raises NotSupportedError: a format that is not read here, or weights that are quantised.
+    """
+    inner, member = _split(ref)
+    source = open_source(ref.uri, inner_path=inner, revision=revision, settings=Settings.from_environment())
+    snapshot = source.snapshot()
+    card_name, (name, member) = name, _file_of(source.inner, member)
+    hf_config: Mapping[str, object] = {}
+    if member is None:
+        require_whole(source, snapshot, ref, card_name)
+        folder, file = find_checkpoint(shown_uri(snapshot.uri), frozenset(each.name for each in snapshot.files), name)
+        hf_config = published_config(PublishedFiles(source, snapshot), folder)
+        refuse_quantised_config(hf_config, ref.shown)
+        if is_index(file):
+            return _fetch_shards(
+                ref, source, snapshot, folder, file, hf_config, store, known=known, progress=progress, restrict=restrict
+            )
+        name = folder + file
+    published = snapshot.file(name) if name is not None else None
+    if published is None:
+        raise CheckpointNotFoundError(ref.shown, f"{shown_uri(ref.uri)} has no file {name!r}.")
+
+    with noting_intent(source, snapshot, [published], store, ref.key):
+        (fetched,) = source.fetch(snapshot, [published], known=known, progress=progress)
+    copy = _readable(fetched, published.name.rpartition("/")[2], source, store, restrict, member=member)
+    inner = member if copy.path == fetched.path else None
+    manifest = formats.index(copy.path, member=inner, restrict=restrict)
+    (shard,) = manifest.shards
+
+    named = replace(manifest, shards=(replace(shard, name=copy.file),))
+
+    return _whole(named, source, snapshot, hf_config, [published], [fetched], [copy])
+
+
+def _fetch_shards(
+    ref: CheckpointRef,
+    source: Source,
+    snapshot: Snapshot,
+    folder: str,
+    file: str,
+    hf_config: Mapping[str, object],
+    store: AssetStore | None,
+    *,
+    known: Known,
+    progress: bool,
+    restrict: bool,
+) -> Whole:
+    """The files that the index ``file`` in ``folder`` names."""
+    published = [each for each in snapshot.files if each.name == folder + file]
+    with noting_intent(source, snapshot, published, store, ref.key):
+        (index,) = source.fetch(snapshot, published, known=known, progress=False)
+    names = list(read_index_at(index.path, name=file).tensors)
+    snapshot = source.beside(snapshot, [folder + name for name in names])
+    shards = [snapshot.file(folder + name) for name in names]
+    if None in shards:
+        where = f"{shown_uri(snapshot.uri)}/{folder}{file}"
+        raise CorruptModelCheckpointError(
+            where,
+            f"{where}: expected the file {names[shards.index(None)]!r} beside it, found none. Ask its publisher for "
+            "it.",
+        )
+
+    there = [shard for shard in shards if shard is not None]
+    with noting_intent(source, snapshot, there, store, ref.key):
+        fetched = source.fetch(snapshot, there, known=known, progress=progress)
+    copies = [_readable(each, name, source, store, restrict) for each, name in zip(fetched, names, strict=True)]
+    manifest = index_shards(index.path, name=file, shards={copy.file: copy.path for copy in copies}, restrict=restrict)
+
+    return _whole(manifest, source, snapshot, hf_config, there, fetched, copies)
+
+
+def _readable(
+    fetched: FetchedFile,
+    name: str,
+    source: Source,
+    store: AssetStore | None,
+    restrict: bool,
+    *,
+    member: str | None = None,
+) -> LocalCopy:
+    """The file, or what it was rewritten as, under the name of its shard."""
+    cache = Settings.from_environment().cache_dir
+    before = formats.rewritten(fetched.path, member=member, cache=cache)
+    if before is not None and not _is_good(before, store):
+        before.unlink(missing_ok=True)
+    path = formats.readable(fetched.path, member=member, cache=cache, restrict=restrict)
+    kind = source.kind if fetched.own else "adopted"
+
+    return LocalCopy(
+        file=name,
+        path=path,
+        stat=FileStat.from_stat(path.stat()),
+        kind=kind if path == fetched.path else "cache",
+        verified_at=now(),
+    )
+
+
+def _is_good(path: Path, store: AssetStore | None) -> bool:
+    """Whether what was made of a file before is as it was then. It has no digest of its own, only the catalog's word;
+    where the catalog keeps none, it is believed, as it would be made anew by every load.
+    """
+    if store is None or not store.database.writable:
+        return True
+    try:
+        return store.is_verified(path)
+    except (CatalogError, OSError) as error:
+        log.warning("the catalog cannot say whether %s is good, so it is made anew: %s", path, error)
+        return False
+
+
+def _whole(
+    manifest: Manifest,
+    source: Source,
+    snapshot: Snapshot,
+    hf_config: Mapping[str, object],
+    published: Sequence[RemoteFile],
+    fetched: Sequence[FetchedFile],
+    copies: Sequence[LocalCopy],
+) -> Whole:
+    shards, checks = [], []
+    for shard, stated, file, copy in zip(manifest.shards, published, fetched, copies, strict=True):
+        shards.append(replace(shard, sha256=stated.sha256 if copy.path == file.path else None))
+        checks.append(
+            Check(
+                file=shard.name if copy.path == file.path else str(file.path),
+                path=file.path,
+                stat=file.stat,
+                method="sha256",
+                expected=stated.sha256,
+                found=file.sha256,
+            )
+        )
+
+    originals = [
+        LocalCopy(file=str(file.path), path=file.path, stat=file.stat, kind=source.kind if file.own else "adopted")
+        for file, copy in zip(fetched, copies, strict=True)
+        if copy.path != file.path
+    ]
+
+    return Whole(
+        manifest=replace(manifest, shards=tuple(shards)),
+        revision=snapshot.revision,
+        hf_config=hf_config,
+        inner=source.inner,
+        snapshot=snapshot,
+        copies=copies,
+        originals=originals,
+        checks=checks,
+    )
+
+
+def _split(ref: CheckpointRef) -> tuple[str | None, str | None]:
+    """The path inside the source, and the member of the archive there, where the address itself is one."""
+    if ref.path is not None and urlsplit(ref.uri).path.endswith(_ARCHIVE):
+        return None, ref.path
+
+    return ref.path, None
+
+
+def _file_of(inner: str | None, member: str | None) -> tuple[str | None, str | None]:
+    """The file or folder within the source, and the member of it that is the checkpoint, if it is an archive.
+
+    :raises NotSupportedError: no member of an archive is named.
+    """
+    if member is not None or inner is None:
+        return inner, member
+
+    parts = PurePosixPath(inner).parts
+    for i, part in enumerate(parts[:-1]):
+        if part.endswith(_ARCHIVE):
+            return "/".join(parts[: i + 1]), "/".join(parts[i + 1 :])
+
+    return inner, None

@@ -1,0 +1,383 @@
+"""From a card to its checkpoint: where it is, what it holds, and what the catalog knows of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lading import formats
+from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref, path_uri, shown_uri, uri_path
+from lading.catalog.checkpoints.record import record_checkpoint, record_files
+from lading.catalog.records import Check
+from lading.catalog.store import AssetStore, LocalCopy, StoredCheckpoint, get_asset_store
+from lading.checkpoints.checkpoint import Checkpoint, OnDisk, header_checks, intact_copies
+from lading.checkpoints.fetch_to_index import Whole, comes_whole, fetch_whole
+from lading.checkpoints.local_path import local_checkpoint
+from lading.checkpoints.pins import with_pins
+from lading.checkpoints.published import Published, index_source
+from lading.errors import (
+    AddressError,
+    AssetCardError,
+    CatalogError,
+    CheckpointNotFoundError,
+    DigestMismatchError,
+    InternalError,
+    ModelGatedError,
+)
+from lading.formats.hf_folder import read_hf_config, refuse_quantised_config
+from lading.sources.hub.cache import has_token
+from lading.sources.open import HUB_SCHEMES, check_address
+from lading.sources.source import Known
+from lading.system.filesystem import expand_home
+from lading.transfer.files import ShardFile
+
+log = logging.getLogger("lading")
+
+
+def card_checkpoint(
+    card: AssetCard, store: AssetStore, *, progress: bool = False, accept_others: bool = False
+) -> Checkpoint:
+    """The checkpoint of a card, its manifest from the catalog where that is known and still true.
+
+    One that is elsewhere is not fetched: its headers are read there, once, and pinned to what was published then. Only
+    what ``torch.save`` wrote has to come first (:mod:`lading.checkpoints.fetch_to_index`).
+
+    :param progress: show a bar on stderr if it does.
+    :param accept_others: take files of other tensors than those that were verified, and tell the catalog nothing of it.
+
+    :raises ModelGatedError: the card names none.
+    :raises CheckpointNotFoundError: nothing is where the card says.
+    :raises FetchError: the source cannot be reached.
+    :raises DigestMismatchError: other files are in the place of those that were verified, or that the card pins.
+    :raises NotSupportedError: it is quantised.
+    """
+    ref = address_of(card)
+    path = uri_path(ref.uri)
+    if not (ref.uri and path is None and _is_here(card.title, ref, store)):
+        require_access(card.title, ref)
+
+    if path is None:
+        return with_pins(_remote_checkpoint(card.title, ref, store, progress=progress), card, store)
+
+    path = local_checkpoint(path, inner_path=ref.path)
+
+    return with_pins(_local_checkpoint(card.title, path, store, accept_others=accept_others), card, store)
+
+
+def address_of(card: AssetCard) -> CheckpointRef:
+    """Where the card's checkpoint is, by an address that can be one.
+
+    :raises AssetCardError: it cannot; or a field is no string; or the card is none of a model.
+    """
+    ref = checkpoint_ref(card)
+    if not ref.uri and ref.info_url is None:
+        card.field("model_family")  # data sets and tokenizers have cards, too, and nobody hands out their weights
+    if ref.gated and ref.scheme not in HUB_SCHEMES:
+        return ref  # nobody is asked for it; what fairseq2's cards name is the page where people ask
+    try:
+        check_address(ref.uri)
+    except AddressError as error:
+        raise AssetCardError(
+            card.name, f"The field 'checkpoint' of the card {card.name!r} is no address. {error}"
+        ) from None
+
+    return ref
+
+
+def local_paths(card: AssetCard, store: AssetStore) -> list[Path]:
+    """Where a card's checkpoint is on this machine: its folder or its file; else all of its files, one by one.
+
+    :raises ModelGatedError: the card names none.
+    :raises CheckpointNotFoundError: it is not on this machine.
+    """
+    ref = address_of(card)
+    path = uri_path(ref.uri)
+    if path is not None:
+        return [local_checkpoint(path, inner_path=ref.path)]
+
+    stored = store.checkpoint(ref.key) if ref.uri else None
+    files = None if stored is None else _copies_as_known(stored)
+    if stored is None or files is None:
+        if ref.gated:
+            raise ModelGatedError(card.title, ref.info_url)
+        raise CheckpointNotFoundError(
+            ref.shown,
+            f"The checkpoint of {card.title!r} is at {ref.shown}, not on this machine. `lading pull {card.title}` "
+            "fetches it.",
+        )
+
+    paths = [file.path for file in files]
+    folders = {each.parent for each in paths}
+    named = all(file.name == shard.name for file, shard in zip(paths, stored.manifest.shards, strict=True))
+
+    return [folders.pop()] if len(paths) > 1 and len(folders) == 1 and named else paths
+
+
+def index_checkpoint(target: str | Path, *, restrict: bool = True, store: AssetStore | None = None) -> StoredCheckpoint:
+    """Read the manifest of a card's checkpoint, or of the one at a path or an address, and write it to the catalog.
+
+    Of a checkpoint that is elsewhere only headers are read, a few megabytes, as they are published now. Files on this
+    machine are taken as they are now: what was recorded of other bytes in their place is forgotten.
+
+    :param target: the name of a card, a path, or an address such as ``hg://org/name``.
+    :param restrict: as :func:`lading.formats.index` takes it.
+
+    :raises AssetNotFoundError: no card has that name.
+    :raises AddressError: no address is written so; in a card that is an ``AssetCardError``.
+    :raises CheckpointNotFoundError: nothing is there (also a ``FileNotFoundError``).
+    :raises CorruptModelCheckpointError: the file breaks the rules of its format.
+    :raises RefusedPickleError: to unpickle it would import what a state dict does not need.
+    :raises FetchError: the source cannot be reached.
+    :raises CatalogError: the catalog cannot be written.
+    """
+    store = store or get_asset_store()
+    card_name, ref = _ref_of(target, store)
+    path = uri_path(ref.uri)
+    copies: Sequence[LocalCopy]
+    if path is None:
+        found = _published_or_whole(ref, store, name=card_name, progress=False, restrict=restrict)
+        copies = (*found.copies, *found.originals) if isinstance(found, Whole) else ()
+        uri, manifest, revision = ref.key, found.manifest, found.revision
+    else:
+        path = local_checkpoint(path, inner_path=ref.path)
+        here = OnDisk.read(path, restrict=restrict)
+        uri, manifest, copies, revision = path_uri(here.path), here.manifest, here.copies(), ""
+
+    require_writable(store)
+    record_checkpoint(
+        store.database, uri=uri, manifest=manifest, copies=copies, revision=revision, card_name=card_name, accept=True
+    )
+    if path is not None:
+        record_files(store.database, uri=uri, checks=header_checks(here.checkpoint(uri), {}))
+    stored = store.checkpoint(uri)
+    if stored is None:
+        raise InternalError(f"the manifest of {shown_uri(uri)} was written to the catalog, but is not there")
+
+    return stored
+
+
+def _ref_of(target: str | Path, store: AssetStore) -> tuple[str | None, CheckpointRef]:
+    """The card, if the target is one, and where the checkpoint is."""
+    if isinstance(target, Path):
+        return None, CheckpointRef(uri=path_uri(expand_home(target).absolute()), gated=False, info_url=None)
+    if "://" in target:
+        check_address(target)
+        return None, CheckpointRef(uri=target, gated=False, info_url=None)
+
+    card = store.retrieve_card(target)
+    ref = address_of(card)
+    require_access(card.title, ref)
+
+    return card.title, ref
+
+
+def require_access(name: str, ref: CheckpointRef) -> None:
+    """Make sure that there is something to ask for a checkpoint.
+
+    A gated repository of the hub may have let this user in: who has a token is told by the hub itself.
+
+    :raises ModelGatedError: there is not; it says where to ask.
+    """
+    if ref.gated and not (ref.scheme in HUB_SCHEMES and has_token()):
+        raise ModelGatedError(name, ref.info_url)
+
+
+def require_writable(store: AssetStore) -> None:
+    """:raises CatalogError: the catalog cannot be written."""
+    if not store.database.writable:
+        raise CatalogError(
+            f"The catalog {store.database.url} cannot be written. Check the permissions of the file and its folder, or "
+            "name another one in LADING_DATABASE_URL."
+        )
+
+
+# --- elsewhere -------------------------------------------------------------------------------------------------------
+
+
+def known_content(store: AssetStore | None) -> Known:
+    """Where the catalog knows a verified file of a digest."""
+
+    def known(sha256: str) -> Path | None:
+        if store is None:
+            return None
+        try:
+            return store.find_content(sha256)
+        except (CatalogError, OSError) as error:
+            log.warning("the catalog cannot be asked for files that are here already: %s", error)
+            return None
+
+    return known
+
+
+def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, progress: bool) -> Checkpoint:
+    stored = _stored(name, ref.key, store)
+    if stored is not None:
+        files = _copies_as_known(stored)
+        return Checkpoint(
+            name=name,
+            uri=ref.key,
+            where=ref.shown,
+            manifest=stored.manifest,
+            files=files,
+            trusted=files is not None and _all_verified(stored),
+            ref=ref,
+            revision=stored.revision,
+        )
+
+    published = _published_or_whole(ref, store, name=name, progress=progress)
+    if isinstance(published, Whole):
+        return whole_checkpoint(name, ref, published, store)
+    refuse_quantised_config(published.hf_config, ref.shown)
+    checkpoint = Checkpoint(
+        name=name,
+        uri=ref.key,
+        where=ref.shown,
+        manifest=published.manifest,
+        files=None,
+        ref=ref,
+        revision=published.revision,
+    )
+    _record(checkpoint, (), store)
+
+    return checkpoint
+
+
+def _published_or_whole(
+    ref: CheckpointRef, store: AssetStore, *, name: str | None, progress: bool, restrict: bool = True
+) -> Published:
+    """What is published, by its headers; fetched, if it has none that would tell."""
+    if not comes_whole(ref):
+        try:
+            return index_source(ref, name=name)
+        except formats.NotByHeadersError:
+            pass
+
+    return fetch_whole(ref, store=store, known=known_content(store), progress=progress, restrict=restrict, name=name)
+
+
+def whole_checkpoint(name: str, ref: CheckpointRef, whole: Whole, store: AssetStore) -> Checkpoint:
+    """A card's checkpoint as it was just fetched; the catalog is told of it."""
+    checkpoint = Checkpoint(
+        name=name,
+        uri=ref.key,
+        where=ref.shown,
+        manifest=whole.manifest,
+        files=tuple(ShardFile(path=copy.path, stat=copy.stat) for copy in whole.copies),
+        trusted=True,
+        ref=ref,
+        revision=whole.revision,
+    )
+    # It may be published again under the same address: what was known of other bytes is not known of these.
+    _record(checkpoint, [*whole.copies, *whole.originals], store, checks=whole.checks, accept=True)
+
+    return checkpoint
+
+
+def _is_here(name: str, ref: CheckpointRef, store: AssetStore) -> bool:
+    """Whether the catalog knows all files on this machine: who has been given them need not ask for them."""
+    stored = _stored(name, ref.key, store)
+
+    return stored is not None and _copies_as_known(stored) is not None
+
+
+def _copies_as_known(stored: StoredCheckpoint) -> tuple[ShardFile, ...] | None:
+    """The files of all shards, if each is on this machine and as it was when it was recorded."""
+    shards = stored.manifest.shards
+    copies = intact_copies([shard.name for shard in shards], stored.copies)
+    if copies is None:
+        return None
+
+    return tuple(
+        ShardFile(path=copy.path, stat=copy.stat, sha256=shard.sha256)
+        for shard, copy in zip(shards, copies, strict=True)
+    )
+
+
+# --- on this machine -------------------------------------------------------------------------------------------------
+
+
+def _local_checkpoint(name: str, path: Path, store: AssetStore, *, accept_others: bool) -> Checkpoint:
+    refuse_quantised_config(read_hf_config(path), path)
+
+    stored = _stored(name, path_uri(path), store)
+    known = None if stored is None else OnDisk.as_known(path, stored)
+    if stored is not None and known is not None:
+        return known.checkpoint(name, trusted=_all_verified(stored))
+
+    found = OnDisk.read(path)
+    if found.path != path:  # it was made anew in the cache, where the catalog may know it
+        made = _local_checkpoint(name, found.path, store, accept_others=accept_others)
+        return replace(made, where=str(path))
+    checkpoint = found.checkpoint(name)
+    same = stored is not None and found.manifest.tensors_equal(stored.manifest)
+    if stored is not None and same and found.manifest.has_files_of(stored.manifest):
+        # What is known of the bytes that should be there is known of these, too.
+        checkpoint = replace(checkpoint, manifest=replace(found.manifest, shards=stored.manifest.shards))
+    if stored is not None and not same and _was_verified(stored, store):
+        if accept_others:
+            return checkpoint
+        raise DigestMismatchError(
+            path,
+            f"{path} is not the checkpoint that was verified: it has other files or tensors now. If that is meant, "
+            f"`lading index {name}` takes it for the right one.",
+            expected=f"{len(stored.manifest)} tensors",
+            found=f"{len(found.manifest)} tensors",
+        )
+    # The bytes beside the tensors have digests of their own from the beginning, tensors when all bytes pass by.
+    _record(checkpoint, found.copies(), store, checks=header_checks(checkpoint, {}) if stored is None else ())
+
+    return checkpoint
+
+
+# --- the catalog's word ----------------------------------------------------------------------------------------------
+
+
+def _stored(name: str, uri: str, store: AssetStore) -> StoredCheckpoint | None:
+    # All that the catalog can do here is to save the reading of headers, so its failures are not the load's.
+    try:
+        return store.checkpoint(uri)
+    except (CatalogError, OSError) as error:
+        log.warning("the manifest of %s cannot be read from the catalog: %s", name, error)
+        return None
+
+
+def _record(
+    checkpoint: Checkpoint,
+    copies: Sequence[LocalCopy],
+    store: AssetStore,
+    *,
+    checks: Sequence[Check] = (),
+    accept: bool = False,
+) -> None:
+    try:
+        require_writable(store)
+        record_checkpoint(
+            store.database,
+            uri=checkpoint.uri,
+            manifest=checkpoint.manifest,
+            copies=copies,
+            revision=checkpoint.revision,
+            card_name=checkpoint.name,
+            accept=accept,
+        )
+        if checks:
+            record_files(store.database, uri=checkpoint.uri, checks=checks)
+    except (CatalogError, OSError) as error:
+        log.warning("the manifest of %s is not in the catalog: %s", checkpoint.name, error)
+
+
+def _all_verified(stored: StoredCheckpoint) -> bool:
+    """Whether every shard was seen verified in the state that is known of it on this machine."""
+    verified = {copy.file for copy in stored.copies if copy.verified_at is not None}
+
+    return all(shard.name in verified for shard in stored.manifest.shards)
+
+
+def _was_verified(stored: StoredCheckpoint, store: AssetStore) -> bool:
+    """Whether it was known once which bytes are the right ones."""
+    if any(shard.sha256 is not None for shard in stored.manifest.shards):
+        return True
+
+    return bool(store.tensor_digests(stored.uri))

@@ -1,0 +1,178 @@
+"""Checkpoints as sources publish them: what one holds, by its index and headers, before anything is fetched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+from lading.cards.card import CheckpointRef, shown_uri
+from lading.errors import CheckpointNotFoundError, FetchError
+from lading.formats.config_json import parse_config_json, require_size
+from lading.formats.folder import FILE_NAME, is_checkpoint_file, is_index, some
+from lading.formats.manifest import Manifest
+from lading.formats.remote import find_checkpoint, index_files, index_names
+from lading.sources.hub.address import HubAddress
+from lading.sources.open import open_source
+from lading.sources.source import RemoteFile, Snapshot, Source
+from lading.system.settings import Settings
+
+CONFIG_NAME = "config.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A checkpoint as a source publishes it."""
+
+    manifest: Manifest
+    """With the SHA-256 of each shard, where the source publishes it."""
+    revision: str
+    """The commit that it is of; empty where the source has none."""
+    hf_config: Mapping[str, object]
+    """The ``config.json`` beside it; empty where there is none."""
+    inner: str | None
+    """The checkpoint within the source, a file or a folder; ``None``: the source as a whole."""
+    snapshot: Snapshot
+
+
+def index_source(ref: CheckpointRef, *, revision: str | None = None, name: str | None = None) -> Published:
+    """Read index and headers of a checkpoint that is elsewhere.
+
+    :param revision: default: the one that the address names, or what is published now.
+    :param name: of the card, for messages.
+
+    :raises CheckpointNotFoundError: the source says that there is no such thing.
+    :raises FetchError: it cannot be reached, or answers nonsense.
+    :raises CorruptModelCheckpointError: an index or a header breaks the rules of its format.
+    :raises NotByHeadersError: it was written by ``torch.save``, and is to be fetched first
+        (:mod:`lading.checkpoints.fetch_to_index`).
+    :raises NotSupportedError: a scheme, or a format, that is not read here.
+    """
+    source = open_source(ref.uri, inner_path=ref.path, revision=revision, settings=Settings.from_environment())
+    snapshot = source.snapshot()
+    if not source.lists:
+        named = index_names(PublishedFiles(source, snapshot), name=source.inner)
+        snapshot = source.beside(snapshot, named)
+    require_whole(source, snapshot, ref, name)
+    files = PublishedFiles(source, snapshot)
+    manifest = index_files(files, name=source.inner)
+
+    folder = name_in_source(source.inner, "", shards=[shard.name for shard in manifest.shards])
+    digests = {file.name: file.sha256 for file in snapshot.files}
+    shards = tuple(replace(shard, sha256=digests[folder + shard.name]) for shard in manifest.shards)
+
+    return Published(
+        manifest=replace(manifest, shards=shards),
+        revision=snapshot.revision,
+        hf_config=published_config(files, folder),
+        inner=source.inner,
+        snapshot=snapshot,
+    )
+
+
+_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+
+
+def require_whole(source: Source, snapshot: Snapshot, ref: CheckpointRef, name: str | None) -> None:
+    """Make sure that all files of a checkpoint are in the cache, where the source cannot be asked for others.
+
+    :param name: of the card, for messages.
+
+    :raises FetchError: some are not; it names them, and the command that fetches them.
+    """
+    if not snapshot.partial:
+        return
+    here = frozenset(file.name for file in snapshot.files)
+    try:
+        folder, file = find_checkpoint(ref.shown, here, source.inner)
+    except CheckpointNotFoundError:
+        missing = _expected(here, source.inner)
+    else:
+        named = index_names(PublishedFiles(source, snapshot), name=folder + file) if is_index(file) else ()
+        missing = [each for each in (name_in_source(folder + file, each) for each in named) if each not in here]
+    if missing:
+        repo = HubAddress.from_uri(ref.uri).repo
+        fetch = f"lading pull {name}" if name else f"hf download {repo} --revision {snapshot.revision}"
+        raise FetchError(
+            f"{ref.shown}: only a part of the revision {snapshot.revision} is on this machine, and LADING_OFFLINE or "
+            f"HF_HUB_OFFLINE is set, so the hub was not asked for the rest. Missing: {some(missing)}. Run `{fetch}` "
+            "where there is a network."
+        )
+
+
+def _expected(here: Collection[str], inner: str | None) -> list[str]:
+    """Return the files that a checkpoint without its first file should have, by the names of the others."""
+    if inner is not None and is_checkpoint_file(inner):
+        return [inner]
+    folder = "" if inner is None else f"{inner.strip('/')}/"
+    for each in sorted(here):
+        match = _SHARD.fullmatch(each.removeprefix(folder))
+        if match is not None and each.startswith(folder):
+            stem, count, suffix = match["stem"], match["count"], match["suffix"]
+            shards = [f"{folder}{stem}-{n:05d}-of-{count}{suffix}" for n in range(1, min(int(count), 1000) + 1)]
+            return [name for name in (*shards, f"{folder}{stem}{suffix}.index.json") if name not in here]
+
+    return [f"{folder}{FILE_NAME}"]
+
+
+def name_in_source(inner: str | None, file: str, *, shards: Collection[str] = ()) -> str:
+    """Return the name within the source of a file of the checkpoint.
+
+    :param inner: the checkpoint within the source: a file, or a folder.
+    :param shards: the names of its files, beside one another; a file whose name has no known suffix is one of them.
+    """
+    if inner is None:
+        return file
+    folder, _, last = inner.rpartition("/")
+    if not is_checkpoint_file(inner) and last not in shards:
+        folder = inner.strip("/")
+
+    return f"{folder}/{file}" if folder else file
+
+
+class PublishedFiles:
+    """The files of a source, as formats read them."""
+
+    def __init__(self, source: Source, snapshot: Snapshot) -> None:
+        self._source = source
+        self._snapshot = snapshot
+        self._files = {file.name: file for file in snapshot.files}
+
+    @property
+    def label(self) -> str:
+        return shown_uri(self._snapshot.uri)
+
+    def names(self) -> Collection[str]:
+        return self._files
+
+    def size(self, name: str) -> int:
+        size = self.file(name).size
+        if size is None:
+            raise FetchError(
+                f"{self.label}: the server does not say how many bytes {name} has, and its header is not read without "
+                "that. Have it served with a Content-Length."
+            )
+
+        return size
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        return self._source.read(self._snapshot, self.file(name), offset, size)
+
+    def file(self, name: str) -> RemoteFile:
+        return self._files[name]
+
+
+def published_config(files: PublishedFiles, folder: str) -> Mapping[str, object]:
+    """Return what the ``config.json`` in a folder of a source says; nothing where there is none.
+
+    :raises CorruptModelCheckpointError: it is too large, or is not a JSON object.
+    """
+    name = folder + CONFIG_NAME
+    size = (files.file(name).size or 0) if name in files.names() else 0
+    if not size:
+        return {}
+
+    label = f"{files.label}/{name}"
+    require_size(size, label=label)
+
+    return parse_config_json(files.read(name, 0, size), label=label)

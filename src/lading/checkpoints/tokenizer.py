@@ -1,0 +1,198 @@
+"""The tokenizer of a card, by the library that its files are for: tokenizers, or sentencepiece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lading.cards.card import AssetCard, checkpoint_ref, uri_path
+from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoints.extra_files import (
+    SENTENCEPIECE_NAMES,
+    TOKENIZER_JSON,
+    TOKENIZER_NAMES,
+    Elsewhere,
+    TokenizerRef,
+    same_source,
+    tokenizer_elsewhere,
+    tokenizer_ref,
+)
+from lading.checkpoints.local_path import local_checkpoint
+from lading.checkpoints.locate import address_of
+from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, ModelGatedError, NotSupportedError
+from lading.formats import archive_of
+from lading.formats.files import LFS_POINTER, open_regular, stands_for_another
+from lading.formats.tar import find_member
+from lading.sources.open import HUB_SCHEMES
+from lading.system.filesystem import expand_home
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MAX_SIZE = 256 << 20
+"""Bytes of a tokenizer's file; the largest that are published have a tenth of it."""
+
+
+def load_tokenizer(
+    card: AssetCard | str | Path, *, progress: bool = True, store: AssetStore | None = None
+) -> Tokenizer | Any:
+    """The tokenizer of a model: a ``tokenizers.Tokenizer`` where there is a ``tokenizer.json``, else a
+    ``sentencepiece.SentencePieceProcessor`` where there is a model of sentencepiece.
+
+    It is where the card's ``tokenizer`` says, or that of the card which its ``tokenizer_ref`` names; without either, it
+    is beside the checkpoint. It is fetched where it is not here. What a family does beyond that, such as to put a
+    symbol before each text, is in the file, or the caller's to do.
+
+    :param card: a card, the name of one, or the path of a folder or of the file itself.
+    :param progress: show a bar on stderr.
+
+    :raises AssetNotFoundError: no card has that name.
+    :raises AssetCardError: references that lead in a circle, or a field of another type.
+    :raises CheckpointNotFoundError: nothing is where the tokenizer should be (also a ``FileNotFoundError``).
+    :raises CorruptModelCheckpointError: the file is not what its name says.
+    :raises NotSupportedError: a tokenizer of another kind, or the package that reads it is not installed.
+    :raises FetchError: its source cannot be reached.
+    """
+    if isinstance(card, Path):
+        return _local(card)
+
+    store = store or get_asset_store()
+    card = store.retrieve_card(card) if isinstance(card, str) else card
+    ref = checkpoint_ref(card)
+    stated = tokenizer_ref(card, store.retrieve_card)
+    if stated is None:
+        ref = address_of(card)
+        if not ref.uri:
+            raise ModelGatedError(card.title, ref.info_url)
+        path = uri_path(ref.uri)
+        if path is not None:
+            path = local_checkpoint(path, inner_path=ref.path)
+            return _local(path if path.is_dir() else path.parent)
+        if ref.scheme not in HUB_SCHEMES:
+            raise NotSupportedError(
+                f"The card {card.name!r} names no tokenizer, and its checkpoint is one file of a server: {ref.shown}. "
+                "Name the tokenizer in the card's `tokenizer`, or that of another card in its `tokenizer_ref`."
+            )
+        stated = TokenizerRef(uri=ref.uri, path=ref.path, card=card.name)
+
+    path = uri_path(stated.uri)
+    if path is not None:
+        return _local(path if stated.path is None else path / stated.path)
+
+    known = store.checkpoint(ref.key) if ref.uri and same_source(stated, ref) else None
+
+    revision = None if known is None else known.revision or None
+    elsewhere = tokenizer_elsewhere(stated, revision=revision)
+    assert elsewhere is not None  # it is not on this machine
+
+    return _remote(elsewhere, store, ref.key if ref.uri else "", progress=progress)
+
+
+def _local(path: Path) -> Any:
+    path = expand_home(path)
+    archive = archive_of(path)
+    if archive is not None:
+        return _read(archive, path.relative_to(archive).as_posix())
+    if path.is_dir():
+        path = path / _choose([entry.name for entry in path.iterdir()], str(path))
+
+    return _read(path)
+
+
+def _remote(elsewhere: Elsewhere, store: AssetStore, checkpoint: str, *, progress: bool) -> Any:
+    names = {file.name.rpartition("/")[2]: file for file in elsewhere.files}
+    name = next(iter(names)) if len(names) == 1 else _choose(list(names), elsewhere.source.uri)
+    (fetched,) = elsewhere.only(names[name]).fetch(store, checkpoint, progress=progress)
+
+    return _read(fetched.path, elsewhere.member, name=name)
+
+
+def _choose(names: list[str], where: str) -> str:
+    """The file by which the tokenizer in a folder is read."""
+    for name in (TOKENIZER_JSON, *SENTENCEPIECE_NAMES):
+        if name in names:
+            return name
+
+    others = sorted(TOKENIZER_NAMES & set(names))
+    if others:
+        raise NotSupportedError(
+            f"{where}: expected {TOKENIZER_JSON} or a model of sentencepiece, found {', '.join(others)}, which neither "
+            "tokenizers nor sentencepiece reads as they are. `transformers.AutoTokenizer` may."
+        )
+    raise CheckpointNotFoundError(
+        where, f"{where}: expected {TOKENIZER_JSON} or {SENTENCEPIECE_NAMES[0]}, found no tokenizer."
+    )
+
+
+def _read(path: Path, member: str | None = None, *, name: str | None = None) -> Any:
+    """The tokenizer in a file, or in a member of an archive.
+
+    :param name: of the file, where its path does not tell.
+    """
+    name = name if member is None and name is not None else (member or path.name)
+    label = str(path) if member is None else f"{path}[{member}]"
+    with open_regular(path) as (file, size):
+        offset, length = (0, size) if member is None else find_member(file, member, size=size, label=str(path))
+        if length > MAX_SIZE:
+            raise CorruptModelCheckpointError(
+                label, f"{label}: expected a tokenizer of at most {MAX_SIZE} bytes, found {length}."
+            )
+        file.seek(offset)
+        data = file.read(length)
+    if data.startswith(LFS_POINTER):
+        raise stands_for_another(label)
+
+    # What the bytes say counts, and the name only where they say nothing.
+    is_sentencepiece = _is_sentencepiece(data)
+    if not is_sentencepiece and (name.endswith(".json") or data.lstrip()[:1] == b"{"):
+        return _parse("tokenizers", label, lambda package: package.Tokenizer.from_buffer(data))
+    if not is_sentencepiece and _is_tiktoken(data):
+        raise NotSupportedError(
+            f"{label}: expected a model of sentencepiece, found ranks of tiktoken. Use the tokenizer.json that is "
+            "published with the same model in Hugging Face's form: name it in the card's `tokenizer`."
+        )
+
+    if not is_sentencepiece and not name.endswith(".model"):
+        raise NotSupportedError(
+            f"{label}: expected a tokenizer.json or a model of sentencepiece, found a file of another kind, which "
+            f"begins with {data[:20]!r}."
+        )
+
+    return _parse("sentencepiece", label, lambda package: package.SentencePieceProcessor(model_proto=data))
+
+
+def _is_sentencepiece(data: bytes) -> bool:
+    """Return whether these begin as a model of sentencepiece: a list of pieces, of which the first has a text.
+
+    Source: ``ModelProto`` and ``SentencePiece`` in sentencepiece_model.proto, by the wire format of protocol buffers:
+    field 1 of the model is a piece (``0a``, its size), and field 1 of that its text (``0a``, its size).
+    """
+    if len(data) < 4 or data[0] != 0x0A or data[1] >= 0x80 or data[2] != 0x0A or data[3] + 2 > data[1]:
+        return False
+    try:
+        return bool(data[4 : 4 + data[3]].decode())
+    except UnicodeDecodeError:
+        return False
+
+
+def _is_tiktoken(data: bytes) -> bool:
+    """Whether these are lines of a token in base64 and its rank, as LLaMA 3's ``tokenizer.model`` has them."""
+    token, _, rank = data[:200].partition(b"\n")[0].partition(b" ")
+
+    return bool(token) and rank.isdigit() and token.isascii()
+
+
+def _parse(package: str, label: str, parse: Callable[[Any], Any]) -> Any:
+    try:
+        module = import_module(package)
+    except ImportError as error:
+        raise NotSupportedError(
+            f"{label} is read by the package {package}, which is not installed: `pip install {package}`."
+        ) from error
+
+    try:
+        return parse(module)
+    except Exception as error:  # tokenizers raises a bare one, sentencepiece a RuntimeError
+        raise CorruptModelCheckpointError(label, f"{label} is no tokenizer that {package} reads: {error}.") from error

@@ -1,0 +1,370 @@
+"""Whether what is loaded is what was published or recorded: decided before the bytes are read, settled behind.
+
+Two kinds of digests are known of a checkpoint. The SHA-256 of a whole file is what sources publish; it takes a pass
+over the file. The digests of blocks of tensors (:mod:`lading.formats.digests`) are recorded the first time that all
+bytes pass by; they are taken while a load reads, by as many threads. A file that was seen with the right digest is
+trusted as long as its state (size, times, inode) is the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal
+
+from blake3 import blake3
+
+from lading.catalog.checkpoints.record import record_digests, record_files
+from lading.catalog.records import Check
+from lading.catalog.store import AssetStore
+from lading.checkpoints.checkpoint import Checkpoint
+from lading.errors import CatalogError, DigestMismatchError, NotSupportedError
+from lading.formats.digests import Digests, differences, joined, recorded
+from lading.formats.manifest import Manifest
+from lading.gangs import Gang
+from lading.models.family import Family
+from lading.models.targets import Targets
+from lading.planning.rules import Route
+from lading.sources.sha256 import sha256_file
+from lading.system.progress import byte_bar
+from lading.transfer.execute import hash_checkpoint
+from lading.transfer.files import ShardFile
+
+log = logging.getLogger("lading")
+
+Verify = Literal["auto", "always", "never"]
+"""``auto`` checks what the catalog has not seen verified in just the state that it is in, ``always`` checks all."""
+
+VERIFY = ("auto", "always", "never")
+
+Different = Sequence[tuple[int, tuple[int, ...]]]
+"""Tensors that are others than expected, by their positions in the manifest, and which of their blocks are."""
+
+_THREADS = 4
+"""Files that are hashed at once."""
+
+
+def require_mode(verify: str) -> None:
+    """:raises ValueError: it is none of :data:`VERIFY`."""
+    if verify not in VERIFY:
+        raise ValueError(f"`verify` must be one of {', '.join(map(repr, VERIFY))}, but is {verify!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What a load is to be checked against."""
+
+    digests: Digests | None
+    """Recorded before; ``None`` where this load records them."""
+    dims: array[int]
+    """For each tensor the dim along which it is cut into blocks; type code ``b``."""
+
+
+def block_dims(
+    manifest: Manifest, family: Family[Any, Any], config: Any, targets: Targets, routed: Route
+) -> array[int]:
+    """For each tensor the dim along which digests cut it: the one along which ranks do, so that they can check."""
+    plan = family.parallel_plan(config)
+    dims = array("b", [0]) * len(manifest)
+    for target, tensor in zip(routed.targets, routed.tensors, strict=True):
+        dim = plan.shard_dim(targets.names[target])
+        if dim < len(manifest.shapes[tensor]):
+            dims[tensor] = dim
+
+    return dims
+
+
+def expect(
+    checkpoint: Checkpoint,
+    store: AssetStore | None,
+    mode: Verify,
+    dims: Callable[[], array[int]],
+    *,
+    ranks: int = 1,
+    progress: bool = False,
+) -> Expected | None:
+    """What the load of a checkpoint is to be checked against; ``None``: nothing has to be checked.
+
+    Files of which only a SHA-256 is known are checked here and now.
+
+    :param store: ``None`` for a checkpoint that the catalog is not asked about.
+    :param dims: gives for each tensor the dim along which it is to be cut, where nothing is recorded of it.
+    :param ranks: that load it together. Several do not record what is not known yet, as each sees a part only.
+
+    :raises DigestMismatchError: a file is not the one that was published.
+    :raises NotSupportedError: ``always``, and there is no catalog to ask.
+    """
+    if mode == "never" or (mode == "auto" and (checkpoint.trusted or store is None)):
+        return None
+    if store is None:
+        raise NotSupportedError(
+            f"Nothing is known that {checkpoint.where} could be verified against. Name it in a card and load it by its "
+            "name, or load it with `verify='auto'`."
+        )
+
+    digests = _stored_digests(checkpoint, store)
+    # What was recorded of tensors may be of other bytes than those that the card pins.
+    chosen = None if digests is None else checkpoint.pinned
+    checks = check_files(checkpoint, chosen, progress=progress)
+    if checks:
+        _record_checks(checkpoint, checks, store)
+        require_match(checks)
+
+    if digests is None and ranks > 1:
+        return None
+
+    return Expected(digests=digests, dims=dims() if digests is None else digests.dims)
+
+
+def settle(
+    checkpoint: Checkpoint,
+    expected: Expected,
+    found: Digests,
+    store: AssetStore | None,
+    root: Gang,
+    *,
+    progress: bool = False,
+) -> None:
+    """Compare what was read with what was expected, and record it.
+
+    Rank 0 reads the tensors of which nobody has seen all, so that it is known of the checkpoint as a whole. But not
+    where a sidecar spares their bytes: then only files of which all was seen are noted as checked.
+
+    :param found: by this rank.
+    :param store: where it is recorded; only rank 0 has one.
+
+    :raises DigestMismatchError: a tensor is not the one that was recorded.
+    """
+    manifest, files = checkpoint.manifest, checkpoint.here()
+    different = [] if expected.digests is None else differences(expected.digests, found)
+    answers = root.gather_objects((found.known, _shards_of(manifest, different), files))
+    # Hosts may have the same path each on a disk of its own: what one has seen there is not seen here.
+    mine = [(known, shards) for known, shards, theirs in answers if theirs == files]
+    if any(shards for _, shards, _ in answers):
+        bad = sorted(set().union(*(shards for _, shards in mine)))
+        _record_bad(checkpoint, expected.digests, bad, store)
+        _refuse(checkpoint, different)
+        return  # it is another rank that raises, and all do when they agree
+
+    if store is None:
+        return
+    if expected.digests is not None and root.size > 1:
+        found = _seen_by_all(expected.digests, [known for known, _ in mine])
+    if checkpoint.joined is None:
+        found = _completed(manifest, files, found, progress=progress)
+    if expected.digests is not None:
+        different = differences(expected.digests, found)
+        _record_bad(checkpoint, expected.digests, _shards_of(manifest, different), store)
+        _refuse(checkpoint, different)
+
+    checks = list(_shard_checks(checkpoint, expected.digests, found))
+    try:
+        if expected.digests is None:
+            record_digests(store.database, uri=checkpoint.uri, manifest=manifest, digests=found)
+        _write_checks(checkpoint, checks, store)
+    except (CatalogError, OSError) as error:
+        log.warning("what was checked of %s is not in the catalog: %s", checkpoint.name, error)
+
+
+def _shards_of(manifest: Manifest, different: Different) -> list[int]:
+    return sorted({manifest.shard_ids[i] for i, _ in different})
+
+
+def _record_bad(
+    checkpoint: Checkpoint, expected: Digests | None, shards: Sequence[int], store: AssetStore | None
+) -> None:
+    """Have the catalog know which files are not the right ones."""
+    if store is None or expected is None or not shards:
+        return
+
+    manifest = checkpoint.manifest
+    checks = [
+        _check(checkpoint, shard, "blake3", expected=shard_digest(manifest, expected, shard), found=None)
+        for shard in shards
+    ]
+    _record_checks(checkpoint, checks, store)
+
+
+def _refuse(checkpoint: Checkpoint, different: Different) -> None:
+    """:raises DigestMismatchError: there is a tensor that is not the one that was recorded."""
+    if not different:
+        return
+
+    manifest = checkpoint.manifest
+    shown = ", ".join(manifest.names[i] for i, _ in different[:5])
+    more = f" and {len(different) - 5} more" if len(different) > 5 else ""
+    path = checkpoint.here()[_shards_of(manifest, different)[0]].path
+    first, blocks = different[0]
+    raise DigestMismatchError(
+        path,
+        f"{path}: {len(different)} of {len(manifest)} tensors are not those that were verified before: {shown}{more}. "
+        f"{remedy(checkpoint, path, files=len(_shards_of(manifest, different)))}",
+        expected=f"the recorded digests of {manifest.names[first]}",
+        found=f"others in blocks {', '.join(map(str, blocks))}",
+    )
+
+
+def remedy(checkpoint: Checkpoint, path: Path | None = None, *, files: int = 1) -> str:
+    """What to do about files that are not the right ones.
+
+    :param path: the first of them.
+    :param files: their number.
+    """
+    them = "it" if files == 1 else "them"
+    if checkpoint.joined is not None and path == checkpoint.joined.file.path:
+        return f"`lading repack {checkpoint.name} --tp {checkpoint.joined.tp}` makes the file anew."
+    if checkpoint.ref is not None:
+        return f"`lading verify {checkpoint.name} --repair` fetches {them} anew."
+
+    they, ones = ("it was", "one") if files == 1 else ("they were", "ones")
+
+    return f"If {they} changed on purpose, `lading index {checkpoint.name}` takes {them} for the right {ones}."
+
+
+def require_pinned(checkpoint: Checkpoint, store: AssetStore, *, progress: bool = False) -> None:
+    """Hash the files that the card pins, unless the catalog saw them verified as they are.
+
+    :raises DigestMismatchError: one is another.
+    """
+    if checkpoint.pinned and not checkpoint.trusted:
+        checks = check_files(checkpoint, checkpoint.pinned, progress=progress)
+        _record_checks(checkpoint, checks, store)
+        require_match(checks)
+
+
+def check_files(checkpoint: Checkpoint, chosen: Sequence[int] | None = None, *, progress: bool = False) -> list[Check]:
+    """Hash the files whose SHA-256 is known.
+
+    :param chosen: positions of those that are asked for; default: all.
+    """
+    shards = checkpoint.manifest.shards
+    known = [i for i, shard in enumerate(shards) if shard.sha256 is not None and (chosen is None or i in chosen)]
+
+    lock = Lock()
+
+    def count(size: int) -> None:
+        with lock:
+            bar.update(size)
+
+    def check(i: int) -> Check:
+        found, stat = sha256_file(checkpoint.here()[i].path, progress=count)
+        return Check(
+            file=shards[i].name,
+            path=checkpoint.here()[i].path,
+            stat=stat,
+            method="sha256",
+            expected=shards[i].sha256,
+            found=found,
+        )
+
+    total = sum(shards[i].size for i in known)
+    with (
+        byte_bar(total, "verify", shown=progress) as bar,
+        ThreadPoolExecutor(_THREADS, thread_name_prefix="lading-verify") as pool,
+    ):
+        return list(pool.map(check, known))
+
+
+def require_match(checks: Sequence[Check]) -> None:
+    """:raises DigestMismatchError: a file is not the one that was published or recorded."""
+    for check in checks:
+        if check.result == "mismatch":
+            raise DigestMismatchError(
+                check.path,
+                f"{check.path} is not the file that was published: expected the SHA-256 {check.expected}, found "
+                f"{check.found}. It was not used.",
+                expected=check.expected or "",
+                found=check.found or "",
+            )
+
+
+def _stored_digests(checkpoint: Checkpoint, store: AssetStore) -> Digests | None:
+    sidecar = checkpoint.sidecar
+    try:
+        digests = store.digests(checkpoint.uri, checkpoint.manifest)
+        if digests is None or sidecar is None:
+            return digests
+        blocks = store.digests(sidecar.uri, sidecar.manifest)
+        return None if blocks is None else joined(digests, blocks)
+    except (CatalogError, OSError) as error:
+        log.warning("the digests of %s cannot be read from the catalog: %s", checkpoint.name, error)
+        return None
+
+
+def _record_checks(checkpoint: Checkpoint, checks: Sequence[Check], store: AssetStore) -> None:
+    try:
+        _write_checks(checkpoint, checks, store)
+    except (CatalogError, OSError) as error:
+        log.warning("what was checked of %s is not in the catalog: %s", checkpoint.name, error)
+
+
+def _write_checks(checkpoint: Checkpoint, checks: Sequence[Check], store: AssetStore) -> None:
+    by_uri: dict[str, list[Check]] = {}
+    for check in checks:
+        by_uri.setdefault(checkpoint.uri_of(check.path), []).append(check)
+    for uri, own in by_uri.items():
+        record_files(store.database, uri=uri, checks=own)
+
+
+def _seen_by_all(expected: Digests, seen: Sequence[bytes]) -> Digests:
+    known = bytes(reduce(or_, masks) for masks in zip(*seen, strict=True))
+
+    return replace(expected, known=known)
+
+
+def _completed(manifest: Manifest, files: Sequence[ShardFile], found: Digests, *, progress: bool) -> Digests:
+    """``found`` with the digests of the tensors that it lacks, whose bytes are read for it."""
+    missing = [i for i in range(len(manifest)) if not found.is_complete(i)]
+    if not missing:
+        return found
+
+    rest = manifest.take(missing)
+    more = hash_checkpoint(rest, files, [found.dims[i] for i in missing], progress=progress)
+    rows: list[tuple[int, bytes] | None] = [
+        None if digest is None else (digest.dim, digest.blocks) for digest in found.iter(manifest)
+    ]
+    for i, digest in zip(missing, more.iter(rest), strict=True):
+        rows[i] = None if digest is None else (digest.dim, digest.blocks)
+
+    return recorded(manifest, rows)
+
+
+def _shard_checks(checkpoint: Checkpoint, expected: Digests | None, found: Digests) -> Iterator[Check]:
+    manifest = checkpoint.manifest
+    for shard in range(len(manifest.shards)):
+        if not all(map(found.is_complete, manifest.tensors_of(shard))):
+            continue  # nobody has seen all of it
+        yield _check(
+            checkpoint,
+            shard,
+            "blake3",
+            expected=None if expected is None else shard_digest(manifest, expected, shard),
+            found=shard_digest(manifest, found, shard),
+        )
+
+
+def _check(checkpoint: Checkpoint, shard: int, method: str, *, expected: str | None, found: str | None) -> Check:
+    file = checkpoint.here()[shard]
+
+    return Check(
+        file=checkpoint.manifest.shards[shard].name,
+        path=Path(file.path),
+        stat=file.stat,
+        method=method,
+        expected=expected,
+        found=found,
+    )
+
+
+def shard_digest(manifest: Manifest, digests: Digests, shard: int) -> str:
+    """The digests of all tensors of a file in one."""
+    roots = (digests.of(manifest, i) for i in manifest.tensors_of(shard))
+
+    return blake3("".join("-" if digest is None else digest.root for digest in roots).encode("ascii")).hexdigest()

@@ -1,0 +1,410 @@
+"""Any model of transformers 5, by its class there: ``pip install lading[hf]``.
+
+transformers makes the module, without memory; the checkpoint is read by lading, as that of any other family. Code of
+a repository is never run: ``auto_map`` in a ``config.json`` is not followed, and ``trust_remote_code`` not heeded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, cast
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor
+from torch.nn import Module
+from torch.overrides import TorchFunctionMode
+
+from lading.cards.config import STRICT
+from lading.cards.overrides import merge
+from lading.errors import ModelCheckpointMismatchError, NotSupportedError, PolicyError
+from lading.families.hg.buffers import other_dtypes, reset_buffers
+from lading.families.hg.offline import offline_holds
+from lading.families.hg.parallel import plan_of
+from lading.families.hg.rules import rules_of
+from lading.families.nn.checks import MAX_LABELS, MAX_LAYERS
+from lading.models.family import Family
+from lading.models.hub import ModelHubAccessor
+from lading.models.parallel_plan import ParallelPlan
+from lading.planning.rules import Rule
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+ModelType = Literal["auto", "causal_lm", "seq2seq_lm", "custom"]
+
+_AUTO_CLASSES: Mapping[str, str] = {
+    "auto": "AutoModel",
+    "causal_lm": "AutoModelForCausalLM",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
+}
+
+_MAJOR = 5
+"""The first version of transformers that states how the tensors of a checkpoint become parameters."""
+
+_LEFT_OUT = frozenset(
+    {
+        # Names code of the repository, or kernels that transformers would fetch from the hub and run.
+        "auto_map",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "experts_implementation",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+        "kernel_config",
+        "use_kernels",
+        # Asks for further weights, from elsewhere.
+        "use_pretrained_backbone",
+    }
+)
+
+_FLOAT, _FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")
+"""The key, and its values, by which transformers 5 writes numbers that JSON does not have."""
+
+_BOUNDS = (
+    (("layer", "layers", "depths"), MAX_LAYERS, "layers"),
+    # transformers keeps the name of each, which takes 750 bytes.
+    (("num_labels",), MAX_LABELS, "labels"),
+)
+"""Ends of keys, the largest number that may be there, and what it counts."""
+
+
+@dataclass(kw_only=True)
+class HuggingFaceModelConfig:
+    """The configuration of a model of transformers: which class makes it, and what its ``config.json`` says.
+
+    The first fields are those of fairseq2 0.8.1. Those that speak of processors, devices and dtypes are kept for its
+    cards, and have no effect: the call says where a model is loaded, and as what.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    hf_name: str = ""
+    """The repository on the hub that the model is from; for people."""
+
+    model_type: ModelType = "auto"
+    """The class of transformers: the bare model, the one for causal or for sequence-to-sequence language modelling, or
+    ``custom_model_class``."""
+
+    use_processor: bool = False
+    """No effect."""
+
+    device: str = "cpu"
+    """No effect."""
+
+    custom_model_class: str | None = None
+    """The name of a class of transformers, for ``custom``; ``None`` means the one that ``architectures`` names."""
+
+    custom_processor_class: str | None = None
+    """No effect."""
+
+    trust_remote_code: bool = False
+    """No effect: where transformers does not have the model itself, it is refused."""
+
+    dtype: str | None = None
+    """No effect."""
+
+    load_kwargs: dict[str, Any] | None = None
+    """No effect."""
+
+    enable_gradient_checkpointing: bool = False
+    """Whether activations are computed again in the backward pass instead of being kept."""
+
+    hf_config: dict[str, Any] = field(default_factory=dict)
+    """The content of ``config.json``. What a card states here is laid over what is beside the checkpoint."""
+
+
+def _from_hf(values: Mapping[str, object]) -> HuggingFaceModelConfig:
+    named = _architecture(values)
+    config = HuggingFaceModelConfig(
+        model_type="auto" if named is None else "custom", custom_model_class=named, hf_config=dict(values)
+    )
+    _class_of(config)
+
+    return config
+
+
+def _complete(config: HuggingFaceModelConfig, hf_config: Mapping[str, object]) -> HuggingFaceModelConfig:
+    config = replace(config, hf_config=merge(hf_config, config.hf_config, path="hf_config"))
+    _class_of(config)
+
+    return config
+
+
+def _architecture(values: Mapping[str, object]) -> str | None:
+    stated = values.get("architectures")
+    first = stated[0] if isinstance(stated, list) and stated else None
+
+    return first if isinstance(first, str) else None
+
+
+# --- the class -------------------------------------------------------------------------------------------------------
+
+
+@offline_holds()
+def _class_of(config: HuggingFaceModelConfig) -> tuple[Any, PretrainedConfig]:
+    """The class of transformers that makes the model, an ``Auto…`` one or its own, and the configuration for it.
+
+    :raises NotSupportedError: transformers is not installed, is an older one, or does not have it.
+    :raises PolicyError: it would be made by code of its repository.
+    """
+    if not config.hf_config:
+        raise NotSupportedError(
+            "A model of the hg family is described by the config.json beside its checkpoint, but there is none. State "
+            "its content as `hf_config` in the card's `model_config`."
+        )
+    _require_transformers(config)
+    import transformers
+
+    hf_config = _hf_config(config)
+    if config.model_type != "custom":
+        return getattr(transformers, _AUTO_CLASSES[config.model_type]), hf_config
+
+    name = config.custom_model_class or _architecture(config.hf_config)
+    shared = _shared_classes(hf_config)
+    known_as = name if name is None or hasattr(transformers, name) else shared.get(name, name)
+    found = getattr(transformers, known_as, None) if known_as is not None and known_as.isidentifier() else None
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        _refuse(config, f"the class {name!r}")
+    of_text: Any = hf_config.sub_configs.get("text_config")
+    is_shared = found.__name__ in shared.values()
+    if is_shared and found.config_class is of_text:
+        return found, hf_config.get_text_config()
+    if not is_shared and not isinstance(hf_config, found.config_class or transformers.PreTrainedConfig):
+        raise NotSupportedError(
+            f"{name} of transformers is made of a {getattr(found.config_class, '__name__', None)}, but config.json is "
+            f"of the model type {hf_config.model_type!r}."
+        )
+
+    return found, hf_config
+
+
+def _shared_classes(hf_config: PretrainedConfig) -> Mapping[str, str]:
+    """Return the classes that transformers makes models of this type with, by the names that they would have if the
+    type had classes of its own.
+
+    A published ``config.json`` names those, as they are in the code of its repository: ``InternLM3ForCausalLM`` is
+    transformers' ``LlamaForCausalLM``.
+    """
+    from transformers.models.auto import modeling_auto
+
+    own = type(hf_config).__name__.removesuffix("Config")
+    found = {}
+    for key, names in vars(modeling_auto).items():
+        if key.startswith("MODEL_") and key.endswith("_MAPPING_NAMES"):
+            stated = names.get(hf_config.model_type, ())
+            for name in (stated,) if isinstance(stated, str) else stated:
+                if kind := re.search(r"(For[A-Z]\w*|Model)$", name):
+                    found[f"{own}{kind[1]}"] = name
+
+    return found
+
+
+def _require_transformers(config: HuggingFaceModelConfig) -> None:
+    """:raises NotSupportedError: it is not there, or is an older one."""
+    wanted = f"A model of the type {config.hf_config.get('model_type')!r} is made by transformers {_MAJOR}"
+    try:
+        import transformers
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "transformers"
+        why = "is not installed" if missing else f"cannot be imported: {error}"
+        raise NotSupportedError(f"{wanted}, which {why}. `pip install lading[hf]` brings what it takes.") from None
+    if int(transformers.__version__.partition(".")[0]) < _MAJOR:
+        raise NotSupportedError(
+            f"{wanted}, but version {transformers.__version__} is installed. `pip install lading[hf]` brings another."
+        )
+
+
+def _hf_config(config: HuggingFaceModelConfig) -> PretrainedConfig:
+    from transformers import CONFIG_MAPPING
+
+    model_type = config.hf_config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        _refuse(config, f"the model type {model_type!r}")
+    if (many := _too_many(config.hf_config)) is not None:
+        raise _mismatch(many)
+
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(_as_read(config.hf_config))
+    except Exception as error:  # whatever a field of a wrong type leads to there
+        raise _mismatch(f"transformers cannot read it: {error}") from error
+
+
+def _too_many(value: Any, key: str = "") -> str | None:
+    """Return the first key, with its value, that asks for more layers or labels than there can be objects of."""
+    if isinstance(value, int):
+        for ends, most, what in _BOUNDS:
+            if key.endswith(ends) and value > most:
+                return f"`{key}`, which is {value}, is more than the {most} {what} that any model has"
+        return None
+    named = value.items() if isinstance(value, Mapping) else ()
+    items = [(key, item) for item in value] if isinstance(value, list) else named
+
+    return next((found for name, item in items if (found := _too_many(item, str(name))) is not None), None)
+
+
+def _as_read(value: Any) -> Any:
+    """Return a copy as transformers reads it, without the keys that would have it fetch or run something."""
+    if isinstance(value, Mapping):
+        if value.keys() == {_FLOAT} and value[_FLOAT] in _FLOATS:
+            return float(value[_FLOAT])
+        return {key: _as_read(item) for key, item in value.items() if key not in _LEFT_OUT}
+
+    return [_as_read(item) for item in value] if isinstance(value, list) else value
+
+
+def _refuse(config: HuggingFaceModelConfig, what: str) -> NoReturn:
+    """:raises NotSupportedError: always; a :class:`PolicyError` where code of the repository would do it."""
+    import transformers
+
+    lacks = f"config.json asks for {what}, which transformers {transformers.__version__} does not have"
+    if config.trust_remote_code or "auto_map" in config.hf_config:
+        raise PolicyError(
+            f"{lacks}: the model is made by code of its repository, which lading never runs. A version of transformers "
+            "that has it, or a package with a family of its own, can load it."
+        )
+    raise NotSupportedError(f"{lacks}, nor does any registered family read it (`lading families` shows them).")
+
+
+def _mismatch(problem: str) -> ModelCheckpointMismatchError:
+    return ModelCheckpointMismatchError(
+        "config.json",
+        f"config.json is expected to describe a model of transformers, but {problem}. Compare the file with the one "
+        "that the model's publisher offers.",
+    )
+
+
+# --- the module ------------------------------------------------------------------------------------------------------
+
+
+@offline_holds()
+def _build(config: HuggingFaceModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    kls, hf_config = _class_of(config)
+    try:
+        with _NoInit():
+            if config.model_type == "custom":
+                model = kls._from_config(hf_config, dtype=dtype)
+            else:
+                model = kls.from_config(hf_config, dtype=dtype, trust_remote_code=False)
+    except ImportError as error:
+        raise NotSupportedError(f"{kls.__name__} of transformers asks for another package: {error}") from error
+    except Exception as error:  # whatever sizes that do not fit together lead to there
+        raise _mismatch(f"{kls.__name__} cannot be made of it: {error}") from error
+    if config.enable_gradient_checkpointing:
+        # The second is the name in older versions of transformers 5.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+
+    return cast("PreTrainedModel", model)
+
+
+class _NoInit(TorchFunctionMode):
+    """Leave parameters as they are made: on the meta device, to draw their numbers takes most of a build."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+
+        return func(*args, **(kwargs or {}))
+
+
+def _outline(config: HuggingFaceModelConfig) -> PreTrainedModel:
+    """A model without memory that is only looked at: one is kept.
+
+    It is made in bfloat16, which tells what is of the dtype of a model from what is always float32.
+    """
+    return _kept_outline(json.dumps([config.model_type, config.custom_model_class, config.hf_config], sort_keys=True))
+
+
+@lru_cache(maxsize=1)
+def _kept_outline(key: str) -> PreTrainedModel:
+    model_type, custom_model_class, hf_config = json.loads(key)
+    config = HuggingFaceModelConfig(model_type=model_type, custom_model_class=custom_model_class, hf_config=hf_config)
+    with torch.device("meta"):
+        return _build(config, torch.bfloat16)
+
+
+def _rules(config: HuggingFaceModelConfig, names: Sequence[str]) -> Sequence[Rule]:
+    return rules_of(_outline(config), names)
+
+
+def _may_lack(config: HuggingFaceModelConfig, names: Sequence[str]) -> Sequence[str]:
+    """Return what ``from_pretrained`` does without: positions that are computed, and counters of batches, which
+    checkpoints of old versions of torch lack.
+    """
+    patterns = {*(_outline(config)._keys_to_ignore_on_load_missing or ()), r"(^|\.)num_batches_tracked$"}
+
+    return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
+
+
+def _parallel_plan(config: HuggingFaceModelConfig) -> ParallelPlan:
+    return plan_of(_outline(config))
+
+
+def _untie(model: Module, names: Sequence[str]) -> None:
+    """Do as ``from_pretrained`` does where both of two tied parameters are stored, and differ."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        owner, tied = model.get_submodule(path), model.get_parameter(name)
+        setattr(owner, leaf, torch.nn.Parameter(torch.empty_like(tied), tied.requires_grad))
+        cast("PreTrainedModel", model).all_tied_weights_keys.pop(name, None)
+
+
+# --- numbers that no checkpoint holds --------------------------------------------------------------------------------
+
+
+def _reset_buffers(model: Module, config: HuggingFaceModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    reset_buffers(model, device, dtype, lambda: _outline(config))
+
+
+def _dtypes(model: Module, config: HuggingFaceModelConfig, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
+    return other_dtypes(model, dtype, _outline(config))
+
+
+def _init(model: Module, config: HuggingFaceModelConfig, name: str, tensor: Tensor) -> None:
+    """Draw one parameter by transformers' own scheme: in a model without memory but for this parameter."""
+    from transformers import PreTrainedModel
+
+    outline: Module = _outline(config)
+    path, _, leaf = name.rpartition(".")
+    steps = path.split(".") if path else []
+    owners = [outline.get_submodule(".".join(steps[:i])) for i in range(len(steps) + 1)]
+    owner = owners[-1]
+    held: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+    before = held[leaf]
+    with torch.no_grad():
+        tensor.zero_()
+        held[leaf] = torch.nn.Parameter(tensor, tensor.is_floating_point()) if held is owner._parameters else tensor
+        try:
+            if callable(reset := getattr(owner, "reset_parameters", None)):
+                reset()
+            for i in reversed(range(len(owners))):
+                models = [each for each in owners[: i + 1] if isinstance(each, PreTrainedModel)]
+                models[-1]._init_weights(owners[i])  # type: ignore[no-untyped-call]
+        finally:
+            held[leaf] = before
+
+
+FAMILY = Family(
+    name="hg",
+    kls=Module,
+    config_kls=HuggingFaceModelConfig,
+    build=_build,
+    init=_init,
+    rules_of_names=_rules,
+    may_lack=_may_lack,
+    parallel_plan=_parallel_plan,
+    from_hf=_from_hf,
+    reads_other_model_types=True,
+    complete=_complete,
+    untie=_untie,
+    dtypes=_dtypes,
+    reset_buffers=_reset_buffers,
+)
+
+get_hg_model_hub = ModelHubAccessor("hg", Module, HuggingFaceModelConfig)

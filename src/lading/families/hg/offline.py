@@ -1,0 +1,46 @@
+"""Files that transformers fetches by itself, such as the configuration of a backbone that is only named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lading.errors import FetchError
+from lading.system.settings import Settings
+
+
+@contextmanager
+def offline_holds() -> Iterator[None]:
+    """Keep transformers from opening a socket where ``LADING_OFFLINE`` forbids it.
+
+    :raises FetchError: it would have to.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or Settings.from_environment().offline
+    try:
+        yield
+    except Exception as error:
+        if constants.HF_HUB_OFFLINE and _is_for_want_of_a_network(error):
+            raise FetchError(
+                "config.json names a model of another repository as its backbone, whose configuration transformers "
+                "asks the hub for, but LADING_OFFLINE or HF_HUB_OFFLINE is set. State it as `backbone_config` in the "
+                "card (`model_config`, `hf_config`), or unset the variable."
+            ) from error
+        raise
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _is_for_want_of_a_network(error: BaseException | None) -> bool:
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+
+    return False

@@ -1,0 +1,167 @@
+"""Attention in heads, its masks, and causal self-attention with grouped queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from lading.families.nn.cache import KeyValueCache
+from lading.families.nn.norm import RMSNorm
+from lading.families.nn.rope import rotate
+from lading.families.nn.uninitialized import Linear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionMask:
+    """Which keys each query sees; without a tensor, all of them, or those that are not behind it."""
+
+    visible: Tensor | None = None
+    """bool, (N or 1, 1, S or 1, K)."""
+    is_causal: bool = False
+    """Only where there are as many keys as queries: their order is then all that the kernel needs to know."""
+
+
+def causal_mask(
+    new: int, *, past: int, window: int | None, padding: Tensor | None, device: torch.device
+) -> AttentionMask:
+    """The mask of ``new`` tokens that follow ``past`` others, over the keys that :class:`KeyValueCache` returns.
+
+    :param window: the number of tokens, itself included, that a token attends to.
+    :param padding: (N, past + new); false where there is padding instead of a token.
+    """
+    total = past + new
+    first = 0 if window is None else max(0, past - (window - 1))
+
+    if padding is None:
+        if new == 1:
+            return AttentionMask()
+        if past == 0 and (window is None or total <= window):
+            return AttentionMask(is_causal=True)
+
+    queries = torch.arange(past, total, device=device)[:, None]
+    keys = torch.arange(first, total, device=device)[None, :]
+
+    visible = keys <= queries
+    if window is not None:
+        visible &= keys > queries - window
+    if padding is None:
+        return AttentionMask(visible=visible[None, None])
+
+    # What padding attends to is nobody's business, but a row that sees nothing is a division of zero by zero.
+    visible = (visible & padding[:, None, first:]) | (keys == queries)
+
+    return AttentionMask(visible=visible[:, None])
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, dropout_p: float = 0.0, scale: float | None = None
+) -> Tensor:
+    """Queries (N, H, S, head_dim) attend to keys and values (N, H / G, K, head_dim); returns (N, S, H * head_dim).
+
+    :param scale: of the scores; ``None`` means ``head_dim ** -0.5``.
+    """
+    groups = q.size(1) // k.size(1)
+    if groups > 1 and mask.visible is not None:
+        # The fused kernels take grouped queries or a mask, not both.
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+
+    y = scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask.visible,
+        dropout_p=dropout_p,
+        is_causal=mask.is_causal,
+        scale=scale,
+        enable_gqa=q.size(1) != k.size(1),
+    )
+
+    return y.transpose(1, 2).flatten(2)
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(N, S, heads * head_dim) → (N, heads, S, head_dim).
+
+    How many heads there are is left to ``x``: under tensor parallelism a rank projects to its own heads only.
+    """
+    return torch.unflatten(x, -1, (-1, head_dim)).transpose(1, 2)
+
+
+class CausalSelfAttention(nn.Module):
+    """Attention with grouped queries (https://arxiv.org/abs/2305.13245) and rotary positions.
+
+    :param layer: the index of the layer, under which it keeps its keys and values in a cache.
+    :param window: the number of tokens, itself included, that a token attends to; ``None`` means all before it.
+    :param norm: makes a normalisation of that width.
+    :param norm_whole: whether queries and keys are normalised over all heads together, instead of head by head.
+    :param scale: of the scores; ``None`` means ``head_dim ** -0.5``.
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        *,
+        num_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        qkv_bias: bool,
+        output_bias: bool,
+        q_norm: bool,
+        k_norm: bool,
+        norm: Callable[[int], RMSNorm],
+        window: int | None,
+        layer: int,
+        norm_whole: bool = False,
+        scale: float | None = None,
+    ) -> None:
+        super().__init__()
+
+        self.head_dim = head_dim
+        self.window = window
+        self.layer = layer
+        self.norm_whole = norm_whole
+        self.scale = scale
+
+        self.q_proj = Linear(model_dim, num_heads * head_dim, bias=qkv_bias)
+        self.k_proj = Linear(model_dim, num_key_value_heads * head_dim, bias=qkv_bias)
+        self.v_proj = Linear(model_dim, num_key_value_heads * head_dim, bias=qkv_bias)
+        self.o_proj = Linear(num_heads * head_dim, model_dim, bias=output_bias)
+
+        self.q_norm = norm(num_heads * head_dim if norm_whole else head_dim) if q_norm else None
+        self.k_norm = norm(num_key_value_heads * head_dim if norm_whole else head_dim) if k_norm else None
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """(N, S, model_dim) → the same shape.
+
+        :param rotary: cosines and sines, each (N or 1, 1, S, head_dim / 2).
+        """
+        q = self._normalised_heads(self.q_proj(x), self.q_norm)
+        k = self._normalised_heads(self.k_proj(x), self.k_norm)
+        v = split_heads(self.v_proj(x), self.head_dim)
+
+        # Where the angles are in float32, so is the turn.
+        q, k = rotate(q, *rotary).to(q.dtype), rotate(k, *rotary).to(k.dtype)
+
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v, window=self.window)
+
+        y: Tensor = self.o_proj(attend(q, k, v, mask, scale=self.scale))
+
+        return y
+
+    def _normalised_heads(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
+        """(N, S, heads * head_dim) → (N, heads, S, head_dim)."""
+        if norm is None:
+            return split_heads(x, self.head_dim)
+        if self.norm_whole:
+            return split_heads(norm(x), self.head_dim)
+
+        y: Tensor = norm(torch.unflatten(x, -1, (-1, self.head_dim)))
+
+        return y.transpose(1, 2)

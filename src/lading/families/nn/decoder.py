@@ -1,0 +1,141 @@
+"""The stack of a decoder: embedding, layers of attention and feed-forward networks, and the last normalisation.
+
+The names of its parameters are those of Hugging Face checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from lading.families.nn.attention import AttentionMask, CausalSelfAttention, causal_mask
+from lading.families.nn.cache import KeyValueCache
+from lading.families.nn.decoder_spec import DecoderSpec
+from lading.families.nn.ffn import GatedFeedForward
+from lading.families.nn.norm import RMSNorm
+from lading.families.nn.rope import RotaryEmbedding
+from lading.families.nn.uninitialized import Embedding
+
+
+class DecoderLayer(nn.Module):
+    """Attention and a feed-forward network, each normalised before or after, and added to its input."""
+
+    def __init__(self, spec: DecoderSpec, layer: int) -> None:
+        super().__init__()
+
+        self.dropout_p = spec.dropout_p
+
+        self.self_attn = CausalSelfAttention(
+            spec.model_dim,
+            num_heads=spec.num_attn_heads,
+            num_key_value_heads=spec.num_key_value_heads,
+            head_dim=spec.attn_head_dim,
+            qkv_bias=spec.qkv_proj_bias,
+            output_bias=spec.output_proj_bias,
+            q_norm=spec.q_norm,
+            k_norm=spec.k_norm,
+            norm=spec.norm,
+            norm_whole=spec.norm_whole,
+            scale=spec.attn_scale,
+            window=spec.window_of(layer),
+            layer=layer,
+        )
+        self.mlp = GatedFeedForward(
+            spec.model_dim, spec.ffn_inner_dim, bias=spec.ffn_bias, activation=spec.ffn_activation
+        )
+
+        # In Hugging Face's names, `post_attention_layernorm` is the first one after attention: it normalises what that
+        # gives, or else what the feed-forward network reads.
+        self.norms = spec.norms
+        if spec.norms != "after":
+            self.input_layernorm = spec.norm(spec.model_dim)
+        self.post_attention_layernorm = spec.norm(spec.model_dim)
+        if spec.norms == "both":
+            self.pre_feedforward_layernorm = spec.norm(spec.model_dim)
+        if spec.norms != "before":
+            self.post_feedforward_layernorm = spec.norm(spec.model_dim)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """(N, S, model_dim) → the same shape."""
+        y = self.self_attn(x if self.norms == "after" else self.input_layernorm(x), rotary, mask, cache)
+        if self.norms != "before":
+            y = self.post_attention_layernorm(y)
+        x = x + dropout(y, self.dropout_p, self.training)
+
+        if self.norms == "before":
+            y = self.mlp(self.post_attention_layernorm(x))
+        else:
+            y = self.mlp(x if self.norms == "after" else self.pre_feedforward_layernorm(x))
+            y = self.post_feedforward_layernorm(y)
+
+        return x + dropout(y, self.dropout_p, self.training)
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and the last normalisation: token ids to hidden states."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+
+        self.dropout_p = spec.dropout_p
+        self.embed_scale = spec.embed_scale
+        self.wide_rotary = spec.wide_rotary
+
+        # Of these and the layers, a stage of a pipeline has some; the others are ``None`` there.
+        self.embed_tokens: Embedding | None = Embedding(spec.vocab_size, spec.model_dim, padding_idx=spec.pad_idx)
+        self.layers = nn.ModuleList(DecoderLayer(spec, layer) for layer in range(spec.num_layers))
+        self.norm: RMSNorm | None = spec.norm(spec.model_dim)
+        self.rotary_emb = RotaryEmbedding(spec.attn_head_dim, theta=spec.rope_theta, scaling=spec.rope_scaling)
+        self.window_rotary_emb: RotaryEmbedding | None = None
+        if spec.window_rope_theta is not None:
+            self.window_rotary_emb = RotaryEmbedding(spec.attn_head_dim, theta=spec.window_rope_theta)
+
+        self.windows = tuple(spec.window_of(layer) for layer in range(spec.num_layers))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Token ids (N, S), or without an embedding hidden states (N, S, model_dim) → (N, S, model_dim).
+
+        The other parameters are those of :meth:`lading.families.nn.decoder_lm.DecoderLM.forward`.
+        """
+        new = input_ids.size(1)
+        past = 0 if cache is None else cache.num_tokens
+
+        x = input_ids
+        if self.embed_tokens is not None:
+            x = self.embed_tokens(input_ids)
+            if self.embed_scale != 1.0:
+                # Rounded, as it is in the training of half precision checkpoints.
+                x = x * torch.tensor(self.embed_scale, dtype=x.dtype, device="cpu").item()
+            x = dropout(x, self.dropout_p, self.training)
+
+        if position_ids is None:
+            position_ids = torch.arange(past, past + new, device=x.device)[None]
+        turn_dtype = torch.float32 if self.wide_rotary else x.dtype
+        rotary = self.rotary_emb(position_ids, turn_dtype)
+        window_rotary = rotary
+        if self.window_rotary_emb is not None:
+            window_rotary = self.window_rotary_emb(position_ids, turn_dtype)
+
+        padding = None if attention_mask is None else attention_mask.to(x.device, torch.bool)
+        layers = [pair for pair in zip(self.layers, self.windows, strict=True) if pair[0] is not None]
+        masks = {
+            window: causal_mask(new, past=past, window=window, padding=padding, device=x.device)
+            for window in {window for _, window in layers}
+        }
+
+        for layer, window in layers:
+            x = layer(x, rotary if window is None else window_rotary, masks[window], cache)
+
+        y: Tensor = x if self.norm is None else self.norm(x)
+
+        return y

@@ -1,0 +1,111 @@
+"""The switches by which the families of decoders differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lading.families.nn.checks import (
+    require_dropout,
+    require_layers,
+    require_multiple,
+    require_positive,
+    require_size,
+    require_symbol,
+)
+from lading.families.nn.norm import RMSNorm
+from lading.families.nn.rope import Scaling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderSpec:
+    """All switches of the shared decoder.
+
+    :raises ValueError: sizes that make no decoder, such as key/value heads that don't divide the attention heads.
+    """
+
+    model_dim: int
+    vocab_size: int
+    max_seq_len: int
+    num_layers: int
+    num_attn_heads: int
+    num_key_value_heads: int
+    ffn_inner_dim: int
+    norm_eps: float
+    rope_theta: float
+    head_dim: int | None = None
+    """``None`` means ``model_dim // num_attn_heads``."""
+    rope_scaling: Scaling | None = None
+    pad_idx: int | None = None
+    tied_embeddings: bool = False
+    """Whether the output projection *is* the embedding table."""
+    qkv_proj_bias: bool = False
+    output_proj_bias: bool = False
+    ffn_bias: bool = False
+    q_norm: bool = False
+    """Whether queries are normalised head by head, before the rotary embedding."""
+    k_norm: bool = False
+    attn_window_len: int | None = None
+    """The number of tokens, itself included, that a token attends to."""
+    num_full_attn_layers: int = 0
+    """The number of layers, from the first, that have no window."""
+    full_attn_layers: frozenset[int] = frozenset()
+    """The indices of further layers that have no window."""
+    window_rope_theta: float | None = None
+    """Of layers with a window, whose frequencies are then not scaled; ``None`` where they turn as all do."""
+    wide_rotary: bool = False
+    """Whether queries and keys are turned in float32, whatever their dtype."""
+    norms: Literal["before", "after", "both"] = "before"
+    """Whether layers normalise what their blocks read, what these give before it is added, or both."""
+    wide_norm: bool = False
+    """Whether weights of normalisations are applied in float32, whatever the dtype."""
+    norm_offset: float = 0.0
+    """What weights of normalisations are counted from."""
+    norm_whole: bool = False
+    """Whether ``q_norm`` and ``k_norm`` are over all heads together."""
+    attn_scale: float | None = None
+    """Of the attention scores; ``None`` means ``head_dim ** -0.5``."""
+    ffn_activation: Literal["silu", "gelu_tanh"] = "silu"
+    embed_scale: float = 1.0
+    """What embeddings are multiplied by, in their dtype."""
+    dropout_p: float = 0.0
+    """Of the embeddings and of the outputs of attention and feed-forward blocks."""
+
+    def __post_init__(self) -> None:
+        require_layers(self.num_layers)
+        require_positive(
+            self,
+            "model_dim",
+            "vocab_size",
+            "max_seq_len",
+            "num_attn_heads",
+            "num_key_value_heads",
+            "attn_head_dim",
+            "ffn_inner_dim",
+            "norm_eps",
+            "rope_theta",
+            "embed_scale",
+        )
+        optional = ("window_rope_theta", "attn_window_len", "attn_scale")
+        require_positive(self, *(name for name in optional if getattr(self, name) is not None))
+        require_multiple(self, "num_attn_heads", "num_key_value_heads")
+        require_size("the width of all attention heads together", self.num_attn_heads * self.attn_head_dim)
+        if self.attn_head_dim % 2 != 0:
+            raise ValueError(f"the heads must be of even width for rotary embeddings, but are of {self.attn_head_dim}")
+        require_symbol(self.pad_idx, self.vocab_size)
+        require_dropout(self, "dropout_p")
+
+    @property
+    def attn_head_dim(self) -> int:
+        """The width of an attention head."""
+        return self.model_dim // self.num_attn_heads if self.head_dim is None else self.head_dim
+
+    def window_of(self, layer: int) -> int | None:
+        """The attention window of layer ``layer``; ``None`` where it attends to all tokens before."""
+        full = layer < self.num_full_attn_layers or layer in self.full_attn_layers
+
+        return None if full else self.attn_window_len
+
+    def norm(self, dim: int) -> RMSNorm:
+        """A normalisation of that width."""
+        return RMSNorm(dim, eps=self.norm_eps, wide=self.wide_norm, offset=self.norm_offset)

@@ -1,0 +1,102 @@
+"""Random masks over time steps and features, as wav2vec 2.0 (https://arxiv.org/abs/2006.11477) draws them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lading.families.nn.checks import require_positive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Masking:
+    """How much is masked. Numbers come from torch's generator of the device.
+
+    :raises ValueError: probabilities outside [0, 1], or spans without length.
+    """
+
+    temporal_span_len: int
+    """In time steps."""
+    max_temporal_prob: float
+    """The share of time steps that spans would cover if none overlapped; 0 masks none."""
+    min_num_temporal_spans: int
+    spatial_span_len: int
+    """In features."""
+    max_spatial_prob: float
+    min_num_spatial_spans: int
+
+    def __post_init__(self) -> None:
+        for name in ("max_temporal_prob", "max_spatial_prob"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"`{name}` must be in [0, 1], but is {getattr(self, name)}")
+        require_positive(self, "temporal_span_len", "spatial_span_len")
+        if self.min_num_temporal_spans < 0 or self.min_num_spatial_spans < 0:
+            raise ValueError(
+                "the least numbers of spans must not be negative, but are "
+                f"{self.min_num_temporal_spans} and {self.min_num_spatial_spans}"
+            )
+
+    def temporal(self, lengths: Tensor, max_length: int) -> Tensor | None:
+        """The numbers of time steps (N), int64 → (N, max_length), true where masked; ``None`` where nothing is.
+
+        :raises ValueError: a sequence is not longer than a span.
+        """
+        if self.max_temporal_prob == 0.0:
+            return None
+
+        return span_mask(
+            lengths,
+            max_length,
+            span_len=self.temporal_span_len,
+            max_prob=self.max_temporal_prob,
+            min_num_spans=self.min_num_temporal_spans,
+        )
+
+    def spatial(self, batch_size: int, dim: int, device: torch.device) -> Tensor | None:
+        """(batch_size, dim), true where a feature is masked in all time steps; ``None`` where nothing is.
+
+        :raises ValueError: there are not more features than a span has.
+        """
+        if self.max_spatial_prob == 0.0:
+            return None
+
+        return span_mask(
+            torch.full((batch_size,), dim, device=device),
+            dim,
+            span_len=self.spatial_span_len,
+            max_prob=self.max_spatial_prob,
+            min_num_spans=self.min_num_spatial_spans,
+        )
+
+
+def span_mask(lengths: Tensor, max_length: int, *, span_len: int, max_prob: float, min_num_spans: int) -> Tensor:
+    """The lengths of rows (N), int64 → (N, max_length), true where masked: equally often in each row.
+
+    Spans are drawn with replacement and may overlap. Where fewer did than elsewhere, some steps are unmasked again, so
+    that the masked steps of all rows make one tensor.
+
+    :raises ValueError: a row is not longer than a span.
+    """
+    shortest = int(lengths.min())
+    if shortest <= span_len:
+        raise ValueError(
+            f"a sequence must be longer than a masked span, which has {span_len} steps, but one has {shortest}"
+        )
+
+    # Less than the whole row, so that something is left to predict from.
+    num_spans = max(min_num_spans, int(max_prob / span_len * (shortest - 1)))
+    if num_spans == 0:
+        return torch.zeros(lengths.size(0), max_length, dtype=torch.bool, device=lengths.device)
+
+    offsets = torch.rand(lengths.size(0), num_spans, device=lengths.device)
+    starts = (offsets * (lengths - span_len + 1)[:, None]).long()
+    steps = starts[:, :, None] + torch.arange(span_len, device=lengths.device)
+    covered = torch.zeros(lengths.size(0), max_length, dtype=torch.bool, device=lengths.device)
+    covered.scatter_(1, steps.flatten(1), True)
+
+    scores = torch.rand(covered.shape, device=lengths.device).masked_fill_(~covered, -1.0)
+    kept = scores.topk(int(covered.sum(1).min()), dim=1, sorted=False).indices
+
+    return torch.zeros_like(covered).scatter_(1, kept, True)

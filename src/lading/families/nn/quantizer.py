@@ -1,0 +1,118 @@
+"""Product quantisation with Gumbel noise, as wav2vec 2.0 (https://arxiv.org/abs/2006.11477, section 2) trains it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gumbel_softmax, one_hot
+
+from lading.families.nn.checks import require_size
+from lading.families.nn.uninitialized import Linear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizerOutput:
+    """What vectors were replaced by."""
+
+    vectors: Tensor
+    """(N, S, output_dim)."""
+    code_perplexity: Tensor
+    """Scalar, float32: how many entries are the likeliest ones somewhere, summed over the codebooks."""
+    prob_perplexity: Tensor
+    """Scalar, float32: the same of their probabilities without noise; it has a gradient."""
+    temperature: float
+    """Of the noise, in training."""
+
+
+class GumbelQuantizer(nn.Module):
+    """Replaces vectors by the concatenation of one entry from each codebook; parameters are uninitialised.
+
+    In training, entries are drawn (https://arxiv.org/abs/1611.01144); otherwise they are the likeliest ones.
+
+    :param temperature: that of the first update, the lowest one, and the factor between two updates.
+
+    :raises ValueError: codebooks that don't divide the output.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int,
+        *,
+        num_codebooks: int,
+        num_entries: int,
+        temperature: tuple[float, float, float],
+    ) -> None:
+        super().__init__()
+
+        if min(output_dim, num_codebooks, num_entries) < 1 or output_dim % num_codebooks != 0:
+            raise ValueError(
+                f"the width of a quantised vector must be a multiple of the number of codebooks, and none of the sizes "
+                f"zero, but they are {output_dim}, {num_codebooks} and {num_entries} entries"
+            )
+
+        require_size("the number of entries in all codebooks", num_codebooks * num_entries)
+        require_size("the width of a quantised vector", output_dim)
+
+        self.num_codebooks = num_codebooks
+        self.num_entries = num_entries
+        self.max_temperature, self.min_temperature, self.temperature_decay = temperature
+
+        self.num_updates = 0
+        """How often the quantizer was trained, which sets its temperature. No part of the state: a trainer that goes
+        on with a checkpoint sets it."""
+
+        self.codevectors = nn.Parameter(torch.empty(1, num_codebooks * num_entries, output_dim // num_codebooks))
+        self.weight_proj = Linear(input_dim, num_codebooks * num_entries)
+
+    @property
+    def temperature(self) -> float:
+        """That of the next update."""
+        return max(self.max_temperature * self.temperature_decay**self.num_updates, self.min_temperature)
+
+    def forward(self, x: Tensor) -> QuantizerOutput:
+        """(N, S, input_dim) → (N, S, output_dim)."""
+        temperature = self.temperature
+
+        # (N, S, codebooks, entries)
+        logits = self.weight_proj(x).unflatten(-1, (self.num_codebooks, self.num_entries))
+        wide = logits.float()
+        likeliest = one_hot(logits.argmax(-1), self.num_entries)
+
+        if self.training:
+            chosen = gumbel_softmax(wide, tau=temperature, hard=True).to(logits.dtype)
+            self.num_updates += 1
+        else:
+            chosen = likeliest.to(logits.dtype)
+
+        entries = self.codevectors.view(self.num_codebooks, self.num_entries, -1)
+
+        return QuantizerOutput(
+            vectors=torch.einsum("nsgv,gvd->nsgd", chosen, entries).flatten(2),
+            code_perplexity=_perplexity(likeliest.float()),
+            prob_perplexity=_perplexity(wide.softmax(-1)),
+            temperature=temperature,
+        )
+
+
+def _perplexity(probabilities: Tensor) -> Tensor:
+    """(N, S, codebooks, entries) → a scalar."""
+    mean = probabilities.flatten(0, 1).mean(0)
+
+    return torch.exp(-torch.sum(mean * torch.log(mean + 1e-7), dim=-1)).sum()
+
+
+@torch.no_grad()
+def init_quantizer(name: str, parameter: Tensor) -> None:
+    """Fill ``parameter`` with random numbers.
+
+    :param name: of the parameter in a :class:`GumbelQuantizer`.
+    """
+    if name == "codevectors":
+        nn.init.uniform_(parameter)
+    elif name == "weight_proj.weight":
+        nn.init.normal_(parameter)
+    else:
+        parameter.zero_()

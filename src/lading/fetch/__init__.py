@@ -1,1 +1,0 @@
-"""From a URI to files on this machine; one scheme a file. The door is :func:`lading.fetch.sources.open_source`."""

@@ -1,0 +1,137 @@
+"""Checkpoints whose tensors are cut into parts, by the ranks of the gangs that saved them.
+
+A part is a tensor of its own in the manifest. Its name is the tensor's, ``#``, and its place along the axes that it was
+cut along, as numbers with dots between them: ``output.weight#1`` is the second part of ``output.weight``, and
+``output.weight#1.0`` the part of the tensor-parallel rank 1 and of the sharded-data-parallel rank 0. How the parts make
+a parameter is a matter of :mod:`lading.planning.rules`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lading.errors import CheckpointNotFoundError
+from lading.formats.any_format import read_part
+from lading.formats.files import corrupt
+from lading.formats.manifest import Manifest
+from lading.formats.safetensors import Part, join
+
+
+def is_consolidated(names: Collection[str]) -> bool:
+    """Whether a folder that lists ``names`` holds a checkpoint as Meta publishes LLaMA: ``consolidated.00.pth`` …"""
+    return "consolidated.00.pth" in names
+
+
+def is_fairseq2_sharded(names: Collection[str]) -> bool:
+    """Whether a folder that lists ``names`` holds a checkpoint as fairseq2 saves it: ``pp_00/tp_00/sdp_00.pt`` …"""
+    return "pp_00" in names
+
+
+def index_consolidated(folder: Path, *, restrict: bool = True) -> Manifest:
+    """The manifest of ``consolidated.NN.pth``, one file for each model-parallel rank.
+
+    Where there is one file only, its tensors are whole and have plain names.
+
+    :raises CorruptModelCheckpointError: a file is damaged, or missing between others.
+    :raises NotSupportedError: a tensor is not a plain range of bytes.
+    """
+    return _join(folder, consolidated_parts(folder), restrict)
+
+
+def consolidated_parts(folder: Path) -> list[tuple[str, str]]:
+    """The files of such a checkpoint, each with what the names of its parts end in.
+
+    :raises CorruptModelCheckpointError: one is missing between others.
+    """
+    names = _counted(folder, "consolidated.", ".pth")
+
+    return _with_suffixes([(name, (i,)) for i, name in enumerate(names)], (len(names),))
+
+
+def index_fairseq2_sharded(folder: Path, *, restrict: bool = True) -> Manifest:
+    """The manifest of ``pp_XX/tp_XX/sdp_XX.pt``, one file for each rank.
+
+    The pipeline-parallel ranks hold different tensors, the others parts of the same: ``NAME#TP.SDP``. Where there is
+    one of each only, the tensors are whole and have plain names.
+
+    Source: fairseq2 0.8.1, its loader of native checkpoints.
+
+    :raises CorruptModelCheckpointError: a file is damaged, or missing between others.
+    :raises NotSupportedError: a tensor is not a plain range of bytes.
+    """
+    return _join(folder, fairseq2_parts(folder), restrict)
+
+
+def fairseq2_parts(folder: Path) -> list[tuple[str, str]]:
+    """The files of such a checkpoint, each with what the names of its parts end in.
+
+    :raises CorruptModelCheckpointError: one is missing between others.
+    """
+    files: list[tuple[str, tuple[int, ...]]] = []
+    sizes: set[tuple[int, int]] = set()
+    for pp in _counted(folder, "pp_"):
+        tps = _counted(folder / pp, "tp_")
+        for tp, tp_name in enumerate(tps):
+            names = _counted(folder / pp / tp_name, "sdp_", ".pt")
+            files += [(f"{pp}/{tp_name}/{name}", (tp, sdp)) for sdp, name in enumerate(names)]
+            sizes.add((len(tps), len(names)))
+    if len(sizes) != 1:
+        raise corrupt(
+            str(folder),
+            "",
+            expected="as many tp_XX in each pp_XX, and as many sdp_XX.pt in each of them",
+            found=" and ".join(f"{tp} of {sdp}" for tp, sdp in sorted(sizes)),
+        )
+
+    return _with_suffixes(files, sizes.pop())
+
+
+def _with_suffixes(files: Sequence[tuple[str, tuple[int, ...]]], sizes: tuple[int, ...]) -> list[tuple[str, str]]:
+    if all(size == 1 for size in sizes):
+        return [(name, "") for name, _ in files]
+
+    return [(name, "#" + ".".join(map(str, place))) for name, place in files]
+
+
+def _counted(folder: Path, prefix: str, suffix: str = "") -> list[str]:
+    """The entries of ``folder`` that are named so around a number, which must be all from 00 on, in that order."""
+    found = {
+        entry.name
+        for entry in folder.iterdir()
+        if re.fullmatch(f"{re.escape(prefix)}[0-9]{{2,4}}{re.escape(suffix)}", entry.name)
+    }
+    names = [f"{prefix}{i:02}{suffix}" for i in range(len(found))]
+    if not found or found != set(names):
+        missing = sorted(set(names) - found)
+        raise corrupt(
+            str(folder),
+            "",
+            expected=f"all parts of the checkpoint, counted from 00 on: {', '.join(missing[:4]) or 'at least one'}",
+            found=", ".join(sorted(found)[:8]) or "none",
+        )
+
+    return names
+
+
+def _join(folder: Path, files: Sequence[tuple[str, str]], restrict: bool) -> Manifest:
+    parts: list[Part] = []
+    kinds: set[str] = set()
+
+    for name, suffix in files:
+        try:
+            (shard, header), kind = read_part(folder / name, restrict=restrict)
+        except CheckpointNotFoundError as error:
+            raise corrupt(str(folder), "", expected=f"the file {name!r}", found="that it is gone") from error
+        kinds.add(kind)
+        names = [f"{tensor}{suffix}" for tensor in header.names]
+        parts.append((replace(shard, name=name), replace(header, names=names)))
+
+    counts = Counter(name for _, header in parts for name in header.names)
+    if twice := next((name for name, count in counts.items() if count > 1), None):
+        raise corrupt(str(folder), f"tensor {twice!r}", expected="one tensor of that name", found="another one")
+
+    return join(parts, kind="torch" if "torch" in kinds else "safetensors")

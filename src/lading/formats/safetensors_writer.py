@@ -1,0 +1,178 @@
+"""The safetensors format, written: a file whose tensors come one after another, none of them kept.
+
+Source: https://github.com/huggingface/safetensors, the section *Format*. What is written here, :mod:`.safetensors`
+reads; the rules are told there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from lading.errors import InternalError
+from lading.formats.folder import FILE_NAME, INDEX_NAME
+from lading.formats.manifest import BITS
+from lading.formats.safetensors import MAX_HEADER_SIZE, MAX_NAME_SIZE, PREFIX_SIZE
+
+METADATA: Mapping[str, str] = {"format": "pt"}
+"""What transformers wants to see in each file: that tensors are laid out as torch lays them out."""
+
+_OFFSET_DIGITS = 20
+"""More than any offset has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A tensor that is to be written."""
+
+    name: str
+    dtype: str
+    """A key of :data:`lading.formats.manifest.BITS`."""
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * BITS[self.dtype] // 8
+
+    @property
+    def size(self) -> int:
+        """At most so many bytes of a file."""
+        header = len(json.dumps(self.name)) + len(_entry(self, 0)) + 2 * _OFFSET_DIGITS
+
+        return self.nbytes + header
+
+
+def shards_of(entries: Sequence[Entry], shard_size: int) -> list[list[int]]:
+    """The tensors of each file, by their positions in ``entries``.
+
+    Files are filled in the order of ``entries``; within one, tensors of wide elements come first, so that each is
+    aligned.
+
+    :param shard_size: bytes that a file has at most, unless a single tensor has more.
+    """
+    fixed = PREFIX_SIZE + len(json.dumps({"__metadata__": METADATA})) + 8
+    shards: list[list[int]] = [[]]
+    size = fixed
+    for i, entry in enumerate(entries):
+        if shards[-1] and size + entry.size > shard_size:
+            shards.append([])
+            size = fixed
+        shards[-1].append(i)
+        size += entry.size
+
+    return [sorted(shard, key=lambda i: -BITS[entries[i].dtype]) for shard in shards]
+
+
+def shard_names(count: int) -> list[str]:
+    """The names of so many files, as transformers gives them."""
+    return [FILE_NAME] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+
+
+def write_index(folder: Path, shards: Mapping[str, Sequence[Entry]]) -> None:
+    """Write the index of a checkpoint of several files.
+
+    :param shards: by the name of each file, its tensors.
+    """
+    entries = [entry for shard in shards.values() for entry in shard]
+    index = {
+        "metadata": {
+            "total_parameters": sum(math.prod(entry.shape) for entry in entries),
+            "total_size": sum(entry.nbytes for entry in entries),
+        },
+        "weight_map": {entry.name: name for name, shard in shards.items() for entry in shard},
+    }
+    with (folder / INDEX_NAME).open("w", encoding="utf-8") as file:
+        json.dump(index, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Writer:
+    """Writes one file: the header at once, then the bytes of each tensor in turn; on the disk when it is left.
+
+    ::
+
+        with Writer(path, entries) as writer:
+            for entry in entries:
+                writer.write(data)
+
+    :param entries: all tensors of the file, in the order of their bytes.
+
+    :raises InternalError: a tensor that cannot be written in this format, too many of them, or other bytes than
+        ``entries`` say.
+    :raises OSError: the disk is full, or cannot be written.
+    """
+
+    def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
+        self._entries = entries
+        self._next = 0
+        header = header_of(entries)
+        self._file = path.open("xb")
+        try:
+            self._file.write(header)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def write(self, data: memoryview) -> None:
+        """Write all bytes of the next tensor, row-major and little-endian."""
+        entry = self._entries[self._next] if self._next < len(self._entries) else None
+        if entry is None or data.nbytes != entry.nbytes:
+            expected = "no further tensor" if entry is None else f"{entry.nbytes} bytes of {entry.name!r}"
+            raise InternalError(f"{self._file.name}: expected {expected}, found {data.nbytes} bytes to be written")
+        self._file.write(data)
+        self._next += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if error is not None:
+                return
+            if self._next != len(self._entries):
+                raise InternalError(f"{self._file.name}: {len(self._entries) - self._next} tensors were not written")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+
+def header_of(entries: Sequence[Entry], metadata: Mapping[str, str] = METADATA) -> bytes:
+    """What comes before the bytes of the tensors in a file.
+
+    :param entries: all tensors of the file, in the order of their bytes.
+
+    :raises InternalError: a tensor that cannot be written in this format, or too many of them.
+    """
+    if len({entry.name for entry in entries}) != len(entries):
+        raise InternalError("tensors of equal names were to be written to one file")
+
+    parts = [f'"__metadata__":{json.dumps(metadata)}']
+    end = 0
+    for entry in entries:
+        if len(entry.name.encode()) > MAX_NAME_SIZE or entry.name == "__metadata__" or BITS[entry.dtype] % 8:
+            raise InternalError(f"a tensor cannot be written as safetensors: {entry}")
+        parts.append(f"{json.dumps(entry.name)}:{_entry(entry, end)}")
+        end += entry.nbytes
+
+    text = "{" + ",".join(parts) + "}"
+    text += " " * (-len(text) % 8)  # so that the bytes behind it are aligned
+    if len(text) > MAX_HEADER_SIZE:
+        raise InternalError(f"a header of {len(text)} bytes was to be written, but {MAX_HEADER_SIZE} are the limit")
+
+    return len(text).to_bytes(PREFIX_SIZE, "little") + text.encode("ascii")
+
+
+def _entry(entry: Entry, begin: int) -> str:
+    return json.dumps(
+        {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, begin + entry.nbytes]},
+        separators=(",", ":"),
+    )

@@ -1,0 +1,332 @@
+"""Checkpoints that ``torch.save`` wrote, as byte ranges: found without reading a tensor or running anything.
+
+Since torch 1.6 such a file is a zip archive of a pickle, ``data.pkl``, and of one stored record for each storage;
+before (and with ``_use_new_zipfile_serialization=False``) it is five pickles and then the storages one after another.
+In both, the pickle names for each tensor its storage, offset, sizes and strides, so that a contiguous tensor is a range
+of bytes of the file, be it a view of a larger one or not. The pickle is read by
+:mod:`lading.formats.torch_save.pickle_machine`, which cannot call anything. ``torch.load`` is not used at all, not even
+with ``weights_only=True``: it would import torch where only offsets are asked for, and with ``mmap=True`` it accepts
+records that are damaged.
+
+Which part of a checkpoint is the state dict: the dict under the first of the keys ``model``, ``state_dict`` and
+``model_state_dict`` that holds a tensor; else the checkpoint itself, if it holds one or is empty. Values that are no
+tensors are passed over; a dict in a state dict is one.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from lading.errors import CorruptModelCheckpointError, NotSupportedError, RefusedPickleError
+from lading.formats.files import LFS_POINTER, corrupt, stands_for_another
+from lading.formats.manifest import BITS
+from lading.formats.safetensors import MAX_NAME_SIZE, Header
+from lading.formats.torch_save.pickle_machine import MAX_PICKLE_SIZE, Pickle, read_pickle
+from lading.formats.torch_save.pickle_values import ITEM_SIZES, Inert, Storage, StoredTensor, describe
+from lading.formats.torch_save.zip_archive import SIGNATURE, Record, read_directory, read_record
+
+STATE_KEYS = ("model", "state_dict", "model_state_dict")
+"""Where fairseq, fairseq2, PyTorch Lightning and many a training script keep the state dict in what they save."""
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+"""The first pickle of a file that is no zip archive."""
+
+_PROTOCOL = 1001
+
+_MAX_RECORD = 1_000_000
+"""Bytes of a small record."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A tensor of a state dict, and where its storage is."""
+
+    name: str
+    tensor: StoredTensor
+    storage_offset: int
+    """Of the first byte of the storage, counted from the beginning of the file."""
+
+    @property
+    def offset(self) -> int:
+        """Of the first byte of the tensor, counted from the beginning of the file."""
+        return self.storage_offset + self.tensor.offset * ITEM_SIZES[self.tensor.dtype]
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether its elements lie one after another, in row-major order."""
+        return is_contiguous(self.tensor.shape, self.tensor.strides)
+
+
+def header_of(placed: list[Placed], *, label: str) -> Header:
+    """The tensors of a file in the order of their offsets, as the header of a safetensors file has them.
+
+    :raises NotSupportedError: a tensor is not contiguous.
+    """
+    for entry in placed:
+        if not entry.contiguous:
+            raise NonContiguousError(
+                f"{label}: tensor {entry.name!r}: expected elements in row-major order, found the shape "
+                f"{list(entry.tensor.shape)} with the strides {list(entry.tensor.strides)}. Its bytes are not one "
+                "range of the file: save `tensor.contiguous()`, or give a cache folder to have it rewritten once."
+            )
+
+    placed = sorted(placed, key=lambda entry: entry.offset)
+
+    return Header(
+        names=[entry.name for entry in placed],
+        dtypes=[entry.tensor.dtype for entry in placed],
+        shapes=[entry.tensor.shape for entry in placed],
+        offsets=array("q", [entry.offset for entry in placed]),
+        metadata={},
+    )
+
+
+class NonContiguousError(NotSupportedError):
+    """A tensor whose bytes are not one range of its file."""
+
+
+def place_tensors(file: BinaryIO, *, base: int, size: int, label: str, restrict: bool) -> list[Placed]:
+    """The tensors of the state dict that ``torch.save`` wrote to the ``size`` bytes of ``file`` at ``base``.
+
+    :param restrict: refuse a file whose pickle names anything that a state dict does not need. Where it is not set,
+        such objects are passed over, and nothing that they name is imported.
+
+    :raises CorruptModelCheckpointError: it is another file, or damaged, or holds no state dict.
+    :raises RefusedPickleError: to unpickle it would import what a state dict does not need; or it is a
+        TorchScript archive.
+    :raises NotSupportedError: a tensor is not dense: quantised, sparse …
+    :raises OSError: it cannot be read.
+    """
+    file.seek(base)
+    head = file.read(4)
+    if head == SIGNATURE:
+        value, storages = _read_zip(file, base, size, label, restrict)
+    elif head[:1] == b"\x80":
+        value, storages = _read_legacy(file, base, size, label, restrict)
+    elif head == LFS_POINTER[:4]:
+        raise stands_for_another(label)
+    else:
+        raise corrupt(label, "", expected="a file that `torch.save` wrote", found=f"{head!r} as its first bytes")
+
+    return [
+        _place(name, tensor, storages, label)
+        for name, tensor in _state_dict(value, label).items()
+        if isinstance(tensor, StoredTensor)
+    ]
+
+
+def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether elements in row-major order lie one after another; the strides of dims of one element do not matter."""
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size == 0:
+            return True
+        if size != 1:
+            if stride != expected:
+                # A later dim of zero would still make it empty.
+                return 0 in shape
+            expected *= size
+
+    return True
+
+
+# --- the two layouts --------------------------------------------------------------------------------------------------
+
+_Places = Mapping[str, tuple[int, int]]
+"""By the key of a storage, the offset of its first byte in the file, and its size in bytes."""
+
+
+def _read_zip(file: BinaryIO, base: int, size: int, label: str, restrict: bool) -> tuple[object, _Places]:
+    records = read_directory(file, base=base, size=size, label=label)
+
+    roots = [name.removesuffix("/data.pkl") for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(roots) != 1:
+        raise corrupt(label, "", expected="one record FOLDER/data.pkl, as `torch.save` writes", found=f"{len(roots)}")
+    (root,) = roots
+    if f"{root}/constants.pkl" in records:
+        raise RefusedPickleError(
+            label,
+            f"{label}: expected a state dict, found a TorchScript archive, which is a program. Save "
+            "`model.state_dict()` instead.",
+        )
+
+    if order := records.get(f"{root}/byteorder"):
+        _require_little(_read_small(file, order, label, "byteorder"), label)
+
+    pickled = records[f"{root}/data.pkl"]
+    if pickled.size > MAX_PICKLE_SIZE:
+        raise corrupt(label, "data.pkl", expected=f"at most {MAX_PICKLE_SIZE} bytes", found=f"{pickled.size}")
+    data = read_record(file, pickled, label=label, where="data.pkl")
+    pickle = read_pickle(io.BytesIO(data), label=label, where="data.pkl", restrict=restrict)
+    if pickle.size != len(data):
+        raise corrupt(label, "data.pkl", expected=f"one pickle of {len(data)} bytes", found=f"one of {pickle.size}")
+
+    prefix = f"{root}/data/"
+
+    return pickle.value, {
+        name.removeprefix(prefix): (record.offset, record.size)
+        for name, record in records.items()
+        if name.startswith(prefix)
+    }
+
+
+def _read_small(file: BinaryIO, record: Record, label: str, where: str) -> bytes:
+    if record.size > _MAX_RECORD:
+        raise corrupt(label, where, expected=f"at most {_MAX_RECORD} bytes", found=f"{record.size}")
+
+    return read_record(file, record, label=label, where=where)
+
+
+def _require_little(order: bytes, label: str) -> None:
+    if order == b"big":
+        raise NotSupportedError(
+            f"{label}: byteorder: expected 'little', found 'big', as machines that are rare by now write it. Load it "
+            "with `torch.load` and save it again on this machine."
+        )
+    if order != b"little":
+        raise corrupt(label, "byteorder", expected="'little' or 'big'", found=repr(order[:20]))
+
+
+def _read_legacy(file: BinaryIO, base: int, size: int, label: str, restrict: bool) -> tuple[object, _Places]:
+    file.seek(base)
+    at = 0
+
+    def read(where: str) -> Pickle:
+        nonlocal at
+        limit = min(MAX_PICKLE_SIZE, size - at)
+        pickle = read_pickle(file, label=label, where=where, restrict=restrict, limit=limit)
+        at += pickle.size
+        return pickle
+
+    if read("magic number").value != _MAGIC:
+        raise corrupt(label, "", expected="a file that `torch.save` wrote", found="another pickle")
+    if (protocol := read("protocol").value) != _PROTOCOL:
+        raise corrupt(label, "protocol", expected=f"{_PROTOCOL}", found=describe(protocol))
+    system = read("system").value
+    if type(system) is not dict or system.get("little_endian") is not True:
+        big = type(system) is dict and system.get("little_endian") is False
+        _require_little(b"big" if big else b"?", label)
+
+    data = read("data")
+    keys = read("keys of the storages").value
+    if type(keys) is not list or not all(type(key) is str for key in keys):
+        raise corrupt(label, "keys of the storages", expected="a list of strings", found=describe(keys))
+
+    # The file does not say how large an element is, other than by the storages that tensors name.
+    return data.value, _legacy_storages(file, base + at, base + size, keys, data.storages, label)
+
+
+def _legacy_storages(
+    file: BinaryIO, at: int, end: int, keys: list[str], storages: Mapping[str, Storage], label: str
+) -> _Places:
+    places: dict[str, tuple[int, int]] = {}
+    for key in keys:
+        storage = storages.get(key)
+        where = f"storage {key[:80]!r}"
+        if storage is None or key in places:
+            raise corrupt(label, where, expected="a storage that tensors lie in, once", found="another one")
+        file.seek(at)
+        count = int.from_bytes(file.read(8), "little")
+        nbytes = count * (ITEM_SIZES[storage.dtype] if storage.dtype else 1)
+        if nbytes != storage.nbytes or at + 8 + nbytes > end:
+            raise corrupt(label, where, expected=f"{storage.nbytes} bytes at {at + 8}", found=f"{nbytes} of {end}")
+        places[key] = (at + 8, nbytes)
+        at += 8 + nbytes
+
+    if at != end:
+        raise corrupt(label, "", expected=f"a file that ends at {at}, where the last storage does", found=f"{end}")
+
+    return places
+
+
+# --- the state dict ---------------------------------------------------------------------------------------------------
+
+
+def _state_dict(value: object, label: str) -> Mapping[str, object]:
+    if type(value) is not dict:
+        raise _no_state_dict(label, describe(value))
+
+    for key in STATE_KEYS:
+        inner = value.get(key)
+        if type(inner) is dict and any(map(_is_tensor, inner.values())):
+            return _checked(inner, label)
+    if value and not any(map(_is_tensor, value.values())):
+        keys = ", ".join(repr(key[:40]) for key in list(value)[:8])
+        raise _no_state_dict(label, f"a dict with the keys {keys}{' …' if len(value) > 8 else ''} and no tensor")
+
+    return _checked(value, label)
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, StoredTensor) or (isinstance(value, Inert) and value.is_tensor)
+
+
+def _no_state_dict(label: str, found: str) -> CorruptModelCheckpointError:
+    return corrupt(
+        label,
+        "",
+        expected=f"a state dict, or a dict that holds one as {', '.join(map(repr, STATE_KEYS))}",
+        found=found,
+        hint="Save `model.state_dict()`.",
+    )
+
+
+def _checked(state: Mapping[str, object], label: str) -> Mapping[str, object]:
+    for name, value in state.items():
+        if isinstance(value, Inert) and value.is_tensor:
+            raise _not_plain(label, name, value.what)
+        if isinstance(value, StoredTensor):
+            try:
+                size = len(name.encode())
+            except UnicodeEncodeError:
+                size = -1
+            if not 0 <= size <= MAX_NAME_SIZE:
+                raise corrupt(
+                    label, f"tensor {name[:80]!r}", expected=f"a name of at most {MAX_NAME_SIZE} bytes", found=f"{size}"
+                )
+
+    return state
+
+
+def _not_plain(label: str, name: str, found: str) -> NotSupportedError:
+    return NotSupportedError(
+        f"{label}: tensor {name[:MAX_NAME_SIZE]!r}: expected a dense tensor of one of the dtypes {', '.join(BITS)}, "
+        f"found {found}. Convert it, and save it again."
+    )
+
+
+def _place(name: str, tensor: StoredTensor, storages: _Places, label: str) -> Placed:
+    where = f"tensor {name!r}"
+    storage = tensor.storage
+    if tensor.dtype not in BITS:
+        raise _not_plain(label, name, f"{tensor.dtype}")
+
+    place = storages.get(storage.key)
+    if place is None:
+        raise corrupt(label, where, expected=f"its storage {storage.key[:80]!r} in the file", found="none")
+    offset, size = place
+    if size != storage.nbytes:
+        raise corrupt(label, where, expected=f"a storage of {storage.nbytes} bytes", found=f"one of {size}")
+
+    if math.prod(n or 1 for n in tensor.shape) * ITEM_SIZES[tensor.dtype] * 8 >= 2**63:
+        raise corrupt(label, where, expected="fewer than 2^63 bits", found=f"the shape {list(tensor.shape)}")
+    if math.prod(tensor.shape):
+        last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
+        if (last + 1) * ITEM_SIZES[tensor.dtype] > size:
+            raise corrupt(
+                label,
+                where,
+                expected=f"elements within its storage of {size} bytes",
+                found=f"{tensor.dtype} of the shape {list(tensor.shape)} with the strides {list(tensor.strides)} "
+                f"from element {tensor.offset} on",
+            )
+    elif tensor.offset:
+        # Without an element it may begin anywhere, and the manifest's offsets should lie in the file.
+        tensor = StoredTensor(storage, tensor.dtype, 0, tensor.shape, tensor.strides)
+
+    return Placed(name, tensor, offset)

@@ -1,0 +1,250 @@
+"""Rewriting a checkpoint whose tensors are not ranges of bytes, once, as a safetensors file in a cache.
+
+A child process does it: of this Python, but with no environment, no network, and with limits of memory, time and the
+size of what it writes. It gets two open files rather than paths, and reads the pickle with the same reader that found
+the tensors (:mod:`lading.formats.torch_save.pickle_machine`), so that it cannot run anything either; what it adds are
+the strides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from lading.errors import (
+    CorruptModelCheckpointError,
+    LadingError,
+    ModelCheckpointError,
+    NotSupportedError,
+    PolicyError,
+    RefusedPickleError,
+)
+from lading.formats.files import corrupt, open_regular
+from lading.formats.safetensors import index_file
+
+FOLDER = "rewritten"
+"""Within the cache."""
+
+_FILE, _INDEX = ".safetensors", ".safetensors.index.json"
+"""How the names of what is written end."""
+
+VERSION = 1
+"""Of what is written; a file of another version is written anew."""
+
+SECONDS = 120
+"""Of time that the child may take, and one more for each :data:`BYTES_PER_SECOND` of the file."""
+
+BYTES_PER_SECOND = 10_000_000
+
+_STALE_SECONDS = 86_400
+"""The age at which the temporary file of a process that was killed is removed."""
+
+_ENVIRONMENT = {"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+_CHILD = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
+    "from lading.formats.torch_save.rewrite_child import main; main()"
+)
+
+
+def rewrite(
+    path: Path, cache: Path, *, base: int = 0, size: int | None = None, suffix: str = "", restrict: bool = True
+) -> Path:
+    """The safetensors file, in ``cache``, with the tensors of the torch checkpoint at ``path``.
+
+    It is written if it is not there yet for this state of the file, and is complete whenever it is there.
+
+    :param base: where the checkpoint begins in the file at ``path``.
+    :param size: its bytes; default: up to the end of the file.
+    :param suffix: what is put behind the names of the tensors.
+
+    :raises CheckpointNotFoundError: nothing is at ``path``.
+    :raises CorruptModelCheckpointError: it is damaged, or changed meanwhile.
+    :raises PolicyError: to unpickle it would import what a state dict does not need, or it would be larger by far than
+        what it was.
+    :raises ModelCheckpointError: the child took too much memory or time.
+    :raises OSError: a file cannot be read or written.
+    """
+    with open_regular(path) as (file, file_size):
+        size = file_size - base if size is None else size
+        target = _target(file, cache, base, size, suffix)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_stale(target.parent)
+            _write(file, base, size, target, suffix, restrict, label=str(path))
+
+    return target
+
+
+def rewrite_all(parts: Sequence[tuple[Path, str]], cache: Path, *, restrict: bool = True) -> Path:
+    """The index, in ``cache``, of the safetensors files with the tensors of several torch files.
+
+    :param parts: each file, with what is put behind the names of its tensors.
+
+    Raises what :func:`rewrite` does.
+
+    :raises CorruptModelCheckpointError: two of them hold a tensor of the same name, too.
+    """
+    files = [rewrite(path, cache, suffix=suffix, restrict=restrict) for path, suffix in parts]
+    target = _index(files, cache)
+    if target.exists():
+        return target
+
+    weight_map: dict[str, str] = {}
+    for (path, suffix), file in zip(parts, files, strict=True):
+        for name in index_file(file).names:
+            if name in weight_map:
+                raise corrupt(
+                    str(path),
+                    f"tensor {name.removesuffix(suffix)!r}",
+                    expected="one of that name in all files of the checkpoint",
+                    found="another one",
+                )
+            weight_map[name] = file.name
+    with _new(target) as (fd, _):
+        os.write(fd, json.dumps({"weight_map": weight_map}).encode())
+
+    return target
+
+
+def rewritten(path: Path, cache: Path, *, base: int = 0, size: int | None = None, suffix: str = "") -> Path | None:
+    """What :func:`rewrite` wrote of this state of the file; ``None`` where it did not. Takes and raises the same."""
+    with open_regular(path) as (file, file_size):
+        target = _target(file, cache, base, file_size - base if size is None else size, suffix)
+
+    return target if target.exists() else None
+
+
+def rewritten_all(parts: Sequence[tuple[Path, str]], cache: Path) -> Path | None:
+    """What :func:`rewrite_all` wrote of these states of the files; ``None`` where it did not."""
+    files = [rewritten(path, cache, suffix=suffix) for path, suffix in parts]
+    target = _index([file for file in files if file is not None], cache)
+
+    return target if None not in files and target.exists() else None
+
+
+def is_rewritten(path: Path, cache: Path) -> bool:
+    """Whether ``path`` is where :func:`rewrite` and :func:`rewrite_all` put what they write."""
+    return path.parent == cache / FOLDER and path.name.endswith((_FILE, _INDEX))
+
+
+def rewritten_files(cache: Path) -> list[Path]:
+    """All that was rewritten in a cache."""
+    return sorted(path for path in (cache / FOLDER).glob("*") if is_rewritten(path, cache) and path.is_file())
+
+
+def _target(file: BinaryIO, cache: Path, base: int, size: int, suffix: str) -> Path:
+    return cache / FOLDER / f"{_identity(file, base, size, suffix)}{_FILE}"
+
+
+def _index(files: Sequence[Path], cache: Path) -> Path:
+    return cache / FOLDER / f"{_hash(tuple(file.name for file in files))}{_INDEX}"
+
+
+def _identity(file: BinaryIO, base: int, size: int, suffix: str) -> str:
+    """A name for one state of a file, and for the part of it that is read."""
+    stat = os.fstat(file.fileno())
+    state = (VERSION, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, base, size, suffix)
+
+    return _hash(state)
+
+
+def _hash(value: tuple[object, ...]) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def _remove_stale(folder: Path) -> None:
+    for path in folder.glob(".*.tmp"):
+        try:
+            if path.stat().st_mtime < time.time() - _STALE_SECONDS:
+                path.unlink()
+        except FileNotFoundError:
+            pass
+
+
+def _write(file: BinaryIO, base: int, size: int, target: Path, suffix: str, restrict: bool, *, label: str) -> None:
+    with _new(target) as (fd, temporary):
+        _run_child(file, fd, base, size, suffix, restrict, label=label)
+        index_file(temporary)  # whatever the child did, what is kept has a good header
+
+
+@contextmanager
+def _new(target: Path) -> Iterator[tuple[int, Path]]:
+    """A temporary file, open for writing, that is in the place of ``target`` after the block."""
+    fd, temporary = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=".tmp", dir=target.parent)
+    try:
+        yield fd, Path(temporary)
+        os.fsync(fd)
+        os.fchmod(fd, 0o444)
+        Path(temporary).replace(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _run_child(file: BinaryIO, out: int, base: int, size: int, suffix: str, restrict: bool, *, label: str) -> None:
+    seconds = SECONDS + size // BYTES_PER_SECOND
+    order = {
+        "file": file.fileno(), "out": out, "base": base, "size": size, "suffix": suffix, "restrict": restrict,
+        "label": label, "seconds": seconds, "parent": os.getpid(),
+    }  # fmt: skip
+    try:
+        child = subprocess.run(
+            [sys.executable, "-I", "-c", _CHILD, json.dumps(sys.path), json.dumps(order)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            pass_fds=(file.fileno(), out),
+            env={**_ENVIRONMENT, **({"LD_LIBRARY_PATH": path} if (path := os.environ.get("LD_LIBRARY_PATH")) else {})},
+            timeout=seconds * 2,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise _stopped(label, f"more than {seconds * 2} s") from None
+
+    if child.returncode == 0:
+        return
+    if child.returncode == -signal.SIGXCPU:
+        raise _stopped(label, f"more than {seconds} s of a processor")
+    if child.returncode == -signal.SIGBUS:
+        raise CorruptModelCheckpointError(
+            label, f"{label}: expected a file that does not change while it is read, found that it was cut meanwhile."
+        )
+    raise _error(child.stdout, label) or _stopped(
+        label, f"an end with status {child.returncode}: {child.stderr[-500:].decode(errors='replace').strip()}"
+    )
+
+
+def _error(report: bytes, label: str) -> LadingError | None:
+    """The error that the child reports, if it is one of those that it may."""
+    try:
+        kind, message = json.loads(report)
+    except ValueError:
+        return None
+    if kind == "OSError":
+        return ModelCheckpointError(label, message)
+    if kind == "CorruptModelCheckpointError":
+        return CorruptModelCheckpointError(label, message)
+    if kind == "RefusedPickleError":
+        return RefusedPickleError(label, message)
+
+    return {"PolicyError": PolicyError, "NotSupportedError": NotSupportedError}.get(kind, LadingError)(message)
+
+
+def _stopped(label: str, found: str) -> ModelCheckpointError:
+    return ModelCheckpointError(
+        label,
+        f"{label}: expected that its tensors can be rewritten within the limits of time and memory, found {found}. "
+        "Load it with torch, and save the tensors with `safetensors.torch.save_file`.",
+    )

@@ -1,0 +1,1 @@
+"""From a family, a configuration and a checkpoint to a module."""

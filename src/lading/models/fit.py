@@ -1,0 +1,209 @@
+"""Does a checkpoint fit a model? All that does not, told from its manifest: no tensor is read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lading.errors import ModelCheckpointMismatchError, NotSupportedError
+from lading.formats.manifest import Manifest
+from lading.models import mismatches as fit
+from lading.models.construct import build_on_meta, check_config_type
+from lading.models.family import Family
+from lading.models.targets import Targets, targets_of
+from lading.planning.composition import tensors_of
+from lading.planning.rules import Route, route
+
+_MAX_LINES = 20
+"""Problems that an error lists; the rest it counts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckReport:
+    """Whether a checkpoint fits a model, and how."""
+
+    family: str
+    problems: tuple[str, ...]
+    """All that is missing, unexpected, claimed twice, mis-shaped, of another dtype or quantised, a line each."""
+    quantised: Mapping[str, str]
+    """Tensors that weights would be made of although they are quantised, and their dtypes."""
+    tensors: int
+    """In the checkpoint."""
+    matched: int
+    """Tensors that make a parameter or a persistent buffer."""
+    tied: Mapping[str, str]
+    """Tensors that are further copies of a tied parameter, and the parameter; a load makes sure that they are equal."""
+    dropped: tuple[str, ...]
+    """Tensors that the family's rules know and a model does not need."""
+    drawn: tuple[str, ...]
+    """Parameters and persistent buffers that the checkpoint may lack, and does: a load gives them as in a new model."""
+    parameters: int
+    """Elements of the model's parameters and persistent buffers, tied ones once."""
+    bytes: int
+    """Of the tensors that are matched, in the checkpoint."""
+    advice: str
+    """Advice on how to solve the problems; empty where there are none."""
+
+    @property
+    def fits(self) -> bool:
+        return not self.problems
+
+
+def check_manifest(manifest: Manifest, family: Family[Any, Any], config: Any) -> CheckReport:
+    """Whether the checkpoint of ``manifest`` fits the model that ``family`` makes of ``config``.
+
+    :raises TypeError: ``config`` is not of the family's class.
+    """
+    check_config_type(config, family)
+    targets = targets_of(build_on_meta(family, config), dtype=None)
+    routed = match(manifest, targets, family, config)
+
+    return report_fit(manifest, targets, routed, family=family)
+
+
+def match(manifest: Manifest, targets: Targets, family: Family[Any, Any], config: Any) -> Route:
+    """Which tensors of a checkpoint make which parameters and persistent buffers of a model."""
+    routed = route(
+        manifest.names,
+        targets.names,
+        family.rules_for(config, manifest.names),
+        targets.aliases,
+        shapes=manifest.shapes,
+        target_shapes=targets.shapes,
+    )
+    if family.may_lack is None or not routed.missing:
+        return routed
+
+    drawn = set(family.may_lack(config, routed.missing))
+
+    return replace(
+        routed,
+        missing=tuple(name for name in routed.missing if name not in drawn),
+        drawn=tuple(name for name in routed.missing if name in drawn),
+    )
+
+
+def report_fit(manifest: Manifest, targets: Targets, routed: Route, *, family: Family[Any, Any]) -> CheckReport:
+    """As :func:`check_manifest`, for a model that is built and whose tensors have been assigned."""
+    quantised = {manifest.names[t]: manifest.dtypes[t] for t in fit.quantised(manifest, targets, routed)}
+    problems = [f"quantised: {name} is stored as {dtype}" for name, dtype in quantised.items()]
+    problems += fit.problems(manifest, targets, routed)
+
+    tied = {
+        manifest.names[tensor]: targets.names[target]
+        for target, source in routed.duplicates
+        for tensor in tensors_of(source)
+    }
+    matched = [t for i, t in enumerate(routed.tensors) if i not in routed.composed]
+    matched += [t for source in routed.composed.values() for t in tensors_of(source)]
+    known = {manifest.names[t] for t in matched} | tied.keys() | set(routed.unexpected)
+    known.update(name for _, names in routed.clashes for name in names)
+
+    return CheckReport(
+        family=family.name,
+        problems=tuple(problems),
+        quantised=quantised,
+        tensors=len(manifest),
+        matched=len(matched),
+        tied=tied,
+        dropped=tuple(name for name in manifest.names if name not in known),
+        drawn=routed.drawn,
+        parameters=sum(map(math.prod, targets.shapes)),
+        bytes=sum(map(manifest.nbytes, matched)),
+        advice=(_advice(targets, routed, family) or "Check the architecture and the overrides.") if problems else "",
+    )
+
+
+def _advice(targets: Targets, routed: Route, family: Family[Any, Any]) -> str | None:
+    """Return what the names that do not fit suggest; ``None`` where they suggest nothing."""
+    missing, unexpected = routed.missing, routed.unexpected
+    if wrapper := _wrapper(missing, unexpected):
+        return (
+            f"The names in the checkpoint begin with {wrapper!r}, which a wrapper such as torch.compile, "
+            "DistributedDataParallel or Lightning puts in front. Save the state dict of the module inside it, or one "
+            f"without the prefix: `{{k.removeprefix({wrapper!r}): v for k, v in state_dict.items()}}`."
+        )
+    if routed.clashes or routed.incomplete:
+        return None
+    if family.explain is not None and (explained := family.explain(missing, unexpected)):
+        return explained
+    if not missing and unexpected and (layers := _further_layers(targets.names, unexpected)):
+        return (
+            f"The model has fewer layers than the checkpoint: {layers} is not in it. Correct the number of layers; or, "
+            "where the layer is of a draft head that predicts further tokens and the family is `hg`, state "
+            "`num_nextn_predict_layers` beside `num_hidden_layers` in config.json."
+        )
+
+    return None
+
+
+def _wrapper(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
+    """Return what stands before all names in the checkpoint, if the model lacks just those without it."""
+    wanted = set(missing)
+    first = next(iter(unexpected), "")
+    # From the outermost module on: names may repeat themselves.
+    for end in (match.end() for match in re.finditer(r"\.", first)):
+        prefix = first[:end]
+        if all(name.startswith(prefix) for name in unexpected):
+            inside = {name.removeprefix(prefix) for name in unexpected}
+            if wanted & inside and 2 * len(wanted & inside) >= len(wanted):
+                return prefix
+
+    return None
+
+
+_LAYER = re.compile(r"(?:^|.*\.)layers\.([0-9]{1,9})\.")
+
+
+def _further_layers(names: Sequence[str], unexpected: Sequence[str]) -> str | None:
+    """Return the first layer of ``unexpected``, if these are all of layers behind those of the model."""
+    own = max((int(match[1]) for name in names if (match := _LAYER.match(name))), default=None)
+    found = [_LAYER.match(name) for name in unexpected]
+    if own is None or not all(match is not None and int(match[1]) > own for match in found):
+        return None
+
+    return min((match for match in found if match is not None), key=lambda match: int(match[1]))[0].removesuffix(".")
+
+
+def require_fit(report: CheckReport, *, path: Path | str, name: str) -> None:
+    """Make sure that a checkpoint fits.
+
+    :param path: its path or address, for the error.
+    :param name: of the model.
+
+    :raises ModelCheckpointMismatchError: it does not; with all problems together.
+    :raises NotSupportedError: its weights are quantised.
+    """
+    if report.quantised:
+        tensor, dtype = next(iter(report.quantised.items()))
+        raise NotSupportedError(
+            f"The checkpoint at {path} holds the weight {tensor!r} as {dtype}: it is quantised, which lading does not "
+            "load. Use the checkpoint in its original precision."
+        )
+
+    if problems := report.problems:
+        # The name of a tensor may hold line breaks, but a problem is a line.
+        shown = ["\\n".join(problem.splitlines()) for problem in _some(problems)]
+        if more := len(problems) - len(shown):
+            shown.append(f"… and {more} more")
+        raise ModelCheckpointMismatchError(
+            path,
+            f"The checkpoint at {path} does not fit the configuration of {name}: {len(problems)} "
+            f"problem{'s' if len(problems) > 1 else ''}. {report.advice}\n  " + "\n  ".join(shown),
+            problems,
+        )
+
+
+def _some(problems: Sequence[str]) -> list[str]:
+    """Return the problems that an error lists: where names are missing, also what is there in their place."""
+    missing = [problem for problem in problems if problem.startswith("missing: ")]
+    others = [problem for problem in problems if not problem.startswith("missing: ")]
+    if len(problems) <= _MAX_LINES or not missing:
+        return list(problems[:_MAX_LINES])
+    num_others = min(len(others), max(_MAX_LINES // 2, _MAX_LINES - len(missing)))
+
+    return [*missing[: _MAX_LINES - num_others], *others[:num_others]]

@@ -1,0 +1,500 @@
+"""The public calls: hubs of families, and ``load_model``.
+
+The calls and their meaning are those of fairseq2 0.8.1's ``fairseq2.models.hub``, so that code written for it works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from lading.cards.card import AssetCard
+from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoints.checkpoint import Checkpoint, path_checkpoint
+from lading.checkpoints.sidecar_lookup import with_known_sidecar
+from lading.checkpoints.verification import Verify, require_mode
+from lading.errors import (
+    AssetCardError,
+    AssetNotFoundError,
+    InternalError,
+    ModelArchitectureNotKnownError,
+    ModelNotKnownError,
+    did_you_mean,
+)
+from lading.formats.hf_folder import family_of_folder
+from lading.gangs import Gangs, create_fake_gangs
+from lading.gangs.compare import digest
+from lading.models.construct import check_config_type, create_model, no_collection
+from lading.models.device import require_usable
+from lading.models.family import Family, get_family
+from lading.models.loader import LoadOptions, agreed, load_card, load_path
+from lading.models.report import LoadReport
+from lading.models.resolve import arch_config, family_of_card, model_config
+from lading.models.tensors import iter_tensors
+from lading.system.filesystem import is_there
+from lading.transfer.dtypes import DType
+
+ModelT = TypeVar("ModelT", bound=Module)
+ModelConfigT = TypeVar("ModelConfigT")
+
+
+class ModelHub(Generic[ModelT, ModelConfigT]):
+    """The models of one family: its cards, its architectures, and the ways to make and to load a model.
+
+    Get one by the accessor of the family, such as :func:`lading.families.qwen.get_qwen_model_hub`.
+    """
+
+    def __init__(self, family: Family[ModelT, ModelConfigT], asset_store: AssetStore) -> None:
+        self._family = family
+        self._asset_store = asset_store
+
+    def iter_cards(self) -> Iterator[AssetCard]:
+        """The cards of this family. A card that is wrong is logged and left out."""
+        return self._asset_store.find_cards("model_family", self._family.name)
+
+    def get_archs(self) -> set[str]:
+        """The names of the family's architectures."""
+        return {arch.name for arch in self._asset_store.architectures(self._family.name)}
+
+    def get_arch_config(self, arch: str) -> ModelConfigT:
+        """A fresh configuration of the architecture ``arch``.
+
+        :raises ModelArchitectureNotKnownError: the family has none of this name.
+        """
+        return cast(ModelConfigT, arch_config(arch, self._family, self._asset_store))
+
+    def maybe_get_arch_config(self, arch: str) -> ModelConfigT | None:
+        """As :meth:`get_arch_config`, but ``None`` where the family has none of this name."""
+        try:
+            return self.get_arch_config(arch)
+        except ModelArchitectureNotKnownError:
+            return None
+
+    def get_model_config(self, card: AssetCard | str) -> ModelConfigT:
+        """A fresh configuration of a model: the architecture that its card names, with the card's overrides.
+
+        :param card: a card, or the name of one.
+
+        :raises ModelNotKnownError: no card has that name.
+        :raises AssetCardError: the card is of another family, names an architecture that is not known, or states
+            overrides that do not fit.
+        """
+        return cast(ModelConfigT, model_config(_retrieve(card, self._asset_store), self._family, self._asset_store))
+
+    def create_new_model(
+        self,
+        config: ModelConfigT,
+        *,
+        gangs: Gangs | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        meta: bool = False,
+    ) -> ModelT:
+        """A new model with random parameters, by the scheme of its architecture.
+
+        What is drawn depends on ``torch.initial_seed()`` and on the names of the parameters: two calls make equal
+        models, and so do any gangs and a single device of the same kind.
+
+        :param gangs: instead of ``device``; the model is made on ``gangs.root.device``, and this rank gets its part.
+        :param device: default: the current device.
+        :param dtype: of parameters and persistent buffers; default: ``torch.get_default_dtype()``.
+        :param meta: make it on the meta device, without memory.
+
+        :raises ValueError: both ``gangs`` and ``device``, or a meta device without ``meta``.
+        :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is no dtype.
+        :raises NotSupportedError: ``meta``, and the family cannot; a size does not divide over ``gangs.tp``; or there
+            are more ranks in ``gangs.pp`` than layers.
+        :raises GangError: another rank failed, or asks for something else.
+        """
+        effective = _effective_gangs(gangs, "cpu" if meta and gangs is None and device is None else device)
+        concrete = _effective_dtype(dtype)
+        if not isinstance(concrete, torch.dtype):
+            raise ValueError(
+                "`dtype` must be a dtype for a new model, as there is no checkpoint that has one of its own"
+            )
+
+        model = agreed(
+            effective, lambda: create_model(self._family, config, gangs=effective, dtype=concrete, meta=meta)
+        )
+
+        return cast(ModelT, model)
+
+    def load_model(
+        self,
+        card: AssetCard | str | Path,
+        *,
+        gangs: Gangs | None = None,
+        device: torch.device | str | None = None,
+        dtype: DType | None = None,
+        config: ModelConfigT | None = None,
+        mmap: bool = False,
+        progress: bool = True,
+        verify: Verify = "auto",
+        cooperative: bool = False,
+    ) -> ModelT:
+        """A model with its pretrained weights, in train mode.
+
+        :param card: a card, the name of one, or the path of a Hugging Face style folder.
+        :param gangs: instead of ``device``; the parallelism that they hold is applied.
+        :param device: default: the current device.
+        :param dtype: of parameters and persistent buffers; default: ``torch.get_default_dtype()``. ``"auto"`` is
+            the one that ``config.json`` beside the checkpoint states, else the most common one of the checkpoint;
+            ``"keep"`` keeps its own, tensor by tensor. What a class keeps in float32 stays so under every dtype.
+        :param config: instead of the card's configuration, for slight changes such as dropout.
+        :param mmap: map the files instead of reading them, where no cast is needed and the device is the CPU.
+        :param progress: show a bar on stderr when it takes longer than half a second.
+        :param verify: ``"auto"`` checks, while it loads, all that the catalog has not seen verified in just the state
+            that it is in now; ``"always"`` checks all; ``"never"`` nothing.
+        :param cooperative: the ranks of a host each read a part of the files and exchange what it holds, so that every
+            byte comes from storage once. All ranks have to say the same.
+
+        :raises ModelNotKnownError: no card has that name.
+        :raises AssetCardError: the card is of another family, names an architecture that is not known, or states
+            overrides that do not fit.
+        :raises ModelGatedError: the card names no checkpoint; the publisher hands it out on request.
+        :raises FetchError: the checkpoint cannot be fetched.
+        :raises FileNotFoundError: nothing is where the checkpoint should be.
+        :raises ModelCheckpointError: the checkpoint is damaged, does not fit the configuration, or is not the one that
+            was published or recorded.
+        :raises NotSupportedError: the checkpoint is quantised; a size does not divide over ``gangs.tp``; or there are
+            more ranks in ``gangs.pp`` than layers.
+        :raises ValueError: both ``gangs`` and ``device``, or a meta device; or both ``mmap`` and ``cooperative``.
+        :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is no dtype.
+        """
+        options = _options(gangs, device, dtype, mmap=mmap, progress=progress, verify=verify, cooperative=cooperative)
+        model, _ = _load(card, self._family, lambda: self._asset_store, options, config)
+
+        return cast(ModelT, model)
+
+    def load_custom_model(
+        self,
+        path: Path | str,
+        config: ModelConfigT,
+        *,
+        gangs: Gangs | None = None,
+        device: torch.device | str | None = None,
+        dtype: DType | None = None,
+        mmap: bool = False,
+        restrict: bool | None = None,
+        progress: bool = True,
+        verify: Verify = "auto",
+        cooperative: bool = False,
+    ) -> ModelT:
+        """A model from a checkpoint file or folder that is not in the catalog.
+
+        :param path: of the file or folder.
+        :param config: the configuration that the checkpoint was made with.
+        :param restrict: refuse a file of ``torch.save`` that names anything that a state dict does not need, instead of
+            passing over it; ``None``: the family's default. Nothing that a file names is imported in either case.
+
+        The other parameters, and what is raised, are as for :meth:`load_model`.
+        """
+        options = _options(gangs, device, dtype, mmap=mmap, progress=progress, verify=verify, cooperative=cooperative)
+        options = replace(options, restrict=self._restrict(restrict))
+
+        def load() -> tuple[Module, LoadReport]:
+            check_config_type(config, self._family)
+            _require_same(options.gangs, Path(path), self._family, config, options.restrict)
+            return load_path(Path(path), self._family, config, options)
+
+        model, _ = agreed(options.gangs, load)
+
+        return cast(ModelT, model)
+
+    def iter_checkpoint(
+        self,
+        path: Path | str,
+        config: ModelConfigT,
+        *,
+        gangs: Gangs | None = None,
+        mmap: bool = False,
+        restrict: bool | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Pairs (parameter name, tensor) of a checkpoint, one tensor in memory at a time, on the CPU.
+
+        Names are those of the parameters, after the family's rules; dtypes are the checkpoint's own.
+
+        :param gangs: of a parameter that is split over them, give the part that this rank owns; of other stages of a
+            pipeline, nothing. Columns come from the sidecar that `lading repack` made of a card's checkpoint, if the
+            files at ``path`` are that, verified as they are. Under tensor parallelism all ranks have to call this.
+
+        :raises FileNotFoundError: nothing is at ``path``.
+        :raises ModelCheckpointError: the checkpoint is damaged, or does not fit the configuration.
+        :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``, or there are more
+            ranks in ``gangs.pp`` than layers; or a tensor is of a dtype that torch does not have.
+        :raises TypeError: ``config`` is not of the family's class.
+        """
+        check_config_type(config, self._family)
+
+        all_gangs = gangs or create_fake_gangs("cpu")
+
+        def find() -> Checkpoint:
+            if all_gangs.tp.size > 1:
+                _require_same(all_gangs, Path(path), self._family, config, self._restrict(restrict))
+            checkpoint = path_checkpoint(Path(path), restrict=self._restrict(restrict))
+            return with_known_sidecar(checkpoint, self._asset_store, all_gangs)
+
+        checkpoint = agreed(all_gangs, find) if all_gangs.tp.size > 1 else find()
+
+        return iter_tensors(checkpoint, self._family, config, gangs=all_gangs, mmap=mmap)
+
+    def _restrict(self, asked: bool | None) -> bool:
+        return self._family.restrict if asked is None else asked
+
+
+class ModelHubAccessor(Generic[ModelT, ModelConfigT]):
+    """Gives the typed hub of a family when it is called; one line on the page of each family.
+
+    .. code:: python
+
+        get_qwen_model_hub = ModelHubAccessor("qwen", Qwen, QwenConfig)
+
+        model = get_qwen_model_hub().load_model("qwen3_0.6b")
+    """
+
+    def __init__(self, family_name: str, kls: type[ModelT], config_kls: type[ModelConfigT]) -> None:
+        self._family_name = family_name
+        self._kls = kls
+        self._config_kls = config_kls
+
+    def __call__(self) -> ModelHub[ModelT, ModelConfigT]:
+        """The hub over the default store.
+
+        :raises ModelFamilyNotKnownError: no installed package registers the family.
+        :raises InternalError: the family has other classes than the accessor was made with.
+        """
+        family = get_family(self._family_name)
+
+        for what, expected, found in (
+            ("models", self._kls, family.kls),
+            ("configurations", self._config_kls, family.config_kls),
+        ):
+            if not issubclass(found, expected):
+                raise InternalError(
+                    f"The {what} of the {family.name} family are expected to be of type {expected.__name__}, but are "
+                    f"of type {found.__name__}."
+                )
+
+        return ModelHub(family, get_asset_store())
+
+
+class GlobalModelLoader:
+    """Loads models of any family; the card decides which."""
+
+    def __init__(self, asset_store: AssetStore | None = None) -> None:
+        """:param asset_store: default: the default store."""
+        self._asset_store = asset_store
+
+    def load(
+        self,
+        card: AssetCard | str | Path,
+        *,
+        gangs: Gangs | None = None,
+        device: torch.device | str | None = None,
+        dtype: DType | None = None,
+        config: object | None = None,
+        mmap: bool = False,
+        progress: bool = True,
+        verify: Verify = "auto",
+        cooperative: bool = False,
+    ) -> Module:
+        """See :func:`load_model`."""
+        return self.load_with_report(
+            card, gangs=gangs, device=device, dtype=dtype, config=config, mmap=mmap, progress=progress, verify=verify,
+            cooperative=cooperative,
+        )[0]  # fmt: skip
+
+    def load_with_report(
+        self,
+        card: AssetCard | str | Path,
+        *,
+        gangs: Gangs | None = None,
+        device: torch.device | str | None = None,
+        dtype: DType | None = None,
+        config: object | None = None,
+        mmap: bool = False,
+        progress: bool = True,
+        verify: Verify = "auto",
+        cooperative: bool = False,
+        restrict: bool = True,
+    ) -> tuple[Module, LoadReport]:
+        """As :meth:`load`, with what the load did.
+
+        :param restrict: as :func:`lading.formats.index` takes it; for a path.
+        """
+        options = _options(gangs, device, dtype, mmap=mmap, progress=progress, verify=verify, cooperative=cooperative)
+        options = replace(options, restrict=restrict)
+
+        return _load(card, None, self._store, options, config)
+
+    def _store(self) -> AssetStore:
+        return self._asset_store if self._asset_store is not None else get_asset_store()
+
+
+def load_model(
+    card: AssetCard | str | Path,
+    *,
+    gangs: Gangs | None = None,
+    device: torch.device | str | None = None,
+    dtype: DType | None = None,
+    config: object | None = None,
+    mmap: bool = False,
+    progress: bool = True,
+    verify: Verify = "auto",
+    cooperative: bool = False,
+) -> Module:
+    """A model of any family with its pretrained weights, in train mode.
+
+    Where the family is known beforehand, its own hub gives the right type: ``get_qwen_model_hub().load_model(…)``.
+    Parameters, and what is raised, are as for :meth:`ModelHub.load_model`; a card whose family is not registered, or
+    that names none, is an :class:`AssetCardError`.
+    """
+    return GlobalModelLoader().load(
+        card, gangs=gangs, device=device, dtype=dtype, config=config, mmap=mmap, progress=progress, verify=verify,
+        cooperative=cooperative,
+    )  # fmt: skip
+
+
+load_with_report = GlobalModelLoader().load_with_report
+"""As :func:`load_model`, with what the load did: phases, bytes, reads."""
+
+
+# --- arguments that recur --------------------------------------------------------------------------------------------
+
+
+def _load(
+    card: AssetCard | str | Path,
+    family: Family[Any, Any] | None,
+    store: Callable[[], AssetStore],
+    options: LoadOptions,
+    config: Any,
+) -> tuple[Module, LoadReport]:
+    with no_collection():  # it would go through all that torch has imported, which takes as long as to read a gigabyte
+        return agreed(options.gangs, lambda: _load_any(card, family, store, options, config))
+
+
+def _load_any(
+    card: AssetCard | str | Path,
+    family: Family[Any, Any] | None,
+    store: Callable[[], AssetStore],
+    options: LoadOptions,
+    config: Any,
+) -> tuple[Module, LoadReport]:
+    _require_same(options.gangs, card, family, config)
+    if isinstance(card, Path):
+        folder_family, folder_config = family_of_folder(card, family)
+        if family is not None and family.name != folder_family.name:
+            raise AssetCardError(
+                str(card),
+                f"The checkpoint at {card} is expected to be of the family {family.name!r}, but its config.json is of "
+                f"the family {folder_family.name!r}.",
+            )
+        if config is not None:
+            check_config_type(config, folder_family)
+
+        return load_path(card, folder_family, folder_config if config is None else config, options)
+
+    resolved = options.gangs.root.first(lambda: _retrieve(card, store()))
+    if family is None:
+        family = family_of_card(resolved)
+    if config is not None:
+        check_config_type(config, family)
+
+    return load_card(resolved, family, store, options, config=config)
+
+
+def _require_same(
+    gangs: Gangs, card: AssetCard | str | Path, family: Family[Any, Any] | None, config: object, *more: object
+) -> None:
+    """Make sure that all ranks ask for the same model: what rank 0 finds would be loaded by all of them.
+
+    :raises GangError: they do not; it names what each of them asks for.
+    """
+    if gangs.root.line is None:
+        return
+    asked: object = str(card)
+    if isinstance(card, AssetCard):  # whose fields may be secret
+        asked = f"the card {card.name} with the fields {digest(card.fields()).hex()[:16]}"
+    elif isinstance(card, Path):
+        asked = card.absolute()
+
+    gangs.root.same(
+        {"model": asked, "family": None if family is None else family.name, "config": config, "options": more}, "model"
+    )
+
+
+def _retrieve(card: AssetCard | str, store: AssetStore) -> AssetCard:
+    if isinstance(card, AssetCard):
+        return card
+    if not isinstance(card, str):
+        raise TypeError(f"`card` must be an AssetCard, a name, or a Path, but is of type {type(card).__name__}")
+
+    try:
+        return store.retrieve_card(card)
+    except AssetNotFoundError as error:
+        hint = error.hint if "@" in card else did_you_mean_model(card, store)
+        raise ModelNotKnownError(card, hint) from None
+
+
+def did_you_mean_model(name: str, store: AssetStore) -> str:
+    """A hint for a name that no card has; a path in its place is told apart."""
+    if is_there(name):
+        return f" A folder is given as a path: `load_model(Path({name!r}))`."
+
+    return did_you_mean(name, store.suggest(name))
+
+
+def _options(
+    gangs: Gangs | None,
+    device: torch.device | str | None,
+    dtype: DType | None,
+    *,
+    mmap: bool,
+    progress: bool,
+    verify: Verify,
+    cooperative: bool,
+) -> LoadOptions:
+    require_mode(verify)
+    if mmap and cooperative:
+        raise ValueError("`mmap` and `cooperative` must not be given together: what is mapped is not read")
+
+    return LoadOptions(
+        gangs=_effective_gangs(gangs, device),
+        dtype=_effective_dtype(dtype),
+        mmap=mmap,
+        progress=progress,
+        verify=verify,
+        cooperative=cooperative,
+    )
+
+
+def _effective_gangs(gangs: Gangs | None, device: torch.device | str | None) -> Gangs:
+    if gangs is not None:
+        if not isinstance(gangs, Gangs):
+            raise TypeError(
+                f"`gangs` must be Gangs, as `create_gangs` makes them, but is of type {type(gangs).__name__}"
+            )
+        if device is not None:
+            raise ValueError("`gangs` and `device` must not be given together: gangs bring a device of their own")
+        if gangs.root.device.type == "meta":
+            raise ValueError("`gangs` must be on a device that holds data, but are on the meta device")
+        return gangs
+
+    return create_fake_gangs(require_usable(torch.get_default_device() if device is None else device))
+
+
+def _effective_dtype(dtype: DType | None) -> DType:
+    if dtype is None:
+        return torch.get_default_dtype()
+    if not isinstance(dtype, torch.dtype) and dtype not in ("auto", "keep"):
+        raise TypeError(f'`dtype` must be a torch.dtype, "auto", "keep" or None, but is {dtype!r}')
+    if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+        raise ValueError(f"`dtype` must be a floating-point dtype, but is {dtype}")
+
+    return dtype

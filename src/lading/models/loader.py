@@ -1,0 +1,324 @@
+"""The one conductor: from a card or a path to a model, each layer called once, top to bottom.
+
+config → manifest → module on the meta device → targets → route → plan → fetch → execute → verify → buffers → agreement.
+
+Nothing is fetched before it is known from the manifest that the checkpoint fits. In a gang, rank 0 alone asks the
+catalog, one rank of each host fetches, and each reads what it owns; whatever fails on one rank is raised on all.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from lading.cards.card import AssetCard
+from lading.catalog.store import AssetStore
+from lading.checkpoints.checkpoint import Checkpoint, path_checkpoint
+from lading.checkpoints.fetch import acquire, share
+from lading.checkpoints.locate import card_checkpoint
+from lading.checkpoints.sidecar import substituted
+from lading.checkpoints.sidecar_lookup import agree_on_sidecar, with_sidecar
+from lading.checkpoints.verification import Verify, block_dims, expect, settle
+from lading.gangs import Gangs
+from lading.models.completion import completed, model_dtype
+from lading.models.construct import (
+    assign,
+    build_on_meta,
+    check_config_type,
+    common_dtype,
+    draw,
+    dtypes_of_drawn,
+    reset_buffers,
+    settle_dtypes,
+    split,
+)
+from lading.models.family import Family
+from lading.models.fit import match, report_fit, require_fit
+from lading.models.mismatches import name_of
+from lading.models.report import Clock, LoadReport
+from lading.models.resolve import check_family, model_config
+from lading.models.targets import Targets
+from lading.models.tensors import read_tensors
+from lading.models.ties import are_same, different_copies, tied_but_different
+from lading.planning.composition import Source, tensors_of
+from lading.planning.plan import Plan, Wanted, plan
+from lading.planning.rules import Route
+from lading.transfer.dtypes import DTYPE_NAMES, DType
+from lading.transfer.mappings import NOTHING_AHEAD, Ahead, mapped_ahead, may_be_mapped
+from lading.transfer.move import Moved, move
+
+log = logging.getLogger("lading")
+
+T = TypeVar("T")
+
+Store = Callable[[], AssetStore]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """How a model is to be loaded, whichever it is."""
+
+    gangs: Gangs
+    dtype: DType
+    mmap: bool = False
+    progress: bool = True
+    verify: Verify = "auto"
+    cooperative: bool = False
+    """Whether the ranks of a host each read a part of the files, and exchange what it holds."""
+    restrict: bool = True
+    """As :func:`lading.formats.index` takes it; for a path."""
+
+    @property
+    def maps(self) -> bool:
+        """Whether tensors stay in the files where they can."""
+        return self.mmap and self.gangs.root.device.type == "cpu"
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether this rank does."""
+        return self.progress and self.gangs.root.rank == 0
+
+
+def load_card(
+    card: AssetCard, family: Family[Any, Any], store: Store, options: LoadOptions, *, config: Any = None
+) -> tuple[Module, LoadReport]:
+    """Load the model of a card. Only rank 0 of the root gang asks the catalog; the others are told."""
+    clock = Clock()
+
+    def resolve() -> tuple[Any, Checkpoint, torch.dtype | None]:
+        with clock.phase("catalog"):
+            open_store = store()
+            check_family(card, family)
+            resolved = model_config(card, family, open_store) if config is None else config
+
+        with clock.phase("manifest"):
+            checkpoint = card_checkpoint(
+                card, open_store, progress=options.progress, accept_others=options.verify == "never"
+            )
+            if not options.cooperative:  # which reads all of the files in any case
+                checkpoint = with_sidecar(checkpoint, open_store, options.gangs.tp.size)
+            found = completed(resolved, family, checkpoint, store=open_store)
+            return found, checkpoint, model_dtype(options.dtype, checkpoint, store=open_store)
+
+    resolved, checkpoint, dtype = options.gangs.root.first(resolve)
+
+    with _mapped_ahead(checkpoint, dtype, options) as ahead:
+        return _load(checkpoint, family, resolved, dtype, store, options, clock, ahead)
+
+
+def load_path(path: Path, family: Family[Any, Any], config: Any, options: LoadOptions) -> tuple[Module, LoadReport]:
+    """Load the checkpoint at ``path``, of which the catalog is not asked."""
+    clock = Clock()
+
+    def resolve() -> tuple[Any, Checkpoint, torch.dtype | None]:
+        checkpoint = path_checkpoint(path, restrict=options.restrict)
+        return completed(config, family, checkpoint), checkpoint, model_dtype(options.dtype, checkpoint)
+
+    with clock.phase("manifest"):
+        resolved, checkpoint, dtype = options.gangs.root.first(resolve)
+
+    with _mapped_ahead(checkpoint, dtype, options) as ahead:
+        return _load(checkpoint, family, resolved, dtype, None, options, clock, ahead)
+
+
+def agreed(gangs: Gangs, load: Callable[[], T]) -> T:
+    """What ``load`` gives, if it gives something on every rank; else all ranks raise, naming the one that failed."""
+    with gangs.root.all_or_none():
+        return load()
+
+
+def _mapped_ahead(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, options: LoadOptions
+) -> AbstractContextManager[Ahead]:
+    """Have the files mapped while the model is built, where all of them is wanted and they are here."""
+    if not options.maps or options.gangs.root.size > 1 or checkpoint.files is None:
+        return nullcontext(NOTHING_AHEAD)
+
+    name = None if dtype is None else DTYPE_NAMES[dtype]
+
+    return mapped_ahead(checkpoint.files, may_be_mapped(checkpoint.manifest, name))
+
+
+def _load(
+    checkpoint: Checkpoint,
+    family: Family[Any, Any],
+    config: Any,
+    dtype: torch.dtype | None,
+    store: Store | None,
+    options: LoadOptions,
+    clock: Clock,
+    ahead: Ahead,
+) -> tuple[Module, LoadReport]:
+    gangs, device, progress = options.gangs, options.gangs.root.device, options.shows_progress
+    check_config_type(config, family)
+    gangs.root.same(
+        (config, options.dtype, options.verify, options.cooperative), "configuration, dtype, verify and cooperative"
+    )
+    manifest = checkpoint.manifest
+
+    catalog = store if gangs.root.rank == 0 else None
+    untied: tuple[str, ...] = ()
+    while True:
+        with clock.phase("build"):
+            module = build_on_meta(family, config)
+            kls = type(module)  # which FSDP changes
+            if family.untie is not None:
+                family.untie(module, untied)
+            # All of the model's, so that a checkpoint fits on all stages of a pipeline or on none.
+            targets = split(module, family, config, gangs, dtype=dtype)
+
+        with clock.phase("plan"):
+            routed = match(manifest, targets, family, config)
+            fit = report_fit(manifest, targets, routed, family=family)
+            require_fit(fit, path=checkpoint.where, name=checkpoint.name)
+        if family.untie is None or untied or not routed.duplicates:
+            break
+
+        # Only the numbers tell whether the model is made with one parameter or with several.
+        with clock.phase("fetch"):
+            checkpoint = share(checkpoint, gangs.root, lambda c: acquire(c, catalog and catalog(), progress=progress))
+        with clock.phase("read"):
+            untied = gangs.root.first(partial(different_copies, checkpoint, targets, routed))
+        if not untied:
+            break
+
+    with clock.phase("plan"):
+        order = array("I", routed.targets)
+        wanted = Wanted(
+            tensors=routed.tensors,
+            boxes=[targets.boxes[i] for i in order],
+            dtypes=settle_dtypes(targets, routed, manifest, sdp=gangs.sdp.size),
+            composed=routed.composed,
+        )
+        checkpoint = agree_on_sidecar(checkpoint, gangs.root)
+        source, wanted = substituted(manifest, wanted, checkpoint.sidecar)
+        planned = plan(source, wanted, mapped=options.maps)
+
+    with clock.phase("fetch"):
+        checkpoint = share(checkpoint, gangs.root, lambda c: acquire(c, catalog and catalog(), progress=progress))
+        expected = gangs.root.first(
+            lambda: expect(
+                checkpoint,
+                store and store(),
+                options.verify,
+                lambda: block_dims(manifest, family, config, targets, routed),
+                # Those of a host that read together see all that it reads.
+                ranks=len(set(gangs.root.hosts)) if options.cooperative else gangs.root.size,
+                progress=progress,
+            )
+        )
+        checkpoint = checkpoint.with_joined(checkpoint.sidecar)
+
+    with clock.phase("read"):
+        moved = move(
+            source,
+            planned,
+            wanted,
+            checkpoint.here(),
+            root=gangs.root,
+            device=device,
+            dims=None if expected is None else expected.dims,
+            cooperative=options.cooperative,
+            progress=progress,
+            ahead=ahead,
+        )
+        by_name = {targets.names[i]: tensor for i, tensor in zip(order, moved.tensors, strict=True)}
+        if family.untie is None:  # else all copies have been compared
+            _check_tied(checkpoint, config, targets, routed, by_name)
+
+    if expected is not None and moved.digests is not None:
+        with clock.phase("verify"):
+            settle(checkpoint, expected, moved.digests, catalog and catalog(), gangs.root, progress=progress)
+
+    with clock.phase("assemble"):
+        drawn: dict[str, Tensor] = {}
+        if dtypes := dtypes_of_drawn(targets, routed, manifest):
+            log.info("%s lacks %s: they are as in a new model", checkpoint.name, ", ".join(dtypes))
+            drawn = draw(build_on_meta(family, config), family, config, targets, dtypes, gangs)
+        copied = assign(module, by_name | drawn, targets.aliases)
+        reset_buffers(module, family, config, device, dtype or common_dtype(targets, routed, manifest))
+
+    report = _report(checkpoint, family, kls, device, by_name, targets, routed, planned, moved, copied, clock)
+    log.info(
+        "loaded %s: %d parameters, %.3f GB read in %d reads, %.3f s",
+        report.name,
+        report.parameters,
+        report.bytes_read / 1e9,
+        report.reads,
+        report.seconds,
+    )
+
+    return module, report
+
+
+def _check_tied(
+    checkpoint: Checkpoint, config: Any, targets: Targets, routed: Route, loaded: Mapping[str, Tensor]
+) -> None:
+    """A tied parameter may be in the checkpoint under several names, if all of them hold the same."""
+    manifest = checkpoint.manifest
+    for target, source in routed.duplicates:
+        name, copy = targets.names[target], name_of(source, manifest)
+        mine = loaded[name]
+        (other,) = read_tensors(checkpoint, [source], [DTYPE_NAMES[mine.dtype]], boxes=[targets.boxes[target]])
+        if not are_same(mine.cpu(), other):
+            raise tied_but_different(checkpoint, config, copy, name)
+
+
+def _sources(routed: Route, targets: Targets) -> list[Source]:
+    """All of which this rank reads something, or that is empty."""
+    read = [box.numel > 0 or 0 in shape for box, shape in zip(targets.boxes, targets.shapes, strict=True)]
+    made = [
+        routed.composed.get(i, tensor)
+        for i, (target, tensor) in enumerate(zip(routed.targets, routed.tensors, strict=True))
+        if read[target]
+    ]
+
+    return made + [source for target, source in routed.duplicates if read[target]]
+
+
+def _report(
+    checkpoint: Checkpoint,
+    family: Family[Any, Any],
+    kls: type[Module],
+    device: torch.device,
+    loaded: Mapping[str, Tensor],
+    targets: Targets,
+    routed: Route,
+    planned: Plan,
+    moved: Moved,
+    copied: int,
+    clock: Clock,
+) -> LoadReport:
+    dtypes: dict[str, int] = {}
+    for tensor in loaded.values():
+        name = str(tensor.dtype).removeprefix("torch.")
+        dtypes[name] = dtypes.get(name, 0) + tensor.numel()
+
+    mapped = sum(t.nbytes for t, home in zip(loaded.values(), planned.homes, strict=True) if home >= 0)
+
+    return LoadReport(
+        name=checkpoint.name,
+        family=family.name,
+        model_class=kls.__name__,
+        device=str(device),
+        dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1])),
+        parameters=sum(dtypes.values()),
+        tensors=sum(1 for source in _sources(routed, targets) for _ in tensors_of(source)),
+        shards=len(checkpoint.manifest.shards),
+        bytes_read=moved.bytes_read,
+        bytes_mapped=mapped,
+        bytes_copied=copied,
+        reads=moved.reads,
+        pages=moved.pages,
+        phases=dict(clock.phases),
+    )

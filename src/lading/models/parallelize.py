@@ -1,0 +1,183 @@
+"""A family's plan, applied: a module without memory becomes the part of it that this rank owns.
+
+Tensor parallelism is torch's :func:`~torch.distributed.tensor.parallel.parallelize_module` with styles of our own
+(:mod:`lading.models.tensor_parallel`), fully sharded data
+parallelism its :func:`~torch.distributed.fsdp.fully_shard`, and a stage of a pipeline fits
+:class:`~torch.distributed.pipelining.PipelineStage`. Replicas of what is not sharded are plain copies.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Container, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.nn import Module, Parameter
+
+from lading.errors import InternalError
+from lading.gangs import Gang, Gangs
+from lading.models.family import Family
+from lading.models.parallel_plan import ParallelPlan, Split, matches
+from lading.models.pipeline import apart_modules, crosses, cut, tied_names
+from lading.models.tensor_parallel import SharedHeads, SplitStyle
+
+log = logging.getLogger("lading")
+
+_REPLICATED: Placement = Replicate()
+
+_LAYOUTS: Mapping[Split, tuple[Placement, Placement]] = {
+    Split.COLUMN: (_REPLICATED, Shard(-1)),
+    Split.ROW: (Shard(-1), _REPLICATED),
+    Split.KEY_VALUE: (_REPLICATED, Shard(-1)),
+    Split.VOCABULARY: (_REPLICATED, _REPLICATED),
+    Split.LOGITS: (_REPLICATED, _REPLICATED),
+    Split.HEADS: (Shard(2), Shard(2)),
+    Split.REPLICATED: (_REPLICATED, _REPLICATED),
+}
+"""How inputs and outputs of a module lie on the ranks."""
+
+_OWN_UNITS = (Split.LOGITS, Split.HEADS, Split.REPLICATED)
+"""What FSDP may gather by itself; it warns of each such module that returns a view."""
+
+
+def parallelize(
+    module: Module, family: Family[Any, Any], config: Any, gangs: Gangs, apart: Collection[str] = ()
+) -> None:
+    """Split ``module``, which is on the meta device, over ``gangs`` as the family's plan says.
+
+    Modules of other stages of ``gangs.pp`` become ``None``. Parameters that are split become ``DTensor``s. A tied
+    parameter stays one object under all of the names that this rank has.
+
+    :param apart: names of tensors of another dtype than the model's: modules of such parameters are gathered by
+        themselves, as FSDP gathers parameters of one dtype only.
+
+    :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``, or ``gangs.pp`` has more
+        ranks than the model has layers.
+    """
+    plan = family.parallel_plan(config)
+    for axis, size, served in (
+        ("tp", gangs.tp.size, plan.tensor is not None),
+        ("sdp", gangs.sdp.size, plan.units is not None),
+        ("pp", gangs.pp.size, plan.stages is not None),
+    ):
+        if size > 1 and not served:
+            _log_ignored(family.name, axis)
+
+    if gangs.pp.size > 1 and plan.stages is not None:
+        cut(module, plan.stages, gangs.pp, family=family.name)
+
+    if gangs.tp.size > 1 and plan.tensor is not None:
+        plan.check(gangs.tp.size)
+        _split(module, plan, mesh_of(gangs.tp))
+
+    if gangs.sdp.size > 1 and plan.units is not None:
+        mesh = mesh_of(gangs.sdp if gangs.rdp.size == 1 else gangs.dp)
+        units = {name: unit for pattern in plan.units for name, unit in _modules(module, pattern).items()}
+        ties = tied_names(module)
+        # FSDP parts a parameter that one unit gathers from its further names outside of it.
+        units = {name: unit for name, unit in units.items() if not crosses(name, ties)}
+        units |= {name: module.get_submodule(name) for name in apart_modules(module, apart)}
+        # Units may lie in one another, in either order of the two kinds: FSDP wants the inner ones first.
+        for name in sorted(units, key=lambda name: name.count("."), reverse=True):
+            fully_shard(units[name], mesh=mesh)
+        fully_shard(module, mesh=mesh)
+
+
+def placements(
+    plan: ParallelPlan, names: Sequence[str], parameters: Container[str], *, sdp: int, tp: int
+) -> list[tuple[Placement, Placement]]:
+    """How :func:`parallelize` would place tensors on the axes ``sdp`` and ``tp``, told without doing it: of very many
+    parameters, torch takes minutes. On all other axes tensors are replicated.
+
+    :param names: of the tensors of a module's state; of a tied one the first.
+    :param parameters: those of them that are no buffers.
+
+    :raises NotSupportedError: a size of the configuration does not divide over ``tp``.
+    """
+    plan.check(tp)
+    sharded = sdp > 1 and plan.units is not None
+    found: list[tuple[Placement, Placement]] = []
+    for name in names:
+        of_tp = of_sdp = _REPLICATED
+        if name in parameters:
+            module, _, leaf = name.rpartition(".")
+            split = plan.split_of(module) if tp > 1 else None
+            of_tp = _REPLICATED if split is None else _placement(split, leaf, plan, tp)
+            if sharded:
+                # FSDP cuts what tensor parallelism left, though its axis comes first.
+                of_sdp = _StridedShard(0, split_factor=tp) if of_tp == Shard(0) else Shard(0)
+        found.append((of_sdp, of_tp))
+
+    return found
+
+
+def mesh_of(gang: Gang) -> DeviceMesh:
+    """The devices of a gang.
+
+    :raises InternalError: it has none, as it is not of ``torch.distributed``.
+    """
+    if gang.mesh is None:
+        raise InternalError(f"a gang of {gang.size} ranks is expected to have a device mesh, but has none")
+
+    return gang.mesh
+
+
+@lru_cache(maxsize=256)
+def _log_ignored(family: str, axis: str) -> None:
+    log.warning(
+        "models of the %s family have no plan for the axis %s: its ranks hold copies of one another", family, axis
+    )
+
+
+def _split(module: Module, plan: ParallelPlan, mesh: DeviceMesh) -> None:
+    ties = tied_names(module)
+    styles: dict[Split, SplitStyle] = {}
+    for name, part in module.named_modules():
+        split = plan.split_of(name)
+        if split is not None:
+            if split not in styles:
+                styles[split] = _style(split, plan, mesh.size())
+            parallelize_module(part, mesh, styles[split])  # by itself: of names, torch compares each with all modules
+
+    for first, *others in ties:
+        for name in others:
+            _set_parameter(module, name, module.get_parameter(first))
+
+
+def _modules(module: Module, pattern: str) -> Mapping[str, Module]:
+    """The modules that ``pattern`` names. It may name none: a model can be made without some of its parts."""
+    return {name: part for name, part in module.named_modules() if matches(pattern, name)}
+
+
+def _set_parameter(module: Module, name: str, parameter: Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, parameter)
+
+
+def _style(split: Split, plan: ParallelPlan, tp: int) -> SplitStyle:
+    def placement(leaf: str) -> Placement:
+        return _placement(split, leaf, plan, tp)
+
+    if split is Split.KEY_VALUE and tp > plan.num_key_value_heads:
+        return SharedHeads(placement, plan.num_key_value_heads)
+
+    return SplitStyle(placement, *_LAYOUTS[split], as_view=split not in _OWN_UNITS)
+
+
+def _placement(split: Split, leaf: str, plan: ParallelPlan, tp: int) -> Placement:
+    """Of a parameter of a module that is split, by the last part of its name."""
+    match split:
+        case Split.ROW:
+            return Shard(1) if leaf == "weight" else _REPLICATED
+        case Split.KEY_VALUE:
+            return Shard(0) if tp <= plan.num_key_value_heads else _REPLICATED
+        case Split.COLUMN | Split.VOCABULARY | Split.LOGITS:
+            return Shard(0)
+        case Split.HEADS | Split.REPLICATED:
+            return _REPLICATED

@@ -1,0 +1,217 @@
+"""Where the parts of distributed tensors lie. What torch keeps private of that is used here and nowhere else.
+
+Checked against torch 2.6 to 2.14; ``tests/unit/test_placements.py`` holds what is expected of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import _utils as torch_utils
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.nn import Parameter
+
+from lading.errors import NotSupportedError
+from lading.planning.box import Box
+
+Ints = npt.NDArray[np.int64]
+
+_local_shape_and_offset = cast(
+    Callable[[Sequence[int], DeviceMesh, Sequence[Placement]], tuple[Sequence[int], Sequence[int]]],
+    torch_utils.compute_local_shape_and_global_offset,
+)
+
+
+class BoxCache:
+    """The boxes of this rank. Models have many parameters of few shapes, and torch takes its time over each."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Box] = {}
+
+    def box_of(self, tensor: Tensor) -> Box:
+        """The part of a global tensor that this rank holds: all of it, unless it is a ``DTensor``.
+
+        :raises NotSupportedError: the part is no box.
+        """
+        shape = tuple(tensor.shape)
+        if not isinstance(tensor, DTensor):
+            return Box.whole(shape)
+
+        mesh, placements = tensor.device_mesh, tuple(tensor.placements)
+        key = (shape, id(mesh), placements)
+        if key not in self._known:
+            _check_box(shape, tuple(mesh.shape), placements)
+            sizes, starts = _local_shape_and_offset(shape, mesh, placements)
+            self._known[key] = Box(tuple(map(int, starts)), tuple(map(int, sizes)))
+
+        return self._known[key]
+
+
+def placements_on(tensor: Tensor, axes: Sequence[str]) -> tuple[Placement, ...]:
+    """How a tensor is placed on a mesh of ``axes``, of which its own mesh has some; on the others it is replicated.
+
+    :raises NotSupportedError: its mesh has another axis, or names none.
+    """
+    if not isinstance(tensor, DTensor):
+        return (Replicate(),) * len(axes)
+
+    names = tensor.device_mesh.mesh_dim_names or ()
+    if len(names) != tensor.device_mesh.ndim or not set(names) <= set(axes):
+        raise NotSupportedError(
+            f"A tensor is expected to be placed on axes of {', '.join(axes)}, but is on {tensor.device_mesh}."
+        )
+    own = dict(zip(names, tensor.placements, strict=True))
+
+    return tuple(own.get(axis, Replicate()) for axis in axes)
+
+
+class Parts:
+    """Makes distributed tensors of the parts that this rank holds.
+
+    ``DTensor.from_local`` would make the same, but describes each anew, and is a function of autograd. Models have many
+    parameters of few shapes; those of one shape share a description.
+    """
+
+    def __init__(self) -> None:
+        self._specs: dict[Any, DTensorSpec] = {}
+
+    def placed_as(self, local: Tensor, own: DTensor) -> DTensor:
+        """The tensor of which ``local`` is this rank's part, placed as ``own`` is; a parameter if that is one."""
+        return self._placed(local, own, own.device_mesh, own.placements)
+
+    def on_meta(self, parameter: Parameter, mesh: DeviceMesh, placement: Placement) -> Parameter:
+        """A parameter placed on a mesh of one dim, on the meta device: there are shapes, and nothing that is sent."""
+        shape = list(parameter.shape)
+        if isinstance(placement, Shard):
+            size, odd = divmod(shape[placement.dim], mesh.size())
+            if odd:
+                shape[:] = _local_shape_and_offset(parameter.shape, mesh, (placement,))[0]
+            else:
+                shape[placement.dim] = size
+        part = parameter.detach().new_empty(shape)
+
+        return cast(Parameter, self._placed(part, parameter, mesh, (placement,)))
+
+    def _placed(self, local: Tensor, whole: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> DTensor:
+        """``local``, placed as a part of a tensor like ``whole``."""
+        # Meshes that are equal may be of different process groups.
+        key = id(mesh), placements, whole.shape, whole.stride(), local.dtype
+        if key not in self._specs:
+            meta = TensorMeta(whole.shape, whole.stride(), local.dtype)
+            self._specs[key] = DTensorSpec(mesh, placements, tensor_meta=meta)
+        tensor = DTensor(local, self._specs[key], requires_grad=whole.requires_grad)  # type: ignore[no-untyped-call]
+        if isinstance(whole, Parameter):
+            # `Parameter(…)` marks tensors of other classes like this, but has their operators detach each first: 0.1 ms
+            # for each, and a millisecond for the first of each shape.
+            tensor._is_param = True
+
+        return tensor
+
+
+def boxes_for_all_ranks(
+    placements: Sequence[Placement], mesh_shape: Sequence[int], shapes: Sequence[Sequence[int]]
+) -> tuple[list[Ints], list[Ints]]:
+    """The boxes of many tensors of equal placements on all ranks of a mesh at once.
+
+    Of very many tensors, ask for a thousand at a time: the numbers of all of them on all ranks may be gigabytes.
+
+    :param shapes: of the global tensors, all of as many dims.
+
+    :returns: starts and sizes, each an array for each dim, of shape (*mesh_shape, len(shapes)), but 1 in place of the
+        size of a mesh dim on whose coordinate the numbers do not depend: as they broadcast, so few are computed.
+
+    :raises NotSupportedError: a part is no box.
+    """
+    ranks = len(mesh_shape)
+    columns = np.asarray(shapes, dtype=np.int64).reshape(len(shapes), -1).T
+    # What a part's being a box depends on is the size of the dim that is cut twice.
+    twice = [p.dim for p in placements if isinstance(p, _StridedShard)]
+    for shape in {tuple(shape[dim] for dim in twice): shape for shape in shapes}.values():
+        _check_box(shape, mesh_shape, placements)
+
+    starts: list[Ints] = []
+    sizes: list[Ints] = []
+    for dim, column in enumerate(columns):
+        whole = column.reshape((1,) * ranks + (-1,))
+        start, size = np.zeros_like(whole), whole
+        # Mesh dims are applied from left to right, but a strided one cuts what the one behind it will have cut.
+        strided: list[int] = []
+        plain: list[int] = []
+        for axis, placement in enumerate(placements):
+            if _shard_dim(placement) == dim:
+                (strided if isinstance(placement, _StridedShard) else plain).append(axis)
+
+        for axis in plain + strided:
+            count = mesh_shape[axis]
+            coordinate = np.arange(count, dtype=np.int64).reshape(
+                (*(count if a == axis else 1 for a in range(ranks)), 1)
+            )
+            chunk = -(-size // count)
+            first = np.minimum(coordinate * chunk, size)
+            start, size = start + first, np.minimum(chunk, size - first)
+
+        if (plain or strided) and not size.all():
+            start = np.where(size == 0, whole, start)  # torch has parts without elements begin at the end
+        starts.append(start)
+        sizes.append(size)
+
+    return starts, sizes
+
+
+def _shard_dim(placement: Placement) -> int | None:
+    # `_StridedShard` is a kind of `Shard` in some versions of torch, and none in others.
+    return placement.dim if isinstance(placement, Shard | _StridedShard) else None
+
+
+def _check_box(shape: Sequence[int], mesh_shape: Sequence[int], placements: Sequence[Placement]) -> None:
+    """Parts are boxes where each mesh dim cuts what those before it left. A strided one is for FSDP over tensor
+    parallelism: it cuts what the one dim behind it, on which the tensor was cut first, left.
+    """
+    for axis, placement in enumerate(placements):
+        if isinstance(placement, Replicate):
+            continue
+
+        dim = _shard_dim(placement)
+        good = dim is not None and not isinstance(placement, Partial)
+        if good and isinstance(placement, _StridedShard) and placement.split_factor > 1:
+            others = [a for a in range(len(placements)) if a != axis and _shard_dim(placements[a]) == dim]
+            good = (
+                len(others) == 1
+                and others[0] > axis
+                and not isinstance(placements[others[0]], _StridedShard)
+                and mesh_shape[others[0]] == placement.split_factor
+                and _interleaves(shape[dim or 0], mesh_shape[others[0]], mesh_shape[axis])
+            )
+        if not good:
+            raise NotSupportedError(
+                f"A tensor of shape {list(shape)} is placed as {tuple(placements)} on a mesh of shape "
+                f"{tuple(mesh_shape)}: a rank's part is no contiguous box, which is all that lading reads."
+            )
+
+
+def _interleaves(size: int, first: int, second: int) -> bool:
+    """Whether both ways to read the placements agree: FSDP cuts ``size`` elements into ``first`` pieces, each of them
+    into ``second``; torch takes one of the smaller pieces out of each larger one, joins them, and cuts into ``first``.
+    They differ for some sizes that do not divide.
+    """
+    if size % first == 0:
+        return True
+
+    parts = _chunk(_chunk(np.array(size), first), second)  # (second, first)
+
+    return bool((parts == _chunk(parts.sum(1), first).T).all())
+
+
+def _chunk(sizes: Ints, count: int) -> Ints:
+    """The sizes of ``count`` chunks of each of ``sizes``: (…) → (count, …)."""
+    chunk = -(-sizes // count)
+    first = np.arange(count).reshape(-1, *(1,) * sizes.ndim) * chunk
+
+    return np.clip(sizes - first, 0, chunk)

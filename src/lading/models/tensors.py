@@ -1,0 +1,219 @@
+"""Whole tensors of a checkpoint that is on this machine, without a model."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lading.checkpoints.checkpoint import Checkpoint
+from lading.checkpoints.sidecar import substituted
+from lading.errors import ModelCheckpointMismatchError, NotSupportedError
+from lading.formats.digests import SIZE, Digests, starts_of
+from lading.formats.manifest import Manifest
+from lading.gangs import Gangs
+from lading.models.construct import build_on_meta, split
+from lading.models.family import Family
+from lading.models.targets import targets_of
+from lading.planning.box import Box
+from lading.planning.composition import Source, shape_of, tensors_of
+from lading.planning.plan import Wanted, plan
+from lading.planning.rules import Rule, makes_parts, rename, route
+from lading.transfer.dtypes import TORCH_DTYPES
+from lading.transfer.execute import execute
+from lading.transfer.hashing import Hasher
+
+
+def read_tensors(
+    checkpoint: Checkpoint,
+    sources: Sequence[Source],
+    dtypes: Sequence[str],
+    mmap: bool = False,
+    *,
+    boxes: Sequence[Box] | None = None,
+    witness: Witness | None = None,
+) -> list[Tensor]:
+    """Tensors of a checkpoint, or what they make together, on the CPU.
+
+    :param sources: of tensors, their positions in the manifest.
+    :param dtypes: of each in memory.
+    :param boxes: the part of each; default: all.
+    :param witness: takes digests of those that are tensors as they are in the files.
+
+    :raises NotSupportedError: one is of a dtype that torch does not have.
+    """
+    if witness is not None:
+        return _witnessed(checkpoint, sources, dtypes, witness)
+    for source in sources:
+        for i in tensors_of(source):
+            if (stored := checkpoint.manifest.dtypes[i]) not in TORCH_DTYPES:
+                raise NotSupportedError(
+                    f"{checkpoint.manifest.names[i]!r} is stored as {stored}, of which torch has no tensors, so it is "
+                    f"not read. Use the checkpoint at {checkpoint.where} in its original precision."
+                )
+    if boxes is None:
+        boxes = [Box.whole(shape_of(source, checkpoint.manifest.shapes)) for source in sources]
+    planned = plan(checkpoint.manifest, _wanted(sources, boxes, dtypes), mapped=mmap)
+    shapes = [(box.sizes, dtype) for box, dtype in zip(boxes, dtypes, strict=True)]
+
+    return execute(planned, checkpoint.here(), shapes)
+
+
+class Witness:
+    """The digests of a checkpoint's tensors, of which some are read at a time.
+
+    :param dims: for each tensor the dim along which it is cut into blocks.
+    """
+
+    def __init__(self, manifest: Manifest, dims: Sequence[int]) -> None:
+        self._manifest = manifest
+        self.dims = array("b", dims)
+        self._starts = starts_of(manifest, dims)
+        self._blocks = bytearray(self._starts[-1] * SIZE)
+        self._known = bytearray(len(manifest))
+
+    def take(self, positions: Sequence[int], found: Digests) -> None:
+        """Take note of the digests of tensors.
+
+        :param positions: of the tensors in the manifest.
+        :param found: of them alone, in this order.
+        """
+        for n, i in enumerate(positions):
+            at, end = found.starts[n] * SIZE, found.starts[n + 1] * SIZE
+            self._blocks[self._starts[i] * SIZE : self._starts[i + 1] * SIZE] = found.blocks[at:end]
+            self._known[i] = found.known[n]
+
+    def digests(self) -> Digests:
+        """Of all that was read."""
+        return Digests(dims=self.dims, starts=self._starts, blocks=bytes(self._blocks), known=bytes(self._known))
+
+
+def _witnessed(
+    checkpoint: Checkpoint, sources: Sequence[Source], dtypes: Sequence[str], witness: Witness
+) -> list[Tensor]:
+    # What is made of several tensors has no bytes as they are in the files, so others have to look at those.
+    composed = [i for i, source in enumerate(sources) if not isinstance(source, int)]
+    made = read_tensors(checkpoint, [sources[i] for i in composed], [dtypes[i] for i in composed]) if composed else []
+    tensors = dict(zip(composed, made, strict=True))
+
+    # A manifest of these alone: to look at all 100,000 tensors for each few would take longer than to read them.
+    plain = {i: source for i, source in enumerate(sources) if isinstance(source, int)}
+    if not plain:
+        return made
+    positions = sorted(set(plain.values()))
+    at = {position: n for n, position in enumerate(positions)}
+    part = checkpoint.manifest.take(positions)
+    boxes = [Box.whole(part.shapes[at[position]]) for position in plain.values()]
+    wanted = Wanted(
+        tensors=[at[position] for position in plain.values()], boxes=boxes, dtypes=[dtypes[i] for i in plain]
+    )
+    planned = plan(part, wanted)
+    hasher = Hasher(part, [witness.dims[position] for position in positions], planned, wanted)
+    shapes = [(box.sizes, dtype) for box, dtype in zip(boxes, wanted.dtypes, strict=True)]
+    read = execute(planned, checkpoint.here(), shapes, hasher=hasher)
+    witness.take(positions, hasher.digests())
+    tensors |= dict(zip(plain, read, strict=True))
+
+    return [tensors[i] for i in range(len(sources))]
+
+
+def iter_tensors(
+    checkpoint: Checkpoint, family: Family[Any, Any], config: Any, *, gangs: Gangs, mmap: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Pairs (parameter name, tensor) of a checkpoint, in the order of its files, one tensor in memory at a time.
+
+    Of a parameter that is split over ``gangs`` it is the part that this rank owns. What belongs to other stages of a
+    pipeline is left out; a table that stages share has the name that the checkpoint gives it.
+
+    :raises ModelCheckpointMismatchError: parts that make a parameter together are missing, or claim the same place; or
+        a tensor that would be cut is not of the shape of its parameter.
+    :raises NotSupportedError: a tensor is of a dtype that torch does not have.
+    """
+    manifest = checkpoint.manifest
+    rules = family.rules_for(config, manifest.names)
+    owned = _owned(family, config, gangs)
+    if makes_parts(manifest.names, rules):
+        sources = _made(checkpoint, family, config, rules)
+    else:
+        sources = [(name, i) for i, name in enumerate(rename(manifest.names, rules)) if name is not None]
+
+    sources = [(name, source) for name, source in sources if owned.get(name, ()) is not None]
+    shapes = [shape_of(source, manifest.shapes) for _, source in sources]
+    parts = [owned.get(name) or (shape, Box.whole(shape)) for (name, _), shape in zip(sources, shapes, strict=True)]
+    wanted = _wanted(
+        [source for _, source in sources],
+        [box if shape == expected else Box.whole(shape) for (expected, box), shape in zip(parts, shapes, strict=True)],
+        [manifest.dtypes[next(tensors_of(source))] for _, source in sources],
+    )
+    if checkpoint.sidecar is not None:
+        _, wanted = substituted(manifest, wanted, checkpoint.sidecar)
+        checkpoint = checkpoint.with_joined(checkpoint.sidecar)
+
+    for i, ((name, _), shape, (expected, _)) in enumerate(zip(sources, shapes, parts, strict=True)):
+        if shape != expected:
+            problem = f"mis-shaped: {name} is expected to be {expected}, but is {shape}"
+            raise ModelCheckpointMismatchError(
+                checkpoint.where, f"The checkpoint at {checkpoint.where} does not fit: {problem}.", [problem]
+            )
+
+        source = wanted.composed.get(i, wanted.tensors[i])
+        (tensor,) = read_tensors(checkpoint, [source], [wanted.dtypes[i]], mmap, boxes=[wanted.boxes[i]])
+        yield name, tensor
+
+
+def _wanted(sources: Sequence[Source], boxes: Sequence[Box], dtypes: Sequence[str]) -> Wanted:
+    return Wanted(
+        tensors=[next(tensors_of(source)) for source in sources],
+        boxes=boxes,
+        dtypes=dtypes,
+        composed={i: source for i, source in enumerate(sources) if not isinstance(source, int)},
+    )
+
+
+def _owned(family: Family[Any, Any], config: Any, gangs: Gangs) -> Mapping[str, tuple[tuple[int, ...], Box] | None]:
+    """The shape of each parameter, under each of its names, and the part that this rank owns; of a rank alone, none.
+
+    ``None`` stands for what other stages of a pipeline hold.
+    """
+    if gangs.root.size == 1:
+        return {}
+
+    module = build_on_meta(family, config)
+    targets = split(module, family, config, gangs, dtype=None)
+    held = {targets.aliases.get(name, name) for name in module.state_dict()}
+    owned = {
+        name: (shape, box) if name in held else None
+        for name, shape, box in zip(targets.names, targets.shapes, targets.boxes, strict=True)
+    }
+
+    return owned | {alias: owned[first] for alias, first in targets.aliases.items()}
+
+
+def _made(
+    checkpoint: Checkpoint, family: Family[Any, Any], config: Any, rules: Sequence[Rule]
+) -> list[tuple[str, Source]]:
+    """What the tensors make, those that no parameter needs too."""
+    manifest = checkpoint.manifest
+    targets = targets_of(build_on_meta(family, config), dtype=None)
+    shapes = dict(zip(targets.names, targets.shapes, strict=True))
+    names = list(dict.fromkeys(name for name in rename(manifest.names, rules) if name is not None))
+    # A further name of a tied parameter has its shape.
+    target_shapes = [shapes.get(targets.aliases.get(name, name), ()) for name in names]
+
+    made = route(manifest.names, names, rules, shapes=manifest.shapes, target_shapes=target_shapes)
+    problems = [f"claimed by {len(by)} tensors: {name} by {', '.join(by)}" for name, by in made.clashes]
+    problems += [f"incomplete: {name}: {why}" for name, why in made.incomplete]
+    if problems:
+        raise ModelCheckpointMismatchError(
+            checkpoint.where,
+            f"The checkpoint at {checkpoint.where} does not make the parameters of {checkpoint.name}: "
+            + "; ".join(problems[:20]),
+            problems,
+        )
+
+    return sorted(
+        ((names[target], made.composed.get(i, made.tensors[i])) for i, target in enumerate(made.targets)),
+        key=lambda pair: next(tensors_of(pair[1])),
+    )

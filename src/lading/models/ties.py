@@ -1,0 +1,77 @@
+"""Tied parameters that a checkpoint holds more than once: equal copies are one parameter, different ones an error, or
+parameters of their own where the family says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lading.checkpoints.checkpoint import Checkpoint
+from lading.errors import ModelCheckpointMismatchError
+from lading.formats.manifest import BITS
+from lading.models.targets import Targets
+from lading.models.tensors import read_tensors
+from lading.planning.box import Box
+from lading.planning.rules import Route
+
+_CHUNK = 64 << 20
+"""Bytes of each copy that are compared at a time."""
+
+
+def different_copies(checkpoint: Checkpoint, targets: Targets, routed: Route) -> tuple[str, ...]:
+    """Return the further names of tied parameters for which the checkpoint holds other numbers than for the first.
+
+    Numbers are compared in the dtype that memory is to hold.
+
+    :param checkpoint: whose files are here.
+    """
+    position = {target: i for i, target in enumerate(routed.targets)}
+    found = []
+    for (target, copy), name in zip(routed.duplicates, routed.further_names, strict=True):
+        i = position[target]
+        own = routed.composed.get(i, routed.tensors[i])
+        dtype = targets.dtypes[target] or checkpoint.manifest.dtypes[routed.tensors[i]]
+        for box in _chunks(targets.shapes[target], BITS[dtype] // 8):
+            a, b = read_tensors(checkpoint, [own, copy], [dtype, dtype], boxes=[box, box])
+            if not are_same(a, b):
+                found.append(name)
+                break
+
+    return tuple(found)
+
+
+def are_same(a: Tensor, b: Tensor) -> bool:
+    """Return whether tensors of one dtype hold the same numbers."""
+    # By their bytes, NaNs are the same, too.
+    return torch.equal(a, b) or torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def tied_but_different(checkpoint: Checkpoint, config: Any, copy: str, name: str) -> ModelCheckpointMismatchError:
+    """Return the error of a copy that differs from the parameter that it is tied to."""
+    untied = hasattr(config, "tied_embeddings")
+
+    return ModelCheckpointMismatchError(
+        checkpoint.where,
+        f"The configuration of {checkpoint.name} ties {copy!r} to {name!r}, but the checkpoint at {checkpoint.where} "
+        "holds different values for them. Load it with "
+        + ("`tied_embeddings: false`." if untied else "a configuration that does not tie them."),
+        [f"tied, but different: {copy} and {name}"],
+    )
+
+
+def _chunks(shape: tuple[int, ...], size: int) -> Iterator[Box]:
+    """Yield boxes that make a tensor of ``shape``, a few rows each.
+
+    :param size: bytes of an element.
+    """
+    if not shape or 0 in shape:
+        yield Box.whole(shape)
+        return
+    rows = max(1, _CHUNK // (math.prod(shape[1:]) * size))
+    for start in range(0, shape[0], rows):
+        yield Box((start, *[0] * (len(shape) - 1)), (min(rows, shape[0] - start), *shape[1:]))

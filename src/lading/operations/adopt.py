@@ -1,0 +1,427 @@
+"""Checkpoints that are on this machine already, taken into the catalog where they lie: nothing is copied."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from json import dumps
+from pathlib import Path
+from typing import Literal
+
+from lading.cards.card import path_uri
+from lading.catalog.checkpoints.holdings import checkpoints_like, link_cards
+from lading.catalog.checkpoints.record import record_checkpoint, record_files
+from lading.catalog.provenance import now
+from lading.catalog.records import Check, CopyKind, LocalCopy
+from lading.catalog.store import AssetStore, StoredCheckpoint, get_asset_store
+from lading.checkpoints.checkpoint import OnDisk, intact_copies
+from lading.checkpoints.locate import require_writable
+from lading.errors import (
+    CatalogError,
+    CheckpointNotFoundError,
+    CorruptModelCheckpointError,
+    LadingError,
+    NotSupportedError,
+)
+from lading.formats import NonContiguousError
+from lading.formats.hf_folder import read_hf_config, refuse_quantised_config
+from lading.formats.manifest import Manifest
+from lading.operations.disk_usage import names_of
+from lading.operations.find_checkpoints import Place, find_places, hub_places, require_inside
+from lading.operations.hub_checkpoints import HubCheckpoint, commit_of, hub_checkpoints, no_snapshot
+from lading.sources.hub.address import is_sha256
+from lading.sources.hub.cache import blob_tag, hub_cache
+from lading.sources.sha256 import sha256_file
+from lading.system.filesystem import FileStat, expand_home
+from lading.system.progress import byte_bar
+
+log = logging.getLogger("lading")
+
+Status = Literal["adopted", "known", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adoption:
+    """What became of a checkpoint that was found."""
+
+    path: Path
+    status: Status
+    """``adopted`` now, ``known`` to the catalog before, or ``failed``."""
+    checkpoint: str | None = None
+    """The URI that the catalog knows it by; its own path's where it is that of no card."""
+    revision: str | None = None
+    cards: tuple[str, ...] = ()
+    """The models that are loaded from it."""
+    bytes: int = 0
+    """Of its files."""
+    verified: bool = False
+    """Whether its bytes were found to be those of ``cards``, here and now; if not, the first load does it."""
+    overlays: tuple[str, ...] = ()
+    """What would make cards that it may be of load it: YAML, one document each."""
+    problem: str | None = None
+    error: LadingError | OSError | None = None
+    """Why it failed."""
+
+
+def adopt_checkpoints(
+    *paths: str | Path,
+    dry_run: bool = False,
+    restrict: bool = True,
+    progress: bool = True,
+    store: AssetStore | None = None,
+) -> tuple[Adoption, ...]:
+    """Take checkpoints that are on this machine into the catalog, where they lie; lading never deletes their files.
+
+    What is in a Hugging Face cache belongs to the cards that name its repository; it is verified when it is first
+    loaded. What is in any other folder belongs to a card if its bytes have the digests that the catalog knows of the
+    card's checkpoint; else it is known by its path alone. What ``torch.save`` wrote counts where there is no
+    safetensors, and its tensors are ranges of bytes.
+
+    :param paths: folders, searched at any depth; default: the cache of Hugging Face's libraries.
+    :param dry_run: only say what would be done.
+    :param restrict: as :func:`lading.formats.index` takes it.
+    :param progress: whether to show a bar on stderr while files are hashed, if that is a terminal.
+
+    :returns: one for each checkpoint that was found, also for those that cannot be used.
+
+    :raises CheckpointNotFoundError: a path is not there (also a ``FileNotFoundError``).
+    :raises NotSupportedError: a path is no folder.
+    :raises CatalogError: the catalog cannot be read or written.
+    """
+    store = store or get_asset_store()
+    roots = [_root(path) for path in paths]
+    if not dry_run:
+        require_writable(store)
+
+    places = (place for root in roots for place in _places(root, store)) if paths else hub_places(hub_cache())
+    adopter = _Adopter(store, dry_run=dry_run, restrict=restrict, progress=progress)
+    found: dict[tuple[Path, str | None], Adoption] = {}
+    for place in places:
+        for adoption in adopter.adopt(place):
+            found.setdefault((adoption.path, adoption.checkpoint), adoption)  # folders may be given twice
+
+    return tuple(found.values())
+
+
+def _root(path: str | Path) -> Path:
+    root = expand_home(path).absolute()
+    if not root.exists():
+        raise CheckpointNotFoundError(root, f"No folder is at {root}.")
+    if not root.is_dir():
+        raise NotSupportedError(
+            f"{root} is expected to be a folder to search, but is a file. Give the folder it is in."
+        )
+
+    return root
+
+
+def _places(root: Path, store: AssetStore) -> Iterator[Place]:
+    """Yield the places below a folder, however the user spells it.
+
+    Each has the one path that no link leads to, unless a card names it by the user's own spelling.
+    """
+    real = root.resolve()
+    for place in find_places(real):
+        if root != real and place.repo is None:
+            spelled = root / place.path.relative_to(real)
+            if names_of(store, [path_uri(spelled)]):
+                yield replace(place, path=spelled, root=root)
+                continue
+        yield place
+
+
+class _Adopter:
+    """Takes one place after another; what the catalog says of cards is asked once."""
+
+    def __init__(self, store: AssetStore, *, dry_run: bool, restrict: bool, progress: bool) -> None:
+        self._store = store
+        self._dry_run = dry_run
+        self._restrict = restrict
+        self._progress = progress
+        self._by_repo = hub_checkpoints(store)
+
+    def adopt(self, place: Place) -> Iterator[Adoption]:
+        """Everything in a place."""
+        if place.problem is not None:
+            yield _failed(place.path, place.problem)
+        elif place.repo is not None:
+            yield from self._repository(place, place.repo)
+        else:
+            yield from self._attempt(place.path, lambda: self._folder(place))
+
+    def _attempt(self, path: Path, take: Callable[[], list[Adoption]]) -> list[Adoption]:
+        try:
+            return take()
+        except CatalogError:
+            raise
+        except (LadingError, OSError) as error:
+            return [_failed(path, error)]
+
+    # --- repositories of a Hugging Face cache ---
+
+    def _repository(self, place: Place, repo: str) -> Iterator[Adoption]:
+        wanted = self._by_repo.get(repo.casefold(), ())
+        found = False
+        for checkpoint in wanted:
+            stored = self._store.checkpoint(checkpoint.uri)
+            commit = commit_of(place, checkpoint.revision, stored)
+            if commit is not None:
+                found = True
+                yield from self._snapshot(place, checkpoint, commit, stored)
+        if found:
+            return
+
+        # It is of no card, or of one that asks for another revision.
+        commit = commit_of(place, None, None)
+        if commit is None:
+            yield _failed(place.path, no_snapshot(place))
+            return
+        pinned = f"@{commit}" if wanted else ""
+        checkpoint = HubCheckpoint(uri=f"hg://{repo}{pinned}")
+        yield from self._snapshot(place, checkpoint, commit, self._store.checkpoint(checkpoint.uri))
+
+    def _snapshot(
+        self, place: Place, checkpoint: HubCheckpoint, commit: str, stored: StoredCheckpoint | None
+    ) -> list[Adoption]:
+        path = place.path / "snapshots" / commit / (checkpoint.inner or "")
+
+        return self._attempt(path, lambda: [self._take_snapshot(place, path, checkpoint, commit, stored)])
+
+    def _take_snapshot(
+        self, place: Place, path: Path, checkpoint: HubCheckpoint, commit: str, stored: StoredCheckpoint | None
+    ) -> Adoption:
+        known = _known(path, stored, checkpoint.cards)
+        if known is not None:
+            return known
+        if stored is not None and stored.revision != commit:
+            raise CheckpointNotFoundError(
+                path,
+                f"The catalog knows {checkpoint.uri} at the commit {stored.revision}, which is not in the cache; there "
+                f"is {commit}. `lading index {(*checkpoint.cards, checkpoint.uri)[0]}` takes what is published now, or "
+                "with LADING_OFFLINE=1 what is in the cache, for the right one.",
+            )
+
+        manifest, copies = _read(path, place, restrict=self._restrict)
+        folder = _folder_of(path)
+        shards = tuple(replace(shard, sha256=_sha256_of_blob(folder / shard.name)) for shard in manifest.shards)
+        manifest = replace(manifest, shards=shards)
+        if stored is not None and not (
+            stored.manifest.has_files_of(manifest) and stored.manifest.tensors_equal(manifest)
+        ):
+            raise CorruptModelCheckpointError(
+                path, f"{path} has other files or tensors than {checkpoint.uri} had at this commit when it was indexed."
+            )
+        if not self._dry_run:
+            if stored is None:
+                self._record(checkpoint.uri, manifest, copies, revision=commit)
+            else:
+                record_files(self._store.database, uri=checkpoint.uri, copies=copies)
+            link_cards(self._store.database, checkpoint.cards, uri=checkpoint.uri)
+
+        return _adopted(path, checkpoint.uri, copies, cards=checkpoint.cards, revision=commit)
+
+    # --- other folders ---
+
+    def _folder(self, place: Place) -> list[Adoption]:
+        path, uri = place.path, _uri_of(place.path)
+        manifest, copies = _read(path, place, restrict=self._restrict)
+
+        stored = self._store.checkpoint(uri)
+        digests = _digests_as_known(stored, manifest)
+        found, wanted = [], self._wanted(manifest, path)
+        for other, cards in wanted:
+            known = _known(path, other, cards)
+            if known is not None:
+                found.append(known)
+                continue
+            if digests is None:
+                digests = _hash(path, manifest, progress=self._progress)
+            if [shard.sha256 for shard in other.manifest.shards] == [sha256 for sha256, _ in digests]:
+                found.append(self._take_match(path, other, manifest, digests, cards))
+        if found:
+            return found
+
+        cards = tuple(names_of(self._store, [uri]).get(uri, ()))
+        known = _known(path, stored, cards)
+        if known is None:
+            if digests is not None:
+                shards = zip(manifest.shards, digests, strict=True)
+                manifest = replace(manifest, shards=tuple(replace(s, sha256=sha256) for s, (sha256, _) in shards))
+                seen = {stat for _, stat in digests}
+                copies = [replace(copy, verified_at=now()) if copy.stat in seen else copy for copy in copies]
+            if not self._dry_run:
+                kind: CopyKind = "source" if cards else "adopted"
+                self._record(uri, manifest, [replace(copy, kind=kind) for copy in copies], revision="")
+                link_cards(self._store.database, cards, uri=uri)
+            known = _adopted(path, uri, copies, cards=cards)
+
+        return [known if cards else replace(known, overlays=self._overlays(path))]
+
+    def _wanted(self, manifest: Manifest, path: Path) -> list[tuple[StoredCheckpoint, tuple[str, ...]]]:
+        """The checkpoints of cards that a folder may hold, unless they are on this machine elsewhere."""
+        uris = [uri for uri, _ in checkpoints_like(self._store.database, manifest) if uri != _uri_of(path)]
+        names = names_of(self._store, uris) if uris else {}
+        here = {_folder_of(path) / shard.name for shard in manifest.shards}
+
+        wanted = []
+        for uri in uris:
+            stored = self._store.checkpoint(uri)
+            if stored is None or uri not in names:
+                continue
+            intact = intact_copies([shard.name for shard in stored.manifest.shards], stored.copies)
+            if intact is None or {copy.path for copy in intact} == here:
+                wanted.append((stored, tuple(names[uri])))
+
+        return wanted
+
+    def _take_match(
+        self,
+        path: Path,
+        stored: StoredCheckpoint,
+        manifest: Manifest,
+        digests: Sequence[tuple[str, FileStat]],
+        cards: tuple[str, ...],
+    ) -> Adoption:
+        # The files may have other names here than at the source, by which the catalog knows them.
+        copies, checks = [], []
+        for shard, here, (sha256, stat) in zip(stored.manifest.shards, manifest.shards, digests, strict=True):
+            file = _folder_of(path) / here.name
+            copies.append(LocalCopy(file=shard.name, path=file, stat=stat, kind="adopted"))
+            checks.append(
+                Check(file=shard.name, path=file, stat=stat, method="sha256", expected=shard.sha256, found=sha256)
+            )
+        if not self._dry_run:
+            record_files(self._store.database, uri=stored.uri, copies=copies, checks=checks)
+            link_cards(self._store.database, cards, uri=stored.uri)
+
+        adopted = _adopted(path, stored.uri, copies, cards=cards, revision=stored.revision)
+
+        return replace(adopted, verified=True)
+
+    def _overlays(self, path: Path) -> tuple[str, ...]:
+        """For cards whose repository has the name of the folder: a name is no proof, so the user decides."""
+        found = [
+            name
+            for repo, checkpoints in self._by_repo.items()
+            if repo.rpartition("/")[2] == path.name.casefold()
+            for checkpoint in checkpoints
+            for name in checkpoint.cards
+        ]
+
+        return tuple(f"name: {_yaml(f'{name}@user')}\ncheckpoint: {_yaml(str(path))}\n" for name in sorted(found))
+
+    def _record(self, uri: str, manifest: Manifest, copies: Sequence[LocalCopy], *, revision: str) -> None:
+        record_checkpoint(self._store.database, uri=uri, manifest=manifest, copies=copies, revision=revision)
+
+
+def _read(path: Path, place: Place, *, restrict: bool) -> tuple[Manifest, list[LocalCopy]]:
+    """What a checkpoint holds, and its files; nothing of it is read before all links are seen to stay inside."""
+    _uri_of(path)  # before any work, as it may be none that the catalog keeps
+    require_inside(path, place)
+    refuse_quantised_config(read_hf_config(path), path)
+    try:
+        found = OnDisk.read(path, restrict=restrict, rewrite=False)
+    except NonContiguousError:
+        raise NotSupportedError(
+            f"{path} has tensors that are no ranges of its bytes, so it cannot be used where it lies. A load by its "
+            "path, or by a card of your own that names it, makes a checkpoint of it in lading's cache."
+        ) from None
+
+    return found.manifest, [replace(copy, kind="adopted") for copy in found.copies()]
+
+
+def _uri_of(path: Path) -> str:
+    """:raises NotSupportedError: the path is no text that the catalog keeps."""
+    uri = path_uri(path)
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        raise NotSupportedError(f"{str(path)!r} is no Unicode text, which the catalog keeps. Rename it.") from None
+
+    return uri
+
+
+def _folder_of(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _sha256_of_blob(path: Path) -> str | None:
+    tag = blob_tag(path)
+
+    return tag if tag is not None and is_sha256(tag) else None
+
+
+def _digests_as_known(stored: StoredCheckpoint | None, manifest: Manifest) -> list[tuple[str, FileStat]] | None:
+    """The SHA-256 of the files that the catalog knows by their own path, if they look as they did when it was taken."""
+    if stored is None or not stored.manifest.has_files_of(manifest):
+        return None
+    shards = stored.manifest.shards
+    copies = intact_copies([shard.name for shard in shards], stored.copies)
+    if copies is None:
+        return None
+    pairs = zip(shards, copies, strict=True)
+    known = [(shard.sha256, copy.stat) for shard, copy in pairs if shard.sha256 and copy.verified_at is not None]
+
+    return [(str(sha256), stat) for sha256, stat in known] if len(known) == len(shards) else None
+
+
+def _hash(path: Path, manifest: Manifest, *, progress: bool) -> list[tuple[str, FileStat]]:
+    total = sum(shard.size for shard in manifest.shards)
+    with (
+        byte_bar(total, "hash", shown=progress) as bar,
+        ThreadPoolExecutor(4, thread_name_prefix="lading-verify") as pool,
+    ):
+
+        def advance(size: int) -> None:
+            bar.update(size)
+
+        folder = _folder_of(path)
+
+        return list(pool.map(lambda shard: sha256_file(folder / shard.name, progress=advance), manifest.shards))
+
+
+def _known(path: Path, stored: StoredCheckpoint | None, cards: tuple[str, ...]) -> Adoption | None:
+    """What is said of a checkpoint whose files the catalog knows, here or elsewhere on this machine."""
+    if stored is None:
+        return None
+    copies = intact_copies([shard.name for shard in stored.manifest.shards], stored.copies)
+    if copies is None:
+        return None
+
+    return Adoption(
+        path=path,
+        status="known",
+        checkpoint=stored.uri,
+        revision=stored.revision or None,
+        cards=cards,
+        bytes=sum(copy.stat.size for copy in copies),
+        verified=all(copy.verified_at is not None for copy in copies),
+    )
+
+
+def _adopted(
+    path: Path, uri: str, copies: Sequence[LocalCopy], *, cards: tuple[str, ...], revision: str = ""
+) -> Adoption:
+    return Adoption(
+        path=path,
+        status="adopted",
+        checkpoint=uri,
+        revision=revision or None,
+        cards=cards,
+        bytes=sum(copy.stat.size for copy in copies),
+    )
+
+
+def _failed(path: Path, error: LadingError | OSError) -> Adoption:
+    message = error.message if isinstance(error, LadingError) else f"{os.strerror(error.errno or 0)}: {error.filename}"
+
+    return Adoption(path=path, status="failed", problem=message.partition("\n")[0], error=error)
+
+
+def _yaml(text: str) -> str:
+    """``text`` as YAML reads it back; in quotes unless it is plainly a name or a path."""
+    return text if re.fullmatch(r"[A-Za-z/][\w./+@-]*", text, re.ASCII) else dumps(text, ensure_ascii=False)

@@ -1,0 +1,328 @@
+"""What is on this machine, whose it is, and for which cards."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from lading import formats
+from lading.cards.card import (
+    AssetCard,
+    AssetCardField,
+    CheckpointRef,
+    checkpoint_ref,
+    path_uri,
+    shown_uri,
+    split_gated,
+    uri_path,
+)
+from lading.catalog.checkpoints.holdings import held_checkpoints, known_uris
+from lading.catalog.records import HeldCheckpoint
+from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoints.sidecar import base_uri
+from lading.errors import AssetCardError
+from lading.sources.cache import Cache, Entry, entry_key
+from lading.system.filesystem import FileStat
+from lading.system.settings import Settings
+
+log = logging.getLogger("lading")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """Files of one model, or of nobody, on this machine."""
+
+    name: str
+    """Of the model; where no card names the checkpoint its URI, or the path of a file of no checkpoint."""
+    bytes: int
+    """Of the files that are there."""
+    kind: str
+    """Whose files they are, see :data:`lading.catalog.records.CopyKind`; several kinds are separated by commas."""
+    files: int
+    complete: bool
+    """Whether all files are there, as they were when they were recorded."""
+    verified: bool
+    """Whether all of them were seen with the right digest, in just this state."""
+    path: str
+    """Of the file, or of the folder that holds all of them."""
+    checkpoint: str | None
+    revision: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskUsage:
+    """What :func:`disk_usage` found."""
+
+    holdings: tuple[Holding, ...]
+    """By name. Models of one checkpoint, or of one file in different checkpoints, each count it."""
+    orphans: tuple[Holding, ...]
+    """Files that this catalog brought into lading's cache and no card names in any environment."""
+    bytes: int
+    """Of ``holdings``, each file once."""
+    orphan_bytes: int
+
+
+def disk_usage(pattern: str | None = None, *, store: AssetStore | None = None) -> DiskUsage:
+    """The files of models on this machine, as far as the catalog knows them, and what lading's cache holds besides.
+
+    :param pattern: a shell-style pattern of names; orphans have none, and are always counted.
+
+    :raises CatalogError: the catalog cannot be read.
+    """
+    store = store or get_asset_store()
+    held = held_checkpoints(store.database)
+    names = names_of(store, {checkpoint.uri for checkpoint in held})
+
+    found: list[Holding] = []
+    seen: dict[tuple[int, int], int] = {}
+    for checkpoint in held:
+        for name in names.get(checkpoint.uri) or [shown_uri(checkpoint.uri)]:
+            if pattern is None or fnmatchcase(name, pattern):
+                holding = _holding(name, checkpoint, seen)
+                found += [] if holding is None else [holding]
+
+    orphaned: dict[tuple[int, int], int] = {}
+    orphans = _orphan_holdings(find_orphans(store, held), orphaned)
+
+    return DiskUsage(
+        holdings=tuple(sorted(found, key=lambda holding: (holding.name, holding.checkpoint or ""))),
+        orphans=tuple(orphans),
+        bytes=sum(seen.values()),
+        orphan_bytes=sum(orphaned.values()),
+    )
+
+
+def _holding(name: str, checkpoint: HeldCheckpoint, seen: dict[tuple[int, int], int]) -> Holding | None:
+    there = [(copy, stat) for copy in checkpoint.copies if (stat := _stat(copy.path)) is not None]
+    if not there:
+        return None
+    seen.update({(stat.st_dev, stat.st_ino): stat.st_size for _, stat in there})
+
+    intact = {copy.file: copy for copy, stat in there if FileStat.from_stat(stat) == copy.stat}
+    shards = [intact.get(shard.name) for shard in checkpoint.shards]
+
+    return Holding(
+        name=name,
+        bytes=sum({(stat.st_dev, stat.st_ino): stat.st_size for _, stat in there}.values()),
+        kind=",".join(sorted({copy.kind for copy, _ in there})),
+        files=len(there),
+        complete=bool(shards) and all(copy is not None for copy in shards),
+        verified=bool(shards) and all(copy is not None and copy.verified_at is not None for copy in shards),
+        path=_common_path([copy.path for copy, _ in there]),
+        checkpoint=shown_uri(checkpoint.uri),
+        revision=checkpoint.revision or None,
+    )
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:
+        return None
+
+
+def _common_path(paths: Sequence[Path]) -> str:
+    return str(paths[0]) if len(paths) == 1 else os.path.commonpath(paths)
+
+
+# --- cards -----------------------------------------------------------------------------------------------------------
+
+
+def catalog_uri(ref: CheckpointRef) -> str:
+    """Return the URI by which the catalog knows the checkpoint of a card."""
+    path = uri_path(ref.uri)
+    if path is None:
+        return ref.key
+    path = path if ref.path is None else path / ref.path
+
+    return path_uri(formats.rewritten(path, cache=Settings.from_environment().cache_dir) or path)
+
+
+def cards_with(store: AssetStore, wanted: Callable[[str], bool]) -> list[tuple[AssetCard, CheckpointRef]]:
+    """The cards, with their overlays, whose checkpoint is of a URI that is wanted. A bad card is logged and left out.
+
+    :param wanted: is asked for ``checkpoint`` alone; what a card says of a ``checkpoint_path`` inside comes behind.
+    """
+    found = []
+    for model in store.models(include_all=True):
+        if not model.checkpoint or not wanted(model.checkpoint):
+            continue
+        try:
+            card = store.maybe_retrieve_card(model.name)
+            if card is not None:
+                found.append((card, checkpoint_ref(card)))
+        except AssetCardError as error:
+            log.warning("A card of the catalog cannot be used: %s", error)
+
+    return found
+
+
+def names_of(store: AssetStore, uris: Iterable[str]) -> dict[str, list[str]]:
+    """The names of the cards whose models are loaded from each of these checkpoints, or from what a sidecar is of."""
+    bases = {uri: base_uri(uri) or uri for uri in uris}
+    wanted = set(bases.values())
+    heads = {head for uri in wanted for head in _heads(uri)}
+    # What was rewritten is not known by the address of what it was made of.
+    any_rewritten = any(map(_is_rewritten, wanted))
+
+    def may_be(uri: str) -> bool:
+        return uri.rstrip("/") in heads or (any_rewritten and uri_path(uri) is not None)
+
+    names: dict[str, list[str]] = {}
+    for card, ref in cards_with(store, may_be):
+        uri = catalog_uri(ref)
+        if uri in wanted:
+            names.setdefault(uri, []).append(card.name)
+
+    return {uri: names[base] for uri, base in bases.items() if base in names}
+
+
+def _is_rewritten(uri: str) -> bool:
+    path = uri_path(uri)
+
+    return path is not None and formats.is_rewritten(path, Settings.from_environment().cache_dir)
+
+
+def _heads(uri: str) -> list[str]:
+    """A URI, and what it lies in, as a ``checkpoint`` may say with a ``checkpoint_path`` inside."""
+    heads = [uri.rstrip("/")]
+    while "/" in heads[-1].partition("://")[2]:
+        heads.append(heads[-1].rpartition("/")[0])
+
+    return heads
+
+
+# --- what no card names -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Orphans:
+    """Files that this catalog brought into lading's cache and none of its cards names in any environment."""
+
+    cache: Cache
+    entries: tuple[tuple[Entry, tuple[Path, ...]], ...]
+    """Entries fetched for cards that were removed, and the files of each that nothing else needs."""
+    strays: tuple[Path, ...]
+    """Files that no entry refers to, and what was made of files."""
+    needed: frozenset[str]
+    """The SHA-256 of files that are needed."""
+
+
+def own_cache() -> Cache:
+    """Return lading's cache, as the catalog of the environment uses it."""
+    settings = Settings.from_environment()
+
+    return Cache(settings.cache_dir, catalog=settings.catalog_id)
+
+
+def find_orphans(store: AssetStore, held: Sequence[HeldCheckpoint]) -> Orphans:
+    """Return what this catalog brought into lading's cache, and no card names.
+
+    Several catalogs may share the cache, and a new one may be in the place of one that is lost. So an entry counts only
+    if it is of this catalog, and of a checkpoint that this catalog knows.
+
+    :param held: all checkpoints of which files are on this machine.
+    """
+    cache = own_cache()
+    stated = _stated(store)
+    stated_keys = set(map(entry_key, stated))
+    named = set(names_of(store, [checkpoint.uri for checkpoint in held]))
+    named |= {
+        checkpoint.uri for checkpoint in held if stated.intersection(_heads(base_uri(checkpoint.uri) or checkpoint.uri))
+    }
+    known = {entry_key(head) for uri in known_uris(store.database) for head in _heads(uri)}
+
+    def digests(of: Iterable[HeldCheckpoint]) -> set[str]:
+        found = (cache.digest_of(copy.path) for checkpoint in of for copy in checkpoint.copies)
+        return {sha256 for sha256 in found if sha256 is not None}
+
+    unnamed = [checkpoint for checkpoint in held if checkpoint.uri not in named]
+    needed = digests(checkpoint for checkpoint in held if checkpoint.uri in named) | cache.files_of_others()
+    ours = digests(unnamed)  # what came along with a checkpoint may have been fetched from elsewhere
+
+    gone: list[Entry] = []
+    shared = cache.has_unknown_entries()
+    for entry in cache.entries():
+        files = _digests_of(entry)
+        mine = bool(cache.catalog) and entry.catalog == cache.catalog
+        if mine and entry.key not in stated_keys and (entry.key in known or files & ours):
+            gone.append(entry)
+        else:
+            needed |= files
+            shared |= not mine or entry.key not in stated_keys
+
+    in_entries = needed.union(*map(_digests_of, gone))
+    kept = {copy.path for checkpoint in held if checkpoint.uri in named for copy in checkpoint.copies}
+    own = {copy.path for checkpoint in unnamed for copy in checkpoint.copies}
+    strays = [path for path in cache.files() if cache.digest_of(path) not in in_entries]
+    strays += [path for path in (*cache.repacked_files(), *formats.rewritten_files(cache.folder)) if path not in kept]
+
+    return Orphans(
+        cache=cache,
+        entries=tuple(
+            (entry, tuple(path for sha256 in _digests_of(entry) - needed if (path := cache.find(sha256)) is not None))
+            for entry in sorted(gone, key=lambda entry: (entry.uri, entry.key))
+        ),
+        # A file of which nothing is known is this catalog's only where there is no other one.
+        strays=tuple(path for path in strays if path in own or not shared),
+        needed=frozenset(needed),
+    )
+
+
+def _digests_of(entry: Entry) -> set[str]:
+    return {file.sha256 for file in entry.files.values()}
+
+
+def _stated(store: AssetStore) -> set[str]:
+    """Return every address and path that a card or an overlay states, of whatever environment."""
+    found: set[str] = set()
+    for entry in store.entries()[0]:
+        inner = entry.metadata.get("checkpoint_path")
+        for name, value in entry.metadata.items():
+            if not isinstance(value, str):
+                continue
+            try:
+                uri, _ = split_gated(AssetCardField(name, _NO_CARD, value, entry.folder).as_uri())
+            except AssetCardError:
+                continue
+            path = uri_path(uri)
+            for each in () if path is None else (path, path / inner) if isinstance(inner, str) else (path,):
+                made = formats.rewritten(each, cache=Settings.from_environment().cache_dir)
+                found |= set() if made is None else {path_uri(made)}
+            found.add(uri.rstrip("/"))
+
+    return found
+
+
+_NO_CARD = AssetCard("", {})
+
+
+def _orphan_holdings(orphans: Orphans, seen: dict[tuple[int, int], int]) -> list[Holding]:
+    groups: list[tuple[str, tuple[Path, ...], str | None]] = [
+        (entry.uri, paths, entry.uri) for entry, paths in orphans.entries
+    ]
+    groups += [(str(path), (path,), None) for path in orphans.strays]
+
+    found = []
+    for name, paths, uri in groups:
+        there = [(path, stat) for path in paths if (stat := _stat(path)) is not None]
+        seen.update({(stat.st_dev, stat.st_ino): stat.st_size for _, stat in there})
+        found.append(
+            Holding(
+                name=name,
+                bytes=sum(stat.st_size for _, stat in there),
+                kind="cache",
+                files=len(there),
+                complete=len(there) == len(paths),
+                verified=False,
+                path=_common_path([path for path, _ in there]) if there else str(orphans.cache.folder),
+                checkpoint=uri,
+                revision=None,
+            )
+        )
+
+    return found

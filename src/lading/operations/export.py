@@ -1,0 +1,402 @@
+"""Models written as Hugging Face repositories, from a checkpoint of any format or from a model in memory.
+
+The names of parameters are those of Hugging Face checkpoints already, so what is written is what a load would read. A
+repository comes to be all at once, and never is more than one tensor, or a few small ones, in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from lading.cards.card import AssetCard
+from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoints.checkpoint import Checkpoint, path_checkpoint
+from lading.checkpoints.extra_files import companions, files_beside
+from lading.checkpoints.fetch import acquire
+from lading.checkpoints.locate import card_checkpoint
+from lading.checkpoints.published import CONFIG_NAME
+from lading.checkpoints.verification import Verify, block_dims, expect, require_mode, settle
+from lading.errors import NotSupportedError
+from lading.formats.hf_folder import family_of_folder
+from lading.formats.safetensors_writer import Entry, Writer, write_index
+from lading.gangs import Gang, Gangs, create_fake_gangs
+from lading.models.completion import completed, model_dtype
+from lading.models.construct import build_on_meta, check_config_type, other_dtypes, settle_dtypes
+from lading.models.family import Family, get_family
+from lading.models.fit import match, report_fit, require_fit
+from lading.models.mismatches import name_of
+from lading.models.resolve import arch_config, family_of_card, model_config
+from lading.models.targets import Targets, is_distributed, targets_of
+from lading.models.tensors import Witness, read_tensors
+from lading.models.ties import are_same, different_copies, tied_but_different
+from lading.operations.atomic_folder import new_folder, require_empty
+from lading.operations.export_layout import (
+    batches,
+    check_shard_size,
+    config_values,
+    elements_by_dtype,
+    files_of,
+    files_of_stages,
+    torch_name,
+)
+from lading.planning.composition import Source
+from lading.planning.rules import Route
+from lading.sources.disk import require_space
+from lading.system.progress import byte_bar
+from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES, DType
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+SHARD_SIZE = 5_000_000_000
+"""Bytes that a file has at most by default, as the hub advises."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportReport:
+    """What was written."""
+
+    name: str
+    """Of the card, the path, or the class of the model."""
+    family: str
+    folder: Path
+    files: Mapping[str, int]
+    """By name, in bytes."""
+    tensors: int
+    parameters: int
+    """Elements of all tensors."""
+    dtypes: Mapping[str, int]
+    """Elements by dtype, the most frequent first."""
+    dropped: tuple[str, ...] = ()
+    """Tensors of the checkpoint that the model has no use for, and that were not written."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.files.values())
+
+
+def convert_checkpoint(
+    target: AssetCard | str | Path,
+    folder: Path | str,
+    *,
+    arch: str | None = None,
+    dtype: DType = "keep",
+    shard_size: int = SHARD_SIZE,
+    restrict: bool = True,
+    progress: bool = True,
+    verify: Verify = "auto",
+    store: AssetStore | None = None,
+) -> ExportReport:
+    """Write the checkpoint of a model, of any format that is read here, as a Hugging Face repository.
+
+    Its ``config.json`` is the one beside the checkpoint, if that describes the same model; else it is made of the
+    configuration. The tokenizer's files come along.
+
+    :param target: a card, the name of one, or the path of a checkpoint.
+    :param folder: which is made; nothing, or an empty folder, may be there. It appears complete or not at all.
+    :param arch: of a checkpoint at a path without a ``config.json``: ``"family/architecture"`` of the catalog.
+    :param dtype: of floating-point tensors, as ``load_model`` takes it; ``"keep"`` keeps each as it is.
+    :param shard_size: bytes that a file has at most, unless a single tensor has more.
+    :param restrict: as :func:`lading.formats.index` takes it; for a path.
+    :param progress: show a bar on stderr.
+    :param verify: ``"auto"`` checks, while it is read, all that the catalog has not seen verified in just the state
+        that it is in now; ``"always"`` checks all; ``"never"`` nothing. Of a checkpoint at a path nothing is known.
+
+    :raises FileExistsError: something is at ``folder``, and is no empty folder.
+    :raises NotSupportedError: the checkpoint is quantised, of no known family, or no ``config.json`` can describe it;
+        or ``verify`` is ``"always"``, of a path.
+    :raises AssetNotFoundError: no card has that name.
+    :raises ModelCheckpointError: the checkpoint is damaged, does not fit the configuration, or is not the one that was
+        published or recorded.
+    :raises RefusedPickleError: to unpickle it would import what a state dict does not need.
+    :raises ValueError: ``arch`` is given with a card, or is of another form; ``shard_size`` is not positive; or
+        ``verify`` is none of these.
+    :raises CheckpointNotFoundError: nothing is where it should be (also a ``FileNotFoundError``).
+    :raises FetchError: it is elsewhere, and cannot be fetched.
+    :raises OSError: the disk is full, or cannot be written.
+    """
+    folder = Path(folder)
+    require_empty(folder)  # before hours of fetching
+    check_shard_size(shard_size)
+    require_mode(verify)
+
+    if isinstance(target, Path):
+        name = str(target)
+        family, config = family_of_folder(target) if arch is None else _of_architecture(arch, store)
+        checkpoint = path_checkpoint(target, restrict=restrict)
+        config = completed(config, family, checkpoint)
+    else:
+        if arch is not None:
+            raise ValueError("`arch` is for a checkpoint at a path: a card names its own")
+        store = store or get_asset_store()
+        card = target if isinstance(target, AssetCard) else store.retrieve_card(target)
+        name, family = card.name, family_of_card(card)
+        checkpoint = card_checkpoint(card, store, progress=progress, accept_others=verify == "never")
+        config = completed(model_config(card, family, store), family, checkpoint, store=store)
+
+    manifest = checkpoint.manifest
+    asked = model_dtype(dtype, checkpoint, store=None if isinstance(target, Path) else store)
+    module = build_on_meta(family, config)
+    others = other_dtypes(module, family, config, asked, sdp=1)
+    # config.json describes these: it does not say that what is tied is stored apart.
+    described = targets = targets_of(module, dtype=asked, others=others)
+    routed = match(manifest, targets, family, config)
+    fit = report_fit(manifest, targets, routed, family=family)
+    require_fit(fit, path=checkpoint.where, name=checkpoint.name)
+    if not isinstance(target, Path):
+        assert store is not None
+        checkpoint = acquire(checkpoint, store, progress=progress)
+    if family.untie is not None and (untied := different_copies(checkpoint, targets, routed)):
+        family.untie(module, untied)
+        targets = targets_of(module, dtype=asked, others=others)
+        routed = match(manifest, targets, family, config)
+
+    dtypes = settle_dtypes(targets, routed, manifest, sdp=1)
+    entries = [
+        Entry(name=targets.names[i], dtype=d, shape=targets.shapes[i])
+        for i, d in zip(routed.targets, dtypes, strict=True)
+    ]
+    sources = [routed.composed.get(i, tensor) for i, tensor in enumerate(routed.tensors)]
+
+    catalog = None if isinstance(target, Path) else store
+    if isinstance(target, Path):
+        beside: Mapping[str, Path] = files_beside(target)
+    else:
+        assert store is not None
+        beside = companions(checkpoint, card, store, progress=progress)
+    expected = expect(
+        checkpoint, catalog, verify, lambda: block_dims(manifest, family, config, targets, routed), progress=progress
+    )
+    witness = None if expected is None else Witness(manifest, expected.dims)
+    values = config_values(family, config, described, entries, beside)
+    if family.untie is None:  # else all copies have been compared
+        _check_tied(checkpoint, config, targets, routed)
+
+    with new_folder(folder) as temporary:
+        require_space(temporary, sum(entry.nbytes for entry in entries))
+        order = sorted(range(len(entries)), key=routed.tensors.__getitem__)  # as they lie in the files
+        shards = files_of([entries[i] for i in order], shard_size)
+        by_name = {entry.name: source for entry, source in zip(entries, sources, strict=True)}
+        with byte_bar(sum(entry.nbytes for entry in entries), "write", shown=progress) as bar:
+            for file, shard in shards.items():
+                _copy(temporary / file, shard, checkpoint, by_name, bar, witness)
+        if expected is not None and witness is not None:
+            settle(checkpoint, expected, witness.digests(), catalog, create_fake_gangs("cpu").root, progress=progress)
+        _finish(temporary, shards, values, beside)
+        return replace(_report(name, family, folder, temporary, entries), dropped=fit.dropped)
+
+
+def export_model(
+    model: Module,
+    family: Family[Any, Any] | str,
+    config: Any,
+    folder: Path | str,
+    *,
+    gangs: Gangs | None = None,
+    dtype: torch.dtype | None = None,
+    shard_size: int = SHARD_SIZE,
+    beside: Path | str | None = None,
+) -> ExportReport:
+    """Write a model in memory as a Hugging Face repository.
+
+    Over ``gangs``, all ranks call this alike. They write the files in turn, to a folder that all of their hosts see;
+    each tensor is gathered when its file is written, and no rank holds more than one.
+
+    :param family: or the name of one.
+    :param config: that the model was made with.
+    :param folder: which is made; nothing, or an empty folder, may be there. It appears complete or not at all.
+    :param gangs: that hold the model; default: this process holds all of it.
+    :param dtype: of floating-point tensors; default: their own.
+    :param shard_size: bytes that a file has at most, unless a single tensor has more.
+    :param beside: a folder whose tokenizer, and ``config.json`` if it describes the model, come along.
+
+    :raises FileExistsError: something is at ``folder``, and is no empty folder.
+    :raises NotSupportedError: no ``config.json`` can describe the model; or gangs that are only simulated.
+    :raises TypeError: ``config`` or ``model`` is not of the family's class.
+    :raises ValueError: ``config`` describes other parameters than ``model`` has; or ``shard_size`` is not positive.
+    :raises GangError: another rank failed, asks for something else, or writes to another file system.
+    :raises OSError: the disk is full, or cannot be written.
+    """
+    family = get_family(family) if isinstance(family, str) else family
+    folder = Path(folder)
+    check_config_type(config, family)
+    check_shard_size(shard_size)
+    if not isinstance(model, family.kls):
+        raise TypeError(f"`model` must be a {family.kls.__name__}, but is of type {type(model).__name__}")
+    root = (gangs or create_fake_gangs("cpu")).root
+    if root.size > 1 and root.line is None:
+        raise NotSupportedError("A model of simulated gangs cannot be exported: the other parts of it are nowhere.")
+    root.same(
+        (family.name, config, dtype, shard_size, str(folder), None if beside is None else str(beside)),
+        "family, configuration, dtype, size of shards, folder and folder beside",
+    )
+
+    tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    mine = targets_of(model, dtype=dtype)
+    whole = targets_of(build_on_meta(family, config), dtype=dtype)
+    # Of a parameter that is tied over stages, each has a copy; the first name is the one that is written.
+    held = {
+        name: Entry(name=name, dtype=asked or DTYPE_NAMES[tensors[name].dtype], shape=shape)
+        for name, asked, shape in zip(mine.names, mine.dtypes, mine.shapes, strict=True)
+        if name not in whole.aliases
+    }
+    stages: dict[tuple[Entry, ...], list[int]] = {}
+    for rank, entries_of_rank in enumerate(root.gather_objects(tuple(held.values()))):
+        stages.setdefault(entries_of_rank, []).append(rank)
+    entries = [entry for stage in stages for entry in stage]
+    if {entry.name: entry.shape for entry in entries} != dict(zip(whole.names, whole.shapes, strict=True)):
+        raise ValueError("`config` must be the one that `model` was made with, but describes other parameters")
+    shards, writers = files_of_stages(stages, shard_size)
+
+    def begin() -> tuple[Path, Mapping[str, Path], Mapping[str, object]]:
+        files = {} if beside is None else files_beside(Path(beside))
+        values = config_values(family, config, whole, entries, files)
+
+        return stack.enter_context(new_folder(folder)), files, values
+
+    def finish() -> ExportReport:
+        _require_here(temporary, writers, root)
+        _finish(temporary, shards, values, files)
+        report = _report(family.kls.__name__, family, folder, temporary, entries)
+        stack.close()
+
+        return report
+
+    with ExitStack() as stack:  # of rank 0: an exception takes the folder away again
+        temporary, files, values = root.first(begin)
+        for file, shard in shards.items():
+            with root.all_or_none():
+                if shard[0].name in held:
+                    _write_together(temporary / file, shard, tensors, writes=writers[file] == root.rank)
+
+        return root.first(finish)
+
+
+def _of_architecture(arch: str, store: AssetStore | None) -> tuple[Family[Any, Any], Any]:
+    family_name, slash, name = arch.partition("/")
+    if not slash:
+        raise ValueError(f"`arch` must be 'family/architecture', but is {arch!r}")
+    family = get_family(family_name)
+
+    return family, arch_config(name, family, store or get_asset_store())
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _check_tied(checkpoint: Checkpoint, config: Any, targets: Targets, routed: Route) -> None:
+    """Of a tied parameter one copy is written, so the others must hold the same."""
+    manifest = checkpoint.manifest
+    written = {target: i for i, target in enumerate(routed.targets)}
+    for target, source in routed.duplicates:
+        i, name = written[target], targets.names[target]
+        own: Source = routed.composed.get(i, routed.tensors[i])
+        ours, other = read_tensors(checkpoint, [own, source], [manifest.dtypes[routed.tensors[i]]] * 2)
+        if not are_same(ours, other):
+            raise tied_but_different(checkpoint, config, name_of(source, manifest), name)
+
+
+def _copy(
+    path: Path,
+    shard: Sequence[Entry],
+    checkpoint: Checkpoint,
+    sources: Mapping[str, Source],
+    bar: tqdm[Any],
+    witness: Witness | None,
+) -> None:
+    """Write a file from a checkpoint, a few tensors at a time.
+
+    :param sources: what the tensors are made of, by their names.
+    :param witness: takes digests of what is read.
+    """
+    with Writer(path, shard) as writer:
+        for batch in batches(shard):
+            wanted = [sources[entry.name] for entry in batch]
+            for tensor in read_tensors(checkpoint, wanted, [entry.dtype for entry in batch], witness=witness):
+                writer.write(_bytes(tensor))
+                bar.update(tensor.nbytes)
+
+
+def _write_together(path: Path, shard: Sequence[Entry], tensors: Mapping[str, Tensor], *, writes: bool) -> None:
+    """Gather the tensors of a file, one after another, on all ranks; one of them writes it."""
+    failed: Exception | None = None
+    with ExitStack() as stack:
+        writer: Writer | None = None
+        try:
+            writer = stack.enter_context(Writer(path, shard)) if writes else None
+        except Exception as error:
+            failed = error
+
+        for entry in shard:
+            whole = _whole(tensors[entry.name])
+            if writer is None or failed is not None:
+                continue
+            try:
+                writer.write(_bytes(whole.to(TORCH_DTYPES[entry.dtype])))
+            except Exception as error:
+                failed = error  # the others wait for this rank in the next gathering, so it goes on
+        if failed is not None:
+            raise failed
+
+
+@torch.no_grad()
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if is_distributed(tensor) else tensor
+
+
+# --- the rest of a repository ----------------------------------------------------------------------------------------
+
+
+def _require_here(folder: Path, writers: Mapping[str, int], root: Gang) -> None:
+    """:raises NotSupportedError: a file that another rank wrote is on another file system."""
+    for file, rank in writers.items():
+        if not (folder / file).exists():
+            raise NotSupportedError(
+                f"{file} was written by rank {rank} on the host {root.hosts[rank]}, but is not in {folder} on that of "
+                "rank 0. Export to a folder on a file system that all hosts share."
+            )
+
+
+def _finish(
+    folder: Path, shards: Mapping[str, Sequence[Entry]], values: Mapping[str, object], beside: Mapping[str, Path]
+) -> None:
+    """Write all that a repository holds besides its tensors."""
+    if len(shards) > 1:
+        write_index(folder, shards)
+    with (folder / CONFIG_NAME).open("w", encoding="utf-8") as file:
+        json.dump(values, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    for name, path in beside.items():
+        if name != CONFIG_NAME:
+            shutil.copyfile(path, folder / name)
+
+
+def _report(name: str, family: Family[Any, Any], folder: Path, written: Path, entries: Sequence[Entry]) -> ExportReport:
+    dtypes = {torch_name(dtype): count for dtype, count in elements_by_dtype(entries).items()}
+
+    return ExportReport(
+        name=name,
+        family=family.name,
+        folder=folder,
+        files={path.name: path.stat().st_size for path in sorted(written.iterdir())},
+        tensors=len(entries),
+        parameters=sum(dtypes.values()),
+        dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1])),
+    )

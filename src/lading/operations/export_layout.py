@@ -1,0 +1,153 @@
+"""What an export is to write, before anything is: the tensors of each file, and what ``config.json`` says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lading.checkpoints.published import CONFIG_NAME
+from lading.errors import LadingError, NotSupportedError
+from lading.formats.config_json import read_config_json
+from lading.formats.hf_folder import refuse_quantised_config
+from lading.formats.safetensors_writer import Entry, shard_names, shards_of
+from lading.models.construct import build_on_meta
+from lading.models.family import Family
+from lading.models.targets import Targets, targets_of
+from lading.transfer.dtypes import FLOATS, TORCH_DTYPES
+
+BATCH = 64 << 20
+"""Bytes of small tensors that are read together."""
+
+
+def check_shard_size(size: int) -> None:
+    """Refuse a size of files before any work is done.
+
+    :raises ValueError: no file can be that small.
+    """
+    if size < 1:
+        raise ValueError(f"`shard_size` must be positive, but is {size}")
+
+
+def files_of(entries: Sequence[Entry], shard_size: int) -> Mapping[str, Sequence[Entry]]:
+    """The tensors of each file, by its name."""
+    shards = shards_of(entries, shard_size)
+
+    return {file: [entries[i] for i in shard] for file, shard in zip(shard_names(len(shards)), shards, strict=True)}
+
+
+def files_of_stages(
+    stages: Mapping[tuple[Entry, ...], Sequence[int]], shard_size: int
+) -> tuple[Mapping[str, Sequence[Entry]], Mapping[str, int]]:
+    """The tensors of each file, and the rank that writes it.
+
+    :param stages: tensors that the same ranks hold, and these ranks.
+    """
+    shards: list[list[Entry]] = []
+    writers: list[int] = []
+    for entries, ranks in stages.items():
+        for number, shard in enumerate(shards_of(entries, shard_size)):
+            if shard:
+                shards.append([entries[i] for i in shard])
+                writers.append(ranks[number % len(ranks)])
+    names = shard_names(len(shards))
+
+    return dict(zip(names, shards, strict=True)), dict(zip(names, writers, strict=True))
+
+
+def batches(shard: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """Tensors that are read together: as many as fit in :data:`BATCH`, or one."""
+    batch: list[Entry] = []
+    size = 0
+    for entry in shard:
+        if batch and size + entry.nbytes > BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append(entry)
+        size += entry.nbytes
+    if batch:
+        yield batch
+
+
+def elements_by_dtype(entries: Iterable[Entry]) -> dict[str, int]:
+    """The elements of all tensors of each dtype, which is a key of :data:`lading.formats.manifest.BITS`."""
+    elements: dict[str, int] = {}
+    for entry in entries:
+        elements[entry.dtype] = elements.get(entry.dtype, 0) + math.prod(entry.shape)
+
+    return elements
+
+
+def torch_name(dtype: str) -> str:
+    """What torch, and ``config.json``, call a dtype."""
+    return str(TORCH_DTYPES[dtype]).removeprefix("torch.")
+
+
+_MADE = ("architectures", "apply_spec_augment", "mask_time_prob", "mask_feature_prob")
+"""Keys that are always those of the model that is written. The one beside a checkpoint may speak of masking, for which
+transformers would draw an embedding, where the model masks nothing.
+"""
+
+
+def config_values(
+    family: Family[Any, Any],
+    config: Any,
+    targets: Targets,
+    entries: Sequence[Entry],
+    beside: Mapping[str, Path],
+) -> Mapping[str, object]:
+    """What ``config.json`` is to say: what the one beside the checkpoint does, if it is of this model.
+
+    :param targets: the parameters of the model.
+    :param entries: the tensors that are written.
+    :param beside: the files beside the checkpoint, by name.
+
+    :raises NotSupportedError: no ``config.json`` can describe the model, or the one beside says that it is quantised.
+    :raises CorruptModelCheckpointError: the one beside is no JSON object.
+    :raises OSError: it cannot be read.
+    """
+    own = _read_config(beside[CONFIG_NAME]) if CONFIG_NAME in beside else {}
+    known = bool(own) and _is_of(own, family, targets)
+    if family.to_hf is None and not known:
+        raise NotSupportedError(
+            f"Models of the {family.name} family cannot say what their config.json would be. Put the one of the model "
+            "beside the checkpoint."
+        )
+    made: Mapping[str, object] = {}
+    try:
+        made = {} if family.to_hf is None else family.to_hf(config)
+    except NotSupportedError:
+        if not known:
+            raise
+    values = dict(own if known else made)
+    values.pop("auto_map", None)  # names code that is not here
+    values |= {key: made[key] for key in _MADE if key in made}
+
+    for key in ("dtype", "torch_dtype"):
+        values.pop(key, None)
+    elements = elements_by_dtype(entry for entry in entries if entry.dtype in FLOATS)
+    if elements:
+        values["dtype"] = torch_name(max(elements, key=elements.__getitem__))
+
+    return values
+
+
+def _read_config(path: Path) -> Mapping[str, object]:
+    values = read_config_json(path) or {}
+    refuse_quantised_config(values, path.parent)
+
+    return values
+
+
+def _is_of(values: Mapping[str, object], family: Family[Any, Any], targets: Targets) -> bool:
+    """Whether a ``config.json`` describes a model of these parameters."""
+    known = values.get("model_type") in family.hf_model_types or family.reads_other_model_types
+    if family.from_hf is None or not known:
+        return False
+    try:
+        found = targets_of(build_on_meta(family, family.from_hf(values)), dtype=None)
+    except (LadingError, ValueError):
+        return False
+
+    return (found.names, found.shapes, found.aliases) == (targets.names, targets.shapes, targets.aliases)

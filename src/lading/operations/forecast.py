@@ -1,0 +1,297 @@
+"""What every rank of a world will read, told without a plan for each: placements once, then arithmetic on columns.
+
+Tensors of equal shape, dtypes and placements are of one *kind*: whatever a rank owns of one of them, it owns of all.
+A model has few kinds, however many tensors, and ranks; only which reads join depends on the order of the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch.distributed.tensor.placement_types import Placement
+
+from lading.formats.manifest import BITS, Manifest
+from lading.models.placements import boxes_for_all_ranks
+from lading.planning.box import Box
+from lading.planning.composition import Source
+from lading.planning.plan import LONG_RUN, Wanted, plan, reads_gaps
+
+Ints = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Kind:
+    """What tensors that are placed alike have in common."""
+
+    shape: tuple[int, ...]
+    stored: str
+    """The dtype in the file."""
+    dtype: str
+    """The dtype in memory."""
+    boxes: tuple[Box, ...]
+    """The parts that ranks own."""
+    owned: Ints
+    """For each rank its part, a position in ``boxes``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Layout:
+    """What every rank owns of a checkpoint; in columns, as :class:`~lading.planning.plan.Wanted` has them."""
+
+    ranks: int
+    tensors: Sequence[int]
+    """Positions in the manifest."""
+    kinds: Ints
+    """For each of ``tensors`` its kind, a position in ``known``."""
+    known: tuple[Kind, ...]
+    composed: Mapping[int, Source]
+    """By the position in ``tensors``, what those are made of that are not one tensor as it is."""
+
+    def wanted(self, rank: int) -> Wanted:
+        """What one rank wants."""
+        boxes = [kind.boxes[kind.owned[rank]] for kind in self.known]
+
+        return Wanted(
+            tensors=self.tensors,
+            boxes=[boxes[k] for k in self.kinds],
+            dtypes=[self.known[k].dtype for k in self.kinds],
+            composed=self.composed,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Forecast:
+    """What the plan of each rank comes to; arrays with an entry for each."""
+
+    bytes_read: Ints
+    reads: Ints
+    memory: Mapping[str, Ints]
+    """Bytes of each dtype, by the manifest's names."""
+    files: Flags
+    """[shards, ranks]: whether any byte of the file is read."""
+
+
+def lay_out(
+    manifest: Manifest,
+    tensors: Sequence[int],
+    shapes: Sequence[tuple[int, ...]],
+    dtypes: Sequence[str],
+    placements: Sequence[tuple[Placement, ...]],
+    mesh_shape: Sequence[int],
+    composed: Mapping[int, Source],
+    *,
+    stages: Sequence[frozenset[int] | None] = (),
+    pp: int = 1,
+    alone: Sequence[int | None] = (),
+) -> Layout:
+    """What each rank of a mesh owns; of a pipeline, of the mesh of each stage, one behind the other.
+
+    :param tensors: positions in the manifest; what follows are columns of the same length.
+    :param shapes: of the global tensors in memory.
+    :param dtypes: in memory.
+    :param placements: of each, one for every dim of the mesh.
+    :param stages: those that hold each, the others having an empty part; ``None``: all. Default: all hold all.
+    :param pp: how many stages there are.
+    :param alone: the coordinate on the last dim of the mesh whose ranks alone hold each, the others having an empty
+        part; ``None``: all. Default: all hold all.
+
+    :raises NotSupportedError: what a rank owns of a tensor is no box.
+    """
+    numbers: dict[tuple[object, ...], int] = {}
+    known: list[Kind] = []
+    kinds = np.empty(len(tensors), dtype=np.int64)
+    held = stages or [None] * len(tensors)
+    columns = zip(tensors, shapes, dtypes, placements, held, alone or [None] * len(tensors), strict=True)
+    for i, (tensor, shape, dtype, placed, holders, seat) in enumerate(columns):
+        stored = manifest.dtypes[tensor]
+        key = (shape, stored, dtype, placed, holders, seat)
+        number = numbers.get(key)
+        if number is None:
+            number = numbers[key] = len(known)
+            boxes, owned = _boxes(shape, placed, mesh_shape)
+            if seat is not None:
+                boxes, owned = _alone(boxes, owned, seat, mesh_shape[-1])
+            boxes, owned = _staged(boxes, owned, holders, pp)
+            known.append(Kind(shape=shape, stored=stored, dtype=dtype, boxes=boxes, owned=owned))
+        kinds[i] = number
+
+    ranks = pp * int(np.prod(mesh_shape, dtype=np.int64))
+
+    return Layout(ranks=ranks, tensors=tensors, kinds=kinds, known=tuple(known), composed=composed)
+
+
+def _boxes(
+    shape: tuple[int, ...], placements: Sequence[Placement], mesh_shape: Sequence[int]
+) -> tuple[tuple[Box, ...], Ints]:
+    starts, sizes = boxes_for_all_ranks(placements, mesh_shape, [shape])
+    differing = np.broadcast_shapes((1,) * len(mesh_shape), *(a.shape[:-1] for a in (*starts, *sizes)))
+    columns = [[np.broadcast_to(a[..., 0], differing).ravel().tolist() for a in each] for each in (starts, sizes)]
+    count = int(np.prod(differing, dtype=np.int64))
+    boxes = tuple(Box(*(tuple(column[i] for column in each) for each in columns)) for i in range(count))
+    owned = np.broadcast_to(np.arange(count).reshape(differing), tuple(mesh_shape)).ravel()
+
+    return boxes, owned
+
+
+def _alone(boxes: tuple[Box, ...], owned: Ints, seat: int, seats: int) -> tuple[tuple[Box, ...], Ints]:
+    """The parts of a mesh, of which only the ranks at one coordinate of its last dim hold something."""
+    holds = np.arange(len(owned)) % seats == seat
+
+    return (*boxes, boxes[0].empty()), np.where(holds, owned, len(boxes))
+
+
+def _staged(
+    boxes: tuple[Box, ...], owned: Ints, holders: frozenset[int] | None, pp: int
+) -> tuple[tuple[Box, ...], Ints]:
+    """The parts of all stages, which have the same of what they hold."""
+    if holders is None or len(holders) == pp:
+        return boxes, np.tile(owned, pp)
+
+    nothing = np.full_like(owned, len(boxes))
+
+    return (*boxes, boxes[0].empty()), np.concatenate([owned if s in holders else nothing for s in range(pp)])
+
+
+def forecast(manifest: Manifest, layout: Layout) -> Forecast:
+    """What :func:`~lading.planning.plan.plan` would come to on every rank, exactly."""
+    memory: dict[str, Ints] = {}
+    counts = np.bincount(layout.kinds, minlength=len(layout.known))
+    for kind, count in zip(layout.known, counts.tolist(), strict=True):
+        size = BITS[kind.dtype] // 8
+        each = np.array([box.numel * size for box in kind.boxes], dtype=np.int64)
+        memory[kind.dtype] = memory.get(kind.dtype, _zeros(layout.ranks)) + count * each[kind.owned]
+
+    columns = _Columns.of(manifest, layout)
+    bytes_read, reads, files = (
+        _one_by_one(manifest, layout) if columns is None else _together(manifest, layout, columns)
+    )
+
+    return Forecast(bytes_read=bytes_read, reads=reads, memory=memory, files=files)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Columns:
+    """The tensors that have elements, in the order of the files."""
+
+    shards: Ints
+    offsets: Ints
+    kinds: Ints
+
+    @classmethod
+    def of(cls, manifest: Manifest, layout: Layout) -> _Columns | None:
+        """``None`` where which reads join depends on more than their places in the file: where tensors are composed,
+        overlap, or are not aligned.
+        """
+        tensors = np.array(layout.tensors, dtype=np.int64)
+        order = np.argsort(tensors, kind="stable")
+        sizes = np.array([BITS[kind.stored] // 8 for kind in layout.known], dtype=np.int64)
+        elements = np.array([Box.whole(kind.shape).numel for kind in layout.known], dtype=np.int64)
+        order = order[elements[layout.kinds[order]] > 0]
+
+        kinds = layout.kinds[order]
+        shards = np.array(manifest.shard_ids, dtype=np.int64)[tensors[order]]
+        offsets = np.array(manifest.offsets, dtype=np.int64)[tensors[order]]
+        ends = offsets + (sizes * elements)[kinds]
+        apart = (shards[1:] != shards[:-1]) | (offsets[1:] >= ends[:-1])
+        if layout.composed or not apart.all() or (offsets % sizes[kinds]).any():
+            return None
+
+        return cls(shards=shards, offsets=offsets, kinds=kinds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Reading:
+    """How a part of a kind is read; arrays with an entry for each rank."""
+
+    conversion: tuple[str, str] | None
+    bytes_read: Ints
+    reads: Ints
+    joins: Flags
+    """Whether what is read is no rows, which join nothing."""
+    first: Ints
+    """Bytes from where a tensor begins to the first that is read of it."""
+    end: Ints
+    """Bytes from there to behind the last."""
+
+
+def _reading(kind: Kind) -> _Reading:
+    """The same arithmetic as that of a plan, for one tensor."""
+    item = BITS[kind.stored] // 8
+    figures = []
+    for box in kind.boxes:
+        bytes_read = reads = first = end = 0
+        joins = box.numel > 0
+        groups = [(0, box.numel, box.numel, 1)] if box.covers(kind.shape) else list(box.rows(kind.shape))
+        for start, stride, length, count in groups if joins else ():
+            stride, length = stride * item, length * item
+            span = (count - 1) * stride + length
+            as_rows = count > 1 and length <= LONG_RUN
+            joins = joins and not as_rows
+            whole = as_rows and reads_gaps(stride, length)
+            bytes_read += span if whole else count * length
+            reads += 1 if whole else count
+            end = start * item + span
+        if groups:
+            first = groups[0][0] * item
+        figures.append((bytes_read, reads, joins, first, end))
+
+    owned = kind.owned
+    bytes_read_, reads_, joins_, first_, end_ = (np.array(c) for c in zip(*figures, strict=True))
+
+    return _Reading(
+        conversion=None if kind.stored == kind.dtype else (kind.stored, kind.dtype),
+        bytes_read=bytes_read_[owned],
+        reads=reads_[owned],
+        joins=joins_[owned],
+        first=first_[owned],
+        end=end_[owned],
+    )
+
+
+def _together(manifest: Manifest, layout: Layout, columns: _Columns) -> tuple[Ints, Ints, Flags]:
+    readings = [_reading(kind) for kind in layout.known]
+    bytes_read, reads = _zeros(layout.ranks), _zeros(layout.ranks)
+    for reading, count in zip(readings, np.bincount(columns.kinds, minlength=len(readings)).tolist(), strict=True):
+        bytes_read += count * reading.bytes_read
+        reads += count * reading.reads
+
+    # What is read of a tensor joins what is read of the one before if they meet in the file.
+    same = columns.shards[1:] == columns.shards[:-1]
+    pairs = np.stack([columns.kinds[:-1], columns.kinds[1:], np.diff(columns.offsets)])[:, same]
+    distinct, counts = np.unique(pairs, axis=1, return_counts=True)
+    for (a, b, distance), count in zip(distinct.T.tolist(), counts.tolist(), strict=True):
+        one, other = readings[a], readings[b]
+        if one.conversion == other.conversion:
+            meet = one.joins & other.joins & (one.end == other.first + distance)
+            reads -= count * meet
+
+    files = np.zeros((len(manifest.shards), layout.ranks), dtype=np.bool_)
+    held = np.unique(np.stack([columns.shards, columns.kinds]), axis=1)
+    for shard, kind in held.T.tolist():
+        files[shard] |= readings[kind].reads > 0
+
+    return bytes_read, reads, files
+
+
+def _one_by_one(manifest: Manifest, layout: Layout) -> tuple[Ints, Ints, Flags]:
+    bytes_read, reads = _zeros(layout.ranks), _zeros(layout.ranks)
+    files = np.zeros((len(manifest.shards), layout.ranks), dtype=np.bool_)
+    first: dict[tuple[int, ...], int] = {}
+    for rank in range(layout.ranks):
+        twin = first.setdefault(tuple(int(kind.owned[rank]) for kind in layout.known), rank)
+        if twin < rank:
+            bytes_read[rank], reads[rank], files[:, rank] = bytes_read[twin], reads[twin], files[:, twin]
+            continue
+        planned = plan(manifest, layout.wanted(rank))
+        bytes_read[rank], reads[rank] = planned.read_bytes, planned.num_reads
+        files[sorted({*planned.shards, *planned.rows.shards}), rank] = True
+
+    return bytes_read, reads, files
+
+
+def _zeros(count: int) -> Ints:
+    return np.zeros(count, dtype=np.int64)

@@ -1,0 +1,91 @@
+"""The checkpoints on the hub that cards name, and which commit in a Hugging Face cache each of them is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lading.cards.card import AssetCard, CheckpointRef
+from lading.catalog.store import AssetStore, StoredCheckpoint
+from lading.errors import CheckpointNotFoundError, LadingError
+from lading.operations.disk_usage import cards_with
+from lading.operations.find_checkpoints import Place
+from lading.sources.hub.address import SCHEMES, HubAddress, is_file_name
+from lading.sources.hub.cache import cached_commit, snapshot_folders
+
+log = logging.getLogger("lading")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubCheckpoint:
+    """A checkpoint on the hub, as cards name it."""
+
+    uri: str
+    revision: str | None = None
+    """What the address asks for: a branch, a tag or a commit."""
+    inner: str | None = None
+    """The folder or the file in the repository; ``None`` is all of it."""
+    cards: tuple[str, ...] = ()
+    """The names of the cards."""
+
+
+def hub_checkpoints(store: AssetStore) -> Mapping[str, Sequence[HubCheckpoint]]:
+    """The checkpoints of cards on the hub, by the id of their repository in one case.
+
+    What a card says wrongly is logged, and passed over.
+
+    :raises CatalogError: the catalog cannot be read.
+    """
+    found: dict[str, tuple[HubAddress, CheckpointRef, list[str]]] = {}
+    for card, ref in cards_with(store, lambda uri: uri.startswith(SCHEMES)):
+        _add(found, card, ref)
+
+    by_repo: dict[str, list[HubCheckpoint]] = {}
+    for uri, (address, ref, cards) in found.items():
+        inner = "/".join(part.strip("/") for part in (address.inner, ref.path) if part)
+        if inner and not is_file_name(inner):
+            log.warning("the checkpoint %s leads out of its repository", uri)
+            continue
+        by_repo.setdefault(address.repo.casefold(), []).append(
+            HubCheckpoint(uri=uri, revision=address.revision, inner=inner or None, cards=tuple(cards))
+        )
+
+    return by_repo
+
+
+def _add(found: dict[str, tuple[HubAddress, CheckpointRef, list[str]]], card: AssetCard, ref: CheckpointRef) -> None:
+    try:
+        address = HubAddress.from_uri(ref.uri)
+    except LadingError as error:
+        log.warning("the card %s names no repository: %s", card.name, error)
+        return
+    found.setdefault(ref.key, (address, ref, []))[2].append(card.name)
+
+
+def commit_of(place: Place, revision: str | None, stored: StoredCheckpoint | None) -> str | None:
+    """The commit in the folder of a repository that a revision means; ``None`` where it is not there.
+
+    :param place: the folder, or one snapshot in it, which is then the only one that may be meant.
+    :param revision: ``None`` means the main branch, or the one commit that is there.
+    :param stored: what the catalog knows; its commit comes before what the cache says of branches.
+    """
+    if stored is not None and stored.revision and (place.path / "snapshots" / stored.revision).is_dir():
+        commit: str | None = stored.revision
+    else:
+        commit = cached_commit(place.path, revision or "main")
+        if commit is None and revision is None:
+            snapshots = snapshot_folders(place.path)
+            commit = snapshots[0].name if len(snapshots) == 1 else None
+    if place.commit not in (None, commit):
+        return place.commit if revision is None and stored is None else None
+
+    return commit if commit is not None and (place.path / "snapshots" / commit).is_dir() else None
+
+
+def no_snapshot(place: Place) -> CheckpointNotFoundError:
+    """The error for a repository of which no commit, or no one commit, can be meant."""
+    snapshots = [path.name for path in snapshot_folders(place.path)]
+    found = f"found {', '.join(snapshots)}, and nothing that says which is the main one" if snapshots else "found none"
+
+    return CheckpointNotFoundError(place.path, f"{place.path}: expected a snapshot of the repository, {found}.")

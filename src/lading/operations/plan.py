@@ -1,0 +1,232 @@
+"""What each rank of gangs will read and hold, told from a manifest alone: no rank need exist, no byte be read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
+
+from lading.checkpoints.checkpoint import Checkpoint
+from lading.checkpoints.sidecar import Sidecar, joined, position_of
+from lading.formats.manifest import Manifest
+from lading.models.construct import build_on_meta, check_config_type, no_collection, other_dtypes, settle_dtypes
+from lading.models.family import Family
+from lading.models.fit import match, report_fit, require_fit
+from lading.models.parallelize import placements
+from lading.models.pipeline import holders
+from lading.models.targets import targets_of
+from lading.operations.forecast import Layout, forecast, lay_out
+from lading.transfer.dtypes import TORCH_DTYPES
+
+AXES = ("pp", "rdp", "sdp", "tp")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPlan:
+    """What one rank will do."""
+
+    rank: int
+    pp: int
+    """Its place in its gang along this axis; likewise below."""
+    rdp: int
+    sdp: int
+    tp: int
+    bytes_read: int
+    reads: int
+    files: int
+    """That it reads of."""
+    memory: Mapping[str, int]
+    """Bytes of parameters and persistent buffers, by dtype. Activations, gradients, optimizers come on top."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of parameters and persistent buffers."""
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadPlan:
+    """What the ranks of gangs will read of a checkpoint, and hold."""
+
+    name: str
+    """Of the card, or the path."""
+    family: str
+    sizes: Mapping[str, int]
+    """Of the gangs ``pp``, ``rdp``, ``sdp`` and ``tp``."""
+    checkpoint_bytes: int
+    """Of all tensors."""
+    files: int
+    """Of the checkpoint."""
+    sidecar: Path | None
+    """The file that ranks take their columns of matrices from; see :mod:`lading.checkpoints.sidecar`."""
+    ranks: tuple[RankPlan, ...]
+    """Those that were asked for."""
+    manifest: Manifest = field(repr=False)
+    """Of all that is read, the sidecar included."""
+    layout: Layout = field(repr=False, compare=False)
+    """What each rank owns of it; of ``sdp`` and ``tp``, and of ``pp`` where the family has stages, as the other axes
+    hold copies."""
+
+    @property
+    def world_size(self) -> int:
+        return math.prod(self.sizes.values())
+
+    def copies_of(self, seat: int) -> list[int]:
+        """The ranks that own what the rank ``seat`` of the layout does."""
+        stage_size = self.sizes["sdp"] * self.sizes["tp"]
+        if self.layout.ranks == stage_size:
+            return list(range(seat, self.world_size, stage_size))
+
+        stage, place = divmod(seat, stage_size)
+        rdp = self.sizes["rdp"]
+
+        return [(stage * rdp + r) * stage_size + place for r in range(rdp)]
+
+
+def plan_checkpoint(
+    checkpoint: Checkpoint,
+    family: Family[Any, Any],
+    config: Any,
+    *,
+    sizes: Mapping[str, int],
+    dtype: torch.dtype | None,
+    ranks: Sequence[int] | None,
+) -> LoadPlan:
+    """What a load of ``checkpoint`` comes to on every rank.
+
+    :param sizes: of all of :data:`AXES`.
+    :param dtype: of floating-point tensors; ``None`` keeps the checkpoint's own.
+    :param ranks: to tell of; default: all.
+
+    :raises ValueError: a size that is no size; a rank that the world does not have.
+    :raises ModelCheckpointMismatchError: the checkpoint does not fit ``config``.
+    :raises NotSupportedError: a size of the configuration does not divide over ``tp``, or there are fewer layers than
+        stages.
+    """
+    _check_sizes(sizes)
+    world = math.prod(sizes.values())
+    for rank in ranks or ():
+        if not 0 <= rank < world:
+            raise ValueError(f"a rank must be at least 0 and less than the size of the world, {world}, but is {rank}")
+    check_config_type(config, family)
+    manifest = checkpoint.manifest
+    sdp, tp = sizes["sdp"], sizes["tp"]
+
+    with no_collection():
+        module = build_on_meta(family, config)
+        others = other_dtypes(module, family, config, dtype, sdp=sdp)
+        targets = targets_of(module, dtype=dtype, others=others)
+        parameters = {name for name, _ in module.named_parameters()}
+        parallel_plan = family.parallel_plan(config)
+        placed = placements(parallel_plan, targets.names, parameters, sdp=sdp, tp=tp)
+        # Without stages, the axis holds copies.
+        staged = parallel_plan.stages
+        pp = 1 if staged is None else sizes["pp"]
+        held = [None] * len(targets.names) if staged is None else holders(staged, targets.names, targets.aliases, pp)
+        routed = match(manifest, targets, family, config)
+        fit = report_fit(manifest, targets, routed, family=family)
+        require_fit(fit, path=checkpoint.where, name=checkpoint.name)
+        columns = _Columns(
+            tensors=routed.tensors,
+            shapes=[targets.shapes[i] for i in routed.targets],
+            dtypes=settle_dtypes(targets, routed, manifest, sdp=sdp),
+            placed=[placed[i] for i in routed.targets],
+            held=[held[i] for i in routed.targets],
+        )
+        if checkpoint.sidecar is not None:
+            columns = columns.cut(manifest, checkpoint.sidecar, routed.composed)
+            manifest = joined(manifest, checkpoint.sidecar)
+        layout = lay_out(
+            manifest,
+            columns.tensors,
+            columns.shapes,
+            columns.dtypes,
+            columns.placed,
+            (sdp, tp),
+            routed.composed,
+            stages=columns.held,
+            pp=pp,
+            alone=columns.alone,
+        )
+        found = forecast(manifest, layout)
+
+    memory = {str(TORCH_DTYPES[name]).removeprefix("torch."): column for name, column in found.memory.items()}
+    files = found.files.sum(0)
+
+    def of_rank(rank: int) -> RankPlan:
+        copy, place = divmod(rank, sdp * tp)
+        p, r = divmod(copy, sizes["rdp"])
+        s, t = divmod(place, tp)
+        seat = place + p % pp * sdp * tp  # the other axes hold copies of one another
+        return RankPlan(
+            rank=rank,
+            pp=p,
+            rdp=r,
+            sdp=s,
+            tp=t,
+            bytes_read=int(found.bytes_read[seat]),
+            reads=int(found.reads[seat]),
+            files=int(files[seat]),
+            memory={name: int(column[seat]) for name, column in memory.items()},
+        )
+
+    return LoadPlan(
+        name=checkpoint.name,
+        family=family.name,
+        sizes={axis: sizes[axis] for axis in AXES},
+        checkpoint_bytes=checkpoint.manifest.total_bytes,
+        files=len(checkpoint.manifest.shards),
+        sidecar=None if checkpoint.sidecar is None else checkpoint.sidecar.file.path,
+        ranks=tuple(map(of_rank, range(world) if ranks is None else ranks)),
+        manifest=manifest,
+        layout=layout,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Columns:
+    """What is read of a checkpoint, as :func:`~lading.operations.forecast.lay_out` takes it."""
+
+    tensors: Sequence[int]
+    shapes: Sequence[tuple[int, ...]]
+    dtypes: Sequence[str]
+    placed: Sequence[tuple[Placement, Placement]]
+    held: Sequence[frozenset[int] | None]
+    alone: Sequence[int | None] = ()
+
+    def cut(self, manifest: Manifest, sidecar: Sidecar, composed: Container[int]) -> _Columns:
+        """The same with the blocks of a sidecar in place of the matrices that ranks cut by their columns.
+
+        :param composed: positions of those that are not one tensor as it is.
+        """
+        places = {tensor: n for n, tensor in enumerate(sidecar.tensors)}
+        in_place: list[tuple[Any, ...]] = []
+        behind: list[tuple[Any, ...]] = []
+        columns = zip(self.tensors, self.shapes, self.dtypes, self.placed, self.held, strict=True)
+        for i, (tensor, shape, dtype, placed, held) in enumerate(columns):
+            place = places.get(tensor) if placed[1] == Shard(1) and i not in composed else None
+            if place is None:
+                in_place.append((tensor, shape, dtype, placed, held, None))
+                continue
+            rows, cols = shape
+            positions = [position_of(len(manifest), sidecar, place, k) for k in range(sidecar.tp)]
+            blocks = [
+                (position, (rows, cols // sidecar.tp), dtype, (placed[0], Replicate()), held, k)
+                for k, position in enumerate(positions)
+            ]
+            in_place.append(blocks[0])  # what is composed keeps its place, by which it is known
+            behind += blocks[1:]
+        tensors, shapes, dtypes, placements_, held_, alone = zip(*in_place, *behind, strict=True)
+
+        return _Columns(tensors=tensors, shapes=shapes, dtypes=dtypes, placed=placements_, held=held_, alone=alone)
+
+
+def _check_sizes(sizes: Mapping[str, int]) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"`{name}` must be at least 1, but is {size}")

@@ -1,0 +1,302 @@
+"""A plan as a picture: which part of which file goes to which rank, as SVG.
+
+Every file is a bar, as long as its tensors have bytes. A tensor is a piece of the bar, cut as the ranks cut it: along
+its first dim from left to right, along its second from top to bottom. Tensors that are too small to be seen are drawn
+together, cut from top to bottom by how much of them each rank owns.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from xml.sax.saxutils import escape
+
+from lading.operations.plan import LoadPlan
+from lading.planning.box import Box
+from lading.planning.composition import pieces, tensors_of
+
+WIDTH, MARGIN, BAR, STEP = 1000.0, 24.0, 34.0, 64.0
+"""Of a bar, around the picture, the height of a bar, and from one to the next; in pixels."""
+
+MOST_CELLS = 5_000
+"""Parts of tensors that are drawn; of a larger checkpoint, more tensors are drawn together."""
+MOST_FILES = 80
+MOST_COLOURS = 48
+"""Of more ranks, neighbours share a colour."""
+MOST_STRIPES = 6
+MOST_TITLES = 400
+
+ALL, NOBODY = "#c9ced6", "#ffffff"
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+Owners = frozenset[int]
+"""Colours; one for each rank, if there are not too many."""
+Cell = tuple[float, float, float, float]
+"""Left, top, width and height, as fractions of a tensor."""
+
+
+def picture(plan: LoadPlan) -> str:
+    """The picture of a plan, a document of at most a few hundred kilobytes."""
+    palette = _Palette(plan.layout.ranks)
+    tensors = _tensors(plan, palette)
+    files = [[t for t in tensors if t.shard == n] for n in range(len(plan.manifest.shards))][:MOST_FILES]
+    longest = max((sum(t.bytes for t in each) for each in files), default=0)
+    scale = WIDTH / max(longest, 1)
+    least = _least_width(files, scale)
+
+    canvas = _Canvas()
+    y = MARGIN + 58
+    for shard, each in zip(plan.manifest.shards, files, strict=False):
+        canvas.text(MARGIN, y, shard.name, f"{sum(t.bytes for t in each) / 1e6:,.1f} MB")
+        x = MARGIN
+        for together in _runs(each, least / scale):
+            width = sum(t.bytes for t in together) * scale
+            cells = _shares(together) if len(together) > 1 else together[0].cells
+            for owners, cell in cells:
+                canvas.cell(palette.fill(owners), x, y + 8, width, cell)
+            canvas.outline(x, y + 8, width, _title(plan, together))
+            x += width
+        y += STEP
+    if more := len(plan.manifest.shards) - len(files):
+        canvas.text(MARGIN, y, f"… and {more} more files", "")
+        y += STEP / 2
+
+    return canvas.document(plan, palette, y)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    number: int
+    shard: int
+    bytes: int
+    cells: Sequence[tuple[Owners, Cell]]
+
+
+def _tensors(plan: LoadPlan, palette: _Palette) -> list[_Tensor]:
+    """All tensors of the manifest that have bytes, and who owns what of each."""
+    manifest, layout = plan.manifest, plan.layout
+    cells: dict[int, Sequence[tuple[Owners, Cell]]] = {}
+    of_kind: list[Sequence[tuple[Owners, Cell]]] = []
+    owners_of_kind = [palette.owners(kind.owned.tolist(), len(kind.boxes)) for kind in layout.known]
+    for kind, owners in zip(layout.known, owners_of_kind, strict=True):
+        parts = zip(owners, kind.boxes, strict=True)
+        of_kind.append([(who, _cell(box, kind.shape)) for who, box in parts if box.numel])
+
+    for i, (tensor, number) in enumerate(zip(layout.tensors, layout.kinds.tolist(), strict=True)):
+        if i not in layout.composed:
+            cells[tensor] = of_kind[number]
+            continue
+        source = layout.composed[i]
+        found: dict[int, dict[int, list[Box]]] = {t: {} for t in tensors_of(source)}
+        for n, box in enumerate(layout.known[number].boxes):
+            for piece in pieces(source, manifest.shapes, box):
+                ends = (1 + (size - 1) * step for size, step in zip(piece.sizes, piece.steps, strict=True))
+                found[piece.tensor].setdefault(n, []).append(Box(piece.starts, tuple(ends)))
+        for t, by_part in found.items():
+            cells[t] = [
+                (owners_of_kind[number][n], _cell(_around(boxes), manifest.shapes[t])) for n, boxes in by_part.items()
+            ]
+
+    whole: Sequence[tuple[Owners, Cell]] = [(frozenset(), (0.0, 0.0, 1.0, 1.0))]
+
+    return [
+        _Tensor(i, manifest.shard_ids[i], size, cells.get(i, whole))
+        for i in range(len(manifest))
+        if (size := manifest.nbytes(i))
+    ]
+
+
+def _cell(box: Box, shape: tuple[int, ...]) -> Cell:
+    left, width = (box.starts[0] / shape[0], box.sizes[0] / shape[0]) if shape else (0.0, 1.0)
+    top, height = (box.starts[1] / shape[1], box.sizes[1] / shape[1]) if len(shape) > 1 else (0.0, 1.0)
+
+    return left, top, width, height
+
+
+def _around(boxes: Sequence[Box]) -> Box:
+    """The smallest box that holds all of ``boxes``."""
+    starts = tuple(map(min, zip(*(box.starts for box in boxes), strict=True)))
+    ends = map(max, zip(*(box.ends for box in boxes), strict=True))
+
+    return Box(starts, tuple(end - start for start, end in zip(starts, ends, strict=True)))
+
+
+def _least_width(files: Sequence[Sequence[_Tensor]], scale: float) -> float:
+    """The width below which tensors are drawn together, so that there are not too many cells."""
+    least = 2.0
+    while least < 2 * WIDTH:
+        runs = (run for each in files for run in _runs(each, least / scale))
+        if sum(len(run[0].cells) if len(run) == 1 else MOST_COLOURS // 8 for run in runs) <= MOST_CELLS:
+            break
+        least *= 2
+
+    return least
+
+
+def _runs(tensors: Sequence[_Tensor], least: float) -> Iterator[list[_Tensor]]:
+    """Tensors of at least ``least`` bytes alone, and neighbours that are smaller together."""
+    for large, each in groupby(tensors, lambda t: t.bytes >= least):
+        if large:
+            yield from ([tensor] for tensor in each)
+        else:
+            yield list(each)
+
+
+def _shares(tensors: Sequence[_Tensor]) -> Iterator[tuple[Owners, Cell]]:
+    held: dict[Owners, float] = {}
+    for tensor in tensors:
+        for owners, (_, _, width, height) in tensor.cells:
+            held[owners] = held.get(owners, 0.0) + tensor.bytes * width * height
+    total, top = sum(held.values()), 0.0
+    for owners, size in sorted(held.items(), key=lambda item: sorted(item[0])):
+        yield owners, (0.0, top, 1.0, size / total)
+        top += size / total
+
+
+def _title(plan: LoadPlan, tensors: Sequence[_Tensor]) -> str:
+    if len(tensors) > 1:
+        return f"{len(tensors)} tensors, {sum(t.bytes for t in tensors):,} bytes"
+    info = plan.manifest[tensors[0].number]
+
+    return f"{info.name} {info.dtype} {list(info.shape)}"
+
+
+class _Palette:
+    """Colours of ranks, and how those share that own the same.
+
+    :param seats: ranks that own different things; the others are their copies.
+    """
+
+    def __init__(self, seats: int) -> None:
+        self.seats = seats
+        self.count = min(seats, MOST_COLOURS)
+        self.patterns: dict[Owners, str] = {}
+
+    def owners(self, owned: Sequence[int], parts: int) -> list[Owners]:
+        """For each part the colours of the ranks that own it."""
+        found: list[set[int]] = [set() for _ in range(parts)]
+        for seat, part in enumerate(owned):
+            found[part].add(seat * self.count // self.seats)
+
+        return [frozenset(each) for each in found]
+
+    def colour(self, number: int) -> str:
+        lightness = (0.56, 0.42, 0.68)[number % 3]
+        rgb = colorsys.hls_to_rgb((number / self.count + 0.58) % 1, lightness, 0.5)
+
+        return "#" + "".join(f"{round(255 * part):02x}" for part in rgb)
+
+    def fill(self, owners: Owners) -> str:
+        if not owners:
+            return NOBODY
+        if len(owners) == self.count and self.count > 1:
+            return ALL
+        if len(owners) == 1:
+            return self.colour(next(iter(owners)))
+
+        return f"url(#{self.patterns.setdefault(owners, f's{len(self.patterns)}')})"
+
+    def seats_of(self, number: int) -> range:
+        """The ranks, of those that own different things, that have a colour."""
+        return range(-(-number * self.seats // self.count), -(-(number + 1) * self.seats // self.count))
+
+    def definitions(self) -> Iterator[str]:
+        for owners, name in self.patterns.items():
+            colours = [self.colour(n) for n in sorted(owners)[:MOST_STRIPES]]
+            stripes = "".join(f'<path fill="{c}" d="M{4 * i} 0h4v8h-4z"/>' for i, c in enumerate(colours))
+            yield (
+                f'<pattern id="{name}" width="{4 * len(colours)}" height="8" patternUnits="userSpaceOnUse" '
+                f'patternTransform="rotate(45)">{stripes}</pattern>'
+            )
+
+
+@dataclass(slots=True)
+class _Canvas:
+    paths: dict[str, list[str]] = field(default_factory=dict)
+    outlines: list[str] = field(default_factory=list)
+    titles: list[tuple[float, str]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+    def cell(self, fill: str, x: float, y: float, width: float, cell: Cell) -> None:
+        left, top, across, down = x + cell[0] * width, y + cell[1] * BAR, cell[2] * width, cell[3] * BAR
+        self.paths.setdefault(fill, []).append(f"M{left:.2f} {top:.2f}h{across:.2f}v{down:.2f}h-{across:.2f}z")
+
+    def outline(self, x: float, y: float, width: float, title: str) -> None:
+        shape = f"M{x:.2f} {y:g}h{width:.2f}v{BAR:g}h-{width:.2f}z"
+        self.outlines.append(shape)
+        self.titles.append((width, f'<path d="{shape}"><title>{_escaped(title)}</title></path>'))
+
+    def text(self, x: float, y: float, text: str, note: str) -> None:
+        self.texts.append(
+            f'<text x="{x:g}" y="{y:g}">{_escaped(text)} <tspan class="n">{_escaped(note)}</tspan></text>'
+        )
+
+    def document(self, plan: LoadPlan, palette: _Palette, y: float) -> str:
+        y = self._legend(plan, palette, y + 8)
+        axes = ", ".join(f"{axis} {size}" for axis, size in plan.sizes.items() if size > 1) or "one rank"
+        title = f"{plan.name} on {plan.world_size} rank{'' if plan.world_size == 1 else 's'}"
+        largest = sorted(self.titles, key=lambda item: -item[0])[:MOST_TITLES]
+        parts = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH + 2 * MARGIN:g} {y:g}" '
+            'font-family="sans-serif" font-size="13">',
+            f"<title>{_escaped(title)}</title>",
+            "<style>.n{fill:#667}.h{font-size:18px;font-weight:bold}</style>",
+            f"<defs>{''.join(palette.definitions())}</defs>",
+            f'<path fill="#fff" d="M0 0h{WIDTH + 2 * MARGIN:g}v{y:g}H0z"/>',
+            f'<text class="h" x="{MARGIN:g}" y="{MARGIN + 14:g}">{_escaped(title)}</text>',
+            f'<text class="n" x="{MARGIN:g}" y="{MARGIN + 34:g}">{axes}; {plan.checkpoint_bytes / 1e9:,.3f} GB in '
+            f"{len(plan.manifest)} tensors. Cut from left to right along dim 0, from top to bottom along dim 1.</text>",
+            *(f'<path fill="{fill}" d="{"".join(shapes)}"/>' for fill, shapes in self.paths.items()),
+            f'<path fill="none" stroke="#fff" stroke-width=".6" d="{"".join(self.outlines)}"/>',
+            *self.texts,
+            f'<g fill="transparent">{"".join(shape for _, shape in largest)}</g>',
+            "</svg>",
+        ]
+
+        return "\n".join(parts) + "\n"
+
+    def _legend(self, plan: LoadPlan, palette: _Palette, y: float) -> float:
+        entries = [(palette.colour(n), _ranks_text([plan.copies_of(seat) for seat in palette.seats_of(n)]))
+                   for n in range(palette.count)]  # fmt: skip
+        if palette.count > 1:
+            entries += [(ALL, "every rank"), ("stripes", "the ranks of these colours")]
+        entries.append((NOBODY, "not needed"))
+        for n, (colour, text) in enumerate(entries):
+            x, at = MARGIN + n % 4 * 250, y + n // 4 * 22
+            if colour == "stripes":
+                shapes = "".join(
+                    f'<path fill="{palette.colour(i)}" d="M{x + 7 * i:g} {at:g}h7v14h-7z"/>' for i in range(2)
+                )
+            else:
+                shapes = f'<path fill="{colour}" stroke="#99a" stroke-width=".5" d="M{x:g} {at:g}h14v14h-14z"/>'
+            self.texts.append(f'<g>{shapes}<text x="{x + 20:g}" y="{at + 12:g}">{_escaped(text)}</text></g>')
+
+        return y + -(-len(entries) // 4) * 22 + MARGIN
+
+
+def _ranks_text(seats: Sequence[Sequence[int]]) -> str:
+    """The ranks of one colour; those of a seat are copies of one another."""
+    first = _runs_text([ranks[0] for ranks in seats])
+    copies = list(map(str, seats[0][1:]))
+    if not copies:
+        return f"rank{'' if len(seats) == 1 else 's'} {first}"
+    if len(seats) > 1 or len(copies) > 3:
+        return f"rank{'' if len(seats) == 1 else 's'} {first} and copies"
+
+    return f"ranks {', '.join([first, *copies])}"
+
+
+def _runs_text(ranks: Sequence[int]) -> str:
+    """Ascending numbers, those that follow one another as a range."""
+    starts = [i for i in range(len(ranks)) if i == 0 or ranks[i] != ranks[i - 1] + 1]
+    runs = [(ranks[i], ranks[end - 1]) for i, end in zip(starts, [*starts[1:], len(ranks)], strict=True)]
+
+    return ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in runs)
+
+
+def _escaped(text: str) -> str:
+    """Text for XML, whatever it holds: names of tensors and files are a stranger's."""
+    return escape(_NOT_XML.sub("\ufffd", text))

@@ -1,0 +1,372 @@
+"""Checkpoints brought to this machine ahead of their load."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref, shown_uri, uri_path
+from lading.catalog.checkpoints.record import record_checkpoint
+from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoints.checkpoint import Checkpoint
+from lading.checkpoints.extra_files import (
+    Elsewhere,
+    TokenizerRef,
+    same_source,
+    tokenizer_beside,
+    tokenizer_elsewhere,
+    tokenizer_ref,
+)
+from lading.checkpoints.fetch import acquire
+from lading.checkpoints.fetch_to_index import Whole, comes_whole, fetch_whole
+from lading.checkpoints.locate import (
+    address_of,
+    card_checkpoint,
+    known_content,
+    require_access,
+    require_writable,
+    whole_checkpoint,
+)
+from lading.checkpoints.pins import with_pins
+from lading.checkpoints.published import CONFIG_NAME, Published, index_source, name_in_source
+from lading.checkpoints.recording import fetch_along
+from lading.checkpoints.verification import require_pinned
+from lading.errors import AssetCardError, FetchError, NotSupportedError
+from lading.formats import NotByHeadersError
+from lading.formats.hf_folder import refuse_quantised_config
+from lading.models.completion import completed
+from lading.models.fit import check_manifest, require_fit
+from lading.models.resolve import family_of_card, model_config
+from lading.sources.open import HTTP_SCHEMES, HUB_SCHEMES, open_source
+from lading.sources.source import FetchedFile, RemoteFile, Snapshot
+from lading.sources.web.address import is_plain
+from lading.system.settings import Settings
+
+log = logging.getLogger("lading")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PulledFile:
+    """A file of a model, or one beside it."""
+
+    name: str
+    """Within the source."""
+    size: int | None
+    """Bytes, where they are known."""
+    path: Path | None
+    """On this machine; ``None`` where it is not here."""
+    fetched: bool
+    """Whether it was, or would be, brought here just now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullReport:
+    """What a pull did, or would do."""
+
+    name: str
+    uri: str
+    revision: str | None
+    files: tuple[PulledFile, ...]
+
+
+def pull_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    include: Sequence[str] = (),
+    dry_run: bool = False,
+    progress: bool = True,
+    store: AssetStore | None = None,
+) -> PullReport:
+    """Bring the checkpoint of a card to this machine, as it is published now, and note in the catalog where it is.
+
+    Whether it fits the card's architecture is checked by its headers, before a byte of a weight is fetched.
+
+    :param revision: a branch, a tag or a commit of the source; default: the one that the card's URI names, or the
+        latest. Loads of the card then use it until the next pull.
+    :param include: shell-style patterns of further files of the source; its ``config.json`` always comes along, and so
+        does the tokenizer, from there or from where the card says that it is. A web server lists no files: there they
+        are names of files beside the checkpoint, and ``config.json`` comes if its family needs it.
+    :param dry_run: only say what would be fetched.
+    :param progress: show a bar on stderr.
+
+    :raises AssetNotFoundError: no card has that name.
+    :raises NotSupportedError: ``revision``, of a source that has none; or patterns for one that lists no files.
+    :raises ModelGatedError: the publisher hands it out on request.
+    :raises ModelCheckpointMismatchError: it does not fit the card's architecture; nothing was fetched.
+    :raises FetchError: the source cannot be reached, or answers nonsense.
+    :raises CatalogError: something is to be fetched, and the catalog cannot be written.
+    :raises DigestMismatchError: what came is not what is published.
+    :raises OSError: the disk is full, or the cache cannot be written.
+    """
+    store = store or get_asset_store()
+    card = store.retrieve_card(name)
+    ref = address_of(card)
+    require_access(card.title, ref)
+    if uri_path(ref.uri) is not None:
+        checkpoint = _local(card_checkpoint(card, store), revision)
+        if not dry_run:
+            require_pinned(checkpoint, store, progress=progress)
+        tokenizer = _tokenizer_elsewhere(card, ref, None, store)
+        beside = _bring(tokenizer, checkpoint, store, dry_run=dry_run, progress=progress)
+        return _report(checkpoint, missing=False, beside=beside)
+    if ref.scheme in HTTP_SCHEMES:
+        _require_of_web(ref, revision, include)
+
+    published, missing = _published(ref, revision), False
+    if published is None:
+        if dry_run and store.checkpoint(ref.key) is None:
+            file = PulledFile(name=ref.shown, size=None, path=None, fetched=True)
+            return PullReport(name=card.name, uri=ref.key, revision=revision, files=(file,))
+        if dry_run or Settings.from_environment().offline:
+            checkpoint = card_checkpoint(card, store, progress=progress)
+            _require_known_revision(checkpoint, revision)
+        else:
+            checkpoint, published, missing = _fetched_whole(card, ref, store, revision, progress=progress)
+    else:
+        refuse_quantised_config(published.hf_config, ref.shown)
+        checkpoint = _as_checkpoint(card, ref, published, store)
+    pinned = with_pins(checkpoint, card, store)
+    _require_fit(card, checkpoint, published, store)
+
+    companions = _companions(checkpoint, published, include, card, store)
+    tokenizer = _tokenizer_elsewhere(card, ref, published, store)
+    missing = missing or checkpoint.files is None
+    if dry_run:
+        planned = [PulledFile(name=file.name, size=file.size, path=None, fetched=True) for file in companions]
+        planned += _bring(tokenizer, checkpoint, store, dry_run=True, progress=progress)
+        return _report(checkpoint, missing, planned)
+
+    if missing:
+        require_writable(store)
+    if published is not None and not isinstance(published, Whole):
+        record_checkpoint(
+            store.database,
+            uri=checkpoint.uri,
+            manifest=checkpoint.manifest,
+            copies=(),
+            revision=checkpoint.revision,
+            card_name=card.title,
+        )
+    here = acquire(pinned, store, progress=progress)
+    require_pinned(here, store, progress=progress)
+    beside = [
+        PulledFile(name=file.name, size=file.stat.size, path=file.path, fetched=True)
+        for file in _fetch(checkpoint, companions, store, progress=progress)
+    ]
+
+    beside += _bring(tokenizer, checkpoint, store, dry_run=False, progress=progress)
+
+    return _report(here, missing, beside)
+
+
+def _published(ref: CheckpointRef, revision: str | None) -> Published | None:
+    """What is published now, by its headers; ``None`` if nobody is to be asked, or it is to be fetched to be known."""
+    if comes_whole(ref) or Settings.from_environment().offline:
+        return None
+    try:
+        return index_source(ref, revision=revision)
+    except NotByHeadersError:
+        return None
+
+
+def _fetched_whole(
+    card: AssetCard, ref: CheckpointRef, store: AssetStore, revision: str | None, *, progress: bool
+) -> tuple[Checkpoint, Whole, bool]:
+    """What is published now, fetched to be known; and whether it was not what the catalog knew on this machine."""
+    require_writable(store)
+    known = None if store.checkpoint(ref.key) is None else card_checkpoint(card, store)
+    whole = fetch_whole(ref, store=store, known=known_content(store), progress=progress, revision=revision)
+    checkpoint = whole_checkpoint(card.title, ref, whole, store)
+
+    return checkpoint, whole, known is None or known.files != checkpoint.files
+
+
+def _require_known_revision(checkpoint: Checkpoint, revision: str | None) -> None:
+    """:raises FetchError: another revision is asked for than the one that is known, and nobody can be asked for it."""
+    if revision is not None and revision != checkpoint.revision:
+        known = checkpoint.revision or "one without a name"
+        raise FetchError(
+            f"The revision {revision!r} of {checkpoint.where} cannot be asked for offline; the one that is known here "
+            f"is {known}. Pull without --revision, or when the network is there."
+        )
+
+
+def _require_of_web(ref: CheckpointRef, revision: str | None, include: Sequence[str]) -> None:
+    """:raises NotSupportedError: something is asked for that web servers do not have."""
+    if revision is not None:
+        raise NotSupportedError(
+            f"{shown_uri(ref.uri)} is a file of a web server and has no revisions, but {revision!r} was asked for."
+        )
+    patterns = [name for name in include if not is_plain(name) or set(name) & set("*?[")]
+    if patterns:
+        raise NotSupportedError(
+            f"{shown_uri(ref.uri)} is a file of a web server, which does not say what lies beside it: expected plain "
+            f"names of files to include, such as tokenizer.json, found {patterns[0]!r}."
+        )
+
+
+def _named_beside(ref: CheckpointRef, snapshot: Snapshot, names: Sequence[str]) -> Snapshot:
+    """The snapshot of a source that lists no files, with those of these names."""
+    source = open_source(ref.uri, inner_path=None, revision=None, settings=Settings.from_environment())
+    more = source.beside(snapshot, names)
+    for name in names:
+        if more.file(name) is None:
+            log.warning("there is no file %r beside %s", name, shown_uri(ref.uri))
+
+    return more
+
+
+def _local(checkpoint: Checkpoint, revision: str | None) -> Checkpoint:
+    if revision is not None:
+        raise NotSupportedError(
+            f"{checkpoint.where} is on this machine and has no revisions, but {revision!r} was asked for."
+        )
+
+    return checkpoint
+
+
+def _as_checkpoint(card: AssetCard, ref: CheckpointRef, published: Published, store: AssetStore) -> Checkpoint:
+    """What is published, with the files of it that the catalog knows on this machine, if it is what it knows."""
+    fresh = Checkpoint(
+        name=card.name,
+        uri=ref.key,
+        where=ref.shown,
+        manifest=published.manifest,
+        files=None,
+        ref=ref,
+        revision=published.revision,
+    )
+    known = store.checkpoint(ref.key)
+    if known is None or not known.manifest.tensors_equal(fresh.manifest):
+        return fresh
+    digests = all(shard.sha256 for shard in (*fresh.manifest.shards, *known.manifest.shards))
+    # Without digests, another revision may hold other values in the same tensors.
+    if known.revision != fresh.revision and not digests:
+        return fresh
+    if not known.manifest.has_files_of(fresh.manifest):
+        return fresh
+
+    kept = card_checkpoint(card, store)
+    if not digests and not fresh.revision and not _is_unchanged(kept, ref, published):
+        return fresh
+
+    return replace(fresh, manifest=kept.manifest, files=kept.files, trusted=kept.trusted)
+
+
+def _is_unchanged(kept: Checkpoint, ref: CheckpointRef, published: Published) -> bool:
+    """Return whether a source without revisions says that its files are still those that are here.
+
+    It says so by their validators: size and tensors are the same after further training, too.
+    """
+    source = open_source(ref.uri, inner_path=ref.path, revision=None, settings=Settings.from_environment())
+    names = [shard.name for shard in kept.manifest.shards]
+    files = [published.snapshot.file(name_in_source(published.inner, name, shards=names)) for name in names]
+    here = source.local(published.snapshot, [file for file in files if file is not None])
+
+    return [file.path for file in kept.files or ()] == here
+
+
+def _require_fit(card: AssetCard, checkpoint: Checkpoint, published: Published | None, store: AssetStore) -> None:
+    try:
+        family = family_of_card(card)
+    except AssetCardError:
+        return  # it may be pulled for other programs all the same
+
+    # A web server lists no files, so that nothing is known of one beside the checkpoint before it is asked for.
+    hf_config = None if published is None else published.hf_config or None
+    config = completed(model_config(card, family, store), family, checkpoint, hf_config, store=store)
+    report = check_manifest(checkpoint.manifest, family, config)
+    require_fit(report, path=checkpoint.where, name=card.title)
+
+
+def _companions(
+    checkpoint: Checkpoint, published: Published | None, include: Sequence[str], card: AssetCard, store: AssetStore
+) -> tuple[RemoteFile, ...]:
+    """The files beside the weights that are to come along."""
+    if published is None:
+        return ()
+
+    manifest = checkpoint.manifest
+    shards = [shard.name for shard in manifest.shards]
+    beside = [name for name in (CONFIG_NAME, manifest.index_name) if name is not None]
+    weights = {name_in_source(published.inner, name, shards=shards) for name in shards}
+    always = {name_in_source(published.inner, name, shards=shards) for name in beside}
+    ref, snapshot = checkpoint_ref(card), published.snapshot
+    if ref.scheme in HTTP_SCHEMES and include:
+        snapshot = _named_beside(ref, snapshot, include)
+    tokenizer = tokenizer_ref(card, store.retrieve_card)
+    if same_source(tokenizer, ref):
+        always |= {file.name for file in tokenizer_beside(tokenizer, snapshot, published.inner)}
+
+    return tuple(
+        file
+        for file in snapshot.files
+        if file.name not in weights
+        and (file.name in always or any(fnmatchcase(file.name, pattern) for pattern in include))
+    )
+
+
+def _tokenizer_elsewhere(
+    card: AssetCard, ref: CheckpointRef, published: Published | None, store: AssetStore
+) -> Elsewhere | None:
+    """The files of the tokenizer, if they are neither on this machine nor among those that lie beside the weights."""
+    tokenizer = tokenizer_ref(card, store.retrieve_card)
+    if tokenizer is None and ref.scheme in HUB_SCHEMES:
+        tokenizer = TokenizerRef(uri=ref.uri, path=ref.path, card=card.name)
+    if tokenizer is None or Settings.from_environment().offline:
+        return None
+    if same_source(tokenizer, ref) and (published is not None or ref.scheme not in HUB_SCHEMES):
+        return None  # it is in the archive that the checkpoint is in, or beside it
+
+    return tokenizer_elsewhere(tokenizer)
+
+
+def _bring(
+    tokenizer: Elsewhere | None, checkpoint: Checkpoint, store: AssetStore, *, dry_run: bool, progress: bool
+) -> list[PulledFile]:
+    if tokenizer is None:
+        return []
+    where = shown_uri(tokenizer.source.uri)
+    if dry_run:
+        return [
+            PulledFile(name=f"{where}: {file.name}", size=file.size, path=None, fetched=True)
+            for file in tokenizer.files
+        ]
+
+    return [
+        PulledFile(name=f"{where}: {file.name}", size=file.stat.size, path=file.path, fetched=True)
+        for file in tokenizer.fetch(store, checkpoint.uri, progress=progress)
+    ]
+
+
+def _fetch(
+    checkpoint: Checkpoint, files: tuple[RemoteFile, ...], store: AssetStore, *, progress: bool
+) -> list[FetchedFile]:
+    ref = checkpoint.ref
+    if not files or ref is None:
+        return []
+
+    # Files are named from the top of the source, wherever in it the checkpoint is.
+    source = open_source(
+        ref.uri, inner_path=None, revision=checkpoint.revision or None, settings=Settings.from_environment()
+    )
+    snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=files)
+
+    return fetch_along(source, snapshot, files, store, checkpoint.uri, progress=progress)
+
+
+def _report(checkpoint: Checkpoint, missing: bool, beside: Sequence[PulledFile]) -> PullReport:
+    shards = checkpoint.manifest.shards
+    paths = [None] * len(shards) if checkpoint.files is None else [file.path for file in checkpoint.files]
+    files = [
+        PulledFile(name=shard.name, size=shard.size, path=path, fetched=missing)
+        for shard, path in zip(shards, paths, strict=True)
+    ]
+
+    return PullReport(
+        name=checkpoint.name, uri=checkpoint.uri, revision=checkpoint.revision or None, files=(*files, *beside)
+    )

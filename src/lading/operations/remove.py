@@ -1,0 +1,289 @@
+"""Models taken off this machine: what this catalog fetched, and revisions of the cache that all programs share."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lading.cards.card import checkpoint_ref, shown_uri
+from lading.catalog.checkpoints.holdings import held_checkpoints, letting_go
+from lading.catalog.records import HeldCheckpoint, LocalCopy
+from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoints.locate import require_writable
+from lading.checkpoints.sidecar import base_uri
+from lading.errors import PolicyError
+from lading.formats import is_rewritten
+from lading.operations.disk_usage import catalog_uri, find_orphans, names_of, own_cache
+from lading.sources.cache import Cache
+from lading.sources.hub.address import SCHEMES
+from lading.sources.hub.remove import HubRevision, delete_revisions, revision_of
+from lading.sources.partial import sweep
+
+_GRACE = 3_600
+"""Seconds. A file that is younger may just not have got its entry in the cache yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptFile:
+    """A file that stays, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removal:
+    """What was removed of a model, or would be."""
+
+    name: str
+    freed: int
+    """Bytes."""
+    removed: tuple[Path, ...]
+    """Files that are gone. Of those that others need the bytes stay, and are not counted."""
+    kept: tuple[KeptFile, ...]
+    """Files that stay; the catalog does not know them as the model's any more."""
+    revisions: tuple[HubRevision, ...] = ()
+    """Revisions that are deleted from the cache of Hugging Face's libraries, whoever fetched them."""
+    also_of: tuple[str, ...]
+    """Other models of the same checkpoint, which is gone for them, too."""
+
+    @property
+    def nothing(self) -> bool:
+        """Whether nothing of the model was on this machine."""
+        return not (self.removed or self.kept or self.freed)
+
+
+def remove_model(name: str, *, dry_run: bool = False, hub: bool = False, store: AssetStore | None = None) -> Removal:
+    """Remove the files of a model from lading's cache and from that of Hugging Face's libraries; forget the others.
+
+    Of lading's own cache go the weights, what came along with them, and all of it of revisions that a pull has left,
+    unless another model's checkpoint or another catalog needs it. The cache of Hugging Face's libraries has no owners:
+    there whole revisions go, by huggingface_hub's own ``delete_revisions``, and only where that is asked for. What the
+    checkpoint holds stays known, and a load fetches it again; but its sidecars go, too.
+
+    :param name: of a card; or the URI of a checkpoint that no card names.
+    :param dry_run: only say what would be removed.
+    :param hub: delete the model's revisions from the cache of Hugging Face's libraries.
+
+    :raises AssetNotFoundError: there is no such card, nor such a checkpoint.
+    :raises PolicyError: revisions are to be deleted, and ``hub`` does not say so; nothing was removed.
+    :raises CatalogError: the catalog cannot be written; nothing was removed.
+    :raises OSError: a file cannot be removed. The catalog then says of all what it said before, and what is gone counts
+        as gone: remove the model again.
+    """
+    store = store or get_asset_store()
+    uri, entry = _checkpoint_of(name, store)
+    if not uri:
+        return Removal(name=name, freed=0, removed=(), kept=(), also_of=())
+
+    # Before anything is gone: what was rewritten is told by its being there.
+    others = [other for other in names_of(store, [uri]).get(uri, ()) if other != name]
+    with _held(store, uri, dry_run=dry_run) as held:
+        plan = _plan(uri, entry, held)
+        if plan.revisions and not (dry_run or hub):
+            raise _refused(name, plan.revisions)
+        freed = plan.carry_out(dry_run=dry_run)
+
+    return Removal(
+        name=name,
+        freed=freed,
+        removed=plan.paths,
+        kept=plan.kept,
+        revisions=plan.revisions,
+        also_of=tuple(others),
+    )
+
+
+def remove_orphans(*, dry_run: bool = False, older_than: float = _GRACE, store: AssetStore | None = None) -> Removal:
+    """Remove what this catalog brought into lading's cache and no card names in any environment, and what fetches left
+    there that were broken off.
+
+    What other catalogs brought into a cache that they share stays.
+
+    :param dry_run: only say what would be removed.
+    :param older_than: seconds; of files that were not fetched for anything that is known, younger ones stay.
+
+    :raises CatalogError: the catalog cannot be written; nothing was removed.
+    :raises OSError: a file cannot be removed.
+    """
+    store = store or get_asset_store()
+    # A catalog that is not one's own does not say what belongs to nobody.
+    require_writable(store)
+    orphans = find_orphans(store, held_checkpoints(store.database))
+    cache = orphans.cache
+    strays = [path for path in orphans.strays if time.time() - os.lstat(path).st_ctime > older_than]
+    paths = [*(path for _, paths in orphans.entries for path in paths), *strays]
+    if dry_run:
+        return Removal(name="", freed=_bytes(paths), removed=tuple(paths), kept=(), also_of=())
+
+    freed = sum(cache.remove(entry, keep=orphans.needed) for entry, _ in orphans.entries)
+    freed += _remove(strays) + sweep(cache.tmp)
+    gone = tuple(path for path in paths if not path.exists())
+
+    return Removal(name="", freed=freed, removed=gone, kept=(), also_of=())
+
+
+def _bytes(paths: Sequence[Path]) -> int:
+    return sum(os.lstat(path).st_size for path in set(paths) if path.exists())
+
+
+def _remove(paths: Sequence[Path]) -> int:
+    """Remove files; returns the bytes that were freed."""
+    freed = _bytes(paths)
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+    return freed
+
+
+def _checkpoint_of(name: str, store: AssetStore) -> tuple[str, str]:
+    """Return the URI of the checkpoint in the catalog, and the one in lading's cache."""
+    if "://" in name and store.maybe_retrieve_card(name) is None and (uri := checkpoint_without_card(name, store)):
+        return uri, uri
+    ref = checkpoint_ref(store.retrieve_card(name))
+
+    return (catalog_uri(ref), ref.uri) if ref.uri else ("", "")
+
+
+def _refused(name: str, revisions: Sequence[HubRevision]) -> PolicyError:
+    which = ", ".join(f"{revision.commit} of {revision.repo}" for revision in revisions)
+
+    return PolicyError(
+        f"{name} is in the cache of Hugging Face's libraries, which other programs use, too: {which} would be deleted. "
+        f"Nothing was removed. `lading rm {name} --yes` deletes it (in Python `hub=True`)."
+    )
+
+
+def checkpoint_without_card(name: str, store: AssetStore) -> str | None:
+    """Return the URI of the checkpoint that ``du`` shows as ``name``; ``None`` for no checkpoint, or one of several.
+
+    What is secret in an address is not shown.
+    """
+    if store.checkpoint(name) is not None:
+        return name
+    found = [checkpoint.uri for checkpoint in held_checkpoints(store.database) if shown_uri(checkpoint.uri) == name]
+
+    return found[0] if len(found) == 1 else None
+
+
+@contextmanager
+def _held(store: AssetStore, uri: str, *, dry_run: bool) -> Iterator[list[HeldCheckpoint]]:
+    if dry_run:
+        yield held_checkpoints(store.database)
+        return
+    with letting_go(store.database, lambda other: _is_of(other, uri)) as held:
+        yield held
+
+
+def _is_of(other: str, uri: str) -> bool:
+    """Return whether a checkpoint is the one of a URI, or a sidecar of it."""
+    return uri in (other, base_uri(other))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """Which files of a checkpoint go, and which stay."""
+
+    cache: Cache
+    entry: str
+    digests: tuple[str, ...]
+    """The SHA-256 of files in lading's cache that go."""
+    needed: frozenset[str]
+    """The SHA-256 of files that other checkpoints need."""
+    revisions: tuple[HubRevision, ...]
+    made: tuple[Path, ...]
+    """Files that were made of others in lading's cache."""
+    paths: tuple[Path, ...]
+    kept: tuple[KeptFile, ...]
+
+    def carry_out(self, *, dry_run: bool) -> int:
+        """Remove the files; returns the bytes that were freed."""
+        if dry_run:
+            removable = self.cache.removable(self.entry, also=self.digests, keep=self.needed)
+            return _bytes([*removable, *self.made]) + delete_revisions(self.revisions, dry_run=True)
+
+        freed = self.cache.remove(self.entry, also=self.digests, keep=self.needed) + delete_revisions(self.revisions)
+
+        return freed + _remove(self.made)
+
+
+def _plan(uri: str, entry: str, held: Sequence[HeldCheckpoint]) -> _Plan:
+    cache = own_cache()
+    copies = [copy for checkpoint in held if _is_of(checkpoint.uri, uri) for copy in checkpoint.copies]
+    by_name = {
+        copy.path: shown_uri(checkpoint.uri)
+        for checkpoint in held
+        if not _is_of(checkpoint.uri, uri)
+        for copy in checkpoint.copies
+    }
+    others = {os.path.realpath(path): other for path, other in by_name.items()}
+    needed = frozenset(digest for path in others if (digest := _digest(cache, Path(path))) is not None)
+
+    revisions_of_others = {revision: other for path, other in by_name.items() if (revision := revision_of(path))}
+
+    digests: list[str] = []
+    revisions: set[HubRevision] = set()
+    made: list[Path] = []
+    kept: list[KeptFile] = []
+    for copy in copies:
+        digest, other = _digest(cache, copy.path), others.get(os.path.realpath(copy.path))
+        # Bytes of another source may be there, too: those are no reason to delete a revision.
+        revision = revision_of(copy.path) if uri.startswith(SCHEMES) and copy.kind in ("hub", "adopted") else None
+        if revision is not None:
+            other = revisions_of_others.get(revision)
+        if not os.path.lexists(copy.path) and copy.kind not in ("cache", "hub"):
+            continue
+        if copy.kind == "cache" and digest is not None and other is None:
+            digests.append(digest)
+        elif revision is not None and other is None:
+            revisions.add(revision)
+        elif _is_made(copy.path, cache) and other is None:
+            made.append(copy.path)
+        elif os.path.lexists(copy.path):  # in a cache that was another one's, it may be gone
+            kept.append(KeptFile(path=copy.path, reason=_reason(copy, other)))
+
+    # The entry in the cache may know of files that the catalog does not: those of a fetch that did not end.
+    removable = cache.removable(entry, also=digests, keep=needed)
+    kept += [
+        KeptFile(path=copy.path, reason="fetched for another address or by another catalog, too")
+        for copy in copies
+        if copy.kind == "cache" and _digest(cache, copy.path) in set(digests) - {path.name[:64] for path in removable}
+        if os.path.lexists(copy.path)
+    ]
+    paths = [*removable, *(path for revision in sorted(revisions) for path in revision.files()), *made]
+
+    return _Plan(
+        cache=cache,
+        entry=entry,
+        digests=tuple(digests),
+        needed=needed,
+        revisions=tuple(revision for revision in sorted(revisions) if revision.path.is_dir()),
+        made=tuple(made),
+        paths=tuple(path for path in paths if os.path.lexists(path)),
+        kept=tuple(kept),
+    )
+
+
+def _is_made(path: Path, cache: Cache) -> bool:
+    """Return whether a file was made of others in lading's cache: rewritten, or cut for ranks."""
+    return is_rewritten(path, cache.folder) or cache.is_repacked(path)
+
+
+def _digest(cache: Cache, path: Path) -> str | None:
+    return cache.digest_of(path) or cache.digest_of(Path(os.path.realpath(path)))
+
+
+def _reason(copy: LocalCopy, other: str | None) -> str:
+    match copy.kind:
+        case "source":
+            return "the card's own file"
+        case "adopted":
+            return "adopted, not fetched by lading"
+        case _ if other is not None:
+            return f"a file of {other}, too"
+        case _:
+            return "not in a cache that lading knows; LADING_CACHE_DIR or HF_HUB_CACHE may name another one"

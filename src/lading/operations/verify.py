@@ -1,0 +1,330 @@
+"""Files that are on this machine, checked against what was published or recorded, without loading them."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lading import formats
+from lading.cards.card import AssetCard, path_uri, shown_uri, uri_path
+from lading.catalog.checkpoints.holdings import held_checkpoints
+from lading.catalog.checkpoints.record import record_digests, record_files, recorded_headers
+from lading.catalog.records import Check, CopyKind, LocalCopy
+from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoints.checkpoint import Checkpoint, OnDisk, best_copies, header_checks
+from lading.checkpoints.fetch import acquire
+from lading.checkpoints.local_path import local_checkpoint
+from lading.checkpoints.locate import address_of, card_checkpoint
+from lading.checkpoints.pins import with_pins
+from lading.checkpoints.sidecar import base_uri, tp_of
+from lading.checkpoints.verification import block_dims, check_files, remedy, shard_digest
+from lading.errors import (
+    AssetCardError,
+    CheckpointNotFoundError,
+    CorruptModelCheckpointError,
+    FetchError,
+    ModelGatedError,
+    NotSupportedError,
+)
+from lading.formats.digests import Digests, default_dims, recorded
+from lading.formats.safetensors import index_file
+from lading.formats.torch_save.zip_archive import damaged_record
+from lading.models.completion import completed
+from lading.models.construct import build_on_meta
+from lading.models.fit import match
+from lading.models.resolve import family_of_card, model_config
+from lading.models.targets import targets_of
+from lading.sources.hub.remove import revision_of
+from lading.system.filesystem import FileStat
+from lading.system.settings import Settings
+from lading.transfer.execute import hash_checkpoint
+from lading.transfer.files import ShardFile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What the files of a model are worth."""
+
+    name: str
+    uri: str
+    checks: tuple[Check, ...]
+    """The last one of each file."""
+    repaired: frozenset[str] = frozenset()
+    """Files that were not the right ones, and were fetched anew."""
+    hint: str = ""
+    """What to do about files that are not the right ones."""
+    unrecorded: str = ""
+    """Why nothing of it is in the catalog; empty where all of it is."""
+
+    @property
+    def good(self) -> bool:
+        return all(check.result != "mismatch" for check in self.checks)
+
+
+def verify_model(
+    name: str, *, repair: bool = False, progress: bool = True, store: AssetStore | None = None
+) -> VerifyReport:
+    """Check the files of a model on this machine, all bytes of them.
+
+    Against the SHA-256 that was published, or that was recorded; else against the digests of tensors that were recorded
+    when all bytes passed by for the first time. Where nothing is known yet, this records it. Every check becomes a row;
+    where the catalog cannot be written, the files are checked all the same. What
+    :func:`~lading.operations.repack.repack_model` made of them is checked as well.
+
+    :param repair: fetch what is not right again: files in lading's own cache, and in that of Hugging Face's libraries,
+        whose ``hf_hub_download`` replaces them. No others are ever replaced.
+    :param progress: show a bar on stderr.
+
+    :raises AssetNotFoundError: no card has that name.
+    :raises CheckpointNotFoundError: the checkpoint is not on this machine.
+    :raises NotSupportedError: ``repair``, of files in no cache.
+    :raises FetchError: ``repair``, and the source cannot be reached.
+    :raises CatalogError: the catalog is damaged, or another process holds it.
+    """
+    store = store or get_asset_store()
+    card = store.retrieve_card(name)
+    checkpoint, kinds = _known(card, store)
+    checks = _checked(checkpoint, card, store, progress=progress)
+    _record(checkpoint, kinds, checks, store)
+
+    database = store.database
+    unrecorded = "" if database.writable else f"the catalog {database.url} cannot be written"
+    bad = [check for check in checks if check.result == "mismatch"]
+    if not bad or not repair:
+        beside, hints = _checked_sidecars(checkpoint, card, store, progress=progress)
+        return VerifyReport(
+            name=card.name,
+            uri=checkpoint.uri,
+            checks=(*checks, *beside),
+            hint=" ".join([*([remedy(checkpoint, files=len(bad))] if bad else []), *hints]),
+            unrecorded=unrecorded,
+        )
+
+    _refuse_foreign(bad, kinds, checkpoint)
+    for check in bad:
+        if kinds[check.file] == "cache":  # it may be damaged in a way that its state does not show
+            check.path.unlink(missing_ok=True)
+    repaired = acquire(replace(checkpoint, files=None), store, progress=progress)
+    checks = _checked(repaired, card, store, progress=progress)
+    _record(repaired, kinds, checks, store)
+    beside, hints = _checked_sidecars(repaired, card, store, progress=progress)
+
+    return VerifyReport(
+        name=card.name,
+        uri=checkpoint.uri,
+        checks=(*checks, *beside),
+        repaired=frozenset(check.file for check in bad),
+        hint=" ".join([remedy(checkpoint, files=len(bad)), *hints]),
+        unrecorded=unrecorded,
+    )
+
+
+def _known(card: AssetCard, store: AssetStore) -> tuple[Checkpoint, dict[str, CopyKind]]:
+    """The checkpoint by what the catalog knows of it, its files in whatever state they are now; and whose each is."""
+    ref = address_of(card)
+    path = uri_path(ref.uri)
+    if path is not None:
+        path = local_checkpoint(path, inner_path=ref.path)
+        path = formats.rewritten(path, cache=Settings.from_environment().cache_dir) or path
+    uri = ref.key if path is None else path_uri(path)
+    stored = store.checkpoint(uri)
+    if stored is None and path is not None:
+        fresh = card_checkpoint(card, store) if store.database.writable else OnDisk.read(path).checkpoint(card.title)
+        path, uri = Path(fresh.where), fresh.uri
+        stored = store.checkpoint(uri)
+        if stored is None:  # the catalog cannot be written
+            return fresh, {shard.name: "source" for shard in fresh.manifest.shards}
+    copies = {} if stored is None else best_copies(stored.copies)
+    if stored is None or not all(shard.name in copies for shard in stored.manifest.shards):
+        if ref.gated:
+            raise ModelGatedError(card.title, ref.info_url)
+        raise CheckpointNotFoundError(
+            shown_uri(uri),
+            f"The checkpoint of {card.title!r} is at {shown_uri(uri)}, and the catalog knows no copy of it on this "
+            f"machine. `lading pull {card.title}` fetches it.",
+        )
+
+    files = tuple(_as_it_is(copies[shard.name].path) for shard in stored.manifest.shards)
+    checkpoint = Checkpoint(
+        name=card.name,
+        uri=uri,
+        where=shown_uri(uri) if path is None else str(path),
+        manifest=stored.manifest,
+        files=files,
+        ref=ref if path is None else None,
+        revision=stored.revision,
+    )
+
+    return with_pins(checkpoint, card, store), {shard.name: copies[shard.name].kind for shard in stored.manifest.shards}
+
+
+_GONE = FileStat(0, 0, 0, 0)
+
+
+def _as_it_is(path: Path) -> ShardFile:
+    try:
+        stat = FileStat.from_stat(os.stat(path))
+    except FileNotFoundError:
+        stat = _GONE
+
+    return ShardFile(path=path, stat=stat)
+
+
+def _checked(checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, progress: bool) -> list[Check]:
+    """One check of each file."""
+    shards, files = checkpoint.manifest.shards, checkpoint.here()
+    there = [i for i, file in enumerate(files) if file.stat != _GONE]
+    checks = {check.file: check for check in check_files(checkpoint, there, progress=progress)}
+    rest = [i for i in there if shards[i].name not in checks]
+    checks |= {check.file: check for check in _checked_by_tensors(checkpoint, rest, card, store, progress=progress)}
+    checks |= _checked_records(checkpoint, [i for i in rest if checks[shards[i].name].result != "mismatch"])
+    checks |= _checked_headers(checkpoint, [i for i in rest if checks[shards[i].name].result != "mismatch"], store)
+
+    return [
+        checks.get(shard.name)
+        or Check(
+            file=shard.name,
+            path=file.path,
+            stat=file.stat,
+            method="presence",
+            expected=f"{shard.size} bytes",
+            found=None,
+        )
+        for shard, file in zip(shards, files, strict=True)
+    ]
+
+
+def _checked_by_tensors(
+    checkpoint: Checkpoint, chosen: Sequence[int], card: AssetCard, store: AssetStore, *, progress: bool
+) -> Iterator[Check]:
+    """Checks of files of which no SHA-256 is known, by the digests of their tensors."""
+    manifest, files = checkpoint.manifest, checkpoint.here()
+    if not chosen:
+        return
+
+    expected = store.digests(checkpoint.uri, manifest)
+    dims = _family_dims(checkpoint, card, store) if expected is None else expected.dims
+    found: dict[int, Digests] = {}
+    for i in chosen:
+        part = manifest.only(i)
+        try:
+            if _has_same_tensors(checkpoint, i):
+                own = [dims[t] for t in manifest.tensors_of(i)]
+                found[i] = hash_checkpoint(part, [files[i]], own, progress=progress)
+        except CorruptModelCheckpointError:
+            pass  # it is not even a checkpoint any more
+        yield Check(
+            file=manifest.shards[i].name,
+            path=files[i].path,
+            stat=files[i].stat,
+            method="blake3",
+            expected=shard_digest(manifest, expected, i) if expected is not None else None if i in found else "tensors",
+            found=shard_digest(part, found[i], 0) if i in found else None,
+        )
+
+    if expected is None and len(found) == len(manifest.shards):
+        rows = [(d.dim, d.blocks) for i in chosen for d in found[i].iter(manifest.only(i)) if d is not None]
+        record_digests(store.database, uri=checkpoint.uri, manifest=manifest, digests=recorded(manifest, rows))
+
+
+def _checked_records(checkpoint: Checkpoint, chosen: Sequence[int]) -> dict[str, Check]:
+    """Return the checks of zip archives in which a record does not have the CRC that `torch.save` stored.
+
+    Digests are taken of what is there, and so say nothing of bytes that were wrong when they were seen first.
+    """
+    checks: dict[str, Check] = {}
+    for i in chosen:
+        file, name = checkpoint.here()[i], checkpoint.manifest.shards[i].name
+        if (damaged := damaged_record(file.path)) is not None:
+            record, expected, found = damaged
+            checks[name] = Check(
+                file=name,
+                path=file.path,
+                stat=file.stat,
+                method="crc32",
+                expected=f"{expected:08x} of {record}",
+                found=f"{found:08x} of {record}",
+            )
+
+    return checks
+
+
+def _checked_headers(checkpoint: Checkpoint, chosen: Sequence[int], store: AssetStore) -> dict[str, Check]:
+    """Return the checks of files whose tensors are right, and whose other bytes are not; record what is not known."""
+    known = recorded_headers(store.database, checkpoint.uri)
+    checks = header_checks(checkpoint, known, chosen)
+    record_files(store.database, uri=checkpoint.uri, checks=[check for check in checks if check.result == "recorded"])
+
+    return {check.file: check for check in checks if check.result == "mismatch"}
+
+
+def _has_same_tensors(checkpoint: Checkpoint, shard: int) -> bool:
+    """Whether a file still says that it holds what the catalog says.
+
+    :raises CorruptModelCheckpointError: it says nothing sensible.
+    """
+    if checkpoint.ref is None:
+        return OnDisk.read(Path(checkpoint.where)).manifest.tensors_equal(checkpoint.manifest)
+
+    return index_file(checkpoint.here()[shard].path).tensors_equal(checkpoint.manifest.only(shard))
+
+
+def _checked_sidecars(
+    checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, progress: bool
+) -> tuple[list[Check], list[str]]:
+    """Checks of what was cut beforehand of a checkpoint, and what to do about files that are not the right ones."""
+    checks: list[Check] = []
+    hints: list[str] = []
+    for held in held_checkpoints(store.database):
+        stored = store.checkpoint(held.uri) if base_uri(held.uri) == checkpoint.uri else None
+        if stored is None:
+            continue
+        (copy,) = best_copies(stored.copies).values()
+        sidecar = Checkpoint(
+            name=card.name,
+            uri=held.uri,
+            where=str(copy.path),
+            manifest=stored.manifest,
+            files=(_as_it_is(copy.path),),
+        )
+        found = _checked(sidecar, card, store, progress=progress)
+        _record(sidecar, {copy.file: copy.kind}, found, store)
+        checks += found
+        if any(check.result == "mismatch" for check in found):
+            hints.append(f"`lading repack {card.title} --tp {tp_of(held.uri)}` makes the file {copy.path.name} anew.")
+
+    return checks, hints
+
+
+def _family_dims(checkpoint: Checkpoint, card: AssetCard, store: AssetStore) -> array[int]:
+    """Return the dims along which ranks would cut the tensors, where the family and its configuration are known."""
+    manifest = checkpoint.manifest
+    try:
+        family = family_of_card(card)
+        config = completed(model_config(card, family, store), family, checkpoint, store=store)
+    except (AssetCardError, FetchError):
+        return default_dims(manifest)
+
+    targets = targets_of(build_on_meta(family, config), dtype=None)
+    routed = match(manifest, targets, family, config)
+
+    return block_dims(manifest, family, config, targets, routed)
+
+
+def _record(checkpoint: Checkpoint, kinds: dict[str, CopyKind], checks: Sequence[Check], store: AssetStore) -> None:
+    good = [check for check in checks if check.result != "mismatch"]
+    copies = [LocalCopy(file=c.file, path=c.path, stat=c.stat, kind=kinds[c.file]) for c in good]
+    record_files(store.database, uri=checkpoint.uri, copies=copies, checks=checks)
+
+
+def _refuse_foreign(bad: Sequence[Check], kinds: dict[str, CopyKind], checkpoint: Checkpoint) -> None:
+    """:raises NotSupportedError: a file to be replaced is in no cache."""
+    foreign = [c.path for c in bad if kinds[c.file] not in ("cache", "hub") and revision_of(c.path) is None]
+    if foreign or checkpoint.ref is None:
+        raise NotSupportedError(
+            f"{foreign[0] if foreign else checkpoint.where} is not the file that was verified, and lading did "
+            f"not fetch it, so it does not replace it. {remedy(checkpoint, files=len(bad))}"
+        )

@@ -1,0 +1,362 @@
+"""Rules that say, declaratively, which tensors of a checkpoint make which parameters of a model.
+
+The parameter names of the built-in families *are* the names that Hugging Face checkpoints use, so that the commonest
+checkpoint needs no rule. Rules are for the others, and for tensors that a checkpoint holds although a model needs none.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from lading.errors import InternalError
+from lading.planning.composition import Joined, Regroup, Reordered, Sliced, Source, Stacked, shape_of, tensors_of
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """``source`` names a tensor of the checkpoint, ``target`` the parameter that it makes, or is a part of.
+
+    Both are patterns: ``{n}``, with any lower-case name in the braces, stands for a number, ``{rest*}`` for anything.
+    What a placeholder stands for in the source, it stands for in the target. A ``target`` of ``None`` means that the
+    tensor is known and not needed.
+
+    Where several tensors make one target, each says where it is in it::
+
+        Rule("layers.{n}.wq", "layers.{n}.qkv", concat=(0, 0))                     # q, then k, then v, along dim 0
+        Rule("layers.{n}.wk", "layers.{n}.qkv", concat=(0, 1))
+        Rule("layers.{n}.wv", "layers.{n}.qkv", concat=(0, 2))
+        Rule("experts.{e}.w1", "experts.gate_up", stack="e", concat=(0, 0))        # [experts, gate and up, dim]
+        Rule("experts.{e}.w3", "experts.gate_up", stack="e", concat=(0, 1))
+
+    Where one tensor makes several targets, a rule for each, of the same source, says which part of it is its own::
+
+        Rule("layers.{n}.qkv", "layers.{n}.wq", cut=(0, 0, 4096))                  # dim, first index, size
+        Rule("layers.{n}.qkv", "layers.{n}.wk", cut=(0, 4096, 1024))
+
+    The parts that ranks of gangs saved, which :mod:`lading.formats` names ``NAME#TP`` or ``NAME#TP.SDP``, need no rule:
+    a rule is for ``NAME``, and the shape of the target tells along which dim the parts are joined, or that they are
+    copies, of which the first is taken.
+    """
+
+    source: str
+    target: str | None
+    concat: tuple[int, int] | None = None
+    """(dim, position): it is the tensor at this position, from 0 on, of those that are joined along this dim of the
+    target; where they are stacked too, of the stacked element."""
+    stack: str | None = None
+    """The placeholder that is its index along a new first dim of the target; the target does not have it."""
+    order: Regroup | None = None
+    """How its indices along a dim are re-ordered, before anything else but the joining of parts of ranks."""
+    cut: tuple[int, int, int] | None = None
+    """(dim, first index, size): the part of it that makes the target, after it was re-ordered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """What of the manifest makes which target, in columns, and what does not fit."""
+
+    targets: array[int]
+    """Positions among the targets; type code ``I``."""
+    tensors: array[int]
+    """For each of ``targets`` the position of its tensor in the manifest, or of the first; type code ``I``."""
+    composed: Mapping[int, Source] = field(default_factory=dict)
+    """By the position in ``targets``, what those are made of that are not one tensor as it is."""
+    duplicates: tuple[tuple[int, Source], ...] = ()
+    """(target, source): a tied parameter that the checkpoint holds more than once; the copies must be equal."""
+    further_names: tuple[str, ...] = ()
+    """For each of ``duplicates`` the name of the parameter, among its further ones, that the copy has."""
+    missing: tuple[str, ...] = ()
+    """Names of targets that no tensor makes."""
+    drawn: tuple[str, ...] = ()
+    """Of those that need none: their numbers are what a new model has."""
+    unexpected: tuple[str, ...] = ()
+    """Names of tensors that no rule knows and that make no target."""
+    clashes: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """A target that several tensors claim, and their names."""
+    incomplete: tuple[tuple[str, str], ...] = ()
+    """A target that the tensors which are there cannot make, and why."""
+
+
+def route(
+    tensor_names: Sequence[str],
+    target_names: Sequence[str],
+    rules: Sequence[Rule] = (),
+    aliases: Mapping[str, str] | None = None,
+    *,
+    shapes: Sequence[tuple[int, ...]] = (),
+    target_shapes: Sequence[tuple[int, ...]] = (),
+) -> Route:
+    """Assign tensors to targets.
+
+    A name goes through the first rule whose source matches all of it, and through further rules of the same source if
+    those cut it; a name that no rule matches stands for itself.
+
+    :param aliases: further names of tied targets → the name among ``target_names``.
+    :param shapes: of the tensors; needed where several of them make one target.
+    :param target_shapes: of the targets; needed there, too.
+    """
+    aliases = aliases or {}
+    position = {name: i for i, name in enumerate(target_names)}
+    order = position | {name: len(position) + i for i, name in enumerate(aliases)}
+
+    # (target, name after the rules) → the tensors that claim it.
+    claims: dict[int, dict[str, list[tuple[int, _Place | None]]]] = {}
+    unexpected: list[str] = []
+
+    for tensor, renamed, place in _apply(tensor_names, rules):
+        if renamed is None:
+            continue
+
+        target = position.get(aliases.get(renamed, renamed))
+        if target is None:
+            unexpected.append(tensor_names[tensor])
+        else:
+            claims.setdefault(target, {}).setdefault(renamed, []).append((tensor, place))
+
+    targets, tensors = array("I"), array("I")
+    composed: dict[int, Source] = {}
+    missing: list[str] = []
+    duplicates: list[tuple[int, Source]] = []
+    further_names: list[str] = []
+    clashes: list[tuple[str, tuple[str, ...]]] = []
+    incomplete: list[tuple[str, str]] = []
+
+    for target, name in enumerate(target_names):
+        claimed = claims.get(target)
+        if claimed is None:
+            missing.append(name)
+            continue
+
+        sources: dict[str, Source] = {}
+        for renamed, places in claimed.items():
+            # Two tensors that bear the same name after the rules are a mistake; two names of a tied parameter are not.
+            if again := _clash(places):
+                clashes.append((name, tuple(tensor_names[i] for i in again)))
+                sources[renamed] = places[0][0]
+            elif places[0][1] is None:
+                sources[renamed] = places[0][0]
+            else:
+                try:
+                    sources[renamed] = _compose(places, shapes, target_shapes[target])
+                except ValueError as error:
+                    incomplete.append((name, str(error)))
+
+        if not sources:
+            continue
+        # Of several copies, the one that comes first in the model, however they lie in files.
+        first = min(sources, key=order.__getitem__)
+        source = sources[first]
+        if not isinstance(source, int):
+            composed[len(targets)] = source
+        targets.append(target)
+        tensors.append(next(tensors_of(source)))
+        duplicates += [(target, other) for renamed, other in sources.items() if renamed != first]
+        further_names += [renamed for renamed in sources if renamed != first]
+
+    return Route(
+        targets=targets,
+        tensors=tensors,
+        composed=composed,
+        duplicates=tuple(duplicates),
+        further_names=tuple(further_names),
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
+        clashes=tuple(clashes),
+        incomplete=tuple(incomplete),
+    )
+
+
+def rename(names: Sequence[str], rules: Sequence[Rule]) -> list[str | None]:
+    """Each name after the first rule whose source matches all of it; ``None`` where that rule drops the tensor.
+
+    A name that rules cut is there after each of them.
+    """
+    return [renamed for _, renamed, _ in _apply(names, rules)]
+
+
+def makes_parts(names: Sequence[str], rules: Sequence[Rule]) -> bool:
+    """Whether any tensor is a part of a target, or is not in it as it is."""
+    return any(place is not None for _, _, place in _apply(names, rules))
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where in a target a tensor is."""
+
+    ranks: tuple[int, int] = (0, 0)
+    """Of the tensor-parallel and of the sharded-data-parallel gang that saved it."""
+    stack: int = 0
+    concat: int = 0
+    rule: Rule | None = None
+    """Of those that say more than a name."""
+
+    @property
+    def key(self) -> tuple[int, int, tuple[int, int]]:
+        return self.stack, self.concat, self.ranks
+
+
+_PART = re.compile(r"(.+)#([0-9]{1,4})(?:\.([0-9]{1,4}))?", re.DOTALL)
+
+
+def _apply(names: Sequence[str], rules: Sequence[Rule]) -> Iterator[tuple[int, str | None, _Place | None]]:
+    """The position of each name, the name after the rules, and where in that target the tensor is if it is not all of
+    it as it is; a name that is cut comes once for each part.
+    """
+    compiled = [(*_compile(rule), rule) for rule in rules]
+    # One expression for all rules tells in one go whether any matches, which for most names none does.
+    any_rule = re.compile("|".join(f"(?:{_NAMED.sub('(?:', pattern.pattern)})" for pattern, _, _ in compiled))
+
+    for i, name in enumerate(names):
+        ranks = None
+        if "#" in name and (part := _PART.fullmatch(name)):
+            name, ranks = part[1], (int(part[2]), int(part[3] or 0))
+        place = None if ranks is None else _Place(ranks)
+
+        if not rules or any_rule.fullmatch(name) is None:
+            yield i, name, place
+            continue
+        matched: Rule | None = None
+        for pattern, target, rule in compiled:
+            if matched is not None and (rule.cut is None or rule.source != matched.source):
+                continue
+            if match := pattern.fullmatch(name):
+                if rule.concat or rule.stack or rule.order or rule.cut:
+                    stack = int(match[rule.stack]) if rule.stack else 0
+                    place = _Place(ranks or (0, 0), stack, rule.concat[1] if rule.concat else 0, rule)
+                yield i, (None if target is None else target.format(**match.groupdict())), place
+                if rule.cut is None:
+                    break
+                matched = rule
+
+
+def _clash(places: Sequence[tuple[int, _Place | None]]) -> list[int]:
+    """The tensors that claim the same part of a target; all of them, if one claims all of it."""
+    if len(places) == 1:
+        return []
+
+    by_key: dict[object, list[int]] = {}
+    for tensor, place in places:
+        by_key.setdefault(None if place is None else place.key, []).append(tensor)
+    if None in by_key:
+        return [tensor for tensor, _ in places]
+
+    return next((tensors for tensors in by_key.values() if len(tensors) > 1), [])
+
+
+def _compose(
+    places: Sequence[tuple[int, _Place | None]], shapes: Sequence[tuple[int, ...]], target_shape: tuple[int, ...]
+) -> Source:
+    """The source that the tensors at ``places`` make.
+
+    :raises ValueError: they do not make one; says why.
+    """
+    cells: dict[int, dict[int, list[tuple[int, _Place]]]] = {}
+    for tensor, place in places:
+        if place is None:
+            raise InternalError("a tensor that is all of a target has no place in it")
+        cells.setdefault(place.stack, {}).setdefault(place.concat, []).append((tensor, place))
+    ways = {(rule and rule.stack is not None, rule and rule.concat and rule.concat[0]) for rule in _rules_of(places)}
+    if len(ways) != 1:
+        raise InternalError(f"rules that do not agree on how tensors make one target: {_rules_of(places)}")
+    _require_all("stacked tensors", cells)
+    for row in cells.values():
+        _require_all("concatenated tensors", row)
+
+    # How the ranks cut a tensor is not written anywhere, but only one way leads to the target's shape.
+    ranks = [place.ranks for _, place in places if place is not None]
+    tp, sdp = (max(column) + 1 for column in zip(*ranks, strict=True))
+    error: ValueError | None = None
+    found: Source | None = None
+    for sdp_dim in (0, None) if sdp > 1 else (0,):
+        for tp_dim in (*range(len(target_shape)), None) if tp > 1 else (None,):
+            try:
+                source = _build(cells, shapes, tp_dim, sdp_dim)
+                if shape_of(source, shapes) == target_shape:
+                    return source
+            except ValueError as failure:
+                error = error or failure
+            else:
+                found = source
+
+    if found is None:
+        raise error or InternalError("no way to make a target was tried")
+
+    return found  # of another shape than the target: that is told together with all others
+
+
+def _rules_of(places: Sequence[tuple[int, _Place | None]]) -> list[Rule | None]:
+    return list(dict.fromkeys(None if place is None else place.rule for _, place in places))
+
+
+def _build(
+    cells: Mapping[int, Mapping[int, Sequence[tuple[int, _Place]]]],
+    shapes: Sequence[tuple[int, ...]],
+    tp_dim: int | None,
+    sdp_dim: int | None,
+) -> Source:
+    stacked: list[Source] = []
+    rule: Rule | None = None
+    for i in range(len(cells)):
+        joined: list[Source] = []
+        for j in range(len(cells[i])):
+            rule = cells[i][j][0][1].rule
+            source = _join_ranks(cells[i][j], shapes, tp_dim, sdp_dim)
+            if rule is not None and rule.order is not None:
+                source = Reordered(rule.order, source)
+            joined.append(source if rule is None or rule.cut is None else Sliced(*rule.cut, source))
+        concat = None if rule is None else rule.concat
+        stacked.append(joined[0] if concat is None else Joined(concat[0], tuple(joined)))
+
+    return stacked[0] if rule is None or rule.stack is None else Stacked(tuple(stacked))
+
+
+def _join_ranks(
+    parts: Sequence[tuple[int, _Place]], shapes: Sequence[tuple[int, ...]], tp_dim: int | None, sdp_dim: int | None
+) -> Source:
+    rows: dict[int, dict[int, int]] = {}
+    for tensor, place in parts:
+        rows.setdefault(place.ranks[0], {})[place.ranks[1]] = tensor
+    _require_all("tensor-parallel parts", rows)
+
+    whole: list[Source] = []
+    for tp in range(len(rows)):
+        # Ranks that got no row of an uneven tensor may have saved nothing, or an empty tensor of any shape.
+        _require_all("sharded parts", rows[tp])
+        all_parts = [rows[tp][sdp] for sdp in range(len(rows[tp]))]
+        row = tuple(part for part in all_parts if 0 not in shapes[part]) or (all_parts[0],)
+        whole.append(row[0] if sdp_dim is None or len(row) == 1 else Joined(sdp_dim, row))
+
+    return whole[0] if tp_dim is None or len(whole) == 1 else Joined(tp_dim, tuple(whole))
+
+
+def _require_all(what: str, numbered: Mapping[int, object]) -> None:
+    if max(numbered) >= len(numbered):
+        missing = next(i for i in range(len(numbered)) if i not in numbered)
+        raise ValueError(f"of {max(numbered) + 1} {what}, number {missing} is missing (the first is number 0)")
+
+
+_NAMED = re.compile(r"\(\?P<[a-z]+>")
+_PLACEHOLDER = re.compile(r"\{([a-z]+)(\*?)\}")
+
+
+@lru_cache(maxsize=1024)
+def _compile(rule: Rule) -> tuple[re.Pattern[str], str | None]:
+    """The rule as a regular expression and a format string."""
+    pattern, at = "", 0
+    known: list[str] = []
+    for match in _PLACEHOLDER.finditer(rule.source):
+        pattern += re.escape(rule.source[at : match.start()])
+        pattern += f"(?P<{match[1]}>{'.+' if match[2] else '[0-9]+'})"
+        known.append(match[1])
+        at = match.end()
+    pattern += re.escape(rule.source[at:])
+
+    wanted = {m[1] for m in _PLACEHOLDER.finditer(rule.target or "")} | ({rule.stack} if rule.stack else set())
+    if unknown := wanted - set(known):
+        raise InternalError(f"the target of {rule} uses placeholders that its source does not have: {unknown}")
+
+    return re.compile(pattern), None if rule.target is None else _PLACEHOLDER.sub(r"{\1}", rule.target)

@@ -1,0 +1,415 @@
+"""lading's own store of fetched files: found by their content, and readable without a catalog.
+
+::
+
+    blobs/ab/abcd….safetensors    a file, under its SHA-256 and an extension that lading chose; read-only
+    entries/0123….4567….json      what one catalog fetched from one URI: for each file its digest, size and validator
+    repacked/0123….safetensors    tensors of a checkpoint, cut for the ranks that load it; read-only
+    tmp/                          what is being written, or was when its process ended
+    locks/                        who fetches a URI tells others, where the file system has locks
+
+Nothing here depends on a lock. A file appears under its name by a rename, when it is complete and on the disk; an entry
+is replaced by a rename, too. What a crash leaves in ``tmp`` is taken up or removed by who comes later.
+
+Several catalogs may share a store. Each writes entries of its own and removes no others; a file goes with the last
+entry that refers to it. What another catalog says of a file's state is not believed: its bytes are hashed once.
+
+No name in the store comes from a server, it holds no links of any kind, and no entry holds the secrets of an address.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lading.cards.card import shown_uri
+from lading.errors import LadingError
+from lading.sources.partial import courtesy_lock, temporary
+from lading.sources.sha256 import sha256_file
+from lading.system.filesystem import FileStat
+
+_EXTENSIONS = {"safetensors", "json", "pt", "pth", "bin", "ckpt", "tar", "model", "txt"}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_BLOB = re.compile(r"([0-9a-f]{64})\.([a-z]+)")
+_ENTRY = re.compile(r"([0-9a-f]{64})(?:\.([0-9a-f]{16}))?\.json")
+_MAX_ENTRY = 64 << 20
+"""Bytes of an entry; a thousand shards need 400 KB."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedFile:
+    """A file that was fetched, as its entry has it."""
+
+    sha256: str
+    size: int
+    etag: str | None
+    """Its validator at the time."""
+    published: bool
+    """Whether the source published the digest."""
+    stat: FileStat | None
+    """The state in which its bytes had the digest; ``None`` where it is to be checked again."""
+    fetched_at: float
+    """Seconds since 1970."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """The files that one catalog fetched from one URI."""
+
+    uri: str
+    """As it may be shown: without what is secret in it."""
+    key: str
+    """The SHA-256 of the whole URI, by which it is found."""
+    catalog: str = ""
+    """The catalog that fetched it, see :attr:`lading.system.settings.Settings.catalog_id`; empty where that is not
+    known.
+    """
+    revision: str
+    files: Mapping[str, CachedFile]
+    """By their names within the source."""
+
+
+class Cache:
+    """A folder with fetched files, as one catalog uses it. Nothing is created before something is added."""
+
+    def __init__(self, folder: Path, *, catalog: str = "") -> None:
+        """:param catalog: the one whose entries are read and written, see
+        :attr:`lading.system.settings.Settings.catalog_id`.
+        """
+        self.folder = folder
+        self.catalog = catalog
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def blob(self, sha256: str, name: str) -> Path:
+        """Where the file with this digest has its place; ``name``, a server's, says only which extension it gets."""
+        if not _SHA256.fullmatch(sha256):
+            raise ValueError(f"`sha256` must be 64 lower-case hexadecimal digits, but is {sha256!r}.")
+        extension = name.rpartition(".")[2].lower()
+
+        return self.folder / "blobs" / sha256[:2] / f"{sha256}.{extension if extension in _EXTENSIONS else 'blob'}"
+
+    def find(self, sha256: str) -> Path | None:
+        """Where the file with this digest is; ``None`` where it is not. Its bytes are not read."""
+        if not _SHA256.fullmatch(sha256):
+            return None
+        folder = self.folder / "blobs" / sha256[:2]
+        for extension in ("safetensors", "json", *sorted(_EXTENSIONS - {"safetensors", "json"}), "blob"):
+            path = folder / f"{sha256}.{extension}"
+            with suppress(OSError):
+                if stat.S_ISREG(os.lstat(path).st_mode):
+                    return path
+
+        return None
+
+    def put(self, fd: int, path: Path, sha256: str, name: str) -> Path:
+        """Make the finished file ``path``, open as ``fd``, the one that is found by its digest.
+
+        :returns: its path from now on.
+        """
+        blob = self.blob(sha256, name)
+        # What is there already may be in use, and be known by its state; unless it is damaged, it stays.
+        with suppress(LadingError, OSError):
+            if sha256_file(blob)[0] == sha256:
+                path.unlink()
+                return blob
+
+        _make_folder(blob.parent)
+        os.fchmod(fd, 0o444)
+        os.fsync(fd)
+        path.rename(blob)
+        _sync_folder(blob.parent)
+
+        return blob
+
+    # --- what was made of files --------------------------------------------------------------------------------------
+
+    def repacked(self, of: str) -> Path:
+        """Where a file with tensors of a checkpoint, cut anew, has its place; it tells what it is made of."""
+        return self.folder / "repacked" / f"{hashlib.sha256(of.encode()).hexdigest()}.safetensors"
+
+    def is_repacked(self, path: Path) -> bool:
+        """Whether ``path`` is the place of such a file."""
+        return path.parent == self.folder / "repacked" and path.suffix == ".safetensors"
+
+    def repacked_files(self) -> list[Path]:
+        """All such files."""
+        return sorted(filter(self.is_repacked, _files(self.folder / "repacked")))
+
+    def put_repacked(self, fd: int, path: Path, target: Path) -> None:
+        """Make the finished file ``path``, open as ``fd``, the one at ``target``."""
+        _make_folder(target.parent)
+        os.fchmod(fd, 0o444)
+        os.fsync(fd)
+        path.rename(target)
+        _sync_folder(target.parent)
+
+    def remove_repacked(self, path: Path) -> int:
+        """Remove such a file; returns the bytes that were freed."""
+        return _unlink(path) if self.is_repacked(path) else 0
+
+    # --- entries -----------------------------------------------------------------------------------------------------
+
+    def entry(self, uri: str) -> Entry | None:
+        """Return what this catalog fetched from ``uri``; ``None`` where that is nothing, or cannot be read."""
+        entry = self._read_entry(self._entry_path(entry_key(uri)))
+
+        return entry if entry is not None and entry.uri == shown_uri(uri) else None
+
+    def others(self, uri: str) -> Iterator[Entry]:
+        """Return what other catalogs fetched from ``uri``, without the states of its files."""
+        key = entry_key(uri)
+        for path in self._entry_files():
+            if path.name.startswith(key) and path != self._entry_path(key) and (entry := self._read_entry(path)):
+                yield entry
+
+    def entries(self) -> Iterator[Entry]:
+        """Return all of them, in no order that means something. Damaged ones are left out."""
+        for path in self._entry_files():
+            if (entry := self._read_entry(path)) is not None:
+                yield entry
+
+    def has_unknown_entries(self) -> bool:
+        """Return whether there may be entries that say nothing here: damaged, or not for this user to read."""
+        try:
+            os.scandir(self.folder / "entries").close()
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+
+        return any(self._read_entry(path) is None for path in self._entry_files())
+
+    def files_of_others(self) -> set[str]:
+        """Return the SHA-256 of files that other users brought, if there may be entries of theirs that say nothing."""
+        if not self.has_unknown_entries():
+            return set()
+
+        return {path.name[:64] for path, found in self._blobs() if found.st_uid != os.geteuid()}
+
+    def add(self, uri: str, revision: str, files: Mapping[str, CachedFile]) -> None:
+        """Note what this catalog fetched from ``uri``; what its entry says of other files of the same revision stays.
+
+        Of two processes that do so at once, one may not see what the other one noted: that is then fetched, or found
+        by its content, another time.
+        """
+        before = self.entry(uri)
+        if before is not None and before.revision == revision:
+            files = {**before.files, **files}
+
+        path = self._entry_path(entry_key(uri))
+        _make_folder(path.parent)
+        with temporary(self.tmp, "entry") as (file, name):
+            # Whatever the umask: what others may write to is not believed.
+            mode = 0o600 if shown_uri(uri) != uri else stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o644
+            os.fchmod(file.fileno(), mode)
+            file.write(json.dumps(_to_json(uri, revision, files), indent=1).encode())
+            file.flush()
+            os.fsync(file.fileno())
+            name.rename(path)
+        _sync_folder(path.parent)
+
+    def remove(self, uri: str | Entry, *, also: Collection[str] = (), keep: Collection[str] = ()) -> int:
+        """Forget that this catalog fetched ``uri``, and remove the files that no other entry refers to.
+
+        :param also: the SHA-256 of further files to remove, of which the entry need not know any more.
+        :param keep: of files that somebody else needs.
+
+        :returns: the bytes that were freed.
+        """
+        paths = self.removable(uri, also=also, keep=keep)
+        # In this order: an entry whose file is gone is harmless, too, but a file without entry is never missed.
+        with suppress(FileNotFoundError):
+            self._entry_path(uri.key if isinstance(uri, Entry) else entry_key(uri)).unlink()
+            _sync_folder(self.folder / "entries")
+
+        return sum(map(_unlink, paths))
+
+    def removable(self, uri: str | Entry, *, also: Collection[str] = (), keep: Collection[str] = ()) -> list[Path]:
+        """The files that :meth:`remove` removes."""
+        key = uri.key if isinstance(uri, Entry) else entry_key(uri)
+        entry = self._read_entry(self._entry_path(key))
+        wanted = set(also) | (set() if entry is None else {file.sha256 for file in entry.files.values()})
+        needed = {
+            file.sha256
+            for other in self.entries()
+            if (other.key, other.catalog) != (key, self.catalog)
+            for file in other.files.values()
+        }
+        gone = wanted - needed - set(keep)
+        if gone:
+            gone -= self.files_of_others()
+
+        return [path for path in self.files() if path.name[:64] in gone] if gone else []
+
+    def files(self) -> list[Path]:
+        """All files that were fetched, those of no entry included."""
+        return [path for path, _ in self._blobs()]
+
+    def digest_of(self, path: Path) -> str | None:
+        """The SHA-256 under which ``path`` is kept here; ``None`` for what is no file of this cache."""
+        inside = path.parent.parent == self.folder / "blobs" and _BLOB.fullmatch(path.name) is not None
+
+        return path.name[:64] if inside else None
+
+    def size(self) -> int:
+        """Bytes of all files here, those that are being fetched included."""
+        parts = sum(os.lstat(path).st_blocks * 512 for path in _files(self.tmp))
+
+        return parts + sum(found.st_size for _, found in self._blobs())
+
+    # --- what is being written ---------------------------------------------------------------------------------------
+
+    @property
+    def tmp(self) -> Path:
+        return self.folder / "tmp"
+
+    @contextmanager
+    def lock(self, key: str) -> Iterator[bool]:
+        """Keep other processes from fetching the same thing, as far as that is possible: they only waste bandwidth.
+
+        They wait as long as this one gives signs of life.
+
+        :returns: whether this process had to wait.
+        """
+        with courtesy_lock(self.folder / "locks", key, written=self.tmp) as waited:
+            yield waited
+
+    def _blobs(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for folder in sorted(_folders(self.folder / "blobs")):
+            for path in sorted(_files(folder)):
+                if _BLOB.fullmatch(path.name):
+                    with suppress(FileNotFoundError):
+                        yield path, os.lstat(path)
+
+    def _entry_path(self, key: str) -> Path:
+        return self.folder / "entries" / f"{key}{self.catalog and '.'}{self.catalog}.json"
+
+    def _entry_files(self) -> list[Path]:
+        return sorted(path for path in _files(self.folder / "entries") if _ENTRY.fullmatch(path.name))
+
+    def _read_entry(self, path: Path) -> Entry | None:
+        entry = _read_entry(path)
+        if entry is None or entry.catalog == self.catalog:
+            return entry
+
+        return _without_states(entry)
+
+
+def entry_key(uri: str) -> str:
+    """Return the key of the entries of a URI, which does not reveal the URI."""
+    return hashlib.sha256(uri.encode()).hexdigest()
+
+
+def _without_states(entry: Entry) -> Entry:
+    """Return the entry as one that is not believed: whoever can write it can also write a state into it."""
+    return replace(entry, files={name: replace(file, stat=None) for name, file in entry.files.items()})
+
+
+def _to_json(uri: str, revision: str, files: Mapping[str, CachedFile]) -> dict[str, Any]:
+    return {
+        "uri": shown_uri(uri),
+        "whole": shown_uri(uri) == uri,
+        "revision": revision,
+        "files": {
+            name: {
+                "sha256": file.sha256,
+                "size": file.size,
+                "etag": file.etag,
+                "published": file.published,
+                "stat": None if file.stat is None else [file.stat.mtime_ns, file.stat.ctime_ns, file.stat.inode],
+                "fetched_at": file.fetched_at,
+            }
+            for name, file in files.items()
+        },
+    }
+
+
+def _read_entry(path: Path) -> Entry | None:
+    """``None`` for whatever is not an entry as it is written here: it is then fetched again."""
+    match = _ENTRY.fullmatch(path.name)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        with open(fd, "rb") as file:
+            found = os.fstat(fd)
+            if match is None or not stat.S_ISREG(found.st_mode):
+                return None
+            document = json.loads(file.read(_MAX_ENTRY))
+        uri = document["uri"]
+        if entry_key(uri) != match[1] and document["whole"] is not False:
+            return None
+        files = {str(name): _file_from_json(value) for name, value in document["files"].items()}
+        entry = Entry(uri=uri, key=match[1], catalog=match[2] or "", revision=str(document["revision"]), files=files)
+    except (OSError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+    ours = found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+    return entry if ours else _without_states(entry)
+
+
+def _file_from_json(value: dict[str, Any]) -> CachedFile:
+    sha256, size, state = value["sha256"], value["size"], value["stat"]
+    etag = value["etag"]
+    if not _SHA256.fullmatch(sha256) or type(size) is not int or not isinstance(etag, str | None):
+        raise ValueError(value)
+
+    return CachedFile(
+        sha256=sha256,
+        size=size,
+        etag=etag,
+        published=value["published"] is True,
+        stat=None if state is None else FileStat(size, *map(int, state)),
+        fetched_at=float(value["fetched_at"]),
+    )
+
+
+def _make_folder(path: Path) -> None:
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """A rename is on the disk when its folder is."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do not have it
+            raise
+    finally:
+        os.close(fd)
+
+
+def _unlink(path: Path) -> int:
+    """Remove a file, if nobody else did; returns the bytes that were freed."""
+    try:
+        size = os.lstat(path).st_size
+        path.unlink()
+    except FileNotFoundError:
+        return 0
+
+    return size
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    with suppress(FileNotFoundError, NotADirectoryError, PermissionError), os.scandir(folder) as entries:
+        yield from [Path(entry.path) for entry in entries if entry.is_file(follow_symlinks=False)]
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    with suppress(FileNotFoundError, NotADirectoryError, PermissionError), os.scandir(folder) as entries:
+        yield from [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]

@@ -1,0 +1,207 @@
+"""The cache that Hugging Face's libraries share, read without them and without a socket.
+
+Its layout: ``models--ORG--NAME/refs/REVISION`` holds a commit, ``snapshots/COMMIT/…`` the files under their names,
+mostly as links to ``blobs/ETAG``, where the tag is the SHA-256 of a large file and the git id of a small one.
+https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+
+The folder is shared with other programs, so nothing in it is believed but what is seen: a link that leads out of it is
+no file of it, nor is anything that is not a regular file.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lading.sources.hub.address import is_commit, is_file_name, is_repo_id, is_sha256
+from lading.system.filesystem import expand_home, own_place
+
+_PREFIX = "models--"
+_DEPTH = 16
+_LISTED = 100_000
+"""Files of one snapshot that are looked at; no repository has more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedFile:
+    """A file of a snapshot in the cache."""
+
+    name: str
+    """Within the repository, with forward slashes."""
+    size: int
+    """Bytes."""
+    tag: str | None
+    """The name of the blob that it is a link to: a SHA-256 or a git blob id, as the hub said when it was fetched."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedRepository:
+    """One commit of a repository in the cache, as far as its files are there."""
+
+    repo: str
+    """The id, as the folder spells it."""
+    commit: str
+    path: Path
+    """The folder of the snapshot."""
+    files: tuple[CachedFile, ...]
+
+
+def hub_cache() -> Path:
+    """The folder of the cache: ``HF_HUB_CACHE``, else ``hub`` in ``HF_HOME``.
+
+    huggingface_hub reads its environment when it is imported; what it then said holds for the rest of the process.
+    """
+    constants = sys.modules.get("huggingface_hub.constants")
+    if constants is not None:
+        return own_place(str(constants.HF_HUB_CACHE))
+
+    env = os.environ
+    found = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or f"{_home()}/hub"
+
+    return own_place(os.path.expandvars(found))
+
+
+def _home() -> str:
+    env = os.environ
+
+    return env.get("HF_HOME") or f"{env.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+
+
+def has_token() -> bool:
+    """Whether the user has a token for the hub: in ``HF_TOKEN``, or in the file of huggingface_hub's login."""
+    env = os.environ
+    if (env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN") or "").strip():
+        return True
+    path = expand_home(os.path.expandvars(env.get("HF_TOKEN_PATH") or f"{_home()}/token"))
+
+    return path.is_file()
+
+
+def folder_name(repo: str) -> str:
+    """The name of a repository's folder in the cache."""
+    return _PREFIX + repo.replace("/", "--")
+
+
+def repository_id(folder: Path) -> str | None:
+    """The id of the repository that a folder of a cache is of, by its name; ``None`` for any other folder."""
+    repo = folder.name.removeprefix(_PREFIX).replace("--", "/")
+
+    return repo if folder.name.startswith(_PREFIX) and is_repo_id(repo) else None
+
+
+def repository_folders(*repos: str) -> list[tuple[str, Path]]:
+    """The id and the folder of each repository of these ids, in any case of letters; those spelled so come first."""
+    wanted = {folder_name(repo).casefold() for repo in repos}
+    found = [(repo, path) for repo, path in _folders() if path.name.casefold() in wanted]
+    found.sort(key=lambda item: (item[0] not in repos, item[0]))
+
+    return found
+
+
+def repositories() -> list[CachedRepository]:
+    """Every commit of every repository of a model in the cache; junk and hostile contents are left out."""
+    return [
+        CachedRepository(repo=repo, commit=path.name, path=path, files=snapshot_files(path))
+        for repo, folder in sorted(_folders())
+        for path in snapshot_folders(folder)
+    ]
+
+
+def snapshot_folders(folder: Path) -> list[Path]:
+    """The snapshots in a repository's folder."""
+    entries = sorted(_entries(folder / "snapshots"), key=lambda entry: entry.name)
+
+    return [Path(entry.path) for entry in entries if is_commit(entry.name) and entry.is_dir(follow_symlinks=False)]
+
+
+def snapshot_files(path: Path) -> tuple[CachedFile, ...]:
+    """The files in the folder of a snapshot, in the order of their names."""
+    root = os.path.realpath(hub_cache())
+    found: list[CachedFile] = []
+    for name in _names(path, "", _DEPTH):
+        if len(found) == _LISTED:
+            break
+        seen = _regular(path / name, root)
+        if seen is not None:
+            found.append(CachedFile(name=name, size=seen.st_size, tag=blob_tag(path / name)))
+
+    return tuple(sorted(found, key=lambda file: file.name))
+
+
+def cached_file(folder: Path, commit: str, name: str) -> Path | None:
+    """Where a file of a commit is, in a repository's folder; ``None`` where it is not, or leads out of the cache."""
+    if not is_commit(commit) or not is_file_name(name):
+        return None
+
+    path = folder / "snapshots" / commit / name
+
+    return None if _regular(path, os.path.realpath(hub_cache())) is None else path
+
+
+def cached_commit(folder: Path, revision: str) -> str | None:
+    """The commit that a revision had when it was last asked for; ``None`` where the cache does not say."""
+    if is_commit(revision):
+        return revision if (folder / "snapshots" / revision).is_dir() else None
+
+    path = folder / "refs" / revision
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return None
+        with path.open("rb") as file:
+            text = file.read(41).decode("ascii", errors="replace").strip()
+    except OSError:
+        return None
+
+    return text if is_commit(text) else None
+
+
+def _folders() -> Iterator[tuple[str, Path]]:
+    for entry in _entries(hub_cache()):
+        repo = repository_id(Path(entry.path))
+        if repo is not None and entry.is_dir(follow_symlinks=False):
+            yield repo, Path(entry.path)
+
+
+def _entries(path: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as entries:
+            return list(entries)
+    except OSError:  # it is not there, or not for us
+        return []
+
+
+def _names(path: Path, prefix: str, depth: int) -> Iterator[str]:
+    """The names below ``path`` of what is no folder. A link to a folder is not followed, so this ends."""
+    for entry in _entries(path):
+        name = prefix + entry.name
+        if not is_file_name(name):
+            continue
+        if not entry.is_dir(follow_symlinks=False):
+            yield name
+        elif depth:
+            yield from _names(Path(entry.path), f"{name}/", depth - 1)
+
+
+def _regular(path: Path, root: str) -> os.stat_result | None:
+    """The state of the regular file below ``root`` that ``path`` leads to."""
+    real = os.path.realpath(path)
+    try:
+        seen = os.stat(real)
+    except (OSError, ValueError):
+        return None
+
+    return seen if stat.S_ISREG(seen.st_mode) and real.startswith(root + os.sep) else None
+
+
+def blob_tag(path: Path) -> str | None:
+    """The entity tag of a file of a snapshot, as the hub gave it: the name of the blob that it is a link to."""
+    try:
+        name = path.readlink().name
+    except OSError:
+        return None
+
+    return name if is_sha256(name) or is_commit(name) else None

@@ -1,0 +1,309 @@
+"""The one place that talks to the Hugging Face hub, always through the client of huggingface_hub.
+
+That client does the protocol: endpoint, tokens, redirects, its cache. What it does not do is done here: what it would
+make a path of is looked at, and ranges are asked for with every answer checked.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urljoin, urlsplit
+
+from lading.errors import FetchError
+from lading.sources.hub.errors import BrokenAnswerError, public, retried, translated
+from lading.sources.partial import Waiting, growth
+from lading.sources.proxies import require_proxies
+from lading.sources.web.client import http_library
+from lading.system.version import __version__
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo
+
+TIMEOUT = 30.0
+"""Seconds without a byte."""
+SLOWEST = 1 << 16
+"""Bytes a second that a range has to come with, on top of a ``TIMEOUT`` for its beginning."""
+REDIRECTS = 10
+
+_log = logging.getLogger("lading.sources")
+
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+
+
+def describe(repo: str, revision: str | None) -> ModelInfo:
+    """What the hub says of a repository at a revision (default: the main branch), in one call.
+
+    :raises FetchError: see :func:`~lading.sources.hub.errors.translated`; so are the others.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(library_name="lading", library_version=__version__)
+    with translated(repo, "the list of its files"):
+        require_proxies(http_library())
+        return retried(
+            lambda: api.model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT),
+            f"the list of files of {repo}",
+        )
+
+
+def download(repo: str, commit: str, name: str, *, force: bool, advance: Callable[[int], None]) -> str:
+    """Bring a file into the cache of huggingface_hub; its path there.
+
+    :param force: whether to do so although it is there.
+    :param advance: called with the number of bytes of each step; what it raises stops the download.
+
+    :raises FetchError: see :func:`~lading.sources.hub.errors.translated`; so are the others.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with translated(repo, name):
+        require_proxies(http_library())
+        guard_entity_tags()
+        with bounded_locks():
+            path = hf_hub_download(
+                repo,
+                name,
+                revision=commit,
+                force_download=force,
+                library_name="lading",
+                library_version=__version__,
+                tqdm_class=_forwarding(advance),
+            )
+        return str(path)
+
+
+def read_range(
+    repo: str, commit: str, name: str, *, offset: int, size: int, total: int | None, places: dict[str, str]
+) -> bytes:
+    """Exactly ``size`` bytes, at least one, of a file of a commit.
+
+    :param total: the size of the file, where it is known.
+    :param places: addresses that the hub redirected to, by name of the file: they are asked first, until they fail.
+
+    :raises FetchError: see :func:`~lading.sources.hub.errors.translated`; so are the others.
+    """
+    from huggingface_hub import hf_hub_url
+
+    with translated(repo, name):
+        require_proxies(http_library())
+        url = hf_hub_url(repo, name, revision=commit)
+
+        def ask() -> bytes:
+            start = places.get(name, url)
+            try:
+                place, body = _ask(start, url, offset, size, total)
+            except Exception:
+                if start == url:
+                    raise
+                places.pop(name, None)
+                place, body = _ask(url, url, offset, size, total)  # a signed address has but a short life
+            if place != url:
+                places[name] = place
+            return body
+
+        return retried(ask, f"{name} of {repo}")
+
+
+# --- ranges ----------------------------------------------------------------------------------------------------------
+
+
+def _ask(start: str, home: str, offset: int, size: int, total: int | None) -> tuple[str, bytes]:
+    """The address that answered, and its answer. The token goes to the origin of ``home`` alone."""
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
+    headers = build_hf_headers(library_name="lading", library_version=__version__)
+    headers |= {"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
+    bare = {name: value for name, value in headers.items() if name.lower() != "authorization"}
+    client = get_session()
+
+    at = start
+    for _ in range(REDIRECTS + 1):
+        sent = headers if _origin(at) == _origin(home) else bare
+        with client.stream("GET", at, headers=sent, follow_redirects=False, timeout=TIMEOUT) as response:
+            if not response.has_redirect_location:
+                hf_raise_for_status(response)
+                return at, _body(response, offset, size, total)
+            target = urljoin(at, response.headers["Location"])
+
+        if urlsplit(target).scheme not in {"https", urlsplit(at).scheme}:
+            raise FetchError(
+                f"{public(home)}: expected a redirect to https, found one to {public(target)!r}. It was not followed."
+            )
+        at = target
+
+    raise FetchError(
+        f"{public(home)}: expected at most {REDIRECTS} redirects, found more. The last one was to {public(at)!r}."
+    )
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def _body(response: Any, offset: int, size: int, total: int | None) -> bytes:
+    """The bytes of a checked answer to a request for a range."""
+    end, url = offset + size - 1, public(response.url)
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if encoding.lower() != "identity":
+        raise FetchError(f"{url}: expected the bytes as they are, found them in {encoding!r}.")
+
+    if response.status_code == 206:
+        text = response.headers.get("Content-Range", "")
+        found = _CONTENT_RANGE.fullmatch(text)
+        if found is None or (int(found[1]), int(found[2])) != (offset, end):
+            raise FetchError(f"{url}: expected the range {offset}-{end}, found {text!r}.")
+        if total is not None and found[3] not in {"*", str(total)}:
+            raise FetchError(f"{url}: expected a file of {total} bytes, found one of {found[3]}.")
+    elif (response.status_code, offset, size) != (200, 0, total):
+        raise FetchError(
+            f"{url}: expected HTTP 206 with the range {offset}-{end}, got HTTP {response.status_code}: this "
+            "server does not serve ranges."
+        )
+
+    deadline = time.monotonic() + TIMEOUT + size / SLOWEST
+    body = bytearray()
+    for piece in response.iter_raw():
+        body += piece
+        if len(body) > size:
+            raise FetchError(f"{url}: expected {size} bytes, found more.")
+        if time.monotonic() > deadline:
+            raise BrokenAnswerError(
+                f"{url} sent {len(body)} of {size} bytes and is slower than {SLOWEST} bytes a second"
+            )
+    if len(body) < size:
+        raise BrokenAnswerError(f"{url} sent {len(body)} of {size} bytes")
+
+    return bytes(body)
+
+
+# --- what the client takes on trust ----------------------------------------------------------------------------------
+
+
+def guard_entity_tags() -> None:
+    """See to it that no HTTP client of huggingface_hub in this process hands it an entity tag that is not plain.
+
+    It makes the path of a blob of the tag, and looks at everything but that. Its client is closed and made anew when a
+    connection fails, in the middle of a download too, so both the client and what makes it are seen to.
+    """
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import _http
+
+    # Private to huggingface_hub: to set it in the public way closes the client, under whoever is using it.
+    if not isinstance(_http._GLOBAL_CLIENT_FACTORY, _GuardedFactory):
+        _http._GLOBAL_CLIENT_FACTORY = _GuardedFactory(_http._GLOBAL_CLIENT_FACTORY)
+    _add_hook(get_session())
+
+
+@dataclass(frozen=True, slots=True)
+class _GuardedFactory:
+    factory: Callable[[], Any]
+
+    def __call__(self) -> Any:
+        return _add_hook(self.factory())
+
+
+def _add_hook(client: Any) -> Any:
+    hooks = client.event_hooks["response"]
+    if _refuse_unsafe_tag not in hooks:
+        hooks.append(_refuse_unsafe_tag)
+
+    return client
+
+
+def _refuse_unsafe_tag(response: Any) -> None:
+    """A hook of the HTTP client, before huggingface_hub sees an answer of a hub."""
+    headers = response.headers
+    if "X-Repo-Commit" not in headers:
+        return
+
+    for name in ("X-Linked-Etag", "ETag"):
+        tag = headers.get(name, "")
+        if "/" in tag.removeprefix("W/") or "\\" in tag or ".." in tag or not tag.isprintable():
+            raise FetchError(
+                f"{public(response.url)}: expected the entity tag of the file to be plain, found {tag!r}, which would "
+                "lead out of the cache. Nothing was fetched; is HF_ENDPOINT a hub that you trust?"
+            )
+
+
+_own = threading.local()
+
+
+@contextmanager
+def bounded_locks() -> Iterator[None]:
+    """See to it that huggingface_hub waits in this thread only as long as who has a lock is at work.
+
+    It would wait for ever for a process that is stopped, and fail where the file system has no locks. It needs none:
+    each download goes to a file of its own, which is renamed when it is complete.
+    """
+    from huggingface_hub import file_download
+
+    # Private to huggingface_hub, which has no other way to bound its wait.
+    if not isinstance(lock := vars(file_download)["WeakFileLock"], _BoundedLock):
+        vars(file_download)["WeakFileLock"] = _BoundedLock(lock)
+    _own.bounded = True
+    try:
+        yield
+    finally:
+        _own.bounded = False
+
+
+@dataclass(frozen=True, slots=True)
+class _BoundedLock:
+    lock: Callable[..., AbstractContextManager[Any]]
+
+    @contextmanager
+    def __call__(self, lock_file: str | Path, *, timeout: float | None = None) -> Iterator[Any]:
+        with ExitStack() as stack:
+            if getattr(_own, "bounded", False):
+                yield self._enter(stack, Path(lock_file))
+            else:
+                yield stack.enter_context(self.lock(lock_file, timeout=timeout))
+
+    def _enter(self, stack: ExitStack, path: Path) -> Any:
+        """Return the lock, held until ``stack`` is closed; ``None`` where it cannot be had."""
+        blobs = path.parents[2] / path.parent.name / "blobs"
+        waiting: Waiting | None = None
+        while True:
+            try:
+                return stack.enter_context(self.lock(path, timeout=1))
+            except TimeoutError:  # the one of filelock is one
+                if waiting is None:
+                    _log.warning("another process is fetching the same file; waiting for it")
+                    waiting = Waiting(lambda: growth(blobs, f"{path.stem}*"))
+                elif waiting.is_over():
+                    _log.warning("the other process gave no sign of life for some time; going on without it")
+                    return None
+            except OSError as error:
+                _log.info("%s cannot be locked: %s", path, error)
+                return None
+
+
+def _forwarding(advance: Callable[[int], None]) -> type[Any]:
+    """A class of progress bars for huggingface_hub that shows nothing itself, and says what came."""
+    from tqdm import tqdm
+
+    class Forward(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: object, **kwargs: Any) -> None:
+            super().__init__(disable=True, total=kwargs.get("total"))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            advance(int(n or 0))
+            return None
+
+        # The client reports bytes of the network by these apart from bytes on the disk; one count is enough.
+        def update_transfer(self, n: float | None = 1) -> None: ...
+
+        def set_transfer_postfix_str(self, *args: object, **kwargs: object) -> None: ...
+
+    return Forward

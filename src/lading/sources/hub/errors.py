@@ -1,0 +1,192 @@
+"""What goes wrong with the Hugging Face hub, as errors of lading; and what is worth another attempt."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import re
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from lading.errors import CheckpointNotFoundError, FetchError, LadingError, ModelGatedError
+from lading.sources.web.tls import lasting_fault
+
+T = TypeVar("T")
+
+ATTEMPTS = 5
+BACK_OFF = 0.5
+"""Seconds before the second attempt; twice as long before each further one, up to ``LONGEST_WAIT``."""
+LONGEST_WAIT = 30.0
+"""Seconds: what a server's ``Retry-After`` is believed up to."""
+
+_TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
+
+_USER = re.compile(r"(?<=://)[^/\s'\"]*@")
+_QUERY = re.compile(r"(https?://[^\s?'\"]*)\?[^\s'\"]*")
+
+_log = logging.getLogger("lading.sources")
+
+
+class BrokenAnswerError(Exception):
+    """An answer that did not come as it should have: worth another attempt."""
+
+
+def page(repo: str) -> str:
+    """Where people read about a repository, and ask for it."""
+    from huggingface_hub import constants
+
+    return public(f"{constants.ENDPOINT}/{repo}")
+
+
+def public(text: object) -> str:
+    """``text`` without what is secret in the addresses that it names: users with their passwords, and signatures."""
+    return _QUERY.sub(r"\1", _USER.sub("", str(text)))
+
+
+@contextmanager
+def translated(repo: str, what: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes an error of lading, or is one of the operating system.
+
+    :raises ModelGatedError: the hub hands ``repo`` out on request only.
+    :raises CheckpointNotFoundError: the hub says that there is no such repository, revision or file.
+    :raises FetchError: the hub cannot be reached, or answers nonsense.
+    :raises OSError: the disk is full, or cannot be written.
+    """
+    try:
+        yield
+    except (LadingError, MemoryError):
+        raise
+    except Exception as error:
+        translation = _translation(repo, what, error)
+        if translation is error:
+            raise
+        raise translation from error
+
+
+def _translation(repo: str, what: str, error: Exception) -> Exception:
+    from huggingface_hub import errors
+
+    # The client says "not in the cache" or "force failed" of what the hub refused; the reason stands behind.
+    while isinstance(error, (errors.LocalEntryNotFoundError, ValueError)) and isinstance(error.__cause__, Exception):
+        if isinstance(error, errors.HfHubHTTPError):
+            break
+        error = error.__cause__
+    if isinstance(error, LadingError):
+        return error
+
+    uri = f"hg://{repo}"
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    code = None if response is None else response.headers.get("X-Error-Code")
+
+    if isinstance(error, errors.RevisionNotFoundError):
+        return CheckpointNotFoundError(
+            uri, f"{uri}: the hub has this repository, but not the revision that was asked for. See {page(repo)}/refs."
+        )
+    if isinstance(error, errors.EntryNotFoundError):
+        return CheckpointNotFoundError(uri, f"{uri}: the hub has this repository, but no {what!r} in it.")
+    if status == 404 or code == "RepoNotFound":
+        return CheckpointNotFoundError(
+            uri,
+            f"{uri}: the hub at {page('')} knows no such repository, or not for you. Check the id; if it is a private "
+            "one, log in with `hf auth login`, or set HF_TOKEN.",
+        )
+    if isinstance(error, errors.DisabledRepoError):
+        return FetchError(f"{uri}: the hub has closed access to this repository, for everyone. See {page(repo)}.")
+    if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
+        return FetchError(
+            f"{uri}: the hub does not accept your token ({_line(error)}). Log in again with `hf auth login`, or set a "
+            "valid HF_TOKEN, or none."
+        )
+    if status in (401, 403):
+        return ModelGatedError(
+            repo,
+            page(repo),
+            message=f"{repo!r} is gated or private on the hub, which hands it out on request only (HTTP {status}). Ask "
+            f"for access at {page(repo)}, and then log in with `hf auth login`, or set HF_TOKEN.",
+        )
+    if status is not None:
+        return FetchError(f"{uri}: expected the hub to answer with {what}, got HTTP {status}: {_line(error)}.")
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return FetchError(f"{uri}: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so nothing can be fetched. Unset it.")
+    if fault := lasting_fault(error, urlsplit(page(repo)).hostname or page(repo)):
+        return FetchError(f"{uri}: could not get {what} from {page(repo)}: {fault}")
+    if _is_of_the_disk(error):
+        return error
+
+    return FetchError(
+        f"{uri}: could not get {what} from {page(repo)}: {type(error).__name__}: {_line(error)}. Check the network "
+        "(and HF_ENDPOINT, if it is set), and try again: what was fetched is kept."
+    )
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    return (
+        isinstance(error, OSError)
+        and error.errno is not None
+        and not isinstance(error, (ConnectionError, TimeoutError, socket.gaierror))
+        and error.errno not in {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL}
+    )
+
+
+def _client_errors(*names: str) -> tuple[type[Exception], ...]:
+    """Errors of the HTTP client that huggingface_hub brings: httpx in its version 1, httpx2 in version 2."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    package = HfHubHTTPError.__bases__[0].__module__.partition(".")[0]
+
+    return tuple(getattr(sys.modules[package], name) for name in names)
+
+
+def _line(error: Exception) -> str:
+    """What an error says, on one line that a terminal shows as it is: a server has written some of it."""
+    text = " ".join(public(error).split())
+    text = "".join(c if c.isprintable() else "?" for c in text)
+
+    return (text if len(text) <= 300 else f"{text[:300]}…").rstrip(".")
+
+
+# --- attempts --------------------------------------------------------------------------------------------------------
+
+
+def retried(ask: Callable[[], T], what: str) -> T:
+    """What ``ask`` returns, within ``ATTEMPTS`` of it; its error, if that does not pass.
+
+    :param what: for messages.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return ask()
+        except Exception as error:
+            wait = _wait(error, attempt)
+            if wait is None or attempt == ATTEMPTS:
+                if isinstance(error, BrokenAnswerError):
+                    raise FetchError(f"Tried {attempt} times to get {what}: {error}.") from error
+                raise
+            _log.info("%s: %s; trying again in %.1f s (%d of %d)", what, _line(error), wait, attempt + 1, ATTEMPTS)
+            time.sleep(wait)
+
+    raise AssertionError("unreachable")
+
+
+def _wait(error: Exception, attempt: int) -> float | None:
+    """Seconds before the next attempt; ``None`` if another one would be in vain."""
+    back_off = BACK_OFF * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
+    response = getattr(error, "response", None)
+    if response is not None:
+        if response.status_code not in _TRANSIENT:
+            return None
+        asked = response.headers.get("Retry-After", "")
+        return float(min(max(back_off, float(asked) if asked.isdecimal() else 0.0), LONGEST_WAIT))
+
+    if lasting_fault(error, "") is not None:
+        return None
+    passing = _client_errors("TimeoutException", "NetworkError", "RemoteProtocolError")
+
+    return min(back_off, LONGEST_WAIT) if isinstance(error, (BrokenAnswerError, *passing)) else None

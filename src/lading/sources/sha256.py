@@ -1,0 +1,80 @@
+"""The digest of whole files: what makes a copy of a file *verified*."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
+from lading.system.filesystem import FileStat
+
+_STEP = 1 << 20
+"""Bytes that are read at once: they stay in the processor's cache until they are hashed."""
+
+
+def sha256_file(path: Path, *, progress: Callable[[int], None] | None = None) -> tuple[str, FileStat]:
+    """The SHA-256 of the regular file that ``path`` leads to, in lower-case hexadecimal, and the state it has it in.
+
+    Never waits: what is not a regular file is not even opened, since that alone can block (a FIFO) or act (a device).
+
+    :param progress: called with the number of bytes of each step, in the calling thread.
+
+    :raises CheckpointNotFoundError: nothing is there (also a ``FileNotFoundError``).
+    :raises CorruptModelCheckpointError: it is no regular file, or it changed while it was read.
+    :raises OSError: it cannot be read.
+    """
+    try:
+        _require_regular(path, os.stat(path))
+        # Another file may take the place of the one that was looked at.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointNotFoundError(path, f"{path}: expected a file to verify, found nothing there.") from error
+
+    try:
+        found = os.fstat(fd)
+        _require_regular(path, found)
+        before = FileStat.from_stat(found)
+
+        digest = _hash(fd, progress, path)
+
+        after = FileStat.from_stat(os.fstat(fd))
+    finally:
+        os.close(fd)
+
+    if after != before:
+        raise CorruptModelCheckpointError(
+            path,
+            f"{path} changed while it was read: expected {before.size} bytes, modified at {before.mtime_ns} ns, found "
+            f"{after.size} bytes, modified at {after.mtime_ns} ns. Try again when nothing writes to it any more.",
+        )
+
+    return digest, after
+
+
+def _hash(fd: int, progress: Callable[[int], None] | None, path: Path) -> str:
+    sha256, buffer = hashlib.sha256(), bytearray(_STEP)
+    memory = memoryview(buffer)
+
+    while True:
+        try:
+            count = os.readv(fd, [buffer])
+        except OSError as error:
+            error.filename = os.fspath(path)  # `readv` does not say what it read
+            raise
+        if count == 0:
+            return sha256.hexdigest()
+        sha256.update(memory[:count])
+        if progress is not None:
+            progress(count)
+
+
+def _require_regular(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise CorruptModelCheckpointError(
+            path,
+            f"{path}: expected a regular file, found something else (a folder, a device or a pipe). Put the file "
+            "there, or a symbolic link to it.",
+        )

@@ -1,0 +1,166 @@
+"""What of a web server's files is on this machine, by the cache's notes, by content, or by what the catalog knows."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from lading.errors import LadingError
+from lading.sources.cache import Cache, CachedFile
+from lading.sources.sha256 import sha256_file
+from lading.sources.source import FetchedFile, Known, RemoteFile
+from lading.system.filesystem import FileStat
+
+_log = logging.getLogger("lading")
+
+
+class Kept:
+    """The files of one URI, as far as they are here."""
+
+    def __init__(self, cache: Cache, uri: str, *, offline: bool) -> None:
+        self._cache = cache
+        self._uri = uri
+        self._offline = offline
+        self._seen: dict[str, FileStat] = {}
+        """States of files in which their bytes had the digest: where the cache cannot be written, nothing else says."""
+        self._unusable: set[str] = set()
+        """The SHA-256 of files that :meth:`read` found missing or damaged."""
+        self._checking = threading.Lock()
+
+    def described(self, name: str) -> RemoteFile | None:
+        """The file as the server described it when it was fetched last; ``None`` where it was not."""
+        record = next(self._records(name), None)
+        if record is None:
+            return None
+
+        return RemoteFile(
+            name=name, size=record.size, sha256=record.sha256 if record.published else None, etag=record.etag
+        )
+
+    def path(self, file: RemoteFile) -> Path | None:
+        """Where the file is in the cache. Its bytes are not checked."""
+        record = self._record(file)
+        sha256 = file.sha256 if record is None else record.sha256
+
+        return None if sha256 is None else self._cache.find(sha256)
+
+    def find(self, file: RemoteFile, known: Known) -> FetchedFile | None:
+        """The file, if it is on this machine: by the cache's notes, by its content, or by what the catalog knows."""
+        record = self._record(file)
+        sha256 = file.sha256 if record is None else record.sha256
+        if sha256 is None:
+            return None
+
+        path = self._cache.find(sha256)
+        if path is not None and (state := _verified(path, sha256, None if record is None else record.stat)):
+            self._seen[sha256] = state
+            if record is None or record.stat != state:
+                self.note(file, sha256, state)
+            return FetchedFile(name=file.name, path=path, stat=state, sha256=sha256, published=file.sha256 is not None)
+
+        if (path := known(sha256)) is not None:
+            try:
+                found = os.stat(path)
+            except OSError:
+                return None
+            if stat.S_ISREG(found.st_mode) and file.size in (None, found.st_size):
+                state = FileStat.from_stat(found)
+                return FetchedFile(
+                    name=file.name,
+                    path=path,
+                    stat=state,
+                    sha256=sha256,
+                    published=file.sha256 is not None,
+                    own=False,
+                )
+
+        return None
+
+    def read(self, file: RemoteFile, offset: int, size: int) -> bytes | None:
+        """Return a part of the copy in the cache, if that is as it was when it was checked; ``None`` where it is not.
+
+        A copy whose state only another catalog vouches for is checked first.
+        """
+        record = self._record(file)
+        if record is not None and record.stat is None:
+            with self._checking:  # one thread hashes the file, and once, also where it is damaged
+                record = self._record(file)
+                if record is not None and record.stat is None and record.sha256 not in self._unusable:
+                    if self.find(file, lambda sha256: None) is None:
+                        self._unusable.add(record.sha256)
+                    record = self._record(file)
+        path = None if record is None else self._cache.find(record.sha256)
+        if record is None or path is None:
+            return None
+        try:
+            with open(path, "rb", buffering=0) as opened:
+                if FileStat.from_stat(os.fstat(opened.fileno())) != record.stat:
+                    return None
+                data = os.pread(opened.fileno(), size, offset)
+        except OSError:
+            return None
+
+        return data if len(data) == size else None
+
+    def note(self, file: RemoteFile, sha256: str, state: FileStat) -> None:
+        """Write down that the file is in the cache, in a state whose bytes have the digest."""
+        record = CachedFile(
+            sha256=sha256,
+            size=state.size,
+            etag=file.etag,
+            published=file.sha256 is not None,
+            stat=state,
+            fetched_at=time.time(),
+        )
+        try:
+            self._cache.add(self._uri, "", {file.name: record})
+        except OSError as error:
+            # The file is here and good; it is only found with more effort the next time.
+            _log.warning("The cache %s cannot be written, so it forgets %r: %s", self._cache.folder, file.name, error)
+
+    def _record(self, file: RemoteFile) -> CachedFile | None:
+        """What was fetched under the name of ``file``, if that is known to be the same content."""
+        record = next((record for record in self._records(file.name) if self._is_of(record, file)), None)
+        if record is None or record.stat is not None:
+            return record
+
+        return replace(record, stat=self._seen.get(record.sha256))
+
+    def _records(self, name: str) -> Iterator[CachedFile]:
+        """Yield what is noted under a name: by this catalog, then by others, whose states are not believed."""
+        own = self._cache.entry(self._uri)
+        for entry in (own, *self._cache.others(self._uri)):
+            if entry is not None and name in entry.files:
+                yield entry.files[name]
+
+    def _is_of(self, record: CachedFile, file: RemoteFile) -> bool:
+        if file.size not in (None, record.size):
+            return False
+        if file.sha256 is not None:
+            return record.sha256 == file.sha256
+
+        # Offline no server says what is there now, and the entry is all that there is.
+        return self._offline if file.etag is None else file.etag == record.etag
+
+
+def _verified(path: Path, sha256: str, state: FileStat | None) -> FileStat | None:
+    """The state of a file of the cache if it has the content that its name says; ``state`` is known to have it."""
+    try:
+        now = FileStat.from_stat(os.stat(path))
+        if now == state:
+            return now
+        found, now = sha256_file(path)
+    except (OSError, LadingError) as error:
+        _log.warning("%s cannot be used: %s", path, error)
+        return None
+    if found != sha256:
+        _log.warning("%s is damaged: its bytes are not the ones that were fetched. It is fetched again.", path)
+        return None
+
+    return now

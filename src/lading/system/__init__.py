@@ -1,0 +1,1 @@
+"""The ground: files, settings, progress, threads, entry points."""
