@@ -34,8 +34,8 @@ from lading.cards.card import CardEntry, checkpoint_ref
 from lading.cards.card_file import CardFile
 from lading.cards.overrides import layers_of, merge_layers
 from lading.catalog.checkpoints.record import record_checkpoint
-from lading.catalog.database.database import Database
 from lading.catalog.import_cards import import_files
+from lading.catalog.open import open_catalog
 from lading.catalog.store import AssetStore
 from lading.formats.manifest import Manifest, Shard
 from lading.planning.box import Box
@@ -130,7 +130,7 @@ def settings(path: Path) -> Settings:
 
 def make_catalog(path: Path, count: int) -> AssetStore:
     """A catalog of ``count`` cards, besides the package's own."""
-    database = Database.open(settings(path))
+    database = open_catalog(settings(path))
     for file in card_files(count):
         import_files(database, [file])
 
@@ -143,14 +143,14 @@ def make_catalog(path: Path, count: int) -> AssetStore:
 def bulk(folder: Path, count: int, rounds: int) -> Part:
     """Rates of import beside those of ``executemany`` of the same rows into the same tables, indexes and all."""
     empty = folder / "empty.sqlite"
-    Database.open(settings(empty))
+    open_catalog(settings(empty))
     (file,) = card_files(min(count, BULK))
     manifest = make_manifest(min(count, TENSORS))
     target = folder / "bulk.sqlite"
 
     def by_lading() -> tuple[float, float]:
         shutil.copy(empty, target)
-        database = Database.open(settings(target))
+        database = open_catalog(settings(target))
         start = time.perf_counter()
         import_files(database, [file])
         middle = time.perf_counter()

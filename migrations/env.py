@@ -40,7 +40,7 @@ def run(connection: Connection | None, **options: Any) -> None:
         transactional_ddl=True,
         transaction_per_migration=False,
         render_as_batch=True,
-        on_version_apply=stamp,
+        on_version_apply=stamp,  # type: ignore[arg-type]  # which gives it by keyword
         process_revision_directives=number,
         **options,
     )

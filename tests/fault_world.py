@@ -11,8 +11,8 @@ from pathlib import Path
 
 from cache_tools import require_consistent, require_consistent_hub
 from catalog_tools import settings_in
-from lading.cards.card import path_uri
-from lading.catalog.database import migrate as lifecycle
+from lading.catalog.check import check_catalog
+from lading.system.uris import path_uri
 from make_checkpoint import make, tensors
 from nursery import Ended, Nursery
 from servers.hostile import Server, serve
@@ -111,7 +111,7 @@ class Place:
 
     def require_consistent(self, shards: dict[str, str]) -> None:
         """Nothing is damaged, and what the catalog says of files is true."""
-        assert lifecycle.check(settings_in(self.folder)) == []
+        assert check_catalog(settings_in(self.folder)) == []
         require_consistent(self.cache)
         require_consistent_hub(self.hub)
         copies = self.sql(f"SELECT file, path FROM copies WHERE file NOT IN ('{INDEX}', path)")

@@ -267,12 +267,12 @@ def main() -> None:
     from lading.sources.hub import errors as hf_errors
     from lading.sources.hub import source as hf  # noqa: F401
     from lading.sources.web import source as http  # noqa: F401
-    from lading.sources.web.client import Patience, http_library
+    from lading.sources.web.client import Timeouts, http_library
 
     # What a person waits for is not what a test can wait for.
     hf_errors.BACK_OFF = 0.01
     hurry = {"connect": 5, "answer": 2, "silence": 1, "window": 1.5, "attempts": 3, "backoff": 0.01, "max_wait": 0.05}
-    Patience.__init__.__kwdefaults__.update(hurry)  # type: ignore[misc]
+    Timeouts.__init__.__kwdefaults__.update(hurry)  # type: ignore[misc]
 
     # The client looks at the disk too, a moment later, when it may be fuller.
     warnings.filterwarnings("default", "Not enough free disk space")

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from lading.cards.card import Architecture as Architecture
     from lading.cards.card import AssetCard as AssetCard
     from lading.cards.card import AssetCardField as AssetCardField
-    from lading.catalog.doors import import_cards as import_cards
-    from lading.catalog.doors import query as query
+    from lading.catalog.import_cards import import_cards as import_cards
+    from lading.catalog.query import query as query
     from lading.catalog.store import AssetStore as AssetStore
     from lading.catalog.store import get_asset_store as get_asset_store
     from lading.checkpoints.locate import index_checkpoint as index_checkpoint
@@ -61,16 +61,16 @@ if TYPE_CHECKING:
     from lading.operations.adopt import Adoption as Adoption
     from lading.operations.adopt import adopt_checkpoints as adopt_checkpoints
     from lading.operations.check import check_model as check_model
-    from lading.operations.check import diff_models as diff_models
-    from lading.operations.check import plan_load as plan_load
     from lading.operations.diff import DiffReport as DiffReport
+    from lading.operations.diff import diff_models as diff_models
     from lading.operations.disk_usage import DiskUsage as DiskUsage
-    from lading.operations.disk_usage import Holding as Holding
+    from lading.operations.disk_usage import DiskUsageEntry as DiskUsageEntry
     from lading.operations.disk_usage import disk_usage as disk_usage
     from lading.operations.export import ExportReport as ExportReport
     from lading.operations.export import convert_checkpoint as convert_checkpoint
     from lading.operations.export import export_model as export_model
     from lading.operations.plan import LoadPlan as LoadPlan
+    from lading.operations.plan import plan_load as plan_load
     from lading.operations.pull import PullReport as PullReport
     from lading.operations.pull import pull_model as pull_model
     from lading.operations.remove import Removal as Removal
@@ -88,16 +88,16 @@ _HOME = {
     "AssetCard": "cards.card",
     "AssetCardField": "cards.card",
     "Architecture": "cards.card",
-    "import_cards": "catalog.doors",
-    "query": "catalog.doors",
+    "import_cards": "catalog.import_cards",
+    "query": "catalog.query",
     "AssetStore": "catalog.store",
     "get_asset_store": "catalog.store",
     "CheckReport": "models.fit",
     "index_checkpoint": "checkpoints.locate",
     "DiffReport": "operations.diff",
     "check_model": "operations.check",
-    "diff_models": "operations.check",
-    "plan_load": "operations.check",
+    "diff_models": "operations.diff",
+    "plan_load": "operations.plan",
     "AssetCardError": "errors",
     "AssetNotFoundError": "errors",
     "CardFileError": "errors",
@@ -130,7 +130,7 @@ _HOME = {
     "create_gangs": "gangs",
     "simulate_gangs": "gangs",
     "DiskUsage": "operations.disk_usage",
-    "Holding": "operations.disk_usage",
+    "DiskUsageEntry": "operations.disk_usage",
     "disk_usage": "operations.disk_usage",
     "GlobalModelLoader": "models.hub",
     "ModelHub": "models.hub",

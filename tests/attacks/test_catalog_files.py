@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from catalog_tools import card_file, make_copies, make_manifest, settings_in
+from lading.catalog.check import check_catalog
 from lading.catalog.checkpoints.record import record_checkpoint
 from lading.catalog.database import migrate as lifecycle
-from lading.catalog.database.database import Database
 from lading.catalog.import_cards import import_files
 from lading.catalog.importing import refresh
-from lading.catalog.query import query
+from lading.catalog.open import open_catalog, open_catalog_readonly
+from lading.catalog.query import run_query as query
 from lading.catalog.store import AssetStore
 from lading.errors import CatalogError, LadingError
 from lading.system.settings import Settings
@@ -29,7 +30,7 @@ PAGE = 4096
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The bytes of a catalog that holds something in every table."""
     folder = tmp_path_factory.mktemp("whole")
-    database = Database.open(settings_in(folder))
+    database = open_catalog(settings_in(folder))
     cards = "".join(f"name: c{i}\nbase: c{i - 1}\nnote: {'x' * (i * 7)}\n---\n" for i in range(1, 40))
     import_files(database, [card_file(f"name: c0\nmodel_family: qwen\ncheckpoint: hg://a/b\n---\n{cards}name: end\n")])
     manifest = make_manifest(300, 3)
@@ -70,16 +71,16 @@ def noise(data: bytearray, chance: random.Random) -> None:
 
 
 DOORS: list[Callable[[Settings], object]] = [
-    lambda s: AssetStore(Database.open(s)).models(include_all=True),
-    lambda s: AssetStore(Database.open(s)).retrieve_card("c30").fields(),
-    lambda s: [c.name for c in AssetStore(Database.open(s)).find_cards("model_family", "qwen")],
-    lambda s: AssetStore(Database.open(s)).checkpoint("hg://a/b"),
-    lambda s: AssetStore(Database.open(s)).entries(),
-    lambda s: AssetStore(Database.open(s)).suggest("c3o"),
-    lambda s: query(Database.open(s), "SELECT * FROM model_tensors"),
-    lambda s: import_files(Database.open(s), [card_file("name: c1\nv: 1\n---\nname: new\nbase: c2\n")], replace=True),
-    lambda s: record_checkpoint(Database.open(s), uri="hg://a/b", manifest=make_manifest(30), copies=[]),
-    lifecycle.check,
+    lambda s: AssetStore(open_catalog(s)).models(include_all=True),
+    lambda s: AssetStore(open_catalog(s)).retrieve_card("c30").fields(),
+    lambda s: [c.name for c in AssetStore(open_catalog(s)).find_cards("model_family", "qwen")],
+    lambda s: AssetStore(open_catalog(s)).checkpoint("hg://a/b"),
+    lambda s: AssetStore(open_catalog(s)).entries(),
+    lambda s: AssetStore(open_catalog(s)).suggest("c3o"),
+    lambda s: query(open_catalog(s), "SELECT * FROM model_tensors"),
+    lambda s: import_files(open_catalog(s), [card_file("name: c1\nv: 1\n---\nname: new\nbase: c2\n")], replace=True),
+    lambda s: record_checkpoint(open_catalog(s), uri="hg://a/b", manifest=make_manifest(30), copies=[]),
+    check_catalog,
     lifecycle.upgrade,
     lifecycle.backup,
 ]
@@ -146,8 +147,8 @@ def test_programs_are_found_before_they_run(tmp_path: Path, whole: bytes, progra
     before = path.read_bytes()
 
     doors: list[Callable[[Settings], object]] = [
-        Database.open,
-        Database.glance,
+        open_catalog,
+        open_catalog_readonly,
         lifecycle.upgrade,
         lambda s: lifecycle.downgrade(s, "0"),
         lambda s: lifecycle.restore(settings_in(tmp_path / "new"), path),
@@ -157,7 +158,7 @@ def test_programs_are_found_before_they_run(tmp_path: Path, whole: bytes, progra
             door(settings)
         assert str(caught.value).isprintable()
     if version is None:
-        assert any(line.startswith("drift:") for line in lifecycle.check(settings))
+        assert any(line.startswith("drift:") for line in check_catalog(settings))
     assert not (tmp_path / "new" / "catalog.sqlite").exists()
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA journal_mode = delete")

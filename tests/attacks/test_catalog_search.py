@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from catalog_tools import card_file, settings_in
 from lading.catalog import search
-from lading.catalog.database.database import Database
 from lading.catalog.import_cards import import_files
 from lading.catalog.importing import refresh
+from lading.catalog.open import open_catalog
 from lading.catalog.store import AssetStore
 
 NONSENSE = [
@@ -34,7 +34,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> AssetStore:
     (folder / "seeds").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refresh, "files", lambda package: folder / "seeds")
-        database = Database.open(settings_in(folder))
+        database = open_catalog(settings_in(folder))
     import_files(database, [card_file("name: speech\nmodel_family: f\nnote: near and or not\n")])
     return AssetStore(database)
 

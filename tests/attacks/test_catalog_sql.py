@@ -12,7 +12,9 @@ from catalog_tools import card_file, settings_in
 from lading.catalog.database.database import Database
 from lading.catalog.import_cards import import_files
 from lading.catalog.importing import refresh
-from lading.catalog.query import _FUNCTIONS, MAX_VALUE_BYTES, query
+from lading.catalog.open import open_catalog
+from lading.catalog.query import _FUNCTIONS, MAX_VALUE_BYTES
+from lading.catalog.query import run_query as query
 from lading.errors import CatalogError, LadingError, PolicyError, QueryError
 
 
@@ -21,7 +23,7 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
     (tmp_path / "seeds").mkdir()
     monkeypatch.setattr(refresh, "files", lambda package: tmp_path / "seeds")
     monkeypatch.chdir(tmp_path)
-    database = Database.open(settings_in(tmp_path))
+    database = open_catalog(settings_in(tmp_path))
     import_files(database, [card_file("name: a\nmodel_family: qwen\n")])
     return database
 

@@ -27,9 +27,9 @@ from lading.sources.cache import Cache
 from lading.sources.hub.errors import retried, translated
 from lading.sources.source import FetchedFile
 from lading.sources.web import redirects
-from lading.sources.web.client import Patience, http_library
-from lading.sources.web.download import Effort
-from lading.sources.web.redirects import Reach
+from lading.sources.web.client import Timeouts, http_library
+from lading.sources.web.download import Concurrency
+from lading.sources.web.redirects import AddressScope
 from lading.sources.web.source import HttpSource
 from servers import hostile
 from servers.hostile import Behaviour, Exchange, Server, at, drops, first, on_get, on_ranges, redirect, serve, status
@@ -38,11 +38,11 @@ PATH = "/org/model.safetensors"
 DATA = os.urandom(300_000)
 # Long enough for a machine that is busy with other things; what is about time has less, and so many attempts that
 # it does not matter whether one more of them is late.
-PATIENCE = Patience(
+PATIENCE = Timeouts(
     connect=20, answer=20, silence=20, window=0.2, min_rate=1000, attempts=2, backoff=0.01, max_wait=0.05
 )
 HASTE = replace(PATIENCE, answer=1.0, silence=0.5)
-EFFORT = Effort(connections=4, piece=64 << 10, notes_every=0.01, undeclared=1 << 20)
+EFFORT = Concurrency(connections=4, piece=64 << 10, notes_every=0.01, undeclared=1 << 20)
 
 
 @pytest.fixture(autouse=True)
@@ -290,8 +290,8 @@ def test_never_further_inward_than_the_first_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, certificate: tuple[Path, Path], start: str
 ) -> None:
     # Addresses of this machine play the parts of a public one and of one in a private network.
-    parts = {"127.0.0.2": Reach.EVERYWHERE, "127.0.0.3": Reach.NETWORK}
-    monkeypatch.setattr(redirects, "reach", lambda address: parts.get(address, Reach.MACHINE))
+    parts = {"127.0.0.2": AddressScope.EVERYWHERE, "127.0.0.3": AddressScope.NETWORK}
+    monkeypatch.setattr(redirects, "reach", lambda address: parts.get(address, AddressScope.MACHINE))
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
 
     with serve({PATH: DATA}, certificate=certificate) as inner:

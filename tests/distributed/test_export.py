@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from workers import Pool
 
 from lading import GangError, LadingError, NotSupportedError, export_model, load_model, simulate_gangs
-from lading.formats.hf_folder import family_of_folder
+from lading.models.resolve import family_of_folder
 from make_checkpoint import make, tensors
 
 

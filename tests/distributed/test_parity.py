@@ -17,10 +17,10 @@ from workers import Pool
 from lading.cards.card import AssetCard
 from lading.catalog.store import get_asset_store
 from lading.errors import GangError, NotSupportedError
-from lading.formats.hf_folder import family_of_folder
 from lading.gangs import Gangs, create_fake_gangs, create_gangs
 from lading.models.construct import create_model
 from lading.models.hub import ModelHub, load_model
+from lading.models.resolve import family_of_folder
 from lading.operations.export import export_model
 from make_checkpoint import make
 

@@ -19,10 +19,10 @@ from torch.nn import Module
 from workers import Pool
 
 from lading.errors import DigestMismatchError, GangError, ModelCheckpointMismatchError, NotSupportedError
-from lading.formats.hf_folder import family_of_folder
 from lading.gangs import Gangs, create_fake_gangs, create_gangs
 from lading.models.construct import create_model
 from lading.models.hub import load_model, load_with_report
+from lading.models.resolve import family_of_folder
 from make_checkpoint import make
 
 Axes = dict[str, int]

@@ -14,7 +14,6 @@ from click.testing import Result
 
 import lading
 from cached_repository import add_cards, add_snapshot, tree
-from lading.cards.card import path_uri
 from lading.catalog.checkpoints.record import record_files
 from lading.catalog.records import LocalCopy
 from lading.checkpoints.locate import local_paths
@@ -27,6 +26,7 @@ from lading.errors import (
 )
 from lading.system import filesystem
 from lading.system.filesystem import FileStat
+from lading.system.uris import path_uri
 from make_checkpoint import make
 
 

@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 
 from catalog_tools import card_file, settings_in
+from lading.catalog.check import check_catalog
 from lading.catalog.database import migrate as lifecycle
-from lading.catalog.database.database import Database
 from lading.catalog.database.target import Found, peek
 from lading.catalog.import_cards import import_files
 from lading.catalog.importing import refresh
+from lading.catalog.open import open_catalog
 from lading.catalog.store import AssetStore
 
 CARDS = 1_000
@@ -48,17 +49,17 @@ def many(version, cards):
 
 
 def create(settings, cards):
-    Database.open(settings)
+    open_catalog(settings)
 
 
 def imports(settings, cards):
-    database, files = Database.open(settings), [many(1, cards), many(2, cards)]
+    database, files = open_catalog(settings), [many(1, cards), many(2, cards)]
     for i in range(1000):
         import_files(database, [files[i % 2]])
 
 
 def records(settings, cards):
-    database, manifests = Database.open(settings), [make_manifest(2000, 3), make_manifest(1500, 2)]
+    database, manifests = open_catalog(settings), [make_manifest(2000, 3), make_manifest(1500, 2)]
     for i in range(1000):
         record_checkpoint(database, uri="hg://a/b", manifest=manifests[i % 2], copies=[])
 
@@ -68,7 +69,7 @@ def upgrade(settings, cards):
 
 
 def mixed(settings, cards):
-    store = AssetStore(Database.open(settings))
+    store = AssetStore(open_catalog(settings))
     for i in range(5):
         name = f"p{os.getpid()}"
         import_files(store.database, [card_file(f"name: {name}\\nv: {i}\\n", f"file:///c/{name}.yaml")])
@@ -189,14 +190,14 @@ def test_a_first_use_that_is_killed(folder: Path, nursery: Nursery, number: int)
         assert peek(path) is (Found.CATALOG if tables == [(1,)] else Found.NOTHING)
 
     settings = settings_in(folder / "data")
-    assert len(AssetStore(Database.open(settings)).asset_names) == CARDS
-    assert lifecycle.check(settings) == []
+    assert len(AssetStore(open_catalog(settings)).asset_names) == CARDS
+    assert check_catalog(settings) == []
 
 
 @pytest.mark.parametrize("number", rounds(6, 60))
 def test_an_import_that_is_killed(folder: Path, nursery: Nursery, number: int) -> None:
     settings = settings_in(folder / "data")
-    Database.open(settings)
+    open_catalog(settings)
     child = nursery.start(folder, "imports")
     time.sleep(random.Random(number).uniform(0, 0.5))
     nursery.kill(child)
@@ -206,21 +207,21 @@ def test_an_import_that_is_killed(folder: Path, nursery: Nursery, number: int) -
         folder, "SELECT count(*), count(DISTINCT metadata), min(family), max(family) FROM cards WHERE base = 'base'"
     )
     assert (count, contents, first == last) in [(0, 0, True), (CARDS, 1, True)]
-    assert lifecycle.check(settings) == []
-    import_files(Database.open(settings), [card_file("name: c1\nv: 3\n")], replace=True)
+    assert check_catalog(settings) == []
+    import_files(open_catalog(settings), [card_file("name: c1\nv: 3\n")], replace=True)
 
 
 @pytest.mark.parametrize("number", rounds(3, 60))
 def test_a_record_that_is_killed(folder: Path, nursery: Nursery, number: int) -> None:
     settings = settings_in(folder / "data")
-    store = AssetStore(Database.open(settings))
+    store = AssetStore(open_catalog(settings))
     child = nursery.start(folder, "records")
     time.sleep(random.Random(number).uniform(0, 0.4))
     nursery.kill(child)
 
     stored = store.checkpoint("hg://a/b")
     assert stored is None or (len(stored.manifest), len(stored.manifest.shards)) in [(2000, 3), (1500, 2)]
-    assert lifecycle.check(settings) == []
+    assert check_catalog(settings) == []
 
 
 def killed(nursery: Nursery, child: int) -> None:
@@ -240,17 +241,17 @@ def test_four_first_uses_at_once(folder: Path, nursery: Nursery, number: int) ->
     nursery.race(folder, "create")
     assert raw(folder, "SELECT count(*) FROM cards") == [(CARDS,)]
     assert raw(folder, "PRAGMA journal_mode") == [("wal",)]
-    assert lifecycle.check(settings_in(folder / "data")) == []
+    assert check_catalog(settings_in(folder / "data")) == []
 
 
 @pytest.mark.parametrize("number", rounds(1, 20))
 def test_four_upgrades_at_once(folder: Path, nursery: Nursery, number: int) -> None:
     settings = settings_in(folder / "data")
-    Database.open(settings)
+    open_catalog(settings)
     lifecycle.downgrade(settings, "0")
     nursery.race(folder, "upgrade")
-    assert len(AssetStore(Database.open(settings)).asset_names) == CARDS
-    assert lifecycle.check(settings) == []
+    assert len(AssetStore(open_catalog(settings)).asset_names) == CARDS
+    assert check_catalog(settings) == []
 
 
 @pytest.mark.parametrize("number", rounds(1, 20))

@@ -269,7 +269,7 @@ def test_a_kill_at_any_time(tmp_path: Path, wait: float) -> None:
 
 
 def test_a_model_in_memory_with_the_tokenizer_of_another_folder(tmp_path: Path) -> None:
-    from lading.formats.hf_folder import family_of_folder
+    from lading.models.resolve import family_of_folder
 
     make(tmp_path / "in")
     (tmp_path / "in" / "tokenizer.json").write_text("{}")

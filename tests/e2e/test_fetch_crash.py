@@ -21,8 +21,8 @@ from cache_tools import files_in, require_consistent
 from lading.errors import FetchError
 from lading.sources import partial
 from lading.sources.cache import Cache
-from lading.sources.web.client import Patience
-from lading.sources.web.download import Effort
+from lading.sources.web.client import Timeouts
+from lading.sources.web.download import Concurrency
 from lading.sources.web.source import HttpSource
 from servers import hostile
 from servers.hostile import Exchange, Server, serve
@@ -94,8 +94,8 @@ class Child:
 
 def fetch_here(server: Server, folder: Path, **options: object) -> None:
     """In this process, patient and without a wait between attempts."""
-    effort = Effort(connections=4, piece=PIECE, notes_every=0.001)
-    patience = Patience(attempts=2, backoff=0.001)
+    effort = Concurrency(connections=4, piece=PIECE, notes_every=0.001)
+    patience = Timeouts(attempts=2, backoff=0.001)
     with HttpSource(server.url(PATH), cache=Cache(folder), offline=False, effort=effort, patience=patience) as source:
         snapshot = source.snapshot()
         (file,) = source.fetch(snapshot, snapshot.files, known=lambda _: None, progress=False)

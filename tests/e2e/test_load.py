@@ -235,7 +235,7 @@ def test_a_catalog_that_cannot_be_written_does_not_stop_a_load(
     def fail(*args: object, **kwargs: object) -> None:
         raise lading.CatalogError("disk on fire")
 
-    monkeypatch.setattr("lading.checkpoints.locate.record_checkpoint", fail)
+    monkeypatch.setattr("lading.checkpoints.recording.record_checkpoint", fail)
     check(load_model("tiny"))
     assert "disk on fire" in caplog.text
 

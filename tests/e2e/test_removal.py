@@ -19,7 +19,7 @@ import lading
 from cached_repository import add_cards, add_snapshot, tree, use_cache
 from catalog_tools import nobody, public_folder
 from lading.catalog.checkpoints.record import record_checkpoint
-from lading.catalog.database.database import Database
+from lading.catalog.open import open_catalog
 from lading.catalog.records import LocalCopy
 from lading.errors import AssetNotFoundError, CatalogError, PolicyError
 from lading.formats import index
@@ -407,7 +407,7 @@ def test_a_cache_and_a_catalog_that_cannot_be_written(made: Path, monkeypatch: p
         os.chmod(folder, 0o755)
         os.chmod(folder / "catalog.sqlite", 0o644)
         with nobody():
-            store = lading.AssetStore(Database.open(Settings.from_environment()))
+            store = lading.AssetStore(open_catalog(Settings.from_environment()))
             assert not store.database.writable
             for call in (
                 lambda: lading.remove_model("tiny", store=store),

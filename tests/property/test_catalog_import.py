@@ -17,7 +17,8 @@ from lading.catalog.database.database import Database
 from lading.catalog.import_cards import import_files
 from lading.catalog.importing import refresh
 from lading.catalog.importing.derived import stale_columns
-from lading.catalog.query import query
+from lading.catalog.open import open_catalog
+from lading.catalog.query import run_query as query
 from lading.catalog.store import AssetStore
 from lading.errors import AssetCardError, CardFileError
 
@@ -28,7 +29,7 @@ NAMES = "abcde"
 def database(tmp_path_factory: pytest.TempPathFactory) -> Database:
     folder: Path = tmp_path_factory.mktemp("seeds")
     with mock.patch.object(refresh, "files", return_value=folder):
-        return Database.open(settings_in(folder, database_url="sqlite://"))
+        return open_catalog(settings_in(folder, database_url="sqlite://"))
 
 
 Content = dict[str, object]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import lading.formats.digests
 from digest_reference import reference
-from lading.formats.digests import SIZE, Digests, blocks_touched, blocks_within, cut, differences
+from lading.formats.digests import SIZE, Digests, cut, differences
 from lading.formats.manifest import BITS, Manifest, Shard
 from lading.planning.box import Box
 from lading.planning.plan import Wanted, plan
@@ -26,7 +26,7 @@ from lading.transfer import execute as execution
 from lading.transfer import hashing, leaves, reader
 from lading.transfer.execute import execute, hash_checkpoint
 from lading.transfer.files import OpenShard, ShardFile
-from lading.transfer.hashing import Hasher
+from lading.transfer.hashing import Hasher, blocks_touched, blocks_within
 
 FLOATS = ["BF16", "F16", "F32", "F64"]
 SMALL = ["F4", "F6_E2M3"]

@@ -16,14 +16,13 @@ from lading.cards.card import (
     CardEntry,
     CheckpointRef,
     checkpoint_ref,
-    path_uri,
     resolve_architecture,
     resolve_card,
     split_gated,
     split_name,
-    uri_path,
 )
 from lading.errors import AssetCardError
+from lading.system.uris import path_uri, uri_path
 
 
 def entry(name: str, /, _folder: str | None = None, **metadata: Any) -> CardEntry:

@@ -18,16 +18,17 @@ import pytest
 from sqlalchemy import text
 
 from catalog_tools import card_file, make_manifest, nobody, public_folder, settings_in
+from lading.catalog import open as open_module
+from lading.catalog.check import check_catalog
 from lading.catalog.checkpoints.record import record_checkpoint
 from lading.catalog.database import connection as engine
-from lading.catalog.database import database as database_module
 from lading.catalog.database import migrate as lifecycle
 from lading.catalog.database import target as target_module
-from lading.catalog.database.database import Database
 from lading.catalog.database.target import APPLICATION_ID, SCHEMA_VERSION, Found, Target
 from lading.catalog.import_cards import import_files
 from lading.catalog.importing import refresh
-from lading.catalog.query import query
+from lading.catalog.open import open_catalog, open_catalog_readonly
+from lading.catalog.query import run_query as query
 from lading.catalog.store import AssetStore
 from lading.errors import CatalogError, CatalogOutdatedError
 
@@ -59,7 +60,7 @@ def raw(path: Path, sql: str) -> list[tuple[object, ...]]:
 
 def test_the_first_use_makes_everything(tmp_path: Path) -> None:
     settings = settings_in(tmp_path / "not" / "yet" / "there")
-    database = Database.open(settings)
+    database = open_catalog(settings)
     path = tmp_path / "not" / "yet" / "there" / "catalog.sqlite"
     assert database.path == path
     assert database.url == f"sqlite:///{path}"
@@ -68,27 +69,27 @@ def test_the_first_use_makes_everything(tmp_path: Path) -> None:
     assert raw(path, "PRAGMA user_version") == [(SCHEMA_VERSION,)]
     assert raw(path, "PRAGMA journal_mode") == [("wal",)]
     assert AssetStore(database).asset_names == {"built_in"}
-    assert lifecycle.check(settings) == []
+    assert check_catalog(settings) == []
 
 
 def test_without_leave_nothing_is_made(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match=r"no catalog at .*catalog\.sqlite yet\. `lading list` makes one"):
-        Database.glance(settings_in(tmp_path))
+        open_catalog_readonly(settings_in(tmp_path))
     assert not (tmp_path / "catalog.sqlite").exists()
 
-    Database.open(settings_in(tmp_path))
-    assert not Database.glance(settings_in(tmp_path)).writable
+    open_catalog(settings_in(tmp_path))
+    assert not open_catalog_readonly(settings_in(tmp_path)).writable
 
 
 def test_an_empty_file_is_a_catalog_before_its_birth(tmp_path: Path) -> None:
     (tmp_path / "catalog.sqlite").touch()
-    assert AssetStore(Database.open(settings_in(tmp_path))).asset_names == {"built_in"}
+    assert AssetStore(open_catalog(settings_in(tmp_path))).asset_names == {"built_in"}
 
 
 def test_a_database_without_tables_is_one_too(tmp_path: Path) -> None:
     raw(tmp_path / "catalog.sqlite", "VACUUM")
     assert (tmp_path / "catalog.sqlite").stat().st_size > 0
-    assert AssetStore(Database.open(settings_in(tmp_path))).asset_names == {"built_in"}
+    assert AssetStore(open_catalog(settings_in(tmp_path))).asset_names == {"built_in"}
 
 
 def test_what_a_creation_that_was_cut_off_leaves(tmp_path: Path) -> None:
@@ -96,31 +97,31 @@ def test_what_a_creation_that_was_cut_off_leaves(tmp_path: Path) -> None:
     (tmp_path / "catalog.sqlite-journal").write_bytes(bytes(512))
     # The journal is not a valid one, so SQLite does not roll back; the file is then not a database.
     with pytest.raises(CatalogError, match="damaged"):
-        Database.open(settings_in(tmp_path))
+        open_catalog(settings_in(tmp_path))
 
 
 def test_odd_paths(tmp_path: Path) -> None:
     folder = tmp_path / "50% #1 ?x=y; ünïcode &c"
     path = folder / "a b.sqlite"
     settings = settings_in(tmp_path, database_url=f"sqlite:///{path}")
-    database = Database.open(settings)
+    database = open_catalog(settings)
     assert database.path is not None
     assert database.path.exists()
     assert query(database, "SELECT count(*) FROM cards").rows == [(1,)]
-    assert lifecycle.check(settings) == []
+    assert check_catalog(settings) == []
     assert lifecycle.backup(settings).exists()
 
 
 def test_a_relative_path_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    database = Database.open(settings_in(tmp_path, database_url="sqlite:///here.sqlite"))
+    database = open_catalog(settings_in(tmp_path, database_url="sqlite:///here.sqlite"))
     monkeypatch.chdir("/")
     assert AssetStore(database).asset_names == {"built_in"}
     assert database.path == tmp_path / "here.sqlite"
 
 
 def test_in_memory(tmp_path: Path) -> None:
-    database = Database.open(settings_in(tmp_path, database_url="sqlite://"))
+    database = open_catalog(settings_in(tmp_path, database_url="sqlite://"))
     import_files(database, [card_file(CARD)])
     assert AssetStore(database).asset_names == {"built_in", "mine"}
     assert database.path is None
@@ -128,7 +129,7 @@ def test_in_memory(tmp_path: Path) -> None:
 
 
 def test_threads_share_a_catalog_in_memory(tmp_path: Path) -> None:
-    database = Database.open(settings_in(tmp_path, database_url="sqlite://"))
+    database = open_catalog(settings_in(tmp_path, database_url="sqlite://"))
     failures: list[BaseException] = []
 
     def work(number: int) -> None:
@@ -159,7 +160,7 @@ def test_threads_share_a_catalog_in_memory(tmp_path: Path) -> None:
 )
 def test_urls_that_name_no_database(tmp_path: Path, url: str, words: str) -> None:
     with pytest.raises(CatalogError, match=words):
-        Database.open(settings_in(tmp_path, database_url=url))
+        open_catalog(settings_in(tmp_path, database_url=url))
 
 
 SECRET = "sek%ret1"
@@ -200,7 +201,7 @@ def test_a_password_is_not_shown(tmp_path: Path, url: str) -> None:
     text = url.format(plain=SECRET, quoted=quote(SECRET, safe=""))
     settings = settings_in(tmp_path, database_url=text)
     with pytest.raises(CatalogError) as caught:
-        Database.open(settings)
+        open_catalog(settings)
     shown = f"{caught.value}{settings!r}"
     try:
         target = Target.from_url(text)
@@ -269,7 +270,7 @@ def test_another_file_is_left_alone(tmp_path: Path, make: object) -> None:
     before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.iterdir() if p.is_file()}
 
     settings = settings_in(tmp_path)
-    for door in (Database.open, lifecycle.upgrade, lifecycle.check, lifecycle.backup):
+    for door in (open_catalog, lifecycle.upgrade, check_catalog, lifecycle.backup):
         with pytest.raises(CatalogError, match="is another kind of file; it was left as it is"):
             door(settings)
     assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.iterdir() if p.is_file()} == before
@@ -278,7 +279,7 @@ def test_another_file_is_left_alone(tmp_path: Path, make: object) -> None:
 def test_a_folder_is_no_catalog(tmp_path: Path) -> None:
     (tmp_path / "catalog.sqlite").mkdir()
     with pytest.raises(CatalogError, match="is a folder"):
-        Database.open(settings_in(tmp_path))
+        open_catalog(settings_in(tmp_path))
 
 
 @pytest.mark.parametrize("path", ["file/catalog.sqlite", "file/folder/catalog.sqlite"])
@@ -286,21 +287,21 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").write_text("")
     settings = settings_in(tmp_path, database_url=f"sqlite:///{tmp_path / path}")
     with pytest.raises(CatalogError, match=r"cannot be a folder .*LADING_DATABASE_URL"):
-        Database.open(settings)
+        open_catalog(settings)
 
 
 def test_a_pipe_is_no_catalog(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "catalog.sqlite")
     with pytest.raises(CatalogError, match="expected to be a file"):
-        Database.open(settings_in(tmp_path))
+        open_catalog(settings_in(tmp_path))
 
 
 def test_a_foreign_database_that_came_while_we_waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     foreign_database(tmp_path / "catalog.sqlite")
-    monkeypatch.setattr(database_module, "peek", lambda path: Found.NOTHING)
+    monkeypatch.setattr(open_module, "peek", lambda path: Found.NOTHING)
     before = (tmp_path / "catalog.sqlite").read_bytes()
     with pytest.raises(CatalogError, match="another kind of file"):
-        Database.open(settings_in(tmp_path))
+        open_catalog(settings_in(tmp_path))
     assert (tmp_path / "catalog.sqlite").read_bytes() == before
 
 
@@ -308,19 +309,19 @@ def test_a_foreign_database_that_came_while_we_waited(tmp_path: Path, monkeypatc
 
 
 def test_a_newer_schema(tmp_path: Path) -> None:
-    Database.open(settings_in(tmp_path))
+    open_catalog(settings_in(tmp_path))
     raw(tmp_path / "catalog.sqlite", "PRAGMA user_version = 99")
-    for door in (Database.open, lifecycle.upgrade):
+    for door in (open_catalog, lifecycle.upgrade):
         with pytest.raises(CatalogOutdatedError, match="pip install --upgrade lading") as caught:
             door(settings_in(tmp_path))
         assert (caught.value.expected, caught.value.found) == (SCHEMA_VERSION, 99)
 
 
 def test_an_older_schema_is_not_touched(tmp_path: Path) -> None:
-    Database.open(settings_in(tmp_path))
+    open_catalog(settings_in(tmp_path))
     raw(tmp_path / "catalog.sqlite", "PRAGMA user_version = 0")
     with pytest.raises(CatalogOutdatedError, match="lading db upgrade") as caught:
-        Database.open(settings_in(tmp_path))
+        open_catalog(settings_in(tmp_path))
     assert caught.value.found == 0
     assert raw(tmp_path / "catalog.sqlite", "PRAGMA user_version") == [(0,)]
 
@@ -330,7 +331,7 @@ def test_an_older_schema_is_not_touched(tmp_path: Path) -> None:
 
 def test_a_damaged_file(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
-    database = Database.open(settings)
+    database = open_catalog(settings)
     import_files(
         database, [card_file("".join(f"name: c{i}\nnote: {'x' * 500}\n---\n" for i in range(200)) + "name: z")]
     )
@@ -340,21 +341,21 @@ def test_a_damaged_file(tmp_path: Path) -> None:
     path.write_bytes(data)
 
     with pytest.raises(CatalogError, match=r"damaged.*`lading db check`"):
-        Database.open(settings)
-    assert any("damaged" in line or "damage:" in line for line in lifecycle.check(settings))
+        open_catalog(settings)
+    assert any("damaged" in line or "damage:" in line for line in check_catalog(settings))
 
 
 def test_a_missing_table_is_damage(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
-    Database.open(settings)
+    open_catalog(settings)
     raw(tmp_path / "catalog.sqlite", "DROP TABLE sources")
     with pytest.raises(CatalogError, match=r"table sources is missing.*`lading db restore FILE`"):
-        Database.open(settings)
-    assert any("sources is missing" in line or "no such table" in line for line in lifecycle.check(settings))
+        open_catalog(settings)
+    assert any("sources is missing" in line or "no such table" in line for line in check_catalog(settings))
 
 
 def test_a_file_that_vanishes(tmp_path: Path) -> None:
-    database = Database.open(settings_in(tmp_path))
+    database = open_catalog(settings_in(tmp_path))
     (tmp_path / "catalog.sqlite").unlink()
     with pytest.raises(FileNotFoundError):
         _ = AssetStore(database).asset_names
@@ -365,7 +366,7 @@ def test_a_file_that_vanishes(tmp_path: Path) -> None:
 
 
 def test_a_write_that_fails_leaves_no_trace(tmp_path: Path) -> None:
-    database = Database.open(settings_in(tmp_path))
+    database = open_catalog(settings_in(tmp_path))
 
     def write() -> None:
         with database.write() as connection:
@@ -379,7 +380,7 @@ def test_a_write_that_fails_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_a_read_sees_one_state(tmp_path: Path) -> None:
-    database = Database.open(settings_in(tmp_path))
+    database = open_catalog(settings_in(tmp_path))
     with database.read() as connection:
         before = connection.execute(text("SELECT count(*) FROM cards")).scalar()
         import_files(database, [card_file(CARD)])
@@ -388,7 +389,7 @@ def test_a_read_sees_one_state(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_is_held_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    database = Database.open(settings_in(tmp_path))
+    database = open_catalog(settings_in(tmp_path))
     monkeypatch.setattr(target_module, "BUSY_TIMEOUT_S", 0.05)
     script = (
         "import sqlite3, sys\n"
@@ -411,18 +412,18 @@ def test_a_lock_that_is_held_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_refresh_that_must_wait_too_long_is_put_off(
     tmp_path: Path, seeds: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Database.open(settings_in(tmp_path))
+    open_catalog(settings_in(tmp_path))
     (seeds / "more.yaml").write_text("name: more\n")
     monkeypatch.setattr(target_module, "BUSY_TIMEOUT_S", 0.05)
     with closing(sqlite3.connect(tmp_path / "catalog.sqlite", isolation_level=None)) as holder:
         holder.execute("BEGIN IMMEDIATE")
-        assert AssetStore(Database.open(settings_in(tmp_path))).asset_names == {"built_in"}
+        assert AssetStore(open_catalog(settings_in(tmp_path))).asset_names == {"built_in"}
     assert "could not be brought up to date" in caplog.text
-    assert AssetStore(Database.open(settings_in(tmp_path))).asset_names == {"built_in", "more"}
+    assert AssetStore(open_catalog(settings_in(tmp_path))).asset_names == {"built_in", "more"}
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    database = Database.open(settings_in(tmp_path))
+    database = open_catalog(settings_in(tmp_path))
 
     def fill() -> None:
         with database.write() as connection:
@@ -434,7 +435,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left") as caught:
         fill()
     assert caught.value.errno == errno.ENOSPC
-    assert lifecycle.check(settings_in(tmp_path)) == []
+    assert check_catalog(settings_in(tmp_path)) == []
 
 
 def test_children_of_a_fork_use_it_too(tmp_path: Path) -> None:
@@ -443,10 +444,10 @@ def test_children_of_a_fork_use_it_too(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "sys.path.insert(0, sys.argv[1])\n"
         "from catalog_tools import card_file, settings_in\n"
-        "from lading.catalog.database.database import Database\n"
+        "from lading.catalog.open import open_catalog\n"
         "from lading.catalog.import_cards import import_files\n"
         "from lading.catalog.store import AssetStore\n"
-        "database = Database.open(settings_in(Path(sys.argv[2])))\n"
+        "database = open_catalog(settings_in(Path(sys.argv[2])))\n"
         "store = AssetStore(database)\n"
         "before = len(store.asset_names)\n"
         "children = []\n"
@@ -468,17 +469,17 @@ def test_children_of_a_fork_use_it_too(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written(public: Path) -> None:
     settings = settings_in(public)
-    import_files(Database.open(settings), [card_file(CARD)])
+    import_files(open_catalog(settings), [card_file(CARD)])
     public.chmod(0o555)
     try:
         with nobody():
-            database = Database.open(settings)
+            database = open_catalog(settings)
             store = AssetStore(database)
             assert not database.writable
             assert store.asset_names == {"built_in", "mine"}
             assert store.retrieve_card("mine").field("checkpoint").value == "hg://a/b"
             assert query(database, "SELECT name FROM models ORDER BY 1").rows == [("built_in",), ("mine",)]
-            assert lifecycle.check(settings) == []
+            assert check_catalog(settings) == []
             with pytest.raises(CatalogError, match=r"cannot be written by you\. Set LADING_DATABASE_URL"):
                 import_files(database, [card_file("name: other")])
     finally:
@@ -488,10 +489,10 @@ def test_a_folder_that_cannot_be_written(public: Path) -> None:
 
 def test_a_catalog_that_another_user_writes(public: Path) -> None:
     settings = settings_in(public)
-    owner = Database.open(settings)
+    owner = open_catalog(settings)
     with owner.read():  # holds the log open, as a process of the owner would
         with nobody():
-            reader = AssetStore(Database.open(settings))
+            reader = AssetStore(open_catalog(settings))
             assert not reader.database.writable
             assert reader.asset_names == {"built_in"}
         import_files(owner, [card_file(CARD)])
@@ -503,10 +504,10 @@ def test_a_catalog_that_another_user_writes(public: Path) -> None:
 
 def test_a_load_goes_on_without_a_record(public: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = settings_in(public)
-    Database.open(settings)
+    open_catalog(settings)
     public.chmod(0o555)
     with nobody(), caplog.at_level(logging.INFO, "lading"):
-        database = Database.open(settings)
+        database = open_catalog(settings)
         record_checkpoint(database, uri="hg://a/b", manifest=make_manifest(), copies=[])
         assert AssetStore(database).checkpoint("hg://a/b") is None
     public.chmod(0o755)
@@ -514,7 +515,7 @@ def test_a_load_goes_on_without_a_record(public: Path, caplog: pytest.LogCapture
 
 
 def test_a_home_that_cannot_be_written(caplog: pytest.LogCaptureFixture) -> None:
-    database = Database.open(settings_in(Path("/sys/nobody/makes/folders/here")))
+    database = open_catalog(settings_in(Path("/sys/nobody/makes/folders/here")))
     assert not database.writable
     assert AssetStore(database).asset_names == {"built_in"}
     assert query(database, "SELECT name FROM models").rows == [("built_in",)]
@@ -525,21 +526,21 @@ def test_a_home_that_cannot_be_written(caplog: pytest.LogCaptureFixture) -> None
 
 def test_a_file_that_cannot_be_read(public: Path) -> None:
     settings = settings_in(public)
-    Database.open(settings)
+    open_catalog(settings)
     (public / "catalog.sqlite").chmod(0o600)
     with nobody(), pytest.raises(PermissionError):
-        Database.open(settings)
+        open_catalog(settings)
 
 
 def test_cards_of_the_user_beside_a_catalog_of_others(public: Path, caplog: pytest.LogCaptureFixture) -> None:
     cards = public / "cards"
     cards.mkdir()
     settings = settings_in(public, card_paths=(cards,))
-    Database.open(settings)
+    open_catalog(settings)
     (cards / "mine.yaml").write_text(CARD)
     public.chmod(0o555)
     with nobody():
-        assert AssetStore(Database.open(settings)).asset_names == {"built_in"}
+        assert AssetStore(open_catalog(settings)).asset_names == {"built_in"}
     public.chmod(0o755)
     assert "Your card files changed, but the catalog" in caplog.text
 
@@ -549,21 +550,21 @@ def test_cards_of_the_user_beside_a_catalog_of_others(public: Path, caplog: pyte
 
 def test_no_shared_memory_on_a_network_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "on_network", lambda path: True)
-    Database.open(settings_in(tmp_path))
+    open_catalog(settings_in(tmp_path))
     assert raw(tmp_path / "catalog.sqlite", "PRAGMA journal_mode") == [("delete",)]
 
     # One that came from a local disk is changed back.
     raw(tmp_path / "catalog.sqlite", "PRAGMA journal_mode = wal")
-    database = Database.open(settings_in(tmp_path))
+    database = open_catalog(settings_in(tmp_path))
     assert raw(tmp_path / "catalog.sqlite", "PRAGMA journal_mode") == [("delete",)]
     import_files(database, [card_file(CARD)])
     assert AssetStore(database).asset_names == {"built_in", "mine"}
 
 
 def test_the_log_is_turned_on_again(tmp_path: Path) -> None:
-    Database.open(settings_in(tmp_path))
+    open_catalog(settings_in(tmp_path))
     raw(tmp_path / "catalog.sqlite", "PRAGMA journal_mode = delete")
-    Database.open(settings_in(tmp_path))
+    open_catalog(settings_in(tmp_path))
     assert raw(tmp_path / "catalog.sqlite", "PRAGMA journal_mode") == [("wal",)]
 
 
@@ -575,12 +576,12 @@ def test_opening_and_listing_stay_light(tmp_path: Path) -> None:
         "import sys\n"
         "from pathlib import Path\n"
         "from lading.system.settings import Settings\n"
-        "from lading.catalog.database.database import Database\n"
+        "from lading.catalog.open import open_catalog\n"
         "from lading.catalog.store import AssetStore\n"
-        "from lading.catalog.query import query\n"
+        "from lading.catalog.query import run_query as query\n"
         f"url = 'sqlite:///{tmp_path}/c.sqlite'\n"
         "s = Settings(database_url=url, cache_dir=Path('/'), card_paths=(), env=None, offline=True)\n"
-        "database = Database.open(s)\n"
+        "database = open_catalog(s)\n"
         "AssetStore(database).models()\n"
         "AssetStore(database).architectures()\n"
         "query(database, 'SELECT * FROM models')\n"

@@ -14,13 +14,14 @@ import pytest
 from catalog_tools import card_file, make_copies, make_manifest, settings_in
 from lading.cards.card import ArchitectureEntry, CardEntry
 from lading.cards.card_file import CardFile
+from lading.catalog.check import check_catalog
 from lading.catalog.checkpoints.record import record_checkpoint, record_companions, record_files
-from lading.catalog.database import migrate as lifecycle
 from lading.catalog.database.database import Database
 from lading.catalog.import_cards import collect, import_files
 from lading.catalog.importing import refresh
 from lading.catalog.importing.changes import MAX_DEPTH
-from lading.catalog.query import query
+from lading.catalog.open import open_catalog
+from lading.catalog.query import run_query as query
 from lading.catalog.records import Check, CopyKind, ImportReport, LocalCopy
 from lading.catalog.store import AssetStore
 from lading.errors import CardFileError
@@ -51,7 +52,7 @@ config: {num_layers: 2}
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
     (tmp_path / "seeds").mkdir()
     monkeypatch.setattr(refresh, "files", lambda package: tmp_path / "seeds")
-    return Database.open(settings_in(tmp_path))
+    return open_catalog(settings_in(tmp_path))
 
 
 def rows(database: Database, sql: str) -> list[tuple[object, ...]]:
@@ -63,7 +64,7 @@ def cards(database: Database) -> dict[str, str]:
 
 
 def assert_consistent(tmp_path: Path) -> None:
-    assert lifecycle.check(settings_in(tmp_path)) == []
+    assert check_catalog(settings_in(tmp_path)) == []
 
 
 # --- what changes ----------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from sqlalchemy.engine import Engine
 
 from catalog_tools import card_file, settings_in
 from lading.catalog import search
-from lading.catalog.database.database import Database
 from lading.catalog.import_cards import import_files
 from lading.catalog.importing import refresh
+from lading.catalog.open import open_catalog
 from lading.catalog.store import AssetStore
 
 NAMES = [
@@ -27,7 +27,7 @@ NAMES = [
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AssetStore:
     (tmp_path / "seeds").mkdir()
     monkeypatch.setattr(refresh, "files", lambda package: tmp_path / "seeds")
-    database = Database.open(settings_in(tmp_path))
+    database = open_catalog(settings_in(tmp_path))
     cards = "".join(f'{{"name": "{name}", "model_family": "qwen", "note": "speech"}}\n' for name in NAMES)
     import_files(database, [card_file(cards, "file:///c/a.jsonl")])
     return AssetStore(database)

@@ -14,7 +14,8 @@ from lading.catalog.database import migrate as lifecycle
 from lading.catalog.database.database import Database
 from lading.catalog.import_cards import import_files
 from lading.catalog.importing import refresh
-from lading.catalog.query import query
+from lading.catalog.open import open_catalog
+from lading.catalog.query import run_query as query
 from lading.catalog.records import Check
 from lading.catalog.schema import Row
 from lading.errors import CatalogError, PolicyError, QueryError
@@ -50,7 +51,7 @@ config: {num_layers: 48}
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
     (tmp_path / "seeds").mkdir()
     monkeypatch.setattr(refresh, "files", lambda package: tmp_path / "seeds")
-    database = Database.open(settings_in(tmp_path))
+    database = open_catalog(settings_in(tmp_path))
     import_files(database, [card_file(CARDS)])
     for name in ("m", "n"):
         manifest = make_manifest()
@@ -156,7 +157,7 @@ def test_a_long_answer(database: Database) -> None:
 
 
 def test_a_query_in_memory(tmp_path: Path, database: Database) -> None:
-    other = Database.open(settings_in(tmp_path, database_url="sqlite://"))
+    other = open_catalog(settings_in(tmp_path, database_url="sqlite://"))
     import_files(other, [card_file("name: x\nmodel_family: f\n")])
     assert query(other, "SELECT name FROM models").rows == [("x",)]
     with pytest.raises(PolicyError):

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from catalog_tools import card_file, settings_in
-from lading.catalog.database import migrate as lifecycle
-from lading.catalog.database.database import Database
+from lading.catalog.check import check_catalog
 from lading.catalog.import_cards import collect, import_files
 from lading.catalog.importing import refresh
 from lading.catalog.importing import write as rows
-from lading.catalog.query import query
+from lading.catalog.open import open_catalog
+from lading.catalog.query import run_query as query
 from lading.catalog.store import AssetStore
 from lading.errors import CardFileError
 from lading.system.settings import Settings
@@ -58,7 +58,7 @@ def settings(tmp_path: Path, seed: Write) -> Settings:
 
 def cards(settings: Settings) -> dict[object, object]:
     """Names and content of all cards after the catalog was opened again."""
-    return dict(query(Database.open(settings), "SELECT name, metadata FROM cards").rows)  # type: ignore[arg-type]
+    return dict(query(open_catalog(settings), "SELECT name, metadata FROM cards").rows)  # type: ignore[arg-type]
 
 
 def set_version(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
@@ -77,7 +77,7 @@ def test_new_seeds_come_with_a_new_package(seed: Write, settings: Settings) -> N
     assert cards(settings) == {"a": '{"v":2}', "b": "{}"}
     seed("b.yaml", "name: b\n").unlink()
     assert cards(settings) == {"a": '{"v":2}'}
-    assert query(Database.open(settings), "SELECT uri, kind FROM sources").rows == [
+    assert query(open_catalog(settings), "SELECT uri, kind FROM sources").rows == [
         ("package:lading.seeds/a.yaml", "seed")
     ]
 
@@ -85,16 +85,16 @@ def test_new_seeds_come_with_a_new_package(seed: Write, settings: Settings) -> N
 def test_nothing_is_written_when_nothing_is_new(seed: Write, settings: Settings, mine: Write) -> None:
     seed("a.yaml", "name: a\n")
     mine("m.yaml", "name: m\n")
-    database = Database.open(settings)
+    database = open_catalog(settings)
     assert database.path is not None
     before = database.path.read_bytes()
-    Database.open(settings)
+    open_catalog(settings)
     assert database.path.read_bytes() == before
 
 
 def test_what_the_user_imported_stays_the_users(seed: Write, settings: Settings) -> None:
     seed("a.yaml", "name: a\n")
-    database = Database.open(settings)
+    database = open_catalog(settings)
     import_files(database, [card_file("name: mine\nv: 1\n---\nname: a\nv: mine\n")], replace=True)
 
     seed("a.yaml", "name: a\nv: 2\n---\nname: mine\nv: package\n---\nname: new\n")
@@ -135,10 +135,10 @@ def test_a_bad_seed_does_not_hide_the_good_ones(
 
 def test_the_seeds_of_this_package(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
-    database = Database.open(settings)
+    database = open_catalog(settings)
     assert query(database, "SELECT uri, problems FROM sources WHERE problems IS NOT NULL").rows == []
     assert query(database, "SELECT count(*) FROM sources WHERE kind <> 'seed'").rows == [(0,)]
-    assert lifecycle.check(settings) == []
+    assert check_catalog(settings) == []
 
 
 # --- the user's cards ------------------------------------------------------------------------------------------------
@@ -156,14 +156,14 @@ def test_cards_of_the_user(mine: Write, settings: Settings) -> None:
     (path := mine("d.jsonl", "")).unlink()
     assert not path.exists()
     assert cards(settings) == {"a": '{"v":2}', "c": "{}"}
-    assert query(Database.open(settings), "SELECT DISTINCT kind FROM sources").rows == [("user",)]
+    assert query(open_catalog(settings), "SELECT DISTINCT kind FROM sources").rows == [("user",)]
 
 
 def test_a_single_file_may_be_named(tmp_path: Path, seed: Write) -> None:
     path = tmp_path / "my.cards"
     path.write_text("name: a\ncheckpoint: weights\n")
     settings = settings_in(tmp_path, card_paths=(path,))
-    card = AssetStore(Database.open(settings)).retrieve_card("a")
+    card = AssetStore(open_catalog(settings)).retrieve_card("a")
     assert card.field("checkpoint").as_uri() == f"file://{tmp_path}/weights"
     path.unlink()
     assert cards(settings) == {}
@@ -171,14 +171,14 @@ def test_a_single_file_may_be_named(tmp_path: Path, seed: Write) -> None:
 
 def test_a_file_that_was_only_touched(mine: Write, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     path = mine("a.yaml", "name: a\n")
-    Database.open(settings)
+    open_catalog(settings)
     os.utime(path, ns=(5, 5))
 
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("read again")
 
     monkeypatch.setattr(refresh, "_parse", fail)
-    database = Database.open(settings)
+    database = open_catalog(settings)
     assert query(database, "SELECT mtime_ns FROM sources").rows == [(5,)]
 
 
@@ -228,7 +228,7 @@ def test_a_name_of_the_package_is_not_the_users(
 ) -> None:
     seed("a.yaml", "name: a\n")
     mine("m.yaml", "name: a\nv: 2\n---\nname: a@user\nv: 3\n")
-    store = AssetStore(Database.open(settings))
+    store = AssetStore(open_catalog(settings))
     assert store.retrieve_card("a@").metadata == {}
     assert store.retrieve_card("a").metadata == {"v": 3}
     assert "'a' is described already, otherwise, by a.yaml[0] (package:lading.seeds/a.yaml)" in caplog.text
@@ -239,7 +239,7 @@ def test_two_processes_with_different_folders(tmp_path: Path, mine: Write, setti
     path = mine("a.yaml", "name: a\n")
     mine("README", "")
     other = settings_in(tmp_path)
-    Database.open(settings)
+    open_catalog(settings)
     assert cards(other).keys() == {"a"}
     path.unlink()
     assert cards(other) == {}
@@ -255,7 +255,7 @@ def test_a_folder_that_is_out_of_sight(
     """A share that is not mounted, or a folder that cannot be read, does not say that its cards are gone."""
     mine("a.yaml", "name: root\n")
     mine("deep/b.yaml", "name: deep\n")
-    Database.open(settings)
+    open_catalog(settings)
     top, away = tmp_path / "cards", tmp_path / "away"
     place = top / "deep" if deep else top
     place.rename(away)
@@ -291,7 +291,7 @@ def test_a_folder_that_is_out_of_sight(
 
 def test_a_folder_without_the_file_says_that_it_is_gone(tmp_path: Path, mine: Write, settings: Settings) -> None:
     path = mine("a.yaml", "name: a\n")
-    Database.open(settings)
+    open_catalog(settings)
     path.unlink()
     assert cards(settings).keys() == {"a"}
     mine("README", "cards of the team")
@@ -302,7 +302,7 @@ def test_a_single_file_on_a_share(tmp_path: Path, seed: Write) -> None:
     (share := tmp_path / "share").mkdir()
     (share / "a.yaml").write_text("name: a\n")
     settings = settings_in(tmp_path, card_paths=(tmp_path / "own", share / "a.yaml"))
-    Database.open(settings)
+    open_catalog(settings)
     share.rename(tmp_path / "away")
     assert cards(settings).keys() == {"a"}
     (tmp_path / "away").rename(share)
@@ -368,7 +368,7 @@ def test_a_name_that_another_file_withdraws(
     """What hid it may be a file that was imported by name, or one that states something else now."""
     mine("b.yaml", "name: x\nv: 2\n---\nname: y\nv: 2\n")
     (imported := tmp_path / "imported.yaml").write_text("name: x\nv: 1\n")
-    database = Database.open(settings_in(tmp_path))
+    database = open_catalog(settings_in(tmp_path))
     import_files(database, collect([imported]))
     mine("a.yaml", "name: y\nv: 1\n")
     assert cards(settings) == {"x": '{"v":1}', "y": '{"v":1}'}
@@ -385,12 +385,12 @@ def test_a_file_that_was_imported_is_moved_into_the_watched_folder(
     tmp_path: Path, mine: Write, settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     (path := tmp_path / "a.yaml").write_text("name: a\nv: 1\n")
-    import_files(Database.open(settings), collect([path]))
+    import_files(open_catalog(settings), collect([path]))
     path.rename(mine("a.yaml", ""))
     assert cards(settings) == {"a": '{"v":1}'}
     mine("a.yaml", "name: a\nv: 2\n")
     assert cards(settings) == {"a": '{"v":2}'}
-    assert query(Database.open(settings), "SELECT uri FROM sources WHERE kind <> 'seed'").rows == [
+    assert query(open_catalog(settings), "SELECT uri FROM sources WHERE kind <> 'seed'").rows == [
         (f"file://{tmp_path}/cards/a.yaml",)
     ]
     assert caplog.text == ""
@@ -415,18 +415,18 @@ def test_what_is_not_read(
     assert cards(settings).keys() == {"good"}
     assert f"{path} cannot be read" in caplog.text
     with pytest.raises(CardFileError, match=r"odd\.yaml: expected a .*file"):
-        import_files(Database.open(settings), collect([path]))
+        import_files(open_catalog(settings), collect([path]))
 
 
 def test_a_file_that_was_imported_by_name_becomes_the_users(mine: Write, settings: Settings, tmp_path: Path) -> None:
     path = mine("a.yaml", "name: a\n")
-    import_files(Database.open(settings_in(tmp_path)), collect([path]))
+    import_files(open_catalog(settings_in(tmp_path)), collect([path]))
     mine("a.yaml", "name: a\nv: 2\n")
     assert cards(settings) == {"a": '{"v":2}'}
-    assert query(Database.open(settings), "SELECT kind FROM sources").rows == [("user",)]
+    assert query(open_catalog(settings), "SELECT kind FROM sources").rows == [("user",)]
     mine("a.yaml", "name: a\nv: 33\n")
-    import_files(Database.open(settings_in(tmp_path)), collect([path]))
-    assert query(Database.open(settings), "SELECT kind FROM sources").rows == [("user",)]
+    import_files(open_catalog(settings_in(tmp_path)), collect([path]))
+    assert query(open_catalog(settings), "SELECT kind FROM sources").rows == [("user",)]
 
 
 # --- families --------------------------------------------------------------------------------------------------------
@@ -443,10 +443,10 @@ def test_families(seed: Write, settings: Settings, monkeypatch: pytest.MonkeyPat
     seed("a.yaml", "name: a\nmodel_family: one\ncheckpoint: hg://x\n---\nname: b\nmodel_family: nobody\n")
 
     def families() -> dict[str, bool]:
-        return {f.name: f.registered for f in AssetStore(Database.open(settings)).families()}
+        return {f.name: f.registered for f in AssetStore(open_catalog(settings)).families()}
 
     def status() -> list[str | None]:
-        return [m.status for m in AssetStore(Database.open(settings)).models()]
+        return [m.status for m in AssetStore(open_catalog(settings)).models()]
 
     assert families() == {"nobody": False, "one": True, "two": True}
     assert status() == ["remote", "unknown-family"]

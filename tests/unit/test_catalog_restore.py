@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from catalog_tools import card_file, nobody, public_folder, settings_in
+from lading.catalog.check import check_catalog
 from lading.catalog.database import migrate as lifecycle
 from lading.catalog.database import target as target_module
-from lading.catalog.database.database import Database
 from lading.catalog.database.target import SCHEMA_VERSION
 from lading.catalog.import_cards import import_files
 from lading.catalog.importing import refresh
+from lading.catalog.open import open_catalog, open_catalog_readonly
 from lading.catalog.store import AssetStore
 from lading.errors import CatalogError, CatalogOutdatedError
 from lading.system.settings import Settings
@@ -36,13 +37,13 @@ def seeds(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def settings(tmp_path: Path) -> Settings:
     """Those of a catalog with a card called `before`, and a backup of it in `backup.sqlite`."""
     settings = settings_in(tmp_path)
-    import_files(Database.open(settings), [card_file("name: before\n")])
+    import_files(open_catalog(settings), [card_file("name: before\n")])
     lifecycle.backup(settings, tmp_path / "backup.sqlite")
     return settings
 
 
 def names(settings: Settings) -> set[str]:
-    return set(AssetStore(Database.open(settings)).asset_names)
+    return set(AssetStore(open_catalog(settings)).asset_names)
 
 
 def raw(path: Path, sql: str) -> list[tuple[object, ...]]:
@@ -95,10 +96,10 @@ def leave_a_journal(path: Path) -> Path:
 
 
 def test_what_came_after_the_backup_is_gone_and_kept(tmp_path: Path, settings: Settings) -> None:
-    import_files(Database.open(settings), [card_file("name: after\n", "file:///cards/b.yaml")])
+    import_files(open_catalog(settings), [card_file("name: after\n", "file:///cards/b.yaml")])
     report = lifecycle.restore(settings, tmp_path / "backup.sqlite")
     assert names(settings) == {"built_in", "before"}
-    assert lifecycle.check(settings) == []
+    assert check_catalog(settings) == []
     assert report.version == SCHEMA_VERSION
     assert report.backup is not None
     assert names(settings_in(tmp_path, database_url=f"sqlite:///{report.backup}")) == {"built_in", "before", "after"}
@@ -109,7 +110,7 @@ def test_over_a_log(tmp_path: Path, settings: Settings) -> None:
     leave_a_log(path)
     report = lifecycle.restore(settings, tmp_path / "backup.sqlite")
     assert names(settings) == {"built_in", "before"}
-    assert lifecycle.check(settings) == []
+    assert check_catalog(settings) == []
     assert report.backup is not None
     assert raw(report.backup, "SELECT count(*) FROM cards WHERE name = 'ghost'") == [(1,)]
 
@@ -119,7 +120,7 @@ def test_over_a_journal(tmp_path: Path, settings: Settings) -> None:
     lifecycle.restore(settings, tmp_path / "backup.sqlite")
     assert names(settings) == {"built_in", "before"}
     assert raw(tmp_path / "catalog.sqlite", "SELECT count(*) FROM cards WHERE license = 'half'") == [(0,)]
-    assert lifecycle.check(settings) == []
+    assert check_catalog(settings) == []
 
 
 def test_where_the_catalog_was_moved_away_from_its_log(tmp_path: Path, settings: Settings) -> None:
@@ -127,7 +128,7 @@ def test_where_the_catalog_was_moved_away_from_its_log(tmp_path: Path, settings:
     (tmp_path / "catalog.sqlite").rename(tmp_path / "moved.sqlite")
     assert lifecycle.restore(settings, tmp_path / "backup.sqlite").backup is None
     assert names(settings) == {"built_in", "before"}
-    assert lifecycle.check(settings) == []
+    assert check_catalog(settings) == []
 
 
 @pytest.mark.parametrize("begin", [16, 100, 4096])
@@ -139,12 +140,12 @@ def test_over_a_damaged_file(tmp_path: Path, settings: Settings, begin: int) -> 
     data[begin : 68 if begin == 16 else len(data)] = b"\xa5" * ((68 if begin == 16 else len(data)) - begin)
     path.write_bytes(data)
     with pytest.raises(CatalogError, match=r"damaged.*`lading db restore FILE`"):
-        Database.open(settings)
+        open_catalog(settings)
     report = lifecycle.restore(settings, tmp_path / "backup.sqlite")
     assert report.backup is not None
     assert report.backup.stat().st_size == len(data)
     assert names(settings) == {"built_in", "before"}
-    assert lifecycle.check(settings) == []
+    assert check_catalog(settings) == []
 
 
 def test_a_backup_with_a_log_of_its_own(tmp_path: Path, settings: Settings) -> None:
@@ -163,7 +164,7 @@ def test_a_backup_of_an_older_version(tmp_path: Path, settings: Settings) -> Non
     lifecycle.upgrade(settings)
     assert lifecycle.restore(settings, tmp_path / "old?.sqlite").version == 1
     with pytest.raises(CatalogOutdatedError, match="lading db upgrade"):
-        Database.open(settings)
+        open_catalog(settings)
     lifecycle.upgrade(settings)
     assert names(settings) == {"built_in", "before"}
 
@@ -222,7 +223,7 @@ def test_a_restore_waits_for_no_writer_without_end(
 # --- a log of another file -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("door", [names, lifecycle.check, lifecycle.upgrade, lifecycle.backup])
+@pytest.mark.parametrize("door", [names, check_catalog, lifecycle.upgrade, lifecycle.backup])
 def test_a_backup_that_was_copied_over_a_log(
     tmp_path: Path, settings: Settings, door: object, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -232,7 +233,7 @@ def test_a_backup_that_was_copied_over_a_log(
     door(settings)  # type: ignore[operator]
     assert "`lading db restore FILE`" in caplog.text
     assert names(settings) == {"built_in", "before"}
-    assert lifecycle.check(settings) == []
+    assert check_catalog(settings) == []
     (aside,) = tmp_path.glob("catalog.sqlite-wal.*")
     assert aside.read_bytes() == left
 
@@ -245,7 +246,7 @@ def test_a_reader_beside_a_log_of_another_file(settings: Settings, tmp_path: Pat
         folder.chmod(0o555)
         with nobody():
             assert names(settings_in(folder)) == {"built_in", "before"}
-            assert lifecycle.check(settings_in(folder)) == []
+            assert check_catalog(settings_in(folder)) == []
         folder.chmod(0o755)
 
 
@@ -255,7 +256,7 @@ def test_a_reader_beside_a_log_of_another_file(settings: Settings, tmp_path: Pat
 @pytest.mark.parametrize("leave", [leave_a_log, leave_a_journal])
 def test_a_reader_who_cannot_use_the_log(tmp_path: Path, leave: object) -> None:
     with public_folder() as folder, public_folder() as other:
-        Database.open(settings_in(folder))
+        open_catalog(settings_in(folder))
         log = leave(folder / "catalog.sqlite")  # type: ignore[operator]
         for file in (folder / "catalog.sqlite", log):
             shutil.copy(file, other / file.name)
@@ -263,10 +264,10 @@ def test_a_reader_who_cannot_use_the_log(tmp_path: Path, leave: object) -> None:
         before = {p.name: p.read_bytes() for p in other.iterdir()}
         other.chmod(0o555)
         with nobody():
-            for door in (Database.open, Database.glance, lifecycle.backup, lifecycle.upgrade):
+            for door in (open_catalog, open_catalog_readonly, lifecycle.backup, lifecycle.upgrade):
                 with pytest.raises(CatalogError, match=log.name):
                     door(settings_in(other))  # type: ignore[operator]
-            assert log.name in lifecycle.check(settings_in(other))[0]
+            assert log.name in check_catalog(settings_in(other))[0]
         other.chmod(0o755)
         assert {p.name: p.read_bytes() for p in other.iterdir()} == before
         # Who can write reads all of it.
@@ -275,13 +276,13 @@ def test_a_reader_who_cannot_use_the_log(tmp_path: Path, leave: object) -> None:
         assert ghosts == [(int(leave is leave_a_log),)]
 
 
-@pytest.mark.parametrize("door", [lifecycle.check, lifecycle.backup, lifecycle.upgrade, Database.glance])
+@pytest.mark.parametrize("door", [check_catalog, lifecycle.backup, lifecycle.upgrade, open_catalog_readonly])
 def test_who_can_write_undoes_what_was_left_half_done(tmp_path: Path, settings: Settings, door: object) -> None:
     journal = leave_a_journal(tmp_path / "catalog.sqlite")
     door(settings)  # type: ignore[operator]
     assert not journal.exists()
     assert raw(tmp_path / "catalog.sqlite", "SELECT count(*) FROM cards WHERE license = 'half'") == [(0,)]
-    assert lifecycle.check(settings) == []
+    assert check_catalog(settings) == []
 
 
 def test_a_reader_beside_a_link(tmp_path: Path, settings: Settings) -> None:
@@ -292,7 +293,7 @@ def test_a_reader_beside_a_link(tmp_path: Path, settings: Settings) -> None:
         (links / "catalog.sqlite").symlink_to(folder / "catalog.sqlite")
         folder.chmod(0o555)
         with nobody(), pytest.raises(CatalogError, match="cannot be read without its log"):
-            Database.open(settings_in(links))
+            open_catalog(settings_in(links))
         folder.chmod(0o755)
 
 

@@ -20,14 +20,15 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.schema import CreateTable
 
 from catalog_tools import card_file, settings_in
+from lading.catalog.check import check_catalog
 from lading.catalog.database import connection as engine
 from lading.catalog.database import migrate as lifecycle
 from lading.catalog.database import target
-from lading.catalog.database.database import Database
 from lading.catalog.database.objects import SCHEMA_DIGEST, digest_of, objects_of
 from lading.catalog.database.target import APPLICATION_ID, SCHEMA_VERSION
 from lading.catalog.import_cards import import_files
 from lading.catalog.importing import refresh
+from lading.catalog.open import open_catalog
 from lading.catalog.schema import Row
 from lading.catalog.search import is_not_index
 from lading.catalog.store import AssetStore
@@ -75,23 +76,23 @@ def test_the_version_is_the_last_migration() -> None:
 
 
 def test_the_digest_is_that_of_the_migrations(tmp_path: Path) -> None:
-    with Database.open(settings_in(tmp_path)).read() as connection:
+    with open_catalog(settings_in(tmp_path)).read() as connection:
         assert digest_of(objects_of(connection)) == SCHEMA_DIGEST
 
 
 @pytest.mark.parametrize("version", range(HEAD + 1))
 def test_the_way_to_a_schema_leaves_no_trace_in_it(tmp_path: Path, version: int) -> None:
     settings = settings_in(tmp_path)
-    Database.open(settings)
+    open_catalog(settings)
     lifecycle.downgrade(settings, str(version))
     lifecycle.upgrade(settings)
-    with Database.open(settings).read() as connection:
+    with open_catalog(settings).read() as connection:
         assert digest_of(objects_of(connection)) == SCHEMA_DIGEST
 
 
 def test_autogenerate_finds_no_difference(tmp_path: Path) -> None:
     opts = {"version_table": lifecycle.VERSION_TABLE, "include_name": is_not_index}
-    with Database.open(settings_in(tmp_path)).read() as connection:
+    with open_catalog(settings_in(tmp_path)).read() as connection:
         context = MigrationContext.configure(connection, opts=opts)
         assert compare_metadata(context, Row.metadata) == []
 
@@ -107,7 +108,7 @@ def test_the_rows_would_make_the_same_tables(tmp_path: Path) -> None:
             if name != lifecycle.VERSION_TABLE
         }
 
-    Database.open(settings_in(tmp_path))
+    open_catalog(settings_in(tmp_path))
     other = engine.memory_engine()
     with other.begin() as connection:
         Row.metadata.create_all(connection)
@@ -141,7 +142,7 @@ def test_the_migrations_compile_for_postgresql() -> None:
 
 
 def test_types_are_enforced(tmp_path: Path) -> None:
-    Database.open(settings_in(tmp_path))
+    open_catalog(settings_in(tmp_path))
     path = tmp_path / "catalog.sqlite"
     insert = "INSERT INTO sources (uri, kind, imported_at, version, size) VALUES ('u', '{}', 't', 'v', {})"
     with pytest.raises(sqlite3.IntegrityError, match="cannot store TEXT value in INTEGER column"):
@@ -154,7 +155,7 @@ def test_types_are_enforced(tmp_path: Path) -> None:
 
 
 def test_a_source_that_goes_takes_its_rows(tmp_path: Path) -> None:
-    database = Database.open(settings_in(tmp_path))
+    database = open_catalog(settings_in(tmp_path))
     import_files(database, [card_file("name: a\n---\narchitecture: x\nfamily: f\n")])
     with database.write() as connection:
         connection.exec_driver_sql("DELETE FROM sources")
@@ -167,7 +168,7 @@ def test_a_source_that_goes_takes_its_rows(tmp_path: Path) -> None:
 
 def test_down_and_up_again(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
-    import_files(Database.open(settings), [card_file("name: a\n")])
+    import_files(open_catalog(settings), [card_file("name: a\n")])
 
     copy = lifecycle.downgrade(settings, "0")
     assert copy is not None
@@ -176,28 +177,28 @@ def test_down_and_up_again(tmp_path: Path) -> None:
     assert raw(tmp_path / "catalog.sqlite", "PRAGMA application_id") == [(APPLICATION_ID,)]
     assert raw(tmp_path / "catalog.sqlite", "SELECT name FROM sqlite_master WHERE type = 'view'") == []
     with pytest.raises(CatalogOutdatedError, match="lading db upgrade"):
-        Database.open(settings)
-    assert lifecycle.check(settings) == [
+        open_catalog(settings)
+    assert check_catalog(settings) == [
         f"the schema is of version 0, but this version of lading works with {HEAD}; `lading db upgrade` brings it up "
         "to date"
     ]
 
     report = lifecycle.upgrade(settings)
     assert (report.from_version, report.to_version) == (0, SCHEMA_VERSION)
-    assert AssetStore(Database.open(settings)).asset_names == set()
-    assert lifecycle.check(settings) == []
+    assert AssetStore(open_catalog(settings)).asset_names == set()
+    assert check_catalog(settings) == []
 
 
 def test_upgrade_of_nothing_makes_a_catalog(tmp_path: Path) -> None:
     settings = settings_in(tmp_path / "new")
     report = lifecycle.upgrade(settings)
     assert (report.from_version, report.to_version, report.backup) == (0, SCHEMA_VERSION, None)
-    assert Database.open(settings).writable
+    assert open_catalog(settings).writable
 
 
 def test_upgrade_of_what_is_up_to_date_does_nothing(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
-    Database.open(settings)
+    open_catalog(settings)
     before = (tmp_path / "catalog.sqlite").read_bytes()
     report = lifecycle.upgrade(settings)
     assert (report.from_version, report.to_version, report.backup) == (
@@ -211,36 +212,36 @@ def test_upgrade_of_what_is_up_to_date_does_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("version", range(HEAD))
 def test_a_version_that_was_forged_back(tmp_path: Path, version: int) -> None:
     settings = settings_in(tmp_path)
-    import_files(Database.open(settings), [card_file("name: a\n")])
+    import_files(open_catalog(settings), [card_file("name: a\n")])
     raw(tmp_path / "catalog.sqlite", f"PRAGMA user_version = {version}")
     with pytest.raises(CatalogOutdatedError, match="lading db upgrade"):
-        Database.open(settings)
+        open_catalog(settings)
     with pytest.raises(CatalogError, match="Run `lading db upgrade` first"):
         lifecycle.downgrade(settings, "0")
 
     report = lifecycle.upgrade(settings)
     assert (report.from_version, report.to_version) == (version, SCHEMA_VERSION)
-    assert AssetStore(Database.open(settings)).asset_names == {"a"}
-    assert lifecycle.check(settings) == []
+    assert AssetStore(open_catalog(settings)).asset_names == {"a"}
+    assert check_catalog(settings) == []
 
 
 def test_a_version_that_was_forged_ahead(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
-    import_files(Database.open(settings), [card_file("name: a\n")])
+    import_files(open_catalog(settings), [card_file("name: a\n")])
     lifecycle.downgrade(settings, "1")
     raw(tmp_path / "catalog.sqlite", f"PRAGMA user_version = {SCHEMA_VERSION}")
     with pytest.raises(CatalogError, match="is missing"):
-        Database.open(settings)
-    assert any("is missing" in line for line in lifecycle.check(settings))
+        open_catalog(settings)
+    assert any("is missing" in line for line in check_catalog(settings))
 
     lifecycle.upgrade(settings)
-    assert AssetStore(Database.open(settings)).asset_names == {"a"}
-    assert lifecycle.check(settings) == []
+    assert AssetStore(open_catalog(settings)).asset_names == {"a"}
+    assert check_catalog(settings) == []
 
 
 def test_a_version_that_is_none(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
-    Database.open(settings)
+    open_catalog(settings)
     raw(tmp_path / "catalog.sqlite", "UPDATE lading_version SET version_num = 'new'")
     raw(tmp_path / "catalog.sqlite", "PRAGMA user_version = 1")
     with pytest.raises(CatalogError, match="'new' is not a version"):
@@ -276,11 +277,11 @@ def downgrade():
 
 def test_a_later_schema_keeps_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_in(tmp_path)
-    import_files(Database.open(settings), [card_file("name: a\n---\nname: b\nbase: a\n")])
+    import_files(open_catalog(settings), [card_file("name: a\n---\nname: b\nbase: a\n")])
     next_version(monkeypatch, tmp_path / "50%_migrations", CHANGE)
 
     with pytest.raises(CatalogOutdatedError, match=f"version {HEAD}, but this version of lading works with {NEXT}"):
-        Database.open(settings)
+        open_catalog(settings)
     report = lifecycle.upgrade(settings)
     assert (report.from_version, report.to_version) == (HEAD, NEXT)
     assert report.backup is not None
@@ -300,7 +301,7 @@ def test_a_later_schema_keeps_the_rows(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_later_schema_is_made_at_first_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     next_version(monkeypatch, tmp_path / "migrations", CHANGE.replace("new_column_name='lading'", "nullable=True"))
-    database = Database.open(settings_in(tmp_path))
+    database = open_catalog(settings_in(tmp_path))
     with database.read() as connection:
         assert connection.exec_driver_sql("SELECT note FROM sources").all() == []
         assert connection.exec_driver_sql("SELECT * FROM models").all() == []
@@ -309,7 +310,7 @@ def test_a_later_schema_is_made_at_first_use(tmp_path: Path, monkeypatch: pytest
 
 def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_in(tmp_path)
-    Database.open(settings)
+    open_catalog(settings)
     failing = "def upgrade():\n    op.drop_table('copies')\n    op.execute('SELECT nonsense')\n"
     next_version(monkeypatch, tmp_path / "migrations", failing)
 
@@ -322,10 +323,10 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("to", ["99", "0099", "nonsense", "-1", "base", ""])
 def test_downgrade_to_no_version(tmp_path: Path, to: str) -> None:
-    Database.open(settings_in(tmp_path))
+    open_catalog(settings_in(tmp_path))
     with pytest.raises(CatalogError, match="cannot be brought to version"):
         lifecycle.downgrade(settings_in(tmp_path), to)
-    assert lifecycle.check(settings_in(tmp_path)) == []
+    assert check_catalog(settings_in(tmp_path)) == []
     assert len(list(tmp_path.glob("*.sqlite"))) == 1  # a backup is made only of what is about to change
 
 
@@ -356,16 +357,16 @@ def test_a_catalog_in_memory_has_no_life(tmp_path: Path, door: object) -> None:
 )
 def test_check_finds_what_drifted(tmp_path: Path, sql: str, words: str) -> None:
     settings = settings_in(tmp_path)
-    import_files(Database.open(settings), [card_file("name: a\nmodel_family: f\n---\nname: b\nbase: a\n")])
-    assert lifecycle.check(settings) == []
+    import_files(open_catalog(settings), [card_file("name: a\nmodel_family: f\n---\nname: b\nbase: a\n")])
+    assert check_catalog(settings) == []
     with closing(sqlite3.connect(tmp_path / "catalog.sqlite")) as connection:
         connection.executescript(sql)
-    assert any(words in line for line in lifecycle.check(settings)), lifecycle.check(settings)
+    assert any(words in line for line in check_catalog(settings)), check_catalog(settings)
 
 
 def test_check_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match="no catalog"):
-        lifecycle.check(settings_in(tmp_path))
+        check_catalog(settings_in(tmp_path))
 
 
 # --- backup ----------------------------------------------------------------------------------------------------------
@@ -373,7 +374,7 @@ def test_check_of_nothing(tmp_path: Path) -> None:
 
 def test_backup(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
-    database = Database.open(settings)
+    database = open_catalog(settings)
     import_files(database, [card_file("name: a\n")])
 
     with database.read():  # in use
@@ -381,7 +382,7 @@ def test_backup(tmp_path: Path) -> None:
     assert copy.parent == tmp_path
     assert re.fullmatch(rf"catalog\.v{HEAD}\.\d{{8}}T\d{{6}}\.\d{{6}}Z\.sqlite", copy.name)
     assert raw(copy, "SELECT name FROM cards") == [("a",)]
-    assert lifecycle.check(settings_in(tmp_path, database_url=f"sqlite:///{copy}")) == []
+    assert check_catalog(settings_in(tmp_path, database_url=f"sqlite:///{copy}")) == []
 
     folder = tmp_path / "elsewhere"
     folder.mkdir()
@@ -408,7 +409,7 @@ def test_alembic_in_a_checkout(tmp_path: Path) -> None:
     assert raw(tmp_path / "dev.sqlite", "PRAGMA user_version") == [(SCHEMA_VERSION,)]
     assert raw(tmp_path / "dev.sqlite", "PRAGMA application_id") == [(APPLICATION_ID,)]
     assert "No new upgrade operations detected." in alembic("check", url=url)
-    assert Database.open(settings_in(tmp_path, database_url=url)).writable
+    assert open_catalog(settings_in(tmp_path, database_url=url)).writable
     alembic("downgrade", "base", url=url)
     assert raw(tmp_path / "dev.sqlite", "SELECT name FROM sqlite_master WHERE type = 'table'") == [
         (lifecycle.VERSION_TABLE,)

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from catalog_tools import card_file, settings_in
 from lading.catalog import search
+from lading.catalog.check import check_catalog
 from lading.catalog.database import migrate as lifecycle
 from lading.catalog.database.database import Database
 from lading.catalog.import_cards import import_files
 from lading.catalog.importing import refresh
+from lading.catalog.open import open_catalog
 from lading.catalog.search import MAX_TEXT, fold, fold_fields, phrases, search_text
 from lading.catalog.store import AssetStore
 
@@ -57,7 +59,7 @@ tokenizer: hg://somebody/speech-tokenizer
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
     (tmp_path / "seeds").mkdir()
     monkeypatch.setattr(refresh, "files", lambda package: tmp_path / "seeds")
-    database = Database.open(settings_in(tmp_path))
+    database = open_catalog(settings_in(tmp_path))
     import_files(database, [card_file(CARDS)])
     return database
 
@@ -75,7 +77,7 @@ def find(request: pytest.FixtureRequest, database: Database, monkeypatch: pytest
 
 
 def check(tmp_path: Path) -> list[str]:
-    return lifecycle.check(settings_in(tmp_path))
+    return check_catalog(settings_in(tmp_path))
 
 
 # --- what is found ---------------------------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ def test_a_bulk(database: Database, tmp_path: Path, find: Find, monkeypatch: pyt
 def test_down_and_up_again(database: Database, tmp_path: Path, find: Find) -> None:
     lifecycle.downgrade(settings_in(tmp_path), "0")
     lifecycle.upgrade(settings_in(tmp_path))
-    import_files(Database.open(settings_in(tmp_path)), [card_file(CARDS)])
+    import_files(open_catalog(settings_in(tmp_path)), [card_file(CARDS)])
     assert find("speech 10h") == WAV[:1]
     assert check(tmp_path) == []
 

@@ -14,10 +14,10 @@ from catalog_tools import card_file, make_copies, make_manifest, settings_in
 from lading.cards.card_file import dump
 from lading.catalog import store as store_module
 from lading.catalog.checkpoints.record import record_checkpoint
-from lading.catalog.database.database import Database
 from lading.catalog.import_cards import import_files
 from lading.catalog.importing import refresh
-from lading.catalog.query import query
+from lading.catalog.open import open_catalog
+from lading.catalog.query import run_query as query
 from lading.catalog.records import ModelSummary
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.errors import AssetCardError, AssetNotFoundError, ModelArchitectureNotKnownError, SettingsError
@@ -56,8 +56,8 @@ def stock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stock:
 
     def make(text: str = CARDS, source: str = "file:///cards/a.yaml", *, env: str | None = None) -> AssetStore:
         settings = settings_in(tmp_path)
-        import_files(Database.open(settings), [card_file(text, source)])
-        return AssetStore(Database.open(settings), env=env)
+        import_files(open_catalog(settings), [card_file(text, source)])
+        return AssetStore(open_catalog(settings), env=env)
 
     return make
 

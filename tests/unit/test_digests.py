@@ -14,8 +14,6 @@ from lading.formats.digests import (
     SIZE,
     Cut,
     Digests,
-    blocks_touched,
-    blocks_within,
     cut,
     default_dims,
     differences,
@@ -25,6 +23,7 @@ from lading.formats.digests import (
 )
 from lading.formats.manifest import BITS, Manifest, Shard
 from lading.planning.box import Box
+from lading.transfer.hashing import blocks_touched, blocks_within
 
 
 def make(*tensors: tuple[str, tuple[int, ...]]) -> Manifest:

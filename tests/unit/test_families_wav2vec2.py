@@ -15,8 +15,8 @@ from lading.families import wav2vec2, wav2vec2_asr
 from lading.families.wav2vec2 import Wav2Vec2, Wav2Vec2Config, contrastive_logits, draw_distractors
 from lading.families.wav2vec2_asr import Wav2Vec2Asr, Wav2Vec2AsrConfig
 from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig
-from lading.formats.hf_folder import family_of_folder
 from lading.models.family import family_of_model_type, get_family
+from lading.models.resolve import family_of_folder
 from lading.planning.rules import route
 
 ENCODER = Wav2Vec2EncoderConfig(

@@ -22,8 +22,8 @@ from lading.sources.hub import client as hf_client
 from lading.sources.hub.source import HubSource
 from lading.sources.proxies import require_proxies
 from lading.sources.source import FetchedFile, RemoteFile, Snapshot, Source
-from lading.sources.web.client import Patience, http_library
-from lading.sources.web.download import Effort
+from lading.sources.web.client import Timeouts, http_library
+from lading.sources.web.download import Concurrency
 from lading.sources.web.source import HttpSource
 from lading.system.filesystem import FileStat
 from servers import hostile
@@ -32,7 +32,7 @@ from servers.hostile import Exchange, Server, at, on_ranges, redirect, serve
 PATH = "/org/model.safetensors"
 DATA = os.urandom(300_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()
-EFFORT = Effort(connections=4, piece=64 << 10)
+EFFORT = Concurrency(connections=4, piece=64 << 10)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def cache(tmp_path: Path) -> Cache:
 
 
 def open_source(server: Server, cache: Cache, path: str = PATH, *, offline: bool = False) -> HttpSource:
-    patience = Patience(attempts=2, backoff=0.01)
+    patience = Timeouts(attempts=2, backoff=0.01)
     return HttpSource(server.url(path), cache=cache, offline=offline, effort=EFFORT, patience=patience)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from lading.errors import PolicyError
 from lading.sources.web.client import http_library
-from lading.sources.web.redirects import Boundary, Origin, Reach, check_url, is_loopback, reach, shown
+from lading.sources.web.redirects import AddressScope, Origin, RedirectPolicy, check_url, is_loopback, reach, shown
 
 
 def url(text: str):  # type: ignore[no-untyped-def]
@@ -14,32 +14,32 @@ def url(text: str):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize(
     ("address", "expected"),
     [
-        ("93.184.216.34", Reach.EVERYWHERE),
-        ("2606:2800:220:1::1", Reach.EVERYWHERE),
-        ("10.1.2.3", Reach.NETWORK),
-        ("172.16.0.1", Reach.NETWORK),
-        ("192.168.1.1", Reach.NETWORK),
-        ("100.64.0.1", Reach.NETWORK),
-        ("224.0.0.1", Reach.NETWORK),
-        ("fd00::1", Reach.NETWORK),
-        ("127.0.0.1", Reach.MACHINE),
-        ("127.8.8.8", Reach.MACHINE),
-        ("0.0.0.0", Reach.MACHINE),
-        ("169.254.169.254", Reach.MACHINE),
-        ("::1", Reach.MACHINE),
-        ("::", Reach.MACHINE),
-        ("fe80::1%eth0", Reach.MACHINE),
-        ("::ffff:127.0.0.1", Reach.MACHINE),
-        ("::ffff:10.0.0.1", Reach.NETWORK),
-        ("::ffff:8.8.8.8", Reach.EVERYWHERE),
-        ("2002:7f00:1::", Reach.MACHINE),
-        ("64:ff9b::a9fe:a9fe", Reach.MACHINE),
-        ("64:ff9b::a00:1", Reach.NETWORK),
-        ("64:ff9b::808:808", Reach.EVERYWHERE),
-        ("example.com", Reach.EVERYWHERE),
+        ("93.184.216.34", AddressScope.EVERYWHERE),
+        ("2606:2800:220:1::1", AddressScope.EVERYWHERE),
+        ("10.1.2.3", AddressScope.NETWORK),
+        ("172.16.0.1", AddressScope.NETWORK),
+        ("192.168.1.1", AddressScope.NETWORK),
+        ("100.64.0.1", AddressScope.NETWORK),
+        ("224.0.0.1", AddressScope.NETWORK),
+        ("fd00::1", AddressScope.NETWORK),
+        ("127.0.0.1", AddressScope.MACHINE),
+        ("127.8.8.8", AddressScope.MACHINE),
+        ("0.0.0.0", AddressScope.MACHINE),
+        ("169.254.169.254", AddressScope.MACHINE),
+        ("::1", AddressScope.MACHINE),
+        ("::", AddressScope.MACHINE),
+        ("fe80::1%eth0", AddressScope.MACHINE),
+        ("::ffff:127.0.0.1", AddressScope.MACHINE),
+        ("::ffff:10.0.0.1", AddressScope.NETWORK),
+        ("::ffff:8.8.8.8", AddressScope.EVERYWHERE),
+        ("2002:7f00:1::", AddressScope.MACHINE),
+        ("64:ff9b::a9fe:a9fe", AddressScope.MACHINE),
+        ("64:ff9b::a00:1", AddressScope.NETWORK),
+        ("64:ff9b::808:808", AddressScope.EVERYWHERE),
+        ("example.com", AddressScope.EVERYWHERE),
     ],
 )
-def test_reach(address: str, expected: Reach) -> None:
+def test_reach(address: str, expected: AddressScope) -> None:
     assert reach(address) is expected
 
 
@@ -85,7 +85,7 @@ def test_never_from_https_to_http_not_even_to_loopback() -> None:
     ],
 )
 def test_never_further_inward(first: str, then: str, fine: bool) -> None:
-    boundary, where = Boundary(), url("https://a.example/x?secret")
+    boundary, where = RedirectPolicy(), url("https://a.example/x?secret")
     boundary.check_address(where, first)
     if fine:
         boundary.check_address(where, then)
@@ -96,7 +96,7 @@ def test_never_further_inward(first: str, then: str, fine: bool) -> None:
 
 
 def test_behind_a_proxy_the_url_must_do() -> None:
-    boundary = Boundary()
+    boundary = RedirectPolicy()
     boundary.check_host(url("https://a.example/x"))
     boundary.check_host(url("https://b.example/x"))
     for inward in ("https://10.0.0.1/x", "https://localhost/x", "https://[::1]/x"):
@@ -106,7 +106,7 @@ def test_behind_a_proxy_the_url_must_do() -> None:
 
 def test_plain_http_to_a_name_that_is_not_what_it_says() -> None:
     with pytest.raises(PolicyError, match="loopback interface only"):
-        Boundary().check_address(url("http://localhost/x"), "8.8.8.8")
+        RedirectPolicy().check_address(url("http://localhost/x"), "8.8.8.8")
 
 
 def test_origins() -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from lading import CorruptModelCheckpointError, load_tokenizer
 from lading.formats import index
-from lading.formats.config_json import MAX_CONFIG_SIZE, parse_config_json
-from lading.formats.hf_folder import family_of_folder, read_hf_config
+from lading.formats.config_json import MAX_CONFIG_SIZE, parse_config_json, read_hf_config
+from lading.models.resolve import family_of_folder
 from make_checkpoint import make
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 5\n"

@@ -22,7 +22,7 @@ from torch.distributed import DeviceMesh
 from lading.errors import GangError, ModelGatedError
 from lading.gangs import Gang, Gangs, create_fake_gangs, create_gangs, simulate_gangs
 from lading.gangs.compare import differences, digest, flatten
-from lading.gangs.control import Line
+from lading.gangs.control import ControlChannel
 from lading.gangs.failure import Failure
 from lading.gangs.torch_private import default_store, init_fake_process_group, store_host
 
@@ -380,7 +380,7 @@ def test_the_fake_process_group() -> None:
 def test_who_hangs_up_while_another_does_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread of a line has seen that rank 0 is gone, and ends, when its own rank comes to close it."""
     store = dist.HashStore()
-    first, second = Line(store, 0, 2, 60.0), Line(store, 1, 2, 60.0)
+    first, second = ControlChannel(store, 0, 2, 60.0), ControlChannel(store, 1, 2, 60.0)
     ends, goes_on, sockets = Event(), Event(), second._sockets
 
     def held() -> list[socket.socket]:

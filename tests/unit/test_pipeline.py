@@ -17,7 +17,6 @@ from lading.errors import ModelCheckpointMismatchError, NotSupportedError
 from lading.families import bert, gemma3, llama, mistral, olmo, qwen
 from lading.families.nn.cache import KeyValueCache
 from lading.families.nn.decoder_lm import DecoderLM
-from lading.formats.hf_folder import family_of_folder
 from lading.gangs import create_fake_gangs, simulate_gangs
 from lading.models.construct import build_on_meta, create_model, split
 from lading.models.family import Family
@@ -25,6 +24,7 @@ from lading.models.hub import ModelHub, load_model, load_with_report
 from lading.models.parallel_plan import ParallelPlan, Stages, matches
 from lading.models.parallelize import parallelize
 from lading.models.pipeline import holders
+from lading.models.resolve import family_of_folder
 from lading.models.targets import targets_of
 from make_checkpoint import make
 

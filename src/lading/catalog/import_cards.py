@@ -10,17 +10,39 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from lading.cards.card import path_uri, uri_path
 from lading.cards.documents.document import MAX_FILE_BYTES
 from lading.catalog.database.database import Database
 from lading.catalog.importing.apply import apply
 from lading.catalog.importing.changes import STDIN
 from lading.catalog.importing.refresh import card_files
 from lading.catalog.records import ImportReport
+from lading.catalog.store import AssetStore, get_asset_store
 from lading.system.filesystem import FileStat, UnfitFileError, expand_home, read_regular
+from lading.system.uris import path_uri, uri_path
 
 if TYPE_CHECKING:
     from lading.cards.card_file import CardFile
+
+
+def import_cards(
+    *paths: str | Path,
+    replace: bool = False,
+    keep_going: bool = False,
+    dry_run: bool = False,
+    store: AssetStore | None = None,
+) -> ImportReport:
+    """Import cards and architectures from files and folders, in one transaction.
+
+    :param replace: take the place of cards that came from another source.
+    :param keep_going: import the good cards of files that also hold bad ones.
+    :param dry_run: only say what would change.
+
+    :raises CardFileError: with all problems of all files; nothing was imported.
+    :raises FileNotFoundError: a path that is not there.
+    """
+    database = (store or get_asset_store()).database
+
+    return import_files(database, collect(paths), replace=replace, keep_going=keep_going, dry_run=dry_run)
 
 
 def collect(paths: Sequence[str | Path], *, stdin: BinaryIO | None = None) -> list[CardFile]:

@@ -11,13 +11,14 @@ from itertools import islice, product
 
 from sqlalchemy import ColumnElement, Connection, SQLColumnExpression, and_, column, or_, select, table
 
-from lading.cards.card import AssetCard, checkpoint_ref, uri_path
-from lading.catalog.entries import CHUNK, intact
+from lading.cards.card import AssetCard, checkpoint_ref
+from lading.catalog.database.statements import CHUNK, intact
 from lading.catalog.records import ModelSummary
 from lading.catalog.schema import CardRow
 from lading.catalog.search import found
 from lading.errors import AssetCardError
 from lading.system.filesystem import is_there
+from lading.system.uris import uri_path
 
 _COLUMNS = tuple(field.name for field in fields(ModelSummary))
 _ASSETS = table("assets", *(column(name) for name in _COLUMNS))

@@ -23,6 +23,7 @@ from sqlalchemy import exc, text
 from lading.catalog.database.connection import connect_readonly
 from lading.catalog.database.database import Database
 from lading.catalog.database.failures import primary_code, sqlite_failure, translated
+from lading.catalog.store import AssetStore, get_asset_store
 from lading.errors import CatalogError, PolicyError, QueryError
 
 MAX_VALUE_BYTES = 200_000
@@ -93,6 +94,27 @@ class QueryResult:
 
 
 def query(
+    sql: str,
+    parameters: Mapping[str, object] | None = None,
+    *,
+    deadline_s: float = 30.0,
+    limit: int | None = None,
+    store: AssetStore | None = None,
+) -> QueryResult:
+    """The rows of a query that only reads.
+
+    :param parameters: values of ``:name`` placeholders.
+    :param deadline_s: seconds.
+    :param limit: of rows; further ones are left out, and the result says so.
+
+    :raises PolicyError: it does more than read.
+    :raises QueryError: the database does not understand it.
+    :raises CatalogError: the deadline passed.
+    """
+    return run_query((store or get_asset_store()).database, sql, parameters, deadline_s=deadline_s, limit=limit)
+
+
+def run_query(
     database: Database,
     sql: str,
     parameters: Mapping[str, object] | None = None,

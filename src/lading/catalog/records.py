@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -118,7 +120,7 @@ class StoredCheckpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeldCheckpoint:
+class LocalCheckpoint:
     """A checkpoint of which files are on this machine, as far as the catalog knows."""
 
     uri: str
@@ -149,3 +151,17 @@ def to_signed(inode: int) -> int:
 def from_signed(inode: int) -> int:
     """What :func:`to_signed` was given."""
     return inode + (1 << 64) if inode < 0 else inode
+
+
+def now() -> str:
+    """The time as the catalog keeps it: ISO 8601, UTC, whole seconds."""
+    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def newer(a: str, b: str) -> bool:
+    """Whether version ``a`` is newer than ``b``, by their release numbers."""
+    return _release(a) > _release(b)
+
+
+def _release(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:3])

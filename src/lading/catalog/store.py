@@ -28,6 +28,7 @@ from lading.catalog.database.database import Database
 from lading.catalog.entries import read_architectures, read_cards
 from lading.catalog.importing.derived import descendants
 from lading.catalog.listing import list_models, near_names, summary_of
+from lading.catalog.open import open_catalog
 from lading.catalog.records import ArchitectureSummary, FamilySummary, LocalCopy, ModelSummary, StoredCheckpoint
 from lading.catalog.schema import ARCHITECTURES, CARDS, CHECKPOINTS, FAMILIES
 from lading.errors import (
@@ -84,7 +85,7 @@ def _store(settings: Settings) -> AssetStore:
                 path,
             )
 
-    return AssetStore(Database.open(settings), env=settings.env)
+    return AssetStore(open_catalog(settings), env=settings.env)
 
 
 class AssetStore:

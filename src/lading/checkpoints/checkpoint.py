@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Self
 
 from blake3 import blake3
 
 from lading import formats
-from lading.cards.card import CheckpointRef, path_uri
+from lading.cards.card import CheckpointRef
 from lading.catalog.records import HEADER, Check, CopyKind, LocalCopy, StoredCheckpoint
 from lading.checkpoints.sidecar import Sidecar, joined
-from lading.errors import CorruptModelCheckpointError, InternalError
+from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, InternalError, PolicyError
 from lading.formats.manifest import Manifest
 from lading.system.filesystem import FileStat
 from lading.system.settings import Settings
+from lading.system.uris import path_uri
 from lading.transfer.files import ShardFile
 
 _MOST_HEADER = 256 << 20
@@ -49,6 +50,8 @@ class Checkpoint:
     """Where to fetch it from; ``None`` for what is on this machine by itself."""
     revision: str = ""
     """The commit at the source that the manifest is of."""
+    hf_config: Mapping[str, object] | None = None
+    """The ``config.json`` beside it, where it was read along with the manifest."""
     sidecar: Sidecar | None = None
     """That holds some of its tensors cut for the gangs of this load."""
     joined: Sidecar | None = None
@@ -85,11 +88,11 @@ def path_checkpoint(path: Path, *, restrict: bool = True) -> Checkpoint:
 
     :raises CheckpointNotFoundError: nothing is there (also a ``FileNotFoundError``).
     """
-    return OnDisk.read(path, restrict=restrict).checkpoint(str(path))
+    return LocalCheckpointFiles.read(path, restrict=restrict).checkpoint(str(path))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OnDisk:
+class LocalCheckpointFiles:
     """The checkpoint at a path of this machine, and the state of all files that determine what it holds."""
 
     path: Path
@@ -182,32 +185,6 @@ def _stat_files(manifest: Manifest, path: Path) -> dict[str, FileStat]:
     return {name: FileStat.from_stat(os.stat(folder / name)) for name in names}
 
 
-def intact_copies(shards: Sequence[str], copies: Iterable[LocalCopy]) -> list[LocalCopy] | None:
-    """The copy of each shard, if each is on this machine and as it was when it was recorded."""
-    known = best_copies(copies)
-    found = [known.get(name) for name in shards]
-    intact = [copy for copy in found if copy is not None and _worth(copy) == 2]
-
-    return intact if len(intact) == len(found) else None
-
-
-def best_copies(copies: Iterable[LocalCopy]) -> dict[str, LocalCopy]:
-    """Of each file the copy that is as it was recorded; else one that is there; else any.
-
-    There may be several, on file systems of which others come and go.
-    """
-    return {copy.file: copy for copy in sorted(copies, key=_worth)}
-
-
-def _worth(copy: LocalCopy) -> int:
-    try:
-        found = FileStat.from_stat(os.stat(copy.path))
-    except OSError:
-        return 0
-
-    return 2 if found == copy.stat else 1
-
-
 def header_checks(
     checkpoint: Checkpoint, known: Mapping[str, str], chosen: Collection[int] | None = None
 ) -> list[Check]:
@@ -254,3 +231,22 @@ def _digest_between(path: Path, ranges: Sequence[tuple[int, int]]) -> str:
             at = max(at, end)
 
     return digest.hexdigest()
+
+
+def local_checkpoint(path: Path, *, inner_path: str | None = None) -> Path:
+    """``path``, or ``inner_path`` below it, if something is there.
+
+    :raises CheckpointNotFoundError: nothing is (also a ``FileNotFoundError``).
+    :raises PolicyError: ``inner_path`` leads out of ``path``.
+    """
+    if inner_path is not None:
+        inner = PurePosixPath(inner_path)
+        if inner.is_absolute() or ".." in inner.parts or "\0" in inner_path:
+            raise PolicyError(f"`checkpoint_path` must be a path inside the checkpoint, but is {inner_path!r}.")
+        path = path / inner
+
+    # What a path means that leads on into a file, the file's format tells.
+    if not path.exists() and not any(parent.is_file() for parent in path.parents):
+        raise CheckpointNotFoundError(path, f"No checkpoint is at {path}: there is no such file or folder.")
+
+    return path

@@ -7,17 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref, split_gated, uri_path
+from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref, split_gated
 from lading.catalog.store import AssetStore
-from lading.checkpoints.checkpoint import Checkpoint
-from lading.checkpoints.local_path import local_checkpoint
-from lading.checkpoints.published import CONFIG_NAME, name_in_source
-from lading.checkpoints.recording import fetch_along
-from lading.errors import AddressError, AssetCardError, FetchError
+from lading.checkpoints.checkpoint import Checkpoint, local_checkpoint
+from lading.checkpoints.published import name_in_source
+from lading.checkpoints.recording import fetch_extra_files
+from lading.errors import AddressError, AssetCardError, CheckpointNotFoundError, FetchError
+from lading.formats.config_json import CONFIG_NAME, parse_hf_config, read_hf_config
 from lading.formats.folder import is_checkpoint_file
 from lading.sources.open import HUB_SCHEMES, check_address, open_source
 from lading.sources.source import FetchedFile, RemoteFile, Snapshot, Source
 from lading.system.settings import Settings
+from lading.system.uris import uri_path
 
 log = logging.getLogger("lading")
 
@@ -125,7 +126,7 @@ def in_snapshot(snapshot: Snapshot, folder: str | None, names: frozenset[str]) -
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Elsewhere:
+class RemoteTokenizer:
     """Files of a source other than the checkpoint's, at one revision; they may still have to be fetched."""
 
     source: Source
@@ -134,20 +135,20 @@ class Elsewhere:
     member: str | None = None
     """What of the one file is meant, if that is an archive."""
 
-    def only(self, file: RemoteFile) -> Elsewhere:
+    def only(self, file: RemoteFile) -> RemoteTokenizer:
         """One of the files."""
         return replace(self, files=(file,))
 
     def fetch(self, store: AssetStore, uri: str, *, progress: bool) -> list[FetchedFile]:
         """Bring them here, along with the checkpoint ``uri``. Raises what
-        :func:`lading.checkpoints.recording.fetch_along` does.
+        :func:`lading.checkpoints.recording.fetch_extra_files` does.
         """
-        return fetch_along(self.source, self.snapshot, self.files, store, uri, progress=progress)
+        return fetch_extra_files(self.source, self.snapshot, self.files, store, uri, progress=progress)
 
 
 def tokenizer_elsewhere(
     tokenizer: TokenizerRef, *, revision: str | None = None, offline: bool | None = None
-) -> Elsewhere | None:
+) -> RemoteTokenizer | None:
     """The files of a tokenizer in its source; ``None`` for one on this machine.
 
     :param revision: of the source; default: the one that its address names, or what is published now.
@@ -163,7 +164,7 @@ def tokenizer_elsewhere(
     snapshot = source.snapshot()
     files = tokenizer_files(snapshot, source.inner)
 
-    return Elsewhere(
+    return RemoteTokenizer(
         source=source, snapshot=snapshot, files=tuple(files), member=None if _is_hub(tokenizer.uri) else tokenizer.path
     )
 
@@ -273,7 +274,7 @@ def _beside(
     snapshot = source.snapshot()
     files = in_snapshot(snapshot, source.inner, COMPANION_NAMES)
 
-    return _by_name(fetch_along(source, snapshot, files, store, checkpoint.uri, progress=progress))
+    return _by_name(fetch_extra_files(source, snapshot, files, store, checkpoint.uri, progress=progress))
 
 
 def _tokenizer(
@@ -287,3 +288,29 @@ def _tokenizer(
 
 def _by_name(files: Sequence[FetchedFile]) -> dict[str, Path]:
     return {file.name.rpartition("/")[2]: file.path for file in files}
+
+
+def read_or_fetch_config(checkpoint: Checkpoint, store: AssetStore | None) -> Mapping[str, object]:
+    """Return the ``config.json`` beside a checkpoint, fetched where it is not here; empty where there is none.
+
+    :raises FetchError: it cannot be fetched.
+    :raises CorruptModelCheckpointError: it is not a JSON object.
+    """
+    if checkpoint.hf_config is not None:
+        return checkpoint.hf_config
+    ref = checkpoint.ref
+    if ref is None:
+        return read_hf_config(Path(checkpoint.where))
+
+    source = open_source(
+        ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=Settings.from_environment()
+    )
+    shards = [shard.name for shard in checkpoint.manifest.shards]
+    file = RemoteFile(name=name_in_source(source.inner, CONFIG_NAME, shards=shards), size=None)
+    snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=(file,))
+    try:
+        (fetched,) = fetch_extra_files(source, snapshot, [file], store, checkpoint.uri, progress=False)
+    except CheckpointNotFoundError:
+        return {}
+
+    return parse_hf_config(fetched.path)  # in lading's cache it has another name

@@ -8,16 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lading.cards.card import CheckpointRef, shown_uri
-from lading.catalog.checkpoints.record import record_files
+from lading.cards.card import CheckpointRef
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import Checkpoint
-from lading.checkpoints.fetch_to_index import came_whole, fetch_whole
-from lading.checkpoints.locate import known_content
+from lading.checkpoints.fetch_to_index import fetch_and_index, was_fetched_to_index
 from lading.checkpoints.published import name_in_source
-from lading.checkpoints.recording import noting_intent
-from lading.errors import CatalogError, CheckpointNotFoundError, CorruptModelCheckpointError, InternalError
+from lading.checkpoints.recording import known_content, noting_intent, record_fetched
+from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, InternalError
 from lading.formats.manifest import Manifest
 from lading.formats.safetensors import index_file
 from lading.gangs import Gang
@@ -25,12 +23,13 @@ from lading.sources.open import open_source
 from lading.sources.source import FetchedFile, RemoteFile, Snapshot
 from lading.system.filesystem import FileStat
 from lading.system.settings import Settings
+from lading.system.uris import shown_uri
 from lading.transfer.files import ShardFile
 
 log = logging.getLogger("lading")
 
 
-def acquire(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool) -> Checkpoint:
+def fetch_checkpoint(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool) -> Checkpoint:
     """The checkpoint with its files, fetched where they are not here.
 
     :param store: where content is looked up, and where what was fetched is recorded.
@@ -45,7 +44,7 @@ def acquire(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool)
     if ref is None:
         raise InternalError(f"nothing says where the checkpoint {shown_uri(checkpoint.uri)} could be fetched from")
 
-    if came_whole(checkpoint.manifest):
+    if was_fetched_to_index(checkpoint.manifest):
         return _acquire_whole(checkpoint, ref, store, progress=progress)
 
     source = open_source(
@@ -65,7 +64,7 @@ def acquire(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool)
         if not file.published:
             _require_same_tensors(file, checkpoint.manifest, shard.name)
     if store is not None:
-        _record(checkpoint, fetched, source.kind, store)
+        record_manifest(checkpoint, fetched, source.kind, store)
 
     return replace(checkpoint, files=tuple(map(_shard_file, fetched)), trusted=True)
 
@@ -73,13 +72,13 @@ def acquire(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool)
 def _acquire_whole(
     checkpoint: Checkpoint, ref: CheckpointRef, store: AssetStore | None, *, progress: bool
 ) -> Checkpoint:
-    whole = fetch_whole(
+    whole = fetch_and_index(
         ref, store=store, known=known_content(store), progress=progress, revision=checkpoint.revision or None
     )
     if not whole.manifest.tensors_equal(checkpoint.manifest):
         raise _replaced(checkpoint.where)
     if store is not None:
-        _record_all(checkpoint, [*whole.copies, *whole.originals], whole.checks, store)
+        record_fetched(checkpoint, [*whole.copies, *whole.originals], whole.checks, store)
 
     return replace(
         checkpoint, files=tuple(ShardFile(path=copy.path, stat=copy.stat) for copy in whole.copies), trusted=True
@@ -158,7 +157,7 @@ def _replaced(name: str, *, path: Path | None = None) -> CorruptModelCheckpointE
     )
 
 
-def _record(checkpoint: Checkpoint, fetched: Sequence[FetchedFile], kind: CopyKind, store: AssetStore) -> None:
+def record_manifest(checkpoint: Checkpoint, fetched: Sequence[FetchedFile], kind: CopyKind, store: AssetStore) -> None:
     copies, checks = [], []
     for file, shard in zip(fetched, checkpoint.manifest.shards, strict=True):
         # What others fetched is not lading's to remove; the catalog knows better where it was lading after all.
@@ -174,13 +173,4 @@ def _record(checkpoint: Checkpoint, fetched: Sequence[FetchedFile], kind: CopyKi
                 found=file.sha256,
             )
         )
-    _record_all(checkpoint, copies, checks, store)
-
-
-def _record_all(
-    checkpoint: Checkpoint, copies: Sequence[LocalCopy], checks: Sequence[Check], store: AssetStore
-) -> None:
-    try:
-        record_files(store.database, uri=checkpoint.uri, copies=copies, checks=checks)
-    except (CatalogError, OSError) as error:
-        log.warning("what was fetched for %s is not in the catalog: %s", checkpoint.name, error)
+    record_fetched(checkpoint, copies, checks, store)

@@ -13,15 +13,14 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from lading import formats
-from lading.cards.card import CheckpointRef, shown_uri
-from lading.catalog.provenance import now
-from lading.catalog.records import Check, LocalCopy
+from lading.cards.card import CheckpointRef
+from lading.catalog.records import Check, LocalCopy, now
 from lading.catalog.store import AssetStore
-from lading.checkpoints.published import Published, PublishedFiles, published_config, require_whole
+from lading.checkpoints.published import PublishedCheckpoint, PublishedFiles, published_config, require_whole
 from lading.checkpoints.recording import noting_intent
 from lading.errors import CatalogError, CheckpointNotFoundError, CorruptModelCheckpointError
+from lading.formats.config_json import refuse_quantised_config
 from lading.formats.folder import is_index, is_torch_format
-from lading.formats.hf_folder import refuse_quantised_config
 from lading.formats.manifest import Manifest
 from lading.formats.remote import find_checkpoint
 from lading.formats.shard_index import index_shards, read_index_at
@@ -29,6 +28,7 @@ from lading.sources.open import HTTP_SCHEMES, HUB_SCHEMES, open_source
 from lading.sources.source import FetchedFile, Known, RemoteFile, Snapshot, Source
 from lading.system.filesystem import FileStat
 from lading.system.settings import Settings
+from lading.system.uris import shown_uri
 
 log = logging.getLogger("lading")
 
@@ -36,7 +36,7 @@ _ARCHIVE = ".tar"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Whole(Published):
+class FetchedCheckpoint(PublishedCheckpoint):
     """A checkpoint that was fetched to be known; of each shard of its manifest what the catalog is to know."""
 
     copies: Sequence[LocalCopy]
@@ -45,7 +45,7 @@ class Whole(Published):
     checks: Sequence[Check]
 
 
-def comes_whole(ref: CheckpointRef) -> bool:
+def must_fetch_to_index(ref: CheckpointRef) -> bool:
     """Whether the checkpoint is to be fetched before it can be indexed, by the names in its address.
 
     Of a folder it is told by what it lists: :class:`lading.formats.NotByHeadersError`.
@@ -58,13 +58,13 @@ def comes_whole(ref: CheckpointRef) -> bool:
     return any(part.endswith(_ARCHIVE) for part in path.parts) or is_torch_format(path.name)
 
 
-def came_whole(manifest: Manifest) -> bool:
+def was_fetched_to_index(manifest: Manifest) -> bool:
     """Whether a checkpoint that is elsewhere had to be fetched for its manifest."""
     # By the names of the files: the manifest may be of what one was rewritten as, which is safetensors.
     return not any(shard.name.lower().endswith(".safetensors") for shard in manifest.shards)
 
 
-def fetch_whole(
+def fetch_and_index(
     ref: CheckpointRef,
     *,
     store: AssetStore | None,
@@ -73,7 +73,7 @@ def fetch_whole(
     revision: str | None = None,
     restrict: bool = True,
     name: str | None = None,
-) -> Whole:
+) -> FetchedCheckpoint:
     """Fetch the files of a checkpoint, and index them.
 
     :param store: whose catalog is told what is about to come; what came, the caller tells it.
@@ -132,7 +132,7 @@ def _fetch_shards(
     known: Known,
     progress: bool,
     restrict: bool,
-) -> Whole:
+) -> FetchedCheckpoint:
     """The files that the index ``file`` in ``folder`` names."""
     published = [each for each in snapshot.files if each.name == folder + file]
     with noting_intent(source, snapshot, published, store, ref.key):
@@ -204,7 +204,7 @@ def _whole(
     published: Sequence[RemoteFile],
     fetched: Sequence[FetchedFile],
     copies: Sequence[LocalCopy],
-) -> Whole:
+) -> FetchedCheckpoint:
     shards, checks = [], []
     for shard, stated, file, copy in zip(manifest.shards, published, fetched, copies, strict=True):
         shards.append(replace(shard, sha256=stated.sha256 if copy.path == file.path else None))
@@ -225,7 +225,7 @@ def _whole(
         if copy.path != file.path
     ]
 
-    return Whole(
+    return FetchedCheckpoint(
         manifest=replace(manifest, shards=tuple(shards)),
         revision=snapshot.revision,
         hf_config=hf_config,

@@ -8,29 +8,28 @@ from dataclasses import replace
 from pathlib import Path
 
 from lading import formats
-from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref, path_uri, shown_uri, uri_path
+from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref
 from lading.catalog.checkpoints.record import record_checkpoint, record_files
-from lading.catalog.records import Check
 from lading.catalog.store import AssetStore, LocalCopy, StoredCheckpoint, get_asset_store
-from lading.checkpoints.checkpoint import Checkpoint, OnDisk, header_checks, intact_copies
-from lading.checkpoints.fetch_to_index import Whole, comes_whole, fetch_whole
-from lading.checkpoints.local_path import local_checkpoint
+from lading.checkpoints.checkpoint import Checkpoint, LocalCheckpointFiles, header_checks, local_checkpoint
+from lading.checkpoints.fetch_to_index import FetchedCheckpoint, fetch_and_index, must_fetch_to_index
+from lading.checkpoints.local_copies import all_verified, copies_as_known, was_verified
 from lading.checkpoints.pins import with_pins
-from lading.checkpoints.published import Published, index_source
+from lading.checkpoints.published import PublishedCheckpoint, index_source
+from lading.checkpoints.recording import known_content, record_manifest, require_writable, stored_checkpoint
 from lading.errors import (
     AddressError,
     AssetCardError,
-    CatalogError,
     CheckpointNotFoundError,
     DigestMismatchError,
     InternalError,
     ModelGatedError,
 )
-from lading.formats.hf_folder import read_hf_config, refuse_quantised_config
+from lading.formats.config_json import read_hf_config, refuse_quantised_config
 from lading.sources.hub.cache import has_token
 from lading.sources.open import HUB_SCHEMES, check_address
-from lading.sources.source import Known
 from lading.system.filesystem import expand_home
+from lading.system.uris import path_uri, shown_uri, uri_path
 from lading.transfer.files import ShardFile
 
 log = logging.getLogger("lading")
@@ -98,7 +97,7 @@ def local_paths(card: AssetCard, store: AssetStore) -> list[Path]:
         return [local_checkpoint(path, inner_path=ref.path)]
 
     stored = store.checkpoint(ref.key) if ref.uri else None
-    files = None if stored is None else _copies_as_known(stored)
+    files = None if stored is None else copies_as_known(stored)
     if stored is None or files is None:
         if ref.gated:
             raise ModelGatedError(card.title, ref.info_url)
@@ -138,11 +137,11 @@ def index_checkpoint(target: str | Path, *, restrict: bool = True, store: AssetS
     copies: Sequence[LocalCopy]
     if path is None:
         found = _published_or_whole(ref, store, name=card_name, progress=False, restrict=restrict)
-        copies = (*found.copies, *found.originals) if isinstance(found, Whole) else ()
+        copies = (*found.copies, *found.originals) if isinstance(found, FetchedCheckpoint) else ()
         uri, manifest, revision = ref.key, found.manifest, found.revision
     else:
         path = local_checkpoint(path, inner_path=ref.path)
-        here = OnDisk.read(path, restrict=restrict)
+        here = LocalCheckpointFiles.read(path, restrict=restrict)
         uri, manifest, copies, revision = path_uri(here.path), here.manifest, here.copies(), ""
 
     require_writable(store)
@@ -184,51 +183,27 @@ def require_access(name: str, ref: CheckpointRef) -> None:
         raise ModelGatedError(name, ref.info_url)
 
 
-def require_writable(store: AssetStore) -> None:
-    """:raises CatalogError: the catalog cannot be written."""
-    if not store.database.writable:
-        raise CatalogError(
-            f"The catalog {store.database.url} cannot be written. Check the permissions of the file and its folder, or "
-            "name another one in LADING_DATABASE_URL."
-        )
-
-
 # --- elsewhere -------------------------------------------------------------------------------------------------------
 
 
-def known_content(store: AssetStore | None) -> Known:
-    """Where the catalog knows a verified file of a digest."""
-
-    def known(sha256: str) -> Path | None:
-        if store is None:
-            return None
-        try:
-            return store.find_content(sha256)
-        except (CatalogError, OSError) as error:
-            log.warning("the catalog cannot be asked for files that are here already: %s", error)
-            return None
-
-    return known
-
-
 def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, progress: bool) -> Checkpoint:
-    stored = _stored(name, ref.key, store)
+    stored = stored_checkpoint(name, ref.key, store)
     if stored is not None:
-        files = _copies_as_known(stored)
+        files = copies_as_known(stored)
         return Checkpoint(
             name=name,
             uri=ref.key,
             where=ref.shown,
             manifest=stored.manifest,
             files=files,
-            trusted=files is not None and _all_verified(stored),
+            trusted=files is not None and all_verified(stored),
             ref=ref,
             revision=stored.revision,
         )
 
     published = _published_or_whole(ref, store, name=name, progress=progress)
-    if isinstance(published, Whole):
-        return whole_checkpoint(name, ref, published, store)
+    if isinstance(published, FetchedCheckpoint):
+        return fetched_card_checkpoint(name, ref, published, store)
     refuse_quantised_config(published.hf_config, ref.shown)
     checkpoint = Checkpoint(
         name=name,
@@ -239,25 +214,27 @@ def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, prog
         ref=ref,
         revision=published.revision,
     )
-    _record(checkpoint, (), store)
+    record_manifest(checkpoint, (), store)
 
     return checkpoint
 
 
 def _published_or_whole(
     ref: CheckpointRef, store: AssetStore, *, name: str | None, progress: bool, restrict: bool = True
-) -> Published:
+) -> PublishedCheckpoint:
     """What is published, by its headers; fetched, if it has none that would tell."""
-    if not comes_whole(ref):
+    if not must_fetch_to_index(ref):
         try:
             return index_source(ref, name=name)
         except formats.NotByHeadersError:
             pass
 
-    return fetch_whole(ref, store=store, known=known_content(store), progress=progress, restrict=restrict, name=name)
+    return fetch_and_index(
+        ref, store=store, known=known_content(store), progress=progress, restrict=restrict, name=name
+    )
 
 
-def whole_checkpoint(name: str, ref: CheckpointRef, whole: Whole, store: AssetStore) -> Checkpoint:
+def fetched_card_checkpoint(name: str, ref: CheckpointRef, whole: FetchedCheckpoint, store: AssetStore) -> Checkpoint:
     """A card's checkpoint as it was just fetched; the catalog is told of it."""
     checkpoint = Checkpoint(
         name=name,
@@ -270,29 +247,16 @@ def whole_checkpoint(name: str, ref: CheckpointRef, whole: Whole, store: AssetSt
         revision=whole.revision,
     )
     # It may be published again under the same address: what was known of other bytes is not known of these.
-    _record(checkpoint, [*whole.copies, *whole.originals], store, checks=whole.checks, accept=True)
+    record_manifest(checkpoint, [*whole.copies, *whole.originals], store, checks=whole.checks, accept=True)
 
     return checkpoint
 
 
 def _is_here(name: str, ref: CheckpointRef, store: AssetStore) -> bool:
     """Whether the catalog knows all files on this machine: who has been given them need not ask for them."""
-    stored = _stored(name, ref.key, store)
+    stored = stored_checkpoint(name, ref.key, store)
 
-    return stored is not None and _copies_as_known(stored) is not None
-
-
-def _copies_as_known(stored: StoredCheckpoint) -> tuple[ShardFile, ...] | None:
-    """The files of all shards, if each is on this machine and as it was when it was recorded."""
-    shards = stored.manifest.shards
-    copies = intact_copies([shard.name for shard in shards], stored.copies)
-    if copies is None:
-        return None
-
-    return tuple(
-        ShardFile(path=copy.path, stat=copy.stat, sha256=shard.sha256)
-        for shard, copy in zip(shards, copies, strict=True)
-    )
+    return stored is not None and copies_as_known(stored) is not None
 
 
 # --- on this machine -------------------------------------------------------------------------------------------------
@@ -301,12 +265,12 @@ def _copies_as_known(stored: StoredCheckpoint) -> tuple[ShardFile, ...] | None:
 def _local_checkpoint(name: str, path: Path, store: AssetStore, *, accept_others: bool) -> Checkpoint:
     refuse_quantised_config(read_hf_config(path), path)
 
-    stored = _stored(name, path_uri(path), store)
-    known = None if stored is None else OnDisk.as_known(path, stored)
+    stored = stored_checkpoint(name, path_uri(path), store)
+    known = None if stored is None else LocalCheckpointFiles.as_known(path, stored)
     if stored is not None and known is not None:
-        return known.checkpoint(name, trusted=_all_verified(stored))
+        return known.checkpoint(name, trusted=all_verified(stored))
 
-    found = OnDisk.read(path)
+    found = LocalCheckpointFiles.read(path)
     if found.path != path:  # it was made anew in the cache, where the catalog may know it
         made = _local_checkpoint(name, found.path, store, accept_others=accept_others)
         return replace(made, where=str(path))
@@ -315,7 +279,7 @@ def _local_checkpoint(name: str, path: Path, store: AssetStore, *, accept_others
     if stored is not None and same and found.manifest.has_files_of(stored.manifest):
         # What is known of the bytes that should be there is known of these, too.
         checkpoint = replace(checkpoint, manifest=replace(found.manifest, shards=stored.manifest.shards))
-    if stored is not None and not same and _was_verified(stored, store):
+    if stored is not None and not same and was_verified(stored, store):
         if accept_others:
             return checkpoint
         raise DigestMismatchError(
@@ -326,58 +290,9 @@ def _local_checkpoint(name: str, path: Path, store: AssetStore, *, accept_others
             found=f"{len(found.manifest)} tensors",
         )
     # The bytes beside the tensors have digests of their own from the beginning, tensors when all bytes pass by.
-    _record(checkpoint, found.copies(), store, checks=header_checks(checkpoint, {}) if stored is None else ())
+    record_manifest(checkpoint, found.copies(), store, checks=header_checks(checkpoint, {}) if stored is None else ())
 
     return checkpoint
 
 
 # --- the catalog's word ----------------------------------------------------------------------------------------------
-
-
-def _stored(name: str, uri: str, store: AssetStore) -> StoredCheckpoint | None:
-    # All that the catalog can do here is to save the reading of headers, so its failures are not the load's.
-    try:
-        return store.checkpoint(uri)
-    except (CatalogError, OSError) as error:
-        log.warning("the manifest of %s cannot be read from the catalog: %s", name, error)
-        return None
-
-
-def _record(
-    checkpoint: Checkpoint,
-    copies: Sequence[LocalCopy],
-    store: AssetStore,
-    *,
-    checks: Sequence[Check] = (),
-    accept: bool = False,
-) -> None:
-    try:
-        require_writable(store)
-        record_checkpoint(
-            store.database,
-            uri=checkpoint.uri,
-            manifest=checkpoint.manifest,
-            copies=copies,
-            revision=checkpoint.revision,
-            card_name=checkpoint.name,
-            accept=accept,
-        )
-        if checks:
-            record_files(store.database, uri=checkpoint.uri, checks=checks)
-    except (CatalogError, OSError) as error:
-        log.warning("the manifest of %s is not in the catalog: %s", checkpoint.name, error)
-
-
-def _all_verified(stored: StoredCheckpoint) -> bool:
-    """Whether every shard was seen verified in the state that is known of it on this machine."""
-    verified = {copy.file for copy in stored.copies if copy.verified_at is not None}
-
-    return all(shard.name in verified for shard in stored.manifest.shards)
-
-
-def _was_verified(stored: StoredCheckpoint, store: AssetStore) -> bool:
-    """Whether it was known once which bytes are the right ones."""
-    if any(shard.sha256 is not None for shard in stored.manifest.shards):
-        return True
-
-    return bool(store.tensor_digests(stored.uri))

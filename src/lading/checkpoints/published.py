@@ -6,9 +6,9 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from lading.cards.card import CheckpointRef, shown_uri
+from lading.cards.card import CheckpointRef
 from lading.errors import CheckpointNotFoundError, FetchError
-from lading.formats.config_json import parse_config_json, require_size
+from lading.formats.config_json import CONFIG_NAME, parse_config_json, require_size
 from lading.formats.folder import FILE_NAME, is_checkpoint_file, is_index, some
 from lading.formats.manifest import Manifest
 from lading.formats.remote import find_checkpoint, index_files, index_names
@@ -16,12 +16,11 @@ from lading.sources.hub.address import HubAddress
 from lading.sources.open import open_source
 from lading.sources.source import RemoteFile, Snapshot, Source
 from lading.system.settings import Settings
-
-CONFIG_NAME = "config.json"
+from lading.system.uris import shown_uri
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Published:
+class PublishedCheckpoint:
     """A checkpoint as a source publishes it."""
 
     manifest: Manifest
@@ -35,7 +34,7 @@ class Published:
     snapshot: Snapshot
 
 
-def index_source(ref: CheckpointRef, *, revision: str | None = None, name: str | None = None) -> Published:
+def index_source(ref: CheckpointRef, *, revision: str | None = None, name: str | None = None) -> PublishedCheckpoint:
     """Read index and headers of a checkpoint that is elsewhere.
 
     :param revision: default: the one that the address names, or what is published now.
@@ -61,7 +60,7 @@ def index_source(ref: CheckpointRef, *, revision: str | None = None, name: str |
     digests = {file.name: file.sha256 for file in snapshot.files}
     shards = tuple(replace(shard, sha256=digests[folder + shard.name]) for shard in manifest.shards)
 
-    return Published(
+    return PublishedCheckpoint(
         manifest=replace(manifest, shards=shards),
         revision=snapshot.revision,
         hf_config=published_config(files, folder),

@@ -1,23 +1,30 @@
-"""Files that come along with a checkpoint are written down as its own, so that they are removed with it one day."""
+"""The best-effort door to the catalog: what it cannot read or record is logged and never fails a load.
+
+Files that are fetched with a checkpoint are recorded as its own, so that they are removed with it.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
-from lading.cards.card import shown_uri
 from lading.catalog.checkpoints.intents import forget_unmet, record_intents
-from lading.catalog.checkpoints.record import record_companions
-from lading.catalog.records import LocalCopy
-from lading.catalog.store import AssetStore
-from lading.errors import CatalogError
-from lading.sources.source import FetchedFile, RemoteFile, Snapshot, Source
+from lading.catalog.checkpoints.record import record_checkpoint, record_companions, record_files
+from lading.catalog.records import Check, LocalCopy
+from lading.catalog.store import AssetStore, StoredCheckpoint
+from lading.checkpoints.checkpoint import Checkpoint
+from lading.errors import (
+    CatalogError,
+)
+from lading.sources.source import FetchedFile, Known, RemoteFile, Snapshot, Source
+from lading.system.uris import shown_uri
 
 log = logging.getLogger("lading")
 
 
-def fetch_along(
+def fetch_extra_files(
     source: Source,
     snapshot: Snapshot,
     files: Sequence[RemoteFile],
@@ -80,3 +87,70 @@ def _note(store: AssetStore | None, uri: str, copies: Sequence[LocalCopy]) -> No
         record_companions(store.database, uri=uri, copies=copies)
     except (CatalogError, OSError) as error:
         log.warning("what came along with %s is not in the catalog: %s", shown_uri(uri), error)
+
+
+def known_content(store: AssetStore | None) -> Known:
+    """Where the catalog knows a verified file of a digest."""
+
+    def known(sha256: str) -> Path | None:
+        if store is None:
+            return None
+        try:
+            return store.find_content(sha256)
+        except (CatalogError, OSError) as error:
+            log.warning("the catalog cannot be asked for files that are here already: %s", error)
+            return None
+
+    return known
+
+
+def require_writable(store: AssetStore) -> None:
+    """:raises CatalogError: the catalog cannot be written."""
+    if not store.database.writable:
+        raise CatalogError(
+            f"The catalog {store.database.url} cannot be written. Check the permissions of the file and its folder, or "
+            "name another one in LADING_DATABASE_URL."
+        )
+
+
+def stored_checkpoint(name: str, uri: str, store: AssetStore) -> StoredCheckpoint | None:
+    # All that the catalog can do here is to save the reading of headers, so its failures are not the load's.
+    try:
+        return store.checkpoint(uri)
+    except (CatalogError, OSError) as error:
+        log.warning("the manifest of %s cannot be read from the catalog: %s", name, error)
+        return None
+
+
+def record_manifest(
+    checkpoint: Checkpoint,
+    copies: Sequence[LocalCopy],
+    store: AssetStore,
+    *,
+    checks: Sequence[Check] = (),
+    accept: bool = False,
+) -> None:
+    try:
+        require_writable(store)
+        record_checkpoint(
+            store.database,
+            uri=checkpoint.uri,
+            manifest=checkpoint.manifest,
+            copies=copies,
+            revision=checkpoint.revision,
+            card_name=checkpoint.name,
+            accept=accept,
+        )
+        if checks:
+            record_files(store.database, uri=checkpoint.uri, checks=checks)
+    except (CatalogError, OSError) as error:
+        log.warning("the manifest of %s is not in the catalog: %s", checkpoint.name, error)
+
+
+def record_fetched(
+    checkpoint: Checkpoint, copies: Sequence[LocalCopy], checks: Sequence[Check], store: AssetStore
+) -> None:
+    try:
+        record_files(store.database, uri=checkpoint.uri, copies=copies, checks=checks)
+    except (CatalogError, OSError) as error:
+        log.warning("what was fetched for %s is not in the catalog: %s", checkpoint.name, error)

@@ -7,19 +7,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lading.cards.card import AssetCard, checkpoint_ref, uri_path
+from lading.cards.card import AssetCard, checkpoint_ref
 from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoints.checkpoint import local_checkpoint
 from lading.checkpoints.extra_files import (
     SENTENCEPIECE_NAMES,
     TOKENIZER_JSON,
     TOKENIZER_NAMES,
-    Elsewhere,
+    RemoteTokenizer,
     TokenizerRef,
     same_source,
     tokenizer_elsewhere,
     tokenizer_ref,
 )
-from lading.checkpoints.local_path import local_checkpoint
 from lading.checkpoints.locate import address_of
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, ModelGatedError, NotSupportedError
 from lading.formats import archive_of
@@ -27,6 +27,7 @@ from lading.formats.files import LFS_POINTER, open_regular, stands_for_another
 from lading.formats.tar import find_member
 from lading.sources.open import HUB_SCHEMES
 from lading.system.filesystem import expand_home
+from lading.system.uris import uri_path
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -101,7 +102,7 @@ def _local(path: Path) -> Any:
     return _read(path)
 
 
-def _remote(elsewhere: Elsewhere, store: AssetStore, checkpoint: str, *, progress: bool) -> Any:
+def _remote(elsewhere: RemoteTokenizer, store: AssetStore, checkpoint: str, *, progress: bool) -> Any:
     names = {file.name.rpartition("/")[2]: file for file in elsewhere.files}
     name = next(iter(names)) if len(names) == 1 else _choose(list(names), elsewhere.source.uri)
     (fetched,) = elsewhere.only(names[name]).fetch(store, checkpoint, progress=progress)

@@ -17,7 +17,7 @@ from functools import reduce
 from operator import or_
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Literal
 
 from blake3 import blake3
 
@@ -29,9 +29,6 @@ from lading.errors import CatalogError, DigestMismatchError, NotSupportedError
 from lading.formats.digests import Digests, differences, joined, recorded
 from lading.formats.manifest import Manifest
 from lading.gangs import Gang
-from lading.models.family import Family
-from lading.models.targets import Targets
-from lading.planning.rules import Route
 from lading.sources.sha256 import sha256_file
 from lading.system.progress import byte_bar
 from lading.transfer.execute import hash_checkpoint
@@ -67,21 +64,7 @@ class Expected:
     """For each tensor the dim along which it is cut into blocks; type code ``b``."""
 
 
-def block_dims(
-    manifest: Manifest, family: Family[Any, Any], config: Any, targets: Targets, routed: Route
-) -> array[int]:
-    """For each tensor the dim along which digests cut it: the one along which ranks do, so that they can check."""
-    plan = family.parallel_plan(config)
-    dims = array("b", [0]) * len(manifest)
-    for target, tensor in zip(routed.targets, routed.tensors, strict=True):
-        dim = plan.shard_dim(targets.names[target])
-        if dim < len(manifest.shapes[tensor]):
-            dims[tensor] = dim
-
-    return dims
-
-
-def expect(
+def prepare_verification(
     checkpoint: Checkpoint,
     store: AssetStore | None,
     mode: Verify,
@@ -123,7 +106,7 @@ def expect(
     return Expected(digests=digests, dims=dims() if digests is None else digests.dims)
 
 
-def settle(
+def finish_verification(
     checkpoint: Checkpoint,
     expected: Expected,
     found: Digests,

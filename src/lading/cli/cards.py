@@ -12,10 +12,11 @@ from pathlib import Path
 
 import click
 
-from lading.cards.card import AssetCard, AssetCardField, CardEntry, uri_path
+from lading.cards.card import AssetCard, AssetCardField, CardEntry
 from lading.cli.command import command
 from lading.cli.complete import complete_model
 from lading.cli.output import counted, printable
+from lading.system.uris import uri_path
 
 log = logging.getLogger("lading")
 

@@ -52,12 +52,12 @@ def _silent(produce: Callable[[AssetStore], Iterable[str]]) -> list[CompletionIt
     # nor complain nor wait.
     logging.getLogger("lading").setLevel(logging.CRITICAL + 1)
     try:
-        from lading.catalog.database.database import Database
+        from lading.catalog.open import open_catalog_readonly
         from lading.catalog.store import AssetStore
         from lading.system.settings import Settings
 
         settings = Settings.from_environment()
-        store = AssetStore(Database.glance(settings), env=settings.env)
+        store = AssetStore(open_catalog_readonly(settings), env=settings.env)
         return [CompletionItem(name) for name in produce(store)]
     except Exception:
         return []

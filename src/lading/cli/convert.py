@@ -100,7 +100,7 @@ def convert(
         raise click.BadParameter("expected FAMILY/ARCH, as in llama/llama3_8b.", param_hint="--arch")
 
     if arch is None and isinstance(found, Path) and found.exists():
-        from lading.formats.hf_folder import read_hf_config
+        from lading.formats.config_json import read_hf_config
 
         if not read_hf_config(found):
             raise click.UsageError(

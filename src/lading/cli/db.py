@@ -26,10 +26,10 @@ def upgrade() -> None:
 
     For example: lading db upgrade
     """
-    from lading.catalog.database import database
+    from lading.catalog.database import migrate
     from lading.system.settings import Settings
 
-    report = database.upgrade(Settings.from_environment())
+    report = migrate.upgrade(Settings.from_environment())
     _say_backup(report.backup)
     if report.from_version == report.to_version:
         click.echo(f"lading: the catalog is of version {report.to_version} already", err=True)
@@ -44,10 +44,10 @@ def downgrade(version: str) -> None:
 
     For example: lading db downgrade --to 1
     """
-    from lading.catalog.database import database
+    from lading.catalog.database import migrate
     from lading.system.settings import Settings
 
-    _say_backup(database.downgrade(Settings.from_environment(), version))
+    _say_backup(migrate.downgrade(Settings.from_environment(), version))
     click.echo(f"lading: the catalog is of version {version} now", err=True)
 
 
@@ -57,10 +57,10 @@ def check() -> None:
 
     For example: lading db check
     """
-    from lading.catalog.database import database
+    from lading.catalog.check import check_catalog
     from lading.system.settings import Settings
 
-    problems = database.check(Settings.from_environment())
+    problems = check_catalog(Settings.from_environment())
     if not problems:
         click.echo("ok")
         return
@@ -82,10 +82,10 @@ def backup(file: Path | None) -> None:
 
     For example: lading db backup catalog-backup.sqlite
     """
-    from lading.catalog.database import database
+    from lading.catalog.database import migrate
     from lading.system.settings import Settings
 
-    click.echo(str(database.backup(Settings.from_environment(), file)))
+    click.echo(str(migrate.backup(Settings.from_environment(), file)))
 
 
 @db.command("restore")
@@ -98,13 +98,14 @@ def restore(file: Path) -> None:
 
     For example: lading db restore catalog-backup.sqlite
     """
-    from lading.catalog.database import database
+    from lading.catalog.database import migrate
+    from lading.catalog.database.target import SCHEMA_VERSION
     from lading.system.settings import Settings
 
-    report = database.restore(Settings.from_environment(), file)
+    report = migrate.restore(Settings.from_environment(), file)
     _say_backup(report.backup)
     click.echo(f"lading: the catalog is that of {printable(str(file))}, of version {report.version}", err=True)
-    if report.version < database.SCHEMA_VERSION:
+    if report.version < SCHEMA_VERSION:
         click.echo("lading: `lading db upgrade` brings it up to date", err=True)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from lading.cards.card import shown_uri
 from lading.cli.output import counted, human_bytes, human_count
+from lading.system.uris import shown_uri
 
 if TYPE_CHECKING:
     from lading.catalog.store import StoredCheckpoint

@@ -37,7 +37,7 @@ def diff(a: str, b: str, no_restrict: bool, form: Form) -> None:
     store = get_asset_store()
     targets = [_target(each, store) for each in (a, b)]
 
-    from lading.operations.check import diff_models
+    from lading.operations.diff import diff_models
 
     report = diff_models(*targets, restrict=not no_restrict, store=store)
 

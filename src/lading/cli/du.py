@@ -12,7 +12,7 @@ from lading.cli.names import unknown_model
 from lading.cli.output import Column, Form, counted, human_bytes, listing_options, write_rows
 
 if TYPE_CHECKING:
-    from lading.operations.disk_usage import Holding
+    from lading.operations.disk_usage import DiskUsageEntry
 
 _COLUMNS = ("name", "bytes", "kind", "files", "complete", "verified", "path", "checkpoint", "revision")
 
@@ -67,7 +67,7 @@ def du(pattern: str | None, orphans: bool, form: Form) -> None:
         )
 
 
-def _rows(shown: tuple[Holding, ...], total: int, form: Form) -> list[list[object]]:
+def _rows(shown: tuple[DiskUsageEntry, ...], total: int, form: Form) -> list[list[object]]:
     rows: list[list[object]] = [[getattr(holding, c) for c in _COLUMNS] for holding in shown]
     if form is Form.TABLE:
         # Files that several models share are counted once here, so it may be less than the sum.

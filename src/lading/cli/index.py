@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from lading.cards.card import shown_uri
 from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_target
 from lading.cli.describe import checkpoint_object, checkpoint_pairs
 from lading.cli.names import name_or_path
 from lading.cli.output import write_json, write_pairs
+from lading.system.uris import shown_uri
 
 
 @command("index")

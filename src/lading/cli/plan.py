@@ -90,7 +90,7 @@ def plan(
     if rank and max(rank) >= (world := tp * sdp * pp * rdp):
         raise click.BadParameter(f"the world has {counted(world, 'rank')}, from 0 on.", param_hint="--rank")
 
-    from lading.operations.check import plan_load
+    from lading.operations.plan import plan_load
 
     found = plan_load(
         model,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.cards.card import CONFIG_KEYS, AssetCard, CheckpointRef, checkpoint_ref, path_uri, shown_uri, uri_path
+from lading.cards.card import CONFIG_KEYS, AssetCard, CheckpointRef, checkpoint_ref
 from lading.cards.overrides import layers_of, merge_layers
 from lading.cli.command import command
 from lading.cli.complete import complete_model
@@ -28,6 +28,7 @@ from lading.cli.output import (
 )
 from lading.errors import CheckpointNotFoundError, ModelFamilyNotKnownError
 from lading.system.filesystem import is_there
+from lading.system.uris import path_uri, shown_uri, uri_path
 
 if TYPE_CHECKING:
     from lading.catalog.store import AssetStore, ModelSummary, StoredCheckpoint

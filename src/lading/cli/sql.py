@@ -46,7 +46,7 @@ def sql(
 
     For example: lading sql "select name, bytes from models where family = :f" -p f qwen
     """
-    from lading.catalog.query import query as run_query
+    from lading.catalog.query import run_query
     from lading.catalog.store import get_asset_store
 
     if not math.isfinite(deadline):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
+from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, NotSupportedError
 from lading.formats.files import LFS_POINTER, corrupt, open_regular, stands_for_another
 
 MAX_CONFIG_SIZE = 16 << 20
@@ -60,3 +61,33 @@ def parse_config_json(data: bytes, *, label: str) -> dict[str, object]:
         )
 
     return config
+
+
+CONFIG_NAME = "config.json"
+
+
+def refuse_quantised_config(hf_config: Mapping[str, object], path: Path | str) -> None:
+    """:raises NotSupportedError: the configuration says that the weights are quantised."""
+    quantisation = hf_config.get("quantization_config")
+    if quantisation is not None:
+        scheme = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
+        raise NotSupportedError(
+            f"The checkpoint at {path} is quantised (config.json: `quantization_config` of the scheme {scheme!r}), "
+            "which lading does not load. Use the checkpoint in its original precision."
+        )
+
+
+def read_hf_config(path: Path) -> dict[str, object]:
+    """The ``config.json`` in a Hugging Face style folder; empty where there is none.
+
+    :raises CorruptModelCheckpointError: it is not a regular file, is too large, or is not a JSON object.
+    """
+    return parse_hf_config(path / "config.json" if path.is_dir() else path.parent / "config.json")
+
+
+def parse_hf_config(file: Path) -> dict[str, object]:
+    """What is in a ``config.json``, whatever it is called here; empty where there is none.
+
+    :raises CorruptModelCheckpointError: it is not a regular file, is too large, or is not a JSON object.
+    """
+    return read_config_json(file) or {}

@@ -44,7 +44,6 @@ from typing import NamedTuple
 from blake3 import blake3
 
 from lading.formats.manifest import BITS, Manifest
-from lading.planning.box import Box
 
 LEAF = 1 << 20
 """Bytes that are hashed at once, at most: they have to be still in the cache in which they were read."""
@@ -128,34 +127,6 @@ EMPTY_BLOCK = block_digest(b"")
 
 
 # --- boxes -----------------------------------------------------------------------------------------------------------
-
-
-def blocks_within(dtype: str, shape: Sequence[int], dim: int, box: Box) -> range:
-    """The blocks that ``box`` covers wholly."""
-    count = cut(dtype, shape, dim).blocks
-    if count == 1:
-        return range(1 if box.covers(shape) else 0)
-
-    for other, (size, n) in enumerate(zip(box.sizes, shape, strict=True)):
-        if other != dim and size != n:
-            return range(0)
-
-    size = shape[dim] // count
-
-    return range(-(-box.starts[dim] // size), box.ends[dim] // size)
-
-
-def blocks_touched(dtype: str, shape: Sequence[int], dim: int, box: Box) -> range:
-    """The blocks of which ``box`` holds an element. They vouch for it together, and fewer of them don't."""
-    count = cut(dtype, shape, dim).blocks
-    if box.numel == 0:
-        return range(0)
-    if count == 1:
-        return range(1)
-
-    size = shape[dim] // count
-
-    return range(box.starts[dim] // size, -(-box.ends[dim] // size))
 
 
 # --- of a checkpoint -------------------------------------------------------------------------------------------------

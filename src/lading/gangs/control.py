@@ -30,10 +30,10 @@ from lading.errors import GangError
 from lading.gangs.coordinator import (
     GRACE,
     GREETING,
+    Coordinator,
     Header,
     Outbox,
     Payload,
-    Switchboard,
     beat,
     prepare,
     read_frame,
@@ -52,7 +52,7 @@ class _Verdict:
     payloads: list[memoryview]
 
 
-class Line:
+class ControlChannel:
     """The connection of a rank to rank 0, which also holds the other ends.
 
     :param store: where rank 0 leaves its address and a token for the others.
@@ -73,14 +73,14 @@ class Line:
         self._heard = time.monotonic()
         self._silent: list[int] = []
         self._working = 0
-        self._switchboard: Switchboard | None = None
+        self._switchboard: Coordinator | None = None
 
         # Ranks make their lines in the same order, so the count of them tells one line from the next.
         place = PrefixStore(f"lading/line/{store.add(f'lading/lines/{rank}', 1)}", store)
         try:
             if rank == 0:
                 listener, token = _listen(store_host(store)), secrets.token_bytes(32)
-                self._switchboard = Switchboard(listener, token, size, timeout)
+                self._switchboard = Coordinator(listener, token, size, timeout)
                 _leave_address(place, store_host(store), listener, token)
             self._sock = _connect(place, rank, timeout)
         except (OSError, RuntimeError, ValueError) as ex:
@@ -391,7 +391,7 @@ class Line:
             sock.close()
 
 
-_OPEN: WeakSet[Line] = WeakSet()
+_OPEN: WeakSet[ControlChannel] = WeakSet()
 
 
 def _after_fork() -> None:

@@ -113,7 +113,7 @@ class _Call:
     in_grace: bool = False
 
 
-class Switchboard:
+class Coordinator:
     """Serves ``size`` ranks on ``listener``; all of it runs in the event loop that calls :meth:`serve`."""
 
     def __init__(self, listener: socket.socket, token: bytes, size: int, timeout: float) -> None:

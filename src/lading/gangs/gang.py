@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lading.errors import GangError, InternalError
 from lading.gangs.compare import differences, digest, flatten
-from lading.gangs.control import Line
+from lading.gangs.control import ControlChannel
 from lading.gangs.failure import Failure
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class Gang:
     hosts: tuple[str, ...] = ("",)
     mesh: DeviceMesh | None = field(default=None, repr=False, compare=False)
     group: ProcessGroup | None = field(default=None, repr=False, compare=False)
-    line: Line | None = field(default=None, repr=False, compare=False)
+    line: ControlChannel | None = field(default=None, repr=False, compare=False)
 
     @property
     def local_ranks(self) -> tuple[int, ...]:

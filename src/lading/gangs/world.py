@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lading.errors import GangError
-from lading.gangs.control import Line
+from lading.gangs.control import ControlChannel
 from lading.gangs.gang import Gang
 from lading.gangs.torch_private import default_store, init_fake_process_group
 from lading.system.filesystem import host_id
@@ -110,7 +110,7 @@ def create_gangs(
         shape = (pp, _remainder(1, sizes), sdp, tp)
         return _lay_out(_mesh(device, shape), 0, shape, device, (_host(),), None, dist.group.WORLD)
 
-    line = Line(default_store(), rank, size, timeout.total_seconds())
+    line = ControlChannel(default_store(), rank, size, timeout.total_seconds())
     try:
         everybody = Gang(rank=rank, size=size, device=device, ranks=tuple(range(size)), line=line)
         try:
@@ -205,7 +205,7 @@ def _lay_out(
     shape: tuple[int, int, int, int],
     device: torch.device,
     hosts: tuple[str, ...],
-    line: Line | None,
+    line: ControlChannel | None,
     world: ProcessGroup | None,
     dp_group: ProcessGroup | None = None,
 ) -> Gangs:

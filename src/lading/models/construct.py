@@ -115,7 +115,7 @@ def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: 
     model = module if gangs.pp.size == 1 else build_on_meta(family, config)
     assign(
         module,
-        draw(model, family, config, targets, dict(zip(targets.names, dtypes, strict=True)), gangs),
+        init_missing(model, family, config, targets, dict(zip(targets.names, dtypes, strict=True)), gangs),
         targets.aliases,
     )
     reset_buffers(module, family, config, gangs.root.device, dtype)
@@ -123,7 +123,7 @@ def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: 
     return module
 
 
-def draw(
+def init_missing(
     model: Module,
     family: Family[Any, Any],
     config: Any,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any
 
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError
 from lading.formats.manifest import Manifest
-from lading.models import mismatches as fit
 from lading.models.construct import build_on_meta, check_config_type
 from lading.models.family import Family
 from lading.models.targets import Targets, targets_of
-from lading.planning.composition import tensors_of
+from lading.planning.composition import Source, shape_of, tensors_of
 from lading.planning.rules import Route, route
+from lading.transfer.dtypes import FLOATS
 
 _MAX_LINES = 20
 """Problems that an error lists; the rest it counts."""
@@ -89,9 +90,9 @@ def match(manifest: Manifest, targets: Targets, family: Family[Any, Any], config
 
 def report_fit(manifest: Manifest, targets: Targets, routed: Route, *, family: Family[Any, Any]) -> CheckReport:
     """As :func:`check_manifest`, for a model that is built and whose tensors have been assigned."""
-    quantised = {manifest.names[t]: manifest.dtypes[t] for t in fit.quantised(manifest, targets, routed)}
+    quantised = {manifest.names[t]: manifest.dtypes[t] for t in _quantised(manifest, targets, routed)}
     problems = [f"quantised: {name} is stored as {dtype}" for name, dtype in quantised.items()]
-    problems += fit.problems(manifest, targets, routed)
+    problems += _problems(manifest, targets, routed)
 
     tied = {
         manifest.names[tensor]: targets.names[target]
@@ -207,3 +208,83 @@ def _some(problems: Sequence[str]) -> list[str]:
     num_others = min(len(others), max(_MAX_LINES // 2, _MAX_LINES - len(missing)))
 
     return [*missing[: _MAX_LINES - num_others], *others[:num_others]]
+
+
+def block_dims(
+    manifest: Manifest, family: Family[Any, Any], config: Any, targets: Targets, routed: Route
+) -> array[int]:
+    """For each tensor the dim along which digests cut it: the one along which ranks do, so that they can check."""
+    plan = family.parallel_plan(config)
+    dims = array("b", [0]) * len(manifest)
+    for target, tensor in zip(routed.targets, routed.tensors, strict=True):
+        dim = plan.shard_dim(targets.names[target])
+        if dim < len(manifest.shapes[tensor]):
+            dims[tensor] = dim
+
+    return dims
+
+
+_WIDER: Mapping[str, frozenset[str]] = {
+    "I8": frozenset({"I16", "I32", "I64"}),
+    "I16": frozenset({"I32", "I64"}),
+    "I32": frozenset({"I64"}),
+    "U8": frozenset({"I16", "I32", "I64"}),
+}
+"""The dtypes of integers that hold all numbers of another: counters are stored as narrower ones."""
+
+
+def _quantised(manifest: Manifest, targets: Targets, routed: Route) -> list[int]:
+    """The tensors that weights would be made of although their numbers mean nothing without scales beside them."""
+    return [
+        tensor
+        for target, source in _sources(routed)
+        for tensor in tensors_of(source)
+        if _is_float(targets, target) and manifest.dtypes[tensor] not in FLOATS
+    ]
+
+
+def _problems(manifest: Manifest, targets: Targets, routed: Route) -> list[str]:
+    """Everything that is missing, unexpected, claimed twice, mis-shaped or of another dtype, one line each."""
+    shapes = dict(zip(targets.names, targets.shapes, strict=True))
+    found = [f"missing: {name} {list(shapes[name])}" for name in routed.missing]
+    found += [f"unexpected: {name}" for name in routed.unexpected]
+    found += [f"claimed by {len(names)} tensors: {target} by {', '.join(names)}" for target, names in routed.clashes]
+
+    found += [f"incomplete: {name}: {why}" for name, why in routed.incomplete]
+
+    for target, source in [*_sources(routed), *routed.duplicates]:
+        name, shape = name_of(source, manifest), shape_of(source, manifest.shapes)
+        wanted = targets.dtypes[target]
+        stored = next((d for d in _dtypes(source, manifest) if d != wanted and wanted not in _WIDER.get(d, ())), None)
+        if shape != targets.shapes[target]:
+            expected, is_ = list(targets.shapes[target]), list(shape)
+            found.append(f"mis-shaped: {name} is expected to be {expected}, but is {is_}")
+        elif not _is_float(targets, target) and stored is not None:
+            found.append(f"of another dtype: {name} is expected to be {wanted}, but is {stored}")
+
+    return found
+
+
+def name_of(source: Source, manifest: Manifest) -> str:
+    """What ``source`` is called in a message: its tensor, or the first one and how many more there are."""
+    first, *others = tensors_of(source)
+
+    return manifest.names[first] + (f" with {len(others)} more" if others else "")
+
+
+def _dtypes(source: Source, manifest: Manifest) -> list[str]:
+    return [manifest.dtypes[tensor] for tensor in tensors_of(source)]
+
+
+def _sources(routed: Route) -> list[tuple[int, Source]]:
+    """(target, what it is made of)."""
+    return [
+        (target, routed.composed.get(i, tensor))
+        for i, (target, tensor) in enumerate(zip(routed.targets, routed.tensors, strict=True))
+    ]
+
+
+def _is_float(targets: Targets, target: int) -> bool:
+    dtype = targets.dtypes[target]
+
+    return dtype is None or dtype in FLOATS

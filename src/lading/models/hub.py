@@ -27,7 +27,6 @@ from lading.errors import (
     ModelNotKnownError,
     did_you_mean,
 )
-from lading.formats.hf_folder import family_of_folder
 from lading.gangs import Gangs, create_fake_gangs
 from lading.gangs.compare import digest
 from lading.models.construct import check_config_type, create_model, no_collection
@@ -35,7 +34,7 @@ from lading.models.device import require_usable
 from lading.models.family import Family, get_family
 from lading.models.loader import LoadOptions, agreed, load_card, load_path
 from lading.models.report import LoadReport
-from lading.models.resolve import arch_config, family_of_card, model_config
+from lading.models.resolve import arch_config, family_of_card, family_of_folder, model_config
 from lading.models.tensors import iter_tensors
 from lading.system.filesystem import is_there
 from lading.transfer.dtypes import DType

@@ -23,30 +23,27 @@ from torch.nn import Module
 
 from lading.cards.card import AssetCard
 from lading.catalog.store import AssetStore
-from lading.checkpoints.checkpoint import Checkpoint, path_checkpoint
-from lading.checkpoints.fetch import acquire, share
-from lading.checkpoints.locate import card_checkpoint
+from lading.checkpoints.checkpoint import Checkpoint
+from lading.checkpoints.fetch import fetch_checkpoint, share
 from lading.checkpoints.sidecar import substituted
 from lading.checkpoints.sidecar_lookup import agree_on_sidecar, with_sidecar
-from lading.checkpoints.verification import Verify, block_dims, expect, settle
+from lading.checkpoints.verification import Verify, finish_verification, prepare_verification
 from lading.gangs import Gangs
-from lading.models.completion import completed, model_dtype
 from lading.models.construct import (
     assign,
     build_on_meta,
     check_config_type,
     common_dtype,
-    draw,
     dtypes_of_drawn,
+    init_missing,
     reset_buffers,
     settle_dtypes,
     split,
 )
 from lading.models.family import Family
-from lading.models.fit import match, report_fit, require_fit
-from lading.models.mismatches import name_of
+from lading.models.fit import block_dims, match, name_of, report_fit, require_fit
 from lading.models.report import Clock, LoadReport
-from lading.models.resolve import check_family, model_config
+from lading.models.resolve import model_dtype, resolve_model
 from lading.models.targets import Targets
 from lading.models.tensors import read_tensors
 from lading.models.ties import are_same, different_copies, tied_but_different
@@ -55,7 +52,7 @@ from lading.planning.plan import Plan, Wanted, plan
 from lading.planning.rules import Route
 from lading.transfer.dtypes import DTYPE_NAMES, DType
 from lading.transfer.mappings import NOTHING_AHEAD, Ahead, mapped_ahead, may_be_mapped
-from lading.transfer.move import Moved, move
+from lading.transfer.move import LoadedTensors, load_tensors
 
 log = logging.getLogger("lading")
 
@@ -97,18 +94,20 @@ def load_card(
 
     def resolve() -> tuple[Any, Checkpoint, torch.dtype | None]:
         with clock.phase("catalog"):
-            open_store = store()
-            check_family(card, family)
-            resolved = model_config(card, family, open_store) if config is None else config
-
+            opened = store()
         with clock.phase("manifest"):
-            checkpoint = card_checkpoint(
-                card, open_store, progress=options.progress, accept_others=options.verify == "never"
+            model = resolve_model(
+                card,
+                opened,
+                family=family,
+                config=config,
+                progress=options.progress,
+                accept_others=options.verify == "never",
             )
+            checkpoint = model.checkpoint
             if not options.cooperative:  # which reads all of the files in any case
-                checkpoint = with_sidecar(checkpoint, open_store, options.gangs.tp.size)
-            found = completed(resolved, family, checkpoint, store=open_store)
-            return found, checkpoint, model_dtype(options.dtype, checkpoint, store=open_store)
+                checkpoint = with_sidecar(checkpoint, opened, options.gangs.tp.size)
+            return model.config, checkpoint, model_dtype(options.dtype, checkpoint, store=opened)
 
     resolved, checkpoint, dtype = options.gangs.root.first(resolve)
 
@@ -121,8 +120,8 @@ def load_path(path: Path, family: Family[Any, Any], config: Any, options: LoadOp
     clock = Clock()
 
     def resolve() -> tuple[Any, Checkpoint, torch.dtype | None]:
-        checkpoint = path_checkpoint(path, restrict=options.restrict)
-        return completed(config, family, checkpoint), checkpoint, model_dtype(options.dtype, checkpoint)
+        model = resolve_model(path, family=family, config=config, restrict=options.restrict)
+        return model.config, model.checkpoint, model_dtype(options.dtype, model.checkpoint)
 
     with clock.phase("manifest"):
         resolved, checkpoint, dtype = options.gangs.root.first(resolve)
@@ -186,7 +185,9 @@ def _load(
 
         # Only the numbers tell whether the model is made with one parameter or with several.
         with clock.phase("fetch"):
-            checkpoint = share(checkpoint, gangs.root, lambda c: acquire(c, catalog and catalog(), progress=progress))
+            checkpoint = share(
+                checkpoint, gangs.root, lambda c: fetch_checkpoint(c, catalog and catalog(), progress=progress)
+            )
         with clock.phase("read"):
             untied = gangs.root.first(partial(different_copies, checkpoint, targets, routed))
         if not untied:
@@ -205,9 +206,11 @@ def _load(
         planned = plan(source, wanted, mapped=options.maps)
 
     with clock.phase("fetch"):
-        checkpoint = share(checkpoint, gangs.root, lambda c: acquire(c, catalog and catalog(), progress=progress))
+        checkpoint = share(
+            checkpoint, gangs.root, lambda c: fetch_checkpoint(c, catalog and catalog(), progress=progress)
+        )
         expected = gangs.root.first(
-            lambda: expect(
+            lambda: prepare_verification(
                 checkpoint,
                 store and store(),
                 options.verify,
@@ -220,7 +223,7 @@ def _load(
         checkpoint = checkpoint.with_joined(checkpoint.sidecar)
 
     with clock.phase("read"):
-        moved = move(
+        moved = load_tensors(
             source,
             planned,
             wanted,
@@ -238,13 +241,15 @@ def _load(
 
     if expected is not None and moved.digests is not None:
         with clock.phase("verify"):
-            settle(checkpoint, expected, moved.digests, catalog and catalog(), gangs.root, progress=progress)
+            finish_verification(
+                checkpoint, expected, moved.digests, catalog and catalog(), gangs.root, progress=progress
+            )
 
     with clock.phase("assemble"):
         drawn: dict[str, Tensor] = {}
         if dtypes := dtypes_of_drawn(targets, routed, manifest):
             log.info("%s lacks %s: they are as in a new model", checkpoint.name, ", ".join(dtypes))
-            drawn = draw(build_on_meta(family, config), family, config, targets, dtypes, gangs)
+            drawn = init_missing(build_on_meta(family, config), family, config, targets, dtypes, gangs)
         copied = assign(module, by_name | drawn, targets.aliases)
         reset_buffers(module, family, config, device, dtype or common_dtype(targets, routed, manifest))
 
@@ -295,7 +300,7 @@ def _report(
     targets: Targets,
     routed: Route,
     planned: Plan,
-    moved: Moved,
+    moved: LoadedTensors,
     copied: int,
     clock: Clock,
 ) -> LoadReport:

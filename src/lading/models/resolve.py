@@ -1,14 +1,101 @@
-"""What a card says of its model: the family, and the configuration."""
+"""From a card, a name or a path to a model: its family, its configuration, its checkpoint."""
 
 from __future__ import annotations
 
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from lading.cards.card import AssetCard
 from lading.cards.config import architecture_config, resolve_config
-from lading.catalog.store import AssetStore
-from lading.errors import AssetCardError, ModelArchitectureNotKnownError, ModelFamilyNotKnownError
-from lading.models.family import Family, get_family
+from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoints.checkpoint import Checkpoint, path_checkpoint
+from lading.checkpoints.extra_files import read_or_fetch_config
+from lading.checkpoints.locate import card_checkpoint
+from lading.errors import (
+    AssetCardError,
+    CheckpointNotFoundError,
+    FetchError,
+    ModelArchitectureNotKnownError,
+    ModelFamilyNotKnownError,
+    NotSupportedError,
+)
+from lading.formats.config_json import read_hf_config, refuse_quantised_config
+from lading.models.construct import check_config_type
+from lading.models.family import Family, family_of_model_type, get_family
+from lading.transfer.dtypes import FLOATS, TORCH_DTYPES, DType
+
+log = logging.getLogger("lading")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedModel:
+    """A name, a card or a path, resolved to all that it takes to make the model."""
+
+    name: str
+    """Of the card, or the path."""
+    family: Family[Any, Any]
+    config: Any
+    """Of the family's class, complete."""
+    checkpoint: Checkpoint
+    card: AssetCard | None
+    """``None`` for a path, likewise below."""
+    store: AssetStore | None
+    """The store that was asked."""
+
+
+def resolve_model(
+    target: AssetCard | str | Path,
+    store: AssetStore | None = None,
+    *,
+    family: Family[Any, Any] | None = None,
+    config: Any = None,
+    checkpoint: Checkpoint | None = None,
+    restrict: bool = True,
+    progress: bool = False,
+    accept_others: bool = False,
+) -> ResolvedModel:
+    """Resolve a card, the name of a card, or a path to a family, a configuration and a checkpoint.
+
+    :param store: default: the default store; not asked about a path.
+    :param family: the family that is asked for; default: that of the card, or of ``config.json``.
+    :param config: instead of the card's configuration, or of the one in ``config.json``.
+    :param checkpoint: of the card, where it was found before.
+    :param restrict: as :func:`lading.formats.index` takes it; for a path.
+    :param progress: show a bar on stderr if the checkpoint has to be fetched to be known.
+    :param accept_others: as :func:`lading.checkpoints.locate.card_checkpoint` takes it.
+
+    :raises AssetNotFoundError: no card has that name.
+    :raises AssetCardError: the card is of another family, its family is not registered, or its overrides do not fit.
+    :raises ModelGatedError: the card names no checkpoint.
+    :raises FetchError: the source of the checkpoint cannot be reached.
+    :raises CheckpointNotFoundError: nothing is where the checkpoint should be (also a ``FileNotFoundError``).
+    :raises CorruptModelCheckpointError: a file breaks the rules of its format.
+    :raises NotSupportedError: ``config.json`` says that it is quantised, or is of no family that is registered.
+    """
+    if isinstance(target, Path):
+        if config is None or family is None:
+            family, config = family_of_folder(target, family)
+        checkpoint = path_checkpoint(target, restrict=restrict)
+        config = complete_config(config, family, checkpoint)
+        return ResolvedModel(
+            name=str(target), family=family, config=config, checkpoint=checkpoint, card=None, store=None
+        )
+
+    store = store or get_asset_store()
+    card = target if isinstance(target, AssetCard) else store.retrieve_card(target)
+    family = family_of_card(card) if family is None else family
+    check_family(card, family)
+    config = model_config(card, family, store) if config is None else config
+    if checkpoint is None:
+        checkpoint = card_checkpoint(card, store, progress=progress, accept_others=accept_others)
+    config = complete_config(config, family, checkpoint, store=store)
+
+    return ResolvedModel(name=card.name, family=family, config=config, checkpoint=checkpoint, card=card, store=store)
 
 
 def family_of_card(card: AssetCard) -> Family[Any, Any]:
@@ -59,3 +146,102 @@ def arch_config(arch: str, family: Family[Any, Any], store: AssetStore) -> Any:
     :raises ModelArchitectureNotKnownError: the family has none of this name.
     """
     return architecture_config(store.architecture(arch, family.name), family.config_kls)
+
+
+def family_of_folder(path: Path, asked: Family[Any, Any] | None = None) -> tuple[Family[Any, Any], Any]:
+    """Family and configuration of a Hugging Face style folder, from its ``config.json``.
+
+    :param asked: the family that is asked for; it also reads its part of a larger model, and one that reads all model
+        types those that others name.
+
+    :raises CheckpointNotFoundError: there is no such folder (also a ``FileNotFoundError``).
+    :raises NotSupportedError: no ``config.json``, or a model type that no registered family reads.
+    """
+    if not path.exists():
+        raise CheckpointNotFoundError(path, f"No checkpoint is at {path}: there is no such file or folder.")
+
+    hf_config = read_hf_config(path)
+    if not hf_config:
+        raise NotSupportedError(
+            f"{path} has no config.json that would tell the family of the model. Load it with "
+            "`get_<family>_model_hub().load_custom_model(path, config)`, or name it in a card."
+        )
+
+    model_type = hf_config.get("model_type")
+    stated = hf_config.get("architectures")
+    architectures = [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
+    if asked is not None and (asked.reads_other_model_types or model_type in asked.hf_part_of):
+        family: Family[Any, Any] | None = asked
+    else:
+        family = family_of_model_type(model_type, architectures) if isinstance(model_type, str) else None
+    if family is None or family.from_hf is None:
+        of = f" with the architectures {architectures}" if architectures else ""
+        raise NotSupportedError(
+            f"{path}/config.json is of the model type {model_type!r}{of}, which no registered family reads "
+            "(`lading families` shows them)."
+        )
+
+    refuse_quantised_config(hf_config, path)
+
+    return family, family.from_hf(hf_config)
+
+
+def complete_config(
+    config: Any,
+    family: Family[Any, Any],
+    checkpoint: Checkpoint,
+    *,
+    store: AssetStore | None = None,
+) -> Any:
+    """Return the configuration with what it lacks; unchanged, unless the family takes it from ``config.json``.
+
+    :param store: whose catalog is told if it is fetched.
+
+    :raises TypeError: ``config`` is not of the family's class.
+    :raises FetchError: ``config.json`` cannot be fetched.
+    :raises CorruptModelCheckpointError: it is not a JSON object.
+    :raises NotSupportedError: it asks for something that the family does not do.
+    :raises PolicyError: it asks for code of a repository to be run.
+    """
+    if family.complete is None:
+        return config
+
+    check_config_type(config, family)
+    hf_config = read_or_fetch_config(checkpoint, store)
+    refuse_quantised_config(hf_config, checkpoint.where)
+
+    return family.complete(config, hf_config)
+
+
+def model_dtype(dtype: DType, checkpoint: Checkpoint, *, store: AssetStore | None = None) -> torch.dtype | None:
+    """Return the dtype that a model is to be loaded in; ``None`` for that of each tensor of the checkpoint.
+
+    :param dtype: ``"auto"`` is the one that the ``config.json`` beside the checkpoint states, else the one that most
+        elements of the checkpoint have; ``"keep"`` that of each tensor.
+    :param store: whose catalog is told if ``config.json`` is fetched.
+
+    :raises CorruptModelCheckpointError: ``config.json`` is not a JSON object.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "keep":
+        return None
+
+    try:
+        hf_config = read_or_fetch_config(checkpoint, store)
+    except (FetchError, OSError) as error:
+        log.info("config.json of %s cannot be asked for a dtype: %s", checkpoint.name, error)
+        hf_config = {}
+    stated = hf_config.get("dtype") or hf_config.get("torch_dtype")
+    named = {str(TORCH_DTYPES[name]).removeprefix("torch."): TORCH_DTYPES[name] for name in FLOATS}
+    if isinstance(stated, str) and (found := named.get(stated.removeprefix("torch."))) is not None:
+        return found
+
+    manifest = checkpoint.manifest
+    elements = dict.fromkeys(sorted(FLOATS), 0)
+    for own, shape in zip(manifest.dtypes, manifest.shapes, strict=True):
+        if own in elements:
+            elements[own] += math.prod(shape)
+    common = max(elements, key=elements.__getitem__)
+
+    return TORCH_DTYPES[common] if elements[common] else torch.get_default_dtype()

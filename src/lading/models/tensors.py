@@ -33,7 +33,7 @@ def read_tensors(
     mmap: bool = False,
     *,
     boxes: Sequence[Box] | None = None,
-    witness: Witness | None = None,
+    witness: DigestCollector | None = None,
 ) -> list[Tensor]:
     """Tensors of a checkpoint, or what they make together, on the CPU.
 
@@ -61,7 +61,7 @@ def read_tensors(
     return execute(planned, checkpoint.here(), shapes)
 
 
-class Witness:
+class DigestCollector:
     """The digests of a checkpoint's tensors, of which some are read at a time.
 
     :param dims: for each tensor the dim along which it is cut into blocks.
@@ -91,7 +91,7 @@ class Witness:
 
 
 def _witnessed(
-    checkpoint: Checkpoint, sources: Sequence[Source], dtypes: Sequence[str], witness: Witness
+    checkpoint: Checkpoint, sources: Sequence[Source], dtypes: Sequence[str], witness: DigestCollector
 ) -> list[Tensor]:
     # What is made of several tensors has no bytes as they are in the files, so others have to look at those.
     composed = [i for i, source in enumerate(sources) if not isinstance(source, int)]

@@ -12,14 +12,14 @@ from json import dumps
 from pathlib import Path
 from typing import Literal
 
-from lading.cards.card import path_uri
-from lading.catalog.checkpoints.holdings import checkpoints_like, link_cards
+from lading.catalog.checkpoints.holdings import checkpoints_like
 from lading.catalog.checkpoints.record import record_checkpoint, record_files
-from lading.catalog.provenance import now
-from lading.catalog.records import Check, CopyKind, LocalCopy
+from lading.catalog.links import link_cards
+from lading.catalog.records import Check, CopyKind, LocalCopy, now
 from lading.catalog.store import AssetStore, StoredCheckpoint, get_asset_store
-from lading.checkpoints.checkpoint import OnDisk, intact_copies
-from lading.checkpoints.locate import require_writable
+from lading.checkpoints.checkpoint import LocalCheckpointFiles
+from lading.checkpoints.local_copies import intact_copies
+from lading.checkpoints.recording import require_writable
 from lading.errors import (
     CatalogError,
     CheckpointNotFoundError,
@@ -28,16 +28,17 @@ from lading.errors import (
     NotSupportedError,
 )
 from lading.formats import NonContiguousError
-from lading.formats.hf_folder import read_hf_config, refuse_quantised_config
+from lading.formats.config_json import read_hf_config, refuse_quantised_config
 from lading.formats.manifest import Manifest
-from lading.operations.disk_usage import names_of
-from lading.operations.find_checkpoints import Place, find_places, hub_places, require_inside
+from lading.operations.card_links import names_of
+from lading.operations.find_checkpoints import FoundCheckpoint, find_places, hub_places, require_inside
 from lading.operations.hub_checkpoints import HubCheckpoint, commit_of, hub_checkpoints, no_snapshot
 from lading.sources.hub.address import is_sha256
 from lading.sources.hub.cache import blob_tag, hub_cache
 from lading.sources.sha256 import sha256_file
 from lading.system.filesystem import FileStat, expand_home
 from lading.system.progress import byte_bar
+from lading.system.uris import path_uri
 
 log = logging.getLogger("lading")
 
@@ -119,7 +120,7 @@ def _root(path: str | Path) -> Path:
     return root
 
 
-def _places(root: Path, store: AssetStore) -> Iterator[Place]:
+def _places(root: Path, store: AssetStore) -> Iterator[FoundCheckpoint]:
     """Yield the places below a folder, however the user spells it.
 
     Each has the one path that no link leads to, unless a card names it by the user's own spelling.
@@ -144,7 +145,7 @@ class _Adopter:
         self._progress = progress
         self._by_repo = hub_checkpoints(store)
 
-    def adopt(self, place: Place) -> Iterator[Adoption]:
+    def adopt(self, place: FoundCheckpoint) -> Iterator[Adoption]:
         """Everything in a place."""
         if place.problem is not None:
             yield _failed(place.path, place.problem)
@@ -163,7 +164,7 @@ class _Adopter:
 
     # --- repositories of a Hugging Face cache ---
 
-    def _repository(self, place: Place, repo: str) -> Iterator[Adoption]:
+    def _repository(self, place: FoundCheckpoint, repo: str) -> Iterator[Adoption]:
         wanted = self._by_repo.get(repo.casefold(), ())
         found = False
         for checkpoint in wanted:
@@ -185,14 +186,19 @@ class _Adopter:
         yield from self._snapshot(place, checkpoint, commit, self._store.checkpoint(checkpoint.uri))
 
     def _snapshot(
-        self, place: Place, checkpoint: HubCheckpoint, commit: str, stored: StoredCheckpoint | None
+        self, place: FoundCheckpoint, checkpoint: HubCheckpoint, commit: str, stored: StoredCheckpoint | None
     ) -> list[Adoption]:
         path = place.path / "snapshots" / commit / (checkpoint.inner or "")
 
         return self._attempt(path, lambda: [self._take_snapshot(place, path, checkpoint, commit, stored)])
 
     def _take_snapshot(
-        self, place: Place, path: Path, checkpoint: HubCheckpoint, commit: str, stored: StoredCheckpoint | None
+        self,
+        place: FoundCheckpoint,
+        path: Path,
+        checkpoint: HubCheckpoint,
+        commit: str,
+        stored: StoredCheckpoint | None,
     ) -> Adoption:
         known = _known(path, stored, checkpoint.cards)
         if known is not None:
@@ -226,7 +232,7 @@ class _Adopter:
 
     # --- other folders ---
 
-    def _folder(self, place: Place) -> list[Adoption]:
+    def _folder(self, place: FoundCheckpoint) -> list[Adoption]:
         path, uri = place.path, _uri_of(place.path)
         manifest, copies = _read(path, place, restrict=self._restrict)
 
@@ -318,13 +324,13 @@ class _Adopter:
         record_checkpoint(self._store.database, uri=uri, manifest=manifest, copies=copies, revision=revision)
 
 
-def _read(path: Path, place: Place, *, restrict: bool) -> tuple[Manifest, list[LocalCopy]]:
+def _read(path: Path, place: FoundCheckpoint, *, restrict: bool) -> tuple[Manifest, list[LocalCopy]]:
     """What a checkpoint holds, and its files; nothing of it is read before all links are seen to stay inside."""
     _uri_of(path)  # before any work, as it may be none that the catalog keeps
     require_inside(path, place)
     refuse_quantised_config(read_hf_config(path), path)
     try:
-        found = OnDisk.read(path, restrict=restrict, rewrite=False)
+        found = LocalCheckpointFiles.read(path, restrict=restrict, rewrite=False)
     except NonContiguousError:
         raise NotSupportedError(
             f"{path} has tensors that are no ranges of its bytes, so it cannot be used where it lies. A load by its "

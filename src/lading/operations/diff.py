@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal
 
+from lading.cards.card import Architecture, AssetCard
+from lading.cards.config import architecture_config
+from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoints.checkpoint import Checkpoint, path_checkpoint
+from lading.checkpoints.locate import card_checkpoint
+from lading.errors import NotSupportedError
 from lading.formats.manifest import Manifest
+from lading.models.construct import build_on_meta
+from lading.models.family import get_family
+from lading.models.targets import targets_of
 
 Kind = Literal["config", "only in A", "only in B", "renamed", "shape", "dtype", "values"]
 
@@ -153,3 +163,79 @@ def _fields(a: Mapping[str, object], b: Mapping[str, object], prefix: str = "") 
             yield from _fields(x, y, f"{prefix}{name}.")
         elif x != y:
             yield f"{prefix}{name}", x, y
+
+
+def diff_models(
+    a: AssetCard | str | Path, b: AssetCard | str | Path, *, restrict: bool = True, store: AssetStore | None = None
+) -> DiffReport:
+    """In what two checkpoints, or two architectures, differ.
+
+    Of checkpoints, the tensors are compared: names, shapes, dtypes, and values where the catalog knows the digests of
+    both. Of architectures, the fields of their configurations, and names and shapes of the parameters.
+
+    :param a: a card, the name of one, the path of a checkpoint, or an architecture as ``"family/architecture"``.
+    :param b: likewise; an architecture if ``a`` is one.
+    :param restrict: as :func:`lading.formats.index` takes it; for a path.
+
+    :raises AssetNotFoundError: no card has that name.
+    :raises ModelFamilyNotKnownError: the family of an architecture is not registered.
+    :raises ModelArchitectureNotKnownError: the family has no such architecture.
+    :raises NotSupportedError: a checkpoint and an architecture.
+
+    Otherwise what :func:`check_model` does of checkpoints.
+    """
+    store = store or get_asset_store()
+    things = [_retrieve(target, store) for target in (a, b)]
+    if len({isinstance(thing, Architecture) for thing in things}) > 1:
+        raise NotSupportedError(
+            "Expected two checkpoints or two architectures to compare, but found one of each. `lading check NAME` says "
+            "whether the checkpoint of a model fits its architecture."
+        )
+
+    return diff(*(_side(thing, store, restrict=restrict) for thing in things))
+
+
+def _retrieve(target: AssetCard | str | Path, store: AssetStore) -> AssetCard | Architecture | Path:
+    if not isinstance(target, str):
+        return target
+
+    family, slash, arch = target.partition("/")
+    if slash and store.maybe_retrieve_card(target) is None:
+        return store.architecture(arch, family)
+
+    return store.retrieve_card(target)
+
+
+def _side(thing: AssetCard | Architecture | Path, store: AssetStore, *, restrict: bool) -> Side:
+    if isinstance(thing, Architecture):
+        return _architecture_side(thing)
+
+    if isinstance(thing, Path):
+        checkpoint = path_checkpoint(thing, restrict=restrict)
+    else:
+        checkpoint = card_checkpoint(thing, store)
+
+    return Side.of_manifest(checkpoint.manifest, _digests(checkpoint, store))
+
+
+def _architecture_side(architecture: Architecture) -> Side:
+    family = get_family(architecture.family)
+    config = architecture_config(architecture, family.config_kls)
+    targets = targets_of(build_on_meta(family, config), dtype=None)
+
+    return Side(
+        names=targets.names, shapes=targets.shapes, dtypes=targets.dtypes, config=asdict(config), has_values=False
+    )
+
+
+def _digests(checkpoint: Checkpoint, store: AssetStore) -> Mapping[str, str]:
+    """The digests of a checkpoint's tensors, if the catalog knows them and they are those of its files as they are."""
+    # What a source publishes is pinned. Files that others look after are those that were verified while they look so.
+    if checkpoint.ref is None and not checkpoint.trusted:
+        stored = store.checkpoint(checkpoint.uri)
+        copies = () if stored is None else stored.copies
+        verified = {copy.path: copy.stat for copy in copies if copy.verified_at is not None}
+        if any(verified.get(file.path.absolute()) != file.stat for file in checkpoint.here()):
+            return {}
+
+    return store.tensor_digests(checkpoint.uri)

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lading import formats
-from lading.cards.card import (
-    AssetCard,
-    AssetCardField,
-    CheckpointRef,
-    checkpoint_ref,
-    path_uri,
-    shown_uri,
-    split_gated,
-    uri_path,
-)
+from lading.cards.card import AssetCard, AssetCardField, split_gated
 from lading.catalog.checkpoints.holdings import held_checkpoints, known_uris
-from lading.catalog.records import HeldCheckpoint
+from lading.catalog.records import LocalCheckpoint
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.sidecar import base_uri
 from lading.errors import AssetCardError
+from lading.operations.card_links import heads_of, names_of
 from lading.sources.cache import Cache, Entry, entry_key
 from lading.system.filesystem import FileStat
 from lading.system.settings import Settings
-
-log = logging.getLogger("lading")
+from lading.system.uris import path_uri, shown_uri, uri_path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Holding:
+class DiskUsageEntry:
     """Files of one model, or of nobody, on this machine."""
 
     name: str
@@ -57,9 +47,9 @@ class Holding:
 class DiskUsage:
     """What :func:`disk_usage` found."""
 
-    holdings: tuple[Holding, ...]
+    holdings: tuple[DiskUsageEntry, ...]
     """By name. Models of one checkpoint, or of one file in different checkpoints, each count it."""
-    orphans: tuple[Holding, ...]
+    orphans: tuple[DiskUsageEntry, ...]
     """Files that this catalog brought into lading's cache and no card names in any environment."""
     bytes: int
     """Of ``holdings``, each file once."""
@@ -77,7 +67,7 @@ def disk_usage(pattern: str | None = None, *, store: AssetStore | None = None) -
     held = held_checkpoints(store.database)
     names = names_of(store, {checkpoint.uri for checkpoint in held})
 
-    found: list[Holding] = []
+    found: list[DiskUsageEntry] = []
     seen: dict[tuple[int, int], int] = {}
     for checkpoint in held:
         for name in names.get(checkpoint.uri) or [shown_uri(checkpoint.uri)]:
@@ -96,7 +86,7 @@ def disk_usage(pattern: str | None = None, *, store: AssetStore | None = None) -
     )
 
 
-def _holding(name: str, checkpoint: HeldCheckpoint, seen: dict[tuple[int, int], int]) -> Holding | None:
+def _holding(name: str, checkpoint: LocalCheckpoint, seen: dict[tuple[int, int], int]) -> DiskUsageEntry | None:
     there = [(copy, stat) for copy in checkpoint.copies if (stat := _stat(copy.path)) is not None]
     if not there:
         return None
@@ -105,7 +95,7 @@ def _holding(name: str, checkpoint: HeldCheckpoint, seen: dict[tuple[int, int], 
     intact = {copy.file: copy for copy, stat in there if FileStat.from_stat(stat) == copy.stat}
     shards = [intact.get(shard.name) for shard in checkpoint.shards]
 
-    return Holding(
+    return DiskUsageEntry(
         name=name,
         bytes=sum({(stat.st_dev, stat.st_ino): stat.st_size for _, stat in there}.values()),
         kind=",".join(sorted({copy.kind for copy, _ in there})),
@@ -132,70 +122,6 @@ def _common_path(paths: Sequence[Path]) -> str:
 # --- cards -----------------------------------------------------------------------------------------------------------
 
 
-def catalog_uri(ref: CheckpointRef) -> str:
-    """Return the URI by which the catalog knows the checkpoint of a card."""
-    path = uri_path(ref.uri)
-    if path is None:
-        return ref.key
-    path = path if ref.path is None else path / ref.path
-
-    return path_uri(formats.rewritten(path, cache=Settings.from_environment().cache_dir) or path)
-
-
-def cards_with(store: AssetStore, wanted: Callable[[str], bool]) -> list[tuple[AssetCard, CheckpointRef]]:
-    """The cards, with their overlays, whose checkpoint is of a URI that is wanted. A bad card is logged and left out.
-
-    :param wanted: is asked for ``checkpoint`` alone; what a card says of a ``checkpoint_path`` inside comes behind.
-    """
-    found = []
-    for model in store.models(include_all=True):
-        if not model.checkpoint or not wanted(model.checkpoint):
-            continue
-        try:
-            card = store.maybe_retrieve_card(model.name)
-            if card is not None:
-                found.append((card, checkpoint_ref(card)))
-        except AssetCardError as error:
-            log.warning("A card of the catalog cannot be used: %s", error)
-
-    return found
-
-
-def names_of(store: AssetStore, uris: Iterable[str]) -> dict[str, list[str]]:
-    """The names of the cards whose models are loaded from each of these checkpoints, or from what a sidecar is of."""
-    bases = {uri: base_uri(uri) or uri for uri in uris}
-    wanted = set(bases.values())
-    heads = {head for uri in wanted for head in _heads(uri)}
-    # What was rewritten is not known by the address of what it was made of.
-    any_rewritten = any(map(_is_rewritten, wanted))
-
-    def may_be(uri: str) -> bool:
-        return uri.rstrip("/") in heads or (any_rewritten and uri_path(uri) is not None)
-
-    names: dict[str, list[str]] = {}
-    for card, ref in cards_with(store, may_be):
-        uri = catalog_uri(ref)
-        if uri in wanted:
-            names.setdefault(uri, []).append(card.name)
-
-    return {uri: names[base] for uri, base in bases.items() if base in names}
-
-
-def _is_rewritten(uri: str) -> bool:
-    path = uri_path(uri)
-
-    return path is not None and formats.is_rewritten(path, Settings.from_environment().cache_dir)
-
-
-def _heads(uri: str) -> list[str]:
-    """A URI, and what it lies in, as a ``checkpoint`` may say with a ``checkpoint_path`` inside."""
-    heads = [uri.rstrip("/")]
-    while "/" in heads[-1].partition("://")[2]:
-        heads.append(heads[-1].rpartition("/")[0])
-
-    return heads
-
-
 # --- what no card names -----------------------------------------------------------------------------------------
 
 
@@ -219,7 +145,7 @@ def own_cache() -> Cache:
     return Cache(settings.cache_dir, catalog=settings.catalog_id)
 
 
-def find_orphans(store: AssetStore, held: Sequence[HeldCheckpoint]) -> Orphans:
+def find_orphans(store: AssetStore, held: Sequence[LocalCheckpoint]) -> Orphans:
     """Return what this catalog brought into lading's cache, and no card names.
 
     Several catalogs may share the cache, and a new one may be in the place of one that is lost. So an entry counts only
@@ -232,11 +158,13 @@ def find_orphans(store: AssetStore, held: Sequence[HeldCheckpoint]) -> Orphans:
     stated_keys = set(map(entry_key, stated))
     named = set(names_of(store, [checkpoint.uri for checkpoint in held]))
     named |= {
-        checkpoint.uri for checkpoint in held if stated.intersection(_heads(base_uri(checkpoint.uri) or checkpoint.uri))
+        checkpoint.uri
+        for checkpoint in held
+        if stated.intersection(heads_of(base_uri(checkpoint.uri) or checkpoint.uri))
     }
-    known = {entry_key(head) for uri in known_uris(store.database) for head in _heads(uri)}
+    known = {entry_key(head) for uri in known_uris(store.database) for head in heads_of(uri)}
 
-    def digests(of: Iterable[HeldCheckpoint]) -> set[str]:
+    def digests(of: Iterable[LocalCheckpoint]) -> set[str]:
         found = (cache.digest_of(copy.path) for checkpoint in of for copy in checkpoint.copies)
         return {sha256 for sha256 in found if sha256 is not None}
 
@@ -301,7 +229,7 @@ def _stated(store: AssetStore) -> set[str]:
 _NO_CARD = AssetCard("", {})
 
 
-def _orphan_holdings(orphans: Orphans, seen: dict[tuple[int, int], int]) -> list[Holding]:
+def _orphan_holdings(orphans: Orphans, seen: dict[tuple[int, int], int]) -> list[DiskUsageEntry]:
     groups: list[tuple[str, tuple[Path, ...], str | None]] = [
         (entry.uri, paths, entry.uri) for entry, paths in orphans.entries
     ]
@@ -312,7 +240,7 @@ def _orphan_holdings(orphans: Orphans, seen: dict[tuple[int, int], int]) -> list
         there = [(path, stat) for path in paths if (stat := _stat(path)) is not None]
         seen.update({(stat.st_dev, stat.st_ino): stat.st_size for _, stat in there})
         found.append(
-            Holding(
+            DiskUsageEntry(
                 name=name,
                 bytes=sum(stat.st_size for _, stat in there),
                 kind="cache",

@@ -21,24 +21,20 @@ from torch.nn import Module
 
 from lading.cards.card import AssetCard
 from lading.catalog.store import AssetStore, get_asset_store
-from lading.checkpoints.checkpoint import Checkpoint, path_checkpoint
+from lading.checkpoints.checkpoint import Checkpoint
 from lading.checkpoints.extra_files import companions, files_beside
-from lading.checkpoints.fetch import acquire
-from lading.checkpoints.locate import card_checkpoint
-from lading.checkpoints.published import CONFIG_NAME
-from lading.checkpoints.verification import Verify, block_dims, expect, require_mode, settle
+from lading.checkpoints.fetch import fetch_checkpoint
+from lading.checkpoints.verification import Verify, finish_verification, prepare_verification, require_mode
 from lading.errors import NotSupportedError
-from lading.formats.hf_folder import family_of_folder
+from lading.formats.config_json import CONFIG_NAME
 from lading.formats.safetensors_writer import Entry, Writer, write_index
 from lading.gangs import Gang, Gangs, create_fake_gangs
-from lading.models.completion import completed, model_dtype
 from lading.models.construct import build_on_meta, check_config_type, other_dtypes, settle_dtypes
 from lading.models.family import Family, get_family
-from lading.models.fit import match, report_fit, require_fit
-from lading.models.mismatches import name_of
-from lading.models.resolve import arch_config, family_of_card, model_config
+from lading.models.fit import block_dims, match, name_of, report_fit, require_fit
+from lading.models.resolve import arch_config, model_dtype, resolve_model
 from lading.models.targets import Targets, is_distributed, targets_of
-from lading.models.tensors import Witness, read_tensors
+from lading.models.tensors import DigestCollector, read_tensors
 from lading.models.ties import are_same, different_copies, tied_but_different
 from lading.operations.atomic_folder import new_folder, require_empty
 from lading.operations.export_layout import (
@@ -131,22 +127,24 @@ def convert_checkpoint(
     check_shard_size(shard_size)
     require_mode(verify)
 
-    if isinstance(target, Path):
-        name = str(target)
-        family, config = family_of_folder(target) if arch is None else _of_architecture(arch, store)
-        checkpoint = path_checkpoint(target, restrict=restrict)
-        config = completed(config, family, checkpoint)
-    else:
-        if arch is not None:
+    family = config = None
+    if arch is not None:
+        if not isinstance(target, Path):
             raise ValueError("`arch` is for a checkpoint at a path: a card names its own")
-        store = store or get_asset_store()
-        card = target if isinstance(target, AssetCard) else store.retrieve_card(target)
-        name, family = card.name, family_of_card(card)
-        checkpoint = card_checkpoint(card, store, progress=progress, accept_others=verify == "never")
-        config = completed(model_config(card, family, store), family, checkpoint, store=store)
+        family, config = _of_architecture(arch, store)
+    model = resolve_model(
+        target,
+        store,
+        family=family,
+        config=config,
+        restrict=restrict,
+        progress=progress,
+        accept_others=verify == "never",
+    )
+    name, family, config, checkpoint, store = model.name, model.family, model.config, model.checkpoint, model.store
 
     manifest = checkpoint.manifest
-    asked = model_dtype(dtype, checkpoint, store=None if isinstance(target, Path) else store)
+    asked = model_dtype(dtype, checkpoint, store=store)
     module = build_on_meta(family, config)
     others = other_dtypes(module, family, config, asked, sdp=1)
     # config.json describes these: it does not say that what is tied is stored apart.
@@ -154,9 +152,8 @@ def convert_checkpoint(
     routed = match(manifest, targets, family, config)
     fit = report_fit(manifest, targets, routed, family=family)
     require_fit(fit, path=checkpoint.where, name=checkpoint.name)
-    if not isinstance(target, Path):
-        assert store is not None
-        checkpoint = acquire(checkpoint, store, progress=progress)
+    if store is not None:
+        checkpoint = fetch_checkpoint(checkpoint, store, progress=progress)
     if family.untie is not None and (untied := different_copies(checkpoint, targets, routed)):
         family.untie(module, untied)
         targets = targets_of(module, dtype=asked, others=others)
@@ -169,16 +166,14 @@ def convert_checkpoint(
     ]
     sources = [routed.composed.get(i, tensor) for i, tensor in enumerate(routed.tensors)]
 
-    catalog = None if isinstance(target, Path) else store
-    if isinstance(target, Path):
-        beside: Mapping[str, Path] = files_beside(target)
+    if model.card is None or store is None:
+        beside: Mapping[str, Path] = files_beside(Path(name))
     else:
-        assert store is not None
-        beside = companions(checkpoint, card, store, progress=progress)
-    expected = expect(
-        checkpoint, catalog, verify, lambda: block_dims(manifest, family, config, targets, routed), progress=progress
+        beside = companions(checkpoint, model.card, store, progress=progress)
+    expected = prepare_verification(
+        checkpoint, store, verify, lambda: block_dims(manifest, family, config, targets, routed), progress=progress
     )
-    witness = None if expected is None else Witness(manifest, expected.dims)
+    witness = None if expected is None else DigestCollector(manifest, expected.dims)
     values = config_values(family, config, described, entries, beside)
     if family.untie is None:  # else all copies have been compared
         _check_tied(checkpoint, config, targets, routed)
@@ -192,7 +187,9 @@ def convert_checkpoint(
             for file, shard in shards.items():
                 _copy(temporary / file, shard, checkpoint, by_name, bar, witness)
         if expected is not None and witness is not None:
-            settle(checkpoint, expected, witness.digests(), catalog, create_fake_gangs("cpu").root, progress=progress)
+            finish_verification(
+                checkpoint, expected, witness.digests(), store, create_fake_gangs("cpu").root, progress=progress
+            )
         _finish(temporary, shards, values, beside)
         return replace(_report(name, family, folder, temporary, entries), dropped=fit.dropped)
 
@@ -317,7 +314,7 @@ def _copy(
     checkpoint: Checkpoint,
     sources: Mapping[str, Source],
     bar: tqdm[Any],
-    witness: Witness | None,
+    witness: DigestCollector | None,
 ) -> None:
     """Write a file from a checkpoint, a few tensors at a time.
 

@@ -7,10 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lading.checkpoints.published import CONFIG_NAME
 from lading.errors import LadingError, NotSupportedError
-from lading.formats.config_json import read_config_json
-from lading.formats.hf_folder import refuse_quantised_config
+from lading.formats.config_json import CONFIG_NAME, read_config_json, refuse_quantised_config
 from lading.formats.safetensors_writer import Entry, shard_names, shards_of
 from lading.models.construct import build_on_meta
 from lading.models.family import Family

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lading.checkpoints.published import CONFIG_NAME
 from lading.errors import CheckpointNotFoundError, LadingError, PolicyError
+from lading.formats.config_json import CONFIG_NAME
 from lading.formats.files import open_file
 from lading.formats.first_bytes import SIZE, is_checkpoint
 from lading.formats.folder import (
@@ -36,7 +36,7 @@ from lading.sources.hub.cache import repository_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class FoundCheckpoint:
     """A folder or a file that may be a checkpoint, or a folder with several commits of a repository."""
 
     path: Path
@@ -50,7 +50,7 @@ class Place:
     """Why nothing can be said of it."""
 
 
-def find_places(root: Path) -> Iterator[Place]:
+def find_places(root: Path) -> Iterator[FoundCheckpoint]:
     """The folders below ``root``, itself included, that hold a checkpoint by what they list; in the order of names.
 
     Files of ``torch.save`` under other names than the usual ones are a checkpoint each, and so are files whose names
@@ -60,43 +60,43 @@ def find_places(root: Path) -> Iterator[Place]:
     """
     snapshots = root.parent
     if is_commit(root.name) and snapshots.name == "snapshots" and (repo := repository_id(snapshots.parent)):
-        yield Place(path=snapshots.parent, root=root, repo=repo, commit=root.name)
+        yield FoundCheckpoint(path=snapshots.parent, root=root, repo=repo, commit=root.name)
         return
 
     yield from _places(root, root)
 
 
-def hub_places(cache: Path) -> Iterator[Place]:
+def hub_places(cache: Path) -> Iterator[FoundCheckpoint]:
     """The folders of repositories of models in a Hugging Face cache."""
     folders, _, _ = _listed(cache)
     for folder in folders:
         repo = repository_id(folder)
         if repo is not None:
-            yield Place(path=folder, root=cache, repo=repo)
+            yield FoundCheckpoint(path=folder, root=cache, repo=repo)
 
 
-def _places(path: Path, root: Path) -> Iterator[Place]:
+def _places(path: Path, root: Path) -> Iterator[FoundCheckpoint]:
     # Not by recursion: how deep the folders are is the user's matter.
     left = [path]
     while left:
         path = left.pop()
         repo = repository_id(path)
         if repo is not None and (path / "snapshots").is_dir():
-            yield Place(path=path, root=root, repo=repo)
+            yield FoundCheckpoint(path=path, root=root, repo=repo)
             continue
         folders, names, problem = _listed(path)
         if problem is not None:
-            yield Place(path=path, root=root, problem=problem)
+            yield FoundCheckpoint(path=path, root=root, problem=problem)
             continue
         if is_fairseq2_sharded([folder.name for folder in folders]):
-            yield Place(path=path, root=root)
+            yield FoundCheckpoint(path=path, root=root)
             folders = [folder for folder in folders if not folder.name.startswith("pp_")]
         else:
             yield from _in_folder(path, root, names)
         left += reversed(folders)
 
 
-def _in_folder(path: Path, root: Path, names: list[str]) -> Iterator[Place]:
+def _in_folder(path: Path, root: Path, names: list[str]) -> Iterator[FoundCheckpoint]:
     """The checkpoints in a folder, by the names of its files."""
     # Without a suffix, the first bytes tell: one small read, of files that no link leads to.
     bare = [name for name in names if "." not in name and _is_checkpoint(path / name)]
@@ -106,9 +106,9 @@ def _in_folder(path: Path, root: Path, names: list[str]) -> Iterator[Place]:
     if torch and not usual and all(name in torch or is_other_format(name) for name in found):
         # What an index names are its parts.
         for name in [name for name in torch if is_index(name)] or torch:
-            yield Place(path=path / name, root=root)
+            yield FoundCheckpoint(path=path / name, root=root)
     elif found:
-        yield Place(path=path, root=root)
+        yield FoundCheckpoint(path=path, root=root)
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -134,7 +134,7 @@ def _listed(path: Path) -> tuple[list[Path], list[str], OSError | None]:
     return folders, [entry.name for entry in listed if not entry.is_dir(follow_symlinks=False)], None
 
 
-def require_inside(path: Path, place: Place) -> None:
+def require_inside(path: Path, place: FoundCheckpoint) -> None:
     """See to it that the files of which the checkpoint at ``path`` is are ones that its place may have.
 
     :param path: a folder, a file, or an index.
@@ -188,7 +188,7 @@ def _require_usual_name(path: Path, names: list[str]) -> None:
         )
 
 
-def _require_no_links_between(folder: Path, place: Place) -> None:
+def _require_no_links_between(folder: Path, place: FoundCheckpoint) -> None:
     for part in (folder, *folder.parents):
         if part in (place.path, place.root):
             return
@@ -199,7 +199,7 @@ def _require_no_links_between(folder: Path, place: Place) -> None:
 class _Bounds:
     """Where the links of a place may lead."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: FoundCheckpoint) -> None:
         self._root = place.root
         # Blobs lie beside the snapshots, or are themselves links to those that all repositories of a cache share.
         home = os.path.realpath(place.root if place.repo is None else place.path)

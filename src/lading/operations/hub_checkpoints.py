@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from lading.cards.card import AssetCard, CheckpointRef
 from lading.catalog.store import AssetStore, StoredCheckpoint
 from lading.errors import CheckpointNotFoundError, LadingError
-from lading.operations.disk_usage import cards_with
-from lading.operations.find_checkpoints import Place
+from lading.operations.card_links import cards_with
+from lading.operations.find_checkpoints import FoundCheckpoint
 from lading.sources.hub.address import SCHEMES, HubAddress, is_file_name
 from lading.sources.hub.cache import cached_commit, snapshot_folders
 
@@ -63,7 +63,7 @@ def _add(found: dict[str, tuple[HubAddress, CheckpointRef, list[str]]], card: As
     found.setdefault(ref.key, (address, ref, []))[2].append(card.name)
 
 
-def commit_of(place: Place, revision: str | None, stored: StoredCheckpoint | None) -> str | None:
+def commit_of(place: FoundCheckpoint, revision: str | None, stored: StoredCheckpoint | None) -> str | None:
     """The commit in the folder of a repository that a revision means; ``None`` where it is not there.
 
     :param place: the folder, or one snapshot in it, which is then the only one that may be meant.
@@ -83,7 +83,7 @@ def commit_of(place: Place, revision: str | None, stored: StoredCheckpoint | Non
     return commit if commit is not None and (place.path / "snapshots" / commit).is_dir() else None
 
 
-def no_snapshot(place: Place) -> CheckpointNotFoundError:
+def no_snapshot(place: FoundCheckpoint) -> CheckpointNotFoundError:
     """The error for a repository of which no commit, or no one commit, can be meant."""
     snapshots = [path.name for path in snapshot_folders(place.path)]
     found = f"found {', '.join(snapshots)}, and nothing that says which is the main one" if snapshots else "found none"

@@ -11,17 +11,21 @@ from typing import Any
 import torch
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
+from lading.cards.card import AssetCard
+from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.checkpoints.sidecar import Sidecar, joined, position_of
+from lading.checkpoints.sidecar_lookup import with_sidecar
 from lading.formats.manifest import Manifest
 from lading.models.construct import build_on_meta, check_config_type, no_collection, other_dtypes, settle_dtypes
 from lading.models.family import Family
 from lading.models.fit import match, report_fit, require_fit
 from lading.models.parallelize import placements
 from lading.models.pipeline import holders
+from lading.models.resolve import model_dtype, resolve_model
 from lading.models.targets import targets_of
 from lading.operations.forecast import Layout, forecast, lay_out
-from lading.transfer.dtypes import TORCH_DTYPES
+from lading.transfer.dtypes import TORCH_DTYPES, DType
 
 AXES = ("pp", "rdp", "sdp", "tp")
 
@@ -230,3 +234,43 @@ def _check_sizes(sizes: Mapping[str, int]) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"`{name}` must be at least 1, but is {size}")
+
+
+def plan_load(
+    target: AssetCard | str | Path,
+    *,
+    tp: int = 1,
+    sdp: int = 1,
+    pp: int = 1,
+    rdp: int = 1,
+    dtype: DType = "auto",
+    ranks: Sequence[int] | None = None,
+    restrict: bool = True,
+    store: AssetStore | None = None,
+) -> LoadPlan:
+    """What each rank of gangs of these sizes would read and hold of a model, were it loaded; no weight is read.
+
+    :param target: as :func:`check_model` takes it.
+    :param dtype: as ``load_model`` takes it.
+    :param ranks: to tell of, from 0 to ``pp × rdp × sdp × tp - 1``; default: all.
+    :param restrict: as :func:`lading.formats.index` takes it; for a path.
+
+    :raises ValueError: a size that is less than 1; a rank that the world does not have.
+    :raises ModelCheckpointMismatchError: the checkpoint does not fit the model's architecture.
+    :raises NotSupportedError: a size of the architecture does not divide over ``tp``; the checkpoint is quantised.
+
+    Otherwise what :func:`check_model` does.
+    """
+    model = resolve_model(target, store, restrict=restrict)
+    checkpoint = model.checkpoint
+    if model.store is not None:
+        checkpoint = with_sidecar(checkpoint, model.store, tp)
+
+    return plan_checkpoint(
+        checkpoint,
+        model.family,
+        model.config,
+        sizes={"pp": pp, "rdp": rdp, "sdp": sdp, "tp": tp},
+        dtype=model_dtype(dtype, checkpoint, store=model.store),
+        ranks=ranks,
+    )

@@ -8,42 +8,35 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref, shown_uri, uri_path
+from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref
 from lading.catalog.checkpoints.record import record_checkpoint
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.checkpoints.extra_files import (
-    Elsewhere,
+    RemoteTokenizer,
     TokenizerRef,
     same_source,
     tokenizer_beside,
     tokenizer_elsewhere,
     tokenizer_ref,
 )
-from lading.checkpoints.fetch import acquire
-from lading.checkpoints.fetch_to_index import Whole, comes_whole, fetch_whole
-from lading.checkpoints.locate import (
-    address_of,
-    card_checkpoint,
-    known_content,
-    require_access,
-    require_writable,
-    whole_checkpoint,
-)
+from lading.checkpoints.fetch import fetch_checkpoint
+from lading.checkpoints.fetch_to_index import FetchedCheckpoint, fetch_and_index, must_fetch_to_index
+from lading.checkpoints.locate import address_of, card_checkpoint, fetched_card_checkpoint, require_access
 from lading.checkpoints.pins import with_pins
-from lading.checkpoints.published import CONFIG_NAME, Published, index_source, name_in_source
-from lading.checkpoints.recording import fetch_along
+from lading.checkpoints.published import PublishedCheckpoint, index_source, name_in_source
+from lading.checkpoints.recording import fetch_extra_files, known_content, require_writable
 from lading.checkpoints.verification import require_pinned
 from lading.errors import AssetCardError, FetchError, NotSupportedError
 from lading.formats import NotByHeadersError
-from lading.formats.hf_folder import refuse_quantised_config
-from lading.models.completion import completed
+from lading.formats.config_json import CONFIG_NAME, refuse_quantised_config
 from lading.models.fit import check_manifest, require_fit
-from lading.models.resolve import family_of_card, model_config
+from lading.models.resolve import family_of_card, resolve_model
 from lading.sources.open import HTTP_SCHEMES, HUB_SCHEMES, open_source
 from lading.sources.source import FetchedFile, RemoteFile, Snapshot
 from lading.sources.web.address import is_plain
 from lading.system.settings import Settings
+from lading.system.uris import shown_uri, uri_path
 
 log = logging.getLogger("lading")
 
@@ -142,7 +135,7 @@ def pull_model(
 
     if missing:
         require_writable(store)
-    if published is not None and not isinstance(published, Whole):
+    if published is not None and not isinstance(published, FetchedCheckpoint):
         record_checkpoint(
             store.database,
             uri=checkpoint.uri,
@@ -151,7 +144,7 @@ def pull_model(
             revision=checkpoint.revision,
             card_name=card.title,
         )
-    here = acquire(pinned, store, progress=progress)
+    here = fetch_checkpoint(pinned, store, progress=progress)
     require_pinned(here, store, progress=progress)
     beside = [
         PulledFile(name=file.name, size=file.stat.size, path=file.path, fetched=True)
@@ -163,9 +156,9 @@ def pull_model(
     return _report(here, missing, beside)
 
 
-def _published(ref: CheckpointRef, revision: str | None) -> Published | None:
+def _published(ref: CheckpointRef, revision: str | None) -> PublishedCheckpoint | None:
     """What is published now, by its headers; ``None`` if nobody is to be asked, or it is to be fetched to be known."""
-    if comes_whole(ref) or Settings.from_environment().offline:
+    if must_fetch_to_index(ref) or Settings.from_environment().offline:
         return None
     try:
         return index_source(ref, revision=revision)
@@ -175,12 +168,12 @@ def _published(ref: CheckpointRef, revision: str | None) -> Published | None:
 
 def _fetched_whole(
     card: AssetCard, ref: CheckpointRef, store: AssetStore, revision: str | None, *, progress: bool
-) -> tuple[Checkpoint, Whole, bool]:
+) -> tuple[Checkpoint, FetchedCheckpoint, bool]:
     """What is published now, fetched to be known; and whether it was not what the catalog knew on this machine."""
     require_writable(store)
     known = None if store.checkpoint(ref.key) is None else card_checkpoint(card, store)
-    whole = fetch_whole(ref, store=store, known=known_content(store), progress=progress, revision=revision)
-    checkpoint = whole_checkpoint(card.title, ref, whole, store)
+    whole = fetch_and_index(ref, store=store, known=known_content(store), progress=progress, revision=revision)
+    checkpoint = fetched_card_checkpoint(card.title, ref, whole, store)
 
     return checkpoint, whole, known is None or known.files != checkpoint.files
 
@@ -229,7 +222,9 @@ def _local(checkpoint: Checkpoint, revision: str | None) -> Checkpoint:
     return checkpoint
 
 
-def _as_checkpoint(card: AssetCard, ref: CheckpointRef, published: Published, store: AssetStore) -> Checkpoint:
+def _as_checkpoint(
+    card: AssetCard, ref: CheckpointRef, published: PublishedCheckpoint, store: AssetStore
+) -> Checkpoint:
     """What is published, with the files of it that the catalog knows on this machine, if it is what it knows."""
     fresh = Checkpoint(
         name=card.name,
@@ -257,7 +252,7 @@ def _as_checkpoint(card: AssetCard, ref: CheckpointRef, published: Published, st
     return replace(fresh, manifest=kept.manifest, files=kept.files, trusted=kept.trusted)
 
 
-def _is_unchanged(kept: Checkpoint, ref: CheckpointRef, published: Published) -> bool:
+def _is_unchanged(kept: Checkpoint, ref: CheckpointRef, published: PublishedCheckpoint) -> bool:
     """Return whether a source without revisions says that its files are still those that are here.
 
     It says so by their validators: size and tensors are the same after further training, too.
@@ -270,21 +265,27 @@ def _is_unchanged(kept: Checkpoint, ref: CheckpointRef, published: Published) ->
     return [file.path for file in kept.files or ()] == here
 
 
-def _require_fit(card: AssetCard, checkpoint: Checkpoint, published: Published | None, store: AssetStore) -> None:
+def _require_fit(
+    card: AssetCard, checkpoint: Checkpoint, published: PublishedCheckpoint | None, store: AssetStore
+) -> None:
     try:
         family = family_of_card(card)
     except AssetCardError:
         return  # it may be pulled for other programs all the same
 
     # A web server lists no files, so that nothing is known of one beside the checkpoint before it is asked for.
-    hf_config = None if published is None else published.hf_config or None
-    config = completed(model_config(card, family, store), family, checkpoint, hf_config, store=store)
-    report = check_manifest(checkpoint.manifest, family, config)
+    checkpoint = replace(checkpoint, hf_config=None if published is None else published.hf_config or None)
+    model = resolve_model(card, store, family=family, checkpoint=checkpoint)
+    report = check_manifest(checkpoint.manifest, family, model.config)
     require_fit(report, path=checkpoint.where, name=card.title)
 
 
 def _companions(
-    checkpoint: Checkpoint, published: Published | None, include: Sequence[str], card: AssetCard, store: AssetStore
+    checkpoint: Checkpoint,
+    published: PublishedCheckpoint | None,
+    include: Sequence[str],
+    card: AssetCard,
+    store: AssetStore,
 ) -> tuple[RemoteFile, ...]:
     """The files beside the weights that are to come along."""
     if published is None:
@@ -311,8 +312,8 @@ def _companions(
 
 
 def _tokenizer_elsewhere(
-    card: AssetCard, ref: CheckpointRef, published: Published | None, store: AssetStore
-) -> Elsewhere | None:
+    card: AssetCard, ref: CheckpointRef, published: PublishedCheckpoint | None, store: AssetStore
+) -> RemoteTokenizer | None:
     """The files of the tokenizer, if they are neither on this machine nor among those that lie beside the weights."""
     tokenizer = tokenizer_ref(card, store.retrieve_card)
     if tokenizer is None and ref.scheme in HUB_SCHEMES:
@@ -326,7 +327,7 @@ def _tokenizer_elsewhere(
 
 
 def _bring(
-    tokenizer: Elsewhere | None, checkpoint: Checkpoint, store: AssetStore, *, dry_run: bool, progress: bool
+    tokenizer: RemoteTokenizer | None, checkpoint: Checkpoint, store: AssetStore, *, dry_run: bool, progress: bool
 ) -> list[PulledFile]:
     if tokenizer is None:
         return []
@@ -356,7 +357,7 @@ def _fetch(
     )
     snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=files)
 
-    return fetch_along(source, snapshot, files, store, checkpoint.uri, progress=progress)
+    return fetch_extra_files(source, snapshot, files, store, checkpoint.uri, progress=progress)
 
 
 def _report(checkpoint: Checkpoint, missing: bool, beside: Sequence[PulledFile]) -> PullReport:

@@ -9,26 +9,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lading.cards.card import checkpoint_ref, shown_uri
-from lading.catalog.checkpoints.holdings import held_checkpoints, letting_go
-from lading.catalog.records import HeldCheckpoint, LocalCopy
+from lading.cards.card import checkpoint_ref
+from lading.catalog.checkpoints.holdings import held_checkpoints, releasing_copies
+from lading.catalog.records import LocalCheckpoint, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
-from lading.checkpoints.locate import require_writable
+from lading.checkpoints.recording import require_writable
 from lading.checkpoints.sidecar import base_uri
 from lading.errors import PolicyError
 from lading.formats import is_rewritten
-from lading.operations.disk_usage import catalog_uri, find_orphans, names_of, own_cache
+from lading.operations.card_links import catalog_uri, names_of
+from lading.operations.disk_usage import find_orphans, own_cache
 from lading.sources.cache import Cache
 from lading.sources.hub.address import SCHEMES
 from lading.sources.hub.remove import HubRevision, delete_revisions, revision_of
 from lading.sources.partial import sweep
+from lading.system.uris import shown_uri
 
 _GRACE = 3_600
 """Seconds. A file that is younger may just not have got its entry in the cache yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeptFile:
+class SkippedFile:
     """A file that stays, and why."""
 
     path: Path
@@ -44,7 +46,7 @@ class Removal:
     """Bytes."""
     removed: tuple[Path, ...]
     """Files that are gone. Of those that others need the bytes stay, and are not counted."""
-    kept: tuple[KeptFile, ...]
+    kept: tuple[SkippedFile, ...]
     """Files that stay; the catalog does not know them as the model's any more."""
     revisions: tuple[HubRevision, ...] = ()
     """Revisions that are deleted from the cache of Hugging Face's libraries, whoever fetched them."""
@@ -171,11 +173,11 @@ def checkpoint_without_card(name: str, store: AssetStore) -> str | None:
 
 
 @contextmanager
-def _held(store: AssetStore, uri: str, *, dry_run: bool) -> Iterator[list[HeldCheckpoint]]:
+def _held(store: AssetStore, uri: str, *, dry_run: bool) -> Iterator[list[LocalCheckpoint]]:
     if dry_run:
         yield held_checkpoints(store.database)
         return
-    with letting_go(store.database, lambda other: _is_of(other, uri)) as held:
+    with releasing_copies(store.database, lambda other: _is_of(other, uri)) as held:
         yield held
 
 
@@ -198,7 +200,7 @@ class _Plan:
     made: tuple[Path, ...]
     """Files that were made of others in lading's cache."""
     paths: tuple[Path, ...]
-    kept: tuple[KeptFile, ...]
+    kept: tuple[SkippedFile, ...]
 
     def carry_out(self, *, dry_run: bool) -> int:
         """Remove the files; returns the bytes that were freed."""
@@ -211,7 +213,7 @@ class _Plan:
         return freed + _remove(self.made)
 
 
-def _plan(uri: str, entry: str, held: Sequence[HeldCheckpoint]) -> _Plan:
+def _plan(uri: str, entry: str, held: Sequence[LocalCheckpoint]) -> _Plan:
     cache = own_cache()
     copies = [copy for checkpoint in held if _is_of(checkpoint.uri, uri) for copy in checkpoint.copies]
     by_name = {
@@ -228,7 +230,7 @@ def _plan(uri: str, entry: str, held: Sequence[HeldCheckpoint]) -> _Plan:
     digests: list[str] = []
     revisions: set[HubRevision] = set()
     made: list[Path] = []
-    kept: list[KeptFile] = []
+    kept: list[SkippedFile] = []
     for copy in copies:
         digest, other = _digest(cache, copy.path), others.get(os.path.realpath(copy.path))
         # Bytes of another source may be there, too: those are no reason to delete a revision.
@@ -244,12 +246,12 @@ def _plan(uri: str, entry: str, held: Sequence[HeldCheckpoint]) -> _Plan:
         elif _is_made(copy.path, cache) and other is None:
             made.append(copy.path)
         elif os.path.lexists(copy.path):  # in a cache that was another one's, it may be gone
-            kept.append(KeptFile(path=copy.path, reason=_reason(copy, other)))
+            kept.append(SkippedFile(path=copy.path, reason=_reason(copy, other)))
 
     # The entry in the cache may know of files that the catalog does not: those of a fetch that did not end.
     removable = cache.removable(entry, also=digests, keep=needed)
     kept += [
-        KeptFile(path=copy.path, reason="fetched for another address or by another catalog, too")
+        SkippedFile(path=copy.path, reason="fetched for another address or by another catalog, too")
         for copy in copies
         if copy.kind == "cache" and _digest(cache, copy.path) in set(digests) - {path.name[:64] for path in removable}
         if os.path.lexists(copy.path)

@@ -19,21 +19,21 @@ from lading.catalog.checkpoints.record import record_checkpoint, record_digests,
 from lading.catalog.records import Check, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.checkpoint import Checkpoint
-from lading.checkpoints.fetch import acquire
-from lading.checkpoints.locate import card_checkpoint, require_writable
+from lading.checkpoints.fetch import fetch_checkpoint
+from lading.checkpoints.locate import card_checkpoint
+from lading.checkpoints.recording import require_writable
 from lading.checkpoints.sidecar import Sidecar, blocks_of, identity_of, metadata_of, sidecar_uri
 from lading.checkpoints.sidecar_lookup import find_sidecar
-from lading.checkpoints.verification import block_dims, remedy, shard_digest
+from lading.checkpoints.verification import remedy, shard_digest
 from lading.errors import CorruptModelCheckpointError, DigestMismatchError, InternalError, NotSupportedError
 from lading.formats.digests import Digests
 from lading.formats.manifest import BITS
 from lading.formats.safetensors import index_file
 from lading.formats.safetensors_writer import METADATA, Entry, header_of
-from lading.models.completion import completed
 from lading.models.construct import build_on_meta
 from lading.models.family import Family
-from lading.models.fit import match, report_fit, require_fit
-from lading.models.resolve import family_of_card, model_config
+from lading.models.fit import block_dims, match, report_fit, require_fit
+from lading.models.resolve import resolve_model
 from lading.models.targets import Targets, targets_of
 from lading.operations.verify import verify_model
 from lading.planning.box import Box
@@ -128,10 +128,8 @@ class _Model:
 
     @classmethod
     def of(cls, card: AssetCard, store: AssetStore, tp: int, *, progress: bool) -> _Model:
-        family = family_of_card(card)
-        config = model_config(card, family, store)
-        checkpoint = card_checkpoint(card, store, progress=progress)
-        config = completed(config, family, checkpoint, store=store)
+        model = resolve_model(card, store, progress=progress)
+        family, config, checkpoint = model.family, model.config, model.checkpoint
         targets = targets_of(build_on_meta(family, config), dtype=None)
         parallel_plan = family.parallel_plan(config)
         if parallel_plan.tensor is None:
@@ -188,7 +186,7 @@ class _Model:
 
 def _verified(checkpoint: Checkpoint, name: str, store: AssetStore, *, progress: bool) -> Checkpoint:
     """The checkpoint on this machine, seen to be the right one in the state that it is in."""
-    checkpoint = acquire(checkpoint, store, progress=progress)
+    checkpoint = fetch_checkpoint(checkpoint, store, progress=progress)
     if checkpoint.trusted:
         return checkpoint
 

@@ -9,18 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lading import formats
-from lading.cards.card import AssetCard, path_uri, shown_uri, uri_path
+from lading.cards.card import AssetCard
 from lading.catalog.checkpoints.holdings import held_checkpoints
 from lading.catalog.checkpoints.record import record_digests, record_files, recorded_headers
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
-from lading.checkpoints.checkpoint import Checkpoint, OnDisk, best_copies, header_checks
-from lading.checkpoints.fetch import acquire
-from lading.checkpoints.local_path import local_checkpoint
+from lading.checkpoints.checkpoint import Checkpoint, LocalCheckpointFiles, header_checks, local_checkpoint
+from lading.checkpoints.fetch import fetch_checkpoint
+from lading.checkpoints.local_copies import best_copies
 from lading.checkpoints.locate import address_of, card_checkpoint
 from lading.checkpoints.pins import with_pins
 from lading.checkpoints.sidecar import base_uri, tp_of
-from lading.checkpoints.verification import block_dims, check_files, remedy, shard_digest
+from lading.checkpoints.verification import check_files, remedy, shard_digest
 from lading.errors import (
     AssetCardError,
     CheckpointNotFoundError,
@@ -32,14 +32,14 @@ from lading.errors import (
 from lading.formats.digests import Digests, default_dims, recorded
 from lading.formats.safetensors import index_file
 from lading.formats.torch_save.zip_archive import damaged_record
-from lading.models.completion import completed
 from lading.models.construct import build_on_meta
-from lading.models.fit import match
-from lading.models.resolve import family_of_card, model_config
+from lading.models.fit import block_dims, match
+from lading.models.resolve import resolve_model
 from lading.models.targets import targets_of
 from lading.sources.hub.remove import revision_of
 from lading.system.filesystem import FileStat
 from lading.system.settings import Settings
+from lading.system.uris import path_uri, shown_uri, uri_path
 from lading.transfer.execute import hash_checkpoint
 from lading.transfer.files import ShardFile
 
@@ -107,7 +107,7 @@ def verify_model(
     for check in bad:
         if kinds[check.file] == "cache":  # it may be damaged in a way that its state does not show
             check.path.unlink(missing_ok=True)
-    repaired = acquire(replace(checkpoint, files=None), store, progress=progress)
+    repaired = fetch_checkpoint(replace(checkpoint, files=None), store, progress=progress)
     checks = _checked(repaired, card, store, progress=progress)
     _record(repaired, kinds, checks, store)
     beside, hints = _checked_sidecars(repaired, card, store, progress=progress)
@@ -132,7 +132,11 @@ def _known(card: AssetCard, store: AssetStore) -> tuple[Checkpoint, dict[str, Co
     uri = ref.key if path is None else path_uri(path)
     stored = store.checkpoint(uri)
     if stored is None and path is not None:
-        fresh = card_checkpoint(card, store) if store.database.writable else OnDisk.read(path).checkpoint(card.title)
+        fresh = (
+            card_checkpoint(card, store)
+            if store.database.writable
+            else LocalCheckpointFiles.read(path).checkpoint(card.title)
+        )
         path, uri = Path(fresh.where), fresh.uri
         stored = store.checkpoint(uri)
         if stored is None:  # the catalog cannot be written
@@ -267,7 +271,7 @@ def _has_same_tensors(checkpoint: Checkpoint, shard: int) -> bool:
     :raises CorruptModelCheckpointError: it says nothing sensible.
     """
     if checkpoint.ref is None:
-        return OnDisk.read(Path(checkpoint.where)).manifest.tensors_equal(checkpoint.manifest)
+        return LocalCheckpointFiles.read(Path(checkpoint.where)).manifest.tensors_equal(checkpoint.manifest)
 
     return index_file(checkpoint.here()[shard].path).tensors_equal(checkpoint.manifest.only(shard))
 
@@ -303,10 +307,10 @@ def _family_dims(checkpoint: Checkpoint, card: AssetCard, store: AssetStore) -> 
     """Return the dims along which ranks would cut the tensors, where the family and its configuration are known."""
     manifest = checkpoint.manifest
     try:
-        family = family_of_card(card)
-        config = completed(model_config(card, family, store), family, checkpoint, store=store)
+        model = resolve_model(card, store, checkpoint=checkpoint)
     except (AssetCardError, FetchError):
         return default_dims(manifest)
+    family, config = model.family, model.config
 
     targets = targets_of(build_on_meta(family, config), dtype=None)
     routed = match(manifest, targets, family, config)

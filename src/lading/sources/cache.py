@@ -31,11 +31,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lading.cards.card import shown_uri
 from lading.errors import LadingError
 from lading.sources.partial import courtesy_lock, temporary
 from lading.sources.sha256 import sha256_file
 from lading.system.filesystem import FileStat
+from lading.system.uris import shown_uri
 
 _EXTENSIONS = {"safetensors", "json", "pt", "pth", "bin", "ckpt", "tar", "model", "txt"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-from lading.cards.card import shown_uri
 from lading.errors import NotSupportedError
 from lading.sources.hub.address import HubAddress
 from lading.sources.source import Source
 from lading.sources.web.address import WebAddress
 from lading.system.settings import Settings
+from lading.system.uris import shown_uri
 
 HUB_SCHEMES = ("hg", "hf")
 HTTP_SCHEMES = ("https", "http")

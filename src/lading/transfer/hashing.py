@@ -14,18 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from lading.errors import CorruptModelCheckpointError, InternalError
-from lading.formats.digests import (
-    EMPTY_BLOCK,
-    LEAF,
-    SIZE,
-    Cut,
-    Digests,
-    block_digest,
-    blocks_touched,
-    blocks_within,
-    cut,
-    starts_of,
-)
+from lading.formats.digests import EMPTY_BLOCK, LEAF, SIZE, Cut, Digests, block_digest, cut, starts_of
 from lading.formats.manifest import BITS, Manifest
 from lading.planning.box import Box
 from lading.planning.plan import ARENA, Plan, Wanted
@@ -374,3 +363,31 @@ def _job(begin: int, blocks: range, whole: Cut, slot: int) -> Job:
 
 def _within(inner: range, outer: range) -> bool:
     return not inner or (outer.start <= inner.start and inner.stop <= outer.stop)
+
+
+def blocks_within(dtype: str, shape: Sequence[int], dim: int, box: Box) -> range:
+    """The blocks that ``box`` covers wholly."""
+    count = cut(dtype, shape, dim).blocks
+    if count == 1:
+        return range(1 if box.covers(shape) else 0)
+
+    for other, (size, n) in enumerate(zip(box.sizes, shape, strict=True)):
+        if other != dim and size != n:
+            return range(0)
+
+    size = shape[dim] // count
+
+    return range(-(-box.starts[dim] // size), box.ends[dim] // size)
+
+
+def blocks_touched(dtype: str, shape: Sequence[int], dim: int, box: Box) -> range:
+    """The blocks of which ``box`` holds an element. They vouch for it together, and fewer of them don't."""
+    count = cut(dtype, shape, dim).blocks
+    if box.numel == 0:
+        return range(0)
+    if count == 1:
+        return range(1)
+
+    size = shape[dim] // count
+
+    return range(box.starts[dim] // size, -(-box.ends[dim] // size))

@@ -24,7 +24,7 @@ from lading.transfer.together import Demand, Joint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Moved:
+class LoadedTensors:
     """What has come of a plan."""
 
     tensors: Sequence[Tensor]
@@ -38,7 +38,7 @@ class Moved:
     """Bytes in memory by the size of their pages."""
 
 
-def move(
+def load_tensors(
     manifest: Manifest,
     planned: Plan,
     wanted: Wanted,
@@ -50,7 +50,7 @@ def move(
     cooperative: bool = False,
     progress: bool = False,
     ahead: Ahead = NOTHING_AHEAD,
-) -> Moved:
+) -> LoadedTensors:
     """Do what a plan says.
 
     :param planned: for ``wanted``; with ``cooperative``, one that maps nothing.
@@ -75,7 +75,7 @@ def move(
                     planned, joint, schedule, files, shapes,
                     host=host, arena=arena, progress=progress, hasher=hasher,
                 )  # fmt: skip
-                return Moved(
+                return LoadedTensors(
                     tensors=tensors,
                     digests=None if hasher is None else hasher.digests(),
                     bytes_read=schedule.bytes_of(host.rank),
@@ -86,7 +86,7 @@ def move(
     hasher = None if dims is None else Hasher(manifest, dims, planned, wanted)
     tensors = execute(planned, files, shapes, arena=arena, progress=progress, hasher=hasher, ahead=ahead)
 
-    return Moved(
+    return LoadedTensors(
         tensors=tensors,
         digests=None if hasher is None else hasher.digests(),
         bytes_read=planned.read_bytes,

@@ -9,9 +9,8 @@ from pathlib import Path
 from sqlalchemy import ColumnElement, Connection, and_, delete, insert, or_, select, true, tuple_
 
 from lading.catalog.checkpoints.intents import end_intents, intended
-from lading.catalog.entries import chunks, intact
-from lading.catalog.provenance import now
-from lading.catalog.records import Check, CopyKind, LocalCopy, from_signed, to_signed
+from lading.catalog.database.statements import chunks, intact
+from lading.catalog.records import Check, CopyKind, LocalCopy, from_signed, now, to_signed
 from lading.catalog.schema import COPIES, SHARDS, CopyRow
 from lading.system.filesystem import FileStat, place_id
 

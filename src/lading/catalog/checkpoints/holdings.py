@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy import Connection, delete, exists, select
 
-from lading.cards.card import split_name
 from lading.catalog.checkpoints.copies import all_copies, same_copy
 from lading.catalog.checkpoints.intents import all_intents, end_intents
 from lading.catalog.checkpoints.manifests import read_manifest
-from lading.catalog.checkpoints.record import link_card
 from lading.catalog.database.database import Database
-from lading.catalog.entries import chunks, intact
-from lading.catalog.records import HeldCheckpoint, LocalCopy
+from lading.catalog.database.statements import chunks, intact
+from lading.catalog.records import LocalCheckpoint, LocalCopy
 from lading.catalog.schema import CHECKPOINTS, SHARDS, CopyRow
 from lading.formats.manifest import Manifest, Shard
 from lading.system.filesystem import FileStat
 
 
-def held_checkpoints(database: Database) -> list[HeldCheckpoint]:
+def held_checkpoints(database: Database) -> list[LocalCheckpoint]:
     """The checkpoints of which the catalog knows files on this machine, by their URIs."""
     with database.read() as connection:
         return [held for _, held in _held(connection)]
@@ -34,7 +32,7 @@ def known_uris(database: Database) -> frozenset[str]:
 
 
 @contextmanager
-def letting_go(database: Database, chosen: Callable[[str], bool]) -> Iterator[list[HeldCheckpoint]]:
+def releasing_copies(database: Database, chosen: Callable[[str], bool]) -> Iterator[list[LocalCheckpoint]]:
     """Forget where files of checkpoints are on this machine, and remove them: the latter is the body's part.
 
     The body sees what is held, those checkpoints included. While it runs nobody else writes to the catalog, so no file
@@ -61,7 +59,7 @@ def letting_go(database: Database, chosen: Callable[[str], bool]) -> Iterator[li
         yield [checkpoint for _, checkpoint in held]
 
 
-def _held(connection: Connection) -> list[tuple[int | None, HeldCheckpoint]]:
+def _held(connection: Connection) -> list[tuple[int | None, LocalCheckpoint]]:
     """The checkpoints of which files are here, each with its id; that has none of which only a fetch began."""
     copies, begun = all_copies(connection), all_intents(connection)
     shards: dict[int, list[Shard]] = {}
@@ -77,10 +75,10 @@ def _held(connection: Connection) -> list[tuple[int | None, HeldCheckpoint]]:
         statement = select(CHECKPOINTS.c.id, CHECKPOINTS.c.uri, CHECKPOINTS.c.revision)
         rows += map(tuple, connection.execute(statement.where(CHECKPOINTS.c.id.in_(ids))))
 
-    found: list[tuple[int | None, HeldCheckpoint]] = [
+    found: list[tuple[int | None, LocalCheckpoint]] = [
         (
             checkpoint_id,
-            HeldCheckpoint(
+            LocalCheckpoint(
                 uri=uri,
                 revision=revision,
                 shards=tuple(shards.get(checkpoint_id, ())),
@@ -90,7 +88,7 @@ def _held(connection: Connection) -> list[tuple[int | None, HeldCheckpoint]]:
         for checkpoint_id, uri, revision in rows
     ]
     found += [
-        (None, HeldCheckpoint(uri=uri, revision="", shards=(), copies=tuple(map(_came, paths))))
+        (None, LocalCheckpoint(uri=uri, revision="", shards=(), copies=tuple(map(_came, paths))))
         for uri, paths in begun.items()
     ]
 
@@ -126,12 +124,3 @@ def checkpoints_like(database: Database, manifest: Manifest) -> list[tuple[str, 
         for uri, other in known
         if [shard.size for shard in other.shards] == sizes and other.tensors_equal(manifest)
     ]
-
-
-def link_cards(database: Database, names: Collection[str], *, uri: str) -> None:
-    """Link cards to the checkpoint that their models are loaded from."""
-    with database.write() as connection:
-        checkpoint_id = connection.scalar(select(CHECKPOINTS.c.id).where(CHECKPOINTS.c.uri == uri))
-        if checkpoint_id is not None:
-            for name in names:
-                link_card(connection, split_name(name)[0], checkpoint_id)

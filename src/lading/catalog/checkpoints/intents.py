@@ -17,8 +17,8 @@ from pathlib import Path
 from sqlalchemy import Connection, and_, delete, insert, select
 
 from lading.catalog.database.database import Database
-from lading.catalog.entries import chunks
-from lading.catalog.provenance import now
+from lading.catalog.database.statements import chunks
+from lading.catalog.records import now
 from lading.catalog.schema import IntentRow
 from lading.system.filesystem import place_id
 

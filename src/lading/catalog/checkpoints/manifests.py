@@ -10,7 +10,7 @@ from itertools import islice
 
 from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
-from lading.catalog.entries import chunks, intact, loads_object
+from lading.catalog.database.statements import chunks, intact, loads_object
 from lading.catalog.schema import CHECKPOINTS, DIGESTS, SHARDS, TENSORS, DigestRow, ShardRow, TensorRow
 from lading.formats.digests import Digests, recorded
 from lading.formats.manifest import BITS, Manifest, Shard

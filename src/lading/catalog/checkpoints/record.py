@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, insert, select, update
 
-from lading.cards.card import shown_uri, split_name
+from lading.cards.card import split_name
 from lading.catalog.checkpoints.copies import all_verified, copies_of, replace_copies, same_copy, write_copies
 from lading.catalog.checkpoints.manifests import (
     forget_digests,
@@ -17,13 +17,13 @@ from lading.catalog.checkpoints.manifests import (
     write_tensors,
 )
 from lading.catalog.database.database import Database
-from lading.catalog.entries import dumps
-from lading.catalog.importing.write import link_by_uri
-from lading.catalog.provenance import now
-from lading.catalog.records import HEADER, Check, LocalCopy
-from lading.catalog.schema import CardCheckpointRow, CardRow, CheckpointRow, CopyRow, ShardRow, VerificationRow
+from lading.catalog.database.statements import dumps
+from lading.catalog.links import link_by_uri, link_card
+from lading.catalog.records import HEADER, Check, LocalCopy, now
+from lading.catalog.schema import CheckpointRow, CopyRow, ShardRow, VerificationRow
 from lading.formats.digests import Digests
 from lading.formats.manifest import Manifest
+from lading.system.uris import shown_uri
 from lading.system.version import __version__
 
 _log = logging.getLogger("lading")
@@ -206,13 +206,3 @@ def _write_check(connection: Connection, uri: str, checkpoint_id: int | None, ch
             .where(ShardRow.checkpoint_id == checkpoint_id, ShardRow.name == check.file, ShardRow.sha256.is_(None))
             .values(sha256=check.found)
         )
-
-
-def link_card(connection: Connection, card_name: str, checkpoint_id: int) -> None:
-    """Link a card to the checkpoint that its models are loaded from, and to no other."""
-    card_id = connection.scalar(select(CardRow.id).where(CardRow.name == card_name, CardRow.env == ""))
-    if card_id is None:
-        return
-
-    connection.execute(delete(CardCheckpointRow).where(CardCheckpointRow.card_id == card_id))
-    connection.execute(insert(CardCheckpointRow).values(card_id=card_id, checkpoint_id=checkpoint_id, linked_at=now()))

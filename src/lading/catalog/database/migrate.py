@@ -10,7 +10,6 @@ import os
 import sqlite3
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import URL, Connection, Engine, exc, inspect, text
+from sqlalchemy import URL, Connection, Engine, inspect, text
 
 from lading.catalog.database.connection import (
     connect_readonly,
@@ -41,12 +40,9 @@ from lading.catalog.database.target import (
     check_version,
     connect,
     foreign,
-    no_catalog,
     peek,
     writable,
 )
-from lading.catalog.importing.derived import stale_columns
-from lading.catalog.search import is_not_index, stale_index
 from lading.errors import CatalogError
 from lading.system.settings import Settings
 
@@ -114,11 +110,11 @@ def check_objects(connection: Connection, target: Target) -> None:
 
     :raises CatalogError: it differs.
     """
-    if target.is_sqlite and (problems := _alterations(connection)):
+    if target.is_sqlite and (problems := alterations(connection)):
         raise altered(target, problems)
 
 
-def _alterations(connection: Connection) -> list[str]:
+def alterations(connection: Connection) -> list[str]:
     found = objects_of(connection)
     # The digest spares the run of the migrations, which other versions of SQLite may yet write down in another way.
     return [] if digest_of(found) == SCHEMA_DIGEST else differences(_expected_objects(SCHEMA_VERSION), found)
@@ -241,14 +237,14 @@ def _versions(target: Target) -> tuple[int, int]:
     :raises CatalogError: the file is something else, is damaged, or its schema is of no version.
     :raises CatalogOutdatedError: the catalog is newer than this code.
     """
-    if not _is_there(target):
+    if not is_there(target):
         return 0, 0
 
-    with transaction(_engine(target), target, write=False) as connection:
+    with transaction(engine_for(target), target, write=False) as connection:
         return version_of(connection), _true_version(connection, target)
 
 
-def _is_there(target: Target) -> bool:
+def is_there(target: Target) -> bool:
     """Return whether there is a catalog, after a log of another file beside it was set aside."""
     if target.path is None and target.is_sqlite:
         raise CatalogError("A catalog in memory lives as long as its process: it has no versions and no copies.")
@@ -264,72 +260,11 @@ def _is_there(target: Target) -> bool:
     return found is Found.CATALOG
 
 
-def _engine(target: Target) -> Engine:
+def engine_for(target: Target) -> Engine:
     return server_engine(target) if target.path is None else readonly_engine(target.path)
 
 
 # --- check -----------------------------------------------------------------------------------------------------------
-
-
-def check(settings: Settings) -> list[str]:
-    """What is wrong with the catalog, one line each: damage, lost references, a schema or columns that drifted.
-
-    :raises CatalogError: there is no catalog, or the file is something else.
-    """
-    target = Target.from_url(settings.database_url)
-    if (target.path is not None or not target.is_sqlite) and not _is_there(target):
-        raise no_catalog(target)
-
-    try:
-        with transaction(_engine(target), target, write=False) as connection:
-            version = version_of(connection)
-            if version != SCHEMA_VERSION:
-                return [
-                    f"the schema is of version {version}, but this version of lading works with {SCHEMA_VERSION}"
-                    + ("; `lading db upgrade` brings it up to date" if version < SCHEMA_VERSION else "")
-                ]
-
-            # Each question makes sense only where the one before it found nothing.
-            return (
-                # First what is defined: to look for damage evaluates the expressions of tables and indexes.
-                _drift(connection)
-                or (_damage(connection) if target.is_sqlite else [])
-                or (_lost_references(connection) if target.is_sqlite else [])
-                or stale_columns(connection)
-                or stale_index(connection)
-            )
-    except CatalogError as error:
-        return [error.message]
-
-
-def _damage(connection: Connection) -> list[str]:
-    return [f"damage: {line}" for (line,) in connection.exec_driver_sql("PRAGMA integrity_check").all() if line != "ok"]
-
-
-def _lost_references(connection: Connection) -> list[str]:
-    return [
-        f"lost reference: row {row} of {table} refers to a missing row of {parent}"
-        for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check").all()
-    ]
-
-
-def _drift(connection: Connection) -> list[str]:
-    from alembic.autogenerate import compare_metadata
-    from alembic.runtime.migration import MigrationContext
-
-    from lading.catalog.schema import Row
-
-    context = MigrationContext.configure(
-        connection, opts={"version_table": VERSION_TABLE, "include_name": is_not_index}
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", exc.SAWarning)  # of indexes by others that it cannot compare
-        problems = [f"drift: {difference}" for difference in compare_metadata(context, Row.metadata)]
-    if connection.dialect.name == "sqlite":
-        # The comparison above knows neither views nor triggers nor checks.
-        problems += [f"drift: {line}" for line in _alterations(connection)]
-
-    return problems
 
 
 # --- backup ----------------------------------------------------------------------------------------------------------
@@ -345,13 +280,13 @@ def backup(settings: Settings, target: Path | None = None) -> Path:
     :raises OSError: the copy cannot be written.
     """
     source = Target.from_url(settings.database_url)
-    there = _is_there(source)
+    there = is_there(source)
     if source.path is None:
         raise CatalogError(f"{source} has no file that could be copied. Use the server's own tool: `pg_dump`.")
     if not there:
         raise CatalogError(f"There is no catalog at {source} yet, so there is nothing to copy.")
 
-    with transaction(_engine(source), source, write=False) as connection:
+    with transaction(engine_for(source), source, write=False) as connection:
         version = version_of(connection)
     name = f"{source.path.stem}.v{version}.{_stamp()}{source.path.suffix}"
     if target is None:
@@ -435,7 +370,7 @@ def restore(settings: Settings, file: Path) -> RestoreReport:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
     if peek(file) is not Found.CATALOG:
         raise CatalogError(f"{file} is expected to be a backup of a catalog, but is another kind of file.")
-    there = _is_there(target)
+    there = is_there(target)
     if there and file.samefile(target.path):
         raise CatalogError(f"{target} is the catalog itself. Give the file of a backup: `lading db backup` makes one.")
 
@@ -452,9 +387,9 @@ def restore(settings: Settings, file: Path) -> RestoreReport:
 
 def _checked(source: Target) -> int:
     """Return the version of a backup, after a check that it is whole."""
-    with transaction(_engine(source), source, write=False) as connection:
+    with transaction(engine_for(source), source, write=False) as connection:
         version = _true_version(connection, source)
-        problems = _damage(connection) or _lost_references(connection)
+        problems = damage(connection) or lost_references(connection)
     if not version:
         problems = ["it holds no schema"]
     if problems:
@@ -492,3 +427,14 @@ def _is_legible(path: Path) -> bool:
         return False
 
     return True
+
+
+def damage(connection: Connection) -> list[str]:
+    return [f"damage: {line}" for (line,) in connection.exec_driver_sql("PRAGMA integrity_check").all() if line != "ok"]
+
+
+def lost_references(connection: Connection) -> list[str]:
+    return [
+        f"lost reference: row {row} of {table} refers to a missing row of {parent}"
+        for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+    ]

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import ColumnElement, Connection, func, select, true
 
-from lading.cards.card import FIELDS, CardEntry, uri_path
-from lading.catalog.entries import chunks
+from lading.cards.card import FIELDS, CardEntry
+from lading.catalog.database.statements import chunks
 from lading.catalog.importing import write as rows
 from lading.catalog.importing.changes import (
     STDIN,
-    Decision,
-    Kept,
+    ImportPlan,
     Key,
+    StoredRow,
     architecture_key,
     architecture_text,
     architecture_title,
@@ -32,6 +32,7 @@ from lading.catalog.records import ImportReport
 from lading.catalog.schema import ArchitectureRow, CardRow, FamilyRow, SourceRow
 from lading.errors import CardFileError
 from lading.system.filesystem import FileStat
+from lading.system.uris import uri_path
 
 if TYPE_CHECKING:
     from lading.cards.card_file import CardFile
@@ -98,7 +99,7 @@ def apply(
 # --- what is there ---------------------------------------------------------------------------------------------------
 
 
-def _kept_cards(connection: Connection, keys: Collection[Key], sources: Collection[str]) -> dict[Key, Kept]:
+def _kept_cards(connection: Connection, keys: Collection[Key], sources: Collection[str]) -> dict[Key, StoredRow]:
     statement = select(
         CardRow.id, CardRow.name, CardRow.env, CardRow.position, CardRow.metadata_, CardRow.folder, SourceRow.uri
     ).join_from(CardRow, SourceRow, CardRow.source_id == SourceRow.id)
@@ -111,13 +112,15 @@ def _kept_cards(connection: Connection, keys: Collection[Key], sources: Collecti
         conditions += [SourceRow.uri.in_(piece) for piece in chunks(sources)]
 
     return {
-        (name, env): Kept((name, env), uri, position, text, folder, row_id)
+        (name, env): StoredRow((name, env), uri, position, text, folder, row_id)
         for condition in conditions
         for row_id, name, env, position, text, folder, uri in connection.execute(statement.where(condition))
     }
 
 
-def _kept_architectures(connection: Connection, keys: Collection[Key], sources: Collection[str]) -> dict[Key, Kept]:
+def _kept_architectures(
+    connection: Connection, keys: Collection[Key], sources: Collection[str]
+) -> dict[Key, StoredRow]:
     statement = select(
         ArchitectureRow.family,
         ArchitectureRow.name,
@@ -133,20 +136,20 @@ def _kept_architectures(connection: Connection, keys: Collection[Key], sources: 
     conditions += [SourceRow.uri.in_(piece) for piece in chunks(sources)]
 
     return {
-        (family, name): Kept((family, name), uri, position, architecture_text(base, config), None)
+        (family, name): StoredRow((family, name), uri, position, architecture_text(base, config), None)
         for condition in conditions
         for family, name, base, config, position, uri in connection.execute(statement.where(condition))
     }
 
 
-def _missing(kept: Mapping[Key, Kept]) -> set[str]:
+def _missing(kept: Mapping[Key, StoredRow]) -> set[str]:
     """Return the sources of these rows whose file is not where it was."""
     paths = {uri: uri_path(uri) for uri in {row.uri for row in kept.values()}}
 
     return {uri for uri, path in paths.items() if path is not None and not os.path.lexists(path)}
 
 
-def _entries(connection: Connection, cards: Decision) -> Entries:
+def _entries(connection: Connection, cards: ImportPlan) -> Entries:
     """The cards that are about to change, and all their bases."""
     changes: dict[str, CardEntry | None] = {row.key[0]: None for row in cards.removed if not row.key[1]}
     for claim in cards.touched():
@@ -159,7 +162,7 @@ def _entries(connection: Connection, cards: Decision) -> Entries:
     return entries
 
 
-def _refuse_towers(connection: Connection, cards: Decision, architectures: Decision) -> None:
+def _refuse_towers(connection: Connection, cards: ImportPlan, architectures: ImportPlan) -> None:
     entries = _entries(connection, cards)
 
     def card_base(name: str) -> str | None:
@@ -184,7 +187,7 @@ def _refuse_towers(connection: Connection, cards: Decision, architectures: Decis
 # --- what is told ----------------------------------------------------------------------------------------------------
 
 
-def _warnings(connection: Connection, cards: Decision, architectures: Decision) -> tuple[str, ...]:
+def _warnings(connection: Connection, cards: ImportPlan, architectures: ImportPlan) -> tuple[str, ...]:
     """What may be meant (files come in any order), but cannot be used as it is."""
     warnings: list[str] = []
 
@@ -264,7 +267,7 @@ def _names(connection: Connection, names: Iterable[str]) -> set[str]:
 
 
 def _report(
-    cards: Decision, architectures: Decision, *, warnings: tuple[str, ...], problems: tuple[str, ...]
+    cards: ImportPlan, architectures: ImportPlan, *, warnings: tuple[str, ...], problems: tuple[str, ...]
 ) -> ImportReport:
     def titles(of_cards: Iterable[Key], of_architectures: Iterable[Key]) -> tuple[str, ...]:
         return (*sorted(map(card_title, of_cards)), *sorted(map(architecture_title, of_architectures)))

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from lading.cards.card import ArchitectureEntry, CardEntry
-from lading.catalog.entries import dumps, label
+from lading.catalog.database.statements import dumps
+from lading.catalog.entries import label
 
 if TYPE_CHECKING:
     from lading.cards.card_file import CardFile
@@ -33,7 +34,7 @@ STDIN = "stdin"
 _POSITION = re.compile(r"\[(\d+)\]$")
 
 
-class Claim(NamedTuple):  # as there is one per document, and a tuple is the cheapest value
+class StatedRow(NamedTuple):  # as there is one per document, and a tuple is the cheapest value
     """A document that states a key."""
 
     key: Key
@@ -45,7 +46,7 @@ class Claim(NamedTuple):  # as there is one per document, and a tuple is the che
     folder: str | None
 
 
-class Kept(NamedTuple):
+class StoredRow(NamedTuple):
     """A row of the catalog."""
 
     key: Key
@@ -57,10 +58,10 @@ class Kept(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Claims:
+class StatedRows:
     """The documents of an import, one per key."""
 
-    by_key: dict[Key, Claim]
+    by_key: dict[Key, StatedRow]
     stated: frozenset[tuple[Key, str]]
     """Each key with each source that states it."""
     problems: dict[str, list[str]]
@@ -68,25 +69,25 @@ class Claims:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class ImportPlan:
     """What is to be done to make the catalog say what the files say."""
 
-    added: list[Claim] = field(default_factory=list)
-    changed: list[tuple[Kept, Claim]] = field(default_factory=list)
+    added: list[StatedRow] = field(default_factory=list)
+    changed: list[tuple[StoredRow, StatedRow]] = field(default_factory=list)
     unchanged: list[Key] = field(default_factory=list)
-    moved: list[tuple[Kept, Claim]] = field(default_factory=list)
+    moved: list[tuple[StoredRow, StatedRow]] = field(default_factory=list)
     """The same content at another place."""
-    removed: list[Kept] = field(default_factory=list)
+    removed: list[StoredRow] = field(default_factory=list)
     problems: dict[str, list[str]] = field(default_factory=dict)
     """By source."""
 
-    def written(self) -> Iterator[Claim]:
+    def written(self) -> Iterator[StatedRow]:
         """The documents whose content goes into the catalog."""
         yield from self.added
         for _, claim in self.changed:
             yield claim
 
-    def touched(self) -> Iterator[Claim]:
+    def touched(self) -> Iterator[StatedRow]:
         """The documents whose row changes in any way. Messages name where a card stands, so a move counts."""
         yield from self.written()
         for _, claim in self.moved:
@@ -130,12 +131,12 @@ def architecture_text(base: str | None, config: str) -> str:
     return f'{{"base":{json.dumps(base)},"config":{config}}}'
 
 
-def claims_of(documents: Iterable[tuple[CardFile, Key, Entry, object]]) -> Claims:
+def claims_of(documents: Iterable[tuple[CardFile, Key, Entry, object]]) -> StatedRows:
     """One claim per key; the same key twice is a problem unless another file says the same of it.
 
     :param documents: file, key, entry and content of each document, in order.
     """
-    by_key: dict[Key, Claim] = {}
+    by_key: dict[Key, StatedRow] = {}
     stated: set[tuple[Key, str]] = set()
     problems: dict[str, list[str]] = {}
 
@@ -151,7 +152,7 @@ def claims_of(documents: Iterable[tuple[CardFile, Key, Entry, object]]) -> Claim
 
         position = _POSITION.search(entry.source)
         folder = str(entry.folder) if isinstance(entry, CardEntry) and entry.folder is not None else None
-        claim = Claim(key, entry, file.source, int(position[1]) if position else number, text, folder)
+        claim = StatedRow(key, entry, file.source, int(position[1]) if position else number, text, folder)
         stated.add((key, file.source))
 
         first = by_key.setdefault(key, claim)
@@ -160,18 +161,18 @@ def claims_of(documents: Iterable[tuple[CardFile, Key, Entry, object]]) -> Claim
                 f"{entry.source}: {title(entry)!r} is described already by {first.entry.source}. Keep one of the two."
             )
 
-    return Claims(by_key, frozenset(stated), problems)
+    return StatedRows(by_key, frozenset(stated), problems)
 
 
 def decide(
-    claims: Claims,
-    kept: Mapping[Key, Kept],
+    claims: StatedRows,
+    kept: Mapping[Key, StoredRow],
     *,
     reread: Collection[str],
     missing: Collection[str] = (),
     seeds: bool,
     replace: bool,
-) -> Decision:
+) -> ImportPlan:
     """Lay ``claims`` over the rows that are there.
 
     :param kept: the rows of the claimed keys, and all rows of the sources in ``reread``.
@@ -180,7 +181,7 @@ def decide(
         a file that was moved.
     :param seeds: whether the claims are those of the package, which give way to everyone's.
     """
-    decision = Decision(problems={uri: list(lines) for uri, lines in claims.problems.items()})
+    decision = ImportPlan(problems={uri: list(lines) for uri, lines in claims.problems.items()})
 
     for key, claim in claims.by_key.items():
         row = kept.get(key)
@@ -212,7 +213,7 @@ def decide(
     return decision
 
 
-def climb(noun: str, claims: Mapping[str, Claim], base_of: Callable[[str], str | None]) -> dict[Key, str]:
+def climb(noun: str, claims: Mapping[str, StatedRow], base_of: Callable[[str], str | None]) -> dict[Key, str]:
     """The claims that may not go in because their bases form a cycle or a tower, and why.
 
     :param claims: by the name that ``base_of`` knows them by.
@@ -254,7 +255,7 @@ def climb(noun: str, claims: Mapping[str, Claim], base_of: Callable[[str], str |
     return refused
 
 
-def _same(a: Claim | Kept, b: Claim) -> bool:
+def _same(a: StatedRow | StoredRow, b: StatedRow) -> bool:
     if a.text != b.text and _parsed(a.text) != json.loads(b.text):
         return False
 
@@ -262,7 +263,7 @@ def _same(a: Claim | Kept, b: Claim) -> bool:
     return a.folder == b.folder or not (isinstance(b.entry, CardEntry) and _has_relative_path(b.entry))
 
 
-def _is_built_in(row: Kept, claim: Claim) -> bool:
+def _is_built_in(row: StoredRow, claim: StatedRow) -> bool:
     """Whether a card of the package says all that ``claim`` does; it may say more, such as a license.
 
     fairseq2's own card files have the names of cards that come with lading, and must import as they are.

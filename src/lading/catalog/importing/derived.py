@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from sqlalchemy import Connection, select
 
 from lading.cards.card import AssetCard, CardEntry, checkpoint_ref, resolve_card
-from lading.catalog.entries import chunks, read_cards
+from lading.catalog.database.statements import chunks
+from lading.catalog.entries import read_cards
 from lading.catalog.schema import CARDS, CardRow
 from lading.catalog.search import fold_fields, search_text
 from lading.errors import AssetCardError

@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Row, insert, select, update
 
-from lading.cards.card import path_uri, uri_path
 from lading.cards.documents.document import MAX_FILE_BYTES
 from lading.catalog.importing.apply import apply
 from lading.catalog.importing.write import forget
-from lading.catalog.provenance import newer, now
+from lading.catalog.records import newer, now
 from lading.catalog.schema import FAMILIES, SOURCES, FamilyRow, SourceRow
 from lading.system.entry_points import registered
 from lading.system.filesystem import FileStat, is_there, read_regular
 from lading.system.settings import Settings
+from lading.system.uris import path_uri, uri_path
 from lading.system.version import __version__
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def card_files(path: Path) -> Iterator[Path]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class News:
+class Changes:
     """What differs between the catalog and the world."""
 
     families: Mapping[str, str | None]
@@ -88,7 +88,7 @@ class News:
         return bool(self.families or self.seeds is not None or self.changed or self.gone)
 
 
-def look(connection: Connection, settings: Settings) -> News:
+def find_changes(connection: Connection, settings: Settings) -> Changes:
     """Compare the catalog with the world."""
     sources = {
         row.uri: row
@@ -107,18 +107,18 @@ def look(connection: Connection, settings: Settings) -> News:
     }
     changed, gone, warnings = _user_news(sources, settings)
 
-    return News(
+    return Changes(
         families=_family_news(connection), seeds=_seed_news(sources), changed=changed, gone=gone, warnings=warnings
     )
 
 
-def take_up(connection: Connection, settings: Settings) -> None:
+def apply_changes(connection: Connection, settings: Settings) -> None:
     """Bring the catalog up to date. What is wrong in a file of the user is logged, and the rest goes in."""
-    news = look(connection, settings)
+    news = find_changes(connection, settings)
     _take(connection, news)
     warnings = dict(news.warnings)
     # What was withdrawn may have hidden what another file states; that one is to be read again.
-    again = look(connection, settings)
+    again = find_changes(connection, settings)
     _take(connection, again)
     for uri in again.changed:
         warnings.pop(uri, None)
@@ -126,7 +126,7 @@ def take_up(connection: Connection, settings: Settings) -> None:
         _log.warning("%s", line)
 
 
-def _take(connection: Connection, news: News) -> None:
+def _take(connection: Connection, news: Changes) -> None:
     _take_families(connection, news.families)
     if news.seeds is not None:
         _take_seeds(connection, news.seeds)
@@ -310,7 +310,7 @@ def _out_of_sight(path: Path, watched: Path | None) -> tuple[Path, str | None]:
             return folder, f"it cannot be read ({error.strerror})"
 
 
-def _take_user_files(connection: Connection, news: News) -> None:
+def _take_user_files(connection: Connection, news: Changes) -> None:
     known = {row[0]: row[1] for row in connection.execute(select(SourceRow.uri, SourceRow.sha256))}
     parsed: list[CardFile] = []
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, bindparam, delete, exists, func, insert, literal, select, update
+from sqlalchemy import Connection, bindparam, delete, exists, func, insert, select, update
 
 from lading.cards.card import ArchitectureEntry, CardEntry
 from lading.catalog import search
-from lading.catalog.entries import chunks, dumps
-from lading.catalog.importing.changes import Claim, Decision
+from lading.catalog.database.statements import chunks, dumps
+from lading.catalog.importing.changes import ImportPlan, StatedRow
 from lading.catalog.importing.derived import COLUMNS, Entries, descendants, resolve_columns
-from lading.catalog.provenance import now
-from lading.catalog.schema import ArchitectureRow, CardCheckpointRow, CardRow, CheckpointRow, FamilyRow, SourceRow
+from lading.catalog.links import link_by_uri
+from lading.catalog.records import now
+from lading.catalog.schema import ArchitectureRow, CardCheckpointRow, CardRow, FamilyRow, SourceRow
 from lading.system.filesystem import FileStat
 from lading.system.version import __version__
 
@@ -75,7 +76,7 @@ def write_sources(
     }
 
 
-def write_architectures(connection: Connection, decision: Decision, sources: Mapping[str, int]) -> None:
+def write_architectures(connection: Connection, decision: ImportPlan, sources: Mapping[str, int]) -> None:
     """Make the rows of architectures what ``decision`` says."""
     write_families(connection, {claim.key[0] for claim in decision.written()})
     at = (ArchitectureRow.family == bindparam("of_family"), ArchitectureRow.name == bindparam("of_name"))
@@ -96,7 +97,7 @@ def write_architectures(connection: Connection, decision: Decision, sources: Map
         connection.execute(update(ArchitectureRow).where(*at).values(columns), values)
 
 
-def _architecture(claim: Claim, sources: Mapping[str, int]) -> Values:
+def _architecture(claim: StatedRow, sources: Mapping[str, int]) -> Values:
     assert isinstance(claim.entry, ArchitectureEntry)
 
     return {
@@ -109,7 +110,7 @@ def _architecture(claim: Claim, sources: Mapping[str, int]) -> Values:
     }
 
 
-def write_cards(connection: Connection, decision: Decision, sources: Mapping[str, int], entries: Entries) -> None:
+def write_cards(connection: Connection, decision: ImportPlan, sources: Mapping[str, int], entries: Entries) -> None:
     """Make the rows of cards what ``decision`` says, and bring up to date what the cards based on them resolve to.
 
     :param entries: holds the cards that change, and their bases.
@@ -146,7 +147,7 @@ def write_cards(connection: Connection, decision: Decision, sources: Mapping[str
         link_by_uri(connection)
 
 
-def _card(claim: Claim, sources: Mapping[str, int], entries: Entries) -> Values:
+def _card(claim: StatedRow, sources: Mapping[str, int], entries: Entries) -> Values:
     entry = claim.entry
     assert isinstance(entry, CardEntry)
 
@@ -186,19 +187,6 @@ def _unlink_moved(connection: Connection, rows: Sequence[Values]) -> None:
     )
     stale = [row_id for row_id, uri, path in linked if (uri, path) != new[row_id]]
     connection.execute(delete(CardCheckpointRow).where(CardCheckpointRow.card_id.in_(stale)))
-
-
-def link_by_uri(connection: Connection) -> None:
-    """Link every card whose checkpoint is known, and which is not linked yet."""
-    linked = exists().where(CardCheckpointRow.card_id == CardRow.id)
-    connection.execute(
-        insert(CardCheckpointRow).from_select(
-            ["card_id", "checkpoint_id", "linked_at"],
-            select(CardRow.id, CheckpointRow.id, literal(now()))
-            .join_from(CheckpointRow, CardRow, CardRow.checkpoint_uri == CheckpointRow.uri)
-            .where(CardRow.env == "", CardRow.checkpoint_path.is_(None), ~linked),
-        )
-    )
 
 
 def write_families(connection: Connection, names: Collection[str]) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lading.errors import AddressError, FetchError, LadingError, PolicyError
 from lading.sources.proxies import require_proxies
 from lading.sources.web.netrc import authorization
-from lading.sources.web.redirects import MAX_REDIRECTS, Boundary, Origin, check_url, shown
+from lading.sources.web.redirects import MAX_REDIRECTS, Origin, RedirectPolicy, check_url, shown
 from lading.sources.web.responses import HeadRefused, Unavailable, require_success
 from lading.sources.web.tls import lasting_fault
 from lading.system.version import __version__
@@ -39,7 +39,7 @@ _REDIRECTS = {301, 302, 303, 307, 308}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
+class Timeouts:
     """How long a server is waited for; times in seconds."""
 
     connect: float = 15
@@ -79,7 +79,7 @@ class Client:
     Safe to use from several threads, of which each has a :class:`Connection` of its own while it needs one.
     """
 
-    def __init__(self, uri: str, *, patience: Patience) -> None:
+    def __init__(self, uri: str, *, patience: Timeouts) -> None:
         """
         :raises PolicyError: ``uri`` is not of a kind that may be asked.
         :raises SettingsError: the environment names a proxy that cannot be used.
@@ -90,7 +90,7 @@ class Client:
         self.url = self.parse(uri)
         check_url(self.url)
 
-        self._boundary = Boundary()
+        self._boundary = RedirectPolicy()
         self._authorization = authorization(self.url.host)
         self._locations: dict[str, httpx.URL] = {}
         """Where the redirects for a URL led to, so that not each range goes through all of them again."""
@@ -214,7 +214,7 @@ class Connection:
         library, patience = http_library(), client.patience
         self._client = client
         self._sockets: list[socket.socket] = []
-        self._alarm: _Alarm
+        self._alarm: _Deadline
         self._errors: tuple[type[Exception], ...] = (library.TransportError,)
         self._http = library.Client(
             verify=tls,
@@ -310,7 +310,7 @@ class Connection:
     @contextmanager
     def _send(self, method: str, url: httpx.URL, headers: dict[str, str]) -> Iterator[httpx.Response]:
         """One request; failures of the network, of the body too, are :class:`Unavailable`."""
-        alarm = self._alarm = _Alarm(self._client.patience.answer, self.abort)
+        alarm = self._alarm = _Deadline(self._client.patience.answer, self.abort)
         request = self._http.build_request(
             method,
             url,
@@ -359,7 +359,7 @@ class Connection:
         self._http.close()
 
 
-class _Alarm:
+class _Deadline:
     """Ends a request when its time is over.
 
     The HTTP client's own deadline begins anew with each byte, also with one that is no part of the file.

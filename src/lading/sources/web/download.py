@@ -41,7 +41,7 @@ _GOOD = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Effort:
+class Concurrency:
     """How much is done at once."""
 
     connections: int = 32
@@ -57,7 +57,7 @@ class Effort:
         return self.piece or (8 << 20 if size < 1 << 30 else 16 << 20)
 
 
-class Crew:
+class WorkerGroup:
     """Threads that work together: when one fails, or the block is left, all of them end."""
 
     def __init__(self) -> None:
@@ -144,7 +144,12 @@ class Download:
     """One file on its way into a :class:`Partial`."""
 
     def __init__(
-        self, client: Client, partial: Partial, *, effort: Effort, advance: Callable[[int], object] = lambda _: None
+        self,
+        client: Client,
+        partial: Partial,
+        *,
+        effort: Concurrency,
+        advance: Callable[[int], object] = lambda _: None,
     ) -> None:
         """:param advance: called in the calling thread with the number of bytes that have come since, also negative."""
         self._client = client
@@ -183,7 +188,7 @@ class Download:
             with lock:
                 return next(waiting, None)
 
-        with Crew() as crew:
+        with WorkerGroup() as crew:
             started = 0
 
             def tick() -> None:
@@ -216,7 +221,7 @@ class Download:
                 action = lambda: self._stream(connection, piece, crew.stop)  # noqa: E731
                 digests.append(self._client.retry(action, what=self._what, stop=crew.stop))
 
-        with Crew() as crew:
+        with WorkerGroup() as crew:
             crew.start(work)
             crew.watch(lambda: self._report(piece.at))
 
@@ -232,7 +237,7 @@ class Download:
 
     # --- in threads --------------------------------------------------------------------------------------------------
 
-    def _work(self, crew: Crew, take: Callable[[], _Piece | None], begun: threading.Event) -> None:
+    def _work(self, crew: WorkerGroup, take: Callable[[], _Piece | None], begun: threading.Event) -> None:
         with self._client.connection() as connection:
             crew.connections.append(connection)
             while (piece := take()) is not None:

@@ -20,7 +20,7 @@ from lading.system.filesystem import FileStat
 _log = logging.getLogger("lading")
 
 
-class Kept:
+class LocalFile:
     """The files of one URI, as far as they are here."""
 
     def __init__(self, cache: Cache, uri: str, *, offline: bool) -> None:

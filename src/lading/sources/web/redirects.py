@@ -22,7 +22,7 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 """Behind it stands an IPv4 address, to which a translator passes it on: https://www.rfc-editor.org/rfc/rfc6052."""
 
 
-class Reach(IntEnum):
+class AddressScope(IntEnum):
     """From where an address can be reached: the larger, the fewer can."""
 
     EVERYWHERE = 0
@@ -33,7 +33,7 @@ class Reach(IntEnum):
     """This machine, or the link it is on: there the metadata services of clouds are, too."""
 
 
-def reach(address: str) -> Reach:
+def reach(address: str) -> AddressScope:
     """The reach of an IP address, ``EVERYWHERE`` for what is none.
 
     Source: https://www.iana.org/assignments/iana-ipv4-special-registry, and the one for IPv6 beside it.
@@ -41,15 +41,15 @@ def reach(address: str) -> Reach:
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
-        return Reach.EVERYWHERE
+        return AddressScope.EVERYWHERE
 
     if isinstance(ip, ipaddress.IPv6Address):
         translated = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else None
         ip = ip.ipv4_mapped or ip.sixtofour or translated or ip
     if ip.is_loopback or ip.is_link_local or ip.is_unspecified:
-        return Reach.MACHINE
+        return AddressScope.MACHINE
 
-    return Reach.NETWORK if not ip.is_global or ip.is_multicast else Reach.EVERYWHERE
+    return AddressScope.NETWORK if not ip.is_global or ip.is_multicast else AddressScope.EVERYWHERE
 
 
 def is_loopback(host: str) -> bool:
@@ -109,7 +109,7 @@ def check_url(url: httpx.URL, *, came_from: httpx.URL | None = None) -> None:
             )
 
 
-class Boundary:
+class RedirectPolicy:
     """Refuses to go further inward than where the first request of a source went.
 
     It is asked about the address of each connection as it is made, not about what a name resolves to before: a name
@@ -117,7 +117,7 @@ class Boundary:
     """
 
     def __init__(self) -> None:
-        self._origin: Reach | None = None
+        self._origin: AddressScope | None = None
 
     def check_address(self, url: httpx.URL, address: str) -> None:
         """``address`` is what a connection for ``url`` was made to.
@@ -132,7 +132,7 @@ class Boundary:
                 f"{shown(url)!r} is at {address}, an address inside this network or machine, to which a server outside "
                 "of it redirects. That is refused; if the file is there, name that URL in the card."
             )
-        if url.scheme == "http" and found is not Reach.MACHINE:
+        if url.scheme == "http" and found is not AddressScope.MACHINE:
             raise PolicyError(f"{shown(url)!r} is at {address}, and plain http is for the loopback interface only.")
 
     def check_host(self, url: httpx.URL) -> None:

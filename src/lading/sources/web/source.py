@@ -24,9 +24,9 @@ from lading.sources.disk import advised, require_space
 from lading.sources.partial import Identity, Partial, sweep
 from lading.sources.source import FetchedFile, Known, RemoteFile, Snapshot
 from lading.sources.web.address import WebAddress, is_plain
-from lading.sources.web.client import Client, Connection, Patience
-from lading.sources.web.download import Crew, Download, Effort, read_range
-from lading.sources.web.local_files import Kept
+from lading.sources.web.client import Client, Connection, Timeouts
+from lading.sources.web.download import Concurrency, Download, WorkerGroup, read_range
+from lading.sources.web.local_files import LocalFile
 from lading.sources.web.redirects import shown
 from lading.sources.web.responses import BadRanges, HeadRefused, describe
 from lading.system.filesystem import FileStat
@@ -54,8 +54,8 @@ class HttpSource:
         *,
         cache: Cache,
         offline: bool,
-        patience: Patience | None = None,
-        effort: Effort | None = None,
+        patience: Timeouts | None = None,
+        effort: Concurrency | None = None,
     ) -> None:
         """:param offline: only what is in the cache is there; no socket is opened.
 
@@ -63,10 +63,10 @@ class HttpSource:
         """
         self.uri = uri
         self._cache = cache
-        self._kept = Kept(cache, uri, offline=offline)
+        self._kept = LocalFile(cache, uri, offline=offline)
         self._offline = offline
-        self._patience = patience or Patience()
-        self._effort = effort or Effort()
+        self._patience = patience or Timeouts()
+        self._effort = effort or Concurrency()
         self._parts, self._name = WebAddress.from_uri(uri)
         self.inner: str | None = self._name
 
@@ -168,7 +168,7 @@ class HttpSource:
             with client.connection() as connection:
                 look(connection, Event())
         else:
-            with Crew() as crew:
+            with WorkerGroup() as crew:
 
                 def work() -> None:
                     with client.connection() as connection:

@@ -1,0 +1,65 @@
+"""Values in and out of SQL statements: JSON text, chunks, and rows that are not what was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import TypeVar
+
+from lading.errors import CatalogError, InternalError
+
+T = TypeVar("T")
+
+
+CHUNK = 5_000
+"""Values in one condition: well below what any database takes."""
+
+
+def chunks(values: Iterable[T]) -> Iterator[Sequence[T]]:
+    """``values`` in pieces that fit into one statement."""
+    at = iter(values)
+    while piece := list(islice(at, CHUNK)):
+        yield piece
+
+
+@contextmanager
+def intact(what: str) -> Iterator[None]:
+    """Around the making of values from rows: where that fails, the rows are not what was written.
+
+    :raises CatalogError: it failed.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, OverflowError, InternalError) as error:
+        raise CatalogError(
+            f"The catalog is damaged: {what} cannot be made of its rows ({error}). `lading db check` says more."
+        ) from error
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+def dumps(value: object) -> str:
+    """The JSON text that the catalog keeps.
+
+    :raises ValueError: a number that is none in JSON, or text that is not Unicode.
+    :raises TypeError: a value that JSON does not know.
+    """
+    text = _encode(value)
+    text.encode()  # half of a surrogate pair passes the line above, but not the database's driver
+
+    return text
+
+
+def loads_object(text: str) -> dict[str, object]:
+    """What :func:`dumps` made of a mapping.
+
+    :raises ValueError: it is something else.
+    """
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"{text[:40]!r} is not a JSON object")
+
+    return value

@@ -1,0 +1,193 @@
+"""Opening the catalog: made on first use, brought up to date, or served from memory where no file can be made."""
+
+from __future__ import annotations
+
+import errno
+import logging
+
+from lading.catalog.database.connection import (
+    file_engine,
+    memory_engine,
+    readonly_engine,
+    server_engine,
+    set_journal_mode,
+)
+from lading.catalog.database.database import Database
+from lading.catalog.database.journal import set_stale_log_aside
+from lading.catalog.database.migrate import check_objects, migrate, version_of
+from lading.catalog.database.target import (
+    APPLICATION_ID,
+    Found,
+    Target,
+    check_version,
+    foreign,
+    no_catalog,
+    peek,
+    writable,
+)
+from lading.catalog.importing import refresh
+from lading.errors import CatalogError
+from lading.system.settings import Settings
+
+_log = logging.getLogger("lading")
+
+_CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
+
+
+def open_catalog(settings: Settings) -> Database:
+    """Open the catalog; make it on first use; take up what is new in the package and in the user's card files.
+
+    Where there is none and none can be made, the built-in cards are served from memory, with a warning.
+
+    :raises CatalogError: the file is something else, is damaged, or was changed by something other than lading.
+    :raises CatalogOutdatedError: the schema is older or newer than this code.
+    :raises OSError: the disk is full, or the file cannot be read.
+    """
+    if settings.database_url is None:
+        _log.warning(
+            "No catalog can be made, as this user has no home folder, so the built-in cards are used and nothing "
+            "is kept. Set LADING_DATABASE_URL to a place that can be written."
+        )
+        return _in_memory(settings, is_writable=False)
+
+    target = Target.from_url(settings.database_url)
+    if target.path is None:
+        return _open_elsewhere(target, settings)
+
+    try:
+        found = peek(target.path)
+    except NotADirectoryError as error:
+        raise _nowhere(target, error) from error
+    if found is Found.FOREIGN:
+        raise foreign(target)
+    if found is Found.NOTHING:
+        try:
+            return _create(target, settings)
+        except OSError as error:
+            if error.errno in _NO_FOLDER:
+                raise _nowhere(target, error) from error
+            if error.errno not in _CANNOT_WRITE:
+                raise
+            _log.warning(
+                "No catalog can be made at %s (%s), so the built-in cards are used and nothing is kept. Set "
+                "LADING_DATABASE_URL to a place that can be written.", target, error.strerror,
+            )  # fmt: skip
+            return _in_memory(settings, is_writable=False)
+
+    if not writable(target.path):
+        # A log of another file is passed over.
+        database = Database(target, readonly_engine(target.path), writable=False)
+    else:
+        set_stale_log_aside(target.path)
+        set_journal_mode(target.path, patience_s=0.0)
+        database = Database(target, file_engine(target.path), writable=True)
+    _require_current(database)
+    _refresh(database, settings)
+
+    return database
+
+
+def open_catalog_readonly(settings: Settings) -> Database:
+    """Open the catalog to be read as it is: nothing is made, brought up to date or waited for.
+
+    :raises CatalogError: there is no catalog, it is of another version, or another process holds it.
+    :raises OSError: the file cannot be read.
+    """
+    target = Target.from_url(settings.database_url)
+    if target.path is None and not target.is_sqlite:
+        database = Database(target, server_engine(target), writable=False)
+    elif target.path is None or peek(target.path) is not Found.CATALOG:
+        raise no_catalog(target)
+    else:
+        database = Database(target, readonly_engine(target.path, patience_s=0.0), writable=False)
+    _require_current(database)
+
+    return database
+
+
+def _create(target: Target, settings: Settings) -> Database:
+    assert target.path is not None
+    target.path.parent.mkdir(parents=True, exist_ok=True)
+
+    database = Database(target, file_engine(target.path, create=True), writable=True)
+    with database.write() as connection:
+        # Another process may have been first, while this one waited for the lock.
+        application_id = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
+        objects = connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar_one()
+        born = application_id == APPLICATION_ID
+        if not born:
+            if objects:
+                raise foreign(target)
+            migrate(connection)
+            refresh.apply_changes(connection, settings)
+
+    # Only now: the change of mode is no part of a transaction.
+    set_journal_mode(target.path, patience_s=2.0)
+
+    database = Database(target, file_engine(target.path), writable=True)
+    if born:
+        _require_current(database)
+        _refresh(database, settings)
+
+    return database
+
+
+def _in_memory(settings: Settings, *, is_writable: bool) -> Database:
+    target = Target.from_url("sqlite://")
+    database = Database(target, memory_engine(), writable=True)
+    with database.write() as connection:
+        migrate(connection)
+        refresh.apply_changes(connection, settings)
+    database.writable = is_writable
+
+    return database
+
+
+def _open_elsewhere(target: Target, settings: Settings) -> Database:
+    if target.is_sqlite:
+        return _in_memory(settings, is_writable=True)
+
+    database = Database(target, server_engine(target), writable=True)
+    with database.read() as connection:
+        found = version_of(connection)
+    if found == 0:
+        with database.write() as connection:
+            if version_of(connection) == 0:
+                migrate(connection)
+    _require_current(database)
+    _refresh(database, settings)
+
+    return database
+
+
+def _require_current(database: Database) -> None:
+    with database.read() as connection:
+        check_version(version_of(connection), database.target)
+        check_objects(connection, database.target)
+
+
+def _refresh(database: Database, settings: Settings) -> None:
+    with database.read() as connection:
+        news = refresh.find_changes(connection, settings)
+    if not news or not database.writable:
+        for line in news.warnings.values():
+            _log.warning("%s", line)
+        if news.changed or news.gone:
+            _log.warning("Your card files changed, but the catalog %s cannot be written by you.", database.target)
+        return
+
+    try:
+        with database.write() as connection:
+            refresh.apply_changes(connection, settings)
+    except (CatalogError, OSError) as error:
+        # What is there already can be used all the same.
+        _log.warning("The catalog %s could not be brought up to date: %s", database.target, error)
+
+
+def _nowhere(target: Target, error: OSError) -> CatalogError:
+    assert target.path is not None
+    return CatalogError(
+        f"The catalog is expected to be a file at {target}, but {target.path.parent} cannot be a folder "
+        f"({error.strerror}). Set LADING_DATABASE_URL to another place."
+    )

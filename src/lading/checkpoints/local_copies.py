@@ -1,0 +1,65 @@
+"""The local copies of a checkpoint: which are intact, and which were verified as they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+from lading.catalog.records import LocalCopy, StoredCheckpoint
+from lading.catalog.store import AssetStore
+from lading.system.filesystem import FileStat
+from lading.transfer.files import ShardFile
+
+
+def copies_as_known(stored: StoredCheckpoint) -> tuple[ShardFile, ...] | None:
+    """The files of all shards, if each is on this machine and as it was when it was recorded."""
+    shards = stored.manifest.shards
+    copies = intact_copies([shard.name for shard in shards], stored.copies)
+    if copies is None:
+        return None
+
+    return tuple(
+        ShardFile(path=copy.path, stat=copy.stat, sha256=shard.sha256)
+        for shard, copy in zip(shards, copies, strict=True)
+    )
+
+
+def all_verified(stored: StoredCheckpoint) -> bool:
+    """Whether every shard was seen verified in the state that is known of it on this machine."""
+    verified = {copy.file for copy in stored.copies if copy.verified_at is not None}
+
+    return all(shard.name in verified for shard in stored.manifest.shards)
+
+
+def was_verified(stored: StoredCheckpoint, store: AssetStore) -> bool:
+    """Whether it was known once which bytes are the right ones."""
+    if any(shard.sha256 is not None for shard in stored.manifest.shards):
+        return True
+
+    return bool(store.tensor_digests(stored.uri))
+
+
+def intact_copies(shards: Sequence[str], copies: Iterable[LocalCopy]) -> list[LocalCopy] | None:
+    """The copy of each shard, if each is on this machine and as it was when it was recorded."""
+    known = best_copies(copies)
+    found = [known.get(name) for name in shards]
+    intact = [copy for copy in found if copy is not None and _worth(copy) == 2]
+
+    return intact if len(intact) == len(found) else None
+
+
+def best_copies(copies: Iterable[LocalCopy]) -> dict[str, LocalCopy]:
+    """Of each file the copy that is as it was recorded; else one that is there; else any.
+
+    There may be several, on file systems of which others come and go.
+    """
+    return {copy.file: copy for copy in sorted(copies, key=_worth)}
+
+
+def _worth(copy: LocalCopy) -> int:
+    try:
+        found = FileStat.from_stat(os.stat(copy.path))
+    except OSError:
+        return 0
+
+    return 2 if found == copy.stat else 1

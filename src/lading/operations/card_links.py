@@ -1,0 +1,81 @@
+"""The cards of a checkpoint: the URI by which the catalog knows it, and the cards that name that URI."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+from lading import formats
+from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref
+from lading.catalog.store import AssetStore
+from lading.checkpoints.sidecar import base_uri
+from lading.errors import AssetCardError
+from lading.system.settings import Settings
+from lading.system.uris import path_uri, uri_path
+
+
+def catalog_uri(ref: CheckpointRef) -> str:
+    """Return the URI by which the catalog knows the checkpoint of a card."""
+    path = uri_path(ref.uri)
+    if path is None:
+        return ref.key
+    path = path if ref.path is None else path / ref.path
+
+    return path_uri(formats.rewritten(path, cache=Settings.from_environment().cache_dir) or path)
+
+
+def cards_with(store: AssetStore, wanted: Callable[[str], bool]) -> list[tuple[AssetCard, CheckpointRef]]:
+    """The cards, with their overlays, whose checkpoint is of a URI that is wanted. A bad card is logged and left out.
+
+    :param wanted: is asked for ``checkpoint`` alone; what a card says of a ``checkpoint_path`` inside comes behind.
+    """
+    found = []
+    for model in store.models(include_all=True):
+        if not model.checkpoint or not wanted(model.checkpoint):
+            continue
+        try:
+            card = store.maybe_retrieve_card(model.name)
+            if card is not None:
+                found.append((card, checkpoint_ref(card)))
+        except AssetCardError as error:
+            log.warning("A card of the catalog cannot be used: %s", error)
+
+    return found
+
+
+def names_of(store: AssetStore, uris: Iterable[str]) -> dict[str, list[str]]:
+    """The names of the cards whose models are loaded from each of these checkpoints, or from what a sidecar is of."""
+    bases = {uri: base_uri(uri) or uri for uri in uris}
+    wanted = set(bases.values())
+    heads = {head for uri in wanted for head in heads_of(uri)}
+    # What was rewritten is not known by the address of what it was made of.
+    any_rewritten = any(map(_is_rewritten, wanted))
+
+    def may_be(uri: str) -> bool:
+        return uri.rstrip("/") in heads or (any_rewritten and uri_path(uri) is not None)
+
+    names: dict[str, list[str]] = {}
+    for card, ref in cards_with(store, may_be):
+        uri = catalog_uri(ref)
+        if uri in wanted:
+            names.setdefault(uri, []).append(card.name)
+
+    return {uri: names[base] for uri, base in bases.items() if base in names}
+
+
+def _is_rewritten(uri: str) -> bool:
+    path = uri_path(uri)
+
+    return path is not None and formats.is_rewritten(path, Settings.from_environment().cache_dir)
+
+
+def heads_of(uri: str) -> list[str]:
+    """A URI, and what it lies in, as a ``checkpoint`` may say with a ``checkpoint_path`` inside."""
+    heads = [uri.rstrip("/")]
+    while "/" in heads[-1].partition("://")[2]:
+        heads.append(heads[-1].rpartition("/")[0])
+
+    return heads
+
+
+log = logging.getLogger("lading")
