@@ -347,7 +347,7 @@ def different_calls(name: str) -> Any:
 def test_ranks_that_do_not_do_the_same(pool4: Pool) -> None:
     for args, kind, ranks in pool4.values(different_calls, each=["first", "first", "agree", "first"]):
         assert kind is GangError
-        assert args == ("the ranks do not do the same: ranks 0, 1, 3 at first(), rank 2 at agree()",)
+        assert args == ("the ranks do not make the same call: ranks 0, 1, 3 at first(), rank 2 at agree()",)
         assert ranks == (2,)
     for args, _, _ in pool4.values(different_calls, each=["barrier", "first", "agree", "first"]):
         assert args[0].endswith("rank 0 at barrier(), ranks 1, 3 at first(), rank 2 at agree()")
@@ -505,11 +505,11 @@ def test_a_process_group_that_is_there_is_used(tmp_path: Path) -> None:
 
 def strangers() -> Any:
     gangs = gangs_of()
-    line = gangs.root.line
-    assert line is not None
+    channel = gangs.root.channel
+    assert channel is not None
     if gangs.root.rank == 0:
-        assert line._switchboard is not None
-        address = line._switchboard.sockets[0].getsockname()
+        assert channel._coordinator is not None
+        address = channel._coordinator.sockets[0].getsockname()
         for greeting in (b"", b"GET / HTTP/1.1\r\n\r\n" + b" " * 100, GREETING.pack(b"\0" * 32, 1), b"\0" * 40):
             # They may be sent away before they have said it all.
             with socket.create_connection(address) as sock, suppress(OSError):

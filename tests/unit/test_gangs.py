@@ -378,7 +378,7 @@ def test_the_fake_process_group() -> None:
 
 
 def test_who_hangs_up_while_another_does_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread of a line has seen that rank 0 is gone, and ends, when its own rank comes to close it."""
+    """The thread of a channel has noticed that rank 0 is gone, and ends while its own rank closes the channel."""
     store = dist.HashStore()
     first, second = ControlChannel(store, 0, 2, 60.0), ControlChannel(store, 1, 2, 60.0)
     ends, goes_on, sockets = Event(), Event(), second._sockets

@@ -92,7 +92,7 @@ def share(checkpoint: Checkpoint, root: Gang, find: Callable[[Checkpoint], Check
 
     Raises what ``find`` does, on the rank that calls it.
     """
-    if root.line is None:  # alone, or simulated
+    if root.channel is None:  # alone, or simulated
         return find(checkpoint)
 
     found: Checkpoint | None = None

@@ -1,10 +1,12 @@
-"""Gangs: the processes that load one model together, and what they tell one another.
+"""Gangs: the processes that load one model together, and the messages between them.
 
-- ``gang``: one group of processes and what it can do.
-- ``world``: all gangs of a process; made from torchrun's environment, of one process, or simulated.
-- ``line``: how control flows between ranks, noticing whoever dies, stops or does something else.
-- ``switchboard``: the end of all lines, on rank 0.
-- ``private``: what is private to torch.
+- ``gang``: one group of processes and its operations.
+- ``world``: all gangs of a process, created from torchrun's environment, for a single process, or simulated.
+- ``control``: the control messages between ranks, which detect a rank that dies, stops or diverges.
+- ``coordinator``: the server on rank 0 to which every rank connects.
+- ``failure``: exceptions that travel between ranks.
+- ``compare``: the comparison of values across ranks.
+- ``torch_private``: the private parts of torch that lading uses.
 """
 
 from __future__ import annotations

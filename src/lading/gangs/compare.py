@@ -1,4 +1,4 @@
-"""Whether values of several processes are the same, and where they differ."""
+"""Comparison of values across processes: equal or not, and the paths at which they differ."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import PurePath
 
 import torch
 
-_SHOWN = 4
-"""How many differences a message shows."""
+_MAX_SHOWN = 4
+"""The most differences that a message shows."""
 
 
 def digest(value: object) -> bytes:
-    """SHA-256 of the stable form of ``value``.
+    """Return the SHA-256 of the stable form of ``value``.
 
     :raises TypeError: see :func:`flatten`.
     """
@@ -30,9 +30,9 @@ def digest(value: object) -> bytes:
 
 
 def flatten(value: object) -> dict[str, str]:
-    """Every leaf of ``value`` by its dotted path; equal in all processes for equal values.
+    """Return every leaf of ``value`` by its dotted path; equal values give equal results in all processes.
 
-    :raises TypeError: it holds something else than dataclasses, mappings, sequences, sets, paths, enums, dtypes,
+    :raises TypeError: ``value`` holds anything but dataclasses, mappings, sequences, sets, paths, enums, dtypes,
         devices and plain values.
     """
     return dict(_leaves(value, ""))
@@ -41,20 +41,20 @@ def flatten(value: object) -> dict[str, str]:
 def differences(
     digests: Sequence[bytes], forms: Sequence[Mapping[str, str]], ranks: Sequence[int]
 ) -> tuple[list[int], str]:
-    """The ranks that differ from the most (the first, where there are as many of each), and how they differ."""
+    """Return the ranks that differ from the majority (from the first value, in a tie), and a text that lists how."""
     counts = Counter(digests)
-    norm = max(counts, key=lambda d: (counts[d], -digests.index(d)))
-    base = digests.index(norm)
-    bad = [i for i, d in enumerate(digests) if d != norm]
+    majority = max(counts, key=lambda d: (counts[d], -digests.index(d)))
+    base = digests.index(majority)
+    bad = [i for i, d in enumerate(digests) if d != majority]
     texts = []
     for i in bad:
         paths = [p for p in {**forms[base], **forms[i]} if forms[base].get(p) != forms[i].get(p)]
         shown = [
             f"{p + ' ' if p else ''}is {forms[i].get(p, 'missing')} (on rank {ranks[base]}: "
             f"{forms[base].get(p, 'missing')})"
-            for p in paths[:_SHOWN]
+            for p in paths[:_MAX_SHOWN]
         ]
-        more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+        more = f" and {len(paths) - _MAX_SHOWN} more" if len(paths) > _MAX_SHOWN else ""
         texts.append(f"on rank {ranks[i]} {', '.join(shown)}{more}")
 
     return [ranks[i] for i in bad], "; ".join(texts)

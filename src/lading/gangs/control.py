@@ -1,12 +1,12 @@
-"""How control flows between ranks: small messages over a connection of each rank to rank 0, besides all collectives.
+"""Control messages between ranks, over one connection from each rank to rank 0 and apart from all collectives.
 
-A collective cannot tell a rank that is slow from one that will never come. A connection can: the kernel closes it when
-its process ends, however it ends, so that the others know at once. A process that is stopped keeps its connection; it
-is noticed as it misses a call for longer than the timeout. A rank that works for long says so (:meth:`Line.at_work`)
-and is waited for as long as it still breathes.
+A collective cannot tell a slow rank from one that never comes. A connection can: the kernel closes it when its process
+ends, however it ends, so the other ranks know at once. A suspended process keeps its connection; the others notice it
+when it misses a call for longer than the timeout. A rank that works for long announces it
+(:meth:`ControlChannel.at_work`), and the others wait for it as long as it sends heartbeats.
 
-Every rank of a gang makes the same calls in the same order. What it brings to a call reaches all others through
-:meth:`Line.exchange`, on which everything else is built.
+Every rank of a gang makes the same calls in the same order. The payload that a rank brings to a call reaches all others
+through :meth:`ControlChannel.exchange`, on which everything else is built.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from lading.gangs.coordinator import (
     Header,
     Outbox,
     Payload,
-    beat,
-    prepare,
+    configure_socket,
+    heartbeat_interval,
     read_frame,
-    silence,
+    silence_limit,
 )
 from lading.gangs.failure import KNOWN, Failure
 from lading.gangs.torch_private import PrefixStore, Store, store_host
@@ -46,46 +46,46 @@ T = TypeVar("T")
 
 
 @dataclass(slots=True)
-class _Verdict:
-    how: str
+class _Result:
+    status: str
     ranks: list[int]
     payloads: list[memoryview]
 
 
 class ControlChannel:
-    """The connection of a rank to rank 0, which also holds the other ends.
+    """The connection of a rank to rank 0; on rank 0 also the coordinator at the other end.
 
-    :param store: where rank 0 leaves its address and a token for the others.
-    :param timeout: seconds that a rank may be late at a call without a sign of life.
+    :param store: the store in which rank 0 publishes its address and a token for the others.
+    :param timeout: the seconds that a rank may be late at a call without a heartbeat.
     """
 
     def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
-        self._id = secrets.token_hex(8)
+        self._channel_id = secrets.token_hex(8)
         self._rank = rank
         self._size = size
         self._timeout = timeout
-        self._news = Condition()
-        self._verdicts: dict[tuple[int, tuple[int, ...], int], _Verdict] = {}
+        self._changed = Condition()
+        self._results: dict[tuple[int, tuple[int, ...], int], _Result] = {}
         self._calls: dict[tuple[int, ...], int] = {}
         self._epoch = 0
-        self._gone: list[int] = []
+        self._lost: list[int] = []
         self._broken: GangError | None = None
-        self._heard = time.monotonic()
+        self._last_heard = time.monotonic()
         self._silent: list[int] = []
         self._working = 0
-        self._switchboard: Coordinator | None = None
+        self._coordinator: Coordinator | None = None
 
-        # Ranks make their lines in the same order, so the count of them tells one line from the next.
-        place = PrefixStore(f"lading/line/{store.add(f'lading/lines/{rank}', 1)}", store)
+        # Ranks open their channels in the same order, so the count of channels tells one from the next.
+        place = PrefixStore(f"lading/channel/{store.add(f'lading/channels/{rank}', 1)}", store)
         try:
             if rank == 0:
                 listener, token = _listen(store_host(store)), secrets.token_bytes(32)
-                self._switchboard = Coordinator(listener, token, size, timeout)
-                _leave_address(place, store_host(store), listener, token)
+                self._coordinator = Coordinator(listener, token, size, timeout)
+                _publish_address(place, store_host(store), listener, token)
             self._sock = _connect(place, rank, timeout)
         except (OSError, RuntimeError, ValueError) as ex:
-            if self._switchboard is not None:
-                self._switchboard.sockets[0].close()
+            if self._coordinator is not None:
+                self._coordinator.sockets[0].close()
             raise GangError(f"rank {rank} cannot reach rank 0: {ex}", ranks=(0,)) from ex
 
         self._loop = asyncio.new_event_loop()
@@ -102,44 +102,44 @@ class ControlChannel:
     def exchange(
         self, members: tuple[int, ...], what: str, payload: Payload = b"", *, failed: bool = False
     ) -> list[memoryview] | Failure:
-        """What each of ``members`` brings to this call, in their order.
+        """Return the payload that each of ``members`` brings to this call, in their order.
 
-        :param what: the name of the call; all have to be at the same.
-        :param failed: the payload is a :class:`Failure`; the call then ends for all without waiting for those
-            that are still on their way, and every one of them gets it when it comes.
-        :returns: the payloads, or a failure that one or more of the ranks have brought.
-        :raises GangError: a rank is gone, did not come in time, or came to another call.
+        :param what: the name of the call, the same on all ranks.
+        :param failed: the payload is a :class:`Failure`; the call then ends for all ranks without waiting for those
+            that have not arrived, and each of them gets the failure when it arrives.
+        :returns: the payloads, or the failure that one or more ranks brought.
+        :raises GangError: a rank is gone, did not arrive in time, or arrived at another call.
         """
         seq = self._calls.get(members, 0)
         self._calls[members] = seq + 1
         put = {"is": "put", "members": members, "epoch": self._epoch, "seq": seq, "what": what, "failed": failed}
         self._post(put, payload)
         try:
-            verdict = self._await(members, seq, what)
-            self._adopt(members, verdict)
-            return verdict.payloads if verdict.how == "ok" else self._judge(verdict, what)
+            result = self._await(members, seq, what)
+            self._advance_epoch(members, result)
+            return result.payloads if result.status == "ok" else self._failure_of(result, what)
         except GangError as ex:
             self.remember(members, ex)
             raise
         except BaseException as ex:
-            # An interrupt: the others must not wait for, nor count on, a rank that has left.
+            # On an interrupt, the others must neither wait for nor rely on a rank that has left.
             self._post({**put, "failed": True}, Failure.of(self._rank, ex).dump())
             with contextlib.suppress(GangError):
-                verdict = self._await(members, seq, what, patience=GRACE + 2)
-                self._adopt(members, verdict)
-                if verdict.how != "ok":
+                result = self._await(members, seq, what, patience=GRACE + 2)
+                self._advance_epoch(members, result)
+                if result.status != "ok":
                     self.remember(members, ex)
             raise
 
     def remember(self, members: tuple[int, ...], error: BaseException) -> None:
-        """Note that a call has told all members of this error, so that no other call has to."""
-        setattr(error, KNOWN, self._position(members))
+        """Record that a call has reported this error to all members, so that no later call reports it again."""
+        setattr(error, KNOWN, self._call_position(members))
 
     def is_known(self, members: tuple[int, ...], error: BaseException | None) -> bool:
-        """Whether the last call has told all members of this error, or of one that it came from."""
+        """Return whether the last call reported this error, or one of its causes, to all members."""
         seen: set[int] = set()
         while error is not None and id(error) not in seen:
-            if getattr(error, KNOWN, None) == self._position(members):
+            if getattr(error, KNOWN, None) == self._call_position(members):
                 return True
             seen.add(id(error))
             error = error.__cause__ or error.__context__
@@ -147,48 +147,49 @@ class ControlChannel:
         return False
 
     def check(self) -> None:
-        """Return if, as far as is known here, all ranks are well.
+        """Raise if this rank knows of a failure on any rank.
 
-        :raises GangError: a rank is gone, or has brought an error to a call that this rank has not come to yet.
+        :raises GangError: a rank is gone, or brought an error to a call that this rank has not reached yet.
         """
-        with self._news:
+        with self._changed:
             self._check()
 
     def suspects(self) -> list[int]:
-        """The ranks that seem to be stopped, where something between ranks has broken or not ended in time.
+        """Return the ranks that seem to be suspended, after an operation between ranks broke or timed out.
 
-        It waits a moment for bad news, as what a death breaks is seen before it is known who died.
+        It waits up to two seconds for a failure to be reported: a broken collective is seen before the dead rank is
+        known.
 
-        :raises GangError: what :meth:`check` raises.
+        :raises GangError: as :meth:`check` does.
         """
         end = time.monotonic() + 2
         while time.monotonic() < end:
             self.check()
             time.sleep(0.05)
-        if time.monotonic() > self._heard + silence(self._timeout):
+        if time.monotonic() > self._last_heard + silence_limit(self._timeout):
             return [0]
 
         return self._silent
 
     def watch(self, done: Callable[[], bool], what: str) -> None:
-        """Wait until ``done()``, for as long as all ranks are well, and no longer than the timeout.
+        """Wait until ``done()`` is true, while no rank fails and for no longer than the timeout.
 
-        :raises GangError: it is not done, and why.
+        :raises GangError: a rank failed, or the timeout expired.
         """
         start = time.monotonic()
-        with self.at_work():  # for the others: it is not this rank that is late
+        with self.at_work():  # the others must not take this rank for the late one
             while not done():
                 self.check()
                 waited = time.monotonic() - start
                 if waited > self._timeout + 2:
                     raise self.blame(what, f"it did not end within {self._timeout:g} s")
-                # What takes long is looked at seldom, and noticed late by a tenth of what it took.
+                # The interval grows with the wait, so that completion is noticed at most a tenth of the wait late.
                 time.sleep(min(max(waited / 10, 2e-5), 5e-3))
 
     def guard(self, make: Callable[[], T], what: str) -> T:
-        """What ``make`` returns, unless a rank dies meanwhile: torch would wait for it until the timeout.
+        """Return the result of ``make()``, or raise as soon as a rank dies; torch alone would wait until the timeout.
 
-        :raises GangError: it did not end well, and why.
+        :raises GangError: ``make`` raised, a rank failed, or the timeout expired.
         """
         results: list[T] = []
         errors: list[BaseException] = []
@@ -208,18 +209,18 @@ class ControlChannel:
         return results[0]
 
     def blame(self, what: str, why: object) -> GangError:
-        """The error for something between ranks that broke; it names those that seem to be the cause.
+        """Return the error for an operation between ranks that broke; it names the ranks that seem to be the cause.
 
-        :raises GangError: what :meth:`check` raises, which says more.
+        :raises GangError: as :meth:`check` does, with a more specific cause.
         """
         suspects = self.suspects()
-        stopped = f"; {_names(suspects)} gave no sign of life for some time" if suspects else ""
+        stopped = f"; {_format_ranks(suspects)} stopped sending heartbeats" if suspects else ""
 
         return GangError(f"{what} failed on rank {self._rank}: {why}{stopped}", ranks=suspects)
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Within, the others wait for this rank for longer than the timeout, unless it dies or is stopped."""
+        """Let the others wait for this rank past the timeout inside the block, unless it dies or is suspended."""
         self._working += 1
         try:
             yield
@@ -227,93 +228,99 @@ class ControlChannel:
             self._working -= 1
 
     def close(self) -> None:
-        """Hang up; to the others this rank is gone."""
+        """Close the connection; for the others this rank is then gone."""
         atexit.unregister(self.close)
         _OPEN.discard(self)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the others have hung up before
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the others closed their connections first
             self._loop.call_soon_threadsafe(self._leaving.set)
         self._thread.join(10)
 
-    # --- waiting, in the thread of the caller ------------------------------------------------------------------------
+    # --- in the thread of the caller ---------------------------------------------------------------------------------
 
-    def _position(self, members: tuple[int, ...]) -> tuple[object, ...]:
-        return self._id, members, self._epoch, self._calls.get(members, 0)
+    def _call_position(self, members: tuple[int, ...]) -> tuple[object, ...]:
+        return self._channel_id, members, self._epoch, self._calls.get(members, 0)
 
-    def _adopt(self, members: tuple[int, ...], verdict: _Verdict) -> None:
-        if verdict.how != "ok" and len(members) == self._size:
+    def _advance_epoch(self, members: tuple[int, ...], result: _Result) -> None:
+        if result.status != "ok" and len(members) == self._size:
             self._epoch += 1
             self._calls.clear()
-            with self._news:
-                # A rank that is ahead may have failed in the new epoch already.
-                self._verdicts = {key: v for key, v in self._verdicts.items() if key[0] >= self._epoch}
+            with self._changed:
+                # A rank that is ahead may already have failed in the new epoch.
+                self._results = {key: result for key, result in self._results.items() if key[0] >= self._epoch}
 
-    def _await(self, members: tuple[int, ...], seq: int, what: str, patience: float = float("inf")) -> _Verdict:
+    def _await(self, members: tuple[int, ...], seq: int, what: str, patience: float = float("inf")) -> _Result:
         start = time.monotonic()
-        with self._news:
+        with self._changed:
             while True:
-                verdict = self._verdicts.pop((self._epoch, members, seq), None)
-                if verdict is not None:
-                    return verdict
+                result = self._results.pop((self._epoch, members, seq), None)
+                if result is not None:
+                    return result
 
                 self._check()
                 if time.monotonic() > start + patience:
-                    raise GangError(f"there is no answer to {what}")
-                if time.monotonic() - max(start, self._heard) > self._timeout + 1:
-                    # One that has left does not come back: what it brought may be used by others no more.
+                    raise GangError(f"rank 0 does not answer {what}")
+                if time.monotonic() - max(start, self._last_heard) > self._timeout + 1:
+                    # This rank must not come back later: the others may no longer use its payloads.
                     self._loop.call_soon_threadsafe(self._stop)
                     self._broken = GangError(
-                        f"rank 0 gives no sign of life for {self._timeout:g} s: rank {self._rank} waited for it at "
-                        f"{what}. Its process is stopped or its host cannot be reached.",
+                        f"rank 0 has sent no heartbeat for {self._timeout:g} s while rank {self._rank} waited for it "
+                        f"at {what}: its process is suspended or its host is unreachable",
                         ranks=(0,),
                     )
-                self._news.wait(0.5)
+                self._changed.wait(0.5)
 
     def _check(self) -> None:
-        if self._gone:
-            names = _names(self._gone)
+        if self._lost:
+            names = _format_ranks(self._lost)
             raise GangError(
-                f"{names} {'is' if len(self._gone) == 1 else 'are'} gone: the process was killed, has exited, or has "
-                f"closed its gangs. Nothing that rank {self._rank} shares with it can be finished.",
-                ranks=self._gone,
+                f"{names} {'is' if len(self._lost) == 1 else 'are'} gone: the process was killed, exited, or closed "
+                f"its gangs. Rank {self._rank} cannot finish any operation that it shares with it.",
+                ranks=self._lost,
             )
         if self._broken is not None:
             raise GangError(self._broken.message, ranks=self._broken.ranks)
 
-        for (_, members, _), verdict in self._verdicts.items():
-            if verdict.how != "ok" and len(members) == self._size:
-                bad = self._judge(verdict, "a call of all ranks")
+        for (_, members, _), result in self._results.items():
+            if result.status != "ok" and len(members) == self._size:
+                bad = self._failure_of(result, "a call of all ranks")
                 raise bad.as_gang_error()
 
-    def _judge(self, verdict: _Verdict, what: str) -> Failure:
-        if verdict.how == "failed":
-            return Failure.merge([Failure.load(p) for p in verdict.payloads])
-        if verdict.how == "late":
+    def _failure_of(self, result: _Result, what: str) -> Failure:
+        if result.status == "failed":
+            return Failure.merge([Failure.load(p) for p in result.payloads])
+        if result.status == "late":
             raise GangError(
-                f"{_names(verdict.ranks)} did not come to {what} within {self._timeout:g} s: stopped, or busy with "
-                "something else without saying so",
-                ranks=verdict.ranks,
+                f"{_format_ranks(result.ranks)} did not reach {what} within {self._timeout:g} s: suspended, or busy "
+                "outside `at_work()`",
+                ranks=result.ranks,
             )
 
         at: dict[str, list[int]] = {}
-        for rank, payload in zip(verdict.ranks, verdict.payloads, strict=True):
+        for rank, payload in zip(result.ranks, result.payloads, strict=True):
             at.setdefault(bytes(payload).decode(), []).append(rank)
         fewest = min(map(len, at.values()))
         raise GangError(
-            "the ranks do not do the same: " + ", ".join(f"{_names(ranks)} at {call}" for call, ranks in at.items()),
+            "the ranks do not make the same call: "
+            + ", ".join(f"{_format_ranks(ranks)} at {call}" for call, ranks in at.items()),
             ranks=next(ranks for ranks in at.values() if len(ranks) == fewest),
         )
 
     def _post(self, header: Header, payload: Payload = b"") -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: whoever waits sees why
+        with contextlib.suppress(RuntimeError):  # the loop is closed: a waiting call raises the reason
             self._loop.call_soon_threadsafe(self._outbox.put, header, payload)
 
-    # --- in the thread of the line -----------------------------------------------------------------------------------
+    # --- in the thread of the channel --------------------------------------------------------------------------------
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        jobs: list[Coroutine[Any, Any, None]] = [self._hang_up(), self._outbox.run(), self._read(), self._beat()]
-        if self._switchboard is not None:
-            jobs.append(self._switchboard.serve())
+        jobs: list[Coroutine[Any, Any, None]] = [
+            self._hang_up(),
+            self._outbox.run(),
+            self._read(),
+            self._send_heartbeats(),
+        ]
+        if self._coordinator is not None:
+            jobs.append(self._coordinator.serve())
         try:
             self._tasks = [self._loop.create_task(job) for job in jobs]
             self._loop.run_until_complete(self._all())
@@ -325,18 +332,18 @@ class ControlChannel:
     async def _all(self) -> None:
         try:
             await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-            if self._switchboard is not None and not self._tasks[-1].done():
-                # This rank has been cut off; the others still have to hear of it.
+            if self._coordinator is not None and not self._tasks[-1].done():
+                # The connection of this rank is closed, but the coordinator still has to inform the others.
                 await asyncio.wait(self._tasks[-1:])
         finally:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            with self._news:
+            with self._changed:
                 self._broken = self._broken or GangError(
                     f"the connection of rank {self._rank} to the other ranks is closed", ranks=(self._rank,)
                 )
-                self._news.notify_all()
+                self._changed.notify_all()
 
     def _stop(self) -> None:
         for task in self._tasks:
@@ -347,45 +354,45 @@ class ControlChannel:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(5):
                 await self._outbox.drained()
-                if self._switchboard is not None:
-                    await self._switchboard.drained()
+                if self._coordinator is not None:
+                    await self._coordinator.drained()
         self._stop()
 
     async def _read(self) -> None:
         try:
             while True:
                 header, payload = await read_frame(self._sock)
-                with self._news:
-                    self._hear(header, payload)
-                    self._news.notify_all()
+                with self._changed:
+                    self._handle_frame(header, payload)
+                    self._changed.notify_all()
         except (OSError, EOFError):
-            with self._news:
-                self._gone = self._gone or [0]
-                self._news.notify_all()
+            with self._changed:
+                self._lost = self._lost or [0]
+                self._changed.notify_all()
 
-    def _hear(self, header: Header, payload: memoryview) -> None:
-        self._heard = time.monotonic()
+    def _handle_frame(self, header: Header, payload: memoryview) -> None:
+        self._last_heard = time.monotonic()
         if header["is"] == "ping":
             self._silent = header["silent"]
-        elif header["is"] == "gone":
-            self._gone = sorted({*self._gone, header["rank"]})
-        elif header["is"] == "verdict":
+        elif header["is"] == "lost":
+            self._lost = sorted({*self._lost, header["rank"]})
+        elif header["is"] == "result":
             payloads, at = [], 0
             for size in header["sizes"]:
                 payloads.append(payload[at : at + size])
                 at += size
             key = header["epoch"], tuple(header["members"]), header["seq"]
-            self._verdicts[key] = _Verdict(header["how"], header["ranks"], payloads)
+            self._results[key] = _Result(header["status"], header["ranks"], payloads)
 
-    async def _beat(self) -> None:
+    async def _send_heartbeats(self) -> None:
         while True:
-            self._outbox.put({"is": "beat", "working": self._working > 0})
-            await asyncio.sleep(beat(self._timeout))
+            self._outbox.put({"is": "heartbeat", "working": self._working > 0})
+            await asyncio.sleep(heartbeat_interval(self._timeout))
 
     def _sockets(self) -> list[socket.socket]:
-        return [self._sock, *(self._switchboard.sockets if self._switchboard else ())]
+        return [self._sock, *(self._coordinator.sockets if self._coordinator else ())]
 
-    def _abandon(self) -> None:
+    def _disown(self) -> None:
         self._broken = GangError("a forked process is not a member of the gangs of its parent")
         for sock in self._sockets():
             sock.close()
@@ -395,25 +402,25 @@ _OPEN: WeakSet[ControlChannel] = WeakSet()
 
 
 def _after_fork() -> None:
-    # A forked child (of a data loader, say) would hold the connection open when its parent has died.
-    for line in list(_OPEN):
-        line._abandon()
-        atexit.unregister(line.close)
+    # A forked child (of a data loader, say) would keep the connection open after its parent dies.
+    for channel in list(_OPEN):
+        channel._disown()
+        atexit.unregister(channel.close)
     _OPEN.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _names(ranks: Sequence[int]) -> str:
+def _format_ranks(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
 
 
-# --- finding one another ---------------------------------------------------------------------------------------------
+# --- rendezvous ------------------------------------------------------------------------------------------------------
 
 
 def _listen(host: str | None) -> socket.socket:
-    """A listener on the address that the others know this host by, or on all where that is not one of its own."""
+    """Return a listener on the address of this host that the others use, or on all addresses if it is not local."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host or socket.gethostname(), 0, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address, family=family, backlog=1024)
@@ -424,7 +431,7 @@ def _listen(host: str | None) -> socket.socket:
     return listener
 
 
-def _leave_address(place: Store, host: str | None, listener: socket.socket, token: bytes) -> None:
+def _publish_address(place: Store, host: str | None, listener: socket.socket, token: bytes) -> None:
     bound, port = listener.getsockname()[:2]
     names = [host or socket.gethostname(), bound]
     place.set("address", f"{port} {token.hex()} {' '.join(dict.fromkeys(names))}")
@@ -433,7 +440,7 @@ def _leave_address(place: Store, host: str | None, listener: socket.socket, toke
 def _connect(place: Store, rank: int, timeout: float) -> socket.socket:
     place.wait(["address"], timedelta(seconds=timeout))
     port, token, *hosts = place.get("address").decode().split(" ")
-    deadline = time.monotonic() + 5  # it listened before it left its address
+    deadline = time.monotonic() + 5  # rank 0 listens before it publishes its address
     while True:
         for host in hosts:
             try:
@@ -442,7 +449,7 @@ def _connect(place: Store, rank: int, timeout: float) -> socket.socket:
                 error = ex
                 continue
             sock.sendall(GREETING.pack(bytes.fromhex(token), rank))
-            prepare(sock)
+            configure_socket(sock)
             return sock
         if time.monotonic() > deadline:
             raise error

@@ -1,11 +1,11 @@
-"""The end of all lines, on rank 0: collects what each rank says at a call, and tells all of them how it went.
+"""The coordinator on rank 0: the server that collects the payloads of each call and sends the result to all ranks.
 
-A frame is a header (JSON) and a payload, which nobody reads here. A rank sends ``put`` (what it brings to a call) and
-``beat`` (it has not stopped, and is at work or not). The switchboard sends ``verdict``, ``gone`` (a connection closed,
-so that process is no more) and ``ping`` (rank 0 has not stopped, and who seems to have).
+A frame is a header (JSON) and a payload, which the coordinator forwards unread. A rank sends ``put`` (its payload for a
+call) and ``heartbeat`` (it runs, and is at work or not). The coordinator sends ``result``, ``lost`` (a connection
+closed, so that process has ended) and ``ping`` (rank 0 runs, and the ranks that seem to be suspended).
 
-Calls are counted for each gang. A failed call of the whole world begins a new *epoch*: all counts start anew and what
-was pending is dropped, so that ranks that were at different calls when it failed are in step again.
+Calls are counted per gang. A failed call of the whole world begins a new *epoch*: all counts restart at zero and
+pending calls are dropped, so that ranks that were at different calls are in step again.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Header: TypeAlias = dict[str, Any]
 Payload: TypeAlias = bytes | memoryview
 
 GREETING = struct.Struct("!32sI")
-"""Token and rank."""
+"""The greeting of a rank: token and rank."""
 
 GRACE = 1.0
-"""Seconds between the first bad news of a call and its verdict: most ranks that fail do so together."""
+"""The seconds between the first failure in a call and its result: most ranks that fail do so together."""
 
 _SIZES = struct.Struct("!IQ")
 _MAX_HEADER = 1 << 24
 
 
 async def read_frame(sock: socket.socket) -> tuple[Header, memoryview]:
-    """The next frame; ``EOFError`` where the other end is closed."""
+    """Read the next frame, or raise ``EOFError`` if the other end is closed."""
     header_size, payload_size = _SIZES.unpack(await read_exactly(sock, _SIZES.size))
     if header_size > _MAX_HEADER:
         raise EOFError("not a frame")
@@ -42,7 +42,7 @@ async def read_frame(sock: socket.socket) -> tuple[Header, memoryview]:
 
 
 async def read_exactly(sock: socket.socket, size: int) -> memoryview:
-    """The next ``size`` bytes; ``EOFError`` where the other end is closed."""
+    """Read the next ``size`` bytes, or raise ``EOFError`` if the other end is closed."""
     data = memoryview(bytearray(size))
     loop, at = asyncio.get_running_loop(), 0
     while at < size:
@@ -54,18 +54,18 @@ async def read_exactly(sock: socket.socket, size: int) -> memoryview:
     return data
 
 
-def beat(timeout: float) -> float:
-    """Seconds between two signs of life."""
+def heartbeat_interval(timeout: float) -> float:
+    """Return the seconds between two heartbeats."""
     return min(1.0, timeout / 8)
 
 
-def silence(timeout: float) -> float:
-    """Seconds after which a rank that gives no sign of life seems to be stopped; one may be slow to."""
+def silence_limit(timeout: float) -> float:
+    """Return the seconds without a heartbeat after which a rank seems to be suspended; a slow rank may be late."""
     return min(5.0, timeout / 2)
 
 
 class Outbox:
-    """The frames that wait to be sent over one connection."""
+    """The queue of frames to send over one connection."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -73,7 +73,7 @@ class Outbox:
         self._closed = False
 
     def put(self, header: Header, payload: Payload = b"") -> None:
-        """Send a frame after those that wait; the payload is not copied, however many connections it goes to."""
+        """Queue a frame; the payload is not copied, however many connections it goes to."""
         if self._closed:
             return
 
@@ -81,7 +81,7 @@ class Outbox:
         self._frames.put_nowait((_SIZES.pack(len(text), memoryview(payload).nbytes) + text, payload))
 
     async def run(self) -> None:
-        """Send what is put, until the connection closes."""
+        """Send queued frames until the connection closes."""
         loop = asyncio.get_running_loop()
         try:
             while True:
@@ -98,23 +98,23 @@ class Outbox:
                 self._frames.task_done()
 
     async def drained(self) -> None:
-        """Return once all is sent, or can be sent no more."""
+        """Wait until every frame is sent, or the connection is closed."""
         await self._frames.join()
 
 
 @dataclass(slots=True)
 class _Call:
-    """What the ranks have brought to a call so far."""
+    """The state of a call: the names and payloads that ranks have brought so far."""
 
     since: float
-    whats: dict[int, str] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
     payloads: dict[int, memoryview] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
     in_grace: bool = False
 
 
 class Coordinator:
-    """Serves ``size`` ranks on ``listener``; all of it runs in the event loop that calls :meth:`serve`."""
+    """The server of ``size`` ranks on ``listener``; it runs in the event loop that calls :meth:`serve`."""
 
     def __init__(self, listener: socket.socket, token: bytes, size: int, timeout: float) -> None:
         self._listener = listener
@@ -123,59 +123,59 @@ class Coordinator:
         self._timeout = timeout
         self._connections: dict[int, socket.socket] = {}
         self._outboxes: dict[int, Outbox] = {}
-        self._gone: set[int] = set()
+        self._lost: set[int] = set()
         self._epoch = 0
         self._calls: dict[tuple[tuple[int, ...], int], _Call] = {}
         self._settled: dict[tuple[int, ...], int] = {}
-        self._heard: dict[int, float] = {}
-        self._worked: dict[int, float] = {}
-        self._ticked = 0.0
+        self._last_heard: dict[int, float] = {}
+        self._last_worked: dict[int, float] = {}
+        self._last_tick = 0.0
 
     @property
     def sockets(self) -> list[socket.socket]:
-        """All that is open here."""
+        """The listener and all open connections."""
         return [self._listener, *self._connections.values()]
 
     async def serve(self) -> None:
-        """Answer until cancelled."""
+        """Serve ranks until cancelled."""
         loop = asyncio.get_running_loop()
-        self._ticked = loop.time()
+        self._last_tick = loop.time()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._tick())
+            tasks.create_task(self._watch_ranks())
             while True:
                 sock, _ = await loop.sock_accept(self._listener)
                 tasks.create_task(self._serve(sock))
 
     async def drained(self) -> None:
-        """Return once every rank has been sent all that it should know."""
-        await asyncio.gather(*(box.drained() for rank, box in self._outboxes.items() if rank not in self._gone))
+        """Wait until all frames to all ranks are sent."""
+        await asyncio.gather(*(box.drained() for rank, box in self._outboxes.items() if rank not in self._lost))
 
     async def _serve(self, sock: socket.socket) -> None:
-        rank = await self._greet(sock)
+        rank = await self._authenticate(sock)
         if rank is None:
             sock.close()
             return
 
         self._connections[rank] = sock
         box = self._outboxes[rank] = Outbox(sock)
-        for gone in self._gone:
-            box.put({"is": "gone", "rank": gone})
+        for lost in self._lost:
+            box.put({"is": "lost", "rank": lost})
 
         sending = asyncio.create_task(box.run())
         sending.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             while True:
                 header, payload = await read_frame(sock)
-                self._take(rank, header, payload)
+                self._handle_frame(rank, header, payload)
         except (OSError, EOFError):
-            self._lose(rank)
+            self._drop_rank(rank)
         finally:
             sending.cancel()
             sock.close()
 
-    async def _greet(self, sock: socket.socket) -> int | None:
-        """The rank at the other end; ``None`` for a stranger."""
-        prepare(sock)
+    async def _authenticate(self, sock: socket.socket) -> int | None:
+        """Return the rank at the other end, or ``None`` if it does not present the token."""
+        configure_socket(sock)
         try:
             async with asyncio.timeout(10):
                 token, rank = GREETING.unpack(await read_exactly(sock, GREETING.size))
@@ -187,14 +187,14 @@ class Coordinator:
 
         return int(rank)
 
-    def _take(self, rank: int, header: Header, payload: memoryview) -> None:
-        self._notice_own_stop()
+    def _handle_frame(self, rank: int, header: Header, payload: memoryview) -> None:
+        self._detect_own_pause()
         now = asyncio.get_running_loop().time()
-        self._heard[rank] = now
+        self._last_heard[rank] = now
         if header["is"] == "put" or header["working"]:
-            self._worked[rank] = now
+            self._last_worked[rank] = now
         members = tuple(header.get("members", ()))
-        if header["is"] != "put" or header["epoch"] != self._epoch or self._gone.intersection(members):
+        if header["is"] != "put" or header["epoch"] != self._epoch or self._lost.intersection(members):
             return
 
         seq = header["seq"]
@@ -202,97 +202,97 @@ class Coordinator:
             return
 
         call = self._calls.setdefault((members, seq), _Call(since=now))
-        call.whats[rank] = header["what"]
+        call.names[rank] = header["what"]
         call.payloads[rank] = payload
         if header["failed"]:
             call.failed.add(rank)
 
         if len(call.payloads) == len(members):
             self._settle(members, seq)
-        elif not call.in_grace and (call.failed or len(set(call.whats.values())) > 1):
+        elif not call.in_grace and (call.failed or len(set(call.names.values())) > 1):
             call.in_grace = True
             asyncio.get_running_loop().call_later(GRACE, self._settle, members, seq, call)
 
-    def _settle(self, members: tuple[int, ...], seq: int, of: _Call | None = None) -> None:
+    def _settle(self, members: tuple[int, ...], seq: int, expected: _Call | None = None) -> None:
         call = self._calls.get((members, seq))
-        if call is None or (of is not None and call is not of):
+        if call is None or (expected is not None and call is not expected):
             return
 
         if call.failed:
             failed = sorted(call.failed)
-            self._tell(members, seq, "failed", failed, [call.payloads[r] for r in failed])
-        elif len(set(call.whats.values())) > 1:
-            ranks = sorted(call.whats)
-            self._tell(members, seq, "differ", ranks, [call.whats[r].encode() for r in ranks])
+            self._send_result(members, seq, "failed", failed, [call.payloads[r] for r in failed])
+        elif len(set(call.names.values())) > 1:
+            ranks = sorted(call.names)
+            self._send_result(members, seq, "differ", ranks, [call.names[r].encode() for r in ranks])
         else:
-            self._tell(members, seq, "ok", members, [call.payloads[r] for r in members])
+            self._send_result(members, seq, "ok", members, [call.payloads[r] for r in members])
 
-    def _tell(
-        self, members: tuple[int, ...], seq: int, how: str, ranks: Sequence[int], payloads: Sequence[Payload] = ()
+    def _send_result(
+        self, members: tuple[int, ...], seq: int, status: str, ranks: Sequence[int], payloads: Sequence[Payload] = ()
     ) -> None:
         header = {
-            "is": "verdict",
+            "is": "result",
             "members": members,
             "epoch": self._epoch,
             "seq": seq,
-            "how": how,
+            "status": status,
             "ranks": ranks,
             "sizes": [memoryview(p).nbytes for p in payloads],
         }
         del self._calls[members, seq]
         self._settled[members] = seq
-        if how != "ok" and len(members) == self._size:
+        if status != "ok" and len(members) == self._size:
             self._epoch += 1
             self._calls.clear()
             self._settled.clear()
 
         joined = b"".join(payloads)
         for rank in members:
-            if rank in self._outboxes and rank not in self._gone:
+            if rank in self._outboxes and rank not in self._lost:
                 self._outboxes[rank].put(header, joined)
 
-    def _lose(self, rank: int) -> None:
-        """A connection closed: no call that this rank takes part in can end well any more."""
-        self._notice_own_stop()
-        self._gone.add(rank)
+    def _drop_rank(self, rank: int) -> None:
+        """Drop a rank whose connection closed, with all pending calls that it takes part in."""
+        self._detect_own_pause()
+        self._lost.add(rank)
         self._calls = {key: call for key, call in self._calls.items() if rank not in key[0]}
         for other, box in self._outboxes.items():
-            if other not in self._gone:
-                box.put({"is": "gone", "rank": rank})
+            if other not in self._lost:
+                box.put({"is": "lost", "rank": rank})
 
-    async def _tick(self) -> None:
+    async def _watch_ranks(self) -> None:
         while True:
-            self._notice_own_stop()
-            now = self._ticked = asyncio.get_running_loop().time()
+            self._detect_own_pause()
+            now = self._last_tick = asyncio.get_running_loop().time()
             ping = {
                 "is": "ping",
-                "silent": [r for r, heard in self._heard.items() if now > heard + silence(self._timeout)],
+                "silent": [r for r, heard in self._last_heard.items() if now > heard + silence_limit(self._timeout)],
             }
             for rank, box in self._outboxes.items():
-                if rank not in self._gone:
+                if rank not in self._lost:
                     box.put(ping)
             for (members, seq), call in list(self._calls.items()):
                 late = [
                     r
                     for r in members
-                    if r not in call.payloads and now > max(call.since, self._worked.get(r, 0.0)) + self._timeout
+                    if r not in call.payloads and now > max(call.since, self._last_worked.get(r, 0.0)) + self._timeout
                 ]
                 if late and (members, seq) in self._calls:
-                    # One that waits at another call, of another gang, is not the one that all wait for.
+                    # A rank that waits at a call of another gang is not the one that delays the others.
                     waiting = {r for other in self._calls.values() for r in other.payloads}
-                    self._tell(members, seq, "late", [r for r in late if r not in waiting] or late)
-            await asyncio.sleep(beat(self._timeout))
+                    self._send_result(members, seq, "late", [r for r in late if r not in waiting] or late)
+            await asyncio.sleep(heartbeat_interval(self._timeout))
 
-    def _notice_own_stop(self) -> None:
-        """Fail what is pending where this process was itself stopped: the others have given up long ago."""
-        if asyncio.get_running_loop().time() > self._ticked + self._timeout:
+    def _detect_own_pause(self) -> None:
+        """Fail the pending calls if this process was itself suspended: the others have given up by then."""
+        if asyncio.get_running_loop().time() > self._last_tick + self._timeout:
             for members, seq in list(self._calls):
                 if (members, seq) in self._calls:
-                    self._tell(members, seq, "late", [0])
+                    self._send_result(members, seq, "late", [0])
 
 
-def prepare(sock: socket.socket) -> None:
-    """Small frames go at once; a host that lost its power or its network is noticed in less than a minute."""
+def configure_socket(sock: socket.socket) -> None:
+    """Send small frames without delay, and detect a host without power or network in less than a minute."""
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -1,4 +1,4 @@
-"""What went wrong on some ranks, in a form that reaches the others."""
+"""Exceptions of ranks, in a form that can be sent to other ranks."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from lading.errors import GangError
 
 KNOWN = "_known_to_gangs"
-"""An attribute of exceptions that a gang has raised: where its calls stood then."""
+"""The attribute, on an exception that a gang has raised, with the position of the gang's calls at that time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An exception of another rank.
+    """An exception of one or more ranks.
 
-    :ivar rank: who raised it; of several ranks, the first.
-    :ivar ranks: the ranks to blame.
-    :ivar text: type and message of each.
+    :ivar rank: the rank that raised it; the first of several.
+    :ivar ranks: the ranks that caused it.
+    :ivar text: the type and message of each exception.
     :ivar trace: the traceback on ``rank``.
-    :ivar pickled: the exception of ``rank``; empty where it does not survive the journey.
+    :ivar pickled: the exception of ``rank``; empty if it does not survive pickling.
     """
 
     rank: int
@@ -33,14 +33,14 @@ class Failure:
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Failure:
-        """The failure of one rank."""
+        """Create the failure of one rank."""
         message = str(error)
         text = f"rank {rank}: {type(error).__name__}{': ' if message else ''}{message}"
         ranks: tuple[int, ...] = (rank,)
         if isinstance(error, GangError):
-            text, ranks = message, error.ranks  # a rank that only passes on what it has heard is not to blame
+            text, ranks = message, error.ranks  # this rank only forwards the error of others
         trace, pickled = "", b""
-        with suppress(Exception):  # after a MemoryError there may be no memory for more than the words
+        with suppress(Exception):  # after a MemoryError there may be memory for the message only
             trace = "".join(traceback.format_exception(error))
         try:
             pickled = pickle.dumps(error)
@@ -54,23 +54,23 @@ class Failure:
 
     @classmethod
     def merge(cls, failures: Sequence[Failure]) -> Failure:
-        """Failures of several ranks at one call; the first is the one that is shown in full."""
+        """Merge the failures of several ranks at one call; only the first keeps its traceback and exception."""
         ranks = sorted({rank for failure in failures for rank in failure.ranks})
         texts = dict.fromkeys(failure.text for failure in failures)
 
         return cls(failures[0].rank, tuple(ranks), "; ".join(texts), failures[0].trace, failures[0].pickled)
 
     def dump(self) -> bytes:
-        """The form that travels."""
+        """Serialize the failure to send it to other ranks."""
         return pickle.dumps((self.rank, self.ranks, self.text, self.trace, self.pickled))
 
     @classmethod
     def load(cls, data: bytes | memoryview) -> Failure:
-        """The failure that another rank of this job has dumped."""
+        """Deserialize a failure from another rank of this job."""
         return cls(*pickle.loads(data))
 
     def exception(self) -> BaseException | None:
-        """The exception itself, as far as it can be had here."""
+        """Return the exception itself, or ``None`` if it cannot be unpickled in this process."""
         if not self.pickled:
             return None
 
@@ -87,7 +87,7 @@ class Failure:
         return error
 
     def as_gang_error(self) -> GangError:
-        """The error for the ranks that did not fail, with the exception as its cause."""
+        """Return the error for the ranks that did not fail, with the exception as its cause."""
         error = GangError(self.text, ranks=self.ranks)
         error.__cause__ = self.exception()
         if error.__cause__ is None and self.trace:

@@ -1,4 +1,4 @@
-"""What lading uses of torch that torch keeps private; the tests of this file are a contract with its next version."""
+"""The private parts of torch that lading uses; tests of this module notice when a new torch changes them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 
 def default_store() -> Store:
-    """The store by which the ranks of the default process group found one another."""
+    """Return the rendezvous store of the default process group."""
     return _get_default_store()
 
 
 def store_host(store: Store) -> str | None:
-    """The address by which every rank reaches the host of rank 0; ``None`` where the store is no server."""
+    """Return the address at which every rank reaches the host of rank 0, or ``None`` if the store is not a server."""
     while isinstance(store, PrefixStore):
         store = store.underlying_store
 
@@ -26,10 +26,10 @@ def store_host(store: Store) -> str | None:
 
 
 def init_fake_process_group(rank: int, size: int) -> None:
-    """Make this process rank ``rank`` of a world in which nothing is ever sent."""
+    """Initialize a fake process group of ``size`` ranks, with this process as ``rank``; collectives do nothing."""
     if "torch.distributed.tensor" in sys.modules:
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-        # It holds meshes, and equal are those of the same world, whichever rank this process was of it.
+        # The cache is keyed by mesh, and meshes of one world compare equal whatever the rank of this process.
         _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
     init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)

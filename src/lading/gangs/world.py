@@ -1,4 +1,4 @@
-"""All gangs of a process: of the ranks that torchrun started, of one process, or of a world that is only simulated."""
+"""All gangs of a process: of the ranks that torchrun started, of a single process, or of a simulated world."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from lading.gangs.torch_private import default_store, init_fake_process_group
 from lading.system.filesystem import host_id
 
 AXES = ("pp", "rdp", "sdp", "tp")
-"""The axes of the mesh, from the one whose ranks lie furthest apart to the one whose ranks are neighbours."""
+"""The axes of the mesh, from the one whose ranks are furthest apart to the one whose ranks are neighbors."""
 
 TIMEOUT = timedelta(minutes=15)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gangs:
-    """All gangs that this process belongs to; leave their ``with`` block, or call :meth:`close`, to end them.
+    """All gangs of this process; leave their ``with`` block, or call :meth:`close`, to end them.
 
     :ivar root: all processes.
     :ivar dp: data parallel, the product of ``rdp`` and ``sdp``.
@@ -51,9 +51,9 @@ class Gangs:
         return self.root.mesh
 
     def close(self) -> None:
-        """End what the gangs tell one another; to the other ranks, this one is gone. The process group stays."""
-        if self.root.line is not None:
-            self.root.line.close()
+        """Close the connections of the gangs; for the other ranks, this one is then gone. The process group stays."""
+        if self.root.channel is not None:
+            self.root.channel.close()
 
     def __enter__(self) -> Gangs:
         return self
@@ -65,11 +65,11 @@ class Gangs:
 
 
 def create_fake_gangs(device: torch.device | str) -> Gangs:
-    """Gangs of one process, for a model on a single device.
+    """Create the gangs of a single process, for a model on a single device.
 
-    :raises ValueError: the ``meta`` device, which holds no data.
+    :raises ValueError: ``device`` is the ``meta`` device, which holds no data.
     """
-    device = _checked(device)
+    device = _check_device(device)
     one = Gang(rank=0, size=1, device=device)
 
     return Gangs(root=one, dp=one, rdp=one, sdp=one, tp=one, pp=one)
@@ -83,49 +83,49 @@ def create_gangs(
     pp: int = 1,
     timeout: timedelta = TIMEOUT,
 ) -> Gangs:
-    """Gangs of all ranks of the default process group, which is made from torchrun's environment if there is none.
+    """Create the gangs of all ranks of the default process group, which torchrun's environment initializes if needed.
 
-    Every rank calls it with the same sizes. Ranks are laid out in the order pp, rdp, sdp, tp: those of a tp gang are
-    neighbours. What the sizes leave of the world are replicas (``rdp``). A process that was not started by torchrun is
-    a world of its own.
+    Every rank calls it with the same sizes. Ranks are laid out in the order pp, rdp, sdp, tp, so that the ranks of a tp
+    gang are neighbors. The rest of the world are replicas (``rdp``). A process that torchrun did not start is a world
+    of its own.
 
-    :param device: the CPU, or a CUDA device; by default the CUDA device of this rank on its host (``LOCAL_RANK``)
-        where there are any, and the CPU elsewhere.
-    :param timeout: how long a rank may be late at a call of its gang without a sign of life; also that of the process
-        group, if it is made here.
-    :raises ValueError: a size that is no size or does not divide the world; a device that the others do not have.
-    :raises GangError: a rank did not come, or came with other sizes; the environment is incomplete.
+    :param device: the CPU, or a CUDA device; by default the CUDA device of this rank on its host (``LOCAL_RANK``) if
+        there is one, else the CPU.
+    :param timeout: the time that a rank may be late at a call of its gang without a heartbeat; also the timeout of the
+        process group, if it is initialized here.
+    :raises ValueError: a size is not valid or does not divide the world; the ranks have different devices.
+    :raises GangError: a rank did not arrive, or has other sizes; the environment is incomplete.
     """
     sizes = {"tp": tp, "sdp": sdp, "pp": pp}
     if timeout <= timedelta(0):
         raise ValueError(f"`timeout` must be positive, but is {timeout}")
 
-    device = _checked(_default_device() if device is None else device)
+    device = _check_device(_default_device() if device is None else device)
     if not dist.is_initialized() and not _init_process_group(device, timeout):
-        _remainder(1, sizes)
+        _replica_count(1, sizes)
         return create_fake_gangs(device)
 
     rank, size = dist.get_rank(), dist.get_world_size()
     if size == 1:
-        shape = (pp, _remainder(1, sizes), sdp, tp)
-        return _lay_out(_mesh(device, shape), 0, shape, device, (_host(),), None, dist.group.WORLD)
+        shape = (pp, _replica_count(1, sizes), sdp, tp)
+        return _build_gangs(_mesh(device, shape), 0, shape, device, (_host_name(),), None, dist.group.WORLD)
 
-    line = ControlChannel(default_store(), rank, size, timeout.total_seconds())
+    channel = ControlChannel(default_store(), rank, size, timeout.total_seconds())
     try:
-        everybody = Gang(rank=rank, size=size, device=device, ranks=tuple(range(size)), line=line)
+        everyone = Gang(rank=rank, size=size, device=device, ranks=tuple(range(size)), channel=channel)
         try:
-            shape = (pp, _remainder(size, sizes), sdp, tp)
+            shape = (pp, _replica_count(size, sizes), sdp, tp)
         except ValueError as ex:
-            everybody.agree(ex)
+            everyone.agree(ex)
             raise
-        everybody.same({**sizes, "device": device.type}, "sizes of gangs and type of device")
-        hosts = tuple(everybody.gather_objects(_host()))
+        everyone.same({**sizes, "device": device.type}, "sizes of gangs and type of device")
+        hosts = tuple(everyone.gather_objects(_host_name()))
 
         def make() -> tuple[DeviceMesh, ProcessGroup | None]:
             if device.type == "cuda":
-                torch.cuda.set_device(device)  # it is a setting of the thread
+                torch.cuda.set_device(device)  # a per-thread setting
             mesh, dp_group = _mesh(device, shape), _dp_group(rank, shape)
-            # NCCL connects at the first collective, and blocks until all have come: here, where it is guarded.
+            # NCCL connects at the first collective and blocks until all ranks arrive: do it here, under the guard.
             for group in (dist.group.WORLD, dp_group, *(mesh[axis].get_group() for axis in AXES)):
                 if group is not None and group.size() > 1:
                     dist.all_reduce(torch.zeros(1, device=device), group=group)
@@ -133,28 +133,28 @@ def create_gangs(
                 torch.cuda.synchronize(device)
             return mesh, dp_group
 
-        mesh, dp_group = line.guard(make, "making the process groups")
-        everybody.barrier()
+        mesh, dp_group = channel.guard(make, "creating the process groups")
+        everyone.barrier()
 
-        return _lay_out(mesh, rank, shape, device, hosts, line, dist.group.WORLD, dp_group)
+        return _build_gangs(mesh, rank, shape, device, hosts, channel, dist.group.WORLD, dp_group)
     except BaseException:
-        line.close()
+        channel.close()
         raise
 
 
 def simulate_gangs(
     rank: int, *, tp: int = 1, sdp: int = 1, pp: int = 1, rdp: int = 1, device: torch.device | str = "cpu"
 ) -> Gangs:
-    """The gangs of one rank of a world of ``pp × rdp × sdp × tp`` processes, of which none but this one exists.
+    """Create the gangs of one rank in a simulated world of ``pp × rdp × sdp × tp`` processes, without the others.
 
-    For looking at what a rank would own and do: meshes, placements and shards are those of the rank. Collectives send
-    nothing and leave what they would overwrite as it is; ``first`` and ``agree`` know this process alone. The gangs
-    that this process has simulated before end: torch has one default process group.
+    Meshes, placements and shards are those of the rank, so that its share can be inspected. Collectives send nothing
+    and leave their outputs as they are; ``first`` and ``agree`` involve this process alone. The gangs that this process
+    simulated before end, because torch has one default process group.
 
-    :raises ValueError: a size that is no size; a rank that the world does not have.
+    :raises ValueError: a size is not valid, or the world has no such rank.
     :raises GangError: this process has a real process group.
     """
-    device = _checked(device)
+    device = _check_device(device)
     shape = (pp, rdp, sdp, tp)
     _check_sizes(dict(zip(AXES, shape, strict=True)))
     size = prod(shape)
@@ -166,15 +166,17 @@ def simulate_gangs(
     if dist.is_initialized():
         if dist.get_backend() != "fake":
             raise GangError(
-                "gangs cannot be simulated in a process that has a process group: torch has one default group only. "
-                "Simulate in another process, or destroy the group first."
+                "gangs cannot be simulated in a process that has a process group, because torch has one default group: "
+                "simulate in another process, or destroy the group first"
             )
         dist.destroy_process_group()
 
     init_fake_process_group(rank, size)
     hosts = tuple(str(r) for r in range(size))
 
-    return _lay_out(_mesh(device, shape), rank, shape, device, hosts, None, dist.group.WORLD, _dp_group(rank, shape))
+    return _build_gangs(
+        _mesh(device, shape), rank, shape, device, hosts, None, dist.group.WORLD, _dp_group(rank, shape)
+    )
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------
@@ -185,13 +187,13 @@ def _mesh(device: torch.device, shape: tuple[int, ...]) -> DeviceMesh:
 
 
 def _dp_group(rank: int, shape: tuple[int, int, int, int]) -> ProcessGroup | None:
-    """The group of ``rdp`` and ``sdp`` together; ``None`` where one of them alone has all of its ranks."""
+    """Create the group of ``rdp`` and ``sdp`` together; ``None`` if an existing group has the same ranks."""
     pp, rdp, sdp, tp = shape
     if rdp == 1 or sdp == 1 or pp * tp == 1:
         return None
 
     grid = torch.arange(prod(shape)).view(pp, rdp * sdp, tp)
-    # Every rank makes every group, in the same order: torch counts them.
+    # Every rank creates every group, in the same order, because torch counts them.
     groups = [(ranks, dist.new_group(ranks)) for p in range(pp) for t in range(tp) if (ranks := grid[p, :, t].tolist())]
 
     mine: ProcessGroup = next(group for ranks, group in groups if rank in ranks)
@@ -199,13 +201,13 @@ def _dp_group(rank: int, shape: tuple[int, int, int, int]) -> ProcessGroup | Non
     return mine
 
 
-def _lay_out(
+def _build_gangs(
     mesh: DeviceMesh,
     rank: int,
     shape: tuple[int, int, int, int],
     device: torch.device,
     hosts: tuple[str, ...],
-    line: ControlChannel | None,
+    channel: ControlChannel | None,
     world: ProcessGroup | None,
     dp_group: ProcessGroup | None = None,
 ) -> Gangs:
@@ -223,7 +225,7 @@ def _lay_out(
             hosts=tuple(hosts[m] for m in members),
             mesh=mesh,
             group=None if alone else group,
-            line=None if alone else line,
+            channel=None if alone else channel,
         )
 
     rdp = gang(grid[p, :, s, t], mesh["rdp"], mesh["rdp"].get_group())
@@ -245,7 +247,7 @@ def _lay_out(
 # --- arguments and environment ---------------------------------------------------------------------------------------
 
 
-def _checked(device: torch.device | str) -> torch.device:
+def _check_device(device: torch.device | str) -> torch.device:
     device = torch.device(device)
     if device.type == "meta":
         raise ValueError("`device` must be a device that holds data, but is the meta device")
@@ -261,8 +263,8 @@ def _check_sizes(sizes: dict[str, int]) -> None:
             raise ValueError(f"`{name}` must be at least 1, but is {size}")
 
 
-def _remainder(world: int, sizes: dict[str, int]) -> int:
-    """How many replicas the sizes leave of the world."""
+def _replica_count(world: int, sizes: dict[str, int]) -> int:
+    """Return the number of replicas: the size of the world over the product of ``sizes``."""
     _check_sizes(sizes)
     for name, size in sizes.items():
         if world % size:
@@ -276,11 +278,11 @@ def _remainder(world: int, sizes: dict[str, int]) -> int:
     return world // product
 
 
-def _host() -> str:
-    """A name for what a process shares its files with: cloned images share a machine id, containers share a kernel."""
+def _host_name() -> str:
+    """Return a name that is equal for processes that share files; clones share a machine id, containers a kernel."""
     parts = [host_id(), os.uname().nodename]
     for read, path in (
-        (_text, "/proc/sys/kernel/random/boot_id"),
+        (_read_text, "/proc/sys/kernel/random/boot_id"),
         (os.readlink, "/proc/self/ns/mnt"),
         (os.readlink, "/proc/self/ns/net"),
     ):
@@ -292,7 +294,7 @@ def _host() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _text(path: str) -> str:
+def _read_text(path: str) -> str:
     with open(path, encoding="ascii") as file:
         return file.read().strip()
 
@@ -303,25 +305,25 @@ def _default_device() -> torch.device:
 
     count, local = torch.cuda.device_count(), _environment_int("LOCAL_RANK") or 0
     if count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
-        return torch.device("cuda", 0)  # each rank of this host is shown a device of its own
+        return torch.device("cuda", 0)  # each rank of this host sees a device of its own
     if local >= count:
         raise GangError(
             f"`LOCAL_RANK` is {local}, but this host has {count} CUDA device{'s' if count > 1 else ''}: start no more "
-            "processes on a host than it has devices, or give `device`"
+            "processes on a host than it has devices, or pass `device`"
         )
 
     return torch.device("cuda", local)
 
 
 def _init_process_group(device: torch.device, timeout: timedelta) -> bool:
-    """Make the default process group from the environment; whether there is such an environment."""
-    wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in wanted if not os.environ.get(name)]
-    if len(missing) == len(wanted):
+    """Initialize the default process group from the environment; return whether the environment has one."""
+    variables = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in variables if not os.environ.get(name)]
+    if len(missing) == len(variables):
         return False
     if missing:
         raise GangError(
-            f"the environment has {', '.join(n for n in wanted if n not in missing)}, but not {', '.join(missing)}: "
+            f"the environment has {', '.join(n for n in variables if n not in missing)}, but not {', '.join(missing)}: "
             "start the processes with torchrun, or set all of them"
         )
 

@@ -415,7 +415,7 @@ def _require_same(
 
     :raises GangError: they do not; it names what each of them asks for.
     """
-    if gangs.root.line is None:
+    if gangs.root.channel is None:
         return
     asked: object = str(card)
     if isinstance(card, AssetCard):  # whose fields may be secret

@@ -232,7 +232,7 @@ def export_model(
     if not isinstance(model, family.kls):
         raise TypeError(f"`model` must be a {family.kls.__name__}, but is of type {type(model).__name__}")
     root = (gangs or create_fake_gangs("cpu")).root
-    if root.size > 1 and root.line is None:
+    if root.size > 1 and root.channel is None:
         raise NotSupportedError("A model of simulated gangs cannot be exported: the other parts of it are nowhere.")
     root.same(
         (family.name, config, dtype, shard_size, str(folder), None if beside is None else str(beside)),
