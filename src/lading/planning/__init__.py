@@ -1,1 +1,1 @@
-"""The plan: which bytes of which files go where. Pure, and free of torch."""
+"""Planning: the bytes of files that go to each place in memory. Pure functions, without torch."""

@@ -1,6 +1,6 @@
-"""Integer boxes: a part of a tensor, as a start and a size along each dim.
+"""Integer boxes: parts of tensors, as a start and a size along each dim.
 
-A box with no dims is a scalar and holds one element; a box with a size of zero along any dim is empty.
+A box without dims is a scalar and holds one element; a box with a size of zero along any dim is empty.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """The part ``[start, start + size)`` of a tensor, dim by dim.
+    """The part ``[start, start + size)`` of a tensor along each dim.
 
-    :raises ValueError: a negative number, or as many starts as there are not sizes.
+    :raises ValueError: a number is negative, or the number of starts and of sizes differs.
     """
 
     starts: tuple[int, ...]
@@ -29,11 +29,11 @@ class Box:
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Box:
-        """The box of all of a tensor of shape ``shape``."""
+        """Return the box that covers a tensor of shape ``shape``."""
         return cls((0,) * len(shape), tuple(shape))
 
     def empty(self) -> Box:
-        """A box of as many dims that holds nothing; of a scalar, which no box can leave out, this one."""
+        """Return an empty box with the same dims; for a scalar, which is never empty, this box."""
         return Box((0,) * len(self.sizes), (0,) * len(self.sizes))
 
     @property
@@ -46,41 +46,41 @@ class Box:
         return math.prod(self.sizes)
 
     def covers(self, shape: Sequence[int]) -> bool:
-        """Whether this is the box of all of a tensor of shape ``shape``."""
+        """Return whether the box covers a tensor of shape ``shape``."""
         return self.sizes == tuple(shape) and not any(self.starts)
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether the box lies within a tensor of shape ``shape``."""
+        """Return whether the box lies within a tensor of shape ``shape``."""
         return len(shape) == len(self.sizes) and all(end <= n for end, n in zip(self.ends, shape, strict=True))
 
     def intersect(self, other: Box) -> Box | None:
-        """What both boxes hold; ``None`` where they share no element."""
+        """Return the intersection of two boxes, or ``None`` if they share no element."""
         starts = tuple(map(max, self.starts, other.starts))
         sizes = tuple(min(a, b) - s for a, b, s in zip(self.ends, other.ends, starts, strict=True))
 
         return Box(starts, sizes) if all(size > 0 for size in sizes) else None
 
     def shift(self, by: Sequence[int]) -> Box:
-        """The same sizes, moved by ``by`` (which may be negative)."""
+        """Return the box moved by ``by``, which may be negative."""
         return Box(tuple(s + d for s, d in zip(self.starts, by, strict=True)), self.sizes)
 
     def runs(self, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """The box as runs ``(first element, number of elements)`` of the row-major tensor of shape ``shape``.
+        """Yield the box as runs ``(first element, number of elements)`` of the row-major tensor of shape ``shape``.
 
-        The runs are ascending, do not touch, and are as few as can be: a box of whole rows is one run.
+        The runs are ascending, do not touch, and are as few as possible: a box of whole rows is one run.
         """
         for first, stride, length, count in self.rows(shape):
             for i in range(count):
                 yield first + i * stride, length
 
     def rows(self, shape: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
-        """The runs in groups of equal distances: ``(first element, elements from one run to the next, elements of a
-        run, number of runs)``. A part of the columns of a matrix is one group.
+        """Yield the runs in groups of equal distances: ``(first element, distance between runs, elements per run,
+        number of runs)``, all in elements. Some columns of a matrix are one group.
         """
         if self.numel == 0:
             return
 
-        # Dims behind `split` are whole, so that one run goes through all of them and through a part of dim `split`.
+        # Dims after `split` are complete, so that one run covers all of them and a part of dim `split`.
         split = len(shape) - 1
         while split > 0 and self.sizes[split] == shape[split]:
             split -= 1

@@ -1,8 +1,8 @@
-"""How a parameter is made of the tensors of a checkpoint, as a value, and what a part of it needs of them. Pure.
+"""Compositions: values that describe how the tensors of a checkpoint make a parameter. Pure.
 
-A *source* is a tensor, by its position in the manifest; or sources that are joined along a dim, stacked along a new
-one, or re-ordered or cut along one. It is never carried out on tensors: for a box of the parameter it gives pieces,
-each a strided copy from one tensor to the memory of the box, so that a rank reads what its box needs and nothing else.
+A *source* is a tensor, by its position in the manifest, or sources that are joined along a dim, stacked along a new
+dim, reordered or sliced along a dim. It is never executed on tensors: for a box of the parameter it yields pieces, each
+a strided copy from one tensor to the memory of the box, so that a rank reads the bytes of its box and no others.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from lading.planning.box import Box
 
 @dataclass(frozen=True, slots=True)
 class Regroup:
-    """Along ``dim``, every group of ``rows × columns`` indices of the source is a matrix, and is transposed.
+    """A reordering along ``dim`` that transposes every group of ``rows × columns`` indices, seen as a matrix.
 
     Index ``i * columns + j`` of a group of the source is index ``j * rows + i`` of the same group of the parameter.
-    With ``rows = head_dim // 2`` and ``columns = 2`` this is the way from rotary embeddings that turn neighbouring
-    channels, as in Meta's LLaMA, to those that turn the two halves of a head, as in Hugging Face's.
+    ``rows = head_dim // 2`` and ``columns = 2`` convert rotary embeddings that rotate adjacent channels, as Meta's
+    LLaMA does, to those that rotate the two halves of a head, as Hugging Face's does.
     """
 
     dim: int
@@ -35,7 +35,7 @@ class Regroup:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """Sources that lie one after another along ``dim``."""
+    """Sources concatenated along ``dim``."""
 
     dim: int
     parts: tuple[Source, ...]
@@ -43,14 +43,14 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Stacked:
-    """Sources of one shape that lie one after another along a new first dim."""
+    """Sources of one shape, stacked along a new first dim."""
 
     parts: tuple[Source, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Reordered:
-    """A source whose indices along a dim come in another order."""
+    """A source with its indices along a dim in another order."""
 
     order: Regroup
     source: Source
@@ -58,7 +58,7 @@ class Reordered:
 
 @dataclass(frozen=True, slots=True)
 class Sliced:
-    """Of a source the ``size`` indices from ``start`` on along ``dim``."""
+    """A slice of a source: ``size`` indices from ``start`` along ``dim``."""
 
     dim: int
     start: int
@@ -71,22 +71,22 @@ Source = int | Joined | Stacked | Reordered | Sliced
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A strided copy: of a tensor the elements at ``starts + i * steps``, for ``i`` below ``sizes``, dim by dim."""
+    """A strided copy of the elements ``starts + i * steps`` of a tensor, for ``i`` below ``sizes``, along each dim."""
 
     tensor: int
     starts: tuple[int, ...]
     sizes: tuple[int, ...]
     steps: tuple[int, ...]
     place: int
-    """Of the first element in the memory of the box, in elements."""
+    """The position of the first element in the memory of the box, in elements."""
     strides: tuple[int, ...]
-    """In that memory, of each dim of the tensor, in elements."""
+    """The stride of each dim of the tensor in that memory, in elements."""
 
     def rows(self, shape: Sequence[int]) -> Iterator[tuple[int, int, int, int, int, int]]:
-        """The copy as runs, in groups of equal distances: ``(first element, elements from one run to the next, elements
-        of a run, number of runs)``, all of the tensor, then the same first and distance in the memory.
+        """Yield the copy as runs, in groups of equal distances: ``(first element, distance between runs, elements per
+        run, number of runs)`` in the tensor, then the first element and the distance in the memory.
 
-        :param shape: of the tensor.
+        :param shape: the shape of the tensor.
         """
         if 0 in self.sizes:
             return
@@ -119,7 +119,7 @@ class Piece:
 
 
 def tensors_of(source: Source) -> Iterator[int]:
-    """The positions of all tensors that ``source`` is made of."""
+    """Yield the positions of all tensors in ``source``."""
     if isinstance(source, int):
         yield source
     elif isinstance(source, Reordered | Sliced):
@@ -130,11 +130,10 @@ def tensors_of(source: Source) -> Iterator[int]:
 
 
 def shape_of(source: Source, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of what ``source`` makes.
+    """Return the shape of ``source``.
 
-    :param shapes: of the tensors of the manifest.
-
-    :raises ValueError: its parts do not fit together; says why.
+    :param shapes: the shapes of the tensors of the manifest.
+    :raises ValueError: the parts of ``source`` do not fit together.
     """
     if isinstance(source, int):
         return shapes[source]
@@ -152,30 +151,30 @@ def shape_of(source: Source, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ..
     parts = [shape_of(part, shapes) for part in source.parts]
     if isinstance(source, Stacked):
         if len(set(parts)) != 1:
-            raise ValueError(f"tensors of the shapes {_some(parts)} cannot be stacked")
+            raise ValueError(f"tensors of the shapes {_format_shapes(parts)} cannot be stacked")
         return (len(parts), *parts[0])
 
     dim = source.dim
     if any(len(shape) <= dim for shape in parts) or len({(*s[:dim], *s[dim + 1 :]) for s in parts}) != 1:
-        raise ValueError(f"tensors of the shapes {_some(parts)} cannot be joined along dim {dim}")
+        raise ValueError(f"tensors of the shapes {_format_shapes(parts)} cannot be joined along dim {dim}")
 
     return (*parts[0][:dim], sum(shape[dim] for shape in parts), *parts[0][dim + 1 :])
 
 
 def pieces(source: Source, shapes: Sequence[tuple[int, ...]], box: Box) -> Iterator[Piece]:
-    """The copies that fill the memory of ``box``, which is contiguous and row-major, each element once.
+    """Yield the copies that fill the memory of ``box``, contiguous and row-major, each element once.
 
-    :param shapes: of the tensors of the manifest.
-    :param box: within the shape of ``source``.
+    :param shapes: the shapes of the tensors of the manifest.
+    :param box: a box within the shape of ``source``.
     """
-    need = _Need(box.starts, box.sizes, (1,) * len(box.sizes), 0, tuple(_strides(box.sizes)))
+    selection = _Selection(box.starts, box.sizes, (1,) * len(box.sizes), 0, tuple(_strides(box.sizes)))
 
-    yield from _walk(source, shapes, need)
+    yield from _walk(source, shapes, selection)
 
 
 @dataclass(frozen=True, slots=True)
-class _Need:
-    """What is needed of a source, in its own indices; the fields mean what they mean in a piece."""
+class _Selection:
+    """A selection of elements of a source, in its own indices, with the fields of :class:`Piece`."""
 
     starts: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -183,9 +182,9 @@ class _Need:
     place: int
     strides: tuple[int, ...]
 
-    def along(self, dim: int, first: int, count: int, start: int, step: int) -> _Need:
-        """The ``count`` indices from the ``first`` on along ``dim``, which are ``start``, ``start + step`` … below."""
-        return _Need(
+    def along(self, dim: int, first: int, count: int, start: int, step: int) -> _Selection:
+        """Return the ``count`` indices from ``first`` along ``dim``, as ``start``, ``start + step`` … of a part."""
+        return _Selection(
             (*self.starts[:dim], start, *self.starts[dim + 1 :]),
             (*self.sizes[:dim], count, *self.sizes[dim + 1 :]),
             (*self.steps[:dim], step, *self.steps[dim + 1 :]),
@@ -194,55 +193,61 @@ class _Need:
         )
 
 
-def _walk(source: Source, shapes: Sequence[tuple[int, ...]], need: _Need) -> Iterator[Piece]:
-    if 0 in need.sizes:
+def _walk(source: Source, shapes: Sequence[tuple[int, ...]], selection: _Selection) -> Iterator[Piece]:
+    if 0 in selection.sizes:
         return
     if isinstance(source, int):
-        yield Piece(source, need.starts, need.sizes, need.steps, need.place, need.strides)
+        yield Piece(source, selection.starts, selection.sizes, selection.steps, selection.place, selection.strides)
     elif isinstance(source, Joined):
-        for part, inner in _joined(source, shapes, need):
+        for part, inner in _joined(source, shapes, selection):
             yield from _walk(part, shapes, inner)
     elif isinstance(source, Stacked):
-        for i in range(need.sizes[0]):
-            part = source.parts[need.starts[0] + i * need.steps[0]]
-            place = need.place + i * need.strides[0]
-            inner = _Need(need.starts[1:], need.sizes[1:], need.steps[1:], place, need.strides[1:])
+        for i in range(selection.sizes[0]):
+            part = source.parts[selection.starts[0] + i * selection.steps[0]]
+            place = selection.place + i * selection.strides[0]
+            inner = _Selection(
+                selection.starts[1:], selection.sizes[1:], selection.steps[1:], place, selection.strides[1:]
+            )
             yield from _walk(part, shapes, inner)
     elif isinstance(source, Sliced):
         dim = source.dim
-        start = need.starts[dim] + source.start
-        yield from _walk(source.source, shapes, need.along(dim, 0, need.sizes[dim], start, need.steps[dim]))
+        start = selection.starts[dim] + source.start
+        yield from _walk(
+            source.source, shapes, selection.along(dim, 0, selection.sizes[dim], start, selection.steps[dim])
+        )
     else:
-        for inner in _reordered(source.order, need):
+        for inner in _reordered(source.order, selection):
             yield from _walk(source.source, shapes, inner)
 
 
-def _joined(source: Joined, shapes: Sequence[tuple[int, ...]], need: _Need) -> Iterator[tuple[Source, _Need]]:
+def _joined(
+    source: Joined, shapes: Sequence[tuple[int, ...]], selection: _Selection
+) -> Iterator[tuple[Source, _Selection]]:
     dim = source.dim
-    start, step, end = need.starts[dim], need.steps[dim], 0
+    start, step, end = selection.starts[dim], selection.steps[dim], 0
     done = 0
     for part in source.parts:
         begin, end = end, end + shape_of(part, shapes)[dim]
-        # Those of the remaining indices that lie before the end of this part.
-        count = min(need.sizes[dim], max(0, -(-(end - start) // step))) - done
+        # Count the remaining indices before the end of this part.
+        count = min(selection.sizes[dim], max(0, -(-(end - start) // step))) - done
         if count > 0:
-            yield part, need.along(dim, done, count, start + done * step - begin, step)
+            yield part, selection.along(dim, done, count, start + done * step - begin, step)
             done += count
 
 
-def _reordered(order: Regroup, need: _Need) -> Iterator[_Need]:
+def _reordered(order: Regroup, selection: _Selection) -> Iterator[_Selection]:
     dim = order.dim
-    start, size, step = need.starts[dim], need.sizes[dim], need.steps[dim]
+    start, size, step = selection.starts[dim], selection.sizes[dim], selection.steps[dim]
     if step != 1:
-        raise InternalError("a source that is re-ordered twice along one dim")
+        raise InternalError("a source is reordered twice along one dim")
 
     first = 0
     while first < size:
-        # Up to the end of a column of the group, the indices of the source are `columns` apart.
+        # Until the end of a column of the group, the indices of the source are `columns` apart.
         group, within = divmod(start + first, order.group)
         column, row = divmod(within, order.rows)
         count = min(size - first, order.rows - row)
-        yield need.along(dim, first, count, group * order.group + row * order.columns + column, order.columns)
+        yield selection.along(dim, first, count, group * order.group + row * order.columns + column, order.columns)
         first += count
 
 
@@ -254,7 +259,7 @@ def _strides(shape: Sequence[int]) -> list[int]:
     return strides
 
 
-def _some(shapes: Sequence[tuple[int, ...]]) -> str:
+def _format_shapes(shapes: Sequence[tuple[int, ...]]) -> str:
     distinct = list(dict.fromkeys(shapes))
 
     return ", ".join(str(list(shape)) for shape in distinct[:4]) + (" …" if len(distinct) > 4 else "")

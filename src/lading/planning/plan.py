@@ -1,4 +1,4 @@
-"""Which bytes to read, and where they go: parameters × manifest → reads. Pure: no I/O, no torch."""
+"""The plan of a load: parameters × manifest → reads. Pure: no I/O, no torch."""
 
 from __future__ import annotations
 
@@ -13,53 +13,54 @@ from lading.planning.composition import Source, pieces
 
 PAGE = 4096
 ALIGNMENT = 64
-"""Of a tensor in the arena, unless it lies as it lies in the file: a cache line, and the widest vector register."""
+"""The alignment of a tensor in the arena, unless it follows the file: a cache line and the widest vector register."""
 
 ARENA = -1
-"""The home of a tensor that is read into memory of its own."""
+"""The home of a tensor that is read into the arena."""
 
 
 GAP = 32 << 10
-"""Bytes between two runs that are read with them rather than by-passed: what a system call costs more than a copy."""
+"""The most bytes between two runs that are read with them rather than skipped: copying them costs less than a call."""
 
 LONG_RUN = 256 << 10
-"""Bytes of a run that is a read of its own."""
+"""The size in bytes above which a run is a read of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What memory is to hold, in columns of equal length."""
+    """The tensors to read, in columns of equal length."""
 
     tensors: Sequence[int]
-    """Positions in the manifest."""
+    """The positions in the manifest."""
     boxes: Sequence[Box]
-    """The part of each; within the tensor's shape."""
+    """The part of each tensor to read, within its shape."""
     dtypes: Sequence[str]
-    """What memory holds; bytes are cast where the manifest says another."""
+    """The dtype in memory; values are cast if the manifest has another."""
     composed: Mapping[int, Source] = field(default_factory=dict)
-    """By the position in these columns, what those are made of that are not one tensor as it is; the box is a part of
-    what that makes."""
+    """The compositions, by position in these columns, of entries that are not one tensor as it is; the box is a part of
+    the composed tensor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """Runs of equal size at equal distances, as a part of the columns of a matrix has them; in columns, sorted as the
-    reads of a plan are. In memory one run follows the other.
+    """Runs of equal size at equal distances, such as some columns of a matrix, contiguous in memory.
+
+    They are stored in columns, sorted like the reads of a plan.
     """
 
     shards: array[int] = field(default_factory=lambda: array("I"))
     offsets: array[int] = field(default_factory=lambda: array("q"))
-    """Where the first run begins in the shard's file; type code ``q``, as all that follow."""
+    """The offset of the first run in the shard's file; type code ``q``, as for the columns below."""
     strides: array[int] = field(default_factory=lambda: array("q"))
-    """Bytes in the file from the beginning of a run to that of the next."""
+    """The bytes in the file from the start of a run to the start of the next."""
     lengths: array[int] = field(default_factory=lambda: array("q"))
-    """Bytes in the file of a run; at most :data:`LONG_RUN`."""
+    """The bytes of a run in the file, at most :data:`LONG_RUN`."""
     counts: array[int] = field(default_factory=lambda: array("q"))
-    """Runs; two at least."""
+    """The number of runs, at least two."""
     targets: array[int] = field(default_factory=lambda: array("q"))
-    """Where the first run goes in the arena."""
+    """The offset of the first run in the arena."""
     casts: array[int] = field(default_factory=lambda: array("I"))
-    """Position in the plan's ``conversions``."""
+    """The position in the plan's ``conversions``."""
 
     def add(self, shard: int, offset: int, stride: int, length: int, count: int, target: int, cast: int) -> None:
         self.shards.append(shard)
@@ -72,7 +73,7 @@ class Rows:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that are read, gaps included where they are read too."""
+        """The bytes to read, including the gaps that are read along."""
         return sum(
             (count - 1) * (stride if reads_gaps(stride, length) else length) + length
             for stride, length, count in zip(self.strides, self.lengths, self.counts, strict=True)
@@ -87,35 +88,35 @@ class Rows:
 
 
 def reads_gaps(stride: int, length: int) -> bool:
-    """Whether runs of ``length`` bytes, ``stride`` bytes apart, are read with what is between them."""
+    """Return whether runs of ``length`` bytes, ``stride`` bytes apart, are read together with the gaps between them."""
     return stride - length <= GAP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Reads in columns, sorted by shard and offset, neighbours joined. What is composed comes last, sorted likewise."""
+    """Reads in columns, sorted by shard and offset, with adjacent reads joined; reads of compositions come last."""
 
     arena_bytes: int
     """The size of the arena that the reads fill."""
     homes: array[int]
-    """For each wanted tensor the shard whose mapping holds it, or :data:`ARENA`; type code ``i``."""
+    """The home of each wanted tensor: the shard whose mapping holds it, or :data:`ARENA`; type code ``i``."""
     places: array[int]
-    """For each wanted tensor where it begins, in its home; type code ``q``."""
+    """The offset of each wanted tensor in its home; type code ``q``."""
 
     shards: array[int]
-    """For each read its shard; type code ``I``."""
+    """The shard of each read; type code ``I``."""
     offsets: array[int]
-    """Where it begins in the shard's file; type code ``q``."""
+    """The offset of each read in the shard's file; type code ``q``."""
     sizes: array[int]
-    """Bytes in the file; type code ``q``."""
+    """The bytes of each read in the file; type code ``q``."""
     targets: array[int]
-    """Where it goes in the arena; type code ``q``."""
+    """The offset of each read in the arena; type code ``q``."""
     casts: array[int]
-    """Position in ``conversions``; type code ``I``."""
+    """The position of each read's cast in ``conversions``; type code ``I``."""
     conversions: tuple[tuple[str, str], ...]
-    """(dtype in the file, dtype in memory) of each cast; the first stands for none."""
+    """The ``(dtype in the file, dtype in memory)`` of each cast; the first entry means no cast."""
     rows: Rows = field(default_factory=Rows)
-    """What is read besides: runs at equal distances."""
+    """The further reads: runs at equal distances."""
 
     @property
     def read_bytes(self) -> int:
@@ -129,21 +130,21 @@ class Plan:
 def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
     """Plan the reads for ``wanted``.
 
-    The arena is laid out in the order of the files, so that a shard that is wanted whole is one read. Where nothing is
-    cast, arena and file agree modulo the page size, so that direct I/O can read straight into the arena.
+    The arena follows the order of the files, so that a complete shard is one read. Without a cast, offsets in arena and
+    file agree modulo the page size, so that direct I/O can read straight into the arena.
 
-    :param mapped: leave tensors where they are, in a mapping of the file, wherever their box is one run of bytes that
-        need no cast, are aligned, and are of no other tensor: else who writes to one would change another.
+    :param mapped: leave tensors in a mapping of the file if their box is one aligned run of bytes that needs no cast
+        and belongs to no other tensor; otherwise a write to one would change another.
     """
     reads = _Reads()
-    taken = _Taken()
+    claimed = _ClaimedRanges()
     rows = Rows()
     homes = array("i", [ARENA]) * len(wanted.tensors)
     places = array("q", [0]) * len(wanted.tensors)
     conversions: dict[tuple[str, str], int] = {("", ""): 0}
     end = 0
 
-    # The manifest is in the order (shard, offset), therefore its positions are too.
+    # The manifest is sorted by (shard, offset), so positions in it are as well.
     order = sorted(range(len(wanted.tensors)), key=wanted.tensors.__getitem__)
     for i in order:
         if i in wanted.composed:
@@ -162,13 +163,15 @@ def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
         is_one_run = len(groups) == 1 and groups[0][3] == 1
 
         fits = mapped and stored == dtype and is_one_run and first % size == 0
-        if fits and taken.take(shard, first, first + box.numel * size):
+        if fits and claimed.claim(shard, first, first + box.numel * size):
             homes[i], places[i] = shard, first
             continue
 
         cast = 0 if stored == dtype else conversions.setdefault((stored, dtype), len(conversions))
-        if not reads.ends_at(shard, first, end, cast) or end % size:
-            end = _congruent(end, first) if cast == 0 and first % size == 0 else -(-end // ALIGNMENT) * ALIGNMENT
+        if not reads.is_adjacent(shard, first, end, cast) or end % size:
+            end = (
+                _align_modulo_page(end, first) if cast == 0 and first % size == 0 else -(-end // ALIGNMENT) * ALIGNMENT
+            )
         places[i] = end
 
         for start, stride, length, count in groups:
@@ -185,9 +188,9 @@ def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
     copies: list[_Copy] = []
     for i in (i for i in order if i in wanted.composed):
         found = _copies(manifest, wanted.composed[i], wanted.boxes[i], wanted.dtypes[i])
-        home = _home(found, wanted.dtypes[i]) if mapped else None
+        home = _mapped_home(found, wanted.dtypes[i]) if mapped else None
         nbytes = wanted.boxes[i].numel * (BITS[wanted.dtypes[i]] // 8)
-        if home is not None and taken.take(*home, home[1] + nbytes):
+        if home is not None and claimed.claim(*home, home[1] + nbytes):
             homes[i], places[i] = home
             continue
         places[i] = end = -(-end // ALIGNMENT) * ALIGNMENT
@@ -212,7 +215,7 @@ def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
 
 
 def plan_pass(manifest: Manifest) -> tuple[Plan, Wanted]:
-    """Plan to read each tensor of a checkpoint once, whole and as it is, for its bytes to be looked at as they pass."""
+    """Plan one pass over a checkpoint, which reads each tensor once, complete and without a cast."""
     reads = _Reads()
     places = array("q")
     end = 0
@@ -241,7 +244,7 @@ def plan_pass(manifest: Manifest) -> tuple[Plan, Wanted]:
 
 @dataclass(frozen=True, slots=True, order=True)
 class _Copy:
-    """Runs of bytes at equal distances in a file, that go to equal distances in the arena."""
+    """Runs of bytes at equal distances in a file that go to equal distances in the arena."""
 
     shard: int
     offset: int
@@ -250,13 +253,13 @@ class _Copy:
     count: int
     target: int
     apart: int
-    """Bytes in the arena from the beginning of a run to that of the next."""
+    """The bytes in the arena from the start of a run to the start of the next."""
     target_length: int
-    """Bytes in the arena of a run."""
+    """The bytes of a run in the arena."""
     conversion: tuple[str, str]
 
     def at(self, place: int) -> _Copy:
-        """The same for memory that begins at ``place`` of the arena."""
+        """Return the copy for memory that begins at ``place`` in the arena."""
         return replace(self, target=place + self.target)
 
     def add_to(self, reads: _Reads, rows: Rows, cast: int) -> None:
@@ -270,7 +273,7 @@ class _Copy:
 
 
 def _copies(manifest: Manifest, source: Source, box: Box, dtype: str) -> list[_Copy]:
-    """What fills the memory of ``box``, which begins at 0."""
+    """Return the copies that fill the memory of ``box``, which begins at 0."""
     found: list[_Copy] = []
     size = BITS[dtype] // 8
     for piece in pieces(source, manifest.shapes, box):
@@ -295,8 +298,8 @@ def _copies(manifest: Manifest, source: Source, box: Box, dtype: str) -> list[_C
     return found
 
 
-def _home(copies: Sequence[_Copy], dtype: str) -> tuple[int, int] | None:
-    """The shard, and the place in it, where all of the copies lie as they would in memory; ``None`` if nowhere."""
+def _mapped_home(copies: Sequence[_Copy], dtype: str) -> tuple[int, int] | None:
+    """Return the (shard, offset) that holds the bytes as they would be in memory, or ``None`` if there is none."""
     if len(copies) != 1:
         return None
     (copy,) = copies
@@ -305,22 +308,22 @@ def _home(copies: Sequence[_Copy], dtype: str) -> tuple[int, int] | None:
     return (copy.shard, copy.offset) if as_it_is else None
 
 
-def _congruent(place: int, offset: int) -> int:
-    """The first place at or behind ``place`` that equals ``offset`` modulo the page size."""
+def _align_modulo_page(place: int, offset: int) -> int:
+    """Return the first place from ``place`` on that equals ``offset`` modulo the page size."""
     return place + (offset - place) % PAGE
 
 
-class _Taken:
-    """Ranges of files, each of them in one place only."""
+class _ClaimedRanges:
+    """The ranges of files that mapped tensors have claimed, without overlaps."""
 
     def __init__(self) -> None:
         self._starts: dict[int, list[int]] = {}
         self._ends: dict[int, list[int]] = {}
 
-    def take(self, shard: int, begin: int, end: int) -> bool:
-        """Take a range; return whether nothing of it is taken yet."""
+    def claim(self, shard: int, begin: int, end: int) -> bool:
+        """Claim a range; return ``False`` if a part of it is already claimed."""
         starts, ends = self._starts.setdefault(shard, []), self._ends.setdefault(shard, [])
-        at = bisect_left(starts, end)  # ranges are in order, and those before this place begin before the end
+        at = bisect_left(starts, end)  # ranges are sorted: those before `at` start before `end`
         if at and ends[at - 1] > begin:
             return False
         starts.insert(at, begin)
@@ -330,20 +333,20 @@ class _Taken:
 
 
 class _Reads:
-    """Columns of reads that join what is added next to the last one."""
+    """Columns of reads, in which a read adjacent to the last one is joined to it."""
 
     def __init__(self) -> None:
         self.shards, self.casts = array("I"), array("I")
         self.offsets, self.sizes, self.targets = array("q"), array("q"), array("q")
         self._last = (-1, -1, -1, -1)
-        """Shard, end in the file, end in the arena, and cast of the last read."""
+        """The shard, end in the file, end in the arena, and cast of the last read."""
 
-    def ends_at(self, shard: int, offset: int, target: int, cast: int) -> bool:
-        """Whether bytes that begin there would join the last read."""
+    def is_adjacent(self, shard: int, offset: int, target: int, cast: int) -> bool:
+        """Return whether bytes from there on would join the last read."""
         return self._last == (shard, offset, target, cast)
 
     def add(self, shard: int, offset: int, size: int, target: int, target_size: int, cast: int) -> None:
-        if self.ends_at(shard, offset, target, cast):
+        if self.is_adjacent(shard, offset, target, cast):
             self.sizes[-1] += size
         else:
             self.shards.append(shard)

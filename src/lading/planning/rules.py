@@ -1,7 +1,7 @@
-"""Rules that say, declaratively, which tensors of a checkpoint make which parameters of a model.
+"""Rules: declarative mappings from the tensors of a checkpoint to the parameters of a model.
 
-The parameter names of the built-in families *are* the names that Hugging Face checkpoints use, so that the commonest
-checkpoint needs no rule. Rules are for the others, and for tensors that a checkpoint holds although a model needs none.
+The parameter names of the built-in families *are* the names in Hugging Face checkpoints, so that the commonest
+checkpoint needs no rule. Rules are for other checkpoints, and for tensors in a checkpoint that a model does not need.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from lading.planning.composition import Joined, Regroup, Reordered, Sliced, Sour
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """``source`` names a tensor of the checkpoint, ``target`` the parameter that it makes, or is a part of.
+    """A mapping from ``source``, the name of a tensor in the checkpoint, to ``target``, the parameter that it makes.
 
-    Both are patterns: ``{n}``, with any lower-case name in the braces, stands for a number, ``{rest*}`` for anything.
-    What a placeholder stands for in the source, it stands for in the target. A ``target`` of ``None`` means that the
-    tensor is known and not needed.
+    Both are patterns: ``{n}``, with any lowercase name in the braces, matches a number, ``{rest*}`` any text. A
+    placeholder has the same value in the target as in the source. A ``target`` of ``None`` means that the tensor is
+    known and not needed.
 
-    Where several tensors make one target, each says where it is in it::
+    If several tensors make one target, the rule of each gives its position in the target::
 
         Rule("layers.{n}.wq", "layers.{n}.qkv", concat=(0, 0))                     # q, then k, then v, along dim 0
         Rule("layers.{n}.wk", "layers.{n}.qkv", concat=(0, 1))
@@ -32,53 +32,53 @@ class Rule:
         Rule("experts.{e}.w1", "experts.gate_up", stack="e", concat=(0, 0))        # [experts, gate and up, dim]
         Rule("experts.{e}.w3", "experts.gate_up", stack="e", concat=(0, 1))
 
-    Where one tensor makes several targets, a rule for each, of the same source, says which part of it is its own::
+    If one tensor makes several targets, one rule per target, with the same source, gives the part of the tensor::
 
         Rule("layers.{n}.qkv", "layers.{n}.wq", cut=(0, 0, 4096))                  # dim, first index, size
         Rule("layers.{n}.qkv", "layers.{n}.wk", cut=(0, 4096, 1024))
 
     The parts that ranks of gangs saved, which :mod:`lading.formats` names ``NAME#TP`` or ``NAME#TP.SDP``, need no rule:
-    a rule is for ``NAME``, and the shape of the target tells along which dim the parts are joined, or that they are
-    copies, of which the first is taken.
+    a rule is for ``NAME``, and the shape of the target determines the dim along which the parts are joined, or that the
+    parts are copies, in which case the first is used.
     """
 
     source: str
     target: str | None
     concat: tuple[int, int] | None = None
-    """(dim, position): it is the tensor at this position, from 0 on, of those that are joined along this dim of the
-    target; where they are stacked too, of the stacked element."""
+    """The ``(dim, position)`` of the tensor, counted from 0, among those that are concatenated along this dim of the
+    target, or of the stacked element if they are stacked too."""
     stack: str | None = None
-    """The placeholder that is its index along a new first dim of the target; the target does not have it."""
+    """The placeholder with the index of the tensor along a new first dim of the target; ``target`` does not use it."""
     order: Regroup | None = None
-    """How its indices along a dim are re-ordered, before anything else but the joining of parts of ranks."""
+    """The reordering of its indices along a dim, before anything except the joining of parts that ranks saved."""
     cut: tuple[int, int, int] | None = None
-    """(dim, first index, size): the part of it that makes the target, after it was re-ordered."""
+    """The ``(dim, first index, size)`` of the part of the tensor that makes the target, after the reordering."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """What of the manifest makes which target, in columns, and what does not fit."""
+    """The assignment of tensors of the manifest to targets, in columns, and the names that have no match."""
 
     targets: array[int]
-    """Positions among the targets; type code ``I``."""
+    """The positions among the targets; type code ``I``."""
     tensors: array[int]
-    """For each of ``targets`` the position of its tensor in the manifest, or of the first; type code ``I``."""
+    """The position in the manifest of the tensor, or of the first tensor, of each target; type code ``I``."""
     composed: Mapping[int, Source] = field(default_factory=dict)
-    """By the position in ``targets``, what those are made of that are not one tensor as it is."""
+    """The compositions, by position in ``targets``, of targets that are not one tensor as it is."""
     duplicates: tuple[tuple[int, Source], ...] = ()
-    """(target, source): a tied parameter that the checkpoint holds more than once; the copies must be equal."""
+    """The ``(target, source)`` of each further copy of a tied parameter; the copies must be equal."""
     further_names: tuple[str, ...] = ()
-    """For each of ``duplicates`` the name of the parameter, among its further ones, that the copy has."""
+    """The name of the copy in each of ``duplicates``, among the further names of the parameter."""
     missing: tuple[str, ...] = ()
-    """Names of targets that no tensor makes."""
+    """The names of targets without a tensor."""
     drawn: tuple[str, ...] = ()
-    """Of those that need none: their numbers are what a new model has."""
+    """The names of targets that need no tensor: they keep the values of a new model."""
     unexpected: tuple[str, ...] = ()
-    """Names of tensors that no rule knows and that make no target."""
+    """The names of tensors that no rule and no target matches."""
     clashes: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """A target that several tensors claim, and their names."""
+    """The targets that several tensors claim, and the names of these tensors."""
     incomplete: tuple[tuple[str, str], ...] = ()
-    """A target that the tensors which are there cannot make, and why."""
+    """The targets that the available tensors cannot make, and the reasons."""
 
 
 def route(
@@ -92,19 +92,19 @@ def route(
 ) -> Route:
     """Assign tensors to targets.
 
-    A name goes through the first rule whose source matches all of it, and through further rules of the same source if
-    those cut it; a name that no rule matches stands for itself.
+    The first rule whose source matches a full name applies, with further rules of the same source if they cut the
+    tensor; a name that no rule matches is the name of its target.
 
     :param aliases: further names of tied targets → the name among ``target_names``.
-    :param shapes: of the tensors; needed where several of them make one target.
-    :param target_shapes: of the targets; needed there, too.
+    :param shapes: the shapes of the tensors; needed if several tensors make one target.
+    :param target_shapes: the shapes of the targets; needed likewise.
     """
     aliases = aliases or {}
     position = {name: i for i, name in enumerate(target_names)}
     order = position | {name: len(position) + i for i, name in enumerate(aliases)}
 
     # (target, name after the rules) → the tensors that claim it.
-    claims: dict[int, dict[str, list[tuple[int, _Place | None]]]] = {}
+    claims: dict[int, dict[str, list[tuple[int, _Position | None]]]] = {}
     unexpected: list[str] = []
 
     for tensor, renamed, place in _apply(tensor_names, rules):
@@ -133,7 +133,7 @@ def route(
 
         sources: dict[str, Source] = {}
         for renamed, places in claimed.items():
-            # Two tensors that bear the same name after the rules are a mistake; two names of a tied parameter are not.
+            # Two tensors with the same name after the rules are a mistake; two names of a tied parameter are not.
             if again := _clash(places):
                 clashes.append((name, tuple(tensor_names[i] for i in again)))
                 sources[renamed] = places[0][0]
@@ -147,7 +147,7 @@ def route(
 
         if not sources:
             continue
-        # Of several copies, the one that comes first in the model, however they lie in files.
+        # The copy that comes first in the model is used, whatever the order in the files.
         first = min(sources, key=order.__getitem__)
         source = sources[first]
         if not isinstance(source, int):
@@ -171,50 +171,50 @@ def route(
 
 
 def rename(names: Sequence[str], rules: Sequence[Rule]) -> list[str | None]:
-    """Each name after the first rule whose source matches all of it; ``None`` where that rule drops the tensor.
+    """Apply to each name the first rule whose source matches it fully; ``None`` if that rule drops the tensor.
 
-    A name that rules cut is there after each of them.
+    A name whose tensor is cut appears once for each rule that cuts it.
     """
     return [renamed for _, renamed, _ in _apply(names, rules)]
 
 
 def makes_parts(names: Sequence[str], rules: Sequence[Rule]) -> bool:
-    """Whether any tensor is a part of a target, or is not in it as it is."""
+    """Return whether any tensor is a part of its target, or is changed by its rule."""
     return any(place is not None for _, _, place in _apply(names, rules))
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where in a target a tensor is."""
+class _Position:
+    """The position of a tensor in a target."""
 
     ranks: tuple[int, int] = (0, 0)
-    """Of the tensor-parallel and of the sharded-data-parallel gang that saved it."""
+    """The ranks in the tensor-parallel and the sharded-data-parallel gang that saved it."""
     stack: int = 0
     concat: int = 0
     rule: Rule | None = None
-    """Of those that say more than a name."""
+    """The rule of the tensor, if it does more than rename."""
 
     @property
     def key(self) -> tuple[int, int, tuple[int, int]]:
         return self.stack, self.concat, self.ranks
 
 
-_PART = re.compile(r"(.+)#([0-9]{1,4})(?:\.([0-9]{1,4}))?", re.DOTALL)
+_RANK_PART = re.compile(r"(.+)#([0-9]{1,4})(?:\.([0-9]{1,4}))?", re.DOTALL)
 
 
-def _apply(names: Sequence[str], rules: Sequence[Rule]) -> Iterator[tuple[int, str | None, _Place | None]]:
-    """The position of each name, the name after the rules, and where in that target the tensor is if it is not all of
-    it as it is; a name that is cut comes once for each part.
+def _apply(names: Sequence[str], rules: Sequence[Rule]) -> Iterator[tuple[int, str | None, _Position | None]]:
+    """Yield the index of each name, the name after the rules, and the position of the tensor in that target, ``None``
+    if it is the whole target as it is. A name whose tensor is cut comes once for each part.
     """
     compiled = [(*_compile(rule), rule) for rule in rules]
-    # One expression for all rules tells in one go whether any matches, which for most names none does.
-    any_rule = re.compile("|".join(f"(?:{_NAMED.sub('(?:', pattern.pattern)})" for pattern, _, _ in compiled))
+    # Most names match no rule: one expression for all rules rejects these at once.
+    any_rule = re.compile("|".join(f"(?:{_GROUP_NAME.sub('(?:', pattern.pattern)})" for pattern, _, _ in compiled))
 
     for i, name in enumerate(names):
         ranks = None
-        if "#" in name and (part := _PART.fullmatch(name)):
+        if "#" in name and (part := _RANK_PART.fullmatch(name)):
             name, ranks = part[1], (int(part[2]), int(part[3] or 0))
-        place = None if ranks is None else _Place(ranks)
+        place = None if ranks is None else _Position(ranks)
 
         if not rules or any_rule.fullmatch(name) is None:
             yield i, name, place
@@ -226,15 +226,15 @@ def _apply(names: Sequence[str], rules: Sequence[Rule]) -> Iterator[tuple[int, s
             if match := pattern.fullmatch(name):
                 if rule.concat or rule.stack or rule.order or rule.cut:
                     stack = int(match[rule.stack]) if rule.stack else 0
-                    place = _Place(ranks or (0, 0), stack, rule.concat[1] if rule.concat else 0, rule)
+                    place = _Position(ranks or (0, 0), stack, rule.concat[1] if rule.concat else 0, rule)
                 yield i, (None if target is None else target.format(**match.groupdict())), place
                 if rule.cut is None:
                     break
                 matched = rule
 
 
-def _clash(places: Sequence[tuple[int, _Place | None]]) -> list[int]:
-    """The tensors that claim the same part of a target; all of them, if one claims all of it."""
+def _clash(places: Sequence[tuple[int, _Position | None]]) -> list[int]:
+    """Return the tensors that claim the same part of a target, or all tensors if one claims the whole target."""
     if len(places) == 1:
         return []
 
@@ -248,25 +248,27 @@ def _clash(places: Sequence[tuple[int, _Place | None]]) -> list[int]:
 
 
 def _compose(
-    places: Sequence[tuple[int, _Place | None]], shapes: Sequence[tuple[int, ...]], target_shape: tuple[int, ...]
+    places: Sequence[tuple[int, _Position | None]], shapes: Sequence[tuple[int, ...]], target_shape: tuple[int, ...]
 ) -> Source:
-    """The source that the tensors at ``places`` make.
+    """Compose a source from the tensors at ``places``.
 
-    :raises ValueError: they do not make one; says why.
+    :raises ValueError: the tensors do not make a source.
     """
-    cells: dict[int, dict[int, list[tuple[int, _Place]]]] = {}
+    cells: dict[int, dict[int, list[tuple[int, _Position]]]] = {}
     for tensor, place in places:
         if place is None:
-            raise InternalError("a tensor that is all of a target has no place in it")
+            raise InternalError("a tensor that is a whole target is composed with others")
         cells.setdefault(place.stack, {}).setdefault(place.concat, []).append((tensor, place))
-    ways = {(rule and rule.stack is not None, rule and rule.concat and rule.concat[0]) for rule in _rules_of(places)}
+    ways = {
+        (rule and rule.stack is not None, rule and rule.concat and rule.concat[0]) for rule in _distinct_rules(places)
+    }
     if len(ways) != 1:
-        raise InternalError(f"rules that do not agree on how tensors make one target: {_rules_of(places)}")
-    _require_all("stacked tensors", cells)
+        raise InternalError(f"rules that do not agree on how tensors make one target: {_distinct_rules(places)}")
+    _require_complete("stacked tensors", cells)
     for row in cells.values():
-        _require_all("concatenated tensors", row)
+        _require_complete("concatenated tensors", row)
 
-    # How the ranks cut a tensor is not written anywhere, but only one way leads to the target's shape.
+    # The checkpoint does not record how the ranks split a tensor, but only one split gives the target's shape.
     ranks = [place.ranks for _, place in places if place is not None]
     tp, sdp = (max(column) + 1 for column in zip(*ranks, strict=True))
     error: ValueError | None = None
@@ -283,17 +285,17 @@ def _compose(
                 found = source
 
     if found is None:
-        raise error or InternalError("no way to make a target was tried")
+        raise error or InternalError("no composition of a target was tried")
 
-    return found  # of another shape than the target: that is told together with all others
+    return found  # its shape differs from the target's: the caller reports it with all other mismatches
 
 
-def _rules_of(places: Sequence[tuple[int, _Place | None]]) -> list[Rule | None]:
+def _distinct_rules(places: Sequence[tuple[int, _Position | None]]) -> list[Rule | None]:
     return list(dict.fromkeys(None if place is None else place.rule for _, place in places))
 
 
 def _build(
-    cells: Mapping[int, Mapping[int, Sequence[tuple[int, _Place]]]],
+    cells: Mapping[int, Mapping[int, Sequence[tuple[int, _Position]]]],
     shapes: Sequence[tuple[int, ...]],
     tp_dim: int | None,
     sdp_dim: int | None,
@@ -315,17 +317,17 @@ def _build(
 
 
 def _join_ranks(
-    parts: Sequence[tuple[int, _Place]], shapes: Sequence[tuple[int, ...]], tp_dim: int | None, sdp_dim: int | None
+    parts: Sequence[tuple[int, _Position]], shapes: Sequence[tuple[int, ...]], tp_dim: int | None, sdp_dim: int | None
 ) -> Source:
     rows: dict[int, dict[int, int]] = {}
     for tensor, place in parts:
         rows.setdefault(place.ranks[0], {})[place.ranks[1]] = tensor
-    _require_all("tensor-parallel parts", rows)
+    _require_complete("tensor-parallel parts", rows)
 
     whole: list[Source] = []
     for tp in range(len(rows)):
-        # Ranks that got no row of an uneven tensor may have saved nothing, or an empty tensor of any shape.
-        _require_all("sharded parts", rows[tp])
+        # Ranks without a row of an uneven tensor may have saved nothing, or an empty tensor of any shape.
+        _require_complete("sharded parts", rows[tp])
         all_parts = [rows[tp][sdp] for sdp in range(len(rows[tp]))]
         row = tuple(part for part in all_parts if 0 not in shapes[part]) or (all_parts[0],)
         whole.append(row[0] if sdp_dim is None or len(row) == 1 else Joined(sdp_dim, row))
@@ -333,19 +335,19 @@ def _join_ranks(
     return whole[0] if tp_dim is None or len(whole) == 1 else Joined(tp_dim, tuple(whole))
 
 
-def _require_all(what: str, numbered: Mapping[int, object]) -> None:
+def _require_complete(what: str, numbered: Mapping[int, object]) -> None:
     if max(numbered) >= len(numbered):
         missing = next(i for i in range(len(numbered)) if i not in numbered)
         raise ValueError(f"of {max(numbered) + 1} {what}, number {missing} is missing (the first is number 0)")
 
 
-_NAMED = re.compile(r"\(\?P<[a-z]+>")
+_GROUP_NAME = re.compile(r"\(\?P<[a-z]+>")
 _PLACEHOLDER = re.compile(r"\{([a-z]+)(\*?)\}")
 
 
 @lru_cache(maxsize=1024)
 def _compile(rule: Rule) -> tuple[re.Pattern[str], str | None]:
-    """The rule as a regular expression and a format string."""
+    """Compile the rule to a regular expression and a format string."""
     pattern, at = "", 0
     known: list[str] = []
     for match in _PLACEHOLDER.finditer(rule.source):
