@@ -303,7 +303,7 @@ def test_masks_of_another_shape() -> None:
         ({"dropout_p": -0.1}, "dropout_p"),
         ({"feature_grad_scale": 0.0}, "feature_grad_scale"),
         ({"project_features": False}, "must be projected"),
-        ({"conv_layer_descs": []}, "one at least"),
+        ({"conv_layer_descs": []}, "at least one"),
         ({"conv_layer_descs": [(8, 0, 1)]}, "positive dimensions"),
         ({"feature_dim": 9}, "the 8 that the last convolution gives"),
         ({"fbank": (3, 2)}, "the 6 that the filter banks give"),

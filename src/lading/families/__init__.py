@@ -1,1 +1,1 @@
-"""The built-in model families, one page each."""
+"""The built-in model families, one module each."""

@@ -1,7 +1,7 @@
 """Any model of transformers 5, by its class there: ``pip install lading[hf]``.
 
-transformers makes the module, without memory; the checkpoint is read by lading, as that of any other family. Code of
-a repository is never run: ``auto_map`` in a ``config.json`` is not followed, and ``trust_remote_code`` not heeded.
+transformers builds the module on the meta device, and lading reads the checkpoint, as for any other family. Code of a
+repository never runs: ``auto_map`` in a ``config.json`` and ``trust_remote_code`` are ignored.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _AUTO_CLASSES: Mapping[str, str] = {
 }
 
 _MAJOR = 5
-"""The first version of transformers that states how the tensors of a checkpoint become parameters."""
+"""The first major version of transformers that declares how the tensors of a checkpoint become parameters."""
 
-_LEFT_OUT = frozenset(
+_IGNORED_KEYS = frozenset(
     {
-        # Names code of the repository, or kernels that transformers would fetch from the hub and run.
+        # These name code of the repository, or kernels that transformers would fetch from the hub and run.
         "auto_map",
         "attn_implementation",
         "_attn_implementation",
@@ -58,38 +58,38 @@ _LEFT_OUT = frozenset(
         "_experts_implementation_internal",
         "kernel_config",
         "use_kernels",
-        # Asks for further weights, from elsewhere.
+        # This requests further weights from another repository.
         "use_pretrained_backbone",
     }
 )
 
-_FLOAT, _FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")
-"""The key, and its values, by which transformers 5 writes numbers that JSON does not have."""
+_FLOAT_KEY, _FLOAT_VALUES = "__float__", ("Infinity", "-Infinity", "NaN")
+"""The key and values with which transformers 5 writes numbers that JSON does not have."""
 
 _BOUNDS = (
     (("layer", "layers", "depths"), MAX_LAYERS, "layers"),
-    # transformers keeps the name of each, which takes 750 bytes.
+    # transformers stores the name of each, in 750 bytes.
     (("num_labels",), MAX_LABELS, "labels"),
 )
-"""Ends of keys, the largest number that may be there, and what it counts."""
+"""The suffixes of keys, the largest valid number, and the noun for it."""
 
 
 @dataclass(kw_only=True)
 class HuggingFaceModelConfig:
-    """The configuration of a model of transformers: which class makes it, and what its ``config.json`` says.
+    """The configuration of a transformers model: its class and the content of its ``config.json``.
 
-    The first fields are those of fairseq2 0.8.1. Those that speak of processors, devices and dtypes are kept for its
-    cards, and have no effect: the call says where a model is loaded, and as what.
+    The first fields are those of fairseq2 0.8.1. Those for processors, devices and dtypes exist for its cards and have
+    no effect: the call to ``load_model`` decides device and dtype.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     hf_name: str = ""
-    """The repository on the hub that the model is from; for people."""
+    """The hub repository of the model, for information only."""
 
     model_type: ModelType = "auto"
-    """The class of transformers: the bare model, the one for causal or for sequence-to-sequence language modelling, or
-    ``custom_model_class``."""
+    """The kind of transformers class: the bare model, the class for causal or for sequence-to-sequence language
+    modeling, or ``custom_model_class``."""
 
     use_processor: bool = False
     """No effect."""
@@ -98,13 +98,13 @@ class HuggingFaceModelConfig:
     """No effect."""
 
     custom_model_class: str | None = None
-    """The name of a class of transformers, for ``custom``; ``None`` means the one that ``architectures`` names."""
+    """The name of the transformers class for ``custom``; ``None`` means the class that ``architectures`` names."""
 
     custom_processor_class: str | None = None
     """No effect."""
 
     trust_remote_code: bool = False
-    """No effect: where transformers does not have the model itself, it is refused."""
+    """No effect: lading refuses a model that transformers itself does not have."""
 
     dtype: str | None = None
     """No effect."""
@@ -113,10 +113,10 @@ class HuggingFaceModelConfig:
     """No effect."""
 
     enable_gradient_checkpointing: bool = False
-    """Whether activations are computed again in the backward pass instead of being kept."""
+    """True to recompute activations in the backward pass instead of storing them."""
 
     hf_config: dict[str, Any] = field(default_factory=dict)
-    """The content of ``config.json``. What a card states here is laid over what is beside the checkpoint."""
+    """The content of ``config.json``. Values in a card override the file beside the checkpoint."""
 
 
 def _from_hf(values: Mapping[str, object]) -> HuggingFaceModelConfig:
@@ -148,15 +148,15 @@ def _architecture(values: Mapping[str, object]) -> str | None:
 
 @offline_holds()
 def _class_of(config: HuggingFaceModelConfig) -> tuple[Any, PretrainedConfig]:
-    """The class of transformers that makes the model, an ``Auto…`` one or its own, and the configuration for it.
+    """Return the transformers class that builds the model, an ``Auto…`` class or its own, and its configuration.
 
-    :raises NotSupportedError: transformers is not installed, is an older one, or does not have it.
-    :raises PolicyError: it would be made by code of its repository.
+    :raises NotSupportedError: transformers is not installed, is too old, or does not have the class.
+    :raises PolicyError: the model needs code of its repository.
     """
     if not config.hf_config:
         raise NotSupportedError(
-            "A model of the hg family is described by the config.json beside its checkpoint, but there is none. State "
-            "its content as `hf_config` in the card's `model_config`."
+            "A model of the hg family needs a config.json beside its checkpoint, but there is no such file. Put its "
+            "content into the card, as `hf_config` in `model_config`."
         )
     _require_transformers(config)
     import transformers
@@ -177,7 +177,7 @@ def _class_of(config: HuggingFaceModelConfig) -> tuple[Any, PretrainedConfig]:
         return found, hf_config.get_text_config()
     if not is_shared and not isinstance(hf_config, found.config_class or transformers.PreTrainedConfig):
         raise NotSupportedError(
-            f"{name} of transformers is made of a {getattr(found.config_class, '__name__', None)}, but config.json is "
+            f"{name} of transformers takes a {getattr(found.config_class, '__name__', None)}, but config.json is "
             f"of the model type {hf_config.model_type!r}."
         )
 
@@ -185,11 +185,10 @@ def _class_of(config: HuggingFaceModelConfig) -> tuple[Any, PretrainedConfig]:
 
 
 def _shared_classes(hf_config: PretrainedConfig) -> Mapping[str, str]:
-    """Return the classes that transformers makes models of this type with, by the names that they would have if the
-    type had classes of its own.
+    """Return the transformers classes for models of this type, by the names of the type's own classes.
 
-    A published ``config.json`` names those, as they are in the code of its repository: ``InternLM3ForCausalLM`` is
-    transformers' ``LlamaForCausalLM``.
+    A published ``config.json`` has the class names of the code in its repository: ``InternLM3ForCausalLM`` is
+    ``LlamaForCausalLM`` in transformers.
     """
     from transformers.models.auto import modeling_auto
 
@@ -206,17 +205,20 @@ def _shared_classes(hf_config: PretrainedConfig) -> Mapping[str, str]:
 
 
 def _require_transformers(config: HuggingFaceModelConfig) -> None:
-    """:raises NotSupportedError: it is not there, or is an older one."""
-    wanted = f"A model of the type {config.hf_config.get('model_type')!r} is made by transformers {_MAJOR}"
+    """Require transformers in a supported version.
+
+    :raises NotSupportedError: it is not installed, or too old.
+    """
+    wanted = f"A model of the type {config.hf_config.get('model_type')!r} needs transformers {_MAJOR}"
     try:
         import transformers
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "transformers"
         why = "is not installed" if missing else f"cannot be imported: {error}"
-        raise NotSupportedError(f"{wanted}, which {why}. `pip install lading[hf]` brings what it takes.") from None
+        raise NotSupportedError(f"{wanted}, which {why}. Run `pip install lading[hf]` to install it.") from None
     if int(transformers.__version__.partition(".")[0]) < _MAJOR:
         raise NotSupportedError(
-            f"{wanted}, but version {transformers.__version__} is installed. `pip install lading[hf]` brings another."
+            f"{wanted}, but version {transformers.__version__} is installed. Run `pip install lading[hf]` to upgrade."
         )
 
 
@@ -226,17 +228,17 @@ def _hf_config(config: HuggingFaceModelConfig) -> PretrainedConfig:
     model_type = config.hf_config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         _refuse(config, f"the model type {model_type!r}")
-    if (many := _too_many(config.hf_config)) is not None:
+    if (many := _excessive_count(config.hf_config)) is not None:
         raise _mismatch(many)
 
     try:
-        return CONFIG_MAPPING[model_type].from_dict(_as_read(config.hf_config))
-    except Exception as error:  # whatever a field of a wrong type leads to there
+        return CONFIG_MAPPING[model_type].from_dict(_sanitize(config.hf_config))
+    except Exception as error:  # a field of a wrong type may raise anything
         raise _mismatch(f"transformers cannot read it: {error}") from error
 
 
-def _too_many(value: Any, key: str = "") -> str | None:
-    """Return the first key, with its value, that asks for more layers or labels than there can be objects of."""
+def _excessive_count(value: Any, key: str = "") -> str | None:
+    """Return a text about the first key with more layers or labels than any model has, or ``None``."""
     if isinstance(value, int):
         for ends, most, what in _BOUNDS:
             if key.endswith(ends) and value > most:
@@ -245,37 +247,40 @@ def _too_many(value: Any, key: str = "") -> str | None:
     named = value.items() if isinstance(value, Mapping) else ()
     items = [(key, item) for item in value] if isinstance(value, list) else named
 
-    return next((found for name, item in items if (found := _too_many(item, str(name))) is not None), None)
+    return next((found for name, item in items if (found := _excessive_count(item, str(name))) is not None), None)
 
 
-def _as_read(value: Any) -> Any:
-    """Return a copy as transformers reads it, without the keys that would have it fetch or run something."""
+def _sanitize(value: Any) -> Any:
+    """Return a copy with special numbers decoded, without keys that make transformers fetch or run something."""
     if isinstance(value, Mapping):
-        if value.keys() == {_FLOAT} and value[_FLOAT] in _FLOATS:
-            return float(value[_FLOAT])
-        return {key: _as_read(item) for key, item in value.items() if key not in _LEFT_OUT}
+        if value.keys() == {_FLOAT_KEY} and value[_FLOAT_KEY] in _FLOAT_VALUES:
+            return float(value[_FLOAT_KEY])
+        return {key: _sanitize(item) for key, item in value.items() if key not in _IGNORED_KEYS}
 
-    return [_as_read(item) for item in value] if isinstance(value, list) else value
+    return [_sanitize(item) for item in value] if isinstance(value, list) else value
 
 
 def _refuse(config: HuggingFaceModelConfig, what: str) -> NoReturn:
-    """:raises NotSupportedError: always; a :class:`PolicyError` where code of the repository would do it."""
+    """Refuse a model that transformers does not have.
+
+    :raises NotSupportedError: always, or a :class:`PolicyError` if code of the repository has the model.
+    """
     import transformers
 
     lacks = f"config.json asks for {what}, which transformers {transformers.__version__} does not have"
     if config.trust_remote_code or "auto_map" in config.hf_config:
         raise PolicyError(
-            f"{lacks}: the model is made by code of its repository, which lading never runs. A version of transformers "
-            "that has it, or a package with a family of its own, can load it."
+            f"{lacks}: the model needs code of its repository, which lading never runs. Install a version of "
+            "transformers that has it, or a package with its own family for it."
         )
-    raise NotSupportedError(f"{lacks}, nor does any registered family read it (`lading families` shows them).")
+    raise NotSupportedError(f"{lacks}, and no registered family reads it (`lading families` lists them).")
 
 
 def _mismatch(problem: str) -> ModelCheckpointMismatchError:
     return ModelCheckpointMismatchError(
         "config.json",
-        f"config.json is expected to describe a model of transformers, but {problem}. Compare the file with the one "
-        "that the model's publisher offers.",
+        f"config.json must describe a model of transformers, but {problem}. Compare the file with the one "
+        "that the publisher of the model provides.",
     )
 
 
@@ -286,25 +291,25 @@ def _mismatch(problem: str) -> ModelCheckpointMismatchError:
 def _build(config: HuggingFaceModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     kls, hf_config = _class_of(config)
     try:
-        with _NoInit():
+        with _SkipInit():
             if config.model_type == "custom":
                 model = kls._from_config(hf_config, dtype=dtype)
             else:
                 model = kls.from_config(hf_config, dtype=dtype, trust_remote_code=False)
     except ImportError as error:
-        raise NotSupportedError(f"{kls.__name__} of transformers asks for another package: {error}") from error
-    except Exception as error:  # whatever sizes that do not fit together lead to there
-        raise _mismatch(f"{kls.__name__} cannot be made of it: {error}") from error
+        raise NotSupportedError(f"{kls.__name__} of transformers needs another package: {error}") from error
+    except Exception as error:  # inconsistent sizes may raise anything
+        raise _mismatch(f"{kls.__name__} cannot be built from it: {error}") from error
     if config.enable_gradient_checkpointing:
-        # The second is the name in older versions of transformers 5.
+        # Older versions of transformers 5 use the second name.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
 
     return cast("PreTrainedModel", model)
 
 
-class _NoInit(TorchFunctionMode):
-    """Leave parameters as they are made: on the meta device, to draw their numbers takes most of a build."""
+class _SkipInit(TorchFunctionMode):
+    """A mode that skips random initialization, which takes most of the time of a build on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -314,15 +319,15 @@ class _NoInit(TorchFunctionMode):
 
 
 def _outline(config: HuggingFaceModelConfig) -> PreTrainedModel:
-    """A model without memory that is only looked at: one is kept.
+    """Return a model on the meta device, for inspection; the last one is cached.
 
-    It is made in bfloat16, which tells what is of the dtype of a model from what is always float32.
+    It is built in bfloat16, to distinguish tensors of the dtype of the model from those that are always float32.
     """
-    return _kept_outline(json.dumps([config.model_type, config.custom_model_class, config.hf_config], sort_keys=True))
+    return _cached_outline(json.dumps([config.model_type, config.custom_model_class, config.hf_config], sort_keys=True))
 
 
 @lru_cache(maxsize=1)
-def _kept_outline(key: str) -> PreTrainedModel:
+def _cached_outline(key: str) -> PreTrainedModel:
     model_type, custom_model_class, hf_config = json.loads(key)
     config = HuggingFaceModelConfig(model_type=model_type, custom_model_class=custom_model_class, hf_config=hf_config)
     with torch.device("meta"):
@@ -334,8 +339,9 @@ def _rules(config: HuggingFaceModelConfig, names: Sequence[str]) -> Sequence[Rul
 
 
 def _may_lack(config: HuggingFaceModelConfig, names: Sequence[str]) -> Sequence[str]:
-    """Return what ``from_pretrained`` does without: positions that are computed, and counters of batches, which
-    checkpoints of old versions of torch lack.
+    """Return the names that ``from_pretrained`` does not require in a checkpoint.
+
+    They are computed positions, and batch counters, which checkpoints of old versions of torch lack.
     """
     patterns = {*(_outline(config)._keys_to_ignore_on_load_missing or ()), r"(^|\.)num_batches_tracked$"}
 
@@ -347,7 +353,7 @@ def _parallel_plan(config: HuggingFaceModelConfig) -> ParallelPlan:
 
 
 def _untie(model: Module, names: Sequence[str]) -> None:
-    """Do as ``from_pretrained`` does where both of two tied parameters are stored, and differ."""
+    """Untie parameters that the checkpoint stores with different values, as ``from_pretrained`` does."""
     for name in names:
         path, _, leaf = name.rpartition(".")
         owner, tied = model.get_submodule(path), model.get_parameter(name)
@@ -355,7 +361,7 @@ def _untie(model: Module, names: Sequence[str]) -> None:
         cast("PreTrainedModel", model).all_tied_weights_keys.pop(name, None)
 
 
-# --- numbers that no checkpoint holds --------------------------------------------------------------------------------
+# --- tensors that no checkpoint holds --------------------------------------------------------------------------------
 
 
 def _reset_buffers(model: Module, config: HuggingFaceModelConfig, device: torch.device, dtype: torch.dtype) -> None:
@@ -367,7 +373,7 @@ def _dtypes(model: Module, config: HuggingFaceModelConfig, dtype: torch.dtype) -
 
 
 def _init(model: Module, config: HuggingFaceModelConfig, name: str, tensor: Tensor) -> None:
-    """Draw one parameter by transformers' own scheme: in a model without memory but for this parameter."""
+    """Initialize one parameter as transformers does, in a model on the meta device with this parameter in memory."""
     from transformers import PreTrainedModel
 
     outline: Module = _outline(config)

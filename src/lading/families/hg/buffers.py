@@ -1,6 +1,4 @@
-"""Treatment of tensors by transformers beyond reading them: numbers that no checkpoint holds, such as rotary
-frequencies, and dtypes that differ from the model's.
-"""
+"""Buffers that no checkpoint holds, such as rotary frequencies, and dtypes that differ from the model's."""
 
 from __future__ import annotations
 
@@ -20,17 +18,17 @@ if TYPE_CHECKING:
 
 
 def other_dtypes(model: Module, dtype: torch.dtype, outline: PreTrainedModel) -> dict[str, torch.dtype]:
-    """Return the dtypes of those parameters and persistent buffers that ``from_pretrained`` does not load in ``dtype``.
+    """Return the dtypes of the parameters and persistent buffers that ``from_pretrained`` does not load in ``dtype``.
 
-    :param model: made in float32, without memory.
-    :param outline: the same model, made in bfloat16.
+    :param model: the model, built in float32 on the meta device.
+    :param outline: the same model, built in bfloat16.
     """
     patterns: set[str] = set()
     if dtype == torch.float16:
         patterns |= set(outline._keep_in_fp32_modules or ())
     if dtype in (torch.float16, torch.bfloat16):
         patterns |= set(outline._keep_in_fp32_modules_strict or ())
-    # transformers searches for these, too, so that "wo" stands for every name with these letters.
+    # transformers also searches for these patterns, so that "wo" matches every name with these letters.
     kept = re.compile("|".join(f"(?:{pattern.replace('*', '.*')})" for pattern in sorted(patterns)) or "(?!)")
 
     others: dict[str, torch.dtype] = {}
@@ -39,20 +37,20 @@ def other_dtypes(model: Module, dtype: torch.dtype, outline: PreTrainedModel) ->
         if kept.search(name):
             own = torch.float32
         else:
-            own = _dtype_in(dtype, tensor, made.get(name))
+            own = _dtype_when_built_in(dtype, tensor, made.get(name))
         if own != dtype:
             others[name] = own
 
     return others
 
 
-def _dtype_in(dtype: torch.dtype, tensor: Tensor, other: Tensor | None) -> torch.dtype:
-    """Return the dtype that a tensor has in a model that is made in ``dtype``.
+def _dtype_when_built_in(dtype: torch.dtype, tensor: Tensor, other: Tensor | None) -> torch.dtype:
+    """Return the dtype of a tensor in a model that is built in ``dtype``.
 
-    Some are always of one, as rotary frequencies are.
+    Some tensors, such as rotary frequencies, always have the same dtype.
 
-    :param tensor: in the model that is made in float32.
-    :param other: in the one that is made in bfloat16; ``None`` where it has none of that name.
+    :param tensor: the tensor in the model that is built in float32.
+    :param other: the tensor in the model that is built in bfloat16; ``None`` if it has no tensor of that name.
     """
     follows = tensor.dtype == torch.float32 and (other is None or other.dtype != torch.float32)
 
@@ -62,16 +60,16 @@ def _dtype_in(dtype: torch.dtype, tensor: Tensor, other: Tensor | None) -> torch
 def reset_buffers(
     model: Module, device: torch.device, dtype: torch.dtype, outline: Callable[[], PreTrainedModel]
 ) -> None:
-    """Have transformers compute non-persistent buffers as it does after a load of its own.
+    """Compute non-persistent buffers with transformers, as it does after its own load.
 
-    Each is computed over zeros and over ones: what differs then was not computed at all.
+    Each is computed over zeros and over ones: a buffer that differs was not computed at all.
 
-    :param dtype: of the model.
-    :param outline: gives the same model without memory, made in bfloat16.
+    :param dtype: the dtype of the model.
+    :param outline: returns the same model on the meta device, built in bfloat16.
 
-    :raises NotSupportedError: transformers computes one nowhere but in the constructor.
+    :raises NotSupportedError: transformers computes a buffer in the constructor only.
     """
-    _state_dtype(model.config, dtype)
+    _set_config_dtype(model.config, dtype)
     buffers = _non_persistent_buffers(model)
     if not buffers:
         return
@@ -90,12 +88,12 @@ def reset_buffers(
     if left:
         raise NotSupportedError(
             f"{type(model).__name__} of transformers does not compute {', '.join(left)} after a load, and no "
-            "checkpoint holds it. A newer version of transformers may."
+            "checkpoint holds it. Try a newer version of transformers."
         )
 
 
-def _state_dtype(hf_config: Any, dtype: torch.dtype) -> None:
-    """Have the model's configuration say what it holds, as after ``from_pretrained``."""
+def _set_config_dtype(hf_config: Any, dtype: torch.dtype) -> None:
+    """Set the dtype in the configuration of the model, as ``from_pretrained`` does."""
     hf_config.dtype = dtype
     for name in hf_config.sub_configs:
         if (part := getattr(hf_config, name, None)) is not None:
@@ -103,7 +101,7 @@ def _state_dtype(hf_config: Any, dtype: torch.dtype) -> None:
 
 
 def _non_persistent_buffers(model: Module) -> dict[str, tuple[Module, str, Tensor]]:
-    """By name, each with its owner and its name there; a buffer that several names share comes under each."""
+    """Return the buffers by name, each with its owner and its name there; a shared buffer appears under each name."""
     found = {}
     for prefix, owner in model.named_modules():
         for leaf in sorted(owner._non_persistent_buffers_set):
@@ -117,15 +115,15 @@ def _non_persistent_buffers(model: Module) -> dict[str, tuple[Module, str, Tenso
 def _buffer_dtypes(
     outline: PreTrainedModel, buffers: Mapping[str, tuple[Module, str, Tensor]], dtype: torch.dtype
 ) -> dict[str, torch.dtype]:
-    """Return the dtypes that ``buffers``, of a model made in float32, have in one that is made in ``dtype``."""
+    """Return the dtypes that ``buffers``, of a model built in float32, have in a model that is built in ``dtype``."""
     others = _non_persistent_buffers(outline)
 
-    return {name: _dtype_in(dtype, buffer, others[name][2]) for name, (_, _, buffer) in buffers.items()}
+    return {name: _dtype_when_built_in(dtype, buffer, others[name][2]) for name, (_, _, buffer) in buffers.items()}
 
 
 @contextmanager
 def _only_buffers(model: Module) -> Iterator[None]:
-    """Have transformers leave alone all that was loaded, as it does after a load of its own: by its mark."""
+    """Mark all loaded tensors as initialized, so that transformers leaves them alone, as after its own load."""
     from transformers import initialization
 
     for tensor in model.state_dict(keep_vars=True).values():
@@ -136,9 +134,9 @@ def _only_buffers(model: Module) -> Iterator[None]:
 
 
 def _init_weights(module: Module, model: Any) -> None:
-    """What transformers' ``initialize_weights`` does, each part by the model that it belongs to.
+    """Initialize each submodule with the model that it belongs to, as transformers' ``initialize_weights`` does.
 
-    Parts without non-persistent buffers are passed over.
+    Submodules without non-persistent buffers are skipped.
     """
     from transformers import PreTrainedModel
 

@@ -1,4 +1,4 @@
-"""Files that transformers fetches by itself, such as the configuration of a backbone that is only named."""
+"""Offline mode for files that transformers fetches itself, such as the configuration of a backbone known by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def offline_holds() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if constants.HF_HUB_OFFLINE and _is_for_want_of_a_network(error):
+        if constants.HF_HUB_OFFLINE and _is_offline_error(error):
             raise FetchError(
                 "config.json names a model of another repository as its backbone, whose configuration transformers "
                 "asks the hub for, but LADING_OFFLINE or HF_HUB_OFFLINE is set. State it as `backbone_config` in the "
@@ -33,7 +33,7 @@ def offline_holds() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _is_for_want_of_a_network(error: BaseException | None) -> bool:
+def _is_offline_error(error: BaseException | None) -> bool:
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     seen: set[int] = set()

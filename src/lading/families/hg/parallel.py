@@ -1,6 +1,4 @@
-"""transformers' plans for parallel models, as those of lading: where a part of a plan has no equal here, its modules
-stay whole on every rank.
-"""
+"""The conversion of transformers' parallel plans to lading's; modules of unknown style stay whole on every rank."""
 
 from __future__ import annotations
 
@@ -32,8 +30,8 @@ _HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
 def plan_of(model: PreTrainedModel) -> ParallelPlan:
-    """How ``model``, which may be without memory, is split over the ranks of gangs."""
-    stated = {_star(name): style for name, style in (model._tp_plan or {}).items()}
+    """Return the plan that splits ``model``, which may be on the meta device, over the ranks of gangs."""
+    stated = {_generalize(name): style for name, style in (model._tp_plan or {}).items()}
     heads = _heads(model) if stated else {}
     tensor = _tensor(model, stated) if heads else {}
 
@@ -45,22 +43,22 @@ def plan_of(model: PreTrainedModel) -> ParallelPlan:
 
 
 def _heads(model: PreTrainedModel) -> dict[str, int]:
-    """The numbers of heads, which ranks have to divide; none where they are not told, or differ from layer to layer."""
+    """Return the numbers of heads, which ranks must divide; empty if they are unknown or differ between layers."""
     config: Any = model.config.get_text_config(decoder=True)
     try:
         return {name: size for name in _HEADS if isinstance(size := getattr(config, name, None), int)}
-    except Exception as error:  # of no class in common over the versions of transformers
-        log.info("the model stays whole: its configuration tells no number of heads: %s", error)
+    except Exception as error:  # versions of transformers raise different classes
+        log.info("the model stays whole: its configuration has no number of heads: %s", error)
         return {}
 
 
 def _tensor(model: Module, stated: Mapping[str, str]) -> dict[str, Split]:
-    """What is done to modules, by transformers' plan.
+    """Return the splits of modules in transformers' plan.
 
-    Modules beside one another go together: what one leaves split, another puts together.
+    Sibling modules belong together: one splits an activation that another gathers.
     """
-    modules = {_star(name): part for name, part in model.named_modules()}
-    known = modules.keys() | {_star(name) for name, _ in model.named_parameters()}
+    modules = {_generalize(name): part for name, part in model.named_modules()}
+    known = modules.keys() | {_generalize(name) for name, _ in model.named_parameters()}
     groups: dict[str, dict[str, str]] = {}
     for name in known & stated.keys():
         groups.setdefault(name.rpartition(".")[0], {})[name] = stated[name]
@@ -70,32 +68,32 @@ def _tensor(model: Module, stated: Mapping[str, str]) -> dict[str, Split]:
         splits = {name: _split(name, style, modules.get(name)) for name, style in styles.items()}
         done = {name: split for name, split in splits.items() if split is not None}
         if others := sorted({style for name, style in styles.items() if name not in done}):
-            log.info("modules of %s stay whole: there is no plan here for %s", parent or "the model", ", ".join(others))
+            log.info("modules of %s stay whole: lading has no split for %s", parent or "the model", ", ".join(others))
         elif (Split.COLUMN in done.values()) != (Split.ROW in done.values()):
-            log.info("modules of %s stay whole: what is split there is put together elsewhere", parent or "the model")
+            log.info("modules of %s stay whole: other modules gather the activations they split", parent or "the model")
         else:
             found |= done
 
-    return _with_ties(model, found)
+    return _without_broken_ties(model, found)
 
 
 def _split(name: str, style: str, module: Module | None) -> Split | None:
-    """The equal of one of transformers' styles, if the module is of the kind that it is for."""
+    """Return the split for one of transformers' styles, or ``None`` if it does not apply to the module."""
     split = _SPLITS.get(style)
     if split is Split.VOCABULARY:
         return split if isinstance(module, Embedding) else None
     if split is Split.HEADS:
-        # Of norms of all heads together, each rank would need its part.
+        # A norm over all heads together would have to be split.
         return split if name.rpartition(".")[2] in ("q_norm", "k_norm") else None
 
     return split if isinstance(module, Linear) else None
 
 
-def _with_ties(model: Module, splits: dict[str, Split]) -> dict[str, Split]:
-    """Without what would split a parameter under one of its names only."""
+def _without_broken_ties(model: Module, splits: dict[str, Split]) -> dict[str, Split]:
+    """Remove the splits that would split a tied parameter under one of its names only."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(_star(name.rpartition(".")[0]))
+        names.setdefault(id(parameter), []).append(_generalize(name.rpartition(".")[0]))
     for tied in names.values():
         dims = {splits.get(name) for name in tied}
         if len(set(tied)) > 1 and dims not in ({Split.LOGITS, Split.VOCABULARY}, {None}):
@@ -105,27 +103,27 @@ def _with_ties(model: Module, splits: dict[str, Split]) -> dict[str, Split]:
 
 
 def _features(model: Module, splits: Mapping[str, Split]) -> dict[str, int]:
-    """The numbers of features that are split, which ranks have to divide."""
+    """Return the numbers of features that are split, which ranks must divide."""
     sizes: dict[str, int] = {}
     for name, part in model.named_modules():
-        split = splits.get(_star(name))
+        split = splits.get(_generalize(name))
         if split in (None, Split.HEADS):
             continue
         key = (
             "num_embeddings" if isinstance(part, Embedding) else "in_features" if split is Split.ROW else "out_features"
         )
-        # A number divides all of several sizes if it divides what divides them all.
-        sizes[f"{_star(name)}.{key}"] = gcd(getattr(part, key), sizes.get(f"{_star(name)}.{key}", 0))
+        # A number divides several sizes if it divides their greatest common divisor.
+        sizes[f"{_generalize(name)}.{key}"] = gcd(getattr(part, key), sizes.get(f"{_generalize(name)}.{key}", 0))
 
     return sizes
 
 
 def _units(model: PreTrainedModel) -> Iterator[str]:
-    """The modules whose parameters are gathered together: those that transformers does not split over devices."""
+    """Yield the modules whose parameters are gathered together: those that transformers keeps on one device."""
     kinds = set(model._no_split_modules or ())
-    names = (_star(name) for name, part in model.named_modules() if name and type(part).__name__ in kinds)
+    names = (_generalize(name) for name, part in model.named_modules() if name and type(part).__name__ in kinds)
     yield from dict.fromkeys(names)
 
 
-def _star(name: str) -> str:
+def _generalize(name: str) -> str:
     return NUMBER.sub("*", name)

@@ -1,7 +1,7 @@
-"""What transformers does to the names and tensors of a checkpoint, as rules.
+"""The conversion of transformers' checkpoint mappings to rules.
 
-transformers says it in regular expressions that are applied one after another, and by looking at the names that a
-model has. Here each name of the checkpoint goes through them; names that differ in numbers alone then share a rule.
+transformers applies regular expressions one after another, and looks at the names in the model. Here each name of the
+checkpoint goes through them, and names that differ only in numbers then share a rule.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
-"""A number that is a whole part of a name."""
+"""A number that is a whole component of a dotted name."""
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
-    """Where a tensor goes; the fields mean what they mean in a rule."""
+class _Destination:
+    """The destination of a tensor, with the fields of :class:`~lading.planning.rules.Rule`."""
 
     target: str | None
     concat: tuple[int, int] | None = None
@@ -37,23 +37,23 @@ class _Way:
 
 
 def rules_of(model: PreTrainedModel, names: Sequence[str]) -> list[Rule]:
-    """The rules by which tensors of these names make the parameters of ``model``.
+    """Return the rules with which tensors of these names make the parameters of ``model``.
 
-    :raises NotSupportedError: transformers computes a parameter in a way that no rule expresses.
+    :raises NotSupportedError: no rule expresses how transformers computes a parameter.
     """
-    names = list(dict.fromkeys(name.partition("#")[0] for name in names))  # parts of ranks need no rule
-    by_form: dict[str, list[tuple[str, tuple[_Way, ...]]]] = {}
-    for name, ways in _ways(model, names):
-        by_form.setdefault(NUMBER.sub("#", name), []).append((name, ways))
+    names = list(dict.fromkeys(name.partition("#")[0] for name in names))  # parts that ranks saved need no rule
+    by_form: dict[str, list[tuple[str, tuple[_Destination, ...]]]] = {}
+    for name, destinations in _destinations(model, names):
+        by_form.setdefault(NUMBER.sub("#", name), []).append((name, destinations))
 
-    return [rule for group in by_form.values() for rule in _rules_of_form(group)]
-
-
-# --- what transformers does ------------------------------------------------------------------------------------------
+    return [rule for group in by_form.values() for rule in _merge_rules(group)]
 
 
-def _ways(model: PreTrainedModel, names: Sequence[str]) -> Iterator[tuple[str, tuple[_Way, ...]]]:
-    """Each name, and where its tensor goes: to several parameters, if it is cut."""
+# --- transformers' mappings ------------------------------------------------------------------------------------------
+
+
+def _destinations(model: PreTrainedModel, names: Sequence[str]) -> Iterator[tuple[str, tuple[_Destination, ...]]]:
+    """Yield each name with the destinations of its tensor, several if it is cut."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -71,22 +71,22 @@ def _ways(model: PreTrainedModel, names: Sequence[str]) -> Iterator[tuple[str, t
             renamed, pattern = rename_source_key(name, [], [], prefix, shapes)
 
         if renamed not in shapes and dropped(renamed):
-            yield name, (_Way(None),)
+            yield name, (_Destination(None),)
         elif pattern is None or renamed not in shapes:
-            yield name, (_Way(renamed),)
+            yield name, (_Destination(renamed),)
         else:
-            yield name, _converted(model, name, renamed, by_pattern[pattern], pattern, shapes)
+            yield name, _convert(model, name, renamed, by_pattern[pattern], pattern, shapes)
 
 
 def _dropped(model: PreTrainedModel, names: Sequence[str]) -> Callable[[str], bool]:
-    """Tells whether a name that the model does not have is of something that it does not need."""
+    """Return a predicate for names that are not in the model and not needed by it."""
     patterns = set(model._keys_to_ignore_on_load_unexpected or ())
     patterns |= _draft_layers(model.config)
-    # Buffers that old versions of transformers saved.
+    # Buffers that old versions of transformers save.
     patterns |= {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)attn\.(masked_)?bias$"}
     known = re.compile("|".join(f"(?:{pattern})" for pattern in sorted(patterns)))
     prefix = f"{model.base_model_prefix}."
-    # The model without a head, of a checkpoint with one.
+    # A model without a head, loaded from a checkpoint with one.
     is_base = len(prefix) > 1 and not hasattr(model, model.base_model_prefix)
     of_head = is_base and any(name.startswith(prefix) for name in names)
 
@@ -94,7 +94,7 @@ def _dropped(model: PreTrainedModel, names: Sequence[str]) -> Callable[[str], bo
 
 
 def _draft_layers(config: Any) -> set[str]:
-    """Return a pattern for the layers behind the last one that draft further tokens, if the configuration says so."""
+    """Return a pattern for the layers after the last one that draft further tokens, if the configuration has any."""
     config = config.get_text_config()
     first, count = getattr(config, "num_hidden_layers", None), getattr(config, "num_nextn_predict_layers", None)
     if not isinstance(first, int) or not isinstance(count, int) or not 0 < count <= _MAX_DRAFT_LAYERS:
@@ -104,20 +104,20 @@ def _draft_layers(config: Any) -> set[str]:
 
 
 _MAX_DRAFT_LAYERS = 100
-"""Published models have one; each is a part of an expression."""
+"""The largest number of draft layers, each a part of an expression; published models have one."""
 
 
-def _converted(
+def _convert(
     model: PreTrainedModel,
     name: str,
     renamed: str,
     converter: Any,
     pattern: str,
     shapes: Mapping[str, tuple[int, ...]],
-) -> tuple[_Way, ...]:
-    """Where transformers' operations take the tensor ``name``.
+) -> tuple[_Destination, ...]:
+    """Return the destinations that transformers' operations give to the tensor ``name``.
 
-    :raises NotSupportedError: an operation is not one of those that rules express.
+    :raises NotSupportedError: rules do not express one of the operations.
     """
     from transformers.core_model_loading import (
         Chunk,
@@ -128,7 +128,7 @@ def _converted(
         Split,
     )
 
-    way = _Way(renamed)
+    destination = _Destination(renamed)
     targets = [renamed.replace(converter.target_patterns[0], each) for each in converter.target_patterns]
     cuts: list[tuple[int, int, int]] | None = None
     many = "*" in pattern
@@ -136,38 +136,40 @@ def _converted(
 
     for operation in converter.operations:
         match operation:
-            case MergeModulelist(dim=0) if many and not way.stacked:
-                way = replace(way, stacked=True)
+            case MergeModulelist(dim=0) if many and not destination.stacked:
+                destination = replace(destination, stacked=True)
                 many = False
-            case Concatenate(dim=dim, num_shards_attribute=None) if not many and dim >= way.stacked:
-                way = replace(way, concat=(dim - way.stacked, converter.source_patterns.index(pattern)))
+            case Concatenate(dim=dim, num_shards_attribute=None) if not many and dim >= destination.stacked:
+                destination = replace(
+                    destination, concat=(dim - destination.stacked, converter.source_patterns.index(pattern))
+                )
             case Chunk(dim=dim, num_shards_attribute=None) if all(target in shapes for target in targets):
                 cuts = _cuts(dim, [shapes[target][dim] for target in targets])
             case Split(dim=dim) if all(target in shapes for target in targets):
                 cuts = _cuts(dim, [shapes[target][dim] for target in targets])
-            case Interleave(dim=dim) if cuts is None and not way.stacked:
+            case Interleave(dim=dim) if cuts is None and not destination.stacked:
                 size = shapes[renamed][dim] * len(targets)
                 rows = 2 if operation.inverse else size // 2
-                way = replace(way, order=Regroup(dim, rows, size // rows))
-            case PermuteForRope() if not way.stacked and way.concat is None:
+                destination = replace(destination, order=Regroup(dim, rows, size // rows))
+            case PermuteForRope() if not destination.stacked and destination.concat is None:
                 for i, target in enumerate(targets):
-                    # Where the tensor was cut before, its parts are known by the patterns of the targets.
+                    # If the tensor was cut before, the patterns of the targets identify its parts.
                     known_as = pattern if cuts is None else converter.target_patterns[i]
                     only = operation.permute_layer_names
                     if only is None or any(each in known_as for each in only):
                         orders[i] = _rope_order(model, operation, shapes[target][0])
             case _:
                 raise NotSupportedError(
-                    f"transformers makes {renamed} of {name} and others by {operation!r}, for which there is no rule. "
-                    "Save the model with a version of transformers that writes it as it is in memory, or load it with "
-                    "transformers itself."
+                    f"transformers makes {renamed} from {name} and others with {operation!r}, for which lading has no "
+                    "rule. Save the model with a version of transformers that writes it as it is in memory, or load it "
+                    "with transformers itself."
                 )
 
     if cuts is None:
-        return (way if orders[0] is None else replace(way, order=orders[0]),)
+        return (destination if orders[0] is None else replace(destination, order=orders[0]),)
 
     return tuple(
-        replace(way, target=target, cut=cut, order=order or way.order)
+        replace(destination, target=target, cut=cut, order=order or destination.order)
         for target, cut, order in zip(targets, cuts, orders, strict=True)
     )
 
@@ -177,7 +179,7 @@ def _cuts(dim: int, sizes: Sequence[int]) -> list[tuple[int, int, int]]:
 
 
 def _rope_order(model: PreTrainedModel, operation: Any, size: int) -> Regroup:
-    """From channels of a head that are turned as neighbours to those that are turned as halves."""
+    """Return the reordering from rotations of adjacent channels of a head to rotations of its two halves."""
     config: Any = model.config
     if operation.subconfig_key is not None:
         config = getattr(config, operation.subconfig_key, config)
@@ -186,35 +188,39 @@ def _rope_order(model: PreTrainedModel, operation: Any, size: int) -> Regroup:
     return Regroup(0, 2, half) if operation.inverse else Regroup(0, half, 2)
 
 
-# --- names that differ in numbers alone ------------------------------------------------------------------------------
+# --- names that differ only in numbers --------------------------------------------------------------------------------
 
 
-def _rules_of_form(group: Sequence[tuple[str, tuple[_Way, ...]]]) -> list[Rule]:
-    """The rules of names that are equal but for their numbers: one for all, if the numbers go the same way in each."""
-    if all(ways == (_Way(name),) for name, ways in group) or any("{" in name or "}" in name for name, _ in group):
+def _merge_rules(group: Sequence[tuple[str, tuple[_Destination, ...]]]) -> list[Rule]:
+    """Return the rules for names that differ only in numbers: one for all, if all map their numbers the same way."""
+    if all(destinations == (_Destination(name),) for name, destinations in group) or any(
+        "{" in name or "}" in name for name, _ in group
+    ):
         return []
 
     numbers = [NUMBER.findall(name) for name, _ in group]
     count = len(numbers[0])
     common = []
-    for i in range(max(len(ways) for _, ways in group)):
-        rule = None if any(len(ways) <= i for _, ways in group) else _common(group, numbers, i, count)
+    for i in range(max(len(destinations) for _, destinations in group)):
+        rule = None if any(len(destinations) <= i for _, destinations in group) else _common(group, numbers, i, count)
         if rule is None:
-            return [rule for name, ways in group for rule in _literal(name, ways)]
+            return [rule for name, destinations in group for rule in _rules_of_name(name, destinations)]
         common.append(rule)
 
     return common
 
 
 def _common(
-    group: Sequence[tuple[str, tuple[_Way, ...]]], numbers: Sequence[Sequence[str]], i: int, count: int
+    group: Sequence[tuple[str, tuple[_Destination, ...]]], numbers: Sequence[Sequence[str]], i: int, count: int
 ) -> Rule | None:
-    ways = [ways[i] for _, ways in group]
-    first = ways[0]
-    if any(replace(way, target=None) != replace(first, target=None) for way in ways) or count > len(_LETTERS):
+    destinations = [destinations[i] for _, destinations in group]
+    first = destinations[0]
+    if any(
+        replace(destination, target=None) != replace(first, target=None) for destination in destinations
+    ) or count > len(_LETTERS):
         return None
-    source = _placed(group[0][0], range(count))
-    if all(way.target is None for way in ways):
+    source = _with_placeholders(group[0][0], range(count))
+    if all(destination.target is None for destination in destinations):
         return Rule(source, None)
     if first.target is None:
         return None
@@ -223,10 +229,10 @@ def _common(
     if first.stacked and kept != count - 1:
         return None
     for slots in combinations(range(count), kept):
-        form = _placed(first.target, slots)
+        form = _with_placeholders(first.target, slots)
         if any(
-            way.target != form.format(**{_LETTERS[slot]: own[slot] for slot in slots})
-            for way, own in zip(ways, numbers, strict=True)
+            destination.target != form.format(**{_LETTERS[slot]: own[slot] for slot in slots})
+            for destination, own in zip(destinations, numbers, strict=True)
         ):
             continue
         stack = next(_LETTERS[i] for i in range(count) if i not in slots) if first.stacked else None
@@ -235,18 +241,25 @@ def _common(
     return None
 
 
-def _placed(name: str, slots: Sequence[int]) -> str:
-    """The name with placeholders instead of its numbers."""
+def _with_placeholders(name: str, slots: Sequence[int]) -> str:
+    """Return the name with placeholders in place of its numbers."""
     left = iter(slots)
 
     return NUMBER.sub(lambda _: f"{{{_LETTERS[next(left)]}}}", name)
 
 
-def _literal(name: str, ways: Sequence[_Way]) -> Iterator[Rule]:
-    for way in ways:
+def _rules_of_name(name: str, destinations: Sequence[_Destination]) -> Iterator[Rule]:
+    for destination in destinations:
         source, stack = name, None
-        if way.stacked:
-            # The number that the target lacks counts the stacked tensors.
+        if destination.stacked:
+            # The number that is not in the target counts the stacked tensors.
             *_, last = NUMBER.finditer(name)
             source, stack = f"{name[: last.start()]}{{a}}{name[last.end() :]}", "a"
-        yield Rule(source, way.target, concat=way.concat, stack=stack, order=way.order, cut=way.cut)
+        yield Rule(
+            source,
+            destination.target,
+            concat=destination.concat,
+            stack=stack,
+            order=destination.order,
+            cut=destination.cut,
+        )

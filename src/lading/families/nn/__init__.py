@@ -1,1 +1,1 @@
-"""Modules that the families share."""
+"""Modules shared by the families."""

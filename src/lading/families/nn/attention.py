@@ -1,4 +1,4 @@
-"""Attention in heads, its masks, and causal self-attention with grouped queries."""
+"""Multi-head attention, attention masks, and causal self-attention with grouped queries."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from lading.families.nn.uninitialized import Linear
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionMask:
-    """Which keys each query sees; without a tensor, all of them, or those that are not behind it."""
+    """The keys that each query attends to; without a tensor, all keys, or all up to the query."""
 
     visible: Tensor | None = None
-    """bool, (N or 1, 1, S or 1, K)."""
+    """The mask, bool, (N or 1, 1, S or 1, K)."""
     is_causal: bool = False
-    """Only where there are as many keys as queries: their order is then all that the kernel needs to know."""
+    """True if a query attends to the keys up to its own; only with as many keys as queries."""
 
 
 def causal_mask(
     new: int, *, past: int, window: int | None, padding: Tensor | None, device: torch.device
 ) -> AttentionMask:
-    """The mask of ``new`` tokens that follow ``past`` others, over the keys that :class:`KeyValueCache` returns.
+    """Return the mask of ``new`` tokens after ``past`` others, over the keys that :class:`KeyValueCache` returns.
 
     :param window: the number of tokens, itself included, that a token attends to.
-    :param padding: (N, past + new); false where there is padding instead of a token.
+    :param padding: (N, past + new); false for padding.
     """
     total = past + new
     first = 0 if window is None else max(0, past - (window - 1))
@@ -51,7 +51,7 @@ def causal_mask(
     if padding is None:
         return AttentionMask(visible=visible[None, None])
 
-    # What padding attends to is nobody's business, but a row that sees nothing is a division of zero by zero.
+    # The output at padding is unused, but softmax over an empty row gives NaN: let padding attend to itself.
     visible = (visible & padding[:, None, first:]) | (keys == queries)
 
     return AttentionMask(visible=visible[:, None])
@@ -60,9 +60,9 @@ def causal_mask(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, dropout_p: float = 0.0, scale: float | None = None
 ) -> Tensor:
-    """Queries (N, H, S, head_dim) attend to keys and values (N, H / G, K, head_dim); returns (N, S, H * head_dim).
+    """Attend with queries (N, H, S, head_dim) to keys and values (N, H / G, K, head_dim) → (N, S, H * head_dim).
 
-    :param scale: of the scores; ``None`` means ``head_dim ** -0.5``.
+    :param scale: the factor of the scores; ``None`` means ``head_dim ** -0.5``.
     """
     groups = q.size(1) // k.size(1)
     if groups > 1 and mask.visible is not None:
@@ -84,9 +84,9 @@ def attend(
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
-    """(N, S, heads * head_dim) → (N, heads, S, head_dim).
+    """Split (N, S, heads * head_dim) into (N, heads, S, head_dim).
 
-    How many heads there are is left to ``x``: under tensor parallelism a rank projects to its own heads only.
+    The number of heads follows from ``x``: under tensor parallelism a rank projects to its own heads only.
     """
     return torch.unflatten(x, -1, (-1, head_dim)).transpose(1, 2)
 
@@ -94,11 +94,11 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
 class CausalSelfAttention(nn.Module):
     """Attention with grouped queries (https://arxiv.org/abs/2305.13245) and rotary positions.
 
-    :param layer: the index of the layer, under which it keeps its keys and values in a cache.
+    :param layer: the index of the layer, which identifies its keys and values in a cache.
     :param window: the number of tokens, itself included, that a token attends to; ``None`` means all before it.
-    :param norm: makes a normalisation of that width.
-    :param norm_whole: whether queries and keys are normalised over all heads together, instead of head by head.
-    :param scale: of the scores; ``None`` means ``head_dim ** -0.5``.
+    :param norm: creates a normalization of the given width.
+    :param norm_whole: whether queries and keys are normalized over all heads together instead of per head.
+    :param scale: the factor of the scores; ``None`` means ``head_dim ** -0.5``.
     """
 
     def __init__(
@@ -137,15 +137,15 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: KeyValueCache | None = None
     ) -> Tensor:
-        """(N, S, model_dim) → the same shape.
+        """Apply attention to (N, S, model_dim) → the same shape.
 
         :param rotary: cosines and sines, each (N or 1, 1, S, head_dim / 2).
         """
-        q = self._normalised_heads(self.q_proj(x), self.q_norm)
-        k = self._normalised_heads(self.k_proj(x), self.k_norm)
+        q = self._normalized_heads(self.q_proj(x), self.q_norm)
+        k = self._normalized_heads(self.k_proj(x), self.k_norm)
         v = split_heads(self.v_proj(x), self.head_dim)
 
-        # Where the angles are in float32, so is the turn.
+        # With angles in float32, the rotation is in float32 as well.
         q, k = rotate(q, *rotary).to(q.dtype), rotate(k, *rotary).to(k.dtype)
 
         if cache is not None:
@@ -155,8 +155,8 @@ class CausalSelfAttention(nn.Module):
 
         return y
 
-    def _normalised_heads(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
-        """(N, S, heads * head_dim) → (N, heads, S, head_dim)."""
+    def _normalized_heads(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
+        """Normalize and split (N, S, heads * head_dim) → (N, heads, S, head_dim)."""
         if norm is None:
             return split_heads(x, self.head_dim)
         if self.norm_whole:

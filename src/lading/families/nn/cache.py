@@ -11,33 +11,33 @@ from torch import Tensor
 @dataclass(slots=True)
 class _Layer:
     keys: Tensor
-    """(N, H, capacity, head_dim), of which positions ``start`` to ``end`` are in use."""
+    """The buffer (N, H, capacity, head_dim), in which positions ``start`` to ``end`` are in use."""
     values: Tensor
     start: int = 0
     end: int = 0
     seen: int = 0
-    """All tokens that the layer was given, those that have left its window included."""
+    """The number of tokens seen, including those that have left the window."""
 
     def held(self) -> tuple[Tensor, Tensor]:
         return self.keys[:, :, self.start : self.end], self.values[:, :, self.start : self.end]
 
     def write(self, keys: Tensor, values: Tensor) -> None:
-        """Write behind what is in use; where there is no room, into buffers that hold half as much again."""
+        """Append keys and values; if the buffers are full, move to buffers half as large again."""
         end = self.end + keys.size(2)
 
         if end > self.keys.size(2):
             held_keys, held_values = self.held()
             end -= self.start
             self.start, self.end = 0, held_keys.size(2)
-            self.keys = _grown(held_keys, like=keys, capacity=end + end // 2 + 64)
-            self.values = _grown(held_values, like=values, capacity=end + end // 2 + 64)
+            self.keys = _grow_buffer(held_keys, like=keys, capacity=end + end // 2 + 64)
+            self.values = _grow_buffer(held_values, like=values, capacity=end + end // 2 + 64)
 
         self.keys[:, :, self.end : end] = keys
         self.values[:, :, self.end : end] = values
         self.end = end
 
 
-def _grown(held: Tensor, *, like: Tensor, capacity: int) -> Tensor:
+def _grow_buffer(held: Tensor, *, like: Tensor, capacity: int) -> Tensor:
     buffer = like.new_empty((like.size(0), like.size(1), capacity, like.size(3)))
     buffer[:, :, : held.size(2)] = held
 
@@ -45,10 +45,10 @@ def _grown(held: Tensor, *, like: Tensor, capacity: int) -> Tensor:
 
 
 class KeyValueCache:
-    """Keys and values of the tokens that a decoder has seen, layer by layer; made empty, it grows as needed.
+    """Keys and values of the tokens that a decoder has seen, per layer; it starts empty and grows as needed.
 
-    A layer with an attention window keeps only what its window can still reach. A cache is for inference: what it
-    returns carries no gradient.
+    A layer with an attention window keeps only the tokens that its window can still reach. A cache is for inference:
+    its keys and values carry no gradient.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class KeyValueCache:
             state.write(keys, values)
             return state.held()
 
-        # The new tokens alone fill the window of those to come: a long prompt must not stay in memory behind it.
+        # The new tokens alone fill the window of the next ones: do not keep a long prompt in memory beyond it.
         held_keys, held_values = state.held()
         result = torch.cat((held_keys, keys), dim=2), torch.cat((held_values, values), dim=2)
         state.start = state.end

@@ -1,6 +1,6 @@
-"""What the sizes and probabilities of a module have to satisfy, whichever module it is.
+"""Checks of the sizes and probabilities in the specification of a module.
 
-Each check takes the value that holds the fields, and their names; the error names the first one that is wrong.
+Each check takes the object with the fields, and their names; the error names the first field that is wrong.
 """
 
 from __future__ import annotations
@@ -8,12 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 MAX_SIZE = 2**30
-"""More than any width, vocabulary or context of a model. The bytes of a float32 matrix of two such sizes still fit into
-64 bits; above that, torch fails with errors of its own."""
+"""The largest width, vocabulary or context, above that of any model. The bytes of a float32 matrix of two such sizes
+still fit in 64 bits; above that, torch fails with errors of its own."""
 
 
 def require_positive(spec: Any, *names: str) -> None:
-    """:raises ValueError: one of these fields is not above zero, or is an integer above ``MAX_SIZE``."""
+    """Require that the named fields are positive, and integers at most ``MAX_SIZE``.
+
+    :raises ValueError: a field is not.
+    """
     for name in names:
         value = getattr(spec, name)
         if not value > 0:
@@ -23,7 +26,10 @@ def require_positive(spec: Any, *names: str) -> None:
 
 
 def require_size(what: str, value: int) -> None:
-    """:raises ValueError: ``value`` is larger than any size of a model."""
+    """Require that ``value`` is at most ``MAX_SIZE``.
+
+    :raises ValueError: it is larger.
+    """
     if value > MAX_SIZE:
         # Python refuses to print integers of thousands of digits.
         found = f"is {value}" if value.bit_length() < 100 else f"has {value.bit_length()} bits"
@@ -31,20 +37,26 @@ def require_size(what: str, value: int) -> None:
 
 
 MAX_LAYERS = 10_000
-"""More than any model has, and few enough to make modules of."""
+"""The largest number of layers, above that of any model, and small enough to create their modules."""
 
 MAX_LABELS = 1_000_000
-"""More than any classifier tells apart, and few enough to keep their names."""
+"""The largest number of labels, above that of any classifier, and small enough to store their names."""
 
 
 def require_layers(num_layers: int) -> None:
-    """:raises ValueError: no layers, or so many that modules for them would take all of the memory."""
+    """Require from 1 to ``MAX_LAYERS`` layers, so that their modules fit in memory.
+
+    :raises ValueError: the number is outside that range.
+    """
     if not 0 < num_layers <= MAX_LAYERS:
         raise ValueError(f"`num_layers` must be from 1 to {MAX_LAYERS}, but is {num_layers}")
 
 
 def require_multiple(spec: Any, name: str, *divisors: str) -> None:
-    """:raises ValueError: the field ``name`` is not a multiple of one of the other fields."""
+    """Require that the field ``name`` is a multiple of each of the other fields.
+
+    :raises ValueError: it is not a multiple of one of them.
+    """
     for divisor in divisors:
         if getattr(spec, name) % getattr(spec, divisor) != 0:
             raise ValueError(
@@ -54,7 +66,10 @@ def require_multiple(spec: Any, name: str, *divisors: str) -> None:
 
 
 def require_dropout(spec: Any, *names: str) -> None:
-    """:raises ValueError: one of these fields is no probability with which something may be left out: below one."""
+    """Require that the named fields are dropout probabilities, at least 0 and below 1.
+
+    :raises ValueError: a field is not.
+    """
     for name in names:
         value = getattr(spec, name)
         if not 0.0 <= value < 1.0:
@@ -62,6 +77,9 @@ def require_dropout(spec: Any, *names: str) -> None:
 
 
 def require_symbol(pad_idx: int | None, vocab_size: int) -> None:
-    """:raises ValueError: the symbol for padding is none of ``vocab_size`` symbols."""
+    """Require that the symbol for padding is one of ``vocab_size`` symbols, or ``None``.
+
+    :raises ValueError: it is not.
+    """
     if pad_idx is not None and not 0 <= pad_idx < vocab_size:
         raise ValueError(f"`pad_idx` must be an index of the {vocab_size} symbols, but is {pad_idx}")

@@ -1,4 +1,4 @@
-"""The stack of a decoder: embedding, layers of attention and feed-forward networks, and the last normalisation.
+"""The stack of a decoder: embedding, layers of attention and feed-forward networks, and the final normalization.
 
 The names of its parameters are those of Hugging Face checkpoints.
 """
@@ -19,7 +19,7 @@ from lading.families.nn.uninitialized import Embedding
 
 
 class DecoderLayer(nn.Module):
-    """Attention and a feed-forward network, each normalised before or after, and added to its input."""
+    """Attention and a feed-forward network, each with a residual and normalized before, after, or both."""
 
     def __init__(self, spec: DecoderSpec, layer: int) -> None:
         super().__init__()
@@ -45,8 +45,8 @@ class DecoderLayer(nn.Module):
             spec.model_dim, spec.ffn_inner_dim, bias=spec.ffn_bias, activation=spec.ffn_activation
         )
 
-        # In Hugging Face's names, `post_attention_layernorm` is the first one after attention: it normalises what that
-        # gives, or else what the feed-forward network reads.
+        # In Hugging Face's names, `post_attention_layernorm` is the first norm after attention: it normalizes the
+        # output of attention, or else the input of the feed-forward network.
         self.norms = spec.norms
         if spec.norms != "after":
             self.input_layernorm = spec.norm(spec.model_dim)
@@ -59,7 +59,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: KeyValueCache | None = None
     ) -> Tensor:
-        """(N, S, model_dim) → the same shape."""
+        """Apply the layer to (N, S, model_dim) → the same shape."""
         y = self.self_attn(x if self.norms == "after" else self.input_layernorm(x), rotary, mask, cache)
         if self.norms != "before":
             y = self.post_attention_layernorm(y)
@@ -75,7 +75,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and the last normalisation: token ids to hidden states."""
+    """Embedding, layers and the final normalization: token ids to hidden states."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Decoder(nn.Module):
         self.embed_scale = spec.embed_scale
         self.wide_rotary = spec.wide_rotary
 
-        # Of these and the layers, a stage of a pipeline has some; the others are ``None`` there.
+        # A pipeline stage has some of these modules and layers; the others are ``None``.
         self.embed_tokens: Embedding | None = Embedding(spec.vocab_size, spec.model_dim, padding_idx=spec.pad_idx)
         self.layers = nn.ModuleList(DecoderLayer(spec, layer) for layer in range(spec.num_layers))
         self.norm: RMSNorm | None = spec.norm(spec.model_dim)
@@ -103,7 +103,7 @@ class Decoder(nn.Module):
         position_ids: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """Token ids (N, S), or without an embedding hidden states (N, S, model_dim) → (N, S, model_dim).
+        """Map token ids (N, S), or without an embedding hidden states (N, S, model_dim) → (N, S, model_dim).
 
         The other parameters are those of :meth:`lading.families.nn.decoder_lm.DecoderLM.forward`.
         """
@@ -114,17 +114,17 @@ class Decoder(nn.Module):
         if self.embed_tokens is not None:
             x = self.embed_tokens(input_ids)
             if self.embed_scale != 1.0:
-                # Rounded, as it is in the training of half precision checkpoints.
+                # Rounded to the dtype, as in the training of half-precision checkpoints.
                 x = x * torch.tensor(self.embed_scale, dtype=x.dtype, device="cpu").item()
             x = dropout(x, self.dropout_p, self.training)
 
         if position_ids is None:
             position_ids = torch.arange(past, past + new, device=x.device)[None]
-        turn_dtype = torch.float32 if self.wide_rotary else x.dtype
-        rotary = self.rotary_emb(position_ids, turn_dtype)
+        rotary_dtype = torch.float32 if self.wide_rotary else x.dtype
+        rotary = self.rotary_emb(position_ids, rotary_dtype)
         window_rotary = rotary
         if self.window_rotary_emb is not None:
-            window_rotary = self.window_rotary_emb(position_ids, turn_dtype)
+            window_rotary = self.window_rotary_emb(position_ids, rotary_dtype)
 
         padding = None if attention_mask is None else attention_mask.to(x.device, torch.bool)
         layers = [pair for pair in zip(self.layers, self.windows, strict=True) if pair[0] is not None]

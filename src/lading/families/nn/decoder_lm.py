@@ -1,4 +1,4 @@
-"""The decoder-only language model of all families of decoders, and the random numbers that a new one begins with.
+"""The decoder-only language model of all decoder families, and its random initialization.
 
 The names of its parameters are those of Hugging Face checkpoints.
 """
@@ -20,10 +20,10 @@ from lading.families.nn.uninitialized import Linear
 
 
 class DecoderLM(nn.Module):
-    """A decoder with an output projection; its parameters are uninitialised.
+    """A decoder with an output projection; its parameters are uninitialized.
 
-    A stage of a pipeline is one that lacks some of its modules: the embedding on all stages but the first, the last
-    normalisation and the output projection on all but the last.
+    A pipeline stage is a model without some of its modules: the embedding on all stages but the first, the final
+    normalization and the output projection on all but the last.
     """
 
     def __init__(self, spec: DecoderSpec) -> None:
@@ -32,7 +32,7 @@ class DecoderLM(nn.Module):
         self.spec = spec
 
         self.model = Decoder(spec)
-        # On the meta device where it is tied, as the table it would have of its own is not wanted.
+        # A tied head is created on the meta device, because its own table is replaced.
         device = "meta" if spec.tied_embeddings else None
         self.lm_head: Linear | None = Linear(spec.model_dim, spec.vocab_size, bias=False, device=device)
         self._tie()
@@ -43,7 +43,7 @@ class DecoderLM(nn.Module):
             self.lm_head.weight = table.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
-        # `to_empty` and other moves from the meta device make a new parameter under each name of a tied one.
+        # `to_empty` and other moves from the meta device create a new parameter under each name of a tied one.
         super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         self._tie()
 
@@ -58,20 +58,20 @@ class DecoderLM(nn.Module):
         cache: KeyValueCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Token ids (N, S), int64 → logits (N, S, V).
+        """Map token ids (N, S), int64 → logits (N, S, V).
 
-        A stage of a pipeline, unless it is the first, takes the hidden states (N, S, model_dim) of the one before it
-        instead of token ids, and gives hidden states of that shape, unless it is the last. All stages take the same
-        mask and positions; each has a cache of its own.
+        A pipeline stage other than the first takes the hidden states (N, S, model_dim) of the stage before it instead
+        of token ids, and a stage other than the last returns hidden states of that shape. All stages take the same mask
+        and positions; each has its own cache.
 
-        :param attention_mask: (N, S_total), where S_total counts the tokens in ``cache`` too; 1 is a token, 0 padding.
-        :param position_ids: (N or 1, S), what the rotary embeddings turn by; by default the tokens count on from those
-            in ``cache``. What a token attends to depends on its place in the sequence, not on these.
-        :param cache: what earlier calls have seen; this call's tokens are appended to it.
+        :param attention_mask: (N, S_total), where S_total includes the tokens in ``cache``; 1 is a token, 0 padding.
+        :param position_ids: (N or 1, S), the positions of the rotary embeddings; by default they continue after the
+            tokens in ``cache``. The tokens that a token attends to depend on the order in the sequence, not on these.
+        :param cache: the keys and values of earlier calls, to which those of this call are appended.
         :param last_only: whether to compute the logits of the last token only: (N, 1, V).
 
-        :raises ValueError: more tokens than ``max_seq_len``, an attention mask of another shape, or token ids for a
-            stage that takes hidden states, or the reverse.
+        :raises ValueError: there are more tokens than ``max_seq_len``, the attention mask has another shape, or a stage
+            that takes hidden states gets token ids, or vice versa.
         """
         first = self.model.embed_tokens is not None
         if input_ids.dim() != (2 if first else 3):
@@ -106,22 +106,22 @@ class DecoderLM(nn.Module):
         eos_id: int | Sequence[int] | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Continue ``input_ids`` (N, S) greedily; returns (N, S + T) with T ≤ ``max_new_tokens``, the prompt in front.
+        """Continue ``input_ids`` (N, S) greedily → (N, S + T) with T ≤ ``max_new_tokens``, including the prompt.
 
-        The module's mode is left as it is: call ``eval()`` first on a model with dropout.
+        The mode of the module does not change: call ``eval()`` first on a model with dropout.
 
-        :param eos_id: the token, or tokens, after which a sequence has ended; the rest is ``pad_idx``, or the first of
-            these where the model has no ``pad_idx``. When all sequences have ended, so does the call.
+        :param eos_id: the token, or tokens, that end a sequence; the rest is filled with ``pad_idx``, or with the first
+            of these if the model has no ``pad_idx``. The call returns when all sequences have ended.
         :param attention_mask: (N, S), 1 for a token and 0 for padding, which must be on the left.
 
-        :raises ValueError: an empty prompt, more tokens than ``max_seq_len``, a negative ``max_new_tokens``, or a mask
-            of another shape or with padding on the right.
-        :raises NotSupportedError: this is a stage of a pipeline.
+        :raises ValueError: the prompt is empty, there are more tokens than ``max_seq_len``, ``max_new_tokens`` is
+            negative, or the mask has another shape or padding on the right.
+        :raises NotSupportedError: this is a pipeline stage.
         """
         if self.model.embed_tokens is None or self.lm_head is None:
             raise NotSupportedError(
-                "A stage of a pipeline cannot generate by itself. Load the model without `pp`, or carry hidden states "
-                "and tokens between the stages."
+                "A pipeline stage cannot generate by itself. Load the model without `pp`, or pass hidden states and "
+                "tokens between the stages."
             )
         n, prompt_len = input_ids.shape
         if prompt_len == 0:
@@ -147,7 +147,7 @@ class DecoderLM(nn.Module):
 
         ends = None if eos_id is None else torch.as_tensor(eos_id, device=input_ids.device).reshape(-1)
         if ends is not None and len(ends) == 0:
-            ends = None  # there is no first of them to fill up with, and nothing that has ended
+            ends = None  # an empty list ends no sequence and has no token to fill with
         finished = torch.zeros(n, dtype=torch.bool, device=input_ids.device)
 
         cache = KeyValueCache()
@@ -181,14 +181,14 @@ def init_decoder(
     std: float | None = None,
     std_scale: Literal["none", "layer", "stack"] = "stack",
 ) -> None:
-    """Fill ``parameter`` with random numbers: weights from normal distributions cut at three standard deviations.
+    """Initialize ``parameter`` randomly: weights from normal distributions truncated at three standard deviations.
 
-    Biases become zero, norms one, and so does the padding's embedding zero.
+    Biases and the embedding of padding become zero, norms one.
 
-    :param name: of the parameter in ``model``, whose own tensor is not looked at.
+    :param name: the name of the parameter in ``model``, whose own tensor is not used.
     :param std: the standard deviation; ``None`` means ``input_dim ** -0.5`` of each projection.
-    :param std_scale: what the standard deviations of the projections inside the layers are divided by:
-        ``sqrt(2 * (i + 1))`` of the i-th layer (``layer``), ``sqrt(2 * (num_layers + 1))`` (``stack``) or nothing.
+    :param std_scale: the divisor of the standard deviations of projections inside the layers: ``sqrt(2 * (i + 1))`` in
+        the i-th layer (``layer``), ``sqrt(2 * (num_layers + 1))`` (``stack``) or 1 (``none``).
     """
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)

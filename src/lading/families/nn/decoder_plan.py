@@ -1,4 +1,4 @@
-"""How the decoder-only language model is split over devices."""
+"""The parallel plan of the decoder-only language model."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from lading.models.parallel_plan import ParallelPlan, Split, Stages
 
 
 def decoder_plan(spec: DecoderSpec) -> ParallelPlan:
-    """How a :class:`~lading.families.nn.decoder_lm.DecoderLM` is split.
+    """Return the parallel plan of a :class:`~lading.families.nn.decoder_lm.DecoderLM`.
 
-    Over the ranks of tensor parallelism (https://arxiv.org/abs/1909.08053): attention by heads, feed-forward networks
-    by their inner width, embedding and output by symbols. Where parameters are sharded, layer by layer; into the
-    stages of a pipeline, between layers.
+    Tensor parallelism (https://arxiv.org/abs/1909.08053) splits attention by heads, feed-forward networks by their
+    inner width, embedding and output by symbols. Parameters are sharded layer by layer, and pipeline stages are split
+    between layers.
     """
     layer = "model.layers.*"
     attention = {
@@ -24,7 +24,7 @@ def decoder_plan(spec: DecoderSpec) -> ParallelPlan:
     }
     divisible = {"num_attn_heads": spec.num_attn_heads, "ffn_inner_dim": spec.ffn_inner_dim}
     if spec.norm_whole:
-        # A normalisation over all heads needs them all.
+        # A normalization over all heads needs all of them on each rank.
         attention = dict.fromkeys(attention, Split.REPLICATED)
         del divisible["num_attn_heads"]
 

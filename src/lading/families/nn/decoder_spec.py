@@ -1,4 +1,4 @@
-"""The switches by which the families of decoders differ."""
+"""The options by which the decoder families differ."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lading.families.nn.rope import Scaling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderSpec:
-    """All switches of the shared decoder.
+    """The options of the shared decoder.
 
-    :raises ValueError: sizes that make no decoder, such as key/value heads that don't divide the attention heads.
+    :raises ValueError: the sizes are not valid, such as key/value heads that don't divide the attention heads.
     """
 
     model_dim: int
@@ -34,42 +34,42 @@ class DecoderSpec:
     norm_eps: float
     rope_theta: float
     head_dim: int | None = None
-    """``None`` means ``model_dim // num_attn_heads``."""
+    """The width of an attention head; ``None`` means ``model_dim // num_attn_heads``."""
     rope_scaling: Scaling | None = None
     pad_idx: int | None = None
     tied_embeddings: bool = False
-    """Whether the output projection *is* the embedding table."""
+    """True if the output projection *is* the embedding table."""
     qkv_proj_bias: bool = False
     output_proj_bias: bool = False
     ffn_bias: bool = False
     q_norm: bool = False
-    """Whether queries are normalised head by head, before the rotary embedding."""
+    """True if queries are normalized per head, before the rotary embedding."""
     k_norm: bool = False
     attn_window_len: int | None = None
     """The number of tokens, itself included, that a token attends to."""
     num_full_attn_layers: int = 0
-    """The number of layers, from the first, that have no window."""
+    """The number of layers, from the first, without a window."""
     full_attn_layers: frozenset[int] = frozenset()
-    """The indices of further layers that have no window."""
+    """The indices of further layers without a window."""
     window_rope_theta: float | None = None
-    """Of layers with a window, whose frequencies are then not scaled; ``None`` where they turn as all do."""
+    """The ``rope_theta`` of layers with a window, without scaling; ``None`` if it is that of all layers."""
     wide_rotary: bool = False
-    """Whether queries and keys are turned in float32, whatever their dtype."""
+    """True if queries and keys are rotated in float32, whatever their dtype."""
     norms: Literal["before", "after", "both"] = "before"
-    """Whether layers normalise what their blocks read, what these give before it is added, or both."""
+    """The position of normalizations: before each block, after it (before the residual is added), or both."""
     wide_norm: bool = False
-    """Whether weights of normalisations are applied in float32, whatever the dtype."""
+    """True if the weights of normalizations are applied in float32, whatever the dtype."""
     norm_offset: float = 0.0
-    """What weights of normalisations are counted from."""
+    """The number that is added to the weights of normalizations."""
     norm_whole: bool = False
-    """Whether ``q_norm`` and ``k_norm`` are over all heads together."""
+    """True if ``q_norm`` and ``k_norm`` normalize all heads together."""
     attn_scale: float | None = None
-    """Of the attention scores; ``None`` means ``head_dim ** -0.5``."""
+    """The factor of the attention scores; ``None`` means ``head_dim ** -0.5``."""
     ffn_activation: Literal["silu", "gelu_tanh"] = "silu"
     embed_scale: float = 1.0
-    """What embeddings are multiplied by, in their dtype."""
+    """The factor of embeddings, applied in their dtype."""
     dropout_p: float = 0.0
-    """Of the embeddings and of the outputs of attention and feed-forward blocks."""
+    """The dropout probability of the embeddings and of the outputs of attention and feed-forward blocks."""
 
     def __post_init__(self) -> None:
         require_layers(self.num_layers)
@@ -101,11 +101,11 @@ class DecoderSpec:
         return self.model_dim // self.num_attn_heads if self.head_dim is None else self.head_dim
 
     def window_of(self, layer: int) -> int | None:
-        """The attention window of layer ``layer``; ``None`` where it attends to all tokens before."""
+        """Return the attention window of layer ``layer``, or ``None`` if it attends to all tokens before."""
         full = layer < self.num_full_attn_layers or layer in self.full_attn_layers
 
         return None if full else self.attn_window_len
 
     def norm(self, dim: int) -> RMSNorm:
-        """A normalisation of that width."""
+        """Create a normalization of width ``dim``."""
         return RMSNorm(dim, eps=self.norm_eps, wide=self.wide_norm, offset=self.norm_offset)

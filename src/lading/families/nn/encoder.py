@@ -1,4 +1,4 @@
-"""The bidirectional encoder of BERT (https://arxiv.org/abs/1810.04805), normalised after each block.
+"""The bidirectional encoder of BERT (https://arxiv.org/abs/1810.04805), normalized after each block.
 
 The names of its parameters are those of Hugging Face checkpoints.
 """
@@ -26,9 +26,9 @@ from lading.models.parallel_plan import ParallelPlan, Split
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderSpec:
-    """All switches of the encoder.
+    """The options of the encoder.
 
-    :raises ValueError: sizes that make no encoder, such as heads that don't divide the model.
+    :raises ValueError: the sizes are not valid, such as a number of heads that doesn't divide ``model_dim``.
     """
 
     model_dim: int
@@ -42,9 +42,9 @@ class EncoderSpec:
     ffn_activation: Literal["gelu", "gelu_tanh"]
     norm_eps: float
     dropout_p: float
-    """Of the embeddings and of the outputs of attention and feed-forward blocks."""
+    """The dropout probability of the embeddings and of the outputs of attention and feed-forward blocks."""
     attn_dropout_p: float
-    """Of the attention weights."""
+    """The dropout probability of the attention weights."""
 
     def __post_init__(self) -> None:
         require_layers(self.num_layers)
@@ -66,7 +66,7 @@ class EncoderSpec:
 
 
 class EncoderEmbeddings(nn.Module):
-    """The sum of the embeddings of words, positions and token types, normalised."""
+    """The normalized sum of the embeddings of words, positions and token types."""
 
     def __init__(self, spec: EncoderSpec) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class EncoderEmbeddings(nn.Module):
         self.LayerNorm = LayerNorm(spec.model_dim, eps=spec.norm_eps)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Three times (N or 1, S) → (N, S, model_dim)."""
+        """Embed three index tensors (N or 1, S) → (N, S, model_dim)."""
         x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
         x = self.LayerNorm(x + self.position_embeddings(position_ids))
 
@@ -87,7 +87,7 @@ class EncoderEmbeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention up to, and without, the output projection."""
+    """Multi-head attention without its output projection."""
 
     def __init__(self, spec: EncoderSpec) -> None:
         super().__init__()
@@ -100,14 +100,14 @@ class SelfAttention(nn.Module):
         self.value = Linear(spec.model_dim, spec.model_dim)
 
     def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
-        """(N, S, model_dim) → the same shape."""
+        """Map (N, S, model_dim) → the same shape."""
         q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.query, self.key, self.value))
 
         return attend(q, k, v, mask, dropout_p=self.dropout_p if self.training else 0.0)
 
 
 class BlockOutput(nn.Module):
-    """What ends a block: a projection, the residual and the normalisation."""
+    """The end of a block: a projection, the residual and the normalization."""
 
     def __init__(self, input_dim: int, spec: EncoderSpec) -> None:
         super().__init__()
@@ -118,14 +118,14 @@ class BlockOutput(nn.Module):
         self.LayerNorm = LayerNorm(spec.model_dim, eps=spec.norm_eps)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """(N, S, input_dim) and (N, S, model_dim) → (N, S, model_dim)."""
+        """Map (N, S, input_dim) and the residual (N, S, model_dim) → (N, S, model_dim)."""
         y: Tensor = self.LayerNorm(dropout(self.dense(x), self.dropout_p, self.training) + residual)
 
         return y
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention with its output."""
+    """Self-attention with its output projection."""
 
     def __init__(self, spec: EncoderSpec) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class AttentionBlock(nn.Module):
         self.output = BlockOutput(spec.model_dim, spec)
 
     def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
-        """(N, S, model_dim) → the same shape."""
+        """Map (N, S, model_dim) → the same shape."""
         y: Tensor = self.output(self.self(x, mask), x)
 
         return y
@@ -151,12 +151,12 @@ class Intermediate(nn.Module):
         self.dense = Linear(spec.model_dim, spec.ffn_inner_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, S, model_dim) → (N, S, ffn_inner_dim)."""
+        """Map (N, S, model_dim) → (N, S, ffn_inner_dim)."""
         return gelu(self.dense(x), approximate=self.approximate)
 
 
 class EncoderLayer(nn.Module):
-    """Attention and a feed-forward network, each added to its input and normalised after."""
+    """Attention and a feed-forward network, each with a residual and then normalized."""
 
     def __init__(self, spec: EncoderSpec) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class EncoderLayer(nn.Module):
         self.output = BlockOutput(spec.ffn_inner_dim, spec)
 
     def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
-        """(N, S, model_dim) → the same shape."""
+        """Map (N, S, model_dim) → the same shape."""
         x = self.attention(x, mask)
         y: Tensor = self.output(self.intermediate(x), x)
 
@@ -182,7 +182,7 @@ class Encoder(nn.Module):
         self.layer = nn.ModuleList(EncoderLayer(spec) for _ in range(spec.num_layers))
 
     def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
-        """(N, S, model_dim) → the same shape."""
+        """Map (N, S, model_dim) → the same shape."""
         for layer in self.layer:
             x = layer(x, mask)
 
@@ -198,13 +198,14 @@ class Pooler(nn.Module):
         self.dense = Linear(model_dim, model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, S, model_dim) → (N, model_dim)."""
+        """Map (N, S, model_dim) → (N, model_dim)."""
         return torch.tanh(self.dense(x[:, 0]))
 
 
 def encoder_plan(spec: EncoderSpec) -> ParallelPlan:
-    """How an encoder with its embeddings (``embeddings``, ``encoder``, ``pooler``) is split: attention by heads,
-    feed-forward networks by their inner width, the embedding of words by symbols.
+    """Return the parallel plan of an encoder with its embeddings (``embeddings``, ``encoder``, ``pooler``).
+
+    It splits attention by heads, feed-forward networks by their inner width, and the embedding of words by symbols.
     """
     return ParallelPlan(
         tensor={
@@ -229,11 +230,11 @@ def encoder_plan(spec: EncoderSpec) -> ParallelPlan:
 
 @torch.no_grad()
 def init_encoder(model: nn.Module, name: str, parameter: Tensor, *, std: float) -> None:
-    """Fill ``parameter`` with random numbers: weights from a normal distribution.
+    """Initialize ``parameter`` randomly: weights from a normal distribution.
 
-    Biases become zero, norms one, and the padding's embedding zero.
+    Biases and the embedding of padding become zero, norms one.
 
-    :param name: of the parameter in ``model``, whose own tensor is not looked at.
+    :param name: the name of the parameter in ``model``, whose own tensor is not used.
     """
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)

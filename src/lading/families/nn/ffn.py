@@ -11,7 +11,7 @@ from lading.families.nn.uninitialized import Linear
 
 
 class GatedFeedForward(nn.Module):
-    """The gated networks of https://arxiv.org/abs/2002.05202: ``down(activation(gate(x)) * up(x))``."""
+    """A gated feed-forward network (https://arxiv.org/abs/2002.05202): ``down(activation(gate(x)) * up(x))``."""
 
     def __init__(
         self, model_dim: int, inner_dim: int, *, bias: bool = False, activation: Literal["silu", "gelu_tanh"] = "silu"
@@ -25,7 +25,7 @@ class GatedFeedForward(nn.Module):
         self.down_proj = Linear(inner_dim, model_dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, model_dim) → the same shape."""
+        """Map (…, model_dim) → the same shape."""
         gate = self.gate_proj(x)
         gate = silu(gate) if self.activation == "silu" else gelu(gate, approximate="tanh")
         y: Tensor = self.down_proj(gate * self.up_proj(x))

@@ -1,4 +1,4 @@
-"""Random masks over time steps and features, as wav2vec 2.0 (https://arxiv.org/abs/2006.11477) draws them."""
+"""Random masks over time steps and features, as in wav2vec 2.0 (https://arxiv.org/abs/2006.11477)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lading.families.nn.checks import require_positive
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Masking:
-    """How much is masked. Numbers come from torch's generator of the device.
+    """The amount of masking. Random numbers come from torch's generator of the device.
 
-    :raises ValueError: probabilities outside [0, 1], or spans without length.
+    :raises ValueError: a probability is outside [0, 1], or a span is empty.
     """
 
     temporal_span_len: int
-    """In time steps."""
+    """The length of a span, in time steps."""
     max_temporal_prob: float
     """The share of time steps that spans would cover if none overlapped; 0 masks none."""
     min_num_temporal_spans: int
     spatial_span_len: int
-    """In features."""
+    """The length of a span, in features."""
     max_spatial_prob: float
     min_num_spatial_spans: int
 
@@ -39,7 +39,7 @@ class Masking:
             )
 
     def temporal(self, lengths: Tensor, max_length: int) -> Tensor | None:
-        """The numbers of time steps (N), int64 → (N, max_length), true where masked; ``None`` where nothing is.
+        """Draw a mask over time: numbers of time steps (N), int64 → (N, max_length), true where masked, or ``None``.
 
         :raises ValueError: a sequence is not longer than a span.
         """
@@ -55,9 +55,9 @@ class Masking:
         )
 
     def spatial(self, batch_size: int, dim: int, device: torch.device) -> Tensor | None:
-        """(batch_size, dim), true where a feature is masked in all time steps; ``None`` where nothing is.
+        """Draw a mask over features → (batch_size, dim), true where a feature is masked in all time steps, or ``None``.
 
-        :raises ValueError: there are not more features than a span has.
+        :raises ValueError: there are no more features than in a span.
         """
         if self.max_spatial_prob == 0.0:
             return None
@@ -72,10 +72,10 @@ class Masking:
 
 
 def span_mask(lengths: Tensor, max_length: int, *, span_len: int, max_prob: float, min_num_spans: int) -> Tensor:
-    """The lengths of rows (N), int64 → (N, max_length), true where masked: equally often in each row.
+    """Draw spans: lengths of rows (N), int64 → (N, max_length), true where masked, equally often in each row.
 
-    Spans are drawn with replacement and may overlap. Where fewer did than elsewhere, some steps are unmasked again, so
-    that the masked steps of all rows make one tensor.
+    Spans are drawn with replacement and may overlap. In rows with less overlap than others, some steps are unmasked
+    again, so that the masked steps of all rows make one tensor.
 
     :raises ValueError: a row is not longer than a span.
     """
@@ -85,7 +85,7 @@ def span_mask(lengths: Tensor, max_length: int, *, span_len: int, max_prob: floa
             f"a sequence must be longer than a masked span, which has {span_len} steps, but one has {shortest}"
         )
 
-    # Less than the whole row, so that something is left to predict from.
+    # Never the whole row, so that some context is left to predict from.
     num_spans = max(min_num_spans, int(max_prob / span_len * (shortest - 1)))
     if num_spans == 0:
         return torch.zeros(lengths.size(0), max_length, dtype=torch.bool, device=lengths.device)

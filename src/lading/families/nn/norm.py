@@ -1,4 +1,4 @@
-"""Root mean square normalisation."""
+"""Root mean square normalization."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """Root mean square layer normalisation (https://arxiv.org/abs/1910.07467), its parameter uninitialised.
+    """Root mean square layer normalization (https://arxiv.org/abs/1910.07467) with an uninitialized parameter.
 
-    The mean is taken in float32 whatever the dtype of the input. Checkpoints in half precision were trained with one or
-    the other order of casts.
+    The mean is computed in float32 whatever the dtype of the input. Half-precision checkpoints were trained with either
+    order of casts.
 
-    :param wide: whether the weight is applied in float32, too, instead of the dtype of the input.
-    :param offset: what the weight is counted from.
+    :param wide: whether the weight is applied in float32 too, instead of in the dtype of the input.
+    :param offset: the number that is added to the weight.
     """
 
     def __init__(self, dim: int, *, eps: float, wide: bool = False, offset: float = 0.0) -> None:
@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
         self.offset = offset
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, dim) → the same shape and dtype."""
+        """Normalize (…, dim) → the same shape and dtype."""
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
 

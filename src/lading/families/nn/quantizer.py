@@ -1,4 +1,4 @@
-"""Product quantisation with Gumbel noise, as wav2vec 2.0 (https://arxiv.org/abs/2006.11477, section 2) trains it."""
+"""Product quantization with Gumbel noise, as in wav2vec 2.0 (https://arxiv.org/abs/2006.11477, section 2)."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from lading.families.nn.uninitialized import Linear
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizerOutput:
-    """What vectors were replaced by."""
+    """The quantized vectors, and the use of the codebooks."""
 
     vectors: Tensor
-    """(N, S, output_dim)."""
+    """The quantized vectors, (N, S, output_dim)."""
     code_perplexity: Tensor
-    """Scalar, float32: how many entries are the likeliest ones somewhere, summed over the codebooks."""
+    """The perplexity of the likeliest entries, summed over the codebooks; scalar, float32."""
     prob_perplexity: Tensor
-    """Scalar, float32: the same of their probabilities without noise; it has a gradient."""
+    """The perplexity of the probabilities without noise, with a gradient; scalar, float32."""
     temperature: float
-    """Of the noise, in training."""
+    """The temperature of the noise in training."""
 
 
 class GumbelQuantizer(nn.Module):
-    """Replaces vectors by the concatenation of one entry from each codebook; parameters are uninitialised.
+    """A quantizer that replaces a vector by one entry from each codebook; its parameters are uninitialized.
 
     In training, entries are drawn (https://arxiv.org/abs/1611.01144); otherwise they are the likeliest ones.
 
-    :param temperature: that of the first update, the lowest one, and the factor between two updates.
+    :param temperature: the temperature of the first update, the lowest one, and the factor between two updates.
 
-    :raises ValueError: codebooks that don't divide the output.
+    :raises ValueError: the number of codebooks doesn't divide ``output_dim``.
     """
 
     def __init__(
@@ -49,31 +49,31 @@ class GumbelQuantizer(nn.Module):
 
         if min(output_dim, num_codebooks, num_entries) < 1 or output_dim % num_codebooks != 0:
             raise ValueError(
-                f"the width of a quantised vector must be a multiple of the number of codebooks, and none of the sizes "
+                f"the width of a quantized vector must be a multiple of the number of codebooks, and none of the sizes "
                 f"zero, but they are {output_dim}, {num_codebooks} and {num_entries} entries"
             )
 
         require_size("the number of entries in all codebooks", num_codebooks * num_entries)
-        require_size("the width of a quantised vector", output_dim)
+        require_size("the width of a quantized vector", output_dim)
 
         self.num_codebooks = num_codebooks
         self.num_entries = num_entries
         self.max_temperature, self.min_temperature, self.temperature_decay = temperature
 
         self.num_updates = 0
-        """How often the quantizer was trained, which sets its temperature. No part of the state: a trainer that goes
-        on with a checkpoint sets it."""
+        """The number of updates in training, which sets the temperature. It is not part of the state dict: a trainer
+        that resumes from a checkpoint sets it."""
 
         self.codevectors = nn.Parameter(torch.empty(1, num_codebooks * num_entries, output_dim // num_codebooks))
         self.weight_proj = Linear(input_dim, num_codebooks * num_entries)
 
     @property
     def temperature(self) -> float:
-        """That of the next update."""
+        """The temperature of the next update."""
         return max(self.max_temperature * self.temperature_decay**self.num_updates, self.min_temperature)
 
     def forward(self, x: Tensor) -> QuantizerOutput:
-        """(N, S, input_dim) → (N, S, output_dim)."""
+        """Quantize (N, S, input_dim) → (N, S, output_dim)."""
         temperature = self.temperature
 
         # (N, S, codebooks, entries)
@@ -98,7 +98,7 @@ class GumbelQuantizer(nn.Module):
 
 
 def _perplexity(probabilities: Tensor) -> Tensor:
-    """(N, S, codebooks, entries) → a scalar."""
+    """Reduce (N, S, codebooks, entries) → a scalar."""
     mean = probabilities.flatten(0, 1).mean(0)
 
     return torch.exp(-torch.sum(mean * torch.log(mean + 1e-7), dim=-1)).sum()
@@ -106,9 +106,9 @@ def _perplexity(probabilities: Tensor) -> Tensor:
 
 @torch.no_grad()
 def init_quantizer(name: str, parameter: Tensor) -> None:
-    """Fill ``parameter`` with random numbers.
+    """Initialize ``parameter`` randomly.
 
-    :param name: of the parameter in a :class:`GumbelQuantizer`.
+    :param name: the name of the parameter in a :class:`GumbelQuantizer`.
     """
     if name == "codevectors":
         nn.init.uniform_(parameter)

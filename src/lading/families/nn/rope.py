@@ -18,7 +18,7 @@ class LLaMA3Scaling:
     """The frequency scaling of LLaMA 3.1, which stretches a context of ``original_seq_len`` tokens by ``factor``.
 
     Wavelengths shorter than ``original_seq_len / high_freq_factor`` stay, those longer than ``original_seq_len /
-    low_freq_factor`` are stretched, those between are blended.
+    low_freq_factor`` are stretched, and those in between are interpolated.
 
     :raises ValueError: the factors don't satisfy ``0 < factor`` and ``0 < low_freq_factor < high_freq_factor``.
     """
@@ -40,11 +40,11 @@ class LLaMA3Scaling:
 
     @property
     def amplitude(self) -> float:
-        """What cosines and sines are multiplied by."""
+        """The factor of cosines and sines."""
         return 1.0
 
     def apply(self, frequencies: Tensor, theta: float) -> Tensor:
-        """(head_dim / 2) → the same shape."""
+        """Scale frequencies (head_dim / 2) → the same shape."""
         wavelengths = 2 * math.pi / frequencies
         low, high = self.low_freq_factor, self.high_freq_factor
         weight = (self.original_seq_len / wavelengths - low) / (high - low)
@@ -57,7 +57,7 @@ class LLaMA3Scaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearScaling:
-    """All wavelengths are stretched by ``factor`` (https://arxiv.org/abs/2306.15595).
+    """The scaling that stretches all wavelengths by ``factor`` (https://arxiv.org/abs/2306.15595).
 
     :raises ValueError: ``factor`` is not positive.
     """
@@ -70,11 +70,11 @@ class LinearScaling:
 
     @property
     def amplitude(self) -> float:
-        """What cosines and sines are multiplied by."""
+        """The factor of cosines and sines."""
         return 1.0
 
     def apply(self, frequencies: Tensor, theta: float) -> Tensor:
-        """(head_dim / 2) → the same shape."""
+        """Scale frequencies (head_dim / 2) → the same shape."""
         return frequencies / self.factor
 
 
@@ -82,8 +82,8 @@ class LinearScaling:
 class YaRNScaling:
     """The scaling of YaRN (https://arxiv.org/abs/2309.00071), for ``factor`` times ``original_seq_len`` tokens.
 
-    Dimensions that turn ``beta_fast`` times or more in the original context stay, those that turn ``beta_slow`` times
-    or less are stretched, those between are blended.
+    Dimensions that rotate ``beta_fast`` times or more in the original context stay, those that rotate ``beta_slow``
+    times or less are stretched, and those in between are interpolated.
 
     :raises ValueError: the factors don't satisfy ``1 <= factor`` and ``0 < beta_slow < beta_fast``.
     """
@@ -93,9 +93,9 @@ class YaRNScaling:
     beta_fast: float
     beta_slow: float
     amplitude: float
-    """What cosines and sines are multiplied by."""
+    """The factor of cosines and sines."""
     truncate: bool
-    """Whether the dimensions at which blending begins and ends are whole ones."""
+    """True if the dimensions at which interpolation starts and ends are rounded to integers."""
 
     def __post_init__(self) -> None:
         if not self.factor >= 1:
@@ -109,11 +109,11 @@ class YaRNScaling:
 
     @staticmethod
     def default_amplitude(factor: float, mscale: float = 1.0) -> float:
-        """What makes attention as sharp as it was in the original context (equation 22 of the paper)."""
+        """Return the amplitude that keeps attention as sharp as in the original context (equation 22 of the paper)."""
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     def apply(self, frequencies: Tensor, theta: float) -> Tensor:
-        """(head_dim / 2) → the same shape."""
+        """Scale frequencies (head_dim / 2) → the same shape."""
         head_dim = 2 * len(frequencies)
 
         def dimension(turns: float) -> float:
@@ -139,7 +139,7 @@ class RotaryEmbedding(nn.Module):
     """Cosines and sines of the rotary position embedding (https://arxiv.org/abs/2104.09864)."""
 
     inv_freq: Tensor
-    """(head_dim / 2), float32 whatever the dtype of the model: in half precision distant positions fall together."""
+    """The frequencies (head_dim / 2), always float32: in half precision distant positions coincide."""
 
     def __init__(self, head_dim: int, *, theta: float, scaling: Scaling | None = None) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class RotaryEmbedding(nn.Module):
         self.reset_non_persistent_buffers(self.inv_freq.device)
 
     def reset_non_persistent_buffers(self, device: torch.device | str) -> None:
-        """Compute the frequencies anew and place them on ``device``."""
+        """Recompute the frequencies and place them on ``device``."""
         if torch.device(device).type == "meta":
             self.inv_freq = torch.empty(self.head_dim // 2, dtype=torch.float32, device="meta")
         else:
@@ -166,7 +166,7 @@ class RotaryEmbedding(nn.Module):
         return frequencies if self.scaling is None else self.scaling.apply(frequencies, self.theta)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
-        # `Module.to(dtype)` casts buffers too, and what it rounds away cannot be had back from the result.
+        # `Module.to(dtype)` casts buffers too, and the result cannot be cast back without loss.
         super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         if self.inv_freq.dtype != torch.float32:
             self.reset_non_persistent_buffers(self.inv_freq.device)
@@ -174,7 +174,7 @@ class RotaryEmbedding(nn.Module):
         return self
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Positions (N, S) → cosines and sines, each (N, 1, S, head_dim / 2) in ``dtype``."""
+        """Map positions (N, S) → cosines and sines, each (N, 1, S, head_dim / 2) in ``dtype``."""
         angles = position_ids[:, None, :, None].float() * self.inv_freq
 
         cos, sin = angles.cos(), angles.sin()
@@ -188,7 +188,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the heads ``x`` (N, H, S, head_dim); the first half of a head pairs with the second, element by element."""
+    """Rotate the heads ``x`` (N, H, S, head_dim), pairing each element of the first half with one of the second."""
     first, second = x.chunk(2, dim=-1)
 
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,4 +1,4 @@
-"""Frontend, masks and encoder of wav2vec 2.0 (https://arxiv.org/abs/2006.11477) as one module, and how it is split.
+"""Frontend, masks and encoder of wav2vec 2.0 (https://arxiv.org/abs/2006.11477) as one module, and its parallel plan.
 
 The names of its parameters are those of Hugging Face checkpoints.
 """
@@ -19,22 +19,22 @@ from lading.models.parallel_plan import ParallelPlan, Split
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeechOutput:
-    """What the encoder makes of sound."""
+    """The output of the encoder."""
 
     hidden: Tensor
-    """(N, T, model_dim)."""
+    """The hidden states, (N, T, model_dim)."""
     features: Tensor
-    """Normalised frames before projection and masking, (N, T, feature_dim)."""
+    """The normalized frames before projection and masking, (N, T, feature_dim)."""
     raw_features: Tensor
-    """Frames before normalisation, (N, T, feature_dim)."""
+    """The frames before normalization, (N, T, feature_dim)."""
     num_frames: Tensor
-    """Of each sequence without padding, (N), int64."""
+    """The number of frames of each sequence without padding, (N), int64."""
     temporal_mask: Tensor | None
-    """True where a frame was masked, (N, T); ``None`` if none was."""
+    """The mask over frames, true where masked, (N, T); ``None`` without masking."""
 
 
 class SpeechModel(nn.Module):
-    """Frontend, masking and encoder; parameters are uninitialised."""
+    """Frontend, masking and encoder; their parameters are uninitialized."""
 
     def __init__(self, spec: SpeechSpec) -> None:
         super().__init__()
@@ -69,13 +69,13 @@ class SpeechModel(nn.Module):
         masking: Masking | None = None,
         temporal_mask: Tensor | None = None,
     ) -> SpeechOutput:
-        """A waveform (N, S), or filter banks (N, S, C).
+        """Encode a waveform (N, S), or filter banks (N, S, C).
 
-        :param attention_mask: (N, S); 1 is sound, 0 the padding after it.
+        :param attention_mask: (N, S); 1 is audio, 0 the padding after it.
         :param masking: draws masks over frames and their features.
-        :param temporal_mask: bool, (N, T); in place of one that is drawn.
+        :param temporal_mask: bool, (N, T), instead of a drawn mask.
 
-        :raises ValueError: an input or a mask of another shape, sound that is too short for a frame, or for a mask.
+        :raises ValueError: the input or a mask has another shape, or the audio is too short for a frame or for a mask.
         """
         self._check(input_values, attention_mask)
 
@@ -91,7 +91,7 @@ class SpeechModel(nn.Module):
         if masking is not None and temporal_mask is None:
             temporal_mask = masking.temporal(num_frames, x.size(1))
         if temporal_mask is not None:
-            x = self._put_mask(x, temporal_mask)
+            x = self._apply_mask(x, temporal_mask)
         if masking is not None:
             spatial_mask = masking.spatial(x.size(0), x.size(2), x.device)
             if spatial_mask is not None:
@@ -124,12 +124,12 @@ class SpeechModel(nn.Module):
         if int(self.feature_extractor.num_frames(torch.tensor(input_values.size(1), device="cpu"))) < 1:
             raise ValueError(f"the input is too short for a single frame: its length is {input_values.size(1)}")
 
-    def _put_mask(self, x: Tensor, temporal_mask: Tensor) -> Tensor:
+    def _apply_mask(self, x: Tensor, temporal_mask: Tensor) -> Tensor:
         if self.masked_spec_embed is None:
-            raise ValueError("the model was made without the embedding that stands for masked frames")
+            raise ValueError("the model was built without the embedding for masked frames")
         if temporal_mask.shape != x.shape[:2]:
             raise ValueError(
-                f"`temporal_mask` must be of shape {tuple(x.shape[:2])}, a place for each frame, but is of shape "
+                f"`temporal_mask` must be of shape {tuple(x.shape[:2])}, one value per frame, but is of shape "
                 f"{tuple(temporal_mask.shape)}"
             )
 
@@ -137,10 +137,12 @@ class SpeechModel(nn.Module):
 
 
 def speech_plan(spec: SpeechSpec, prefix: str) -> ParallelPlan:
-    """How a :class:`SpeechModel` is split: attention by heads, feed-forward networks by their inner width. The
-    frontend, with a twentieth of the parameters, is not.
+    """Return the parallel plan of a :class:`SpeechModel`.
 
-    :param prefix: the name of the :class:`SpeechModel` in the whole.
+    It splits attention by heads and feed-forward networks by their inner width. The frontend, with a twentieth of the
+    parameters, is not split.
+
+    :param prefix: the name of the :class:`SpeechModel` in the whole model.
     """
     layer = f"{prefix}.encoder.layers.*"
 
@@ -162,9 +164,9 @@ def speech_plan(spec: SpeechSpec, prefix: str) -> ParallelPlan:
 
 @torch.no_grad()
 def init_speech(model: SpeechModel, name: str, parameter: Tensor, *, std: float) -> None:
-    """Fill ``parameter`` with random numbers.
+    """Initialize ``parameter`` randomly.
 
-    :param name: of the parameter in ``model``, whose own tensor is not looked at.
+    :param name: the name of the parameter in ``model``, whose own tensor is not used.
     :param std: the standard deviation of projections inside the layers.
     """
     path, _, leaf = name.rpartition(".")
@@ -183,7 +185,7 @@ def init_speech(model: SpeechModel, name: str, parameter: Tensor, *, std: float)
         if leaf == "original1":
             nn.init.normal_(parameter, std=std)
         else:
-            # The length that a direction drawn so has to within a percent; it is drawn by itself.
+            # The expected norm of a direction drawn this way, within a percent; the two are initialized separately.
             parameter.fill_(std * (output_dim * input_dim) ** 0.5)
     elif module is model.feature_projection.projection:
         init_projection(parameter, model.spec.feature_dim)
@@ -197,5 +199,5 @@ def init_speech(model: SpeechModel, name: str, parameter: Tensor, *, std: float)
 
 @torch.no_grad()
 def init_projection(parameter: Tensor, input_dim: int) -> None:
-    """Fill the weight or the bias of a projection with uniform random numbers, up to ``input_dim ** -0.5``."""
+    """Initialize the weight or bias of a projection uniformly within ``±input_dim ** -0.5``."""
     nn.init.uniform_(parameter, -(input_dim**-0.5), input_dim**-0.5)

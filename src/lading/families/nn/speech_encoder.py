@@ -19,20 +19,20 @@ from lading.families.nn.uninitialized import LayerNorm, Linear
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeechSpec:
-    """All switches of the encoder of speech and its frontend.
+    """The options of the speech encoder and its frontend.
 
-    :raises ValueError: sizes that make no encoder, such as heads that don't divide the model.
+    :raises ValueError: the sizes are not valid, such as a number of heads that doesn't divide ``model_dim``.
     """
 
     model_dim: int
     feature_dim: int
     fbank: tuple[int, int] | None
-    """Filter banks in place of a waveform: their number of channels, and how many neighbours make a frame."""
+    """Filter banks instead of a waveform: the number of channels, and of adjacent filter banks per frame."""
     conv_layer_descs: Sequence[tuple[int, int, int]]
-    """Of a waveform: output dimension, kernel size and stride of each convolution."""
+    """The output dimension, kernel size and stride of each convolution over a waveform."""
     conv_bias: bool
     conv_layer_norm: bool
-    """Whether each convolution is followed by a layer normalisation; if not, the first by a group normalisation."""
+    """True for a layer normalization after each convolution, false for a group normalization after the first."""
     feature_grad_scale: float
     project_features: bool
     pos_conv_kernel_size: int
@@ -41,21 +41,21 @@ class SpeechSpec:
     num_attn_heads: int
     ffn_inner_dim: int
     norm_first: bool
-    """Whether layers normalise their input, and the encoder its output, instead of layers their output."""
+    """True if layers normalize their input and the encoder its output, false if layers normalize their output."""
     norm_features: bool
-    """Whether frames are normalised again once they have positions."""
+    """True if frames are normalized again after positions are added."""
     norm_eps: float
     feature_dropout_p: float
-    """Of the projected frames."""
+    """The dropout probability of the projected frames."""
     dropout_p: float
-    """Of frames with positions, and of the outputs of attention and feed-forward blocks."""
+    """The dropout probability of frames with positions, and of the outputs of attention and feed-forward blocks."""
     attn_dropout_p: float
-    """Of the attention weights."""
+    """The dropout probability of the attention weights."""
     ffn_inner_dropout_p: float
     layer_drop_p: float
-    """The probability with which a layer is left out in training (https://arxiv.org/abs/1909.11556)."""
+    """The probability that a layer is skipped in training (https://arxiv.org/abs/1909.11556)."""
     masked: bool
-    """Whether the model has an embedding to put in place of masked frames."""
+    """True if the model has an embedding for masked frames."""
 
     def __post_init__(self) -> None:
         require_layers(self.num_layers)
@@ -84,7 +84,7 @@ class SpeechSpec:
             return
         if not self.conv_layer_descs or any(min(desc) < 1 for desc in self.conv_layer_descs):
             raise ValueError(
-                "the convolutions must have positive dimensions, kernels and strides, and there must be one at least, "
+                "the convolutions must have positive dimensions, kernels and strides, and there must be at least one, "
                 f"but they are {list(self.conv_layer_descs)}"
             )
         require_size("the longest stride of a convolution", max(stride for _, _, stride in self.conv_layer_descs))
@@ -101,10 +101,10 @@ class SpeechSpec:
 
 
 class WeightNorm(nn.Module):
-    """The weight of a convolution as a direction and, for each place of the kernel, a length.
+    """The weight of a convolution as a direction and, for each position of the kernel, a norm.
 
-    This is weight normalisation (https://arxiv.org/abs/1602.07868) under the names of torch's parametrization. That one
-    computes norms when it is made, which a module without memory cannot, and modules that have it do not pickle.
+    It is weight normalization (https://arxiv.org/abs/1602.07868) with the parameter names of torch's parametrization.
+    torch's computes norms in its constructor, which is impossible on the meta device, and its modules do not pickle.
     """
 
     def __init__(self, output_dim: int, input_dim: int, kernel_size: int) -> None:
@@ -114,18 +114,18 @@ class WeightNorm(nn.Module):
         self.original1 = nn.Parameter(torch.empty(output_dim, input_dim, kernel_size))
 
     def forward(self) -> Tensor:
-        """The weight, (output_dim, input_dim, kernel_size)."""
+        """Compute the weight, (output_dim, input_dim, kernel_size)."""
         return self.original1 * (self.original0 / self.norm())
 
     def norm(self) -> Tensor:
-        """That of the direction, (1, 1, kernel_size)."""
+        """Compute the norm of the direction, (1, 1, kernel_size)."""
         norm: Tensor = torch.linalg.vector_norm(self.original1, dim=(0, 1), keepdim=True)
 
         return norm
 
 
 class WeightNormConv1d(nn.Module):
-    """A convolution in groups, of normalised weight, that keeps the length of a sequence."""
+    """A grouped convolution with a normalized weight that keeps the length of a sequence."""
 
     def __init__(self, dim: int, kernel_size: int, *, groups: int) -> None:
         super().__init__()
@@ -137,16 +137,16 @@ class WeightNormConv1d(nn.Module):
         self.parametrizations = nn.ModuleDict({"weight": WeightNorm(dim, dim // groups, kernel_size)})
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, dim, T) → the same shape; the window of each place begins half a kernel before it."""
+        """Convolve (N, dim, T) → the same shape; the window of each step starts half a kernel before it."""
         weight = self.parametrizations["weight"]()
         y = conv1d(x, weight, self.bias, padding=self.kernel_size // 2, groups=self.groups)
 
-        # There is one window too many where they are of even size.
+        # A kernel of even size gives one window too many.
         return y[:, :, : x.size(2)]
 
 
 class PositionalConvolution(nn.Module):
-    """Relative positions, as a convolution over many frames."""
+    """Relative positions, computed by a convolution over many frames."""
 
     def __init__(self, model_dim: int, *, kernel_size: int, num_groups: int) -> None:
         super().__init__()
@@ -154,12 +154,12 @@ class PositionalConvolution(nn.Module):
         self.conv = WeightNormConv1d(model_dim, kernel_size, groups=num_groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, T, model_dim) → what is to be added to it, of the same shape."""
+        """Compute the positions to add to (N, T, model_dim), of the same shape."""
         return gelu(self.conv(x.transpose(1, 2))).transpose(1, 2)
 
 
 class SpeechAttention(nn.Module):
-    """Multi-head self-attention in both directions."""
+    """Bidirectional multi-head self-attention."""
 
     def __init__(self, spec: SpeechSpec) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class SpeechAttention(nn.Module):
         self.out_proj = Linear(spec.model_dim, spec.model_dim)
 
     def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
-        """(N, T, model_dim) → the same shape."""
+        """Map (N, T, model_dim) → the same shape."""
         q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
         y: Tensor = self.out_proj(attend(q, k, v, mask, dropout_p=self.dropout_p if self.training else 0.0))
 
@@ -181,7 +181,7 @@ class SpeechAttention(nn.Module):
 
 
 class SpeechFeedForward(nn.Module):
-    """Two projections, and the exact GELU between them."""
+    """Two projections with the exact GELU between them."""
 
     def __init__(self, spec: SpeechSpec) -> None:
         super().__init__()
@@ -192,14 +192,14 @@ class SpeechFeedForward(nn.Module):
         self.output_dense = Linear(spec.ffn_inner_dim, spec.model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, T, model_dim) → the same shape."""
+        """Map (N, T, model_dim) → the same shape."""
         y: Tensor = self.output_dense(dropout(gelu(self.intermediate_dense(x)), self.inner_dropout_p, self.training))
 
         return y
 
 
 class SpeechEncoderLayer(nn.Module):
-    """Attention and a feed-forward network, each normalised before, or with its residual after."""
+    """Attention and a feed-forward network, each normalized before, or after its residual is added."""
 
     def __init__(self, spec: SpeechSpec) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class SpeechEncoderLayer(nn.Module):
         self.final_layer_norm = LayerNorm(spec.model_dim, eps=spec.norm_eps)
 
     def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
-        """(N, T, model_dim) → the same shape."""
+        """Map (N, T, model_dim) → the same shape."""
         y = self.attention(self.layer_norm(x) if self.norm_first else x, mask)
         x = x + dropout(y, self.dropout_p, self.training)
         if not self.norm_first:
@@ -228,7 +228,7 @@ class SpeechEncoderLayer(nn.Module):
 
 
 class SpeechEncoder(nn.Module):
-    """Positions and the stack of layers."""
+    """The positions and the stack of layers."""
 
     def __init__(self, spec: SpeechSpec) -> None:
         super().__init__()
@@ -240,7 +240,7 @@ class SpeechEncoder(nn.Module):
         self.pos_conv_embed = PositionalConvolution(
             spec.model_dim, kernel_size=spec.pos_conv_kernel_size, num_groups=spec.num_pos_conv_groups
         )
-        # The one normalisation outside layers comes first or last. No published model has both, hence the name.
+        # The one normalization outside layers comes first or last. No published model has both, hence the name.
         norm_both = spec.norm_first and spec.norm_features
         self.input_layer_norm = LayerNorm(spec.model_dim, eps=spec.norm_eps) if norm_both else None
         norm_one = spec.norm_first or spec.norm_features
@@ -248,15 +248,15 @@ class SpeechEncoder(nn.Module):
         self.layers = nn.ModuleList(SpeechEncoderLayer(spec) for _ in range(spec.num_layers))
 
     def forward(self, x: Tensor, frame_mask: Tensor | None) -> Tensor:
-        """(N, T, model_dim) → the same shape.
+        """Encode (N, T, model_dim) → the same shape.
 
         :param frame_mask: bool, (N, T); true is a frame, false padding.
         """
         mask = AttentionMask()
         if frame_mask is not None:
-            # Neighbours see padding through the convolution.
+            # The convolution lets adjacent frames see padding.
             x = x.masked_fill(~frame_mask[:, :, None], 0.0)
-            # A row without any frame sees its padding: to see nothing is a division of zero by zero.
+            # A row without any frame attends to its padding, because softmax over an empty row gives NaN.
             visible = frame_mask | ~frame_mask.any(1, keepdim=True)
             mask = AttentionMask(visible=visible[:, None, None])
 
@@ -268,8 +268,8 @@ class SpeechEncoder(nn.Module):
 
         if self.training and self.layer_drop_p > 0.0:
             for layer, drawn in zip(self.layers, torch.rand(len(self.layers), device=x.device), strict=True):
-                # A layer that is left out runs all the same, as the ranks of a gang, which draw each for itself, have
-                # to gather the same parameters; it then has gradients, and these are zero.
+                # A skipped layer runs anyway, because the ranks of a gang, which draw independently, have to gather the
+                # same parameters; its gradients are zero.
                 x = torch.where(drawn <= self.layer_drop_p, x, layer(x, mask))
         else:
             for layer in self.layers:

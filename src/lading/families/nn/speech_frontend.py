@@ -1,4 +1,4 @@
-"""From sound to the frames that an encoder of speech reads (https://arxiv.org/abs/2006.11477, section 2).
+"""The frontend of a speech encoder, from audio to frames (https://arxiv.org/abs/2006.11477, section 2).
 
 The names of parameters are those of Hugging Face checkpoints.
 """
@@ -14,13 +14,13 @@ from torch.nn.functional import dropout, gelu, group_norm, layer_norm
 from lading.families.nn.uninitialized import Conv1d, GroupNorm, LayerNorm, Linear
 
 CONV_NORM_EPS = 1e-5
-"""Of the normalisations between convolutions, whatever that of the encoder."""
+"""The epsilon of the normalizations between convolutions, whatever that of the encoder."""
 
 
 class ConvolutionLayer(nn.Module):
-    """A convolution, its normalisation if there is one, and the activation.
+    """A convolution, an optional normalization, and the activation.
 
-    :param norm: ``group`` takes each channel over time, ``layer`` each time step over channels.
+    :param norm: ``group`` normalizes each channel over time, ``layer`` each time step over channels.
     """
 
     def __init__(self, input_dim: int, desc: tuple[int, int, int], *, bias: bool, norm: str | None) -> None:
@@ -38,12 +38,12 @@ class ConvolutionLayer(nn.Module):
             self.layer_norm = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, input_dim, S) → (N, output_dim, S_out)."""
+        """Convolve (N, input_dim, S) → (N, output_dim, S_out)."""
         x = self.conv(x)
 
         norm = self.layer_norm
         if norm is not None:
-            # In float32, as the sums go over up to a minute of samples.
+            # In float32, because the sums are over up to a minute of samples.
             wide, weight, bias = x.float(), norm.weight.float(), norm.bias.float()
             if isinstance(norm, GroupNorm):
                 y = group_norm(wide, norm.num_groups, weight, bias, norm.eps)
@@ -55,11 +55,11 @@ class ConvolutionLayer(nn.Module):
 
 
 class ConvolutionalFeatures(nn.Module):
-    """Frames from a waveform: a stack of convolutions.
+    """Frames from a waveform, by a stack of convolutions.
 
     :param layer_descs: output dimension, kernel size and stride of each layer.
-    :param layer_norm: whether all layers have a layer normalisation; otherwise the first has a group normalisation.
-    :param grad_scale: what the gradient is multiplied by in training, so that these layers learn more slowly.
+    :param layer_norm: whether all layers have a layer normalization; otherwise the first has a group normalization.
+    :param grad_scale: the factor of the gradient in training, with which these layers learn more slowly.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ConvolutionalFeatures(nn.Module):
             input_dim = desc[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Samples (N, S) → frames (N, T, feature_dim)."""
+        """Map samples (N, S) → frames (N, T, feature_dim)."""
         x = x[:, None]
         for layer in self.conv_layers:
             x = layer(x)
@@ -90,7 +90,7 @@ class ConvolutionalFeatures(nn.Module):
         return x.transpose(1, 2).contiguous()
 
     def num_frames(self, lengths: Tensor) -> Tensor:
-        """Numbers of samples → numbers of frames, none for what is shorter than the first."""
+        """Map numbers of samples → numbers of frames, zero for fewer samples than one frame needs."""
         for _, kernel_size, stride in self.layer_descs:
             lengths = torch.div(lengths - kernel_size, stride, rounding_mode="floor") + 1
 
@@ -98,7 +98,7 @@ class ConvolutionalFeatures(nn.Module):
 
 
 class FilterBankFeatures(nn.Module):
-    """Frames from log-mel filter banks: each ``stride`` neighbours together."""
+    """Frames from log-mel filter banks, ``stride`` adjacent ones per frame."""
 
     def __init__(self, num_channels: int, *, stride: int) -> None:
         super().__init__()
@@ -107,18 +107,18 @@ class FilterBankFeatures(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, S, num_channels) → frames (N, S // stride, num_channels * stride)."""
+        """Map (N, S, num_channels) → frames (N, S // stride, num_channels * stride)."""
         whole = x.size(1) - x.size(1) % self.stride
 
         return x[:, :whole].reshape(x.size(0), whole // self.stride, -1)
 
     def num_frames(self, lengths: Tensor) -> Tensor:
-        """Numbers of filter bank frames → numbers of frames."""
+        """Map numbers of filter banks → numbers of frames."""
         return torch.div(lengths, self.stride, rounding_mode="floor")
 
 
 class FeatureProjection(nn.Module):
-    """Normalises frames, and projects them to the width of the encoder."""
+    """A normalization of frames and a projection to the width of the encoder."""
 
     def __init__(self, feature_dim: int, model_dim: int, *, project: bool, norm_eps: float, dropout_p: float) -> None:
         super().__init__()
@@ -129,8 +129,8 @@ class FeatureProjection(nn.Module):
         self.projection = Linear(feature_dim, model_dim) if project else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, T, feature_dim) → (N, T, model_dim), and the normalised frames (N, T, feature_dim)."""
-        normalised: Tensor = self.layer_norm(x)
-        y = normalised if self.projection is None else self.projection(normalised)
+        """Map (N, T, feature_dim) → (N, T, model_dim) and the normalized frames (N, T, feature_dim)."""
+        normalized: Tensor = self.layer_norm(x)
+        y = normalized if self.projection is None else self.projection(normalized)
 
-        return dropout(y, self.dropout_p, self.training), normalised
+        return dropout(y, self.dropout_p, self.training), normalized
