@@ -129,7 +129,7 @@ def test_what_does_not_divide_is_named_with_its_size() -> None:
 
 
 def test_ranks_neither_divide_the_heads_nor_are_divided_by_them() -> None:
-    with pytest.raises(NotSupportedError, match="`num_key_value_heads` is 3, which is no divisor of 4 either"):
+    with pytest.raises(NotSupportedError, match="`num_key_value_heads` is 3, which does not divide 4 either"):
         ParallelPlan(tensor={"k": Split.KEY_VALUE}, num_key_value_heads=3).check(4)
     ParallelPlan(tensor={"q": Split.COLUMN}, num_key_value_heads=3).check(4)
 
@@ -195,7 +195,7 @@ def test_the_ranks_together_own_everything_alike(name: str, sizes: dict[str, int
 
 def test_an_uneven_cut_that_has_no_box_is_refused() -> None:
     config = replace(CONFIGS["qwen"][1], vocab_size=9)
-    with pytest.raises(NotSupportedError, match=r"\[9, 32\].*no contiguous box"):
+    with pytest.raises(NotSupportedError, match=r"\[9, 32\].*not a contiguous box"):
         targets_on("qwen", rank=0, config=config, tp=2, sdp=4)
 
 

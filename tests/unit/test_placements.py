@@ -102,7 +102,7 @@ def test_a_scalar_is_whole_on_all_ranks() -> None:
     ],
 )
 def test_what_is_no_box_is_refused(placements: list[Placement], shape: tuple[int, ...]) -> None:
-    with pytest.raises(NotSupportedError, match="no contiguous box"):
+    with pytest.raises(NotSupportedError, match="not a contiguous box"):
         boxes_for_all_ranks(placements, (4, 2), [shape])
 
 

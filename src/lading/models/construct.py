@@ -1,4 +1,4 @@
-"""Modules without memory, and how they come by it."""
+"""The construction of modules: on the meta device, split over gangs, and filled with tensors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ log = logging.getLogger("lading")
 
 
 def check_config_type(config: Any, family: Family[Any, Any]) -> None:
-    """:raises TypeError: ``config`` is not of the family's configuration class."""
+    """Require that ``config`` is an instance of the family's configuration class.
+
+    :raises TypeError: it is not.
+    """
     if not isinstance(config, family.config_kls):
         raise TypeError(
             f"`config` must be of type {family.config_kls.__name__}, the configuration of the {family.name} family, "
@@ -40,21 +43,20 @@ def check_config_type(config: Any, family: Family[Any, Any]) -> None:
 
 
 def build_on_meta(family: Family[Any, Any], config: Any) -> Module:
-    """The module without memory. Parameters are float32 on the meta device, whatever the defaults of this process.
+    """Build the module on the meta device, with parameters in float32 whatever the defaults of this process.
 
-    :raises ModelConfigError: the values of ``config`` make no model together (also a ``ValueError``).
+    :raises ModelConfigError: the values of ``config`` are inconsistent (also a ``ValueError``).
     """
     with _default_dtype(torch.float32), no_collection(), torch.device("meta"):
         try:
             built = family.build(config)
         except ValueError as error:
-            # Cards and architectures state such values, so it is a mistake of theirs before it is one of the family's.
+            # The values come from cards and architectures, so the mistake is more likely theirs than the family's.
             raise ModelConfigError(family.name, str(error)) from error
 
     if not isinstance(built, family.kls):
         raise InternalError(
-            f"The {family.name} family is expected to build a {family.kls.__name__}, but built a "
-            f"{type(built).__name__}."
+            f"The {family.name} family must build a {family.kls.__name__}, but built a {type(built).__name__}."
         )
     module: Module = built
 
@@ -63,8 +65,8 @@ def build_on_meta(family: Family[Any, Any], config: Any) -> Module:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Keep the garbage collector from running."""
-    # Thousands of new objects start a collection, which goes through all that torch has imported: ten times the build.
+    """Disable the garbage collector inside the block."""
+    # Thousands of new objects trigger a collection of everything that torch imported, which takes ten builds' time.
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -85,19 +87,19 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: torch.dtype, meta: bool) -> Module:
-    """The part of a new model with random parameters that this rank owns, or one without memory.
+    """Create this rank's part of a new model with random parameters, or of one on the meta device.
 
-    Each parameter is drawn whole, by itself, from a generator that is seeded by torch's seed on the first rank and the
-    parameter's name, and then cut: the same model comes of any gangs.
+    Each parameter is drawn whole from a generator that is seeded by torch's seed on the first rank and the name of the
+    parameter, and then sliced, so that the model does not depend on the gangs.
 
-    :raises NotSupportedError: ``meta``, and the family cannot; a size does not divide over ``gangs.tp``; or there are
-        more ranks in ``gangs.pp`` than layers.
-    :raises GangError: the ranks do not all ask for the same.
+    :raises NotSupportedError: the family does not support ``meta``; ``gangs.tp`` does not divide a size; or
+        ``gangs.pp`` has more ranks than the model has layers.
+    :raises GangError: the arguments differ between ranks.
     """
     check_config_type(config, family)
     gangs.root.same((family.name, config, dtype, meta), "family, configuration, dtype and meta")
     if meta and not family.supports_meta:
-        raise NotSupportedError(f"Models of the {family.name} family cannot be made on the meta device.")
+        raise NotSupportedError(f"Models of the {family.name} family cannot be created on the meta device.")
 
     module = build_on_meta(family, config)
     targets = split(module, family, config, gangs, dtype=dtype)
@@ -111,7 +113,7 @@ def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: 
         assign(module, empty, targets.aliases)
         return module
 
-    # A stage draws what it holds as a part of the model that it was cut from, which tells names and depths.
+    # A pipeline stage is initialized as a part of the whole model, which has the names and depths of all layers.
     model = module if gangs.pp.size == 1 else build_on_meta(family, config)
     assign(
         module,
@@ -131,11 +133,11 @@ def init_missing(
     dtypes: Mapping[str, torch.dtype],
     gangs: Gangs,
 ) -> dict[str, Tensor]:
-    """New numbers for the parameters and persistent buffers of ``dtypes``, of each the part that this rank owns.
+    """Initialize the parameters and persistent buffers named in ``dtypes``; return this rank's part of each.
 
-    All ranks of ``gangs`` call this alike.
+    All ranks of ``gangs`` make this call with the same arguments.
 
-    :param model: on the meta device, all of it.
+    :param model: the whole model, on the meta device.
     """
     device = gangs.root.device
 
@@ -149,15 +151,15 @@ def init_missing(
 
         return whole if box.covers(shape) else whole[cut].clone(memory_format=torch.contiguous_format)
 
-    with _own_random_state(device):
+    with _preserve_random_state(device):
         seed = gangs.root.first(torch.initial_seed)
         columns = zip(targets.names, targets.shapes, targets.boxes, strict=True)
         return {name: part(name, shape, box, dtypes[name]) for name, shape, box in columns if name in dtypes}
 
 
 @contextmanager
-def _own_random_state(device: torch.device) -> Iterator[None]:
-    """Leave torch's generators as they were found."""
+def _preserve_random_state(device: torch.device) -> Iterator[None]:
+    """Restore the state of torch's generators after the block."""
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         yield
 
@@ -175,13 +177,14 @@ def _seed(device: torch.device, seed: int, name: str) -> None:
 def parallelize(
     module: Module, family: Family[Any, Any], config: Any, gangs: Gangs, apart: Collection[str] = ()
 ) -> None:
-    """Split ``module``, which is on the meta device, over ``gangs`` as the family's plan says; see
-    :mod:`lading.models.parallelize`, which is imported only where there is something to split.
+    """Split ``module``, which is on the meta device, over ``gangs`` by the plan of the family.
 
-    :param apart: names of tensors that are of another dtype than the model.
+    It imports :mod:`lading.models.parallelize` only if there is more than one rank.
 
-    :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``, or there are more ranks
-        in ``gangs.pp`` than layers.
+    :param apart: the names of tensors with another dtype than the model.
+
+    :raises NotSupportedError: ``gangs.tp`` does not divide a size of the configuration, or ``gangs.pp`` has more ranks
+        than the model has layers.
     """
     if gangs.root.size > 1:
         from lading.models.parallelize import parallelize
@@ -192,10 +195,10 @@ def parallelize(
 def other_dtypes(
     module: Module, family: Family[Any, Any], config: Any, dtype: torch.dtype | None, *, sdp: int
 ) -> Mapping[str, torch.dtype]:
-    """Return the dtypes of those tensors of ``module``, all of it and on the meta device, that are not of ``dtype``.
+    """Return the dtypes of the tensors of ``module``, whole and on the meta device, that are not ``dtype``.
 
-    :param sdp: ranks that shard parameters. Those that are gathered together have to be of one dtype: a parameter
-        that lies in a module with others is of the dtype of the model then, and the log says so.
+    :param sdp: the number of ranks that shard parameters. Parameters that are gathered together must have one dtype: a
+        parameter in a module with others then gets the dtype of the model, and a warning is logged.
     """
     if family.dtypes is None or dtype is None:
         return {}
@@ -207,7 +210,7 @@ def other_dtypes(
     cast = others.keys() & dict(module.named_parameters(remove_duplicate=False)).keys() - held
     if cast:
         log.warning(
-            "%s keeps %s in a dtype of their own, but parameters that are sharded together must be of one: they are "
+            "%s keeps %s in a dtype of their own, but parameters that are sharded together must have one: they are "
             "loaded as %s",
             *(type(module).__name__, ", ".join(sorted(cast)[:5]) + ("…" if len(cast) > 5 else ""), dtype),
         )
@@ -216,9 +219,9 @@ def other_dtypes(
 
 
 def split(module: Module, family: Family[Any, Any], config: Any, gangs: Gangs, *, dtype: torch.dtype | None) -> Targets:
-    """As :func:`parallelize`; returns all tensors of the whole module, each with the part that this rank owns.
+    """Call :func:`parallelize`, and return all tensors of the whole module as targets with this rank's boxes.
 
-    :param dtype: as :func:`targets_of` takes it.
+    :param dtype: the dtype, as for :func:`targets_of`.
     """
     others = other_dtypes(module, family, config, dtype, sdp=gangs.sdp.size)
     whole = None if gangs.pp.size == 1 else targets_of(module, dtype=dtype, others=others)
@@ -229,20 +232,20 @@ def split(module: Module, family: Family[Any, Any], config: Any, gangs: Gangs, *
 
 
 def settle_dtypes(targets: Targets, routed: Route, manifest: Manifest, *, sdp: int) -> list[str]:
-    """The dtype in memory of each routed tensor: the one asked for, or the checkpoint's own.
+    """Return the dtype in memory of each routed tensor: the requested dtype, or the one in the checkpoint.
 
-    Parameters that are gathered together have to be of one dtype: where ``sdp`` ranks shard them, the checkpoint's
-    most common one stands for all that it could be of. Buffers are not sharded.
+    Parameters that are gathered together must have one dtype: if ``sdp`` ranks shard them, all parameters without a
+    requested dtype get the checkpoint's most common one. Buffers are not sharded.
     """
     free = [targets.dtypes[i] is None and targets.names[i] in targets.parameters for i in routed.targets]
     own = [manifest.dtypes[t] for t in routed.tensors]
 
     if sdp > 1:
-        elements = _elements(targets, routed, manifest, only=targets.parameters)
+        elements = _count_elements(targets, routed, manifest, only=targets.parameters)
         if len(elements) > 1:
             common = max(elements, key=elements.__getitem__)
             log.warning(
-                "the checkpoint holds weights as %s, but parameters that are sharded together must be of one dtype: "
+                "the checkpoint holds weights as %s, but parameters that are sharded together must have one dtype: "
                 "all are loaded as %s, the most common one",
                 ", ".join(sorted(elements)),
                 common,
@@ -253,7 +256,7 @@ def settle_dtypes(targets: Targets, routed: Route, manifest: Manifest, *, sdp: i
 
 
 def dtypes_of_drawn(targets: Targets, routed: Route, manifest: Manifest) -> dict[str, torch.dtype]:
-    """The dtype in memory of what the checkpoint lacks: the one asked for, or the checkpoint's most common one."""
+    """Return the dtypes of the tensors that are not in the checkpoint: the requested one, or its most common one."""
     if not routed.drawn:
         return {}
 
@@ -264,18 +267,18 @@ def dtypes_of_drawn(targets: Targets, routed: Route, manifest: Manifest) -> dict
 
 
 def common_dtype(targets: Targets, routed: Route, manifest: Manifest) -> torch.dtype:
-    """Return the most common dtype of the checkpoint, of what may be of any."""
-    elements = _elements(targets, routed, manifest)
+    """Return the most common dtype in the checkpoint among tensors without a requested dtype."""
+    elements = _count_elements(targets, routed, manifest)
 
     return TORCH_DTYPES[max(elements, key=elements.__getitem__, default="F32")]
 
 
-def _elements(
+def _count_elements(
     targets: Targets, routed: Route, manifest: Manifest, only: Collection[str] | None = None
 ) -> dict[str, int]:
-    """Elements by the dtype of the checkpoint, of what may be of any.
+    """Count the elements of tensors without a requested dtype, by their dtype in the checkpoint.
 
-    :param only: names of the targets that count; default: all.
+    :param only: the names of the targets to count; by default all.
     """
     elements: dict[str, int] = {}
     for i, tensor in zip(routed.targets, routed.tensors, strict=True):
@@ -287,12 +290,11 @@ def _elements(
 
 
 def assign(module: Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> int:
-    """Give the module its tensors; a tied parameter stays one object under all of its names.
+    """Assign tensors to the module; a tied parameter stays one object under all of its names.
 
-    :param tensors: by the first name of each; of a ``DTensor`` the part that this rank owns.
+    :param tensors: the tensors by their first name; for a ``DTensor``, the part of this rank.
 
-    :returns: the bytes of what was copied on the way: a part that is smaller than that of the first rank, which FSDP
-        pads to be of equal size.
+    :returns: the bytes that were copied: FSDP pads a part that is smaller than that of the first rank.
     """
     parts: Parts | None = None
     state: dict[str, Tensor] = {}
@@ -306,7 +308,7 @@ def assign(module: Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, 
         tensor = tensors[first]
         if is_distributed(own):
             if parts is None:
-                from lading.models.placements import Parts  # which takes half a second to import
+                from lading.models.placements import Parts  # this import takes half a second
 
                 parts = Parts()
             state[name] = parts.placed_as(tensor, own)
@@ -315,8 +317,8 @@ def assign(module: Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, 
 
     module.load_state_dict(state, strict=False, assign=True)
 
-    with torch.no_grad():  # else each part is a view that autograd keeps account of
-        # By the first name, which a stage of a pipeline may have under another one only.
+    with torch.no_grad():  # otherwise autograd tracks each part as a view
+        # Keyed by the first name, although a pipeline stage may hold the parameter under a further name only.
         held = {aliases.get(name, name): own.to_local() for name, own in state.items() if is_distributed(own)}
 
     return sum(part.nbytes for name, part in held.items() if part.data_ptr() != tensors[name].data_ptr())
@@ -327,9 +329,9 @@ def reset_buffers(
 ) -> None:
     """Compute the buffers that no checkpoint holds, such as rotary frequencies.
 
-    :param dtype: of the model.
+    :param dtype: the dtype of the model.
 
-    :raises InternalError: something of the module is still on the meta device afterwards.
+    :raises InternalError: a tensor of the module is still on the meta device afterwards.
     """
     for part in module.modules():
         reset = getattr(part, "reset_non_persistent_buffers", None)
@@ -341,6 +343,6 @@ def reset_buffers(
     left = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
     if left:
         raise InternalError(
-            f"{type(module).__name__} leaves {', '.join(left)} without memory. Modules with non-persistent buffers "
+            f"{type(module).__name__} leaves {', '.join(left)} on the meta device. Modules with non-persistent buffers "
             "must implement `reset_non_persistent_buffers(device)`."
         )

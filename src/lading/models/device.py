@@ -1,4 +1,4 @@
-"""Devices that hold tensors here."""
+"""The check that torch can use a device on this machine."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from lading.errors import NotSupportedError
 
 
 def require_usable(device: torch.device | str) -> torch.device:
-    """The device, if torch can put a tensor there.
+    """Return the device if torch can place a tensor on it.
 
-    :raises NotSupportedError: torch knows no such device, is built without what it needs, or finds none in this
-        machine.
+    :raises NotSupportedError: torch does not know the device, was built without support for it, or does not find it on
+        this machine.
     """
     try:
         found = torch.device(device)
-        # What is not compiled in, or not in this machine, is only noticed by what uses it.
+        # Only a use of the device shows whether torch supports it and this machine has it.
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        # Of what torch says, which may go on to name every backend that there is, the first sentence.
+        # Keep the first sentence of torch's message, which may go on to list every backend.
         reason = (str(error).splitlines() or [""])[0].partition(". ")[0].rstrip(".")
         raise NotSupportedError(f"torch cannot use the device {str(device)!r}: {reason}.") from error
 

@@ -38,91 +38,91 @@ def _no_plan(config: Any) -> ParallelPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family(Generic[ModelT, ModelConfigT]):
-    """The behaviour of a model family. Its numbers (architectures) and its models (cards) are rows of the catalog."""
+    """The behavior of a model family. Its sizes (architectures) and models (cards) are rows of the catalog."""
 
     name: str
     kls: type[ModelT]
     config_kls: type[ModelConfigT]
-    """A dataclass; its defaults are the family's default architecture."""
+    """The configuration, a dataclass; its defaults are the default architecture of the family."""
     build: Callable[[ModelConfigT], ModelT]
-    """Make the module on the current default device (the meta device, when weights are loaded into it) with the
-    current default dtype, parameters uninitialised.
+    """A function that builds the module on the current default device (the meta device for a load), with the current
+    default dtype and uninitialized parameters.
 
-    Modules with non-persistent buffers implement ``reset_non_persistent_buffers(device)``, which computes them anew.
+    Modules with non-persistent buffers implement ``reset_non_persistent_buffers(device)``, which recomputes them.
     """
     init: Callable[[ModelT, ModelConfigT, str, Tensor], None]
-    """Fill a tensor with random numbers, by the architecture's own scheme for the parameter or persistent buffer of
-    that name. The tensor is the whole one, whatever the model holds of it.
+    """A function that initializes the parameter or persistent buffer of a name. The tensor is the whole one, whatever
+    part of it the model holds.
 
-    Numbers come from torch's default generator, which is seeded for each name: the order of the calls does not matter.
+    Random numbers come from torch's default generator, which is seeded per name: the order of calls does not matter.
     """
     rules: Callable[[ModelConfigT], Sequence[Rule]] = _no_rules
-    """How tensors of a checkpoint map to parameters, where their names differ."""
+    """The rules that map tensors of a checkpoint to parameters with other names."""
     may_lack: Callable[[ModelConfigT, Sequence[str]], Sequence[str]] | None = None
-    """Of these parameters and persistent buffers, which no tensor of a checkpoint makes, those that published
-    checkpoints lack by design: ``init`` fills them. ``None`` means that there are none."""
+    """A function that selects, from the names that a checkpoint lacks, those that published checkpoints lack by design:
+    ``init`` fills them. ``None`` means that no name may be missing."""
     rules_of_names: Callable[[ModelConfigT, Sequence[str]], Sequence[Rule]] | None = None
-    """Instead of ``rules``, where the rules depend on the names of the tensors that a checkpoint holds.
+    """The rules for a checkpoint with tensors of these names, in place of ``rules``.
 
-    :raises NotSupportedError: no rules can say what these tensors make.
+    :raises NotSupportedError: no rules can express the mapping.
     """
     parallel_plan: Callable[[ModelConfigT], ParallelPlan] = _no_plan
-    """How a model is split over the ranks of gangs; axes of which it says nothing are ignored."""
+    """The plan that splits a model over the ranks of gangs; axes without a plan are ignored."""
     hf_model_types: frozenset[str] = frozenset()
-    """The values of ``model_type`` in a Hugging Face ``config.json`` that this family can read."""
+    """The values of ``model_type`` in a Hugging Face ``config.json`` that this family reads."""
     hf_architectures: frozenset[str] = frozenset()
-    """The values in ``architectures`` of that file that this family can read; empty means any, where no other family
-    shares the model type."""
+    """The values of ``architectures`` in that file that this family reads; empty means any, if no other family shares
+    the model type."""
     hf_part_of: frozenset[str] = frozenset()
-    """Further values of ``model_type``, of models that have one of this family as a part: it reads that part, where it
-    is asked for by its name."""
+    """The values of ``model_type`` of models that contain a model of this family, which the family reads if it is
+    requested by name."""
     from_hf: Callable[[Mapping[str, object]], ModelConfigT] | None = None
-    """The configuration that a Hugging Face ``config.json`` stands for.
+    """The conversion of a Hugging Face ``config.json`` to a configuration.
 
-    :raises NotSupportedError: the file asks for something that the family does not do.
+    :raises NotSupportedError: the file requires something that the family does not support.
     """
     to_hf: Callable[[ModelConfigT], Mapping[str, object]] | None = None
-    """The way back: the ``config.json`` that describes a model of the configuration, as transformers reads it.
+    """The conversion of a configuration to a ``config.json`` that transformers reads.
 
-    :raises NotSupportedError: no such file can describe it.
+    :raises NotSupportedError: no such file can describe the configuration.
     """
     reads_other_model_types: bool = False
-    """Whether ``from_hf`` also takes the model types that no other family reads."""
+    """True if ``from_hf`` also reads the model types that no other family reads."""
     untie: Callable[[ModelT, Sequence[str]], None] | None = None
-    """Make parameters of their own of further names of tied ones, for a checkpoint that holds other numbers for them.
-    ``None`` refuses such a checkpoint."""
+    """A function that unties parameters, for a checkpoint that stores different values for them. ``None`` means that
+    such a checkpoint is refused."""
     complete: Callable[[ModelConfigT, Mapping[str, object]], ModelConfigT] | None = None
-    """A configuration with what it lacks taken from the ``config.json`` beside the checkpoint, which is empty where
-    there is none; for a family whose cards do not state the sizes of their models.
+    """A function that completes a configuration from the ``config.json`` beside the checkpoint (empty if there is no
+    file), for a family whose cards do not contain the sizes of their models.
 
-    :raises NotSupportedError: the file asks for something that the family does not do.
-    :raises PolicyError: it asks for code of a repository to be run.
+    :raises NotSupportedError: the file requires something that the family does not support.
+    :raises PolicyError: the file requires code of a repository.
     """
     dtypes: Callable[[ModelT, ModelConfigT, dtype], Mapping[str, dtype]] | None = None
-    """Name the parameters and persistent buffers of a model in the given dtype that are of another one, such as those
-    that a class keeps in float32, and say of which. The model is made in float32, without memory. ``None`` means that
-    there are none."""
+    """A function that returns the parameters and persistent buffers with another dtype than the given one, such as
+    those that a class keeps in float32, and their dtypes. Its model is built in float32 on the meta device. ``None``
+    means that all have the given dtype."""
     reset_buffers: Callable[[ModelT, ModelConfigT, device, dtype], None] | None = None
-    """Compute non-persistent buffers of a model in the given dtype again, for modules that do not implement
-    ``reset_non_persistent_buffers``; the parameters are there by then."""
+    """A function that recomputes non-persistent buffers for a model in the given dtype, for modules that do not
+    implement ``reset_non_persistent_buffers``; the parameters are loaded by then."""
     explain: Callable[[Sequence[str], Sequence[str]], str | None] | None = None
-    """Say what to do about a checkpoint that does not fit, from the names of the parameters that it lacks and of the
-    tensors that no rule knows; ``None`` where these suggest nothing."""
+    """A function that returns advice for a checkpoint that does not fit, from the names of missing parameters and of
+    unexpected tensors, or ``None``."""
     supports_meta: bool = True
-    """Whether ``create_new_model(…, meta=True)`` may be asked for."""
+    """True if the family supports ``create_new_model(…, meta=True)``."""
     restrict: bool = True
-    """Whether unpickling is limited to tensors and plain containers by default."""
+    """True if unpickling is limited to tensors and plain containers by default."""
 
     def rules_for(self, config: ModelConfigT, names: Sequence[str]) -> Sequence[Rule]:
-        """How tensors of these names map to parameters."""
+        """Return the rules that map tensors of these names to parameters."""
         return self.rules(config) if self.rules_of_names is None else self.rules_of_names(config, names)
 
 
 def get_family(name: str) -> Family[Any, Any]:
-    """The family that is registered under ``name``.
+    """Return the family that is registered as ``name``.
 
-    :raises ModelFamilyNotKnownError: none is.
-    :raises InternalError: what the entry point names cannot be imported, or is no family of this name.
+    :raises ModelFamilyNotKnownError: no family is registered as ``name``.
+    :raises InternalError: the entry point cannot be imported, or is not a family of this name.
     """
     entry = _entry_points().get(name)
     if entry is None:
@@ -132,11 +132,11 @@ def get_family(name: str) -> Family[Any, Any]:
 
 
 def family_of_model_type(model_type: str, architectures: Iterable[str] = ()) -> Family[Any, Any] | None:
-    """The family that reads checkpoints of this Hugging Face ``model_type``; ``None`` where none does.
+    """Return the family that reads checkpoints of this Hugging Face ``model_type``, or ``None``.
 
-    One that reads all model types comes after those that name the type.
+    Families that list the type take precedence over one that reads all model types.
 
-    :param architectures: what the file's key of that name says, for types that several families share.
+    :param architectures: the value of the key of that name in the file, for types that several families share.
     """
     names = frozenset(architectures)
     families = [get_family(name) for name in sorted(_entry_points())]
@@ -163,7 +163,7 @@ def _load(entry: EntryPoint) -> Family[Any, Any]:
 
     if not isinstance(family, Family) or family.name != entry.name:
         raise InternalError(
-            f"The model family {entry.name!r} is registered as {entry.value!r}, which is expected to be a Family of "
+            f"The model family {entry.name!r} is registered as {entry.value!r}, which must be a Family of "
             f"that name, but is {family!r}."
         )
 

@@ -1,6 +1,6 @@
-"""How a module is split over devices, stated beside the module as a value. Pure: no torch.
+"""Parallel plans: values that describe how modules are split over devices. Pure: no torch.
 
-Names are those of modules; ``*`` stands for one part of a name, such as the index of a layer.
+Names are names of modules; ``*`` matches one component of a name, such as the index of a layer.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from lading.errors import NotSupportedError
 
 
 class Split(Enum):
-    """What tensor parallelism does to a module, and how its inputs and outputs lie on the ranks.
+    """The way that tensor parallelism splits a module, and the layout of its inputs and outputs on the ranks.
 
-    A module that no plan names stays as it is: each rank holds all of it, and computes the same with it.
+    A module without a split stays whole: each rank holds all of it and computes the same.
     """
 
     COLUMN = "column"
-    """A linear whose output features are split: all ranks are given the same input, each gives its own features."""
+    """A linear with split output features: all ranks get the same input, and each returns its own features."""
     ROW = "row"
-    """A linear whose input features are split: each rank brings its own, all get the sum."""
+    """A linear with split input features: each rank passes its own, and all ranks get the sum."""
     KEY_VALUE = "key_value"
-    """As ``COLUMN``, head by head. With more ranks than heads, all ranks hold all heads, and as many ranks as there are
-    to a head share its output."""
+    """The same as ``COLUMN``, by heads. With more ranks than heads, all ranks hold all heads, and several ranks share
+    the output of a head."""
     VOCABULARY = "vocabulary"
-    """An embedding table whose rows are split: each rank looks up its own symbols, all get all embeddings."""
+    """An embedding table with split rows: each rank looks up its own symbols, and all ranks get all embeddings."""
     LOGITS = "logits"
-    """As ``COLUMN``, with all ranks getting all features."""
+    """The same as ``COLUMN``, but all ranks get all features."""
     HEADS = "heads"
-    """A normalisation of (N, S, heads, head_dim) that holds the same parameters on all ranks, whose heads differ."""
+    """A normalization of (N, S, heads, head_dim) with the same parameters on all ranks, applied to different heads."""
     REPLICATED = "replicated"
-    """All ranks hold and compute the same, and the parameters live on the same mesh as those that are split."""
+    """A module that all ranks hold and compute alike, with parameters on the same mesh as those that are split."""
 
 
 _DIMS: Mapping[Split, int] = {Split.ROW: 1}
@@ -43,21 +43,21 @@ _DIMS: Mapping[Split, int] = {Split.ROW: 1}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stages:
-    """How a stack of layers is cut into the stages of a pipeline. A module that is not named is in all of them."""
+    """The division of a stack of layers into pipeline stages. A module that is not named is in all stages."""
 
     layers: str
-    """The names of the layers; ``*`` stands for the index, from 0."""
+    """The names of the layers, with ``*`` for the index, which counts from 0."""
     num_layers: int
     first: Sequence[str] = ()
-    """Names of the modules before the layers, which are in the first stage alone."""
+    """The names of the modules before the layers, which are in the first stage only."""
     last: Sequence[str] = ()
-    """Names of the modules behind the layers, which are in the last stage alone."""
+    """The names of the modules after the layers, which are in the last stage only."""
 
     def cut(self, pp: int) -> tuple[range, ...]:
-        """The layers of each of ``pp`` stages.
+        """Return the layers of each of ``pp`` stages.
 
-        Their numbers differ by one at most. The middle stages have the odd ones, as the first and the last hold
-        embedding and output besides; where there is no middle, an earlier stage has them, as the output is the dearer.
+        Their numbers differ by one at most. The middle stages get the extra layers, because the first and the last also
+        hold embedding and output; without a middle stage an earlier one does, because the output costs more.
 
         :raises NotSupportedError: there are fewer layers than stages.
         """
@@ -75,7 +75,7 @@ class Stages:
         return tuple(range(end - size, end) for size, end in zip(sizes, ends, strict=True))
 
     def places(self, pp: int) -> dict[str, int]:
-        """The one of ``pp`` stages that each module is in, of those that are in one alone, by name.
+        """Return the stage of each module that is in one of ``pp`` stages only, by name.
 
         :raises NotSupportedError: there are fewer layers than stages.
         """
@@ -86,29 +86,32 @@ class Stages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelPlan:
-    """Which axes of parallelism a family serves, and how."""
+    """The axes of parallelism that a family supports, with a plan for each."""
 
     tensor: Mapping[str, Split] | None = None
-    """For tensor parallelism: names of modules → what is done to them; ``None`` where the family does not have it."""
+    """The names of modules and their splits for tensor parallelism; ``None`` if the family does not support it."""
     divisible: Mapping[str, int] = field(default_factory=dict)
-    """Sizes that the ranks of tensor parallelism must divide, by their names in the configuration."""
+    """The sizes that the number of tensor-parallel ranks must divide, by their names in the configuration."""
     num_key_value_heads: int = 1
-    """Of the modules that are ``KEY_VALUE``. Their ranks divide it, or it divides them."""
+    """The number of heads of ``KEY_VALUE`` modules; it divides the number of ranks, or the reverse."""
     units: Sequence[str] | None = None
-    """For fully sharded data parallelism: names of the modules whose parameters are gathered together, each module
-    when it is needed; what they leave over is gathered once. ``None`` where the family does not have it."""
+    """The names of the modules whose parameters fully sharded data parallelism gathers together, each when it is
+    needed; all other parameters are gathered once. ``None`` if the family does not support it."""
     stages: Stages | None = None
-    """For pipeline parallelism; ``None`` where the family does not have it."""
+    """The stages of pipeline parallelism; ``None`` if the family does not support it."""
 
     def check(self, tp: int) -> None:
-        """:raises NotSupportedError: ``tp`` ranks cannot split a module of this configuration evenly."""
+        """Require that ``tp`` ranks split each module of this configuration evenly.
+
+        :raises NotSupportedError: they do not.
+        """
         if self.tensor is None or tp == 1:
             return
 
         uneven = [f"`{name}` is {size}" for name, size in self.divisible.items() if size % tp]
         heads = self.num_key_value_heads
         if Split.KEY_VALUE in self.tensor.values() and heads % tp and tp % heads:
-            uneven.append(f"`num_key_value_heads` is {heads}, which is no divisor of {tp} either")
+            uneven.append(f"`num_key_value_heads` is {heads}, which does not divide {tp} either")
 
         if uneven:
             raise NotSupportedError(
@@ -117,7 +120,7 @@ class ParallelPlan:
             )
 
     def split_of(self, module: str) -> Split | None:
-        """What tensor parallelism does to the module of this name."""
+        """Return the split of the module of this name, or ``None``."""
         if not self.tensor:
             return None
         match = _any_of(tuple(self.tensor)).fullmatch(module)
@@ -125,7 +128,7 @@ class ParallelPlan:
         return None if match is None else self.tensor[tuple(self.tensor)[(match.lastindex or 1) - 1]]
 
     def shard_dim(self, parameter: str) -> int:
-        """The dim of a parameter along which ranks cut it: that of tensor parallelism, or the first."""
+        """Return the dim along which ranks split a parameter: that of tensor parallelism, or the first."""
         module, _, leaf = parameter.rpartition(".")
         split = self.split_of(module)
 
@@ -133,11 +136,11 @@ class ParallelPlan:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` stands for ``name``."""
+    """Return whether ``pattern`` matches ``name``."""
     return _any_of((pattern,)).fullmatch(name) is not None
 
 
 @lru_cache(maxsize=256)
 def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    """An expression with a group for each pattern: names by the hundred thousand go through it."""
+    """Compile one expression with a group per pattern, because it matches hundreds of thousands of names."""
     return re.compile("|".join("(" + "[^.]+".join(map(re.escape, p.split("*"))) + ")" for p in patterns))

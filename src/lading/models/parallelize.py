@@ -1,9 +1,8 @@
-"""A family's plan, applied: a module without memory becomes the part of it that this rank owns.
+"""The application of a parallel plan: a module on the meta device becomes the part that this rank owns.
 
-Tensor parallelism is torch's :func:`~torch.distributed.tensor.parallel.parallelize_module` with styles of our own
-(:mod:`lading.models.tensor_parallel`), fully sharded data
-parallelism its :func:`~torch.distributed.fsdp.fully_shard`, and a stage of a pipeline fits
-:class:`~torch.distributed.pipelining.PipelineStage`. Replicas of what is not sharded are plain copies.
+Tensor parallelism uses torch's :func:`~torch.distributed.tensor.parallel.parallelize_module` with the styles in
+:mod:`lading.models.tensor_parallel`, fully sharded data parallelism :func:`~torch.distributed.fsdp.fully_shard`, and a
+pipeline stage fits :class:`~torch.distributed.pipelining.PipelineStage`. Replicas are plain copies.
 """
 
 from __future__ import annotations
@@ -40,25 +39,25 @@ _LAYOUTS: Mapping[Split, tuple[Placement, Placement]] = {
     Split.HEADS: (Shard(2), Shard(2)),
     Split.REPLICATED: (_REPLICATED, _REPLICATED),
 }
-"""How inputs and outputs of a module lie on the ranks."""
+"""The placements of the inputs and outputs of a module on the ranks."""
 
-_OWN_UNITS = (Split.LOGITS, Split.HEADS, Split.REPLICATED)
-"""What FSDP may gather by itself; it warns of each such module that returns a view."""
+_UNIT_SPLITS = (Split.LOGITS, Split.HEADS, Split.REPLICATED)
+"""The splits of modules that FSDP may gather separately; FSDP warns about each such module that returns a view."""
 
 
 def parallelize(
     module: Module, family: Family[Any, Any], config: Any, gangs: Gangs, apart: Collection[str] = ()
 ) -> None:
-    """Split ``module``, which is on the meta device, over ``gangs`` as the family's plan says.
+    """Split ``module``, which is on the meta device, over ``gangs`` by the plan of the family.
 
     Modules of other stages of ``gangs.pp`` become ``None``. Parameters that are split become ``DTensor``s. A tied
-    parameter stays one object under all of the names that this rank has.
+    parameter stays one object under all of its names on this rank.
 
-    :param apart: names of tensors of another dtype than the model's: modules of such parameters are gathered by
-        themselves, as FSDP gathers parameters of one dtype only.
+    :param apart: the names of tensors with another dtype than the model. Modules of such parameters are gathered
+        separately, because FSDP gathers only parameters of one dtype together.
 
-    :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``, or ``gangs.pp`` has more
-        ranks than the model has layers.
+    :raises NotSupportedError: ``gangs.tp`` does not divide a size of the configuration, or ``gangs.pp`` has more ranks
+        than the model has layers.
     """
     plan = family.parallel_plan(config)
     for axis, size, served in (
@@ -80,10 +79,10 @@ def parallelize(
         mesh = mesh_of(gangs.sdp if gangs.rdp.size == 1 else gangs.dp)
         units = {name: unit for pattern in plan.units for name, unit in _modules(module, pattern).items()}
         ties = tied_names(module)
-        # FSDP parts a parameter that one unit gathers from its further names outside of it.
+        # FSDP would untie a parameter of a unit from its further names outside of the unit.
         units = {name: unit for name, unit in units.items() if not crosses(name, ties)}
         units |= {name: module.get_submodule(name) for name in apart_modules(module, apart)}
-        # Units may lie in one another, in either order of the two kinds: FSDP wants the inner ones first.
+        # Units of both kinds may be nested: FSDP needs the inner ones first.
         for name in sorted(units, key=lambda name: name.count("."), reverse=True):
             fully_shard(units[name], mesh=mesh)
         fully_shard(module, mesh=mesh)
@@ -92,13 +91,14 @@ def parallelize(
 def placements(
     plan: ParallelPlan, names: Sequence[str], parameters: Container[str], *, sdp: int, tp: int
 ) -> list[tuple[Placement, Placement]]:
-    """How :func:`parallelize` would place tensors on the axes ``sdp`` and ``tp``, told without doing it: of very many
-    parameters, torch takes minutes. On all other axes tensors are replicated.
+    """Predict how :func:`parallelize` places tensors on the axes ``sdp`` and ``tp``.
 
-    :param names: of the tensors of a module's state; of a tied one the first.
-    :param parameters: those of them that are no buffers.
+    For very many parameters, torch takes minutes to place them. On all other axes tensors are replicated.
 
-    :raises NotSupportedError: a size of the configuration does not divide over ``tp``.
+    :param names: the names of the tensors in the state dict; for a tied one, the first.
+    :param parameters: the names among these that are parameters, not buffers.
+
+    :raises NotSupportedError: ``tp`` does not divide a size of the configuration.
     """
     plan.check(tp)
     sharded = sdp > 1 and plan.units is not None
@@ -110,7 +110,7 @@ def placements(
             split = plan.split_of(module) if tp > 1 else None
             of_tp = _REPLICATED if split is None else _placement(split, leaf, plan, tp)
             if sharded:
-                # FSDP cuts what tensor parallelism left, though its axis comes first.
+                # FSDP splits the part that tensor parallelism leaves, although its axis comes first.
                 of_sdp = _StridedShard(0, split_factor=tp) if of_tp == Shard(0) else Shard(0)
         found.append((of_sdp, of_tp))
 
@@ -118,12 +118,12 @@ def placements(
 
 
 def mesh_of(gang: Gang) -> DeviceMesh:
-    """The devices of a gang.
+    """Return the device mesh of a gang.
 
-    :raises InternalError: it has none, as it is not of ``torch.distributed``.
+    :raises InternalError: the gang has no process group, and therefore no mesh.
     """
     if gang.mesh is None:
-        raise InternalError(f"a gang of {gang.size} ranks is expected to have a device mesh, but has none")
+        raise InternalError(f"a gang of {gang.size} ranks must have a device mesh, but has none")
 
     return gang.mesh
 
@@ -143,7 +143,7 @@ def _split(module: Module, plan: ParallelPlan, mesh: DeviceMesh) -> None:
         if split is not None:
             if split not in styles:
                 styles[split] = _style(split, plan, mesh.size())
-            parallelize_module(part, mesh, styles[split])  # by itself: of names, torch compares each with all modules
+            parallelize_module(part, mesh, styles[split])  # one by one: torch would match each name with all modules
 
     for first, *others in ties:
         for name in others:
@@ -151,7 +151,7 @@ def _split(module: Module, plan: ParallelPlan, mesh: DeviceMesh) -> None:
 
 
 def _modules(module: Module, pattern: str) -> Mapping[str, Module]:
-    """The modules that ``pattern`` names. It may name none: a model can be made without some of its parts."""
+    """Return the modules that ``pattern`` matches, possibly none: a model can lack some of its modules."""
     return {name: part for name, part in module.named_modules() if matches(pattern, name)}
 
 
@@ -167,11 +167,11 @@ def _style(split: Split, plan: ParallelPlan, tp: int) -> SplitStyle:
     if split is Split.KEY_VALUE and tp > plan.num_key_value_heads:
         return SharedHeads(placement, plan.num_key_value_heads)
 
-    return SplitStyle(placement, *_LAYOUTS[split], as_view=split not in _OWN_UNITS)
+    return SplitStyle(placement, *_LAYOUTS[split], as_view=split not in _UNIT_SPLITS)
 
 
 def _placement(split: Split, leaf: str, plan: ParallelPlan, tp: int) -> Placement:
-    """Of a parameter of a module that is split, by the last part of its name."""
+    """Return the placement of a parameter of a split module, by the last component of its name."""
     match split:
         case Split.ROW:
             return Shard(1) if leaf == "weight" else _REPLICATED

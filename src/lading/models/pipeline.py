@@ -1,6 +1,6 @@
-"""A module without memory becomes a stage of a pipeline: what belongs to other stages leaves ``None`` behind.
+"""Pipeline stages: a module on the meta device in which modules of other stages become ``None``.
 
-What stays keeps its name, index included, so that a checkpoint needs no renumbering.
+The modules that stay keep their names and indices, so that the tensors of a checkpoint need no renumbering.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ log = logging.getLogger("lading")
 
 
 def cut(module: Module, stages: Stages, pp: Gang, *, family: str) -> None:
-    """Take the modules of other stages than this rank's out of ``module``.
+    """Remove the modules of other stages than this rank's from ``module``.
 
-    A parameter that is tied across stages stays in each of them, as a copy of its own.
+    A parameter that is tied across stages becomes a separate copy in each of them.
 
-    :param family: its name, for the log.
+    :param family: the name of the family, for the log.
 
     :raises NotSupportedError: there are fewer layers than stages.
     """
@@ -32,7 +32,7 @@ def cut(module: Module, stages: Stages, pp: Gang, *, family: str) -> None:
     for name in absent:
         owner, _, leaf = name.rpartition(".")
         parent = module.get_submodule(owner)
-        # A model can be made without some of its parts.
+        # A model can lack some of its modules.
         if getattr(parent, leaf, None) is not None:
             setattr(parent, leaf, None)
 
@@ -44,9 +44,9 @@ def cut(module: Module, stages: Stages, pp: Gang, *, family: str) -> None:
 
 
 def holders(stages: Stages, names: Sequence[str], aliases: Mapping[str, str], pp: int) -> list[frozenset[int] | None]:
-    """Which of ``pp`` stages :func:`cut` leaves each tensor to; ``None``: all of them.
+    """Return the stages, of ``pp``, that hold each tensor after :func:`cut`; ``None`` means all of them.
 
-    :param names: of the tensors of a module's state; of a tied one the first.
+    :param names: the names of the tensors in the state dict; for a tied one, the first.
     :param aliases: their further names → the first.
 
     :raises NotSupportedError: there are fewer layers than stages.
@@ -58,13 +58,13 @@ def holders(stages: Stages, names: Sequence[str], aliases: Mapping[str, str], pp
 
     found: list[frozenset[int] | None] = []
     for name in names:
-        own = {_place(each, places) for each in (name, *further.get(name, ()))}
+        own = {_stage_of(each, places) for each in (name, *further.get(name, ()))}
         found.append(None if None in own else frozenset(stage for stage in own if stage is not None))
 
     return found
 
 
-def _place(name: str, places: Mapping[str, int]) -> int | None:
+def _stage_of(name: str, places: Mapping[str, int]) -> int | None:
     while name:
         name = name.rpartition(".")[0]
         if name in places:
@@ -74,16 +74,15 @@ def _place(name: str, places: Mapping[str, int]) -> int | None:
 
 
 def apart_modules(module: Module, apart: Collection[str]) -> list[str]:
-    """Return the names of the largest modules in ``module`` whose parameters are all among ``apart``, and are tied to
-    none of another module.
+    """Return the names of the largest modules in ``module`` with only parameters in ``apart``, none tied to others.
 
-    :param apart: names of parameters.
+    :param apart: the names of parameters.
     """
     found: list[str] = []
     ties = tied_names(module)
     for name, part in module.named_modules():
         if isinstance(part, ModuleList | ModuleDict):
-            continue  # which nothing calls, so that FSDP could not gather it
+            continue  # never called, so that FSDP cannot gather it
         if name and not any(name.startswith(f"{outer}.") for outer in found[-1:]):
             own = own_names(module, name)
             if own and all(each in apart for each in own) and not crosses(name, ties):
@@ -93,20 +92,20 @@ def apart_modules(module: Module, apart: Collection[str]) -> list[str]:
 
 
 def own_names(module: Module, part: str) -> list[str]:
-    """Return the names that the parameters of a part of ``module`` have in it."""
+    """Return the full names of the parameters of the submodule ``part``."""
     return [f"{part}.{name}" for name, _ in module.get_submodule(part).named_parameters(remove_duplicate=False)]
 
 
 def crosses(part: str, ties: Iterable[Sequence[str]]) -> bool:
-    """Return whether a parameter has names both in and outside of a part of a module.
+    """Return whether a tied parameter has names both inside and outside of the submodule ``part``.
 
-    :param ties: as :func:`tied_names` gives them.
+    :param ties: the result of :func:`tied_names`.
     """
     return any(len({name.startswith(f"{part}.") for name in tied}) == 2 for tied in ties)
 
 
 def tied_names(module: Module) -> list[list[str]]:
-    """The names of each parameter that has several."""
+    """Return the names of each parameter with several names."""
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -117,8 +116,8 @@ def tied_names(module: Module) -> list[list[str]]:
 @lru_cache(maxsize=256)
 def _log_copies(family: str, own: str, others: str) -> None:
     log.warning(
-        "this stage of a %s model holds a copy of %s, which is tied to %s of another stage: whoever trains the model "
-        "adds up their gradients",
+        "this stage of a %s model holds a copy of %s, which is tied to %s of another stage: sum their gradients in "
+        "training",
         family,
         own,
         others,

@@ -1,6 +1,6 @@
-"""Where the parts of distributed tensors lie. What torch keeps private of that is used here and nowhere else.
+"""The parts of distributed tensors on each rank. This module alone uses torch's private functions for them.
 
-Checked against torch 2.6 to 2.14; ``tests/unit/test_placements.py`` holds what is expected of it.
+It works with torch 2.6 to 2.14; ``tests/unit/test_placements.py`` checks the expectations.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _local_shape_and_offset = cast(
 
 
 class BoxCache:
-    """The boxes of this rank. Models have many parameters of few shapes, and torch takes its time over each."""
+    """A cache of the boxes of this rank: models have many parameters of few shapes, and torch is slow for each."""
 
     def __init__(self) -> None:
         self._known: dict[Any, Box] = {}
 
     def box_of(self, tensor: Tensor) -> Box:
-        """The part of a global tensor that this rank holds: all of it, unless it is a ``DTensor``.
+        """Return the part of a tensor that this rank holds: all of it, unless it is a ``DTensor``.
 
-        :raises NotSupportedError: the part is no box.
+        :raises NotSupportedError: the part is not a box.
         """
         shape = tuple(tensor.shape)
         if not isinstance(tensor, DTensor):
@@ -55,9 +55,9 @@ class BoxCache:
 
 
 def placements_on(tensor: Tensor, axes: Sequence[str]) -> tuple[Placement, ...]:
-    """How a tensor is placed on a mesh of ``axes``, of which its own mesh has some; on the others it is replicated.
+    """Return the placements of a tensor on a mesh of ``axes``; on axes that its mesh lacks, it is replicated.
 
-    :raises NotSupportedError: its mesh has another axis, or names none.
+    :raises NotSupportedError: its mesh has another axis, or unnamed axes.
     """
     if not isinstance(tensor, DTensor):
         return (Replicate(),) * len(axes)
@@ -73,21 +73,21 @@ def placements_on(tensor: Tensor, axes: Sequence[str]) -> tuple[Placement, ...]:
 
 
 class Parts:
-    """Makes distributed tensors of the parts that this rank holds.
+    """A factory of distributed tensors from the parts that this rank holds.
 
-    ``DTensor.from_local`` would make the same, but describes each anew, and is a function of autograd. Models have many
-    parameters of few shapes; those of one shape share a description.
+    ``DTensor.from_local`` creates the same tensors, but with a new spec for each, and through autograd. Models have
+    many parameters of few shapes; those of one shape share a spec here.
     """
 
     def __init__(self) -> None:
         self._specs: dict[Any, DTensorSpec] = {}
 
     def placed_as(self, local: Tensor, own: DTensor) -> DTensor:
-        """The tensor of which ``local`` is this rank's part, placed as ``own`` is; a parameter if that is one."""
+        """Return the tensor with ``local`` as this rank's part, placed as ``own``; a parameter if ``own`` is one."""
         return self._placed(local, own, own.device_mesh, own.placements)
 
     def on_meta(self, parameter: Parameter, mesh: DeviceMesh, placement: Placement) -> Parameter:
-        """A parameter placed on a mesh of one dim, on the meta device: there are shapes, and nothing that is sent."""
+        """Return a parameter on the meta device, placed on a mesh of one dim without communication."""
         shape = list(parameter.shape)
         if isinstance(placement, Shard):
             size, odd = divmod(shape[placement.dim], mesh.size())
@@ -100,16 +100,16 @@ class Parts:
         return cast(Parameter, self._placed(part, parameter, mesh, (placement,)))
 
     def _placed(self, local: Tensor, whole: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> DTensor:
-        """``local``, placed as a part of a tensor like ``whole``."""
-        # Meshes that are equal may be of different process groups.
+        """Return ``local`` placed as a part of a tensor like ``whole``."""
+        # Equal meshes may have different process groups.
         key = id(mesh), placements, whole.shape, whole.stride(), local.dtype
         if key not in self._specs:
             meta = TensorMeta(whole.shape, whole.stride(), local.dtype)
             self._specs[key] = DTensorSpec(mesh, placements, tensor_meta=meta)
         tensor = DTensor(local, self._specs[key], requires_grad=whole.requires_grad)  # type: ignore[no-untyped-call]
         if isinstance(whole, Parameter):
-            # `Parameter(…)` marks tensors of other classes like this, but has their operators detach each first: 0.1 ms
-            # for each, and a millisecond for the first of each shape.
+            # `Parameter(…)` sets this mark on tensors of other classes too, but detaches them first: 0.1 ms for each,
+            # and a millisecond for the first of each shape.
             tensor._is_param = True
 
         return tensor
@@ -118,20 +118,20 @@ class Parts:
 def boxes_for_all_ranks(
     placements: Sequence[Placement], mesh_shape: Sequence[int], shapes: Sequence[Sequence[int]]
 ) -> tuple[list[Ints], list[Ints]]:
-    """The boxes of many tensors of equal placements on all ranks of a mesh at once.
+    """Return the boxes of many tensors with equal placements on all ranks of a mesh at once.
 
-    Of very many tensors, ask for a thousand at a time: the numbers of all of them on all ranks may be gigabytes.
+    For very many tensors, pass a thousand at a time: the numbers for all of them on all ranks may take gigabytes.
 
-    :param shapes: of the global tensors, all of as many dims.
+    :param shapes: the shapes of the global tensors, all with the same number of dims.
 
-    :returns: starts and sizes, each an array for each dim, of shape (*mesh_shape, len(shapes)), but 1 in place of the
-        size of a mesh dim on whose coordinate the numbers do not depend: as they broadcast, so few are computed.
+    :returns: starts and sizes, each one array per dim, of shape (*mesh_shape, len(shapes)); the size of a mesh dim is 1
+        if the numbers do not depend on its coordinate, so that few are computed and they broadcast.
 
-    :raises NotSupportedError: a part is no box.
+    :raises NotSupportedError: a part is not a box.
     """
     ranks = len(mesh_shape)
     columns = np.asarray(shapes, dtype=np.int64).reshape(len(shapes), -1).T
-    # What a part's being a box depends on is the size of the dim that is cut twice.
+    # Whether a part is a box depends only on the size of the dim that is split twice.
     twice = [p.dim for p in placements if isinstance(p, _StridedShard)]
     for shape in {tuple(shape[dim] for dim in twice): shape for shape in shapes}.values():
         _check_box(shape, mesh_shape, placements)
@@ -141,7 +141,7 @@ def boxes_for_all_ranks(
     for dim, column in enumerate(columns):
         whole = column.reshape((1,) * ranks + (-1,))
         start, size = np.zeros_like(whole), whole
-        # Mesh dims are applied from left to right, but a strided one cuts what the one behind it will have cut.
+        # Mesh dims apply from left to right, but a strided one splits the result of the one after it.
         strided: list[int] = []
         plain: list[int] = []
         for axis, placement in enumerate(placements):
@@ -158,7 +158,7 @@ def boxes_for_all_ranks(
             start, size = start + first, np.minimum(chunk, size - first)
 
         if (plain or strided) and not size.all():
-            start = np.where(size == 0, whole, start)  # torch has parts without elements begin at the end
+            start = np.where(size == 0, whole, start)  # torch starts empty parts at the end
         starts.append(start)
         sizes.append(size)
 
@@ -166,13 +166,17 @@ def boxes_for_all_ranks(
 
 
 def _shard_dim(placement: Placement) -> int | None:
-    # `_StridedShard` is a kind of `Shard` in some versions of torch, and none in others.
+    # `_StridedShard` is a subclass of `Shard` in some versions of torch only.
     return placement.dim if isinstance(placement, Shard | _StridedShard) else None
 
 
 def _check_box(shape: Sequence[int], mesh_shape: Sequence[int], placements: Sequence[Placement]) -> None:
-    """Parts are boxes where each mesh dim cuts what those before it left. A strided one is for FSDP over tensor
-    parallelism: it cuts what the one dim behind it, on which the tensor was cut first, left.
+    """Require that the parts are boxes.
+
+    They are if each mesh dim splits the result of those before it. A strided shard, from FSDP over tensor parallelism,
+    splits the result of the one mesh dim after it.
+
+    :raises NotSupportedError: the parts are not boxes.
     """
     for axis, placement in enumerate(placements):
         if isinstance(placement, Replicate):
@@ -192,14 +196,15 @@ def _check_box(shape: Sequence[int], mesh_shape: Sequence[int], placements: Sequ
         if not good:
             raise NotSupportedError(
                 f"A tensor of shape {list(shape)} is placed as {tuple(placements)} on a mesh of shape "
-                f"{tuple(mesh_shape)}: a rank's part is no contiguous box, which is all that lading reads."
+                f"{tuple(mesh_shape)}: the part of a rank is not a contiguous box, and lading reads only boxes."
             )
 
 
 def _interleaves(size: int, first: int, second: int) -> bool:
-    """Whether both ways to read the placements agree: FSDP cuts ``size`` elements into ``first`` pieces, each of them
-    into ``second``; torch takes one of the smaller pieces out of each larger one, joins them, and cuts into ``first``.
-    They differ for some sizes that do not divide.
+    """Return whether both readings of the placements agree.
+
+    FSDP splits ``size`` elements into ``first`` pieces and each of them into ``second``; torch takes one smaller piece
+    from each larger one, joins them, and splits into ``first``. They differ for some sizes that do not divide evenly.
     """
     if size % first == 0:
         return True
@@ -210,7 +215,7 @@ def _interleaves(size: int, first: int, second: int) -> bool:
 
 
 def _chunk(sizes: Ints, count: int) -> Ints:
-    """The sizes of ``count`` chunks of each of ``sizes``: (…) → (count, …)."""
+    """Return the sizes of ``count`` chunks of each of ``sizes``: (…) → (count, …)."""
     chunk = -(-sizes // count)
     first = np.arange(count).reshape(-1, *(1,) * sizes.ndim) * chunk
 

@@ -1,4 +1,4 @@
-"""What a load did, and how long each part of it took."""
+"""The report of a load, and the clock that times its phases."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """What a load did."""
+    """The report of a load."""
 
     name: str
-    """Of the card, or the path."""
+    """The name of the card, or the path."""
     family: str
     model_class: str
     device: str
     dtypes: Mapping[str, int]
-    """Elements in memory by dtype, the most frequent first."""
+    """The elements in memory by dtype, the most frequent first."""
     parameters: int
-    """Elements in memory, tied parameters once."""
+    """The elements in memory, counting tied parameters once."""
     tensors: int
-    """Tensors of the checkpoint that were used."""
+    """The tensors of the checkpoint that were used."""
     shards: int
     bytes_read: int
     bytes_mapped: int
     bytes_copied: int
-    """Bytes that were copied once more, where a shard is smaller than that of the first rank: FSDP pads it."""
+    """The bytes that were copied again, because FSDP pads a shard that is smaller than that of the first rank."""
     reads: int
-    """Reads after neighbours were joined."""
+    """The reads, after adjacent ones were joined."""
     pages: Mapping[str, int]
-    """Bytes of CPU memory by the size of the pages that were chosen for them, the most frequent first."""
+    """The bytes of CPU memory by the page size that was chosen for them, the most frequent first."""
     phases: Mapping[str, float]
-    """Seconds of each phase, in the order in which they ran."""
+    """The seconds of each phase, in the order in which they ran."""
 
     @property
     def seconds(self) -> float:
@@ -41,7 +41,7 @@ class LoadReport:
 
 
 class Clock:
-    """Measures the phases of a load."""
+    """A clock that measures the phases of a load."""
 
     def __init__(self) -> None:
         self.phases: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""What this rank needs: a box of each distinct parameter and persistent buffer of a module."""
+"""Targets: the box that this rank owns of each distinct parameter and persistent buffer of a module."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """Columns of equal length, one entry for each distinct tensor of the module's state; no torch tensors."""
+    """Columns of equal length, with one entry per distinct tensor of the state dict; they hold no torch tensors."""
 
     names: tuple[str, ...]
-    """The first name of each."""
+    """The first name of each tensor."""
     shapes: tuple[tuple[int, ...], ...]
-    """Of the global tensor."""
+    """The shape of the global tensor."""
     boxes: tuple[Box, ...]
     """The part of the global tensor that this rank owns."""
     dtypes: tuple[str | None, ...]
-    """What memory is to hold, by the manifest's names; ``None`` keeps the checkpoint's own."""
+    """The dtype in memory, by the names of the manifest; ``None`` keeps that of the checkpoint."""
     parameters: frozenset[str]
-    """The names of those that are parameters; the others are buffers."""
+    """The names of the parameters; all others are buffers."""
     aliases: Mapping[str, str]
-    """Further names of tied tensors → the first."""
+    """The further names of tied tensors → the first."""
 
     def held_by(self, stage: Targets) -> Targets:
-        """These, as one stage of a pipeline holds them: of a tensor that it lacks it owns an empty part.
+        """Return the targets as a pipeline stage owns them, with an empty box for each tensor that it lacks.
 
-        A scalar has no empty part. One that the stage lacks is read with the others, and dropped.
+        A scalar has no empty box. One that the stage lacks is read with the others, and dropped.
 
         :param stage: the targets of the stage, which has some of these names.
         """
@@ -51,14 +51,14 @@ class Targets:
 def targets_of(
     module: Module, *, dtype: torch.dtype | None, others: Mapping[str, torch.dtype] = MappingProxyType({})
 ) -> Targets:
-    """The targets of ``module``, which may be on the meta device, and whose parameters may be ``DTensor``s.
+    """Return the targets of ``module``, which may be on the meta device, and whose parameters may be ``DTensor``s.
 
-    :param dtype: of floating-point parameters and persistent buffers; ``None`` keeps the checkpoint's own.
-    :param others: by name, those that are of another one.
+    :param dtype: the dtype of floating-point parameters and persistent buffers; ``None`` keeps that of the checkpoint.
+    :param others: the tensors with another dtype, by name.
 
-    :raises NotSupportedError: the part of a parameter that this rank owns is no box.
+    :raises NotSupportedError: the part of a parameter that this rank owns is not a box.
     """
-    box_of = _boxes()
+    box_of = _box_function()
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
     names: list[str] = []
@@ -69,7 +69,7 @@ def targets_of(
 
     for name, tensor in module.state_dict(keep_vars=True).items():
         if not isinstance(tensor, torch.Tensor):
-            continue  # the extra state of a module is not in any checkpoint that lading reads
+            continue  # extra state, which is in no checkpoint that lading reads
         if id(tensor) in first:
             aliases[name] = first[id(tensor)]
             continue
@@ -95,12 +95,12 @@ def targets_of(
 
 
 def is_distributed(tensor: torch.Tensor) -> TypeGuard[DTensor]:
-    """Whether ``tensor`` is a ``DTensor``, told without importing what makes them, which takes half a second."""
+    """Return whether ``tensor`` is a ``DTensor``, without importing the class, which takes half a second."""
     return hasattr(tensor, "device_mesh")
 
 
-def _boxes() -> Callable[[torch.Tensor], Box]:
-    """A function that gives the box of a tensor that this rank owns."""
+def _box_function() -> Callable[[torch.Tensor], Box]:
+    """Return a function that returns the box of a tensor that this rank owns."""
     distributed: list[Callable[[torch.Tensor], Box]] = []
 
     def box_of(tensor: torch.Tensor) -> Box:

@@ -1,9 +1,8 @@
-"""Styles of tensor parallelism: a module's parameters become this rank's part of them, and its inputs and outputs are
-handed over from rank to rank.
+"""Styles of tensor parallelism, which split the parameters of a module and redistribute its inputs and outputs.
 
-torch's own styles place a parameter by sending it, and look at the signature of each function that they hook in: a
-third of a millisecond for each linear, where a rank's part of a small model is read in fifty. Parameters without memory
-have nothing to be sent.
+torch's own styles send parameters between ranks and inspect the signature of each hook, which takes a third of a
+millisecond per linear; reading a rank's part of a small model takes fifty. Parameters on the meta device need no
+communication.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from lading.models.placements import Parts
 
 
 class SplitStyle(ParallelStyle):
-    """What tensor parallelism does to a module on the meta device, for ``parallelize_module``.
+    """The style of a split module on the meta device, for ``parallelize_module``.
 
-    :param placement: of a parameter, by the last part of its name.
-    :param enter: how the inputs lie on the ranks.
-    :param leave: how the outputs are to lie.
-    :param as_view: whether the output may be a view of a ``DTensor``'s part.
+    :param placement: the placement of a parameter, by the last component of its name.
+    :param enter: the placement of the inputs.
+    :param leave: the placement of the outputs.
+    :param as_view: whether the output may be a view of the local part of a ``DTensor``.
     """
 
     def __init__(
@@ -47,26 +46,28 @@ class SplitStyle(ParallelStyle):
                 owner.register_parameter(leaf, self._parts.on_meta(parameter, device_mesh, self._placement(leaf)))
 
         def before(module: Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            return tuple(self._entered(x, device_mesh) for x in inputs)
+            return tuple(self._distribute_input(x, device_mesh) for x in inputs)
 
         def after(module: Module, inputs: tuple[Any, ...], output: Any) -> Tensor:
             if not isinstance(output, DTensor):
-                raise InternalError(f"{type(module).__name__} cannot be split: its output is not of its inputs")
+                raise InternalError(
+                    f"{type(module).__name__} cannot be split: its output does not depend on its inputs"
+                )
 
-            return self._left(output, device_mesh)
+            return self._localize_output(output, device_mesh)
 
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
 
         return module
 
-    def _entered(self, x: Any, mesh: DeviceMesh) -> Any:
+    def _distribute_input(self, x: Any, mesh: DeviceMesh) -> Any:
         if not isinstance(x, Tensor) or isinstance(x, DTensor):
             return x
 
         return DTensor.from_local(x, mesh, (self._enter,), run_check=False)
 
-    def _left(self, output: DTensor, mesh: DeviceMesh) -> Tensor:
+    def _localize_output(self, output: DTensor, mesh: DeviceMesh) -> Tensor:
         if output.placements != (self._leave,):
             output = output.redistribute(placements=(self._leave,))
         local: Tensor = output.to_local() if self._as_view else _Local.apply(output)  # type: ignore[no-untyped-call]
@@ -75,26 +76,26 @@ class SplitStyle(ParallelStyle):
 
 
 class SharedHeads(SplitStyle):
-    """All ranks hold all heads of a projection, and each goes on with the one that its queries attend to.
+    """The style of a projection whose heads are on all ranks; each rank uses the head that its queries attend to.
 
-    :param heads: of the projection, fewer than ranks.
+    :param heads: the number of heads, fewer than ranks.
     """
 
     def __init__(self, placement: Callable[[str], Placement], heads: int) -> None:
         super().__init__(placement, Replicate(), Replicate(), as_view=True)
         self._heads = heads
 
-    def _left(self, output: DTensor, mesh: DeviceMesh) -> Tensor:
-        # Each rank's gradient is of one head only; that of the parameters is the sum over all ranks.
+    def _localize_output(self, output: DTensor, mesh: DeviceMesh) -> Tensor:
+        # Each rank has the gradient of one head; the gradient of the parameters is the sum over all ranks.
         features: Tensor = output.to_local(grad_placements=(Partial(),))
 
         return features.tensor_split(self._heads, -1)[mesh.get_local_rank() * self._heads // mesh.size()]
 
 
 class _Local(Function):
-    """The part of a ``DTensor`` that this rank holds.
+    """The local part of a ``DTensor``, as a tensor that is not a view.
 
-    ``to_local`` gives a view, and FSDP warns of each module of its own that returns one.
+    ``to_local`` returns a view, and FSDP warns about each of its modules that returns one.
     """
 
     @staticmethod

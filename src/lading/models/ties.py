@@ -1,5 +1,6 @@
-"""Tied parameters that a checkpoint holds more than once: equal copies are one parameter, different ones an error, or
-parameters of their own where the family says so.
+"""The comparison of tied parameters that a checkpoint stores more than once.
+
+Equal copies are one parameter; different ones are an error, or are untied if the family supports it.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from lading.planning.box import Box
 from lading.planning.rules import Route
 
 _CHUNK = 64 << 20
-"""Bytes of each copy that are compared at a time."""
+"""The bytes of each copy to compare at a time."""
 
 
 def different_copies(checkpoint: Checkpoint, targets: Targets, routed: Route) -> tuple[str, ...]:
-    """Return the further names of tied parameters for which the checkpoint holds other numbers than for the first.
+    """Return the further names of tied parameters whose copy in the checkpoint differs from the first.
 
-    Numbers are compared in the dtype that memory is to hold.
+    Values are compared in the dtype of the target.
 
-    :param checkpoint: whose files are here.
+    :param checkpoint: a checkpoint with local files.
     """
     position = {target: i for i, target in enumerate(routed.targets)}
     found = []
@@ -46,13 +47,13 @@ def different_copies(checkpoint: Checkpoint, targets: Targets, routed: Route) ->
 
 
 def are_same(a: Tensor, b: Tensor) -> bool:
-    """Return whether tensors of one dtype hold the same numbers."""
-    # By their bytes, NaNs are the same, too.
+    """Return whether tensors of one dtype hold the same values."""
+    # Comparing bytes makes equal NaNs equal.
     return torch.equal(a, b) or torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def tied_but_different(checkpoint: Checkpoint, config: Any, copy: str, name: str) -> ModelCheckpointMismatchError:
-    """Return the error of a copy that differs from the parameter that it is tied to."""
+    """Create the error for a copy that differs from the parameter it is tied to."""
     untied = hasattr(config, "tied_embeddings")
 
     return ModelCheckpointMismatchError(
@@ -65,9 +66,9 @@ def tied_but_different(checkpoint: Checkpoint, config: Any, copy: str, name: str
 
 
 def _chunks(shape: tuple[int, ...], size: int) -> Iterator[Box]:
-    """Yield boxes that make a tensor of ``shape``, a few rows each.
+    """Yield boxes of a few rows each that cover a tensor of ``shape``.
 
-    :param size: bytes of an element.
+    :param size: the bytes of an element.
     """
     if not shape or 0 in shape:
         yield Box.whole(shape)
