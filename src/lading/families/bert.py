@@ -1,4 +1,4 @@
-"""BERT (https://arxiv.org/abs/1810.04805), and the sentence encoders made from it (https://arxiv.org/abs/1908.10084)."""
+"""BERT (https://arxiv.org/abs/1810.04805), and the sentence encoders based on it (https://arxiv.org/abs/1908.10084)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class BertConfig:
     """The number of symbols."""
 
     type_vocab_size: int = 2
-    """The number of token types, which tell the sentences of a pair apart."""
+    """The number of token types, which distinguish the sentences of a pair."""
 
     pad_idx: int | None = 0
     """The index of the symbol for padding."""
@@ -52,10 +52,10 @@ class BertConfig:
     """The inner width of the feed-forward networks."""
 
     ffn_activation: Literal["gelu", "gelu_tanh"] = "gelu"
-    """The activation of the feed-forward networks: the exact one, or its approximation by a hyperbolic tangent."""
+    """The activation of the feed-forward networks: the exact GELU, or its approximation with a hyperbolic tangent."""
 
     norm_eps: float = 1e-12
-    """What is added to the variance before its root is taken."""
+    """The number that is added to the variance before taking its root."""
 
     dropout_p: float = 0.1
     """The dropout probability of the embeddings and of the outputs of attention and feed-forward blocks."""
@@ -64,20 +64,20 @@ class BertConfig:
     """The dropout probability of the attention weights."""
 
     init_std: float = 0.02
-    """The standard deviation of random weights."""
+    """The standard deviation of the initial weights."""
 
     pooling: Literal["cls", "mean", "none"] = "mean"
-    """What the embedding of a sentence is made of: its first token, the mean of its tokens, or nothing."""
+    """The source of the embedding of a sentence: its first token, the mean of its tokens, or none."""
 
     normalize: bool = True
-    """Whether the embedding of a sentence is scaled to unit length."""
+    """True if the embedding of a sentence is scaled to unit length."""
 
     pooler: bool = True
-    """Whether the model has the projection of the first token that was trained on pairs of sentences."""
+    """True if the model has the projection of the first token that was trained on pairs of sentences."""
 
 
 class Bert(nn.Module):
-    """A BERT encoder; its parameters are uninitialised."""
+    """A BERT encoder; its parameters are uninitialized."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -100,13 +100,13 @@ class Bert(nn.Module):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Token ids (N, S), int64 → the hidden states of the last layer (N, S, model_dim).
+        """Map token ids (N, S), int64 → the hidden states of the last layer (N, S, model_dim).
 
         :param attention_mask: (N, S); 1 is a token, 0 padding.
         :param token_type_ids: (N, S); by default 0.
-        :param position_ids: (N or 1, S); by default they count from 0.
+        :param position_ids: (N or 1, S); by default from 0 upward.
 
-        :raises ValueError: more tokens than ``max_seq_len``, or an attention mask of another shape.
+        :raises ValueError: there are more tokens than ``max_seq_len``, or the attention mask has another shape.
         """
         if input_ids.size(1) > self.max_seq_len:
             raise ValueError(
@@ -130,9 +130,9 @@ class Bert(nn.Module):
         return y
 
     def pooled_output(self, hidden: Tensor) -> Tensor:
-        """Hidden states (N, S, model_dim) → (N, model_dim), by the projection that was trained on pairs of sentences.
+        """Project hidden states (N, S, model_dim) → (N, model_dim), as trained on pairs of sentences.
 
-        :raises NotSupportedError: the model was made without it.
+        :raises NotSupportedError: the model has no pooler.
         """
         if self.pooler is None:
             raise NotSupportedError(
@@ -146,16 +146,16 @@ class Bert(nn.Module):
     def encode(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """Token ids (N, S) → an embedding of each sentence, (N, model_dim), as the configuration's ``pooling`` says.
+        """Embed sentences, token ids (N, S) → (N, model_dim), by the ``pooling`` of the configuration.
 
-        The module's mode is left as it is: call ``eval()`` first, unless dropout is wanted.
+        The mode of the module does not change: call ``eval()`` first to disable dropout.
 
-        :raises NotSupportedError: the configuration says that there is none.
+        :raises NotSupportedError: the ``pooling`` of the configuration is ``none``.
         """
         if self.pooling == "none":
             raise NotSupportedError(
-                "This model gives no embeddings of sentences. Load it with a configuration whose `pooling` is 'mean' "
-                "or 'cls', whichever it was trained with."
+                "This model has no embeddings of sentences. Load it with a configuration whose `pooling` is 'mean' or "
+                "'cls', as in its training."
             )
 
         hidden = self(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
@@ -195,7 +195,7 @@ def _rules(config: BertConfig) -> Sequence[Rule]:
     for prefix in ("bert.", ""):
         rules += [
             Rule(f"{prefix}embeddings.position_ids", None),  # saved by old versions of transformers
-            # The names of the first release, which was converted from TensorFlow.
+            # The names in the first release, converted from TensorFlow.
             Rule(f"{prefix}{{rest*}}LayerNorm.gamma", "{rest}LayerNorm.weight"),
             Rule(f"{prefix}{{rest*}}LayerNorm.beta", "{rest}LayerNorm.bias"),
         ]
@@ -222,15 +222,15 @@ _KEYS = encoder_keys(
     """,
     required={"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"},
     ignored={
-        "tie_word_embeddings": "only the head of masked language modeling, which is not loaded",
+        "tie_word_embeddings": "only for the head of masked language modeling, which is not loaded",
         "is_causal": "only a decoder reads it",
         "gradient_checkpointing": "training",
-        "directionality": "of a paper of its time; each published file has it",
-        "pooler_fc_size": "of the first release, which transformers does not read",
-        "pooler_num_attention_heads": "of the first release, which transformers does not read",
-        "pooler_num_fc_layers": "of the first release, which transformers does not read",
-        "pooler_size_per_head": "of the first release, which transformers does not read",
-        "pooler_type": "of the first release, which transformers does not read",
+        "directionality": "historical; each published file has it",
+        "pooler_fc_size": "of the first release; transformers does not read it",
+        "pooler_num_attention_heads": "of the first release; transformers does not read it",
+        "pooler_num_fc_layers": "of the first release; transformers does not read it",
+        "pooler_size_per_head": "of the first release; transformers does not read it",
+        "pooler_type": "of the first release; transformers does not read it",
     },
 )
 
@@ -260,16 +260,16 @@ def _from_hf(values: Mapping[str, object]) -> BertConfig:
 
 
 def _explain(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
-    """Return what to do about a checkpoint without a pooler, or with the head of a task."""
+    """Return advice for a checkpoint without a pooler, or with the head of a task."""
     if unexpected and all(HEAD.fullmatch(name) for name in unexpected):
         return (
-            "The checkpoint has the head of a task, which `get_hg_model_hub().load_model(…)` loads with it; in a card: "
-            "`model_family: hg`."
+            "The checkpoint has the head of a task. Load it with `get_hg_model_hub().load_model(…)`, or set "
+            "`model_family: hg` in its card."
         )
     if not unexpected and missing and all(name.startswith("pooler.") for name in missing):
         return (
             "The checkpoint has no pooler. Set `pooler: false` in the `model_config` of the card, or load it with "
-            "`load_custom_model` and a configuration that says so; or load it by its own class of transformers, with "
+            "`load_custom_model` and such a configuration, or with its transformers class by "
             "`get_hg_model_hub().load_model(…)`."
         )
 

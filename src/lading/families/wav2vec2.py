@@ -1,4 +1,4 @@
-"""wav2vec 2.0 (https://arxiv.org/abs/2006.11477) as it is pre-trained: quantised frames are told from distractors."""
+"""wav2vec 2.0 (https://arxiv.org/abs/2006.11477) for pre-training, which tells quantized frames from distractors."""
 
 from __future__ import annotations
 
@@ -43,25 +43,25 @@ class Wav2Vec2Config(MaskingFields):
     """The encoder."""
 
     final_dim: int = 256
-    """The width in which the encoder's outputs and quantised frames are compared."""
+    """The width in which the outputs of the encoder and quantized frames are compared."""
 
     final_proj_bias: bool = True
-    """Whether the projection of the encoder's outputs to it has a bias."""
+    """True if the projection of the outputs of the encoder to that width has a bias."""
 
     quantizer_encoder_grad: bool = True
-    """Whether the frontend learns through the quantiser, too."""
+    """True if the frontend also learns through the quantizer."""
 
     quantized_dim: int = 256
-    """The width of a quantised frame."""
+    """The width of a quantized frame."""
 
     num_codebooks: int = 2
-    """The number of codebooks, each of which gives a part of a quantised frame."""
+    """The number of codebooks; each gives a part of a quantized frame."""
 
     num_codebook_entries: int = 320
-    """The number of entries of each."""
+    """The number of entries of each codebook."""
 
     codebook_sampling_temperature: tuple[float, float, float] = (2.0, 0.5, 0.999995)
-    """That of the first update, the lowest one, and the factor between two updates."""
+    """The temperature of the first update, the lowest one, and the factor between two updates."""
 
     num_distractors: int = 100
     """The number of wrong candidates for each masked frame."""
@@ -72,41 +72,41 @@ class Wav2Vec2Config(MaskingFields):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wav2Vec2Output:
-    """What a model for pre-training says of M masked frames in each sequence."""
+    """The output of a model for pre-training, for M masked frames in each sequence."""
 
     logits: Tensor
-    """(N, M, 1 + num_distractors), float32; the right candidate is the first. Those equal to it are minus infinity."""
+    """The logits (N, M, 1 + num_distractors), float32: the true candidate first, ``-inf`` for others equal to it."""
     states: Tensor
-    """What the encoder says of masked frames, (N, M, final_dim)."""
+    """The projected outputs of the encoder at masked frames, (N, M, final_dim)."""
     targets: Tensor
-    """What they are, quantised, (N, M, final_dim)."""
+    """The quantized frames at these positions, (N, M, final_dim)."""
     quantizer: QuantizerOutput
     temporal_mask: Tensor
-    """True where a frame is masked, (N, T)."""
+    """The mask over frames, (N, T), true where masked."""
     hidden: Tensor
-    """The encoder's outputs, (N, T, model_dim)."""
+    """The outputs of the encoder, (N, T, model_dim)."""
     raw_features: Tensor
-    """Frames before normalisation, (N, T, feature_dim): training keeps their squares small."""
+    """The frames before normalization, (N, T, feature_dim); training keeps their squares small."""
     num_frames: Tensor
-    """Of each sequence without padding, (N), int64."""
+    """The number of frames of each sequence without padding, (N), int64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wav2Vec2Loss:
-    """What pre-training minimises: scalars in float32, summed over the masked frames of the batch."""
+    """The losses of pre-training: scalars in float32, summed over the masked frames of the batch."""
 
     aggregate: Tensor
-    """The sum of the others, weighted."""
+    """The weighted sum of the others."""
     contrastive: Tensor
-    """Minus the logarithm of the probability of the right candidate (equation 3 of the paper)."""
+    """The negative log-likelihood of the true candidate (equation 3 of the paper)."""
     diversity: Tensor
-    """The share of the codebooks' entries that are not in use (equation 4)."""
+    """The share of codebook entries that are not in use (equation 4)."""
     features_penalty: Tensor
     """The mean square of frames before normalisation."""
 
 
 class Wav2Vec2(nn.Module):
-    """A wav2vec 2.0 model for pre-training; its parameters are uninitialised."""
+    """A wav2vec 2.0 model for pre-training; its parameters are uninitialized."""
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
@@ -140,14 +140,14 @@ class Wav2Vec2(nn.Module):
         temporal_mask: Tensor | None = None,
         distractors: Tensor | None = None,
     ) -> Wav2Vec2Output:
-        """A waveform (N, S), or filter banks (N, S, C), masked in evaluation, too.
+        """Encode a waveform (N, S), or filter banks (N, S, C), with masks in evaluation too.
 
-        :param attention_mask: (N, S); 1 is sound, 0 the padding after it.
-        :param temporal_mask: bool, (N, T), true in M places of each row; by default drawn.
-        :param distractors: int64, (N, M, L), which of the M masked frames of a sequence are its wrong candidates; by
-            default ``num_distractors`` others, drawn.
+        :param attention_mask: (N, S); 1 is audio, 0 the padding after it.
+        :param temporal_mask: bool, (N, T), true at M frames of each row; drawn by default.
+        :param distractors: int64, (N, M, L), the indices of the false candidates among the M masked frames; by default
+            ``num_distractors`` random others.
 
-        :raises ValueError: an input or a mask of another shape, sound that is too short for a frame, or for a mask.
+        :raises ValueError: the input or a mask has another shape, or the audio is too short for a frame or for a mask.
         """
         encoded = self.wav2vec2(input_values, attention_mask, masking=self.masking, temporal_mask=temporal_mask)
         mask = encoded.temporal_mask
@@ -156,7 +156,7 @@ class Wav2Vec2(nn.Module):
         features = dropout(features, self.target_dropout_p, self.training)
 
         quantized = self.quantizer(_masked(features, mask))
-        # What a linear with bias gives is a view, and FSDP warns of modules that return one.
+        # The output of a linear with bias is a view, and FSDP warns about modules that return one.
         targets = self.project_q(quantized.vectors).clone()
         states = self.project_hid(_masked(encoded.hidden, mask)).clone()
 
@@ -177,9 +177,9 @@ class Wav2Vec2(nn.Module):
     def loss(
         self, output: Wav2Vec2Output, *, diversity_weight: float = 0.1, features_penalty_weight: float = 10.0
     ) -> Wav2Vec2Loss:
-        """What this model's ``output`` is worth, by the weights of fairseq2's recipe unless others are given.
+        """Compute the losses of ``output``, by default with the weights of fairseq2's recipe.
 
-        Divide it by the number of masked frames, ``output.logits.shape[:2].numel()``, for a mean.
+        Divide them by the number of masked frames, ``output.logits.shape[:2].numel()``, for a mean.
         """
         logits = output.logits.flatten(0, 1)
         num_entries = self.quantizer.num_codebooks * self.quantizer.num_entries
@@ -198,7 +198,7 @@ class Wav2Vec2(nn.Module):
 
 
 def _masked(x: Tensor, mask: Tensor) -> Tensor:
-    """(N, T, D) → (N, M, D)."""
+    """Select masked frames, (N, T, D) → (N, M, D)."""
     counts = mask.sum(1).tolist()
     if len(set(counts)) > 1 or counts[0] < 2:
         raise ValueError(f"a mask must have the same number of frames in each row, and two or more, but has {counts}")
@@ -207,7 +207,7 @@ def _masked(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def draw_distractors(targets: Tensor, num_distractors: int) -> Tensor:
-    """(N, M, D) → int64, (N, M, num_distractors): for each frame, others of the same sequence, with replacement."""
+    """Draw other frames of each sequence with replacement, (N, M, D) → (N, M, num_distractors), int64."""
     batch_size, num_masked, _ = targets.shape
 
     own = torch.arange(num_masked, device=targets.device)[None, :, None]
@@ -217,7 +217,7 @@ def draw_distractors(targets: Tensor, num_distractors: int) -> Tensor:
 
 
 def contrastive_logits(states: Tensor, targets: Tensor, distractors: Tensor, *, temperature: float) -> Tensor:
-    """Twice (N, M, D), and indices (N, M, L) into M → (N, M, 1 + L), float32: equation 3 of the paper."""
+    """Compute equation 3 of the paper: two (N, M, D) and indices (N, M, L) into M → (N, M, 1 + L), float32."""
     rows = torch.arange(targets.size(0), device=targets.device)[:, None, None]
     wrong = targets[rows, distractors]
     candidates = torch.cat((targets[:, :, None], wrong), dim=2)
@@ -231,7 +231,7 @@ def contrastive_logits(states: Tensor, targets: Tensor, distractors: Tensor, *, 
 def _masking(config: Wav2Vec2Config) -> Masking:
     if not config.max_temporal_mask_prob > 0.0:
         raise ValueError(
-            "without masked frames there is nothing to learn: `max_temporal_mask_prob` must be positive, but is "
+            "pre-training needs masked frames: `max_temporal_mask_prob` must be positive, but is "
             f"{config.max_temporal_mask_prob}"
         )
 
@@ -250,7 +250,7 @@ def _init(model: Wav2Vec2, config: Wav2Vec2Config, name: str, parameter: Tensor)
 
 def _rules(config: Wav2Vec2Config) -> Sequence[Rule]:
     return (
-        # fairseq's `project_q` is called that here, too; its and fairseq2's `final_proj` are one.
+        # fairseq's `project_q` has the same name here; fairseq and fairseq2 share the name `final_proj`.
         Rule("final_proj.{p*}", "project_hid.{p}"),
         Rule("final_target_proj.{p*}", "project_q.{p}"),
         Rule("quantizer.vars", "quantizer.codevectors"),

@@ -1,4 +1,4 @@
-"""wav2vec 2.0 (https://arxiv.org/abs/2006.11477) that was trained to write down speech, by CTC."""
+"""wav2vec 2.0 (https://arxiv.org/abs/2006.11477) for speech recognition with CTC."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lading.planning.rules import Rule
 
 @dataclass(kw_only=True)
 class Wav2Vec2AsrConfig(MaskingFields):
-    """The configuration of a model that writes down speech; the defaults are the base model's, trained on 10 hours."""
+    """The configuration for speech recognition; the defaults are those of the base model, trained on 10 hours."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -48,10 +48,10 @@ class Wav2Vec2AsrConfig(MaskingFields):
     """The number of symbols."""
 
     final_dropout_p: float = 0.0
-    """The dropout probability of the encoder's outputs."""
+    """The dropout probability of the outputs of the encoder."""
 
     use_masking: bool = True
-    """Whether frames and features are masked in training."""
+    """True if frames and features are masked in training."""
 
     spatial_mask_span_len: int = 64
     """The length of a masked span, in features."""
@@ -62,16 +62,16 @@ class Wav2Vec2AsrConfig(MaskingFields):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wav2Vec2AsrOutput:
-    """What was heard."""
+    """The output of speech recognition."""
 
     logits: Tensor
-    """Of the symbols in each frame, (N, T, target_vocab_size)."""
+    """The logits of the symbols in each frame, (N, T, target_vocab_size)."""
     num_frames: Tensor
-    """Of each sequence without padding, (N), int64: what :func:`torch.nn.functional.ctc_loss` wants to know."""
+    """The frames of each sequence without padding, (N), int64, for :func:`torch.nn.functional.ctc_loss`."""
 
 
 class Wav2Vec2Asr(nn.Module):
-    """A wav2vec 2.0 encoder with a projection to symbols; its parameters are uninitialised."""
+    """A wav2vec 2.0 encoder with a projection to symbols; its parameters are uninitialized."""
 
     def __init__(self, config: Wav2Vec2AsrConfig) -> None:
         super().__init__()
@@ -83,18 +83,18 @@ class Wav2Vec2Asr(nn.Module):
         self.lm_head = Linear(config.encoder_config.model_dim, config.target_vocab_size)
 
     def forward(self, input_values: Tensor, attention_mask: Tensor | None = None) -> Wav2Vec2AsrOutput:
-        """A waveform (N, S), 16,000 samples a second, of mean 0 and variance 1; or filter banks (N, S, C).
+        """Recognize a waveform (N, S) at 16 kHz with mean 0 and variance 1, or filter banks (N, S, C).
 
-        :param attention_mask: (N, S); 1 is sound, 0 the padding after it. Models with a group normalisation between
-            convolutions were trained without: they hear padding, which has to be zero.
+        :param attention_mask: (N, S); 1 is audio, 0 the padding after it. Models with a group normalization between
+            convolutions were trained without a mask: they see padding, which must be zero.
 
-        :raises ValueError: an input or a mask of another shape, sound that is too short for a frame, or for the masks
-            of training.
+        :raises ValueError: the input or a mask has another shape, or the audio is too short for a frame or for the
+            masks in training.
         """
         encoded = self.wav2vec2(input_values, attention_mask, masking=self.masking if self.training else None)
         logits = self.lm_head(dropout(encoded.hidden, self.final_dropout_p, self.training))
 
-        # What a linear with bias gives is a view, and FSDP warns of modules that return one.
+        # The output of a linear with bias is a view, and FSDP warns about modules that return one.
         return Wav2Vec2AsrOutput(logits=logits.clone(), num_frames=encoded.num_frames)
 
 
@@ -122,7 +122,7 @@ def _rules(config: Wav2Vec2AsrConfig) -> Sequence[Rule]:
     return (
         Rule("w2v_encoder.proj.{p*}", "lm_head.{p}"),  # fairseq
         Rule("final_proj.{p*}", "lm_head.{p}"),  # fairseq2
-        # What only pre-training needs.
+        # Parameters for pre-training only.
         *(Rule(f"{prefix}{head}.{{p*}}", None) for head in ("quantizer", "project_q", "final_proj")),
         *encoder_rules(config.encoder_config, masked=config.use_masking, fairseq_prefix=prefix),
     )

@@ -1,4 +1,4 @@
-"""The encoder that the wav2vec 2.0 families share: its configuration, and what checkpoints call its parts."""
+"""The encoder of the wav2vec 2.0 families: its configuration, and its names in checkpoints."""
 
 from __future__ import annotations
 
@@ -24,57 +24,57 @@ class Wav2Vec2EncoderConfig:
     """The width of the model."""
 
     max_seq_len: int = 4096
-    """The longest sequence, in frames. Convolutional positions have no such limit, and don't look at it."""
+    """The longest sequence, in frames. Convolutional positions have no limit and ignore it."""
 
     feature_dim: int = 512
     """The width of a frame."""
 
     use_fbank: bool = False
-    """Whether the model reads log-mel filter banks in place of a waveform."""
+    """True if the model reads log-mel filter banks instead of a waveform."""
 
     first_pass_dropout_p: float = 0.0
     """The dropout probability of frames, before masking and positions."""
 
     layer_norm_features: bool = True
-    """Whether frames are normalised once they have positions."""
+    """True if frames are normalized after positions are added."""
 
     feature_extractor_layer_descs: list[tuple[int, int, int]] = field(
         default_factory=lambda: [(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2
     )
-    """Output dimension, kernel size and stride of each convolution over the waveform."""
+    """The output dimension, kernel size and stride of each convolution over the waveform."""
 
     feature_extractor_bias: bool = False
-    """Whether these convolutions have biases."""
+    """True if these convolutions have biases."""
 
     feature_extractor_layer_norm_convs: bool = False
-    """Whether each of them is followed by a layer normalisation; if not, the first by a group normalisation."""
+    """True for a layer normalization after each convolution, false for a group normalization after the first."""
 
     feature_grad_scale: float = 0.1
-    """What their gradient is multiplied by in training."""
+    """The factor of their gradient in training."""
 
     num_fbank_channels: int = 0
     """The number of channels of the filter banks."""
 
     fbank_stride: int = 0
-    """The number of neighbouring filter banks that make a frame."""
+    """The number of adjacent filter banks per frame."""
 
     sample_fbank_every_k: int = 0
-    """Which filter banks are left out; not supported beyond 1, which is none of them."""
+    """The sampling of filter banks; only 0 and 1, which keep all of them, are supported."""
 
     pos_encoder_type: Literal["conv", "relative", "rotary"] = "conv"
-    """How frames come by positions; only ``conv`` is supported."""
+    """The kind of positions; only ``conv`` is supported."""
 
     pos_encoder_depth: int = 1
-    """The number of convolutions for that; only 1 is supported."""
+    """The number of convolutions for positions; only 1 is supported."""
 
     pos_conv_kernel_size: int = 128
     """The kernel size of that convolution, in frames."""
 
     num_pos_conv_groups: int = 16
-    """The number of its groups."""
+    """The number of groups of that convolution."""
 
     use_conformer: bool = False
-    """Whether the layers are Conformer blocks; not supported."""
+    """True if the layers are Conformer blocks, which are not supported."""
 
     num_encoder_layers: int = 12
     """The number of layers."""
@@ -95,41 +95,42 @@ class Wav2Vec2EncoderConfig:
     """The dropout probability inside the feed-forward networks."""
 
     layer_drop_p: float = 0.05
-    """The probability with which a layer is left out in training."""
+    """The probability that a layer is skipped in training."""
 
     norm_order: Literal["POST", "PRE"] = "POST"
-    """Whether a layer normalises what its blocks read, or their outputs with their residuals."""
+    """The position of normalizations: before each block, or after its residual is added."""
 
     depthwise_conv_kernel_size: int = 0
     """The kernel size of the convolutions of Conformer blocks."""
 
     feature_projection: bool | None = None
-    """Whether frames are projected to the width of the model; ``None`` means where these differ."""
+    """True if frames are projected to the width of the model; ``None`` means if the widths differ."""
 
     norm_eps: float = 1e-5
-    """What is added to the variance before its root is taken."""
+    """The number that is added to the variance before taking its root."""
 
     init_std: float = 0.02
-    """The standard deviation of random weights inside the layers."""
+    """The standard deviation of the initial weights inside the layers."""
 
 
 def encoder_spec(config: Wav2Vec2EncoderConfig, *, masked: bool) -> SpeechSpec:
-    """The switches of the encoder.
+    """Return the options of the encoder.
 
-    :param masked: whether the model has an embedding to put in place of masked frames.
+    :param masked: whether the model has an embedding for masked frames.
 
-    :raises NotSupportedError: Conformer blocks, other than convolutional positions, or filter banks that are left out.
-    :raises ValueError: sizes that make no encoder.
+    :raises NotSupportedError: the configuration has Conformer blocks, positions that are not convolutional, or sampled
+        filter banks.
+    :raises ValueError: the sizes are not valid.
     """
     for name, supported in (("use_conformer", False), ("pos_encoder_type", "conv"), ("pos_encoder_depth", 1)):
         if getattr(config, name) != supported:
             raise NotSupportedError(
-                f"The wav2vec 2.0 families support no other `{name}` than {supported!r}, but the configuration says "
+                f"The wav2vec 2.0 families support only a `{name}` of {supported!r}, but the configuration has "
                 f"{getattr(config, name)!r}."
             )
     if config.use_fbank and config.sample_fbank_every_k > 1:
         raise NotSupportedError(
-            "The wav2vec 2.0 families leave no filter banks out, but the configuration's `sample_fbank_every_k` is "
+            "The wav2vec 2.0 families use all filter banks, but the configuration's `sample_fbank_every_k` is "
             f"{config.sample_fbank_every_k}."
         )
     if config.use_fbank and min(config.num_fbank_channels, config.fbank_stride) < 1:
@@ -174,7 +175,7 @@ _LAYER = "encoder.layers.{n}"
 _FAIRSEQ = {
     "mask_emb": "masked_spec_embed",
     f"{_CONV}.0.{{p*}}": f"{_CONV}.conv.{{p}}",
-    f"{_CONV}.2.1.{{p*}}": f"{_CONV}.layer_norm.{{p}}",  # a layer normalisation stands between two transpositions
+    f"{_CONV}.2.1.{{p*}}": f"{_CONV}.layer_norm.{{p}}",  # a layer normalization between two transpositions
     f"{_CONV}.2.{{p*}}": f"{_CONV}.layer_norm.{{p}}",
     "layer_norm.{p*}": "feature_projection.layer_norm.{p}",
     "post_extract_proj.{p*}": "feature_projection.projection.{p}",
@@ -188,7 +189,7 @@ _FAIRSEQ = {
     f"{_LAYER}.fc2.{{p*}}": f"{_LAYER}.feed_forward.output_dense.{{p}}",
     f"{_LAYER}.final_layer_norm.{{p*}}": f"{_LAYER}.final_layer_norm.{{p}}",
 }
-"""Names of fairseq's checkpoints → those here, without the names of what is around the encoder."""
+"""The names in fairseq's checkpoints → those in lading, relative to the encoder."""
 
 _FRONTEND = "encoder_frontend"
 _FAIRSEQ2 = {
@@ -206,16 +207,16 @@ _FAIRSEQ2 = {
     f"{_LAYER}.ffn.output_proj.{{p*}}": f"{_LAYER}.feed_forward.output_dense.{{p}}",
     f"{_LAYER}.ffn_layer_norm.{{p*}}": f"{_LAYER}.final_layer_norm.{{p}}",
 }
-"""Names of fairseq2's checkpoints, where they are not fairseq's."""
+"""The names in fairseq2's checkpoints that differ from fairseq's → those in lading."""
 
 
 def encoder_rules(config: Wav2Vec2EncoderConfig, *, masked: bool, fairseq_prefix: str = "") -> list[Rule]:
-    """Rules for the encoder in checkpoints of fairseq, fairseq2 and older ones of Hugging Face.
+    """Return the rules for the encoder in checkpoints of fairseq, fairseq2 and old ones of Hugging Face.
 
-    :param masked: whether the model has an embedding to put in place of masked frames.
-    :param fairseq_prefix: what stands before the encoder's names in fairseq's checkpoints.
+    :param masked: whether the model has an embedding for masked frames.
+    :param fairseq_prefix: the prefix of the encoder's names in fairseq's checkpoints.
     """
-    # The same normalisation, which fairseq2 counts to the frontend where the layers have theirs last.
+    # In post-norm models, fairseq2 puts the same normalization into the frontend.
     frontend_norm = "input_layer_norm" if config.norm_order == "PRE" else "layer_norm"
 
     rules = {
@@ -263,13 +264,13 @@ def encoder_to_hf(config: Wav2Vec2EncoderConfig) -> dict[str, object]:
 
 
 TRAINING_ONLY = ("feature_grad_scale", "masked")
-"""Switches of the encoder for which ``config.json`` has no words, and which change nothing but training."""
+"""The options of the encoder that ``config.json`` cannot express, and that affect only training."""
 
 
 def encoder_from_hf(keys: ConfigReader) -> Wav2Vec2EncoderConfig:
     """The encoder that a ``config.json`` describes.
 
-    :raises NotSupportedError: quantised weights, adapters, or other activations.
+    :raises NotSupportedError: the file has quantized weights, adapters, or other activations.
     """
     keys.refuse_quantised()
     keys.require("add_adapter", False)

@@ -1,4 +1,4 @@
-"""The masks that the wav2vec 2.0 families draw: their part of a configuration, and its keys in ``config.json``."""
+"""The masking of the wav2vec 2.0 families: its part of a configuration, and its keys in ``config.json``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lading.families.nn.masking import Masking
 
 @dataclass(kw_only=True)
 class MaskingFields:
-    """The fields that say how much is masked; the defaults are those of pre-training."""
+    """The configuration of masking; the defaults are those of pre-training."""
 
     temporal_mask_span_len: int = 10
     """The length of a masked span, in frames."""
@@ -20,7 +20,7 @@ class MaskingFields:
     """The share of frames that masked spans would cover if none overlapped."""
 
     min_num_temporal_mask_spans: int = 2
-    """The least number of masked spans in a sequence."""
+    """The minimum number of masked spans in a sequence."""
 
     spatial_mask_span_len: int = 10
     """The length of a masked span, in features."""
@@ -29,13 +29,13 @@ class MaskingFields:
     """The share of features that masked spans would cover if none overlapped."""
 
     min_num_spatial_mask_spans: int = 2
-    """The least number of masked spans over features."""
+    """The minimum number of masked spans over features."""
 
 
 def masking_of(config: MaskingFields) -> Masking:
-    """What a configuration has masked.
+    """Return the masking of a configuration.
 
-    :raises ValueError: shares that are none, or spans without length.
+    :raises ValueError: a share is outside [0, 1], or a span is empty.
     """
     return Masking(
         temporal_span_len=config.temporal_mask_span_len,
