@@ -20,7 +20,7 @@ from lading.families import bert, llama, mistral, qwen
 from lading.formats.manifest import BITS, Manifest
 from lading.formats.manifest import Shard as File
 from lading.gangs import simulate_gangs
-from lading.models.construct import build_on_meta, settle_dtypes, split
+from lading.models.construct import build_on_meta, resolve_dtypes, split
 from lading.models.family import Family
 from lading.models.targets import targets_of
 from lading.operations import forecast as forecasting
@@ -94,7 +94,7 @@ def by_itself(
             target_shapes=targets.shapes,
         )
         boxes = [targets.boxes[i] for i in routed.targets]
-        dtypes = settle_dtypes(targets, routed, manifest, sdp=gangs.sdp.size)
+        dtypes = resolve_dtypes(targets, routed, manifest, sdp=gangs.sdp.size)
         planned = plan(manifest, Wanted(tensors=routed.tensors, boxes=boxes, dtypes=dtypes, composed=routed.composed))
         memory: Counter[str] = Counter()
         for box, own in zip(boxes, dtypes, strict=True):

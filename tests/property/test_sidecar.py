@@ -23,7 +23,7 @@ from lading.formats.digests import default_dims
 from lading.formats.digests import joined as digests_joined
 from lading.formats.manifest import BITS, Manifest, Shard
 from lading.gangs import simulate_gangs
-from lading.models.construct import build_on_meta, settle_dtypes, split
+from lading.models.construct import build_on_meta, resolve_dtypes, split
 from lading.models.family import Family
 from lading.models.targets import targets_of
 from lading.operations.plan import plan_checkpoint
@@ -197,7 +197,7 @@ def test_every_rank_reads_what_was_told(name: str, data: st.DataObject) -> None:
         wanted = Wanted(
             tensors=routed.tensors,
             boxes=[targets.boxes[i] for i in routed.targets],
-            dtypes=settle_dtypes(targets, routed, manifest, sdp=gangs.sdp.size),
+            dtypes=resolve_dtypes(targets, routed, manifest, sdp=gangs.sdp.size),
             composed=routed.composed,
         )
         planned = plan(*substituted(manifest, wanted, sidecar))

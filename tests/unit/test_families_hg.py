@@ -239,7 +239,7 @@ sys.modules["transformers"] = None
 from pathlib import Path
 from lading.errors import NotSupportedError
 from lading.models.family import family_of_model_type
-from lading.formats.config_json import family_of_folder
+from lading.models.resolve import family_of_folder
 assert family_of_model_type("qwen3").name == "qwen"
 try:
     family_of_folder(Path({str(tmp_path)!r}))

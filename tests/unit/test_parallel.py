@@ -19,7 +19,7 @@ from lading.errors import InternalError, ModelCheckpointMismatchError, NotSuppor
 from lading.families import bert, gemma3, llama, mistral, olmo, qwen
 from lading.formats.manifest import Manifest, Shard
 from lading.gangs import Gang, create_fake_gangs, simulate_gangs
-from lading.models.construct import assign, build_on_meta, create_model, settle_dtypes
+from lading.models.construct import assign, build_on_meta, create_model, resolve_dtypes
 from lading.models.family import Family
 from lading.models.hub import ModelHub, load_model, load_with_report
 from lading.models.parallel_plan import ParallelPlan, Split, matches
@@ -362,7 +362,7 @@ def settle(sdp: int, parameters: str = "abd") -> list[str]:
     )
     routed = Route(targets=array("I", range(4)), tensors=array("I", range(4)))
     with simulate_gangs(rank=0, sdp=sdp) as gangs:
-        return settle_dtypes(targets, routed, manifest, sdp=gangs.sdp.size)
+        return resolve_dtypes(targets, routed, manifest, sdp=gangs.sdp.size)
 
 
 def test_parameters_that_are_sharded_are_of_one_dtype(caplog: pytest.LogCaptureFixture) -> None:

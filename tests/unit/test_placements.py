@@ -18,7 +18,7 @@ from torch.nn import Module, Parameter
 
 from lading.errors import NotSupportedError
 from lading.gangs import simulate_gangs
-from lading.models.placements import BoxCache, Parts, boxes_for_all_ranks, placements_on
+from lading.models.placements import BoxCache, DTensorFactory, boxes_for_all_ranks, placements_on
 from lading.planning.box import Box
 
 
@@ -137,7 +137,7 @@ def test_a_part_in_the_place_of_a_parameter_is_what_torch_makes_of_it(requires_g
     own = Parameter(distribute_tensor(torch.empty(6, 4, device="meta"), mesh["tp"], [Shard(0)]), requires_grad)
     local = torch.randn(3, 4)
 
-    made = Parts().placed_as(local, own)
+    made = DTensorFactory().placed_as(local, own)
     expected = Parameter(DTensor.from_local(local, mesh["tp"], [Shard(0)], run_check=False), requires_grad)
     assert isinstance(made, Parameter)
     assert type(made) is type(expected)
@@ -153,7 +153,9 @@ def test_a_part_in_the_place_of_a_parameter_is_what_torch_makes_of_it(requires_g
     module.weight = made
     assert dict(module.named_parameters()) == {"weight": made}
 
-    buffer = Parts().placed_as(local, distribute_tensor(torch.empty(6, 4, device="meta"), mesh["tp"], [Shard(0)]))
+    buffer = DTensorFactory().placed_as(
+        local, distribute_tensor(torch.empty(6, 4, device="meta"), mesh["tp"], [Shard(0)])
+    )
     assert not isinstance(buffer, Parameter)
 
 
@@ -165,7 +167,7 @@ def test_a_part_without_memory_is_as_torch_makes_it(rank: int, placement: Placem
         assert gangs.tp.mesh is not None
         whole = Parameter(torch.empty(shape, device="meta", dtype=torch.bfloat16))
 
-        part = Parts().on_meta(whole, gangs.tp.mesh, placement)
+        part = DTensorFactory().on_meta(whole, gangs.tp.mesh, placement)
         expected = distribute_tensor(whole, gangs.tp.mesh, [placement])
         assert isinstance(part, Parameter)
         assert isinstance(part, DTensor)
@@ -178,7 +180,7 @@ def test_a_part_without_memory_is_as_torch_makes_it(rank: int, placement: Placem
 
 
 def test_parts_of_equal_meshes_stay_on_their_own_mesh() -> None:
-    parts = Parts()
+    parts = DTensorFactory()
     for _ in range(2):
         with simulate_gangs(0, tp=2) as gangs:
             assert gangs.tp.mesh is not None
@@ -188,7 +190,7 @@ def test_parts_of_equal_meshes_stay_on_their_own_mesh() -> None:
 
 
 def test_parts_of_other_shapes_and_dtypes_are_told_apart() -> None:
-    parts = Parts()
+    parts = DTensorFactory()
     mesh = simulate_gangs(1, tp=2).mesh
     assert mesh is not None
     for shape, dtype in itertools.product([(6, 4), (4, 6)], [torch.float32, torch.bfloat16]):

@@ -18,14 +18,14 @@ from lading.errors import InternalError, ModelConfigError, NotSupportedError
 from lading.formats.manifest import Manifest
 from lading.gangs import Gangs
 from lading.models.family import Family
-from lading.models.pipeline import apart_modules, own_names
+from lading.models.pipeline import modules_of_other_dtype, parameter_names
 from lading.models.targets import Targets, is_distributed, targets_of
 from lading.planning.box import Box
 from lading.planning.rules import Route
 from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES
 
 if TYPE_CHECKING:
-    from lading.models.placements import Parts
+    from lading.models.placements import DTensorFactory
 
 log = logging.getLogger("lading")
 
@@ -47,7 +47,7 @@ def build_on_meta(family: Family[Any, Any], config: Any) -> Module:
 
     :raises ModelConfigError: the values of ``config`` are inconsistent (also a ``ValueError``).
     """
-    with _default_dtype(torch.float32), no_collection(), torch.device("meta"):
+    with _default_dtype(torch.float32), gc_disabled(), torch.device("meta"):
         try:
             built = family.build(config)
         except ValueError as error:
@@ -64,7 +64,7 @@ def build_on_meta(family: Family[Any, Any], config: Any) -> Module:
 
 
 @contextmanager
-def no_collection() -> Iterator[None]:
+def gc_disabled() -> Iterator[None]:
     """Disable the garbage collector inside the block."""
     # Thousands of new objects trigger a collection of everything that torch imported, which takes ten builds' time.
     enabled = gc.isenabled()
@@ -175,13 +175,13 @@ def _seed(device: torch.device, seed: int, name: str) -> None:
 
 
 def parallelize(
-    module: Module, family: Family[Any, Any], config: Any, gangs: Gangs, apart: Collection[str] = ()
+    module: Module, family: Family[Any, Any], config: Any, gangs: Gangs, other_dtype_names: Collection[str] = ()
 ) -> None:
     """Split ``module``, which is on the meta device, over ``gangs`` by the plan of the family.
 
     It imports :mod:`lading.models.parallelize` only if there is more than one rank.
 
-    :param apart: the names of tensors with another dtype than the model.
+    :param other_dtype_names: the names of tensors with another dtype than the model.
 
     :raises NotSupportedError: ``gangs.tp`` does not divide a size of the configuration, or ``gangs.pp`` has more ranks
         than the model has layers.
@@ -189,7 +189,7 @@ def parallelize(
     if gangs.root.size > 1:
         from lading.models.parallelize import parallelize
 
-        parallelize(module, family, config, gangs, apart)
+        parallelize(module, family, config, gangs, other_dtype_names)
 
 
 def other_dtypes(
@@ -206,7 +206,7 @@ def other_dtypes(
     if sdp == 1 or family.parallel_plan(config).units is None:
         return others
 
-    held = {name for part in apart_modules(module, others) for name in own_names(module, part)}
+    held = {name for part in modules_of_other_dtype(module, others) for name in parameter_names(module, part)}
     cast = others.keys() & dict(module.named_parameters(remove_duplicate=False)).keys() - held
     if cast:
         log.warning(
@@ -228,10 +228,10 @@ def split(module: Module, family: Family[Any, Any], config: Any, gangs: Gangs, *
     parallelize(module, family, config, gangs, others)
     own = targets_of(module, dtype=dtype, others=others)
 
-    return own if whole is None else whole.held_by(own)
+    return own if whole is None else whole.on_stage(own)
 
 
-def settle_dtypes(targets: Targets, routed: Route, manifest: Manifest, *, sdp: int) -> list[str]:
+def resolve_dtypes(targets: Targets, routed: Route, manifest: Manifest, *, sdp: int) -> list[str]:
     """Return the dtype in memory of each routed tensor: the requested dtype, or the one in the checkpoint.
 
     Parameters that are gathered together must have one dtype: if ``sdp`` ranks shard them, all parameters without a
@@ -296,7 +296,7 @@ def assign(module: Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, 
 
     :returns: the bytes that were copied: FSDP pads a part that is smaller than that of the first rank.
     """
-    parts: Parts | None = None
+    parts: DTensorFactory | None = None
     state: dict[str, Tensor] = {}
     for name, own in module.state_dict(keep_vars=True).items():
         first = aliases.get(name, name)
@@ -308,9 +308,9 @@ def assign(module: Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, 
         tensor = tensors[first]
         if is_distributed(own):
             if parts is None:
-                from lading.models.placements import Parts  # this import takes half a second
+                from lading.models.placements import DTensorFactory  # this import takes half a second
 
-                parts = Parts()
+                parts = DTensorFactory()
             state[name] = parts.placed_as(tensor, own)
         else:
             state[name] = Parameter(tensor, own.requires_grad) if isinstance(own, Parameter) else tensor

@@ -29,7 +29,7 @@ from lading.errors import (
 )
 from lading.gangs import Gangs, create_fake_gangs
 from lading.gangs.compare import digest
-from lading.models.construct import check_config_type, create_model, no_collection
+from lading.models.construct import check_config_type, create_model, gc_disabled
 from lading.models.device import require_usable
 from lading.models.family import Family, get_family
 from lading.models.loader import LoadOptions, agreed, load_card, load_path
@@ -374,7 +374,7 @@ def _load(
     options: LoadOptions,
     config: Any,
 ) -> tuple[Module, LoadReport]:
-    with no_collection():  # it would go through all that torch has imported, which takes as long as to read a gigabyte
+    with gc_disabled():  # it would go through all that torch has imported, which takes as long as to read a gigabyte
         return agreed(options.gangs, lambda: _load_any(card, family, store, options, config))
 
 

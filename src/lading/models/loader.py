@@ -37,7 +37,7 @@ from lading.models.construct import (
     dtypes_of_drawn,
     init_missing,
     reset_buffers,
-    settle_dtypes,
+    resolve_dtypes,
     split,
 )
 from lading.models.family import Family
@@ -46,7 +46,7 @@ from lading.models.report import Clock, LoadReport
 from lading.models.resolve import model_dtype, resolve_model
 from lading.models.targets import Targets
 from lading.models.tensors import read_tensors
-from lading.models.ties import are_same, different_copies, tied_but_different
+from lading.models.ties import are_same, different_copies, tied_mismatch_error
 from lading.planning.composition import Source, tensors_of
 from lading.planning.plan import Plan, Wanted, plan
 from lading.planning.rules import Route
@@ -198,7 +198,7 @@ def _load(
         wanted = Wanted(
             tensors=routed.tensors,
             boxes=[targets.boxes[i] for i in order],
-            dtypes=settle_dtypes(targets, routed, manifest, sdp=gangs.sdp.size),
+            dtypes=resolve_dtypes(targets, routed, manifest, sdp=gangs.sdp.size),
             composed=routed.composed,
         )
         checkpoint = agree_on_sidecar(checkpoint, gangs.root)
@@ -276,7 +276,7 @@ def _check_tied(
         mine = loaded[name]
         (other,) = read_tensors(checkpoint, [source], [DTYPE_NAMES[mine.dtype]], boxes=[targets.boxes[target]])
         if not are_same(mine.cpu(), other):
-            raise tied_but_different(checkpoint, config, copy, name)
+            raise tied_mismatch_error(checkpoint, config, copy, name)
 
 
 def _sources(routed: Route, targets: Targets) -> list[Source]:

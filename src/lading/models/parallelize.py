@@ -23,7 +23,7 @@ from lading.errors import InternalError
 from lading.gangs import Gang, Gangs
 from lading.models.family import Family
 from lading.models.parallel_plan import ParallelPlan, Split, matches
-from lading.models.pipeline import apart_modules, crosses, cut, tied_names
+from lading.models.pipeline import cut_to_stage, is_tied_outside, modules_of_other_dtype, tied_names
 from lading.models.tensor_parallel import SharedHeads, SplitStyle
 
 log = logging.getLogger("lading")
@@ -46,15 +46,15 @@ _UNIT_SPLITS = (Split.LOGITS, Split.HEADS, Split.REPLICATED)
 
 
 def parallelize(
-    module: Module, family: Family[Any, Any], config: Any, gangs: Gangs, apart: Collection[str] = ()
+    module: Module, family: Family[Any, Any], config: Any, gangs: Gangs, other_dtype_names: Collection[str] = ()
 ) -> None:
     """Split ``module``, which is on the meta device, over ``gangs`` by the plan of the family.
 
     Modules of other stages of ``gangs.pp`` become ``None``. Parameters that are split become ``DTensor``s. A tied
     parameter stays one object under all of its names on this rank.
 
-    :param apart: the names of tensors with another dtype than the model. Modules of such parameters are gathered
-        separately, because FSDP gathers only parameters of one dtype together.
+    :param other_dtype_names: the names of tensors with another dtype than the model. Modules of such parameters are
+        gathered separately, because FSDP gathers only parameters of one dtype together.
 
     :raises NotSupportedError: ``gangs.tp`` does not divide a size of the configuration, or ``gangs.pp`` has more ranks
         than the model has layers.
@@ -69,7 +69,7 @@ def parallelize(
             _log_ignored(family.name, axis)
 
     if gangs.pp.size > 1 and plan.stages is not None:
-        cut(module, plan.stages, gangs.pp, family=family.name)
+        cut_to_stage(module, plan.stages, gangs.pp, family=family.name)
 
     if gangs.tp.size > 1 and plan.tensor is not None:
         plan.check(gangs.tp.size)
@@ -80,8 +80,8 @@ def parallelize(
         units = {name: unit for pattern in plan.units for name, unit in _modules(module, pattern).items()}
         ties = tied_names(module)
         # FSDP would untie a parameter of a unit from its further names outside of the unit.
-        units = {name: unit for name, unit in units.items() if not crosses(name, ties)}
-        units |= {name: module.get_submodule(name) for name in apart_modules(module, apart)}
+        units = {name: unit for name, unit in units.items() if not is_tied_outside(name, ties)}
+        units |= {name: module.get_submodule(name) for name in modules_of_other_dtype(module, other_dtype_names)}
         # Units of both kinds may be nested: FSDP needs the inner ones first.
         for name in sorted(units, key=lambda name: name.count("."), reverse=True):
             fully_shard(units[name], mesh=mesh)

@@ -17,7 +17,7 @@ from lading.models.parallel_plan import Stages
 log = logging.getLogger("lading")
 
 
-def cut(module: Module, stages: Stages, pp: Gang, *, family: str) -> None:
+def cut_to_stage(module: Module, stages: Stages, pp: Gang, *, family: str) -> None:
     """Remove the modules of other stages than this rank's from ``module``.
 
     A parameter that is tied across stages becomes a separate copy in each of them.
@@ -44,7 +44,7 @@ def cut(module: Module, stages: Stages, pp: Gang, *, family: str) -> None:
 
 
 def holders(stages: Stages, names: Sequence[str], aliases: Mapping[str, str], pp: int) -> list[frozenset[int] | None]:
-    """Return the stages, of ``pp``, that hold each tensor after :func:`cut`; ``None`` means all of them.
+    """Return the stages, of ``pp``, that hold each tensor after :func:`cut_to_stage`; ``None`` means all of them.
 
     :param names: the names of the tensors in the state dict; for a tied one, the first.
     :param aliases: their further names → the first.
@@ -73,10 +73,10 @@ def _stage_of(name: str, places: Mapping[str, int]) -> int | None:
     return None
 
 
-def apart_modules(module: Module, apart: Collection[str]) -> list[str]:
-    """Return the names of the largest modules in ``module`` with only parameters in ``apart``, none tied to others.
+def modules_of_other_dtype(module: Module, other_dtype_names: Collection[str]) -> list[str]:
+    """Return the names of the largest modules in ``module`` with only the given parameters, none tied to others.
 
-    :param apart: the names of parameters.
+    :param other_dtype_names: the names of parameters.
     """
     found: list[str] = []
     ties = tied_names(module)
@@ -84,19 +84,19 @@ def apart_modules(module: Module, apart: Collection[str]) -> list[str]:
         if isinstance(part, ModuleList | ModuleDict):
             continue  # never called, so that FSDP cannot gather it
         if name and not any(name.startswith(f"{outer}.") for outer in found[-1:]):
-            own = own_names(module, name)
-            if own and all(each in apart for each in own) and not crosses(name, ties):
+            own = parameter_names(module, name)
+            if own and all(each in other_dtype_names for each in own) and not is_tied_outside(name, ties):
                 found.append(name)
 
     return found
 
 
-def own_names(module: Module, part: str) -> list[str]:
+def parameter_names(module: Module, part: str) -> list[str]:
     """Return the full names of the parameters of the submodule ``part``."""
     return [f"{part}.{name}" for name, _ in module.get_submodule(part).named_parameters(remove_duplicate=False)]
 
 
-def crosses(part: str, ties: Iterable[Sequence[str]]) -> bool:
+def is_tied_outside(part: str, ties: Iterable[Sequence[str]]) -> bool:
     """Return whether a tied parameter has names both inside and outside of the submodule ``part``.
 
     :param ties: the result of :func:`tied_names`.

@@ -72,7 +72,7 @@ def placements_on(tensor: Tensor, axes: Sequence[str]) -> tuple[Placement, ...]:
     return tuple(own.get(axis, Replicate()) for axis in axes)
 
 
-class Parts:
+class DTensorFactory:
     """A factory of distributed tensors from the parts that this rank holds.
 
     ``DTensor.from_local`` creates the same tensors, but with a new spec for each, and through autograd. Models have

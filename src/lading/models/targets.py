@@ -34,7 +34,7 @@ class Targets:
     aliases: Mapping[str, str]
     """The further names of tied tensors → the first."""
 
-    def held_by(self, stage: Targets) -> Targets:
+    def on_stage(self, stage: Targets) -> Targets:
         """Return the targets as a pipeline stage owns them, with an empty box for each tensor that it lacks.
 
         A scalar has no empty box. One that the stage lacks is read with the others, and dropped.

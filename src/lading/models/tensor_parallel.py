@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn import Module
 
 from lading.errors import InternalError
-from lading.models.placements import Parts
+from lading.models.placements import DTensorFactory
 
 
 class SplitStyle(ParallelStyle):
@@ -38,7 +38,7 @@ class SplitStyle(ParallelStyle):
         self._enter = enter
         self._leave = leave
         self._as_view = as_view
-        self._parts = Parts()
+        self._parts = DTensorFactory()
 
     def _apply(self, module: Module, device_mesh: DeviceMesh) -> Module:
         for owner in module.modules():

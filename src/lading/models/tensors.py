@@ -20,7 +20,7 @@ from lading.models.targets import targets_of
 from lading.planning.box import Box
 from lading.planning.composition import Source, shape_of, tensors_of
 from lading.planning.plan import Wanted, plan
-from lading.planning.rules import Rule, makes_parts, rename, route
+from lading.planning.rules import Rule, needs_composition, rename, route
 from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.execute import execute
 from lading.transfer.hashing import Hasher
@@ -134,7 +134,7 @@ def iter_tensors(
     manifest = checkpoint.manifest
     rules = family.rules_for(config, manifest.names)
     owned = _owned(family, config, gangs)
-    if makes_parts(manifest.names, rules):
+    if needs_composition(manifest.names, rules):
         sources = _made(checkpoint, family, config, rules)
     else:
         sources = [(name, i) for i, name in enumerate(rename(manifest.names, rules)) if name is not None]

@@ -52,7 +52,7 @@ def are_same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
-def tied_but_different(checkpoint: Checkpoint, config: Any, copy: str, name: str) -> ModelCheckpointMismatchError:
+def tied_mismatch_error(checkpoint: Checkpoint, config: Any, copy: str, name: str) -> ModelCheckpointMismatchError:
     """Create the error for a copy that differs from the parameter it is tied to."""
     untied = hasattr(config, "tied_embeddings")
 

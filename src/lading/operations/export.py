@@ -29,13 +29,13 @@ from lading.errors import NotSupportedError
 from lading.formats.config_json import CONFIG_NAME
 from lading.formats.safetensors_writer import Entry, Writer, write_index
 from lading.gangs import Gang, Gangs, create_fake_gangs
-from lading.models.construct import build_on_meta, check_config_type, other_dtypes, settle_dtypes
+from lading.models.construct import build_on_meta, check_config_type, other_dtypes, resolve_dtypes
 from lading.models.family import Family, get_family
 from lading.models.fit import block_dims, match, name_of, report_fit, require_fit
 from lading.models.resolve import arch_config, model_dtype, resolve_model
 from lading.models.targets import Targets, is_distributed, targets_of
 from lading.models.tensors import DigestCollector, read_tensors
-from lading.models.ties import are_same, different_copies, tied_but_different
+from lading.models.ties import are_same, different_copies, tied_mismatch_error
 from lading.operations.atomic_folder import new_folder, require_empty
 from lading.operations.export_layout import (
     batches,
@@ -159,7 +159,7 @@ def convert_checkpoint(
         targets = targets_of(module, dtype=asked, others=others)
         routed = match(manifest, targets, family, config)
 
-    dtypes = settle_dtypes(targets, routed, manifest, sdp=1)
+    dtypes = resolve_dtypes(targets, routed, manifest, sdp=1)
     entries = [
         Entry(name=targets.names[i], dtype=d, shape=targets.shapes[i])
         for i, d in zip(routed.targets, dtypes, strict=True)
@@ -305,7 +305,7 @@ def _check_tied(checkpoint: Checkpoint, config: Any, targets: Targets, routed: R
         own: Source = routed.composed.get(i, routed.tensors[i])
         ours, other = read_tensors(checkpoint, [own, source], [manifest.dtypes[routed.tensors[i]]] * 2)
         if not are_same(ours, other):
-            raise tied_but_different(checkpoint, config, name_of(source, manifest), name)
+            raise tied_mismatch_error(checkpoint, config, name_of(source, manifest), name)
 
 
 def _copy(

@@ -17,7 +17,7 @@ from lading.checkpoints.checkpoint import Checkpoint
 from lading.checkpoints.sidecar import Sidecar, joined, position_of
 from lading.checkpoints.sidecar_lookup import with_sidecar
 from lading.formats.manifest import Manifest
-from lading.models.construct import build_on_meta, check_config_type, no_collection, other_dtypes, settle_dtypes
+from lading.models.construct import build_on_meta, check_config_type, gc_disabled, other_dtypes, resolve_dtypes
 from lading.models.family import Family
 from lading.models.fit import match, report_fit, require_fit
 from lading.models.parallelize import placements
@@ -121,7 +121,7 @@ def plan_checkpoint(
     manifest = checkpoint.manifest
     sdp, tp = sizes["sdp"], sizes["tp"]
 
-    with no_collection():
+    with gc_disabled():
         module = build_on_meta(family, config)
         others = other_dtypes(module, family, config, dtype, sdp=sdp)
         targets = targets_of(module, dtype=dtype, others=others)
@@ -138,7 +138,7 @@ def plan_checkpoint(
         columns = _Columns(
             tensors=routed.tensors,
             shapes=[targets.shapes[i] for i in routed.targets],
-            dtypes=settle_dtypes(targets, routed, manifest, sdp=sdp),
+            dtypes=resolve_dtypes(targets, routed, manifest, sdp=sdp),
             placed=[placed[i] for i in routed.targets],
             held=[held[i] for i in routed.targets],
         )

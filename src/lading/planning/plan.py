@@ -214,7 +214,7 @@ def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
     )
 
 
-def plan_pass(manifest: Manifest) -> tuple[Plan, Wanted]:
+def plan_full_read(manifest: Manifest) -> tuple[Plan, Wanted]:
     """Plan one pass over a checkpoint, which reads each tensor once, complete and without a cast."""
     reads = _Reads()
     places = array("q")

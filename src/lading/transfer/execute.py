@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lading.formats.digests import Digests, default_dims
 from lading.formats.manifest import BITS, Manifest
-from lading.planning.plan import ARENA, Plan, plan_pass
+from lading.planning.plan import ARENA, Plan, plan_full_read
 from lading.system.progress import byte_bar
 from lading.system.threads import Worker
 from lading.transfer.files import OpenShard, ShardFile, open_shard
@@ -99,7 +99,7 @@ def hash_checkpoint(
     :raises OSError: a file cannot be read.
     :raises ValueError: a tensor has no such dim.
     """
-    plan, wanted = plan_pass(manifest)
+    plan, wanted = plan_full_read(manifest)
     hasher = Hasher(manifest, default_dims(manifest) if dims is None else dims, plan, wanted)
     arena = NoArena()
 
