@@ -8,7 +8,7 @@ import torch
 
 from lading.errors import InternalError, ModelCheckpointMismatchError, NotSupportedError
 from lading.families import llama, mistral, qwen
-from lading.families.config_json import DECODER_RULES, ConfigReader, decoder_keys
+from lading.families.config_json import DECODER_RULES, ConfigReader
 from lading.families.llama import LLaMAConfig, LLaMARoPEScaleConfig
 from lading.families.mistral import MistralConfig
 from lading.families.nn.decoder_spec import DecoderSpec
@@ -558,6 +558,6 @@ def test_a_key_that_the_family_does_not_honor_is_refused(
 
 
 def test_a_family_reads_no_key_that_is_not_in_its_table() -> None:
-    reader = ConfigReader({}, "llama", table=decoder_keys())
+    reader = ConfigReader({}, "mistral", table=mistral.CONFIG_JSON)
     with pytest.raises(InternalError, match="'attention_bias'"):
         reader.flag("attention_bias", False)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict
@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from lading.cards.config import STRICT
 from lading.errors import NotSupportedError
-from lading.families.config_json import HEAD, ConfigReader, describing, encoder_keys
+from lading.families.config_json import CHANGES_EACH_MODEL, HEAD, ConfigReader, ConfigTable, Field
 from lading.families.nn.attention import AttentionMask
 from lading.families.nn.encoder import Encoder, EncoderEmbeddings, EncoderSpec, Pooler, encoder_plan, init_encoder
 from lading.models.family import Family
@@ -214,13 +214,39 @@ _ACTIVATIONS = {
 }
 
 
-_KEYS = encoder_keys(
-    """
-    hidden_size max_position_embeddings vocab_size type_vocab_size pad_token_id num_hidden_layers num_attention_heads
-    intermediate_size hidden_act layer_norm_eps hidden_dropout_prob attention_probs_dropout_prob initializer_range
-    quantization_config
-    """,
-    required={"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"},
+CONFIG_JSON = ConfigTable(
+    family="bert",
+    model_type="bert",
+    architecture="BertModel",
+    config_kls=BertConfig,
+    spec=_spec,
+    entries=(
+        Field("model_dim", "hidden_size", ConfigReader.count, 768),
+        Field("max_seq_len", "max_position_embeddings", ConfigReader.count, 512),
+        Field("vocab_size", "vocab_size", ConfigReader.count, 30_522),
+        Field("type_vocab_size", "type_vocab_size", ConfigReader.count, 2),
+        Field("pad_idx", "pad_token_id", ConfigReader.index, 0),
+        Field("num_layers", "num_hidden_layers", ConfigReader.layers, 12),
+        Field("num_attn_heads", "num_attention_heads", ConfigReader.count, 12),
+        Field("ffn_inner_dim", "intermediate_size", ConfigReader.count, 3072),
+        Field(
+            "ffn_activation",
+            "hidden_act",
+            lambda keys, key, default: keys.choice(key, default, _ACTIVATIONS),
+            "gelu",
+            write=lambda config: {"gelu": "gelu", "gelu_tanh": "gelu_new"}[config.ffn_activation],
+        ),
+        Field("norm_eps", "layer_norm_eps", ConfigReader.number, 1e-12),
+        Field("dropout_p", "hidden_dropout_prob", ConfigReader.number, 0.1),
+        Field("attn_dropout_p", "attention_probs_dropout_prob", ConfigReader.number, 0.1),
+        Field("init_std", "initializer_range", ConfigReader.number, 0.02),
+    ),
+    required={
+        **CHANGES_EACH_MODEL,
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "position_embedding_type": "absolute",
+    },
     ignored={
         "tie_word_embeddings": "only for the head of masked language modeling, which is not loaded",
         "is_causal": "only a decoder reads it",
@@ -233,30 +259,7 @@ _KEYS = encoder_keys(
         "pooler_type": "of the first release; transformers does not read it",
     },
 )
-
-
-def _from_hf(values: Mapping[str, object]) -> BertConfig:
-    """The file does not say how sentences are embedded: that is in files of sentence-transformers beside it."""
-    keys = ConfigReader(values, "bert", table=_KEYS)
-    keys.refuse_quantised()
-
-    config = BertConfig(
-        model_dim=keys.count("hidden_size", 768),
-        max_seq_len=keys.count("max_position_embeddings", 512),
-        vocab_size=keys.count("vocab_size", 30_522),
-        type_vocab_size=keys.count("type_vocab_size", 2),
-        pad_idx=keys.index("pad_token_id", 0),
-        num_layers=keys.layers("num_hidden_layers", 12),
-        num_attn_heads=keys.count("num_attention_heads", 12),
-        ffn_inner_dim=keys.count("intermediate_size", 3072),
-        ffn_activation=cast(Literal["gelu", "gelu_tanh"], keys.choice("hidden_act", "gelu", _ACTIVATIONS)),
-        norm_eps=keys.number("layer_norm_eps", 1e-12),
-        dropout_p=keys.number("hidden_dropout_prob", 0.1),
-        attn_dropout_p=keys.number("attention_probs_dropout_prob", 0.1),
-        init_std=keys.number("initializer_range", 0.02),
-    )
-
-    return keys.checked(config, _spec)
+"""The keys of ``config.json``, which does not say how sentences are embedded: files of sentence-transformers do."""
 
 
 def _explain(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
@@ -276,29 +279,6 @@ def _explain(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
     return None
 
 
-def _to_hf(config: BertConfig) -> Mapping[str, object]:
-    """How sentences are embedded is not among the values: files of sentence-transformers say it."""
-    values: dict[str, object] = {
-        "architectures": ["BertModel"],
-        "model_type": "bert",
-        "hidden_size": config.model_dim,
-        "max_position_embeddings": config.max_seq_len,
-        "vocab_size": config.vocab_size,
-        "type_vocab_size": config.type_vocab_size,
-        "pad_token_id": config.pad_idx,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_attn_heads,
-        "intermediate_size": config.ffn_inner_dim,
-        "hidden_act": {"gelu": "gelu", "gelu_tanh": "gelu_new"}[config.ffn_activation],
-        "layer_norm_eps": config.norm_eps,
-        "hidden_dropout_prob": config.dropout_p,
-        "attention_probs_dropout_prob": config.attn_dropout_p,
-        "initializer_range": config.init_std,
-    }
-
-    return describing(values, config, family="bert", from_hf=_from_hf, spec=_spec)
-
-
 FAMILY = Family(
     name="bert",
     kls=Bert,
@@ -308,8 +288,8 @@ FAMILY = Family(
     rules=_rules,
     parallel_plan=lambda config: encoder_plan(_spec(config)),
     hf_model_types=frozenset({"bert"}),
-    from_hf=_from_hf,
-    to_hf=_to_hf,
+    from_hf=CONFIG_JSON.read,
+    to_hf=CONFIG_JSON.write,
     explain=_explain,
 )
 

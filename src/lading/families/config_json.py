@@ -9,8 +9,8 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Final, Literal, NoReturn, TypeVar, cast, get_args
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import Any, Final, Generic, Literal, NoReturn, TypeVar, cast, get_args
 
 from lading.errors import InternalError, ModelCheckpointMismatchError, NotSupportedError
 from lading.families.nn.checks import MAX_LAYERS, MAX_SIZE, require_layers
@@ -58,25 +58,6 @@ DECODER_RULES: Final[Sequence[Rule]] = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeyTable:
-    """The treatment by a family of the keys of a ``config.json``: for each key one of these."""
-
-    honored: frozenset[str]
-    """Keys that the family reads."""
-    required: Mapping[str, object]
-    """Keys that change what transformers computes, with the only value that the family supports; it is also what holds
-    where the key is absent."""
-    ignored: Mapping[str, str]
-    """Keys that do not change what a model computes, and why."""
-
-    def unknown(self, values: Mapping[str, object]) -> list[str]:
-        """Return the keys of ``values`` that the family does not know and that are set to something."""
-        known = self.honored | self.required.keys() | self.ignored.keys() | IGNORED_KEYS.keys()
-
-        return sorted(key for key, value in values.items() if key not in known and value)
-
-
 def _for_reason(reason: str, keys: str) -> dict[str, str]:
     return dict.fromkeys(keys.split(), reason)
 
@@ -99,15 +80,17 @@ IGNORED_KEYS: Final[Mapping[str, str]] = {
 }
 """Keys that no family reads, and why."""
 
-_CHANGES_EACH_MODEL: Final[Mapping[str, object]] = {"per_layer_config": None, "attribute_map": None}
+CHANGES_EACH_MODEL: Final[Mapping[str, object]] = {"per_layer_config": None, "attribute_map": None}
+"""Keys that change what transformers computes, with the only value that a family supports."""
 
-_CHANGES_EACH_DECODER: Final[Mapping[str, object]] = {
-    **_CHANGES_EACH_MODEL,
+CHANGES_EACH_DECODER: Final[Mapping[str, object]] = {
+    **CHANGES_EACH_MODEL,
     "is_causal": True,
     "partial_rotary_factor": 1.0,
     "attention_chunk_size": None,
     "_rope_type_labels": None,
 }
+"""Such keys of decoders."""
 
 NO_WINDOWS: Final[Mapping[str, object]] = {"layer_types": None, "sliding_window": None}
 """Keys by which transformers shortens its cache in generation, whether or not layers of the type have a window."""
@@ -115,34 +98,8 @@ NO_WINDOWS: Final[Mapping[str, object]] = {"layer_types": None, "sliding_window"
 NO_SCALING: Final[Mapping[str, str]] = {"original_max_position_embeddings": "it is of a scaling, and none is supported"}
 """Keys that a family without scaled rotary frequencies ignores."""
 
-_DECODER_KEYS: Final = frozenset(
-    """
-    hidden_size max_position_embeddings vocab_size pad_token_id tie_word_embeddings num_hidden_layers
-    num_attention_heads num_key_value_heads intermediate_size rms_norm_eps rope_theta rope_scaling rope_parameters
-    quantization_config
-    """.split()
-)
-
-
-def decoder_keys(
-    honored: str = "", *, required: Mapping[str, object] | None = None, ignored: Mapping[str, str] | None = None
-) -> KeyTable:
-    """Return the keys of a decoder.
-
-    :param honored: names of keys that it reads, besides those that all decoders here read.
-    :param required: further keys, with the only value that it supports.
-    :param ignored: further keys that change nothing, and why.
-    """
-    return KeyTable(
-        honored=_DECODER_KEYS | set(honored.split()),
-        required={**_CHANGES_EACH_DECODER, **(required or {})},
-        ignored=ignored or {},
-    )
-
-
-def encoder_keys(honored: str, *, required: Mapping[str, object], ignored: Mapping[str, str]) -> KeyTable:
-    """Return the keys of an encoder; parameters as those of :func:`decoder_keys`."""
-    return KeyTable(honored=frozenset(honored.split()), required={**_CHANGES_EACH_MODEL, **required}, ignored=ignored)
+NO_TOKENS: Final[Mapping[str, object]] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+"""Keys that are left to the tokenizer, where a family does not state one."""
 
 
 class ConfigReader:
@@ -156,18 +113,20 @@ class ConfigReader:
     """
 
     def __init__(
-        self, values: Mapping[str, object], family: str, prefix: str = "", table: KeyTable | None = None
+        self, values: Mapping[str, object], family: str, prefix: str = "", table: ConfigTable[Any] | None = None
     ) -> None:
         self._values = values
         self._family = family
         self._prefix = prefix
-        self._table = table
+        self._known: Collection[str] | None = None
 
         if table is None:
             return
+        self._known = table.honored() | table.required.keys()
         for key, value in table.required.items():
             self.require(key, value)
-        if unknown := table.unknown(values):
+        known = self._known | table.ignored.keys() | IGNORED_KEYS.keys()
+        if unknown := sorted(key for key, value in values.items() if key not in known and value):
             log.warning(
                 "config.json: the %s family does not know %s, and loads as if it were not there.",
                 family,
@@ -175,8 +134,7 @@ class ConfigReader:
             )
 
     def _get(self, key: str, default: object = None) -> object:
-        table = self._table
-        if table is not None and key not in table.honored and key not in table.required:
+        if self._known is not None and key not in self._known:
             raise InternalError(f"the {self._family} family reads {key!r}, which is not in its table of keys")
 
         return self._values.get(key, default)
@@ -277,7 +235,7 @@ class ConfigReader:
 
         return value
 
-    def section(self, key: str, table: KeyTable | None = None) -> ConfigReader:
+    def section(self, key: str, table: ConfigTable[Any] | None = None) -> ConfigReader:
         """The keys of an object; of none where it is absent or null."""
         value = self._get(key)
         if value is None:
@@ -357,21 +315,6 @@ class ConfigReader:
             ) from None
 
         return config
-
-
-def read_decoder_config(values: Mapping[str, object], family: str, table: KeyTable) -> ConfigReader:
-    """Return a reader, after refusing what the family does not honor.
-
-    Dropout is not read: it is a matter of training, and published files say zero.
-
-    :raises NotSupportedError: quantised weights, another activation, or a key with a value that the family does not
-        support, such as attention that isn't causal.
-    """
-    reader = ConfigReader(values, family, table=table)
-    reader.refuse_quantised()
-    reader.choice("hidden_act", "silu", {"silu": "silu", "swish": "silu"})
-
-    return reader
 
 
 def read_rope(reader: ConfigReader, scaling_type: str | None = None) -> tuple[float, ConfigReader | None]:
@@ -475,7 +418,162 @@ def full_attn_layers(types: Sequence[LayerType], num_layers: int) -> frozenset[i
     return frozenset(i for i, kind in enumerate(types) if kind == "full_attention")
 
 
-# --- the way back ----------------------------------------------------------------------------------------------------
+# --- both directions --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A field of a configuration that one key of ``config.json`` states."""
+
+    name: str
+    key: str
+    read: Callable[[ConfigReader, str, Any], Any]
+    """The method of :class:`ConfigReader` that reads and checks the key."""
+    default: Any = None
+    """The value where the key is absent."""
+    _: KW_ONLY
+    null: str | None = None
+    """The earlier field whose value holds where the key is null."""
+    write: Callable[[Any], object] | None = None
+    """The value of the key for a configuration; ``None`` means that of the field."""
+    optional: bool = False
+    """Whether the key is left out where its value would be null."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The key alone."""
+        return (self.key,)
+
+    def to_fields(self, reader: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the field by its name; ``earlier`` are those of the entries before."""
+        value = self.read(reader, self.key, self.default)
+
+        return {self.name: earlier[self.null] if value is None and self.null is not None else value}
+
+    def to_keys(self, config: Any) -> Mapping[str, object]:
+        """Return the key with its value for a configuration."""
+        value = getattr(config, self.name) if self.write is None else self.write(config)
+
+        return {} if value is None and self.optional else {self.key: value}
+
+
+@dataclass(frozen=True, slots=True)
+class KeyGroup:
+    """Keys of ``config.json`` that only together say what fields of a configuration are."""
+
+    keys: tuple[str, ...]
+    to_fields: Callable[[ConfigReader, Mapping[str, Any]], Mapping[str, Any]]
+    """The fields by name, from the keys and the fields of the entries before."""
+    to_keys: Callable[[Any], Mapping[str, object]]
+    """The keys with their values, from a configuration."""
+
+
+def same_for_all(key: str, *accepted: str) -> KeyGroup:
+    """Return the entry of a key, such as that of an activation, that has one meaning in all models of a family.
+
+    :param accepted: the strings of that meaning; the first one holds where the key is absent, and is written.
+    """
+
+    def read(reader: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
+        reader.choice(key, accepted[0], dict.fromkeys(accepted, ""))
+
+        return {}
+
+    return KeyGroup((key,), read, lambda config: {key: accepted[0]})
+
+
+SILU: Final = same_for_all("hidden_act", "silu", "swish")
+"""The activation of most decoders."""
+
+ROPE_KEYS: Final = ("rope_theta", "rope_scaling", "rope_parameters")
+
+PLAIN_ROPE: Final = KeyGroup(
+    ROPE_KEYS,
+    lambda reader, earlier: {"rope_theta": read_rope(reader)[0]},
+    lambda config: {"rope_theta": config.rope_theta},
+)
+"""Rotary frequencies that are not scaled, the same in all layers."""
+
+Entries = Sequence[Field | KeyGroup]
+
+
+def read_fields(entries: Entries, reader: ConfigReader) -> dict[str, Any]:
+    """Return the fields of a configuration by name, as a ``config.json`` states them."""
+    found: dict[str, Any] = {}
+    for entry in entries:
+        found |= entry.to_fields(reader, found)
+
+    return found
+
+
+def keys_of(entries: Entries, config: Any) -> dict[str, object]:
+    """Return the keys of ``config.json`` that state the fields of a configuration."""
+    return {key: value for entry in entries for key, value in entry.to_keys(config).items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigTable(Generic[ConfigT]):
+    """The configuration of a family ↔ ``config.json`` of a model type, for both directions.
+
+    Dropout of decoders is in neither: it is a matter of training, and published files say zero.
+    """
+
+    family: str
+    model_type: str
+    architecture: str
+    """The class of transformers that is written."""
+    config_kls: type[ConfigT]
+    spec: Callable[[ConfigT], Any]
+    """The switches of a model, a dataclass.
+
+    :raises ValueError: no model is like that.
+    """
+    normalized_spec: Callable[[ConfigT], Any] | None = None
+    """The switches, equal for configurations of equal models, where those of ``spec`` are not."""
+    entries: Entries
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that no key states, with the value of all models of the type."""
+    constants: Mapping[str, object] = field(default_factory=dict)
+    """Keys that are written with the same value for all models, but for those of ``entries``."""
+    required: Mapping[str, object]
+    """Keys that change what transformers computes, with the only value that the family supports; it is also what holds
+    where the key is absent."""
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    """Keys that do not change what a model computes, and why."""
+
+    def honored(self) -> frozenset[str]:
+        """Return the keys that are read."""
+        return frozenset(key for entry in self.entries for key in entry.keys) | {"quantization_config"}
+
+    def read(self, values: Mapping[str, object]) -> ConfigT:
+        """Return the configuration that a ``config.json`` stands for.
+
+        :raises NotSupportedError: quantised weights, or a key with a value that the family does not support.
+        :raises ModelCheckpointMismatchError: a value is of another type, or they describe no model.
+        """
+        return self.read_keys(ConfigReader(values, self.family, table=self))
+
+    def read_keys(self, reader: ConfigReader) -> ConfigT:
+        """Return the same for a reader that was made with this table."""
+        reader.refuse_quantised()
+        config = self.config_kls(**self.fixed, **read_fields(self.entries, reader))
+
+        return reader.checked(config, self.spec)
+
+    def write(self, config: ConfigT) -> dict[str, object]:
+        """Return the ``config.json`` that describes a model of the configuration.
+
+        :raises NotSupportedError: no such file describes it.
+        """
+        values = {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            **self.constants,
+            **keys_of(self.entries, config),
+        }
+        spec = self.normalized_spec or self.spec
+
+        return describing(values, config, family=self.family, from_hf=self.read, spec=spec)
 
 
 def describing(
@@ -487,7 +585,7 @@ def describing(
     spec: Callable[[ConfigT], Any],
     free: Collection[str] = (),
 ) -> dict[str, object]:
-    """``values``, if a ``config.json`` of them describes just the model that ``config`` does.
+    """Return ``values``, if a ``config.json`` of them describes just the model that ``config`` does.
 
     Dropout may differ: it is a matter of training, for which these files have few words.
 
@@ -507,34 +605,3 @@ def describing(
         )
 
     return values
-
-
-def decoder_values(model_type: str, architecture: str, config: Any, **values: object) -> dict[str, object]:
-    """The keys of ``config.json`` that the decoders share.
-
-    :param architecture: the class of transformers.
-    :param config: of a family whose fields bear the names of fairseq2's.
-    :param values: what is different or more.
-    """
-    shared: dict[str, object] = {
-        "architectures": [architecture],
-        "model_type": model_type,
-        "hidden_size": config.model_dim,
-        "max_position_embeddings": config.max_seq_len,
-        "vocab_size": config.vocab_size,
-        # Which symbols begin and end a text is the tokenizer's to say.
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        "tie_word_embeddings": config.tied_embeddings,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_attn_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "intermediate_size": config.ffn_inner_dim,
-        "rope_theta": config.rope_theta,
-    }
-
-    if getattr(config, "head_dim", None) is not None:
-        shared["head_dim"] = config.head_dim
-
-    return shared | values

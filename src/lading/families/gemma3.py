@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
 from lading.cards.config import STRICT
 from lading.families.config_json import (
+    CHANGES_EACH_DECODER,
     DECODER_RULES,
+    NO_TOKENS,
+    ROPE_KEYS,
     ConfigReader,
+    ConfigTable,
+    Field,
+    KeyGroup,
     LayerType,
-    decoder_keys,
-    decoder_values,
     default_layer_types,
-    describing,
     explain_head,
     full_attn_layers,
     read_layer_types,
     read_rope_of_layers,
+    same_for_all,
 )
 from lading.families.nn.checks import require_positive
 from lading.families.nn.decoder_lm import DecoderLM, init_decoder
@@ -103,32 +107,20 @@ class Gemma3(DecoderLM):
 def _spec(config: Gemma3Config) -> DecoderSpec:
     require_positive(config, "model_dim", "attn_scale_dim")
 
-    return DecoderSpec(
-        model_dim=config.model_dim,
-        vocab_size=config.vocab_size,
-        max_seq_len=config.max_seq_len,
-        pad_idx=config.pad_idx,
+    return DecoderSpec.of(
+        config,
         embed_scale=config.model_dim**0.5,
-        tied_embeddings=config.tied_embeddings,
-        num_layers=config.num_layers,
-        num_attn_heads=config.num_attn_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
         q_norm=True,
         k_norm=True,
         attn_scale=config.attn_scale_dim**-0.5,
         attn_window_len=config.sliding_window,
         full_attn_layers=full_attn_layers(_layer_types(config), config.num_layers),
-        ffn_inner_dim=config.ffn_inner_dim,
         ffn_activation="gelu_tanh",
         norms="both",
         wide_norm=True,
         norm_offset=1.0,
-        norm_eps=config.norm_eps,
-        rope_theta=config.rope_theta,
         rope_scaling=None if config.rope_factor is None else LinearScaling(factor=config.rope_factor),
         window_rope_theta=config.local_rope_theta,
-        dropout_p=config.dropout_p,
     )
 
 
@@ -148,10 +140,67 @@ _DECODER_OF_IMAGES: Sequence[Rule] = (
 """What the decoder is called in a model that sees images, in files and in the memory of transformers 5."""
 
 
-_KEYS = decoder_keys(
-    "hidden_activation head_dim query_pre_attn_scalar sliding_window sliding_window_pattern layer_types "
-    "rope_local_base_freq initializer_range",
+def _read_types(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
+    every = keys.count("sliding_window_pattern", 6)
+
+    return {"layer_types": read_layer_types(keys, earlier["num_layers"], every=every)}
+
+
+def _read_rope(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
+    theta, scaling, local_theta = read_rope_of_layers(
+        keys,
+        theta=1_000_000.0,
+        window_theta=10_000.0,
+        window_theta_key="rope_local_base_freq",
+        scaling_type="linear",
+    )
+    factor = None if scaling is None else scaling.number("factor", None)
+
+    return {"rope_theta": theta, "rope_factor": factor, "local_rope_theta": local_theta}
+
+
+def _rope_keys(config: Gemma3Config) -> Mapping[str, object]:
+    factor = config.rope_factor
+
+    return {
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if factor is None else {"rope_type": "linear", "factor": factor},
+        "rope_local_base_freq": config.local_rope_theta,
+    }
+
+
+CONFIG_JSON = ConfigTable(
+    family="gemma3",
+    model_type="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    config_kls=Gemma3Config,
+    spec=_spec,
+    entries=(
+        same_for_all("hidden_activation", "gelu_pytorch_tanh"),
+        Field("model_dim", "hidden_size", ConfigReader.count, 2304),
+        Field("max_seq_len", "max_position_embeddings", ConfigReader.count, 131_072),
+        Field("vocab_size", "vocab_size", ConfigReader.count, 262_208),
+        Field("pad_idx", "pad_token_id", ConfigReader.index, 0),
+        Field("tied_embeddings", "tie_word_embeddings", ConfigReader.flag, True),
+        Field("num_layers", "num_hidden_layers", ConfigReader.layers, 26),
+        Field("num_attn_heads", "num_attention_heads", ConfigReader.count, 8),
+        Field("num_key_value_heads", "num_key_value_heads", ConfigReader.count, 4),
+        Field("head_dim", "head_dim", ConfigReader.count, 256),
+        Field("attn_scale_dim", "query_pre_attn_scalar", ConfigReader.count, 256),
+        Field("sliding_window", "sliding_window", ConfigReader.count, 4096),
+        KeyGroup(
+            ("layer_types", "sliding_window_pattern"),
+            _read_types,
+            lambda config: {"layer_types": _layer_types(config)},
+        ),
+        Field("ffn_inner_dim", "intermediate_size", ConfigReader.count, 9216),
+        Field("norm_eps", "rms_norm_eps", ConfigReader.number, 1e-6),
+        KeyGroup((*ROPE_KEYS, "rope_local_base_freq"), _read_rope, _rope_keys),
+        Field("init_std", "initializer_range", ConfigReader.number, 0.02, optional=True),
+    ),
+    constants=NO_TOKENS,
     required={
+        **CHANGES_EACH_DECODER,
         "attention_bias": False,
         "use_bidirectional_attention": False,
         "final_logit_softcapping": None,
@@ -163,71 +212,23 @@ _KEYS = decoder_keys(
         "hidden_act": "transformers reads hidden_activation",
     },
 )
+"""The keys of ``config.json`` of the models of text alone, and of ``text_config`` of those that see images."""
 
 
 def _from_hf(values: Mapping[str, object]) -> Gemma3Config:
     whole = ConfigReader(values, "gemma3")
+    if "text_config" not in whole:
+        return CONFIG_JSON.read(values)
+
     whole.refuse_quantised()
-    if "text_config" in whole:  # of a model that sees images
-        whole.require("is_causal", True)
-        whole.require("per_layer_config", None)
-        keys = whole.section("text_config", _KEYS)
-        keys.refuse_quantised()
-        # The class of transformers for both looks at the outer one.
-        if "tie_word_embeddings" in whole:
-            whole.require("tie_word_embeddings", keys.flag("tie_word_embeddings", True))
-    else:
-        keys = ConfigReader(values, "gemma3", table=_KEYS)
-    keys.choice("hidden_activation", "gelu_pytorch_tanh", {"gelu_pytorch_tanh": "gelu_tanh"})
-    num_layers = keys.layers("num_hidden_layers", 26)
-    theta, scaling, local_theta = read_rope_of_layers(
-        keys,
-        theta=1_000_000.0,
-        window_theta=10_000.0,
-        window_theta_key="rope_local_base_freq",
-        scaling_type="linear",
-    )
+    whole.require("is_causal", True)
+    whole.require("per_layer_config", None)
+    keys = whole.section("text_config", CONFIG_JSON)
+    # The class of transformers for both looks at the outer one.
+    if "tie_word_embeddings" in whole:
+        whole.require("tie_word_embeddings", keys.flag("tie_word_embeddings", True))
 
-    config = Gemma3Config(
-        model_dim=keys.count("hidden_size", 2304),
-        max_seq_len=keys.count("max_position_embeddings", 131_072),
-        vocab_size=keys.count("vocab_size", 262_208),
-        pad_idx=keys.index("pad_token_id", 0),
-        tied_embeddings=keys.flag("tie_word_embeddings", True),
-        num_layers=num_layers,
-        num_attn_heads=keys.count("num_attention_heads", 8),
-        num_key_value_heads=keys.count("num_key_value_heads", 4),
-        head_dim=keys.count("head_dim", 256),
-        attn_scale_dim=keys.count("query_pre_attn_scalar", 256),
-        sliding_window=keys.count("sliding_window", 4096),
-        layer_types=read_layer_types(keys, num_layers, every=keys.count("sliding_window_pattern", 6)),
-        ffn_inner_dim=keys.count("intermediate_size", 9216),
-        norm_eps=keys.number("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_factor=None if scaling is None else scaling.number("factor", None),
-        local_rope_theta=local_theta,
-        init_std=keys.number("initializer_range", 0.02),
-    )
-
-    return keys.checked(config, _spec)
-
-
-def _to_hf(config: Gemma3Config) -> Mapping[str, object]:
-    values = decoder_values(
-        "gemma3_text",
-        "Gemma3ForCausalLM",
-        config,
-        pad_token_id=config.pad_idx,
-        query_pre_attn_scalar=config.attn_scale_dim,
-        sliding_window=config.sliding_window,
-        layer_types=_layer_types(config),
-        hidden_activation="gelu_pytorch_tanh",
-        rms_norm_eps=config.norm_eps,
-        rope_scaling=None if config.rope_factor is None else {"rope_type": "linear", "factor": config.rope_factor},
-        rope_local_base_freq=config.local_rope_theta,
-    )
-
-    return describing(values, config, family="gemma3", from_hf=_from_hf, spec=_spec)
+    return CONFIG_JSON.read_keys(keys)
 
 
 FAMILY = Family(
@@ -243,7 +244,7 @@ FAMILY = Family(
     hf_model_types=frozenset({"gemma3_text"}),
     hf_part_of=frozenset({"gemma3"}),
     from_hf=_from_hf,
-    to_hf=_to_hf,
+    to_hf=CONFIG_JSON.write,
     explain=explain_head,
 )
 

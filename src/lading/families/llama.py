@@ -6,19 +6,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
 from lading.cards.config import STRICT
 from lading.families.config_json import (
+    CHANGES_EACH_DECODER,
     DECODER_RULES,
+    NO_TOKENS,
     NO_WINDOWS,
-    decoder_keys,
-    decoder_values,
-    describing,
+    ROPE_KEYS,
+    SILU,
+    ConfigReader,
+    ConfigTable,
+    Field,
+    KeyGroup,
     explain_head,
-    read_decoder_config,
     read_rope,
 )
 from lading.families.name_rules import fairseq2_rules, meta_rules
@@ -148,22 +152,9 @@ class LLaMA(DecoderLM):
 def _spec(config: LLaMAConfig) -> DecoderSpec:
     scale = config.rope_scale
 
-    return DecoderSpec(
-        model_dim=config.model_dim,
-        vocab_size=config.vocab_size,
-        max_seq_len=config.max_seq_len,
-        pad_idx=config.pad_idx,
-        tied_embeddings=config.tied_embeddings,
-        num_layers=config.num_layers,
-        num_attn_heads=config.num_attn_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        qkv_proj_bias=config.qkv_proj_bias,
-        output_proj_bias=config.output_proj_bias,
+    return DecoderSpec.of(
+        config,
         ffn_inner_dim=config.gated_inner_dim(),
-        ffn_bias=config.ffn_bias,
-        norm_eps=config.norm_eps,
-        rope_theta=config.rope_theta,
         rope_scaling=LLaMA3Scaling(
             factor=scale.factor,
             low_freq_factor=scale.frequency_factors[0],
@@ -172,56 +163,25 @@ def _spec(config: LLaMAConfig) -> DecoderSpec:
         )
         if config.use_scaled_rope
         else None,
-        dropout_p=config.dropout_p,
     )
 
 
-_KEYS = decoder_keys(
-    "hidden_act attention_bias mlp_bias head_dim original_max_position_embeddings",
-    required=NO_WINDOWS,
-)
-
-
-def _from_hf(values: Mapping[str, object]) -> LLaMAConfig:
-    keys = read_decoder_config(values, "llama", _KEYS)
+def _read_rope(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
     rope_theta, scaling = read_rope(keys, "llama3")
-    num_attn_heads = keys.count("num_attention_heads", 32)
-    max_seq_len = keys.count("max_position_embeddings", 2048)
-    attn_bias = keys.flag("attention_bias", False)
-
-    config = LLaMAConfig(
-        model_dim=keys.count("hidden_size", 4096),
-        max_seq_len=max_seq_len,
-        vocab_size=keys.count("vocab_size", 32_000),
-        pad_idx=keys.index("pad_token_id", None),
-        tied_embeddings=keys.flag("tie_word_embeddings", False),
-        num_layers=keys.layers("num_hidden_layers", 32),
-        num_attn_heads=num_attn_heads,
-        num_key_value_heads=keys.maybe_count("num_key_value_heads", None) or num_attn_heads,
-        head_dim=keys.maybe_count("head_dim", None),
-        qkv_proj_bias=attn_bias,
-        output_proj_bias=attn_bias,
-        ffn_inner_dim=keys.count("intermediate_size", 11_008),
-        ffn_inner_dim_scale=1.0,
-        ffn_inner_dim_multiple_of=1,
-        ffn_bias=keys.flag("mlp_bias", False),
-        norm_eps=keys.number("rms_norm_eps", 1e-6),
-        rope_theta=rope_theta,
+    if scaling is None:
+        return {"rope_theta": rope_theta}
+    # Beside the scaling, it comes before the one in it.
+    first = keys if "original_max_position_embeddings" in keys else scaling
+    scale = LLaMARoPEScaleConfig(
+        factor=scaling.number("factor", None),
+        frequency_factors=(scaling.number("low_freq_factor", None), scaling.number("high_freq_factor", None)),
+        original_context_length=first.count("original_max_position_embeddings", earlier["max_seq_len"]),
     )
-    if scaling is not None:
-        config.use_scaled_rope = True
-        # Beside the scaling, it comes before the one in it.
-        first = keys if "original_max_position_embeddings" in keys else scaling
-        config.rope_scale = LLaMARoPEScaleConfig(
-            factor=scaling.number("factor", None),
-            frequency_factors=(scaling.number("low_freq_factor", None), scaling.number("high_freq_factor", None)),
-            original_context_length=first.count("original_max_position_embeddings", max_seq_len),
-        )
 
-    return keys.checked(config, _spec)
+    return {"rope_theta": rope_theta, "use_scaled_rope": True, "rope_scale": scale}
 
 
-def _to_hf(config: LLaMAConfig) -> Mapping[str, object]:
+def _rope_keys(config: LLaMAConfig) -> Mapping[str, object]:
     scale = config.rope_scale
     scaling = {
         "rope_type": "llama3",
@@ -230,20 +190,40 @@ def _to_hf(config: LLaMAConfig) -> Mapping[str, object]:
         "high_freq_factor": scale.frequency_factors[1],
         "original_max_position_embeddings": scale.original_context_length,
     }
-    values = decoder_values(
-        "llama",
-        "LlamaForCausalLM",
-        config,
-        pad_token_id=config.pad_idx,
-        attention_bias=config.qkv_proj_bias,
-        intermediate_size=config.gated_inner_dim(),
-        mlp_bias=config.ffn_bias,
-        rms_norm_eps=config.norm_eps,
-        rope_scaling=scaling if config.use_scaled_rope else None,
-        hidden_act="silu",
-    )
 
-    return describing(values, config, family="llama", from_hf=_from_hf, spec=_spec)
+    return {"rope_theta": config.rope_theta, "rope_scaling": scaling if config.use_scaled_rope else None}
+
+
+CONFIG_JSON = ConfigTable(
+    family="llama",
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    config_kls=LLaMAConfig,
+    spec=_spec,
+    entries=(
+        SILU,
+        Field("model_dim", "hidden_size", ConfigReader.count, 4096),
+        Field("max_seq_len", "max_position_embeddings", ConfigReader.count, 2048),
+        Field("vocab_size", "vocab_size", ConfigReader.count, 32_000),
+        Field("pad_idx", "pad_token_id", ConfigReader.index),
+        Field("tied_embeddings", "tie_word_embeddings", ConfigReader.flag, False),
+        Field("num_layers", "num_hidden_layers", ConfigReader.layers, 32),
+        Field("num_attn_heads", "num_attention_heads", ConfigReader.count, 32),
+        Field("num_key_value_heads", "num_key_value_heads", ConfigReader.maybe_count, null="num_attn_heads"),
+        Field("head_dim", "head_dim", ConfigReader.maybe_count, optional=True),
+        # Both biases are one key; a configuration with one of them is refused when it is written.
+        Field("output_proj_bias", "attention_bias", ConfigReader.flag, False),
+        Field("qkv_proj_bias", "attention_bias", ConfigReader.flag, False),
+        Field("ffn_inner_dim", "intermediate_size", ConfigReader.count, 11_008, write=LLaMAConfig.gated_inner_dim),
+        Field("ffn_bias", "mlp_bias", ConfigReader.flag, False),
+        Field("norm_eps", "rms_norm_eps", ConfigReader.number, 1e-6),
+        KeyGroup((*ROPE_KEYS, "original_max_position_embeddings"), _read_rope, _rope_keys),
+    ),
+    fixed={"ffn_inner_dim_scale": 1.0, "ffn_inner_dim_multiple_of": 1},
+    constants=NO_TOKENS,
+    required={**CHANGES_EACH_DECODER, **NO_WINDOWS},
+)
+"""The keys of ``config.json``."""
 
 
 def _rules(config: LLaMAConfig) -> Sequence[Rule]:
@@ -263,8 +243,8 @@ FAMILY = Family(
     rules=_rules,
     parallel_plan=lambda config: decoder_plan(_spec(config)),
     hf_model_types=frozenset({"llama"}),
-    from_hf=_from_hf,
-    to_hf=_to_hf,
+    from_hf=CONFIG_JSON.read,
+    to_hf=CONFIG_JSON.write,
     explain=explain_head,
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,14 +10,16 @@ from pydantic import ConfigDict
 
 from lading.cards.config import STRICT
 from lading.families.config_json import (
+    CHANGES_EACH_DECODER,
     DECODER_RULES,
     NO_SCALING,
-    decoder_keys,
-    decoder_values,
-    describing,
+    NO_TOKENS,
+    PLAIN_ROPE,
+    SILU,
+    ConfigReader,
+    ConfigTable,
+    Field,
     explain_head,
-    read_decoder_config,
-    read_rope,
 )
 from lading.families.name_rules import fairseq2_rules, meta_rules
 from lading.families.nn.decoder_lm import DecoderLM, init_decoder
@@ -84,64 +86,33 @@ class Mistral(DecoderLM):
     """A Mistral language model."""
 
 
-def _spec(config: MistralConfig) -> DecoderSpec:
-    return DecoderSpec(
-        model_dim=config.model_dim,
-        vocab_size=config.vocab_size,
-        max_seq_len=config.max_seq_len,
-        pad_idx=config.pad_idx,
-        tied_embeddings=config.tied_embeddings,
-        num_layers=config.num_layers,
-        num_attn_heads=config.num_attn_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        attn_window_len=config.attn_window_len,
-        ffn_inner_dim=config.ffn_inner_dim,
-        norm_eps=config.norm_eps,
-        rope_theta=config.rope_theta,
-        dropout_p=config.dropout_p,
-    )
-
-
-_KEYS = decoder_keys("hidden_act head_dim sliding_window", required={"layer_types": None}, ignored=NO_SCALING)
-
-
-def _from_hf(values: Mapping[str, object]) -> MistralConfig:
-    keys = read_decoder_config(values, "mistral", _KEYS)
-    rope_theta, _ = read_rope(keys)
-    num_attn_heads = keys.count("num_attention_heads", 32)
-
-    config = MistralConfig(
-        model_dim=keys.count("hidden_size", 4096),
-        max_seq_len=keys.count("max_position_embeddings", 131_072),
-        vocab_size=keys.count("vocab_size", 32_000),
-        pad_idx=keys.index("pad_token_id", None),
-        tied_embeddings=keys.flag("tie_word_embeddings", False),
-        attn_window_len=keys.maybe_count("sliding_window", 4096),
-        num_layers=keys.layers("num_hidden_layers", 32),
-        num_attn_heads=num_attn_heads,
-        num_key_value_heads=keys.maybe_count("num_key_value_heads", 8) or num_attn_heads,
-        head_dim=keys.maybe_count("head_dim", None),
-        ffn_inner_dim=keys.count("intermediate_size", 14_336),
-        norm_eps=keys.number("rms_norm_eps", 1e-6),
-        rope_theta=rope_theta,
-    )
-
-    return keys.checked(config, _spec)
-
-
-def _to_hf(config: MistralConfig) -> Mapping[str, object]:
-    values = decoder_values(
-        "mistral",
-        "MistralForCausalLM",
-        config,
-        pad_token_id=config.pad_idx,
-        sliding_window=config.attn_window_len,
-        rms_norm_eps=config.norm_eps,
-        hidden_act="silu",
-    )
-
-    return describing(values, config, family="mistral", from_hf=_from_hf, spec=_spec)
+CONFIG_JSON = ConfigTable(
+    family="mistral",
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    config_kls=MistralConfig,
+    spec=DecoderSpec.of,
+    entries=(
+        SILU,
+        Field("model_dim", "hidden_size", ConfigReader.count, 4096),
+        Field("max_seq_len", "max_position_embeddings", ConfigReader.count, 131_072),
+        Field("vocab_size", "vocab_size", ConfigReader.count, 32_000),
+        Field("pad_idx", "pad_token_id", ConfigReader.index),
+        Field("tied_embeddings", "tie_word_embeddings", ConfigReader.flag, False),
+        Field("attn_window_len", "sliding_window", ConfigReader.maybe_count, 4096),
+        Field("num_layers", "num_hidden_layers", ConfigReader.layers, 32),
+        Field("num_attn_heads", "num_attention_heads", ConfigReader.count, 32),
+        Field("num_key_value_heads", "num_key_value_heads", ConfigReader.maybe_count, 8, null="num_attn_heads"),
+        Field("head_dim", "head_dim", ConfigReader.maybe_count, optional=True),
+        Field("ffn_inner_dim", "intermediate_size", ConfigReader.count, 14_336),
+        Field("norm_eps", "rms_norm_eps", ConfigReader.number, 1e-6),
+        PLAIN_ROPE,
+    ),
+    constants=NO_TOKENS,
+    required={**CHANGES_EACH_DECODER, "layer_types": None},
+    ignored=NO_SCALING,
+)
+"""The keys of ``config.json``."""
 
 
 def _rules(config: MistralConfig) -> Sequence[Rule]:
@@ -154,13 +125,13 @@ FAMILY = Family(
     name="mistral",
     kls=Mistral,
     config_kls=MistralConfig,
-    build=lambda config: Mistral(_spec(config)),
+    build=lambda config: Mistral(DecoderSpec.of(config)),
     init=lambda model, config, name, parameter: init_decoder(model, name, parameter, std=config.init_std),
     rules=_rules,
-    parallel_plan=lambda config: decoder_plan(_spec(config)),
+    parallel_plan=lambda config: decoder_plan(DecoderSpec.of(config)),
     hf_model_types=frozenset({"mistral"}),
-    from_hf=_from_hf,
-    to_hf=_to_hf,
+    from_hf=CONFIG_JSON.read,
+    to_hf=CONFIG_JSON.write,
     explain=explain_head,
 )
 

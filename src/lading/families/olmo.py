@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
 from lading.cards.config import STRICT
 from lading.errors import NotSupportedError
 from lading.families.config_json import (
+    CHANGES_EACH_DECODER,
     DECODER_RULES,
     NO_SCALING,
     NO_WINDOWS,
+    PLAIN_ROPE,
+    ROPE_KEYS,
+    SILU,
     ConfigReader,
+    ConfigTable,
+    Entries,
+    Field,
+    KeyGroup,
     LayerType,
-    decoder_keys,
-    decoder_values,
     default_layer_types,
-    describing,
     explain_head,
     full_attn_layers,
-    read_decoder_config,
     read_layer_types,
-    read_rope,
     read_rope_of_layers,
 )
 from lading.families.name_rules import fairseq2_rules
@@ -146,29 +149,19 @@ def _spec(config: OLMOConfig) -> DecoderSpec:
     yarn = config.yarn_scale_config
     local = yarn is not None and config.sliding_window is not None and not config.yarn_in_all_layers
 
-    return DecoderSpec(
-        model_dim=config.model_dim,
-        vocab_size=config.vocab_size,
-        max_seq_len=config.max_seq_len,
-        pad_idx=config.pad_idx,
-        tied_embeddings=config.tied_embeddings,
-        num_layers=config.num_layers,
-        num_attn_heads=config.num_attn_heads,
-        num_key_value_heads=config.num_key_value_heads,
+    return DecoderSpec.of(
+        config,
         q_norm=True,
         k_norm=True,
         norm_whole=True,
         attn_window_len=config.sliding_window,
         full_attn_layers=full_attn_layers(_layer_types(config), config.num_layers),
-        ffn_inner_dim=config.ffn_inner_dim,
         norms="after",
         wide_norm=True,
         norm_eps=config.rms_norm_eps,
-        rope_theta=config.rope_theta,
         rope_scaling=None if yarn is None else _scaling(yarn),
         window_rope_theta=config.rope_theta if local else None,
         wide_rotary=True,
-        dropout_p=config.dropout_p,
     )
 
 
@@ -201,56 +194,81 @@ def _scaling(config: YaRNScaleConfig) -> YaRNScaling:
     )
 
 
-_NESTED = {"original_max_position_embeddings": "transformers reads it in rope_parameters only"}
-_OLMO_2_KEYS = decoder_keys(
-    "hidden_act head_dim bos_token_id", required={"attention_bias": False, **NO_WINDOWS}, ignored=NO_SCALING
+def _require_head_dim(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
+    keys.require("head_dim", earlier["model_dim"] // earlier["num_attn_heads"])
+
+    return {}
+
+
+_ENTRIES: Entries = (
+    SILU,
+    Field("model_dim", "hidden_size", ConfigReader.count, 4096),
+    Field("max_seq_len", "max_position_embeddings", ConfigReader.count, 2048),
+    Field("vocab_size", "vocab_size", ConfigReader.count, 50_304),
+    Field("pad_idx", "pad_token_id", ConfigReader.index, 1),
+    Field("bos_token_id", "bos_token_id", ConfigReader.index),
+    # It is not read: there may be several.
+    KeyGroup((), lambda keys, earlier: {"eos_token_id": None}, lambda config: {"eos_token_id": config.eos_token_id}),
+    Field("tied_embeddings", "tie_word_embeddings", ConfigReader.flag, False),
+    Field("num_layers", "num_hidden_layers", ConfigReader.layers, 32),
+    Field("num_attn_heads", "num_attention_heads", ConfigReader.count, 32),
+    Field("num_key_value_heads", "num_key_value_heads", ConfigReader.maybe_count, null="num_attn_heads"),
+    KeyGroup(("head_dim",), _require_head_dim, lambda config: {}),
+    Field("ffn_inner_dim", "intermediate_size", ConfigReader.count, 11_008),
+    Field("rms_norm_eps", "rms_norm_eps", ConfigReader.number, 1e-5),
 )
-_OLMO_3_KEYS = decoder_keys(
-    "hidden_act head_dim bos_token_id sliding_window layer_types", required={"attention_bias": False}, ignored=_NESTED
+
+OLMO_2_JSON = ConfigTable(
+    family="olmo",
+    model_type="olmo2",
+    architecture="Olmo2ForCausalLM",
+    config_kls=OLMOConfig,
+    spec=_spec,
+    normalized_spec=lambda config: _spec(config).normalized(),
+    entries=(*_ENTRIES, PLAIN_ROPE),
+    constants={"attention_bias": False},
+    required={**CHANGES_EACH_DECODER, **NO_WINDOWS, "attention_bias": False},
+    ignored=NO_SCALING,
 )
+"""The keys of ``config.json`` of OLMo 2."""
 
 
-def _from_hf(values: Mapping[str, object]) -> OLMOConfig:
-    third = values.get("model_type") == "olmo3"
-    keys = read_decoder_config(values, "olmo", _OLMO_3_KEYS if third else _OLMO_2_KEYS)
-    model_dim, num_layers = keys.count("hidden_size", 4096), keys.layers("num_hidden_layers", 32)
-    num_attn_heads = keys.count("num_attention_heads", 32)
-    keys.require("head_dim", model_dim // num_attn_heads)
-
-    config = OLMOConfig(
-        model_dim=model_dim,
-        max_seq_len=keys.count("max_position_embeddings", 2048),
-        vocab_size=keys.count("vocab_size", 50_304),
-        pad_idx=keys.index("pad_token_id", 1),
-        bos_token_id=keys.index("bos_token_id", None),
-        eos_token_id=None,  # there may be several
-        tied_embeddings=keys.flag("tie_word_embeddings", False),
-        num_layers=num_layers,
-        num_attn_heads=num_attn_heads,
-        num_key_value_heads=keys.maybe_count("num_key_value_heads", None) or num_attn_heads,
-        ffn_inner_dim=keys.count("intermediate_size", 11_008),
-        rms_norm_eps=keys.number("rms_norm_eps", 1e-5),
-    )
-    if not third:
-        config.rope_theta, _ = read_rope(keys)
-        return keys.checked(config, _spec)
-
+def _read_windows(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
     window = keys.maybe_count("sliding_window", 4096)
-    config.layer_types = read_layer_types(keys, num_layers, every=4)
-    config.sliding_window = window
-    if window is None and "sliding_attention" in config.layer_types:
+    layer_types = read_layer_types(keys, earlier["num_layers"], every=4)
+    if window is None and "sliding_attention" in layer_types:
         keys.refuse("sliding_window", None)
 
-    config.rope_theta, scaling, window_theta = read_rope_of_layers(
+    return {"sliding_window": window, "layer_types": layer_types}
+
+
+def _window_keys(config: OLMOConfig) -> Mapping[str, object]:
+    window = config.sliding_window
+
+    return {
+        "sliding_window": window or config.max_seq_len,  # it must be one, if no layer's
+        "layer_types": ["full_attention"] * config.num_layers if window is None else _layer_types(config),
+    }
+
+
+def _read_rope(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
+    theta, scaling, window_theta = read_rope_of_layers(
         keys, theta=500_000.0, window_theta=500_000.0, window_theta_key=None, scaling_type="yarn"
     )
-    if window_theta != config.rope_theta:
+    if window_theta != theta:
         key = "rope_theta" if keys.is_null("rope_parameters") else "rope_parameters"
-        keys.refuse(key, values.get(key))
-    if scaling is not None:
-        config.yarn_scale_config = _read_yarn(scaling, config.max_seq_len)
+        keys.refuse(key, keys.values().get(key))
+    yarn = None if scaling is None else _read_yarn(scaling, earlier["max_seq_len"])
 
-    return keys.checked(config, _spec)
+    return {"rope_theta": theta, "yarn_scale_config": yarn}
+
+
+def _rope_keys(config: OLMOConfig) -> Mapping[str, object]:
+    plain = {"rope_type": "default", "rope_theta": config.rope_theta}
+    yarn = config.yarn_scale_config
+    full = plain if yarn is None else plain | _yarn_values(yarn)
+
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": plain}}
 
 
 def _read_yarn(keys: ConfigReader, max_seq_len: int) -> YaRNScaleConfig:
@@ -268,34 +286,6 @@ def _read_yarn(keys: ConfigReader, max_seq_len: int) -> YaRNScaleConfig:
     )
 
 
-def _to_hf(config: OLMOConfig) -> Mapping[str, object]:
-    third = config.sliding_window is not None or config.yarn_scale_config is not None
-    values = decoder_values(
-        "olmo3" if third else "olmo2",
-        "Olmo3ForCausalLM" if third else "Olmo2ForCausalLM",
-        config,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_idx,
-        attention_bias=False,
-        rms_norm_eps=config.rms_norm_eps,
-        hidden_act="silu",
-    )
-    if third:
-        plain = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
-        yarn = config.yarn_scale_config
-        full = plain if yarn is None else plain | _yarn_values(yarn)
-        values |= {
-            "sliding_window": config.sliding_window or config.max_seq_len,  # it must be one, if no layer's
-            "layer_types": ["full_attention"] * config.num_layers
-            if config.sliding_window is None
-            else _layer_types(config),
-            "rope_parameters": {"full_attention": full, "sliding_attention": plain},
-        }
-
-    return describing(values, config, family="olmo", from_hf=_from_hf, spec=_comparable)
-
-
 def _yarn_values(config: YaRNScaleConfig) -> dict[str, object]:
     return {
         "rope_type": "yarn",
@@ -306,6 +296,31 @@ def _yarn_values(config: YaRNScaleConfig) -> dict[str, object]:
         "truncate": config.truncate,
         "attention_factor": _scaling(config).amplitude,
     }
+
+
+OLMO_3_JSON = replace(
+    OLMO_2_JSON,
+    model_type="olmo3",
+    architecture="Olmo3ForCausalLM",
+    entries=(
+        *_ENTRIES,
+        KeyGroup(("sliding_window", "layer_types"), _read_windows, _window_keys),
+        KeyGroup(ROPE_KEYS, _read_rope, _rope_keys),
+    ),
+    required={**CHANGES_EACH_DECODER, "attention_bias": False},
+    ignored={"original_max_position_embeddings": "transformers reads it in rope_parameters only"},
+)
+"""The keys of ``config.json`` of OLMo 3."""
+
+
+def _from_hf(values: Mapping[str, object]) -> OLMOConfig:
+    return (OLMO_3_JSON if values.get("model_type") == "olmo3" else OLMO_2_JSON).read(values)
+
+
+def _to_hf(config: OLMOConfig) -> Mapping[str, object]:
+    third = config.sliding_window is not None or config.yarn_scale_config is not None
+
+    return (OLMO_3_JSON if third else OLMO_2_JSON).write(config)
 
 
 def _rules(config: OLMOConfig, names: Sequence[str]) -> Sequence[Rule]:
@@ -319,15 +334,6 @@ def _rules(config: OLMOConfig, names: Sequence[str]) -> Sequence[Rule]:
         )
 
     return (*fairseq2_rules(None, norms_after=True), *DECODER_RULES)
-
-
-def _comparable(config: OLMOConfig) -> DecoderSpec:
-    """The switches, but for what does not matter where no layer has a window."""
-    spec = _spec(config)
-    if any(spec.window_of(layer) is not None for layer in range(spec.num_layers)):
-        return spec
-
-    return replace(spec, attn_window_len=None, full_attn_layers=frozenset(), window_rope_theta=None)
 
 
 FAMILY = Family(

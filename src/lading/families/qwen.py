@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
 from lading.cards.config import STRICT
 from lading.families.config_json import (
+    CHANGES_EACH_DECODER,
     DECODER_RULES,
     NO_SCALING,
+    NO_TOKENS,
+    PLAIN_ROPE,
+    SILU,
     ConfigReader,
-    decoder_keys,
-    decoder_values,
-    describing,
+    ConfigTable,
+    Entries,
+    Field,
+    KeyGroup,
     explain_head,
-    read_decoder_config,
-    read_rope,
 )
 from lading.families.name_rules import fairseq2_rules
 from lading.families.nn.decoder_lm import DecoderLM, init_decoder
@@ -94,68 +97,7 @@ class Qwen(DecoderLM):
     """A Qwen language model."""
 
 
-def _spec(config: QwenConfig) -> DecoderSpec:
-    return DecoderSpec(
-        model_dim=config.model_dim,
-        vocab_size=config.vocab_size,
-        max_seq_len=config.max_seq_len,
-        tied_embeddings=config.tied_embeddings,
-        num_layers=config.num_layers,
-        num_attn_heads=config.num_attn_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        qkv_proj_bias=config.qkv_proj_bias,
-        q_norm=config.q_norm,
-        k_norm=config.k_norm,
-        attn_window_len=config.attn_window_len,
-        num_full_attn_layers=config.num_full_attn_layers,
-        ffn_inner_dim=config.ffn_inner_dim,
-        norm_eps=config.norm_eps,
-        rope_theta=config.rope_theta,
-        dropout_p=config.dropout_p,
-    )
-
-
-_KEYS = decoder_keys(
-    "hidden_act attention_bias head_dim sliding_window use_sliding_window max_window_layers layer_types",
-    ignored=NO_SCALING,
-)
-
-
-def _from_hf(values: Mapping[str, object]) -> QwenConfig:
-    keys = read_decoder_config(values, "qwen", _KEYS)
-    rope_theta, _ = read_rope(keys)
-    num_attn_heads = keys.count("num_attention_heads", 32)
-    num_layers = keys.layers("num_hidden_layers", 32)
-    window, num_full = _windows(keys, num_layers)
-
-    if third := values.get("model_type") == "qwen3":
-        keys.require("attention_bias", False)  # which would be on the output projection as well
-
-    config = QwenConfig(
-        model_dim=keys.count("hidden_size", 4096),
-        max_seq_len=keys.count("max_position_embeddings", 32_768),
-        vocab_size=keys.count("vocab_size", 151_936),
-        tied_embeddings=keys.flag("tie_word_embeddings", False),
-        num_layers=num_layers,
-        num_attn_heads=num_attn_heads,
-        num_key_value_heads=keys.maybe_count("num_key_value_heads", 32) or num_attn_heads,
-        head_dim=keys.count("head_dim", 128) if third else keys.maybe_count("head_dim", None),
-        qkv_proj_bias=not third,
-        q_norm=third,
-        k_norm=third,
-        attn_window_len=window,
-        num_full_attn_layers=num_full,
-        ffn_inner_dim=keys.count("intermediate_size", 22_016),
-        norm_eps=keys.number("rms_norm_eps", 1e-6),
-        rope_theta=rope_theta,
-    )
-
-    return keys.checked(config, _spec)
-
-
-def _windows(keys: ConfigReader, num_layers: int) -> tuple[int | None, int]:
-    """The attention window, and the number of layers, from the first, that have none."""
+def _read_window(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
     window = keys.maybe_count("sliding_window", 4096) if keys.flag("use_sliding_window", False) else None
     layer_types = keys.strings("layer_types")
 
@@ -163,36 +105,89 @@ def _windows(keys: ConfigReader, num_layers: int) -> tuple[int | None, int]:
         num_full = keys.index("max_window_layers", 28) or 0
     else:
         num_full = layer_types.count("full_attention")
-        slid = ["sliding_attention"] * (num_layers - num_full)
+        slid = ["sliding_attention"] * (earlier["num_layers"] - num_full)
         if layer_types != ["full_attention"] * num_full + slid or (slid and window is None):
             keys.refuse("layer_types", layer_types)
+    if window is None or num_full >= earlier["num_layers"]:
+        window, num_full = None, 0
 
-    return (None, 0) if window is None or num_full >= num_layers else (window, num_full)
+    return {"attn_window_len": window, "num_full_attn_layers": num_full}
+
+
+def _window_keys(config: QwenConfig) -> Mapping[str, object]:
+    window = config.attn_window_len
+    full = config.num_layers if window is None else min(config.num_full_attn_layers, config.num_layers)
+
+    return {
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "max_window_layers": full,
+        "layer_types": ["full_attention"] * full + ["sliding_attention"] * (config.num_layers - full),
+    }
+
+
+_ENTRIES: Entries = (
+    SILU,
+    Field("model_dim", "hidden_size", ConfigReader.count, 4096),
+    Field("max_seq_len", "max_position_embeddings", ConfigReader.count, 32_768),
+    Field("vocab_size", "vocab_size", ConfigReader.count, 151_936),
+    Field("tied_embeddings", "tie_word_embeddings", ConfigReader.flag, False),
+    Field("num_layers", "num_hidden_layers", ConfigReader.layers, 32),
+    Field("num_attn_heads", "num_attention_heads", ConfigReader.count, 32),
+    Field("num_key_value_heads", "num_key_value_heads", ConfigReader.maybe_count, 32, null="num_attn_heads"),
+    KeyGroup(
+        ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+        _read_window,
+        _window_keys,
+    ),
+    Field("ffn_inner_dim", "intermediate_size", ConfigReader.count, 22_016),
+    Field("norm_eps", "rms_norm_eps", ConfigReader.number, 1e-6),
+    PLAIN_ROPE,
+)
+
+QWEN_2_JSON = ConfigTable(
+    family="qwen",
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    config_kls=QwenConfig,
+    spec=DecoderSpec.of,
+    normalized_spec=lambda config: DecoderSpec.of(config).normalized(),
+    entries=(*_ENTRIES, Field("head_dim", "head_dim", ConfigReader.maybe_count, optional=True)),
+    fixed={"qkv_proj_bias": True, "q_norm": False, "k_norm": False},
+    constants=NO_TOKENS,
+    required=CHANGES_EACH_DECODER,
+    ignored={
+        **NO_SCALING,
+        "attention_bias": "transformers does not read it: these models have biases",
+        "pad_token_id": "its embedding is that of any other symbol",
+    },
+)
+"""The keys of ``config.json`` of Qwen 2.5."""
+
+QWEN_3_JSON = replace(
+    QWEN_2_JSON,
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    entries=(
+        *_ENTRIES,
+        Field(
+            "head_dim", "head_dim", ConfigReader.count, 128, write=lambda config: DecoderSpec.of(config).attn_head_dim
+        ),
+    ),
+    fixed={"qkv_proj_bias": False, "q_norm": True, "k_norm": True},
+    constants={**NO_TOKENS, "attention_bias": False},
+    # It would be on the output projection, too.
+    required={**CHANGES_EACH_DECODER, "attention_bias": False},
+)
+"""The keys of ``config.json`` of Qwen 3."""
+
+
+def _from_hf(values: Mapping[str, object]) -> QwenConfig:
+    return (QWEN_3_JSON if values.get("model_type") == "qwen3" else QWEN_2_JSON).read(values)
 
 
 def _to_hf(config: QwenConfig) -> Mapping[str, object]:
-    third = config.q_norm and config.k_norm
-    if third:  # of which a file that does not say it means 128
-        config = replace(config, head_dim=_spec(config).attn_head_dim)
-    window = config.attn_window_len
-    full = config.num_layers if window is None else min(config.num_full_attn_layers, config.num_layers)
-    values = decoder_values(
-        "qwen3" if third else "qwen2",
-        "Qwen3ForCausalLM" if third else "Qwen2ForCausalLM",
-        config,
-        **({"attention_bias": False} if third else {}),
-        use_sliding_window=window is not None,
-        sliding_window=window,
-        max_window_layers=full,
-        layer_types=["full_attention"] * full + ["sliding_attention"] * (config.num_layers - full),
-        rms_norm_eps=config.norm_eps,
-        hidden_act="silu",
-    )
-    # A window that no layer has is none.
-    if full == config.num_layers:
-        config = replace(config, attn_window_len=None, num_full_attn_layers=0)
-
-    return describing(values, config, family="qwen", from_hf=_from_hf, spec=_spec)
+    return (QWEN_3_JSON if config.q_norm and config.k_norm else QWEN_2_JSON).write(config)
 
 
 def _rules(config: QwenConfig) -> Sequence[Rule]:
@@ -203,10 +198,10 @@ FAMILY = Family(
     name="qwen",
     kls=Qwen,
     config_kls=QwenConfig,
-    build=lambda config: Qwen(_spec(config)),
+    build=lambda config: Qwen(DecoderSpec.of(config)),
     init=lambda model, config, name, parameter: init_decoder(model, name, parameter, std=config.init_std),
     rules=_rules,
-    parallel_plan=lambda config: decoder_plan(_spec(config)),
+    parallel_plan=lambda config: decoder_plan(DecoderSpec.of(config)),
     hf_model_types=frozenset({"qwen2", "qwen3"}),
     from_hf=_from_hf,
     to_hf=_to_hf,

@@ -13,7 +13,7 @@ from torch.nn.functional import dropout
 
 from lading.cards.config import STRICT
 from lading.errors import NotSupportedError
-from lading.families.config_json import ConfigReader, describing
+from lading.families.config_json import ConfigReader, Field, describing, keys_of, read_fields
 from lading.families.nn.checks import require_positive
 from lading.families.nn.masking import Masking
 from lading.families.nn.quantizer import GumbelQuantizer, QuantizerOutput, init_quantizer
@@ -27,7 +27,7 @@ from lading.families.wav2vec2_encoder import (
     encoder_spec,
     encoder_to_hf,
 )
-from lading.families.wav2vec2_masking import MaskingFields, masking_from_hf, masking_of, masking_to_hf
+from lading.families.wav2vec2_masking import MASKING_ENTRIES, MaskingFields, masking_of
 from lading.models.family import Family
 from lading.models.hub import ModelHubAccessor
 from lading.planning.rules import Rule
@@ -261,41 +261,36 @@ def _rules(config: Wav2Vec2Config) -> Sequence[Rule]:
     )
 
 
+_ENTRIES = (
+    Field("final_dim", "proj_codevector_dim", ConfigReader.count, 256),
+    Field("quantized_dim", "codevector_dim", ConfigReader.count, 256),
+    Field("num_codebooks", "num_codevector_groups", ConfigReader.count, 2),
+    Field("num_codebook_entries", "num_codevectors_per_group", ConfigReader.count, 320),
+    Field("num_distractors", "num_negatives", ConfigReader.count, 100),
+    Field("logit_temp", "contrastive_logits_temperature", ConfigReader.number, 0.1),
+    *MASKING_ENTRIES,
+)
+
+
 def _from_hf(values: Mapping[str, object]) -> Wav2Vec2Config:
-    """The temperatures of codebooks are not in the file: training scripts hold them."""
+    """Return the configuration; the temperatures of codebooks are not in the file: training scripts hold them."""
     keys = ConfigReader(values, "wav2vec2")
     keys.require("apply_spec_augment", True)
-
-    config = Wav2Vec2Config(
-        encoder_config=encoder_from_hf(keys),
-        final_dim=keys.count("proj_codevector_dim", 256),
-        quantized_dim=keys.count("codevector_dim", 256),
-        num_codebooks=keys.count("num_codevector_groups", 2),
-        num_codebook_entries=keys.count("num_codevectors_per_group", 320),
-        num_distractors=keys.count("num_negatives", 100),
-        logit_temp=keys.number("contrastive_logits_temperature", 0.1),
-        **masking_from_hf(keys),
-    )
+    config = Wav2Vec2Config(encoder_config=encoder_from_hf(keys), **read_fields(_ENTRIES, keys))
 
     return keys.checked(config, lambda c: (encoder_spec(c.encoder_config, masked=True), _masking(c)))
 
 
 def _to_hf(config: Wav2Vec2Config) -> Mapping[str, object]:
-    """What a training script holds is not among the values: temperatures, and whether the frontend learns from both."""
+    """Return the keys without what a training script holds: temperatures, and whether the frontend learns from both."""
     if not config.final_proj_bias:
         raise NotSupportedError(
             "A config.json of the type 'wav2vec2' cannot describe a model for pre-training without `final_proj_bias`."
         )
     values = encoder_to_hf(config.encoder_config) | {
         "architectures": ["Wav2Vec2ForPreTraining"],
-        "proj_codevector_dim": config.final_dim,
         "apply_spec_augment": True,
-        **masking_to_hf(config),
-        "codevector_dim": config.quantized_dim,
-        "num_codevector_groups": config.num_codebooks,
-        "num_codevectors_per_group": config.num_codebook_entries,
-        "num_negatives": config.num_distractors,
-        "contrastive_logits_temperature": config.logit_temp,
+        **keys_of(_ENTRIES, config),
     }
 
     return describing(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from lading.cards.config import STRICT
-from lading.families.config_json import ConfigReader, describing
+from lading.families.config_json import ConfigReader, Field, describing, keys_of, read_fields
 from lading.families.nn.checks import require_dropout, require_positive
 from lading.families.nn.speech import SpeechModel, init_speech, speech_plan
 from lading.families.nn.speech_encoder import SpeechSpec
@@ -25,7 +25,7 @@ from lading.families.wav2vec2_encoder import (
     encoder_spec,
     encoder_to_hf,
 )
-from lading.families.wav2vec2_masking import MaskingFields, masking_from_hf, masking_of, masking_to_hf
+from lading.families.wav2vec2_masking import MASKING_ENTRIES, MaskingFields, masking_of
 from lading.models.family import Family
 from lading.models.hub import ModelHubAccessor
 from lading.planning.rules import Rule
@@ -128,34 +128,33 @@ def _rules(config: Wav2Vec2AsrConfig) -> Sequence[Rule]:
     )
 
 
+_ENTRIES = (
+    Field("target_vocab_size", "vocab_size", ConfigReader.count, 32),
+    Field("final_dropout_p", "final_dropout", ConfigReader.number, 0.1),
+    *MASKING_ENTRIES,
+)
+
+
 def _from_hf(values: Mapping[str, object]) -> Wav2Vec2AsrConfig:
-    """Masking, which is a matter of training, is left off.
+    """Return the configuration, with masking, which is a matter of training, left off.
 
     The commonest of these checkpoints, such as facebook/wav2vec2-base-960h, lack the embedding that stands for masked
     frames although their ``config.json`` speaks of it.
     """
     keys = ConfigReader(values, "wav2vec2_asr")
-
-    config = Wav2Vec2AsrConfig(
-        encoder_config=encoder_from_hf(keys),
-        target_vocab_size=keys.count("vocab_size", 32),
-        final_dropout_p=keys.number("final_dropout", 0.1),
-        use_masking=False,
-        **masking_from_hf(keys),
-    )
+    encoder = encoder_from_hf(keys)
+    config = Wav2Vec2AsrConfig(encoder_config=encoder, use_masking=False, **read_fields(_ENTRIES, keys))
 
     return keys.checked(config, _spec)
 
 
 def _to_hf(config: Wav2Vec2AsrConfig) -> Mapping[str, object]:
-    """A model without the embedding that stands for masked frames is one that masks none."""
+    """Return the keys; those of a model without the embedding that stands for masked frames mask none."""
     masks = config.use_masking
     values = encoder_to_hf(config.encoder_config) | {
         "architectures": ["Wav2Vec2ForCTC"],
-        "vocab_size": config.target_vocab_size,
-        "final_dropout": config.final_dropout_p,
         "apply_spec_augment": masks,
-        **masking_to_hf(config),
+        **keys_of(_ENTRIES, config),
         **({} if masks else {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}),
     }
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
 from lading.cards.config import STRICT
 from lading.errors import NotSupportedError
-from lading.families.config_json import ConfigReader
+from lading.families.config_json import (
+    ConfigReader,
+    Entries,
+    Field,
+    KeyGroup,
+    keys_of,
+    read_fields,
+    same_for_all,
+)
 from lading.families.nn.speech_encoder import SpeechSpec
 from lading.planning.rules import Rule
 
@@ -233,79 +242,85 @@ def encoder_rules(config: Wav2Vec2EncoderConfig, *, masked: bool, fairseq_prefix
     return [Rule(source, None if target in unwanted else f"wav2vec2.{target}") for source, target in rules.items()]
 
 
-def encoder_to_hf(config: Wav2Vec2EncoderConfig) -> dict[str, object]:
-    """The keys of ``config.json`` that describe the encoder."""
-    descs = config.feature_extractor_layer_descs
-
-    return {
-        "model_type": "wav2vec2",
-        "hidden_size": config.model_dim,
-        "feat_proj_dropout": config.first_pass_dropout_p,
-        "conv_dim": [dim for dim, _, _ in descs],
-        "conv_kernel": [kernel for _, kernel, _ in descs],
-        "conv_stride": [stride for _, _, stride in descs],
-        "conv_bias": config.feature_extractor_bias,
-        "feat_extract_norm": "layer" if config.feature_extractor_layer_norm_convs else "group",
-        "feat_extract_activation": "gelu",
-        "num_conv_pos_embeddings": config.pos_conv_kernel_size,
-        "num_conv_pos_embedding_groups": config.num_pos_conv_groups,
-        "num_hidden_layers": config.num_encoder_layers,
-        "num_attention_heads": config.num_encoder_attn_heads,
-        "intermediate_size": config.ffn_inner_dim,
-        "hidden_act": "gelu",
-        "hidden_dropout": config.dropout_p,
-        "attention_dropout": config.attn_dropout_p,
-        "activation_dropout": config.ffn_inner_dropout_p,
-        "layerdrop": config.layer_drop_p,
-        "do_stable_layer_norm": config.norm_order == "PRE",
-        "layer_norm_eps": config.norm_eps,
-        "initializer_range": config.init_std,
-    }
-
-
 TRAINING_ONLY = ("feature_grad_scale", "masked")
 """The options of the encoder that ``config.json`` cannot express, and that affect only training."""
 
 
-def encoder_from_hf(keys: ConfigReader) -> Wav2Vec2EncoderConfig:
-    """The encoder that a ``config.json`` describes.
-
-    :raises NotSupportedError: the file has quantized weights, adapters, or other activations.
-    """
-    keys.refuse_quantised()
-    keys.require("add_adapter", False)
-    keys.require("adapter_attn_dim", None)
-    for activation in ("hidden_act", "feat_extract_activation"):
-        keys.choice(activation, "gelu", {"gelu": "gelu"})
-    conv_norm = keys.choice("feat_extract_norm", "group", {"group": "group", "layer": "layer"})
-    norm_first = keys.flag("do_stable_layer_norm", False)
-
+def _read_convolutions(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
     dims = keys.counts("conv_dim", (512,) * 7)
     kernels = keys.counts("conv_kernel", (10, 3, 3, 3, 3, 2, 2))
     strides = keys.counts("conv_stride", (5, 2, 2, 2, 2, 2, 2))
     if not dims or not len(dims) == len(kernels) == len(strides):
         keys.mismatch("conv_dim", f"as many numbers as conv_kernel ({len(kernels)}) and conv_stride ({len(strides)})")
 
-    return Wav2Vec2EncoderConfig(
-        model_dim=keys.count("hidden_size", 768),
-        feature_dim=dims[-1],
-        first_pass_dropout_p=keys.number("feat_proj_dropout", 0.0),
-        layer_norm_features=not norm_first,
-        feature_extractor_layer_descs=list(zip(dims, kernels, strides, strict=True)),
-        feature_extractor_bias=keys.flag("conv_bias", False),
-        feature_extractor_layer_norm_convs=conv_norm == "layer",
-        feature_grad_scale=1.0,
-        pos_conv_kernel_size=keys.count("num_conv_pos_embeddings", 128),
-        num_pos_conv_groups=keys.count("num_conv_pos_embedding_groups", 16),
-        num_encoder_layers=keys.layers("num_hidden_layers", 12),
-        num_encoder_attn_heads=keys.count("num_attention_heads", 12),
-        ffn_inner_dim=keys.count("intermediate_size", 3072),
-        dropout_p=keys.number("hidden_dropout", 0.1),
-        attn_dropout_p=keys.number("attention_dropout", 0.1),
-        ffn_inner_dropout_p=keys.number("activation_dropout", 0.1),
-        layer_drop_p=keys.number("layerdrop", 0.1),
-        norm_order="PRE" if norm_first else "POST",
-        feature_projection=True,
-        norm_eps=keys.number("layer_norm_eps", 1e-5),
-        init_std=keys.number("initializer_range", 0.02),
-    )
+    return {
+        "feature_dim": dims[-1],
+        "feature_extractor_layer_descs": list(zip(dims, kernels, strides, strict=True)),
+    }
+
+
+def _convolution_keys(config: Wav2Vec2EncoderConfig) -> Mapping[str, object]:
+    descs = config.feature_extractor_layer_descs
+
+    return {
+        "conv_dim": [dim for dim, _, _ in descs],
+        "conv_kernel": [kernel for _, kernel, _ in descs],
+        "conv_stride": [stride for _, _, stride in descs],
+    }
+
+
+def _read_norm_order(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
+    norm_first = keys.flag("do_stable_layer_norm", False)
+
+    return {"norm_order": "PRE" if norm_first else "POST", "layer_norm_features": not norm_first}
+
+
+_ENTRIES: Entries = (
+    same_for_all("hidden_act", "gelu"),
+    same_for_all("feat_extract_activation", "gelu"),
+    Field("model_dim", "hidden_size", ConfigReader.count, 768),
+    KeyGroup(("conv_dim", "conv_kernel", "conv_stride"), _read_convolutions, _convolution_keys),
+    Field("feature_extractor_bias", "conv_bias", ConfigReader.flag, False),
+    Field(
+        "feature_extractor_layer_norm_convs",
+        "feat_extract_norm",
+        lambda keys, key, default: keys.choice(key, default, {"group": "group", "layer": "layer"}) == "layer",
+        "group",
+        write=lambda config: "layer" if config.feature_extractor_layer_norm_convs else "group",
+    ),
+    Field("first_pass_dropout_p", "feat_proj_dropout", ConfigReader.number, 0.0),
+    Field("pos_conv_kernel_size", "num_conv_pos_embeddings", ConfigReader.count, 128),
+    Field("num_pos_conv_groups", "num_conv_pos_embedding_groups", ConfigReader.count, 16),
+    Field("num_encoder_layers", "num_hidden_layers", ConfigReader.layers, 12),
+    Field("num_encoder_attn_heads", "num_attention_heads", ConfigReader.count, 12),
+    Field("ffn_inner_dim", "intermediate_size", ConfigReader.count, 3072),
+    Field("dropout_p", "hidden_dropout", ConfigReader.number, 0.1),
+    Field("attn_dropout_p", "attention_dropout", ConfigReader.number, 0.1),
+    Field("ffn_inner_dropout_p", "activation_dropout", ConfigReader.number, 0.1),
+    Field("layer_drop_p", "layerdrop", ConfigReader.number, 0.1),
+    KeyGroup(
+        ("do_stable_layer_norm",),
+        _read_norm_order,
+        lambda config: {"do_stable_layer_norm": config.norm_order == "PRE"},
+    ),
+    Field("norm_eps", "layer_norm_eps", ConfigReader.number, 1e-5),
+    Field("init_std", "initializer_range", ConfigReader.number, 0.02),
+)
+"""The keys of ``config.json`` that describe the encoder."""
+
+
+def encoder_to_hf(config: Wav2Vec2EncoderConfig) -> dict[str, object]:
+    """Return the keys of ``config.json`` that describe the encoder."""
+    return {"model_type": "wav2vec2", **keys_of(_ENTRIES, config)}
+
+
+def encoder_from_hf(keys: ConfigReader) -> Wav2Vec2EncoderConfig:
+    """Return the encoder that a ``config.json`` describes.
+
+    :raises NotSupportedError: the file has quantized weights, adapters, or other activations.
+    """
+    keys.refuse_quantised()
+    keys.require("add_adapter", False)
+    keys.require("adapter_attn_dim", None)
+
+    return Wav2Vec2EncoderConfig(feature_grad_scale=1.0, feature_projection=True, **read_fields(_ENTRIES, keys))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from lading.families.config_json import ConfigReader
+from lading.families.config_json import ConfigReader, Field
 from lading.families.nn.masking import Masking
 
 
@@ -47,25 +46,16 @@ def masking_of(config: MaskingFields) -> Masking:
     )
 
 
-def masking_from_hf(keys: ConfigReader) -> dict[str, Any]:
-    """The :class:`MaskingFields`, by name, that a ``config.json`` states."""
-    return {
-        "temporal_mask_span_len": keys.count("mask_time_length", 10),
-        "max_temporal_mask_prob": keys.number("mask_time_prob", 0.05),
-        "min_num_temporal_mask_spans": keys.index("mask_time_min_masks", 2) or 0,
-        "spatial_mask_span_len": keys.count("mask_feature_length", 10),
-        "max_spatial_mask_prob": keys.number("mask_feature_prob", 0.0),
-        "min_num_spatial_mask_spans": keys.index("mask_feature_min_masks", 0) or 0,
-    }
+def _count_of_masks(keys: ConfigReader, key: str, default: int) -> int:
+    return keys.index(key, default) or 0
 
 
-def masking_to_hf(config: MaskingFields) -> dict[str, object]:
-    """The keys of ``config.json`` that say how much is masked."""
-    return {
-        "mask_time_length": config.temporal_mask_span_len,
-        "mask_time_prob": config.max_temporal_mask_prob,
-        "mask_time_min_masks": config.min_num_temporal_mask_spans,
-        "mask_feature_length": config.spatial_mask_span_len,
-        "mask_feature_prob": config.max_spatial_mask_prob,
-        "mask_feature_min_masks": config.min_num_spatial_mask_spans,
-    }
+MASKING_ENTRIES = (
+    Field("temporal_mask_span_len", "mask_time_length", ConfigReader.count, 10),
+    Field("max_temporal_mask_prob", "mask_time_prob", ConfigReader.number, 0.05),
+    Field("min_num_temporal_mask_spans", "mask_time_min_masks", _count_of_masks, 2),
+    Field("spatial_mask_span_len", "mask_feature_length", ConfigReader.count, 10),
+    Field("max_spatial_mask_prob", "mask_feature_prob", ConfigReader.number, 0.0),
+    Field("min_num_spatial_mask_spans", "mask_feature_min_masks", _count_of_masks, 0),
+)
+"""The keys of ``config.json`` that say how much is masked."""

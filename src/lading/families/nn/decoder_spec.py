@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self
 
 from lading.families.nn.checks import (
     require_dropout,
@@ -94,6 +94,26 @@ class DecoderSpec:
             raise ValueError(f"the heads must be of even width for rotary embeddings, but are of {self.attn_head_dim}")
         require_symbol(self.pad_idx, self.vocab_size)
         require_dropout(self, "dropout_p")
+
+    @classmethod
+    def of(cls, config: Any, **others: Any) -> Self:
+        """Return the switches that a configuration has under their names, and ``others``.
+
+        :raises ValueError: sizes that make no decoder.
+        """
+        same = {f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)}
+
+        return cls(**(same | others))
+
+    def normalized(self) -> Self:
+        """Return the switches without those that make no difference: equal ones make equal models."""
+        same = replace(self, head_dim=self.attn_head_dim)
+        if any(self.window_of(layer) is not None for layer in range(self.num_layers)):
+            return same
+
+        return replace(
+            same, attn_window_len=None, num_full_attn_layers=0, full_attn_layers=frozenset(), window_rope_theta=None
+        )
 
     @property
     def attn_head_dim(self) -> int:
