@@ -7,30 +7,30 @@
     ├── ModelNotKnownError                            2  no model of that name
     ├── ModelArchitectureNotKnownError                2
     ├── ModelFamilyNotKnownError                      2
-    ├── NotSupportedError                             2  right question, but not one that lading answers
-    ├── SettingsError                                 2  a variable of the environment that means nothing here
+    ├── NotSupportedError                             2  a valid request that lading does not support
+    ├── SettingsError                                 2  an environment variable with an invalid value
     ├── QueryError                                    2  SQL that the database does not understand
-    ├── AssetCardError                                3  a card that is wrong, or of a family that is not registered
-    │   ├── CardFileError                             3  files of cards; carries every problem found (`.problems`)
-    │   └── ModelConfigError                          3  no model can be made of it; also a ValueError
+    ├── AssetCardError                                3  an invalid card, or one whose family is not registered
+    │   ├── CardFileError                             3  invalid card files; lists every problem (`.problems`)
+    │   └── ModelConfigError                          3  values that do not fit together; also a ValueError
     ├── ModelCheckpointError                          4
     │   ├── CheckpointNotFoundError                   2  also a FileNotFoundError
     │   ├── CorruptModelCheckpointError               4  the file breaks the rules of its format
-    │   ├── ModelCheckpointMismatchError              4  a good file that does not fit the model (`.problems`)
-    │   └── DigestMismatchError                       4  the bytes are not the ones that were published
+    │   ├── ModelCheckpointMismatchError              4  an intact file that does not fit the model (`.problems`)
+    │   └── DigestMismatchError                       4  the bytes differ from the published ones
     ├── FetchError                                    5  network
-    │   └── AddressError                              2  no address, so nobody was asked; of a card, an AssetCardError
+    │   └── AddressError                              2  not a valid address; in a card, an AssetCardError
     ├── CatalogError                                  6
-    │   └── CatalogOutdatedError                      6  `lading db upgrade` mends it
+    │   └── CatalogOutdatedError                      6  run `lading db upgrade`
     ├── PolicyError                                   7  possible, but refused
     │   ├── ModelGatedError                           7
     │   └── RefusedPickleError                        7  a file that could run code; also a ModelCheckpointError
     ├── GangError                                     8  another rank failed, or cannot be reached
-    └── InternalError                                 1  a mistake in lading or in a family's code
+    └── InternalError                                 1  a bug in lading or in the code of a family
 
-A wrong argument is a plain ``ValueError`` or ``TypeError``, as everywhere in Python.
+A wrong argument raises a plain ``ValueError`` or ``TypeError``, as everywhere in Python.
 
-Errors travel between ranks, so each of them pickles with all of its attributes.
+Errors travel between ranks, so each one pickles with all of its attributes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from typing import ClassVar, Self
 
 
 class LadingError(Exception):
-    """The base of all errors of lading."""
+    """The base class of lading's errors."""
 
     exit_code: ClassVar[int] = 1
 
@@ -51,10 +51,10 @@ class LadingError(Exception):
 
     @property
     def message(self) -> str:
-        """What was expected, what was found, where, and what to do.
+        """The message: what was expected, what was found, where, and how to fix it.
 
-        What a terminal would not show as it is, such as the control characters of a tensor's name, is escaped here, for
-        all errors; line breaks stay.
+        Characters that a terminal does not print as they are, such as control characters in a tensor's name, are
+        escaped; line breaks stay.
         """
         return escaped(str(self.args[0]), keep="\n")
 
@@ -62,14 +62,14 @@ class LadingError(Exception):
         return self.message
 
     def __reduce__(self) -> tuple[object, ...]:
-        # The stock way calls the constructor with `args`, which holds the message alone.
+        # The default calls the constructor with `args`, which holds only the message.
         return _restore, (type(self), self.args, self.__dict__.copy())
 
 
 def escaped(text: str, *, keep: str = "") -> str:
-    """Return ``text`` with line breaks, terminal controls and other invisible characters written as escapes.
+    """Return ``text`` with line breaks, terminal controls and other unprintable characters escaped.
 
-    :param keep: characters that stay as they are.
+    :param keep: characters that are not escaped.
     """
     if text.isprintable():
         return text
@@ -85,7 +85,7 @@ def _restore(kls: type[LadingError], args: tuple[object, ...], state: dict[str, 
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A sentence that suggests the names nearest to ``name``, with a leading space; empty where none is near."""
+    """Return a sentence that suggests the names closest to ``name``, with a leading space; empty if none is close."""
     near = get_close_matches(name, list(known), n=3, cutoff=0.6)
 
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
@@ -95,7 +95,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 class AssetNotFoundError(LadingError):
-    """No card of this name is in the catalog."""
+    """A card name that is not in the catalog."""
 
     exit_code = 2
 
@@ -106,7 +106,7 @@ class AssetNotFoundError(LadingError):
 
 
 class ModelNotKnownError(LadingError):
-    """No model of this name is in the catalog."""
+    """A model name that is not in the catalog."""
 
     exit_code = 2
 
@@ -116,7 +116,7 @@ class ModelNotKnownError(LadingError):
 
 
 class ModelArchitectureNotKnownError(LadingError):
-    """The family has no architecture of this name."""
+    """An architecture name that the family does not have."""
 
     exit_code = 2
 
@@ -128,7 +128,7 @@ class ModelArchitectureNotKnownError(LadingError):
 
 
 class ModelFamilyNotKnownError(LadingError):
-    """No installed package registers a family of this name."""
+    """A family name that no installed package registers."""
 
     exit_code = 2
 
@@ -141,19 +141,19 @@ class ModelFamilyNotKnownError(LadingError):
 
 
 class NotSupportedError(LadingError):
-    """The question is right, but lading (or this family) does not do that."""
+    """A valid request that lading, or the family, does not support."""
 
     exit_code = 2
 
 
 class SettingsError(LadingError):
-    """A variable of the environment whose value means nothing here."""
+    """An environment variable with an invalid value."""
 
     exit_code = 2
 
 
 class QueryError(LadingError):
-    """SQL that the database does not understand."""
+    """SQL that the database rejects."""
 
     exit_code = 2
 
@@ -162,7 +162,7 @@ class QueryError(LadingError):
 
 
 class AssetCardError(LadingError):
-    """A card that is wrong: a missing field, one of another type, a configuration that does not fit."""
+    """An invalid card: a field that is missing or has another type, or a configuration that does not fit."""
 
     exit_code = 3
 
@@ -172,7 +172,7 @@ class AssetCardError(LadingError):
 
 
 class CardFileError(AssetCardError):
-    """Card files that cannot be imported; ``problems`` holds all that is wrong, one line each."""
+    """Card files that cannot be imported; ``problems`` lists every problem, one per line."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         count = len(problems)
@@ -182,13 +182,13 @@ class CardFileError(AssetCardError):
 
 
 class ModelConfigError(AssetCardError, ValueError):
-    """A configuration whose values are each of the right type, but of which together no model can be made."""
+    """A configuration whose values have the right types but do not make a model together."""
 
     def __init__(self, family: str, problem: str) -> None:
         super().__init__(
             "",
-            f"No model of the {family} family can be made of this configuration: {problem}. Change it where it is "
-            "stated: in the `model_config` of the card, in its architecture, or in the argument of the call.",
+            f"No model of the {family} family can be built from this configuration: {problem}. Change it where it is "
+            "stated: in the card's `model_config`, in its architecture, or in the argument of the call.",
         )
         self.family = family
 
@@ -207,7 +207,7 @@ class ModelCheckpointError(LadingError):
 
 
 class CheckpointNotFoundError(ModelCheckpointError, FileNotFoundError):
-    """No file is where the checkpoint should be."""
+    """A checkpoint whose file does not exist."""
 
     exit_code = 2
 
@@ -217,11 +217,11 @@ class CheckpointNotFoundError(ModelCheckpointError, FileNotFoundError):
 
 
 class CorruptModelCheckpointError(ModelCheckpointError):
-    """A file that breaks the rules of its format, or that changed while it was read."""
+    """A file that breaks the rules of its format, or that changed while lading read it."""
 
 
 class ModelCheckpointMismatchError(ModelCheckpointError):
-    """A checkpoint that does not fit the model; ``problems`` holds every missing, unexpected or mis-shaped key."""
+    """A checkpoint that does not fit the model; ``problems`` lists every missing, unexpected or mis-shaped key."""
 
     def __init__(self, path: Path | str, message: str, problems: Sequence[str] = ()) -> None:
         super().__init__(path, message)
@@ -229,7 +229,7 @@ class ModelCheckpointMismatchError(ModelCheckpointError):
 
 
 class DigestMismatchError(ModelCheckpointError):
-    """The bytes are not the ones that were published or recorded."""
+    """Bytes whose digest differs from the published or recorded one."""
 
     def __init__(self, path: Path | str, message: str, *, expected: str, found: str) -> None:
         super().__init__(path, message)
@@ -237,29 +237,29 @@ class DigestMismatchError(ModelCheckpointError):
         self.found = found
 
 
-# --- the world -------------------------------------------------------------------------------------------------------
+# --- environment -----------------------------------------------------------------------------------------------------
 
 
 class FetchError(LadingError):
-    """A source that cannot be reached, or that answers nonsense."""
+    """A source that cannot be reached, or whose answer is invalid."""
 
     exit_code = 5
 
 
 class AddressError(FetchError):
-    """What is to name a source, or a revision of it, and cannot be the name of one."""
+    """A string that is not a valid address of a source, or not a valid revision."""
 
     exit_code = 2
 
 
 class CatalogError(LadingError):
-    """A catalog that cannot be opened, is damaged, or is not a catalog at all."""
+    """A catalog that cannot be opened, is damaged, or is not a catalog."""
 
     exit_code = 6
 
 
 class CatalogOutdatedError(CatalogError):
-    """The catalog's schema is older (or newer) than this version of lading."""
+    """A catalog whose schema is older or newer than this version of lading."""
 
     def __init__(self, message: str, *, expected: int, found: int) -> None:
         super().__init__(message)
@@ -268,32 +268,32 @@ class CatalogOutdatedError(CatalogError):
 
 
 class PolicyError(LadingError):
-    """Possible, but refused."""
+    """An action that is possible, but refused."""
 
     exit_code = 7
 
 
 class RefusedPickleError(PolicyError, ModelCheckpointError):
-    """A file of ``torch.save`` that holds more than a state dict needs: unpickling it could run code."""
+    """A ``torch.save`` file that holds more than a state dict needs, so that unpickling it could run code."""
 
 
 class ModelGatedError(PolicyError):
-    """No checkpoint to download, or not for everyone: its publisher hands it out on request."""
+    """A model whose checkpoint cannot be downloaded, or only by those to whom its publisher grants access."""
 
     def __init__(self, name: str, info_url: str | None, *, message: str | None = None) -> None:
         plain = name.partition("@")[0]
         where = f"Ask for access at {info_url}" if info_url else "The card does not say where to ask for access"
         super().__init__(
             message
-            or f"{name!r} is a gated model: its card names no checkpoint that can be fetched. {where}; then give the "
-            f"downloaded files to a card of your own: `name: {plain}@user` with `checkpoint: /path/to/it`."
+            or f"{name!r} is a gated model: its card names no checkpoint that can be fetched. {where}; then name the "
+            f"downloaded files in a card of your own: `name: {plain}@user` with `checkpoint: /path/to/it`."
         )
         self.name = name
         self.info_url = info_url
 
 
 class GangError(LadingError):
-    """Another rank of the gang failed, or cannot be reached; ``ranks`` holds those to blame, where known."""
+    """A failure on another rank of the gang; ``ranks`` holds the ranks that failed, where known."""
 
     exit_code = 8
 
@@ -303,6 +303,6 @@ class GangError(LadingError):
 
 
 class InternalError(LadingError):
-    """A mistake in lading itself, or in the code of a family."""
+    """A bug in lading, or in the code of a family."""
 
     exit_code = 1

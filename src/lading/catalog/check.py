@@ -14,8 +14,8 @@ from lading.catalog.database.migrate import (
     alterations,
     damage,
     engine_for,
-    is_there,
     lost_references,
+    path_exists,
     version_of,
 )
 from lading.catalog.database.target import (
@@ -35,7 +35,7 @@ def check_catalog(settings: Settings) -> list[str]:
     :raises CatalogError: there is no catalog, or the file is something else.
     """
     target = Target.from_url(settings.database_url)
-    if (target.path is not None or not target.is_sqlite) and not is_there(target):
+    if (target.path is not None or not target.is_sqlite) and not path_exists(target):
         raise no_catalog(target)
 
     try:

@@ -17,7 +17,7 @@ from lading.catalog.records import ModelSummary
 from lading.catalog.schema import CardRow
 from lading.catalog.search import found
 from lading.errors import AssetCardError
-from lading.system.filesystem import is_there
+from lading.system.filesystem import path_exists
 from lading.system.uris import uri_path
 
 _COLUMNS = tuple(field.name for field in fields(ModelSummary))
@@ -108,14 +108,14 @@ def as_seen_here(model: ModelSummary, card: AssetCard | None) -> ModelSummary:
             status = "gated" if ref.gated else "ready" if uri_path(ref.uri) else "remote"
             model = replace(model, status=status, checkpoint=ref.uri or None, local_path=None, verified_at=None)
 
-    if model.status != "ready" or (model.local_path is not None and is_there(model.local_path)):
+    if model.status != "ready" or (model.local_path is not None and path_exists(model.local_path)):
         return model
 
     path = uri_path(model.checkpoint or "")
     if path is None:
         status = "remote" if model.checkpoint else "gated"
         return replace(model, status=status, local_path=None, verified_at=None)
-    if is_there(path):
+    if path_exists(path):
         return replace(model, local_path=str(path))
 
     return replace(

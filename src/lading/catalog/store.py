@@ -40,7 +40,7 @@ from lading.errors import (
 )
 from lading.formats.digests import Digests
 from lading.formats.manifest import Manifest
-from lading.system.filesystem import FileStat, is_there
+from lading.system.filesystem import FileStat, path_exists
 from lading.system.settings import Settings
 
 __all__ = [
@@ -78,7 +78,7 @@ def get_asset_store() -> AssetStore:
 @lru_cache(maxsize=8)
 def _store(settings: Settings) -> AssetStore:
     for path in settings.card_paths[1:]:
-        if not is_there(path):
+        if not path_exists(path):
             _log.warning(
                 "LADING_CARDS names %s, but nothing is there, or it cannot be looked at; cards that came from there "
                 "stay as they were.",

@@ -14,7 +14,7 @@ from lading.cli.complete import complete_model, complete_target
 from lading.cli.describe import DTYPES, asked_dtype, dtype_text, some
 from lading.cli.names import name_or_path
 from lading.cli.output import counted, human_bytes, human_count, write_json, write_pairs
-from lading.system.filesystem import is_there
+from lading.system.filesystem import path_exists
 
 if TYPE_CHECKING:
     from lading.checkpoints.verification import Verify
@@ -128,7 +128,7 @@ def export(
 
     store = get_asset_store()
     if store.maybe_retrieve_card(name) is None:
-        if is_there(name):
+        if path_exists(name):
             raise click.UsageError(f"{name!r} is a path, and no card has that name: `lading convert` takes paths.")
         raise unknown_model(name, store)
 

@@ -11,7 +11,7 @@ from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_comparable
 from lading.cli.names import name_or_path
 from lading.cli.output import Column, Form, counted, listing_options, text, write_rows
-from lading.system.filesystem import is_there
+from lading.system.filesystem import path_exists
 
 if TYPE_CHECKING:
     from lading.catalog.store import AssetStore
@@ -60,7 +60,7 @@ def _target(target: str, store: AssetStore) -> str | Path:
     family, slash, arch = target.partition("/")
     if slash and store.maybe_retrieve_card(target) is None:
         known = store.maybe_architecture(arch, family) is not None
-        if known or (not is_there(target) and family in {f.name for f in store.families()}):
+        if known or (not path_exists(target) and family in {f.name for f in store.families()}):
             return target
 
     return name_or_path(target, store)

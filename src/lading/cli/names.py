@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lading.errors import ModelNotKnownError, NotSupportedError
-from lading.system.filesystem import expand_home, is_there
+from lading.system.filesystem import expand_home, path_exists
 
 if TYPE_CHECKING:
     from lading.catalog.store import AssetStore
@@ -27,7 +27,7 @@ def name_or_path(target: str, store: AssetStore) -> str | Path:
         )
     if store.maybe_retrieve_card(target) is not None:
         return target
-    if "/" in target or is_there(target):
+    if "/" in target or path_exists(target):
         return Path(target)
 
     raise unknown_model(target, store)

@@ -27,7 +27,7 @@ from lading.cli.output import (
     write_rows,
 )
 from lading.errors import CheckpointNotFoundError, ModelFamilyNotKnownError
-from lading.system.filesystem import is_there
+from lading.system.filesystem import path_exists
 from lading.system.uris import path_uri, shown_uri, uri_path
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def _as_object(found: _Found) -> dict[str, object]:
 
 
 def _existing(path: Path | None) -> Path | None:
-    return path if path is not None and is_there(path) else None
+    return path if path is not None and path_exists(path) else None
 
 
 def _verified_at(stored: StoredCheckpoint | None) -> str | None:
@@ -267,7 +267,7 @@ def _source(uri: str) -> str:
     """Return the source of a card, and whether it cannot be seen now."""
     path = uri_path(uri)
 
-    return uri if path is None or is_there(path) else f"{uri} (out of sight; the card is kept as it was)"
+    return uri if path is None or path_exists(path) else f"{uri} (out of sight; the card is kept as it was)"
 
 
 def _flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -36,7 +36,7 @@ from lading.models.loader import LoadOptions, agreed, load_card, load_path
 from lading.models.report import LoadReport
 from lading.models.resolve import arch_config, family_of_card, family_of_folder, model_config
 from lading.models.tensors import iter_tensors
-from lading.system.filesystem import is_there
+from lading.system.filesystem import path_exists
 from lading.transfer.dtypes import DType
 
 ModelT = TypeVar("ModelT", bound=Module)
@@ -443,7 +443,7 @@ def _retrieve(card: AssetCard | str, store: AssetStore) -> AssetCard:
 
 def did_you_mean_model(name: str, store: AssetStore) -> str:
     """A hint for a name that no card has; a path in its place is told apart."""
-    if is_there(name):
+    if path_exists(name):
         return f" A folder is given as a path: `load_model(Path({name!r}))`."
 
     return did_you_mean(name, store.suggest(name))

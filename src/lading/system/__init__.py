@@ -1,1 +1,1 @@
-"""The ground: files, settings, progress, threads, entry points."""
+"""The layer below all others: file systems, settings, progress bars, threads, entry points."""

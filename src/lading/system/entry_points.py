@@ -1,6 +1,6 @@
-"""What installed packages register: entry points, of which all that concern lading are found by one scan.
+"""Entry points of the installed packages, found by one scan for all groups.
 
-A scan reads a file of every installed distribution, and a load asks for several groups.
+A scan reads a file of every installed distribution, and a load needs several groups.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from typing import Protocol
 
 
 def registered(group: str) -> EntryPoints:
-    """The entry points of a group, as they were when this process first asked."""
+    """Return the entry points of ``group``, as of the first call in this process."""
     return _scan(tuple(sys.path)).select(group=group)
 
 
-class _Found(Protocol):
-    # What a scan for all groups gives is of another type in Python 3.11 than in those that follow.
+class _AllEntryPoints(Protocol):
+    # `entry_points()` without a group returns another type in Python 3.11 than in later versions.
     def select(self, *, group: str) -> EntryPoints: ...
 
 
 @lru_cache(maxsize=4)
-def _scan(path: tuple[str, ...]) -> _Found:
-    """:param path: where distributions are looked for; another one is scanned anew."""
+def _scan(path: tuple[str, ...]) -> _AllEntryPoints:
+    """Return all entry points.
+
+    :param path: the search path of distributions, which keys the cache.
+    """
     return entry_points()

@@ -1,4 +1,4 @@
-"""What lading needs to know of the files and file systems under it: identity, and how far they can be trusted."""
+"""Files and file systems: identity, kind, and location."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-# File systems that answer over a network: no shared memory between hosts (so no WAL), locks and direct I/O that differ
-# from one to the next.
+# Network file systems have no shared memory between hosts (so no WAL), and their locks and direct I/O differ.
 _NETWORK = re.compile(
     r"nfs\d?|cifs|smb\w*|lustre|gpfs|ceph|beegfs|afs|glusterfs|pvfs2|9p|wekafs|fuse\.(?!fuse-overlayfs).+"
 )
@@ -19,7 +18,7 @@ _NETWORK = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class FileStat:
-    """What tells one state of a file from another without reading it."""
+    """The state of a file: it changes whenever the bytes do, and can be compared without reading them."""
 
     size: int
     mtime_ns: int
@@ -32,10 +31,10 @@ class FileStat:
 
 
 def expand_home(path: str | Path) -> Path:
-    """``path`` with the home folder in place of a leading ``~``.
+    """Return ``path`` with a leading ``~`` replaced by the home folder.
 
-    Where there is no such user, or this one has no home (in a container, under a number), it stays as it is, to be
-    missed as any other path is.
+    If the user is unknown or has no home (in a container, under a number), return ``path`` unchanged: it then does not
+    exist, like any other wrong path.
     """
     try:
         return Path(path).expanduser()
@@ -44,13 +43,13 @@ def expand_home(path: str | Path) -> Path:
 
 
 NO_HOME = Path(os.devnull, "no-home")
-"""The stand-in for the home folder of a user who has none: nothing is there, and nothing can be made there."""
+"""The substitute for the home folder of a user without one: it cannot exist or be created."""
 
 
-def own_place(path: str | Path) -> Path:
-    """Return ``path`` with the home folder in place of a leading ``~``, for a place where lading keeps things.
+def storage_path(path: str | Path) -> Path:
+    """Return the absolute path of a file or folder that lading may create, with a leading ``~`` expanded.
 
-    Where there is no home it is below :data:`NO_HOME`: a folder called ``~`` must never be made.
+    If there is no home folder, the result is below :data:`NO_HOME`, so that no folder named ``~`` is ever created.
     """
     found = expand_home(path)
     if found.parts[:1] and found.parts[0].startswith("~"):
@@ -59,11 +58,11 @@ def own_place(path: str | Path) -> Path:
     return found.absolute()
 
 
-def is_there(path: str | Path) -> bool:
-    """Whether something is at ``path``, as far as can be told: not where one may not look, unlike ``Path.exists``."""
+def path_exists(path: str | Path) -> bool:
+    """Return whether something exists at ``path``; ``False``, not an error as by ``Path.exists``, if it is unknown."""
     try:
         os.stat(path)
-    except (OSError, ValueError):  # the latter of a name with a NUL in it
+    except (OSError, ValueError):  # a name with a NUL in it raises ValueError
         return False
 
     return True
@@ -79,13 +78,13 @@ _KINDS = {
 
 
 class UnfitFileError(OSError):
-    """Something at a path that is not read: it is not a regular file, or is too large."""
+    """A path that lading does not read, because it is not a regular file or is too large."""
 
 
 def require_regular(path: Path, found: os.stat_result) -> None:
-    """Raise unless ``found`` is the state of a regular file.
+    """Require that ``found``, the stat result of ``path``, is that of a regular file.
 
-    :raises UnfitFileError: it is that of something else.
+    :raises UnfitFileError: it is something else.
     """
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
@@ -93,18 +92,18 @@ def require_regular(path: Path, found: os.stat_result) -> None:
 
 
 def read_regular(path: Path, *, at_most: int) -> bytes:
-    """Read the regular file that ``path`` leads to, through symbolic links too.
+    """Read a regular file, following symbolic links.
 
-    Never waits: opening anything else can block (a FIFO) or act (a device).
+    Anything else is not opened, as that can block (a FIFO) or have effects (a device).
 
-    :param at_most: bytes; of a larger file nothing is read.
+    :param at_most: the largest accepted size in bytes.
 
     :raises UnfitFileError: it is not a regular file, or is larger.
-    :raises OSError: nothing is there, or it cannot be read.
+    :raises OSError: it does not exist, or cannot be read.
     """
     require_regular(path, os.stat(path))
-    # Another file may take the place of the one that was looked at, and one that is being written grows.
-    with open(path, "rb", opener=_open_at_once) as file:
+    # Between the check and here, the path may be replaced, and a file that is being written grows.
+    with open(path, "rb", opener=_open_without_blocking) as file:
         found = os.fstat(file.fileno())
         require_regular(path, found)
         data = file.read(at_most + 1) if found.st_size <= at_most else b""
@@ -115,25 +114,25 @@ def read_regular(path: Path, *, at_most: int) -> bytes:
     return data
 
 
-def _open_at_once(path: str, flags: int) -> int:
+def _open_without_blocking(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def file_system_type(path: Path) -> str:
-    """The type of the file system that holds ``path`` (``ext4``, ``nfs4`` …); empty where the system does not say."""
+    """Return the type of the file system that holds ``path`` (``ext4``, ``nfs4`` …); empty if it is unknown."""
     return _mount(path)[0]
 
 
 def on_network(path: Path) -> bool:
-    """Whether ``path`` lies on a file system that is shared between hosts."""
+    """Return whether ``path`` is on a network file system."""
     return _NETWORK.fullmatch(file_system_type(path)) is not None
 
 
-def place_id(path: Path) -> str:
-    """Return the place where ``path`` means this file: this machine, or wherever the same network file system is.
+def location_id(path: Path) -> str:
+    """Return an id of the place where ``path`` means the same file: this machine, or the network file system.
 
-    Containers have no machine id and a new host name each time, while what they share is on the same volume: there
-    the file system tells.
+    Containers have no machine id and a new host name at each start, but share volumes; there the id is that of the
+    file system.
     """
     if on_network(path):
         return ":".join(_mount(path))
@@ -146,7 +145,7 @@ def place_id(path: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _mount(path: Path) -> tuple[str, str]:
-    """The type and the source of the file system that holds ``path``."""
+    """Return the type and the source of the file system that holds ``path``."""
     try:
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -158,7 +157,7 @@ def _mount(path: Path) -> tuple[str, str]:
         return _mount(path.parent) if path != path.parent else ("", "")
 
     wanted = f"{os.major(device)}:{os.minor(device)}"
-    for line in reversed(mounts):  # the mount that came last covers the ones before it
+    for line in reversed(mounts):  # the last mount covers the earlier ones
         # https://www.kernel.org/doc/Documentation/filesystems/proc.txt, 3.5: "… major:minor … - type source options"
         fields, _, behind = line.partition(" - ")
         if fields.split(" ")[2] == wanted:
@@ -169,7 +168,7 @@ def _mount(path: Path) -> tuple[str, str]:
 
 
 def host_id() -> str:
-    """Return a name for this machine that survives restarts, as far as it has one; else its host name."""
+    """Return an id of this machine that survives restarts; its host name if there is none."""
     return _machine_id() or os.uname().nodename
 
 
@@ -181,7 +180,7 @@ def _machine_id() -> str | None:
             text = Path(source).read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError):
             continue
-        if re.fullmatch(r"[0-9a-f]{32}", text):  # images hold none, or the word `uninitialized`
+        if re.fullmatch(r"[0-9a-f]{32}", text):  # in images it is missing, or the word `uninitialized`
             return text
 
     return None
@@ -189,7 +188,7 @@ def _machine_id() -> str | None:
 
 @lru_cache(maxsize=256)
 def _file_system_id(path: Path) -> int:
-    """Return a number of the file system that holds ``path``; zero where it has none."""
+    """Return the id of the file system that holds ``path``; zero if it has none."""
     try:
         return os.statvfs(path).f_fsid
     except OSError:

@@ -1,4 +1,4 @@
-"""Bars on stderr for what may take long."""
+"""Progress bars on stderr."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 
 
 def byte_bar(total: int | None, label: str, *, shown: bool = True) -> tqdm[NoReturn]:
-    """A bar for bytes, which appears when they take longer than half a second, and goes with the last of them.
+    """Create a progress bar for bytes, which appears after half a second and disappears when it is closed.
 
-    :param total: ``None`` where it is not known.
-    :param shown: one that is not counts all the same.
+    :param total: the number of bytes; ``None`` if it is unknown.
+    :param shown: whether to print the bar; it counts in either case.
     """
-    from tqdm import tqdm  # not every command has anything to show
+    from tqdm import tqdm  # most commands show no bar
 
     return tqdm(total=total, unit="B", unit_scale=True, desc=label, leave=False, delay=0.5, disable=not shown)

@@ -1,4 +1,4 @@
-"""Where lading keeps its things, and what the environment says about it."""
+"""Settings of this process, read from the environment."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Literal, Self
 import platformdirs
 
 from lading.errors import SettingsError
-from lading.system.filesystem import NO_HOME, expand_home, own_place, place_id
+from lading.system.filesystem import NO_HOME, expand_home, location_id, storage_path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,39 +20,39 @@ class Settings:
     """The settings of this process; hashable, so that a catalog can be kept per settings."""
 
     database_url: str | None = field(repr=False)  # may hold a password
-    """A SQLAlchemy URL. ``LADING_DATABASE_URL``; default: ``catalog.sqlite`` in the platform's data folder; ``None``
-    where the user has no home for that."""
+    """The SQLAlchemy URL of the catalog. ``LADING_DATABASE_URL``; default: ``catalog.sqlite`` in the platform's data
+    folder; ``None`` if the user has no home folder."""
     cache_dir: Path
-    """Where fetched files go. ``LADING_CACHE_DIR``; default: the platform's cache folder."""
+    """The folder of fetched files. ``LADING_CACHE_DIR``; default: the platform's cache folder."""
     card_paths: tuple[Path, ...]
     """Folders and files of the user's own cards: ``<config folder>/cards``, then ``LADING_CARDS`` (a path list)."""
     env: str | None
-    """The default environment, whose overlays (``name@env``) are laid over cards. ``LADING_ENV``."""
+    """The default environment, whose overlays (``name@env``) apply to cards. ``LADING_ENV``."""
     offline: bool
-    """Whether no socket may be opened. ``LADING_OFFLINE`` or ``HF_HUB_OFFLINE``, the latter as huggingface_hub reads
+    """True if no socket may be opened. ``LADING_OFFLINE`` or ``HF_HUB_OFFLINE``, the latter as huggingface_hub reads
     it."""
     huge_pages: Literal["auto", "always", "never"] = "auto"
-    """The pages of the memory that a load fills: as large as is cheap, always large, or always small.
+    """The page size of the memory that a load fills: as large as is cheap, always large, or always small.
     ``LADING_HUGE_PAGES``."""
 
     @property
     def catalog_id(self) -> str:
-        """A name for the catalog by which a shared cache tells its entries from others'; empty for one in memory.
+        """The id of the catalog, by which a shared cache keeps its entries apart; empty for a catalog in memory.
 
-        It is the place of the database: nothing in a catalog tells it from a copy of it at another place.
+        It is derived from the location of the database, as nothing in a catalog distinguishes it from its copies.
         """
         if self.database_url is None:
             return ""
         scheme, _, rest = self.database_url.partition("://")
         if scheme.partition("+")[0] != "sqlite":
-            # User, password and parameters of the driver do not make another database.
+            # The user, the password and the driver's parameters do not identify the database.
             text = f"{scheme.partition('+')[0]}://{rest.rpartition('@')[2].partition('?')[0]}"
         else:
             name = rest.removeprefix("/")
             if name in ("", ":memory:"):
                 return ""
-            path = Path(os.path.realpath(own_place(name)))
-            text = f"{place_id(path.parent)}:{path}"
+            path = Path(os.path.realpath(storage_path(name)))
+            text = f"{location_id(path.parent)}:{path}"
 
         return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
@@ -60,7 +60,7 @@ class Settings:
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Self:
         """Read the settings from ``environ`` (default: the process's environment).
 
-        :raises SettingsError: ``LADING_OFFLINE`` says neither yes nor no, or ``LADING_HUGE_PAGES`` is unknown.
+        :raises SettingsError: ``LADING_OFFLINE`` or ``LADING_HUGE_PAGES`` has an invalid value.
         """
         env = os.environ if environ is None else environ
 
@@ -72,7 +72,7 @@ class Settings:
         return cls(
             database_url=env.get("LADING_DATABASE_URL", "").strip()
             or (None if data.is_relative_to(NO_HOME) else f"sqlite:///{data / 'catalog.sqlite'}"),
-            cache_dir=own_place(cache) if cache else _folder(platformdirs.user_cache_path),
+            cache_dir=storage_path(cache) if cache else _folder(platformdirs.user_cache_path),
             card_paths=tuple(cards),
             env=env.get("LADING_ENV", "").strip() or None,
             offline=_switch("LADING_OFFLINE", env.get("LADING_OFFLINE", ""))
@@ -82,10 +82,10 @@ class Settings:
 
 
 def _folder(find: Callable[..., Path]) -> Path:
-    """Return lading's folder by the conventions of the platform; below :data:`NO_HOME` where the user has no home."""
+    """Return lading's folder by the conventions of the platform; below :data:`NO_HOME` if the user has no home."""
     try:
-        return own_place(find("lading", appauthor=False))
-    except RuntimeError:  # HOME is not an absolute path, and the user is one without an entry in passwd
+        return storage_path(find("lading", appauthor=False))
+    except RuntimeError:  # HOME is not an absolute path, and the user has no entry in passwd
         return NO_HOME / "lading"
 
 
@@ -94,15 +94,15 @@ _NO = ("0", "false", "no", "off", "n")
 
 
 def _switch(name: str, value: str) -> bool:
-    said = value.strip().lower()
-    if said and said not in _YES + _NO:
-        # To take it for no would open connections that somebody may have meant to forbid.
+    word = value.strip().lower()
+    if word and word not in _YES + _NO:
+        # Reading it as "no" would open connections that the user may have meant to forbid.
         raise SettingsError(
             f"{name} is expected to be one of {', '.join(_YES)}, or of {', '.join(_NO)}, but is {value!r}. Set it to "
             "one of these, or unset it."
         )
 
-    return said in _YES
+    return word in _YES
 
 
 def _huge_pages(value: str) -> Literal["auto", "always", "never"]:
@@ -121,5 +121,5 @@ def _huge_pages(value: str) -> Literal["auto", "always", "never"]:
 
 
 def _hub_switch(value: str) -> bool:
-    """As ``huggingface_hub.constants`` reads its variables: whatever is not one of these is no."""
+    """Return whether ``huggingface_hub.constants`` reads ``value`` as true; it reads anything else as false."""
     return value.upper() in {"1", "ON", "YES", "TRUE"}

@@ -1,4 +1,4 @@
-"""Threads that can be waited for also when a signal ends the wait."""
+"""Threads whose completion can be awaited safely even if a signal interrupts the wait."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from collections.abc import Callable
 
 
 class Worker:
-    """A daemon thread.
+    """A daemon thread with a safe wait.
 
-    Waiting for it is not ``Thread.join``: when a signal interrupts that with an exception, Python 3.11 takes the lock
-    that the running thread holds for one of its own, releases it, and calls the thread ended from then on. Whoever
-    cleaned up behind it would do so while it still works.
+    ``Thread.join`` is not safe: when a signal interrupts it with an exception, Python 3.11 releases the lock that the
+    running thread holds and considers the thread ended, so that the caller would clean up while it still works.
     """
 
     def __init__(self, work: Callable[[], None], name: str) -> None:
@@ -24,21 +23,21 @@ class Worker:
         self._thread.start()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until it has ended; returns whether it has.
+        """Wait until the thread has ended; return whether it has.
 
-        :param timeout: in seconds; default: none.
+        :param timeout: in seconds; default: no limit.
         """
         return self._ended.wait(timeout)
 
     @property
     def ended(self) -> bool:
-        """Whether it has, or was never started."""
+        """True if the thread has ended or was never started."""
         return self._ended.is_set() or self._thread.ident is None
 
     def wait_if_started(self) -> None:
-        """Wait until it has ended, though :meth:`start` may have been interrupted.
+        """Wait until the thread has ended, even if :meth:`start` was interrupted.
 
-        An interrupt may come while that waits for the thread, which then runs although it has no number yet.
+        An interrupt during ``start`` can leave a running thread that has no identifier yet.
         """
         until = time.monotonic() + 1
         while self._thread.ident is None and time.monotonic() < until:

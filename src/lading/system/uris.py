@@ -1,4 +1,4 @@
-"""URIs of local paths, and URIs as they may be shown."""
+"""URIs of local paths, and URIs without their secrets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def shown_uri(uri: str) -> str:
-    """Return a URI as it may be shown and kept: of an address on the web without the user, the query and the fragment.
+    """Return ``uri`` without the user, the query and the fragment of a web address, so that it can be shown and kept.
 
     Signed addresses hold their secrets there.
     """
@@ -21,19 +21,19 @@ def shown_uri(uri: str) -> str:
 
 
 def path_uri(path: Path) -> str:
-    """Return the ``file://`` URI of an absolute path, unquoted: it is compared, shown, and read back by ``uri_path``.
+    """Return the ``file://`` URI of a path, unquoted, so that it can be compared, shown, and read by :func:`uri_path`.
 
-    A path has one URI, whether or not it is written with ``.``, ``..`` or a slash at its end. Links keep their names.
+    A path has one URI, however it is written (``.``, ``..``, a slash at the end). Links are not followed.
     """
     path = path.absolute()
     if ".." in path.parts:
-        # Not `normpath`: behind a link to a folder, `..` leads to where that folder is.
-        behind = len(path.parts) - path.parts[::-1].index("..")
-        path = Path(os.path.realpath(Path(*path.parts[:behind])), *path.parts[behind:])
+        # `normpath` is wrong here: after a link to a folder, `..` is the parent of the link's target.
+        end = len(path.parts) - path.parts[::-1].index("..")
+        path = Path(os.path.realpath(Path(*path.parts[:end])), *path.parts[end:])
 
     return f"file://{path}"
 
 
 def uri_path(uri: str) -> Path | None:
-    """The path of a ``file://`` URI; ``None`` for any other."""
+    """Return the path of a ``file://`` URI; ``None`` for any other URI."""
     return Path(uri.removeprefix("file://")) if uri.startswith("file://") else None

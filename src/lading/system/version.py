@@ -1,3 +1,3 @@
-"""The version of this package; it stands here alone, so that the lowest room can import it."""
+"""The version of this package, in a module of its own so that every other module can import it."""
 
 __version__ = "0.1.0"

@@ -12,7 +12,7 @@ from lading.catalog.checkpoints.intents import end_intents, intended
 from lading.catalog.database.statements import chunks, intact
 from lading.catalog.records import Check, CopyKind, LocalCopy, from_signed, now, to_signed
 from lading.catalog.schema import COPIES, SHARDS, CopyRow
-from lading.system.filesystem import FileStat, place_id
+from lading.system.filesystem import FileStat, location_id
 
 
 def copies_of(connection: Connection, checkpoint_id: int) -> list[LocalCopy]:
@@ -62,7 +62,7 @@ def _reachable(connection: Connection, condition: ColumnElement[bool]) -> list[t
     with intact("a copy"):
         for checkpoint_id, file, place, name, size, mtime_ns, ctime_ns, inode, verified_at, kind in rows:
             path = Path(name)
-            if place == place_id(path.parent):
+            if place == location_id(path.parent):
                 stat = FileStat(size, mtime_ns, ctime_ns, from_signed(inode))
                 copy = LocalCopy(file=file, path=path, stat=stat, verified_at=verified_at, kind=kind)
                 found.append((checkpoint_id, copy))
@@ -89,7 +89,7 @@ def write_copies(
         copies = [replace(c, verified_at=c.verified_at or verified.get((c.file, c.path, c.stat))) for c in copies]
     outdated = CopyRow.checkpoint_id == checkpoint_id
     if keep_others:
-        outdated &= CopyRow.place.in_({place_id(copy.path.parent) for copy in copies})
+        outdated &= CopyRow.place.in_({location_id(copy.path.parent) for copy in copies})
     _make_way(connection, outdated, copies)
     _insert_copies(connection, checkpoint_id, copies)
 
@@ -101,7 +101,7 @@ def replace_copies(connection: Connection, checkpoint_id: int, copies: Sequence[
         outdated = and_(
             CopyRow.checkpoint_id == checkpoint_id,
             CopyRow.file.in_({copy.file, str(copy.path)}),
-            CopyRow.place == place_id(copy.path.parent),
+            CopyRow.place == location_id(copy.path.parent),
         )
         _make_way(connection, outdated, copies)
     _insert_copies(connection, checkpoint_id, copies)
@@ -116,7 +116,7 @@ def _make_way(connection: Connection, outdated: ColumnElement[bool], copies: Seq
     rows = connection.execute(
         select(COPIES).where(outdated, or_(COPIES.c.kind == "hub", COPIES.c.file == COPIES.c.path))
     ).mappings()
-    new = {(str(copy.path), place_id(copy.path.parent)) for copy in copies}
+    new = {(str(copy.path), location_id(copy.path.parent)) for copy in copies}
     left = {(row["path"], row["place"]): {**row, "file": row["path"]} for row in rows}
     left = {key: row for key, row in left.items() if key not in new}
 
@@ -157,7 +157,7 @@ def _insert_copies(connection: Connection, checkpoint_id: int, copies: Sequence[
         {
             "checkpoint_id": checkpoint_id,
             "file": copy.file,
-            "place": place_id(copy.path.parent),
+            "place": location_id(copy.path.parent),
             "path": str(copy.path),
             "size": copy.stat.size,
             "mtime_ns": copy.stat.mtime_ns,
@@ -180,7 +180,7 @@ def same_copy(checkpoint_id: int, copy: LocalCopy | Check) -> ColumnElement[bool
         CopyRow.checkpoint_id == checkpoint_id,
         CopyRow.file == copy.file,
         CopyRow.path == str(copy.path),
-        CopyRow.place == place_id(copy.path.parent),
+        CopyRow.place == location_id(copy.path.parent),
         CopyRow.size == copy.stat.size,
         CopyRow.mtime_ns == copy.stat.mtime_ns,
         CopyRow.ctime_ns == copy.stat.ctime_ns,

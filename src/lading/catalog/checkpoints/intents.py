@@ -20,7 +20,7 @@ from lading.catalog.database.database import Database
 from lading.catalog.database.statements import chunks
 from lading.catalog.records import now
 from lading.catalog.schema import IntentRow
-from lading.system.filesystem import place_id
+from lading.system.filesystem import location_id
 
 
 def record_intents(database: Database, paths: Sequence[Path], *, uri: str) -> None:
@@ -34,7 +34,7 @@ def record_intents(database: Database, paths: Sequence[Path], *, uri: str) -> No
     with database.write() as connection:
         end_intents(connection, paths)
         rows = [
-            {"path": _key(path), "place": place_id(path.parent), "uri": uri, "recorded_at": now()} for path in paths
+            {"path": _key(path), "place": location_id(path.parent), "uri": uri, "recorded_at": now()} for path in paths
         ]
         connection.execute(insert(IntentRow), rows)
 
@@ -50,7 +50,7 @@ def forget_unmet(database: Database, paths: Sequence[Path]) -> None:
 def end_intents(connection: Connection, paths: Iterable[Path]) -> None:
     """Drop the intents at paths: something else says whose the files there are."""
     for path in intended(connection, paths):
-        same = and_(IntentRow.path == _key(path), IntentRow.place == place_id(path.parent))
+        same = and_(IntentRow.path == _key(path), IntentRow.place == location_id(path.parent))
         connection.execute(delete(IntentRow).where(same))
 
 
@@ -60,7 +60,7 @@ def intended(connection: Connection, paths: Iterable[Path]) -> set[Path]:
     found = set()
     for some in chunks(keys):
         statement = select(IntentRow.path, IntentRow.place).where(IntentRow.path.in_(some))
-        found |= {keys[key] for key, place in connection.execute(statement) if place == place_id(keys[key].parent)}
+        found |= {keys[key] for key, place in connection.execute(statement) if place == location_id(keys[key].parent)}
 
     return found
 
@@ -71,7 +71,7 @@ def all_intents(connection: Connection) -> dict[str, list[Path]]:
     statement = select(IntentRow.uri, IntentRow.path, IntentRow.place).order_by(IntentRow.uri, IntentRow.path)
     for uri, name, place in connection.execute(statement):
         path = Path(name)
-        if place == place_id(path.parent) and os.path.lexists(path):
+        if place == location_id(path.parent) and os.path.lexists(path):
             found.setdefault(uri, []).append(path)
 
     return found

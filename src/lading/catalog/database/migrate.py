@@ -237,14 +237,14 @@ def _versions(target: Target) -> tuple[int, int]:
     :raises CatalogError: the file is something else, is damaged, or its schema is of no version.
     :raises CatalogOutdatedError: the catalog is newer than this code.
     """
-    if not is_there(target):
+    if not path_exists(target):
         return 0, 0
 
     with transaction(engine_for(target), target, write=False) as connection:
         return version_of(connection), _true_version(connection, target)
 
 
-def is_there(target: Target) -> bool:
+def path_exists(target: Target) -> bool:
     """Return whether there is a catalog, after a log of another file beside it was set aside."""
     if target.path is None and target.is_sqlite:
         raise CatalogError("A catalog in memory lives as long as its process: it has no versions and no copies.")
@@ -280,7 +280,7 @@ def backup(settings: Settings, target: Path | None = None) -> Path:
     :raises OSError: the copy cannot be written.
     """
     source = Target.from_url(settings.database_url)
-    there = is_there(source)
+    there = path_exists(source)
     if source.path is None:
         raise CatalogError(f"{source} has no file that could be copied. Use the server's own tool: `pg_dump`.")
     if not there:
@@ -370,7 +370,7 @@ def restore(settings: Settings, file: Path) -> RestoreReport:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
     if peek(file) is not Found.CATALOG:
         raise CatalogError(f"{file} is expected to be a backup of a catalog, but is another kind of file.")
-    there = is_there(target)
+    there = path_exists(target)
     if there and file.samefile(target.path):
         raise CatalogError(f"{target} is the catalog itself. Give the file of a backup: `lading db backup` makes one.")
 

@@ -18,7 +18,7 @@ from sqlalchemy import URL, exc, make_url
 
 from lading.catalog.database.journal import HEADER_SIZE, read_header
 from lading.errors import CatalogError, CatalogOutdatedError
-from lading.system.filesystem import own_place
+from lading.system.filesystem import storage_path
 
 SCHEMA_VERSION = 3
 """The version of the schema that this code works with: the number of the last migration."""
@@ -96,7 +96,7 @@ class Target:
         if database in ("", ":memory:"):
             return cls(url=url, path=None)
 
-        return cls(url=url.set(database=database, query={}), path=own_place(database))
+        return cls(url=url.set(database=database, query={}), path=storage_path(database))
 
     @property
     def is_sqlite(self) -> bool:

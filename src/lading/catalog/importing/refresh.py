@@ -26,7 +26,7 @@ from lading.catalog.importing.write import forget
 from lading.catalog.records import newer, now
 from lading.catalog.schema import FAMILIES, SOURCES, FamilyRow, SourceRow
 from lading.system.entry_points import registered
-from lading.system.filesystem import FileStat, is_there, read_regular
+from lading.system.filesystem import FileStat, path_exists, read_regular
 from lading.system.settings import Settings
 from lading.system.uris import path_uri, uri_path
 from lading.system.version import __version__
@@ -252,7 +252,7 @@ def _user_news(
         folder, out_of_sight = _out_of_sight(path, watched)
         if out_of_sight is None:
             gone.add(uri)
-        elif watched is not None and (watched == settings.card_paths[0] or is_there(watched)):
+        elif watched is not None and (watched == settings.card_paths[0] or path_exists(watched)):
             # Of what LADING_CARDS names and is not there at all, the store warns.
             warnings[str(folder)] = (
                 f"The cards that came from {folder} stay as they were: {out_of_sight}. If they are to go, let it be a "

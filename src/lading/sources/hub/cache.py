@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lading.sources.hub.address import is_commit, is_file_name, is_repo_id, is_sha256
-from lading.system.filesystem import expand_home, own_place
+from lading.system.filesystem import expand_home, storage_path
 
 _PREFIX = "models--"
 _DEPTH = 16
@@ -57,12 +57,12 @@ def hub_cache() -> Path:
     """
     constants = sys.modules.get("huggingface_hub.constants")
     if constants is not None:
-        return own_place(str(constants.HF_HUB_CACHE))
+        return storage_path(str(constants.HF_HUB_CACHE))
 
     env = os.environ
     found = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or f"{_home()}/hub"
 
-    return own_place(os.path.expandvars(found))
+    return storage_path(os.path.expandvars(found))
 
 
 def _home() -> str:
