@@ -154,7 +154,7 @@ def test_a_relative_path_resolves_against_the_file_that_states_it() -> None:
 
 
 def test_paths_that_lead_nowhere() -> None:
-    assert "comes from no file" in str(failure(AssetCard("x", {"y": "a/b"}).field("y").as_uri))
+    assert "does not come from a file" in str(failure(AssetCard("x", {"y": "a/b"}).field("y").as_uri))
     assert "is empty" in str(failure(AssetCard("x", {"y": " "}).field("y").as_uri))
     assert "expected to be of type str" in str(failure(AssetCard("x", {"y": 1}).field("y").as_uri))
 

@@ -1,1 +1,1 @@
-"""Cards: what a name means."""
+"""Cards: the documents that say which model a name stands for."""

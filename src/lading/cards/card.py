@@ -1,10 +1,10 @@
-"""Asset cards and architectures as values, and the one place where a name is resolved to a card.
+"""Asset cards and architectures as values, and the resolution of a name to a card.
 
 A *card file* holds :class:`CardEntry` and :class:`ArchitectureEntry` values, one per document. An :class:`AssetCard` is
-what a name means: an entry, an overlay of an environment laid over it, and the card that it is based on.
+the result of resolving a name: an entry, with the overlay of an environment applied, and the card that it is based on.
 
-Semantics are those of fairseq2 0.8.1 (``fairseq2.assets``), less its defects: a cycle of bases is an error here, and a
-relative path resolves against the file that states it, whichever card inherits it.
+The semantics are those of fairseq2 0.8.1 (``fairseq2.assets``), with two corrections: a cycle of bases is an error, and
+a relative path resolves against the file that states it, even if another card inherits it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from lading.system.uris import path_uri, shown_uri
 T = TypeVar("T", bool, int, float, str, list[object], dict[str, object])
 
 USER_ENV = "user"
-"""The environment whose overlays are always laid first."""
+"""The environment whose overlays always take precedence."""
 
 CONFIG_KEYS = ("model_config_overrides", "model_config_override", "model_config")
-"""The fields that may hold configuration overrides, the older names first."""
+"""The fields that may hold configuration overrides, older names first."""
 
 FIELDS = (
     "base",
@@ -43,7 +43,7 @@ FIELDS = (
     "url",
     "license",
 )
-"""The fields, besides the name, that mean something here. A card may have any others: they are kept and found."""
+"""The fields, besides the name, that lading reads. A card may have others, which are kept and can be looked up."""
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
@@ -58,11 +58,11 @@ class CardEntry:
     env: str = ""
     """The environment of an overlay; empty for the card itself."""
     metadata: Mapping[str, object]
-    """All fields but the name; plain JSON values."""
+    """All fields except the name; plain JSON values."""
     folder: Path | None = None
     """The folder of the card's file, against which its relative paths resolve."""
     source: str = ""
-    """Where the entry comes from, for messages: ``qwen.yaml[3]``."""
+    """The document that holds the entry, for messages: ``qwen.yaml[3]``."""
 
     @property
     def base(self) -> str | None:
@@ -72,68 +72,70 @@ class CardEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArchitectureEntry:
-    """One document of a card file that describes an architecture: the numbers of a family's configuration."""
+    """One document of a card file that describes an architecture: values of a family's configuration."""
 
     name: str
     family: str
     base: str | None = None
-    """Another architecture of the same family, whose numbers come first."""
+    """Another architecture of the same family, whose configuration this one overrides."""
     config: Mapping[str, object]
-    """Overrides to ``base``'s configuration, or to the defaults of the family's configuration class."""
+    """Overrides of the configuration of ``base``, or of the defaults of the family's configuration class."""
     source: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """An architecture of a family: overrides to the defaults of the family's configuration class, base first."""
+    """An architecture of a family: overrides of the defaults of the family's configuration class, base first."""
 
     name: str
     family: str
     overrides: tuple[Mapping[str, object], ...]
     sources: tuple[str, ...] = field(default=(), compare=False)
-    """Where each of ``overrides`` comes from, for messages; may be shorter."""
+    """The document that holds each of ``overrides``, for messages; may be shorter."""
 
 
 @dataclass(frozen=True, slots=True)
 class AssetCard:
-    """What a name in the catalog means. Fields that the card lacks are looked up in its bases."""
+    """A card as its name resolves to it. Fields that the card lacks are looked up in its bases."""
 
     name: str
     metadata: Mapping[str, object]
-    """The card's own fields, an environment's overlay already laid over them."""
+    """The card's own fields, with the overlay of an environment applied."""
     base: AssetCard | None = None
     folders: Mapping[str, Path | None] = field(default_factory=dict, repr=False, compare=False)
     """The folder of the file that states each field, by the field's name."""
     source: str = field(default="", compare=False)
-    """The file and the document that the card comes from."""
+    """The file and the document that hold the card."""
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
-    """The document that states a field, by the field's name, where it is an overlay."""
+    """The document that states a field, by the field's name, for fields of an overlay."""
     env: str | None = field(default=None, compare=False)
-    """The environment that was asked for behind the name; ``None`` if none was, and empty for no overlay at all."""
+    """The environment requested after the name; ``None`` if none was, and empty to apply no overlay."""
 
     @property
     def title(self) -> str:
-        """The name under which a command finds the card just so: ``name``, or ``name@env``."""
+        """The name that commands resolve to exactly this card: ``name``, or ``name@env``."""
         return self.name if self.env is None else f"{self.name}@{self.env}"
 
     def field(self, name: str) -> AssetCardField:
-        """The field ``name`` of this card or of the nearest base that has it.
+        """Return the field ``name`` of this card, or of the nearest base that has it.
 
         :raises AssetCardError: neither has it.
         """
         found = self.maybe_get_field(name)
         if found is None:
-            raise AssetCardError(self.name, f"The card {self.name!r} and its bases have no field {name!r}{self._at()}.")
+            raise AssetCardError(
+                self.name, f"The card {self.name!r} and its bases have no field {name!r}{self._in_source()}."
+            )
 
         return found
 
     def maybe_get_field(self, name: str) -> AssetCardField | None:
-        """Return the field ``name`` as :meth:`field` does, but ``None`` where no card of the chain has it.
+        """Return the field ``name`` as :meth:`field` does; ``None`` if no card of the chain has it.
 
-        A null in a card takes back what its bases say.
+        A null in a card removes the field of its bases.
         """
         card: AssetCard | None = self
-        while card is not None:  # not over `chain()`: an import asks six fields of each of its cards
+        while card is not None:  # faster than `chain()`: an import looks up six fields of each card
             if name in card.metadata:
                 value = card.metadata[name]
                 return None if value is None else AssetCardField(name, self, value, card.folders.get(name))
@@ -142,18 +144,18 @@ class AssetCard:
         return None
 
     def has_field(self, name: str) -> bool:
-        """Return whether this card or a base of it has the field ``name``, and no card nearer takes it back."""
+        """Return whether this card or one of its bases has the field ``name``, and no nearer card removes it."""
         return self.maybe_get_field(name) is not None
 
     def chain(self) -> Iterator[AssetCard]:
-        """The card, its base, the base of that, and so on."""
+        """Yield the card, its base, the base's base, and so on."""
         card: AssetCard | None = self
         while card is not None:
             yield card
             card = card.base
 
     def fields(self) -> dict[str, object]:
-        """All fields of the card and its bases, the nearest first where several have one."""
+        """Return all fields of the card and its bases; if several cards have a field, that of the nearest one."""
         merged: dict[str, object] = {}
         for card in reversed(list(self.chain())):
             merged.update(card.metadata)
@@ -162,10 +164,10 @@ class AssetCard:
         return {name: value for name, value in merged.items() if value is not None}
 
     def source_of(self, name: str) -> str:
-        """The document that states the card's own field ``name``."""
+        """Return the document that states the card's own field ``name``."""
         return self.sources.get(name, self.source)
 
-    def _at(self) -> str:
+    def _in_source(self) -> str:
         return f" ({self.source})" if self.source else ""
 
 
@@ -175,12 +177,12 @@ class AssetCardField:
 
     name: str
     card: AssetCard
-    """The card that was asked; a base of it may be the one that states the field."""
+    """The card that was looked at; the field may be stated by one of its bases."""
     value: object
     folder: Path | None = None
 
     def as_(self, kls: type[T]) -> T:
-        """The value, if it is of just this type (``True`` is not an ``int``, ``1`` is not a ``float``).
+        """Return the value if its type is exactly ``kls`` (``True`` is not an ``int``, ``1`` is not a ``float``).
 
         :raises AssetCardError: it is of another type.
         """
@@ -188,20 +190,21 @@ class AssetCardField:
             raise AssetCardError(
                 self.card.name,
                 f"The field {self.name!r} of the card {self.card.name!r} is expected to be of type {kls.__name__}, "
-                f"but is {self.value!r}, of type {type(self.value).__name__}{self.card._at()}.",
+                f"but is {self.value!r}, of type {type(self.value).__name__}{self.card._in_source()}.",
             )
 
         return self.value
 
     def as_uri(self) -> str:
-        """The value as a URI. A path becomes a ``file://`` URI; a relative one starts at the folder of its file.
+        """Return the value as a URI: a path as a ``file://`` URI, a relative one resolved against the card's folder.
 
-        :raises AssetCardError: not a string, or a relative path in a card that comes from no file.
+        :raises AssetCardError: the value is not a string, or is a relative path in a card that is not from a file.
         """
         value = self.as_(str).strip()
         if not value:
             raise AssetCardError(
-                self.card.name, f"The field {self.name!r} of the card {self.card.name!r} is empty{self.card._at()}."
+                self.card.name,
+                f"The field {self.name!r} of the card {self.card.name!r} is empty{self.card._in_source()}.",
             )
         if _SCHEME.match(value):
             return value
@@ -212,7 +215,7 @@ class AssetCardField:
                 raise AssetCardError(
                     self.card.name,
                     f"The field {self.name!r} of the card {self.card.name!r} is the relative path {value!r}, but the "
-                    "card comes from no file that it could be relative to. Use an absolute path.",
+                    "card does not come from a file that it could be relative to. Use an absolute path.",
                 )
             path = self.folder / path
 
@@ -221,15 +224,15 @@ class AssetCardField:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRef:
-    """The ``checkpoint`` field of a card, taken apart."""
+    """The parsed ``checkpoint`` field of a card."""
 
     uri: str
-    """Without parameters; empty where the card names none."""
+    """The URI without parameters; empty if the card names none."""
     gated: bool
     info_url: str | None
-    """Where to ask for a gated model."""
+    """The page on which to request access to a gated model."""
     path: str | None = None
-    """The ``checkpoint_path`` inside the source, where the card names one."""
+    """The ``checkpoint_path`` inside the source, if the card names one."""
 
     @property
     def scheme(self) -> str:
@@ -237,20 +240,20 @@ class CheckpointRef:
 
     @property
     def key(self) -> str:
-        """All that tells the checkpoint from another, in one URI."""
+        """The URI that identifies the checkpoint, its path included."""
         return self.uri if self.path is None else f"{self.uri.rstrip('/')}/{self.path.strip('/')}"
 
     @property
     def shown(self) -> str:
-        """The key as messages may show it."""
+        """The key without secrets, for messages."""
         uri = shown_uri(self.uri)
         return uri if self.path is None else f"{uri.rstrip('/')}/{self.path.strip('/')}"
 
 
 def checkpoint_ref(card: AssetCard) -> CheckpointRef:
-    """Where the card's checkpoint is. A card without one, or with ``;gated=true`` behind the URI, is gated.
+    """Return the checkpoint that a card names. A card without one, or with ``;gated=true`` after the URI, is gated.
 
-    :raises AssetCardError: a ``checkpoint``, ``checkpoint_path`` or ``url`` that is not a string.
+    :raises AssetCardError: ``checkpoint``, ``checkpoint_path`` or ``url`` is not a string.
     """
     url_field = card.maybe_get_field("url")
     url = None if url_field is None else url_field.as_(str)
@@ -271,13 +274,13 @@ def checkpoint_ref(card: AssetCard) -> CheckpointRef:
 
 
 def split_gated(uri: str) -> tuple[str, bool]:
-    """Return a URI without ``;gated=true`` or ``;gated=false`` behind it, as fairseq2's cards say it, and which it is.
+    """Split ``;gated=true`` or ``;gated=false``, as in fairseq2's cards, from a URI; return the URI and the flag.
 
-    Whatever else stands behind a ``;`` is a part of the URI: to drop it would ask for something else.
+    Anything else after a ``;`` is a part of the URI, and dropping it would name something else.
     """
     gated = False
     while True:
-        # Not one pattern for all of it: to search for spaces before a `;` takes hours in a megabyte of spaces.
+        # A single pattern would search for spaces before a `;`, which takes hours in a megabyte of spaces.
         head, semicolon, last = uri.rstrip(" ").removesuffix(";").rpartition(";")
         match = _GATED.fullmatch(last)
         if not semicolon or match is None:
@@ -291,9 +294,9 @@ def is_sha256(value: object) -> bool:
 
 
 def pinned_digests(card: AssetCard) -> dict[str, str]:
-    """Return the SHA-256 of the files that a card pins, by their names; under the empty name that of the only file.
+    """Return the SHA-256 of the files that a card pins, by file name; under the empty name that of the only file.
 
-    :raises AssetCardError: the field ``sha256`` is of another form.
+    :raises AssetCardError: the field ``sha256`` is neither a digest nor a mapping to digests.
     """
     field = card.maybe_get_field("sha256")
     if field is None:
@@ -303,7 +306,7 @@ def pinned_digests(card: AssetCard) -> dict[str, str]:
         raise AssetCardError(
             card.name,
             f"The field 'sha256' of the card {card.name!r} is expected to be 64 hexadecimal digits, or a mapping of "
-            f"file names to them, but is {field.value!r}{card._at()}.",
+            f"file names to them, but is {field.value!r}{card._in_source()}.",
         )
 
     return {name: str(digest).lower() for name, digest in stated.items()}
@@ -313,25 +316,25 @@ def pinned_digests(card: AssetCard) -> dict[str, str]:
 
 
 def split_name(name: str) -> tuple[str, str | None]:
-    """``name@env`` as (name, environment); the environment is ``None`` without an ``@``, and may be empty behind it."""
+    """Split ``name@env`` into name and environment; the latter is ``None`` without an ``@``, and may be empty."""
     plain, at, env = name.partition("@")
 
     return plain.strip(), env.strip() if at else None
 
 
 def resolve_card(name: str, envs: Sequence[str], look_up: Callable[[str], Mapping[str, CardEntry]]) -> AssetCard | None:
-    """What ``name`` means.
+    """Return the card that ``name`` stands for; ``None`` if there is no entry of that name.
 
-    :param envs: environments in the order in which their overlays are tried; the first that exists is laid over a card.
-    :param look_up: gives all entries of a name, by environment (the card itself under the empty one).
+    :param envs: environments in the order in which their overlays are tried; the first existing one is applied.
+    :param look_up: returns all entries of a name, by environment (the card itself under the empty one).
 
-    :raises AssetCardError: a base that does not exist, or that leads back to a card of the chain; or an overlay that is
-        not the user's own takes back a digest by which the card pins a file.
+    :raises AssetCardError: a base does not exist, or is a card of the chain already; or an overlay that is not the
+        user's own removes a digest by which the card pins a file.
     """
-    # The chain is walked down first and built up afterwards, as frozen cards need their base when they are made.
+    # The loop goes from the card to its bases, but a frozen card is created after its base.
     layers: list[tuple[str, dict[str, object], dict[str, Path | None], str, dict[str, str]]] = []
     seen: list[str] = []
-    laid: list[CardEntry] = []
+    applied: list[CardEntry] = []
     at: str | None = name
 
     while at is not None:
@@ -350,7 +353,7 @@ def resolve_card(name: str, envs: Sequence[str], look_up: Callable[[str], Mappin
         overlay = next((entries[env] for env in envs if env in entries), None)
         if overlay is not None:
             if overlay.env != USER_ENV:
-                laid.append(overlay)
+                applied.append(overlay)
             metadata.update(overlay.metadata)
             folders.update(dict.fromkeys(overlay.metadata, overlay.folder))
             sources = dict.fromkeys(overlay.metadata, overlay.source)
@@ -368,39 +371,39 @@ def resolve_card(name: str, envs: Sequence[str], look_up: Callable[[str], Mappin
     card: AssetCard | None = None
     for layer_name, metadata, folders, source, sources in reversed(layers):
         card = AssetCard(layer_name, metadata, card, folders, source, sources)
-    if card is not None and laid:
-        _require_pins(card, laid[0], lambda: resolve_card(name, [env for env in envs if env == USER_ENV], look_up))
+    if card is not None and applied:
+        _require_pins(card, applied[0], lambda: resolve_card(name, [env for env in envs if env == USER_ENV], look_up))
 
     return card
 
 
 def _require_pins(card: AssetCard, overlay: CardEntry, without: Callable[[], AssetCard | None]) -> None:
-    """Make sure that what a card pins is pinned with an overlay, too.
+    """Require that a card with an overlay pins all files that the card pins without it.
 
-    :param without: gives the card without overlays that are not the user's own.
+    :param without: returns the card without overlays that are not the user's own.
 
-    :raises AssetCardError: it is not.
+    :raises AssetCardError: the overlay removes or changes a pin.
     """
     try:
         plain = without()
     except AssetCardError:
-        return  # without the overlay, nothing can be loaded by it
+        return  # without the overlay, the card cannot be loaded at all
     pins = {} if plain is None else pinned_digests(plain)
     if pins and not pins.items() <= pinned_digests(card).items():
         raise AssetCardError(
             card.name,
             f"The card {card.name!r} pins files of its checkpoint by `sha256`, and with the overlay {overlay.env!r} "
-            f"({overlay.source}) it would not. An overlay can pin more files, and only one of the environment "
-            f"{USER_ENV!r} others: state the digests in the card itself, or make the overlay a card of its own.",
+            f"({overlay.source}) it would not. Only an overlay of the environment {USER_ENV!r} can change pins; others "
+            "can add some. State the digests in the card itself, or make the overlay a card of its own.",
         )
 
 
 def resolve_architecture(
     name: str, family: str, look_up: Callable[[str], ArchitectureEntry | None]
 ) -> Architecture | None:
-    """The architecture ``name`` of ``family``, the overrides of its bases first; ``None`` where there is none.
+    """Return the architecture ``name`` of ``family``, overrides of its bases first; ``None`` if it does not exist.
 
-    :raises AssetCardError: a base that does not exist, or that leads back to an architecture of the chain.
+    :raises AssetCardError: a base does not exist, or is an architecture of the chain already.
     """
     chain: list[ArchitectureEntry] = []
     at: str | None = name

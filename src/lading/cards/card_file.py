@@ -1,7 +1,7 @@
-"""Card files: YAML (one card or architecture per document) and JSON Lines (one per line), as bytes ↔ values.
+"""Parser and writer of card files: YAML (one card or architecture per document) and JSON Lines (one per line).
 
-A file is checked in form only: whether a base exists, or a configuration fits its family, is for those to say who know
-the other cards and the family.
+Only the form of a file is checked here. Whether a base exists, or a configuration fits its family, is checked later,
+as that takes the other cards and the family.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from lading.cards.documents.write_yaml import to_yaml
 from lading.errors import did_you_mean
 
 MAX_NAME_LENGTH: Final = 200
-"""Characters of the name of a card, an environment, an architecture or a family."""
+"""The most characters in the name of a card, an environment, an architecture or a family."""
 
 _MAX_BAD_DOCUMENTS = 1_000
-"""Per file; of more, only the number is said."""
+"""The most documents per file whose problems are listed; further ones are only counted."""
 
 _STRING_FIELDS = (
     "base",
@@ -45,27 +45,28 @@ _ARCHITECTURE_FIELDS = ("architecture", "family", "base", "config")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardFile:
-    """What one card file says."""
+    """The content of one card file."""
 
     source: str
     """``file:///abs/path.yaml``, ``package:lading.seeds/qwen.yaml`` or ``stdin``."""
     sha256: str
-    """Of its bytes, in hexadecimal."""
+    """The SHA-256 of its bytes, in hexadecimal."""
     cards: tuple[CardEntry, ...]
     architectures: tuple[ArchitectureEntry, ...]
     problems: tuple[str, ...]
-    """One line each: ``qwen.yaml[3].model_config.head_dim: expected …, found …``. Documents with one are left out."""
+    """Problems, one line each: ``qwen.yaml[3].model_config.head_dim: expected …, found …``. Documents with problems are
+    left out of ``cards`` and ``architectures``."""
 
 
 def parse(
     data: bytes, *, source: str, folder: Path | None = None, label: str | None = None, json_lines: bool = False
 ) -> CardFile:
-    """Read a card file. Whatever ``data`` is, nothing is raised: what is wrong, all of it, is in ``problems``.
+    """Parse a card file. Invalid input never raises: all problems are in :attr:`CardFile.problems`.
 
-    :param source: where ``data`` comes from; kept as it is.
+    :param source: the origin of ``data``; kept as it is.
     :param folder: the folder of the file, against which relative paths in its cards resolve.
-    :param label: what messages call the file; default: the last part of ``source``.
-    :param json_lines: ``data`` is JSON Lines, not YAML.
+    :param label: the name of the file in messages; default: the last part of ``source``.
+    :param json_lines: whether ``data`` is JSON Lines; else it is YAML.
     """
     reader = _Reader(label or source.rpartition("/")[2] or source, folder)
     try:
@@ -90,14 +91,14 @@ def parse(
 
 
 def unfit(source: str, problem: str) -> CardFile:
-    """Return what stands for a file that is not read, and why it is not."""
+    """Return an empty card file that reports why the file could not be read."""
     return CardFile(source=source, sha256="", cards=(), architectures=(), problems=(problem,))
 
 
 def dump(cards: Iterable[CardEntry], architectures: Iterable[ArchitectureEntry] = ()) -> str:
-    """Multi-document YAML, architectures first, which :func:`parse` reads back equal.
+    """Return the entries as multi-document YAML, architectures first, which :func:`parse` reads back equal.
 
-    The folder of an entry is not part of the text: relative paths are written as they are.
+    The folder of an entry is not written: relative paths stay as they are.
     """
     documents: list[Mapping[str, object]] = []
     for architecture in architectures:
@@ -111,7 +112,7 @@ def dump(cards: Iterable[CardEntry], architectures: Iterable[ArchitectureEntry] 
 
 
 class _Reader:
-    """Makes entries of documents."""
+    """The entries and problems of the documents read so far."""
 
     def __init__(self, label: str, folder: Path | None) -> None:
         self.label = label
@@ -122,13 +123,13 @@ class _Reader:
         self.bad_documents = 0
 
     def take(self, document: Document, source: str) -> None:
-        """Keep what ``document`` says; ``source`` names it in messages."""
+        """Add the entry of ``document``, or its problems; ``source`` names it in messages."""
         problems = document.problems
         value = document.value
         if not problems:
             if not isinstance(value, dict):
                 problems.append(f": expected a mapping with the fields of a card, found {show(value)}")
-            # Cards may have any field, so `architecture` alone does not tell.
+            # Cards may have any field, so `architecture` alone is not decisive.
             elif "architecture" in value and "name" not in value:
                 self._take_architecture(value, source, problems)
             else:
@@ -139,7 +140,7 @@ class _Reader:
             self.problems += (f"{source}{problem}" for problem in problems)
 
     def end(self) -> None:
-        """No document follows."""
+        """Finish the file: report how many problems were not listed."""
         if (more := self.bad_documents - _MAX_BAD_DOCUMENTS) > 0:
             self.problems.append(f"{self.label}: {more} more documents have problems")
 
@@ -147,7 +148,7 @@ class _Reader:
         name, env = _card_name(value, problems)
         metadata = {key: item for key, item in value.items() if key != "name"}
 
-        # A null is as good as none: with it a card takes back what its base says.
+        # A null is valid in any field: with it a card removes what its base says.
         for key in _STRING_FIELDS:
             if (item := metadata.get(key)) is not None:
                 _check_string(item, key, problems)
@@ -194,7 +195,7 @@ class _Reader:
 
 
 def _card_name(value: Mapping[str, object], problems: list[str]) -> tuple[str, str]:
-    """The name and the environment of a card."""
+    """Return the name and the environment of a card."""
     if "name" not in value:
         near = get_close_matches("name", value, n=1)
         found = show(near[0]) if near else "none; only architectures have no name, but an 'architecture'"
@@ -226,7 +227,7 @@ def _check_string(value: object, key: str, problems: list[str]) -> str | None:
 
 
 def _check_digests(value: object, problems: list[str]) -> None:
-    """Add a problem for what is neither a SHA-256 nor a mapping of file names to such."""
+    """Add a problem if ``value`` is neither a SHA-256 nor a mapping of file names to them."""
     if value is None:
         return
     for name, digest in value.items() if isinstance(value, dict) else [("", value)]:
@@ -236,7 +237,7 @@ def _check_digests(value: object, problems: list[str]) -> None:
 
 
 def _plain_name(name: str, key: str, problems: list[str]) -> str:
-    """``name`` without the white space around it."""
+    """Return ``name`` without surrounding white space; add a problem if it is not a valid name."""
     name = name.strip()
     if not name:
         problems.append(f".{key}: expected a name, found an empty one")

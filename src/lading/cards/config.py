@@ -1,7 +1,7 @@
-"""Configurations: the defaults of a family's class, an architecture's numbers, a card's overrides; merged and checked.
+"""Configurations: a family's defaults, an architecture's values and a card's overrides, merged and validated.
 
-Values are converted as fairseq2 0.8.1 (``fairseq2.utils.structured``) converts them, where nothing is lost: ``16.0``
-and ``"16"`` are good for an ``int`` (variables of the environment are strings), ``16.5`` and ``true`` are not.
+Values are converted as fairseq2 0.8.1 (``fairseq2.utils.structured``) converts them, if nothing is lost: ``16.0`` and
+``"16"`` are valid for an ``int`` (environment variables are strings), ``16.5`` and ``true`` are not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, Final, TypeVar, get_args, get_type_hints
 from uuid import uuid4
 
-# pydantic imports this part of it with the first schema of a dataclass, which would be in the middle of a load.
+# pydantic imports this module with the first schema of a dataclass, which would otherwise happen during a load.
 import pydantic.dataclasses  # noqa: F401
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
@@ -29,13 +29,13 @@ from lading.errors import AssetCardError, InternalError, did_you_mean
 T = TypeVar("T")
 
 STRICT: Final = ConfigDict(extra="forbid")
-"""For the ``__pydantic_config__`` of configuration classes: keys that they don't have are errors."""
+"""The ``__pydantic_config__`` of configuration classes: unknown keys are errors."""
 
 
 def architecture_config(architecture: Architecture, config_kls: type[T]) -> T:
-    """The configuration of an architecture: a new object each time.
+    """Return the configuration of an architecture, as a new object.
 
-    :raises AssetCardError: its numbers don't fit ``config_kls``.
+    :raises AssetCardError: its values do not fit ``config_kls``.
     """
     of = f"the {architecture.family} architecture {architecture.name!r}"
 
@@ -43,31 +43,32 @@ def architecture_config(architecture: Architecture, config_kls: type[T]) -> T:
 
 
 def resolve_config(card: AssetCard, architecture: Architecture | None, config_kls: type[T]) -> T:
-    """The configuration of a card: a new object each time.
+    """Return the configuration of a card, as a new object.
 
-    It is that of ``architecture`` (without one, the defaults of ``config_kls``), with the overrides of the card's chain
-    from the root base to the card itself. Of :data:`lading.cards.card.CONFIG_KEYS`, the first that any card of the
-    chain has is used alone. ``${env:VAR}`` in overrides is replaced from the environment of the process, where a number
-    or one of a fixed set of words is expected: what a variable holds is neither shown nor kept as text.
+    It is the configuration of ``architecture`` (by default that of ``config_kls()``) with the overrides of the card's
+    chain, from the root base to the card itself. Only the first of :data:`lading.cards.card.CONFIG_KEYS` that any card
+    of the chain has is used. ``${env:VAR}`` in overrides is replaced by the environment variable if a number or one of
+    a fixed set of words is expected, so that the value of a variable is neither shown nor kept as text.
 
-    :raises AssetCardError: overrides that don't fit, or text of the environment; its ``name`` is that of the card that
-        states the first of them.
+    :raises AssetCardError: overrides do not fit, or use the environment for free text; its ``name`` is that of the card
+        with the first such override.
     """
     return _resolve(layers_of(card, architecture), config_kls, card.name, f"the card {card.name!r}")
 
 
 def structure(config_kls: type[T], mapping: Mapping[str, object], *, where: str) -> T:
-    """An instance of ``config_kls`` from a mapping of its fields.
+    """Create an instance of ``config_kls`` from a mapping of its fields.
 
-    :param where: what ``mapping`` is, for the error: ``qwen.yaml[3].model_config``.
+    :param where: the location of ``mapping``, for the error: ``qwen.yaml[3].model_config``.
 
-    :raises AssetCardError: (named ``where``) it does not fit; every unknown key and every wrong value is listed.
+    :raises AssetCardError: ``mapping`` does not fit; every unknown key and every wrong value is listed. The error's
+        ``name`` is ``where``.
     """
     return _structure(config_kls, mapping, [Layer(mapping, where, where)], where, where)
 
 
 def json_schema(config_kls: type[object]) -> dict[str, Any]:
-    """The JSON Schema of the mappings that :func:`structure` takes."""
+    """Return the JSON Schema of the mappings that :func:`structure` accepts."""
     return _JsonSchema().generate(_schema(config_kls))
 
 
@@ -90,7 +91,7 @@ def _resolve(layers: Sequence[Layer], config_kls: type[T], name: str, of: str) -
 
 
 def _structure(config_kls: type[T], stated: Mapping[str, object], layers: Sequence[Layer], name: str, of: str) -> T:
-    """Return an instance of ``config_kls``; the error says which of ``layers``, whose sum ``stated`` is, is wrong."""
+    """Create an instance of ``config_kls`` from ``stated``, the merged ``layers``; errors name the layer at fault."""
     mapping: Any = expand_env(stated, os.environ)
     try:
         config: T = _validator(config_kls).validate_python(mapping)  # type: ignore[arg-type]  # classes are hashable
@@ -100,7 +101,7 @@ def _structure(config_kls: type[T], stated: Mapping[str, object], layers: Sequen
         return config
 
     owners: list[str] = []
-    # A value that fits none of several types is a problem for each of them.
+    # pydantic reports a value that fits no member of a union once for each member.
     expected: dict[tuple[str, str], list[str]] = {}
     for problem in problems:
         place = _place(problem, mapping)
@@ -121,9 +122,11 @@ def _structure(config_kls: type[T], stated: Mapping[str, object], layers: Sequen
 
 
 def _refuse_free_text(config_kls: type[T], stated: Mapping[str, object], layers: Sequence[Layer], of: str) -> None:
-    """Make sure that no variable of the environment became free text, which messages and exported files would show.
+    """Require that no environment variable became free text, which messages and exported files would show.
 
-    :raises AssetCardError: one did. A field takes free text if it also takes a text that is drawn at random.
+    A field takes free text if it accepts a random string.
+
+    :raises AssetCardError: a variable became free text.
     """
     for place, _ in _leaves(stated, EnvText):
         probe: Any = expand_env(stated, os.environ)
@@ -136,13 +139,13 @@ def _refuse_free_text(config_kls: type[T], stated: Mapping[str, object], layers:
         raise AssetCardError(
             owner or "",
             f"The configuration of {of} asks for text of the environment: {where}: expected the text itself, found "
-            f"{show(_at(stated, place))}. Variables of the environment stand for numbers and for words of a fixed set "
-            "only, as what they hold would be shown and kept otherwise.",
+            f"{show(_at(stated, place))}. Environment variables can only give numbers and words of a fixed set, as "
+            "other values would be shown and kept.",
         )
 
 
 def _where(place: _Place, layers: Sequence[Layer], config_kls: type[object]) -> tuple[str | None, str]:
-    """Return the owner of the layer that states the value at ``place``, if one does, and its dotted path."""
+    """Return the owner of the layer that states the value at ``place`` (``None`` if none does), and its dotted path."""
     layer = next((each for each in reversed(layers) if _states(each.overrides, place)), None)
     where = config_kls.__name__ if layer is None else layer.where
     for step in place:
@@ -152,7 +155,7 @@ def _where(place: _Place, layers: Sequence[Layer], config_kls: type[object]) -> 
 
 
 def _at(value: Any, place: _Place) -> Any:
-    """Return what is at ``place`` inside ``value``; ``None`` if nothing is."""
+    """Return the value at ``place`` inside ``value``; ``None`` if there is none."""
     for step in place:
         try:
             value = value[step]
@@ -178,7 +181,7 @@ _Place = tuple[str | int, ...]
 
 
 def _place(problem: ErrorDetails, mapping: Mapping[str, object]) -> _Place:
-    """The steps that lead through ``mapping`` to the wrong value; pydantic's own also name members of unions."""
+    """Return the steps through ``mapping`` to the wrong value; unlike pydantic's, without the members of unions."""
     place: list[str | int] = []
     value: Any = mapping
     for step in problem["loc"]:
@@ -192,7 +195,7 @@ def _place(problem: ErrorDetails, mapping: Mapping[str, object]) -> _Place:
 
 
 def _states(overrides: object, place: _Place) -> bool:
-    """Whether ``overrides`` state the value at ``place``, or one that it is a part of."""
+    """Return whether ``overrides`` state the value at ``place``, or one that contains it."""
     for i, step in enumerate(place):
         if isinstance(overrides, Mapping):
             replaced = overrides.get("_set_")
@@ -209,7 +212,7 @@ def _states(overrides: object, place: _Place) -> bool:
 
 
 _QUOTING = ("value_error", "assertion_error")
-"""Types of problems whose words are a family's, and may quote any value."""
+"""The pydantic error types whose message comes from a family, and may quote any value."""
 
 _EXPECTED: Mapping[str, str] = {
     "bool_type": "true or false",
@@ -227,11 +230,11 @@ _EXPECTED: Mapping[str, str] = {
     "string_type": "a string",
     "tuple_type": "a list",
 }
-"""What is expected, by pydantic's type of error."""
+"""The expected value, by pydantic's error type."""
 
 
 def _describe(problem: ErrorDetails, config_kls: type[object], place: _Place) -> tuple[str, str]:
-    """What was expected, and what was found."""
+    """Return descriptions of the expected and of the found value."""
     found = show(problem["input"])
     context = problem.get("ctx", {})
     match problem["type"]:
@@ -254,7 +257,7 @@ def _describe(problem: ErrorDetails, config_kls: type[object], place: _Place) ->
 
 
 def _class_at(kls: Any, place: _Place) -> Any:
-    """The dataclass of the value at ``place`` inside a ``kls``; ``None`` where it is not a dataclass."""
+    """Return the dataclass of the value at ``place`` inside a ``kls``; ``None`` if it is not a dataclass."""
     for step in place:
         if isinstance(step, str) and kls is not None:
             kls = _dataclass_in(get_type_hints(kls).get(step))
@@ -263,7 +266,7 @@ def _class_at(kls: Any, place: _Place) -> Any:
 
 
 def _dataclass_in(annotation: Any) -> Any:
-    """The first dataclass that ``annotation`` is made of."""
+    """Return the first dataclass in ``annotation``; ``None`` if there is none."""
     if isinstance(annotation, type) and is_dataclass(annotation):
         return annotation
 
@@ -276,12 +279,12 @@ def _validator(config_kls: type[Any]) -> SchemaValidator:
 
 
 def _schema(config_kls: type[object]) -> CoreSchema:
-    """The schema that pydantic makes of the class, but strict.
+    """Return pydantic's schema of the class, made strict.
 
-    :raises InternalError: the class has fields of types that pydantic does not know.
+    :raises InternalError: the class has fields of types that pydantic does not support.
     """
     try:
-        # Copied, as what stands for a schema that could not be made says why when it is read.
+        # If the schema could not be built, pydantic returns a mock that raises the reason when it is read.
         schema = dict(TypeAdapter(config_kls).core_schema)
     except (PydanticUserError, NameError) as error:
         raise InternalError(f"The fields of {config_kls.__name__} cannot be checked: {error}") from error
@@ -290,9 +293,9 @@ def _schema(config_kls: type[object]) -> CoreSchema:
 
 
 def _strict(schema: object) -> object:
-    """``schema`` without the conversions that hide mistakes, and with no class that takes unknown keys.
+    """Return ``schema`` without the conversions that hide mistakes, and with unknown keys forbidden in all classes.
 
-    pydantic's own strict mode would refuse numbers in strings, too, and does not reach the classes of others.
+    pydantic's strict mode would also refuse numbers in strings, and does not apply to classes of other packages.
     """
     if isinstance(schema, list):
         return [_strict(item) for item in schema]
@@ -314,7 +317,7 @@ def _strict(schema: object) -> object:
 
 
 class _JsonSchema(GenerateJsonSchema):
-    """With what :func:`_strict` says of unknown keys, which pydantic looks up in the class."""
+    """A generator that forbids unknown keys like :func:`_strict`; pydantic reads that setting from the class."""
 
     def dataclass_schema(self, schema: DataclassSchema) -> JsonSchemaValue:
         return {**super().dataclass_schema(schema), "additionalProperties": False}
@@ -330,7 +333,7 @@ def _integer(value: object) -> object:
 def _number(value: object) -> object:
     if isinstance(value, bool):
         raise PydanticKnownError("float_type")
-    # A default may be infinite; what a card says, or the environment for it, may not.
+    # A default may be infinite; a value from a card or the environment may not.
     if isinstance(value, str) and not math.isfinite(_float(value)):
         raise PydanticKnownError("finite_number")
 
@@ -341,5 +344,5 @@ def _float(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        # pydantic says it better.
+        # pydantic reports it.
         return 0.0

@@ -1,4 +1,4 @@
-"""What an architecture and a card say about a configuration, and how one is laid over the other.
+"""Configuration overrides of architectures and cards, and how they are merged.
 
 The merge and its directives are those of fairseq2 0.8.1 (``fairseq2.utils.config``).
 """
@@ -17,22 +17,22 @@ from lading.errors import AssetCardError
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Overrides, and who states them."""
+    """Overrides, and the card or architecture that states them."""
 
     overrides: object
-    """Expected to be a mapping; whoever merges checks."""
+    """The overrides; expected to be a mapping, which the merge checks."""
     where: str
-    """For messages: ``qwen.yaml[3].model_config``."""
+    """The location of the overrides, for messages: ``qwen.yaml[3].model_config``."""
     owner: str
     """The name of the card or architecture."""
 
 
 def layers_of(card: AssetCard, architecture: Architecture | None) -> list[Layer]:
-    """The overrides of a card's configuration in the order in which they are laid over one another.
+    """Return the overrides of a card's configuration in the order in which they apply.
 
-    Those of ``architecture`` come first, then those of the card's chain from the root base to the card itself. Of
-    :data:`lading.cards.card.CONFIG_KEYS`, the first that any card of the chain has is used alone; a null takes back
-    what the bases say there. What a card asks of the environment is not put in: these layers may be shown.
+    Those of ``architecture`` come first, then those of the card's chain from the root base to the card itself. Only the
+    first of :data:`lading.cards.card.CONFIG_KEYS` that any card of the chain has is used; a null removes what the bases
+    say there. Environment variables are not expanded, so that the layers can be shown.
     """
     layers = [] if architecture is None else architecture_layers(architecture)
 
@@ -51,7 +51,7 @@ def layers_of(card: AssetCard, architecture: Architecture | None) -> list[Layer]
 
 
 def architecture_layers(architecture: Architecture) -> list[Layer]:
-    """The overrides of an architecture, those of its bases first."""
+    """Return the overrides of an architecture, those of its bases first."""
     count = len(architecture.overrides)
     sources = [*architecture.sources, *("" for _ in range(count))][:count]
 
@@ -62,13 +62,13 @@ def architecture_layers(architecture: Architecture) -> list[Layer]:
 
 
 def _card_layer(card: AssetCard, key: str) -> Layer:
-    return Layer(_mark(card.metadata[key]), f"{card.source_of(key) or card.name}.{key}", card.name)
+    return Layer(_mark_env(card.metadata[key]), f"{card.source_of(key) or card.name}.{key}", card.name)
 
 
 def merge_layers(base: Mapping[str, object], layers: Iterable[Layer]) -> dict[str, object]:
-    """``base`` with all layers laid over it, the first one first.
+    """Return ``base`` with all layers merged into it in order.
 
-    :raises AssetCardError: a layer that is not a mapping, or a directive of the wrong form.
+    :raises AssetCardError: a layer is not a mapping, or a directive has the wrong form.
     """
     merged = dict(base)
     for layer in layers:
@@ -83,14 +83,14 @@ def merge_layers(base: Mapping[str, object], layers: Iterable[Layer]) -> dict[st
 
 
 def merge(base: Mapping[str, object], overrides: Mapping[str, object], *, path: str) -> dict[str, object]:
-    """``base`` with ``overrides`` laid over it, mappings within mappings likewise; both stay as they are.
+    """Return ``base`` with ``overrides`` merged into it, nested mappings included; neither is modified.
 
-    At every level, ``_del_`` is a list of keys of ``base`` to leave out first, and ``_set_`` a mapping whose values
-    replace what is there, whole, at last.
+    At every level, ``_del_`` is a list of keys of ``base`` that are removed first, and ``_set_`` a mapping whose values
+    replace those of ``base`` as a whole, last.
 
-    :param path: where ``overrides`` stands, for the error.
+    :param path: the location of ``overrides``, for the error.
 
-    :raises ValueError: a directive of the wrong form.
+    :raises ValueError: a directive has the wrong form.
     """
     try:
         return _merge(base, overrides)
@@ -143,39 +143,39 @@ def _merge(
 
 
 class EnvText(str):
-    """Text of a card that asks for variables of the environment, as it stands in the card.
+    """Text of a card that refers to environment variables, unexpanded.
 
-    It is what messages and listings show, so that what the variables hold is not.
+    Messages and listings show this text, not the values of the variables.
     """
 
     __slots__ = ()
 
     def expand(self, environ: Mapping[str, str]) -> str:
-        """Return the text with ``${env:VAR}`` and ``${env:VAR:default}`` replaced.
+        """Return the text with ``${env:VAR}`` and ``${env:VAR:default}`` expanded.
 
-        A variable that is not set and has no default is empty, as in fairseq2.
+        An unset variable without a default expands to nothing, as in fairseq2.
         """
         return _ENV.sub(lambda match: environ.get(match[1], match[2] or ""), self)
 
 
 def expand_env(value: object, environ: Mapping[str, str]) -> object:
     """Return ``value`` with every :class:`EnvText` in it expanded."""
-    return _each(value, lambda text: text.expand(environ) if isinstance(text, EnvText) else text)
+    return _map_strings(value, lambda text: text.expand(environ) if isinstance(text, EnvText) else text)
 
 
-def _mark(value: object) -> object:
-    """Return ``value`` with an :class:`EnvText` for each string that asks for the environment, keys apart."""
-    return _each(value, lambda text: EnvText(text) if _ENV.search(text) else text)
+def _mark_env(value: object) -> object:
+    """Return ``value`` with each string that refers to the environment, except keys, as an :class:`EnvText`."""
+    return _map_strings(value, lambda text: EnvText(text) if _ENV.search(text) else text)
 
 
-def _each(value: object, change: Callable[[str], str]) -> object:
+def _map_strings(value: object, change: Callable[[str], str]) -> object:
     match value:
         case str():
             return change(value)
         case Mapping():
-            return {key: _each(item, change) for key, item in value.items()}
+            return {key: _map_strings(item, change) for key, item in value.items()}
         case list():
-            return [_each(item, change) for item in value]
+            return [_map_strings(item, change) for item in value]
         case _:
             return value
 

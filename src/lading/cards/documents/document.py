@@ -1,4 +1,4 @@
-"""A document in plain objects, what is wrong with it, and how that is put into words."""
+"""Documents in plain objects, and descriptions of their problems."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass, field
 from typing import Final
 
 MAX_BYTES: Final = 1 << 20
-"""Of a document, in UTF-8."""
+"""The most bytes of a document, in UTF-8."""
 MAX_FILE_BYTES: Final = 64 << 20
-"""The largest file of documents: some 300,000 cards, whose values take half a gigabyte of memory."""
+"""The most bytes of a file: some 300,000 cards, whose values take half a gigabyte of memory."""
 MAX_DEPTH: Final = 32
-"""Levels of mappings and lists, the document itself included."""
+"""The most levels of mappings and lists, the document itself included."""
 MAX_KEY_LENGTH: Final = 200
-"""Characters; below the 1,024 up to which YAML takes a key without further ado."""
+"""The most characters of a key; below the 1,024 that YAML allows in a simple key."""
 MAX_PROBLEMS: Final = 20
-"""After so many, the rest of a document is not looked at."""
+"""The most problems of a document; after them, the rest of it is not read."""
 
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 class TooManyProblemsError(Exception):
-    """Enough is wrong with a document."""
+    """A document with more than ``MAX_PROBLEMS`` problems."""
 
 
 @dataclass(slots=True)
@@ -32,8 +32,8 @@ class Document:
 
     value: object = None
     problems: list[str] = field(default_factory=list)
-    """What is wrong with it, each behind its place in the document: ``.model_config.head_dim: expected …, found …``,
-    or ``: line 3, column 7: …`` where it cannot be read at all. Where there are any, ``value`` means nothing."""
+    """Problems, each after its path in the document: ``.model_config.head_dim: expected …, found …``, or
+    ``: line 3, column 7: …`` if the document cannot be parsed. If there are any, ``value`` is not valid."""
 
     def add(self, path: str, message: str) -> None:
         self.problems.append(f"{path}: {message}")
@@ -53,7 +53,7 @@ class Document:
             self.add(path, f"expected keys of 1 to {MAX_KEY_LENGTH} printable characters, found {show(key)}")
 
     def check_scalar(self, path: str, value: object) -> None:
-        """Add a problem for what a database with integers of 64 bits and text in UTF-8 cannot keep."""
+        """Add a problem if a database with 64-bit integers and text in UTF-8 cannot store ``value``."""
         match value:
             case str() if _UNSTORABLE.search(value):
                 self.add(path, f"expected text without NUL and unpaired surrogates, found {show(value)}")
@@ -71,12 +71,12 @@ _PATH_KEY = re.compile(r"[\w-]{1,60}")
 
 
 def join(path: str, key: str) -> str:
-    """``path`` and one more step."""
+    """Return ``path`` with ``key`` appended."""
     return f"{path}.{key}" if _PATH_KEY.fullmatch(key) else f"{path}.{key[:60]!r}"
 
 
 def show(value: object) -> str:
-    """A value for a message: short, on one line, and harmless on a terminal."""
+    """Return a description of ``value`` for a message: short, on one line, and safe to print on a terminal."""
     match value:
         case None:
             return "null"
@@ -95,11 +95,11 @@ def show(value: object) -> str:
 
 
 def position(line: int, column: int) -> str:
-    """A place in the text of a document, for a message."""
+    """Return a position in the text of a document, for a message."""
     return f"line {line}, column {column}"
 
 
 def integer(text: str, base: int = 10) -> int:
-    """The integer that digits stand for; one of more than 64 bits where they are too many to be worth it."""
-    # Long ones take quadratic time to convert, and none that fits 64 bits is longer than in base 2.
+    """Parse an integer; return an arbitrary one of more than 64 bits if the text is too long to fit in 64."""
+    # Conversion takes quadratic time, and an integer of 64 bits is longest in base 2.
     return int(text, base) if len(text) <= len("-0b") + 64 else 2**64

@@ -1,4 +1,4 @@
-"""JSON Lines (https://jsonlines.org), read to documents: one a line."""
+"""Reader of JSON Lines (https://jsonlines.org): one document per line."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lading.cards.documents.document import (
 
 
 class _Members(list[tuple[str, object]]):
-    """The members of a JSON object as they stand in the text, where a key may come twice."""
+    """The members of a JSON object in the order of the text, duplicate keys included."""
 
 
 _JSON = json.JSONDecoder(object_pairs_hook=_Members, parse_int=integer)
 
 
 def json_documents(text: str) -> Iterator[Document]:
-    """The documents of JSON Lines, but for blank lines."""
-    # `splitlines` also cuts at characters that may stand in a JSON string.
+    """Yield the documents of JSON Lines; skip blank lines."""
+    # `splitlines` also splits at characters that a JSON string may contain.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield _json_document(line, number)
@@ -50,7 +50,7 @@ def _json_document(line: str, number: int) -> Document:
 
 
 def _plain(value: object, path: str, depth: int, document: Document) -> object:
-    """``value`` with mappings for members."""
+    """Return ``value`` with members turned into mappings."""
     if not isinstance(value, list):
         document.check_scalar(path, value)
         return value

@@ -1,9 +1,9 @@
-"""YAML 1.2 streams (https://yaml.org/spec/1.2.2), read to documents.
+"""Reader of YAML 1.2 streams (https://yaml.org/spec/1.2.2).
 
-What YAML offers beyond JSON is refused: tags, anchors and aliases, merge keys, directives, keys that are no strings.
+Features that JSON does not have are refused: tags, anchors, aliases, merge keys, directives, keys that are not strings.
 
-Scalars mean what they mean to ruamel's YAML 1.2 reader, and so to fairseq2 (``1e-5`` is a float, ``128_256`` an
-integer, ``no`` a string), but for dates, which are strings.
+Scalars resolve as in ruamel's YAML 1.2 reader, and so as in fairseq2 (``1e-5`` is a float, ``128_256`` an integer,
+``no`` a string), except that dates are strings.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from ruamel.yaml.events import (
 from lading.cards.documents.document import MAX_BYTES, Document, TooManyProblemsError, integer, join, position, show
 
 _MARKER = re.compile(r"^(---|\.\.\.)(?![^ \t\n])", re.MULTILINE)
-# Section 5.1 of the specification, less the carriage return.
+# Section 5.1 of the specification, without the carriage return.
 _NON_PRINTABLE = re.compile("[^\t\n\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _VERSION_1_2 = re.compile(r"%YAML[ \t]+1\.2[ \t]*(?:#.*)?")
 
 
 def yaml_documents(text: str) -> Iterator[Document]:
-    """The documents of a YAML stream, but for those without content.
+    """Yield the documents of a YAML stream; skip those without content.
 
-    The stream is cut at its markers before it is parsed: one at the start of a line ends the document whatever
-    surrounds it, so that what is wrong with a document stays with it.
+    The stream is split at its document markers before it is parsed, so that an error in one document does not affect
+    the others.
     """
-    # As the specification does; no scalar keeps the difference.
+    # The specification normalizes line breaks, too.
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    # A parser costs as much to set up as a small document does to parse.
+    # To set up a parser costs as much as to parse a small document.
     yaml = YAML(typ="safe", pure=True)
     directives: list[str] = []
     line = 1
 
-    for chunk in _cut(text):
+    for chunk in _split(text):
         content = [s for s in map(str.strip, chunk.removeprefix("---").split("\n")) if s and s[0] != "#"]
         if not chunk.startswith("---") and all(s[0] == "%" for s in content):
             directives += content
@@ -59,8 +59,8 @@ def yaml_documents(text: str) -> Iterator[Document]:
         line += chunk.count("\n")
 
 
-def _cut(text: str) -> Iterator[str]:
-    """The text between document markers; ``---`` stays with the document that it begins."""
+def _split(text: str) -> Iterator[str]:
+    """Yield the text between document markers; ``---`` stays with the document that it begins."""
     begin = 0
     for marker in _MARKER.finditer(text):
         yield text[begin : marker.start()]
@@ -89,7 +89,7 @@ def _yaml_document(text: str, first_line: int, yaml: YAML) -> Document:
             place = position(first_line + mark.line, mark.column + 1)
             document.problems.append(f": {place}: expected YAML, found an error: {_one_line(error.problem)}")
         except Exception as error:
-            # The parser lets some of Python's own errors through: the escape "\UFFFFFFFF" is a ValueError.
+            # The parser raises some of Python's own errors: the escape "\UFFFFFFFF" is a ValueError.
             document.problems.append(f": line {first_line}: expected YAML, found an error: {_one_line(error)}")
 
     return document
@@ -100,9 +100,9 @@ def _one_line(message: object) -> str:
 
 
 class _Composer:
-    """Builds plain objects of parser events.
+    """Composer of plain objects from parser events.
 
-    ruamel's own composer builds nodes first, which recurses as deep as the text asks it to and follows aliases.
+    ruamel's own composer builds nodes first, recurses as deep as the text is nested, and follows aliases.
     """
 
     def __init__(self, events: Iterator[Any], document: Document) -> None:
@@ -113,7 +113,7 @@ class _Composer:
         while not isinstance(next(self.events), DocumentStartEvent):
             pass
         value = self._value(next(self.events), "", 1)
-        # The end of the document, and of the stream.
+        # Only the ends of the document and of the stream may follow.
         for event in self.events:
             if isinstance(event, DocumentStartEvent):
                 self.document.add("", "expected one document between two `---`, found another")
@@ -174,7 +174,7 @@ _NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 
 
 def _resolve(text: str) -> object:
-    """What a plain scalar stands for: the core schema of YAML 1.2, and the ``_`` and ``0b`` that ruamel takes, too."""
+    """Resolve a plain scalar by the core schema of YAML 1.2, extended by the ``_`` and ``0b`` that ruamel accepts."""
     if text in _WORDS:
         return _WORDS[text]
     if text[0] not in "-+.0123456789":
