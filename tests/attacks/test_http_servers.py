@@ -38,11 +38,11 @@ PATH = "/org/model.safetensors"
 DATA = os.urandom(300_000)
 # Long enough for a machine that is busy with other things; what is about time has less, and so many attempts that
 # it does not matter whether one more of them is late.
-PATIENCE = Timeouts(
+TIMEOUTS = Timeouts(
     connect=20, answer=20, silence=20, window=0.2, min_rate=1000, attempts=2, backoff=0.01, max_wait=0.05
 )
-HASTE = replace(PATIENCE, answer=1.0, silence=0.5)
-EFFORT = Concurrency(connections=4, piece=64 << 10, notes_every=0.01, undeclared=1 << 20)
+HASTE = replace(TIMEOUTS, answer=1.0, silence=0.5)
+CONCURRENCY = Concurrency(connections=4, piece=64 << 10, notes_every=0.01, undeclared=1 << 20)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def _no_proxy(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def source(server: Server, tmp_path: Path, path: str = PATH, **options: object) -> HttpSource:
-    options = {"patience": PATIENCE, "effort": EFFORT, "offline": False, **options}
+    options = {"timeouts": TIMEOUTS, "concurrency": CONCURRENCY, "offline": False, **options}
     return HttpSource(server.url(path), cache=Cache(tmp_path / "cache"), **options)  # type: ignore[arg-type]
 
 
@@ -101,7 +101,7 @@ MENDED: dict[str, Behaviour] = {
 def test_the_bytes_come_all_the_same(tmp_path: Path, name: str) -> None:
     files = {PATH: DATA, f"{PATH}10": DATA}
     with serve(files, MENDED[name]) as server:
-        require_data(fetch(source(server, tmp_path, patience=replace(HASTE, attempts=10))))
+        require_data(fetch(source(server, tmp_path, timeouts=replace(HASTE, attempts=10))))
     assert len(left_over(tmp_path)) == 2  # the file and the entry
 
 
@@ -115,13 +115,13 @@ FATAL: dict[str, tuple[Behaviour, type[LadingError], str]] = {
     "two lengths": (hostile.two_lengths, FetchError, "tried 2 times"),
     "new content each time": (hostile.new_content_each_time, FetchError, "has changed"),
     "drips": (on_get(hostile.drips), FetchError, r"bytes a second .* at least 1000"),
-    "drips of headers": (hostile.drips_headers, FetchError, "sent nothing of use within 1 s"),
-    "drips that are no bytes": (on_get(hostile.drips_of_nothing), FetchError, "sent nothing of use within 1 s"),
-    "silence": (hostile.silent, FetchError, "was silent for 0.5 s|sent nothing of use within 1 s"),
+    "drips of headers": (hostile.drips_headers, FetchError, "sent no useful data within 1 s"),
+    "drips that are no bytes": (on_get(hostile.drips_of_nothing), FetchError, "sent no useful data within 1 s"),
+    "silence": (hostile.silent, FetchError, "was silent for 0.5 s|sent no useful data within 1 s"),
     "silence in a body": (
         on_get(hostile.silent_body),
         FetchError,
-        "was silent for 0.5 s|sent nothing of use within 1 s",
+        "was silent for 0.5 s|sent no useful data within 1 s",
     ),
     "garbage": (hostile.garbage, FetchError, "tried 2 times"),
     "a loop": (redirect(PATH), FetchError, "redirects more than 10 times"),
@@ -130,7 +130,7 @@ FATAL: dict[str, tuple[Behaviour, type[LadingError], str]] = {
         FetchError,
         "redirects more than 10 times",
     ),
-    "a redirect to nowhere": (status(302), FetchError, "to nowhere"),
+    "a redirect to nowhere": (status(302), FetchError, "without a location"),
     "a redirect to no URL": (redirect("http://[::1/x"), FetchError, "not a URL|Invalid URL"),
     "a redirect to plain http": (redirect("http://example.com/x"), PolicyError, "plain http is refused"),
     "a redirect to a file": (redirect("file:///etc/passwd"), PolicyError, "over https only"),
@@ -157,9 +157,9 @@ FATAL: dict[str, tuple[Behaviour, type[LadingError], str]] = {
 @pytest.mark.parametrize("name", FATAL)
 def test_each_to_its_error_and_nothing_is_kept(tmp_path: Path, name: str) -> None:
     behaviour, error, message = FATAL[name]
-    patience = HASTE if "silence" in name or "drips" in name else PATIENCE
+    timeouts = HASTE if "silence" in name or "drips" in name else TIMEOUTS
     with serve({PATH: DATA}, behaviour) as server, pytest.raises(error, match=message) as raised:
-        fetch(source(server, tmp_path, patience=patience))
+        fetch(source(server, tmp_path, timeouts=timeouts))
 
     assert type(raised.value) is error
     assert not [path for path in left_over(tmp_path) if path.parent.name != "tmp"]
@@ -249,8 +249,8 @@ def answers(data: bytes) -> Iterator[tuple[str, list[bytes]]]:
 
 
 NO_TLS = {
-    "plain http": (b"HTTP/1.1 400 Bad Request\r\n\r\n", "no TLS"),
-    "another service": (b"SSH-2.0-x\r\n", "no TLS"),
+    "plain http": (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is not TLS"),
+    "another service": (b"SSH-2.0-x\r\n", "is not TLS"),
     "no common version": (bytes.fromhex("15 0301 0002 02 46"), "do not agree"),
     "no common cipher": (bytes.fromhex("15 0301 0002 02 28"), "do not agree"),
 }
@@ -261,7 +261,7 @@ def test_what_is_no_tls_is_asked_once(tmp_path: Path, what: str) -> None:
     data, says = NO_TLS[what]
     with answers(data) as (url, begun):
         with pytest.raises(FetchError, match=says):
-            HttpSource(url, cache=Cache(tmp_path), offline=False, patience=PATIENCE).snapshot()
+            HttpSource(url, cache=Cache(tmp_path), offline=False, timeouts=TIMEOUTS).snapshot()
         assert len(begun) == 1
         with pytest.raises(FetchError, match=says), translated("a/b", "the list of its files"):
             retried(lambda: http_library().get(url, trust_env=False), "the list of files of a/b")
@@ -271,7 +271,7 @@ def test_what_is_no_tls_is_asked_once(tmp_path: Path, what: str) -> None:
 def test_a_connection_that_breaks_off_is_tried_again(tmp_path: Path) -> None:
     with answers(b"") as (url, begun):
         with pytest.raises(FetchError, match="tried 2 times"):
-            HttpSource(url, cache=Cache(tmp_path), offline=False, patience=PATIENCE).snapshot()
+            HttpSource(url, cache=Cache(tmp_path), offline=False, timeouts=TIMEOUTS).snapshot()
         assert len(begun) == 2
 
 
@@ -298,7 +298,7 @@ def test_never_further_inward_than_the_first_request(
         outward = redirect(inner.url(PATH))
         with serve({}, outward, address=start, certificate=certificate) as server:
             opened = HttpSource(
-                server.url(PATH, start), cache=Cache(tmp_path / "cache"), offline=False, patience=PATIENCE
+                server.url(PATH, start), cache=Cache(tmp_path / "cache"), offline=False, timeouts=TIMEOUTS
             )
             with pytest.raises(PolicyError, match=r"127\.0\.0\.1, an address inside"):
                 fetch(opened)
@@ -365,14 +365,14 @@ def test_hostile_names_are_not_even_asked_for(tmp_path: Path, name: str) -> None
         snapshot = opened.snapshot()
         server.requests.clear()
         with pytest.raises(FetchError, match="plain names"):
-            opened.beside(snapshot, ["good.safetensors", name])
+            opened.with_siblings(snapshot, ["good.safetensors", name])
         assert server.requests == []
 
 
 def test_what_a_file_is_called_says_nothing_of_where_it_lies(tmp_path: Path) -> None:
     with serve({PATH: DATA, "/org/..%20a%26b.evil": b"x"}) as server:
         opened = source(server, tmp_path)
-        snapshot = opened.beside(opened.snapshot(), [".. a&b.evil"])
+        snapshot = opened.with_siblings(opened.snapshot(), [".. a&b.evil"])
         assert [file.name for file in snapshot.files] == ["model.safetensors", ".. a&b.evil"]
 
         _, evil = opened.fetch(snapshot, snapshot.files, known=lambda _: None, progress=False)

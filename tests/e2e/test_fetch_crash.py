@@ -38,8 +38,8 @@ import resource, sys
 from pathlib import Path
 
 from lading.sources.cache import Cache
-from lading.sources.web.client import Patience, http_library
-from lading.sources.web.download import Effort
+from lading.sources.web.client import http_library
+from lading.sources.web.download import Concurrency
 from lading.sources.web.source import HttpSource
 
 uri, folder, mode = sys.argv[1:]
@@ -51,8 +51,8 @@ if mode == "no locks":
 if mode == "small files":
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
-effort = Effort(connections=4, piece=64 << 10, notes_every=0.001)
-with HttpSource(uri, cache=Cache(Path(folder)), offline=mode == "offline", effort=effort) as source:
+concurrency = Concurrency(connections=4, piece=64 << 10, notes_every=0.001)
+with HttpSource(uri, cache=Cache(Path(folder)), offline=mode == "offline", concurrency=concurrency) as source:
     print("ready", flush=True)
     sys.stdin.readline()
     snapshot = source.snapshot()
@@ -94,9 +94,11 @@ class Child:
 
 def fetch_here(server: Server, folder: Path, **options: object) -> None:
     """In this process, patient and without a wait between attempts."""
-    effort = Concurrency(connections=4, piece=PIECE, notes_every=0.001)
-    patience = Timeouts(attempts=2, backoff=0.001)
-    with HttpSource(server.url(PATH), cache=Cache(folder), offline=False, effort=effort, patience=patience) as source:
+    concurrency = Concurrency(connections=4, piece=PIECE, notes_every=0.001)
+    timeouts = Timeouts(attempts=2, backoff=0.001)
+    with HttpSource(
+        server.url(PATH), cache=Cache(folder), offline=False, concurrency=concurrency, timeouts=timeouts
+    ) as source:
         snapshot = source.snapshot()
         (file,) = source.fetch(snapshot, snapshot.files, known=lambda _: None, progress=False)
     assert file.sha256 == SHA256

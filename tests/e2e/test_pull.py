@@ -385,7 +385,7 @@ def test_what_a_web_server_has_not(
     (tmp_path / "cards.yaml").write_text(CARD.format(name="web", uri=f"{web}/{file}", layers=2))
     cli("import", tmp_path / "cards.yaml")
 
-    assert "has no revisions, but 'main' was asked for" in cli("pull", "web", "--revision", "main", code=2).stderr
+    assert "has no revisions, but 'main' was requested" in cli("pull", "web", "--revision", "main", code=2).stderr
     for pattern in ("*.txt", "a/b", ".."):
         assert f"names of files to include, such as tokenizer.json, found {pattern!r}" in (
             cli("pull", "web", "--include", pattern, code=2).stderr

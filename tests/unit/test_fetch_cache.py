@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from lading.sources import partial
 from lading.sources.cache import Cache, CachedFile
-from lading.sources.partial import Identity, Partial, Range, courtesy_lock, sweep, temporary
+from lading.sources.partial import Identity, Partial, Range, advisory_lock, sweep, temporary_file
 from lading.system.filesystem import FileStat
 
 URI = "https://a.example/org/model.safetensors"
@@ -83,7 +83,7 @@ def test_a_file_is_found_by_its_content(cache: Cache) -> None:
 def test_what_was_made_of_files_has_a_place_of_its_own(cache: Cache) -> None:
     target = cache.repacked("x")
     assert cache.repacked("x") == target != cache.repacked("y")
-    with temporary(cache.tmp, "repack") as (file, path):
+    with temporary_file(cache.tmp, "repack") as (file, path):
         file.write(b"abc")
         file.flush()
         cache.put_repacked(file.fileno(), path, target)
@@ -382,26 +382,26 @@ def test_litter_of_one_kind_is_swept_at_once(tmp_path: Path) -> None:
 
 
 def test_a_temporary_file_is_gone_whatever_happens(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), temporary(tmp_path, "entry"):
+    with pytest.raises(RuntimeError), temporary_file(tmp_path, "entry"):
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_is_a_courtesy(tmp_path: Path) -> None:
-    with courtesy_lock(tmp_path / "locks", "k", written=tmp_path) as waited:
+def test_a_lock_is_advisory(tmp_path: Path) -> None:
+    with advisory_lock(tmp_path / "locks", "k", written=tmp_path) as waited:
         assert not waited
     (tmp_path / "file").touch()
-    with courtesy_lock(tmp_path / "file", "k", written=tmp_path) as waited:  # no such folder can be made
+    with advisory_lock(tmp_path / "file", "k", written=tmp_path) as waited:  # no such folder can be made
         assert not waited
 
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from lading.sources.partial import courtesy_lock
+from lading.sources.partial import advisory_lock
 
 folder = Path(sys.argv[1])
-with courtesy_lock(folder / "locks", "k", written=folder):
+with advisory_lock(folder / "locks", "k", written=folder):
     print("held", flush=True)
     while True:
         sum(range(100_000))
@@ -423,7 +423,7 @@ def test_a_stopped_process_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(partial, "SILENCE", 0.5)
     holder.send_signal(signal.SIGSTOP)
-    with courtesy_lock(tmp_path / "locks", "k", written=tmp_path) as waited:
+    with advisory_lock(tmp_path / "locks", "k", written=tmp_path) as waited:
         assert waited
 
 
@@ -432,7 +432,7 @@ def test_a_process_at_work_is_waited_for_until_it_ends(
 ) -> None:
     monkeypatch.setattr(partial, "SILENCE", 5.0)
     threading.Timer(7, holder.kill).start()
-    with courtesy_lock(tmp_path / "locks", "k", written=tmp_path) as waited:
+    with advisory_lock(tmp_path / "locks", "k", written=tmp_path) as waited:
         assert waited
         assert holder.wait() == -signal.SIGKILL
 
@@ -447,5 +447,5 @@ def test_an_owner_on_another_machine_is_known_by_what_it_writes(
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
         (tmp_path / "part").write_bytes(b"x")
-        with courtesy_lock(tmp_path / "locks", "k", written=tmp_path) as waited:
+        with advisory_lock(tmp_path / "locks", "k", written=tmp_path) as waited:
             assert waited

@@ -171,7 +171,7 @@ def test_it_is_a_source() -> None:
     assert source.uri == "hg://org/name@v1/inner/file.pt"
     assert (source.inner, source.kind, source.lists) == ("inner/file.pt", "hub", True)
     snapshot = Snapshot(uri=source.uri, revision=COMMIT, files=())
-    assert source.beside(snapshot, ["x"]) is snapshot
+    assert source.with_siblings(snapshot, ["x"]) is snapshot
 
 
 @pytest.mark.parametrize(

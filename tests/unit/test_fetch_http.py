@@ -32,7 +32,7 @@ from servers.hostile import Exchange, Server, at, on_ranges, redirect, serve
 PATH = "/org/model.safetensors"
 DATA = os.urandom(300_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()
-EFFORT = Concurrency(connections=4, piece=64 << 10)
+CONCURRENCY = Concurrency(connections=4, piece=64 << 10)
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +48,8 @@ def cache(tmp_path: Path) -> Cache:
 
 
 def open_source(server: Server, cache: Cache, path: str = PATH, *, offline: bool = False) -> HttpSource:
-    patience = Timeouts(attempts=2, backoff=0.01)
-    return HttpSource(server.url(path), cache=cache, offline=offline, effort=EFFORT, patience=patience)
+    timeouts = Timeouts(attempts=2, backoff=0.01)
+    return HttpSource(server.url(path), cache=cache, offline=offline, concurrency=CONCURRENCY, timeouts=timeouts)
 
 
 def nothing_known(sha256: str) -> Path | None:
@@ -122,7 +122,7 @@ def test_files_of_all_sizes(cache: Cache, size: int, validator: str) -> None:
         assert file.path.read_bytes() == data
         assert file.stat == FileStat.from_stat(file.path.stat())
         assert (file.name, file.published) == ("model.safetensors", validator == "digest")
-        assert any(in_ranges) == (size > EFFORT.piece_of(size) and validator != "none")
+        assert any(in_ranges) == (size > CONCURRENCY.piece_of(size) and validator != "none")
 
         # What can be known to be the same is not fetched again.
         again = open_source(server, cache)
@@ -148,15 +148,15 @@ def test_files_beside_it(cache: Cache) -> None:
     files = {f"/org/{name}": name.encode() for name in names}
     with serve({"/org/model.safetensors.index.json": b"{}", **files}) as server:
         source = open_source(server, cache, "/org/model.safetensors.index.json?key=1#part")
-        snapshot = source.beside(source.snapshot(), [*names, names[0]])
+        snapshot = source.with_siblings(source.snapshot(), [*names, names[0]])
         assert [file.name for file in snapshot.files] == ["model.safetensors.index.json", *names]
         assert {path.partition("?")[2] for _, path, _ in server.requests} == {"key=1"}
 
         fetched = source.fetch(snapshot, snapshot.files[:0:-1], known=nothing_known, progress=False)
         assert [file.path.read_text() for file in fetched] == names[::-1]
 
-        assert source.beside(snapshot, ["missing.json"]) == snapshot
-        assert source.beside(snapshot, [f"missing-{i}" for i in range(20)]) == snapshot
+        assert source.with_siblings(snapshot, ["missing.json"]) == snapshot
+        assert source.with_siblings(snapshot, [f"missing-{i}" for i in range(20)]) == snapshot
         with pytest.raises(CheckpointNotFoundError, match=r"gone\.index\.json"):
             open_source(server, cache, "/org/gone.index.json").snapshot()
 
@@ -166,17 +166,17 @@ def test_offline_there_is_what_was_fetched(cache: Cache, monkeypatch: pytest.Mon
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with serve({PATH: DATA, "/org/b.json": b"{}"}) as server:
         source = open_source(server, cache)
-        snapshot = source.beside(source.snapshot(), ["b.json"])
+        snapshot = source.with_siblings(source.snapshot(), ["b.json"])
         fetched = fetch_all(source, snapshot)
         server.requests.clear()
 
         offline = open_source(server, cache, offline=True)
-        assert offline.beside(offline.snapshot(), ["b.json"]) == snapshot
+        assert offline.with_siblings(offline.snapshot(), ["b.json"]) == snapshot
         assert fetch_all(offline, snapshot) == fetched
         assert offline.local(snapshot, snapshot.files) == [file.path for file in fetched]
 
         with pytest.raises(FetchError, match=r"'c\.json' of .* HF_HUB_OFFLINE is set"):
-            offline.beside(snapshot, ["c.json"])
+            offline.with_siblings(snapshot, ["c.json"])
         assert offline.read(snapshot, snapshot.files[0], 7, 100) == DATA[7:107]
         fetched[0].path.touch()  # nobody has checked it since
         with pytest.raises(FetchError, match="HF_HUB_OFFLINE is set"):

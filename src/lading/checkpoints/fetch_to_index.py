@@ -138,7 +138,7 @@ def _fetch_shards(
     with noting_intent(source, snapshot, published, store, ref.key):
         (index,) = source.fetch(snapshot, published, known=known, progress=False)
     names = list(read_index_at(index.path, name=file).tensors)
-    snapshot = source.beside(snapshot, [folder + name for name in names])
+    snapshot = source.with_siblings(snapshot, [folder + name for name in names])
     shards = [snapshot.file(folder + name) for name in names]
     if None in shards:
         where = f"{shown_uri(snapshot.uri)}/{folder}{file}"

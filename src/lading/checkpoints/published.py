@@ -51,7 +51,7 @@ def index_source(ref: CheckpointRef, *, revision: str | None = None, name: str |
     snapshot = source.snapshot()
     if not source.lists:
         named = index_names(PublishedFiles(source, snapshot), name=source.inner)
-        snapshot = source.beside(snapshot, named)
+        snapshot = source.with_siblings(snapshot, named)
     require_whole(source, snapshot, ref, name)
     files = PublishedFiles(source, snapshot)
     manifest = index_files(files, name=source.inner)

@@ -205,7 +205,7 @@ def _require_of_web(ref: CheckpointRef, revision: str | None, include: Sequence[
 def _named_beside(ref: CheckpointRef, snapshot: Snapshot, names: Sequence[str]) -> Snapshot:
     """The snapshot of a source that lists no files, with those of these names."""
     source = open_source(ref.uri, inner_path=None, revision=None, settings=Settings.from_environment())
-    more = source.beside(snapshot, names)
+    more = source.with_siblings(snapshot, names)
     for name in names:
         if more.file(name) is None:
             log.warning("there is no file %r beside %s", name, shown_uri(ref.uri))

@@ -41,7 +41,7 @@ from lading.planning.plan import Wanted, plan
 from lading.planning.rules import Route
 from lading.sources.cache import Cache
 from lading.sources.disk import advised, require_space
-from lading.sources.partial import sweep, temporary
+from lading.sources.partial import sweep, temporary_file
 from lading.system.filesystem import FileStat
 from lading.system.progress import byte_bar
 from lading.system.settings import Settings
@@ -242,7 +242,10 @@ def _write(
     with advised("LADING_CACHE_DIR"):
         require_space(cache.folder, offsets[-1])
         sweep(cache.tmp, older_than=0, kind="repack")  # which nobody takes up
-        with temporary(cache.tmp, "repack") as (file, written), byte_bar(offsets[-1], "repack", shown=progress) as bar:
+        with (
+            temporary_file(cache.tmp, "repack") as (file, written),
+            byte_bar(offsets[-1], "repack", shown=progress) as bar,
+        ):
             file.write(header)
             for place, i in enumerate(tensors):
                 matrix = _matrix(checkpoint, digests, i).view(torch.uint8)

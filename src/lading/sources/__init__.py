@@ -1,1 +1,1 @@
-"""From a URI to files on this machine; one scheme a file. The door is :func:`lading.sources.open.open_source`."""
+"""Sources of checkpoint files, one package per kind; :func:`lading.sources.open.open_source` opens the one of a URI."""

@@ -1,20 +1,20 @@
-"""lading's own store of fetched files: found by their content, and readable without a catalog.
+"""lading's own cache of fetched files, addressed by their content and readable without a catalog.
 
 ::
 
     blobs/ab/abcd….safetensors    a file, under its SHA-256 and an extension that lading chose; read-only
-    entries/0123….4567….json      what one catalog fetched from one URI: for each file its digest, size and validator
+    entries/0123….4567….json      the files that a catalog fetched from a URI: their digests, sizes and validators
     repacked/0123….safetensors    tensors of a checkpoint, cut for the ranks that load it; read-only
-    tmp/                          what is being written, or was when its process ended
-    locks/                        who fetches a URI tells others, where the file system has locks
+    tmp/                          files that are being written, or were when their process ended
+    locks/                        advisory locks on URIs, if the file system supports locks
 
-Nothing here depends on a lock. A file appears under its name by a rename, when it is complete and on the disk; an entry
-is replaced by a rename, too. What a crash leaves in ``tmp`` is taken up or removed by who comes later.
+Correctness does not depend on locks. A file appears under its name by a rename, once it is complete and on the disk;
+entries are replaced by renames, too. Files that a crash leaves in ``tmp`` are resumed or removed later.
 
-Several catalogs may share a store. Each writes entries of its own and removes no others; a file goes with the last
-entry that refers to it. What another catalog says of a file's state is not believed: its bytes are hashed once.
+Several catalogs may share a cache. Each one writes and removes only its own entries; a file is removed with the last
+entry that refers to it. A file state recorded by another catalog is not trusted: the bytes are hashed once.
 
-No name in the store comes from a server, it holds no links of any kind, and no entry holds the secrets of an address.
+No file name in the cache comes from a server, the cache holds no links, and no entry holds the secrets of an address.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from lading.errors import LadingError
-from lading.sources.partial import courtesy_lock, temporary
+from lading.sources.partial import advisory_lock, temporary_file
 from lading.sources.sha256 import sha256_file
 from lading.system.filesystem import FileStat
 from lading.system.uris import shown_uri
@@ -42,23 +42,23 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _BLOB = re.compile(r"([0-9a-f]{64})\.([a-z]+)")
 _ENTRY = re.compile(r"([0-9a-f]{64})(?:\.([0-9a-f]{16}))?\.json")
 _MAX_ENTRY = 64 << 20
-"""Bytes of an entry; a thousand shards need 400 KB."""
+"""The most bytes of an entry; a thousand shards need 400 KB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachedFile:
-    """A file that was fetched, as its entry has it."""
+    """A fetched file, as its entry records it."""
 
     sha256: str
     size: int
     etag: str | None
-    """Its validator at the time."""
+    """The validator of the file when it was fetched."""
     published: bool
-    """Whether the source published the digest."""
+    """True if the source published the digest."""
     stat: FileStat | None
-    """The state in which its bytes had the digest; ``None`` where it is to be checked again."""
+    """The state in which the file had the digest; ``None`` if it must be hashed again."""
     fetched_at: float
-    """Seconds since 1970."""
+    """The time of the fetch, in seconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,23 +66,21 @@ class Entry:
     """The files that one catalog fetched from one URI."""
 
     uri: str
-    """As it may be shown: without what is secret in it."""
+    """The URI without its secrets."""
     key: str
-    """The SHA-256 of the whole URI, by which it is found."""
+    """The SHA-256 of the complete URI, which identifies the entry."""
     catalog: str = ""
-    """The catalog that fetched it, see :attr:`lading.system.settings.Settings.catalog_id`; empty where that is not
-    known.
-    """
+    """The catalog that fetched it, see :attr:`lading.system.settings.Settings.catalog_id`; empty if unknown."""
     revision: str
     files: Mapping[str, CachedFile]
-    """By their names within the source."""
+    """The files, by their names within the source."""
 
 
 class Cache:
-    """A folder with fetched files, as one catalog uses it. Nothing is created before something is added."""
+    """A folder of fetched files, as one catalog uses it. The folder is created when a file is added."""
 
     def __init__(self, folder: Path, *, catalog: str = "") -> None:
-        """:param catalog: the one whose entries are read and written, see
+        """:param catalog: the catalog whose entries are read and written, see
         :attr:`lading.system.settings.Settings.catalog_id`.
         """
         self.folder = folder
@@ -91,7 +89,7 @@ class Cache:
     # --- files -------------------------------------------------------------------------------------------------------
 
     def blob(self, sha256: str, name: str) -> Path:
-        """Where the file with this digest has its place; ``name``, a server's, says only which extension it gets."""
+        """Return the path for the file with this digest; the server's ``name`` only determines the extension."""
         if not _SHA256.fullmatch(sha256):
             raise ValueError(f"`sha256` must be 64 lower-case hexadecimal digits, but is {sha256!r}.")
         extension = name.rpartition(".")[2].lower()
@@ -99,7 +97,7 @@ class Cache:
         return self.folder / "blobs" / sha256[:2] / f"{sha256}.{extension if extension in _EXTENSIONS else 'blob'}"
 
     def find(self, sha256: str) -> Path | None:
-        """Where the file with this digest is; ``None`` where it is not. Its bytes are not read."""
+        """Return the path of the file with this digest; ``None`` if it is not here. Its bytes are not read."""
         if not _SHA256.fullmatch(sha256):
             return None
         folder = self.folder / "blobs" / sha256[:2]
@@ -112,12 +110,12 @@ class Cache:
         return None
 
     def put(self, fd: int, path: Path, sha256: str, name: str) -> Path:
-        """Make the finished file ``path``, open as ``fd``, the one that is found by its digest.
+        """Move the complete file ``path``, open as ``fd``, to its place in the cache.
 
-        :returns: its path from now on.
+        :returns: the new path.
         """
         blob = self.blob(sha256, name)
-        # What is there already may be in use, and be known by its state; unless it is damaged, it stays.
+        # An existing file may be in use, and be recorded with its state, so it stays unless it is damaged.
         with suppress(LadingError, OSError):
             if sha256_file(blob)[0] == sha256:
                 path.unlink()
@@ -160,26 +158,26 @@ class Cache:
     # --- entries -----------------------------------------------------------------------------------------------------
 
     def entry(self, uri: str) -> Entry | None:
-        """Return what this catalog fetched from ``uri``; ``None`` where that is nothing, or cannot be read."""
+        """Return the entry of this catalog for ``uri``; ``None`` if there is none, or it cannot be read."""
         entry = self._read_entry(self._entry_path(entry_key(uri)))
 
         return entry if entry is not None and entry.uri == shown_uri(uri) else None
 
     def others(self, uri: str) -> Iterator[Entry]:
-        """Return what other catalogs fetched from ``uri``, without the states of its files."""
+        """Yield the entries of other catalogs for ``uri``, without the states of their files."""
         key = entry_key(uri)
         for path in self._entry_files():
             if path.name.startswith(key) and path != self._entry_path(key) and (entry := self._read_entry(path)):
                 yield entry
 
     def entries(self) -> Iterator[Entry]:
-        """Return all of them, in no order that means something. Damaged ones are left out."""
+        """Yield all entries in arbitrary order, except damaged ones."""
         for path in self._entry_files():
             if (entry := self._read_entry(path)) is not None:
                 yield entry
 
     def has_unknown_entries(self) -> bool:
-        """Return whether there may be entries that say nothing here: damaged, or not for this user to read."""
+        """Return whether there may be entries that cannot be read: damaged, or not accessible to this user."""
         try:
             os.scandir(self.folder / "entries").close()
         except FileNotFoundError:
@@ -190,17 +188,16 @@ class Cache:
         return any(self._read_entry(path) is None for path in self._entry_files())
 
     def files_of_others(self) -> set[str]:
-        """Return the SHA-256 of files that other users brought, if there may be entries of theirs that say nothing."""
+        """Return the SHA-256 of other users' files, if there may be entries that cannot be read; else nothing."""
         if not self.has_unknown_entries():
             return set()
 
         return {path.name[:64] for path, found in self._blobs() if found.st_uid != os.geteuid()}
 
     def add(self, uri: str, revision: str, files: Mapping[str, CachedFile]) -> None:
-        """Note what this catalog fetched from ``uri``; what its entry says of other files of the same revision stays.
+        """Record the files that this catalog fetched from ``uri``; keep the other files of the same revision.
 
-        Of two processes that do so at once, one may not see what the other one noted: that is then fetched, or found
-        by its content, another time.
+        If two processes do so at once, one record may be lost; its file is then found by its content or fetched again.
         """
         before = self.entry(uri)
         if before is not None and before.revision == revision:
@@ -208,8 +205,8 @@ class Cache:
 
         path = self._entry_path(entry_key(uri))
         _make_folder(path.parent)
-        with temporary(self.tmp, "entry") as (file, name):
-            # Whatever the umask: what others may write to is not believed.
+        with temporary_file(self.tmp, "entry") as (file, name):
+            # Whatever the umask, others must not write to it: entries that others can write are not trusted.
             mode = 0o600 if shown_uri(uri) != uri else stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o644
             os.fchmod(file.fileno(), mode)
             file.write(json.dumps(_to_json(uri, revision, files), indent=1).encode())
@@ -219,15 +216,15 @@ class Cache:
         _sync_folder(path.parent)
 
     def remove(self, uri: str | Entry, *, also: Collection[str] = (), keep: Collection[str] = ()) -> int:
-        """Forget that this catalog fetched ``uri``, and remove the files that no other entry refers to.
+        """Remove the entry of this catalog for ``uri``, and the files that no other entry refers to.
 
-        :param also: the SHA-256 of further files to remove, of which the entry need not know any more.
-        :param keep: of files that somebody else needs.
+        :param also: the SHA-256 of further files to remove, even if the entry does not list them.
+        :param keep: the SHA-256 of files to keep.
 
-        :returns: the bytes that were freed.
+        :returns: the number of bytes freed.
         """
         paths = self.removable(uri, also=also, keep=keep)
-        # In this order: an entry whose file is gone is harmless, too, but a file without entry is never missed.
+        # The entry goes first: after a crash in between, a file without an entry is harmless.
         with suppress(FileNotFoundError):
             self._entry_path(uri.key if isinstance(uri, Entry) else entry_key(uri)).unlink()
             _sync_folder(self.folder / "entries")
@@ -235,7 +232,7 @@ class Cache:
         return sum(map(_unlink, paths))
 
     def removable(self, uri: str | Entry, *, also: Collection[str] = (), keep: Collection[str] = ()) -> list[Path]:
-        """The files that :meth:`remove` removes."""
+        """Return the files that :meth:`remove` removes."""
         key = uri.key if isinstance(uri, Entry) else entry_key(uri)
         entry = self._read_entry(self._entry_path(key))
         wanted = set(also) | (set() if entry is None else {file.sha256 for file in entry.files.values()})
@@ -252,22 +249,22 @@ class Cache:
         return [path for path in self.files() if path.name[:64] in gone] if gone else []
 
     def files(self) -> list[Path]:
-        """All files that were fetched, those of no entry included."""
+        """Return all fetched files, including those without an entry."""
         return [path for path, _ in self._blobs()]
 
     def digest_of(self, path: Path) -> str | None:
-        """The SHA-256 under which ``path`` is kept here; ``None`` for what is no file of this cache."""
+        """Return the SHA-256 under which ``path`` is kept; ``None`` if it is not a file of this cache."""
         inside = path.parent.parent == self.folder / "blobs" and _BLOB.fullmatch(path.name) is not None
 
         return path.name[:64] if inside else None
 
     def size(self) -> int:
-        """Bytes of all files here, those that are being fetched included."""
+        """Return the size of all files in bytes, including partially fetched ones."""
         parts = sum(os.lstat(path).st_blocks * 512 for path in _files(self.tmp))
 
         return parts + sum(found.st_size for _, found in self._blobs())
 
-    # --- what is being written ---------------------------------------------------------------------------------------
+    # --- temporary files and locks -----------------------------------------------------------------------------------
 
     @property
     def tmp(self) -> Path:
@@ -275,13 +272,13 @@ class Cache:
 
     @contextmanager
     def lock(self, key: str) -> Iterator[bool]:
-        """Keep other processes from fetching the same thing, as far as that is possible: they only waste bandwidth.
+        """Keep other processes from fetching the same file, on a best-effort basis, to save bandwidth.
 
-        They wait as long as this one gives signs of life.
+        They wait as long as this process gives signs of life.
 
         :returns: whether this process had to wait.
         """
-        with courtesy_lock(self.folder / "locks", key, written=self.tmp) as waited:
+        with advisory_lock(self.folder / "locks", key, written=self.tmp) as waited:
             yield waited
 
     def _blobs(self) -> Iterator[tuple[Path, os.stat_result]]:
@@ -306,12 +303,12 @@ class Cache:
 
 
 def entry_key(uri: str) -> str:
-    """Return the key of the entries of a URI, which does not reveal the URI."""
+    """Return the key of the entries for a URI, which does not reveal the URI."""
     return hashlib.sha256(uri.encode()).hexdigest()
 
 
 def _without_states(entry: Entry) -> Entry:
-    """Return the entry as one that is not believed: whoever can write it can also write a state into it."""
+    """Return the entry without file states, which are not trusted if others could have written them."""
     return replace(entry, files={name: replace(file, stat=None) for name, file in entry.files.items()})
 
 
@@ -335,7 +332,7 @@ def _to_json(uri: str, revision: str, files: Mapping[str, CachedFile]) -> dict[s
 
 
 def _read_entry(path: Path) -> Entry | None:
-    """``None`` for whatever is not an entry as it is written here: it is then fetched again."""
+    """Read an entry; return ``None`` if it is not valid, so that its files are fetched again."""
     match = _ENTRY.fullmatch(path.name)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
@@ -383,19 +380,19 @@ def _make_folder(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """A rename is on the disk when its folder is."""
+    """Flush a folder to the disk, which makes renames in it durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do not have it
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do not support it
             raise
     finally:
         os.close(fd)
 
 
 def _unlink(path: Path) -> int:
-    """Remove a file, if nobody else did; returns the bytes that were freed."""
+    """Remove a file if it exists; return the number of bytes freed."""
     try:
         size = os.lstat(path).st_size
         path.unlink()

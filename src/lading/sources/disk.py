@@ -1,4 +1,4 @@
-"""The disk that caches are on: whether there is space left, and what to do where it cannot be written."""
+"""Checks of the disk that holds a cache, and advice in its errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """:raises OSError: the disk has not ``needed`` bytes left; better said now than in an hour."""
+    """Require free space before a fetch starts, rather than fail at its end.
+
+    :raises OSError: the disk has less than ``needed`` bytes left.
+    """
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -26,11 +29,11 @@ def require_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def advised(variable: str) -> Iterator[None]:
-    """Let an error of the disk say what to do about it.
+    """Add advice to disk errors that are raised in the block.
 
-    :param variable: of the environment, that names the folder of the cache.
+    :param variable: the environment variable that names the folder of the cache.
 
-    :raises OSError: the same one, with the advice in its message.
+    :raises OSError: the same error, with the advice in its message.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Which source a URI names."""
+"""The choice of a source by the scheme of a URI."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ HTTP_SCHEMES = ("https", "http")
 
 
 def check_address(uri: str) -> None:
-    """Whether an address of the hub or of the web is written as such a one. Others are not looked at.
+    """Check the syntax of an address of the hub or of the web; accept all others.
 
-    :raises AddressError: it is not, so that there is nobody to ask.
+    :raises AddressError: the address is not valid.
     """
     scheme = uri.partition(":")[0].lower()
     if scheme in HUB_SCHEMES:
@@ -28,17 +28,17 @@ def check_address(uri: str) -> None:
 
 
 def open_source(uri: str, *, inner_path: str | None, revision: str | None, settings: Settings) -> Source:
-    """The source of a checkpoint that is elsewhere; nothing is asked of it yet.
+    """Return the source of a remote checkpoint, without sending a request.
 
     :param inner_path: the checkpoint inside the source (``checkpoint_path`` of a card).
-    :param revision: default: the one that ``uri`` names, or what is published now.
+    :param revision: the revision; default: the one in ``uri``, else the latest.
 
-    :raises NotSupportedError: a scheme that is not known here, or a source that has no revisions or no folders.
-    :raises PolicyError: a path that leads out of the source, or a scheme that is refused.
+    :raises NotSupportedError: the scheme is unknown, or the source has no revisions or no folders.
+    :raises PolicyError: the path leads out of the source, or the scheme is refused.
     """
     scheme = urlsplit(uri).scheme
 
-    # What speaks to servers is imported only by those who do.
+    # Imported here, as most commands send no requests.
     if scheme in HUB_SCHEMES:
         from lading.sources.hub.source import HubSource
 
@@ -49,16 +49,15 @@ def open_source(uri: str, *, inner_path: str | None, revision: str | None, setti
 
         if revision is not None:
             raise NotSupportedError(
-                f"{shown_uri(uri)} is a file of a web server and has no revisions, but {revision!r} was asked for."
+                f"{shown_uri(uri)} is a file on a web server and has no revisions, but {revision!r} was requested."
             )
         if inner_path is not None:
             raise NotSupportedError(
-                f"{shown_uri(uri)} is one file, of which lading reads no part by a path, but `checkpoint_path` is "
-                f"{inner_path!r}."
+                f"{shown_uri(uri)} is a single file, without paths inside it, but `checkpoint_path` is {inner_path!r}."
             )
         return HttpSource(uri, cache=Cache(settings.cache_dir, catalog=settings.catalog_id), offline=settings.offline)
 
     raise NotSupportedError(
-        f"{shown_uri(uri)} is of the scheme {scheme!r}, but checkpoints are read from paths, file://, https://, hg:// "
+        f"{shown_uri(uri)} has the scheme {scheme!r}, but checkpoints are read from paths, file://, https://, hg:// "
         "and hf://."
     )

@@ -1,7 +1,8 @@
-"""Files that are being written: whose they are, how another process takes them up, and when they are litter.
+"""Partially written files: their owner, how another process resumes them, and when they are removed.
 
-Each has a name of its own that says which process writes it. When that process has ended, whoever needs the file
-renames it to a name of its own: of several, one succeeds. So no two processes write to the same file, without a lock.
+The name of each file identifies the process that writes it. After that process has ended, another one takes the file
+over by renaming it to a name of its own. Only one rename succeeds, so that no two processes write to the same file,
+without a lock.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ _FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 _MAX_NOTES = 16 << 20
 _STEP = 1 << 20
 SILENCE = 30.0
-"""Seconds after which a process that gives no sign of life is waited for no longer."""
+"""Seconds without a sign of life after which a process is no longer waited for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """What a file that arrives in parts is part of: only what agrees in all of it is put together."""
+    """The identity of a file that is fetched in parts; only parts of equal identity are joined."""
 
     url: str
     etag: str | None
@@ -52,7 +53,7 @@ class Identity:
 
     @property
     def resumable(self) -> bool:
-        """Whether it can be known that what comes later belongs to what is here."""
+        """True if a later part can be proven to belong to the same content."""
         return self.size is not None and (self.etag is not None or self.sha256 is not None)
 
 
@@ -62,24 +63,25 @@ class Range(NamedTuple):
     start: int
     end: int
     digest: str
-    """The BLAKE3 of its bytes as they came: until they are taken up, anything may happen to them."""
+    """The BLAKE3 of its bytes as they arrived, by which changes made before a resumption are noticed."""
 
 
 class Partial:
-    """A file that arrives in parts, and the notes beside it that say which parts are on the disk."""
+    """A partially fetched file, with notes next to it that list the ranges on the disk."""
 
     def __init__(self, identity: Identity, path: Path, fd: int, done: Sequence[Range]) -> None:
         self.identity = identity
         self.path = path
         self.fd = fd
-        """Open as long as this object lives: a thread that cannot be stopped must not write to another file."""
+        """The file descriptor, open as long as this object lives, so that a stuck thread never writes to a file that
+        was given the same number."""
         weakref.finalize(self, os.close, fd)
         self.done = list(done)
-        """The ranges of bytes that were there when it was opened."""
+        """The ranges that were on the disk when the file was opened."""
 
     @classmethod
     def open(cls, folder: Path, identity: Identity) -> Self:
-        """Take up what an ended process left, or begin anew.
+        """Resume a file that an ended process left, or create a new one.
 
         :raises OSError: a file cannot be written.
         """
@@ -89,7 +91,7 @@ class Partial:
                 if _ended(path):
                     if (partial := cls._take_up(path, identity)) is not None:
                         return partial
-                    _discard(path)  # nobody will ever want it: the file has changed, or there are no notes
+                    _discard(path)  # never usable: the file has changed, or there are no notes
 
         path = folder / f"{identity.key}.{_owner()}.{secrets.token_hex(4)}.part"
 
@@ -104,11 +106,11 @@ class Partial:
         try:
             path.rename(mine)
         except OSError:
-            return None  # another process was quicker
+            return None  # another process took it
         fd = os.open(mine, _FLAGS)
         good = [each for each in done if _digest(fd, each) == each.digest]
         if len(good) < len(done):
-            _log.warning("%s was changed after it came: what is damaged of it is fetched again", path)
+            _log.warning("%s was changed after it was fetched: its damaged ranges are fetched again", path)
         partial = cls(identity, mine, fd, good)
         partial.note(good)
         _remove(_notes(path))
@@ -116,7 +118,7 @@ class Partial:
         return partial
 
     def note(self, done: Sequence[Range]) -> None:
-        """Write down which ranges are here; they are on the disk before the notes say so."""
+        """Record the fetched ranges in the notes, after flushing them to the disk."""
         if not self.identity.resumable:
             return
         os.fdatasync(self.fd)
@@ -126,11 +128,11 @@ class Partial:
         new.rename(notes)
 
     def discard(self) -> None:
-        """Remove it; nothing of it is of use."""
+        """Remove the file, as none of it can be used."""
         _discard(self.path)
 
     def release(self, done: Sequence[Range]) -> None:
-        """Leave it to whoever wants to take it up, this process included."""
+        """Leave the file for any process to resume, this one included."""
         if not done or not self.identity.resumable:
             self.discard()
             return
@@ -140,18 +142,18 @@ class Partial:
             self.note(done)
             old.rename(self.path)
         except OSError as error:
-            _log.info("What has arrived is not kept in %s: %s", self.path.parent, error)
+            _log.info("The fetched part could not be kept in %s: %s", self.path.parent, error)
             self.discard()
             _remove(old)
         _remove(_notes(old))
 
-    def finished(self) -> None:
-        """It has another name by now."""
+    def remove_notes(self) -> None:
+        """Remove the notes after the complete file was renamed."""
         _remove(_notes(self.path))
 
 
 def _identity_json(identity: Identity) -> dict[str, Any]:
-    # The address itself may hold a secret, and notes are for all who share the cache.
+    # The URL is hashed, as it may hold a secret and all users of the cache can read the notes.
     return {
         "url": sha256(identity.url.encode()).hexdigest(),
         "etag": identity.etag,
@@ -174,7 +176,7 @@ def _digest(fd: int, part: Range) -> str:
 
 
 def _read_notes(path: Path, identity: Identity) -> list[Range]:
-    """The ranges that are there; none where the notes do not say so, or speak of something else."""
+    """Return the ranges that the notes list; none if the notes are missing, invalid, or of another identity."""
     try:
         with open(_notes(path), "rb") as file:
             document = json.loads(file.read(_MAX_NOTES))
@@ -195,8 +197,8 @@ def _read_notes(path: Path, identity: Identity) -> list[Range]:
 
 
 @contextmanager
-def temporary(folder: Path, kind: str) -> Iterator[tuple[IO[bytes], Path]]:
-    """A new file that is gone when the block is left, unless it was renamed."""
+def temporary_file(folder: Path, kind: str) -> Iterator[tuple[IO[bytes], Path]]:
+    """Create a file that is removed at the end of the block, unless it was renamed."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{kind}.{_owner()}.{secrets.token_hex(4)}.tmp"
     try:
@@ -207,12 +209,12 @@ def temporary(folder: Path, kind: str) -> Iterator[tuple[IO[bytes], Path]]:
 
 
 def sweep(folder: Path, *, older_than: float = _DAY, kind: str = "*") -> int:
-    """Remove what ended processes left and nobody took up.
+    """Remove files that ended processes left.
 
-    :param kind: of what :func:`temporary` made; default: all, and what came in parts, too.
-    :param older_than: seconds since it was last written to.
+    :param kind: the kind that was given to :func:`temporary_file`; default: all files, partially fetched ones included.
+    :param older_than: seconds since the last write.
 
-    :returns: the bytes that were freed.
+    :returns: the number of bytes freed.
     """
     freed = 0
     for path in folder.glob(f"{kind}.*"):
@@ -226,15 +228,15 @@ def sweep(folder: Path, *, older_than: float = _DAY, kind: str = "*") -> int:
 
 
 @contextmanager
-def courtesy_lock(folder: Path, key: str, *, written: Path) -> Iterator[bool]:
-    """Wait while another process has the lock ``key``, if the file system has locks at all.
+def advisory_lock(folder: Path, key: str, *, written: Path) -> Iterator[bool]:
+    """Hold the lock ``key`` during the block, if the file system supports locks.
 
-    A process that is stopped, frozen, or cut off from its disk keeps its lock: once it has given no sign of life for
-    :data:`SILENCE` seconds, the body runs without the lock.
+    A stopped or frozen process, or one cut off from its disk, keeps its lock. If the holder gives no sign of life for
+    :data:`SILENCE` seconds, the block runs without the lock.
 
-    :param written: the folder that whoever has the lock writes to.
+    :param written: the folder that the holder of the lock writes to.
 
-    :returns: whether it had to wait.
+    :returns: whether the call had to wait.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -267,16 +269,16 @@ def _wait_for_lock(fd: int, sign: Callable[[], object]) -> bool:
                 return True
             time.sleep(0.1)
             continue
-        with suppress(OSError):  # a full disk: whoever waits then looks at what is written
+        with suppress(OSError):  # a full disk: other processes then watch the written files
             os.pwrite(fd, f"{_owner()}\n".encode(), 0)
         return waiting is not None
 
 
 class Waiting:
-    """A wait for another process, which ends when that gives no sign of life any more."""
+    """A wait for another process, which is over once that process gives no sign of life."""
 
     def __init__(self, sign: Callable[[], object]) -> None:
-        """:param sign: gives something else each time, as long as the other process is at work."""
+        """:param sign: returns a different value at each call while the other process works."""
         self._sign = sign
         self._last, self._since = sign(), time.monotonic()
 
@@ -290,18 +292,18 @@ class Waiting:
 
 
 def _sign_of_life(fd: int, written: Path) -> object:
-    """Return what changes while the process with the lock ``fd`` works: its CPU time; where unknown, its files."""
+    """Return a value that changes while the holder of the lock works: its CPU time; if unknown, the files' states."""
     owner = os.pread(fd, 200, 0).decode("ascii", "replace").partition("\n")[0]
     if owner.startswith(_place()):
         _, pid, start = owner.rsplit("-", 2)
         if pid.isdecimal() and (fields := _process(int(pid))) is not None and fields[19] == start:
             return owner, fields[11], fields[12]
 
-    return owner, growth(written, "*")
+    return owner, file_states(written, "*")
 
 
-def growth(folder: Path, pattern: str) -> list[tuple[str, int, int]]:
-    """Return name, size and time of each file, which change as long as a process writes them."""
+def file_states(folder: Path, pattern: str) -> list[tuple[str, int, int]]:
+    """Return name, size and modification time of each file, which change while a process writes them."""
     found = []
     for path in sorted(folder.glob(pattern)):
         with suppress(OSError):
@@ -318,14 +320,14 @@ def _owner() -> str:
 
 
 def _ended(path: Path) -> bool:
-    """Whether the process that a temporary file belongs to has ended, as far as can be told from here."""
+    """Return whether the process that owns a temporary file is known to have ended."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         return False
     if match["owner"].startswith(_place()):
         return _start_time(int(match["pid"])) != int(match["start"])
 
-    # Of a process on another machine, or before this one was started, only its silence is known.
+    # The process is on another machine, or predates the last boot, so only the age of the file can be checked.
     with suppress(OSError):
         return time.time() - os.lstat(path).st_mtime > _DAY
 
@@ -334,7 +336,7 @@ def _ended(path: Path) -> bool:
 
 @lru_cache(maxsize=1)
 def _place() -> str:
-    """Where process ids mean the same processes: this machine since it was started, and this namespace of it."""
+    """Return an id of this machine, boot and PID namespace, within which process ids are unique."""
     parts = [host_id()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
@@ -345,14 +347,14 @@ def _place() -> str:
 
 
 def _start_time(pid: int) -> int | None:
-    """Return when a process began, in ticks since the machine did; ``None`` where there is no such process."""
+    """Return the start time of a process, in clock ticks since boot; ``None`` if there is no such process."""
     fields = _process(pid)
 
     return None if fields is None else int(fields[19])
 
 
 def _process(pid: int) -> list[str] | None:
-    """Return the fields of a process from its state on; ``None`` where there is no such process, or it has ended.
+    """Return the fields of a process from its state on; ``None`` if there is no such process, or it has ended.
 
     Source: proc_pid_stat(5), fields 3 and following.
     """

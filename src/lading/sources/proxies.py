@@ -1,4 +1,4 @@
-"""The proxies that the environment names, and whether the HTTP client can go through them."""
+"""Validation of the proxies that the environment names."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _SOCKS = ("socks5", "socks5h")
 
 
 def require_proxies(library: Any) -> None:
-    """Make sure that the HTTP client can use each proxy of the environment: it refuses to start otherwise.
+    """Require that the HTTP client can use each proxy of the environment, as it refuses to start otherwise.
 
     :param library: ``httpx2`` or ``httpx``.
 
-    :raises SettingsError: it cannot. The message names the variable; a user and a password in it are not shown.
+    :raises SettingsError: it cannot. The message names the variable, without the user and the password in it.
     """
     proxies = getproxies_environment()
     if "*" in [host.strip() for host in proxies.get("no", "").split(",")]:
-        return  # no proxy is used at all
+        return  # no proxy is used
 
     for kind in ("http", "https", "all"):
         value = proxies.get(kind)
@@ -44,7 +44,7 @@ def _problem(url: str, library: Any) -> str | None:
         )
     try:
         host = library.URL(url).host
-    except (library.InvalidURL, ValueError):  # whose message may quote a part of a password
+    except (library.InvalidURL, ValueError):  # the message may quote a part of a password
         host = ""
 
     return None if host else "it is not a URL with a host and a port. Correct it, or unset the variable."

@@ -1,4 +1,4 @@
-"""The digest of whole files: what makes a copy of a file *verified*."""
+"""The SHA-256 of whole files, by which a copy is *verified*."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
 from lading.system.filesystem import FileStat
 
 _STEP = 1 << 20
-"""Bytes that are read at once: they stay in the processor's cache until they are hashed."""
+"""Bytes per read: few enough to stay in the processor's cache until they are hashed."""
 
 
 def sha256_file(path: Path, *, progress: Callable[[int], None] | None = None) -> tuple[str, FileStat]:
-    """The SHA-256 of the regular file that ``path`` leads to, in lower-case hexadecimal, and the state it has it in.
+    """Return the SHA-256 of a regular file in lower-case hexadecimal, and the state of the file that has it.
 
-    Never waits: what is not a regular file is not even opened, since that alone can block (a FIFO) or act (a device).
+    Symbolic links are followed. Anything but a regular file is not opened, as that can block (a FIFO) or have effects
+    (a device).
 
-    :param progress: called with the number of bytes of each step, in the calling thread.
+    :param progress: called with the number of bytes of each read, in the calling thread.
 
-    :raises CheckpointNotFoundError: nothing is there (also a ``FileNotFoundError``).
-    :raises CorruptModelCheckpointError: it is no regular file, or it changed while it was read.
+    :raises CheckpointNotFoundError: it does not exist (also a ``FileNotFoundError``).
+    :raises CorruptModelCheckpointError: it is not a regular file, or it changed while it was read.
     :raises OSError: it cannot be read.
     """
     try:
         _require_regular(path, os.stat(path))
-        # Another file may take the place of the one that was looked at.
+        # The path may be replaced after the check, so the opened file is checked, too.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFoundError(path, f"{path}: expected a file to verify, found nothing there.") from error
@@ -62,7 +63,7 @@ def _hash(fd: int, progress: Callable[[int], None] | None, path: Path) -> str:
         try:
             count = os.readv(fd, [buffer])
         except OSError as error:
-            error.filename = os.fspath(path)  # `readv` does not say what it read
+            error.filename = os.fspath(path)  # `readv` does not name the file
             raise
         if count == 0:
             return sha256.hexdigest()

@@ -1,7 +1,7 @@
-"""What every scheme of a source does, and the values that pass: what a source publishes, and what is fetched of it.
+"""The protocol of sources, and its values: published files, snapshots and fetched files.
 
-A source is asked for its :class:`Snapshot`, which is pinned: whatever is read or fetched by it is of one revision.
-Which of its files make a checkpoint is not known here: that is a matter of formats.
+A :class:`Snapshot` is pinned: all that is read or fetched by it belongs to one revision. Which of its files form a
+checkpoint is decided by formats, not by sources.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ class RemoteFile:
     """A file that a source publishes."""
 
     name: str
-    """Within the source, with forward slashes. It comes from the server: it is compared and shown, never a path."""
+    """The name within the source, with forward slashes. The server chose it, so it is never used as a local path."""
     size: int | None
-    """Bytes; ``None`` where the source does not say."""
+    """The size in bytes; ``None`` if the source does not publish it."""
     sha256: str | None = None
-    """Of the whole file, in lower-case hexadecimal, where the source publishes it."""
+    """The SHA-256 of the whole file in lower-case hexadecimal, if the source publishes it."""
     etag: str | None = None
-    """A strong validator of HTTP, by which a later range is known to be of the same content."""
+    """A strong HTTP validator, by which later ranges are known to have the same content."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """What a source publishes, at one revision."""
+    """The files that a source publishes, at one revision."""
 
     uri: str
     revision: str
-    """A commit; empty where the source has none."""
+    """The commit; empty if the source has no revisions."""
     files: tuple[RemoteFile, ...]
     partial: bool = False
-    """True if it lists only what is in a cache, as the source could not be asked: further files may be published."""
+    """True if only cached files are listed because the source was not asked; it may publish others."""
 
     def file(self, name: str) -> RemoteFile | None:
-        """The file of this name; ``None`` where there is none."""
+        """Return the file named ``name``; ``None`` if there is none."""
         return next((file for file in self.files if file.name == name), None)
 
 
@@ -49,20 +49,20 @@ class FetchedFile:
     """A file that is on this machine now."""
 
     name: str
-    """Within the source."""
+    """The name within the source."""
     path: Path
     stat: FileStat
-    """Of the regular file that ``path`` leads to, in the state whose bytes have the digest."""
+    """The state in which the file at ``path`` has the digest."""
     sha256: str
-    """Of all its bytes, computed by lading itself."""
+    """The SHA-256 of all its bytes, computed by lading."""
     published: bool
-    """Whether the source publishes that digest; else it is only recorded."""
+    """True if the source publishes that digest; else it is only recorded."""
     own: bool = True
-    """Whether lading fetched it, as far as the source can tell: not, if another program may have put it there."""
+    """True if lading fetched the file; false if another program may have."""
 
 
 Known = Callable[[str], Path | None]
-"""Where a file with a SHA-256 is on this machine already, by what the catalog knows; ``None`` where it does not."""
+"""A lookup by SHA-256 of files on this machine that the catalog knows; returns ``None`` for unknown digests."""
 
 
 class Source(Protocol):
@@ -70,52 +70,52 @@ class Source(Protocol):
 
     uri: str
     inner: str | None
-    """The checkpoint within the source, a file or a folder; ``None``: the folder of all that it publishes."""
+    """The checkpoint within the source, a file or a folder; ``None`` for the folder of all published files."""
     kind: Literal["cache", "hub"]
-    """In which cache fetched files are: lading's, or that of the hub's client."""
+    """The cache of fetched files: lading's own, or that of the hub's client."""
     lists: bool
-    """Whether a snapshot names all files. Else it names those that were asked for, and :meth:`beside` adds to them."""
+    """True if a snapshot lists all files; else it lists the requested ones, and :meth:`with_siblings` adds to them."""
 
-    def beside(self, snapshot: Snapshot, names: Sequence[str]) -> Snapshot:
-        """The snapshot with further files, named by another of its files.
+    def with_siblings(self, snapshot: Snapshot, names: Sequence[str]) -> Snapshot:
+        """Return ``snapshot`` with further files, which another of its files names.
 
-        Raises what :meth:`snapshot` does, but leaves out files that the source says it does not have.
+        Files that the source does not have are left out. Otherwise raises what :meth:`snapshot` does.
         """
 
     def snapshot(self) -> Snapshot:
-        """What is published now, or at the revision that the source was opened for.
+        """Return the files published now, or at the revision that the source was opened for.
 
-        :raises FetchError: the source cannot be reached, or answers nonsense.
-        :raises CheckpointNotFoundError: it says that there is no such thing (also a ``FileNotFoundError``).
-        :raises ModelGatedError: it hands it out on request only.
+        :raises FetchError: the source cannot be reached, or its answer is invalid.
+        :raises CheckpointNotFoundError: the source does not have it (also a ``FileNotFoundError``).
+        :raises ModelGatedError: the publisher grants access on request only.
         """
 
     def read(self, snapshot: Snapshot, file: RemoteFile, offset: int, size: int) -> bytes:
-        """Exactly ``size`` bytes of a file, from ``offset`` on. May be called from several threads.
+        """Read exactly ``size`` bytes of a file, starting at ``offset``. Safe to call from several threads.
 
-        :raises FetchError: the source cannot be reached, answers nonsense, or has another content by now.
+        :raises FetchError: the source cannot be reached, its answer is invalid, or the content has changed.
         """
 
     def fetch(
         self, snapshot: Snapshot, files: Sequence[RemoteFile], *, known: Known, progress: bool
     ) -> list[FetchedFile]:
-        """Bring files to this machine, in the order in which they are asked for. What is here already stays.
+        """Fetch files to this machine, except those already here, and return them in the order of ``files``.
 
-        Idempotent, and safe beside other processes that do the same.
+        The call is idempotent, and safe while other processes fetch the same files.
 
-        :raises FetchError: the source cannot be reached, answers nonsense, or has another content by now.
-        :raises DigestMismatchError: what came is not what was published.
+        :raises FetchError: the source cannot be reached, its answer is invalid, or the content has changed.
+        :raises DigestMismatchError: the bytes differ from the published ones.
         :raises OSError: the disk is full, or cannot be written.
         """
 
     def shared(self, snapshot: Snapshot, files: Sequence[RemoteFile]) -> list[Path]:
-        """Where :meth:`fetch` would put files in a cache that other programs use, too, and nothing is yet.
+        """Return the paths that :meth:`fetch` would create in a cache that other programs use, too.
 
         Raises what :meth:`snapshot` does.
         """
 
     def local(self, snapshot: Snapshot, files: Sequence[RemoteFile]) -> list[Path | None]:
-        """Where files are on this machine already, found without opening a socket, in the order asked for.
+        """Return the local path of each file, ``None`` if it is not here, without opening a socket.
 
-        Their bytes need not have been checked.
+        Their bytes may be unchecked.
         """

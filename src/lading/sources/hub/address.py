@@ -1,6 +1,6 @@
-"""What a name on the Hugging Face hub may be: addresses (``hg://org/name@revision/path``), ids, revisions, file names.
+"""Names on the Hugging Face hub: addresses (``hg://org/name@revision/path``), repository ids, revisions, file names.
 
-Whatever is not plainly such a name is refused here, before a socket is opened or a path is made of it.
+Invalid names are refused here, before a request is sent or a path is built from them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lading.errors import AddressError, FetchError
 
 SCHEMES = ("hg://", "hf://")
 
-# https://github.com/huggingface/huggingface_hub, `validate_repo_id`: the same rules, but of ASCII alone.
+# https://github.com/huggingface/huggingface_hub, `validate_repo_id`: the same rules, restricted to ASCII.
 _SEGMENT = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(?:/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -25,10 +25,10 @@ _OTHER_KINDS = frozenset({"datasets", "spaces", "kernels", "buckets"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubAddress:
-    """A URI of the hub, taken apart."""
+    """A parsed URI of the hub."""
 
     repo: str
-    """``org/name``, or ``name`` alone, as it was written: the hub's own spelling may differ in case."""
+    """``org/name``, or ``name`` alone, as the URI spells it; the hub's spelling may differ in case."""
     revision: str | None
     """A branch, a tag or a commit; ``None`` for the main branch."""
     inner: str | None
@@ -38,21 +38,21 @@ class HubAddress:
     def from_uri(cls, uri: str) -> Self:
         """Parse ``hg://[org/]name[@revision][/path/inside]``; ``hf://`` means the same.
 
-        Of a URI without a revision the first two parts are the id. A slash in a revision is written ``%2F``, except in
+        In a URI without a revision, the first two parts are the id. A slash in a revision is written ``%2F``, except in
         the hub's own ``refs/pr/N`` and ``refs/convert/NAME``.
 
-        :raises AddressError: it is none, or names something else than a repository of a model.
+        :raises AddressError: the URI is not valid, or does not name a model repository.
         """
         scheme = next((s for s in SCHEMES if uri.startswith(s)), None)
         if scheme is None:
-            raise _wrong_uri(uri, "it does not begin so")
+            raise _wrong_uri(uri, "it has another scheme")
 
         rest = uri.removeprefix(scheme)
         parts = rest.split("/")
         if parts[0] == "models" and len(parts) > 2:
             parts = parts[1:]
         if parts[0] in _OTHER_KINDS and len(parts) > 2:
-            raise _wrong_uri(uri, f"{parts[0]} are no models")
+            raise _wrong_uri(uri, f"{parts[0]} are not models")
 
         taken = 1 if "@" in parts[0] or len(parts) == 1 else 2
         repo, at, revision = "/".join(parts[:taken]).partition("@")
@@ -64,19 +64,19 @@ class HubAddress:
         if not is_repo_id(repo):
             raise _wrong_uri(
                 uri,
-                f"{repo!r} is no id: letters, digits, `-`, `_` and `.` of ASCII, neither `--` nor `..` in it, at most "
-                "96 to a part",
+                f"{repo!r} is not a valid id: only ASCII letters, digits, `-`, `_` and `.`, neither `--` nor `..`, at "
+                "most 96 characters in each part",
             )
         if at:
             check_revision(revision := unquote(revision), uri)
         if parts and not is_file_name(inner):
-            raise _wrong_uri(uri, f"{inner!r} is no plain path inside a repository")
+            raise _wrong_uri(uri, f"{inner!r} is not a plain path inside a repository")
 
         return cls(repo=repo, revision=revision if at else None, inner=inner if parts else None)
 
 
 def is_repo_id(text: str) -> bool:
-    """Whether ``text`` may be the id of a repository, so that the name of its folder in the cache is safe."""
+    """Return whether ``text`` is a valid repository id, from which a folder name in the cache can be built."""
     parts = text.split("/")
 
     return (
@@ -89,26 +89,29 @@ def is_repo_id(text: str) -> bool:
 
 
 def check_revision(revision: str, uri: str) -> None:
-    """:raises AddressError: ``revision`` can be neither a branch nor a tag nor a commit."""
+    """Check the syntax of a revision.
+
+    :raises AddressError: ``revision`` cannot be a branch, a tag or a commit.
+    """
     if _REVISION.fullmatch(revision) is None or ".." in revision or len(revision) > 200:
         raise _error(
-            f"{uri}: expected as a revision the name of a branch or a tag, or a commit of 40 hexadecimal digits, found "
-            f"{revision!r}."
+            f"{uri}: expected the revision to be the name of a branch or a tag, or a commit of 40 hexadecimal digits, "
+            f"found {revision!r}."
         )
 
 
 def is_commit(text: str) -> bool:
-    """Whether ``text`` is a full commit: what a snapshot is pinned to."""
+    """Return whether ``text`` is a full commit hash."""
     return _COMMIT.fullmatch(text) is not None
 
 
 def is_sha256(text: str) -> bool:
-    """Whether ``text`` is a SHA-256 in lower-case hexadecimal."""
+    """Return whether ``text`` is a SHA-256 in lower-case hexadecimal."""
     return _SHA256.fullmatch(text) is not None
 
 
 def is_file_name(name: str) -> bool:
-    """Whether ``name`` is a relative path of plain segments, that shows as what it is."""
+    """Return whether ``name`` is a relative path of plain, printable segments."""
     return (
         name.isprintable()
         and "\\" not in name
@@ -118,11 +121,14 @@ def is_file_name(name: str) -> bool:
 
 
 def check_file_name(name: str, uri: str) -> None:
-    """:raises FetchError: ``name`` is none that a file of a repository may have here."""
+    """Check the name of a file of a repository.
+
+    :raises FetchError: ``name`` is not a relative path of plain segments.
+    """
     if not is_file_name(name):
         raise FetchError(
-            f"{uri}: expected the name of a file to be a relative path of plain segments, found {name!r}. Nothing is "
-            "fetched under such a name; tell the publisher of the repository."
+            f"{uri}: expected the name of a file to be a relative path of plain segments, found {name!r}. lading does "
+            "not fetch files with such names; report it to the publisher of the repository."
         )
 
 
@@ -131,5 +137,5 @@ def _wrong_uri(uri: str, found: str) -> AddressError:
 
 
 def _error(message: str) -> AddressError:
-    """Return the error without what stands behind a ``?``, which may be a token."""
+    """Return the error with query strings removed from the message, as they may hold a token."""
     return AddressError(_QUERY.sub("?…", message))

@@ -19,7 +19,7 @@ from urllib.parse import urljoin, urlsplit
 
 from lading.errors import FetchError
 from lading.sources.hub.errors import BrokenAnswerError, public, retried, translated
-from lading.sources.partial import Waiting, growth
+from lading.sources.partial import Waiting, file_states
 from lading.sources.proxies import require_proxies
 from lading.sources.web.client import http_library
 from lading.system.version import __version__
@@ -280,7 +280,7 @@ class _BoundedLock:
             except TimeoutError:  # the one of filelock is one
                 if waiting is None:
                     _log.warning("another process is fetching the same file; waiting for it")
-                    waiting = Waiting(lambda: growth(blobs, f"{path.stem}*"))
+                    waiting = Waiting(lambda: file_states(blobs, f"{path.stem}*"))
                 elif waiting.is_over():
                     _log.warning("the other process gave no sign of life for some time; going on without it")
                     return None

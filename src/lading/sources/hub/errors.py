@@ -1,4 +1,4 @@
-"""What goes wrong with the Hugging Face hub, as errors of lading; and what is worth another attempt."""
+"""Translation of the hub's errors to those of lading, and retries of transient ones."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ T = TypeVar("T")
 
 ATTEMPTS = 5
 BACK_OFF = 0.5
-"""Seconds before the second attempt; twice as long before each further one, up to ``LONGEST_WAIT``."""
+"""Seconds before the second attempt, doubled before each further one, up to ``LONGEST_WAIT``."""
 LONGEST_WAIT = 30.0
-"""Seconds: what a server's ``Retry-After`` is believed up to."""
+"""The longest wait in seconds, even if a server's ``Retry-After`` asks for more."""
 
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
 
@@ -34,28 +34,30 @@ _log = logging.getLogger("lading.sources")
 
 
 class BrokenAnswerError(Exception):
-    """An answer that did not come as it should have: worth another attempt."""
+    """A truncated or inconsistent answer, which is worth another attempt."""
 
 
 def page(repo: str) -> str:
-    """Where people read about a repository, and ask for it."""
+    """Return the address of a repository's web page, on which users request access."""
     from huggingface_hub import constants
 
     return public(f"{constants.ENDPOINT}/{repo}")
 
 
 def public(text: object) -> str:
-    """``text`` without what is secret in the addresses that it names: users with their passwords, and signatures."""
+    """Return ``text`` with the secrets removed from its URLs: users, passwords and query strings."""
     return _QUERY.sub(r"\1", _USER.sub("", str(text)))
 
 
 @contextmanager
 def translated(repo: str, what: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes an error of lading, or is one of the operating system.
+    """Translate errors that are raised in the block to errors of lading, except those of the operating system.
 
-    :raises ModelGatedError: the hub hands ``repo`` out on request only.
-    :raises CheckpointNotFoundError: the hub says that there is no such repository, revision or file.
-    :raises FetchError: the hub cannot be reached, or answers nonsense.
+    :param what: the requested object, for messages.
+
+    :raises ModelGatedError: the hub grants access to ``repo`` on request only.
+    :raises CheckpointNotFoundError: the hub does not have the repository, revision or file.
+    :raises FetchError: the hub cannot be reached, or its answer is invalid.
     :raises OSError: the disk is full, or cannot be written.
     """
     try:
@@ -72,7 +74,7 @@ def translated(repo: str, what: str) -> Iterator[None]:
 def _translation(repo: str, what: str, error: Exception) -> Exception:
     from huggingface_hub import errors
 
-    # The client says "not in the cache" or "force failed" of what the hub refused; the reason stands behind.
+    # The client raises "not in the cache" or "force failed" when the hub refuses a request; the reason is its cause.
     while isinstance(error, (errors.LocalEntryNotFoundError, ValueError)) and isinstance(error.__cause__, Exception):
         if isinstance(error, errors.HfHubHTTPError):
             break
@@ -87,46 +89,46 @@ def _translation(repo: str, what: str, error: Exception) -> Exception:
 
     if isinstance(error, errors.RevisionNotFoundError):
         return CheckpointNotFoundError(
-            uri, f"{uri}: the hub has this repository, but not the revision that was asked for. See {page(repo)}/refs."
+            uri, f"{uri}: the hub has this repository, but not the revision requested. See {page(repo)}/refs."
         )
     if isinstance(error, errors.EntryNotFoundError):
         return CheckpointNotFoundError(uri, f"{uri}: the hub has this repository, but no {what!r} in it.")
     if status == 404 or code == "RepoNotFound":
         return CheckpointNotFoundError(
             uri,
-            f"{uri}: the hub at {page('')} knows no such repository, or not for you. Check the id; if it is a private "
-            "one, log in with `hf auth login`, or set HF_TOKEN.",
+            f"{uri}: the hub at {page('')} has no such repository, or hides it from you. Check the id; if the "
+            "repository is private, log in with `hf auth login`, or set HF_TOKEN.",
         )
     if isinstance(error, errors.DisabledRepoError):
-        return FetchError(f"{uri}: the hub has closed access to this repository, for everyone. See {page(repo)}.")
+        return FetchError(f"{uri}: the hub has disabled access to this repository. See {page(repo)}.")
     if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
         return FetchError(
-            f"{uri}: the hub does not accept your token ({_line(error)}). Log in again with `hf auth login`, or set a "
-            "valid HF_TOKEN, or none."
+            f"{uri}: the hub does not accept your token ({_line(error)}). Log in again with `hf auth login`, set a "
+            "valid HF_TOKEN, or unset it."
         )
     if status in (401, 403):
         return ModelGatedError(
             repo,
             page(repo),
-            message=f"{repo!r} is gated or private on the hub, which hands it out on request only (HTTP {status}). Ask "
-            f"for access at {page(repo)}, and then log in with `hf auth login`, or set HF_TOKEN.",
+            message=f"{repo!r} is gated or private on the hub, and you have no access to it (HTTP {status}). Request "
+            f"access at {page(repo)}, then log in with `hf auth login`, or set HF_TOKEN.",
         )
     if status is not None:
-        return FetchError(f"{uri}: expected the hub to answer with {what}, got HTTP {status}: {_line(error)}.")
+        return FetchError(f"{uri}: expected the hub to answer with {what}, found HTTP {status}: {_line(error)}.")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return FetchError(f"{uri}: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so nothing can be fetched. Unset it.")
     if fault := lasting_fault(error, urlsplit(page(repo)).hostname or page(repo)):
         return FetchError(f"{uri}: could not get {what} from {page(repo)}: {fault}")
-    if _is_of_the_disk(error):
+    if _is_disk_error(error):
         return error
 
     return FetchError(
         f"{uri}: could not get {what} from {page(repo)}: {type(error).__name__}: {_line(error)}. Check the network "
-        "(and HF_ENDPOINT, if it is set), and try again: what was fetched is kept."
+        "(and HF_ENDPOINT, if it is set), and try again: fetched files are kept."
     )
 
 
-def _is_of_the_disk(error: Exception) -> bool:
+def _is_disk_error(error: Exception) -> bool:
     return (
         isinstance(error, OSError)
         and error.errno is not None
@@ -136,7 +138,7 @@ def _is_of_the_disk(error: Exception) -> bool:
 
 
 def _client_errors(*names: str) -> tuple[type[Exception], ...]:
-    """Errors of the HTTP client that huggingface_hub brings: httpx in its version 1, httpx2 in version 2."""
+    """Return exception classes of huggingface_hub's HTTP client: httpx in its version 1, httpx2 in version 2."""
     from huggingface_hub.errors import HfHubHTTPError
 
     package = HfHubHTTPError.__bases__[0].__module__.partition(".")[0]
@@ -145,7 +147,7 @@ def _client_errors(*names: str) -> tuple[type[Exception], ...]:
 
 
 def _line(error: Exception) -> str:
-    """What an error says, on one line that a terminal shows as it is: a server has written some of it."""
+    """Return the message of an error on one printable line, as a server may have written some of it."""
     text = " ".join(public(error).split())
     text = "".join(c if c.isprintable() else "?" for c in text)
 
@@ -156,9 +158,12 @@ def _line(error: Exception) -> str:
 
 
 def retried(ask: Callable[[], T], what: str) -> T:
-    """What ``ask`` returns, within ``ATTEMPTS`` of it; its error, if that does not pass.
+    """Call ``ask`` up to ``ATTEMPTS`` times, until no transient error occurs, and return its result.
 
-    :param what: for messages.
+    :param what: the requested object, for messages.
+
+    :raises FetchError: all answers were broken.
+    :raises Exception: another error of ``ask``, if it is not transient or is raised by the last attempt.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -176,7 +181,7 @@ def retried(ask: Callable[[], T], what: str) -> T:
 
 
 def _wait(error: Exception, attempt: int) -> float | None:
-    """Seconds before the next attempt; ``None`` if another one would be in vain."""
+    """Return the seconds to wait before the next attempt; ``None`` if the error is not transient."""
     back_off = BACK_OFF * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
     response = getattr(error, "response", None)
     if response is not None:

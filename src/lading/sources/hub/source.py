@@ -1,8 +1,8 @@
-"""Repositories of models on the Hugging Face hub: ``hg://`` and ``hf://``, which mean the same.
+"""The source of model repositories on the Hugging Face hub: ``hg://``, or ``hf://``, which means the same.
 
-huggingface_hub does the protocol: its endpoint (``HF_ENDPOINT``), its tokens (``HF_TOKEN``, the file of its login), its
-cache (``HF_HUB_CACHE``, ``HF_HOME``), so that weights already there are found and those that come serve other programs
-too. It checks sizes alone, so all that comes from it is hashed here before it counts.
+huggingface_hub implements the protocol, with its endpoint (``HF_ENDPOINT``), its tokens (``HF_TOKEN``, its login) and
+its cache (``HF_HUB_CACHE``, ``HF_HOME``), so that lading and other programs share the fetched files. It checks only
+sizes, so lading hashes all files before it uses them.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class HubSource:
     ) -> None:
         """
         :param uri: ``hg://[org/]name[@revision][/path/inside]``, or the same with ``hf://``.
-        :param inner_path: the checkpoint inside what ``uri`` names.
+        :param inner_path: the checkpoint, relative to ``uri``.
         :param revision: a branch, a tag or a commit, instead of the one in ``uri``.
-        :param offline: whether no socket may be opened: only the cache is asked then.
+        :param offline: whether to use only the cache and open no socket.
 
-        :raises AddressError: the URI or the revision is none.
+        :raises AddressError: the URI or the revision is not valid.
         :raises PolicyError: ``inner_path`` leads out of the repository.
         """
         address = HubAddress.from_uri(uri)
@@ -70,26 +70,26 @@ class HubSource:
 
         self.uri = uri
         self.repo = address.repo
-        """The id, as the URI spells it."""
+        """The repository id, as the URI spells it."""
         self.revision = revision or address.revision
-        """As it was asked for; ``None`` for the main branch."""
+        """The requested revision; ``None`` for the main branch."""
         self.inner = _inner(address.inner, inner_path)
         self._offline = offline
-        self._spelled: str | None = None  # the id as the hub spells it, once it was asked
-        self._pinned: str | None = None  # the commit that it then had
+        self._canonical_id: str | None = None  # the id as the hub spells it, after the first request
+        self._pinned: str | None = None  # the commit of the revision at that time
         self._places: dict[str, str] = {}
 
-    # --- what there is -----------------------------------------------------------------------------------------------
+    # --- snapshots ---------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """What the hub publishes at the revision, in one call; offline, what the cache holds of it.
+        """Return the files that the hub publishes at the revision, by one request; offline, those in the cache.
 
-        A large file has its SHA-256; a small one its git blob id, which is its entity tag. Files whose names could not
-        be kept here are left out, with a warning.
+        A large file has a SHA-256, a small one its git blob id as its entity tag. Files with invalid names are left
+        out, with a warning.
 
-        :raises FetchError: the hub cannot be reached, answers nonsense, or was not to be asked.
-        :raises CheckpointNotFoundError: there is no such repository or revision.
-        :raises ModelGatedError: access to it has to be asked for.
+        :raises FetchError: the hub cannot be reached, or its answer is invalid; or offline, without cached files.
+        :raises CheckpointNotFoundError: the repository or revision does not exist.
+        :raises ModelGatedError: the user has no access.
         """
         if self._offline:
             cached = self.cached_snapshot()
@@ -104,11 +104,11 @@ class HubSource:
             raise FetchError(f"{self.uri}: expected the hub to answer with a commit, found {info.sha!r}.")
         if self.revision is not None and is_commit(self.revision) and info.sha != self.revision:
             raise FetchError(
-                f"{self.uri}: asked the hub for the commit {self.revision}, and it answers with {info.sha}."
+                f"{self.uri}: expected the hub to answer with the commit {self.revision}, found {info.sha}."
             )
         if info.id.casefold() != self.repo.casefold():
-            _log.info("%s is called %s on the hub by now", self.repo, info.id)
-        self._spelled, self._pinned = info.id, info.sha
+            _log.info("%s was renamed to %s on the hub", self.repo, info.id)
+        self._canonical_id, self._pinned = info.id, info.sha
 
         return Snapshot(uri=self.uri, revision=info.sha, files=self._files(info))
 
@@ -117,7 +117,7 @@ class HubSource:
         for sibling in info.siblings or ():
             name = sibling.rfilename
             if not isinstance(name, str) or not is_file_name(name):
-                _log.warning("%s: left out a file whose name is no plain relative path: %r", self.uri, name)
+                _log.warning("%s: left out a file whose name is not a plain relative path: %r", self.uri, name)
                 continue
             if name in files:
                 raise FetchError(f"{self.uri}: expected each file once, found {name!r} twice.")
@@ -126,7 +126,7 @@ class HubSource:
         return tuple(sorted(files.values(), key=lambda file: file.name))
 
     def cached_snapshot(self) -> Snapshot | None:
-        """What the cache alone says of the revision: the files of it that are there; ``None`` where there is nothing.
+        """Return the cached files of the revision; ``None`` if there are none.
 
         The digests are those that the hub published when the files were fetched.
         """
@@ -142,9 +142,9 @@ class HubSource:
         return None
 
     def local(self, snapshot: Snapshot, files: Sequence[RemoteFile]) -> list[Path | None]:
-        """Where files of the snapshot's commit are in the cache, in whatever case its folder is spelled.
+        """Return the path of each file in the cache, at the snapshot's commit; ``None`` for files that are not there.
 
-        A file of another size than the published one does not count; nothing else of it is checked.
+        The folder may spell the repository id in another case. Only the size of a file is checked.
         """
         folders = [folder for _, folder in self._folders()]
 
@@ -154,9 +154,9 @@ class HubSource:
         ]
 
     def shared(self, snapshot: Snapshot, files: Sequence[RemoteFile]) -> list[Path]:
-        """Where files of the snapshot's commit would come in huggingface_hub's cache, of those that are not there.
+        """Return the paths that :meth:`fetch` would create in huggingface_hub's cache; none offline.
 
-        Offline nothing comes. Raises what :meth:`snapshot` does.
+        Raises what :meth:`snapshot` does.
         """
         missing = [file for file, path in zip(files, self.local(snapshot, files), strict=True) if path is None]
         if self._offline or not missing:
@@ -169,34 +169,34 @@ class HubSource:
         return [path for file in missing if not os.path.lexists(path := folder / file.name)]
 
     def _folders(self) -> list[tuple[str, Path]]:
-        return repository_folders(self._spelled or self.repo, self.repo)
+        return repository_folders(self._canonical_id or self.repo, self.repo)
 
-    def beside(self, snapshot: Snapshot, names: Sequence[str]) -> Snapshot:
-        """The snapshot as it is: it lists all files."""
+    def with_siblings(self, snapshot: Snapshot, names: Sequence[str]) -> Snapshot:
+        """Return ``snapshot``, as it lists all files already."""
         return snapshot
 
     # --- bytes -------------------------------------------------------------------------------------------------------
 
     def read(self, snapshot: Snapshot, file: RemoteFile, offset: int, size: int) -> bytes:
-        """Exactly ``size`` bytes of a file of the snapshot's commit. May be called from several threads.
+        """Read exactly ``size`` bytes of a file at the snapshot's commit. Safe to call from several threads.
 
-        :raises FetchError: the hub cannot be reached, answers nonsense, or was not to be asked.
-        :raises CheckpointNotFoundError: it does not have the file any more.
-        :raises ModelGatedError: access has to be asked for.
+        :raises FetchError: the hub cannot be reached, or its answer is invalid; or offline, if the file is not cached.
+        :raises CheckpointNotFoundError: the hub does not have the file any more.
+        :raises ModelGatedError: the user has no access.
         """
         commit = self._commit(snapshot)
         check_file_name(file.name, self.uri)
         if offset < 0 or size < 0 or (file.size is not None and offset + size > file.size):
             raise FetchError(
-                f"{self.uri}: {file.name} has {file.size} bytes; those from {offset} to {offset + size} are not in it."
+                f"{self.uri}: {file.name} has {file.size} bytes; it has no bytes {offset} to {offset + size}."
             )
         if size == 0:
             return b""
         if self._offline:
-            return self._read_here(snapshot, file, offset, size)
+            return self._read_cached(snapshot, file, offset, size)
 
         return read_range(
-            self._spelled or self.repo,
+            self._canonical_id or self.repo,
             commit,
             file.name,
             offset=offset,
@@ -205,7 +205,7 @@ class HubSource:
             places=self._places,
         )
 
-    def _read_here(self, snapshot: Snapshot, file: RemoteFile, offset: int, size: int) -> bytes:
+    def _read_cached(self, snapshot: Snapshot, file: RemoteFile, offset: int, size: int) -> bytes:
         path = self.local(snapshot, [file])[0]
         if path is None:
             raise offline_error(self.repo, file.name)
@@ -220,16 +220,17 @@ class HubSource:
     def fetch(
         self, snapshot: Snapshot, files: Sequence[RemoteFile], *, known: Known, progress: bool
     ) -> list[FetchedFile]:
-        """Bring files into huggingface_hub's cache, several at a time, and check their bytes.
+        """Fetch files to huggingface_hub's cache, several at a time, and verify their bytes.
 
-        What is there already is only hashed. What came with other bytes than the published ones is fetched once more.
+        Files that are there already are only hashed. A file whose bytes differ from the published ones is fetched a
+        second time.
 
-        :param progress: whether to show a bar on stderr.
+        :param progress: whether to show a progress bar on stderr.
 
-        :raises FetchError: the hub cannot be reached, answers nonsense, or was not to be asked.
-        :raises CheckpointNotFoundError: it does not have one of the files any more.
-        :raises ModelGatedError: access has to be asked for.
-        :raises DigestMismatchError: what came is not what was published, twice.
+        :raises FetchError: the hub cannot be reached, or its answer is invalid; or offline, if a file is not cached.
+        :raises CheckpointNotFoundError: the hub does not have one of the files any more.
+        :raises ModelGatedError: the user has no access.
+        :raises DigestMismatchError: the bytes differed from the published ones twice.
         :raises OSError: the disk is full, or cannot be written.
         """
         commit = self._commit(snapshot)
@@ -261,18 +262,18 @@ class HubSource:
         return snapshot.revision
 
     def _download_id(self, commit: str) -> str:
-        """The id whose folder in the cache is written: the hub's spelling; else the one that is in the cache."""
-        if self._spelled is None and (found := next((repo for repo, _ in self._folders()), None)) is not None:
+        """Return the repository id for the folder in the cache: the hub's spelling, else the one in the cache."""
+        if self._canonical_id is None and (found := next((repo for repo, _ in self._folders()), None)) is not None:
             return found
-        if self._spelled is None and not self._offline:
-            # Under another spelling, other programs would not find the files.
+        if self._canonical_id is None and not self._offline:
+            # Other programs would not find the files under another spelling.
             answer = describe(self.repo, commit).id
-            self._spelled = answer if isinstance(answer, str) and is_repo_id(answer) else None
+            self._canonical_id = answer if isinstance(answer, str) and is_repo_id(answer) else None
 
-        return self._spelled or self.repo
+        return self._canonical_id or self.repo
 
     def _remember(self, repo: str, commit: str) -> None:
-        """Note in the cache which commit the revision has, as huggingface_hub does, so that it is found offline."""
+        """Record the commit of the revision in the cache, as huggingface_hub does, so that it resolves offline."""
         revision = self.revision or "main"
         folder = hub_cache() / folder_name(repo)
         if is_commit(revision) or not folder.is_dir() or cached_commit(folder, revision) == commit:
@@ -284,12 +285,12 @@ class HubSource:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(commit, encoding="ascii")
             temporary.replace(path)
-        except OSError as error:  # a cache that is only read serves all the same
-            _log.info("%s: could not note the commit of %s: %s", self.uri, revision, error)
+        except OSError as error:  # a read-only cache is still usable
+            _log.info("%s: could not record the commit of %s: %s", self.uri, revision, error)
 
 
 def _inner(path: str | None, inner_path: str | None) -> str | None:
-    """The path inside the repository, of the URI's and the card's. They are not one text: ``hg://name/x`` is an id."""
+    """Join the path of the URI and that of the card (they cannot be joined in the URI: ``hg://name/x`` is an id)."""
     if inner_path is None:
         return path
 

@@ -1,1 +1,1 @@
-"""Files of web servers."""
+"""Sources of files on web servers."""

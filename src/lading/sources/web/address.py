@@ -1,6 +1,6 @@
-"""What an address on the web may be: ``https://host/folder/file``.
+"""Addresses of files on the web: ``https://host/folder/file``.
 
-Whatever is not plainly such an address is refused here, before a socket is opened.
+Invalid addresses are refused here, before a request is sent.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ from lading.errors import AddressError
 from lading.sources.web.redirects import shown
 
 _MAX_NAME = 255
-"""Bytes; the limit of the common file systems."""
+"""The most bytes of a file name, as in common file systems."""
 
 _HOST = re.compile(r"[^\s/\\<>\"^`{|}]+")
 _SECRET = re.compile(r"//.*@")
-"""A user name and a password, also such as would have to be quoted."""
+"""A user name and a password, even with characters that should be quoted."""
 
 
 class WebAddress(NamedTuple):
-    """A URI of a file on the web, taken apart."""
+    """A parsed URI of a file on the web."""
 
     parts: SplitResult
     name: str
-    """Of the file."""
+    """The name of the file."""
 
     @classmethod
     def from_uri(cls, uri: str) -> WebAddress:
         """Parse ``https://host/path/file``, or the same with ``http``.
 
-        :raises AddressError: it is none.
+        :raises AddressError: the URI is not valid.
         """
         try:
             parts = urlsplit(uri)
-            host, _ = parts.hostname, parts.port  # which are looked at when they are asked for
-        except ValueError:  # which may show what it took for a port, and is a part of a password
-            raise _wrong_uri(uri, "its host or its port is none") from None
+            host, _ = parts.hostname, parts.port  # parsed, and validated, on access
+        except ValueError:  # its message may quote a part of a password as the port
+            raise _wrong_uri(uri, "its host or its port is not valid") from None
         if not parts.netloc or not host or not _HOST.fullmatch(host):
-            raise _wrong_uri(uri, f"{host or ''!r} is no host")
+            raise _wrong_uri(uri, f"{host or ''!r} is not a valid host")
 
         name = unquote(parts.path.rpartition("/")[2])
         if not is_plain(name):
@@ -49,7 +49,7 @@ class WebAddress(NamedTuple):
 
 
 def is_plain(name: str) -> bool:
-    """Whether ``name`` is nothing but the name of a file: no path, nothing that hides what it says."""
+    """Return whether ``name`` is a plain file name: not a path, and without invisible characters."""
     return (
         name.isprintable()
         and name.strip() == name

@@ -1,8 +1,8 @@
-"""Requests over https: connections, deadlines, redirects, credentials and retries.
+"""The HTTP client: connections, timeouts, redirects, credentials and retries.
 
-The HTTP client is the one that huggingface_hub brings, ``httpx2`` or, before its version 2, ``httpx``, of which
-nothing but connections and parsing is used. Proxies (``HTTPS_PROXY``, ``NO_PROXY`` …) and certificates
-(``SSL_CERT_FILE``, ``SSL_CERT_DIR``) are taken from the environment, as that client does.
+It uses the HTTP library that huggingface_hub depends on (``httpx2`` or, before its version 2, ``httpx``) only for
+connections and parsing. Like that library, it reads proxies (``HTTPS_PROXY``, ``NO_PROXY`` …) and certificates
+(``SSL_CERT_FILE``, ``SSL_CERT_DIR``) from the environment.
 """
 
 from __future__ import annotations
@@ -40,33 +40,33 @@ _REDIRECTS = {301, 302, 303, 307, 308}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeouts:
-    """How long a server is waited for; times in seconds."""
+    """The timeouts and retries of requests; times are in seconds."""
 
     connect: float = 15
-    """Until a connection is there, TLS included."""
+    """The time to connect, TLS included."""
     answer: float = 60
-    """Until all headers of an answer are there, and then between two parts of its body, whatever else comes."""
+    """The time until all headers of a response arrive, and then between two parts of its body."""
     silence: float = 30
-    """Without a single byte."""
+    """The time without a single byte."""
     window: float = 30
-    """Over which the throughput is measured, …"""
+    """The time over which the throughput is measured."""
     min_rate: float = 4096
-    """… and what it must be at least, in bytes a second, over all connections for a file."""
+    """The least throughput in bytes per second, over all connections for a file."""
     attempts: int = 6
-    """Requests for the same bytes that may fail one after another."""
+    """The most consecutive failures of requests for the same bytes."""
     backoff: float = 0.5
-    """The first wait between two of them, doubled each time and drawn at random between nothing and that."""
+    """The longest first wait between two attempts, doubled each time; waits are random, from zero to that."""
     max_wait: float = 60
-    """At most this long, whatever a server asks for (``Retry-After``)."""
+    """The longest wait, even if a server asks for more (``Retry-After``)."""
 
 
-class Stopped(Exception):  # noqa: N818 — the error is another one's
-    """The work was stopped from outside; nobody waits for the result."""
+class Stopped(Exception):  # noqa: N818 — not an error: another one caused the stop
+    """Work that was stopped, as its result is not needed any more."""
 
 
 @lru_cache(maxsize=1)
 def http_library() -> Any:
-    """``httpx2``, or ``httpx``, whose names used here are the same."""
+    """Import ``httpx2``, or else ``httpx``, which has the same names as far as they are used here."""
     try:
         return import_module("httpx2")
     except ImportError:
@@ -74,32 +74,35 @@ def http_library() -> Any:
 
 
 class Client:
-    """Makes requests for one source: what it has learnt of redirects and addresses holds for all of its connections.
+    """The client of one source, whose connections share what it learns about redirects and addresses.
 
-    Safe to use from several threads, of which each has a :class:`Connection` of its own while it needs one.
+    It is safe to use from several threads; each one takes a :class:`Connection` of its own.
     """
 
-    def __init__(self, uri: str, *, patience: Timeouts) -> None:
+    def __init__(self, uri: str, *, timeouts: Timeouts) -> None:
         """
-        :raises PolicyError: ``uri`` is not of a kind that may be asked.
+        :raises PolicyError: requests to ``uri`` are refused.
         :raises SettingsError: the environment names a proxy that cannot be used.
         """
         self._library = http_library()
         require_proxies(self._library)
-        self.patience = patience
+        self.timeouts = timeouts
         self.url = self.parse(uri)
         check_url(self.url)
 
         self._boundary = RedirectPolicy()
         self._authorization = authorization(self.url.host)
-        self._locations: dict[str, httpx.URL] = {}
-        """Where the redirects for a URL led to, so that not each range goes through all of them again."""
+        self._final_urls: dict[str, httpx.URL] = {}
+        """The final URL of the redirects from a URL, so that each range does not follow them again."""
         self._tls: Any = None
         self._lock = threading.Lock()
         self._idle: list[Connection] = []
 
     def parse(self, url: str) -> httpx.URL:
-        """:raises AddressError: ``url`` is none."""
+        """Parse a URL.
+
+        :raises AddressError: ``url`` is not valid.
+        """
         try:
             parsed: httpx.URL = self._library.URL(url)
         except self._library.InvalidURL as error:
@@ -109,10 +112,10 @@ class Client:
 
     @contextmanager
     def connection(self) -> Iterator[Connection]:
-        """A connection for the calling thread, which has it alone."""
+        """Lend a connection to the calling thread for the duration of the block."""
         with self._lock:
             if self._tls is None:
-                self._tls = self._library.create_ssl_context()  # the certificates of the world, read once
+                self._tls = self._library.create_ssl_context()  # slow, as it reads all certificates
             connection = self._idle.pop() if self._idle else Connection(self, self._tls)
         try:
             yield connection
@@ -134,12 +137,13 @@ class Client:
         stop: threading.Event | None = None,
         progressed: Callable[[], bool] = lambda: False,
     ) -> T:
-        """``action()``, again and again as long as it is :class:`Unavailable`, with growing waits.
+        """Return ``action()``, retried with growing waits as long as it raises :class:`Unavailable`.
 
-        :param progressed: whether the last attempt brought something, so that failures are counted anew.
+        :param what: the requested object, for messages.
+        :param progressed: returns whether the last attempt made progress, which resets the count of failures.
 
-        :raises FetchError: it stayed unavailable.
-        :raises Stopped: ``stop`` was set meanwhile.
+        :raises FetchError: all attempts failed.
+        :raises Stopped: ``stop`` was set.
         """
         stop = threading.Event() if stop is None else stop
         failed = 0
@@ -150,12 +154,12 @@ class Client:
                 if stop.is_set():
                     break
                 failed = 1 if progressed() else failed + 1
-                if failed >= self.patience.attempts:
+                if failed >= self.timeouts.attempts:
                     raise FetchError(
                         f"{what} could not be fetched: {error.reason} (tried {failed} times). Try again later."
                     ) from error.__cause__
-                wait = random.uniform(0, self.patience.backoff * 2 ** (failed - 1))
-                wait = min(max(wait, error.retry_after or 0), self.patience.max_wait)
+                wait = random.uniform(0, self.timeouts.backoff * 2 ** (failed - 1))
+                wait = min(max(wait, error.retry_after or 0), self.timeouts.max_wait)
                 _log.info("%s: %s; trying again in %.1f s", what, error.reason, wait)
                 stop.wait(wait)
 
@@ -172,17 +176,17 @@ class Client:
 
         return headers
 
-    def located(self, url: httpx.URL) -> httpx.URL:
-        return self._locations.get(str(url), url)
+    def final_url(self, url: httpx.URL) -> httpx.URL:
+        return self._final_urls.get(str(url), url)
 
-    def locate(self, url: httpx.URL, location: httpx.URL | None) -> None:
+    def set_final_url(self, url: httpx.URL, location: httpx.URL | None) -> None:
         if location is None:
-            self._locations.pop(str(url), None)
+            self._final_urls.pop(str(url), None)
         elif location != url:
-            self._locations[str(url)] = location
+            self._final_urls[str(url)] = location
 
     def watch(self, url: httpx.URL, opened: Callable[[Any], None]) -> Callable[[str, dict[str, Any]], None]:
-        """What the HTTP client calls as it goes along: here each new connection is seen before a byte is sent on it."""
+        """Return a trace hook of the HTTP library, which checks each new connection before data is sent on it."""
         direct = True
 
         def trace(event: str, info: dict[str, Any]) -> None:
@@ -208,51 +212,51 @@ class Client:
 
 
 class Connection:
-    """One thread's way to the servers of a source."""
+    """A thread's connections to the servers of a source."""
 
     def __init__(self, client: Client, tls: Any) -> None:
-        library, patience = http_library(), client.patience
+        library, timeouts = http_library(), client.timeouts
         self._client = client
         self._sockets: list[socket.socket] = []
-        self._alarm: _Deadline
+        self._deadline: _Deadline
         self._errors: tuple[type[Exception], ...] = (library.TransportError,)
         self._http = library.Client(
             verify=tls,
             follow_redirects=False,
-            timeout=library.Timeout(patience.silence, connect=patience.connect, pool=None),
+            timeout=library.Timeout(timeouts.silence, connect=timeouts.connect, pool=None),
             limits=library.Limits(max_connections=4, max_keepalive_connections=2),
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-            # Plain http is for loopback, where no proxy has a place.
+            # Plain http is only allowed on the loopback interface, which never needs a proxy.
             mounts={"http://": library.HTTPTransport()},
         )
 
     @contextmanager
     def open(self, method: str, url: httpx.URL, headers: dict[str, str]) -> Iterator[httpx.Response]:
-        """The answer to a request, of which the headers are here and the body is still to come; redirects are followed.
+        """Send a request and return the response before its body is read; follow redirects.
 
-        :raises Unavailable: it may work another time.
-        :raises CheckpointNotFoundError: there is no such thing.
-        :raises PolicyError: it is refused, there or here.
-        :raises FetchError: anything else but 200 and 206.
+        :raises Unavailable: the error is transient.
+        :raises CheckpointNotFoundError: the file does not exist.
+        :raises PolicyError: the server, or lading, refuses the request.
+        :raises FetchError: the status is neither 200 nor 206, or there is another error.
         """
-        known = self._client.located(url)
+        known = self._client.final_url(url)
         with ExitStack() as stack:
             try:
                 response, location = self._ask(stack, method, known, headers)
             except (HeadRefused, Unavailable, LadingError):
-                self._client.locate(url, None)
-                # A place that was found by redirects may have been lent for a while only.
+                self._client.set_final_url(url, None)
+                # The target of a redirect may be valid for a limited time only.
                 if known == url:
                     raise
                 response, location = self._ask(stack, method, url, headers)
 
-            self._client.locate(url, location)
+            self._client.set_final_url(url, location)
             yield response
 
     def _ask(
         self, stack: ExitStack, method: str, url: httpx.URL, headers: dict[str, str]
     ) -> tuple[httpx.Response, httpx.URL]:
-        """An answer that is good for something, to be closed with ``stack``, and where it came from in the end."""
+        """Return a successful response, which ``stack`` closes, and its final URL."""
         with ExitStack() as own:
             response, location = own.enter_context(self._follow(method, url, headers))
             require_success(response, location)
@@ -261,27 +265,27 @@ class Connection:
         return response, location
 
     def body(self, response: httpx.Response, arrived: Callable[[], int] | None = None) -> Iterator[bytes]:
-        """The bytes of a body as they come, as the server sent them.
+        """Yield the bytes of a body as they arrive, without decoding.
 
-        :param arrived: how many bytes have come over all connections that share the line; default: those of this body.
+        :param arrived: returns the bytes received over all connections for the file; default: those of this body.
 
-        :raises Unavailable: they come too slowly.
+        :raises Unavailable: the throughput is too low.
         """
-        patience, own = self._client.patience, 0
+        timeouts, own = self._client.timeouts, 0
         arrived = arrived or (lambda: own)
         began, before = time.monotonic(), arrived()
         for chunk in response.iter_raw():
-            self._alarm.put_off()
+            self._deadline.restart()
             yield chunk
             own += len(chunk)
             now = time.monotonic()
-            if now - began >= patience.window:
+            if now - began >= timeouts.window:
                 count = arrived()
                 rate = (count - before) / (now - began)
-                if rate < patience.min_rate:
+                if rate < timeouts.min_rate:
                     raise Unavailable(
-                        f"{response.url.host} sent {rate:.0f} bytes a second for {now - began:.0f} s, where at least "
-                        f"{patience.min_rate:.0f} are expected"
+                        f"{response.url.host} sent {rate:.0f} bytes a second for {now - began:.0f} s, expected at "
+                        f"least {timeouts.min_rate:.0f}"
                     )
                 began, before = now, count
 
@@ -297,7 +301,7 @@ class Connection:
                     return
                 location = response.headers.get("location")
             if not location:
-                raise FetchError(f"{shown(url)!r} answers with a redirect ({response.status_code}) to nowhere.")
+                raise FetchError(f"{shown(url)!r} answers with a redirect ({response.status_code}) without a location.")
             try:
                 target = url.join(location).copy_with(fragment=None)
             except http_library().InvalidURL as error:
@@ -305,21 +309,21 @@ class Connection:
             check_url(target, came_from=url)
             url = target
 
-        raise FetchError(f"{shown(start)!r} redirects more than {MAX_REDIRECTS} times, at last to {shown(url)!r}.")
+        raise FetchError(f"{shown(start)!r} redirects more than {MAX_REDIRECTS} times, last to {shown(url)!r}.")
 
     @contextmanager
     def _send(self, method: str, url: httpx.URL, headers: dict[str, str]) -> Iterator[httpx.Response]:
-        """One request; failures of the network, of the body too, are :class:`Unavailable`."""
-        alarm = self._alarm = _Deadline(self._client.patience.answer, self.abort)
+        """Send one request; translate network errors, including those while the body is read."""
+        deadline = self._deadline = _Deadline(self._client.timeouts.answer, self.abort)
         request = self._http.build_request(
             method,
             url,
             headers={**self._client.headers(url), **headers},
-            extensions={"trace": self._client.watch(url, self._opened)},
+            extensions={"trace": self._client.watch(url, self._add_socket)},
         )
         try:
             response = self._http.send(request, stream=True, auth=None)
-            alarm.put_off()
+            deadline.restart()
             try:
                 yield response
             finally:
@@ -327,30 +331,30 @@ class Connection:
         except self._errors as error:
             if fault := lasting_fault(error, url.host):
                 raise FetchError(f"{shown(url)!r} could not be fetched: {fault}") from error
-            raise Unavailable(self._reason(error, url, alarm.rang)) from error
+            raise Unavailable(self._reason(error, url, deadline.expired)) from error
         finally:
-            alarm.cancel()
+            deadline.cancel()
 
     def _reason(self, error: Exception, url: httpx.URL, late: bool) -> str:
         kind = type(error).__name__
         if late:
-            return f"{url.host} sent nothing of use within {self._client.patience.answer:g} s"
+            return f"{url.host} sent no useful data within {self._client.timeouts.answer:g} s"
         if kind == "ReadTimeout":
-            return f"{url.host} was silent for {self._client.patience.silence:g} s"
+            return f"{url.host} was silent for {self._client.timeouts.silence:g} s"
         if kind == "ConnectTimeout":
-            return f"{url.host} could not be connected to within {self._client.patience.connect:g} s"
+            return f"{url.host} did not accept a connection within {self._client.timeouts.connect:g} s"
 
         return f"{url.host}: {' '.join(str(error).split())[:200] or kind}"
 
-    def _opened(self, new: socket.socket) -> None:
+    def _add_socket(self, new: socket.socket) -> None:
         self._sockets = [s for s in self._sockets if s.fileno() >= 0]
         self._sockets.append(new)
 
     def abort(self) -> None:
-        """End what is under way, from another thread."""
+        """End the current request, from another thread."""
         for each in list(self._sockets):
             try:
-                # Unlike `close`, it wakes who reads; and TLS sockets have a method of their own that would confuse it.
+                # Unlike `close`, `shutdown` wakes a blocked reader. The method of TLS sockets would disturb the reader.
                 socket.socket.shutdown(each, socket.SHUT_RDWR)
             except OSError:
                 pass
@@ -360,21 +364,21 @@ class Connection:
 
 
 class _Deadline:
-    """Ends a request when its time is over.
+    """A deadline that aborts a request.
 
-    The HTTP client's own deadline begins anew with each byte, also with one that is no part of the file.
+    The HTTP library's own timeout restarts with each byte, even with one that is not a part of the file.
     """
 
-    def __init__(self, seconds: float, ring: Callable[[], None]) -> None:
-        self.rang = False
+    def __init__(self, seconds: float, on_expiry: Callable[[], None]) -> None:
+        self.expired = False
         self._seconds = seconds
-        self._ring = ring
+        self._on_expiry = on_expiry
         self._cancelled = threading.Event()
-        self.put_off()
-        threading.Thread(target=self._wait, name="lading-alarm", daemon=True).start()
+        self.restart()
+        threading.Thread(target=self._wait, name="lading-deadline", daemon=True).start()
 
-    def put_off(self) -> None:
-        """Let the time begin anew."""
+    def restart(self) -> None:
+        """Restart the time."""
         self._at = time.monotonic() + self._seconds
 
     def cancel(self) -> None:
@@ -384,5 +388,5 @@ class _Deadline:
         while (left := self._at - time.monotonic()) > 0:
             if self._cancelled.wait(left):
                 return
-        self.rang = True
-        self._ring()
+        self.expired = True
+        self._on_expiry()

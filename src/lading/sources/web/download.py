@@ -1,8 +1,7 @@
-"""The bytes of one file: in ranges over several connections, or in one stream, hashed as they come.
+"""Download of one file: in ranges over several connections, or in one stream, hashed on the way.
 
-Ranges are asked for only where it can be known that all of them are of the same content: by a strong validator
-(``If-Range``), or since the digest of the whole is published. Where a server does not do ranges right, it is asked for
-the whole.
+Ranges are requested only if a strong validator (``If-Range``) or a published digest shows that all of them have the
+same content. If a server does not support ranges correctly, the whole file is requested.
 
 Source: https://www.rfc-editor.org/rfc/rfc9110, sections 13 and 14.
 """
@@ -26,7 +25,7 @@ from lading.sources.partial import Partial, Range
 from lading.sources.source import RemoteFile
 from lading.sources.web.client import Client, Connection, Stopped
 from lading.sources.web.redirects import shown
-from lading.sources.web.responses import BadRanges, Unavailable, a_web_page, require_range, require_same
+from lading.sources.web.responses import BadRanges, Unavailable, require_range, require_same, web_page_error
 from lading.system.threads import Worker
 
 if TYPE_CHECKING:
@@ -34,31 +33,31 @@ if TYPE_CHECKING:
 
 _HTML = re.compile(rb"\s*<(!doctype html|html)\b", re.IGNORECASE)
 _MAX_SKIP = 64 << 20
-"""Bytes that are read past where a server does not do ranges."""
+"""The most bytes to read and drop before a range, if a server does not support ranges."""
 _STEP = 1 << 20
 _GOOD = 1 << 20
-"""Bytes after which an attempt that failed in the end is not counted as one."""
+"""The bytes after which a failed attempt counts as progress."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Concurrency:
-    """How much is done at once."""
+    """The concurrency and the limits of a download."""
 
     connections: int = 32
-    """At most; fewer where there are fewer pieces."""
+    """The most connections; fewer are used for fewer pieces."""
     piece: int | None = None
-    """Bytes of a range; default: 8 MiB, and 16 MiB for files of a GiB and more."""
+    """The bytes of a range; default: 8 MiB, and 16 MiB for files of a GiB and more."""
     notes_every: float = 2
-    """Seconds between two notes of what is on the disk."""
+    """The seconds between two updates of the notes about ranges on the disk."""
     undeclared: int = 64 << 30
-    """Bytes of a file whose size the server does not say, at most."""
+    """The most bytes of a file whose size the server does not declare."""
 
     def piece_of(self, size: int) -> int:
         return self.piece or (8 << 20 if size < 1 << 30 else 16 << 20)
 
 
 class WorkerGroup:
-    """Threads that work together: when one fails, or the block is left, all of them end."""
+    """Threads that end together when one of them fails or the block ends."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()
@@ -71,8 +70,8 @@ class WorkerGroup:
 
     def __exit__(self, *_: object) -> None:
         self.stop.set()
-        # A thread may just be on its way to the next request. One that is stuck where nothing wakes it (the resolver of
-        # names) is not waited for: it finds that it was stopped before it writes anything.
+        # A thread may be about to send another request, so connections are aborted repeatedly. A thread that cannot be
+        # woken (in name resolution) is left behind: it checks for the stop before it writes.
         until = time.monotonic() + 5
         while time.monotonic() < until and not all(thread.ended for thread in self._threads):
             for connection in list(self.connections):
@@ -87,7 +86,7 @@ class WorkerGroup:
                 work()
             except Stopped:
                 pass
-            except BaseException as error:  # it is raised again where the caller can see it
+            except BaseException as error:  # raised again in the calling thread
                 self._errors.append(error)
                 self.stop.set()
 
@@ -96,9 +95,9 @@ class WorkerGroup:
         thread.start()
 
     def watch(self, tick: Callable[[], None]) -> None:
-        """Wait until all threads are done; ``tick`` is called meanwhile, in this thread, and may start more of them.
+        """Wait until all threads have ended, and call ``tick`` repeatedly in this thread; it may start more threads.
 
-        :raises BaseException: what one of them raised first.
+        :raises BaseException: the first error of a thread.
         """
         while True:
             alive = [thread for thread in self._threads if not thread.ended]
@@ -112,12 +111,12 @@ class WorkerGroup:
 
 
 class _Piece:
-    """A range of the file: ``at`` is how far it has come."""
+    """A range of the file, of which the bytes up to ``at`` are fetched."""
 
     __slots__ = ("_hasher", "_known", "_lock", "at", "end", "start")
 
     def __init__(self, start: int, end: int, known: Range | None = None) -> None:
-        """:param known: what is there of it already: all."""
+        """:param known: the range itself, if it is on the disk already."""
         self.start = start
         self.end = end
         self.at = start if known is None else end
@@ -126,14 +125,14 @@ class _Piece:
         self._lock = threading.Lock()
 
     def arrived(self, chunk: bytes) -> None:
-        """Count bytes that are in the file now."""
+        """Add bytes that were written to the file."""
         with self._lock:
             self._hasher.update(chunk)
             self.at += len(chunk)
 
     @property
     def done(self) -> Range | None:
-        """The range of it that is in the file; ``None`` where that is empty."""
+        """The part of the range that is in the file; ``None`` if it is empty."""
         if self._known is not None:
             return self._known
         with self._lock:
@@ -141,75 +140,75 @@ class _Piece:
 
 
 class Download:
-    """One file on its way into a :class:`Partial`."""
+    """The download of one file to a :class:`Partial`."""
 
     def __init__(
         self,
         client: Client,
         partial: Partial,
         *,
-        effort: Concurrency,
+        concurrency: Concurrency,
         advance: Callable[[int], object] = lambda _: None,
     ) -> None:
-        """:param advance: called in the calling thread with the number of bytes that have come since, also negative."""
+        """:param advance: called in the calling thread with the change in the number of bytes, maybe negative."""
         self._client = client
         self._partial = partial
         self._identity = partial.identity
-        self._effort = effort
+        self._concurrency = concurrency
         self._advance = advance
         self._url = client.parse(partial.identity.url)
         self._what = repr(shown(self._url))
         self._pieces: list[_Piece] = []
         self._first = 0
-        """Of the pieces, the first one that may not be done."""
+        """The index of the first piece that may be incomplete."""
         self.reported = 0
-        """Bytes that `advance` was told of."""
+        """The bytes reported to ``advance``."""
 
     @property
     def done(self) -> list[Range]:
         """The ranges that are in the file."""
         return [done for piece in self._pieces if (done := piece.done) is not None]
 
-    def in_ranges(self) -> str:
-        """Fetch the missing ranges; returns the SHA-256 of the whole.
+    def fetch_ranges(self) -> str:
+        """Fetch the missing ranges; return the SHA-256 of the whole file.
 
-        :raises BadRanges: the server does not do them right.
-        :raises LadingError: it cannot be fetched.
-        :raises OSError: it cannot be written.
+        :raises BadRanges: the server does not support ranges correctly.
+        :raises LadingError: the file cannot be fetched.
+        :raises OSError: the file cannot be written.
         """
         size = self._identity.size
         assert size is not None
-        self._pieces = list(_cut(size, self._effort.piece_of(size), self._partial.done))
+        self._pieces = list(_split(size, self._concurrency.piece_of(size), self._partial.done))
         waiting = iter([piece for piece in self._pieces if piece.at < piece.end])
-        most = min(self._effort.connections, sum(piece.at < piece.end for piece in self._pieces))
-        lock, begun, digest = threading.Lock(), threading.Event(), hashlib.sha256()
+        most = min(self._concurrency.connections, sum(piece.at < piece.end for piece in self._pieces))
+        lock, ranges_work, digest = threading.Lock(), threading.Event(), hashlib.sha256()
 
         def take() -> _Piece | None:
             with lock:
                 return next(waiting, None)
 
-        with WorkerGroup() as crew:
+        with WorkerGroup() as group:
             started = 0
 
             def tick() -> None:
                 nonlocal started
-                # One goes ahead, and shows whether the server does ranges.
-                wanted = most if begun.is_set() else min(most, 1)
+                # The first connection shows whether the server supports ranges.
+                wanted = most if ranges_work.is_set() else min(most, 1)
                 while started < wanted:
                     started += 1
-                    crew.start(lambda: self._work(crew, take, begun))
+                    group.start(lambda: self._fetch_pieces(group, take, ranges_work))
                 self._report(self._arrived())
 
-            crew.start(lambda: self._hash(crew.stop, digest, size))
-            crew.watch(tick)
+            group.start(lambda: self._hash(group.stop, digest, size))
+            group.watch(tick)
 
         return digest.hexdigest()
 
-    def as_a_whole(self) -> str:
-        """Fetch the file in one stream; returns its SHA-256.
+    def fetch_whole(self) -> str:
+        """Fetch the file in one stream; return its SHA-256.
 
-        :raises LadingError: it cannot be fetched.
-        :raises OSError: it cannot be written.
+        :raises LadingError: the file cannot be fetched.
+        :raises OSError: the file cannot be written.
         """
         piece = _Piece(0, 0)
         self._pieces = []
@@ -217,13 +216,13 @@ class Download:
 
         def work() -> None:
             with self._client.connection() as connection:
-                crew.connections.append(connection)
-                action = lambda: self._stream(connection, piece, crew.stop)  # noqa: E731
-                digests.append(self._client.retry(action, what=self._what, stop=crew.stop))
+                group.connections.append(connection)
+                action = lambda: self._stream(connection, piece, group.stop)  # noqa: E731
+                digests.append(self._client.retry(action, what=self._what, stop=group.stop))
 
-        with WorkerGroup() as crew:
-            crew.start(work)
-            crew.watch(lambda: self._report(piece.at))
+        with WorkerGroup() as group:
+            group.start(work)
+            group.watch(lambda: self._report(piece.at))
 
         return digests[0]
 
@@ -237,23 +236,29 @@ class Download:
 
     # --- in threads --------------------------------------------------------------------------------------------------
 
-    def _work(self, crew: WorkerGroup, take: Callable[[], _Piece | None], begun: threading.Event) -> None:
+    def _fetch_pieces(
+        self, group: WorkerGroup, take: Callable[[], _Piece | None], ranges_work: threading.Event
+    ) -> None:
         with self._client.connection() as connection:
-            crew.connections.append(connection)
+            group.connections.append(connection)
             while (piece := take()) is not None:
-                self._fetch(connection, piece, crew.stop, begun)
+                self._fetch_piece(connection, piece, group.stop, ranges_work)
 
-    def _fetch(self, connection: Connection, piece: _Piece, stop: threading.Event, begun: threading.Event) -> None:
+    def _fetch_piece(
+        self, connection: Connection, piece: _Piece, stop: threading.Event, ranges_work: threading.Event
+    ) -> None:
         before = piece.at
 
         def attempt() -> None:
             nonlocal before
             before = piece.at
-            self._range(connection, piece, stop, begun)
+            self._fetch_range(connection, piece, stop, ranges_work)
 
         self._client.retry(attempt, what=self._what, stop=stop, progressed=lambda: piece.at - before >= _GOOD)
 
-    def _range(self, connection: Connection, piece: _Piece, stop: threading.Event, begun: threading.Event) -> None:
+    def _fetch_range(
+        self, connection: Connection, piece: _Piece, stop: threading.Event, ranges_work: threading.Event
+    ) -> None:
         headers = {"Range": f"bytes={piece.at}-{piece.end - 1}"}
         if self._identity.etag is not None:
             headers["If-Range"] = self._identity.etag
@@ -261,19 +266,19 @@ class Download:
         with connection.open("GET", self._url, headers) as response:
             require_same(response, self._identity.etag, self._url)
             require_range(response, piece.at, piece.end, self._identity.size)
-            begun.set()
+            ranges_work.set()
             for chunk in connection.body(response, self._arrived):
                 if len(chunk) > piece.end - piece.at:
-                    raise BadRanges("a range is longer than it says")
+                    raise BadRanges("a range is longer than its Content-Range")
                 self._write(chunk, piece.at, stop)
                 piece.arrived(chunk)
 
         if piece.at < piece.end:
-            raise Unavailable(f"{self._url.host} sent {piece.end - piece.at} bytes less than it said")
+            raise Unavailable(f"{self._url.host} sent {piece.end - piece.at} bytes less than it declared")
 
     def _stream(self, connection: Connection, piece: _Piece, stop: threading.Event) -> str:
         size, piece.at = self._identity.size, 0
-        limit = self._effort.undeclared if size is None else size
+        limit = self._concurrency.undeclared if size is None else size
         digest = hashlib.sha256()
         os.ftruncate(self._partial.fd, 0)
 
@@ -283,19 +288,19 @@ class Download:
             require_same(response, self._identity.etag, self._url)
             length = response.headers.get("content-length")
             if size is not None and length is not None and length != str(size):
-                raise FetchError(f"{self._what} has {length[:20]} bytes, where {size} were published. Try again.")
+                raise FetchError(f"{self._what} has {length[:20]} bytes, expected the published {size}. Try again.")
             for chunk in connection.body(response):
                 if piece.at == 0 and _HTML.match(chunk):
-                    raise a_web_page(self._url)
+                    raise web_page_error(self._url)
                 if piece.at + len(chunk) > limit:
-                    said = "that were published" if size is not None else "that a file without a declared size may have"
+                    said = "that are published" if size is not None else "allowed for a file without a declared size"
                     raise FetchError(f"{self._what} sends more than the {limit} bytes {said}.")
                 self._write(chunk, piece.at, stop)
                 digest.update(chunk)
                 piece.at += len(chunk)
 
         if size is not None and piece.at < size:
-            raise Unavailable(f"{self._url.host} sent {size - piece.at} bytes less than were published")
+            raise Unavailable(f"{self._url.host} sent {size - piece.at} bytes less than the published size")
 
         return digest.hexdigest()
 
@@ -308,34 +313,34 @@ class Download:
             memory, at = memory[count:], at + count
 
     def _hash(self, stop: threading.Event, digest: hashlib._Hash, size: int) -> None:
-        """Follow the front of what has come, while it is in memory still; and keep the notes."""
+        """Hash the contiguous bytes from the start soon after they arrive, while they are in memory; save the notes."""
         buffer, at, noted = bytearray(_STEP), 0, time.monotonic()
         fd = self._partial.fd
         while at < size:
             if stop.is_set():
                 raise Stopped
-            front = self._front()
-            if at < front:
-                count = os.preadv(fd, [memoryview(buffer)[: min(_STEP, front - at)]], at)
+            contiguous = self._contiguous_end()
+            if at < contiguous:
+                count = os.preadv(fd, [memoryview(buffer)[: min(_STEP, contiguous - at)]], at)
                 if count == 0:
-                    raise OSError(errno.EIO, "a part of the file is gone", str(self._partial.path))
+                    raise OSError(errno.EIO, "the file was truncated", str(self._partial.path))
                 digest.update(memoryview(buffer)[:count])
                 at += count
             else:
                 stop.wait(0.01)
-            if time.monotonic() - noted >= self._effort.notes_every:
+            if time.monotonic() - noted >= self._concurrency.notes_every:
                 self._partial.note(self.done)
                 noted = time.monotonic()
 
-    def _front(self) -> int:
+    def _contiguous_end(self) -> int:
         while self._first + 1 < len(self._pieces) and self._pieces[self._first].at == self._pieces[self._first].end:
             self._first += 1
 
         return self._pieces[self._first].at
 
 
-def _cut(size: int, most: int, done: Sequence[Range]) -> Iterator[_Piece]:
-    """Pieces that cover a file: those that are done, and between them what is missing, at most ``most`` bytes each."""
+def _split(size: int, most: int, done: Sequence[Range]) -> Iterator[_Piece]:
+    """Yield pieces that cover the file: the done ranges, and missing ones of at most ``most`` bytes between them."""
     at = 0
     for known in done:
         yield from _missing(at, known.start, most)
@@ -350,10 +355,11 @@ def _missing(start: int, end: int, most: int) -> Iterator[_Piece]:
 
 
 def read_range(connection: Connection, url: httpx.URL, file: RemoteFile, offset: int, size: int) -> bytes:
-    """Exactly ``size`` bytes of a file, from ``offset`` on.
+    """Read exactly ``size`` bytes of a file, starting at ``offset``.
 
-    :raises FetchError: the server does not do ranges, and they are not near the start; or they have changed.
-    :raises Unavailable: another attempt may succeed.
+    :raises FetchError: the server does not support ranges, and the bytes are far from the start; or the content has
+        changed.
+    :raises Unavailable: the error is transient.
     """
     headers = {"Range": f"bytes={offset}-{offset + size - 1}"}
     if file.etag is not None:
@@ -365,7 +371,7 @@ def read_range(connection: Connection, url: httpx.URL, file: RemoteFile, offset:
         try:
             require_range(response, offset, offset + size, file.size)
         except BadRanges as error:
-            # The start of a file can be had without ranges, too.
+            # Bytes near the start can be read without ranges, too.
             skip = offset
             if response.status_code != 200 or offset + size > _MAX_SKIP:
                 raise FetchError(

@@ -1,4 +1,4 @@
-"""What of a web server's files is on this machine, by the cache's notes, by content, or by what the catalog knows."""
+"""Local copies of a web server's files, found by the cache's entries, by content, or through the catalog."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from lading.system.filesystem import FileStat
 _log = logging.getLogger("lading")
 
 
-class LocalFile:
-    """The files of one URI, as far as they are here."""
+class LocalFiles:
+    """The files of one URI that are on this machine."""
 
     def __init__(self, cache: Cache, uri: str, *, offline: bool) -> None:
         self._cache = cache
         self._uri = uri
         self._offline = offline
         self._seen: dict[str, FileStat] = {}
-        """States of files in which their bytes had the digest: where the cache cannot be written, nothing else says."""
+        """The states in which files had their digests, by digest; the only record if the cache is not writable."""
         self._unusable: set[str] = set()
         """The SHA-256 of files that :meth:`read` found missing or damaged."""
         self._checking = threading.Lock()
 
     def described(self, name: str) -> RemoteFile | None:
-        """The file as the server described it when it was fetched last; ``None`` where it was not."""
+        """Return the file as the server described it at the last fetch; ``None`` if it was not fetched."""
         record = next(self._records(name), None)
         if record is None:
             return None
@@ -44,14 +44,14 @@ class LocalFile:
         )
 
     def path(self, file: RemoteFile) -> Path | None:
-        """Where the file is in the cache. Its bytes are not checked."""
+        """Return the path of the file in the cache; ``None`` if it is not there. Its bytes are not checked."""
         record = self._record(file)
         sha256 = file.sha256 if record is None else record.sha256
 
         return None if sha256 is None else self._cache.find(sha256)
 
     def find(self, file: RemoteFile, known: Known) -> FetchedFile | None:
-        """The file, if it is on this machine: by the cache's notes, by its content, or by what the catalog knows."""
+        """Return the file if it is on this machine: by the cache's entries, by its content, or through the catalog."""
         record = self._record(file)
         sha256 = file.sha256 if record is None else record.sha256
         if sha256 is None:
@@ -83,13 +83,13 @@ class LocalFile:
         return None
 
     def read(self, file: RemoteFile, offset: int, size: int) -> bytes | None:
-        """Return a part of the copy in the cache, if that is as it was when it was checked; ``None`` where it is not.
+        """Read a part of the copy in the cache; return ``None`` if it has changed since it was checked.
 
-        A copy whose state only another catalog vouches for is checked first.
+        A copy whose state was recorded only by another catalog is checked first.
         """
         record = self._record(file)
         if record is not None and record.stat is None:
-            with self._checking:  # one thread hashes the file, and once, also where it is damaged
+            with self._checking:  # one thread hashes the file, once, even if it is damaged
                 record = self._record(file)
                 if record is not None and record.stat is None and record.sha256 not in self._unusable:
                     if self.find(file, lambda sha256: None) is None:
@@ -109,7 +109,7 @@ class LocalFile:
         return data if len(data) == size else None
 
     def note(self, file: RemoteFile, sha256: str, state: FileStat) -> None:
-        """Write down that the file is in the cache, in a state whose bytes have the digest."""
+        """Record that the file is in the cache, in a state that has the digest."""
         record = CachedFile(
             sha256=sha256,
             size=state.size,
@@ -121,11 +121,11 @@ class LocalFile:
         try:
             self._cache.add(self._uri, "", {file.name: record})
         except OSError as error:
-            # The file is here and good; it is only found with more effort the next time.
-            _log.warning("The cache %s cannot be written, so it forgets %r: %s", self._cache.folder, file.name, error)
+            # The file is here and intact; only the next lookup takes longer.
+            _log.warning("The cache %s is not writable and cannot record %r: %s", self._cache.folder, file.name, error)
 
     def _record(self, file: RemoteFile) -> CachedFile | None:
-        """What was fetched under the name of ``file``, if that is known to be the same content."""
+        """Return the record under the name of ``file``, if it is known to have the same content."""
         record = next((record for record in self._records(file.name) if self._is_of(record, file)), None)
         if record is None or record.stat is not None:
             return record
@@ -133,7 +133,7 @@ class LocalFile:
         return replace(record, stat=self._seen.get(record.sha256))
 
     def _records(self, name: str) -> Iterator[CachedFile]:
-        """Yield what is noted under a name: by this catalog, then by others, whose states are not believed."""
+        """Yield the records under a name: first that of this catalog, then those of others, without their states."""
         own = self._cache.entry(self._uri)
         for entry in (own, *self._cache.others(self._uri)):
             if entry is not None and name in entry.files:
@@ -145,12 +145,12 @@ class LocalFile:
         if file.sha256 is not None:
             return record.sha256 == file.sha256
 
-        # Offline no server says what is there now, and the entry is all that there is.
+        # Offline, the entry cannot be compared with the server's current file.
         return self._offline if file.etag is None else file.etag == record.etag
 
 
 def _verified(path: Path, sha256: str, state: FileStat | None) -> FileStat | None:
-    """The state of a file of the cache if it has the content that its name says; ``state`` is known to have it."""
+    """Return the state of a cached file if its bytes have the digest; they are not hashed if it is in ``state``."""
     try:
         now = FileStat.from_stat(os.stat(path))
         if now == state:
@@ -160,7 +160,7 @@ def _verified(path: Path, sha256: str, state: FileStat | None) -> FileStat | Non
         _log.warning("%s cannot be used: %s", path, error)
         return None
     if found != sha256:
-        _log.warning("%s is damaged: its bytes are not the ones that were fetched. It is fetched again.", path)
+        _log.warning("%s is damaged: its bytes differ from the fetched ones. It is fetched again.", path)
         return None
 
     return now

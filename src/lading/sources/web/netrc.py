@@ -1,6 +1,6 @@
-"""What a server is told of who asks: what the user's netrc file has for its host.
+"""Credentials for web servers, from the user's netrc file.
 
-The file is the one that ``NETRC`` names, else ``~/.netrc``. A URI never holds credentials, as it is kept in catalogs
+The file is the one that ``NETRC`` names, else ``~/.netrc``. URIs never hold credentials, as they are kept in catalogs
 and shown in logs.
 """
 
@@ -17,9 +17,9 @@ _log = logging.getLogger("lading")
 
 
 def authorization(host: str) -> str | None:
-    """The value of an ``Authorization`` for ``host``, ``None`` where there is none.
+    """Return the value of the ``Authorization`` header for ``host``; ``None`` if the file has no entry for it.
 
-    A ``default`` in the file is for no one, as it would be for everyone.
+    The ``default`` entry is ignored, as it would send the credentials to every host.
     """
     named = os.environ.get("NETRC", "").strip()
     path = expand_home(named or "~/.netrc")
@@ -29,7 +29,7 @@ def authorization(host: str) -> str | None:
         return None
     except netrc.NetrcParseError as error:
         # Its message may quote a password.
-        _log.warning("%s is not used, as line %s of it is not understood.", path, error.lineno)
+        _log.warning("%s is not used, as its line %s is not valid.", path, error.lineno)
         return None
     if entry is None or host == "default":
         return None

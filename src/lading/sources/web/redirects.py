@@ -1,7 +1,7 @@
-"""Where a request may go: schemes, hosts and addresses, of the first hop and of each one that a server sends it to.
+"""The policy for requests and redirects: allowed schemes, hosts and addresses.
 
-A server chooses where a redirect leads, so that must be no way to make this machine ask what the server itself cannot
-reach: a service that listens on loopback only, the metadata address of a cloud, the printer in the office.
+A server chooses the target of a redirect, and must not make this machine send requests to addresses that the server
+itself cannot reach: a service on the loopback interface, the metadata address of a cloud, a printer in the office.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 MAX_REDIRECTS = 10
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-"""Behind it stands an IPv4 address, to which a translator passes it on: https://www.rfc-editor.org/rfc/rfc6052."""
+"""Addresses that embed an IPv4 address, to which a translator forwards: https://www.rfc-editor.org/rfc/rfc6052."""
 
 
 class AddressScope(IntEnum):
-    """From where an address can be reached: the larger, the fewer can."""
+    """The part of the network from which an address is reachable; a larger value is a smaller part."""
 
     EVERYWHERE = 0
-    """A public address; also one that is not known, since a proxy resolves it."""
+    """Public addresses, and unknown ones, which a proxy resolves."""
     NETWORK = 1
-    """A private network, or what is reserved."""
+    """Private and reserved addresses."""
     MACHINE = 2
-    """This machine, or the link it is on: there the metadata services of clouds are, too."""
+    """This machine or its link, on which the metadata services of clouds are."""
 
 
 def reach(address: str) -> AddressScope:
-    """The reach of an IP address, ``EVERYWHERE`` for what is none.
+    """Return the scope of an IP address; ``EVERYWHERE`` if it is not an IP address.
 
     Source: https://www.iana.org/assignments/iana-ipv4-special-registry, and the one for IPv6 beside it.
     """
@@ -53,7 +53,7 @@ def reach(address: str) -> AddressScope:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host of a URL is this machine by its very name."""
+    """Return whether the host of a URL is ``localhost`` or a loopback address."""
     if host.rstrip(".").lower() == "localhost":
         return True
     try:
@@ -64,7 +64,7 @@ def is_loopback(host: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What credentials are for: never another scheme, host or port.
+    """The origin to which credentials are sent: a scheme, a host and a port.
 
     Source: https://www.rfc-editor.org/rfc/rfc6454, section 4.
     """
@@ -79,12 +79,12 @@ class Origin:
 
 
 def shown(url: httpx.URL | str) -> str:
-    """A URL as it may be shown: what is behind the ``?`` is a secret where links are signed."""
+    """Return a URL without its query and fragment, which hold the secret of a signed link."""
     return str(url).partition("#")[0].partition("?")[0]
 
 
 def check_url(url: httpx.URL, *, came_from: httpx.URL | None = None) -> None:
-    """Whether ``url`` may be asked at all, and as the target of a redirect from ``came_from``.
+    """Check that a request may be sent to ``url``, also as the target of a redirect from ``came_from``.
 
     :raises PolicyError: it may not.
     """
@@ -92,8 +92,8 @@ def check_url(url: httpx.URL, *, came_from: httpx.URL | None = None) -> None:
 
     if url.userinfo:
         raise PolicyError(
-            f"A URL on {url.host!r} holds a user name or a password, which would end up in catalogs and logs. Put them "
-            f"into the file ~/.netrc (`machine {url.host} login … password …`), and take them out of the URL."
+            f"A URL on {url.host!r} holds a user name or a password, which would end up in catalogs and logs. Move "
+            f"them to the file ~/.netrc (`machine {url.host} login … password …`)."
         )
     if url.scheme not in ("https", "http") or not url.host:
         raise PolicyError(f"Files are fetched over https only: {where} is refused.")
@@ -110,34 +110,36 @@ def check_url(url: httpx.URL, *, came_from: httpx.URL | None = None) -> None:
 
 
 class RedirectPolicy:
-    """Refuses to go further inward than where the first request of a source went.
+    """A policy that refuses redirects to a narrower address scope than that of the source's first request.
 
-    It is asked about the address of each connection as it is made, not about what a name resolves to before: a name
-    can mean one address to who checks it and another one to who connects.
+    It checks the address of each connection after it is made, not the address that a host name resolves to before: a
+    name can resolve to one address for the check, and to another one for the connection.
     """
 
     def __init__(self) -> None:
         self._origin: AddressScope | None = None
 
     def check_address(self, url: httpx.URL, address: str) -> None:
-        """``address`` is what a connection for ``url`` was made to.
+        """Check the IP address that a connection for ``url`` was made to.
 
-        :raises PolicyError: the first one was further out.
+        :raises PolicyError: its scope is narrower than that of the first connection.
         """
         found = reach(address)
         if self._origin is None:
             self._origin = found
         if found > self._origin:
             raise PolicyError(
-                f"{shown(url)!r} is at {address}, an address inside this network or machine, to which a server outside "
-                "of it redirects. That is refused; if the file is there, name that URL in the card."
+                f"{shown(url)!r} is at {address}, an address inside this network or machine. A redirect to it from an "
+                "outside server is refused; if the file is there, name that URL in the card."
             )
         if url.scheme == "http" and found is not AddressScope.MACHINE:
-            raise PolicyError(f"{shown(url)!r} is at {address}, and plain http is for the loopback interface only.")
+            raise PolicyError(
+                f"{shown(url)!r} is at {address}, and plain http is allowed on the loopback interface only. Use https."
+            )
 
     def check_host(self, url: httpx.URL) -> None:
-        """A connection for ``url`` is made by a proxy: only what the URL itself says of the address is known.
+        """Check the host of ``url`` if a proxy makes the connection, so that its address is unknown.
 
-        :raises PolicyError: the first one was further out.
+        :raises PolicyError: the scope of the host is narrower than that of the first connection.
         """
         self.check_address(url, "127.0.0.1" if is_loopback(url.host) else url.host)

@@ -1,4 +1,4 @@
-"""What the answer of a web server says: of the file, of the range, and of what went wrong.
+"""Interpretation of a web server's responses: the file, the range, and errors.
 
 Source: https://www.rfc-editor.org/rfc/rfc9110, sections 8, 14 and 15.
 """
@@ -27,37 +27,37 @@ _REPR_DIGEST = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/=]{44}):")  # RFC 95
 _DIGEST = re.compile(r"(?:^|,)\s*sha-256=([A-Za-z0-9+/=]{44})\s*(?:,|$)", re.IGNORECASE)  # RFC 3230, section 4.3.2
 
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
-"""What a server may well answer otherwise in a while."""
+"""Statuses of transient errors."""
 _HEAD_REFUSED = {400, 401, 403, 405, 501}
-"""403 among them, since a signed link is often signed for one method alone."""
+"""Statuses to HEAD after which GET may succeed; 403 since a signed link is often valid for one method only."""
 
 
-class Unavailable(Exception):  # noqa: N818 — not an error yet: it may be there in a while
-    """A request that failed in a way that another one may not."""
+class Unavailable(Exception):  # noqa: N818 — not an error yet: a retry may succeed
+    """A request that failed transiently."""
 
     def __init__(self, reason: str, *, retry_after: float | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
         self.retry_after = retry_after
-        """Seconds that the server asks to wait for."""
+        """The seconds that the server asks to wait; ``None`` if it does not say."""
 
 
 class HeadRefused(Exception):  # noqa: N818 — a GET may do better
-    """A server that does not answer HEAD as it answers GET."""
+    """A HEAD request that was refused, although GET may succeed."""
 
 
-class BadRanges(Exception):  # noqa: N818 — it can be done without
-    """A server that does not do ranges, or not right."""
+class BadRanges(Exception):  # noqa: N818 — the file can be fetched without ranges
+    """A server that does not support ranges, or not correctly."""
 
 
 def require_success(response: httpx.Response, url: httpx.URL) -> None:
-    """Whether an answer can be the file, or a part of it (or, 416, that there is no such part).
+    """Check that a response is the file, or a part of it, or says that there is no such part (416).
 
-    :raises Unavailable: it may be another time.
-    :raises HeadRefused: it may be with GET.
-    :raises CheckpointNotFoundError: there is no such thing.
-    :raises PolicyError: it is refused.
-    :raises FetchError: it is something else.
+    :raises Unavailable: the error is transient.
+    :raises HeadRefused: the server refuses HEAD.
+    :raises CheckpointNotFoundError: the file does not exist.
+    :raises PolicyError: the server refuses access.
+    :raises FetchError: the response is anything else.
     """
     status = response.status_code
     said = f"{shown(url)!r} answers {status} ({_printable(response.reason_phrase) or 'no reason given'})"
@@ -67,11 +67,11 @@ def require_success(response: httpx.Response, url: httpx.URL) -> None:
     if status in _HEAD_REFUSED and response.request.method == "HEAD":
         raise HeadRefused
     if status in (404, 410):
-        raise CheckpointNotFoundError(shown(url), f"{said}: nothing is there. Look whether the card's URL is right.")
+        raise CheckpointNotFoundError(shown(url), f"{said}: the file does not exist. Check the URL in the card.")
     if status in (401, 403):
         raise PolicyError(
-            f"{said}: it hands the file out only to those it knows. If you may have it, put your credentials into "
-            f"~/.netrc: `machine {url.host} login … password …`; else ask its publisher."
+            f"{said}: the server requires credentials. If you have some, add them to ~/.netrc: `machine {url.host} "
+            "login … password …`; else ask the publisher for access."
         )
     if status not in (200, 206, 416):
         raise FetchError(f"{said}; expected 200 or 206.")
@@ -79,24 +79,25 @@ def require_success(response: httpx.Response, url: httpx.URL) -> None:
     encoding = response.headers.get("content-encoding", "").strip().lower()
     if encoding not in ("", "identity"):
         raise FetchError(
-            f"{shown(url)!r} comes compressed ({_printable(encoding)}), though it was asked for as it is: what arrives "
-            "would not be the published file. The server has to be mended; fetch the file by other means."
+            f"{shown(url)!r} comes compressed ({_printable(encoding)}), though it was requested without compression: "
+            "the bytes would not be those of the published file. Report it to the publisher; fetch the file by other "
+            "means."
         )
     kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind in ("text/html", "application/xhtml+xml") and status != 416:
-        raise a_web_page(url)
+        raise web_page_error(url)
 
 
-def a_web_page(url: httpx.URL) -> FetchError:
-    """The error for a page where a file was expected."""
+def web_page_error(url: httpx.URL) -> FetchError:
+    """Return the error for a web page in place of a file."""
     return FetchError(
-        f"{shown(url)!r} is a web page, where a file of a checkpoint was expected: a login or an error page perhaps. "
-        "Open it in a browser, and name the URL of the file itself in the card."
+        f"{shown(url)!r} is a web page, where a file of a checkpoint was expected. It may be a login or an error page: "
+        "open it in a browser, and name the URL of the file itself in the card."
     )
 
 
 def describe(response: httpx.Response, name: str) -> RemoteFile:
-    """The file that an answer is, or that it is a part of."""
+    """Return the file that a response, or a part of it, describes."""
     headers = response.headers
     if response.status_code == 200:
         match = re.fullmatch(r"(\d{1,18})", headers.get("content-length", ""))
@@ -112,37 +113,37 @@ def describe(response: httpx.Response, name: str) -> RemoteFile:
 
 
 def require_same(response: httpx.Response, validator: str | None, url: httpx.URL) -> None:
-    """Whether an answer is of the content that ``validator`` stands for, as far as it says.
+    """Check that a response has the validator ``validator``, if it has any.
 
-    :raises FetchError: it is of another one.
+    :raises FetchError: it has another one, so the content has changed.
     """
     if validator is None or response.status_code not in (200, 206):
         return
     found = response.headers.get("etag" if validator.startswith('"') else "last-modified")
     if found is not None and found.strip().removeprefix("W/") != validator:
         raise FetchError(
-            f"{shown(url)!r} has changed since it was first asked for: expected the content whose validator is "
+            f"{shown(url)!r} has changed since the first request: expected the content with the validator "
             f"{validator[:80]}, found {_printable(found)}. Fetch it again."
         )
 
 
 def require_range(response: httpx.Response, start: int, end: int, size: int | None) -> None:
-    """Whether an answer is the range from ``start`` to ``end`` of a file of ``size`` bytes, to the byte.
+    """Check that a response is exactly the range from ``start`` to ``end`` of a file of ``size`` bytes.
 
     :raises BadRanges: it is not.
     """
     match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
     if response.status_code != 206 or match is None:
-        raise BadRanges(f"a request for a range is answered with {response.status_code}")
+        raise BadRanges(f"the server answers {response.status_code} to a request for a range")
     first, last, total = map(int, match.groups())
     if (first, last + 1) != (start, end) or size not in (None, total):
-        raise BadRanges(f"a request for the bytes {start}-{end - 1}/{size} is answered with {match[0]!r}")
+        raise BadRanges(f"the server answers {match[0]!r} to a request for the bytes {start}-{end - 1}/{size}")
     if response.headers.get("content-length", str(end - start)) != str(end - start):
-        raise BadRanges("a range has another length than it says")
+        raise BadRanges("the length of a range differs from its Content-Length")
 
 
 def _strong_validator(headers: httpx.Headers) -> str | None:
-    """A strong ``ETag``, or a ``Last-Modified`` that is strong since it is well in the past (section 8.8.2.2)."""
+    """Return a strong ``ETag``, or a ``Last-Modified`` that is strong as it is old enough (section 8.8.2.2)."""
     etag: str = headers.get("etag", "").strip()
     if _STRONG_ETAG.fullmatch(etag):
         return etag
@@ -156,7 +157,7 @@ def _strong_validator(headers: httpx.Headers) -> str | None:
 
 
 def _published_digest(headers: httpx.Headers) -> str | None:
-    """The SHA-256 of the whole file, where the server publishes it."""
+    """Return the SHA-256 of the whole file, if the server publishes it."""
     match = _REPR_DIGEST.search(headers.get("repr-digest", "")) or _DIGEST.search(headers.get("digest", ""))
     if match is None:
         return None
@@ -169,7 +170,7 @@ def _published_digest(headers: httpx.Headers) -> str | None:
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds (section 10.2.3)."""
+    """Return the seconds of the ``Retry-After`` header (section 10.2.3)."""
     value = response.headers.get("retry-after", "").strip()
     try:
         seconds = float(value) if value.isdecimal() else parsedate_to_datetime(value).timestamp() - time.time()

@@ -1,8 +1,8 @@
-"""``https://``: files of any web server, kept in lading's own cache.
+"""The source of ``https://`` URIs: files on any web server, kept in lading's own cache.
 
-A URI names one file, or the index of a checkpoint whose other files lie beside it. HTTP has no revisions, so
-:attr:`Snapshot.revision` is always empty; that all ranges of a file are of one content is known by its strong validator
-or by the digest that the server publishes, as far as it has either.
+A URI names one file, or the index of a checkpoint whose other files are in the same folder. HTTP has no revisions, so
+:attr:`Snapshot.revision` is always empty; a strong validator, or the digest that the server publishes, shows that all
+ranges of a file have the same content.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lading.sources.source import FetchedFile, Known, RemoteFile, Snapshot
 from lading.sources.web.address import WebAddress, is_plain
 from lading.sources.web.client import Client, Connection, Timeouts
 from lading.sources.web.download import Concurrency, Download, WorkerGroup, read_range
-from lading.sources.web.local_files import LocalFile
+from lading.sources.web.local_files import LocalFiles
 from lading.sources.web.redirects import shown
 from lading.sources.web.responses import BadRanges, HeadRefused, describe
 from lading.system.filesystem import FileStat
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("lading")
 
-_LOOKS = 8
-"""Connections over which the files of an index are asked for."""
+_METADATA_CONNECTIONS = 8
+"""Concurrent requests for the metadata of files."""
 
 
 class HttpSource:
-    """The source at an ``https://`` URI. See :class:`lading.sources.source.Source`, whose methods it has."""
+    """The source at an ``https://`` URI; a :class:`~lading.sources.source.Source`."""
 
     kind: Literal["cache", "hub"] = "cache"
     lists = False
@@ -54,40 +54,44 @@ class HttpSource:
         *,
         cache: Cache,
         offline: bool,
-        patience: Timeouts | None = None,
-        effort: Concurrency | None = None,
+        timeouts: Timeouts | None = None,
+        concurrency: Concurrency | None = None,
     ) -> None:
-        """:param offline: only what is in the cache is there; no socket is opened.
+        """
+        :param offline: whether to use only the cache and open no socket.
 
         :raises AddressError: ``uri`` does not name a file.
         """
         self.uri = uri
         self._cache = cache
-        self._kept = LocalFile(cache, uri, offline=offline)
+        self._local = LocalFiles(cache, uri, offline=offline)
         self._offline = offline
-        self._patience = patience or Timeouts()
-        self._effort = effort or Concurrency()
+        self._timeouts = timeouts or Timeouts()
+        self._concurrency = concurrency or Concurrency()
         self._parts, self._name = WebAddress.from_uri(uri)
         self.inner: str | None = self._name
 
         self._lock = Lock()
-        self._made: Client | None = None
-        self._asked: set[RemoteFile] = set()  # as the server describes them
+        self._opened_client: Client | None = None
+        self._described: set[RemoteFile] = set()  # as the server describes them
 
     @property
     def _client(self) -> Client:
-        """:raises PolicyError: the URI is of a kind that is not asked."""
-        with self._lock:
-            if self._made is None:
-                self._made = Client(self.uri, patience=self._patience)
-                weakref.finalize(self, self._made.close)
+        """The HTTP client, opened on first use.
 
-            return self._made
+        :raises PolicyError: requests to the URI are refused.
+        """
+        with self._lock:
+            if self._opened_client is None:
+                self._opened_client = Client(self.uri, timeouts=self._timeouts)
+                weakref.finalize(self, self._opened_client.close)
+
+            return self._opened_client
 
     def close(self) -> None:
         """Close the connections; they are opened again when they are needed."""
-        if self._made is not None:
-            self._made.close()
+        if self._opened_client is not None:
+            self._opened_client.close()
 
     def __enter__(self) -> Self:
         return self
@@ -95,14 +99,14 @@ class HttpSource:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- what is there -----------------------------------------------------------------------------------------------
+    # --- snapshots ---------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """The one file that the URI names. Offline it is what was fetched last.
+        """Return the file that the URI names; offline, as it was last fetched.
 
-        :raises FetchError: the server cannot be reached, or answers nonsense; or offline, with nothing in the cache.
-        :raises CheckpointNotFoundError: it says that there is no such thing (also a ``FileNotFoundError``).
-        :raises PolicyError: it wants credentials, redirects where it may not, or the URI is of a refused kind.
+        :raises FetchError: the server cannot be reached, or its answer is invalid; or offline, if it is not cached.
+        :raises CheckpointNotFoundError: the file does not exist (also a ``FileNotFoundError``).
+        :raises PolicyError: the server requires credentials, or the URI or a redirect is refused.
         """
         (file,) = self._describe([self._name])
         if isinstance(file, CheckpointNotFoundError):
@@ -110,14 +114,14 @@ class HttpSource:
 
         return Snapshot(uri=self.uri, revision="", files=(file,))
 
-    def beside(self, snapshot: Snapshot, names: Sequence[str]) -> Snapshot:
-        """``snapshot``, and the files of these names that lie beside the one of the URI, in the order given.
+    def with_siblings(self, snapshot: Snapshot, names: Sequence[str]) -> Snapshot:
+        """Return ``snapshot`` with the named files, which are in the folder of the URI's file, in the given order.
 
-        What the server says it does not have is left out. What is not in the cache is an error offline, as there nobody
-        says that.
+        Files that the server does not have are left out. Offline, a file that is not cached is an error, as the server
+        cannot be asked whether it exists.
 
-        :raises FetchError: a name is not a plain one (an index names them, which whoever wrote it chose); or as
-            ``snapshot`` does, and so for the other errors.
+        :raises FetchError: a name, which the index of a checkpoint chose, is not a plain file name; or as in
+            :meth:`snapshot`, which also lists the other errors.
         """
         wanted = [name for name in dict.fromkeys(names) if snapshot.file(name) is None]
         for name in wanted:
@@ -130,11 +134,11 @@ class HttpSource:
 
     def _describe(self, names: Sequence[str]) -> list[RemoteFile | CheckpointNotFoundError]:
         if not self._offline:
-            return self._look_at(names)
+            return self._request_metadata(names)
 
         files: list[RemoteFile | CheckpointNotFoundError] = []
         for name in names:
-            file = self._kept.described(name)
+            file = self._local.described(name)
             if file is None:
                 raise self._offline_error(name)
             files.append(file)
@@ -144,21 +148,21 @@ class HttpSource:
     def _offline_error(self, name: str) -> FetchError:
         return FetchError(
             f"{name!r} of {shown(self.uri)!r} is not in the cache {self._cache.folder}, and it is not fetched, as "
-            "LADING_OFFLINE or HF_HUB_OFFLINE is set. Unset it, or fetch the file on a machine that may."
+            "LADING_OFFLINE or HF_HUB_OFFLINE is set. Unset it, or fetch the file on a machine that is online."
         )
 
-    def _look_at(self, names: Sequence[str]) -> list[RemoteFile | CheckpointNotFoundError]:
+    def _request_metadata(self, names: Sequence[str]) -> list[RemoteFile | CheckpointNotFoundError]:
         client, waiting, lock = self._client, iter(names), Lock()
         found: dict[str, RemoteFile | CheckpointNotFoundError] = {}
 
-        def look(connection: Connection, stop: Event) -> None:
+        def request_all(connection: Connection, stop: Event) -> None:
             while True:
                 with lock:
                     name = next(waiting, None)
                 if name is None:
                     return
                 url = client.parse(self._url(name))
-                action = partial(_look, connection, url, name)
+                action = partial(_request_file, connection, url, name)
                 try:
                     found[name] = client.retry(action, what=repr(shown(url)), stop=stop)
                 except CheckpointNotFoundError as error:
@@ -166,20 +170,20 @@ class HttpSource:
 
         if len(names) == 1:
             with client.connection() as connection:
-                look(connection, Event())
+                request_all(connection, Event())
         else:
-            with WorkerGroup() as crew:
+            with WorkerGroup() as group:
 
                 def work() -> None:
                     with client.connection() as connection:
-                        crew.connections.append(connection)
-                        look(connection, crew.stop)
+                        group.connections.append(connection)
+                        request_all(connection, group.stop)
 
-                for _ in range(min(_LOOKS, len(names))):
-                    crew.start(work)
-                crew.watch(lambda: None)
+                for _ in range(min(_METADATA_CONNECTIONS, len(names))):
+                    group.start(work)
+                group.watch(lambda: None)
 
-        self._asked.update(file for file in found.values() if isinstance(file, RemoteFile))
+        self._described.update(file for file in found.values() if isinstance(file, RemoteFile))
 
         return [found[name] for name in names]
 
@@ -193,15 +197,16 @@ class HttpSource:
     # --- parts of files ----------------------------------------------------------------------------------------------
 
     def read(self, snapshot: Snapshot, file: RemoteFile, offset: int, size: int) -> bytes:
-        """Exactly ``size`` bytes of a file, from ``offset`` on. May be called from several threads.
+        """Read exactly ``size`` bytes of a file, starting at ``offset``. Safe to call from several threads.
 
-        :raises FetchError: the server cannot be reached, answers nonsense, or has another content by now; or offline.
+        :raises FetchError: the server cannot be reached, its answer is invalid, or the content has changed; or offline,
+            if the file is not cached.
         """
         if offset < 0 or size < 0 or (file.size is not None and offset + size > file.size):
             raise ValueError(f"{file.name!r} has {file.size} bytes: there are no {size} at {offset}.")
         if size == 0:
             return b""
-        here = self._kept.read(file, offset, size)
+        here = self._local.read(file, offset, size)
         if here is not None:
             return here
         if self._offline:
@@ -216,25 +221,26 @@ class HttpSource:
     # --- whole files -------------------------------------------------------------------------------------------------
 
     def shared(self, snapshot: Snapshot, files: Sequence[RemoteFile]) -> list[Path]:
-        """Nowhere: lading's own cache is nobody else's."""
+        """Return nothing: other programs do not use lading's own cache."""
         return []
 
     def local(self, snapshot: Snapshot, files: Sequence[RemoteFile]) -> list[Path | None]:
-        """Where files are in the cache, found without opening a socket. Their bytes are not checked."""
-        return [self._kept.path(file) for file in files]
+        """Return the path of each file in the cache, ``None`` if it is not there. The bytes are not checked."""
+        return [self._local.path(file) for file in files]
 
     def fetch(
         self, snapshot: Snapshot, files: Sequence[RemoteFile], *, known: Known, progress: bool
     ) -> list[FetchedFile]:
-        """Bring files into the cache, in the order in which they are asked for. What is here already stays.
+        """Fetch files to the cache, except those already here, and return them in the order of ``files``.
 
-        :raises FetchError: the server cannot be reached, answers nonsense, or has another content by now; or offline.
-        :raises DigestMismatchError: what came is not what was published.
-        :raises PolicyError: it wants credentials, or redirects where it may not.
+        :raises FetchError: the server cannot be reached, its answer is invalid, or the content has changed; or offline,
+            if a file is not cached.
+        :raises DigestMismatchError: the bytes differ from the published ones.
+        :raises PolicyError: the server requires credentials, or a redirect is refused.
         :raises OSError: the disk is full, or cannot be written.
         """
         files = self._with_validators(files)
-        here = [self._kept.find(file, known) for file in files]
+        here = [self._local.find(file, known) for file in files]
         missing = [file for file, found in zip(files, here, strict=True) if found is None]
         if not missing:
             return [file for file in here if file is not None]
@@ -247,44 +253,44 @@ class HttpSource:
         with byte_bar(total, "fetch", shown=progress) as bar:
             try:
                 with advised("LADING_CACHE_DIR"):
-                    return [found or self._bring(file, known, bar) for file, found in zip(files, here, strict=True)]
+                    return [found or self._fetch_one(file, known, bar) for file, found in zip(files, here, strict=True)]
             finally:
                 self.close()
 
     def _with_validators(self, files: Sequence[RemoteFile]) -> Sequence[RemoteFile]:
-        """The files with what their server says of their content, where nothing is known that tells it from another.
+        """Return the files with their current validators, requested for those that have neither digest nor validator.
 
-        Without that, nothing could be used of a fetch that was broken off: neither files that came, nor parts of one.
+        Without them, an interrupted fetch could not be resumed.
 
-        :raises FetchError: the server cannot be reached, or the file has another size by now.
-        :raises CheckpointNotFoundError: it is gone.
+        :raises FetchError: the server cannot be reached, or the size of a file has changed.
+        :raises CheckpointNotFoundError: a file does not exist any more.
         """
-        unknown = [file.name for file in files if file.sha256 is file.etag is None and file not in self._asked]
+        unknown = [file.name for file in files if file.sha256 is file.etag is None and file not in self._described]
         if self._offline or not unknown:
             return files
 
-        now = dict(zip(unknown, self._look_at(unknown), strict=True))
+        now = dict(zip(unknown, self._request_metadata(unknown), strict=True))
 
-        return [self._as_it_is(file, now.get(file.name)) for file in files]
+        return [self._updated(file, now.get(file.name)) for file in files]
 
-    def _as_it_is(self, file: RemoteFile, now: RemoteFile | CheckpointNotFoundError | None) -> RemoteFile:
+    def _updated(self, file: RemoteFile, now: RemoteFile | CheckpointNotFoundError | None) -> RemoteFile:
         if now is None:
             return file
         if isinstance(now, CheckpointNotFoundError):
             raise now
         if None not in (file.size, now.size) and file.size != now.size:
             raise FetchError(
-                f"{shown(self._url(file.name))!r} has changed: expected {file.size} bytes, as it was indexed, but it "
-                f"has {now.size} now. Index it anew with `lading index`."
+                f"{shown(self._url(file.name))!r} has changed: expected {file.size} bytes, as when it was indexed, "
+                f"found {now.size}. Index it again with `lading index`."
             )
 
         return replace(file, sha256=now.sha256, etag=now.etag)
 
-    def _bring(self, file: RemoteFile, known: Known, bar: tqdm[Any]) -> FetchedFile:
+    def _fetch_one(self, file: RemoteFile, known: Known, bar: tqdm[Any]) -> FetchedFile:
         identity = Identity(url=self._url(file.name), etag=file.etag, size=file.size, sha256=file.sha256)
         with self._cache.lock(identity.key):
-            # Another process may have brought it meanwhile, or another name of the same content was fetched before.
-            found = self._kept.find(file, known)
+            # Another process may have fetched it meanwhile, or the same content was fetched under another name.
+            found = self._local.find(file, known)
             if found is not None:
                 bar.update(file.size or 0)
                 return found
@@ -295,43 +301,45 @@ class HttpSource:
         for last in (False, True):
             part = Partial.open(self._cache.tmp, identity)
             resumed = bool(part.done)
-            download = Download(self._client, part, effort=self._effort, advance=bar.update)
+            download = Download(self._client, part, concurrency=self._concurrency, advance=bar.update)
             try:
                 require_space(self._cache.tmp, (file.size or 0) - sum(known.end - known.start for known in part.done))
-                ranges = identity.resumable and (resumed or (file.size or 0) > self._effort.piece_of(file.size or 0))
+                ranges = identity.resumable and (
+                    resumed or (file.size or 0) > self._concurrency.piece_of(file.size or 0)
+                )
                 try:
-                    sha256 = download.in_ranges() if ranges and not last else download.as_a_whole()
+                    sha256 = download.fetch_ranges() if ranges and not last else download.fetch_whole()
                 except BadRanges as error:
                     _log.info("%s: %s; fetching it as a whole", shown(identity.url), error)
                     part.discard()
                     bar.update(-download.reported)
                     continue
                 if file.sha256 not in (None, sha256):
-                    if resumed and not last:  # what was there from before may have been damaged
+                    if resumed and not last:  # the resumed part may have been damaged
                         part.discard()
                         bar.update(-download.reported)
                         continue
                     raise _mismatch(identity.url, str(file.sha256), sha256)
                 path = self._cache.put(part.fd, part.path, sha256, file.name)
             except (OSError, DigestMismatchError):
-                # It would only fill the disk further, or is of no use.
+                # The part would keep the disk full, or is useless.
                 part.discard()
                 raise
             except BaseException:
                 part.release(download.done)
                 raise
-            part.finished()
+            part.remove_notes()
 
             state = FileStat.from_stat(os.stat(path))
-            self._kept.note(file, sha256, state)
+            self._local.note(file, sha256, state)
 
             return FetchedFile(name=file.name, path=path, stat=state, sha256=sha256, published=file.sha256 is not None)
 
         raise AssertionError("the second round ends")
 
 
-def _look(connection: Connection, url: httpx.URL, name: str) -> RemoteFile:
-    """What the server says of a file: by HEAD, or by its first byte where it does not answer that, or not in full."""
+def _request_file(connection: Connection, url: httpx.URL, name: str) -> RemoteFile:
+    """Return the server's description of a file: by HEAD, or by a GET of its first byte if HEAD does not suffice."""
     by_head = None
     try:
         with connection.open("HEAD", url, {}) as response:
@@ -344,15 +352,15 @@ def _look(connection: Connection, url: httpx.URL, name: str) -> RemoteFile:
     with connection.open("GET", url, {"Range": "bytes=0-0"}) as response:
         by_get = describe(response, name)
 
-    # Some servers say zero where they do not know, and of others it is true.
+    # Some servers say zero if they do not know the size; for others it is the size.
     return by_head if by_head is not None and by_head.size == by_get.size else by_get
 
 
 def _mismatch(url: str, expected: str, found: str) -> DigestMismatchError:
     return DigestMismatchError(
         shown(url),
-        f"{shown(url)!r} is not what its server publishes: expected the SHA-256 {expected}, found {found}. Nothing of "
-        "it was kept. Fetch it again; if that does not help, tell its publisher.",
+        f"{shown(url)!r} does not have the digest that its server publishes: expected the SHA-256 {expected}, found "
+        f"{found}. The file was discarded. Fetch it again; if that does not help, report it to its publisher.",
         expected=expected,
         found=found,
     )

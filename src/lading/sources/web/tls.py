@@ -1,4 +1,4 @@
-"""What is wrong with a connection over TLS that no further attempt would make."""
+"""Permanent TLS errors, which no retry would fix."""
 
 from __future__ import annotations
 
@@ -8,42 +8,42 @@ from collections.abc import Iterator
 _OTHER_PROTOCOL = frozenset(
     {"WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "PACKET_LENGTH_TOO_LONG"}
 )
-"""What OpenSSL says of an answer that is no TLS at all."""
+"""OpenSSL's reasons for an answer that is not TLS."""
 
 _NO_AGREEMENT = (
     "ALERT_HANDSHAKE_FAILURE", "ALERT_PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL", "NO_PROTOCOLS_AVAILABLE",
     "UNRECOGNIZED_NAME", "CERTIFICATE_REQUIRED", "ALERT_UNKNOWN_CA", "NO_SHARED_CIPHER",
 )  # fmt: skip
-"""Ends of what it says where both speak TLS, and one of them does not want to go on."""
+"""Endings of OpenSSL's reasons if both sides speak TLS, but one of them refuses to continue."""
 
 
 def lasting_fault(error: BaseException, host: str) -> str | None:
-    """What is wrong with the TLS of ``host``, and what to do; ``None`` where it may go well another time.
+    """Return a description of a permanent TLS error, and its fix; ``None`` if a retry may succeed.
 
-    :param error: of a request, with its causes behind it.
+    :param error: the error of a request to ``host``, with its chain of causes.
     """
     chain = list(_chain(error))
     for each in chain:
         if isinstance(each, ssl.SSLCertVerificationError):
             return (
-                f"{host} cannot be trusted to be {host}: {each}. If it is signed by an authority of your own, name "
-                "that one's certificate in SSL_CERT_FILE."
+                f"the certificate of {host} cannot be verified: {each}. If your own authority signed it, set "
+                "SSL_CERT_FILE to the certificate of that authority."
             )
 
-    # Within a connection that stood, the same may come of a byte that was lost on the way.
+    # On an established connection, the same error may result from lost or corrupted bytes, which a retry fixes.
     if not any(type(each).__name__ == "ConnectError" for each in chain):
         return None
     for each in chain:
         reason = (getattr(each, "reason", None) or "") if isinstance(each, ssl.SSLError) else ""
         if reason in _OTHER_PROTOCOL:
             return (
-                f"{host} answers https with something that is no TLS ({reason}): it is plain http perhaps, or another "
-                "service. Look whether the port in the address is that of https."
+                f"the answer of {host} to https is not TLS ({reason}): it may be plain http, or another service. Check "
+                "the port in the address."
             )
         if reason.endswith(_NO_AGREEMENT):
             return (
-                f"{host} and this machine do not agree on a way to speak TLS ({reason}). Look whether the address is "
-                "right; if it is, its server wants another version of TLS, or a certificate of who asks."
+                f"{host} and this machine do not agree on the parameters of TLS ({reason}). Check the address; if it "
+                "is right, the server requires another version of TLS, or a client certificate."
             )
 
     return None
