@@ -59,7 +59,7 @@ LIES: dict[str, tuple[str | bytes, int, tuple[str, ...]]] = {
     "newline as padding": ("{}\n", 0, ("header", "spaces", r"\n")),
     "zero bytes as padding": ("{}\0\0", 0, ("header", "spaces", r"\x00")),
     "open end": ('{"a":', 0, ("header",)),
-    "two documents": ("{}{}", 0, ("header", "nothing but spaces", "'{}'")),
+    "two documents": ("{}{}", 0, ("header", "only spaces", "'{}'")),
     "comma too many": (f'{{"a":{U8},}}', 1, ("header, a key", "a string", "'}'")),
     "comma too few": (f'{{"a":{U8} "b":{U8}}}', 1, ("header", "','")),
     "no colon": ('{"a"}', 0, ("header", "':'")),

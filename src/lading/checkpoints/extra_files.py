@@ -13,7 +13,7 @@ from lading.checkpoints.checkpoint import Checkpoint, local_checkpoint
 from lading.checkpoints.published import name_in_source
 from lading.checkpoints.recording import fetch_extra_files
 from lading.errors import AddressError, AssetCardError, CheckpointNotFoundError, FetchError
-from lading.formats.config_json import CONFIG_NAME, parse_hf_config, read_hf_config
+from lading.formats.config_json import CONFIG_NAME, read_config_json, read_hf_config
 from lading.formats.folder import is_checkpoint_file
 from lading.sources.open import HUB_SCHEMES, check_address, open_source
 from lading.sources.source import FetchedFile, RemoteFile, Snapshot, Source
@@ -313,4 +313,4 @@ def read_or_fetch_config(checkpoint: Checkpoint, store: AssetStore | None) -> Ma
     except CheckpointNotFoundError:
         return {}
 
-    return parse_hf_config(fetched.path)  # in lading's cache it has another name
+    return read_config_json(fetched.path) or {}  # in lading's cache it has another name

@@ -19,7 +19,7 @@ from lading.catalog.store import AssetStore
 from lading.checkpoints.published import PublishedCheckpoint, PublishedFiles, published_config, require_whole
 from lading.checkpoints.recording import noting_intent
 from lading.errors import CatalogError, CheckpointNotFoundError, CorruptModelCheckpointError
-from lading.formats.config_json import refuse_quantised_config
+from lading.formats.config_json import refuse_quantized_config
 from lading.formats.folder import is_index, is_torch_format
 from lading.formats.manifest import Manifest
 from lading.formats.remote import find_checkpoint
@@ -98,7 +98,7 @@ def fetch_and_index(
         require_whole(source, snapshot, ref, card_name)
         folder, file = find_checkpoint(shown_uri(snapshot.uri), frozenset(each.name for each in snapshot.files), name)
         hf_config = published_config(PublishedFiles(source, snapshot), folder)
-        refuse_quantised_config(hf_config, ref.shown)
+        refuse_quantized_config(hf_config, ref.shown)
         if is_index(file):
             return _fetch_shards(
                 ref, source, snapshot, folder, file, hf_config, store, known=known, progress=progress, restrict=restrict

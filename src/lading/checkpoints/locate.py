@@ -25,7 +25,7 @@ from lading.errors import (
     InternalError,
     ModelGatedError,
 )
-from lading.formats.config_json import read_hf_config, refuse_quantised_config
+from lading.formats.config_json import read_hf_config, refuse_quantized_config
 from lading.sources.hub.cache import has_token
 from lading.sources.open import HUB_SCHEMES, check_address
 from lading.system.filesystem import expand_home
@@ -204,7 +204,7 @@ def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, prog
     published = _published_or_whole(ref, store, name=name, progress=progress)
     if isinstance(published, FetchedCheckpoint):
         return fetched_card_checkpoint(name, ref, published, store)
-    refuse_quantised_config(published.hf_config, ref.shown)
+    refuse_quantized_config(published.hf_config, ref.shown)
     checkpoint = Checkpoint(
         name=name,
         uri=ref.key,
@@ -263,7 +263,7 @@ def _is_here(name: str, ref: CheckpointRef, store: AssetStore) -> bool:
 
 
 def _local_checkpoint(name: str, path: Path, store: AssetStore, *, accept_others: bool) -> Checkpoint:
-    refuse_quantised_config(read_hf_config(path), path)
+    refuse_quantized_config(read_hf_config(path), path)
 
     stored = stored_checkpoint(name, path_uri(path), store)
     known = None if stored is None else LocalCheckpointFiles.as_known(path, stored)

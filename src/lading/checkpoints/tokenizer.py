@@ -23,7 +23,7 @@ from lading.checkpoints.extra_files import (
 from lading.checkpoints.locate import address_of
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, ModelGatedError, NotSupportedError
 from lading.formats import archive_of
-from lading.formats.files import LFS_POINTER, open_regular, stands_for_another
+from lading.formats.files import LFS_POINTER, lfs_pointer_error, open_regular
 from lading.formats.tar import find_member
 from lading.sources.open import HUB_SCHEMES
 from lading.system.filesystem import expand_home
@@ -143,7 +143,7 @@ def _read(path: Path, member: str | None = None, *, name: str | None = None) -> 
         file.seek(offset)
         data = file.read(length)
     if data.startswith(LFS_POINTER):
-        raise stands_for_another(label)
+        raise lfs_pointer_error(label)
 
     # What the bytes say counts, and the name only where they say nothing.
     is_sentencepiece = _is_sentencepiece(data)

@@ -1,4 +1,4 @@
-"""The tensors of one file of a checkpoint, whatever format it has."""
+"""Reader of one checkpoint file of any supported format."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lading.formats.torch_save.reader import header_of, place_tensors
 
 
 def read_part(path: Path, *, restrict: bool = True, name: str | None = None) -> tuple[Part, Format]:
-    """Return the tensors of the file at ``path`` as a part of a checkpoint, and the format of the file.
+    """Read the header of the file at ``path``; return it as a part of a checkpoint, and the format of the file.
 
-    :param restrict: as :func:`lading.formats.index` takes it.
-    :param name: of the file, where the one in ``path`` says nothing.
+    :param restrict: see :func:`lading.formats.index`.
+    :param name: the name of the file, if it differs from that in ``path``.
 
-    :raises CheckpointNotFoundError: nothing is at ``path``.
+    :raises CheckpointNotFoundError: ``path`` does not exist.
     :raises CorruptModelCheckpointError: it is not a checkpoint, or breaks the rules of its format.
-    :raises RefusedPickleError: to unpickle it would import what a state dict does not need.
-    :raises NotSupportedError: it is of a format that is not read here, or has tensors that are not.
+    :raises RefusedPickleError: unpickling it would import something that a state dict does not need.
+    :raises NotSupportedError: its format, or one of its tensors, is not supported.
     :raises OSError: it cannot be read.
     """
     name = path.name if name is None else name
@@ -36,9 +36,11 @@ def read_part(path: Path, *, restrict: bool = True, name: str | None = None) -> 
 def read_tensors(
     file: BinaryIO, *, base: int, size: int, name: str, label: str, restrict: bool
 ) -> tuple[Header, Format]:
-    """Return the tensors in the ``size`` bytes of ``file`` at ``base``, by offsets in ``file``, and their format.
+    """Read the header of the checkpoint in ``size`` bytes of ``file`` at ``base``; return it and the format.
 
-    :param name: of what lies there, whose suffix counts where its bytes say nothing.
+    The offsets of the tensors are offsets in ``file``.
+
+    :param name: the name of the checkpoint, whose suffix decides if its first bytes do not.
     :param label: its path or address, for errors.
 
     Raises what :func:`read_part` does.
@@ -48,7 +50,7 @@ def read_tensors(
         file.seek(base + offset)
         return file.read(min(count, size - offset))
 
-    # What follows reads from the same buffer: the first bytes cost no read of their own.
+    # The file is buffered, so the first bytes are read only once.
     kind = format_of(read(0, SIZE), name=name, label=label)
     if kind == "torch":
         placed = place_tensors(file, base=base, size=size, label=label, restrict=restrict)

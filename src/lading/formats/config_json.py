@@ -1,4 +1,4 @@
-"""The ``config.json`` beside a checkpoint: what it takes to be read at all."""
+"""Reader of a checkpoint's ``config.json``."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, NotSupportedError
-from lading.formats.files import LFS_POINTER, corrupt, open_regular, stands_for_another
+from lading.formats.files import LFS_POINTER, corrupt, lfs_pointer_error, open_regular
 
 MAX_CONFIG_SIZE = 16 << 20
-"""Bytes. The largest that are published, with the names of some 20,000 classes, have a tenth of it."""
+"""The most bytes of a ``config.json``. The largest published ones, which name some 20,000 classes, have a tenth."""
 
 
 def read_config_json(path: Path) -> dict[str, object] | None:
-    """Return what is in the ``config.json`` at ``path``, whatever it is called there; ``None`` where nothing is.
+    """Read the ``config.json`` at ``path``, which may have another name; return ``None`` if it does not exist.
 
     :raises CorruptModelCheckpointError: it is not a regular file, is too large, or is not a JSON object.
     :raises OSError: it cannot be read.
@@ -28,9 +28,9 @@ def read_config_json(path: Path) -> dict[str, object] | None:
 
 
 def require_size(size: int, *, label: str) -> None:
-    """Refuse a file before it is read.
+    """Check the size of a ``config.json`` before it is read.
 
-    :raises CorruptModelCheckpointError: no ``config.json`` has so many bytes.
+    :raises CorruptModelCheckpointError: the size is above :data:`MAX_CONFIG_SIZE`.
     """
     if size > MAX_CONFIG_SIZE:
         raise corrupt(
@@ -43,14 +43,14 @@ def require_size(size: int, *, label: str) -> None:
 
 
 def parse_config_json(data: bytes, *, label: str) -> dict[str, object]:
-    """Return the JSON object that ``data`` holds.
+    """Parse ``data`` as a JSON object.
 
     :param label: the path or the address of the file.
 
-    :raises CorruptModelCheckpointError: it holds something else.
+    :raises CorruptModelCheckpointError: ``data`` is something else.
     """
     if data.startswith(LFS_POINTER):
-        raise stands_for_another(label)
+        raise lfs_pointer_error(label)
     try:
         config = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -66,28 +66,23 @@ def parse_config_json(data: bytes, *, label: str) -> dict[str, object]:
 CONFIG_NAME = "config.json"
 
 
-def refuse_quantised_config(hf_config: Mapping[str, object], path: Path | str) -> None:
-    """:raises NotSupportedError: the configuration says that the weights are quantised."""
+def refuse_quantized_config(hf_config: Mapping[str, object], path: Path | str) -> None:
+    """Check that the weights are not quantized.
+
+    :raises NotSupportedError: the configuration says that they are.
+    """
     quantisation = hf_config.get("quantization_config")
     if quantisation is not None:
         scheme = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
         raise NotSupportedError(
-            f"The checkpoint at {path} is quantised (config.json: `quantization_config` of the scheme {scheme!r}), "
+            f"The checkpoint at {path} is quantized (config.json: `quantization_config` of the scheme {scheme!r}), "
             "which lading does not load. Use the checkpoint in its original precision."
         )
 
 
 def read_hf_config(path: Path) -> dict[str, object]:
-    """The ``config.json`` in a Hugging Face style folder; empty where there is none.
+    """Read the ``config.json`` in the folder of a checkpoint; return an empty mapping if it does not exist.
 
     :raises CorruptModelCheckpointError: it is not a regular file, is too large, or is not a JSON object.
     """
-    return parse_hf_config(path / "config.json" if path.is_dir() else path.parent / "config.json")
-
-
-def parse_hf_config(file: Path) -> dict[str, object]:
-    """What is in a ``config.json``, whatever it is called here; empty where there is none.
-
-    :raises CorruptModelCheckpointError: it is not a regular file, is too large, or is not a JSON object.
-    """
-    return read_config_json(file) or {}
+    return read_config_json(path / CONFIG_NAME if path.is_dir() else path.parent / CONFIG_NAME) or {}

@@ -1,34 +1,34 @@
-"""Digests of tensors, in blocks, so that a part of a tensor can be vouched for as well as all of it. Pure.
+"""Digests of tensors by blocks, so that a slice of a tensor can be verified without the rest. Pure.
 
-A digest of a whole tensor says nothing of the slice that one rank of a tensor-parallel gang reads. Therefore a tensor
-is cut along one dim into up to eight blocks, each with a digest of its own: a shard of a gang of 1, 2, 4 or 8 is whole
-blocks. All of it is BLAKE3 in its key derivation mode (``derive_key``), with 32 bytes of output and a context string
-for each level, so that no digest of one level is ever one of another.
+A digest of a whole tensor cannot verify the slice that one rank of a tensor-parallel gang reads. Therefore a tensor is
+cut along one dim into up to eight blocks, each with its own digest: the shard of a rank in a gang of 1, 2, 4 or 8
+consists of whole blocks. The hash function is BLAKE3 in its key derivation mode (``derive_key``), with 32 bytes of
+output and a different context string for each level, so that digests of different levels never coincide.
 
-The definition, complete enough to be written again elsewhere:
+The complete definition, sufficient for another implementation:
 
-1. *Blocks.* A tensor has a dtype ``D``, a shape ``S``, and a *dim* ``d``, the one that tensor parallelism shards (0
-   where nobody says otherwise). It is cut along ``d`` into ``k`` equal blocks. ``k`` is 1 for a scalar and for a tensor
-   without elements; else it is the greatest common divisor of ``S[d]`` and 8, halved until a block's part of one row
-   (2.) is a whole number of bytes, which only dtypes of less than a byte need.
-2. *Rows.* The tensor's bytes, contiguous and row-major, are seen as ``rows × k × segment`` bytes: ``rows`` is the
-   product of the sizes before ``d``, and the bytes of block ``b`` are those of ``[:, b, :]``. Where ``k`` is 1,
-   ``rows`` is 1 as well, whatever ``d`` is, and ``segment`` is all of the tensor.
-3. *Leaves.* Rows are taken in groups of ``g``: the largest power of two such that ``g · k · segment`` is at most
-   :data:`LEAF`, or 1 where not even one row is; the last group may be smaller. What a group holds of a block, row after
-   row, is cut into pieces of :data:`LEAF` bytes, the last of which may be shorter: these are the block's leaves, in the
-   order of groups and then of pieces. A tensor without elements has none.
-4. *Digest of a leaf*: of its bytes, in the context :data:`LEAF_CONTEXT`.
-5. *Digest of a block*: of the digests of its leaves, one behind the other (also of a single one, also of none), in the
+1. *Blocks.* A tensor has a dtype ``D``, a shape ``S``, and a *dim* ``d``, the one that tensor parallelism shards
+   (default: 0). It is cut along ``d`` into ``k`` equal blocks. ``k`` is 1 for a scalar and for a tensor without
+   elements; else it is the greatest common divisor of ``S[d]`` and 8, halved until a block's part of one row (2.) is a
+   whole number of bytes, which only dtypes of less than a byte need.
+2. *Rows.* The tensor's bytes, contiguous and row-major, are viewed as ``rows × k × segment`` bytes: ``rows`` is the
+   product of the sizes before ``d``, and the bytes of block ``b`` are those of ``[:, b, :]``. If ``k`` is 1, ``rows``
+   is 1, too, whatever ``d`` is, and ``segment`` is the whole tensor.
+3. *Leaves.* Rows form groups of ``g``: the largest power of two such that ``g · k · segment`` is at most :data:`LEAF`,
+   or 1 if a single row is larger; the last group may be smaller. The bytes of a block in a group, row after row, are
+   cut into pieces of :data:`LEAF` bytes, the last of which may be shorter: these are the leaves of the block, ordered
+   by group and then by piece. A tensor without elements has no leaves.
+4. *Digest of a leaf*: the hash of its bytes, in the context :data:`LEAF_CONTEXT`.
+5. *Digest of a block*: the hash of the concatenated digests of its leaves (even if there is one, or none), in the
    context :data:`BLOCK_CONTEXT`.
-6. *Digest of the tensor*, the *root*: in the context :data:`ROOT_CONTEXT`, of a line of ASCII that ends in a newline,
-   and behind it the digests of all blocks. The line is ``D S d k``, with one space between: ``D`` by its name in
-   :data:`~lading.formats.manifest.BITS`, the sizes of ``S`` in decimal with commas between (nothing for a scalar): for
-   example ``BF16 1024,4096 1 8``.
+6. *Digest of the tensor*, the *root*: the hash, in the context :data:`ROOT_CONTEXT`, of a line of ASCII that ends in a
+   newline, followed by the digests of all blocks. The line is ``D S d k``, separated by single spaces: ``D`` by its
+   name in :data:`~lading.formats.manifest.BITS`, the sizes of ``S`` in decimal, separated by commas (nothing for a
+   scalar): for example ``BF16 1024,4096 1 8``.
 
-So tensors of equal dtype, shape and bytes have equal roots if they were cut along the same dim, in whatever file they
-are, and this is what SQL compares. Any bit that changes, changes the root and the digest of the one block that holds
-it. Rows in powers of two keep most leaves at lengths for which BLAKE3 is fastest.
+Tensors of equal dtype, shape and bytes thus have equal roots if they are cut along the same dim, in whatever file they
+are, and SQL can compare them. A change of any bit changes the root and the digest of the block that holds it. Groups of
+a power of two rows keep most leaves at lengths for which BLAKE3 is fastest.
 
 Source of the hash function: https://github.com/BLAKE3-team/BLAKE3-specs.
 """
@@ -46,12 +46,12 @@ from blake3 import blake3
 from lading.formats.manifest import BITS, Manifest
 
 LEAF = 1 << 20
-"""Bytes that are hashed at once, at most: they have to be still in the cache in which they were read."""
+"""The most bytes of a leaf: few enough to be hashed while they are still in the cache."""
 
 MAX_BLOCKS = 8
 
 SIZE = 32
-"""Bytes of a digest."""
+"""The size of a digest in bytes."""
 
 LEAF_CONTEXT = "lading tensor digest 1, leaf"
 BLOCK_CONTEXT = "lading tensor digest 1, block"
@@ -64,7 +64,7 @@ class Cut(NamedTuple):
     rows: int
     blocks: int
     segment: int
-    """Bytes of one block in one row."""
+    """The bytes of one block in one row."""
 
     @property
     def nbytes(self) -> int:
@@ -72,22 +72,22 @@ class Cut(NamedTuple):
 
     @property
     def group(self) -> int:
-        """Rows that are hashed together."""
+        """The number of rows in a group."""
         fitting = LEAF // max(1, self.blocks * self.segment)
 
         return 1 << (fitting.bit_length() - 1) if fitting else 1
 
     @property
     def leaves(self) -> int:
-        """Leaves of each block."""
-        # Only a row that is larger than a leaf has segments that may be, and it is a group of its own.
+        """The number of leaves of each block."""
+        # A segment can only be larger than a leaf if its row is, and then the row is a group of its own.
         return -(-self.rows // self.group) * -(-self.segment // LEAF)
 
 
 def cut(dtype: str, shape: Sequence[int], dim: int) -> Cut:
-    """How a tensor is cut into blocks along ``dim``.
+    """Return how a tensor is cut into blocks along ``dim``.
 
-    :param dim: of the tensor; 0 for a scalar.
+    :param dim: a dim of the tensor; 0 for a scalar.
 
     :raises ValueError: the tensor has no such dim.
     """
@@ -106,30 +106,27 @@ def cut(dtype: str, shape: Sequence[int], dim: int) -> Cut:
 
 
 def leaf_digest(data: bytes | bytearray | memoryview) -> bytes:
-    """The digest of the bytes of a leaf. Other threads run meanwhile, if there are many."""
+    """Return the digest of a leaf with the bytes ``data``; large ones are hashed without the GIL."""
     return blake3(data, derive_key_context=LEAF_CONTEXT).digest()
 
 
 def block_digest(leaves: bytes | bytearray | memoryview) -> bytes:
-    """The digest of a block, from the digests of its leaves, one behind the other."""
+    """Return the digest of a block from the concatenated digests of its leaves."""
     return blake3(leaves, derive_key_context=BLOCK_CONTEXT).digest()
 
 
 def root_digest(dtype: str, shape: Sequence[int], dim: int, blocks: bytes | bytearray | memoryview) -> str:
-    """The digest of a tensor, in hexadecimal, from the digests of its blocks, one behind the other."""
+    """Return the digest of a tensor, in hexadecimal, from the concatenated digests of its blocks."""
     header = f"{dtype} {','.join(map(str, shape))} {dim} {len(blocks) // SIZE}\n"
 
     return blake3(header.encode("ascii"), derive_key_context=ROOT_CONTEXT).update(blocks).hexdigest()
 
 
 EMPTY_BLOCK = block_digest(b"")
-"""The one block of a tensor without elements."""
+"""The digest of the only block of a tensor without elements."""
 
 
-# --- boxes -----------------------------------------------------------------------------------------------------------
-
-
-# --- of a checkpoint -------------------------------------------------------------------------------------------------
+# --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,38 +134,38 @@ class TensorDigest:
     """The digests of one tensor."""
 
     dim: int
-    """The dim along which it is cut into blocks."""
+    """The dim along which the tensor is cut into blocks."""
     blocks: bytes
     """The digests of all blocks, :data:`SIZE` bytes each."""
     root: str
-    """Of the whole tensor, in hexadecimal."""
+    """The digest of the whole tensor, in hexadecimal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Digests:
-    """The digests of the tensors of a manifest, in columns, as far as they are known.
+    """The known digests of the tensors of a manifest, in columns.
 
-    A million blocks are 32 MB, and two of these are compared as fast as memory is.
+    A million blocks take 32 MB, and are compared at the speed of memory.
     """
 
     dims: array[int]
-    """For each tensor the dim along which it is cut; type code ``b``."""
+    """The dim along which each tensor is cut; type code ``b``."""
     starts: array[int]
-    """For each tensor its first block, and the number of all blocks behind the last; type code ``q``."""
+    """The position of each tensor's first block, followed by the number of all blocks; type code ``q``."""
     blocks: bytes
-    """The digests of all blocks, :data:`SIZE` bytes each; zeros where not known."""
+    """The digests of all blocks, :data:`SIZE` bytes each; zeros if unknown."""
     known: bytes
-    """For each tensor the blocks whose digest is known: bit ``b`` stands for block ``b``."""
+    """One byte per tensor, in which bit ``b`` is set if the digest of block ``b`` is known."""
 
     def __len__(self) -> int:
-        """The number of tensors."""
+        """Return the number of tensors."""
         return len(self.dims)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Digests):
             return NotImplemented
 
-        # By their bytes, as arrays are compared number by number.
+        # Comparing bytes is fast; arrays are compared item by item.
         return (
             self.known == other.known
             and self.dims.tobytes() == other.dims.tobytes()
@@ -179,13 +176,13 @@ class Digests:
     __hash__ = None  # type: ignore[assignment]
 
     def is_complete(self, i: int) -> bool:
-        """Whether all blocks of tensor ``i`` are known."""
+        """Return whether the digests of all blocks of tensor ``i`` are known."""
         return self.known[i] == (1 << (self.starts[i + 1] - self.starts[i])) - 1
 
     def of(self, manifest: Manifest, i: int) -> TensorDigest | None:
-        """The digests of tensor ``i``; ``None`` unless all are known.
+        """Return the digests of tensor ``i``; ``None`` unless all are known.
 
-        :param manifest: whose tensors these are the digests of.
+        :param manifest: the manifest of the tensors.
         """
         if not self.is_complete(i):
             return None
@@ -196,16 +193,16 @@ class Digests:
         return TensorDigest(dim=self.dims[i], blocks=blocks, root=root)
 
     def iter(self, manifest: Manifest) -> Iterator[TensorDigest | None]:
-        """What :meth:`of` gives, for one tensor after the other."""
+        """Yield the result of :meth:`of` for each tensor."""
         return (self.of(manifest, i) for i in range(len(self)))
 
 
 def starts_of(manifest: Manifest, dims: Sequence[int]) -> array[int]:
-    """The column ``starts`` of the digests of a manifest.
+    """Return the column ``starts`` of the digests of a manifest.
 
-    :param dims: for each tensor the dim along which it is cut.
+    :param dims: the dim along which each tensor is cut.
 
-    :raises ValueError: a tensor has no such dim, or there are not as many dims as tensors.
+    :raises ValueError: a tensor has no such dim, or the numbers of dims and tensors differ.
     """
     starts = array("q", [0])
     end = 0
@@ -217,16 +214,16 @@ def starts_of(manifest: Manifest, dims: Sequence[int]) -> array[int]:
 
 
 def default_dims(manifest: Manifest) -> array[int]:
-    """Dim 0 for every tensor."""
+    """Return dim 0 for each tensor."""
     return array("b", [0]) * len(manifest)
 
 
 def recorded(manifest: Manifest, rows: Iterable[tuple[int, bytes] | None]) -> Digests:
-    """The digests of a manifest's tensors that were recorded as (dim, blocks).
+    """Return the digests of a manifest's tensors from records of (dim, blocks).
 
-    :param rows: one for each tensor, in the manifest's order; ``None`` where nothing is known of it.
+    :param rows: one record for each tensor, in the order of the manifest; ``None`` if its digests are unknown.
 
-    :raises ValueError: a row that cannot be of its tensor, or not as many rows as tensors.
+    :raises ValueError: a record does not fit its tensor, or the numbers of records and tensors differ.
     """
     found = list(rows)
     dims = array("b", [0 if row is None else row[0] for row in found])
@@ -249,7 +246,7 @@ def recorded(manifest: Manifest, rows: Iterable[tuple[int, bytes] | None]) -> Di
 
 
 def joined(a: Digests, b: Digests) -> Digests:
-    """The digests of two manifests, one behind the other."""
+    """Concatenate the digests of two manifests."""
     return Digests(
         dims=a.dims + b.dims,
         starts=a.starts + array("q", [a.starts[-1] + start for start in b.starts[1:]]),
@@ -259,11 +256,11 @@ def joined(a: Digests, b: Digests) -> Digests:
 
 
 def differences(expected: Digests, found: Digests) -> list[tuple[int, tuple[int, ...]]]:
-    """The tensors that differ, and which of their blocks do: (position in the manifest, blocks), ascending.
+    """Return the positions of tensors that differ, each with its blocks that do, in ascending order.
 
-    Blocks that only one side knows are passed over.
+    Blocks that only one side knows are skipped.
 
-    :raises ValueError: the two are not of the same manifest, or a tensor that both know is cut along different dims.
+    :raises ValueError: the numbers of tensors differ, or a tensor that both know is cut along different dims.
     """
     if len(expected) != len(found):
         raise ValueError(f"digests of {len(expected)} tensors cannot be compared with those of {len(found)}")

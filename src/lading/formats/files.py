@@ -1,4 +1,4 @@
-"""The files of a checkpoint: how they are opened, and how it is said what is wrong with one."""
+"""Access to the files of a checkpoint, and errors for damaged ones."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def corrupt(
     *,
     expected: str,
     found: str,
-    hint: str = "Fetch the checkpoint again, or save it anew.",
+    hint: str = "Fetch the checkpoint again, or save it again.",
 ) -> CorruptModelCheckpointError:
-    """The error for a file that breaks the rules of its format.
+    """Return the error for a file that breaks the rules of its format.
 
     :param label: the path or the address of the file.
-    :param where: the part of the file that is wrong; empty where it is the file as a whole.
-    :param hint: what to do next.
+    :param where: the part of the file that is wrong; empty for the file as a whole.
+    :param hint: how to fix it.
     """
     part = f" {where}:" if where else ""
 
@@ -42,40 +42,40 @@ def corrupt(
 
 
 LFS_POINTER = b"version "
-"""What a pointer of Git LFS begins with: the file that a clone holds in the place of a large one.
+"""The start of a Git LFS pointer, which a clone holds in place of a large file.
 
 Source: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 """
 
 
-def stands_for_another(label: str) -> CorruptModelCheckpointError:
-    """The error for a pointer of Git LFS."""
+def lfs_pointer_error(label: str) -> CorruptModelCheckpointError:
+    """Return the error for a Git LFS pointer."""
     return corrupt(
         label,
         "",
-        expected="the file's own bytes",
-        found="a pointer of Git LFS, which stands for them",
-        hint="`git lfs pull` in the clone brings them.",
+        expected="the content of the file",
+        found="a pointer of Git LFS to it",
+        hint="Run `git lfs pull` in the clone to fetch it.",
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class File:
-    """A file of a checkpoint that can be read, wherever it is."""
+    """A readable file of a checkpoint, local or remote."""
 
     name: str
-    """Beside the other files of the checkpoint."""
+    """The name within the checkpoint."""
     label: str
-    """Its path or address, for errors."""
+    """The path or the address, for errors."""
     size: int
-    """Bytes."""
+    """The size in bytes."""
     read: Callable[[int, int], bytes]
-    """(offset, size) → these bytes, or as many of them as there are."""
+    """A function that reads the bytes at (offset, size), or fewer at the end of the file."""
 
 
 @contextmanager
 def open_file(path: Path) -> Iterator[File]:
-    """The file on this machine that ``path`` leads to, for as long as the block lasts.
+    """Open a local file for the duration of the block.
 
     Raises what :func:`open_regular` does.
     """
@@ -90,30 +90,30 @@ def open_file(path: Path) -> Iterator[File]:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Open the regular file that ``path`` leads to, through symbolic links too, and give it with its size in bytes.
+    """Open a regular file, following symbolic links, and yield it with its size in bytes.
 
-    Never waits: what is not a regular file is not even opened, since that alone can block (a FIFO) or act (a device).
+    Anything else is not opened, as that can block (a FIFO) or have effects (a device).
 
-    :raises CheckpointNotFoundError: nothing is there.
-    :raises CorruptModelCheckpointError: ``path`` leads to something else or in a circle, or the file changed before the
-        block was left.
+    :raises CheckpointNotFoundError: ``path`` does not exist.
+    :raises CorruptModelCheckpointError: ``path`` is not a regular file, its links form a cycle, or the file changed
+        before the end of the block.
     :raises OSError: the file cannot be opened or read.
     """
     _require_regular(path, _stat(path))
 
     with open(path, "rb", opener=_open_at_once) as file:
-        # Another file may have taken the place of the one that was looked at first.
+        # The path may have been replaced after the check, so the opened file is checked, too.
         before = os.fstat(file.fileno())
         _require_regular(path, before)
 
         try:
             yield file, before.st_size
         except CorruptModelCheckpointError as error:
-            # Whatever is wrong with it, a file that is being written explains it better.
+            # If the file was written to meanwhile, that explains the error better.
             _require_unchanged(path, before, os.fstat(file.fileno()), cause=error)
             raise
         except OSError as error:
-            error.filename = error.filename or os.fspath(path)  # `read` does not say what it read
+            error.filename = error.filename or os.fspath(path)  # `read` does not name the file
             raise
 
         _require_unchanged(path, before, os.fstat(file.fileno()))
@@ -127,7 +127,7 @@ def _stat(path: Path) -> os.stat_result:
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        raise _not_regular(path, "symbolic links that lead in a circle") from error
+        raise _not_regular(path, "symbolic links that form a cycle") from error
 
 
 def _require_regular(path: Path, found: os.stat_result) -> None:
@@ -149,7 +149,7 @@ def _require_unchanged(
             str(path),
             "",
             expected=f"a file of {before.st_size} bytes that does not change while it is read",
-            found=f"that it was written to meanwhile and has {after.st_size} bytes",
+            found=f"that it was modified and has {after.st_size} bytes",
             hint="Try again when it is complete.",
         ) from cause
 

@@ -1,6 +1,6 @@
-"""The format of a file, by its first bytes: a name says what somebody took it for, the bytes say what it is.
+"""Detection of a file's format by its first bytes, as its name may be wrong.
 
-Sources: the formats' own specifications; the signatures of containers are those of the `file` program's database.
+Sources: the specifications of the formats, and the signatures in the database of the `file` program.
 """
 
 from __future__ import annotations
@@ -10,33 +10,33 @@ import struct
 from typing import Literal
 
 from lading.errors import LadingError, NotSupportedError
-from lading.formats.files import LFS_POINTER, corrupt, stands_for_another
+from lading.formats.files import LFS_POINTER, corrupt, lfs_pointer_error
 from lading.formats.folder import is_checkpoint_file, is_other_format, is_torch_format, not_supported
 from lading.formats.safetensors import MAX_HEADER_SIZE, PREFIX_SIZE
 from lading.formats.torch_save.zip_archive import SIGNATURE as ZIP
 
 SIZE = 512
-"""Bytes that tell; a file may have fewer."""
+"""The number of first bytes that are examined; a file may have fewer."""
 
 Format = Literal["safetensors", "torch"]
-"""A format that is read here, by the name that a manifest has for it."""
+"""A supported format, by its name in manifests."""
 
 _TORCH_PICKLE = re.compile(rb"\x80[\x02-\x05](?:\x95.{8})?\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19[.\x94]", re.DOTALL)
-"""The beginning of a file of ``torch.save`` that is not a zip archive: the pickle of a magic number."""
+"""The start of a ``torch.save`` file that is not a zip archive: a pickled magic number."""
 
 _TORCH_RECORD = re.compile(r"[^/]+/(?:data\.pkl|data/[^/]+|byteorder|version|constants\.pkl|code/.*|\.\w+(?:/\w+)?)")
-"""The first file in the zip archives that torch writes."""
+"""The name of the first file in zip archives that torch writes."""
 
 _OTHERS = (
     (b"GGUF", "a GGUF file"), (b"lmgg", "a GGML file"), (b"tjgg", "a GGML file"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes them"), (b"\x93NUMPY", "an array of NumPy"),
     (b"PAR1", "a Parquet file"), (b"SQLite format 3\0", "an SQLite database"), (b"\x7fELF", "a program"),
 )  # fmt: skip
-"""Formats that hold weights or tables, which are not read here."""
+"""Signatures of unsupported formats that may hold weights or tables."""
 
 _COMPRESSED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ\0", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
 
-_STRANGERS = (
+_NOT_CHECKPOINTS = (
     (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive"), (b"Rar!\x1a\x07", "a RAR archive"), (b"%PDF-", "a PDF document"),
     (b"\x89PNG\r\n\x1a\n", "a picture"), (b"\xff\xd8\xff", "a picture"),
 )  # fmt: skip
@@ -48,14 +48,14 @@ _TEXT = re.compile(rb"[\t\n\r\x20-\x7e\x80-\xff]{8,}")
 def format_of(head: bytes, *, name: str, label: str) -> Format:
     """Return the format of the file that begins with ``head``.
 
-    Where the bytes say nothing, the name does; the reader of that format then says what is wrong.
+    If the bytes are not decisive, the name is; the reader of that format then reports what is wrong.
 
-    :param head: its first :data:`SIZE` bytes, or as many as there are.
-    :param name: of the file, whose suffix is the format that it is expected to have.
-    :param label: its path or address, for the error.
+    :param head: the first :data:`SIZE` bytes of the file, or all if it has fewer.
+    :param name: the name of the file, whose suffix is that of the expected format.
+    :param label: the path or the address of the file, for the error.
 
-    :raises NotSupportedError: it is of a format that is not read here.
-    :raises CorruptModelCheckpointError: it is not a checkpoint at all, such as a web page or a pointer of Git LFS.
+    :raises NotSupportedError: the format is not supported.
+    :raises CorruptModelCheckpointError: it is not a checkpoint, but for example a web page or a Git LFS pointer.
     """
     if _is_safetensors(head):
         return "safetensors"
@@ -76,7 +76,7 @@ def format_of(head: bytes, *, name: str, label: str) -> Format:
 
 
 def is_checkpoint(head: bytes) -> bool:
-    """Return whether a file that begins with ``head`` is certainly a checkpoint of a format that is read here."""
+    """Return whether a file that begins with ``head`` is certainly a checkpoint of a supported format."""
     return _is_safetensors(head) or is_torch(head)
 
 
@@ -94,7 +94,7 @@ def is_tar(head: bytes) -> bool:
 
 
 def _is_safetensors(head: bytes) -> bool:
-    # No text begins so: eight letters are a length beyond all limits.
+    # A text does not match: eight letters are a length above the limit.
     length = int.from_bytes(head[:PREFIX_SIZE], "little")
 
     return head[PREFIX_SIZE : PREFIX_SIZE + 1] == b"{" and 2 <= length <= MAX_HEADER_SIZE
@@ -108,12 +108,12 @@ def _first_record(head: bytes) -> str:
 
 
 def _other(head: bytes, name: str, label: str) -> LadingError | None:
-    """Return the error for what is known to be something else; ``None`` where nothing is known."""
+    """Return the error for a file that is recognized as something else; ``None`` if it is not recognized."""
     if head.startswith(LFS_POINTER):
-        return stands_for_another(label)
+        return lfs_pointer_error(label)
     if is_tar(head):
         return NotSupportedError(
-            f"{label}: expected the name of a member of this tar archive, as in {name}/model.pt, found none given."
+            f"{label}: expected a path to a member of this tar archive, as {name}/model.pt, found that of the archive."
         )
     for signature, what in _OTHERS:
         if head.startswith(signature):
@@ -121,17 +121,17 @@ def _other(head: bytes, name: str, label: str) -> LadingError | None:
     for signature, program in _COMPRESSED:
         if head.startswith(signature):
             return NotSupportedError(
-                f"{label}: expected a file of safetensors or of `torch.save`, found one that {program} compressed. "
-                "Unpack it first."
+                f"{label}: expected a file of safetensors or of `torch.save`, found one that is compressed by "
+                f"{program}. Decompress it first."
             )
-    for signature, what in _STRANGERS:
+    for signature, what in _NOT_CHECKPOINTS:
         if head.startswith(signature):
             return _unexpected(label, what)
     if _HTML.match(head):
         return _unexpected(
             label,
             "a web page",
-            hint="A server answers so in the place of a file that it wants a login or a consent for. Fetch it again, "
+            hint="Servers send one in place of a file that requires a login or an agreement. Fetch the file again, "
             "with a token or from its publisher.",
         )
 
@@ -143,7 +143,7 @@ def _unexpected(label: str, found: str, hint: str = "Fetch the checkpoint again,
 
 
 def _text(head: bytes) -> str | None:
-    """Return how a text begins; ``None`` for other bytes."""
+    """Return the start of a text; ``None`` if ``head`` is not text."""
     if not _TEXT.fullmatch(head):
         return None
     try:

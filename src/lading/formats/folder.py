@@ -1,4 +1,4 @@
-"""Which file of a folder is the checkpoint: the rules of names, for folders wherever they are."""
+"""Recognition of checkpoint files by their names, in local and remote folders."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _OTHER_FORMATS = (".pkl", ".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".msgpack"
 
 
 def checkpoint_file(names: Iterable[str], *, where: Path | str, torch: bool = False) -> str:
-    """The file by which the checkpoint in a folder is read: the index, or else the single file.
+    """Return the file with which to read the checkpoint in a folder: the index, or else the single file.
 
-    :param names: all that the folder lists.
-    :param where: its path or address, for the error.
-    :param torch: whether files of ``torch.save`` can be read, where there are none of safetensors.
+    :param names: all names in the folder.
+    :param where: the path or the address of the folder, for the error.
+    :param torch: whether ``torch.save`` files are accepted if there are no safetensors files.
 
-    :raises CheckpointNotFoundError: it has neither under its usual name.
-    :raises NotSupportedError: it has a checkpoint of a format that is not read here.
+    :raises CheckpointNotFoundError: the folder has neither under its usual name.
+    :raises NotSupportedError: the format of the checkpoint is not supported.
     """
     listed = sorted(names)
     usual = (INDEX_NAME, FILE_NAME, BIN_INDEX_NAME, BIN_NAME) if torch else (INDEX_NAME, FILE_NAME)
@@ -45,7 +45,7 @@ def checkpoint_file(names: Iterable[str], *, where: Path | str, torch: bool = Fa
             where,
             without_index(where, found)
             or f"{where}: expected {INDEX_NAME} or {FILE_NAME}, found {some(found)}. To read one of these, give the "
-            f"path of the file instead of the folder's.",
+            f"path of the file instead of that of the folder.",
         )
     if found := [name for name in listed if is_other_format(name) or is_torch_format(name)]:
         raise not_supported(where, some(found))
@@ -59,51 +59,51 @@ _SHARD = re.compile(r"(.+)-[0-9]{5}-of-[0-9]{5}(\.safetensors|\.bin)")
 
 
 def without_index(where: Path | str, found: Iterable[str]) -> str | None:
-    """Return the message for shards whose index is not there; ``None`` where the files are not shards."""
+    """Return the message for shards without their index; ``None`` if the files are not shards."""
     shards = sorted(name for name in found if _SHARD.fullmatch(name))
     match = _SHARD.fullmatch(shards[0]) if shards else None
     if match is None:
         return None
 
     return (
-        f"{where}: expected {match[1]}{match[2]}.index.json, the index of {len(shards)} shards, found none beside "
-        f"{some(shards)}. Fetch the index from where the shards are from, or save the model again with "
+        f"{where}: expected {match[1]}{match[2]}.index.json, the index of {len(shards)} shards, found only "
+        f"{some(shards)}. Fetch the index from the origin of the shards, or save the model again with "
         "`save_pretrained`."
     )
 
 
 def is_index(name: str) -> bool:
-    """Whether a file of this name says which shards belong to a checkpoint."""
+    """Return whether ``name`` is that of a checkpoint's index."""
     return name.endswith((_INDEX_SUFFIX, _BIN_INDEX_SUFFIX))
 
 
 def is_checkpoint_file(name: str) -> bool:
-    """Whether a file of this name is a checkpoint or the index of one, by its suffix."""
+    """Return whether ``name`` has the suffix of a checkpoint file or of an index."""
     suffixes = (".safetensors", _INDEX_SUFFIX, _BIN_INDEX_SUFFIX, *_TORCH_FORMATS, *_OTHER_FORMATS)
 
     return name.lower().endswith(suffixes)
 
 
 def is_torch_format(name: str) -> bool:
-    """Whether a file of this name is what ``torch.save`` wrote, or the index of such files."""
+    """Return whether ``name`` has the suffix of a ``torch.save`` file, or of an index of such files."""
     return name.lower().endswith((*_TORCH_FORMATS, _BIN_INDEX_SUFFIX))
 
 
 def is_other_format(name: str) -> bool:
-    """Whether a file of this name is of a format of checkpoints that is not read here."""
+    """Return whether ``name`` has the suffix of an unsupported checkpoint format."""
     return name.lower().endswith(_OTHER_FORMATS)
 
 
 def not_supported(where: Path | str, found: str) -> NotSupportedError:
-    """The error for a checkpoint of another format."""
+    """Return the error for a checkpoint of an unsupported format."""
     return NotSupportedError(
-        f"{where}: expected a safetensors checkpoint, found {found}, of a format that is not read here. Convert it "
+        f"{where}: expected a safetensors checkpoint, found {found}, of a format that lading does not read. Convert it "
         f"with `safetensors.torch.save_file` (transformers: `model.save_pretrained(folder)`)."
     )
 
 
 def some(names: list[str]) -> str:
-    """The first of ``names``, and how many more there are."""
+    """Return the first of ``names``, and the number of the others, for a message."""
     more = len(names) - 8
 
     return ", ".join(map(repr, names[:8])) + (f" and {more} more" if more > 0 else "")

@@ -1,7 +1,7 @@
-"""Checkpoint formats: each of them differs from the others only in how it gives a manifest.
+"""The public functions of this package: the manifest of a checkpoint of any format.
 
-The doors are :func:`index`, for what is on this machine, and :func:`index_files`, for what is anywhere. They need
-neither torch nor the safetensors package, and run nothing that a file names.
+:func:`index` reads local checkpoints, and :func:`index_files` remote ones. They need neither torch nor the safetensors
+package, and never run code that a file names.
 """
 
 from __future__ import annotations
@@ -48,27 +48,26 @@ _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def index(path: Path | str, *, member: str | None = None, cache: Path | None = None, restrict: bool = True) -> Manifest:
-    """The manifest of the checkpoint at ``path``, with its columns in the order (shard, offset).
+    """Return the manifest of the checkpoint at ``path``, in the order (shard, offset).
 
-    :param path: a file of safetensors or of ``torch.save`` (its first bytes tell which, whatever its name), the index
-        of several, an uncompressed tar archive, or a folder with one of these under its usual name, the first that is
-        there: ``model.safetensors.index.json``, ``model.safetensors``, ``consolidated.00.pth`` and its like,
-        ``pp_00/tp_00/sdp_00.pt`` and its like, ``pytorch_model.bin.index.json``, ``pytorch_model.bin``. Symbolic links
-        are followed, as long as they lead to regular files. A path may lead on into an archive: ``a.tar/b/model.pt``.
-    :param member: the name of the checkpoint in the archive at ``path``, of which the manifest's offsets are.
-    :param cache: a folder to rewrite the checkpoint in, once, if its tensors are no ranges of bytes. The manifest is
-        then the one of what :func:`readable` names: a safetensors file, or the index of several.
-    :param restrict: refuse a file of ``torch.save`` that names anything that a state dict does not need. Where it is
-        not set, such objects are passed over; what they name is imported in neither case. No card can loosen it: that
-        takes this argument.
+    :param path: a file of safetensors or of ``torch.save`` (by its first bytes, not its name), the index of several
+        files, a path into an uncompressed tar archive (``a.tar/b/model.pt``), or a folder. In a folder, the first of
+        these is read: ``model.safetensors.index.json``, ``model.safetensors``, ``consolidated.00.pth`` and following,
+        ``pp_00/tp_00/sdp_00.pt`` and following, ``pytorch_model.bin.index.json``, ``pytorch_model.bin``. Symbolic links
+        to regular files are followed.
+    :param member: the name of the checkpoint in the archive at ``path``; the manifest's offsets are in the archive.
+    :param cache: a folder in which to rewrite the checkpoint, once, if its tensors are not contiguous. The manifest is
+        then that of the result of :func:`readable`: a safetensors file, or the index of several.
+    :param restrict: whether to refuse a file of ``torch.save`` that names anything that a state dict does not need;
+        else such objects are skipped. They are never imported. Only this argument can loosen the rule, no card can.
 
-    :raises CheckpointNotFoundError: nothing is at ``path``, or no checkpoint is in that folder or archive.
-    :raises NotSupportedError: what is there is of a format that is not read here, or has tensors that are not.
-    :raises CorruptModelCheckpointError: a file breaks the rules of its format, or changed while it was read; one that
-        the index names is missing; or what is at ``path`` is neither a folder nor a regular file.
-    :raises RefusedPickleError: a file of ``torch.save`` would import what a state dict does not need.
+    :raises CheckpointNotFoundError: ``path`` does not exist, or there is no checkpoint in that folder or archive.
+    :raises NotSupportedError: the format, or a tensor, is not supported.
+    :raises CorruptModelCheckpointError: a file breaks the rules of its format, or changed while it was read; a file
+        that the index names is missing; or ``path`` is neither a folder nor a regular file.
+    :raises RefusedPickleError: a file of ``torch.save`` would import something that a state dict does not need.
     :raises ModelCheckpointError: a file cannot be rewritten within the limits of time and memory.
-    :raises OSError: a file cannot be read, for want of a permission say.
+    :raises OSError: a file cannot be read, for example without permission.
     """
     path, member = _split(Path(path), member)
     try:
@@ -81,10 +80,10 @@ def index(path: Path | str, *, member: str | None = None, cache: Path | None = N
 
 
 def readable(path: Path | str, *, member: str | None = None, cache: Path, restrict: bool = True) -> Path:
-    """Where the tensors of the checkpoint at ``path`` are ranges of bytes: there, or in files of the cache.
+    """Return the path with contiguous tensors of the checkpoint: ``path``, or that of a rewritten file in the cache.
 
-    Takes and raises what :func:`index` does, which gives the manifest of what is at the returned path (with the same
-    ``member``, if it is the same path).
+    The parameters and errors are those of :func:`index`, which returns the manifest of the returned path (given the
+    same ``member``, if it is the same path).
     """
     file, inner = _split(Path(path), member)
     try:
@@ -96,7 +95,7 @@ def readable(path: Path | str, *, member: str | None = None, cache: Path, restri
 
 
 def rewritten(path: Path | str, *, member: str | None = None, cache: Path) -> Path | None:
-    """The file of the cache that was made of the checkpoint at ``path`` as it is now; ``None`` where there is none."""
+    """Return the rewritten file in the cache for the current checkpoint at ``path``; ``None`` if there is none."""
     file, inner = _split(Path(path), member)
     try:
         return _find_rewritten(file, inner, cache)
@@ -105,7 +104,7 @@ def rewritten(path: Path | str, *, member: str | None = None, cache: Path) -> Pa
 
 
 def archive_of(path: Path) -> Path | None:
-    """The archive that ``path`` leads into; ``None`` where it is a path as any other."""
+    """Return the archive that ``path`` leads into; ``None`` if it does not lead into one."""
     archives = (parent for parent in path.parents if parent.name.lower().endswith(_ARCHIVES))
 
     return next((archive for archive in archives if archive.is_file()), None)
@@ -121,7 +120,7 @@ def _index(path: Path, member: str | None, restrict: bool) -> Manifest:
     if member is not None:
         return _index_member(path, member, restrict)
     if path.is_dir():
-        # A link that leads nowhere is listed, too: an index must not be passed over.
+        # Broken links are listed, too, so that a broken index is an error and not skipped.
         names = {entry.name for entry in path.iterdir()}
         if not names & {INDEX_NAME, FILE_NAME}:
             if is_consolidated(names):
@@ -158,7 +157,7 @@ def _rewritten(path: Path, member: str | None, cache: Path, restrict: bool) -> P
     if is_index(path.name):
         files = [file for file, _ in parts]
         made = {f.name: rewrite.rewrite(f, cache, restrict=restrict) if f.exists() else f for f in files}
-        index_shards(path, shards=made)  # which tells whether index and files agree
+        index_shards(path, shards=made)  # raises if index and files disagree
 
     return rewrite.rewrite_all(parts, cache, restrict=restrict)
 
@@ -175,13 +174,13 @@ def _find_rewritten(path: Path, member: str | None, cache: Path) -> Path | None:
 
 
 def _place_of(path: Path, member: str) -> tuple[int, int]:
-    """Where a member of an archive begins, and its bytes."""
+    """Return the offset and the size in bytes of a member of an archive."""
     with open_regular(path) as (file, size):
         return find_member(file, member, size=size, label=str(path))
 
 
 def _checkpoint_file(path: Path) -> Path:
-    """The file that decides in a folder; the folder itself where all of its files do, and any other path as it is."""
+    """Return the file of a folder to read first; other paths, and folders of ranks' files, unchanged."""
     if not path.is_dir():
         return path
     names = {entry.name for entry in path.iterdir()}
@@ -192,9 +191,7 @@ def _checkpoint_file(path: Path) -> Path:
 
 
 def _parts(path: Path) -> list[tuple[Path, str]] | None:
-    """The files of a checkpoint of several, each with what is put behind the names of its tensors; ``None`` where it is
-    one file.
-    """
+    """Return the files of a checkpoint, each with the suffix of its tensors' names; ``None`` for a single file."""
     if is_index(path.name):
         return [(path.parent / name, "") for name in read_index_at(path).tensors]
     if not path.is_dir():

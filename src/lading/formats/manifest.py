@@ -1,7 +1,7 @@
-"""What a checkpoint holds, tensor by tensor: names, dtypes, shapes and the place of each in its file.
+"""The manifest of a checkpoint: the names, dtypes, shapes and file offsets of its tensors.
 
-A manifest is kept in columns, one entry per tensor in each: a checkpoint of 100,000 tensors would cost 120 MB as
-objects. It is the one form in which every checkpoint format reaches the planner and the catalog.
+A manifest is a set of columns with one entry per tensor, as 100,000 tensors would take 120 MB as objects. The planner
+and the catalog see checkpoints of all formats as manifests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BITS: Mapping[str, int] = {
     "F8_E5M2": 8, "F8_E4M3": 8, "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8, "F8_E8M0": 8,
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
-"""Bits per element of each dtype, by the names that the safetensors format gives them.
+"""Bits per element of each dtype, by the names of the safetensors format.
 
 Source: the safetensors format specification, version 0.8 of its reference implementation.
 """
@@ -32,23 +32,23 @@ class Shard:
     """One file of a checkpoint."""
 
     name: str
-    """Its name within the checkpoint: a plain file name, or a relative path with forward slashes."""
+    """The name within the checkpoint: a plain file name, or a relative path with forward slashes."""
     size: int
-    """Bytes in all, the header included."""
+    """The size in bytes, the header included."""
     sha256: str | None = None
-    """Of the whole file, in hexadecimal, where it is known."""
+    """The SHA-256 of the whole file in hexadecimal, if it is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """One row of a manifest, for those who look at one tensor rather than at all of them."""
+    """One row of a manifest, for access to single tensors."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     shard: Shard
     offset: int
-    """Where its bytes begin in the shard's file, counted from the beginning of that file."""
+    """The offset of its bytes from the start of the shard's file."""
     nbytes: int
 
 
@@ -56,23 +56,23 @@ class TensorInfo:
 class Manifest:
     """The tensors of a checkpoint in columns of equal length, in the order (shard, offset).
 
-    :raises InternalError: columns of different lengths, or a shard number that does not exist.
+    :raises InternalError: the columns have different lengths, or a shard number does not exist.
     """
 
     format: str
     """``"safetensors"`` or ``"torch"``."""
     shards: tuple[Shard, ...]
     names: Sequence[str]
-    """Unique within the checkpoint."""
+    """The names of the tensors, unique within the checkpoint."""
     dtypes: Sequence[str]
-    """Keys of :data:`BITS`."""
+    """The dtypes of the tensors, keys of :data:`BITS`."""
     shapes: Sequence[tuple[int, ...]]
     shard_ids: array[int]
-    """Positions in ``shards``; type code ``I``."""
+    """The position in ``shards`` of each tensor's file; type code ``I``."""
     offsets: array[int]
-    """Where the bytes of each tensor begin, counted from the beginning of the shard's file; type code ``q``."""
+    """The offset of each tensor's bytes from the start of the shard's file; type code ``q``."""
     index_name: str | None = None
-    """The file that says which shards belong to the checkpoint, where there is one."""
+    """The name of the index that lists the shards of the checkpoint, if there is one."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """The free-form ``__metadata__`` of the first shard."""
 
@@ -84,7 +84,7 @@ class Manifest:
             raise InternalError(f"a manifest of {len(self.shards)} shards refers to shard {max(self.shard_ids)}")
 
     def __len__(self) -> int:
-        """The number of tensors."""
+        """Return the number of tensors."""
         return len(self.names)
 
     def __getitem__(self, i: int) -> TensorInfo:
@@ -101,35 +101,35 @@ class Manifest:
         return (self[i] for i in range(len(self)))
 
     def nbytes(self, i: int) -> int:
-        """The bytes of tensor ``i``."""
+        """Return the size of tensor ``i`` in bytes."""
         return math.prod(self.shapes[i]) * BITS[self.dtypes[i]] // 8
 
     def has_files_of(self, other: Manifest) -> bool:
-        """Whether both are of the same files, as far as names, sizes and the digests that both know tell."""
+        """Return whether both have the same files, by name, size and, if both know it, digest."""
         return len(self.shards) == len(other.shards) and all(
             (a.name, a.size) == (b.name, b.size) and (None in (a.sha256, b.sha256) or a.sha256 == b.sha256)
             for a, b in zip(self.shards, other.shards, strict=True)
         )
 
     def tensors_equal(self, other: Manifest) -> bool:
-        """Whether both hold the same tensors at the same places of as many files."""
+        """Return whether both have the same tensors at the same offsets, in the same number of files."""
         return len(self.shards) == len(other.shards) and all(
             len(a) == len(b) and all(x == y for x, y in zip(a, b, strict=True))
             for a, b in zip(self._columns, other._columns, strict=True)
         )
 
     def only(self, shard: int) -> Manifest:
-        """The manifest of one of the files."""
+        """Return the manifest of one of the files."""
         part = self.take(self.tensors_of(shard))
 
         return replace(part, shards=(self.shards[shard],), shard_ids=array("I", [0]) * len(part))
 
     def tensors_of(self, shard: int) -> range:
-        """The positions of the tensors in one of the files."""
+        """Return the positions of the tensors in one of the files."""
         return range(bisect_left(self.shard_ids, shard), bisect_right(self.shard_ids, shard))
 
     def take(self, positions: Sequence[int]) -> Manifest:
-        """The manifest of some of the tensors, in their order; of the same files."""
+        """Return the manifest of the tensors at ``positions``, in their order, with the same files."""
         return Manifest(
             format=self.format,
             shards=self.shards,
@@ -146,7 +146,7 @@ class Manifest:
 
     @property
     def total_bytes(self) -> int:
-        """The bytes of all tensors, headers apart."""
+        """The size of all tensors in bytes, without headers."""
         return sum(map(self.nbytes, range(len(self))))
 
     @property
@@ -156,7 +156,7 @@ class Manifest:
 
     @property
     def dtype_counts(self) -> dict[str, int]:
-        """Elements per dtype, the most frequent first."""
+        """The number of elements of each dtype, the most frequent first."""
         counts: Counter[str] = Counter()
         for dtype, shape in zip(self.dtypes, self.shapes, strict=True):
             counts[dtype] += math.prod(shape)

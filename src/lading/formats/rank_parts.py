@@ -1,9 +1,8 @@
-"""Checkpoints whose tensors are cut into parts, by the ranks of the gangs that saved them.
+"""Checkpoints that the ranks of a gang saved, each its own parts of the tensors.
 
-A part is a tensor of its own in the manifest. Its name is the tensor's, ``#``, and its place along the axes that it was
-cut along, as numbers with dots between them: ``output.weight#1`` is the second part of ``output.weight``, and
-``output.weight#1.0`` the part of the tensor-parallel rank 1 and of the sharded-data-parallel rank 0. How the parts make
-a parameter is a matter of :mod:`lading.planning.rules`.
+A part is a tensor of its own in the manifest. Its name is that of the tensor, ``#``, and the ranks that saved it, with
+dots between them: ``output.weight#1`` is the second part of ``output.weight``, and ``output.weight#1.0`` the part of
+tensor-parallel rank 1 and sharded-data-parallel rank 0. :mod:`lading.planning.rules` joins the parts to parameters.
 """
 
 from __future__ import annotations
@@ -22,68 +21,68 @@ from lading.formats.safetensors import Part, join
 
 
 def is_consolidated(names: Collection[str]) -> bool:
-    """Whether a folder that lists ``names`` holds a checkpoint as Meta publishes LLaMA: ``consolidated.00.pth`` …"""
+    """Return whether a folder with ``names`` holds a checkpoint in Meta's LLaMA layout: ``consolidated.00.pth`` …"""
     return "consolidated.00.pth" in names
 
 
 def is_fairseq2_sharded(names: Collection[str]) -> bool:
-    """Whether a folder that lists ``names`` holds a checkpoint as fairseq2 saves it: ``pp_00/tp_00/sdp_00.pt`` …"""
+    """Return whether a folder with ``names`` holds a checkpoint that fairseq2 saved: ``pp_00/tp_00/sdp_00.pt`` …"""
     return "pp_00" in names
 
 
 def index_consolidated(folder: Path, *, restrict: bool = True) -> Manifest:
-    """The manifest of ``consolidated.NN.pth``, one file for each model-parallel rank.
+    """Read the manifest of ``consolidated.NN.pth``, one file for each model-parallel rank.
 
-    Where there is one file only, its tensors are whole and have plain names.
+    If there is only one file, its tensors are whole and have plain names.
 
-    :raises CorruptModelCheckpointError: a file is damaged, or missing between others.
+    :raises CorruptModelCheckpointError: a file is damaged or missing.
     :raises NotSupportedError: a tensor is not a plain range of bytes.
     """
     return _join(folder, consolidated_parts(folder), restrict)
 
 
 def consolidated_parts(folder: Path) -> list[tuple[str, str]]:
-    """The files of such a checkpoint, each with what the names of its parts end in.
+    """Return the files of such a checkpoint, each with the suffix of its parts' names.
 
-    :raises CorruptModelCheckpointError: one is missing between others.
+    :raises CorruptModelCheckpointError: a file is missing.
     """
-    names = _counted(folder, "consolidated.", ".pth")
+    names = _numbered(folder, "consolidated.", ".pth")
 
     return _with_suffixes([(name, (i,)) for i, name in enumerate(names)], (len(names),))
 
 
 def index_fairseq2_sharded(folder: Path, *, restrict: bool = True) -> Manifest:
-    """The manifest of ``pp_XX/tp_XX/sdp_XX.pt``, one file for each rank.
+    """Read the manifest of ``pp_XX/tp_XX/sdp_XX.pt``, one file for each rank.
 
-    The pipeline-parallel ranks hold different tensors, the others parts of the same: ``NAME#TP.SDP``. Where there is
-    one of each only, the tensors are whole and have plain names.
+    Pipeline-parallel ranks hold different tensors, the others parts of the same ones: ``NAME#TP.SDP``. If there is only
+    one rank of each, the tensors are whole and have plain names.
 
     Source: fairseq2 0.8.1, its loader of native checkpoints.
 
-    :raises CorruptModelCheckpointError: a file is damaged, or missing between others.
+    :raises CorruptModelCheckpointError: a file is damaged or missing.
     :raises NotSupportedError: a tensor is not a plain range of bytes.
     """
     return _join(folder, fairseq2_parts(folder), restrict)
 
 
 def fairseq2_parts(folder: Path) -> list[tuple[str, str]]:
-    """The files of such a checkpoint, each with what the names of its parts end in.
+    """Return the files of such a checkpoint, each with the suffix of its parts' names.
 
-    :raises CorruptModelCheckpointError: one is missing between others.
+    :raises CorruptModelCheckpointError: a file is missing.
     """
     files: list[tuple[str, tuple[int, ...]]] = []
     sizes: set[tuple[int, int]] = set()
-    for pp in _counted(folder, "pp_"):
-        tps = _counted(folder / pp, "tp_")
+    for pp in _numbered(folder, "pp_"):
+        tps = _numbered(folder / pp, "tp_")
         for tp, tp_name in enumerate(tps):
-            names = _counted(folder / pp / tp_name, "sdp_", ".pt")
+            names = _numbered(folder / pp / tp_name, "sdp_", ".pt")
             files += [(f"{pp}/{tp_name}/{name}", (tp, sdp)) for sdp, name in enumerate(names)]
             sizes.add((len(tps), len(names)))
     if len(sizes) != 1:
         raise corrupt(
             str(folder),
             "",
-            expected="as many tp_XX in each pp_XX, and as many sdp_XX.pt in each of them",
+            expected="the same number of tp_XX in each pp_XX, and of sdp_XX.pt in each tp_XX",
             found=" and ".join(f"{tp} of {sdp}" for tp, sdp in sorted(sizes)),
         )
 
@@ -97,8 +96,8 @@ def _with_suffixes(files: Sequence[tuple[str, tuple[int, ...]]], sizes: tuple[in
     return [(name, "#" + ".".join(map(str, place))) for name, place in files]
 
 
-def _counted(folder: Path, prefix: str, suffix: str = "") -> list[str]:
-    """The entries of ``folder`` that are named so around a number, which must be all from 00 on, in that order."""
+def _numbered(folder: Path, prefix: str, suffix: str = "") -> list[str]:
+    """Return the entries of ``folder`` named ``prefix``, a number, ``suffix``, which must be numbered from 00 on."""
     found = {
         entry.name
         for entry in folder.iterdir()
@@ -110,7 +109,7 @@ def _counted(folder: Path, prefix: str, suffix: str = "") -> list[str]:
         raise corrupt(
             str(folder),
             "",
-            expected=f"all parts of the checkpoint, counted from 00 on: {', '.join(missing[:4]) or 'at least one'}",
+            expected=f"all parts of the checkpoint, numbered from 00 on: {', '.join(missing[:4]) or 'at least one'}",
             found=", ".join(sorted(found)[:8]) or "none",
         )
 
@@ -125,7 +124,7 @@ def _join(folder: Path, files: Sequence[tuple[str, str]], restrict: bool) -> Man
         try:
             (shard, header), kind = read_part(folder / name, restrict=restrict)
         except CheckpointNotFoundError as error:
-            raise corrupt(str(folder), "", expected=f"the file {name!r}", found="that it is gone") from error
+            raise corrupt(str(folder), "", expected=f"the file {name!r}", found="that it is missing") from error
         kinds.add(kind)
         names = [f"{tensor}{suffix}" for tensor in header.names]
         parts.append((replace(shard, name=name), replace(header, names=names)))

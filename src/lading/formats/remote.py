@@ -1,7 +1,7 @@
-"""Checkpoints that are elsewhere: their manifest, by reading their index and headers only.
+"""Manifests of remote checkpoints, read from their index and headers only.
 
-The rules are those for files on this machine, in the same code. What differs is the way of the bytes: a read costs a
-round trip, so the first one of a file asks for as much as its header is likely to have, and shards are read at once.
+The same code reads local files. Here each read costs a round trip, so the first read of a file requests as many bytes
+as its header probably has, and shards are read concurrently.
 """
 
 from __future__ import annotations
@@ -21,58 +21,58 @@ from lading.formats.safetensors import PREFIX_SIZE, Part, join, read_header
 from lading.formats.shard_index import join_shards, read_index
 
 MAX_READ = 256_000_000
-"""Bytes that are read of one checkpoint, in all. The largest that are published have headers of some 30 MB together."""
+"""The most bytes read of one checkpoint. The headers of the largest published ones have some 30 MB together."""
 
 MAX_THREADS = 16
-"""Files that are read at once."""
+"""The most files that are read concurrently."""
 
 _GUESS = 1 << 18
-"""Bytes of the first read where no index tells how many tensors a file holds: good for some 2,000."""
+"""The bytes of the first read if no index lists the tensors of a file: enough for some 2,000 of them."""
 
 _LARGEST_GUESS = 1 << 24
 _METADATA_SIZE = 1 << 12
 _ENTRY_SIZE = 128
-"""Bytes of a tensor in a header, its name apart: from 75 to 115, as most writers write it."""
+"""The bytes of a tensor's entry in a header, without its name: 75 to 115 by most writers."""
 
 
 class NotByHeadersError(NotSupportedError):
-    """A checkpoint of which nothing is known before it was fetched: where its tensors are takes a read for each."""
+    """A checkpoint that cannot be indexed before it is fetched, as its tensors are not listed in a header."""
 
 
 class Files(Protocol):
-    """The files of a checkpoint, wherever they are. What they say is not trusted, and their names are only compared."""
+    """The files of a checkpoint. Their content is not trusted, and their names are only compared."""
 
     @property
     def label(self) -> str:
         """The address of the folder that holds them, for errors."""
 
     def names(self) -> Collection[str]:
-        """All files, with forward slashes where some are in folders."""
+        """Return the names of all files, with forward slashes for those in folders."""
 
     def size(self, name: str) -> int:
-        """The bytes of a file among :meth:`names`."""
+        """Return the size in bytes of a file among :meth:`names`."""
 
     def read(self, name: str, offset: int, size: int) -> bytes:
-        """Exactly ``size`` bytes of a file, from ``offset`` on, all of them within its size. Called by several threads.
+        """Read exactly ``size`` bytes of a file, starting at ``offset``. Several threads call it.
 
-        :raises LadingError: it cannot.
+        :raises LadingError: the bytes cannot be read.
         """
 
 
 def index_files(files: Files, *, name: str | None = None) -> Manifest:
-    """The manifest of a checkpoint, with its columns in the order (shard, offset).
+    """Return the manifest of a checkpoint, in the order (shard, offset).
 
-    It is the one that :func:`lading.formats.index` gives of a folder with these files.
+    It equals the result of :func:`lading.formats.index` for a folder with these files.
 
     :param name: a safetensors file among ``files``, an index of several, or a folder; default: the folder of all.
 
     :raises CheckpointNotFoundError: there is no such file, or no checkpoint in that folder.
-    :raises NotByHeadersError: it was written by ``torch.save``.
-    :raises NotSupportedError: what is there is of a format that is not read here.
-    :raises CorruptModelCheckpointError: a file breaks the rules of its format, or has other bytes than was said; one
-        that the index names is missing; or headers and index together have more than :data:`MAX_READ` bytes.
+    :raises NotByHeadersError: ``torch.save`` wrote it.
+    :raises NotSupportedError: its format is not supported.
+    :raises CorruptModelCheckpointError: a file breaks the rules of its format, or has another size than stated; a file
+        that the index names is missing; or headers and index have more than :data:`MAX_READ` bytes together.
 
-    Whatever ``files.read`` raises is passed on.
+    Errors of ``files.read`` are passed on.
     """
     names = frozenset(files.names())
     folder, file = find_checkpoint(files.label, names, name)
@@ -106,9 +106,9 @@ def index_files(files: Files, *, name: str | None = None) -> Manifest:
 def _read_part(file: File, guess: int) -> Part:
     """Read the header of a safetensors file.
 
-    :param guess: bytes to read at first. Where the header ends within them, one read is all.
+    :param guess: the bytes of the first read; if they hold the whole header, no other read follows.
 
-    :raises NotByHeadersError: its first bytes say that ``torch.save`` wrote it.
+    :raises NotByHeadersError: ``torch.save`` wrote the file.
     """
     first = file.read(0, min(guess, file.size))
     if format_of(first[:SIZE], name=file.name, label=file.label) == "torch":
@@ -119,13 +119,13 @@ def _read_part(file: File, guess: int) -> Part:
 
 def _not_by_headers(where: str) -> NotByHeadersError:
     return NotByHeadersError(
-        f"{where}: expected a safetensors checkpoint, found a file of `torch.save`, which is read on this machine "
-        "only. Fetch it, and index it here."
+        f"{where}: expected a safetensors checkpoint, found a file of `torch.save`, which can only be read locally. "
+        "Fetch it, and index the local file."
     )
 
 
 def index_names(files: Files, *, name: str | None = None) -> list[str]:
-    """The names, among ``files``, of the shards that a checkpoint's index speaks of; none where it is a single file.
+    """Return the names, among ``files``, of the shards that a checkpoint's index lists; none for a single file.
 
     Raises what :func:`index_files` does.
     """
@@ -137,9 +137,9 @@ def index_names(files: Files, *, name: str | None = None) -> list[str]:
 
 
 def find_checkpoint(label: str, names: Collection[str], name: str | None) -> tuple[str, str]:
-    """The folder, with a slash behind it unless it is that of all files, and the file in it to begin with.
+    """Return the folder of a checkpoint, with a slash at its end unless it is the top one, and the file to read first.
 
-    Takes and raises what :func:`index_files` does.
+    The parameters and errors are those of :func:`index_files`.
 
     :param label: the address of the folder that holds ``names``.
     """
@@ -158,14 +158,14 @@ def find_checkpoint(label: str, names: Collection[str], name: str | None) -> tup
 
 
 def _header_size(tensors: Iterable[str]) -> int:
-    """Bytes that the header of a file with these tensors is unlikely to exceed."""
+    """Estimate the bytes of the header of a file with these tensors, on the high side."""
     size = PREFIX_SIZE + _METADATA_SIZE + sum(len(name.encode()) + _ENTRY_SIZE for name in tensors)
 
     return min(size, _LARGEST_GUESS)
 
 
 class _Reader:
-    """Reads files of a folder, and makes sure that no more and no other comes than what was asked for."""
+    """A reader of the files in a folder, which checks the number of bytes of each read and in total."""
 
     def __init__(self, files: Files, folder: str) -> None:
         self._files = files
@@ -174,9 +174,10 @@ class _Reader:
         self._lock = Lock()
 
     def open(self, name: str) -> File:
-        """A file of the folder.
+        """Open a file of the folder.
 
-        :raises CorruptModelCheckpointError: (its ``read``, too) it has other bytes than was said, or too many.
+        :raises CorruptModelCheckpointError: its size is negative. Its ``read`` raises it if a read returns another
+            number of bytes, or if too many bytes are read in total.
         """
         path = self._folder + name
         label = f"{self._files.label.rstrip('/')}/{path}"
@@ -198,7 +199,7 @@ class _Reader:
                     "",
                     expected=f"a checkpoint whose headers and index have at most {MAX_READ} bytes together",
                     found="more",
-                    hint="Fetch it, and index the files on this machine.",
+                    hint="Fetch it, and index the local files.",
                 )
 
         data = self._files.read(path, offset, size)

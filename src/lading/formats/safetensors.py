@@ -1,11 +1,11 @@
-"""The safetensors format: the rules of its header, and the manifest of one file.
+"""Reader of safetensors headers, and the manifest of one file.
 
 Source: https://github.com/huggingface/safetensors, the section *Format*. A file is 8 bytes, the length of the header in
 little-endian order; the header, JSON in UTF-8; and the bytes of the tensors, row-major and little-endian, without
-holes. The rules here are that page's to the letter: what the reference reader refuses is refused, and so is what it
-lets pass though the page does not (duplicate names, a tensor as a list, padding other than spaces).
+holes. All rules of that page are enforced, including some that the reference reader does not enforce (no duplicate
+names, no tensor given as a list, no padding other than spaces).
 
-Nothing here needs torch or the safetensors package.
+Neither torch nor the safetensors package is needed.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lading.formats.files import LFS_POINTER, File, corrupt, open_file, stands_for_another
+from lading.formats.files import LFS_POINTER, File, corrupt, lfs_pointer_error, open_file
 from lading.formats.manifest import BITS, Manifest, Shard
 from lading.formats.strict_json import StrictJson
 
 PREFIX_SIZE = 8
-"""Bytes before the header: its length."""
+"""The bytes before the header, which hold its length."""
 
 MAX_HEADER_SIZE = 100_000_000
-"""Bytes; the reference reader's limit."""
+"""The most bytes of a header, as in the reference reader."""
 
 MAX_NAME_SIZE = 512
-"""Bytes of a tensor's name in UTF-8."""
+"""The most bytes of a tensor's name in UTF-8."""
 
 MAX_RANK = 64
-"""Dims of a tensor; torch has no limit of its own."""
+"""The most dims of a tensor; torch has no limit."""
 
 _MAX_INT = 2**63 - 1
 
@@ -39,14 +39,14 @@ _METADATA = "__metadata__"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """What a header says, in columns of equal length, in the order of the tensors' bytes."""
+    """The content of a header, in columns of equal length, in the order of the tensors' bytes."""
 
     names: Sequence[str]
     dtypes: Sequence[str]
-    """Keys of :data:`lading.formats.manifest.BITS`."""
+    """The dtypes, keys of :data:`lading.formats.manifest.BITS`."""
     shapes: Sequence[tuple[int, ...]]
     offsets: array[int]
-    """Where the bytes of each tensor begin, counted from the beginning of the file; type code ``q``."""
+    """The offset of each tensor's bytes from the start of the file; type code ``q``."""
     metadata: Mapping[str, str]
 
 
@@ -55,10 +55,10 @@ Part = tuple[Shard, Header]
 
 
 def index_file(path: Path) -> Manifest:
-    """The manifest of the safetensors file at ``path``, of which only the header is read.
+    """Return the manifest of the safetensors file at ``path``; only its header is read.
 
-    :raises CheckpointNotFoundError: nothing is at ``path``.
-    :raises CorruptModelCheckpointError: it is no safetensors file.
+    :raises CheckpointNotFoundError: ``path`` does not exist.
+    :raises CorruptModelCheckpointError: it is not a valid safetensors file.
     :raises OSError: it cannot be read.
     """
     with open_file(path) as file:
@@ -68,11 +68,11 @@ def index_file(path: Path) -> Manifest:
 
 
 def read_header(file: File, *, first: bytes | None = None) -> Part:
-    """The header of a safetensors file, and what is known of the file.
+    """Read the header of a safetensors file.
 
-    :param first: the first bytes of the file, where they were read already; the rest of the header takes one read.
+    :param first: the first bytes of the file, if they were read already; the rest of the header takes one read.
 
-    :raises CorruptModelCheckpointError: it is no safetensors file.
+    :raises CorruptModelCheckpointError: it is not a valid safetensors file.
     """
     data = file.read(0, min(PREFIX_SIZE, file.size)) if first is None else first
     length = header_length(data[:PREFIX_SIZE], file_size=file.size, label=file.label)
@@ -88,9 +88,9 @@ def read_header(file: File, *, first: bytes | None = None) -> Part:
 
 
 def join(parts: Sequence[Part], *, index_name: str | None = None, kind: str = "safetensors") -> Manifest:
-    """The manifest of the files of one checkpoint, which has one file at least.
+    """Return the manifest of a checkpoint with the files ``parts``, of which there is at least one.
 
-    :param kind: the manifest's ``format``.
+    :param kind: the ``format`` of the manifest.
     """
     names: list[str] = []
     dtypes: list[str] = []
@@ -117,12 +117,12 @@ def join(parts: Sequence[Part], *, index_name: str | None = None, kind: str = "s
 
 
 def header_length(prefix: bytes, *, file_size: int, label: str) -> int:
-    """The number of bytes of the header, which begins at :data:`PREFIX_SIZE`.
+    """Return the number of bytes of the header, which begins at :data:`PREFIX_SIZE`.
 
     :param prefix: the first 8 bytes of the file.
     :param label: the path or the address of the file, for the error.
 
-    :raises CorruptModelCheckpointError: it cannot be the length of a header in a file of ``file_size`` bytes.
+    :raises CorruptModelCheckpointError: a file of ``file_size`` bytes cannot have a header of that length.
     """
     if len(prefix) < PREFIX_SIZE or file_size < PREFIX_SIZE:
         raise corrupt(
@@ -130,7 +130,7 @@ def header_length(prefix: bytes, *, file_size: int, label: str) -> int:
         )
 
     if prefix.startswith(LFS_POINTER):
-        raise stands_for_another(label)
+        raise lfs_pointer_error(label)
 
     length = int.from_bytes(prefix[:PREFIX_SIZE], "little")
     limit = min(MAX_HEADER_SIZE, file_size - PREFIX_SIZE)
@@ -141,8 +141,8 @@ def header_length(prefix: bytes, *, file_size: int, label: str) -> int:
     return length
 
 
-# The value of a tensor as most writers write it, or with its keys sorted. It is loose on dtype and shape: that text is
-# only ever compared with one that `_tensor` accepted.
+# A tensor's entry as most writers write it, or with its keys sorted. The pattern is loose on dtype and shape, as their
+# text is only compared with text that `_tensor` accepted.
 _S = r"[ \t\n\r]*+"
 _OFFSETS = rf'"data_offsets"{_S}:{_S}\[{_S}(0|[1-9][0-9]{{0,17}}){_S},{_S}(0|[1-9][0-9]{{0,17}}){_S}\]'
 _LAYOUT = rf'("dtype"{_S}:{_S}"[^"]*+"{_S},{_S}"shape"{_S}:{_S}\[[^\]]*+\])'
@@ -152,14 +152,14 @@ _DTYPES = {dtype: dtype for dtype in BITS}
 
 
 def parse_header(data: bytes | bytearray, *, buffer_size: int, label: str) -> Header:
-    """Read and check a header; pure, so that it serves wherever the bytes come from.
+    """Parse and check a header.
 
     :param data: the header with its padding, without the 8 bytes before it.
-    :param buffer_size: bytes of the file behind the header.
+    :param buffer_size: the bytes of the file after the header.
     :param label: the path or the address of the file, for the error.
 
-    :raises CorruptModelCheckpointError: a rule of the format is broken; names the tensor, what was expected and what
-        was found.
+    :raises CorruptModelCheckpointError: the header breaks a rule of the format. The message names the tensor, and what
+        was expected and found.
     """
     if not data.startswith(b"{"):
         raise corrupt(label, "header", expected="'{' as its first byte", found=_first_byte(data))
@@ -186,7 +186,7 @@ def parse_header(data: bytes | bytearray, *, buffer_size: int, label: str) -> He
                 found=f"one of {len(name.encode())}",
             )
 
-        # A text that was read and checked once means the same the next time: most tensors of a model share theirs.
+        # Most tensors of a model share the text of dtype and shape, which is parsed and checked only once.
         usual = _USUAL.match(json.text, json.position)
         text = (usual[1] or usual[6]) if usual else ""
         if usual and (layout := layouts.get(text)):
@@ -209,7 +209,7 @@ def parse_header(data: bytes | bytearray, *, buffer_size: int, label: str) -> He
             raise corrupt(
                 label,
                 f"tensor {name!r}",
-                expected=f"data_offsets within the {buffer_size} bytes behind the header",
+                expected=f"data_offsets within the {buffer_size} bytes after the header",
                 found=f"[{begin}, {end}]",
             )
 
@@ -221,8 +221,8 @@ def parse_header(data: bytes | bytearray, *, buffer_size: int, label: str) -> He
         in_order = in_order and begin == last
         last = end
 
-    if behind := json.text[json.position :].strip(" "):
-        raise corrupt(label, "header", expected="nothing but spaces behind its last '}'", found=repr(behind[:20]))
+    if rest := json.text[json.position :].strip(" "):
+        raise corrupt(label, "header", expected="only spaces after its last '}'", found=repr(rest[:20]))
 
     if not in_order:
         order = sorted(range(len(names)), key=lambda i: (begins[i], ends[i]))
@@ -246,7 +246,7 @@ def parse_header(data: bytes | bytearray, *, buffer_size: int, label: str) -> He
 
 
 def _tensor(json: StrictJson, name: str) -> tuple[tuple[str, tuple[int, ...], int], int, int]:
-    """The value of a tensor, its fields in any order: (dtype, shape, bytes), begin, end."""
+    """Parse the entry of a tensor; return (dtype, shape, bytes), begin and end."""
     where = f"tensor {name!r}"
     dtype: str | None = None
     shape: tuple[int, ...] | None = None
@@ -255,7 +255,7 @@ def _tensor(json: StrictJson, name: str) -> tuple[tuple[str, tuple[int, ...], in
     for key in json.members(where):
         if key == "dtype":
             given = json.string(f"{where}, dtype")
-            dtype = _DTYPES.get(given)  # the one string of that name, not one per tensor
+            dtype = _DTYPES.get(given)  # one shared string, rather than one per tensor
             if dtype is None:
                 raise json.fail(f"{where}, dtype", f"one of {', '.join(BITS)}", repr(given[:80]))
         elif key == "shape":
@@ -278,7 +278,7 @@ def _tensor(json: StrictJson, name: str) -> tuple[tuple[str, tuple[int, ...], in
 
 
 def _nbytes(json: StrictJson, where: str, dtype: str, shape: tuple[int, ...]) -> int:
-    # Strides overflow even where a dim of zero makes the tensor empty, so zeros count as ones here.
+    # Strides can overflow even if a dim of zero makes the tensor empty, so zeros count as ones here.
     elements = strides = 1
     for size in shape:
         elements *= size
@@ -316,7 +316,7 @@ def _require_contiguous(
         raise corrupt(
             label,
             f"tensor {names[-1]!r}, the last" if names else "header",
-            expected=f"tensors that cover all of the {buffer_size} bytes behind the header",
+            expected=f"tensors that cover all of the {buffer_size} bytes after the header",
             found=f"that they end at {last}",
         )
 

@@ -1,7 +1,7 @@
-"""The safetensors format, written: a file whose tensors come one after another, none of them kept.
+"""Writer of safetensors files, one tensor at a time.
 
-Source: https://github.com/huggingface/safetensors, the section *Format*. What is written here, :mod:`.safetensors`
-reads; the rules are told there.
+Source: https://github.com/huggingface/safetensors, the section *Format*. :mod:`.safetensors` reads such files, and
+explains their rules.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from lading.formats.manifest import BITS
 from lading.formats.safetensors import MAX_HEADER_SIZE, MAX_NAME_SIZE, PREFIX_SIZE
 
 METADATA: Mapping[str, str] = {"format": "pt"}
-"""What transformers wants to see in each file: that tensors are laid out as torch lays them out."""
+"""The metadata that transformers requires in each file: the tensors have the layout of torch."""
 
 _OFFSET_DIGITS = 20
-"""More than any offset has."""
+"""More digits than any offset has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """A tensor that is to be written."""
+    """A tensor to write."""
 
     name: str
     dtype: str
-    """A key of :data:`lading.formats.manifest.BITS`."""
+    """The dtype, a key of :data:`lading.formats.manifest.BITS`."""
     shape: tuple[int, ...]
 
     @property
@@ -42,19 +42,19 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """At most so many bytes of a file."""
+        """An upper bound of the bytes that the tensor takes in a file, its header entry included."""
         header = len(json.dumps(self.name)) + len(_entry(self, 0)) + 2 * _OFFSET_DIGITS
 
         return self.nbytes + header
 
 
 def shards_of(entries: Sequence[Entry], shard_size: int) -> list[list[int]]:
-    """The tensors of each file, by their positions in ``entries``.
+    """Distribute tensors over files; return the positions in ``entries`` of the tensors of each file.
 
-    Files are filled in the order of ``entries``; within one, tensors of wide elements come first, so that each is
+    Files are filled in the order of ``entries``. Within a file, tensors of wide elements come first, so that all are
     aligned.
 
-    :param shard_size: bytes that a file has at most, unless a single tensor has more.
+    :param shard_size: the most bytes of a file, unless a single tensor has more.
     """
     fixed = PREFIX_SIZE + len(json.dumps({"__metadata__": METADATA})) + 8
     shards: list[list[int]] = [[]]
@@ -70,14 +70,14 @@ def shards_of(entries: Sequence[Entry], shard_size: int) -> list[list[int]]:
 
 
 def shard_names(count: int) -> list[str]:
-    """The names of so many files, as transformers gives them."""
+    """Return the names of ``count`` files, as transformers names them."""
     return [FILE_NAME] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
 
 
 def write_index(folder: Path, shards: Mapping[str, Sequence[Entry]]) -> None:
     """Write the index of a checkpoint of several files.
 
-    :param shards: by the name of each file, its tensors.
+    :param shards: the tensors of each file, by the file's name.
     """
     entries = [entry for shard in shards.values() for entry in shard]
     index = {
@@ -95,7 +95,7 @@ def write_index(folder: Path, shards: Mapping[str, Sequence[Entry]]) -> None:
 
 
 class Writer:
-    """Writes one file: the header at once, then the bytes of each tensor in turn; on the disk when it is left.
+    """A writer of one file, which writes the header first and flushes the file to the disk at the end of the block.
 
     ::
 
@@ -105,8 +105,8 @@ class Writer:
 
     :param entries: all tensors of the file, in the order of their bytes.
 
-    :raises InternalError: a tensor that cannot be written in this format, too many of them, or other bytes than
-        ``entries`` say.
+    :raises InternalError: a tensor cannot be written in this format, there are too many of them, or their bytes do not
+        match ``entries``.
     :raises OSError: the disk is full, or cannot be written.
     """
 
@@ -126,7 +126,7 @@ class Writer:
         entry = self._entries[self._next] if self._next < len(self._entries) else None
         if entry is None or data.nbytes != entry.nbytes:
             expected = "no further tensor" if entry is None else f"{entry.nbytes} bytes of {entry.name!r}"
-            raise InternalError(f"{self._file.name}: expected {expected}, found {data.nbytes} bytes to be written")
+            raise InternalError(f"{self._file.name}: expected {expected}, found {data.nbytes} bytes to write")
         self._file.write(data)
         self._next += 1
 
@@ -146,14 +146,14 @@ class Writer:
 
 
 def header_of(entries: Sequence[Entry], metadata: Mapping[str, str] = METADATA) -> bytes:
-    """What comes before the bytes of the tensors in a file.
+    """Return the bytes of a file before those of its tensors.
 
     :param entries: all tensors of the file, in the order of their bytes.
 
-    :raises InternalError: a tensor that cannot be written in this format, or too many of them.
+    :raises InternalError: a tensor cannot be written in this format, or there are too many of them.
     """
     if len({entry.name for entry in entries}) != len(entries):
-        raise InternalError("tensors of equal names were to be written to one file")
+        raise InternalError("tensors of one file must have unique names")
 
     parts = [f'"__metadata__":{json.dumps(metadata)}']
     end = 0
@@ -164,9 +164,9 @@ def header_of(entries: Sequence[Entry], metadata: Mapping[str, str] = METADATA) 
         end += entry.nbytes
 
     text = "{" + ",".join(parts) + "}"
-    text += " " * (-len(text) % 8)  # so that the bytes behind it are aligned
+    text += " " * (-len(text) % 8)  # aligns the bytes after the header
     if len(text) > MAX_HEADER_SIZE:
-        raise InternalError(f"a header of {len(text)} bytes was to be written, but {MAX_HEADER_SIZE} are the limit")
+        raise InternalError(f"a header can have at most {MAX_HEADER_SIZE} bytes, but this one has {len(text)}")
 
     return len(text).to_bytes(PREFIX_SIZE, "little") + text.encode("ascii")
 

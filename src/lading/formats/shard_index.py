@@ -1,7 +1,7 @@
-"""Checkpoints of many files, of safetensors or of ``torch.save``, with an index that says which tensor is in which.
+"""Sharded checkpoints of safetensors or ``torch.save`` files, whose index names the file of each tensor.
 
-The index is JSON: ``{"metadata": {…}, "weight_map": {"tensor": "file", …}}``. Its word decides which files belong to
-the checkpoint; others in the folder are not looked at.
+The index is JSON: ``{"metadata": {…}, "weight_map": {"tensor": "file", …}}``. Only the files that it names belong to
+the checkpoint; others in the folder are ignored.
 
 Source: https://huggingface.co/docs/safetensors/metadata_parsing, *Sharded safetensors*.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
 from lading.formats.any_format import read_part
-from lading.formats.files import LFS_POINTER, File, corrupt, open_file, stands_for_another
+from lading.formats.files import LFS_POINTER, File, corrupt, lfs_pointer_error, open_file
 from lading.formats.first_bytes import Format
 from lading.formats.folder import is_torch_format
 from lading.formats.manifest import Manifest
@@ -25,28 +25,28 @@ from lading.formats.strict_json import StrictJson
 log = logging.getLogger("lading")
 
 MAX_INDEX_SIZE = 100_000_000
-"""Bytes; the limit that a header has, too."""
+"""The most bytes of an index, as of a header."""
 
 _MAX_FILE_NAME = 255
-"""Bytes; the limit of the common file systems."""
+"""The most bytes of a file name, as in common file systems."""
 
 _MAX_LINES = 20
-"""Disagreements that an error lists; the rest it counts."""
+"""The most disagreements that an error lists; further ones are counted."""
 
 
 def index_shards(
     path: Path, *, restrict: bool = True, name: str | None = None, shards: Mapping[str, Path] | None = None
 ) -> Manifest:
-    """The manifest of the checkpoint whose index is at ``path``.
+    """Return the manifest of the checkpoint whose index is at ``path``.
 
-    :param restrict: as :func:`lading.formats.index` takes it.
-    :param name: of the index, where the one in ``path`` says nothing.
-    :param shards: the files that it names; default: they lie beside it.
+    :param restrict: see :func:`lading.formats.index`.
+    :param name: the name of the index, if it differs from that in ``path``.
+    :param shards: the paths of the files, by name; default: in the folder of the index.
 
-    :raises CheckpointNotFoundError: no index is at ``path``.
+    :raises CheckpointNotFoundError: ``path`` does not exist.
     :raises CorruptModelCheckpointError: the index is not valid, a file that it names is missing or damaged, or the
-        index and the files do not agree on which tensors there are.
-    :raises RefusedPickleError: a file of ``torch.save`` would import what a state dict does not need.
+        index and the files disagree about the tensors.
+    :raises RefusedPickleError: a file of ``torch.save`` would import something that a state dict does not need.
     :raises NotSupportedError: a tensor of such a file is not a plain range of bytes.
     :raises OSError: a file cannot be read.
     """
@@ -60,17 +60,17 @@ def index_shards(
 
 
 def _kind(kinds: Collection[Format]) -> Format:
-    """Return the format of a checkpoint whose files have these."""
+    """Return the format of a checkpoint whose files have ``kinds``."""
     return "torch" if "torch" in kinds else "safetensors"
 
 
 def read_index_at(path: Path, *, name: str | None = None) -> Index:
-    """What the index at ``path`` says.
+    """Read the index at ``path``.
 
-    :param name: of the index, where the one in ``path`` says nothing.
+    :param name: the name of the index, if it differs from that in ``path``.
 
-    :raises CheckpointNotFoundError: no index is at ``path``.
-    :raises CorruptModelCheckpointError: it is not valid.
+    :raises CheckpointNotFoundError: ``path`` does not exist.
+    :raises CorruptModelCheckpointError: the index is not valid.
     """
     with open_file(path) as file:
         return read_index(file if name is None else replace(file, name=name))
@@ -80,33 +80,32 @@ def _read_shard(name: str, path: Path, restrict: bool) -> tuple[Part, Format] | 
     try:
         return read_part(path, restrict=restrict, name=name)
     except CheckpointNotFoundError:
-        # Not an error of that type: the checkpoint was found, and a part of it is missing.
+        # The caller raises another error: the checkpoint exists, but a part of it is missing.
         return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Index:
-    """What an index says."""
+    """The content of an index."""
 
     file: File
     weight_map: Mapping[str, str]
-    """Tensor → file."""
+    """The file of each tensor."""
     tensors: Mapping[str, Sequence[str]]
-    """File → its tensors; the files by name, which are plain names of files beside the index."""
+    """The tensors of each file; files are sorted by name, which is a plain name in the folder of the index."""
 
 
 def join_shards(index: Index, parts: Sequence[Part | None], *, kind: Format = "safetensors") -> Manifest:
-    """The manifest of the checkpoint of an index.
+    """Return the manifest of the checkpoint of an index.
 
-    :param parts: one for each of ``index.tensors``; ``None`` where there is no such file.
-    :param kind: the manifest's ``format``.
+    :param parts: one part for each of ``index.tensors``; ``None`` if the file is missing.
+    :param kind: the ``format`` of the manifest.
 
-    :raises CorruptModelCheckpointError: a file is missing, or the index and the files do not agree on which tensors
-        there are.
+    :raises CorruptModelCheckpointError: a file is missing, or the index and the files disagree about the tensors.
     """
     found = [part for part in parts if part is not None]
     problems = [f"{file!r} is missing" for file, part in zip(index.tensors, parts, strict=True) if part is None]
-    # A missing file would repeat itself in each of its tensors.
+    # Each tensor of a missing file would be another problem.
     problems = problems or _disagreements(index, found)
     if problems:
         raise _disagreement(index.file.label, problems)
@@ -115,9 +114,9 @@ def join_shards(index: Index, parts: Sequence[Part | None], *, kind: Format = "s
 
 
 def read_index(file: File) -> Index:
-    """What the index in ``file`` says.
+    """Read the index in ``file``.
 
-    :raises CorruptModelCheckpointError: it is not valid, or it names files that are not beside it.
+    :raises CorruptModelCheckpointError: it is not valid, or names files outside of its folder.
     """
     weight_map = _read_weight_map(file)
     tensors: dict[str, list[str]] = {name: [] for name in sorted(set(weight_map.values()))}
@@ -134,7 +133,7 @@ def _read_weight_map(file: File) -> dict[str, str]:
         raise corrupt(label, "", expected=f"at most {MAX_INDEX_SIZE} bytes", found=f"{file.size}")
     data = file.read(0, file.size)
     if data.startswith(LFS_POINTER):
-        raise stands_for_another(label)
+        raise lfs_pointer_error(label)
 
     json = StrictJson(data, label=label, what="index")
     weight_map: dict[str, str] | None = None
@@ -143,8 +142,8 @@ def _read_weight_map(file: File) -> dict[str, str]:
         if key == "weight_map":
             weight_map = json.string_map("weight_map")
         else:
-            # Free-form. `metadata.total_size`, too: writers count tied and quantised weights in their own ways and
-            # checkpoints that load everywhere else have it wrong, while the headers say what there is to the byte.
+            # Other keys are free-form. `metadata.total_size` is not checked, as writers count tied and quantized
+            # weights differently and many good checkpoints state a wrong size; the headers are exact.
             if key == "metadata" and not json.comes("{"):
                 raise json.fail("metadata", "an object")
             json.skip(repr(key[:80]))
@@ -153,21 +152,21 @@ def _read_weight_map(file: File) -> dict[str, str]:
 
     if not weight_map:
         found = "none" if weight_map is None else "an empty one"
-        raise corrupt(label, "index", expected="a weight_map that says which file each tensor is in", found=found)
+        raise corrupt(label, "index", expected="a weight_map that names the file of each tensor", found=found)
 
     return weight_map
 
 
 def _require_plain_names(label: str, files: Iterable[str], suffix: str) -> None:
-    """Nothing but the name of a file in the same folder: whoever wrote the index must not choose what is read."""
+    """Require plain names of files in the same folder, so that an index cannot name other files to be read."""
     for file in files:
-        # `isprintable` is false for control, bidirectional and other characters that hide what a name says.
+        # `isprintable` is false for control, bidirectional and other deceptive characters.
         plain = file.isprintable() and not set(file) & set("/\\") and len(file.encode()) <= _MAX_FILE_NAME
         if not plain or not file.endswith(suffix):
             raise corrupt(
                 label,
                 "weight_map",
-                expected=f"plain file names that end in {suffix}, for files beside the index",
+                expected=f"plain file names that end in {suffix}, for files in the folder of the index",
                 found=repr(file[:80]),
             )
 
@@ -187,8 +186,8 @@ def _disagreements(index: Index, parts: Sequence[Part]) -> list[str]:
                 problems.append(f"tensor {name!r} is in {shard.name!r}, but the index says {file!r}")
 
     if agreed != len(index.weight_map) and not problems:
-        # Writers forget to take out what they did not save, such as a head that drafts tokens. Whether it is needed
-        # the model will say.
+        # Some writers list tensors that they did not save, such as those of a head that drafts tokens. The fit check
+        # reports those that the model needs.
         held = {name for _, header in parts for name in header.names}
         absent = [name for name in index.weight_map if name not in held]
         log.warning(
@@ -207,12 +206,12 @@ def _disagreement(label: str, problems: list[str]) -> CorruptModelCheckpointErro
     if more := len(others) - len(lines):
         lines.append(f"and {more} more")
 
-    # The first one stands on the first line, which is all that some readers show.
+    # The first problem is on the first line, which is all that some tools show.
     return corrupt(
         label,
         "",
         expected="an index and files that agree",
-        found=f"{len(problems)} {'place' if len(problems) == 1 else 'places'} where they do not: {first}"
+        found=f"{len(problems)} {'disagreement' if len(problems) == 1 else 'disagreements'}: {first}"
         + "".join(f"\n  {line}" for line in lines)
         + ("\n" if lines else ""),
     )

@@ -24,7 +24,7 @@ from lading.errors import (
     ModelFamilyNotKnownError,
     NotSupportedError,
 )
-from lading.formats.config_json import read_hf_config, refuse_quantised_config
+from lading.formats.config_json import read_hf_config, refuse_quantized_config
 from lading.models.construct import check_config_type
 from lading.models.family import Family, family_of_model_type, get_family
 from lading.transfer.dtypes import FLOATS, TORCH_DTYPES, DType
@@ -181,7 +181,7 @@ def family_of_folder(path: Path, asked: Family[Any, Any] | None = None) -> tuple
             "(`lading families` shows them)."
         )
 
-    refuse_quantised_config(hf_config, path)
+    refuse_quantized_config(hf_config, path)
 
     return family, family.from_hf(hf_config)
 
@@ -208,7 +208,7 @@ def complete_config(
 
     check_config_type(config, family)
     hf_config = read_or_fetch_config(checkpoint, store)
-    refuse_quantised_config(hf_config, checkpoint.where)
+    refuse_quantized_config(hf_config, checkpoint.where)
 
     return family.complete(config, hf_config)
 

@@ -28,7 +28,7 @@ from lading.errors import (
     NotSupportedError,
 )
 from lading.formats import NonContiguousError
-from lading.formats.config_json import read_hf_config, refuse_quantised_config
+from lading.formats.config_json import read_hf_config, refuse_quantized_config
 from lading.formats.manifest import Manifest
 from lading.operations.card_links import names_of
 from lading.operations.find_checkpoints import FoundCheckpoint, find_places, hub_places, require_inside
@@ -328,7 +328,7 @@ def _read(path: Path, place: FoundCheckpoint, *, restrict: bool) -> tuple[Manife
     """What a checkpoint holds, and its files; nothing of it is read before all links are seen to stay inside."""
     _uri_of(path)  # before any work, as it may be none that the catalog keeps
     require_inside(path, place)
-    refuse_quantised_config(read_hf_config(path), path)
+    refuse_quantized_config(read_hf_config(path), path)
     try:
         found = LocalCheckpointFiles.read(path, restrict=restrict, rewrite=False)
     except NonContiguousError:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lading.errors import LadingError, NotSupportedError
-from lading.formats.config_json import CONFIG_NAME, read_config_json, refuse_quantised_config
+from lading.formats.config_json import CONFIG_NAME, read_config_json, refuse_quantized_config
 from lading.formats.safetensors_writer import Entry, shard_names, shards_of
 from lading.models.construct import build_on_meta
 from lading.models.family import Family
@@ -133,7 +133,7 @@ def config_values(
 
 def _read_config(path: Path) -> Mapping[str, object]:
     values = read_config_json(path) or {}
-    refuse_quantised_config(values, path.parent)
+    refuse_quantized_config(values, path.parent)
 
     return values
 

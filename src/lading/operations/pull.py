@@ -29,7 +29,7 @@ from lading.checkpoints.recording import fetch_extra_files, known_content, requi
 from lading.checkpoints.verification import require_pinned
 from lading.errors import AssetCardError, FetchError, NotSupportedError
 from lading.formats import NotByHeadersError
-from lading.formats.config_json import CONFIG_NAME, refuse_quantised_config
+from lading.formats.config_json import CONFIG_NAME, refuse_quantized_config
 from lading.models.fit import check_manifest, require_fit
 from lading.models.resolve import family_of_card, resolve_model
 from lading.sources.open import HTTP_SCHEMES, HUB_SCHEMES, open_source
@@ -120,7 +120,7 @@ def pull_model(
         else:
             checkpoint, published, missing = _fetched_whole(card, ref, store, revision, progress=progress)
     else:
-        refuse_quantised_config(published.hf_config, ref.shown)
+        refuse_quantized_config(published.hf_config, ref.shown)
         checkpoint = _as_checkpoint(card, ref, published, store)
     pinned = with_pins(checkpoint, card, store)
     _require_fit(card, checkpoint, published, store)

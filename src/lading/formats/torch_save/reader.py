@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from lading.errors import CorruptModelCheckpointError, NotSupportedError, RefusedPickleError
-from lading.formats.files import LFS_POINTER, corrupt, stands_for_another
+from lading.formats.files import LFS_POINTER, corrupt, lfs_pointer_error
 from lading.formats.manifest import BITS
 from lading.formats.safetensors import MAX_NAME_SIZE, Header
 from lading.formats.torch_save.pickle_machine import MAX_PICKLE_SIZE, Pickle, read_pickle
@@ -109,7 +109,7 @@ def place_tensors(file: BinaryIO, *, base: int, size: int, label: str, restrict:
     elif head[:1] == b"\x80":
         value, storages = _read_legacy(file, base, size, label, restrict)
     elif head == LFS_POINTER[:4]:
-        raise stands_for_another(label)
+        raise lfs_pointer_error(label)
     else:
         raise corrupt(label, "", expected="a file that `torch.save` wrote", found=f"{head!r} as its first bytes")
 

@@ -80,7 +80,8 @@ class Client:
     """
 
     def __init__(self, uri: str, *, timeouts: Timeouts) -> None:
-        """
+        """Create the client for ``uri``, without connecting.
+
         :raises PolicyError: requests to ``uri`` are refused.
         :raises SettingsError: the environment names a proxy that cannot be used.
         """
