@@ -175,7 +175,7 @@ class TestShow:
         bad = tmp_path / "bad.yaml"
         bad.write_text("name: bad_arch\nmodel_family: qwen\nmodel_arch: qwen9\ncheckpoint: hg://a/b\n")
         cli("import", bad)
-        assert "'qwen9' is no architecture" in cli("show", "bad_arch").stdout
+        assert "'qwen9' is not an architecture" in cli("show", "bad_arch").stdout
 
     def test_a_gated_model_says_where_to_ask(self, cli, cards):
         assert "ask at  https://example.com/ask\n" in cli("show", "tiny_gated").stdout
@@ -503,7 +503,7 @@ def test_usage(cli, words):
     assert result.stdout == ""
     assert result.stderr.startswith("lading: error: ")
     assert result.stderr.count("\n") == 1
-    assert re.search(r"[.?)] `lading.* --help` says more\.$", result.stderr)
+    assert re.search(r"[.?)] Run `lading.* --help` for help\.$", result.stderr)
 
 
 def test_commands_are_suggested(cli):
@@ -639,7 +639,7 @@ def test_a_field_that_is_nearly_right_is_told(cli, process, cards, home, tmp_pat
 
 
 def test_a_card_whose_file_is_out_of_sight(cli, cards):
-    assert "out of sight" not in cli("show", "tiny").stdout
+    assert "not accessible" not in cli("show", "tiny").stdout
     cards.rename(cards.with_name("elsewhere"))
-    assert f"file://{cards} (out of sight; the card is kept as it was)" in cli("show", "tiny").stdout
+    assert f"file://{cards} (not accessible; the card is kept as it was)" in cli("show", "tiny").stdout
     assert json.loads(cli("show", "tiny", "--json").stdout)["source"] == f"file://{cards}"

@@ -109,8 +109,8 @@ class TestCheck:
         report = json.loads(cli("check", tmp_path / "m", "--json").stdout)
         assert (report["fits"], report["problems"], sorted(report["drawn"])) == (True, [], sorted(drawn))
         last = cli("check", tmp_path / "m").stdout.splitlines()[-1]
-        assert last.startswith("drawn anew  ")
-        assert sorted(last.removeprefix("drawn anew  ").split(", ")) == sorted(drawn)
+        assert last.startswith("initialized  ")
+        assert sorted(last.removeprefix("initialized  ").split(", ")) == sorted(drawn)
 
         # What a user has to decide on is a problem: a head, or the weights of a layer.
         state.pop(next(name for name in state if "fc1.weight" in name))

@@ -305,7 +305,7 @@ def test_what_is_here_is_verified_where_nothing_can_be_recorded(world: World, pl
     ):
         done = place.run("verify", *words, "--json", **ways)
         assert {row["result"] for row in json.loads(done.out)} == results
-        assert re.fullmatch("lading: nothing of this was recorded, as the catalog .* cannot be written\n", done.err)
+        assert re.fullmatch("lading: none of this was recorded, as the catalog .* cannot be written\n", done.err)
     assert place.rows() == before
 
 
@@ -317,7 +317,7 @@ def test_what_is_not_right_is_said_where_nothing_can_be_recorded(world: World, p
     done = place.run("verify", "web", code=4, **freeze(place.folder))
 
     assert re.search(
-        "lading: web is not what it should be. .*\nlading: nothing of this was recorded, as .*\n$", done.err
+        "lading: web does not match its digests. .*\nlading: none of this was recorded, as .*\n$", done.err
     )
 
 

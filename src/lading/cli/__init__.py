@@ -10,7 +10,7 @@ import sys
 def main() -> None:
     """Run the command line of this process, and exit."""
     _fill_closed_streams()
-    # What is imported stays, and is much: looking for garbage in it takes a tenth of the time of a short command.
+    # Imported modules are never garbage, but scanning them would take a tenth of the time of a short command.
     gc.set_threshold(100_000)
 
     try:
@@ -18,15 +18,14 @@ def main() -> None:
 
         app()
     except KeyboardInterrupt:
-        # Only the moments around the command itself are left for here: imports, and the way out.
+        # During the command, `Program` handles it; this covers imports and the exit.
         sys.exit(130)
 
 
 def _fill_closed_streams() -> None:
-    """Open the null device as each standard stream that is closed.
+    """Open the null device in place of each closed standard stream.
 
-    The next files that are opened would else take their numbers, and what a library written in C says on stderr would
-    go into a checkpoint.
+    Otherwise the next opened file takes its number, and a C library that writes to stderr would damage a checkpoint.
     """
     for number in range(3):
         try:

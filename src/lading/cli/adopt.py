@@ -20,7 +20,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 _TABLE = (
-    Column(name="status", colour={"adopted": "green", "failed": "red"}.get),
+    Column(name="status", color={"adopted": "green", "failed": "red"}.get),
     Column(name="cards", show=lambda cards: ", ".join(cards) or "-", keep=True),
     Column(name="bytes", heading="size", show=human_bytes, right=True),
     Column(name="path"),
@@ -29,14 +29,14 @@ _TABLE = (
 
 @command("adopt")
 @click.argument("paths", nargs=-1, metavar="[PATH]...", type=click.Path(path_type=Path))
-@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be done.")
 @no_restrict
 @listing_options
 def adopt(paths: tuple[Path, ...], dry_run: bool, no_restrict: bool, form: Form) -> None:
-    """Take checkpoints that are on this machine into the catalog.
+    """Add checkpoints that are on this machine to the catalog.
 
-    They stay where they are, and lading never deletes them. Without PATH, those in the cache of Hugging Face's
-    libraries are taken; else those in the folders PATH, at any depth.
+    They stay in place, and lading never deletes them. Adds those in the folders PATH, at any depth; without PATH, those
+    in the cache of Hugging Face's libraries.
 
     For example: lading adopt /models
     """
@@ -71,8 +71,8 @@ def _counts(found: tuple[Adoption, ...]) -> dict[str, int]:
 
 def _suggest(adoption: Adoption) -> None:
     click.echo(
-        f"lading: {printable(str(adoption.path))} is of no card. If it is what its name says, a card file with this "
-        "makes the model load it:",
+        f"lading: {printable(str(adoption.path))} belongs to no card. If its name is right, add this to a card file to "
+        "let the model load it:",
         err=True,
     )
     for overlay in adoption.overlays:

@@ -1,4 +1,4 @@
-"""The program `lading`: its commands and global options."""
+"""The `lading` command line: its commands and global options."""
 
 from __future__ import annotations
 

@@ -26,13 +26,13 @@ _PATHS = ("checkpoint", "tokenizer")
 
 @command("import")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(allow_dash=True))
-@click.option("--dry-run", is_flag=True, help="Say what would change, and change nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would change, and change nothing.")
 @click.option("--replace", is_flag=True, help="Replace cards that came from another source.")
-@click.option("--keep-going", is_flag=True, help="Import the good cards of files that also hold bad ones.")
+@click.option("--keep-going", is_flag=True, help="Import the valid cards of files that also hold invalid ones.")
 def import_(paths: tuple[str, ...], dry_run: bool, replace: bool, keep_going: bool) -> None:
     """Import cards and architectures from files and folders.
 
-    A file that ends in .jsonl holds one per line; others are YAML. A PATH of - is stdin. With -v all names are shown.
+    A file that ends in .jsonl holds one per line; others are YAML. A PATH of - is stdin. With -v, shows all names.
 
     For example: lading import ./cards --dry-run
     """
@@ -65,7 +65,7 @@ def import_(paths: tuple[str, ...], dry_run: bool, replace: bool, keep_going: bo
 def export_cards(pattern: str | None, output: str | None) -> None:
     """Write cards and architectures as YAML that can be imported.
 
-    PATTERN is a name with * and ? as in a shell; without one, everything is written.
+    PATTERN is a name with * and ? as in a shell; the default is all.
 
     For example: lading export-cards 'qwen*' -o qwen.yaml
     """
@@ -83,7 +83,7 @@ def export_cards(pattern: str | None, output: str | None) -> None:
 
 
 def _with_absolute_paths(entry: CardEntry) -> CardEntry:
-    """What the card's file said relative to its folder, said so that it holds from anywhere."""
+    """Return the entry with its relative paths made absolute."""
     if entry.folder is None:
         return entry
 
@@ -104,7 +104,7 @@ def _absolute(field: AssetCardField) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file such that it is there in full or as it was before; a pipe or a device is simply written to."""
+    """Replace a file atomically; write to pipes and devices directly."""
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
         return

@@ -24,9 +24,9 @@ MISMATCH = 4
 @no_restrict
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def check(target: str, no_restrict: bool, as_json: bool) -> None:
-    """Say whether a checkpoint fits its model.
+    """Check that a checkpoint fits its model.
 
-    The names, shapes and dtypes of the tensors are compared with what the architecture needs; no tensor is read. The
+    Compares the names, shapes and dtypes of the tensors with those that the architecture needs; reads no tensor. The
     model is that of the card NAME, or of the Hugging Face style folder at PATH.
 
     For example: lading check qwen3_0.6b
@@ -34,7 +34,7 @@ def check(target: str, no_restrict: bool, as_json: bool) -> None:
     from lading.catalog.store import get_asset_store
 
     store = get_asset_store()
-    # Whether the name is known is said before torch is imported, which takes a second.
+    # Reports an unknown name before the import of torch, which takes a second.
     model = name_or_path(target, store)
 
     from lading.operations.check import check_model
@@ -62,5 +62,5 @@ def _summary(report: CheckReport) -> dict[str, object]:
         "tensors": f"{report.matched} of {report.tensors} are needed",
         **({"tied": some(report.tied)} if report.tied else {}),
         **({"dropped": some(report.dropped)} if report.dropped else {}),
-        **({"drawn anew": some(report.drawn)} if report.drawn else {}),
+        **({"initialized": some(report.drawn)} if report.drawn else {}),
     }

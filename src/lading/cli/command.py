@@ -1,4 +1,4 @@
-"""Commands and groups that load on demand, know the global options, and turn every failure into a line and a code."""
+"""Commands and groups with lazy imports, global options, and error handling."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger("lading")
 
 
 def _set_debug(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-    # All contexts of one command line share `meta`, so the option counts wherever it stands.
+    # All contexts of a command line share `meta`, so the option works before and after the command's name.
     if value:
         context.meta[_DEBUG] = True
 
@@ -38,7 +38,7 @@ def _global_options(*, hidden: bool) -> list[click.Parameter]:
     return [
         click.Option(
             ["-v", "--verbose"], count=True, expose_value=False, callback=_set_verbose, hidden=hidden,
-            help="Say what is being done; twice: in detail.",
+            help="Log each step; twice: in detail.",
         ),
         click.Option(
             ["--debug"], is_flag=True, expose_value=False, callback=_set_debug, hidden=hidden,
@@ -48,7 +48,7 @@ def _global_options(*, hidden: bool) -> list[click.Parameter]:
 
 
 class Command(click.Command):
-    """A command that takes the global options behind its name too: ``lading load NAME --debug``."""
+    """A command that also accepts the global options after its name: ``lading load NAME --debug``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -61,16 +61,16 @@ command = partial(click.command, cls=Command)
 no_restrict = click.option(
     "--no-restrict",
     is_flag=True,
-    help="Pass over objects in a file of torch.save that a state dict does not need, instead of refusing the file.",
+    help="Skip objects in a torch.save file that a state dict does not need, instead of refusing the file.",
 )
 """The option of commands that read checkpoints at paths; they receive ``no_restrict``."""
 
 
 class Group(click.Group):
-    """A group of commands that are imported only once they are needed.
+    """A group of commands that are imported on first use.
 
-    :param lazy: name of a subcommand → ``"module:attribute"``, in the order in which help shows them.
-    :param aliases: further names of subcommands, which help does not show.
+    :param lazy: ``"module:attribute"`` of each subcommand, in the order of the help.
+    :param aliases: further names of subcommands, which the help does not show.
     """
 
     command_class = Command
@@ -118,16 +118,16 @@ class Program(Group):
     def main(  # type: ignore[override]
         self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
     ) -> NoReturn:
-        """Run it and exit; see the exit codes in :mod:`lading.errors`."""
+        """Run the command line and exit; :mod:`lading.errors` lists the exit codes."""
         extra.pop("standalone_mode", None)
         handler, level = _Stderr(), log.level
         log.addHandler(handler)
         log.setLevel(logging.WARNING)
-        # What fails in closing a connection, as when an interrupt comes just then, SQLAlchemy logs with its traceback.
+        # SQLAlchemy logs errors in closing a connection, such as an interrupt, with a traceback.
         silent = logging.NullHandler()
         logging.getLogger("sqlalchemy.pool").addHandler(silent)
         _never_fail_to_encode()
-        # What that client warns of, such as little space, lading checks itself and says in one line.
+        # lading checks what that client warns of, such as little disk space, and reports it in one line.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"huggingface_hub\.")
 
         try:
@@ -137,7 +137,7 @@ class Program(Group):
         except click.ClickException as error:
             code = report(error, debug=False)
         except Exception as error:
-            # No command has begun yet, so it is not what the user asked for that failed.
+            # No command has started yet, so this is a bug.
             code = report(error, debug=True)
         finally:
             logging.getLogger("sqlalchemy.pool").removeHandler(silent)
@@ -149,7 +149,7 @@ class Program(Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             result = super().invoke(ctx)
-            # A reader that has gone is noticed here rather than by the interpreter on its way out.
+            # Flushing here reports a closed pipe as an error of the command, not of the interpreter's exit.
             if sys.stdout is not None:
                 sys.stdout.flush()
         except (click.ClickException, click.exceptions.Exit):
@@ -165,7 +165,7 @@ class Program(Group):
 
 
 class _Stderr(logging.Handler):
-    """Messages of the package on stderr; whatever ``sys.stderr`` is at that moment."""
+    """A handler that writes the package's messages to the current ``sys.stderr``."""
 
     def emit(self, record: logging.LogRecord) -> None:
         label = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
@@ -182,7 +182,7 @@ def _never_fail_to_encode() -> None:
 
 
 def _abandon_stdout() -> None:
-    """Nothing more can be written where the reader is gone or the disk is full; don't let the interpreter try again."""
+    """Replace a broken stdout (closed pipe, full disk), so that the interpreter does not fail to flush it at exit."""
     if sys.stdout is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""Names for the shell's completion: quick, and silent whatever happens."""
+"""Shell completion of names, which is fast and never reports errors."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _MOST = 200
 
 
 def complete_model(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names of models."""
+    """Complete names of models."""
     return _silent(lambda store: [m.name for m in store.models(f"{escape(incomplete)}*", limit=_MOST)])
 
 
 def complete_target(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names of models, or files where the word is a path already."""
+    """Complete names of models, or files if the word is a path."""
     if "/" in incomplete or incomplete.startswith((".", "~")):
         return [CompletionItem(incomplete, type="file")]
 
@@ -30,7 +30,7 @@ def complete_target(context: click.Context, parameter: click.Parameter, incomple
 
 
 def complete_comparable(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names of models and ``family/architecture``, or files where the word is a path already."""
+    """Complete names of models and ``family/architecture``, or files if the word is a path."""
     family, slash, arch = incomplete.partition("/")
     if slash and (
         found := _silent(
@@ -43,13 +43,12 @@ def complete_comparable(context: click.Context, parameter: click.Parameter, inco
 
 
 def complete_family(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names of families."""
+    """Complete names of families."""
     return _silent(lambda store: [f.name for f in store.families() if f.name.startswith(incomplete)])
 
 
 def _silent(produce: Callable[[AssetStore], Iterable[str]]) -> list[CompletionItem]:
-    # There may be no catalog yet, or one of another version or one that is locked: a key press must neither make one
-    # nor complain nor wait.
+    # A key press must not create a catalog, wait for a lock, or report an error.
     logging.getLogger("lading").setLevel(logging.CRITICAL + 1)
     try:
         from lading.catalog.open import open_catalog_readonly

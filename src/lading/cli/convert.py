@@ -1,4 +1,4 @@
-"""`lading convert` and `lading export`: one way to write a model, and two ways to name it."""
+"""`lading convert` and `lading export`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 
 from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_model, complete_target
-from lading.cli.describe import DTYPES, asked_dtype, dtype_text, some
+from lading.cli.describe import DTYPES, dtype_text, parse_dtype, some
 from lading.cli.names import name_or_path
 from lading.cli.output import counted, human_bytes, human_count, write_json, write_pairs
 from lading.system.filesystem import path_exists
@@ -27,12 +27,12 @@ _BINARY = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
 
 
 class Size(click.ParamType[int]):
-    """Bytes, as ``5GB`` or ``512MiB``."""
+    """A parameter that is a number of bytes, such as ``5GB`` or ``512MiB``."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number of bytes."""
+        """Return the number of bytes."""
         if isinstance(value, int):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?|)B?", value, re.IGNORECASE)
@@ -44,22 +44,22 @@ class Size(click.ParamType[int]):
         return size
 
 
-def _writing(function: F) -> F:
-    """The options that both commands have."""
+def _write_options(function: F) -> F:
+    """Add the options that both commands have."""
     for option in (
         click.option("--json", "as_json", is_flag=True, help="One JSON object."),
-        click.option("--no-progress", is_flag=True, help="Show no bar."),
+        click.option("--no-progress", is_flag=True, help="Hide the progress bar."),
         click.option(
             "--verify", type=click.Choice(("auto", "always", "never")), default="auto",
-            help="Check bytes against digests; auto (the default): unless the file was seen verified as it is.",
+            help="Check bytes against digests; auto (the default): unless the file is verified and unchanged.",
         ),
         click.option(
             "--dtype", type=click.Choice(DTYPES), default="keep",
-            help="Of floating-point tensors; keep (the default): their own; auto: as config.json says.",
+            help="The dtype of floating-point tensors; keep (the default): as stored; auto: config.json's.",
         ),
         click.option(
             "--shard-size", type=Size(), default="5GB", show_default=True, metavar="SIZE",
-            help="Of a file at most, unless a single tensor is larger.",
+            help="The largest size of a file, unless a single tensor is larger.",
         ),
         click.argument("folder", metavar="DIR", type=click.Path(path_type=Path)),
     ):  # fmt: skip
@@ -70,8 +70,8 @@ def _writing(function: F) -> F:
 
 @command("convert")
 @click.argument("target", metavar="NAME|PATH", shell_complete=complete_target)
-@_writing
-@click.option("--arch", metavar="FAMILY/ARCH", help="Of a checkpoint at PATH that has no config.json.")
+@_write_options
+@click.option("--arch", metavar="FAMILY/ARCH", help="The architecture of a checkpoint at PATH without config.json.")
 @no_restrict
 def convert(
     target: str,
@@ -86,8 +86,8 @@ def convert(
 ) -> None:
     """Write a checkpoint of any format as a Hugging Face repository.
 
-    The checkpoint is that of the card NAME, or the one at PATH: safetensors, what torch.save wrote, Meta's or
-    fairseq2's. DIR must be empty or not there, and appears complete or not at all.
+    The checkpoint is that of the card NAME, or the one at PATH: safetensors, torch.save, Meta's or fairseq2's. DIR must
+    be empty or must not exist; it is written completely or not at all.
 
     For example: lading convert ./consolidated.00.pth llama --arch llama/llama3_8b
     """
@@ -104,8 +104,8 @@ def convert(
 
         if not read_hf_config(found):
             raise click.UsageError(
-                f"{found} has no config.json that would tell the family of the model: name its architecture with "
-                "--arch FAMILY/ARCH (`lading archs` shows them)."
+                f"{found} has no config.json, so the family of the model is unknown: name its architecture with --arch "
+                "FAMILY/ARCH (`lading archs` shows them)."
             )
 
     _write(found, folder, shard_size, dtype, verify, no_progress, as_json, arch=arch, restrict=not no_restrict)
@@ -113,13 +113,13 @@ def convert(
 
 @command("export")
 @click.argument("name", shell_complete=complete_model)
-@_writing
+@_write_options
 def export(
     name: str, folder: Path, shard_size: int, dtype: str, verify: Verify, no_progress: bool, as_json: bool
 ) -> None:
     """Write a model of the catalog as a Hugging Face repository.
 
-    As `lading convert`, but of a card only: what its checkpoint and its tokenizer are, and where, is the card's word.
+    Like `lading convert`, but only for cards, which name the checkpoint and the tokenizer.
 
     For example: lading export qwen3_0.6b ./qwen --dtype float16
     """
@@ -129,7 +129,7 @@ def export(
     store = get_asset_store()
     if store.maybe_retrieve_card(name) is None:
         if path_exists(name):
-            raise click.UsageError(f"{name!r} is a path, and no card has that name: `lading convert` takes paths.")
+            raise click.UsageError(f"{name!r} is a path, and no card has that name: use `lading convert` for paths.")
         raise unknown_model(name, store)
 
     _write(name, folder, shard_size, dtype, verify, no_progress, as_json)
@@ -150,16 +150,16 @@ def _write(
     report = convert_checkpoint(
         target,
         folder,
-        dtype=asked_dtype(dtype),
+        dtype=parse_dtype(dtype),
         shard_size=shard_size,
         verify=verify,
         progress=not no_progress,
         **more,
     )
-    _say(report, as_json)
+    _show(report, as_json)
 
 
-def _say(report: ExportReport, as_json: bool) -> None:
+def _show(report: ExportReport, as_json: bool) -> None:
     if as_json:
         write_json(
             {

@@ -1,4 +1,4 @@
-"""What an indexed checkpoint holds, said in the same words by every command."""
+"""Descriptions of indexed checkpoints and dtypes, shared by all commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def checkpoint_object(stored: StoredCheckpoint) -> dict[str, object]:
-    """For JSON."""
+    """Return the description of a checkpoint for JSON."""
     manifest = stored.manifest
 
     return {
@@ -31,7 +31,7 @@ def checkpoint_object(stored: StoredCheckpoint) -> dict[str, object]:
 
 
 def checkpoint_pairs(stored: StoredCheckpoint) -> dict[str, object]:
-    """For :func:`lading.cli.output.write_pairs`."""
+    """Return the description of a checkpoint for :func:`lading.cli.output.write_pairs`."""
     manifest = stored.manifest
 
     return {
@@ -45,12 +45,12 @@ def checkpoint_pairs(stored: StoredCheckpoint) -> dict[str, object]:
 
 
 def dtype_text(counts: Mapping[str, int]) -> str:
-    """``BF16 1.2B, F32 2K``."""
+    """Format the number of elements by dtype as ``BF16 1.2B, F32 2K``."""
     return ", ".join(f"{dtype} {human_count(count)}" for dtype, count in counts.items())
 
 
 def some(names: Collection[str]) -> str:
-    """Return the first three of ``names``, and how many more there are."""
+    """Format the first three of ``names`` and the number of the others."""
     first = list(names)[:3]
     more = len(names) - len(first)
 
@@ -58,11 +58,11 @@ def some(names: Collection[str]) -> str:
 
 
 DTYPES = ("auto", "keep", "float64", "float32", "bfloat16", "float16")
-"""The dtypes that commands take."""
+"""The values of the option ``--dtype``."""
 
 
-def asked_dtype(name: str) -> DType:
-    """Return what one of :data:`DTYPES` stands for in Python."""
+def parse_dtype(name: str) -> DType:
+    """Return the Python value for one of :data:`DTYPES`."""
     import torch
 
     if name == "auto":

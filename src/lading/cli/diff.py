@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 @no_restrict
 @listing_options
 def diff(a: str, b: str, no_restrict: bool, form: Form) -> None:
-    """List in what two checkpoints, or two architectures, differ.
+    """List the differences of two checkpoints or two architectures.
 
-    A and B are names of cards, paths of checkpoints, or architectures as FAMILY/ARCH. Of checkpoints, names, shapes and
-    dtypes of the tensors are compared, and values where the digests of both are known; which were not compared is said.
-    Of architectures, the fields of the configurations are compared, too.
+    A and B are names of cards, paths of checkpoints, or architectures as FAMILY/ARCH. Compares the names, shapes and
+    dtypes of tensors, and their values if the digests of both are known; reports which values were not compared. Of
+    architectures, also compares the fields of the configurations.
 
     For example: lading diff qwen3_0.6b qwen3_0.6b_base
     """
@@ -43,7 +43,7 @@ def diff(a: str, b: str, no_restrict: bool, form: Form) -> None:
 
     rows: list[tuple[object, ...]] = [(change.name, change.kind, change.a, change.b) for change in report.changes]
     if form in (Form.JSON, Form.LINES, Form.CSV):
-        # A program must not take an empty list for a proof that all values are equal.
+        # Otherwise, a program could take an empty list for a proof that all values are equal.
         rows += [(name, NOT_COMPARED, None, None) for name in report.not_compared]
     if rows or form is not Form.TABLE:
         write_rows(("name", "change", "a", "b"), rows, form, table=_TABLE)
@@ -52,11 +52,11 @@ def diff(a: str, b: str, no_restrict: bool, form: Form) -> None:
 
 
 NOT_COMPARED = "not compared"
-"""The change, for programs, of a tensor whose values may differ."""
+"""The change that programs see for a tensor whose values were not compared."""
 
 
 def _target(target: str, store: AssetStore) -> str | Path:
-    """An architecture where what stands before the slash is a family, and no path; else as for other commands."""
+    """Return ``target`` if it is an architecture as FAMILY/ARCH; else resolve it as other commands do."""
     family, slash, arch = target.partition("/")
     if slash and store.maybe_retrieve_card(target) is None:
         known = store.maybe_architecture(arch, family) is not None

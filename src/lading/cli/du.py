@@ -33,12 +33,12 @@ _TABLE = (
 
 @command("du")
 @click.argument("pattern", required=False, shell_complete=complete_model)
-@click.option("--orphans", is_flag=True, help="What this catalog brought into lading's cache and no card names.")
+@click.option("--orphans", is_flag=True, help="Files that this catalog fetched to lading's cache and no card names.")
 @listing_options
 def du(pattern: str | None, orphans: bool, form: Form) -> None:
-    """Say how much of the disk models take.
+    """Show the disk usage of models.
 
-    PATTERN is a name, in which * and ? stand for others as in a shell. What the catalog knows of is counted.
+    PATTERN is a name with * and ? as in a shell. Counts the files that the catalog knows.
 
     For example: lading du 'qwen*'
     """
@@ -70,7 +70,7 @@ def du(pattern: str | None, orphans: bool, form: Form) -> None:
 def _rows(shown: tuple[DiskUsageEntry, ...], total: int, form: Form) -> list[list[object]]:
     rows: list[list[object]] = [[getattr(holding, c) for c in _COLUMNS] for holding in shown]
     if form is Form.TABLE:
-        # Files that several models share are counted once here, so it may be less than the sum.
+        # Files that several models share count once, so the total may be less than the sum.
         rows.append(["total", total, "", "", None, None, "", None, None])
 
     return rows

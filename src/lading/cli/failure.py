@@ -1,4 +1,4 @@
-"""What the command line says and answers when something goes wrong: one line on stderr, and an exit code."""
+"""Error reports of the command line: a line on stderr, and an exit code."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ USAGE = 2
 SYSTEM = 8
 INTERRUPTED = 130
 BROKEN_PIPE = 141
-"""What a shell answers for a program that SIGPIPE ended, as ``head`` ends ``cat``."""
+"""The exit code that a shell reports for a program that SIGPIPE ended, as ``head`` ends ``cat``."""
 
 _LISTS = (AssetCardError, ModelCheckpointMismatchError)
-"""Errors that may hold a list of problems; of all others one line is shown."""
+"""Errors that may list several problems; of other errors only the first line is shown."""
 
 
 def report(error: BaseException, *, debug: bool) -> int:
-    """Say on stderr what went wrong, with the traceback if ``debug``; returns the exit code."""
+    """Report an error on stderr, with its traceback if ``debug``; return the exit code."""
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE
 
     code, message = explain(error)
-    # The code holds, whether or not somebody reads the words.
+    # The exit code must be returned even if stderr is closed.
     with suppress(BrokenPipeError):
         if debug and not isinstance(error, click.ClickException):
             traceback.print_exception(error, file=sys.stderr)
@@ -37,7 +37,7 @@ def report(error: BaseException, *, debug: bool) -> int:
 
 
 def explain(error: BaseException) -> tuple[int, str]:
-    """The exit code of an error, and the words for it."""
+    """Return the exit code and the message of an error."""
     match error:
         case LadingError():
             lines = error.message.splitlines() or [type(error).__name__]
@@ -54,7 +54,7 @@ def explain(error: BaseException) -> tuple[int, str]:
             return USAGE if isinstance(error, FileNotFoundError | FileExistsError) else SYSTEM, f"{what}{where}"
         case MemoryError():
             return SYSTEM, "Out of memory"
-        # torch's own, which is a RuntimeError, is known by its name: this page does not import torch.
+        # torch's OutOfMemoryError is recognized by its name, as this module does not import torch.
         case Exception() if type(error).__name__ == "OutOfMemoryError":
             return SYSTEM, _line(str(error))
         case _:
@@ -65,7 +65,7 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 
 def _usage(error: click.UsageError) -> str:
-    hint = f" `{error.ctx.command_path} --help` says more." if error.ctx is not None else ""
+    hint = f" Run `{error.ctx.command_path} --help` for help." if error.ctx is not None else ""
     # Click breaks some messages over lines, and ends some without a full stop.
     message = printable(" ".join(error.format_message().split()))
 

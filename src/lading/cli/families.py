@@ -13,9 +13,7 @@ from lading.errors import ModelFamilyNotKnownError, did_you_mean
 @command("families")
 @listing_options
 def families(form: Form) -> None:
-    """List the model families.
-
-    These are the families that installed packages register, and those that cards name.
+    """List the model families that installed packages register or cards name.
 
     For example: lading families --json
     """
@@ -24,7 +22,7 @@ def families(form: Form) -> None:
     rows = [(f.name, f.registered, f.architectures, f.cards) for f in get_asset_store().families()]
     table = (
         Column(name="name", keep=True),
-        Column(name="registered", colour=lambda registered: None if registered else "yellow"),
+        Column(name="registered", color=lambda registered: None if registered else "yellow"),
         Column(name="architectures", right=True),
         Column(name="cards", right=True),
     )
@@ -35,7 +33,7 @@ def families(form: Form) -> None:
 @click.argument("family", required=False, shell_complete=complete_family)
 @listing_options
 def archs(family: str | None, form: Form) -> None:
-    """List the architectures of a family, or of all.
+    """List the architectures of a family, or of all families.
 
     For example: lading archs qwen
     """

@@ -17,10 +17,10 @@ from lading.system.uris import shown_uri
 @no_restrict
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def index(target: str, no_restrict: bool, as_json: bool) -> None:
-    """Write to the catalog what a checkpoint holds, wherever it is.
+    """Record the tensors of a local or remote checkpoint in the catalog.
 
-    The headers of its files are read, and nothing else is fetched: those of the card NAME, of the file or folder at
-    PATH, or of what hg://org/name or https://... publishes. Files that were changed on purpose are taken as they are.
+    Reads only the headers of its files: those of the card NAME, of the file or folder at PATH, or of the checkpoint at
+    hg://org/name or https://... Use it also to accept files that were changed on purpose.
 
     For example: lading index hg://Qwen/Qwen3-0.6B
     """

@@ -13,13 +13,13 @@ from lading.cli.output import Column, Form, human_bytes, listing_options, write_
 from lading.errors import ModelFamilyNotKnownError, did_you_mean
 
 STATUSES = {"ready": "green", "remote": None, "gated": "yellow", "unknown-family": "yellow", "broken": "red"}
-"""What can be said of a model, and the colour in which it is said."""
+"""The statuses of models, and the color of each."""
 
 _TABLE = (
     Column(name="name", keep=True),
     Column(name="family"),
     Column(name="arch"),
-    Column(name="status", colour=STATUSES.get),
+    Column(name="status", color=STATUSES.get),
     Column(name="bytes", heading="size", show=human_bytes, right=True),
     Column(name="license"),
 )
@@ -27,12 +27,12 @@ _TABLE = (
 
 @command("list")
 @click.argument("pattern", required=False, shell_complete=complete_model)
-@click.option("--all", "include_all", is_flag=True, help="Also cards that are no models: those that others build on.")
+@click.option("--all", "include_all", is_flag=True, help="Also list cards that are not models, but bases of others.")
 @click.option("--family", metavar="FAMILY", shell_complete=complete_family, help="Only models of this family.")
 @click.option(
     "--status", type=click.Choice(list(STATUSES)), metavar="STATUS", help=f"Only models that are {', '.join(STATUSES)}."
 )
-@click.option("--search", metavar="WORDS", help="Only models in whose name or fields all these words occur.")
+@click.option("--search", metavar="WORDS", help="Only models with all these words in their names or fields.")
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="At most N models.")
 @listing_options
 def list_models(
@@ -46,7 +46,7 @@ def list_models(
 ) -> None:
     """List the models of the catalog.
 
-    PATTERN is a name, in which * and ? stand for others as in a shell.
+    PATTERN is a name with * and ? as in a shell.
 
     For example: lading list 'qwen*' --status ready
     """

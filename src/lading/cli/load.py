@@ -10,7 +10,7 @@ import click
 
 from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_target
-from lading.cli.describe import DTYPES, asked_dtype, dtype_text
+from lading.cli.describe import DTYPES, dtype_text, parse_dtype
 from lading.cli.names import name_or_path
 from lading.cli.output import counted, human_bytes, human_count, write_json, write_pairs
 from lading.errors import NotSupportedError
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 @command("load")
 @click.argument("target", metavar="NAME|PATH", shell_complete=complete_target)
-@click.option("--device", metavar="DEVICE", help="Such as cpu, cuda or cuda:1; default: torch's.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Of the parameters; auto: config.json's; keep: as stored.")
+@click.option("--device", metavar="DEVICE", help="For example cpu, cuda or cuda:1; default: torch's.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="The parameters' dtype; auto: config.json's; keep: as stored.")
 @click.option("--mmap", is_flag=True, help="Map the files instead of reading them.")
 @click.option(
     "--verify",
     type=click.Choice(("auto", "always", "never")),
     default="auto",
-    help="Check bytes against digests; auto (the default): unless the file was seen verified as it is.",
+    help="Check bytes against digests; auto (the default): unless the file is verified and unchanged.",
 )
 @no_restrict
-@click.option("--no-progress", is_flag=True, help="Show no bar.")
+@click.option("--no-progress", is_flag=True, help="Hide the progress bar.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def load(
     target: str,
@@ -43,7 +43,7 @@ def load(
     no_progress: bool,
     as_json: bool,
 ) -> None:
-    """Load a model, and say how much and how fast.
+    """Load a model, and show its size and the speed.
 
     The model is that of the card NAME, or of the Hugging Face style folder at PATH.
 
@@ -51,7 +51,7 @@ def load(
     """
     from lading.catalog.store import get_asset_store
 
-    # Whether the name is known is said before torch is imported, which takes a second.
+    # Reports an unknown name before the import of torch, which takes a second.
     card = name_or_path(target, get_asset_store())
 
     from lading.models.hub import load_with_report
@@ -59,7 +59,7 @@ def load(
     _, report = load_with_report(
         card,
         device=None if device is None else _device(device),
-        dtype=None if dtype is None else asked_dtype(dtype),
+        dtype=None if dtype is None else parse_dtype(dtype),
         mmap=mmap,
         verify=verify,
         restrict=not no_restrict,
@@ -89,14 +89,14 @@ def load(
 
 
 def _pages_text(pages: Mapping[str, int]) -> str:
-    """Return how much memory has pages of which size."""
+    """Format the bytes of memory by page size."""
     return ", ".join(f"{human_bytes(count)} of {size}" for size, count in pages.items())
 
 
 def _device(name: str) -> torch.device:
-    """The device of this name.
+    """Return the device with this name.
 
-    :raises click.BadParameter: it cannot hold a tensor here.
+    :raises click.BadParameter: it cannot hold tensors on this machine.
     """
     from lading.models.device import require_usable
 

@@ -1,4 +1,4 @@
-"""What a name on the command line means, and what is said of one that nobody has."""
+"""Resolution of names on the command line, and the error for unknown ones."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def name_or_path(target: str, store: AssetStore) -> str | Path:
-    """The name of a card where one has it; else a path, if it looks like one or if something is there.
+    """Return ``target`` if a card has that name; else as a path, if it looks like one or exists.
 
     :raises ModelNotKnownError: it is neither.
-    :raises NotSupportedError: it is a URI, which only the card of a model can state.
+    :raises NotSupportedError: it is a URI, which only a card can state.
     """
     if target.startswith((".", "~")):
         return expand_home(target)
@@ -34,7 +34,7 @@ def name_or_path(target: str, store: AssetStore) -> str | Path:
 
 
 def unknown_model(name: str, store: AssetStore) -> ModelNotKnownError:
-    """The error for a name that no model has; it suggests others."""
+    """Return the error for an unknown model, with suggestions."""
     near = store.suggest(name.partition("@")[0])
 
     return ModelNotKnownError(name, f" Did you mean {' or '.join(map(repr, near))}?" if near else "")

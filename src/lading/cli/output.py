@@ -1,4 +1,4 @@
-"""Rows on stdout, as a table for people and as JSON, JSON Lines or CSV for programs."""
+"""Output of rows and values: as tables for people, and as JSON, JSON Lines or CSV for programs."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ P = ParamSpec("P")
 
 _GAP = "  "
 _LEAST = 6
-"""The width below which a column is not shortened while another can give way."""
+"""The width below which a column is not shortened while another one can be."""
 _FIRST = 24
-"""The width below which the first column, which tells what a row is of, is not shortened for the sake of others."""
+"""The width below which the first column, which identifies the row, is not shortened in favor of others."""
 
 
 class Form(enum.Enum):
-    """How rows are written."""
+    """An output format of rows."""
 
     TABLE = "table"
     JSON = "json"
@@ -41,7 +41,7 @@ class Form(enum.Enum):
 
 
 def listing_options(command: Callable[P, None]) -> Callable[P, None]:
-    """Give a command the options ``--json``, ``--nl``, ``--csv`` and ``-q``; it receives ``form``."""
+    """Add the options ``--json``, ``--nl``, ``--csv`` and ``-q`` to a command, which receives them as ``form``."""
 
     @click.option("--json", "as_json", is_flag=True, help="One JSON array.")
     @click.option("--nl", "as_lines", is_flag=True, help="One JSON object per line.")
@@ -69,18 +69,18 @@ def listing_options(command: Callable[P, None]) -> Callable[P, None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """A column of the table that people see."""
+    """A column of a table."""
 
     name: str
     heading: str | None = None
     show: Callable[[Any], str] | None = None
-    """Default: as text."""
+    """The formatter of values; default: :func:`text`."""
     right: bool = False
-    """Whether its values are aligned to the right."""
+    """True to align values to the right."""
     keep: bool = False
-    """Whether the other columns are shortened before this one is."""
-    colour: Callable[[Any], str | None] | None = None
-    """The colour of a value, by click's names."""
+    """True to shorten the other columns before this one."""
+    color: Callable[[Any], str | None] | None = None
+    """A function that returns the color of a value, by click's names."""
 
 
 def write_rows(
@@ -92,8 +92,8 @@ def write_rows(
 ) -> None:
     """Write ``rows`` to stdout.
 
-    :param columns: the names of the values of each row; all of them reach JSON and CSV.
-    :param table: the columns that people see; default: all of them.
+    :param columns: the names of the values in a row; JSON and CSV contain all of them.
+    :param table: the columns of the table; default: all.
     """
     match form:
         case Form.TABLE:
@@ -113,12 +113,12 @@ def write_rows(
 
 
 def write_json(value: object) -> None:
-    """Write one JSON value to stdout, spread over lines."""
+    """Write one JSON value to stdout, indented."""
     click.echo(as_json(value, indent=2))
 
 
 def as_json(value: object, *, indent: int | None = None) -> str:
-    """``value`` as JSON for people to read, too: letters as they are, and what no terminal should see as escapes."""
+    """Return ``value`` as readable JSON: non-ASCII letters unescaped, unprintable characters escaped."""
     text = json.dumps(plain(value), ensure_ascii=False, indent=indent)
     if text.isprintable():
         return text
@@ -127,10 +127,10 @@ def as_json(value: object, *, indent: int | None = None) -> str:
 
 
 def write_pairs(pairs: Mapping[str, object]) -> None:
-    """Write a name and a value per line to stdout; nothing is cut, as these are values to copy."""
+    """Write a name and a value per line to stdout; values are not shortened, so that they can be copied."""
     width = max(map(display_width, pairs), default=0)
     names = [printable(name) + " " * (width - display_width(name)) for name in pairs]
-    if _colourful():
+    if _colorful():
         names = [click.style(name, bold=True) for name in names]
 
     lines = (f"{name}{_GAP}{printable(text(value))}\n" for name, value in zip(names, pairs.values(), strict=True))
@@ -138,7 +138,7 @@ def write_pairs(pairs: Mapping[str, object]) -> None:
 
 
 def plain(value: object) -> object:
-    """``value`` in what JSON knows: bytes become hexadecimal, numbers that JSON lacks become null."""
+    """Convert ``value`` to JSON types; bytes become hexadecimal, non-finite numbers become null."""
     match value:
         case None | bool() | int() | str():
             return value
@@ -159,7 +159,7 @@ def plain(value: object) -> object:
 
 
 def text(value: object) -> str:
-    """``value`` for people, on one line."""
+    """Return ``value`` as text on one line."""
     match plain(value):
         case None:
             return "-"
@@ -174,23 +174,23 @@ def text(value: object) -> str:
 
 
 def human_bytes(count: int | None) -> str:
-    """``1503300328`` → ``1.5 GB``, in powers of 1,000, as file sizes are given on model hubs."""
+    """Format a size as ``1.5 GB``, in powers of 1,000 as on model hubs."""
     return "-" if count is None else _human(count, ("B", "kB", "MB", "GB", "TB", "PB"), " ")
 
 
 def human_count(count: int | None) -> str:
-    """``596049920`` → ``596M``."""
+    """Format a number as ``596M``."""
     return "-" if count is None else _human(count, ("", "K", "M", "B", "T"), "")
 
 
 def counted(count: int, noun: str) -> str:
-    """``1 shard``, ``2 shards``."""
+    """Format a count and a noun as ``1 shard`` or ``2 shards``."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _human(count: int, units: Sequence[str], gap: str) -> str:
     value, unit = float(count), 0
-    # 999.5 would be shown as 1000.
+    # 999.5 would be rounded to 1000.
     while value >= 999.5 and unit < len(units) - 1:
         value, unit = value / 1000, unit + 1
 
@@ -200,17 +200,17 @@ def _human(count: int, units: Sequence[str], gap: str) -> str:
 
 
 def printable(string: str) -> str:
-    """``string`` with line breaks, terminal controls and other invisible characters written as escapes."""
+    """Return ``string`` with line breaks, terminal controls and other unprintable characters escaped."""
     return escaped(string)
 
 
 def display_width(string: str) -> int:
-    """The cells of a terminal that ``string`` covers."""
+    """Return the number of terminal cells that ``string`` takes."""
     return len(string) if string.isascii() else sum(map(_cells, string))
 
 
 def shorten(string: str, width: int) -> str:
-    """``string`` in at most ``width`` cells, ending in ``…`` where something was cut."""
+    """Shorten ``string`` to at most ``width`` cells, with ``…`` at its end if something was cut."""
     if display_width(string) <= width:
         return string
 
@@ -225,12 +225,12 @@ def shorten(string: str, width: int) -> str:
 
 
 def terminal_width() -> int | None:
-    """The width that output must fit; ``None`` where stdout is no terminal."""
+    """Return the width of the terminal; ``None`` if stdout is not a terminal."""
     return shutil.get_terminal_size().columns if _is_terminal() else None
 
 
 def fit_widths(widths: Sequence[int], total: int, keep: Sequence[bool]) -> list[int]:
-    """Shorten the widest columns until they add up to ``total``; those to ``keep`` only once all others are short."""
+    """Shorten the widest columns until their sum is ``total``; shorten those to ``keep`` only after all others."""
     fitted = list(widths)
     for givers, least in (([not k for k in keep], _LEAST), ([True] * len(fitted), _LEAST), ([True] * len(fitted), 1)):
         excess = sum(fitted) - total
@@ -241,7 +241,7 @@ def fit_widths(widths: Sequence[int], total: int, keep: Sequence[bool]) -> list[
             widest = max(fitted[i] for i in candidates)
             level = [i for i in candidates if fitted[i] == widest]
             below = max([fitted[i] for i in candidates if fitted[i] < widest], default=least)
-            # All of the widest go down together, to the next one or as far as is needed.
+            # All of the widest columns shrink together, to the width of the next one or as far as necessary.
             step = min(widest - max(below, least), -(-excess // len(level)))
             for i in level:
                 take = min(step, excess)
@@ -255,7 +255,7 @@ def _is_terminal() -> bool:
     return sys.stdout is not None and sys.stdout.isatty()
 
 
-def _colourful() -> bool:
+def _colorful() -> bool:
     return _is_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -297,23 +297,23 @@ def _table(columns: Sequence[Column], rows: Sequence[Sequence[object]]) -> str:
         fitted = fit_widths(widths, total, keep)
         widths = fitted if fitted[0] >= first else [first, *fit_widths(widths[1:], total - first, keep[1:])]
 
-    colourful = _colourful()
+    colorful = _colorful()
 
     def line(row: Sequence[str], styles: Sequence[Mapping[str, Any]]) -> str:
         fields = map(_field_of_table, columns, row, widths, styles)
         return f"{_GAP.join(fields).rstrip()}\n"
 
-    lines = [line(heads, [{"bold": True} if colourful else {}] * len(heads))]
+    lines = [line(heads, [{"bold": True} if colorful else {}] * len(heads))]
     for values, row in zip(rows, cells, strict=True):
-        # Columns that did not fit have values, and no cells.
-        colours = [c.colour(v) if colourful and c.colour else None for c, v in zip(columns, values, strict=False)]
-        lines.append(line(row, [{"fg": colour} if colour else {} for colour in colours]))
+        # There may be fewer columns than values, as some did not fit.
+        colors = [c.color(v) if colorful and c.color else None for c, v in zip(columns, values, strict=False)]
+        lines.append(line(row, [{"fg": color} if color else {} for color in colors]))
 
     return "".join(lines)
 
 
 def _columns_that_fit(widths: Sequence[int], limit: int) -> int:
-    """How many columns, from the left, a terminal has room for without leaving of each no more than a letter or two."""
+    """Return how many columns, from the left, fit the terminal with a readable width."""
     used = min(widths[0], _FIRST)
     for count, width in enumerate(widths[1:], start=1):
         used += len(_GAP) + min(width, _LEAST)
@@ -359,7 +359,7 @@ def _objects(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterab
 
 
 def _unique(names: Sequence[str]) -> list[str]:
-    """Names that SQL gives twice get a number, as an object can hold each only once."""
+    """Number repeated names of SQL columns, as the keys of a JSON object are unique."""
     unique: list[str] = []
     for name in names:
         candidate, n = name, 1

@@ -13,10 +13,10 @@ from lading.cli.complete import complete_model
 @command("path")
 @click.argument("name", shell_complete=complete_model)
 def path(name: str) -> None:
-    """Print where a model's checkpoint is on this machine.
+    """Print the local path of a model's checkpoint.
 
-    It is a folder or a file; where the files of a checkpoint are not in one folder under their own names, each has a
-    line.
+    The path is a folder or a file. If the files of the checkpoint are not in one folder under their own names, prints
+    the path of each file on a line.
 
     For example: ls "$(lading path qwen3_0.6b)"
     """
@@ -25,5 +25,5 @@ def path(name: str) -> None:
 
     store = get_asset_store()
     for found in local_paths(store.retrieve_card(name), store):
-        # As bytes: a path need not be text.
+        # A path may not be valid text, so it is printed as bytes.
         click.echo(os.fsencode(found))

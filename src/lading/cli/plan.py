@@ -10,7 +10,7 @@ import click
 
 from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_target
-from lading.cli.describe import DTYPES, asked_dtype
+from lading.cli.describe import DTYPES, parse_dtype
 from lading.cli.names import name_or_path
 from lading.cli.output import Column, Form, counted, human_bytes, listing_options, write_rows
 
@@ -98,7 +98,7 @@ def plan(
         sdp=sdp,
         pp=pp,
         rdp=rdp,
-        dtype=asked_dtype(dtype),
+        dtype=parse_dtype(dtype),
         ranks=rank or None,
         restrict=not no_restrict,
         store=store,
@@ -116,7 +116,7 @@ def plan(
         for r in found.ranks
     ]  # fmt: skip
     axes = [Column(name=axis, right=True) for axis, size in found.sizes.items() if size > 1]
-    fits = [] if device_memory is None else [Column(name="fits", show=_yes_no, colour=_fits_colour)]
+    fits = [] if device_memory is None else [Column(name="fits", show=_yes_no, color=_fits_color)]
     write_rows(_COLUMNS, rows, form, table=(*_TABLE[:1], *axes, *_TABLE[1:], *fits))
     if form is Form.TABLE:
         click.echo(f"lading: {_summary(found)}", err=True)
@@ -135,7 +135,7 @@ def _yes_no(fits: bool) -> str:
     return "yes" if fits else "no"
 
 
-def _fits_colour(fits: bool) -> str:
+def _fits_color(fits: bool) -> str:
     return "green" if fits else "red"
 
 

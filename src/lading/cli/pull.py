@@ -25,8 +25,8 @@ _DRY_TABLE = (*_TABLE[:3], Column(name="fetched", show=lambda fetched: "to fetch
 @click.option(
     "--include", metavar="PATTERN", multiple=True, help="Further files, such as 'tokenizer*'; of a web server, by name."
 )
-@click.option("-n", "--dry-run", is_flag=True, help="Only say what would be fetched.")
-@click.option("--no-progress", is_flag=True, help="Show no bar.")
+@click.option("-n", "--dry-run", is_flag=True, help="Only show what would be fetched.")
+@click.option("--no-progress", is_flag=True, help="Hide the progress bar.")
 @listing_options
 def pull(
     names: tuple[str, ...],
@@ -36,10 +36,10 @@ def pull(
     no_progress: bool,
     form: Form,
 ) -> None:
-    """Fetch the checkpoints of models, as they are published now.
+    """Fetch the latest published checkpoints of models.
 
-    Whether one fits its architecture is checked by its headers first, and every byte that came by its digest. Until the
-    next pull, loads use what was pulled.
+    Before a fetch, checks by the headers that the checkpoint fits its architecture; after it, checks all bytes by their
+    digests. Loads use the fetched revision until the next pull.
 
     For example: lading pull qwen3_0.6b --include 'tokenizer*'
     """
@@ -47,7 +47,7 @@ def pull(
     from lading.operations.pull import pull_model
 
     store = get_asset_store()
-    for name in names:  # a wrong name is said before hours of fetching
+    for name in names:  # reports a wrong name before hours of fetching
         store.retrieve_card(name)
 
     rows: list[tuple[object, ...]] = []

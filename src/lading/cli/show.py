@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 def show(name: str, tensors: bool, shards: bool, form: Form) -> None:
     """Show a model's card, configuration and checkpoint.
 
-    NAME may be that of an overlay (NAME@user), or end in @ for the card without any. With --csv and -q only the fields
-    of the card are shown.
+    NAME may be that of an overlay (NAME@user), or end in @ for the card without overlays. --csv and -q show only the
+    fields of the card.
 
     For example: lading show qwen3_0.6b
     """
@@ -74,10 +74,10 @@ class _Found:
     summary: ModelSummary
     ref: CheckpointRef
     path: Path | None
-    """Where the checkpoint should be on this machine, if that is where it should be."""
+    """The local path that the card names, if it names one."""
     checkpoint: StoredCheckpoint | None
     config: Mapping[str, object]
-    """What is said beyond the defaults of the family's configuration class."""
+    """The overrides of the defaults of the family's configuration class."""
     problem: str | None
 
 
@@ -94,7 +94,7 @@ def _look_up(name: str, store: AssetStore) -> _Found:
     if family is not None and arch is not None:
         architecture = store.maybe_architecture(arch, family)
         if architecture is None and summary.status != "unknown-family":
-            problem = problem or f"{arch!r} is no architecture of the {family} family: see `lading archs {family}`."
+            problem = problem or f"{arch!r} is not an architecture of the {family} family: run `lading archs {family}`."
     if family is not None and summary.status == "unknown-family":
         problem = problem or ModelFamilyNotKnownError(family).message
 
@@ -122,11 +122,11 @@ def _local_path(ref: CheckpointRef) -> Path | None:
 
 
 _ADDRESSES = ("checkpoint", "tokenizer")
-"""Fields whose values may be signed addresses."""
+"""The fields whose values may be signed addresses."""
 
 
 def _fields(card: AssetCard) -> Iterator[tuple[str, object, str, str]]:
-    """Name, value, card and document of each field, the card's own first."""
+    """Yield name, value, card and document of each field, the card's own fields first."""
     seen = {"base"}
     for each in card.chain():
         for name, value in each.metadata.items():
@@ -172,7 +172,7 @@ def _existing(path: Path | None) -> Path | None:
 
 
 def _verified_at(stored: StoredCheckpoint | None) -> str | None:
-    """Since when all files are known to be the published ones."""
+    """Return the time since which all files are verified; ``None`` if some are not."""
     times = [copy.verified_at for copy in stored.copies] if stored is not None else []
 
     return min((time for time in times if time is not None), default=None) if None not in times else None
@@ -222,8 +222,7 @@ def _indexed(found: _Found) -> StoredCheckpoint:
         name = found.card.title
         raise CheckpointNotFoundError(
             shown_uri(found.ref.uri),
-            f"The catalog does not know yet what the checkpoint of {name!r} holds. `lading index {name}` reads it, "
-            "if it is on this machine.",
+            f"The checkpoint of {name!r} is not indexed in the catalog. Run `lading index {name}` to read its headers.",
         )
 
     return found.checkpoint
@@ -255,7 +254,7 @@ def _write_text(found: _Found) -> None:
     write_pairs({name: value for name, value in pairs.items() if value is not None})
 
     click.echo()
-    # What a card says of the configuration is part of the last table.
+    # The card's configuration is part of the last table.
     fields = [row for row in _fields(card) if row[0] not in CONFIG_KEYS]
     write_rows(_FIELD_COLUMNS, fields, Form.TABLE, table=_FIELD_TABLE)
     if found.config:
@@ -264,14 +263,14 @@ def _write_text(found: _Found) -> None:
 
 
 def _source(uri: str) -> str:
-    """Return the source of a card, and whether it cannot be seen now."""
+    """Return the source of a card, with a note if it is not accessible now."""
     path = uri_path(uri)
 
-    return uri if path is None or path_exists(path) else f"{uri} (out of sight; the card is kept as it was)"
+    return uri if path is None or path_exists(path) else f"{uri} (not accessible; the card is kept as it was)"
 
 
 def _flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """The leaves of the configuration, by their dotted path."""
+    """Yield the leaves of a configuration with their dotted paths."""
     for name, value in config.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{name}.")

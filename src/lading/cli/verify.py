@@ -13,11 +13,11 @@ from lading.errors import CatalogError
 MISMATCH = 4
 
 _COLUMNS = ("file", "result", "method", "expected", "found", "path", "model")
-_COLOURS = {"match": "green", "recorded": "green", "repaired": "yellow", "mismatch": "red"}
+_COLORS = {"match": "green", "recorded": "green", "repaired": "yellow", "mismatch": "red"}
 _TABLE = (
     Column(name="model"),
     Column(name="file", keep=True),
-    Column(name="result", colour=_COLOURS.get),
+    Column(name="result", color=_COLORS.get),
     Column(name="method"),
     Column(name="path"),
 )
@@ -26,14 +26,14 @@ _TABLE = (
 @command("verify")
 @click.argument("names", metavar="[NAME...]", nargs=-1, shell_complete=complete_model)
 @click.option("--all", "everything", is_flag=True, help="All models whose files are on this machine.")
-@click.option("--repair", is_flag=True, help="Fetch anew what is not right.")
-@click.option("--no-progress", is_flag=True, help="Show no bar.")
+@click.option("--repair", is_flag=True, help="Fetch damaged files again.")
+@click.option("--no-progress", is_flag=True, help="Hide the progress bar.")
 @listing_options
 def verify(names: tuple[str, ...], everything: bool, repair: bool, no_progress: bool, form: Form) -> None:
-    """Check all bytes of files on this machine.
+    """Verify all bytes of files on this machine.
 
-    The digests that were published count, or else those that were recorded the first time that all bytes were seen.
-    Exits with 4 if a file is not the right one. What cannot be checked is told, and does not keep the others from it.
+    Compares digests with the published ones, or else with those recorded when all bytes were first read. Exits with 4
+    if a file does not match. Reports models that cannot be verified, and continues with the others.
 
     For example: lading verify qwen3_0.6b
     """
@@ -47,7 +47,7 @@ def verify(names: tuple[str, ...], everything: bool, repair: bool, no_progress: 
     if everything:
         names = tuple(model.name for model in store.models(status="ready"))
     else:
-        for name in names:  # a wrong name is said before minutes of hashing
+        for name in names:  # reports a wrong name before minutes of hashing
             store.retrieve_card(name)
 
     rows: list[tuple[object, ...]] = []
@@ -57,7 +57,7 @@ def verify(names: tuple[str, ...], everything: bool, repair: bool, no_progress: 
     for name in names:
         try:
             report = verify_model(name, repair=repair, progress=not no_progress, store=store)
-        except Exception as error:  # whatever a card leads to, a mistake in the code of its family too
+        except Exception as error:  # any error of one model, even a bug in its family
             if isinstance(error, CatalogError) or (names == (name,) and not everything):
                 raise
             code, message = explain(error)
@@ -73,13 +73,13 @@ def verify(names: tuple[str, ...], everything: bool, repair: bool, no_progress: 
             rows.append((check.file, result, check.method, check.expected, check.found, check.path, report.name))
         if not report.good:
             codes.append(MISMATCH)
-            hints.append(f"{printable(name)} is not what it should be. {report.hint}")
+            hints.append(f"{printable(name)} does not match its digests. {report.hint}")
         unrecorded = unrecorded or report.unrecorded
 
     write_rows(_COLUMNS, rows, form, table=_TABLE)
     for hint in hints:
         click.echo(f"lading: {hint}", err=True)
     if unrecorded:
-        click.echo(f"lading: nothing of this was recorded, as {printable(unrecorded)}", err=True)
+        click.echo(f"lading: none of this was recorded, as {printable(unrecorded)}", err=True)
     if codes:
         click.get_current_context().exit(max(codes))
