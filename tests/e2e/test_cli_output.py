@@ -135,8 +135,8 @@ class TestTerminal:
         if form is Form.LINES:
             assert json.loads(written) == {"name": name}
 
-    def test_colour_is_for_terminals_that_want_it(self, capsys, monkeypatch):
-        table = (Column(name="name", colour=lambda _: "red"),)
+    def test_color_is_for_terminals_that_want_it(self, capsys, monkeypatch):
+        table = (Column(name="name", color=lambda _: "red"),)
 
         def written() -> str:
             write_rows(("name",), [("a",)], Form.TABLE, table=table)

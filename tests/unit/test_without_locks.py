@@ -13,7 +13,7 @@ import pytest
 from lading.catalog.database.failures import sqlite_failure
 from lading.catalog.database.target import Target
 from lading.errors import CatalogError
-from lading.operations.atomic_folder import new_folder
+from lading.operations.atomic_folder import atomic_folder
 
 
 def sqlite_error(code: int) -> sqlite3.OperationalError:
@@ -50,6 +50,6 @@ def test_where_there_are_locks_it_is_something_else(tmp_path: Path, code: int) -
 
 
 def test_a_new_folder_needs_no_locks(tmp_path: Path, without_locks: str) -> None:
-    with new_folder(tmp_path / "out") as temporary:
+    with atomic_folder(tmp_path / "out") as temporary:
         (temporary / "file").write_text("x")
     assert (tmp_path / "out" / "file").read_text() == "x"

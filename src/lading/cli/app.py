@@ -46,7 +46,7 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
 )
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
 def app() -> None:
-    """A model hub for PyTorch whose catalog is a SQLite database.
+    """Load PyTorch models from a hub whose catalog is a SQLite database.
 
     For example: lading list 'qwen*'
     """

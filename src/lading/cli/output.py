@@ -359,7 +359,7 @@ def _objects(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterab
 
 
 def _unique(names: Sequence[str]) -> list[str]:
-    """Number repeated names of SQL columns, as the keys of a JSON object are unique."""
+    """Add numbers to repeated names of SQL columns, as the keys of a JSON object are unique."""
     unique: list[str] = []
     for name in names:
         candidate, n = name, 1

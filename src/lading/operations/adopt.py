@@ -1,4 +1,4 @@
-"""Checkpoints that are on this machine already, taken into the catalog where they lie: nothing is copied."""
+"""Adoption of checkpoints that are on this machine: they are added to the catalog in place, without copies."""
 
 from __future__ import annotations
 
@@ -31,8 +31,13 @@ from lading.formats import NonContiguousError
 from lading.formats.config_json import read_hf_config, refuse_quantized_config
 from lading.formats.manifest import Manifest
 from lading.operations.card_links import names_of
-from lading.operations.find_checkpoints import FoundCheckpoint, find_places, hub_places, require_inside
-from lading.operations.hub_checkpoints import HubCheckpoint, commit_of, hub_checkpoints, no_snapshot
+from lading.operations.find_checkpoints import (
+    FoundCheckpoint,
+    find_checkpoints,
+    find_hub_repositories,
+    require_links_inside,
+)
+from lading.operations.hub_checkpoints import HubCheckpoint, hub_checkpoints, no_snapshot_error, resolve_commit
 from lading.sources.hub.address import is_sha256
 from lading.sources.hub.cache import blob_tag, hub_cache
 from lading.sources.sha256 import sha256_file
@@ -47,25 +52,25 @@ Status = Literal["adopted", "known", "failed"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adoption:
-    """What became of a checkpoint that was found."""
+    """The result for one checkpoint that was found."""
 
     path: Path
     status: Status
     """``adopted`` now, ``known`` to the catalog before, or ``failed``."""
     checkpoint: str | None = None
-    """The URI that the catalog knows it by; its own path's where it is that of no card."""
+    """The URI of the checkpoint in the catalog; that of its own path if it belongs to no card."""
     revision: str | None = None
     cards: tuple[str, ...] = ()
-    """The models that are loaded from it."""
+    """The names of the cards that load it."""
     bytes: int = 0
-    """Of its files."""
+    """The size of its files."""
     verified: bool = False
-    """Whether its bytes were found to be those of ``cards``, here and now; if not, the first load does it."""
+    """True if its bytes were verified to be those of ``cards``; else the first load verifies them."""
     overlays: tuple[str, ...] = ()
-    """What would make cards that it may be of load it: YAML, one document each."""
+    """Overlays with which cards that it may belong to would load it: YAML, one document each."""
     problem: str | None = None
     error: LadingError | OSError | None = None
-    """Why it failed."""
+    """The error, if the adoption failed."""
 
 
 def adopt_checkpoints(
@@ -75,22 +80,22 @@ def adopt_checkpoints(
     progress: bool = True,
     store: AssetStore | None = None,
 ) -> tuple[Adoption, ...]:
-    """Take checkpoints that are on this machine into the catalog, where they lie; lading never deletes their files.
+    """Add checkpoints that are on this machine to the catalog, in place; lading never deletes their files.
 
-    What is in a Hugging Face cache belongs to the cards that name its repository; it is verified when it is first
-    loaded. What is in any other folder belongs to a card if its bytes have the digests that the catalog knows of the
-    card's checkpoint; else it is known by its path alone. What ``torch.save`` wrote counts where there is no
-    safetensors, and its tensors are ranges of bytes.
+    A checkpoint in a Hugging Face cache belongs to the cards that name its repository, and is verified when it is first
+    loaded. A checkpoint in another folder belongs to a card if its bytes have the digests that the catalog knows for
+    the card's checkpoint; else it is known only by its path. ``torch.save`` files are adopted if there is no
+    safetensors file and their tensors are contiguous.
 
     :param paths: folders, searched at any depth; default: the cache of Hugging Face's libraries.
-    :param dry_run: only say what would be done.
-    :param restrict: as :func:`lading.formats.index` takes it.
-    :param progress: whether to show a bar on stderr while files are hashed, if that is a terminal.
+    :param dry_run: whether to change nothing, and only return the results.
+    :param restrict: see :func:`lading.formats.index`.
+    :param progress: whether to show a progress bar on stderr while files are hashed.
 
-    :returns: one for each checkpoint that was found, also for those that cannot be used.
+    :returns: a result for each checkpoint that was found, even if it cannot be used.
 
-    :raises CheckpointNotFoundError: a path is not there (also a ``FileNotFoundError``).
-    :raises NotSupportedError: a path is no folder.
+    :raises CheckpointNotFoundError: a path does not exist (also a ``FileNotFoundError``).
+    :raises NotSupportedError: a path is not a folder.
     :raises CatalogError: the catalog cannot be read or written.
     """
     store = store or get_asset_store()
@@ -98,12 +103,14 @@ def adopt_checkpoints(
     if not dry_run:
         require_writable(store)
 
-    places = (place for root in roots for place in _places(root, store)) if paths else hub_places(hub_cache())
+    places = (
+        (place for root in roots for place in _places(root, store)) if paths else find_hub_repositories(hub_cache())
+    )
     adopter = _Adopter(store, dry_run=dry_run, restrict=restrict, progress=progress)
     found: dict[tuple[Path, str | None], Adoption] = {}
     for place in places:
         for adoption in adopter.adopt(place):
-            found.setdefault((adoption.path, adoption.checkpoint), adoption)  # folders may be given twice
+            found.setdefault((adoption.path, adoption.checkpoint), adoption)  # folders may overlap
 
     return tuple(found.values())
 
@@ -111,22 +118,20 @@ def adopt_checkpoints(
 def _root(path: str | Path) -> Path:
     root = expand_home(path).absolute()
     if not root.exists():
-        raise CheckpointNotFoundError(root, f"No folder is at {root}.")
+        raise CheckpointNotFoundError(root, f"The folder {root} does not exist.")
     if not root.is_dir():
-        raise NotSupportedError(
-            f"{root} is expected to be a folder to search, but is a file. Give the folder it is in."
-        )
+        raise NotSupportedError(f"{root} is expected to be a folder to search, but is a file. Give its folder instead.")
 
     return root
 
 
 def _places(root: Path, store: AssetStore) -> Iterator[FoundCheckpoint]:
-    """Yield the places below a folder, however the user spells it.
+    """Yield the places below a folder.
 
-    Each has the one path that no link leads to, unless a card names it by the user's own spelling.
+    Each path is resolved, unless a card names the path as the user spells it.
     """
     real = root.resolve()
-    for place in find_places(real):
+    for place in find_checkpoints(real):
         if root != real and place.repo is None:
             spelled = root / place.path.relative_to(real)
             if names_of(store, [path_uri(spelled)]):
@@ -136,7 +141,7 @@ def _places(root: Path, store: AssetStore) -> Iterator[FoundCheckpoint]:
 
 
 class _Adopter:
-    """Takes one place after another; what the catalog says of cards is asked once."""
+    """The adoption of several places, for which the catalog's cards are read once."""
 
     def __init__(self, store: AssetStore, *, dry_run: bool, restrict: bool, progress: bool) -> None:
         self._store = store
@@ -146,7 +151,7 @@ class _Adopter:
         self._by_repo = hub_checkpoints(store)
 
     def adopt(self, place: FoundCheckpoint) -> Iterator[Adoption]:
-        """Everything in a place."""
+        """Adopt the checkpoints in a place, and yield the results."""
         if place.problem is not None:
             yield _failed(place.path, place.problem)
         elif place.repo is not None:
@@ -169,17 +174,17 @@ class _Adopter:
         found = False
         for checkpoint in wanted:
             stored = self._store.checkpoint(checkpoint.uri)
-            commit = commit_of(place, checkpoint.revision, stored)
+            commit = resolve_commit(place, checkpoint.revision, stored)
             if commit is not None:
                 found = True
                 yield from self._snapshot(place, checkpoint, commit, stored)
         if found:
             return
 
-        # It is of no card, or of one that asks for another revision.
-        commit = commit_of(place, None, None)
+        # It belongs to no card, or only to cards of other revisions.
+        commit = resolve_commit(place, None, None)
         if commit is None:
-            yield _failed(place.path, no_snapshot(place))
+            yield _failed(place.path, no_snapshot_error(place))
             return
         pinned = f"@{commit}" if wanted else ""
         checkpoint = HubCheckpoint(uri=f"hg://{repo}{pinned}")
@@ -206,9 +211,9 @@ class _Adopter:
         if stored is not None and stored.revision != commit:
             raise CheckpointNotFoundError(
                 path,
-                f"The catalog knows {checkpoint.uri} at the commit {stored.revision}, which is not in the cache; there "
-                f"is {commit}. `lading index {(*checkpoint.cards, checkpoint.uri)[0]}` takes what is published now, or "
-                "with LADING_OFFLINE=1 what is in the cache, for the right one.",
+                f"The catalog has {checkpoint.uri} at the commit {stored.revision}, but the cache has the commit "
+                f"{commit}. Run `lading index {(*checkpoint.cards, checkpoint.uri)[0]}` to use the latest commit, or "
+                "run it with LADING_OFFLINE=1 to use the cached one.",
             )
 
         manifest, copies = _read(path, place, restrict=self._restrict)
@@ -219,7 +224,7 @@ class _Adopter:
             stored.manifest.has_files_of(manifest) and stored.manifest.tensors_equal(manifest)
         ):
             raise CorruptModelCheckpointError(
-                path, f"{path} has other files or tensors than {checkpoint.uri} had at this commit when it was indexed."
+                path, f"{path} has other files or tensors than those indexed for {checkpoint.uri} at this commit."
             )
         if not self._dry_run:
             if stored is None:
@@ -268,7 +273,7 @@ class _Adopter:
         return [known if cards else replace(known, overlays=self._overlays(path))]
 
     def _wanted(self, manifest: Manifest, path: Path) -> list[tuple[StoredCheckpoint, tuple[str, ...]]]:
-        """The checkpoints of cards that a folder may hold, unless they are on this machine elsewhere."""
+        """Return the checkpoints of cards that a folder may hold, except those that are elsewhere on this machine."""
         uris = [uri for uri, _ in checkpoints_like(self._store.database, manifest) if uri != _uri_of(path)]
         names = names_of(self._store, uris) if uris else {}
         here = {_folder_of(path) / shard.name for shard in manifest.shards}
@@ -292,7 +297,7 @@ class _Adopter:
         digests: Sequence[tuple[str, FileStat]],
         cards: tuple[str, ...],
     ) -> Adoption:
-        # The files may have other names here than at the source, by which the catalog knows them.
+        # The catalog knows the files by their names at the source, which may differ from the local ones.
         copies, checks = [], []
         for shard, here, (sha256, stat) in zip(stored.manifest.shards, manifest.shards, digests, strict=True):
             file = _folder_of(path) / here.name
@@ -309,7 +314,7 @@ class _Adopter:
         return replace(adopted, verified=True)
 
     def _overlays(self, path: Path) -> tuple[str, ...]:
-        """For cards whose repository has the name of the folder: a name is no proof, so the user decides."""
+        """Return overlays for cards whose repository has the name of the folder; the user decides if it is right."""
         found = [
             name
             for repo, checkpoints in self._by_repo.items()
@@ -325,28 +330,31 @@ class _Adopter:
 
 
 def _read(path: Path, place: FoundCheckpoint, *, restrict: bool) -> tuple[Manifest, list[LocalCopy]]:
-    """What a checkpoint holds, and its files; nothing of it is read before all links are seen to stay inside."""
-    _uri_of(path)  # before any work, as it may be none that the catalog keeps
-    require_inside(path, place)
+    """Return the manifest and the files of a checkpoint, after a check that no link leads out of its place."""
+    _uri_of(path)  # raises early if the catalog cannot store the path
+    require_links_inside(path, place)
     refuse_quantized_config(read_hf_config(path), path)
     try:
         found = LocalCheckpointFiles.read(path, restrict=restrict, rewrite=False)
     except NonContiguousError:
         raise NotSupportedError(
-            f"{path} has tensors that are no ranges of its bytes, so it cannot be used where it lies. A load by its "
-            "path, or by a card of your own that names it, makes a checkpoint of it in lading's cache."
+            f"{path} has tensors that are not contiguous, so it cannot be used in place. Load it by its path, or by a "
+            "card of your own that names it, to rewrite it in lading's cache."
         ) from None
 
     return found.manifest, [replace(copy, kind="adopted") for copy in found.copies()]
 
 
 def _uri_of(path: Path) -> str:
-    """:raises NotSupportedError: the path is no text that the catalog keeps."""
+    """Return the URI of a path.
+
+    :raises NotSupportedError: the path is not valid Unicode, so the catalog cannot store it.
+    """
     uri = path_uri(path)
     try:
         uri.encode()
     except UnicodeEncodeError:
-        raise NotSupportedError(f"{str(path)!r} is no Unicode text, which the catalog keeps. Rename it.") from None
+        raise NotSupportedError(f"{str(path)!r} is not valid Unicode. Rename it, as the catalog stores text.") from None
 
     return uri
 
@@ -362,7 +370,7 @@ def _sha256_of_blob(path: Path) -> str | None:
 
 
 def _digests_as_known(stored: StoredCheckpoint | None, manifest: Manifest) -> list[tuple[str, FileStat]] | None:
-    """The SHA-256 of the files that the catalog knows by their own path, if they look as they did when it was taken."""
+    """Return the recorded digests and states of files that are verified and unchanged; ``None`` if some are not."""
     if stored is None or not stored.manifest.has_files_of(manifest):
         return None
     shards = stored.manifest.shards
@@ -391,7 +399,7 @@ def _hash(path: Path, manifest: Manifest, *, progress: bool) -> list[tuple[str, 
 
 
 def _known(path: Path, stored: StoredCheckpoint | None, cards: tuple[str, ...]) -> Adoption | None:
-    """What is said of a checkpoint whose files the catalog knows, here or elsewhere on this machine."""
+    """Return the result for a checkpoint whose intact files the catalog knows; ``None`` if it does not."""
     if stored is None:
         return None
     copies = intact_copies([shard.name for shard in stored.manifest.shards], stored.copies)
@@ -429,5 +437,5 @@ def _failed(path: Path, error: LadingError | OSError) -> Adoption:
 
 
 def _yaml(text: str) -> str:
-    """``text`` as YAML reads it back; in quotes unless it is plainly a name or a path."""
+    """Return ``text`` as a YAML scalar, in quotes unless it is a plain name or path."""
     return text if re.fullmatch(r"[A-Za-z/][\w./+@-]*", text, re.ASCII) else dumps(text, ensure_ascii=False)

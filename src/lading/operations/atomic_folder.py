@@ -1,4 +1,4 @@
-"""Folders that come to be all at once."""
+"""Atomic creation of folders."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from lading.system.filesystem import expand_home
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside ``folder``, under a name of its own, that becomes it when the block is left without an exception.
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Create a temporary folder that is renamed to ``folder`` when the block ends without an exception.
 
-    Whoever looks at ``folder`` sees it as it was before, or complete. What a process that was killed left beside it is
-    removed by the next one that makes the same folder.
+    Other processes see ``folder`` either as it was before, or complete. Temporary folders that a killed process left
+    are removed by the next call for the same folder.
 
-    :raises FileExistsError: something is there, and is no empty folder.
+    :raises FileExistsError: ``folder`` exists, and is not an empty folder.
     :raises OSError: the disk is full, or cannot be written.
     """
-    folder = Path(os.path.realpath(expand_home(folder)))  # a link that leads to an empty folder stays one
+    folder = Path(os.path.realpath(expand_home(folder)))  # keeps a link to an empty folder
     require_empty(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
@@ -36,16 +36,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
     fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(fd, fcntl.LOCK_EX)  # says that its process is alive
+            fcntl.flock(fd, fcntl.LOCK_EX)  # shows that this process is alive
         yield temporary
         os.fsync(fd)
         require_empty(folder)
-        temporary.rename(folder)  # an empty folder gives way, in one step
+        temporary.rename(folder)  # atomically replaces an empty folder
         _sync(folder.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            # A write does not say to what, and the name of what is gone again would help nobody.
+            # An error of `write` names no file, and the name of the removed temporary folder would not help.
             error.filename = str(folder)
         raise
     finally:
@@ -53,7 +53,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def require_empty(folder: Path) -> None:
-    """:raises FileExistsError: something is at ``folder``, and is no empty folder."""
+    """Require that ``folder`` does not exist, or is empty.
+
+    :raises FileExistsError: it is something else.
+    """
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(
             errno.EEXIST, "expected nothing, or an empty folder, but something is there already", str(folder)
@@ -69,7 +72,7 @@ def _remove_abandoned(folder: Path) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)
     except OSError:
-        pass  # at work
+        pass  # its process is alive
     finally:
         os.close(fd)
 

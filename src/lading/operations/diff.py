@@ -1,4 +1,4 @@
-"""In what two checkpoints, or two architectures, differ. Pure: no I/O, no torch."""
+"""The differences of two checkpoints or two architectures."""
 
 from __future__ import annotations
 
@@ -24,50 +24,50 @@ Kind = Literal["config", "only in A", "only in B", "renamed", "shape", "dtype", 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """One of two things to compare: its tensors, in columns of equal length, and its configuration."""
+    """One side of a comparison: its tensors, in columns of equal length, and its configuration."""
 
     names: Sequence[str]
     shapes: Sequence[tuple[int, ...]]
     dtypes: Sequence[str | None]
-    """``None`` where none is stated, which differs from nothing: an architecture states none for its weights."""
+    """The dtypes; ``None`` matches any dtype, as an architecture states none for its weights."""
     digests: Mapping[str, str] = field(default_factory=dict)
-    """Of the bytes of tensors, by their names, where they are known."""
+    """The known digests of tensors, by name."""
     config: Mapping[str, object] = field(default_factory=dict)
-    """Fields and their values, which may be mappings themselves."""
+    """The fields of the configuration and their values, which may be mappings."""
     has_values: bool = True
     """True if its tensors have values; those of an architecture have none."""
 
     @classmethod
     def of_manifest(cls, manifest: Manifest, digests: Mapping[str, str] | None = None) -> Side:
-        """The side of a checkpoint."""
+        """Return the side of a checkpoint."""
         return cls(names=manifest.names, shapes=manifest.shapes, dtypes=manifest.dtypes, digests=digests or {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """One thing in which two sides differ."""
+    """One difference of two sides."""
 
     name: str
-    """Of the tensor, or of the field of the configuration, dotted."""
+    """The name of the tensor, or the dotted name of the configuration field."""
     kind: Kind
     a: object
-    """What A has: of a tensor that only A has, ``{"dtype": …, "shape": …}``; of a renamed one its name; else the
-    shape, dtype, digest or value. ``None`` where A has none."""
+    """The value of A: ``{"dtype": …, "shape": …}`` for a tensor that only A has, the name for a renamed one, else the
+    shape, dtype, digest or field. ``None`` if A has none."""
     b: object
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiffReport:
-    """In what A and B differ, and how far they agree."""
+    """The differences of A and B, and the number of equal tensors."""
 
     changes: tuple[Change, ...]
-    """Fields of the configuration first, then tensors, in the order of A and then that of B."""
+    """The differences: configuration fields, then tensors in the order of A, then those of B."""
     same: int
-    """Tensors of the same name, shape and dtype."""
+    """The number of tensors with the same name, shape and dtype."""
     equal: int
-    """Tensors among these whose values are known to be equal."""
+    """The number of tensors among these whose values are known to be equal."""
     not_compared: tuple[str, ...]
-    """The names of those among these whose values were not compared, as a digest is not known, in the order of A."""
+    """The names of the tensors among these whose values were not compared for lack of digests, in the order of A."""
 
     @property
     def unknown(self) -> int:
@@ -78,8 +78,8 @@ class DiffReport:
 def diff(a: Side, b: Side) -> DiffReport:
     """Compare two sides.
 
-    Tensors are compared by name. One that only A has and one that only B has are told as one that was renamed if they
-    have the same shape, dtype and digest; where several are equal, they are paired in their order.
+    Tensors are compared by name. A tensor that only A has and one that only B has are reported as renamed if they have
+    the same shape, dtype and digest; if several are equal, they are paired in order.
     """
     changes = [Change(name=name, kind="config", a=x, b=y) for name, x, y in _fields(a.config, b.config)]
     positions = {name: i for i, name in enumerate(b.names)}
@@ -127,14 +127,14 @@ def _tensor_changes(a: Side, i: int, b: Side, j: int) -> Iterator[Change]:
         same = False
         yield Change(name=name, kind="dtype", a=a.dtypes[i], b=b.dtypes[j])
 
-    # Bytes of another shape or dtype are others anyway.
+    # If the shape or the dtype differs, different bytes are no further change.
     digests = a.digests.get(name), b.digests.get(name)
     if same and None not in digests and digests[0] != digests[1]:
         yield Change(name=name, kind="values", a=digests[0], b=digests[1])
 
 
 def _renamed(a: Side, b: Side, positions: Mapping[str, int]) -> dict[str, str]:
-    """Names that only A has → names that only B has, for the same tensor."""
+    """Return the names that only B has of tensors under names that only A has."""
     ours = set(a.names)
     free: defaultdict[object, list[str]] = defaultdict(list)
     for j in reversed(range(len(b.names))):
@@ -156,7 +156,7 @@ def _tensor(side: Side, i: int) -> dict[str, object]:
 
 
 def _fields(a: Mapping[str, object], b: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object, object]]:
-    """The fields that differ, by their dotted path."""
+    """Yield the fields that differ, with their dotted paths."""
     for name in [*a, *(name for name in b if name not in a)]:
         x, y = a.get(name), b.get(name)
         if isinstance(x, Mapping) and isinstance(y, Mapping):
@@ -168,28 +168,28 @@ def _fields(a: Mapping[str, object], b: Mapping[str, object], prefix: str = "") 
 def diff_models(
     a: AssetCard | str | Path, b: AssetCard | str | Path, *, restrict: bool = True, store: AssetStore | None = None
 ) -> DiffReport:
-    """In what two checkpoints, or two architectures, differ.
+    """Compare two checkpoints or two architectures.
 
-    Of checkpoints, the tensors are compared: names, shapes, dtypes, and values where the catalog knows the digests of
-    both. Of architectures, the fields of their configurations, and names and shapes of the parameters.
+    Checkpoints are compared by their tensors: names, shapes, dtypes, and values if the catalog knows the digests of
+    both. Architectures are compared by the fields of their configurations, and the names and shapes of parameters.
 
     :param a: a card, the name of one, the path of a checkpoint, or an architecture as ``"family/architecture"``.
     :param b: likewise; an architecture if ``a`` is one.
-    :param restrict: as :func:`lading.formats.index` takes it; for a path.
+    :param restrict: see :func:`lading.formats.index`; for a path.
 
     :raises AssetNotFoundError: no card has that name.
     :raises ModelFamilyNotKnownError: the family of an architecture is not registered.
     :raises ModelArchitectureNotKnownError: the family has no such architecture.
-    :raises NotSupportedError: a checkpoint and an architecture.
+    :raises NotSupportedError: one is a checkpoint and the other an architecture.
 
-    Otherwise what :func:`check_model` does of checkpoints.
+    For checkpoints, also raises what :func:`check_model` does.
     """
     store = store or get_asset_store()
     things = [_retrieve(target, store) for target in (a, b)]
     if len({isinstance(thing, Architecture) for thing in things}) > 1:
         raise NotSupportedError(
-            "Expected two checkpoints or two architectures to compare, but found one of each. `lading check NAME` says "
-            "whether the checkpoint of a model fits its architecture."
+            "Expected two checkpoints or two architectures to compare, but found one of each. Run `lading check NAME` "
+            "to check that the checkpoint of a model fits its architecture."
         )
 
     return diff(*(_side(thing, store, restrict=restrict) for thing in things))
@@ -229,8 +229,8 @@ def _architecture_side(architecture: Architecture) -> Side:
 
 
 def _digests(checkpoint: Checkpoint, store: AssetStore) -> Mapping[str, str]:
-    """The digests of a checkpoint's tensors, if the catalog knows them and they are those of its files as they are."""
-    # What a source publishes is pinned. Files that others look after are those that were verified while they look so.
+    """Return the known digests of a checkpoint's tensors, if they are those of its current files."""
+    # Published files are pinned. Other files must be in the state in which they were verified.
     if checkpoint.ref is None and not checkpoint.trusted:
         stored = store.checkpoint(checkpoint.uri)
         copies = () if stored is None else stored.copies

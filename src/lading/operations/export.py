@@ -1,7 +1,7 @@
-"""Models written as Hugging Face repositories, from a checkpoint of any format or from a model in memory.
+"""Export of models as Hugging Face repositories, from a checkpoint of any format or from a model in memory.
 
-The names of parameters are those of Hugging Face checkpoints already, so what is written is what a load would read. A
-repository comes to be all at once, and never is more than one tensor, or a few small ones, in memory.
+Parameters have the names of Hugging Face checkpoints, so they are written as a load reads them. A repository is created
+atomically, and at most one tensor, or a few small ones, is in memory at a time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lading.models.resolve import arch_config, model_dtype, resolve_model
 from lading.models.targets import Targets, is_distributed, targets_of
 from lading.models.tensors import DigestCollector, read_tensors
 from lading.models.ties import are_same, different_copies, tied_mismatch_error
-from lading.operations.atomic_folder import new_folder, require_empty
+from lading.operations.atomic_folder import atomic_folder, require_empty
 from lading.operations.export_layout import (
     batches,
     check_shard_size,
@@ -56,26 +56,26 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 SHARD_SIZE = 5_000_000_000
-"""Bytes that a file has at most by default, as the hub advises."""
+"""The default for the most bytes of a file, as the hub recommends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportReport:
-    """What was written."""
+    """The result of an export."""
 
     name: str
-    """Of the card, the path, or the class of the model."""
+    """The name of the card, the path of the checkpoint, or the class of the model."""
     family: str
     folder: Path
     files: Mapping[str, int]
-    """By name, in bytes."""
+    """The sizes of the files in bytes, by name."""
     tensors: int
     parameters: int
-    """Elements of all tensors."""
+    """The number of elements of all tensors."""
     dtypes: Mapping[str, int]
-    """Elements by dtype, the most frequent first."""
+    """The number of elements of each dtype, the most frequent first."""
     dropped: tuple[str, ...] = ()
-    """Tensors of the checkpoint that the model has no use for, and that were not written."""
+    """Tensors of the checkpoint that the model does not use, and that were not written."""
 
     @property
     def bytes(self) -> int:
@@ -94,32 +94,32 @@ def convert_checkpoint(
     verify: Verify = "auto",
     store: AssetStore | None = None,
 ) -> ExportReport:
-    """Write the checkpoint of a model, of any format that is read here, as a Hugging Face repository.
+    """Write the checkpoint of a model, of any supported format, as a Hugging Face repository.
 
-    Its ``config.json`` is the one beside the checkpoint, if that describes the same model; else it is made of the
-    configuration. The tokenizer's files come along.
+    The ``config.json`` is that of the checkpoint, if it describes the same model; else it is made from the
+    configuration. The tokenizer's files are copied.
 
     :param target: a card, the name of one, or the path of a checkpoint.
-    :param folder: which is made; nothing, or an empty folder, may be there. It appears complete or not at all.
-    :param arch: of a checkpoint at a path without a ``config.json``: ``"family/architecture"`` of the catalog.
-    :param dtype: of floating-point tensors, as ``load_model`` takes it; ``"keep"`` keeps each as it is.
-    :param shard_size: bytes that a file has at most, unless a single tensor has more.
-    :param restrict: as :func:`lading.formats.index` takes it; for a path.
-    :param progress: show a bar on stderr.
-    :param verify: ``"auto"`` checks, while it is read, all that the catalog has not seen verified in just the state
-        that it is in now; ``"always"`` checks all; ``"never"`` nothing. Of a checkpoint at a path nothing is known.
+    :param folder: the folder to create, which must be empty or not exist. It is created atomically.
+    :param arch: the architecture, as ``"family/architecture"``, of a checkpoint at a path without a ``config.json``.
+    :param dtype: the dtype of floating-point tensors, see ``load_model``; ``"keep"`` keeps that of each tensor.
+    :param shard_size: the most bytes of a file, unless a single tensor has more.
+    :param restrict: see :func:`lading.formats.index`; for a path.
+    :param progress: whether to show a progress bar on stderr.
+    :param verify: ``"auto"`` verifies files that the catalog does not know as verified in their current state, while
+        they are read; ``"always"`` verifies all files, ``"never"`` none. A checkpoint at a path has no digests.
 
-    :raises FileExistsError: something is at ``folder``, and is no empty folder.
-    :raises NotSupportedError: the checkpoint is quantised, of no known family, or no ``config.json`` can describe it;
-        or ``verify`` is ``"always"``, of a path.
+    :raises FileExistsError: ``folder`` exists, and is not an empty folder.
+    :raises NotSupportedError: the checkpoint is quantized or of no known family, no ``config.json`` can describe it, or
+        ``verify`` is ``"always"`` for a path.
     :raises AssetNotFoundError: no card has that name.
-    :raises ModelCheckpointError: the checkpoint is damaged, does not fit the configuration, or is not the one that was
-        published or recorded.
-    :raises RefusedPickleError: to unpickle it would import what a state dict does not need.
-    :raises ValueError: ``arch`` is given with a card, or is of another form; ``shard_size`` is not positive; or
-        ``verify`` is none of these.
-    :raises CheckpointNotFoundError: nothing is where it should be (also a ``FileNotFoundError``).
-    :raises FetchError: it is elsewhere, and cannot be fetched.
+    :raises ModelCheckpointError: the checkpoint is damaged, does not fit the configuration, or differs from the
+        published or recorded digests.
+    :raises RefusedPickleError: unpickling it would import something that a state dict does not need.
+    :raises ValueError: ``arch`` is given for a card, or has another form; ``shard_size`` is not positive; or ``verify``
+        is unknown.
+    :raises CheckpointNotFoundError: the checkpoint does not exist (also a ``FileNotFoundError``).
+    :raises FetchError: the checkpoint is remote, and cannot be fetched.
     :raises OSError: the disk is full, or cannot be written.
     """
     folder = Path(folder)
@@ -130,7 +130,7 @@ def convert_checkpoint(
     family = config = None
     if arch is not None:
         if not isinstance(target, Path):
-            raise ValueError("`arch` is for a checkpoint at a path: a card names its own")
+            raise ValueError("`arch` is only for a checkpoint at a path, as a card names its own")
         family, config = _of_architecture(arch, store)
     model = resolve_model(
         target,
@@ -147,7 +147,7 @@ def convert_checkpoint(
     asked = model_dtype(dtype, checkpoint, store=store)
     module = build_on_meta(family, config)
     others = other_dtypes(module, family, config, asked, sdp=1)
-    # config.json describes these: it does not say that what is tied is stored apart.
+    # config.json describes these targets: it cannot say that tied parameters are stored separately.
     described = targets = targets_of(module, dtype=asked, others=others)
     routed = match(manifest, targets, family, config)
     fit = report_fit(manifest, targets, routed, family=family)
@@ -175,10 +175,10 @@ def convert_checkpoint(
     )
     witness = None if expected is None else DigestCollector(manifest, expected.dims)
     values = config_values(family, config, described, entries, beside)
-    if family.untie is None:  # else all copies have been compared
+    if family.untie is None:  # else the copies were compared above
         _check_tied(checkpoint, config, targets, routed)
 
-    with new_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         require_space(temporary, sum(entry.nbytes for entry in entries))
         order = sorted(range(len(entries)), key=routed.tensors.__getitem__)  # as they lie in the files
         shards = files_of([entries[i] for i in order], shard_size)
@@ -207,22 +207,22 @@ def export_model(
 ) -> ExportReport:
     """Write a model in memory as a Hugging Face repository.
 
-    Over ``gangs``, all ranks call this alike. They write the files in turn, to a folder that all of their hosts see;
-    each tensor is gathered when its file is written, and no rank holds more than one.
+    With ``gangs``, all ranks make the same call. They write the files in turn, to a folder that all of their hosts
+    share; each tensor is gathered when its file is written, and no rank holds more than one.
 
-    :param family: or the name of one.
-    :param config: that the model was made with.
-    :param folder: which is made; nothing, or an empty folder, may be there. It appears complete or not at all.
-    :param gangs: that hold the model; default: this process holds all of it.
-    :param dtype: of floating-point tensors; default: their own.
-    :param shard_size: bytes that a file has at most, unless a single tensor has more.
-    :param beside: a folder whose tokenizer, and ``config.json`` if it describes the model, come along.
+    :param family: a family, or the name of one.
+    :param config: the configuration of the model.
+    :param folder: the folder to create, which must be empty or not exist. It is created atomically.
+    :param gangs: the gangs that hold the model; default: this process holds all of it.
+    :param dtype: the dtype of floating-point tensors; default: their own.
+    :param shard_size: the most bytes of a file, unless a single tensor has more.
+    :param beside: a folder from which to copy the tokenizer, and ``config.json`` if it describes the model.
 
-    :raises FileExistsError: something is at ``folder``, and is no empty folder.
-    :raises NotSupportedError: no ``config.json`` can describe the model; or gangs that are only simulated.
+    :raises FileExistsError: ``folder`` exists, and is not an empty folder.
+    :raises NotSupportedError: no ``config.json`` can describe the model, or the gangs are simulated.
     :raises TypeError: ``config`` or ``model`` is not of the family's class.
-    :raises ValueError: ``config`` describes other parameters than ``model`` has; or ``shard_size`` is not positive.
-    :raises GangError: another rank failed, asks for something else, or writes to another file system.
+    :raises ValueError: ``config`` describes other parameters than ``model`` has, or ``shard_size`` is not positive.
+    :raises GangError: another rank failed, passed other arguments, or writes to another file system.
     :raises OSError: the disk is full, or cannot be written.
     """
     family = get_family(family) if isinstance(family, str) else family
@@ -233,7 +233,7 @@ def export_model(
         raise TypeError(f"`model` must be a {family.kls.__name__}, but is of type {type(model).__name__}")
     root = (gangs or create_fake_gangs("cpu")).root
     if root.size > 1 and root.channel is None:
-        raise NotSupportedError("A model of simulated gangs cannot be exported: the other parts of it are nowhere.")
+        raise NotSupportedError("A model of simulated gangs cannot be exported: its other parts do not exist.")
     root.same(
         (family.name, config, dtype, shard_size, str(folder), None if beside is None else str(beside)),
         "family, configuration, dtype, size of shards, folder and folder beside",
@@ -242,7 +242,7 @@ def export_model(
     tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     mine = targets_of(model, dtype=dtype)
     whole = targets_of(build_on_meta(family, config), dtype=dtype)
-    # Of a parameter that is tied over stages, each has a copy; the first name is the one that is written.
+    # Each stage has a copy of a parameter that is tied across stages; it is written under its first name.
     held = {
         name: Entry(name=name, dtype=asked or DTYPE_NAMES[tensors[name].dtype], shape=shape)
         for name, asked, shape in zip(mine.names, mine.dtypes, mine.shapes, strict=True)
@@ -260,7 +260,7 @@ def export_model(
         files = {} if beside is None else files_beside(Path(beside))
         values = config_values(family, config, whole, entries, files)
 
-        return stack.enter_context(new_folder(folder)), files, values
+        return stack.enter_context(atomic_folder(folder)), files, values
 
     def finish() -> ExportReport:
         _require_here(temporary, writers, root)
@@ -270,7 +270,7 @@ def export_model(
 
         return report
 
-    with ExitStack() as stack:  # of rank 0: an exception takes the folder away again
+    with ExitStack() as stack:  # on rank 0, an exception removes the folder
         temporary, files, values = root.first(begin)
         for file, shard in shards.items():
             with root.all_or_none():
@@ -297,7 +297,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _check_tied(checkpoint: Checkpoint, config: Any, targets: Targets, routed: Route) -> None:
-    """Of a tied parameter one copy is written, so the others must hold the same."""
+    """Require that all copies of a tied parameter are equal, as only one is written."""
     manifest = checkpoint.manifest
     written = {target: i for i, target in enumerate(routed.targets)}
     for target, source in routed.duplicates:
@@ -318,8 +318,8 @@ def _copy(
 ) -> None:
     """Write a file from a checkpoint, a few tensors at a time.
 
-    :param sources: what the tensors are made of, by their names.
-    :param witness: takes digests of what is read.
+    :param sources: the sources of the tensors, by name.
+    :param witness: computes digests of the bytes that are read.
     """
     with Writer(path, shard) as writer:
         for batch in batches(shard):
@@ -330,7 +330,7 @@ def _copy(
 
 
 def _write_together(path: Path, shard: Sequence[Entry], tensors: Mapping[str, Tensor], *, writes: bool) -> None:
-    """Gather the tensors of a file, one after another, on all ranks; one of them writes it."""
+    """Gather the tensors of a file on all ranks, one after another, and write them on one rank."""
     failed: Exception | None = None
     with ExitStack() as stack:
         writer: Writer | None = None
@@ -346,7 +346,7 @@ def _write_together(path: Path, shard: Sequence[Entry], tensors: Mapping[str, Te
             try:
                 writer.write(_bytes(whole.to(TORCH_DTYPES[entry.dtype])))
             except Exception as error:
-                failed = error  # the others wait for this rank in the next gathering, so it goes on
+                failed = error  # continue, as the other ranks wait for this one in the next gathering
         if failed is not None:
             raise failed
 
@@ -360,7 +360,10 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _require_here(folder: Path, writers: Mapping[str, int], root: Gang) -> None:
-    """:raises NotSupportedError: a file that another rank wrote is on another file system."""
+    """Require that the files of all ranks are in ``folder``.
+
+    :raises NotSupportedError: a file that another rank wrote is on another file system.
+    """
     for file, rank in writers.items():
         if not (folder / file).exists():
             raise NotSupportedError(
@@ -372,7 +375,7 @@ def _require_here(folder: Path, writers: Mapping[str, int], root: Gang) -> None:
 def _finish(
     folder: Path, shards: Mapping[str, Sequence[Entry]], values: Mapping[str, object], beside: Mapping[str, Path]
 ) -> None:
-    """Write all that a repository holds besides its tensors."""
+    """Write the other files of a repository."""
     if len(shards) > 1:
         write_index(folder, shards)
     with (folder / CONFIG_NAME).open("w", encoding="utf-8") as file:

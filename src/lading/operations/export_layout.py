@@ -1,4 +1,4 @@
-"""What an export is to write, before anything is: the tensors of each file, and what ``config.json`` says."""
+"""The layout of an export: the tensors of each file, and the content of ``config.json``."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from lading.models.targets import Targets, targets_of
 from lading.transfer.dtypes import FLOATS, TORCH_DTYPES
 
 BATCH = 64 << 20
-"""Bytes of small tensors that are read together."""
+"""The most bytes of tensors that are read together."""
 
 
 def check_shard_size(size: int) -> None:
-    """Refuse a size of files before any work is done.
+    """Check the maximal size of files, before any work is done.
 
-    :raises ValueError: no file can be that small.
+    :raises ValueError: the size is not positive.
     """
     if size < 1:
         raise ValueError(f"`shard_size` must be positive, but is {size}")
 
 
 def files_of(entries: Sequence[Entry], shard_size: int) -> Mapping[str, Sequence[Entry]]:
-    """The tensors of each file, by its name."""
+    """Return the tensors of each file, by its name."""
     shards = shards_of(entries, shard_size)
 
     return {file: [entries[i] for i in shard] for file, shard in zip(shard_names(len(shards)), shards, strict=True)}
@@ -38,9 +38,9 @@ def files_of(entries: Sequence[Entry], shard_size: int) -> Mapping[str, Sequence
 def files_of_stages(
     stages: Mapping[tuple[Entry, ...], Sequence[int]], shard_size: int
 ) -> tuple[Mapping[str, Sequence[Entry]], Mapping[str, int]]:
-    """The tensors of each file, and the rank that writes it.
+    """Return the tensors of each file, and the rank that writes it, by the file's name.
 
-    :param stages: tensors that the same ranks hold, and these ranks.
+    :param stages: the ranks that hold each set of tensors.
     """
     shards: list[list[Entry]] = []
     writers: list[int] = []
@@ -55,7 +55,7 @@ def files_of_stages(
 
 
 def batches(shard: Sequence[Entry]) -> Iterator[list[Entry]]:
-    """Tensors that are read together: as many as fit in :data:`BATCH`, or one."""
+    """Yield tensors to read together: as many as fit in :data:`BATCH`, or one."""
     batch: list[Entry] = []
     size = 0
     for entry in shard:
@@ -69,7 +69,7 @@ def batches(shard: Sequence[Entry]) -> Iterator[list[Entry]]:
 
 
 def elements_by_dtype(entries: Iterable[Entry]) -> dict[str, int]:
-    """The elements of all tensors of each dtype, which is a key of :data:`lading.formats.manifest.BITS`."""
+    """Return the number of elements of each dtype, a key of :data:`lading.formats.manifest.BITS`."""
     elements: dict[str, int] = {}
     for entry in entries:
         elements[entry.dtype] = elements.get(entry.dtype, 0) + math.prod(entry.shape)
@@ -78,13 +78,13 @@ def elements_by_dtype(entries: Iterable[Entry]) -> dict[str, int]:
 
 
 def torch_name(dtype: str) -> str:
-    """What torch, and ``config.json``, call a dtype."""
+    """Return the name of a dtype in torch and ``config.json``."""
     return str(TORCH_DTYPES[dtype]).removeprefix("torch.")
 
 
 _MADE = ("architectures", "apply_spec_augment", "mask_time_prob", "mask_feature_prob")
-"""Keys that are always those of the model that is written. The one beside a checkpoint may speak of masking, for which
-transformers would draw an embedding, where the model masks nothing.
+"""The keys that are always taken from the written model. The ``config.json`` of the checkpoint may enable masking, for
+which transformers would initialize an embedding, although the model has none.
 """
 
 
@@ -95,22 +95,23 @@ def config_values(
     entries: Sequence[Entry],
     beside: Mapping[str, Path],
 ) -> Mapping[str, object]:
-    """What ``config.json`` is to say: what the one beside the checkpoint does, if it is of this model.
+    """Return the content of ``config.json``: that of the checkpoint's own, if it describes this model.
 
     :param targets: the parameters of the model.
     :param entries: the tensors that are written.
-    :param beside: the files beside the checkpoint, by name.
+    :param beside: the other files of the checkpoint, by name.
 
-    :raises NotSupportedError: no ``config.json`` can describe the model, or the one beside says that it is quantised.
-    :raises CorruptModelCheckpointError: the one beside is no JSON object.
+    :raises NotSupportedError: no ``config.json`` can describe the model, or the checkpoint's own says that it is
+        quantized.
+    :raises CorruptModelCheckpointError: the checkpoint's own is not a JSON object.
     :raises OSError: it cannot be read.
     """
     own = _read_config(beside[CONFIG_NAME]) if CONFIG_NAME in beside else {}
     known = bool(own) and _is_of(own, family, targets)
     if family.to_hf is None and not known:
         raise NotSupportedError(
-            f"Models of the {family.name} family cannot say what their config.json would be. Put the one of the model "
-            "beside the checkpoint."
+            f"No config.json can be made for models of the {family.name} family. Put that of the model into the folder "
+            "of the checkpoint."
         )
     made: Mapping[str, object] = {}
     try:
@@ -119,7 +120,7 @@ def config_values(
         if not known:
             raise
     values = dict(own if known else made)
-    values.pop("auto_map", None)  # names code that is not here
+    values.pop("auto_map", None)  # names code that is not exported
     values |= {key: made[key] for key in _MADE if key in made}
 
     for key in ("dtype", "torch_dtype"):
@@ -139,7 +140,7 @@ def _read_config(path: Path) -> Mapping[str, object]:
 
 
 def _is_of(values: Mapping[str, object], family: Family[Any, Any], targets: Targets) -> bool:
-    """Whether a ``config.json`` describes a model of these parameters."""
+    """Return whether a ``config.json`` describes a model with these parameters."""
     known = values.get("model_type") in family.hf_model_types or family.reads_other_model_types
     if family.from_hf is None or not known:
         return False

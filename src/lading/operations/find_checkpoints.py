@@ -1,7 +1,7 @@
-"""The search for checkpoints in a folder, at any depth, and for their files, mostly by their names.
+"""Search for checkpoints and their files in a folder, at any depth, mostly by name.
 
-A folder that a user names may hold anything. No link to a folder is followed; a link to a file is, where it lies right
-in the folder that was named, leads to a place inside it, or is one of those of which a Hugging Face cache consists.
+The content of a folder that a user names is not trusted. Links to folders are not followed. Links to files are followed
+only if they are directly in that folder, lead to a file inside it, or belong to the layout of a Hugging Face cache.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ class FoundCheckpoint:
     root: Path
     """The folder that the user named."""
     repo: str | None = None
-    """The id of a repository, whose folder in a Hugging Face cache ``path`` is."""
+    """The id of a repository, if ``path`` is its folder in a Hugging Face cache."""
     commit: str | None = None
-    """The only commit of it that was asked for."""
+    """The commit of the repository to use, if the user named its snapshot."""
     problem: OSError | None = None
-    """Why nothing can be said of it."""
+    """The error, if the folder cannot be read."""
 
 
-def find_places(root: Path) -> Iterator[FoundCheckpoint]:
-    """The folders below ``root``, itself included, that hold a checkpoint by what they list; in the order of names.
+def find_checkpoints(root: Path) -> Iterator[FoundCheckpoint]:
+    """Yield the checkpoints in ``root`` and the folders below it, in the order of names.
 
-    Files of ``torch.save`` under other names than the usual ones are a checkpoint each, and so are files whose names
-    have no suffix and whose first bytes are those of a checkpoint.
+    ``torch.save`` files without a usual name are a checkpoint each, and so are files without a suffix whose first bytes
+    are those of a checkpoint.
 
     :param root: an absolute path.
     """
@@ -66,9 +66,9 @@ def find_places(root: Path) -> Iterator[FoundCheckpoint]:
     yield from _places(root, root)
 
 
-def hub_places(cache: Path) -> Iterator[FoundCheckpoint]:
-    """The folders of repositories of models in a Hugging Face cache."""
-    folders, _, _ = _listed(cache)
+def find_hub_repositories(cache: Path) -> Iterator[FoundCheckpoint]:
+    """Yield the folders of model repositories in a Hugging Face cache."""
+    folders, _, _ = _list_folder(cache)
     for folder in folders:
         repo = repository_id(folder)
         if repo is not None:
@@ -76,7 +76,7 @@ def hub_places(cache: Path) -> Iterator[FoundCheckpoint]:
 
 
 def _places(path: Path, root: Path) -> Iterator[FoundCheckpoint]:
-    # Not by recursion: how deep the folders are is the user's matter.
+    # An explicit stack, as folders may be nested deeper than Python's recursion limit.
     left = [path]
     while left:
         path = left.pop()
@@ -84,7 +84,7 @@ def _places(path: Path, root: Path) -> Iterator[FoundCheckpoint]:
         if repo is not None and (path / "snapshots").is_dir():
             yield FoundCheckpoint(path=path, root=root, repo=repo)
             continue
-        folders, names, problem = _listed(path)
+        folders, names, problem = _list_folder(path)
         if problem is not None:
             yield FoundCheckpoint(path=path, root=root, problem=problem)
             continue
@@ -97,14 +97,14 @@ def _places(path: Path, root: Path) -> Iterator[FoundCheckpoint]:
 
 
 def _in_folder(path: Path, root: Path, names: list[str]) -> Iterator[FoundCheckpoint]:
-    """The checkpoints in a folder, by the names of its files."""
-    # Without a suffix, the first bytes tell: one small read, of files that no link leads to.
+    """Yield the checkpoints in a folder, by the names of its files."""
+    # Files without a suffix are recognized by their first bytes, with one small read; links are not followed.
     bare = [name for name in names if "." not in name and _is_checkpoint(path / name)]
     found = [name for name in names if is_checkpoint_file(name) or name in bare]
     torch = [name for name in found if is_torch_format(name) or name in bare]
     usual = not {BIN_INDEX_NAME, BIN_NAME}.isdisjoint(names) or is_consolidated(names)
     if torch and not usual and all(name in torch or is_other_format(name) for name in found):
-        # What an index names are its parts.
+        # The files that an index names are not checkpoints of their own.
         for name in [name for name in torch if is_index(name)] or torch:
             yield FoundCheckpoint(path=path / name, root=root)
     elif found:
@@ -121,8 +121,8 @@ def _is_checkpoint(path: Path) -> bool:
         return False
 
 
-def _listed(path: Path) -> tuple[list[Path], list[str], OSError | None]:
-    """The folders in a folder, the names of all else, and why there are none."""
+def _list_folder(path: Path) -> tuple[list[Path], list[str], OSError | None]:
+    """Return the folders in a folder, the names of its other entries, and the error if it cannot be read."""
     try:
         with os.scandir(path) as entries:
             listed = sorted(entries, key=lambda entry: entry.name)
@@ -134,18 +134,18 @@ def _listed(path: Path) -> tuple[list[Path], list[str], OSError | None]:
     return folders, [entry.name for entry in listed if not entry.is_dir(follow_symlinks=False)], None
 
 
-def require_inside(path: Path, place: FoundCheckpoint) -> None:
-    """See to it that the files of which the checkpoint at ``path`` is are ones that its place may have.
+def require_links_inside(path: Path, place: FoundCheckpoint) -> None:
+    """Require that no link among the files of the checkpoint at ``path`` leads out of its place.
 
     :param path: a folder, a file, or an index.
 
-    :raises PolicyError: a link leads elsewhere.
-    :raises CheckpointNotFoundError: no checkpoint is there (also a ``FileNotFoundError``).
-    :raises NotSupportedError: it is of a format that is not read here.
+    :raises PolicyError: a link leads out of the place.
+    :raises CheckpointNotFoundError: there is no checkpoint (also a ``FileNotFoundError``).
+    :raises NotSupportedError: its format is not supported.
     :raises CorruptModelCheckpointError: its index breaks the rules of the format.
     """
     bounds = _Bounds(place)
-    # A link that the user named is followed.
+    # A link to a folder is followed if the user named it.
     folder = path if path.is_dir() and (path == place.root or not path.is_symlink()) else path.parent
     _require_no_links_between(folder, place)
     bounds.check(folder / CONFIG_NAME)
@@ -161,7 +161,7 @@ def require_inside(path: Path, place: FoundCheckpoint) -> None:
 
 
 def _files(path: Path, folder: Path) -> list[Path]:
-    """The files by which the checkpoint at ``path`` is read."""
+    """Return the files that a reader of the checkpoint at ``path`` opens first."""
     if path != folder:
         return [path]
     names = [entry.name for entry in path.iterdir()]
@@ -182,7 +182,7 @@ def _require_usual_name(path: Path, names: list[str]) -> None:
         raise CheckpointNotFoundError(
             path,
             without_index(path, found)
-            or f"{path}: expected {INDEX_NAME} or {FILE_NAME}, by which a folder is adopted, found "
+            or f"{path}: expected {INDEX_NAME} or {FILE_NAME}, without which a folder is not adopted, found "
             f"{some(sorted(found))}. Give one of these to `lading index` by its path, or name it as the `checkpoint` "
             "of a card of your own.",
         )
@@ -193,26 +193,29 @@ def _require_no_links_between(folder: Path, place: FoundCheckpoint) -> None:
         if part in (place.path, place.root):
             return
         if part.is_symlink():
-            raise PolicyError(f"{part} is a link to a folder, which is not followed. Give the path that it leads to.")
+            raise PolicyError(f"{part} is a link to a folder, which is not followed. Give the path of its target.")
 
 
 class _Bounds:
-    """Where the links of a place may lead."""
+    """The folders to which links in a place may lead."""
 
     def __init__(self, place: FoundCheckpoint) -> None:
         self._root = place.root
-        # Blobs lie beside the snapshots, or are themselves links to those that all repositories of a cache share.
+        # Blobs are next to the snapshots, or are links to the blobs that all repositories of the cache share.
         home = os.path.realpath(place.root if place.repo is None else place.path)
         allowed = [home] if place.repo is None else [f"{home}/blobs", f"{os.path.dirname(home)}/blobs"]
         self._allowed = tuple(folder + os.sep for folder in allowed)
 
     def check(self, path: Path) -> None:
-        """:raises PolicyError: ``path`` is a link that leads elsewhere."""
+        """Check a path, if it is a link.
+
+        :raises PolicyError: the link leads out of the place.
+        """
         try:
             if not stat.S_ISLNK(os.lstat(path).st_mode):
                 return
         except OSError:
-            return  # whoever reads it says it better
+            return  # the reader of the file reports it
         real = os.path.realpath(path)
         if real.startswith(self._allowed) or (path.parent == self._root and Path(real).is_file()):
             return

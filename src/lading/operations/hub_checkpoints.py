@@ -1,4 +1,4 @@
-"""The checkpoints on the hub that cards name, and which commit in a Hugging Face cache each of them is."""
+"""Checkpoints on the hub that cards name, and their commits in a Hugging Face cache."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class HubCheckpoint:
 
     uri: str
     revision: str | None = None
-    """What the address asks for: a branch, a tag or a commit."""
+    """The branch, tag or commit in the address."""
     inner: str | None = None
-    """The folder or the file in the repository; ``None`` is all of it."""
+    """The folder or the file in the repository; ``None`` for the whole repository."""
     cards: tuple[str, ...] = ()
     """The names of the cards."""
 
 
 def hub_checkpoints(store: AssetStore) -> Mapping[str, Sequence[HubCheckpoint]]:
-    """The checkpoints of cards on the hub, by the id of their repository in one case.
+    """Return the hub checkpoints that cards name, by the case-folded id of their repository.
 
-    What a card says wrongly is logged, and passed over.
+    Invalid addresses in cards are logged and skipped.
 
     :raises CatalogError: the catalog cannot be read.
     """
@@ -63,12 +63,12 @@ def _add(found: dict[str, tuple[HubAddress, CheckpointRef, list[str]]], card: As
     found.setdefault(ref.key, (address, ref, []))[2].append(card.name)
 
 
-def commit_of(place: FoundCheckpoint, revision: str | None, stored: StoredCheckpoint | None) -> str | None:
-    """The commit in the folder of a repository that a revision means; ``None`` where it is not there.
+def resolve_commit(place: FoundCheckpoint, revision: str | None, stored: StoredCheckpoint | None) -> str | None:
+    """Resolve a revision to a commit in the folder of a repository; return ``None`` if it is not there.
 
-    :param place: the folder, or one snapshot in it, which is then the only one that may be meant.
-    :param revision: ``None`` means the main branch, or the one commit that is there.
-    :param stored: what the catalog knows; its commit comes before what the cache says of branches.
+    :param place: the folder, or one snapshot in it, which is then the only possible result.
+    :param revision: ``None`` for the main branch, or the only commit that is there.
+    :param stored: the indexed checkpoint, whose commit takes precedence over the branches in the cache.
     """
     if stored is not None and stored.revision and (place.path / "snapshots" / stored.revision).is_dir():
         commit: str | None = stored.revision
@@ -83,9 +83,9 @@ def commit_of(place: FoundCheckpoint, revision: str | None, stored: StoredCheckp
     return commit if commit is not None and (place.path / "snapshots" / commit).is_dir() else None
 
 
-def no_snapshot(place: FoundCheckpoint) -> CheckpointNotFoundError:
-    """The error for a repository of which no commit, or no one commit, can be meant."""
+def no_snapshot_error(place: FoundCheckpoint) -> CheckpointNotFoundError:
+    """Return the error for a repository without a snapshot, or with several and no main branch."""
     snapshots = [path.name for path in snapshot_folders(place.path)]
-    found = f"found {', '.join(snapshots)}, and nothing that says which is the main one" if snapshots else "found none"
+    found = f"found {', '.join(snapshots)}, but no reference to the main one" if snapshots else "found none"
 
     return CheckpointNotFoundError(place.path, f"{place.path}: expected a snapshot of the repository, {found}.")

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from lading.operations.atomic_folder import new_folder
+from lading.operations.atomic_folder import atomic_folder
 
 
 def test_it_comes_all_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "out"
-    with new_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         (temporary / "a").write_text("1")
         assert not folder.exists()
         assert temporary.parent == folder.parent
@@ -33,7 +33,7 @@ def _umask() -> int:
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_exception_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     def fail() -> None:
-        with new_folder(tmp_path / "out") as temporary:
+        with atomic_folder(tmp_path / "out") as temporary:
             (temporary / "a").write_text("1")
             raise error
 
@@ -45,7 +45,7 @@ def test_an_exception_leaves_nothing(tmp_path: Path, error: type[BaseException])
 def test_an_empty_folder_gives_way(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "out").symlink_to("real")
-    with new_folder(tmp_path / "out") as temporary:
+    with atomic_folder(tmp_path / "out") as temporary:
         (temporary / "a").touch()
     assert (tmp_path / "real" / "a").exists()
 
@@ -55,11 +55,11 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
     (tmp_path / "out" / "mine").touch()
     (tmp_path / "file").touch()
     for name in ("out", "file"):
-        with pytest.raises(FileExistsError), new_folder(tmp_path / name):
+        with pytest.raises(FileExistsError), atomic_folder(tmp_path / name):
             pass
 
     def be_late() -> None:
-        with new_folder(tmp_path / "late") as temporary:
+        with atomic_folder(tmp_path / "late") as temporary:
             (temporary / "a").touch()
             (tmp_path / "late").mkdir()
             (tmp_path / "late" / "theirs").touch()
@@ -72,14 +72,14 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom lading.operations.atomic_folder import new_folder\n"
-        "with new_folder(Path(sys.argv[1])) as folder:\n"
+        "import sys, time\nfrom pathlib import Path\nfrom lading.operations.atomic_folder import atomic_folder\n"
+        "with atomic_folder(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'half').touch()\n    print(flush=True)\n    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, tmp_path / "out"], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        with new_folder(tmp_path / "out") as temporary:  # the other one is at work: it stays
+        with atomic_folder(tmp_path / "out") as temporary:  # the other one is at work: it stays
             assert len(list(tmp_path.iterdir())) == 2
             (temporary / "a").touch()
         process.send_signal(signal.SIGKILL)
@@ -87,14 +87,14 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / "out" / "a").unlink()
     assert len(list(tmp_path.iterdir())) == 2
 
-    with new_folder(tmp_path / "out"):
+    with atomic_folder(tmp_path / "out"):
         assert len(list(tmp_path.iterdir())) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_full_disk_is_told_by_the_name_of_the_folder(tmp_path: Path) -> None:
     def write() -> None:
-        with new_folder(tmp_path / "out"), open("/dev/full", "wb", buffering=0) as full:
+        with atomic_folder(tmp_path / "out"), open("/dev/full", "wb", buffering=0) as full:
             full.write(b"x")
 
     with pytest.raises(OSError, match="No space left") as caught:
