@@ -109,8 +109,8 @@ def test_the_bytes_come_all_the_same(tmp_path: Path, name: str) -> None:
 
 FATAL: dict[str, tuple[Behaviour, type[LadingError], str]] = {
     "dropped again and again": (drops(100), FetchError, "tried 2 times"),
-    "half the length": (on_get(hostile.length(0.5)), FetchError, "150000 bytes, where 300000"),
-    "twice the length": (on_get(hostile.length(2)), FetchError, "600000 bytes, where 300000"),
+    "half the length": (on_get(hostile.length(0.5)), FetchError, "150000 bytes, expected the published 300000"),
+    "twice the length": (on_get(hostile.length(2)), FetchError, "600000 bytes, expected the published 300000"),
     "twice the length, always": (hostile.length(2), FetchError, "tried 2 times"),
     "two lengths": (hostile.two_lengths, FetchError, "tried 2 times"),
     "new content each time": (hostile.new_content_each_time, FetchError, "has changed"),

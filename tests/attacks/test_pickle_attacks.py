@@ -419,7 +419,7 @@ def test_members_that_are_not_there_or_twice(tmp_path: Path) -> None:
     path = _tar(tmp_path / "a.tar", data=save({"w": torch.ones(1)}))
     with pytest.raises(CheckpointNotFoundError, match=r"'m/model\.pt'"):
         formats.index(path, member="model.pt")
-    with pytest.raises(NotSupportedError, match="name of a member"):
+    with pytest.raises(NotSupportedError, match="path to a member"):
         formats.index(path)
 
     with tarfile.open(path, "a") as file:

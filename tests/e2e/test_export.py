@@ -77,7 +77,7 @@ def test_what_is_refused(cards: Path, cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
     assert "something is there already" in cli("export", "tiny", tmp_path / "full", code=2).output
-    assert "`lading convert` takes paths" in cli("export", str(source), tmp_path / "out", code=2).output
+    assert "use `lading convert` for paths" in cli("export", str(source), tmp_path / "out", code=2).output
     assert "No model named 'tinny'" in cli("export", "tinny", tmp_path / "out", code=2).output
     assert "names its own" in cli("convert", "tiny", tmp_path / "out", "--arch", "qwen/qwen3_0.6b", code=2).output
     assert "FAMILY/ARCH" in cli("convert", str(source), tmp_path / "out", "--arch", "qwen", code=2).output

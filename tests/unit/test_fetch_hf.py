@@ -124,7 +124,7 @@ def test_what_is_no_address(uri: str) -> None:
 def test_a_revision_given_apart_is_checked_and_wins() -> None:
     assert HubSource("hg://a/b@one", revision="two").revision == "two"
     assert HubSource("hg://a/b@one/x", revision=None).revision == "one"
-    with pytest.raises(FetchError, match=r"expected as a revision .* found '\.\./x'"):
+    with pytest.raises(FetchError, match=r"expected the revision .* found '\.\./x'"):
         HubSource("hg://a/b", revision="../x")
 
 

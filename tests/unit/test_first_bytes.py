@@ -133,7 +133,7 @@ def test_archives_and_pickles_of_others(tmp_path: Path) -> None:
         formats.index(path)
     with tarfile.open(tmp_path / "model.pth.tar", "w") as archive:
         archive.addfile(tarfile.TarInfo("sys_info"))
-    with pytest.raises(NotSupportedError, match=r"name of a member .*model\.pth\.tar/model\.pt"):
+    with pytest.raises(NotSupportedError, match=r"path to a member .*model\.pth\.tar/model\.pt"):
         formats.index(tmp_path / "model.pth.tar")
 
 
