@@ -364,7 +364,7 @@ def test_hostile_names_are_not_even_asked_for(tmp_path: Path, name: str) -> None
         opened = source(server, tmp_path)
         snapshot = opened.snapshot()
         server.requests.clear()
-        with pytest.raises(FetchError, match="plain names"):
+        with pytest.raises(FetchError, match="plain file names"):
             opened.with_siblings(snapshot, ["good.safetensors", name])
         assert server.requests == []
 

@@ -236,7 +236,7 @@ def export_model(
         raise NotSupportedError("A model of simulated gangs cannot be exported: its other parts do not exist.")
     root.same(
         (family.name, config, dtype, shard_size, str(folder), None if beside is None else str(beside)),
-        "family, configuration, dtype, size of shards, folder and folder beside",
+        "family, configuration, dtype, shard size, folder and `beside`",
     )
 
     tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}

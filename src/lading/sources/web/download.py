@@ -111,7 +111,7 @@ class WorkerGroup:
 
 
 class _Piece:
-    """A range of the file, of which the bytes up to ``at`` are fetched."""
+    """A range of the file; its bytes up to ``at`` are fetched."""
 
     __slots__ = ("_hasher", "_known", "_lock", "at", "end", "start")
 

@@ -36,7 +36,7 @@ class AddressScope(IntEnum):
 def reach(address: str) -> AddressScope:
     """Return the scope of an IP address; ``EVERYWHERE`` if it is not an IP address.
 
-    Source: https://www.iana.org/assignments/iana-ipv4-special-registry, and the one for IPv6 beside it.
+    Source: https://www.iana.org/assignments/iana-ipv4-special-registry, and the registry for IPv6.
     """
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])

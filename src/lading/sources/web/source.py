@@ -126,7 +126,7 @@ class HttpSource:
         wanted = [name for name in dict.fromkeys(names) if snapshot.file(name) is None]
         for name in wanted:
             if not is_plain(name):
-                raise FetchError(f"{shown(self.uri)!r}: expected plain names of files beside it, found {name[:80]!r}.")
+                raise FetchError(f"{shown(self.uri)!r}: expected plain file names in its index, found {name[:80]!r}.")
 
         found = [file for file in self._describe(wanted) if isinstance(file, RemoteFile)]
 
