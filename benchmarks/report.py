@@ -21,7 +21,7 @@ import load_cpu
 import load_cuda
 
 ROOT = harness.HERE.parent
-PAGES = (*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md")
+PAGES = (*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md")
 BARS = {
     **{("load_cpu", state): bars for state, (_, bars) in load_cpu.STATES.items()},
     ("load_cuda", "warm"): load_cuda.BARS,

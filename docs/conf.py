@@ -14,4 +14,3 @@ html_title = f"lading {release}"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_class_signature = "separated"
-suppress_warnings = ["myst.xref_missing", "autodoc.import_object"]

@@ -1,4 +1,4 @@
-"""docs/cli.md, command by command, in one empty home; and whether it mentions everything."""
+"""docs/reference/cli.md, command by command, in one empty home; and whether it mentions everything."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from console_blocks import examples, matches, run_page
 from make_checkpoint import make
 
-PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
 
 
 def test_the_page(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ SHARED = {"--json", "--nl", "--csv", "-q", "--quiet", "-v", "--verbose", "--debu
 )
 def test_every_option_is_described(words: tuple[str, ...], command: click.Command) -> None:
     section = PAGE.partition(f"\n## {' '.join(words)}\n")[2].partition("\n## ")[0]
-    assert "```console" in section, f"docs/cli.md has no example of {' '.join(words)}"
+    assert "```console" in section, f"docs/reference/cli.md has no example of {' '.join(words)}"
     for parameter in command.params:
         for option in parameter.opts if isinstance(parameter, click.Option) else ():
             assert option in SHARED or f"`{option}`" in section or f"[{option}" in section or f" {option} " in section

@@ -1,4 +1,4 @@
-"""docs/cards.md: its files and commands, in one empty home; and whether it mentions every field."""
+"""docs/reference/cards.md: its files and commands, in one empty home; and whether it mentions every field."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lading.cards.card import FIELDS
 from lading.cards.card_file import _ARCHITECTURE_FIELDS, _STRING_FIELDS
 from make_checkpoint import make
 
-PAGE = (Path(__file__).parents[2] / "docs" / "cards.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "cards.md").read_text(encoding="utf-8")
 
 
 def test_the_page(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

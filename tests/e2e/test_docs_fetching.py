@@ -16,7 +16,9 @@ from make_checkpoint import make
 from servers.hub import FakeHub
 
 DOCS = Path(__file__).parents[2] / "docs"
-CARD = re.search(r"^```yaml\n(.*?)^```$", (DOCS / "sources.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+CARD = re.search(
+    r"^```yaml\n(.*?)^```$", (DOCS / "explanation" / "sources.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+)
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def shell(catalog: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
         }
 
 
-@pytest.mark.parametrize("page", ["sources", "verification", "offline"])
+@pytest.mark.parametrize("page", ["explanation/sources", "explanation/verification", "how-to/work-offline"])
 def test_the_page(shell: dict[str, str], tmp_path: Path, page: str) -> None:
     blocks = examples((DOCS / f"{page}.md").read_text(encoding="utf-8"))
     marker = "=== the next command"

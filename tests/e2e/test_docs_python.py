@@ -9,7 +9,7 @@ from pathlib import Path
 
 import lading
 
-PAGE = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
 
 
 def test_the_examples(home: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from lading.catalog.records import Check
 from lading.catalog.schema import Row
 from lading.errors import CatalogError, PolicyError, QueryError
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "sql.md").read_text(encoding="utf-8")
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "reference" / "sql.md").read_text(encoding="utf-8")
 DOCUMENTED = re.findall(r"^```sql\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
 
 CARDS = """\

@@ -122,7 +122,7 @@ def run_query(
     deadline_s: float = 30.0,
     limit: int | None = None,
 ) -> QueryResult:
-    """Ask the catalog in SQL. The tables and views are described in ``docs/sql.md``.
+    """Ask the catalog in SQL. The tables and views are described in ``docs/reference/sql.md``.
 
     :param sql: one statement, with parameters as ``:name``.
     :param parameters: their values: ``None``, numbers, text or bytes.
@@ -219,7 +219,9 @@ def _ask_sqlite(
                     f"The query has a parameter {name!r} without a value. Give it one: `-p {name} VALUE`, or in Python "
                     f"{{{name!r}: value}}."
                 ) from error
-            raise QueryError(f"{str(error).rstrip('.')}. `docs/sql.md` describes the tables and views.") from error
+            raise QueryError(
+                f"{str(error).rstrip('.')}. `docs/reference/sql.md` describes the tables and views."
+            ) from error
 
     truncated = limit is not None and len(rows) > limit
 
