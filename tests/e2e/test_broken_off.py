@@ -1,8 +1,7 @@
-"""Pulls that are killed between two shards: what had come is used, and is known to be lading's own."""
+"""Pulls that are killed between two shards: what had come is used."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -133,47 +132,17 @@ def bring(place: Place, path: Path) -> None:
     place.run("-c", f"from huggingface_hub import hf_hub_download as bring; bring('Some/Three', {path.name!r})")
 
 
-def kinds(place: Place) -> dict[str, str]:
-    return {Path(str(path)).name: str(kind) for path, kind in place.sql("SELECT path, kind FROM copies")}
-
-
-def test_what_a_killed_pull_brought_is_removed(place: Place, far: list[Path]) -> None:
-    one, two, three = far
-    killed_when(place, "three", lambda: one.exists() and three.exists())
-    assert not two.exists()
-
-    (holding,) = json.loads(place.run("du", "--json").out)
-    found = [holding[key] for key in ("name", "kind", "complete", "verified")]
-    assert found == ["three", "hub", False, False]
-    assert holding["bytes"] >= one.stat().st_size + three.stat().st_size
-    place.run("rm", "three", "--yes")
-    assert [path for path in place.hub.rglob("*") if path.name in {path.name for path in far}] == []
-    assert place.sql("SELECT * FROM intents WHERE path NOT LIKE '%00002-of%'") == []
-
-
-def test_what_a_killed_pull_brought_stays_its_own(world: World, place: Place, far: list[Path]) -> None:
-    """But what was there before does not become so."""
+def test_what_a_killed_pull_brought_is_used_and_removed_with_the_rest(
+    world: World, place: Place, far: list[Path]
+) -> None:
     one, _, three = far
     bring(place, three)
-    bring(place, far[0].with_name("config.json"))
     killed_when(place, "three", one.exists)
     world.hub.behave()
+    before = {path: path.resolve().stat() for path in (one, three)}
     place.run("pull", "three", "--no-progress")
 
-    found = kinds(place)
-    assert [found[path.name] for path in far] == ["hub", "hub", "adopted"]
-    assert found["config.json"] == "adopted"
-    assert place.sql("SELECT path FROM intents") == []
+    assert {path: path.resolve().stat() for path in (one, three)} == before, "neither came again"
+    assert {str(kind) for (kind,) in place.sql("SELECT kind FROM copies")} == {"hub"}
     place.run("rm", "three", "--yes")
-    assert not far[0].parent.exists()
-
-
-def test_what_a_killed_pull_brought_is_not_adopted(place: Place, far: list[Path]) -> None:
-    one, two, three = far
-    killed_when(place, "three", lambda: one.exists() and three.exists())
-    index = next(iter(far[0].parent.glob("*.index.json")), far[0].with_name(INDEX))
-    for path in (two, index, far[0].with_name("config.json")):
-        bring(place, path)
-    place.run("adopt")
-
-    assert {kinds(place)[path.name] for path in (one, three)} == {"hub"}
+    assert not one.parent.exists()

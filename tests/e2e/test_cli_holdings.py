@@ -74,8 +74,7 @@ def test_the_hub_s_cache_has_no_owners(run: Run, hub: FakeHub, env: dict[str, st
     download(env, "config.json", SHARDS[0])
 
     run("load", "far", "--no-progress")
-    assert kinds(run) == {SHARDS[0]: "adopted", SHARDS[1]: "hub"}
-    assert "adopted,hub" in run("du", "far").stdout
+    assert kinds(run) == {SHARDS[0]: "hub", SHARDS[1]: "hub"}
 
     (snapshot,) = tmp_path.glob("hub/models--Some--Tiny/snapshots/*")
     before = {path.name for path in snapshot.iterdir()}
@@ -88,7 +87,7 @@ def test_the_hub_s_cache_has_no_owners(run: Run, hub: FakeHub, env: dict[str, st
     assert not snapshot.exists()
 
 
-def test_what_lading_fetched_is(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+def test_a_model_of_the_hub_is_removed_and_fetched_again(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     run("pull", "far")
     assert set(kinds(run).values()) == {"hub"}
     (row,) = json.loads(run("du", "--json").stdout)
@@ -156,7 +155,7 @@ def test_what_came_along_stays_while_another_card_has_it(run: Run, hub: FakeHub,
     assert not snapshot.exists()
 
 
-def test_what_a_pull_brought_that_failed_is_lading_s_too(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+def test_what_a_failed_pull_brought_is_removed_with_the_rest(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     hub.misbehave(SHARDS[1], "404")
     run("pull", "far", code=2)
     hub.behave()

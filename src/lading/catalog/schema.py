@@ -305,21 +305,6 @@ class CopyRow(Row):
     adopted. Only what lading fetched is ever removed by it."""
 
 
-class IntentRow(Row):
-    """A file that a fetch was about to bring to a path at which nothing was, and of which no copy is known yet."""
-
-    __tablename__ = "intents"
-    __table_args__ = (_STRICT_CLUSTERED,)
-
-    path: Mapped[str] = mapped_column(primary_key=True)
-    """With no link above it."""
-    place: Mapped[str] = mapped_column(primary_key=True)
-    """The machine, or the network file system, where ``path`` means this file."""
-    uri: Mapped[str]
-    """The checkpoint that it is of, or comes along with; it need not be known yet."""
-    recorded_at: Mapped[str]
-
-
 class VerificationRow(Row):
     """A check of a file against a digest. Rows are only ever added."""
 

@@ -14,7 +14,7 @@ from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.checkpoints.fetch_to_index import fetch_and_index, was_fetched_to_index
 from lading.checkpoints.published import name_in_source
-from lading.checkpoints.recording import known_content, noting_intent, record_fetched
+from lading.checkpoints.recording import known_content, record_fetched
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, InternalError
 from lading.formats.manifest import Manifest
 from lading.formats.safetensors import index_file
@@ -58,8 +58,7 @@ def fetch_checkpoint(checkpoint: Checkpoint, store: AssetStore | None, *, progre
     ]
     snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=tuple(files))
 
-    with noting_intent(source, snapshot, files, store, checkpoint.uri):
-        fetched = source.fetch(snapshot, files, known=known_content(store), progress=progress)
+    fetched = source.fetch(snapshot, files, known=known_content(store), progress=progress)
     for file, shard in zip(fetched, shards, strict=True):
         if not file.published:
             _require_same_tensors(file, checkpoint.manifest, shard.name)
@@ -160,9 +159,7 @@ def _replaced(name: str, *, path: Path | None = None) -> CorruptModelCheckpointE
 def record_manifest(checkpoint: Checkpoint, fetched: Sequence[FetchedFile], kind: CopyKind, store: AssetStore) -> None:
     copies, checks = [], []
     for file, shard in zip(fetched, checkpoint.manifest.shards, strict=True):
-        # What others fetched is not lading's to remove; the catalog knows better where it was lading after all.
-        owner = kind if file.own else "adopted"
-        copies.append(LocalCopy(file=shard.name, path=file.path, stat=file.stat, kind=owner))
+        copies.append(LocalCopy(file=shard.name, path=file.path, stat=file.stat, kind=kind))
         checks.append(
             Check(
                 file=shard.name,

@@ -17,7 +17,6 @@ from lading.cards.card import CheckpointRef
 from lading.catalog.records import Check, LocalCopy, now
 from lading.catalog.store import AssetStore
 from lading.checkpoints.published import PublishedCheckpoint, PublishedFiles, published_config, require_whole
-from lading.checkpoints.recording import noting_intent
 from lading.errors import CatalogError, CheckpointNotFoundError, CorruptModelCheckpointError
 from lading.formats.config_json import refuse_quantized_config
 from lading.formats.folder import is_index, is_torch_format
@@ -76,7 +75,7 @@ def fetch_and_index(
 ) -> FetchedCheckpoint:
     """Fetch the files of a checkpoint, and index them.
 
-    :param store: whose catalog is told what is about to come; what came, the caller tells it.
+    :param store: the catalog that says which rewritten files are intact. The caller records what came.
     :param known: where content is on this machine already.
     :param revision: default: the one that the address names, or what is published now.
     :param restrict: as :func:`lading.formats.index` takes it.
@@ -108,8 +107,7 @@ def fetch_and_index(
     if published is None:
         raise CheckpointNotFoundError(ref.shown, f"{shown_uri(ref.uri)} has no file {name!r}.")
 
-    with noting_intent(source, snapshot, [published], store, ref.key):
-        (fetched,) = source.fetch(snapshot, [published], known=known, progress=progress)
+    (fetched,) = source.fetch(snapshot, [published], known=known, progress=progress)
     copy = _readable(fetched, published.name.rpartition("/")[2], source, store, restrict, member=member)
     inner = member if copy.path == fetched.path else None
     manifest = formats.index(copy.path, member=inner, restrict=restrict)
@@ -135,8 +133,7 @@ def _fetch_shards(
 ) -> FetchedCheckpoint:
     """The files that the index ``file`` in ``folder`` names."""
     published = [each for each in snapshot.files if each.name == folder + file]
-    with noting_intent(source, snapshot, published, store, ref.key):
-        (index,) = source.fetch(snapshot, published, known=known, progress=False)
+    (index,) = source.fetch(snapshot, published, known=known, progress=False)
     names = list(read_index_at(index.path, name=file).tensors)
     snapshot = source.with_siblings(snapshot, [folder + name for name in names])
     shards = [snapshot.file(folder + name) for name in names]
@@ -149,8 +146,7 @@ def _fetch_shards(
         )
 
     there = [shard for shard in shards if shard is not None]
-    with noting_intent(source, snapshot, there, store, ref.key):
-        fetched = source.fetch(snapshot, there, known=known, progress=progress)
+    fetched = source.fetch(snapshot, there, known=known, progress=progress)
     copies = [_readable(each, name, source, store, restrict) for each, name in zip(fetched, names, strict=True)]
     manifest = index_shards(index.path, name=file, shards={copy.file: copy.path for copy in copies}, restrict=restrict)
 
@@ -172,13 +168,12 @@ def _readable(
     if before is not None and not _is_good(before, store):
         before.unlink(missing_ok=True)
     path = formats.readable(fetched.path, member=member, cache=cache, restrict=restrict)
-    kind = source.kind if fetched.own else "adopted"
 
     return LocalCopy(
         file=name,
         path=path,
         stat=FileStat.from_stat(path.stat()),
-        kind=kind if path == fetched.path else "cache",
+        kind=source.kind if path == fetched.path else "cache",
         verified_at=now(),
     )
 
@@ -220,7 +215,7 @@ def _whole(
         )
 
     originals = [
-        LocalCopy(file=str(file.path), path=file.path, stat=file.stat, kind=source.kind if file.own else "adopted")
+        LocalCopy(file=str(file.path), path=file.path, stat=file.stat, kind=source.kind)
         for file, copy in zip(fetched, copies, strict=True)
         if copy.path != file.path
     ]

@@ -6,18 +6,14 @@ Files that are fetched with a checkpoint are recorded as its own, so that they a
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from lading.catalog.checkpoints.intents import forget_unmet, record_intents
 from lading.catalog.checkpoints.record import record_checkpoint, record_companions, record_files
 from lading.catalog.records import Check, LocalCopy
 from lading.catalog.store import AssetStore, StoredCheckpoint
 from lading.checkpoints.checkpoint import Checkpoint
-from lading.errors import (
-    CatalogError,
-)
+from lading.errors import CatalogError
 from lading.sources.source import FetchedFile, Known, RemoteFile, Snapshot, Source
 from lading.system.uris import shown_uri
 
@@ -40,44 +36,11 @@ def fetch_extra_files(
     if not files:
         return []
 
-    with noting_intent(source, snapshot, files, store, uri):
-        fetched = source.fetch(snapshot, files, known=lambda sha256: None, progress=progress)
-    _note(
-        store,
-        uri,
-        [
-            LocalCopy(file=str(file.path), path=file.path, stat=file.stat, kind=source.kind if file.own else "adopted")
-            for file in fetched
-        ],
-    )
+    fetched = source.fetch(snapshot, files, known=lambda sha256: None, progress=progress)
+    copies = [LocalCopy(file=str(file.path), path=file.path, stat=file.stat, kind=source.kind) for file in fetched]
+    _note(store, uri, copies)
 
     return fetched
-
-
-@contextmanager
-def noting_intent(
-    source: Source, snapshot: Snapshot, files: Sequence[RemoteFile], store: AssetStore | None, uri: str
-) -> Iterator[None]:
-    """Note before the body fetches files what it is about to bring into a cache that other programs use, too.
-
-    However the body ends, and be it that the process dies, what came is then known to be lading's.
-    """
-    paths = [] if store is None or not store.database.writable else source.shared(snapshot, files)
-    if store is None or not paths:
-        yield
-        return
-
-    try:
-        record_intents(store.database, paths, uri=uri)
-    except (CatalogError, OSError) as error:
-        log.warning("what is about to come of %s is not in the catalog: %s", shown_uri(uri), error)
-    try:
-        yield
-    finally:
-        try:
-            forget_unmet(store.database, paths)
-        except (CatalogError, OSError) as error:
-            log.warning("what did not come of %s is in the catalog still: %s", shown_uri(uri), error)
 
 
 def _note(store: AssetStore | None, uri: str, copies: Sequence[LocalCopy]) -> None:

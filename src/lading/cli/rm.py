@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 def rm(names: tuple[str, ...], orphans: bool, dry_run: bool, yes: bool) -> None:
     """Remove models from this machine.
 
-    From lading's cache goes what this catalog fetched. The cache of Hugging Face's libraries has no owners: there the
-    revisions of the model are listed and, after a question, deleted. Files elsewhere, adopted ones and those that a
-    card names by their path, stay; so does what another model needs. The cards stay, too: a load fetches the model
-    again.
+    From lading's cache goes what this catalog fetched. The cache of Hugging Face's libraries belongs to
+    huggingface_hub: there the revisions of the model are listed and, after a question, deleted by it. Files elsewhere,
+    adopted ones and those that a card names by their path, stay; so does what another model needs. The cards stay,
+    too: a load fetches the model again.
 
     For example: lading rm qwen3_0.6b
     """

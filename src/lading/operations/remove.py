@@ -63,9 +63,9 @@ def remove_model(name: str, *, dry_run: bool = False, hub: bool = False, store: 
     """Remove the files of a model from lading's cache and from that of Hugging Face's libraries; forget the others.
 
     Of lading's own cache go the weights, what came along with them, and all of it of revisions that a pull has left,
-    unless another model's checkpoint or another catalog needs it. The cache of Hugging Face's libraries has no owners:
-    there whole revisions go, by huggingface_hub's own ``delete_revisions``, and only where that is asked for. What the
-    checkpoint holds stays known, and a load fetches it again; but its sidecars go, too.
+    unless another model's checkpoint or another catalog needs it. The cache of Hugging Face's libraries belongs
+    to huggingface_hub: there whole revisions go, by its ``delete_revisions``, and only where that is asked for. What
+    the checkpoint holds stays known, and a load fetches it again; but its sidecars go, too.
 
     :param name: of a card; or the URI of a checkpoint that no card names.
     :param dry_run: only say what would be removed.
@@ -234,7 +234,7 @@ def _plan(uri: str, entry: str, held: Sequence[LocalCheckpoint]) -> _Plan:
     for copy in copies:
         digest, other = _digest(cache, copy.path), others.get(os.path.realpath(copy.path))
         # Bytes of another source may be there, too: those are no reason to delete a revision.
-        revision = revision_of(copy.path) if uri.startswith(SCHEMES) and copy.kind in ("hub", "adopted") else None
+        revision = revision_of(copy.path) if uri.startswith(SCHEMES) else None
         if revision is not None:
             other = revisions_of_others.get(revision)
         if not os.path.lexists(copy.path) and copy.kind not in ("cache", "hub"):

@@ -57,8 +57,6 @@ class FetchedFile:
     """The SHA-256 of all its bytes, computed by lading."""
     published: bool
     """True if the source publishes that digest; else it is only recorded."""
-    own: bool = True
-    """True if lading fetched the file; false if another program may have."""
 
 
 Known = Callable[[str], Path | None]
@@ -106,12 +104,6 @@ class Source(Protocol):
         :raises FetchError: the source cannot be reached, its answer is invalid, or the content has changed.
         :raises DigestMismatchError: the bytes differ from the published ones.
         :raises OSError: the disk is full, or cannot be written.
-        """
-
-    def shared(self, snapshot: Snapshot, files: Sequence[RemoteFile]) -> list[Path]:
-        """Return the paths that :meth:`fetch` would create in a cache that other programs use, too.
-
-        Raises what :meth:`snapshot` does.
         """
 
     def local(self, snapshot: Snapshot, files: Sequence[RemoteFile]) -> list[Path | None]:

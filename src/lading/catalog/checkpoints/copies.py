@@ -8,7 +8,6 @@ from pathlib import Path
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, insert, or_, select, true, tuple_
 
-from lading.catalog.checkpoints.intents import end_intents, intended
 from lading.catalog.database.statements import chunks, intact
 from lading.catalog.records import Check, CopyKind, LocalCopy, from_signed, now, to_signed
 from lading.catalog.schema import COPIES, SHARDS, CopyRow
@@ -83,7 +82,7 @@ def write_copies(
     :param keep_others: keep those of other machines.
     :param keep_verified: what was verified in just the state that it is in stays so.
     """
-    copies = _with_owners(connection, copies)
+    copies = _with_known_kinds(connection, copies)
     if keep_verified:
         verified = {(c.file, c.path, c.stat): c.verified_at for c in copies_of(connection, checkpoint_id)}
         copies = [replace(c, verified_at=c.verified_at or verified.get((c.file, c.path, c.stat))) for c in copies]
@@ -96,7 +95,7 @@ def write_copies(
 
 def replace_copies(connection: Connection, checkpoint_id: int, copies: Sequence[LocalCopy]) -> None:
     """Write copies in place of those of the same files on this machine."""
-    copies = _with_owners(connection, copies)
+    copies = _with_known_kinds(connection, copies)
     for copy in copies:
         outdated = and_(
             CopyRow.checkpoint_id == checkpoint_id,
@@ -131,21 +130,18 @@ def _make_way(connection: Connection, outdated: ColumnElement[bool], copies: Seq
 _THEIRS_FIRST: tuple[CopyKind, ...] = ("source", "adopted", "hub", "cache")
 
 
-def _with_owners(connection: Connection, copies: Sequence[LocalCopy]) -> list[LocalCopy]:
+def _with_known_kinds(connection: Connection, copies: Sequence[LocalCopy]) -> list[LocalCopy]:
     """The copies with the kinds that are known of them: a file that looks as it did is whose it was.
 
-    What is not lading's in one checkpoint is so in all: it must never be removed for one of them. What nothing is known
-    of but that lading was about to bring it is lading's.
+    What is not lading's in one checkpoint is so in all: it must never be removed for one of them.
     """
     known: dict[tuple[Path, FileStat], set[CopyKind]] = {}
     for paths in chunks(str(copy.path) for copy in copies):
         for _, copy in _reachable(connection, COPIES.c.path.in_(paths)):
             known.setdefault((copy.path, copy.stat), set()).add(copy.kind)
 
-    ours = intended(connection, [copy.path for copy in copies if copy.kind == "adopted"])
-
     def kind_of(copy: LocalCopy) -> CopyKind:
-        kinds = known.get((copy.path, copy.stat)) or ({"hub"} if copy.path in ours else {copy.kind})
+        kinds = known.get((copy.path, copy.stat)) or {copy.kind}
 
         return next(kind for kind in _THEIRS_FIRST if kind in kinds)
 
@@ -171,7 +167,6 @@ def _insert_copies(connection: Connection, checkpoint_id: int, copies: Sequence[
     ]
     if rows:
         connection.execute(insert(CopyRow), rows)
-    end_intents(connection, (copy.path for copy in copies))
 
 
 def same_copy(checkpoint_id: int, copy: LocalCopy | Check) -> ColumnElement[bool]:

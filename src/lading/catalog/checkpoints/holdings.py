@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from sqlalchemy import Connection, delete, exists, select
 
 from lading.catalog.checkpoints.copies import all_copies, same_copy
-from lading.catalog.checkpoints.intents import all_intents, end_intents
 from lading.catalog.checkpoints.manifests import read_manifest
 from lading.catalog.database.database import Database
 from lading.catalog.database.statements import chunks, intact
-from lading.catalog.records import LocalCheckpoint, LocalCopy
+from lading.catalog.records import LocalCheckpoint
 from lading.catalog.schema import CHECKPOINTS, SHARDS, CopyRow
 from lading.formats.manifest import Manifest, Shard
-from lading.system.filesystem import FileStat
 
 
 def held_checkpoints(database: Database) -> list[LocalCheckpoint]:
@@ -50,18 +47,14 @@ def releasing_copies(database: Database, chosen: Callable[[str], bool]) -> Itera
     with database.write() as connection:
         held = _held(connection)
         for checkpoint_id, checkpoint in held:
-            if not chosen(checkpoint.uri):
-                continue
-            if checkpoint_id is not None:
-                for copy in checkpoint.copies:
-                    connection.execute(delete(CopyRow).where(same_copy(checkpoint_id, copy)))
-            end_intents(connection, (copy.path for copy in checkpoint.copies))
+            for copy in checkpoint.copies if chosen(checkpoint.uri) else ():
+                connection.execute(delete(CopyRow).where(same_copy(checkpoint_id, copy)))
         yield [checkpoint for _, checkpoint in held]
 
 
-def _held(connection: Connection) -> list[tuple[int | None, LocalCheckpoint]]:
-    """The checkpoints of which files are here, each with its id; that has none of which only a fetch began."""
-    copies, begun = all_copies(connection), all_intents(connection)
+def _held(connection: Connection) -> list[tuple[int, LocalCheckpoint]]:
+    """Return the checkpoints of which files are here, each with its id."""
+    copies = all_copies(connection)
     shards: dict[int, list[Shard]] = {}
     rows: list[tuple[int, str, str]] = []
     for ids in chunks(copies):
@@ -75,29 +68,20 @@ def _held(connection: Connection) -> list[tuple[int | None, LocalCheckpoint]]:
         statement = select(CHECKPOINTS.c.id, CHECKPOINTS.c.uri, CHECKPOINTS.c.revision)
         rows += map(tuple, connection.execute(statement.where(CHECKPOINTS.c.id.in_(ids))))
 
-    found: list[tuple[int | None, LocalCheckpoint]] = [
+    found = [
         (
             checkpoint_id,
             LocalCheckpoint(
                 uri=uri,
                 revision=revision,
                 shards=tuple(shards.get(checkpoint_id, ())),
-                copies=(*copies[checkpoint_id], *map(_came, begun.pop(uri, ()))),
+                copies=tuple(copies[checkpoint_id]),
             ),
         )
         for checkpoint_id, uri, revision in rows
     ]
-    found += [
-        (None, LocalCheckpoint(uri=uri, revision="", shards=(), copies=tuple(map(_came, paths))))
-        for uri, paths in begun.items()
-    ]
 
     return sorted(found, key=lambda pair: pair[1].uri)
-
-
-def _came(path: Path) -> LocalCopy:
-    """A file of a fetch that did not end, in a state that no file has: nothing is known of its bytes."""
-    return LocalCopy(file=str(path), path=path, stat=FileStat(0, 0, 0, 0), kind="hub")
 
 
 def checkpoints_like(database: Database, manifest: Manifest) -> list[tuple[str, Manifest]]:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from lading.errors import DigestMismatchError, FetchError, ModelCheckpointError
@@ -86,7 +86,7 @@ class _Job:
                 _log.warning("%s is left aside: %s", place, error)
                 continue
             if seen.good is not None:
-                return replace(seen.good, own=False)
+                return seen.good
             count(-seen.size)
             bad = bad or seen
             _log.warning("%s is not what the hub publishes as %s of %s", place, file.name, self.repo)
@@ -118,11 +118,12 @@ class _Job:
             count(-came if came else -seen.size)
             _log.warning("%s came with other bytes than the hub publishes: %s; fetching it again", file.name, path)
 
-        _discard(path, hub_cache().resolve() / folder_name(self.repo) / "blobs")
+        # Else other programs, which check sizes alone, would take it for good.
+        delete_file(path)
         raise seen.mismatch(
             file,
             self.repo,
-            "It was fetched twice and is not kept. Try again later or over another network; if HF_ENDPOINT names a "
+            "It was fetched twice and is not used. Try again later or over another network; if HF_ENDPOINT names a "
             "mirror, try without it.",
         )
 
@@ -205,17 +206,6 @@ def offline_error(repo: str, what: str) -> FetchError:
         f"hg://{repo}: {what} is not in the cache at {hub_cache()}, and LADING_OFFLINE or HF_HUB_OFFLINE is set, "
         "so the hub was not asked. Unset the variable, or bring it with `lading pull` where there is a network."
     )
-
-
-def _discard(path: Path, blobs: Path) -> None:
-    """Take a bad file that was just fetched out of the cache, so that no other program takes it for good either."""
-    blob = path.parent / path.readlink() if path.is_symlink() else None
-    try:
-        path.unlink(missing_ok=True)
-        if blob is not None and blob.parent.resolve() == blobs:
-            blob.unlink(missing_ok=True)
-    except OSError as error:
-        _log.warning("%s has bad bytes and cannot be deleted: %s", path, error)
 
 
 @contextmanager

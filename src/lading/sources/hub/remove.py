@@ -87,11 +87,17 @@ def delete_revisions(revisions: Sequence[HubRevision], *, dry_run: bool = False)
 
 
 def delete_file(path: Path) -> None:
-    """Delete a file of a snapshot, not a link, by huggingface_hub's ``delete_files``, where this version has that."""
-    info, path = _scanned(), path.resolve()  # the scan names all files below the resolved folder of the cache
-    files = [f for repo in info.repos for revision in repo.revisions for f in revision.files if f.file_path == path]
-    if files and hasattr(info, "delete_files"):
-        info.delete_files(*files).execute()
+    """Delete a file of a snapshot by huggingface_hub's ``delete_files``, where this version has that.
+
+    What a link leads to outside of the repository stays.
+    """
+    info, path = _scanned(), path.parent.resolve() / path.name  # the scan resolves the folder of the cache
+    for repo in info.repos:
+        files = [file for revision in repo.revisions for file in revision.files if file.file_path == path]
+        if files and hasattr(info, "delete_files"):
+            strategy = info.delete_files(*files)
+            if all(blob.is_relative_to(repo.repo_path) for blob in strategy.blobs):
+                strategy.execute()
 
 
 def _scanned() -> HFCacheInfo:

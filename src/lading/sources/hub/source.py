@@ -8,7 +8,6 @@ sizes, so lading hashes all files before it uses them.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -152,21 +151,6 @@ class HubSource:
             next((path for folder in folders if (path := _in_folder(folder, snapshot.revision, file))), None)
             for file in files
         ]
-
-    def shared(self, snapshot: Snapshot, files: Sequence[RemoteFile]) -> list[Path]:
-        """Return the paths that :meth:`fetch` would create in huggingface_hub's cache; none offline.
-
-        Raises what :meth:`snapshot` does.
-        """
-        missing = [file for file, path in zip(files, self.local(snapshot, files), strict=True) if path is None]
-        if self._offline or not missing:
-            return []
-        commit = self._commit(snapshot)
-        for file in missing:
-            check_file_name(file.name, self.uri)
-        folder = hub_cache() / folder_name(self._download_id(commit)) / "snapshots" / commit
-
-        return [path for file in missing if not os.path.lexists(path := folder / file.name)]
 
     def _folders(self) -> list[tuple[str, Path]]:
         return repository_folders(self._canonical_id or self.repo, self.repo)

@@ -71,14 +71,8 @@ class LocalFiles:
                 return None
             if stat.S_ISREG(found.st_mode) and file.size in (None, found.st_size):
                 state = FileStat.from_stat(found)
-                return FetchedFile(
-                    name=file.name,
-                    path=path,
-                    stat=state,
-                    sha256=sha256,
-                    published=file.sha256 is not None,
-                    own=False,
-                )
+                published = file.sha256 is not None
+                return FetchedFile(name=file.name, path=path, stat=state, sha256=sha256, published=published)
 
         return None
 

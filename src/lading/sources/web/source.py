@@ -220,10 +220,6 @@ class HttpSource:
 
     # --- whole files -------------------------------------------------------------------------------------------------
 
-    def shared(self, snapshot: Snapshot, files: Sequence[RemoteFile]) -> list[Path]:
-        """Return nothing: other programs do not use lading's own cache."""
-        return []
-
     def local(self, snapshot: Snapshot, files: Sequence[RemoteFile]) -> list[Path | None]:
         """Return the path of each file in the cache, ``None`` if it is not there. The bytes are not checked."""
         return [self._local.path(file) for file in files]

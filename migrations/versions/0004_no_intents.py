@@ -1,0 +1,28 @@
+"""The table of what fetches are about to bring goes: the cache that it was about is huggingface_hub's alone."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0004"
+down_revision = "0003"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    op.drop_table("intents")
+
+
+def downgrade() -> None:
+    op.create_table(
+        "intents",
+        sa.Column("path", sa.Text(), nullable=False),
+        sa.Column("place", sa.Text(), nullable=False),
+        sa.Column("uri", sa.Text(), nullable=False),
+        sa.Column("recorded_at", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("path", "place", name=op.f("pk_intents")),
+        sqlite_strict=True,
+        sqlite_with_rowid=False,
+    )
