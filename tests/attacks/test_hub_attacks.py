@@ -99,13 +99,36 @@ def test_a_client_that_is_made_anew_looks_at_entity_tags_too(hub: FakeHub, clien
     hub.misbehave("config.json", f"tag:{tmp_path}/evil")
     code = """
 from huggingface_hub import close_session, hf_hub_download
-guard_entity_tags()
+guard_client()
 close_session()
 hf_hub_download("a/b", "config.json")
 """
 
     with pytest.raises(FetchError, match="entity tag"):
         client(code)
+
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_client_that_the_user_makes_stays_and_looks_at_entity_tags_too(hub: FakeHub, tmp_path: Path) -> None:
+    own = HubClient(hub.url, tmp_path)
+    code = f"""
+from huggingface_hub import get_session, set_client_factory
+kind = type("Mine", (type(get_session()),), {{}})
+set_client_factory(lambda: kind(follow_redirects=True))
+{FETCH}
+result = result[1], type(get_session()).__name__
+"""
+    try:
+        files, kind = own(code, uri="hg://a/b")
+        assert ([file.name for file in files], kind) == (sorted(FILES), "Mine")
+
+        hub.add("a/c", FILES)
+        hub.misbehave("config.json", f"tag:{tmp_path}/evil")
+        with pytest.raises(FetchError, match="entity tag"):
+            own(FETCH, uri="hg://a/c")
+    finally:
+        own.close()
 
     assert not (tmp_path / "evil").exists()
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from lading.errors import FetchError
+from lading.sources.hub.client import no_requests
 from lading.system.settings import Settings
 
 
@@ -15,22 +16,20 @@ def offline_holds() -> Iterator[None]:
 
     :raises FetchError: it would have to.
     """
-    from huggingface_hub import constants
+    from huggingface_hub import is_offline_mode
 
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or Settings.from_environment().offline
+    offline = Settings.from_environment().offline
     try:
-        yield
+        with no_requests() if offline else nullcontext():
+            yield
     except Exception as error:
-        if constants.HF_HUB_OFFLINE and _is_offline_error(error):
+        if (offline or is_offline_mode()) and _is_offline_error(error):
             raise FetchError(
                 "config.json names a model of another repository as its backbone, whose configuration transformers "
                 "asks the hub for, but LADING_OFFLINE or HF_HUB_OFFLINE is set. State it as `backbone_config` in the "
                 "card (`model_config`, `hf_config`), or unset the variable."
             ) from error
         raise
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 def _is_offline_error(error: BaseException | None) -> bool:

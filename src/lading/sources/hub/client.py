@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ def describe(repo: str, revision: str | None) -> ModelInfo:
     api = HfApi(library_name="lading", library_version=__version__)
     with translated(repo, "the list of its files"):
         require_proxies(http_library())
+        guard_client()
         return retried(
             lambda: api.model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT),
             f"the list of files of {repo}",
@@ -66,7 +67,7 @@ def download(repo: str, commit: str, name: str, *, force: bool, advance: Callabl
 
     with translated(repo, name):
         require_proxies(http_library())
-        guard_entity_tags()
+        guard_client()
         with bounded_locks():
             path = hf_hub_download(
                 repo,
@@ -94,6 +95,7 @@ def read_range(
 
     with translated(repo, name):
         require_proxies(http_library())
+        guard_client()
         url = hf_hub_url(repo, name, revision=commit)
 
         def ask() -> bytes:
@@ -190,39 +192,69 @@ def _body(response: Any, offset: int, size: int, total: int | None) -> bytes:
 # --- what the client takes on trust ----------------------------------------------------------------------------------
 
 
-def guard_entity_tags() -> None:
-    """See to it that no HTTP client of huggingface_hub in this process hands it an entity tag that is not plain.
+_guarding = threading.Lock()
 
-    It makes the path of a blob of the tag, and looks at everything but that. Its client is closed and made anew when a
-    connection fails, in the middle of a download too, so both the client and what makes it are seen to.
+
+def guard_client() -> None:
+    """See to it that huggingface_hub's HTTP client accepts plain entity tags only, and can be kept from sending.
+
+    huggingface_hub makes the path of a blob of the tag, and checks everything but that. It closes its client and makes
+    another one when a connection fails, in the middle of a download, too: so lading guards what makes clients. It does
+    so once, before its first request, as that closes the client under whoever is using it. A factory that the user gave
+    to ``huggingface_hub.set_client_factory`` stays; each call of this guards the client that it has made.
     """
-    from huggingface_hub import get_session
-    from huggingface_hub.utils import _http
+    from huggingface_hub import get_session, set_client_factory
 
-    # Private to huggingface_hub: to set it in the public way closes the client, under whoever is using it.
-    if not isinstance(_http._GLOBAL_CLIENT_FACTORY, _GuardedFactory):
-        _http._GLOBAL_CLIENT_FACTORY = _GuardedFactory(_http._GLOBAL_CLIENT_FACTORY)
-    _add_hook(get_session())
+    with _guarding:
+        client = get_session()
+        hooks = client.event_hooks
+        if _refuse_unsafe_tag in hooks["response"]:
+            return
+        guarded: dict[str, list[Callable[..., Any]]] = {
+            "request": [*hooks["request"], _refuse_to_send],
+            "response": [*hooks["response"], _refuse_unsafe_tag],
+        }
+        # Clients of huggingface_hub's own factory have a hook of it.
+        if any(hook.__module__.startswith("huggingface_hub.") for hook in hooks["request"]):
+            kind, redirects, timeout = type(client), client.follow_redirects, client.timeout
+            set_client_factory(lambda: kind(event_hooks=guarded, follow_redirects=redirects, timeout=timeout))
+        else:
+            client.event_hooks = guarded
 
 
-@dataclass(frozen=True, slots=True)
-class _GuardedFactory:
-    factory: Callable[[], Any]
-
-    def __call__(self) -> Any:
-        return _add_hook(self.factory())
+_silent = 0
+"""Uses of :func:`no_requests` that are at work."""
 
 
-def _add_hook(client: Any) -> Any:
-    hooks = client.event_hooks["response"]
-    if _refuse_unsafe_tag not in hooks:
-        hooks.append(_refuse_unsafe_tag)
+@contextmanager
+def no_requests() -> Iterator[None]:
+    """Have huggingface_hub refuse to send anything while the body runs, as ``HF_HUB_OFFLINE`` does.
 
-    return client
+    The client is one for the process, so this holds for all threads.
+    """
+    global _silent
+    # Where a proxy keeps the client from being made, nothing can be sent either.
+    with suppress(ImportError, ValueError):
+        guard_client()
+    with _guarding:
+        _silent += 1
+    try:
+        yield
+    finally:
+        with _guarding:
+            _silent -= 1
+
+
+def _refuse_to_send(request: Any) -> None:
+    """Refuse a request, as a hook of the HTTP client."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if _silent:
+        raise OfflineModeIsEnabled(f"{public(request.url)} was not asked, as LADING_OFFLINE is set.")
 
 
 def _refuse_unsafe_tag(response: Any) -> None:
-    """A hook of the HTTP client, before huggingface_hub sees an answer of a hub."""
+    """Refuse an answer of a hub, as a hook of the HTTP client, before huggingface_hub sees it."""
     headers = response.headers
     if "X-Repo-Commit" not in headers:
         return
