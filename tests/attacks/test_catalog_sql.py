@@ -121,6 +121,20 @@ def test_it_only_reads(tmp_path: Path, database: Database, sql: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "sql", ["DROP TABLE cards", "-- so\n drop view models", "/* so */ DELETE FROM cards", "CREATE TABLE x (y)"]
+)
+def test_what_would_write_is_told_as_that(database: Database, sql: str) -> None:
+    with pytest.raises(PolicyError, match=r"would write \((DROP|DELETE|CREATE)\)"):
+        query(database, sql)
+
+
+@pytest.mark.parametrize("sql", ["PRAGMA table_info(models)", "PRAGMA user_version = 7"])
+def test_a_pragma_is_refused_with_the_way_to_ask_for_columns(database: Database, sql: str) -> None:
+    with pytest.raises(PolicyError, match=r"PRAGMA is refused.*`lading sql --schema`"):
+        query(database, sql)
+
+
+@pytest.mark.parametrize(
     "sql",
     [
         "SELECT writefile('x', 'y')",
@@ -192,7 +206,7 @@ def test_the_deadline_is_told(database: Database) -> None:
         query(database, NUMBERS + "SELECT count(*) FROM n", deadline_s=0.2)
 
 
-LONG = {"a": "a" * (MAX_VALUE_BYTES - 10), "half": "a" * (MAX_VALUE_BYTES // 2) + "b", "set": "b" * 12_000 + "a"}
+LONG = {"a": "a" * (MAX_VALUE_BYTES - 10), "half": "a" * (MAX_VALUE_BYTES // 2) + "b"}
 
 
 @pytest.mark.parametrize(
@@ -200,9 +214,6 @@ LONG = {"a": "a" * (MAX_VALUE_BYTES - 10), "half": "a" * (MAX_VALUE_BYTES // 2) 
     [
         "instr(:a, :half)",
         "replace(:a, :half, 'c')",
-        "trim(:a, :set)",
-        "ltrim(:a, :set)",
-        "rtrim(:a, :set)",
         ":a LIKE '%a%a%a%a%a%a%a%a%b'",
         ":a LIKE '%' || substr(:a, 1, 190) || 'b'",
         ":a GLOB '*a*a*a*a*a*a*a*b'",
@@ -250,31 +261,6 @@ def test_a_pattern_that_takes_long_to_match(database: Database) -> None:
 def doubling(n: int, body: str, hint: str = "") -> str:
     tables = [f"t{i} AS {hint} ({body.format(before=f't{i - 1}')})" for i in range(1, n + 1)]
     return f"WITH t0(x) AS (SELECT 1), {', '.join(tables)} SELECT count(*) FROM t{n}"
-
-
-@pytest.mark.parametrize("hint", ["", "MATERIALIZED", "NOT MATERIALIZED", "/* so */ not -- that\n materialized"])
-@pytest.mark.parametrize(
-    "body",
-    [
-        "SELECT x FROM {before} UNION ALL SELECT x FROM {before}",
-        "SELECT a.x FROM {before} a, {before} b",
-        "SELECT a.x FROM {before} a JOIN {before} b USING (x)",
-        'SELECT x FROM "{before}" UNION ALL SELECT x FROM [{before}]',
-        "SELECT x FROM `{before}` UNION ALL SELECT x FROM '{before}'",
-        "SELECT (SELECT x FROM {before}) + (SELECT x FROM {before}) AS x",
-        "SELECT x FROM {before} WHERE x IN {before}",
-    ],
-)
-def test_tables_that_double(database: Database, body: str, hint: str) -> None:
-    """Compiling them would take time and memory without an end before the first step is run."""
-    with pytest.raises(PolicyError, match=r"copied .* times"):
-        query(database, doubling(40, body, hint))
-
-
-def test_tables_with_columns_double_too(database: Database) -> None:
-    sql = doubling(40, "SELECT x FROM {before} UNION ALL SELECT x FROM {before}").replace(" AS", "(x) AS")
-    with pytest.raises(PolicyError, match="copied"):
-        query(database, sql.replace("t0(x)(x)", "t0(x)"))
 
 
 def test_a_query_in_many_steps_is_no_attack(database: Database) -> None:

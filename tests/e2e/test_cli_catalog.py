@@ -306,6 +306,12 @@ class TestSql:
         assert cli("sql", "selec", code=2).stderr.startswith("lading: error: ")
         cli("sql", "select :missing", code=2)
 
+    def test_the_columns_of_the_views(self, cli):
+        rows = json.loads(cli("sql", "--schema", "--json").stdout)
+        assert {"view": "models", "column": "status"} in rows
+        assert {row["view"] for row in rows} == {"models", "model_tensors", "model_shards", "assets"}
+        cli("sql", "select 1", "--schema", code=2)
+
     def test_a_deadline(self, cli):
         endless = "with recursive n(i) as (select 1 union all select i + 1 from n) select max(i) from n"
         assert "--deadline" in cli("sql", endless, "--deadline", "0.1", code=6).stderr

@@ -2,7 +2,7 @@
 
 On SQLite several fences stand one behind the other. The file is opened read-only; but ``ATTACH`` and ``VACUUM INTO``
 would still write other files, so an authorizer allows what reading needs, and no more. A deadline is kept by a handler
-that is called between the steps of the program; what one step or the compiler could do for hours is limited.
+that is called between the steps of the program, and the sizes of values limit what one step can do.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import re
 import sqlite3
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -31,9 +30,6 @@ MAX_VALUE_BYTES = 200_000
 
 MAX_ANSWER_BYTES = 256 * 2**20
 """The memory for the rows of an answer; those of a catalog with a million tensors, all columns, are 200 MB."""
-
-MAX_EXPANSION = 10_000
-"""Copies that the compiler may make of common table expressions; each that names another one twice doubles them."""
 
 _LACKING = re.compile(r"did not supply a value for binding(?: parameter)? :(\w+)")
 
@@ -69,18 +65,15 @@ _FUNCTIONS = frozenset(
 """What a query may call. Not what reads files (``load_extension``) or takes pointers (``fts3_tokenizer``), and not what
 takes longer than its arguments are long (``printf('%.*c', 100000000, 'x')``, 126 times in one call)."""
 
-_NAMES = {
-    value: name.removeprefix("SQLITE_").replace("_", " ")
-    for name, value in vars(sqlite3).items()
-    if name in """
-        SQLITE_CREATE_INDEX SQLITE_CREATE_TABLE SQLITE_CREATE_TEMP_INDEX SQLITE_CREATE_TEMP_TABLE
-        SQLITE_CREATE_TEMP_TRIGGER SQLITE_CREATE_TEMP_VIEW SQLITE_CREATE_TRIGGER SQLITE_CREATE_VIEW SQLITE_DELETE
-        SQLITE_DROP_INDEX SQLITE_DROP_TABLE SQLITE_DROP_TEMP_INDEX SQLITE_DROP_TEMP_TABLE SQLITE_DROP_TEMP_TRIGGER
-        SQLITE_DROP_TEMP_VIEW SQLITE_DROP_TRIGGER SQLITE_DROP_VIEW SQLITE_INSERT SQLITE_PRAGMA SQLITE_TRANSACTION
-        SQLITE_UPDATE SQLITE_ATTACH SQLITE_DETACH SQLITE_ALTER_TABLE SQLITE_REINDEX SQLITE_ANALYZE SQLITE_CREATE_VTABLE
-        SQLITE_DROP_VTABLE SQLITE_FUNCTION SQLITE_SAVEPOINT
-    """.split()
-}  # fmt: skip
+_FIRST_WORD = re.compile(r"(?:\s|\(|--[^\n]*|/\*.*?(?:\*/|\Z))*(\w*)", re.DOTALL)
+"""The first word of a statement, behind comments and parentheses."""
+
+_WRITING = frozenset(
+    "ALTER ANALYZE CREATE DELETE DROP EXPLAIN INSERT REINDEX REPLACE TRUNCATE UPDATE VACUUM WITH".split()
+)
+"""The first words of statements that are refused because they write, by themselves or behind the word."""
+
+_VIEWS = ("models", "model_tensors", "model_shards", "assets")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,10 +138,38 @@ def run_query(
     return ask(database, sql, dict(parameters or {}), deadline_s, limit)
 
 
+def view_columns(database: Database) -> list[tuple[str, str]]:
+    """Return the views that queries may rely on, each with its columns: pairs (view, column).
+
+    :raises CatalogError: the catalog is damaged.
+    """
+    columns = {view: run_query(database, f"SELECT * FROM {view}", limit=0).columns for view in _VIEWS}
+
+    return [(view, column) for view in _VIEWS for column in columns[view]]
+
+
 def _late(deadline_s: float) -> CatalogError:
     return CatalogError(
         f"The query was stopped after {deadline_s:g} s. Narrow it, or give it more time with `--deadline`."
     )
+
+
+def _refused(sql: str, what: str) -> PolicyError:
+    """Return the error for a statement that writes, or is refused for ``what``: its first word, if that is empty."""
+    first = _first_word(sql)
+    if first in _WRITING and (not what or first not in ("EXPLAIN", "WITH")):
+        return PolicyError(f"The query would write ({first}), but `lading sql` only reads: it is refused.")
+    if not what and first in ("SELECT", "VALUES"):
+        what = "a table that the database would make"
+    hint = " `lading sql --schema` shows the columns of the views." if first == "PRAGMA" else ""
+
+    return PolicyError(f"`lading sql` only reads, so {what or first or 'this'} is refused.{hint}")
+
+
+def _first_word(sql: str) -> str:
+    found = _FIRST_WORD.match(sql)
+
+    return "" if found is None else found[1].upper()
 
 
 def _fetch(cursor: Iterable[Iterable[object]], limit: int | None) -> list[tuple[object, ...]]:
@@ -183,11 +204,9 @@ def _ask_sqlite(
     def authorize(action: int, first: str | None, second: str | None, schema: str | None, inner: str | None) -> int:
         if action in _ACTIONS or (action == sqlite3.SQLITE_FUNCTION and str(second).lower() in _FUNCTIONS):
             return sqlite3.SQLITE_OK
-        what = f"the function {second}" if action == sqlite3.SQLITE_FUNCTION else _NAMES.get(action, "this")
-        denied.append(f"{what} {first}" if action == sqlite3.SQLITE_PRAGMA else what)
+        denied.append(f"the function {second}" if action == sqlite3.SQLITE_FUNCTION else "")
         return sqlite3.SQLITE_DENY
 
-    _refuse_expansion(sql)
     with closing(_reader(database)) as connection:
         connection.set_authorizer(authorize)
         connection.set_progress_handler(lambda: time.monotonic() > end, _STEPS)
@@ -199,13 +218,12 @@ def _ask_sqlite(
         except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:
             # `Warning` is what older Pythons raise for a second statement.
             if denied or "one statement at a time" in str(error):
-                what = denied[0] if denied else "more than one statement"
-                raise PolicyError(f"`lading sql` only reads, so {what} is refused.") from error
+                raise _refused(sql, denied[0] if denied else "more than one statement") from error
             code = primary_code(error) if isinstance(error, sqlite3.Error) else sqlite3.SQLITE_ERROR
             if code == sqlite3.SQLITE_INTERRUPT:
                 raise _late(deadline_s) from error
             if code in (sqlite3.SQLITE_AUTH, sqlite3.SQLITE_READONLY):
-                raise PolicyError(f"`lading sql` only reads, so this is refused: {error}.") from error
+                raise _refused(sql, "") from error
             if code == sqlite3.SQLITE_TOOBIG:
                 raise QueryError(
                     f"A value of the query is longer than {MAX_VALUE_BYTES:,} bytes, more than `lading sql` handles. "
@@ -246,77 +264,10 @@ def _reader(database: Database) -> sqlite3.Connection:
         # The first use of a table-valued function makes a table, in SQLite's eyes, which the authorizer would refuse.
         connection.execute("SELECT 1 FROM json_each('[]'), json_tree('[]')").fetchall()
         connection.text_factory = lambda data: data.decode("utf-8", errors="replace")
-        # The built-in ones compare each character with each of the set.
-        for name, strip in (("trim", str.strip), ("ltrim", str.lstrip), ("rtrim", str.rstrip)):
-            connection.create_function(name, 2, _stripping(strip), deterministic=True)
         for limit, value in _LIMITS.items():
             connection.setlimit(limit, value)
 
         return connection
-
-
-def _stripping(strip: Callable[[str, str], str]) -> Callable[[object, object], str | None]:
-    def function(value: object, signs: object) -> str | None:
-        return None if value is None or signs is None else strip(_as_text(value), _as_text(signs))
-
-    return function
-
-
-def _as_text(value: object) -> str:
-    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
-
-
-_TOKEN = re.compile(
-    r"""--[^\n]*|/\*.*?(?:\*/|\Z)|'(?:[^']|'')*'|"(?:[^"]|"")*"|`(?:[^`]|``)*`|\[[^\]]*\]|[\w$]+|\S""", re.DOTALL
-)
-
-
-def _refuse_expansion(sql: str) -> None:
-    """Refuse common table expressions that would be copied too often before the first step of the program.
-
-    The bound is the product of how often each is named, as if each named only the one before it.
-    """
-    tokens = [_bare(token) for token in _TOKEN.findall(sql) if not token.startswith(("--", "/*"))]
-    definitions = _common_tables(tokens)
-    named = Counter(
-        token
-        for i, (before, token, after) in enumerate(zip(["", *tokens], tokens, [*tokens[1:], ""], strict=False))
-        # Only where a table may stand; `name.column` refers to one that was named before.
-        if before in {"from", "join", ",", "(", "in"} and after != "." and i not in definitions
-    )
-
-    copies = math.prod(max(named[tokens[i]], 1) for i in definitions)
-    if copies > MAX_EXPANSION:
-        raise PolicyError(
-            f"The query's WITH tables name one another so often that they would be copied {copies:,} times, which is "
-            f"refused beyond {MAX_EXPANSION:,}. Ask in several steps."
-        )
-
-
-def _common_tables(tokens: list[str]) -> set[int]:
-    """The positions of the names in ``name [(columns)] AS [[NOT] MATERIALIZED] (``."""
-    positions = set()
-    for i, token in enumerate(tokens):
-        behind = [t for t in tokens[i + 1 : i + 4] if t not in {"not", "materialized"}]
-        if token != "as" or behind[:1] != ["("]:
-            continue
-        at = i - 1
-        if at >= 0 and tokens[at] == ")":
-            while at > 0 and tokens[at] != "(":
-                at -= 1
-            at -= 1
-        if at >= 0:
-            positions.add(at)
-
-    return positions
-
-
-def _bare(token: str) -> str:
-    """An identifier without its quotes, in lower case."""
-    if len(token) >= 2 and token[0] in "\"'`[":
-        return token[1:-1].replace(token[0] * 2, token[0]).lower()
-
-    return token.lower()
 
 
 # --- a server --------------------------------------------------------------------------------------------------------
@@ -330,9 +281,9 @@ def _ask_server(
         raise QueryError("There is no query. For example: lading sql 'select name, status from models'")
     if ";" in statement:
         raise PolicyError("`lading sql` takes one statement; write a semicolon in a text as a parameter.")
-    first = _TOKEN.sub(lambda m: "" if m[0].startswith(("--", "/*")) else m[0], statement).split(maxsplit=1)[:1]
-    if first and first[0].lower().lstrip("(") not in {"", "select", "with", "values", "table"}:
-        raise PolicyError(f"`lading sql` only reads, so {first[0].upper()} is refused.")
+    first = _first_word(statement)
+    if first not in {"", "SELECT", "WITH", "VALUES", "TABLE"}:
+        raise _refused(statement, first)
 
     with database.read() as connection:
         connection.exec_driver_sql("SET TRANSACTION READ ONLY")
@@ -350,7 +301,7 @@ def _ask_server(
             if state == "57014":
                 raise _late(deadline_s) from error
             if state in ("0A000", "25006", "42501"):
-                raise PolicyError(f"`lading sql` only reads, so this is refused: {cause}") from error
+                raise PolicyError(f"The query would write, but `lading sql` only reads: {cause}") from error
             if state.startswith(("08", "53", "57", "58", "XX")):
                 raise CatalogError(
                     f"{database.target} does not answer: {database.target.without_secrets(cause)}"

@@ -38,19 +38,31 @@ _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.[0-9]+)?")
     help="Give up after so long.",
 )
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="At most N rows.")
+@click.option("--schema", is_flag=True, help="Show the views and their columns.")
 @listing_options
 def sql(
-    query: str | None, parameters: tuple[tuple[str, str], ...], deadline: float, limit: int | None, form: Form
+    query: str | None,
+    parameters: tuple[tuple[str, str], ...],
+    deadline: float,
+    limit: int | None,
+    schema: bool,
+    form: Form,
 ) -> None:
     """Ask the catalog in SQL, read-only. QUERY of - is read from stdin.
 
     For example: lading sql "select name, bytes from models where family = :f" -p f qwen
     """
-    from lading.catalog.query import run_query
+    from lading.catalog.query import run_query, view_columns
     from lading.catalog.store import get_asset_store
 
     if not math.isfinite(deadline):
         raise click.BadParameter("a number of seconds is expected.", param_hint="--deadline")
+
+    if schema:
+        if query is not None:
+            raise click.UsageError("--schema takes no QUERY.", click.get_current_context())
+        write_rows(("view", "column"), view_columns(get_asset_store().database), form)
+        return
 
     result = run_query(
         get_asset_store().database,
