@@ -6,9 +6,8 @@ The calls and their meaning are those of fairseq2 0.8.1's ``fairseq2.models.hub`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypedDict, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -41,6 +40,18 @@ from lading.transfer.dtypes import DType
 
 ModelT = TypeVar("ModelT", bound=Module)
 ModelConfigT = TypeVar("ModelConfigT")
+
+
+class LoadKeywords(TypedDict, total=False):
+    """The keywords that every load takes; :meth:`ModelHub.load_model` describes them."""
+
+    gangs: Gangs | None
+    device: torch.device | str | None
+    dtype: DType | None
+    mmap: bool
+    progress: bool
+    verify: Verify
+    cooperative: bool
 
 
 class ModelHub(Generic[ModelT, ModelConfigT]):
@@ -166,7 +177,15 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         :raises ValueError: both ``gangs`` and ``device``, or a meta device; or both ``mmap`` and ``cooperative``.
         :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is no dtype.
         """
-        options = _options(gangs, device, dtype, mmap=mmap, progress=progress, verify=verify, cooperative=cooperative)
+        options = load_options(
+            gangs=gangs,
+            device=device,
+            dtype=dtype,
+            mmap=mmap,
+            progress=progress,
+            verify=verify,
+            cooperative=cooperative,
+        )
         model, _ = _load(card, self._family, lambda: self._asset_store, options, config)
 
         return cast(ModelT, model)
@@ -176,14 +195,8 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         path: Path | str,
         config: ModelConfigT,
         *,
-        gangs: Gangs | None = None,
-        device: torch.device | str | None = None,
-        dtype: DType | None = None,
-        mmap: bool = False,
         restrict: bool | None = None,
-        progress: bool = True,
-        verify: Verify = "auto",
-        cooperative: bool = False,
+        **keywords: Unpack[LoadKeywords],
     ) -> ModelT:
         """A model from a checkpoint file or folder that is not in the catalog.
 
@@ -194,8 +207,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
 
         The other parameters, and what is raised, are as for :meth:`load_model`.
         """
-        options = _options(gangs, device, dtype, mmap=mmap, progress=progress, verify=verify, cooperative=cooperative)
-        options = replace(options, restrict=self._restrict(restrict))
+        options = load_options(restrict=self._restrict(restrict), **keywords)
 
         def load() -> tuple[Module, LoadReport]:
             check_config_type(config, self._family)
@@ -291,46 +303,24 @@ class GlobalModelLoader:
         self._asset_store = asset_store
 
     def load(
-        self,
-        card: AssetCard | str | Path,
-        *,
-        gangs: Gangs | None = None,
-        device: torch.device | str | None = None,
-        dtype: DType | None = None,
-        config: object | None = None,
-        mmap: bool = False,
-        progress: bool = True,
-        verify: Verify = "auto",
-        cooperative: bool = False,
+        self, card: AssetCard | str | Path, *, config: object | None = None, **keywords: Unpack[LoadKeywords]
     ) -> Module:
         """See :func:`load_model`."""
-        return self.load_with_report(
-            card, gangs=gangs, device=device, dtype=dtype, config=config, mmap=mmap, progress=progress, verify=verify,
-            cooperative=cooperative,
-        )[0]  # fmt: skip
+        return self.load_with_report(card, config=config, **keywords)[0]
 
     def load_with_report(
         self,
         card: AssetCard | str | Path,
         *,
-        gangs: Gangs | None = None,
-        device: torch.device | str | None = None,
-        dtype: DType | None = None,
         config: object | None = None,
-        mmap: bool = False,
-        progress: bool = True,
-        verify: Verify = "auto",
-        cooperative: bool = False,
         restrict: bool = True,
+        **keywords: Unpack[LoadKeywords],
     ) -> tuple[Module, LoadReport]:
         """As :meth:`load`, with what the load did.
 
         :param restrict: as :func:`lading.formats.index` takes it; for a path.
         """
-        options = _options(gangs, device, dtype, mmap=mmap, progress=progress, verify=verify, cooperative=cooperative)
-        options = replace(options, restrict=restrict)
-
-        return _load(card, None, self._store, options, config)
+        return _load(card, None, self._store, load_options(restrict=restrict, **keywords), config)
 
     def _store(self) -> AssetStore:
         return self._asset_store if self._asset_store is not None else get_asset_store()
@@ -449,16 +439,22 @@ def did_you_mean_model(name: str, store: AssetStore) -> str:
     return did_you_mean(name, store.suggest(name))
 
 
-def _options(
-    gangs: Gangs | None,
-    device: torch.device | str | None,
-    dtype: DType | None,
+def load_options(
     *,
-    mmap: bool,
-    progress: bool,
-    verify: Verify,
-    cooperative: bool,
+    gangs: Gangs | None = None,
+    device: torch.device | str | None = None,
+    dtype: DType | None = None,
+    mmap: bool = False,
+    progress: bool = True,
+    verify: Verify = "auto",
+    cooperative: bool = False,
+    restrict: bool = True,
 ) -> LoadOptions:
+    """Return the options that the keywords of a load ask for.
+
+    :raises ValueError: both ``gangs`` and ``device``, or a meta device; or both ``mmap`` and ``cooperative``.
+    :raises TypeError: ``gangs`` or ``dtype`` is of another type.
+    """
     require_mode(verify)
     if mmap and cooperative:
         raise ValueError("`mmap` and `cooperative` must not be given together: what is mapped is not read")
@@ -470,6 +466,7 @@ def _options(
         progress=progress,
         verify=verify,
         cooperative=cooperative,
+        restrict=restrict,
     )
 
 
