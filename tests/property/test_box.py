@@ -28,23 +28,3 @@ def test_runs_are_the_elements_of_the_slice_in_order(case: tuple[tuple[int, ...]
 
     assert [i for first, count in runs for i in range(first, first + count)] == sliced.flatten().tolist()
     assert all(a + n < b for (a, n), (b, _) in pairwise(runs)), "runs that touch are one run"
-
-
-@given(st.data())
-def test_intersection_holds_what_both_hold(data: st.DataObject) -> None:
-    shape, one = data.draw(shapes_and_boxes())
-    starts = tuple(data.draw(st.integers(0, n)) for n in shape)
-    two = Box(starts, tuple(data.draw(st.integers(0, n - s)) for n, s in zip(shape, starts, strict=True)))
-
-    def elements(box: Box | None) -> set[int]:
-        return set() if box is None else {i for first, count in box.runs(shape) for i in range(first, first + count)}
-
-    assert elements(one.intersect(two)) == elements(one) & elements(two)
-    assert one.intersect(two) == two.intersect(one)
-
-
-@given(shapes_and_boxes(), st.data())
-def test_a_shift_there_and_back_is_nothing(case: tuple[tuple[int, ...], Box], data: st.DataObject) -> None:
-    _, box = case
-    by = tuple(data.draw(st.integers(0, 5)) for _ in box.starts)
-    assert box.shift(by).shift(tuple(-n for n in by)) == box

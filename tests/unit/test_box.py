@@ -25,10 +25,6 @@ def test_an_empty_box_has_no_runs() -> None:
     assert list(Box.whole((0, 3)).runs((0, 3))) == []
 
 
-def test_boxes_that_only_touch_share_nothing() -> None:
-    assert Box((0,), (4,)).intersect(Box((4,), (4,))) is None
-
-
 @pytest.mark.parametrize(("starts", "sizes"), [((0,), (1, 2)), ((-1,), (1,)), ((0,), (-1,))])
 def test_nonsense_is_refused(starts: tuple[int, ...], sizes: tuple[int, ...]) -> None:
     with pytest.raises(ValueError):

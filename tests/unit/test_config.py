@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 from pydantic import ConfigDict, Field
 
 from lading.cards.card import Architecture, AssetCard
-from lading.cards.config import STRICT, architecture_config, json_schema, resolve_config, structure
+from lading.cards.config import STRICT, architecture_config, resolve_config, structure
 from lading.errors import AssetCardError, InternalError
 
 
@@ -344,17 +344,6 @@ def test_classes_that_cannot_be_used() -> None:
         resolve_config(card({}), None, Plain)
     with pytest.raises(InternalError, match=r"^The fields of Strange cannot be checked: "):
         resolve_config(card({}), None, Strange)
-
-
-def test_json_schema() -> None:
-    schema: Any = json_schema(ToyConfig)
-
-    assert schema["additionalProperties"] is False
-    assert schema["$defs"]["Scale"]["additionalProperties"] is False
-    assert schema["properties"]["model_dim"] == {"default": 64, "title": "Model Dim", "type": "integer"}
-    assert schema["properties"]["heads"]["exclusiveMinimum"] == 0
-    assert schema["properties"]["mode"]["enum"] == ["none", "layer"]
-    assert list(schema["properties"]) == [f.name for f in fields(ToyConfig)]
 
 
 def test_torch_is_not_imported() -> None:

@@ -95,7 +95,9 @@ def test_a_tensor_pickles_as_just_its_own_bytes(tmp_path: Path, mapped: bool) ->
     file = write(tmp_path / "x", tensor)
     manifest = manifest_of(tensor, "F32")
     box = Box((0, 0), (1, 500_000))
-    planned = plan(manifest, Wanted(tensors=[0, 0], boxes=[box, box.shift((1, 0))], dtypes=["F32"] * 2), mapped=mapped)
+    planned = plan(
+        manifest, Wanted(tensors=[0, 0], boxes=[box, Box((1, 0), (1, 500_000))], dtypes=["F32"] * 2), mapped=mapped
+    )
     first, _ = execute(planned, [file], [(box.sizes, "F32")] * 2)
     buffer = io.BytesIO()
     torch.save(first, buffer)

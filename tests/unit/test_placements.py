@@ -18,7 +18,7 @@ from torch.nn import Module, Parameter
 
 from lading.errors import NotSupportedError
 from lading.gangs import simulate_gangs
-from lading.models.placements import BoxCache, DTensorFactory, boxes_for_all_ranks, placements_on
+from lading.models.placements import BoxCache, DTensorFactory, boxes_for_all_ranks
 from lading.planning.box import Box
 
 
@@ -116,18 +116,6 @@ def test_the_box_of_a_distributed_tensor() -> None:
         # tp rank 1 has the rows from 11, sdp rank 2 of them the third part of 3, 3, 3 and 2 rows.
         assert BoxCache().box_of(tensor) == Box((17, 0), (3, 5))
         assert BoxCache().box_of(torch.empty(4, 2)) == Box.whole((4, 2))
-
-
-def test_placements_on_all_axes() -> None:
-    axes = ("pp", "rdp", "sdp", "tp")
-    with simulate_gangs(rank=1, sdp=2, tp=2) as gangs:
-        assert gangs.tp.mesh is not None
-        tensor = DTensor.from_local(torch.empty(3), gangs.tp.mesh, [Shard(0)], run_check=False)
-
-        assert placements_on(tensor, axes) == (Replicate(), Replicate(), Replicate(), Shard(0))
-        assert placements_on(torch.empty(3), axes) == (Replicate(),) * 4
-        with pytest.raises(NotSupportedError, match="axes of pp, rdp"):
-            placements_on(tensor, ("pp", "rdp"))
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

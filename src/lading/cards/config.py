@@ -17,9 +17,8 @@ from uuid import uuid4
 # pydantic imports this module with the first schema of a dataclass, which would otherwise happen during a load.
 import pydantic.dataclasses  # noqa: F401
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import CoreSchema, ErrorDetails, PydanticKnownError, SchemaValidator
-from pydantic_core.core_schema import DataclassSchema, no_info_before_validator_function
+from pydantic_core.core_schema import no_info_before_validator_function
 
 from lading.cards.card import Architecture, AssetCard
 from lading.cards.documents.document import join, show
@@ -65,11 +64,6 @@ def structure(config_kls: type[T], mapping: Mapping[str, object], *, where: str)
         ``name`` is ``where``.
     """
     return _structure(config_kls, mapping, [Layer(mapping, where, where)], where, where)
-
-
-def json_schema(config_kls: type[object]) -> dict[str, Any]:
-    """Return the JSON Schema of the mappings that :func:`structure` accepts."""
-    return _JsonSchema().generate(_schema(config_kls))
 
 
 def _resolve(layers: Sequence[Layer], config_kls: type[T], name: str, of: str) -> T:
@@ -314,13 +308,6 @@ def _strict(schema: object) -> object:
             return no_info_before_validator_function(_number, strict)
 
     return strict
-
-
-class _JsonSchema(GenerateJsonSchema):
-    """A generator that forbids unknown keys like :func:`_strict`; pydantic reads that setting from the class."""
-
-    def dataclass_schema(self, schema: DataclassSchema) -> JsonSchemaValue:
-        return {**super().dataclass_schema(schema), "additionalProperties": False}
 
 
 def _integer(value: object) -> object:

@@ -54,24 +54,6 @@ class BoxCache:
         return self._known[key]
 
 
-def placements_on(tensor: Tensor, axes: Sequence[str]) -> tuple[Placement, ...]:
-    """Return the placements of a tensor on a mesh of ``axes``; on axes that its mesh lacks, it is replicated.
-
-    :raises NotSupportedError: its mesh has another axis, or unnamed axes.
-    """
-    if not isinstance(tensor, DTensor):
-        return (Replicate(),) * len(axes)
-
-    names = tensor.device_mesh.mesh_dim_names or ()
-    if len(names) != tensor.device_mesh.ndim or not set(names) <= set(axes):
-        raise NotSupportedError(
-            f"A tensor is expected to be placed on axes of {', '.join(axes)}, but is on {tensor.device_mesh}."
-        )
-    own = dict(zip(names, tensor.placements, strict=True))
-
-    return tuple(own.get(axis, Replicate()) for axis in axes)
-
-
 class DTensorFactory:
     """A factory of distributed tensors from the parts that this rank holds.
 

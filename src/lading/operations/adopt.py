@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from json import dumps
 from pathlib import Path
 from typing import Literal
 
+from lading.cards.documents.write_yaml import to_yaml
 from lading.catalog.checkpoints.holdings import checkpoints_like
 from lading.catalog.checkpoints.record import record_checkpoint, record_files
 from lading.catalog.links import link_cards
@@ -323,7 +322,7 @@ class _Adopter:
             for name in checkpoint.cards
         ]
 
-        return tuple(f"name: {_yaml(f'{name}@user')}\ncheckpoint: {_yaml(str(path))}\n" for name in sorted(found))
+        return tuple(to_yaml([{"name": f"{name}@user", "checkpoint": str(path)}]) for name in sorted(found))
 
     def _record(self, uri: str, manifest: Manifest, copies: Sequence[LocalCopy], *, revision: str) -> None:
         record_checkpoint(self._store.database, uri=uri, manifest=manifest, copies=copies, revision=revision)
@@ -434,8 +433,3 @@ def _failed(path: Path, error: LadingError | OSError) -> Adoption:
     message = error.message if isinstance(error, LadingError) else f"{os.strerror(error.errno or 0)}: {error.filename}"
 
     return Adoption(path=path, status="failed", problem=message.partition("\n")[0], error=error)
-
-
-def _yaml(text: str) -> str:
-    """Return ``text`` as a YAML scalar, in quotes unless it is a plain name or path."""
-    return text if re.fullmatch(r"[A-Za-z/][\w./+@-]*", text, re.ASCII) else dumps(text, ensure_ascii=False)

@@ -53,17 +53,6 @@ class Box:
         """Return whether the box lies within a tensor of shape ``shape``."""
         return len(shape) == len(self.sizes) and all(end <= n for end, n in zip(self.ends, shape, strict=True))
 
-    def intersect(self, other: Box) -> Box | None:
-        """Return the intersection of two boxes, or ``None`` if they share no element."""
-        starts = tuple(map(max, self.starts, other.starts))
-        sizes = tuple(min(a, b) - s for a, b, s in zip(self.ends, other.ends, starts, strict=True))
-
-        return Box(starts, sizes) if all(size > 0 for size in sizes) else None
-
-    def shift(self, by: Sequence[int]) -> Box:
-        """Return the box moved by ``by``, which may be negative."""
-        return Box(tuple(s + d for s, d in zip(self.starts, by, strict=True)), self.sizes)
-
     def runs(self, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Yield the box as runs ``(first element, number of elements)`` of the row-major tensor of shape ``shape``.
 
