@@ -1,4 +1,4 @@
-"""What the families share to read Hugging Face checkpoints: the keys of ``config.json`` and the names of tensors.
+"""The reading of Hugging Face checkpoints, shared by the families: keys of ``config.json`` and names of tensors.
 
 The meaning of the keys, and what holds where one is absent, is that of the configuration classes of transformers.
 """
@@ -25,14 +25,14 @@ _BY_ITS_OWN_CLASS = (
 )
 
 LayerType = Literal["sliding_attention", "full_attention"]
-"""Whether the attention of a layer has a window."""
+"""The kind of attention in a layer, with or without a window."""
 
 HEAD = re.compile(r"(lm_head|score|classifier|qa_outputs|v_head|value_head|regression_head)\..*")
-"""Names of what stands behind the last layer."""
+"""The names of parameters of a head, after the last layer."""
 
 
 def explain_head(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
-    """Return what to do about a checkpoint of a decoder that has another head than that of a language model, or none.
+    """Return advice for a checkpoint of a decoder with another head than that of a language model, or without a head.
 
     :param missing: names of parameters that it lacks.
     :param unexpected: names of tensors that no rule knows.
@@ -45,10 +45,10 @@ def explain_head(missing: Sequence[str], unexpected: Sequence[str]) -> str | Non
 
 
 DECODER_RULES: Final[Sequence[Rule]] = (
-    # Old versions of transformers saved these buffers, which are computed.
+    # Old versions of transformers save these computed buffers.
     Rule("{prefix*}rotary_emb.inv_freq", None),
     Rule("rotary_emb.inv_freq", None),
-    # Heads that draft further tokens, which transformers passes over, too.
+    # Heads that draft further tokens, which transformers skips too.
     Rule("mtp.{rest*}", None),
     Rule("model.mtp.{rest*}", None),
     # A checkpoint of the model without its head lacks the prefix.
@@ -78,10 +78,10 @@ IGNORED_KEYS: Final[Mapping[str, str]] = {
     **_for_reason("text generation", "max_length do_sample temperature top_k top_p repetition_penalty"),
     **_for_reason("only a class for encoder and decoder reads it", "is_encoder_decoder tie_encoder_decoder"),
 }
-"""Keys that no family reads, and why."""
+"""The keys that no family reads, and the reasons."""
 
 CHANGES_EACH_MODEL: Final[Mapping[str, object]] = {"per_layer_config": None, "attribute_map": None}
-"""Keys that change what transformers computes, with the only value that a family supports."""
+"""The keys that change the results of transformers, with the only value that a family supports."""
 
 CHANGES_EACH_DECODER: Final[Mapping[str, object]] = {
     **CHANGES_EACH_MODEL,
@@ -90,20 +90,20 @@ CHANGES_EACH_DECODER: Final[Mapping[str, object]] = {
     "attention_chunk_size": None,
     "_rope_type_labels": None,
 }
-"""Such keys of decoders."""
+"""The same for decoders."""
 
 NO_WINDOWS: Final[Mapping[str, object]] = {"layer_types": None, "sliding_window": None}
-"""Keys by which transformers shortens its cache in generation, whether or not layers of the type have a window."""
+"""The keys with which transformers shortens its cache in generation, even without layers that have a window."""
 
-NO_SCALING: Final[Mapping[str, str]] = {"original_max_position_embeddings": "it is of a scaling, and none is supported"}
-"""Keys that a family without scaled rotary frequencies ignores."""
+NO_SCALING: Final[Mapping[str, str]] = {"original_max_position_embeddings": "only for scaling, which is not supported"}
+"""The keys that a family without scaled rotary frequencies ignores."""
 
 NO_TOKENS: Final[Mapping[str, object]] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-"""Keys that are left to the tokenizer, where a family does not state one."""
+"""The keys that belong to the tokenizer, unless a family reads one."""
 
 
 class ConfigReader:
-    """The keys of a ``config.json``, each checked where it is read.
+    """The keys of a ``config.json``, checked as they are read.
 
     :param family: the family that reads, for messages.
     :param table: what the family does with each key; ``None`` where only some are read.
@@ -150,11 +150,11 @@ class ConfigReader:
         return dict(self._values)
 
     def is_null(self, key: str) -> bool:
-        """Whether the key is absent or null."""
+        """Return whether the key is absent or null."""
         return self._get(key) is None
 
     def count(self, key: str, default: int) -> int:
-        """A positive integer."""
+        """Read a positive integer."""
         value = self._get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             self.mismatch(key, "a positive integer")
@@ -164,18 +164,18 @@ class ConfigReader:
         return value
 
     def layers(self, key: str, default: int) -> int:
-        """A number of layers, of which modules can be made."""
+        """Read a number of layers, within the supported range."""
         if (value := self.count(key, default)) > MAX_LAYERS:
             self.mismatch(key, f"a number of layers, at most {MAX_LAYERS}")
 
         return value
 
     def maybe_count(self, key: str, default: int | None) -> int | None:
-        """A positive integer, or null."""
+        """Read a positive integer, or null."""
         return None if self._get(key, default) is None else self.count(key, default or 0)
 
     def index(self, key: str, default: int | None) -> int | None:
-        """An integer, or null; a negative one means the same as null."""
+        """Read an integer, or null; a negative one means the same as null."""
         value = self._get(key, default)
         if value is None:
             return None
@@ -185,7 +185,7 @@ class ConfigReader:
         return value if value >= 0 else None
 
     def number(self, key: str, default: float | None) -> float:
-        """A finite number that is not negative; required where ``default`` is ``None``."""
+        """Read a finite number that is not negative; it is required if ``default`` is ``None``."""
         value = self._get(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= sys.float_info.max:
             self.mismatch(key, "a finite number that is not negative")
@@ -193,7 +193,7 @@ class ConfigReader:
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """Read a boolean."""
         value = self._get(key, default)
         if not isinstance(value, bool):
             self.mismatch(key, "true or false")
@@ -201,7 +201,7 @@ class ConfigReader:
         return value
 
     def choice(self, key: str, default: str, choices: Mapping[str, str]) -> str:
-        """What ``choices`` says for a value.
+        """Read a string, and return its value in ``choices``.
 
         :raises NotSupportedError: it says nothing.
         """
@@ -214,7 +214,7 @@ class ConfigReader:
         return choices[value]
 
     def counts(self, key: str, default: Sequence[int]) -> list[int]:
-        """A list of positive integers."""
+        """Read a list of positive integers."""
         value = self._get(key, list(default))
         if not isinstance(value, list) or not all(
             isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in value
@@ -226,7 +226,7 @@ class ConfigReader:
         return value
 
     def strings(self, key: str) -> list[str] | None:
-        """A list of strings, or null."""
+        """Read a list of strings, or null."""
         value = self._get(key)
         if value is None:
             return None
@@ -236,7 +236,7 @@ class ConfigReader:
         return value
 
     def section(self, key: str, table: ConfigTable[Any] | None = None) -> ConfigReader:
-        """The keys of an object; of none where it is absent or null."""
+        """Return a reader of the keys of an object, without keys if it is absent or null."""
         value = self._get(key)
         if value is None:
             value = {}
@@ -246,9 +246,9 @@ class ConfigReader:
         return ConfigReader(value, self._family, f"{self._prefix}{key}.", table)
 
     def require(self, key: str, value: object) -> None:
-        """Refuse all but ``value``, which is also what holds where the key is absent.
+        """Refuse all values but ``value``, which also is the default of the key.
 
-        So does null, but not for what is true by default: transformers takes null for false.
+        Null is accepted too, but not if the default is true: transformers reads null as false.
 
         :raises NotSupportedError: the file says something else.
         """
@@ -256,8 +256,8 @@ class ConfigReader:
         if found != value and (found is not None or value is True):
             self.refuse(key, found, () if value is None else (value,))
 
-    def refuse_quantised(self) -> None:
-        """Refuse weights that are stored in a quantised form.
+    def refuse_quantized(self) -> None:
+        """Refuse quantized weights.
 
         :raises NotSupportedError: the file says that they are.
         """
@@ -265,7 +265,7 @@ class ConfigReader:
             scheme = self.section("quantization_config")._get("quant_method")
             raise NotSupportedError(
                 f"config.json: {self._prefix}quantization_config.quant_method is {scheme!r}: the weights are "
-                "quantised, which lading does not load. Use the checkpoint in its original precision."
+                "quantized, which lading does not load. Use the checkpoint in its original precision."
             )
 
     def refuse_nested(self) -> None:
@@ -278,7 +278,7 @@ class ConfigReader:
                 self.refuse(key, value)
 
     def refuse(self, key: str, found: object, supported: Iterable[object] = ()) -> NoReturn:
-        """Say that the family does not do what the file asks for.
+        """Raise the error for a value that the family does not support.
 
         :raises NotSupportedError: always.
         """
@@ -289,7 +289,7 @@ class ConfigReader:
         )
 
     def mismatch(self, key: str, expected: str) -> NoReturn:
-        """Say that the value of a key is not what is expected.
+        """Raise the error for a key with an unexpected value.
 
         :raises ModelCheckpointMismatchError: always.
         """
@@ -301,7 +301,7 @@ class ConfigReader:
         )
 
     def checked(self, config: ConfigT, check: Callable[[ConfigT], Any]) -> ConfigT:
-        """``config``, if ``check`` raises no ``ValueError``.
+        """Return ``config`` if ``check`` raises no ``ValueError``.
 
         :raises ModelCheckpointMismatchError: it does.
         """
@@ -318,7 +318,7 @@ class ConfigReader:
 
 
 def read_rope(reader: ConfigReader, scaling_type: str | None = None) -> tuple[float, ConfigReader | None]:
-    """The base of the rotary frequencies, and the keys of their scaling if there is one.
+    """Return the base of the rotary frequencies, and the keys of their scaling if there is one.
 
     Understands ``rope_parameters`` and what came before transformers 5: ``rope_theta`` with ``rope_scaling``.
 
@@ -339,18 +339,17 @@ def read_rope(reader: ConfigReader, scaling_type: str | None = None) -> tuple[fl
 def read_rope_of_layers(
     reader: ConfigReader, *, theta: float, window_theta: float, window_theta_key: str | None, scaling_type: str
 ) -> tuple[float, ConfigReader | None, float]:
-    """The base of the rotary frequencies, the keys of their scaling if there is one, and the base in layers with a
-    window, where they are not scaled.
+    """Return the base of the rotary frequencies, the keys of their scaling, and the base in layers with a window.
 
-    Understands ``rope_parameters`` by kind of layer, and what came before transformers 5: ``rope_theta`` and
+    It reads ``rope_parameters`` by type of layer, and the keys before transformers 5: ``rope_theta`` and
     ``rope_scaling`` for layers without a window.
 
-    :param theta: that of layers without a window where the file states none.
-    :param window_theta: that of layers with a window where the file states none.
-    :param window_theta_key: the key of the latter before transformers 5; ``None`` where there was none.
-    :param scaling_type: the one that the family supports.
+    :param theta: the default base of layers without a window.
+    :param window_theta: the default base of layers with a window.
+    :param window_theta_key: the key of the latter before transformers 5; ``None`` without such a key.
+    :param scaling_type: the type of scaling that the family supports.
 
-    :raises NotSupportedError: another type, scaling in layers with a window, or of a part of each head.
+    :raises NotSupportedError: the scaling has another type, or applies to layers with a window or to a part of a head.
     """
     parameters = reader.section("rope_parameters")
     full, window = parameters.section("full_attention"), parameters.section("sliding_attention")
@@ -382,7 +381,7 @@ def _scaling(section: ConfigReader, scaling_type: str | None) -> ConfigReader | 
 
 
 def read_layer_types(reader: ConfigReader, num_layers: int, *, every: int) -> list[LayerType]:
-    """Of each layer, whether its attention has a window.
+    """Return the type of attention of each layer.
 
     :param every: one of so many has none where the file states no types.
 
@@ -398,7 +397,7 @@ def read_layer_types(reader: ConfigReader, num_layers: int, *, every: int) -> li
 
 
 def default_layer_types(num_layers: int, *, every: int) -> list[LayerType]:
-    """A window in all layers but one of ``every``, the last of them.
+    """Return the types of layers with a window in all but the last of ``every``.
 
     :raises ValueError: there are more layers than modules can be made of.
     """
@@ -408,7 +407,7 @@ def default_layer_types(num_layers: int, *, every: int) -> list[LayerType]:
 
 
 def full_attn_layers(types: Sequence[LayerType], num_layers: int) -> frozenset[int]:
-    """The indices of the layers without a window.
+    """Return the indices of the layers without a window.
 
     :raises ValueError: there is not one type for each layer.
     """
@@ -423,25 +422,25 @@ def full_attn_layers(types: Sequence[LayerType], num_layers: int) -> frozenset[i
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A field of a configuration that one key of ``config.json`` states."""
+    """A field of a configuration that corresponds to one key of ``config.json``."""
 
     name: str
     key: str
     read: Callable[[ConfigReader, str, Any], Any]
     """The method of :class:`ConfigReader` that reads and checks the key."""
     default: Any = None
-    """The value where the key is absent."""
+    """The value if the key is absent."""
     _: KW_ONLY
     null: str | None = None
-    """The earlier field whose value holds where the key is null."""
+    """The earlier field whose value applies if the key is null."""
     write: Callable[[Any], object] | None = None
     """The value of the key for a configuration; ``None`` means that of the field."""
     optional: bool = False
-    """Whether the key is left out where its value would be null."""
+    """True if the key is omitted when its value would be null."""
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The key alone."""
+        """The key, as a tuple."""
         return (self.key,)
 
     def to_fields(self, reader: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -459,7 +458,7 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class KeyGroup:
-    """Keys of ``config.json`` that only together say what fields of a configuration are."""
+    """Keys of ``config.json`` that together determine fields of a configuration."""
 
     keys: tuple[str, ...]
     to_fields: Callable[[ConfigReader, Mapping[str, Any]], Mapping[str, Any]]
@@ -498,7 +497,7 @@ Entries = Sequence[Field | KeyGroup]
 
 
 def read_fields(entries: Entries, reader: ConfigReader) -> dict[str, Any]:
-    """Return the fields of a configuration by name, as a ``config.json`` states them."""
+    """Return the fields of a configuration by name, read from a ``config.json``."""
     found: dict[str, Any] = {}
     for entry in entries:
         found |= entry.to_fields(reader, found)
@@ -507,7 +506,7 @@ def read_fields(entries: Entries, reader: ConfigReader) -> dict[str, Any]:
 
 
 def keys_of(entries: Entries, config: Any) -> dict[str, object]:
-    """Return the keys of ``config.json`` that state the fields of a configuration."""
+    """Return the keys of ``config.json`` for the fields of a configuration."""
     return {key: value for entry in entries for key, value in entry.to_keys(config).items()}
 
 
@@ -524,7 +523,7 @@ class ConfigTable(Generic[ConfigT]):
     """The class of transformers that is written."""
     config_kls: type[ConfigT]
     spec: Callable[[ConfigT], Any]
-    """The switches of a model, a dataclass.
+    """The options of a model, a dataclass.
 
     :raises ValueError: no model is like that.
     """
@@ -532,30 +531,30 @@ class ConfigTable(Generic[ConfigT]):
     """The switches, equal for configurations of equal models, where those of ``spec`` are not."""
     entries: Entries
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that no key states, with the value of all models of the type."""
+    """The fields without a key, with the value of all models of the type."""
     constants: Mapping[str, object] = field(default_factory=dict)
-    """Keys that are written with the same value for all models, but for those of ``entries``."""
+    """The keys that are written with the same value for all models, except those of ``entries``."""
     required: Mapping[str, object]
-    """Keys that change what transformers computes, with the only value that the family supports; it is also what holds
-    where the key is absent."""
+    """The keys that change the results of transformers, with the only value that the family supports, which also is the
+    default of the key."""
     ignored: Mapping[str, str] = field(default_factory=dict)
-    """Keys that do not change what a model computes, and why."""
+    """The keys that do not change the results of a model, and the reasons."""
 
     def honored(self) -> frozenset[str]:
         """Return the keys that are read."""
         return frozenset(key for entry in self.entries for key in entry.keys) | {"quantization_config"}
 
     def read(self, values: Mapping[str, object]) -> ConfigT:
-        """Return the configuration that a ``config.json`` stands for.
+        """Return the configuration that a ``config.json`` describes.
 
-        :raises NotSupportedError: quantised weights, or a key with a value that the family does not support.
+        :raises NotSupportedError: the weights are quantized, or the family does not support the value of a key.
         :raises ModelCheckpointMismatchError: a value is of another type, or they describe no model.
         """
         return self.read_keys(ConfigReader(values, self.family, table=self))
 
     def read_keys(self, reader: ConfigReader) -> ConfigT:
         """Return the same for a reader that was made with this table."""
-        reader.refuse_quantised()
+        reader.refuse_quantized()
         config = self.config_kls(**self.fixed, **read_fields(self.entries, reader))
 
         return reader.checked(config, self.spec)
@@ -585,7 +584,7 @@ def describing(
     spec: Callable[[ConfigT], Any],
     free: Collection[str] = (),
 ) -> dict[str, object]:
-    """Return ``values``, if a ``config.json`` of them describes just the model that ``config`` does.
+    """Return ``values`` if a ``config.json`` with them describes the same model as ``config``.
 
     Dropout may differ: it is a matter of training, for which these files have few words.
 

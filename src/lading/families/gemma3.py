@@ -1,4 +1,4 @@
-"""Gemma 3 (https://arxiv.org/abs/2503.19786): the models of text alone, and the decoders of those that see images."""
+"""Gemma 3 (https://arxiv.org/abs/2503.19786): the text models, and the decoders of the multimodal models."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Gemma3Config:
     """The index of the symbol for padding."""
 
     tied_embeddings: bool = True
-    """Whether the output projection is the embedding table."""
+    """True if the output projection is the embedding table."""
 
     num_layers: int = 26
     """The number of decoder layers."""
@@ -64,31 +64,31 @@ class Gemma3Config:
     """The number of attention heads."""
 
     num_key_value_heads: int = 1
-    """The number of heads of keys and values, each of which serves a group of attention heads."""
+    """The number of key and value heads; each serves a group of attention heads."""
 
     head_dim: int = 256
     """The width of an attention head."""
 
     attn_scale_dim: int = 256
-    """Attention scores are divided by the root of this."""
+    """The number whose root divides attention scores."""
 
     sliding_window: int = 512
     """The number of tokens, itself included, that a token attends to in layers with a window."""
 
     layer_types: list[LayerType] | None = None
-    """Of each layer; ``None`` means a window in five of six layers."""
+    """The type of each layer; ``None`` means a window in five of six layers."""
 
     ffn_inner_dim: int = 6912
     """The inner width of the feed-forward networks."""
 
     norm_eps: float = 1e-6
-    """What is added to the mean square before its root is taken."""
+    """The number that is added to the mean square before taking its root."""
 
     rope_theta: float = 1_000_000.0
     """The base of the frequencies of the rotary position embeddings, in layers without a window."""
 
     rope_factor: float | None = None
-    """What wavelengths are stretched by in layers without a window; ``None`` means that they are not."""
+    """The factor that stretches wavelengths in layers without a window; ``None`` means no stretching."""
 
     local_rope_theta: float = 10_000.0
     """The base of the frequencies in layers with a window."""
@@ -97,7 +97,7 @@ class Gemma3Config:
     """The dropout probability of the embeddings and of the outputs of attention and feed-forward blocks."""
 
     init_std: float | None = 0.02
-    """The standard deviation of random weights; ``None`` means ``input_dim ** -0.5`` of each projection."""
+    """The standard deviation of the initial weights; ``None`` means ``input_dim ** -0.5`` of each projection."""
 
 
 class Gemma3(DecoderLM):
@@ -137,7 +137,7 @@ _DECODER_OF_IMAGES: Sequence[Rule] = (
     Rule("model.vision_tower.{rest*}", None),
     Rule("model.multi_modal_projector.{rest*}", None),
 )
-"""What the decoder is called in a model that sees images, in files and in the memory of transformers 5."""
+"""The names of the decoder in a multimodal model, in files and in transformers 5."""
 
 
 def _read_types(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -212,7 +212,7 @@ CONFIG_JSON = ConfigTable(
         "hidden_act": "transformers reads hidden_activation",
     },
 )
-"""The keys of ``config.json`` of the models of text alone, and of ``text_config`` of those that see images."""
+"""The keys of ``config.json`` of text models, and of ``text_config`` of multimodal models."""
 
 
 def _from_hf(values: Mapping[str, object]) -> Gemma3Config:
@@ -220,7 +220,7 @@ def _from_hf(values: Mapping[str, object]) -> Gemma3Config:
     if "text_config" not in whole:
         return CONFIG_JSON.read(values)
 
-    whole.refuse_quantised()
+    whole.refuse_quantized()
     whole.require("is_causal", True)
     whole.require("per_layer_config", None)
     keys = whole.section("text_config", CONFIG_JSON)

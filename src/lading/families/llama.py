@@ -37,15 +37,15 @@ from lading.planning.rules import Rule
 
 @dataclass
 class LLaMARoPEScaleConfig:
-    """How LLaMA 3.1 scales the frequencies of its rotary position embeddings."""
+    """The scaling of rotary frequencies in LLaMA 3.1."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     factor: float = 8.0
-    """The context that is wanted, divided by the context of the first training."""
+    """The context to reach, divided by the context of the first training."""
 
     frequency_factors: tuple[float, float] = (1.0, 4.0)
-    """The context of the first training, divided by the longest and by the shortest wavelength that is blended."""
+    """The context of the first training, divided by the longest and by the shortest interpolated wavelength."""
 
     original_context_length: int = 8192
     """The context of the first training, in tokens."""
@@ -70,7 +70,7 @@ class LLaMAConfig:
     """The index of the symbol for padding."""
 
     tied_embeddings: bool = False
-    """Whether the output projection is the embedding table."""
+    """True if the output projection is the embedding table."""
 
     num_layers: int = 32
     """The number of decoder layers."""
@@ -79,58 +79,58 @@ class LLaMAConfig:
     """The number of attention heads."""
 
     num_key_value_heads: int = 32
-    """The number of heads of keys and values, each of which serves a group of attention heads."""
+    """The number of key and value heads; each serves a group of attention heads."""
 
     head_dim: int | None = None
     """The width of an attention head; ``None`` means ``model_dim // num_attn_heads``."""
 
     qkv_proj_bias: bool = False
-    """Whether the projections of queries, keys and values have a bias."""
+    """True if the projections of queries, keys and values have a bias."""
 
     output_proj_bias: bool = False
-    """Whether the output projection of attention has a bias."""
+    """True if the output projection of attention has a bias."""
 
     ffn_inner_dim: int = 4096 * 4
-    """The inner width of the feed-forward networks, before what the next three say; see :meth:`gated_inner_dim`."""
+    """The inner width of the feed-forward networks before the next three fields apply; see :meth:`gated_inner_dim`."""
 
     ffn_inner_dim_scale: float = 2 / 3
-    """What a gated network is narrowed by, as it has three projections where others have two."""
+    """The factor that narrows a gated network, which has three projections instead of two."""
 
     ffn_inner_dim_multiplier: float = 1.0
     """A further factor of the inner width."""
 
     ffn_inner_dim_multiple_of: int = 256
-    """The inner width is rounded up to a multiple of this."""
+    """The inner width is rounded up to a multiple of this number."""
 
     ffn_bias: bool = False
-    """Whether the projections of the feed-forward networks have a bias."""
+    """True if the projections of the feed-forward networks have a bias."""
 
     norm_eps: float = 1e-5
-    """What is added to the mean square before its root is taken."""
+    """The number that is added to the mean square before taking its root."""
 
     rope_theta: float = 10_000.0
     """The base of the frequencies of the rotary position embeddings."""
 
     use_scaled_rope: bool = False
-    """Whether these frequencies are scaled by ``rope_scale``."""
+    """True if these frequencies are scaled by ``rope_scale``."""
 
     rope_scale: LLaMARoPEScaleConfig = field(default_factory=LLaMARoPEScaleConfig)
-    """See there."""
+    """The scaling of these frequencies."""
 
     dropout_p: float = 0.0
     """The dropout probability of the embeddings and of the outputs of attention and feed-forward blocks."""
 
     init_std: float | None = None
-    """The standard deviation of random weights; ``None`` means ``input_dim ** -0.5`` of each projection."""
+    """The standard deviation of the initial weights; ``None`` means ``input_dim ** -0.5`` of each projection."""
 
     init_std_scale: Literal["none", "layer", "stack"] = "layer"
-    """What it is divided by in layers: nothing, or by their own depth, or by that of the stack."""
+    """The divisor of it in layers: none, from the depth of the layer, or from that of the stack."""
 
     shard_embed_dim: bool = True
-    """Not looked at: embeddings are split by symbols."""
+    """Ignored: embeddings are split by symbols."""
 
     def gated_inner_dim(self) -> int:
-        """The inner width of the feed-forward networks: multiplied, scaled, and rounded up, in this order.
+        """Return the inner width of the feed-forward networks: multiplied, scaled, and rounded up, in this order.
 
         :raises ValueError: ``ffn_inner_dim_multiple_of`` is not positive, or the width is too large.
         """

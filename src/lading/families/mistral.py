@@ -49,7 +49,7 @@ class MistralConfig:
     """The index of the symbol for padding."""
 
     tied_embeddings: bool = False
-    """Whether the output projection is the embedding table."""
+    """True if the output projection is the embedding table."""
 
     attn_window_len: int | None = 4096
     """The number of tokens, itself included, that a token attends to; ``None`` means all before it."""
@@ -61,7 +61,7 @@ class MistralConfig:
     """The number of attention heads."""
 
     num_key_value_heads: int = 8
-    """The number of heads of keys and values, each of which serves a group of attention heads."""
+    """The number of key and value heads; each serves a group of attention heads."""
 
     head_dim: int | None = None
     """The width of an attention head; ``None`` means ``model_dim // num_attn_heads``."""
@@ -70,7 +70,7 @@ class MistralConfig:
     """The inner width of the feed-forward networks."""
 
     norm_eps: float = 1e-5
-    """What is added to the mean square before its root is taken."""
+    """The number that is added to the mean square before taking its root."""
 
     rope_theta: float = 10_000.0
     """The base of the frequencies of the rotary position embeddings."""
@@ -79,7 +79,7 @@ class MistralConfig:
     """The dropout probability of the embeddings and of the outputs of attention and feed-forward blocks."""
 
     init_std: float | None = None
-    """The standard deviation of random weights; ``None`` means ``input_dim ** -0.5`` of each projection."""
+    """The standard deviation of the initial weights; ``None`` means ``input_dim ** -0.5`` of each projection."""
 
 
 class Mistral(DecoderLM):

@@ -27,7 +27,7 @@ _META = {
     "feed_forward.w3": "mlp.up_proj",
     "ffn_norm": "post_attention_layernorm",
 }
-"""What Meta calls the modules of a layer → their names here."""
+"""Meta's names of the modules of a layer → their names in lading."""
 
 _FAIRSEQ2 = {
     "self_attn.q_proj": "self_attn.q_proj",
@@ -42,17 +42,17 @@ _FAIRSEQ2 = {
     "ffn.inner_proj": "mlp.up_proj",
     "ffn_layer_norm": "post_attention_layernorm",
 }
-"""What fairseq2 calls them."""
+"""fairseq2's names of these modules."""
 
 _FAIRSEQ2_AFTER = _FAIRSEQ2 | {
     "self_attn_layer_norm": "post_attention_layernorm",
     "ffn_layer_norm": "post_feedforward_layernorm",
 }
-"""What it calls them where blocks are normalised after what they compute, as in OLMo."""
+"""fairseq2's names in models with normalizations after each block, as in OLMo."""
 
 
 def meta_rules(head_dim: int) -> Sequence[Rule]:
-    """Rules for tensors with Meta's names, ``layers.0.attention.wq.weight`` …, which Mistral took over."""
+    """Return the rules for Meta's names, ``layers.0.attention.wq.weight`` …, which Mistral also uses."""
     return (
         Rule("rope.freqs", None),
         Rule("tok_embeddings.weight", "model.embed_tokens.weight"),
@@ -62,7 +62,7 @@ def meta_rules(head_dim: int) -> Sequence[Rule]:
 
 
 def fairseq2_rules(head_dim: int | None, *, norms_after: bool = False) -> Sequence[Rule]:
-    """Rules for tensors with the names of fairseq2's decoders, ``decoder.layers.0.self_attn.q_proj.weight`` …
+    """Return the rules for the names of fairseq2's decoders, ``decoder.layers.0.self_attn.q_proj.weight`` …
 
     :param head_dim: where rotary embeddings turn neighbouring channels; ``None`` where they turn the halves of a head.
     :param norms_after: whether the normalisations of a layer are of what its blocks compute.

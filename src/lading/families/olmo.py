@@ -42,33 +42,33 @@ from lading.planning.rules import Rule
 
 @dataclass(kw_only=True)
 class YaRNScaleConfig:
-    """How OLMo 3 scales the frequencies of its rotary position embeddings."""
+    """The scaling of rotary frequencies in OLMo 3."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     scale_factor: float = 8.0
-    """The context that is wanted, divided by the context of the first training."""
+    """The context to reach, divided by the context of the first training."""
 
     original_max_seq_len: int = 8192
     """The context of the first training, in tokens."""
 
     beta_fast: float = 32.0
-    """Dimensions that turn so often in that context stay as they are."""
+    """The rotations in that context from which on a dimension stays as it is."""
 
     beta_slow: float = 1.0
-    """Dimensions that turn so often, or less, are stretched by the whole factor."""
+    """The rotations in that context up to which a dimension is stretched by the whole factor."""
 
     mscale: float = 1.0
-    """How much attention is sharpened; without ``mscale_all_dim`` it is as if this were 1."""
+    """The sharpening of attention; without ``mscale_all_dim`` it counts as 1."""
 
     mscale_all_dim: float = 0.0
-    """What ``mscale`` is divided by; 0 is none."""
+    """The divisor of ``mscale``; 0 means none."""
 
     truncate: bool = True
-    """Whether the dimensions at which stretching begins and ends are whole ones."""
+    """True if the dimensions at which stretching starts and ends are rounded to integers."""
 
     amplitude: float | None = None
-    """What cosines and sines are multiplied by; ``None`` means what follows from the fields above."""
+    """The factor of cosines and sines; ``None`` computes it from the fields above."""
 
 
 @dataclass(kw_only=True)
@@ -90,13 +90,13 @@ class OLMOConfig:
     """The index of the symbol for padding."""
 
     bos_token_id: int | None = None
-    """The index of the symbol that begins a sequence; not looked at here."""
+    """The index of the symbol that begins a sequence; lading ignores it."""
 
     eos_token_id: int | None = 100_257
-    """The index of the symbol that ends a sequence; not looked at here."""
+    """The index of the symbol that ends a sequence; lading ignores it."""
 
     tied_embeddings: bool = False
-    """Whether the output projection is the embedding table."""
+    """True if the output projection is the embedding table."""
 
     num_layers: int = 16
     """The number of decoder layers."""
@@ -105,13 +105,13 @@ class OLMOConfig:
     """The number of attention heads."""
 
     num_key_value_heads: int = 16
-    """The number of heads of keys and values, each of which serves a group of attention heads."""
+    """The number of key and value heads; each serves a group of attention heads."""
 
     ffn_inner_dim: int = 8192
     """The inner width of the feed-forward networks."""
 
     rms_norm_eps: float = 1e-6
-    """What is added to the mean square before its root is taken."""
+    """The number that is added to the mean square before taking its root."""
 
     rope_theta: float = 500_000.0
     """The base of the frequencies of the rotary position embeddings."""
@@ -120,25 +120,25 @@ class OLMOConfig:
     """The dropout probability of the embeddings and of the outputs of attention and feed-forward blocks."""
 
     init_std: float | None = None
-    """The standard deviation of random weights; ``None`` means ``input_dim ** -0.5`` of each projection."""
+    """The standard deviation of the initial weights; ``None`` means ``input_dim ** -0.5`` of each projection."""
 
     init_std_scale: Literal["none", "layer", "stack"] = "layer"
-    """What it is divided by in layers: nothing, or by their own depth, or by that of the stack."""
+    """The divisor of it in layers: none, from the depth of the layer, or from that of the stack."""
 
     shard_embed_dim: bool = True
-    """Not looked at: embeddings are split by symbols."""
+    """Ignored: embeddings are split by symbols."""
 
     sliding_window: int | None = None
     """The number of tokens, itself included, that a token attends to in layers with a window (OLMo 3)."""
 
     layer_types: list[LayerType] | None = None
-    """Of each layer; ``None`` means a window in three of four layers, but not in the last."""
+    """The type of each layer; ``None`` means a window in three of four layers, but not in the last."""
 
     yarn_scale_config: YaRNScaleConfig | None = None
-    """How the frequencies of the rotary position embeddings are scaled; ``None`` means that they are not."""
+    """The scaling of the rotary frequencies; ``None`` means no scaling."""
 
     yarn_in_all_layers: bool = False
-    """Whether they are scaled in layers with a window, too: fairseq2 0.8.1 does so, the published models do not."""
+    """True to scale them in layers with a window too, as fairseq2 0.8.1 does and the published models do not."""
 
 
 class OLMO(DecoderLM):

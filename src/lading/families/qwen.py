@@ -48,7 +48,7 @@ class QwenConfig:
     """The number of symbols."""
 
     tied_embeddings: bool = False
-    """Whether the output projection is the embedding table."""
+    """True if the output projection is the embedding table."""
 
     num_layers: int = 28
     """The number of decoder layers."""
@@ -57,31 +57,31 @@ class QwenConfig:
     """The number of attention heads."""
 
     num_key_value_heads: int = 4
-    """The number of heads of keys and values, each of which serves a group of attention heads."""
+    """The number of key and value heads; each serves a group of attention heads."""
 
     head_dim: int | None = None
     """The width of an attention head; ``None`` means ``model_dim // num_attn_heads``."""
 
     qkv_proj_bias: bool = True
-    """Whether the projections of queries, keys and values have a bias."""
+    """True if the projections of queries, keys and values have a bias."""
 
     q_norm: bool = False
-    """Whether queries are normalised, head by head."""
+    """True if queries are normalized per head."""
 
     k_norm: bool = False
-    """Whether keys are normalised, head by head."""
+    """True if keys are normalized per head."""
 
     attn_window_len: int | None = None
     """The number of tokens, itself included, that a token attends to."""
 
     num_full_attn_layers: int = 0
-    """The number of layers, from the first, that have no window."""
+    """The number of layers, from the first, without a window."""
 
     ffn_inner_dim: int = 18_944
     """The inner width of the feed-forward networks."""
 
     norm_eps: float = 1e-6
-    """What is added to the mean square before its root is taken."""
+    """The number that is added to the mean square before taking its root."""
 
     rope_theta: float = 1_000_000.0
     """The base of the frequencies of the rotary position embeddings."""
@@ -90,7 +90,7 @@ class QwenConfig:
     """The dropout probability of the embeddings and of the outputs of attention and feed-forward blocks."""
 
     init_std: float | None = None
-    """The standard deviation of random weights; ``None`` means ``input_dim ** -0.5`` of each projection."""
+    """The standard deviation of the initial weights; ``None`` means ``input_dim ** -0.5`` of each projection."""
 
 
 class Qwen(DecoderLM):

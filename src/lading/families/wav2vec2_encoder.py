@@ -319,7 +319,7 @@ def encoder_from_hf(keys: ConfigReader) -> Wav2Vec2EncoderConfig:
 
     :raises NotSupportedError: the file has quantized weights, adapters, or other activations.
     """
-    keys.refuse_quantised()
+    keys.refuse_quantized()
     keys.require("add_adapter", False)
     keys.require("adapter_attn_dim", None)
 
