@@ -10,7 +10,6 @@ through system calls that read, which a mapping does without; "beyond owned" is 
 of the rank.
 
 - ``lading``: ``load_model`` with simulated gangs, from the catalog to the model.
-- ``lading+sidecar``: the same after ``lading repack bench --tp 4``, in a catalog and a cache of its own.
 - ``safetensors``: ``safe_open`` and, for each tensor, ``get_slice(…)[…].contiguous()``; no model is made.
 - ``dcp``: ``torch.distributed.checkpoint`` into a dictionary of ``DTensor``, by ``HuggingFaceStorageReader``.
 - ``transformers``: ``from_pretrained`` with its own plan of tensor parallelism (needs accelerate).
@@ -23,7 +22,6 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,10 +32,6 @@ import load_cpu
 from harness import DATA
 
 CATALOG = DATA / "gangs.sqlite"
-REPACKED = DATA / "repacked.sqlite"
-"""A catalog that knows a sidecar, which is in a cache of its own."""
-CACHE = DATA / "repacked-cache"
-REPACKED_ENV = {"LADING_DATABASE_URL": f"sqlite:///{REPACKED}", "LADING_CACHE_DIR": str(CACHE)}
 
 SIZES = {"tp=4": {"tp": 4}, "sdp=4": {"sdp": 4}, "tp=2 sdp=2": {"tp": 2, "sdp": 2}}
 ROWS = ("o_proj.weight", "down_proj.weight")
@@ -58,14 +52,6 @@ def lading(folder: Path, sizes: dict[str, int]) -> Loader:
     gangs = simulate_gangs(0, **sizes)
 
     return lambda: load_model("bench", gangs=gangs, dtype="auto", progress=False)
-
-
-def with_sidecar(folder: Path, sizes: dict[str, int]) -> Loader:
-    """``load_model`` of a rank, with a sidecar."""
-    load = lading(folder, sizes)
-    os.environ |= REPACKED_ENV
-
-    return load
 
 
 def safetensors(folder: Path, sizes: dict[str, int]) -> Loader:
@@ -173,17 +159,15 @@ def _part(name: str, shape: list[int], sizes: dict[str, int]) -> tuple[slice, sl
 
 LIBRARIES = {
     "lading": lading,
-    "lading+sidecar": with_sidecar,
     "safetensors": safetensors,
     "dcp": dcp,
     "transformers": transformers,
 }
-TP_ONLY = {"lading+sidecar", "transformers"}
 CONTENDERS = {
     f"{library} {world}": (library, world)
     for world in SIZES
     for library in LIBRARIES
-    if library not in TP_ONLY or world == "tp=4"
+    if library != "transformers" or world == "tp=4"
 }
 TIMES = {
     "found": [("rank", "lading tp=4", "safetensors tp=4", 0.7)],
@@ -201,7 +185,7 @@ BEYOND = 32 << 20
 SHARES = {
     "found": [],
     "backed": [("B8", "lading sdp=4", "read_bytes", 0.26)],
-    "cold": [("B7", "lading tp=4", "disk_bytes", 0.46), ("B7", "lading+sidecar tp=4", "disk_bytes", 0.265)],
+    "cold": [("B7", "lading tp=4", "disk_bytes", 0.46)],
 }
 """Of the bytes of the checkpoint, by what was measured."""
 
@@ -215,7 +199,7 @@ def run_one(name: str, state: str) -> None:
     library, world = CONTENDERS[name]
     load = LIBRARIES[library](folder, SIZES[world])
 
-    files = [*load_cpu.shards(folder), *CACHE.rglob("*.safetensors")]
+    files = load_cpu.shards(folder)
     (harness.evict if state == "cold" else harness.warm)(files)
     harness.prepare_memory(state, 2 << 30)
 
@@ -315,10 +299,6 @@ def main() -> None:
         return
 
     load_cpu.make_checkpoint(CATALOG)
-    if any(name.startswith("lading+sidecar") for name in options.only or CONTENDERS):
-        load_cpu.make_checkpoint(REPACKED)
-        repack = [sys.executable, "-m", "lading", "repack", "bench", "--tp", "4", "--no-progress"]
-        subprocess.run(repack, env=os.environ | REPACKED_ENV, check=True, stdout=subprocess.DEVNULL)
     results: dict[str, Any] = {
         "benchmark": "load_gangs",
         "machine": harness.machine(),

@@ -76,8 +76,6 @@ if TYPE_CHECKING:
     from lading.operations.remove import Removal as Removal
     from lading.operations.remove import remove_model as remove_model
     from lading.operations.remove import remove_orphans as remove_orphans
-    from lading.operations.repack import RepackReport as RepackReport
-    from lading.operations.repack import repack_model as repack_model
     from lading.operations.verify import VerifyReport as VerifyReport
     from lading.operations.verify import verify_model as verify_model
     from lading.planning.rules import Rule as Rule
@@ -143,8 +141,6 @@ _HOME = {
     "LoadPlan": "operations.plan",
     "pull_model": "operations.pull",
     "PullReport": "operations.pull",
-    "repack_model": "operations.repack",
-    "RepackReport": "operations.repack",
     "load_tokenizer": "checkpoints.tokenizer",
     "verify_model": "operations.verify",
     "VerifyReport": "operations.verify",

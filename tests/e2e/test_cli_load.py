@@ -153,7 +153,7 @@ class TestLoad:
         bad = tmp_path / "bad.yaml"
         bad.write_text(f"name: bad\nbase: tiny\nmodel_config: {{{overrides}}}\n")
         cli("import", bad)
-        for command in (("load",), ("check",), ("plan",), ("repack", "--tp", "2")):
+        for command in (("load",), ("check",), ("plan",)):
             result = cli(*command, "bad", code=3)
             assert words in result.stderr
             assert result.stderr.count("\n") == 1

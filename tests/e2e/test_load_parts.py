@@ -12,8 +12,8 @@ from click.testing import Result
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lading import convert_checkpoint, import_cards, load_model, repack_model
-from lading.errors import DigestMismatchError, ModelCheckpointMismatchError, NotSupportedError
+from lading import convert_checkpoint, import_cards, load_model
+from lading.errors import DigestMismatchError, ModelCheckpointMismatchError
 from lading.families.llama import LLaMAConfig, get_llama_model_hub
 from lading.families.mistral import MistralConfig, get_mistral_model_hub
 from lading.gangs import simulate_gangs
@@ -260,28 +260,6 @@ def test_a_card_is_verified(
     with pytest.raises(DigestMismatchError, match=r"output\.weight#1"):
         convert_checkpoint("tiny_meta", tmp_path / "other", progress=False)
     assert not (tmp_path / "other").exists()
-
-
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_sidecar(
-    cards: Path, cli: Callable[..., Result], tmp_path: Path, states: tuple[State, State], parts: int
-) -> None:
-    """What is one tensor as it is can be cut beforehand; what is made of parts is not."""
-    _consolidated(tmp_path / "meta", states[0], parts)
-    (tmp_path / "meta.yaml").write_text(CARD)
-    cli("import", tmp_path / "meta.yaml")
-    if parts == 2:
-        with pytest.raises(NotSupportedError, match="holds no tensor that 2 ranks cut by columns"):
-            repack_model("tiny_meta", tp=2, progress=False)
-        return
-
-    assert repack_model("tiny_meta", tp=2, progress=False).tensors == 4
-    with simulate_gangs(1, tp=2) as gangs:
-        model = load_model("tiny_meta", gangs=gangs, dtype="auto", verify="always")
-        targets = targets_of(model, dtype=None)
-    for name, box in zip(targets.names, targets.boxes, strict=True):
-        expected = states[1][name][tuple(map(slice, box.starts, box.ends))]
-        assert torch.equal(model.get_parameter(name).to_local(), expected), name
 
 
 def test_a_part_that_is_missing(tmp_path: Path, states: tuple[State, State]) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import huggingface_hub  # noqa: F401  # a user who may do nothing cannot import it either
@@ -19,13 +20,14 @@ import lading
 from cached_repository import add_cards, add_snapshot, tree, use_cache
 from catalog_tools import nobody, public_folder
 from lading.catalog.checkpoints.record import record_checkpoint
+from lading.catalog.database import migrate as lifecycle
 from lading.catalog.open import open_catalog
 from lading.catalog.records import LocalCopy
 from lading.errors import AssetNotFoundError, CatalogError, PolicyError
 from lading.formats import index
 from lading.sources.cache import Cache, CachedFile
 from lading.sources.hub.cache import blob_tag
-from lading.system.filesystem import FileStat
+from lading.system.filesystem import FileStat, place_id
 from lading.system.settings import Settings
 from make_checkpoint import make
 
@@ -503,6 +505,53 @@ def test_orphans(tmp_path: Path, hub: Path, made: Path) -> None:
     assert blob_tag(needed) is None
 
 
+def test_sidecars_of_an_older_version_are_orphans(tmp_path: Path, made: Path) -> None:
+    add_cards(tmp_path, tiny=HTTP)
+    blob = fetched_by_http(HTTP, made / "tiny" / "model.safetensors")
+    settings = Settings.from_environment()
+    # What `lading repack tiny --tp 2` left: a file, and a checkpoint of that file.
+    lifecycle.downgrade(settings, "3")
+    sidecar = own_cache().folder / "repacked" / f"{'cd' * 32}.safetensors"
+    sidecar.parent.mkdir()
+    shutil.copy(made / "sharded" / "model-00001-of-00003.safetensors", sidecar)
+    rows = SIDECAR.format(uri=f"repack+tp=2:{HTTP}", path=sidecar, place=place_id(sidecar.parent))
+    with closing(sqlite3.connect(settings.database_url.removeprefix("sqlite:///"))) as connection, connection:
+        connection.executescript(rows)
+    before = counts()
+
+    lifecycle.upgrade(settings)
+
+    assert counts() == {table: n if table == "verifications" else n - 1 for table, n in before.items()}
+    assert {held.name for held in lading.disk_usage().holdings} == {"tiny"}
+    assert [(orphan.path, orphan.bytes) for orphan in lading.disk_usage().orphans] == [
+        (str(sidecar), sidecar.stat().st_size)
+    ]
+    assert lading.remove_orphans(older_than=-1).removed == (sidecar,)
+    assert lading.disk_usage().orphans == ()
+    assert known(HTTP) == 1
+    assert blob.exists()
+
+
+SIDECAR = """
+INSERT INTO checkpoints (id, uri, format, bytes, parameters, dtypes, tensors, metadata, indexed_at, version)
+    VALUES (99, '{uri}', 'safetensors', 8, 4, 'BF16', 1, '{{}}', '2026-01-01', '0.1');
+INSERT INTO shards (checkpoint_id, position, name, size) VALUES (99, 0, 'x.safetensors', 88);
+INSERT INTO tensors (checkpoint_id, position, shard, name, dtype, shape, parameters, bytes, "offset")
+    VALUES (99, 0, 0, 'down_proj.weight.0', 'BF16', '[2, 2]', 4, 8, 80);
+INSERT INTO digests (checkpoint_id, position, dim, blocks) VALUES (99, 0, 0, x'00');
+INSERT INTO copies (checkpoint_id, file, place, path, size, mtime_ns, ctime_ns, inode, recorded_at, kind)
+    VALUES (99, 'x.safetensors', '{place}', '{path}', 88, 1, 1, 1, '2026-01-01', 'cache');
+INSERT INTO verifications (uri, file, path, method, result, version, at)
+    VALUES ('{uri}', 'x.safetensors', '{path}', 'blake3', 'match', '0.1', '2026-01-01');
+"""
+
+
+def counts() -> dict[str, int]:
+    tables = ("checkpoints", "shards", "tensors", "digests", "copies", "verifications")
+    with closing(sqlite3.connect(Settings.from_environment().database_url.removeprefix("sqlite:///"))) as connection:
+        return {table: connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in tables}
+
+
 # --- a cache that several catalogs share -----------------------------------------------------------------------------
 
 
@@ -516,7 +565,7 @@ def test_what_another_catalog_brought_stays(tmp_path: Path, made: Path, monkeypa
     use_catalog(tmp_path / "a", monkeypatch)
     add_cards(tmp_path / "a", tiny=HTTP)
     blob = fetched_by_http(HTTP, file)
-    made_of_it = own_cache().repacked("x")
+    made_of_it = own_cache().folder / "repacked" / f"{'ab' * 32}.safetensors"
     made_of_it.parent.mkdir()
     made_of_it.write_bytes(b"x")
 

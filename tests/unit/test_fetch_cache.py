@@ -80,25 +80,6 @@ def test_a_file_is_found_by_its_content(cache: Cache) -> None:
     assert list(cache.tmp.iterdir()) == []
 
 
-def test_what_was_made_of_files_has_a_place_of_its_own(cache: Cache) -> None:
-    target = cache.repacked("x")
-    assert cache.repacked("x") == target != cache.repacked("y")
-    with temporary_file(cache.tmp, "repack") as (file, path):
-        file.write(b"abc")
-        file.flush()
-        cache.put_repacked(file.fileno(), path, target)
-
-    assert cache.repacked_files() == [target]
-    assert cache.is_repacked(target)
-    assert (target.read_bytes(), target.stat().st_mode & 0o777) == (b"abc", 0o444)
-    assert cache.files() == list(cache.tmp.iterdir()) == []
-    other = put(cache, b"abc").sha256
-    assert cache.remove_repacked(cache.blob(other, "x.safetensors")) == 0
-    assert cache.remove_repacked(target) == 3
-    assert cache.remove_repacked(target) == 0
-    assert cache.repacked_files() == []
-
-
 def test_a_link_is_no_file_of_the_cache(cache: Cache, tmp_path: Path) -> None:
     path = cache.blob("ab" * 32, "x.json")
     path.parent.mkdir(parents=True)
@@ -366,19 +347,6 @@ def test_litter_is_swept_when_it_is_old(tmp_path: Path) -> None:
         os.utime(path, (time.time() - 100_000,) * 2)
     assert sweep(tmp_path) > 0
     assert [path.name for path in tmp_path.iterdir()] == ["somebody's.file"]
-
-
-def test_litter_of_one_kind_is_swept_at_once(tmp_path: Path) -> None:
-    abandon(tmp_path)
-    (part,) = tmp_path.glob("*.part")
-    big = tmp_path / part.with_suffix(".tmp").name.replace(part.name.partition(".")[0], "repack")
-    big.write_bytes(b"x")
-
-    assert sweep(tmp_path, older_than=-1, kind="entry") == 0
-    assert big.exists()
-    assert sweep(tmp_path, older_than=-1, kind="repack") > 0
-    assert not big.exists()
-    assert part.exists()
 
 
 def test_a_temporary_file_is_gone_whatever_happens(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_the_public_names() -> None:
         """
         AssetCard AssetCardField Architecture AssetStore get_asset_store
         load_model ModelHub ModelHubAccessor GlobalModelLoader LoadReport
-        pull_model PullReport verify_model VerifyReport repack_model RepackReport
+        pull_model PullReport verify_model VerifyReport
         convert_checkpoint export_model ExportReport load_tokenizer
         import_cards index_checkpoint query check_model CheckReport diff_models DiffReport plan_load LoadPlan
         adopt_checkpoints Adoption disk_usage DiskUsage DiskUsageEntry remove_model remove_orphans Removal

@@ -57,18 +57,6 @@ def test_both_readers_read_it(tmp_path: Path) -> None:
     assert min(manifest.offsets) % 8 == 0
 
 
-def test_a_header_by_itself(tmp_path: Path) -> None:
-    """Who writes tensors in another order than they lie in begins with it."""
-    told = {"format": "pt", "von": 'einem "ü"'}
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(header_of(ENTRIES, told) + bytes(sum(entry.nbytes for entry in ENTRIES)))
-
-    manifest = formats.index(path)
-    assert list(manifest.names) == [entry.name for entry in ENTRIES]
-    assert manifest.metadata == told
-    assert load_file(path).keys() == {entry.name for entry in ENTRIES}
-
-
 def test_a_file_without_tensors(tmp_path: Path) -> None:
     write(tmp_path / "model.safetensors", [])
     assert load_file(tmp_path / "model.safetensors") == {}

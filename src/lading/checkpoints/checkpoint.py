@@ -14,7 +14,6 @@ from blake3 import blake3
 from lading import formats
 from lading.cards.card import CheckpointRef
 from lading.catalog.records import HEADER, Check, CopyKind, LocalCopy, StoredCheckpoint
-from lading.checkpoints.sidecar import Sidecar, joined
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, InternalError, PolicyError
 from lading.formats.manifest import Manifest
 from lading.system.filesystem import FileStat
@@ -52,10 +51,6 @@ class Checkpoint:
     """The commit at the source that the manifest is of."""
     hf_config: Mapping[str, object] | None = None
     """The ``config.json`` beside it, where it was read along with the manifest."""
-    sidecar: Sidecar | None = None
-    """That holds some of its tensors cut for the gangs of this load."""
-    joined: Sidecar | None = None
-    """The sidecar whose file and tensors are the last of ``files`` and ``manifest``; see :meth:`with_joined`."""
 
     def here(self) -> tuple[ShardFile, ...]:
         """The files on this machine.
@@ -66,19 +61,6 @@ class Checkpoint:
             raise InternalError(f"the checkpoint {self.where} is to be read, but was not fetched")
 
         return self.files
-
-    def with_joined(self, sidecar: Sidecar | None) -> Checkpoint:
-        """The checkpoint with the file and the tensors of a sidecar behind its own."""
-        if sidecar is None:
-            return self
-
-        manifest, files = joined(self.manifest, sidecar), (*self.here(), sidecar.file)
-
-        return replace(self, manifest=manifest, files=files, sidecar=None, joined=sidecar)
-
-    def uri_of(self, path: Path) -> str:
-        """What the catalog knows the checkpoint by that a file belongs to."""
-        return self.uri if self.joined is None or path != self.joined.file.path else self.joined.uri
 
 
 def path_checkpoint(path: Path, *, restrict: bool = True) -> Checkpoint:

@@ -26,7 +26,7 @@ from lading.catalog.records import Check
 from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.errors import CatalogError, DigestMismatchError, NotSupportedError
-from lading.formats.digests import Digests, differences, joined, recorded
+from lading.formats.digests import Digests, differences, recorded
 from lading.formats.manifest import Manifest
 from lading.gangs import Gang
 from lading.sources.sha256 import sha256_file
@@ -117,8 +117,7 @@ def finish_verification(
 ) -> None:
     """Compare what was read with what was expected, and record it.
 
-    Rank 0 reads the tensors of which nobody has seen all, so that it is known of the checkpoint as a whole. But not
-    where a sidecar spares their bytes: then only files of which all was seen are noted as checked.
+    Rank 0 reads the tensors of which no rank has seen all, so that it is known of the checkpoint as a whole.
 
     :param found: by this rank.
     :param store: where it is recorded; only rank 0 has one.
@@ -140,8 +139,7 @@ def finish_verification(
         return
     if expected.digests is not None and root.size > 1:
         found = _seen_by_all(expected.digests, [known for known, _ in mine])
-    if checkpoint.joined is None:
-        found = _completed(manifest, files, found, progress=progress)
+    found = _completed(manifest, files, found, progress=progress)
     if expected.digests is not None:
         different = differences(expected.digests, found)
         _record_bad(checkpoint, expected.digests, _shards_of(manifest, different), store)
@@ -151,7 +149,7 @@ def finish_verification(
     try:
         if expected.digests is None:
             record_digests(store.database, uri=checkpoint.uri, manifest=manifest, digests=found)
-        _write_checks(checkpoint, checks, store)
+        record_files(store.database, uri=checkpoint.uri, checks=checks)
     except (CatalogError, OSError) as error:
         log.warning("what was checked of %s is not in the catalog: %s", checkpoint.name, error)
 
@@ -188,21 +186,15 @@ def _refuse(checkpoint: Checkpoint, different: Different) -> None:
     raise DigestMismatchError(
         path,
         f"{path}: {len(different)} of {len(manifest)} tensors are not those that were verified before: {shown}{more}. "
-        f"{remedy(checkpoint, path, files=len(_shards_of(manifest, different)))}",
+        f"{remedy(checkpoint, files=len(_shards_of(manifest, different)))}",
         expected=f"the recorded digests of {manifest.names[first]}",
         found=f"others in blocks {', '.join(map(str, blocks))}",
     )
 
 
-def remedy(checkpoint: Checkpoint, path: Path | None = None, *, files: int = 1) -> str:
-    """What to do about files that are not the right ones.
-
-    :param path: the first of them.
-    :param files: their number.
-    """
+def remedy(checkpoint: Checkpoint, *, files: int = 1) -> str:
+    """Say what to do about ``files`` files that are not the right ones."""
     them = "it" if files == 1 else "them"
-    if checkpoint.joined is not None and path == checkpoint.joined.file.path:
-        return f"`lading repack {checkpoint.name} --tp {checkpoint.joined.tp}` makes the file anew."
     if checkpoint.ref is not None:
         return f"`lading verify {checkpoint.name} --repair` fetches {them} anew."
 
@@ -269,13 +261,8 @@ def require_match(checks: Sequence[Check]) -> None:
 
 
 def _stored_digests(checkpoint: Checkpoint, store: AssetStore) -> Digests | None:
-    sidecar = checkpoint.sidecar
     try:
-        digests = store.digests(checkpoint.uri, checkpoint.manifest)
-        if digests is None or sidecar is None:
-            return digests
-        blocks = store.digests(sidecar.uri, sidecar.manifest)
-        return None if blocks is None else joined(digests, blocks)
+        return store.digests(checkpoint.uri, checkpoint.manifest)
     except (CatalogError, OSError) as error:
         log.warning("the digests of %s cannot be read from the catalog: %s", checkpoint.name, error)
         return None
@@ -283,17 +270,9 @@ def _stored_digests(checkpoint: Checkpoint, store: AssetStore) -> Digests | None
 
 def _record_checks(checkpoint: Checkpoint, checks: Sequence[Check], store: AssetStore) -> None:
     try:
-        _write_checks(checkpoint, checks, store)
+        record_files(store.database, uri=checkpoint.uri, checks=checks)
     except (CatalogError, OSError) as error:
         log.warning("what was checked of %s is not in the catalog: %s", checkpoint.name, error)
-
-
-def _write_checks(checkpoint: Checkpoint, checks: Sequence[Check], store: AssetStore) -> None:
-    by_uri: dict[str, list[Check]] = {}
-    for check in checks:
-        by_uri.setdefault(checkpoint.uri_of(check.path), []).append(check)
-    for uri, own in by_uri.items():
-        record_files(store.database, uri=uri, checks=own)
 
 
 def _seen_by_all(expected: Digests, seen: Sequence[bytes]) -> Digests:

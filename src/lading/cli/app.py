@@ -30,7 +30,6 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
         "check": "lading.cli.check:check",
         "diff": "lading.cli.diff:diff",
         "index": "lading.cli.index:index",
-        "repack": "lading.cli.repack:repack",
         "adopt": "lading.cli.adopt:adopt",
         "rm": "lading.cli.rm:rm",
         "du": "lading.cli.du:du",

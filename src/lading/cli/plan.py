@@ -149,10 +149,9 @@ _TABLE = (
 
 
 def _summary(plan: LoadPlan) -> str:
-    sidecar = "" if plan.sidecar is None else " and a sidecar"
     largest = max((rank.memory_bytes for rank in plan.ranks), default=0)
 
     return (
-        f"of {human_bytes(plan.checkpoint_bytes)} in {counted(plan.files, 'file')}{sidecar}; weights alone, at most "
+        f"of {human_bytes(plan.checkpoint_bytes)} in {counted(plan.files, 'file')}; weights alone, at most "
         f"{human_bytes(largest)}: activations, gradients and optimizer state come on top"
     )

@@ -245,16 +245,6 @@ def recorded(manifest: Manifest, rows: Iterable[tuple[int, bytes] | None]) -> Di
     return Digests(dims=dims, starts=starts, blocks=bytes(blocks), known=bytes(known))
 
 
-def joined(a: Digests, b: Digests) -> Digests:
-    """Concatenate the digests of two manifests."""
-    return Digests(
-        dims=a.dims + b.dims,
-        starts=a.starts + array("q", [a.starts[-1] + start for start in b.starts[1:]]),
-        blocks=a.blocks + b.blocks,
-        known=a.known + b.known,
-    )
-
-
 def differences(expected: Digests, found: Digests) -> list[tuple[int, tuple[int, ...]]]:
     """Return the positions of tensors that differ, each with its blocks that do, in ascending order.
 

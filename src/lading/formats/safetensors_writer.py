@@ -145,7 +145,7 @@ class Writer:
             os.fsync(self._file.fileno())
 
 
-def header_of(entries: Sequence[Entry], metadata: Mapping[str, str] = METADATA) -> bytes:
+def header_of(entries: Sequence[Entry]) -> bytes:
     """Return the bytes of a file before those of its tensors.
 
     :param entries: all tensors of the file, in the order of their bytes.
@@ -155,7 +155,7 @@ def header_of(entries: Sequence[Entry], metadata: Mapping[str, str] = METADATA) 
     if len({entry.name for entry in entries}) != len(entries):
         raise InternalError("tensors of one file must have unique names")
 
-    parts = [f'"__metadata__":{json.dumps(metadata)}']
+    parts = [f'"__metadata__":{json.dumps(METADATA)}']
     end = 0
     for entry in entries:
         if len(entry.name.encode()) > MAX_NAME_SIZE or entry.name == "__metadata__" or BITS[entry.dtype] % 8:

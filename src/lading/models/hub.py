@@ -16,7 +16,6 @@ from torch.nn import Module
 from lading.cards.card import AssetCard
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.checkpoint import Checkpoint, path_checkpoint
-from lading.checkpoints.sidecar_lookup import with_known_sidecar
 from lading.checkpoints.verification import Verify, require_mode
 from lading.errors import (
     AssetCardError,
@@ -232,8 +231,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         Names are those of the parameters, after the family's rules; dtypes are the checkpoint's own.
 
         :param gangs: of a parameter that is split over them, give the part that this rank owns; of other stages of a
-            pipeline, nothing. Columns come from the sidecar that `lading repack` made of a card's checkpoint, if the
-            files at ``path`` are that, verified as they are. Under tensor parallelism all ranks have to call this.
+            pipeline, nothing. Under tensor parallelism all ranks have to call this, for the same checkpoint.
 
         :raises FileNotFoundError: nothing is at ``path``.
         :raises ModelCheckpointError: the checkpoint is damaged, or does not fit the configuration.
@@ -248,8 +246,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         def find() -> Checkpoint:
             if all_gangs.tp.size > 1:
                 _require_same(all_gangs, Path(path), self._family, config, self._restrict(restrict))
-            checkpoint = path_checkpoint(Path(path), restrict=self._restrict(restrict))
-            return with_known_sidecar(checkpoint, self._asset_store, all_gangs)
+            return path_checkpoint(Path(path), restrict=self._restrict(restrict))
 
         checkpoint = agreed(all_gangs, find) if all_gangs.tp.size > 1 else find()
 

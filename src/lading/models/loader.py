@@ -25,8 +25,6 @@ from lading.cards.card import AssetCard
 from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.checkpoints.fetch import fetch_checkpoint, share
-from lading.checkpoints.sidecar import substituted
-from lading.checkpoints.sidecar_lookup import agree_on_sidecar, with_sidecar
 from lading.checkpoints.verification import Verify, finish_verification, prepare_verification
 from lading.gangs import Gangs
 from lading.models.construct import (
@@ -104,10 +102,7 @@ def load_card(
                 progress=options.progress,
                 accept_others=options.verify == "never",
             )
-            checkpoint = model.checkpoint
-            if not options.cooperative:  # which reads all of the files in any case
-                checkpoint = with_sidecar(checkpoint, opened, options.gangs.tp.size)
-            return model.config, checkpoint, model_dtype(options.dtype, checkpoint, store=opened)
+            return model.config, model.checkpoint, model_dtype(options.dtype, model.checkpoint, store=opened)
 
     resolved, checkpoint, dtype = options.gangs.root.first(resolve)
 
@@ -201,9 +196,7 @@ def _load(
             dtypes=resolve_dtypes(targets, routed, manifest, sdp=gangs.sdp.size),
             composed=routed.composed,
         )
-        checkpoint = agree_on_sidecar(checkpoint, gangs.root)
-        source, wanted = substituted(manifest, wanted, checkpoint.sidecar)
-        planned = plan(source, wanted, mapped=options.maps)
+        planned = plan(manifest, wanted, mapped=options.maps)
 
     with clock.phase("fetch"):
         checkpoint = share(
@@ -220,11 +213,10 @@ def _load(
                 progress=progress,
             )
         )
-        checkpoint = checkpoint.with_joined(checkpoint.sidecar)
 
     with clock.phase("read"):
         moved = load_tensors(
-            source,
+            manifest,
             planned,
             wanted,
             checkpoint.here(),

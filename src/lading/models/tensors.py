@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from lading.checkpoints.checkpoint import Checkpoint
-from lading.checkpoints.sidecar import substituted
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError
 from lading.formats.digests import SIZE, Digests, starts_of
 from lading.formats.manifest import Manifest
@@ -55,7 +54,13 @@ def read_tensors(
                 )
     if boxes is None:
         boxes = [Box.whole(shape_of(source, checkpoint.manifest.shapes)) for source in sources]
-    planned = plan(checkpoint.manifest, _wanted(sources, boxes, dtypes), mapped=mmap)
+    wanted = Wanted(
+        tensors=[next(tensors_of(source)) for source in sources],
+        boxes=boxes,
+        dtypes=dtypes,
+        composed={i: source for i, source in enumerate(sources) if not isinstance(source, int)},
+    )
+    planned = plan(checkpoint.manifest, wanted, mapped=mmap)
     shapes = [(box.sizes, dtype) for box, dtype in zip(boxes, dtypes, strict=True)]
 
     return execute(planned, checkpoint.here(), shapes)
@@ -142,34 +147,17 @@ def iter_tensors(
     sources = [(name, source) for name, source in sources if owned.get(name, ()) is not None]
     shapes = [shape_of(source, manifest.shapes) for _, source in sources]
     parts = [owned.get(name) or (shape, Box.whole(shape)) for (name, _), shape in zip(sources, shapes, strict=True)]
-    wanted = _wanted(
-        [source for _, source in sources],
-        [box if shape == expected else Box.whole(shape) for (expected, box), shape in zip(parts, shapes, strict=True)],
-        [manifest.dtypes[next(tensors_of(source))] for _, source in sources],
-    )
-    if checkpoint.sidecar is not None:
-        _, wanted = substituted(manifest, wanted, checkpoint.sidecar)
-        checkpoint = checkpoint.with_joined(checkpoint.sidecar)
 
-    for i, ((name, _), shape, (expected, _)) in enumerate(zip(sources, shapes, parts, strict=True)):
+    for (name, source), shape, (expected, box) in zip(sources, shapes, parts, strict=True):
         if shape != expected:
             problem = f"mis-shaped: {name} is expected to be {expected}, but is {shape}"
             raise ModelCheckpointMismatchError(
                 checkpoint.where, f"The checkpoint at {checkpoint.where} does not fit: {problem}.", [problem]
             )
 
-        source = wanted.composed.get(i, wanted.tensors[i])
-        (tensor,) = read_tensors(checkpoint, [source], [wanted.dtypes[i]], mmap, boxes=[wanted.boxes[i]])
+        dtype = manifest.dtypes[next(tensors_of(source))]
+        (tensor,) = read_tensors(checkpoint, [source], [dtype], mmap, boxes=[box])
         yield name, tensor
-
-
-def _wanted(sources: Sequence[Source], boxes: Sequence[Box], dtypes: Sequence[str]) -> Wanted:
-    return Wanted(
-        tensors=[next(tensors_of(source)) for source in sources],
-        boxes=boxes,
-        dtypes=dtypes,
-        composed={i: source for i, source in enumerate(sources) if not isinstance(source, int)},
-    )
 
 
 def _owned(family: Family[Any, Any], config: Any, gangs: Gangs) -> Mapping[str, tuple[tuple[int, ...], Box] | None]:

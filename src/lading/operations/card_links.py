@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from lading import formats
 from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref
 from lading.catalog.store import AssetStore
-from lading.checkpoints.sidecar import base_uri
 from lading.errors import AssetCardError
 from lading.system.settings import Settings
 from lading.system.uris import path_uri, uri_path
@@ -44,9 +43,8 @@ def cards_with(store: AssetStore, wanted: Callable[[str], bool]) -> list[tuple[A
 
 
 def names_of(store: AssetStore, uris: Iterable[str]) -> dict[str, list[str]]:
-    """The names of the cards whose models are loaded from each of these checkpoints, or from what a sidecar is of."""
-    bases = {uri: base_uri(uri) or uri for uri in uris}
-    wanted = set(bases.values())
+    """Return the names of the cards whose models are loaded from each of these checkpoints."""
+    wanted = set(uris)
     heads = {head for uri in wanted for head in heads_of(uri)}
     # What was rewritten is not known by the address of what it was made of.
     any_rewritten = any(map(_is_rewritten, wanted))
@@ -60,7 +58,7 @@ def names_of(store: AssetStore, uris: Iterable[str]) -> dict[str, list[str]]:
         if uri in wanted:
             names.setdefault(uri, []).append(card.name)
 
-    return {uri: names[base] for uri, base in bases.items() if base in names}
+    return names
 
 
 def _is_rewritten(uri: str) -> bool:

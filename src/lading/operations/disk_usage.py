@@ -13,7 +13,6 @@ from lading.cards.card import AssetCard, AssetCardField, split_gated
 from lading.catalog.checkpoints.holdings import held_checkpoints, known_uris
 from lading.catalog.records import LocalCheckpoint
 from lading.catalog.store import AssetStore, get_asset_store
-from lading.checkpoints.sidecar import base_uri
 from lading.errors import AssetCardError
 from lading.operations.card_links import heads_of, names_of
 from lading.sources.cache import Cache, Entry, entry_key
@@ -157,11 +156,7 @@ def find_orphans(store: AssetStore, held: Sequence[LocalCheckpoint]) -> Orphans:
     stated = _stated(store)
     stated_keys = set(map(entry_key, stated))
     named = set(names_of(store, [checkpoint.uri for checkpoint in held]))
-    named |= {
-        checkpoint.uri
-        for checkpoint in held
-        if stated.intersection(heads_of(base_uri(checkpoint.uri) or checkpoint.uri))
-    }
+    named |= {checkpoint.uri for checkpoint in held if stated.intersection(heads_of(checkpoint.uri))}
     known = {entry_key(head) for uri in known_uris(store.database) for head in heads_of(uri)}
 
     def digests(of: Iterable[LocalCheckpoint]) -> set[str]:

@@ -86,7 +86,6 @@ def lay_out(
     *,
     stages: Sequence[frozenset[int] | None] = (),
     pp: int = 1,
-    alone: Sequence[int | None] = (),
 ) -> Layout:
     """What each rank of a mesh owns; of a pipeline, of the mesh of each stage, one behind the other.
 
@@ -96,8 +95,6 @@ def lay_out(
     :param placements: of each, one for every dim of the mesh.
     :param stages: those that hold each, the others having an empty part; ``None``: all. Default: all hold all.
     :param pp: how many stages there are.
-    :param alone: the coordinate on the last dim of the mesh whose ranks alone hold each, the others having an empty
-        part; ``None``: all. Default: all hold all.
 
     :raises NotSupportedError: what a rank owns of a tensor is no box.
     """
@@ -105,16 +102,14 @@ def lay_out(
     known: list[Kind] = []
     kinds = np.empty(len(tensors), dtype=np.int64)
     held = stages or [None] * len(tensors)
-    columns = zip(tensors, shapes, dtypes, placements, held, alone or [None] * len(tensors), strict=True)
-    for i, (tensor, shape, dtype, placed, holders, seat) in enumerate(columns):
+    columns = zip(tensors, shapes, dtypes, placements, held, strict=True)
+    for i, (tensor, shape, dtype, placed, holders) in enumerate(columns):
         stored = manifest.dtypes[tensor]
-        key = (shape, stored, dtype, placed, holders, seat)
+        key = (shape, stored, dtype, placed, holders)
         number = numbers.get(key)
         if number is None:
             number = numbers[key] = len(known)
             boxes, owned = _boxes(shape, placed, mesh_shape)
-            if seat is not None:
-                boxes, owned = _alone(boxes, owned, seat, mesh_shape[-1])
             boxes, owned = _staged(boxes, owned, holders, pp)
             known.append(Kind(shape=shape, stored=stored, dtype=dtype, boxes=boxes, owned=owned))
         kinds[i] = number
@@ -135,13 +130,6 @@ def _boxes(
     owned = np.broadcast_to(np.arange(count).reshape(differing), tuple(mesh_shape)).ravel()
 
     return boxes, owned
-
-
-def _alone(boxes: tuple[Box, ...], owned: Ints, seat: int, seats: int) -> tuple[tuple[Box, ...], Ints]:
-    """The parts of a mesh, of which only the ranks at one coordinate of its last dim hold something."""
-    holds = np.arange(len(owned)) % seats == seat
-
-    return (*boxes, boxes[0].empty()), np.where(holds, owned, len(boxes))
 
 
 def _staged(

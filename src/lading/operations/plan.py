@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
 from lading.cards.card import AssetCard
 from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import Checkpoint
-from lading.checkpoints.sidecar import Sidecar, joined, position_of
-from lading.checkpoints.sidecar_lookup import with_sidecar
 from lading.formats.manifest import Manifest
 from lading.models.construct import build_on_meta, check_config_type, gc_disabled, other_dtypes, resolve_dtypes
 from lading.models.family import Family
@@ -66,12 +63,10 @@ class LoadPlan:
     """Of all tensors."""
     files: int
     """Of the checkpoint."""
-    sidecar: Path | None
-    """The file that ranks take their columns of matrices from; see :mod:`lading.checkpoints.sidecar`."""
     ranks: tuple[RankPlan, ...]
     """Those that were asked for."""
     manifest: Manifest = field(repr=False)
-    """Of all that is read, the sidecar included."""
+    """All tensors, and where they are."""
     layout: Layout = field(repr=False, compare=False)
     """What each rank owns of it; of ``sdp`` and ``tp``, and of ``pp`` where the family has stages, as the other axes
     hold copies."""
@@ -135,27 +130,16 @@ def plan_checkpoint(
         routed = match(manifest, targets, family, config)
         fit = report_fit(manifest, targets, routed, family=family)
         require_fit(fit, path=checkpoint.where, name=checkpoint.name)
-        columns = _Columns(
-            tensors=routed.tensors,
-            shapes=[targets.shapes[i] for i in routed.targets],
-            dtypes=resolve_dtypes(targets, routed, manifest, sdp=sdp),
-            placed=[placed[i] for i in routed.targets],
-            held=[held[i] for i in routed.targets],
-        )
-        if checkpoint.sidecar is not None:
-            columns = columns.cut(manifest, checkpoint.sidecar, routed.composed)
-            manifest = joined(manifest, checkpoint.sidecar)
         layout = lay_out(
             manifest,
-            columns.tensors,
-            columns.shapes,
-            columns.dtypes,
-            columns.placed,
+            routed.tensors,
+            [targets.shapes[i] for i in routed.targets],
+            resolve_dtypes(targets, routed, manifest, sdp=sdp),
+            [placed[i] for i in routed.targets],
             (sdp, tp),
             routed.composed,
-            stages=columns.held,
+            stages=[held[i] for i in routed.targets],
             pp=pp,
-            alone=columns.alone,
         )
         found = forecast(manifest, layout)
 
@@ -183,51 +167,12 @@ def plan_checkpoint(
         name=checkpoint.name,
         family=family.name,
         sizes={axis: sizes[axis] for axis in AXES},
-        checkpoint_bytes=checkpoint.manifest.total_bytes,
-        files=len(checkpoint.manifest.shards),
-        sidecar=None if checkpoint.sidecar is None else checkpoint.sidecar.file.path,
+        checkpoint_bytes=manifest.total_bytes,
+        files=len(manifest.shards),
         ranks=tuple(map(of_rank, range(world) if ranks is None else ranks)),
         manifest=manifest,
         layout=layout,
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Columns:
-    """What is read of a checkpoint, as :func:`~lading.operations.forecast.lay_out` takes it."""
-
-    tensors: Sequence[int]
-    shapes: Sequence[tuple[int, ...]]
-    dtypes: Sequence[str]
-    placed: Sequence[tuple[Placement, Placement]]
-    held: Sequence[frozenset[int] | None]
-    alone: Sequence[int | None] = ()
-
-    def cut(self, manifest: Manifest, sidecar: Sidecar, composed: Container[int]) -> _Columns:
-        """The same with the blocks of a sidecar in place of the matrices that ranks cut by their columns.
-
-        :param composed: positions of those that are not one tensor as it is.
-        """
-        places = {tensor: n for n, tensor in enumerate(sidecar.tensors)}
-        in_place: list[tuple[Any, ...]] = []
-        behind: list[tuple[Any, ...]] = []
-        columns = zip(self.tensors, self.shapes, self.dtypes, self.placed, self.held, strict=True)
-        for i, (tensor, shape, dtype, placed, held) in enumerate(columns):
-            place = places.get(tensor) if placed[1] == Shard(1) and i not in composed else None
-            if place is None:
-                in_place.append((tensor, shape, dtype, placed, held, None))
-                continue
-            rows, cols = shape
-            positions = [position_of(len(manifest), sidecar, place, k) for k in range(sidecar.tp)]
-            blocks = [
-                (position, (rows, cols // sidecar.tp), dtype, (placed[0], Replicate()), held, k)
-                for k, position in enumerate(positions)
-            ]
-            in_place.append(blocks[0])  # what is composed keeps its place, by which it is known
-            behind += blocks[1:]
-        tensors, shapes, dtypes, placements_, held_, alone = zip(*in_place, *behind, strict=True)
-
-        return _Columns(tensors=tensors, shapes=shapes, dtypes=dtypes, placed=placements_, held=held_, alone=alone)
 
 
 def _check_sizes(sizes: Mapping[str, int]) -> None:
@@ -262,15 +207,12 @@ def plan_load(
     Otherwise what :func:`check_model` does.
     """
     model = resolve_model(target, store, restrict=restrict)
-    checkpoint = model.checkpoint
-    if model.store is not None:
-        checkpoint = with_sidecar(checkpoint, model.store, tp)
 
     return plan_checkpoint(
-        checkpoint,
+        model.checkpoint,
         model.family,
         model.config,
         sizes={"pp": pp, "rdp": rdp, "sdp": sdp, "tp": tp},
-        dtype=model_dtype(dtype, checkpoint, store=model.store),
+        dtype=model_dtype(dtype, model.checkpoint, store=model.store),
         ranks=ranks,
     )

@@ -14,7 +14,6 @@ from lading.catalog.checkpoints.holdings import held_checkpoints, releasing_copi
 from lading.catalog.records import LocalCheckpoint, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.recording import require_writable
-from lading.checkpoints.sidecar import base_uri
 from lading.errors import PolicyError
 from lading.formats import is_rewritten
 from lading.operations.card_links import catalog_uri, names_of
@@ -65,7 +64,7 @@ def remove_model(name: str, *, dry_run: bool = False, hub: bool = False, store: 
     Of lading's own cache go the weights, what came along with them, and all of it of revisions that a pull has left,
     unless another model's checkpoint or another catalog needs it. The cache of Hugging Face's libraries belongs
     to huggingface_hub: there whole revisions go, by its ``delete_revisions``, and only where that is asked for. What
-    the checkpoint holds stays known, and a load fetches it again; but its sidecars go, too.
+    the checkpoint holds stays known, and a load fetches it again.
 
     :param name: of a card; or the URI of a checkpoint that no card names.
     :param dry_run: only say what would be removed.
@@ -177,13 +176,8 @@ def _held(store: AssetStore, uri: str, *, dry_run: bool) -> Iterator[list[LocalC
     if dry_run:
         yield held_checkpoints(store.database)
         return
-    with releasing_copies(store.database, lambda other: _is_of(other, uri)) as held:
+    with releasing_copies(store.database, uri.__eq__) as held:
         yield held
-
-
-def _is_of(other: str, uri: str) -> bool:
-    """Return whether a checkpoint is the one of a URI, or a sidecar of it."""
-    return uri in (other, base_uri(other))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,11 +209,11 @@ class _Plan:
 
 def _plan(uri: str, entry: str, held: Sequence[LocalCheckpoint]) -> _Plan:
     cache = own_cache()
-    copies = [copy for checkpoint in held if _is_of(checkpoint.uri, uri) for copy in checkpoint.copies]
+    copies = [copy for checkpoint in held if checkpoint.uri == uri for copy in checkpoint.copies]
     by_name = {
         copy.path: shown_uri(checkpoint.uri)
         for checkpoint in held
-        if not _is_of(checkpoint.uri, uri)
+        if checkpoint.uri != uri
         for copy in checkpoint.copies
     }
     others = {os.path.realpath(path): other for path, other in by_name.items()}
@@ -243,7 +237,7 @@ def _plan(uri: str, entry: str, held: Sequence[LocalCheckpoint]) -> _Plan:
             digests.append(digest)
         elif revision is not None and other is None:
             revisions.add(revision)
-        elif _is_made(copy.path, cache) and other is None:
+        elif is_rewritten(copy.path, cache.folder) and other is None:
             made.append(copy.path)
         elif os.path.lexists(copy.path):  # in a cache that was another one's, it may be gone
             kept.append(SkippedFile(path=copy.path, reason=_reason(copy, other)))
@@ -268,11 +262,6 @@ def _plan(uri: str, entry: str, held: Sequence[LocalCheckpoint]) -> _Plan:
         paths=tuple(path for path in paths if os.path.lexists(path)),
         kept=tuple(kept),
     )
-
-
-def _is_made(path: Path, cache: Cache) -> bool:
-    """Return whether a file was made of others in lading's cache: rewritten, or cut for ranks."""
-    return is_rewritten(path, cache.folder) or cache.is_repacked(path)
 
 
 def _digest(cache: Cache, path: Path) -> str | None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from lading import formats
 from lading.cards.card import AssetCard
-from lading.catalog.checkpoints.holdings import held_checkpoints
 from lading.catalog.checkpoints.record import record_digests, record_files, recorded_headers
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
@@ -19,7 +18,6 @@ from lading.checkpoints.fetch import fetch_checkpoint
 from lading.checkpoints.local_copies import best_copies
 from lading.checkpoints.locate import address_of, card_checkpoint
 from lading.checkpoints.pins import with_pins
-from lading.checkpoints.sidecar import base_uri, tp_of
 from lading.checkpoints.verification import check_files, remedy, shard_digest
 from lading.errors import (
     AssetCardError,
@@ -71,8 +69,7 @@ def verify_model(
 
     Against the SHA-256 that was published, or that was recorded; else against the digests of tensors that were recorded
     when all bytes passed by for the first time. Where nothing is known yet, this records it. Every check becomes a row;
-    where the catalog cannot be written, the files are checked all the same. What
-    :func:`~lading.operations.repack.repack_model` made of them is checked as well.
+    where the catalog cannot be written, the files are checked all the same.
 
     :param repair: fetch what is not right again: files in lading's own cache, and in that of Hugging Face's libraries,
         whose ``hf_hub_download`` replaces them. No others are ever replaced.
@@ -94,12 +91,11 @@ def verify_model(
     unrecorded = "" if database.writable else f"the catalog {database.url} cannot be written"
     bad = [check for check in checks if check.result == "mismatch"]
     if not bad or not repair:
-        beside, hints = _checked_sidecars(checkpoint, card, store, progress=progress)
         return VerifyReport(
             name=card.name,
             uri=checkpoint.uri,
-            checks=(*checks, *beside),
-            hint=" ".join([*([remedy(checkpoint, files=len(bad))] if bad else []), *hints]),
+            checks=tuple(checks),
+            hint=remedy(checkpoint, files=len(bad)) if bad else "",
             unrecorded=unrecorded,
         )
 
@@ -110,14 +106,13 @@ def verify_model(
     repaired = fetch_checkpoint(replace(checkpoint, files=None), store, progress=progress)
     checks = _checked(repaired, card, store, progress=progress)
     _record(repaired, kinds, checks, store)
-    beside, hints = _checked_sidecars(repaired, card, store, progress=progress)
 
     return VerifyReport(
         name=card.name,
         uri=checkpoint.uri,
-        checks=(*checks, *beside),
+        checks=tuple(checks),
         repaired=frozenset(check.file for check in bad),
-        hint=" ".join([remedy(checkpoint, files=len(bad)), *hints]),
+        hint=remedy(checkpoint, files=len(bad)),
         unrecorded=unrecorded,
     )
 
@@ -274,33 +269,6 @@ def _has_same_tensors(checkpoint: Checkpoint, shard: int) -> bool:
         return LocalCheckpointFiles.read(Path(checkpoint.where)).manifest.tensors_equal(checkpoint.manifest)
 
     return index_file(checkpoint.here()[shard].path).tensors_equal(checkpoint.manifest.only(shard))
-
-
-def _checked_sidecars(
-    checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, progress: bool
-) -> tuple[list[Check], list[str]]:
-    """Checks of what was cut beforehand of a checkpoint, and what to do about files that are not the right ones."""
-    checks: list[Check] = []
-    hints: list[str] = []
-    for held in held_checkpoints(store.database):
-        stored = store.checkpoint(held.uri) if base_uri(held.uri) == checkpoint.uri else None
-        if stored is None:
-            continue
-        (copy,) = best_copies(stored.copies).values()
-        sidecar = Checkpoint(
-            name=card.name,
-            uri=held.uri,
-            where=str(copy.path),
-            manifest=stored.manifest,
-            files=(_as_it_is(copy.path),),
-        )
-        found = _checked(sidecar, card, store, progress=progress)
-        _record(sidecar, {copy.file: copy.kind}, found, store)
-        checks += found
-        if any(check.result == "mismatch" for check in found):
-            hints.append(f"`lading repack {card.title} --tp {tp_of(held.uri)}` makes the file {copy.path.name} anew.")
-
-    return checks, hints
 
 
 def _family_dims(checkpoint: Checkpoint, card: AssetCard, store: AssetStore) -> array[int]:

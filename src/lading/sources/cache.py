@@ -4,7 +4,6 @@
 
     blobs/ab/abcd….safetensors    a file, under its SHA-256 and an extension that lading chose; read-only
     entries/0123….4567….json      the files that a catalog fetched from a URI: their digests, sizes and validators
-    repacked/0123….safetensors    tensors of a checkpoint, cut for the ranks that load it; read-only
     tmp/                          files that are being written, or were when their process ended
     locks/                        advisory locks on URIs, if the file system supports locks
 
@@ -129,31 +128,9 @@ class Cache:
 
         return blob
 
-    # --- what was made of files --------------------------------------------------------------------------------------
-
-    def repacked(self, of: str) -> Path:
-        """Where a file with tensors of a checkpoint, cut anew, has its place; it tells what it is made of."""
-        return self.folder / "repacked" / f"{hashlib.sha256(of.encode()).hexdigest()}.safetensors"
-
-    def is_repacked(self, path: Path) -> bool:
-        """Whether ``path`` is the place of such a file."""
-        return path.parent == self.folder / "repacked" and path.suffix == ".safetensors"
-
     def repacked_files(self) -> list[Path]:
-        """All such files."""
-        return sorted(filter(self.is_repacked, _files(self.folder / "repacked")))
-
-    def put_repacked(self, fd: int, path: Path, target: Path) -> None:
-        """Make the finished file ``path``, open as ``fd``, the one at ``target``."""
-        _make_folder(target.parent)
-        os.fchmod(fd, 0o444)
-        os.fsync(fd)
-        path.rename(target)
-        _sync_folder(target.parent)
-
-    def remove_repacked(self, path: Path) -> int:
-        """Remove such a file; returns the bytes that were freed."""
-        return _unlink(path) if self.is_repacked(path) else 0
+        """Return the files that ``lading repack`` made before it was removed; no load reads them."""
+        return sorted(path for path in _files(self.folder / "repacked") if path.suffix == ".safetensors")
 
     # --- entries -----------------------------------------------------------------------------------------------------
 

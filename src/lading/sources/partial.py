@@ -208,16 +208,15 @@ def temporary_file(folder: Path, kind: str) -> Iterator[tuple[IO[bytes], Path]]:
         _remove(path)
 
 
-def sweep(folder: Path, *, older_than: float = _DAY, kind: str = "*") -> int:
+def sweep(folder: Path, *, older_than: float = _DAY) -> int:
     """Remove files that ended processes left.
 
-    :param kind: the kind that was given to :func:`temporary_file`; default: all files, partially fetched ones included.
     :param older_than: seconds since the last write.
 
     :returns: the number of bytes freed.
     """
     freed = 0
-    for path in folder.glob(f"{kind}.*"):
+    for path in folder.glob("*.*"):
         with suppress(OSError):
             found = os.lstat(path)
             if _NAME.fullmatch(path.name) and time.time() - found.st_mtime > older_than and _ended(path):
