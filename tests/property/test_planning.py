@@ -189,7 +189,7 @@ def layouts(draw: st.DrawFn) -> tuple[Manifest, Layout]:
             of_sdp = _StridedShard(0, split_factor=tp) if strided else Shard(0)
         placed.append((of_sdp, of_tp))
         memory.append(dtypes[i] if dtypes[i] == "U8" else draw(st.sampled_from([dtypes[i], "F32"])))
-    layout = lay_out(manifest, wanted, [shapes[i] for i in wanted], memory, placed, (sdp, tp), {})
+    layout = lay_out(manifest, wanted, [shapes[i] for i in wanted], memory, placed, (1, sdp, tp), {})
 
     return manifest, layout
 

@@ -109,7 +109,7 @@ def test_each_gets_what_it_would_have_read(case: tuple[Manifest, list[Wanted]], 
                 hasher = Hasher(manifest, default_dims(manifest), joint.plan, joint.wanted) if hashed else None
                 schedule = joint.schedule(hasher)
                 tensors = execute_together(
-                    plans[rank], joint, schedule, files, shapes_of(wanted[rank]),
+                    plans[rank], schedule, files, shapes_of(wanted[rank]),
                     host=ranks.host(rank), arena=HostArena(plans[rank].arena_bytes), hasher=hasher,  # type: ignore[arg-type]
                 )  # fmt: skip
             except BaseException:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -46,11 +47,11 @@ from lading.models.targets import Targets
 from lading.models.tensors import read_tensors
 from lading.models.ties import are_same, different_copies, tied_mismatch_error
 from lading.planning.composition import Source, tensors_of
-from lading.planning.plan import Plan, Wanted, plan
+from lading.planning.plan import Wanted, plan
 from lading.planning.rules import Route
 from lading.transfer.dtypes import DTYPE_NAMES, DType
 from lading.transfer.mappings import NOTHING_AHEAD, Ahead, mapped_ahead, may_be_mapped
-from lading.transfer.move import LoadedTensors, load_tensors
+from lading.transfer.move import load_tensors, load_together
 
 log = logging.getLogger("lading")
 
@@ -215,18 +216,13 @@ def _load(
         )
 
     with clock.phase("read"):
-        moved = load_tensors(
-            manifest,
-            planned,
-            wanted,
-            checkpoint.here(),
-            root=gangs.root,
-            device=device,
-            dims=None if expected is None else expected.dims,
-            cooperative=options.cooperative,
-            progress=progress,
-            ahead=ahead,
-        )
+        files, dims = checkpoint.here(), None if expected is None else expected.dims
+        if options.cooperative:
+            moved = load_together(manifest, planned, wanted, files, root=gangs.root, dims=dims, progress=progress)
+        else:
+            moved = load_tensors(
+                manifest, planned, wanted, files, device=device, dims=dims, progress=progress, ahead=ahead
+            )
         by_name = {targets.names[i]: tensor for i, tensor in zip(order, moved.tensors, strict=True)}
         if family.untie is None:  # else all copies have been compared
             _check_tied(checkpoint, config, targets, routed, by_name)
@@ -239,13 +235,29 @@ def _load(
 
     with clock.phase("assemble"):
         drawn: dict[str, Tensor] = {}
-        if dtypes := dtypes_of_drawn(targets, routed, manifest):
-            log.info("%s lacks %s: they are as in a new model", checkpoint.name, ", ".join(dtypes))
-            drawn = init_missing(build_on_meta(family, config), family, config, targets, dtypes, gangs)
+        if missing := dtypes_of_drawn(targets, routed, manifest):
+            log.info("%s lacks %s: they are as in a new model", checkpoint.name, ", ".join(missing))
+            drawn = init_missing(build_on_meta(family, config), family, config, targets, missing, gangs)
         copied = assign(module, by_name | drawn, targets.aliases)
         reset_buffers(module, family, config, device, dtype or common_dtype(targets, routed, manifest))
 
-    report = _report(checkpoint, family, kls, device, by_name, targets, routed, planned, moved, copied, clock)
+    dtypes = _elements_by_dtype(by_name.values())
+    report = LoadReport(
+        name=checkpoint.name,
+        family=family.name,
+        model_class=kls.__name__,
+        device=str(device),
+        dtypes=dtypes,
+        parameters=sum(dtypes.values()),
+        tensors=sum(1 for source in _sources(routed, targets) for _ in tensors_of(source)),
+        shards=len(manifest.shards),
+        bytes_read=moved.bytes_read,
+        bytes_mapped=sum(t.nbytes for t, home in zip(moved.tensors, planned.homes, strict=True) if home >= 0),
+        bytes_copied=copied,
+        reads=moved.reads,
+        pages=moved.pages,
+        phases=dict(clock.phases),
+    )
     log.info(
         "loaded %s: %d parameters, %.3f GB read in %d reads, %.3f s",
         report.name,
@@ -283,39 +295,10 @@ def _sources(routed: Route, targets: Targets) -> list[Source]:
     return made + [source for target, source in routed.duplicates if read[target]]
 
 
-def _report(
-    checkpoint: Checkpoint,
-    family: Family[Any, Any],
-    kls: type[Module],
-    device: torch.device,
-    loaded: Mapping[str, Tensor],
-    targets: Targets,
-    routed: Route,
-    planned: Plan,
-    moved: LoadedTensors,
-    copied: int,
-    clock: Clock,
-) -> LoadReport:
-    dtypes: dict[str, int] = {}
-    for tensor in loaded.values():
-        name = str(tensor.dtype).removeprefix("torch.")
-        dtypes[name] = dtypes.get(name, 0) + tensor.numel()
+def _elements_by_dtype(tensors: Iterable[Tensor]) -> dict[str, int]:
+    """Return the number of elements of each dtype, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for tensor in tensors:
+        counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
 
-    mapped = sum(t.nbytes for t, home in zip(loaded.values(), planned.homes, strict=True) if home >= 0)
-
-    return LoadReport(
-        name=checkpoint.name,
-        family=family.name,
-        model_class=kls.__name__,
-        device=str(device),
-        dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1])),
-        parameters=sum(dtypes.values()),
-        tensors=sum(1 for source in _sources(routed, targets) for _ in tensors_of(source)),
-        shards=len(checkpoint.manifest.shards),
-        bytes_read=moved.bytes_read,
-        bytes_mapped=mapped,
-        bytes_copied=copied,
-        reads=moved.reads,
-        pages=moved.pages,
-        phases=dict(clock.phases),
-    )
+    return dict(counts.most_common())

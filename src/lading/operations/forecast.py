@@ -6,6 +6,7 @@ A model has few kinds, however many tensors, and ranks; only which reads join de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -85,16 +86,15 @@ def lay_out(
     composed: Mapping[int, Source],
     *,
     stages: Sequence[frozenset[int] | None] = (),
-    pp: int = 1,
 ) -> Layout:
-    """What each rank of a mesh owns; of a pipeline, of the mesh of each stage, one behind the other.
+    """Return what each rank of a mesh owns; of a pipeline, stage by stage.
 
     :param tensors: positions in the manifest; what follows are columns of the same length.
     :param shapes: of the global tensors in memory.
     :param dtypes: in memory.
-    :param placements: of each, one for every dim of the mesh.
+    :param placements: of each, one for every dim of the mesh of a stage.
+    :param mesh_shape: the number of stages, then the sizes of the mesh of each.
     :param stages: those that hold each, the others having an empty part; ``None``: all. Default: all hold all.
-    :param pp: how many stages there are.
 
     :raises NotSupportedError: what a rank owns of a tensor is no box.
     """
@@ -102,6 +102,7 @@ def lay_out(
     known: list[Kind] = []
     kinds = np.empty(len(tensors), dtype=np.int64)
     held = stages or [None] * len(tensors)
+    pp, *mesh = mesh_shape
     columns = zip(tensors, shapes, dtypes, placements, held, strict=True)
     for i, (tensor, shape, dtype, placed, holders) in enumerate(columns):
         stored = manifest.dtypes[tensor]
@@ -109,14 +110,12 @@ def lay_out(
         number = numbers.get(key)
         if number is None:
             number = numbers[key] = len(known)
-            boxes, owned = _boxes(shape, placed, mesh_shape)
+            boxes, owned = _boxes(shape, placed, mesh)
             boxes, owned = _staged(boxes, owned, holders, pp)
             known.append(Kind(shape=shape, stored=stored, dtype=dtype, boxes=boxes, owned=owned))
         kinds[i] = number
 
-    ranks = pp * int(np.prod(mesh_shape, dtype=np.int64))
-
-    return Layout(ranks=ranks, tensors=tensors, kinds=kinds, known=tuple(known), composed=composed)
+    return Layout(ranks=math.prod(mesh_shape), tensors=tensors, kinds=kinds, known=tuple(known), composed=composed)
 
 
 def _boxes(

@@ -136,10 +136,9 @@ def plan_checkpoint(
             [targets.shapes[i] for i in routed.targets],
             resolve_dtypes(targets, routed, manifest, sdp=sdp),
             [placed[i] for i in routed.targets],
-            (sdp, tp),
+            (pp, sdp, tp),
             routed.composed,
             stages=[held[i] for i in routed.targets],
-            pp=pp,
         )
         found = forecast(manifest, layout)
 

@@ -176,7 +176,7 @@ def _held(store: AssetStore, uri: str, *, dry_run: bool) -> Iterator[list[LocalC
     if dry_run:
         yield held_checkpoints(store.database)
         return
-    with releasing_copies(store.database, uri.__eq__) as held:
+    with releasing_copies(store.database, lambda other: other == uri) as held:
         yield held
 
 

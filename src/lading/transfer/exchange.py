@@ -19,12 +19,11 @@ from lading.transfer.files import ShardFile, open_shard
 from lading.transfer.hashing import Hasher
 from lading.transfer.memory import Arena, Stage
 from lading.transfer.reader import Reader, item_sizes
-from lading.transfer.together import Joint, Piece, Schedule
+from lading.transfer.together import Piece, Schedule
 
 
 def execute_together(
     plan: Plan,
-    joint: Joint,
     schedule: Schedule,
     files: Sequence[ShardFile],
     wanted: Sequence[tuple[tuple[int, ...], str]],
@@ -39,22 +38,22 @@ def execute_together(
     All ranks of the host call it with plans of their own, and else with the same.
 
     :param plan: of this rank; one that maps nothing.
-    :param joint: of the plans of all.
-    :param schedule: of ``joint`` and ``hasher``.
+    :param schedule: of the plans of all, and of ``hasher``.
     :param host: the ranks that read together, with a process group on the CPU.
     :param arena: memory of ``plan.arena_bytes``.
-    :param hasher: of ``joint.plan``; has the digests of what all ranks have read.
+    :param hasher: of ``schedule.joint.plan``; has the digests of what all ranks have read.
 
     :raises CorruptModelCheckpointError: a file ends early, or is not the one that the plan was made for.
     :raises OSError: a file cannot be read.
     :raises GangError: another rank failed.
     """
+    joint = schedule.joint
     with ExitStack() as stack:
         numbers = sorted({joint.plan.shards[step.read] for step in schedule.steps(host.rank)})
         shards = {i: stack.enter_context(open_shard(files[i])) for i in numbers}
         window = _Window()
-        sender = _Sender(joint, schedule, host, Reader(joint.plan, shards, window, hasher, schedule.longest), window)
-        receiver = _Receiver(plan, joint, schedule, host, arena)
+        sender = _Sender(schedule, host, Reader(joint.plan, shards, window, hasher, schedule.longest), window)
+        receiver = _Receiver(plan, schedule, host, arena)
 
         total = schedule.bytes_of(host.rank)
         bar = stack.enter_context(byte_bar(total, "load") if progress else nullcontext())
@@ -121,8 +120,8 @@ class _Window:
 class _Sender:
     """Reads the steps of this rank, and packs of each what every rank wants."""
 
-    def __init__(self, joint: Joint, schedule: Schedule, host: Gang, reader: Reader, window: _Window) -> None:
-        self._joint = joint
+    def __init__(self, schedule: Schedule, host: Gang, reader: Reader, window: _Window) -> None:
+        self._joint = schedule.joint
         self._schedule = schedule
         self._host = host
         self._reader = reader
@@ -156,9 +155,9 @@ class _Sender:
 class _Receiver:
     """Sends and receives, and puts what has come where it belongs."""
 
-    def __init__(self, plan: Plan, joint: Joint, schedule: Schedule, host: Gang, arena: Arena) -> None:
+    def __init__(self, plan: Plan, schedule: Schedule, host: Gang, arena: Arena) -> None:
         self._plan = plan
-        self._joint = joint
+        self._joint = schedule.joint
         self._schedule = schedule
         self._host = host
         self._arena = arena

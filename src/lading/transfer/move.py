@@ -44,47 +44,23 @@ def load_tensors(
     wanted: Wanted,
     files: Sequence[ShardFile],
     *,
-    root: Gang,
     device: torch.device,
     dims: Sequence[int] | None = None,
-    cooperative: bool = False,
     progress: bool = False,
     ahead: Ahead = NOTHING_AHEAD,
 ) -> LoadedTensors:
     """Do what a plan says.
 
-    :param planned: for ``wanted``; with ``cooperative``, one that maps nothing.
-    :param root: all ranks.
+    :param planned: for ``wanted``.
     :param dims: take digests of blocks along these, one for each tensor of the manifest.
-    :param cooperative: the ranks of a host read together. All ranks of all hosts have to say the same.
     :param ahead: what is mapped already, of the same files.
 
     :raises CorruptModelCheckpointError: a file ends early, or is not the one that the plan was made for.
     :raises OSError: a file cannot be read.
-    :raises GangError: another rank failed, while they read together.
     """
     arena = create_arena(planned.arena_bytes, device)
-    shapes = [(box.sizes, dtype) for box, dtype in zip(wanted.boxes, wanted.dtypes, strict=True)]
-    if cooperative:
-        with root.on_host() as host:
-            if host.size > 1:
-                joint = Joint(manifest, host.gather_objects(Demand.of(planned)))
-                hasher = None if dims is None else Hasher(manifest, dims, joint.plan, joint.wanted)
-                schedule = joint.schedule(hasher)
-                tensors = execute_together(
-                    planned, joint, schedule, files, shapes,
-                    host=host, arena=arena, progress=progress, hasher=hasher,
-                )  # fmt: skip
-                return LoadedTensors(
-                    tensors=tensors,
-                    digests=None if hasher is None else hasher.digests(),
-                    bytes_read=schedule.bytes_of(host.rank),
-                    reads=sum(1 for _ in schedule.steps(host.rank)),
-                    pages=arena.pages,
-                )
-
     hasher = None if dims is None else Hasher(manifest, dims, planned, wanted)
-    tensors = execute(planned, files, shapes, arena=arena, progress=progress, hasher=hasher, ahead=ahead)
+    tensors = execute(planned, files, _shapes(wanted), arena=arena, progress=progress, hasher=hasher, ahead=ahead)
 
     return LoadedTensors(
         tensors=tensors,
@@ -93,3 +69,44 @@ def load_tensors(
         reads=planned.num_reads,
         pages=arena.pages,
     )
+
+
+def load_together(
+    manifest: Manifest,
+    planned: Plan,
+    wanted: Wanted,
+    files: Sequence[ShardFile],
+    *,
+    root: Gang,
+    dims: Sequence[int] | None = None,
+    progress: bool = False,
+) -> LoadedTensors:
+    """As :func:`load_tensors`, but the ranks of a host read together. All ranks of all hosts have to call it.
+
+    :param planned: one that maps nothing.
+    :param root: all ranks.
+
+    :raises GangError: another rank failed.
+    """
+    with root.on_host() as host:
+        if host.size > 1:
+            arena = create_arena(planned.arena_bytes, root.device)
+            joint = Joint(manifest, host.gather_objects(Demand.of(planned)))
+            hasher = None if dims is None else Hasher(manifest, dims, joint.plan, joint.wanted)
+            schedule = joint.schedule(hasher)
+            tensors = execute_together(
+                planned, schedule, files, _shapes(wanted), host=host, arena=arena, progress=progress, hasher=hasher
+            )
+            return LoadedTensors(
+                tensors=tensors,
+                digests=None if hasher is None else hasher.digests(),
+                bytes_read=schedule.bytes_of(host.rank),
+                reads=sum(1 for _ in schedule.steps(host.rank)),
+                pages=arena.pages,
+            )
+
+    return load_tensors(manifest, planned, wanted, files, device=root.device, dims=dims, progress=progress)
+
+
+def _shapes(wanted: Wanted) -> list[tuple[tuple[int, ...], str]]:
+    return [(box.sizes, dtype) for box, dtype in zip(wanted.boxes, wanted.dtypes, strict=True)]

@@ -132,7 +132,7 @@ class Joint:
         """The reads for it; nothing is kept of what they bring but what ranks want."""
 
     def schedule(self, hasher: Hasher | None) -> Schedule:
-        """Who reads what, and when.
+        """Return who reads what, and when.
 
         :param hasher: of :attr:`plan`.
         """
@@ -153,7 +153,7 @@ class Joint:
         middles = np.cumsum(numbers) - numbers // 2
         bounds = np.searchsorted(middles, [int(numbers.sum()) * r // ranks for r in range(ranks)]).tolist()
 
-        return Schedule(reads=reads, offsets=offsets, sizes=sizes, bounds=(*bounds, len(sizes)))
+        return Schedule(joint=self, reads=reads, offsets=offsets, sizes=sizes, bounds=(*bounds, len(sizes)))
 
     def _stop(self, read: int, at: int, limit: int, hasher: Hasher | None) -> int:
         """Where a step has to end: no item of a tensor is cut, nor what is hashed in one piece."""
@@ -208,6 +208,8 @@ class Message(NamedTuple):
 class Schedule:
     """The steps of all ranks; in columns, in the order of the files."""
 
+    joint: Joint
+    """The reads that the steps are of."""
     reads: array[int]
     offsets: array[int]
     sizes: array[int]
