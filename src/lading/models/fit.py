@@ -1,4 +1,4 @@
-"""Does a checkpoint fit a model? All that does not, told from its manifest: no tensor is read."""
+"""The check that a checkpoint fits a model, from its manifest alone: no tensor is read."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _MAX_LINES = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckReport:
-    """Whether a checkpoint fits a model, and how."""
+    """The result of a check: whether a checkpoint fits a model, and the problems."""
 
     family: str
     problems: tuple[str, ...]
-    """All that is missing, unexpected, claimed twice, mis-shaped, of another dtype or quantised, a line each."""
+    """The problems, a line each: missing, unexpected, claimed twice, of another shape or dtype, or quantized."""
     quantised: Mapping[str, str]
-    """Tensors that weights would be made of although they are quantised, and their dtypes."""
+    """The quantized tensors that weights need, and their dtypes."""
     tensors: int
     """In the checkpoint."""
     matched: int
@@ -41,13 +41,13 @@ class CheckReport:
     dropped: tuple[str, ...]
     """Tensors that the family's rules know and a model does not need."""
     drawn: tuple[str, ...]
-    """Parameters and persistent buffers that the checkpoint may lack, and does: a load gives them as in a new model."""
+    """The parameters and persistent buffers that the checkpoint lacks by design; a load initializes them."""
     parameters: int
-    """Elements of the model's parameters and persistent buffers, tied ones once."""
+    """The elements of the model's parameters and persistent buffers, counting tied ones once."""
     bytes: int
-    """Of the tensors that are matched, in the checkpoint."""
+    """The bytes of the matched tensors in the checkpoint."""
     advice: str
-    """Advice on how to solve the problems; empty where there are none."""
+    """Advice on how to solve the problems; empty without problems."""
 
     @property
     def fits(self) -> bool:
@@ -55,7 +55,7 @@ class CheckReport:
 
 
 def check_manifest(manifest: Manifest, family: Family[Any, Any], config: Any) -> CheckReport:
-    """Whether the checkpoint of ``manifest`` fits the model that ``family`` makes of ``config``.
+    """Check whether the checkpoint of ``manifest`` fits the model that ``family`` builds from ``config``.
 
     :raises TypeError: ``config`` is not of the family's class.
     """
@@ -67,7 +67,7 @@ def check_manifest(manifest: Manifest, family: Family[Any, Any], config: Any) ->
 
 
 def match(manifest: Manifest, targets: Targets, family: Family[Any, Any], config: Any) -> Route:
-    """Which tensors of a checkpoint make which parameters and persistent buffers of a model."""
+    """Match tensors of a checkpoint with parameters and persistent buffers of a model."""
     routed = route(
         manifest.names,
         targets.names,
@@ -177,7 +177,7 @@ def require_fit(report: CheckReport, *, path: Path | str, name: str) -> None:
     :param name: of the model.
 
     :raises ModelCheckpointMismatchError: it does not; with all problems together.
-    :raises NotSupportedError: its weights are quantised.
+    :raises NotSupportedError: its weights are quantized.
     """
     if report.quantised:
         tensor, dtype = next(iter(report.quantised.items()))
@@ -200,7 +200,7 @@ def require_fit(report: CheckReport, *, path: Path | str, name: str) -> None:
 
 
 def _some(problems: Sequence[str]) -> list[str]:
-    """Return the problems that an error lists: where names are missing, also what is there in their place."""
+    """Return the problems that an error lists; with missing names, also the unexpected ones."""
     missing = [problem for problem in problems if problem.startswith("missing: ")]
     others = [problem for problem in problems if not problem.startswith("missing: ")]
     if len(problems) <= _MAX_LINES or not missing:
@@ -234,7 +234,7 @@ _WIDER: Mapping[str, frozenset[str]] = {
 
 
 def _quantised(manifest: Manifest, targets: Targets, routed: Route) -> list[int]:
-    """The tensors that weights would be made of although their numbers mean nothing without scales beside them."""
+    """Return the tensors for weights whose values are meaningless without separate scales."""
     return [
         tensor
         for target, source in _sources(routed)
@@ -266,7 +266,7 @@ def _problems(manifest: Manifest, targets: Targets, routed: Route) -> list[str]:
 
 
 def name_of(source: Source, manifest: Manifest) -> str:
-    """What ``source`` is called in a message: its tensor, or the first one and how many more there are."""
+    """Return the name of ``source`` for a message: its tensor, or the first one and the number of others."""
     first, *others = tensors_of(source)
 
     return manifest.names[first] + (f" with {len(others)} more" if others else "")

@@ -37,10 +37,10 @@ class ResolvedModel:
     """A name, a card or a path, resolved to all that it takes to make the model."""
 
     name: str
-    """Of the card, or the path."""
+    """The name of the card, or the path."""
     family: Family[Any, Any]
     config: Any
-    """Of the family's class, complete."""
+    """The complete configuration, of the family's class."""
     checkpoint: Checkpoint
     card: AssetCard | None
     """``None`` for a path, likewise below."""
@@ -99,7 +99,7 @@ def resolve_model(
 
 
 def family_of_card(card: AssetCard) -> Family[Any, Any]:
-    """The family of a card.
+    """Return the family of a card.
 
     :raises AssetCardError: it is not registered, or the card names none.
     """
@@ -111,7 +111,7 @@ def family_of_card(card: AssetCard) -> Family[Any, Any]:
 
 
 def model_config(card: AssetCard, family: Family[Any, Any], store: AssetStore) -> Any:
-    """The configuration of a card: the defaults of the family, its architecture's numbers, the card's overrides.
+    """Return the configuration of a card: the defaults of the family, its architecture's, and the card's overrides.
 
     :raises AssetCardError: the card is of another family, names an architecture that is not known, or states
         overrides that do not fit.
@@ -130,7 +130,10 @@ def model_config(card: AssetCard, family: Family[Any, Any], store: AssetStore) -
 
 
 def check_family(card: AssetCard, family: Family[Any, Any]) -> None:
-    """:raises AssetCardError: the card is of another family."""
+    """Require that the card is of ``family``.
+
+    :raises AssetCardError: it is of another family.
+    """
     stated = card.field("model_family").as_(str)
     if stated != family.name:
         raise AssetCardError(
@@ -141,7 +144,7 @@ def check_family(card: AssetCard, family: Family[Any, Any]) -> None:
 
 
 def arch_config(arch: str, family: Family[Any, Any], store: AssetStore) -> Any:
-    """The configuration of an architecture.
+    """Return the configuration of an architecture.
 
     :raises ModelArchitectureNotKnownError: the family has none of this name.
     """
@@ -195,7 +198,7 @@ def complete_config(
 ) -> Any:
     """Return the configuration with what it lacks; unchanged, unless the family takes it from ``config.json``.
 
-    :param store: whose catalog is told if it is fetched.
+    :param store: the store whose catalog records a fetch.
 
     :raises TypeError: ``config`` is not of the family's class.
     :raises FetchError: ``config.json`` cannot be fetched.
@@ -218,7 +221,7 @@ def model_dtype(dtype: DType, checkpoint: Checkpoint, *, store: AssetStore | Non
 
     :param dtype: ``"auto"`` is the one that the ``config.json`` beside the checkpoint states, else the one that most
         elements of the checkpoint have; ``"keep"`` that of each tensor.
-    :param store: whose catalog is told if ``config.json`` is fetched.
+    :param store: the store whose catalog records a fetch of ``config.json``.
 
     :raises CorruptModelCheckpointError: ``config.json`` is not a JSON object.
     """

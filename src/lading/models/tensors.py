@@ -67,7 +67,7 @@ def read_tensors(
 
 
 class DigestCollector:
-    """The digests of a checkpoint's tensors, of which some are read at a time.
+    """The digests of the tensors of a checkpoint, collected over several reads.
 
     :param dims: for each tensor the dim along which it is cut into blocks.
     """
@@ -91,14 +91,14 @@ class DigestCollector:
             self._known[i] = found.known[n]
 
     def digests(self) -> Digests:
-        """Of all that was read."""
+        """Return the digests of all tensors that were read."""
         return Digests(dims=self.dims, starts=self._starts, blocks=bytes(self._blocks), known=bytes(self._known))
 
 
 def _witnessed(
     checkpoint: Checkpoint, sources: Sequence[Source], dtypes: Sequence[str], witness: DigestCollector
 ) -> list[Tensor]:
-    # What is made of several tensors has no bytes as they are in the files, so others have to look at those.
+    # A composed tensor does not have the bytes of the files, so they are hashed elsewhere.
     composed = [i for i, source in enumerate(sources) if not isinstance(source, int)]
     made = read_tensors(checkpoint, [sources[i] for i in composed], [dtypes[i] for i in composed]) if composed else []
     tensors = dict(zip(composed, made, strict=True))
@@ -161,9 +161,9 @@ def iter_tensors(
 
 
 def _owned(family: Family[Any, Any], config: Any, gangs: Gangs) -> Mapping[str, tuple[tuple[int, ...], Box] | None]:
-    """The shape of each parameter, under each of its names, and the part that this rank owns; of a rank alone, none.
+    """Return the shape and this rank's box of each parameter, under each of its names; empty for a single rank.
 
-    ``None`` stands for what other stages of a pipeline hold.
+    ``None`` marks the parameters of other pipeline stages.
     """
     if gangs.root.size == 1:
         return {}
@@ -182,7 +182,7 @@ def _owned(family: Family[Any, Any], config: Any, gangs: Gangs) -> Mapping[str, 
 def _made(
     checkpoint: Checkpoint, family: Family[Any, Any], config: Any, rules: Sequence[Rule]
 ) -> list[tuple[str, Source]]:
-    """What the tensors make, those that no parameter needs too."""
+    """Return the sources that the tensors make, including those that no parameter needs."""
     manifest = checkpoint.manifest
     targets = targets_of(build_on_meta(family, config), dtype=None)
     shapes = dict(zip(targets.names, targets.shapes, strict=True))
