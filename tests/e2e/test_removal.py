@@ -27,7 +27,7 @@ from lading.errors import AssetNotFoundError, CatalogError, PolicyError
 from lading.formats import index
 from lading.sources.cache import Cache, CachedFile
 from lading.sources.hub.cache import blob_tag
-from lading.system.filesystem import FileStat, place_id
+from lading.system.filesystem import FileStat, location_id
 from lading.system.settings import Settings
 from make_checkpoint import make
 
@@ -514,7 +514,7 @@ def test_sidecars_of_an_older_version_are_orphans(tmp_path: Path, made: Path) ->
     sidecar = own_cache().folder / "repacked" / f"{'cd' * 32}.safetensors"
     sidecar.parent.mkdir()
     shutil.copy(made / "sharded" / "model-00001-of-00003.safetensors", sidecar)
-    rows = SIDECAR.format(uri=f"repack+tp=2:{HTTP}", path=sidecar, place=place_id(sidecar.parent))
+    rows = SIDECAR.format(uri=f"repack+tp=2:{HTTP}", path=sidecar, place=location_id(sidecar.parent))
     with closing(sqlite3.connect(settings.database_url.removeprefix("sqlite:///"))) as connection, connection:
         connection.executescript(rows)
     before = counts()
