@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.package import PackageExporter
 
 from lading import formats
 from lading.errors import (
@@ -25,6 +26,7 @@ from lading.errors import (
     ModelCheckpointError,
     NotSupportedError,
     PolicyError,
+    RefusedPickleError,
 )
 from lading.formats.manifest import BITS
 from lading.formats.torch_save import rewrite
@@ -105,11 +107,19 @@ def test_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     assert BITS.keys() >= set(formats.index(path).dtypes)
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
 def test_every_protocol_of_binary_pickles(tmp_path: Path, protocol: int) -> None:
-    path = _written(tmp_path / "model.pt", {"w": BASE, "n": {"x": "y"}}, protocol=protocol)
+    others = {"n": {"x": "y"}, "numbers": (True, 3, 1 << 40, 1 << 90, 0.5), "bytes": [b"x", bytearray(b"y"), {1}]}
+    path = _written(tmp_path / "model.pt", {"w": BASE, "p": torch.nn.Parameter(BASE), **others}, protocol=protocol)
 
     assert equal(read_all(path)["w"], BASE)
+
+
+def test_a_pickle_of_text_is_called_by_its_protocol(tmp_path: Path) -> None:
+    path = _written(tmp_path / "model.pt", {"w": BASE}, protocol=0)
+
+    with pytest.raises(CorruptModelCheckpointError, match=r"expected a pickle of protocol 1 to 5, found .* protocol 0"):
+        formats.index(path)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +191,19 @@ def test_torchscript_is_a_program(tmp_path: Path) -> None:
 
     with pytest.raises(PolicyError, match="TorchScript"):
         formats.index(path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TypedStorage")
+@pytest.mark.parametrize("restrict", [True, False])
+def test_what_torch_writes_of_a_program(tmp_path: Path, restrict: bool) -> None:
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+    torch.jit.save(torch.jit.script(layers), tmp_path / "script.pt")
+    with PackageExporter(tmp_path / "package.pt") as exporter:
+        exporter.save_pickle("model", "model.pkl", {"w": BASE})
+
+    for name, what in (("script.pt", "a TorchScript archive"), ("package.pt", r"an archive of torch\.package")):
+        with pytest.raises(RefusedPickleError, match=f"expected a state dict, found {what}"):
+            formats.index(tmp_path / name, restrict=restrict)
 
 
 @pytest.mark.parametrize(

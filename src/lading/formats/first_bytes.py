@@ -13,7 +13,7 @@ from lading.errors import LadingError, NotSupportedError
 from lading.formats.files import LFS_POINTER, corrupt, lfs_pointer_error
 from lading.formats.folder import is_checkpoint_file, is_other_format, is_torch_format, not_supported
 from lading.formats.safetensors import MAX_HEADER_SIZE, PREFIX_SIZE
-from lading.formats.torch_save.zip_archive import SIGNATURE as ZIP
+from lading.formats.torch_save.archive import SIGNATURE as ZIP
 
 SIZE = 512
 """The number of first bytes that are examined; a file may have fewer."""
@@ -34,7 +34,10 @@ _OTHERS = (
 )  # fmt: skip
 """Signatures of unsupported formats that may hold weights or tables."""
 
-_COMPRESSED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ\0", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
+_COMPRESSED = (
+    (b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ\0", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"\x1f\x9d", "compress"), (b"LZIP", "lzip"), (b"\x04\x22\x4d\x18", "lz4"),
+)  # fmt: skip
 
 _NOT_CHECKPOINTS = (
     (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive"), (b"Rar!\x1a\x07", "a RAR archive"), (b"%PDF-", "a PDF document"),
@@ -93,6 +96,11 @@ def is_tar(head: bytes) -> bool:
     return head[257:262] == b"ustar"
 
 
+def compressor_of(head: bytes) -> str | None:
+    """Return the program that compressed a file that begins with ``head``; ``None`` where none did."""
+    return next((program for signature, program in _COMPRESSED if head.startswith(signature)), None)
+
+
 def _is_safetensors(head: bytes) -> bool:
     # A text does not match: eight letters are a length above the limit.
     length = int.from_bytes(head[:PREFIX_SIZE], "little")
@@ -118,12 +126,11 @@ def _other(head: bytes, name: str, label: str) -> LadingError | None:
     for signature, what in _OTHERS:
         if head.startswith(signature):
             return _unexpected(label, what) if is_checkpoint_file(name) else not_supported(label, what)
-    for signature, program in _COMPRESSED:
-        if head.startswith(signature):
-            return NotSupportedError(
-                f"{label}: expected a file of safetensors or of `torch.save`, found one that is compressed by "
-                f"{program}. Decompress it first."
-            )
+    if program := compressor_of(head):
+        return NotSupportedError(
+            f"{label}: expected a file of safetensors or of `torch.save`, found one that is compressed by "
+            f"{program}. Decompress it first."
+        )
     for signature, what in _NOT_CHECKPOINTS:
         if head.startswith(signature):
             return _unexpected(label, what)

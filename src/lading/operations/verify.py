@@ -29,7 +29,7 @@ from lading.errors import (
 )
 from lading.formats.digests import Digests, default_dims, recorded
 from lading.formats.safetensors import index_file
-from lading.formats.torch_save.zip_archive import damaged_record
+from lading.formats.torch_save.archive import damaged_record
 from lading.models.construct import build_on_meta
 from lading.models.fit import block_dims, match
 from lading.models.resolve import resolve_model

@@ -4,7 +4,7 @@ Since torch 1.6 such a file is a zip archive of a pickle, ``data.pkl``, and of o
 before (and with ``_use_new_zipfile_serialization=False``) it is five pickles and then the storages one after another.
 In both, the pickle names for each tensor its storage, offset, sizes and strides, so that a contiguous tensor is a range
 of bytes of the file, be it a view of a larger one or not. The pickle is read by
-:mod:`lading.formats.torch_save.pickle_machine`, which cannot call anything. ``torch.load`` is not used at all, not even
+:mod:`lading.formats.torch_save.unpickle`, which cannot call anything. ``torch.load`` is not used at all, not even
 with ``weights_only=True``: it would import torch where only offsets are asked for, and with ``mmap=True`` it accepts
 records that are damaged.
 
@@ -22,13 +22,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from lading.errors import CorruptModelCheckpointError, NotSupportedError, RefusedPickleError
+from lading.errors import CorruptModelCheckpointError, NotSupportedError
 from lading.formats.files import LFS_POINTER, corrupt, lfs_pointer_error
 from lading.formats.manifest import BITS
 from lading.formats.safetensors import MAX_NAME_SIZE, Header
-from lading.formats.torch_save.pickle_machine import MAX_PICKLE_SIZE, Pickle, read_pickle
-from lading.formats.torch_save.pickle_values import ITEM_SIZES, Inert, Storage, StoredTensor, describe
-from lading.formats.torch_save.zip_archive import SIGNATURE, Record, read_directory, read_record
+from lading.formats.torch_save.archive import SIGNATURE, Record, read_directory, read_record
+from lading.formats.torch_save.unpickle import (
+    ITEM_SIZES,
+    MAX_PICKLE_SIZE,
+    Inert,
+    Pickle,
+    Storage,
+    StoredTensor,
+    describe,
+    read_pickle,
+)
 
 STATE_KEYS = ("model", "state_dict", "model_state_dict")
 """Where fairseq, fairseq2, PyTorch Lightning and many a training script keep the state dict in what they save."""
@@ -97,8 +105,8 @@ def place_tensors(file: BinaryIO, *, base: int, size: int, label: str, restrict:
         such objects are passed over, and nothing that they name is imported.
 
     :raises CorruptModelCheckpointError: it is another file, or damaged, or holds no state dict.
-    :raises RefusedPickleError: to unpickle it would import what a state dict does not need; or it is a
-        TorchScript archive.
+    :raises RefusedPickleError: to unpickle it would import what a state dict does not need; or it is an archive of
+        TorchScript or torch.package.
     :raises NotSupportedError: a tensor is not dense: quantised, sparse …
     :raises OSError: it cannot be read.
     """
@@ -148,13 +156,6 @@ def _read_zip(file: BinaryIO, base: int, size: int, label: str, restrict: bool) 
     if len(roots) != 1:
         raise corrupt(label, "", expected="one record FOLDER/data.pkl, as `torch.save` writes", found=f"{len(roots)}")
     (root,) = roots
-    if f"{root}/constants.pkl" in records:
-        raise RefusedPickleError(
-            label,
-            f"{label}: expected a state dict, found a TorchScript archive, which is a program. Save "
-            "`model.state_dict()` instead.",
-        )
-
     if order := records.get(f"{root}/byteorder"):
         _require_little(_read_small(file, order, label, "byteorder"), label)
 

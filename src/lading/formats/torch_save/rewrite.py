@@ -2,7 +2,7 @@
 
 A child process does it: of this Python, but with no environment, no network, and with limits of memory, time and the
 size of what it writes. It gets two open files rather than paths, and reads the pickle with the same reader that found
-the tensors (:mod:`lading.formats.torch_save.pickle_machine`), so that it cannot run anything either; what it adds are
+the tensors (:mod:`lading.formats.torch_save.unpickle`), so that it cannot run anything either; what it adds are
 the strides.
 """
 

@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lading.errors import LadingError, PolicyError
-from lading.formats.torch_save.pickle_values import ITEM_SIZES
+from lading.formats.torch_save.archive import SIGNATURE, Record, read_directory, require_crc
 from lading.formats.torch_save.reader import Placed, place_tensors
-from lading.formats.torch_save.zip_archive import SIGNATURE, Record, read_directory, require_crc
+from lading.formats.torch_save.unpickle import ITEM_SIZES
 
 SLACK = 1 << 30
 """Bytes of memory beyond what the interpreter has and what the mapping of the file takes; and bytes that what is

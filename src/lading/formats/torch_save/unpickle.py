@@ -1,0 +1,473 @@
+"""The pickles inside torch's checkpoints, read as data: nothing that they name is imported or called.
+
+A pickle is a program for a small machine, and one of its instructions calls any function of any module. This is the
+machine of Python, ``pickle._Unpickler``, without all that could act: an instruction that is not listed here is refused,
+a name stays a name (:class:`Global`), and a call gives a value of this module. A tensor becomes a
+:class:`StoredTensor`, which says where its bytes are; what a state dict does not need is refused, or becomes an
+:class:`Inert` value, which is all that ``restrict=False`` changes.
+
+The machine in pure Python is the only one that lets its instructions be chosen; the one in C also allocates as much
+memory as an index of its memo says. Its ``dispatch``, ``stack``, ``metastack`` and ``append`` have no
+documentation, and are the same in Python 3.11 to 3.14.
+
+All of it is linear in the size of the pickle, and nothing recurses: not the reader, and not whoever looks at the
+result, since a dict keeps what has a string for its key only, and is never hashed or compared.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NoReturn
+
+from lading.errors import RefusedPickleError
+from lading.formats.files import corrupt
+from lading.formats.manifest import BITS
+from lading.formats.safetensors import MAX_RANK
+
+MAX_PICKLE_SIZE = 100_000_000
+"""Bytes; the limit that the header of a safetensors file has, too."""
+
+MAX_READS = 15_000_000
+"""Reads of a pickle, one for each instruction and each of its arguments: a state dict of 100,000 tensors takes fewer
+than 5 million. One of a byte can take 100 bytes of memory."""
+
+_MAX_LINE = 512
+"""Bytes of a name, or of a number in decimal digits."""
+
+ITEM_SIZES = {dtype: bits // 8 for dtype, bits in BITS.items() if bits >= 8} | {
+    "C32": 4, "C128": 16, "quint8": 1, "qint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1,
+}  # fmt: skip
+"""Bytes per element, by the manifest's names; torch's own where the manifest has none."""
+
+_STORAGES = {
+    "BoolStorage": "BOOL", "ByteStorage": "U8", "CharStorage": "I8", "ShortStorage": "I16", "IntStorage": "I32",
+    "LongStorage": "I64", "HalfStorage": "F16", "BFloat16Storage": "BF16", "FloatStorage": "F32",
+    "DoubleStorage": "F64", "ComplexFloatStorage": "C64", "ComplexDoubleStorage": "C128",
+    "QUInt8Storage": "quint8", "QInt8Storage": "qint8", "QInt32Storage": "qint32", "QUInt4x2Storage": "quint4x2",
+    "QUInt2x4Storage": "quint2x4",
+}  # fmt: skip
+
+_DTYPES = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
+    "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
+    "complex32": "C32", "complex64": "C64", "complex128": "C128", "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e8m0fnu": "F8_E8M0", "quint8": "quint8", "qint8": "qint8", "qint32": "qint32", "quint4x2": "quint4x2",
+    "quint2x4": "quint2x4",
+}  # fmt: skip
+
+_TENSOR_TYPES = {("torch", "Tensor"), ("torch.nn.parameter", "Parameter"), ("torch.nn.parameter", "Buffer")}
+
+_HARMLESS = _TENSOR_TYPES | {
+    ("torch", "device"), ("torch.serialization", "_get_layout"), ("_codecs", "encode"), ("collections", "Counter"),
+    ("torch._utils", "_rebuild_qtensor"), ("torch._utils", "_rebuild_sparse_tensor"),
+    ("torch._utils", "_rebuild_meta_tensor_no_storage"), ("torch._utils", "_rebuild_nested_tensor"),
+    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"),
+    *((module, name) for module in ("builtins", "__builtin__") for name in ("set", "bytearray", "complex")),
+    *(("torch", name) for name in ("per_tensor_affine", "per_tensor_symmetric", "per_channel_affine",
+                                   "per_channel_symmetric", "per_channel_affine_float_qparams")),
+}  # fmt: skip
+"""Names that a state dict may have although nothing of them is needed here."""
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A run of bytes that tensors lie in, by what a persistent id says of it."""
+
+    key: str
+    dtype: str | None
+    """A key of :data:`ITEM_SIZES`; ``None`` where it is in bytes."""
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor, by where its elements lie."""
+
+    storage: Storage
+    dtype: str
+    """A key of :data:`ITEM_SIZES`."""
+    offset: int
+    """The place of its first element in the storage, in elements."""
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    """In elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inert:
+    """Anything else. It does nothing, and all that is known of it is what it would be."""
+
+    what: str
+    is_tensor: bool = False
+
+    def append(self, value: object) -> None:
+        """Drop an item, or several."""
+
+    extend = append
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A name of a function, a class or a constant. It stays a name."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+def describe(value: object) -> str:
+    """Return what a value is, for an error; never its ``repr``, which may be endless."""
+    if type(value) in (str, bytes):
+        return repr(value[:80])  # type: ignore[index]
+    if type(value) is int and abs(value) >= 1 << 64:
+        return "a number of more than 64 bits"
+    if value is None or type(value) in (int, float, bool):
+        return repr(value)
+    if isinstance(value, Inert):
+        return value.what
+    if isinstance(value, Global):
+        return str(value)[:200]
+
+    return f"a {type(value).__name__}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pickle:
+    """The content of a pickle."""
+
+    value: object
+    size: int
+    """Bytes that it took."""
+    storages: Mapping[str, Storage]
+    """All that it names, by their keys, also those of tensors that are not in ``value``."""
+
+
+def read_pickle(stream: BinaryIO, *, label: str, where: str, restrict: bool, limit: int = MAX_PICKLE_SIZE) -> Pickle:
+    """Read the pickle that begins where ``stream`` stands, which then stands behind it.
+
+    Its value is made of ``dict``, ``list``, ``tuple``, ``str``, ``bytes``, ``int``, ``float``, ``bool`` and ``None``,
+    and of the classes above. It may be nested as deeply as the pickle is long, and may contain itself.
+
+    :param label: the path or the address of the file, for the error.
+    :param where: the part of the file, for the error.
+    :param restrict: refuse whatever names something that a state dict does not need.
+    :param limit: bytes that are read at most.
+
+    :raises CorruptModelCheckpointError: it is no pickle, or not one of those that torch writes.
+    :raises RefusedPickleError: it would import something else, and ``restrict`` is set.
+    :raises OSError: the stream cannot be read.
+    """
+    source = _Source(stream, limit)
+    machine = _Machine(source, label=label, where=where, restrict=restrict)
+    try:
+        value = machine.load()
+        if machine.stack or machine.metastack:
+            raise _DamageError("one value", "more")
+    except _DamageError as error:
+        expected, found = error.args
+    except (pickle.UnpicklingError, AttributeError, LookupError, TypeError, ValueError, struct.error) as error:
+        expected, found = "a pickle that `torch.save` writes", f"{type(error).__name__}: {str(error)[:200]}"
+    else:
+        return Pickle(value=value, size=source.taken, storages=machine.storages)
+
+    raise corrupt(label, f"{where}, byte {source.taken}", expected=expected, found=found)
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+class _DamageError(Exception):
+    """A pickle that is not as torch writes it: what was expected, and what was found."""
+
+
+class _Source:
+    """The bytes of a pickle, of which no more are read, nor memory taken for, than there may be."""
+
+    def __init__(self, stream: BinaryIO, limit: int) -> None:
+        self._stream = stream
+        self._limit = limit
+        self._reads = 0
+        self.taken = 0
+
+    def read(self, size: int, /) -> bytes:
+        self.require(size)
+        self._reads += 1
+        if self._reads > MAX_READS:
+            raise _DamageError(f"at most {MAX_READS} instructions and arguments", "more")
+        data = self._stream.read(size)
+        self.taken += len(data)
+        if len(data) != size:
+            raise _DamageError(f"{size} bytes", f"{len(data)}, and the end of it")
+
+        return data
+
+    def readline(self) -> bytes:
+        data = self._stream.readline(min(_MAX_LINE, self._limit - self.taken))
+        self.taken += len(data)
+        if not data.endswith(b"\n"):
+            raise _DamageError(f"a name of at most {_MAX_LINE} bytes and the end of its line", repr(data[:80]))
+
+        return data
+
+    def require(self, size: int) -> None:
+        if size > self._limit - self.taken:
+            raise _DamageError(f"at most {self._limit} bytes", f"{size} more at {self.taken}")
+
+
+class _Instructions(dict[int, Callable[[Any], None]]):
+    """Instructions that a pickle may have."""
+
+    def __missing__(self, code: int) -> NoReturn:
+        if code in b"FVSdgipP":
+            # Storages of protocol 0 are texts that not even torch reads.
+            raise _DamageError("a pickle of protocol 1 to 5", f"the instruction {chr(code)!r} of protocol 0")
+        raise _DamageError("an instruction of a pickle that torch writes", f"the byte {code:#04x}")
+
+
+_MOVES = b"(.01NILJKMGXTUBC)]}tlaehjqrcQ\x85\x86\x87\x88\x89\x8a\x8b\x8c\x8d\x8e\x93\x94"
+"""Instructions as Python carries them out: they read plain values, and move values about."""
+
+
+class _Machine(pickle._Unpickler):
+    stack: list[Any]
+    metastack: list[list[Any]]
+    append: Callable[[object], None]
+    pop_mark: Callable[[], list[Any]]
+
+    def __init__(self, source: _Source, *, label: str, where: str, restrict: bool) -> None:
+        super().__init__(source, encoding="latin-1")
+        self._source = source
+        self._label = label
+        self._where = where
+        self._restrict = restrict
+        self._copied = 0
+        self.storages: dict[str, Storage] = {}
+
+    def load_proto(self) -> None:
+        (version,) = self._source.read(1)
+        if self._source.taken != 2 or not 2 <= version <= 5:
+            raise _DamageError("one protocol, of 2 to 5, at the beginning", f"{version}")
+
+    def load_frame(self) -> None:
+        # It only tells how much to read at once.
+        self._source.require(int.from_bytes(self._source.read(8), "little"))
+
+    def load_empty_set(self) -> None:
+        self.append(Inert("a set"))
+
+    def load_frozenset(self) -> None:
+        self.pop_mark()
+        self.append(Inert("a set"))
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([key, value])
+
+    def load_setitems(self) -> None:
+        self._set(self.pop_mark())
+
+    def _set(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is dict:
+            # Other keys cannot name a tensor, and the hash of a nested one could be made to take any time.
+            target.update((k, v) for k, v in zip(items[::2], items[1::2], strict=True) if type(k) is str)
+        elif not isinstance(target, Inert):
+            raise _DamageError("a dict to set items of", describe(target))
+
+    def load_reduce(self) -> None:
+        args, function = self.stack.pop(), self.stack.pop()
+        self.append(self._call(function, args))
+
+    def load_newobj_ex(self) -> None:
+        self.stack.pop()  # arguments by keyword
+        self.load_reduce()
+
+    def load_build(self) -> None:
+        # The attributes of an object: hooks, versions of modules. None of them is a tensor of the state dict.
+        self.stack.pop()
+        if not isinstance(target := self.stack[-1], (dict, Inert, StoredTensor)):
+            raise _DamageError("an object to set attributes of", describe(target))
+
+    def find_class(self, module: str, name: str) -> Global:
+        named = Global(module, name)
+        if self._restrict and (module, name) not in _KNOWN:
+            shown = repr(str(named)[:200])
+            raise RefusedPickleError(
+                self._label,
+                f"{self._label}: {self._where}: expected a state dict, which holds tensors and plain values only, "
+                f"found {shown}, which to unpickle would import and may run code. Save `model.state_dict()` instead, "
+                "or read the tensors alone with `--no-restrict` (in Python: `restrict=False`): lading then passes over "
+                "such objects, and imports nothing that they name.",
+            )
+
+        return named
+
+    def persistent_load(self, pid: object) -> Storage:
+        if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != "storage":
+            raise _DamageError("('storage', type, key, location, size)", describe(pid))
+        _, kind, key, location, size, *view = pid
+        dtype = _storage_dtype(kind) if type(kind) is Global else ""
+        known = dtype != "" and type(key) is str and type(location) is str and _is_size(size)
+        # Before torch 0.4, a storage could be a part of another one.
+        if not known or any(part is not None for part in view):
+            raise _DamageError("a storage with its key, location and size", ", ".join(map(describe, pid[1:])))
+
+        storage = Storage(key, dtype, size * (ITEM_SIZES[dtype] if dtype else 1))
+        self.storages[key] = storage
+
+        return storage
+
+    def _call(self, function: object, args: object) -> object:
+        """Return what a call would, with a value of this module in the place of each object."""
+        if type(args) is not tuple:
+            raise _DamageError("the arguments of a call", describe(args))
+        if isinstance(function, Inert):
+            return function  # made of a name that was let pass
+        if type(function) is not Global:
+            raise _DamageError("the name of a function to call", describe(function))
+
+        known = _CALLS.get((function.module, function.name))
+        if known is None:
+            is_tensor = function.module == "torch._utils"
+            kind = "a tensor" if is_tensor else "an object"
+            return Inert(f"{kind} that {str(function)[:200]!r} makes", is_tensor)
+        if known is _ordered_dict and args and type(args[0]) in (list, tuple):
+            # What is kept takes two bytes to ask for again, whatever its length: no copy of a copy of a copy.
+            self._copied += len(args[0])
+            if self._copied > self._source.taken:
+                raise _DamageError("no more items than the pickle has bytes", f"{self._copied}, by copies of copies")
+        try:
+            return known(*args)
+        except TypeError:
+            found = ", ".join(map(describe, args[:8])) or "none"
+            raise _DamageError(f"arguments of {function} as torch writes them", found) from None
+
+    # Python's own `BYTEARRAY8` takes the memory before it reads.
+    dispatch = _Instructions(
+        {code: pickle._Unpickler.dispatch[code] for code in _MOVES}
+        | {
+            pickle.PROTO[0]: load_proto,
+            pickle.FRAME[0]: load_frame,
+            pickle.EMPTY_SET[0]: load_empty_set,
+            pickle.FROZENSET[0]: load_frozenset,
+            pickle.ADDITEMS[0]: pickle._Unpickler.dispatch[pickle.APPENDS[0]],
+            pickle.BYTEARRAY8[0]: pickle._Unpickler.dispatch[pickle.BINBYTES8[0]],
+            pickle.SETITEM[0]: load_setitem,
+            pickle.SETITEMS[0]: load_setitems,
+            pickle.REDUCE[0]: load_reduce,
+            pickle.NEWOBJ[0]: load_reduce,  # as `OrderedDict` comes where a subclass of it would
+            pickle.NEWOBJ_EX[0]: load_newobj_ex,
+            pickle.BUILD[0]: load_build,
+        }
+    )
+
+
+def _storage_dtype(kind: Global) -> str | None:
+    """Return the dtype of a class of storages; ``None`` where it counts bytes, an empty string for another class."""
+    if kind == Global("torch.storage", "UntypedStorage"):
+        return None
+
+    return _STORAGES.get(kind.name, "") if kind.module in ("torch", "torch.cuda") else ""
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+# --- the functions that state dicts are made with ---------------------------------------------------------------------
+# Each takes what torch's own takes, and raises a TypeError where it is given anything else.
+
+_PENDING = Inert("a tensor whose conjugation or negation is pending", True)
+"""A tensor that is not what its bytes are."""
+
+
+def _tensor(storage: Any, dtype: str | None, offset: Any, shape: Any, strides: Any) -> StoredTensor:
+    good = type(storage) is Storage and dtype is not None and _is_size(offset) and _is_shape(shape)
+    if not good or dtype is None or not _is_shape(strides) or len(shape) != len(strides):
+        raise TypeError
+
+    return StoredTensor(storage, dtype, offset, shape, strides)
+
+
+def _is_shape(value: object) -> bool:
+    return type(value) is tuple and len(value) <= MAX_RANK and all(map(_is_size, value))
+
+
+def _rebuild_tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any = None, hooks: Any = None, metadata: Any = None
+) -> object:
+    dtype = storage.dtype if type(storage) is Storage else None
+
+    return _PENDING if metadata else _tensor(storage, dtype, offset, shape, strides)
+
+
+def _rebuild_tensor_v3(
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
+) -> object:
+    known = _DTYPES.get(dtype.name) if type(dtype) is Global and dtype.module == "torch" else None
+
+    return _PENDING if metadata else _tensor(storage, known, offset, shape, strides)
+
+
+def _rebuild_parameter(data: Any, grad: Any = None, hooks: Any = None, state: Any = None) -> object:
+    if not isinstance(data, (StoredTensor, Inert)):
+        raise TypeError
+
+    return data
+
+
+def _rebuild_from_type(function: Any, kind: Any, args: Any, state: Any) -> object:
+    if type(function) is not Global or type(kind) is not Global or type(args) is not tuple:
+        raise TypeError
+    call = _CALLS.get((function.module, function.name))
+    # A subclass of tensors may hold its numbers in a form of its own.
+    if (kind.module, kind.name) not in _TENSOR_TYPES or call is None or call is _rebuild_from_type:
+        return Inert(f"a tensor of the type {str(kind)[:200]!r}", True)
+
+    return call(*args)
+
+
+def _ordered_dict(pairs: Any = ()) -> object:
+    if type(pairs) not in (list, tuple):
+        return {}
+    if not all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs):
+        raise TypeError
+
+    return {key: value for key, value in pairs if type(key) is str}
+
+
+def _size(sizes: Any) -> object:
+    if type(sizes) is not tuple:
+        raise TypeError
+
+    return sizes
+
+
+_CALLS: dict[tuple[str, str], Callable[..., object]] = {
+    ("collections", "OrderedDict"): _ordered_dict,
+    ("torch", "Size"): _size,
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
+}
+
+_KNOWN = {
+    *_CALLS,
+    *_HARMLESS,
+    *(("torch", name) for name in _DTYPES),
+    *((module, name) for module in ("torch", "torch.cuda") for name in _STORAGES),
+    ("torch.storage", "UntypedStorage"),
+}
+"""Names that a state dict may have."""
