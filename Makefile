@@ -24,6 +24,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typing
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lading.system.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from lading import catalog as catalog
     from lading.cards.card import Architecture as Architecture
     from lading.cards.card import AssetCard as AssetCard
     from lading.cards.card import AssetCardField as AssetCardField
@@ -151,10 +152,12 @@ _HOME = {
     "Stages": "models.parallel_plan",
 }
 
-__all__ = [*_HOME, "__version__"]
+__all__ = [*_HOME, "__version__", "catalog"]
 
 
 def __getattr__(name: str) -> object:
+    if name == "catalog":
+        return import_module(f"{__name__}.catalog")
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

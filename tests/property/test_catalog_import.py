@@ -107,8 +107,8 @@ def test_any_sequence_of_imports(database: Database, steps: list[tuple[str, dict
 
         store = AssetStore(database)
         assert {e.name: (e.folder.name if e.folder else "", e.metadata) for e in store.entries()[0]} == model.rows
-        with database.read() as connection:
-            assert stale_columns(connection) == []
+        with database.session() as session:
+            assert stale_columns(session) == []
         for name, family, problem in query(database, "SELECT name, family, problem FROM assets").rows:
             try:
                 found = store.retrieve_card(str(name)).maybe_get_field("model_family")

@@ -1,12 +1,57 @@
-"""The catalog: a database of families, architectures, cards, checkpoints and their tensors.
+"""The catalog: a database of families, architectures, cards, checkpoints and their tensors, used as an ORM.
 
-:mod:`~lading.catalog.store` answers, :mod:`~lading.catalog.import_cards` takes in, :mod:`~lading.catalog.query` lets
-anyone ask in SQL, and :mod:`~lading.catalog.doors` does the latter two over the default catalog. All of them work on a
-:class:`~lading.catalog.database.database.Database`, which is opened, made and brought up to date as need be. Rows
-(:mod:`~lading.catalog.schema`) stay in this package; what leaves it are the values of :mod:`~lading.catalog.records`.
+Public are :func:`session`, which lets anyone query the rows, and the classes of the rows
+(:mod:`~lading.catalog.schema`). They are imported when they are first used. What lading itself hands out are the values
+of :mod:`~lading.catalog.records`.
 
-Below these doors: ``engine`` opens connections and tells their failures, ``lifecycle`` moves the schema between
-versions, ``refresh`` takes up what is new in the package and in the user's card files, ``merge`` decides what card
-files change, ``apply`` and ``rows`` write it, ``resolved`` keeps what cards resolve to, ``search`` finds words in that,
-``manifests`` holds tensors in columns.
+:mod:`~lading.catalog.store` answers questions, :mod:`~lading.catalog.import_cards` and
+:mod:`~lading.catalog.importing` take in card files, :mod:`~lading.catalog.checkpoints` records files and their tensors,
+:mod:`~lading.catalog.query` takes SQL, and :mod:`~lading.catalog.database` connects, migrates and explains failures.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lading.catalog.read_only_session import session as session
+    from lading.catalog.schema import ArchitectureRow as ArchitectureRow
+    from lading.catalog.schema import CardCheckpointRow as CardCheckpointRow
+    from lading.catalog.schema import CardRow as CardRow
+    from lading.catalog.schema import CheckpointRow as CheckpointRow
+    from lading.catalog.schema import CopyRow as CopyRow
+    from lading.catalog.schema import FamilyRow as FamilyRow
+    from lading.catalog.schema import ShardRow as ShardRow
+    from lading.catalog.schema import SourceRow as SourceRow
+    from lading.catalog.schema import TensorRow as TensorRow
+    from lading.catalog.schema import VerificationRow as VerificationRow
+
+_ROWS = (
+    "ArchitectureRow",
+    "CardCheckpointRow",
+    "CardRow",
+    "CheckpointRow",
+    "CopyRow",
+    "FamilyRow",
+    "ShardRow",
+    "SourceRow",
+    "TensorRow",
+    "VerificationRow",
+)
+
+__all__ = ["session", *_ROWS]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    value = getattr(import_module(f"{__name__}.{'schema' if name in _ROWS else 'read_only_session'}"), name)
+    globals()[name] = value
+
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import warnings
 
 from sqlalchemy import Connection, exc
+from sqlalchemy.orm import Session
 
-from lading.catalog.database.connection import (
-    transaction,
-)
+from lading.catalog.database.connection import transaction
 from lading.catalog.database.migrate import (
     VERSION_TABLE,
     alterations,
@@ -53,7 +52,7 @@ def check_catalog(settings: Settings) -> list[str]:
                 _drift(connection)
                 or (damage(connection) if target.is_sqlite else [])
                 or (lost_references(connection) if target.is_sqlite else [])
-                or stale_columns(connection)
+                or stale_columns(Session(connection))
                 or stale_index(connection)
             )
     except CatalogError as error:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from sqlalchemy import ColumnElement, Connection, and_, select
+from sqlalchemy import ColumnElement, select
+from sqlalchemy.orm import Session, joinedload
 
 from lading.cards.card import ArchitectureEntry, CardEntry
 from lading.catalog.database.statements import chunks, intact, loads_object
-from lading.catalog.schema import ARCHITECTURES, CARDS, SOURCES
+from lading.catalog.schema import ArchitectureRow, CardRow, SourceRow
 
 
 def label(uri: str, position: int) -> str:
@@ -17,23 +18,26 @@ def label(uri: str, position: int) -> str:
     return f"{uri.rpartition('/')[2]}[{position}]"
 
 
-def read_cards(
-    connection: Connection, names: Collection[str] | None = None, *, env: str | None = None
-) -> list[CardEntry]:
-    """The entries of these cards (default: of all), of one environment or of all, in the order of their sources."""
-    only = [] if env is None else [CARDS.c.env == env]
+def read_cards(session: Session, names: Collection[str] | None = None, *, env: str | None = None) -> list[CardEntry]:
+    """Return the entries of cards, in the order of their sources.
+
+    :param names: default: of all cards.
+    :param env: the environment. Default: of all environments.
+    """
+    only = [] if env is None else [CardRow.env == env]
     if names is None:
-        return _cards(connection, *only)
+        return _cards(session, *only)
 
-    return [entry for piece in chunks(names) for entry in _cards(connection, CARDS.c.name.in_(piece), *only)]
+    return [entry for piece in chunks(names) for entry in _cards(session, CardRow.name.in_(piece), *only)]
 
 
-def _cards(connection: Connection, *conditions: ColumnElement[bool]) -> list[CardEntry]:
-    rows = connection.execute(
-        select(CARDS.c.name, CARDS.c.env, CARDS.c.metadata_, CARDS.c.folder, CARDS.c.position, SOURCES.c.uri)
-        .join_from(CARDS, SOURCES, CARDS.c.source_id == SOURCES.c.id)
+def _cards(session: Session, *conditions: ColumnElement[bool]) -> list[CardEntry]:
+    # Columns rather than rows: all cards of a large catalog may be asked for.
+    rows = session.execute(
+        select(CardRow.name, CardRow.env, CardRow.metadata_, CardRow.folder, CardRow.position, SourceRow.uri)
+        .join(CardRow.source)
         .where(*conditions)
-        .order_by(CARDS.c.source_id, CARDS.c.position)
+        .order_by(CardRow.source_id, CardRow.position)
     )
 
     with intact("a card"):
@@ -50,38 +54,30 @@ def _cards(connection: Connection, *conditions: ColumnElement[bool]) -> list[Car
 
 
 def read_architectures(
-    connection: Connection, family: str | None = None, name: str | None = None
+    session: Session, family: str | None = None, name: str | None = None
 ) -> list[tuple[ArchitectureEntry, str]]:
-    """The entries of architectures, in the order of their sources, and the URI of the source of each."""
-    conditions = [
-        *([] if family is None else [ARCHITECTURES.c.family == family]),
-        *([] if name is None else [ARCHITECTURES.c.name == name]),
-    ]
-    rows = connection.execute(
-        select(
-            ARCHITECTURES.c.family,
-            ARCHITECTURES.c.name,
-            ARCHITECTURES.c.base,
-            ARCHITECTURES.c.config,
-            ARCHITECTURES.c.position,
-            SOURCES.c.uri,
-        )
-        .join_from(ARCHITECTURES, SOURCES, ARCHITECTURES.c.source_id == SOURCES.c.id)
-        .where(and_(True, *conditions))
-        .order_by(ARCHITECTURES.c.source_id, ARCHITECTURES.c.position)
+    """Return the entries of architectures, in the order of their sources, and the URI of the source of each."""
+    statement = (
+        select(ArchitectureRow)
+        .options(joinedload(ArchitectureRow.source))
+        .order_by(ArchitectureRow.source_id, ArchitectureRow.position)
     )
+    if family is not None:
+        statement = statement.where(ArchitectureRow.family == family)
+    if name is not None:
+        statement = statement.where(ArchitectureRow.name == name)
 
     with intact("an architecture"):
         return [
             (
                 ArchitectureEntry(
-                    name=row_name,
-                    family=row_family,
-                    base=base,
-                    config=loads_object(config),
-                    source=label(uri, position),
+                    name=row.name,
+                    family=row.family,
+                    base=row.base,
+                    config=loads_object(row.config),
+                    source=label(row.source.uri, row.position),
                 ),
-                uri,
+                row.source.uri,
             )
-            for row_family, row_name, base, config, position, uri in rows
+            for row in session.scalars(statement)
         ]

@@ -117,9 +117,9 @@ def import_files(
     :raises CatalogError: the catalog cannot be written.
     """
     try:
-        with database.write() as connection:
+        with database.session(write=True) as session:
             report = apply(
-                connection, files, kind=kind, replace=replace, keep_going=keep_going, stats=_unchanged_since_read(files)
+                session, files, kind=kind, replace=replace, keep_going=keep_going, stats=_unchanged_since_read(files)
             )
             if dry_run:
                 raise _DryRun(report)

@@ -9,7 +9,8 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import islice, product
 
-from sqlalchemy import ColumnElement, Connection, SQLColumnExpression, and_, column, or_, select, table
+from sqlalchemy import ColumnElement, SQLColumnExpression, and_, column, or_, select, table
+from sqlalchemy.orm import Session
 
 from lading.cards.card import AssetCard, checkpoint_ref
 from lading.catalog.database.statements import CHUNK, intact
@@ -28,7 +29,7 @@ _FEW = 5_000
 
 
 def list_models(
-    connection: Connection,
+    session: Session,
     pattern: str | None,
     *,
     include_all: bool,
@@ -39,7 +40,7 @@ def list_models(
     overlaid: Callable[[str], AssetCard | None] = lambda name: None,
     overlaid_names: Collection[str] = (),
 ) -> list[ModelSummary]:
-    """The models whose name matches a shell-style pattern, with their status as this machine sees it.
+    """Return the models whose name matches a shell-style pattern, with their status as this machine sees it.
 
     :param overlaid: gives the card of a name if an overlay lies on its chain.
     :param overlaid_names: the names for which it does.
@@ -53,16 +54,16 @@ def list_models(
     if pattern is not None:
         # Databases differ in their patterns; what all of them have is a prefix.
         prefix = pattern[: min((i for i, sign in enumerate(pattern) if sign in "*?["), default=len(pattern))]
-        statement = statement.where(c.name == pattern if prefix == pattern else _begins(connection, c.name, prefix))
+        statement = statement.where(c.name == pattern if prefix == pattern else _begins(session, c.name, prefix))
     if search is not None and search.strip():
-        statement = statement.where(found(connection, c.name, search))
+        statement = statement.where(found(session.connection(), c.name, search))
     if status is not None and len(overlaid_names) <= CHUNK:
         # What the database takes for ready may not be, and an overlay may change all of it: the rest is as it says.
         possible = {status} if status == "unknown-family" else {status, "ready"}
         statement = statement.where(or_(c.status.in_(possible), c.name.in_(overlaid_names)))
 
     def matching() -> Iterator[ModelSummary]:
-        for row in connection.execute(statement):
+        for row in session.execute(statement):
             if pattern is None or fnmatchcase(row[0], pattern):
                 model = as_seen_here(ModelSummary(**dict(zip(_COLUMNS, row, strict=True))), overlaid(row[0]))
                 if status is None or model.status == status:
@@ -71,9 +72,9 @@ def list_models(
     return list(islice(matching(), limit))
 
 
-def _begins(connection: Connection, name: SQLColumnExpression[str], prefix: str) -> ColumnElement[bool]:
-    """The condition that ``name`` begins with ``prefix``, as a range of an index where the database sorts by bytes."""
-    if connection.dialect.name != "sqlite":
+def _begins(session: Session, name: SQLColumnExpression[str], prefix: str) -> ColumnElement[bool]:
+    """Return the condition that ``name`` begins with ``prefix``: a range of an index where the database sorts bytes."""
+    if session.get_bind().dialect.name != "sqlite":
         return name.startswith(prefix, autoescape=True)
 
     # The first text behind all that begin so. What is highest has none behind it, and half of a pair is no text.
@@ -86,10 +87,10 @@ def _begins(connection: Connection, name: SQLColumnExpression[str], prefix: str)
     return and_(name >= prefix, name < behind)
 
 
-def summary_of(connection: Connection, card: AssetCard) -> ModelSummary | None:
-    """The row of one card, as :func:`as_seen_here`; ``None`` for a card that is not in the catalog."""
+def summary_of(session: Session, card: AssetCard) -> ModelSummary | None:
+    """Return the row of one card, as :func:`as_seen_here`; ``None`` for a card that is not in the catalog."""
     c = _ASSETS.c
-    row = connection.execute(select(*(c[name] for name in _COLUMNS)).where(c.name == card.name)).one_or_none()
+    row = session.execute(select(*(c[name] for name in _COLUMNS)).where(c.name == card.name)).one_or_none()
 
     return None if row is None else as_seen_here(ModelSummary(**dict(zip(_COLUMNS, row, strict=True))), card)
 
@@ -127,17 +128,17 @@ def as_seen_here(model: ModelSummary, card: AssetCard | None) -> ModelSummary:
     )
 
 
-def near_names(connection: Connection, name: str, *, models: bool) -> list[str]:
-    """Names of cards (or only of models) that ``name`` may have been meant to be, the nearest first."""
+def near_names(session: Session, name: str, *, models: bool) -> list[str]:
+    """Return names of cards (or only of models) that ``name`` may have been meant to be, the nearest first."""
     conditions = [CardRow.env == ""]
     if models:
         conditions.append(CardRow.family.is_not(None))
     statement = select(CardRow.name).where(*conditions).order_by(CardRow.name).limit(_FEW + 1)
-    known = connection.scalars(statement).all()
+    known = session.scalars(statement).all()
     if len(known) > _FEW:
         heads = {"".join(signs) for signs in product(*({sign.lower(), sign.upper()} for sign in name[:2]))}
-        alike = or_(*(_begins(connection, CardRow.name, head) for head in sorted(heads)))
-        known = connection.scalars(statement.where(alike)).all()
+        alike = or_(*(_begins(session, CardRow.name, head) for head in sorted(heads)))
+        known = session.scalars(statement.where(alike)).all()
 
     # Case and signs are what is mistaken most often: Qwen3-0.6B for qwen3_0.6b.
     by_key: dict[str, list[str]] = {}

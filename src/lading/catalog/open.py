@@ -111,7 +111,8 @@ def _create(target: Target, settings: Settings) -> Database:
     target.path.parent.mkdir(parents=True, exist_ok=True)
 
     database = Database(target, file_engine(target.path, create=True), writable=True)
-    with database.write() as connection:
+    with database.session(write=True) as session:
+        connection = session.connection()
         # Another process may have been first, while this one waited for the lock.
         application_id = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
         objects = connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar_one()
@@ -120,7 +121,7 @@ def _create(target: Target, settings: Settings) -> Database:
             if objects:
                 raise foreign(target)
             migrate(connection)
-            refresh.apply_changes(connection, settings)
+            refresh.apply_changes(session, settings)
 
     # Only now: the change of mode is no part of a transaction.
     set_journal_mode(target.path, patience_s=2.0)
@@ -136,9 +137,9 @@ def _create(target: Target, settings: Settings) -> Database:
 def _in_memory(settings: Settings, *, is_writable: bool) -> Database:
     target = Target.from_url("sqlite://")
     database = Database(target, memory_engine(), writable=True)
-    with database.write() as connection:
-        migrate(connection)
-        refresh.apply_changes(connection, settings)
+    with database.session(write=True) as session:
+        migrate(session.connection())
+        refresh.apply_changes(session, settings)
     database.writable = is_writable
 
     return database
@@ -168,8 +169,8 @@ def _require_current(database: Database) -> None:
 
 
 def _refresh(database: Database, settings: Settings) -> None:
-    with database.read() as connection:
-        news = refresh.find_changes(connection, settings)
+    with database.session() as session:
+        news = refresh.find_changes(session, settings)
     if not news or not database.writable:
         for line in news.warnings.values():
             _log.warning("%s", line)
@@ -178,8 +179,8 @@ def _refresh(database: Database, settings: Settings) -> None:
         return
 
     try:
-        with database.write() as connection:
-            refresh.apply_changes(connection, settings)
+        with database.session(write=True) as session:
+            refresh.apply_changes(session, settings)
     except (CatalogError, OSError) as error:
         # What is there already can be used all the same.
         _log.warning("The catalog %s could not be brought up to date: %s", database.target, error)

@@ -1,4 +1,7 @@
-"""The rows of the catalog. They stay in this package: what leaves it are values.
+"""The rows of the catalog and how they refer to one another. Inside lading only values leave this package.
+
+A row that cannot exist without another one goes with it (``ON DELETE CASCADE``, by the database itself). The audit
+(:class:`VerificationRow`) outlives its checkpoint, and a family takes neither cards nor architectures with it.
 
 The tables themselves are made by the migrations in ``lading.migrations``, and so are the views; a test finds no
 difference between the two. On SQLite all tables are ``STRICT``; free-form content is JSON in a text column, so that the
@@ -19,15 +22,21 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    Table,
     Text,
     UniqueConstraint,
     event,
     text,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+from lading.catalog.records import CopyKind
 
 _STRICT = {"sqlite_strict": True}
 _STRICT_CLUSTERED = {"sqlite_strict": True, "sqlite_with_rowid": False}
+
+_OWNED = "all, delete-orphan"
+"""The cascade to rows that cannot exist without this one."""
 
 _KNOWN_SHA256 = text("sha256 IS NOT NULL")
 _KNOWN_DIGEST = text("digest IS NOT NULL")
@@ -80,6 +89,13 @@ class SourceRow(Row):
     problems: Mapped[str | None]
     """What could not be imported, one line each."""
 
+    cards: Mapped[list[CardRow]] = relationship(
+        back_populates="source", cascade=_OWNED, passive_deletes=True, order_by="CardRow.position"
+    )
+    architectures: Mapped[list[ArchitectureRow]] = relationship(
+        back_populates="source", cascade=_OWNED, passive_deletes=True, order_by="ArchitectureRow.position"
+    )
+
 
 class FamilyRow(Row):
     """A model family that an installed package registers, or that only cards and architectures name."""
@@ -90,6 +106,14 @@ class FamilyRow(Row):
     name: Mapped[str] = mapped_column(primary_key=True)
     entry_point: Mapped[str | None]
     """What registers it: ``package.module:OBJECT``."""
+
+    # The database refuses to delete a family that a row names; "all" keeps the ORM from emptying that row instead.
+    architectures: Mapped[list[ArchitectureRow]] = relationship(
+        back_populates="family_row", passive_deletes="all", order_by="ArchitectureRow.name"
+    )
+    cards: Mapped[list[CardRow]] = relationship(
+        back_populates="family_row", passive_deletes="all", order_by="CardRow.name"
+    )
 
 
 class ArchitectureRow(Row):
@@ -105,6 +129,9 @@ class ArchitectureRow(Row):
     source_id: Mapped[int] = mapped_column(ForeignKey("sources.id", ondelete="CASCADE"), index=True)
     position: Mapped[int]
     """The number of the document in its source, counted from zero."""
+
+    family_row: Mapped[FamilyRow] = relationship(back_populates="architectures")
+    source: Mapped[SourceRow] = relationship(back_populates="architectures")
 
 
 class CardRow(Row):
@@ -151,6 +178,12 @@ class CardRow(Row):
     """Why the card cannot be used: a base that is missing, a field of a wrong type."""
     search_text: Mapped[str | None]
     """The words of its name and its fields, folded. It stands last: those who do not ask for it do not pass it."""
+
+    source: Mapped[SourceRow] = relationship(back_populates="cards")
+    family_row: Mapped[FamilyRow | None] = relationship(back_populates="cards")
+    link: Mapped[CardCheckpointRow | None] = relationship(back_populates="card", cascade=_OWNED, passive_deletes=True)
+    checkpoint: Mapped[CheckpointRow | None] = relationship(secondary="card_checkpoints", viewonly=True)
+    """The checkpoint that its models are loaded from, once that was loaded or indexed; written as ``link``."""
 
 
 _SEARCH = (
@@ -200,6 +233,22 @@ class CheckpointRow(Row):
     indexed_at: Mapped[str]
     version: Mapped[str]
 
+    shards: Mapped[list[ShardRow]] = relationship(
+        back_populates="checkpoint", cascade=_OWNED, passive_deletes=True, order_by="ShardRow.position"
+    )
+    copies: Mapped[list[CopyRow]] = relationship(
+        back_populates="checkpoint", cascade=_OWNED, passive_deletes=True, order_by="(CopyRow.file, CopyRow.place)"
+    )
+    links: Mapped[list[CardCheckpointRow]] = relationship(
+        back_populates="checkpoint", cascade=_OWNED, passive_deletes=True
+    )
+    cards: Mapped[list[CardRow]] = relationship(secondary="card_checkpoints", viewonly=True, order_by="CardRow.name")
+    """The cards whose models are loaded from it; written as ``links``."""
+    verifications: Mapped[list[VerificationRow]] = relationship(
+        primaryjoin="CheckpointRow.uri == foreign(VerificationRow.uri)", viewonly=True, order_by="VerificationRow.id"
+    )
+    """The checks of its files, by its URI: they stay when it goes."""
+
 
 class ShardRow(Row):
     """A file of a checkpoint."""
@@ -220,6 +269,11 @@ class ShardRow(Row):
     name: Mapped[str]
     size: Mapped[int]
     sha256: Mapped[str | None]
+
+    checkpoint: Mapped[CheckpointRow] = relationship(back_populates="shards")
+    tensors: Mapped[list[TensorRow]] = relationship(
+        back_populates="shard_row", cascade=_OWNED, passive_deletes=True, order_by="TensorRow.position"
+    )
 
 
 class TensorRow(Row):
@@ -251,6 +305,9 @@ class TensorRow(Row):
     """From the beginning of the shard's file."""
     digest: Mapped[str | None]
     """Of all its bytes, as :mod:`lading.formats.digests` defines it; equal tensors have equal ones."""
+
+    shard_row: Mapped[ShardRow] = relationship(back_populates="tensors")
+    """The shard at the position ``shard``."""
 
 
 class DigestRow(Row):
@@ -300,9 +357,11 @@ class CopyRow(Row):
     """As a signed number: some file systems use all 64 bits."""
     recorded_at: Mapped[str]
     verified_at: Mapped[str | None]
-    kind: Mapped[str] = mapped_column(server_default="source")
+    kind: Mapped[CopyKind] = mapped_column(Text(), server_default="source")
     """Whose file it is: the card's own source, lading's cache, the cache of the hub's client, or one that was found and
     adopted. Only what lading fetched is ever removed by it."""
+
+    checkpoint: Mapped[CheckpointRow] = relationship(back_populates="copies")
 
 
 class VerificationRow(Row):
@@ -323,6 +382,11 @@ class VerificationRow(Row):
     version: Mapped[str]
     at: Mapped[str]
 
+    checkpoint: Mapped[CheckpointRow | None] = relationship(
+        primaryjoin="foreign(VerificationRow.uri) == CheckpointRow.uri", viewonly=True
+    )
+    """The checkpoint, as long as the catalog knows it."""
+
 
 class CardCheckpointRow(Row):
     """Which checkpoint a card's models are loaded from."""
@@ -336,10 +400,14 @@ class CardCheckpointRow(Row):
     checkpoint_id: Mapped[int] = mapped_column(ForeignKey("checkpoints.id", ondelete="CASCADE"), index=True)
     linked_at: Mapped[str]
 
+    card: Mapped[CardRow] = relationship(back_populates="link")
+    checkpoint: Mapped[CheckpointRow] = relationship(back_populates="links")
 
-# For selects on the way of a load. The same by the classes would have the ORM configure its mappers first and compile
-# twice, which takes longer than the answers; so do not join by the classes there either.
-SOURCES, FAMILIES, ARCHITECTURES, CARDS = (row.__table__ for row in (SourceRow, FamilyRow, ArchitectureRow, CardRow))
-CHECKPOINTS, SHARDS, TENSORS, DIGESTS, COPIES = (
-    row.__table__ for row in (CheckpointRow, ShardRow, TensorRow, DigestRow, CopyRow)
-)
+
+def _table(row: type[Row]) -> Table:
+    assert isinstance(row.__table__, Table)
+    return row.__table__
+
+
+# Tensors and their digests are read and written as columns, as a checkpoint may have 100,000 of them.
+CHECKPOINTS, TENSORS, DIGESTS = map(_table, (CheckpointRow, TensorRow, DigestRow))

@@ -10,7 +10,8 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
 from lading.cards.card import (
     USER_ENV,
@@ -23,14 +24,14 @@ from lading.cards.card import (
     split_name,
 )
 from lading.catalog.checkpoints.copies import copies_at, copies_of, copies_with
-from lading.catalog.checkpoints.manifests import read_digests, read_manifest, read_roots
+from lading.catalog.checkpoints.manifests import find_checkpoint, read_digests, read_manifest, read_roots
 from lading.catalog.database.database import Database
 from lading.catalog.entries import read_architectures, read_cards
 from lading.catalog.importing.derived import descendants
 from lading.catalog.listing import list_models, near_names, summary_of
 from lading.catalog.open import open_catalog
 from lading.catalog.records import ArchitectureSummary, FamilySummary, LocalCopy, ModelSummary, StoredCheckpoint
-from lading.catalog.schema import ARCHITECTURES, CARDS, CHECKPOINTS, FAMILIES
+from lading.catalog.schema import ArchitectureRow, CardRow, FamilyRow
 from lading.errors import (
     AssetCardError,
     AssetNotFoundError,
@@ -55,7 +56,7 @@ __all__ = [
 
 _log = logging.getLogger("lading")
 
-_MATERIALISED = {"model_family": CARDS.c.family, "model_arch": CARDS.c.arch}
+_MATERIALISED = {"model_family": CardRow.family, "model_arch": CardRow.arch}
 """Fields whose resolved values are kept in columns."""
 
 
@@ -125,14 +126,14 @@ class AssetStore:
         if not plain or not _is_text(name):
             return None
 
-        with self._database.read() as connection:
+        with self._database.session() as session:
             try:
-                envs = self._envs(connection, plain, env)
+                envs = self._envs(session, plain, env)
             except AssetNotFoundError:
-                if not read_cards(connection, [plain], env=""):
+                if not read_cards(session, [plain], env=""):
                     return None  # the name comes before what is behind it
                 raise
-            card = resolve_card(plain, envs, lambda name: _by_env(read_cards(connection, [name])))
+            card = resolve_card(plain, envs, lambda name: _by_env(read_cards(session, [name])))
 
         return card if card is None or env is None else replace(card, env=env)
 
@@ -141,9 +142,9 @@ class AssetStore:
 
         :raises SettingsError: nothing is known of the default environment.
         """
-        with self._database.read() as connection:
-            envs = self._envs(connection, "", None)
-            names, entries = self._candidates(connection, field, value, envs)
+        with self._database.session() as session:
+            envs = self._envs(session, "", None)
+            names, entries = self._candidates(session, field, value, envs)
 
         for name in names:
             try:
@@ -158,48 +159,48 @@ class AssetStore:
     @property
     def asset_names(self) -> Set[str]:
         """The names of all cards, overlays apart."""
-        with self._database.read() as connection:
-            return frozenset(connection.scalars(select(CARDS.c.name).where(CARDS.c.env == "")))
+        with self._database.session() as session:
+            return frozenset(session.scalars(select(CardRow.name).where(CardRow.env == "")))
 
     def _candidates(
-        self, connection: Connection, field: str, value: object, envs: Sequence[str]
+        self, session: Session, field: str, value: object, envs: Sequence[str]
     ) -> tuple[list[str], Mapping[str, Mapping[str, CardEntry]]]:
         """Names of cards among which are all that match, and the entries of these cards and their bases."""
         kept = _MATERIALISED.get(field)
         if kept is None or not isinstance(value, str) or not _is_text(value):
-            entries = _grouped(read_cards(connection))
+            entries = _grouped(read_cards(session))
             return sorted(name for name, by_env in entries.items() if "" in by_env), entries
 
         # What is kept is true of every card on whose chain no overlay lies.
-        names = set(connection.scalars(select(CARDS.c.name).where(CARDS.c.env == "", kept == value)))
-        names |= self._overlaid(connection, envs)
+        names = set(session.scalars(select(CardRow.name).where(CardRow.env == "", kept == value)))
+        names |= self._overlaid(session, envs)
 
         entries = {}
         level: Collection[str] = names
         while level:
-            found = _grouped(read_cards(connection, level))
+            found = _grouped(read_cards(session, level))
             entries.update({name: found.get(name, {}) for name in level})
             bases = {entry.base for by_env in found.values() for entry in by_env.values()}
             level = {base for base in bases if base is not None and base not in entries}
 
         return sorted(names), entries
 
-    def _overlaid(self, connection: Connection, envs: Sequence[str]) -> set[str]:
+    def _overlaid(self, session: Session, envs: Sequence[str]) -> set[str]:
         """The names of the cards on whose chain of bases an overlay of ``envs`` lies."""
-        found = set(connection.scalars(select(CARDS.c.name).where(CARDS.c.env != "", CARDS.c.env.in_(envs))))
+        found = set(session.scalars(select(CardRow.name).where(CardRow.env != "", CardRow.env.in_(envs))))
 
-        return descendants(connection, found) | found
+        return descendants(session, found) | found
 
-    def _envs(self, connection: Connection, name: str, env: str | None) -> tuple[str, ...]:
+    def _envs(self, session: Session, name: str, env: str | None) -> tuple[str, ...]:
         """The environments whose overlays are tried, first to last."""
         if env == "":
             return ()
 
         wanted = self._env if env is None else env
         if wanted is not None and wanted != USER_ENV:
-            known = CARDS.c.env == wanted
-            if not connection.scalar(select(CARDS.c.id).where(CARDS.c.env != "", known).limit(1)):
-                envs = connection.scalars(select(CARDS.c.env).where(CARDS.c.env != "").distinct())
+            known = CardRow.env == wanted
+            if not session.scalar(select(CardRow.id).where(CardRow.env != "", known).limit(1)):
+                envs = session.scalars(select(CardRow.env).where(CardRow.env != "").distinct())
                 others = sorted({USER_ENV, *envs})
                 known_ones = f"Known: {', '.join(others)}.{did_you_mean(wanted, others)}"
                 if env is not None:
@@ -233,17 +234,17 @@ class AssetStore:
         if not _is_text(name + family):
             return None
 
-        with self._database.read() as connection:
+        with self._database.session() as session:
 
             def look_up(name: str) -> ArchitectureEntry | None:
-                return next((entry for entry, _ in read_architectures(connection, family, name)), None)
+                return next((entry for entry, _ in read_architectures(session, family, name)), None)
 
             return resolve_architecture(name, family, look_up)
 
     def architectures(self, family: str | None = None) -> list[ArchitectureSummary]:
         """The architectures of a family, or of all families, by family and name."""
-        with self._database.read() as connection:
-            found = read_architectures(connection, family) if family is None or _is_text(family) else []
+        with self._database.session() as session:
+            found = read_architectures(session, family) if family is None or _is_text(family) else []
 
         summaries = [
             ArchitectureSummary(name=e.name, family=e.family, base=e.base, overrides=e.config, source=uri)
@@ -254,23 +255,21 @@ class AssetStore:
 
     def families(self) -> list[FamilySummary]:
         """The families that packages register, and those that cards and architectures name."""
-        of_cards = select(CARDS.c.family, func.count()).where(CARDS.c.env == "").group_by(CARDS.c.family)
-        of_architectures = select(ARCHITECTURES.c.family, func.count()).group_by(ARCHITECTURES.c.family)
-        with self._database.read() as connection:
-            families = connection.execute(
-                select(FAMILIES.c.name, FAMILIES.c.entry_point).order_by(FAMILIES.c.name)
-            ).all()
-            cards = {row[0]: row[1] for row in connection.execute(of_cards)}
-            architectures = {row[0]: row[1] for row in connection.execute(of_architectures)}
+        of_cards = select(CardRow.family, func.count()).where(CardRow.env == "").group_by(CardRow.family)
+        of_architectures = select(ArchitectureRow.family, func.count()).group_by(ArchitectureRow.family)
+        with self._database.session() as session:
+            families = session.scalars(select(FamilyRow).order_by(FamilyRow.name)).all()
+            cards = {row[0]: row[1] for row in session.execute(of_cards)}
+            architectures = {row[0]: row[1] for row in session.execute(of_architectures)}
 
         return [
             FamilySummary(
-                name=name,
-                registered=entry_point is not None,
-                architectures=architectures.get(name, 0),
-                cards=cards.get(name, 0),
+                name=family.name,
+                registered=family.entry_point is not None,
+                architectures=architectures.get(family.name, 0),
+                cards=cards.get(family.name, 0),
             )
-            for name, entry_point in families
+            for family in families
         ]
 
     # --- models ---
@@ -296,17 +295,17 @@ class AssetStore:
         if not _is_text(f"{pattern}{family}"):
             return []
 
-        with self._database.read() as connection:
-            envs = self._envs(connection, "", None)
-            overlaid = self._overlaid(connection, envs)
+        with self._database.session() as session:
+            envs = self._envs(session, "", None)
+            overlaid = self._overlaid(session, envs)
 
             def with_overlays(name: str) -> AssetCard | None:
                 if name not in overlaid:
                     return None
-                return resolve_card(name, envs, lambda name: _by_env(read_cards(connection, [name])))
+                return resolve_card(name, envs, lambda name: _by_env(read_cards(session, [name])))
 
             return list_models(
-                connection,
+                session,
                 pattern,
                 include_all=include_all,
                 family=family,
@@ -319,8 +318,8 @@ class AssetStore:
 
     def summary(self, card: AssetCard) -> ModelSummary | None:
         """What :meth:`models` says of a card, with the overlays that it was retrieved with."""
-        with self._database.read() as connection:
-            return summary_of(connection, card)
+        with self._database.session() as session:
+            return summary_of(session, card)
 
     def suggest(self, name: str) -> list[str]:
         """The names of the models nearest to ``name``, the nearest first."""
@@ -330,8 +329,8 @@ class AssetStore:
         if not name or not _is_text(name):
             return []
 
-        with self._database.read() as connection:
-            return near_names(connection, name, models=models)
+        with self._database.session() as session:
+            return near_names(session, name, models=models)
 
     # --- checkpoints ---
 
@@ -340,22 +339,17 @@ class AssetStore:
         if not _is_text(uri):
             return None
 
-        with self._database.read() as connection:
-            found = connection.execute(
-                select(CHECKPOINTS.c.id, CHECKPOINTS.c.revision, CHECKPOINTS.c.indexed_at).where(
-                    CHECKPOINTS.c.uri == uri
-                )
-            ).one_or_none()
-            if found is None:
+        with self._database.session() as session:
+            row = find_checkpoint(session, uri)
+            if row is None:
                 return None
 
-            checkpoint_id, revision, indexed_at = found
             return StoredCheckpoint(
                 uri=uri,
-                revision=revision,
-                manifest=read_manifest(connection, checkpoint_id),
-                copies=tuple(copies_of(connection, checkpoint_id)),
-                indexed_at=indexed_at,
+                revision=row.revision,
+                manifest=read_manifest(session, row),
+                copies=tuple(copies_of(row)),
+                indexed_at=row.indexed_at,
             )
 
     def digests(self, uri: str, manifest: Manifest) -> Digests | None:
@@ -363,21 +357,19 @@ class AssetStore:
 
         :param manifest: of the checkpoint; ``None`` is returned where the catalog's is of other tensors by now.
         """
-        with self._database.read() as connection:
-            found = connection.execute(
-                select(CHECKPOINTS.c.id, CHECKPOINTS.c.tensors).where(CHECKPOINTS.c.uri == uri)
-            ).one_or_none()
-            if found is None or found[1] != len(manifest):
+        with self._database.session() as session:
+            row = find_checkpoint(session, uri)
+            if row is None or row.tensors != len(manifest):
                 return None
-            if not read_manifest(connection, found[0]).tensors_equal(manifest):
+            if not read_manifest(session, row).tensors_equal(manifest):
                 return None
 
-            return read_digests(connection, found[0], manifest)
+            return read_digests(session, row.id, manifest)
 
     def find_content(self, sha256: str) -> Path | None:
         """A file on this machine that was verified to have this SHA-256, and is as it was then."""
-        with self._database.read() as connection:
-            for copy in copies_with(connection, sha256):
+        with self._database.session() as session:
+            for copy in copies_with(session, sha256):
                 try:
                     if copy.verified_at is not None and FileStat.from_stat(os.stat(copy.path)) == copy.stat:
                         return copy.path
@@ -388,8 +380,8 @@ class AssetStore:
 
     def is_verified(self, path: Path) -> bool:
         """Whether the file at ``path`` was seen to be good, and is as it was then."""
-        with self._database.read() as connection:
-            copies = copies_at(connection, path)
+        with self._database.session() as session:
+            copies = copies_at(session, path)
         try:
             found = FileStat.from_stat(os.stat(path))
         except OSError:
@@ -402,8 +394,8 @@ class AssetStore:
         if not _is_text(uri):
             return {}
 
-        with self._database.read() as connection:
-            return read_roots(connection, uri)
+        with self._database.session() as session:
+            return read_roots(session, uri)
 
     # --- export ---
 
@@ -413,9 +405,9 @@ class AssetStore:
         def matches(name: str) -> bool:
             return pattern is None or fnmatchcase(name, pattern)
 
-        with self._database.read() as connection:
-            cards = [entry for entry in read_cards(connection) if matches(entry.name)]
-            architectures = [entry for entry, _ in read_architectures(connection) if matches(entry.name)]
+        with self._database.session() as session:
+            cards = [entry for entry in read_cards(session) if matches(entry.name)]
+            architectures = [entry for entry, _ in read_architectures(session) if matches(entry.name)]
 
         return cards, architectures
 

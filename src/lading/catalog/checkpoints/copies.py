@@ -6,72 +6,63 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, insert, or_, select, true, tuple_
+from sqlalchemy import ColumnElement, and_, select, true, tuple_
+from sqlalchemy.orm import Session, make_transient
 
 from lading.catalog.database.statements import chunks, intact
 from lading.catalog.records import Check, CopyKind, LocalCopy, from_signed, now, to_signed
-from lading.catalog.schema import COPIES, SHARDS, CopyRow
+from lading.catalog.schema import CheckpointRow, CopyRow, ShardRow
 from lading.system.filesystem import FileStat, location_id
 
 
-def copies_of(connection: Connection, checkpoint_id: int) -> list[LocalCopy]:
-    """The copies of a checkpoint that can be reached from this machine by their path."""
-    return [copy for _, copy in _reachable(connection, COPIES.c.checkpoint_id == checkpoint_id)]
+def copies_of(checkpoint: CheckpointRow) -> list[LocalCopy]:
+    """Return the copies of a checkpoint that can be reached from this machine by their path."""
+    return [copy for row in checkpoint.copies if (copy := _reachable(row)) is not None]
 
 
-def all_copies(connection: Connection) -> dict[int, list[LocalCopy]]:
-    """The copies of all checkpoints that can be reached from this machine by their path, by the checkpoint's id."""
+def all_copies(session: Session) -> dict[int, list[LocalCopy]]:
+    """Return the copies of all checkpoints that can be reached from this machine, by the checkpoint's id."""
     found: dict[int, list[LocalCopy]] = {}
-    for checkpoint_id, copy in _reachable(connection, true()):
+    for checkpoint_id, copy in _copies(session, true()):
         found.setdefault(checkpoint_id, []).append(copy)
 
     return found
 
 
-def copies_with(connection: Connection, sha256: str) -> list[LocalCopy]:
-    """The copies of all shards of this SHA-256 that can be reached from this machine by their path."""
-    shards = select(SHARDS.c.checkpoint_id, SHARDS.c.name).where(SHARDS.c.sha256 == sha256)
+def copies_with(session: Session, sha256: str) -> list[LocalCopy]:
+    """Return the copies of all shards of this SHA-256 that can be reached from this machine by their path."""
+    shards = select(ShardRow.checkpoint_id, ShardRow.name).where(ShardRow.sha256 == sha256)
 
-    return [copy for _, copy in _reachable(connection, tuple_(COPIES.c.checkpoint_id, COPIES.c.file).in_(shards))]
-
-
-def copies_at(connection: Connection, path: Path) -> list[LocalCopy]:
-    """What is known of the file at ``path`` of this machine, by each checkpoint that it is of."""
-    return [copy for _, copy in _reachable(connection, COPIES.c.path == str(path))]
+    return [copy for _, copy in _copies(session, tuple_(CopyRow.checkpoint_id, CopyRow.file).in_(shards))]
 
 
-def _reachable(connection: Connection, condition: ColumnElement[bool]) -> list[tuple[int, LocalCopy]]:
-    rows = connection.execute(
-        select(
-            COPIES.c.checkpoint_id,
-            COPIES.c.file,
-            COPIES.c.place,
-            COPIES.c.path,
-            COPIES.c.size,
-            COPIES.c.mtime_ns,
-            COPIES.c.ctime_ns,
-            COPIES.c.inode,
-            COPIES.c.verified_at,
-            COPIES.c.kind,
-        )
-        .where(condition)
-        .order_by(COPIES.c.checkpoint_id, COPIES.c.file, COPIES.c.place)
+def copies_at(session: Session, path: Path) -> list[LocalCopy]:
+    """Return what is known of the file at ``path`` of this machine, by each checkpoint that it is of."""
+    return [copy for _, copy in _copies(session, CopyRow.path == str(path))]
+
+
+def _copies(session: Session, condition: ColumnElement[bool]) -> list[tuple[int, LocalCopy]]:
+    rows = session.scalars(
+        select(CopyRow).where(condition).order_by(CopyRow.checkpoint_id, CopyRow.file, CopyRow.place)
     )
-    found = []
-    with intact("a copy"):
-        for checkpoint_id, file, place, name, size, mtime_ns, ctime_ns, inode, verified_at, kind in rows:
-            path = Path(name)
-            if place == location_id(path.parent):
-                stat = FileStat(size, mtime_ns, ctime_ns, from_signed(inode))
-                copy = LocalCopy(file=file, path=path, stat=stat, verified_at=verified_at, kind=kind)
-                found.append((checkpoint_id, copy))
 
-    return found
+    return [(row.checkpoint_id, copy) for row in rows if (copy := _reachable(row)) is not None]
+
+
+def _reachable(row: CopyRow) -> LocalCopy | None:
+    """Return the copy of a row; ``None`` for one of another machine."""
+    with intact("a copy"):
+        path = Path(row.path)
+        if row.place != location_id(path.parent):
+            return None
+        stat = FileStat(row.size, row.mtime_ns, row.ctime_ns, from_signed(row.inode))
+
+        return LocalCopy(file=row.file, path=path, stat=stat, verified_at=row.verified_at, kind=row.kind)
 
 
 def write_copies(
-    connection: Connection,
-    checkpoint_id: int,
+    session: Session,
+    checkpoint: CheckpointRow,
     copies: Sequence[LocalCopy],
     *,
     keep_others: bool,
@@ -82,62 +73,60 @@ def write_copies(
     :param keep_others: keep those of other machines.
     :param keep_verified: what was verified in just the state that it is in stays so.
     """
-    copies = _with_known_kinds(connection, copies)
+    copies = _with_known_kinds(session, copies)
     if keep_verified:
-        verified = {(c.file, c.path, c.stat): c.verified_at for c in copies_of(connection, checkpoint_id)}
+        verified = {(c.file, c.path, c.stat): c.verified_at for c in copies_of(checkpoint)}
         copies = [replace(c, verified_at=c.verified_at or verified.get((c.file, c.path, c.stat))) for c in copies]
-    outdated = CopyRow.checkpoint_id == checkpoint_id
+    outdated = CopyRow.checkpoint_id == checkpoint.id
     if keep_others:
         outdated &= CopyRow.place.in_({location_id(copy.path.parent) for copy in copies})
-    _make_way(connection, outdated, copies)
-    _insert_copies(connection, checkpoint_id, copies)
+    _make_way(session, outdated, copies)
+    _insert_copies(session, checkpoint, copies)
 
 
-def replace_copies(connection: Connection, checkpoint_id: int, copies: Sequence[LocalCopy]) -> None:
+def replace_copies(session: Session, checkpoint: CheckpointRow, copies: Sequence[LocalCopy]) -> None:
     """Write copies in place of those of the same files on this machine."""
-    copies = _with_known_kinds(connection, copies)
+    copies = _with_known_kinds(session, copies)
     for copy in copies:
         outdated = and_(
-            CopyRow.checkpoint_id == checkpoint_id,
+            CopyRow.checkpoint_id == checkpoint.id,
             CopyRow.file.in_({copy.file, str(copy.path)}),
             CopyRow.place == location_id(copy.path.parent),
         )
-        _make_way(connection, outdated, copies)
-    _insert_copies(connection, checkpoint_id, copies)
+        _make_way(session, outdated, copies)
+    _insert_copies(session, checkpoint, copies)
 
 
-def _make_way(connection: Connection, outdated: ColumnElement[bool], copies: Sequence[LocalCopy]) -> None:
+def _make_way(session: Session, outdated: ColumnElement[bool], copies: Sequence[LocalCopy]) -> None:
     """Delete copies that others take the place of.
 
     What lading brought into the cache of the hub's client is of use to no checkpoint then, and that cache keeps it. So
     it stays known, by its path, as what came along does; it is removed with the rest.
     """
-    rows = connection.execute(
-        select(COPIES).where(outdated, or_(COPIES.c.kind == "hub", COPIES.c.file == COPIES.c.path))
-    ).mappings()
     new = {(str(copy.path), location_id(copy.path.parent)) for copy in copies}
-    left = {(row["path"], row["place"]): {**row, "file": row["path"]} for row in rows}
-    left = {key: row for key, row in left.items() if key not in new}
-
-    connection.execute(delete(CopyRow).where(outdated))
-    for (path, place), row in left.items():
-        same = and_(CopyRow.checkpoint_id == row["checkpoint_id"], CopyRow.file == path, CopyRow.place == place)
-        connection.execute(delete(CopyRow).where(same))
-    if left:
-        connection.execute(insert(CopyRow), list(left.values()))
+    rows = session.scalars(select(CopyRow).where(outdated)).all()
+    for row in rows:
+        session.delete(row)
+    session.flush()
+    for row in rows:
+        if (row.kind == "hub" or row.file == row.path) and (row.path, row.place) not in new:
+            make_transient(row)
+            row.file = row.path
+            session.merge(row)
+    session.flush()
 
 
 _THEIRS_FIRST: tuple[CopyKind, ...] = ("source", "adopted", "hub", "cache")
 
 
-def _with_known_kinds(connection: Connection, copies: Sequence[LocalCopy]) -> list[LocalCopy]:
-    """The copies with the kinds that are known of them: a file that looks as it did is whose it was.
+def _with_known_kinds(session: Session, copies: Sequence[LocalCopy]) -> list[LocalCopy]:
+    """Return the copies with the kinds that are known of them: a file that looks as it did is whose it was.
 
     What is not lading's in one checkpoint is so in all: it must never be removed for one of them.
     """
     known: dict[tuple[Path, FileStat], set[CopyKind]] = {}
     for paths in chunks(str(copy.path) for copy in copies):
-        for _, copy in _reachable(connection, COPIES.c.path.in_(paths)):
+        for _, copy in _copies(session, CopyRow.path.in_(paths)):
             known.setdefault((copy.path, copy.stat), set()).add(copy.kind)
 
     def kind_of(copy: LocalCopy) -> CopyKind:
@@ -148,29 +137,29 @@ def _with_known_kinds(connection: Connection, copies: Sequence[LocalCopy]) -> li
     return [replace(copy, kind=kind_of(copy)) for copy in copies]
 
 
-def _insert_copies(connection: Connection, checkpoint_id: int, copies: Sequence[LocalCopy]) -> None:
-    rows = [
-        {
-            "checkpoint_id": checkpoint_id,
-            "file": copy.file,
-            "place": location_id(copy.path.parent),
-            "path": str(copy.path),
-            "size": copy.stat.size,
-            "mtime_ns": copy.stat.mtime_ns,
-            "ctime_ns": copy.stat.ctime_ns,
-            "inode": to_signed(copy.stat.inode),
-            "recorded_at": now(),
-            "verified_at": copy.verified_at,
-            "kind": copy.kind,
-        }
+def _insert_copies(session: Session, checkpoint: CheckpointRow, copies: Sequence[LocalCopy]) -> None:
+    session.add_all(
+        CopyRow(
+            checkpoint_id=checkpoint.id,
+            file=copy.file,
+            place=location_id(copy.path.parent),
+            path=str(copy.path),
+            size=copy.stat.size,
+            mtime_ns=copy.stat.mtime_ns,
+            ctime_ns=copy.stat.ctime_ns,
+            inode=to_signed(copy.stat.inode),
+            recorded_at=now(),
+            verified_at=copy.verified_at,
+            kind=copy.kind,
+        )
         for copy in copies
-    ]
-    if rows:
-        connection.execute(insert(CopyRow), rows)
+    )
+    session.flush()
+    session.expire(checkpoint, ["copies"])
 
 
 def same_copy(checkpoint_id: int, copy: LocalCopy | Check) -> ColumnElement[bool]:
-    """The condition that a row is of this copy, in this state."""
+    """Return the condition that a row is of this copy, in this state."""
     return and_(
         CopyRow.checkpoint_id == checkpoint_id,
         CopyRow.file == copy.file,
@@ -183,9 +172,8 @@ def same_copy(checkpoint_id: int, copy: LocalCopy | Check) -> ColumnElement[bool
     )
 
 
-def all_verified(connection: Connection, checkpoint_id: int, copies: Sequence[LocalCopy]) -> bool:
-    """Whether each copy was verified in just the state that it is in."""
+def all_verified(session: Session, checkpoint: CheckpointRow, copies: Sequence[LocalCopy]) -> bool:
+    """Return whether each copy was verified in just the state that it is in."""
     return all(
-        connection.scalar(select(CopyRow.verified_at).where(same_copy(checkpoint_id, copy))) is not None
-        for copy in copies
+        session.scalar(select(CopyRow.verified_at).where(same_copy(checkpoint.id, copy))) is not None for copy in copies
     )

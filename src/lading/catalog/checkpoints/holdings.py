@@ -5,27 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from sqlalchemy import Connection, delete, exists, select
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session, selectinload
 
 from lading.catalog.checkpoints.copies import all_copies, same_copy
-from lading.catalog.checkpoints.manifests import read_manifest
+from lading.catalog.checkpoints.manifests import read_manifest, shards_of
 from lading.catalog.database.database import Database
-from lading.catalog.database.statements import chunks, intact
+from lading.catalog.database.statements import chunks
 from lading.catalog.records import LocalCheckpoint
-from lading.catalog.schema import CHECKPOINTS, SHARDS, CopyRow
-from lading.formats.manifest import Manifest, Shard
+from lading.catalog.schema import CheckpointRow, CopyRow, ShardRow
+from lading.formats.manifest import Manifest
 
 
 def held_checkpoints(database: Database) -> list[LocalCheckpoint]:
     """The checkpoints of which the catalog knows files on this machine, by their URIs."""
-    with database.read() as connection:
-        return [held for _, held in _held(connection)]
+    with database.session() as session:
+        return [held for _, held in _held(session)]
 
 
 def known_uris(database: Database) -> frozenset[str]:
     """Return the URIs of all checkpoints of which the catalog knows what they hold."""
-    with database.read() as connection:
-        return frozenset(connection.scalars(select(CHECKPOINTS.c.uri)))
+    with database.session() as session:
+        return frozenset(session.scalars(select(CheckpointRow.uri)))
 
 
 @contextmanager
@@ -44,41 +45,35 @@ def releasing_copies(database: Database, chosen: Callable[[str], bool]) -> Itera
     :raises CatalogError: the catalog cannot be written.
     :raises OSError: the disk is full.
     """
-    with database.write() as connection:
-        held = _held(connection)
+    with database.session(write=True) as session:
+        held = _held(session)
         for checkpoint_id, checkpoint in held:
             for copy in checkpoint.copies if chosen(checkpoint.uri) else ():
-                connection.execute(delete(CopyRow).where(same_copy(checkpoint_id, copy)))
+                session.execute(delete(CopyRow).where(same_copy(checkpoint_id, copy)))
         yield [checkpoint for _, checkpoint in held]
 
 
-def _held(connection: Connection) -> list[tuple[int, LocalCheckpoint]]:
+def _held(session: Session) -> list[tuple[int, LocalCheckpoint]]:
     """Return the checkpoints of which files are here, each with its id."""
-    copies = all_copies(connection)
-    shards: dict[int, list[Shard]] = {}
-    rows: list[tuple[int, str, str]] = []
-    for ids in chunks(copies):
-        with intact("a checkpoint"):
-            for checkpoint_id, name, size, sha256 in connection.execute(
-                select(SHARDS.c.checkpoint_id, SHARDS.c.name, SHARDS.c.size, SHARDS.c.sha256)
-                .where(SHARDS.c.checkpoint_id.in_(ids))
-                .order_by(SHARDS.c.checkpoint_id, SHARDS.c.position)
-            ):
-                shards.setdefault(checkpoint_id, []).append(Shard(name=name, size=size, sha256=sha256))
-        statement = select(CHECKPOINTS.c.id, CHECKPOINTS.c.uri, CHECKPOINTS.c.revision)
-        rows += map(tuple, connection.execute(statement.where(CHECKPOINTS.c.id.in_(ids))))
-
+    copies = all_copies(session)
+    rows = [
+        row
+        for ids in chunks(copies)
+        for row in session.scalars(
+            select(CheckpointRow).where(CheckpointRow.id.in_(ids)).options(selectinload(CheckpointRow.shards))
+        )
+    ]
     found = [
         (
-            checkpoint_id,
+            row.id,
             LocalCheckpoint(
-                uri=uri,
-                revision=revision,
-                shards=tuple(shards.get(checkpoint_id, ())),
-                copies=tuple(copies[checkpoint_id]),
+                uri=row.uri,
+                revision=row.revision,
+                shards=shards_of(row),
+                copies=tuple(copies[row.id]),
             ),
         )
-        for checkpoint_id, uri, revision in rows
+        for row in rows
     ]
 
     return sorted(found, key=lambda pair: pair[1].uri)
@@ -86,22 +81,20 @@ def _held(connection: Connection) -> list[tuple[int, LocalCheckpoint]]:
 
 def checkpoints_like(database: Database, manifest: Manifest) -> list[tuple[str, Manifest]]:
     """The checkpoints of the same tensors in files of the same sizes, whose SHA-256 are all known."""
-    c = CHECKPOINTS.c
-    unknown = exists().where(SHARDS.c.checkpoint_id == c.id, SHARDS.c.sha256.is_(None))
     sizes = [shard.size for shard in manifest.shards]
-    with database.read() as connection:
-        rows = connection.execute(
-            select(c.id, c.uri)
+    with database.session() as session:
+        rows = session.scalars(
+            select(CheckpointRow)
             .where(
-                c.format == manifest.format,
-                c.tensors == len(manifest),
-                c.bytes == manifest.total_bytes,
-                c.parameters == manifest.parameters,
-                ~unknown,
+                CheckpointRow.format == manifest.format,
+                CheckpointRow.tensors == len(manifest),
+                CheckpointRow.bytes == manifest.total_bytes,
+                CheckpointRow.parameters == manifest.parameters,
+                ~CheckpointRow.shards.any(ShardRow.sha256.is_(None)),
             )
-            .order_by(c.uri)
-        ).all()
-        known = [(uri, read_manifest(connection, checkpoint_id)) for checkpoint_id, uri in rows]
+            .order_by(CheckpointRow.uri)
+        )
+        known = [(row.uri, read_manifest(session, row)) for row in rows.all()]
 
     return [
         (uri, other)

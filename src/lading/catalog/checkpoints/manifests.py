@@ -6,12 +6,12 @@ import json
 import math
 from array import array
 from collections.abc import Iterator
-from itertools import islice
 
 from sqlalchemy import Connection, bindparam, delete, insert, select, update
+from sqlalchemy.orm import Session
 
 from lading.catalog.database.statements import chunks, intact, loads_object
-from lading.catalog.schema import CHECKPOINTS, DIGESTS, SHARDS, TENSORS, DigestRow, ShardRow, TensorRow
+from lading.catalog.schema import CHECKPOINTS, DIGESTS, TENSORS, CheckpointRow, ShardRow
 from lading.formats.digests import Digests, recorded
 from lading.formats.manifest import BITS, Manifest, Shard
 
@@ -19,29 +19,29 @@ _ROWS = 10_000
 """Rows that are held in memory at a time."""
 
 
-def read_manifest(connection: Connection, checkpoint_id: int) -> Manifest:
-    """The manifest of a checkpoint.
+def find_checkpoint(session: Session, uri: str) -> CheckpointRow | None:
+    """Return the row of the checkpoint at ``uri``; ``None`` where nothing is known of it."""
+    return session.scalars(select(CheckpointRow).where(CheckpointRow.uri == uri)).one_or_none()
+
+
+def read_manifest(session: Session, row: CheckpointRow) -> Manifest:
+    """Return the manifest of a checkpoint.
 
     :raises CatalogError: the rows make none.
     """
     with intact("a manifest"):
-        return _read_manifest(connection, checkpoint_id)
+        return _read_manifest(session.connection(), row)
 
 
-def _read_manifest(connection: Connection, checkpoint_id: int) -> Manifest:
-    format_, index_name, metadata = connection.execute(
-        select(CHECKPOINTS.c.format, CHECKPOINTS.c.index_name, CHECKPOINTS.c.metadata_).where(
-            CHECKPOINTS.c.id == checkpoint_id
-        )
-    ).one()
-    shards = connection.execute(
-        select(SHARDS.c.name, SHARDS.c.size, SHARDS.c.sha256)
-        .where(SHARDS.c.checkpoint_id == checkpoint_id)
-        .order_by(SHARDS.c.position)
-    ).all()
+def shards_of(row: CheckpointRow) -> tuple[Shard, ...]:
+    """Return the files of a checkpoint, in their order."""
+    return tuple(Shard(name=shard.name, size=shard.size, sha256=shard.sha256) for shard in row.shards)
+
+
+def _read_manifest(connection: Connection, row: CheckpointRow) -> Manifest:
     tensors = connection.execute(
         select(TENSORS.c.name, TENSORS.c.dtype, TENSORS.c.shape, TENSORS.c.shard, TENSORS.c.offset)
-        .where(TENSORS.c.checkpoint_id == checkpoint_id)
+        .where(TENSORS.c.checkpoint_id == row.id)
         .order_by(TENSORS.c.position)
     )
 
@@ -65,21 +65,21 @@ def _read_manifest(connection: Connection, checkpoint_id: int) -> Manifest:
             offsets.append(offset)
 
     return Manifest(
-        format=format_,
-        shards=tuple(Shard(name=name, size=size, sha256=sha256) for name, size, sha256 in shards),
+        format=row.format,
+        shards=shards_of(row),
         names=names,
         dtypes=dtypes,
         shapes=shapes,
         shard_ids=shard_ids,
         offsets=offsets,
-        index_name=index_name,
-        metadata={str(key): str(value) for key, value in loads_object(metadata).items()},
+        index_name=row.index_name,
+        metadata={str(key): str(value) for key, value in loads_object(row.metadata_).items()},
     )
 
 
-def read_roots(connection: Connection, uri: str) -> dict[str, str]:
-    """The digests of the tensors of the checkpoint at ``uri``, by their names, where they are known."""
-    rows = connection.execute(
+def read_roots(session: Session, uri: str) -> dict[str, str]:
+    """Return the digests of the tensors of the checkpoint at ``uri``, by their names, where they are known."""
+    rows = session.connection().execute(
         select(TENSORS.c.name, TENSORS.c.digest)
         .join(CHECKPOINTS, CHECKPOINTS.c.id == TENSORS.c.checkpoint_id)
         .where(CHECKPOINTS.c.uri == uri, TENSORS.c.digest.is_not(None))
@@ -94,17 +94,18 @@ def same_tensors(a: Manifest, b: Manifest) -> bool:
     return a.has_files_of(b) and a.tensors_equal(b)
 
 
-def write_tensors(connection: Connection, checkpoint_id: int, manifest: Manifest) -> None:
+def write_tensors(session: Session, row: CheckpointRow, manifest: Manifest) -> None:
     """Replace the shards and tensors of a checkpoint."""
+    connection = session.connection()
     # The tensors first: a shard that is deleted looks for its tensors, which no index serves.
-    connection.execute(delete(TensorRow).where(TensorRow.checkpoint_id == checkpoint_id))
-    connection.execute(delete(ShardRow).where(ShardRow.checkpoint_id == checkpoint_id))
+    connection.execute(delete(TENSORS).where(TENSORS.c.checkpoint_id == row.id))
+    session.execute(delete(ShardRow).where(ShardRow.checkpoint_id == row.id))
     if manifest.shards:
-        connection.execute(
+        session.execute(
             insert(ShardRow),
             [
                 {
-                    "checkpoint_id": checkpoint_id,
+                    "checkpoint_id": row.id,
                     "position": position,
                     "name": shard.name,
                     "size": shard.size,
@@ -112,23 +113,30 @@ def write_tensors(connection: Connection, checkpoint_id: int, manifest: Manifest
                 }
                 for position, shard in enumerate(manifest.shards)
             ],
+            execution_options={"render_nulls": True},
         )
+    session.expire(row, ["shards"])
 
-    rows = _tensor_rows(checkpoint_id, manifest)
-    while piece := list(islice(rows, _ROWS)):
-        connection.execute(insert(TensorRow), piece)
+    for some in chunks(_tensor_rows(row.id, manifest)):
+        connection.execute(insert(TENSORS), some)
 
 
-def read_digests(connection: Connection, checkpoint_id: int, manifest: Manifest) -> Digests | None:
+def read_digests(session: Session, checkpoint_id: int, manifest: Manifest) -> Digests | None:
     """What is recorded of the bytes of a checkpoint's tensors; ``None`` where nothing is.
 
     :raises CatalogError: the rows make no digests.
     """
     rows: list[tuple[int, bytes] | None] = [None] * len(manifest)
     with intact("a digest"):
-        found = connection.execute(
-            select(DIGESTS.c.position, DIGESTS.c.dim, DIGESTS.c.blocks).where(DIGESTS.c.checkpoint_id == checkpoint_id)
-        ).all()
+        found = (
+            session.connection()
+            .execute(
+                select(DIGESTS.c.position, DIGESTS.c.dim, DIGESTS.c.blocks).where(
+                    DIGESTS.c.checkpoint_id == checkpoint_id
+                )
+            )
+            .all()
+        )
         if not found:
             return None
         for position, dim, blocks in found:
@@ -139,31 +147,33 @@ def read_digests(connection: Connection, checkpoint_id: int, manifest: Manifest)
         return recorded(manifest, rows)
 
 
-def write_digests(connection: Connection, checkpoint_id: int, manifest: Manifest, digests: Digests) -> None:
+def write_digests(session: Session, checkpoint_id: int, manifest: Manifest, digests: Digests) -> None:
     """Record digests in place of those that were recorded before."""
-    connection.execute(delete(DigestRow).where(DigestRow.checkpoint_id == checkpoint_id))
+    connection = session.connection()
+    connection.execute(delete(DIGESTS).where(DIGESTS.c.checkpoint_id == checkpoint_id))
     known = [(i, digest) for i, digest in enumerate(digests.iter(manifest)) if digest is not None]
     for piece in chunks(known):
         connection.execute(
-            insert(DigestRow),
+            insert(DIGESTS),
             [
                 {"checkpoint_id": checkpoint_id, "position": i, "dim": digest.dim, "blocks": digest.blocks}
                 for i, digest in piece
             ],
         )
         connection.execute(
-            update(TensorRow)
-            .where(TensorRow.checkpoint_id == checkpoint_id, TensorRow.position == bindparam("at"))
+            update(TENSORS)
+            .where(TENSORS.c.checkpoint_id == checkpoint_id, TENSORS.c.position == bindparam("at"))
             .values(digest=bindparam("root")),
             [{"at": i, "root": digest.root} for i, digest in piece],
         )
 
 
-def forget_digests(connection: Connection, checkpoint_id: int) -> None:
+def forget_digests(session: Session, checkpoint_id: int) -> None:
     """Forget what is known of the bytes of a checkpoint."""
-    connection.execute(delete(DigestRow).where(DigestRow.checkpoint_id == checkpoint_id))
-    connection.execute(update(TensorRow).where(TensorRow.checkpoint_id == checkpoint_id).values(digest=None))
-    connection.execute(update(ShardRow).where(ShardRow.checkpoint_id == checkpoint_id).values(sha256=None))
+    connection = session.connection()
+    connection.execute(delete(DIGESTS).where(DIGESTS.c.checkpoint_id == checkpoint_id))
+    connection.execute(update(TENSORS).where(TENSORS.c.checkpoint_id == checkpoint_id).values(digest=None))
+    session.execute(update(ShardRow).where(ShardRow.checkpoint_id == checkpoint_id).values(sha256=None))
 
 
 def _tensor_rows(checkpoint_id: int, manifest: Manifest) -> Iterator[dict[str, object]]:

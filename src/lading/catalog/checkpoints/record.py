@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
 
 from lading.cards.card import split_name
 from lading.catalog.checkpoints.copies import all_verified, copies_of, replace_copies, same_copy, write_copies
 from lading.catalog.checkpoints.manifests import (
+    find_checkpoint,
     forget_digests,
     read_manifest,
     same_tensors,
@@ -20,7 +22,7 @@ from lading.catalog.database.database import Database
 from lading.catalog.database.statements import dumps
 from lading.catalog.links import link_by_uri, link_card
 from lading.catalog.records import HEADER, Check, LocalCopy, now
-from lading.catalog.schema import CheckpointRow, CopyRow, ShardRow, VerificationRow
+from lading.catalog.schema import CheckpointRow, CopyRow, VerificationRow
 from lading.formats.digests import Digests
 from lading.formats.manifest import Manifest
 from lading.system.uris import shown_uri
@@ -55,52 +57,52 @@ def record_checkpoint(
     if not _writable(database, f"the manifest of {shown_uri(uri)}"):
         return
 
-    values = {
-        "revision": revision,
-        "format": manifest.format,
-        "bytes": manifest.total_bytes,
-        "parameters": manifest.parameters,
-        "dtypes": ",".join(manifest.dtype_counts),
-        "tensors": len(manifest),
-        "index_name": manifest.index_name,
-        "metadata_": dumps(dict(manifest.metadata)),
-        "indexed_at": now(),
-        "version": __version__,
-    }
-    with database.write() as connection:
-        known, known_revision = connection.execute(
-            select(CheckpointRow.id, CheckpointRow.revision).where(CheckpointRow.uri == uri)
-        ).one_or_none() or (None, "")
-        old = None if known is None else read_manifest(connection, known)
-        if known is None:
-            connection.execute(insert(CheckpointRow).values(uri=uri, **values))
-            known = connection.scalars(select(CheckpointRow.id).where(CheckpointRow.uri == uri)).one()
-        else:
-            connection.execute(update(CheckpointRow).where(CheckpointRow.id == known).values(**values))
+    with database.session(write=True) as session:
+        row = find_checkpoint(session, uri)
+        old = None if row is None else read_manifest(session, row)
+        same_revision = row is not None and bool(revision) and revision == row.revision
+        if row is None:
+            row = CheckpointRow(uri=uri)
+            session.add(row)
+        _describe(row, manifest, revision)
+        session.flush()
+
         same = old is not None and same_tensors(old, manifest)
         if not same:
-            write_tensors(connection, known, manifest)
-        elif _may_differ(
-            connection, known, manifest, copies, same_revision=bool(revision) and revision == known_revision
-        ) and (accept or not copies):
-            forget_digests(connection, known)
+            write_tensors(session, row, manifest)
+        elif _may_differ(session, row, manifest, copies, same_revision=same_revision) and (accept or not copies):
+            forget_digests(session, row.id)
 
         same_files = old is not None and old.index_name == manifest.index_name and old.has_files_of(manifest)
-        write_copies(connection, known, copies, keep_others=same_files, keep_verified=same)
+        write_copies(session, row, copies, keep_others=same_files, keep_verified=same)
         if card_name is not None:
-            link_card(connection, split_name(card_name)[0], known)
-        link_by_uri(connection)
+            link_card(session, split_name(card_name)[0], row)
+        link_by_uri(session)
+
+
+def _describe(row: CheckpointRow, manifest: Manifest, revision: str) -> None:
+    """Make the columns of a checkpoint what its manifest says."""
+    row.revision = revision
+    row.format = manifest.format
+    row.bytes = manifest.total_bytes
+    row.parameters = manifest.parameters
+    row.dtypes = ",".join(manifest.dtype_counts)
+    row.tensors = len(manifest)
+    row.index_name = manifest.index_name
+    row.metadata_ = dumps(dict(manifest.metadata))
+    row.indexed_at = now()
+    row.version = __version__
 
 
 def _may_differ(
-    connection: Connection, checkpoint_id: int, manifest: Manifest, copies: Sequence[LocalCopy], *, same_revision: bool
+    session: Session, row: CheckpointRow, manifest: Manifest, copies: Sequence[LocalCopy], *, same_revision: bool
 ) -> bool:
-    """Whether the same tensors may hold other values than before: nothing tells that they do not."""
+    """Return whether the same tensors may hold other values than before: nothing tells that they do not."""
     if same_revision or all(shard.sha256 for shard in manifest.shards):
         return False
 
     # A load that found other bytes has recorded the files as they are, too; only what was verified is known to be good.
-    return not copies or not all_verified(connection, checkpoint_id, copies)
+    return not copies or not all_verified(session, row, copies)
 
 
 def record_files(
@@ -119,12 +121,12 @@ def record_files(
     if not _writable(database, f"what is known of the files of {shown_uri(uri)}"):
         return
 
-    with database.write() as connection:
-        checkpoint_id = connection.scalar(select(CheckpointRow.id).where(CheckpointRow.uri == uri))
-        if checkpoint_id is not None and copies:
-            replace_copies(connection, checkpoint_id, copies)
+    with database.session(write=True) as session:
+        row = find_checkpoint(session, uri)
+        if row is not None and copies:
+            replace_copies(session, row, copies)
         for check in checks:
-            _write_check(connection, uri, checkpoint_id, check)
+            _write_check(session, uri, row, check)
 
 
 def record_companions(database: Database, *, uri: str, copies: Sequence[LocalCopy]) -> None:
@@ -132,10 +134,9 @@ def record_companions(database: Database, *, uri: str, copies: Sequence[LocalCop
 
     Where all are known as they are, nothing is written. Raises what :func:`record_files` does.
     """
-    with database.read() as connection:
-        checkpoint_id = connection.scalar(select(CheckpointRow.id).where(CheckpointRow.uri == uri))
-        known = () if checkpoint_id is None else copies_of(connection, checkpoint_id)
-        if checkpoint_id is None or {(c.path, c.stat) for c in copies} <= {(c.path, c.stat) for c in known}:
+    with database.session() as session:
+        row = find_checkpoint(session, uri)
+        if row is None or {(c.path, c.stat) for c in copies} <= {(c.path, c.stat) for c in copies_of(row)}:
             return
 
     record_files(database, uri=uri, copies=copies)
@@ -144,8 +145,8 @@ def record_companions(database: Database, *, uri: str, copies: Sequence[LocalCop
 def recorded_headers(database: Database, uri: str) -> dict[str, str]:
     """Return the digest of the header of each file of a checkpoint, as it was recorded last, by the file's name."""
     row = VerificationRow
-    with database.read() as connection:
-        found = connection.execute(
+    with database.session() as session:
+        found = session.execute(
             select(row.file, row.found)
             .where(row.uri == uri, row.method == HEADER, row.result == "recorded", row.found.is_not(None))
             .order_by(row.id)
@@ -164,10 +165,10 @@ def record_digests(database: Database, *, uri: str, manifest: Manifest, digests:
     if not _writable(database, f"the digests of {shown_uri(uri)}"):
         return
 
-    with database.write() as connection:
-        known = connection.scalar(select(CheckpointRow.id).where(CheckpointRow.uri == uri))
-        if known is not None and read_manifest(connection, known).tensors_equal(manifest):
-            write_digests(connection, known, manifest, digests)
+    with database.session(write=True) as session:
+        row = find_checkpoint(session, uri)
+        if row is not None and read_manifest(session, row).tensors_equal(manifest):
+            write_digests(session, row.id, manifest, digests)
 
 
 def _writable(database: Database, what: str) -> bool:
@@ -177,9 +178,9 @@ def _writable(database: Database, what: str) -> bool:
     return database.writable
 
 
-def _write_check(connection: Connection, uri: str, checkpoint_id: int | None, check: Check) -> None:
-    connection.execute(
-        insert(VerificationRow).values(
+def _write_check(session: Session, uri: str, checkpoint: CheckpointRow | None, check: Check) -> None:
+    session.add(
+        VerificationRow(
             uri=uri,
             file=check.file,
             path=str(check.path),
@@ -191,18 +192,14 @@ def _write_check(connection: Connection, uri: str, checkpoint_id: int | None, ch
             at=now(),
         )
     )
-    if checkpoint_id is None:
+    if checkpoint is None:
         return
 
     good = check.result != "mismatch"
     if good and check.method == HEADER:
         return  # it is a part of the file only
-    connection.execute(
-        update(CopyRow).where(same_copy(checkpoint_id, check)).values(verified_at=now() if good else None)
-    )
+    session.execute(update(CopyRow).where(same_copy(checkpoint.id, check)).values(verified_at=now() if good else None))
     if good and check.method == "sha256":
-        connection.execute(
-            update(ShardRow)
-            .where(ShardRow.checkpoint_id == checkpoint_id, ShardRow.name == check.file, ShardRow.sha256.is_(None))
-            .values(sha256=check.found)
-        )
+        for shard in checkpoint.shards:
+            if shard.name == check.file and shard.sha256 is None:
+                shard.sha256 = check.found

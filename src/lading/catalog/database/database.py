@@ -8,13 +8,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.orm import Session
 
-from lading.catalog.database.connection import (
-    transaction,
-)
-from lading.catalog.database.target import (
-    Target,
-)
+from lading.catalog.database.connection import transaction
+from lading.catalog.database.target import Target
 from lading.errors import CatalogError
 
 
@@ -72,3 +69,13 @@ class Database:
             )
         with self._turns, transaction(self._engine, self._target, write=True) as connection:
             yield connection
+
+    @contextmanager
+    def session(self, *, write: bool = False) -> Iterator[Session]:
+        """Open a session in a transaction of its own, that of :meth:`read` or of :meth:`write`, whose errors it raises.
+
+        The transaction ends with the session: there is nothing to commit, and where the body fails nothing is kept.
+        """
+        with self.write() if write else self.read() as connection, Session(connection) as session:
+            yield session
+            session.flush()

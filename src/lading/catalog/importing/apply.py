@@ -8,7 +8,8 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from sqlalchemy import ColumnElement, Connection, func, select, true
+from sqlalchemy import ColumnElement, func, select, true
+from sqlalchemy.orm import Session
 
 from lading.cards.card import FIELDS, CardEntry
 from lading.catalog.database.statements import chunks
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def apply(
-    connection: Connection,
+    session: Session,
     files: Sequence[CardFile],
     *,
     kind: str,
@@ -68,13 +69,13 @@ def apply(
     bad = {file.source for file in files if file.problems} | of_cards.problems.keys() | of_architectures.problems.keys()
     reread = {file.source for file in files if file.source != STDIN} - bad | set(gone)
 
-    kept = _kept_cards(connection, of_cards.by_key, reread)
+    kept = _kept_cards(session, of_cards.by_key, reread)
     missing = _missing(kept) if kind == "user" else set()
     cards = decide(of_cards, kept, reread=reread, missing=missing, seeds=seeds, replace=replace)
-    kept = _kept_architectures(connection, of_architectures.by_key, reread)
+    kept = _kept_architectures(session, of_architectures.by_key, reread)
     missing |= _missing(kept) if kind == "user" else set()
     architectures = decide(of_architectures, kept, reread=reread, missing=missing, seeds=seeds, replace=replace)
-    _refuse_towers(connection, cards, architectures)
+    _refuse_towers(session, cards, architectures)
 
     problems = {file.source: list(file.problems) for file in files}
     for decision in (cards, architectures):
@@ -84,28 +85,28 @@ def apply(
     if all_problems and not keep_going:
         raise CardFileError(all_problems)
 
-    ids = rows.write_sources(connection, files, kind=kind, problems=problems, stats=stats or {})
-    rows.write_architectures(connection, architectures, ids)
-    rows.write_cards(connection, cards, ids, _entries(connection, cards))
-    rows.forget(connection, gone)
-    rows.forget_empty(connection, {row.uri for row, _ in (*cards.moved, *architectures.moved)} & missing)
+    ids = rows.write_sources(session, files, kind=kind, problems=problems, stats=stats or {})
+    rows.write_architectures(session, architectures, ids)
+    rows.write_cards(session, cards, ids, _entries(session, cards))
+    rows.forget(session, gone)
+    rows.forget_empty(session, {row.uri for row, _ in (*cards.moved, *architectures.moved)} & missing)
     withdrawn = bool(cards.removed or architectures.removed)
     if withdrawn or cards.changed or architectures.changed:
-        rows.ask_again(connection, but=ids.values(), seeds=withdrawn and not seeds, all_users=withdrawn)
+        rows.ask_again(session, but=ids.values(), seeds=withdrawn and not seeds, all_users=withdrawn)
 
-    return _report(cards, architectures, warnings=_warnings(connection, cards, architectures), problems=all_problems)
+    return _report(cards, architectures, warnings=_warnings(session, cards, architectures), problems=all_problems)
 
 
 # --- what is there ---------------------------------------------------------------------------------------------------
 
 
-def _kept_cards(connection: Connection, keys: Collection[Key], sources: Collection[str]) -> dict[Key, StoredRow]:
+def _kept_cards(session: Session, keys: Collection[Key], sources: Collection[str]) -> dict[Key, StoredRow]:
     statement = select(
         CardRow.id, CardRow.name, CardRow.env, CardRow.position, CardRow.metadata_, CardRow.folder, SourceRow.uri
-    ).join_from(CardRow, SourceRow, CardRow.source_id == SourceRow.id)
+    ).join(CardRow.source)
 
     conditions: list[ColumnElement[bool]]
-    if (connection.scalar(select(func.count(CardRow.id))) or 0) < len(keys):
+    if (session.scalar(select(func.count(CardRow.id))) or 0) < len(keys):
         conditions = [true()]  # all rows are fewer than the questions for single ones
     else:
         conditions = [CardRow.name.in_(piece) for piece in chunks({name for name, _ in keys})]
@@ -114,13 +115,11 @@ def _kept_cards(connection: Connection, keys: Collection[Key], sources: Collecti
     return {
         (name, env): StoredRow((name, env), uri, position, text, folder, row_id)
         for condition in conditions
-        for row_id, name, env, position, text, folder, uri in connection.execute(statement.where(condition))
+        for row_id, name, env, position, text, folder, uri in session.execute(statement.where(condition))
     }
 
 
-def _kept_architectures(
-    connection: Connection, keys: Collection[Key], sources: Collection[str]
-) -> dict[Key, StoredRow]:
+def _kept_architectures(session: Session, keys: Collection[Key], sources: Collection[str]) -> dict[Key, StoredRow]:
     statement = select(
         ArchitectureRow.family,
         ArchitectureRow.name,
@@ -128,7 +127,7 @@ def _kept_architectures(
         ArchitectureRow.config,
         ArchitectureRow.position,
         SourceRow.uri,
-    ).join_from(ArchitectureRow, SourceRow, ArchitectureRow.source_id == SourceRow.id)
+    ).join(ArchitectureRow.source)
 
     conditions: list[ColumnElement[bool]] = [
         ArchitectureRow.family.in_(piece) for piece in chunks({family for family, _ in keys})
@@ -138,7 +137,7 @@ def _kept_architectures(
     return {
         (family, name): StoredRow((family, name), uri, position, architecture_text(base, config), None)
         for condition in conditions
-        for family, name, base, config, position, uri in connection.execute(statement.where(condition))
+        for family, name, base, config, position, uri in session.execute(statement.where(condition))
     }
 
 
@@ -149,21 +148,21 @@ def _missing(kept: Mapping[Key, StoredRow]) -> set[str]:
     return {uri for uri, path in paths.items() if path is not None and not os.path.lexists(path)}
 
 
-def _entries(connection: Connection, cards: ImportPlan) -> Entries:
+def _entries(session: Session, cards: ImportPlan) -> Entries:
     """The cards that are about to change, and all their bases."""
     changes: dict[str, CardEntry | None] = {row.key[0]: None for row in cards.removed if not row.key[1]}
     for claim in cards.touched():
         if isinstance(claim.entry, CardEntry) and not claim.entry.env:
             changes[claim.entry.name] = claim.entry
 
-    entries = Entries(connection, changes)
+    entries = Entries(session, changes)
     entries.load(name for name, entry in changes.items() if entry is not None and entry.base is not None)
 
     return entries
 
 
-def _refuse_towers(connection: Connection, cards: ImportPlan, architectures: ImportPlan) -> None:
-    entries = _entries(connection, cards)
+def _refuse_towers(session: Session, cards: ImportPlan, architectures: ImportPlan) -> None:
+    entries = _entries(session, cards)
 
     def card_base(name: str) -> str | None:
         entry = entries.get(name)
@@ -176,7 +175,7 @@ def _refuse_towers(connection: Connection, cards: ImportPlan, architectures: Imp
         families.setdefault(claim.key[0], []).append(claim.key[1])
     for family in families:
         claims = {c.key[1]: c for c in architectures.written() if c.key[0] == family}
-        rows_there = connection.execute(
+        rows_there = session.execute(
             select(ArchitectureRow.name, ArchitectureRow.base).where(ArchitectureRow.family == family)
         )
         bases = {row[0]: row[1] for row in rows_there}
@@ -187,7 +186,7 @@ def _refuse_towers(connection: Connection, cards: ImportPlan, architectures: Imp
 # --- what is told ----------------------------------------------------------------------------------------------------
 
 
-def _warnings(connection: Connection, cards: ImportPlan, architectures: ImportPlan) -> tuple[str, ...]:
+def _warnings(session: Session, cards: ImportPlan, architectures: ImportPlan) -> tuple[str, ...]:
     """What may be meant (files come in any order), but cannot be used as it is."""
     warnings: list[str] = []
 
@@ -202,12 +201,12 @@ def _warnings(connection: Connection, cards: ImportPlan, architectures: ImportPl
             wanted.setdefault(claim.entry.base, []).append(
                 f"{claim.entry.source}: the card {name!r} is based on {claim.entry.base!r}, which is not in the catalog"
             )
-    there = _names(connection, wanted)
+    there = _names(session, wanted)
     warnings += [line for name, lines in wanted.items() if name not in there for line in lines]
 
     for claim in architectures.written():
         base = claim.entry.base
-        if base is not None and not connection.scalar(
+        if base is not None and not session.scalar(
             select(ArchitectureRow.name).where(ArchitectureRow.family == claim.key[0], ArchitectureRow.name == base)
         ):
             warnings.append(
@@ -226,11 +225,11 @@ def _warnings(connection: Connection, cards: ImportPlan, architectures: ImportPl
         more = f" (and {len(sources) - 1} more)" if len(sources) > 1 else ""
         warnings.append(f"{sources[0]}{more}: the field {field!r} means nothing here. Did you mean {meant!r}?")
 
-    unregistered = set(connection.scalars(select(FamilyRow.name).where(FamilyRow.entry_point.is_(None))))
+    unregistered = set(session.scalars(select(FamilyRow.name).where(FamilyRow.entry_point.is_(None))))
     users: dict[str, list[str]] = {}
     plain = [claim.key[0] for claim in cards.written() if not claim.key[1]] if unregistered else []
     for piece in chunks(plain):
-        found = connection.execute(
+        found = session.execute(
             select(CardRow.family, CardRow.name)
             .where(CardRow.env == "", CardRow.name.in_(piece), CardRow.family.in_(unregistered))
             .order_by(CardRow.name)
@@ -258,11 +257,11 @@ def _meant(field: str) -> str | None:
     return near[0] if near else None
 
 
-def _names(connection: Connection, names: Iterable[str]) -> set[str]:
+def _names(session: Session, names: Iterable[str]) -> set[str]:
     return {
         name
         for piece in chunks(names)
-        for name in connection.scalars(select(CardRow.name).where(CardRow.env == "", CardRow.name.in_(piece)))
+        for name in session.scalars(select(CardRow.name).where(CardRow.env == "", CardRow.name.in_(piece)))
     }
 
 

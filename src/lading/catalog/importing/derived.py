@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from sqlalchemy import Connection, select
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from lading.cards.card import AssetCard, CardEntry, checkpoint_ref, resolve_card
 from lading.catalog.database.statements import chunks
 from lading.catalog.entries import read_cards
-from lading.catalog.schema import CARDS, CardRow
+from lading.catalog.schema import CardRow
 from lading.catalog.search import fold_fields, search_text
 from lading.errors import AssetCardError
 
@@ -35,8 +36,8 @@ COLUMNS = (
 class Entries:
     """The cards of a catalog as they are about to be: its rows, with ``changes`` laid over them (``None``: removed)."""
 
-    def __init__(self, connection: Connection, changes: Mapping[str, CardEntry | None]) -> None:
-        self._connection = connection
+    def __init__(self, session: Session, changes: Mapping[str, CardEntry | None]) -> None:
+        self._session = session
         self._entries: dict[str, CardEntry | None] = dict(changes)
         self._climbed: set[str] = set()
         self._cards: dict[str, AssetCard] = {}
@@ -48,7 +49,7 @@ class Entries:
         while level:
             unknown = level - self._entries.keys()
             self._entries.update(dict.fromkeys(unknown))
-            self._entries.update((entry.name, entry) for entry in read_cards(self._connection, unknown, env=""))
+            self._entries.update((entry.name, entry) for entry in read_cards(self._session, unknown, env=""))
             self._climbed |= level
             bases = {entry.base for name in level if (entry := self._entries[name]) is not None}
             level = {base for base in bases if base is not None} - self._climbed
@@ -144,24 +145,24 @@ def _text(card: AssetCard, name: str, problems: list[str]) -> str | None:
         return None
 
 
-def descendants(connection: Connection, names: Iterable[str]) -> set[str]:
+def descendants(session: Session, names: Iterable[str]) -> set[str]:
     """The cards of the catalog whose chain of bases, overlays apart, leads through one of ``names``."""
     found: set[str] = set()
     level = set(names)
     while level:
         children: set[str] = set()
         for piece in chunks(level):
-            children.update(connection.scalars(select(CARDS.c.name).where(CARDS.c.env == "", CARDS.c.base.in_(piece))))
+            children.update(session.scalars(select(CardRow.name).where(CardRow.env == "", CardRow.base.in_(piece))))
         level = children - found
         found |= level
 
     return found
 
 
-def stale_columns(connection: Connection) -> list[str]:
+def stale_columns(session: Session) -> list[str]:
     """The cards whose columns differ from what they resolve to, one line each; there should be none."""
-    entries = Entries(connection, {})
-    rows = connection.execute(select(CardRow.name, *COLUMNS).where(CardRow.env == "").order_by(CardRow.name)).all()
+    entries = Entries(session, {})
+    rows = session.execute(select(CardRow.name, *COLUMNS).where(CardRow.env == "").order_by(CardRow.name)).all()
     entries.load(row[0] for row in rows)
 
     problems = []

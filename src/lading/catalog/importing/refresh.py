@@ -16,15 +16,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from lading.cards.documents.document import MAX_FILE_BYTES
 from lading.catalog.importing.apply import apply
 from lading.catalog.importing.write import forget
 from lading.catalog.records import newer, now
-from lading.catalog.schema import FAMILIES, SOURCES, FamilyRow, SourceRow
+from lading.catalog.schema import FamilyRow, SourceRow
 from lading.system.entry_points import registered
 from lading.system.filesystem import FileStat, path_exists, read_regular
 from lading.system.settings import Settings
@@ -88,76 +89,64 @@ class Changes:
         return bool(self.families or self.seeds is not None or self.changed or self.gone)
 
 
-def find_changes(connection: Connection, settings: Settings) -> Changes:
+def find_changes(session: Session, settings: Settings) -> Changes:
     """Compare the catalog with the world."""
-    sources = {
-        row.uri: row
-        for row in connection.execute(
-            select(
-                SOURCES.c.uri,
-                SOURCES.c.kind,
-                SOURCES.c.sha256,
-                SOURCES.c.size,
-                SOURCES.c.mtime_ns,
-                SOURCES.c.imported_at,
-                SOURCES.c.version,
-                SOURCES.c.problems,
-            )
-        )
-    }
+    sources = {row.uri: row for row in session.scalars(select(SourceRow))}
     changed, gone, warnings = _user_news(sources, settings)
 
     return Changes(
-        families=_family_news(connection), seeds=_seed_news(sources), changed=changed, gone=gone, warnings=warnings
+        families=_family_news(session), seeds=_seed_news(sources), changed=changed, gone=gone, warnings=warnings
     )
 
 
-def apply_changes(connection: Connection, settings: Settings) -> None:
+def apply_changes(session: Session, settings: Settings) -> None:
     """Bring the catalog up to date. What is wrong in a file of the user is logged, and the rest goes in."""
-    news = find_changes(connection, settings)
-    _take(connection, news)
+    news = find_changes(session, settings)
+    _take(session, news)
     warnings = dict(news.warnings)
     # What was withdrawn may have hidden what another file states; that one is to be read again.
-    again = find_changes(connection, settings)
-    _take(connection, again)
+    again = find_changes(session, settings)
+    _take(session, again)
     for uri in again.changed:
         warnings.pop(uri, None)
     for line in warnings.values():
         _log.warning("%s", line)
 
 
-def _take(connection: Connection, news: Changes) -> None:
-    _take_families(connection, news.families)
+def _take(session: Session, news: Changes) -> None:
+    _take_families(session, news.families)
     if news.seeds is not None:
-        _take_seeds(connection, news.seeds)
+        _take_seeds(session, news.seeds)
     if news.changed or news.gone:
-        _take_user_files(connection, news)
+        _take_user_files(session, news)
 
 
 # --- families --------------------------------------------------------------------------------------------------------
 
 
-def _family_news(connection: Connection) -> dict[str, str | None]:
+def _family_news(session: Session) -> dict[str, str | None]:
     present = {entry.name: entry.value for entry in registered(_GROUP)}
-    known = {row[0]: row[1] for row in connection.execute(select(FAMILIES.c.name, FAMILIES.c.entry_point))}
+    known = {row.name: row.entry_point for row in session.scalars(select(FamilyRow))}
     lost = [name for name, entry_point in known.items() if entry_point is not None and name not in present]
 
     return {name: value for name, value in present.items() if known.get(name) != value} | dict.fromkeys(lost)
 
 
-def _take_families(connection: Connection, families: Mapping[str, str | None]) -> None:
+def _take_families(session: Session, families: Mapping[str, str | None]) -> None:
     for name, entry_point in families.items():
-        values = {"entry_point": entry_point}
-        if not connection.execute(update(FamilyRow).where(FamilyRow.name == name).values(values)).rowcount:
-            connection.execute(insert(FamilyRow).values(name=name, **values))
+        row = session.get(FamilyRow, name)
+        if row is None:
+            session.add(FamilyRow(name=name, entry_point=entry_point))
+        else:
+            row.entry_point = entry_point
     if None in families.values():
-        forget(connection, ())
+        forget(session, ())
 
 
 # --- the package's cards ---------------------------------------------------------------------------------------------
 
 
-def _seed_news(sources: Mapping[str, Row[*tuple[Any, ...]]]) -> dict[str, bytes] | None:
+def _seed_news(sources: Mapping[str, SourceRow]) -> dict[str, bytes] | None:
     seeds = {
         f"package:{_SEEDS}/{file.name}": file.read_bytes()
         for file in files(_SEEDS).iterdir()
@@ -200,10 +189,10 @@ def _package_folder(package: str) -> Path:
     raise ModuleNotFoundError(f"there is no package {package!r}")
 
 
-def _take_seeds(connection: Connection, seeds: Mapping[str, bytes]) -> None:
-    stored = connection.scalars(select(SourceRow.uri).where(SourceRow.kind == "seed"))
+def _take_seeds(session: Session, seeds: Mapping[str, bytes]) -> None:
+    stored = session.scalars(select(SourceRow.uri).where(SourceRow.kind == "seed"))
     report = apply(
-        connection,
+        session,
         [_parse(uri, data, folder=None) for uri, data in sorted(seeds.items())],
         kind="seed",
         keep_going=True,
@@ -217,7 +206,7 @@ def _take_seeds(connection: Connection, seeds: Mapping[str, bytes]) -> None:
 
 
 def _user_news(
-    sources: Mapping[str, Row[*tuple[Any, ...]]], settings: Settings
+    sources: Mapping[str, SourceRow], settings: Settings
 ) -> tuple[dict[str, FileStat], frozenset[str], dict[str, str]]:
     """Compare the sources with the user's card files: those that changed, those that are gone, and what to say."""
     changed: dict[str, FileStat] = {}
@@ -262,7 +251,7 @@ def _user_news(
     return changed, frozenset(gone), warnings
 
 
-def _compare(file: Path, row: Row[*tuple[Any, ...]] | None) -> tuple[FileStat, bool]:
+def _compare(file: Path, row: SourceRow | None) -> tuple[FileStat, bool]:
     """Return the state of a card file, and whether its content is the one that ``row`` knows.
 
     :raises OSError: it cannot be read.
@@ -310,8 +299,8 @@ def _out_of_sight(path: Path, watched: Path | None) -> tuple[Path, str | None]:
             return folder, f"it cannot be read ({error.strerror})"
 
 
-def _take_user_files(connection: Connection, news: Changes) -> None:
-    known = {row[0]: row[1] for row in connection.execute(select(SourceRow.uri, SourceRow.sha256))}
+def _take_user_files(session: Session, news: Changes) -> None:
+    known = {row.uri: row for row in session.scalars(select(SourceRow))}
     parsed: list[CardFile] = []
 
     for uri, found in news.changed.items():
@@ -322,16 +311,13 @@ def _take_user_files(connection: Connection, news: Changes) -> None:
         except OSError as error:
             _log.warning("The card file %s cannot be read, so its cards were not imported: %s", path, error)
             continue
-        if known.get(uri) == _sha256(data):
-            connection.execute(
-                update(SourceRow)
-                .where(SourceRow.uri == uri)
-                .values(kind="user", size=found.size, mtime_ns=found.mtime_ns, imported_at=now())
-            )
+        row = known.get(uri)
+        if row is not None and row.sha256 == _sha256(data):
+            row.kind, row.size, row.mtime_ns, row.imported_at = "user", found.size, found.mtime_ns, now()
         else:
             parsed.append(_parse(uri, data, folder=path.parent))
 
-    report = apply(connection, parsed, kind="user", keep_going=True, stats=news.changed, gone=news.gone)
+    report = apply(session, parsed, kind="user", keep_going=True, stats=news.changed, gone=news.gone)
     for line in report.warnings:
         _log.warning("%s", line)
     for line in report.problems:

@@ -1,20 +1,24 @@
-"""Decisions into rows, in bulk."""
+"""Decisions into rows.
+
+Cards and architectures are written in bulk, without an object for each row: imports of a million are ordinary.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, bindparam, delete, exists, func, insert, select, update
+from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy.orm import Session
 
 from lading.cards.card import ArchitectureEntry, CardEntry
-from lading.catalog import search
 from lading.catalog.database.statements import chunks, dumps
 from lading.catalog.importing.changes import ImportPlan, StatedRow
 from lading.catalog.importing.derived import COLUMNS, Entries, descendants, resolve_columns
 from lading.catalog.links import link_by_uri
 from lading.catalog.records import now
-from lading.catalog.schema import ArchitectureRow, CardCheckpointRow, CardRow, FamilyRow, SourceRow
+from lading.catalog.schema import ArchitectureRow, CardCheckpointRow, CardRow, FamilyRow, Row, SourceRow
+from lading.catalog.search import index_new, reindexed
 from lading.system.filesystem import FileStat
 from lading.system.version import __version__
 
@@ -27,74 +31,56 @@ _NOTHING: Values = {column.key: None for column in COLUMNS} | {"gated": 0}
 
 
 def write_sources(
-    connection: Connection,
+    session: Session,
     files: Sequence[CardFile],
     *,
     kind: str,
     problems: Mapping[str, Sequence[str]],
     stats: Mapping[str, FileStat],
 ) -> dict[str, int]:
-    """Record where the files come from; their row numbers, by URI."""
-    if not files:
-        return {}
-
-    there = {
+    """Record where the files come from, and return their row numbers, by URI."""
+    by_uri = {file.source: file for file in files}
+    rows = {
         row.uri: row
-        for piece in chunks(file.source for file in files)
-        for row in connection.execute(
-            select(SourceRow.id, SourceRow.uri, SourceRow.kind).where(SourceRow.uri.in_(piece))
-        )
+        for piece in chunks(by_uri)
+        for row in session.scalars(select(SourceRow).where(SourceRow.uri.in_(piece)))
     }
-    added, changed = [], []
-    for file in {file.source: file for file in files}.values():
-        row, stat = there.get(file.source), stats.get(file.source)
-        values = {
-            "uri": file.source,
-            # A file in the user's own folder stays one when it is imported by name.
-            "kind": "user" if row is not None and row.kind == "user" else kind,
-            "sha256": file.sha256,
-            "size": None if stat is None else stat.size,
-            "mtime_ns": None if stat is None else stat.mtime_ns,
-            "imported_at": now(),
-            "version": __version__,
-            "problems": "\n".join(problems[file.source]) or None,
-        }
-        if row is None:
-            added.append(values)
-        else:
-            changed.append(values | {"row_id": row.id})
-    if added:
-        connection.execute(insert(SourceRow), added)
-    if changed:
-        columns: Values = {name: bindparam(name) for name in changed[0] if name not in ("row_id", "uri")}
-        connection.execute(update(SourceRow).where(SourceRow.id == bindparam("row_id")).values(columns), changed)
+    for uri, file in by_uri.items():
+        if uri not in rows:
+            rows[uri] = SourceRow(uri=uri, kind=kind)
+            session.add(rows[uri])
+        row, stat = rows[uri], stats.get(uri)
+        # A file in the user's own folder stays one when it is imported by name.
+        row.kind = "user" if row.kind == "user" else kind
+        row.sha256 = file.sha256
+        row.size = None if stat is None else stat.size
+        row.mtime_ns = None if stat is None else stat.mtime_ns
+        row.imported_at = now()
+        row.version = __version__
+        row.problems = "\n".join(problems[uri]) or None
+    session.flush()
 
-    return {
-        uri: row_id
-        for piece in chunks(file.source for file in files)
-        for row_id, uri in connection.execute(select(SourceRow.id, SourceRow.uri).where(SourceRow.uri.in_(piece)))
-    }
+    return {uri: row.id for uri, row in rows.items()}
 
 
-def write_architectures(connection: Connection, decision: ImportPlan, sources: Mapping[str, int]) -> None:
+def _insert(session: Session, row: type[Row], values: Sequence[Values]) -> None:
+    # Without the option, rows that lack a value are written apart from the rest.
+    session.execute(insert(row), values, execution_options={"render_nulls": True})
+
+
+def write_architectures(session: Session, decision: ImportPlan, sources: Mapping[str, int]) -> None:
     """Make the rows of architectures what ``decision`` says."""
-    write_families(connection, {claim.key[0] for claim in decision.written()})
-    at = (ArchitectureRow.family == bindparam("of_family"), ArchitectureRow.name == bindparam("of_name"))
+    write_families(session, {claim.key[0] for claim in decision.written()})
 
-    if decision.removed:
-        keys = [{"of_family": row.key[0], "of_name": row.key[1]} for row in decision.removed]
-        connection.execute(delete(ArchitectureRow).where(*at), keys)
+    for row in decision.removed:
+        session.execute(
+            delete(ArchitectureRow).where(ArchitectureRow.family == row.key[0], ArchitectureRow.name == row.key[1])
+        )
     if decision.added:
-        connection.execute(insert(ArchitectureRow), [_architecture(claim, sources) for claim in decision.added])
-
-    updated = [claim for _, claim in (*decision.changed, *decision.moved)]
+        _insert(session, ArchitectureRow, [_architecture(claim, sources) for claim in decision.added])
+    updated = [_architecture(claim, sources) for _, claim in (*decision.changed, *decision.moved)]
     if updated:
-        values = [
-            {"of_family": c.key[0], "of_name": c.key[1]} | {f"new_{k}": v for k, v in _architecture(c, sources).items()}
-            for c in updated
-        ]
-        columns: Values = {name: bindparam(f"new_{name}") for name in _architecture(updated[0], sources)}
-        connection.execute(update(ArchitectureRow).where(*at).values(columns), values)
+        session.execute(update(ArchitectureRow), updated)
 
 
 def _architecture(claim: StatedRow, sources: Mapping[str, int]) -> Values:
@@ -110,41 +96,41 @@ def _architecture(claim: StatedRow, sources: Mapping[str, int]) -> Values:
     }
 
 
-def write_cards(connection: Connection, decision: ImportPlan, sources: Mapping[str, int], entries: Entries) -> None:
+def write_cards(session: Session, decision: ImportPlan, sources: Mapping[str, int], entries: Entries) -> None:
     """Make the rows of cards what ``decision`` says, and bring up to date what the cards based on them resolve to.
 
     :param entries: holds the cards that change, and their bases.
     """
     removed = {row.key[0] for row in decision.removed if not row.key[1]}
     written = {claim.key[0] for claim in decision.touched() if not claim.key[1]}
-    heirs = descendants(connection, written | removed) - written - removed
+    heirs = descendants(session, written | removed) - written - removed
     entries.load(heirs)
 
     for ids in chunks(row.row_id for row in decision.removed):
-        connection.execute(delete(CardRow).where(CardRow.id.in_(ids)))
+        session.execute(delete(CardRow).where(CardRow.id.in_(ids)))
 
-    last = connection.scalar(select(func.max(CardRow.id))) or 0
+    last = session.scalar(select(func.max(CardRow.id))) or 0
     for claims in chunks(decision.added):
         values = [_card(claim, sources, entries) for claim in claims]
-        write_families(connection, {family for row in values if isinstance(family := row["family"], str)})
-        connection.execute(insert(CardRow), values)
-    search.index_new(connection, last)
+        write_families(session, {family for row in values if isinstance(family := row["family"], str)})
+        _insert(session, CardRow, values)
+    index_new(session.connection(), last)
 
     for changes in chunks([*decision.changed, *decision.moved]):
-        _update(connection, [{"row_id": row.row_id} | _card(claim, sources, entries) for row, claim in changes])
+        _update(session, [{"id": row.row_id} | _card(claim, sources, entries) for row, claim in changes])
     for names in chunks(heirs):
-        found = connection.execute(select(CardRow.id, CardRow.name).where(CardRow.env == "", CardRow.name.in_(names)))
+        found = session.execute(select(CardRow.id, CardRow.name).where(CardRow.env == "", CardRow.name.in_(names)))
         _update(
-            connection,
+            session,
             [
-                {"row_id": row_id, **resolve_columns(entry, entries)}
+                {"id": row_id, **resolve_columns(entry, entries)}
                 for row_id, name in found.all()
                 if (entry := entries.get(name)) is not None
             ],
         )
 
     if written or heirs:
-        link_by_uri(connection)
+        link_by_uri(session)
 
 
 def _card(claim: StatedRow, sources: Mapping[str, int], entries: Entries) -> Values:
@@ -162,69 +148,65 @@ def _card(claim: StatedRow, sources: Mapping[str, int], entries: Entries) -> Val
     }
 
 
-def _update(connection: Connection, rows: list[Values]) -> None:
-    """Update cards by ``row_id``; all rows have the same columns."""
+def _update(session: Session, rows: list[Values]) -> None:
+    """Update cards by their ``id``; all rows have the same columns."""
     if not rows:
         return
 
-    columns: Values = {name: bindparam(f"new_{name}") for name in rows[0] if name != "row_id"}
-    statement = update(CardRow).where(CardRow.id == bindparam("new_row_id")).values(columns)
-    values = [{f"new_{name}": value for name, value in row.items()} for row in rows]
-
-    _unlink_moved(connection, rows)
-    write_families(connection, {family for row in rows if isinstance(family := row["family"], str)})
-    with search.reindexed(connection, [row["row_id"] for row in rows]):
-        connection.execute(statement, values)
+    _unlink_moved(session, rows)
+    write_families(session, {family for row in rows if isinstance(family := row["family"], str)})
+    with reindexed(session.connection(), [row["id"] for row in rows]):
+        session.execute(update(CardRow), rows)
 
 
-def _unlink_moved(connection: Connection, rows: Sequence[Values]) -> None:
-    """A card that is to name another checkpoint is no longer linked to the one that it was loaded from."""
-    new = {row["row_id"]: (row["checkpoint_uri"], row["checkpoint_path"]) for row in rows}
-    linked = connection.execute(
+def _unlink_moved(session: Session, rows: Sequence[Values]) -> None:
+    """Unlink cards that are to name another checkpoint from the one that they were loaded from."""
+    new = {row["id"]: (row["checkpoint_uri"], row["checkpoint_path"]) for row in rows}
+    linked = session.execute(
         select(CardRow.id, CardRow.checkpoint_uri, CardRow.checkpoint_path)
-        .join_from(CardRow, CardCheckpointRow, CardRow.id == CardCheckpointRow.card_id)
+        .join(CardRow.link)
         .where(CardRow.id.in_(new))
     )
     stale = [row_id for row_id, uri, path in linked if (uri, path) != new[row_id]]
-    connection.execute(delete(CardCheckpointRow).where(CardCheckpointRow.card_id.in_(stale)))
+    session.execute(delete(CardCheckpointRow).where(CardCheckpointRow.card_id.in_(stale)))
 
 
-def write_families(connection: Connection, names: Collection[str]) -> None:
+def write_families(session: Session, names: Collection[str]) -> None:
     """Add the families that are not there yet, as ones that nothing registers."""
     missing = set(names)
     for piece in chunks(names):
-        missing -= set(connection.scalars(select(FamilyRow.name).where(FamilyRow.name.in_(piece))))
+        missing -= set(session.scalars(select(FamilyRow.name).where(FamilyRow.name.in_(piece))))
     if missing:
-        connection.execute(insert(FamilyRow), [{"name": name, "entry_point": None} for name in sorted(missing)])
+        session.add_all(FamilyRow(name=name, entry_point=None) for name in sorted(missing))
 
 
-def forget(connection: Connection, sources: Collection[str]) -> None:
+def forget(session: Session, sources: Collection[str]) -> None:
     """Drop sources that are no more, and families that nothing registers or names any longer."""
     for piece in chunks(sources):
-        connection.execute(delete(SourceRow).where(SourceRow.uri.in_(piece)))
+        session.execute(delete(SourceRow).where(SourceRow.uri.in_(piece)))
 
-    connection.execute(
+    session.execute(
         delete(FamilyRow).where(
             FamilyRow.entry_point.is_(None),
-            ~exists().where(CardRow.family == FamilyRow.name),
-            ~exists().where(ArchitectureRow.family == FamilyRow.name),
+            ~FamilyRow.cards.any(),
+            ~FamilyRow.architectures.any(),
         )
     )
 
 
-def forget_empty(connection: Connection, sources: Collection[str]) -> None:
+def forget_empty(session: Session, sources: Collection[str]) -> None:
     """Drop those of these sources that state nothing any longer."""
     for piece in chunks(sources):
-        connection.execute(
+        session.execute(
             delete(SourceRow).where(
                 SourceRow.uri.in_(piece),
-                ~exists().where(CardRow.source_id == SourceRow.id),
-                ~exists().where(ArchitectureRow.source_id == SourceRow.id),
+                ~SourceRow.cards.any(),
+                ~SourceRow.architectures.any(),
             )
         )
 
 
-def ask_again(connection: Connection, *, but: Collection[int], seeds: bool, all_users: bool) -> None:
+def ask_again(session: Session, *, but: Collection[int], seeds: bool, all_users: bool) -> None:
     """Have sources read again, as what changed or was withdrawn may have hidden what they state.
 
     :param but: the rows of the sources that were just read.
@@ -233,9 +215,9 @@ def ask_again(connection: Connection, *, but: Collection[int], seeds: bool, all_
     """
     unknown: Values = {"sha256": None, "size": None, "mtime_ns": None}
     if seeds:
-        connection.execute(update(SourceRow).where(SourceRow.kind == "seed").values(unknown))
+        session.execute(update(SourceRow).where(SourceRow.kind == "seed").values(unknown))
     users = select(SourceRow.id).where(SourceRow.kind == "user")
     if not all_users:
         users = users.where(SourceRow.problems.is_not(None))
-    for ids in chunks(set(connection.scalars(users)) - set(but)):
-        connection.execute(update(SourceRow).where(SourceRow.id.in_(ids)).values(unknown))
+    for ids in chunks(set(session.scalars(users)) - set(but)):
+        session.execute(update(SourceRow).where(SourceRow.id.in_(ids)).values(unknown))
