@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lading.catalog import (
     CheckpointRow,
     CopyRow,
     FamilyRow,
+    PieceRow,
     ShardRow,
     SourceRow,
     TensorRow,
@@ -35,7 +37,9 @@ from lading.catalog.open import open_catalog
 from lading.catalog.records import Check
 from lading.catalog.schema import Row
 from lading.catalog.store import AssetStore
-from lading.errors import CatalogError, InternalError, QueryError
+from lading.errors import CatalogError, InternalError, NotSupportedError, QueryError
+from lading.formats.manifest import Manifest, Piece, Shard
+from lading.planning.plan import plan_full_read
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reference" / "sql.md").read_text(encoding="utf-8")
@@ -109,6 +113,7 @@ def test_rows_lead_to_one_another(store: AssetStore) -> None:
         assert checkpoint.copies[0].checkpoint is checkpoint
         assert [v.result for v in checkpoint.verifications] == ["match"]
         assert checkpoint.verifications[0].checkpoint is checkpoint
+        assert not checkpoint.in_pieces
 
 
 def test_conditions_go_through_relationships(store: AssetStore) -> None:
@@ -193,7 +198,7 @@ def savepoint(s: Session) -> None:
         (lambda s: s.execute(delete(CopyRow)), "remove_model"),
         (lambda s: s.execute(insert(VerificationRow), [{"uri": "u"}]), "verify_model"),
         (lambda s: s.execute(text("DELETE FROM cards")), "import_cards"),
-        (lambda s: s.connection().exec_driver_sql("DROP TABLE digests"), "index_checkpoint"),
+        (lambda s: s.connection().exec_driver_sql("DROP TABLE pieces"), "index_checkpoint"),
         (lambda s: s.bulk_insert_mappings(inspect(FamilyRow), [{"name": "new"}]), "import_cards"),
     ],
 )
@@ -275,3 +280,71 @@ def test_the_relationships_are_the_documented_ones() -> None:
         if hasattr(lading.catalog, mapper.class_.__name__)
     }
     assert documented.keys() == set(lading.catalog.__all__) - {"session"}
+
+
+# --- tensors in pieces -----------------------------------------------------------------------------------------------
+
+
+def pieced() -> Manifest:
+    """Three tensors that four ranks saved: one whole, one cut by rows into three parts, one by columns into two."""
+    return Manifest(
+        format="torch",
+        shards=tuple(Shard(name=f"__{rank}_0.distcp", size=10_000) for rank in range(4)),
+        names=["norm", "up", "down"],
+        dtypes=["F32", "BF16", "BF16"],
+        shapes=[(8,), (9, 4), (4, 6)],
+        shard_ids=array("I", [0, 1, 2]),
+        offsets=array("q", [64, 128, 64]),
+        pieces={
+            1: (Piece((0, 0), (4, 4), 1, 128), Piece((4, 0), (4, 4), 2, 512), Piece((8, 0), (1, 4), 3, 64)),
+            2: (Piece((0, 0), (4, 3), 2, 64), Piece((0, 3), (4, 3), 3, 1024)),
+        },
+    )
+
+
+def test_pieces_go_through_the_catalog(store: AssetStore) -> None:
+    manifest = pieced()
+    record_checkpoint(store.database, uri="hg://a/n", manifest=manifest, copies=())
+    stored = store.checkpoint("hg://a/n")
+    assert stored is not None
+    assert stored.manifest.pieces == manifest.pieces
+    assert stored.manifest.tensors_equal(manifest)
+
+    with open_session(store) as s:
+        assert s.scalar(select(func.count()).select_from(PieceRow)) == 5  # one piece has no row
+        checkpoint = s.scalars(select(CheckpointRow).where(CheckpointRow.in_pieces)).one()
+        tensor = checkpoint.shards[1].tensors[0]
+        assert [(p.shard_row.name, p.starts, p.shape) for p in tensor.pieces] == [
+            ("__1_0.distcp", "[0,0]", "[4,4]"),
+            ("__2_0.distcp", "[4,0]", "[4,4]"),
+            ("__3_0.distcp", "[8,0]", "[1,4]"),
+        ]
+        assert tensor.pieces[0].tensor is tensor
+
+    record_checkpoint(store.database, uri="hg://a/n", manifest=make_manifest(), copies=())
+    stored = store.checkpoint("hg://a/n")
+    assert stored is not None
+    assert stored.manifest.pieces == {}
+    with open_session(store) as s:
+        assert s.scalars(select(PieceRow)).all() == []
+
+
+def test_other_pieces_are_another_manifest(store: AssetStore) -> None:
+    manifest = pieced()
+    record_checkpoint(store.database, uri="hg://a/n", manifest=manifest, copies=())
+    other = Manifest(
+        **{
+            **{name: getattr(manifest, name) for name in manifest.__dataclass_fields__},
+            "pieces": manifest.pieces | {2: (Piece((0, 0), (4, 3), 2, 64), Piece((0, 3), (4, 3), 3, 2048))},
+        }
+    )
+    assert not manifest.tensors_equal(other)
+    record_checkpoint(store.database, uri="hg://a/n", manifest=other, copies=())
+    stored = store.checkpoint("hg://a/n")
+    assert stored is not None
+    assert stored.manifest.pieces == other.pieces
+
+
+def test_a_manifest_in_pieces_is_not_planned_yet() -> None:
+    with pytest.raises(NotSupportedError, match="'up' lies in 3 pieces"):
+        plan_full_read(pieced())

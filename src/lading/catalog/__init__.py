@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lading.catalog.schema import CheckpointRow as CheckpointRow
     from lading.catalog.schema import CopyRow as CopyRow
     from lading.catalog.schema import FamilyRow as FamilyRow
+    from lading.catalog.schema import PieceRow as PieceRow
     from lading.catalog.schema import ShardRow as ShardRow
     from lading.catalog.schema import SourceRow as SourceRow
     from lading.catalog.schema import TensorRow as TensorRow
@@ -34,6 +35,7 @@ _ROWS = (
     "CheckpointRow",
     "CopyRow",
     "FamilyRow",
+    "PieceRow",
     "ShardRow",
     "SourceRow",
     "TensorRow",

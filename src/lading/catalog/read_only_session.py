@@ -26,6 +26,7 @@ _CALLS = {
     "checkpoints": "index_checkpoint",
     "shards": "index_checkpoint",
     "tensors": "index_checkpoint",
+    "pieces": "index_checkpoint",
     "copies": "pull_model, adopt_checkpoints or remove_model",
     "digests": "verify_model",
     "verifications": "verify_model",

@@ -25,10 +25,13 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    column,
     event,
+    exists,
+    table,
     text,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column, relationship
 
 from lading.catalog.records import CopyKind
 
@@ -208,6 +211,9 @@ for _statement in _SEARCH:
     event.listen(CardRow.__table__, "after_create", DDL(_statement.strip()).execute_if(dialect="sqlite"))  # type: ignore[no-untyped-call]
 
 
+_PIECES = table("pieces", column("checkpoint_id", BigInteger()))
+
+
 class CheckpointRow(Row):
     """A checkpoint whose tensors are known."""
 
@@ -248,6 +254,11 @@ class CheckpointRow(Row):
         primaryjoin="CheckpointRow.uri == foreign(VerificationRow.uri)", viewonly=True, order_by="VerificationRow.id"
     )
     """The checks of its files, by its URI: they stay when it goes."""
+    in_pieces: Mapped[bool] = column_property(
+        # A part of the same question, as one of its own about each checkpoint would be for the rarest case.
+        exists().where(_PIECES.c.checkpoint_id == id).correlate_except(_PIECES)  # noqa: A003 (the column)
+    )
+    """Whether a tensor of it lies in several pieces."""
 
 
 class ShardRow(Row):
@@ -295,7 +306,7 @@ class TensorRow(Row):
     checkpoint_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     position: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     shard: Mapped[int]
-    """The position of its shard."""
+    """The position of its shard; of its first one, if it lies in several pieces."""
     name: Mapped[str]
     dtype: Mapped[str]
     shape: Mapped[str]
@@ -307,6 +318,50 @@ class TensorRow(Row):
     """Of all its bytes, as :mod:`lading.formats.digests` defines it; equal tensors have equal ones."""
 
     shard_row: Mapped[ShardRow] = relationship(back_populates="tensors")
+    """The shard at the position ``shard``."""
+    pieces: Mapped[list[PieceRow]] = relationship(
+        back_populates="tensor", cascade=_OWNED, passive_deletes=True, order_by="PieceRow.number"
+    )
+    """Its pieces, if there are several; one alone is where ``shard`` and ``offset`` say."""
+
+
+class PieceRow(Row):
+    """A part of a tensor that lies in several, as ranks saved it: contiguous and row-major in one file."""
+
+    __tablename__ = "pieces"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["checkpoint_id", "position"],
+            ["tensors.checkpoint_id", "tensors.position"],
+            name="fk_pieces_tensor",
+            ondelete="CASCADE",
+        ),
+        ForeignKeyConstraint(
+            ["checkpoint_id", "shard"],
+            ["shards.checkpoint_id", "shards.position"],
+            name="fk_pieces_shard",
+            ondelete="CASCADE",
+        ),
+        CheckConstraint('number >= 0 AND "offset" >= 0', name="numbers"),
+        _json("starts"),
+        _json("shape"),
+        _STRICT_CLUSTERED,
+    )
+
+    checkpoint_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    position: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    """The position of the tensor."""
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    shard: Mapped[int]
+    """The position of its shard."""
+    offset: Mapped[int]
+    """The byte of the shard's file at which it begins."""
+    starts: Mapped[str]
+    """The index of its first element in the tensor, as JSON."""
+    shape: Mapped[str]
+
+    tensor: Mapped[TensorRow] = relationship(back_populates="pieces")
+    shard_row: Mapped[ShardRow] = relationship(viewonly=True)
     """The shard at the position ``shard``."""
 
 
@@ -410,4 +465,4 @@ def _table(row: type[Row]) -> Table:
 
 
 # Tensors and their digests are read and written as columns, as a checkpoint may have 100,000 of them.
-CHECKPOINTS, TENSORS, DIGESTS = map(_table, (CheckpointRow, TensorRow, DigestRow))
+CHECKPOINTS, TENSORS, PIECES, DIGESTS = map(_table, (CheckpointRow, TensorRow, PieceRow, DigestRow))

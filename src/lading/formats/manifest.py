@@ -12,6 +12,8 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import gt
+from typing import NamedTuple
 
 from lading.errors import InternalError
 
@@ -39,6 +41,18 @@ class Shard:
     """The SHA-256 of the whole file in hexadecimal, if it is known."""
 
 
+class Piece(NamedTuple):
+    """A part of a tensor that lies contiguous and row-major in one file, as a rank saved it."""
+
+    starts: tuple[int, ...]
+    """The index of its first element in the tensor, one number for each dim."""
+    shape: tuple[int, ...]
+    shard: int
+    """The position of its file in the manifest's ``shards``."""
+    offset: int
+    """The byte of that file at which it begins."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
     """One row of a manifest, for access to single tensors."""
@@ -56,7 +70,11 @@ class TensorInfo:
 class Manifest:
     """The tensors of a checkpoint in columns of equal length, in the order (shard, offset).
 
-    :raises InternalError: the columns have different lengths, or a shard number does not exist.
+    A tensor of one piece, which almost all are, has one number in each column. One of several pieces has those of its
+    first piece there, and all of them in ``pieces``.
+
+    :raises InternalError: columns of different lengths, a shard number that does not exist, or pieces that do not make
+        their tensor.
     """
 
     format: str
@@ -75,6 +93,8 @@ class Manifest:
     """The name of the index that lists the shards of the checkpoint, if there is one."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """The free-form ``__metadata__`` of the first shard."""
+    pieces: Mapping[int, tuple[Piece, ...]] = field(default_factory=dict)
+    """The pieces of the tensors that have several, by the position of the tensor. They do not overlap."""
 
     def __post_init__(self) -> None:
         lengths = set(map(len, self._columns))
@@ -82,6 +102,23 @@ class Manifest:
             raise InternalError(f"the columns of a manifest must be of equal length, but are of lengths {lengths}")
         if len(self.shard_ids) and max(self.shard_ids) >= len(self.shards):
             raise InternalError(f"a manifest of {len(self.shards)} shards refers to shard {max(self.shard_ids)}")
+        for tensor, pieces in self.pieces.items():
+            self._check_pieces(tensor, pieces)
+
+    def _check_pieces(self, tensor: int, pieces: tuple[Piece, ...]) -> None:
+        if not 0 <= tensor < len(self):
+            raise InternalError(f"a manifest of {len(self)} tensors has pieces of tensor {tensor}")
+
+        name, shape = self.names[tensor], self.shapes[tensor]
+        for piece in pieces:
+            ends = [start + size for start, size in zip(piece.starts, piece.shape, strict=True)]
+            if len(ends) != len(shape) or min(piece.starts, default=0) < 0 or any(map(gt, ends, shape)):
+                raise InternalError(f"a piece of {name!r}, {piece}, does not lie in its shape {shape}")
+            if not 0 <= piece.shard < len(self.shards):
+                raise InternalError(f"a manifest of {len(self.shards)} shards refers to shard {piece.shard}")
+        first = (self.shard_ids[tensor], self.offsets[tensor])
+        if sum(math.prod(piece.shape) for piece in pieces) != math.prod(shape) or pieces[0][2:] != first:
+            raise InternalError(f"the pieces of {name!r} are not all of its shape {shape}, beginning at {first}")
 
     def __len__(self) -> int:
         """Return the number of tensors."""
@@ -112,14 +149,18 @@ class Manifest:
         )
 
     def tensors_equal(self, other: Manifest) -> bool:
-        """Return whether both have the same tensors at the same offsets, in the same number of files."""
-        return len(self.shards) == len(other.shards) and all(
-            len(a) == len(b) and all(x == y for x, y in zip(a, b, strict=True))
-            for a, b in zip(self._columns, other._columns, strict=True)
+        """Return whether both hold the same tensors at the same places of as many files."""
+        return (
+            len(self.shards) == len(other.shards)
+            and self.pieces == other.pieces
+            and all(
+                len(a) == len(b) and all(x == y for x, y in zip(a, b, strict=True))
+                for a, b in zip(self._columns, other._columns, strict=True)
+            )
         )
 
     def only(self, shard: int) -> Manifest:
-        """Return the manifest of one of the files."""
+        """Return the manifest of one of the files, in which each tensor is of one piece."""
         part = self.take(self.tensors_of(shard))
 
         return replace(part, shards=(self.shards[shard],), shard_ids=array("I", [0]) * len(part))
@@ -138,6 +179,7 @@ class Manifest:
             shapes=[self.shapes[i] for i in positions],
             shard_ids=array("I", [self.shard_ids[i] for i in positions]),
             offsets=array("q", [self.offsets[i] for i in positions]),
+            pieces={at: self.pieces[i] for at, i in enumerate(positions) if i in self.pieces} if self.pieces else {},
         )
 
     @property

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from lading.errors import NotSupportedError
 from lading.formats.manifest import BITS, Manifest
 from lading.planning.box import Box
 from lading.planning.composition import Source, pieces
@@ -136,6 +137,7 @@ def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
     :param mapped: leave tensors in a mapping of the file if their box is one aligned run of bytes that needs no cast
         and belongs to no other tensor; otherwise a write to one would change another.
     """
+    _refuse_pieces(manifest)
     reads = _Reads()
     claimed = _ClaimedRanges()
     rows = Rows()
@@ -214,8 +216,18 @@ def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
     )
 
 
+def _refuse_pieces(manifest: Manifest) -> None:
+    # A catalog may be shared with a version that records such checkpoints.
+    for tensor, found in manifest.pieces.items():
+        raise NotSupportedError(
+            f"The tensor {manifest.names[tensor]!r} lies in {len(found)} pieces, as ranks saved it, but this version "
+            "of lading reads tensors of one piece only. Upgrade it: `pip install --upgrade lading`."
+        )
+
+
 def plan_full_read(manifest: Manifest) -> tuple[Plan, Wanted]:
     """Plan one pass over a checkpoint, which reads each tensor once, complete and without a cast."""
+    _refuse_pieces(manifest)
     reads = _Reads()
     places = array("q")
     end = 0

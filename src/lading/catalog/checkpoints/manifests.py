@@ -6,14 +6,16 @@ import json
 import math
 from array import array
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 
 from sqlalchemy import Connection, bindparam, delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from lading.catalog.database.statements import chunks, intact, loads_object
-from lading.catalog.schema import CHECKPOINTS, DIGESTS, TENSORS, CheckpointRow, ShardRow
+from lading.catalog.schema import CHECKPOINTS, DIGESTS, PIECES, TENSORS, CheckpointRow, ShardRow
 from lading.formats.digests import Digests, recorded
-from lading.formats.manifest import BITS, Manifest, Shard
+from lading.formats.manifest import BITS, Manifest, Piece, Shard
 
 _ROWS = 10_000
 """Rows that are held in memory at a time."""
@@ -74,7 +76,25 @@ def _read_manifest(connection: Connection, row: CheckpointRow) -> Manifest:
         offsets=offsets,
         index_name=row.index_name,
         metadata={str(key): str(value) for key, value in loads_object(row.metadata_).items()},
+        pieces=_read_pieces(connection, row.id) if row.in_pieces else {},
     )
+
+
+def _read_pieces(connection: Connection, checkpoint_id: int) -> dict[int, tuple[Piece, ...]]:
+    c = PIECES.c
+    rows = connection.execute(
+        select(c.position, c.starts, c.shape, c.shard, c.offset)
+        .where(c.checkpoint_id == checkpoint_id)
+        .order_by(c.position, c.number)
+    )
+
+    return {
+        tensor: tuple(
+            Piece(tuple(json.loads(starts)), tuple(json.loads(shape)), shard, offset)
+            for _, starts, shape, shard, offset in found
+        )
+        for tensor, found in groupby(rows, key=itemgetter(0))
+    }
 
 
 def read_roots(session: Session, uri: str) -> dict[str, str]:
@@ -115,10 +135,12 @@ def write_tensors(session: Session, row: CheckpointRow, manifest: Manifest) -> N
             ],
             execution_options={"render_nulls": True},
         )
-    session.expire(row, ["shards"])
+    session.expire(row, ["shards", "in_pieces"])
 
     for some in chunks(_tensor_rows(row.id, manifest)):
         connection.execute(insert(TENSORS), some)
+    for some in chunks(_piece_rows(row.id, manifest)):
+        connection.execute(insert(PIECES), some)
 
 
 def read_digests(session: Session, checkpoint_id: int, manifest: Manifest) -> Digests | None:
@@ -194,3 +216,17 @@ def _tensor_rows(checkpoint_id: int, manifest: Manifest) -> Iterator[dict[str, o
             "bytes": elements * BITS[dtype] // 8,
             "offset": offset,
         }
+
+
+def _piece_rows(checkpoint_id: int, manifest: Manifest) -> Iterator[dict[str, object]]:
+    for position, pieces in manifest.pieces.items():
+        for number, piece in enumerate(pieces):
+            yield {
+                "checkpoint_id": checkpoint_id,
+                "position": position,
+                "number": number,
+                "shard": piece.shard,
+                "offset": piece.offset,
+                "starts": json.dumps(piece.starts, separators=(",", ":")),
+                "shape": json.dumps(piece.shape, separators=(",", ":")),
+            }
