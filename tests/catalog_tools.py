@@ -17,10 +17,15 @@ from lading.system.filesystem import FileStat
 from lading.system.settings import Settings
 
 
+def database_url(folder: Path) -> str:
+    """Return the URL of the catalog of a folder: a file in it, unless a fixture put another database here."""
+    return f"sqlite:///{folder / 'catalog.sqlite'}"
+
+
 def settings_in(folder: Path, **changes: Any) -> Settings:
     """Settings of a catalog in ``folder``, without cards of a user."""
     values: dict[str, Any] = {
-        "database_url": f"sqlite:///{folder / 'catalog.sqlite'}",
+        "database_url": database_url(folder),
         "cache_dir": folder / "cache",
         "card_paths": (),
         "env": None,

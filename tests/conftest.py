@@ -14,6 +14,9 @@ from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import catalog_tools
+from postgresql_server import Server, find_programs, running
+
 # The machines are shared: an example may take its time.
 settings.register_profile("lading", deadline=None, print_blob=True)
 settings.load_profile("lading")
@@ -42,6 +45,29 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("DATA", "CACHE", "CONFIG"):
         monkeypatch.setenv(f"XDG_{name}_HOME", str(home / name.lower()))
     return home
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[Server]:
+    """A PostgreSQL server; without its programs or its driver, the tests that need one are skipped."""
+    pytest.importorskip("psycopg", reason="no PostgreSQL: `pip install 'psycopg[binary]'`")
+    programs = find_programs()
+    if programs is None:
+        pytest.skip("no PostgreSQL: `apt-get install postgresql`")
+    with running(programs) as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def any_database(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each kind of database that a catalog may be in, which ``settings_in`` then names."""
+    if request.param == "postgresql":
+        server: Server = request.getfixturevalue("postgresql")
+        monkeypatch.setattr(catalog_tools, "database_url", server.url)
+        yield request.param
+        server.forget()
+    else:
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,8 @@ from lading.errors import CardFileError
 from lading.formats.manifest import Manifest
 from lading.system.filesystem import FileStat
 
+pytestmark = pytest.mark.usefixtures("any_database")
+
 CARDS = """\
 name: base
 model_family: qwen

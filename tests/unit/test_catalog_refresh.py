@@ -21,6 +21,8 @@ from lading.catalog.store import AssetStore
 from lading.errors import CardFileError
 from lading.system.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("any_database")
+
 Write = Callable[[str, str], Path]
 
 
@@ -82,6 +84,7 @@ def test_new_seeds_come_with_a_new_package(seed: Write, settings: Settings) -> N
     ]
 
 
+@pytest.mark.parametrize("any_database", ["sqlite"], indirect=True)  # a file
 def test_nothing_is_written_when_nothing_is_new(seed: Write, settings: Settings, mine: Write) -> None:
     seed("a.yaml", "name: a\n")
     mine("m.yaml", "name: m\n")

@@ -45,6 +45,8 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reference" / "sql.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
+pytestmark = pytest.mark.usefixtures("any_database")
+
 CARDS = """\
 name: base
 model_family: qwen

@@ -23,6 +23,8 @@ from lading.catalog.open import open_catalog
 from lading.catalog.search import MAX_TEXT, fold, fold_fields, phrases, search_text
 from lading.catalog.store import AssetStore
 
+pytestmark = pytest.mark.usefixtures("any_database")
+
 Find = Callable[..., list[str]]
 
 CARDS = """\
@@ -257,6 +259,7 @@ def test_down_and_up_again(database: Database, tmp_path: Path, find: Find) -> No
     assert check(tmp_path) == []
 
 
+@pytest.mark.parametrize("any_database", ["sqlite"], indirect=True)  # a file
 @pytest.mark.parametrize(
     ("sql", "words"),
     [

@@ -22,6 +22,8 @@ from lading.catalog.records import ModelSummary
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.errors import AssetCardError, AssetNotFoundError, ModelArchitectureNotKnownError, SettingsError
 
+pytestmark = pytest.mark.usefixtures("any_database")
+
 Stock = Callable[..., AssetStore]
 
 CARDS = """\
