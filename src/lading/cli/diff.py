@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @no_restrict
 @listing_options
 def diff(a: str, b: str, no_restrict: bool, form: Form) -> None:
-    """List the differences of two checkpoints or two architectures.
+    """List the differences of checkpoints or architectures.
 
     A and B are names of cards, paths of checkpoints, or architectures as FAMILY/ARCH. Compares the names, shapes and
     dtypes of tensors, and their values if the digests of both are known; reports which values were not compared. Of

@@ -13,7 +13,9 @@ from lading.errors import ModelFamilyNotKnownError, did_you_mean
 @command("families")
 @listing_options
 def families(form: Form) -> None:
-    """List the model families that installed packages register or cards name.
+    """List the model families.
+
+    These are the families that installed packages register, and those that cards name.
 
     For example: lading families --json
     """

@@ -17,10 +17,10 @@ from lading.system.uris import shown_uri
 @no_restrict
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def index(target: str, no_restrict: bool, as_json: bool) -> None:
-    """Record the tensors of a local or remote checkpoint in the catalog.
+    """Index a local or remote checkpoint in the catalog.
 
-    Reads only the headers of its files: those of the card NAME, of the file or folder at PATH, or of the checkpoint at
-    hg://org/name or https://... Use it also to accept files that were changed on purpose.
+    Records its tensors, and reads only the headers of its files: those of the card NAME, of the file or folder at PATH,
+    or of the checkpoint at hg://org/name or https://... Use it also to accept files that were changed on purpose.
 
     For example: lading index hg://Qwen/Qwen3-0.6B
     """
