@@ -329,7 +329,7 @@ def special_files(tmp_path: Path) -> dict[str, tuple[Path, str]]:
         "fifo": (tmp_path / "fifo", "a FIFO"),
         "folder": (tmp_path / "folder", "a folder"),
         "zero": (tmp_path / "zero", "a character device"),
-        "loop": (tmp_path / "loop", "in a circle"),
+        "loop": (tmp_path / "loop", "form a cycle"),
         "link to fifo": (tmp_path / "link to fifo", "a FIFO"),
         "socket": (tmp_path / "socket", "a socket"),
     }
@@ -531,7 +531,7 @@ def test_missing_shards_are_named_together(tmp_path: Path) -> None:
     write_index(tmp_path, {"weight_map": {"a": "1.safetensors", "b": "2.safetensors", "c": "3.safetensors"}})
 
     error = refused(
-        tmp_path, str(tmp_path / INDEX), "2 places", "'1.safetensors' is missing", "'3.safetensors' is missing"
+        tmp_path, str(tmp_path / INDEX), "2 disagreements", "'1.safetensors' is missing", "'3.safetensors' is missing"
     )
 
     assert not isinstance(error, CheckpointNotFoundError)
@@ -556,7 +556,7 @@ def test_shards_and_index_that_disagree(tmp_path: Path) -> None:
     refused(
         tmp_path,
         str(tmp_path / INDEX),
-        "3 places",
+        "3 disagreements",
         "tensor 'both' is in '2.safetensors', but the index says '1.safetensors'",
         "tensor 'moved' is in '1.safetensors', but the index says '2.safetensors'",
         "tensor 'extra' is in '1.safetensors', but not in the index",
@@ -567,7 +567,7 @@ def test_the_list_of_disagreements_is_capped(tmp_path: Path) -> None:
     write_shard(tmp_path, "1.safetensors", "a", *(f"extra{i}" for i in range(1000)))
     write_index(tmp_path, {"weight_map": {"a": "1.safetensors"}})
 
-    assert str(refused(tmp_path, "1000 places", "and 980 more")).count("not in the index") == 20
+    assert str(refused(tmp_path, "1000 disagreements", "and 980 more")).count("not in the index") == 20
 
 
 def test_one_file_under_two_names(tmp_path: Path) -> None:
