@@ -57,9 +57,9 @@ def stock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stock:
     monkeypatch.setattr(refresh, "files", lambda package: tmp_path / "seeds")
 
     def make(text: str = CARDS, source: str = "file:///cards/a.yaml", *, env: str | None = None) -> AssetStore:
-        settings = settings_in(tmp_path)
+        settings = settings_in(tmp_path, env=env)
         import_files(open_catalog(settings), [card_file(text, source)])
-        return AssetStore(open_catalog(settings), env=env)
+        return AssetStore(open_catalog(settings))
 
     return make
 

@@ -77,11 +77,11 @@ def open_catalog(settings: Settings) -> Database:
 
     if not writable(target.path):
         # A log of another file is passed over.
-        database = Database(target, readonly_engine(target.path), writable=False)
+        database = Database(target, readonly_engine(target.path), writable=False, settings=settings)
     else:
         set_stale_log_aside(target.path)
         set_journal_mode(target.path, patience_s=0.0)
-        database = Database(target, file_engine(target.path), writable=True)
+        database = Database(target, file_engine(target.path), writable=True, settings=settings)
     _require_current(database)
     _refresh(database, settings)
 
@@ -96,11 +96,11 @@ def open_catalog_readonly(settings: Settings) -> Database:
     """
     target = Target.from_url(settings.database_url)
     if target.path is None and not target.is_sqlite:
-        database = Database(target, server_engine(target), writable=False)
+        database = Database(target, server_engine(target), writable=False, settings=settings)
     elif target.path is None or peek(target.path) is not Found.CATALOG:
         raise no_catalog(target)
     else:
-        database = Database(target, readonly_engine(target.path, patience_s=0.0), writable=False)
+        database = Database(target, readonly_engine(target.path, patience_s=0.0), writable=False, settings=settings)
     _require_current(database)
 
     return database
@@ -110,7 +110,7 @@ def _create(target: Target, settings: Settings) -> Database:
     assert target.path is not None
     target.path.parent.mkdir(parents=True, exist_ok=True)
 
-    database = Database(target, file_engine(target.path, create=True), writable=True)
+    database = Database(target, file_engine(target.path, create=True), writable=True, settings=settings)
     with database.session(write=True) as session:
         connection = session.connection()
         # Another process may have been first, while this one waited for the lock.
@@ -126,7 +126,7 @@ def _create(target: Target, settings: Settings) -> Database:
     # Only now: the change of mode is no part of a transaction.
     set_journal_mode(target.path, patience_s=2.0)
 
-    database = Database(target, file_engine(target.path), writable=True)
+    database = Database(target, file_engine(target.path), writable=True, settings=settings)
     if born:
         _require_current(database)
         _refresh(database, settings)
@@ -136,7 +136,7 @@ def _create(target: Target, settings: Settings) -> Database:
 
 def _in_memory(settings: Settings, *, is_writable: bool) -> Database:
     target = Target.from_url("sqlite://")
-    database = Database(target, memory_engine(), writable=True)
+    database = Database(target, memory_engine(), writable=True, settings=settings)
     with database.session(write=True) as session:
         migrate(session.connection())
         refresh.apply_changes(session, settings)
@@ -149,7 +149,7 @@ def _open_elsewhere(target: Target, settings: Settings) -> Database:
     if target.is_sqlite:
         return _in_memory(settings, is_writable=True)
 
-    database = Database(target, server_engine(target), writable=True)
+    database = Database(target, server_engine(target), writable=True, settings=settings)
     with database.read() as connection:
         found = version_of(connection)
     if found == 0:

@@ -86,20 +86,23 @@ def _store(settings: Settings) -> AssetStore:
                 path,
             )
 
-    return AssetStore(open_catalog(settings), env=settings.env)
+    return AssetStore(open_catalog(settings))
 
 
 class AssetStore:
     """The cards, architectures and checkpoints of a catalog."""
 
-    def __init__(self, database: Database, *, env: str | None = None) -> None:
-        """:param env: the default environment, whose overlays are laid over cards that have none of ``user``."""
+    def __init__(self, database: Database) -> None:
         self._database = database
-        self._env = env
 
     @property
     def database(self) -> Database:
         return self._database
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that the catalog was opened with; they hold for all that is done with this store."""
+        return self._database.settings
 
     # --- cards ---
 
@@ -196,7 +199,7 @@ class AssetStore:
         if env == "":
             return ()
 
-        wanted = self._env if env is None else env
+        wanted = self.settings.env if env is None else env
         if wanted is not None and wanted != USER_ENV:
             known = CardRow.env == wanted
             if not session.scalar(select(CardRow.id).where(CardRow.env != "", known).limit(1)):

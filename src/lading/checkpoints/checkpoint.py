@@ -17,7 +17,6 @@ from lading.catalog.records import HEADER, Check, CopyKind, LocalCopy, StoredChe
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, InternalError, PolicyError
 from lading.formats.manifest import Manifest
 from lading.system.filesystem import FileStat
-from lading.system.settings import Settings
 from lading.system.uris import path_uri
 from lading.transfer.files import ShardFile
 
@@ -63,14 +62,15 @@ class Checkpoint:
         return self.files
 
 
-def path_checkpoint(path: Path, *, restrict: bool = True) -> Checkpoint:
+def path_checkpoint(path: Path, *, cache: Path, restrict: bool = True) -> Checkpoint:
     """The checkpoint at a path, of which the catalog is not asked and learns nothing.
 
+    :param cache: lading's cache, for what has to be rewritten to be read.
     :param restrict: as :func:`lading.formats.index` takes it.
 
     :raises CheckpointNotFoundError: nothing is there (also a ``FileNotFoundError``).
     """
-    return LocalCheckpointFiles.read(path, restrict=restrict).checkpoint(str(path))
+    return LocalCheckpointFiles.read(path, cache=cache, restrict=restrict).checkpoint(str(path))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,15 +81,18 @@ class LocalCheckpointFiles:
     manifest: Manifest
     stats: Mapping[str, FileStat]
     """By their names beside one another."""
+    kind: CopyKind = "source"
+    """Whose the files are: ``cache`` where they were made in the cache."""
     made_of: Path | None = None
     """The checkpoint that was asked for, where this one was made of it in the cache."""
 
     @classmethod
-    def read(cls, path: Path, *, restrict: bool = True, rewrite: bool = True) -> Self:
+    def read(cls, path: Path, *, cache: Path, restrict: bool = True, rewrite: bool = True) -> Self:
         """Read all headers, and make sure that the files are still those whose headers were read.
 
         Where tensors are no ranges of bytes, it is the checkpoint that was made of them in the cache.
 
+        :param cache: lading's cache.
         :param rewrite: whether it may be made; if not, it is an error (:class:`lading.formats.NonContiguousError`).
         """
         start = time.time_ns()
@@ -98,8 +101,7 @@ class LocalCheckpointFiles:
         except formats.NonContiguousError:
             if not rewrite:
                 raise
-            cache = Settings.from_environment().cache_dir
-            made = cls.read(formats.readable(path, cache=cache, restrict=restrict), restrict=restrict)
+            made = cls.read(formats.readable(path, cache=cache, restrict=restrict), cache=cache, restrict=restrict)
             return replace(made, made_of=path)
         stats = _stat_files(manifest, path)
 
@@ -110,7 +112,9 @@ class LocalCheckpointFiles:
                     path, f"{path} changed while its headers were read. Try again when nothing writes to it any more."
                 )
 
-        return cls(path=path, manifest=manifest, stats=stats)
+        kind: CopyKind = "cache" if formats.is_rewritten(path, cache) else "source"
+
+        return cls(path=path, manifest=manifest, stats=stats, kind=kind)
 
     @classmethod
     def as_known(cls, path: Path, stored: StoredCheckpoint) -> Self | None:
@@ -145,10 +149,10 @@ class LocalCheckpointFiles:
     def copies(self) -> list[LocalCopy]:
         """Its files, as the catalog knows them."""
         folder = _folder(self.path)
-        made = formats.is_rewritten(self.path, Settings.from_environment().cache_dir)
-        kind: CopyKind = "cache" if made else "source"
 
-        return [LocalCopy(file=file, path=folder / file, stat=stat, kind=kind) for file, stat in self.stats.items()]
+        return [
+            LocalCopy(file=file, path=folder / file, stat=stat, kind=self.kind) for file, stat in self.stats.items()
+        ]
 
 
 def _folder(path: Path) -> Path:

@@ -12,7 +12,7 @@ from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import Checkpoint, local_checkpoint
 from lading.checkpoints.published import name_in_source
 from lading.checkpoints.recording import fetch_extra_files
-from lading.errors import AddressError, AssetCardError, CheckpointNotFoundError, FetchError
+from lading.errors import AddressError, AssetCardError, CheckpointNotFoundError, FetchError, InternalError
 from lading.formats.config_json import CONFIG_NAME, read_config_json, read_hf_config
 from lading.formats.folder import is_checkpoint_file
 from lading.sources.open import HUB_SCHEMES, check_address, open_source
@@ -147,20 +147,18 @@ class RemoteTokenizer:
 
 
 def tokenizer_elsewhere(
-    tokenizer: TokenizerRef, *, revision: str | None = None, offline: bool | None = None
+    tokenizer: TokenizerRef, *, settings: Settings, revision: str | None = None
 ) -> RemoteTokenizer | None:
     """The files of a tokenizer in its source; ``None`` for one on this machine.
 
     :param revision: of the source; default: the one that its address names, or what is published now.
-    :param offline: default: as the environment says.
 
     Raises what :meth:`lading.sources.source.Source.snapshot` does.
     """
     if uri_path(tokenizer.uri) is not None:
         return None
 
-    settings = Settings.from_environment()
-    source = _open(tokenizer, settings if offline is None else replace(settings, offline=offline), revision)
+    source = _open(tokenizer, settings, revision)
     snapshot = source.snapshot()
     files = tokenizer_files(snapshot, source.inner)
 
@@ -169,14 +167,16 @@ def tokenizer_elsewhere(
     )
 
 
-def tokenizer_beside(tokenizer: TokenizerRef | None, snapshot: Snapshot, inner: str | None) -> list[RemoteFile]:
+def tokenizer_beside(
+    tokenizer: TokenizerRef | None, snapshot: Snapshot, inner: str | None, *, settings: Settings
+) -> list[RemoteFile]:
     """The files of a tokenizer that comes from where the checkpoint does.
 
     :param snapshot: of their source.
     :param inner: the checkpoint within it.
     """
     if tokenizer is not None:
-        inner = _open(tokenizer, Settings.from_environment(), None).inner
+        inner = _open(tokenizer, settings, None).inner
 
     return tokenizer_files(snapshot, inner)
 
@@ -222,7 +222,11 @@ def companions(checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, pr
     if path is not None:
         found = files_beside(local_checkpoint(path, inner_path=ref.path))
     else:
-        found = _or_cached(lambda offline: _beside(checkpoint, ref, store, offline=offline, progress=progress), ref.key)
+        found = _or_cached(
+            lambda settings: _beside(checkpoint, ref, store, settings=settings, progress=progress),
+            store.settings,
+            ref.key,
+        )
 
     tokenizer = tokenizer_ref(card, store.retrieve_card)
     if tokenizer is None or (tokenizer.path is None and same_source(tokenizer, ref)):
@@ -233,7 +237,8 @@ def companions(checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, pr
     path = uri_path(tokenizer.uri)
     if path is None:
         found |= _or_cached(
-            lambda offline: _tokenizer(tokenizer, checkpoint.uri, store, offline=offline, progress=progress),
+            lambda settings: _tokenizer(tokenizer, checkpoint.uri, store, settings=settings, progress=progress),
+            store.settings,
             tokenizer.uri,
         )
     else:
@@ -244,15 +249,14 @@ def companions(checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, pr
     return found
 
 
-def _or_cached(find: Callable[[bool], dict[str, Path]], where: str) -> dict[str, Path]:
-    offline = Settings.from_environment().offline
+def _or_cached(find: Callable[[Settings], dict[str, Path]], settings: Settings, where: str) -> dict[str, Path]:
     try:
-        return find(offline)
+        return find(settings)
     except FetchError as error:
-        if not offline:
+        if not settings.offline:
             log.warning("the files beside the weights are as they were fetched before: %s", error)
             try:
-                return find(True)
+                return find(replace(settings, offline=True))
             except FetchError:
                 pass
     log.warning("no files beside the weights at %s are on this machine", where)
@@ -261,14 +265,9 @@ def _or_cached(find: Callable[[bool], dict[str, Path]], where: str) -> dict[str,
 
 
 def _beside(
-    checkpoint: Checkpoint, ref: CheckpointRef, store: AssetStore, *, offline: bool, progress: bool
+    checkpoint: Checkpoint, ref: CheckpointRef, store: AssetStore, *, settings: Settings, progress: bool
 ) -> dict[str, Path]:
-    source = open_source(
-        ref.uri,
-        inner_path=ref.path,
-        revision=checkpoint.revision or None,
-        settings=replace(Settings.from_environment(), offline=offline),
-    )
+    source = open_source(ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=settings)
     if not source.lists:
         return {}
     snapshot = source.snapshot()
@@ -278,9 +277,9 @@ def _beside(
 
 
 def _tokenizer(
-    tokenizer: TokenizerRef, uri: str, store: AssetStore, *, offline: bool, progress: bool
+    tokenizer: TokenizerRef, uri: str, store: AssetStore, *, settings: Settings, progress: bool
 ) -> dict[str, Path]:
-    elsewhere = tokenizer_elsewhere(tokenizer, offline=offline)
+    elsewhere = tokenizer_elsewhere(tokenizer, settings=settings)
     found = {} if elsewhere is None else _by_name(elsewhere.fetch(store, uri, progress=progress))
 
     return {name: path for name, path in found.items() if name in TOKENIZER_NAMES}
@@ -301,10 +300,10 @@ def read_or_fetch_config(checkpoint: Checkpoint, store: AssetStore | None) -> Ma
     ref = checkpoint.ref
     if ref is None:
         return read_hf_config(Path(checkpoint.where))
+    if store is None:
+        raise InternalError(f"the checkpoint {ref.shown} is elsewhere, but was found without a catalog")
 
-    source = open_source(
-        ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=Settings.from_environment()
-    )
+    source = open_source(ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=store.settings)
     shards = [shard.name for shard in checkpoint.manifest.shards]
     file = RemoteFile(name=name_in_source(source.inner, CONFIG_NAME, shards=shards), size=None)
     snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=(file,))

@@ -29,7 +29,9 @@ from lading.transfer.files import ShardFile
 log = logging.getLogger("lading")
 
 
-def fetch_checkpoint(checkpoint: Checkpoint, store: AssetStore | None, *, progress: bool) -> Checkpoint:
+def fetch_checkpoint(
+    checkpoint: Checkpoint, store: AssetStore | None, *, settings: Settings, progress: bool
+) -> Checkpoint:
     """The checkpoint with its files, fetched where they are not here.
 
     :param store: where content is looked up, and where what was fetched is recorded.
@@ -45,11 +47,9 @@ def fetch_checkpoint(checkpoint: Checkpoint, store: AssetStore | None, *, progre
         raise InternalError(f"nothing says where the checkpoint {shown_uri(checkpoint.uri)} could be fetched from")
 
     if was_fetched_to_index(checkpoint.manifest):
-        return _acquire_whole(checkpoint, ref, store, progress=progress)
+        return _acquire_whole(checkpoint, ref, store, settings=settings, progress=progress)
 
-    source = open_source(
-        ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=Settings.from_environment()
-    )
+    source = open_source(ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=settings)
     shards = checkpoint.manifest.shards
     names = [shard.name for shard in shards]
     files = [
@@ -69,10 +69,10 @@ def fetch_checkpoint(checkpoint: Checkpoint, store: AssetStore | None, *, progre
 
 
 def _acquire_whole(
-    checkpoint: Checkpoint, ref: CheckpointRef, store: AssetStore | None, *, progress: bool
+    checkpoint: Checkpoint, ref: CheckpointRef, store: AssetStore | None, *, settings: Settings, progress: bool
 ) -> Checkpoint:
     whole = fetch_and_index(
-        ref, store=store, known=known_content(store), progress=progress, revision=checkpoint.revision or None
+        ref, store=store, settings=settings, progress=progress, revision=checkpoint.revision or None
     )
     if not whole.manifest.tensors_equal(checkpoint.manifest):
         raise _replaced(checkpoint.where)

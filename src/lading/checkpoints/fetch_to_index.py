@@ -17,6 +17,7 @@ from lading.cards.card import CheckpointRef
 from lading.catalog.records import Check, LocalCopy, now
 from lading.catalog.store import AssetStore
 from lading.checkpoints.published import PublishedCheckpoint, PublishedFiles, published_config, require_whole
+from lading.checkpoints.recording import known_content
 from lading.errors import CatalogError, CheckpointNotFoundError, CorruptModelCheckpointError
 from lading.formats.config_json import refuse_quantized_config
 from lading.formats.folder import is_index, is_torch_format
@@ -24,7 +25,7 @@ from lading.formats.manifest import Manifest
 from lading.formats.remote import find_checkpoint
 from lading.formats.shard_index import index_shards, read_index_at
 from lading.sources.open import HTTP_SCHEMES, HUB_SCHEMES, open_source
-from lading.sources.source import FetchedFile, Known, RemoteFile, Snapshot, Source
+from lading.sources.source import FetchedFile, RemoteFile, Snapshot, Source
 from lading.system.filesystem import FileStat
 from lading.system.settings import Settings
 from lading.system.uris import shown_uri
@@ -67,7 +68,7 @@ def fetch_and_index(
     ref: CheckpointRef,
     *,
     store: AssetStore | None,
-    known: Known,
+    settings: Settings,
     progress: bool,
     revision: str | None = None,
     restrict: bool = True,
@@ -75,8 +76,8 @@ def fetch_and_index(
 ) -> FetchedCheckpoint:
     """Fetch the files of a checkpoint, and index them.
 
-    :param store: the catalog that says which rewritten files are intact. The caller records what came.
-    :param known: where content is on this machine already.
+    :param store: the catalog that says where content is already, and which rewritten files are intact. The caller
+        records what came.
     :param revision: default: the one that the address names, or what is published now.
     :param restrict: as :func:`lading.formats.index` takes it.
     :param name: of the card, for messages.
@@ -89,7 +90,8 @@ def fetch_and_index(
     :raises NotSupportedError: a format that is not read here, or weights that are quantised.
     """
     inner, member = _split(ref)
-    source = open_source(ref.uri, inner_path=inner, revision=revision, settings=Settings.from_environment())
+    source = open_source(ref.uri, inner_path=inner, revision=revision, settings=settings)
+    fetch = _Fetch(source=source, store=store, cache=settings.cache_dir, progress=progress, restrict=restrict)
     snapshot = source.snapshot()
     card_name, (name, member) = name, _file_of(source.inner, member)
     hf_config: Mapping[str, object] = {}
@@ -99,16 +101,14 @@ def fetch_and_index(
         hf_config = published_config(PublishedFiles(source, snapshot), folder)
         refuse_quantized_config(hf_config, ref.shown)
         if is_index(file):
-            return _fetch_shards(
-                ref, source, snapshot, folder, file, hf_config, store, known=known, progress=progress, restrict=restrict
-            )
+            return fetch.sharded(snapshot, folder, file, hf_config)
         name = folder + file
     published = snapshot.file(name) if name is not None else None
     if published is None:
         raise CheckpointNotFoundError(ref.shown, f"{shown_uri(ref.uri)} has no file {name!r}.")
 
-    (fetched,) = source.fetch(snapshot, [published], known=known, progress=progress)
-    copy = _readable(fetched, published.name.rpartition("/")[2], source, store, restrict, member=member)
+    (fetched,) = fetch.files(snapshot, [published])
+    copy = fetch.readable(fetched, published.name.rpartition("/")[2], member=member)
     inner = member if copy.path == fetched.path else None
     manifest = formats.index(copy.path, member=inner, restrict=restrict)
     (shard,) = manifest.shards
@@ -118,64 +118,58 @@ def fetch_and_index(
     return _whole(named, source, snapshot, hf_config, [published], [fetched], [copy])
 
 
-def _fetch_shards(
-    ref: CheckpointRef,
-    source: Source,
-    snapshot: Snapshot,
-    folder: str,
-    file: str,
-    hf_config: Mapping[str, object],
-    store: AssetStore | None,
-    *,
-    known: Known,
-    progress: bool,
-    restrict: bool,
-) -> FetchedCheckpoint:
-    """The files that the index ``file`` in ``folder`` names."""
-    published = [each for each in snapshot.files if each.name == folder + file]
-    (index,) = source.fetch(snapshot, published, known=known, progress=False)
-    names = list(read_index_at(index.path, name=file).tensors)
-    snapshot = source.with_siblings(snapshot, [folder + name for name in names])
-    shards = [snapshot.file(folder + name) for name in names]
-    if None in shards:
-        where = f"{shown_uri(snapshot.uri)}/{folder}{file}"
-        raise CorruptModelCheckpointError(
-            where,
-            f"{where}: expected the file {names[shards.index(None)]!r} beside it, found none. Ask its publisher for "
-            "it.",
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fetch:
+    """The state that the steps of a fetch share."""
+
+    source: Source
+    store: AssetStore | None
+    cache: Path
+    progress: bool
+    restrict: bool
+
+    def files(self, snapshot: Snapshot, files: Sequence[RemoteFile], *, quiet: bool = False) -> Sequence[FetchedFile]:
+        """Fetch files, unless the catalog knows where their content is."""
+        known = known_content(self.store)
+
+        return self.source.fetch(snapshot, files, known=known, progress=self.progress and not quiet)
+
+    def sharded(self, snapshot: Snapshot, folder: str, file: str, hf_config: Mapping[str, object]) -> FetchedCheckpoint:
+        """Fetch the files that the index ``file`` in ``folder`` names."""
+        (index,) = self.files(snapshot, [each for each in snapshot.files if each.name == folder + file], quiet=True)
+        names = list(read_index_at(index.path, name=file).tensors)
+        snapshot = self.source.with_siblings(snapshot, [folder + name for name in names])
+        shards = [snapshot.file(folder + name) for name in names]
+        if None in shards:
+            where = f"{shown_uri(snapshot.uri)}/{folder}{file}"
+            raise CorruptModelCheckpointError(
+                where,
+                f"{where}: expected the file {names[shards.index(None)]!r} beside it, found none. Ask its publisher "
+                "for it.",
+            )
+
+        there = [shard for shard in shards if shard is not None]
+        fetched = self.files(snapshot, there)
+        copies = [self.readable(each, name) for each, name in zip(fetched, names, strict=True)]
+        paths = {copy.file: copy.path for copy in copies}
+        manifest = index_shards(index.path, name=file, shards=paths, restrict=self.restrict)
+
+        return _whole(manifest, self.source, snapshot, hf_config, there, fetched, copies)
+
+    def readable(self, fetched: FetchedFile, name: str, *, member: str | None = None) -> LocalCopy:
+        """Return the file, or what it was rewritten as, under the name of its shard."""
+        before = formats.rewritten(fetched.path, member=member, cache=self.cache)
+        if before is not None and not _is_good(before, self.store):
+            before.unlink(missing_ok=True)
+        path = formats.readable(fetched.path, member=member, cache=self.cache, restrict=self.restrict)
+
+        return LocalCopy(
+            file=name,
+            path=path,
+            stat=FileStat.from_stat(path.stat()),
+            kind=self.source.kind if path == fetched.path else "cache",
+            verified_at=now(),
         )
-
-    there = [shard for shard in shards if shard is not None]
-    fetched = source.fetch(snapshot, there, known=known, progress=progress)
-    copies = [_readable(each, name, source, store, restrict) for each, name in zip(fetched, names, strict=True)]
-    manifest = index_shards(index.path, name=file, shards={copy.file: copy.path for copy in copies}, restrict=restrict)
-
-    return _whole(manifest, source, snapshot, hf_config, there, fetched, copies)
-
-
-def _readable(
-    fetched: FetchedFile,
-    name: str,
-    source: Source,
-    store: AssetStore | None,
-    restrict: bool,
-    *,
-    member: str | None = None,
-) -> LocalCopy:
-    """The file, or what it was rewritten as, under the name of its shard."""
-    cache = Settings.from_environment().cache_dir
-    before = formats.rewritten(fetched.path, member=member, cache=cache)
-    if before is not None and not _is_good(before, store):
-        before.unlink(missing_ok=True)
-    path = formats.readable(fetched.path, member=member, cache=cache, restrict=restrict)
-
-    return LocalCopy(
-        file=name,
-        path=path,
-        stat=FileStat.from_stat(path.stat()),
-        kind=source.kind if path == fetched.path else "cache",
-        verified_at=now(),
-    )
 
 
 def _is_good(path: Path, store: AssetStore | None) -> bool:

@@ -16,7 +16,7 @@ from lading.checkpoints.fetch_to_index import FetchedCheckpoint, fetch_and_index
 from lading.checkpoints.local_copies import all_verified, copies_as_known, was_verified
 from lading.checkpoints.pins import with_pins
 from lading.checkpoints.published import PublishedCheckpoint, index_source
-from lading.checkpoints.recording import known_content, record_manifest, require_writable, stored_checkpoint
+from lading.checkpoints.recording import record_manifest, require_writable, stored_checkpoint
 from lading.errors import (
     AddressError,
     AssetCardError,
@@ -141,7 +141,7 @@ def index_checkpoint(target: str | Path, *, restrict: bool = True, store: AssetS
         uri, manifest, revision = ref.key, found.manifest, found.revision
     else:
         path = local_checkpoint(path, inner_path=ref.path)
-        here = LocalCheckpointFiles.read(path, restrict=restrict)
+        here = LocalCheckpointFiles.read(path, cache=store.settings.cache_dir, restrict=restrict)
         uri, manifest, copies, revision = path_uri(here.path), here.manifest, here.copies(), ""
 
     require_writable(store)
@@ -225,13 +225,11 @@ def _published_or_whole(
     """What is published, by its headers; fetched, if it has none that would tell."""
     if not must_fetch_to_index(ref):
         try:
-            return index_source(ref, name=name)
+            return index_source(ref, settings=store.settings, name=name)
         except formats.NotByHeadersError:
             pass
 
-    return fetch_and_index(
-        ref, store=store, known=known_content(store), progress=progress, restrict=restrict, name=name
-    )
+    return fetch_and_index(ref, store=store, settings=store.settings, progress=progress, restrict=restrict, name=name)
 
 
 def fetched_card_checkpoint(name: str, ref: CheckpointRef, whole: FetchedCheckpoint, store: AssetStore) -> Checkpoint:
@@ -270,7 +268,7 @@ def _local_checkpoint(name: str, path: Path, store: AssetStore, *, accept_others
     if stored is not None and known is not None:
         return known.checkpoint(name, trusted=all_verified(stored))
 
-    found = LocalCheckpointFiles.read(path)
+    found = LocalCheckpointFiles.read(path, cache=store.settings.cache_dir)
     if found.path != path:  # it was made anew in the cache, where the catalog may know it
         made = _local_checkpoint(name, found.path, store, accept_others=accept_others)
         return replace(made, where=str(path))

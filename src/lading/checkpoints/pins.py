@@ -12,7 +12,6 @@ from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.errors import AssetCardError, DigestMismatchError
 from lading.sources.sha256 import sha256_file
-from lading.system.settings import Settings
 
 
 def with_pins(checkpoint: Checkpoint, card: AssetCard, store: AssetStore) -> Checkpoint:
@@ -27,7 +26,7 @@ def with_pins(checkpoint: Checkpoint, card: AssetCard, store: AssetStore) -> Che
     pins = pinned_digests(card)
     if not pins:
         return checkpoint
-    cache = Settings.from_environment().cache_dir
+    cache = store.settings.cache_dir
     if checkpoint.files is not None and any(formats.is_rewritten(file.path, cache) for file in checkpoint.files):
         _require_originals(checkpoint, pins, card, store)
         return checkpoint

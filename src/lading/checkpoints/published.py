@@ -34,7 +34,9 @@ class PublishedCheckpoint:
     snapshot: Snapshot
 
 
-def index_source(ref: CheckpointRef, *, revision: str | None = None, name: str | None = None) -> PublishedCheckpoint:
+def index_source(
+    ref: CheckpointRef, *, settings: Settings, revision: str | None = None, name: str | None = None
+) -> PublishedCheckpoint:
     """Read index and headers of a checkpoint that is elsewhere.
 
     :param revision: default: the one that the address names, or what is published now.
@@ -47,7 +49,7 @@ def index_source(ref: CheckpointRef, *, revision: str | None = None, name: str |
         (:mod:`lading.checkpoints.fetch_to_index`).
     :raises NotSupportedError: a scheme, or a format, that is not read here.
     """
-    source = open_source(ref.uri, inner_path=ref.path, revision=revision, settings=Settings.from_environment())
+    source = open_source(ref.uri, inner_path=ref.path, revision=revision, settings=settings)
     snapshot = source.snapshot()
     if not source.lists:
         named = index_names(PublishedFiles(source, snapshot), name=source.inner)

@@ -85,7 +85,7 @@ def load_tokenizer(
     known = store.checkpoint(ref.key) if ref.uri and same_source(stated, ref) else None
 
     revision = None if known is None else known.revision or None
-    elsewhere = tokenizer_elsewhere(stated, revision=revision)
+    elsewhere = tokenizer_elsewhere(stated, settings=store.settings, revision=revision)
     assert elsewhere is not None  # it is not on this machine
 
     return _remote(elsewhere, store, ref.key if ref.uri else "", progress=progress)

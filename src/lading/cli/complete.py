@@ -55,8 +55,7 @@ def _silent(produce: Callable[[AssetStore], Iterable[str]]) -> list[CompletionIt
         from lading.catalog.store import AssetStore
         from lading.system.settings import Settings
 
-        settings = Settings.from_environment()
-        store = AssetStore(open_catalog_readonly(settings), env=settings.env)
+        store = AssetStore(open_catalog_readonly(Settings.from_environment()))
         return [CompletionItem(name) for name in produce(store)]
     except Exception:
         return []

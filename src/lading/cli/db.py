@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lading.cli.command import Group
 from lading.cli.output import printable
+
+if TYPE_CHECKING:
+    from lading.system.settings import Settings
 
 DRIFT = 6
 
@@ -27,9 +31,8 @@ def upgrade() -> None:
     For example: lading db upgrade
     """
     from lading.catalog.database import migrate
-    from lading.system.settings import Settings
 
-    report = migrate.upgrade(Settings.from_environment())
+    report = migrate.upgrade(_settings())
     _say_backup(report.backup)
     if report.from_version == report.to_version:
         click.echo(f"lading: the catalog is of version {report.to_version} already", err=True)
@@ -45,9 +48,8 @@ def downgrade(version: str) -> None:
     For example: lading db downgrade --to 1
     """
     from lading.catalog.database import migrate
-    from lading.system.settings import Settings
 
-    _say_backup(migrate.downgrade(Settings.from_environment(), version))
+    _say_backup(migrate.downgrade(_settings(), version))
     click.echo(f"lading: the catalog is of version {version} now", err=True)
 
 
@@ -58,9 +60,8 @@ def check() -> None:
     For example: lading db check
     """
     from lading.catalog.check import check_catalog
-    from lading.system.settings import Settings
 
-    problems = check_catalog(Settings.from_environment())
+    problems = check_catalog(_settings())
     if not problems:
         click.echo("ok")
         return
@@ -83,9 +84,8 @@ def backup(file: Path | None) -> None:
     For example: lading db backup catalog-backup.sqlite
     """
     from lading.catalog.database import migrate
-    from lading.system.settings import Settings
 
-    click.echo(str(migrate.backup(Settings.from_environment(), file)))
+    click.echo(str(migrate.backup(_settings(), file)))
 
 
 @db.command("restore")
@@ -100,13 +100,18 @@ def restore(file: Path) -> None:
     """
     from lading.catalog.database import migrate
     from lading.catalog.database.target import SCHEMA_VERSION
-    from lading.system.settings import Settings
 
-    report = migrate.restore(Settings.from_environment(), file)
+    report = migrate.restore(_settings(), file)
     _say_backup(report.backup)
     click.echo(f"lading: the catalog is that of {printable(str(file))}, of version {report.version}", err=True)
     if report.version < SCHEMA_VERSION:
         click.echo("lading: `lading db upgrade` brings it up to date", err=True)
+
+
+def _settings() -> Settings:
+    from lading.system.settings import Settings
+
+    return Settings.from_environment()
 
 
 def _say_backup(path: Path | None) -> None:

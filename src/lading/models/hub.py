@@ -35,6 +35,7 @@ from lading.models.report import LoadReport
 from lading.models.resolve import arch_config, family_of_card, family_of_folder, model_config
 from lading.models.tensors import iter_tensors
 from lading.system.filesystem import path_exists
+from lading.system.settings import Settings
 from lading.transfer.dtypes import DType
 
 ModelT = TypeVar("ModelT", bound=Module)
@@ -242,15 +243,18 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         check_config_type(config, self._family)
 
         all_gangs = gangs or create_fake_gangs("cpu")
+        settings = self._asset_store.settings
 
         def find() -> Checkpoint:
             if all_gangs.tp.size > 1:
                 _require_same(all_gangs, Path(path), self._family, config, self._restrict(restrict))
-            return path_checkpoint(Path(path), restrict=self._restrict(restrict))
+            return path_checkpoint(Path(path), cache=settings.cache_dir, restrict=self._restrict(restrict))
 
         checkpoint = agreed(all_gangs, find) if all_gangs.tp.size > 1 else find()
 
-        return iter_tensors(checkpoint, self._family, config, gangs=all_gangs, mmap=mmap)
+        return iter_tensors(
+            checkpoint, self._family, config, gangs=all_gangs, mmap=mmap, huge_pages=settings.huge_pages
+        )
 
     def _restrict(self, asked: bool | None) -> bool:
         return self._family.restrict if asked is None else asked
@@ -456,9 +460,12 @@ def load_options(
     if mmap and cooperative:
         raise ValueError("`mmap` and `cooperative` must not be given together: what is mapped is not read")
 
+    effective = _effective_gangs(gangs, device)
+
     return LoadOptions(
-        gangs=_effective_gangs(gangs, device),
+        gangs=effective,
         dtype=_effective_dtype(dtype),
+        settings=agreed(effective, Settings.from_environment),
         mmap=mmap,
         progress=progress,
         verify=verify,

@@ -49,8 +49,10 @@ from lading.models.ties import are_same, different_copies, tied_mismatch_error
 from lading.planning.composition import Source, tensors_of
 from lading.planning.plan import Wanted, plan
 from lading.planning.rules import Route
+from lading.system.settings import Settings
 from lading.transfer.dtypes import DTYPE_NAMES, DType
 from lading.transfer.mappings import NOTHING_AHEAD, Ahead, mapped_ahead, may_be_mapped
+from lading.transfer.memory import create_arena
 from lading.transfer.move import load_tensors, load_together
 
 log = logging.getLogger("lading")
@@ -66,6 +68,7 @@ class LoadOptions:
 
     gangs: Gangs
     dtype: DType
+    settings: Settings
     mmap: bool = False
     progress: bool = True
     verify: Verify = "auto"
@@ -162,6 +165,10 @@ def _load(
     manifest = checkpoint.manifest
 
     catalog = store if gangs.root.rank == 0 else None
+
+    def fetch(checkpoint: Checkpoint) -> Checkpoint:
+        return fetch_checkpoint(checkpoint, catalog and catalog(), settings=options.settings, progress=progress)
+
     untied: tuple[str, ...] = ()
     while True:
         with clock.phase("build"):
@@ -181,9 +188,7 @@ def _load(
 
         # Only the numbers tell whether the model is made with one parameter or with several.
         with clock.phase("fetch"):
-            checkpoint = share(
-                checkpoint, gangs.root, lambda c: fetch_checkpoint(c, catalog and catalog(), progress=progress)
-            )
+            checkpoint = share(checkpoint, gangs.root, fetch)
         with clock.phase("read"):
             untied = gangs.root.first(partial(different_copies, checkpoint, targets, routed))
         if not untied:
@@ -200,9 +205,7 @@ def _load(
         planned = plan(manifest, wanted, mapped=options.maps)
 
     with clock.phase("fetch"):
-        checkpoint = share(
-            checkpoint, gangs.root, lambda c: fetch_checkpoint(c, catalog and catalog(), progress=progress)
-        )
+        checkpoint = share(checkpoint, gangs.root, fetch)
         expected = gangs.root.first(
             lambda: prepare_verification(
                 checkpoint,
@@ -217,11 +220,14 @@ def _load(
 
     with clock.phase("read"):
         files, dims = checkpoint.here(), None if expected is None else expected.dims
+        arena = create_arena(planned.arena_bytes, device, options.settings.huge_pages)
         if options.cooperative:
-            moved = load_together(manifest, planned, wanted, files, root=gangs.root, dims=dims, progress=progress)
+            moved = load_together(
+                manifest, planned, wanted, files, arena=arena, root=gangs.root, dims=dims, progress=progress
+            )
         else:
             moved = load_tensors(
-                manifest, planned, wanted, files, device=device, dims=dims, progress=progress, ahead=ahead
+                manifest, planned, wanted, files, arena=arena, dims=dims, progress=progress, ahead=ahead
             )
         by_name = {targets.names[i]: tensor for i, tensor in zip(order, moved.tensors, strict=True)}
         if family.untie is None:  # else all copies have been compared

@@ -27,6 +27,7 @@ from lading.errors import (
 from lading.formats.config_json import read_hf_config, refuse_quantized_config
 from lading.models.construct import check_config_type
 from lading.models.family import Family, family_of_model_type, get_family
+from lading.system.settings import Settings
 from lading.transfer.dtypes import FLOATS, TORCH_DTYPES, DType
 
 log = logging.getLogger("lading")
@@ -80,7 +81,7 @@ def resolve_model(
     if isinstance(target, Path):
         if config is None or family is None:
             family, config = family_of_folder(target, family)
-        checkpoint = path_checkpoint(target, restrict=restrict)
+        checkpoint = path_checkpoint(target, cache=Settings.from_environment().cache_dir, restrict=restrict)
         config = complete_config(config, family, checkpoint)
         return ResolvedModel(
             name=str(target), family=family, config=config, checkpoint=checkpoint, card=None, store=None

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lading.checkpoints.checkpoint import Checkpoint
@@ -23,6 +24,8 @@ from lading.planning.rules import Rule, needs_composition, rename, route
 from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.execute import execute
 from lading.transfer.hashing import Hasher
+from lading.transfer.memory import create_arena
+from lading.transfer.pages import HugePages
 
 
 def read_tensors(
@@ -33,6 +36,7 @@ def read_tensors(
     *,
     boxes: Sequence[Box] | None = None,
     witness: DigestCollector | None = None,
+    huge_pages: HugePages = "auto",
 ) -> list[Tensor]:
     """Tensors of a checkpoint, or what they make together, on the CPU.
 
@@ -40,6 +44,7 @@ def read_tensors(
     :param dtypes: of each in memory.
     :param boxes: the part of each; default: all.
     :param witness: takes digests of those that are tensors as they are in the files.
+    :param huge_pages: the pages of the memory that they are read into.
 
     :raises NotSupportedError: one is of a dtype that torch does not have.
     """
@@ -63,7 +68,9 @@ def read_tensors(
     planned = plan(checkpoint.manifest, wanted, mapped=mmap)
     shapes = [(box.sizes, dtype) for box, dtype in zip(boxes, dtypes, strict=True)]
 
-    return execute(planned, checkpoint.here(), shapes)
+    arena = create_arena(planned.arena_bytes, torch.device("cpu"), huge_pages)
+
+    return execute(planned, checkpoint.here(), shapes, arena=arena)
 
 
 class DigestCollector:
@@ -125,7 +132,13 @@ def _witnessed(
 
 
 def iter_tensors(
-    checkpoint: Checkpoint, family: Family[Any, Any], config: Any, *, gangs: Gangs, mmap: bool = False
+    checkpoint: Checkpoint,
+    family: Family[Any, Any],
+    config: Any,
+    *,
+    gangs: Gangs,
+    mmap: bool = False,
+    huge_pages: HugePages = "auto",
 ) -> Iterator[tuple[str, Tensor]]:
     """Pairs (parameter name, tensor) of a checkpoint, in the order of its files, one tensor in memory at a time.
 
@@ -156,7 +169,7 @@ def iter_tensors(
             )
 
         dtype = manifest.dtypes[next(tensors_of(source))]
-        (tensor,) = read_tensors(checkpoint, [source], [dtype], mmap, boxes=[box])
+        (tensor,) = read_tensors(checkpoint, [source], [dtype], mmap, boxes=[box], huge_pages=huge_pages)
         yield name, tensor
 
 

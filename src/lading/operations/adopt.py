@@ -215,7 +215,7 @@ class _Adopter:
                 "run it with LADING_OFFLINE=1 to use the cached one.",
             )
 
-        manifest, copies = _read(path, place, restrict=self._restrict)
+        manifest, copies = _read(path, place, cache=self._store.settings.cache_dir, restrict=self._restrict)
         folder = _folder_of(path)
         shards = tuple(replace(shard, sha256=_sha256_of_blob(folder / shard.name)) for shard in manifest.shards)
         manifest = replace(manifest, shards=shards)
@@ -238,7 +238,7 @@ class _Adopter:
 
     def _folder(self, place: FoundCheckpoint) -> list[Adoption]:
         path, uri = place.path, _uri_of(place.path)
-        manifest, copies = _read(path, place, restrict=self._restrict)
+        manifest, copies = _read(path, place, cache=self._store.settings.cache_dir, restrict=self._restrict)
 
         stored = self._store.checkpoint(uri)
         digests = _digests_as_known(stored, manifest)
@@ -328,13 +328,13 @@ class _Adopter:
         record_checkpoint(self._store.database, uri=uri, manifest=manifest, copies=copies, revision=revision)
 
 
-def _read(path: Path, place: FoundCheckpoint, *, restrict: bool) -> tuple[Manifest, list[LocalCopy]]:
+def _read(path: Path, place: FoundCheckpoint, *, cache: Path, restrict: bool) -> tuple[Manifest, list[LocalCopy]]:
     """Return the manifest and the files of a checkpoint, after a check that no link leads out of its place."""
     _uri_of(path)  # raises early if the catalog cannot store the path
     require_links_inside(path, place)
     refuse_quantized_config(read_hf_config(path), path)
     try:
-        found = LocalCheckpointFiles.read(path, restrict=restrict, rewrite=False)
+        found = LocalCheckpointFiles.read(path, cache=cache, restrict=restrict, rewrite=False)
     except NonContiguousError:
         raise NotSupportedError(
             f"{path} has tensors that are not contiguous, so it cannot be used in place. Load it by its path, or by a "

@@ -9,18 +9,17 @@ from lading import formats
 from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref
 from lading.catalog.store import AssetStore
 from lading.errors import AssetCardError
-from lading.system.settings import Settings
 from lading.system.uris import path_uri, uri_path
 
 
-def catalog_uri(ref: CheckpointRef) -> str:
-    """Return the URI by which the catalog knows the checkpoint of a card."""
+def catalog_uri(ref: CheckpointRef, store: AssetStore) -> str:
+    """Return the URI by which the catalog of ``store`` knows the checkpoint of a card."""
     path = uri_path(ref.uri)
     if path is None:
         return ref.key
     path = path if ref.path is None else path / ref.path
 
-    return path_uri(formats.rewritten(path, cache=Settings.from_environment().cache_dir) or path)
+    return path_uri(formats.rewritten(path, cache=store.settings.cache_dir) or path)
 
 
 def cards_with(store: AssetStore, wanted: Callable[[str], bool]) -> list[tuple[AssetCard, CheckpointRef]]:
@@ -47,24 +46,24 @@ def names_of(store: AssetStore, uris: Iterable[str]) -> dict[str, list[str]]:
     wanted = set(uris)
     heads = {head for uri in wanted for head in heads_of(uri)}
     # What was rewritten is not known by the address of what it was made of.
-    any_rewritten = any(map(_is_rewritten, wanted))
+    any_rewritten = any(_is_rewritten(uri, store) for uri in wanted)
 
     def may_be(uri: str) -> bool:
         return uri.rstrip("/") in heads or (any_rewritten and uri_path(uri) is not None)
 
     names: dict[str, list[str]] = {}
     for card, ref in cards_with(store, may_be):
-        uri = catalog_uri(ref)
+        uri = catalog_uri(ref, store)
         if uri in wanted:
             names.setdefault(uri, []).append(card.name)
 
     return names
 
 
-def _is_rewritten(uri: str) -> bool:
+def _is_rewritten(uri: str, store: AssetStore) -> bool:
     path = uri_path(uri)
 
-    return path is not None and formats.is_rewritten(path, Settings.from_environment().cache_dir)
+    return path is not None and formats.is_rewritten(path, store.settings.cache_dir)
 
 
 def heads_of(uri: str) -> list[str]:

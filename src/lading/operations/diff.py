@@ -211,7 +211,7 @@ def _side(thing: AssetCard | Architecture | Path, store: AssetStore, *, restrict
         return _architecture_side(thing)
 
     if isinstance(thing, Path):
-        checkpoint = path_checkpoint(thing, restrict=restrict)
+        checkpoint = path_checkpoint(thing, cache=store.settings.cache_dir, restrict=restrict)
     else:
         checkpoint = card_checkpoint(thing, store)
 

@@ -17,7 +17,6 @@ from lading.errors import AssetCardError
 from lading.operations.card_links import heads_of, names_of
 from lading.sources.cache import Cache, Entry, entry_key
 from lading.system.filesystem import FileStat
-from lading.system.settings import Settings
 from lading.system.uris import path_uri, shown_uri, uri_path
 
 
@@ -137,11 +136,9 @@ class Orphans:
     """The SHA-256 of files that are needed."""
 
 
-def own_cache() -> Cache:
-    """Return lading's cache, as the catalog of the environment uses it."""
-    settings = Settings.from_environment()
-
-    return Cache(settings.cache_dir, catalog=settings.catalog_id)
+def own_cache(store: AssetStore) -> Cache:
+    """Return lading's cache, as the catalog of ``store`` uses it."""
+    return Cache(store.settings.cache_dir, catalog=store.settings.catalog_id)
 
 
 def find_orphans(store: AssetStore, held: Sequence[LocalCheckpoint]) -> Orphans:
@@ -152,7 +149,7 @@ def find_orphans(store: AssetStore, held: Sequence[LocalCheckpoint]) -> Orphans:
 
     :param held: all checkpoints of which files are on this machine.
     """
-    cache = own_cache()
+    cache = own_cache(store)
     stated = _stated(store)
     stated_keys = set(map(entry_key, stated))
     named = set(names_of(store, [checkpoint.uri for checkpoint in held]))
@@ -214,7 +211,7 @@ def _stated(store: AssetStore) -> set[str]:
                 continue
             path = uri_path(uri)
             for each in () if path is None else (path, path / inner) if isinstance(inner, str) else (path,):
-                made = formats.rewritten(each, cache=Settings.from_environment().cache_dir)
+                made = formats.rewritten(each, cache=store.settings.cache_dir)
                 found |= set() if made is None else {path_uri(made)}
             found.add(uri.rstrip("/"))
 

@@ -153,7 +153,7 @@ def convert_checkpoint(
     fit = report_fit(manifest, targets, routed, family=family)
     require_fit(fit, path=checkpoint.where, name=checkpoint.name)
     if store is not None:
-        checkpoint = fetch_checkpoint(checkpoint, store, progress=progress)
+        checkpoint = fetch_checkpoint(checkpoint, store, settings=store.settings, progress=progress)
     if family.untie is not None and (untied := different_copies(checkpoint, targets, routed)):
         family.untie(module, untied)
         targets = targets_of(module, dtype=asked, others=others)

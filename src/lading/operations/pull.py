@@ -25,7 +25,7 @@ from lading.checkpoints.fetch_to_index import FetchedCheckpoint, fetch_and_index
 from lading.checkpoints.locate import address_of, card_checkpoint, fetched_card_checkpoint, require_access
 from lading.checkpoints.pins import with_pins
 from lading.checkpoints.published import PublishedCheckpoint, index_source, name_in_source
-from lading.checkpoints.recording import fetch_extra_files, known_content, require_writable
+from lading.checkpoints.recording import fetch_extra_files, require_writable
 from lading.checkpoints.verification import require_pinned
 from lading.errors import AssetCardError, FetchError, NotSupportedError
 from lading.formats import NotByHeadersError
@@ -35,7 +35,6 @@ from lading.models.resolve import family_of_card, resolve_model
 from lading.sources.open import HTTP_SCHEMES, HUB_SCHEMES, open_source
 from lading.sources.source import FetchedFile, RemoteFile, Snapshot
 from lading.sources.web.address import is_plain
-from lading.system.settings import Settings
 from lading.system.uris import shown_uri, uri_path
 
 log = logging.getLogger("lading")
@@ -109,12 +108,12 @@ def pull_model(
     if ref.scheme in HTTP_SCHEMES:
         _require_of_web(ref, revision, include)
 
-    published, missing = _published(ref, revision), False
+    published, missing = _published(ref, revision, store), False
     if published is None:
         if dry_run and store.checkpoint(ref.key) is None:
             file = PulledFile(name=ref.shown, size=None, path=None, fetched=True)
             return PullReport(name=card.name, uri=ref.key, revision=revision, files=(file,))
-        if dry_run or Settings.from_environment().offline:
+        if dry_run or store.settings.offline:
             checkpoint = card_checkpoint(card, store, progress=progress)
             _require_known_revision(checkpoint, revision)
         else:
@@ -144,7 +143,7 @@ def pull_model(
             revision=checkpoint.revision,
             card_name=card.title,
         )
-    here = fetch_checkpoint(pinned, store, progress=progress)
+    here = fetch_checkpoint(pinned, store, settings=store.settings, progress=progress)
     require_pinned(here, store, progress=progress)
     beside = [
         PulledFile(name=file.name, size=file.stat.size, path=file.path, fetched=True)
@@ -156,12 +155,12 @@ def pull_model(
     return _report(here, missing, beside)
 
 
-def _published(ref: CheckpointRef, revision: str | None) -> PublishedCheckpoint | None:
+def _published(ref: CheckpointRef, revision: str | None, store: AssetStore) -> PublishedCheckpoint | None:
     """What is published now, by its headers; ``None`` if nobody is to be asked, or it is to be fetched to be known."""
-    if must_fetch_to_index(ref) or Settings.from_environment().offline:
+    if must_fetch_to_index(ref) or store.settings.offline:
         return None
     try:
-        return index_source(ref, revision=revision)
+        return index_source(ref, settings=store.settings, revision=revision)
     except NotByHeadersError:
         return None
 
@@ -172,7 +171,7 @@ def _fetched_whole(
     """What is published now, fetched to be known; and whether it was not what the catalog knew on this machine."""
     require_writable(store)
     known = None if store.checkpoint(ref.key) is None else card_checkpoint(card, store)
-    whole = fetch_and_index(ref, store=store, known=known_content(store), progress=progress, revision=revision)
+    whole = fetch_and_index(ref, store=store, settings=store.settings, progress=progress, revision=revision)
     checkpoint = fetched_card_checkpoint(card.title, ref, whole, store)
 
     return checkpoint, whole, known is None or known.files != checkpoint.files
@@ -202,9 +201,9 @@ def _require_of_web(ref: CheckpointRef, revision: str | None, include: Sequence[
         )
 
 
-def _named_beside(ref: CheckpointRef, snapshot: Snapshot, names: Sequence[str]) -> Snapshot:
+def _named_beside(ref: CheckpointRef, snapshot: Snapshot, names: Sequence[str], store: AssetStore) -> Snapshot:
     """The snapshot of a source that lists no files, with those of these names."""
-    source = open_source(ref.uri, inner_path=None, revision=None, settings=Settings.from_environment())
+    source = open_source(ref.uri, inner_path=None, revision=None, settings=store.settings)
     more = source.with_siblings(snapshot, names)
     for name in names:
         if more.file(name) is None:
@@ -246,18 +245,18 @@ def _as_checkpoint(
         return fresh
 
     kept = card_checkpoint(card, store)
-    if not digests and not fresh.revision and not _is_unchanged(kept, ref, published):
+    if not digests and not fresh.revision and not _is_unchanged(kept, ref, published, store):
         return fresh
 
     return replace(fresh, manifest=kept.manifest, files=kept.files, trusted=kept.trusted)
 
 
-def _is_unchanged(kept: Checkpoint, ref: CheckpointRef, published: PublishedCheckpoint) -> bool:
+def _is_unchanged(kept: Checkpoint, ref: CheckpointRef, published: PublishedCheckpoint, store: AssetStore) -> bool:
     """Return whether a source without revisions says that its files are still those that are here.
 
     It says so by their validators: size and tensors are the same after further training, too.
     """
-    source = open_source(ref.uri, inner_path=ref.path, revision=None, settings=Settings.from_environment())
+    source = open_source(ref.uri, inner_path=ref.path, revision=None, settings=store.settings)
     names = [shard.name for shard in kept.manifest.shards]
     files = [published.snapshot.file(name_in_source(published.inner, name, shards=names)) for name in names]
     here = source.local(published.snapshot, [file for file in files if file is not None])
@@ -298,10 +297,12 @@ def _companions(
     always = {name_in_source(published.inner, name, shards=shards) for name in beside}
     ref, snapshot = checkpoint_ref(card), published.snapshot
     if ref.scheme in HTTP_SCHEMES and include:
-        snapshot = _named_beside(ref, snapshot, include)
+        snapshot = _named_beside(ref, snapshot, include, store)
     tokenizer = tokenizer_ref(card, store.retrieve_card)
     if same_source(tokenizer, ref):
-        always |= {file.name for file in tokenizer_beside(tokenizer, snapshot, published.inner)}
+        always |= {
+            file.name for file in tokenizer_beside(tokenizer, snapshot, published.inner, settings=store.settings)
+        }
 
     return tuple(
         file
@@ -318,12 +319,12 @@ def _tokenizer_elsewhere(
     tokenizer = tokenizer_ref(card, store.retrieve_card)
     if tokenizer is None and ref.scheme in HUB_SCHEMES:
         tokenizer = TokenizerRef(uri=ref.uri, path=ref.path, card=card.name)
-    if tokenizer is None or Settings.from_environment().offline:
+    if tokenizer is None or store.settings.offline:
         return None
     if same_source(tokenizer, ref) and (published is not None or ref.scheme not in HUB_SCHEMES):
         return None  # it is in the archive that the checkpoint is in, or beside it
 
-    return tokenizer_elsewhere(tokenizer)
+    return tokenizer_elsewhere(tokenizer, settings=store.settings)
 
 
 def _bring(
@@ -352,9 +353,7 @@ def _fetch(
         return []
 
     # Files are named from the top of the source, wherever in it the checkpoint is.
-    source = open_source(
-        ref.uri, inner_path=None, revision=checkpoint.revision or None, settings=Settings.from_environment()
-    )
+    source = open_source(ref.uri, inner_path=None, revision=checkpoint.revision or None, settings=store.settings)
     snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=files)
 
     return fetch_extra_files(source, snapshot, files, store, checkpoint.uri, progress=progress)

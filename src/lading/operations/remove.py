@@ -84,7 +84,7 @@ def remove_model(name: str, *, dry_run: bool = False, hub: bool = False, store: 
     # Before anything is gone: what was rewritten is told by its being there.
     others = [other for other in names_of(store, [uri]).get(uri, ()) if other != name]
     with _held(store, uri, dry_run=dry_run) as held:
-        plan = _plan(uri, entry, held)
+        plan = _plan(uri, entry, held, own_cache(store))
         if plan.revisions and not (dry_run or hub):
             raise _refused(name, plan.revisions)
         freed = plan.carry_out(dry_run=dry_run)
@@ -147,7 +147,7 @@ def _checkpoint_of(name: str, store: AssetStore) -> tuple[str, str]:
         return uri, uri
     ref = checkpoint_ref(store.retrieve_card(name))
 
-    return (catalog_uri(ref), ref.uri) if ref.uri else ("", "")
+    return (catalog_uri(ref, store), ref.uri) if ref.uri else ("", "")
 
 
 def _refused(name: str, revisions: Sequence[HubRevision]) -> PolicyError:
@@ -207,8 +207,7 @@ class _Plan:
         return freed + _remove(self.made)
 
 
-def _plan(uri: str, entry: str, held: Sequence[LocalCheckpoint]) -> _Plan:
-    cache = own_cache()
+def _plan(uri: str, entry: str, held: Sequence[LocalCheckpoint], cache: Cache) -> _Plan:
     copies = [copy for checkpoint in held if checkpoint.uri == uri for copy in checkpoint.copies]
     by_name = {
         copy.path: shown_uri(checkpoint.uri)

@@ -36,7 +36,6 @@ from lading.models.resolve import resolve_model
 from lading.models.targets import targets_of
 from lading.sources.hub.remove import revision_of
 from lading.system.filesystem import FileStat
-from lading.system.settings import Settings
 from lading.system.uris import path_uri, shown_uri, uri_path
 from lading.transfer.execute import hash_checkpoint
 from lading.transfer.files import ShardFile
@@ -103,7 +102,7 @@ def verify_model(
     for check in bad:
         if kinds[check.file] == "cache":  # it may be damaged in a way that its state does not show
             check.path.unlink(missing_ok=True)
-    repaired = fetch_checkpoint(replace(checkpoint, files=None), store, progress=progress)
+    repaired = fetch_checkpoint(replace(checkpoint, files=None), store, settings=store.settings, progress=progress)
     checks = _checked(repaired, card, store, progress=progress)
     _record(repaired, kinds, checks, store)
 
@@ -123,14 +122,14 @@ def _known(card: AssetCard, store: AssetStore) -> tuple[Checkpoint, dict[str, Co
     path = uri_path(ref.uri)
     if path is not None:
         path = local_checkpoint(path, inner_path=ref.path)
-        path = formats.rewritten(path, cache=Settings.from_environment().cache_dir) or path
+        path = formats.rewritten(path, cache=store.settings.cache_dir) or path
     uri = ref.key if path is None else path_uri(path)
     stored = store.checkpoint(uri)
     if stored is None and path is not None:
         fresh = (
             card_checkpoint(card, store)
             if store.database.writable
-            else LocalCheckpointFiles.read(path).checkpoint(card.title)
+            else LocalCheckpointFiles.read(path, cache=store.settings.cache_dir).checkpoint(card.title)
         )
         path, uri = Path(fresh.where), fresh.uri
         stored = store.checkpoint(uri)
@@ -210,7 +209,7 @@ def _checked_by_tensors(
     for i in chosen:
         part = manifest.only(i)
         try:
-            if _has_same_tensors(checkpoint, i):
+            if _has_same_tensors(checkpoint, i, store):
                 own = [dims[t] for t in manifest.tensors_of(i)]
                 found[i] = hash_checkpoint(part, [files[i]], own, progress=progress)
         except CorruptModelCheckpointError:
@@ -260,13 +259,14 @@ def _checked_headers(checkpoint: Checkpoint, chosen: Sequence[int], store: Asset
     return {check.file: check for check in checks if check.result == "mismatch"}
 
 
-def _has_same_tensors(checkpoint: Checkpoint, shard: int) -> bool:
+def _has_same_tensors(checkpoint: Checkpoint, shard: int, store: AssetStore) -> bool:
     """Whether a file still says that it holds what the catalog says.
 
     :raises CorruptModelCheckpointError: it says nothing sensible.
     """
     if checkpoint.ref is None:
-        return LocalCheckpointFiles.read(Path(checkpoint.where)).manifest.tensors_equal(checkpoint.manifest)
+        here = LocalCheckpointFiles.read(Path(checkpoint.where), cache=store.settings.cache_dir)
+        return here.manifest.tensors_equal(checkpoint.manifest)
 
     return index_file(checkpoint.here()[shard].path).tensors_equal(checkpoint.manifest.only(shard))
 

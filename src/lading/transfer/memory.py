@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lading.errors import InternalError
-from lading.system.settings import Settings
 from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.pages import BLOCK, POPULATE_READ, HugePages, madvise, pages_of
 
@@ -54,15 +53,12 @@ class Arena(Protocol):
         """The page sizes that were chosen for it, with their bytes."""
 
 
-def create_arena(size: int, device: torch.device) -> Arena:
-    """Return memory of ``size`` bytes on ``device``; its content is undefined.
-
-    :raises SettingsError: ``LADING_HUGE_PAGES`` is not a choice of pages.
-    """
+def create_arena(size: int, device: torch.device, huge_pages: HugePages = "auto") -> Arena:
+    """Return memory of ``size`` bytes on ``device``; its content is undefined."""
     if device.type != "cpu":
         return DeviceArena(size, device)
 
-    return HostArena(size, Settings.from_environment().huge_pages)
+    return HostArena(size, huge_pages)
 
 
 class HostArena:

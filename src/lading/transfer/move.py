@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lading.formats.digests import Digests
@@ -19,7 +18,7 @@ from lading.transfer.execute import execute
 from lading.transfer.files import ShardFile
 from lading.transfer.hashing import Hasher
 from lading.transfer.mappings import NOTHING_AHEAD, Ahead
-from lading.transfer.memory import create_arena
+from lading.transfer.memory import Arena
 from lading.transfer.together import Demand, Joint
 
 
@@ -44,7 +43,7 @@ def load_tensors(
     wanted: Wanted,
     files: Sequence[ShardFile],
     *,
-    device: torch.device,
+    arena: Arena,
     dims: Sequence[int] | None = None,
     progress: bool = False,
     ahead: Ahead = NOTHING_AHEAD,
@@ -52,13 +51,13 @@ def load_tensors(
     """Do what a plan says.
 
     :param planned: for ``wanted``.
+    :param arena: memory of ``planned.arena_bytes``.
     :param dims: take digests of blocks along these, one for each tensor of the manifest.
     :param ahead: what is mapped already, of the same files.
 
     :raises CorruptModelCheckpointError: a file ends early, or is not the one that the plan was made for.
     :raises OSError: a file cannot be read.
     """
-    arena = create_arena(planned.arena_bytes, device)
     hasher = None if dims is None else Hasher(manifest, dims, planned, wanted)
     tensors = execute(planned, files, _shapes(wanted), arena=arena, progress=progress, hasher=hasher, ahead=ahead)
 
@@ -77,6 +76,7 @@ def load_together(
     wanted: Wanted,
     files: Sequence[ShardFile],
     *,
+    arena: Arena,
     root: Gang,
     dims: Sequence[int] | None = None,
     progress: bool = False,
@@ -90,7 +90,6 @@ def load_together(
     """
     with root.on_host() as host:
         if host.size > 1:
-            arena = create_arena(planned.arena_bytes, root.device)
             joint = Joint(manifest, host.gather_objects(Demand.of(planned)))
             hasher = None if dims is None else Hasher(manifest, dims, joint.plan, joint.wanted)
             schedule = joint.schedule(hasher)
@@ -105,7 +104,7 @@ def load_together(
                 pages=arena.pages,
             )
 
-    return load_tensors(manifest, planned, wanted, files, device=root.device, dims=dims, progress=progress)
+    return load_tensors(manifest, planned, wanted, files, arena=arena, dims=dims, progress=progress)
 
 
 def _shapes(wanted: Wanted) -> list[tuple[tuple[int, ...], str]]:

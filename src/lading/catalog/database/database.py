@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from lading.catalog.database.connection import transaction
 from lading.catalog.database.target import Target
 from lading.errors import CatalogError
+from lading.system.settings import Settings
 
 
 class Database:
@@ -21,7 +22,7 @@ class Database:
     It holds no connection, so it may be shared between threads and survives a fork; each transaction makes its own.
     """
 
-    def __init__(self, target: Target, engine: Engine, *, writable: bool) -> None:
+    def __init__(self, target: Target, engine: Engine, *, writable: bool, settings: Settings) -> None:
         self._target = target
         self._engine = engine
         # A database in memory has one connection, which its users take in turns.
@@ -30,6 +31,8 @@ class Database:
         )
         self.writable = writable
         """Whether :meth:`write` can be called."""
+        self.settings = settings
+        """The settings that it was opened with."""
 
     @property
     def target(self) -> Target:
