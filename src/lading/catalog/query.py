@@ -1,4 +1,4 @@
-"""SQL over the catalog that can only read, and that ends.
+"""Read-only SQL over the catalog, with a deadline.
 
 On SQLite several fences stand one behind the other. The file is opened read-only; but ``ATTACH`` and ``VACUUM INTO``
 would still write other files, so an authorizer allows what reading needs, and no more. A deadline is kept by a handler
@@ -26,15 +26,15 @@ from lading.catalog.store import AssetStore, get_asset_store
 from lading.errors import CatalogError, PolicyError, QueryError
 
 MAX_VALUE_BYTES = 200_000
-"""Of the longest value in a query. To search a megabyte for half a megabyte is one step, and takes seconds."""
+"""The size of the longest value in a query. Searching a megabyte for half a megabyte is one step of seconds."""
 
 MAX_ANSWER_BYTES = 256 * 2**20
-"""The memory for the rows of an answer; those of a catalog with a million tensors, all columns, are 200 MB."""
+"""The memory for the rows of an answer; all columns of a million tensors take 200 MB."""
 
 _LACKING = re.compile(r"did not supply a value for binding(?: parameter)? :(\w+)")
 
 _MOST_ROWS = 2**31 - 2
-"""That a cursor can be asked for, and one more to know whether there are others."""
+"""The most rows to request from a cursor; one more shows whether there are others."""
 
 _STEPS = 100
 """Steps of SQLite's program between two looks at the clock."""
@@ -62,8 +62,9 @@ _FUNCTIONS = frozenset(
     tan tanh time timediff total trim trunc typeof unicode unixepoch unlikely upper
     """.split()
 )
-"""What a query may call. Not what reads files (``load_extension``) or takes pointers (``fts3_tokenizer``), and not what
-takes longer than its arguments are long (``printf('%.*c', 100000000, 'x')``, 126 times in one call)."""
+"""The functions that a query may call. Not those that read files (``load_extension``) or take pointers
+(``fts3_tokenizer``), nor those that run long on short arguments (``printf('%.*c', 100000000, 'x')``, 126 times in one
+call)."""
 
 _FIRST_WORD = re.compile(r"(?:\s|\(|--[^\n]*|/\*.*?(?:\*/|\Z))*(\w*)", re.DOTALL)
 """The first word of a statement, behind comments and parentheses."""
@@ -71,19 +72,19 @@ _FIRST_WORD = re.compile(r"(?:\s|\(|--[^\n]*|/\*.*?(?:\*/|\Z))*(\w*)", re.DOTALL
 _WRITING = frozenset(
     "ALTER ANALYZE CREATE DELETE DROP EXPLAIN INSERT REINDEX REPLACE TRUNCATE UPDATE VACUUM WITH".split()
 )
-"""The first words of statements that are refused because they write, by themselves or behind the word."""
+"""The first words of statements to refuse because they write, or may write further on."""
 
 _VIEWS = ("models", "model_tensors", "model_shards", "assets")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueryResult:
-    """What a query answers."""
+    """The answer of a query."""
 
     columns: tuple[str, ...]
     rows: list[tuple[object, ...]]
     truncated: bool
-    """Whether there are more rows than were asked for."""
+    """``True`` if there are more rows than requested."""
 
 
 def query(
@@ -94,7 +95,7 @@ def query(
     limit: int | None = None,
     store: AssetStore | None = None,
 ) -> QueryResult:
-    """The rows of a query that only reads.
+    """Return the rows of a query that only reads.
 
     :param parameters: values of ``:name`` placeholders.
     :param deadline_s: seconds.
@@ -122,7 +123,7 @@ def run_query(
     :param deadline_s: seconds after which the query is stopped.
     :param limit: rows that are returned at most.
 
-    :raises PolicyError: the statement does something else than read.
+    :raises PolicyError: the statement does more than read.
     :raises QueryError: the database does not understand it, or a parameter is missing.
     :raises CatalogError: the deadline has passed, or the catalog is damaged.
     """
@@ -216,7 +217,7 @@ def _ask_sqlite(
                 raise QueryError("There is no query. For example: lading sql 'select name, status from models'")
             rows = _fetch(cursor, limit)
         except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:
-            # `Warning` is what older Pythons raise for a second statement.
+            # Older Pythons raise `Warning` for a second statement.
             if denied or "one statement at a time" in str(error):
                 raise _refused(sql, denied[0] if denied else "more than one statement") from error
             code = primary_code(error) if isinstance(error, sqlite3.Error) else sqlite3.SQLITE_ERROR
@@ -261,7 +262,7 @@ def _reader(database: Database) -> sqlite3.Connection:
                 assert isinstance(driver, sqlite3.Connection)
                 driver.backup(connection)
 
-        # The first use of a table-valued function makes a table, in SQLite's eyes, which the authorizer would refuse.
+        # To SQLite, the first use of a table-valued function makes a table, which the authorizer would refuse.
         connection.execute("SELECT 1 FROM json_each('[]'), json_tree('[]')").fetchall()
         connection.text_factory = lambda data: data.decode("utf-8", errors="replace")
         for limit, value in _LIMITS.items():
@@ -288,7 +289,7 @@ def _ask_server(
     with database.read() as connection:
         connection.exec_driver_sql("SET TRANSACTION READ ONLY")
         connection.exec_driver_sql(f"SET LOCAL statement_timeout = {max(1, math.ceil(deadline_s * 1000))}")
-        # Through a cursor of the server only a query can go: not COPY, which writes files even when reading only.
+        # A cursor of the server accepts only queries: not COPY, which writes files even in a read-only transaction.
         streaming = connection.execution_options(stream_results=True)
         try:
             with streaming.execute(text(statement), parameters) as result:

@@ -1,4 +1,4 @@
-"""The values that leave the catalog. All are frozen; none knows of the database."""
+"""The values that the catalog returns, all frozen and independent of the database."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from lading.formats.manifest import Manifest, Shard
 from lading.system.filesystem import FileStat
 
 HEADER = "header"
-"""The method of a check of all bytes of a file that are of no tensor."""
+"""The method of a check of all bytes of a file outside of its tensors."""
 
 CopyKind = Literal["source", "cache", "hub", "adopted"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSummary:
-    """A row of the view ``models``, and what is wrong with it."""
+    """A row of the view ``models``, and its problem."""
 
     name: str
     family: str | None
-    """``None`` for a card that is no model, and for a broken one whose family is not known."""
+    """The family; ``None`` for a card without a model, and for a broken one of an unknown family."""
     arch: str | None
     base: str | None
     status: str | None
-    """``ready``, ``remote``, ``gated``, ``unknown-family`` or ``broken``; ``None`` for a card that is no model."""
+    """``ready``, ``remote``, ``gated``, ``unknown-family`` or ``broken``; ``None`` for a card without a model."""
     checkpoint: str | None
     revision: str | None
     format: str | None
     bytes: int | None
-    """Of all tensors."""
+    """The size of all tensors in bytes."""
     parameters: int | None
     dtypes: str | None
-    """Separated by commas, that of the most elements first."""
+    """The dtypes, separated by commas, that of the most elements first."""
     shards: int | None
     license: str | None
     local_path: str | None
@@ -53,7 +53,7 @@ class ArchitectureSummary:
     family: str
     base: str | None
     overrides: Mapping[str, object]
-    """To ``base``, or to the family's defaults."""
+    """Overrides of ``base``, or of the family's defaults."""
     source: str
 
 
@@ -63,7 +63,7 @@ class FamilySummary:
 
     name: str
     registered: bool
-    """Whether an installed package registers it."""
+    """``True`` if an installed package registers it."""
     architectures: int
     cards: int
 
@@ -73,14 +73,14 @@ class LocalCopy:
     """A file of a checkpoint on this machine."""
 
     file: str
-    """Its name within the checkpoint; its path, if it came along with it, or is of a revision that was left."""
+    """The name within the checkpoint; the path for an extra file, or one of an earlier revision."""
     path: Path
     stat: FileStat
-    """The state in which it was last seen; another one now means another content."""
+    """The state when lading last saw it; another state now means other content."""
     verified_at: str | None = None
-    """When, in that state, it was checked against its digest. ISO 8601, UTC."""
+    """The time of the check against its digest in that state. ISO 8601, UTC."""
     kind: CopyKind = "source"
-    """Whose file it is: the card's own source, lading's cache, the hub client's cache, or one that was adopted."""
+    """The owner: the card's own source, lading's cache, the hub client's cache, or an adopted folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,19 +88,19 @@ class Check:
     """A check of a file of a checkpoint against a digest."""
 
     file: str
-    """Its name within the checkpoint."""
+    """The name within the checkpoint."""
     path: Path
     stat: FileStat
-    """The state in which it was checked."""
+    """The state of the file during the check."""
     method: str
     """``sha256`` of the whole file, ``blake3`` of its tensors, ``header`` of its other bytes, ``crc32`` of a record."""
     expected: str | None
-    """The digest that was published or recorded; ``None`` where none was known."""
+    """The digest that was published or recorded; ``None`` if unknown."""
     found: str | None
 
     @property
     def result(self) -> Literal["match", "mismatch", "recorded"]:
-        """A digest that nothing is known of is recorded, and expected from then on."""
+        """The outcome. A first digest is recorded, and expected from then on."""
         if self.expected is None and self.found is not None:
             return "recorded"
 
@@ -109,19 +109,19 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredCheckpoint:
-    """What the catalog knows of a checkpoint."""
+    """The catalog's knowledge of a checkpoint."""
 
     uri: str
     revision: str
     manifest: Manifest
     copies: tuple[LocalCopy, ...]
-    """Those that can be reached from this machine by their path."""
+    """The copies whose path leads to them from this machine."""
     indexed_at: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalCheckpoint:
-    """A checkpoint of which files are on this machine, as far as the catalog knows."""
+    """A checkpoint with files on this machine, as far as the catalog knows."""
 
     uri: str
     revision: str
@@ -131,35 +131,35 @@ class LocalCheckpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportReport:
-    """What an import did. Overlays are named ``name@env``, architectures ``family/name (architecture)``."""
+    """The result of an import. Overlays are named ``name@env``, architectures ``family/name (architecture)``."""
 
     added: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
     unchanged: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
-    """Gone from a file that was imported before."""
+    """Rows that are gone from a file imported before."""
     warnings: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
-    """What was left out; empty unless the import was told to keep going."""
+    """The documents left out; empty unless the import keeps going."""
 
 
 def to_signed(inode: int) -> int:
-    """An inode number as the signed 64-bit integer that databases have; some file systems use all 64 bits."""
+    """Return an inode number as the signed 64-bit integer of databases; some file systems use all 64 bits."""
     return inode - (1 << 64) if inode >= 1 << 63 else inode
 
 
 def from_signed(inode: int) -> int:
-    """What :func:`to_signed` was given."""
+    """Return the inode number that :func:`to_signed` converted."""
     return inode + (1 << 64) if inode < 0 else inode
 
 
 def now() -> str:
-    """The time as the catalog keeps it: ISO 8601, UTC, whole seconds."""
+    """Return the time as the catalog keeps it: ISO 8601, UTC, whole seconds."""
     return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def newer(a: str, b: str) -> bool:
-    """Whether version ``a`` is newer than ``b``, by their release numbers."""
+    """Return whether version ``a`` is newer than ``b``, by their release numbers."""
     return _release(a) > _release(b)
 
 

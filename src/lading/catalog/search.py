@@ -1,8 +1,8 @@
-"""Full-text search: what is kept of a card's text, and how words are found in it.
+"""Full-text search: the text that the catalog keeps of a card, and conditions that find words in it.
 
-A card's text is kept as *folded* words, one blank between two. SQLite searches an index over them (FTS5), elsewhere the
-column itself is searched. Folding is done here and nowhere else, so that both find the same, and no sign of a question
-reaches the database.
+The catalog keeps a card's text as *folded* words, separated by single blanks. SQLite searches an index over them
+(FTS5), other databases the column itself. Only this module folds, so that both find the same, and no special character
+of a question reaches the database.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from lading.cards.card import CONFIG_KEYS
 from lading.catalog.schema import CardRow
 
 MAX_TEXT: Final = 4_000
-"""Characters that are kept of a card: what a base says is kept once more for each card that is built on it."""
+"""The most characters to keep of a card: each card that is built on a base repeats the text of the base."""
 
 INDEX: Final = "card_search"
-"""The index, and what the names of the tables begin with in which SQLite keeps it."""
+"""The name of the index, and the prefix of the tables in which SQLite keeps it."""
 
 _MANY_NEW = 1_000
 _MANY_HITS = 10_000
 _MOST_CONDITIONS = 100
-"""Of one statement: SQLite allows 1,000 levels of an expression."""
+"""The most conditions of one statement: SQLite allows 1,000 levels of an expression."""
 
 _UNSEARCHED = frozenset({*CONFIG_KEYS, "base"})
 
@@ -37,7 +37,7 @@ _index = table(INDEX, column("rowid"), column("search_text"), column(INDEX))
 
 
 def fold(text: str) -> str:
-    """The words of ``text``, without case and accents: ``Qwen3_0.6B`` is ``qwen3 0 6b``."""
+    """Return the words of ``text`` without case and accents: ``Qwen3_0.6B`` is ``qwen3 0 6b``."""
     if not text.isascii():
         text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
@@ -45,14 +45,14 @@ def fold(text: str) -> str:
 
 
 def fold_fields(metadata: Mapping[str, object]) -> dict[str, str]:
-    """The words of each field of a card, for the cards that inherit it."""
+    """Return the words of each field of a card, for the cards that inherit it."""
     return {name: text for name, value in _searched(metadata) if (text := fold(" ".join(_texts(value))))}
 
 
 def search_text(name: str, metadata: Mapping[str, object], inherited: Mapping[str, str]) -> str:
-    """What is kept of a card: the words of its name, of its own fields, and of those that it inherits.
+    """Return the text to keep of a card: the words of its name, of its own fields, and of those that it inherits.
 
-    :param inherited: what :func:`fold_fields` gives for its bases, the nearest first.
+    :param inherited: the results of :func:`fold_fields` for its bases, the nearest first.
     """
     own = fold(" ".join([name, *(text for _, value in _searched(metadata) for text in _texts(value))]))
     text = " ".join([own, *(text for field, text in inherited.items() if field not in metadata)])
@@ -61,7 +61,7 @@ def search_text(name: str, metadata: Mapping[str, object], inherited: Mapping[st
 
 
 def _searched(metadata: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """The fields in which words are found: not the numbers of a configuration."""
+    """Return the fields to search: not the numbers of a configuration."""
     return ((name, value) for name, value in metadata.items() if name not in _UNSEARCHED)
 
 
@@ -82,22 +82,22 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def index_new(connection: Connection, last: int) -> None:
-    """Take up the cards that were added behind the row number ``last``."""
+    """Index the cards that were added after the row number ``last``."""
     if connection.dialect.name != "sqlite":
         return
 
     _add(connection, CardRow.id > last)
     newest = connection.scalar(select(func.max(CardRow.id))) or 0
     if newest - last > max(_MANY_NEW, newest // 10):
-        # A bulk leaves a dozen parts behind, each of which every question would have to look into.
+        # A bulk leaves a dozen parts behind, and every query would have to search each of them.
         connection.execute(insert(_index).values({INDEX: "optimize"}))
 
 
 @contextmanager
 def reindexed(connection: Connection, ids: Collection[object]) -> Iterator[None]:
-    """Take up what the body does to the text of these cards."""
+    """Index the changes that the body makes to the text of these cards."""
     if connection.dialect.name == "sqlite":
-        # The index keeps no text: it has to be told which one goes.
+        # The index keeps no text: a removal has to state the text.
         gone = select(literal("delete"), CardRow.id, CardRow.search_text).where(*_kept(CardRow.id.in_(ids)))
         connection.execute(insert(_index).from_select([INDEX, "rowid", "search_text"], gone))
         yield
@@ -119,7 +119,7 @@ def _kept(which: ColumnElement[bool]) -> tuple[ColumnElement[bool], ...]:
 
 
 def phrases(search: str) -> list[str]:
-    """The words of a question, folded; one that signs divide, such as ``0.6b``, is several that follow one another."""
+    """Return the words of a question, folded; a word such as ``0.6b`` becomes a phrase of several."""
     return list(filter(None, map(fold, search.split())))
 
 
@@ -129,25 +129,25 @@ def _expression(wanted: list[str]) -> str:
 
 
 def found_by_index(name: ColumnElement[str], wanted: list[str]) -> ColumnElement[bool]:
-    """On SQLite: names of cards in which all phrases occur; of the last one, the beginning is enough."""
+    """Return the condition that all phrases occur in the card ``name``, by SQLite's index; the last may be a prefix."""
     hits = select(_index.c.rowid).where(_index.c[INDEX].op("MATCH")(_expression(wanted)))
 
     return name.in_(select(CardRow.name).where(CardRow.env == "", CardRow.id.in_(hits)))
 
 
 def found_by_text(name: ColumnElement[str], wanted: list[str]) -> ColumnElement[bool]:
-    """The same on any database, one name at a time."""
+    """Return the same condition for any database, one name at a time."""
     text = literal(" ") + CardRow.search_text + literal(" ")
     *whole, last = wanted
 
-    # Folded words hold no sign that a pattern would take for another.
+    # Folded words have no character that is special in a pattern.
     patterns = [*(f"% {phrase} %" for phrase in whole), f"% {last}%"]
 
     return exists().where(CardRow.name == name, CardRow.env == "", *map(text.like, patterns))
 
 
 def found(connection: Connection, name: ColumnElement[str], search: str) -> ColumnElement[bool]:
-    """The condition that ``name`` is that of a card in which all words of ``search`` occur, in any order.
+    """Return the condition that all words of ``search`` occur, in any order, in the card ``name``.
 
     A question without a word finds nothing.
     """
@@ -157,7 +157,7 @@ def found(connection: Connection, name: ColumnElement[str], search: str) -> Colu
     if connection.dialect.name != "sqlite":
         return found_by_text(name, wanted)
 
-    # Where many cards are hits, to look at each in the order of the list finds the first ones sooner than all hits.
+    # With many hits, looking at each card in the order of the list finds the first ones sooner than all hits.
     hits = select(_index.c.rowid).where(_index.c[INDEX].op("MATCH")(_expression(wanted))).limit(_MANY_HITS)
     many = len(wanted) <= _MOST_CONDITIONS and connection.scalar(select(func.count()).select_from(hits.subquery()))
 
@@ -168,12 +168,12 @@ def found(connection: Connection, name: ColumnElement[str], search: str) -> Colu
 
 
 def is_not_index(name: str | None, kind: str, parents: object) -> bool:
-    """For comparisons of schemas: whether an object is none of the tables in which SQLite keeps the index."""
+    """Return whether an object is not a table in which SQLite keeps the index, for comparisons of schemas."""
     return kind != "table" or name is None or not name.startswith(INDEX)
 
 
 def stale_index(connection: Connection) -> list[str]:
-    """Whether the index holds other words than the cards, in a line; there should be none."""
+    """Return a line if the index and the cards have different words; a sound catalog has no such line."""
     if connection.dialect.name != "sqlite":
         return []
 

@@ -1,4 +1,4 @@
-"""The local copies of a checkpoint: which are intact, and which were verified as they are."""
+"""The local copies of a checkpoint: those that are intact, and those that were verified as they are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lading.transfer.files import ShardFile
 
 
 def copies_as_known(stored: StoredCheckpoint) -> tuple[ShardFile, ...] | None:
-    """The files of all shards, if each is on this machine and as it was when it was recorded."""
+    """Return the files of all shards, if each is on this machine and as it was when it was recorded."""
     shards = stored.manifest.shards
     copies = intact_copies([shard.name for shard in shards], stored.copies)
     if copies is None:
@@ -25,14 +25,14 @@ def copies_as_known(stored: StoredCheckpoint) -> tuple[ShardFile, ...] | None:
 
 
 def all_verified(stored: StoredCheckpoint) -> bool:
-    """Whether every shard was seen verified in the state that is known of it on this machine."""
+    """Return whether every shard was verified in the state that the catalog has of it on this machine."""
     verified = {copy.file for copy in stored.copies if copy.verified_at is not None}
 
     return all(shard.name in verified for shard in stored.manifest.shards)
 
 
 def was_verified(stored: StoredCheckpoint, store: AssetStore) -> bool:
-    """Whether it was known once which bytes are the right ones."""
+    """Return whether the catalog has digests that state the right bytes."""
     if any(shard.sha256 is not None for shard in stored.manifest.shards):
         return True
 
@@ -40,7 +40,7 @@ def was_verified(stored: StoredCheckpoint, store: AssetStore) -> bool:
 
 
 def intact_copies(shards: Sequence[str], copies: Iterable[LocalCopy]) -> list[LocalCopy] | None:
-    """The copy of each shard, if each is on this machine and as it was when it was recorded."""
+    """Return the copy of each shard, if each is on this machine and as it was when it was recorded."""
     known = best_copies(copies)
     found = [known.get(name) for name in shards]
     intact = [copy for copy in found if copy is not None and _worth(copy) == 2]
@@ -49,9 +49,9 @@ def intact_copies(shards: Sequence[str], copies: Iterable[LocalCopy]) -> list[Lo
 
 
 def best_copies(copies: Iterable[LocalCopy]) -> dict[str, LocalCopy]:
-    """Of each file the copy that is as it was recorded; else one that is there; else any.
+    """Return for each file the copy that is as it was recorded; else one that is there; else any.
 
-    There may be several, on file systems of which others come and go.
+    There may be several, on file systems that come and go.
     """
     return {copy.file: copy for copy in sorted(copies, key=_worth)}
 

@@ -1,6 +1,6 @@
-"""The best-effort door to the catalog: what it cannot read or record is logged and never fails a load.
+"""Best-effort access to the catalog: a failure to read or record is logged and never fails a load.
 
-Files that are fetched with a checkpoint are recorded as its own, so that they are removed with it.
+Files fetched with a checkpoint are recorded as part of it, so that its removal removes them, too.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def fetch_extra_files(
     *,
     progress: bool,
 ) -> list[FetchedFile]:
-    """Bring files here that come along with the checkpoint ``uri``; raises what the method of the source does.
+    """Fetch extra files of the checkpoint ``uri``; raises what the method of the source does.
 
-    :param store: whose catalog is told.
+    :param store: the store whose catalog records them.
     """
     if not files:
         return []
@@ -53,7 +53,7 @@ def _note(store: AssetStore | None, uri: str, copies: Sequence[LocalCopy]) -> No
 
 
 def known_content(store: AssetStore | None) -> Known:
-    """Where the catalog knows a verified file of a digest."""
+    """Return a function from a digest to a verified file that the catalog knows."""
 
     def known(sha256: str) -> Path | None:
         if store is None:
@@ -68,7 +68,10 @@ def known_content(store: AssetStore | None) -> Known:
 
 
 def require_writable(store: AssetStore) -> None:
-    """:raises CatalogError: the catalog cannot be written."""
+    """Check that the catalog can be written.
+
+    :raises CatalogError: it cannot.
+    """
     if not store.database.writable:
         raise CatalogError(
             f"The catalog {store.database.url} cannot be written. Check the permissions of the file and its folder, or "
@@ -77,7 +80,7 @@ def require_writable(store: AssetStore) -> None:
 
 
 def stored_checkpoint(name: str, uri: str, store: AssetStore) -> StoredCheckpoint | None:
-    # All that the catalog can do here is to save the reading of headers, so its failures are not the load's.
+    # Here the catalog only saves reading headers, so its failures do not fail the load.
     try:
         return store.checkpoint(uri)
     except (CatalogError, OSError) as error:

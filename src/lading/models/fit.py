@@ -20,7 +20,7 @@ from lading.planning.rules import Route, route
 from lading.transfer.dtypes import FLOATS
 
 _MAX_LINES = 20
-"""Problems that an error lists; the rest it counts."""
+"""The most problems that an error lists; it counts the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +33,11 @@ class CheckReport:
     quantised: Mapping[str, str]
     """The quantized tensors that weights need, and their dtypes."""
     tensors: int
-    """In the checkpoint."""
+    """The number of tensors in the checkpoint."""
     matched: int
     """Tensors that make a parameter or a persistent buffer."""
     tied: Mapping[str, str]
-    """Tensors that are further copies of a tied parameter, and the parameter; a load makes sure that they are equal."""
+    """Tensors that are further copies of a tied parameter, and the parameter; a load checks that they are equal."""
     dropped: tuple[str, ...]
     """Tensors that the family's rules know and a model does not need."""
     drawn: tuple[str, ...]
@@ -89,7 +89,7 @@ def match(manifest: Manifest, targets: Targets, family: Family[Any, Any], config
 
 
 def report_fit(manifest: Manifest, targets: Targets, routed: Route, *, family: Family[Any, Any]) -> CheckReport:
-    """As :func:`check_manifest`, for a model that is built and whose tensors have been assigned."""
+    """Report as :func:`check_manifest`, for a built model whose tensors have been assigned."""
     quantised = {manifest.names[t]: manifest.dtypes[t] for t in _quantised(manifest, targets, routed)}
     problems = [f"quantised: {name} is stored as {dtype}" for name, dtype in quantised.items()]
     problems += _problems(manifest, targets, routed)
@@ -213,7 +213,7 @@ def _some(problems: Sequence[str]) -> list[str]:
 def block_dims(
     manifest: Manifest, family: Family[Any, Any], config: Any, targets: Targets, routed: Route
 ) -> array[int]:
-    """For each tensor the dim along which digests cut it: the one along which ranks do, so that they can check."""
+    """Return for each tensor the dim along which digests cut it: that of the ranks, so that they can check."""
     plan = family.parallel_plan(config)
     dims = array("b", [0]) * len(manifest)
     for target, tensor in zip(routed.targets, routed.tensors, strict=True):
@@ -230,7 +230,7 @@ _WIDER: Mapping[str, frozenset[str]] = {
     "I32": frozenset({"I64"}),
     "U8": frozenset({"I16", "I32", "I64"}),
 }
-"""The dtypes of integers that hold all numbers of another: counters are stored as narrower ones."""
+"""The integer dtypes that hold all numbers of another one: checkpoints store counters in narrower ones."""
 
 
 def _quantised(manifest: Manifest, targets: Targets, routed: Route) -> list[int]:
@@ -244,7 +244,7 @@ def _quantised(manifest: Manifest, targets: Targets, routed: Route) -> list[int]
 
 
 def _problems(manifest: Manifest, targets: Targets, routed: Route) -> list[str]:
-    """Everything that is missing, unexpected, claimed twice, mis-shaped or of another dtype, one line each."""
+    """Return everything that is missing, unexpected, claimed twice, mis-shaped or of another dtype, one line each."""
     shapes = dict(zip(targets.names, targets.shapes, strict=True))
     found = [f"missing: {name} {list(shapes[name])}" for name in routed.missing]
     found += [f"unexpected: {name}" for name in routed.unexpected]
@@ -277,7 +277,7 @@ def _dtypes(source: Source, manifest: Manifest) -> list[str]:
 
 
 def _sources(routed: Route) -> list[tuple[int, Source]]:
-    """(target, what it is made of)."""
+    """Return pairs of a target and its source."""
     return [
         (target, routed.composed.get(i, tensor))
         for i, (target, tensor) in enumerate(zip(routed.targets, routed.tensors, strict=True))

@@ -1,8 +1,8 @@
-"""A plan as a picture: which part of which file goes to which rank, as SVG.
+"""A plan as an SVG picture of the parts of files that go to each rank.
 
-Every file is a bar, as long as its tensors have bytes. A tensor is a piece of the bar, cut as the ranks cut it: along
-its first dim from left to right, along its second from top to bottom. Tensors that are too small to be seen are drawn
-together, cut from top to bottom by how much of them each rank owns.
+Every file is a bar whose length is the bytes of its tensors. A tensor is a piece of the bar, cut as the ranks cut it:
+along its first dim from left to right, along its second from top to bottom. Tensors too small to see share a piece, cut
+from top to bottom by how much of them each rank owns.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from lading.planning.box import Box
 from lading.planning.composition import pieces, tensors_of
 
 WIDTH, MARGIN, BAR, STEP = 1000.0, 24.0, 34.0, 64.0
-"""Of a bar, around the picture, the height of a bar, and from one to the next; in pixels."""
+"""The width of a bar, the margin of the picture, the height of a bar, and the step to the next one, in pixels."""
 
 MOST_CELLS = 5_000
-"""Parts of tensors that are drawn; of a larger checkpoint, more tensors are drawn together."""
+"""The most parts of tensors to draw; in a larger checkpoint, more tensors share a piece."""
 MOST_FILES = 80
 MOST_COLOURS = 48
-"""Of more ranks, neighbours share a colour."""
+"""The most colors; among more ranks, neighbors share one."""
 MOST_STRIPES = 6
 MOST_TITLES = 400
 
@@ -33,13 +33,13 @@ ALL, NOBODY = "#c9ced6", "#ffffff"
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 Owners = frozenset[int]
-"""Colours; one for each rank, if there are not too many."""
+"""The numbers of the colors of ranks, one for each rank if there are not too many."""
 Cell = tuple[float, float, float, float]
 """Left, top, width and height, as fractions of a tensor."""
 
 
 def picture(plan: LoadPlan) -> str:
-    """The picture of a plan, a document of at most a few hundred kilobytes."""
+    """Return the picture of a plan, a document of at most a few hundred kilobytes."""
     palette = _Palette(plan.layout.ranks)
     tensors = _tensors(plan, palette)
     files = [[t for t in tensors if t.shard == n] for n in range(len(plan.manifest.shards))][:MOST_FILES]
@@ -76,7 +76,7 @@ class _Tensor:
 
 
 def _tensors(plan: LoadPlan, palette: _Palette) -> list[_Tensor]:
-    """All tensors of the manifest that have bytes, and who owns what of each."""
+    """Return all tensors of the manifest that have bytes, with the owners of their parts."""
     manifest, layout = plan.manifest, plan.layout
     cells: dict[int, Sequence[tuple[Owners, Cell]]] = {}
     of_kind: list[Sequence[tuple[Owners, Cell]]] = []
@@ -117,7 +117,7 @@ def _cell(box: Box, shape: tuple[int, ...]) -> Cell:
 
 
 def _around(boxes: Sequence[Box]) -> Box:
-    """The smallest box that holds all of ``boxes``."""
+    """Return the smallest box that contains all of ``boxes``."""
     starts = tuple(map(min, zip(*(box.starts for box in boxes), strict=True)))
     ends = map(max, zip(*(box.ends for box in boxes), strict=True))
 
@@ -125,7 +125,7 @@ def _around(boxes: Sequence[Box]) -> Box:
 
 
 def _least_width(files: Sequence[Sequence[_Tensor]], scale: float) -> float:
-    """The width below which tensors are drawn together, so that there are not too many cells."""
+    """Return the width below which tensors share a piece, so that there are not too many cells."""
     least = 2.0
     while least < 2 * WIDTH:
         runs = (run for each in files for run in _runs(each, least / scale))
@@ -137,7 +137,7 @@ def _least_width(files: Sequence[Sequence[_Tensor]], scale: float) -> float:
 
 
 def _runs(tensors: Sequence[_Tensor], least: float) -> Iterator[list[_Tensor]]:
-    """Tensors of at least ``least`` bytes alone, and neighbours that are smaller together."""
+    """Yield tensors of at least ``least`` bytes alone, and smaller neighbors together."""
     for large, each in groupby(tensors, lambda t: t.bytes >= least):
         if large:
             yield from ([tensor] for tensor in each)
@@ -165,7 +165,7 @@ def _title(plan: LoadPlan, tensors: Sequence[_Tensor]) -> str:
 
 
 class _Palette:
-    """Colours of ranks, and how those share that own the same.
+    """The colors of ranks; ranks that own the same share one.
 
     :param seats: ranks that own different things; the others are their copies.
     """
@@ -176,7 +176,7 @@ class _Palette:
         self.patterns: dict[Owners, str] = {}
 
     def owners(self, owned: Sequence[int], parts: int) -> list[Owners]:
-        """For each part the colours of the ranks that own it."""
+        """Return for each part the colors of the ranks that own it."""
         found: list[set[int]] = [set() for _ in range(parts)]
         for seat, part in enumerate(owned):
             found[part].add(seat * self.count // self.seats)
@@ -200,7 +200,7 @@ class _Palette:
         return f"url(#{self.patterns.setdefault(owners, f's{len(self.patterns)}')})"
 
     def seats_of(self, number: int) -> range:
-        """The ranks, of those that own different things, that have a colour."""
+        """Return the ranks, among those that own different things, that have a color."""
         return range(-(-number * self.seats // self.count), -(-(number + 1) * self.seats // self.count))
 
     def definitions(self) -> Iterator[str]:
@@ -278,7 +278,7 @@ class _Canvas:
 
 
 def _ranks_text(seats: Sequence[Sequence[int]]) -> str:
-    """The ranks of one colour; those of a seat are copies of one another."""
+    """Return the ranks of one color; those of a seat are copies of one another."""
     first = _runs_text([ranks[0] for ranks in seats])
     copies = list(map(str, seats[0][1:]))
     if not copies:
@@ -290,7 +290,7 @@ def _ranks_text(seats: Sequence[Sequence[int]]) -> str:
 
 
 def _runs_text(ranks: Sequence[int]) -> str:
-    """Ascending numbers, those that follow one another as a range."""
+    """Return ascending numbers as text, consecutive ones as a range."""
     starts = [i for i in range(len(ranks)) if i == 0 or ranks[i] != ranks[i - 1] + 1]
     runs = [(ranks[i], ranks[end - 1]) for i, end in zip(starts, [*starts[1:], len(ranks)], strict=True)]
 
@@ -298,5 +298,5 @@ def _runs_text(ranks: Sequence[int]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text for XML, whatever it holds: names of tensors and files are a stranger's."""
+    """Return text escaped for XML: names of tensors and files may contain anything."""
     return escape(_NOT_XML.sub("\ufffd", text))

@@ -1,4 +1,4 @@
-"""The files of a checkpoint, opened to be read: through the page cache, or past it where that is faster."""
+"""Open files of a checkpoint, read through the page cache, or past it where that is faster."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class ShardFile:
     path: Path
     stat: FileStat
     sha256: str | None = field(default=None, compare=False)
-    """Of its bytes, where others may put the same bytes in its place at any time: where several processes fetch one
-    file, and no lock works, the last one's stays."""
+    """The SHA-256 of its bytes, if other processes may replace it with the same bytes at any time: when several fetch
+    one file and no lock works, the last one's stays."""
 
 
 @contextmanager
 def open_shard(file: ShardFile) -> Iterator[OpenShard]:
-    """Open a file; when the block is left, it must still be as it was when its manifest was read.
+    """Open a file, and check at the end of the block that it is still as it was when its manifest was read.
 
     :raises CorruptModelCheckpointError: it is not.
     :raises OSError: it cannot be opened.
     """
-    # A FIFO that took the file's place must not make the load wait for a writer.
+    # If a FIFO replaced the file, the load must not wait for a writer.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
     shard = OpenShard(file, os.open(file.path, flags), flags)
     try:
@@ -54,8 +54,8 @@ class OpenShard:
         self._expected = file.stat
         self._cold: dict[int, bool] = {}
         self._direct = -1
-        """A descriptor that reads past the page cache, where the file system has that."""
-        if not on_network(file.path):  # what direct I/O means there differs from one to the next
+        """A descriptor that reads past the page cache, if the file system has that."""
+        if not on_network(file.path):  # direct I/O differs between network file systems
             try:
                 self._direct = os.open(file.path, flags | os.O_DIRECT)
             except OSError:
@@ -71,7 +71,7 @@ class OpenShard:
             os.close(self._direct)
 
     def has_expected_bytes(self) -> bool:
-        """Whether it is another file by now, but of the bytes that are known to be the right ones."""
+        """Return whether another file with the known right bytes has replaced it."""
         found = FileStat.from_stat(os.fstat(self.fd))
         if self.file.sha256 is None or found == self._expected or found.size != self._expected.size:
             return False
@@ -88,10 +88,13 @@ class OpenShard:
         return True
 
     def check_unchanged(self) -> None:
-        """:raises CorruptModelCheckpointError: the file is not as it was when its manifest was read."""
+        """Check that the file is as it was when its manifest was read.
+
+        :raises CorruptModelCheckpointError: it is not.
+        """
         stat = os.fstat(self.fd)
         expected, found = self._expected, FileStat.from_stat(stat)
-        # To whoever has it open, a file that another one was put in the place of is what it was, but for one time.
+        # A replaced file is, to a process that has it open, what it was but for one time.
         replaced = stat.st_nlink == 0 and found == replace(expected, ctime_ns=found.ctime_ns)
         if found != expected and not replaced:
             raise CorruptModelCheckpointError(
@@ -102,10 +105,10 @@ class OpenShard:
             )
 
     def is_cold(self, offset: int) -> bool:
-        """Whether the byte at ``offset`` would have to come from the disk, and can come past the page cache."""
+        """Return whether the byte at ``offset`` would come from the disk, and can come past the page cache."""
         if self._direct < 0:
             return False
-        # The kernel answers, and goes to get the page: whoever asks again is told otherwise.
+        # The kernel answers and then fetches the page, so a second question gets another answer.
         if offset not in self._cold:
             cold = self._cold[offset] = self._peek(offset) is False
             if cold:
@@ -114,11 +117,11 @@ class OpenShard:
         return self._cold[offset]
 
     def is_cached(self, offset: int) -> bool:
-        """Whether the byte at ``offset`` is known to be in the page cache."""
+        """Return whether the byte at ``offset`` is known to be in the page cache."""
         return self._peek(offset) is True
 
     def _peek(self, offset: int) -> bool | None:
-        """Whether a byte is in the page cache; ``None`` on a file system that cannot tell."""
+        """Return whether a byte is in the page cache; ``None`` on a file system that cannot say."""
         try:
             return os.preadv(self.fd, [bytearray(1)], offset, os.RWF_NOWAIT) > 0
         except BlockingIOError:
@@ -127,15 +130,15 @@ class OpenShard:
             return None
 
     def _advise_random(self) -> None:
-        """Say that nothing is to be read ahead: what lies between reads is not wanted, and what lies behind one would
-        look as if it need not be read past the page cache.
+        """Turn read-ahead off: the bytes between reads are not needed, and those after a read would look as if they
+        were cached and need no direct read.
         """
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def fill(self, offset: int, memory: memoryview, *, direct: bool = False) -> None:
         """Read ``len(memory)`` bytes at ``offset``.
 
-        :param direct: past the page cache, if the file system lets us; ``memory`` must begin where ``offset`` does,
+        :param direct: past the page cache, if the file system allows it; ``memory`` must begin where ``offset`` does,
             modulo the page size.
 
         :raises CorruptModelCheckpointError: the file ends before.
@@ -144,14 +147,14 @@ class OpenShard:
         self._read(self.fd, offset + done, memory[done:])
 
     def _read_direct(self, offset: int, memory: memoryview) -> int:
-        """Read past the page cache, in one go; returns how many bytes have come, which may be none."""
+        """Read past the page cache in one call and return the number of bytes read, perhaps zero."""
         end = offset + len(memory)
         head, tail = offset % PAGE, end % PAGE
         first, last = (PAGE - head) % PAGE, len(memory) - tail
         if first >= last:
             return 0
 
-        # Of a page that is not all wanted, what surrounds the wanted bytes must not be written: it is another thread's.
+        # In a page that is wanted in part, the bytes around that part belong to another thread and must not be written.
         edges = memoryview(mmap.mmap(-1, 2 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         buffers = [memory[first:last]]
         if head:
@@ -161,10 +164,10 @@ class OpenShard:
         try:
             count = os.preadv(self._direct, buffers, offset - head) - head
         except OSError:
-            return 0  # some file systems take the flag and refuse the read
+            return 0  # some file systems accept the flag and refuse the read
 
         if count < len(memory):
-            count = min(count, last)  # the last page has not come whole
+            count = min(count, last)  # the last page is incomplete
         else:
             count = len(memory)
             memory[last:] = edges[PAGE : PAGE + tail]

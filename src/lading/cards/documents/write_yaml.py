@@ -13,8 +13,8 @@ _NOT_PLAIN = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", 
 
 
 def to_yaml(documents: Iterable[Mapping[str, object]]) -> str:
-    """A YAML stream in block style, keys in the order given, which :mod:`lading.cards.documents.read_yaml` reads back
-    equal.
+    """Return a YAML stream in block style, keys in the order given; :mod:`lading.cards.documents.read_yaml` reads
+    equal values back.
 
     :raises TypeError: a value that is not plain.
     """
@@ -22,7 +22,7 @@ def to_yaml(documents: Iterable[Mapping[str, object]]) -> str:
 
 
 def _block(value: Mapping[str, object] | list[object]) -> Iterator[str]:
-    """The lines of a mapping or a list that is not empty."""
+    """Yield the lines of a mapping or a list that is not empty."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if isinstance(item, (Mapping, list)) and item:

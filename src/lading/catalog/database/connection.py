@@ -1,6 +1,6 @@
 """Connections to the catalog's database, and transactions.
 
-SQLite is opened by rules that were learnt from failures. The driver runs in autocommit mode and an event issues
+These rules for SQLite come from failures. The driver runs in autocommit mode and an event issues
 ``BEGIN`` (``BEGIN IMMEDIATE`` to write): with the driver's own transactions, a process that is killed in a migration
 leaves half a schema. Connections are not pooled, so that a fork never shares one.
 """
@@ -27,10 +27,10 @@ WRITE = "lading_write"
 
 
 def file_engine(path: Path, *, create: bool = False, foreign_keys: bool = True) -> Engine:
-    """An engine for a SQLite file that can be written.
+    """Return an engine for a SQLite file to read and write.
 
-    :param foreign_keys: off for migrations. SQLite changes a table by writing it anew and dropping the old one, and
-        by the keys all that refers to it.
+    :param foreign_keys: off for migrations. SQLite changes a table by writing a new one and dropping the old one; keys
+        would drop all rows that refer to it.
     """
     mode = "mode=rwc" if create else "mode=rw"
 
@@ -38,21 +38,21 @@ def file_engine(path: Path, *, create: bool = False, foreign_keys: bool = True) 
 
 
 def readonly_engine(path: Path, *, patience_s: float | None = None) -> Engine:
-    """An engine for a SQLite file that cannot be written, or must not be."""
+    """Return an engine for a SQLite file to read only."""
     return _sqlite_engine(lambda: connect_readonly(path, patience_s=patience_s), NullPool)
 
 
 def memory_engine() -> Engine:
-    """An engine for a new database in memory: one connection, which its users take turns with."""
+    """Return an engine for a new database in memory: one connection, whose users take turns."""
     return _sqlite_engine(
         lambda: sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False), StaticPool
     )
 
 
 def server_engine(target: Target) -> Engine:
-    """An engine for a database server.
+    """Return an engine for a database server.
 
-    :raises CatalogError: the driver is not installed, or there is none of that name.
+    :raises CatalogError: the driver is not installed, or there is no driver of that name.
     """
     try:
         return create_engine(target.url, poolclass=NullPool)
@@ -64,16 +64,16 @@ def server_engine(target: Target) -> Engine:
 
 
 def connect_readonly(path: Path, *, patience_s: float | None = None) -> sqlite3.Connection:
-    """Connect such that nothing can be written; also to a file in a folder that cannot be written.
+    """Connect without a way to write; also to a file in a read-only folder.
 
-    A database in WAL mode needs its shared memory even to be read. Where that cannot be made and there is no log, the
-    file is taken as one that does not change: without other users that is what it is.
+    Even reading a database in WAL mode takes its shared memory. If that cannot be made and there is no log, this opens
+    the file as one that does not change: without other users, it does not.
 
     :param patience_s: as for :func:`lading.catalog.database.target.connect`.
 
-    :raises CatalogError: there is a log that is needed and cannot be used.
+    :raises CatalogError: the database needs a log that this user cannot use.
     """
-    # Who can write has set such a log aside. To look at the file closes it, which ends the locks of this process on it.
+    # A process that can write has set such a log aside. Looking at the file closes it, which ends this process's locks.
     if not writable(path) and has_stale_log(path):
         return connect(path, "mode=ro&immutable=1", patience_s=patience_s)
 
@@ -85,7 +85,7 @@ def connect_readonly(path: Path, *, patience_s: float | None = None) -> sqlite3.
         if primary_code(error) not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
             raise
         if writable(path):
-            # A transaction that a killed writer left half done is undone by the first one who can.
+            # The first process that can undoes a transaction that a killed writer left half done.
             with closing(connect(path, "mode=rw", patience_s=patience_s)) as undoing:
                 undoing.execute("SELECT count(*) FROM sqlite_master").fetchone()
             return connect(path, "mode=ro", patience_s=patience_s)
@@ -118,7 +118,7 @@ def _sqlite_engine(
 
 @contextmanager
 def transaction(engine: Engine, target: Target, *, write: bool) -> Iterator[Connection]:
-    """A transaction that is committed at the end, and rolled back when the body raises.
+    """Commit the body's transaction at the end; roll it back if the body raises.
 
     :raises CatalogError: as :func:`translated`.
     """
@@ -126,16 +126,16 @@ def transaction(engine: Engine, target: Target, *, write: bool) -> Iterator[Conn
         connection = connection.execution_options(**{WRITE: write})
         with connection.begin():
             if write and not target.is_sqlite:
-                # One writer at a time, as on SQLite: two imports of one name would else both find it free.
+                # One writer at a time, as on SQLite: otherwise two imports of one name would both find it free.
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({APPLICATION_ID})")
             yield connection
 
 
 def set_journal_mode(path: Path, *, patience_s: float) -> None:
-    """Turn the write-ahead log on, or off on a file system that hosts share: it needs memory that they cannot share.
+    """Turn the write-ahead log on; or off on a file system that hosts share, as it needs memory that they cannot share.
 
-    :param patience_s: for how long it is tried. The change needs the file for itself and does not wait by SQLite's own
-        time-out; where it fails, the database works as it is.
+    :param patience_s: seconds to try. The change needs exclusive use of the file and does not wait by SQLite's own
+        time-out; if it fails, the database works as it is.
     """
     mode, version = ("delete", 1) if on_network(path.parent) else ("wal", 2)
     deadline = time.monotonic() + patience_s

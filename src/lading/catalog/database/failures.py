@@ -1,4 +1,4 @@
-"""What a failure of the catalog's database means to the user."""
+"""Errors of the catalog's database, translated into those of lading."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from lading.errors import CatalogError, InternalError, LadingError
 
 @contextmanager
 def translated(target: Target) -> Iterator[None]:
-    """Let no exception of the database's driver out.
+    """Translate the exceptions of the database's driver into those of lading.
 
-    :raises CatalogError: the catalog is damaged, another process holds it, or it was given what it cannot keep.
+    :raises CatalogError: the catalog is damaged, another process holds it, or it cannot keep a value.
     :raises OSError: the disk is full, or the file cannot be read or written.
     """
     try:
@@ -39,7 +39,7 @@ def translated(target: Target) -> Iterator[None]:
 
 
 def sqlite_failure(error: sqlite3.Error, target: Target) -> LadingError | OSError:
-    """What a failure of SQLite means to the user."""
+    """Return the error of lading for a failure of SQLite."""
     code = primary_code(error)
     path = target.path
 
@@ -74,7 +74,7 @@ def sqlite_failure(error: sqlite3.Error, target: Target) -> LadingError | OSErro
             f"lading needs SQLite with full-text search, but that of this Python was built without it ({error})."
         )
 
-    # The rest is told apart by no code: a table that is missing is as much a damage as a page that is.
+    # No code distinguishes the rest: a missing table is as much damage as a missing page.
     return _damaged(error, target)
 
 
@@ -86,16 +86,16 @@ def _damaged(error: Exception, target: Target) -> CatalogError:
 
 
 def primary_code(error: sqlite3.Error) -> int:
-    """SQLite's primary result code of an error."""
+    """Return SQLite's primary result code of an error."""
     # Errors that the Python module raises by itself have no code.
     return int(getattr(error, "sqlite_errorcode", None) or sqlite3.SQLITE_ERROR) & 0xFF
 
 
 def _lock_problem(folder: Path) -> str | None:
-    """Return why files in ``folder`` cannot be locked; ``None`` where they can, or where that cannot be found out."""
+    """Return why files in ``folder`` cannot be locked; ``None`` if they can, or if this cannot find out."""
     try:
-        # Never the catalog itself: to close it would drop the locks that this process has on it.
-        file = TemporaryFile(dir=folder)  # noqa: SIM115 (an error of its own must be told from one of the lock)
+        # Never the catalog itself: closing it would drop the locks that this process has on it.
+        file = TemporaryFile(dir=folder)  # noqa: SIM115 (its own error means something other than one of the lock)
     except OSError:
         return None
     with file:
@@ -108,7 +108,7 @@ def _lock_problem(folder: Path) -> str | None:
 
 
 def _holders(path: Path) -> str:
-    """Which processes of this machine hold a lock on the database, as far as the system tells."""
+    """Return, for a message, the processes of this machine that hold a lock on the database, if the system says so."""
     inodes = set()
     for name in (path, Path(f"{path}-shm")):
         try:

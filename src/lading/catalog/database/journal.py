@@ -1,8 +1,8 @@
-"""The logs that SQLite keeps beside a catalog's file, and what to do where one does not belong or cannot be read.
+"""The logs that SQLite keeps beside a catalog's file, and the handling of those that are foreign or unreadable.
 
-SQLite takes any file of that name for the log of the database. So the log of a catalog that a backup was copied over
-brings the rows back that the backup should undo; and where the log cannot be used, it reads the file without the rows
-that were committed last.
+SQLite takes any file of that name for the log of the database. So when a backup is copied over a catalog, the old log
+brings back the rows that the backup should undo; and if SQLite cannot use the log, it reads the file without the last
+committed rows.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _ROLLBACK_MODE = b"\1\1"
 
 
 HEADER_SIZE = 100
-"""Bytes, see https://www.sqlite.org/fileformat2.html#the_database_header."""
+"""The size of the header in bytes, see https://www.sqlite.org/fileformat2.html#the_database_header."""
 
 _MOST_OPEN = 32
-"""Databases whose header was read and that stay open for that."""
+"""The databases that stay open after a read of their header."""
 
 _open: OrderedDict[tuple[int, int], int] = OrderedDict()
 _open_lock = threading.Lock()
@@ -42,8 +42,8 @@ _open_lock = threading.Lock()
 def read_header(path: Path) -> bytes:
     """Return the first bytes of a database, as many as there are.
 
-    The file stays open: when a process closes any descriptor of a file, the locks go that SQLite's connections in that
-    process have on it (https://www.sqlite.org/howtocorrupt.html, section 2.2).
+    The file stays open: when a process closes any descriptor of a file, SQLite's connections in that process lose their
+    locks on it (https://www.sqlite.org/howtocorrupt.html, section 2.2).
 
     :raises OSError: the file cannot be read.
     """
@@ -60,19 +60,19 @@ def read_header(path: Path) -> bytes:
 
 
 def has_stale_log(path: Path) -> bool:
-    """Return whether a write-ahead log lies beside a database that does not use one.
+    """Return whether there is a write-ahead log beside a database that does not use one.
 
-    SQLite turns the mode on in the file before it makes the log, and off after it removed the log. So such a log is of
-    another file that was in the place of this one, as when a backup is copied over a catalog.
+    SQLite turns the mode on in the file before it makes the log, and off after it removed the log. So such a log
+    belongs to a file that was replaced by this one, as when a backup is copied over a catalog.
     """
     log = beside(path, "-wal")
 
-    # The size is asked for twice: another process may end the mode in between.
+    # Two looks at the size: another process may end the mode in between.
     return _size(log) > 0 and _mode(path) == _ROLLBACK_MODE and _size(log) > 0
 
 
 def set_stale_log_aside(path: Path) -> None:
-    """Rename a write-ahead log that is of another file, so that its rows do not come back.
+    """Rename a write-ahead log that belongs to another file, so that its rows do not come back.
 
     :raises CatalogError: it cannot be renamed.
     """
@@ -83,7 +83,7 @@ def set_stale_log_aside(path: Path) -> None:
     aside = log.with_name(f"{log.name}.{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
     try:
         with _held(log) as stale:
-            # Another process may have been first, and a log that the catalog needs lie there by now.
+            # Another process may have been first, and a log that the catalog needs may be there by now.
             if not stale or not has_stale_log(path):
                 return
             log.rename(aside)
@@ -101,9 +101,9 @@ def set_stale_log_aside(path: Path) -> None:
 
 
 def refuse_left_log(path: Path) -> None:
-    """Refuse to read a database beside a log that is needed and that this user cannot use.
+    """Refuse to read a database that needs a log that this user cannot use.
 
-    :raises CatalogError: there is one.
+    :raises CatalogError: there is such a log.
     """
     for log in (beside(path, "-wal"), beside(path, "-journal")):
         if _size(log) > 0 and (log.name.endswith("-wal") or _begins(log, _JOURNAL_MAGIC)):
@@ -115,7 +115,7 @@ def refuse_left_log(path: Path) -> None:
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """Return where SQLite keeps a log: beside the file that links lead to."""
+    """Return the path where SQLite keeps a log: beside the file that links lead to."""
     return Path(f"{os.path.realpath(path)}{suffix}")
 
 
@@ -152,5 +152,5 @@ def _begins(path: Path, magic: bytes) -> bool:
     try:
         with open(path, "rb") as file:
             return file.read(len(magic)) == magic
-    except OSError:  # it may be one
+    except OSError:  # unreadable, so it may begin with it
         return True

@@ -1,6 +1,6 @@
-"""The life of a catalog's schema: made, brought up to date, brought back, checked and backed up.
+"""Upgrades, downgrades, checks, backups and restores of a catalog.
 
-Alembic is imported only here, and only when one of these things is done: opening a catalog compares two numbers.
+Only this module imports Alembic, and only when one of these runs: opening a catalog compares two numbers.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ _alembic_lock = threading.Lock()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpgradeReport:
-    """What an upgrade did."""
+    """The result of an upgrade."""
 
     from_version: int
-    """Zero where there was no catalog."""
+    """The version before; zero if there was no catalog."""
     to_version: int
     backup: Path | None
-    """The copy that was taken before; ``None`` where nothing was changed, or nothing was there."""
+    """The copy made before; ``None`` if nothing changed, or nothing was there."""
 
 
 # --- versions --------------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def migrate(connection: Connection, revision: str = "head", *, down: bool = Fals
 
 
 def version_of(connection: Connection) -> int:
-    """The version of the schema; zero where there is none."""
+    """Return the version of the schema; zero if there is no schema."""
     if connection.dialect.name == "sqlite":
         return int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
 
@@ -97,7 +97,7 @@ def version_of(connection: Connection) -> int:
 
 
 def _recorded_version(connection: Connection) -> int:
-    """Return the version that Alembic recorded, which is where migrations begin."""
+    """Return the version that Alembic recorded, from which migrations begin."""
     found = connection.scalar(text(f"SELECT max(version_num) FROM {VERSION_TABLE}")) or 0
     try:
         return int(found)
@@ -116,7 +116,7 @@ def check_objects(connection: Connection, target: Target) -> None:
 
 def alterations(connection: Connection) -> list[str]:
     found = objects_of(connection)
-    # The digest spares the run of the migrations, which other versions of SQLite may yet write down in another way.
+    # A matching digest saves a run of the migrations. Another version of SQLite may write the same down differently.
     return [] if digest_of(found) == SCHEMA_DIGEST else differences(_expected_objects(SCHEMA_VERSION), found)
 
 
@@ -130,9 +130,9 @@ def _expected_objects(version: int) -> Objects:
 
 
 def _true_version(connection: Connection, target: Target) -> int:
-    """Return the version that the objects of a catalog are of, whatever the header of a file says.
+    """Return the version whose objects a catalog has, regardless of the header of the file.
 
-    :raises CatalogError: they are of none.
+    :raises CatalogError: no version has these objects.
     """
     if not target.is_sqlite:
         version = version_of(connection)
@@ -159,7 +159,7 @@ def _config(connection: Connection) -> Config:
     from alembic.config import Config
 
     config = Config()
-    # The option goes through a ConfigParser, to which a percent sign is special.
+    # The option goes through a ConfigParser, which interprets percent signs.
     config.set_main_option("script_location", str(files(_SCRIPTS)).replace("%", "%%"))
     config.attributes["connection"] = connection
 
@@ -172,7 +172,7 @@ def _config(connection: Connection) -> Config:
 def upgrade(settings: Settings) -> UpgradeReport:
     """Bring the schema of the catalog to the version of this code, after a backup. One transaction: all or nothing.
 
-    :raises CatalogError: the file is no catalog, or is damaged.
+    :raises CatalogError: the file is not a catalog, or is damaged.
     :raises CatalogOutdatedError: the catalog is newer than this code.
     """
     target = Target.from_url(settings.database_url)
@@ -204,7 +204,7 @@ def downgrade(settings: Settings, to: str) -> Path | None:
             f"The header of {target} says version {before}, but its schema is of version {true}. Run "
             "`lading db upgrade` first."
         )
-    # Alembic takes other words, too: -1 for the version before.
+    # Alembic accepts more: -1 for the version before.
     if not to.isdecimal() or int(to) > before:
         raise CatalogError(
             f"The schema cannot be brought to version {to!r}: expected a number from 0 to {before}, its own."
@@ -224,7 +224,7 @@ def _move(target: Target, version: int, *, down: bool) -> None:
         _true_version(connection, target)
         migrate(connection, f"{version:04d}" if version else "base", down=down)
         if target.is_sqlite:
-            # The migrations write it, too, but not where there are none to run.
+            # The migrations write it, too, but there may be none to run.
             connection.exec_driver_sql(f"PRAGMA user_version = {version}")
             lost = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
             if lost:
@@ -232,9 +232,9 @@ def _move(target: Target, version: int, *, down: bool) -> None:
 
 
 def _versions(target: Target) -> tuple[int, int]:
-    """Return the version that the catalog says it has, and the one that its schema has; zeros where there is none.
+    """Return the version that the catalog claims, and the one of its schema; zeros if there is no catalog.
 
-    :raises CatalogError: the file is something else, is damaged, or its schema is of no version.
+    :raises CatalogError: the file is something else, is damaged, or its schema is not that of any version.
     :raises CatalogOutdatedError: the catalog is newer than this code.
     """
     if not path_exists(target):
@@ -245,7 +245,7 @@ def _versions(target: Target) -> tuple[int, int]:
 
 
 def path_exists(target: Target) -> bool:
-    """Return whether there is a catalog, after a log of another file beside it was set aside."""
+    """Return whether there is a catalog, after setting aside the log of another file beside it."""
     if target.path is None and target.is_sqlite:
         raise CatalogError("A catalog in memory lives as long as its process: it has no versions and no copies.")
     if target.path is None:
@@ -271,12 +271,12 @@ def engine_for(target: Target) -> Engine:
 
 
 def backup(settings: Settings, target: Path | None = None) -> Path:
-    """Copy the catalog, which may be in use, and return the path of the copy.
+    """Copy the catalog, even while it is in use, and return the path of the copy.
 
-    :param target: a file that is not there yet, or a folder. Default: beside the catalog, under a name that tells its
+    :param target: a file that does not exist yet, or a folder. Default: beside the catalog, under a name with its
         version and the time.
 
-    :raises CatalogError: there is no catalog, or it has no file; something is in the copy's place.
+    :raises CatalogError: there is no catalog, or it has no file; the path of the copy exists already.
     :raises OSError: the copy cannot be written.
     """
     source = Target.from_url(settings.database_url)
@@ -296,7 +296,7 @@ def backup(settings: Settings, target: Path | None = None) -> Path:
     if target.exists():
         raise CatalogError(f"{target} exists already; a backup overwrites nothing. Give another name.")
 
-    # A copy that was cut off must not look like a whole one.
+    # An incomplete copy must not look like a complete one.
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         with translated(source), closing(connect_readonly(source.path)) as reader, closing(_new(partial)) as copy:
@@ -322,7 +322,7 @@ def _stamp() -> str:
 
 
 def _impatient() -> Callable[[int, int, int], None]:
-    """Return what ends a copy that waits for another process; the driver would wait without end."""
+    """Return a callback that ends a copy that waits for another process; the driver would wait forever."""
     end = time.monotonic() + BUSY_TIMEOUT_S
 
     def look(status: int, left: int, pages: int) -> None:
@@ -342,20 +342,20 @@ class RestoreReport:
     """The result of a restore."""
 
     version: int
-    """The schema's version, which may be older than this code's."""
+    """The version of the schema, perhaps older than that of this code."""
     backup: Path | None
-    """The copy of what was there before; ``None`` where nothing was there."""
+    """The copy of what was there before; ``None`` if nothing was there."""
 
 
 def restore(settings: Settings, file: Path) -> RestoreReport:
-    """Put a backup in the place of the catalog, which may be in use or damaged. All or nothing.
+    """Replace the catalog, even one in use or damaged, with a backup. All or nothing.
 
-    The backup is checked first, and what it takes the place of is kept beside it. SQLite itself writes over the
-    catalog, so that its log and the locks of other processes are respected.
+    This checks the backup first, and keeps a copy of what it replaces beside it. SQLite itself overwrites the catalog,
+    and so respects its log and the locks of other processes.
 
     :param file: a backup of a catalog, with its own log if it has one.
 
-    :raises CatalogError: the file is no good catalog, or the catalog has no file; nothing was changed.
+    :raises CatalogError: the file is not a good catalog, or the catalog has no file; nothing was changed.
     :raises CatalogOutdatedError: the backup is newer than this code.
     :raises FileNotFoundError: there is no such file.
     :raises OSError: the catalog cannot be written.
@@ -386,7 +386,7 @@ def restore(settings: Settings, file: Path) -> RestoreReport:
 
 
 def _checked(source: Target) -> int:
-    """Return the version of a backup, after a check that it is whole."""
+    """Check that a backup is complete and return its version."""
     with transaction(engine_for(source), source, write=False) as connection:
         version = _true_version(connection, source)
         problems = damage(connection) or lost_references(connection)
@@ -399,13 +399,13 @@ def _checked(source: Target) -> int:
 
 
 def _keep(settings: Settings, path: Path) -> Path:
-    """Copy the catalog that is about to be written over; what is too damaged for that is moved away with its logs."""
+    """Copy the catalog before it is overwritten; move it and its logs away if it is too damaged for a copy."""
     if _is_legible(path):
         return backup(settings, None)
 
     kept = path.with_name(f"{path.stem}.damaged.{_stamp()}{path.suffix}")
     logs = {beside(path, suffix): Path(f"{kept}{suffix}") for suffix in SUFFIXES}
-    # The file first: a log beside nothing is of no use to SQLite, which removes it.
+    # The file first: SQLite removes a log without a database beside it.
     path.rename(kept)
     for log, other in logs.items():
         if log.exists():

@@ -1,7 +1,7 @@
-"""The tables, indexes, views and triggers of a SQLite catalog, which must be those that the migrations make.
+"""The tables, indexes, views and triggers of a SQLite catalog, compared with those that the migrations make.
 
-Views and triggers are programs. Those of a file that someone else hands over would run with the first question or the
-first write, so they are looked at before.
+Views and triggers are programs. Those of a stranger's file would run with the first query or the first write, so
+lading checks them before.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Objects = Mapping[tuple[str, str], str]
 """The kind and the name of an object → its definition in SQL, with no spaces or quotes; the parts of a table sorted."""
 
 SCHEMA_DIGEST = "5a52d210442101fc6a10f1284bf51bfa67427f6a52a3094ef12db225dc068156"
-"""That of the objects that the migrations make, so that to open a catalog takes no run of them."""
+"""The digest of the objects that the migrations make, which saves running them to open a catalog."""
 
 _LAYOUT = re.compile(r'[\s"`\[\]]+')
 """The layout, which differs between versions of SQLite and SQLAlchemy in a definition that means the same."""
@@ -49,7 +49,7 @@ def digest_of(objects: Objects) -> str:
 
 
 def differences(expected: Objects, found: Objects) -> list[str]:
-    """Return in what the objects of a catalog differ from those that are expected, one line each."""
+    """Return the differences between the objects of a catalog and those expected, one line each."""
     problems = []
     for key in sorted(expected.keys() | found.keys()):
         kind, name = (word if word.isprintable() else ascii(word) for word in key)
@@ -64,7 +64,7 @@ def differences(expected: Objects, found: Objects) -> list[str]:
 
 
 def altered(target: Target, problems: Sequence[str]) -> CatalogError:
-    """Return the error for a catalog whose objects are not those of lading."""
+    """Return the error for a catalog whose objects differ from those that lading makes."""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return CatalogError(
         f"{target} is damaged, or was changed by something other than lading: {problems[0]}{more}. It was left as it "

@@ -1,4 +1,4 @@
-"""Values in and out of SQL statements: JSON text, chunks, and rows that are not what was written."""
+"""Values in and out of SQL statements: JSON text, chunks, and checks of damaged rows."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ T = TypeVar("T")
 
 
 CHUNK = 5_000
-"""Values in one condition: well below what any database takes."""
+"""The most values in one condition: well below the limit of any database."""
 
 
 def chunks(values: Iterable[T]) -> Iterator[Sequence[T]]:
-    """``values`` in pieces that fit into one statement."""
+    """Yield ``values`` in pieces that fit into one statement."""
     at = iter(values)
     while piece := list(islice(at, CHUNK)):
         yield piece
@@ -26,9 +26,9 @@ def chunks(values: Iterable[T]) -> Iterator[Sequence[T]]:
 
 @contextmanager
 def intact(what: str) -> Iterator[None]:
-    """Around the making of values from rows: where that fails, the rows are not what was written.
+    """Report a failure of the body, which makes values from rows, as damage: the rows are not what lading wrote.
 
-    :raises CatalogError: it failed.
+    :raises CatalogError: the body failed.
     """
     try:
         yield
@@ -42,10 +42,10 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 
 
 def dumps(value: object) -> str:
-    """The JSON text that the catalog keeps.
+    """Return a value as the JSON text that the catalog keeps.
 
-    :raises ValueError: a number that is none in JSON, or text that is not Unicode.
-    :raises TypeError: a value that JSON does not know.
+    :raises ValueError: a number that JSON lacks, or text that is not Unicode.
+    :raises TypeError: a value that JSON lacks.
     """
     text = _encode(value)
     text.encode()  # half of a surrogate pair passes the line above, but not the database's driver
@@ -54,7 +54,7 @@ def dumps(value: object) -> str:
 
 
 def loads_object(text: str) -> dict[str, object]:
-    """What :func:`dumps` made of a mapping.
+    """Return the mapping that :func:`dumps` wrote as ``text``.
 
     :raises ValueError: it is something else.
     """

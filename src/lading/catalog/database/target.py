@@ -1,4 +1,4 @@
-"""Where a catalog is, and what is there: nothing, a catalog of some version, or something else."""
+"""The place of a catalog, and what is there: nothing, a catalog of some version, or something else."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ SCHEMA_VERSION = 6
 """The version of the schema that this code works with: the number of the last migration."""
 
 APPLICATION_ID = int.from_bytes(b"ldng", "big")
-"""What the header of a catalog file carries, so that no other database is taken for one."""
+"""The mark in the header of a catalog file, which other databases lack."""
 
 _HARMLESS = re.compile(r"[\w.+-]*(:/*)?[\w./~ -]*")
-"""Text that no password can be in: no account, no port, no parameters."""
+"""Text that cannot contain a password: it has no account, port or parameters."""
 
 _SECRETS = re.compile(r"pass|secret|token", re.IGNORECASE)
-"""Parameters of a URL whose values must not be shown, such as ``password`` and ``sslpassword``."""
+"""Parameters of a URL whose values must stay hidden, such as ``password`` and ``sslpassword``."""
 
 BUSY_TIMEOUT_S = 30.0
-"""How long a connection waits for the lock of another one."""
+"""The longest wait of a connection for the lock of another one, in seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Where a catalog is."""
+    """The place of a catalog."""
 
     url: URL = field(repr=False)
     path: Path | None
@@ -48,10 +48,10 @@ class Target:
     def from_url(cls, text: str | None) -> Self:
         """Read a database URL.
 
-        :param text: ``None`` where there is none, as for a user without a home.
+        :param text: ``None`` if there is no URL, as for a user without a home.
 
-        :raises CatalogError: not a URL, or one that would be read as something other than it says. The message shows
-            nothing that may be a password.
+        :raises CatalogError: not a URL, or one that a driver would read differently. The message shows nothing that may
+            be a password.
         """
         if text is None:
             raise CatalogError(
@@ -60,7 +60,7 @@ class Target:
             )
         try:
             url = make_url(text)
-        except (exc.ArgumentError, ValueError):  # the latter of a port that is not a number
+        except (exc.ArgumentError, ValueError):  # the latter for a port that is not a number
             shown = repr(text) if _HARMLESS.fullmatch(text) else "something else, not shown as it may hold a password"
             raise CatalogError(
                 f"LADING_DATABASE_URL is expected to be a URL such as sqlite:////data/catalog.sqlite or "
@@ -69,7 +69,7 @@ class Target:
 
         if url.get_backend_name() == "sqlite":
             return cls._sqlite(url, text)
-        # An unquoted password is read in part as the host, the database or a parameter, which are shown.
+        # Parsing takes parts of an unquoted password for the host, the database or a parameter, which messages show.
         if text.count("@") > 1:
             raise CatalogError(
                 "LADING_DATABASE_URL is expected to have one `@`, before the host, but has more. Write those of a name "
@@ -104,7 +104,7 @@ class Target:
 
     @property
     def shown_url(self) -> str:
-        """The URL without a password and without parameters, which may hold one."""
+        """The URL without a password, and without parameters, which may contain one."""
         return self.url.set(query={}).render_as_string(hide_password=True)
 
     def __str__(self) -> str:
@@ -114,7 +114,7 @@ class Target:
         return "the catalog in memory" if self.is_sqlite else self.shown_url
 
     def without_secrets(self, message: object) -> str:
-        """Return the words of a driver, which may quote what it was given, without the secrets of the URL."""
+        """Return a driver's message, which may quote its arguments, without the secrets of the URL."""
         query = self.url.normalized_query
         secrets = [
             self.url.password or "",
@@ -144,16 +144,16 @@ def connect(path: Path, parameters: str, *, patience_s: float | None = None) -> 
 
 
 class Found(Enum):
-    """What a look at a file finds, before it is opened as a database."""
+    """The kind of a file, seen before opening it as a database."""
 
     NOTHING = auto()
-    """No file, or one that holds nothing yet: what a creation that was cut off leaves behind."""
+    """No file, or an empty one, which an interrupted creation leaves behind."""
     CATALOG = auto()
     FOREIGN = auto()
 
 
 def peek(path: Path) -> Found:
-    """Look at the file's header and touch nothing: not even a journal appears beside a file that is not ours.
+    """Look at the file's header and touch nothing: not even a journal appears beside a foreign file.
 
     :raises CatalogError: ``path`` is a folder or another thing that is not a file.
     """
@@ -170,7 +170,7 @@ def peek(path: Path) -> Found:
     if not header:
         return Found.NOTHING
     if len(header) == HEADER_SIZE and not any(header):
-        # A big transaction writes other pages before the first one; a journal tells that one was under way.
+        # A big transaction writes other pages before the first one; a journal shows that one was under way.
         return Found.NOTHING if Path(f"{path}-journal").exists() else Found.FOREIGN
     if len(header) < HEADER_SIZE or not header.startswith(b"SQLite format 3\0"):
         return Found.FOREIGN
@@ -184,14 +184,14 @@ def peek(path: Path) -> Found:
     try:
         with closing(connect(path, "mode=ro&immutable=1")) as connection:
             (objects,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    except (sqlite3.Error, UnicodeDecodeError):  # the latter of a message that quotes what is damaged
+    except (sqlite3.Error, UnicodeDecodeError):  # the latter for a message that quotes damaged text
         return Found.FOREIGN
 
     return Found.FOREIGN if objects else Found.NOTHING
 
 
 def foreign(target: Target) -> CatalogError:
-    """The error for a file that is something else."""
+    """Return the error for a file that is something else."""
     return CatalogError(
         f"{target} is expected to be a catalog of lading, but is another kind of file; it was left as it is. Move it "
         "away, or set LADING_DATABASE_URL to another place."
@@ -199,7 +199,7 @@ def foreign(target: Target) -> CatalogError:
 
 
 def no_catalog(target: Target) -> CatalogError:
-    """Return the error for a place where nothing is yet."""
+    """Return the error for a place without a catalog."""
     return CatalogError(f"There is no catalog at {target} yet. `lading list` makes one.")
 
 
@@ -221,8 +221,8 @@ def check_version(found: int, target: Target) -> None:
 
 
 def writable(path: Path) -> bool:
-    """Whether the catalog file can be written, and a journal beside it."""
-    # With the effective user's rights where the system can tell them: those are the ones that `open` is granted by.
+    """Return whether this process can write the catalog file, and a journal beside it."""
+    # With the effective user's rights if the system knows them: those decide about `open`.
     effective = os.access in os.supports_effective_ids
 
     return os.access(path, os.W_OK, effective_ids=effective) and os.access(

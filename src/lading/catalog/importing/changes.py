@@ -1,7 +1,7 @@
-"""What card files mean for a catalog that has rows already: what is new, changed, gone or in conflict. Pure.
+"""The changes that card files make to a catalog with rows: new, changed, gone and conflicting ones. Pure functions.
 
 A *key* names a card or an overlay (name, environment), or an architecture (family, name). Each row belongs to the
-source that stated it. A source may change and withdraw what is its own; it takes over from another only when told to.
+source that stated it. A source may change and withdraw its own rows; it replaces another's only on request.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Key = tuple[str, str]
 Entry = CardEntry | ArchitectureEntry
 
 MAX_DEPTH = 100
-"""Bases above a card. Nobody stacks so many by intent, and each costs every look-up a step."""
+"""The most bases above a card. Real cards have far fewer, and each costs every look-up a step."""
 
 SEEDS_URI = "package:"
-"""How the sources of the package's own cards begin."""
+"""The prefix of the sources of the package's own cards."""
 
 STDIN = "stdin"
-"""The source of what is piped in. It is not one file: what a pipe does not repeat is not withdrawn."""
+"""The source of piped input. It is not one file: a pipe that omits a card does not withdraw it."""
 
 _POSITION = re.compile(r"\[(\d+)\]$")
 
@@ -42,7 +42,7 @@ class StatedRow(NamedTuple):  # as there is one per document, and a tuple is the
     uri: str
     position: int
     text: str
-    """Its content, as JSON."""
+    """The content as JSON."""
     folder: str | None
 
 
@@ -63,38 +63,38 @@ class StatedRows:
 
     by_key: dict[Key, StatedRow]
     stated: frozenset[tuple[Key, str]]
-    """Each key with each source that states it."""
+    """Pairs of a key and a source that states it."""
     problems: dict[str, list[str]]
     """By source."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImportPlan:
-    """What is to be done to make the catalog say what the files say."""
+    """The changes that make the catalog match the files."""
 
     added: list[StatedRow] = field(default_factory=list)
     changed: list[tuple[StoredRow, StatedRow]] = field(default_factory=list)
     unchanged: list[Key] = field(default_factory=list)
     moved: list[tuple[StoredRow, StatedRow]] = field(default_factory=list)
-    """The same content at another place."""
+    """Rows with the same content at another place."""
     removed: list[StoredRow] = field(default_factory=list)
     problems: dict[str, list[str]] = field(default_factory=dict)
     """By source."""
 
     def written(self) -> Iterator[StatedRow]:
-        """The documents whose content goes into the catalog."""
+        """Yield the documents whose content goes into the catalog."""
         yield from self.added
         for _, claim in self.changed:
             yield claim
 
     def touched(self) -> Iterator[StatedRow]:
-        """The documents whose row changes in any way. Messages name where a card stands, so a move counts."""
+        """Yield the documents whose row changes in any way. Messages name the place of a card, so a move counts."""
         yield from self.written()
         for _, claim in self.moved:
             yield claim
 
     def refuse(self, reasons: Mapping[Key, str]) -> None:
-        """Take out what may not go in."""
+        """Remove the refused documents from the plan, and keep the reasons."""
         for claim in self.written():
             if claim.key in reasons:
                 self.problems.setdefault(claim.uri, []).append(reasons[claim.key])
@@ -111,7 +111,7 @@ def architecture_key(entry: ArchitectureEntry) -> Key:
 
 
 def title(entry: Entry) -> str:
-    """How a report names an entry."""
+    """Return the name of an entry for a report."""
     if isinstance(entry, ArchitectureEntry):
         return architecture_title(architecture_key(entry))
 
@@ -127,12 +127,12 @@ def architecture_title(key: Key) -> str:
 
 
 def architecture_text(base: str | None, config: str) -> str:
-    """All that an architecture states, as JSON; ``config`` is JSON already."""
+    """Return the content of an architecture as JSON; ``config`` is JSON already."""
     return f'{{"base":{json.dumps(base)},"config":{config}}}'
 
 
 def claims_of(documents: Iterable[tuple[CardFile, Key, Entry, object]]) -> StatedRows:
-    """One claim per key; the same key twice is a problem unless another file says the same of it.
+    """Return one claim per key; the same key twice is a problem unless both files state the same.
 
     :param documents: file, key, entry and content of each document, in order.
     """
@@ -173,13 +173,12 @@ def decide(
     seeds: bool,
     replace: bool,
 ) -> ImportPlan:
-    """Lay ``claims`` over the rows that are there.
+    """Compare ``claims`` with the existing rows and return the changes.
 
     :param kept: the rows of the claimed keys, and all rows of the sources in ``reread``.
-    :param reread: the sources whose claims are complete, so that a row of theirs that is not claimed is withdrawn.
-    :param missing: the sources whose file is not where it was: a claim that says the same takes their place, as that of
-        a file that was moved.
-    :param seeds: whether the claims are those of the package, which give way to everyone's.
+    :param reread: the sources whose claims are complete, so that their other rows are withdrawn.
+    :param missing: the sources whose file is gone: a claim with the same content replaces theirs, as for a moved file.
+    :param seeds: whether the claims are those of the package, which yield to all others.
     """
     decision = ImportPlan(problems={uri: list(lines) for uri, lines in claims.problems.items()})
 
@@ -214,10 +213,10 @@ def decide(
 
 
 def climb(noun: str, claims: Mapping[str, StatedRow], base_of: Callable[[str], str | None]) -> dict[Key, str]:
-    """The claims that may not go in because their bases form a cycle or a tower, and why.
+    """Return the claims to refuse because their bases form a cycle or a tower, and why.
 
-    :param claims: by the name that ``base_of`` knows them by.
-    :param base_of: the base of each name, as it is about to be.
+    :param claims: by the name that ``base_of`` takes.
+    :param base_of: the base of each name after the import.
     """
     depths: dict[str | None, int] = {None: 0}
     refused: dict[Key, str] = {}
@@ -264,9 +263,9 @@ def _same(a: StatedRow | StoredRow, b: StatedRow) -> bool:
 
 
 def _is_built_in(row: StoredRow, claim: StatedRow) -> bool:
-    """Whether a card of the package says all that ``claim`` does; it may say more, such as a license.
+    """Return whether a card of the package states all that ``claim`` does; it may state more, such as a license.
 
-    fairseq2's own card files have the names of cards that come with lading, and must import as they are.
+    fairseq2's own card files have the names of cards that lading includes, and must import as they are.
     """
     if not row.uri.startswith(SEEDS_URI):
         return False
@@ -276,7 +275,7 @@ def _is_built_in(row: StoredRow, claim: StatedRow) -> bool:
 
 
 def _parsed(text: str) -> object:
-    """The content of a row, which nothing equals if the row is damaged."""
+    """Return the content of a row; for a damaged row, an object that equals nothing."""
     try:
         return json.loads(text)
     except ValueError:

@@ -4,8 +4,7 @@ Its layout: ``models--ORG--NAME/refs/REVISION`` holds a commit, ``snapshots/COMM
 mostly as links to ``blobs/ETAG``, where the tag is the SHA-256 of a large file and the git id of a small one.
 https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 
-The folder is shared with other programs, so nothing in it is believed but what is seen: a link that leads out of it is
-no file of it, nor is anything that is not a regular file.
+Other programs write to the folder, too. So lading uses only regular files in it, and ignores links that lead out.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from lading.system.filesystem import expand_home, storage_path
 _PREFIX = "models--"
 _DEPTH = 16
 _LISTED = 100_000
-"""Files of one snapshot that are looked at; no repository has more."""
+"""The most files of one snapshot that lading looks at; no repository has more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,16 +30,16 @@ class CachedFile:
     """A file of a snapshot in the cache."""
 
     name: str
-    """Within the repository, with forward slashes."""
+    """The path within the repository, with forward slashes."""
     size: int
     """Bytes."""
     tag: str | None
-    """The name of the blob that it is a link to: a SHA-256 or a git blob id, as the hub said when it was fetched."""
+    """The name of the blob behind the link: a SHA-256 or a git blob id, as the hub stated it at the download."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachedRepository:
-    """One commit of a repository in the cache, as far as its files are there."""
+    """One commit of a repository in the cache, with the files of it that are there."""
 
     repo: str
     """The id, as the folder spells it."""
@@ -51,9 +50,9 @@ class CachedRepository:
 
 
 def hub_cache() -> Path:
-    """The folder of the cache: ``HF_HUB_CACHE``, else ``hub`` in ``HF_HOME``.
+    """Return the folder of the cache: ``HF_HUB_CACHE``, else ``hub`` in ``HF_HOME``.
 
-    huggingface_hub reads its environment when it is imported; what it then said holds for the rest of the process.
+    huggingface_hub reads the environment at import; what it found then holds for the rest of the process.
     """
     constants = sys.modules.get("huggingface_hub.constants")
     if constants is not None:
@@ -72,7 +71,7 @@ def _home() -> str:
 
 
 def has_token() -> bool:
-    """Whether the user has a token for the hub: in ``HF_TOKEN``, or in the file of huggingface_hub's login."""
+    """Return whether the user has a token for the hub: in ``HF_TOKEN``, or in the file of huggingface_hub's login."""
     env = os.environ
     if (env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN") or "").strip():
         return True
@@ -82,19 +81,19 @@ def has_token() -> bool:
 
 
 def folder_name(repo: str) -> str:
-    """The name of a repository's folder in the cache."""
+    """Return the name of a repository's folder in the cache."""
     return _PREFIX + repo.replace("/", "--")
 
 
 def repository_id(folder: Path) -> str | None:
-    """The id of the repository that a folder of a cache is of, by its name; ``None`` for any other folder."""
+    """Return the id of the repository that a folder of a cache holds, by its name; ``None`` for any other folder."""
     repo = folder.name.removeprefix(_PREFIX).replace("--", "/")
 
     return repo if folder.name.startswith(_PREFIX) and is_repo_id(repo) else None
 
 
 def repository_folders(*repos: str) -> list[tuple[str, Path]]:
-    """The id and the folder of each repository of these ids, in any case of letters; those spelled so come first."""
+    """Return the id and the folder of each repository with one of these ids, ignoring case; exact matches first."""
     wanted = {folder_name(repo).casefold() for repo in repos}
     found = [(repo, path) for repo, path in _folders() if path.name.casefold() in wanted]
     found.sort(key=lambda item: (item[0] not in repos, item[0]))
@@ -103,7 +102,7 @@ def repository_folders(*repos: str) -> list[tuple[str, Path]]:
 
 
 def repositories() -> list[CachedRepository]:
-    """Every commit of every repository of a model in the cache; junk and hostile contents are left out."""
+    """Return every commit of every model repository in the cache, without junk and hostile contents."""
     return [
         CachedRepository(repo=repo, commit=path.name, path=path, files=snapshot_files(path))
         for repo, folder in sorted(_folders())
@@ -112,14 +111,14 @@ def repositories() -> list[CachedRepository]:
 
 
 def snapshot_folders(folder: Path) -> list[Path]:
-    """The snapshots in a repository's folder."""
+    """Return the snapshots in a repository's folder."""
     entries = sorted(_entries(folder / "snapshots"), key=lambda entry: entry.name)
 
     return [Path(entry.path) for entry in entries if is_commit(entry.name) and entry.is_dir(follow_symlinks=False)]
 
 
 def snapshot_files(path: Path) -> tuple[CachedFile, ...]:
-    """The files in the folder of a snapshot, in the order of their names."""
+    """Return the files in the folder of a snapshot, in the order of their names."""
     root = os.path.realpath(hub_cache())
     found: list[CachedFile] = []
     for name in _names(path, "", _DEPTH):
@@ -133,7 +132,7 @@ def snapshot_files(path: Path) -> tuple[CachedFile, ...]:
 
 
 def cached_file(folder: Path, commit: str, name: str) -> Path | None:
-    """Where a file of a commit is, in a repository's folder; ``None`` where it is not, or leads out of the cache."""
+    """Return the path of a file of a commit in a repository's folder; ``None`` if missing or outside of the cache."""
     if not is_commit(commit) or not is_file_name(name):
         return None
 
@@ -143,7 +142,7 @@ def cached_file(folder: Path, commit: str, name: str) -> Path | None:
 
 
 def cached_commit(folder: Path, revision: str) -> str | None:
-    """The commit that a revision had when it was last asked for; ``None`` where the cache does not say."""
+    """Return the commit that a revision had at the last request; ``None`` if the cache does not say."""
     if is_commit(revision):
         return revision if (folder / "snapshots" / revision).is_dir() else None
 
@@ -170,12 +169,12 @@ def _entries(path: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(path) as entries:
             return list(entries)
-    except OSError:  # it is not there, or not for us
+    except OSError:  # missing, or not readable for this user
         return []
 
 
 def _names(path: Path, prefix: str, depth: int) -> Iterator[str]:
-    """The names below ``path`` of what is no folder. A link to a folder is not followed, so this ends."""
+    """Yield the names below ``path`` that are not folders. It follows no link to a folder, so it ends."""
     for entry in _entries(path):
         name = prefix + entry.name
         if not is_file_name(name):
@@ -187,7 +186,7 @@ def _names(path: Path, prefix: str, depth: int) -> Iterator[str]:
 
 
 def _regular(path: Path, root: str) -> os.stat_result | None:
-    """The state of the regular file below ``root`` that ``path`` leads to."""
+    """Return the state of the regular file below ``root`` that ``path`` leads to."""
     real = os.path.realpath(path)
     try:
         seen = os.stat(real)
@@ -198,7 +197,7 @@ def _regular(path: Path, root: str) -> os.stat_result | None:
 
 
 def blob_tag(path: Path) -> str | None:
-    """The entity tag of a file of a snapshot, as the hub gave it: the name of the blob that it is a link to."""
+    """Return the entity tag of a file of a snapshot, as the hub gave it: the name of the blob behind the link."""
     try:
         name = path.readlink().name
     except OSError:

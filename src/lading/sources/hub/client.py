@@ -1,7 +1,7 @@
-"""The one place that talks to the Hugging Face hub, always through the client of huggingface_hub.
+"""All requests to the Hugging Face hub, always through the client of huggingface_hub.
 
-That client does the protocol: endpoint, tokens, redirects, its cache. What it does not do is done here: what it would
-make a path of is looked at, and ranges are asked for with every answer checked.
+That client handles the protocol: endpoint, tokens, redirects, its cache. This module adds what it lacks: a check of
+the tags that it makes paths of, and requests for ranges with every answer checked.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 TIMEOUT = 30.0
-"""Seconds without a byte."""
+"""The longest wait for a byte, in seconds."""
 SLOWEST = 1 << 16
-"""Bytes a second that a range has to come with, on top of a ``TIMEOUT`` for its beginning."""
+"""The least speed of a range, in bytes a second, on top of a ``TIMEOUT`` for its beginning."""
 REDIRECTS = 10
 
 _log = logging.getLogger("lading.sources")
@@ -39,7 +39,7 @@ _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
 def describe(repo: str, revision: str | None) -> ModelInfo:
-    """What the hub says of a repository at a revision (default: the main branch), in one call.
+    """Return the hub's description of a repository at a revision (default: the main branch), in one call.
 
     :raises FetchError: see :func:`~lading.sources.hub.errors.translated`; so are the others.
     """
@@ -56,10 +56,10 @@ def describe(repo: str, revision: str | None) -> ModelInfo:
 
 
 def download(repo: str, commit: str, name: str, *, force: bool, advance: Callable[[int], None]) -> str:
-    """Bring a file into the cache of huggingface_hub; its path there.
+    """Bring a file into the cache of huggingface_hub and return its path there.
 
-    :param force: whether to do so although it is there.
-    :param advance: called with the number of bytes of each step; what it raises stops the download.
+    :param force: whether to fetch a file that is there, too.
+    :param advance: called with the number of bytes of each step; an exception of it stops the download.
 
     :raises FetchError: see :func:`~lading.sources.hub.errors.translated`; so are the others.
     """
@@ -84,10 +84,10 @@ def download(repo: str, commit: str, name: str, *, force: bool, advance: Callabl
 def read_range(
     repo: str, commit: str, name: str, *, offset: int, size: int, total: int | None, places: dict[str, str]
 ) -> bytes:
-    """Exactly ``size`` bytes, at least one, of a file of a commit.
+    """Read exactly ``size`` bytes, at least one, of a file of a commit.
 
     :param total: the size of the file, where it is known.
-    :param places: addresses that the hub redirected to, by name of the file: they are asked first, until they fail.
+    :param places: addresses that the hub redirected to, by name of the file: tried first, until they fail.
 
     :raises FetchError: see :func:`~lading.sources.hub.errors.translated`; so are the others.
     """
@@ -106,7 +106,7 @@ def read_range(
                 if start == url:
                     raise
                 places.pop(name, None)
-                place, body = _ask(url, url, offset, size, total)  # a signed address has but a short life
+                place, body = _ask(url, url, offset, size, total)  # a signed address expires soon
             if place != url:
                 places[name] = place
             return body
@@ -118,7 +118,7 @@ def read_range(
 
 
 def _ask(start: str, home: str, offset: int, size: int, total: int | None) -> tuple[str, bytes]:
-    """The address that answered, and its answer. The token goes to the origin of ``home`` alone."""
+    """Return the address that answered, and its answer. Only the origin of ``home`` gets the token."""
     from huggingface_hub import get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
@@ -154,7 +154,7 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 def _body(response: Any, offset: int, size: int, total: int | None) -> bytes:
-    """The bytes of a checked answer to a request for a range."""
+    """Return the bytes of a checked answer to a request for a range."""
     end, url = offset + size - 1, public(response.url)
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding.lower() != "identity":
@@ -189,19 +189,19 @@ def _body(response: Any, offset: int, size: int, total: int | None) -> bytes:
     return bytes(body)
 
 
-# --- what the client takes on trust ----------------------------------------------------------------------------------
+# --- what the client does not check ----------------------------------------------------------------------------------
 
 
 _guarding = threading.Lock()
 
 
 def guard_client() -> None:
-    """See to it that huggingface_hub's HTTP client accepts plain entity tags only, and can be kept from sending.
+    """Make huggingface_hub's HTTP client accept plain entity tags only, and let lading keep it from sending.
 
-    huggingface_hub makes the path of a blob of the tag, and checks everything but that. It closes its client and makes
-    another one when a connection fails, in the middle of a download, too: so lading guards what makes clients. It does
-    so once, before its first request, as that closes the client under whoever is using it. A factory that the user gave
-    to ``huggingface_hub.set_client_factory`` stays; each call of this guards the client that it has made.
+    huggingface_hub makes the path of a blob from the tag, and checks everything but that. When a connection fails, even
+    in the middle of a download, it closes its client and makes another one: so lading guards what makes clients. It
+    does so once, before its first request, because that closes a client in use. A factory that the user gave to
+    ``huggingface_hub.set_client_factory`` stays; each call of this function guards the client that it has made.
     """
     from huggingface_hub import get_session, set_client_factory
 
@@ -214,7 +214,7 @@ def guard_client() -> None:
             "request": [*hooks["request"], _refuse_to_send],
             "response": [*hooks["response"], _refuse_unsafe_tag],
         }
-        # Clients of huggingface_hub's own factory have a hook of it.
+        # Clients of huggingface_hub's own factory have its hook.
         if any(hook.__module__.startswith("huggingface_hub.") for hook in hooks["request"]):
             kind, redirects, timeout = type(client), client.follow_redirects, client.timeout
             set_client_factory(lambda: kind(event_hooks=guarded, follow_redirects=redirects, timeout=timeout))
@@ -223,17 +223,17 @@ def guard_client() -> None:
 
 
 _silent = 0
-"""Uses of :func:`no_requests` that are at work."""
+"""The uses of :func:`no_requests` at the moment."""
 
 
 @contextmanager
 def no_requests() -> Iterator[None]:
-    """Have huggingface_hub refuse to send anything while the body runs, as ``HF_HUB_OFFLINE`` does.
+    """Make huggingface_hub refuse to send anything while the body runs, as ``HF_HUB_OFFLINE`` does.
 
-    The client is one for the process, so this holds for all threads.
+    All threads of a process share the client, so this holds for all of them.
     """
     global _silent
-    # Where a proxy keeps the client from being made, nothing can be sent either.
+    # If a proxy setting prevents the client from being made, it cannot send anything either.
     with suppress(ImportError, ValueError):
         guard_client()
     with _guarding:
@@ -273,14 +273,14 @@ _own = threading.local()
 
 @contextmanager
 def bounded_locks() -> Iterator[None]:
-    """See to it that huggingface_hub waits in this thread only as long as who has a lock is at work.
+    """Make huggingface_hub wait in this thread only as long as the holder of a lock makes progress.
 
-    It would wait for ever for a process that is stopped, and fail where the file system has no locks. It needs none:
-    each download goes to a file of its own, which is renamed when it is complete.
+    It would wait forever for a process that is stopped, and fail where the file system has no locks. It needs no lock:
+    each download goes to its own file, which gets its final name when it is complete.
     """
     from huggingface_hub import file_download
 
-    # Private to huggingface_hub, which has no other way to bound its wait.
+    # A private part of huggingface_hub, which has no other way to bound its wait.
     if not isinstance(lock := vars(file_download)["WeakFileLock"], _BoundedLock):
         vars(file_download)["WeakFileLock"] = _BoundedLock(lock)
     _own.bounded = True
@@ -303,13 +303,13 @@ class _BoundedLock:
                 yield stack.enter_context(self.lock(lock_file, timeout=timeout))
 
     def _enter(self, stack: ExitStack, path: Path) -> Any:
-        """Return the lock, held until ``stack`` is closed; ``None`` where it cannot be had."""
+        """Return the lock, held until ``stack`` closes; ``None`` if this cannot get it."""
         blobs = path.parents[2] / path.parent.name / "blobs"
         waiting: Waiting | None = None
         while True:
             try:
                 return stack.enter_context(self.lock(path, timeout=1))
-            except TimeoutError:  # the one of filelock is one
+            except TimeoutError:  # filelock's own error derives from it
                 if waiting is None:
                     _log.warning("another process is fetching the same file; waiting for it")
                     waiting = Waiting(lambda: file_states(blobs, f"{path.stem}*"))
@@ -322,7 +322,7 @@ class _BoundedLock:
 
 
 def _forwarding(advance: Callable[[int], None]) -> type[Any]:
-    """A class of progress bars for huggingface_hub that shows nothing itself, and says what came."""
+    """Return a class of progress bars for huggingface_hub that shows nothing itself, and reports the bytes."""
     from tqdm import tqdm
 
     class Forward(tqdm):  # type: ignore[type-arg]
@@ -333,7 +333,7 @@ def _forwarding(advance: Callable[[int], None]) -> type[Any]:
             advance(int(n or 0))
             return None
 
-        # The client reports bytes of the network by these apart from bytes on the disk; one count is enough.
+        # By these the client reports bytes of the network apart from bytes on the disk; one count is enough.
         def update_transfer(self, n: float | None = 1) -> None: ...
 
         def set_transfer_postfix_str(self, *args: object, **kwargs: object) -> None: ...

@@ -1,4 +1,4 @@
-"""Files of a repository brought into huggingface_hub's cache: several at once, under one bar, and each one hashed."""
+"""Downloads of a repository's files to huggingface_hub's cache: several at once, under one bar, each one hashed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from lading.sources.source import FetchedFile, Known, RemoteFile
 from lading.system.progress import byte_bar
 
 _AT_ONCE = 8
-"""Files that are fetched at the same time."""
+"""The number of files to fetch at the same time."""
 
 _log = logging.getLogger("lading.sources")
 
 
 class _StoppedError(Exception):
-    """Another file failed, or the user is tired of waiting."""
+    """A stop because another file failed or the user interrupted the wait."""
 
 
 def fetch_files(
@@ -42,9 +42,9 @@ def fetch_files(
     offline: bool,
     progress: bool,
 ) -> list[FetchedFile]:
-    """Bring files of a commit into the cache and check their bytes; in the order asked for.
+    """Bring files of a commit into the cache, check their bytes, and return them in the given order.
 
-    :param here: where each of them is already, by what its name says.
+    :param here: the paths of those that are there already, by their names.
 
     :raises FetchError: see :meth:`lading.sources.hub.source.HubSource.fetch`; so are the others.
     """
@@ -58,7 +58,7 @@ def fetch_files(
             done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
             failed = [task for task in tasks if task in done and task.exception() is not None]
         finally:
-            # Also when the wait was interrupted: nobody may download when this function has returned or raised.
+            # Also after an interrupted wait: no thread may download when this function has returned or raised.
             stop.set()
             pool.shutdown(cancel_futures=True)
 
@@ -67,7 +67,7 @@ def fetch_files(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """What the files of one fetch have in common."""
+    """The settings that the files of one fetch share."""
 
     repo: str
     commit: str
@@ -75,14 +75,14 @@ class _Job:
     offline: bool
 
     def bring(self, file: RemoteFile, here: Path | None, count: Callable[[int], None]) -> FetchedFile:
-        """One file, checked."""
+        """Return one file, checked."""
         bad: _Checked | None = None
         for place in (here, None if file.sha256 is None else self.known(file.sha256)):
             if place is None:
                 continue
             try:
                 seen = _check(place, file, count)
-            except (ModelCheckpointError, OSError) as error:  # it is gone, or not for us
+            except (ModelCheckpointError, OSError) as error:  # missing, or not readable for this user
                 _log.warning("%s is left aside: %s", place, error)
                 continue
             if seen.good is not None:
@@ -97,15 +97,15 @@ class _Job:
             raise bad.mismatch(file, self.repo, "It is not used. Unset LADING_OFFLINE and HF_HUB_OFFLINE to fetch it.")
 
         if bad is not None and bad.path == here and not bad.path.is_symlink():
-            # Where there are no links, huggingface_hub fetches the file again and leaves the bad one in its place.
+            # On a file system without links, huggingface_hub fetches the file again but leaves the bad one in place.
             delete_file(bad.path)
 
         return self._fetch(file, count, force=here is not None)
 
     def _fetch(self, file: RemoteFile, count: Callable[[int], None], *, force: bool) -> FetchedFile:
-        """One file over the network.
+        """Fetch one file over the network.
 
-        :param force: whether a bad copy is in the cache, that the client would hand out again.
+        :param force: whether a bad copy is in the cache, which the client would return again.
         """
         for last in (False, True):
             path, came = self._download(file, force=force or last, count=count)
@@ -118,7 +118,7 @@ class _Job:
             count(-came if came else -seen.size)
             _log.warning("%s came with other bytes than the hub publishes: %s; fetching it again", file.name, path)
 
-        # Else other programs, which check sizes alone, would take it for good.
+        # Other programs check sizes alone, and would use it.
         delete_file(path)
         raise seen.mismatch(
             file,
@@ -128,7 +128,7 @@ class _Job:
         )
 
     def _download(self, file: RemoteFile, *, force: bool, count: Callable[[int], None]) -> tuple[Path, int]:
-        """Where the file is in the cache, and how many bytes of it came over the network."""
+        """Return the path of the file in the cache, and the number of bytes that came over the network."""
         came = 0
 
         def advance(size: int) -> None:
@@ -136,7 +136,7 @@ class _Job:
             came += size
             count(size)
 
-        # The client only warns of it, and goes on.
+        # The client only warns about it, and goes on.
         require_space(hub_cache(), file.size or 0)
         path = Path(download(self.repo, self.commit, file.name, force=force, advance=advance))
         expected = hub_cache().resolve() / folder_name(self.repo) / "snapshots" / self.commit / file.name
@@ -151,7 +151,7 @@ class _Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Checked:
-    """What a look at a file's bytes found."""
+    """The result of a check of a file's bytes."""
 
     path: Path
     size: int
@@ -171,7 +171,7 @@ class _Checked:
 
 
 def _check(path: Path, file: RemoteFile, count: Callable[[int], None] | None) -> _Checked:
-    """The file against the identity that the hub publishes: SHA-256 of a large one, git blob id of a small one."""
+    """Check a file against the identity that the hub publishes: the SHA-256 or, for a small file, the git blob id."""
     sha256, stat = sha256_file(path, progress=count)
     tag = (file.etag or "").strip('"')
 
@@ -191,7 +191,7 @@ def _check(path: Path, file: RemoteFile, count: Callable[[int], None] | None) ->
 
 
 def git_blob_id(path: Path) -> str:
-    """The SHA-1 by which git names a file's content: https://git-scm.com/book/en/v2/Git-Internals-Git-Objects."""
+    """Return git's id of a file's content: https://git-scm.com/book/en/v2/Git-Internals-Git-Objects."""
     with path.open("rb") as file:
         sha1 = hashlib.sha1(b"blob %d\0" % os.fstat(file.fileno()).st_size, usedforsecurity=False)
         while piece := file.read(1 << 20):
@@ -201,7 +201,7 @@ def git_blob_id(path: Path) -> str:
 
 
 def offline_error(repo: str, what: str) -> FetchError:
-    """What is not here, and was not asked for."""
+    """Return the error for a file that is not here, and that lading may not request."""
     return FetchError(
         f"hg://{repo}: {what} is not in the cache at {hub_cache()}, and LADING_OFFLINE or HF_HUB_OFFLINE is set, "
         "so the hub was not asked. Unset the variable, or bring it with `lading pull` where there is a network."
@@ -210,7 +210,7 @@ def offline_error(repo: str, what: str) -> FetchError:
 
 @contextmanager
 def _counted(total: int, *, show: bool) -> Iterator[tuple[Callable[[int], None], threading.Event]]:
-    """A counter of bytes behind a bar on stderr, and the event that makes it raise, by which threads are stopped."""
+    """Yield a counter of bytes behind a bar on stderr, and the event that makes it raise, which stops the threads."""
     stop, lock = threading.Event(), threading.Lock()
     with byte_bar(total, "fetch", shown=show) as bar:
 
