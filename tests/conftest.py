@@ -12,10 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import catalog_tools
-from postgresql_server import Server, find_programs, running
+from tests.helpers import catalog_tools
+from tests.helpers.postgresql_server import Server, find_programs, running
 
 # The machines are shared: an example may take its time.
 settings.register_profile("lading", deadline=None, print_blob=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from catalog_tools import card_file, make_copies, make_manifest, settings_in
 from lading.catalog.check import check_catalog
 from lading.catalog.checkpoints.record import record_checkpoint
 from lading.catalog.database import migrate as lifecycle
@@ -22,6 +21,7 @@ from lading.catalog.query import run_query as query
 from lading.catalog.store import AssetStore
 from lading.errors import CatalogError, LadingError
 from lading.system.settings import Settings
+from tests.helpers.catalog_tools import card_file, make_copies, make_manifest, settings_in
 
 PAGE = 4096
 

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from catalog_tools import card_file, settings_in
 from lading.catalog import search
 from lading.catalog.import_cards import import_files
 from lading.catalog.importing import refresh
 from lading.catalog.open import open_catalog
 from lading.catalog.store import AssetStore
+from tests.helpers.catalog_tools import card_file, settings_in
 
 NONSENSE = [
     '"', '""', '"""', "'", "''", "*", "**", "a*b*", "-", "--", "- speech", "^speech", "+", "a + b", "(", ")",

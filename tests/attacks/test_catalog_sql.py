@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from catalog_tools import card_file, settings_in
 from lading.catalog.database.database import Database
 from lading.catalog.import_cards import import_files
 from lading.catalog.importing import refresh
@@ -16,6 +15,7 @@ from lading.catalog.open import open_catalog
 from lading.catalog.query import _FUNCTIONS, MAX_VALUE_BYTES
 from lading.catalog.query import run_query as query
 from lading.errors import CatalogError, LadingError, PolicyError, QueryError
+from tests.helpers.catalog_tools import card_file, settings_in
 
 
 @pytest.fixture

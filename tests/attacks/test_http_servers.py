@@ -31,8 +31,20 @@ from lading.sources.web.client import Timeouts, http_library
 from lading.sources.web.download import Concurrency
 from lading.sources.web.redirects import AddressScope
 from lading.sources.web.source import HttpSource
-from servers import hostile
-from servers.hostile import Behaviour, Exchange, Server, at, drops, first, on_get, on_ranges, redirect, serve, status
+from tests.servers import hostile
+from tests.servers.hostile import (
+    Behaviour,
+    Exchange,
+    Server,
+    at,
+    drops,
+    first,
+    on_get,
+    on_ranges,
+    redirect,
+    serve,
+    status,
+)
 
 PATH = "/org/model.safetensors"
 DATA = os.urandom(300_000)

@@ -13,8 +13,8 @@ from lading.errors import FetchError, LadingError
 from lading.sources.hub.cache import cached_file, repositories
 from lading.sources.hub.source import HubSource
 from lading.sources.source import RemoteFile, Snapshot
-from servers.hub import TOKEN, FakeHub
-from servers.hub_client import HubClient
+from tests.servers.hub import TOKEN, FakeHub
+from tests.servers.hub_client import HubClient
 
 FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 100}
 COMMIT = "0123456789abcdef" * 2 + "01234567"

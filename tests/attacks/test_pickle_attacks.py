@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from lading import formats
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, NotSupportedError, PolicyError
-from torch_files import (
+from tests.helpers.torch_files import (
     GOOD,
     Member,
     archive,

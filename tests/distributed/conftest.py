@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from workers import Pool
+from tests.distributed.workers import Pool
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from workers import Outcome
-
 from lading.errors import GangError
 from lading.gangs import Gangs, create_gangs
+from tests.distributed.workers import Outcome
 
 SOON = 9.0
 """Seconds within which a rank that is gone, or can still speak, is known to all."""

@@ -13,18 +13,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(Path(__file__).parent)]
-
 
 def main(number: int, port: int, home: Path, *options: str) -> None:
-    from servers.hostile import serve
+    from tests.servers.hostile import serve
 
     file = home / "origin" / "model.safetensors"
     with serve({"/model.safetensors": file.read_bytes()}, digests=True, port=port) as server:
         ranks = [
             subprocess.Popen(
-                [sys.executable, __file__, "rank", *options],
+                [sys.executable, "-m", "tests.distributed.one_host", "rank", *options],
                 env=os.environ | environment(number, 2 * number + local, home),
                 stdout=subprocess.PIPE,
                 text=True,
@@ -52,10 +49,10 @@ def environment(number: int, rank: int, home: Path) -> dict[str, str]:
 
 def be_rank(*options: str) -> None:
     import torch
-    from tiny_models import whole
 
     from lading.gangs import create_gangs
     from lading.models.hub import load_with_report
+    from tests.distributed.tiny_models import whole
 
     torch.set_num_threads(1)
     with create_gangs("cpu", tp=2, sdp=2) as gangs:

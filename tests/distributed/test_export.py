@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from gang_tools import gangs_of
 from safetensors.torch import load_file
-from workers import Pool
 
 from lading import GangError, LadingError, NotSupportedError, export_model, load_model, simulate_gangs
 from lading.models.resolve import family_of_folder
-from make_checkpoint import make, tensors
+from tests.distributed.gang_tools import gangs_of
+from tests.distributed.workers import Pool
+from tests.helpers.make_checkpoint import make, tensors
 
 
 def load_and_export(source: Path, folder: Path, axes: tuple[int, int, int], shard_size: int) -> dict[str, int]:

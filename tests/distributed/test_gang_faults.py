@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from gang_tools import SOON, TIMEOUT, check_gang_errors, gangs_of, raised_by
-from workers import Pool
 
 from lading.errors import CorruptModelCheckpointError, GangError
+from tests.distributed.gang_tools import SOON, TIMEOUT, check_gang_errors, gangs_of, raised_by
+from tests.distributed.workers import Pool
 
 # --- a fault at every step -------------------------------------------------------------------------------------------
 #

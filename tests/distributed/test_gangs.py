@@ -20,14 +20,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from gang_tools import check_gang_errors, gangs_of, raised_by
 from torch import Tensor
-from workers import Pool
 
 from lading.errors import CorruptModelCheckpointError, GangError, InternalError, ModelGatedError
 from lading.gangs import Gang, create_gangs
 from lading.gangs.coordinator import GREETING
 from lading.gangs.failure import KNOWN
+from tests.distributed.gang_tools import check_gang_errors, gangs_of, raised_by
+from tests.distributed.workers import Pool
 
 # --- layout ----------------------------------------------------------------------------------------------------------
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import save_model, whole
 from torch.distributed.tensor import DTensor
-from workers import Pool
 
 from lading.errors import NotSupportedError
 from lading.families.hg import HuggingFaceModelConfig, get_hg_model_hub
 from lading.gangs import create_gangs
+from tests.distributed.tiny_models import save_model, whole
+from tests.distributed.workers import Pool
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,

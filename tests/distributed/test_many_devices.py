@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import whole
-from workers import Pool
 
 from lading.gangs import create_gangs, world
 from lading.models.hub import load_model
-from make_checkpoint import make
-from servers.hostile import serve
+from tests.distributed.tiny_models import whole
+from tests.distributed.workers import Pool
+from tests.helpers.make_checkpoint import make
+from tests.servers.hostile import serve
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,11 +134,11 @@ def test_two_hosts_with_networks_of_their_own(
     started = []
     for number, (name, (_, interface)) in enumerate(two_networks.items()):
         environment = os.environ | {"MASTER_ADDR": master, "MASTER_PORT": "29400", "GLOO_SOCKET_IFNAME": interface}
-        command = [sys.executable, str(Path(__file__).with_name("one_host.py")), str(number), str(PORT), str(tmp_path)]
+        command = [sys.executable, "-m", "tests.distributed.one_host", str(number), str(PORT), str(tmp_path)]
         started.append(
             subprocess.Popen(
                 ["ip", "netns", "exec", name, *command, *(["together"] if cooperative else [])],
-                env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
             )
         )  # fmt: skip
     hosts = []

@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import far, save_model, whole
 from torch.nn import Module
-from workers import Pool
 
 from lading.cards.card import AssetCard
 from lading.catalog.store import get_asset_store
@@ -22,7 +20,9 @@ from lading.models.construct import create_model
 from lading.models.hub import ModelHub, load_model
 from lading.models.resolve import family_of_folder
 from lading.operations.export import export_model
-from make_checkpoint import make
+from tests.distributed.tiny_models import far, save_model, whole
+from tests.distributed.workers import Pool
+from tests.helpers.make_checkpoint import make
 
 Axes = tuple[int, int, int]
 """tp, sdp, rdp."""

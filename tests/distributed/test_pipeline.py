@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_models import far, save_model, whole
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
-from workers import Pool
 
 from lading.errors import DigestMismatchError, GangError, ModelCheckpointMismatchError, NotSupportedError
 from lading.gangs import Gangs, create_fake_gangs, create_gangs
 from lading.models.construct import create_model
 from lading.models.hub import load_model, load_with_report
 from lading.models.resolve import family_of_folder
-from make_checkpoint import make
+from tests.distributed.tiny_models import far, save_model, whole
+from tests.distributed.workers import Pool
+from tests.helpers.make_checkpoint import make
 
 Axes = dict[str, int]
 

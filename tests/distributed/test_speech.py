@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import whole
 from torch import Tensor
 from torch.nn import Module
-from workers import Pool
 
 from lading.families.wav2vec2 import Wav2Vec2Config
 from lading.families.wav2vec2_asr import Wav2Vec2AsrConfig
@@ -18,6 +16,8 @@ from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig
 from lading.gangs import create_fake_gangs, create_gangs
 from lading.models.construct import create_model
 from lading.models.family import get_family
+from tests.distributed.tiny_models import whole
+from tests.distributed.workers import Pool
 
 ENCODER = Wav2Vec2EncoderConfig(
     model_dim=24,

@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from gang_tools import SOON, TIMEOUT, check_gang_errors, raised_by
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from workers import Pool
 
 from lading import formats
 from lading.errors import CorruptModelCheckpointError, DigestMismatchError, GangError
@@ -24,7 +22,9 @@ from lading.gangs import create_fake_gangs, create_gangs
 from lading.models.hub import load_model, load_with_report
 from lading.transfer import together
 from lading.transfer.files import OpenShard
-from make_checkpoint import make
+from tests.distributed.gang_tools import SOON, TIMEOUT, check_gang_errors, raised_by
+from tests.distributed.workers import Pool
+from tests.helpers.make_checkpoint import make
 
 CARD = """\
 name: near

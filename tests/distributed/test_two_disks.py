@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from workers import Pool
 
 import lading
-from fault_world import CARD
 from lading.checkpoints.verification import Verify
 from lading.errors import DigestMismatchError, GangError
 from lading.formats import index
 from lading.gangs import create_gangs, world
 from lading.models.hub import load_model
-from make_checkpoint import make
+from tests.distributed.workers import Pool
+from tests.helpers.fault_world import CARD
+from tests.helpers.make_checkpoint import make
 
 HERE = "/proc/self/cwd/model.safetensors"
 """A path that means another file to each process."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from cached_repository import use_cache
+from tests.helpers.cached_repository import use_cache
 
 CARDS = """\
 name: tiny
@@ -112,7 +112,7 @@ def cli(catalog: Path) -> Callable[..., Result]:
 @pytest.fixture
 def cards(cli: Callable[..., Result], tmp_path: Path) -> Path:
     """A file of cards, imported, beside a checkpoint."""
-    from make_checkpoint import make
+    from tests.helpers.make_checkpoint import make
 
     make(tmp_path / "cards" / "tiny")
     path = tmp_path / "cards" / "cards.yaml"

@@ -13,7 +13,6 @@ import pytest
 from click.testing import Result
 
 import lading
-from cached_repository import add_cards, add_snapshot, tree
 from lading.catalog.checkpoints.record import record_files
 from lading.catalog.records import LocalCopy
 from lading.checkpoints.locate import local_paths
@@ -27,7 +26,8 @@ from lading.errors import (
 from lading.system import filesystem
 from lading.system.filesystem import FileStat
 from lading.system.uris import path_uri
-from make_checkpoint import make
+from tests.helpers.cached_repository import add_cards, add_snapshot, tree
+from tests.helpers.make_checkpoint import make
 
 
 @pytest.fixture(autouse=True)

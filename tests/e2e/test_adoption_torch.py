@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import lading
-from cached_repository import add_cards, add_snapshot, tree
 from lading.catalog.checkpoints.record import record_checkpoint
 from lading.errors import CorruptModelCheckpointError, NotSupportedError, PolicyError, RefusedPickleError
 from lading.formats import index
 from lading.operations.adopt import Adoption
 from lading.system.uris import path_uri
-from make_checkpoint import make, tensors
-from torch_files import save, save_shards
+from tests.helpers.cached_repository import add_cards, add_snapshot, tree
+from tests.helpers.make_checkpoint import make, tensors
+from tests.helpers.torch_files import save, save_shards
 
 
 @pytest.fixture(autouse=True)

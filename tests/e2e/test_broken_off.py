@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from cache_tools import require_consistent
-from fault_world import CARD, INDEX, Place, World, open_world
 from lading.system.filesystem import FileStat
-from make_checkpoint import make, tensors
-from nursery import Ended
-from servers import hostile
-from servers.hostile import Exchange, Server, serve
-from torch_files import save_shards
+from tests.helpers.cache_tools import require_consistent
+from tests.helpers.fault_world import CARD, INDEX, Place, World, open_world
+from tests.helpers.make_checkpoint import make, tensors
+from tests.helpers.nursery import Ended
+from tests.helpers.torch_files import save_shards
+from tests.servers import hostile
+from tests.servers.hostile import Exchange, Server, serve
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from catalog_tools import card_file, settings_in
 from lading.catalog.check import check_catalog
 from lading.catalog.database import migrate as lifecycle
 from lading.catalog.database.target import Found, peek
@@ -24,6 +23,7 @@ from lading.catalog.import_cards import import_files
 from lading.catalog.importing import refresh
 from lading.catalog.open import open_catalog
 from lading.catalog.store import AssetStore
+from tests.helpers.catalog_tools import card_file, settings_in
 
 CARDS = 1_000
 
@@ -34,11 +34,12 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 
 import alembic.command
-from catalog_tools import card_file, make_manifest, settings_in
-from lading.catalog import lifecycle, refresh
+from tests.helpers.catalog_tools import card_file, make_manifest, settings_in
 from lading.catalog.checkpoints.record import record_checkpoint
-from lading.catalog.database.database import Database
+from lading.catalog.database import migrate as lifecycle
 from lading.catalog.import_cards import import_files
+from lading.catalog.importing import refresh
+from lading.catalog.open import open_catalog
 from lading.catalog.store import AssetStore
 
 
@@ -105,7 +106,7 @@ class Nursery:
     def __init__(self, folder: Path) -> None:
         self._errors = (folder / "errors").open("w+")
         self._process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY, str(Path(__file__).parents[1])],
+            [sys.executable, "-c", NURSERY, str(Path(__file__).parents[2])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

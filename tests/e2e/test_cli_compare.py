@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 import lading
 from lading.catalog.checkpoints.record import record_checkpoint
 from lading.errors import AssetCardError, AssetNotFoundError, FetchError, ModelGatedError
-from make_checkpoint import make, tensors
-from servers.hub import FakeHub
+from tests.helpers.make_checkpoint import make, tensors
+from tests.servers.hub import FakeHub
 
 WIDE = "name: wide\nbase: tiny\nmodel_config: {vocab_size: 101, num_layers: 3}\n"
 REMOTE = "name: remote\nbase: tiny\ncheckpoint: hg://somebody/tiny\n---\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 import pytest
 
-from console_blocks import examples, matches, run_page
-from make_checkpoint import make
+from tests.helpers.console_blocks import examples, matches, run_page
+from tests.helpers.make_checkpoint import make
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from cached_repository import CONFIG, add_cards, add_snapshot, tree, use_cache
-from make_checkpoint import make
-from servers.hub import FakeHub
+from tests.helpers.cached_repository import CONFIG, add_cards, add_snapshot, tree, use_cache
+from tests.helpers.make_checkpoint import make
+from tests.servers.hub import FakeHub
 
 Cli = Callable[..., Result]
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lading import AssetCardError, load_tokenizer
-from make_checkpoint import make
+from tests.helpers.make_checkpoint import make
 
 
 class TestIndex:

@@ -12,7 +12,7 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-from make_checkpoint import make
+from tests.helpers.make_checkpoint import make
 
 Cli = Callable[..., Result]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from console_blocks import run_page
 from lading.cards.card import FIELDS
 from lading.cards.card_file import _ARCHITECTURE_FIELDS, _STRING_FIELDS
-from make_checkpoint import make
+from tests.helpers.console_blocks import run_page
+from tests.helpers.make_checkpoint import make
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "cards.md").read_text(encoding="utf-8")
 

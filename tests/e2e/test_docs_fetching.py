@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from console_blocks import examples, matches
-from make_checkpoint import make
-from servers.hub import FakeHub
+from tests.helpers.console_blocks import examples, matches
+from tests.helpers.make_checkpoint import make
+from tests.servers.hub import FakeHub
 
 DOCS = Path(__file__).parents[2] / "docs"
 CARD = re.search(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from console_blocks import run_page
+from tests.helpers.console_blocks import run_page
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tutorial" / "first-model.md").read_text(encoding="utf-8")
 

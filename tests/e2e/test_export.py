@@ -26,7 +26,7 @@ from lading import (
     load_model,
 )
 from lading.families.qwen import QwenConfig
-from make_checkpoint import CONFIG, make, tensors
+from tests.helpers.make_checkpoint import CONFIG, make, tensors
 
 Cli = Callable[..., Result]
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from cache_tools import files_in
-from fault_world import Place, World, open_world
-from make_checkpoint import tensors
-from nursery import may_mount
+from tests.helpers.cache_tools import files_in
+from tests.helpers.fault_world import Place, World, open_world
+from tests.helpers.make_checkpoint import tensors
+from tests.helpers.nursery import may_mount
 
 
 @pytest.fixture(scope="module")

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import pytest
 
-from cache_tools import files_in, require_consistent
 from lading.errors import FetchError
 from lading.sources import partial
 from lading.sources.cache import Cache
 from lading.sources.web.client import Timeouts
 from lading.sources.web.download import Concurrency
 from lading.sources.web.source import HttpSource
-from servers import hostile
-from servers.hostile import Exchange, Server, serve
+from tests.helpers.cache_tools import files_in, require_consistent
+from tests.servers import hostile
+from tests.servers.hostile import Exchange, Server, serve
 
 PATH = "/org/model.safetensors"
 PIECE = 64 << 10

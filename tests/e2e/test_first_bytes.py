@@ -13,11 +13,11 @@ from click.testing import Result
 from safetensors.torch import save as save_safetensors
 
 import lading
-from cached_repository import add_cards
-from make_checkpoint import tensors
-from servers.hostile import serve
-from servers.hub import FakeHub
-from torch_files import save
+from tests.helpers.cached_repository import add_cards
+from tests.helpers.make_checkpoint import tensors
+from tests.helpers.torch_files import save
+from tests.servers.hostile import serve
+from tests.servers.hub import FakeHub
 
 Cli = Callable[..., Result]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from cached_repository import add_cards, add_snapshot
-from make_checkpoint import make, tensors
-from torch_files import save_shards
+from tests.helpers.cached_repository import add_cards, add_snapshot
+from tests.helpers.make_checkpoint import make, tensors
+from tests.helpers.torch_files import save_shards
 
 Cli = Callable[..., Result]
 

@@ -16,8 +16,8 @@ import pytest
 
 from lading.errors import CheckpointNotFoundError, DigestMismatchError, FetchError, ModelGatedError
 from lading.sources.source import FetchedFile, RemoteFile, Snapshot
-from servers.hub import TOKEN, FakeHub, Repository, git_blob
-from servers.hub_client import HubClient
+from tests.servers.hub import TOKEN, FakeHub, Repository, git_blob
+from tests.servers.hub_client import HubClient
 
 WEIGHTS = bytes(range(256)) * 2000
 CONFIG = b'{"model_type": "qwen3"}'

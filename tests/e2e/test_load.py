@@ -22,7 +22,7 @@ from lading.formats import index
 from lading.models.hub import GlobalModelLoader, load_with_report
 from lading.models.loader import LoadOptions, load_path
 from lading.system.settings import Settings
-from make_checkpoint import make, qwen_config, tensors
+from tests.helpers.make_checkpoint import make, qwen_config, tensors
 
 CONFIG = qwen_config()
 

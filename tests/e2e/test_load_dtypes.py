@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lading import convert_checkpoint, load_model, plan_load
 from lading.families.hg import get_hg_model_hub
 from lading.families.qwen import get_qwen_model_hub
-from make_checkpoint import make, qwen_config
+from tests.helpers.make_checkpoint import make, qwen_config
 
 HUBS = pytest.mark.parametrize("hub", [get_qwen_model_hub, get_hg_model_hub], ids=["qwen", "hg"])
 

@@ -15,8 +15,8 @@ from click.testing import Result
 from lading import PolicyError, load_model
 from lading.families.qwen import Qwen, get_qwen_model_hub
 from lading.models.hub import load_with_report
-from make_checkpoint import make, qwen_config
-from torch_files import save_shards
+from tests.helpers.make_checkpoint import make, qwen_config
+from tests.helpers.torch_files import save_shards
 
 CONFIG = qwen_config()
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from cache_tools import files_in
-from fault_world import Place, World, open_world
-from servers import hostile
-from servers.hostile import Behaviour, at, drips, drops, first, length, on_get, on_ranges, redirect, status
+from tests.helpers.cache_tools import files_in
+from tests.helpers.fault_world import Place, World, open_world
+from tests.servers import hostile
+from tests.servers.hostile import Behaviour, at, drips, drops, first, length, on_get, on_ranges, redirect, status
 
 FINE, MISSING, DAMAGED, SOURCE, REFUSED = 0, 2, 4, 5, 7
 SHARD = "model-00002-of-00002.safetensors"

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import lading
 from lading import DigestMismatchError
-from make_checkpoint import make, tensors
-from servers.hostile import honest, serve
-from servers.hub import FakeHub
+from tests.helpers.make_checkpoint import make, tensors
+from tests.servers.hostile import honest, serve
+from tests.servers.hub import FakeHub
 
 Cli = Callable[..., Result]
 

@@ -19,9 +19,9 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-from make_checkpoint import make, tensors
-from servers.hub import TOKEN, FakeHub
-from torch_files import save_shards
+from tests.helpers.make_checkpoint import make, tensors
+from tests.helpers.torch_files import save_shards
+from tests.servers.hub import TOKEN, FakeHub
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import lading
-from servers.hostile import serve
-from servers.hub import FakeHub
+from tests.servers.hostile import serve
+from tests.servers.hub import FakeHub
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

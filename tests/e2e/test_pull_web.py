@@ -12,8 +12,8 @@ from click.testing import Result
 from safetensors.torch import load, load_file, save_file
 
 import lading
-from make_checkpoint import make, tensors
-from servers.hostile import Exchange, honest, serve
+from tests.helpers.make_checkpoint import make, tensors
+from tests.servers.hostile import Exchange, honest, serve
 
 Cli = Callable[..., Result]
 

@@ -12,8 +12,8 @@ from click.testing import Result
 
 import lading
 from lading.errors import ModelCheckpointError, PolicyError, RefusedPickleError
-from make_checkpoint import make, tensors
-from torch_files import save
+from tests.helpers.make_checkpoint import make, tensors
+from tests.helpers.torch_files import save
 
 
 @pytest.fixture

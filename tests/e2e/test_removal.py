@@ -17,8 +17,6 @@ import pytest
 from click.testing import Result
 
 import lading
-from cached_repository import add_cards, add_snapshot, tree, use_cache
-from catalog_tools import nobody, public_folder
 from lading.catalog.checkpoints.record import record_checkpoint
 from lading.catalog.database import migrate as lifecycle
 from lading.catalog.open import open_catalog
@@ -29,7 +27,9 @@ from lading.sources.cache import Cache, CachedFile
 from lading.sources.hub.cache import blob_tag
 from lading.system.filesystem import FileStat, location_id
 from lading.system.settings import Settings
-from make_checkpoint import make
+from tests.helpers.cached_repository import add_cards, add_snapshot, tree, use_cache
+from tests.helpers.catalog_tools import nobody, public_folder
+from tests.helpers.make_checkpoint import make
 
 HTTP = "https://example.com/a/model.safetensors"
 OTHER = "https://example.com/b/model.safetensors"

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import lading
-from cached_repository import CONFIG, add_cards
 from lading.formats import rewritten_files
 from lading.system.settings import Settings
-from make_checkpoint import tensors
-from servers.hub import FakeHub
+from tests.helpers.cached_repository import CONFIG, add_cards
+from tests.helpers.make_checkpoint import tensors
+from tests.servers.hub import FakeHub
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import lading
-from cached_repository import add_cards
 from lading.catalog.store import get_asset_store
 from lading.formats import rewritten_files
 from lading.system.settings import Settings
-from make_checkpoint import tensors
-from servers.hostile import serve
+from tests.helpers.cached_repository import add_cards
+from tests.helpers.make_checkpoint import tensors
+from tests.servers.hostile import serve
 
 
 @pytest.fixture

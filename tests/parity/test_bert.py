@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from parity_tools import randomise, relative_difference
+from tests.helpers.parity_tools import randomise, relative_difference
 
 TOLERANCE = 1e-5
 VOCAB = 89

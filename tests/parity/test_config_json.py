@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from parity_tools import family_of
+from tests.helpers.parity_tools import family_of
 
 DECODERS = ["llama", "qwen2", "qwen3", "mistral", "olmo2"]
 BY_LAYER = ["olmo3", "gemma3_text"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lading.errors import LadingError
 from lading.models.construct import build_on_meta
-from parity_tools import family_of, relative_difference
+from tests.helpers.parity_tools import family_of, relative_difference
 
 ABSENT = object()
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lading.families.nn.decoder_lm import DecoderLM
-from parity_tools import family_of, randomise, relative_difference
+from tests.helpers.parity_tools import family_of, randomise, relative_difference
 
 TOLERANCE = 1e-5
 VOCAB = 101

@@ -13,7 +13,7 @@ from lading.cards.config import structure
 from lading.errors import NotSupportedError
 from lading.models.family import get_family
 from lading.models.hub import ModelHubAccessor
-from parity_tools import relative_difference
+from tests.helpers.parity_tools import relative_difference
 
 FILES = {path.stem: path for path in sorted(Path(__file__).with_name("fairseq2_decoders").glob("*.safetensors"))}
 

@@ -18,7 +18,7 @@ from lading.families.wav2vec2 import get_wav2vec2_model_hub
 from lading.families.wav2vec2_asr import get_wav2vec2_asr_model_hub
 from lading.models.family import get_family
 from lading.planning.rules import rename
-from parity_tools import relative_difference
+from tests.helpers.parity_tools import relative_difference
 
 TOLERANCE = 1e-5
 FILES = {path.stem: path for path in sorted(Path(__file__).with_name("fairseq2_wav2vec2").glob("*.safetensors"))}

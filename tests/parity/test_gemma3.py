@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lading import AssetCardError, NotSupportedError, import_cards, load_model
 from lading.families.gemma3 import Gemma3, get_gemma3_model_hub
-from parity_tools import relative_difference
+from tests.helpers.parity_tools import relative_difference
 
 TEXT: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 7, "num_attention_heads": 2,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parity_tools import randomise, relative_difference
+from tests.helpers.parity_tools import randomise, relative_difference
 
 TOLERANCE = 1e-5
 

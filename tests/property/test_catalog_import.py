@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from catalog_tools import settings_in
 from lading.cards.card import CardEntry
 from lading.cards.card_file import CardFile
 from lading.catalog.database.database import Database
@@ -21,6 +20,7 @@ from lading.catalog.open import open_catalog
 from lading.catalog.query import run_query as query
 from lading.catalog.store import AssetStore
 from lading.errors import AssetCardError, CardFileError
+from tests.helpers.catalog_tools import settings_in
 
 NAMES = "abcde"
 

@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lading.formats.digests
-from digest_reference import reference
 from lading.formats.digests import SIZE, Digests, cut, differences
 from lading.formats.manifest import BITS, Manifest, Shard
 from lading.planning.box import Box
@@ -27,6 +26,7 @@ from lading.transfer import hashing, leaves, reader
 from lading.transfer.execute import execute, hash_checkpoint
 from lading.transfer.files import OpenShard, ShardFile
 from lading.transfer.hashing import Hasher, blocks_touched, blocks_within
+from tests.helpers.digest_reference import reference
 
 FLOATS = ["BF16", "F16", "F32", "F64"]
 SMALL = ["F4", "F6_E2M3"]

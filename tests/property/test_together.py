@@ -27,7 +27,7 @@ from lading.transfer.files import ShardFile
 from lading.transfer.hashing import Hasher
 from lading.transfer.memory import HostArena
 from lading.transfer.together import Demand, Index, Joint
-from transfer_cases import manifests, wanted_of
+from tests.helpers.transfer_cases import manifests, wanted_of
 
 
 @dataclass

@@ -21,7 +21,7 @@ from lading.system.filesystem import FileStat
 from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.execute import execute
 from lading.transfer.files import ShardFile
-from transfer_cases import manifests, wanted_of
+from tests.helpers.transfer_cases import manifests, wanted_of
 
 
 @st.composite

@@ -1,0 +1,1 @@
+"""Tests with real ranks over gloo."""

@@ -1,0 +1,1 @@
+"""Helpers of the tests: checkpoints, catalogs, examples of pages, processes."""

@@ -1,0 +1,307 @@
+"""Command lines in processes of their own that begin at once, and that can be killed and kept short of things.
+
+A process has imported everything, and forks for each command line: to start one costs a few milliseconds instead of
+some seconds. huggingface_hub reads its endpoint when it is imported, so each hub has a nursery of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MARK = "lading: "
+"""What every line of lading on stderr begins with."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command line that has ended."""
+
+    code: int
+    """Negative: the signal that ended it."""
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines on stderr, without the warnings."""
+        return [line for line in self.err.splitlines() if not line.startswith(f"{MARK}warning: ")]
+
+
+class Nursery:
+    """``nursery.run(["pull", "far"], env)`` is ``lading pull far``; after ``-c`` comes Python."""
+
+    def __init__(self, folder: Path, endpoint: str = "http://127.0.0.1:9") -> None:
+        self._folder = folder
+        self._count = 0
+        self._errors = (folder / "errors").open("w+")
+        dropped = ("HF_", "LADING_", "HUGGINGFACE_", "XDG_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NETRC")
+        keep = {k: v for k, v in os.environ.items() if not k.upper().startswith(dropped)}
+        hub = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        quick = {"HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_ETAG_TIMEOUT": "2"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "error", __file__],
+            env={**keep, **hub, **quick, "HOME": str(folder)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+    def start(self, words: Sequence[str | Path], env: Mapping[str, str], *, at: float = 0.0, **ways: Any) -> Child:
+        """Begin a command line.
+
+        :param at: by the clock of all processes.
+        :param ways: names and values of :data:`WAYS`.
+        """
+        self._count += 1
+        files = [self._folder / f"{self._count}.{kind}" for kind in ("out", "err")]
+        for file in files:  # a process may be killed before it opens them
+            file.touch()
+        pid = self._ask(words=[str(w) for w in words], env=dict(env), at=at, files=[str(f) for f in files], ways=ways)
+
+        return Child(self, pid, *files)
+
+    def run(self, words: Sequence[str | Path], env: Mapping[str, str], **ways: Any) -> Ended:
+        return self.start(words, env, **ways).wait()
+
+    def wait(self, pid: int) -> int:
+        return self._ask(wait=pid)
+
+    def close(self) -> None:
+        self._process.communicate()
+        self._errors.seek(0)
+        errors = self._errors.read()
+        self._errors.close()
+        assert not errors, errors
+
+    def _ask(self, **command: object) -> int:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+
+class Child:
+    def __init__(self, nursery: Nursery, pid: int, out: Path, err: Path) -> None:
+        self.pid = pid
+        self._nursery = nursery
+        self._files = (out, err)
+
+    def kill(self) -> Ended:
+        """SIGKILL, whether or not it has ended by itself; a process that has is not reaped before it is waited for."""
+        os.kill(self.pid, signal.SIGKILL)
+        return self.wait()
+
+    def wait(self) -> Ended:
+        code = self._nursery.wait(self.pid)
+        out, err = (file.read_text() for file in self._files)
+        for file in self._files:
+            file.unlink()
+
+        return Ended(code, out, err)
+
+
+# --- ways in which a process can be hampered, each done in the child -------------------------------------------------
+
+
+def _killed_at(number: int) -> None:
+    """SIGKILL just before the call number so-and-so that changes a file, opens one to write, or connects."""
+    names = {"os.rename", "os.remove", "os.mkdir", "os.chmod", "os.truncate", "os.link", "os.symlink", "os.utime"}
+    names |= {"sqlite3.connect", "socket.connect"}
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if number == 0:
+            os.write(_COUNTED, b".")
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event in names or (event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)):
+            step()
+
+    def stepping(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            step()
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("fsync", "fdatasync", "pwrite", "ftruncate", "fchmod"):
+        setattr(os, name, stepping(getattr(os, name)))
+    sys.addaudithook(hook)
+
+
+_COUNTED = 9
+"""The file to which a child that is not killed writes a byte for each call."""
+
+
+def _counted(path: str) -> None:
+    """Count the calls of :func:`_killed_at` in the size of a file."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(fd, _COUNTED)
+    os.close(fd)
+    _killed_at(0)
+
+
+def _no_locks(_: object) -> None:
+    import fcntl
+
+    fcntl.flock = lambda fd, how: None
+
+
+def _small_files(limit: int) -> None:
+    """No file may grow beyond ``limit`` bytes: where the disk would be full there is another errno."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def _bound_by_permissions(_: object) -> None:
+    """Give up what lets root pass over permissions."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of capset(2), this process
+    none = (ctypes.c_uint32 * 6)()
+    if libc.capset(header, none):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def _mounted_read_only(folders: list[str]) -> None:
+    """See ``folders`` through mounts that cannot be written, in a name space of this process."""
+    for folder in folders:
+        mount("bind", folder, folder, _MS_BIND)
+        mount("bind", folder, folder, _MS_BIND | _MS_REMOUNT | _MS_RDONLY)
+
+
+WAYS: dict[str, Callable[[Any], None]] = {
+    "killed_at": _killed_at,
+    "counted": _counted,
+    "no_locks": _no_locks,
+    "small_files": _small_files,
+    "bound_by_permissions": _bound_by_permissions,
+    "mounted_read_only": _mounted_read_only,
+}
+
+# --- mounts ----------------------------------------------------------------------------------------------------------
+
+# <sys/mount.h> and <sched.h>
+_MS_RDONLY, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
+_CLONE_NEWNS = 0x20000
+
+
+def mount(kind: str, source: str | Path, target: str | Path, flags: int = 0, data: str = "") -> None:
+    """mount(2), in a name space of this process alone.
+
+    :raises PermissionError: this process may not.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not _own_mounts:
+        if libc.unshare(_CLONE_NEWNS) or libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None):
+            raise OSError(ctypes.get_errno(), "unshare")
+        _own_mounts.append(True)
+    words = [os.fsencode(word) for word in (source, target, kind)]
+    if libc.mount(*words, flags, os.fsencode(data) or None):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(target))
+
+
+_own_mounts: list[bool] = []
+
+
+def may_mount() -> bool:
+    """Whether a process here may have mounts of its own."""
+    code = "import sys; from tests.helpers import nursery; nursery.mount('tmpfs', 'none', sys.argv[1], 0, 'size=64k')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "/tmp"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        check=False,
+    )
+    return done.returncode == 0
+
+
+# --- the nursery itself ----------------------------------------------------------------------------------------------
+
+
+def _live(command: dict[str, Any]) -> None:
+    from huggingface_hub import constants
+
+    from lading.cli.app import app
+
+    for fd, path in enumerate(command["files"], 1):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, fd)
+        os.close(file)
+    os.environ.update(command["env"])
+    constants.HF_HUB_CACHE = command["env"].get("HF_HUB_CACHE", constants.HF_HUB_CACHE)
+    for name, value in command["ways"].items():
+        WAYS[name](value)
+    time.sleep(max(0.0, command["at"] - time.monotonic()))
+    if command["words"][0] == "-c":
+        exec(command["words"][1], {})
+    else:
+        app(command["words"])
+
+
+def main() -> None:
+    import traceback
+    import warnings
+
+    import huggingface_hub.file_download
+    import torch  # noqa: F401
+
+    from lading.cli.app import app
+    from lading.sources.hub import errors as hf_errors
+    from lading.sources.hub import source as hf  # noqa: F401
+    from lading.sources.web import source as http  # noqa: F401
+    from lading.sources.web.client import Timeouts, http_library
+
+    # What a person waits for is not what a test can wait for.
+    hf_errors.BACK_OFF = 0.01
+    hurry = {"connect": 5, "answer": 2, "silence": 1, "window": 1.5, "attempts": 3, "backoff": 0.01, "max_wait": 0.05}
+    Timeouts.__init__.__kwdefaults__.update(hurry)  # type: ignore[misc]
+
+    # The client looks at the disk too, a moment later, when it may be fuller.
+    warnings.filterwarnings("default", "Not enough free disk space")
+    http_library()
+    huggingface_hub.HfApi()
+    for name in ("index", "load", "pull", "verify", "import", "list", "db"):
+        app.get_command(None, name)
+
+    for line in sys.stdin:
+        command = json.loads(line)
+        if "wait" in command:
+            print(os.waitstatus_to_exitcode(os.waitpid(command["wait"], 0)[1]), flush=True)
+            continue
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                _live(command)
+                code = 0
+            except SystemExit as error:
+                code = int(error.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                for stream in (sys.stdout, sys.stderr):
+                    stream.flush()
+                os._exit(code)
+        print(pid, flush=True)
+
+
+if __name__ == "__main__":
+    main()

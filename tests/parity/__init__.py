@@ -1,0 +1,1 @@
+"""Tests against transformers and fairseq2."""

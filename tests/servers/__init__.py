@@ -1,0 +1,1 @@
+"""Servers on loopback: a hub, honest and hostile web servers."""
