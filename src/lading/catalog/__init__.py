@@ -1,12 +1,12 @@
 """The catalog: a database of families, architectures, cards, checkpoints and their tensors, used as an ORM.
 
-Public are :func:`session`, which lets anyone query the rows, and the classes of the rows
-(:mod:`~lading.catalog.schema`). They are imported when they are first used. What lading itself hands out are the values
-of :mod:`~lading.catalog.records`.
+The public names are :func:`session`, which opens queries of the rows, and the classes of the rows
+(:mod:`~lading.catalog.schema`). Python imports them at their first use. Other functions of lading return the values of
+:mod:`~lading.catalog.records`.
 
 :mod:`~lading.catalog.store` answers questions, :mod:`~lading.catalog.import_cards` and
-:mod:`~lading.catalog.importing` take in card files, :mod:`~lading.catalog.checkpoints` records files and their tensors,
-:mod:`~lading.catalog.query` takes SQL, and :mod:`~lading.catalog.database` connects, migrates and explains failures.
+:mod:`~lading.catalog.importing` import card files, :mod:`~lading.catalog.checkpoints` records files and their tensors,
+:mod:`~lading.catalog.query` runs SQL, and :mod:`~lading.catalog.database` connects, migrates and explains failures.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a catalog is as it should be: whole, of the schema that the migrations make, its columns up to date."""
+"""The check of a catalog: undamaged, with the schema that the migrations make, its columns up to date."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lading.system.settings import Settings
 
 
 def check_catalog(settings: Settings) -> list[str]:
-    """What is wrong with the catalog, one line each: damage, lost references, a schema or columns that drifted.
+    """Return the problems of the catalog, one line each: damage, lost references, a schema or columns that drifted.
 
     :raises CatalogError: there is no catalog, or the file is something else.
     """
@@ -46,9 +46,9 @@ def check_catalog(settings: Settings) -> list[str]:
                     + ("; `lading db upgrade` brings it up to date" if version < SCHEMA_VERSION else "")
                 ]
 
-            # Each question makes sense only where the one before it found nothing.
+            # Each check makes sense only if the one before it found nothing.
             return (
-                # First what is defined: to look for damage evaluates the expressions of tables and indexes.
+                # Definitions first: a search for damage evaluates the expressions of tables and indexes.
                 _drift(connection)
                 or (damage(connection) if target.is_sqlite else [])
                 or (lost_references(connection) if target.is_sqlite else [])
@@ -69,10 +69,10 @@ def _drift(connection: Connection) -> list[str]:
         connection, opts={"version_table": VERSION_TABLE, "include_name": is_not_index}
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", exc.SAWarning)  # of indexes by others that it cannot compare
+        warnings.simplefilter("ignore", exc.SAWarning)  # about foreign indexes that it cannot compare
         problems = [f"drift: {difference}" for difference in compare_metadata(context, Row.metadata)]
     if connection.dialect.name == "sqlite":
-        # The comparison above knows neither views nor triggers nor checks.
+        # The comparison above covers neither views nor triggers nor check constraints.
         problems += [f"drift: {line}" for line in alterations(connection)]
 
     return problems

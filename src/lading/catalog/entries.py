@@ -1,4 +1,4 @@
-"""Rows of cards and architectures as the entries of card files that they came from."""
+"""Rows of cards and architectures as entries of card files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lading.catalog.schema import ArchitectureRow, CardRow, SourceRow
 
 
 def label(uri: str, position: int) -> str:
-    """How messages name a document of a source: ``qwen.yaml[3]``."""
+    """Return the name of a source's document for messages: ``qwen.yaml[3]``."""
     return f"{uri.rpartition('/')[2]}[{position}]"
 
 
@@ -32,7 +32,7 @@ def read_cards(session: Session, names: Collection[str] | None = None, *, env: s
 
 
 def _cards(session: Session, *conditions: ColumnElement[bool]) -> list[CardEntry]:
-    # Columns rather than rows: all cards of a large catalog may be asked for.
+    # Columns rather than rows: a caller may want all cards of a large catalog.
     rows = session.execute(
         select(CardRow.name, CardRow.env, CardRow.metadata_, CardRow.folder, CardRow.position, SourceRow.uri)
         .join(CardRow.source)

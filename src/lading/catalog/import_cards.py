@@ -1,4 +1,4 @@
-"""Card files into the catalog."""
+"""Imports of card files into the catalog."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def import_cards(
 ) -> ImportReport:
     """Import cards and architectures from files and folders, in one transaction.
 
-    :param replace: take the place of cards that came from another source.
+    :param replace: replace cards that came from another source.
     :param keep_going: import the good cards of files that also hold bad ones.
-    :param dry_run: only say what would change.
+    :param dry_run: only report what would change.
 
     :raises CardFileError: with all problems of all files; nothing was imported.
-    :raises FileNotFoundError: a path that is not there.
+    :raises FileNotFoundError: a path does not exist.
     """
     database = (store or get_asset_store()).database
 
@@ -46,18 +46,18 @@ def import_cards(
 
 
 def collect(paths: Sequence[str | Path], *, stdin: BinaryIO | None = None) -> list[CardFile]:
-    """Read card files; what is wrong in one is told by its ``problems``.
+    """Read card files; the ``problems`` of each say what is wrong with it.
 
     :param paths: files (JSON Lines if they end in ``.jsonl``, else YAML), folders (their ``*.yaml``, ``*.yml`` and
-        ``*.jsonl``, at any depth, hidden ones apart), or ``-`` for ``stdin``, whose first character tells which of the
-        two it is.
+        ``*.jsonl``, at any depth, hidden ones apart), or ``-`` for ``stdin``, whose first character decides between
+        the two formats.
 
     :raises FileNotFoundError: nothing is at a path, or no card file in a folder.
     :raises OSError: a file cannot be read.
     """
     from lading.cards.card_file import parse, unfit
 
-    files: dict[str, CardFile] = {}  # a path that is given twice is read once
+    files: dict[str, CardFile] = {}  # reads a path that occurs twice only once
     for path in paths:
         if str(path) == "-":
             if stdin is None and sys.stdin is None:
@@ -88,7 +88,7 @@ def collect(paths: Sequence[str | Path], *, stdin: BinaryIO | None = None) -> li
     return list(files.values())
 
 
-class _DryRun(Exception):  # noqa: N818  (it is no error: it ends the transaction without a commit)
+class _DryRun(Exception):  # noqa: N818  (not an error: it ends the transaction without a commit)
     def __init__(self, report: ImportReport) -> None:
         self.report = report
 
@@ -102,14 +102,14 @@ def import_files(
     keep_going: bool = False,
     dry_run: bool = False,
 ) -> ImportReport:
-    """Bring the catalog in line with card files, in one transaction.
+    """Update the catalog from card files, in one transaction.
 
-    Importing the same file again changes what changed in it and removes what is gone from it. A name that another
-    source states with the same content stays as it is. A base or a family that is not known is a warning, as files come
-    in any order; bases that form a cycle are a problem.
+    Importing the same file again applies its changes and removals. A name that another source states with the same
+    content stays as it is. An unknown base or family is a warning, as files come in any order; bases that form a cycle
+    are a problem.
 
-    :param kind: ``import``, or ``user`` for files that are watched.
-    :param replace: take over names that another source states otherwise, which else is a problem.
+    :param kind: ``import``, or ``user`` for the watched files.
+    :param replace: replace names that another source states otherwise, instead of reporting a problem.
     :param keep_going: import what is right although something is wrong, and report the rest.
     :param dry_run: report, and change nothing.
 
@@ -130,7 +130,7 @@ def import_files(
 
 
 def _unchanged_since_read(files: Iterable[CardFile]) -> dict[str, FileStat]:
-    """The states of files whose content is still what was read: only that may be recorded beside the content."""
+    """Return the states of files whose content is still as read: only those may be recorded beside the content."""
     stats: dict[str, FileStat] = {}
     for file in files:
         path = uri_path(file.source)

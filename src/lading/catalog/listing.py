@@ -1,4 +1,4 @@
-"""Lists of models, and names near a name that nobody has."""
+"""Lists of models, and names near a missing one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COLUMNS = tuple(field.name for field in fields(ModelSummary))
 _ASSETS = table("assets", *(column(name) for name in _COLUMNS))
 
 _FEW = 5_000
-"""Names that are compared with a mistaken one; where there are more, only those that begin alike are."""
+"""The most names to compare with a mistaken one; if there are more, only those that begin alike."""
 
 
 def list_models(
@@ -42,7 +42,7 @@ def list_models(
 ) -> list[ModelSummary]:
     """Return the models whose name matches a shell-style pattern, with their status as this machine sees it.
 
-    :param overlaid: gives the card of a name if an overlay lies on its chain.
+    :param overlaid: returns the card of a name if an overlay lies on its chain.
     :param overlaid_names: the names for which it does.
     """
     c = _ASSETS.c
@@ -52,13 +52,13 @@ def list_models(
     if family is not None:
         statement = statement.where(c.family == family)
     if pattern is not None:
-        # Databases differ in their patterns; what all of them have is a prefix.
+        # Databases differ in their patterns; all of them have prefixes.
         prefix = pattern[: min((i for i, sign in enumerate(pattern) if sign in "*?["), default=len(pattern))]
         statement = statement.where(c.name == pattern if prefix == pattern else _begins(session, c.name, prefix))
     if search is not None and search.strip():
         statement = statement.where(found(session.connection(), c.name, search))
     if status is not None and len(overlaid_names) <= CHUNK:
-        # What the database takes for ready may not be, and an overlay may change all of it: the rest is as it says.
+        # A model that is ready by the database may not be, and an overlay may change anything: the rest is right.
         possible = {status} if status == "unknown-family" else {status, "ready"}
         statement = statement.where(or_(c.status.in_(possible), c.name.in_(overlaid_names)))
 
@@ -77,7 +77,7 @@ def _begins(session: Session, name: SQLColumnExpression[str], prefix: str) -> Co
     if session.get_bind().dialect.name != "sqlite":
         return name.startswith(prefix, autoescape=True)
 
-    # The first text behind all that begin so. What is highest has none behind it, and half of a pair is no text.
+    # The first text after all that begin so. The highest character has no successor, and half of a pair is not text.
     head = prefix.rstrip(chr(sys.maxunicode))
     if not head:
         return name >= prefix
@@ -96,9 +96,9 @@ def summary_of(session: Session, card: AssetCard) -> ModelSummary | None:
 
 
 def as_seen_here(model: ModelSummary, card: AssetCard | None) -> ModelSummary:
-    """The database cannot look at files, and knows no overlays: which of them count is a choice of this process.
+    """Return a model's summary with the state of its files and the overlays of this process, which no database sees.
 
-    :param card: what the name means to this process, where overlays may lie on its chain.
+    :param card: the card of the name in this process, if overlays may lie on its chain.
     """
     if card is not None and model.status in ("ready", "remote", "gated"):
         try:
@@ -129,7 +129,7 @@ def as_seen_here(model: ModelSummary, card: AssetCard | None) -> ModelSummary:
 
 
 def near_names(session: Session, name: str, *, models: bool) -> list[str]:
-    """Return names of cards (or only of models) that ``name`` may have been meant to be, the nearest first."""
+    """Return the names of cards (or only of models) that ``name`` may mean, the nearest first."""
     conditions = [CardRow.env == ""]
     if models:
         conditions.append(CardRow.family.is_not(None))
@@ -140,7 +140,7 @@ def near_names(session: Session, name: str, *, models: bool) -> list[str]:
         alike = or_(*(_begins(session, CardRow.name, head) for head in sorted(heads)))
         known = session.scalars(statement.where(alike)).all()
 
-    # Case and signs are what is mistaken most often: Qwen3-0.6B for qwen3_0.6b.
+    # Case and punctuation are the most frequent mistakes: Qwen3-0.6B for qwen3_0.6b.
     by_key: dict[str, list[str]] = {}
     with intact("a name"):
         for other in known:
@@ -151,5 +151,5 @@ def near_names(session: Session, name: str, *, models: bool) -> list[str]:
 
 
 def _key(name: str) -> str:
-    # A damaged catalog may give bytes, which this refuses as what it is not made for.
+    # A damaged catalog may return bytes, which raise here.
     return str.casefold(name).translate(str.maketrans("- /", "___"))

@@ -1,4 +1,4 @@
-"""Opening the catalog: made on first use, brought up to date, or served from memory where no file can be made."""
+"""Opening the catalog: lading creates it on first use, updates it, or keeps it in memory if it cannot make a file."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 
 
 def open_catalog(settings: Settings) -> Database:
-    """Open the catalog; make it on first use; take up what is new in the package and in the user's card files.
+    """Open the catalog, create it on first use, and update it from the package and the user's card files.
 
-    Where there is none and none can be made, the built-in cards are served from memory, with a warning.
+    If there is no catalog and none can be made, this warns and keeps the built-in cards in memory.
 
     :raises CatalogError: the file is something else, is damaged, or was changed by something other than lading.
     :raises CatalogOutdatedError: the schema is older or newer than this code.
@@ -76,7 +76,7 @@ def open_catalog(settings: Settings) -> Database:
             return _in_memory(settings, is_writable=False)
 
     if not writable(target.path):
-        # A log of another file is passed over.
+        # This ignores a log of another file.
         database = Database(target, readonly_engine(target.path), writable=False, settings=settings)
     else:
         set_stale_log_aside(target.path)
@@ -89,7 +89,7 @@ def open_catalog(settings: Settings) -> Database:
 
 
 def open_catalog_readonly(settings: Settings) -> Database:
-    """Open the catalog to be read as it is: nothing is made, brought up to date or waited for.
+    """Open the catalog to read it as it is, without creating it, updating it or waiting.
 
     :raises CatalogError: there is no catalog, it is of another version, or another process holds it.
     :raises OSError: the file cannot be read.
@@ -123,7 +123,7 @@ def _create(target: Target, settings: Settings) -> Database:
             migrate(connection)
             refresh.apply_changes(session, settings)
 
-    # Only now: the change of mode is no part of a transaction.
+    # Only now: a transaction cannot contain the change of mode.
     set_journal_mode(target.path, patience_s=2.0)
 
     database = Database(target, file_engine(target.path), writable=True, settings=settings)
@@ -182,7 +182,7 @@ def _refresh(database: Database, settings: Settings) -> None:
         with database.session(write=True) as session:
             refresh.apply_changes(session, settings)
     except (CatalogError, OSError) as error:
-        # What is there already can be used all the same.
+        # The catalog works as it is all the same.
         _log.warning("The catalog %s could not be brought up to date: %s", database.target, error)
 
 

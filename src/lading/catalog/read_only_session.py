@@ -1,4 +1,4 @@
-"""The session in which anyone can query the catalog's rows in Python, and write nothing.
+"""The read-only session for queries of the catalog's rows in Python.
 
 Three fences stand one behind the other: a flush, a commit and a statement that writes are refused before they reach the
 database; and the database itself refuses what does not come through the session, such as SQL as text.
@@ -40,15 +40,15 @@ class ReadOnlySession(Session):
 
 @contextmanager
 def session(store: AssetStore | None = None) -> Iterator[Session]:
-    """Open a session in which the rows of the catalog can be queried.
+    """Open a session that queries the rows of the catalog.
 
-    All questions of a session see one state of the catalog. The columns of a row that was read stay known after the
-    session; its relationships are read within it.
+    All queries of a session see one state of the catalog. The columns of a row stay available after the session;
+    read its relationships within it.
 
     :param store: the catalog to query. Default: the one that the environment names.
 
-    :raises PolicyError: something was to be written; the message names the function that does it.
-    :raises QueryError: the database does not understand SQL that was given as text.
+    :raises PolicyError: a write; the message names the function that does it.
+    :raises QueryError: the database does not understand SQL text.
     :raises CatalogError: the catalog is damaged, or another process holds it.
     """
     database = (store or get_asset_store()).database
@@ -58,7 +58,7 @@ def session(store: AssetStore | None = None) -> Iterator[Session]:
         ReadOnlySession(connection, join_transaction_mode="create_savepoint") as opened,
     ):
         yield opened
-        opened.flush()  # rows that were changed and never written are an error, too
+        opened.flush()  # changed rows that were never written are an error, too
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def _read_only(connection: Connection) -> Iterator[None]:
             raise QueryError(f"{str(error.orig).rstrip('.')}. `docs/reference/sql.md` describes the tables.") from error
         raise
     finally:
-        if on_sqlite:  # the one connection to a catalog in memory is used again
+        if on_sqlite:  # a catalog in memory uses its one connection again
             connection.exec_driver_sql("PRAGMA query_only = OFF")
 
 
@@ -106,7 +106,7 @@ def _refuse_flush(session: Session, context: UOWTransaction, instances: object) 
 
 @event.listens_for(ReadOnlySession, "before_commit")
 def _refuse_commit(session: Session) -> None:
-    session.flush()  # names what was to be written
+    session.flush()  # raises for changed rows, and names their table
 
     raise _refused(None)
 

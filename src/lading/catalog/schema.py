@@ -46,7 +46,7 @@ _KNOWN_DIGEST = text("digest IS NOT NULL")
 
 
 def _json(column: str) -> CheckConstraint:
-    # PostgreSQL has no such function before version 16, and a type of its own that would not read the same.
+    # PostgreSQL lacks the function before version 16, and its own type would read differently.
     return CheckConstraint(f"json_valid({column})", name=f"{column}_is_json").ddl_if(dialect="sqlite")
 
 
@@ -62,7 +62,7 @@ class Row(DeclarativeBase):
             "ck": "ck_%(table_name)s_%(constraint_name)s",
         }
     )
-    # STRICT tables know no BIGINT, and an INTEGER of SQLite has 64 bits anyway.
+    # STRICT tables lack BIGINT, and an INTEGER of SQLite has 64 bits anyway.
     type_annotation_map: ClassVar = {
         str: Text(),
         int: BigInteger().with_variant(Integer(), "sqlite"),
@@ -71,7 +71,7 @@ class Row(DeclarativeBase):
 
 
 class SourceRow(Row):
-    """Where cards and architectures come from: a packaged file, a card file of the user, an imported one."""
+    """The source of cards and architectures: a packaged file, a card file of the user, an imported one."""
 
     __tablename__ = "sources"
     __table_args__ = (
@@ -83,14 +83,14 @@ class SourceRow(Row):
     uri: Mapped[str] = mapped_column(unique=True)
     kind: Mapped[str]
     sha256: Mapped[str | None]
-    """Of the content that was imported; ``None`` asks for the source to be read again."""
+    """The SHA-256 of the imported content; ``None`` has the source read again."""
     size: Mapped[int | None]
     mtime_ns: Mapped[int | None]
     imported_at: Mapped[str]
     version: Mapped[str]
     """The version of lading that imported it."""
     problems: Mapped[str | None]
-    """What could not be imported, one line each."""
+    """The problems of documents that could not be imported, one line each."""
 
     cards: Mapped[list[CardRow]] = relationship(
         back_populates="source", cascade=_OWNED, passive_deletes=True, order_by="CardRow.position"
@@ -108,7 +108,7 @@ class FamilyRow(Row):
 
     name: Mapped[str] = mapped_column(primary_key=True)
     entry_point: Mapped[str | None]
-    """What registers it: ``package.module:OBJECT``."""
+    """The entry point that registers it: ``package.module:OBJECT``."""
 
     # The database refuses to delete a family that a row names; "all" keeps the ORM from emptying that row instead.
     architectures: Mapped[list[ArchitectureRow]] = relationship(
@@ -140,8 +140,8 @@ class ArchitectureRow(Row):
 class CardRow(Row):
     """One document of a card file: a card, or an overlay to it.
 
-    What a card resolves to is kept beside it and brought up to date whenever the card or one of its bases changes. In
-    an overlay these columns are empty: which overlays count is a choice of the process.
+    The row keeps the resolved values of a card, which lading updates whenever the card or one of its bases changes. In
+    an overlay these columns are empty: each process chooses its overlays.
     """
 
     __tablename__ = "cards"
@@ -150,9 +150,9 @@ class CardRow(Row):
         CheckConstraint("name <> ''", name="name"),
         CheckConstraint("gated IN (0, 1)", name="gated"),
         _json("metadata"),
-        # Overlays are few: an index of them alone tells at once whether an environment exists.
+        # Overlays are few: an index of them alone shows at once whether an environment exists.
         Index("ix_cards_env", "env", sqlite_where=text("env <> ''")),
-        # With the name, so that a family is listed in its order without a sort.
+        # With the name, so that the list of a family needs no sort.
         Index("ix_cards_family", "family", "name"),
         _STRICT,
     )
@@ -178,9 +178,9 @@ class CardRow(Row):
     gated: Mapped[int] = mapped_column(server_default="0")
     info_url: Mapped[str | None]
     problem: Mapped[str | None]
-    """Why the card cannot be used: a base that is missing, a field of a wrong type."""
+    """The reason that the card cannot be used: a missing base, a field of a wrong type."""
     search_text: Mapped[str | None]
-    """The words of its name and its fields, folded. It stands last: those who do not ask for it do not pass it."""
+    """The words of its name and its fields, folded. The last column, so that other queries do not read past it."""
 
     source: Mapped[SourceRow] = relationship(back_populates="cards")
     family_row: Mapped[FamilyRow | None] = relationship(back_populates="cards")
@@ -203,8 +203,8 @@ END
 )
 """The full-text index of the cards, whose text stays where it is.
 
-Cards go in cascades too, which only a trigger sees. What comes is indexed in bulk by those who write it: each firing of
-a trigger makes the index write out all that it holds, and costs four times the row.
+Cascades delete cards, too, and only a trigger sees that. The writers of cards index new ones in bulk: each firing of a
+trigger makes the index write out all that it holds, and costs four times the row.
 """
 
 for _statement in _SEARCH:
@@ -229,10 +229,10 @@ class CheckpointRow(Row):
     revision: Mapped[str] = mapped_column(server_default="")
     format: Mapped[str]
     bytes: Mapped[int]
-    """Of all tensors, headers apart."""
+    """The size of all tensors in bytes, headers apart."""
     parameters: Mapped[int]
     dtypes: Mapped[str]
-    """The dtypes that occur, that of the most elements first, separated by commas."""
+    """The dtypes, that of the most elements first, separated by commas."""
     tensors: Mapped[int]
     index_name: Mapped[str | None]
     metadata_: Mapped[str] = mapped_column("metadata", key="metadata_")
@@ -255,10 +255,10 @@ class CheckpointRow(Row):
     )
     """The checks of its files, by its URI: they stay when it goes."""
     in_pieces: Mapped[bool] = column_property(
-        # A part of the same question, as one of its own about each checkpoint would be for the rarest case.
+        # A part of the same query: another one about each checkpoint would be for the rarest case.
         exists().where(_PIECES.c.checkpoint_id == id).correlate_except(_PIECES)  # noqa: A003 (the column)
     )
-    """Whether a tensor of it lies in several pieces."""
+    """``True`` if a tensor of it lies in several pieces."""
 
 
 class ShardRow(Row):
@@ -268,7 +268,7 @@ class ShardRow(Row):
     __table_args__ = (
         UniqueConstraint("checkpoint_id", "name"),
         CheckConstraint("position >= 0 AND size >= 0", name="numbers"),
-        # Files are found by their content.
+        # For searches of files by their content.
         Index("ix_shards_sha256", "sha256", sqlite_where=_KNOWN_SHA256, postgresql_where=_KNOWN_SHA256),
         _STRICT_CLUSTERED,
     )
@@ -298,7 +298,7 @@ class TensorRow(Row):
         UniqueConstraint("checkpoint_id", "name"),
         CheckConstraint('parameters >= 0 AND bytes >= 0 AND "offset" >= 0', name="numbers"),
         _json("shape"),
-        # Tensors that are equal are found by their digest.
+        # For searches of equal tensors by their digest.
         Index("ix_tensors_digest", "digest", sqlite_where=_KNOWN_DIGEST, postgresql_where=_KNOWN_DIGEST),
         _STRICT_CLUSTERED,
     )
@@ -313,9 +313,9 @@ class TensorRow(Row):
     parameters: Mapped[int]
     bytes: Mapped[int]
     offset: Mapped[int]
-    """From the beginning of the shard's file."""
+    """The byte of the shard's file at which it begins."""
     digest: Mapped[str | None]
-    """Of all its bytes, as :mod:`lading.formats.digests` defines it; equal tensors have equal ones."""
+    """The digest of all its bytes, as :mod:`lading.formats.digests` defines it; equal tensors have equal ones."""
 
     shard_row: Mapped[ShardRow] = relationship(back_populates="tensors")
     """The shard at the position ``shard``."""
@@ -379,15 +379,15 @@ class DigestRow(Row):
 
     checkpoint_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     position: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    """Of the tensor."""
+    """The digest of the tensor."""
     dim: Mapped[int]
     """The dim along which the blocks lie."""
     blocks: Mapped[bytes]
-    """Their digests, one behind the other."""
+    """The digests of the blocks, concatenated."""
 
 
 class CopyRow(Row):
-    """A local copy of a file that belongs to a checkpoint, and the state in which it was last seen."""
+    """A local copy of a file of a checkpoint, and its state when lading last saw it."""
 
     __tablename__ = "copies"
     __table_args__ = (
@@ -400,8 +400,8 @@ class CopyRow(Row):
         ForeignKey("checkpoints.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
     )
     file: Mapped[str] = mapped_column(primary_key=True)
-    """Of a shard, or of the index file, its name within the checkpoint. What came along with the checkpoint, or was
-    fetched for a revision that it left, is known by its path."""
+    """The name of a shard or of the index file within the checkpoint; the path of an extra file, or of one that was
+    fetched for an earlier revision."""
     place: Mapped[str] = mapped_column(primary_key=True)
     """The machine, or the network file system, where ``path`` means this copy."""
     path: Mapped[str]
@@ -409,12 +409,12 @@ class CopyRow(Row):
     mtime_ns: Mapped[int]
     ctime_ns: Mapped[int]
     inode: Mapped[int]
-    """As a signed number: some file systems use all 64 bits."""
+    """The inode number as a signed number: some file systems use all 64 bits."""
     recorded_at: Mapped[str]
     verified_at: Mapped[str | None]
     kind: Mapped[CopyKind] = mapped_column(Text(), server_default="source")
-    """Whose file it is: the card's own source, lading's cache, the cache of the hub's client, or one that was found and
-    adopted. Only what lading fetched is ever removed by it."""
+    """The owner: the card's own source, lading's cache, the cache of the hub's client, or an adopted folder. lading
+    removes only files that it fetched."""
 
     checkpoint: Mapped[CheckpointRow] = relationship(back_populates="copies")
 
@@ -444,7 +444,7 @@ class VerificationRow(Row):
 
 
 class CardCheckpointRow(Row):
-    """Which checkpoint a card's models are loaded from."""
+    """The link from a card to the checkpoint of its models."""
 
     __tablename__ = "card_checkpoints"
     __table_args__ = (_STRICT,)
@@ -464,5 +464,5 @@ def _table(row: type[Row]) -> Table:
     return row.__table__
 
 
-# Tensors and their digests are read and written as columns, as a checkpoint may have 100,000 of them.
+# lading reads and writes tensors and their digests as columns, as a checkpoint may have 100,000 of them.
 CHECKPOINTS, TENSORS, PIECES, DIGESTS = map(_table, (CheckpointRow, TensorRow, PieceRow, DigestRow))

@@ -1,4 +1,4 @@
-"""What the catalog answers: names to cards, architectures and checkpoints. Only frozen values leave."""
+"""The store: cards, architectures and checkpoints by name, all as frozen values."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ __all__ = [
 _log = logging.getLogger("lading")
 
 _MATERIALISED = {"model_family": CardRow.family, "model_arch": CardRow.arch}
-"""Fields whose resolved values are kept in columns."""
+"""The fields whose resolved values are columns."""
 
 
 def get_asset_store() -> AssetStore:
-    """The store over the catalog that the environment names. Opened once per process and set of settings.
+    """Return the store over the catalog that the environment names; a process opens it once per set of settings.
 
     :raises CatalogError: it cannot be opened.
     :raises CatalogOutdatedError: its schema is older or newer than this version of lading.
@@ -69,7 +69,7 @@ def get_asset_store() -> AssetStore:
     settings = Settings.from_environment()
     store = _store(settings)
     path = store.database.path
-    if path is not None and not path.exists():  # it was removed under this process: make it anew
+    if path is not None and not path.exists():  # removed under this process: create it again
         _store.cache_clear()
         store = _store(settings)
 
@@ -107,12 +107,12 @@ class AssetStore:
     # --- cards ---
 
     def retrieve_card(self, name: str) -> AssetCard:
-        """The card that ``name`` means.
+        """Return the card that ``name`` means.
 
         ``name`` alone is the card with its first overlay of ``user`` and the default environment; ``name@env`` the card
         with just that overlay, ``name@`` without any. The same holds for its bases.
 
-        :raises AssetNotFoundError: there is none, or no card has an overlay for ``env``.
+        :raises AssetNotFoundError: there is no such card, or no card has an overlay for ``env``.
         :raises AssetCardError: a base is missing or leads back to the card.
         :raises SettingsError: no card has an overlay for the default environment.
         """
@@ -124,7 +124,7 @@ class AssetStore:
         return card
 
     def maybe_retrieve_card(self, name: str) -> AssetCard | None:
-        """As :meth:`retrieve_card`, but ``None`` where there is no such card."""
+        """Return the card like :meth:`retrieve_card`, but ``None`` if there is no such card."""
         plain, env = split_name(name)
         if not plain or not _is_text(name):
             return None
@@ -134,16 +134,16 @@ class AssetStore:
                 envs = self._envs(session, plain, env)
             except AssetNotFoundError:
                 if not read_cards(session, [plain], env=""):
-                    return None  # the name comes before what is behind it
+                    return None  # an unknown name matters more than an unknown environment
                 raise
             card = resolve_card(plain, envs, lambda name: _by_env(read_cards(session, [name])))
 
         return card if card is None or env is None else replace(card, env=env)
 
     def find_cards(self, field: str, value: object) -> Iterator[AssetCard]:
-        """All cards whose field ``field``, their own or a base's, equals ``value``. A bad card is logged and left out.
+        """Yield all cards whose field ``field``, their own or a base's, equals ``value``; log and skip bad cards.
 
-        :raises SettingsError: nothing is known of the default environment.
+        :raises SettingsError: no card has an overlay for the default environment.
         """
         with self._database.session() as session:
             envs = self._envs(session, "", None)
@@ -168,13 +168,13 @@ class AssetStore:
     def _candidates(
         self, session: Session, field: str, value: object, envs: Sequence[str]
     ) -> tuple[list[str], Mapping[str, Mapping[str, CardEntry]]]:
-        """Names of cards among which are all that match, and the entries of these cards and their bases."""
+        """Return names of cards that include all matches, and the entries of these cards and their bases."""
         kept = _MATERIALISED.get(field)
         if kept is None or not isinstance(value, str) or not _is_text(value):
             entries = _grouped(read_cards(session))
             return sorted(name for name, by_env in entries.items() if "" in by_env), entries
 
-        # What is kept is true of every card on whose chain no overlay lies.
+        # The columns are right for every card without an overlay on its chain.
         names = set(session.scalars(select(CardRow.name).where(CardRow.env == "", kept == value)))
         names |= self._overlaid(session, envs)
 
@@ -189,13 +189,13 @@ class AssetStore:
         return sorted(names), entries
 
     def _overlaid(self, session: Session, envs: Sequence[str]) -> set[str]:
-        """The names of the cards on whose chain of bases an overlay of ``envs`` lies."""
+        """Return the names of the cards with an overlay of ``envs`` on their chain of bases."""
         found = set(session.scalars(select(CardRow.name).where(CardRow.env != "", CardRow.env.in_(envs))))
 
         return descendants(session, found) | found
 
     def _envs(self, session: Session, name: str, env: str | None) -> tuple[str, ...]:
-        """The environments whose overlays are tried, first to last."""
+        """Return the environments whose overlays to try, first to last."""
         if env == "":
             return ()
 
@@ -220,9 +220,9 @@ class AssetStore:
     # --- architectures and families ---
 
     def architecture(self, name: str, family: str) -> Architecture:
-        """The architecture ``name`` of ``family``, with its bases.
+        """Return the architecture ``name`` of ``family``, with its bases.
 
-        :raises ModelArchitectureNotKnownError: there is none.
+        :raises ModelArchitectureNotKnownError: there is no such architecture.
         :raises AssetCardError: a base of it is missing, or leads back to it.
         """
         found = self.maybe_architecture(name, family)
@@ -233,7 +233,7 @@ class AssetStore:
         return found
 
     def maybe_architecture(self, name: str, family: str) -> Architecture | None:
-        """As :meth:`architecture`, but ``None`` where there is no such architecture."""
+        """Return the architecture like :meth:`architecture`, but ``None`` if there is no such architecture."""
         if not _is_text(name + family):
             return None
 
@@ -245,7 +245,7 @@ class AssetStore:
             return resolve_architecture(name, family, look_up)
 
     def architectures(self, family: str | None = None) -> list[ArchitectureSummary]:
-        """The architectures of a family, or of all families, by family and name."""
+        """Return the architectures of a family, or of all families, by family and name."""
         with self._database.session() as session:
             found = read_architectures(session, family) if family is None or _is_text(family) else []
 
@@ -257,7 +257,7 @@ class AssetStore:
         return sorted(summaries, key=lambda s: (s.family, s.name))
 
     def families(self) -> list[FamilySummary]:
-        """The families that packages register, and those that cards and architectures name."""
+        """Return the families that packages register, and those that cards and architectures name."""
         of_cards = select(CardRow.family, func.count()).where(CardRow.env == "").group_by(CardRow.family)
         of_architectures = select(ArchitectureRow.family, func.count()).group_by(ArchitectureRow.family)
         with self._database.session() as session:
@@ -287,13 +287,13 @@ class AssetStore:
         search: str | None = None,
         limit: int | None = None,
     ) -> list[ModelSummary]:
-        """The models of the catalog, by name, with their status and checkpoint as this process and machine see them.
+        """Return the models of the catalog, by name, with their status and checkpoint for this process and machine.
 
         :param pattern: a shell-style pattern of the name.
-        :param include_all: also cards that are no models.
+        :param include_all: also cards without a model.
         :param search: words that all occur, in any order, in the name or the fields of the card, its own or inherited;
-            of the last one, the beginning is enough. Blank: no condition; without a word: nothing is found.
-        :param limit: at most so many.
+            the last may be a prefix. Blank: no condition; without a word: no results.
+        :param limit: the most models to return.
         """
         if not _is_text(f"{pattern}{family}"):
             return []
@@ -320,12 +320,12 @@ class AssetStore:
             )
 
     def summary(self, card: AssetCard) -> ModelSummary | None:
-        """What :meth:`models` says of a card, with the overlays that it was retrieved with."""
+        """Return the summary that :meth:`models` has of a card, with the card's own overlays."""
         with self._database.session() as session:
             return summary_of(session, card)
 
     def suggest(self, name: str) -> list[str]:
-        """The names of the models nearest to ``name``, the nearest first."""
+        """Return the names of the models nearest to ``name``, the nearest first."""
         return self._near(name, models=True)
 
     def _near(self, name: str, *, models: bool) -> list[str]:
@@ -338,7 +338,7 @@ class AssetStore:
     # --- checkpoints ---
 
     def checkpoint(self, uri: str) -> StoredCheckpoint | None:
-        """What is known of a checkpoint; ``None`` if nothing is."""
+        """Return the catalog's knowledge of a checkpoint; ``None`` if it knows nothing."""
         if not _is_text(uri):
             return None
 
@@ -356,9 +356,9 @@ class AssetStore:
             )
 
     def digests(self, uri: str, manifest: Manifest) -> Digests | None:
-        """What is recorded of the bytes of a checkpoint's tensors.
+        """Return the recorded digests of a checkpoint's tensors.
 
-        :param manifest: of the checkpoint; ``None`` is returned where the catalog's is of other tensors by now.
+        :param manifest: that of the checkpoint; the result is ``None`` if the catalog's has other tensors by now.
         """
         with self._database.session() as session:
             row = find_checkpoint(session, uri)
@@ -370,7 +370,7 @@ class AssetStore:
             return read_digests(session, row.id, manifest)
 
     def find_content(self, sha256: str) -> Path | None:
-        """A file on this machine that was verified to have this SHA-256, and is as it was then."""
+        """Return a file on this machine that was verified to have this SHA-256, and is as it was then."""
         with self._database.session() as session:
             for copy in copies_with(session, sha256):
                 try:
@@ -382,7 +382,7 @@ class AssetStore:
         return None
 
     def is_verified(self, path: Path) -> bool:
-        """Whether the file at ``path`` was seen to be good, and is as it was then."""
+        """Return whether the file at ``path`` was verified, and is as it was then."""
         with self._database.session() as session:
             copies = copies_at(session, path)
         try:
@@ -393,7 +393,7 @@ class AssetStore:
         return any(copy.verified_at is not None and copy.stat == found for copy in copies)
 
     def tensor_digests(self, uri: str) -> Mapping[str, str]:
-        """The digests of a checkpoint's tensors, by their names, where they are known."""
+        """Return the known digests of a checkpoint's tensors, by their names."""
         if not _is_text(uri):
             return {}
 
@@ -403,7 +403,7 @@ class AssetStore:
     # --- export ---
 
     def entries(self, pattern: str | None = None) -> tuple[list[CardEntry], list[ArchitectureEntry]]:
-        """The documents that the catalog was made from, in their order: all, or those whose name matches a pattern."""
+        """Return the documents behind the catalog, in their order: all, or those whose name matches a pattern."""
 
         def matches(name: str) -> bool:
             return pattern is None or fnmatchcase(name, pattern)
@@ -428,7 +428,7 @@ def _by_env(entries: Collection[CardEntry]) -> dict[str, CardEntry]:
 
 
 def _is_text(name: str) -> bool:
-    """Whether a database can keep ``name``: neither half a surrogate pair, as paths may have, nor a NUL."""
+    """Return whether a database can keep ``name``: not with half a surrogate pair, as in some paths, or a NUL."""
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Where the files of a checkpoint are: rows of copies, and the values that they are of."""
+"""The local copies of a checkpoint's files: their rows and values."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lading.system.filesystem import FileStat, location_id
 
 
 def copies_of(checkpoint: CheckpointRow) -> list[LocalCopy]:
-    """Return the copies of a checkpoint that can be reached from this machine by their path."""
+    """Return the copies of a checkpoint whose path leads to them from this machine."""
     return [copy for row in checkpoint.copies if (copy := _reachable(row)) is not None]
 
 
 def all_copies(session: Session) -> dict[int, list[LocalCopy]]:
-    """Return the copies of all checkpoints that can be reached from this machine, by the checkpoint's id."""
+    """Return the copies of all checkpoints that this machine can reach, by the checkpoint's id."""
     found: dict[int, list[LocalCopy]] = {}
     for checkpoint_id, copy in _copies(session, true()):
         found.setdefault(checkpoint_id, []).append(copy)
@@ -30,14 +30,14 @@ def all_copies(session: Session) -> dict[int, list[LocalCopy]]:
 
 
 def copies_with(session: Session, sha256: str) -> list[LocalCopy]:
-    """Return the copies of all shards of this SHA-256 that can be reached from this machine by their path."""
+    """Return the copies of all shards of this SHA-256 whose path leads to them from this machine."""
     shards = select(ShardRow.checkpoint_id, ShardRow.name).where(ShardRow.sha256 == sha256)
 
     return [copy for _, copy in _copies(session, tuple_(CopyRow.checkpoint_id, CopyRow.file).in_(shards))]
 
 
 def copies_at(session: Session, path: Path) -> list[LocalCopy]:
-    """Return what is known of the file at ``path`` of this machine, by each checkpoint that it is of."""
+    """Return the copies at ``path`` of this machine, one for each checkpoint that the file belongs to."""
     return [copy for _, copy in _copies(session, CopyRow.path == str(path))]
 
 
@@ -68,10 +68,10 @@ def write_copies(
     keep_others: bool,
     keep_verified: bool,
 ) -> None:
-    """Write copies in place of all that are known.
+    """Replace all known copies of a checkpoint.
 
     :param keep_others: keep those of other machines.
-    :param keep_verified: what was verified in just the state that it is in stays so.
+    :param keep_verified: keep the verification of files that are in the state that was verified.
     """
     copies = _with_known_kinds(session, copies)
     if keep_verified:
@@ -85,7 +85,7 @@ def write_copies(
 
 
 def replace_copies(session: Session, checkpoint: CheckpointRow, copies: Sequence[LocalCopy]) -> None:
-    """Write copies in place of those of the same files on this machine."""
+    """Replace the copies of the same files on this machine."""
     copies = _with_known_kinds(session, copies)
     for copy in copies:
         outdated = and_(
@@ -98,10 +98,10 @@ def replace_copies(session: Session, checkpoint: CheckpointRow, copies: Sequence
 
 
 def _make_way(session: Session, outdated: ColumnElement[bool], copies: Sequence[LocalCopy]) -> None:
-    """Delete copies that others take the place of.
+    """Delete copies that others replace.
 
-    What lading brought into the cache of the hub's client is of use to no checkpoint then, and that cache keeps it. So
-    it stays known, by its path, as what came along does; it is removed with the rest.
+    After that, no checkpoint uses a file that lading fetched into the cache of the hub's client, but the cache keeps
+    it. So the catalog keeps its path, like that of an extra file, and removes it with the rest.
     """
     new = {(str(copy.path), location_id(copy.path.parent)) for copy in copies}
     rows = session.scalars(select(CopyRow).where(outdated)).all()
@@ -120,9 +120,9 @@ _THEIRS_FIRST: tuple[CopyKind, ...] = ("source", "adopted", "hub", "cache")
 
 
 def _with_known_kinds(session: Session, copies: Sequence[LocalCopy]) -> list[LocalCopy]:
-    """Return the copies with the kinds that are known of them: a file that looks as it did is whose it was.
+    """Return the copies with their known kinds: a file in the same state still has the same owner.
 
-    What is not lading's in one checkpoint is so in all: it must never be removed for one of them.
+    A file that lading does not own in one checkpoint, it owns in none, and must never remove for one of them.
     """
     known: dict[tuple[Path, FileStat], set[CopyKind]] = {}
     for paths in chunks(str(copy.path) for copy in copies):

@@ -1,4 +1,4 @@
-"""Which checkpoints have files on this machine: all of them, those like another one, and how their files are let go."""
+"""The checkpoints with files on this machine: all of them, those like another one, and the release of their files."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from lading.formats.manifest import Manifest
 
 
 def held_checkpoints(database: Database) -> list[LocalCheckpoint]:
-    """The checkpoints of which the catalog knows files on this machine, by their URIs."""
+    """Return the checkpoints with known files on this machine, by their URIs."""
     with database.session() as session:
         return [held for _, held in _held(session)]
 
 
 def known_uris(database: Database) -> frozenset[str]:
-    """Return the URIs of all checkpoints of which the catalog knows what they hold."""
+    """Return the URIs of all checkpoints whose contents the catalog knows."""
     with database.session() as session:
         return frozenset(session.scalars(select(CheckpointRow.uri)))
 
 
 @contextmanager
 def releasing_copies(database: Database, chosen: Callable[[str], bool]) -> Iterator[list[LocalCheckpoint]]:
-    """Forget where files of checkpoints are on this machine, and remove them: the latter is the body's part.
+    """Forget the copies of checkpoints on this machine while the body removes their files.
 
-    The body sees what is held, those checkpoints included. While it runs nobody else writes to the catalog, so no file
-    gets another owner while it is being removed; and where the catalog cannot be written, the body never begins. When
-    the body ends, all is forgotten; when it fails, or the process dies, nothing is. Files that are gone are then in the
-    catalog still, which harms nobody: a copy counts only while it looks as it did.
+    This yields all checkpoints with files here, those chosen included. While the body runs no other process writes to
+    the catalog, so no file gets another owner during its removal; and if the catalog cannot be written, the body never
+    begins. When the body ends, the catalog forgets the copies; when it fails, or the process dies, it forgets none.
+    Removed files then stay in the catalog, which is harmless: a copy counts only while its state is the same.
 
-    What the checkpoints hold stays known, and so do digests and checks.
+    The catalog keeps the contents of the checkpoints, their digests and checks.
 
-    :param chosen: says by their URI which checkpoints.
+    :param chosen: selects checkpoints by their URI.
 
     :raises CatalogError: the catalog cannot be written.
     :raises OSError: the disk is full.
@@ -54,7 +54,7 @@ def releasing_copies(database: Database, chosen: Callable[[str], bool]) -> Itera
 
 
 def _held(session: Session) -> list[tuple[int, LocalCheckpoint]]:
-    """Return the checkpoints of which files are here, each with its id."""
+    """Return the checkpoints with files here, each with its id."""
     copies = all_copies(session)
     rows = [
         row
@@ -80,7 +80,7 @@ def _held(session: Session) -> list[tuple[int, LocalCheckpoint]]:
 
 
 def checkpoints_like(database: Database, manifest: Manifest) -> list[tuple[str, Manifest]]:
-    """The checkpoints of the same tensors in files of the same sizes, whose SHA-256 are all known."""
+    """Return the checkpoints of the same tensors in files of the same sizes, whose SHA-256 are all known."""
     sizes = [shard.size for shard in manifest.shards]
     with database.session() as session:
         rows = session.scalars(

@@ -18,18 +18,18 @@ from lading.formats.digests import Digests, recorded
 from lading.formats.manifest import BITS, Manifest, Piece, Shard
 
 _ROWS = 10_000
-"""Rows that are held in memory at a time."""
+"""The most rows in memory at a time."""
 
 
 def find_checkpoint(session: Session, uri: str) -> CheckpointRow | None:
-    """Return the row of the checkpoint at ``uri``; ``None`` where nothing is known of it."""
+    """Return the row of the checkpoint at ``uri``; ``None`` if the catalog lacks it."""
     return session.scalars(select(CheckpointRow).where(CheckpointRow.uri == uri)).one_or_none()
 
 
 def read_manifest(session: Session, row: CheckpointRow) -> Manifest:
     """Return the manifest of a checkpoint.
 
-    :raises CatalogError: the rows make none.
+    :raises CatalogError: the rows are damaged.
     """
     with intact("a manifest"):
         return _read_manifest(session.connection(), row)
@@ -51,7 +51,7 @@ def _read_manifest(connection: Connection, row: CheckpointRow) -> Manifest:
     dtypes: list[str] = []
     shapes: list[tuple[int, ...]] = []
     shard_ids, offsets = array("I"), array("q")
-    # Few dtypes and shapes occur, each many times: they are parsed once, and all tensors of one share one object.
+    # Few dtypes and shapes occur, each many times: this parses each once, and all tensors with it share one object.
     known_dtypes = {dtype: dtype for dtype in BITS}
     known_shapes: dict[str, tuple[int, ...]] = {}
 
@@ -98,7 +98,7 @@ def _read_pieces(connection: Connection, checkpoint_id: int) -> dict[int, tuple[
 
 
 def read_roots(session: Session, uri: str) -> dict[str, str]:
-    """Return the digests of the tensors of the checkpoint at ``uri``, by their names, where they are known."""
+    """Return the known digests of the tensors of the checkpoint at ``uri``, by their names."""
     rows = session.connection().execute(
         select(TENSORS.c.name, TENSORS.c.digest)
         .join(CHECKPOINTS, CHECKPOINTS.c.id == TENSORS.c.checkpoint_id)
@@ -110,14 +110,14 @@ def read_roots(session: Session, uri: str) -> dict[str, str]:
 
 
 def same_tensors(a: Manifest, b: Manifest) -> bool:
-    """Whether two manifests have the same files and tensors; the columns may be of different types."""
+    """Return whether two manifests have the same files and tensors; the columns may have different types."""
     return a.has_files_of(b) and a.tensors_equal(b)
 
 
 def write_tensors(session: Session, row: CheckpointRow, manifest: Manifest) -> None:
     """Replace the shards and tensors of a checkpoint."""
     connection = session.connection()
-    # The tensors first: a shard that is deleted looks for its tensors, which no index serves.
+    # The tensors first: deleting a shard searches for its tensors, and no index serves that.
     connection.execute(delete(TENSORS).where(TENSORS.c.checkpoint_id == row.id))
     session.execute(delete(ShardRow).where(ShardRow.checkpoint_id == row.id))
     if manifest.shards:
@@ -144,9 +144,9 @@ def write_tensors(session: Session, row: CheckpointRow, manifest: Manifest) -> N
 
 
 def read_digests(session: Session, checkpoint_id: int, manifest: Manifest) -> Digests | None:
-    """What is recorded of the bytes of a checkpoint's tensors; ``None`` where nothing is.
+    """Return the recorded digests of a checkpoint's tensors; ``None`` if there are no digests.
 
-    :raises CatalogError: the rows make no digests.
+    :raises CatalogError: the rows are damaged.
     """
     rows: list[tuple[int, bytes] | None] = [None] * len(manifest)
     with intact("a digest"):
@@ -170,7 +170,7 @@ def read_digests(session: Session, checkpoint_id: int, manifest: Manifest) -> Di
 
 
 def write_digests(session: Session, checkpoint_id: int, manifest: Manifest, digests: Digests) -> None:
-    """Record digests in place of those that were recorded before."""
+    """Replace the recorded digests of a checkpoint."""
     connection = session.connection()
     connection.execute(delete(DIGESTS).where(DIGESTS.c.checkpoint_id == checkpoint_id))
     known = [(i, digest) for i, digest in enumerate(digests.iter(manifest)) if digest is not None]
@@ -191,7 +191,7 @@ def write_digests(session: Session, checkpoint_id: int, manifest: Manifest, dige
 
 
 def forget_digests(session: Session, checkpoint_id: int) -> None:
-    """Forget what is known of the bytes of a checkpoint."""
+    """Delete the digests of a checkpoint."""
     connection = session.connection()
     connection.execute(delete(DIGESTS).where(DIGESTS.c.checkpoint_id == checkpoint_id))
     connection.execute(update(TENSORS).where(TENSORS.c.checkpoint_id == checkpoint_id).values(digest=None))

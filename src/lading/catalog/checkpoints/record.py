@@ -1,4 +1,4 @@
-"""What is known of checkpoints, into the catalog: what they hold, where their files are, what checks of them found."""
+"""Records of checkpoints in the catalog: their manifests, copies and checks."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def record_checkpoint(
     card_name: str | None = None,
     accept: bool = False,
 ) -> None:
-    """Write what a checkpoint holds and where its files are; it replaces what was known of ``uri``.
+    """Record the contents of a checkpoint and its copies, in place of earlier records of ``uri``.
 
-    Copies that other machines recorded stay known as long as the files are the same, and so do digests as long as the
-    tensors are. Where the catalog cannot be written, nothing is done but to log it: no load needs it.
+    The catalog keeps copies that other machines recorded if the files are the same, and digests if the tensors are. If
+    the catalog cannot be written, this only logs it: no load needs it.
 
-    :param uri: of the checkpoint, all that tells it from another included.
-    :param copies: the files on this machine: shards and, where there is one, the index file.
-    :param card_name: the card that the checkpoint was loaded for, which is linked to it.
-    :param accept: take the files as they are now for the right ones: what was recorded of others' bytes is forgotten.
+    :param uri: the full URI of the checkpoint.
+    :param copies: the files on this machine: shards and, if there is one, the index file.
+    :param card_name: the card whose model this checkpoint is; this links the two.
+    :param accept: take the files as they are now for the right ones, and forget the digests of other bytes.
 
     :raises CatalogError: the catalog is damaged, or another process holds it.
     :raises OSError: the disk is full.
@@ -81,7 +81,7 @@ def record_checkpoint(
 
 
 def _describe(row: CheckpointRow, manifest: Manifest, revision: str) -> None:
-    """Make the columns of a checkpoint what its manifest says."""
+    """Set the columns of a checkpoint from its manifest."""
     row.revision = revision
     row.format = manifest.format
     row.bytes = manifest.total_bytes
@@ -97,23 +97,23 @@ def _describe(row: CheckpointRow, manifest: Manifest, revision: str) -> None:
 def _may_differ(
     session: Session, row: CheckpointRow, manifest: Manifest, copies: Sequence[LocalCopy], *, same_revision: bool
 ) -> bool:
-    """Return whether the same tensors may hold other values than before: nothing tells that they do not."""
+    """Return whether the same tensors may have other values than before: nothing proves that they are equal."""
     if same_revision or all(shard.sha256 for shard in manifest.shards):
         return False
 
-    # A load that found other bytes has recorded the files as they are, too; only what was verified is known to be good.
+    # A load that found other bytes has recorded the files as they are, too; only verified files are known to be good.
     return not copies or not all_verified(session, row, copies)
 
 
 def record_files(
     database: Database, *, uri: str, copies: Sequence[LocalCopy] = (), checks: Sequence[Check] = ()
 ) -> None:
-    """Write where files of a checkpoint are, and what checks of them found, in one transaction.
+    """Record copies of a checkpoint's files and the results of checks, in one transaction.
 
-    Checks are only added; the last one decides what a copy is worth. The SHA-256 of a file that had none is recorded
-    with it, and holds from then on. Where the catalog cannot be written, nothing is done but to log it.
+    This only adds checks; the last one decides about a copy. A first SHA-256 of a file holds from then on. If the
+    catalog cannot be written, this only logs it.
 
-    :param copies: take the place of what was known of the same files on this machine.
+    :param copies: replace those of the same files on this machine.
 
     :raises CatalogError: the catalog is damaged, or another process holds it.
     :raises OSError: the disk is full.
@@ -130,9 +130,9 @@ def record_files(
 
 
 def record_companions(database: Database, *, uri: str, copies: Sequence[LocalCopy]) -> None:
-    """Write which files came along with a checkpoint, each under its path; none is one that tensors are read from.
+    """Record the extra files of a checkpoint, each under its path; they hold no tensors.
 
-    Where all are known as they are, nothing is written. Raises what :func:`record_files` does.
+    If the catalog knows all as they are, this writes nothing. Raises what :func:`record_files` does.
     """
     with database.session() as session:
         row = find_checkpoint(session, uri)
@@ -143,7 +143,7 @@ def record_companions(database: Database, *, uri: str, copies: Sequence[LocalCop
 
 
 def recorded_headers(database: Database, uri: str) -> dict[str, str]:
-    """Return the digest of the header of each file of a checkpoint, as it was recorded last, by the file's name."""
+    """Return the last recorded digest of the header of each file of a checkpoint, by the file's name."""
     row = VerificationRow
     with database.session() as session:
         found = session.execute(
@@ -155,9 +155,9 @@ def recorded_headers(database: Database, uri: str) -> dict[str, str]:
 
 
 def record_digests(database: Database, *, uri: str, manifest: Manifest, digests: Digests) -> None:
-    """Write the digests of a checkpoint's tensors, unless the catalog knows other tensors of it by now.
+    """Record the digests of a checkpoint's tensors, unless the catalog has other tensors of it by now.
 
-    Where the catalog cannot be written, nothing is done but to log it.
+    If the catalog cannot be written, this only logs it.
 
     :raises CatalogError: the catalog is damaged, or another process holds it.
     :raises OSError: the disk is full.
@@ -197,7 +197,7 @@ def _write_check(session: Session, uri: str, checkpoint: CheckpointRow | None, c
 
     good = check.result != "mismatch"
     if good and check.method == HEADER:
-        return  # it is a part of the file only
+        return  # a part of the file only
     session.execute(update(CopyRow).where(same_copy(checkpoint.id, check)).values(verified_at=now() if good else None))
     if good and check.method == "sha256":
         for shard in checkpoint.shards:

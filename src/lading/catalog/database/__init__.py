@@ -1,1 +1,1 @@
-"""The database under the catalog: where it is, how it is opened, migrated and checked."""
+"""The database under the catalog: its place, connections, migrations and checks."""

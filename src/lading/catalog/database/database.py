@@ -1,4 +1,4 @@
-"""The catalog's database as the rest of lading holds it: opened, up to date, with a way to read and a way to write."""
+"""The catalog's database, open and up to date, with transactions that read and write."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from lading.system.settings import Settings
 
 
 class Database:
-    """A catalog that was opened, and whose schema is the one that this code knows.
+    """An open catalog with the schema of this code.
 
-    It holds no connection, so it may be shared between threads and survives a fork; each transaction makes its own.
+    It keeps no connection, so threads may share it and it survives a fork; each transaction makes its own.
     """
 
     def __init__(self, target: Target, engine: Engine, *, writable: bool, settings: Settings) -> None:
         self._target = target
         self._engine = engine
-        # A database in memory has one connection, which its users take in turns.
+        # A database in memory has one connection, whose users take turns.
         self._turns: AbstractContextManager[object] = (
             threading.RLock() if target.is_sqlite and target.path is None else nullcontext()
         )
         self.writable = writable
-        """Whether :meth:`write` can be called."""
+        """``True`` if :meth:`write` works."""
         self.settings = settings
         """The settings that it was opened with."""
 
     @property
     def target(self) -> Target:
-        """Where the catalog is."""
+        """The place of the catalog."""
         return self._target
 
     @property
@@ -51,7 +51,7 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A transaction that sees one state of the catalog.
+        """Open a transaction that sees one state of the catalog.
 
         :raises CatalogError: the catalog is damaged, or another process holds it.
         :raises OSError: the file cannot be read.
@@ -61,7 +61,7 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """A transaction that may write, and has the write lock from its beginning. All or nothing.
+        """Open a transaction that may write, and has the write lock from its beginning. All or nothing.
 
         :raises CatalogError: the catalog cannot be written or is damaged, or another process holds it.
         :raises OSError: the disk is full.
@@ -75,9 +75,9 @@ class Database:
 
     @contextmanager
     def session(self, *, write: bool = False) -> Iterator[Session]:
-        """Open a session in a transaction of its own, that of :meth:`read` or of :meth:`write`, whose errors it raises.
+        """Open a session in its own transaction, that of :meth:`read` or of :meth:`write`, whose errors it raises.
 
-        The transaction ends with the session: there is nothing to commit, and where the body fails nothing is kept.
+        The transaction ends with the session: there is nothing to commit, and a failure of the body undoes everything.
         """
         with self.write() if write else self.read() as connection, Session(connection) as session:
             yield session

@@ -1,1 +1,1 @@
-"""Card files into rows: what is new, changed, gone or in conflict, and the writes of it."""
+"""Imports of card files as rows: the new, changed, gone and conflicting ones, and the writes."""

@@ -1,4 +1,4 @@
-"""Bring the catalog in line with card files: read what is there, decide, write. All in the caller's transaction."""
+"""The update of the catalog from card files: read the rows, decide, write, all in the caller's transaction."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def apply(
     stats: Mapping[str, FileStat] | None = None,
     gone: Collection[str] = (),
 ) -> ImportReport:
-    """Bring the catalog in line with ``files``.
+    """Update the catalog from ``files``.
 
     :param kind: ``seed``, ``user`` or ``import``.
-    :param replace: whether the files may take over what another source states differently.
-    :param keep_going: whether what is right goes in although something else is wrong.
+    :param replace: whether the files may replace names that another source states differently.
+    :param keep_going: whether to import what is right although something else is wrong.
     :param stats: the state of each source's file from before it was read.
-    :param gone: sources that are no more; what they stated goes with them.
+    :param gone: sources that no longer exist; their rows go with them.
 
     :raises CardFileError: something is wrong, and ``keep_going`` is not set.
     """
@@ -65,7 +65,7 @@ def apply(
         (f, architecture_key(e), e, {"base": e.base, "config": dict(e.config)}) for f in files for e in f.architectures
     )
 
-    # A file with a problem withdraws nothing: the card that is missing may be the one that could not be read.
+    # A file with a problem withdraws nothing: a missing card may be the unreadable one.
     bad = {file.source for file in files if file.problems} | of_cards.problems.keys() | of_architectures.problems.keys()
     reread = {file.source for file in files if file.source != STDIN} - bad | set(gone)
 
@@ -107,7 +107,7 @@ def _kept_cards(session: Session, keys: Collection[Key], sources: Collection[str
 
     conditions: list[ColumnElement[bool]]
     if (session.scalar(select(func.count(CardRow.id))) or 0) < len(keys):
-        conditions = [true()]  # all rows are fewer than the questions for single ones
+        conditions = [true()]  # reading all rows is cheaper than so many queries for single ones
     else:
         conditions = [CardRow.name.in_(piece) for piece in chunks({name for name, _ in keys})]
         conditions += [SourceRow.uri.in_(piece) for piece in chunks(sources)]
@@ -142,14 +142,14 @@ def _kept_architectures(session: Session, keys: Collection[Key], sources: Collec
 
 
 def _missing(kept: Mapping[Key, StoredRow]) -> set[str]:
-    """Return the sources of these rows whose file is not where it was."""
+    """Return the sources of these rows whose file is gone."""
     paths = {uri: uri_path(uri) for uri in {row.uri for row in kept.values()}}
 
     return {uri for uri, path in paths.items() if path is not None and not os.path.lexists(path)}
 
 
 def _entries(session: Session, cards: ImportPlan) -> Entries:
-    """The cards that are about to change, and all their bases."""
+    """Return the cards that are about to change, and all their bases."""
     changes: dict[str, CardEntry | None] = {row.key[0]: None for row in cards.removed if not row.key[1]}
     for claim in cards.touched():
         if isinstance(claim.entry, CardEntry) and not claim.entry.env:
@@ -183,11 +183,11 @@ def _refuse_towers(session: Session, cards: ImportPlan, architectures: ImportPla
         architectures.refuse(climb("architecture", claims, bases.get))
 
 
-# --- what is told ----------------------------------------------------------------------------------------------------
+# --- the report ----------------------------------------------------------------------------------------------------
 
 
 def _warnings(session: Session, cards: ImportPlan, architectures: ImportPlan) -> tuple[str, ...]:
-    """What may be meant (files come in any order), but cannot be used as it is."""
+    """Return what may be intended (files come in any order), but does not work as it is."""
     warnings: list[str] = []
 
     wanted: dict[str, list[str]] = {}  # by the name of the card that should be there
@@ -251,7 +251,7 @@ def _warnings(session: Session, cards: ImportPlan, architectures: ImportPlan) ->
 
 @lru_cache(maxsize=4096)
 def _meant(field: str) -> str | None:
-    """The field that a free one is probably meant to be, by its name."""
+    """Return the known field that an unknown one probably means, by its name."""
     near = [] if field in FIELDS else get_close_matches(field.lower(), FIELDS, n=1, cutoff=0.85)
 
     return near[0] if near else None

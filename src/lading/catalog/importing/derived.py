@@ -1,7 +1,6 @@
-"""What cards resolve to, kept in columns: a million cards are listed and filtered without climbing one chain of bases.
+"""The resolved values of cards in columns, so that listing a million cards climbs no chain of bases.
 
-The resolution itself is that of :mod:`lading.cards.card`, overlays apart. Here is only when it is done, and for which
-cards.
+:mod:`lading.cards.card` resolves, here without overlays. This module decides when, and for which cards.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ COLUMNS = (
     CardRow.problem,
     CardRow.search_text,
 )
-"""The columns of a card that hold what it resolves to."""
+"""The columns of a card with its resolved values."""
 
 
 class Entries:
-    """The cards of a catalog as they are about to be: its rows, with ``changes`` laid over them (``None``: removed)."""
+    """The cards of a catalog after an import: its rows with ``changes`` applied (``None``: removed)."""
 
     def __init__(self, session: Session, changes: Mapping[str, CardEntry | None]) -> None:
         self._session = session
@@ -55,17 +54,17 @@ class Entries:
             level = {base for base in bases if base is not None} - self._climbed
 
     def get(self, name: str) -> CardEntry | None:
-        """A card that was loaded; ``None`` where there is none."""
+        """Return a card that was loaded; ``None`` if there is no such card."""
         return self._entries.get(name)
 
     def look_up(self, name: str) -> Mapping[str, CardEntry]:
-        """As :func:`lading.cards.card.resolve_card` asks for it."""
+        """Return the overlays of a card as :func:`lading.cards.card.resolve_card` takes them."""
         entry = self._entries.get(name)
 
         return {} if entry is None else {"": entry}
 
     def card(self, entry: CardEntry) -> AssetCard:
-        """The card that ``entry`` states.
+        """Return the card that ``entry`` states.
 
         :raises AssetCardError: as :func:`lading.cards.card.resolve_card`.
         """
@@ -74,16 +73,16 @@ class Entries:
             while card is not None:
                 card = self._cards.setdefault(card.name, card).base
 
-        # Few bases have many cards on them: each is resolved once.
+        # Few bases have many cards on them: this resolves each once.
         return _card(entry, None if entry.base is None else self._cards[entry.base])
 
     def words(self, name: str | None) -> Mapping[str, str]:
-        """The words of each field of a card, its own or inherited; none of a card that is not there."""
+        """Return the words of each field of a card, its own or inherited; no words for a missing card."""
         if name is None:
             return {}
         found = self._words.get(name)
         if found is None:
-            self._words[name] = {}  # until it is known: bases may form a cycle
+            self._words[name] = {}  # until the result is known: bases may form a cycle
             entry = self._entries.get(name)
             found = {} if entry is None else fold_fields(entry.metadata)
             if entry is not None:
@@ -98,9 +97,9 @@ def _card(entry: CardEntry, base: AssetCard | None) -> AssetCard:
 
 
 def resolve_columns(entry: CardEntry, entries: Entries) -> dict[str, str | int | None]:
-    """The values of :data:`COLUMNS` for the card that ``entry`` states and whose bases ``entries`` has loaded.
+    """Return the values of :data:`COLUMNS` for the card that ``entry`` states and whose bases ``entries`` has loaded.
 
-    What is wrong with the card is one of them, so that it breaks neither an import nor a listing.
+    The problem of a card is one of them, so that it breaks neither an import nor a listing.
     """
     problems: list[str] = []
     try:
@@ -146,7 +145,7 @@ def _text(card: AssetCard, name: str, problems: list[str]) -> str | None:
 
 
 def descendants(session: Session, names: Iterable[str]) -> set[str]:
-    """The cards of the catalog whose chain of bases, overlays apart, leads through one of ``names``."""
+    """Return the cards of the catalog whose chain of bases, overlays apart, leads through one of ``names``."""
     found: set[str] = set()
     level = set(names)
     while level:
@@ -160,7 +159,7 @@ def descendants(session: Session, names: Iterable[str]) -> set[str]:
 
 
 def stale_columns(session: Session) -> list[str]:
-    """The cards whose columns differ from what they resolve to, one line each; there should be none."""
+    """Return the cards whose columns differ from their resolved values, one line each; a sound catalog has no such."""
     entries = Entries(session, {})
     rows = session.execute(select(CardRow.name, *COLUMNS).where(CardRow.env == "").order_by(CardRow.name)).all()
     entries.load(row[0] for row in rows)

@@ -1,7 +1,7 @@
-"""What a catalog takes up by itself when it is opened: registered families, the package's cards, the user's card files.
+"""The update of a catalog at its opening: registered families, the package's cards, the user's card files.
 
-An opening that finds nothing new costs a few milliseconds: it hashes the package's files and the user's small ones,
-looks at the state of larger ones, and writes nothing.
+An opening without news costs a few milliseconds: it hashes the package's files and the user's small ones, looks at the
+state of larger ones, and writes nothing.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
     from lading.cards.card_file import CardFile
 
 SUFFIXES = (".yaml", ".yml", ".jsonl")
-"""Of card files."""
+"""The endings of card files."""
 
 _GROUP = "lading.families"
 _SEEDS = "lading.seeds"
 """The package with lading's own card files; and the group of the entry points that name such packages of others."""
 
 _HASHED = 8 << 20
-"""Bytes up to which a card file is known by its content, as a copy can have the size and the times of another file. A
-larger one is read again if its status changed after it was imported: that time differs between machines that share a
-catalog, so it is not recorded."""
+"""The largest size in bytes at which lading compares a card file by content, as a copy can have the size and the times
+of another file. It reads a larger one again if its status changed after the import: machines that share a catalog see
+different times, so the catalog does not record them."""
 
 _log = logging.getLogger("lading")
 
@@ -53,11 +53,11 @@ _log = logging.getLogger("lading")
 def card_files(path: Path) -> Iterator[Path]:
     """Yield the card files in a folder and the folders below it, by name; or ``path`` itself, if it is not a folder.
 
-    What is hidden, such as ``.github`` in a repository or ``..data`` in a volume of Kubernetes, is passed over.
+    This skips hidden entries, such as ``.github`` in a repository or ``..data`` in a volume of Kubernetes.
     """
     try:
         mode = os.stat(path).st_mode
-    except OSError:  # nothing is there, or it is not for us, as in a home that is another's
+    except OSError:  # missing, or not readable for this user, as in another's home
         return
     if not stat.S_ISDIR(mode):
         yield path
@@ -72,16 +72,16 @@ def card_files(path: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changes:
-    """What differs between the catalog and the world."""
+    """The differences between the catalog and the world."""
 
     families: Mapping[str, str | None]
-    """The entry points of families, where they changed; ``None`` for one that is registered no longer."""
+    """The changed entry points of families; ``None`` for one that no package registers any more."""
     seeds: Mapping[str, bytes] | None
     """The card files of packages by URI, if any of them changed."""
     changed: Mapping[str, FileStat]
     """The user's card files that changed, and their state."""
     gone: frozenset[str]
-    """The user's card files that are no more."""
+    """The user's card files that no longer exist."""
     warnings: Mapping[str, str]
     """Warnings about card files, by their URI or by their folder."""
 
@@ -100,11 +100,11 @@ def find_changes(session: Session, settings: Settings) -> Changes:
 
 
 def apply_changes(session: Session, settings: Settings) -> None:
-    """Bring the catalog up to date. What is wrong in a file of the user is logged, and the rest goes in."""
+    """Update the catalog; log what is wrong in a file of the user, and import the rest."""
     news = find_changes(session, settings)
     _take(session, news)
     warnings = dict(news.warnings)
-    # What was withdrawn may have hidden what another file states; that one is to be read again.
+    # A withdrawn row may have hidden that of another file, which has to be read again.
     again = find_changes(session, settings)
     _take(session, again)
     for uri in again.changed:
@@ -160,14 +160,14 @@ def _seed_news(sources: Mapping[str, SourceRow]) -> dict[str, bytes] | None:
                 for file in sorted(folder.iterdir())
                 if file.name.endswith(SUFFIXES)
             }
-        except (ImportError, OSError, ValueError) as error:  # another's mistake must not close the catalog
+        except (ImportError, OSError, ValueError) as error:  # the mistake of another package must not close the catalog
             _log.warning(
                 "The cards of the package %s, entry point %r, are not read: %s", entry.module, entry.name, error
             )
     stored = {uri: row for uri, row in sources.items() if row.kind == "seed"}
     if {uri: row.sha256 for uri, row in stored.items()} == {uri: _sha256(data) for uri, data in seeds.items()}:
         return None
-    # Two versions of lading may share a catalog: the older one does not take back what the newer one brought.
+    # Two versions of lading may share a catalog: the older one does not undo the newer one's cards.
     if any(newer(row.version, __version__) for row in stored.values()):
         return None
 
@@ -175,7 +175,7 @@ def _seed_news(sources: Mapping[str, SourceRow]) -> dict[str, bytes] | None:
 
 
 def _package_folder(package: str) -> Path:
-    """The folder of a package, which is not imported: that may import torch.
+    """Return the folder of a package without importing it, as that may import torch.
 
     :raises ModuleNotFoundError: there is no such package.
     """
@@ -220,7 +220,7 @@ def _user_news(
         try:
             uri.encode()
             found, same = _compare(file, row)
-        except OSError as error:  # not a regular file, not for us, or a link that leads nowhere
+        except OSError as error:  # not a regular file, not readable for this user, or a dangling link
             kept = "" if row is None or row.kind != "user" else "; its cards stay as they were"
             warnings[uri] = f"The card file {file} cannot be read{kept}: {error.strerror or error}."
             continue
@@ -242,7 +242,7 @@ def _user_news(
         if out_of_sight is None:
             gone.add(uri)
         elif watched is not None and (watched == settings.card_paths[0] or path_exists(watched)):
-            # Of what LADING_CARDS names and is not there at all, the store warns.
+            # The store warns if nothing is at the path in LADING_CARDS.
             warnings[str(folder)] = (
                 f"The cards that came from {folder} stay as they were: {out_of_sight}. If they are to go, let it be a "
                 "folder with any other file in it."
@@ -252,12 +252,12 @@ def _user_news(
 
 
 def _compare(file: Path, row: SourceRow | None) -> tuple[FileStat, bool]:
-    """Return the state of a card file, and whether its content is the one that ``row`` knows.
+    """Return the state of a card file, and whether its content is the one that ``row`` records.
 
     :raises OSError: it cannot be read.
     """
     found = FileStat.from_stat(os.stat(file))
-    # One that is too large is refused here, and not taken for changed each time.
+    # This refuses a file that is too large, which would otherwise count as changed each time.
     large = _HASHED < found.size <= MAX_FILE_BYTES
     data = None if large else read_regular(file, at_most=MAX_FILE_BYTES)
     if row is None or (row.size, row.mtime_ns) != (found.size, found.mtime_ns):
@@ -270,10 +270,10 @@ def _compare(file: Path, row: SourceRow | None) -> tuple[FileStat, bool]:
 
 
 def _out_of_sight(path: Path, watched: Path | None) -> tuple[Path, str | None]:
-    """Return the folder that should tell whether a card file is gone, and why it does not; ``None`` where it is gone.
+    """Return the folder that should show whether a card file is gone, and why it does not; ``None`` if it is gone.
 
-    Only a folder that can be read, and that holds anything else, says that a file is gone: one that is missing may be a
-    share that is not mounted, and one that is empty the place where it will be.
+    Only a readable folder with other contents proves that a file is gone: a missing one may be a share that is not
+    mounted, and an empty one its mount point.
 
     :param watched: the folder or the file by which ``path`` is watched; ``None`` if it no longer is.
     """
@@ -325,7 +325,7 @@ def _take_user_files(session: Session, news: Changes) -> None:
 
 
 def _parse(uri: str, data: bytes, *, folder: Path | None) -> CardFile:
-    # Reading YAML imports much, and most openings read none.
+    # Reading YAML imports many modules, and most openings read no YAML.
     from lading.cards.card_file import parse
 
     return parse(data, source=uri, folder=folder, label=uri.rpartition("/")[2], json_lines=uri.endswith(".jsonl"))

@@ -1,6 +1,6 @@
-"""Decisions into rows.
+"""The writes of an import.
 
-Cards and architectures are written in bulk, without an object for each row: imports of a million are ordinary.
+They write cards and architectures in bulk, without an object for each row: imports of a million are ordinary.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def write_sources(
     problems: Mapping[str, Sequence[str]],
     stats: Mapping[str, FileStat],
 ) -> dict[str, int]:
-    """Record where the files come from, and return their row numbers, by URI."""
+    """Record the sources of the files and return their row numbers, by URI."""
     by_uri = {file.source: file for file in files}
     rows = {
         row.uri: row
@@ -50,7 +50,7 @@ def write_sources(
             rows[uri] = SourceRow(uri=uri, kind=kind)
             session.add(rows[uri])
         row, stat = rows[uri], stats.get(uri)
-        # A file in the user's own folder stays one when it is imported by name.
+        # A file in the user's own folder stays a user's file when it is imported by name.
         row.kind = "user" if row.kind == "user" else kind
         row.sha256 = file.sha256
         row.size = None if stat is None else stat.size
@@ -64,12 +64,12 @@ def write_sources(
 
 
 def _insert(session: Session, row: type[Row], values: Sequence[Values]) -> None:
-    # Without the option, rows that lack a value are written apart from the rest.
+    # Without the option, SQLAlchemy writes rows that lack a value apart from the rest.
     session.execute(insert(row), values, execution_options={"render_nulls": True})
 
 
 def write_architectures(session: Session, decision: ImportPlan, sources: Mapping[str, int]) -> None:
-    """Make the rows of architectures what ``decision`` says."""
+    """Apply ``decision`` to the rows of architectures."""
     write_families(session, {claim.key[0] for claim in decision.written()})
 
     for row in decision.removed:
@@ -97,9 +97,9 @@ def _architecture(claim: StatedRow, sources: Mapping[str, int]) -> Values:
 
 
 def write_cards(session: Session, decision: ImportPlan, sources: Mapping[str, int], entries: Entries) -> None:
-    """Make the rows of cards what ``decision`` says, and bring up to date what the cards based on them resolve to.
+    """Apply ``decision`` to the rows of cards, and update the resolved values of the cards based on them.
 
-    :param entries: holds the cards that change, and their bases.
+    :param entries: the cards that change, and their bases.
     """
     removed = {row.key[0] for row in decision.removed if not row.key[1]}
     written = {claim.key[0] for claim in decision.touched() if not claim.key[1]}
@@ -160,7 +160,7 @@ def _update(session: Session, rows: list[Values]) -> None:
 
 
 def _unlink_moved(session: Session, rows: Sequence[Values]) -> None:
-    """Unlink cards that are to name another checkpoint from the one that they were loaded from."""
+    """Unlink cards that now name another checkpoint from the one that they were loaded from."""
     new = {row["id"]: (row["checkpoint_uri"], row["checkpoint_path"]) for row in rows}
     linked = session.execute(
         select(CardRow.id, CardRow.checkpoint_uri, CardRow.checkpoint_path)
@@ -172,7 +172,7 @@ def _unlink_moved(session: Session, rows: Sequence[Values]) -> None:
 
 
 def write_families(session: Session, names: Collection[str]) -> None:
-    """Add the families that are not there yet, as ones that nothing registers."""
+    """Add missing families as unregistered ones."""
     missing = set(names)
     for piece in chunks(names):
         missing -= set(session.scalars(select(FamilyRow.name).where(FamilyRow.name.in_(piece))))
@@ -181,7 +181,7 @@ def write_families(session: Session, names: Collection[str]) -> None:
 
 
 def forget(session: Session, sources: Collection[str]) -> None:
-    """Drop sources that are no more, and families that nothing registers or names any longer."""
+    """Delete sources that no longer exist, and families that nothing registers or names any more."""
     for piece in chunks(sources):
         session.execute(delete(SourceRow).where(SourceRow.uri.in_(piece)))
 
@@ -195,7 +195,7 @@ def forget(session: Session, sources: Collection[str]) -> None:
 
 
 def forget_empty(session: Session, sources: Collection[str]) -> None:
-    """Drop those of these sources that state nothing any longer."""
+    """Delete those of these sources that have no rows any more."""
     for piece in chunks(sources):
         session.execute(
             delete(SourceRow).where(
@@ -207,11 +207,11 @@ def forget_empty(session: Session, sources: Collection[str]) -> None:
 
 
 def ask_again(session: Session, *, but: Collection[int], seeds: bool, all_users: bool) -> None:
-    """Have sources read again, as what changed or was withdrawn may have hidden what they state.
+    """Mark sources to be read again, as a changed or withdrawn row may have hidden theirs.
 
     :param but: the rows of the sources that were just read.
     :param seeds: also the package's own files.
-    :param all_users: all files that are watched, not only those of which something could not be imported.
+    :param all_users: all watched files, not only those with documents that could not be imported.
     """
     unknown: Values = {"sha256": None, "size": None, "mtime_ns": None}
     if seeds:
