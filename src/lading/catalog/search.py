@@ -78,7 +78,7 @@ def _texts(value: object) -> Iterator[str]:
         yield str(value)
 
 
-# --- the index in step with the cards --------------------------------------------------------------------------------
+# --- the index in step with the cards ---------------------------------------------------------------------------------
 
 
 def index_new(connection: Connection, last: int) -> None:
@@ -115,7 +115,7 @@ def _kept(which: ColumnElement[bool]) -> tuple[ColumnElement[bool], ...]:
     return which, CardRow.search_text.is_not(None)
 
 
-# --- questions -------------------------------------------------------------------------------------------------------
+# --- questions --------------------------------------------------------------------------------------------------------
 
 
 def phrases(search: str) -> list[str]:
@@ -164,7 +164,7 @@ def found(connection: Connection, name: ColumnElement[str], search: str) -> Colu
     return (found_by_text if many == _MANY_HITS else found_by_index)(name, wanted)
 
 
-# --- is it as it should be? ------------------------------------------------------------------------------------------
+# --- is it as it should be? -------------------------------------------------------------------------------------------
 
 
 def is_not_index(name: str | None, kind: str, parents: object) -> bool:

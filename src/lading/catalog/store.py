@@ -104,7 +104,7 @@ class AssetStore:
         """The settings that the catalog was opened with; they hold for all that is done with this store."""
         return self._database.settings
 
-    # --- cards ---
+    # --- cards --------------------------------------------------------------------------------------------------------
 
     def retrieve_card(self, name: str) -> AssetCard:
         """Return the card that ``name`` means.
@@ -217,7 +217,7 @@ class AssetStore:
 
         return (USER_ENV,) if wanted in (None, USER_ENV) else (USER_ENV, str(wanted))
 
-    # --- architectures and families ---
+    # --- architectures and families -----------------------------------------------------------------------------------
 
     def architecture(self, name: str, family: str) -> Architecture:
         """Return the architecture ``name`` of ``family``, with its bases.
@@ -275,7 +275,7 @@ class AssetStore:
             for family in families
         ]
 
-    # --- models ---
+    # --- models -------------------------------------------------------------------------------------------------------
 
     def models(
         self,
@@ -335,7 +335,7 @@ class AssetStore:
         with self._database.session() as session:
             return near_names(session, name, models=models)
 
-    # --- checkpoints ---
+    # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def checkpoint(self, uri: str) -> StoredCheckpoint | None:
         """Return the catalog's knowledge of a checkpoint; ``None`` if it knows nothing."""
@@ -400,7 +400,7 @@ class AssetStore:
         with self._database.session() as session:
             return read_roots(session, uri)
 
-    # --- export ---
+    # --- export -------------------------------------------------------------------------------------------------------
 
     def entries(self, pattern: str | None = None) -> tuple[list[CardEntry], list[ArchitectureEntry]]:
         """Return the documents behind the catalog, in their order: all, or those whose name matches a pattern."""

@@ -183,7 +183,7 @@ def require_access(name: str, ref: CheckpointRef) -> None:
         raise ModelGatedError(name, ref.info_url)
 
 
-# --- elsewhere -------------------------------------------------------------------------------------------------------
+# --- elsewhere --------------------------------------------------------------------------------------------------------
 
 
 def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, progress: bool) -> Checkpoint:
@@ -257,7 +257,7 @@ def _is_here(name: str, ref: CheckpointRef, store: AssetStore) -> bool:
     return stored is not None and copies_as_known(stored) is not None
 
 
-# --- on this machine -------------------------------------------------------------------------------------------------
+# --- on this machine --------------------------------------------------------------------------------------------------
 
 
 def _local_checkpoint(name: str, path: Path, store: AssetStore, *, accept_others: bool) -> Checkpoint:
@@ -293,4 +293,4 @@ def _local_checkpoint(name: str, path: Path, store: AssetStore, *, accept_others
     return checkpoint
 
 
-# --- the catalog's word ----------------------------------------------------------------------------------------------
+# --- the catalog's word -----------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""Uncompressed tar archives: where the bytes of one member are. Nothing is extracted.
+"""Uncompressed tar archives: the range of bytes of one member, without extraction.
 
-Each header is read by :meth:`tarfile.TarInfo.frombuf`. The way from one to the next is here, since ``tarfile.TarFile``
-before Python 3.11.14 goes round in a circle where a size is negative, takes quadratic time and memory for the records
-of a pax header, and is silent on a header in the middle that is damaged.
+:meth:`tarfile.TarInfo.frombuf` reads each header. This module goes from one to the next, since ``tarfile.TarFile``
+before Python 3.11.14 loops forever on a negative size, takes quadratic time and memory for the records of a pax header,
+and ignores a damaged header in the middle.
 
 Source: POSIX.1-2017, *pax*, sections "ustar Interchange Format" and "pax Extended Header"; for long names and large
 sizes also the GNU format, https://www.gnu.org/software/tar/manual/html_node/Standard.html.
@@ -19,7 +19,7 @@ from lading.formats.files import corrupt
 from lading.formats.first_bytes import compressor_of, is_tar
 
 _MAX_EXTENDED = 1_000_000
-"""Bytes of an extended header."""
+"""The most bytes of an extended header."""
 
 _MAX_MEMBERS = 100_000
 
@@ -31,7 +31,7 @@ _KINDS = {
 
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _EMPTY = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
-"""Kinds of members with no bytes, whatever the field of their size says."""
+"""The kinds of members without bytes, regardless of the field of their size."""
 
 _EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
@@ -39,13 +39,13 @@ _EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile
 def find_member(file: BinaryIO, name: str, *, size: int, label: str) -> tuple[int, int]:
     """Return (offset of its first byte, bytes) of the member ``name`` of the tar archive ``file``.
 
-    All headers of the archive are read: a name that comes twice means two things to two readers.
+    This reads all headers of the archive: a name that occurs twice has two meanings for two readers.
 
-    :param size: bytes of the archive.
+    :param size: the bytes of the archive.
 
     :raises CheckpointNotFoundError: it has no such member.
-    :raises CorruptModelCheckpointError: it is no tar archive, or damaged, or has two members of that name.
-    :raises NotSupportedError: the archive is compressed, or the member is no regular file.
+    :raises CorruptModelCheckpointError: it is not a tar archive, is damaged, or has two members of that name.
+    :raises NotSupportedError: the archive is compressed, or the member is not a regular file.
     :raises OSError: the file cannot be read.
     """
     file.seek(0)
@@ -147,7 +147,7 @@ class _Headers:
         return header
 
     def _extended(self, header: tarfile.TarInfo, at: int) -> dict[bytes, bytes]:
-        """Return what an extended header says of the member behind it."""
+        """Return the fields of an extended header about the member after it."""
         if header.size > _MAX_EXTENDED:
             raise self._fail(at, f"an extended header of at most {_MAX_EXTENDED} bytes", f"one of {header.size}")
         data = self._read(at + tarfile.BLOCKSIZE, header.size)
@@ -159,7 +159,7 @@ class _Headers:
         records: dict[bytes, bytes] = {}
         begin = 0
         while begin < len(data):
-            # "LENGTH KEY=VALUE\n", where LENGTH is in decimal and counts all of it
+            # "LENGTH KEY=VALUE\n", where LENGTH is decimal and counts all of it
             digits = data[begin : begin + 8].partition(b" ")[0]
             end = begin + int(digits) if digits.isdigit() else begin
             key, equals, value = data[begin + len(digits) + 1 : end].partition(b"=")

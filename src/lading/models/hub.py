@@ -355,7 +355,7 @@ load_with_report = GlobalModelLoader().load_with_report
 """As :func:`load_model`, with what the load did: phases, bytes, reads."""
 
 
-# --- arguments that recur --------------------------------------------------------------------------------------------
+# --- arguments that recur ---------------------------------------------------------------------------------------------
 
 
 def _load(

@@ -166,7 +166,7 @@ class _Adopter:
         except (LadingError, OSError) as error:
             return [_failed(path, error)]
 
-    # --- repositories of a Hugging Face cache ---
+    # --- repositories of a Hugging Face cache -------------------------------------------------------------------------
 
     def _repository(self, place: FoundCheckpoint, repo: str) -> Iterator[Adoption]:
         wanted = self._by_repo.get(repo.casefold(), ())
@@ -234,7 +234,7 @@ class _Adopter:
 
         return _adopted(path, checkpoint.uri, copies, cards=checkpoint.cards, revision=commit)
 
-    # --- other folders ---
+    # --- other folders ------------------------------------------------------------------------------------------------
 
     def _folder(self, place: FoundCheckpoint) -> list[Adoption]:
         path, uri = place.path, _uri_of(place.path)

@@ -289,7 +289,7 @@ def _of_architecture(arch: str, store: AssetStore | None) -> tuple[Family[Any, A
     return family, arch_config(name, family, store or get_asset_store())
 
 
-# --- tensors ---------------------------------------------------------------------------------------------------------
+# --- tensors ----------------------------------------------------------------------------------------------------------
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -356,7 +356,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_distributed(tensor) else tensor
 
 
-# --- the rest of a repository ----------------------------------------------------------------------------------------
+# --- the rest of a repository -----------------------------------------------------------------------------------------
 
 
 def _require_here(folder: Path, writers: Mapping[str, int], root: Gang) -> None:

@@ -1,1 +1,1 @@
-"""From a manifest to memory: what is wanted, the plan, the bytes."""
+"""The transfer of tensors from files to memory, by a plan."""

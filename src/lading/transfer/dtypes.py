@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 DType = torch.dtype | Literal["auto", "keep"]
-"""A choice of the caller: a dtype, the checkpoint's, or that of each of its tensors."""
+"""The caller's choice: a dtype, that of the checkpoint, or that of each tensor."""
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -31,9 +31,9 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
-"""Sub-byte dtypes are missing: torch has no tensor of one element that is smaller than a byte."""
+"""The dtypes of torch by name, without sub-byte ones: torch has no tensor of an element smaller than a byte."""
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
-"""The dtypes that hold plain weights, and between which a load may cast."""
+"""The dtypes of plain weights, between which a load may cast."""

@@ -1,4 +1,4 @@
-"""How the ranks of a host read together: round by round, each reads a step and they exchange what it holds."""
+"""Reads that the ranks of a host share: in each round, every rank reads a step and they exchange its bytes."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def execute_together(
     progress: bool = False,
     hasher: Hasher | None = None,
 ) -> list[Tensor]:
-    """As :func:`~lading.transfer.execute.execute`, but of the files this rank reads only its part of the schedule.
+    """Execute a plan as :func:`~lading.transfer.execute.execute` does, but read only this rank's part of the schedule.
 
-    All ranks of the host call it with plans of their own, and else with the same.
+    All ranks of the host call it with their own plans, and otherwise equal arguments.
 
-    :param plan: of this rank; one that maps nothing.
-    :param schedule: of the plans of all, and of ``hasher``.
+    :param plan: the plan of this rank, which maps nothing.
+    :param schedule: the schedule of the plans of all ranks, and of ``hasher``.
     :param host: the ranks that read together, with a process group on the CPU.
     :param arena: memory of ``plan.arena_bytes``.
-    :param hasher: of ``schedule.joint.plan``; has the digests of what all ranks have read.
+    :param hasher: that of ``schedule.joint.plan``; it gets the digests of what all ranks read.
 
     :raises CorruptModelCheckpointError: a file ends early, or is not the one that the plan was made for.
     :raises OSError: a file cannot be read.
@@ -57,7 +57,7 @@ def execute_together(
 
         total = schedule.bytes_of(host.rank)
         bar = stack.enter_context(byte_bar(total, "load") if progress else nullcontext())
-        # The next step is read while this one is on its way.
+        # This reads the next step while the current one is on its way.
         pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="lading-reader"))
         ahead = pool.submit(sender.prepare, 0)
         for number in range(schedule.rounds):
@@ -83,14 +83,14 @@ def _add_up(host: Gang, numbers: bytearray | array[int]) -> None:
 
 
 class _Window:
-    """Memory through which bytes pass: an arena and its only stage, which keeps what was read last."""
+    """Memory through which bytes pass: an arena and its only stage, which keeps the bytes read last."""
 
     on_host = False
 
     def __init__(self) -> None:
         self._map = mmap.mmap(-1, 1)
         self.read = torch.empty(0, dtype=torch.uint8)
-        """What was read last, until something else is."""
+        """The bytes of the last read, until the next one."""
 
     def direct(self, place: int, size: int) -> memoryview | None:
         return None
@@ -118,7 +118,7 @@ class _Window:
 
 
 class _Sender:
-    """Reads the steps of this rank, and packs of each what every rank wants."""
+    """The reader of this rank's steps, which packs the bytes that each rank wants."""
 
     def __init__(self, schedule: Schedule, host: Gang, reader: Reader, window: _Window) -> None:
         self._joint = schedule.joint
@@ -127,10 +127,10 @@ class _Sender:
         self._reader = reader
         self._window = window
         self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
-        """One is filled while the other is on its way."""
+        """Two buffers: one is filled while the other is on its way."""
 
     def prepare(self, number: int) -> tuple[Tensor, list[int]]:
-        """What this rank sends in a round, rank by rank, and the bytes for each."""
+        """Return the bytes that this rank sends in a round, rank by rank, and the number of bytes for each."""
         step = self._schedule.step(self._host.rank, number)
         if step is None:
             return torch.empty(0, dtype=torch.uint8), [0] * self._host.size
@@ -153,7 +153,7 @@ class _Sender:
 
 
 class _Receiver:
-    """Sends and receives, and puts what has come where it belongs."""
+    """The sender and receiver of messages, which puts received bytes in their places."""
 
     def __init__(self, plan: Plan, schedule: Schedule, host: Gang, arena: Arena) -> None:
         self._plan = plan
@@ -165,7 +165,7 @@ class _Receiver:
         self._stage_size = 0
 
     def receive(self, number: int, sent: Tensor, sizes: list[int]) -> None:
-        """Send what this rank has read in a round, and take what it wants of what the others have."""
+        """Send the bytes that this rank read in a round, and receive those that it wants from the others."""
         messages = []
         for rank in range(self._host.size):
             step = self._schedule.step(rank, number)
@@ -188,12 +188,12 @@ class _Receiver:
             at += message.size
 
     def finish(self) -> None:
-        """Return when all is where it belongs."""
+        """Wait until all bytes are in their places."""
         if self._stage is not None:
             self._stage.finish()
 
     def _stage_of(self, size: int) -> Stage:
-        """The buffer that messages arrive in."""
+        """Return the buffer in which messages arrive."""
         if self._stage is None or self._stage_size < size:
             self.finish()
             self._stage_size = max(size, 2 * self._stage_size, 1)

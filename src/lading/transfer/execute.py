@@ -1,4 +1,4 @@
-"""Where the bytes move: a plan, the files of a checkpoint, and the memory that they fill."""
+"""The execution of a plan: threads read the files of a checkpoint into memory."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from lading.transfer.memory import RING_DEPTH, Arena, NoArena, create_arena, map
 from lading.transfer.reader import STEP, Reader, steps_of
 
 PINNED_BYTES = 512 << 20
-"""Host memory that copies to a device may have pinned at once."""
+"""The most host memory, in bytes, that copies to a device pin at once."""
 
 COLD_THREADS = 4
-"""Threads that a disk needs to be busy; of memory, one for each core gets the most."""
+"""The number of threads that keep a disk busy; for memory, one for each core is the fastest."""
 
 
 def execute(
@@ -43,15 +43,14 @@ def execute(
     hasher: Hasher | None = None,
     ahead: Ahead = NOTHING_AHEAD,
 ) -> list[Tensor]:
-    """Read what ``plan`` says, and return the wanted tensors in the order in which the plan was asked for them.
+    """Execute ``plan`` and return the wanted tensors, in their order.
 
     :param files: one for each shard of the manifest.
     :param wanted: the shape and the dtype of each tensor in memory.
-    :param arena: memory of ``plan.arena_bytes`` for what is not mapped; default: on the CPU.
-    :param threads: that read at once; default: as many as this process may use cores, and some more for a disk.
-    :param hasher: of the same plan; collects digests of what the files hold, on the way. What they are expected to be
-        is the caller's matter.
-    :param ahead: what is mapped already, of the same files.
+    :param arena: memory of ``plan.arena_bytes`` for tensors that are not mapped; default: on the CPU.
+    :param threads: the number of threads that read; default: the cores of this process, and some more for a disk.
+    :param hasher: that of the same plan; collects digests of the bytes on the way. The caller compares them.
+    :param ahead: mappings of the same files.
 
     :raises CorruptModelCheckpointError: a file ends early, or is not the one that the plan was made for.
     :raises OSError: a file cannot be read.
@@ -68,7 +67,7 @@ def execute(
         if plan.sizes or plan.rows.counts:
             count = threads or _threads(plan, shards, arena, hasher)
             _read(plan, shards, arena, count, hasher, "load" if progress else None)
-        # The same files: these are open in the state in which those were mapped.
+        # The same files: they are open in the state in which they were mapped.
         mappings = {i: ahead.mappings.get(i) or map_file(shards[i].fd, files[i].stat.size) for i in mapped}
         make_present(mappings, _mapped_ranges(plan, wanted), ahead)
         if hasher is not None and hasher.mapped_bytes:
@@ -88,12 +87,11 @@ def hash_checkpoint(
     threads: int | None = None,
     progress: bool = False,
 ) -> Digests:
-    """The digests of all tensors of a checkpoint. Each byte is read once, and a few MiB for each thread are all that is
-    kept in memory.
+    """Return the digests of all tensors of a checkpoint, reading each byte once, with a few MiB of memory per thread.
 
     :param files: one for each shard of the manifest.
-    :param dims: for each tensor the dim along which it is cut into blocks; default: 0.
-    :param threads: that read and hash at once; default: as :func:`execute`.
+    :param dims: for each tensor the dim along which to cut it into blocks; default: 0.
+    :param threads: the number of threads that read and hash; default: as :func:`execute`.
 
     :raises CorruptModelCheckpointError: a file ends early, or is not the one whose manifest this is.
     :raises OSError: a file cannot be read.
@@ -132,7 +130,7 @@ def _threads(plan: Plan, shards: Mapping[int, OpenShard], arena: Arena, hasher: 
     if not cold:
         return min(most, cores())
 
-    # While some hash, which keeps a core busy each, the disk has to be asked by as many others.
+    # While some threads hash, which keeps a core busy each, as many others have to keep the disk busy.
     return min(most, max(cores(), COLD_THREADS + (0 if hasher is None else cores())))
 
 
@@ -140,22 +138,22 @@ _StepT = TypeVar("_StepT", contravariant=True)
 
 
 class _Worker(Protocol[_StepT]):
-    """What one thread does its steps with."""
+    """The worker of one thread, which does its steps."""
 
     def run(self, step: _StepT) -> int:
-        """Do a step; returns how many bytes that was."""
+        """Do a step and return its number of bytes."""
 
     def finish(self) -> None:
-        """Return when all is done."""
+        """Wait until all is done."""
 
 
 def _drive(
     steps: Iterator[_StepT], worker: Callable[[], _Worker[_StepT]], threads: int, total: int, label: str | None
 ) -> None:
-    """Have ``threads`` threads do the steps; the first error, or an interrupt, stops all of them.
+    """Do the steps on ``threads`` threads; the first error, or an interrupt, stops all of them.
 
-    :param total: bytes of all steps.
-    :param label: of the progress bar; ``None`` shows none.
+    :param total: the bytes of all steps.
+    :param label: the label of the progress bar; ``None`` shows no bar.
     """
     lock = threading.Lock()
     stop = threading.Event()
@@ -163,7 +161,7 @@ def _drive(
     done = [0] * threads
 
     def work(me: int) -> None:
-        # An intra-op thread pool within each reader would only fight with the other readers for the cores.
+        # An intra-op thread pool within each reader would only compete with the other readers for the cores.
         torch.set_num_threads(1)
         try:
             mine = worker()
@@ -174,7 +172,7 @@ def _drive(
                     break
                 done[me] += mine.run(step)
             mine.finish()
-        except BaseException as error:  # it is raised again where the caller can see it
+        except BaseException as error:  # raised again in the caller's thread
             errors.append(error)
             stop.set()
 
@@ -186,7 +184,7 @@ def _drive(
             started.append(reader)
             reader.start()
         with ExitStack() as stack:
-            # Even one that shows nothing would start a thread that outlives it.
+            # Even a hidden bar would start a thread that outlives it.
             bar = None if label is None else stack.enter_context(byte_bar(total, label))
             for reader in readers:
                 ended = False
@@ -195,7 +193,7 @@ def _drive(
                     if bar is not None:
                         bar.update(sum(done) - bar.n)
     finally:
-        # Also when the wait was interrupted: nobody may write to the arena when this function has returned.
+        # Also after an interrupted wait: no thread may write to the arena when this function has returned.
         stop.set()
         for reader in started:
             reader.wait_if_started()
@@ -213,18 +211,18 @@ def _read(
     hasher: Hasher | None,
     label: str | None,
 ) -> None:
-    """Run the reads, and have what they read hashed."""
+    """Run the reads, and hash their bytes."""
     _drive(steps_of(plan, hasher), lambda: Reader(plan, shards, arena, hasher), threads, plan.read_bytes, label)
 
 
 def _hash(hasher: Hasher, mappings: Mapping[int, mmap.mmap], threads: int, label: str | None) -> None:
-    """Hash what is mapped."""
+    """Hash the mapped bytes."""
     steps = hasher.mapped_steps(STEP)
     _drive(steps, lambda: _MappingHasher(hasher, mappings), threads, hasher.mapped_bytes, label)
 
 
 class _MappingHasher:
-    """What one thread needs to hash what is mapped."""
+    """The worker of one thread that hashes mapped bytes."""
 
     def __init__(self, hasher: Hasher, mappings: Mapping[int, mmap.mmap]) -> None:
         self._leaves = hasher.thread()

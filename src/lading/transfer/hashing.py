@@ -1,8 +1,8 @@
-"""Digests of what a load reads, taken while the bytes are in the cache of the core that read them.
+"""Digests of the bytes that a load reads, taken while they are in the cache of the core that read them.
 
-Which blocks (:mod:`lading.formats.digests`) lie in which read is settled before, so that the threads that read share
-nothing but an array of slots, one for each leaf, of which each is written once. Reads are taken in pieces that end
-where atoms (:mod:`lading.transfer.leaves`) do, so that each piece is hashed by itself.
+The blocks (:mod:`lading.formats.digests`) in each read are known before it starts, so that the reading threads share
+only an array of slots, one for each leaf, each written once. Pieces of reads end where atoms
+(:mod:`lading.transfer.leaves`) do, so that each piece is hashed independently.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from lading.transfer.leaves import Job, LeafHasher, Part
 
 
 class _Jobs:
-    """Jobs in columns. To be found, they have to be in order, by where they lie and by where they begin there."""
+    """Jobs in columns, sorted by their source and their begin so that a search finds them."""
 
     def __init__(self) -> None:
         self._sources = array("q")
         self._columns = tuple(array("q") for _ in Job._fields)
         self._begins = self._columns[0]
         self.nbytes = 0
-        """The bytes of all jobs."""
+        """The number of bytes of all jobs."""
 
     def add(self, source: int, job: Job) -> None:
         self._sources.append(source)
@@ -38,7 +38,10 @@ class _Jobs:
         self.nbytes += job.end - job.begin
 
     def require_order(self) -> None:
-        """:raises InternalError: they are not in order, because the plan is not."""
+        """Check that the jobs are in order.
+
+        :raises InternalError: they are not, because the plan is not.
+        """
         if any(a > b for a, b in pairwise(zip(self._sources, self._begins, strict=True))):
             raise InternalError("the tensors of a plan are expected in the order of its reads")
 
@@ -48,7 +51,7 @@ class _Jobs:
             yield Part(job, source, job.begin, job.end)
 
     def within(self, source: int, begin: int, end: int) -> Iterator[Part]:
-        """What there is to be hashed of the bytes from ``begin`` to ``end``."""
+        """Yield the parts to hash among the bytes from ``begin`` to ``end``."""
         low, high = self._range(source)
         for j in range(max(low, bisect_right(self._begins, begin, low, high) - 1), high):
             if self._begins[j] >= end:
@@ -58,7 +61,7 @@ class _Jobs:
                 yield Part(job, source, max(begin, job.begin), min(end, job.end))
 
     def before(self, source: int, at: int) -> Job | None:
-        """The last job that begins before ``at``."""
+        """Return the last job that begins before ``at``."""
         low, high = self._range(source)
         j = bisect_left(self._begins, at, low, high) - 1
 
@@ -75,31 +78,31 @@ class _Jobs:
 
 @dataclass(slots=True)
 class _Run:
-    """Bytes of a tensor that lie side by side, in a read or in a mapping, and the wanted tensors that they are for."""
+    """Adjacent bytes of a tensor, in a read or in a mapping, and the wanted tensors that they fill."""
 
     tensor: int
     home: int
     read: int
     begin: int
-    """In the file."""
+    """The first byte, as an offset in the file."""
     end: int
     boxes: list[tuple[int, Box]]
 
     def is_continued_by(self, other: _Run) -> bool:
-        """Whether ``other`` holds the same tensor's next bytes, so that blocks may lie across both."""
+        """Return whether ``other`` has the same tensor's next bytes, so that blocks may lie across both."""
         mine, its = (self.tensor, self.home, self.read, self.end), (other.tensor, other.home, other.read, other.begin)
 
         return mine == its
 
 
 class Hasher:
-    """Collects the digests of the blocks that one run of ``execute`` reads or maps whole.
+    """A collector of the digests of the blocks that one run of ``execute`` reads or maps whole.
 
-    Blocks of which only a part is read have none. Nor have blocks of long runs of bytes, each read by itself, of which
-    several make a leaf; no shard of a gang of 2, 4 or 8 has any.
+    Blocks that are read in part have no digest. Nor have blocks of long runs of bytes, each read separately, that
+    share a leaf; no shard of a gang of 2, 4 or 8 has such blocks.
 
-    :param dims: for each tensor of the manifest the dim along which it is cut into blocks.
-    :param wanted: what ``plan`` was made for.
+    :param dims: for each tensor of the manifest the dim along which to cut it into blocks.
+    :param wanted: the tensors that ``plan`` reads.
 
     :raises ValueError: a tensor has no such dim.
     """
@@ -109,22 +112,22 @@ class Hasher:
         self._dims = array("b", dims)
         self._plan = plan
         self.vouched = bytearray(len(wanted.tensors))
-        """For each wanted tensor 1 if all of its bytes are in blocks that are hashed, as read for it; else 0."""
+        """1 for each wanted tensor all of whose bytes are in hashed blocks, as read for it; else 0."""
 
-        # What is hashed: tensor, first block, number of blocks, leaves of each, first slot.
+        # The blocks to hash: tensor, first block, number of blocks, leaves of each, first slot.
         self._results = tuple(array("q") for _ in range(5))
         self._slots_used = 0
         self._empty: list[int] = []
-        # Where it lies: by read, by entry of the plan's rows, by mapping.
+        # Their bytes: by read, by entry of the plan's rows, by mapping.
         self._reads, self._rows, self._mapped = _Jobs(), _Jobs(), _Jobs()
         self._threads: list[LeafHasher] = []
         self._hashed_by_all: int | None = None
 
         self._find_jobs(wanted)
         self.slots = bytearray(self._slots_used * SIZE)
-        """The digests of all leaves; of the only leaf of a block the block's own."""
+        """The digests of all leaves; for a block of one leaf, that of the block."""
 
-    # --- what is to be hashed ----------------------------------------------------------------------------------------
+    # --- the jobs -----------------------------------------------------------------------------------------------------
 
     def _find_jobs(self, wanted: Wanted) -> None:
         pending: _Run | None = None
@@ -132,7 +135,7 @@ class Hasher:
         # In the order in which a plan lays tensors out.
         for i in sorted(range(len(wanted.tensors)), key=wanted.tensors.__getitem__):
             if i in wanted.composed:
-                continue  # its memory holds no tensor's bytes as they are in the file
+                continue  # its memory does not have a tensor's bytes as they are in the file
             tensor, box = wanted.tensors[i], wanted.boxes[i]
             shape = self._manifest.shapes[tensor]
             if box.numel == 0:
@@ -158,7 +161,7 @@ class Hasher:
         self._rows.require_order()
 
     def _run(self, i: int, tensor: int, box: Box, first: int) -> _Run:
-        """Where the bytes of a wanted tensor are, which begin with its element ``first``."""
+        """Return the place of the bytes of a wanted tensor, which begin with its element ``first``."""
         home, bits = self._plan.homes[i], BITS[self._manifest.dtypes[tensor]]
         begin = self._manifest.offsets[tensor] + first * bits // 8
         end = begin + box.numel * bits // 8
@@ -167,8 +170,8 @@ class Hasher:
         return _Run(tensor, home, read, begin, end, [(i, box)])
 
     def _read_of(self, tensor: int, place: int, begin: int, end: int) -> int:
-        """The read that fills ``place`` with the bytes of the file from ``begin`` to ``end``."""
-        # No two reads go to the same place, so that the place tells the read, also of bytes that are read twice.
+        """Return the read that fills ``place`` with the bytes of the file from ``begin`` to ``end``."""
+        # No two reads go to the same place, so the place identifies the read, even for bytes that are read twice.
         plan = self._plan
         read = bisect_right(plan.targets, place) - 1
         if read < 0 or not (
@@ -200,7 +203,7 @@ class Hasher:
             self.vouched[i] = _within(blocks_touched(dtype, shape, dim, box), blocks)
 
     def _add_rows(self, i: int, tensor: int, box: Box, dtype: str) -> None:
-        """Hash the blocks of a box of whole blocks that is several runs of bytes, one in each row."""
+        """Hash the blocks of a box of whole blocks that consists of several runs of bytes, one in each row."""
         rows, place = self._plan.rows, self._plan.places[i]
         stored, shape, dim = self._manifest.dtypes[tensor], self._manifest.shapes[tensor], self._dims[tensor]
         blocks = blocks_within(stored, shape, dim, box)
@@ -229,7 +232,7 @@ class Hasher:
         self.vouched[i] = 1
 
     def _add_result(self, tensor: int, blocks: range, whole: Cut) -> int:
-        """Expect the digests of ``blocks``; returns their first slot."""
+        """Expect the digests of ``blocks`` and return their first slot."""
         slot = self._slots_used
         for column, value in zip(self._results, (tensor, blocks.start, len(blocks), whole.leaves, slot), strict=True):
             column.append(value)
@@ -237,13 +240,13 @@ class Hasher:
 
         return slot
 
-    # --- while it is read --------------------------------------------------------------------------------------------
+    # --- during the reads ---------------------------------------------------------------------------------------------
 
     def stop(self, read: int, at: int, limit: int, item: int) -> int:
-        """Where a piece of a read has to end, so that it holds whole atoms and whole items.
+        """Return where a piece of a read has to end to contain whole atoms and whole items.
 
-        :param at: where it begins in the file; not inside an atom.
-        :param limit: how far it may reach, unless the first atom reaches farther.
+        :param at: its begin in the file, not inside an atom.
+        :param limit: its largest end, unless the first atom reaches farther.
         """
         job = self._reads.before(read, limit)
         if job is not None and limit < job.end:
@@ -253,26 +256,26 @@ class Hasher:
         return limit - (limit - at) % item
 
     def rows_together(self, entry: int) -> int:
-        """By how many rows at once an entry of the plan's rows has to be read."""
+        """Return the number of rows of an entry of the plan's rows that have to be read at once."""
         job = self._rows.before(entry, 1)
 
         return 1 if job is None else max(1, job.group)
 
     def in_read(self, read: int, begin: int, end: int) -> Iterator[Part]:
-        """What is to be hashed of a piece of a read, by offsets in the file."""
+        """Yield the parts to hash in a piece of a read, by offsets in the file."""
         return self._reads.within(read, begin, end)
 
     def in_rows(self, entry: int, begin: int, end: int) -> Iterator[Part]:
-        """What is to be hashed of an entry of the plan's rows, by offsets in memory, where row follows row."""
+        """Yield the parts to hash in an entry of the plan's rows, by offsets in memory, where row follows row."""
         return self._rows.within(entry, begin, end)
 
     @property
     def mapped_bytes(self) -> int:
-        """The bytes that are to be hashed where they are mapped."""
+        """The number of bytes to hash in mappings."""
         return self._mapped.nbytes
 
     def mapped_steps(self, most: int) -> Iterator[list[Part]]:
-        """What is to be hashed where it is mapped, by offsets in the file, in steps of about ``most`` bytes."""
+        """Yield the parts to hash in mappings, by offsets in the file, in steps of about ``most`` bytes."""
         step: list[Part] = []
         size = 0
         for job, source, at, end in self._mapped:
@@ -291,18 +294,18 @@ class Hasher:
             yield step
 
     def thread(self) -> LeafHasher:
-        """What one thread hashes with."""
+        """Return a hasher of leaves for one thread."""
         self._threads.append(LeafHasher(self.slots))
 
         return self._threads[-1]
 
-    # --- afterwards --------------------------------------------------------------------------------------------------
+    # --- after the reads ----------------------------------------------------------------------------------------------
 
     def pool(self, add_up: Callable[[bytearray | array[int]], None]) -> None:
-        """Take in what other ranks have hashed, each another part of what the same plan reads.
+        """Add the digests of other ranks, each of another part of the same plan's reads.
 
-        :param add_up: overwrites numbers by their sums over all ranks. A slot is written by one of them; those of the
-            others are zero.
+        :param add_up: replaces numbers by their sums over all ranks. One rank writes a slot; those of the others are
+            zero.
         """
         hashed = array("q", [sum(thread.hashed for thread in self._threads)])
         add_up(hashed)
@@ -310,9 +313,9 @@ class Hasher:
         self._hashed_by_all = hashed[0]
 
     def digests(self) -> Digests:
-        """The digests of all blocks that were hashed, when ``execute`` has returned.
+        """Return the digests of all hashed blocks, after ``execute`` has returned.
 
-        :raises CorruptModelCheckpointError: bytes that were read twice were not the same.
+        :raises CorruptModelCheckpointError: bytes that were read twice differ.
         """
         expected = self._reads.nbytes + self._rows.nbytes + self._mapped.nbytes
         own = sum(thread.hashed for thread in self._threads)
@@ -355,7 +358,7 @@ class Hasher:
 
 
 def _job(begin: int, blocks: range, whole: Cut, slot: int) -> Job:
-    """The job of some of the blocks of a tensor that is cut as ``whole``."""
+    """Return the job of some of the blocks of a tensor that is cut as ``whole``."""
     group = whole.group if whole.blocks * whole.segment <= LEAF else 0
 
     return Job(begin, whole.rows, len(blocks), whole.segment, group, whole.leaves, 0, slot)
@@ -366,7 +369,7 @@ def _within(inner: range, outer: range) -> bool:
 
 
 def blocks_within(dtype: str, shape: Sequence[int], dim: int, box: Box) -> range:
-    """The blocks that ``box`` covers wholly."""
+    """Return the blocks that ``box`` covers completely."""
     count = cut(dtype, shape, dim).blocks
     if count == 1:
         return range(1 if box.covers(shape) else 0)
@@ -381,7 +384,7 @@ def blocks_within(dtype: str, shape: Sequence[int], dim: int, box: Box) -> range
 
 
 def blocks_touched(dtype: str, shape: Sequence[int], dim: int, box: Box) -> range:
-    """The blocks of which ``box`` holds an element. They vouch for it together, and fewer of them don't."""
+    """Return the blocks that share an element with ``box``. Only all of them together verify it."""
     count = cut(dtype, shape, dim).blocks
     if box.numel == 0:
         return range(0)

@@ -1,7 +1,7 @@
-"""The leaves of tensors, hashed where their bytes are: in a core's cache, by the thread that put them there.
+"""The hashing of leaves while their bytes are in a core's cache, by the thread that put them there.
 
-The bytes of a tensor's blocks are hashed in *atoms*: an atom is the shortest run of bytes that is hashed on its own.
-That is a group of rows, with a leaf for each block, or, where one row is larger than a leaf, a leaf.
+Threads hash the bytes of a tensor's blocks in *atoms*: an atom is the shortest run of bytes that can be hashed alone.
+That is a group of rows, with a leaf for each block, or, if one row is larger than a leaf, a leaf.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ import torch
 from lading.formats.digests import LEAF, SIZE, block_digest, leaf_digest
 
 _WIDE = (torch.int64, torch.int32, torch.int16)
-"""Of the dtypes to copy bytes as, the widest that fits has the fewest to copy."""
+"""The dtypes for copies of bytes, of which the widest that fits has the fewest items."""
 
 
 class Job(NamedTuple):
-    """Consecutive blocks of a tensor, or one row of them, that lie in a file or in memory as one run of bytes."""
+    """Consecutive blocks of a tensor, or one row of them, that are one run of bytes in a file or in memory."""
 
     begin: int
-    """Where the run begins."""
+    """The begin of the run."""
     rows: int
     blocks: int
     segment: int
-    """The run is ``rows × blocks × segment`` bytes."""
+    """The bytes of a row of a block; the run has ``rows × blocks × segment`` bytes."""
     group: int
-    """Rows of an atom; 0 where rows are larger than a leaf, so that atoms are pieces of segments."""
+    """The rows of an atom; 0 if rows are larger than a leaf, so that atoms are pieces of segments."""
     leaves: int
-    """Leaves of each block."""
+    """The number of leaves of each block."""
     leaf: int
-    """The first of them that is here."""
+    """The first leaf in this run."""
     slot: int
-    """The slot of the first leaf of the first block; those of a block follow one another."""
+    """The slot of the first leaf of the first block; those of a block are consecutive."""
 
     @property
     def end(self) -> int:
-        """Where the run ends."""
+        """The end of the run."""
         return self.begin + self.rows * self.blocks * self.segment
 
     def atom(self, at: int) -> tuple[int, int]:
-        """Begin and end of the atom that holds the byte at ``at``."""
+        """Return the begin and the end of the atom with the byte at ``at``."""
         within = at - self.begin
         if self.group:
             size = self.group * self.blocks * self.segment
@@ -58,31 +58,31 @@ class Part(NamedTuple):
 
     job: Job
     source: int
-    """Where the job lies: a read, an entry of the plan's rows, or a mapping."""
+    """The source of the job: a read, an entry of the plan's rows, or a mapping."""
     begin: int
     end: int
 
 
 class LeafHasher:
-    """What one thread needs to hash leaves.
+    """The hasher of one thread.
 
-    :param slots: of the digests, which all threads share.
+    :param slots: the digests, which all threads share.
     """
 
     def __init__(self, slots: bytearray) -> None:
         self.hashed = 0
-        """Bytes so far."""
+        """The bytes hashed so far."""
         self._slots = slots
         self._gathered = torch.empty(0, dtype=torch.uint8)
         self._view = memoryview(b"")
 
     def parts(self, parts: Iterable[Part], begin: int, memory: memoryview) -> None:
-        """Hash parts of what ``memory`` holds, which begins at ``begin`` where they count from."""
+        """Hash parts of ``memory``, which begins at the offset ``begin``."""
         for part in parts:
             self.part(part, memory[part.begin - begin : part.end - begin])
 
     def part(self, part: Part, memory: memoryview) -> None:
-        """Hash a part, whose bytes are ``memory``."""
+        """Hash a part with the bytes ``memory``."""
         job = part.job
         if job.group:
             self._groups(job, part.begin - job.begin, memory)
@@ -118,14 +118,14 @@ class LeafHasher:
         self._slots[at : at + SIZE] = digest
 
     def _gather(self, atom: memoryview, job: Job) -> memoryview:
-        """The same rows, but block by block."""
+        """Return the same rows, but block by block."""
         source = torch.frombuffer(atom, dtype=torch.uint8)
         if not self._gathered.numel():
             buffer = bytearray(LEAF)
             self._view = memoryview(buffer)
             self._gathered = torch.frombuffer(buffer, dtype=torch.uint8)
 
-        # The wider the items, the fewer there are to copy.
+        # Wider items make fewer copies.
         dtype = next((d for d in _WIDE if not (job.segment | source.data_ptr()) % d.itemsize), torch.uint8)
         rows = source.view(dtype).view(-1, job.blocks, job.segment // dtype.itemsize)
         target = self._gathered[: len(atom)].view(dtype).view(job.blocks, rows.shape[0], -1)

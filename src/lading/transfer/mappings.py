@@ -1,4 +1,4 @@
-"""Files that are mapped, and how their pages come to be present."""
+"""Mapped files, and the population of their pages."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from lading.transfer.memory import map_file, populate
 from lading.transfer.pages import BLOCK
 
 CELL = 64 << 20
-"""Bytes of a file that a thread makes present before it takes the next part: shards are few, and differ in size."""
+"""The bytes of a file that a thread populates before it takes the next part: shards are few, and differ in size."""
 
 Range = tuple[int, int, int]
 """(shard, begin, end): bytes of a shard's file."""
 
 Cell = tuple[int, int]
-"""(shard, number): which of the parts of :data:`CELL` bytes of a shard's file."""
+"""(shard, number): a part of a shard's file, in units of :data:`CELL` bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ahead:
-    """Files that were mapped before it was settled what of them is wanted."""
+    """Files mapped before the load knows its tensors."""
 
     mappings: Mapping[int, mmap.mmap] = field(default_factory=dict)
-    """By shard."""
+    """The mappings by shard."""
     cells: Mapping[Cell, object] = field(default_factory=dict)
-    """What of them is made present without being asked for."""
+    """The cells of them that are populated ahead."""
 
 
 NOTHING_AHEAD = Ahead()
@@ -41,13 +41,13 @@ NOTHING_AHEAD = Ahead()
 
 @contextmanager
 def mapped_ahead(files: Sequence[ShardFile], ranges: Iterable[Range]) -> Iterator[Ahead]:
-    """Map files, and have what of them is in the page cache made present while the block runs.
+    """Map files, and populate those of their pages that are in the page cache while the block runs.
 
-    Mapping what the cache holds takes as long as all else that a mapped load does, and needs no Python. Nothing is read
-    from a disk for it, as not all may be wanted. What cannot be mapped is left to whoever maps it next, and to the
-    error that this raises.
+    Mapping cached pages takes as long as the rest of a mapped load, and needs no Python. This reads nothing from a
+    disk, as the load may not need all of it. A file that this cannot map is left to the next function that maps it,
+    which raises the error.
 
-    :param ranges: what may be wanted.
+    :param ranges: the bytes that the load may need.
     """
     mappings: dict[int, mmap.mmap] = {}
     cells: dict[Cell, list[tuple[int, int]]] = {}
@@ -75,7 +75,7 @@ def mapped_ahead(files: Sequence[ShardFile], ranges: Iterable[Range]) -> Iterato
 
 
 def make_present(mappings: Mapping[int, mmap.mmap], ranges: Iterable[Range], ahead: Ahead) -> None:
-    """Have bytes of mappings present, but for what is made so ``ahead``. On as many threads as there are cores."""
+    """Populate bytes of mappings, except for those populated ``ahead``, on as many threads as there are cores."""
     cells = {cell: parts for cell, parts in cells_of(ranges).items() if cell not in ahead.cells}
     if cells:
         with ThreadPoolExecutor(min(cores(), len(cells)), thread_name_prefix="lading-mapper") as pool:
@@ -83,9 +83,9 @@ def make_present(mappings: Mapping[int, mmap.mmap], ranges: Iterable[Range], ahe
 
 
 def may_be_mapped(manifest: Manifest, dtype: str | None) -> Iterator[Range]:
-    """Where tensors lie that need no cast.
+    """Yield the bytes of tensors that need no cast.
 
-    :param dtype: that is asked for; ``None`` for that of each tensor.
+    :param dtype: the dtype to load as; ``None`` for that of each tensor.
     """
     if dtype is None:
         return ((i, 0, shard.size) for i, shard in enumerate(manifest.shards))
@@ -98,7 +98,7 @@ def may_be_mapped(manifest: Manifest, dtype: str | None) -> Iterator[Range]:
 
 
 def cells_of(ranges: Iterable[Range]) -> dict[Cell, list[tuple[int, int]]]:
-    """Ranges by the cells that they lie in, joined where less than a huge page is between them. They begin at pages."""
+    """Return ranges by their cells, joined if less than a huge page is between them. They begin at pages."""
     cells: dict[Cell, list[tuple[int, int]]] = {}
     for shard, begin, end in sorted(ranges):
         for number in range(begin // CELL, -(-end // CELL)):
@@ -113,7 +113,7 @@ def cells_of(ranges: Iterable[Range]) -> dict[Cell, list[tuple[int, int]]]:
 
 
 def cores() -> int:
-    """As many as this process may use."""
+    """Return the number of cores that this process may use."""
     return max(1, len(os.sched_getaffinity(0)))
 
 

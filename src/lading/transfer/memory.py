@@ -1,4 +1,4 @@
-"""The memory that a load fills: one arena per load, on the CPU or on a device, and the way of bytes into it."""
+"""The memory that a load fills: one arena per load, on the CPU or on a device, and its buffers."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.pages import BLOCK, POPULATE_READ, HugePages, madvise, pages_of
 
 RING_DEPTH = 3
-"""Buffers of a reader that fills a device: one is read into while two are on their way."""
+"""The number of buffers of a reader that fills a device: it reads into one while two are on their way."""
 
 
 class Stage(Protocol):
-    """A buffer of one reader thread for bytes that cannot be read straight into the arena."""
+    """A buffer of one reader thread for bytes that cannot go directly into the arena."""
 
     def take(self) -> memoryview:
-        """A buffer that nothing uses any more."""
+        """Return a buffer that is not in use."""
 
     def put(self, begin: int, size: int, place: int, source: str, target: str) -> None:
         """Move ``size`` bytes at ``begin`` of the buffer taken last to ``place`` in the arena, cast on the way."""
 
     def finish(self) -> None:
-        """Return when all that was put has arrived."""
+        """Wait until all bytes have arrived."""
 
 
 class Arena(Protocol):
-    """Memory for all tensors of a load that are not mapped."""
+    """The memory of all tensors of a load that are not mapped."""
 
     on_host: bool
-    """Whether bytes can be read straight into it."""
+    """``True`` if reads can go directly into it."""
 
     def direct(self, place: int, size: int) -> memoryview | None:
-        """The bytes at ``place``, to be read into; ``None`` where this memory is not the host's."""
+        """Return the bytes at ``place`` to read into; ``None`` if this memory is not the host's."""
 
     def stage(self, chunk: int) -> Stage:
-        """Buffers of ``chunk`` bytes for one reader thread."""
+        """Return buffers of ``chunk`` bytes for one reader thread."""
 
     def tensor(self, place: int, shape: tuple[int, ...], dtype: str) -> Tensor:
-        """The tensor at ``place``. It keeps the memory alive."""
+        """Return the tensor at ``place``, which keeps the memory alive."""
 
     @property
     def pages(self) -> Mapping[str, int]:
-        """The page sizes that were chosen for it, with their bytes."""
+        """The page sizes chosen for it, with their bytes."""
 
 
 def create_arena(size: int, device: torch.device, huge_pages: HugePages = "auto") -> Arena:
@@ -62,7 +62,7 @@ def create_arena(size: int, device: torch.device, huge_pages: HugePages = "auto"
 
 
 class HostArena:
-    """Anonymous memory, whose pages are made present in the cheapest size as it is filled."""
+    """Anonymous memory that populates its pages in the cheapest size during the reads."""
 
     on_host = True
 
@@ -70,7 +70,7 @@ class HostArena:
         self._map = mmap.mmap(-1, max(size, 1) + BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         address = _address(self._map)
         self._begin = -address % BLOCK
-        """The first byte of the mapping where a large page can begin."""
+        """The first byte of the mapping at which a large page can begin."""
         self._bytes = memoryview(self._map)[self._begin : self._begin + size]
         self._pages = pages_of(address + self._begin, size, huge_pages)
 
@@ -91,7 +91,7 @@ class HostArena:
 
 
 class NoArena:
-    """For bytes that are only looked at as they pass."""
+    """An arena without memory, for bytes that are only hashed."""
 
     on_host = True
 
@@ -110,7 +110,7 @@ class NoArena:
 
 
 class DeviceArena:
-    """One allocation on a device, filled on a stream of its own."""
+    """One allocation on a device, filled on its own stream."""
 
     on_host = False
 
@@ -120,7 +120,7 @@ class DeviceArena:
         self._lock = threading.Lock()
         self._landing = torch.empty(0, dtype=torch.uint8, device=device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        # The allocator may hand out memory that work on the current stream still uses.
+        # The allocator may return memory that work on the current stream still uses.
         self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def direct(self, place: int, size: int) -> memoryview | None:
@@ -148,8 +148,8 @@ class DeviceArena:
             if source == target:
                 self._bytes[place : place + read.numel()].copy_(read, non_blocking=True)
             else:
-                # The link is the narrow place: bytes cross it uncast. What they land in is used again by the next
-                # copy at once, as the stream does one after the other.
+                # The link is the bottleneck: bytes cross it uncast. The next copy reuses the buffer on the device at
+                # once, as the stream runs one after the other.
                 if self._landing.numel() < read.numel():
                     self._landing = torch.empty_like(read, device=self._device)
                 landed = self._landing[: read.numel()]
@@ -163,7 +163,7 @@ class DeviceArena:
 
 
 class _HostStage:
-    """A buffer that fits the cache: the bytes that were just read are cast before they leave it."""
+    """A buffer that fits the cache, in which bytes are cast right after they are read."""
 
     def __init__(self, arena: HostArena, chunk: int) -> None:
         self._arena = arena
@@ -184,7 +184,7 @@ class _HostStage:
 
 
 class _PassingStage:
-    """A buffer from which nothing is moved."""
+    """A buffer whose bytes stay where they are."""
 
     def __init__(self, chunk: int) -> None:
         self._bytes = memoryview(mmap.mmap(-1, chunk, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
@@ -200,21 +200,21 @@ class _PassingStage:
 
 
 class Copied(Protocol):
-    """The end of a copy that runs by itself."""
+    """The end of an asynchronous copy."""
 
     def synchronize(self) -> None:
-        """Return when the copy has passed."""
+        """Wait for the end of the copy."""
 
 
 class RingStage:
-    """A ring of buffers that copies empty by themselves. A buffer is taken again only when its copy has passed.
+    """A ring of buffers with asynchronous copies. A buffer is reused only after its copy has ended.
 
     :param copy: starts a copy of a buffer's beginning to a place in the arena, casting from one dtype to another.
     """
 
     def __init__(self, buffers: Sequence[Tensor], copy: Callable[[Tensor, int, str, str], Copied]) -> None:
         self._buffers = buffers
-        # Through the address, as torch gives a tensor's memory away only by way of numpy.
+        # Through the address, as torch exposes a tensor's memory only through numpy.
         self._views = [
             memoryview((ctypes.c_ubyte * buffer.numel()).from_address(buffer.data_ptr())).cast("B")
             for buffer in buffers
@@ -242,34 +242,34 @@ class RingStage:
 
 
 def view(memory: mmap.mmap, place: int, shape: tuple[int, ...], dtype: str) -> Tensor:
-    """The tensor at ``place`` of a mapping. Its storage is just its own bytes, and keeps the mapping alive."""
+    """Return the tensor at ``place`` of a mapping. Its storage is just its own bytes, and keeps the mapping alive."""
     torch_dtype = TORCH_DTYPES[dtype]
     count = math.prod(shape)
-    if count == 0:  # `frombuffer` refuses to make it
+    if count == 0:  # `frombuffer` refuses it
         return torch.empty(shape, dtype=torch_dtype)
 
     return torch.frombuffer(memory, dtype=torch_dtype, count=count, offset=place).view(shape)
 
 
 def map_file(fd: int, size: int) -> mmap.mmap:
-    """A private, writable mapping of a whole file.
+    """Return a private, writable mapping of a whole file.
 
-    Writing to the mapping changes neither the file nor what others see of it.
+    Writes to the mapping change neither the file nor other mappings of it.
     """
     return mmap.mmap(fd, size, access=mmap.ACCESS_COPY)
 
 
 def populate(mapping: mmap.mmap, start: int, size: int) -> None:
-    """Have all pages of a part of a mapping present: 30 times faster than a fault for each, as they are touched.
+    """Populate all pages of a part of a mapping: 30 times faster than a page fault for each.
 
     :param start: a multiple of the page size.
 
-    An older kernel refuses; then the pages come one by one.
+    An older kernel refuses; then page faults populate them one by one.
     """
     madvise(_address(mapping) + start, size, POPULATE_READ)
 
 
 def _address(mapping: mmap.mmap) -> int:
-    """Return where a mapping begins in memory."""
-    # Not kept: a mapping that is still exported can't be closed.
+    """Return the address at which a mapping begins."""
+    # Not kept: a mapping with an exported buffer cannot be closed.
     return ctypes.addressof(ctypes.c_char.from_buffer(mapping))

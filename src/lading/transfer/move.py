@@ -1,6 +1,4 @@
-"""What a plan says, done: by each rank for itself, or by the ranks of a host together; with digests, if they are asked
-for.
-"""
+"""The loading of planned tensors, by each rank alone or by the ranks of a host together, with optional digests."""
 
 from __future__ import annotations
 
@@ -24,17 +22,17 @@ from lading.transfer.together import Demand, Joint
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LoadedTensors:
-    """What has come of a plan."""
+    """The result of a plan."""
 
     tensors: Sequence[Tensor]
-    """In the order in which they were wanted."""
+    """The wanted tensors, in their order."""
     digests: Digests | None
-    """Of the blocks that were read whole: by this rank, or by all ranks that read with it."""
+    """The digests of the blocks that were read whole by this rank, or by all ranks that read with it."""
     bytes_read: int
-    """By this rank."""
+    """The bytes that this rank read."""
     reads: int
     pages: Mapping[str, int]
-    """Bytes in memory by the size of their pages."""
+    """The bytes in memory by the size of their pages."""
 
 
 def load_tensors(
@@ -48,12 +46,12 @@ def load_tensors(
     progress: bool = False,
     ahead: Ahead = NOTHING_AHEAD,
 ) -> LoadedTensors:
-    """Do what a plan says.
+    """Execute a plan.
 
-    :param planned: for ``wanted``.
+    :param planned: the plan for ``wanted``.
     :param arena: memory of ``planned.arena_bytes``.
-    :param dims: take digests of blocks along these, one for each tensor of the manifest.
-    :param ahead: what is mapped already, of the same files.
+    :param dims: the dims of the blocks to digest, one for each tensor of the manifest.
+    :param ahead: mappings of the same files.
 
     :raises CorruptModelCheckpointError: a file ends early, or is not the one that the plan was made for.
     :raises OSError: a file cannot be read.
@@ -81,10 +79,10 @@ def load_together(
     dims: Sequence[int] | None = None,
     progress: bool = False,
 ) -> LoadedTensors:
-    """As :func:`load_tensors`, but the ranks of a host read together. All ranks of all hosts have to call it.
+    """Execute a plan as :func:`load_tensors` does, with the ranks of a host reading together. All ranks must call it.
 
-    :param planned: one that maps nothing.
-    :param root: all ranks.
+    :param planned: a plan that maps nothing.
+    :param root: the gang of all ranks.
 
     :raises GangError: another rank failed.
     """

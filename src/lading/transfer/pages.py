@@ -1,9 +1,9 @@
-"""The pages of memory that a load fills: as large as is cheap, told by what the touches of this load cost.
+"""The pages of memory that a load fills, in the size that is cheapest by the measured touches of this load.
 
-One fault makes a large page, and 512 make the same memory in small ones, so large pages are cheaper where the machine
-has the memory at hand. A virtual machine often has not: its host takes back what has been free for a second or two
+One fault makes a large page, and 512 make the same memory in small ones, so large pages are cheaper if the machine has
+the memory at hand. A virtual machine often has not: its host reclaims memory that has been free for a second or two
 (free page reporting, balloons) and backs it piece by piece at the next touch. Then a page of 2 MiB costs 3 to 6 ms,
-against 0.3 ms where it is backed. The same memory in pages of 4 KiB costs 1 ms, as the kernel makes them of remainders
+against 0.3 ms for a backed one. The same memory in pages of 4 KiB costs 1 ms, as the kernel makes them of remainders
 that the host left.
 """
 
@@ -22,13 +22,13 @@ from typing import Literal, Protocol
 PAGE = 4096
 
 BLOCK = 2 << 20
-"""Bytes that are touched at once and timed: the largest page."""
+"""The bytes to touch and time at once: the largest page."""
 
 LONGEST_WAIT = 64
-"""Blocks until a page size that was dear is tried again, at most: where it is still dear, some 4 % of all faults."""
+"""The most blocks until the next trial of an expensive page size: if it is still expensive, some 4 % of all faults."""
 
 MOST_CUTS = 8192
-"""Blocks that may be cut so that no large page fits: each takes two of the 65,530 areas of memory of a process."""
+"""The most blocks to cut so that no large page fits: each takes two of the 65,530 areas of memory of a process."""
 
 POPULATE_READ, POPULATE_WRITE = 22, 23
 """Advice since Linux 5.14; the mmap module of Python 3.11 does not name it yet."""
@@ -36,13 +36,13 @@ POPULATE_READ, POPULATE_WRITE = 22, 23
 TRANSPARENT = Path("/sys/kernel/mm/transparent_hugepage")
 
 HugePages = Literal["auto", "always", "never"]
-"""The sizes that may be used: all, and the cheapest is; large ones only; small ones only."""
+"""The sizes to use: the cheapest of all; large ones only; small ones only."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class PageSize(StrEnum):
-    """A size of pages, as a report names it."""
+    """A size of pages, by its name in reports."""
 
     MIDDLE = "up to 1 MiB"
     """The largest size below 2 MiB that the kernel offers (multi-size huge pages)."""
@@ -54,10 +54,10 @@ class Kernel(Protocol):
     """The owner of the pages of one stretch of memory."""
 
     def advise(self, start: int, size: int, pages: PageSize) -> None:
-        """Have the next touches of a part make pages of this size."""
+        """Make the next touches of a part use pages of this size."""
 
     def touch(self, start: int, size: int) -> float | None:
-        """Make a part present without changing it. Return the seconds it took; ``None`` where it is not possible."""
+        """Populate a part without changing it and return the seconds it took; ``None`` if that is not possible."""
 
 
 class PageCosts:
@@ -65,7 +65,7 @@ class PageCosts:
 
     def __init__(self, sizes: Sequence[PageSize]) -> None:
         self.sizes = tuple(sizes)
-        """In the order in which they are tried."""
+        """The sizes in the order of their trial."""
         self.cheapest = self.sizes[0]
         self._costs: dict[PageSize, float] = {}
         self._waits = dict.fromkeys(self.sizes, 4)
@@ -89,9 +89,9 @@ class PageCosts:
         return self.cheapest
 
     def record(self, size: PageSize, cost: float) -> None:
-        """Take note of the seconds that a block of this size took."""
+        """Record the seconds that a block of this size took."""
         known = self._costs.get(size)
-        # Of the size in use, an average: where backed memory lies between memory that is not, what counts is the mix.
+        # An average for the size in use: if backed and other memory alternate, the mix counts.
         self._costs[size] = (3 * known + cost) / 4 if known is not None and size is self.cheapest else cost
 
         before, self.cheapest = self.cheapest, min(self._costs, key=lambda each: self._costs[each])
@@ -103,7 +103,7 @@ class PageCosts:
 
 
 class Pages:
-    """The pages of one stretch of memory, made present before they are written to. Threads share what they learn."""
+    """The pages of one stretch of memory, populated before writes to them. Threads share the measured costs."""
 
     def __init__(self, size: int, kernel: Kernel, costs: PageCosts) -> None:
         self._size = size
@@ -114,17 +114,17 @@ class Pages:
         self._claimed = bytearray(count)
         self._advised: list[PageSize | None] = [None] * count
         self._end = 0
-        """The block behind the last one that was claimed."""
+        """The block after the last claimed one."""
         self._timed = count > 0
         self._bytes: dict[PageSize, int] = {}
 
     @property
     def chosen(self) -> Mapping[str, int]:
-        """Bytes by page size, the most frequent first; what was not made present ahead is not in it."""
+        """The bytes populated ahead by page size, the most frequent first."""
         return {str(size): count for size, count in sorted(self._bytes.items(), key=lambda item: -item[1])}
 
     def prepare(self, place: int, size: int) -> None:
-        """Have the pages of a part present, but for those that another thread is making."""
+        """Populate the pages of a part, except for those that another thread is populating."""
         for number in range(place // BLOCK, -(-(place + size) // BLOCK)):
             if self._timed and not self._claimed[number]:
                 self._prepare(number)
@@ -141,7 +141,7 @@ class Pages:
             if length == BLOCK and self._advised[number] is not pages:
                 self._advise(number, pages)
 
-        # Seconds of the thread, not of the clock: other threads and processes must not make a page look dear.
+        # Seconds of the thread, not of the clock: other threads and processes must not make a page look expensive.
         seconds = self._kernel.touch(start, length)
         with self._lock:
             if seconds is None:
@@ -152,9 +152,9 @@ class Pages:
                 self._costs.record(pages, seconds)
 
     def _advise(self, number: int, pages: PageSize) -> None:
-        """Ask for pages of a block; if they are the cheapest, of all later blocks that no other thread is making, too.
+        """Request pages for a block; the cheapest also for all later blocks that no other thread is populating.
 
-        To ask takes the lock of the address space that other threads hold while they touch: not for each block.
+        A request takes the lock of the address space, which other threads hold during touches: not for each block.
         """
         self._ask(number, number + 1, pages)
         if pages is self._costs.cheapest:
@@ -170,8 +170,8 @@ class Pages:
 class LinuxKernel:
     """The kernel, as the owner of the pages of an anonymous mapping.
 
-    :param address: of the first block, a multiple of its size.
-    :param cut: end an area within each block whose pages are to be of middle size, so that no large page fits.
+    :param address: the address of the first block, a multiple of its size.
+    :param cut: end an area within each block that needs pages of middle size, so that no large page fits.
     """
 
     def __init__(self, address: int, *, cut: bool) -> None:
@@ -193,14 +193,14 @@ class LinuxKernel:
         return time.thread_time() - begin if self._madvise(start, size, POPULATE_WRITE) else None
 
     def _madvise(self, start: int, size: int, advice: int) -> bool:
-        # By ctypes, as the method of the mapping does not let other threads run meanwhile.
+        # By ctypes, as the method of the mapping blocks other threads meanwhile.
         return madvise(self._address + start, size, advice)
 
 
 def madvise(address: int, size: int, advice: int) -> bool:
-    """Advise the kernel about whole pages of memory; return whether it took the advice."""
+    """Advise the kernel about whole pages of memory and return whether it took the advice."""
     while _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice):
-        # Not for EAGAIN: that says that the process has all the areas of memory that it may have, and would for ever.
+        # No retry for EAGAIN: the process has as many areas of memory as it may have, and it would fail forever.
         if ctypes.get_errno() != errno.EINTR:
             return False
 
@@ -220,7 +220,7 @@ def pages_of(address: int, size: int, huge_pages: HugePages) -> Pages:
 
 
 def offered_sizes(root: Path = TRANSPARENT) -> list[PageSize]:
-    """Return the page sizes that the kernel makes on advice, beside the small ones."""
+    """Return the page sizes besides the small ones that the kernel makes on advice."""
     overall = _chosen(root / "enabled")
 
     def offers(folder: str) -> bool:
@@ -234,7 +234,7 @@ def offered_sizes(root: Path = TRANSPARENT) -> list[PageSize]:
 
 
 def _chosen(path: Path) -> str | None:
-    """Return the value in brackets of a file of settings; ``None`` where there is no such file."""
+    """Return the value in brackets of a file of settings; ``None`` if there is no such file."""
     try:
         text = path.read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):

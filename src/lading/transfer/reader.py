@@ -1,4 +1,4 @@
-"""How one thread reads: the steps that a plan is cut into, and the way of each into memory."""
+"""The reader of one thread, and the steps of a plan that threads share."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from lading.transfer.hashing import Hasher
 from lading.transfer.memory import Arena, Stage
 
 STEP = 8 << 20
-"""Bytes that a thread reads before it takes the next step: large enough for the disk, small enough to stop soon."""
+"""The bytes of a step: large enough for the disk, small enough to stop soon."""
 
 CAST_CHUNK = 1 << 20
-"""Bytes that are read before they are cast: they have to stay in a core's cache."""
+"""The bytes to read before they are cast: they have to stay in a core's cache."""
 
 ROWS_CHUNK = 1 << 20
-"""Bytes that are read at once where gaps are read too: they have to stay in a core's cache until they are copied."""
+"""The bytes to read at once with gaps between rows: they have to stay in a core's cache until they are copied."""
 
 
 class Step(NamedTuple):
     """A part of a read of the plan."""
 
     read: int
-    """Its number."""
+    """The number of the read."""
     offset: int
-    """In the file."""
+    """The offset in the file."""
     size: int
     """Bytes."""
 
@@ -41,14 +41,14 @@ class RowStep(NamedTuple):
     """A part of rows of the plan: runs at equal distances, which follow one another in memory."""
 
     rows: int
-    """Their number."""
+    """The number of the rows."""
     first: int
     """The first run."""
     runs: int
 
 
 def steps_of(plan: Plan, hasher: Hasher | None) -> Iterator[Step | RowStep]:
-    """All that a plan reads, in steps for several threads."""
+    """Yield all reads of a plan, in steps for several threads."""
     for read, (offset, size, cast) in enumerate(zip(plan.offsets, plan.sizes, plan.casts, strict=True)):
         item, _ = item_sizes(plan.conversions[cast])
         for at, count in _pieces(hasher, read, offset, size, STEP, item):
@@ -65,8 +65,8 @@ def steps_of(plan: Plan, hasher: Hasher | None) -> Iterator[Step | RowStep]:
 def _pieces(
     hasher: Hasher | None, read: int, offset: int, size: int, most: int, item: int
 ) -> Iterator[tuple[int, int]]:
-    """(offset, size) of pieces of whole items, of about ``most`` bytes. They end where a page of the file does, or
-    where nothing ends that is hashed in one piece.
+    """Yield (offset, size) of pieces of whole items, of about ``most`` bytes, which end at pages of the file or between
+    atoms.
     """
     at, end = offset, offset + size
     while at < end:
@@ -83,23 +83,23 @@ def _pieces(
 
 
 def _runs_at_once(hasher: Hasher | None, number: int, most: int, distance: int) -> int:
-    """How many runs of the plan's rows ``number`` are read at once, which take ``distance`` bytes each."""
+    """Return the number of runs of the plan's rows ``number`` to read at once, which take ``distance`` bytes each."""
     together = 1 if hasher is None else hasher.rows_together(number)
 
     return max(1, most // distance // together) * together
 
 
 def item_sizes(conversion: tuple[str, str]) -> tuple[int, int]:
-    """Bytes of an item in the file and in memory; where nothing is cast, bytes are the items."""
+    """Return the bytes of an item in the file and in memory; without a cast, bytes are the items."""
     source, target = conversion
 
     return BITS[source] // 8 if source else 1, BITS[target] // 8 if target else 1
 
 
 class Reader:
-    """What one thread needs to read.
+    """The reader of one thread.
 
-    :param chunk: bytes that are read at once where they do not go straight into the arena.
+    :param chunk: bytes to read at once if they do not go directly into the arena.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Reader:
         self._bounce: mmap.mmap | None = None
 
     def run(self, step: Step | RowStep) -> int:
-        """Do a step; returns the bytes that were read."""
+        """Do a step and return the number of bytes read."""
         return self._run(*step) if isinstance(step, Step) else self._run_rows(*step)
 
     def _run(self, read: int, offset: int, size: int) -> int:
@@ -138,7 +138,7 @@ class Reader:
 
         stage = self._get_stage()
         for at, count in _pieces(self._hasher, read, offset, size, self._chunk, source_size):
-            # Past the page cache, a byte must land where it is in its page; items have to be aligned all the same.
+            # Direct reads put a byte at its offset in its page; items have to be aligned all the same.
             skip = at % PAGE if cold and at % source_size == 0 else 0
             memory = stage.take()[skip : skip + count]
             self._fill(file, read, at, memory, direct=cold and (at - skip) % PAGE == 0)
@@ -147,12 +147,12 @@ class Reader:
         return size
 
     def _fill(self, file: OpenShard, read: int, offset: int, memory: memoryview, *, direct: bool) -> None:
-        """Read a piece, and have it hashed before it leaves the cache."""
+        """Read a piece, and hash it before it leaves the cache."""
         if self._hasher is None or self._leaves is None:
             file.fill(offset, memory, direct=direct)
             return
 
-        # A disk wants to be asked for much at once; what it brings is not in the cache of this core anyhow.
+        # Large requests suit a disk; its bytes are not in the cache of this core anyway.
         for at, count in _pieces(self._hasher, read, offset, len(memory), len(memory) if direct else LEAF, 1):
             part = memory[at - offset : at - offset + count]
             file.fill(at, part, direct=direct)
@@ -196,12 +196,12 @@ class Reader:
         return (runs - 1) * (stride if gaps else length) + length
 
     def _read_bounce(self, file: OpenShard, offset: int, size: int, cold: bool) -> Tensor:
-        """The bytes of the file, until the next call."""
+        """Return bytes of the file, valid until the next call."""
         if self._bounce is None:
             most = max(ROWS_CHUNK, LEAF) + 2 * PAGE
             self._bounce = mmap.mmap(-1, most, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
-        skew = offset % PAGE  # past the page cache, a byte must land where it is in its page
+        skew = offset % PAGE  # direct reads put a byte at its offset in its page
         file.fill(offset, memoryview(self._bounce)[skew : skew + size], direct=cold)
 
         return torch.frombuffer(self._bounce, dtype=torch.uint8, count=size, offset=skew)
@@ -213,6 +213,6 @@ class Reader:
         return self._stage
 
     def finish(self) -> None:
-        """Return when all that was read is where it belongs."""
+        """Wait until all bytes are in their places."""
         if self._stage is not None:
             self._stage.finish()

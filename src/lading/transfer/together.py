@@ -1,10 +1,10 @@
-"""Reading together: each rank of a host reads a contiguous part of what any of them wants, and they exchange what it
-holds.
+"""The schedule of shared reads: each rank of a host reads a contiguous part of the bytes that any of them wants, and
+they exchange it.
 
-Ranks that read for themselves bring the same bytes from the disk several times where they want the same tensors
-(replicas), or parts of the same pages (columns of a matrix). What each rank wants is known to all before a byte moves,
-so that both ends of an exchange know by themselves what comes, in which order: messages are bytes and nothing else.
-Pure, but for the copies from one buffer to another.
+Ranks that read alone bring the same bytes from the disk several times if they want the same tensors (replicas), or
+parts of the same pages (columns of a matrix). All ranks know the demands of all before a byte moves, so both ends of an
+exchange know its content and order: messages are nothing but bytes. Pure functions, except for the copies from one
+buffer to another.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from lading.transfer.hashing import Hasher
 from lading.transfer.reader import Step
 
 ROUND = 8 << 20
-"""Bytes that the ranks of a host read at once, all together."""
+"""The bytes that all ranks of a host read at once, together."""
 
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """What one rank wants of the files: runs of equal size at equal distances; in columns, for the others to know."""
+    """The bytes that one rank wants: runs of equal size at equal distances, in columns to send to the others."""
 
     shards: array[int]
-    """Type code ``I``."""
+    """The shards; type code ``I``."""
     offsets: array[int]
-    """Where the first run begins in the shard's file; type code ``q``, as all that follow."""
+    """The begin of the first run in the shard's file; type code ``q``, as all that follow."""
     strides: array[int]
-    """Bytes from the beginning of a run to that of the next."""
+    """The bytes from the beginning of a run to that of the next."""
     lengths: array[int]
-    """Bytes of a run."""
+    """The bytes of a run."""
     counts: array[int]
 
     @classmethod
     def of(cls, planned: Plan) -> Self:
-        """What a plan reads: its reads, and behind them its rows."""
+        """Return the demand of a plan: its reads, and then its rows."""
         rows = planned.rows
 
         return cls(
@@ -61,7 +61,7 @@ class Demand:
 
 
 class Piece(NamedTuple):
-    """Bytes of an entry of a demand: those from ``first`` to ``last``, where run follows run."""
+    """The bytes of an entry of a demand from ``first`` to ``last``, where run follows run."""
 
     entry: int
     first: int
@@ -69,7 +69,7 @@ class Piece(NamedTuple):
 
 
 class Index:
-    """A demand, to be asked what of it lies in some bytes of a file."""
+    """An index of a demand that finds its bytes in a part of a file."""
 
     def __init__(self, demand: Demand) -> None:
         columns = (demand.shards, demand.offsets, demand.strides, demand.lengths, demand.counts)
@@ -81,12 +81,12 @@ class Index:
         )
         self._ends = self._offsets + (self._counts - 1) * self._strides + self._lengths
         self._reach = self._ends.copy()
-        """The end of whatever begins no later."""
+        """The largest end of the entries up to here."""
         for low, high in zip(self._starts[:-1], self._starts[1:], strict=True):
             np.maximum.accumulate(self._ends[low:high], out=self._reach[low:high])
 
     def within(self, shard: int, begin: int, end: int) -> list[Piece]:
-        """What lies in the bytes from ``begin`` to ``end``, in the order of the file."""
+        """Return the pieces in the bytes from ``begin`` to ``end``, in the order of the file."""
         if shard + 1 >= len(self._starts):
             return []
         low, high = int(self._starts[shard]), int(self._starts[shard + 1])
@@ -100,7 +100,7 @@ class Index:
         return [Piece(*numbers) for numbers in zip(*(column.tolist() for column in columns), strict=True)]
 
     def _before(self, part: slice, at: int) -> Ints:
-        """How many wanted bytes of each entry lie before ``at``."""
+        """Return the number of wanted bytes of each entry before ``at``."""
         strides, lengths = self._strides[part], self._lengths[part]
         within = np.clip(at - self._offsets[part], 0, self._ends[part] - self._offsets[part])
         run = within // strides
@@ -108,7 +108,7 @@ class Index:
         return run * lengths + np.minimum(within - run * strides, lengths)
 
     def spans(self, shard: int) -> tuple[Ints, Ints]:
-        """Where entries of a file begin and end, gaps included."""
+        """Return the begins and ends of the entries of a file, gaps included."""
         if shard + 1 >= len(self._starts):
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         part = slice(int(self._starts[shard]), int(self._starts[shard + 1]))
@@ -117,9 +117,9 @@ class Index:
 
 
 class Joint:
-    """What the ranks of a host read together. All of them come to the same, from the same demands.
+    """The shared reads of the ranks of a host. All ranks compute the same from the same demands.
 
-    :param demands: of each rank.
+    :param demands: the demand of each rank.
     """
 
     def __init__(self, manifest: Manifest, demands: Sequence[Demand]) -> None:
@@ -127,14 +127,14 @@ class Joint:
         self._demands = demands
         self._indexes = [Index(demand) for demand in demands]
         self.wanted = _rows_of_all(manifest, self._indexes)
-        """Of each tensor that a rank wants something of, all rows in which there is any of it."""
+        """All rows that any rank wants a part of, for each tensor."""
         self.plan = plan(manifest, self.wanted)
-        """The reads for it; nothing is kept of what they bring but what ranks want."""
+        """The plan of its reads, whose other bytes are dropped."""
 
     def schedule(self, hasher: Hasher | None) -> Schedule:
-        """Return who reads what, and when.
+        """Return the schedule of the reads of all ranks.
 
-        :param hasher: of :attr:`plan`.
+        :param hasher: the hasher of :attr:`plan`.
         """
         ranks = len(self._demands)
         reads, offsets, sizes = array("I"), array("q"), array("q")
@@ -148,7 +148,7 @@ class Joint:
                 sizes.append(stop - at)
                 at = stop
 
-        # A step is of the rank in whose part of all bytes its middle lies.
+        # A step belongs to the rank whose part of all bytes contains its middle.
         numbers = np.array(sizes, dtype=np.int64)
         middles = np.cumsum(numbers) - numbers // 2
         bounds = np.searchsorted(middles, [int(numbers.sum()) * r // ranks for r in range(ranks)]).tolist()
@@ -156,7 +156,7 @@ class Joint:
         return Schedule(joint=self, reads=reads, offsets=offsets, sizes=sizes, bounds=(*bounds, len(sizes)))
 
     def _stop(self, read: int, at: int, limit: int, hasher: Hasher | None) -> int:
-        """Where a step has to end: no item of a tensor is cut, nor what is hashed in one piece."""
+        """Return where a step has to end: between items of a tensor, and between atoms."""
         stop = limit - limit % PAGE if hasher is None else hasher.stop(read, at, limit, 1)
         manifest = self._manifest
         tensors = manifest.tensors_of(self.plan.shards[read])
@@ -167,7 +167,7 @@ class Joint:
         return stop if stop > at else stop + item
 
     def message(self, rank: int, shard: int, begin: int, end: int) -> Message:
-        """What a rank is sent of the bytes of a file from ``begin`` to ``end``."""
+        """Return the message to a rank with its bytes among those of a file from ``begin`` to ``end``."""
         pieces = self._indexes[rank].within(shard, begin, end)
         places, at = array("q"), 0
         for piece in pieces:
@@ -179,8 +179,8 @@ class Joint:
     def pack(self, rank: int, message: Message, read: Tensor, begin: int, out: Tensor) -> None:
         """Write a message.
 
-        :param read: the bytes of the file from ``begin`` on that the message is of.
-        :param out: as long as the message.
+        :param read: the bytes of the file from ``begin`` on that contain those of the message.
+        :param out: memory as long as the message.
         """
         demand = self._demands[rank]
         for piece, place in zip(message.pieces, message.places, strict=True):
@@ -197,7 +197,7 @@ class Joint:
 
 
 class Message(NamedTuple):
-    """What one rank is sent of a step: pieces one behind the other, each at its place."""
+    """The bytes of a step for one rank: consecutive pieces, each at its place."""
 
     pieces: list[Piece]
     places: array[int]
@@ -209,29 +209,29 @@ class Schedule:
     """The steps of all ranks; in columns, in the order of the files."""
 
     joint: Joint
-    """The reads that the steps are of."""
+    """The reads that contain the steps."""
     reads: array[int]
     offsets: array[int]
     sizes: array[int]
     bounds: tuple[int, ...]
-    """Where the steps of each rank begin, and where those of the last end."""
+    """The begins of the steps of each rank, and the end of those of the last."""
 
     @property
     def longest(self) -> int:
-        """Bytes of the longest step."""
+        """The bytes of the longest step."""
         return max(self.sizes, default=0)
 
     @property
     def rounds(self) -> int:
-        """How many steps the rank does that has most of them."""
+        """The largest number of steps of a rank."""
         return max(high - low for low, high in zip(self.bounds, self.bounds[1:], strict=False))
 
     def bytes_of(self, rank: int) -> int:
-        """Bytes that a rank reads."""
+        """Return the number of bytes that a rank reads."""
         return sum(self.sizes[self.bounds[rank] : self.bounds[rank + 1]])
 
     def step(self, rank: int, number: int) -> Step | None:
-        """What a rank reads in a round; ``None`` when it is through."""
+        """Return the step of a rank in a round; ``None`` when it has finished."""
         i = self.bounds[rank] + number
         if i >= self.bounds[rank + 1]:
             return None
@@ -239,14 +239,14 @@ class Schedule:
         return Step(self.reads[i], self.offsets[i], self.sizes[i])
 
     def steps(self, rank: int) -> Iterator[Step]:
-        """All that a rank reads."""
+        """Yield all steps of a rank."""
         for i in range(self.bounds[rank], self.bounds[rank + 1]):
             yield Step(self.reads[i], self.offsets[i], self.sizes[i])
 
 
 def _parts(first: int, last: int, length: int) -> Iterator[tuple[int, int, int]]:
-    """The bytes from ``first`` to ``last`` of runs of ``length`` bytes that follow one another: the end of a run, whole
-    runs, the beginning of one; each as (first byte, number of runs, bytes of each).
+    """Yield the bytes from ``first`` to ``last`` of consecutive runs of ``length`` bytes as the end of a run, whole
+    runs, and the beginning of one; each as (first byte, number of runs, bytes of each).
     """
     begin = min(last, -(-first // length) * length)
     end = max(begin, last // length * length)
@@ -282,7 +282,7 @@ def _rows_of_all(manifest: Manifest, indexes: Sequence[Index]) -> Wanted:
 
 
 def _union(begins: Ints, ends: Ints) -> tuple[Ints, Ints]:
-    """Intervals as few as can be, in order, that do not touch."""
+    """Return the union as the fewest intervals, in order, that do not touch."""
     order = np.argsort(begins, kind="stable")
     begins, reach = begins[order], np.maximum.accumulate(ends[order]) if len(ends) else ends
     first = np.flatnonzero(np.concatenate(([True], begins[1:] > reach[:-1]))) if len(begins) else begins

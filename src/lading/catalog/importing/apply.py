@@ -97,7 +97,7 @@ def apply(
     return _report(cards, architectures, warnings=_warnings(session, cards, architectures), problems=all_problems)
 
 
-# --- what is there ---------------------------------------------------------------------------------------------------
+# --- what is there ----------------------------------------------------------------------------------------------------
 
 
 def _kept_cards(session: Session, keys: Collection[Key], sources: Collection[str]) -> dict[Key, StoredRow]:
@@ -183,7 +183,7 @@ def _refuse_towers(session: Session, cards: ImportPlan, architectures: ImportPla
         architectures.refuse(climb("architecture", claims, bases.get))
 
 
-# --- the report ----------------------------------------------------------------------------------------------------
+# --- the report -------------------------------------------------------------------------------------------------------
 
 
 def _warnings(session: Session, cards: ImportPlan, architectures: ImportPlan) -> tuple[str, ...]:

@@ -121,7 +121,7 @@ def _take(session: Session, news: Changes) -> None:
         _take_user_files(session, news)
 
 
-# --- families --------------------------------------------------------------------------------------------------------
+# --- families ---------------------------------------------------------------------------------------------------------
 
 
 def _family_news(session: Session) -> dict[str, str | None]:
@@ -143,7 +143,7 @@ def _take_families(session: Session, families: Mapping[str, str | None]) -> None
         forget(session, ())
 
 
-# --- the package's cards ---------------------------------------------------------------------------------------------
+# --- the package's cards ----------------------------------------------------------------------------------------------
 
 
 def _seed_news(sources: Mapping[str, SourceRow]) -> dict[str, bytes] | None:
@@ -202,7 +202,7 @@ def _take_seeds(session: Session, seeds: Mapping[str, bytes]) -> None:
         _log.warning("A card that comes with a package was left out: %s", line)
 
 
-# --- the user's cards ------------------------------------------------------------------------------------------------
+# --- the user's cards -------------------------------------------------------------------------------------------------
 
 
 def _user_news(

@@ -1,1 +1,1 @@
-"""Files of `torch.save`, read without running what they name."""
+"""Files of `torch.save`, read without running the code that they name."""

@@ -1,9 +1,9 @@
-"""Zip archives as ``torch.save`` writes them: where each record's bytes are, without reading any of them.
+"""Zip archives as ``torch.save`` writes them: the range of bytes of each record, without reading any of them.
 
-Source: PKWARE's APPNOTE.TXT 6.3.10, sections 4.3 to 4.5. :mod:`zipfile` reads the entries of the central directory. The
-rest is here, since two readers of a zip archive may see two different archives in one file, when its local headers and
-its central directory disagree, when names repeat, or when records overlap: all of these are errors. The records of a
-checkpoint are *stored*, so that each is a range of bytes of the file.
+Source: PKWARE's APPNOTE.TXT 6.3.10, sections 4.3 to 4.5. :mod:`zipfile` reads the entries of the central directory.
+This module does the rest, since two readers may see two different archives in one file if its local headers and its
+central directory disagree, if names repeat, or if records overlap: all of these are errors. The records of a checkpoint
+are *stored*, so that each is a range of bytes of the file.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from lading.errors import CorruptModelCheckpointError, RefusedPickleError
 from lading.formats.files import corrupt
 
 MAX_DIRECTORY_SIZE = 100_000_000
-"""Bytes of the central directory; the limit that the header of a safetensors file has, too."""
+"""The most bytes of the central directory, as for the header of a safetensors file."""
 
 MAX_RECORDS = 1_000_000
-"""Records of an archive, each of which takes about 600 bytes of memory."""
+"""The most records of an archive, each of which takes about 600 bytes of memory."""
 
 MAX_NAME_SIZE = 1024
-"""Bytes of a record's name, and of its extra fields in the directory, which zipfile reads in quadratic time."""
+"""The most bytes of a record's name, and of its extra fields, which zipfile reads in quadratic time."""
 
 SIGNATURE = b"PK\x03\x04"
-"""The first bytes of an archive that holds a record."""
+"""The first bytes of an archive with a record."""
 
 _END = struct.Struct("<4s4H2LH")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
@@ -43,16 +43,16 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _FULL_16, _FULL_32 = 0xFFFF, 0xFFFFFFFF
 
 _SIZES_BEHIND, _UTF8 = 0x0008, 0x0800
-"""The flags that a record may have: its sizes come in a descriptor behind it, its name is UTF-8."""
+"""The flags that a record may have: its sizes are in a descriptor after it, its name is UTF-8."""
 
 _CRC_CHUNK = 1 << 20
-"""Bytes whose CRC is taken at once."""
+"""The bytes of one step of a CRC."""
 
 _PROGRAMS = {
     "/constants.pkl": "a TorchScript archive, which is a program",
     "/.data/extern_modules": "an archive of torch.package, which holds Python code",
 }
-"""The archives that torch writes of something else, by how the name of a record ends that all of them have."""
+"""The archives of torch that are not checkpoints, by the end of the name of a record that all of them have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +60,24 @@ class Record:
     """The bytes of one record."""
 
     offset: int
-    """Where they begin, counted from the beginning of the file."""
+    """The first byte, counted from the beginning of the file."""
     size: int
     crc: int
 
 
 def read_directory(file: BinaryIO, *, base: int, size: int, label: str) -> Mapping[str, Record]:
-    """Return the records of the archive that lies in ``file`` at ``base``, by name.
+    """Return the records of the archive in ``file`` at ``base``, by name.
 
-    :param size: bytes of the archive.
+    :param size: the bytes of the archive.
     :param label: the path or the address of the file, for the error.
 
-    :raises CorruptModelCheckpointError: it is no zip archive, or not one whose records are plain ranges of bytes.
+    :raises CorruptModelCheckpointError: it is not a zip archive whose records are plain ranges of bytes.
     :raises RefusedPickleError: it is an archive of TorchScript or of torch.package.
     :raises OSError: the file cannot be read.
     """
     archive = _Archive(file, base, size, label)
     begin, directory = archive.read_central()
-    # A directory by itself: where it is in the file was checked, so that there is nothing left to search for.
+    # The directory alone: its place in the file was checked, so zipfile need not search for it.
     end = _END.pack(b"PK\x05\x06", 0, 0, 0, 0, len(directory), 0, 0)
     try:
         with zipfile.ZipFile(io.BytesIO(directory + end), metadata_encoding="utf-8") as opened:
@@ -105,9 +105,9 @@ def read_directory(file: BinaryIO, *, base: int, size: int, label: str) -> Mappi
 
 
 def read_record(file: BinaryIO, record: Record, *, label: str, where: str) -> bytes:
-    """Return all bytes of a record, whose CRC is checked.
+    """Return all bytes of a record after a check of its CRC.
 
-    :raises CorruptModelCheckpointError: the CRC is not the one of the directory.
+    :raises CorruptModelCheckpointError: the CRC differs from that of the directory.
     """
     file.seek(record.offset)
     data = file.read(record.size)
@@ -119,18 +119,18 @@ def read_record(file: BinaryIO, record: Record, *, label: str, where: str) -> by
 
 
 def require_crc(record: Record, data: bytes | memoryview, *, label: str, where: str) -> None:
-    """Check all bytes of a record against its CRC; torch writes 0 where it was told to compute none.
+    """Check all bytes of a record against its CRC; torch writes 0 if its option turns the computation off.
 
-    :raises CorruptModelCheckpointError: it is not the one of the directory.
+    :raises CorruptModelCheckpointError: the CRC differs from that of the directory.
     """
     if record.crc and (crc := zlib.crc32(data)) != record.crc:
         raise corrupt(label, where, expected=f"bytes with the CRC {record.crc:08x}", found=f"{crc:08x}")
 
 
 def damaged_record(path: Path) -> tuple[str, int, int] | None:
-    """Return the name of a record whose bytes do not have its CRC, and both CRCs; ``None`` where all have it.
+    """Return the name of a record whose bytes do not have its CRC, and both CRCs; ``None`` if all have it.
 
-    A file that is not a zip archive has no records. All of it is read, at the speed of zlib's CRC.
+    A file that is not a zip archive has no records. This reads all of the file, at the speed of zlib's CRC.
 
     :raises CorruptModelCheckpointError: the archive breaks the rules that :func:`read_directory` checks.
     :raises OSError: the file cannot be read.
@@ -159,7 +159,7 @@ def _refuse_programs(names: Collection[str], label: str) -> None:
 
 
 class _Archive:
-    """A zip archive in a part of a file; offsets are counted from its beginning."""
+    """A zip archive in a part of a file; offsets count from its beginning."""
 
     def __init__(self, file: BinaryIO, base: int, size: int, label: str) -> None:
         self._file = file
@@ -181,7 +181,7 @@ class _Archive:
         return data
 
     def read_central(self) -> tuple[int, bytes]:
-        """Return where the central directory begins, and its bytes."""
+        """Return the begin of the central directory, and its bytes."""
         begin, size, count = self._find_directory()
         if size > MAX_DIRECTORY_SIZE or count > MAX_RECORDS:
             raise self.fail(
@@ -209,7 +209,7 @@ class _Archive:
         at = self._size - _END.size
         signature, disk, first_disk, here, count, size, offset, comment = _END.unpack(self.read(at, _END.size, where))
         if signature != b"PK\x05\x06" or comment:
-            # Without a comment there is one place for this record alone, so that no reader finds another directory.
+            # Without a comment this record has only one possible place, so that no reader finds another directory.
             raise self.fail(where, "the record that ends a zip archive, without a comment", repr(signature))
 
         end = at
@@ -237,7 +237,7 @@ class _Archive:
 
     def require_stored(self, entry: zipfile.ZipInfo, where: str) -> None:
         name, size = entry.orig_filename, entry.file_size
-        # It is never a path here, but the next tool to open the archive may make it one.
+        # lading never uses it as a path, but the next tool that opens the archive may.
         if not name or not name.isprintable() or "\\" in name or ".." in name.split("/") or name.startswith("/"):
             raise self.fail("central directory", "plain relative names", repr(name[:80]))
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != size:
@@ -248,7 +248,7 @@ class _Archive:
             raise self.fail(where, "neither encryption nor parts", found)
 
     def locate(self, entry: zipfile.ZipInfo) -> int:
-        """Check the local header of a record; return the offset of the record's bytes."""
+        """Check the local header of a record and return the offset of the record's bytes."""
         where = f"local header of {entry.orig_filename!r}"
         name = entry.orig_filename.encode()
         header = self.read(entry.header_offset, _LOCAL.size + len(name), where)
@@ -259,7 +259,7 @@ class _Archive:
 
         offset = entry.header_offset + len(header) + int(extra_size)
         if _FULL_32 in (packed, size):
-            # What does not fit into 32 bits is in the first extra field.
+            # Numbers that do not fit into 32 bits are in the first extra field.
             wide = self.read(offset - extra_size, min(extra_size, 20), where)
             if wide[:2] + wide[4:] == struct.pack("<H2Q", 1, entry.file_size, entry.file_size):
                 packed = size = entry.file_size

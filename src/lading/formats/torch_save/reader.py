@@ -1,16 +1,15 @@
-"""Checkpoints that ``torch.save`` wrote, as byte ranges: found without reading a tensor or running anything.
+"""Checkpoints that ``torch.save`` wrote, as ranges of bytes, found without reading a tensor or running code.
 
 Since torch 1.6 such a file is a zip archive of a pickle, ``data.pkl``, and of one stored record for each storage;
 before (and with ``_use_new_zipfile_serialization=False``) it is five pickles and then the storages one after another.
 In both, the pickle names for each tensor its storage, offset, sizes and strides, so that a contiguous tensor is a range
-of bytes of the file, be it a view of a larger one or not. The pickle is read by
-:mod:`lading.formats.torch_save.unpickle`, which cannot call anything. ``torch.load`` is not used at all, not even
-with ``weights_only=True``: it would import torch where only offsets are asked for, and with ``mmap=True`` it accepts
-records that are damaged.
+of bytes of the file, even if it is a view of a larger one. :mod:`lading.formats.torch_save.unpickle` reads the pickle,
+and cannot call anything. lading does not use ``torch.load``, even with ``weights_only=True``: that would import torch
+just to get offsets, and with ``mmap=True`` it accepts damaged records.
 
-Which part of a checkpoint is the state dict: the dict under the first of the keys ``model``, ``state_dict`` and
-``model_state_dict`` that holds a tensor; else the checkpoint itself, if it holds one or is empty. Values that are no
-tensors are passed over; a dict in a state dict is one.
+The state dict of a checkpoint is the dict under the first of the keys ``model``, ``state_dict`` and
+``model_state_dict`` that contains a tensor; else the checkpoint itself, if it contains one or is empty. The reader
+ignores values that are not tensors, such as a dict in a state dict.
 """
 
 from __future__ import annotations
@@ -39,39 +38,39 @@ from lading.formats.torch_save.unpickle import (
 )
 
 STATE_KEYS = ("model", "state_dict", "model_state_dict")
-"""Where fairseq, fairseq2, PyTorch Lightning and many a training script keep the state dict in what they save."""
+"""The keys under which fairseq, fairseq2, PyTorch Lightning and many training scripts save the state dict."""
 
 _MAGIC = 0x1950A86A20F9469CFC6C
-"""The first pickle of a file that is no zip archive."""
+"""The first pickle of a file that is not a zip archive."""
 
 _PROTOCOL = 1001
 
 _MAX_RECORD = 1_000_000
-"""Bytes of a small record."""
+"""The most bytes of a small record."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A tensor of a state dict, and where its storage is."""
+    """A tensor of a state dict, and the place of its storage."""
 
     name: str
     tensor: StoredTensor
     storage_offset: int
-    """Of the first byte of the storage, counted from the beginning of the file."""
+    """The first byte of the storage, counted from the beginning of the file."""
 
     @property
     def offset(self) -> int:
-        """Of the first byte of the tensor, counted from the beginning of the file."""
+        """The first byte of the tensor, counted from the beginning of the file."""
         return self.storage_offset + self.tensor.offset * ITEM_SIZES[self.tensor.dtype]
 
     @property
     def contiguous(self) -> bool:
-        """Whether its elements lie one after another, in row-major order."""
+        """``True`` if its elements are consecutive, in row-major order."""
         return is_contiguous(self.tensor.shape, self.tensor.strides)
 
 
 def header_of(placed: list[Placed], *, label: str) -> Header:
-    """The tensors of a file in the order of their offsets, as the header of a safetensors file has them.
+    """Return the tensors of a file in the order of their offsets, as in the header of a safetensors file.
 
     :raises NotSupportedError: a tensor is not contiguous.
     """
@@ -99,15 +98,15 @@ class NonContiguousError(NotSupportedError):
 
 
 def place_tensors(file: BinaryIO, *, base: int, size: int, label: str, restrict: bool) -> list[Placed]:
-    """The tensors of the state dict that ``torch.save`` wrote to the ``size`` bytes of ``file`` at ``base``.
+    """Return the tensors of the state dict that ``torch.save`` wrote to the ``size`` bytes of ``file`` at ``base``.
 
-    :param restrict: refuse a file whose pickle names anything that a state dict does not need. Where it is not set,
-        such objects are passed over, and nothing that they name is imported.
+    :param restrict: refuse a file whose pickle names anything that a state dict does not need. Otherwise the reader
+        ignores such objects, and imports nothing that they name.
 
-    :raises CorruptModelCheckpointError: it is another file, or damaged, or holds no state dict.
-    :raises RefusedPickleError: to unpickle it would import what a state dict does not need; or it is an archive of
+    :raises CorruptModelCheckpointError: it is another kind of file, is damaged, or contains no state dict.
+    :raises RefusedPickleError: unpickling it would import what a state dict does not need; or it is an archive of
         TorchScript or torch.package.
-    :raises NotSupportedError: a tensor is not dense: quantised, sparse …
+    :raises NotSupportedError: a tensor is not dense: quantized, sparse …
     :raises OSError: it cannot be read.
     """
     file.seek(base)
@@ -129,7 +128,7 @@ def place_tensors(file: BinaryIO, *, base: int, size: int, label: str, restrict:
 
 
 def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether elements in row-major order lie one after another; the strides of dims of one element do not matter."""
+    """Return whether elements in row-major order are consecutive; the strides of dims of one element do not matter."""
     expected = 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size == 0:
@@ -146,7 +145,7 @@ def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 # --- the two layouts --------------------------------------------------------------------------------------------------
 
 _Places = Mapping[str, tuple[int, int]]
-"""By the key of a storage, the offset of its first byte in the file, and its size in bytes."""
+"""The offset of the first byte of a storage in the file, and its size in bytes, by the key of the storage."""
 
 
 def _read_zip(file: BinaryIO, base: int, size: int, label: str, restrict: bool) -> tuple[object, _Places]:
@@ -218,7 +217,7 @@ def _read_legacy(file: BinaryIO, base: int, size: int, label: str, restrict: boo
     if type(keys) is not list or not all(type(key) is str for key in keys):
         raise corrupt(label, "keys of the storages", expected="a list of strings", found=describe(keys))
 
-    # The file does not say how large an element is, other than by the storages that tensors name.
+    # The file states the size of an element only by the storages that tensors name.
     return data.value, _legacy_storages(file, base + at, base + size, keys, data.storages, label)
 
 
@@ -327,7 +326,7 @@ def _place(name: str, tensor: StoredTensor, storages: _Places, label: str) -> Pl
                 f"from element {tensor.offset} on",
             )
     elif tensor.offset:
-        # Without an element it may begin anywhere, and the manifest's offsets should lie in the file.
+        # A tensor without elements may begin anywhere, but the manifest's offsets should lie in the file.
         tensor = StoredTensor(storage, tensor.dtype, 0, tensor.shape, tensor.strides)
 
     return Placed(name, tensor, offset)

@@ -1,9 +1,9 @@
-"""Rewriting a checkpoint whose tensors are not ranges of bytes, once, as a safetensors file in a cache.
+"""The rewrite of a checkpoint whose tensors are not ranges of bytes, once, as a safetensors file in a cache.
 
-A child process does it: of this Python, but with no environment, no network, and with limits of memory, time and the
-size of what it writes. It gets two open files rather than paths, and reads the pickle with the same reader that found
-the tensors (:mod:`lading.formats.torch_save.unpickle`), so that it cannot run anything either; what it adds are
-the strides.
+A child process does it: of this Python, but without environment and network, and with limits of memory, time and the
+size of its output. It gets two open files rather than paths, and reads the pickle with the same reader that found the
+tensors (:mod:`lading.formats.torch_save.unpickle`), so that it cannot run anything either; it adds only the handling of
+strides.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from lading.formats.files import corrupt, open_regular
 from lading.formats.safetensors import index_file
 
 FOLDER = "rewritten"
-"""Within the cache."""
+"""The folder within the cache."""
 
 _FILE, _INDEX = ".safetensors", ".safetensors.index.json"
-"""How the names of what is written end."""
+"""The endings of the names of rewritten files."""
 
 VERSION = 1
-"""Of what is written; a file of another version is written anew."""
+"""The version of rewritten files; a file of another version is written again."""
 
 SECONDS = 120
-"""Of time that the child may take, and one more for each :data:`BYTES_PER_SECOND` of the file."""
+"""The seconds that the child may take, and one more for each :data:`BYTES_PER_SECOND` of the file."""
 
 BYTES_PER_SECOND = 10_000_000
 
 _STALE_SECONDS = 86_400
-"""The age at which the temporary file of a process that was killed is removed."""
+"""The age in seconds at which lading removes the temporary file of a killed process."""
 
 _ENVIRONMENT = {"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
@@ -60,18 +60,18 @@ _CHILD = (
 def rewrite(
     path: Path, cache: Path, *, base: int = 0, size: int | None = None, suffix: str = "", restrict: bool = True
 ) -> Path:
-    """The safetensors file, in ``cache``, with the tensors of the torch checkpoint at ``path``.
+    """Return the safetensors file, in ``cache``, with the tensors of the torch checkpoint at ``path``.
 
-    It is written if it is not there yet for this state of the file, and is complete whenever it is there.
+    This writes it if it is missing for this state of the checkpoint; an existing one is always complete.
 
-    :param base: where the checkpoint begins in the file at ``path``.
+    :param base: the begin of the checkpoint in the file at ``path``.
     :param size: its bytes; default: up to the end of the file.
-    :param suffix: what is put behind the names of the tensors.
+    :param suffix: a suffix for the names of the tensors.
 
     :raises CheckpointNotFoundError: nothing is at ``path``.
     :raises CorruptModelCheckpointError: it is damaged, or changed meanwhile.
-    :raises PolicyError: to unpickle it would import what a state dict does not need, or it would be larger by far than
-        what it was.
+    :raises PolicyError: unpickling it would import what a state dict does not need, or the result would be much
+        larger.
     :raises ModelCheckpointError: the child took too much memory or time.
     :raises OSError: a file cannot be read or written.
     """
@@ -87,9 +87,9 @@ def rewrite(
 
 
 def rewrite_all(parts: Sequence[tuple[Path, str]], cache: Path, *, restrict: bool = True) -> Path:
-    """The index, in ``cache``, of the safetensors files with the tensors of several torch files.
+    """Return the index, in ``cache``, of the safetensors files with the tensors of several torch files.
 
-    :param parts: each file, with what is put behind the names of its tensors.
+    :param parts: each file, with a suffix for the names of its tensors.
 
     Raises what :func:`rewrite` does.
 
@@ -118,7 +118,7 @@ def rewrite_all(parts: Sequence[tuple[Path, str]], cache: Path, *, restrict: boo
 
 
 def rewritten(path: Path, cache: Path, *, base: int = 0, size: int | None = None, suffix: str = "") -> Path | None:
-    """What :func:`rewrite` wrote of this state of the file; ``None`` where it did not. Takes and raises the same."""
+    """Return the file that :func:`rewrite` wrote of this state; ``None`` if it did not. Takes and raises the same."""
     with open_regular(path) as (file, file_size):
         target = _target(file, cache, base, file_size - base if size is None else size, suffix)
 
@@ -126,7 +126,7 @@ def rewritten(path: Path, cache: Path, *, base: int = 0, size: int | None = None
 
 
 def rewritten_all(parts: Sequence[tuple[Path, str]], cache: Path) -> Path | None:
-    """What :func:`rewrite_all` wrote of these states of the files; ``None`` where it did not."""
+    """Return the index that :func:`rewrite_all` wrote of these states of the files; ``None`` if it did not."""
     files = [rewritten(path, cache, suffix=suffix) for path, suffix in parts]
     target = _index([file for file in files if file is not None], cache)
 
@@ -134,12 +134,12 @@ def rewritten_all(parts: Sequence[tuple[Path, str]], cache: Path) -> Path | None
 
 
 def is_rewritten(path: Path, cache: Path) -> bool:
-    """Whether ``path`` is where :func:`rewrite` and :func:`rewrite_all` put what they write."""
+    """Return whether ``path`` is that of a file which :func:`rewrite` or :func:`rewrite_all` writes."""
     return path.parent == cache / FOLDER and path.name.endswith((_FILE, _INDEX))
 
 
 def rewritten_files(cache: Path) -> list[Path]:
-    """All that was rewritten in a cache."""
+    """Return all rewritten files in a cache."""
     return sorted(path for path in (cache / FOLDER).glob("*") if is_rewritten(path, cache) and path.is_file())
 
 
@@ -152,7 +152,7 @@ def _index(files: Sequence[Path], cache: Path) -> Path:
 
 
 def _identity(file: BinaryIO, base: int, size: int, suffix: str) -> str:
-    """A name for one state of a file, and for the part of it that is read."""
+    """Return a name for one state of a file, and for the part of it to read."""
     stat = os.fstat(file.fileno())
     state = (VERSION, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, base, size, suffix)
 
@@ -175,12 +175,12 @@ def _remove_stale(folder: Path) -> None:
 def _write(file: BinaryIO, base: int, size: int, target: Path, suffix: str, restrict: bool, *, label: str) -> None:
     with _new(target) as (fd, temporary):
         _run_child(file, fd, base, size, suffix, restrict, label=label)
-        index_file(temporary)  # whatever the child did, what is kept has a good header
+        index_file(temporary)  # checks the header, regardless of what the child did
 
 
 @contextmanager
 def _new(target: Path) -> Iterator[tuple[int, Path]]:
-    """A temporary file, open for writing, that is in the place of ``target`` after the block."""
+    """Open a temporary file for writing that replaces ``target`` after the block."""
     fd, temporary = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=".tmp", dir=target.parent)
     try:
         yield fd, Path(temporary)
@@ -227,7 +227,7 @@ def _run_child(file: BinaryIO, out: int, base: int, size: int, suffix: str, rest
 
 
 def _error(report: bytes, label: str) -> LadingError | None:
-    """The error that the child reports, if it is one of those that it may."""
+    """Return the error that the child reports, if it is one of the allowed ones."""
     try:
         kind, message = json.loads(report)
     except ValueError:

@@ -1,7 +1,7 @@
 """The process that rewrites a torch checkpoint as safetensors; :mod:`lading.formats.torch_save.rewrite` starts it and
 limits it.
 
-It is the only place that needs numpy, which is not imported anywhere else.
+No other module of this folder imports numpy.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lading.formats.torch_save.reader import Placed, place_tensors
 from lading.formats.torch_save.unpickle import ITEM_SIZES
 
 SLACK = 1 << 30
-"""Bytes of memory beyond what the interpreter has and what the mapping of the file takes; and bytes that what is
-written may be larger than twice the file, which tensors that repeat their elements make it."""
+"""The bytes of memory beyond those of the interpreter and of the mapping of the file; and the bytes by which the output
+may exceed twice the file, as it does for tensors that repeat their elements."""
 
 CHUNK = 32 << 20
-"""Bytes that are put in order at once."""
+"""The bytes to put in order at once."""
 
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
@@ -57,8 +57,8 @@ def main() -> None:
 
 
 def limit(*, seconds: int, size: int, parent: int) -> None:
-    """Take away from this process what it does not need."""
-    # A user that may not have a network of its own at least gets no socket, below.
+    """Restrict this process to what it needs."""
+    # If the user may not have a separate network, the hook below at least refuses sockets.
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNET) != 0:
         libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
@@ -74,7 +74,7 @@ def limit(*, seconds: int, size: int, parent: int) -> None:
     _set_limit(resource.RLIMIT_CPU, seconds)
     _set_limit(resource.RLIMIT_NPROC, 0)
     _set_limit(resource.RLIMIT_CORE, 0)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # to be told by the write instead
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write reports it instead
 
     def refuse(event: str, args: tuple[object, ...]) -> None:
         if event.startswith(_FORBIDDEN):
@@ -106,7 +106,7 @@ def rewrite(file: BinaryIO, out: BinaryIO, base: int, size: int, *, suffix: str,
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for entry in placed:
             if (found := unchecked.pop(entry.storage_offset, None)) is not None:
-                # All of it is read here in any case, and is in memory when its tensors are put in order.
+                # This reads all of it in any case, and it is in memory when its tensors are put in order.
                 name, record = found
                 with memoryview(data) as view, view[record.offset : record.offset + record.size] as stored:
                     require_crc(record, stored, label=label, where=f"record {name!r}")
@@ -114,7 +114,7 @@ def rewrite(file: BinaryIO, out: BinaryIO, base: int, size: int, *, suffix: str,
 
 
 def _records(file: BinaryIO, base: int, size: int, label: str) -> dict[int, tuple[str, Record]]:
-    """Return the records of a zip archive that have bytes and a CRC, by their offsets; none of another file."""
+    """Return the records of a zip archive that have bytes and a CRC, by their offsets; for another file, no records."""
     file.seek(base)
     if file.read(len(SIGNATURE)) != SIGNATURE:
         return {}
@@ -132,7 +132,7 @@ def _nbytes(entry: Placed) -> int:
 
 
 def _header(placed: Sequence[Placed], sizes: Sequence[int], suffix: str) -> bytes:
-    """The header of a safetensors file, padded so that the tensors begin at a multiple of 64 bytes."""
+    """Return the header of a safetensors file, padded so that the tensors begin at a multiple of 64 bytes."""
     header: dict[str, object] = {}
     at = 0
     for entry, nbytes in zip(placed, sizes, strict=True):
@@ -147,7 +147,7 @@ def _header(placed: Sequence[Placed], sizes: Sequence[int], suffix: str) -> byte
 
 
 def _view(data: mmap.mmap, entry: Placed) -> np.ndarray[Any, Any]:
-    """The elements in the order of the tensor, without moving any; numpy checks that all of them lie in the file."""
+    """Return a view of the elements in the order of the tensor; numpy checks that all of them lie in the file."""
     item = ITEM_SIZES[entry.tensor.dtype]
     if 0 in entry.tensor.shape:
         return np.empty(entry.tensor.shape, f"u{item}")
@@ -162,7 +162,7 @@ def _view(data: mmap.mmap, entry: Placed) -> np.ndarray[Any, Any]:
 
 
 def _chunks(view: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
-    """``view`` in parts of at most :data:`CHUNK` bytes, in row-major order."""
+    """Yield ``view`` in parts of at most :data:`CHUNK` bytes, in row-major order."""
     if view.size == 0:
         return
     if view.nbytes <= CHUNK:

@@ -1,17 +1,17 @@
-"""The pickles inside torch's checkpoints, read as data: nothing that they name is imported or called.
+"""The pickles inside torch's checkpoints, read as data without importing or calling anything that they name.
 
-A pickle is a program for a small machine, and one of its instructions calls any function of any module. This is the
-machine of Python, ``pickle._Unpickler``, without all that could act: an instruction that is not listed here is refused,
-a name stays a name (:class:`Global`), and a call gives a value of this module. A tensor becomes a
-:class:`StoredTensor`, which says where its bytes are; what a state dict does not need is refused, or becomes an
-:class:`Inert` value, which is all that ``restrict=False`` changes.
+A pickle is a program for a small machine, and one of its instructions calls any function of any module. This is
+Python's machine, ``pickle._Unpickler``, without all that could act: it refuses an instruction that is not listed here,
+a name stays a name (:class:`Global`), and a call returns a value of this module. A tensor becomes a
+:class:`StoredTensor`, which has the place of its bytes. The machine refuses what a state dict does not need; with
+``restrict=False``, that becomes an :class:`Inert` value instead.
 
-The machine in pure Python is the only one that lets its instructions be chosen; the one in C also allocates as much
-memory as an index of its memo says. Its ``dispatch``, ``stack``, ``metastack`` and ``append`` have no
-documentation, and are the same in Python 3.11 to 3.14.
+Only the machine in pure Python has a table of instructions to choose from; the one in C also allocates as much memory
+as an index of its memo states. Its ``dispatch``, ``stack``, ``metastack`` and ``append`` are not documented, and are
+the same in Python 3.11 to 3.14.
 
-All of it is linear in the size of the pickle, and nothing recurses: not the reader, and not whoever looks at the
-result, since a dict keeps what has a string for its key only, and is never hashed or compared.
+All of it is linear in the size of the pickle, and nothing recurses: neither the reader nor the users of the result,
+since a dict keeps only items with a string as their key, and is never hashed or compared.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from lading.formats.manifest import BITS
 from lading.formats.safetensors import MAX_RANK
 
 MAX_PICKLE_SIZE = 100_000_000
-"""Bytes; the limit that the header of a safetensors file has, too."""
+"""The most bytes of a pickle, as for the header of a safetensors file."""
 
 MAX_READS = 15_000_000
-"""Reads of a pickle, one for each instruction and each of its arguments: a state dict of 100,000 tensors takes fewer
-than 5 million. One of a byte can take 100 bytes of memory."""
+"""The most reads of a pickle, one for each instruction and each of its arguments: a state dict of 100,000 tensors takes
+fewer than 5 million. An instruction of a byte can take 100 bytes of memory."""
 
 _MAX_LINE = 512
-"""Bytes of a name, or of a number in decimal digits."""
+"""The most bytes of a name, or of a number in decimal digits."""
 
 ITEM_SIZES = {dtype: bits // 8 for dtype, bits in BITS.items() if bits >= 8} | {
     "C32": 4, "C128": 16, "quint8": 1, "qint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1,
 }  # fmt: skip
-"""Bytes per element, by the manifest's names; torch's own where the manifest has none."""
+"""The bytes per element, by the manifest's names; torch's own where the manifest has no name."""
 
 _STORAGES = {
     "BoolStorage": "BOOL", "ByteStorage": "U8", "CharStorage": "I8", "ShortStorage": "I16", "IntStorage": "I32",
@@ -70,7 +70,7 @@ _HARMLESS = _TENSOR_TYPES | {
     *(("torch", name) for name in ("per_tensor_affine", "per_tensor_symmetric", "per_channel_affine",
                                    "per_channel_symmetric", "per_channel_affine_float_qparams")),
 }  # fmt: skip
-"""Names that a state dict may have although nothing of them is needed here."""
+"""Names that a state dict may have although the reader needs nothing of them."""
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -78,17 +78,17 @@ _HARMLESS = _TENSOR_TYPES | {
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A run of bytes that tensors lie in, by what a persistent id says of it."""
+    """A run of bytes that contains tensors, as a persistent id describes it."""
 
     key: str
     dtype: str | None
-    """A key of :data:`ITEM_SIZES`; ``None`` where it is in bytes."""
+    """A key of :data:`ITEM_SIZES`; ``None`` for a storage of bytes."""
     nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor, by where its elements lie."""
+    """A tensor as the place of its elements."""
 
     storage: Storage
     dtype: str
@@ -97,18 +97,18 @@ class StoredTensor:
     """The place of its first element in the storage, in elements."""
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    """In elements."""
+    """The strides in elements."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inert:
-    """Anything else. It does nothing, and all that is known of it is what it would be."""
+    """A value of another kind, which does nothing and only has a description."""
 
     what: str
     is_tensor: bool = False
 
     def append(self, value: object) -> None:
-        """Drop an item, or several."""
+        """Ignore an item, or several."""
 
     extend = append
 
@@ -125,7 +125,7 @@ class Global:
 
 
 def describe(value: object) -> str:
-    """Return what a value is, for an error; never its ``repr``, which may be endless."""
+    """Return a short description of a value for an error; never its ``repr``, which may be endless."""
     if type(value) in (str, bytes):
         return repr(value[:80])  # type: ignore[index]
     if type(value) is int and abs(value) >= 1 << 64:
@@ -146,23 +146,23 @@ class Pickle:
 
     value: object
     size: int
-    """Bytes that it took."""
+    """The bytes of the pickle."""
     storages: Mapping[str, Storage]
-    """All that it names, by their keys, also those of tensors that are not in ``value``."""
+    """All storages that it names, by their keys, also those of tensors outside of ``value``."""
 
 
 def read_pickle(stream: BinaryIO, *, label: str, where: str, restrict: bool, limit: int = MAX_PICKLE_SIZE) -> Pickle:
-    """Read the pickle that begins where ``stream`` stands, which then stands behind it.
+    """Read the pickle at the position of ``stream``, which is after the pickle then.
 
-    Its value is made of ``dict``, ``list``, ``tuple``, ``str``, ``bytes``, ``int``, ``float``, ``bool`` and ``None``,
+    Its value consists of ``dict``, ``list``, ``tuple``, ``str``, ``bytes``, ``int``, ``float``, ``bool`` and ``None``,
     and of the classes above. It may be nested as deeply as the pickle is long, and may contain itself.
 
     :param label: the path or the address of the file, for the error.
     :param where: the part of the file, for the error.
-    :param restrict: refuse whatever names something that a state dict does not need.
-    :param limit: bytes that are read at most.
+    :param restrict: refuse a pickle that names something that a state dict does not need.
+    :param limit: the most bytes to read.
 
-    :raises CorruptModelCheckpointError: it is no pickle, or not one of those that torch writes.
+    :raises CorruptModelCheckpointError: it is not a pickle, or not one that torch writes.
     :raises RefusedPickleError: it would import something else, and ``restrict`` is set.
     :raises OSError: the stream cannot be read.
     """
@@ -186,11 +186,11 @@ def read_pickle(stream: BinaryIO, *, label: str, where: str, restrict: bool, lim
 
 
 class _DamageError(Exception):
-    """A pickle that is not as torch writes it: what was expected, and what was found."""
+    """A pickle that is not as torch writes it, with the expected and the found value."""
 
 
 class _Source:
-    """The bytes of a pickle, of which no more are read, nor memory taken for, than there may be."""
+    """The bytes of a pickle, with a limit on reads and on memory."""
 
     def __init__(self, stream: BinaryIO, limit: int) -> None:
         self._stream = stream
@@ -224,17 +224,17 @@ class _Source:
 
 
 class _Instructions(dict[int, Callable[[Any], None]]):
-    """Instructions that a pickle may have."""
+    """The instructions that a pickle may have."""
 
     def __missing__(self, code: int) -> NoReturn:
         if code in b"FVSdgipP":
-            # Storages of protocol 0 are texts that not even torch reads.
+            # Storages of protocol 0 are texts that even torch does not read.
             raise _DamageError("a pickle of protocol 1 to 5", f"the instruction {chr(code)!r} of protocol 0")
         raise _DamageError("an instruction of a pickle that torch writes", f"the byte {code:#04x}")
 
 
 _MOVES = b"(.01NILJKMGXTUBC)]}tlaehjqrcQ\x85\x86\x87\x88\x89\x8a\x8b\x8c\x8d\x8e\x93\x94"
-"""Instructions as Python carries them out: they read plain values, and move values about."""
+"""The instructions that Python's machine executes: they read plain values, and move values."""
 
 
 class _Machine(pickle._Unpickler):
@@ -258,7 +258,7 @@ class _Machine(pickle._Unpickler):
             raise _DamageError("one protocol, of 2 to 5, at the beginning", f"{version}")
 
     def load_frame(self) -> None:
-        # It only tells how much to read at once.
+        # A frame only states how much to read at once.
         self._source.require(int.from_bytes(self._source.read(8), "little"))
 
     def load_empty_set(self) -> None:
@@ -278,7 +278,7 @@ class _Machine(pickle._Unpickler):
     def _set(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is dict:
-            # Other keys cannot name a tensor, and the hash of a nested one could be made to take any time.
+            # Other keys cannot name a tensor, and an attacker could make the hash of a nested one take any time.
             target.update((k, v) for k, v in zip(items[::2], items[1::2], strict=True) if type(k) is str)
         elif not isinstance(target, Inert):
             raise _DamageError("a dict to set items of", describe(target))
@@ -317,7 +317,7 @@ class _Machine(pickle._Unpickler):
         _, kind, key, location, size, *view = pid
         dtype = _storage_dtype(kind) if type(kind) is Global else ""
         known = dtype != "" and type(key) is str and type(location) is str and _is_size(size)
-        # Before torch 0.4, a storage could be a part of another one.
+        # Before torch 0.4, a storage could be part of another one.
         if not known or any(part is not None for part in view):
             raise _DamageError("a storage with its key, location and size", ", ".join(map(describe, pid[1:])))
 
@@ -327,11 +327,11 @@ class _Machine(pickle._Unpickler):
         return storage
 
     def _call(self, function: object, args: object) -> object:
-        """Return what a call would, with a value of this module in the place of each object."""
+        """Return the result of a call, with a value of this module in place of each object."""
         if type(args) is not tuple:
             raise _DamageError("the arguments of a call", describe(args))
         if isinstance(function, Inert):
-            return function  # made of a name that was let pass
+            return function  # the result of a name that the machine ignores
         if type(function) is not Global:
             raise _DamageError("the name of a function to call", describe(function))
 
@@ -341,7 +341,7 @@ class _Machine(pickle._Unpickler):
             kind = "a tensor" if is_tensor else "an object"
             return Inert(f"{kind} that {str(function)[:200]!r} makes", is_tensor)
         if known is _ordered_dict and args and type(args[0]) in (list, tuple):
-            # What is kept takes two bytes to ask for again, whatever its length: no copy of a copy of a copy.
+            # Two bytes request a kept value again, regardless of its length: so no copies of copies of copies.
             self._copied += len(args[0])
             if self._copied > self._source.taken:
                 raise _DamageError("no more items than the pickle has bytes", f"{self._copied}, by copies of copies")
@@ -351,7 +351,7 @@ class _Machine(pickle._Unpickler):
             found = ", ".join(map(describe, args[:8])) or "none"
             raise _DamageError(f"arguments of {function} as torch writes them", found) from None
 
-    # Python's own `BYTEARRAY8` takes the memory before it reads.
+    # Python's own `BYTEARRAY8` allocates the memory before it reads.
     dispatch = _Instructions(
         {code: pickle._Unpickler.dispatch[code] for code in _MOVES}
         | {
@@ -372,7 +372,7 @@ class _Machine(pickle._Unpickler):
 
 
 def _storage_dtype(kind: Global) -> str | None:
-    """Return the dtype of a class of storages; ``None`` where it counts bytes, an empty string for another class."""
+    """Return the dtype of a class of storages; ``None`` if it counts bytes, an empty string for another class."""
     if kind == Global("torch.storage", "UntypedStorage"):
         return None
 
@@ -384,10 +384,10 @@ def _is_size(value: object) -> bool:
 
 
 # --- the functions that state dicts are made with ---------------------------------------------------------------------
-# Each takes what torch's own takes, and raises a TypeError where it is given anything else.
+# Each takes the arguments of torch's own, and raises a TypeError for any others.
 
 _PENDING = Inert("a tensor whose conjugation or negation is pending", True)
-"""A tensor that is not what its bytes are."""
+"""A tensor whose values differ from its bytes."""
 
 
 def _tensor(storage: Any, dtype: str | None, offset: Any, shape: Any, strides: Any) -> StoredTensor:
@@ -429,7 +429,7 @@ def _rebuild_from_type(function: Any, kind: Any, args: Any, state: Any) -> objec
     if type(function) is not Global or type(kind) is not Global or type(args) is not tuple:
         raise TypeError
     call = _CALLS.get((function.module, function.name))
-    # A subclass of tensors may hold its numbers in a form of its own.
+    # A subclass of tensors may store its numbers in its own form.
     if (kind.module, kind.name) not in _TENSOR_TYPES or call is None or call is _rebuild_from_type:
         return Inert(f"a tensor of the type {str(kind)[:200]!r}", True)
 

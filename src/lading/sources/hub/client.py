@@ -114,7 +114,7 @@ def read_range(
         return retried(ask, f"{name} of {repo}")
 
 
-# --- ranges ----------------------------------------------------------------------------------------------------------
+# --- ranges -----------------------------------------------------------------------------------------------------------
 
 
 def _ask(start: str, home: str, offset: int, size: int, total: int | None) -> tuple[str, bytes]:
@@ -189,7 +189,7 @@ def _body(response: Any, offset: int, size: int, total: int | None) -> bytes:
     return bytes(body)
 
 
-# --- what the client does not check ----------------------------------------------------------------------------------
+# --- what the client does not check -----------------------------------------------------------------------------------
 
 
 _guarding = threading.Lock()
