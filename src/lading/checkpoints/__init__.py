@@ -1,1 +1,1 @@
-"""From a card to files that are here and trusted."""
+"""Checkpoints of cards: their place, download and verification."""

@@ -1,4 +1,4 @@
-"""Checkpoints: what one holds, where its files are, and the state in which they were looked at."""
+"""Checkpoints: the manifest, the files on this machine, and their state."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from lading.system.uris import path_uri
 from lading.transfer.files import ShardFile
 
 _MOST_HEADER = 256 << 20
-"""Bytes of a file beside its tensors that are looked at; headers of safetensors have 100 MB at most."""
+"""The most bytes outside of tensors to hash; headers of safetensors have at most 100 MB."""
 
 RECENT_NS = 50_000_000
-"""File systems tell times in steps of some milliseconds: a file that is younger may change without looking changed."""
+"""The resolution of file systems' times, some milliseconds: a younger file may change without a change of its times."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,27 +32,27 @@ class Checkpoint:
     """A checkpoint whose tensors are known; its files may still be elsewhere."""
 
     name: str
-    """Of the card, or the path."""
+    """The name of the card, or the path."""
     uri: str
-    """What the catalog knows it by."""
+    """The URI by which the catalog knows it."""
     where: str
-    """Where it is, for messages: a path, or the address that it is fetched from."""
+    """The place for messages: a path, or the address of its source."""
     manifest: Manifest
     files: tuple[ShardFile, ...] | None
-    """One for each shard of the manifest, in the state in which it was looked at; ``None`` before they are fetched."""
+    """One for each shard of the manifest, with its state when its header was read; ``None`` before a download."""
     trusted: bool = False
-    """Whether the catalog saw all files verified in just the state that they are in."""
+    """``True`` if all files were verified in the state that they are in."""
     pinned: tuple[int, ...] = ()
     """The shards whose SHA-256 the card states, by their positions in the manifest."""
     ref: CheckpointRef | None = None
-    """Where to fetch it from; ``None`` for what is on this machine by itself."""
+    """The source to fetch it from; ``None`` for a local checkpoint."""
     revision: str = ""
-    """The commit at the source that the manifest is of."""
+    """The commit of the source that has this manifest."""
     hf_config: Mapping[str, object] | None = None
-    """The ``config.json`` beside it, where it was read along with the manifest."""
+    """The ``config.json`` beside it, if it was read together with the manifest."""
 
     def here(self) -> tuple[ShardFile, ...]:
-        """The files on this machine.
+        """Return the files on this machine.
 
         :raises InternalError: they were not fetched.
         """
@@ -63,7 +63,7 @@ class Checkpoint:
 
 
 def path_checkpoint(path: Path, *, cache: Path, restrict: bool = True) -> Checkpoint:
-    """The checkpoint at a path, of which the catalog is not asked and learns nothing.
+    """Return the checkpoint at a path, without reading or writing the catalog.
 
     :param cache: lading's cache, for what has to be rewritten to be read.
     :param restrict: as :func:`lading.formats.index` takes it.
@@ -75,25 +75,25 @@ def path_checkpoint(path: Path, *, cache: Path, restrict: bool = True) -> Checkp
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalCheckpointFiles:
-    """The checkpoint at a path of this machine, and the state of all files that determine what it holds."""
+    """The checkpoint at a path of this machine, and the state of all files that determine its tensors."""
 
     path: Path
     manifest: Manifest
     stats: Mapping[str, FileStat]
-    """By their names beside one another."""
+    """The states of the files, by their names within the folder."""
     kind: CopyKind = "source"
     """Whose the files are: ``cache`` where they were made in the cache."""
     made_of: Path | None = None
-    """The checkpoint that was asked for, where this one was made of it in the cache."""
+    """The original checkpoint, if this one is its rewrite in the cache."""
 
     @classmethod
     def read(cls, path: Path, *, cache: Path, restrict: bool = True, rewrite: bool = True) -> Self:
-        """Read all headers, and make sure that the files are still those whose headers were read.
+        """Read all headers, and check that the files did not change meanwhile.
 
-        Where tensors are no ranges of bytes, it is the checkpoint that was made of them in the cache.
+        If tensors are not ranges of bytes, this returns the rewritten checkpoint in the cache.
 
         :param cache: lading's cache.
-        :param rewrite: whether it may be made; if not, it is an error (:class:`lading.formats.NonContiguousError`).
+        :param rewrite: whether to rewrite; if not, such tensors raise :class:`lading.formats.NonContiguousError`.
         """
         start = time.time_ns()
         try:
@@ -118,9 +118,9 @@ class LocalCheckpointFiles:
 
     @classmethod
     def as_known(cls, path: Path, stored: StoredCheckpoint) -> Self | None:
-        """The checkpoint whose manifest the catalog knows; ``None`` if any of its files is in another state by now."""
+        """Return the checkpoint with the catalog's manifest; ``None`` if any of its files is in another state."""
         if path.is_dir() and stored.manifest.index_name is None and (path / formats.INDEX_NAME).exists():
-            return None  # an index has come, and its word decides
+            return None  # a new index decides
         try:
             stats = _stat_files(stored.manifest, path)
         except OSError:
@@ -133,7 +133,7 @@ class LocalCheckpointFiles:
         return cls(path=path, manifest=stored.manifest, stats=stats)
 
     def checkpoint(self, name: str, *, trusted: bool = False) -> Checkpoint:
-        """It, under a name."""
+        """Return it as a checkpoint with a name."""
         folder = _folder(self.path)
         shards = self.manifest.shards
 
@@ -147,7 +147,7 @@ class LocalCheckpointFiles:
         )
 
     def copies(self) -> list[LocalCopy]:
-        """Its files, as the catalog knows them."""
+        """Return its files as the catalog records them."""
         folder = _folder(self.path)
 
         return [
@@ -174,11 +174,11 @@ def _stat_files(manifest: Manifest, path: Path) -> dict[str, FileStat]:
 def header_checks(
     checkpoint: Checkpoint, known: Mapping[str, str], chosen: Collection[int] | None = None
 ) -> list[Check]:
-    """Return checks of the bytes of files that are of no tensor: of a safetensors file, its header.
+    """Return checks of the bytes of files outside of tensors: of a safetensors file, its header.
 
-    Files whose SHA-256 is known are checked by that; and of an archive, most bytes are of other files.
+    This skips files with a known SHA-256, which checks all bytes, and archives, whose bytes belong mostly to others.
 
-    :param known: digests that were recorded, by the names of files.
+    :param known: recorded digests, by the names of files.
     :param chosen: positions of files; default: all.
 
     :raises OSError: a file cannot be read.
@@ -206,7 +206,7 @@ def header_checks(
 
 
 def _digest_between(path: Path, ranges: Sequence[tuple[int, int]]) -> str:
-    """Return the BLAKE3 of all bytes before and between ranges of a file that are in order."""
+    """Return the BLAKE3 of all bytes before and between sorted ranges of a file."""
     digest, at = blake3(), 0
     with path.open("rb") as file:
         for start, end in ranges:
@@ -220,9 +220,9 @@ def _digest_between(path: Path, ranges: Sequence[tuple[int, int]]) -> str:
 
 
 def local_checkpoint(path: Path, *, inner_path: str | None = None) -> Path:
-    """``path``, or ``inner_path`` below it, if something is there.
+    """Return ``path``, or ``inner_path`` below it, if it exists.
 
-    :raises CheckpointNotFoundError: nothing is (also a ``FileNotFoundError``).
+    :raises CheckpointNotFoundError: it does not (also a ``FileNotFoundError``).
     :raises PolicyError: ``inner_path`` leads out of ``path``.
     """
     if inner_path is not None:
@@ -231,7 +231,7 @@ def local_checkpoint(path: Path, *, inner_path: str | None = None) -> Path:
             raise PolicyError(f"`checkpoint_path` must be a path inside the checkpoint, but is {inner_path!r}.")
         path = path / inner
 
-    # What a path means that leads on into a file, the file's format tells.
+    # The format of a file decides about a path that continues inside of it.
     if not path.exists() and not any(parent.is_file() for parent in path.parents):
         raise CheckpointNotFoundError(path, f"No checkpoint is at {path}: there is no such file or folder.")
 

@@ -1,4 +1,4 @@
-"""The files that go with weights: the configuration and the tokenizer, wherever a card says that they are."""
+"""The extra files of weights: the configuration and the tokenizer, at the places that a card states."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger("lading")
 TOKENIZER_JSON = "tokenizer.json"
 
 SENTENCEPIECE_NAMES = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model")
-"""What repositories call a sentencepiece model, the commonest first."""
+"""The names of sentencepiece models in repositories, the most common first."""
 
 TOKENIZER_NAMES = frozenset(
     {
@@ -33,12 +33,12 @@ TOKENIZER_NAMES = frozenset(
         "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json", "tekken.json",
     }
 )  # fmt: skip
-"""Files by which transformers, tokenizers and sentencepiece know a tokenizer."""
+"""The files in which transformers, tokenizers and sentencepiece find a tokenizer."""
 
 COMPANION_NAMES = TOKENIZER_NAMES | {
     CONFIG_NAME, "generation_config.json", "preprocessor_config.json", "processor_config.json",
 }  # fmt: skip
-"""Files beside weights that a model is used with."""
+"""The files beside weights that users of a model need."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,21 +47,20 @@ class TokenizerRef:
 
     uri: str
     path: str | None
-    """The ``tokenizer_path`` inside the source, where the card names one."""
+    """The ``tokenizer_path`` inside the source, if the card names one."""
     card: str
     """The card that states it."""
 
 
 def tokenizer_ref(card: AssetCard, retrieve: Callable[[str], AssetCard]) -> TokenizerRef | None:
-    """Where a card says that its tokenizer is; ``None`` where it says nothing that can be fetched: then it is beside
-    the checkpoint.
+    """Return the place of a card's tokenizer; ``None`` if the card states no source: then it is beside the checkpoint.
 
-    The nearest card of the chain that states ``tokenizer`` or ``tokenizer_ref`` counts; the latter is the name of a
-    card whose tokenizer is meant. A null as ``tokenizer`` takes back either, one as ``tokenizer_ref`` that one.
+    The nearest card of the chain that states ``tokenizer`` or ``tokenizer_ref`` counts; the latter is the name of the
+    card with the tokenizer. A null as ``tokenizer`` undoes both, one as ``tokenizer_ref`` only that field.
 
-    :param retrieve: gives the card of a name.
+    :param retrieve: returns the card of a name.
 
-    :raises AssetCardError: references that lead in a circle, a field of another type, or what is no address.
+    :raises AssetCardError: references that form a circle, a field of another type, or an invalid address.
     :raises AssetNotFoundError: a reference to a card that is not in the catalog.
     """
     seen = [card.name]
@@ -84,7 +83,7 @@ def tokenizer_ref(card: AssetCard, retrieve: Callable[[str], AssetCard]) -> Toke
     path = card.maybe_get_field("tokenizer_path")
     uri, gated = split_gated(field.as_uri())
     if gated and not _is_hub(uri):
-        return None  # a page where people ask, who are then given it with the checkpoint
+        return None  # a page where users request the checkpoint, which includes the tokenizer
     try:
         check_address(uri)
     except AddressError as error:
@@ -100,12 +99,12 @@ def tokenizer_ref(card: AssetCard, retrieve: Callable[[str], AssetCard]) -> Toke
 
 
 def same_source(tokenizer: TokenizerRef | None, ref: CheckpointRef) -> bool:
-    """Whether the tokenizer comes from where the checkpoint does."""
+    """Return whether the tokenizer and the checkpoint come from the same source."""
     return tokenizer is None or _source_of(tokenizer.uri) == _source_of(ref.uri)
 
 
 def _source_of(uri: str) -> str:
-    """What tells one source from another, of a URI."""
+    """Return the part of a URI that identifies the source."""
     if not _is_hub(uri):
         return uri.rstrip("/")
 
@@ -115,7 +114,7 @@ def _source_of(uri: str) -> str:
 
 
 def in_snapshot(snapshot: Snapshot, folder: str | None, names: frozenset[str]) -> list[RemoteFile]:
-    """The files of a snapshot that have one of ``names``, in the folder of ``folder`` (see
+    """Return the files of a snapshot with one of ``names``, in the folder of ``folder`` (see
     :func:`lading.checkpoints.published.name_in_source`).
     """
     is_file = folder is not None and snapshot.file(folder) is not None
@@ -127,20 +126,20 @@ def in_snapshot(snapshot: Snapshot, folder: str | None, names: frozenset[str]) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteTokenizer:
-    """Files of a source other than the checkpoint's, at one revision; they may still have to be fetched."""
+    """The files of a source other than the checkpoint's, at one revision, perhaps not fetched yet."""
 
     source: Source
     snapshot: Snapshot
     files: tuple[RemoteFile, ...]
     member: str | None = None
-    """What of the one file is meant, if that is an archive."""
+    """The member of the one file, if that is an archive."""
 
     def only(self, file: RemoteFile) -> RemoteTokenizer:
-        """One of the files."""
+        """Return this with one of the files only."""
         return replace(self, files=(file,))
 
     def fetch(self, store: AssetStore, uri: str, *, progress: bool) -> list[FetchedFile]:
-        """Bring them here, along with the checkpoint ``uri``. Raises what
+        """Fetch them as extra files of the checkpoint ``uri``. Raises what
         :func:`lading.checkpoints.recording.fetch_extra_files` does.
         """
         return fetch_extra_files(self.source, self.snapshot, self.files, store, uri, progress=progress)
@@ -149,9 +148,9 @@ class RemoteTokenizer:
 def tokenizer_elsewhere(
     tokenizer: TokenizerRef, *, settings: Settings, revision: str | None = None
 ) -> RemoteTokenizer | None:
-    """The files of a tokenizer in its source; ``None`` for one on this machine.
+    """Return the files of a tokenizer in its source; ``None`` for one on this machine.
 
-    :param revision: of the source; default: the one that its address names, or what is published now.
+    :param revision: the revision of the source; default: the one that its address names, or the current one.
 
     Raises what :meth:`lading.sources.source.Source.snapshot` does.
     """
@@ -170,9 +169,9 @@ def tokenizer_elsewhere(
 def tokenizer_beside(
     tokenizer: TokenizerRef | None, snapshot: Snapshot, inner: str | None, *, settings: Settings
 ) -> list[RemoteFile]:
-    """The files of a tokenizer that comes from where the checkpoint does.
+    """Return the files of a tokenizer from the source of the checkpoint.
 
-    :param snapshot: of their source.
+    :param snapshot: the snapshot of their source.
     :param inner: the checkpoint within it.
     """
     if tokenizer is not None:
@@ -182,7 +181,7 @@ def tokenizer_beside(
 
 
 def tokenizer_files(snapshot: Snapshot, inner: str | None) -> list[RemoteFile]:
-    """The files of a tokenizer: the file ``inner``, or those of the usual names in that folder, or beside that
+    """Return the files of a tokenizer: the file ``inner``, or those of the usual names in that folder, or beside that
     checkpoint.
     """
     named = None if inner is None or is_checkpoint_file(inner) else snapshot.file(inner)
@@ -191,7 +190,7 @@ def tokenizer_files(snapshot: Snapshot, inner: str | None) -> list[RemoteFile]:
 
 
 def _open(tokenizer: TokenizerRef, settings: Settings, revision: str | None) -> Source:
-    # Elsewhere than on the hub, what a path leads to is a member of the archive at the address.
+    # Except on the hub, a path leads to a member of the archive at the address.
     inner = tokenizer.path if _is_hub(tokenizer.uri) else None
 
     return open_source(tokenizer.uri, inner_path=inner, revision=revision, settings=settings)
@@ -202,9 +201,9 @@ def _is_hub(uri: str) -> bool:
 
 
 def files_beside(path: Path) -> dict[str, Path]:
-    """The files beside a checkpoint on this machine, by their names.
+    """Return the files beside a checkpoint on this machine, by their names.
 
-    :param path: of the checkpoint, its folder or its file.
+    :param path: the folder or the file of the checkpoint.
     """
     folder = path if path.is_dir() else path.parent
 
@@ -212,10 +211,9 @@ def files_beside(path: Path) -> dict[str, Path]:
 
 
 def companions(checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, progress: bool) -> Mapping[str, Path]:
-    """The files that go with the checkpoint of a card, by their plain names, on this machine; fetched where they are
-    not here.
+    """Return the extra files of a card's checkpoint on this machine, by their plain names, after fetching missing ones.
 
-    Where a source cannot be reached now, those of an earlier fetch are all.
+    If a source cannot be reached, this returns those of an earlier download.
     """
     ref = checkpoint_ref(card)
     path = uri_path(ref.uri)
@@ -232,7 +230,7 @@ def companions(checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, pr
     if tokenizer is None or (tokenizer.path is None and same_source(tokenizer, ref)):
         return found
 
-    # Of two tokenizers the card's is meant, with no file of the other.
+    # Of two tokenizers, the card's wins, without any file of the other.
     found = {name: path for name, path in found.items() if name not in TOKENIZER_NAMES}
     path = uri_path(tokenizer.uri)
     if path is None:
@@ -290,7 +288,7 @@ def _by_name(files: Sequence[FetchedFile]) -> dict[str, Path]:
 
 
 def read_or_fetch_config(checkpoint: Checkpoint, store: AssetStore | None) -> Mapping[str, object]:
-    """Return the ``config.json`` beside a checkpoint, fetched where it is not here; empty where there is none.
+    """Return the ``config.json`` beside a checkpoint, fetched if it is missing here; empty if there is no such file.
 
     :raises FetchError: it cannot be fetched.
     :raises CorruptModelCheckpointError: it is not a JSON object.

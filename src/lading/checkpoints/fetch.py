@@ -1,4 +1,4 @@
-"""From a checkpoint that is known to one whose files are on this machine, every byte of them accounted for."""
+"""The download of a checkpoint's files, with a check of every byte."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ log = logging.getLogger("lading")
 def fetch_checkpoint(
     checkpoint: Checkpoint, store: AssetStore | None, *, settings: Settings, progress: bool
 ) -> Checkpoint:
-    """The checkpoint with its files, fetched where they are not here.
+    """Return the checkpoint with its files, after fetching missing ones.
 
-    :param store: where content is looked up, and where what was fetched is recorded.
+    :param store: the store that finds known content, and records the files.
 
     :raises FetchError: the source cannot be reached, answers nonsense, or publishes something else by now.
-    :raises DigestMismatchError: what came is not what was published or recorded.
+    :raises DigestMismatchError: the bytes are not those that were published or recorded.
     :raises OSError: the disk is full, or the cache cannot be written.
     """
     if checkpoint.files is not None:
@@ -85,9 +85,9 @@ def _acquire_whole(
 
 
 def share(checkpoint: Checkpoint, root: Gang, find: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
-    """The checkpoint with its files, on every rank: one rank of each host finds or fetches them for all of it.
+    """Return the checkpoint with its files, on every rank: one rank of each host finds or fetches them.
 
-    :param find: gives the checkpoint with its files.
+    :param find: returns the checkpoint with its files.
 
     Raises what ``find`` does, on the rank that calls it.
     """
@@ -111,7 +111,7 @@ def share(checkpoint: Checkpoint, root: Gang, find: Callable[[Checkpoint], Check
 
 
 def _on_this_host(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint as another host than that of the catalog knows it: by the same paths, or to be fetched."""
+    """Return the checkpoint for a host without the catalog: with the same paths, or without files, to fetch them."""
     if checkpoint.ref is not None or checkpoint.files is None:
         return replace(checkpoint, files=None, trusted=False)
 
@@ -141,7 +141,10 @@ def _shard_file(file: FetchedFile) -> ShardFile:
 
 
 def _require_same_tensors(file: FetchedFile, manifest: Manifest, shard: str) -> None:
-    """:raises CorruptModelCheckpointError: a file of no published digest is not the one that was indexed."""
+    """Check that a file without a published digest has the tensors that were indexed.
+
+    :raises CorruptModelCheckpointError: it has others.
+    """
     found = index_file(file.path)
     number = next(i for i, known in enumerate(manifest.shards) if known.name == shard)
     if not found.tensors_equal(manifest.only(number)):

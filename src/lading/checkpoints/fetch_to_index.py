@@ -1,7 +1,7 @@
-"""Checkpoints elsewhere whose tensors are only known once their bytes are here: what ``torch.save`` wrote, archives.
+"""Remote checkpoints whose tensors are known only after a download: files of ``torch.save``, and archives.
 
-The place of each tensor in such a file is told by parts of it that lie at its end, or anywhere: it is fetched first,
-and indexed then.
+Parts at the end of such a file, or anywhere in it, state the place of each tensor: so lading fetches it first, and then
+indexes it.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ _ARCHIVE = ".tar"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchedCheckpoint(PublishedCheckpoint):
-    """A checkpoint that was fetched to be known; of each shard of its manifest what the catalog is to know."""
+    """A checkpoint that was fetched for its manifest, with the local copy of each shard."""
 
     copies: Sequence[LocalCopy]
     originals: Sequence[LocalCopy]
-    """Files that came and that another was made of, which stands for them."""
+    """Fetched files that another file replaces, which is their rewrite."""
     checks: Sequence[Check]
 
 
 def must_fetch_to_index(ref: CheckpointRef) -> bool:
-    """Whether the checkpoint is to be fetched before it can be indexed, by the names in its address.
+    """Return whether lading has to fetch the checkpoint before indexing it, by the names in its address.
 
-    Of a folder it is told by what it lists: :class:`lading.formats.NotByHeadersError`.
+    For a folder, the list of its files decides: :class:`lading.formats.NotByHeadersError`.
     """
     if ref.scheme not in (*HTTP_SCHEMES, *HUB_SCHEMES):
         return False
@@ -59,8 +59,8 @@ def must_fetch_to_index(ref: CheckpointRef) -> bool:
 
 
 def was_fetched_to_index(manifest: Manifest) -> bool:
-    """Whether a checkpoint that is elsewhere had to be fetched for its manifest."""
-    # By the names of the files: the manifest may be of what one was rewritten as, which is safetensors.
+    """Return whether a remote checkpoint had to be fetched for its manifest."""
+    # By the names of the files: the manifest may be that of a rewrite, which is safetensors.
     return not any(shard.name.lower().endswith(".safetensors") for shard in manifest.shards)
 
 
@@ -74,20 +74,20 @@ def fetch_and_index(
     restrict: bool = True,
     name: str | None = None,
 ) -> FetchedCheckpoint:
-    """Fetch the files of a checkpoint, and index them.
+    """Fetch the files of a checkpoint and index them.
 
     :param store: the catalog that says where content is already, and which rewritten files are intact. The caller
         records what came.
-    :param revision: default: the one that the address names, or what is published now.
+    :param revision: default: the one that the address names, or the current one.
     :param restrict: as :func:`lading.formats.index` takes it.
-    :param name: of the card, for messages.
+    :param name: the name of the card, for messages.
 
     :raises CheckpointNotFoundError: the source has no such file, or the archive no such member.
     :raises FetchError: it cannot be reached, or answers nonsense.
-    :raises DigestMismatchError: what came is not what is published.
-    :raises CorruptModelCheckpointError: what came breaks the rules of its format.
+    :raises DigestMismatchError: the bytes are not those that are published.
+    :raises CorruptModelCheckpointError: a file breaks the rules of its format.
     :raises RefusedPickleError: it would import what a state dict does not need.
-    :raises NotSupportedError: a format that is not read here, or weights that are quantised.
+    :raises NotSupportedError: a format that lading does not read, or quantized weights.
     """
     inner, member = _split(ref)
     source = open_source(ref.uri, inner_path=inner, revision=revision, settings=settings)
@@ -173,8 +173,8 @@ class _Fetch:
 
 
 def _is_good(path: Path, store: AssetStore | None) -> bool:
-    """Whether what was made of a file before is as it was then. It has no digest of its own, only the catalog's word;
-    where the catalog keeps none, it is believed, as it would be made anew by every load.
+    """Return whether the rewrite of a file is as it was when it was made. It has no published digest, only a record in
+    the catalog; if that cannot keep one, this accepts the rewrite, as otherwise every load would make it again.
     """
     if store is None or not store.database.writable:
         return True
@@ -227,7 +227,7 @@ def _whole(
 
 
 def _split(ref: CheckpointRef) -> tuple[str | None, str | None]:
-    """The path inside the source, and the member of the archive there, where the address itself is one."""
+    """Return the path inside the source, and the member of the archive there, if the address itself is an archive."""
     if ref.path is not None and urlsplit(ref.uri).path.endswith(_ARCHIVE):
         return None, ref.path
 
@@ -235,9 +235,9 @@ def _split(ref: CheckpointRef) -> tuple[str | None, str | None]:
 
 
 def _file_of(inner: str | None, member: str | None) -> tuple[str | None, str | None]:
-    """The file or folder within the source, and the member of it that is the checkpoint, if it is an archive.
+    """Return the file or folder within the source and, for an archive, the member that is the checkpoint.
 
-    :raises NotSupportedError: no member of an archive is named.
+    :raises NotSupportedError: the path does not name a member of an archive.
     """
     if member is not None or inner is None:
         return inner, member

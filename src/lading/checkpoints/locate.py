@@ -1,4 +1,4 @@
-"""From a card to its checkpoint: where it is, what it holds, and what the catalog knows of it."""
+"""The checkpoint of a card: its place, its manifest, and its records in the catalog."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ log = logging.getLogger("lading")
 def card_checkpoint(
     card: AssetCard, store: AssetStore, *, progress: bool = False, accept_others: bool = False
 ) -> Checkpoint:
-    """The checkpoint of a card, its manifest from the catalog where that is known and still true.
+    """Return the checkpoint of a card, with the catalog's manifest if that is still valid.
 
-    One that is elsewhere is not fetched: its headers are read there, once, and pinned to what was published then. Only
-    what ``torch.save`` wrote has to come first (:mod:`lading.checkpoints.fetch_to_index`).
+    This does not fetch a remote checkpoint: it reads the headers there, once, and pins the revision. Only a checkpoint
+    of ``torch.save`` has to be fetched first (:mod:`lading.checkpoints.fetch_to_index`).
 
-    :param progress: show a bar on stderr if it does.
-    :param accept_others: take files of other tensors than those that were verified, and tell the catalog nothing of it.
+    :param progress: show a bar on stderr for that download.
+    :param accept_others: accept files of other tensors than those that were verified, and do not record them.
 
-    :raises ModelGatedError: the card names none.
-    :raises CheckpointNotFoundError: nothing is where the card says.
+    :raises ModelGatedError: the card names no checkpoint.
+    :raises CheckpointNotFoundError: nothing is at the place that the card states.
     :raises FetchError: the source cannot be reached.
-    :raises DigestMismatchError: other files are in the place of those that were verified, or that the card pins.
-    :raises NotSupportedError: it is quantised.
+    :raises DigestMismatchError: other files have replaced those that were verified, or that the card pins.
+    :raises NotSupportedError: it is quantized.
     """
     ref = address_of(card)
     path = uri_path(ref.uri)
@@ -66,15 +66,15 @@ def card_checkpoint(
 
 
 def address_of(card: AssetCard) -> CheckpointRef:
-    """Where the card's checkpoint is, by an address that can be one.
+    """Return the address of a card's checkpoint, after a check that it is valid.
 
-    :raises AssetCardError: it cannot; or a field is no string; or the card is none of a model.
+    :raises AssetCardError: it is not; or a field is not a string; or the card is not that of a model.
     """
     ref = checkpoint_ref(card)
     if not ref.uri and ref.info_url is None:
-        card.field("model_family")  # data sets and tokenizers have cards, too, and nobody hands out their weights
+        card.field("model_family")  # data sets and tokenizers have cards, too, but no weights
     if ref.gated and ref.scheme not in HUB_SCHEMES:
-        return ref  # nobody is asked for it; what fairseq2's cards name is the page where people ask
+        return ref  # lading does not request it; fairseq2's cards name the page where users request access
     try:
         check_address(ref.uri)
     except AddressError as error:
@@ -86,9 +86,9 @@ def address_of(card: AssetCard) -> CheckpointRef:
 
 
 def local_paths(card: AssetCard, store: AssetStore) -> list[Path]:
-    """Where a card's checkpoint is on this machine: its folder or its file; else all of its files, one by one.
+    """Return the path of a card's checkpoint on this machine: its folder or its file; else all of its files.
 
-    :raises ModelGatedError: the card names none.
+    :raises ModelGatedError: the card names no checkpoint.
     :raises CheckpointNotFoundError: it is not on this machine.
     """
     ref = address_of(card)
@@ -117,17 +117,17 @@ def local_paths(card: AssetCard, store: AssetStore) -> list[Path]:
 def index_checkpoint(target: str | Path, *, restrict: bool = True, store: AssetStore | None = None) -> StoredCheckpoint:
     """Read the manifest of a card's checkpoint, or of the one at a path or an address, and write it to the catalog.
 
-    Of a checkpoint that is elsewhere only headers are read, a few megabytes, as they are published now. Files on this
-    machine are taken as they are now: what was recorded of other bytes in their place is forgotten.
+    For a remote checkpoint this reads only the current headers, a few megabytes. It takes files on this machine as they
+    are now, and forgets the records of other bytes in their place.
 
     :param target: the name of a card, a path, or an address such as ``hg://org/name``.
     :param restrict: as :func:`lading.formats.index` takes it.
 
     :raises AssetNotFoundError: no card has that name.
-    :raises AddressError: no address is written so; in a card that is an ``AssetCardError``.
+    :raises AddressError: the address is invalid; in a card that is an ``AssetCardError``.
     :raises CheckpointNotFoundError: nothing is there (also a ``FileNotFoundError``).
     :raises CorruptModelCheckpointError: the file breaks the rules of its format.
-    :raises RefusedPickleError: to unpickle it would import what a state dict does not need.
+    :raises RefusedPickleError: unpickling it would import what a state dict does not need.
     :raises FetchError: the source cannot be reached.
     :raises CatalogError: the catalog cannot be written.
     """
@@ -158,7 +158,7 @@ def index_checkpoint(target: str | Path, *, restrict: bool = True, store: AssetS
 
 
 def _ref_of(target: str | Path, store: AssetStore) -> tuple[str | None, CheckpointRef]:
-    """The card, if the target is one, and where the checkpoint is."""
+    """Return the title of the card, if the target is one, and the address of the checkpoint."""
     if isinstance(target, Path):
         return None, CheckpointRef(uri=path_uri(expand_home(target).absolute()), gated=False, info_url=None)
     if "://" in target:
@@ -173,11 +173,11 @@ def _ref_of(target: str | Path, store: AssetStore) -> tuple[str | None, Checkpoi
 
 
 def require_access(name: str, ref: CheckpointRef) -> None:
-    """Make sure that there is something to ask for a checkpoint.
+    """Check that lading can request a checkpoint.
 
-    A gated repository of the hub may have let this user in: who has a token is told by the hub itself.
+    A gated repository of the hub may have admitted this user: the hub itself answers a user with a token.
 
-    :raises ModelGatedError: there is not; it says where to ask.
+    :raises ModelGatedError: it cannot; the message says where to request access.
     """
     if ref.gated and not (ref.scheme in HUB_SCHEMES and has_token()):
         raise ModelGatedError(name, ref.info_url)
@@ -222,7 +222,7 @@ def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, prog
 def _published_or_whole(
     ref: CheckpointRef, store: AssetStore, *, name: str | None, progress: bool, restrict: bool = True
 ) -> PublishedCheckpoint:
-    """What is published, by its headers; fetched, if it has none that would tell."""
+    """Return the published checkpoint, by its headers; after a download, if they do not suffice."""
     if not must_fetch_to_index(ref):
         try:
             return index_source(ref, settings=store.settings, name=name)
@@ -233,7 +233,7 @@ def _published_or_whole(
 
 
 def fetched_card_checkpoint(name: str, ref: CheckpointRef, whole: FetchedCheckpoint, store: AssetStore) -> Checkpoint:
-    """A card's checkpoint as it was just fetched; the catalog is told of it."""
+    """Return a card's checkpoint that was just fetched, and record it in the catalog."""
     checkpoint = Checkpoint(
         name=name,
         uri=ref.key,
@@ -244,14 +244,14 @@ def fetched_card_checkpoint(name: str, ref: CheckpointRef, whole: FetchedCheckpo
         ref=ref,
         revision=whole.revision,
     )
-    # It may be published again under the same address: what was known of other bytes is not known of these.
+    # A source may publish it again under the same address: records of other bytes do not hold for these.
     record_manifest(checkpoint, [*whole.copies, *whole.originals], store, checks=whole.checks, accept=True)
 
     return checkpoint
 
 
 def _is_here(name: str, ref: CheckpointRef, store: AssetStore) -> bool:
-    """Whether the catalog knows all files on this machine: who has been given them need not ask for them."""
+    """Return whether all files are on this machine by the catalog, so that no access is needed."""
     stored = stored_checkpoint(name, ref.key, store)
 
     return stored is not None and copies_as_known(stored) is not None
@@ -269,13 +269,13 @@ def _local_checkpoint(name: str, path: Path, store: AssetStore, *, accept_others
         return known.checkpoint(name, trusted=all_verified(stored))
 
     found = LocalCheckpointFiles.read(path, cache=store.settings.cache_dir)
-    if found.path != path:  # it was made anew in the cache, where the catalog may know it
+    if found.path != path:  # a rewrite in the cache, which the catalog may know
         made = _local_checkpoint(name, found.path, store, accept_others=accept_others)
         return replace(made, where=str(path))
     checkpoint = found.checkpoint(name)
     same = stored is not None and found.manifest.tensors_equal(stored.manifest)
     if stored is not None and same and found.manifest.has_files_of(stored.manifest):
-        # What is known of the bytes that should be there is known of these, too.
+        # The records of the expected bytes hold for these, too.
         checkpoint = replace(checkpoint, manifest=replace(found.manifest, shards=stored.manifest.shards))
     if stored is not None and not same and was_verified(stored, store):
         if accept_others:
@@ -287,10 +287,10 @@ def _local_checkpoint(name: str, path: Path, store: AssetStore, *, accept_others
             expected=f"{len(stored.manifest)} tensors",
             found=f"{len(found.manifest)} tensors",
         )
-    # The bytes beside the tensors have digests of their own from the beginning, tensors when all bytes pass by.
+    # Bytes outside of tensors get digests at once, tensors when a load reads all bytes.
     record_manifest(checkpoint, found.copies(), store, checks=header_checks(checkpoint, {}) if stored is None else ())
 
     return checkpoint
 
 
-# --- the catalog's word -----------------------------------------------------------------------------------------------
+# --- the catalog's records --------------------------------------------------------------------------------------------

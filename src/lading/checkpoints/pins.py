@@ -15,12 +15,12 @@ from lading.sources.sha256 import sha256_file
 
 
 def with_pins(checkpoint: Checkpoint, card: AssetCard, store: AssetStore) -> Checkpoint:
-    """Return the checkpoint with the digests that its card states as those that its files are expected to have.
+    """Return the checkpoint with the digests of its card as the expected ones.
 
-    It is trusted only if the catalog saw its files verified against just these. Where a file had to be rewritten to be
-    read, the digest is that of the original, which is hashed here.
+    It is trusted only if its files were verified against these. For a rewritten file, the digest is that of the
+    original, which this hashes.
 
-    :raises AssetCardError: the card pins a file that holds none of the tensors.
+    :raises AssetCardError: the card pins a file without any of the tensors.
     :raises DigestMismatchError: another digest is published or recorded, or the original has another.
     """
     pins = pinned_digests(card)
@@ -65,7 +65,7 @@ def _require_originals(checkpoint: Checkpoint, pins: Mapping[str, str], card: As
 
 
 def _originals(checkpoint: Checkpoint, pins: Mapping[str, str], store: AssetStore) -> list[Path]:
-    """Return the files that those of a checkpoint were made of."""
+    """Return the originals of a rewritten checkpoint."""
     if checkpoint.ref is None:
         where = Path(checkpoint.where)
         archive = formats.archive_of(where)

@@ -1,4 +1,4 @@
-"""Checkpoints as sources publish them: what one holds, by its index and headers, before anything is fetched."""
+"""Checkpoints as sources publish them: the manifest from index and headers, without a download."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class PublishedCheckpoint:
     """A checkpoint as a source publishes it."""
 
     manifest: Manifest
-    """With the SHA-256 of each shard, where the source publishes it."""
+    """The manifest, with the SHA-256 of each shard if the source publishes it."""
     revision: str
-    """The commit that it is of; empty where the source has none."""
+    """The commit of the source; empty if it has no commits."""
     hf_config: Mapping[str, object]
-    """The ``config.json`` beside it; empty where there is none."""
+    """The ``config.json`` beside it; empty if there is no such file."""
     inner: str | None
     """The checkpoint within the source, a file or a folder; ``None``: the source as a whole."""
     snapshot: Snapshot
@@ -37,17 +37,17 @@ class PublishedCheckpoint:
 def index_source(
     ref: CheckpointRef, *, settings: Settings, revision: str | None = None, name: str | None = None
 ) -> PublishedCheckpoint:
-    """Read index and headers of a checkpoint that is elsewhere.
+    """Read index and headers of a remote checkpoint.
 
-    :param revision: default: the one that the address names, or what is published now.
-    :param name: of the card, for messages.
+    :param revision: default: the one that the address names, or the current one.
+    :param name: the name of the card, for messages.
 
-    :raises CheckpointNotFoundError: the source says that there is no such thing.
+    :raises CheckpointNotFoundError: the source has no such file or repository.
     :raises FetchError: it cannot be reached, or answers nonsense.
     :raises CorruptModelCheckpointError: an index or a header breaks the rules of its format.
-    :raises NotByHeadersError: it was written by ``torch.save``, and is to be fetched first
+    :raises NotByHeadersError: ``torch.save`` wrote it, so it has to be fetched first
         (:mod:`lading.checkpoints.fetch_to_index`).
-    :raises NotSupportedError: a scheme, or a format, that is not read here.
+    :raises NotSupportedError: a scheme, or a format, that lading does not read.
     """
     source = open_source(ref.uri, inner_path=ref.path, revision=revision, settings=settings)
     snapshot = source.snapshot()
@@ -75,11 +75,11 @@ _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
 
 def require_whole(source: Source, snapshot: Snapshot, ref: CheckpointRef, name: str | None) -> None:
-    """Make sure that all files of a checkpoint are in the cache, where the source cannot be asked for others.
+    """Check that all files of a checkpoint are in the cache, if the source may not be asked for others.
 
-    :param name: of the card, for messages.
+    :param name: the name of the card, for messages.
 
-    :raises FetchError: some are not; it names them, and the command that fetches them.
+    :raises FetchError: some are not; the message names them, and the command that fetches them.
     """
     if not snapshot.partial:
         return
@@ -132,7 +132,7 @@ def name_in_source(inner: str | None, file: str, *, shards: Collection[str] = ()
 
 
 class PublishedFiles:
-    """The files of a source, as formats read them."""
+    """The files of a source, with the interface that formats read."""
 
     def __init__(self, source: Source, snapshot: Snapshot) -> None:
         self._source = source
@@ -164,7 +164,7 @@ class PublishedFiles:
 
 
 def published_config(files: PublishedFiles, folder: str) -> Mapping[str, object]:
-    """Return what the ``config.json`` in a folder of a source says; nothing where there is none.
+    """Return the ``config.json`` in a folder of a source; empty if there is no such file.
 
     :raises CorruptModelCheckpointError: it is too large, or is not a JSON object.
     """

@@ -1,4 +1,4 @@
-"""The tokenizer of a card, by the library that its files are for: tokenizers, or sentencepiece."""
+"""The tokenizer of a card, by the library of its files: tokenizers, or sentencepiece."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MAX_SIZE = 256 << 20
-"""Bytes of a tokenizer's file; the largest that are published have a tenth of it."""
+"""The most bytes of a tokenizer's file; the largest published ones have a tenth of it."""
 
 
 def load_tokenizer(
     card: AssetCard | str | Path, *, progress: bool = True, store: AssetStore | None = None
 ) -> Tokenizer | Any:
-    """The tokenizer of a model: a ``tokenizers.Tokenizer`` where there is a ``tokenizer.json``, else a
-    ``sentencepiece.SentencePieceProcessor`` where there is a model of sentencepiece.
+    """Load the tokenizer of a model: a ``tokenizers.Tokenizer`` if there is a ``tokenizer.json``, else a
+    ``sentencepiece.SentencePieceProcessor`` if there is a model of sentencepiece.
 
-    It is where the card's ``tokenizer`` says, or that of the card which its ``tokenizer_ref`` names; without either, it
-    is beside the checkpoint. It is fetched where it is not here. What a family does beyond that, such as to put a
-    symbol before each text, is in the file, or the caller's to do.
+    The card's ``tokenizer`` states its place, or that of the card that ``tokenizer_ref`` names; without either, it is
+    beside the checkpoint. This fetches it if it is missing here. Anything beyond that, such as a symbol before each
+    text, is in the file, or up to the caller.
 
     :param card: a card, the name of one, or the path of a folder or of the file itself.
     :param progress: show a bar on stderr.
 
     :raises AssetNotFoundError: no card has that name.
-    :raises AssetCardError: references that lead in a circle, or a field of another type.
-    :raises CheckpointNotFoundError: nothing is where the tokenizer should be (also a ``FileNotFoundError``).
+    :raises AssetCardError: references that form a circle, or a field of another type.
+    :raises CheckpointNotFoundError: nothing is at the place of the tokenizer (also a ``FileNotFoundError``).
     :raises CorruptModelCheckpointError: the file is not what its name says.
     :raises NotSupportedError: a tokenizer of another kind, or the package that reads it is not installed.
     :raises FetchError: its source cannot be reached.
@@ -111,7 +111,7 @@ def _remote(elsewhere: RemoteTokenizer, store: AssetStore, checkpoint: str, *, p
 
 
 def _choose(names: list[str], where: str) -> str:
-    """The file by which the tokenizer in a folder is read."""
+    """Return the file of the tokenizer in a folder."""
     for name in (TOKENIZER_JSON, *SENTENCEPIECE_NAMES):
         if name in names:
             return name
@@ -128,9 +128,9 @@ def _choose(names: list[str], where: str) -> str:
 
 
 def _read(path: Path, member: str | None = None, *, name: str | None = None) -> Any:
-    """The tokenizer in a file, or in a member of an archive.
+    """Return the tokenizer in a file, or in a member of an archive.
 
-    :param name: of the file, where its path does not tell.
+    :param name: the name of the file, if its path has another one.
     """
     name = name if member is None and name is not None else (member or path.name)
     label = str(path) if member is None else f"{path}[{member}]"
@@ -145,7 +145,7 @@ def _read(path: Path, member: str | None = None, *, name: str | None = None) -> 
     if data.startswith(LFS_POINTER):
         raise lfs_pointer_error(label)
 
-    # What the bytes say counts, and the name only where they say nothing.
+    # The bytes count, and the name only if they are inconclusive.
     is_sentencepiece = _is_sentencepiece(data)
     if not is_sentencepiece and (name.endswith(".json") or data.lstrip()[:1] == b"{"):
         return _parse("tokenizers", label, lambda package: package.Tokenizer.from_buffer(data))
@@ -165,7 +165,7 @@ def _read(path: Path, member: str | None = None, *, name: str | None = None) -> 
 
 
 def _is_sentencepiece(data: bytes) -> bool:
-    """Return whether these begin as a model of sentencepiece: a list of pieces, of which the first has a text.
+    """Return whether the data begins as a model of sentencepiece: a list of pieces, whose first has a text.
 
     Source: ``ModelProto`` and ``SentencePiece`` in sentencepiece_model.proto, by the wire format of protocol buffers:
     field 1 of the model is a piece (``0a``, its size), and field 1 of that its text (``0a``, its size).
@@ -179,7 +179,7 @@ def _is_sentencepiece(data: bytes) -> bool:
 
 
 def _is_tiktoken(data: bytes) -> bool:
-    """Whether these are lines of a token in base64 and its rank, as LLaMA 3's ``tokenizer.model`` has them."""
+    """Return whether the data is lines of a token in base64 and its rank, as in LLaMA 3's ``tokenizer.model``."""
     token, _, rank = data[:200].partition(b"\n")[0].partition(b" ")
 
     return bool(token) and rank.isdigit() and token.isascii()
@@ -195,5 +195,5 @@ def _parse(package: str, label: str, parse: Callable[[Any], Any]) -> Any:
 
     try:
         return parse(module)
-    except Exception as error:  # tokenizers raises a bare one, sentencepiece a RuntimeError
+    except Exception as error:  # tokenizers raises a bare Exception, sentencepiece a RuntimeError
         raise CorruptModelCheckpointError(label, f"{label} is no tokenizer that {package} reads: {error}.") from error

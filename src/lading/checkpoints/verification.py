@@ -1,9 +1,9 @@
-"""Whether what is loaded is what was published or recorded: decided before the bytes are read, settled behind.
+"""The verification of loaded bytes against published or recorded digests, prepared before the reads.
 
-Two kinds of digests are known of a checkpoint. The SHA-256 of a whole file is what sources publish; it takes a pass
-over the file. The digests of blocks of tensors (:mod:`lading.formats.digests`) are recorded the first time that all
-bytes pass by; they are taken while a load reads, by as many threads. A file that was seen with the right digest is
-trusted as long as its state (size, times, inode) is the same.
+A checkpoint has two kinds of digests. Sources publish the SHA-256 of a whole file, which takes a pass over the file.
+lading records the digests of blocks of tensors (:mod:`lading.formats.digests`) the first time that a load reads all
+bytes; the threads of the load take them. lading trusts a file that had the right digest as long as its state (size,
+times, inode) is the same.
 """
 
 from __future__ import annotations
@@ -37,31 +37,34 @@ from lading.transfer.files import ShardFile
 log = logging.getLogger("lading")
 
 Verify = Literal["auto", "always", "never"]
-"""``auto`` checks what the catalog has not seen verified in just the state that it is in, ``always`` checks all."""
+"""``auto`` checks the files that were not verified in the state that they are in, ``always`` checks all."""
 
 VERIFY = ("auto", "always", "never")
 
 Different = Sequence[tuple[int, tuple[int, ...]]]
-"""Tensors that are others than expected, by their positions in the manifest, and which of their blocks are."""
+"""The tensors that differ from the expected ones, by their positions in the manifest, and their differing blocks."""
 
 _THREADS = 4
-"""Files that are hashed at once."""
+"""The number of files to hash at once."""
 
 
 def require_mode(verify: str) -> None:
-    """:raises ValueError: it is none of :data:`VERIFY`."""
+    """Check a mode of verification.
+
+    :raises ValueError: it is not one of :data:`VERIFY`.
+    """
     if verify not in VERIFY:
         raise ValueError(f"`verify` must be one of {', '.join(map(repr, VERIFY))}, but is {verify!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """What a load is to be checked against."""
+    """The expected digests of a load."""
 
     digests: Digests | None
-    """Recorded before; ``None`` where this load records them."""
+    """The recorded digests; ``None`` if this load records them."""
     dims: array[int]
-    """For each tensor the dim along which it is cut into blocks; type code ``b``."""
+    """The dim along which to cut each tensor into blocks; type code ``b``."""
 
 
 def prepare_verification(
@@ -73,16 +76,16 @@ def prepare_verification(
     ranks: int = 1,
     progress: bool = False,
 ) -> Expected | None:
-    """What the load of a checkpoint is to be checked against; ``None``: nothing has to be checked.
+    """Return the expected digests of a load; ``None`` if there is nothing to check.
 
-    Files of which only a SHA-256 is known are checked here and now.
+    This checks files with nothing but a SHA-256 at once.
 
-    :param store: ``None`` for a checkpoint that the catalog is not asked about.
-    :param dims: gives for each tensor the dim along which it is to be cut, where nothing is recorded of it.
-    :param ranks: that load it together. Several do not record what is not known yet, as each sees a part only.
+    :param store: ``None`` for a checkpoint outside of the catalog.
+    :param dims: returns for each tensor the dim along which to cut it, if it has no recorded digests.
+    :param ranks: the number of ranks that load it. Several ranks do not record digests, as each sees only a part.
 
     :raises DigestMismatchError: a file is not the one that was published.
-    :raises NotSupportedError: ``always``, and there is no catalog to ask.
+    :raises NotSupportedError: ``always`` without a catalog.
     """
     if mode == "never" or (mode == "auto" and (checkpoint.trusted or store is None)):
         return None
@@ -93,7 +96,7 @@ def prepare_verification(
         )
 
     digests = _stored_digests(checkpoint, store)
-    # What was recorded of tensors may be of other bytes than those that the card pins.
+    # The recorded digests may be those of other bytes than the card pins.
     chosen = None if digests is None else checkpoint.pinned
     checks = check_files(checkpoint, chosen, progress=progress)
     if checks:
@@ -115,25 +118,25 @@ def finish_verification(
     *,
     progress: bool = False,
 ) -> None:
-    """Compare what was read with what was expected, and record it.
+    """Compare the bytes read with the expected digests, and record the result.
 
-    Rank 0 reads the tensors of which no rank has seen all, so that it is known of the checkpoint as a whole.
+    Rank 0 reads the tensors that no rank has read completely, so that the result covers the whole checkpoint.
 
-    :param found: by this rank.
-    :param store: where it is recorded; only rank 0 has one.
+    :param found: the digests of this rank.
+    :param store: the store that records it; only rank 0 has one.
 
     :raises DigestMismatchError: a tensor is not the one that was recorded.
     """
     manifest, files = checkpoint.manifest, checkpoint.here()
     different = [] if expected.digests is None else differences(expected.digests, found)
     answers = root.gather_objects((found.known, _shards_of(manifest, different), files))
-    # Hosts may have the same path each on a disk of its own: what one has seen there is not seen here.
+    # Each host may have its own disk at the same path: a check on one does not hold for another.
     mine = [(known, shards) for known, shards, theirs in answers if theirs == files]
     if any(shards for _, shards, _ in answers):
         bad = sorted(set().union(*(shards for _, shards in mine)))
         _record_bad(checkpoint, expected.digests, bad, store)
         _refuse(checkpoint, different)
-        return  # it is another rank that raises, and all do when they agree
+        return  # another rank raises, and then all do
 
     if store is None:
         return
@@ -161,7 +164,7 @@ def _shards_of(manifest: Manifest, different: Different) -> list[int]:
 def _record_bad(
     checkpoint: Checkpoint, expected: Digests | None, shards: Sequence[int], store: AssetStore | None
 ) -> None:
-    """Have the catalog know which files are not the right ones."""
+    """Record the wrong files in the catalog."""
     if store is None or expected is None or not shards:
         return
 
@@ -174,7 +177,10 @@ def _record_bad(
 
 
 def _refuse(checkpoint: Checkpoint, different: Different) -> None:
-    """:raises DigestMismatchError: there is a tensor that is not the one that was recorded."""
+    """Refuse tensors that differ from the recorded ones.
+
+    :raises DigestMismatchError: there is such a tensor.
+    """
     if not different:
         return
 
@@ -193,7 +199,7 @@ def _refuse(checkpoint: Checkpoint, different: Different) -> None:
 
 
 def remedy(checkpoint: Checkpoint, *, files: int = 1) -> str:
-    """Say what to do about ``files`` files that are not the right ones."""
+    """Return advice about ``files`` wrong files."""
     them = "it" if files == 1 else "them"
     if checkpoint.ref is not None:
         return f"`lading verify {checkpoint.name} --repair` fetches {them} anew."
@@ -204,9 +210,9 @@ def remedy(checkpoint: Checkpoint, *, files: int = 1) -> str:
 
 
 def require_pinned(checkpoint: Checkpoint, store: AssetStore, *, progress: bool = False) -> None:
-    """Hash the files that the card pins, unless the catalog saw them verified as they are.
+    """Hash the files that the card pins, unless they were verified as they are.
 
-    :raises DigestMismatchError: one is another.
+    :raises DigestMismatchError: a file has another digest.
     """
     if checkpoint.pinned and not checkpoint.trusted:
         checks = check_files(checkpoint, checkpoint.pinned, progress=progress)
@@ -217,7 +223,7 @@ def require_pinned(checkpoint: Checkpoint, store: AssetStore, *, progress: bool 
 def check_files(checkpoint: Checkpoint, chosen: Sequence[int] | None = None, *, progress: bool = False) -> list[Check]:
     """Hash the files whose SHA-256 is known.
 
-    :param chosen: positions of those that are asked for; default: all.
+    :param chosen: the positions of the files; default: all.
     """
     shards = checkpoint.manifest.shards
     known = [i for i, shard in enumerate(shards) if shard.sha256 is not None and (chosen is None or i in chosen)]
@@ -248,7 +254,10 @@ def check_files(checkpoint: Checkpoint, chosen: Sequence[int] | None = None, *, 
 
 
 def require_match(checks: Sequence[Check]) -> None:
-    """:raises DigestMismatchError: a file is not the one that was published or recorded."""
+    """Check the results of file checks.
+
+    :raises DigestMismatchError: a file is not the one that was published or recorded.
+    """
     for check in checks:
         if check.result == "mismatch":
             raise DigestMismatchError(
@@ -282,7 +291,7 @@ def _seen_by_all(expected: Digests, seen: Sequence[bytes]) -> Digests:
 
 
 def _completed(manifest: Manifest, files: Sequence[ShardFile], found: Digests, *, progress: bool) -> Digests:
-    """``found`` with the digests of the tensors that it lacks, whose bytes are read for it."""
+    """Return ``found`` with the digests of missing tensors, after reading their bytes."""
     missing = [i for i in range(len(manifest)) if not found.is_complete(i)]
     if not missing:
         return found
@@ -302,7 +311,7 @@ def _shard_checks(checkpoint: Checkpoint, expected: Digests | None, found: Diges
     manifest = checkpoint.manifest
     for shard in range(len(manifest.shards)):
         if not all(map(found.is_complete, manifest.tensors_of(shard))):
-            continue  # nobody has seen all of it
+            continue  # no rank has read all of it
         yield _check(
             checkpoint,
             shard,
@@ -326,7 +335,7 @@ def _check(checkpoint: Checkpoint, shard: int, method: str, *, expected: str | N
 
 
 def shard_digest(manifest: Manifest, digests: Digests, shard: int) -> str:
-    """The digests of all tensors of a file in one."""
+    """Return one digest for all tensors of a file."""
     roots = (digests.of(manifest, i) for i in manifest.tensors_of(shard))
 
     return blake3("".join("-" if digest is None else digest.root for digest in roots).encode("ascii")).hexdigest()

@@ -43,7 +43,7 @@ ModelConfigT = TypeVar("ModelConfigT")
 
 
 class LoadKeywords(TypedDict, total=False):
-    """The keywords that every load takes; :meth:`ModelHub.load_model` describes them."""
+    """The keywords of every load; :meth:`ModelHub.load_model` describes them."""
 
     gangs: Gangs | None
     device: torch.device | str | None
@@ -65,29 +65,29 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         self._asset_store = asset_store
 
     def iter_cards(self) -> Iterator[AssetCard]:
-        """The cards of this family. A card that is wrong is logged and left out."""
+        """Yield the cards of this family; log and skip bad ones."""
         return self._asset_store.find_cards("model_family", self._family.name)
 
     def get_archs(self) -> set[str]:
-        """The names of the family's architectures."""
+        """Return the names of the family's architectures."""
         return {arch.name for arch in self._asset_store.architectures(self._family.name)}
 
     def get_arch_config(self, arch: str) -> ModelConfigT:
-        """A fresh configuration of the architecture ``arch``.
+        """Return a new configuration of the architecture ``arch``.
 
         :raises ModelArchitectureNotKnownError: the family has none of this name.
         """
         return cast(ModelConfigT, arch_config(arch, self._family, self._asset_store))
 
     def maybe_get_arch_config(self, arch: str) -> ModelConfigT | None:
-        """As :meth:`get_arch_config`, but ``None`` where the family has none of this name."""
+        """Return the configuration like :meth:`get_arch_config`, but ``None`` for an unknown name."""
         try:
             return self.get_arch_config(arch)
         except ModelArchitectureNotKnownError:
             return None
 
     def get_model_config(self, card: AssetCard | str) -> ModelConfigT:
-        """A fresh configuration of a model: the architecture that its card names, with the card's overrides.
+        """Return a new configuration of a model: the architecture that its card names, with the card's overrides.
 
         :param card: a card, or the name of one.
 
@@ -106,20 +106,20 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         dtype: torch.dtype | None = None,
         meta: bool = False,
     ) -> ModelT:
-        """A new model with random parameters, by the scheme of its architecture.
+        """Create a model with random parameters, by the scheme of its architecture.
 
-        What is drawn depends on ``torch.initial_seed()`` and on the names of the parameters: two calls make equal
+        The values depend on ``torch.initial_seed()`` and on the names of the parameters: two calls make equal
         models, and so do any gangs and a single device of the same kind.
 
-        :param gangs: instead of ``device``; the model is made on ``gangs.root.device``, and this rank gets its part.
+        :param gangs: instead of ``device``; the model is on ``gangs.root.device``, and this rank gets its part.
         :param device: default: the current device.
         :param dtype: of parameters and persistent buffers; default: ``torch.get_default_dtype()``.
         :param meta: make it on the meta device, without memory.
 
         :raises ValueError: both ``gangs`` and ``device``, or a meta device without ``meta``.
-        :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is no dtype.
-        :raises NotSupportedError: ``meta``, and the family cannot; a size does not divide over ``gangs.tp``; or there
-            are more ranks in ``gangs.pp`` than layers.
+        :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is not a dtype.
+        :raises NotSupportedError: the family does not support ``meta``; a size does not divide over ``gangs.tp``; or
+            there are more ranks in ``gangs.pp`` than layers.
         :raises GangError: another rank failed, or asks for something else.
         """
         effective = _effective_gangs(gangs, "cpu" if meta and gangs is None and device is None else device)
@@ -148,34 +148,34 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         verify: Verify = "auto",
         cooperative: bool = False,
     ) -> ModelT:
-        """A model with its pretrained weights, in train mode.
+        """Load a model with its pretrained weights, in train mode.
 
         :param card: a card, the name of one, or the path of a Hugging Face style folder.
-        :param gangs: instead of ``device``; the parallelism that they hold is applied.
+        :param gangs: instead of ``device``; this applies their parallelism.
         :param device: default: the current device.
-        :param dtype: of parameters and persistent buffers; default: ``torch.get_default_dtype()``. ``"auto"`` is
-            the one that ``config.json`` beside the checkpoint states, else the most common one of the checkpoint;
-            ``"keep"`` keeps its own, tensor by tensor. What a class keeps in float32 stays so under every dtype.
+        :param dtype: the dtype of parameters and persistent buffers; default: ``torch.get_default_dtype()``.
+            ``"auto"`` is that of the ``config.json`` beside the checkpoint, else the most common one of the checkpoint;
+            ``"keep"`` keeps that of each tensor. Tensors that a class keeps in float32 stay so under every dtype.
         :param config: instead of the card's configuration, for slight changes such as dropout.
-        :param mmap: map the files instead of reading them, where no cast is needed and the device is the CPU.
+        :param mmap: map the files instead of reading them, if no cast is needed and the device is the CPU.
         :param progress: show a bar on stderr when it takes longer than half a second.
-        :param verify: ``"auto"`` checks, while it loads, all that the catalog has not seen verified in just the state
-            that it is in now; ``"always"`` checks all; ``"never"`` nothing.
-        :param cooperative: the ranks of a host each read a part of the files and exchange what it holds, so that every
-            byte comes from storage once. All ranks have to say the same.
+        :param verify: ``"auto"`` checks, during the load, the files that were not verified in the state that they are
+            in; ``"always"`` checks all; ``"never"`` nothing.
+        :param cooperative: the ranks of a host each read a part of the files and exchange it, so that every byte comes
+            from storage once. All ranks have to pass the same.
 
         :raises ModelNotKnownError: no card has that name.
         :raises AssetCardError: the card is of another family, names an architecture that is not known, or states
             overrides that do not fit.
         :raises ModelGatedError: the card names no checkpoint; the publisher hands it out on request.
         :raises FetchError: the checkpoint cannot be fetched.
-        :raises FileNotFoundError: nothing is where the checkpoint should be.
+        :raises FileNotFoundError: nothing is at the place of the checkpoint.
         :raises ModelCheckpointError: the checkpoint is damaged, does not fit the configuration, or is not the one that
             was published or recorded.
-        :raises NotSupportedError: the checkpoint is quantised; a size does not divide over ``gangs.tp``; or there are
+        :raises NotSupportedError: the checkpoint is quantized; a size does not divide over ``gangs.tp``; or there are
             more ranks in ``gangs.pp`` than layers.
         :raises ValueError: both ``gangs`` and ``device``, or a meta device; or both ``mmap`` and ``cooperative``.
-        :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is no dtype.
+        :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is not a dtype.
         """
         options = load_options(
             gangs=gangs,
@@ -198,12 +198,12 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         restrict: bool | None = None,
         **keywords: Unpack[LoadKeywords],
     ) -> ModelT:
-        """A model from a checkpoint file or folder that is not in the catalog.
+        """Load a model from a checkpoint file or folder that is not in the catalog.
 
-        :param path: of the file or folder.
-        :param config: the configuration that the checkpoint was made with.
+        :param path: the path of the file or folder.
+        :param config: the configuration of the checkpoint's model.
         :param restrict: refuse a file of ``torch.save`` that names anything that a state dict does not need, instead of
-            passing over it; ``None``: the family's default. Nothing that a file names is imported in either case.
+            ignoring it; ``None``: the family's default. lading imports nothing that a file names in either case.
 
         The other parameters, and what is raised, are as for :meth:`load_model`.
         """
@@ -227,17 +227,17 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         mmap: bool = False,
         restrict: bool | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Pairs (parameter name, tensor) of a checkpoint, one tensor in memory at a time, on the CPU.
+        """Yield pairs (parameter name, tensor) of a checkpoint, one tensor in memory at a time, on the CPU.
 
         Names are those of the parameters, after the family's rules; dtypes are the checkpoint's own.
 
-        :param gangs: of a parameter that is split over them, give the part that this rank owns; of other stages of a
-            pipeline, nothing. Under tensor parallelism all ranks have to call this, for the same checkpoint.
+        :param gangs: yield only this rank's part of a parameter that is split over them, and nothing of other stages of
+            a pipeline. Under tensor parallelism all ranks have to call this, for the same checkpoint.
 
         :raises FileNotFoundError: nothing is at ``path``.
         :raises ModelCheckpointError: the checkpoint is damaged, or does not fit the configuration.
         :raises NotSupportedError: a size of the configuration does not divide over ``gangs.tp``, or there are more
-            ranks in ``gangs.pp`` than layers; or a tensor is of a dtype that torch does not have.
+            ranks in ``gangs.pp`` than layers; or a tensor has a dtype that torch lacks.
         :raises TypeError: ``config`` is not of the family's class.
         """
         check_config_type(config, self._family)
@@ -261,7 +261,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
 
 
 class ModelHubAccessor(Generic[ModelT, ModelConfigT]):
-    """Gives the typed hub of a family when it is called; one line on the page of each family.
+    """A callable that returns the typed hub of a family; one line in the module of each family.
 
     .. code:: python
 
@@ -276,10 +276,10 @@ class ModelHubAccessor(Generic[ModelT, ModelConfigT]):
         self._config_kls = config_kls
 
     def __call__(self) -> ModelHub[ModelT, ModelConfigT]:
-        """The hub over the default store.
+        """Return the hub over the default store.
 
         :raises ModelFamilyNotKnownError: no installed package registers the family.
-        :raises InternalError: the family has other classes than the accessor was made with.
+        :raises InternalError: the family has other classes than the accessor.
         """
         family = get_family(self._family_name)
 
@@ -297,16 +297,19 @@ class ModelHubAccessor(Generic[ModelT, ModelConfigT]):
 
 
 class GlobalModelLoader:
-    """Loads models of any family; the card decides which."""
+    """The loader of models of any family, which the card decides."""
 
     def __init__(self, asset_store: AssetStore | None = None) -> None:
-        """:param asset_store: default: the default store."""
+        """Make a loader.
+
+        :param asset_store: default: the default store.
+        """
         self._asset_store = asset_store
 
     def load(
         self, card: AssetCard | str | Path, *, config: object | None = None, **keywords: Unpack[LoadKeywords]
     ) -> Module:
-        """See :func:`load_model`."""
+        """Load a model as :func:`load_model` does."""
         return self.load_with_report(card, config=config, **keywords)[0]
 
     def load_with_report(
@@ -317,7 +320,7 @@ class GlobalModelLoader:
         restrict: bool = True,
         **keywords: Unpack[LoadKeywords],
     ) -> tuple[Module, LoadReport]:
-        """As :meth:`load`, with what the load did.
+        """Load a model as :meth:`load` does, and return a report of the load, too.
 
         :param restrict: as :func:`lading.formats.index` takes it; for a path.
         """
@@ -339,11 +342,11 @@ def load_model(
     verify: Verify = "auto",
     cooperative: bool = False,
 ) -> Module:
-    """A model of any family with its pretrained weights, in train mode.
+    """Load a model of any family with its pretrained weights, in train mode.
 
-    Where the family is known beforehand, its own hub gives the right type: ``get_qwen_model_hub().load_model(…)``.
-    Parameters, and what is raised, are as for :meth:`ModelHub.load_model`; a card whose family is not registered, or
-    that names none, is an :class:`AssetCardError`.
+    For a known family, its own hub returns the right type: ``get_qwen_model_hub().load_model(…)``. Parameters and
+    errors are as for :meth:`ModelHub.load_model`; a card without a family, or with one that is not registered, raises
+    :class:`AssetCardError`.
     """
     return GlobalModelLoader().load(
         card, gangs=gangs, device=device, dtype=dtype, config=config, mmap=mmap, progress=progress, verify=verify,
@@ -352,10 +355,10 @@ def load_model(
 
 
 load_with_report = GlobalModelLoader().load_with_report
-"""As :func:`load_model`, with what the load did: phases, bytes, reads."""
+"""A load as by :func:`load_model`, with its report: phases, bytes, reads."""
 
 
-# --- arguments that recur ---------------------------------------------------------------------------------------------
+# --- arguments --------------------------------------------------------------------------------------------------------
 
 
 def _load(
@@ -365,7 +368,7 @@ def _load(
     options: LoadOptions,
     config: Any,
 ) -> tuple[Module, LoadReport]:
-    with gc_disabled():  # it would go through all that torch has imported, which takes as long as to read a gigabyte
+    with gc_disabled():  # a collection visits all objects of torch, which takes as long as reading a gigabyte
         return agreed(options.gangs, lambda: _load_any(card, family, store, options, config))
 
 
@@ -402,14 +405,14 @@ def _load_any(
 def _require_same(
     gangs: Gangs, card: AssetCard | str | Path, family: Family[Any, Any] | None, config: object, *more: object
 ) -> None:
-    """Make sure that all ranks ask for the same model: what rank 0 finds would be loaded by all of them.
+    """Check that all ranks ask for the same model: all of them would load what rank 0 finds.
 
-    :raises GangError: they do not; it names what each of them asks for.
+    :raises GangError: they do not; the message names the model of each.
     """
     if gangs.root.channel is None:
         return
     asked: object = str(card)
-    if isinstance(card, AssetCard):  # whose fields may be secret
+    if isinstance(card, AssetCard):  # its fields may be secret
         asked = f"the card {card.name} with the fields {digest(card.fields()).hex()[:16]}"
     elif isinstance(card, Path):
         asked = card.absolute()
@@ -433,7 +436,7 @@ def _retrieve(card: AssetCard | str, store: AssetStore) -> AssetCard:
 
 
 def did_you_mean_model(name: str, store: AssetStore) -> str:
-    """A hint for a name that no card has; a path in its place is told apart."""
+    """Return a hint for an unknown name, with another one for a path."""
     if path_exists(name):
         return f" A folder is given as a path: `load_model(Path({name!r}))`."
 

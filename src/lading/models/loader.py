@@ -1,9 +1,9 @@
-"""The one conductor: from a card or a path to a model, each layer called once, top to bottom.
+"""The load of a model from a card or a path, which calls each layer once, top to bottom.
 
 config → manifest → module on the meta device → targets → route → plan → fetch → execute → verify → buffers → agreement.
 
-Nothing is fetched before it is known from the manifest that the checkpoint fits. In a gang, rank 0 alone asks the
-catalog, one rank of each host fetches, and each reads what it owns; whatever fails on one rank is raised on all.
+A load fetches nothing before the manifest shows that the checkpoint fits. In a gang, rank 0 alone reads the catalog,
+one rank of each host fetches, and each reads its part; a failure on one rank raises on all.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ Store = Callable[[], AssetStore]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
-    """How a model is to be loaded, whichever it is."""
+    """The options of a load."""
 
     gangs: Gangs
     dtype: DType
@@ -73,25 +73,25 @@ class LoadOptions:
     progress: bool = True
     verify: Verify = "auto"
     cooperative: bool = False
-    """Whether the ranks of a host each read a part of the files, and exchange what it holds."""
+    """``True`` if the ranks of a host each read a part of the files, and exchange it."""
     restrict: bool = True
-    """As :func:`lading.formats.index` takes it; for a path."""
+    """``restrict`` as :func:`lading.formats.index` takes it; for a path."""
 
     @property
     def maps(self) -> bool:
-        """Whether tensors stay in the files where they can."""
+        """``True`` if tensors stay in the files where possible."""
         return self.mmap and self.gangs.root.device.type == "cpu"
 
     @property
     def shows_progress(self) -> bool:
-        """Whether this rank does."""
+        """``True`` if this rank shows a bar."""
         return self.progress and self.gangs.root.rank == 0
 
 
 def load_card(
     card: AssetCard, family: Family[Any, Any], store: Store, options: LoadOptions, *, config: Any = None
 ) -> tuple[Module, LoadReport]:
-    """Load the model of a card. Only rank 0 of the root gang asks the catalog; the others are told."""
+    """Load the model of a card. Rank 0 of the root gang reads the catalog and sends the results to the others."""
     clock = Clock()
 
     def resolve() -> tuple[Any, Checkpoint, torch.dtype | None]:
@@ -115,7 +115,7 @@ def load_card(
 
 
 def load_path(path: Path, family: Family[Any, Any], config: Any, options: LoadOptions) -> tuple[Module, LoadReport]:
-    """Load the checkpoint at ``path``, of which the catalog is not asked."""
+    """Load the checkpoint at ``path``, without the catalog."""
     clock = Clock()
 
     def resolve() -> tuple[Any, Checkpoint, torch.dtype | None]:
@@ -130,7 +130,7 @@ def load_path(path: Path, family: Family[Any, Any], config: Any, options: LoadOp
 
 
 def agreed(gangs: Gangs, load: Callable[[], T]) -> T:
-    """What ``load`` gives, if it gives something on every rank; else all ranks raise, naming the one that failed."""
+    """Return the result of ``load`` if it succeeds on every rank; else all ranks raise, naming the one that failed."""
     with gangs.root.all_or_none():
         return load()
 
@@ -138,7 +138,7 @@ def agreed(gangs: Gangs, load: Callable[[], T]) -> T:
 def _mapped_ahead(
     checkpoint: Checkpoint, dtype: torch.dtype | None, options: LoadOptions
 ) -> AbstractContextManager[Ahead]:
-    """Have the files mapped while the model is built, where all of them is wanted and they are here."""
+    """Map the files while the model is built, if the load needs all of them and they are here."""
     if not options.maps or options.gangs.root.size > 1 or checkpoint.files is None:
         return nullcontext(NOTHING_AHEAD)
 
@@ -173,10 +173,10 @@ def _load(
     while True:
         with clock.phase("build"):
             module = build_on_meta(family, config)
-            kls = type(module)  # which FSDP changes
+            kls = type(module)  # FSDP changes it
             if family.untie is not None:
                 family.untie(module, untied)
-            # All of the model's, so that a checkpoint fits on all stages of a pipeline or on none.
+            # All targets of the model, so that a checkpoint fits on all stages of a pipeline or on no stage.
             targets = split(module, family, config, gangs, dtype=dtype)
 
         with clock.phase("plan"):
@@ -186,7 +186,7 @@ def _load(
         if family.untie is None or untied or not routed.duplicates:
             break
 
-        # Only the numbers tell whether the model is made with one parameter or with several.
+        # Only the values show whether the model has one parameter or several.
         with clock.phase("fetch"):
             checkpoint = share(checkpoint, gangs.root, fetch)
         with clock.phase("read"):
@@ -212,7 +212,7 @@ def _load(
                 store and store(),
                 options.verify,
                 lambda: block_dims(manifest, family, config, targets, routed),
-                # Those of a host that read together see all that it reads.
+                # The ranks of a host that read together see all of its bytes.
                 ranks=len(set(gangs.root.hosts)) if options.cooperative else gangs.root.size,
                 progress=progress,
             )
@@ -230,7 +230,7 @@ def _load(
                 manifest, planned, wanted, files, arena=arena, dims=dims, progress=progress, ahead=ahead
             )
         by_name = {targets.names[i]: tensor for i, tensor in zip(order, moved.tensors, strict=True)}
-        if family.untie is None:  # else all copies have been compared
+        if family.untie is None:  # otherwise all copies have been compared
             _check_tied(checkpoint, config, targets, routed, by_name)
 
     if expected is not None and moved.digests is not None:
@@ -279,7 +279,7 @@ def _load(
 def _check_tied(
     checkpoint: Checkpoint, config: Any, targets: Targets, routed: Route, loaded: Mapping[str, Tensor]
 ) -> None:
-    """A tied parameter may be in the checkpoint under several names, if all of them hold the same."""
+    """Check that the copies of a tied parameter in the checkpoint are equal."""
     manifest = checkpoint.manifest
     for target, source in routed.duplicates:
         name, copy = targets.names[target], name_of(source, manifest)
@@ -290,7 +290,7 @@ def _check_tied(
 
 
 def _sources(routed: Route, targets: Targets) -> list[Source]:
-    """All of which this rank reads something, or that is empty."""
+    """Return all sources that this rank reads a part of, or that are empty."""
     read = [box.numel > 0 or 0 in shape for box, shape in zip(targets.boxes, targets.shapes, strict=True)]
     made = [
         routed.composed.get(i, tensor)

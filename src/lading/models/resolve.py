@@ -1,4 +1,4 @@
-"""From a card, a name or a path to a model: its family, its configuration, its checkpoint."""
+"""The resolution of a card, a name or a path to a family, a configuration and a checkpoint."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ResolvedModel:
     """The complete configuration, of the family's class."""
     checkpoint: Checkpoint
     card: AssetCard | None
-    """``None`` for a path, likewise below."""
+    """The card; ``None`` for a path, likewise below."""
     store: AssetStore | None
     """The store that was asked."""
 
@@ -65,18 +65,18 @@ def resolve_model(
     :param store: default: the default store; not asked about a path.
     :param family: the family that is asked for; default: that of the card, or of ``config.json``.
     :param config: instead of the card's configuration, or of the one in ``config.json``.
-    :param checkpoint: of the card, where it was found before.
+    :param checkpoint: the checkpoint of the card, if the caller has found it.
     :param restrict: as :func:`lading.formats.index` takes it; for a path.
-    :param progress: show a bar on stderr if the checkpoint has to be fetched to be known.
+    :param progress: show a bar on stderr if the manifest takes a download.
     :param accept_others: as :func:`lading.checkpoints.locate.card_checkpoint` takes it.
 
     :raises AssetNotFoundError: no card has that name.
     :raises AssetCardError: the card is of another family, its family is not registered, or its overrides do not fit.
     :raises ModelGatedError: the card names no checkpoint.
     :raises FetchError: the source of the checkpoint cannot be reached.
-    :raises CheckpointNotFoundError: nothing is where the checkpoint should be (also a ``FileNotFoundError``).
+    :raises CheckpointNotFoundError: nothing is at the place of the checkpoint (also a ``FileNotFoundError``).
     :raises CorruptModelCheckpointError: a file breaks the rules of its format.
-    :raises NotSupportedError: ``config.json`` says that it is quantised, or is of no family that is registered.
+    :raises NotSupportedError: ``config.json`` says that it is quantized, or no registered family reads it.
     """
     if isinstance(target, Path):
         if config is None or family is None:
@@ -102,7 +102,7 @@ def resolve_model(
 def family_of_card(card: AssetCard) -> Family[Any, Any]:
     """Return the family of a card.
 
-    :raises AssetCardError: it is not registered, or the card names none.
+    :raises AssetCardError: it is not registered, or the card names no family.
     """
     name = card.field("model_family").as_(str)
     try:
@@ -153,10 +153,10 @@ def arch_config(arch: str, family: Family[Any, Any], store: AssetStore) -> Any:
 
 
 def family_of_folder(path: Path, asked: Family[Any, Any] | None = None) -> tuple[Family[Any, Any], Any]:
-    """Family and configuration of a Hugging Face style folder, from its ``config.json``.
+    """Return the family and the configuration of a Hugging Face style folder, from its ``config.json``.
 
-    :param asked: the family that is asked for; it also reads its part of a larger model, and one that reads all model
-        types those that others name.
+    :param asked: the requested family; it may also read its part of a larger model, and a family for all model types
+        those of other families.
 
     :raises CheckpointNotFoundError: there is no such folder (also a ``FileNotFoundError``).
     :raises NotSupportedError: no ``config.json``, or a model type that no registered family reads.
@@ -197,15 +197,15 @@ def complete_config(
     *,
     store: AssetStore | None = None,
 ) -> Any:
-    """Return the configuration with what it lacks; unchanged, unless the family takes it from ``config.json``.
+    """Return the configuration, completed from ``config.json`` if the family needs that.
 
     :param store: the store whose catalog records a fetch.
 
     :raises TypeError: ``config`` is not of the family's class.
     :raises FetchError: ``config.json`` cannot be fetched.
     :raises CorruptModelCheckpointError: it is not a JSON object.
-    :raises NotSupportedError: it asks for something that the family does not do.
-    :raises PolicyError: it asks for code of a repository to be run.
+    :raises NotSupportedError: it asks for a feature that the family lacks.
+    :raises PolicyError: it asks to run code of a repository.
     """
     if family.complete is None:
         return config
@@ -218,7 +218,7 @@ def complete_config(
 
 
 def model_dtype(dtype: DType, checkpoint: Checkpoint, *, store: AssetStore | None = None) -> torch.dtype | None:
-    """Return the dtype that a model is to be loaded in; ``None`` for that of each tensor of the checkpoint.
+    """Return the dtype of a loaded model; ``None`` for that of each tensor of the checkpoint.
 
     :param dtype: ``"auto"`` is the one that the ``config.json`` beside the checkpoint states, else the one that most
         elements of the checkpoint have; ``"keep"`` that of each tensor.

@@ -1,4 +1,4 @@
-"""Whole tensors of a checkpoint that is on this machine, without a model."""
+"""Reads of tensors of a local checkpoint, without a model."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def read_tensors(
     witness: DigestCollector | None = None,
     huge_pages: HugePages = "auto",
 ) -> list[Tensor]:
-    """Tensors of a checkpoint, or what they make together, on the CPU.
+    """Read tensors of a checkpoint, or compositions of them, to the CPU.
 
-    :param sources: of tensors, their positions in the manifest.
-    :param dtypes: of each in memory.
+    :param sources: positions of tensors in the manifest, or compositions.
+    :param dtypes: the dtype of each in memory.
     :param boxes: the part of each; default: all.
-    :param witness: takes digests of those that are tensors as they are in the files.
+    :param witness: collects digests of the tensors that are read as they are in the files.
     :param huge_pages: the pages of the memory that they are read into.
 
-    :raises NotSupportedError: one is of a dtype that torch does not have.
+    :raises NotSupportedError: a tensor has a dtype that torch lacks.
     """
     if witness is not None:
         return _witnessed(checkpoint, sources, dtypes, witness)
@@ -76,7 +76,7 @@ def read_tensors(
 class DigestCollector:
     """The digests of the tensors of a checkpoint, collected over several reads.
 
-    :param dims: for each tensor the dim along which it is cut into blocks.
+    :param dims: for each tensor the dim along which to cut it into blocks.
     """
 
     def __init__(self, manifest: Manifest, dims: Sequence[int]) -> None:
@@ -87,10 +87,10 @@ class DigestCollector:
         self._known = bytearray(len(manifest))
 
     def take(self, positions: Sequence[int], found: Digests) -> None:
-        """Take note of the digests of tensors.
+        """Add the digests of tensors.
 
-        :param positions: of the tensors in the manifest.
-        :param found: of them alone, in this order.
+        :param positions: the positions of the tensors in the manifest.
+        :param found: the digests of these tensors, in this order.
         """
         for n, i in enumerate(positions):
             at, end = found.starts[n] * SIZE, found.starts[n + 1] * SIZE
@@ -105,12 +105,12 @@ class DigestCollector:
 def _witnessed(
     checkpoint: Checkpoint, sources: Sequence[Source], dtypes: Sequence[str], witness: DigestCollector
 ) -> list[Tensor]:
-    # A composed tensor does not have the bytes of the files, so they are hashed elsewhere.
+    # A composed tensor does not have the bytes of the files, so this does not hash it.
     composed = [i for i, source in enumerate(sources) if not isinstance(source, int)]
     made = read_tensors(checkpoint, [sources[i] for i in composed], [dtypes[i] for i in composed]) if composed else []
     tensors = dict(zip(composed, made, strict=True))
 
-    # A manifest of these alone: to look at all 100,000 tensors for each few would take longer than to read them.
+    # A manifest of these alone: looking at all 100,000 tensors for each few would take longer than reading them.
     plain = {i: source for i, source in enumerate(sources) if isinstance(source, int)}
     if not plain:
         return made
@@ -140,14 +140,14 @@ def iter_tensors(
     mmap: bool = False,
     huge_pages: HugePages = "auto",
 ) -> Iterator[tuple[str, Tensor]]:
-    """Pairs (parameter name, tensor) of a checkpoint, in the order of its files, one tensor in memory at a time.
+    """Yield pairs (parameter name, tensor) of a checkpoint, in the order of its files, one tensor in memory at a time.
 
-    Of a parameter that is split over ``gangs`` it is the part that this rank owns. What belongs to other stages of a
-    pipeline is left out; a table that stages share has the name that the checkpoint gives it.
+    For a parameter that is split over ``gangs``, this yields the part of this rank. It skips other stages of a
+    pipeline; a table that stages share has its name in the checkpoint.
 
     :raises ModelCheckpointMismatchError: parts that make a parameter together are missing, or claim the same place; or
         a tensor that would be cut is not of the shape of its parameter.
-    :raises NotSupportedError: a tensor is of a dtype that torch does not have.
+    :raises NotSupportedError: a tensor has a dtype that torch lacks.
     """
     manifest = checkpoint.manifest
     rules = family.rules_for(config, manifest.names)

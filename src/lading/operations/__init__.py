@@ -1,1 +1,1 @@
-"""What the commands do, for Python."""
+"""The operations of the commands, for Python."""

@@ -23,9 +23,9 @@ def catalog_uri(ref: CheckpointRef, store: AssetStore) -> str:
 
 
 def cards_with(store: AssetStore, wanted: Callable[[str], bool]) -> list[tuple[AssetCard, CheckpointRef]]:
-    """The cards, with their overlays, whose checkpoint is of a URI that is wanted. A bad card is logged and left out.
+    """Return the cards, with their overlays, whose checkpoint has a wanted URI; log and skip bad cards.
 
-    :param wanted: is asked for ``checkpoint`` alone; what a card says of a ``checkpoint_path`` inside comes behind.
+    :param wanted: a condition on ``checkpoint`` alone, without the ``checkpoint_path`` inside.
     """
     found = []
     for model in store.models(include_all=True):
@@ -45,7 +45,7 @@ def names_of(store: AssetStore, uris: Iterable[str]) -> dict[str, list[str]]:
     """Return the names of the cards whose models are loaded from each of these checkpoints."""
     wanted = set(uris)
     heads = {head for uri in wanted for head in heads_of(uri)}
-    # What was rewritten is not known by the address of what it was made of.
+    # The address of an original does not lead to its rewrite.
     any_rewritten = any(_is_rewritten(uri, store) for uri in wanted)
 
     def may_be(uri: str) -> bool:
@@ -67,7 +67,7 @@ def _is_rewritten(uri: str, store: AssetStore) -> bool:
 
 
 def heads_of(uri: str) -> list[str]:
-    """A URI, and what it lies in, as a ``checkpoint`` may say with a ``checkpoint_path`` inside."""
+    """Return a URI and those that contain it, as a card may state them with a ``checkpoint_path`` inside."""
     heads = [uri.rstrip("/")]
     while "/" in heads[-1].partition("://")[2]:
         heads.append(heads[-1].rpartition("/")[0])

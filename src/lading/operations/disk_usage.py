@@ -1,4 +1,4 @@
-"""What is on this machine, whose it is, and for which cards."""
+"""The files of models on this machine, their owners and their cards."""
 
 from __future__ import annotations
 
@@ -22,42 +22,42 @@ from lading.system.uris import path_uri, shown_uri, uri_path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskUsageEntry:
-    """Files of one model, or of nobody, on this machine."""
+    """The files of one model, or orphans, on this machine."""
 
     name: str
-    """Of the model; where no card names the checkpoint its URI, or the path of a file of no checkpoint."""
+    """The name of the model; the URI of a checkpoint without a card; the path of a file without a checkpoint."""
     bytes: int
-    """Of the files that are there."""
+    """The bytes of the files that are there."""
     kind: str
-    """Whose files they are, see :data:`lading.catalog.records.CopyKind`; several kinds are separated by commas."""
+    """The owners of the files, see :data:`lading.catalog.records.CopyKind`, separated by commas."""
     files: int
     complete: bool
-    """Whether all files are there, as they were when they were recorded."""
+    """``True`` if all files are there, as they were when they were recorded."""
     verified: bool
-    """Whether all of them were seen with the right digest, in just this state."""
+    """``True`` if all of them were verified in this state."""
     path: str
-    """Of the file, or of the folder that holds all of them."""
+    """The path of the file, or of the folder that contains all of them."""
     checkpoint: str | None
     revision: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskUsage:
-    """What :func:`disk_usage` found."""
+    """The result of :func:`disk_usage`."""
 
     holdings: tuple[DiskUsageEntry, ...]
-    """By name. Models of one checkpoint, or of one file in different checkpoints, each count it."""
+    """The entries by name. Models with the same checkpoint, or the same file, each count it."""
     orphans: tuple[DiskUsageEntry, ...]
-    """Files that this catalog brought into lading's cache and no card names in any environment."""
+    """The files that this catalog brought into lading's cache and no card names in any environment."""
     bytes: int
-    """Of ``holdings``, each file once."""
+    """The bytes of ``holdings``, counting each file once."""
     orphan_bytes: int
 
 
 def disk_usage(pattern: str | None = None, *, store: AssetStore | None = None) -> DiskUsage:
-    """The files of models on this machine, as far as the catalog knows them, and what lading's cache holds besides.
+    """Return the files of models on this machine, as far as the catalog knows them, and the orphans in lading's cache.
 
-    :param pattern: a shell-style pattern of names; orphans have none, and are always counted.
+    :param pattern: a shell-style pattern of names; orphans have no names, and always count.
 
     :raises CatalogError: the catalog cannot be read.
     """
@@ -120,20 +120,20 @@ def _common_path(paths: Sequence[Path]) -> str:
 # --- cards ------------------------------------------------------------------------------------------------------------
 
 
-# --- what no card names -----------------------------------------------------------------------------------------------
+# --- orphans ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Orphans:
-    """Files that this catalog brought into lading's cache and none of its cards names in any environment."""
+    """The files that this catalog brought into lading's cache and no card of it names in any environment."""
 
     cache: Cache
     entries: tuple[tuple[Entry, tuple[Path, ...]], ...]
     """Entries fetched for cards that were removed, and the files of each that nothing else needs."""
     strays: tuple[Path, ...]
-    """Files that no entry refers to, and what was made of files."""
+    """Files without an entry, and rewrites of files."""
     needed: frozenset[str]
-    """The SHA-256 of files that are needed."""
+    """The SHA-256 of files that something needs."""
 
 
 def own_cache(store: AssetStore) -> Cache:
@@ -142,12 +142,12 @@ def own_cache(store: AssetStore) -> Cache:
 
 
 def find_orphans(store: AssetStore, held: Sequence[LocalCheckpoint]) -> Orphans:
-    """Return what this catalog brought into lading's cache, and no card names.
+    """Return the files that this catalog brought into lading's cache and no card names.
 
-    Several catalogs may share the cache, and a new one may be in the place of one that is lost. So an entry counts only
-    if it is of this catalog, and of a checkpoint that this catalog knows.
+    Several catalogs may share the cache, and a new one may replace a lost one. So an entry counts only if it belongs to
+    this catalog, and to a checkpoint that this catalog knows.
 
-    :param held: all checkpoints of which files are on this machine.
+    :param held: all checkpoints with files on this machine.
     """
     cache = own_cache(store)
     stated = _stated(store)
@@ -162,7 +162,7 @@ def find_orphans(store: AssetStore, held: Sequence[LocalCheckpoint]) -> Orphans:
 
     unnamed = [checkpoint for checkpoint in held if checkpoint.uri not in named]
     needed = digests(checkpoint for checkpoint in held if checkpoint.uri in named) | cache.files_of_others()
-    ours = digests(unnamed)  # what came along with a checkpoint may have been fetched from elsewhere
+    ours = digests(unnamed)  # extra files of a checkpoint may come from another source
 
     gone: list[Entry] = []
     shared = cache.has_unknown_entries()
@@ -187,7 +187,7 @@ def find_orphans(store: AssetStore, held: Sequence[LocalCheckpoint]) -> Orphans:
             (entry, tuple(path for sha256 in _digests_of(entry) - needed if (path := cache.find(sha256)) is not None))
             for entry in sorted(gone, key=lambda entry: (entry.uri, entry.key))
         ),
-        # A file of which nothing is known is this catalog's only where there is no other one.
+        # An unknown file belongs to this catalog only if there is no other one.
         strays=tuple(path for path in strays if path in own or not shared),
         needed=frozenset(needed),
     )
@@ -198,7 +198,7 @@ def _digests_of(entry: Entry) -> set[str]:
 
 
 def _stated(store: AssetStore) -> set[str]:
-    """Return every address and path that a card or an overlay states, of whatever environment."""
+    """Return every address and path that a card or an overlay states, in any environment."""
     found: set[str] = set()
     for entry in store.entries()[0]:
         inner = entry.metadata.get("checkpoint_path")

@@ -1,7 +1,7 @@
-"""What every rank of a world will read, told without a plan for each: placements once, then arithmetic on columns.
+"""The forecast of the reads of all ranks, without a plan for each: placements once, then arithmetic on columns.
 
-Tensors of equal shape, dtypes and placements are of one *kind*: whatever a rank owns of one of them, it owns of all.
-A model has few kinds, however many tensors, and ranks; only which reads join depends on the order of the tensors.
+Tensors of equal shape, dtypes and placements have one *kind*: a rank owns the same part of all of them. A model has few
+kinds, regardless of the number of tensors and ranks; only the joining of reads depends on the order of the tensors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Flags = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Kind:
-    """What tensors that are placed alike have in common."""
+    """The common properties of tensors with equal placements."""
 
     shape: tuple[int, ...]
     stored: str
@@ -36,24 +36,24 @@ class Kind:
     boxes: tuple[Box, ...]
     """The parts that ranks own."""
     owned: Ints
-    """For each rank its part, a position in ``boxes``."""
+    """The part of each rank, a position in ``boxes``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Layout:
-    """What every rank owns of a checkpoint; in columns, as :class:`~lading.planning.plan.Wanted` has them."""
+    """The parts of a checkpoint that every rank owns, in columns as in :class:`~lading.planning.plan.Wanted`."""
 
     ranks: int
     tensors: Sequence[int]
-    """Positions in the manifest."""
+    """The positions in the manifest."""
     kinds: Ints
-    """For each of ``tensors`` its kind, a position in ``known``."""
+    """The kind of each of ``tensors``, a position in ``known``."""
     known: tuple[Kind, ...]
     composed: Mapping[int, Source]
-    """By the position in ``tensors``, what those are made of that are not one tensor as it is."""
+    """The compositions of those that are not one tensor as it is, by the position in ``tensors``."""
 
     def wanted(self, rank: int) -> Wanted:
-        """What one rank wants."""
+        """Return the tensors that one rank wants."""
         boxes = [kind.boxes[kind.owned[rank]] for kind in self.known]
 
         return Wanted(
@@ -66,14 +66,14 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Forecast:
-    """What the plan of each rank comes to; arrays with an entry for each."""
+    """The totals of the plans of all ranks, in arrays with an entry for each."""
 
     bytes_read: Ints
     reads: Ints
     memory: Mapping[str, Ints]
-    """Bytes of each dtype, by the manifest's names."""
+    """The bytes of each dtype, by the manifest's names."""
     files: Flags
-    """[shards, ranks]: whether any byte of the file is read."""
+    """[shards, ranks]: ``True`` if the rank reads a byte of the file."""
 
 
 def lay_out(
@@ -87,16 +87,16 @@ def lay_out(
     *,
     stages: Sequence[frozenset[int] | None] = (),
 ) -> Layout:
-    """Return what each rank of a mesh owns; of a pipeline, stage by stage.
+    """Return the parts that each rank of a mesh owns; for a pipeline, stage by stage.
 
-    :param tensors: positions in the manifest; what follows are columns of the same length.
-    :param shapes: of the global tensors in memory.
-    :param dtypes: in memory.
-    :param placements: of each, one for every dim of the mesh of a stage.
+    :param tensors: positions in the manifest; the following are columns of the same length.
+    :param shapes: the shapes of the global tensors in memory.
+    :param dtypes: the dtypes in memory.
+    :param placements: those of each tensor, one for every dim of the mesh of a stage.
     :param mesh_shape: the number of stages, then the sizes of the mesh of each.
-    :param stages: those that hold each, the others having an empty part; ``None``: all. Default: all hold all.
+    :param stages: the stages with each tensor, the others having an empty part; ``None``: all. Default: all have all.
 
-    :raises NotSupportedError: what a rank owns of a tensor is no box.
+    :raises NotSupportedError: the part of a rank is not a box.
     """
     numbers: dict[tuple[object, ...], int] = {}
     known: list[Kind] = []
@@ -134,7 +134,7 @@ def _boxes(
 def _staged(
     boxes: tuple[Box, ...], owned: Ints, holders: frozenset[int] | None, pp: int
 ) -> tuple[tuple[Box, ...], Ints]:
-    """The parts of all stages, which have the same of what they hold."""
+    """Return the parts for all stages; those with the tensor have equal parts."""
     if holders is None or len(holders) == pp:
         return boxes, np.tile(owned, pp)
 
@@ -144,7 +144,7 @@ def _staged(
 
 
 def forecast(manifest: Manifest, layout: Layout) -> Forecast:
-    """What :func:`~lading.planning.plan.plan` would come to on every rank, exactly."""
+    """Return the exact totals of :func:`~lading.planning.plan.plan` on every rank."""
     memory: dict[str, Ints] = {}
     counts = np.bincount(layout.kinds, minlength=len(layout.known))
     for kind, count in zip(layout.known, counts.tolist(), strict=True):
@@ -162,7 +162,7 @@ def forecast(manifest: Manifest, layout: Layout) -> Forecast:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Columns:
-    """The tensors that have elements, in the order of the files."""
+    """The tensors with elements, in the order of the files."""
 
     shards: Ints
     offsets: Ints
@@ -170,8 +170,8 @@ class _Columns:
 
     @classmethod
     def of(cls, manifest: Manifest, layout: Layout) -> _Columns | None:
-        """``None`` where which reads join depends on more than their places in the file: where tensors are composed,
-        overlap, or are not aligned.
+        """Return the columns; ``None`` if the joining of reads depends on more than their places in the file, as for
+        composed, overlapping or unaligned tensors.
         """
         tensors = np.array(layout.tensors, dtype=np.int64)
         order = np.argsort(tensors, kind="stable")
@@ -192,21 +192,21 @@ class _Columns:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Reading:
-    """How a part of a kind is read; arrays with an entry for each rank."""
+    """The reads of the parts of a kind, in arrays with an entry for each rank."""
 
     conversion: tuple[str, str] | None
     bytes_read: Ints
     reads: Ints
     joins: Flags
-    """Whether what is read is no rows, which join nothing."""
+    """``True`` if the part is one run of bytes; rows join nothing."""
     first: Ints
-    """Bytes from where a tensor begins to the first that is read of it."""
+    """The offset of the first byte read, from the begin of the tensor."""
     end: Ints
-    """Bytes from there to behind the last."""
+    """The bytes from the first one read to the last."""
 
 
 def _reading(kind: Kind) -> _Reading:
-    """The same arithmetic as that of a plan, for one tensor."""
+    """Return the reads of a kind by the same arithmetic as that of a plan, for one tensor."""
     item = BITS[kind.stored] // 8
     figures = []
     for box in kind.boxes:
@@ -246,7 +246,7 @@ def _together(manifest: Manifest, layout: Layout, columns: _Columns) -> tuple[In
         bytes_read += count * reading.bytes_read
         reads += count * reading.reads
 
-    # What is read of a tensor joins what is read of the one before if they meet in the file.
+    # A read of a tensor joins that of the tensor before if they meet in the file.
     same = columns.shards[1:] == columns.shards[:-1]
     pairs = np.stack([columns.kinds[:-1], columns.kinds[1:], np.diff(columns.offsets)])[:, same]
     distinct, counts = np.unique(pairs, axis=1, return_counts=True)

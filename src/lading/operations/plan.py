@@ -1,4 +1,4 @@
-"""What each rank of gangs will read and hold, told from a manifest alone: no rank need exist, no byte be read."""
+"""The plan of a load on all ranks of gangs, from a manifest alone: without processes, and without reading a byte."""
 
 from __future__ import annotations
 
@@ -29,54 +29,54 @@ AXES = ("pp", "rdp", "sdp", "tp")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankPlan:
-    """What one rank will do."""
+    """The plan of one rank."""
 
     rank: int
     pp: int
-    """Its place in its gang along this axis; likewise below."""
+    """The place in its gang along this axis; likewise below."""
     rdp: int
     sdp: int
     tp: int
     bytes_read: int
     reads: int
     files: int
-    """That it reads of."""
+    """The files that it reads."""
     memory: Mapping[str, int]
-    """Bytes of parameters and persistent buffers, by dtype. Activations, gradients, optimizers come on top."""
+    """The bytes of parameters and persistent buffers, by dtype; activations, gradients and optimizers take more."""
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of parameters and persistent buffers."""
+        """The bytes of parameters and persistent buffers."""
         return sum(self.memory.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPlan:
-    """What the ranks of gangs will read of a checkpoint, and hold."""
+    """The bytes of a checkpoint that the ranks of gangs read, and the parts that they own."""
 
     name: str
-    """Of the card, or the path."""
+    """The name of the card, or the path."""
     family: str
     sizes: Mapping[str, int]
-    """Of the gangs ``pp``, ``rdp``, ``sdp`` and ``tp``."""
+    """The sizes of the gangs ``pp``, ``rdp``, ``sdp`` and ``tp``."""
     checkpoint_bytes: int
-    """Of all tensors."""
+    """The size of all tensors in bytes."""
     files: int
-    """Of the checkpoint."""
+    """The number of files of the checkpoint."""
     ranks: tuple[RankPlan, ...]
-    """Those that were asked for."""
+    """The plans of the requested ranks."""
     manifest: Manifest = field(repr=False)
-    """All tensors, and where they are."""
+    """All tensors, and their places."""
     layout: Layout = field(repr=False, compare=False)
-    """What each rank owns of it; of ``sdp`` and ``tp``, and of ``pp`` where the family has stages, as the other axes
-    hold copies."""
+    """The parts that each rank owns, over ``sdp`` and ``tp``, and over ``pp`` if the family has stages; the other axes
+    have copies."""
 
     @property
     def world_size(self) -> int:
         return math.prod(self.sizes.values())
 
     def copies_of(self, seat: int) -> list[int]:
-        """The ranks that own what the rank ``seat`` of the layout does."""
+        """Return the ranks that own the same parts as the rank ``seat`` of the layout."""
         stage_size = self.sizes["sdp"] * self.sizes["tp"]
         if self.layout.ranks == stage_size:
             return list(range(seat, self.world_size, stage_size))
@@ -96,13 +96,13 @@ def plan_checkpoint(
     dtype: torch.dtype | None,
     ranks: Sequence[int] | None,
 ) -> LoadPlan:
-    """What a load of ``checkpoint`` comes to on every rank.
+    """Plan a load of ``checkpoint`` on every rank.
 
-    :param sizes: of all of :data:`AXES`.
-    :param dtype: of floating-point tensors; ``None`` keeps the checkpoint's own.
-    :param ranks: to tell of; default: all.
+    :param sizes: the sizes of all of :data:`AXES`.
+    :param dtype: the dtype of floating-point tensors; ``None`` keeps the checkpoint's own.
+    :param ranks: the ranks to include; default: all.
 
-    :raises ValueError: a size that is no size; a rank that the world does not have.
+    :raises ValueError: an invalid size; a rank outside of the world.
     :raises ModelCheckpointMismatchError: the checkpoint does not fit ``config``.
     :raises NotSupportedError: a size of the configuration does not divide over ``tp``, or there are fewer layers than
         stages.
@@ -123,7 +123,7 @@ def plan_checkpoint(
         parameters = {name for name, _ in module.named_parameters()}
         parallel_plan = family.parallel_plan(config)
         placed = placements(parallel_plan, targets.names, parameters, sdp=sdp, tp=tp)
-        # Without stages, the axis holds copies.
+        # Without stages, the axis has copies.
         staged = parallel_plan.stages
         pp = 1 if staged is None else sizes["pp"]
         held = [None] * len(targets.names) if staged is None else holders(staged, targets.names, targets.aliases, pp)
@@ -149,7 +149,7 @@ def plan_checkpoint(
         copy, place = divmod(rank, sdp * tp)
         p, r = divmod(copy, sizes["rdp"])
         s, t = divmod(place, tp)
-        seat = place + p % pp * sdp * tp  # the other axes hold copies of one another
+        seat = place + p % pp * sdp * tp  # the other axes have copies of one another
         return RankPlan(
             rank=rank,
             pp=p,
@@ -192,18 +192,18 @@ def plan_load(
     restrict: bool = True,
     store: AssetStore | None = None,
 ) -> LoadPlan:
-    """What each rank of gangs of these sizes would read and hold of a model, were it loaded; no weight is read.
+    """Plan the load of a model on every rank of gangs of these sizes, without reading any weights.
 
     :param target: as :func:`check_model` takes it.
     :param dtype: as ``load_model`` takes it.
-    :param ranks: to tell of, from 0 to ``pp × rdp × sdp × tp - 1``; default: all.
+    :param ranks: the ranks to include, from 0 to ``pp × rdp × sdp × tp - 1``; default: all.
     :param restrict: as :func:`lading.formats.index` takes it; for a path.
 
-    :raises ValueError: a size that is less than 1; a rank that the world does not have.
+    :raises ValueError: a size that is less than 1; a rank outside of the world.
     :raises ModelCheckpointMismatchError: the checkpoint does not fit the model's architecture.
-    :raises NotSupportedError: a size of the architecture does not divide over ``tp``; the checkpoint is quantised.
+    :raises NotSupportedError: a size of the architecture does not divide over ``tp``; the checkpoint is quantized.
 
-    Otherwise what :func:`check_model` does.
+    It also raises what :func:`check_model` does.
     """
     model = resolve_model(target, store, restrict=restrict)
 

@@ -1,4 +1,4 @@
-"""Checkpoints brought to this machine ahead of their load."""
+"""The download of checkpoints ahead of their load."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ class PulledFile:
     """A file of a model, or one beside it."""
 
     name: str
-    """Within the source."""
+    """The name within the source."""
     size: int | None
-    """Bytes, where they are known."""
+    """The size in bytes, if known."""
     path: Path | None
-    """On this machine; ``None`` where it is not here."""
+    """The path on this machine; ``None`` if it is not here."""
     fetched: bool
-    """Whether it was, or would be, brought here just now."""
+    """``True`` if this pull fetched it, or would."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PullReport:
-    """What a pull did, or would do."""
+    """The result of a pull, or of a dry run."""
 
     name: str
     uri: str
@@ -73,25 +73,25 @@ def pull_model(
     progress: bool = True,
     store: AssetStore | None = None,
 ) -> PullReport:
-    """Bring the checkpoint of a card to this machine, as it is published now, and note in the catalog where it is.
+    """Fetch the current checkpoint of a card and record it in the catalog.
 
-    Whether it fits the card's architecture is checked by its headers, before a byte of a weight is fetched.
+    This checks by the headers that it fits the card's architecture before it fetches a byte of a weight.
 
     :param revision: a branch, a tag or a commit of the source; default: the one that the card's URI names, or the
         latest. Loads of the card then use it until the next pull.
-    :param include: shell-style patterns of further files of the source; its ``config.json`` always comes along, and so
-        does the tokenizer, from there or from where the card says that it is. A web server lists no files: there they
-        are names of files beside the checkpoint, and ``config.json`` comes if its family needs it.
-    :param dry_run: only say what would be fetched.
+    :param include: shell-style patterns of further files of the source; this always fetches its ``config.json`` and the
+        tokenizer, from there or from the place that the card states. A web server lists no files: there they are names
+        of files beside the checkpoint, and ``config.json`` comes if its family needs it.
+    :param dry_run: only report what would be fetched.
     :param progress: show a bar on stderr.
 
     :raises AssetNotFoundError: no card has that name.
-    :raises NotSupportedError: ``revision``, of a source that has none; or patterns for one that lists no files.
+    :raises NotSupportedError: ``revision`` for a source without revisions, or patterns for one that lists no files.
     :raises ModelGatedError: the publisher hands it out on request.
     :raises ModelCheckpointMismatchError: it does not fit the card's architecture; nothing was fetched.
     :raises FetchError: the source cannot be reached, or answers nonsense.
-    :raises CatalogError: something is to be fetched, and the catalog cannot be written.
-    :raises DigestMismatchError: what came is not what is published.
+    :raises CatalogError: the pull has to fetch files, and the catalog cannot be written.
+    :raises DigestMismatchError: the bytes are not those that are published.
     :raises OSError: the disk is full, or the cache cannot be written.
     """
     store = store or get_asset_store()
@@ -156,7 +156,7 @@ def pull_model(
 
 
 def _published(ref: CheckpointRef, revision: str | None, store: AssetStore) -> PublishedCheckpoint | None:
-    """What is published now, by its headers; ``None`` if nobody is to be asked, or it is to be fetched to be known."""
+    """Return the current checkpoint, by its headers; ``None`` if offline, or if its manifest takes a download."""
     if must_fetch_to_index(ref) or store.settings.offline:
         return None
     try:
@@ -168,7 +168,7 @@ def _published(ref: CheckpointRef, revision: str | None, store: AssetStore) -> P
 def _fetched_whole(
     card: AssetCard, ref: CheckpointRef, store: AssetStore, revision: str | None, *, progress: bool
 ) -> tuple[Checkpoint, FetchedCheckpoint, bool]:
-    """What is published now, fetched to be known; and whether it was not what the catalog knew on this machine."""
+    """Return the current checkpoint after its download, and whether the catalog had other local files."""
     require_writable(store)
     known = None if store.checkpoint(ref.key) is None else card_checkpoint(card, store)
     whole = fetch_and_index(ref, store=store, settings=store.settings, progress=progress, revision=revision)
@@ -178,7 +178,10 @@ def _fetched_whole(
 
 
 def _require_known_revision(checkpoint: Checkpoint, revision: str | None) -> None:
-    """:raises FetchError: another revision is asked for than the one that is known, and nobody can be asked for it."""
+    """Check that the requested revision is the known one, as lading may not ask the source.
+
+    :raises FetchError: it is another one.
+    """
     if revision is not None and revision != checkpoint.revision:
         known = checkpoint.revision or "one without a name"
         raise FetchError(
@@ -188,7 +191,10 @@ def _require_known_revision(checkpoint: Checkpoint, revision: str | None) -> Non
 
 
 def _require_of_web(ref: CheckpointRef, revision: str | None, include: Sequence[str]) -> None:
-    """:raises NotSupportedError: something is asked for that web servers do not have."""
+    """Check that a pull needs nothing that web servers lack.
+
+    :raises NotSupportedError: it does.
+    """
     if revision is not None:
         raise NotSupportedError(
             f"{shown_uri(ref.uri)} is a file of a web server and has no revisions, but {revision!r} was asked for."
@@ -202,7 +208,7 @@ def _require_of_web(ref: CheckpointRef, revision: str | None, include: Sequence[
 
 
 def _named_beside(ref: CheckpointRef, snapshot: Snapshot, names: Sequence[str], store: AssetStore) -> Snapshot:
-    """The snapshot of a source that lists no files, with those of these names."""
+    """Return the snapshot of a source that lists no files, with the files of these names."""
     source = open_source(ref.uri, inner_path=None, revision=None, settings=store.settings)
     more = source.with_siblings(snapshot, names)
     for name in names:
@@ -224,7 +230,7 @@ def _local(checkpoint: Checkpoint, revision: str | None) -> Checkpoint:
 def _as_checkpoint(
     card: AssetCard, ref: CheckpointRef, published: PublishedCheckpoint, store: AssetStore
 ) -> Checkpoint:
-    """What is published, with the files of it that the catalog knows on this machine, if it is what it knows."""
+    """Return the published checkpoint, with the catalog's local files if they are the same."""
     fresh = Checkpoint(
         name=card.name,
         uri=ref.key,
@@ -238,7 +244,7 @@ def _as_checkpoint(
     if known is None or not known.manifest.tensors_equal(fresh.manifest):
         return fresh
     digests = all(shard.sha256 for shard in (*fresh.manifest.shards, *known.manifest.shards))
-    # Without digests, another revision may hold other values in the same tensors.
+    # Without digests, another revision may have other values in the same tensors.
     if known.revision != fresh.revision and not digests:
         return fresh
     if not known.manifest.has_files_of(fresh.manifest):
@@ -252,9 +258,9 @@ def _as_checkpoint(
 
 
 def _is_unchanged(kept: Checkpoint, ref: CheckpointRef, published: PublishedCheckpoint, store: AssetStore) -> bool:
-    """Return whether a source without revisions says that its files are still those that are here.
+    """Return whether the files of a source without revisions are still those that are here.
 
-    It says so by their validators: size and tensors are the same after further training, too.
+    Their validators decide: size and tensors are the same after further training, too.
     """
     source = open_source(ref.uri, inner_path=ref.path, revision=None, settings=store.settings)
     names = [shard.name for shard in kept.manifest.shards]
@@ -270,9 +276,9 @@ def _require_fit(
     try:
         family = family_of_card(card)
     except AssetCardError:
-        return  # it may be pulled for other programs all the same
+        return  # other programs may need it all the same
 
-    # A web server lists no files, so that nothing is known of one beside the checkpoint before it is asked for.
+    # A web server lists no files, so only a request shows whether one is beside the checkpoint.
     checkpoint = replace(checkpoint, hf_config=None if published is None else published.hf_config or None)
     model = resolve_model(card, store, family=family, checkpoint=checkpoint)
     report = check_manifest(checkpoint.manifest, family, model.config)
@@ -286,7 +292,7 @@ def _companions(
     card: AssetCard,
     store: AssetStore,
 ) -> tuple[RemoteFile, ...]:
-    """The files beside the weights that are to come along."""
+    """Return the extra files to fetch with the weights."""
     if published is None:
         return ()
 
@@ -315,14 +321,14 @@ def _companions(
 def _tokenizer_elsewhere(
     card: AssetCard, ref: CheckpointRef, published: PublishedCheckpoint | None, store: AssetStore
 ) -> RemoteTokenizer | None:
-    """The files of the tokenizer, if they are neither on this machine nor among those that lie beside the weights."""
+    """Return the files of the tokenizer, if they are neither on this machine nor among those beside the weights."""
     tokenizer = tokenizer_ref(card, store.retrieve_card)
     if tokenizer is None and ref.scheme in HUB_SCHEMES:
         tokenizer = TokenizerRef(uri=ref.uri, path=ref.path, card=card.name)
     if tokenizer is None or store.settings.offline:
         return None
     if same_source(tokenizer, ref) and (published is not None or ref.scheme not in HUB_SCHEMES):
-        return None  # it is in the archive that the checkpoint is in, or beside it
+        return None  # in the archive of the checkpoint, or beside it
 
     return tokenizer_elsewhere(tokenizer, settings=store.settings)
 
@@ -352,7 +358,7 @@ def _fetch(
     if not files or ref is None:
         return []
 
-    # Files are named from the top of the source, wherever in it the checkpoint is.
+    # The names of files begin at the top of the source, regardless of the place of the checkpoint in it.
     source = open_source(ref.uri, inner_path=None, revision=checkpoint.revision or None, settings=store.settings)
     snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=files)
 

@@ -1,4 +1,4 @@
-"""Models taken off this machine: what this catalog fetched, and revisions of the cache that all programs share."""
+"""The removal of models from this machine: files that this catalog fetched, and revisions of the shared cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lading.sources.partial import sweep
 from lading.system.uris import shown_uri
 
 _GRACE = 3_600
-"""Seconds. A file that is younger may just not have got its entry in the cache yet."""
+"""The seconds that a file of the cache may be without an entry."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,50 +38,50 @@ class SkippedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removal:
-    """What was removed of a model, or would be."""
+    """The result of a removal, or of a dry run."""
 
     name: str
     freed: int
     """Bytes."""
     removed: tuple[Path, ...]
-    """Files that are gone. Of those that others need the bytes stay, and are not counted."""
+    """The removed files. The bytes of those that others need stay, and do not count."""
     kept: tuple[SkippedFile, ...]
-    """Files that stay; the catalog does not know them as the model's any more."""
+    """The files that stay; the catalog no longer knows them as the model's."""
     revisions: tuple[HubRevision, ...] = ()
-    """Revisions that are deleted from the cache of Hugging Face's libraries, whoever fetched them."""
+    """The revisions deleted from the cache of Hugging Face's libraries, regardless of who fetched them."""
     also_of: tuple[str, ...]
-    """Other models of the same checkpoint, which is gone for them, too."""
+    """The other models of the same checkpoint, which lose it, too."""
 
     @property
     def nothing(self) -> bool:
-        """Whether nothing of the model was on this machine."""
+        """``True`` if nothing of the model was on this machine."""
         return not (self.removed or self.kept or self.freed)
 
 
 def remove_model(name: str, *, dry_run: bool = False, hub: bool = False, store: AssetStore | None = None) -> Removal:
     """Remove the files of a model from lading's cache and from that of Hugging Face's libraries; forget the others.
 
-    Of lading's own cache go the weights, what came along with them, and all of it of revisions that a pull has left,
-    unless another model's checkpoint or another catalog needs it. The cache of Hugging Face's libraries belongs
-    to huggingface_hub: there whole revisions go, by its ``delete_revisions``, and only where that is asked for. What
-    the checkpoint holds stays known, and a load fetches it again.
+    This removes from lading's own cache the weights, their extra files, and those of earlier revisions, unless another
+    model's checkpoint or another catalog needs them. The cache of Hugging Face's libraries belongs to huggingface_hub:
+    there this deletes whole revisions, by its ``delete_revisions``, and only with ``hub``. The catalog keeps the
+    manifest of the checkpoint, and a load fetches it again.
 
-    :param name: of a card; or the URI of a checkpoint that no card names.
-    :param dry_run: only say what would be removed.
+    :param name: the name of a card; or the URI of a checkpoint that no card names.
+    :param dry_run: only report what would be removed.
     :param hub: delete the model's revisions from the cache of Hugging Face's libraries.
 
     :raises AssetNotFoundError: there is no such card, nor such a checkpoint.
-    :raises PolicyError: revisions are to be deleted, and ``hub`` does not say so; nothing was removed.
+    :raises PolicyError: the removal would delete revisions, and ``hub`` is not set; nothing was removed.
     :raises CatalogError: the catalog cannot be written; nothing was removed.
-    :raises OSError: a file cannot be removed. The catalog then says of all what it said before, and what is gone counts
-        as gone: remove the model again.
+    :raises OSError: a file cannot be removed. The catalog then has the same records as before, and missing files count
+        as missing: remove the model again.
     """
     store = store or get_asset_store()
     uri, entry = _checkpoint_of(name, store)
     if not uri:
         return Removal(name=name, freed=0, removed=(), kept=(), also_of=())
 
-    # Before anything is gone: what was rewritten is told by its being there.
+    # Before the removal: only an existing rewrite is found.
     others = [other for other in names_of(store, [uri]).get(uri, ()) if other != name]
     with _held(store, uri, dry_run=dry_run) as held:
         plan = _plan(uri, entry, held, own_cache(store))
@@ -100,19 +100,19 @@ def remove_model(name: str, *, dry_run: bool = False, hub: bool = False, store: 
 
 
 def remove_orphans(*, dry_run: bool = False, older_than: float = _GRACE, store: AssetStore | None = None) -> Removal:
-    """Remove what this catalog brought into lading's cache and no card names in any environment, and what fetches left
-    there that were broken off.
+    """Remove the files that this catalog brought into lading's cache and no card names in any environment, and the
+    remains of interrupted downloads.
 
-    What other catalogs brought into a cache that they share stays.
+    Files of other catalogs in a shared cache stay.
 
-    :param dry_run: only say what would be removed.
-    :param older_than: seconds; of files that were not fetched for anything that is known, younger ones stay.
+    :param dry_run: only report what would be removed.
+    :param older_than: seconds; younger files without a known purpose stay.
 
     :raises CatalogError: the catalog cannot be written; nothing was removed.
     :raises OSError: a file cannot be removed.
     """
     store = store or get_asset_store()
-    # A catalog that is not one's own does not say what belongs to nobody.
+    # A catalog of another user does not show which files are orphans.
     require_writable(store)
     orphans = find_orphans(store, held_checkpoints(store.database))
     cache = orphans.cache
@@ -133,7 +133,7 @@ def _bytes(paths: Sequence[Path]) -> int:
 
 
 def _remove(paths: Sequence[Path]) -> int:
-    """Remove files; returns the bytes that were freed."""
+    """Remove files and return the number of freed bytes."""
     freed = _bytes(paths)
     for path in paths:
         path.unlink(missing_ok=True)
@@ -162,7 +162,7 @@ def _refused(name: str, revisions: Sequence[HubRevision]) -> PolicyError:
 def checkpoint_without_card(name: str, store: AssetStore) -> str | None:
     """Return the URI of the checkpoint that ``du`` shows as ``name``; ``None`` for no checkpoint, or one of several.
 
-    What is secret in an address is not shown.
+    ``du`` does not show the secrets of an address.
     """
     if store.checkpoint(name) is not None:
         return name
@@ -182,22 +182,22 @@ def _held(store: AssetStore, uri: str, *, dry_run: bool) -> Iterator[list[LocalC
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """Which files of a checkpoint go, and which stay."""
+    """The files of a checkpoint to remove, and those that stay."""
 
     cache: Cache
     entry: str
     digests: tuple[str, ...]
-    """The SHA-256 of files in lading's cache that go."""
+    """The SHA-256 of files in lading's cache to remove."""
     needed: frozenset[str]
     """The SHA-256 of files that other checkpoints need."""
     revisions: tuple[HubRevision, ...]
     made: tuple[Path, ...]
-    """Files that were made of others in lading's cache."""
+    """The rewrites of other files in lading's cache."""
     paths: tuple[Path, ...]
     kept: tuple[SkippedFile, ...]
 
     def carry_out(self, *, dry_run: bool) -> int:
-        """Remove the files; returns the bytes that were freed."""
+        """Remove the files and return the number of freed bytes."""
         if dry_run:
             removable = self.cache.removable(self.entry, also=self.digests, keep=self.needed)
             return _bytes([*removable, *self.made]) + delete_revisions(self.revisions, dry_run=True)
@@ -226,7 +226,7 @@ def _plan(uri: str, entry: str, held: Sequence[LocalCheckpoint], cache: Cache) -
     kept: list[SkippedFile] = []
     for copy in copies:
         digest, other = _digest(cache, copy.path), others.get(os.path.realpath(copy.path))
-        # Bytes of another source may be there, too: those are no reason to delete a revision.
+        # Bytes of another source may be there, too: they are not a reason to delete a revision.
         revision = revision_of(copy.path) if uri.startswith(SCHEMES) else None
         if revision is not None:
             other = revisions_of_others.get(revision)
@@ -238,10 +238,10 @@ def _plan(uri: str, entry: str, held: Sequence[LocalCheckpoint], cache: Cache) -
             revisions.add(revision)
         elif is_rewritten(copy.path, cache.folder) and other is None:
             made.append(copy.path)
-        elif os.path.lexists(copy.path):  # in a cache that was another one's, it may be gone
+        elif os.path.lexists(copy.path):  # in a cache of another catalog, it may be gone
             kept.append(SkippedFile(path=copy.path, reason=_reason(copy, other)))
 
-    # The entry in the cache may know of files that the catalog does not: those of a fetch that did not end.
+    # The entry in the cache may have files that the catalog lacks: those of an interrupted download.
     removable = cache.removable(entry, also=digests, keep=needed)
     kept += [
         SkippedFile(path=copy.path, reason="fetched for another address or by another catalog, too")

@@ -1,4 +1,4 @@
-"""Files that are on this machine, checked against what was published or recorded, without loading them."""
+"""Checks of local files against published or recorded digests, without loading them."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ from lading.transfer.files import ShardFile
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
-    """What the files of a model are worth."""
+    """The result of a verification of a model's files."""
 
     name: str
     uri: str
     checks: tuple[Check, ...]
-    """The last one of each file."""
+    """The last check of each file."""
     repaired: frozenset[str] = frozenset()
-    """Files that were not the right ones, and were fetched anew."""
+    """The wrong files that were fetched again."""
     hint: str = ""
-    """What to do about files that are not the right ones."""
+    """Advice about wrong files."""
     unrecorded: str = ""
-    """Why nothing of it is in the catalog; empty where all of it is."""
+    """The reason that the catalog has no record of it; empty if it has."""
 
     @property
     def good(self) -> bool:
@@ -64,19 +64,19 @@ class VerifyReport:
 def verify_model(
     name: str, *, repair: bool = False, progress: bool = True, store: AssetStore | None = None
 ) -> VerifyReport:
-    """Check the files of a model on this machine, all bytes of them.
+    """Check all bytes of the files of a model on this machine.
 
-    Against the SHA-256 that was published, or that was recorded; else against the digests of tensors that were recorded
-    when all bytes passed by for the first time. Where nothing is known yet, this records it. Every check becomes a row;
-    where the catalog cannot be written, the files are checked all the same.
+    This compares them with the published or recorded SHA-256; else with the digests of tensors that the first load
+    recorded. It records unknown digests. Every check becomes a row; if the catalog cannot be written, this checks the
+    files all the same.
 
-    :param repair: fetch what is not right again: files in lading's own cache, and in that of Hugging Face's libraries,
-        whose ``hf_hub_download`` replaces them. No others are ever replaced.
+    :param repair: fetch wrong files again: those in lading's own cache, and in that of Hugging Face's libraries, whose
+        ``hf_hub_download`` replaces them. This never replaces other files.
     :param progress: show a bar on stderr.
 
     :raises AssetNotFoundError: no card has that name.
     :raises CheckpointNotFoundError: the checkpoint is not on this machine.
-    :raises NotSupportedError: ``repair``, of files in no cache.
+    :raises NotSupportedError: ``repair`` for files outside of the caches.
     :raises FetchError: ``repair``, and the source cannot be reached.
     :raises CatalogError: the catalog is damaged, or another process holds it.
     """
@@ -100,7 +100,7 @@ def verify_model(
 
     _refuse_foreign(bad, kinds, checkpoint)
     for check in bad:
-        if kinds[check.file] == "cache":  # it may be damaged in a way that its state does not show
+        if kinds[check.file] == "cache":  # its state may not show the damage
             check.path.unlink(missing_ok=True)
     repaired = fetch_checkpoint(replace(checkpoint, files=None), store, settings=store.settings, progress=progress)
     checks = _checked(repaired, card, store, progress=progress)
@@ -117,7 +117,7 @@ def verify_model(
 
 
 def _known(card: AssetCard, store: AssetStore) -> tuple[Checkpoint, dict[str, CopyKind]]:
-    """The checkpoint by what the catalog knows of it, its files in whatever state they are now; and whose each is."""
+    """Return the checkpoint by the catalog's records, its files in their current state, and the owner of each."""
     ref = address_of(card)
     path = uri_path(ref.uri)
     if path is not None:
@@ -172,7 +172,7 @@ def _as_it_is(path: Path) -> ShardFile:
 
 
 def _checked(checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, progress: bool) -> list[Check]:
-    """One check of each file."""
+    """Return one check of each file."""
     shards, files = checkpoint.manifest.shards, checkpoint.here()
     there = [i for i, file in enumerate(files) if file.stat != _GONE]
     checks = {check.file: check for check in check_files(checkpoint, there, progress=progress)}
@@ -198,7 +198,7 @@ def _checked(checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, prog
 def _checked_by_tensors(
     checkpoint: Checkpoint, chosen: Sequence[int], card: AssetCard, store: AssetStore, *, progress: bool
 ) -> Iterator[Check]:
-    """Checks of files of which no SHA-256 is known, by the digests of their tensors."""
+    """Yield checks of files without a known SHA-256, by the digests of their tensors."""
     manifest, files = checkpoint.manifest, checkpoint.here()
     if not chosen:
         return
@@ -213,7 +213,7 @@ def _checked_by_tensors(
                 own = [dims[t] for t in manifest.tensors_of(i)]
                 found[i] = hash_checkpoint(part, [files[i]], own, progress=progress)
         except CorruptModelCheckpointError:
-            pass  # it is not even a checkpoint any more
+            pass  # not even a checkpoint any more
         yield Check(
             file=manifest.shards[i].name,
             path=files[i].path,
@@ -229,9 +229,9 @@ def _checked_by_tensors(
 
 
 def _checked_records(checkpoint: Checkpoint, chosen: Sequence[int]) -> dict[str, Check]:
-    """Return the checks of zip archives in which a record does not have the CRC that `torch.save` stored.
+    """Return the checks of zip archives with a record that does not have the CRC that `torch.save` stored.
 
-    Digests are taken of what is there, and so say nothing of bytes that were wrong when they were seen first.
+    The digests are those of the first bytes that lading read, so they do not show bytes that were wrong then.
     """
     checks: dict[str, Check] = {}
     for i in chosen:
@@ -251,7 +251,7 @@ def _checked_records(checkpoint: Checkpoint, chosen: Sequence[int]) -> dict[str,
 
 
 def _checked_headers(checkpoint: Checkpoint, chosen: Sequence[int], store: AssetStore) -> dict[str, Check]:
-    """Return the checks of files whose tensors are right, and whose other bytes are not; record what is not known."""
+    """Return the checks of files with right tensors and wrong other bytes; record unknown digests."""
     known = recorded_headers(store.database, checkpoint.uri)
     checks = header_checks(checkpoint, known, chosen)
     record_files(store.database, uri=checkpoint.uri, checks=[check for check in checks if check.result == "recorded"])
@@ -260,9 +260,9 @@ def _checked_headers(checkpoint: Checkpoint, chosen: Sequence[int], store: Asset
 
 
 def _has_same_tensors(checkpoint: Checkpoint, shard: int, store: AssetStore) -> bool:
-    """Whether a file still says that it holds what the catalog says.
+    """Return whether the header of a file still has the tensors that the catalog records.
 
-    :raises CorruptModelCheckpointError: it says nothing sensible.
+    :raises CorruptModelCheckpointError: the header is invalid.
     """
     if checkpoint.ref is None:
         here = LocalCheckpointFiles.read(Path(checkpoint.where), cache=store.settings.cache_dir)
@@ -272,7 +272,7 @@ def _has_same_tensors(checkpoint: Checkpoint, shard: int, store: AssetStore) -> 
 
 
 def _family_dims(checkpoint: Checkpoint, card: AssetCard, store: AssetStore) -> array[int]:
-    """Return the dims along which ranks would cut the tensors, where the family and its configuration are known."""
+    """Return the dims along which ranks would cut the tensors, if the family and its configuration are known."""
     manifest = checkpoint.manifest
     try:
         model = resolve_model(card, store, checkpoint=checkpoint)
@@ -293,7 +293,10 @@ def _record(checkpoint: Checkpoint, kinds: dict[str, CopyKind], checks: Sequence
 
 
 def _refuse_foreign(bad: Sequence[Check], kinds: dict[str, CopyKind], checkpoint: Checkpoint) -> None:
-    """:raises NotSupportedError: a file to be replaced is in no cache."""
+    """Check that all wrong files are in a cache, so that lading may replace them.
+
+    :raises NotSupportedError: a file is not.
+    """
     foreign = [c.path for c in bad if kinds[c.file] not in ("cache", "hub") and revision_of(c.path) is None]
     if foreign or checkpoint.ref is None:
         raise NotSupportedError(
