@@ -1,6 +1,6 @@
 """Read-only SQL over the catalog, with a deadline.
 
-On SQLite several fences stand one behind the other. The file is opened read-only; but ``ATTACH`` and ``VACUUM INTO``
+On SQLite several fences protect the file. It is open read-only; but ``ATTACH`` and ``VACUUM INTO``
 would still write other files, so an authorizer allows what reading needs, and no more. A deadline is kept by a handler
 that is called between the steps of the program, and the sizes of values limit what one step can do.
 """

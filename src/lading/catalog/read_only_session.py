@@ -1,7 +1,7 @@
 """The read-only session for queries of the catalog's rows in Python.
 
-Three fences stand one behind the other: a flush, a commit and a statement that writes are refused before they reach the
-database; and the database itself refuses what does not come through the session, such as SQL as text.
+It has two fences: the session refuses a flush, a commit and a statement that writes before they reach the database; and
+the database itself refuses writes that do not come through the session, such as SQL as text.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def _replaced(name: str, *, path: Path | None = None) -> CorruptModelCheckpointE
     return CorruptModelCheckpointError(
         path or name,
         f"{name} as it was fetched holds other tensors than it did when it was indexed: it was replaced at its source. "
-        "Index it anew with `lading index`.",
+        "Index it again with `lading index`.",
     )
 
 

@@ -76,8 +76,8 @@ def fetch_and_index(
 ) -> FetchedCheckpoint:
     """Fetch the files of a checkpoint and index them.
 
-    :param store: the catalog that says where content is already, and which rewritten files are intact. The caller
-        records what came.
+    :param store: the store that finds known content, and knows which rewritten files are intact. The caller records
+        the download.
     :param revision: default: the one that the address names, or the current one.
     :param restrict: as :func:`lading.formats.index` takes it.
     :param name: the name of the card, for messages.
@@ -157,7 +157,7 @@ class _Fetch:
         return _whole(manifest, self.source, snapshot, hf_config, there, fetched, copies)
 
     def readable(self, fetched: FetchedFile, name: str, *, member: str | None = None) -> LocalCopy:
-        """Return the file, or what it was rewritten as, under the name of its shard."""
+        """Return the copy of a file, or of its rewrite, under the name of its shard."""
         before = formats.rewritten(fetched.path, member=member, cache=self.cache)
         if before is not None and not _is_good(before, self.store):
             before.unlink(missing_ok=True)
@@ -181,7 +181,7 @@ def _is_good(path: Path, store: AssetStore | None) -> bool:
     try:
         return store.is_verified(path)
     except (CatalogError, OSError) as error:
-        log.warning("the catalog cannot say whether %s is good, so it is made anew: %s", path, error)
+        log.warning("the catalog cannot say whether %s is good, so it is made again: %s", path, error)
         return False
 
 

@@ -196,4 +196,6 @@ def _parse(package: str, label: str, parse: Callable[[Any], Any]) -> Any:
     try:
         return parse(module)
     except Exception as error:  # tokenizers raises a bare Exception, sentencepiece a RuntimeError
-        raise CorruptModelCheckpointError(label, f"{label} is no tokenizer that {package} reads: {error}.") from error
+        raise CorruptModelCheckpointError(
+            label, f"{label} is not a tokenizer that {package} reads: {error}."
+        ) from error

@@ -202,7 +202,7 @@ def remedy(checkpoint: Checkpoint, *, files: int = 1) -> str:
     """Return advice about ``files`` wrong files."""
     them = "it" if files == 1 else "them"
     if checkpoint.ref is not None:
-        return f"`lading verify {checkpoint.name} --repair` fetches {them} anew."
+        return f"`lading verify {checkpoint.name} --repair` fetches {them} again."
 
     they, ones = ("it was", "one") if files == 1 else ("they were", "ones")
 

@@ -75,7 +75,7 @@ def plan(
 ) -> None:
     """Say what each rank of gangs would read and hold.
 
-    It is told from the checkpoint's manifest: no weight is read, and nothing is fetched. Memory is that of parameters
+    It uses the checkpoint's manifest: it reads no weights and fetches nothing. Memory is that of parameters
     and persistent buffers; activations, gradients and the state of an optimizer come on top.
 
     For example: lading plan qwen3_0.6b --tp 2 --sdp 2 --device-memory 24GiB
