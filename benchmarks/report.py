@@ -3,8 +3,9 @@
     python benchmarks/report.py            # put the tables of benchmarks/results into docs
     python benchmarks/report.py --check    # exit 1 if they are not what docs hold
 
-In a page, ``<!-- results: NAME warm -->`` and ``<!-- end -->`` stand around a table that comes from
-``benchmarks/results/NAME.json``; ``machine`` in place of ``warm`` names the machine. Where there is no such file, the
+In a page, ``<!-- results: NAME found -->`` and ``<!-- end -->`` stand around a table that comes from
+``benchmarks/results/NAME.json``; ``found-goals`` in place of ``found`` compares the ratios with the goals, and
+``machine`` names the machine. Where there is no such file, the
 page says that nothing was measured yet.
 """
 
@@ -21,7 +22,7 @@ import load_cpu
 import load_cuda
 
 ROOT = harness.HERE.parent
-PAGES = (*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md")
+PAGES = (*sorted((ROOT / "docs").rglob("*.md")), harness.HERE / "README.md", ROOT / "README.md")
 BARS = {
     **{("load_cpu", state): bars for state, (_, bars) in load_cpu.STATES.items()},
     ("load_cuda", "warm"): load_cuda.BARS,
@@ -49,9 +50,11 @@ def render(results: dict[str, Any], part: str) -> str:
         lines = [head, ["---"] * len(head), *rows]
         return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
-    bars = BARS[results["benchmark"], part]
+    state, _, goals = part.partition("-")
+    if goals:
+        return f"{harness.ratios(results[state], BARS[results['benchmark'], state])}\n"
 
-    return f"{harness.table(results[part])}\n\n{harness.ratios(results[part], bars)}\n"
+    return f"{harness.table(results[state])}\n"
 
 
 def fill(text: str) -> str:
