@@ -57,7 +57,7 @@ def move_to(host: str, home: str) -> None:
     os.environ |= {"LADING_CARDS": str(Path(home) / "far.yaml"), "XDG_CONFIG_HOME": str(folder)}
     folder.mkdir(parents=True, exist_ok=True)
     os.environ |= {"LADING_OFFLINE": "", "NO_PROXY": "127.0.0.1"}
-    world._host = lambda: host
+    world._host_name = lambda: host
 
 
 def load_on(host: str, home: str) -> tuple[str, dict[str, torch.Tensor], int]:

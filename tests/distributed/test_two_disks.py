@@ -49,7 +49,7 @@ def environment(disks: Path) -> dict[str, str]:
 def load_on(host: str, disks: str, verify: Verify = "auto") -> int:
     os.environ |= environment(Path(disks))
     os.chdir(Path(disks) / host)
-    world._host = lambda: host
+    world._host_name = lambda: host
     with create_gangs("cpu", tp=2) as gangs:
         load_model("near", gangs=gangs, dtype="auto", progress=False, verify=verify)
         return gangs.root.local_size

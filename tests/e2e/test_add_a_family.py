@@ -130,7 +130,7 @@ def test_cards_of_a_package_that_is_wrong_close_nothing(run: Run, tmp_path: Path
 
 
 def test_a_folder_of_a_package_is_found_without_importing_it() -> None:
-    assert refresh._package_folder("lading.catalog") == Path(refresh.__file__).parent
+    assert refresh._package_folder("lading.catalog.importing") == Path(refresh.__file__).parent
     with pytest.raises(ModuleNotFoundError):
         refresh._package_folder("lading.nothing.like.that")
     with pytest.raises(ModuleNotFoundError):

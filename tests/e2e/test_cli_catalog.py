@@ -9,6 +9,7 @@ import sqlite3
 
 import pytest
 
+from lading.catalog.database.target import SCHEMA_VERSION
 from lading.cli.list import STATUSES
 from lading.models.family import get_family
 
@@ -460,8 +461,8 @@ class TestDb:
     def test_down_and_up_again(self, cli, catalog):
         result = cli("db", "downgrade", "--to", "0")
         assert "the catalog as it was is in " in result.stderr
-        assert len(list(catalog.parent.glob("catalog.v3.*.sqlite"))) == 1
-        assert "from version 0 to 3" in cli("db", "upgrade").stderr
+        assert len(list(catalog.parent.glob(f"catalog.v{SCHEMA_VERSION}.*.sqlite"))) == 1
+        assert f"from version 0 to {SCHEMA_VERSION}" in cli("db", "upgrade").stderr
         assert cli("db", "check").stdout == "ok\n"
         assert "qwen3_0.6b" in cli("list", "-q").stdout.split()
 

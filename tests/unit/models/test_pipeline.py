@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lading.catalog.store import get_asset_store
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError
 from lading.families import bert, gemma3, llama, mistral, olmo, qwen
 from lading.families.nn.cache import KeyValueCache
@@ -180,7 +181,7 @@ def test_scalars_of_other_stages_are_dropped(tmp_path: Path) -> None:
     state["layers.1.num_batches_tracked"].fill_(7)
     save_file(state, tmp_path / "model.safetensors")
     with simulate_gangs(1, pp=3) as gangs:
-        hub = ModelHub(family, None)  # type: ignore[arg-type]  # which is not asked
+        hub = ModelHub(family, get_asset_store())
         model = hub.load_custom_model(tmp_path / "model.safetensors", {}, gangs=gangs, progress=False)
 
     assert sorted(model.state_dict()) == sorted(name for name in state if name.startswith("layers.1."))
@@ -298,7 +299,7 @@ def test_a_stage_of_ranks_that_split_it(folder: Path) -> None:
 
 def test_what_does_not_fit_is_found_on_every_stage(folder: Path) -> None:
     family, config = family_of_folder(folder)
-    hub = ModelHub(family, None)  # type: ignore[arg-type]  # which is not asked
+    hub = ModelHub(family, get_asset_store())
     for rank in range(3):
         with (
             simulate_gangs(rank, pp=3) as gangs,
@@ -337,7 +338,7 @@ def test_more_stages_than_layers_is_an_error_before_anything_is_read(
 
 def test_a_checkpoint_is_read_stage_by_stage(folder: Path) -> None:
     family, config = family_of_folder(folder)
-    hub = ModelHub(family, None)  # type: ignore[arg-type]  # which is not asked
+    hub = ModelHub(family, get_asset_store())
     alone = dict(hub.iter_checkpoint(folder, config))
     parts = []
     for rank in range(2):
