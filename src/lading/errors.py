@@ -282,7 +282,7 @@ class ModelGatedError(PolicyError):
 
     def __init__(self, name: str, info_url: str | None, *, message: str | None = None) -> None:
         plain = name.partition("@")[0]
-        where = f"Ask for access at {info_url}" if info_url else "The card does not say where to ask for access"
+        where = f"Request access at {info_url}" if info_url else "The card does not say where to request access"
         super().__init__(
             message
             or f"{name!r} is a gated model: its card names no checkpoint that can be fetched. {where}; then name the "

@@ -467,7 +467,7 @@ def test_a_gated_model_says_where_to_ask(hub: FakeHub, client: HubClient) -> Non
 
     for token in (None, "hf_stranger"):
         for call in (FETCH, READ):
-            with pytest.raises(ModelGatedError, match="Ask for access at http") as caught:
+            with pytest.raises(ModelGatedError, match="Request access at http") as caught:
                 client(
                     call, uri="hg://Meta-Llama/big", progress=False, name="config.json", offset=0, size=1, token=token
                 )

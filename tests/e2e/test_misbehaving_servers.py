@@ -130,7 +130,7 @@ HUB: dict[str, tuple[str, str, int, str]] = {
     "429": (SHARD, "429", SOURCE, "429"),
     "503": (SHARD, "503", SOURCE, "503"),
     "401": (SHARD, "401", SOURCE, "."),
-    "403": (SHARD, "403", REFUSED, "Ask for access"),
+    "403": (SHARD, "403", REFUSED, "Request access"),
     "404": (SHARD, "404", MISSING, "."),
     "nonsense about the repository": ("info", "html", SOURCE, "."),
     "a loop about the repository": ("info", "loop", SOURCE, "."),
@@ -170,7 +170,7 @@ def test_what_a_hub_says_of_a_repository(world: World, place: Place, what: str) 
 def test_a_hub_that_hands_out_on_request(world: World, place: Place) -> None:
     repository = world.hub.repositories["some/tiny"]
     repository.gated = True
-    require_end(world, place, "far", REFUSED, "Ask for access")
+    require_end(world, place, "far", REFUSED, "Request access")
     repository.gated, repository.private = False, True
     require_end(world, place, "far", MISSING, "HF_TOKEN")
     repository.private = False

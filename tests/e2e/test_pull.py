@@ -238,7 +238,7 @@ def test_a_card_that_is_gated_is_open_to_who_has_a_token(run: Run, hub: FakeHub,
     path.write_text(CARD.format(name="closed", uri="hg://some/tiny-qwen;gated=true", layers=2))
     run("import", path)
 
-    assert "Ask for access at" in run("load", "closed", code=7).stderr
+    assert "Request access at" in run("load", "closed", code=7).stderr
     assert hub.requests == []
     run("pull", "closed", "--no-progress", HF_TOKEN=TOKEN)
     run("load", "closed", "--no-progress")  # it is here now
