@@ -197,7 +197,7 @@ def _require_of_web(ref: CheckpointRef, revision: str | None, include: Sequence[
     """
     if revision is not None:
         raise NotSupportedError(
-            f"{shown_uri(ref.uri)} is a file of a web server and has no revisions, but {revision!r} was asked for."
+            f"{shown_uri(ref.uri)} is a file of a web server and has no revisions, but {revision!r} was requested."
         )
     patterns = [name for name in include if not is_plain(name) or set(name) & set("*?[")]
     if patterns:
@@ -221,7 +221,7 @@ def _named_beside(ref: CheckpointRef, snapshot: Snapshot, names: Sequence[str], 
 def _local(checkpoint: Checkpoint, revision: str | None) -> Checkpoint:
     if revision is not None:
         raise NotSupportedError(
-            f"{checkpoint.where} is on this machine and has no revisions, but {revision!r} was asked for."
+            f"{checkpoint.where} is on this machine and has no revisions, but {revision!r} was requested."
         )
 
     return checkpoint
