@@ -12,7 +12,7 @@ from lading import Family, ModelHubAccessor, ParallelPlan, Rule, Split
 class NPLMConfig:
     vocab_size: int = 16_384
     context: int = 5
-    """The number of words that the next one is told from."""
+    """The number of words from which the next one is predicted."""
     model_dim: int = 60
     hidden_dim: int = 100
 

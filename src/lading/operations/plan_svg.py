@@ -29,7 +29,7 @@ MOST_COLOURS = 48
 MOST_STRIPES = 6
 MOST_TITLES = 400
 
-ALL, NOBODY = "#c9ced6", "#ffffff"
+ALL, UNUSED = "#c9ced6", "#ffffff"
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 Owners = frozenset[int]
@@ -191,7 +191,7 @@ class _Palette:
 
     def fill(self, owners: Owners) -> str:
         if not owners:
-            return NOBODY
+            return UNUSED
         if len(owners) == self.count and self.count > 1:
             return ALL
         if len(owners) == 1:
@@ -263,7 +263,7 @@ class _Canvas:
                    for n in range(palette.count)]  # fmt: skip
         if palette.count > 1:
             entries += [(ALL, "every rank"), ("stripes", "the ranks of these colours")]
-        entries.append((NOBODY, "not needed"))
+        entries.append((UNUSED, "not needed"))
         for n, (colour, text) in enumerate(entries):
             x, at = MARGIN + n % 4 * 250, y + n // 4 * 22
             if colour == "stripes":
