@@ -46,6 +46,9 @@ Loader = Callable[[], Any]
 def lading(folder: Path, sizes: dict[str, int]) -> Loader:
     """``load_model`` of a rank."""
     os.environ["LADING_DATABASE_URL"] = f"sqlite:///{CATALOG}"
+    import lading.families.qwen
+    import lading.models.parallelize
+    import lading.models.placements  # noqa: F401
     from lading.gangs import simulate_gangs
     from lading.models.hub import load_model
 
