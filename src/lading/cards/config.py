@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import lru_cache
-from typing import Any, Final, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 from uuid import uuid4
 
 # pydantic imports this module with the first schema of a dataclass, which would otherwise happen during a load.
@@ -27,8 +27,11 @@ from lading.errors import AssetCardError, InternalError, did_you_mean
 
 T = TypeVar("T")
 
-STRICT: Final = ConfigDict(extra="forbid")
-"""The ``__pydantic_config__`` of configuration classes: unknown keys are errors."""
+
+class StrictConfig:
+    """A base of configuration classes, for which unknown keys are errors."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
 
 def architecture_config(architecture: Architecture, config_kls: type[T]) -> T:

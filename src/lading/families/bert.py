@@ -1,31 +1,40 @@
-"""BERT (https://arxiv.org/abs/1810.04805), and the sentence encoders based on it (https://arxiv.org/abs/1908.10084)."""
+"""BERT (https://arxiv.org/abs/1810.04805), and the sentence encoders based on it (https://arxiv.org/abs/1908.10084).
+
+The names of parameters are those of Hugging Face checkpoints.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
-from pydantic import ConfigDict
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import dropout, gelu, normalize
 
-from lading.cards.config import STRICT
+from lading.cards.config import StrictConfig
 from lading.errors import NotSupportedError
-from lading.families.config_json import CHANGES_EACH_MODEL, HEAD, ConfigReader, ConfigTable, Field
-from lading.families.nn.attention import AttentionMask
-from lading.families.nn.encoder import Encoder, EncoderEmbeddings, EncoderSpec, Pooler, encoder_plan, init_encoder
+from lading.families.config_json import CHANGES_EACH_MODEL, ConfigReader, ConfigTable, Field
+from lading.families.name_rules import HEAD
+from lading.families.nn.attention import AttentionMask, attend, split_heads
+from lading.families.nn.checks import (
+    require_dropout,
+    require_layers,
+    require_multiple,
+    require_positive,
+    require_symbol,
+)
+from lading.families.nn.uninitialized import Embedding, LayerNorm, Linear
 from lading.models.family import Family
 from lading.models.hub import ModelHubAccessor
+from lading.models.parallel_plan import ParallelPlan, Split
 from lading.planning.rules import Rule
 
 
 @dataclass(kw_only=True)
-class BertConfig:
+class BertConfig(StrictConfig):
     """The configuration of a BERT model; the defaults are those of the uncased base model."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     model_dim: int = 768
     """The width of the model."""
@@ -76,21 +85,175 @@ class BertConfig:
     """True if the model has the projection of the first token that was trained on pairs of sentences."""
 
 
+def _checked(config: BertConfig) -> BertConfig:
+    """Return the configuration.
+
+    :raises ValueError: its sizes are not valid, such as a number of heads that doesn't divide ``model_dim``.
+    """
+    require_layers(config.num_layers)
+    require_positive(config, "model_dim", "max_seq_len", "vocab_size", "type_vocab_size", "num_attn_heads")
+    require_positive(config, "ffn_inner_dim", "norm_eps")
+    require_multiple(config, "model_dim", "num_attn_heads")
+    if config.ffn_activation not in ("gelu", "gelu_tanh"):
+        raise ValueError(f"`ffn_activation` must be 'gelu' or 'gelu_tanh', but is {config.ffn_activation!r}")
+    require_symbol(config.pad_idx, config.vocab_size)
+    require_dropout(config, "dropout_p", "attn_dropout_p")
+
+    return config
+
+
+class _Embeddings(nn.Module):
+    """The normalized sum of the embeddings of words, positions and token types."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+
+        self.dropout_p = config.dropout_p
+
+        self.word_embeddings = Embedding(config.vocab_size, config.model_dim, padding_idx=config.pad_idx)
+        self.position_embeddings = Embedding(config.max_seq_len, config.model_dim)
+        self.token_type_embeddings = Embedding(config.type_vocab_size, config.model_dim)
+        self.LayerNorm = LayerNorm(config.model_dim, eps=config.norm_eps)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Embed three index tensors (N or 1, S) → (N, S, model_dim)."""
+        x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
+        x = self.LayerNorm(x + self.position_embeddings(position_ids))
+
+        return dropout(x, self.dropout_p, self.training)
+
+
+class _SelfAttention(nn.Module):
+    """Multi-head attention without its output projection."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+
+        self.head_dim = config.model_dim // config.num_attn_heads
+        self.dropout_p = config.attn_dropout_p
+
+        self.query = Linear(config.model_dim, config.model_dim)
+        self.key = Linear(config.model_dim, config.model_dim)
+        self.value = Linear(config.model_dim, config.model_dim)
+
+    def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
+        """Map (N, S, model_dim) → the same shape."""
+        q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.query, self.key, self.value))
+
+        return attend(q, k, v, mask, dropout_p=self.dropout_p if self.training else 0.0)
+
+
+class _BlockOutput(nn.Module):
+    """The end of a block: a projection, the residual and the normalization."""
+
+    def __init__(self, input_dim: int, config: BertConfig) -> None:
+        super().__init__()
+
+        self.dropout_p = config.dropout_p
+
+        self.dense = Linear(input_dim, config.model_dim)
+        self.LayerNorm = LayerNorm(config.model_dim, eps=config.norm_eps)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Map (N, S, input_dim) and the residual (N, S, model_dim) → (N, S, model_dim)."""
+        y: Tensor = self.LayerNorm(dropout(self.dense(x), self.dropout_p, self.training) + residual)
+
+        return y
+
+
+class _AttentionBlock(nn.Module):
+    """Self-attention with its output projection."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+
+        self.self = _SelfAttention(config)
+        self.output = _BlockOutput(config.model_dim, config)
+
+    def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
+        """Map (N, S, model_dim) → the same shape."""
+        y: Tensor = self.output(self.self(x, mask), x)
+
+        return y
+
+
+class _Intermediate(nn.Module):
+    """The first half of the feed-forward network."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+
+        self.approximate = "tanh" if config.ffn_activation == "gelu_tanh" else "none"
+
+        self.dense = Linear(config.model_dim, config.ffn_inner_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, S, model_dim) → (N, S, ffn_inner_dim)."""
+        return gelu(self.dense(x), approximate=self.approximate)
+
+
+class _Layer(nn.Module):
+    """Attention and a feed-forward network, each with a residual and then normalized."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+
+        self.attention = _AttentionBlock(config)
+        self.intermediate = _Intermediate(config)
+        self.output = _BlockOutput(config.ffn_inner_dim, config)
+
+    def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
+        """Map (N, S, model_dim) → the same shape."""
+        x = self.attention(x, mask)
+        y: Tensor = self.output(self.intermediate(x), x)
+
+        return y
+
+
+class _Encoder(nn.Module):
+    """The stack of layers."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+
+        self.layer = nn.ModuleList(_Layer(config) for _ in range(config.num_layers))
+
+    def forward(self, x: Tensor, mask: AttentionMask) -> Tensor:
+        """Map (N, S, model_dim) → the same shape."""
+        for layer in self.layer:
+            x = layer(x, mask)
+
+        return x
+
+
+class _Pooler(nn.Module):
+    """A projection of the first token, trained with the next-sentence objective."""
+
+    def __init__(self, model_dim: int) -> None:
+        super().__init__()
+
+        self.dense = Linear(model_dim, model_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, S, model_dim) → (N, model_dim)."""
+        return torch.tanh(self.dense(x[:, 0]))
+
+
 class Bert(nn.Module):
     """A BERT encoder; its parameters are uninitialized."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
 
-        spec = _spec(config)
+        _checked(config)
 
         self.max_seq_len = config.max_seq_len
         self.pooling = config.pooling
         self.normalize = config.normalize
 
-        self.embeddings = EncoderEmbeddings(spec)
-        self.encoder = Encoder(spec)
-        self.pooler = Pooler(spec.model_dim) if config.pooler else None
+        self.embeddings = _Embeddings(config)
+        self.encoder = _Encoder(config)
+        self.pooler = _Pooler(config.model_dim) if config.pooler else None
 
     def forward(
         self,
@@ -171,21 +334,43 @@ class Bert(nn.Module):
         return normalize(embedding, dim=-1) if self.normalize else embedding
 
 
-def _spec(config: BertConfig) -> EncoderSpec:
-    return EncoderSpec(
-        model_dim=config.model_dim,
-        max_seq_len=config.max_seq_len,
-        vocab_size=config.vocab_size,
-        type_vocab_size=config.type_vocab_size,
-        pad_idx=config.pad_idx,
-        num_layers=config.num_layers,
-        num_attn_heads=config.num_attn_heads,
-        ffn_inner_dim=config.ffn_inner_dim,
-        ffn_activation=config.ffn_activation,
-        norm_eps=config.norm_eps,
-        dropout_p=config.dropout_p,
-        attn_dropout_p=config.attn_dropout_p,
+def _plan(config: BertConfig) -> ParallelPlan:
+    """Split attention by heads, feed-forward networks by their inner width, and the embedding of words by symbols."""
+    return ParallelPlan(
+        tensor={
+            "embeddings.word_embeddings": Split.VOCABULARY,
+            "embeddings.position_embeddings": Split.REPLICATED,
+            "embeddings.token_type_embeddings": Split.REPLICATED,
+            "embeddings.LayerNorm": Split.REPLICATED,
+            "encoder.layer.*.attention.self.query": Split.COLUMN,
+            "encoder.layer.*.attention.self.key": Split.COLUMN,
+            "encoder.layer.*.attention.self.value": Split.COLUMN,
+            "encoder.layer.*.attention.output.dense": Split.ROW,
+            "encoder.layer.*.attention.output.LayerNorm": Split.REPLICATED,
+            "encoder.layer.*.intermediate.dense": Split.COLUMN,
+            "encoder.layer.*.output.dense": Split.ROW,
+            "encoder.layer.*.output.LayerNorm": Split.REPLICATED,
+            "pooler.dense": Split.REPLICATED,
+        },
+        divisible={"num_attn_heads": config.num_attn_heads, "ffn_inner_dim": config.ffn_inner_dim},
+        units=("encoder.layer.*", "pooler"),
     )
+
+
+@torch.no_grad()
+def _init(model: Bert, config: BertConfig, name: str, parameter: Tensor) -> None:
+    """Draw weights from a normal distribution; biases and the embedding of padding become zero, norms one."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+
+    if leaf == "bias":
+        parameter.zero_()
+    elif isinstance(module, nn.LayerNorm):
+        parameter.fill_(1.0)
+    else:
+        nn.init.normal_(parameter, std=config.init_std)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            parameter[module.padding_idx].zero_()
 
 
 def _rules(config: BertConfig) -> Sequence[Rule]:
@@ -219,7 +404,8 @@ CONFIG_JSON = ConfigTable(
     model_type="bert",
     architecture="BertModel",
     config_kls=BertConfig,
-    spec=_spec,
+    spec=_checked,
+    free=("pooling", "normalize", "pooler"),
     entries=(
         Field("model_dim", "hidden_size", ConfigReader.count, 768),
         Field("max_seq_len", "max_position_embeddings", ConfigReader.count, 512),
@@ -284,9 +470,9 @@ FAMILY = Family(
     kls=Bert,
     config_kls=BertConfig,
     build=Bert,
-    init=lambda model, config, name, parameter: init_encoder(model, name, parameter, std=config.init_std),
+    init=_init,
     rules=_rules,
-    parallel_plan=lambda config: encoder_plan(_spec(config)),
+    parallel_plan=_plan,
     hf_model_types=frozenset({"bert"}),
     from_hf=CONFIG_JSON.read,
     to_hf=CONFIG_JSON.write,

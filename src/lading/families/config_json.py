@@ -1,4 +1,4 @@
-"""The reading of Hugging Face checkpoints, shared by the families: keys of ``config.json`` and names of tensors.
+"""Configurations ↔ Hugging Face's ``config.json``, a table for both directions.
 
 The meaning of the keys, and what holds where one is absent, is that of the configuration classes of transformers.
 """
@@ -6,56 +6,22 @@ The meaning of the keys, and what holds where one is absent, is that of the conf
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
-from typing import Any, Final, Generic, Literal, NoReturn, TypeVar, cast, get_args
+from typing import Any, Final, Generic, NoReturn, TypeVar
 
 from lading.errors import InternalError, ModelCheckpointMismatchError, NotSupportedError
-from lading.families.nn.checks import MAX_LAYERS, MAX_SIZE, require_layers
-from lading.planning.rules import Rule
+from lading.families.nn.checks import MAX_LAYERS, MAX_SIZE
 
 log = logging.getLogger("lading")
 
 ConfigT = TypeVar("ConfigT")
 
-_BY_ITS_OWN_CLASS = (
+BY_ITS_OWN_CLASS = (
     "`get_hg_model_hub().load_model(…)` loads it by its own class of transformers; in a card: `model_family: hg`."
 )
-
-LayerType = Literal["sliding_attention", "full_attention"]
-"""The kind of attention in a layer, with or without a window."""
-
-HEAD = re.compile(r"(lm_head|score|classifier|qa_outputs|v_head|value_head|regression_head)\..*")
-"""The names of parameters of a head, after the last layer."""
-
-
-def explain_head(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
-    """Return advice for a checkpoint of a decoder with another head than that of a language model, or without a head.
-
-    :param missing: names of parameters that it lacks.
-    :param unexpected: names of tensors that no rule knows.
-    """
-    if not (missing or unexpected) or not all(HEAD.fullmatch(name) for name in (*missing, *unexpected)):
-        return None
-    what = "has another head than a language model" if unexpected else "has no head"
-
-    return f"The checkpoint {what}: see `architectures` in its config.json. {_BY_ITS_OWN_CLASS}"
-
-
-DECODER_RULES: Final[Sequence[Rule]] = (
-    # Old versions of transformers save these computed buffers.
-    Rule("{prefix*}rotary_emb.inv_freq", None),
-    Rule("rotary_emb.inv_freq", None),
-    # Heads that draft further tokens, which transformers skips too.
-    Rule("mtp.{rest*}", None),
-    Rule("model.mtp.{rest*}", None),
-    # A checkpoint of the model without its head lacks the prefix.
-    Rule("embed_tokens.weight", "model.embed_tokens.weight"),
-    Rule("layers.{n}.{rest*}", "model.layers.{n}.{rest}"),
-    Rule("norm.weight", "model.norm.weight"),
-)
+"""The advice for what a family does not support."""
 
 
 def _for_reason(reason: str, keys: str) -> dict[str, str]:
@@ -83,24 +49,6 @@ IGNORED_KEYS: Final[Mapping[str, str]] = {
 CHANGES_EACH_MODEL: Final[Mapping[str, object]] = {"per_layer_config": None, "attribute_map": None}
 """The keys that change the results of transformers, with the only value that a family supports."""
 
-CHANGES_EACH_DECODER: Final[Mapping[str, object]] = {
-    **CHANGES_EACH_MODEL,
-    "is_causal": True,
-    "partial_rotary_factor": 1.0,
-    "attention_chunk_size": None,
-    "_rope_type_labels": None,
-}
-"""The same for decoders."""
-
-NO_WINDOWS: Final[Mapping[str, object]] = {"layer_types": None, "sliding_window": None}
-"""The keys with which transformers shortens its cache in generation, even without layers that have a window."""
-
-NO_SCALING: Final[Mapping[str, str]] = {"original_max_position_embeddings": "only for scaling, which is not supported"}
-"""The keys that a family without scaled rotary frequencies ignores."""
-
-NO_TOKENS: Final[Mapping[str, object]] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-"""The keys that belong to the tokenizer, unless a family reads one."""
-
 
 class ConfigReader:
     """The keys of a ``config.json``, checked as they are read.
@@ -118,13 +66,16 @@ class ConfigReader:
         self._values = values
         self._family = family
         self._prefix = prefix
-        self._known: Collection[str] | None = None
+        self._known: set[str] | None = None
 
         if table is None:
             return
-        self._known = table.honored() | table.required.keys()
         for key, value in table.required.items():
             self.require(key, value)
+        if table.open:
+            return
+        self._known = {key for entry in table.entries for key in entry.keys}
+        self._known |= table.required.keys() | {"quantization_config"}
         known = self._known | table.ignored.keys() | IGNORED_KEYS.keys()
         if unknown := sorted(key for key, value in values.items() if key not in known and value):
             log.warning(
@@ -156,7 +107,7 @@ class ConfigReader:
     def count(self, key: str, default: int) -> int:
         """Read a positive integer."""
         value = self._get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if type(value) is not int or value < 1:
             self.mismatch(key, "a positive integer")
         if value > MAX_SIZE:
             self.mismatch(key, f"a positive integer, at most {MAX_SIZE}")
@@ -179,7 +130,7 @@ class ConfigReader:
         value = self._get(key, default)
         if value is None:
             return None
-        if not isinstance(value, int) or isinstance(value, bool):
+        if type(value) is not int:
             self.mismatch(key, "an integer or null")
 
         return value if value >= 0 else None
@@ -216,9 +167,7 @@ class ConfigReader:
     def counts(self, key: str, default: Sequence[int]) -> list[int]:
         """Read a list of positive integers."""
         value = self._get(key, list(default))
-        if not isinstance(value, list) or not all(
-            isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in value
-        ):
+        if not isinstance(value, list) or not all(type(v) is int and v > 0 for v in value):
             self.mismatch(key, "a list of positive integers")
         if max(value, default=0) > MAX_SIZE:
             self.mismatch(key, f"a list of positive integers, each at most {MAX_SIZE}")
@@ -268,15 +217,6 @@ class ConfigReader:
                 "quantized, which lading does not load. Use the checkpoint in its original precision."
             )
 
-    def refuse_nested(self) -> None:
-        """Refuse a key whose value is an object.
-
-        :raises NotSupportedError: there is one.
-        """
-        for key, value in self._values.items():
-            if isinstance(value, Mapping):
-                self.refuse(key, value)
-
     def refuse(self, key: str, found: object, supported: Iterable[object] = ()) -> NoReturn:
         """Raise the error for a value that the family does not support.
 
@@ -285,7 +225,7 @@ class ConfigReader:
         known = ", ".join(repr(value) for value in supported)
         raise NotSupportedError(
             f"config.json: {self._prefix}{key} is {found!r}, which the {self._family} family does not support"
-            f"{f' (it supports {known})' if known else ''}. {_BY_ITS_OWN_CLASS}"
+            f"{f' (it supports {known})' if known else ''}. {BY_ITS_OWN_CLASS}"
         )
 
     def mismatch(self, key: str, expected: str) -> NoReturn:
@@ -299,122 +239,6 @@ class ConfigReader:
             f"config.json: {self._prefix}{key} is expected to be {expected}, but {what}. Compare the file with the one "
             "that the model's publisher offers.",
         )
-
-    def checked(self, config: ConfigT, check: Callable[[ConfigT], Any]) -> ConfigT:
-        """Return ``config`` if ``check`` raises no ``ValueError``.
-
-        :raises ModelCheckpointMismatchError: it does.
-        """
-        try:
-            check(config)
-        except ValueError as error:
-            raise ModelCheckpointMismatchError(
-                "config.json",
-                f"config.json does not describe a model of the {self._family} family: {error}. Compare the file with "
-                "the one that the model's publisher offers.",
-            ) from None
-
-        return config
-
-
-def read_rope(reader: ConfigReader, scaling_type: str | None = None) -> tuple[float, ConfigReader | None]:
-    """Return the base of the rotary frequencies, and the keys of their scaling if there is one.
-
-    Understands ``rope_parameters`` and what came before transformers 5: ``rope_theta`` with ``rope_scaling``.
-
-    :param scaling_type: the one that the family supports.
-
-    :raises NotSupportedError: another type, parameters by kind of layer, or rotary embeddings of a part of each head.
-    """
-    section = reader.section("rope_scaling") or reader.section("rope_parameters")
-    section.refuse_nested()
-    for keys in (reader, section):
-        keys.require("partial_rotary_factor", 1.0)
-
-    theta = (section if "rope_theta" in section else reader).number("rope_theta", 10_000.0)
-
-    return theta, _scaling(section, scaling_type)
-
-
-def read_rope_of_layers(
-    reader: ConfigReader, *, theta: float, window_theta: float, window_theta_key: str | None, scaling_type: str
-) -> tuple[float, ConfigReader | None, float]:
-    """Return the base of the rotary frequencies, the keys of their scaling, and the base in layers with a window.
-
-    It reads ``rope_parameters`` by type of layer, and the keys before transformers 5: ``rope_theta`` and
-    ``rope_scaling`` for layers without a window.
-
-    :param theta: the default base of layers without a window.
-    :param window_theta: the default base of layers with a window.
-    :param window_theta_key: the key of the latter before transformers 5; ``None`` without such a key.
-    :param scaling_type: the type of scaling that the family supports.
-
-    :raises NotSupportedError: the scaling has another type, or applies to layers with a window or to a part of a head.
-    """
-    parameters = reader.section("rope_parameters")
-    full, window = parameters.section("full_attention"), parameters.section("sliding_attention")
-    if parameters and not full and not window:
-        reader.refuse("rope_parameters", parameters.values())
-    full = reader.section("rope_scaling") or full
-    for keys in (reader, full, window):
-        keys.require("partial_rotary_factor", 1.0)
-
-    _scaling(window, None)
-    if "rope_theta" in full:
-        theta = full.number("rope_theta", None)
-    else:
-        theta = reader.number("rope_theta", theta)
-    if "rope_theta" in window:
-        window_theta = window.number("rope_theta", None)
-    elif window_theta_key is not None:
-        window_theta = reader.number(window_theta_key, window_theta)
-
-    return theta, _scaling(full, scaling_type), window_theta
-
-
-def _scaling(section: ConfigReader, scaling_type: str | None) -> ConfigReader | None:
-    type_key = "type" if section.is_null("rope_type") else "rope_type"
-    known = ("default",) if scaling_type is None else ("default", scaling_type)
-    kind = "default" if section.is_null(type_key) else section.choice(type_key, "default", {k: k for k in known})
-
-    return None if kind == "default" else section
-
-
-def read_layer_types(reader: ConfigReader, num_layers: int, *, every: int) -> list[LayerType]:
-    """Return the type of attention of each layer.
-
-    :param every: one of so many has none where the file states no types.
-
-    :raises NotSupportedError: other types.
-    """
-    types = reader.strings("layer_types")
-    if types is None:
-        return default_layer_types(num_layers, every=every)
-    if set(types) - set(get_args(LayerType)):
-        reader.refuse("layer_types", types)
-
-    return cast(list[LayerType], types)
-
-
-def default_layer_types(num_layers: int, *, every: int) -> list[LayerType]:
-    """Return the types of layers with a window in all but the last of ``every``.
-
-    :raises ValueError: there are more layers than modules can be made of.
-    """
-    require_layers(num_layers)
-
-    return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(num_layers)]
-
-
-def full_attn_layers(types: Sequence[LayerType], num_layers: int) -> frozenset[int]:
-    """Return the indices of the layers without a window.
-
-    :raises ValueError: there is not one type for each layer.
-    """
-    if len(types) != num_layers:
-        raise ValueError(f"`layer_types` must have one for each of the {num_layers} layers, but has {len(types)}")
-
-    return frozenset(i for i, kind in enumerate(types) if kind == "full_attention")
 
 
 # --- both directions --------------------------------------------------------------------------------------------------
@@ -481,18 +305,6 @@ def same_for_all(key: str, *accepted: str) -> KeyGroup:
     return KeyGroup((key,), read, lambda config: {key: accepted[0]})
 
 
-SILU: Final = same_for_all("hidden_act", "silu", "swish")
-"""The activation of most decoders."""
-
-ROPE_KEYS: Final = ("rope_theta", "rope_scaling", "rope_parameters")
-
-PLAIN_ROPE: Final = KeyGroup(
-    ROPE_KEYS,
-    lambda reader, earlier: {"rope_theta": read_rope(reader)[0]},
-    lambda config: {"rope_theta": config.rope_theta},
-)
-"""Rotary frequencies that are not scaled, the same in all layers."""
-
 Entries = Sequence[Field | KeyGroup]
 
 
@@ -523,12 +335,12 @@ class ConfigTable(Generic[ConfigT]):
     """The class of transformers that is written."""
     config_kls: type[ConfigT]
     spec: Callable[[ConfigT], Any]
-    """The options of a model, a dataclass.
+    """The options of a model, a dataclass, equal for configurations of equal models.
 
     :raises ValueError: no model is like that.
     """
-    normalized_spec: Callable[[ConfigT], Any] | None = None
-    """The switches, equal for configurations of equal models, where those of ``spec`` are not."""
+    free: Collection[str] = ()
+    """The options that a file need not describe, because they matter in training only; dropout is always free."""
     entries: Entries
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """The fields without a key, with the value of all models of the type."""
@@ -539,10 +351,8 @@ class ConfigTable(Generic[ConfigT]):
     default of the key."""
     ignored: Mapping[str, str] = field(default_factory=dict)
     """The keys that do not change the results of a model, and the reasons."""
-
-    def honored(self) -> frozenset[str]:
-        """Return the keys that are read."""
-        return frozenset(key for entry in self.entries for key in entry.keys) | {"quantization_config"}
+    open: bool = False
+    """True if a file may have any other key, too; otherwise each is logged."""
 
     def read(self, values: Mapping[str, object]) -> ConfigT:
         """Return the configuration that a ``config.json`` describes.
@@ -556,13 +366,21 @@ class ConfigTable(Generic[ConfigT]):
         """Return the same for a reader that was made with this table."""
         reader.refuse_quantized()
         config = self.config_kls(**self.fixed, **read_fields(self.entries, reader))
+        try:
+            self.spec(config)
+        except ValueError as error:
+            raise ModelCheckpointMismatchError(
+                "config.json",
+                f"config.json does not describe a model of the {self.family} family: {error}. Compare the file with "
+                "the one that the model's publisher offers.",
+            ) from None
 
-        return reader.checked(config, self.spec)
+        return config
 
     def write(self, config: ConfigT) -> dict[str, object]:
         """Return the ``config.json`` that describes a model of the configuration.
 
-        :raises NotSupportedError: no such file describes it.
+        :raises NotSupportedError: no such file describes it, as Hugging Face's models of this type cannot be like that.
         """
         values = {
             "architectures": [self.architecture],
@@ -570,37 +388,15 @@ class ConfigTable(Generic[ConfigT]):
             **self.constants,
             **keys_of(self.entries, config),
         }
-        spec = self.normalized_spec or self.spec
 
-        return describing(values, config, family=self.family, from_hf=self.read, spec=spec)
+        meant, read = self.spec(config), self.spec(self.read(values))
+        for name in (f.name for f in fields(meant) if f.name not in self.free):
+            if name.endswith(("dropout_p", "drop_p")) or getattr(meant, name) == getattr(read, name):
+                continue
+            raise NotSupportedError(
+                f"A config.json of the type {self.model_type!r} cannot describe this configuration of the "
+                f"{self.family} family: `{name}` is {getattr(meant, name)!r}, but would be read as "
+                f"{getattr(read, name)!r}. Models like that have no form that transformers loads."
+            )
 
-
-def describing(
-    values: dict[str, object],
-    config: ConfigT,
-    *,
-    family: str,
-    from_hf: Callable[[Mapping[str, object]], ConfigT],
-    spec: Callable[[ConfigT], Any],
-    free: Collection[str] = (),
-) -> dict[str, object]:
-    """Return ``values`` if a ``config.json`` with them describes the same model as ``config``.
-
-    Dropout may differ: it is a matter of training, for which these files have few words.
-
-    :param spec: the switches of the model, a dataclass.
-    :param free: further switches that may differ.
-
-    :raises NotSupportedError: it does not, as Hugging Face's models of this type cannot be like that.
-    """
-    meant, read = spec(config), spec(from_hf(values))
-    for name in (f.name for f in fields(meant) if f.name not in free and not f.name.endswith("drop_p")):
-        if name.endswith("dropout_p") or getattr(meant, name) == getattr(read, name):
-            continue
-        raise NotSupportedError(
-            f"A config.json of the type {values['model_type']!r} cannot describe this configuration of the {family} "
-            f"family: `{name}` is {getattr(meant, name)!r}, but would be read as {getattr(read, name)!r}. Models like "
-            "that have no form that transformers loads."
-        )
-
-    return values
+        return values

@@ -4,67 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-from pydantic import ConfigDict
-
-from lading.cards.config import STRICT
-from lading.families.config_json import (
+from lading.families.config_json import ConfigReader, ConfigTable, Field, KeyGroup, same_for_all
+from lading.families.decoder_family import (
     CHANGES_EACH_DECODER,
-    DECODER_RULES,
     NO_TOKENS,
     ROPE_KEYS,
-    ConfigReader,
-    ConfigTable,
-    Field,
-    KeyGroup,
+    DecoderConfig,
     LayerType,
+    decoder_family,
     default_layer_types,
-    explain_head,
     full_attn_layers,
     read_layer_types,
     read_rope_of_layers,
-    same_for_all,
 )
+from lading.families.name_rules import DECODER_RULES
 from lading.families.nn.checks import require_positive
-from lading.families.nn.decoder_lm import DecoderLM, init_decoder
-from lading.families.nn.decoder_plan import decoder_plan
+from lading.families.nn.decoder_lm import DecoderLM
 from lading.families.nn.decoder_spec import DecoderSpec
 from lading.families.nn.rope import LinearScaling
-from lading.models.family import Family
 from lading.models.hub import ModelHubAccessor
 from lading.planning.rules import Rule
 
 
 @dataclass(kw_only=True)
-class Gemma3Config:
+class Gemma3Config(DecoderConfig):
     """The configuration of a Gemma 3 model; the defaults are those of the model with a billion parameters."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    max_seq_len: int = 32_768
+    vocab_size: int = 262_144
+    tied_embeddings: bool = True
+    num_layers: int = 26
+    num_attn_heads: int = 4
+    num_key_value_heads: int = 1
+    ffn_inner_dim: int = 6912
+    init_std: float | None = 0.02
 
     model_dim: int = 1152
     """The width of the model; embeddings are multiplied by its root."""
 
-    max_seq_len: int = 32_768
-    """The longest sequence, in tokens."""
-
-    vocab_size: int = 262_144
-    """The number of symbols."""
-
     pad_idx: int | None = 0
     """The index of the symbol for padding."""
-
-    tied_embeddings: bool = True
-    """True if the output projection is the embedding table."""
-
-    num_layers: int = 26
-    """The number of decoder layers."""
-
-    num_attn_heads: int = 4
-    """The number of attention heads."""
-
-    num_key_value_heads: int = 1
-    """The number of key and value heads; each serves a group of attention heads."""
 
     head_dim: int = 256
     """The width of an attention head."""
@@ -78,9 +59,6 @@ class Gemma3Config:
     layer_types: list[LayerType] | None = None
     """The type of each layer; ``None`` means a window in five of six layers."""
 
-    ffn_inner_dim: int = 6912
-    """The inner width of the feed-forward networks."""
-
     norm_eps: float = 1e-6
     """The number that is added to the mean square before taking its root."""
 
@@ -92,12 +70,6 @@ class Gemma3Config:
 
     local_rope_theta: float = 10_000.0
     """The base of the frequencies in layers with a window."""
-
-    dropout_p: float = 0.0
-    """The dropout probability of the embeddings and of the outputs of attention and feed-forward blocks."""
-
-    init_std: float | None = 0.02
-    """The standard deviation of the initial weights; ``None`` means ``input_dim ** -0.5`` of each projection."""
 
 
 class Gemma3(DecoderLM):
@@ -231,21 +203,14 @@ def _from_hf(values: Mapping[str, object]) -> Gemma3Config:
     return CONFIG_JSON.read_keys(keys)
 
 
-FAMILY = Family(
-    name="gemma3",
-    kls=Gemma3,
-    config_kls=Gemma3Config,
-    build=lambda config: Gemma3(_spec(config)),
-    init=lambda model, config, name, parameter: init_decoder(
-        model, name, parameter, std=config.init_std, std_scale="none"
-    ),
+FAMILY = decoder_family(
+    Gemma3,
+    _spec,
+    CONFIG_JSON,
+    init_std_scale="none",
     rules=lambda config: (*_DECODER_OF_IMAGES, *DECODER_RULES),
-    parallel_plan=lambda config: decoder_plan(_spec(config)),
-    hf_model_types=frozenset({"gemma3_text"}),
     hf_part_of=frozenset({"gemma3"}),
     from_hf=_from_hf,
-    to_hf=CONFIG_JSON.write,
-    explain=explain_head,
 )
 
 get_gemma3_model_hub = ModelHubAccessor("gemma3", Gemma3, Gemma3Config)

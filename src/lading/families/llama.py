@@ -4,42 +4,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict
-
-from lading.cards.config import STRICT
-from lading.families.config_json import (
+from lading.cards.config import StrictConfig
+from lading.families.config_json import ConfigReader, ConfigTable, Field, KeyGroup
+from lading.families.decoder_family import (
     CHANGES_EACH_DECODER,
-    DECODER_RULES,
     NO_TOKENS,
     NO_WINDOWS,
     ROPE_KEYS,
     SILU,
-    ConfigReader,
-    ConfigTable,
-    Field,
-    KeyGroup,
-    explain_head,
+    DecoderConfig,
+    decoder_family,
     read_rope,
 )
-from lading.families.name_rules import fairseq2_rules, meta_rules
-from lading.families.nn.decoder_lm import DecoderLM, init_decoder
-from lading.families.nn.decoder_plan import decoder_plan
+from lading.families.name_rules import rules_of_adjacent_channels
+from lading.families.nn.decoder_lm import DecoderLM
 from lading.families.nn.decoder_spec import DecoderSpec
 from lading.families.nn.rope import LLaMA3Scaling
-from lading.models.family import Family
 from lading.models.hub import ModelHubAccessor
-from lading.planning.rules import Rule
 
 
 @dataclass
-class LLaMARoPEScaleConfig:
+class LLaMARoPEScaleConfig(StrictConfig):
     """The scaling of rotary frequencies in LLaMA 3.1."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     factor: float = 8.0
     """The context to reach, divided by the context of the first training."""
@@ -52,34 +42,19 @@ class LLaMARoPEScaleConfig:
 
 
 @dataclass(kw_only=True)
-class LLaMAConfig:
+class LLaMAConfig(DecoderConfig):
     """The configuration of a LLaMA model; the defaults are those of the first one with 7 billion parameters."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
     model_dim: int = 4096
-    """The width of the model."""
-
     max_seq_len: int = 2048
-    """The longest sequence, in tokens."""
-
     vocab_size: int = 32_000
-    """The number of symbols."""
+    num_layers: int = 32
+    num_attn_heads: int = 32
+    num_key_value_heads: int = 32
+    rope_theta: float = 10_000.0
 
     pad_idx: int | None = None
     """The index of the symbol for padding."""
-
-    tied_embeddings: bool = False
-    """True if the output projection is the embedding table."""
-
-    num_layers: int = 32
-    """The number of decoder layers."""
-
-    num_attn_heads: int = 32
-    """The number of attention heads."""
-
-    num_key_value_heads: int = 32
-    """The number of key and value heads; each serves a group of attention heads."""
 
     head_dim: int | None = None
     """The width of an attention head; ``None`` means ``model_dim // num_attn_heads``."""
@@ -108,20 +83,11 @@ class LLaMAConfig:
     norm_eps: float = 1e-5
     """The number that is added to the mean square before taking its root."""
 
-    rope_theta: float = 10_000.0
-    """The base of the frequencies of the rotary position embeddings."""
-
     use_scaled_rope: bool = False
     """True if these frequencies are scaled by ``rope_scale``."""
 
     rope_scale: LLaMARoPEScaleConfig = field(default_factory=LLaMARoPEScaleConfig)
     """The scaling of these frequencies."""
-
-    dropout_p: float = 0.0
-    """The dropout probability of the embeddings and of the outputs of attention and feed-forward blocks."""
-
-    init_std: float | None = None
-    """The standard deviation of the initial weights; ``None`` means ``input_dim ** -0.5`` of each projection."""
 
     init_std_scale: Literal["none", "layer", "stack"] = "layer"
     """The divisor of it in layers: none, from the depth of the layer, or from that of the stack."""
@@ -226,26 +192,6 @@ CONFIG_JSON = ConfigTable(
 """The keys of ``config.json``."""
 
 
-def _rules(config: LLaMAConfig) -> Sequence[Rule]:
-    head_dim = config.head_dim or config.model_dim // config.num_attn_heads
-
-    return (*meta_rules(head_dim), *fairseq2_rules(head_dim), *DECODER_RULES)
-
-
-FAMILY = Family(
-    name="llama",
-    kls=LLaMA,
-    config_kls=LLaMAConfig,
-    build=lambda config: LLaMA(_spec(config)),
-    init=lambda model, config, name, parameter: init_decoder(
-        model, name, parameter, std=config.init_std, std_scale=config.init_std_scale
-    ),
-    rules=_rules,
-    parallel_plan=lambda config: decoder_plan(_spec(config)),
-    hf_model_types=frozenset({"llama"}),
-    from_hf=CONFIG_JSON.read,
-    to_hf=CONFIG_JSON.write,
-    explain=explain_head,
-)
+FAMILY = decoder_family(LLaMA, _spec, CONFIG_JSON, rules=rules_of_adjacent_channels)
 
 get_llama_model_hub = ModelHubAccessor("llama", LLaMA, LLaMAConfig)

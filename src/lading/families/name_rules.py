@@ -1,6 +1,6 @@
-"""Decoders as Meta publishes them, and as fairseq2 saves them: other names, and another layout of rotary embeddings.
+"""Names of tensors in checkpoints of decoders, also of Meta and fairseq2, whose layout of rotary embeddings is another.
 
-Their rotary embeddings turn neighbouring channels of a head together, where Hugging Face's turn its two halves (as
+Their rotary embeddings turn neighboring channels of a head together, where Hugging Face's turn its two halves (as
 fairseq2's Qwen and OLMo do, too); the rows of the projections of queries and keys are re-ordered accordingly. How
 Meta's model-parallel shards and fairseq2's ranks cut a tensor needs no rule: :mod:`lading.planning.rules`.
 
@@ -11,10 +11,43 @@ Sources: https://github.com/meta-llama/llama-models (``models/llama3/model.py``)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
 
+from lading.families.config_json import BY_ITS_OWN_CLASS
 from lading.planning.composition import Regroup
 from lading.planning.rules import Rule
+
+HEAD = re.compile(r"(lm_head|score|classifier|qa_outputs|v_head|value_head|regression_head)\..*")
+"""The names of parameters of a head, after the last layer."""
+
+DECODER_RULES: Final[Sequence[Rule]] = (
+    # Old versions of transformers save these computed buffers.
+    Rule("{prefix*}rotary_emb.inv_freq", None),
+    Rule("rotary_emb.inv_freq", None),
+    # Heads that draft further tokens, which transformers skips too.
+    Rule("mtp.{rest*}", None),
+    Rule("model.mtp.{rest*}", None),
+    # A checkpoint of the model without its head lacks the prefix.
+    Rule("embed_tokens.weight", "model.embed_tokens.weight"),
+    Rule("layers.{n}.{rest*}", "model.layers.{n}.{rest}"),
+    Rule("norm.weight", "model.norm.weight"),
+)
+
+
+def explain_head(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
+    """Return advice for a checkpoint of a decoder with another head than that of a language model, or without a head.
+
+    :param missing: names of parameters that it lacks.
+    :param unexpected: names of tensors that no rule knows.
+    """
+    if not (missing or unexpected) or not all(HEAD.fullmatch(name) for name in (*missing, *unexpected)):
+        return None
+    what = "has another head than a language model" if unexpected else "has no head"
+
+    return f"The checkpoint {what}: see `architectures` in its config.json. {BY_ITS_OWN_CLASS}"
+
 
 _META = {
     "attention.wq": "self_attn.q_proj",
@@ -51,27 +84,34 @@ _FAIRSEQ2_AFTER = _FAIRSEQ2 | {
 """fairseq2's names in models with normalizations after each block, as in OLMo."""
 
 
-def meta_rules(head_dim: int) -> Sequence[Rule]:
-    """Return the rules for Meta's names, ``layers.0.attention.wq.weight`` …, which Mistral also uses."""
+def rules_of_adjacent_channels(config: Any) -> Sequence[Rule]:
+    """Return the rules for Meta's names, ``layers.0.attention.wq.weight`` …, which Mistral also uses, and fairseq2's.
+
+    :param config: that of a decoder whose rotary embeddings turn neighboring channels in both.
+    """
+    head_dim = config.head_dim or config.model_dim // config.num_attn_heads
+
     return (
         Rule("rope.freqs", None),
         Rule("tok_embeddings.weight", "model.embed_tokens.weight"),
         Rule("output.weight", "lm_head.weight"),
         *_layer_rules("layers.{n}", _META, head_dim),
+        *fairseq2_rules(head_dim),
     )
 
 
-def fairseq2_rules(head_dim: int | None, *, norms_after: bool = False) -> Sequence[Rule]:
+def fairseq2_rules(head_dim: int | None = None, *, norms_after: bool = False) -> Sequence[Rule]:
     """Return the rules for the names of fairseq2's decoders, ``decoder.layers.0.self_attn.q_proj.weight`` …
 
-    :param head_dim: where rotary embeddings turn neighbouring channels; ``None`` where they turn the halves of a head.
-    :param norms_after: whether the normalisations of a layer are of what its blocks compute.
+    :param head_dim: where rotary embeddings turn neighboring channels; ``None`` where they turn the halves of a head.
+    :param norms_after: whether the layers normalize the outputs of their blocks.
     """
     return (
         Rule("decoder_frontend.embed.weight", "model.embed_tokens.weight"),
         Rule("decoder.layer_norm.weight", "model.norm.weight"),
         Rule("final_proj.weight", "lm_head.weight"),
         *_layer_rules("decoder.layers.{n}", _FAIRSEQ2_AFTER if norms_after else _FAIRSEQ2, head_dim),
+        *DECODER_RULES,
     )
 
 

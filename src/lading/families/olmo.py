@@ -4,47 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict
-
-from lading.cards.config import STRICT
+from lading.cards.config import StrictConfig
 from lading.errors import NotSupportedError
-from lading.families.config_json import (
+from lading.families.config_json import ConfigReader, ConfigTable, Entries, Field, KeyGroup
+from lading.families.decoder_family import (
     CHANGES_EACH_DECODER,
-    DECODER_RULES,
     NO_SCALING,
     NO_WINDOWS,
     PLAIN_ROPE,
     ROPE_KEYS,
     SILU,
-    ConfigReader,
-    ConfigTable,
-    Entries,
-    Field,
-    KeyGroup,
+    DecoderConfig,
     LayerType,
+    decoder_family,
     default_layer_types,
-    explain_head,
     full_attn_layers,
     read_layer_types,
     read_rope_of_layers,
 )
 from lading.families.name_rules import fairseq2_rules
-from lading.families.nn.decoder_lm import DecoderLM, init_decoder
-from lading.families.nn.decoder_plan import decoder_plan
+from lading.families.nn.decoder_lm import DecoderLM
 from lading.families.nn.decoder_spec import DecoderSpec
 from lading.families.nn.rope import YaRNScaling
-from lading.models.family import Family
 from lading.models.hub import ModelHubAccessor
 from lading.planning.rules import Rule
 
 
 @dataclass(kw_only=True)
-class YaRNScaleConfig:
+class YaRNScaleConfig(StrictConfig):
     """The scaling of rotary frequencies in OLMo 3."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     scale_factor: float = 8.0
     """The context to reach, divided by the context of the first training."""
@@ -72,19 +62,17 @@ class YaRNScaleConfig:
 
 
 @dataclass(kw_only=True)
-class OLMOConfig:
+class OLMOConfig(DecoderConfig):
     """The configuration of an OLMo model; the defaults are those of OLMo 2 with a billion parameters."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
     model_dim: int = 2048
-    """The width of the model."""
-
     max_seq_len: int = 4096
-    """The longest sequence, in tokens."""
-
     vocab_size: int = 100_352
-    """The number of symbols."""
+    num_layers: int = 16
+    num_attn_heads: int = 16
+    num_key_value_heads: int = 16
+    ffn_inner_dim: int = 8192
+    rope_theta: float = 500_000.0
 
     pad_idx: int | None = 100_277
     """The index of the symbol for padding."""
@@ -95,32 +83,8 @@ class OLMOConfig:
     eos_token_id: int | None = 100_257
     """The index of the symbol that ends a sequence; lading ignores it."""
 
-    tied_embeddings: bool = False
-    """True if the output projection is the embedding table."""
-
-    num_layers: int = 16
-    """The number of decoder layers."""
-
-    num_attn_heads: int = 16
-    """The number of attention heads."""
-
-    num_key_value_heads: int = 16
-    """The number of key and value heads; each serves a group of attention heads."""
-
-    ffn_inner_dim: int = 8192
-    """The inner width of the feed-forward networks."""
-
     rms_norm_eps: float = 1e-6
     """The number that is added to the mean square before taking its root."""
-
-    rope_theta: float = 500_000.0
-    """The base of the frequencies of the rotary position embeddings."""
-
-    dropout_p: float = 0.0
-    """The dropout probability of the embeddings and of the outputs of attention and feed-forward blocks."""
-
-    init_std: float | None = None
-    """The standard deviation of the initial weights; ``None`` means ``input_dim ** -0.5`` of each projection."""
 
     init_std_scale: Literal["none", "layer", "stack"] = "layer"
     """The divisor of it in layers: none, from the depth of the layer, or from that of the stack."""
@@ -223,8 +187,7 @@ OLMO_2_JSON = ConfigTable(
     model_type="olmo2",
     architecture="Olmo2ForCausalLM",
     config_kls=OLMOConfig,
-    spec=_spec,
-    normalized_spec=lambda config: _spec(config).normalized(),
+    spec=lambda config: _spec(config).normalized(),
     entries=(*_ENTRIES, PLAIN_ROPE),
     constants={"attention_bias": False},
     required={**CHANGES_EACH_DECODER, **NO_WINDOWS, "attention_bias": False},
@@ -313,10 +276,6 @@ OLMO_3_JSON = replace(
 """The keys of ``config.json`` of OLMo 3."""
 
 
-def _from_hf(values: Mapping[str, object]) -> OLMOConfig:
-    return (OLMO_3_JSON if values.get("model_type") == "olmo3" else OLMO_2_JSON).read(values)
-
-
 def _to_hf(config: OLMOConfig) -> Mapping[str, object]:
     third = config.sliding_window is not None or config.yarn_scale_config is not None
 
@@ -333,23 +292,9 @@ def _rules(config: OLMOConfig, names: Sequence[str]) -> Sequence[Rule]:
             "`model_config` of the card, or in the configuration that you pass."
         )
 
-    return (*fairseq2_rules(None, norms_after=True), *DECODER_RULES)
+    return fairseq2_rules(norms_after=True)
 
 
-FAMILY = Family(
-    name="olmo",
-    kls=OLMO,
-    config_kls=OLMOConfig,
-    build=lambda config: OLMO(_spec(config)),
-    init=lambda model, config, name, parameter: init_decoder(
-        model, name, parameter, std=config.init_std, std_scale=config.init_std_scale
-    ),
-    rules_of_names=_rules,
-    parallel_plan=lambda config: decoder_plan(_spec(config)),
-    hf_model_types=frozenset({"olmo2", "olmo3"}),
-    from_hf=_from_hf,
-    to_hf=_to_hf,
-    explain=explain_head,
-)
+FAMILY = decoder_family(OLMO, _spec, OLMO_2_JSON, OLMO_3_JSON, to_hf=_to_hf, rules_of_names=_rules)
 
 get_olmo_model_hub = ModelHubAccessor("olmo", OLMO, OLMOConfig)

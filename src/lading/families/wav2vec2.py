@@ -4,40 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
-from pydantic import ConfigDict
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from lading.cards.config import STRICT
+from lading.cards.config import StrictConfig
 from lading.errors import NotSupportedError
-from lading.families.config_json import ConfigReader, Field, describing, keys_of, read_fields
-from lading.families.nn.checks import require_positive
-from lading.families.nn.masking import Masking
+from lading.families.config_json import ConfigReader, ConfigTable, Field
+from lading.families.nn.checks import require_positive, shared_fields
+from lading.families.nn.masking import Masking, MaskingConfig
 from lading.families.nn.quantizer import GumbelQuantizer, QuantizerOutput, init_quantizer
 from lading.families.nn.speech import SpeechModel, init_projection, init_speech, speech_plan
+from lading.families.nn.speech_encoder import SpeechSpec
 from lading.families.nn.uninitialized import Linear
 from lading.families.wav2vec2_encoder import (
+    ENCODER,
+    MASKING,
+    NO_ADAPTERS,
     TRAINING_ONLY,
     Wav2Vec2EncoderConfig,
-    encoder_from_hf,
     encoder_rules,
     encoder_spec,
-    encoder_to_hf,
 )
-from lading.families.wav2vec2_masking import MASKING_ENTRIES, MaskingFields, masking_of
 from lading.models.family import Family
 from lading.models.hub import ModelHubAccessor
 from lading.planning.rules import Rule
 
 
 @dataclass(kw_only=True)
-class Wav2Vec2Config(MaskingFields):
+class Wav2Vec2Config(MaskingConfig, StrictConfig):
     """The configuration of a model for pre-training; the defaults are those of the base model."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     encoder_config: Wav2Vec2EncoderConfig = field(default_factory=Wav2Vec2EncoderConfig)
     """The encoder."""
@@ -114,7 +111,7 @@ class Wav2Vec2(nn.Module):
         spec = encoder_spec(config.encoder_config, masked=True)
 
         self.masking = _masking(config)
-        self.target_dropout_p = spec.feature_dropout_p
+        self.target_dropout_p = spec.first_pass_dropout_p
         self.quantizer_encoder_grad = config.quantizer_encoder_grad
         self.num_distractors = config.num_distractors
         self.logit_temp = config.logit_temp
@@ -235,7 +232,7 @@ def _masking(config: Wav2Vec2Config) -> Masking:
             f"{config.max_temporal_mask_prob}"
         )
 
-    return masking_of(config)
+    return Masking(**shared_fields(Masking, config))
 
 
 def _init(model: Wav2Vec2, config: Wav2Vec2Config, name: str, parameter: Tensor) -> None:
@@ -261,46 +258,44 @@ def _rules(config: Wav2Vec2Config) -> Sequence[Rule]:
     )
 
 
-_ENTRIES = (
-    Field("final_dim", "proj_codevector_dim", ConfigReader.count, 256),
-    Field("quantized_dim", "codevector_dim", ConfigReader.count, 256),
-    Field("num_codebooks", "num_codevector_groups", ConfigReader.count, 2),
-    Field("num_codebook_entries", "num_codevectors_per_group", ConfigReader.count, 320),
-    Field("num_distractors", "num_negatives", ConfigReader.count, 100),
-    Field("logit_temp", "contrastive_logits_temperature", ConfigReader.number, 0.1),
-    *MASKING_ENTRIES,
+def _spec(config: Wav2Vec2Config) -> SpeechSpec:
+    _masking(config)
+
+    return encoder_spec(config.encoder_config, masked=True)
+
+
+CONFIG_JSON = ConfigTable(
+    family="wav2vec2",
+    model_type="wav2vec2",
+    architecture="Wav2Vec2ForPreTraining",
+    config_kls=Wav2Vec2Config,
+    spec=_spec,
+    free=TRAINING_ONLY,
+    entries=(
+        ENCODER,
+        Field("final_dim", "proj_codevector_dim", ConfigReader.count, 256),
+        Field("quantized_dim", "codevector_dim", ConfigReader.count, 256),
+        Field("num_codebooks", "num_codevector_groups", ConfigReader.count, 2),
+        Field("num_codebook_entries", "num_codevectors_per_group", ConfigReader.count, 320),
+        Field("num_distractors", "num_negatives", ConfigReader.count, 100),
+        Field("logit_temp", "contrastive_logits_temperature", ConfigReader.number, 0.1),
+        *MASKING,
+    ),
+    constants={"apply_spec_augment": True},
+    required={**NO_ADAPTERS, "apply_spec_augment": True},
+    open=True,
 )
-
-
-def _from_hf(values: Mapping[str, object]) -> Wav2Vec2Config:
-    """Return the configuration; the temperatures of codebooks are not in the file: training scripts hold them."""
-    keys = ConfigReader(values, "wav2vec2")
-    keys.require("apply_spec_augment", True)
-    config = Wav2Vec2Config(encoder_config=encoder_from_hf(keys), **read_fields(_ENTRIES, keys))
-
-    return keys.checked(config, lambda c: (encoder_spec(c.encoder_config, masked=True), _masking(c)))
+"""The keys of ``config.json``, which lacks what a training script holds: temperatures, and whether the frontend learns
+from both."""
 
 
 def _to_hf(config: Wav2Vec2Config) -> Mapping[str, object]:
-    """Return the keys without what a training script holds: temperatures, and whether the frontend learns from both."""
     if not config.final_proj_bias:
         raise NotSupportedError(
             "A config.json of the type 'wav2vec2' cannot describe a model for pre-training without `final_proj_bias`."
         )
-    values = encoder_to_hf(config.encoder_config) | {
-        "architectures": ["Wav2Vec2ForPreTraining"],
-        "apply_spec_augment": True,
-        **keys_of(_ENTRIES, config),
-    }
 
-    return describing(
-        values,
-        config,
-        family="wav2vec2",
-        from_hf=_from_hf,
-        spec=lambda c: encoder_spec(c.encoder_config, masked=True),
-        free=TRAINING_ONLY,
-    )
+    return CONFIG_JSON.write(config)
 
 
 FAMILY = Family(
@@ -310,10 +305,10 @@ FAMILY = Family(
     build=Wav2Vec2,
     init=_init,
     rules=_rules,
-    parallel_plan=lambda config: speech_plan(encoder_spec(config.encoder_config, masked=True), "wav2vec2"),
+    parallel_plan=lambda config: speech_plan(_spec(config), "wav2vec2"),
     hf_model_types=frozenset({"wav2vec2"}),
     hf_architectures=frozenset({"Wav2Vec2ForPreTraining"}),
-    from_hf=_from_hf,
+    from_hf=CONFIG_JSON.read,
     to_hf=_to_hf,
 )
 

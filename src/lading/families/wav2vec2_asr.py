@@ -4,38 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
-from pydantic import ConfigDict
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from lading.cards.config import STRICT
-from lading.families.config_json import ConfigReader, Field, describing, keys_of, read_fields
-from lading.families.nn.checks import require_dropout, require_positive
+from lading.cards.config import StrictConfig
+from lading.families.config_json import ConfigReader, ConfigTable, Field, KeyGroup
+from lading.families.nn.checks import require_dropout, require_positive, shared_fields
+from lading.families.nn.masking import Masking, MaskingConfig
 from lading.families.nn.speech import SpeechModel, init_speech, speech_plan
 from lading.families.nn.speech_encoder import SpeechSpec
 from lading.families.nn.uninitialized import Linear
 from lading.families.wav2vec2_encoder import (
+    ENCODER,
+    MASKING,
+    NO_ADAPTERS,
     TRAINING_ONLY,
     Wav2Vec2EncoderConfig,
-    encoder_from_hf,
     encoder_rules,
     encoder_spec,
-    encoder_to_hf,
 )
-from lading.families.wav2vec2_masking import MASKING_ENTRIES, MaskingFields, masking_of
 from lading.models.family import Family
 from lading.models.hub import ModelHubAccessor
 from lading.planning.rules import Rule
 
 
 @dataclass(kw_only=True)
-class Wav2Vec2AsrConfig(MaskingFields):
+class Wav2Vec2AsrConfig(MaskingConfig, StrictConfig):
     """The configuration for speech recognition; the defaults are those of the base model, trained on 10 hours."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     encoder_config: Wav2Vec2EncoderConfig = field(
         default_factory=lambda: Wav2Vec2EncoderConfig(
@@ -76,7 +73,7 @@ class Wav2Vec2Asr(nn.Module):
     def __init__(self, config: Wav2Vec2AsrConfig) -> None:
         super().__init__()
 
-        self.masking = masking_of(config) if config.use_masking else None
+        self.masking = Masking(**shared_fields(Masking, config)) if config.use_masking else None
         self.final_dropout_p = config.final_dropout_p
 
         self.wav2vec2 = SpeechModel(_spec(config))
@@ -128,37 +125,32 @@ def _rules(config: Wav2Vec2AsrConfig) -> Sequence[Rule]:
     )
 
 
-_ENTRIES = (
-    Field("target_vocab_size", "vocab_size", ConfigReader.count, 32),
-    Field("final_dropout_p", "final_dropout", ConfigReader.number, 0.1),
-    *MASKING_ENTRIES,
-)
-
-
-def _from_hf(values: Mapping[str, object]) -> Wav2Vec2AsrConfig:
-    """Return the configuration, with masking, which is a matter of training, left off.
-
-    The commonest of these checkpoints, such as facebook/wav2vec2-base-960h, lack the embedding that stands for masked
-    frames although their ``config.json`` speaks of it.
-    """
-    keys = ConfigReader(values, "wav2vec2_asr")
-    encoder = encoder_from_hf(keys)
-    config = Wav2Vec2AsrConfig(encoder_config=encoder, use_masking=False, **read_fields(_ENTRIES, keys))
-
-    return keys.checked(config, _spec)
-
-
-def _to_hf(config: Wav2Vec2AsrConfig) -> Mapping[str, object]:
-    """Return the keys; those of a model without the embedding that stands for masked frames mask none."""
+def _masking_keys(config: Wav2Vec2AsrConfig) -> Mapping[str, object]:
     masks = config.use_masking
-    values = encoder_to_hf(config.encoder_config) | {
-        "architectures": ["Wav2Vec2ForCTC"],
-        "apply_spec_augment": masks,
-        **keys_of(_ENTRIES, config),
-        **({} if masks else {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}),
-    }
 
-    return describing(values, config, family="wav2vec2_asr", from_hf=_from_hf, spec=_spec, free=TRAINING_ONLY)
+    return {"apply_spec_augment": masks} | ({} if masks else {"mask_time_prob": 0.0, "mask_feature_prob": 0.0})
+
+
+CONFIG_JSON = ConfigTable(
+    family="wav2vec2_asr",
+    model_type="wav2vec2",
+    architecture="Wav2Vec2ForCTC",
+    config_kls=Wav2Vec2AsrConfig,
+    spec=_spec,
+    free=TRAINING_ONLY,
+    entries=(
+        ENCODER,
+        Field("target_vocab_size", "vocab_size", ConfigReader.count, 32),
+        Field("final_dropout_p", "final_dropout", ConfigReader.number, 0.1),
+        *MASKING,
+        # Masking is a matter of training, and left off: the commonest of these checkpoints, such as
+        # facebook/wav2vec2-base-960h, lack the embedding of masked frames although their file speaks of it.
+        KeyGroup((), lambda keys, earlier: {"use_masking": False}, _masking_keys),
+    ),
+    required=NO_ADAPTERS,
+    open=True,
+)
+"""The keys of ``config.json``; those of a model without the embedding that stands for masked frames mask none."""
 
 
 FAMILY = Family(
@@ -171,8 +163,8 @@ FAMILY = Family(
     parallel_plan=lambda config: speech_plan(_spec(config), "wav2vec2"),
     hf_model_types=frozenset({"wav2vec2"}),
     hf_architectures=frozenset({"Wav2Vec2ForCTC"}),
-    from_hf=_from_hf,
-    to_hf=_to_hf,
+    from_hf=CONFIG_JSON.read,
+    to_hf=CONFIG_JSON.write,
 )
 
 get_wav2vec2_asr_model_hub = ModelHubAccessor("wav2vec2_asr", Wav2Vec2Asr, Wav2Vec2AsrConfig)

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Final, Literal
 
-from pydantic import ConfigDict
-
-from lading.cards.config import STRICT
+from lading.cards.config import StrictConfig
 from lading.errors import NotSupportedError
-from lading.families.config_json import (
-    ConfigReader,
-    Entries,
-    Field,
-    KeyGroup,
-    keys_of,
-    read_fields,
-    same_for_all,
-)
+from lading.families.config_json import ConfigReader, Entries, Field, KeyGroup, keys_of, read_fields, same_for_all
+from lading.families.nn.checks import shared_fields
 from lading.families.nn.speech_encoder import SpeechSpec
 from lading.planning.rules import Rule
 
 
 @dataclass(kw_only=True)
-class Wav2Vec2EncoderConfig:
+class Wav2Vec2EncoderConfig(StrictConfig):
     """The configuration of the encoder; the defaults are those of the base model."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     model_dim: int = 768
     """The width of the model."""
@@ -150,27 +139,12 @@ def encoder_spec(config: Wav2Vec2EncoderConfig, *, masked: bool) -> SpeechSpec:
 
     project = config.feature_projection
     return SpeechSpec(
-        model_dim=config.model_dim,
-        feature_dim=config.feature_dim,
+        **shared_fields(SpeechSpec, config),
         fbank=(config.num_fbank_channels, config.fbank_stride) if config.use_fbank else None,
-        conv_layer_descs=config.feature_extractor_layer_descs,
-        conv_bias=config.feature_extractor_bias,
-        conv_layer_norm=config.feature_extractor_layer_norm_convs,
-        feature_grad_scale=config.feature_grad_scale,
         project_features=config.feature_dim != config.model_dim if project is None else project,
-        pos_conv_kernel_size=config.pos_conv_kernel_size,
-        num_pos_conv_groups=config.num_pos_conv_groups,
         num_layers=config.num_encoder_layers,
         num_attn_heads=config.num_encoder_attn_heads,
-        ffn_inner_dim=config.ffn_inner_dim,
         norm_first=config.norm_order == "PRE",
-        norm_features=config.layer_norm_features,
-        norm_eps=config.norm_eps,
-        feature_dropout_p=config.first_pass_dropout_p,
-        dropout_p=config.dropout_p,
-        attn_dropout_p=config.attn_dropout_p,
-        ffn_inner_dropout_p=config.ffn_inner_dropout_p,
-        layer_drop_p=config.layer_drop_p,
         masked=masked,
     )
 
@@ -308,19 +282,32 @@ _ENTRIES: Entries = (
 )
 """The keys of ``config.json`` that describe the encoder."""
 
+ENCODER: Final = KeyGroup(
+    tuple(key for entry in _ENTRIES for key in entry.keys),
+    # Any frontend learns at full speed, and its frames are projected.
+    lambda keys, earlier: {
+        "encoder_config": Wav2Vec2EncoderConfig(
+            feature_grad_scale=1.0, feature_projection=True, **read_fields(_ENTRIES, keys)
+        )
+    },
+    lambda config: keys_of(_ENTRIES, config.encoder_config),
+)
+"""The encoder of a configuration."""
 
-def encoder_to_hf(config: Wav2Vec2EncoderConfig) -> dict[str, object]:
-    """Return the keys of ``config.json`` that describe the encoder."""
-    return {"model_type": "wav2vec2", **keys_of(_ENTRIES, config)}
+NO_ADAPTERS: Final[Mapping[str, object]] = {"add_adapter": False, "adapter_attn_dim": None}
+"""The keys that change the results of transformers, with the only value that the families support."""
 
 
-def encoder_from_hf(keys: ConfigReader) -> Wav2Vec2EncoderConfig:
-    """Return the encoder that a ``config.json`` describes.
+def _count_of_masks(keys: ConfigReader, key: str, default: int) -> int:
+    return keys.index(key, default) or 0
 
-    :raises NotSupportedError: the file has quantized weights, adapters, or other activations.
-    """
-    keys.refuse_quantized()
-    keys.require("add_adapter", False)
-    keys.require("adapter_attn_dim", None)
 
-    return Wav2Vec2EncoderConfig(feature_grad_scale=1.0, feature_projection=True, **read_fields(_ENTRIES, keys))
+MASKING: Final[Entries] = (
+    Field("temporal_mask_span_len", "mask_time_length", ConfigReader.count, 10),
+    Field("max_temporal_mask_prob", "mask_time_prob", ConfigReader.number, 0.05),
+    Field("min_num_temporal_mask_spans", "mask_time_min_masks", _count_of_masks, 2),
+    Field("spatial_mask_span_len", "mask_feature_length", ConfigReader.count, 10),
+    Field("max_spatial_mask_prob", "mask_feature_prob", ConfigReader.number, 0.0),
+    Field("min_num_spatial_mask_spans", "mask_feature_min_masks", _count_of_masks, 0),
+)
+"""The keys of ``config.json`` that say how much is masked."""

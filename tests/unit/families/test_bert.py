@@ -257,3 +257,21 @@ def test_what_the_names_of_a_checkpoint_suggest() -> None:
     assert "get_hg_model_hub()" in task
     assert FAMILY.explain([*missing, "encoder.layer.0.output.dense.bias"], []) is None
     assert FAMILY.explain([], ["extra"]) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"num_layers": 0}, "num_layers"),
+        ({"num_attn_heads": 0}, "num_attn_heads"),
+        ({"num_attn_heads": 5}, "multiple of `num_attn_heads`"),
+        ({"norm_eps": 0.0}, "norm_eps"),
+        ({"ffn_activation": "relu"}, "ffn_activation"),
+        ({"pad_idx": 30}, "pad_idx"),
+        ({"dropout_p": 1.0}, "dropout_p"),
+        ({"attn_dropout_p": -0.1}, "attn_dropout_p"),
+    ],
+)
+def test_sizes_that_make_no_encoder(changes: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        FAMILY.build(replace(CONFIG, **changes))

@@ -8,9 +8,10 @@ import torch
 
 from lading.errors import InternalError, ModelCheckpointMismatchError, NotSupportedError
 from lading.families import llama, mistral, qwen
-from lading.families.config_json import DECODER_RULES, ConfigReader
+from lading.families.config_json import ConfigReader
 from lading.families.llama import LLaMAConfig, LLaMARoPEScaleConfig
 from lading.families.mistral import MistralConfig
+from lading.families.name_rules import DECODER_RULES
 from lading.families.nn.decoder_spec import DecoderSpec
 from lading.families.qwen import QwenConfig
 from lading.models.family import Family, get_family

@@ -11,15 +11,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import torch
-from pydantic import ConfigDict
 from torch import Tensor
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
-from lading.cards.config import STRICT
+from lading.cards.config import StrictConfig
 from lading.cards.overrides import merge
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError, PolicyError
 from lading.families.hg.buffers import other_dtypes, reset_buffers
@@ -75,14 +74,12 @@ _BOUNDS = (
 
 
 @dataclass(kw_only=True)
-class HuggingFaceModelConfig:
+class HuggingFaceModelConfig(StrictConfig):
     """The configuration of a transformers model: its class and the content of its ``config.json``.
 
     The first fields are those of fairseq2 0.8.1. Those for processors, devices and dtypes exist for its cards and have
     no effect: the call to ``load_model`` decides device and dtype.
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     hf_name: str = ""
     """The hub repository of the model, for information only."""

@@ -5,6 +5,7 @@ Each check takes the object with the fields, and their names; the error names th
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 MAX_SIZE = 2**30
@@ -83,3 +84,8 @@ def require_symbol(pad_idx: int | None, vocab_size: int) -> None:
     """
     if pad_idx is not None and not 0 <= pad_idx < vocab_size:
         raise ValueError(f"`pad_idx` must be an index of the {vocab_size} symbols, but is {pad_idx}")
+
+
+def shared_fields(kls: type[Any], config: Any) -> dict[str, Any]:
+    """Return the values in ``config`` of the fields that it has in common with the dataclass ``kls``."""
+    return {f.name: getattr(config, f.name) for f in fields(kls) if hasattr(config, f.name)}

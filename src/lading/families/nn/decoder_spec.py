@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from lading.families.nn.checks import (
@@ -12,6 +12,7 @@ from lading.families.nn.checks import (
     require_positive,
     require_size,
     require_symbol,
+    shared_fields,
 )
 from lading.families.nn.norm import RMSNorm
 from lading.families.nn.rope import Scaling
@@ -101,9 +102,7 @@ class DecoderSpec:
 
         :raises ValueError: sizes that make no decoder.
         """
-        same = {f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)}
-
-        return cls(**(same | others))
+        return cls(**shared_fields(cls, config) | others)
 
     def normalized(self) -> Self:
         """Return the switches without those that make no difference: equal ones make equal models."""

@@ -10,32 +10,45 @@ from torch import Tensor
 from lading.families.nn.checks import require_positive
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Masking:
-    """The amount of masking. Random numbers come from torch's generator of the device.
+@dataclass(kw_only=True)
+class MaskingConfig:
+    """The amount of masking; the defaults are those of pre-training."""
+
+    temporal_mask_span_len: int = 10
+    """The length of a masked span, in frames."""
+
+    max_temporal_mask_prob: float = 0.69
+    """The share of frames that masked spans would cover if none overlapped; 0 masks none."""
+
+    min_num_temporal_mask_spans: int = 2
+    """The minimum number of masked spans in a sequence."""
+
+    spatial_mask_span_len: int = 10
+    """The length of a masked span, in features."""
+
+    max_spatial_mask_prob: float = 0.0
+    """The share of features that masked spans would cover if none overlapped; 0 masks none."""
+
+    min_num_spatial_mask_spans: int = 2
+    """The minimum number of masked spans over features."""
+
+
+@dataclass(kw_only=True)
+class Masking(MaskingConfig):
+    """The drawing of masks. Random numbers come from torch's generator of the device.
 
     :raises ValueError: a probability is outside [0, 1], or a span is empty.
     """
 
-    temporal_span_len: int
-    """The length of a span, in time steps."""
-    max_temporal_prob: float
-    """The share of time steps that spans would cover if none overlapped; 0 masks none."""
-    min_num_temporal_spans: int
-    spatial_span_len: int
-    """The length of a span, in features."""
-    max_spatial_prob: float
-    min_num_spatial_spans: int
-
     def __post_init__(self) -> None:
-        for name in ("max_temporal_prob", "max_spatial_prob"):
+        for name in ("max_temporal_mask_prob", "max_spatial_mask_prob"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"`{name}` must be in [0, 1], but is {getattr(self, name)}")
-        require_positive(self, "temporal_span_len", "spatial_span_len")
-        if self.min_num_temporal_spans < 0 or self.min_num_spatial_spans < 0:
+        require_positive(self, "temporal_mask_span_len", "spatial_mask_span_len")
+        if self.min_num_temporal_mask_spans < 0 or self.min_num_spatial_mask_spans < 0:
             raise ValueError(
-                "the least numbers of spans must not be negative, but are "
-                f"{self.min_num_temporal_spans} and {self.min_num_spatial_spans}"
+                "the least numbers of masked spans must not be negative, but are "
+                f"{self.min_num_temporal_mask_spans} and {self.min_num_spatial_mask_spans}"
             )
 
     def temporal(self, lengths: Tensor, max_length: int) -> Tensor | None:
@@ -43,15 +56,15 @@ class Masking:
 
         :raises ValueError: a sequence is not longer than a span.
         """
-        if self.max_temporal_prob == 0.0:
+        if self.max_temporal_mask_prob == 0.0:
             return None
 
         return span_mask(
             lengths,
             max_length,
-            span_len=self.temporal_span_len,
-            max_prob=self.max_temporal_prob,
-            min_num_spans=self.min_num_temporal_spans,
+            span_len=self.temporal_mask_span_len,
+            max_prob=self.max_temporal_mask_prob,
+            min_num_spans=self.min_num_temporal_mask_spans,
         )
 
     def spatial(self, batch_size: int, dim: int, device: torch.device) -> Tensor | None:
@@ -59,15 +72,15 @@ class Masking:
 
         :raises ValueError: there are no more features than in a span.
         """
-        if self.max_spatial_prob == 0.0:
+        if self.max_spatial_mask_prob == 0.0:
             return None
 
         return span_mask(
             torch.full((batch_size,), dim, device=device),
             dim,
-            span_len=self.spatial_span_len,
-            max_prob=self.max_spatial_prob,
-            min_num_spans=self.min_num_spatial_spans,
+            span_len=self.spatial_mask_span_len,
+            max_prob=self.max_spatial_mask_prob,
+            min_num_spans=self.min_num_spatial_mask_spans,
         )
 
 

@@ -47,9 +47,9 @@ class SpeechModel(nn.Module):
             self.feature_extractor = FilterBankFeatures(spec.fbank[0], stride=spec.fbank[1])
         else:
             self.feature_extractor = ConvolutionalFeatures(
-                spec.conv_layer_descs,
-                bias=spec.conv_bias,
-                layer_norm=spec.conv_layer_norm,
+                spec.feature_extractor_layer_descs,
+                bias=spec.feature_extractor_bias,
+                layer_norm=spec.feature_extractor_layer_norm_convs,
                 grad_scale=spec.feature_grad_scale,
             )
         self.feature_projection = FeatureProjection(
@@ -57,7 +57,7 @@ class SpeechModel(nn.Module):
             spec.model_dim,
             project=spec.project_features,
             norm_eps=spec.norm_eps,
-            dropout_p=spec.feature_dropout_p,
+            dropout_p=spec.first_pass_dropout_p,
         )
         self.encoder = SpeechEncoder(spec)
 

@@ -28,10 +28,10 @@ class SpeechSpec:
     feature_dim: int
     fbank: tuple[int, int] | None
     """Filter banks instead of a waveform: the number of channels, and of adjacent filter banks per frame."""
-    conv_layer_descs: Sequence[tuple[int, int, int]]
+    feature_extractor_layer_descs: Sequence[tuple[int, int, int]]
     """The output dimension, kernel size and stride of each convolution over a waveform."""
-    conv_bias: bool
-    conv_layer_norm: bool
+    feature_extractor_bias: bool
+    feature_extractor_layer_norm_convs: bool
     """True for a layer normalization after each convolution, false for a group normalization after the first."""
     feature_grad_scale: float
     project_features: bool
@@ -42,10 +42,10 @@ class SpeechSpec:
     ffn_inner_dim: int
     norm_first: bool
     """True if layers normalize their input and the encoder its output, false if layers normalize their output."""
-    norm_features: bool
+    layer_norm_features: bool
     """True if frames are normalized again after positions are added."""
     norm_eps: float
-    feature_dropout_p: float
+    first_pass_dropout_p: float
     """The dropout probability of the projected frames."""
     dropout_p: float
     """The dropout probability of frames with positions, and of the outputs of attention and feed-forward blocks."""
@@ -71,7 +71,9 @@ class SpeechSpec:
         )
         require_multiple(self, "model_dim", "num_attn_heads", "num_pos_conv_groups")
         require_size("`model_dim` times `pos_conv_kernel_size`", self.model_dim * self.pos_conv_kernel_size)
-        require_dropout(self, "feature_dropout_p", "dropout_p", "attn_dropout_p", "ffn_inner_dropout_p", "layer_drop_p")
+        require_dropout(
+            self, "first_pass_dropout_p", "dropout_p", "attn_dropout_p", "ffn_inner_dropout_p", "layer_drop_p"
+        )
         if not 0.0 < self.feature_grad_scale <= 1.0:
             raise ValueError(f"`feature_grad_scale` must be in (0, 1], but is {self.feature_grad_scale}")
         if not self.project_features and self.feature_dim != self.model_dim:
@@ -82,18 +84,19 @@ class SpeechSpec:
         if self.fbank is not None:
             self._check_width(self.fbank[0] * self.fbank[1], "the filter banks give")
             return
-        if not self.conv_layer_descs or any(min(desc) < 1 for desc in self.conv_layer_descs):
+        descs = self.feature_extractor_layer_descs
+        if not descs or any(min(desc) < 1 for desc in descs):
             raise ValueError(
                 "the convolutions must have positive dimensions, kernels and strides, and there must be at least one, "
-                f"but they are {list(self.conv_layer_descs)}"
+                f"but they are {list(descs)}"
             )
-        require_size("the longest stride of a convolution", max(stride for _, _, stride in self.conv_layer_descs))
-        for input_dim, (output_dim, kernel_size, _) in zip(
-            (1, *(dim for dim, _, _ in self.conv_layer_descs)), self.conv_layer_descs, strict=False
-        ):
+        require_size("the longest stride of a convolution", max(stride for _, _, stride in descs))
+        input_dim = 1
+        for output_dim, kernel_size, _ in descs:
             require_size("the dimension of a convolution", output_dim)
             require_size("the input dimension times the kernel size of a convolution", input_dim * kernel_size)
-        self._check_width(self.conv_layer_descs[-1][0], "the last convolution gives")
+            input_dim = output_dim
+        self._check_width(input_dim, "the last convolution gives")
 
     def _check_width(self, width: int, what: str) -> None:
         if width != self.feature_dim or width < 1:
@@ -241,9 +244,9 @@ class SpeechEncoder(nn.Module):
             spec.model_dim, kernel_size=spec.pos_conv_kernel_size, num_groups=spec.num_pos_conv_groups
         )
         # The one normalization outside layers comes first or last. No published model has both, hence the name.
-        norm_both = spec.norm_first and spec.norm_features
+        norm_both = spec.norm_first and spec.layer_norm_features
         self.input_layer_norm = LayerNorm(spec.model_dim, eps=spec.norm_eps) if norm_both else None
-        norm_one = spec.norm_first or spec.norm_features
+        norm_one = spec.norm_first or spec.layer_norm_features
         self.layer_norm = LayerNorm(spec.model_dim, eps=spec.norm_eps) if norm_one else None
         self.layers = nn.ModuleList(SpeechEncoderLayer(spec) for _ in range(spec.num_layers))
 

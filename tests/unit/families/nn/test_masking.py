@@ -8,12 +8,12 @@ import torch
 from lading.families.nn.masking import Masking, span_mask
 
 MASKING = Masking(
-    temporal_span_len=4,
-    max_temporal_prob=0.5,
-    min_num_temporal_spans=2,
-    spatial_span_len=3,
-    max_spatial_prob=0.4,
-    min_num_spatial_spans=1,
+    temporal_mask_span_len=4,
+    max_temporal_mask_prob=0.5,
+    min_num_temporal_mask_spans=2,
+    spatial_mask_span_len=3,
+    max_spatial_mask_prob=0.4,
+    min_num_spatial_mask_spans=1,
 )
 
 
@@ -79,18 +79,18 @@ def test_masks_of_steps_and_of_features() -> None:
 
     assert MASKING.temporal(torch.tensor([20, 30]), 30).shape == (2, 30)
     assert MASKING.spatial(2, 16, torch.device("cpu")).shape == (2, 16)
-    assert replace(MASKING, max_temporal_prob=0.0).temporal(torch.tensor([20]), 20) is None
-    assert replace(MASKING, max_spatial_prob=0.0).spatial(2, 16, torch.device("cpu")) is None
+    assert replace(MASKING, max_temporal_mask_prob=0.0).temporal(torch.tensor([20]), 20) is None
+    assert replace(MASKING, max_spatial_mask_prob=0.0).spatial(2, 16, torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_temporal_prob": 1.5}, "max_temporal_prob"),
-        ({"max_spatial_prob": -0.1}, "max_spatial_prob"),
-        ({"temporal_span_len": 0}, "temporal_span_len"),
-        ({"spatial_span_len": 0}, "spatial_span_len"),
-        ({"min_num_temporal_spans": -1}, "negative"),
+        ({"max_temporal_mask_prob": 1.5}, "max_temporal_mask_prob"),
+        ({"max_spatial_mask_prob": -0.1}, "max_spatial_mask_prob"),
+        ({"temporal_mask_span_len": 0}, "temporal_mask_span_len"),
+        ({"spatial_mask_span_len": 0}, "spatial_mask_span_len"),
+        ({"min_num_temporal_mask_spans": -1}, "negative"),
     ],
 )
 def test_nonsense(changes: dict[str, float], message: str) -> None:

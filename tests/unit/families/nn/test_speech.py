@@ -18,9 +18,9 @@ SPEC = SpeechSpec(
     model_dim=12,
     feature_dim=8,
     fbank=None,
-    conv_layer_descs=[(8, 10, 5), (8, 3, 2)],
-    conv_bias=False,
-    conv_layer_norm=False,
+    feature_extractor_layer_descs=[(8, 10, 5), (8, 3, 2)],
+    feature_extractor_bias=False,
+    feature_extractor_layer_norm_convs=False,
     feature_grad_scale=1.0,
     project_features=True,
     pos_conv_kernel_size=4,
@@ -29,24 +29,24 @@ SPEC = SpeechSpec(
     num_attn_heads=3,
     ffn_inner_dim=20,
     norm_first=False,
-    norm_features=True,
+    layer_norm_features=True,
     norm_eps=1e-5,
-    feature_dropout_p=0.0,
+    first_pass_dropout_p=0.0,
     dropout_p=0.0,
     attn_dropout_p=0.0,
     ffn_inner_dropout_p=0.0,
     layer_drop_p=0.0,
     masked=True,
 )
-LV60K = replace(SPEC, conv_bias=True, conv_layer_norm=True, norm_first=True, norm_features=False)
+LV60K = replace(SPEC, feature_extractor_bias=True, feature_extractor_layer_norm_convs=True, norm_first=True, layer_norm_features=False)
 FBANK = replace(SPEC, fbank=(4, 2))
 MASKING = Masking(
-    temporal_span_len=3,
-    max_temporal_prob=0.5,
-    min_num_temporal_spans=1,
-    spatial_span_len=2,
-    max_spatial_prob=0.5,
-    min_num_spatial_spans=1,
+    temporal_mask_span_len=3,
+    max_temporal_mask_prob=0.5,
+    min_num_temporal_mask_spans=1,
+    spatial_mask_span_len=2,
+    max_spatial_mask_prob=0.5,
+    min_num_spatial_mask_spans=1,
 )
 
 
@@ -80,7 +80,7 @@ def test_what_is_too_short_has_no_frames() -> None:
 @pytest.mark.parametrize("layer_norm", [False, True])
 @torch.no_grad()
 def test_norms_between_convolutions_are_taken_in_float32(layer_norm: bool) -> None:
-    model = make(replace(SPEC, conv_layer_norm=layer_norm)).to(torch.bfloat16)
+    model = make(replace(SPEC, feature_extractor_layer_norm_convs=layer_norm)).to(torch.bfloat16)
     x = sound().to(torch.bfloat16) * 100
 
     found = model.feature_extractor(x)
@@ -181,8 +181,8 @@ def test_a_row_of_padding_alone_is_finite() -> None:
     "changes",
     [
         {"norm_first": True},
-        {"norm_first": True, "norm_features": False},
-        {"norm_features": False},
+        {"norm_first": True, "layer_norm_features": False},
+        {"layer_norm_features": False},
         {"project_features": False, "model_dim": 8, "num_attn_heads": 2, "num_pos_conv_groups": 2},
     ],
     ids=str,
@@ -201,7 +201,7 @@ def test_every_parameter_matters(changes: dict[str, Any]) -> None:
         parameter.copy_(before)
 
 
-@pytest.mark.parametrize("field", ["feature_dropout_p", "dropout_p", "attn_dropout_p", "ffn_inner_dropout_p"])
+@pytest.mark.parametrize("field", ["first_pass_dropout_p", "dropout_p", "attn_dropout_p", "ffn_inner_dropout_p"])
 @torch.no_grad()
 def test_dropout_is_a_matter_of_training(field: str) -> None:
     model = make(replace(SPEC, **{field: 0.5}))
@@ -258,7 +258,7 @@ def test_drawn_masks() -> None:
     assert found.temporal_mask.any()
     assert not torch.equal(found.hidden, model(sound()).hidden)
     assert not torch.equal(found.hidden, model(sound(), temporal_mask=found.temporal_mask).hidden)  # features, too
-    only = replace(MASKING, max_spatial_prob=0.0)
+    only = replace(MASKING, max_spatial_mask_prob=0.0)
     torch.manual_seed(3)
     found = model(sound(), masking=only)
     assert torch.equal(found.hidden, model(sound(), temporal_mask=found.temporal_mask).hidden)
@@ -303,8 +303,8 @@ def test_masks_of_another_shape() -> None:
         ({"dropout_p": -0.1}, "dropout_p"),
         ({"feature_grad_scale": 0.0}, "feature_grad_scale"),
         ({"project_features": False}, "must be projected"),
-        ({"conv_layer_descs": []}, "at least one"),
-        ({"conv_layer_descs": [(8, 0, 1)]}, "positive dimensions"),
+        ({"feature_extractor_layer_descs": []}, "at least one"),
+        ({"feature_extractor_layer_descs": [(8, 0, 1)]}, "positive dimensions"),
         ({"feature_dim": 9}, "the 8 that the last convolution gives"),
         ({"fbank": (3, 2)}, "the 6 that the filter banks give"),
     ],

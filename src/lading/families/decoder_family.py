@@ -1,0 +1,244 @@
+"""The common part of the decoder families: configuration, keys of ``config.json``, names of tensors, and the family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal, TypeVar, cast, get_args
+
+from torch import Tensor
+
+from lading.cards.config import StrictConfig
+from lading.families.config_json import (
+    CHANGES_EACH_MODEL,
+    ConfigReader,
+    ConfigTable,
+    KeyGroup,
+    same_for_all,
+)
+from lading.families.name_rules import explain_head
+from lading.families.nn.checks import require_layers
+from lading.families.nn.decoder_lm import DecoderLM, init_decoder
+from lading.families.nn.decoder_plan import decoder_plan
+from lading.families.nn.decoder_spec import DecoderSpec
+from lading.models.family import Family
+
+
+@dataclass(kw_only=True)
+class DecoderConfig(StrictConfig):
+    """The fields that the configurations of all decoders have; each family states its defaults."""
+
+    model_dim: int
+    """The width of the model."""
+
+    max_seq_len: int
+    """The longest sequence, in tokens."""
+
+    vocab_size: int
+    """The number of symbols."""
+
+    tied_embeddings: bool = False
+    """True if the output projection is the embedding table."""
+
+    num_layers: int
+    """The number of decoder layers."""
+
+    num_attn_heads: int
+    """The number of attention heads."""
+
+    num_key_value_heads: int
+    """The number of key and value heads; each serves a group of attention heads."""
+
+    ffn_inner_dim: int
+    """The inner width of the feed-forward networks."""
+
+    rope_theta: float
+    """The base of the frequencies of the rotary position embeddings."""
+
+    dropout_p: float = 0.0
+    """The dropout probability of the embeddings and of the outputs of attention and feed-forward blocks."""
+
+    init_std: float | None = None
+    """The standard deviation of the initial weights; ``None`` means ``input_dim ** -0.5`` of each projection."""
+
+
+ModelT = TypeVar("ModelT", bound=DecoderLM)
+ConfigT = TypeVar("ConfigT", bound=DecoderConfig)
+
+
+def decoder_family(
+    kls: type[ModelT],
+    spec: Callable[[ConfigT], DecoderSpec],
+    *tables: ConfigTable[ConfigT],
+    init_std_scale: Literal["none", "layer", "stack"] = "stack",
+    **others: Any,
+) -> Family[ModelT, ConfigT]:
+    """Return the family of the models of ``kls``.
+
+    :param spec: the options of the model for a configuration.
+    :param tables: the model types in ``config.json``; the first is for a file without a type, and for writing.
+    :param init_std_scale: as :func:`~lading.families.nn.decoder_lm.init_decoder` takes it, unless the configuration has
+        a field of this name.
+    :param others: the fields of the family that are not those of all decoders.
+    """
+    by_type = {table.model_type: table for table in tables}
+
+    def from_hf(values: Mapping[str, object]) -> ConfigT:
+        return by_type.get(str(values.get("model_type")), tables[0]).read(values)
+
+    def init(model: ModelT, config: ConfigT, name: str, parameter: Tensor) -> None:
+        scale = getattr(config, "init_std_scale", init_std_scale)
+        init_decoder(model, name, parameter, std=config.init_std, std_scale=scale)
+
+    family = Family(
+        name=tables[0].family,
+        kls=kls,
+        config_kls=tables[0].config_kls,
+        build=lambda config: kls(spec(config)),
+        init=init,
+        parallel_plan=lambda config: decoder_plan(spec(config)),
+        hf_model_types=frozenset(by_type),
+        from_hf=from_hf,
+        to_hf=tables[0].write,
+        explain=explain_head,
+    )
+
+    return replace(family, **others)
+
+
+# --- keys of config.json ----------------------------------------------------------------------------------------------
+
+CHANGES_EACH_DECODER: Final[Mapping[str, object]] = {
+    **CHANGES_EACH_MODEL,
+    "is_causal": True,
+    "partial_rotary_factor": 1.0,
+    "attention_chunk_size": None,
+    "_rope_type_labels": None,
+}
+"""The keys that change the results of a decoder of transformers, with the only value that a family supports."""
+
+NO_WINDOWS: Final[Mapping[str, object]] = {"layer_types": None, "sliding_window": None}
+"""The keys with which transformers shortens its cache in generation, even without layers that have a window."""
+
+NO_SCALING: Final[Mapping[str, str]] = {"original_max_position_embeddings": "only for scaling, which is not supported"}
+"""The keys that a family without scaled rotary frequencies ignores."""
+
+NO_TOKENS: Final[Mapping[str, object]] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+"""The keys that belong to the tokenizer, unless a family reads one."""
+
+SILU: Final = same_for_all("hidden_act", "silu", "swish")
+"""The activation of most decoders."""
+
+ROPE_KEYS: Final = ("rope_theta", "rope_scaling", "rope_parameters")
+
+PLAIN_ROPE: Final = KeyGroup(
+    ROPE_KEYS,
+    lambda reader, earlier: {"rope_theta": read_rope(reader)[0]},
+    lambda config: {"rope_theta": config.rope_theta},
+)
+"""Rotary frequencies that are not scaled, the same in all layers."""
+
+LayerType = Literal["sliding_attention", "full_attention"]
+"""The kind of attention in a layer, with or without a window."""
+
+
+def read_rope(reader: ConfigReader, scaling_type: str | None = None) -> tuple[float, ConfigReader | None]:
+    """Return the base of the rotary frequencies, and the keys of their scaling if there is one.
+
+    Understands ``rope_parameters`` and what came before transformers 5: ``rope_theta`` with ``rope_scaling``.
+
+    :param scaling_type: the one that the family supports.
+
+    :raises NotSupportedError: another type, parameters by kind of layer, or rotary embeddings of a part of each head.
+    """
+    section = reader.section("rope_scaling") or reader.section("rope_parameters")
+    for key, value in section.values().items():
+        if isinstance(value, Mapping):
+            section.refuse(key, value)
+    for keys in (reader, section):
+        keys.require("partial_rotary_factor", 1.0)
+
+    theta = (section if "rope_theta" in section else reader).number("rope_theta", 10_000.0)
+
+    return theta, _scaling(section, scaling_type)
+
+
+def read_rope_of_layers(
+    reader: ConfigReader, *, theta: float, window_theta: float, window_theta_key: str | None, scaling_type: str
+) -> tuple[float, ConfigReader | None, float]:
+    """Return the base of the rotary frequencies, the keys of their scaling, and the base in layers with a window.
+
+    It reads ``rope_parameters`` by type of layer, and the keys before transformers 5: ``rope_theta`` and
+    ``rope_scaling`` for layers without a window.
+
+    :param theta: the default base of layers without a window.
+    :param window_theta: the default base of layers with a window.
+    :param window_theta_key: the key of the latter before transformers 5; ``None`` without such a key.
+    :param scaling_type: the type of scaling that the family supports.
+
+    :raises NotSupportedError: the scaling has another type, or applies to layers with a window or to a part of a head.
+    """
+    parameters = reader.section("rope_parameters")
+    full, window = parameters.section("full_attention"), parameters.section("sliding_attention")
+    if parameters and not full and not window:
+        reader.refuse("rope_parameters", parameters.values())
+    full = reader.section("rope_scaling") or full
+    for keys in (reader, full, window):
+        keys.require("partial_rotary_factor", 1.0)
+
+    _scaling(window, None)
+    if "rope_theta" in full:
+        theta = full.number("rope_theta", None)
+    else:
+        theta = reader.number("rope_theta", theta)
+    if "rope_theta" in window:
+        window_theta = window.number("rope_theta", None)
+    elif window_theta_key is not None:
+        window_theta = reader.number(window_theta_key, window_theta)
+
+    return theta, _scaling(full, scaling_type), window_theta
+
+
+def _scaling(section: ConfigReader, scaling_type: str | None) -> ConfigReader | None:
+    type_key = "type" if section.is_null("rope_type") else "rope_type"
+    known = ("default",) if scaling_type is None else ("default", scaling_type)
+    kind = "default" if section.is_null(type_key) else section.choice(type_key, "default", {k: k for k in known})
+
+    return None if kind == "default" else section
+
+
+def read_layer_types(reader: ConfigReader, num_layers: int, *, every: int) -> list[LayerType]:
+    """Return the type of attention of each layer.
+
+    :param every: one of so many has none where the file states no types.
+
+    :raises NotSupportedError: other types.
+    """
+    types = reader.strings("layer_types")
+    if types is None:
+        return default_layer_types(num_layers, every=every)
+    if set(types) - set(get_args(LayerType)):
+        reader.refuse("layer_types", types)
+
+    return cast(list[LayerType], types)
+
+
+def default_layer_types(num_layers: int, *, every: int) -> list[LayerType]:
+    """Return the types of layers with a window in all but the last of ``every``.
+
+    :raises ValueError: there are more layers than modules can be made of.
+    """
+    require_layers(num_layers)
+
+    return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(num_layers)]
+
+
+def full_attn_layers(types: Sequence[LayerType], num_layers: int) -> frozenset[int]:
+    """Return the indices of the layers without a window.
+
+    :raises ValueError: there is not one type for each layer.
+    """
+    if len(types) != num_layers:
+        raise ValueError(f"`layer_types` must have one for each of the {num_layers} layers, but has {len(types)}")
+
+    return frozenset(i for i, kind in enumerate(types) if kind == "full_attention")
