@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from lading.families.nn.cache import KeyValueCache
+from lading.families.nn.decoder_spec import DecoderSpec
 from lading.families.nn.norm import RMSNorm
 from lading.families.nn.rope import rotate
 from lading.families.nn.uninitialized import Linear
@@ -95,44 +95,25 @@ class CausalSelfAttention(nn.Module):
     """Attention with grouped queries (https://arxiv.org/abs/2305.13245) and rotary positions.
 
     :param layer: the index of the layer, which identifies its keys and values in a cache.
-    :param window: the number of tokens, itself included, that a token attends to; ``None`` means all before it.
-    :param norm: creates a normalization of the given width.
-    :param norm_whole: whether queries and keys are normalized over all heads together instead of per head.
-    :param scale: the factor of the scores; ``None`` means ``head_dim ** -0.5``.
     """
 
-    def __init__(
-        self,
-        model_dim: int,
-        *,
-        num_heads: int,
-        num_key_value_heads: int,
-        head_dim: int,
-        qkv_bias: bool,
-        output_bias: bool,
-        q_norm: bool,
-        k_norm: bool,
-        norm: Callable[[int], RMSNorm],
-        window: int | None,
-        layer: int,
-        norm_whole: bool = False,
-        scale: float | None = None,
-    ) -> None:
+    def __init__(self, spec: DecoderSpec, layer: int) -> None:
         super().__init__()
 
-        self.head_dim = head_dim
-        self.window = window
+        self.head_dim = spec.attn_head_dim
+        self.window = spec.window_of(layer)
         self.layer = layer
-        self.norm_whole = norm_whole
-        self.scale = scale
+        self.norm_whole = spec.norm_whole
+        self.scale = spec.attn_scale
 
-        self.q_proj = Linear(model_dim, num_heads * head_dim, bias=qkv_bias)
-        self.k_proj = Linear(model_dim, num_key_value_heads * head_dim, bias=qkv_bias)
-        self.v_proj = Linear(model_dim, num_key_value_heads * head_dim, bias=qkv_bias)
-        self.o_proj = Linear(num_heads * head_dim, model_dim, bias=output_bias)
+        queries, keys = spec.num_attn_heads * self.head_dim, spec.num_key_value_heads * self.head_dim
+        self.q_proj = Linear(spec.model_dim, queries, bias=spec.qkv_proj_bias)
+        self.k_proj = Linear(spec.model_dim, keys, bias=spec.qkv_proj_bias)
+        self.v_proj = Linear(spec.model_dim, keys, bias=spec.qkv_proj_bias)
+        self.o_proj = Linear(queries, spec.model_dim, bias=spec.output_proj_bias)
 
-        self.q_norm = norm(num_heads * head_dim if norm_whole else head_dim) if q_norm else None
-        self.k_norm = norm(num_key_value_heads * head_dim if norm_whole else head_dim) if k_norm else None
+        self.q_norm = spec.norm(queries if spec.norm_whole else self.head_dim) if spec.q_norm else None
+        self.k_norm = spec.norm(keys if spec.norm_whole else self.head_dim) if spec.k_norm else None
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: KeyValueCache | None = None

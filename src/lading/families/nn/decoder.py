@@ -26,24 +26,8 @@ class DecoderLayer(nn.Module):
 
         self.dropout_p = spec.dropout_p
 
-        self.self_attn = CausalSelfAttention(
-            spec.model_dim,
-            num_heads=spec.num_attn_heads,
-            num_key_value_heads=spec.num_key_value_heads,
-            head_dim=spec.attn_head_dim,
-            qkv_bias=spec.qkv_proj_bias,
-            output_bias=spec.output_proj_bias,
-            q_norm=spec.q_norm,
-            k_norm=spec.k_norm,
-            norm=spec.norm,
-            norm_whole=spec.norm_whole,
-            scale=spec.attn_scale,
-            window=spec.window_of(layer),
-            layer=layer,
-        )
-        self.mlp = GatedFeedForward(
-            spec.model_dim, spec.ffn_inner_dim, bias=spec.ffn_bias, activation=spec.ffn_activation
-        )
+        self.self_attn = CausalSelfAttention(spec, layer)
+        self.mlp = GatedFeedForward(spec)
 
         # In Hugging Face's names, `post_attention_layernorm` is the first norm after attention: it normalizes the
         # output of attention, or else the input of the feed-forward network.

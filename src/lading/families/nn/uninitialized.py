@@ -11,36 +11,26 @@ from __future__ import annotations
 from torch import nn
 
 
-class Linear(nn.Linear):
+class _Uninitialized:
+    def reset_parameters(self) -> None:
+        """Do nothing."""
+
+
+class Linear(_Uninitialized, nn.Linear):
     """``nn.Linear`` whose constructor leaves its parameters uninitialized."""
 
-    def reset_parameters(self) -> None:
-        """Do nothing."""
 
-
-class Embedding(nn.Embedding):
+class Embedding(_Uninitialized, nn.Embedding):
     """``nn.Embedding`` whose constructor leaves its table uninitialized."""
 
-    def reset_parameters(self) -> None:
-        """Do nothing."""
 
-
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(_Uninitialized, nn.LayerNorm):
     """``nn.LayerNorm`` whose constructor leaves its parameters uninitialized."""
 
-    def reset_parameters(self) -> None:
-        """Do nothing."""
 
-
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(_Uninitialized, nn.GroupNorm):
     """``nn.GroupNorm`` whose constructor leaves its parameters uninitialized."""
 
-    def reset_parameters(self) -> None:
-        """Do nothing."""
 
-
-class Conv1d(nn.Conv1d):
+class Conv1d(_Uninitialized, nn.Conv1d):
     """``nn.Conv1d`` whose constructor leaves its parameters uninitialized."""
-
-    def reset_parameters(self) -> None:
-        """Do nothing."""

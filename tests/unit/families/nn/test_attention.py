@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lading.families.nn.attention import AttentionMask, CausalSelfAttention, attend, causal_mask
-from lading.families.nn.norm import RMSNorm
+from lading.families.nn.decoder_spec import DecoderSpec
 from lading.families.nn.uninitialized import Linear
 
 CPU = torch.device("cpu")
@@ -64,19 +64,22 @@ def test_a_group_of_queries_shares_its_keys(masked: bool) -> None:
 
 
 def test_names_and_shapes() -> None:
-    attention = CausalSelfAttention(
-        24,
-        num_heads=4,
+    spec = DecoderSpec(
+        model_dim=24,
+        vocab_size=8,
+        max_seq_len=8,
+        num_layers=1,
+        num_attn_heads=4,
         num_key_value_heads=2,
         head_dim=10,
-        qkv_bias=True,
-        output_bias=False,
+        ffn_inner_dim=32,
+        norm_eps=1e-6,
+        rope_theta=1e4,
+        qkv_proj_bias=True,
         q_norm=True,
         k_norm=True,
-        norm=lambda dim: RMSNorm(dim, eps=1e-6),
-        window=None,
-        layer=0,
     )
+    attention = CausalSelfAttention(spec, 0)
 
     assert {name: tuple(t.shape) for name, t in attention.state_dict().items()} == {
         "q_proj.weight": (40, 24),

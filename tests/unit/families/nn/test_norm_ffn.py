@@ -1,10 +1,30 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.functional import gelu, linear, silu
 
+from lading.families.nn.decoder_spec import DecoderSpec
 from lading.families.nn.ffn import GatedFeedForward
 from lading.families.nn.norm import RMSNorm
+
+
+def feed_forward(**options: Any) -> GatedFeedForward:
+    spec = DecoderSpec(
+        model_dim=6,
+        vocab_size=8,
+        max_seq_len=8,
+        num_layers=1,
+        num_attn_heads=1,
+        num_key_value_heads=1,
+        ffn_inner_dim=10,
+        norm_eps=1e-6,
+        rope_theta=1e4,
+        **options,
+    )
+
+    return GatedFeedForward(spec)
 
 
 def test_the_root_mean_square_becomes_one() -> None:
@@ -51,7 +71,7 @@ def test_what_the_weight_is_counted_from() -> None:
 
 def test_the_gate_may_be_a_gelu() -> None:
     torch.manual_seed(0)
-    ffn = GatedFeedForward(6, 10, activation="gelu_tanh")
+    ffn = feed_forward(ffn_activation="gelu_tanh")
     for parameter in ffn.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(2, 3, 6)
@@ -62,7 +82,7 @@ def test_the_gate_may_be_a_gelu() -> None:
 
 def test_the_feed_forward_network_is_gated() -> None:
     torch.manual_seed(0)
-    ffn = GatedFeedForward(6, 10, bias=True)
+    ffn = feed_forward(ffn_bias=True)
     for parameter in ffn.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(2, 3, 6)
@@ -74,4 +94,4 @@ def test_the_feed_forward_network_is_gated() -> None:
 
 
 def test_biases_are_optional() -> None:
-    assert list(GatedFeedForward(6, 10).state_dict()) == ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]
+    assert list(feed_forward().state_dict()) == ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]

@@ -38,7 +38,13 @@ SPEC = SpeechSpec(
     layer_drop_p=0.0,
     masked=True,
 )
-LV60K = replace(SPEC, feature_extractor_bias=True, feature_extractor_layer_norm_convs=True, norm_first=True, layer_norm_features=False)
+LV60K = replace(
+    SPEC,
+    feature_extractor_bias=True,
+    feature_extractor_layer_norm_convs=True,
+    norm_first=True,
+    layer_norm_features=False,
+)
 FBANK = replace(SPEC, fbank=(4, 2))
 MASKING = Masking(
     temporal_mask_span_len=3,
