@@ -20,7 +20,7 @@ from lading.models.targets import targets_of
 from lading.planning.box import Box
 from lading.planning.composition import Source, shape_of, tensors_of
 from lading.planning.plan import Wanted, plan
-from lading.planning.rules import Rule, needs_composition, rename, route
+from lading.planning.rules import rename, route
 from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.execute import execute
 from lading.transfer.hashing import Hasher
@@ -150,14 +150,8 @@ def iter_tensors(
     :raises NotSupportedError: a tensor has a dtype that torch lacks.
     """
     manifest = checkpoint.manifest
-    rules = family.rules_for(config, manifest.names)
     owned = _owned(family, config, gangs)
-    if needs_composition(manifest.names, rules):
-        sources = _made(checkpoint, family, config, rules)
-    else:
-        sources = [(name, i) for i, name in enumerate(rename(manifest.names, rules)) if name is not None]
-
-    sources = [(name, source) for name, source in sources if owned.get(name, ()) is not None]
+    sources = [(name, source) for name, source in _made(checkpoint, family, config) if owned.get(name, ()) is not None]
     shapes = [shape_of(source, manifest.shapes) for _, source in sources]
     parts = [owned.get(name) or (shape, Box.whole(shape)) for (name, _), shape in zip(sources, shapes, strict=True)]
 
@@ -192,11 +186,10 @@ def _owned(family: Family[Any, Any], config: Any, gangs: Gangs) -> Mapping[str, 
     return owned | {alias: owned[first] for alias, first in targets.aliases.items()}
 
 
-def _made(
-    checkpoint: Checkpoint, family: Family[Any, Any], config: Any, rules: Sequence[Rule]
-) -> list[tuple[str, Source]]:
+def _made(checkpoint: Checkpoint, family: Family[Any, Any], config: Any) -> list[tuple[str, Source]]:
     """Return the sources that the tensors make, including those that no parameter needs."""
     manifest = checkpoint.manifest
+    rules = family.rules_for(config, manifest.names)
     targets = targets_of(build_on_meta(family, config), dtype=None)
     shapes = dict(zip(targets.names, targets.shapes, strict=True))
     names = list(dict.fromkeys(name for name in rename(manifest.names, rules) if name is not None))

@@ -178,11 +178,6 @@ def rename(names: Sequence[str], rules: Sequence[Rule]) -> list[str | None]:
     return [renamed for _, renamed, _ in _apply(names, rules)]
 
 
-def needs_composition(names: Sequence[str], rules: Sequence[Rule]) -> bool:
-    """Return whether any tensor is a part of its target, or is changed by its rule."""
-    return any(place is not None for _, _, place in _apply(names, rules))
-
-
 @dataclass(frozen=True, slots=True)
 class _Position:
     """The position of a tensor in a target."""
