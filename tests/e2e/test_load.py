@@ -20,7 +20,8 @@ from lading.families.llama import get_llama_model_hub
 from lading.families.qwen import FAMILY, Qwen, QwenConfig, get_qwen_model_hub
 from lading.formats import index
 from lading.models.hub import GlobalModelLoader, load_with_report
-from lading.models.loader import LoadOptions, load_path
+from lading.models.loader import LoadOptions
+from lading.models.loader import load as load_resolved
 from lading.system.settings import Settings
 from tests.helpers.make_checkpoint import make, qwen_config, tensors
 
@@ -477,7 +478,7 @@ def test_what_checkpoints_lack_by_design_is_as_in_a_new_model(tmp_path: Path) ->
     def load(gangs: lading.Gangs, dtype: Any = "auto", family: Any = family, path: Path = path) -> dict[str, Any]:
         torch.manual_seed(3)
         options = LoadOptions(gangs=gangs, dtype=dtype, settings=Settings.from_environment())
-        return dict(load_path(path, family, CONFIG, options)[0].named_parameters())
+        return dict(load_resolved(path, family, None, options, config=CONFIG)[0].named_parameters())
 
     with pytest.raises(lading.ModelCheckpointMismatchError, match="4 problems"):
         load(lading.create_fake_gangs("cpu"), family=FAMILY)

@@ -151,17 +151,10 @@ def init_missing(
 
         return whole if box.covers(shape) else whole[cut].clone(memory_format=torch.contiguous_format)
 
-    with _preserve_random_state(device):
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         seed = gangs.root.first(torch.initial_seed)
         columns = zip(targets.names, targets.shapes, targets.boxes, strict=True)
         return {name: part(name, shape, box, dtypes[name]) for name, shape, box in columns if name in dtypes}
-
-
-@contextmanager
-def _preserve_random_state(device: torch.device) -> Iterator[None]:
-    """Restore the state of torch's generators after the block."""
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        yield
 
 
 def _seed(device: torch.device, seed: int, name: str) -> None:

@@ -30,7 +30,7 @@ from lading.gangs.compare import digest
 from lading.models.construct import check_config_type, create_model, gc_disabled
 from lading.models.device import require_usable
 from lading.models.family import Family, get_family
-from lading.models.loader import LoadOptions, agreed, load_card, load_path
+from lading.models.loader import LoadOptions, agreed, load
 from lading.models.report import LoadReport
 from lading.models.resolve import arch_config, family_of_card, family_of_folder, model_config
 from lading.models.tensors import iter_tensors
@@ -209,12 +209,11 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         """
         options = load_options(restrict=self._restrict(restrict), **keywords)
 
-        def load() -> tuple[Module, LoadReport]:
-            check_config_type(config, self._family)
+        def load_path() -> tuple[Module, LoadReport]:
             _require_same(options.gangs, Path(path), self._family, config, options.restrict)
-            return load_path(Path(path), self._family, config, options)
+            return load(Path(path), self._family, None, options, config=config)
 
-        model, _ = agreed(options.gangs, load)
+        model, _ = agreed(options.gangs, load_path)
 
         return cast(ModelT, model)
 
@@ -324,10 +323,13 @@ class GlobalModelLoader:
 
         :param restrict: as :func:`lading.formats.index` takes it; for a path.
         """
-        return _load(card, None, self._store, load_options(restrict=restrict, **keywords), config)
-
-    def _store(self) -> AssetStore:
-        return self._asset_store if self._asset_store is not None else get_asset_store()
+        return _load(
+            card,
+            None,
+            lambda: self._asset_store or get_asset_store(),
+            load_options(restrict=restrict, **keywords),
+            config,
+        )
 
 
 def load_model(
@@ -368,38 +370,23 @@ def _load(
     options: LoadOptions,
     config: Any,
 ) -> tuple[Module, LoadReport]:
+    def resolve_and_load() -> tuple[Module, LoadReport]:
+        _require_same(options.gangs, card, family, config)
+        if isinstance(card, Path):
+            found, folder_config = family_of_folder(card, family)
+            if family is not None and family.name != found.name:
+                raise AssetCardError(
+                    str(card),
+                    f"The checkpoint at {card} is expected to be of the family {family.name!r}, but its config.json is "
+                    f"of the family {found.name!r}.",
+                )
+            return load(card, found, None, options, config=folder_config if config is None else config)
+
+        retrieved = options.gangs.root.first(lambda: _retrieve(card, store()))
+        return load(retrieved, family or family_of_card(retrieved), store, options, config=config)
+
     with gc_disabled():  # a collection visits all objects of torch, which takes as long as reading a gigabyte
-        return agreed(options.gangs, lambda: _load_any(card, family, store, options, config))
-
-
-def _load_any(
-    card: AssetCard | str | Path,
-    family: Family[Any, Any] | None,
-    store: Callable[[], AssetStore],
-    options: LoadOptions,
-    config: Any,
-) -> tuple[Module, LoadReport]:
-    _require_same(options.gangs, card, family, config)
-    if isinstance(card, Path):
-        folder_family, folder_config = family_of_folder(card, family)
-        if family is not None and family.name != folder_family.name:
-            raise AssetCardError(
-                str(card),
-                f"The checkpoint at {card} is expected to be of the family {family.name!r}, but its config.json is of "
-                f"the family {folder_family.name!r}.",
-            )
-        if config is not None:
-            check_config_type(config, folder_family)
-
-        return load_path(card, folder_family, folder_config if config is None else config, options)
-
-    resolved = options.gangs.root.first(lambda: _retrieve(card, store()))
-    if family is None:
-        family = family_of_card(resolved)
-    if config is not None:
-        check_config_type(config, family)
-
-    return load_card(resolved, family, store, options, config=config)
+        return agreed(options.gangs, resolve_and_load)
 
 
 def _require_same(
@@ -431,16 +418,13 @@ def _retrieve(card: AssetCard | str, store: AssetStore) -> AssetCard:
     try:
         return store.retrieve_card(card)
     except AssetNotFoundError as error:
-        hint = error.hint if "@" in card else did_you_mean_model(card, store)
+        if "@" in card:
+            hint = error.hint
+        elif path_exists(card):
+            hint = f" A folder is given as a path: `load_model(Path({card!r}))`."
+        else:
+            hint = did_you_mean(card, store.suggest(card))
         raise ModelNotKnownError(card, hint) from None
-
-
-def did_you_mean_model(name: str, store: AssetStore) -> str:
-    """Return a hint for an unknown name, with another one for a path."""
-    if path_exists(name):
-        return f" A folder is given as a path: `load_model(Path({name!r}))`."
-
-    return did_you_mean(name, store.suggest(name))
 
 
 def load_options(

@@ -88,21 +88,37 @@ class LoadOptions:
         return self.progress and self.gangs.root.rank == 0
 
 
-def load_card(
-    card: AssetCard, family: Family[Any, Any], store: Store, options: LoadOptions, *, config: Any = None
+def load(
+    target: AssetCard | Path,
+    family: Family[Any, Any],
+    store: Store | None,
+    options: LoadOptions,
+    *,
+    config: Any = None,
 ) -> tuple[Module, LoadReport]:
-    """Load the model of a card. Rank 0 of the root gang reads the catalog and sends the results to the others."""
+    """Load the model of a card, or of a path. Rank 0 of the root gang resolves it for all ranks.
+
+    :param store: the catalog, which rank 0 alone opens; ``None`` for a path.
+    :param config: instead of the card's configuration, or of the one in ``config.json``.
+
+    :raises TypeError: ``config`` is not of the family's class.
+    """
+    if config is not None:
+        check_config_type(config, family)
     clock = Clock()
 
     def resolve() -> tuple[Any, Checkpoint, torch.dtype | None]:
-        with clock.phase("catalog"):
-            opened = store()
+        opened = None
+        if store is not None:
+            with clock.phase("catalog"):
+                opened = store()
         with clock.phase("manifest"):
             model = resolve_model(
-                card,
+                target,
                 opened,
                 family=family,
                 config=config,
+                restrict=options.restrict,
                 progress=options.progress,
                 accept_others=options.verify == "never",
             )
@@ -112,21 +128,6 @@ def load_card(
 
     with _mapped_ahead(checkpoint, dtype, options) as ahead:
         return _load(checkpoint, family, resolved, dtype, store, options, clock, ahead)
-
-
-def load_path(path: Path, family: Family[Any, Any], config: Any, options: LoadOptions) -> tuple[Module, LoadReport]:
-    """Load the checkpoint at ``path``, without the catalog."""
-    clock = Clock()
-
-    def resolve() -> tuple[Any, Checkpoint, torch.dtype | None]:
-        model = resolve_model(path, family=family, config=config, restrict=options.restrict)
-        return model.config, model.checkpoint, model_dtype(options.dtype, model.checkpoint)
-
-    with clock.phase("manifest"):
-        resolved, checkpoint, dtype = options.gangs.root.first(resolve)
-
-    with _mapped_ahead(checkpoint, dtype, options) as ahead:
-        return _load(checkpoint, family, resolved, dtype, None, options, clock, ahead)
 
 
 def agreed(gangs: Gangs, load: Callable[[], T]) -> T:
@@ -158,7 +159,6 @@ def _load(
     ahead: Ahead,
 ) -> tuple[Module, LoadReport]:
     gangs, device, progress = options.gangs, options.gangs.root.device, options.shows_progress
-    check_config_type(config, family)
     gangs.root.same(
         (config, options.dtype, options.verify, options.cooperative), "configuration, dtype, verify and cooperative"
     )

@@ -82,7 +82,7 @@ def resolve_model(
         if config is None or family is None:
             family, config = family_of_folder(target, family)
         checkpoint = path_checkpoint(target, cache=Settings.from_environment().cache_dir, restrict=restrict)
-        config = complete_config(config, family, checkpoint)
+        config = _complete(config, family, checkpoint, None)
         return ResolvedModel(
             name=str(target), family=family, config=config, checkpoint=checkpoint, card=None, store=None
         )
@@ -94,7 +94,7 @@ def resolve_model(
     config = model_config(card, family, store) if config is None else config
     if checkpoint is None:
         checkpoint = card_checkpoint(card, store, progress=progress, accept_others=accept_others)
-    config = complete_config(config, family, checkpoint, store=store)
+    config = _complete(config, family, checkpoint, store)
 
     return ResolvedModel(name=card.name, family=family, config=config, checkpoint=checkpoint, card=card, store=store)
 
@@ -190,23 +190,8 @@ def family_of_folder(path: Path, asked: Family[Any, Any] | None = None) -> tuple
     return family, family.from_hf(hf_config)
 
 
-def complete_config(
-    config: Any,
-    family: Family[Any, Any],
-    checkpoint: Checkpoint,
-    *,
-    store: AssetStore | None = None,
-) -> Any:
-    """Return the configuration, completed from ``config.json`` if the family needs that.
-
-    :param store: the store whose catalog records a fetch.
-
-    :raises TypeError: ``config`` is not of the family's class.
-    :raises FetchError: ``config.json`` cannot be fetched.
-    :raises CorruptModelCheckpointError: it is not a JSON object.
-    :raises NotSupportedError: it asks for a feature that the family lacks.
-    :raises PolicyError: it asks to run code of a repository.
-    """
+def _complete(config: Any, family: Family[Any, Any], checkpoint: Checkpoint, store: AssetStore | None) -> Any:
+    """Return the configuration, completed from ``config.json`` if the family needs that."""
     if family.complete is None:
         return config
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeGuard
@@ -15,6 +15,8 @@ from lading.transfer.dtypes import DTYPE_NAMES, FLOATS
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+    from lading.models.placements import BoxCache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +60,7 @@ def targets_of(
 
     :raises NotSupportedError: the part of a parameter that this rank owns is not a box.
     """
-    box_of = _box_function()
+    cache: BoxCache | None = None
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
     names: list[str] = []
@@ -77,7 +79,14 @@ def targets_of(
         first[id(tensor)] = name
         names.append(name)
         shapes.append(tuple(tensor.shape))
-        boxes.append(box_of(tensor))
+        if not is_distributed(tensor):
+            boxes.append(Box.whole(tensor.shape))
+        else:
+            if cache is None:
+                from lading.models.placements import BoxCache  # this import takes half a second
+
+                cache = BoxCache()
+            boxes.append(cache.box_of(tensor))
         own = DTYPE_NAMES[tensor.dtype]
         asked = others.get(name, dtype)
         dtypes.append(own if own not in FLOATS else None if asked is None else DTYPE_NAMES[asked])
@@ -97,20 +106,3 @@ def targets_of(
 def is_distributed(tensor: torch.Tensor) -> TypeGuard[DTensor]:
     """Return whether ``tensor`` is a ``DTensor``, without importing the class, which takes half a second."""
     return hasattr(tensor, "device_mesh")
-
-
-def _box_function() -> Callable[[torch.Tensor], Box]:
-    """Return a function that returns the box of a tensor that this rank owns."""
-    distributed: list[Callable[[torch.Tensor], Box]] = []
-
-    def box_of(tensor: torch.Tensor) -> Box:
-        if not is_distributed(tensor):
-            return Box.whole(tensor.shape)
-        if not distributed:
-            from lading.models.placements import BoxCache
-
-            distributed.append(BoxCache().box_of)
-
-        return distributed[0](tensor)
-
-    return box_of
