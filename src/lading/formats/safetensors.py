@@ -11,6 +11,7 @@ Neither torch nor the safetensors package is needed.
 from __future__ import annotations
 
 import math
+import re
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from lading.formats.files import LFS_POINTER, File, corrupt, lfs_pointer_error, open_file
 from lading.formats.manifest import BITS, Manifest, Shard
-from lading.formats.strict_json import read_object, shown, string_map
+from lading.formats.strict_json import SPACE, Reader
 
 PREFIX_SIZE = 8
 """The bytes before the header, which hold its length."""
@@ -31,6 +32,9 @@ MAX_NAME_SIZE = 512
 
 MAX_RANK = 64
 """The most dims of a tensor; torch has no limit."""
+
+_MAX_LAYOUTS = 10_000
+"""The most texts of dtype and shape to remember; models have some hundred."""
 
 _MAX_INT = 2**63 - 1
 
@@ -141,8 +145,17 @@ def header_length(prefix: bytes, *, file_size: int, label: str) -> int:
     return length
 
 
+# A tensor's entry as most writers write it, or with its keys sorted. The pattern is loose on dtype and shape, as their
+# text is only compared with text that `_tensor` accepted.
+_OFFSETS = (
+    rf'"data_offsets"{SPACE}:{SPACE}\[{SPACE}(0|[1-9][0-9]{{0,17}}){SPACE},{SPACE}(0|[1-9][0-9]{{0,17}}){SPACE}\]'
+)
+_LAYOUT = rf'("dtype"{SPACE}:{SPACE}"[^"]*+"{SPACE},{SPACE}"shape"{SPACE}:{SPACE}\[[^\]]*+\])'
+_USUAL = re.compile(
+    rf"{SPACE}\{{{SPACE}(?:{_LAYOUT}{SPACE},{SPACE}{_OFFSETS}|{_OFFSETS}{SPACE},{SPACE}{_LAYOUT}){SPACE}\}}"
+)
+
 _DTYPES = {dtype: dtype for dtype in BITS}
-_FIELDS = {"dtype": None, "shape": None, "data_offsets": None}.keys()
 
 
 def parse_header(data: bytes | bytearray, *, buffer_size: int, label: str) -> Header:
@@ -158,22 +171,20 @@ def parse_header(data: bytes | bytearray, *, buffer_size: int, label: str) -> He
     if not data.startswith(b"{"):
         raise corrupt(label, "header", expected="'{' as its first byte", found=_first_byte(data))
 
-    members, behind = read_object(data, label=label, what="header", member=_where)
-    if behind := behind.strip(" "):
-        raise corrupt(label, "header", expected="only spaces after its last '}'", found=repr(behind[:20]))
-    metadata = string_map(members.pop(_METADATA, {}), label=label, where=_METADATA)
-
-    names = list(members)
+    reader = Reader(data, label=label, what="header")
+    metadata: dict[str, str] = {}
+    names: list[str] = []
     dtypes: list[str] = []
     shapes: list[tuple[int, ...]] = []
     begins, ends = array("q"), array("q")
-    # A dtype and a shape that were checked once are good the next time: most tensors of a model share theirs. But for
-    # `true`, which is equal to 1, no value of JSON is equal to a number.
-    layouts: dict[tuple[object, ...], tuple[str, tuple[int, ...], int]] = {}
-    no_bools = b"true" not in data and b"false" not in data
+    layouts: dict[str, _Layout] = {}
     in_order, last = True, 0
 
-    for name, value in members.items():
+    for name in reader.members("header"):
+        if name == _METADATA:
+            metadata = reader.string_map(_METADATA)
+            continue
+
         if len(name) > MAX_NAME_SIZE or (not name.isascii() and len(name.encode()) > MAX_NAME_SIZE):
             raise corrupt(
                 label,
@@ -181,23 +192,37 @@ def parse_header(data: bytes | bytearray, *, buffer_size: int, label: str) -> He
                 expected=f"a name of at most {MAX_NAME_SIZE} bytes",
                 found=f"one of {len(name.encode())}",
             )
-        try:
-            dtype, shape, nbytes = layouts[(value["dtype"], *value["shape"])]
-            begin, end = value["data_offsets"]
-            good = end - begin == nbytes and begin >= 0 and end <= buffer_size and len(value) == 3
-        except (KeyError, TypeError, ValueError):
-            good = False
-        if not good:
-            dtype, shape, nbytes, begin, end = _tensor(value, name, label, buffer_size)
-            if no_bools:
-                layouts[(dtype, *shape)] = dtype, shape, nbytes
 
+        # Most tensors of a model share the text of dtype and shape, which is parsed and checked only once.
+        usual = _USUAL.match(reader.text, reader.position)
+        text = (usual[1] or usual[6]) if usual else ""
+        if usual and (layout := layouts.get(text)):
+            begin, end = int(usual[2] or usual[4]), int(usual[3] or usual[5])
+            reader.position = usual.end()
+        else:
+            layout, begin, end = _tensor(reader, name)
+            if text and len(layouts) < _MAX_LAYOUTS:
+                layouts[text] = layout
+
+        dtype, shape, nbytes = layout
+        if end - begin != nbytes or end > buffer_size:
+            expected = (
+                f"data_offsets that are {nbytes} bytes apart ({dtype} of shape {list(shape)})"
+                if end - begin != nbytes
+                else f"data_offsets within the {buffer_size} bytes after the header"
+            )
+            raise corrupt(label, f"tensor {name!r}", expected=expected, found=f"[{begin}, {end}]")
+
+        names.append(name)
         dtypes.append(dtype)
         shapes.append(shape)
         begins.append(begin)
         ends.append(end)
         in_order = in_order and begin == last
         last = end
+
+    if rest := reader.text[reader.position :].strip(" "):
+        raise corrupt(label, "header", expected="only spaces after its last '}'", found=repr(rest[:20]))
 
     if not in_order:
         order = sorted(range(len(names)), key=lambda i: (begins[i], ends[i]))
@@ -220,82 +245,43 @@ def parse_header(data: bytes | bytearray, *, buffer_size: int, label: str) -> He
     )
 
 
-def _where(name: str) -> str:
-    return name if name == _METADATA else f"tensor {name!r}"
+_Layout = tuple[str, tuple[int, ...], int]
+"""The dtype, the shape and the bytes of a tensor."""
 
 
-def _tensor(value: object, name: str, label: str, buffer_size: int) -> tuple[str, tuple[int, ...], int, int, int]:
-    """Check the value of a tensor, and return what it says: (dtype, shape, bytes, begin, end)."""
-    if type(value) is not dict:
-        raise corrupt(label, _where(name), expected="'{'", found=shown(value))
-    if value.keys() != _FIELDS:
-        others = [repr(key[:80]) for key in value if key not in _FIELDS]
-        found = others[:1] or [key for key in _FIELDS if key in value]
-        expected = f"the keys dtype, shape and data_offsets{' only' if others else ''}"
-        raise corrupt(label, _where(name), expected=expected, found=", ".join(found) or "none of them")
+def _tensor(reader: Reader, name: str) -> tuple[_Layout, int, int]:
+    """Parse the entry of a tensor; return its layout, begin and end."""
+    where = f"tensor {name!r}"
+    dtype = ""
+    found: dict[str, list[int]] = {}
+    for key in reader.members(where):
+        if key == "dtype":
+            given = reader.string(f"{where}, dtype")
+            dtype = _DTYPES.get(given, "")  # one shared string, rather than one per tensor
+            if not dtype:
+                raise reader.fail(f"{where}, dtype", f"one of {', '.join(BITS)}", repr(given[:80]))
+        elif key in ("shape", "data_offsets"):
+            found[key] = reader.integers(f"{where}, {key}", at_most=MAX_RANK if key == "shape" else 2)
+        else:
+            raise reader.fail(where, "the keys dtype, shape and data_offsets only", repr(key[:80]))
 
-    given = value["dtype"]
-    if type(given) is not str:
-        raise corrupt(label, f"{_where(name)}, dtype", expected="a string", found=shown(given))
-    dtype = _DTYPES.get(given)  # one shared string, rather than one per tensor
-    if dtype is None:
-        raise corrupt(label, f"{_where(name)}, dtype", expected=f"one of {', '.join(BITS)}", found=repr(given[:80]))
-    shape = _integers(value["shape"], name, "shape", label, at_most=MAX_RANK)
-    offsets = _integers(value["data_offsets"], name, "data_offsets", label, at_most=2)
+    if not dtype or len(found) < 2:
+        given = ", ".join([*(["dtype"] if dtype else []), *found])
+        raise reader.fail(where, "the keys dtype, shape and data_offsets", given or "none of them")
+
+    shape, offsets = found["shape"], found["data_offsets"]
     if len(offsets) != 2 or offsets[0] > offsets[1]:
-        where = f"{_where(name)}, data_offsets"
-        raise corrupt(label, where, expected="[begin, end] with begin ≤ end", found=str(offsets))
+        raise reader.fail(f"{where}, data_offsets", "[begin, end] with begin ≤ end", str(offsets))
 
     # Strides can overflow even if a dim of zero makes the tensor empty, so zeros count as ones here.
     bits = math.prod(shape) * BITS[dtype]
-    if bits > _MAX_INT or (0 in shape and math.prod(size or 1 for size in shape) > _MAX_INT):
-        raise corrupt(
-            label,
-            f"{_where(name)}, shape",
-            expected="fewer than 2^63 elements and bits",
-            found=f"{dtype} of shape {shape}",
-        )
+    if bits > _MAX_INT or math.prod(size or 1 for size in shape) > _MAX_INT:
+        raise reader.fail(f"{where}, shape", "fewer than 2^63 elements and bits", f"{dtype} of shape {shape}")
     if bits % 8:
-        raise corrupt(
-            label,
-            f"{_where(name)}, shape",
-            expected=f"whole bytes ({dtype} has {BITS[dtype]} bits per element)",
-            found=f"{bits} bits: {shape}",
-        )
+        expected = f"whole bytes ({dtype} has {BITS[dtype]} bits per element)"
+        raise reader.fail(f"{where}, shape", expected, f"{bits} bits: {shape}")
 
-    if offsets[1] - offsets[0] != bits // 8:
-        raise corrupt(
-            label,
-            _where(name),
-            expected=f"data_offsets that are {bits // 8} bytes apart ({dtype} of shape {shape})",
-            found=f"{offsets}",
-        )
-    if offsets[1] > buffer_size:
-        raise corrupt(
-            label,
-            _where(name),
-            expected=f"data_offsets within the {buffer_size} bytes after the header",
-            found=f"{offsets}",
-        )
-
-    return dtype, tuple(shape), bits // 8, offsets[0], offsets[1]
-
-
-def _integers(value: object, name: str, key: str, label: str, *, at_most: int) -> list[int]:
-    """Return a list of integers from 0 to 2^63 - 1."""
-    if type(value) is list and len(value) <= at_most:
-        for item in value:
-            if type(item) is not int or not 0 <= item <= _MAX_INT:
-                break
-        else:
-            return value
-
-    where, expected = f"{_where(name)}, {key}", "a list of integers from 0 to 2^63 - 1"
-    if type(value) is not list:
-        raise corrupt(label, where, expected=expected, found=shown(value))
-    if len(value) > at_most:
-        raise corrupt(label, where, expected=f"a list of at most {at_most} integers", found="more")
-    raise corrupt(label, where, expected=expected, found=shown(item))
+    return (dtype, tuple(shape), bits // 8), offsets[0], offsets[1]
 
 
 def _require_contiguous(

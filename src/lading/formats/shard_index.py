@@ -20,7 +20,7 @@ from lading.formats.first_bytes import Format
 from lading.formats.folder import is_torch_format
 from lading.formats.manifest import Manifest
 from lading.formats.safetensors import MAX_NAME_SIZE, Part, join
-from lading.formats.strict_json import read_object, shown, string_map
+from lading.formats.strict_json import Reader
 
 log = logging.getLogger("lading")
 
@@ -135,14 +135,19 @@ def _read_weight_map(file: File) -> dict[str, str]:
     if data.startswith(LFS_POINTER):
         raise lfs_pointer_error(label)
 
-    index, behind = read_object(data.strip(b" \t\n\r"), label=label, what="index", member=str)
-    if behind:
-        raise corrupt(label, "index", expected="nothing more", found=repr(behind[:60]))
-    # Other keys are free-form. `metadata.total_size` is not checked, as writers count tied and quantized
-    # weights differently and many good checkpoints state a wrong size; the headers are exact.
-    if type(metadata := index.get("metadata", {})) is not dict:
-        raise corrupt(label, "metadata", expected="an object", found=shown(metadata))
-    weight_map = string_map(index["weight_map"], label=label, where="weight_map") if "weight_map" in index else None
+    reader = Reader(data, label=label, what="index")
+    weight_map: dict[str, str] | None = None
+    for key in reader.members("index"):
+        if key == "weight_map":
+            weight_map = reader.string_map("weight_map")
+        else:
+            # Other keys are free-form. `metadata.total_size` is not checked, as writers count tied and quantized
+            # weights differently and many good checkpoints state a wrong size; the headers are exact.
+            if key == "metadata" and not reader.comes("{"):
+                raise reader.fail("metadata", "an object")
+            reader.skip(repr(key[:80]))
+    if rest := reader.text[reader.position :].strip(" \t\n\r"):
+        raise corrupt(label, "index", expected="nothing more", found=repr(rest[:60]))
 
     if not weight_map:
         found = "none" if weight_map is None else "an empty one"

@@ -1,163 +1,221 @@
 """Strict JSON objects: the headers of safetensors files, and indexes of several files.
 
-:mod:`json` takes the last of equal keys, and accepts numbers that are not JSON or that it rounds.
+:mod:`json` decodes values, but takes the last of equal keys, and builds whatever a file asks for: 100 MB of ``[],[],…``
+as some 3 GB of lists. So this module goes from key to key itself, and the caller says what must come next. An error
+names the key at which a file is wrong, and nothing after it is decoded.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import NoReturn
 
+from lading.errors import CorruptModelCheckpointError
 from lading.formats.files import corrupt
 
+_MAX_DEPTH = 32
+_MAX_FREE = 10_000_000
+"""The most levels and characters of a value of free form."""
 
-class Number(str):
-    """A number that is not a plain integer of at most 19 digits, as written."""
+_MAX_VALUES = 10_000
+"""The most values of which equal ones are found; most files have a few."""
 
-    __slots__ = ()
+_MAX_ITEMS = 64
+"""The most integers of a list."""
+
+SPACE = r"[ \t\n\r]*+"  # RFC 8259, section 2
+_SPACES = re.compile(SPACE)
+_STRING = re.compile(rf'{SPACE}"([^"\\\x00-\x1f]*+)"')  # without escapes, as nearly all are
+_KEY = re.compile(rf"{_STRING.pattern}{SPACE}:")
+_MORE = re.compile(rf"{SPACE}([],}}])")
+# Up to the first item that does not belong there. What has more than 19 digits is not even converted.
+_INTEGER = r"(?:0|[1-9][0-9]{0,18}+)(?![\w.])"
+_ITEMS = rf"(?:{_INTEGER}{SPACE},{SPACE}){{0,{_MAX_ITEMS - 1}}}+(?:{_INTEGER}{SPACE}\]?)?"
+_INTEGERS = re.compile(rf"{SPACE}(\[{SPACE}(?:\]|{_ITEMS}))")
+_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[][{}]')
+_SNIPPET = re.compile(r'"[^"]{0,60}"?|[{}\[\]:,]|[^ \t\n\r{}\[\]:,"]{1,60}')
+_WORD_END = re.compile(r'[^ \t\n\r{}\[\]:,"]*\Z')
 
 
-@dataclass(frozen=True, slots=True)
-class _Odd:
-    """A value that JSON does not allow, with the expected one."""
+class Reader:
+    """A reader of a JSON object from left to right.
 
-    expected: str
-    found: str
-
-
-def read_object(
-    data: bytes | bytearray, *, label: str, what: str, member: Callable[[str], str] = repr
-) -> tuple[dict[str, Any], str]:
-    """Return the JSON object at the beginning of ``data``, and the text after it.
-
-    Each string in it can be encoded in UTF-8. It contains no ``float``: see :class:`Number`.
+    Its methods take ``where``, the part of the object that is read, for errors.
 
     :param label: the path or the address of the file, for errors.
     :param what: the name of ``data`` in errors.
-    :param member: returns the name of a member of the object in errors, by its key.
 
-    :raises CorruptModelCheckpointError: it is not a JSON object, a key occurs twice in one of its objects, or it is
-        nested too deeply for Python's own reader.
+    :raises CorruptModelCheckpointError: (all methods) something else comes next, or it is not JSON.
     """
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        found = f"byte {data[error.start]:#04x} at position {error.start}"
-        raise corrupt(label, what, expected="UTF-8", found=found) from error
-    if not text.startswith("{"):
-        raise corrupt(label, what, expected="'{'", found=repr(text[:1]) if text else "the end of the text")
 
-    odd: list[_Odd] = []
+    __slots__ = ("label", "position", "text")
 
-    def refuse(expected: str, found: str) -> _Odd:
-        odd.append(_Odd(expected, found))
-        return odd[-1]
-
-    def once(pairs: list[tuple[str, Any]]) -> object:
-        made = dict(pairs)
-        if len(made) == len(pairs):
-            return made
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        return refuse("every key once", f"the key {twice[:80]!r} twice")
-
-    def decode(parse_int: Callable[[str], Any] | None = None, hook: Any = once) -> tuple[Any, int]:
-        decoder = json.JSONDecoder(
-            object_pairs_hook=hook,
-            parse_float=Number,
-            parse_int=parse_int,
-            parse_constant=lambda name: refuse("a value", repr(name)),
-        )
-        return decoder.raw_decode(text)
-
-    try:
+    def __init__(self, data: bytes | bytearray, *, label: str, what: str) -> None:
         try:
-            # Minus zero is an integer in Python, but not in other readers of the format.
-            parse_int = _integer if "-0" in text else None
-            # With a key for each colon, all keys differ. Without the hook, 10,000 tensors take 20 ms, not 30.
-            value, end = decode(parse_int, hook=None)
-            if text.count(":") != len(value) + sum(len(inner) for inner in value.values() if isinstance(inner, dict)):
-                odd.clear()
-                value = None  # frees it before the next one
-                value, end = decode(parse_int)
-        except json.JSONDecodeError:
-            raise
-        except ValueError:  # more digits than Python converts
-            value, end = decode(_integer)
-    except json.JSONDecodeError as error:
-        around = text[max(error.pos - 60, 0) : error.pos + 20]
-        found = f"{around!r} around position {error.pos}: {error.msg}"
-        raise corrupt(label, what, expected="JSON", found=found) from None
-    except RecursionError:
-        raise corrupt(label, what, expected="a few levels of nesting", found="more than can be read") from None
+            self.text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            found = f"byte {data[error.start]:#04x} at position {error.start}"
+            raise corrupt(label, what, expected="UTF-8", found=found) from error
 
-    if odd or "\\u" in text:
-        _require_plain(value, label, what, member)
+        self.label = label
+        self.position = 0
+        """The position in ``text`` of the next character."""
 
-    return value, text[end:]
+    def fail(self, where: str, expected: str, found: str | None = None) -> CorruptModelCheckpointError:
+        """Return the error for what comes next.
 
+        :param found: default: the text that comes next.
+        """
+        if found is None:
+            at = self._skip_space()
+            snippet = _SNIPPET.match(self.text, at)
+            found = f"{snippet[0] if snippet else 'the end of the text'!r} at position {at}"
 
-def shown(value: object) -> str:
-    """Return a value, or its beginning, for an error."""
-    if isinstance(value, dict):
-        return repr("{")
-    if isinstance(value, list):
-        return repr("[")
+        return corrupt(self.label, where, expected=expected, found=found)
 
-    return repr(str(value) if isinstance(value, Number) else json.dumps(value)[:60])[:80]
+    def comes(self, token: str) -> bool:
+        """Return whether ``token`` comes next."""
+        return self.text.startswith(token, self._skip_space())
 
+    def members(self, where: str, read: Mapping[str, object] | None = None) -> Iterator[str]:
+        """Yield the keys of an object, each of which occurs once.
 
-def string_map(value: object, *, label: str, where: str) -> dict[str, str]:
-    """Return an object whose values are strings; equal ones are one object, since there may be thousands.
+        The caller reads the value of each before it takes the next.
 
-    :raises CorruptModelCheckpointError: it is another value, or contains another one.
-    """
-    if type(value) is not dict:
-        raise corrupt(label, where, expected="'{'", found=shown(value))
-    values: dict[str, str] = {}
-    for key, item in value.items():
-        if type(item) is not str:
-            raise corrupt(label, f"{where}, {key[:80]!r}", expected="a string", found=shown(item))
-        value[key] = values.setdefault(item, item)
+        :param read: the values that the caller has read so far, by their keys, if it keeps them.
+        """
+        if not self._take("{"):
+            raise self.fail(where, "'{'")
+        if self._take("}"):
+            return
 
-    return value
+        keys: set[str] = set()
+        while True:
+            if match := _KEY.match(self.text, self.position):
+                key = match[1]
+                self.position = match.end()
+            else:
+                key = self.string(f"{where}, a key")
+                if not self._take(":"):
+                    raise self.fail(f"{where}, behind the key {key[:80]!r}", "':'")
 
+            if key in (keys if read is None else read):
+                raise self._twice(where, key)
+            if read is None:
+                keys.add(key)
 
-def _integer(digits: str) -> int | Number:
-    return Number(digits) if len(digits) > 19 or digits == "-0" else int(digits)
+            yield key
 
+            more = _MORE.match(self.text, self.position)
+            if more is None or more[1] == "]":
+                raise self.fail(where, "',' or '}'")
+            self.position = more.end()
+            if more[1] == "}":
+                return
 
-def _require_plain(value: object, label: str, what: str, member: Callable[[str], str]) -> None:
-    """Refuse an object that contains an odd value, or a string that is not text."""
-    if isinstance(value, _Odd):
-        raise corrupt(label, what, expected=value.expected, found=value.found)
-    assert isinstance(value, dict)
-    for key, item in value.items():
-        _require_all_plain(key, label, what)
-        where = member(key[:80])
-        if isinstance(item, dict):
-            for inner_key, inner in item.items():
-                _require_all_plain([inner_key, inner], label, f"{where}, {inner_key[:80]!r}")
-        else:
-            _require_all_plain(item, label, where)
+    def string(self, where: str) -> str:
+        """Return a string that can be encoded in UTF-8."""
+        if match := _STRING.match(self.text, self.position):
+            self.position = match.end()
+            return match[1]
 
+        if not self.comes('"'):
+            raise self.fail(where, "a string")
+        try:
+            value, self.position = json.JSONDecoder().raw_decode(self.text, self._skip_space())
+            value.encode("utf-8")
+        except (json.JSONDecodeError, UnicodeEncodeError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "an unpaired surrogate"
+            found = f"one that is not valid: {reason}, from position {self._skip_space()}"
+            raise self.fail(where, "a string", found) from None
 
-def _require_all_plain(value: object, label: str, where: str) -> None:
-    # Without recursion: the value may be nested as deeply as Python's recursion allows.
-    left = [value]
-    while left:
-        inner = left.pop()
-        if isinstance(inner, _Odd):
-            raise corrupt(label, where, expected=inner.expected, found=inner.found)
-        if isinstance(inner, list):
-            left += inner
-        elif isinstance(inner, dict):
-            left += [*inner, *inner.values()]
-        elif isinstance(inner, str):
-            try:
-                inner.encode("utf-8")
-            except UnicodeEncodeError:
-                found = f"one with an unpaired surrogate: {inner[:60]!r}"
-                raise corrupt(label, where, expected="a string", found=found) from None
+        return str(value)
+
+    def string_map(self, where: str) -> dict[str, str]:
+        """Return an object whose values are strings; equal ones are one object, since there may be thousands."""
+        values: dict[str, str] = {}
+        result: dict[str, str] = {}
+        for key in self.members(where, result):
+            value = self.string(f"{where}, {key[:80]!r}")
+            result[key] = values.setdefault(value, value) if len(values) < _MAX_VALUES else value
+
+        return result
+
+    def integers(self, where: str, *, at_most: int) -> list[int]:
+        """Return a list of integers from 0 to 2^63 - 1.
+
+        :param at_most: the most integers; at most 64.
+        """
+        expected = f"a list of at most {at_most} integers from 0 to 2^63 - 1"
+        match = _INTEGERS.match(self.text, self.position)
+        if match is None:
+            raise self.fail(where, expected)
+        self.position = match.end()
+        if not match[1].endswith("]"):
+            raise self.fail(where, expected, "more" if self.comes(",") else None)
+
+        values: list[int] = json.loads(match[1])
+        if len(values) > at_most:
+            raise self.fail(where, expected, "more")
+        if values and max(values) >= 2**63:
+            raise self.fail(where, expected, f"{max(values)}")
+
+        return values
+
+    def skip(self, where: str) -> None:
+        """Go past a value of free form."""
+        expected = f"a value of at most {_MAX_FREE} characters and {_MAX_DEPTH} levels of nesting"
+        at = end = self._skip_space()
+        depth = 0
+        for match in _BRACKET.finditer(self.text, at, at + _MAX_FREE):
+            end = match.end()
+            depth += (match[0] in "[{") - (match[0] in "]}")
+            if depth > _MAX_DEPTH:
+                raise self.fail(where, expected, "more")
+            if depth <= 0:
+                break
+
+        def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+            made = dict(pairs)
+            if len(made) != len(pairs):
+                raise self._twice(where, Counter(key for key, _ in pairs).most_common(1)[0][0])
+            return made
+
+        def refuse(constant: str) -> NoReturn:
+            raise self.fail(where, "a value", repr(constant))
+
+        # Numbers stay strings, as their digits are of no interest.
+        free = json.JSONDecoder(object_pairs_hook=once, parse_int=str, parse_float=str, parse_constant=refuse)
+        text = self.text[at:end]
+        try:
+            value, size = free.raw_decode(text)
+            if "\\u" in text:
+                json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except json.JSONDecodeError as error:
+            word = _WORD_END.search(text[: error.pos], max(error.pos - 20, 0))
+            self.position = at + (word.start() if word else error.pos)
+            raise self.fail(where, expected) from None
+        except UnicodeEncodeError:
+            raise self.fail(where, "a string", "one with an unpaired surrogate") from None
+        self.position = at + size
+
+    def _twice(self, where: str, key: str) -> CorruptModelCheckpointError:
+        return self.fail(where, "every key once", f"the key {key[:80]!r} twice")
+
+    def _take(self, token: str) -> bool:
+        """Go past ``token`` if it comes next; return whether it did."""
+        at = self._skip_space()
+        if not self.text.startswith(token, at):
+            return False
+        self.position = at + len(token)
+
+        return True
+
+    def _skip_space(self) -> int:
+        match = _SPACES.match(self.text, self.position)
+        assert match is not None
+
+        return match.end()

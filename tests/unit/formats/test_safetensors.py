@@ -219,7 +219,7 @@ def test_memory_is_a_few_times_the_header() -> None:
 
     assert len(result.names) == count
     assert kept < 1.5 * len(data)
-    assert peak < 8 * len(data)
+    assert peak < 4 * len(data)
 
 
 def test_the_header_of_an_address() -> None:
