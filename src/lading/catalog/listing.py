@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -37,13 +37,11 @@ def list_models(
     status: str | None,
     search: str | None,
     limit: int | None,
-    overlaid: Callable[[str], AssetCard | None] = lambda name: None,
-    overlaid_names: Collection[str] = (),
+    overlaid: Mapping[str, Callable[[], AssetCard | None]],
 ) -> list[ModelSummary]:
     """Return the models whose name matches a shell-style pattern, with their status as this machine sees it.
 
-    :param overlaid: returns the card of a name if an overlay lies on its chain.
-    :param overlaid_names: the names for which it does.
+    :param overlaid: for each name on whose chain an overlay lies, a function that returns its card.
     """
     c = _ASSETS.c
     statement = select(*(c[name] for name in _COLUMNS)).order_by(c.name)
@@ -57,15 +55,16 @@ def list_models(
         statement = statement.where(c.name == pattern if prefix == pattern else _begins(session, c.name, prefix))
     if search is not None and search.strip():
         statement = statement.where(found(session.connection(), c.name, search))
-    if status is not None and len(overlaid_names) <= CHUNK:
+    if status is not None and len(overlaid) <= CHUNK:
         # A model that is ready by the database may not be, and an overlay may change anything: the rest is right.
         possible = {status} if status == "unknown-family" else {status, "ready"}
-        statement = statement.where(or_(c.status.in_(possible), c.name.in_(overlaid_names)))
+        statement = statement.where(or_(c.status.in_(possible), c.name.in_(overlaid)))
 
     def matching() -> Iterator[ModelSummary]:
         for row in session.execute(statement):
             if pattern is None or fnmatchcase(row[0], pattern):
-                model = as_seen_here(ModelSummary(**dict(zip(_COLUMNS, row, strict=True))), overlaid(row[0]))
+                card = overlaid[row[0]]() if row[0] in overlaid else None
+                model = as_seen_here(ModelSummary(**dict(zip(_COLUMNS, row, strict=True))), card)
                 if status is None or model.status == status:
                     yield model
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from sqlalchemy import func, select
@@ -300,11 +300,8 @@ class AssetStore:
 
         with self._database.session() as session:
             envs = self._envs(session, "", None)
-            overlaid = self._overlaid(session, envs)
 
-            def with_overlays(name: str) -> AssetCard | None:
-                if name not in overlaid:
-                    return None
+            def card(name: str) -> AssetCard | None:
                 return resolve_card(name, envs, lambda name: _by_env(read_cards(session, [name])))
 
             return list_models(
@@ -315,8 +312,7 @@ class AssetStore:
                 status=status,
                 search=search,
                 limit=limit,
-                overlaid=with_overlays,
-                overlaid_names=overlaid,
+                overlaid={name: partial(card, name) for name in self._overlaid(session, envs)},
             )
 
     def summary(self, card: AssetCard) -> ModelSummary | None:
