@@ -166,7 +166,7 @@ def test_a_load_takes_the_digests_of_the_definition(
         patch.setattr(OpenShard, "is_cold", lambda self, offset: cold)
         with leaves_of(leaf):
             hasher = Hasher(manifest, dims, planned, wanted)
-            loaded = execute(planned, files, shapes, threads=threads, hasher=hasher)
+            loaded = execute(planned, files, shapes, threads=threads, observer=hasher)
             found = hasher.digests()
             groups = [cut(*column).group for column in zip(manifest.dtypes, manifest.shapes, dims, strict=True)]
 

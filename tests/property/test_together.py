@@ -105,17 +105,16 @@ def test_each_gets_what_it_would_have_read(case: tuple[Manifest, list[Wanted]], 
 
         def run(rank: int) -> tuple[list[Tensor], int, Hasher | None]:
             try:
-                joint = Joint(manifest, demands)
-                hasher = Hasher(manifest, default_dims(manifest), joint.plan, joint.wanted) if hashed else None
-                schedule = joint.schedule(hasher)
+                joint = Joint(manifest, demands, default_dims(manifest) if hashed else None)
+                schedule = joint.schedule()
                 tensors = execute_together(
                     plans[rank], schedule, files, shapes_of(wanted[rank]),
-                    host=ranks.host(rank), arena=HostArena(plans[rank].arena_bytes), hasher=hasher,  # type: ignore[arg-type]
+                    host=ranks.host(rank), arena=HostArena(plans[rank].arena_bytes),  # type: ignore[arg-type]
                 )  # fmt: skip
             except BaseException:
                 ranks.barrier.abort()
                 raise
-            return tensors, schedule.bytes_of(rank), hasher
+            return tensors, schedule.bytes_of(rank), joint.hasher
 
         with ThreadPoolExecutor(size) as pool:
             found = list(pool.map(run, range(size)))
@@ -187,7 +186,7 @@ def test_steps_are_contiguous_even_and_cut_no_item() -> None:
         for name, value in (("LEAF", 1), ("PAGE", 16), ("ROUND", 4096)):
             patch.setattr(together, name, value)
         joint = Joint(manifest, [Demand.of(whole)] * 4)
-        schedule = joint.schedule(None)
+        schedule = joint.schedule()
 
     ends = [offset + size for offset, size in zip(schedule.offsets, schedule.sizes, strict=True)]
     assert list(schedule.offsets) == [8, *ends[:-1]]

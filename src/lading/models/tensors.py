@@ -124,7 +124,7 @@ def _witnessed(
     planned = plan(part, wanted)
     hasher = Hasher(part, [witness.dims[position] for position in positions], planned, wanted)
     shapes = [(box.sizes, dtype) for box, dtype in zip(boxes, wanted.dtypes, strict=True)]
-    read = execute(planned, checkpoint.here(), shapes, hasher=hasher)
+    read = execute(planned, checkpoint.here(), shapes, observer=hasher)
     witness.take(positions, hasher.digests())
     tensors |= dict(zip(plain, read, strict=True))
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import mmap
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import Tensor
 
-from lading.errors import InternalError
 from lading.gangs import Gang
 from lading.planning.plan import Plan
 from lading.system.progress import byte_bar
 from lading.transfer.files import ShardFile, open_shard
-from lading.transfer.hashing import Hasher
-from lading.transfer.memory import Arena, Stage
-from lading.transfer.reader import Reader, item_sizes
+from lading.transfer.memory import Arena, NoArena, PassingStage, Stage
+from lading.transfer.reader import Reader, Reading, item_sizes
 from lading.transfer.together import Piece, Schedule
 
 
@@ -31,17 +28,15 @@ def execute_together(
     host: Gang,
     arena: Arena,
     progress: bool = False,
-    hasher: Hasher | None = None,
 ) -> list[Tensor]:
     """Execute a plan as :func:`~lading.transfer.execute.execute` does, but read only this rank's part of the schedule.
 
     All ranks of the host call it with their own plans, and otherwise equal arguments.
 
     :param plan: the plan of this rank, which maps nothing.
-    :param schedule: the schedule of the plans of all ranks, and of ``hasher``.
+    :param schedule: the schedule of the plans of all ranks.
     :param host: the ranks that read together, with a process group on the CPU.
     :param arena: memory of ``plan.arena_bytes``.
-    :param hasher: that of ``schedule.joint.plan``; it gets the digests of what all ranks read.
 
     :raises CorruptModelCheckpointError: a file ends early, or is not the one that the plan was made for.
     :raises OSError: a file cannot be read.
@@ -52,7 +47,8 @@ def execute_together(
         numbers = sorted({joint.plan.shards[step.read] for step in schedule.steps(host.rank)})
         shards = {i: stack.enter_context(open_shard(files[i])) for i in numbers}
         window = _Window()
-        sender = _Sender(schedule, host, Reader(joint.plan, shards, window, hasher, schedule.longest), window)
+        reader = Reader(Reading(joint.plan, shards, window, joint.hasher), schedule.longest)
+        sender = _Sender(schedule, host, reader, window)
         receiver = _Receiver(plan, schedule, host, arena)
 
         total = schedule.bytes_of(host.rank)
@@ -70,8 +66,8 @@ def execute_together(
                 bar.update(step.size)
         receiver.finish()
 
-    if hasher is not None:
-        hasher.pool(lambda numbers: _add_up(host, numbers))
+    if joint.hasher is not None:
+        joint.hasher.pool(lambda numbers: _add_up(host, numbers))
 
     return [arena.tensor(place, shape, dtype) for place, (shape, dtype) in zip(plan.places, wanted, strict=True)]
 
@@ -82,39 +78,13 @@ def _add_up(host: Gang, numbers: bytearray | array[int]) -> None:
         host.all_reduce(torch.frombuffer(numbers, dtype=dtype), "sum")
 
 
-class _Window:
-    """Memory through which bytes pass: an arena and its only stage, which keeps the bytes read last."""
-
-    on_host = False
-
-    def __init__(self) -> None:
-        self._map = mmap.mmap(-1, 1)
-        self.read = torch.empty(0, dtype=torch.uint8)
-        """The bytes of the last read, until the next one."""
-
-    def direct(self, place: int, size: int) -> memoryview | None:
-        return None
+class _Window(NoArena):
+    """Memory through which bytes pass, whose only stage keeps those read last."""
 
     def stage(self, chunk: int) -> Stage:
-        self._map = mmap.mmap(-1, chunk, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.last = PassingStage(chunk)
 
-        return self
-
-    def tensor(self, place: int, shape: tuple[int, ...], dtype: str) -> Tensor:
-        raise InternalError("bytes that were only sent to others are no tensor")
-
-    @property
-    def pages(self) -> Mapping[str, int]:
-        return {}
-
-    def take(self) -> memoryview:
-        return memoryview(self._map)
-
-    def put(self, begin: int, size: int, place: int, source: str, target: str) -> None:
-        self.read = torch.frombuffer(self._map, dtype=torch.uint8, count=size, offset=begin)
-
-    def finish(self) -> None:
-        pass
+        return self.last
 
 
 class _Sender:
@@ -146,7 +116,7 @@ class _Sender:
 
         at = 0
         for rank, message in enumerate(messages):
-            self._joint.pack(rank, message, self._window.read, step.offset, buffer[at : at + message.size])
+            self._joint.pack(rank, message, self._window.last.read, step.offset, buffer[at : at + message.size])
             at += message.size
 
         return buffer[:at], sizes

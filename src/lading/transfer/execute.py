@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import mmap
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +17,11 @@ from lading.formats.manifest import BITS, Manifest
 from lading.planning.plan import ARENA, Plan, plan_full_read
 from lading.system.progress import byte_bar
 from lading.system.threads import Worker
-from lading.transfer.files import OpenShard, ShardFile, open_shard
+from lading.transfer.files import ShardFile, open_shard
 from lading.transfer.hashing import Hasher
-from lading.transfer.leaves import Part
 from lading.transfer.mappings import NOTHING_AHEAD, Ahead, Range, cores, make_present
 from lading.transfer.memory import RING_DEPTH, Arena, NoArena, create_arena, map_file, view
-from lading.transfer.reader import STEP, Reader, steps_of
+from lading.transfer.reader import STEP, Observer, Reading
 
 PINNED_BYTES = 512 << 20
 """The most host memory, in bytes, that copies to a device pin at once."""
@@ -40,7 +38,7 @@ def execute(
     arena: Arena | None = None,
     threads: int | None = None,
     progress: bool = False,
-    hasher: Hasher | None = None,
+    observer: Observer | None = None,
     ahead: Ahead = NOTHING_AHEAD,
 ) -> list[Tensor]:
     """Execute ``plan`` and return the wanted tensors, in their order.
@@ -49,7 +47,7 @@ def execute(
     :param wanted: the shape and the dtype of each tensor in memory.
     :param arena: memory of ``plan.arena_bytes`` for tensors that are not mapped; default: on the CPU.
     :param threads: the number of threads that read; default: the cores of this process, and some more for a disk.
-    :param hasher: that of the same plan; collects digests of the bytes on the way. The caller compares them.
+    :param observer: that of the same plan; sees the bytes on the way.
     :param ahead: mappings of the same files.
 
     :raises CorruptModelCheckpointError: a file ends early, or is not the one that the plan was made for.
@@ -64,17 +62,17 @@ def execute(
             i: stack.enter_context(open_shard(files[i])) for i in sorted({*plan.shards, *plan.rows.shards, *mapped})
         }
 
-        if plan.sizes or plan.rows.counts:
-            count = threads or _threads(plan, shards, arena, hasher)
-            _read(plan, shards, arena, count, hasher, "load" if progress else None)
+        _read(Reading(plan, shards, arena, observer), threads, "load" if progress else None)
         # The same files: they are open in the state in which they were mapped.
         mappings = {i: ahead.mappings.get(i) or map_file(shards[i].fd, files[i].stat.size) for i in mapped}
         make_present(mappings, _mapped_ranges(plan, wanted), ahead)
-        if hasher is not None and hasher.mapped_bytes:
-            _hash(hasher, mappings, threads or cores(), "verify" if progress else None)
+        if observer is not None and observer.mapped_bytes:
+            look = partial(observer.bytes_mapped, {i: memoryview(mapping) for i, mapping in mappings.items()})
+            steps, label = observer.mapped_steps(STEP), "verify" if progress else None
+            _drive(steps, partial(map, look), threads or cores(), observer.mapped_bytes, label)
 
     return [
-        _tensor(arena, mappings, home, place, shape, dtype)
+        arena.tensor(place, shape, dtype) if home == ARENA else view(mappings[home], place, shape, dtype)
         for home, place, (shape, dtype) in zip(plan.homes, plan.places, wanted, strict=True)
     ]
 
@@ -99,13 +97,10 @@ def hash_checkpoint(
     """
     plan, wanted = plan_full_read(manifest)
     hasher = Hasher(manifest, default_dims(manifest) if dims is None else dims, plan, wanted)
-    arena = NoArena()
 
     with ExitStack() as stack:
         shards = {i: stack.enter_context(open_shard(file)) for i, file in enumerate(files)}
-        if plan.sizes:
-            count = threads or _threads(plan, shards, arena, hasher)
-            _read(plan, shards, arena, count, hasher, "verify" if progress else None)
+        _read(Reading(plan, shards, NoArena(), hasher), threads, "verify" if progress else None)
 
     return hasher.digests()
 
@@ -116,42 +111,38 @@ def _mapped_ranges(plan: Plan, wanted: Sequence[tuple[tuple[int, ...], str]]) ->
             yield home, place, place + math.prod(shape) * BITS[dtype] // 8
 
 
-def _tensor(
-    arena: Arena, mappings: Mapping[int, mmap.mmap], home: int, place: int, shape: tuple[int, ...], dtype: str
-) -> Tensor:
-    return arena.tensor(place, shape, dtype) if home == ARENA else view(mappings[home], place, shape, dtype)
+def _read(reading: Reading, threads: int | None, label: str | None) -> None:
+    plan = reading.plan
+    if plan.sizes or plan.rows.counts:
+        _drive(reading.steps(), reading.run, threads or _threads(reading), plan.read_bytes, label)
 
 
-def _threads(plan: Plan, shards: Mapping[int, OpenShard], arena: Arena, hasher: Hasher | None) -> int:
-    most = PINNED_BYTES // (RING_DEPTH * STEP) if not arena.on_host else cores() + COLD_THREADS
+def _threads(reading: Reading) -> int:
+    plan = reading.plan
+    most = PINNED_BYTES // (RING_DEPTH * STEP) if not reading.arena.on_host else cores() + COLD_THREADS
     reads = zip((*plan.shards, *plan.rows.shards), (*plan.offsets, *plan.rows.offsets), strict=True)
-    cold = any(shards[i].is_cold(offset) for i, offset in reads)
+    cold = any(reading.shards[i].is_cold(offset) for i, offset in reads)
 
     if not cold:
         return min(most, cores())
 
     # While some threads hash, which keeps a core busy each, as many others have to keep the disk busy.
-    return min(most, max(cores(), COLD_THREADS + (0 if hasher is None else cores())))
+    return min(most, max(cores(), COLD_THREADS + (0 if reading.observer is None else cores())))
 
 
-_StepT = TypeVar("_StepT", contravariant=True)
-
-
-class _Worker(Protocol[_StepT]):
-    """The worker of one thread, which does its steps."""
-
-    def run(self, step: _StepT) -> int:
-        """Do a step and return its number of bytes."""
-
-    def finish(self) -> None:
-        """Wait until all is done."""
+_Step = TypeVar("_Step")
 
 
 def _drive(
-    steps: Iterator[_StepT], worker: Callable[[], _Worker[_StepT]], threads: int, total: int, label: str | None
+    steps: Iterator[_Step],
+    run: Callable[[Iterator[_Step]], Iterator[int]],
+    threads: int,
+    total: int,
+    label: str | None,
 ) -> None:
     """Do the steps on ``threads`` threads; the first error, or an interrupt, stops all of them.
 
+    :param run: does steps on one thread, and yields the number of bytes of each.
     :param total: the bytes of all steps.
     :param label: the label of the progress bar; ``None`` shows no bar.
     """
@@ -160,18 +151,20 @@ def _drive(
     errors: list[BaseException] = []
     done = [0] * threads
 
+    def take() -> Iterator[_Step]:
+        while not stop.is_set():
+            with lock:
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
+
     def work(me: int) -> None:
         # An intra-op thread pool within each reader would only compete with the other readers for the cores.
         torch.set_num_threads(1)
         try:
-            mine = worker()
-            while not stop.is_set():
-                with lock:
-                    step = next(steps, None)
-                if step is None:
-                    break
-                done[me] += mine.run(step)
-            mine.finish()
+            for count in run(take()):
+                done[me] += count
         except BaseException as error:  # raised again in the caller's thread
             errors.append(error)
             stop.set()
@@ -201,38 +194,3 @@ def _drive(
 
     if errors:
         raise errors[0]
-
-
-def _read(
-    plan: Plan,
-    shards: Mapping[int, OpenShard],
-    arena: Arena,
-    threads: int,
-    hasher: Hasher | None,
-    label: str | None,
-) -> None:
-    """Run the reads, and hash their bytes."""
-    _drive(steps_of(plan, hasher), lambda: Reader(plan, shards, arena, hasher), threads, plan.read_bytes, label)
-
-
-def _hash(hasher: Hasher, mappings: Mapping[int, mmap.mmap], threads: int, label: str | None) -> None:
-    """Hash the mapped bytes."""
-    steps = hasher.mapped_steps(STEP)
-    _drive(steps, lambda: _MappingHasher(hasher, mappings), threads, hasher.mapped_bytes, label)
-
-
-class _MappingHasher:
-    """The worker of one thread that hashes mapped bytes."""
-
-    def __init__(self, hasher: Hasher, mappings: Mapping[int, mmap.mmap]) -> None:
-        self._leaves = hasher.thread()
-        self._mappings = {home: memoryview(mapping) for home, mapping in mappings.items()}
-
-    def run(self, step: Sequence[Part]) -> int:
-        for part in step:
-            self._leaves.part(part, self._mappings[part.source][part.begin : part.end])
-
-        return sum(part.end - part.begin for part in step)
-
-    def finish(self) -> None:
-        pass

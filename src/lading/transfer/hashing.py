@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from threading import get_ident
 
 from lading.errors import CorruptModelCheckpointError, InternalError
 from lading.formats.digests import EMPTY_BLOCK, LEAF, SIZE, Cut, Digests, block_digest, cut, starts_of
@@ -96,7 +98,7 @@ class _Run:
 
 
 class Hasher:
-    """A collector of the digests of the blocks that one run of ``execute`` reads or maps whole.
+    """The observer that collects the digests of the blocks that one run of ``execute`` reads or maps whole.
 
     Blocks that are read in part have no digest. Nor have blocks of long runs of bytes, each read separately, that
     share a leaf; no shard of a gang of 2, 4 or 8 has such blocks.
@@ -120,12 +122,13 @@ class Hasher:
         self._empty: list[int] = []
         # Their bytes: by read, by entry of the plan's rows, by mapping.
         self._reads, self._rows, self._mapped = _Jobs(), _Jobs(), _Jobs()
-        self._threads: list[LeafHasher] = []
         self._hashed_by_all: int | None = None
 
         self._find_jobs(wanted)
         self.slots = bytearray(self._slots_used * SIZE)
         """The digests of all leaves; for a block of one leaf, that of the block."""
+        # By thread. A later thread may have the number, and so the hasher, of one that has ended.
+        self._leaves: dict[int, LeafHasher] = defaultdict(lambda: LeafHasher(self.slots))
 
     # --- the jobs -----------------------------------------------------------------------------------------------------
 
@@ -243,11 +246,6 @@ class Hasher:
     # --- during the reads ---------------------------------------------------------------------------------------------
 
     def stop(self, read: int, at: int, limit: int, item: int) -> int:
-        """Return where a piece of a read has to end to contain whole atoms and whole items.
-
-        :param at: its begin in the file, not inside an atom.
-        :param limit: its largest end, unless the first atom reaches farther.
-        """
         job = self._reads.before(read, limit)
         if job is not None and limit < job.end:
             begin, end = job.atom(limit)
@@ -255,27 +253,22 @@ class Hasher:
 
         return limit - (limit - at) % item
 
-    def rows_together(self, entry: int) -> int:
-        """Return the number of rows of an entry of the plan's rows that have to be read at once."""
-        job = self._rows.before(entry, 1)
+    def rows_together(self, rows: int) -> int:
+        job = self._rows.before(rows, 1)
 
         return 1 if job is None else max(1, job.group)
 
-    def in_read(self, read: int, begin: int, end: int) -> Iterator[Part]:
-        """Yield the parts to hash in a piece of a read, by offsets in the file."""
-        return self._reads.within(read, begin, end)
+    def bytes_read(self, read: int, begin: int, memory: memoryview) -> None:
+        self._leaves[get_ident()].hash(self._reads.within(read, begin, begin + len(memory)), begin, memory)
 
-    def in_rows(self, entry: int, begin: int, end: int) -> Iterator[Part]:
-        """Yield the parts to hash in an entry of the plan's rows, by offsets in memory, where row follows row."""
-        return self._rows.within(entry, begin, end)
+    def rows_read(self, rows: int, begin: int, memory: memoryview) -> None:
+        self._leaves[get_ident()].hash(self._rows.within(rows, begin, begin + len(memory)), begin, memory)
 
     @property
     def mapped_bytes(self) -> int:
-        """The number of bytes to hash in mappings."""
         return self._mapped.nbytes
 
-    def mapped_steps(self, most: int) -> Iterator[list[Part]]:
-        """Yield the parts to hash in mappings, by offsets in the file, in steps of about ``most`` bytes."""
+    def mapped_steps(self, most: int) -> Iterator[Sequence[Part]]:
         step: list[Part] = []
         size = 0
         for job, source, at, end in self._mapped:
@@ -293,11 +286,12 @@ class Hasher:
         if step:
             yield step
 
-    def thread(self) -> LeafHasher:
-        """Return a hasher of leaves for one thread."""
-        self._threads.append(LeafHasher(self.slots))
+    def bytes_mapped(self, mappings: Mapping[int, memoryview], step: Sequence[Part]) -> int:
+        leaves = self._leaves[get_ident()]
+        for part in step:
+            leaves.hash([part], 0, mappings[part.source])
 
-        return self._threads[-1]
+        return sum(part.end - part.begin for part in step)
 
     # --- after the reads ----------------------------------------------------------------------------------------------
 
@@ -307,10 +301,15 @@ class Hasher:
         :param add_up: replaces numbers by their sums over all ranks. One rank writes a slot; those of the others are
             zero.
         """
-        hashed = array("q", [sum(thread.hashed for thread in self._threads)])
+        hashed = array("q", [self._hashed])
         add_up(hashed)
         add_up(self.slots)
         self._hashed_by_all = hashed[0]
+
+    @property
+    def _hashed(self) -> int:
+        """The number of bytes hashed by all threads."""
+        return sum(leaves.hashed for leaves in self._leaves.values())
 
     def digests(self) -> Digests:
         """Return the digests of all hashed blocks, after ``execute`` has returned.
@@ -318,8 +317,7 @@ class Hasher:
         :raises CorruptModelCheckpointError: bytes that were read twice differ.
         """
         expected = self._reads.nbytes + self._rows.nbytes + self._mapped.nbytes
-        own = sum(thread.hashed for thread in self._threads)
-        hashed = own if self._hashed_by_all is None else self._hashed_by_all
+        hashed = self._hashed if self._hashed_by_all is None else self._hashed_by_all
         if hashed != expected:
             raise InternalError(f"{expected} bytes should have been hashed, but {hashed} were")
 

@@ -76,19 +76,15 @@ class LeafHasher:
         self._gathered = torch.empty(0, dtype=torch.uint8)
         self._view = memoryview(b"")
 
-    def parts(self, parts: Iterable[Part], begin: int, memory: memoryview) -> None:
+    def hash(self, parts: Iterable[Part], begin: int, memory: memoryview) -> None:
         """Hash parts of ``memory``, which begins at the offset ``begin``."""
         for part in parts:
-            self.part(part, memory[part.begin - begin : part.end - begin])
-
-    def part(self, part: Part, memory: memoryview) -> None:
-        """Hash a part with the bytes ``memory``."""
-        job = part.job
-        if job.group:
-            self._groups(job, part.begin - job.begin, memory)
-        else:
-            self._pieces(job, part.begin - job.begin, memory)
-        self.hashed += len(memory)
+            job, atoms = part.job, memory[part.begin - begin : part.end - begin]
+            if job.group:
+                self._groups(job, part.begin - job.begin, atoms)
+            else:
+                self._pieces(job, part.begin - job.begin, atoms)
+            self.hashed += len(atoms)
 
     def _groups(self, job: Job, begin: int, memory: memoryview) -> None:
         row = job.blocks * job.segment

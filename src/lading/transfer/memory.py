@@ -91,7 +91,7 @@ class HostArena:
 
 
 class NoArena:
-    """An arena without memory, for bytes that are only hashed."""
+    """An arena without memory, for bytes that are only looked at."""
 
     on_host = True
 
@@ -99,7 +99,7 @@ class NoArena:
         return None
 
     def stage(self, chunk: int) -> Stage:
-        return _PassingStage(chunk)
+        return PassingStage(chunk)
 
     def tensor(self, place: int, shape: tuple[int, ...], dtype: str) -> Tensor:
         raise InternalError("bytes that were only looked at are no tensor")
@@ -183,17 +183,19 @@ class _HostStage:
         pass
 
 
-class _PassingStage:
+class PassingStage:
     """A buffer whose bytes stay where they are."""
 
     def __init__(self, chunk: int) -> None:
-        self._bytes = memoryview(mmap.mmap(-1, chunk, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        self._map = mmap.mmap(-1, chunk, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.read = torch.empty(0, dtype=torch.uint8)
+        """The bytes read last, until the next ones."""
 
     def take(self) -> memoryview:
-        return self._bytes
+        return memoryview(self._map)
 
     def put(self, begin: int, size: int, place: int, source: str, target: str) -> None:
-        pass
+        self.read = torch.frombuffer(self._map, dtype=torch.uint8, count=size, offset=begin)
 
     def finish(self) -> None:
         pass

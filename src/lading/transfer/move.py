@@ -57,7 +57,7 @@ def load_tensors(
     :raises OSError: a file cannot be read.
     """
     hasher = None if dims is None else Hasher(manifest, dims, planned, wanted)
-    tensors = execute(planned, files, _shapes(wanted), arena=arena, progress=progress, hasher=hasher, ahead=ahead)
+    tensors = execute(planned, files, _shapes(wanted), arena=arena, progress=progress, observer=hasher, ahead=ahead)
 
     return LoadedTensors(
         tensors=tensors,
@@ -88,15 +88,14 @@ def load_together(
     """
     with root.on_host() as host:
         if host.size > 1:
-            joint = Joint(manifest, host.gather_objects(Demand.of(planned)))
-            hasher = None if dims is None else Hasher(manifest, dims, joint.plan, joint.wanted)
-            schedule = joint.schedule(hasher)
+            joint = Joint(manifest, host.gather_objects(Demand.of(planned)), dims)
+            schedule = joint.schedule()
             tensors = execute_together(
-                planned, schedule, files, _shapes(wanted), host=host, arena=arena, progress=progress, hasher=hasher
+                planned, schedule, files, _shapes(wanted), host=host, arena=arena, progress=progress
             )
             return LoadedTensors(
                 tensors=tensors,
-                digests=None if hasher is None else hasher.digests(),
+                digests=None if joint.hasher is None else joint.hasher.digests(),
                 bytes_read=schedule.bytes_of(host.rank),
                 reads=sum(1 for _ in schedule.steps(host.rank)),
                 pages=arena.pages,

@@ -1,10 +1,11 @@
-"""The reader of one thread, and the steps of a plan that threads share."""
+"""The reader of one thread, the steps of a plan that threads share, and the observer of the bytes."""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from lading.formats.digests import LEAF
 from lading.formats.manifest import BITS
 from lading.planning.plan import PAGE, Plan, reads_gaps
 from lading.transfer.files import OpenShard
-from lading.transfer.hashing import Hasher
+from lading.transfer.leaves import Part
 from lading.transfer.memory import Arena, Stage
 
 STEP = 8 << 20
@@ -47,53 +48,87 @@ class RowStep(NamedTuple):
     runs: int
 
 
-def steps_of(plan: Plan, hasher: Hasher | None) -> Iterator[Step | RowStep]:
-    """Yield all reads of a plan, in steps for several threads."""
-    for read, (offset, size, cast) in enumerate(zip(plan.offsets, plan.sizes, plan.casts, strict=True)):
-        item, _ = item_sizes(plan.conversions[cast])
-        for at, count in _pieces(hasher, read, offset, size, STEP, item):
-            yield Step(read, at, count)
+class Observer(Protocol):
+    """An observer of the bytes of a plan, on the thread that reads them, while they are in its cache."""
 
-    for number, (stride, length, count) in enumerate(
-        zip(plan.rows.strides, plan.rows.lengths, plan.rows.counts, strict=True)
-    ):
-        at_once = _runs_at_once(hasher, number, STEP, stride if reads_gaps(stride, length) else length)
-        for first in range(0, count, at_once):
-            yield RowStep(number, first, min(count - first, at_once))
+    def stop(self, read: int, at: int, limit: int, item: int) -> int:
+        """Return where a piece of a read has to end to contain whole items, and whole units of this observer.
 
+        :param at: its begin in the file, not inside a unit.
+        :param limit: its largest end, unless the first unit reaches farther.
+        """
 
-def _pieces(
-    hasher: Hasher | None, read: int, offset: int, size: int, most: int, item: int
-) -> Iterator[tuple[int, int]]:
-    """Yield (offset, size) of pieces of whole items, of about ``most`` bytes, which end at pages of the file or between
-    atoms.
-    """
-    at, end = offset, offset + size
-    while at < end:
-        limit = at + most
-        if limit >= end:
-            stop = end
-        elif hasher is None:
-            stop = limit - limit % PAGE
-            stop -= (stop - at) % item
-        else:
-            stop = hasher.stop(read, at, limit, item)
-        yield at, stop - at
-        at = stop
+    def rows_together(self, rows: int) -> int:
+        """Return the number of runs of an entry of the plan's rows that have to be read at once."""
+
+    def bytes_read(self, read: int, begin: int, memory: memoryview) -> None:
+        """Observe a piece of a read, which begins at the offset ``begin`` of the file."""
+
+    def rows_read(self, rows: int, begin: int, memory: memoryview) -> None:
+        """Observe runs of an entry of the plan's rows. ``begin`` is the number of bytes in all runs before."""
+
+    @property
+    def mapped_bytes(self) -> int:
+        """The number of bytes to observe in mappings."""
+
+    def mapped_steps(self, most: int) -> Iterator[Sequence[Part]]:
+        """Yield the parts to observe in mappings, by offsets in the file, in steps of about ``most`` bytes."""
+
+    def bytes_mapped(self, mappings: Mapping[int, memoryview], step: Sequence[Part]) -> int:
+        """Observe a step of :meth:`mapped_steps` and return its number of bytes."""
 
 
-def _runs_at_once(hasher: Hasher | None, number: int, most: int, distance: int) -> int:
-    """Return the number of runs of the plan's rows ``number`` to read at once, which take ``distance`` bytes each."""
-    together = 1 if hasher is None else hasher.rows_together(number)
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One run of the reads of a plan, which several threads share."""
 
-    return max(1, most // distance // together) * together
+    plan: Plan
+    shards: Mapping[int, OpenShard]
+    arena: Arena
+    observer: Observer | None
 
+    def steps(self) -> Iterator[Step | RowStep]:
+        """Yield all reads, in steps for several threads."""
+        plan = self.plan
+        for read, (offset, size, cast) in enumerate(zip(plan.offsets, plan.sizes, plan.casts, strict=True)):
+            item, _ = item_sizes(plan.conversions[cast])
+            for at, count in self.pieces(read, offset, size, STEP, item):
+                yield Step(read, at, count)
 
-def item_sizes(conversion: tuple[str, str]) -> tuple[int, int]:
-    """Return the bytes of an item in the file and in memory; without a cast, bytes are the items."""
-    source, target = conversion
+        for number, count in enumerate(plan.rows.counts):
+            at_once = self.runs_at_once(number, STEP)
+            for first in range(0, count, at_once):
+                yield RowStep(number, first, min(count - first, at_once))
 
-    return BITS[source] // 8 if source else 1, BITS[target] // 8 if target else 1
+    def run(self, steps: Iterator[Step | RowStep]) -> Iterator[int]:
+        """Do steps on this thread, and yield the number of bytes read in each."""
+        reader = Reader(self)
+        yield from map(reader.run, steps)
+        reader.finish()
+
+    def pieces(self, read: int, offset: int, size: int, most: int, item: int) -> Iterator[tuple[int, int]]:
+        """Yield (offset, size) of pieces of whole items, of about ``most`` bytes, which end at pages of the file or
+        where the observer says.
+        """
+        at, end = offset, offset + size
+        while at < end:
+            limit = at + most
+            if limit >= end:
+                stop = end
+            elif self.observer is None:
+                stop = limit - limit % PAGE
+                stop -= (stop - at) % item
+            else:
+                stop = self.observer.stop(read, at, limit, item)
+            yield at, stop - at
+            at = stop
+
+    def runs_at_once(self, number: int, most: int) -> int:
+        """Return the number of runs of the plan's rows ``number`` to read at once: about ``most`` bytes."""
+        stride, length = self.plan.rows.strides[number], self.plan.rows.lengths[number]
+        together = 1 if self.observer is None else self.observer.rows_together(number)
+
+        return max(1, most // (stride if reads_gaps(stride, length) else length) // together) * together
 
 
 class Reader:
@@ -102,20 +137,9 @@ class Reader:
     :param chunk: bytes to read at once if they do not go directly into the arena.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        shards: Mapping[int, OpenShard],
-        arena: Arena,
-        hasher: Hasher | None,
-        chunk: int | None = None,
-    ) -> None:
-        self._plan = plan
-        self._shards = shards
-        self._arena = arena
-        self._chunk = chunk or (CAST_CHUNK if arena.on_host else STEP)
-        self._hasher = hasher
-        self._leaves = None if hasher is None else hasher.thread()
+    def __init__(self, reading: Reading, chunk: int | None = None) -> None:
+        self._reading = reading
+        self._chunk = chunk or (CAST_CHUNK if reading.arena.on_host else STEP)
         self._stage: Stage | None = None
         self._bounce: mmap.mmap | None = None
 
@@ -124,20 +148,20 @@ class Reader:
         return self._run(*step) if isinstance(step, Step) else self._run_rows(*step)
 
     def _run(self, read: int, offset: int, size: int) -> int:
-        plan = self._plan
-        file, cast = self._shards[plan.shards[read]], plan.casts[read]
+        plan = self._reading.plan
+        file, cast = self._reading.shards[plan.shards[read]], plan.casts[read]
         source, target = plan.conversions[cast]
         source_size, target_size = item_sizes((source, target))
         place = plan.targets[read] + (offset - plan.offsets[read]) // source_size * target_size
         cold = file.is_cold(offset)
 
-        memory = self._arena.direct(place, size) if cast == 0 else None
+        memory = self._reading.arena.direct(place, size) if cast == 0 else None
         if memory is not None:
             self._fill(file, read, offset, memory, direct=cold and (place - offset) % PAGE == 0)
             return size
 
         stage = self._get_stage()
-        for at, count in _pieces(self._hasher, read, offset, size, self._chunk, source_size):
+        for at, count in self._reading.pieces(read, offset, size, self._chunk, source_size):
             # Direct reads put a byte at its offset in its page; items have to be aligned all the same.
             skip = at % PAGE if cold and at % source_size == 0 else 0
             memory = stage.take()[skip : skip + count]
@@ -147,33 +171,34 @@ class Reader:
         return size
 
     def _fill(self, file: OpenShard, read: int, offset: int, memory: memoryview, *, direct: bool) -> None:
-        """Read a piece, and hash it before it leaves the cache."""
-        if self._hasher is None or self._leaves is None:
+        """Read a piece, and have it observed before it leaves the cache."""
+        observer = self._reading.observer
+        if observer is None:
             file.fill(offset, memory, direct=direct)
             return
 
         # Large requests suit a disk; its bytes are not in the cache of this core anyway.
-        for at, count in _pieces(self._hasher, read, offset, len(memory), len(memory) if direct else LEAF, 1):
+        for at, count in self._reading.pieces(read, offset, len(memory), len(memory) if direct else LEAF, 1):
             part = memory[at - offset : at - offset + count]
             file.fill(at, part, direct=direct)
-            self._leaves.parts(self._hasher.in_read(read, at, at + count), at, part)
+            observer.bytes_read(read, at, part)
 
     def _run_rows(self, number: int, begin: int, runs: int) -> int:
-        rows = self._plan.rows
-        file, cast = self._shards[rows.shards[number]], rows.casts[number]
+        plan, rows, observer = self._reading.plan, self._reading.plan.rows, self._reading.observer
+        file, cast = self._reading.shards[rows.shards[number]], rows.casts[number]
         stride, length = rows.strides[number], rows.lengths[number]
-        source, target = self._plan.conversions[cast]
+        source, target = plan.conversions[cast]
         source_size, target_size = item_sizes((source, target))
         offset = rows.offsets[number] + begin * stride
         place = rows.targets[number] + begin * length // source_size * target_size
         cold = file.is_cold(offset)
         gaps = reads_gaps(stride, length)
-        at_once = _runs_at_once(self._hasher, number, ROWS_CHUNK, stride if gaps else length)
+        at_once = self._reading.runs_at_once(number, ROWS_CHUNK)
 
         for first in range(0, runs, at_once):
             count = min(runs - first, at_once)
             at, to = offset + first * stride, place + first * length // source_size * target_size
-            memory = self._arena.direct(to, count * length) if cast == 0 else None
+            memory = self._reading.arena.direct(to, count * length) if cast == 0 else None
             stage = self._get_stage() if memory is None else None
             if stage is not None:
                 memory = stage.take()[: count * length]
@@ -187,9 +212,8 @@ class Reader:
                 for i in range(count):
                     file.fill(at + i * stride, memory[i * length : (i + 1) * length])
 
-            if self._hasher is not None and self._leaves is not None:
-                done = (begin + first) * length
-                self._leaves.parts(self._hasher.in_rows(number, done, done + count * length), done, memory)
+            if observer is not None:
+                observer.rows_read(number, (begin + first) * length, memory)
             if stage is not None:
                 stage.put(0, count * length, to, source, target)
 
@@ -208,7 +232,7 @@ class Reader:
 
     def _get_stage(self) -> Stage:
         if self._stage is None:
-            self._stage = self._arena.stage(max(self._chunk, ROWS_CHUNK, LEAF) + PAGE)
+            self._stage = self._reading.arena.stage(max(self._chunk, ROWS_CHUNK, LEAF) + PAGE)
 
         return self._stage
 
@@ -216,3 +240,10 @@ class Reader:
         """Wait until all bytes are in their places."""
         if self._stage is not None:
             self._stage.finish()
+
+
+def item_sizes(conversion: tuple[str, str]) -> tuple[int, int]:
+    """Return the bytes of an item in the file and in memory; without a cast, bytes are the items."""
+    source, target = conversion
+
+    return BITS[source] // 8 if source else 1, BITS[target] // 8 if target else 1

@@ -120,9 +120,10 @@ class Joint:
     """The shared reads of the ranks of a host. All ranks compute the same from the same demands.
 
     :param demands: the demand of each rank.
+    :param dims: the dims of the blocks to digest, one for each tensor of the manifest.
     """
 
-    def __init__(self, manifest: Manifest, demands: Sequence[Demand]) -> None:
+    def __init__(self, manifest: Manifest, demands: Sequence[Demand], dims: Sequence[int] | None = None) -> None:
         self._manifest = manifest
         self._demands = demands
         self._indexes = [Index(demand) for demand in demands]
@@ -130,19 +131,18 @@ class Joint:
         """All rows that any rank wants a part of, for each tensor."""
         self.plan = plan(manifest, self.wanted)
         """The plan of its reads, whose other bytes are dropped."""
+        self.hasher = None if dims is None else Hasher(manifest, dims, self.plan, self.wanted)
+        """The observer of these reads, which gets the digests of what all ranks read."""
 
-    def schedule(self, hasher: Hasher | None) -> Schedule:
-        """Return the schedule of the reads of all ranks.
-
-        :param hasher: the hasher of :attr:`plan`.
-        """
+    def schedule(self) -> Schedule:
+        """Return the schedule of the reads of all ranks."""
         ranks = len(self._demands)
         reads, offsets, sizes = array("I"), array("q"), array("q")
         most = max(LEAF, ROUND // ranks)
         for read, (begin, size) in enumerate(zip(self.plan.offsets, self.plan.sizes, strict=True)):
             at, end = begin, begin + size
             while at < end:
-                stop = end if end - at <= most else self._stop(read, at, at + most, hasher)
+                stop = end if end - at <= most else self._stop(read, at, at + most)
                 reads.append(read)
                 offsets.append(at)
                 sizes.append(stop - at)
@@ -155,9 +155,9 @@ class Joint:
 
         return Schedule(joint=self, reads=reads, offsets=offsets, sizes=sizes, bounds=(*bounds, len(sizes)))
 
-    def _stop(self, read: int, at: int, limit: int, hasher: Hasher | None) -> int:
+    def _stop(self, read: int, at: int, limit: int) -> int:
         """Return where a step has to end: between items of a tensor, and between atoms."""
-        stop = limit - limit % PAGE if hasher is None else hasher.stop(read, at, limit, 1)
+        stop = limit - limit % PAGE if self.hasher is None else self.hasher.stop(read, at, limit, 1)
         manifest = self._manifest
         tensors = manifest.tensors_of(self.plan.shards[read])
         tensor = bisect_right(manifest.offsets, stop, tensors.start, tensors.stop) - 1

@@ -37,7 +37,7 @@ from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.execute import execute, hash_checkpoint
 from lading.transfer.files import ShardFile, open_shard
 from lading.transfer.hashing import Hasher
-from lading.transfer.memory import HostArena, RingStage
+from lading.transfer.memory import HostArena, NoArena, RingStage
 from tests.helpers.digest_reference import reference
 
 
@@ -440,7 +440,7 @@ def test_digests_are_taken_on_the_way(tmp_path: Path, cold: bool, mapped: bool, 
     if cold:
         evict(file.path)
     shapes = [(box.sizes, d) for box, d in zip(boxes, wanted.dtypes, strict=True)]
-    tensors = execute(planned, [file], shapes, hasher=hasher)
+    tensors = execute(planned, [file], shapes, observer=hasher)
 
     assert roots(manifest, hasher.digests()) == references(manifest, file, DIMS)
     assert bytes(hasher.vouched) == bytes([1] * 5)
@@ -489,7 +489,7 @@ def test_the_part_of_a_rank_is_vouched_for(tmp_path: Path, dtype: str, on_device
     assert len(planned.rows.counts) == 2
     hasher = Hasher(manifest, dims, planned, wanted)
     arena = SlowDevice(planned.arena_bytes) if on_device else HostArena(planned.arena_bytes)
-    execute(planned, [file], [(box.sizes, dtype) for box in boxes], arena=arena, hasher=hasher)
+    execute(planned, [file], [(box.sizes, dtype) for box in boxes], arena=arena, observer=hasher)
 
     assert bytes(hasher.vouched) == bytes([1] * 4)
     found, whole = hasher.digests(), hash_checkpoint(manifest, [file], dims)
@@ -504,7 +504,7 @@ def test_blocks_across_parts_that_are_wanted_one_after_the_other(tmp_path: Path)
     wanted = Wanted(tensors=[0, 0, 0], boxes=boxes, dtypes=["BF16"] * 3)
     planned = plan(manifest, wanted)
     hasher = Hasher(manifest, [0], planned, wanted)
-    execute(planned, [file], [(box.sizes, "BF16") for box in boxes], hasher=hasher)
+    execute(planned, [file], [(box.sizes, "BF16") for box in boxes], observer=hasher)
 
     assert bytes(hasher.vouched) == bytes([1, 1, 1])
     assert roots(manifest, hasher.digests()) == references(manifest, file, [0])
@@ -516,7 +516,7 @@ def test_a_part_that_ends_within_a_block_is_not_vouched_for(tmp_path: Path) -> N
     wanted = Wanted(tensors=[0], boxes=[box], dtypes=["BF16"])
     planned = plan(manifest, wanted)
     hasher = Hasher(manifest, [0], planned, wanted)
-    execute(planned, [file], [(box.sizes, "BF16")], hasher=hasher)
+    execute(planned, [file], [(box.sizes, "BF16")], observer=hasher)
 
     assert bytes(hasher.vouched) == bytes([0])
     assert list(hasher.digests().known) == [0b1110]
@@ -529,7 +529,7 @@ def test_parts_in_any_order(tmp_path: Path, mapped: bool) -> None:
     wanted = Wanted(tensors=[0, 0, 0], boxes=boxes, dtypes=["BF16"] * 3)
     planned = plan(manifest, wanted, mapped=mapped)
     hasher = Hasher(manifest, [0], planned, wanted)
-    execute(planned, [file], [(box.sizes, "BF16") for box in boxes], hasher=hasher)
+    execute(planned, [file], [(box.sizes, "BF16") for box in boxes], observer=hasher)
 
     assert bytes(hasher.vouched) == bytes([1, 1, 1])
     assert roots(manifest, hasher.digests()) == references(manifest, file, [0])
@@ -551,7 +551,7 @@ def test_bytes_that_are_read_twice_must_be_the_same(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(module.os, "preadv", flipping)
     hasher = Hasher(manifest, [0], planned, wanted)
-    execute(planned, [file], [(box.sizes, "BF16")] * 2, hasher=hasher)
+    execute(planned, [file], [(box.sizes, "BF16")] * 2, observer=hasher)
     with pytest.raises(CorruptModelCheckpointError, match="block 0 of tensor 't0' was read twice"):
         hasher.digests()
 
@@ -570,7 +570,8 @@ def test_many_small_tensors_are_few_steps(tmp_path: Path, mapped: bool) -> None:
     wanted = Wanted(tensors=range(2000), boxes=boxes, dtypes=manifest.dtypes)
     planned = plan(manifest, wanted, mapped=mapped)
     hasher = Hasher(manifest, [1] * 2000, planned, wanted)
-    steps = list(hasher.mapped_steps(8 << 20)) if mapped else list(reader.steps_of(planned, hasher))
+    reading = reader.Reading(planned, {}, NoArena(), hasher)
+    steps = list(hasher.mapped_steps(8 << 20) if mapped else reading.steps())
     assert len(steps) in {2, 3}
 
 
