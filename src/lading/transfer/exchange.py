@@ -91,7 +91,6 @@ class _Sender:
     """The reader of this rank's steps, which packs the bytes that each rank wants."""
 
     def __init__(self, schedule: Schedule, host: Gang, reader: Reader, window: _Window) -> None:
-        self._joint = schedule.joint
         self._schedule = schedule
         self._host = host
         self._reader = reader
@@ -101,14 +100,12 @@ class _Sender:
 
     def prepare(self, number: int) -> tuple[Tensor, list[int]]:
         """Return the bytes that this rank sends in a round, rank by rank, and the number of bytes for each."""
-        step = self._schedule.step(self._host.rank, number)
+        joint, step = self._schedule.joint, self._schedule.step(self._host.rank, number)
         if step is None:
             return torch.empty(0, dtype=torch.uint8), [0] * self._host.size
 
         self._reader.run(step)
-        shard = self._joint.plan.shards[step.read]
-        ranks = range(self._host.size)
-        messages = [self._joint.message(rank, shard, step.offset, step.offset + step.size) for rank in ranks]
+        messages = [joint.message(rank, step) for rank in range(self._host.size)]
         sizes = [message.size for message in messages]
         buffer = self._buffers[number % 2]
         if buffer.numel() < sum(sizes):
@@ -116,7 +113,7 @@ class _Sender:
 
         at = 0
         for rank, message in enumerate(messages):
-            self._joint.pack(rank, message, self._window.last.read, step.offset, buffer[at : at + message.size])
+            joint.pack(rank, message, self._window.last.read, step.offset, buffer[at : at + message.size])
             at += message.size
 
         return buffer[:at], sizes
@@ -127,7 +124,6 @@ class _Receiver:
 
     def __init__(self, plan: Plan, schedule: Schedule, host: Gang, arena: Arena) -> None:
         self._plan = plan
-        self._joint = schedule.joint
         self._schedule = schedule
         self._host = host
         self._arena = arena
@@ -136,23 +132,16 @@ class _Receiver:
 
     def receive(self, number: int, sent: Tensor, sizes: list[int]) -> None:
         """Send the bytes that this rank read in a round, and receive those that it wants from the others."""
-        messages = []
-        for rank in range(self._host.size):
-            step = self._schedule.step(rank, number)
-            if step is not None:
-                begin, shard = step.offset, self._joint.plan.shards[step.read]
-                messages.append((rank, self._joint.message(self._host.rank, shard, begin, begin + step.size)))
-        expected = [0] * self._host.size
-        for rank, message in messages:
-            expected[rank] = message.size
-
+        steps = (self._schedule.step(rank, number) for rank in range(self._host.size))
+        messages = [self._schedule.joint.message(self._host.rank, step) for step in steps]
+        expected = [message.size for message in messages]
         stage = self._stage_of(sum(expected))
         memory = stage.take()[: sum(expected)]
         received = torch.frombuffer(memory, dtype=torch.uint8) if len(memory) else sent[:0]
         self._host.all_to_all(received, expected, sent, sizes)
 
         at = 0
-        for _, message in messages:
+        for message in messages:
             for piece, place in zip(message.pieces, message.places, strict=True):
                 self._put(stage, memory, at + place, piece)
             at += message.size

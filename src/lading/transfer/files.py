@@ -76,12 +76,9 @@ class OpenShard:
         if self.file.sha256 is None or found == self._expected or found.size != self._expected.size:
             return False
 
-        digest, at, memory = hashlib.sha256(), 0, bytearray(1 << 20)
-        while count := os.preadv(self.fd, [memory], at):
-            digest.update(memoryview(memory)[:count])
-            at += count
-        if digest.hexdigest() != self.file.sha256:
-            return False
+        with open(self.fd, "rb", closefd=False) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != self.file.sha256:
+                return False
 
         self._expected = found
 
@@ -144,7 +141,7 @@ class OpenShard:
         :raises CorruptModelCheckpointError: the file ends before.
         """
         done = self._read_direct(offset, memory) if direct else 0
-        self._read(self.fd, offset + done, memory[done:])
+        self._read(offset + done, memory[done:])
 
     def _read_direct(self, offset: int, memory: memoryview) -> int:
         """Read past the page cache in one call and return the number of bytes read, perhaps zero."""
@@ -177,10 +174,10 @@ class OpenShard:
 
         return count
 
-    def _read(self, fd: int, offset: int, memory: memoryview) -> None:
+    def _read(self, offset: int, memory: memoryview) -> None:
         at, end = 0, len(memory)
         while at < end:
-            count = os.preadv(fd, [memory[at:]], offset + at)
+            count = os.preadv(self.fd, [memory[at:]], offset + at)
             if count == 0:
                 raise CorruptModelCheckpointError(
                     self.file.path,

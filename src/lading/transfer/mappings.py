@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from lading.errors import LadingError
 from lading.formats.manifest import Manifest
@@ -51,13 +52,10 @@ def mapped_ahead(files: Sequence[ShardFile], ranges: Iterable[Range]) -> Iterato
     """
     mappings: dict[int, mmap.mmap] = {}
     cells: dict[Cell, list[tuple[int, int]]] = {}
-    by_shard: dict[int, dict[Cell, list[tuple[int, int]]]] = {}
-    for cell, parts in cells_of(ranges).items():
-        by_shard.setdefault(cell[0], {})[cell] = parts
-    for i, own in by_shard.items():
+    for i, own in groupby(cells_of(ranges).items(), lambda item: item[0][0]):
         try:
             with open_shard(files[i]) as shard:
-                present = {cell: parts for cell, parts in own.items() if shard.is_cached(parts[0][0])}
+                present = {cell: parts for cell, parts in own if shard.is_cached(parts[0][0])}
                 if present:
                     mappings[i] = map_file(shard.fd, files[i].stat.size)
                     cells |= present
@@ -98,7 +96,7 @@ def may_be_mapped(manifest: Manifest, dtype: str | None) -> Iterator[Range]:
 
 
 def cells_of(ranges: Iterable[Range]) -> dict[Cell, list[tuple[int, int]]]:
-    """Return ranges by their cells, joined if less than a huge page is between them. They begin at pages."""
+    """Return ranges by their cells, in order, joined if less than a huge page is between them. They begin at pages."""
     cells: dict[Cell, list[tuple[int, int]]] = {}
     for shard, begin, end in sorted(ranges):
         for number in range(begin // CELL, -(-end // CELL)):

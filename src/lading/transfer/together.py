@@ -13,6 +13,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -166,15 +167,17 @@ class Joint:
 
         return stop if stop > at else stop + item
 
-    def message(self, rank: int, shard: int, begin: int, end: int) -> Message:
-        """Return the message to a rank with its bytes among those of a file from ``begin`` to ``end``."""
-        pieces = self._indexes[rank].within(shard, begin, end)
-        places, at = array("q"), 0
-        for piece in pieces:
-            places.append(at)
-            at += -(-(piece.last - piece.first) // ALIGNMENT) * ALIGNMENT  # so that items are aligned where they arrive
+    def message(self, rank: int, step: Step | None) -> Message:
+        """Return the message to a rank with its bytes among those of a step; without a step, an empty one."""
+        if step is None:
+            return Message(pieces=[], places=[], size=0)
 
-        return Message(pieces=pieces, places=places, size=at)
+        pieces = self._indexes[rank].within(self.plan.shards[step.read], step.offset, step.offset + step.size)
+        # Aligned, so that items are aligned where they arrive.
+        lengths = (-(-(piece.last - piece.first) // ALIGNMENT) * ALIGNMENT for piece in pieces)
+        *places, size = accumulate(lengths, initial=0)
+
+        return Message(pieces=pieces, places=places, size=size)
 
     def pack(self, rank: int, message: Message, read: Tensor, begin: int, out: Tensor) -> None:
         """Write a message.
@@ -200,7 +203,7 @@ class Message(NamedTuple):
     """The bytes of a step for one rank: consecutive pieces, each at its place."""
 
     pieces: list[Piece]
-    places: array[int]
+    places: list[int]
     size: int
 
 
