@@ -6,7 +6,6 @@ indexes it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -17,8 +16,8 @@ from lading.cards.card import CheckpointRef
 from lading.catalog.records import Check, LocalCopy, now
 from lading.catalog.store import AssetStore
 from lading.checkpoints.published import PublishedCheckpoint, PublishedFiles, published_config, require_whole
-from lading.checkpoints.recording import known_content
-from lading.errors import CatalogError, CheckpointNotFoundError, CorruptModelCheckpointError
+from lading.checkpoints.recording import BestEffort, known_content
+from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
 from lading.formats.config_json import refuse_quantized_config
 from lading.formats.folder import is_index, is_torch_format
 from lading.formats.manifest import Manifest
@@ -29,8 +28,6 @@ from lading.sources.source import FetchedFile, RemoteFile, Snapshot, Source
 from lading.system.filesystem import FileStat
 from lading.system.settings import Settings
 from lading.system.uris import shown_uri
-
-log = logging.getLogger("lading")
 
 _ARCHIVE = ".tar"
 
@@ -178,11 +175,9 @@ def _is_good(path: Path, store: AssetStore | None) -> bool:
     """
     if store is None or not store.database.writable:
         return True
-    try:
+    with BestEffort("the catalog cannot say whether %s is good, so it is made again", path):
         return store.is_verified(path)
-    except (CatalogError, OSError) as error:
-        log.warning("the catalog cannot say whether %s is good, so it is made again: %s", path, error)
-        return False
+    return False
 
 
 def _whole(

@@ -20,6 +20,27 @@ from lading.system.uris import shown_uri
 log = logging.getLogger("lading")
 
 
+class BestEffort:
+    """A context whose body a failure of the catalog ends: it is logged, and all goes on.
+
+    :param message: what the failure means, as for a logger.
+    """
+
+    def __init__(self, message: str, *arguments: object) -> None:
+        self._message = f"{message}: %s"
+        self._arguments = arguments
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, CatalogError | OSError):
+            return False
+        log.warning(self._message, *self._arguments, error)
+
+        return True
+
+
 def fetch_extra_files(
     source: Source,
     snapshot: Snapshot,
@@ -37,32 +58,22 @@ def fetch_extra_files(
         return []
 
     fetched = source.fetch(snapshot, files, known=lambda sha256: None, progress=progress)
-    copies = [LocalCopy(file=str(file.path), path=file.path, stat=file.stat, kind=source.kind) for file in fetched]
-    _note(store, uri, copies)
+    if store is not None:
+        copies = [LocalCopy(file=str(file.path), path=file.path, stat=file.stat, kind=source.kind) for file in fetched]
+        with BestEffort("what came along with %s is not in the catalog", shown_uri(uri)):
+            record_companions(store.database, uri=uri, copies=copies)
 
     return fetched
-
-
-def _note(store: AssetStore | None, uri: str, copies: Sequence[LocalCopy]) -> None:
-    if store is None or not copies:
-        return
-    try:
-        record_companions(store.database, uri=uri, copies=copies)
-    except (CatalogError, OSError) as error:
-        log.warning("what came along with %s is not in the catalog: %s", shown_uri(uri), error)
 
 
 def known_content(store: AssetStore | None) -> Known:
     """Return a function from a digest to a verified file that the catalog knows."""
 
     def known(sha256: str) -> Path | None:
-        if store is None:
-            return None
-        try:
-            return store.find_content(sha256)
-        except (CatalogError, OSError) as error:
-            log.warning("the catalog cannot be asked for files that are here already: %s", error)
-            return None
+        if store is not None:
+            with BestEffort("the catalog cannot be asked for files that are here already"):
+                return store.find_content(sha256)
+        return None
 
     return known
 
@@ -81,11 +92,9 @@ def require_writable(store: AssetStore) -> None:
 
 def stored_checkpoint(name: str, uri: str, store: AssetStore) -> StoredCheckpoint | None:
     # Here the catalog only saves reading headers, so its failures do not fail the load.
-    try:
+    with BestEffort("the manifest of %s cannot be read from the catalog", name):
         return store.checkpoint(uri)
-    except (CatalogError, OSError) as error:
-        log.warning("the manifest of %s cannot be read from the catalog: %s", name, error)
-        return None
+    return None
 
 
 def record_manifest(
@@ -96,7 +105,7 @@ def record_manifest(
     checks: Sequence[Check] = (),
     accept: bool = False,
 ) -> None:
-    try:
+    with BestEffort("the manifest of %s is not in the catalog", checkpoint.name):
         require_writable(store)
         record_checkpoint(
             store.database,
@@ -109,14 +118,15 @@ def record_manifest(
         )
         if checks:
             record_files(store.database, uri=checkpoint.uri, checks=checks)
-    except (CatalogError, OSError) as error:
-        log.warning("the manifest of %s is not in the catalog: %s", checkpoint.name, error)
 
 
 def record_fetched(
     checkpoint: Checkpoint, copies: Sequence[LocalCopy], checks: Sequence[Check], store: AssetStore
 ) -> None:
-    try:
+    with BestEffort("what was fetched for %s is not in the catalog", checkpoint.name):
         record_files(store.database, uri=checkpoint.uri, copies=copies, checks=checks)
-    except (CatalogError, OSError) as error:
-        log.warning("what was fetched for %s is not in the catalog: %s", checkpoint.name, error)
+
+
+def record_checks(checkpoint: Checkpoint, checks: Sequence[Check], store: AssetStore) -> None:
+    with BestEffort("what was checked of %s is not in the catalog", checkpoint.name):
+        record_files(store.database, uri=checkpoint.uri, checks=checks)

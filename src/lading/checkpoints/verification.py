@@ -8,7 +8,6 @@ times, inode) is the same.
 
 from __future__ import annotations
 
-import logging
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,8 @@ from lading.catalog.checkpoints.record import record_digests, record_files
 from lading.catalog.records import Check
 from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import Checkpoint
-from lading.errors import CatalogError, DigestMismatchError, NotSupportedError
+from lading.checkpoints.recording import BestEffort, record_checks
+from lading.errors import DigestMismatchError, NotSupportedError
 from lading.formats.digests import Digests, differences, recorded
 from lading.formats.manifest import Manifest
 from lading.gangs import Gang
@@ -33,8 +33,6 @@ from lading.sources.sha256 import sha256_file
 from lading.system.progress import byte_bar
 from lading.transfer.execute import hash_checkpoint
 from lading.transfer.files import ShardFile
-
-log = logging.getLogger("lading")
 
 Verify = Literal["auto", "always", "never"]
 """``auto`` checks the files that were not verified in the state that they are in, ``always`` checks all."""
@@ -100,7 +98,7 @@ def prepare_verification(
     chosen = None if digests is None else checkpoint.pinned
     checks = check_files(checkpoint, chosen, progress=progress)
     if checks:
-        _record_checks(checkpoint, checks, store)
+        record_checks(checkpoint, checks, store)
         require_match(checks)
 
     if digests is None and ranks > 1:
@@ -149,12 +147,10 @@ def finish_verification(
         _refuse(checkpoint, different)
 
     checks = list(_shard_checks(checkpoint, expected.digests, found))
-    try:
+    with BestEffort("what was checked of %s is not in the catalog", checkpoint.name):
         if expected.digests is None:
             record_digests(store.database, uri=checkpoint.uri, manifest=manifest, digests=found)
         record_files(store.database, uri=checkpoint.uri, checks=checks)
-    except (CatalogError, OSError) as error:
-        log.warning("what was checked of %s is not in the catalog: %s", checkpoint.name, error)
 
 
 def _shards_of(manifest: Manifest, different: Different) -> list[int]:
@@ -173,7 +169,7 @@ def _record_bad(
         _check(checkpoint, shard, "blake3", expected=shard_digest(manifest, expected, shard), found=None)
         for shard in shards
     ]
-    _record_checks(checkpoint, checks, store)
+    record_checks(checkpoint, checks, store)
 
 
 def _refuse(checkpoint: Checkpoint, different: Different) -> None:
@@ -216,7 +212,7 @@ def require_pinned(checkpoint: Checkpoint, store: AssetStore, *, progress: bool 
     """
     if checkpoint.pinned and not checkpoint.trusted:
         checks = check_files(checkpoint, checkpoint.pinned, progress=progress)
-        _record_checks(checkpoint, checks, store)
+        record_checks(checkpoint, checks, store)
         require_match(checks)
 
 
@@ -270,18 +266,9 @@ def require_match(checks: Sequence[Check]) -> None:
 
 
 def _stored_digests(checkpoint: Checkpoint, store: AssetStore) -> Digests | None:
-    try:
+    with BestEffort("the digests of %s cannot be read from the catalog", checkpoint.name):
         return store.digests(checkpoint.uri, checkpoint.manifest)
-    except (CatalogError, OSError) as error:
-        log.warning("the digests of %s cannot be read from the catalog: %s", checkpoint.name, error)
-        return None
-
-
-def _record_checks(checkpoint: Checkpoint, checks: Sequence[Check], store: AssetStore) -> None:
-    try:
-        record_files(store.database, uri=checkpoint.uri, checks=checks)
-    except (CatalogError, OSError) as error:
-        log.warning("what was checked of %s is not in the catalog: %s", checkpoint.name, error)
+    return None
 
 
 def _seen_by_all(expected: Digests, seen: Sequence[bytes]) -> Digests:
