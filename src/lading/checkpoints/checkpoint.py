@@ -61,6 +61,16 @@ class Checkpoint:
 
         return self.files
 
+    def check(self, shard: int, method: str, *, expected: str | None, found: str | None) -> Check:
+        """Return the result of a check of a file, in the state in which it is known.
+
+        :param shard: the position of the file in the manifest.
+        """
+        file = self.here()[shard]
+        name = self.manifest.shards[shard].name
+
+        return Check(file=name, path=file.path, stat=file.stat, method=method, expected=expected, found=found)
+
 
 def path_checkpoint(path: Path, *, cache: Path, restrict: bool = True) -> Checkpoint:
     """Return the checkpoint at a path, without reading or writing the catalog.
@@ -191,16 +201,7 @@ def header_checks(
         if file.stat.size - sum(end - start for start, end in ends) > _MOST_HEADER:
             continue
         found = _digest_between(file.path, [*ends, (file.stat.size, file.stat.size)])
-        checks.append(
-            Check(
-                file=shard.name,
-                path=file.path,
-                stat=file.stat,
-                method=HEADER,
-                expected=known.get(shard.name),
-                found=found,
-            )
-        )
+        checks.append(checkpoint.check(i, HEADER, expected=known.get(shard.name), found=found))
 
     return checks
 

@@ -30,6 +30,7 @@ from lading.formats.digests import Digests, differences, recorded
 from lading.formats.manifest import Manifest
 from lading.gangs import Gang
 from lading.sources.sha256 import sha256_file
+from lading.system.filesystem import FileStat
 from lading.system.progress import byte_bar
 from lading.transfer.execute import hash_checkpoint
 from lading.transfer.files import ShardFile
@@ -166,7 +167,7 @@ def _record_bad(
 
     manifest = checkpoint.manifest
     checks = [
-        _check(checkpoint, shard, "blake3", expected=shard_digest(manifest, expected, shard), found=None)
+        checkpoint.check(shard, "blake3", expected=shard_digest(manifest, expected, shard), found=None)
         for shard in shards
     ]
     record_checks(checkpoint, checks, store)
@@ -223,30 +224,31 @@ def check_files(checkpoint: Checkpoint, chosen: Sequence[int] | None = None, *, 
     """
     shards = checkpoint.manifest.shards
     known = [i for i, shard in enumerate(shards) if shard.sha256 is not None and (chosen is None or i in chosen)]
+    total = sum(shards[i].size for i in known)
+    hashed = hash_files([checkpoint.here()[i].path for i in known], total, "verify", progress=progress)
 
+    return [
+        replace(checkpoint.check(i, "sha256", expected=shards[i].sha256, found=found), stat=stat)
+        for i, (found, stat) in zip(known, hashed, strict=True)
+    ]
+
+
+def hash_files(paths: Sequence[Path], total: int, title: str, *, progress: bool) -> list[tuple[str, FileStat]]:
+    """Return the SHA-256 of each file and the state that has it, as :func:`lading.sources.sha256.sha256_file`.
+
+    :param total: the size of all files in bytes, for the progress bar.
+    """
     lock = Lock()
 
     def count(size: int) -> None:
         with lock:
             bar.update(size)
 
-    def check(i: int) -> Check:
-        found, stat = sha256_file(checkpoint.here()[i].path, progress=count)
-        return Check(
-            file=shards[i].name,
-            path=checkpoint.here()[i].path,
-            stat=stat,
-            method="sha256",
-            expected=shards[i].sha256,
-            found=found,
-        )
-
-    total = sum(shards[i].size for i in known)
     with (
-        byte_bar(total, "verify", shown=progress) as bar,
+        byte_bar(total, title, shown=progress) as bar,
         ThreadPoolExecutor(_THREADS, thread_name_prefix="lading-verify") as pool,
     ):
-        return list(pool.map(check, known))
+        return list(pool.map(lambda path: sha256_file(path, progress=count), paths))
 
 
 def require_match(checks: Sequence[Check]) -> None:
@@ -299,26 +301,12 @@ def _shard_checks(checkpoint: Checkpoint, expected: Digests | None, found: Diges
     for shard in range(len(manifest.shards)):
         if not all(map(found.is_complete, manifest.tensors_of(shard))):
             continue  # no rank has read all of it
-        yield _check(
-            checkpoint,
+        yield checkpoint.check(
             shard,
             "blake3",
             expected=None if expected is None else shard_digest(manifest, expected, shard),
             found=shard_digest(manifest, found, shard),
         )
-
-
-def _check(checkpoint: Checkpoint, shard: int, method: str, *, expected: str | None, found: str | None) -> Check:
-    file = checkpoint.here()[shard]
-
-    return Check(
-        file=checkpoint.manifest.shards[shard].name,
-        path=Path(file.path),
-        stat=file.stat,
-        method=method,
-        expected=expected,
-        found=found,
-    )
 
 
 def shard_digest(manifest: Manifest, digests: Digests, shard: int) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,6 +18,7 @@ from lading.catalog.store import AssetStore, StoredCheckpoint, get_asset_store
 from lading.checkpoints.checkpoint import LocalCheckpointFiles
 from lading.checkpoints.local_copies import intact_copies
 from lading.checkpoints.recording import require_writable
+from lading.checkpoints.verification import hash_files
 from lading.errors import (
     CatalogError,
     CheckpointNotFoundError,
@@ -39,9 +39,7 @@ from lading.operations.find_checkpoints import (
 from lading.operations.hub_checkpoints import HubCheckpoint, hub_checkpoints, no_snapshot_error, resolve_commit
 from lading.sources.hub.address import is_sha256
 from lading.sources.hub.cache import blob_tag, hub_cache
-from lading.sources.sha256 import sha256_file
 from lading.system.filesystem import FileStat, expand_home
-from lading.system.progress import byte_bar
 from lading.system.uris import path_uri
 
 log = logging.getLogger("lading")
@@ -249,7 +247,9 @@ class _Adopter:
                 found.append(known)
                 continue
             if digests is None:
-                digests = _hash(path, manifest, progress=self._progress)
+                files = [_folder_of(path) / shard.name for shard in manifest.shards]
+                total = sum(shard.size for shard in manifest.shards)
+                digests = hash_files(files, total, "hash", progress=self._progress)
             if [shard.sha256 for shard in other.manifest.shards] == [sha256 for sha256, _ in digests]:
                 found.append(self._take_match(path, other, manifest, digests, cards))
         if found:
@@ -380,21 +380,6 @@ def _digests_as_known(stored: StoredCheckpoint | None, manifest: Manifest) -> li
     known = [(shard.sha256, copy.stat) for shard, copy in pairs if shard.sha256 and copy.verified_at is not None]
 
     return [(str(sha256), stat) for sha256, stat in known] if len(known) == len(shards) else None
-
-
-def _hash(path: Path, manifest: Manifest, *, progress: bool) -> list[tuple[str, FileStat]]:
-    total = sum(shard.size for shard in manifest.shards)
-    with (
-        byte_bar(total, "hash", shown=progress) as bar,
-        ThreadPoolExecutor(4, thread_name_prefix="lading-verify") as pool,
-    ):
-
-        def advance(size: int) -> None:
-            bar.update(size)
-
-        folder = _folder_of(path)
-
-        return list(pool.map(lambda shard: sha256_file(folder / shard.name, progress=advance), manifest.shards))
 
 
 def _known(path: Path, stored: StoredCheckpoint | None, cards: tuple[str, ...]) -> Adoption | None:

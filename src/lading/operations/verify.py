@@ -86,33 +86,24 @@ def verify_model(
     checks = _checked(checkpoint, card, store, progress=progress)
     _record(checkpoint, kinds, checks, store)
 
-    database = store.database
-    unrecorded = "" if database.writable else f"the catalog {database.url} cannot be written"
     bad = [check for check in checks if check.result == "mismatch"]
-    if not bad or not repair:
-        return VerifyReport(
-            name=card.name,
-            uri=checkpoint.uri,
-            checks=tuple(checks),
-            hint=remedy(checkpoint, files=len(bad)) if bad else "",
-            unrecorded=unrecorded,
-        )
+    if bad and repair:
+        _refuse_foreign(bad, kinds, checkpoint)
+        for check in bad:
+            if kinds[check.file] == "cache":  # its state may not show the damage
+                check.path.unlink(missing_ok=True)
+        repaired = fetch_checkpoint(replace(checkpoint, files=None), store, settings=store.settings, progress=progress)
+        checks = _checked(repaired, card, store, progress=progress)
+        _record(repaired, kinds, checks, store)
 
-    _refuse_foreign(bad, kinds, checkpoint)
-    for check in bad:
-        if kinds[check.file] == "cache":  # its state may not show the damage
-            check.path.unlink(missing_ok=True)
-    repaired = fetch_checkpoint(replace(checkpoint, files=None), store, settings=store.settings, progress=progress)
-    checks = _checked(repaired, card, store, progress=progress)
-    _record(repaired, kinds, checks, store)
-
+    database = store.database
     return VerifyReport(
         name=card.name,
         uri=checkpoint.uri,
         checks=tuple(checks),
-        repaired=frozenset(check.file for check in bad),
-        hint=remedy(checkpoint, files=len(bad)),
-        unrecorded=unrecorded,
+        repaired=frozenset(check.file for check in bad if repair),
+        hint=remedy(checkpoint, files=len(bad)) if bad else "",
+        unrecorded="" if database.writable else f"the catalog {database.url} cannot be written",
     )
 
 
@@ -164,11 +155,9 @@ _GONE = FileStat(0, 0, 0, 0)
 
 def _as_it_is(path: Path) -> ShardFile:
     try:
-        stat = FileStat.from_stat(os.stat(path))
+        return ShardFile(path=path, stat=FileStat.from_stat(os.stat(path)))
     except FileNotFoundError:
-        stat = _GONE
-
-    return ShardFile(path=path, stat=stat)
+        return ShardFile(path=path, stat=_GONE)
 
 
 def _checked(checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, progress: bool) -> list[Check]:
@@ -182,16 +171,8 @@ def _checked(checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, prog
     checks |= _checked_headers(checkpoint, [i for i in rest if checks[shards[i].name].result != "mismatch"], store)
 
     return [
-        checks.get(shard.name)
-        or Check(
-            file=shard.name,
-            path=file.path,
-            stat=file.stat,
-            method="presence",
-            expected=f"{shard.size} bytes",
-            found=None,
-        )
-        for shard, file in zip(shards, files, strict=True)
+        checks.get(shard.name) or checkpoint.check(i, "presence", expected=f"{shard.size} bytes", found=None)
+        for i, shard in enumerate(shards)
     ]
 
 
@@ -214,11 +195,9 @@ def _checked_by_tensors(
                 found[i] = hash_checkpoint(part, [files[i]], own, progress=progress)
         except CorruptModelCheckpointError:
             pass  # not even a checkpoint any more
-        yield Check(
-            file=manifest.shards[i].name,
-            path=files[i].path,
-            stat=files[i].stat,
-            method="blake3",
+        yield checkpoint.check(
+            i,
+            "blake3",
             expected=shard_digest(manifest, expected, i) if expected is not None else None if i in found else "tensors",
             found=shard_digest(part, found[i], 0) if i in found else None,
         )
@@ -235,17 +214,10 @@ def _checked_records(checkpoint: Checkpoint, chosen: Sequence[int]) -> dict[str,
     """
     checks: dict[str, Check] = {}
     for i in chosen:
-        file, name = checkpoint.here()[i], checkpoint.manifest.shards[i].name
-        if (damaged := damaged_record(file.path)) is not None:
-            record, expected, found = damaged
-            checks[name] = Check(
-                file=name,
-                path=file.path,
-                stat=file.stat,
-                method="crc32",
-                expected=f"{expected:08x} of {record}",
-                found=f"{found:08x} of {record}",
-            )
+        if (damaged := damaged_record(checkpoint.here()[i].path)) is not None:
+            record, *sums = damaged
+            expected, found = (f"{crc:08x} of {record}" for crc in sums)
+            checks[checkpoint.manifest.shards[i].name] = checkpoint.check(i, "crc32", expected=expected, found=found)
 
     return checks
 
