@@ -15,20 +15,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lading.catalog.read_only_session import session as session
-    from lading.catalog.schema import ArchitectureRow as ArchitectureRow
-    from lading.catalog.schema import CardCheckpointRow as CardCheckpointRow
-    from lading.catalog.schema import CardRow as CardRow
-    from lading.catalog.schema import CheckpointRow as CheckpointRow
-    from lading.catalog.schema import CopyRow as CopyRow
-    from lading.catalog.schema import FamilyRow as FamilyRow
-    from lading.catalog.schema import PieceRow as PieceRow
-    from lading.catalog.schema import ShardRow as ShardRow
-    from lading.catalog.schema import SourceRow as SourceRow
-    from lading.catalog.schema import TensorRow as TensorRow
-    from lading.catalog.schema import VerificationRow as VerificationRow
+    from lading.catalog.read_only_session import session
+    from lading.catalog.schema import (
+        ArchitectureRow,
+        CardCheckpointRow,
+        CardRow,
+        CheckpointRow,
+        CopyRow,
+        FamilyRow,
+        PieceRow,
+        ShardRow,
+        SourceRow,
+        TensorRow,
+        VerificationRow,
+    )
 
-_ROWS = (
+__all__ = [
     "ArchitectureRow",
     "CardCheckpointRow",
     "CardRow",
@@ -40,16 +42,15 @@ _ROWS = (
     "SourceRow",
     "TensorRow",
     "VerificationRow",
-)
-
-__all__ = ["session", *_ROWS]
+    "session",
+]
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-    value = getattr(import_module(f"{__name__}.{'schema' if name in _ROWS else 'read_only_session'}"), name)
+    value = getattr(import_module(f"{__name__}.{'read_only_session' if name == 'session' else 'schema'}"), name)
     globals()[name] = value
 
     return value

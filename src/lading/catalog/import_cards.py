@@ -33,16 +33,22 @@ def import_cards(
 ) -> ImportReport:
     """Import cards and architectures from files and folders, in one transaction.
 
+    Importing the same file again applies its changes and removals. A name that another source states with the same
+    content stays as it is. An unknown base or family is a warning, as files come in any order; bases that form a cycle
+    are a problem.
+
     :param replace: replace cards that came from another source.
     :param keep_going: import the good cards of files that also hold bad ones.
     :param dry_run: only report what would change.
 
     :raises CardFileError: with all problems of all files; nothing was imported.
     :raises FileNotFoundError: a path does not exist.
+    :raises CatalogError: the catalog cannot be written.
     """
+    files = collect(paths)  # a wrong path does not even create a catalog
     database = (store or get_asset_store()).database
 
-    return import_files(database, collect(paths), replace=replace, keep_going=keep_going, dry_run=dry_run)
+    return import_files(database, files, replace=replace, keep_going=keep_going, dry_run=dry_run)
 
 
 def collect(paths: Sequence[str | Path], *, stdin: BinaryIO | None = None) -> list[CardFile]:
@@ -102,19 +108,9 @@ def import_files(
     keep_going: bool = False,
     dry_run: bool = False,
 ) -> ImportReport:
-    """Update the catalog from card files, in one transaction.
-
-    Importing the same file again applies its changes and removals. A name that another source states with the same
-    content stays as it is. An unknown base or family is a warning, as files come in any order; bases that form a cycle
-    are a problem.
+    """Import files that were read, as :func:`import_cards`.
 
     :param kind: ``import``, or ``user`` for the watched files.
-    :param replace: replace names that another source states otherwise, instead of reporting a problem.
-    :param keep_going: import what is right although something is wrong, and report the rest.
-    :param dry_run: report, and change nothing.
-
-    :raises CardFileError: something is wrong (``.problems``: all of it, in all files); nothing was changed.
-    :raises CatalogError: the catalog cannot be written.
     """
     try:
         with database.session(write=True) as session:

@@ -36,6 +36,8 @@ _LACKING = re.compile(r"did not supply a value for binding(?: parameter)? :(\w+)
 _MOST_ROWS = 2**31 - 2
 """The most rows to request from a cursor; one more shows whether there are others."""
 
+_Rows = list[tuple[object, ...]]
+
 _STEPS = 100
 """Steps of SQLite's program between two looks at the clock."""
 
@@ -74,8 +76,6 @@ _WRITING = frozenset(
 )
 """The first words of statements to refuse because they write, or may write further on."""
 
-_VIEWS = ("models", "model_tensors", "model_shards", "assets")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueryResult:
@@ -95,15 +95,16 @@ def query(
     limit: int | None = None,
     store: AssetStore | None = None,
 ) -> QueryResult:
-    """Return the rows of a query that only reads.
+    """Ask the catalog in SQL. The tables and views are described in ``docs/reference/sql.md``.
 
-    :param parameters: values of ``:name`` placeholders.
-    :param deadline_s: seconds.
-    :param limit: of rows; further ones are left out, and the result says so.
+    :param sql: one statement, with parameters as ``:name``.
+    :param parameters: their values: ``None``, numbers, text or bytes.
+    :param deadline_s: seconds after which the query is stopped.
+    :param limit: the most rows to return; the result says if there are more.
 
-    :raises PolicyError: it does more than read.
-    :raises QueryError: the database does not understand it.
-    :raises CatalogError: the deadline passed.
+    :raises PolicyError: the statement does more than read.
+    :raises QueryError: the database does not understand it, or a parameter is missing.
+    :raises CatalogError: the deadline has passed, or the catalog is damaged.
     """
     return run_query((store or get_asset_store()).database, sql, parameters, deadline_s=deadline_s, limit=limit)
 
@@ -116,27 +117,19 @@ def run_query(
     deadline_s: float = 30.0,
     limit: int | None = None,
 ) -> QueryResult:
-    """Ask the catalog in SQL. The tables and views are described in ``docs/reference/sql.md``.
-
-    :param sql: one statement, with parameters as ``:name``.
-    :param parameters: their values: ``None``, numbers, text or bytes.
-    :param deadline_s: seconds after which the query is stopped.
-    :param limit: rows that are returned at most.
-
-    :raises PolicyError: the statement does more than read.
-    :raises QueryError: the database does not understand it, or a parameter is missing.
-    :raises CatalogError: the deadline has passed, or the catalog is damaged.
-    """
+    """Ask a database as :func:`query` does."""
     if not (deadline_s > 0 and math.isfinite(deadline_s)):
         raise ValueError(f"deadline_s must be a positive number of seconds, but is {deadline_s}")
     if limit is not None and limit < 0:
         raise ValueError(f"limit must not be negative, but is {limit}")
 
-    if limit is not None:
-        limit = min(limit, _MOST_ROWS)
+    most = _MOST_ROWS if limit is None else min(limit, _MOST_ROWS)
     ask = _ask_sqlite if database.target.is_sqlite else _ask_server
+    columns, rows = ask(database, sql, dict(parameters or {}), deadline_s, most + 1)
 
-    return ask(database, sql, dict(parameters or {}), deadline_s, limit)
+    truncated = len(rows) > most
+
+    return QueryResult(columns=columns, rows=rows[:most] if truncated else rows, truncated=truncated)
 
 
 def view_columns(database: Database) -> list[tuple[str, str]]:
@@ -144,9 +137,11 @@ def view_columns(database: Database) -> list[tuple[str, str]]:
 
     :raises CatalogError: the catalog is damaged.
     """
-    columns = {view: run_query(database, f"SELECT * FROM {view}", limit=0).columns for view in _VIEWS}
-
-    return [(view, column) for view in _VIEWS for column in columns[view]]
+    return [
+        (view, column)
+        for view in ("models", "model_tensors", "model_shards", "assets")
+        for column in run_query(database, f"SELECT * FROM {view}", limit=0).columns
+    ]
 
 
 def _late(deadline_s: float) -> CatalogError:
@@ -173,14 +168,14 @@ def _first_word(sql: str) -> str:
     return "" if found is None else found[1].upper()
 
 
-def _fetch(cursor: Iterable[Iterable[object]], limit: int | None) -> list[tuple[object, ...]]:
-    """Return the rows of an answer, at most one more than ``limit``.
+def _fetch(cursor: Iterable[Iterable[object]], most: int) -> _Rows:
+    """Return the rows of an answer, at most so many.
 
     :raises QueryError: they are larger than :data:`MAX_ANSWER_BYTES`.
     """
-    rows: list[tuple[object, ...]] = []
+    rows: _Rows = []
     left = MAX_ANSWER_BYTES
-    for row in islice(cursor, None if limit is None else limit + 1):
+    for row in islice(cursor, most):
         values = tuple(row)
         left -= sys.getsizeof(values) + sum(map(sys.getsizeof, values))
         if left < 0:
@@ -197,8 +192,8 @@ def _fetch(cursor: Iterable[Iterable[object]], limit: int | None) -> list[tuple[
 
 
 def _ask_sqlite(
-    database: Database, sql: str, parameters: dict[str, object], deadline_s: float, limit: int | None
-) -> QueryResult:
+    database: Database, sql: str, parameters: dict[str, object], deadline_s: float, most: int
+) -> tuple[tuple[str, ...], _Rows]:
     end = time.monotonic() + deadline_s
     denied: list[str] = []
 
@@ -215,7 +210,7 @@ def _ask_sqlite(
             cursor = connection.execute(sql, parameters)
             if cursor.description is None:
                 raise QueryError("There is no query. For example: lading sql 'select name, status from models'")
-            rows = _fetch(cursor, limit)
+            return tuple(name for name, *_ in cursor.description), _fetch(cursor, most)
         except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:
             # Older Pythons raise `Warning` for a second statement.
             if denied or "one statement at a time" in str(error):
@@ -242,14 +237,6 @@ def _ask_sqlite(
                 f"{str(error).rstrip('.')}. `docs/reference/sql.md` describes the tables and views."
             ) from error
 
-    truncated = limit is not None and len(rows) > limit
-
-    return QueryResult(
-        columns=tuple(name for name, *_ in cursor.description),
-        rows=rows[:limit] if truncated else rows,
-        truncated=truncated,
-    )
-
 
 def _reader(database: Database) -> sqlite3.Connection:
     with translated(database.target):
@@ -275,8 +262,8 @@ def _reader(database: Database) -> sqlite3.Connection:
 
 
 def _ask_server(
-    database: Database, sql: str, parameters: dict[str, object], deadline_s: float, limit: int | None
-) -> QueryResult:
+    database: Database, sql: str, parameters: dict[str, object], deadline_s: float, most: int
+) -> tuple[tuple[str, ...], _Rows]:
     statement = sql.strip().rstrip(";").rstrip()
     if not statement:
         raise QueryError("There is no query. For example: lading sql 'select name, status from models'")
@@ -293,8 +280,7 @@ def _ask_server(
         streaming = connection.execution_options(stream_results=True)
         try:
             with streaming.execute(text(statement), parameters) as result:
-                rows = _fetch(result, limit)
-                columns = tuple(result.keys())
+                return tuple(result.keys()), _fetch(result, most)
         except exc.SQLAlchemyError as error:
             cause = getattr(error, "orig", None) or error
             state = getattr(cause, "sqlstate", None) or ""
@@ -308,7 +294,3 @@ def _ask_server(
                     f"{database.target} does not answer: {database.target.without_secrets(cause)}"
                 ) from error
             raise QueryError(str(cause)) from error
-
-    truncated = limit is not None and len(rows) > limit
-
-    return QueryResult(columns=columns, rows=rows[:limit], truncated=truncated)
