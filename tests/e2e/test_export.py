@@ -150,7 +150,7 @@ def test_what_is_not_written_is_said(cli: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("size", "expected"), [("5GB", 5 * 10**9), ("512MiB", 512 << 20), ("1.5k", 1500), ("7", 7)])
 def test_sizes(size: str, expected: int) -> None:
-    from lading.cli.convert import Size
+    from lading.cli.describe import Size
 
     assert Size().convert(size, None, None) == expected
 

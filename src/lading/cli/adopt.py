@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,15 +10,17 @@ import click
 
 from lading.cli.command import command, no_restrict
 from lading.cli.failure import SYSTEM
-from lading.cli.output import Column, Form, counted, human_bytes, listing_options, printable, write_rows
+from lading.cli.output import Column, Form, counted, human_bytes, listing_options, note, printable, write_rows
 from lading.errors import LadingError
 
 if TYPE_CHECKING:
-    from lading.operations.adopt import Adoption
+    from lading.operations.adopt import Adoption, Status
 
 _COLUMNS = (
     "path", "status", "checkpoint", "revision", "cards", "bytes", "verified", "overlays", "problem",
 )  # fmt: skip
+
+_STATUSES: dict[Status, str] = {"adopted": "adopted", "known": "known before", "failed": "that cannot be used"}
 
 _TABLE = (
     Column(name="status", color={"adopted": "green", "failed": "red"}.get),
@@ -47,13 +50,14 @@ def adopt(paths: tuple[Path, ...], dry_run: bool, no_restrict: bool, form: Form)
         write_rows(_COLUMNS, [[getattr(each, c) for c in _COLUMNS] for each in found], form, table=_TABLE)
     for each in found:
         if each.problem is not None:
-            click.echo(f"lading: {printable(each.problem)}", err=True)
+            note(printable(each.problem))
         elif each.overlays and form is Form.TABLE:
             _suggest(each)
 
-    counts = [(counted(n, "checkpoint"), what) for what, n in _counts(found).items() if n]
-    summary = ", ".join(f"{count} {what}" for count, what in counts) or "no checkpoint was found"
-    click.echo(f"lading: {summary}{' (dry run: nothing was written)' if dry_run else ''}", err=True)
+    statuses = Counter(each.status for each in found)
+    counts = [f"{counted(n, 'checkpoint')} {what}" for status, what in _STATUSES.items() if (n := statuses[status])]
+    summary = ", ".join(counts) or "no checkpoint was found"
+    note(f"{summary}{' (dry run: nothing was written)' if dry_run else ''}")
 
     errors = [each.error for each in found if each.error is not None]
     if errors and len(errors) == len(found):
@@ -61,19 +65,10 @@ def adopt(paths: tuple[Path, ...], dry_run: bool, no_restrict: bool, form: Form)
         click.get_current_context().exit(error.exit_code if isinstance(error, LadingError) else SYSTEM)
 
 
-def _counts(found: tuple[Adoption, ...]) -> dict[str, int]:
-    return {
-        "adopted": sum(each.status == "adopted" for each in found),
-        "known before": sum(each.status == "known" for each in found),
-        "that cannot be used": sum(each.status == "failed" for each in found),
-    }
-
-
 def _suggest(adoption: Adoption) -> None:
-    click.echo(
-        f"lading: {printable(str(adoption.path))} belongs to no card. If its name is right, add this to a card file to "
-        "let the model load it:",
-        err=True,
+    note(
+        f"{printable(str(adoption.path))} belongs to no card. If its name is right, add this to a card file to let the "
+        "model load it:"
     )
     for overlay in adoption.overlays:
         for line in overlay.splitlines():

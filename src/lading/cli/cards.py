@@ -5,17 +5,17 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import secrets
 import stat
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import click
 
-from lading.cards.card import AssetCard, AssetCardField, CardEntry
+from lading.cards.card import AssetCard, CardEntry
 from lading.cli.command import command
 from lading.cli.complete import complete_model
-from lading.cli.output import counted, printable
+from lading.cli.output import counted, note, printable
 from lading.system.uris import uri_path
 
 log = logging.getLogger("lading")
@@ -36,12 +36,10 @@ def import_(paths: tuple[str, ...], dry_run: bool, replace: bool, keep_going: bo
 
     For example: lading import ./cards --dry-run
     """
-    from lading.catalog.import_cards import collect, import_files
-    from lading.catalog.store import get_asset_store
+    from lading.catalog.import_cards import import_cards
     from lading.errors import CardFileError
 
-    files = collect(paths)
-    report = import_files(get_asset_store().database, files, replace=replace, keep_going=keep_going, dry_run=dry_run)
+    report = import_cards(*paths, replace=replace, keep_going=keep_going, dry_run=dry_run)
 
     for warning in report.warnings:
         log.warning("%s", warning)
@@ -51,10 +49,10 @@ def import_(paths: tuple[str, ...], dry_run: bool, replace: bool, keep_going: bo
         counts.append(f"{len(names)} {what}")
         for name in names:
             log.info("%s %s", what, name)
-    click.echo(f"lading: {', '.join(counts)}{' (dry run: nothing was written)' if dry_run else ''}", err=True)
+    note(f"{', '.join(counts)}{' (dry run: nothing was written)' if dry_run else ''}")
 
     for problem in report.problems:
-        click.echo(f"lading: error: {printable(problem)}", err=True)
+        note(f"error: {printable(problem)}")
     if report.problems:
         click.get_current_context().exit(CardFileError.exit_code)
 
@@ -79,7 +77,7 @@ def export_cards(pattern: str | None, output: str | None) -> None:
         click.echo(text, nl=False)
     else:
         _write(Path(output), text)
-    click.echo(f"lading: {counted(len(cards), 'card')}, {counted(len(architectures), 'architecture')}", err=True)
+    note(f"{counted(len(cards), 'card')}, {counted(len(architectures), 'architecture')}")
 
 
 def _with_absolute_paths(entry: CardEntry) -> CardEntry:
@@ -89,18 +87,12 @@ def _with_absolute_paths(entry: CardEntry) -> CardEntry:
 
     stated = AssetCard(entry.name, entry.metadata, folders=dict.fromkeys(entry.metadata, entry.folder))
     paths = {
-        name: _absolute(stated.field(name))
+        name: str(uri_path(uri := stated.field(name).as_uri()) or uri)
         for name in _PATHS
         if isinstance(value := entry.metadata.get(name), str) and value.strip()
     }
 
     return replace(entry, metadata={**entry.metadata, **paths})
-
-
-def _absolute(field: AssetCardField) -> str:
-    uri = field.as_uri()
-
-    return str(uri_path(uri) or uri)
 
 
 def _write(path: Path, text: str) -> None:
@@ -112,21 +104,12 @@ def _write(path: Path, text: str) -> None:
     path = path.resolve()
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        try:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            Path(file.name).chmod(stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~_umask())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-
-    return mask
+        if path.exists():
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.cli.command import command, no_restrict
+from lading.cli.command import command, no_restrict, one_object
 from lading.cli.complete import complete_target
 from lading.cli.describe import some
 from lading.cli.names import name_or_path
@@ -22,7 +22,7 @@ MISMATCH = 4
 @command("check")
 @click.argument("target", metavar="NAME|PATH", shell_complete=complete_target)
 @no_restrict
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@one_object
 def check(target: str, no_restrict: bool, as_json: bool) -> None:
     """Check that a checkpoint fits its model.
 

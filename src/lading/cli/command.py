@@ -65,6 +65,15 @@ no_restrict = click.option(
 )
 """The option of commands that read checkpoints at paths; they receive ``no_restrict``."""
 
+no_progress = click.option("--no-progress", is_flag=True, help="Hide the progress bar.")
+one_object = click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+verify_mode = click.option(
+    "--verify",
+    type=click.Choice(("auto", "always", "never")),
+    default="auto",
+    help="Check bytes against digests; auto (the default): unless the file is verified and unchanged.",
+)
+
 
 class Group(click.Group):
     """A group of commands that are imported on first use.

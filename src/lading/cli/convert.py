@@ -2,57 +2,31 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lading.cli.command import command, no_restrict
+from lading.cli.command import command, no_progress, no_restrict, one_object, verify_mode
 from lading.cli.complete import complete_model, complete_target
-from lading.cli.describe import DTYPES, dtype_text, parse_dtype, some
+from lading.cli.describe import DTYPES, Size, dtype_text, parse_dtype, some
 from lading.cli.names import name_or_path
 from lading.cli.output import counted, human_bytes, human_count, write_json, write_pairs
 from lading.system.filesystem import path_exists
 
 if TYPE_CHECKING:
     from lading.checkpoints.verification import Verify
-    from lading.operations.export import ExportReport
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
-_BINARY = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
-
-
-class Size(click.ParamType[int]):
-    """A parameter that is a number of bytes, such as ``5GB`` or ``512MiB``."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the number of bytes."""
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?|)B?", value, re.IGNORECASE)
-        unit = None if match is None else match[2].capitalize()
-        size = 0 if match is None or unit is None else int(float(match[1]) * (_UNITS | _BINARY)[unit])
-        if size < 1:
-            self.fail(f"expected a size such as 5GB or 512MiB, found {value!r}.", param, ctx)
-
-        return size
 
 
 def _write_options(function: F) -> F:
     """Add the options that both commands have."""
     for option in (
-        click.option("--json", "as_json", is_flag=True, help="One JSON object."),
-        click.option("--no-progress", is_flag=True, help="Hide the progress bar."),
-        click.option(
-            "--verify", type=click.Choice(("auto", "always", "never")), default="auto",
-            help="Check bytes against digests; auto (the default): unless the file is verified and unchanged.",
-        ),
+        one_object,
+        no_progress,
+        verify_mode,
         click.option(
             "--dtype", type=click.Choice(DTYPES), default="keep",
             help="The dtype of floating-point tensors; keep (the default): as stored; auto: config.json's.",
@@ -156,10 +130,6 @@ def _write(
         progress=not no_progress,
         **more,
     )
-    _show(report, as_json)
-
-
-def _show(report: ExportReport, as_json: bool) -> None:
     if as_json:
         write_json(
             {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lading.cli.command import Group
-from lading.cli.output import printable
+from lading.cli.output import note, printable
 
 if TYPE_CHECKING:
     from lading.system.settings import Settings
@@ -35,9 +35,9 @@ def upgrade() -> None:
     report = migrate.upgrade(_settings())
     _say_backup(report.backup)
     if report.from_version == report.to_version:
-        click.echo(f"lading: the catalog is of version {report.to_version} already", err=True)
+        note(f"the catalog is of version {report.to_version} already")
     else:
-        click.echo(f"lading: from version {report.from_version} to {report.to_version}", err=True)
+        note(f"from version {report.from_version} to {report.to_version}")
 
 
 @db.command("downgrade")
@@ -50,7 +50,7 @@ def downgrade(version: str) -> None:
     from lading.catalog.database import migrate
 
     _say_backup(migrate.downgrade(_settings(), version))
-    click.echo(f"lading: the catalog is of version {version} now", err=True)
+    note(f"the catalog is of version {version} now")
 
 
 @db.command("check")
@@ -69,7 +69,7 @@ def check() -> None:
     for problem in problems:
         click.echo(printable(problem))
     if not any("`lading db" in problem for problem in problems):
-        click.echo("lading: `lading db restore FILE` puts a backup in the place of the catalog", err=True)
+        note("`lading db restore FILE` puts a backup in the place of the catalog")
     click.get_current_context().exit(DRIFT)
 
 
@@ -103,9 +103,9 @@ def restore(file: Path) -> None:
 
     report = migrate.restore(_settings(), file)
     _say_backup(report.backup)
-    click.echo(f"lading: the catalog is that of {printable(str(file))}, of version {report.version}", err=True)
+    note(f"the catalog is that of {printable(str(file))}, of version {report.version}")
     if report.version < SCHEMA_VERSION:
-        click.echo("lading: `lading db upgrade` brings it up to date", err=True)
+        note("`lading db upgrade` brings it up to date")
 
 
 def _settings() -> Settings:
@@ -116,4 +116,4 @@ def _settings() -> Settings:
 
 def _say_backup(path: Path | None) -> None:
     if path is not None:
-        click.echo(f"lading: the catalog as it was is in {printable(str(path))}", err=True)
+        note(f"the catalog as it was is in {printable(str(path))}")

@@ -1,9 +1,12 @@
-"""Descriptions of indexed checkpoints and dtypes, shared by all commands."""
+"""Descriptions of indexed checkpoints, dtypes and sizes, shared by all commands."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import click
 
 from lading.cli.output import counted, human_bytes, human_count
 from lading.system.uris import shown_uri
@@ -55,6 +58,27 @@ def some(names: Collection[str]) -> str:
     more = len(names) - len(first)
 
     return ", ".join(first) + (f" and {more} more" if more else "")
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGTP])(i)?)?B?", re.IGNORECASE)
+
+
+class Size(click.ParamType[int]):
+    """A parameter that is a number of bytes, such as ``5GB`` or ``512MiB``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes."""
+        if isinstance(value, int):
+            return value
+        match = _SIZE.fullmatch(value)
+        power = 0 if match is None or match[2] is None else "KMGTP".index(match[2].upper()) + 1
+        size = 0 if match is None else int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+        if size < 1:
+            self.fail(f"expected a size such as 5GB or 512MiB, found {value!r}.", param, ctx)
+
+        return size
 
 
 DTYPES = ("auto", "keep", "float64", "float32", "bfloat16", "float16")

@@ -10,7 +10,7 @@ import click
 from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_comparable
 from lading.cli.names import name_or_path
-from lading.cli.output import Column, Form, counted, listing_options, text, write_rows
+from lading.cli.output import Column, Form, counted, listing_options, note, text, write_rows
 from lading.system.filesystem import path_exists
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def diff(a: str, b: str, no_restrict: bool, form: Form) -> None:
     if rows or form is not Form.TABLE:
         write_rows(("name", "change", "a", "b"), rows, form, table=_TABLE)
     if form is Form.TABLE or report.not_compared:
-        click.echo(f"lading: {_summary(report)}", err=True)
+        note(_summary(report))
 
 
 NOT_COMPARED = "not compared"

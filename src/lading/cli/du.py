@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
 from lading.cli.command import command
 from lading.cli.complete import complete_model
-from lading.cli.names import unknown_model
-from lading.cli.output import Column, Form, counted, human_bytes, listing_options, write_rows
-
-if TYPE_CHECKING:
-    from lading.operations.disk_usage import DiskUsageEntry
+from lading.cli.names import has_wildcard, unknown_model
+from lading.cli.output import Column, Form, counted, human_bytes, listing_options, note, text, write_rows
 
 _COLUMNS = ("name", "bytes", "kind", "files", "complete", "verified", "path", "checkpoint", "revision")
-
-
-def _state(value: object) -> str:
-    return "" if value is None else "yes" if value else "no"
 
 
 _TABLE = (
@@ -26,7 +17,7 @@ _TABLE = (
     Column(name="bytes", heading="size", show=human_bytes, right=True),
     Column(name="kind"),
     Column(name="files", right=True),
-    Column(name="verified", show=_state),
+    Column(name="verified", show=lambda verified: "" if verified is None else text(verified)),
     Column(name="path"),
 )
 
@@ -51,26 +42,22 @@ def du(pattern: str | None, orphans: bool, form: Form) -> None:
     store = get_asset_store()
     usage = disk_usage(pattern, store=store)
     shown = usage.orphans if orphans else usage.holdings
-    is_name = pattern is not None and not any(c in pattern for c in "*?[") and "://" not in pattern
-    if pattern is not None and is_name and not shown and store.maybe_retrieve_card(pattern) is None:
+    if pattern is None or shown or has_wildcard(pattern) or "://" in pattern:
+        pass
+    elif store.maybe_retrieve_card(pattern) is None:
         raise unknown_model(pattern, store)
 
     if shown or form is not Form.TABLE:
-        write_rows(_COLUMNS, _rows(shown, usage.orphan_bytes if orphans else usage.bytes, form), form, table=_TABLE)
+        rows: list[list[object]] = [[getattr(holding, c) for c in _COLUMNS] for holding in shown]
+        if form is Form.TABLE:
+            # Files that several models share count once, so the total may be less than the sum.
+            total = usage.orphan_bytes if orphans else usage.bytes
+            rows.append(["total", total, "", "", None, None, "", None, None])
+        write_rows(_COLUMNS, rows, form, table=_TABLE)
     else:
-        click.echo(f"lading: {'nothing belongs to no card' if orphans else 'nothing is on this machine'}", err=True)
+        note("nothing belongs to no card" if orphans else "nothing is on this machine")
     if usage.orphans and not orphans and form is Form.TABLE:
-        click.echo(
-            f"lading: {counted(len(usage.orphans), 'download')} of {human_bytes(usage.orphan_bytes)} in the cache "
-            f"{'belongs' if len(usage.orphans) == 1 else 'belong'} to no card; `lading du --orphans` shows them",
-            err=True,
+        note(
+            f"{counted(len(usage.orphans), 'download')} of {human_bytes(usage.orphan_bytes)} in the cache "
+            f"{'belongs' if len(usage.orphans) == 1 else 'belong'} to no card; `lading du --orphans` shows them"
         )
-
-
-def _rows(shown: tuple[DiskUsageEntry, ...], total: int, form: Form) -> list[list[object]]:
-    rows: list[list[object]] = [[getattr(holding, c) for c in _COLUMNS] for holding in shown]
-    if form is Form.TABLE:
-        # Files that several models share count once, so the total may be less than the sum.
-        rows.append(["total", total, "", "", None, None, "", None, None])
-
-    return rows

@@ -6,8 +6,8 @@ import click
 
 from lading.cli.command import command
 from lading.cli.complete import complete_family
-from lading.cli.output import Column, Form, listing_options, write_rows
-from lading.errors import ModelFamilyNotKnownError, did_you_mean
+from lading.cli.names import require_family
+from lading.cli.output import Column, Form, listing_options, note, write_rows
 
 
 @command("families")
@@ -44,10 +44,8 @@ def archs(family: str | None, form: Form) -> None:
     store = get_asset_store()
     found = store.architectures(family)
     if not found and family is not None:
-        known = [f.name for f in store.families()]
-        if family not in known:
-            raise ModelFamilyNotKnownError(family, did_you_mean(family, known))
-        click.echo(f"lading: the family {family!r} has no architectures in the catalog.", err=True)
+        require_family(family, store)
+        note(f"the family {family!r} has no architectures in the catalog.")
 
     columns = ("name", "family", "base", "overrides", "source")
     table = (

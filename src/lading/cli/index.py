@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lading.cli.command import command, no_restrict
+from lading.cli.command import command, no_restrict, one_object
 from lading.cli.complete import complete_target
 from lading.cli.describe import checkpoint_object, checkpoint_pairs
 from lading.cli.names import name_or_path
@@ -15,7 +15,7 @@ from lading.system.uris import shown_uri
 @command("index")
 @click.argument("target", metavar="NAME|PATH|URI", shell_complete=complete_target)
 @no_restrict
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@one_object
 def index(target: str, no_restrict: bool, as_json: bool) -> None:
     """Index a local or remote checkpoint in the catalog.
 

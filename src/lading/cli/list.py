@@ -8,9 +8,8 @@ import click
 
 from lading.cli.command import command
 from lading.cli.complete import complete_family, complete_model
-from lading.cli.names import unknown_model
-from lading.cli.output import Column, Form, human_bytes, listing_options, write_rows
-from lading.errors import ModelFamilyNotKnownError, did_you_mean
+from lading.cli.names import has_wildcard, require_family, unknown_model
+from lading.cli.output import Column, Form, human_bytes, listing_options, note, write_rows
 
 STATUSES = {"ready": "green", "remote": None, "gated": "yellow", "unknown-family": "yellow", "broken": "red"}
 """The statuses of models, and the color of each."""
@@ -59,17 +58,13 @@ def list_models(
     models = store.models(pattern, include_all=include_all, family=family, status=status, search=search, limit=limit)
 
     if not models:
-        if family is not None and family not in (known := [f.name for f in store.families()]):
-            raise ModelFamilyNotKnownError(family, did_you_mean(family, known))
-        if pattern is not None and not _has_wildcard(pattern) and not store.models(pattern, include_all=True):
+        if family is not None:
+            require_family(family, store)
+        if pattern is not None and not has_wildcard(pattern) and not store.models(pattern, include_all=True):
             raise unknown_model(pattern, store)
-        click.echo("lading: no model matches." + ("" if include_all else " `--all` lists all cards."), err=True)
+        note("no model matches." + ("" if include_all else " `--all` lists all cards."))
         if form is Form.TABLE:
             return
 
     columns = [f.name for f in fields(ModelSummary)]
     write_rows(columns, [[getattr(m, c) for c in columns] for m in models], form, table=_TABLE)
-
-
-def _has_wildcard(pattern: str) -> bool:
-    return any(c in pattern for c in "*?[")

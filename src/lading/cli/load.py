@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal
 
 import click
 
-from lading.cli.command import command, no_restrict
+from lading.cli.command import command, no_progress, no_restrict, one_object, verify_mode
 from lading.cli.complete import complete_target
 from lading.cli.describe import DTYPES, dtype_text, parse_dtype
 from lading.cli.names import name_or_path
@@ -24,15 +23,10 @@ if TYPE_CHECKING:
 @click.option("--device", metavar="DEVICE", help="For example cpu, cuda or cuda:1; default: torch's.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="The parameters' dtype; auto: config.json's; keep: as stored.")
 @click.option("--mmap", is_flag=True, help="Map the files instead of reading them.")
-@click.option(
-    "--verify",
-    type=click.Choice(("auto", "always", "never")),
-    default="auto",
-    help="Check bytes against digests; auto (the default): unless the file is verified and unchanged.",
-)
+@verify_mode
 @no_restrict
-@click.option("--no-progress", is_flag=True, help="Hide the progress bar.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@no_progress
+@one_object
 def load(
     target: str,
     device: str | None,
@@ -71,6 +65,7 @@ def load(
         write_json({**asdict(report), "seconds": report.seconds, "bytes_per_second": moved / report.seconds})
         return
 
+    pages = ", ".join(f"{human_bytes(count)} of {size}" for size, count in report.pages.items())
     write_pairs(
         {
             "name": report.name,
@@ -81,16 +76,11 @@ def load(
             "tensors": f"{report.tensors} in {counted(report.shards, 'shard')}",
             "read": f"{human_bytes(report.bytes_read)} in {counted(report.reads, 'read')}",
             **({"mapped": human_bytes(report.bytes_mapped)} if report.bytes_mapped else {}),
-            **({"pages": _pages_text(report.pages)} if report.pages else {}),
+            **({"pages": pages} if pages else {}),
             "seconds": f"{report.seconds:.3f} (" + ", ".join(f"{k} {v:.3f}" for k, v in report.phases.items()) + ")",
             "speed": f"{moved / report.seconds / 1e9:.2f} GB/s",
         }
     )
-
-
-def _pages_text(pages: Mapping[str, int]) -> str:
-    """Format the bytes of memory by page size."""
-    return ", ".join(f"{human_bytes(count)} of {size}" for size, count in pages.items())
 
 
 def _device(name: str) -> torch.device:

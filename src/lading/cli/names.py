@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lading.errors import ModelNotKnownError, NotSupportedError
+from lading.errors import ModelFamilyNotKnownError, ModelNotKnownError, NotSupportedError, did_you_mean
 from lading.system.filesystem import expand_home, path_exists
 
 if TYPE_CHECKING:
@@ -31,6 +31,20 @@ def name_or_path(target: str, store: AssetStore) -> str | Path:
         return Path(target)
 
     raise unknown_model(target, store)
+
+
+def has_wildcard(pattern: str) -> bool:
+    return any(sign in pattern for sign in "*?[")
+
+
+def require_family(family: str, store: AssetStore) -> None:
+    """Require that a package registers a family, or that a card names it.
+
+    :raises ModelFamilyNotKnownError: neither.
+    """
+    known = [f.name for f in store.families()]
+    if family not in known:
+        raise ModelFamilyNotKnownError(family, did_you_mean(family, known))
 
 
 def unknown_model(name: str, store: AssetStore) -> ModelNotKnownError:

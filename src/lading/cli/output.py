@@ -31,7 +31,7 @@ _FIRST = 24
 
 
 class Form(enum.Enum):
-    """An output format of rows."""
+    """An output format of rows; the value is the name of its option."""
 
     TABLE = "table"
     JSON = "json"
@@ -43,28 +43,19 @@ class Form(enum.Enum):
 def listing_options(command: Callable[P, None]) -> Callable[P, None]:
     """Add the options ``--json``, ``--nl``, ``--csv`` and ``-q`` to a command, which receives them as ``form``."""
 
-    @click.option("--json", "as_json", is_flag=True, help="One JSON array.")
-    @click.option("--nl", "as_lines", is_flag=True, help="One JSON object per line.")
-    @click.option("--csv", "as_csv", is_flag=True, help="CSV with a heading.")
-    @click.option("-q", "--quiet", "as_names", is_flag=True, help="Only names (the first column), one per line.")
+    @click.option("--json", is_flag=True, help="One JSON array.")
+    @click.option("--nl", is_flag=True, help="One JSON object per line.")
+    @click.option("--csv", is_flag=True, help="CSV with a heading.")
+    @click.option("-q", "--quiet", is_flag=True, help="Only names (the first column), one per line.")
     @functools.wraps(command)
-    def wrapper(*args: Any, as_json: bool, as_lines: bool, as_csv: bool, as_names: bool, **kwargs: Any) -> None:
-        chosen = [
-            form
-            for form, wanted in (
-                (Form.JSON, as_json),
-                (Form.LINES, as_lines),
-                (Form.CSV, as_csv),
-                (Form.NAMES, as_names),
-            )
-            if wanted
-        ]
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        chosen = [form for form in Form if kwargs.pop(form.value, False)]
         if len(chosen) > 1:
             raise click.UsageError("Only one of --json, --nl, --csv and -q can be given.", click.get_current_context())
 
         command(*args, form=chosen[0] if chosen else Form.TABLE, **kwargs)  # type: ignore[arg-type]
 
-    return wrapper  # type: ignore[return-value]
+    return wrapper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +89,7 @@ def write_rows(
     match form:
         case Form.TABLE:
             shown = table if table is not None else _columns_of(columns, rows)
-            text = _table(shown, [[row[_position(columns, c)] for c in shown] for row in rows])
+            text = _table(shown, [[row[columns.index(c.name)] for c in shown] for row in rows])
         case Form.NAMES:
             text = "".join(f"{'' if row[0] is None else printable(str(plain(row[0])))}\n" for row in rows)
         case Form.CSV:
@@ -110,6 +101,11 @@ def write_rows(
             text = f"[{objects}]\n"
 
     click.echo(text, nl=False, color=True)
+
+
+def note(message: str) -> None:
+    """Write a line to stderr: not a part of the result."""
+    click.echo(f"lading: {message}", err=True)
 
 
 def write_json(value: object) -> None:
@@ -231,22 +227,11 @@ def terminal_width() -> int | None:
 
 def fit_widths(widths: Sequence[int], total: int, keep: Sequence[bool]) -> list[int]:
     """Shorten the widest columns until their sum is ``total``; shorten those to ``keep`` only after all others."""
-    fitted = list(widths)
-    for givers, least in (([not k for k in keep], _LEAST), ([True] * len(fitted), _LEAST), ([True] * len(fitted), 1)):
-        excess = sum(fitted) - total
-        while excess > 0:
-            candidates = [i for i, gives in enumerate(givers) if gives and fitted[i] > least]
-            if not candidates:
-                break
-            widest = max(fitted[i] for i in candidates)
-            level = [i for i in candidates if fitted[i] == widest]
-            below = max([fitted[i] for i in candidates if fitted[i] < widest], default=least)
-            # All of the widest columns shrink together, to the width of the next one or as far as necessary.
-            step = min(widest - max(below, least), -(-excess // len(level)))
-            for i in level:
-                take = min(step, excess)
-                fitted[i] -= take
-                excess -= take
+    fitted = [min(width, max(total, _LEAST)) for width in widths]
+    others = [i for i, kept in enumerate(keep) if not kept]
+    for givers, least in ((others, _LEAST), (range(len(fitted)), _LEAST), (range(len(fitted)), 1)):
+        while sum(fitted) > total and (wide := [i for i in givers if fitted[i] > least]):
+            fitted[max(wide, key=fitted.__getitem__)] -= 1
 
     return fitted
 
@@ -266,18 +251,10 @@ def _cells(char: str) -> int:
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
 
-def _position(columns: Sequence[str], column: Column) -> int:
-    return columns.index(column.name)
-
-
 def _columns_of(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[Column]:
-    return [Column(name=name, right=_all_numbers(row[i] for row in rows)) for i, name in enumerate(columns)]
+    kinds = [{type(row[i]) for row in rows if row[i] is not None} for i in range(len(columns))]
 
-
-def _all_numbers(values: Iterable[object]) -> bool:
-    kinds = {type(v) for v in values if v is not None}
-
-    return bool(kinds) and kinds <= {int, float}
+    return [Column(name=n, right=bool(k) and k <= {int, float}) for n, k in zip(columns, kinds, strict=True)]
 
 
 def _table(columns: Sequence[Column], rows: Sequence[Sequence[object]]) -> str:

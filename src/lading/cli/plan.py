@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_target
-from lading.cli.describe import DTYPES, parse_dtype
+from lading.cli.describe import DTYPES, Size, parse_dtype
 from lading.cli.names import name_or_path
-from lading.cli.output import Column, Form, counted, human_bytes, listing_options, write_rows
+from lading.cli.output import Column, Form, counted, human_bytes, listing_options, note, text, write_rows
 
 if TYPE_CHECKING:
     from lading.operations.plan import LoadPlan
-
-_UNITS = {
-    "": 1,
-    **{f"{p}{suffix}": base**n for n, p in enumerate("KMGTP", 1) for suffix, base in (("iB", 1024), ("B", 1000))},
-}
-
-
-class _Bytes(click.ParamType[int]):
-    """A number of bytes, such as 80GiB."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", str(value))
-        units = {unit.lower(): factor for unit, factor in _UNITS.items()}
-        factor = units.get(match[2].lower()) if match else None
-        if match is None or factor is None:
-            self.fail(f"{value!r} is expected to be a number of bytes, such as 80GiB or 24GB.", param, ctx)
-
-        return int(float(match[1]) * factor)
-
 
 DOES_NOT_FIT = 4
 
@@ -56,7 +34,7 @@ _AXIS = click.IntRange(min=1, max=1_000_000)
     help="Of the parameters; auto: config.json's; keep: as stored.",
 )
 @click.option("--rank", type=click.IntRange(min=0), multiple=True, help="Only this rank; may be given again.")
-@click.option("--device-memory", type=_Bytes(), help="Exit with 4 unless the weights fit, such as into 80GiB.")
+@click.option("--device-memory", type=Size(), help="Exit with 4 unless the weights fit, such as into 80GiB.")
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw it, too.")
 @no_restrict
 @listing_options
@@ -116,10 +94,11 @@ def plan(
         for r in found.ranks
     ]  # fmt: skip
     axes = [Column(name=axis, right=True) for axis, size in found.sizes.items() if size > 1]
-    fits = [] if device_memory is None else [Column(name="fits", show=_yes_no, color=_fits_color)]
-    write_rows(_COLUMNS, rows, form, table=(*_TABLE[:1], *axes, *_TABLE[1:], *fits))
+    fits = Column(name="fits", show=text, color={True: "green", False: "red"}.get)
+    last = [] if device_memory is None else [fits]
+    write_rows(_COLUMNS, rows, form, table=(*_TABLE[:1], *axes, *_TABLE[1:], *last))
     if form is Form.TABLE:
-        click.echo(f"lading: {_summary(found)}", err=True)
+        note(_summary(found))
     if device_memory is not None and any(r.memory_bytes > device_memory for r in found.ranks):
         click.get_current_context().exit(DOES_NOT_FIT)
 
@@ -129,14 +108,6 @@ _COLUMNS = ("rank", "pp", "rdp", "sdp", "tp", "bytes_read", "reads", "files", "m
 
 def _memory(memory: dict[str, int]) -> str:
     return ", ".join(f"{dtype} {human_bytes(size)}" for dtype, size in memory.items())
-
-
-def _yes_no(fits: bool) -> str:
-    return "yes" if fits else "no"
-
-
-def _fits_color(fits: bool) -> str:
-    return "green" if fits else "red"
 
 
 _TABLE = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lading.cli.command import command
+from lading.cli.command import command, no_progress
 from lading.cli.complete import complete_model
 from lading.cli.output import Column, Form, human_bytes, listing_options, write_rows
 
@@ -26,7 +26,7 @@ _DRY_TABLE = (*_TABLE[:3], Column(name="fetched", show=lambda fetched: "to fetch
     "--include", metavar="PATTERN", multiple=True, help="Further files, such as 'tokenizer*'; of a web server, by name."
 )
 @click.option("-n", "--dry-run", is_flag=True, help="Only show what would be fetched.")
-@click.option("--no-progress", is_flag=True, help="Hide the progress bar.")
+@no_progress
 @listing_options
 def pull(
     names: tuple[str, ...],

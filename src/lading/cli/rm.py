@@ -10,7 +10,7 @@ import click
 from lading.cli.command import command
 from lading.cli.complete import complete_model
 from lading.cli.names import unknown_model
-from lading.cli.output import counted, human_bytes, printable
+from lading.cli.output import counted, human_bytes, note, printable
 
 if TYPE_CHECKING:
     from lading.operations.remove import Removal
@@ -63,7 +63,7 @@ def _agreed(name: str, removal: Removal) -> bool:
     if not removal.revisions or sys.stdin is None or not sys.stdin.isatty():
         return False
     for revision in removal.revisions:
-        click.echo(f"lading: {revision.commit} of {revision.repo} is in {printable(str(revision.path))}", err=True)
+        note(f"{revision.commit} of {revision.repo} is in {printable(str(revision.path))}")
     count = counted(len(removal.revisions), "revision")
 
     return click.confirm(
@@ -75,19 +75,17 @@ def _agreed(name: str, removal: Removal) -> bool:
 
 def _say(name: str, removal: Removal, *, dry_run: bool) -> None:
     for file in removal.kept:
-        click.echo(f"lading: {printable(str(file.path))} stays: {file.reason}", err=True)
+        note(f"{printable(str(file.path))} stays: {file.reason}")
     if removal.also_of:
         verb = "is" if dry_run else "was"
-        click.echo(f"lading: the checkpoint {verb} that of {printable(', '.join(removal.also_of))}, too", err=True)
+        note(f"the checkpoint {verb} that of {printable(', '.join(removal.also_of))}, too")
     if removal.nothing:
-        click.echo(f"lading: nothing of {printable(name)} is on this machine", err=True)
+        note(f"nothing of {printable(name)} is on this machine")
         return
 
     for revision in removal.revisions:
         verb = "is to be" if dry_run else "was"
-        click.echo(
-            f"lading: the revision {revision.commit} of {revision.repo} {verb} deleted by huggingface_hub", err=True
-        )
-    verb, note = ("to be removed", " (dry run)") if dry_run else ("removed", "")
+        note(f"the revision {revision.commit} of {revision.repo} {verb} deleted by huggingface_hub")
+    verb, end = ("to be removed", " (dry run)") if dry_run else ("removed", "")
     files = counted(len(removal.removed), "file")
-    click.echo(f"{printable(name)}: {files} {verb}, {human_bytes(removal.freed)} freed{note}")
+    click.echo(f"{printable(name)}: {files} {verb}, {human_bytes(removal.freed)} freed{end}")

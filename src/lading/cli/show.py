@@ -65,7 +65,7 @@ def show(name: str, tensors: bool, shards: bool, form: Form) -> None:
     elif form is Form.TABLE:
         _write_text(found)
     else:
-        _write_fields(found, form)
+        write_rows(_FIELD_COLUMNS, list(_fields(found.card)), form)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,9 @@ def _look_up(name: str, store: AssetStore) -> _Found:
     summary = store.summary(card)
     assert summary is not None  # it was retrieved just now
     ref = checkpoint_ref(card)
-    path = _local_path(ref)
+    path = uri_path(ref.uri)
+    if path is not None and ref.path is not None:
+        path = path / ref.path
     family, arch = _text_field(card, "model_family"), _text_field(card, "model_arch")
 
     problem = summary.problem
@@ -113,12 +115,6 @@ def _text_field(card: AssetCard, name: str) -> str | None:
     field = card.maybe_get_field(name)
 
     return None if field is None else field.as_(str)
-
-
-def _local_path(ref: CheckpointRef) -> Path | None:
-    path = uri_path(ref.uri)
-
-    return path if path is None or ref.path is None else path / ref.path
 
 
 _ADDRESSES = ("checkpoint", "tokenizer")
@@ -176,10 +172,6 @@ def _verified_at(stored: StoredCheckpoint | None) -> str | None:
     times = [copy.verified_at for copy in stored.copies] if stored is not None else []
 
     return min((time for time in times if time is not None), default=None) if None not in times else None
-
-
-def _write_fields(found: _Found, form: Form) -> None:
-    write_rows(_FIELD_COLUMNS, list(_fields(found.card)), form)
 
 
 _FIELD_COLUMNS = ("field", "value", "card", "source")

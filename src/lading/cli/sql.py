@@ -9,7 +9,7 @@ import sys
 import click
 
 from lading.cli.command import command
-from lading.cli.output import Form, listing_options, write_rows
+from lading.cli.output import Form, listing_options, note, write_rows
 
 _MOST_BYTES = 1_000_000
 """The longest query on stdin, which may be a device without an end."""
@@ -74,7 +74,7 @@ def sql(
     write_rows(result.columns, result.rows, form)
 
     if result.truncated:
-        click.echo(f"lading: there are more rows than these {len(result.rows)}; `--limit` asks for more.", err=True)
+        note(f"there are more rows than these {len(result.rows)}; `--limit` asks for more.")
 
 
 def _statement(query: str | None) -> str:

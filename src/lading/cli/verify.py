@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from lading.cli.command import command
+from lading.cli.command import command, no_progress
 from lading.cli.complete import complete_model
 from lading.cli.failure import explain
-from lading.cli.output import Column, Form, listing_options, printable, write_rows
+from lading.cli.output import Column, Form, listing_options, note, printable, write_rows
 from lading.errors import CatalogError
 
 MISMATCH = 4
@@ -27,7 +27,7 @@ _TABLE = (
 @click.argument("names", metavar="[NAME...]", nargs=-1, shell_complete=complete_model)
 @click.option("--all", "everything", is_flag=True, help="All models whose files are on this machine.")
 @click.option("--repair", is_flag=True, help="Fetch damaged files again.")
-@click.option("--no-progress", is_flag=True, help="Hide the progress bar.")
+@no_progress
 @listing_options
 def verify(names: tuple[str, ...], everything: bool, repair: bool, no_progress: bool, form: Form) -> None:
     """Verify all bytes of files on this machine.
@@ -78,8 +78,8 @@ def verify(names: tuple[str, ...], everything: bool, repair: bool, no_progress: 
 
     write_rows(_COLUMNS, rows, form, table=_TABLE)
     for hint in hints:
-        click.echo(f"lading: {hint}", err=True)
+        note(hint)
     if unrecorded:
-        click.echo(f"lading: none of this was recorded, as {printable(unrecorded)}", err=True)
+        note(f"none of this was recorded, as {printable(unrecorded)}")
     if codes:
         click.get_current_context().exit(max(codes))
