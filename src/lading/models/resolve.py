@@ -81,7 +81,7 @@ def resolve_model(
     if isinstance(target, Path):
         if config is None or family is None:
             family, config = family_of_folder(target, family)
-        checkpoint = path_checkpoint(target, cache=Settings.from_environment().cache_dir, restrict=restrict)
+        checkpoint = resolve_checkpoint(target, store, restrict=restrict)
         config = _complete(config, family, checkpoint, None)
         return ResolvedModel(
             name=str(target), family=family, config=config, checkpoint=checkpoint, card=None, store=None
@@ -97,6 +97,22 @@ def resolve_model(
     config = _complete(config, family, checkpoint, store)
 
     return ResolvedModel(name=card.name, family=family, config=config, checkpoint=checkpoint, card=card, store=store)
+
+
+def resolve_checkpoint(
+    target: AssetCard | str | Path, store: AssetStore | None = None, *, restrict: bool = True
+) -> Checkpoint:
+    """Resolve a card, the name of a card, or a path to a checkpoint, whose family does not matter.
+
+    The parameters and errors are those of :func:`resolve_model`.
+    """
+    if isinstance(target, Path):
+        settings = Settings.from_environment() if store is None else store.settings
+        return path_checkpoint(target, cache=settings.cache_dir, restrict=restrict)
+
+    store = store or get_asset_store()
+
+    return card_checkpoint(target if isinstance(target, AssetCard) else store.retrieve_card(target), store)
 
 
 def family_of_card(card: AssetCard) -> Family[Any, Any]:

@@ -11,12 +11,12 @@ from typing import Literal
 from lading.cards.card import Architecture, AssetCard
 from lading.cards.config import architecture_config
 from lading.catalog.store import AssetStore, get_asset_store
-from lading.checkpoints.checkpoint import Checkpoint, path_checkpoint
-from lading.checkpoints.locate import card_checkpoint
+from lading.checkpoints.checkpoint import Checkpoint
 from lading.errors import NotSupportedError
 from lading.formats.manifest import Manifest
 from lading.models.construct import build_on_meta
 from lading.models.family import get_family
+from lading.models.resolve import resolve_checkpoint
 from lading.models.targets import targets_of
 
 Kind = Literal["config", "only in A", "only in B", "renamed", "shape", "dtype", "values"]
@@ -185,37 +185,27 @@ def diff_models(
     For checkpoints, also raises what :func:`check_model` does.
     """
     store = store or get_asset_store()
-    things = [_retrieve(target, store) for target in (a, b)]
-    if len({isinstance(thing, Architecture) for thing in things}) > 1:
+    of_a, of_b = _architecture(a, store), _architecture(b, store)
+    if (of_a is None) != (of_b is None):
         raise NotSupportedError(
             "Expected two checkpoints or two architectures to compare, but found one of each. Run `lading check NAME` "
             "to check that the checkpoint of a model fits its architecture."
         )
+    if of_a is not None and of_b is not None:
+        return diff(_architecture_side(of_a), _architecture_side(of_b))
 
-    return diff(*(_side(thing, store, restrict=restrict) for thing in things))
+    checkpoints = [resolve_checkpoint(target, store, restrict=restrict) for target in (a, b)]
 
-
-def _retrieve(target: AssetCard | str | Path, store: AssetStore) -> AssetCard | Architecture | Path:
-    if not isinstance(target, str):
-        return target
-
-    family, slash, arch = target.partition("/")
-    if slash and store.maybe_retrieve_card(target) is None:
-        return store.architecture(arch, family)
-
-    return store.retrieve_card(target)
+    return diff(*(Side.of_manifest(each.manifest, _digests(each, store)) for each in checkpoints))
 
 
-def _side(thing: AssetCard | Architecture | Path, store: AssetStore, *, restrict: bool) -> Side:
-    if isinstance(thing, Architecture):
-        return _architecture_side(thing)
+def _architecture(target: AssetCard | str | Path, store: AssetStore) -> Architecture | None:
+    """Return the architecture that a target means; ``None`` if it means a checkpoint."""
+    if not isinstance(target, str) or "/" not in target or store.maybe_retrieve_card(target) is not None:
+        return None
+    family, _, name = target.partition("/")
 
-    if isinstance(thing, Path):
-        checkpoint = path_checkpoint(thing, cache=store.settings.cache_dir, restrict=restrict)
-    else:
-        checkpoint = card_checkpoint(thing, store)
-
-    return Side.of_manifest(checkpoint.manifest, _digests(checkpoint, store))
+    return store.architecture(name, family)
 
 
 def _architecture_side(architecture: Architecture) -> Side:
