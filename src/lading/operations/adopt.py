@@ -273,7 +273,7 @@ class _Adopter:
 
     def _wanted(self, manifest: Manifest, path: Path) -> list[tuple[StoredCheckpoint, tuple[str, ...]]]:
         """Return the checkpoints of cards that a folder may hold, except those that are elsewhere on this machine."""
-        uris = [uri for uri, _ in checkpoints_like(self._store.database, manifest) if uri != _uri_of(path)]
+        uris = [uri for uri in checkpoints_like(self._store.database, manifest) if uri != _uri_of(path)]
         names = names_of(self._store, uris) if uris else {}
         here = {_folder_of(path) / shard.name for shard in manifest.shards}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -65,15 +66,15 @@ def disk_usage(pattern: str | None = None, *, store: AssetStore | None = None) -
     held = held_checkpoints(store.database)
     names = names_of(store, {checkpoint.uri for checkpoint in held})
 
-    found: list[DiskUsageEntry] = []
-    seen: dict[tuple[int, int], int] = {}
-    for checkpoint in held:
-        for name in names.get(checkpoint.uri) or [shown_uri(checkpoint.uri)]:
-            if pattern is None or fnmatchcase(name, pattern):
-                holding = _holding(name, checkpoint, seen)
-                found += [] if holding is None else [holding]
+    seen: _Sizes = {}
+    found = [
+        _holding(name, checkpoint, stats)
+        for checkpoint in held
+        for name in names.get(checkpoint.uri) or [shown_uri(checkpoint.uri)]
+        if (pattern is None or fnmatchcase(name, pattern)) and (stats := _look(_paths_of(checkpoint), seen))
+    ]
 
-    orphaned: dict[tuple[int, int], int] = {}
+    orphaned: _Sizes = {}
     orphans = _orphan_holdings(find_orphans(store, held), orphaned)
 
     return DiskUsage(
@@ -84,40 +85,49 @@ def disk_usage(pattern: str | None = None, *, store: AssetStore | None = None) -
     )
 
 
-def _holding(name: str, checkpoint: LocalCheckpoint, seen: dict[tuple[int, int], int]) -> DiskUsageEntry | None:
-    there = [(copy, stat) for copy in checkpoint.copies if (stat := _stat(copy.path)) is not None]
-    if not there:
-        return None
-    seen.update({(stat.st_dev, stat.st_ino): stat.st_size for _, stat in there})
+_Sizes = dict[tuple[int, int], int]
+"""The sizes of files in bytes, by device and inode: a file may have several names."""
 
-    intact = {copy.file: copy for copy, stat in there if FileStat.from_stat(stat) == copy.stat}
+
+def _look(paths: Iterable[Path], seen: _Sizes) -> dict[Path, os.stat_result]:
+    """Return the state of the files that are there; add their sizes to ``seen``."""
+    stats: dict[Path, os.stat_result] = {}
+    for path in paths:
+        with suppress(OSError):
+            stats[path] = os.stat(path)
+    seen.update(_sizes_of(stats))
+
+    return stats
+
+
+def _sizes_of(stats: Mapping[Path, os.stat_result]) -> _Sizes:
+    return {(stat.st_dev, stat.st_ino): stat.st_size for stat in stats.values()}
+
+
+def _paths_of(checkpoint: LocalCheckpoint) -> list[Path]:
+    return [copy.path for copy in checkpoint.copies]
+
+
+def _holding(name: str, checkpoint: LocalCheckpoint, stats: Mapping[Path, os.stat_result]) -> DiskUsageEntry:
+    there = [copy for copy in checkpoint.copies if copy.path in stats]
+    intact = {copy.file: copy for copy in there if FileStat.from_stat(stats[copy.path]) == copy.stat}
     shards = [intact.get(shard.name) for shard in checkpoint.shards]
 
     return DiskUsageEntry(
         name=name,
-        bytes=sum({(stat.st_dev, stat.st_ino): stat.st_size for _, stat in there}.values()),
-        kind=",".join(sorted({copy.kind for copy, _ in there})),
+        bytes=sum(_sizes_of(stats).values()),
+        kind=",".join(sorted({copy.kind for copy in there})),
         files=len(there),
-        complete=bool(shards) and all(copy is not None for copy in shards),
+        complete=bool(shards) and None not in shards,
         verified=bool(shards) and all(copy is not None and copy.verified_at is not None for copy in shards),
-        path=_common_path([copy.path for copy, _ in there]),
+        path=_common_path(list(stats)),
         checkpoint=shown_uri(checkpoint.uri),
         revision=checkpoint.revision or None,
     )
 
 
-def _stat(path: Path) -> os.stat_result | None:
-    try:
-        return os.stat(path)
-    except OSError:
-        return None
-
-
 def _common_path(paths: Sequence[Path]) -> str:
     return str(paths[0]) if len(paths) == 1 else os.path.commonpath(paths)
-
-
-# --- cards ------------------------------------------------------------------------------------------------------------
 
 
 # --- orphans ----------------------------------------------------------------------------------------------------------
@@ -221,28 +231,24 @@ def _stated(store: AssetStore) -> set[str]:
 _NO_CARD = AssetCard("", {})
 
 
-def _orphan_holdings(orphans: Orphans, seen: dict[tuple[int, int], int]) -> list[DiskUsageEntry]:
+def _orphan_holdings(orphans: Orphans, seen: _Sizes) -> list[DiskUsageEntry]:
     groups: list[tuple[str, tuple[Path, ...], str | None]] = [
         (entry.uri, paths, entry.uri) for entry, paths in orphans.entries
     ]
     groups += [(str(path), (path,), None) for path in orphans.strays]
+    looked = [(name, paths, uri, _look(paths, seen)) for name, paths, uri in groups]
 
-    found = []
-    for name, paths, uri in groups:
-        there = [(path, stat) for path in paths if (stat := _stat(path)) is not None]
-        seen.update({(stat.st_dev, stat.st_ino): stat.st_size for _, stat in there})
-        found.append(
-            DiskUsageEntry(
-                name=name,
-                bytes=sum(stat.st_size for _, stat in there),
-                kind="cache",
-                files=len(there),
-                complete=len(there) == len(paths),
-                verified=False,
-                path=_common_path([path for path, _ in there]) if there else str(orphans.cache.folder),
-                checkpoint=uri,
-                revision=None,
-            )
+    return [
+        DiskUsageEntry(
+            name=name,
+            bytes=sum(stat.st_size for stat in stats.values()),
+            kind="cache",
+            files=len(stats),
+            complete=len(stats) == len(paths),
+            verified=False,
+            path=_common_path(list(stats)) if stats else str(orphans.cache.folder),
+            checkpoint=uri,
+            revision=None,
         )
-
-    return found
+        for name, paths, uri, stats in looked
+    ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,11 +45,11 @@ class Removal:
     """Bytes."""
     removed: tuple[Path, ...]
     """The removed files. The bytes of those that others need stay, and do not count."""
-    kept: tuple[SkippedFile, ...]
+    kept: tuple[SkippedFile, ...] = ()
     """The files that stay; the catalog no longer knows them as the model's."""
     revisions: tuple[HubRevision, ...] = ()
     """The revisions deleted from the cache of Hugging Face's libraries, regardless of who fetched them."""
-    also_of: tuple[str, ...]
+    also_of: tuple[str, ...] = ()
     """The other models of the same checkpoint, which lose it, too."""
 
     @property
@@ -79,11 +79,12 @@ def remove_model(name: str, *, dry_run: bool = False, hub: bool = False, store: 
     store = store or get_asset_store()
     uri, entry = _checkpoint_of(name, store)
     if not uri:
-        return Removal(name=name, freed=0, removed=(), kept=(), also_of=())
+        return Removal(name=name, freed=0, removed=())
 
     # Before the removal: only an existing rewrite is found.
     others = [other for other in names_of(store, [uri]).get(uri, ()) if other != name]
-    with _held(store, uri, dry_run=dry_run) as held:
+    releasing = nullcontext(held_checkpoints(store.database)) if dry_run else releasing_copies(store.database, uri)
+    with releasing as held:
         plan = _plan(uri, entry, held, own_cache(store))
         if plan.revisions and not (dry_run or hub):
             raise _refused(name, plan.revisions)
@@ -119,13 +120,13 @@ def remove_orphans(*, dry_run: bool = False, older_than: float = _GRACE, store: 
     strays = [path for path in orphans.strays if time.time() - os.lstat(path).st_ctime > older_than]
     paths = [*(path for _, paths in orphans.entries for path in paths), *strays]
     if dry_run:
-        return Removal(name="", freed=_bytes(paths), removed=tuple(paths), kept=(), also_of=())
+        return Removal(name="", freed=_bytes(paths), removed=tuple(paths))
 
     freed = sum(cache.remove(entry, keep=orphans.needed) for entry, _ in orphans.entries)
     freed += _remove(strays) + sweep(cache.tmp)
     gone = tuple(path for path in paths if not path.exists())
 
-    return Removal(name="", freed=freed, removed=gone, kept=(), also_of=())
+    return Removal(name="", freed=freed, removed=gone)
 
 
 def _bytes(paths: Sequence[Path]) -> int:
@@ -171,15 +172,6 @@ def checkpoint_without_card(name: str, store: AssetStore) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-@contextmanager
-def _held(store: AssetStore, uri: str, *, dry_run: bool) -> Iterator[list[LocalCheckpoint]]:
-    if dry_run:
-        yield held_checkpoints(store.database)
-        return
-    with releasing_copies(store.database, lambda other: other == uri) as held:
-        yield held
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
     """The files of a checkpoint to remove, and those that stay."""
@@ -209,15 +201,9 @@ class _Plan:
 
 def _plan(uri: str, entry: str, held: Sequence[LocalCheckpoint], cache: Cache) -> _Plan:
     copies = [copy for checkpoint in held if checkpoint.uri == uri for copy in checkpoint.copies]
-    by_name = {
-        copy.path: shown_uri(checkpoint.uri)
-        for checkpoint in held
-        if checkpoint.uri != uri
-        for copy in checkpoint.copies
-    }
+    by_name = {copy.path: shown_uri(each.uri) for each in held if each.uri != uri for copy in each.copies}
     others = {os.path.realpath(path): other for path, other in by_name.items()}
     needed = frozenset(digest for path in others if (digest := _digest(cache, Path(path))) is not None)
-
     revisions_of_others = {revision: other for path, other in by_name.items() if (revision := revision_of(path))}
 
     digests: list[str] = []

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sqlalchemy import delete, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session, selectinload
 
-from lading.catalog.checkpoints.copies import all_copies, same_copy
-from lading.catalog.checkpoints.manifests import read_manifest, shards_of
+from lading.catalog.checkpoints.copies import all_copies, reachable
+from lading.catalog.checkpoints.manifests import find_checkpoint, read_manifest, shards_of
 from lading.catalog.database.database import Database
 from lading.catalog.database.statements import chunks
 from lading.catalog.records import LocalCheckpoint
-from lading.catalog.schema import CheckpointRow, CopyRow, ShardRow
+from lading.catalog.schema import CheckpointRow, ShardRow
 from lading.formats.manifest import Manifest
 
 
 def held_checkpoints(database: Database) -> list[LocalCheckpoint]:
     """Return the checkpoints with known files on this machine, by their URIs."""
     with database.session() as session:
-        return [held for _, held in _held(session)]
+        return _held(session)
 
 
 def known_uris(database: Database) -> frozenset[str]:
@@ -30,57 +30,43 @@ def known_uris(database: Database) -> frozenset[str]:
 
 
 @contextmanager
-def releasing_copies(database: Database, chosen: Callable[[str], bool]) -> Iterator[list[LocalCheckpoint]]:
-    """Forget the copies of checkpoints on this machine while the body removes their files.
+def releasing_copies(database: Database, uri: str) -> Iterator[list[LocalCheckpoint]]:
+    """Forget the copies of a checkpoint on this machine while the body removes their files.
 
-    This yields all checkpoints with files here, those chosen included. While the body runs no other process writes to
+    This yields all checkpoints with files here, this one included. While the body runs no other process writes to
     the catalog, so no file gets another owner during its removal; and if the catalog cannot be written, the body never
     begins. When the body ends, the catalog forgets the copies; when it fails, or the process dies, it forgets none.
     Removed files then stay in the catalog, which is harmless: a copy counts only while its state is the same.
 
-    The catalog keeps the contents of the checkpoints, their digests and checks.
-
-    :param chosen: selects checkpoints by their URI.
+    The catalog keeps the contents of the checkpoint, its digests and checks.
 
     :raises CatalogError: the catalog cannot be written.
     :raises OSError: the disk is full.
     """
     with database.session(write=True) as session:
         held = _held(session)
-        for checkpoint_id, checkpoint in held:
-            for copy in checkpoint.copies if chosen(checkpoint.uri) else ():
-                session.execute(delete(CopyRow).where(same_copy(checkpoint_id, copy)))
-        yield [checkpoint for _, checkpoint in held]
+        checkpoint = find_checkpoint(session, uri)
+        for row, _ in [] if checkpoint is None else reachable(checkpoint.copies):
+            session.delete(row)
+        session.flush()
+        yield held
 
 
-def _held(session: Session) -> list[tuple[int, LocalCheckpoint]]:
-    """Return the checkpoints with files here, each with its id."""
+def _held(session: Session) -> list[LocalCheckpoint]:
     copies = all_copies(session)
-    rows = [
-        row
+    found = [
+        LocalCheckpoint(uri=row.uri, revision=row.revision, shards=shards_of(row), copies=tuple(copies[row.id]))
         for ids in chunks(copies)
         for row in session.scalars(
             select(CheckpointRow).where(CheckpointRow.id.in_(ids)).options(selectinload(CheckpointRow.shards))
         )
     ]
-    found = [
-        (
-            row.id,
-            LocalCheckpoint(
-                uri=row.uri,
-                revision=row.revision,
-                shards=shards_of(row),
-                copies=tuple(copies[row.id]),
-            ),
-        )
-        for row in rows
-    ]
 
-    return sorted(found, key=lambda pair: pair[1].uri)
+    return sorted(found, key=lambda checkpoint: checkpoint.uri)
 
 
-def checkpoints_like(database: Database, manifest: Manifest) -> list[tuple[str, Manifest]]:
-    """Return the checkpoints of the same tensors in files of the same sizes, whose SHA-256 are all known."""
+def checkpoints_like(database: Database, manifest: Manifest) -> list[str]:
+    """Return the URIs of checkpoints of the same tensors in files of the same sizes, whose SHA-256 are all known."""
     sizes = [shard.size for shard in manifest.shards]
     with database.session() as session:
         rows = session.scalars(
@@ -94,10 +80,9 @@ def checkpoints_like(database: Database, manifest: Manifest) -> list[tuple[str, 
             )
             .order_by(CheckpointRow.uri)
         )
-        known = [(row.uri, read_manifest(session, row)) for row in rows.all()]
 
-    return [
-        (uri, other)
-        for uri, other in known
-        if [shard.size for shard in other.shards] == sizes and other.tensors_equal(manifest)
-    ]
+        return [
+            row.uri
+            for row in rows.all()
+            if [shard.size for shard in row.shards] == sizes and read_manifest(session, row).tensors_equal(manifest)
+        ]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from sqlalchemy import select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import select
 
 from lading.cards.card import split_name
-from lading.catalog.checkpoints.copies import all_verified, copies_of, replace_copies, same_copy, write_copies
+from lading.catalog.checkpoints.copies import copies_of, reachable, replace_copies, write_copies
 from lading.catalog.checkpoints.manifests import (
     find_checkpoint,
     forget_digests,
@@ -22,7 +21,7 @@ from lading.catalog.database.database import Database
 from lading.catalog.database.statements import dumps
 from lading.catalog.links import link_by_uri, link_card
 from lading.catalog.records import HEADER, Check, LocalCopy, now
-from lading.catalog.schema import CheckpointRow, CopyRow, VerificationRow
+from lading.catalog.schema import CheckpointRow, VerificationRow
 from lading.formats.digests import Digests
 from lading.formats.manifest import Manifest
 from lading.system.uris import shown_uri
@@ -70,7 +69,7 @@ def record_checkpoint(
         same = old is not None and same_tensors(old, manifest)
         if not same:
             write_tensors(session, row, manifest)
-        elif _may_differ(session, row, manifest, copies, same_revision=same_revision) and (accept or not copies):
+        elif _may_differ(row, manifest, copies, same_revision=same_revision) and (accept or not copies):
             forget_digests(session, row.id)
 
         same_files = old is not None and old.index_name == manifest.index_name and old.has_files_of(manifest)
@@ -94,15 +93,15 @@ def _describe(row: CheckpointRow, manifest: Manifest, revision: str) -> None:
     row.version = __version__
 
 
-def _may_differ(
-    session: Session, row: CheckpointRow, manifest: Manifest, copies: Sequence[LocalCopy], *, same_revision: bool
-) -> bool:
+def _may_differ(row: CheckpointRow, manifest: Manifest, copies: Sequence[LocalCopy], *, same_revision: bool) -> bool:
     """Return whether the same tensors may have other values than before: nothing proves that they are equal."""
     if same_revision or all(shard.sha256 for shard in manifest.shards):
         return False
 
     # A load that found other bytes has recorded the files as they are, too; only verified files are known to be good.
-    return not copies or not all_verified(session, row, copies)
+    good = {(copy.file, copy.path, copy.stat) for copy in copies_of(row) if copy.verified_at is not None}
+
+    return not copies or any((copy.file, copy.path, copy.stat) not in good for copy in copies)
 
 
 def record_files(
@@ -125,8 +124,9 @@ def record_files(
         row = find_checkpoint(session, uri)
         if row is not None and copies:
             replace_copies(session, row, copies)
-        for check in checks:
-            _write_check(session, uri, row, check)
+        session.add_all(_audit(uri, check) for check in checks)
+        if row is not None:
+            _note_checks(row, checks)
 
 
 def record_companions(database: Database, *, uri: str, copies: Sequence[LocalCopy]) -> None:
@@ -178,28 +178,30 @@ def _writable(database: Database, what: str) -> bool:
     return database.writable
 
 
-def _write_check(session: Session, uri: str, checkpoint: CheckpointRow | None, check: Check) -> None:
-    session.add(
-        VerificationRow(
-            uri=uri,
-            file=check.file,
-            path=str(check.path),
-            method=check.method,
-            expected=check.expected,
-            found=check.found,
-            result=check.result,
-            version=__version__,
-            at=now(),
-        )
+def _audit(uri: str, check: Check) -> VerificationRow:
+    return VerificationRow(
+        uri=uri,
+        file=check.file,
+        path=str(check.path),
+        method=check.method,
+        expected=check.expected,
+        found=check.found,
+        result=check.result,
+        version=__version__,
+        at=now(),
     )
-    if checkpoint is None:
-        return
 
-    good = check.result != "mismatch"
-    if good and check.method == HEADER:
-        return  # a part of the file only
-    session.execute(update(CopyRow).where(same_copy(checkpoint.id, check)).values(verified_at=now() if good else None))
-    if good and check.method == "sha256":
-        for shard in checkpoint.shards:
-            if shard.name == check.file and shard.sha256 is None:
-                shard.sha256 = check.found
+
+def _note_checks(checkpoint: CheckpointRow, checks: Sequence[Check]) -> None:
+    """Note the results of checks beside the copies that are in the checked state, and first digests of files."""
+    copies = {(copy.file, copy.path, copy.stat): row for row, copy in reachable(checkpoint.copies)}
+    shards = {shard.name: shard for shard in checkpoint.shards}
+    for check in checks:
+        good = check.result != "mismatch"
+        if good and check.method == HEADER:
+            continue  # a part of the file only
+        if (row := copies.get((check.file, check.path, check.stat))) is not None:
+            row.verified_at = now() if good else None
+        shard = shards.get(check.file)
+        if good and check.method == "sha256" and shard is not None and shard.sha256 is None:
+            shard.sha256 = check.found
