@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from lading.catalog.records import LocalCopy, StoredCheckpoint
 from lading.catalog.store import AssetStore
@@ -13,14 +13,13 @@ from lading.transfer.files import ShardFile
 
 def copies_as_known(stored: StoredCheckpoint) -> tuple[ShardFile, ...] | None:
     """Return the files of all shards, if each is on this machine and as it was when it was recorded."""
-    shards = stored.manifest.shards
-    copies = intact_copies([shard.name for shard in shards], stored.copies)
+    copies = intact_copies(stored)
     if copies is None:
         return None
 
     return tuple(
         ShardFile(path=copy.path, stat=copy.stat, sha256=shard.sha256)
-        for shard, copy in zip(shards, copies, strict=True)
+        for shard, copy in zip(stored.manifest.shards, copies, strict=True)
     )
 
 
@@ -39,10 +38,10 @@ def was_verified(stored: StoredCheckpoint, store: AssetStore) -> bool:
     return bool(store.tensor_digests(stored.uri))
 
 
-def intact_copies(shards: Sequence[str], copies: Iterable[LocalCopy]) -> list[LocalCopy] | None:
+def intact_copies(stored: StoredCheckpoint) -> list[LocalCopy] | None:
     """Return the copy of each shard, if each is on this machine and as it was when it was recorded."""
-    known = best_copies(copies)
-    found = [known.get(name) for name in shards]
+    known = best_copies(stored.copies)
+    found = [known.get(shard.name) for shard in stored.manifest.shards]
     intact = [copy for copy in found if copy is not None and _worth(copy) == 2]
 
     return intact if len(intact) == len(found) else None

@@ -225,12 +225,14 @@ class _Adopter:
             )
         if not self._dry_run:
             if stored is None:
-                self._record(checkpoint.uri, manifest, copies, revision=commit)
+                record_checkpoint(
+                    self._store.database, uri=checkpoint.uri, manifest=manifest, copies=copies, revision=commit
+                )
             else:
                 record_files(self._store.database, uri=checkpoint.uri, copies=copies)
             link_cards(self._store.database, checkpoint.cards, uri=checkpoint.uri)
 
-        return _adopted(path, checkpoint.uri, copies, cards=checkpoint.cards, revision=commit)
+        return _adoption("adopted", path, checkpoint.uri, commit, checkpoint.cards, copies)
 
     # --- other folders ------------------------------------------------------------------------------------------------
 
@@ -265,9 +267,10 @@ class _Adopter:
                 copies = [replace(copy, verified_at=now()) if copy.stat in seen else copy for copy in copies]
             if not self._dry_run:
                 kind: CopyKind = "source" if cards else "adopted"
-                self._record(uri, manifest, [replace(copy, kind=kind) for copy in copies], revision="")
+                owned = [replace(copy, kind=kind) for copy in copies]
+                record_checkpoint(self._store.database, uri=uri, manifest=manifest, copies=owned)
                 link_cards(self._store.database, cards, uri=uri)
-            known = _adopted(path, uri, copies, cards=cards)
+            known = _adoption("adopted", path, uri, "", cards, copies)
 
         return [known if cards else replace(known, overlays=self._overlays(path))]
 
@@ -282,7 +285,7 @@ class _Adopter:
             stored = self._store.checkpoint(uri)
             if stored is None or uri not in names:
                 continue
-            intact = intact_copies([shard.name for shard in stored.manifest.shards], stored.copies)
+            intact = intact_copies(stored)
             if intact is None or {copy.path for copy in intact} == here:
                 wanted.append((stored, tuple(names[uri])))
 
@@ -308,9 +311,7 @@ class _Adopter:
             record_files(self._store.database, uri=stored.uri, copies=copies, checks=checks)
             link_cards(self._store.database, cards, uri=stored.uri)
 
-        adopted = _adopted(path, stored.uri, copies, cards=cards, revision=stored.revision)
-
-        return replace(adopted, verified=True)
+        return replace(_adoption("adopted", path, stored.uri, stored.revision, cards, copies), verified=True)
 
     def _overlays(self, path: Path) -> tuple[str, ...]:
         """Return overlays for cards whose repository has the name of the folder; the user decides if it is right."""
@@ -323,9 +324,6 @@ class _Adopter:
         ]
 
         return tuple(to_yaml([{"name": f"{name}@user", "checkpoint": str(path)}]) for name in sorted(found))
-
-    def _record(self, uri: str, manifest: Manifest, copies: Sequence[LocalCopy], *, revision: str) -> None:
-        record_checkpoint(self._store.database, uri=uri, manifest=manifest, copies=copies, revision=revision)
 
 
 def _read(path: Path, place: FoundCheckpoint, *, cache: Path, restrict: bool) -> tuple[Manifest, list[LocalCopy]]:
@@ -370,43 +368,29 @@ def _sha256_of_blob(path: Path) -> str | None:
 
 def _digests_as_known(stored: StoredCheckpoint | None, manifest: Manifest) -> list[tuple[str, FileStat]] | None:
     """Return the recorded digests and states of files that are verified and unchanged; ``None`` if some are not."""
-    if stored is None or not stored.manifest.has_files_of(manifest):
+    if stored is None or not stored.manifest.has_files_of(manifest) or (copies := intact_copies(stored)) is None:
         return None
-    shards = stored.manifest.shards
-    copies = intact_copies([shard.name for shard in shards], stored.copies)
-    if copies is None:
-        return None
-    pairs = zip(shards, copies, strict=True)
+    pairs = zip(stored.manifest.shards, copies, strict=True)
     known = [(shard.sha256, copy.stat) for shard, copy in pairs if shard.sha256 and copy.verified_at is not None]
 
-    return [(str(sha256), stat) for sha256, stat in known] if len(known) == len(shards) else None
+    return known if len(known) == len(copies) else None
 
 
 def _known(path: Path, stored: StoredCheckpoint | None, cards: tuple[str, ...]) -> Adoption | None:
     """Return the result for a checkpoint whose intact files the catalog knows; ``None`` if it does not."""
-    if stored is None:
+    if stored is None or (copies := intact_copies(stored)) is None:
         return None
-    copies = intact_copies([shard.name for shard in stored.manifest.shards], stored.copies)
-    if copies is None:
-        return None
+    known = _adoption("known", path, stored.uri, stored.revision, cards, copies)
 
-    return Adoption(
-        path=path,
-        status="known",
-        checkpoint=stored.uri,
-        revision=stored.revision or None,
-        cards=cards,
-        bytes=sum(copy.stat.size for copy in copies),
-        verified=all(copy.verified_at is not None for copy in copies),
-    )
+    return replace(known, verified=all(copy.verified_at is not None for copy in copies))
 
 
-def _adopted(
-    path: Path, uri: str, copies: Sequence[LocalCopy], *, cards: tuple[str, ...], revision: str = ""
+def _adoption(
+    status: Status, path: Path, uri: str, revision: str, cards: tuple[str, ...], copies: Sequence[LocalCopy]
 ) -> Adoption:
     return Adoption(
         path=path,
-        status="adopted",
+        status=status,
         checkpoint=uri,
         revision=revision or None,
         cards=cards,
