@@ -11,6 +11,8 @@ from lading.catalog.store import AssetStore
 from lading.errors import AssetCardError
 from lading.system.uris import path_uri, uri_path
 
+log = logging.getLogger("lading")
+
 
 def catalog_uri(ref: CheckpointRef, store: AssetStore) -> str:
     """Return the URI by which the catalog of ``store`` knows the checkpoint of a card."""
@@ -45,8 +47,9 @@ def names_of(store: AssetStore, uris: Iterable[str]) -> dict[str, list[str]]:
     """Return the names of the cards whose models are loaded from each of these checkpoints."""
     wanted = set(uris)
     heads = {head for uri in wanted for head in heads_of(uri)}
+    paths = filter(None, map(uri_path, wanted))
     # The address of an original does not lead to its rewrite.
-    any_rewritten = any(_is_rewritten(uri, store) for uri in wanted)
+    any_rewritten = any(formats.is_rewritten(path, store.settings.cache_dir) for path in paths)
 
     def may_be(uri: str) -> bool:
         return uri.rstrip("/") in heads or (any_rewritten and uri_path(uri) is not None)
@@ -60,12 +63,6 @@ def names_of(store: AssetStore, uris: Iterable[str]) -> dict[str, list[str]]:
     return names
 
 
-def _is_rewritten(uri: str, store: AssetStore) -> bool:
-    path = uri_path(uri)
-
-    return path is not None and formats.is_rewritten(path, store.settings.cache_dir)
-
-
 def heads_of(uri: str) -> list[str]:
     """Return a URI and those that contain it, as a card may state them with a ``checkpoint_path`` inside."""
     heads = [uri.rstrip("/")]
@@ -73,6 +70,3 @@ def heads_of(uri: str) -> list[str]:
         heads.append(heads[-1].rpartition("/")[0])
 
     return heads
-
-
-log = logging.getLogger("lading")

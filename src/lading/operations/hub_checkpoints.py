@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lading.cards.card import AssetCard, CheckpointRef
+from lading.cards.card import CheckpointRef
 from lading.catalog.store import AssetStore, StoredCheckpoint
 from lading.errors import CheckpointNotFoundError, LadingError
 from lading.operations.card_links import cards_with
@@ -39,7 +39,12 @@ def hub_checkpoints(store: AssetStore) -> Mapping[str, Sequence[HubCheckpoint]]:
     """
     found: dict[str, tuple[HubAddress, CheckpointRef, list[str]]] = {}
     for card, ref in cards_with(store, lambda uri: uri.startswith(SCHEMES)):
-        _add(found, card, ref)
+        try:
+            address = HubAddress.from_uri(ref.uri)
+        except LadingError as error:
+            log.warning("the card %s names no repository: %s", card.name, error)
+            continue
+        found.setdefault(ref.key, (address, ref, []))[2].append(card.name)
 
     by_repo: dict[str, list[HubCheckpoint]] = {}
     for uri, (address, ref, cards) in found.items():
@@ -52,15 +57,6 @@ def hub_checkpoints(store: AssetStore) -> Mapping[str, Sequence[HubCheckpoint]]:
         )
 
     return by_repo
-
-
-def _add(found: dict[str, tuple[HubAddress, CheckpointRef, list[str]]], card: AssetCard, ref: CheckpointRef) -> None:
-    try:
-        address = HubAddress.from_uri(ref.uri)
-    except LadingError as error:
-        log.warning("the card %s names no repository: %s", card.name, error)
-        return
-    found.setdefault(ref.key, (address, ref, []))[2].append(card.name)
 
 
 def resolve_commit(place: FoundCheckpoint, revision: str | None, stored: StoredCheckpoint | None) -> str | None:

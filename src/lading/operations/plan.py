@@ -107,7 +107,9 @@ def plan_checkpoint(
     :raises NotSupportedError: a size of the configuration does not divide over ``tp``, or there are fewer layers than
         stages.
     """
-    _check_sizes(sizes)
+    for axis, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"`{axis}` must be at least 1, but is {size}")
     world = math.prod(sizes.values())
     for rank in ranks or ():
         if not 0 <= rank < world:
@@ -172,12 +174,6 @@ def plan_checkpoint(
         manifest=manifest,
         layout=layout,
     )
-
-
-def _check_sizes(sizes: Mapping[str, int]) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"`{name}` must be at least 1, but is {size}")
 
 
 def plan_load(

@@ -23,7 +23,7 @@ class Database:
     """
 
     def __init__(self, target: Target, engine: Engine, *, writable: bool, settings: Settings) -> None:
-        self._target = target
+        self.target = target
         self._engine = engine
         # A database in memory has one connection, whose users take turns.
         self._turns: AbstractContextManager[object] = (
@@ -35,19 +35,14 @@ class Database:
         """The settings that it was opened with."""
 
     @property
-    def target(self) -> Target:
-        """The place of the catalog."""
-        return self._target
-
-    @property
     def url(self) -> str:
         """The URL of the database, without a password and without parameters."""
-        return self._target.shown_url
+        return self.target.shown_url
 
     @property
     def path(self) -> Path | None:
         """The file of the database; ``None`` for a server, and for one in memory."""
-        return self._target.path
+        return self.target.path
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -56,7 +51,7 @@ class Database:
         :raises CatalogError: the catalog is damaged, or another process holds it.
         :raises OSError: the file cannot be read.
         """
-        with self._turns, transaction(self._engine, self._target, write=False) as connection:
+        with self._turns, transaction(self._engine, self.target, write=False) as connection:
             yield connection
 
     @contextmanager
@@ -68,9 +63,9 @@ class Database:
         """
         if not self.writable:
             raise CatalogError(
-                f"{self._target} cannot be written by you. Set LADING_DATABASE_URL to a catalog that can."
+                f"{self.target} cannot be written by you. Set LADING_DATABASE_URL to a catalog that can."
             )
-        with self._turns, transaction(self._engine, self._target, write=True) as connection:
+        with self._turns, transaction(self._engine, self.target, write=True) as connection:
             yield connection
 
     @contextmanager

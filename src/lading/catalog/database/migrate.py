@@ -264,9 +264,6 @@ def engine_for(target: Target) -> Engine:
     return server_engine(target) if target.path is None else readonly_engine(target.path)
 
 
-# --- check ------------------------------------------------------------------------------------------------------------
-
-
 # --- backup -----------------------------------------------------------------------------------------------------------
 
 

@@ -120,18 +120,9 @@ def _kept_cards(session: Session, keys: Collection[Key], sources: Collection[str
 
 
 def _kept_architectures(session: Session, keys: Collection[Key], sources: Collection[str]) -> dict[Key, StoredRow]:
-    statement = select(
-        ArchitectureRow.family,
-        ArchitectureRow.name,
-        ArchitectureRow.base,
-        ArchitectureRow.config,
-        ArchitectureRow.position,
-        SourceRow.uri,
-    ).join(ArchitectureRow.source)
-
-    conditions: list[ColumnElement[bool]] = [
-        ArchitectureRow.family.in_(piece) for piece in chunks({family for family, _ in keys})
-    ]
+    row = ArchitectureRow
+    statement = select(row.family, row.name, row.base, row.config, row.position, SourceRow.uri).join(row.source)
+    conditions: list[ColumnElement[bool]] = [row.family.in_(piece) for piece in chunks({family for family, _ in keys})]
     conditions += [SourceRow.uri.in_(piece) for piece in chunks(sources)]
 
     return {
@@ -170,16 +161,11 @@ def _refuse_towers(session: Session, cards: ImportPlan, architectures: ImportPla
 
     cards.refuse(climb("card", {c.key[0]: c for c in cards.written() if not c.key[1]}, card_base))
 
-    families: dict[str, list[str]] = {}
-    for claim in architectures.written():
-        families.setdefault(claim.key[0], []).append(claim.key[1])
-    for family in families:
+    for family in {claim.key[0] for claim in architectures.written()}:
         claims = {c.key[1]: c for c in architectures.written() if c.key[0] == family}
-        rows_there = session.execute(
-            select(ArchitectureRow.name, ArchitectureRow.base).where(ArchitectureRow.family == family)
-        )
-        bases = {row[0]: row[1] for row in rows_there}
-        bases.update((name, claim.entry.base) for name, claim in claims.items())
+        statement = select(ArchitectureRow.name, ArchitectureRow.base).where(ArchitectureRow.family == family)
+        bases = dict(session.execute(statement).all())
+        bases |= {name: claim.entry.base for name, claim in claims.items()}
         architectures.refuse(climb("architecture", claims, bases.get))
 
 
@@ -201,7 +187,11 @@ def _warnings(session: Session, cards: ImportPlan, architectures: ImportPlan) ->
             wanted.setdefault(claim.entry.base, []).append(
                 f"{claim.entry.source}: the card {name!r} is based on {claim.entry.base!r}, which is not in the catalog"
             )
-    there = _names(session, wanted)
+    there = {
+        name
+        for piece in chunks(wanted)
+        for name in session.scalars(select(CardRow.name).where(CardRow.env == "", CardRow.name.in_(piece)))
+    }
     warnings += [line for name, lines in wanted.items() if name not in there for line in lines]
 
     for claim in architectures.written():
@@ -255,14 +245,6 @@ def _meant(field: str) -> str | None:
     near = [] if field in FIELDS else get_close_matches(field.lower(), FIELDS, n=1, cutoff=0.85)
 
     return near[0] if near else None
-
-
-def _names(session: Session, names: Iterable[str]) -> set[str]:
-    return {
-        name
-        for piece in chunks(names)
-        for name in session.scalars(select(CardRow.name).where(CardRow.env == "", CardRow.name.in_(piece)))
-    }
 
 
 def _report(

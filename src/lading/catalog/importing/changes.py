@@ -218,38 +218,21 @@ def climb(noun: str, claims: Mapping[str, StatedRow], base_of: Callable[[str], s
     :param claims: by the name that ``base_of`` takes.
     :param base_of: the base of each name after the import.
     """
-    depths: dict[str | None, int] = {None: 0}
     refused: dict[Key, str] = {}
+    for name, claim in claims.items():
+        path = {name: None}  # an ordered set
+        base = claim.entry.base
+        while base is not None and base not in path and len(path) <= MAX_DEPTH:
+            path[base] = None
+            base = base_of(base)
 
-    for start, claim in claims.items():
-        if claim.entry.base is None:
-            continue
-        path: dict[str, None] = {}  # an ordered set
-        at: str | None = start
-        while at not in depths and at not in path:
-            assert at is not None  # it is in `depths`
-            path[at] = None
-            at = base_of(at)
-
-        if at in path:
-            names = list(path)
-            cycle = names[names.index(at) :]
-            for i, name in enumerate(cycle):
-                if name in claims:
-                    around = " → ".join([*cycle[i:], *cycle[:i], name])
-                    refused[claims[name].key] = (
-                        f"{claims[name].entry.source}: the bases of the {noun} {name!r} form a cycle: {around}"
-                    )
-
-        depth = depths.get(at, 0)
-        for name in reversed(path):
-            depth += 1
-            depths[name] = depth
-            if depth > MAX_DEPTH and name in claims:
-                refused.setdefault(
-                    claims[name].key,
-                    f"{claims[name].entry.source}: the {noun} {name!r} has more than {MAX_DEPTH - 1} bases above it",
-                )
+        problem = ""
+        if base == name:
+            problem = f"the bases of the {noun} {name!r} form a cycle: {' → '.join([*path, name])}"
+        elif len(path) > MAX_DEPTH:
+            problem = f"the {noun} {name!r} has more than {MAX_DEPTH - 1} bases above it"
+        if problem:
+            refused[claim.key] = f"{claim.entry.source}: {problem}"
 
     return refused
 
