@@ -13,14 +13,7 @@ from lading.formats.any_format import read_part, read_tensors
 from lading.formats.files import open_regular
 from lading.formats.folder import FILE_NAME, INDEX_NAME, checkpoint_file, is_index
 from lading.formats.manifest import Manifest, Shard
-from lading.formats.rank_parts import (
-    consolidated_parts,
-    fairseq2_parts,
-    index_consolidated,
-    index_fairseq2_sharded,
-    is_consolidated,
-    is_fairseq2_sharded,
-)
+from lading.formats.rank_parts import index_parts, part_files
 from lading.formats.remote import Files, NotByHeadersError, index_files
 from lading.formats.safetensors import join
 from lading.formats.shard_index import index_shards, read_index_at
@@ -96,9 +89,11 @@ def readable(path: Path | str, *, member: str | None = None, cache: Path, restri
 
 def rewritten(path: Path | str, *, member: str | None = None, cache: Path) -> Path | None:
     """Return the rewritten file in the cache for the current checkpoint at ``path``; ``None`` if there is none."""
-    file, inner = _split(Path(path), member)
     try:
-        return _find_rewritten(file, inner, cache)
+        file, originals = _originals(*_split(Path(path), member))
+        if originals[0].path == file:
+            return rewrite.rewritten(originals[0], cache)
+        return rewrite.rewritten_all(originals, cache)
     except (LadingError, OSError):
         return None
 
@@ -119,15 +114,9 @@ def _split(path: Path, member: str | None) -> tuple[Path, str | None]:
 def _index(path: Path, member: str | None, restrict: bool) -> Manifest:
     if member is not None:
         return _index_member(path, member, restrict)
-    if path.is_dir():
-        # Broken links are listed, too, so that a broken index is an error and not skipped.
-        names = {entry.name for entry in path.iterdir()}
-        if not names & {INDEX_NAME, FILE_NAME}:
-            if is_consolidated(names):
-                return index_consolidated(path, restrict=restrict)
-            if is_fairseq2_sharded(names):
-                return index_fairseq2_sharded(path, restrict=restrict)
-        path = path / checkpoint_file(names, where=path, torch=True)
+    path, parts = _find(path)
+    if parts:
+        return index_parts(path, parts, restrict=restrict)
     if is_index(path.name):
         return index_shards(path, restrict=restrict)
     part, kind = read_part(path, restrict=restrict)
@@ -145,57 +134,43 @@ def _index_member(path: Path, member: str, restrict: bool) -> Manifest:
     return join([(shard, header)], kind=kind)
 
 
-def _rewritten(path: Path, member: str | None, cache: Path, restrict: bool) -> Path:
-    if member is not None:
-        base, size = _place_of(path, member)
-        return rewrite.rewrite(path, cache, base=base, size=size, restrict=restrict)
-
-    path = _checkpoint_file(path)
-    parts = _parts(path)
-    if parts is None:
-        return rewrite.rewrite(path, cache, restrict=restrict)
-    if is_index(path.name):
-        files = [file for file, _ in parts]
-        made = {f.name: rewrite.rewrite(f, cache, restrict=restrict) if f.exists() else f for f in files}
-        index_shards(path, shards=made)  # raises if index and files disagree
-
-    return rewrite.rewrite_all(parts, cache, restrict=restrict)
-
-
-def _find_rewritten(path: Path, member: str | None, cache: Path) -> Path | None:
-    if member is not None:
-        base, size = _place_of(path, member)
-        return rewrite.rewritten(path, cache, base=base, size=size)
-
-    path = _checkpoint_file(path)
-    parts = _parts(path)
-
-    return rewrite.rewritten(path, cache) if parts is None else rewrite.rewritten_all(parts, cache)
-
-
-def _place_of(path: Path, member: str) -> tuple[int, int]:
-    """Return the offset and the size in bytes of a member of an archive."""
-    with open_regular(path) as (file, size):
-        return find_member(file, member, size=size, label=str(path))
-
-
-def _checkpoint_file(path: Path) -> Path:
-    """Return the file of a folder to read first; other paths, and folders of ranks' files, unchanged."""
+def _find(path: Path) -> tuple[Path, list[tuple[str, str]]]:
+    """Return the file of a folder to read first; or the folder, and the files in it that ranks saved."""
     if not path.is_dir():
-        return path
+        return path, []
+    # Broken links are listed, too, so that a broken index is an error and not skipped.
     names = {entry.name for entry in path.iterdir()}
-    if is_consolidated(names) or is_fairseq2_sharded(names):
-        return path
+    if not names & {INDEX_NAME, FILE_NAME} and (parts := part_files(path, names)):
+        return path, parts
 
-    return path / checkpoint_file(names, where=path, torch=True)
+    return path / checkpoint_file(names, where=path, torch=True), []
 
 
-def _parts(path: Path) -> list[tuple[Path, str]] | None:
-    """Return the files of a checkpoint, each with the suffix of its tensors' names; ``None`` for a single file."""
+def _rewritten(path: Path, member: str | None, cache: Path, restrict: bool) -> Path:
+    file, originals = _originals(path, member)
+    if originals[0].path == file:
+        return rewrite.rewrite(originals[0], cache, restrict=restrict)
+    if is_index(file.name):
+        made = {
+            each.path.name: rewrite.rewrite(each, cache, restrict=restrict) if each.path.exists() else each.path
+            for each in originals
+        }
+        index_shards(file, shards=made)  # raises if index and files disagree
+
+    return rewrite.rewrite_all(originals, cache, restrict=restrict)
+
+
+def _originals(path: Path, member: str | None) -> tuple[Path, list[rewrite.Original]]:
+    """Return the file to read first, and those that hold the tensors: that one, or several of an index or of ranks."""
+    if member is not None:
+        with open_regular(path) as (file, size):
+            base, length = find_member(file, member, size=size, label=str(path))
+        return path, [rewrite.Original(path, base=base, size=length)]
+
+    path, parts = _find(path)
+    if parts:
+        return path, [rewrite.Original(path / name, suffix=suffix) for name, suffix in parts]
     if is_index(path.name):
-        return [(path.parent / name, "") for name in read_index_at(path).tensors]
-    if not path.is_dir():
-        return None
-    consolidated = is_consolidated({entry.name for entry in path.iterdir()})
+        return path, [rewrite.Original(path.parent / name) for name in read_index_at(path).tensors]
 
-    return [(path / name, suffix) for name, suffix in (consolidated_parts if consolidated else fairseq2_parts)(path)]
+    return path, [rewrite.Original(path)]

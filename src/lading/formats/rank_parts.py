@@ -30,54 +30,33 @@ def is_fairseq2_sharded(names: Collection[str]) -> bool:
     return "pp_00" in names
 
 
-def index_consolidated(folder: Path, *, restrict: bool = True) -> Manifest:
-    """Read the manifest of ``consolidated.NN.pth``, one file for each model-parallel rank.
+def part_files(folder: Path, names: Collection[str]) -> list[tuple[str, str]]:
+    """Return the files of such a checkpoint, each with the suffix of its parts' names; an empty list for another one.
 
-    If there is only one file, its tensors are whole and have plain names.
-
-    :raises CorruptModelCheckpointError: a file is damaged or missing.
-    :raises NotSupportedError: a tensor is not a plain range of bytes.
-    """
-    return _join(folder, consolidated_parts(folder), restrict)
-
-
-def consolidated_parts(folder: Path) -> list[tuple[str, str]]:
-    """Return the files of such a checkpoint, each with the suffix of its parts' names.
-
-    :raises CorruptModelCheckpointError: a file is missing.
-    """
-    names = _numbered(folder, "consolidated.", ".pth")
-
-    return _with_suffixes([(name, (i,)) for i, name in enumerate(names)], (len(names),))
-
-
-def index_fairseq2_sharded(folder: Path, *, restrict: bool = True) -> Manifest:
-    """Read the manifest of ``pp_XX/tp_XX/sdp_XX.pt``, one file for each rank.
-
-    Pipeline-parallel ranks hold different tensors, the others parts of the same ones: ``NAME#TP.SDP``. If there is only
-    one rank of each, the tensors are whole and have plain names.
+    The files are ``consolidated.NN.pth``, one for each model-parallel rank, or ``pp_XX/tp_XX/sdp_XX.pt``. Of these,
+    pipeline-parallel ranks hold different tensors, the others parts of the same ones: ``NAME#TP.SDP``. If there is only
+    one rank of each, the tensors are whole, and the suffixes are empty.
 
     Source: fairseq2 0.8.1, its loader of native checkpoints.
 
-    :raises CorruptModelCheckpointError: a file is damaged or missing.
-    :raises NotSupportedError: a tensor is not a plain range of bytes.
-    """
-    return _join(folder, fairseq2_parts(folder), restrict)
-
-
-def fairseq2_parts(folder: Path) -> list[tuple[str, str]]:
-    """Return the files of such a checkpoint, each with the suffix of its parts' names.
+    :param names: the names in ``folder``.
 
     :raises CorruptModelCheckpointError: a file is missing.
     """
+    if is_consolidated(names):
+        found = _numbered(folder, "consolidated.", ".pth")
+        return _with_suffixes([(name, (i,)) for i, name in enumerate(found)], (len(found),))
+    if not is_fairseq2_sharded(names):
+        return []
+
     files: list[tuple[str, tuple[int, ...]]] = []
     sizes: set[tuple[int, int]] = set()
     for pp in _numbered(folder, "pp_"):
         tps = _numbered(folder / pp, "tp_")
         for tp, tp_name in enumerate(tps):
-            names = _numbered(folder / pp / tp_name, "sdp_", ".pt")
-            files += [(f"{pp}/{tp_name}/{name}", (tp, sdp)) for sdp, name in enumerate(names)]
-            sizes.add((len(tps), len(names)))
+            sdps = _numbered(folder / pp / tp_name, "sdp_", ".pt")
+            files += [(f"{pp}/{tp_name}/{name}", (tp, sdp)) for sdp, name in enumerate(sdps)]
+            sizes.add((len(tps), len(sdps)))
     if len(sizes) != 1:
         raise corrupt(
             str(folder),
@@ -87,6 +66,33 @@ def fairseq2_parts(folder: Path) -> list[tuple[str, str]]:
         )
 
     return _with_suffixes(files, sizes.pop())
+
+
+def index_parts(folder: Path, files: Sequence[tuple[str, str]], *, restrict: bool = True) -> Manifest:
+    """Read the manifest of the files that :func:`part_files` returns.
+
+    :param restrict: see :func:`lading.formats.index`.
+
+    :raises CorruptModelCheckpointError: a file is damaged or missing.
+    :raises NotSupportedError: a tensor is not a plain range of bytes.
+    """
+    parts: list[Part] = []
+    kinds: set[str] = set()
+
+    for name, suffix in files:
+        try:
+            (shard, header), kind = read_part(folder / name, restrict=restrict)
+        except CheckpointNotFoundError as error:
+            raise corrupt(str(folder), "", expected=f"the file {name!r}", found="that it is missing") from error
+        kinds.add(kind)
+        names = [f"{tensor}{suffix}" for tensor in header.names]
+        parts.append((replace(shard, name=name), replace(header, names=names)))
+
+    counts = Counter(name for _, header in parts for name in header.names)
+    if twice := next((name for name, count in counts.items() if count > 1), None):
+        raise corrupt(str(folder), f"tensor {twice!r}", expected="one tensor of that name", found="another one")
+
+    return join(parts, kind="torch" if "torch" in kinds else "safetensors")
 
 
 def _with_suffixes(files: Sequence[tuple[str, tuple[int, ...]]], sizes: tuple[int, ...]) -> list[tuple[str, str]]:
@@ -114,23 +120,3 @@ def _numbered(folder: Path, prefix: str, suffix: str = "") -> list[str]:
         )
 
     return names
-
-
-def _join(folder: Path, files: Sequence[tuple[str, str]], restrict: bool) -> Manifest:
-    parts: list[Part] = []
-    kinds: set[str] = set()
-
-    for name, suffix in files:
-        try:
-            (shard, header), kind = read_part(folder / name, restrict=restrict)
-        except CheckpointNotFoundError as error:
-            raise corrupt(str(folder), "", expected=f"the file {name!r}", found="that it is missing") from error
-        kinds.add(kind)
-        names = [f"{tensor}{suffix}" for tensor in header.names]
-        parts.append((replace(shard, name=name), replace(header, names=names)))
-
-    counts = Counter(name for _, header in parts for name in header.names)
-    if twice := next((name for name, count in counts.items() if count > 1), None):
-        raise corrupt(str(folder), f"tensor {twice!r}", expected="one tensor of that name", found="another one")
-
-    return join(parts, kind="torch" if "torch" in kinds else "safetensors")

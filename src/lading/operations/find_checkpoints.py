@@ -29,7 +29,7 @@ from lading.formats.folder import (
     some,
     without_index,
 )
-from lading.formats.rank_parts import consolidated_parts, fairseq2_parts, is_consolidated, is_fairseq2_sharded
+from lading.formats.rank_parts import is_consolidated, is_fairseq2_sharded, part_files
 from lading.formats.shard_index import read_index
 from lading.sources.hub.address import is_commit
 from lading.sources.hub.cache import repository_id
@@ -165,11 +165,8 @@ def _files(path: Path, folder: Path) -> list[Path]:
     if path != folder:
         return [path]
     names = [entry.name for entry in path.iterdir()]
-    if not {INDEX_NAME, FILE_NAME} & set(names):
-        if is_consolidated(names):
-            return [path / name for name, _ in consolidated_parts(path)]
-        if is_fairseq2_sharded(names):
-            return [path / name for name, _ in fairseq2_parts(path)]
+    if not {INDEX_NAME, FILE_NAME} & set(names) and (parts := part_files(path, names)):
+        return [path / name for name, _ in parts]
 
     _require_usual_name(path, names)
 

@@ -59,10 +59,12 @@ _PROGRAMS = {
 class Record:
     """The bytes of one record."""
 
+    name: str
     offset: int
     """The first byte, counted from the beginning of the file."""
     size: int
     crc: int
+    """Its checksum; 0 if it is not known."""
 
 
 def read_directory(file: BinaryIO, *, base: int, size: int, label: str) -> Mapping[str, Record]:
@@ -99,12 +101,12 @@ def read_directory(file: BinaryIO, *, base: int, size: int, label: str) -> Mappi
         last = offset + entry.file_size
         if last > begin:
             raise archive.fail(where, f"an end at or before {begin}, where the directory begins", f"one at {last}")
-        records[name] = Record(base + offset, entry.file_size, entry.CRC)
+        records[name] = Record(name, base + offset, entry.file_size, entry.CRC)
 
     return records
 
 
-def read_record(file: BinaryIO, record: Record, *, label: str, where: str) -> bytes:
+def read_record(file: BinaryIO, record: Record, *, label: str) -> bytes:
     """Return all bytes of a record after a check of its CRC.
 
     :raises CorruptModelCheckpointError: the CRC differs from that of the directory.
@@ -112,19 +114,20 @@ def read_record(file: BinaryIO, record: Record, *, label: str, where: str) -> by
     file.seek(record.offset)
     data = file.read(record.size)
     if len(data) != record.size:
-        raise corrupt(label, where, expected=f"{record.size} bytes", found=f"{len(data)}")
-    require_crc(record, data, label=label, where=where)
+        raise corrupt(label, f"record {record.name!r}", expected=f"{record.size} bytes", found=f"{len(data)}")
+    require_crc(record, data, label=label)
 
     return data
 
 
-def require_crc(record: Record, data: bytes | memoryview, *, label: str, where: str) -> None:
+def require_crc(record: Record, data: bytes | memoryview, *, label: str) -> None:
     """Check all bytes of a record against its CRC; torch writes 0 if its option turns the computation off.
 
     :raises CorruptModelCheckpointError: the CRC differs from that of the directory.
     """
     if record.crc and (crc := zlib.crc32(data)) != record.crc:
-        raise corrupt(label, where, expected=f"bytes with the CRC {record.crc:08x}", found=f"{crc:08x}")
+        where, expected = f"record {record.name!r}", f"bytes with the CRC {record.crc:08x}"
+        raise corrupt(label, where, expected=expected, found=f"{crc:08x}")
 
 
 def damaged_record(path: Path) -> tuple[str, int, int] | None:
@@ -139,13 +142,13 @@ def damaged_record(path: Path) -> tuple[str, int, int] | None:
         if file.read(len(SIGNATURE)) != SIGNATURE:
             return None
         size = os.fstat(file.fileno()).st_size
-        for name, record in read_directory(file, base=0, size=size, label=str(path)).items():
+        for record in read_directory(file, base=0, size=size, label=str(path)).values():
             file.seek(record.offset)
             crc, left = 0, record.size
             while left and (data := file.read(min(left, _CRC_CHUNK))):
                 crc, left = zlib.crc32(data, crc), left - len(data)
             if record.crc not in (0, crc):
-                return name, record.crc, crc
+                return record.name, record.crc, crc
 
     return None
 

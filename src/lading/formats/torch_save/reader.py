@@ -45,23 +45,22 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 
 _PROTOCOL = 1001
 
-_MAX_RECORD = 1_000_000
-"""The most bytes of a small record."""
+_MAX_ORDER = 1_000_000
+"""The most bytes of the record of the byte order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A tensor of a state dict, and the place of its storage."""
+    """A tensor of a state dict, and the bytes of its storage."""
 
     name: str
     tensor: StoredTensor
-    storage_offset: int
-    """The first byte of the storage, counted from the beginning of the file."""
+    record: Record
 
     @property
     def offset(self) -> int:
         """The first byte of the tensor, counted from the beginning of the file."""
-        return self.storage_offset + self.tensor.offset * ITEM_SIZES[self.tensor.dtype]
+        return self.record.offset + self.tensor.offset * ITEM_SIZES[self.tensor.dtype]
 
     @property
     def contiguous(self) -> bool:
@@ -144,8 +143,8 @@ def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 # --- the two layouts --------------------------------------------------------------------------------------------------
 
-_Places = Mapping[str, tuple[int, int]]
-"""The offset of the first byte of a storage in the file, and its size in bytes, by the key of the storage."""
+_Places = Mapping[str, Record]
+"""The bytes of each storage in the file, by its key."""
 
 
 def _read_zip(file: BinaryIO, base: int, size: int, label: str, restrict: bool) -> tuple[object, _Places]:
@@ -156,12 +155,14 @@ def _read_zip(file: BinaryIO, base: int, size: int, label: str, restrict: bool) 
         raise corrupt(label, "", expected="one record FOLDER/data.pkl, as `torch.save` writes", found=f"{len(roots)}")
     (root,) = roots
     if order := records.get(f"{root}/byteorder"):
-        _require_little(_read_small(file, order, label, "byteorder"), label)
+        if order.size > _MAX_ORDER:
+            raise corrupt(label, "byteorder", expected=f"at most {_MAX_ORDER} bytes", found=f"{order.size}")
+        _require_little(read_record(file, order, label=label), label)
 
     pickled = records[f"{root}/data.pkl"]
     if pickled.size > MAX_PICKLE_SIZE:
         raise corrupt(label, "data.pkl", expected=f"at most {MAX_PICKLE_SIZE} bytes", found=f"{pickled.size}")
-    data = read_record(file, pickled, label=label, where="data.pkl")
+    data = read_record(file, pickled, label=label)
     pickle = read_pickle(io.BytesIO(data), label=label, where="data.pkl", restrict=restrict)
     if pickle.size != len(data):
         raise corrupt(label, "data.pkl", expected=f"one pickle of {len(data)} bytes", found=f"one of {pickle.size}")
@@ -169,17 +170,8 @@ def _read_zip(file: BinaryIO, base: int, size: int, label: str, restrict: bool) 
     prefix = f"{root}/data/"
 
     return pickle.value, {
-        name.removeprefix(prefix): (record.offset, record.size)
-        for name, record in records.items()
-        if name.startswith(prefix)
+        name.removeprefix(prefix): record for name, record in records.items() if name.startswith(prefix)
     }
-
-
-def _read_small(file: BinaryIO, record: Record, label: str, where: str) -> bytes:
-    if record.size > _MAX_RECORD:
-        raise corrupt(label, where, expected=f"at most {_MAX_RECORD} bytes", found=f"{record.size}")
-
-    return read_record(file, record, label=label, where=where)
 
 
 def _require_little(order: bytes, label: str) -> None:
@@ -224,7 +216,7 @@ def _read_legacy(file: BinaryIO, base: int, size: int, label: str, restrict: boo
 def _legacy_storages(
     file: BinaryIO, at: int, end: int, keys: list[str], storages: Mapping[str, Storage], label: str
 ) -> _Places:
-    places: dict[str, tuple[int, int]] = {}
+    places: dict[str, Record] = {}
     for key in keys:
         storage = storages.get(key)
         where = f"storage {key[:80]!r}"
@@ -235,7 +227,7 @@ def _legacy_storages(
         nbytes = count * (ITEM_SIZES[storage.dtype] if storage.dtype else 1)
         if nbytes != storage.nbytes or at + 8 + nbytes > end:
             raise corrupt(label, where, expected=f"{storage.nbytes} bytes at {at + 8}", found=f"{nbytes} of {end}")
-        places[key] = (at + 8, nbytes)
+        places[key] = Record(key, at + 8, nbytes, 0)
         at += 8 + nbytes
 
     if at != end:
@@ -306,10 +298,10 @@ def _place(name: str, tensor: StoredTensor, storages: _Places, label: str) -> Pl
     if tensor.dtype not in BITS:
         raise _not_plain(label, name, f"{tensor.dtype}")
 
-    place = storages.get(storage.key)
-    if place is None:
+    record = storages.get(storage.key)
+    if record is None:
         raise corrupt(label, where, expected=f"its storage {storage.key[:80]!r} in the file", found="none")
-    offset, size = place
+    size = record.size
     if size != storage.nbytes:
         raise corrupt(label, where, expected=f"a storage of {storage.nbytes} bytes", found=f"one of {size}")
 
@@ -329,4 +321,4 @@ def _place(name: str, tensor: StoredTensor, storages: _Places, label: str) -> Pl
         # A tensor without elements may begin anywhere, but the manifest's offsets should lie in the file.
         tensor = StoredTensor(storage, tensor.dtype, 0, tensor.shape, tensor.strides)
 
-    return Placed(name, tensor, offset)
+    return Placed(name, tensor, record)

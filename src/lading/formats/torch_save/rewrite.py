@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -57,56 +58,61 @@ _CHILD = (
 )
 
 
-def rewrite(
-    path: Path, cache: Path, *, base: int = 0, size: int | None = None, suffix: str = "", restrict: bool = True
-) -> Path:
-    """Return the safetensors file, in ``cache``, with the tensors of the torch checkpoint at ``path``.
+@dataclass(frozen=True, slots=True)
+class Original:
+    """A torch checkpoint to rewrite."""
+
+    path: Path
+    base: int = 0
+    """The byte of the file at which it begins."""
+    size: int | None = None
+    """The bytes of it; ``None``: up to the end of the file."""
+    suffix: str = ""
+    """A suffix for the names of its tensors."""
+
+
+def rewrite(original: Original, cache: Path, *, restrict: bool = True) -> Path:
+    """Return the safetensors file, in ``cache``, with the tensors of a torch checkpoint.
 
     This writes it if it is missing for this state of the checkpoint; an existing one is always complete.
 
-    :param base: the begin of the checkpoint in the file at ``path``.
-    :param size: its bytes; default: up to the end of the file.
-    :param suffix: a suffix for the names of the tensors.
-
-    :raises CheckpointNotFoundError: nothing is at ``path``.
+    :raises CheckpointNotFoundError: there is no such file.
     :raises CorruptModelCheckpointError: it is damaged, or changed meanwhile.
     :raises PolicyError: unpickling it would import what a state dict does not need, or the result would be much
         larger.
     :raises ModelCheckpointError: the child took too much memory or time.
     :raises OSError: a file cannot be read or written.
     """
-    with open_regular(path) as (file, file_size):
-        size = file_size - base if size is None else size
-        target = _target(file, cache, base, size, suffix)
+    with _open(original, cache) as (file, size, target):
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             _remove_stale(target.parent)
-            _write(file, base, size, target, suffix, restrict, label=str(path))
+            with _new(target) as (fd, temporary):
+                _run_child(file, fd, original, size, restrict)
+                index_file(temporary)  # checks the header, regardless of what the child did
 
     return target
 
 
-def rewrite_all(parts: Sequence[tuple[Path, str]], cache: Path, *, restrict: bool = True) -> Path:
+def rewrite_all(originals: Sequence[Original], cache: Path, *, restrict: bool = True) -> Path:
     """Return the index, in ``cache``, of the safetensors files with the tensors of several torch files.
-
-    :param parts: each file, with a suffix for the names of its tensors.
 
     Raises what :func:`rewrite` does.
 
     :raises CorruptModelCheckpointError: two of them hold a tensor of the same name, too.
     """
-    files = [rewrite(path, cache, suffix=suffix, restrict=restrict) for path, suffix in parts]
+    files = [rewrite(original, cache, restrict=restrict) for original in originals]
     target = _index(files, cache)
     if target.exists():
         return target
 
     weight_map: dict[str, str] = {}
-    for (path, suffix), file in zip(parts, files, strict=True):
+    for original, file in zip(originals, files, strict=True):
         for name in index_file(file).names:
             if name in weight_map:
                 raise corrupt(
-                    str(path),
-                    f"tensor {name.removesuffix(suffix)!r}",
+                    str(original.path),
+                    f"tensor {name.removesuffix(original.suffix)!r}",
                     expected="one of that name in all files of the checkpoint",
                     found="another one",
                 )
@@ -117,17 +123,15 @@ def rewrite_all(parts: Sequence[tuple[Path, str]], cache: Path, *, restrict: boo
     return target
 
 
-def rewritten(path: Path, cache: Path, *, base: int = 0, size: int | None = None, suffix: str = "") -> Path | None:
-    """Return the file that :func:`rewrite` wrote of this state; ``None`` if it did not. Takes and raises the same."""
-    with open_regular(path) as (file, file_size):
-        target = _target(file, cache, base, file_size - base if size is None else size, suffix)
-
-    return target if target.exists() else None
+def rewritten(original: Original, cache: Path) -> Path | None:
+    """Return the file that :func:`rewrite` wrote of this state; ``None`` if it did not. Raises the same."""
+    with _open(original, cache) as (_, _, target):
+        return target if target.exists() else None
 
 
-def rewritten_all(parts: Sequence[tuple[Path, str]], cache: Path) -> Path | None:
+def rewritten_all(originals: Sequence[Original], cache: Path) -> Path | None:
     """Return the index that :func:`rewrite_all` wrote of these states of the files; ``None`` if it did not."""
-    files = [rewritten(path, cache, suffix=suffix) for path, suffix in parts]
+    files = [rewritten(original, cache) for original in originals]
     target = _index([file for file in files if file is not None], cache)
 
     return target if None not in files and target.exists() else None
@@ -143,20 +147,19 @@ def rewritten_files(cache: Path) -> list[Path]:
     return sorted(path for path in (cache / FOLDER).glob("*") if is_rewritten(path, cache) and path.is_file())
 
 
-def _target(file: BinaryIO, cache: Path, base: int, size: int, suffix: str) -> Path:
-    return cache / FOLDER / f"{_identity(file, base, size, suffix)}{_FILE}"
+@contextmanager
+def _open(original: Original, cache: Path) -> Iterator[tuple[BinaryIO, int, Path]]:
+    """Open a checkpoint; yield the file, the bytes of the checkpoint, and the path of its rewritten file."""
+    with open_regular(original.path) as (file, file_size):
+        size = file_size - original.base if original.size is None else original.size
+        stat = os.fstat(file.fileno())
+        place = (original.base, size, original.suffix)
+        name = _hash((VERSION, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, *place))
+        yield file, size, cache / FOLDER / f"{name}{_FILE}"
 
 
 def _index(files: Sequence[Path], cache: Path) -> Path:
     return cache / FOLDER / f"{_hash(tuple(file.name for file in files))}{_INDEX}"
-
-
-def _identity(file: BinaryIO, base: int, size: int, suffix: str) -> str:
-    """Return a name for one state of a file, and for the part of it to read."""
-    stat = os.fstat(file.fileno())
-    state = (VERSION, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, base, size, suffix)
-
-    return _hash(state)
 
 
 def _hash(value: tuple[object, ...]) -> str:
@@ -170,12 +173,6 @@ def _remove_stale(folder: Path) -> None:
                 path.unlink()
         except FileNotFoundError:
             pass
-
-
-def _write(file: BinaryIO, base: int, size: int, target: Path, suffix: str, restrict: bool, *, label: str) -> None:
-    with _new(target) as (fd, temporary):
-        _run_child(file, fd, base, size, suffix, restrict, label=label)
-        index_file(temporary)  # checks the header, regardless of what the child did
 
 
 @contextmanager
@@ -194,11 +191,12 @@ def _new(target: Path) -> Iterator[tuple[int, Path]]:
         os.close(fd)
 
 
-def _run_child(file: BinaryIO, out: int, base: int, size: int, suffix: str, restrict: bool, *, label: str) -> None:
+def _run_child(file: BinaryIO, out: int, original: Original, size: int, restrict: bool) -> None:
+    label = str(original.path)
     seconds = SECONDS + size // BYTES_PER_SECOND
     order = {
-        "file": file.fileno(), "out": out, "base": base, "size": size, "suffix": suffix, "restrict": restrict,
-        "label": label, "seconds": seconds, "parent": os.getpid(),
+        "file": file.fileno(), "out": out, "base": original.base, "size": size, "suffix": original.suffix,
+        "restrict": restrict, "label": label, "seconds": seconds, "parent": os.getpid(),
     }  # fmt: skip
     try:
         child = subprocess.run(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import mmap
 import os
 import resource
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lading.errors import LadingError, PolicyError
-from lading.formats.torch_save.archive import SIGNATURE, Record, read_directory, require_crc
+from lading.formats.torch_save.archive import Record, require_crc
 from lading.formats.torch_save.reader import Placed, place_tensors
 from lading.formats.torch_save.unpickle import ITEM_SIZES
 
@@ -94,7 +95,7 @@ def rewrite(file: BinaryIO, out: BinaryIO, base: int, size: int, *, suffix: str,
     placed = place_tensors(file, base=base, size=size, label=label, restrict=restrict)
     # The largest elements first: then all are aligned.
     placed.sort(key=lambda entry: (-ITEM_SIZES[entry.tensor.dtype], entry.offset))
-    sizes = [_nbytes(entry) for entry in placed]
+    sizes = [math.prod(entry.tensor.shape) * ITEM_SIZES[entry.tensor.dtype] for entry in placed]
     if sum(sizes) > 2 * size + SLACK:
         raise PolicyError(
             f"{label}: expected tensors of about the size of the file, {size} bytes, found {sum(sizes)} bytes, as some "
@@ -102,33 +103,16 @@ def rewrite(file: BinaryIO, out: BinaryIO, base: int, size: int, *, suffix: str,
         )
 
     out.write(_header(placed, sizes, suffix))
-    unchecked = _records(file, base, size, label)
+    checked: set[Record] = set()
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for entry in placed:
-            if (found := unchecked.pop(entry.storage_offset, None)) is not None:
+            record = entry.record
+            if record not in checked and record.size:
                 # This reads all of it in any case, and it is in memory when its tensors are put in order.
-                name, record = found
                 with memoryview(data) as view, view[record.offset : record.offset + record.size] as stored:
-                    require_crc(record, stored, label=label, where=f"record {name!r}")
+                    require_crc(record, stored, label=label)
+                checked.add(record)
             out.writelines(np.ascontiguousarray(chunk).data.cast("B") for chunk in _chunks(_view(data, entry)))
-
-
-def _records(file: BinaryIO, base: int, size: int, label: str) -> dict[int, tuple[str, Record]]:
-    """Return the records of a zip archive that have bytes and a CRC, by their offsets; for another file, no records."""
-    file.seek(base)
-    if file.read(len(SIGNATURE)) != SIGNATURE:
-        return {}
-    records = read_directory(file, base=base, size=size, label=label)
-
-    return {record.offset: (name, record) for name, record in records.items() if record.crc and record.size}
-
-
-def _nbytes(entry: Placed) -> int:
-    count = ITEM_SIZES[entry.tensor.dtype]
-    for n in entry.tensor.shape:
-        count *= n
-
-    return count
 
 
 def _header(placed: Sequence[Placed], sizes: Sequence[int], suffix: str) -> bytes:
