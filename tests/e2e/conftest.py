@@ -6,13 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from lading.catalog.open import open_catalog
 from tests.helpers.cached_repository import use_cache
+from tests.helpers.catalog_tools import settings_in
+from tests.helpers.fault_world import Place, World, open_world
+from tests.helpers.nursery import Nursery
 
 CARDS = """\
 name: tiny
@@ -67,14 +71,7 @@ tokenizer: ./tokenizer.json
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A catalog as it is after its first use; to read the package's cards takes longer than to copy it."""
     path = tmp_path_factory.mktemp("template") / "catalog.sqlite"
-    keep = {k: v for k, v in os.environ.items() if not k.startswith("LADING_")}
-    env = {
-        **keep,
-        "HOME": str(path.parent),
-        "XDG_CONFIG_HOME": str(path.parent),
-        "LADING_DATABASE_URL": f"sqlite:///{path}",
-    }
-    subprocess.run([sys.executable, "-m", "lading", "list", "-q"], env=env, check=True, stdout=subprocess.DEVNULL)
+    open_catalog(settings_in(path.parent))
     return path
 
 
@@ -121,9 +118,28 @@ def cards(cli: Callable[..., Result], tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """Where command lines in processes of their own come from."""
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield nursery
+    nursery.close()
+
+
 @pytest.fixture
-def process(catalog: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a command line in a process of its own."""
+def process(catalog: Path, nursery: Nursery) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a command line in a process of its own, from the nursery."""
+
+    def run(*words: str | Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        ended = nursery.run(words, {**os.environ, **(env or {})})
+        return subprocess.CompletedProcess(words, ended.code, ended.out, ended.err)
+
+    return run
+
+
+@pytest.fixture
+def program(catalog: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a command line in a new interpreter, with pipes or with what the test gives it."""
 
     def run(*words: str | Path, **kwargs: object) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, **kwargs.pop("env", {})}
@@ -134,3 +150,17 @@ def process(catalog: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Iterator[World]:
+    with open_world(tmp_path_factory.mktemp("world"), nursery) as world:
+        yield world
+
+
+@pytest.fixture
+def place(world: World, tmp_path: Path) -> Iterator[Place]:
+    """A folder with a catalog of the world's cards, and with empty caches."""
+    shutil.copy(world.template, tmp_path / "catalog.sqlite")
+    yield Place(tmp_path, world)
+    world.behave()

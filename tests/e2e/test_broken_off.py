@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 from lading.system.filesystem import FileStat
 from tests.helpers.cache_tools import require_consistent
-from tests.helpers.fault_world import CARD, INDEX, Place, World, open_world
+from tests.helpers.fault_world import CARD, INDEX, Place, World
 from tests.helpers.make_checkpoint import make, tensors
 from tests.helpers.nursery import Ended
 from tests.helpers.torch_files import save_shards
@@ -19,22 +18,9 @@ from tests.servers import hostile
 from tests.servers.hostile import Exchange, Server, serve
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with open_world(tmp_path_factory.mktemp("world")) as world:
-        yield world
-
-
-@pytest.fixture
-def place(world: World, tmp_path: Path) -> Iterator[Place]:
-    shutil.copy(world.template, tmp_path / "catalog.sqlite")
-    yield Place(tmp_path, world.nursery)
-    world.hub.behave()
-
-
 def killed_when(place: Place, name: str, reached: Callable[[], bool]) -> Ended:
     """A pull that is killed as soon as something is reached."""
-    child = place.nursery.start(["pull", name, "--no-progress"], place.env)
+    child = place.world.nursery.start(["pull", name, "--no-progress"], place.env)
     until = time.monotonic() + 30
     while not reached():
         assert time.monotonic() < until

@@ -434,8 +434,8 @@ class TestExport:
         result = cli("export-cards", "qwen*", "-o", tmp_path / "no" / "out.yaml", code=2)
         assert result.stderr == f"lading: error: No such file or directory: {tmp_path / 'no'}\n"
 
-    def test_a_pipe_is_written_to(self, cli, cards, process):
-        done = process("export-cards", "tiny", "-o", "/dev/stdout")
+    def test_a_pipe_is_written_to(self, cli, cards, program):
+        done = program("export-cards", "tiny", "-o", "/dev/stdout")
         assert done.stdout == cli("export-cards", "tiny").stdout
 
     def test_nothing_matches(self, cli):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -59,10 +57,10 @@ def run(process: Run, env: dict[str, str], tmp_path: Path) -> Run:
     return run
 
 
-def download(env: dict[str, str], *names: str) -> None:
+def download(run: Run, *names: str) -> None:
     """As another program would: with huggingface_hub itself."""
     code = "import huggingface_hub, sys; [huggingface_hub.hf_hub_download('Some/Tiny', name) for name in sys.argv[1:]]"
-    subprocess.run([sys.executable, "-c", code, *names], env=os.environ | env, check=True, capture_output=True)
+    run("-c", code, *names)
 
 
 def kinds(run: Run) -> dict[str, str]:
@@ -70,8 +68,8 @@ def kinds(run: Run) -> dict[str, str]:
     return {row["file"]: row["kind"] for row in rows}
 
 
-def test_the_hub_s_cache_has_no_owners(run: Run, hub: FakeHub, env: dict[str, str], tmp_path: Path) -> None:
-    download(env, "config.json", SHARDS[0])
+def test_the_hub_s_cache_has_no_owners(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    download(run, "config.json", SHARDS[0])
 
     run("load", "far", "--no-progress")
     assert kinds(run) == {SHARDS[0]: "hub", SHARDS[1]: "hub"}
@@ -120,10 +118,8 @@ def test_nothing_is_removed_where_one_of_several_is_refused(run: Run, tmp_path: 
     assert kinds(run) == before
 
 
-def test_a_revision_that_a_pull_left_goes_with_the_rest(
-    run: Run, hub: FakeHub, env: dict[str, str], tmp_path: Path
-) -> None:
-    download(env, "config.json")
+def test_a_revision_that_a_pull_left_goes_with_the_rest(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+    download(run, "config.json")
     run("pull", "far")
     repository = hub.repositories["some/tiny"]
     files = {path.name: path.read_bytes() for path in (tmp_path / "repository").iterdir()}
@@ -166,8 +162,8 @@ def test_what_a_failed_pull_brought_is_removed_with_the_rest(run: Run, hub: Fake
     assert list((tmp_path / "hub").glob("models--*")) == []
 
 
-def test_adopting_asks_nobody(run: Run, hub: FakeHub, env: dict[str, str]) -> None:
-    download(env, "config.json", "model.safetensors.index.json", *SHARDS)
+def test_adopting_asks_nobody(run: Run, hub: FakeHub) -> None:
+    download(run, "config.json", "model.safetensors.index.json", *SHARDS)
     hub.requests.clear()
 
     assert "1 checkpoint adopted" in run("adopt").stderr

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,42 +18,42 @@ import pytest
 HEAVY = {"torch", "pydantic", "alembic", "ruamel.yaml", "numpy", "transformers", "huggingface_hub"}
 
 
-def modules_after(*words: str) -> set[str]:
+def modules_after(*lines: str) -> dict[str, set[str]]:
+    """All that is imported after each of some command lines, one after the other in one new interpreter."""
     code = (
-        "import sys\n"
+        "import shlex, sys\n"
         "from lading.cli.app import app\n"
-        f"try: app({list(words)!r})\n"
-        "except SystemExit as done: assert not done.code, done.code\n"
-        "print('MODULES', *sys.modules)\n"
+        "for line in sys.argv[1:]:\n"
+        "    try: app(shlex.split(line))\n"
+        "    except SystemExit as done: assert not done.code, done.code\n"
+        "    print('\\nMODULES', *sys.modules)\n"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    return set(out.rpartition("MODULES")[2].split())
+    out = subprocess.run([sys.executable, "-c", code, *lines], capture_output=True, text=True, check=True).stdout
+    found = [set(words.split()) for words in re.findall(r"^MODULES (.*)$", out, re.MULTILINE)]
+    return dict(zip(lines, found, strict=True))
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("list",),
-        ("show", "qwen3_0.6b"),
-        ("families",),
-        ("archs", "qwen"),
-        ("sql", "select name from models limit 1"),
-        ("list", "nothing*"),
-    ],
-    ids=" ".join,
-)
-def test_questions_import_nothing_heavy(catalog, words):
-    assert not modules_after(*words) & HEAVY
+def test_questions_import_nothing_heavy(catalog):
+    questions = (
+        "list",
+        "show qwen3_0.6b",
+        "families",
+        "archs qwen",
+        "sql 'select name from models limit 1'",
+        "list 'nothing*'",
+    )
+    assert [(line, heavy) for line, modules in modules_after(*questions).items() if (heavy := modules & HEAVY)] == []
 
 
-@pytest.mark.parametrize("words", [("--help",), ("load", "--help"), ("--version",)], ids=" ".join)
-def test_help_opens_no_catalog(home, words):
-    assert not modules_after(*words) & (HEAVY | {"sqlalchemy"})
+def test_help_opens_no_catalog(home):
+    lines = ("--help", "load --help", "--version")
+    without = HEAVY | {"sqlalchemy"}
+    assert [(line, heavy) for line, modules in modules_after(*lines).items() if (heavy := modules & without)] == []
     assert not (home / "data").exists()
 
 
-def test_as_a_module_and_as_a_program(process):
-    version = process("--version").stdout
+def test_as_a_module_and_as_a_program(program):
+    version = program("--version").stdout
     assert re.fullmatch(r"lading \d+\.\d+\.\d+\S*\n", version)
     script = Path(sys.executable).with_name("lading")
     assert subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout == version
@@ -66,10 +66,10 @@ def test_the_first_use_makes_a_catalog(home, process, catalog):
     assert catalog.exists()
 
 
-def test_a_reader_that_leaves_is_no_failure(process):
+def test_a_reader_that_leaves_is_no_failure(program):
     reader, writer = os.pipe()
     os.close(reader)
-    done = process("list", "--json", stdout=writer)
+    done = program("list", "--json", stdout=writer)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
 
@@ -77,32 +77,32 @@ def test_a_reader_that_leaves_is_no_failure(process):
 @pytest.mark.parametrize(
     ("words", "code"), [(("list", "nobody"), 2), (("--nope",), 2), (("sql", "drop table cards"), 7)]
 )
-def test_the_code_holds_where_nobody_reads_the_words(process, words, code):
+def test_the_code_holds_where_nobody_reads_the_words(program, words, code):
     reader, writer = os.pipe()
     os.close(reader)
-    done = process(*words, stdout=writer, stderr=writer)
+    done = program(*words, stdout=writer, stderr=writer)
     os.close(writer)
     assert done.returncode == code
 
 
-def test_head(process):
-    done = process("list", "-q", stdout=subprocess.PIPE)
+def test_head(program):
+    done = program("list", "-q", stdout=subprocess.PIPE)
     lading = f"'{sys.executable}' -m lading"
     one = subprocess.run(["bash", "-c", f"{lading} list -q | head -1"], capture_output=True, text=True, check=True)
     assert (one.stdout, one.stderr) == (done.stdout.partition("\n")[0] + "\n", "")
 
 
-def test_a_full_disk(process):
+def test_a_full_disk(program):
     with open("/dev/full", "w") as full:
-        done = process("list", stdout=full)
+        done = program("list", stdout=full)
     assert (done.returncode, done.stderr) == (8, "lading: error: No space left on device\n")
 
 
-def test_without_stdout(process, catalog):
+def test_without_stdout(program, catalog):
     code = f"exec '{sys.executable}' -m lading list >&-"
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert process("db", "check").stdout == "ok\n"
+    assert program("db", "check").stdout == "ok\n"
 
 
 @pytest.mark.parametrize("words", [(), ("--debug",)])
@@ -119,9 +119,10 @@ def test_ctrl_c(catalog, words):
     child.stdin.flush()
     with child.stdin, child.stderr:
         for _ in range(20):
-            time.sleep(1)
+            time.sleep(0.2)
             child.send_signal(signal.SIGINT)
-            if child.poll() is not None:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(1)
                 break
         child.wait(10)
         stderr = child.stderr.read()
@@ -130,10 +131,10 @@ def test_ctrl_c(catalog, words):
     assert ("Traceback" in stderr) == bool(words)
 
 
-def test_a_terminal_of_few_letters(process):
+def test_a_terminal_of_few_letters(program):
     env = {"PYTHONIOENCODING": "latin-1"}
-    assert process("sql", "select '日本é' as x", "-q", env=env, text=False).stdout == b"\\u65e5\\u672c\xe9\n"
-    assert process("show", "日本", env=env).returncode == 2
+    assert program("sql", "select '日本é' as x", "-q", env=env, text=False).stdout == b"\\u65e5\\u672c\xe9\n"
+    assert program("show", "日本", env=env).returncode == 2
 
 
 def on_terminal(*words: str, columns: int, **env: str) -> str:
@@ -175,26 +176,20 @@ def test_not_on_a_terminal_nothing_is_cut(process):
     assert "…" not in text
 
 
-def complete(line: str, **env: str) -> list[str]:
-    words = line.split(" ")
-    done = subprocess.run(
-        [sys.executable, "-m", "lading"],
-        env={
-            **os.environ,
-            "_LADING_COMPLETE": "bash_complete",
-            "COMP_WORDS": line,
-            "COMP_CWORD": str(len(words) - 1),
-            **env,
-        },
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stderr == ""
-    return done.stdout.split()
+@pytest.fixture
+def complete(nursery):
+    """What the shell is offered for a line, in the given environment."""
+
+    def complete(line: str, **env: str) -> list[str]:
+        request = {"_LADING_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        done = nursery.run([], {**os.environ, **request, **env})
+        assert (done.code, done.err) == (0, "")
+        return done.out.split()
+
+    return complete
 
 
-def test_completion(catalog):
+def test_completion(catalog, complete):
     assert "plain,list" in complete("lading l")
     assert complete("lading show qwen3_0.") == ["plain,qwen3_0.6b", "plain,qwen3_0.6b_base"]
     assert complete("lading load mistral_7b_i")
@@ -207,7 +202,7 @@ def test_completion(catalog):
     assert complete("lading show [") == []
 
 
-def test_completion_neither_makes_a_catalog_nor_complains(home):
+def test_completion_neither_makes_a_catalog_nor_complains(home, complete):
     assert complete("lading show q") == []
     assert not (home / "data").exists()
     assert complete("lading show q", LADING_DATABASE_URL="nonsense") == []
@@ -217,7 +212,7 @@ def test_the_script_for_the_shell(process):
     assert "_LADING_COMPLETE=bash_complete" in process(env={"_LADING_COMPLETE": "bash_source"}).stdout
 
 
-def test_completion_waits_for_no_lock(catalog):
+def test_completion_waits_for_no_lock(catalog, complete):
     (catalog.parent / "later.yaml").write_text("name: later\n")
     # Of another process: one file has one set of locks in a process.
     script = (
@@ -263,7 +258,10 @@ def test_without_stdin(catalog, words, message):
     assert message in done.stderr
 
 
-@pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "streams",
+    ["<&-", "<&- >&- 2>&-", *(pytest.param(each, marks=pytest.mark.slow) for each in (">&-", "2>&-", "<&- 2>&-"))],
+)
 def test_no_file_takes_the_place_of_a_closed_stream(catalog, tmp_path, streams):
     (tmp_path / "open.py").write_text(
         "import sys\n"
@@ -280,9 +278,9 @@ def test_no_file_takes_the_place_of_a_closed_stream(catalog, tmp_path, streams):
     assert with_closed(streams, "db", "check").returncode == 0
 
 
-def test_a_query_without_an_end_on_stdin(process):
+def test_a_query_without_an_end_on_stdin(program):
     with open("/dev/zero", "rb") as zeros:
-        done = process("sql", "-", stdin=zeros)
+        done = program("sql", "-", stdin=zeros)
     assert done.returncode == 2
     assert "longer than 1,000,000 bytes" in done.stderr
 
@@ -293,27 +291,25 @@ def test_a_query_without_an_end_on_stdin(process):
 NO_HOME = dict.fromkeys(("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "LADING_DATABASE_URL"))
 
 
-def as_a_number(*words: str, cwd: Path, **env: str | None) -> subprocess.CompletedProcess[str]:
-    """Run a command as a user without an entry in passwd, and without a home."""
-    code = (
-        "import os, pwd, sys\n"
-        "def missing(uid): raise KeyError(uid)\n"
-        "pwd.getpwuid = missing\n"
-        "from lading.cli import main\n"
-        f"sys.argv = {['lading', *words]!r}\n"
-        "main()\n"
-    )
-    merged = {**os.environ, **NO_HOME, **env}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={name: value for name, value in merged.items() if value is not None},
-        cwd=cwd, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+AS_A_NUMBER = """
+import pwd, sys
+def missing(uid): raise KeyError(uid)
+pwd.getpwuid = missing
+from lading.cli import main
+sys.argv[0] = "lading"
+main()
+"""
 
 
-@pytest.mark.parametrize("home", [None, "", "some/where"])
-def test_without_a_home(tmp_path, home):
-    run = partial(as_a_number, cwd=tmp_path, HOME=home)
+@pytest.mark.parametrize("home", [None, "some/where", pytest.param("", marks=pytest.mark.slow)])
+def test_without_a_home(nursery, tmp_path, home):
+    def run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run a command as a user without an entry in passwd, and without a home."""
+        merged = {**os.environ, **NO_HOME, "HOME": home, **env}
+        given = {name: value for name, value in merged.items() if value is not None}
+        done = nursery.run(["-c", AS_A_NUMBER, *words], given, cwd=tmp_path)
+        return subprocess.CompletedProcess(words, done.code, done.out, done.err)
+
     done = run("list", "qwen3_0.6b", "-q")
     assert (done.returncode, done.stdout) == (0, "qwen3_0.6b\n")
     assert "Set LADING_DATABASE_URL" in done.stderr

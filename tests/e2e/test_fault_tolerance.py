@@ -17,22 +17,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.cache_tools import files_in
-from tests.helpers.fault_world import Place, World, open_world
+from tests.helpers.fault_world import Place, World
 from tests.helpers.make_checkpoint import tensors
 from tests.helpers.nursery import may_mount
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with open_world(tmp_path_factory.mktemp("world")) as world:
-        yield world
-
-
-@pytest.fixture
-def place(world: World, tmp_path: Path) -> Place:
-    shutil.copy(world.template, tmp_path / "catalog.sqlite")
-    return Place(tmp_path, world.nursery)
-
 
 # --- killed ----------------------------------------------------------------------------------------------------------
 
@@ -194,7 +181,7 @@ def test_a_full_disk(world: World, tmp_path: Path, disk: Disk, name: str, full: 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     catalogs, caches = (disk.folder, elsewhere) if full == "catalog" else (elsewhere, disk.folder)
-    place = Place(catalogs, world.nursery, caches)
+    place = Place(catalogs, world, caches)
 
     failed = 0
     for free in range(0, 100 * step, step):
@@ -227,7 +214,7 @@ def test_a_full_disk(world: World, tmp_path: Path, disk: Disk, name: str, full: 
 
 
 def test_a_catalog_on_a_full_disk_does_not_keep_a_model_from_being_loaded(world: World, disk: Disk) -> None:
-    place = Place(disk.folder, world.nursery)
+    place = Place(disk.folder, world)
     shutil.copy(world.template, place.catalog)
     done = place.run("load", "near", **disk.leave(9 * PAGE))  # what it takes to read
 
@@ -336,7 +323,7 @@ def test_a_pull_that_cannot_be_noted(world: World, place: Place, tmp_path: Path,
     frozen = tmp_path / "frozen"
     frozen.mkdir()
     shutil.copy(world.template, frozen / "catalog.sqlite")
-    shared = Place(frozen, world.nursery, tmp_path)
+    shared = Place(frozen, world, tmp_path)
     done = shared.run("pull", name, code=6, **freeze(frozen))
 
     assert re.fullmatch("lading: error: The catalog .* cannot be written.* LADING_DATABASE_URL.*\n", done.err)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.helpers.cache_tools import files_in
-from tests.helpers.fault_world import Place, World, open_world
+from tests.helpers.fault_world import Place, World
 from tests.servers import hostile
 from tests.servers.hostile import Behaviour, at, drips, drops, first, length, on_get, on_ranges, redirect, status
 
@@ -20,23 +18,9 @@ FINE, MISSING, DAMAGED, SOURCE, REFUSED = 0, 2, 4, 5, 7
 SHARD = "model-00002-of-00002.safetensors"
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with open_world(tmp_path_factory.mktemp("world")) as world:
-        yield world
-
-
-@pytest.fixture
-def place(world: World, tmp_path: Path) -> Iterator[Place]:
-    shutil.copy(world.template, tmp_path / "catalog.sqlite")
-    yield Place(tmp_path, world.nursery)
-    world.web.behaviour, world.web.state = hostile.honest, {}
-    world.hub.behave()
-
-
-def require_end(world: World, place: Place, name: str, code: int, says: str) -> None:
+def require_end(world: World, place: Place, name: str, code: int, says: str, **ways: object) -> None:
     """The pull ends with the code and, unless it succeeds, with one line that says so; nothing half is left."""
-    done = world.nursery.run(["pull", name, "--no-progress"], place.env)
+    done = world.nursery.run(["pull", name, "--no-progress"], place.env, **ways)
     assert done.code == code, done
     assert len(done.errors) == (code != FINE), done
     assert code == FINE or re.fullmatch(rf"lading: error: .*({says}).*", done.errors[0]), done
@@ -46,8 +30,7 @@ def require_end(world: World, place: Place, name: str, code: int, says: str) -> 
 
 
 def require_recovery(world: World, place: Place, name: str) -> None:
-    world.web.behaviour = hostile.honest
-    world.hub.behave()
+    world.behave()
     require_end(world, place, name, FINE, "")
     assert files_in(place.cache, "tmp") == []
 
@@ -105,11 +88,15 @@ WEB: dict[str, tuple[Behaviour, int, str]] = {
 }
 
 
+IN_VAIN = {"drips", "drips headers", "silent", "silent in the body"}
+"""What is waited for in vain, however long."""
+
+
 @pytest.mark.parametrize("what", WEB)
 def test_a_web_server(world: World, place: Place, what: str) -> None:
     world.web.behaviour, code, says = WEB[what]
     before = dict(world.web.files)
-    require_end(world, place, "web", code, says)
+    require_end(world, place, "web", code, says, **({"impatient": True} if what in IN_VAIN else {}))
     world.web.files = before
     require_recovery(world, place, "web")
 
@@ -141,7 +128,7 @@ HUB: dict[str, tuple[str, str, int, str]] = {
 @pytest.mark.parametrize("what", HUB)
 def test_a_hub(world: World, place: Place, what: str) -> None:
     target, fault, code, says = HUB[what]
-    world.hub.misbehave(target, fault)
+    world.hub.misbehave(target, fault, 2 if fault == "slow" else 1_000_000)
     require_end(world, place, "far", code, says)
     require_recovery(world, place, "far")
 

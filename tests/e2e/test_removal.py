@@ -7,7 +7,6 @@ import os
 import shutil
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -30,6 +29,8 @@ from lading.system.settings import Settings
 from tests.helpers.cached_repository import add_cards, add_snapshot, tree, use_cache
 from tests.helpers.catalog_tools import nobody, public_folder
 from tests.helpers.make_checkpoint import make
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 HTTP = "https://example.com/a/model.safetensors"
 OTHER = "https://example.com/b/model.safetensors"
@@ -348,14 +349,11 @@ lading.remove_model(sys.argv[1])
 """
 
 
-def _killed_at_each_step(name: str, prepare: object) -> Iterator[None]:
+def _killed_at_each_step(process: Run, name: str, prepare: Callable[[], None]) -> Iterator[None]:
     """Remove a model in processes that die at their first, second … change of the file system."""
     for step in range(40):
-        assert callable(prepare)
         prepare()
-        done = subprocess.run(
-            [sys.executable, "-c", CHILD, name, str(step)], capture_output=True, text=True, check=False
-        )
+        done = process("-c", CHILD, name, str(step))
         assert done.returncode in (0, -9), done.stderr
         yield
         if done.returncode == 0:
@@ -364,13 +362,13 @@ def _killed_at_each_step(name: str, prepare: object) -> Iterator[None]:
     raise AssertionError("the removal has no end")
 
 
-def test_a_removal_from_the_cache_that_is_killed(tmp_path: Path, hub: Path, made: Path) -> None:
+def test_a_removal_from_the_cache_that_is_killed(process: Run, tmp_path: Path, hub: Path, made: Path) -> None:
     add_cards(tmp_path, tiny=HTTP)
 
     def prepare() -> None:
         fetched_by_http(HTTP, made / "tiny" / "model.safetensors")
 
-    for _ in _killed_at_each_step("tiny", prepare):
+    for _ in _killed_at_each_step(process, "tiny", prepare):
         assert known(HTTP) == 0 or not usable("tiny") or own_cache().size() > 0
 
         lading.remove_model("tiny")

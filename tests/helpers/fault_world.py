@@ -14,7 +14,8 @@ from lading.system.uris import path_uri
 from tests.helpers.cache_tools import require_consistent, require_consistent_hub
 from tests.helpers.catalog_tools import settings_in
 from tests.helpers.make_checkpoint import make, tensors
-from tests.helpers.nursery import Ended, Nursery
+from tests.helpers.nursery import Ended, Nursery, clean_environment
+from tests.servers import hostile
 from tests.servers.hostile import Server, serve
 from tests.servers.hub import FakeHub
 
@@ -35,6 +36,7 @@ class World:
     """What all tests share: servers that publish one model, and a catalog with cards of it."""
 
     nursery: Nursery
+    home: Path
     hub: FakeHub
     web: Server
     shards: dict[str, str]
@@ -44,24 +46,26 @@ class World:
     uris: dict[str, str]
     """Of the cards, as the catalog has them."""
 
+    def behave(self) -> None:
+        """Both servers are honest, and have forgotten what they were asked."""
+        self.web.behaviour, self.web.state = hostile.honest, {}
+        self.hub.behave()
+
 
 @contextmanager
-def open_world(home: Path) -> Iterator[World]:
-    """The servers, and a nursery, in a new folder."""
+def open_world(home: Path, nursery: Nursery) -> Iterator[World]:
+    """The servers, and what else is shared, in a new folder."""
     folder = make(home / "checkpoint", shards=2)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     digests = {n: hashlib.sha256(data).hexdigest() for n, data in files.items() if n.endswith(".safetensors")}
 
     with FakeHub() as hub, serve({f"/m/{name}": data for name, data in files.items()}) as web:
         hub.add("Some/Tiny", files)
-        nursery = Nursery(home, hub.url)
         uris = {"far": "hg://some/tiny", "web": web.url(f"/m/{INDEX}"), "near": path_uri(folder)}
         (home / "cards.yaml").write_text("---\n".join(CARD.format(name=name, uri=uri) for name, uri in uris.items()))
-        template = home / "catalog.sqlite"
-        done = nursery.run(["import", home / "cards.yaml"], Place(home, nursery).env)
-        assert done.code == 0, done.err
-        yield World(nursery, hub, web, digests, template, uris)
-        nursery.close()
+        world = World(nursery, home, hub, web, digests, home / "catalog.sqlite", uris)
+        Place(home, world).run("import", home / "cards.yaml")
+        yield world
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Place:
     """A catalog and caches in a folder, and command lines that use them."""
 
     folder: Path
-    nursery: Nursery
+    world: World
     caches: Path | None = None
     """Instead of ``folder``."""
 
@@ -88,6 +92,11 @@ class Place:
     @property
     def env(self) -> dict[str, str]:
         return {
+            **clean_environment(),
+            "HOME": str(self.world.home),
+            "HF_ENDPOINT": self.world.hub.url,
+            "HF_HOME": str(self.world.home / "hf"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
             "LADING_DATABASE_URL": f"sqlite:///{self.catalog}",
             "LADING_CACHE_DIR": str(self.cache),
             "HF_HUB_CACHE": str(self.hub),
@@ -95,7 +104,7 @@ class Place:
         }
 
     def run(self, *words: str | Path, code: int = 0, **ways: object) -> Ended:
-        done = self.nursery.run(words, self.env, **ways)
+        done = self.world.nursery.run(words, self.env, **ways)
         assert done.code == code, f"{words}, {ways}: {done}"
         assert "Traceback" not in done.err
         return done

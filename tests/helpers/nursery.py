@@ -1,20 +1,27 @@
 """Command lines in processes of their own that begin at once, and that can be killed and kept short of things.
 
-A process has imported everything, and forks for each command line: to start one costs a few milliseconds instead of
-some seconds. huggingface_hub reads its endpoint when it is imported, so each hub has a nursery of its own.
+A process has imported everything, and forks for each command line: to start one costs some hundredths of a second
+instead of a second or more. One nursery serves all tests of a worker: each command line brings its own environment.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import gc
+import importlib
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,28 +45,33 @@ class Ended:
 
 
 class Nursery:
-    """``nursery.run(["pull", "far"], env)`` is ``lading pull far``; after ``-c`` comes Python."""
+    """``nursery.run(["pull", "far"], env)`` is ``lading pull far`` in this environment; after ``-c`` comes Python."""
 
-    def __init__(self, folder: Path, endpoint: str = "http://127.0.0.1:9") -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._count = 0
         self._errors = (folder / "errors").open("w+")
-        dropped = ("HF_", "LADING_", "HUGGINGFACE_", "XDG_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NETRC")
-        keep = {k: v for k, v in os.environ.items() if not k.upper().startswith(dropped)}
-        hub = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-        quick = {"HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_ETAG_TIMEOUT": "2"}
         self._process = subprocess.Popen(
             [sys.executable, "-W", "error", __file__],
-            env={**keep, **hub, **quick, "HOME": str(folder)},
+            env={**clean_environment(), "HOME": str(folder)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
         )
 
-    def start(self, words: Sequence[str | Path], env: Mapping[str, str], *, at: float = 0.0, **ways: Any) -> Child:
-        """Begin a command line.
+    def start(
+        self,
+        words: Sequence[str | Path],
+        env: Mapping[str, str],
+        *,
+        cwd: Path | None = None,
+        at: float = 0.0,
+        **ways: Any,
+    ) -> Child:
+        """Begin a command line, which reads nothing.
 
+        :param env: the whole environment.
         :param at: by the clock of all processes.
         :param ways: names and values of :data:`WAYS`.
         """
@@ -67,7 +79,14 @@ class Nursery:
         files = [self._folder / f"{self._count}.{kind}" for kind in ("out", "err")]
         for file in files:  # a process may be killed before it opens them
             file.touch()
-        pid = self._ask(words=[str(w) for w in words], env=dict(env), at=at, files=[str(f) for f in files], ways=ways)
+        pid = self._ask(
+            words=[str(w) for w in words],
+            env=dict(env),
+            cwd=str(cwd or Path.cwd()),
+            at=at,
+            files=[str(f) for f in files],
+            ways=ways,
+        )
 
         return Child(self, pid, *files)
 
@@ -92,11 +111,20 @@ class Nursery:
         return int(self._process.stdout.readline())
 
 
+def clean_environment() -> dict[str, str]:
+    """The environment of this process without what the libraries, and lading, read from it."""
+    dropped = ("HF_", "LADING_", "HUGGINGFACE_", "XDG_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NETRC")
+    return {name: value for name, value in os.environ.items() if not name.upper().startswith(dropped)}
+
+
 class Child:
     def __init__(self, nursery: Nursery, pid: int, out: Path, err: Path) -> None:
         self.pid = pid
         self._nursery = nursery
         self._files = (out, err)
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
 
     def kill(self) -> Ended:
         """SIGKILL, whether or not it has ended by itself; a process that has is not reaped before it is waited for."""
@@ -157,6 +185,14 @@ def _counted(path: str) -> None:
     _killed_at(0)
 
 
+def _impatient(_: object) -> None:
+    """Give up on a web server that is slow after a moment: for what waits in vain in any case."""
+    from lading.sources.web.client import Timeouts
+
+    haste = {"connect": 5, "answer": 0.6, "silence": 0.3, "window": 0.4, "attempts": 2}
+    Timeouts.__init__.__kwdefaults__.update(haste)  # type: ignore[misc]
+
+
 def _no_locks(_: object) -> None:
     import fcntl
 
@@ -190,6 +226,7 @@ def _mounted_read_only(folders: list[str]) -> None:
 WAYS: dict[str, Callable[[Any], None]] = {
     "killed_at": _killed_at,
     "counted": _counted,
+    "impatient": _impatient,
     "no_locks": _no_locks,
     "small_files": _small_files,
     "bound_by_permissions": _bound_by_permissions,
@@ -221,6 +258,7 @@ def mount(kind: str, source: str | Path, target: str | Path, flags: int = 0, dat
 _own_mounts: list[bool] = []
 
 
+@lru_cache(maxsize=1)
 def may_mount() -> bool:
     """Whether a process here may have mounts of its own."""
     code = "import sys; from tests.helpers import nursery; nursery.mount('tmpfs', 'none', sys.argv[1], 0, 'size=64k')"
@@ -239,47 +277,83 @@ def may_mount() -> bool:
 def _live(command: dict[str, Any]) -> None:
     from huggingface_hub import constants
 
-    from lading.cli.app import app
+    from lading.cli import main as lading
 
-    for fd, path in enumerate(command["files"], 1):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for fd, path in enumerate((os.devnull, *command["files"])):
+        file = os.open(path, os.O_RDONLY if fd == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, fd)
         os.close(file)
+    os.chdir(command["cwd"])
+    os.environ.clear()
     os.environ.update(command["env"])
-    constants.HF_HUB_CACHE = command["env"].get("HF_HUB_CACHE", constants.HF_HUB_CACHE)
+    importlib.reload(constants)  # which reads the environment
     for name, value in command["ways"].items():
         WAYS[name](value)
     time.sleep(max(0.0, command["at"] - time.monotonic()))
-    if command["words"][0] == "-c":
-        exec(command["words"][1], {})
+    if command["words"][:1] == ["-c"]:
+        _, code, *sys.argv[1:] = command["words"]
+        exec(code, {})
     else:
-        app(command["words"])
+        sys.argv = ["lading", *command["words"]]
+        lading()
+
+
+def _code_of(command: dict[str, Any]) -> int:
+    try:
+        _live(command)
+    except SystemExit as error:
+        return int(error.code or 0)
+    except BaseException as error:
+        traceback.print_exc()
+        return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+
+    return 0
+
+
+def _import_all() -> None:
+    """Import what a command line may need, and what is imported or made at its first use only."""
+    import huggingface_hub
+    import huggingface_hub.file_download
+    import pydantic  # noqa: F401
+    from sqlalchemy.orm import configure_mappers
+
+    import lading
+    from lading.sources.web.client import http_library
+
+    for module in pkgutil.walk_packages(lading.__path__, "lading."):
+        if not module.name.startswith(("lading.__main__", "lading.migrations.")):
+            importlib.import_module(module.name)
+    configure_mappers()
+    http_library()
+    huggingface_hub.HfApi()
+
+
+def _hurry() -> None:
+    """Wait less: what a person waits for is not what a test can wait for."""
+    import types
+
+    import huggingface_hub.file_download
+    import huggingface_hub.utils._http
+
+    from lading.sources.hub import errors as hf_errors
+    from lading.sources.web.client import Timeouts
+
+    hf_errors.BACK_OFF = 0.01
+    Timeouts.__init__.__kwdefaults__.update(attempts=3, backoff=0.01, max_wait=0.05)  # type: ignore[misc]
+    hasty = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: time.sleep(seconds / 100)})
+    for client in (huggingface_hub.file_download, huggingface_hub.utils._http):
+        vars(client)["time"] = hasty
 
 
 def main() -> None:
-    import traceback
     import warnings
 
-    import huggingface_hub.file_download
-    import torch  # noqa: F401
-
-    from lading.cli.app import app
-    from lading.sources.hub import errors as hf_errors
-    from lading.sources.hub import source as hf  # noqa: F401
-    from lading.sources.web import source as http  # noqa: F401
-    from lading.sources.web.client import Timeouts, http_library
-
-    # What a person waits for is not what a test can wait for.
-    hf_errors.BACK_OFF = 0.01
-    hurry = {"connect": 5, "answer": 2, "silence": 1, "window": 1.5, "attempts": 3, "backoff": 0.01, "max_wait": 0.05}
-    Timeouts.__init__.__kwdefaults__.update(hurry)  # type: ignore[misc]
-
+    _import_all()
+    _hurry()
     # The client looks at the disk too, a moment later, when it may be fuller.
     warnings.filterwarnings("default", "Not enough free disk space")
-    http_library()
-    huggingface_hub.HfApi()
-    for name in ("index", "load", "pull", "verify", "import", "list", "db"):
-        app.get_command(None, name)
+    gc.collect()
+    gc.freeze()  # so that the memory of the children stays shared
 
     for line in sys.stdin:
         command = json.loads(line)
@@ -290,15 +364,16 @@ def main() -> None:
         if pid == 0:
             code = 1
             try:
-                _live(command)
-                code = 0
-            except SystemExit as error:
-                code = int(error.code or 0)
-            except BaseException:
-                traceback.print_exc()
+                code = _code_of(command)
+                # The end of an interpreter, which waits for threads, but for the time that it takes it to clean up.
+                threading._shutdown()
+                atexit._run_exitfuncs()
             finally:
                 for stream in (sys.stdout, sys.stderr):
                     stream.flush()
+                if code == -signal.SIGINT:
+                    signal.signal(signal.SIGINT, signal.SIG_DFL)
+                    os.kill(os.getpid(), signal.SIGINT)
                 os._exit(code)
         print(pid, flush=True)
 
