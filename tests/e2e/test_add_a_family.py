@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lading.catalog.importing import refresh
+from tests.helpers.nursery import Nursery
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "examples" / "nplm"
@@ -46,16 +45,21 @@ def install(site: Path, package: Path = PACKAGE) -> None:
 
 
 @pytest.fixture
-def run(catalog: Path, tmp_path: Path) -> Run:
-    """Runs Python with the package on its path; gives what it printed."""
+def run(catalog: Path, nursery: Nursery, tmp_path: Path) -> Run:
+    """Runs lading, or a script, with the package on the path of Python; gives what it printed."""
     install(tmp_path / "site")
 
-    def run(*words: str | Path, code: int = 0, path: tuple[Path, ...] = (tmp_path / "site", PACKAGE)) -> str:
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
-        done = subprocess.run([sys.executable, *map(str, words)], env=env, text=True, capture_output=True, check=False)
-        assert done.returncode == code, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-        return done.stdout + done.stderr
+    def run(*words: str | Path, path: tuple[Path, ...] = (tmp_path / "site", PACKAGE)) -> str:
+        code = f"import sys\nsys.path[:0] = {[str(folder) for folder in path]}\n"
+        match words:
+            case ["lading", *words]:
+                code += "from lading.cli import main\nsys.argv[0] = 'lading'\nmain()"
+            case [script, *words]:
+                code += f"import runpy\nrunpy.run_path({str(script)!r}, run_name='__main__')"
+        done = nursery.run(["-c", code, *words], os.environ)
+        assert done.code == 0, done.out + done.err
+        assert "Traceback" not in done.err
+        return done.out + done.err
 
     return run
 
@@ -77,7 +81,7 @@ assert hub.create_new_model(hub.get_arch_config("brown"), meta=True).output.weig
 config = NPLMConfig(vocab_size=12, context=2, model_dim=3, hidden_dim=4)
 torch.manual_seed(0)
 new = hub.create_new_model(config)
-assert isinstance(new, NPLM) and float(new.embed.weight.abs().max()) <= 0.01 and not new.output.bias.any()
+assert isinstance(new, NPLM) and float(new.embed.weight.detach().abs().max()) <= 0.01 and not new.output.bias.any()
 names = {"C": "embed.weight", "H": "hidden.weight", "d": "hidden.bias", "U": "output.weight", "b": "output.bias"}
 torch.save({short: new.state_dict()[name] for short, name in names.items()}, folder / "bengio.pt")
 
@@ -97,20 +101,20 @@ print("good")
 
 
 def test_it_works(run: Run, tmp_path: Path) -> None:
-    listed = json.loads(run("-m", "lading", "list", "nplm*", "--json"))
+    listed = json.loads(run("lading", "list", "nplm*", "--json"))
     assert [(model["name"], model["family"], model["status"]) for model in listed] == [("nplm_brown", "nplm", "gated")]
-    assert "brown" in run("-m", "lading", "archs", "nplm")
+    assert "brown" in run("lading", "archs", "nplm")
 
     card = tmp_path / "mine.yaml"
     config = "{vocab_size: 12, context: 2, model_dim: 3, hidden_dim: 4}"
     card.write_text(f"name: nplm_mine\nmodel_family: nplm\nmodel_config: {config}\ncheckpoint: bengio.pt\n")
-    run("-m", "lading", "import", card)
+    run("lading", "import", card)
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     assert "good" in run(script, tmp_path)
 
     # The cards leave with the package.
-    assert "nplm_brown" not in run("-m", "lading", "list", "--all", "nplm*", path=())
+    assert "nplm_brown" not in run("lading", "list", "--all", "nplm*", path=())
 
 
 def test_cards_of_a_package_that_is_wrong_close_nothing(run: Run, tmp_path: Path) -> None:
@@ -123,7 +127,7 @@ def test_cards_of_a_package_that_is_wrong_close_nothing(run: Run, tmp_path: Path
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bad\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[lading.seeds]\nbad = bad_cards\ngone = nowhere.at_all\n")
 
-    said = run("-m", "lading", "list", "--all", "fine", path=(tmp_path / "site", PACKAGE, tmp_path / "bad"))
+    said = run("lading", "list", "--all", "fine", path=(tmp_path / "site", PACKAGE, tmp_path / "bad"))
     assert "fine" in said
     assert "cards.yaml[1]" in said
     assert "nowhere.at_all" in said

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import click
 import pytest
 
-from tests.helpers.console_blocks import examples, matches, run_page
+from tests.helpers.console_blocks import Shell, examples, matches, run_page
 from tests.helpers.make_checkpoint import make
+from tests.helpers.nursery import Nursery
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
 
 
-def test_the_page(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page(home: Path, nursery: Nursery, tmp_path: Path) -> None:
     work = tmp_path / "work"
     make(work / "tiny-qwen")
-    run_page(PAGE, work, tmp_path / "bin", monkeypatch)
+    run_page(PAGE, Shell(nursery, work, tmp_path / "bin", os.environ))
 
 
 def test_the_matcher() -> None:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
-import pytest
-
 from lading.cards.card import FIELDS
 from lading.cards.card_file import _ARCHITECTURE_FIELDS, _STRING_FIELDS
-from tests.helpers.console_blocks import run_page
+from tests.helpers.console_blocks import Shell, run_page
 from tests.helpers.make_checkpoint import make
+from tests.helpers.nursery import Nursery
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "cards.md").read_text(encoding="utf-8")
 
 
-def test_the_page(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page(home: Path, nursery: Nursery, tmp_path: Path) -> None:
     work = tmp_path / "work"
     make(work / "tiny-qwen")
     files = re.findall(r"^```yaml\n# (\S+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     assert len(files) == PAGE.count("```yaml")
     for name, text in files:
         (work / name).write_text(text)
-    run_page(PAGE, work, tmp_path / "bin", monkeypatch)
+    run_page(PAGE, Shell(nursery, work, tmp_path / "bin", os.environ))
 
 
 def test_every_field_is_described() -> None:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import lading
+from tests.helpers.nursery import Nursery
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
 
 
-def test_the_examples(home: Path, tmp_path: Path) -> None:
+def test_the_examples(home: Path, nursery: Nursery, tmp_path: Path) -> None:
     program = "".join(re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = nursery.run(["-c", program], os.environ, cwd=tmp_path)
 
-    assert done.returncode == 0, done.stderr
-    assert "mistral" in done.stdout
-    assert "qwen3_0.6b" in done.stdout
+    assert done.code == 0, done.err
+    assert "mistral" in done.out
+    assert "qwen3_0.6b" in done.out
 
 
 def test_all_that_is_public_is_named() -> None:

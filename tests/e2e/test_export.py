@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +26,7 @@ from lading import (
 )
 from lading.families.qwen import QwenConfig
 from tests.helpers.make_checkpoint import CONFIG, make, tensors
+from tests.helpers.nursery import Child, Nursery
 
 Cli = Callable[..., Result]
 
@@ -227,7 +227,7 @@ import lading.operations.export as export
 class Halting(export.Writer):
     def __init__(self, path, entries):
         if "00002-of" in path.name:
-            print(flush=True)
+            print("half", flush=True)
             time.sleep(60)
         super().__init__(path, entries)
 
@@ -236,15 +236,19 @@ export.convert_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), shard_size=20_00
 """
 
 
-def test_a_kill_leaves_it_as_before(tmp_path: Path) -> None:
+def halted(nursery: Nursery, code: str, folder: Path) -> Child:
+    """A process that has written half of the files."""
+    child = nursery.start(["-c", code, folder / "in", folder / "out"], os.environ)
+    while not child.said():
+        time.sleep(0.01)
+    return child
+
+
+def test_a_kill_leaves_it_as_before(nursery: Nursery, tmp_path: Path) -> None:
     make(tmp_path / "in")
-    with subprocess.Popen(
-        [sys.executable, "-c", HALT, tmp_path / "in", tmp_path / "out"], stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        assert not (tmp_path / "out").exists()
-        process.kill()
+    child = halted(nursery, HALT, tmp_path)
+    assert not (tmp_path / "out").exists()
+    child.kill()
     assert not (tmp_path / "out").exists()
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -255,14 +259,12 @@ def test_a_kill_leaves_it_as_before(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wait", [i / 40 for i in range(40)])
-def test_a_kill_at_any_time(tmp_path: Path, wait: float) -> None:
+def test_a_kill_at_any_time(nursery: Nursery, tmp_path: Path, wait: float) -> None:
     make(tmp_path / "in")
     code = HALT.replace("time.sleep(60)", "").replace("        if ", "        time.sleep(0.1)\n        if ")
-    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "in", tmp_path / "out"], stdout=subprocess.PIPE) as p:
-        assert p.stdout is not None
-        p.stdout.readline()
-        time.sleep(wait / 4)
-        p.kill()
+    child = halted(nursery, code, tmp_path)
+    time.sleep(wait / 4)
+    child.kill()
     if (tmp_path / "out").exists():
         check_state(tmp_path / "out", tensors())
         load_model(tmp_path / "out")

@@ -8,10 +8,8 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from lading.sources.web.client import Timeouts
 from lading.sources.web.download import Concurrency
 from lading.sources.web.source import HttpSource
 from tests.helpers.cache_tools import files_in, require_consistent
+from tests.helpers.nursery import Child, Ended, Nursery
 from tests.servers import hostile
 from tests.servers.hostile import Exchange, Server, serve
 
@@ -34,31 +33,23 @@ SHA256 = hashlib.sha256(DATA).hexdigest()
 PIECES = 25
 
 CHILD = """\
-import resource, sys
+import sys
 from pathlib import Path
 
 from lading.sources.cache import Cache
-from lading.sources.web.client import http_library
 from lading.sources.web.download import Concurrency
 from lading.sources.web.source import HttpSource
 
-uri, folder, mode = sys.argv[1:]
-http_library()
-
-if mode == "no locks":
-    import fcntl
-    fcntl.flock = lambda fd, how: None
-if mode == "small files":
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+uri, folder, *offline = sys.argv[1:]
 
 concurrency = Concurrency(connections=4, piece=64 << 10, notes_every=0.001)
-with HttpSource(uri, cache=Cache(Path(folder)), offline=mode == "offline", concurrency=concurrency) as source:
-    print("ready", flush=True)
-    sys.stdin.readline()
+with HttpSource(uri, cache=Cache(Path(folder)), offline=bool(offline), concurrency=concurrency) as source:
     snapshot = source.snapshot()
     (file,) = source.fetch(snapshot, snapshot.files, known=lambda _: None, progress=False)
 print(file.path, file.sha256)
 """
+
+Start = Callable[..., Child]
 
 
 @pytest.fixture(autouse=True)
@@ -68,28 +59,14 @@ def _environment(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name.lower(), raising=False)
 
 
-class Child:
-    """A process that fetches one file when it is told to."""
+@pytest.fixture
+def start(nursery: Nursery) -> Start:
+    """Begins to fetch one file in a process of its own."""
 
-    def __init__(self, uri: str, folder: Path, mode: str = "") -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", CHILD, uri, str(folder), mode],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n", self.process.communicate()[1]
+    def start(server: Server, folder: Path, **ways: object) -> Child:
+        return nursery.start(["-c", CHILD, server.url(PATH), folder], os.environ, **ways)
 
-    def go(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-
-    def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=120)
-        return self.process.returncode, out, err
+    return start
 
 
 def fetch_here(server: Server, folder: Path, **options: object) -> None:
@@ -110,24 +87,19 @@ def slow(exchange: Exchange) -> None:
     hostile.honest(exchange)
 
 
-def _kill_points(folder: Path, count: int, seed: int) -> Iterator[str]:
+def _kill_points(start: Start, folder: Path, count: int, seed: int) -> Iterator[str]:
     """Kill that many fetches at random points; say how far each of them came."""
     rng = random.Random(seed)
     with serve({PATH: DATA}, slow) as server:
         began = time.monotonic()
-        child = Child(server.url(PATH), folder / "measure")
-        began = time.monotonic()
-        child.go()
-        assert child.end()[0] == 0
+        assert start(server, folder / "measure").wait().code == 0
         whole = time.monotonic() - began
 
         for i in range(count):
             cache = folder / f"cache{i}"
-            child = Child(server.url(PATH), cache)
-            child.go()
+            child = start(server, cache)
             time.sleep(rng.uniform(0, 1.1 * whole))
-            child.process.kill()
-            child.end()
+            child.kill()
 
             require_consistent(cache)
             yield "entry" if files_in(cache, "entries") else "parts" if files_in(cache, "tmp") else "none"
@@ -139,13 +111,13 @@ def _kill_points(folder: Path, count: int, seed: int) -> Iterator[str]:
             assert len(files_in(cache, "tmp")) <= 3
 
 
-def test_a_killed_fetch_leaves_a_good_cache(tmp_path: Path) -> None:
-    assert len(list(_kill_points(tmp_path, 5, seed=1))) == 5
+def test_a_killed_fetch_leaves_a_good_cache(start: Start, tmp_path: Path) -> None:
+    assert len(list(_kill_points(start, tmp_path, 5, seed=1))) == 5
 
 
 @pytest.mark.slow
-def test_many_killed_fetches_leave_a_good_cache(tmp_path: Path) -> None:
-    states = list(_kill_points(tmp_path, 120, seed=2))
+def test_many_killed_fetches_leave_a_good_cache(start: Start, tmp_path: Path) -> None:
+    states = list(_kill_points(start, tmp_path, 120, seed=2))
     assert "parts" in states
 
 
@@ -180,19 +152,18 @@ def _noted(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_what_a_stopped_fetch_had_is_not_fetched_again(tmp_path: Path, how: signal.Signals) -> None:
+def test_what_a_stopped_fetch_had_is_not_fetched_again(start: Start, tmp_path: Path, how: signal.Signals) -> None:
     with serve({PATH: DATA}, stops_after(10)) as server:
-        child = Child(server.url(PATH), tmp_path)
-        child.go()
+        child = start(server, tmp_path)
         _wait_for(lambda: _noted(tmp_path) == 10 * PIECE)
-        child.process.send_signal(how)
+        child.signal(how)
         began = time.monotonic()
-        code, _, err = child.end()
-        assert code == -how, err
+        ended = child.wait()
+        assert ended.code == -how, ended
         assert time.monotonic() - began < 10  # while the server is silent
         assert {path.suffix for path in files_in(tmp_path, "tmp")} == {".part", ".json"}
         assert len(files_in(tmp_path, "tmp")) == 2
-        assert ("Traceback" in err) == (how == signal.SIGINT)
+        assert ("Traceback" in ended.err) == (how == signal.SIGINT)
 
         server.state["go on"] = True
         server.requests.clear()
@@ -202,13 +173,12 @@ def test_what_a_stopped_fetch_had_is_not_fetched_again(tmp_path: Path, how: sign
         assert files_in(tmp_path, "tmp") == []
 
 
-def test_an_interrupted_fetch_without_ranges_leaves_nothing(tmp_path: Path) -> None:
+def test_an_interrupted_fetch_without_ranges_leaves_nothing(start: Start, tmp_path: Path) -> None:
     with serve({PATH: DATA}, hostile.on_get(hostile.silent_body), etags=False) as server:
-        child = Child(server.url(PATH), tmp_path)
-        child.go()
+        child = start(server, tmp_path)
         _wait_for(lambda: [p for p in files_in(tmp_path, "tmp") if p.stat().st_size])
-        child.process.send_signal(signal.SIGINT)
-        assert child.end()[0] == -signal.SIGINT
+        child.signal(signal.SIGINT)
+        assert child.wait().code == -signal.SIGINT
     assert files_in(tmp_path, "tmp") == []
 
 
@@ -231,13 +201,11 @@ def test_a_failed_fetch_is_taken_up_by_the_same_process(tmp_path: Path) -> None:
         assert files_in(tmp_path, "tmp") == []
 
 
-def test_what_was_kept_of_another_content_is_not_used(tmp_path: Path) -> None:
+def test_what_was_kept_of_another_content_is_not_used(start: Start, tmp_path: Path) -> None:
     with serve({PATH: DATA[::-1]}, stops_after(5)) as server:
-        child = Child(server.url(PATH), tmp_path)
-        child.go()
+        child = start(server, tmp_path)
         _wait_for(lambda: _noted(tmp_path) == 5 * PIECE)
-        child.process.kill()
-        child.end()
+        child.kill()
 
         server.files = {PATH: DATA}
         server.state["go on"] = True
@@ -245,13 +213,11 @@ def test_what_was_kept_of_another_content_is_not_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("digests", [False, True])
-def test_what_is_flipped_in_a_part_meanwhile_is_fetched_again(tmp_path: Path, digests: bool) -> None:
+def test_what_is_flipped_in_a_part_meanwhile_is_fetched_again(start: Start, tmp_path: Path, digests: bool) -> None:
     with serve({PATH: DATA}, stops_after(10), digests=digests) as server:
-        child = Child(server.url(PATH), tmp_path)
-        child.go()
+        child = start(server, tmp_path)
         _wait_for(lambda: _noted(tmp_path) == 10 * PIECE)
-        child.process.kill()
-        child.end()
+        child.kill()
         (part,) = [path for path in files_in(tmp_path, "tmp") if path.suffix == ".part"]
         with open(part, "r+b") as file:
             file.seek(3 * PIECE + 17)
@@ -263,47 +229,46 @@ def test_what_is_flipped_in_a_part_meanwhile_is_fetched_again(tmp_path: Path, di
         assert len(server.gets()) == PIECES - 9
 
 
-def test_a_fetch_that_is_stopped_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fetch_that_is_stopped_is_not_waited_for(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(partial, "SILENCE", 0.5)
     with serve({PATH: DATA}, stops_after(10)) as server:
-        child = Child(server.url(PATH), tmp_path)
-        child.go()
+        child = start(server, tmp_path)
         _wait_for(lambda: _noted(tmp_path) == 10 * PIECE)
-        child.process.send_signal(signal.SIGSTOP)
+        child.signal(signal.SIGSTOP)
         server.state["go on"] = True
         server.requests.clear()
         fetch_here(server, tmp_path)
         assert len(server.gets()) == PIECES  # a copy of its own
 
-        child.process.kill()
-        child.end()
+        child.kill()
     require_consistent(tmp_path)
 
 
-@pytest.mark.parametrize("mode", ["locks", "no locks"])
-def test_eight_processes_fetch_one_file(tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize("ways", [{}, {"no_locks": True}], ids=["locks", "no locks"])
+def test_eight_processes_fetch_one_file(start: Start, tmp_path: Path, ways: dict[str, object]) -> None:
     with serve({PATH: DATA}, slow) as server:
-        children = [Child(server.url(PATH), tmp_path, mode) for _ in range(8)]
-        for child in children:
-            child.go()
-        ends = [child.end() for child in children]
+        at = time.monotonic() + 0.2
+        children = [start(server, tmp_path, at=at, **ways) for _ in range(8)]
+        ends = [child.wait() for child in children]
 
-    assert [(code, err) for code, _, err in ends if code] == []
-    assert {out for _, out, _ in ends} == {f"{Cache(tmp_path).find(SHA256)} {SHA256}\n"}
+    assert [end for end in ends if end.code] == []
+    assert {end.out for end in ends} == {f"{Cache(tmp_path).find(SHA256)} {SHA256}\n"}
     assert files_in(tmp_path, "tmp") == []
     require_consistent(tmp_path)
-    if mode == "locks":
+    if not ways:
         assert len(server.gets()) == PIECES
-        assert any("waiting for it" in err for _, _, err in ends)
+        assert any("waiting for it" in end.err for end in ends)
 
 
-def test_a_file_that_cannot_be_written_is_an_error_of_the_system(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_an_error_of_the_system(start: Start, tmp_path: Path) -> None:
     with serve({PATH: DATA}) as server:
-        child = Child(server.url(PATH), tmp_path, "small files")
-        child.go()
-        code, _, err = child.end()
-        assert code == 1
-        assert "OSError: [Errno 27]" in err  # EFBIG, which a process with that limit gets where a full disk is ENOSPC
+        ended = start(server, tmp_path, small_files=1_000_000).wait()
+        assert ended.code == 1
+        assert (
+            "OSError: [Errno 27]" in ended.err
+        )  # EFBIG, which a process with that limit gets where a full disk is ENOSPC
         assert files_in(tmp_path, "tmp") + files_in(tmp_path, "blobs") + files_in(tmp_path, "entries") == []
         fetch_here(server, tmp_path)
 
@@ -343,21 +308,16 @@ sys.addaudithook(guard)
 """
 
 
-def test_offline_opens_no_socket(tmp_path: Path) -> None:
+def test_offline_opens_no_socket(nursery: Nursery, tmp_path: Path) -> None:
     with serve({PATH: DATA}) as server:
         fetch_here(server, tmp_path)
         uri = server.url(PATH)
 
-    def run(uri: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", GUARD + CHILD, uri, str(tmp_path), "offline"],
-            input="go\n",
-            capture_output=True,
-            text=True,
-        )
+    def run(uri: str) -> Ended:
+        return nursery.run(["-c", GUARD + CHILD, uri, tmp_path, "offline"], os.environ)
 
     there, missing = run(uri), run(uri.replace("model", "other"))
-    assert there.returncode == 0, there.stderr
-    assert there.stdout.endswith(f"{SHA256}\n")
-    assert missing.returncode == 1
-    assert re.search(r"FetchError: 'other\.safetensors' .* LADING_OFFLINE or HF_HUB_OFFLINE is set", missing.stderr)
+    assert there.code == 0, there.err
+    assert there.out.endswith(f"{SHA256}\n")
+    assert missing.code == 1
+    assert re.search(r"FetchError: 'other\.safetensors' .* LADING_OFFLINE or HF_HUB_OFFLINE is set", missing.err)

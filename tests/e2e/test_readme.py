@@ -6,11 +6,11 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.nursery import Nursery
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -63,15 +63,14 @@ def tour(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def run(command: str) -> str:
-    words = shlex.split(command)
-    assert words[0] == "lading"
-    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{command}\n{done.stderr}"
-    return done.stdout
+def test_the_tour(tour: Path, nursery: Nursery) -> None:
+    def run(command: str) -> str:
+        words = shlex.split(command)
+        assert words[0] == "lading"
+        done = nursery.run(words[1:], os.environ)
+        assert done.code == 0, f"{command}\n{done.err}"
+        return done.out
 
-
-def test_the_tour(tour: Path) -> None:
     output = {}
     for block in blocks("console"):
         for line in block.splitlines():
@@ -87,4 +86,5 @@ def test_the_tour(tour: Path) -> None:
     assert "qwen3_tiny" in run("lading archs qwen -q").split()
 
     for code in blocks("python"):
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=os.environ)
+        done = nursery.run(["-c", code], os.environ)
+        assert done.code == 0, f"{code}\n{done.err}"

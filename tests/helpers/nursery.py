@@ -59,6 +59,8 @@ class Nursery:
             stderr=self._errors,
             text=True,
         )
+        assert self._process.stdout is not None
+        self._process.stdout.readline()  # it has imported everything
 
     def start(
         self,
@@ -67,12 +69,15 @@ class Nursery:
         *,
         cwd: Path | None = None,
         at: float = 0.0,
+        stdin: str | Path = os.devnull,
+        merged: bool = False,
         **ways: Any,
     ) -> Child:
-        """Begin a command line, which reads nothing.
+        """Begin a command line.
 
         :param env: the whole environment.
         :param at: by the clock of all processes.
+        :param merged: what is written on stderr is in ``out``, as it would be on a terminal.
         :param ways: names and values of :data:`WAYS`.
         """
         self._count += 1
@@ -84,7 +89,7 @@ class Nursery:
             env=dict(env),
             cwd=str(cwd or Path.cwd()),
             at=at,
-            files=[str(f) for f in files],
+            files=[str(stdin), str(files[0]), str(files[0 if merged else 1])],
             ways=ways,
         )
 
@@ -122,6 +127,10 @@ class Child:
         self.pid = pid
         self._nursery = nursery
         self._files = (out, err)
+
+    def said(self) -> str:
+        """What it has written on stdout so far."""
+        return self._files[0].read_text()
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
@@ -279,8 +288,8 @@ def _live(command: dict[str, Any]) -> None:
 
     from lading.cli import main as lading
 
-    for fd, path in enumerate((os.devnull, *command["files"])):
-        file = os.open(path, os.O_RDONLY if fd == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for fd, path in enumerate(command["files"]):
+        file = os.open(path, os.O_RDONLY if fd == 0 else os.O_WRONLY | os.O_APPEND)
         os.dup2(file, fd)
         os.close(file)
     os.chdir(command["cwd"])
@@ -355,6 +364,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # so that the memory of the children stays shared
 
+    print("ready", flush=True)
     for line in sys.stdin:
         command = json.loads(line)
         if "wait" in command:

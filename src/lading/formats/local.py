@@ -119,8 +119,9 @@ def _index(path: Path, member: str | None, restrict: bool) -> Manifest:
         return index_parts(path, parts, restrict=restrict)
     if is_index(path.name):
         return index_shards(path, restrict=restrict)
+    part, kind = read_part(path, restrict=restrict)
 
-    return join([read_part(path, restrict=restrict)])
+    return join([part], kind=kind)
 
 
 def _index_member(path: Path, member: str, restrict: bool) -> Manifest:
@@ -128,9 +129,9 @@ def _index_member(path: Path, member: str, restrict: bool) -> Manifest:
     with open_regular(path) as (file, size):
         base, length = find_member(file, member, size=size, label=str(path))
         shard = Shard(name=path.name, size=size)
-        header = read_tensors(file, base=base, size=length, name=member, label=label, restrict=restrict)
+        header, kind = read_tensors(file, base=base, size=length, name=member, label=label, restrict=restrict)
 
-    return join([(shard, header)])
+    return join([(shard, header)], kind=kind)
 
 
 def _find(path: Path) -> tuple[Path, list[tuple[str, str]]]:

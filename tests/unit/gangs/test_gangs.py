@@ -307,9 +307,7 @@ def test_many_differences_are_cut() -> None:
 
 
 def _travelled(error: BaseException, rank: int = 1) -> Failure:
-    failure: Failure = pickle.loads(pickle.dumps(Failure.of(rank, error)))
-
-    return failure
+    return Failure.load(Failure.of(rank, error).dump())
 
 
 def _raise(error: BaseException) -> BaseException:
