@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
@@ -15,14 +15,11 @@ from lading.cli.names import name_or_path
 from lading.cli.output import counted, human_bytes, human_count, write_json, write_pairs
 from lading.system.filesystem import path_exists
 
-if TYPE_CHECKING:
-    from lading.checkpoints.verification import Verify
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _write_options(function: F) -> F:
-    """Add the options that both commands have."""
+    """Add the options of both commands, which :func:`_write` takes."""
     for option in (
         one_object,
         no_progress,
@@ -47,17 +44,7 @@ def _write_options(function: F) -> F:
 @_write_options
 @click.option("--arch", metavar="FAMILY/ARCH", help="The architecture of a checkpoint at PATH without config.json.")
 @no_restrict
-def convert(
-    target: str,
-    folder: Path,
-    shard_size: int,
-    dtype: str,
-    arch: str | None,
-    no_restrict: bool,
-    verify: Verify,
-    no_progress: bool,
-    as_json: bool,
-) -> None:
+def convert(target: str, arch: str | None, no_restrict: bool, **options: Any) -> None:
     """Write a checkpoint of any format as a Hugging Face repository.
 
     The checkpoint is that of the card NAME, or the one at PATH: safetensors, torch.save, Meta's or fairseq2's. DIR must
@@ -82,15 +69,13 @@ def convert(
                 "FAMILY/ARCH (`lading archs` shows them)."
             )
 
-    _write(found, folder, shard_size, dtype, verify, no_progress, as_json, arch=arch, restrict=not no_restrict)
+    _write(found, arch=arch, restrict=not no_restrict, **options)
 
 
 @command("export")
 @click.argument("name", shell_complete=complete_model)
 @_write_options
-def export(
-    name: str, folder: Path, shard_size: int, dtype: str, verify: Verify, no_progress: bool, as_json: bool
-) -> None:
+def export(name: str, **options: Any) -> None:
     """Write a model of the catalog as a Hugging Face repository.
 
     Like `lading convert`, but only for cards, which name the checkpoint and the tokenizer.
@@ -106,30 +91,13 @@ def export(
             raise click.UsageError(f"{name!r} is a path, and no card has that name: use `lading convert` for paths.")
         raise unknown_model(name, store)
 
-    _write(name, folder, shard_size, dtype, verify, no_progress, as_json)
+    _write(name, **options)
 
 
-def _write(
-    target: str | Path,
-    folder: Path,
-    shard_size: int,
-    dtype: str,
-    verify: Verify,
-    no_progress: bool,
-    as_json: bool,
-    **more: Any,
-) -> None:
+def _write(target: str | Path, *, dtype: str, no_progress: bool, as_json: bool, **options: Any) -> None:
     from lading.operations.export import convert_checkpoint
 
-    report = convert_checkpoint(
-        target,
-        folder,
-        dtype=parse_dtype(dtype),
-        shard_size=shard_size,
-        verify=verify,
-        progress=not no_progress,
-        **more,
-    )
+    report = convert_checkpoint(target, dtype=parse_dtype(dtype), progress=not no_progress, **options)
     if as_json:
         write_json(
             {

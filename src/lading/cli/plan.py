@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,16 +41,13 @@ _AXIS = click.IntRange(min=1, max=1_000_000)
 @listing_options
 def plan(
     target: str,
-    tp: int,
-    sdp: int,
-    pp: int,
-    rdp: int,
     dtype: str,
     rank: tuple[int, ...],
     device_memory: int | None,
     picture: Path | None,
     no_restrict: bool,
     form: Form,
+    **sizes: int,
 ) -> None:
     """Say what each rank of gangs would read and hold.
 
@@ -65,21 +63,13 @@ def plan(
     model = name_or_path(target, store)
     if picture is not None and picture.suffix.lower() != ".svg":  # so that a slip does not overwrite weights
         raise click.BadParameter(f"expected a name that ends in .svg, found {picture.name!r}.", param_hint="--picture")
-    if rank and max(rank) >= (world := tp * sdp * pp * rdp):
+    if rank and max(rank) >= (world := math.prod(sizes.values())):
         raise click.BadParameter(f"the world has {counted(world, 'rank')}, from 0 on.", param_hint="--rank")
 
     from lading.operations.plan import plan_load
 
     found = plan_load(
-        model,
-        tp=tp,
-        sdp=sdp,
-        pp=pp,
-        rdp=rdp,
-        dtype=parse_dtype(dtype),
-        ranks=rank or None,
-        restrict=not no_restrict,
-        store=store,
+        model, dtype=parse_dtype(dtype), ranks=rank or None, restrict=not no_restrict, store=store, **sizes
     )
     if picture is not None:
         from lading.operations.plan_svg import picture as draw
