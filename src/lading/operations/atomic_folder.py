@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lading.system.filesystem import expand_home
+from lading.system.filesystem import expand_home, sync_folder
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         os.fsync(fd)
         require_empty(folder)
         temporary.rename(folder)  # atomically replaces an empty folder
-        _sync(folder.parent)
+        sync_folder(folder.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -73,13 +73,5 @@ def _remove_abandoned(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     except OSError:
         pass  # its process is alive
-    finally:
-        os.close(fd)
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
     finally:
         os.close(fd)

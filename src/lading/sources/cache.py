@@ -18,7 +18,6 @@ No file name in the cache comes from a server, the cache holds no links, and no 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -33,7 +32,7 @@ from typing import Any
 from lading.errors import LadingError
 from lading.sources.partial import advisory_lock, temporary_file
 from lading.sources.sha256 import sha256_file
-from lading.system.filesystem import FileStat
+from lading.system.filesystem import FileStat, sync_folder
 from lading.system.uris import shown_uri
 
 _EXTENSIONS = {"safetensors", "json", "pt", "pth", "bin", "ckpt", "tar", "model", "txt"}
@@ -124,7 +123,7 @@ class Cache:
         os.fchmod(fd, 0o444)
         os.fsync(fd)
         path.rename(blob)
-        _sync_folder(blob.parent)
+        sync_folder(blob.parent)
 
         return blob
 
@@ -190,7 +189,7 @@ class Cache:
             file.flush()
             os.fsync(file.fileno())
             name.rename(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
     def remove(self, uri: str | Entry, *, also: Collection[str] = (), keep: Collection[str] = ()) -> int:
         """Remove the entry of this catalog for ``uri``, and the files that no other entry refers to.
@@ -204,7 +203,7 @@ class Cache:
         # The entry goes first: after a crash in between, a file without an entry is harmless.
         with suppress(FileNotFoundError):
             self._entry_path(uri.key if isinstance(uri, Entry) else entry_key(uri)).unlink()
-            _sync_folder(self.folder / "entries")
+            sync_folder(self.folder / "entries")
 
         return sum(map(_unlink, paths))
 
@@ -353,19 +352,7 @@ def _file_from_json(value: dict[str, Any]) -> CachedFile:
 def _make_folder(path: Path) -> None:
     if not path.is_dir():
         path.mkdir(parents=True, exist_ok=True)
-        _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    """Flush a folder to the disk, which makes renames in it durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do not support it
-            raise
-    finally:
-        os.close(fd)
+        sync_folder(path.parent)
 
 
 def _unlink(path: Path) -> int:

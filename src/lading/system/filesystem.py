@@ -114,6 +114,18 @@ def read_regular(path: Path, *, at_most: int) -> bytes:
     return data
 
 
+def sync_folder(path: Path) -> None:
+    """Flush a folder to the disk, which makes renames in it durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do not support it
+            raise
+    finally:
+        os.close(fd)
+
+
 def _open_without_blocking(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
