@@ -144,20 +144,19 @@ def require_links_inside(path: Path, place: FoundCheckpoint) -> None:
     :raises NotSupportedError: its format is not supported.
     :raises CorruptModelCheckpointError: its index breaks the rules of the format.
     """
-    bounds = _Bounds(place)
     # A link to a folder is followed if the user named it.
     folder = path if path.is_dir() and (path == place.root or not path.is_symlink()) else path.parent
     _require_no_links_between(folder, place)
-    bounds.check(folder / CONFIG_NAME)
+    _require_inside(folder / CONFIG_NAME, place)
     for file in _files(path, folder):
         if file.parent != folder:
             _require_no_links_between(file.parent, place)
-        bounds.check(file)
+        _require_inside(file, place)
         if is_index(file.name):
             with open_file(file) as opened:
                 names = list(read_index(opened).tensors)
             for name in names:
-                bounds.check(folder / name)
+                _require_inside(folder / name, place)
 
 
 def _files(path: Path, folder: Path) -> list[Path]:
@@ -193,31 +192,21 @@ def _require_no_links_between(folder: Path, place: FoundCheckpoint) -> None:
             raise PolicyError(f"{part} is a link to a folder, which is not followed. Give the path of its target.")
 
 
-class _Bounds:
-    """The folders to which links in a place may lead."""
-
-    def __init__(self, place: FoundCheckpoint) -> None:
-        self._root = place.root
-        # Blobs are next to the snapshots, or are links to the blobs that all repositories of the cache share.
-        home = os.path.realpath(place.root if place.repo is None else place.path)
-        allowed = [home] if place.repo is None else [f"{home}/blobs", f"{os.path.dirname(home)}/blobs"]
-        self._allowed = tuple(folder + os.sep for folder in allowed)
-
-    def check(self, path: Path) -> None:
-        """Check a path, if it is a link.
-
-        :raises PolicyError: the link leads out of the place.
-        """
-        try:
-            if not stat.S_ISLNK(os.lstat(path).st_mode):
-                return
-        except OSError:
-            return  # the reader of the file reports it
-        real = os.path.realpath(path)
-        if real.startswith(self._allowed) or (path.parent == self._root and Path(real).is_file()):
+def _require_inside(path: Path, place: FoundCheckpoint) -> None:
+    """Require that a path, if it is a link, does not lead out of a place."""
+    try:
+        if not stat.S_ISLNK(os.lstat(path).st_mode):
             return
+    except OSError:
+        return  # the reader of the file reports it
+    # Blobs are next to the snapshots, or are links to the blobs that all repositories of the cache share.
+    home = os.path.realpath(place.root if place.repo is None else place.path)
+    allowed = (f"{home}/",) if place.repo is None else (f"{home}/blobs/", f"{os.path.dirname(home)}/blobs/")
+    real = os.path.realpath(path)
+    if real.startswith(allowed) or (path.parent == place.root and Path(real).is_file()):
+        return
 
-        raise PolicyError(
-            f"{path} is a link that leads out of {self._root}, to {real}; it is not followed. Give the folder that "
-            "holds the file, or name it in a card of your own."
-        )
+    raise PolicyError(
+        f"{path} is a link that leads out of {place.root}, to {real}; it is not followed. Give the folder that holds "
+        "the file, or name it in a card of your own."
+    )

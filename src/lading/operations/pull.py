@@ -99,12 +99,15 @@ def pull_model(
     ref = address_of(card)
     require_access(card.title, ref)
     if uri_path(ref.uri) is not None:
-        checkpoint = _local(card_checkpoint(card, store), revision)
+        checkpoint = card_checkpoint(card, store)
+        if revision is not None:
+            raise NotSupportedError(
+                f"{checkpoint.where} is on this machine and has no revisions, but {revision!r} was requested."
+            )
         if not dry_run:
             require_pinned(checkpoint, store, progress=progress)
         tokenizer = _tokenizer_elsewhere(card, ref, None, store)
-        beside = _bring(tokenizer, checkpoint, store, dry_run=dry_run, progress=progress)
-        return _report(checkpoint, missing=False, beside=beside)
+        return _report(checkpoint, False, _bring(tokenizer, checkpoint, store, dry_run=dry_run, progress=progress))
     if ref.scheme in HTTP_SCHEMES:
         _require_of_web(ref, revision, include)
 
@@ -128,9 +131,8 @@ def pull_model(
     tokenizer = _tokenizer_elsewhere(card, ref, published, store)
     missing = missing or checkpoint.files is None
     if dry_run:
-        planned = [PulledFile(name=file.name, size=file.size, path=None, fetched=True) for file in companions]
-        planned += _bring(tokenizer, checkpoint, store, dry_run=True, progress=progress)
-        return _report(checkpoint, missing, planned)
+        planned = _bring(tokenizer, checkpoint, store, dry_run=True, progress=progress)
+        return _report(checkpoint, missing, [*map(_pulled, companions), *planned])
 
     if missing:
         require_writable(store)
@@ -145,14 +147,10 @@ def pull_model(
         )
     here = fetch_checkpoint(pinned, store, settings=store.settings, progress=progress)
     require_pinned(here, store, progress=progress)
-    beside = [
-        PulledFile(name=file.name, size=file.stat.size, path=file.path, fetched=True)
-        for file in _fetch(checkpoint, companions, store, progress=progress)
-    ]
+    fetched = _fetch(checkpoint, companions, store, progress=progress)
+    brought = _bring(tokenizer, checkpoint, store, dry_run=False, progress=progress)
 
-    beside += _bring(tokenizer, checkpoint, store, dry_run=False, progress=progress)
-
-    return _report(here, missing, beside)
+    return _report(here, missing, [*map(_pulled, fetched), *brought])
 
 
 def _published(ref: CheckpointRef, revision: str | None, store: AssetStore) -> PublishedCheckpoint | None:
@@ -216,15 +214,6 @@ def _named_beside(ref: CheckpointRef, snapshot: Snapshot, names: Sequence[str], 
             log.warning("there is no file %r beside %s", name, shown_uri(ref.uri))
 
     return more
-
-
-def _local(checkpoint: Checkpoint, revision: str | None) -> Checkpoint:
-    if revision is not None:
-        raise NotSupportedError(
-            f"{checkpoint.where} is on this machine and has no revisions, but {revision!r} was requested."
-        )
-
-    return checkpoint
 
 
 def _as_checkpoint(
@@ -338,17 +327,17 @@ def _bring(
 ) -> list[PulledFile]:
     if tokenizer is None:
         return []
+    files = tokenizer.files if dry_run else tokenizer.fetch(store, checkpoint.uri, progress=progress)
     where = shown_uri(tokenizer.source.uri)
-    if dry_run:
-        return [
-            PulledFile(name=f"{where}: {file.name}", size=file.size, path=None, fetched=True)
-            for file in tokenizer.files
-        ]
 
-    return [
-        PulledFile(name=f"{where}: {file.name}", size=file.stat.size, path=file.path, fetched=True)
-        for file in tokenizer.fetch(store, checkpoint.uri, progress=progress)
-    ]
+    return [replace(_pulled(file), name=f"{where}: {file.name}") for file in files]
+
+
+def _pulled(file: RemoteFile | FetchedFile) -> PulledFile:
+    if isinstance(file, FetchedFile):
+        return PulledFile(name=file.name, size=file.stat.size, path=file.path, fetched=True)
+
+    return PulledFile(name=file.name, size=file.size, path=None, fetched=True)
 
 
 def _fetch(
