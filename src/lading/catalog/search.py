@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
-from sqlalchemy import ColumnElement, Connection, column, exists, false, func, insert, literal, select, table
+from sqlalchemy import ColumnElement, Connection, Select, column, exists, false, func, insert, literal, select, table
 
 from lading.cards.card import CONFIG_KEYS
 from lading.catalog.schema import CardRow
@@ -123,16 +123,16 @@ def phrases(search: str) -> list[str]:
     return list(filter(None, map(fold, search.split())))
 
 
-def _expression(wanted: list[str]) -> str:
+def _hits(wanted: list[str]) -> Select[int]:
     # https://www.sqlite.org/fts5.html#full_text_query_syntax
-    return " ".join(f'"{phrase}"' for phrase in wanted) + " *"
+    expression = " ".join(f'"{phrase}"' for phrase in wanted) + " *"
+
+    return select(_index.c.rowid).where(_index.c[INDEX].op("MATCH")(expression))
 
 
 def found_by_index(name: ColumnElement[str], wanted: list[str]) -> ColumnElement[bool]:
     """Return the condition that all phrases occur in the card ``name``, by SQLite's index; the last may be a prefix."""
-    hits = select(_index.c.rowid).where(_index.c[INDEX].op("MATCH")(_expression(wanted)))
-
-    return name.in_(select(CardRow.name).where(CardRow.env == "", CardRow.id.in_(hits)))
+    return name.in_(select(CardRow.name).where(CardRow.env == "", CardRow.id.in_(_hits(wanted))))
 
 
 def found_by_text(name: ColumnElement[str], wanted: list[str]) -> ColumnElement[bool]:
@@ -158,7 +158,7 @@ def found(connection: Connection, name: ColumnElement[str], search: str) -> Colu
         return found_by_text(name, wanted)
 
     # With many hits, looking at each card in the order of the list finds the first ones sooner than all hits.
-    hits = select(_index.c.rowid).where(_index.c[INDEX].op("MATCH")(_expression(wanted))).limit(_MANY_HITS)
+    hits = _hits(wanted).limit(_MANY_HITS)
     many = len(wanted) <= _MOST_CONDITIONS and connection.scalar(select(func.count()).select_from(hits.subquery()))
 
     return (found_by_text if many == _MANY_HITS else found_by_index)(name, wanted)

@@ -109,33 +109,19 @@ def read_roots(session: Session, uri: str) -> dict[str, str]:
     return dict(map(tuple, rows))
 
 
-def same_tensors(a: Manifest, b: Manifest) -> bool:
-    """Return whether two manifests have the same files and tensors; the columns may have different types."""
-    return a.has_files_of(b) and a.tensors_equal(b)
-
-
 def write_tensors(session: Session, row: CheckpointRow, manifest: Manifest) -> None:
     """Replace the shards and tensors of a checkpoint."""
     connection = session.connection()
     # The tensors first: deleting a shard searches for its tensors, and no index serves that.
     connection.execute(delete(TENSORS).where(TENSORS.c.checkpoint_id == row.id))
-    session.execute(delete(ShardRow).where(ShardRow.checkpoint_id == row.id))
-    if manifest.shards:
-        session.execute(
-            insert(ShardRow),
-            [
-                {
-                    "checkpoint_id": row.id,
-                    "position": position,
-                    "name": shard.name,
-                    "size": shard.size,
-                    "sha256": shard.sha256,
-                }
-                for position, shard in enumerate(manifest.shards)
-            ],
-            execution_options={"render_nulls": True},
-        )
-    session.expire(row, ["shards", "in_pieces"])
+    row.shards = []
+    session.flush()
+    row.shards = [
+        ShardRow(position=position, name=shard.name, size=shard.size, sha256=shard.sha256)
+        for position, shard in enumerate(manifest.shards)
+    ]
+    session.flush()
+    session.expire(row, ["in_pieces"])
 
     for some in chunks(_tensor_rows(row.id, manifest)):
         connection.execute(insert(TENSORS), some)
@@ -148,17 +134,11 @@ def read_digests(session: Session, checkpoint_id: int, manifest: Manifest) -> Di
 
     :raises CatalogError: the rows are damaged.
     """
+    c = DIGESTS.c
     rows: list[tuple[int, bytes] | None] = [None] * len(manifest)
     with intact("a digest"):
-        found = (
-            session.connection()
-            .execute(
-                select(DIGESTS.c.position, DIGESTS.c.dim, DIGESTS.c.blocks).where(
-                    DIGESTS.c.checkpoint_id == checkpoint_id
-                )
-            )
-            .all()
-        )
+        statement = select(c.position, c.dim, c.blocks).where(c.checkpoint_id == checkpoint_id)
+        found = session.connection().execute(statement).all()
         if not found:
             return None
         for position, dim, blocks in found:

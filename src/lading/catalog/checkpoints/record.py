@@ -13,7 +13,6 @@ from lading.catalog.checkpoints.manifests import (
     find_checkpoint,
     forget_digests,
     read_manifest,
-    same_tensors,
     write_digests,
     write_tensors,
 )
@@ -66,14 +65,15 @@ def record_checkpoint(
         _describe(row, manifest, revision)
         session.flush()
 
-        same = old is not None and same_tensors(old, manifest)
+        same_files = old is not None and old.has_files_of(manifest)
+        same = same_files and old is not None and old.tensors_equal(manifest)
         if not same:
             write_tensors(session, row, manifest)
         elif _may_differ(row, manifest, copies, same_revision=same_revision) and (accept or not copies):
             forget_digests(session, row.id)
 
-        same_files = old is not None and old.index_name == manifest.index_name and old.has_files_of(manifest)
-        write_copies(session, row, copies, keep_others=same_files, keep_verified=same)
+        same_index = old is not None and old.index_name == manifest.index_name
+        write_copies(session, row, copies, keep_others=same_files and same_index, keep_verified=same)
         if card_name is not None:
             link_card(session, split_name(card_name)[0], row)
         link_by_uri(session)
