@@ -35,7 +35,7 @@ Errors travel between ranks, so each one pickles with all of its attributes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar, Self
@@ -306,3 +306,12 @@ class InternalError(LadingError):
     """A bug in lading, or in the code of a family."""
 
     exit_code = 1
+
+
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception, the one that it was raised from or while handling, and so on."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

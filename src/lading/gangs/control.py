@@ -26,7 +26,7 @@ from threading import Condition, Thread
 from typing import Any, TypeVar
 from weakref import WeakSet
 
-from lading.errors import GangError
+from lading.errors import GangError, causes_of
 from lading.gangs.coordinator import (
     GRACE,
     GREETING,
@@ -135,16 +135,11 @@ class ControlChannel:
         """Record that a call has reported this error to all members, so that no later call reports it again."""
         setattr(error, KNOWN, self._call_position(members))
 
-    def is_known(self, members: tuple[int, ...], error: BaseException | None) -> bool:
+    def is_known(self, members: tuple[int, ...], error: BaseException) -> bool:
         """Return whether the last call reported this error, or one of its causes, to all members."""
-        seen: set[int] = set()
-        while error is not None and id(error) not in seen:
-            if getattr(error, KNOWN, None) == self._call_position(members):
-                return True
-            seen.add(id(error))
-            error = error.__cause__ or error.__context__
+        position = self._call_position(members)
 
-        return False
+        return any(getattr(cause, KNOWN, None) == position for cause in causes_of(error))
 
     def check(self) -> None:
         """Raise if this rank knows of a failure on any rank.

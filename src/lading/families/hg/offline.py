@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-from lading.errors import FetchError
+from lading.errors import FetchError, causes_of
 from lading.sources.hub.client import no_requests
 from lading.system.settings import Settings
 
@@ -17,29 +17,18 @@ def offline_holds() -> Iterator[None]:
     :raises FetchError: it would have to.
     """
     from huggingface_hub import is_offline_mode
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     offline = Settings.from_environment().offline
     try:
         with no_requests() if offline else nullcontext():
             yield
     except Exception as error:
-        if (offline or is_offline_mode()) and _is_offline_error(error):
+        refused = any(isinstance(cause, OfflineModeIsEnabled | LocalEntryNotFoundError) for cause in causes_of(error))
+        if refused and (offline or is_offline_mode()):
             raise FetchError(
                 "config.json names a model of another repository as its backbone, whose configuration transformers "
                 "asks the hub for, but LADING_OFFLINE or HF_HUB_OFFLINE is set. State it as `backbone_config` in the "
                 "card (`model_config`, `hf_config`), or unset the variable."
             ) from error
         raise
-
-
-def _is_offline_error(error: BaseException | None) -> bool:
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
-            return True
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-
-    return False

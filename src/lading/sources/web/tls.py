@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Iterator
+
+from lading.errors import causes_of
 
 _OTHER_PROTOCOL = frozenset(
     {"WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "PACKET_LENGTH_TOO_LONG"}
@@ -22,7 +23,7 @@ def lasting_fault(error: BaseException, host: str) -> str | None:
 
     :param error: the error of a request to ``host``, with its chain of causes.
     """
-    chain = list(_chain(error))
+    chain = list(causes_of(error))
     for each in chain:
         if isinstance(each, ssl.SSLCertVerificationError):
             return (
@@ -47,11 +48,3 @@ def lasting_fault(error: BaseException, host: str) -> str | None:
             )
 
     return None
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
