@@ -167,24 +167,6 @@ def _seed(device: torch.device, seed: int, name: str) -> None:
             torch.get_device_module(device).manual_seed(number)
 
 
-def parallelize(
-    module: Module, family: Family[Any, Any], config: Any, gangs: Gangs, other_dtype_names: Collection[str] = ()
-) -> None:
-    """Split ``module``, which is on the meta device, over ``gangs`` by the plan of the family.
-
-    It imports :mod:`lading.models.parallelize` only if there is more than one rank.
-
-    :param other_dtype_names: the names of tensors with another dtype than the model.
-
-    :raises NotSupportedError: ``gangs.tp`` does not divide a size of the configuration, or ``gangs.pp`` has more ranks
-        than the model has layers.
-    """
-    if gangs.root.size > 1:
-        from lading.models.parallelize import parallelize
-
-        parallelize(module, family, config, gangs, other_dtype_names)
-
-
 def other_dtypes(
     module: Module, family: Family[Any, Any], config: Any, dtype: torch.dtype | None, *, sdp: int
 ) -> Mapping[str, torch.dtype]:
@@ -212,13 +194,19 @@ def other_dtypes(
 
 
 def split(module: Module, family: Family[Any, Any], config: Any, gangs: Gangs, *, dtype: torch.dtype | None) -> Targets:
-    """Call :func:`parallelize`, and return all tensors of the whole module as targets with this rank's boxes.
+    """Split ``module``, which is on the meta device, over ``gangs``; return all of its tensors with this rank's boxes.
 
     :param dtype: the dtype, as for :func:`targets_of`.
+
+    :raises NotSupportedError: ``gangs.tp`` does not divide a size of the configuration, or ``gangs.pp`` has more ranks
+        than the model has layers.
     """
     others = other_dtypes(module, family, config, dtype, sdp=gangs.sdp.size)
     whole = None if gangs.pp.size == 1 else targets_of(module, dtype=dtype, others=others)
-    parallelize(module, family, config, gangs, others)
+    if gangs.root.size > 1:
+        from lading.models.parallelize import parallelize  # this import takes half a second
+
+        parallelize(module, family, config, gangs, others)
     own = targets_of(module, dtype=dtype, others=others)
 
     return own if whole is None else whole.on_stage(own)

@@ -237,7 +237,7 @@ def _quantised(manifest: Manifest, targets: Targets, routed: Route) -> list[int]
     """Return the tensors for weights whose values are meaningless without separate scales."""
     return [
         tensor
-        for target, source in _sources(routed)
+        for target, source in routed.sources()
         for tensor in tensors_of(source)
         if _is_float(targets, target) and manifest.dtypes[tensor] not in FLOATS
     ]
@@ -252,7 +252,7 @@ def _problems(manifest: Manifest, targets: Targets, routed: Route) -> list[str]:
 
     found += [f"incomplete: {name}: {why}" for name, why in routed.incomplete]
 
-    for target, source in [*_sources(routed), *routed.duplicates]:
+    for target, source in [*routed.sources(), *routed.duplicates]:
         name, shape = name_of(source, manifest), shape_of(source, manifest.shapes)
         wanted = targets.dtypes[target]
         stored = next((d for d in _dtypes(source, manifest) if d != wanted and wanted not in _WIDER.get(d, ())), None)
@@ -274,14 +274,6 @@ def name_of(source: Source, manifest: Manifest) -> str:
 
 def _dtypes(source: Source, manifest: Manifest) -> list[str]:
     return [manifest.dtypes[tensor] for tensor in tensors_of(source)]
-
-
-def _sources(routed: Route) -> list[tuple[int, Source]]:
-    """Return pairs of a target and its source."""
-    return [
-        (target, routed.composed.get(i, tensor))
-        for i, (target, tensor) in enumerate(zip(routed.targets, routed.tensors, strict=True))
-    ]
 
 
 def _is_float(targets: Targets, target: int) -> bool:

@@ -427,34 +427,26 @@ def _retrieve(card: AssetCard | str, store: AssetStore) -> AssetCard:
         raise ModelNotKnownError(card, hint) from None
 
 
-def load_options(
-    *,
-    gangs: Gangs | None = None,
-    device: torch.device | str | None = None,
-    dtype: DType | None = None,
-    mmap: bool = False,
-    progress: bool = True,
-    verify: Verify = "auto",
-    cooperative: bool = False,
-    restrict: bool = True,
-) -> LoadOptions:
+def load_options(*, restrict: bool = True, **keywords: Unpack[LoadKeywords]) -> LoadOptions:
     """Return the options that the keywords of a load ask for.
 
     :raises ValueError: both ``gangs`` and ``device``, or a meta device; or both ``mmap`` and ``cooperative``.
     :raises TypeError: ``gangs`` or ``dtype`` is of another type.
     """
+    verify = keywords.get("verify", "auto")
+    mmap, cooperative = keywords.get("mmap", False), keywords.get("cooperative", False)
     require_mode(verify)
     if mmap and cooperative:
         raise ValueError("`mmap` and `cooperative` must not be given together: what is mapped is not read")
 
-    effective = _effective_gangs(gangs, device)
+    effective = _effective_gangs(keywords.get("gangs"), keywords.get("device"))
 
     return LoadOptions(
         gangs=effective,
-        dtype=_effective_dtype(dtype),
+        dtype=_effective_dtype(keywords.get("dtype")),
         settings=agreed(effective, Settings.from_environment),
         mmap=mmap,
-        progress=progress,
+        progress=keywords.get("progress", True),
         verify=verify,
         cooperative=cooperative,
         restrict=restrict,

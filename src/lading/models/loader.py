@@ -292,13 +292,8 @@ def _check_tied(
 def _sources(routed: Route, targets: Targets) -> list[Source]:
     """Return all sources that this rank reads a part of, or that are empty."""
     read = [box.numel > 0 or 0 in shape for box, shape in zip(targets.boxes, targets.shapes, strict=True)]
-    made = [
-        routed.composed.get(i, tensor)
-        for i, (target, tensor) in enumerate(zip(routed.targets, routed.tensors, strict=True))
-        if read[target]
-    ]
 
-    return made + [source for target, source in routed.duplicates if read[target]]
+    return [source for target, source in (*routed.sources(), *routed.duplicates) if read[target]]
 
 
 def _elements_by_dtype(tensors: Iterable[Tensor]) -> dict[str, int]:

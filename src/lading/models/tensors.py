@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError
@@ -16,7 +17,7 @@ from lading.formats.manifest import Manifest
 from lading.gangs import Gangs
 from lading.models.construct import build_on_meta, split
 from lading.models.family import Family
-from lading.models.targets import targets_of
+from lading.models.targets import Targets
 from lading.planning.box import Box
 from lading.planning.composition import Source, shape_of, tensors_of
 from lading.planning.plan import Wanted, plan
@@ -150,8 +151,12 @@ def iter_tensors(
     :raises NotSupportedError: a tensor has a dtype that torch lacks.
     """
     manifest = checkpoint.manifest
-    owned = _owned(family, config, gangs)
-    sources = [(name, source) for name, source in _made(checkpoint, family, config) if owned.get(name, ()) is not None]
+    module = build_on_meta(family, config)
+    targets = split(module, family, config, gangs, dtype=None)
+    owned = _owned(module, targets) if gangs.root.size > 1 else {}
+    sources = [
+        (name, source) for name, source in _made(checkpoint, family, config, targets) if owned.get(name, ()) is not None
+    ]
     shapes = [shape_of(source, manifest.shapes) for _, source in sources]
     parts = [owned.get(name) or (shape, Box.whole(shape)) for (name, _), shape in zip(sources, shapes, strict=True)]
 
@@ -167,16 +172,11 @@ def iter_tensors(
         yield name, tensor
 
 
-def _owned(family: Family[Any, Any], config: Any, gangs: Gangs) -> Mapping[str, tuple[tuple[int, ...], Box] | None]:
-    """Return the shape and this rank's box of each parameter, under each of its names; empty for a single rank.
+def _owned(module: Module, targets: Targets) -> Mapping[str, tuple[tuple[int, ...], Box] | None]:
+    """Return the shape and this rank's box of each parameter, under each of its names.
 
     ``None`` marks the parameters of other pipeline stages.
     """
-    if gangs.root.size == 1:
-        return {}
-
-    module = build_on_meta(family, config)
-    targets = split(module, family, config, gangs, dtype=None)
     held = {targets.aliases.get(name, name) for name in module.state_dict()}
     owned = {
         name: (shape, box) if name in held else None
@@ -186,11 +186,10 @@ def _owned(family: Family[Any, Any], config: Any, gangs: Gangs) -> Mapping[str, 
     return owned | {alias: owned[first] for alias, first in targets.aliases.items()}
 
 
-def _made(checkpoint: Checkpoint, family: Family[Any, Any], config: Any) -> list[tuple[str, Source]]:
+def _made(checkpoint: Checkpoint, family: Family[Any, Any], config: Any, targets: Targets) -> list[tuple[str, Source]]:
     """Return the sources that the tensors make, including those that no parameter needs."""
     manifest = checkpoint.manifest
     rules = family.rules_for(config, manifest.names)
-    targets = targets_of(build_on_meta(family, config), dtype=None)
     shapes = dict(zip(targets.names, targets.shapes, strict=True))
     names = list(dict.fromkeys(name for name in rename(manifest.names, rules) if name is not None))
     # A further name of a tied parameter has its shape.
@@ -208,6 +207,6 @@ def _made(checkpoint: Checkpoint, family: Family[Any, Any], config: Any) -> list
         )
 
     return sorted(
-        ((names[target], made.composed.get(i, made.tensors[i])) for i, target in enumerate(made.targets)),
+        ((names[target], source) for target, source in made.sources()),
         key=lambda pair: next(tensors_of(pair[1])),
     )

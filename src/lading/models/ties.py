@@ -18,6 +18,7 @@ from lading.formats.manifest import BITS
 from lading.models.targets import Targets
 from lading.models.tensors import read_tensors
 from lading.planning.box import Box
+from lading.planning.composition import tensors_of
 from lading.planning.rules import Route
 
 _CHUNK = 64 << 20
@@ -31,12 +32,11 @@ def different_copies(checkpoint: Checkpoint, targets: Targets, routed: Route) ->
 
     :param checkpoint: a checkpoint with local files.
     """
-    position = {target: i for i, target in enumerate(routed.targets)}
+    sources = dict(routed.sources())
     found = []
     for (target, copy), name in zip(routed.duplicates, routed.further_names, strict=True):
-        i = position[target]
-        own = routed.composed.get(i, routed.tensors[i])
-        dtype = targets.dtypes[target] or checkpoint.manifest.dtypes[routed.tensors[i]]
+        own = sources[target]
+        dtype = targets.dtypes[target] or checkpoint.manifest.dtypes[next(tensors_of(own))]
         for box in _chunks(targets.shapes[target], BITS[dtype] // 8):
             a, b = read_tensors(checkpoint, [own, copy], [dtype, dtype], boxes=[box, box])
             if not are_same(a, b):

@@ -80,6 +80,12 @@ class Route:
     incomplete: tuple[tuple[str, str], ...] = ()
     """The targets that the available tensors cannot make, and the reasons."""
 
+    def sources(self) -> list[tuple[int, Source]]:
+        """Return pairs of a target and its source."""
+        columns = zip(self.targets, self.tensors, strict=True)
+
+        return [(target, self.composed.get(i, tensor)) for i, (target, tensor) in enumerate(columns)]
+
 
 def route(
     tensor_names: Sequence[str],
