@@ -19,9 +19,9 @@ from lading.families.config_json import (
 from lading.families.name_rules import explain_head
 from lading.families.nn.checks import require_layers
 from lading.families.nn.decoder_lm import DecoderLM, init_decoder
-from lading.families.nn.decoder_plan import decoder_plan
 from lading.families.nn.decoder_spec import DecoderSpec
 from lading.models.family import Family
+from lading.models.parallel_plan import ParallelPlan, Split, Stages
 
 
 @dataclass(kw_only=True)
@@ -96,7 +96,7 @@ def decoder_family(
         config_kls=tables[0].config_kls,
         build=lambda config: kls(spec(config)),
         init=init,
-        parallel_plan=lambda config: decoder_plan(spec(config)),
+        parallel_plan=lambda config: _parallel_plan(spec(config)),
         hf_model_types=frozenset(by_type),
         from_hf=from_hf,
         to_hf=tables[0].write,
@@ -104,6 +104,54 @@ def decoder_family(
     )
 
     return replace(family, **others)
+
+
+def _parallel_plan(spec: DecoderSpec) -> ParallelPlan:
+    """Return the parallel plan of a decoder.
+
+    Tensor parallelism (https://arxiv.org/abs/1909.08053) splits attention by heads, feed-forward networks by their
+    inner width, embedding and output by symbols. Parameters are sharded layer by layer, and pipeline stages are split
+    between layers.
+    """
+    layer = "model.layers.*"
+    attention = {
+        "q_proj": Split.COLUMN,
+        "k_proj": Split.KEY_VALUE,
+        "v_proj": Split.KEY_VALUE,
+        "o_proj": Split.ROW,
+        "q_norm": Split.HEADS,
+        "k_norm": Split.HEADS,
+    }
+    divisible = {"num_attn_heads": spec.num_attn_heads, "ffn_inner_dim": spec.ffn_inner_dim}
+    if spec.norm_whole:
+        # A normalization over all heads needs all of them on each rank.
+        attention = dict.fromkeys(attention, Split.REPLICATED)
+        del divisible["num_attn_heads"]
+
+    return ParallelPlan(
+        tensor={
+            "model.embed_tokens": Split.VOCABULARY,
+            **{f"{layer}.self_attn.{name}": split for name, split in attention.items()},
+            f"{layer}.mlp.gate_proj": Split.COLUMN,
+            f"{layer}.mlp.up_proj": Split.COLUMN,
+            f"{layer}.mlp.down_proj": Split.ROW,
+            f"{layer}.input_layernorm": Split.REPLICATED,
+            f"{layer}.post_attention_layernorm": Split.REPLICATED,
+            f"{layer}.pre_feedforward_layernorm": Split.REPLICATED,
+            f"{layer}.post_feedforward_layernorm": Split.REPLICATED,
+            "model.norm": Split.REPLICATED,
+            "lm_head": Split.LOGITS,
+        },
+        divisible=divisible,
+        num_key_value_heads=spec.num_key_value_heads,
+        units=(layer,),
+        stages=Stages(
+            layers=layer,
+            num_layers=spec.num_layers,
+            first=("model.embed_tokens",),
+            last=("model.norm", "lm_head"),
+        ),
+    )
 
 
 # --- keys of config.json ----------------------------------------------------------------------------------------------

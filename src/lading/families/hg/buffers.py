@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -74,12 +74,12 @@ def reset_buffers(
     if not buffers:
         return
 
-    dtypes = {} if dtype == torch.float32 else _buffer_dtypes(outline(), buffers, dtype)
+    made = {} if dtype == torch.float32 else _non_persistent_buffers(outline())
     results: list[dict[str, Tensor]] = []
     with _only_buffers(model):
         for fill in (0, 1):
             for name, (owner, leaf, buffer) in buffers.items():
-                own = dtypes.get(name, buffer.dtype)
+                own = _dtype_when_built_in(dtype, buffer, made[name][2]) if made else buffer.dtype
                 owner._buffers[leaf] = torch.full_like(buffer, fill, device=device, dtype=own)
             _init_weights(model, model)
             results.append({name: owner.get_buffer(leaf) for name, (owner, leaf, _) in buffers.items()})
@@ -110,15 +110,6 @@ def _non_persistent_buffers(model: Module) -> dict[str, tuple[Module, str, Tenso
                 found[f"{prefix}.{leaf}" if prefix else leaf] = owner, leaf, buffer
 
     return found
-
-
-def _buffer_dtypes(
-    outline: PreTrainedModel, buffers: Mapping[str, tuple[Module, str, Tensor]], dtype: torch.dtype
-) -> dict[str, torch.dtype]:
-    """Return the dtypes that ``buffers``, of a model built in float32, have in a model that is built in ``dtype``."""
-    others = _non_persistent_buffers(outline)
-
-    return {name: _dtype_when_built_in(dtype, buffer, others[name][2]) for name, (_, _, buffer) in buffers.items()}
 
 
 @contextmanager

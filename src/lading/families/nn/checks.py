@@ -1,6 +1,6 @@
 """Checks of the sizes and probabilities in the specification of a module.
 
-Each check takes the object with the fields, and their names; the error names the first field that is wrong.
+A check takes the object with the fields, and their names; it raises a ``ValueError`` that names the first wrong one.
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ still fit in 64 bits; above that, torch fails with errors of its own."""
 
 
 def require_positive(spec: Any, *names: str) -> None:
-    """Require that the named fields are positive, and integers at most ``MAX_SIZE``.
-
-    :raises ValueError: a field is not.
-    """
+    """Require that the named fields are positive, and integers at most ``MAX_SIZE``."""
     for name in names:
         value = getattr(spec, name)
         if not value > 0:
@@ -27,10 +24,7 @@ def require_positive(spec: Any, *names: str) -> None:
 
 
 def require_size(what: str, value: int) -> None:
-    """Require that ``value`` is at most ``MAX_SIZE``.
-
-    :raises ValueError: it is larger.
-    """
+    """Require that ``value`` is at most ``MAX_SIZE``."""
     if value > MAX_SIZE:
         # Python refuses to print integers of thousands of digits.
         found = f"is {value}" if value.bit_length() < 100 else f"has {value.bit_length()} bits"
@@ -45,19 +39,13 @@ MAX_LABELS = 1_000_000
 
 
 def require_layers(num_layers: int) -> None:
-    """Require from 1 to ``MAX_LAYERS`` layers, so that their modules fit in memory.
-
-    :raises ValueError: the number is outside that range.
-    """
+    """Require from 1 to ``MAX_LAYERS`` layers, so that their modules fit in memory."""
     if not 0 < num_layers <= MAX_LAYERS:
         raise ValueError(f"`num_layers` must be from 1 to {MAX_LAYERS}, but is {num_layers}")
 
 
 def require_multiple(spec: Any, name: str, *divisors: str) -> None:
-    """Require that the field ``name`` is a multiple of each of the other fields.
-
-    :raises ValueError: it is not a multiple of one of them.
-    """
+    """Require that the field ``name`` is a multiple of each of the other fields."""
     for divisor in divisors:
         if getattr(spec, name) % getattr(spec, divisor) != 0:
             raise ValueError(
@@ -67,10 +55,7 @@ def require_multiple(spec: Any, name: str, *divisors: str) -> None:
 
 
 def require_dropout(spec: Any, *names: str) -> None:
-    """Require that the named fields are dropout probabilities, at least 0 and below 1.
-
-    :raises ValueError: a field is not.
-    """
+    """Require that the named fields are dropout probabilities, at least 0 and below 1."""
     for name in names:
         value = getattr(spec, name)
         if not 0.0 <= value < 1.0:
@@ -78,10 +63,7 @@ def require_dropout(spec: Any, *names: str) -> None:
 
 
 def require_symbol(pad_idx: int | None, vocab_size: int) -> None:
-    """Require that the symbol for padding is one of ``vocab_size`` symbols, or ``None``.
-
-    :raises ValueError: it is not.
-    """
+    """Require that the symbol for padding is one of ``vocab_size`` symbols, or ``None``."""
     if pad_idx is not None and not 0 <= pad_idx < vocab_size:
         raise ValueError(f"`pad_idx` must be an index of the {vocab_size} symbols, but is {pad_idx}")
 
