@@ -10,14 +10,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import is_hypothesis_test, settings
 
 from tests.helpers import catalog_tools
+from tests.helpers.examples import QUICK
 from tests.helpers.postgresql_server import Server, find_programs, running
 
 # The machines are shared: an example may take its time.
-settings.register_profile("lading", deadline=None, print_blob=True)
-settings.load_profile("lading")
+settings.register_profile("full", deadline=None, print_blob=True)
+settings.register_profile("quick", settings.get_profile("full"), max_examples=QUICK)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Try fewer examples in the quick tier; before the modules of tests, which ask for them, are imported."""
+    settings.load_profile("quick" if config.option.markexpr == "not slow" else "full")
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the tests that try examples in the slow tier too, where they try all."""
+    if config.option.markexpr == "slow":
+        for item in items:
+            if is_hypothesis_test(getattr(item, "obj", None)):
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

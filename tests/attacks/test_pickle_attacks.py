@@ -207,9 +207,17 @@ def test_a_pickle_that_is_wrong(tmp_path: Path, kind: str, restrict: bool) -> No
 )  # fmt: skip
 def test_a_pickle_makes_only_so_many_objects(tmp_path: Path, body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each takes a byte of the file, and up to a hundred of memory."""
-    monkeypatch.setattr("lading.formats.torch_save.unpickle.MAX_READS", 100)
-    with pytest.raises(CorruptModelCheckpointError, match="at most 100 "):
+    monkeypatch.setattr("lading.formats.torch_save.unpickle.MAX_OBJECTS", 100)
+    with pytest.raises(
+        CorruptModelCheckpointError, match="at most 100 lists, dicts and tuples, and as many kept values"
+    ):
         _index(tmp_path, pickled(body))
+
+
+def test_a_pickle_has_only_so_many_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lading.formats.torch_save.unpickle.MAX_READS", 100)
+    with pytest.raises(CorruptModelCheckpointError, match="at most 100 instructions and arguments"):
+        _index(tmp_path, pickled(b"N" * 200))
 
 
 def _nested(opening: bytes, closing: bytes, depth: int = 200_000) -> bytes:

@@ -508,12 +508,13 @@ def test_values_of_free_form_have_at_most_32_levels(tmp_path: Path, innermost: s
     refused(tmp_path, "'x'", "32 levels of nesting", "more")
 
 
-def test_values_of_free_form_have_at_most_10_mb(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [f'"{"x" * 9_999_998}"', f"[{'1,' * 4_999_998}12]"], ids=["string", "list"])
+def test_values_of_free_form_have_at_most_10_mb(tmp_path: Path, value: str) -> None:
     write_shard(tmp_path, "a.safetensors", "a")
-    write_index(tmp_path, f'{{"x":"{"x" * 9_999_998}","weight_map":{{"a":"a.safetensors"}}}}')
+    write_index(tmp_path, f'{{"x":{value},"weight_map":{{"a":"a.safetensors"}}}}')
     assert formats.index(tmp_path).names == ["a"]
 
-    write_index(tmp_path, f'{{"x":"{"x" * 9_999_999}","weight_map":{{"a":"a.safetensors"}}}}')
+    write_index(tmp_path, f'{{"x":{value[0]}1{value[1:]},"weight_map":{{"a":"a.safetensors"}}}}')
     refused(tmp_path, "'x'", "at most 10000000 characters")
 
 

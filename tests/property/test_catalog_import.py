@@ -7,7 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lading.cards.card import CardEntry
@@ -79,7 +79,6 @@ class Model:
         return True
 
 
-@settings(max_examples=100)
 @given(imports)
 def test_any_sequence_of_imports(database: Database, steps: list[tuple[str, dict[str, Content], bool]]) -> None:
     with database.write() as connection:

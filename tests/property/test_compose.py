@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lading.formats.manifest import BITS, Manifest, Shard
-from lading.planning.box import Box
+from lading.planning.box import Box, Selection
 from lading.planning.composition import (
     Joined,
-    Piece,
     Regroup,
     Reordered,
     Sliced,
@@ -110,7 +109,7 @@ def part_of(value: torch.Tensor, box: Box) -> torch.Tensor:
     return value[tuple(slice(a, b) for a, b in zip(box.starts, box.ends, strict=True))].contiguous()
 
 
-def _elements(piece: Piece) -> Counter[int]:
+def _elements(piece: Selection) -> Counter[int]:
     """Where in memory the elements of a piece go."""
     places = (
         piece.place + sum(i * stride for i, stride in zip(at, piece.strides, strict=True))
@@ -123,10 +122,10 @@ def _elements(piece: Piece) -> Counter[int]:
 def test_pieces_fill_the_memory_of_a_box_once(case: tuple[Source, list[Shape], Box]) -> None:
     source, shapes, box = case
     filled: Counter[int] = Counter()
-    for piece in pieces(source, shapes, box):
+    for tensor, piece in pieces(source, shapes, box):
         filled += _elements(piece)
         last = [s + (n - 1) * step for s, n, step in zip(piece.starts, piece.sizes, piece.steps, strict=True)]
-        assert all(0 <= at < n for at, n in zip(last, shapes[piece.tensor], strict=True))
+        assert all(0 <= at < n for at, n in zip(last, shapes[tensor], strict=True))
     assert filled == Counter(range(box.numel))
 
 
@@ -135,9 +134,9 @@ def test_rows_are_the_elements_of_a_piece_in_the_order_of_the_memory(case: tuple
     source, shapes, box = case
     tensors = [torch.arange(Box.whole(s).numel).reshape(s) + 10_000 * i for i, s in enumerate(shapes)]
     memory = torch.full((box.numel,), -1)
-    for piece in pieces(source, shapes, box):
-        flat = tensors[piece.tensor].reshape(-1)
-        for first, stride, length, count, place, apart in piece.rows(shapes[piece.tensor]):
+    for tensor, piece in pieces(source, shapes, box):
+        flat = tensors[tensor].reshape(-1)
+        for first, stride, length, count, place, apart in piece.rows(shapes[tensor]):
             for k in range(count):
                 begin, target = first + k * stride, place + k * apart
                 memory[target : target + length] = flat[begin : begin + length]

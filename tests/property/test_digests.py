@@ -27,6 +27,7 @@ from lading.transfer.execute import execute, hash_checkpoint
 from lading.transfer.files import OpenShard, ShardFile
 from lading.transfer.hashing import Hasher, blocks_touched, blocks_within
 from tests.helpers.digest_reference import reference
+from tests.helpers.examples import examples
 
 FLOATS = ["BF16", "F16", "F32", "F64"]
 SMALL = ["F4", "F6_E2M3"]
@@ -132,7 +133,7 @@ def known(digests: Digests, i: int) -> list[int]:
     return [b for b in range(digests.starts[i + 1] - digests.starts[i]) if digests.known[i] >> b & 1]
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(
     load=loads(),
     leaf=st.sampled_from([16, 48, 104, 1024]),  # whole items of any dtype, as the real one
@@ -199,7 +200,7 @@ def test_a_load_takes_the_digests_of_the_definition(
             assert set(touched) <= set(known(found, i))
 
 
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 @given(manifests([*FLOATS, "U8", *SMALL]), st.sampled_from([16, 48, 104, 1024]), st.booleans(), st.integers(1, 3))
 def test_a_checkpoint_has_the_digests_of_the_definition(
     case: tuple[Manifest, list[int]], leaf: int, cold: bool, threads: int
@@ -215,7 +216,6 @@ def test_a_checkpoint_has_the_digests_of_the_definition(
             assert (digest.blocks, digest.root) == expected(manifest, contents, dims, i, leaf)
 
 
-@settings(max_examples=100)
 @given(manifests([*FLOATS, "U8", "F4"]), st.data(), st.sampled_from([16, 48, 1024]))
 def test_a_flipped_bit_changes_the_root_and_the_one_block_that_holds_it(
     case: tuple[Manifest, list[int]], data: st.DataObject, leaf: int

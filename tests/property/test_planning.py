@@ -119,7 +119,7 @@ def forecast_of(
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_every_rank_reads_what_was_told(name: str, data: st.DataObject) -> None:
     family, config = CONFIGS[name]
@@ -194,7 +194,6 @@ def layouts(draw: st.DrawFn) -> tuple[Manifest, Layout]:
     return manifest, layout
 
 
-@settings(deadline=None)
 @given(case=layouts(), long_run=st.sampled_from([0, 8, 1 << 18]), gap=st.sampled_from([0, 12, 1 << 15]))
 def test_columns_give_what_plans_one_by_one_give(case: tuple[Manifest, Layout], long_run: int, gap: int) -> None:
     manifest, layout = case

@@ -18,6 +18,7 @@ from safetensors.torch import save
 from lading.errors import CorruptModelCheckpointError
 from lading.formats.manifest import BITS
 from lading.formats.safetensors import MAX_NAME_SIZE, header_length, parse_header
+from tests.helpers.examples import examples
 
 Tensors = dict[str, tuple[str, list[int], bytes]]
 
@@ -111,7 +112,7 @@ ODD = st.one_of(
 TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[0-9]+|[{}\[\]:,]')
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=examples(150), derandomize=True)
 @given(texts())
 def test_every_valid_header_is_read(text: tuple[str, int]) -> None:
     raw = pack(*text)
@@ -122,7 +123,7 @@ def test_every_valid_header_is_read(text: tuple[str, int]) -> None:
     assert found[0] == reference
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=examples(400), derandomize=True)
 @given(texts(), st.data())
 def test_with_other_tokens(text: tuple[str, int], data: st.DataObject) -> None:
     header, size = text
@@ -138,7 +139,7 @@ def test_with_other_tokens(text: tuple[str, int], data: st.DataObject) -> None:
     check(pack(header, size + data.draw(st.sampled_from([0, 0, 0, -1, 1, 8])) if size else 0))
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=examples(400), derandomize=True)
 @given(texts(), st.data())
 def test_with_other_bytes(text: tuple[str, int], data: st.DataObject) -> None:
     raw = bytearray(pack(*text))
@@ -179,7 +180,7 @@ def test_with_any_other_byte(fields: str) -> None:
         check(struct.pack("<Q", len(shorter)) + shorter + raw[end:])
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=examples(200), derandomize=True)
 @given(
     st.lists(st.tuples(names, st.tuples(st.integers(0, 6), st.integers(0, 6)), shapes), max_size=4), st.integers(0, 8)
 )
@@ -198,7 +199,7 @@ def test_with_any_offsets(entries: list[tuple[str, tuple[int, int], list[int]]],
         assert ours(raw) is None
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=examples(150), derandomize=True)
 @given(
     st.dictionaries(
         st.text(max_size=MAX_NAME_SIZE // 4).filter(lambda n: n != "__metadata__"),

@@ -21,6 +21,7 @@ from lading.system.filesystem import FileStat
 from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.execute import execute
 from lading.transfer.files import ShardFile
+from tests.helpers.examples import examples
 from tests.helpers.transfer_cases import manifests, wanted_of
 
 
@@ -133,7 +134,7 @@ def test_a_shard_that_is_wanted_whole_is_one_read() -> None:
         assert list(planned.sizes) == [24, 8]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(cases(), st.booleans(), st.integers(1, 3), st.sampled_from([0, 4, 32 << 10]), st.randoms(use_true_random=False))
 def test_executing_equals_load_whole_then_slice(
     case: tuple[Manifest, Wanted], mapped: bool, threads: int, gap: int, random: object

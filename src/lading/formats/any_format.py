@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lading.formats.files import File, open_regular
-from lading.formats.first_bytes import SIZE, Format, format_of
+from lading.formats.first_bytes import SIZE, format_of
 from lading.formats.manifest import Shard
 from lading.formats.safetensors import Header, Part, read_header
 from lading.formats.torch_save.reader import header_of, place_tensors
 
 
-def read_part(path: Path, *, restrict: bool = True, name: str | None = None) -> tuple[Part, Format]:
-    """Read the header of the file at ``path``; return it as a part of a checkpoint, and the format of the file.
+def read_part(path: Path, *, restrict: bool = True, name: str | None = None) -> Part:
+    """Read the header of the file at ``path``; return it as a part of a checkpoint.
 
     :param restrict: see :func:`lading.formats.index`.
     :param name: the name of the file, if it differs from that in ``path``.
@@ -28,15 +28,13 @@ def read_part(path: Path, *, restrict: bool = True, name: str | None = None) -> 
     """
     name = path.name if name is None else name
     with open_regular(path) as (file, size):
-        header, kind = read_tensors(file, base=0, size=size, name=name, label=str(path), restrict=restrict)
+        header = read_tensors(file, base=0, size=size, name=name, label=str(path), restrict=restrict)
 
-    return (Shard(name=name, size=size), header), kind
+    return Shard(name=name, size=size), header
 
 
-def read_tensors(
-    file: BinaryIO, *, base: int, size: int, name: str, label: str, restrict: bool
-) -> tuple[Header, Format]:
-    """Read the header of the checkpoint in ``size`` bytes of ``file`` at ``base``; return it and the format.
+def read_tensors(file: BinaryIO, *, base: int, size: int, name: str, label: str, restrict: bool) -> Header:
+    """Read the header of the checkpoint in ``size`` bytes of ``file`` at ``base``.
 
     The offsets of the tensors are offsets in ``file``.
 
@@ -51,13 +49,9 @@ def read_tensors(
         return file.read(min(count, size - offset))
 
     # The file is buffered, so the first bytes are read only once.
-    kind = format_of(read(0, SIZE), name=name, label=label)
-    if kind == "torch":
-        placed = place_tensors(file, base=base, size=size, label=label, restrict=restrict)
-        return header_of(placed, label=label), kind
+    if format_of(read(0, SIZE), name=name, label=label) == "torch":
+        return header_of(place_tensors(file, base=base, size=size, label=label, restrict=restrict), label=label)
 
     _, header = read_header(File(name=name, label=label, size=size, read=read))
-    if base:
-        header = replace(header, offsets=array("q", [base + offset for offset in header.offsets]))
 
-    return header, kind
+    return replace(header, offsets=array("q", [base + offset for offset in header.offsets])) if base else header

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import re
 import struct
-from typing import Literal
 
 from lading.errors import LadingError, NotSupportedError
 from lading.formats.files import LFS_POINTER, corrupt, lfs_pointer_error
 from lading.formats.folder import is_checkpoint_file, is_other_format, is_torch_format, not_supported
+from lading.formats.manifest import Format
 from lading.formats.safetensors import MAX_HEADER_SIZE, PREFIX_SIZE
 from lading.formats.torch_save.archive import SIGNATURE as ZIP
 
 SIZE = 512
 """The number of first bytes that are examined; a file may have fewer."""
-
-Format = Literal["safetensors", "torch"]
-"""A supported format, by its name in manifests."""
 
 _TORCH_PICKLE = re.compile(rb"\x80[\x02-\x05](?:\x95.{8})?\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19[.\x94]", re.DOTALL)
 """The start of a ``torch.save`` file that is not a zip archive: a pickled magic number."""

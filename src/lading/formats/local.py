@@ -119,9 +119,8 @@ def _index(path: Path, member: str | None, restrict: bool) -> Manifest:
         return index_parts(path, parts, restrict=restrict)
     if is_index(path.name):
         return index_shards(path, restrict=restrict)
-    part, kind = read_part(path, restrict=restrict)
 
-    return join([part], kind=kind)
+    return join([read_part(path, restrict=restrict)])
 
 
 def _index_member(path: Path, member: str, restrict: bool) -> Manifest:
@@ -129,9 +128,9 @@ def _index_member(path: Path, member: str, restrict: bool) -> Manifest:
     with open_regular(path) as (file, size):
         base, length = find_member(file, member, size=size, label=str(path))
         shard = Shard(name=path.name, size=size)
-        header, kind = read_tensors(file, base=base, size=length, name=member, label=label, restrict=restrict)
+        header = read_tensors(file, base=base, size=length, name=member, label=label, restrict=restrict)
 
-    return join([(shard, header)], kind=kind)
+    return join([(shard, header)])
 
 
 def _find(path: Path) -> tuple[Path, list[tuple[str, str]]]:

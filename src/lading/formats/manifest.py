@@ -13,9 +13,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import gt
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from lading.errors import InternalError
+
+Format = Literal["safetensors", "torch"]
+"""A supported format of a file."""
 
 BITS: Mapping[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,

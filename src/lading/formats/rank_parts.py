@@ -77,14 +77,11 @@ def index_parts(folder: Path, files: Sequence[tuple[str, str]], *, restrict: boo
     :raises NotSupportedError: a tensor is not a plain range of bytes.
     """
     parts: list[Part] = []
-    kinds: set[str] = set()
-
     for name, suffix in files:
         try:
-            (shard, header), kind = read_part(folder / name, restrict=restrict)
+            shard, header = read_part(folder / name, restrict=restrict)
         except CheckpointNotFoundError as error:
             raise corrupt(str(folder), "", expected=f"the file {name!r}", found="that it is missing") from error
-        kinds.add(kind)
         names = [f"{tensor}{suffix}" for tensor in header.names]
         parts.append((replace(shard, name=name), replace(header, names=names)))
 
@@ -92,7 +89,7 @@ def index_parts(folder: Path, files: Sequence[tuple[str, str]], *, restrict: boo
     if twice := next((name for name, count in counts.items() if count > 1), None):
         raise corrupt(str(folder), f"tensor {twice!r}", expected="one tensor of that name", found="another one")
 
-    return join(parts, kind="torch" if "torch" in kinds else "safetensors")
+    return join(parts)
 
 
 def _with_suffixes(files: Sequence[tuple[str, tuple[int, ...]]], sizes: tuple[int, ...]) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lading.formats.files import LFS_POINTER, File, corrupt, lfs_pointer_error, open_file
-from lading.formats.manifest import BITS, Manifest, Shard
+from lading.formats.manifest import BITS, Format, Manifest, Shard
 from lading.formats.strict_json import SPACE, Reader
 
 PREFIX_SIZE = 8
@@ -52,6 +52,7 @@ class Header:
     offsets: array[int]
     """The offset of each tensor's bytes from the start of the file; type code ``q``."""
     metadata: Mapping[str, str]
+    format: Format = "safetensors"
 
 
 Part = tuple[Shard, Header]
@@ -91,11 +92,8 @@ def read_header(file: File, *, first: bytes | None = None) -> Part:
     return Shard(name=file.name, size=file.size), header
 
 
-def join(parts: Sequence[Part], *, index_name: str | None = None, kind: str = "safetensors") -> Manifest:
-    """Return the manifest of a checkpoint with the files ``parts``, of which there is at least one.
-
-    :param kind: the ``format`` of the manifest.
-    """
+def join(parts: Sequence[Part], *, index_name: str | None = None) -> Manifest:
+    """Return the manifest of a checkpoint with the files ``parts``, of which there is at least one."""
     names: list[str] = []
     dtypes: list[str] = []
     shapes: list[tuple[int, ...]] = []
@@ -108,7 +106,7 @@ def join(parts: Sequence[Part], *, index_name: str | None = None, kind: str = "s
         offsets += header.offsets
 
     return Manifest(
-        format=kind,
+        format="torch" if any(header.format == "torch" for _, header in parts) else "safetensors",
         shards=tuple(shard for shard, _ in parts),
         names=names,
         dtypes=dtypes,

@@ -9,14 +9,13 @@ Source: https://huggingface.co/docs/safetensors/metadata_parsing, *Sharded safet
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
 from lading.formats.any_format import read_part
 from lading.formats.files import LFS_POINTER, File, corrupt, lfs_pointer_error, open_file
-from lading.formats.first_bytes import Format
 from lading.formats.folder import is_torch_format
 from lading.formats.manifest import Manifest
 from lading.formats.safetensors import MAX_NAME_SIZE, Part, join
@@ -53,15 +52,7 @@ def index_shards(
     index = read_index_at(path, name=name)
     places = {file: path.parent / file if shards is None else shards[file] for file in index.tensors}
 
-    read = [_read_shard(file, place, restrict) for file, place in places.items()]
-    kinds = {each[1] for each in read if each is not None}
-
-    return join_shards(index, [None if each is None else each[0] for each in read], kind=_kind(kinds))
-
-
-def _kind(kinds: Collection[Format]) -> Format:
-    """Return the format of a checkpoint whose files have ``kinds``."""
-    return "torch" if "torch" in kinds else "safetensors"
+    return join_shards(index, [_read_shard(file, place, restrict) for file, place in places.items()])
 
 
 def read_index_at(path: Path, *, name: str | None = None) -> Index:
@@ -76,7 +67,7 @@ def read_index_at(path: Path, *, name: str | None = None) -> Index:
         return read_index(file if name is None else replace(file, name=name))
 
 
-def _read_shard(name: str, path: Path, restrict: bool) -> tuple[Part, Format] | None:
+def _read_shard(name: str, path: Path, restrict: bool) -> Part | None:
     try:
         return read_part(path, restrict=restrict, name=name)
     except CheckpointNotFoundError:
@@ -95,11 +86,10 @@ class Index:
     """The tensors of each file; files are sorted by name, which is a plain name in the folder of the index."""
 
 
-def join_shards(index: Index, parts: Sequence[Part | None], *, kind: Format = "safetensors") -> Manifest:
+def join_shards(index: Index, parts: Sequence[Part | None]) -> Manifest:
     """Return the manifest of the checkpoint of an index.
 
     :param parts: one part for each of ``index.tensors``; ``None`` if the file is missing.
-    :param kind: the ``format`` of the manifest.
 
     :raises CorruptModelCheckpointError: a file is missing, or the index and the files disagree about the tensors.
     """
@@ -110,7 +100,7 @@ def join_shards(index: Index, parts: Sequence[Part | None], *, kind: Format = "s
     if problems:
         raise _disagreement(index.file.label, problems)
 
-    return join(found, index_name=index.file.name, kind=kind)
+    return join(found, index_name=index.file.name)
 
 
 def read_index(file: File) -> Index:

@@ -177,6 +177,10 @@ class Reader:
                 raise self.fail(where, expected, "more")
             if depth <= 0:
                 break
+        else:
+            if len(self.text) - at > _MAX_FREE:
+                raise self.fail(where, expected, "more")
+            end = len(self.text)
 
         def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
             made = dict(pairs)

@@ -15,6 +15,7 @@ import asyncio
 import atexit
 import contextlib
 import os
+import pickle
 import secrets
 import socket
 import time
@@ -123,7 +124,7 @@ class ControlChannel:
             raise
         except BaseException as ex:
             # On an interrupt, the others must neither wait for nor rely on a rank that has left.
-            self._post({**put, "failed": True}, Failure.of(self._rank, ex).dump())
+            self._post({**put, "failed": True}, pickle.dumps(Failure.of(self._rank, ex)))
             with contextlib.suppress(GangError):
                 result = self._await(members, seq, what, patience=GRACE + 2)
                 self._advance_epoch(members, result)
@@ -282,7 +283,7 @@ class ControlChannel:
 
     def _failure_of(self, result: _Result, what: str) -> Failure:
         if result.status == "failed":
-            return Failure.merge([Failure.load(p) for p in result.payloads])
+            return Failure.merge([pickle.loads(p) for p in result.payloads])
         if result.status == "late":
             raise GangError(
                 f"{_format_ranks(result.ranks)} did not reach {what} within {self._timeout:g} s: suspended, or busy "

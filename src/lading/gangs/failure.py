@@ -60,15 +60,6 @@ class Failure:
 
         return cls(failures[0].rank, tuple(ranks), "; ".join(texts), failures[0].trace, failures[0].pickled)
 
-    def dump(self) -> bytes:
-        """Serialize the failure to send it to other ranks."""
-        return pickle.dumps((self.rank, self.ranks, self.text, self.trace, self.pickled))
-
-    @classmethod
-    def load(cls, data: bytes | memoryview) -> Failure:
-        """Deserialize a failure from another rank of this job."""
-        return cls(*pickle.loads(data))
-
     def exception(self) -> BaseException | None:
         """Return the exception itself, or ``None`` if it cannot be unpickled in this process."""
         if not self.pickled:

@@ -150,7 +150,7 @@ class Gang:
 
         failure = Failure.of(self.ranks[self.rank], error)
         try:
-            self.channel.exchange(self.ranks, what, failure.dump(), failed=True)
+            self.channel.exchange(self.ranks, what, pickle.dumps(failure), failed=True)
         except GangError:
             pass  # the error of this rank says more than any other failure of the gang
         self.channel.remember(self.ranks, error)

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -108,7 +109,7 @@ def create_gangs(
     rank, size = dist.get_rank(), dist.get_world_size()
     if size == 1:
         shape = (pp, _replica_count(1, sizes), sdp, tp)
-        return _build_gangs(_mesh(device, shape), 0, shape, device, (_host_name(),), None, dist.group.WORLD)
+        return _build_gangs(_mesh(device, shape), 0, shape, device, (_host_name(),))
 
     channel = ControlChannel(default_store(), rank, size, timeout.total_seconds())
     try:
@@ -136,7 +137,7 @@ def create_gangs(
         mesh, dp_group = channel.guard(make, "creating the process groups")
         everyone.barrier()
 
-        return _build_gangs(mesh, rank, shape, device, hosts, channel, dist.group.WORLD, dp_group)
+        return _build_gangs(mesh, rank, shape, device, hosts, channel, dp_group)
     except BaseException:
         channel.close()
         raise
@@ -174,9 +175,7 @@ def simulate_gangs(
     init_fake_process_group(rank, size)
     hosts = tuple(str(r) for r in range(size))
 
-    return _build_gangs(
-        _mesh(device, shape), rank, shape, device, hosts, None, dist.group.WORLD, _dp_group(rank, shape)
-    )
+    return _build_gangs(_mesh(device, shape), rank, shape, device, hosts, dp_group=_dp_group(rank, shape))
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------
@@ -207,11 +206,10 @@ def _build_gangs(
     shape: tuple[int, int, int, int],
     device: torch.device,
     hosts: tuple[str, ...],
-    channel: ControlChannel | None,
-    world: ProcessGroup | None,
+    channel: ControlChannel | None = None,
     dp_group: ProcessGroup | None = None,
 ) -> Gangs:
-    grid = torch.arange(prod(shape)).view(shape)
+    grid, world = torch.arange(prod(shape)).view(shape), dist.group.WORLD
     p, r, s, t = (int(i) for i in (grid == rank).nonzero()[0])
 
     def gang(ranks: torch.Tensor, mesh: DeviceMesh, group: ProcessGroup | None) -> Gang:
@@ -282,21 +280,16 @@ def _host_name() -> str:
     """Return a name that is equal for processes that share files; clones share a machine id, containers a kernel."""
     parts = [host_id(), os.uname().nodename]
     for read, path in (
-        (_read_text, "/proc/sys/kernel/random/boot_id"),
-        (os.readlink, "/proc/self/ns/mnt"),
-        (os.readlink, "/proc/self/ns/net"),
+        (Path.read_text, Path("/proc/sys/kernel/random/boot_id")),
+        (os.readlink, Path("/proc/self/ns/mnt")),
+        (os.readlink, Path("/proc/self/ns/net")),
     ):
         try:
-            parts.append(read(path))
+            parts.append(str(read(path)))
         except OSError:
             parts.append("")
 
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _read_text(path: str) -> str:
-    with open(path, encoding="ascii") as file:
-        return file.read().strip()
 
 
 def _default_device() -> torch.device:

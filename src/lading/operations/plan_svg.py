@@ -92,9 +92,9 @@ def _tensors(plan: LoadPlan, palette: _Palette) -> list[_Tensor]:
         source = layout.composed[i]
         found: dict[int, dict[int, list[Box]]] = {t: {} for t in tensors_of(source)}
         for n, box in enumerate(layout.known[number].boxes):
-            for piece in pieces(source, manifest.shapes, box):
-                ends = (1 + (size - 1) * step for size, step in zip(piece.sizes, piece.steps, strict=True))
-                found[piece.tensor].setdefault(n, []).append(Box(piece.starts, tuple(ends)))
+            for t, part in pieces(source, manifest.shapes, box):
+                ends = (1 + (size - 1) * step for size, step in zip(part.sizes, part.steps, strict=True))
+                found[t].setdefault(n, []).append(Box(part.starts, tuple(ends)))
         for t, by_part in found.items():
             cells[t] = [
                 (owners_of_kind[number][n], _cell(_around(boxes), manifest.shapes[t])) for n, boxes in by_part.items()

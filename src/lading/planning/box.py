@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +52,6 @@ class Box:
         """Return whether the box covers a tensor of shape ``shape``."""
         return self.sizes == tuple(shape) and not any(self.starts)
 
-    def fits(self, shape: Sequence[int]) -> bool:
-        """Return whether the box lies within a tensor of shape ``shape``."""
-        return len(shape) == len(self.sizes) and all(end <= n for end, n in zip(self.ends, shape, strict=True))
-
     def runs(self, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Yield the box as runs ``(first element, number of elements)`` of the row-major tensor of shape ``shape``.
 
@@ -66,25 +65,75 @@ class Box:
         """Yield the runs in groups of equal distances: ``(first element, distance between runs, elements per run,
         number of runs)``, all in elements. Some columns of a matrix are one group.
         """
-        if self.numel == 0:
+        for first, distance, length, count, _, _ in Selection.of(self).rows(shape):
+            yield first, distance, length, count
+
+
+class Selection(NamedTuple):
+    """A strided copy of the elements ``starts + i * steps`` of a source, for ``i`` below ``sizes``, along each dim."""
+
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    steps: tuple[int, ...]
+    place: int
+    """The position of the first element in the memory of the box, in elements."""
+    strides: tuple[int, ...]
+    """The stride of each dim of the source in that memory, in elements."""
+
+    @classmethod
+    def of(cls, box: Box) -> Selection:
+        """Return the copy of the elements of ``box`` to memory of their own, row-major."""
+        return cls(box.starts, box.sizes, (1,) * len(box.sizes), 0, _strides(box.sizes))
+
+    def along(self, dim: int, first: int, count: int, start: int, step: int) -> Selection:
+        """Return the ``count`` indices from ``first`` along ``dim``, as ``start``, ``start + step`` … of a part."""
+        return Selection(
+            (*self.starts[:dim], start, *self.starts[dim + 1 :]),
+            (*self.sizes[:dim], count, *self.sizes[dim + 1 :]),
+            (*self.steps[:dim], step, *self.steps[dim + 1 :]),
+            self.place + first * self.strides[dim],
+            self.strides,
+        )
+
+    def rows(self, shape: Sequence[int]) -> Iterator[tuple[int, int, int, int, int, int]]:
+        """Yield the copy as runs, in groups of equal distances: ``(first element, distance between runs, elements per
+        run, number of runs)`` in the tensor, then the first element and the distance in the memory.
+
+        :param shape: the shape of the tensor.
+        """
+        if 0 in self.sizes:
             return
 
-        # Dims after `split` are complete, so that one run covers all of them and a part of dim `split`.
-        split = len(shape) - 1
-        while split > 0 and self.sizes[split] == shape[split]:
-            split -= 1
+        own = _strides(tuple(shape))
+        first = sum(map(operator.mul, self.starts, own))
+        loops: list[tuple[int, int, int]] = []
+        length = 1
+        for dim in range(len(own) - 1, -1, -1):
+            size, target = self.sizes[dim], self.strides[dim]
+            if size == 1:
+                continue
+            distance = self.steps[dim] * own[dim]
+            if not loops and distance == length == target:
+                length *= size
+            elif loops and (distance, target) == (loops[-1][0] * loops[-1][1], loops[-1][0] * loops[-1][2]):
+                loops[-1] = (loops[-1][0] * size, *loops[-1][1:])
+            else:
+                loops.append((size, distance, target))
 
-        strides = [1] * len(shape)
-        for dim in range(len(shape) - 2, -1, -1):
-            strides[dim] = strides[dim + 1] * shape[dim + 1]
+        count, distance, apart = loops.pop(0) if loops else (1, length, length)
+        outer = loops[::-1]
+        for at in itertools.product(*(range(size) for size, _, _ in outer)):
+            begin, place = first, self.place
+            for i, (_, stride, target) in zip(at, outer, strict=True):
+                begin += i * stride
+                place += i * target
+            yield begin, distance, length, count, place, apart
 
-        first = sum(start * stride for start, stride in zip(self.starts, strides, strict=True))
-        length = self.sizes[split] * strides[split] if shape else 1
-        outer = [(self.sizes[dim], strides[dim]) for dim in range(max(split, 0)) if self.sizes[dim] > 1]
 
-        count, stride = outer.pop() if outer else (1, length)
-        while outer and outer[-1][1] == count * stride:
-            count *= outer.pop()[0]
+@lru_cache(maxsize=1024)  # a model has many tensors of few shapes
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1] * len(shape)
+    for dim in range(len(shape) - 2, -1, -1):
+        strides[dim] = strides[dim + 1] * shape[dim + 1]
 
-        for steps in itertools.product(*(range(0, size * distance, distance) for size, distance in outer)):
-            yield first + sum(steps), stride, length, count
+    return tuple(strides)

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 from lading.errors import InternalError
-from lading.planning.box import Box
+from lading.planning.box import Box, Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,55 +68,6 @@ class Sliced:
 Source = int | Joined | Stacked | Reordered | Sliced
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A strided copy of the elements ``starts + i * steps`` of a tensor, for ``i`` below ``sizes``, along each dim."""
-
-    tensor: int
-    starts: tuple[int, ...]
-    sizes: tuple[int, ...]
-    steps: tuple[int, ...]
-    place: int
-    """The position of the first element in the memory of the box, in elements."""
-    strides: tuple[int, ...]
-    """The stride of each dim of the tensor in that memory, in elements."""
-
-    def rows(self, shape: Sequence[int]) -> Iterator[tuple[int, int, int, int, int, int]]:
-        """Yield the copy as runs, in groups of equal distances: ``(first element, distance between runs, elements per
-        run, number of runs)`` in the tensor, then the first element and the distance in the memory.
-
-        :param shape: the shape of the tensor.
-        """
-        if 0 in self.sizes:
-            return
-
-        own = _strides(shape)
-        first = sum(start * stride for start, stride in zip(self.starts, own, strict=True))
-        loops: list[tuple[int, int, int]] = []
-        length = 1
-        for size, step, stride, target in zip(
-            reversed(self.sizes), reversed(self.steps), reversed(own), reversed(self.strides), strict=True
-        ):
-            distance = step * stride
-            if size == 1:
-                continue
-            if not loops and distance == length == target:
-                length *= size
-            elif loops and (distance, target) == (loops[-1][0] * loops[-1][1], loops[-1][0] * loops[-1][2]):
-                loops[-1] = (loops[-1][0] * size, *loops[-1][1:])
-            else:
-                loops.append((size, distance, target))
-
-        (count, distance, apart), *outer = loops or [(1, length, length)]
-        outer.reverse()
-        for at in product(*(range(size) for size, _, _ in outer)):
-            begin, place = first, self.place
-            for i, (_, stride, target) in zip(at, outer, strict=True):
-                begin += i * stride
-                place += i * target
-            yield begin, distance, length, count, place, apart
-
-
 def tensors_of(source: Source) -> Iterator[int]:
     """Yield the positions of all tensors in ``source``."""
     if isinstance(source, int):
@@ -161,43 +111,20 @@ def shape_of(source: Source, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ..
     return (*parts[0][:dim], sum(shape[dim] for shape in parts), *parts[0][dim + 1 :])
 
 
-def pieces(source: Source, shapes: Sequence[tuple[int, ...]], box: Box) -> Iterator[Piece]:
-    """Yield the copies that fill the memory of ``box``, contiguous and row-major, each element once.
+def pieces(source: Source, shapes: Sequence[tuple[int, ...]], box: Box) -> Iterator[tuple[int, Selection]]:
+    """Yield the tensors, and the copies of them that fill the memory of ``box``, row-major, each element once.
 
     :param shapes: the shapes of the tensors of the manifest.
     :param box: a box within the shape of ``source``.
     """
-    selection = _Selection(box.starts, box.sizes, (1,) * len(box.sizes), 0, tuple(_strides(box.sizes)))
-
-    yield from _walk(source, shapes, selection)
+    yield from _walk(source, shapes, Selection.of(box))
 
 
-@dataclass(frozen=True, slots=True)
-class _Selection:
-    """A selection of elements of a source, in its own indices, with the fields of :class:`Piece`."""
-
-    starts: tuple[int, ...]
-    sizes: tuple[int, ...]
-    steps: tuple[int, ...]
-    place: int
-    strides: tuple[int, ...]
-
-    def along(self, dim: int, first: int, count: int, start: int, step: int) -> _Selection:
-        """Return the ``count`` indices from ``first`` along ``dim``, as ``start``, ``start + step`` … of a part."""
-        return _Selection(
-            (*self.starts[:dim], start, *self.starts[dim + 1 :]),
-            (*self.sizes[:dim], count, *self.sizes[dim + 1 :]),
-            (*self.steps[:dim], step, *self.steps[dim + 1 :]),
-            self.place + first * self.strides[dim],
-            self.strides,
-        )
-
-
-def _walk(source: Source, shapes: Sequence[tuple[int, ...]], selection: _Selection) -> Iterator[Piece]:
+def _walk(source: Source, shapes: Sequence[tuple[int, ...]], selection: Selection) -> Iterator[tuple[int, Selection]]:
     if 0 in selection.sizes:
         return
     if isinstance(source, int):
-        yield Piece(source, selection.starts, selection.sizes, selection.steps, selection.place, selection.strides)
+        yield source, selection
     elif isinstance(source, Joined):
         for part, inner in _joined(source, shapes, selection):
             yield from _walk(part, shapes, inner)
@@ -205,7 +132,7 @@ def _walk(source: Source, shapes: Sequence[tuple[int, ...]], selection: _Selecti
         for i in range(selection.sizes[0]):
             part = source.parts[selection.starts[0] + i * selection.steps[0]]
             place = selection.place + i * selection.strides[0]
-            inner = _Selection(
+            inner = Selection(
                 selection.starts[1:], selection.sizes[1:], selection.steps[1:], place, selection.strides[1:]
             )
             yield from _walk(part, shapes, inner)
@@ -221,8 +148,8 @@ def _walk(source: Source, shapes: Sequence[tuple[int, ...]], selection: _Selecti
 
 
 def _joined(
-    source: Joined, shapes: Sequence[tuple[int, ...]], selection: _Selection
-) -> Iterator[tuple[Source, _Selection]]:
+    source: Joined, shapes: Sequence[tuple[int, ...]], selection: Selection
+) -> Iterator[tuple[Source, Selection]]:
     dim = source.dim
     start, step, end = selection.starts[dim], selection.steps[dim], 0
     done = 0
@@ -235,7 +162,7 @@ def _joined(
             done += count
 
 
-def _reordered(order: Regroup, selection: _Selection) -> Iterator[_Selection]:
+def _reordered(order: Regroup, selection: Selection) -> Iterator[Selection]:
     dim = order.dim
     start, size, step = selection.starts[dim], selection.sizes[dim], selection.steps[dim]
     if step != 1:
@@ -249,14 +176,6 @@ def _reordered(order: Regroup, selection: _Selection) -> Iterator[_Selection]:
         count = min(size - first, order.rows - row)
         yield selection.along(dim, first, count, group * order.group + row * order.columns + column, order.columns)
         first += count
-
-
-def _strides(shape: Sequence[int]) -> list[int]:
-    strides = [1] * len(shape)
-    for dim in range(len(shape) - 2, -1, -1):
-        strides[dim] = strides[dim + 1] * shape[dim + 1]
-
-    return strides
 
 
 def _format_shapes(shapes: Sequence[tuple[int, ...]]) -> str:

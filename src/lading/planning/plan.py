@@ -288,8 +288,7 @@ def _copies(manifest: Manifest, source: Source, box: Box, dtype: str) -> list[_C
     """Return the copies that fill the memory of ``box``, which begins at 0."""
     found: list[_Copy] = []
     size = BITS[dtype] // 8
-    for piece in pieces(source, manifest.shapes, box):
-        tensor = piece.tensor
+    for tensor, part in pieces(source, manifest.shapes, box):
         stored = manifest.dtypes[tensor]
         item = BITS[stored] // 8
         found += (
@@ -304,7 +303,7 @@ def _copies(manifest: Manifest, source: Source, box: Box, dtype: str) -> list[_C
                 target_length=length * size,
                 conversion=("", "") if stored == dtype else (stored, dtype),
             )
-            for first, stride, length, count, place, apart in piece.rows(manifest.shapes[tensor])
+            for first, stride, length, count, place, apart in part.rows(manifest.shapes[tensor])
         )
 
     return found

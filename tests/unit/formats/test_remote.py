@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lading import formats
@@ -112,7 +112,6 @@ def outcome(index: Any) -> tuple[type[Exception], str] | Any:
         return type(error), str(error)
 
 
-@settings(max_examples=100)
 @given(st.data())
 def test_the_same_manifest_and_errors_as_of_the_folder(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -21,6 +21,7 @@ from lading.families.qwen import QwenConfig
 from lading.formats.manifest import BITS, Manifest, Shard
 from lading.models.family import Family
 from lading.models.fit import CheckReport, check_manifest, require_fit
+from tests.helpers.examples import examples
 from tests.helpers.make_checkpoint import qwen_config
 
 CONFIG = qwen_config()
@@ -224,7 +225,7 @@ def test_a_configuration_of_another_class() -> None:
         check_manifest(manifest({}), QWEN, LLaMAConfig())
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(st.data())
 def test_any_change_is_told(data: st.DataObject) -> None:
     """Each tensor is matched, tied, dropped or told of; what is not told of is as the architecture has it."""

@@ -28,8 +28,6 @@ from lading.families.hg.rules import rules_of
 from lading.families.nn.checks import MAX_LABELS, MAX_LAYERS
 from lading.models.family import Family
 from lading.models.hub import ModelHubAccessor
-from lading.models.parallel_plan import ParallelPlan
-from lading.planning.rules import Rule
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -331,10 +329,6 @@ def _cached_outline(key: str) -> PreTrainedModel:
         return _build(config, torch.bfloat16)
 
 
-def _rules(config: HuggingFaceModelConfig, names: Sequence[str]) -> Sequence[Rule]:
-    return rules_of(_outline(config), names)
-
-
 def _may_lack(config: HuggingFaceModelConfig, names: Sequence[str]) -> Sequence[str]:
     """Return the names that ``from_pretrained`` does not require in a checkpoint.
 
@@ -343,10 +337,6 @@ def _may_lack(config: HuggingFaceModelConfig, names: Sequence[str]) -> Sequence[
     patterns = {*(_outline(config)._keys_to_ignore_on_load_missing or ()), r"(^|\.)num_batches_tracked$"}
 
     return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
-
-
-def _parallel_plan(config: HuggingFaceModelConfig) -> ParallelPlan:
-    return plan_of(_outline(config))
 
 
 def _untie(model: Module, names: Sequence[str]) -> None:
@@ -359,14 +349,6 @@ def _untie(model: Module, names: Sequence[str]) -> None:
 
 
 # --- tensors that no checkpoint holds --------------------------------------------------------------------------------
-
-
-def _reset_buffers(model: Module, config: HuggingFaceModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-    reset_buffers(model, device, dtype, lambda: _outline(config))
-
-
-def _dtypes(model: Module, config: HuggingFaceModelConfig, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
-    return other_dtypes(model, dtype, _outline(config))
 
 
 def _init(model: Module, config: HuggingFaceModelConfig, name: str, tensor: Tensor) -> None:
@@ -399,15 +381,15 @@ FAMILY = Family(
     config_kls=HuggingFaceModelConfig,
     build=_build,
     init=_init,
-    rules_of_names=_rules,
+    rules_of_names=lambda config, names: rules_of(_outline(config), names),
     may_lack=_may_lack,
-    parallel_plan=_parallel_plan,
+    parallel_plan=lambda config: plan_of(_outline(config)),
     from_hf=_from_hf,
     reads_other_model_types=True,
     complete=_complete,
     untie=_untie,
-    dtypes=_dtypes,
-    reset_buffers=_reset_buffers,
+    dtypes=lambda model, config, dtype: other_dtypes(model, dtype, _outline(config)),
+    reset_buffers=lambda model, config, device, dtype: reset_buffers(model, device, dtype, lambda: _outline(config)),
 )
 
 get_hg_model_hub = ModelHubAccessor("hg", Module, HuggingFaceModelConfig)

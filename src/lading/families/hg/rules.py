@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +23,7 @@ NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 """A number that is a whole component of a dotted name."""
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-@dataclass(frozen=True, slots=True)
-class _Destination:
-    """The destination of a tensor, with the fields of :class:`~lading.planning.rules.Rule`."""
-
-    target: str | None
-    concat: tuple[int, int] | None = None
-    stacked: bool = False
-    order: Regroup | None = None
-    cut: tuple[int, int, int] | None = None
+_STACK = "a"
 
 
 def rules_of(model: PreTrainedModel, names: Sequence[str]) -> list[Rule]:
@@ -42,9 +32,9 @@ def rules_of(model: PreTrainedModel, names: Sequence[str]) -> list[Rule]:
     :raises NotSupportedError: no rule expresses how transformers computes a parameter.
     """
     names = list(dict.fromkeys(name.partition("#")[0] for name in names))  # parts that ranks saved need no rule
-    by_form: dict[str, list[tuple[str, tuple[_Destination, ...]]]] = {}
-    for name, destinations in _destinations(model, names):
-        by_form.setdefault(NUMBER.sub("#", name), []).append((name, destinations))
+    by_form: dict[str, list[tuple[Rule, ...]]] = {}
+    for rules in _rules_of_names(model, names):
+        by_form.setdefault(NUMBER.sub("#", rules[0].source), []).append(rules)
 
     return [rule for group in by_form.values() for rule in _merge_rules(group)]
 
@@ -52,8 +42,8 @@ def rules_of(model: PreTrainedModel, names: Sequence[str]) -> list[Rule]:
 # --- transformers' mappings ------------------------------------------------------------------------------------------
 
 
-def _destinations(model: PreTrainedModel, names: Sequence[str]) -> Iterator[tuple[str, tuple[_Destination, ...]]]:
-    """Yield each name with the destinations of its tensor, several if it is cut."""
+def _rules_of_names(model: PreTrainedModel, names: Sequence[str]) -> Iterator[tuple[Rule, ...]]:
+    """Yield the rules of each name, several if its tensor is cut; ``stack`` is set, but has no placeholder yet."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -71,11 +61,11 @@ def _destinations(model: PreTrainedModel, names: Sequence[str]) -> Iterator[tupl
             renamed, pattern = rename_source_key(name, [], [], prefix, shapes)
 
         if renamed not in shapes and dropped(renamed):
-            yield name, (_Destination(None),)
+            yield (Rule(name, None),)
         elif pattern is None or renamed not in shapes:
-            yield name, (_Destination(renamed),)
+            yield (Rule(name, renamed),)
         else:
-            yield name, _convert(model, name, renamed, by_pattern[pattern], pattern, shapes)
+            yield _convert(model, name, renamed, by_pattern[pattern], pattern, shapes)
 
 
 def _dropped(model: PreTrainedModel, names: Sequence[str]) -> Callable[[str], bool]:
@@ -114,8 +104,8 @@ def _convert(
     converter: Any,
     pattern: str,
     shapes: Mapping[str, tuple[int, ...]],
-) -> tuple[_Destination, ...]:
-    """Return the destinations that transformers' operations give to the tensor ``name``.
+) -> tuple[Rule, ...]:
+    """Return the rules for the tensor ``name`` that do what transformers' operations do.
 
     :raises NotSupportedError: rules do not express one of the operations.
     """
@@ -128,7 +118,7 @@ def _convert(
         Split,
     )
 
-    destination = _Destination(renamed)
+    rule, stacked = Rule(name, renamed), 0
     targets = [renamed.replace(converter.target_patterns[0], each) for each in converter.target_patterns]
     cuts: list[tuple[int, int, int]] | None = None
     many = "*" in pattern
@@ -136,22 +126,20 @@ def _convert(
 
     for operation in converter.operations:
         match operation:
-            case MergeModulelist(dim=0) if many and not destination.stacked:
-                destination = replace(destination, stacked=True)
+            case MergeModulelist(dim=0) if many and not stacked:
+                rule, stacked = replace(rule, stack=_STACK), 1
                 many = False
-            case Concatenate(dim=dim, num_shards_attribute=None) if not many and dim >= destination.stacked:
-                destination = replace(
-                    destination, concat=(dim - destination.stacked, converter.source_patterns.index(pattern))
-                )
+            case Concatenate(dim=dim, num_shards_attribute=None) if not many and dim >= stacked:
+                rule = replace(rule, concat=(dim - stacked, converter.source_patterns.index(pattern)))
             case Chunk(dim=dim, num_shards_attribute=None) if all(target in shapes for target in targets):
                 cuts = _cuts(dim, [shapes[target][dim] for target in targets])
             case Split(dim=dim) if all(target in shapes for target in targets):
                 cuts = _cuts(dim, [shapes[target][dim] for target in targets])
-            case Interleave(dim=dim) if cuts is None and not destination.stacked:
+            case Interleave(dim=dim) if cuts is None and not stacked:
                 size = shapes[renamed][dim] * len(targets)
                 rows = 2 if operation.inverse else size // 2
-                destination = replace(destination, order=Regroup(dim, rows, size // rows))
-            case PermuteForRope() if not destination.stacked and destination.concat is None:
+                rule = replace(rule, order=Regroup(dim, rows, size // rows))
+            case PermuteForRope() if not stacked and rule.concat is None:
                 for i, target in enumerate(targets):
                     # If the tensor was cut before, the patterns of the targets identify its parts.
                     known_as = pattern if cuts is None else converter.target_patterns[i]
@@ -166,10 +154,10 @@ def _convert(
                 )
 
     if cuts is None:
-        return (destination if orders[0] is None else replace(destination, order=orders[0]),)
+        return (rule if orders[0] is None else replace(rule, order=orders[0]),)
 
     return tuple(
-        replace(destination, target=target, cut=cut, order=order or destination.order)
+        replace(rule, target=target, cut=cut, order=order or rule.order)
         for target, cut, order in zip(targets, cuts, orders, strict=True)
     )
 
@@ -191,52 +179,50 @@ def _rope_order(model: PreTrainedModel, operation: Any, size: int) -> Regroup:
 # --- names that differ only in numbers --------------------------------------------------------------------------------
 
 
-def _merge_rules(group: Sequence[tuple[str, tuple[_Destination, ...]]]) -> list[Rule]:
-    """Return the rules for names that differ only in numbers: one for all, if all map their numbers the same way."""
-    if all(destinations == (_Destination(name),) for name, destinations in group) or any(
-        "{" in name or "}" in name for name, _ in group
+def _merge_rules(group: Sequence[tuple[Rule, ...]]) -> list[Rule]:
+    """Return the rules for names that differ only in numbers: one for all, if all map their numbers the same way.
+
+    :param group: the rules of each name.
+    """
+    names = [rules[0].source for rules in group]
+    if all(rules == (Rule(name, name),) for name, rules in zip(names, group, strict=True)) or any(
+        "{" in name or "}" in name for name in names
     ):
         return []
 
-    numbers = [NUMBER.findall(name) for name, _ in group]
+    if len({len(rules) for rules in group}) == 1:
+        common = [rule for rules in zip(*group, strict=True) if (rule := _common(rules)) is not None]
+        if len(common) == len(group[0]):
+            return common
+
+    return [_with_stack(rule) for rules in group for rule in rules]
+
+
+def _common(rules: Sequence[Rule]) -> Rule | None:
+    """Return the rule that does what ``rules`` do for their names, or ``None`` if there is none."""
+    first = rules[0]
+    numbers = [NUMBER.findall(rule.source) for rule in rules]
     count = len(numbers[0])
-    common = []
-    for i in range(max(len(destinations) for _, destinations in group)):
-        rule = None if any(len(destinations) <= i for _, destinations in group) else _common(group, numbers, i, count)
-        if rule is None:
-            return [rule for name, destinations in group for rule in _rules_of_name(name, destinations)]
-        common.append(rule)
-
-    return common
-
-
-def _common(
-    group: Sequence[tuple[str, tuple[_Destination, ...]]], numbers: Sequence[Sequence[str]], i: int, count: int
-) -> Rule | None:
-    destinations = [destinations[i] for _, destinations in group]
-    first = destinations[0]
-    if any(
-        replace(destination, target=None) != replace(first, target=None) for destination in destinations
-    ) or count > len(_LETTERS):
+    if count > len(_LETTERS) or any(replace(rule, source=first.source, target=first.target) != first for rule in rules):
         return None
-    source = _with_placeholders(group[0][0], range(count))
-    if all(destination.target is None for destination in destinations):
+    source = _with_placeholders(first.source, range(count))
+    if all(rule.target is None for rule in rules):
         return Rule(source, None)
     if first.target is None:
         return None
 
     kept = len(NUMBER.findall(first.target))
-    if first.stacked and kept != count - 1:
+    if first.stack is not None and kept != count - 1:
         return None
     for slots in combinations(range(count), kept):
         form = _with_placeholders(first.target, slots)
         if any(
-            destination.target != form.format(**{_LETTERS[slot]: own[slot] for slot in slots})
-            for destination, own in zip(destinations, numbers, strict=True)
+            rule.target != form.format(**{_LETTERS[slot]: own[slot] for slot in slots})
+            for rule, own in zip(rules, numbers, strict=True)
         ):
             continue
-        stack = next(_LETTERS[i] for i in range(count) if i not in slots) if first.stacked else None
-        return Rule(source, form, concat=first.concat, stack=stack, order=first.order, cut=first.cut)
+        stack = None if first.stack is None else next(_LETTERS[i] for i in range(count) if i not in slots)
+        return replace(first, source=source, target=form, stack=stack)
 
     return None
 
@@ -248,18 +234,10 @@ def _with_placeholders(name: str, slots: Sequence[int]) -> str:
     return NUMBER.sub(lambda _: f"{{{_LETTERS[next(left)]}}}", name)
 
 
-def _rules_of_name(name: str, destinations: Sequence[_Destination]) -> Iterator[Rule]:
-    for destination in destinations:
-        source, stack = name, None
-        if destination.stacked:
-            # The number that is not in the target counts the stacked tensors.
-            *_, last = NUMBER.finditer(name)
-            source, stack = f"{name[: last.start()]}{{a}}{name[last.end() :]}", "a"
-        yield Rule(
-            source,
-            destination.target,
-            concat=destination.concat,
-            stack=stack,
-            order=destination.order,
-            cut=destination.cut,
-        )
+def _with_stack(rule: Rule) -> Rule:
+    """Return the rule with a placeholder for the number that is not in the target, which counts stacked tensors."""
+    if rule.stack is None:
+        return rule
+    *_, last = NUMBER.finditer(rule.source)
+
+    return replace(rule, source=f"{rule.source[: last.start()]}{{{_STACK}}}{rule.source[last.end() :]}")

@@ -89,6 +89,7 @@ def header_of(placed: list[Placed], *, label: str) -> Header:
         shapes=[entry.tensor.shape for entry in placed],
         offsets=array("q", [entry.offset for entry in placed]),
         metadata={},
+        format="torch",
     )
 
 

@@ -30,9 +30,13 @@ from lading.formats.safetensors import MAX_RANK
 MAX_PICKLE_SIZE = 100_000_000
 """The most bytes of a pickle, as for the header of a safetensors file."""
 
-MAX_READS = 15_000_000
-"""The most reads of a pickle, one for each instruction and each of its arguments: a state dict of 100,000 tensors takes
-fewer than 5 million. An instruction of a byte can take 100 bytes of memory."""
+MAX_READS = 25_000_000
+"""The most reads of a pickle, one for each instruction and each of its arguments: a state dict of 400,000 tensors takes
+some 20 million."""
+
+MAX_OBJECTS = 4_000_000
+"""The most lists, dicts, tuples and marks that a pickle makes, and the most values that it keeps: an instruction of a
+byte makes one that takes 100 bytes of memory. A state dict has 8 and 10 for each tensor."""
 
 _MAX_LINE = 512
 """The most bytes of a name, or of a number in decimal digits."""
@@ -199,13 +203,15 @@ class _Source:
         self.taken = 0
 
     def read(self, size: int, /) -> bytes:
-        self.require(size)
         self._reads += 1
-        if self._reads > MAX_READS:
+        self.taken += size
+        if self.taken > self._limit or self._reads > MAX_READS:
+            self.taken -= size
+            self.require(size)
             raise _DamageError(f"at most {MAX_READS} instructions and arguments", "more")
         data = self._stream.read(size)
-        self.taken += len(data)
         if len(data) != size:
+            self.taken += len(data) - size
             raise _DamageError(f"{size} bytes", f"{len(data)}, and the end of it")
 
         return data
@@ -233,11 +239,27 @@ class _Instructions(dict[int, Callable[[Any], None]]):
         raise _DamageError("an instruction of a pickle that torch writes", f"the byte {code:#04x}")
 
 
-_MOVES = b"(.01NILJKMGXTUBC)]}tlaehjqrcQ\x85\x86\x87\x88\x89\x8a\x8b\x8c\x8d\x8e\x93\x94"
+_MOVES = b".01NILJKMGXTUBCaehjcQ\x88\x89\x8a\x8b\x8c\x8d\x8e\x93"
 """The instructions that Python's machine executes: they read plain values, and move values."""
+
+_MAKES, _KEEPS = b"(])}tl\x85\x86\x87", b"qr\x94"
+"""Those that it executes, too, but only so many times: they make a value of several, and keep a value."""
+
+
+def _limited(step: Callable[[Any], None], made: int) -> Callable[[Any], None]:
+    """Return an instruction that makes so many values, and fails above the limits."""
+
+    def limited(machine: _Machine) -> None:
+        step(machine)
+        machine.made += made
+        if machine.made > MAX_OBJECTS or len(machine.memo) > MAX_OBJECTS:
+            raise _DamageError(f"at most {MAX_OBJECTS} lists, dicts and tuples, and as many kept values", "more")
+
+    return limited
 
 
 class _Machine(pickle._Unpickler):
+    memo: dict[int, Any]
     stack: list[Any]
     metastack: list[list[Any]]
     append: Callable[[object], None]
@@ -250,6 +272,7 @@ class _Machine(pickle._Unpickler):
         self._where = where
         self._restrict = restrict
         self._copied = 0
+        self.made = 0
         self.storages: dict[str, Storage] = {}
 
     def load_proto(self) -> None:
@@ -354,11 +377,13 @@ class _Machine(pickle._Unpickler):
     # Python's own `BYTEARRAY8` allocates the memory before it reads.
     dispatch = _Instructions(
         {code: pickle._Unpickler.dispatch[code] for code in _MOVES}
+        | {code: _limited(pickle._Unpickler.dispatch[code], 1) for code in _MAKES}
+        | {code: _limited(pickle._Unpickler.dispatch[code], 0) for code in _KEEPS}
         | {
             pickle.PROTO[0]: load_proto,
             pickle.FRAME[0]: load_frame,
-            pickle.EMPTY_SET[0]: load_empty_set,
-            pickle.FROZENSET[0]: load_frozenset,
+            pickle.EMPTY_SET[0]: _limited(load_empty_set, 1),
+            pickle.FROZENSET[0]: _limited(load_frozenset, 1),
             pickle.ADDITEMS[0]: pickle._Unpickler.dispatch[pickle.APPENDS[0]],
             pickle.BYTEARRAY8[0]: pickle._Unpickler.dispatch[pickle.BINBYTES8[0]],
             pickle.SETITEM[0]: load_setitem,
