@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from lading.cards.config import StrictConfig
@@ -116,20 +116,9 @@ class LLaMA(DecoderLM):
 
 
 def _spec(config: LLaMAConfig) -> DecoderSpec:
-    scale = config.rope_scale
+    scaling = LLaMA3Scaling(**asdict(config.rope_scale)) if config.use_scaled_rope else None
 
-    return DecoderSpec.of(
-        config,
-        ffn_inner_dim=config.gated_inner_dim(),
-        rope_scaling=LLaMA3Scaling(
-            factor=scale.factor,
-            low_freq_factor=scale.frequency_factors[0],
-            high_freq_factor=scale.frequency_factors[1],
-            original_seq_len=scale.original_context_length,
-        )
-        if config.use_scaled_rope
-        else None,
-    )
+    return DecoderSpec.of(config, ffn_inner_dim=config.gated_inner_dim(), rope_scaling=scaling)
 
 
 def _read_rope(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -15,28 +15,27 @@ from lading.families.nn.checks import require_positive
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LLaMA3Scaling:
-    """The frequency scaling of LLaMA 3.1, which stretches a context of ``original_seq_len`` tokens by ``factor``.
+    """The frequency scaling of LLaMA 3.1, which stretches a context of some tokens by ``factor``.
 
-    Wavelengths shorter than ``original_seq_len / high_freq_factor`` stay, those longer than ``original_seq_len /
-    low_freq_factor`` are stretched, and those in between are interpolated.
+    Wavelengths shorter than this context divided by the second frequency factor stay, those longer than the context
+    divided by the first are stretched, and those in between are interpolated.
 
-    :raises ValueError: the factors don't satisfy ``0 < factor`` and ``0 < low_freq_factor < high_freq_factor``.
+    :raises ValueError: the factors don't satisfy ``0 < factor`` and ``0 < first < second``.
     """
 
     factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_seq_len: int
+    frequency_factors: tuple[float, float]
+    original_context_length: int
 
     def __post_init__(self) -> None:
         if not self.factor > 0:
             raise ValueError(f"`factor` of the rotary scaling must be positive, but is {self.factor}")
-        if not 0 < self.low_freq_factor < self.high_freq_factor:
+        low, high = self.frequency_factors
+        if not 0 < low < high:
             raise ValueError(
-                "the frequency factors of the rotary scaling must satisfy 0 < low < high, but are "
-                f"{self.low_freq_factor} and {self.high_freq_factor}"
+                f"the frequency factors of the rotary scaling must satisfy 0 < low < high, but are {low} and {high}"
             )
-        require_positive(self, "original_seq_len")
+        require_positive(self, "original_context_length")
 
     @property
     def amplitude(self) -> float:
@@ -46,13 +45,13 @@ class LLaMA3Scaling:
     def apply(self, frequencies: Tensor, theta: float) -> Tensor:
         """Scale frequencies (head_dim / 2) → the same shape."""
         wavelengths = 2 * math.pi / frequencies
-        low, high = self.low_freq_factor, self.high_freq_factor
-        weight = (self.original_seq_len / wavelengths - low) / (high - low)
+        (low, high), context = self.frequency_factors, self.original_context_length
+        weight = (context / wavelengths - low) / (high - low)
         blended = (1 - weight) * frequencies / self.factor + weight * frequencies
 
-        scaled = torch.where(wavelengths > self.original_seq_len / low, frequencies / self.factor, blended)
+        scaled = torch.where(wavelengths > context / low, frequencies / self.factor, blended)
 
-        return torch.where(wavelengths < self.original_seq_len / high, frequencies, scaled)
+        return torch.where(wavelengths < context / high, frequencies, scaled)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,19 +46,8 @@ class SpeechModel(nn.Module):
         if spec.fbank is not None:
             self.feature_extractor = FilterBankFeatures(spec.fbank[0], stride=spec.fbank[1])
         else:
-            self.feature_extractor = ConvolutionalFeatures(
-                spec.feature_extractor_layer_descs,
-                bias=spec.feature_extractor_bias,
-                layer_norm=spec.feature_extractor_layer_norm_convs,
-                grad_scale=spec.feature_grad_scale,
-            )
-        self.feature_projection = FeatureProjection(
-            spec.feature_dim,
-            spec.model_dim,
-            project=spec.project_features,
-            norm_eps=spec.norm_eps,
-            dropout_p=spec.first_pass_dropout_p,
-        )
+            self.feature_extractor = ConvolutionalFeatures(spec)
+        self.feature_projection = FeatureProjection(spec)
         self.encoder = SpeechEncoder(spec)
 
     def forward(

@@ -34,6 +34,7 @@ class SpeechSpec:
     feature_extractor_layer_norm_convs: bool
     """True for a layer normalization after each convolution, false for a group normalization after the first."""
     feature_grad_scale: float
+    """The factor of the gradient of the convolutions in training, with which they learn more slowly."""
     project_features: bool
     pos_conv_kernel_size: int
     num_pos_conv_groups: int

@@ -5,12 +5,11 @@ The names of parameters are those of Hugging Face checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu, group_norm, layer_norm
 
+from lading.families.nn.speech_encoder import SpeechSpec
 from lading.families.nn.uninitialized import Conv1d, GroupNorm, LayerNorm, Linear
 
 CONV_NORM_EPS = 1e-5
@@ -55,26 +54,19 @@ class ConvolutionLayer(nn.Module):
 
 
 class ConvolutionalFeatures(nn.Module):
-    """Frames from a waveform, by a stack of convolutions.
+    """Frames from a waveform, by a stack of convolutions."""
 
-    :param layer_descs: output dimension, kernel size and stride of each layer.
-    :param layer_norm: whether all layers have a layer normalization; otherwise the first has a group normalization.
-    :param grad_scale: the factor of the gradient in training, with which these layers learn more slowly.
-    """
-
-    def __init__(
-        self, layer_descs: Sequence[tuple[int, int, int]], *, bias: bool, layer_norm: bool, grad_scale: float
-    ) -> None:
+    def __init__(self, spec: SpeechSpec) -> None:
         super().__init__()
 
-        self.layer_descs = tuple(layer_descs)
-        self.grad_scale = grad_scale
+        self.layer_descs = tuple(spec.feature_extractor_layer_descs)
+        self.grad_scale = spec.feature_grad_scale
 
         self.conv_layers = nn.ModuleList()
         input_dim = 1
         for i, desc in enumerate(self.layer_descs):
-            norm = "layer" if layer_norm else "group" if i == 0 else None
-            self.conv_layers.append(ConvolutionLayer(input_dim, desc, bias=bias, norm=norm))
+            norm = "layer" if spec.feature_extractor_layer_norm_convs else "group" if i == 0 else None
+            self.conv_layers.append(ConvolutionLayer(input_dim, desc, bias=spec.feature_extractor_bias, norm=norm))
             input_dim = desc[0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,13 +112,13 @@ class FilterBankFeatures(nn.Module):
 class FeatureProjection(nn.Module):
     """A normalization of frames and a projection to the width of the encoder."""
 
-    def __init__(self, feature_dim: int, model_dim: int, *, project: bool, norm_eps: float, dropout_p: float) -> None:
+    def __init__(self, spec: SpeechSpec) -> None:
         super().__init__()
 
-        self.dropout_p = dropout_p
+        self.dropout_p = spec.first_pass_dropout_p
 
-        self.layer_norm = LayerNorm(feature_dim, eps=norm_eps)
-        self.projection = Linear(feature_dim, model_dim) if project else None
+        self.layer_norm = LayerNorm(spec.feature_dim, eps=spec.norm_eps)
+        self.projection = Linear(spec.feature_dim, spec.model_dim) if spec.project_features else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map (N, T, feature_dim) → (N, T, model_dim) and the normalized frames (N, T, feature_dim)."""

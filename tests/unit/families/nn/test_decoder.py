@@ -50,7 +50,7 @@ VARIANTS = {
     "scaled-tied": replace(
         SPEC,
         tied_embeddings=True,
-        rope_scaling=LLaMA3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_seq_len=16),
+        rope_scaling=LLaMA3Scaling(factor=8.0, frequency_factors=(1.0, 4.0), original_context_length=16),
     ),
 }
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +9,8 @@ import torch
 from lading.families.nn.rope import LinearScaling, LLaMA3Scaling, RotaryEmbedding, YaRNScaling, rotate
 
 
-def scaling(**changes: float) -> LLaMA3Scaling:
-    return LLaMA3Scaling(
-        **{"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_seq_len": 8192, **changes}
-    )
+def scaling(**changes: Any) -> LLaMA3Scaling:
+    return LLaMA3Scaling(**{"factor": 8.0, "frequency_factors": (1.0, 4.0), "original_context_length": 8192, **changes})
 
 
 def test_frequencies() -> None:
@@ -116,12 +115,12 @@ def test_a_linear_scaling_that_makes_no_sense() -> None:
     [
         ({"factor": 0.0}, "factor"),
         ({"factor": math.nan}, "factor"),
-        ({"low_freq_factor": 4.0}, "frequency factors"),
-        ({"low_freq_factor": 0.0}, "frequency factors"),
-        ({"original_seq_len": 0}, "original_seq_len"),
+        ({"frequency_factors": (4.0, 4.0)}, "frequency factors"),
+        ({"frequency_factors": (0.0, 4.0)}, "frequency factors"),
+        ({"original_context_length": 0}, "original_context_length"),
     ],
 )
-def test_scalings_that_make_no_sense(changes: dict[str, float], word: str) -> None:
+def test_scalings_that_make_no_sense(changes: dict[str, Any], word: str) -> None:
     with pytest.raises(ValueError, match=word):
         scaling(**changes)
 

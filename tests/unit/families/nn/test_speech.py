@@ -97,7 +97,8 @@ def test_norms_between_convolutions_are_taken_in_float32(layer_norm: bool) -> No
 
 
 def test_the_gradient_of_convolutions_is_scaled_in_training() -> None:
-    full, scaled = (ConvolutionalFeatures([(4, 5, 2)], bias=True, layer_norm=True, grad_scale=s) for s in (1.0, 0.1))
+    spec = replace(LV60K, feature_dim=4, feature_extractor_layer_descs=[(4, 5, 2)])
+    full, scaled = (ConvolutionalFeatures(replace(spec, feature_grad_scale=s)) for s in (1.0, 0.1))
     for parameter in full.parameters():
         nn.init.normal_(parameter)
     scaled.load_state_dict(full.state_dict())
