@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,14 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
-
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a character device",
-    stat.S_IFBLK: "a block device",
-}
+from lading.system import filesystem
 
 
 def corrupt(
@@ -99,13 +91,8 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         before the end of the block.
     :raises OSError: the file cannot be opened or read.
     """
-    _require_regular(path, _stat(path))
-
-    with open(path, "rb", opener=_open_at_once) as file:
-        # The path may have been replaced after the check, so the opened file is checked, too.
+    with open_checkpoint_file(path) as file:
         before = os.fstat(file.fileno())
-        _require_regular(path, before)
-
         try:
             yield file, before.st_size
         except CorruptModelCheckpointError as error:
@@ -119,26 +106,22 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         _require_unchanged(path, before, os.fstat(file.fileno()))
 
 
-def _stat(path: Path) -> os.stat_result:
+def open_checkpoint_file(path: Path) -> BinaryIO:
+    """Open a regular file; raises what :func:`open_regular` does, except that the caller checks for changes."""
     try:
-        return os.stat(path)
+        return filesystem.open_regular(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFoundError(path, f"{path}: expected a file of a checkpoint, found nothing there.") from error
     except OSError as error:
-        if error.errno != errno.ELOOP:
+        if error.errno == errno.ELOOP:
+            problem = "expected a regular file, found symbolic links that form a cycle"
+        elif isinstance(error, filesystem.UnfitFileError):
+            problem = str(error.strerror)
+        else:
             raise
-        raise _not_regular(path, "symbolic links that form a cycle") from error
-
-
-def _require_regular(path: Path, found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        raise _not_regular(path, _KINDS.get(stat.S_IFMT(found.st_mode), "something else"))
-
-
-def _not_regular(path: Path, found: str) -> CorruptModelCheckpointError:
-    return corrupt(
-        str(path), "", expected="a regular file", found=found, hint="Put the file there, or a symbolic link to it."
-    )
+        raise CorruptModelCheckpointError(
+            path, f"{path}: {problem}. Put the file there, or a symbolic link to it."
+        ) from error
 
 
 def _require_unchanged(
@@ -152,7 +135,3 @@ def _require_unchanged(
             found=f"that it was modified and has {after.st_size} bytes",
             hint="Try again when it is complete.",
         ) from cause
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)

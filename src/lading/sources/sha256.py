@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
+from lading.errors import CorruptModelCheckpointError
+from lading.formats.files import open_checkpoint_file
 from lading.system.filesystem import FileStat
 
 _STEP = 1 << 20
@@ -27,23 +27,10 @@ def sha256_file(path: Path, *, progress: Callable[[int], None] | None = None) ->
     :raises CorruptModelCheckpointError: it is not a regular file, or it changed while it was read.
     :raises OSError: it cannot be read.
     """
-    try:
-        _require_regular(path, os.stat(path))
-        # The path may be replaced after the check, so the opened file is checked, too.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointNotFoundError(path, f"{path}: expected a file to verify, found nothing there.") from error
-
-    try:
-        found = os.fstat(fd)
-        _require_regular(path, found)
-        before = FileStat.from_stat(found)
-
-        digest = _hash(fd, progress, path)
-
-        after = FileStat.from_stat(os.fstat(fd))
-    finally:
-        os.close(fd)
+    with open_checkpoint_file(path) as file:
+        before = FileStat.from_stat(os.fstat(file.fileno()))
+        digest = _hash(file.fileno(), progress, path)
+        after = FileStat.from_stat(os.fstat(file.fileno()))
 
     if after != before:
         raise CorruptModelCheckpointError(
@@ -70,12 +57,3 @@ def _hash(fd: int, progress: Callable[[int], None] | None, path: Path) -> str:
         sha256.update(memory[:count])
         if progress is not None:
             progress(count)
-
-
-def _require_regular(path: Path, found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        raise CorruptModelCheckpointError(
-            path,
-            f"{path}: expected a regular file, found something else (a folder, a device or a pipe). Put the file "
-            "there, or a symbolic link to it.",
-        )

@@ -9,6 +9,7 @@ import stat
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 # Network file systems have no shared memory between hosts (so no WAL), and their locks and direct I/O differ.
 _NETWORK = re.compile(
@@ -81,33 +82,31 @@ class UnfitFileError(OSError):
     """A path that lading does not read, because it is not a regular file or is too large."""
 
 
-def require_regular(path: Path, found: os.stat_result) -> None:
-    """Require that ``found``, the stat result of ``path``, is that of a regular file.
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file, following symbolic links.
 
-    :raises UnfitFileError: it is something else.
+    Anything else is not opened, as that can block (a FIFO) or have effects (a device).
+
+    :raises UnfitFileError: it is not a regular file.
+    :raises OSError: it does not exist, or cannot be opened.
     """
-    if not stat.S_ISREG(found.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
-        raise UnfitFileError(errno.EINVAL, f"expected a regular file, found {kind}", str(path))
+    _require_regular(path, os.stat(path))
+
+    return open(path, "rb", opener=_open_without_blocking)
 
 
 def read_regular(path: Path, *, at_most: int) -> bytes:
-    """Read a regular file, following symbolic links.
-
-    Anything else is not opened, as that can block (a FIFO) or have effects (a device).
+    """Read a regular file as :func:`open_regular` opens it.
 
     :param at_most: the largest accepted size in bytes.
 
     :raises UnfitFileError: it is not a regular file, or is larger.
     :raises OSError: it does not exist, or cannot be read.
     """
-    require_regular(path, os.stat(path))
-    # Between the check and here, the path may be replaced, and a file that is being written grows.
-    with open(path, "rb", opener=_open_without_blocking) as file:
-        found = os.fstat(file.fileno())
-        require_regular(path, found)
-        data = file.read(at_most + 1) if found.st_size <= at_most else b""
-    size = max(found.st_size, len(data))
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(at_most + 1) if size <= at_most else b""  # a file that is being written grows
+    size = max(size, len(data))
     if size > at_most:
         raise UnfitFileError(errno.EFBIG, f"expected a file of at most {at_most:,} bytes, found {size:,}", str(path))
 
@@ -126,8 +125,21 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
+def _require_regular(path: str | Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise UnfitFileError(errno.EINVAL, f"expected a regular file, found {kind}", str(path))
+
+
 def _open_without_blocking(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        _require_regular(path, os.fstat(fd))  # the path may be replaced after the first check
+    except UnfitFileError:
+        os.close(fd)
+        raise
+
+    return fd
 
 
 def file_system_type(path: Path) -> str:
