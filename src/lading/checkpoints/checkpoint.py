@@ -72,6 +72,13 @@ class Checkpoint:
         return Check(file=name, path=file.path, stat=file.stat, method=method, expected=expected, found=found)
 
 
+def remote_checkpoint(name: str, ref: CheckpointRef, manifest: Manifest, revision: str) -> Checkpoint:
+    """Return the checkpoint of a card at a source, without files."""
+    return Checkpoint(
+        name=name, uri=ref.key, where=ref.shown, manifest=manifest, files=None, ref=ref, revision=revision
+    )
+
+
 def path_checkpoint(path: Path, *, cache: Path, restrict: bool = True) -> Checkpoint:
     """Return the checkpoint at a path, without reading or writing the catalog.
 

@@ -48,8 +48,6 @@ class TokenizerRef:
     uri: str
     path: str | None
     """The ``tokenizer_path`` inside the source, if the card names one."""
-    card: str
-    """The card that states it."""
 
 
 def tokenizer_ref(card: AssetCard, retrieve: Callable[[str], AssetCard]) -> TokenizerRef | None:
@@ -91,11 +89,7 @@ def tokenizer_ref(card: AssetCard, retrieve: Callable[[str], AssetCard]) -> Toke
             card.name, f"The field 'tokenizer' of the card {card.name!r} is no address. {error}"
         ) from None
 
-    return TokenizerRef(
-        uri=uri,
-        path=None if path is None else path.as_(str),
-        card=card.name,
-    )
+    return TokenizerRef(uri=uri, path=None if path is None else path.as_(str))
 
 
 def same_source(tokenizer: TokenizerRef | None, ref: CheckpointRef) -> bool:
@@ -133,10 +127,6 @@ class RemoteTokenizer:
     files: tuple[RemoteFile, ...]
     member: str | None = None
     """The member of the one file, if that is an archive."""
-
-    def only(self, file: RemoteFile) -> RemoteTokenizer:
-        """Return this with one of the files only."""
-        return replace(self, files=(file,))
 
     def fetch(self, store: AssetStore, uri: str, *, progress: bool) -> list[FetchedFile]:
         """Fetch them as extra files of the checkpoint ``uri``. Raises what
@@ -181,9 +171,7 @@ def tokenizer_beside(
 
 
 def tokenizer_files(snapshot: Snapshot, inner: str | None) -> list[RemoteFile]:
-    """Return the files of a tokenizer: the file ``inner``, or those of the usual names in that folder, or beside that
-    checkpoint.
-    """
+    """Return the file ``inner``; else those of the usual names in that folder, or beside that checkpoint."""
     named = None if inner is None or is_checkpoint_file(inner) else snapshot.file(inner)
 
     return [named] if named is not None else in_snapshot(snapshot, inner, TOKENIZER_NAMES)
@@ -216,75 +204,53 @@ def companions(checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, pr
     If a source cannot be reached, this returns those of an earlier download.
     """
     ref = checkpoint_ref(card)
+
+    def beside(settings: Settings) -> Sequence[FetchedFile]:
+        source = open_source(ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=settings)
+        if not source.lists:
+            return ()
+        snapshot = source.snapshot()
+        files = in_snapshot(snapshot, source.inner, COMPANION_NAMES)
+        return fetch_extra_files(source, snapshot, files, store, checkpoint.uri, progress=progress)
+
     path = uri_path(ref.uri)
-    if path is not None:
-        found = files_beside(local_checkpoint(path, inner_path=ref.path))
+    if path is None:
+        found = _or_cached(beside, store.settings, ref.key)
     else:
-        found = _or_cached(
-            lambda settings: _beside(checkpoint, ref, store, settings=settings, progress=progress),
-            store.settings,
-            ref.key,
-        )
+        found = files_beside(local_checkpoint(path, inner_path=ref.path))
 
     tokenizer = tokenizer_ref(card, store.retrieve_card)
     if tokenizer is None or (tokenizer.path is None and same_source(tokenizer, ref)):
         return found
 
-    # Of two tokenizers, the card's wins, without any file of the other.
-    found = {name: path for name, path in found.items() if name not in TOKENIZER_NAMES}
+    def elsewhere(settings: Settings) -> Sequence[FetchedFile]:
+        remote = tokenizer_elsewhere(tokenizer, settings=settings)
+        return () if remote is None else remote.fetch(store, checkpoint.uri, progress=progress)
+
     path = uri_path(tokenizer.uri)
     if path is None:
-        found |= _or_cached(
-            lambda settings: _tokenizer(tokenizer, checkpoint.uri, store, settings=settings, progress=progress),
-            store.settings,
-            tokenizer.uri,
-        )
+        own = _or_cached(elsewhere, store.settings, tokenizer.uri)
     else:
         path = path if tokenizer.path is None else path / tokenizer.path
-        names = TOKENIZER_NAMES if path.is_dir() else {path.name} & TOKENIZER_NAMES
-        found |= {name: file for name in names if (file := (path if path.is_dir() else path.parent) / name).is_file()}
+        own = files_beside(path) if path.is_dir() else {path.name: path}
 
-    return found
+    # Of two tokenizers, the card's wins, without any file of the other.
+    found = {name: file for name, file in found.items() if name not in TOKENIZER_NAMES}
+
+    return found | {name: file for name, file in own.items() if name in TOKENIZER_NAMES and file.is_file()}
 
 
-def _or_cached(find: Callable[[Settings], dict[str, Path]], settings: Settings, where: str) -> dict[str, Path]:
-    try:
-        return find(settings)
-    except FetchError as error:
-        if not settings.offline:
-            log.warning("the files beside the weights are as they were fetched before: %s", error)
-            try:
-                return find(replace(settings, offline=True))
-            except FetchError:
-                pass
+def _or_cached(fetch: Callable[[Settings], Sequence[FetchedFile]], settings: Settings, where: str) -> dict[str, Path]:
+    """Return the fetched files by their plain names; if the source cannot be reached, those of an earlier download."""
+    for offline in dict.fromkeys((settings.offline, True)):
+        try:
+            return {file.name.rpartition("/")[2]: file.path for file in fetch(replace(settings, offline=offline))}
+        except FetchError as error:
+            if not offline:
+                log.warning("the files beside the weights are as they were fetched before: %s", error)
     log.warning("no files beside the weights at %s are on this machine", where)
 
     return {}
-
-
-def _beside(
-    checkpoint: Checkpoint, ref: CheckpointRef, store: AssetStore, *, settings: Settings, progress: bool
-) -> dict[str, Path]:
-    source = open_source(ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=settings)
-    if not source.lists:
-        return {}
-    snapshot = source.snapshot()
-    files = in_snapshot(snapshot, source.inner, COMPANION_NAMES)
-
-    return _by_name(fetch_extra_files(source, snapshot, files, store, checkpoint.uri, progress=progress))
-
-
-def _tokenizer(
-    tokenizer: TokenizerRef, uri: str, store: AssetStore, *, settings: Settings, progress: bool
-) -> dict[str, Path]:
-    elsewhere = tokenizer_elsewhere(tokenizer, settings=settings)
-    found = {} if elsewhere is None else _by_name(elsewhere.fetch(store, uri, progress=progress))
-
-    return {name: path for name, path in found.items() if name in TOKENIZER_NAMES}
-
-
-def _by_name(files: Sequence[FetchedFile]) -> dict[str, Path]:
-    return {file.name.rpartition("/")[2]: file.path for file in files}
 
 
 def read_or_fetch_config(checkpoint: Checkpoint, store: AssetStore | None) -> Mapping[str, object]:

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from lading.cards.card import CheckpointRef
-from lading.catalog.records import Check, CopyKind, LocalCopy
+from lading.catalog.records import LocalCopy
 from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.checkpoints.fetch_to_index import fetch_and_index, was_fetched_to_index
 from lading.checkpoints.published import name_in_source
-from lading.checkpoints.recording import known_content, record_fetched
+from lading.checkpoints.recording import fetched_check, known_content, record_fetched
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, InternalError
-from lading.formats.manifest import Manifest
 from lading.formats.safetensors import index_file
 from lading.gangs import Gang
 from lading.sources.open import open_source
-from lading.sources.source import FetchedFile, RemoteFile, Snapshot
+from lading.sources.source import RemoteFile, Snapshot
 from lading.system.filesystem import FileStat
 from lading.system.settings import Settings
 from lading.system.uris import shown_uri
 from lading.transfer.files import ShardFile
-
-log = logging.getLogger("lading")
 
 
 def fetch_checkpoint(
@@ -59,13 +55,17 @@ def fetch_checkpoint(
     snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=tuple(files))
 
     fetched = source.fetch(snapshot, files, known=known_content(store), progress=progress)
-    for file, shard in zip(fetched, shards, strict=True):
-        if not file.published:
-            _require_same_tensors(file, checkpoint.manifest, shard.name)
-    if store is not None:
-        record_manifest(checkpoint, fetched, source.kind, store)
+    copies, checks = [], []
+    for i, (file, shard) in enumerate(zip(fetched, shards, strict=True)):
+        if not file.published and not index_file(file.path).tensors_equal(checkpoint.manifest.only(i)):
+            raise _replaced(file.name, path=file.path)
+        copies.append(LocalCopy(file=shard.name, path=file.path, stat=file.stat, kind=source.kind))
+        checks.append(fetched_check(file, shard.name, shard.sha256))
+    record_fetched(checkpoint, copies, checks, store)
 
-    return replace(checkpoint, files=tuple(map(_shard_file, fetched)), trusted=True)
+    paths = tuple(ShardFile(path=file.path, stat=file.stat, sha256=file.sha256) for file in fetched)
+
+    return replace(checkpoint, files=paths, trusted=True)
 
 
 def _acquire_whole(
@@ -76,12 +76,9 @@ def _acquire_whole(
     )
     if not whole.manifest.tensors_equal(checkpoint.manifest):
         raise _replaced(checkpoint.where)
-    if store is not None:
-        record_fetched(checkpoint, [*whole.copies, *whole.originals], whole.checks, store)
+    record_fetched(checkpoint, whole.copies, whole.checks, store)
 
-    return replace(
-        checkpoint, files=tuple(ShardFile(path=copy.path, stat=copy.stat) for copy in whole.copies), trusted=True
-    )
+    return replace(checkpoint, files=whole.files, trusted=True)
 
 
 def share(checkpoint: Checkpoint, root: Gang, find: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
@@ -136,41 +133,9 @@ def _on_this_host(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, files=tuple(files), trusted=False)
 
 
-def _shard_file(file: FetchedFile) -> ShardFile:
-    return ShardFile(path=file.path, stat=file.stat, sha256=file.sha256)
-
-
-def _require_same_tensors(file: FetchedFile, manifest: Manifest, shard: str) -> None:
-    """Check that a file without a published digest has the tensors that were indexed.
-
-    :raises CorruptModelCheckpointError: it has others.
-    """
-    found = index_file(file.path)
-    number = next(i for i, known in enumerate(manifest.shards) if known.name == shard)
-    if not found.tensors_equal(manifest.only(number)):
-        raise _replaced(file.name, path=file.path)
-
-
 def _replaced(name: str, *, path: Path | None = None) -> CorruptModelCheckpointError:
     return CorruptModelCheckpointError(
         path or name,
         f"{name} as it was fetched holds other tensors than it did when it was indexed: it was replaced at its source. "
         "Index it again with `lading index`.",
     )
-
-
-def record_manifest(checkpoint: Checkpoint, fetched: Sequence[FetchedFile], kind: CopyKind, store: AssetStore) -> None:
-    copies, checks = [], []
-    for file, shard in zip(fetched, checkpoint.manifest.shards, strict=True):
-        copies.append(LocalCopy(file=shard.name, path=file.path, stat=file.stat, kind=kind))
-        checks.append(
-            Check(
-                file=shard.name,
-                path=file.path,
-                stat=file.stat,
-                method="sha256",
-                expected=shard.sha256,
-                found=file.sha256,
-            )
-        )
-    record_fetched(checkpoint, copies, checks, store)

@@ -16,7 +16,7 @@ from lading.cards.card import CheckpointRef
 from lading.catalog.records import Check, LocalCopy, now
 from lading.catalog.store import AssetStore
 from lading.checkpoints.published import PublishedCheckpoint, PublishedFiles, published_config, require_whole
-from lading.checkpoints.recording import BestEffort, known_content
+from lading.checkpoints.recording import BestEffort, extra_copy, fetched_check, known_content
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
 from lading.formats.config_json import refuse_quantized_config
 from lading.formats.folder import is_index, is_torch_format
@@ -24,21 +24,22 @@ from lading.formats.manifest import Manifest
 from lading.formats.remote import find_checkpoint
 from lading.formats.shard_index import index_shards, read_index_at
 from lading.sources.open import HTTP_SCHEMES, HUB_SCHEMES, open_source
-from lading.sources.source import FetchedFile, RemoteFile, Snapshot, Source
+from lading.sources.source import FetchedFile, Source
 from lading.system.filesystem import FileStat
 from lading.system.settings import Settings
 from lading.system.uris import shown_uri
+from lading.transfer.files import ShardFile
 
 _ARCHIVE = ".tar"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchedCheckpoint(PublishedCheckpoint):
-    """A checkpoint that was fetched for its manifest, with the local copy of each shard."""
+    """A checkpoint that was fetched for its manifest."""
 
+    files: tuple[ShardFile, ...]
     copies: Sequence[LocalCopy]
-    originals: Sequence[LocalCopy]
-    """Fetched files that another file replaces, which is their rewrite."""
+    """The copy of each shard, and the originals of those that are rewrites."""
     checks: Sequence[Check]
 
 
@@ -88,85 +89,83 @@ def fetch_and_index(
     """
     inner, member = _split(ref)
     source = open_source(ref.uri, inner_path=inner, revision=revision, settings=settings)
-    fetch = _Fetch(source=source, store=store, cache=settings.cache_dir, progress=progress, restrict=restrict)
     snapshot = source.snapshot()
-    card_name, (name, member) = name, _file_of(source.inner, member)
+    path, member = _file_of(source.inner, member)
+    known = known_content(store)
+    file = (path or "").rpartition("/")[2]
+    folder = (path or "").removesuffix(file)
     hf_config: Mapping[str, object] = {}
     if member is None:
-        require_whole(source, snapshot, ref, card_name)
-        folder, file = find_checkpoint(shown_uri(snapshot.uri), frozenset(each.name for each in snapshot.files), name)
+        require_whole(source, snapshot, ref, name)
+        folder, file = find_checkpoint(shown_uri(snapshot.uri), frozenset(each.name for each in snapshot.files), path)
         hf_config = published_config(PublishedFiles(source, snapshot), folder)
         refuse_quantized_config(hf_config, ref.shown)
-        if is_index(file):
-            return fetch.sharded(snapshot, folder, file, hf_config)
-        name = folder + file
-    published = snapshot.file(name) if name is not None else None
-    if published is None:
-        raise CheckpointNotFoundError(ref.shown, f"{shown_uri(ref.uri)} has no file {name!r}.")
-
-    (fetched,) = fetch.files(snapshot, [published])
-    copy = fetch.readable(fetched, published.name.rpartition("/")[2], member=member)
-    inner = member if copy.path == fetched.path else None
-    manifest = formats.index(copy.path, member=inner, restrict=restrict)
-    (shard,) = manifest.shards
-
-    named = replace(manifest, shards=(replace(shard, name=copy.file),))
-
-    return _whole(named, source, snapshot, hf_config, [published], [fetched], [copy])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Fetch:
-    """The state that the steps of a fetch share."""
-
-    source: Source
-    store: AssetStore | None
-    cache: Path
-    progress: bool
-    restrict: bool
-
-    def files(self, snapshot: Snapshot, files: Sequence[RemoteFile], *, quiet: bool = False) -> Sequence[FetchedFile]:
-        """Fetch files, unless the catalog knows where their content is."""
-        known = known_content(self.store)
-
-        return self.source.fetch(snapshot, files, known=known, progress=self.progress and not quiet)
-
-    def sharded(self, snapshot: Snapshot, folder: str, file: str, hf_config: Mapping[str, object]) -> FetchedCheckpoint:
-        """Fetch the files that the index ``file`` in ``folder`` names."""
-        (index,) = self.files(snapshot, [each for each in snapshot.files if each.name == folder + file], quiet=True)
-        names = list(read_index_at(index.path, name=file).tensors)
-        snapshot = self.source.with_siblings(snapshot, [folder + name for name in names])
-        shards = [snapshot.file(folder + name) for name in names]
-        if None in shards:
-            where = f"{shown_uri(snapshot.uri)}/{folder}{file}"
-            raise CorruptModelCheckpointError(
-                where,
-                f"{where}: expected the file {names[shards.index(None)]!r} beside it, found none. Ask its publisher "
-                "for it.",
-            )
-
-        there = [shard for shard in shards if shard is not None]
-        fetched = self.files(snapshot, there)
-        copies = [self.readable(each, name) for each, name in zip(fetched, names, strict=True)]
-        paths = {copy.file: copy.path for copy in copies}
-        manifest = index_shards(index.path, name=file, shards=paths, restrict=self.restrict)
-
-        return _whole(manifest, self.source, snapshot, hf_config, there, fetched, copies)
-
-    def readable(self, fetched: FetchedFile, name: str, *, member: str | None = None) -> LocalCopy:
-        """Return the copy of a file, or of its rewrite, under the name of its shard."""
-        before = formats.rewritten(fetched.path, member=member, cache=self.cache)
-        if before is not None and not _is_good(before, self.store):
-            before.unlink(missing_ok=True)
-        path = formats.readable(fetched.path, member=member, cache=self.cache, restrict=self.restrict)
-
-        return LocalCopy(
-            file=name,
-            path=path,
-            stat=FileStat.from_stat(path.stat()),
-            kind=self.source.kind if path == fetched.path else "cache",
-            verified_at=now(),
+    names, index = [file], None
+    if member is None and is_index(file):
+        published = [each for each in snapshot.files if each.name == folder + file]
+        index = source.fetch(snapshot, published, known=known, progress=False)[0].path
+        names = list(read_index_at(index, name=file).tensors)
+        snapshot = source.with_siblings(snapshot, [folder + each for each in names])
+    published = [each for each in (snapshot.file(folder + name) for name in names) if each is not None]
+    if missing := [each for each in names if snapshot.file(folder + each) is None]:
+        if index is None:
+            raise CheckpointNotFoundError(ref.shown, f"{shown_uri(ref.uri)} has no file {folder + file!r}.")
+        where = f"{shown_uri(snapshot.uri)}/{folder}{file}"
+        raise CorruptModelCheckpointError(
+            where, f"{where}: expected the file {missing[0]!r} beside it, found none. Ask its publisher for it."
         )
+
+    fetched = source.fetch(snapshot, published, known=known, progress=progress)
+    copies = [
+        _readable(found, shard_name, source, store, member=member, cache=settings.cache_dir, restrict=restrict)
+        for found, shard_name in zip(fetched, names, strict=True)
+    ]
+    if index is None:
+        place = copies[0].path
+        manifest = formats.index(place, member=member if place == fetched[0].path else None, restrict=restrict)
+        manifest = replace(manifest, shards=(replace(manifest.shards[0], name=names[0]),))
+    else:
+        places = {copy.file: copy.path for copy in copies}
+        manifest = index_shards(index, name=file, shards=places, restrict=restrict)
+
+    shards, originals, checks = [], [], []
+    for shard, stated, found, copy in zip(manifest.shards, published, fetched, copies, strict=True):
+        rewritten = copy.path != found.path
+        shards.append(replace(shard, sha256=None if rewritten else stated.sha256))
+        checks.append(fetched_check(found, str(found.path) if rewritten else shard.name, stated.sha256))
+        if rewritten:
+            originals.append(extra_copy(found, source))
+
+    return FetchedCheckpoint(
+        manifest=replace(manifest, shards=tuple(shards)),
+        revision=snapshot.revision,
+        hf_config=hf_config,
+        inner=source.inner,
+        snapshot=snapshot,
+        files=tuple(ShardFile(path=copy.path, stat=copy.stat) for copy in copies),
+        copies=[*copies, *originals],
+        checks=checks,
+    )
+
+
+def _readable(
+    fetched: FetchedFile,
+    name: str,
+    source: Source,
+    store: AssetStore | None,
+    *,
+    member: str | None,
+    cache: Path,
+    restrict: bool,
+) -> LocalCopy:
+    """Return the copy of a file, or of its rewrite, under the name of its shard."""
+    before = formats.rewritten(fetched.path, member=member, cache=cache)
+    if before is not None and not _is_good(before, store):
+        before.unlink(missing_ok=True)
+    path = formats.readable(fetched.path, member=member, cache=cache, restrict=restrict)
+    kind = source.kind if path == fetched.path else "cache"
+
+    return LocalCopy(file=name, path=path, stat=FileStat.from_stat(path.stat()), kind=kind, verified_at=now())
 
 
 def _is_good(path: Path, store: AssetStore | None) -> bool:
@@ -178,47 +177,6 @@ def _is_good(path: Path, store: AssetStore | None) -> bool:
     with BestEffort("the catalog cannot say whether %s is good, so it is made again", path):
         return store.is_verified(path)
     return False
-
-
-def _whole(
-    manifest: Manifest,
-    source: Source,
-    snapshot: Snapshot,
-    hf_config: Mapping[str, object],
-    published: Sequence[RemoteFile],
-    fetched: Sequence[FetchedFile],
-    copies: Sequence[LocalCopy],
-) -> FetchedCheckpoint:
-    shards, checks = [], []
-    for shard, stated, file, copy in zip(manifest.shards, published, fetched, copies, strict=True):
-        shards.append(replace(shard, sha256=stated.sha256 if copy.path == file.path else None))
-        checks.append(
-            Check(
-                file=shard.name if copy.path == file.path else str(file.path),
-                path=file.path,
-                stat=file.stat,
-                method="sha256",
-                expected=stated.sha256,
-                found=file.sha256,
-            )
-        )
-
-    originals = [
-        LocalCopy(file=str(file.path), path=file.path, stat=file.stat, kind=source.kind)
-        for file, copy in zip(fetched, copies, strict=True)
-        if copy.path != file.path
-    ]
-
-    return FetchedCheckpoint(
-        manifest=replace(manifest, shards=tuple(shards)),
-        revision=snapshot.revision,
-        hf_config=hf_config,
-        inner=source.inner,
-        snapshot=snapshot,
-        copies=copies,
-        originals=originals,
-        checks=checks,
-    )
 
 
 def _split(ref: CheckpointRef) -> tuple[str | None, str | None]:

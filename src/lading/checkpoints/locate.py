@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,13 @@ from lading import formats
 from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref
 from lading.catalog.checkpoints.record import record_checkpoint, record_files
 from lading.catalog.store import AssetStore, LocalCopy, StoredCheckpoint, get_asset_store
-from lading.checkpoints.checkpoint import Checkpoint, LocalCheckpointFiles, header_checks, local_checkpoint
+from lading.checkpoints.checkpoint import (
+    Checkpoint,
+    LocalCheckpointFiles,
+    header_checks,
+    local_checkpoint,
+    remote_checkpoint,
+)
 from lading.checkpoints.fetch_to_index import FetchedCheckpoint, fetch_and_index, must_fetch_to_index
 from lading.checkpoints.local_copies import all_verified, copies_as_known, was_verified
 from lading.checkpoints.pins import with_pins
@@ -30,9 +35,6 @@ from lading.sources.hub.cache import has_token
 from lading.sources.open import HUB_SCHEMES, check_address
 from lading.system.filesystem import expand_home
 from lading.system.uris import path_uri, shown_uri, uri_path
-from lading.transfer.files import ShardFile
-
-log = logging.getLogger("lading")
 
 
 def card_checkpoint(
@@ -54,12 +56,10 @@ def card_checkpoint(
     """
     ref = address_of(card)
     path = uri_path(ref.uri)
-    if not (ref.uri and path is None and _is_here(card.title, ref, store)):
-        require_access(card.title, ref)
-
     if path is None:
         return with_pins(_remote_checkpoint(card.title, ref, store, progress=progress), card, store)
 
+    require_access(card.title, ref)
     path = local_checkpoint(path, inner_path=ref.path)
 
     return with_pins(_local_checkpoint(card.title, path, store, accept_others=accept_others), card, store)
@@ -137,7 +137,7 @@ def index_checkpoint(target: str | Path, *, restrict: bool = True, store: AssetS
     copies: Sequence[LocalCopy]
     if path is None:
         found = _published_or_whole(ref, store, name=card_name, progress=False, restrict=restrict)
-        copies = (*found.copies, *found.originals) if isinstance(found, FetchedCheckpoint) else ()
+        copies = found.copies if isinstance(found, FetchedCheckpoint) else ()
         uri, manifest, revision = ref.key, found.manifest, found.revision
     else:
         path = local_checkpoint(path, inner_path=ref.path)
@@ -187,33 +187,19 @@ def require_access(name: str, ref: CheckpointRef) -> None:
 
 
 def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, progress: bool) -> Checkpoint:
-    stored = stored_checkpoint(name, ref.key, store)
+    stored = stored_checkpoint(name, ref.key, store) if ref.uri else None
+    files = None if stored is None else copies_as_known(stored)
+    if files is None:  # files on this machine need no access
+        require_access(name, ref)
     if stored is not None:
-        files = copies_as_known(stored)
-        return Checkpoint(
-            name=name,
-            uri=ref.key,
-            where=ref.shown,
-            manifest=stored.manifest,
-            files=files,
-            trusted=files is not None and all_verified(stored),
-            ref=ref,
-            revision=stored.revision,
-        )
+        known = remote_checkpoint(name, ref, stored.manifest, stored.revision)
+        return replace(known, files=files, trusted=files is not None and all_verified(stored))
 
     published = _published_or_whole(ref, store, name=name, progress=progress)
     if isinstance(published, FetchedCheckpoint):
         return fetched_card_checkpoint(name, ref, published, store)
     refuse_quantized_config(published.hf_config, ref.shown)
-    checkpoint = Checkpoint(
-        name=name,
-        uri=ref.key,
-        where=ref.shown,
-        manifest=published.manifest,
-        files=None,
-        ref=ref,
-        revision=published.revision,
-    )
+    checkpoint = remote_checkpoint(name, ref, published.manifest, published.revision)
     record_manifest(checkpoint, (), store)
 
     return checkpoint
@@ -234,27 +220,12 @@ def _published_or_whole(
 
 def fetched_card_checkpoint(name: str, ref: CheckpointRef, whole: FetchedCheckpoint, store: AssetStore) -> Checkpoint:
     """Return a card's checkpoint that was just fetched, and record it in the catalog."""
-    checkpoint = Checkpoint(
-        name=name,
-        uri=ref.key,
-        where=ref.shown,
-        manifest=whole.manifest,
-        files=tuple(ShardFile(path=copy.path, stat=copy.stat) for copy in whole.copies),
-        trusted=True,
-        ref=ref,
-        revision=whole.revision,
-    )
+    checkpoint = remote_checkpoint(name, ref, whole.manifest, whole.revision)
+    checkpoint = replace(checkpoint, files=whole.files, trusted=True)
     # A source may publish it again under the same address: records of other bytes do not hold for these.
-    record_manifest(checkpoint, [*whole.copies, *whole.originals], store, checks=whole.checks, accept=True)
+    record_manifest(checkpoint, whole.copies, store, checks=whole.checks, accept=True)
 
     return checkpoint
-
-
-def _is_here(name: str, ref: CheckpointRef, store: AssetStore) -> bool:
-    """Return whether all files are on this machine by the catalog, so that no access is needed."""
-    stored = stored_checkpoint(name, ref.key, store)
-
-    return stored is not None and copies_as_known(stored) is not None
 
 
 # --- on this machine --------------------------------------------------------------------------------------------------
@@ -291,6 +262,3 @@ def _local_checkpoint(name: str, path: Path, store: AssetStore, *, accept_others
     record_manifest(checkpoint, found.copies(), store, checks=header_checks(checkpoint, {}) if stored is None else ())
 
     return checkpoint
-
-
-# --- the catalog's records --------------------------------------------------------------------------------------------

@@ -41,27 +41,26 @@ class BestEffort:
         return True
 
 
-def fetch_extra_files(
-    source: Source,
-    snapshot: Snapshot,
-    files: Sequence[RemoteFile],
-    store: AssetStore | None,
-    uri: str,
-    *,
-    progress: bool,
-) -> list[FetchedFile]:
-    """Fetch extra files of the checkpoint ``uri``; raises what the method of the source does.
+def extra_copy(file: FetchedFile, source: Source) -> LocalCopy:
+    """Return a fetched file that holds no tensors to read, as the catalog records it."""
+    return LocalCopy(file=str(file.path), path=file.path, stat=file.stat, kind=source.kind)
 
-    :param store: the store whose catalog records them.
-    """
+
+def fetched_check(file: FetchedFile, name: str, expected: str | None) -> Check:
+    """Return the check of a fetched file, recorded as ``name``, against its published SHA-256."""
+    return Check(file=name, path=file.path, stat=file.stat, method="sha256", expected=expected, found=file.sha256)
+
+
+def fetch_extra_files(
+    source: Source, snapshot: Snapshot, files: Sequence[RemoteFile], store: AssetStore, uri: str, *, progress: bool
+) -> list[FetchedFile]:
+    """Fetch extra files of the checkpoint ``uri`` and record them; raises what the method of the source does."""
     if not files:
         return []
 
     fetched = source.fetch(snapshot, files, known=lambda sha256: None, progress=progress)
-    if store is not None:
-        copies = [LocalCopy(file=str(file.path), path=file.path, stat=file.stat, kind=source.kind) for file in fetched]
-        with BestEffort("what came along with %s is not in the catalog", shown_uri(uri)):
-            record_companions(store.database, uri=uri, copies=copies)
+    with BestEffort("what came along with %s is not in the catalog", shown_uri(uri)):
+        record_companions(store.database, uri=uri, copies=[extra_copy(file, source) for file in fetched])
 
     return fetched
 
@@ -121,10 +120,11 @@ def record_manifest(
 
 
 def record_fetched(
-    checkpoint: Checkpoint, copies: Sequence[LocalCopy], checks: Sequence[Check], store: AssetStore
+    checkpoint: Checkpoint, copies: Sequence[LocalCopy], checks: Sequence[Check], store: AssetStore | None
 ) -> None:
-    with BestEffort("what was fetched for %s is not in the catalog", checkpoint.name):
-        record_files(store.database, uri=checkpoint.uri, copies=copies, checks=checks)
+    if store is not None:
+        with BestEffort("what was fetched for %s is not in the catalog", checkpoint.name):
+            record_files(store.database, uri=checkpoint.uri, copies=copies, checks=checks)
 
 
 def record_checks(checkpoint: Checkpoint, checks: Sequence[Check], store: AssetStore) -> None:

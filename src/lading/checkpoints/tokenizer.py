@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ def load_tokenizer(
                 f"The card {card.name!r} names no tokenizer, and its checkpoint is one file of a server: {ref.shown}. "
                 "Name the tokenizer in the card's `tokenizer`, or that of another card in its `tokenizer_ref`."
             )
-        stated = TokenizerRef(uri=ref.uri, path=ref.path, card=card.name)
+        stated = TokenizerRef(uri=ref.uri, path=ref.path)
 
     path = uri_path(stated.uri)
     if path is not None:
@@ -105,7 +106,7 @@ def _local(path: Path) -> Any:
 def _remote(elsewhere: RemoteTokenizer, store: AssetStore, checkpoint: str, *, progress: bool) -> Any:
     names = {file.name.rpartition("/")[2]: file for file in elsewhere.files}
     name = next(iter(names)) if len(names) == 1 else _choose(list(names), elsewhere.source.uri)
-    (fetched,) = elsewhere.only(names[name]).fetch(store, checkpoint, progress=progress)
+    (fetched,) = replace(elsewhere, files=(names[name],)).fetch(store, checkpoint, progress=progress)
 
     return _read(fetched.path, elsewhere.member, name=name)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref
 from lading.catalog.checkpoints.record import record_checkpoint
 from lading.catalog.store import AssetStore, get_asset_store
-from lading.checkpoints.checkpoint import Checkpoint
+from lading.checkpoints.checkpoint import Checkpoint, remote_checkpoint
 from lading.checkpoints.extra_files import (
     RemoteTokenizer,
     TokenizerRef,
@@ -220,15 +220,7 @@ def _as_checkpoint(
     card: AssetCard, ref: CheckpointRef, published: PublishedCheckpoint, store: AssetStore
 ) -> Checkpoint:
     """Return the published checkpoint, with the catalog's local files if they are the same."""
-    fresh = Checkpoint(
-        name=card.name,
-        uri=ref.key,
-        where=ref.shown,
-        manifest=published.manifest,
-        files=None,
-        ref=ref,
-        revision=published.revision,
-    )
+    fresh = remote_checkpoint(card.name, ref, published.manifest, published.revision)
     known = store.checkpoint(ref.key)
     if known is None or not known.manifest.tensors_equal(fresh.manifest):
         return fresh
@@ -313,7 +305,7 @@ def _tokenizer_elsewhere(
     """Return the files of the tokenizer, if they are neither on this machine nor among those beside the weights."""
     tokenizer = tokenizer_ref(card, store.retrieve_card)
     if tokenizer is None and ref.scheme in HUB_SCHEMES:
-        tokenizer = TokenizerRef(uri=ref.uri, path=ref.path, card=card.name)
+        tokenizer = TokenizerRef(uri=ref.uri, path=ref.path)
     if tokenizer is None or store.settings.offline:
         return None
     if same_source(tokenizer, ref) and (published is not None or ref.scheme not in HUB_SCHEMES):

@@ -184,7 +184,7 @@ def test_a_package_that_is_missing(
 
 def test_one_source_has_many_names() -> None:
     def stated(uri: str) -> TokenizerRef:
-        return TokenizerRef(uri=uri, path=None, card="x")
+        return TokenizerRef(uri=uri, path=None)
 
     def ref(uri: str) -> CheckpointRef:
         return CheckpointRef(uri=uri, gated=False, info_url=None)
@@ -199,7 +199,7 @@ def test_one_source_has_many_names() -> None:
 def test_the_nearest_card_of_the_chain_counts() -> None:
     base = AssetCard("base", {"tokenizer": "hg://a/b;gated=true", "tokenizer_path": "t.model"})
     card = AssetCard("card", {}, base)
-    assert tokenizer_ref(card, {}.__getitem__) == TokenizerRef(uri="hg://a/b", path="t.model", card="card")
+    assert tokenizer_ref(card, {}.__getitem__) == TokenizerRef(uri="hg://a/b", path="t.model")
     other = AssetCard("other", {"tokenizer_ref": "card"}, base)
     assert tokenizer_ref(other, {"card": AssetCard("card", {})}.__getitem__) is None
 
