@@ -131,7 +131,8 @@ class TestShow:
 
     def test_the_configuration_is_the_one_that_loading_uses(self, cli, cards):
         from lading import get_asset_store
-        from lading.cards.config import resolve_config, structure
+        from lading.cards.config import resolve_config
+        from tests.helpers.configs import structured
 
         for name in ("tiny", "tiny_arch", "qwen3_0.6b", "llama3_1_8b", "mistral_7b_instruct"):
             store = get_asset_store()
@@ -141,7 +142,7 @@ class TestShow:
             arch = card.maybe_get_field("model_arch")
             architecture = None if arch is None else store.architecture(arch.as_(str), family)
             shown = json.loads(cli("show", name, "--json").stdout)
-            assert structure(kls, shown["config"], where=name) == resolve_config(card, architecture, kls)
+            assert structured(kls, shown["config"]) == resolve_config(card, architecture, kls)
 
     def test_of_a_family_that_is_not_installed_it_does_not_ask_for_its_architectures(self, cli, home, tmp_path):
         card = tmp_path / "card.yaml"

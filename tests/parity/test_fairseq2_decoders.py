@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lading.cards.config import structure
 from lading.errors import NotSupportedError
 from lading.models.family import get_family
 from lading.models.hub import ModelHubAccessor
+from tests.helpers.configs import structured
 from tests.helpers.parity_tools import relative_difference
 
 FILES = {path.stem: path for path in sorted(Path(__file__).with_name("fairseq2_decoders").glob("*.safetensors"))}
@@ -29,7 +29,7 @@ def test_logits(name: str, tmp_path: Path, home: Path) -> None:
     torch.save({"fs2": True, "model": state}, tmp_path / "model.pt")
     if values.get("yarn_scale_config"):
         values["yarn_in_all_layers"] = True
-    config = structure(family.config_kls, values, where=name)
+    config = structured(family.config_kls, values)
 
     hub = ModelHubAccessor(family.name, family.kls, family.config_kls)()
     model = hub.load_custom_model(tmp_path / "model.pt", config, progress=False).eval()
@@ -46,4 +46,4 @@ def test_an_olmo_3_of_fairseq2_scales_all_layers_or_is_refused(tmp_path: Path, h
     hub = ModelHubAccessor(family.name, family.kls, family.config_kls)()
 
     with pytest.raises(NotSupportedError, match="yarn_in_all_layers: true"):
-        hub.load_custom_model(tmp_path / "model.pt", structure(family.config_kls, values, where="olmo"), progress=False)
+        hub.load_custom_model(tmp_path / "model.pt", structured(family.config_kls, values), progress=False)

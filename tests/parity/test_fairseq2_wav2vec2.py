@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lading import load_model
-from lading.cards.config import structure
 from lading.families.wav2vec2 import get_wav2vec2_model_hub
 from lading.families.wav2vec2_asr import get_wav2vec2_asr_model_hub
 from lading.models.family import get_family
 from lading.planning.rules import rename
+from tests.helpers.configs import structured
 from tests.helpers.parity_tools import relative_difference
 
 TOLERANCE = 1e-5
@@ -31,7 +31,7 @@ class Dumped:
         with safe_open(FILES[name], "pt") as file:
             self.metadata = file.metadata()
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        self.config = structure(self.family.config_kls, json.loads(self.metadata["config"]), where=name)
+        self.config = structured(self.family.config_kls, json.loads(self.metadata["config"]))
         self.test = {key.removeprefix("test."): value for key, value in tensors.items() if key.startswith("test.")}
         self.state = {key: value for key, value in tensors.items() if not key.startswith("test.")}
 

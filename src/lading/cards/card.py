@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -246,8 +246,7 @@ class CheckpointRef:
     @property
     def shown(self) -> str:
         """The key without secrets, for messages."""
-        uri = shown_uri(self.uri)
-        return uri if self.path is None else f"{uri.rstrip('/')}/{self.path.strip('/')}"
+        return replace(self, uri=shown_uri(self.uri)).key
 
 
 def checkpoint_ref(card: AssetCard) -> CheckpointRef:
@@ -331,8 +330,7 @@ def resolve_card(name: str, envs: Sequence[str], look_up: Callable[[str], Mappin
     :raises AssetCardError: a base does not exist, or is a card of the chain already; or an overlay that is not the
         user's own removes a digest by which the card pins a file.
     """
-    # The loop goes from the card to its bases, but a frozen card is created after its base.
-    layers: list[tuple[str, dict[str, object], dict[str, Path | None], str, dict[str, str]]] = []
+    chain: list[AssetCard] = []
     seen: list[str] = []
     applied: list[CardEntry] = []
     at: str | None = name
@@ -341,10 +339,11 @@ def resolve_card(name: str, envs: Sequence[str], look_up: Callable[[str], Mappin
         entries = look_up(at)
         entry = entries.get("")
         if entry is None:
-            if not layers:
+            if not chain:
                 return None
+            last = chain[-1]
             raise AssetCardError(
-                name, f"The card {seen[-1]!r} is based on {at!r}, which is not in the catalog ({layers[-1][3]})."
+                name, f"The card {last.name!r} is based on {at!r}, which is not in the catalog ({last.source})."
             )
 
         metadata = dict(entry.metadata)
@@ -358,7 +357,7 @@ def resolve_card(name: str, envs: Sequence[str], look_up: Callable[[str], Mappin
             folders.update(dict.fromkeys(overlay.metadata, overlay.folder))
             sources = dict.fromkeys(overlay.metadata, overlay.source)
 
-        layers.append((at, metadata, folders, entry.source, sources))
+        chain.append(AssetCard(at, metadata, None, folders, entry.source, sources))
         seen.append(at)
 
         base = metadata.get("base")
@@ -369,8 +368,8 @@ def resolve_card(name: str, envs: Sequence[str], look_up: Callable[[str], Mappin
             )
 
     card: AssetCard | None = None
-    for layer_name, metadata, folders, source, sources in reversed(layers):
-        card = AssetCard(layer_name, metadata, card, folders, source, sources)
+    for each in reversed(chain):
+        card = replace(each, base=card)
     if card is not None and applied:
         _require_pins(card, applied[0], lambda: resolve_card(name, [env for env in envs if env == USER_ENV], look_up))
 

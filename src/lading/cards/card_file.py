@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
-from lading.cards.card import CONFIG_KEYS, ArchitectureEntry, CardEntry, is_sha256
+from lading.cards.card import CONFIG_KEYS, FIELDS, ArchitectureEntry, CardEntry, is_sha256
 from lading.cards.documents.document import Document, join, show
 from lading.cards.documents.json_lines import json_documents
 from lading.cards.documents.read_yaml import yaml_documents
@@ -27,16 +27,7 @@ _MAX_BAD_DOCUMENTS = 1_000
 """The most documents per file whose problems are listed; further ones are only counted."""
 
 _STRING_FIELDS = (
-    "base",
-    "model_family",
-    "model_arch",
-    "checkpoint",
-    "checkpoint_path",
-    "url",
-    "license",
-    "tokenizer",
-    "tokenizer_path",
-    "tokenizer_ref",
+    *(field for field in FIELDS if field not in (*CONFIG_KEYS, "sha256", "restrict")),
     "tokenizer_family",
     "dataset_family",
 )

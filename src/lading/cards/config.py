@@ -58,17 +58,6 @@ def resolve_config(card: AssetCard, architecture: Architecture | None, config_kl
     return _resolve(layers_of(card, architecture), config_kls, card.name, f"the card {card.name!r}")
 
 
-def structure(config_kls: type[T], mapping: Mapping[str, object], *, where: str) -> T:
-    """Create an instance of ``config_kls`` from a mapping of its fields.
-
-    :param where: the location of ``mapping``, for the error: ``qwen.yaml[3].model_config``.
-
-    :raises AssetCardError: ``mapping`` does not fit; every unknown key and every wrong value is listed. The error's
-        ``name`` is ``where``.
-    """
-    return _structure(config_kls, mapping, [Layer(mapping, where, where)], where, where)
-
-
 def _resolve(layers: Sequence[Layer], config_kls: type[T], name: str, of: str) -> T:
     try:
         defaults: dict[str, object] = asdict(config_kls())  # type: ignore[call-overload]
@@ -78,7 +67,11 @@ def _resolve(layers: Sequence[Layer], config_kls: type[T], name: str, of: str) -
         ) from error
 
     stated = merge_layers(defaults, layers)
-    config = _structure(config_kls, stated, layers, name, of)
+    mapping: Any = expand_env(stated, os.environ)
+    try:
+        config: T = _validator(config_kls).validate_python(mapping)  # type: ignore[arg-type]  # classes are hashable
+    except ValidationError as error:
+        raise _misfit(error, config_kls, stated, mapping, layers, name, of) from None
     _refuse_free_text(config_kls, stated, layers, of)
 
     return config
@@ -87,20 +80,20 @@ def _resolve(layers: Sequence[Layer], config_kls: type[T], name: str, of: str) -
 # --- checking --------------------------------------------------------------------------------------------------------
 
 
-def _structure(config_kls: type[T], stated: Mapping[str, object], layers: Sequence[Layer], name: str, of: str) -> T:
-    """Create an instance of ``config_kls`` from ``stated``, the merged ``layers``; errors name the layer at fault."""
-    mapping: Any = expand_env(stated, os.environ)
-    try:
-        config: T = _validator(config_kls).validate_python(mapping)  # type: ignore[arg-type]  # classes are hashable
-    except ValidationError as error:
-        problems = error.errors(include_url=False)
-    else:
-        return config
-
+def _misfit(
+    error: ValidationError,
+    config_kls: type[object],
+    stated: Mapping[str, object],
+    mapping: Mapping[str, object],
+    layers: Sequence[Layer],
+    name: str,
+    of: str,
+) -> AssetCardError:
+    """Return the error that lists every unknown key and every wrong value, and names the layer at fault."""
     owners: list[str] = []
     # pydantic reports a value that fits no member of a union once for each member.
     expected: dict[tuple[str, str], list[str]] = {}
-    for problem in problems:
+    for problem in error.errors(include_url=False):
         place = _place(problem, mapping)
         owner, where = _where(place, layers, config_kls)
         owners.append(name if owner is None else owner)
@@ -115,7 +108,8 @@ def _structure(config_kls: type[T], stated: Mapping[str, object], layers: Sequen
 
     lines = [f"{where}: expected {' or '.join(texts)}, found {found}" for (where, found), texts in expected.items()]
     text = f" {lines[0]}" if len(lines) == 1 else "\n  ".join(["", *lines])
-    raise AssetCardError(owners[0], f"The configuration of {of} does not fit {config_kls.__name__}:{text}")
+
+    return AssetCardError(owners[0], f"The configuration of {of} does not fit {config_kls.__name__}:{text}")
 
 
 def _refuse_free_text(config_kls: type[T], stated: Mapping[str, object], layers: Sequence[Layer], of: str) -> None:

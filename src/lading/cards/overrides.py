@@ -92,38 +92,17 @@ def merge(base: Mapping[str, object], overrides: Mapping[str, object], *, path: 
 
     :raises ValueError: a directive has the wrong form.
     """
-    try:
-        return _merge(base, overrides)
-    except _DirectiveError as error:
-        for step in error.place:
-            path = join(path, step)
-        items = error.found[:5] if isinstance(error.found, list) else None
-        found = show(error.found) if items is None else f"[{', '.join(map(show, items))}]"
-        raise ValueError(f"{path}: expected {error.expected}, found {found}.") from None
-
-
-class _DirectiveError(Exception):
-    def __init__(self, place: tuple[str, ...], expected: str, found: object) -> None:
-        super().__init__(place, expected, found)
-        self.place = place
-        self.expected = expected
-        self.found = found
-
-
-def _merge(
-    base: Mapping[str, object], overrides: Mapping[str, object], place: tuple[str, ...] = ()
-) -> dict[str, object]:
     deleted = overrides.get("_del_")
     if deleted is None:
         deleted = []
     elif not isinstance(deleted, list) or not all(isinstance(key, str) for key in deleted):
-        raise _DirectiveError((*place, "_del_"), "a list of keys", deleted)
+        raise ValueError(f"{path}._del_: expected a list of keys, found {_shown(deleted)}.")
 
     replaced = overrides.get("_set_")
     if replaced is None:
         replaced = {}
     elif not isinstance(replaced, Mapping):
-        raise _DirectiveError((*place, "_set_"), "a mapping", replaced)
+        raise ValueError(f"{path}._set_: expected a mapping, found {_shown(replaced)}.")
 
     merged = {key: deepcopy(value) for key, value in base.items() if key not in deleted}
     for key, value in overrides.items():
@@ -131,12 +110,16 @@ def _merge(
             continue
         if isinstance(value, Mapping):
             below = merged.get(key)
-            merged[key] = _merge(below if isinstance(below, Mapping) else {}, value, (*place, key))
+            merged[key] = merge(below if isinstance(below, Mapping) else {}, value, path=join(path, key))
         else:
             merged[key] = deepcopy(value)
     merged.update(deepcopy(dict(replaced)))
 
     return merged
+
+
+def _shown(value: object) -> str:
+    return f"[{', '.join(map(show, value[:5]))}]" if isinstance(value, list) else show(value)
 
 
 # --- the environment -------------------------------------------------------------------------------------------------

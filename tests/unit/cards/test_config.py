@@ -11,7 +11,7 @@ import pytest
 from pydantic import ConfigDict, Field
 
 from lading.cards.card import Architecture, AssetCard
-from lading.cards.config import STRICT, architecture_config, resolve_config, structure
+from lading.cards.config import STRICT, architecture_config, resolve_config
 from lading.errors import AssetCardError, InternalError
 
 
@@ -307,25 +307,11 @@ def test_overrides_that_are_no_mapping() -> None:
 # --- classes ---------------------------------------------------------------------------------------------------------
 
 
-def test_structure() -> None:
-    assert structure(ToyConfig, {"model_dim": "8", "scale": {}}, where="x") == ToyConfig(model_dim=8, scale=Scale())
-
-    with pytest.raises(AssetCardError) as error:
-        structure(ToyConfig, {"model_dim": "x"}, where="config.json")
-    assert error.value.name == "config.json"
-    assert str(error.value) == (
-        "The configuration of config.json does not fit ToyConfig: config.json.model_dim: expected an integer, found 'x'"
-    )
-
-
 def test_classes_without_defaults() -> None:
     @dataclass
     class Required:
         size: int
 
-    assert structure(Required, {"size": 1}, where="x") == Required(1)
-    with pytest.raises(AssetCardError, match=r"Required: expected a value for 'size', found none$"):
-        structure(Required, {}, where="x")
     with pytest.raises(
         InternalError, match=r"^Required is expected to be a dataclass with a default for every field: "
     ):

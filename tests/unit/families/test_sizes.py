@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from lading.cards.config import structure
 from lading.cards.overrides import merge
 from lading.errors import AssetCardError, ModelCheckpointMismatchError, ModelConfigError, NotSupportedError
 from lading.families.nn.checks import MAX_SIZE, require_size
 from lading.models.construct import build_on_meta
 from lading.models.family import get_family
+from tests.helpers.configs import structured
 from tests.helpers.parity_tools import family_of
 
 FAMILIES = ["llama", "qwen", "mistral", "olmo", "gemma3", "bert", "wav2vec2", "wav2vec2_asr"]
@@ -54,7 +54,7 @@ def test_a_huge_number_in_a_configuration(name: str, huge: Any) -> None:
         if place[-1] not in ("num_layers", "num_encoder_layers"):
             overrides = merge(small, overrides, path="")
         try:
-            build_on_meta(family, structure(family.config_kls, overrides, where="card"))
+            build_on_meta(family, structured(family.config_kls, overrides))
         except (AssetCardError, NotSupportedError):
             continue
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.nn import init
 
-from lading.cards.config import structure
 from lading.errors import AssetCardError, ModelCheckpointMismatchError, NotSupportedError
 from lading.families import wav2vec2, wav2vec2_asr
 from lading.families.wav2vec2 import Wav2Vec2, Wav2Vec2Config, contrastive_logits, draw_distractors
@@ -18,6 +17,7 @@ from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig
 from lading.models.family import family_of_model_type, get_family
 from lading.models.resolve import family_of_folder
 from lading.planning.rules import route
+from tests.helpers.configs import structured
 
 ENCODER = Wav2Vec2EncoderConfig(
     model_dim=12,
@@ -351,13 +351,13 @@ def test_nonsense(config: Any, message: str) -> None:
 
 
 def test_overrides_reach_the_encoder() -> None:
-    config = structure(Wav2Vec2Config, {"encoder_config": {"norm_order": "PRE", "model_dim": 4}}, where="here")
+    config = structured(Wav2Vec2Config, {"encoder_config": {"norm_order": "PRE", "model_dim": 4}})
 
     assert (config.encoder_config.norm_order, config.encoder_config.model_dim) == ("PRE", 4)
     with pytest.raises(AssetCardError, match=r"encoder_config\.norm_order.*'POST' or 'PRE'"):
-        structure(Wav2Vec2Config, {"encoder_config": {"norm_order": "pre"}}, where="here")
+        structured(Wav2Vec2Config, {"encoder_config": {"norm_order": "pre"}})
     with pytest.raises(AssetCardError, match="model_dim"):
-        structure(Wav2Vec2Config, {"encoder_config": {"modell_dim": 4}}, where="here")
+        structured(Wav2Vec2Config, {"encoder_config": {"modell_dim": 4}})
 
 
 def test_a_published_file() -> None:
