@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lading.errors import FetchError, LadingError
-from lading.sources.hub.cache import cached_file, repositories
+from lading.sources.hub.cache import cached_file, repository_folders, repository_id, snapshot_files, snapshot_folders
 from lading.sources.hub.source import HubSource
 from lading.sources.source import RemoteFile, Snapshot
 from tests.servers.hub import TOKEN, FakeHub
@@ -264,9 +264,7 @@ def test_what_is_no_file_of_the_cache_is_left_out(cache: Path, tmp_path: Path) -
     (snapshot / "escape\x1b[2J").write_text("x")
     (snapshot / os.fsdecode(b"\xff\xfe")).write_text("x")
 
-    (found,) = repositories()
-
-    assert [f.name for f in found.files] == ["good"]
+    assert [f.name for f in snapshot_files(snapshot)] == ["good"]
     names = sorted(p.name for p in snapshot.iterdir())
     assert [n for n in names if cached_file(cache / "models--a--b", COMMIT, n) is not None] == ["good"]
     source = HubSource("hg://a/b", offline=True)
@@ -278,7 +276,7 @@ def test_what_is_no_file_of_the_cache_is_left_out(cache: Path, tmp_path: Path) -
 
 
 def test_folders_with_names_that_are_no_ids(cache: Path, tmp_path: Path) -> None:
-    for name in (
+    names = [
         "models--",
         "models--..",
         "models--a--b--c",
@@ -286,7 +284,8 @@ def test_folders_with_names_that_are_no_ids(cache: Path, tmp_path: Path) -> None
         "models--x y",
         "datasets--a--b",
         "models--.a",
-    ):
+    ]
+    for name in names:
         (cache / name / "snapshots" / COMMIT).mkdir(parents=True)
     (cache / "models--file").write_text("x")
     (cache / "models--link").symlink_to(cache / "models--a--b", target_is_directory=True)
@@ -295,7 +294,9 @@ def test_folders_with_names_that_are_no_ids(cache: Path, tmp_path: Path) -> None
     (cache / "models--a--b" / "snapshots" / ("e" * 40)).symlink_to(tmp_path, target_is_directory=True)
     os.mkfifo(cache / "models--a--b" / "snapshots" / ("d" * 40))
 
-    assert [(r.repo, r.commit) for r in repositories()] == [("a/b", COMMIT)]
+    assert [repository_id(cache / name) for name in names] == [None] * len(names)
+    assert repository_folders("a/b", "file", "link") == [("a/b", cache / "models--a--b")]
+    assert snapshot_folders(cache / "models--a--b") == [cache / "models--a--b" / "snapshots" / COMMIT]
 
 
 def test_a_ref_that_never_ends(cache: Path) -> None:
@@ -315,4 +316,4 @@ def test_a_deep_folder_ends(cache: Path) -> None:
     deep.mkdir(parents=True)
     (deep / "file").write_text("x")
 
-    assert repositories()[0].files == ()
+    assert snapshot_files(cache / "models--a--b" / "snapshots" / COMMIT) == ()

@@ -26,6 +26,7 @@ from lading.sources.cache import Cache, CachedFile
 from lading.sources.hub.cache import blob_tag
 from lading.system.filesystem import FileStat, location_id
 from lading.system.settings import Settings
+from tests.helpers.cache_tools import size_of
 from tests.helpers.cached_repository import add_cards, add_snapshot, tree, use_cache
 from tests.helpers.catalog_tools import nobody, public_folder
 from tests.helpers.make_checkpoint import make
@@ -70,7 +71,7 @@ def fetched_by_http(uri: str, file: Path, *, in_catalog: bool = True) -> Path:
         blob = cache.put(opened.fileno(), part, sha256, "model.safetensors")
     stat = FileStat.from_stat(blob.stat())
     known = CachedFile(sha256=sha256, size=len(data), etag=None, published=False, stat=stat, fetched_at=0.0)
-    cache.add(uri, "", {"model.safetensors": known})
+    cache.add(uri, {"model.safetensors": known})
     if in_catalog:
         copy = LocalCopy(file="model.safetensors", path=blob, stat=stat, kind="cache", verified_at="2026-01-01")
         record(uri, file, [copy])
@@ -118,7 +119,7 @@ def test_what_was_fetched_is_removed(tmp_path: Path, made: Path) -> None:
 
     assert lading.remove_model("tiny") == removal
     assert not blob.exists()
-    assert own_cache().size() == 0
+    assert size_of(own_cache()) == 0
     assert list(own_cache().entries()) == []
     assert known(HTTP) == 0
     assert lading.get_asset_store().models("tiny")[0].status == "remote"
@@ -369,10 +370,10 @@ def test_a_removal_from_the_cache_that_is_killed(process: Run, tmp_path: Path, h
         fetched_by_http(HTTP, made / "tiny" / "model.safetensors")
 
     for _ in _killed_at_each_step(process, "tiny", prepare):
-        assert known(HTTP) == 0 or not usable("tiny") or own_cache().size() > 0
+        assert known(HTTP) == 0 or not usable("tiny") or size_of(own_cache()) > 0
 
         lading.remove_model("tiny")
-        assert (known(HTTP), own_cache().size(), list(own_cache().entries())) == (0, 0, [])
+        assert (known(HTTP), size_of(own_cache()), list(own_cache().entries())) == (0, 0, [])
 
 
 def usable(name: str) -> bool:

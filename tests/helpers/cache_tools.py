@@ -14,6 +14,11 @@ def files_in(folder: Path, kind: str) -> list[Path]:
     return sorted(path for path in (folder / kind).rglob("*") if path.is_file())
 
 
+def size_of(cache: Cache) -> int:
+    """Return the bytes of all files in a cache of lading's, partially fetched ones included."""
+    return sum(path.stat().st_size for kind in ("blobs", "tmp") for path in files_in(cache.folder, kind))
+
+
 def require_consistent(folder: Path) -> None:
     """What is in a cache of lading's is what its name says, and nothing else is there."""
     for blob in files_in(folder, "blobs"):

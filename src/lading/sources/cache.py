@@ -25,7 +25,7 @@ import re
 import stat
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,6 @@ class Entry:
     """The SHA-256 of the complete URI, which identifies the entry."""
     catalog: str = ""
     """The catalog that fetched it, see :attr:`lading.system.settings.Settings.catalog_id`; empty if unknown."""
-    revision: str
     files: Mapping[str, CachedFile]
     """The files, by their names within the source."""
 
@@ -170,13 +169,13 @@ class Cache:
 
         return {path.name[:64] for path, found in self._blobs() if found.st_uid != os.geteuid()}
 
-    def add(self, uri: str, revision: str, files: Mapping[str, CachedFile]) -> None:
-        """Record the files that this catalog fetched from ``uri``; keep the other files of the same revision.
+    def add(self, uri: str, files: Mapping[str, CachedFile]) -> None:
+        """Record the files that this catalog fetched from ``uri``, and keep the records of others.
 
         If two processes do so at once, one record may be lost; its file is then found by its content or fetched again.
         """
         before = self.entry(uri)
-        if before is not None and before.revision == revision:
+        if before is not None:
             files = {**before.files, **files}
 
         path = self._entry_path(entry_key(uri))
@@ -185,7 +184,7 @@ class Cache:
             # Whatever the umask, others must not write to it: entries that others can write are not trusted.
             mode = 0o600 if shown_uri(uri) != uri else stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o644
             os.fchmod(file.fileno(), mode)
-            file.write(json.dumps(_to_json(uri, revision, files), indent=1).encode())
+            file.write(json.dumps(_to_json(uri, files), indent=1).encode())
             file.flush()
             os.fsync(file.fileno())
             name.rename(path)
@@ -233,12 +232,6 @@ class Cache:
         inside = path.parent.parent == self.folder / "blobs" and _BLOB.fullmatch(path.name) is not None
 
         return path.name[:64] if inside else None
-
-    def size(self) -> int:
-        """Return the size of all files in bytes, including partially fetched ones."""
-        parts = sum(os.lstat(path).st_blocks * 512 for path in _files(self.tmp))
-
-        return parts + sum(found.st_size for _, found in self._blobs())
 
     # --- temporary files and locks -----------------------------------------------------------------------------------
 
@@ -288,22 +281,16 @@ def _without_states(entry: Entry) -> Entry:
     return replace(entry, files={name: replace(file, stat=None) for name, file in entry.files.items()})
 
 
-def _to_json(uri: str, revision: str, files: Mapping[str, CachedFile]) -> dict[str, Any]:
+def _to_json(uri: str, files: Mapping[str, CachedFile]) -> dict[str, Any]:
+    def to_json(file: CachedFile) -> dict[str, Any]:
+        state = None if file.stat is None else [file.stat.mtime_ns, file.stat.ctime_ns, file.stat.inode]
+        return {**asdict(file), "stat": state}
+
     return {
         "uri": shown_uri(uri),
         "whole": shown_uri(uri) == uri,
-        "revision": revision,
-        "files": {
-            name: {
-                "sha256": file.sha256,
-                "size": file.size,
-                "etag": file.etag,
-                "published": file.published,
-                "stat": None if file.stat is None else [file.stat.mtime_ns, file.stat.ctime_ns, file.stat.inode],
-                "fetched_at": file.fetched_at,
-            }
-            for name, file in files.items()
-        },
+        "revision": "",  # earlier versions of lading expect it
+        "files": {name: to_json(file) for name, file in files.items()},
     }
 
 
@@ -324,7 +311,7 @@ def _read_entry(path: Path) -> Entry | None:
         if entry_key(uri) != match[1] and document["whole"] is not False:
             return None
         files = {str(name): _file_from_json(value) for name, value in document["files"].items()}
-        entry = Entry(uri=uri, key=match[1], catalog=match[2] or "", revision=str(document["revision"]), files=files)
+        entry = Entry(uri=uri, key=match[1], catalog=match[2] or "", files=files)
     except (OSError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -334,8 +321,7 @@ def _read_entry(path: Path) -> Entry | None:
 
 
 def _file_from_json(value: dict[str, Any]) -> CachedFile:
-    sha256, size, state = value["sha256"], value["size"], value["stat"]
-    etag = value["etag"]
+    sha256, size, etag, state = value["sha256"], value["size"], value["etag"], value["stat"]
     if not _SHA256.fullmatch(sha256) or type(size) is not int or not isinstance(etag, str | None):
         raise ValueError(value)
 

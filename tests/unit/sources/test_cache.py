@@ -19,6 +19,7 @@ from lading.sources import partial
 from lading.sources.cache import Cache, CachedFile
 from lading.sources.partial import Identity, Partial, Range, advisory_lock, sweep, temporary_file
 from lading.system.filesystem import FileStat
+from tests.helpers.cache_tools import size_of
 
 URI = "https://a.example/org/model.safetensors"
 
@@ -107,26 +108,26 @@ def test_entries(cache: Cache) -> None:
     assert cache.entry(URI) is None
     assert list(cache.entries()) == []
     one, two = put(cache, b"1"), put(cache, b"2")
-    cache.add(URI, "", {"model.safetensors": one})
-    cache.add(URI, "", {"../evil": two})
+    cache.add(URI, {"model.safetensors": one})
+    cache.add(URI, {"../evil": two})
 
     entry = cache.entry(URI)
     assert entry is not None
-    assert (entry.uri, entry.revision) == (URI, "")
+    assert entry.uri == URI
     assert entry.files == {"model.safetensors": one, "../evil": two}
     assert list(cache.entries()) == [entry]
 
-    cache.add(URI, "r2", {"model.safetensors": two})
+    cache.add(URI, {"model.safetensors": two})
     entry = cache.entry(URI)
     assert entry is not None
-    assert entry.files == {"model.safetensors": two}
+    assert entry.files == {"model.safetensors": two, "../evil": two}
 
 
 @pytest.mark.parametrize(
     "damage", ["cut", "empty", "list", "deep", "digest", "uri", "size", "huge", "link", "fifo", "folder"]
 )
 def test_a_damaged_entry_is_none(cache: Cache, tmp_path: Path, damage: str) -> None:
-    cache.add(URI, "", {"model.safetensors": put(cache, b"1")})
+    cache.add(URI, {"model.safetensors": put(cache, b"1")})
     (path,) = (cache.folder / "entries").iterdir()
     text = path.read_text()
     path.unlink()
@@ -164,9 +165,9 @@ def test_a_damaged_entry_is_none(cache: Cache, tmp_path: Path, damage: str) -> N
 
 def test_removing_keeps_what_others_refer_to(cache: Cache) -> None:
     one, two = put(cache, b"1" * 100), put(cache, b"2" * 50)
-    cache.add(URI, "", {"a": one, "b": two})
-    cache.add(URI + "2", "", {"c": two})
-    assert cache.size() == 150
+    cache.add(URI, {"a": one, "b": two})
+    cache.add(URI + "2", {"c": two})
+    assert size_of(cache) == 150
 
     assert cache.remove(URI) == 100
     assert cache.entry(URI) is None
@@ -175,15 +176,15 @@ def test_removing_keeps_what_others_refer_to(cache: Cache) -> None:
 
     assert cache.remove(URI) == 0
     assert cache.remove(URI + "2") == 50
-    assert cache.size() == 0
+    assert size_of(cache) == 0
 
 
 def test_each_catalog_has_entries_of_its_own(cache: Cache) -> None:
     other = Cache(cache.folder, catalog="ab" * 8)
     file = put(cache, b"1" * 100)
-    cache.add(URI, "", {"a": file})
-    other.add(URI, "", {"a": file})
-    other.add(URI + "2", "", {"b": file})
+    cache.add(URI, {"a": file})
+    other.add(URI, {"a": file})
+    other.add(URI + "2", {"b": file})
 
     assert cache.entry(URI + "2") is None
     (entry,) = other.others(URI)
@@ -198,7 +199,7 @@ def test_each_catalog_has_entries_of_its_own(cache: Cache) -> None:
 
 
 def test_an_entry_that_others_may_write_says_nothing_of_states(cache: Cache) -> None:
-    cache.add(URI, "", {"a": put(cache, b"1")})
+    cache.add(URI, {"a": put(cache, b"1")})
     (path,) = (cache.folder / "entries").iterdir()
     path.chmod(0o666)
     entry = cache.entry(URI)
@@ -210,7 +211,7 @@ def test_own_entries_are_believed_under_every_umask(cache: Cache) -> None:
     file = put(cache, b"1")
     before = os.umask(0o002)
     try:
-        cache.add(URI, "", {"a": file})
+        cache.add(URI, {"a": file})
     finally:
         os.umask(before)
     entry = cache.entry(URI)
@@ -219,7 +220,7 @@ def test_own_entries_are_believed_under_every_umask(cache: Cache) -> None:
 
 
 def test_files_of_other_users_stay_where_an_entry_cannot_be_read(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache.add(URI, "", {"a": put(cache, b"1" * 100)})
+    cache.add(URI, {"a": put(cache, b"1" * 100)})
     assert cache.files_of_others() == set()
 
     monkeypatch.setattr("lading.sources.cache.os.geteuid", lambda: 2**31 - 2)
@@ -240,9 +241,9 @@ def test_entries_that_cannot_be_listed_are_unknown(cache: Cache) -> None:
 
 
 def test_the_secrets_of_an_address_are_not_kept(cache: Cache) -> None:
-    cache.add(URI, "", {"a": put(cache, b"1")})
+    cache.add(URI, {"a": put(cache, b"1")})
     for uri in (URI + "?token=Secret", URI + "?token=Geheim#Secret", "https://Secret@a.example/org/model.safetensors"):
-        cache.add(uri, "", {"a": put(cache, b"1")})
+        cache.add(uri, {"a": put(cache, b"1")})
         entry = cache.entry(uri)
         assert entry is not None
         assert entry.uri == URI

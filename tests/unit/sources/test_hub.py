@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from lading.errors import FetchError, ModelGatedError, PolicyError
 from lading.sources.hub.address import HubAddress, is_file_name, is_repo_id
-from lading.sources.hub.cache import CachedFile, cached_commit, cached_file, hub_cache, repositories, repository_folders
+from lading.sources.hub.cache import cached_commit, cached_file, hub_cache, repository_folders, snapshot_folders
 from lading.sources.hub.files import git_blob_id
 from lading.sources.hub.source import HubSource
 from lading.sources.source import RemoteFile, Snapshot, Source
@@ -303,27 +303,23 @@ def test_a_ref_that_is_nonsense(cache: Path, text: str) -> None:
     assert cached_commit(cache / "models--a--b", "main") is None
 
 
-def test_repositories_lists_all_that_is_there(cache: Path) -> None:
+def test_a_snapshot_lists_all_that_is_there(cache: Path) -> None:
     first = _put(cache, "Qwen/Tiny", COMMIT, "config.json", b"{}", "c" * 40)
     _put(cache, "Qwen/Tiny", COMMIT, "sub/model.safetensors", b"123", SHA256)
-    _put(cache, "Qwen/Tiny", OTHER, "config.json", b"[]", None)
-    _put(cache, "gpt2", COMMIT, "model.safetensors", b"1234", SHA256)
+    second = _put(cache, "Qwen/Tiny", OTHER, "config.json", b"[]", None)
 
-    found = repositories()
-
-    assert [(r.repo, r.commit) for r in found] == [("Qwen/Tiny", COMMIT), ("Qwen/Tiny", OTHER), ("gpt2", COMMIT)]
-    assert found[0].path == first.parent
-    assert found[0].files == (
-        CachedFile(name="config.json", size=2, tag="c" * 40),
-        CachedFile(name="sub/model.safetensors", size=3, tag=SHA256),
+    assert snapshot_folders(cache / "models--Qwen--Tiny") == [first.parent, second.parent]
+    assert HubSource(f"hg://Qwen/Tiny@{COMMIT}").cached_snapshot().files == (
+        RemoteFile(name="config.json", size=2, etag='"' + "c" * 40 + '"'),
+        RemoteFile(name="sub/model.safetensors", size=3, sha256=SHA256, etag=f'"{SHA256}"'),
     )
-    assert found[1].files == (CachedFile(name="config.json", size=2, tag=None),)
+    assert HubSource(f"hg://Qwen/Tiny@{OTHER}").cached_snapshot().files == (RemoteFile(name="config.json", size=2),)
 
 
 def test_no_cache_at_all(cache: Path) -> None:
     cache.rmdir()
 
-    assert repositories() == []
+    assert repository_folders("a/b") == []
     assert HubSource("hg://a/b", offline=True).cached_snapshot() is None
     with pytest.raises(FetchError, match="LADING_OFFLINE"):
         HubSource("hg://a/b", offline=True).snapshot()
@@ -338,5 +334,6 @@ def test_a_blob_of_the_store_that_repositories_share(cache: Path) -> None:
     blob.unlink()
     blob.symlink_to("../../blobs/ab/shared")
 
-    assert repositories()[0].files == (CachedFile(name="x.safetensors", size=4, tag=SHA256),)
+    file = RemoteFile(name="x.safetensors", size=4, sha256=SHA256, etag=f'"{SHA256}"')
+    assert HubSource("hg://a/b").cached_snapshot().files == (file,)
     assert cached_file(cache / "models--a--b", COMMIT, "x.safetensors") == path

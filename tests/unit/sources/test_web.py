@@ -277,7 +277,7 @@ def test_what_another_catalog_wrote_is_checked_once(cache: Cache, harm: str, pub
             entry = cache.entry(source.uri)
             assert entry is not None
             cache.add(
-                source.uri, "", {file.name: replace(entry.files[file.name], stat=FileStat.from_stat(file.path.stat()))}
+                source.uri, {file.name: replace(entry.files[file.name], stat=FileStat.from_stat(file.path.stat()))}
             )
 
         source = open_source(server, mine)

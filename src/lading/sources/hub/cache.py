@@ -13,40 +13,16 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from lading.sources.hub.address import is_commit, is_file_name, is_repo_id, is_sha256
+from lading.sources.source import RemoteFile
 from lading.system.filesystem import expand_home, storage_path
 
 _PREFIX = "models--"
 _DEPTH = 16
 _LISTED = 100_000
 """The most files of one snapshot that lading looks at; no repository has more."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CachedFile:
-    """A file of a snapshot in the cache."""
-
-    name: str
-    """The path within the repository, with forward slashes."""
-    size: int
-    """Bytes."""
-    tag: str | None
-    """The name of the blob behind the link: a SHA-256 or a git blob id, as the hub stated it at the download."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CachedRepository:
-    """One commit of a repository in the cache, with the files of it that are there."""
-
-    repo: str
-    """The id, as the folder spells it."""
-    commit: str
-    path: Path
-    """The folder of the snapshot."""
-    files: tuple[CachedFile, ...]
 
 
 def hub_cache() -> Path:
@@ -101,15 +77,6 @@ def repository_folders(*repos: str) -> list[tuple[str, Path]]:
     return found
 
 
-def repositories() -> list[CachedRepository]:
-    """Return every commit of every model repository in the cache, without junk and hostile contents."""
-    return [
-        CachedRepository(repo=repo, commit=path.name, path=path, files=snapshot_files(path))
-        for repo, folder in sorted(_folders())
-        for path in snapshot_folders(folder)
-    ]
-
-
 def snapshot_folders(folder: Path) -> list[Path]:
     """Return the snapshots in a repository's folder."""
     entries = sorted(_entries(folder / "snapshots"), key=lambda entry: entry.name)
@@ -117,16 +84,21 @@ def snapshot_folders(folder: Path) -> list[Path]:
     return [Path(entry.path) for entry in entries if is_commit(entry.name) and entry.is_dir(follow_symlinks=False)]
 
 
-def snapshot_files(path: Path) -> tuple[CachedFile, ...]:
-    """Return the files in the folder of a snapshot, in the order of their names."""
+def snapshot_files(path: Path) -> tuple[RemoteFile, ...]:
+    """Return the files in the folder of a snapshot, in the order of their names.
+
+    Their digests and entity tags are those that the hub published when the files were fetched.
+    """
     root = os.path.realpath(hub_cache())
-    found: list[CachedFile] = []
+    found: list[RemoteFile] = []
     for name in _names(path, "", _DEPTH):
         if len(found) == _LISTED:
             break
         seen = _regular(path / name, root)
         if seen is not None:
-            found.append(CachedFile(name=name, size=seen.st_size, tag=blob_tag(path / name)))
+            tag = blob_tag(path / name)
+            sha256 = tag if tag is not None and is_sha256(tag) else None
+            found.append(RemoteFile(name=name, size=seen.st_size, sha256=sha256, etag=tag and f'"{tag}"'))
 
     return tuple(sorted(found, key=lambda file: file.name))
 

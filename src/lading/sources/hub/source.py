@@ -26,7 +26,6 @@ from lading.sources.hub.address import (
     is_sha256,
 )
 from lading.sources.hub.cache import (
-    CachedFile,
     cached_commit,
     cached_file,
     folder_name,
@@ -85,10 +84,6 @@ class HubSource:
 
         A large file has a SHA-256, a small one its git blob id as its entity tag. Files with invalid names are left
         out, with a warning.
-
-        :raises FetchError: the hub cannot be reached, or its answer is invalid; or offline, without cached files.
-        :raises CheckpointNotFoundError: the repository or revision does not exist.
-        :raises ModelGatedError: the user has no access.
         """
         if self._offline:
             cached = self.cached_snapshot()
@@ -125,10 +120,7 @@ class HubSource:
         return tuple(sorted(files.values(), key=lambda file: file.name))
 
     def cached_snapshot(self) -> Snapshot | None:
-        """Return the cached files of the revision; ``None`` if there are none.
-
-        The digests are those that the hub published when the files were fetched.
-        """
+        """Return the cached files of the revision; ``None`` if there are none."""
         for _, folder in self._folders():
             commit = cached_commit(folder, self.revision or "main")
             if commit is None and self.revision is None:
@@ -136,7 +128,7 @@ class HubSource:
                 commit = snapshots[0].name if len(snapshots) == 1 else None
             files = () if commit is None else snapshot_files(folder / "snapshots" / commit)
             if commit is not None and files:
-                return Snapshot(uri=self.uri, revision=commit, files=tuple(map(_known_file, files)))
+                return Snapshot(uri=self.uri, revision=commit, files=files)
 
         return None
 
@@ -162,12 +154,7 @@ class HubSource:
     # --- bytes -------------------------------------------------------------------------------------------------------
 
     def read(self, snapshot: Snapshot, file: RemoteFile, offset: int, size: int) -> bytes:
-        """Read exactly ``size`` bytes of a file at the snapshot's commit. Safe to call from several threads.
-
-        :raises FetchError: the hub cannot be reached, or its answer is invalid; or offline, if the file is not cached.
-        :raises CheckpointNotFoundError: the hub does not have the file any more.
-        :raises ModelGatedError: the user has no access.
-        """
+        """Read exactly ``size`` bytes of a file at the snapshot's commit. Safe to call from several threads."""
         commit = self._commit(snapshot)
         check_file_name(file.name, self.uri)
         if offset < 0 or size < 0 or (file.size is not None and offset + size > file.size):
@@ -210,12 +197,6 @@ class HubSource:
         second time.
 
         :param progress: whether to show a progress bar on stderr.
-
-        :raises FetchError: the hub cannot be reached, or its answer is invalid; or offline, if a file is not cached.
-        :raises CheckpointNotFoundError: the hub does not have one of the files any more.
-        :raises ModelGatedError: the user has no access.
-        :raises DigestMismatchError: the bytes differed from the published ones twice.
-        :raises OSError: the disk is full, or cannot be written.
         """
         commit = self._commit(snapshot)
         for file in files:
@@ -303,12 +284,3 @@ def _remote_file(sibling: RepoSibling, uri: str) -> RemoteFile:
         raise FetchError(f"{uri}: expected the SHA-256 of {sibling.rfilename}, found {lfs.sha256!r}.")
 
     return RemoteFile(name=sibling.rfilename, size=size, sha256=lfs.sha256, etag=f'"{lfs.sha256}"')
-
-
-def _known_file(file: CachedFile) -> RemoteFile:
-    return RemoteFile(
-        name=file.name,
-        size=file.size,
-        sha256=file.tag if file.tag is not None and is_sha256(file.tag) else None,
-        etag=None if file.tag is None else f'"{file.tag}"',
-    )

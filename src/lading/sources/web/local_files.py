@@ -58,23 +58,22 @@ class LocalFiles:
             return None
 
         path = self._cache.find(sha256)
-        if path is not None and (state := _verified(path, sha256, None if record is None else record.stat)):
+        state = None if path is None else _verified(path, sha256, None if record is None else record.stat)
+        if state is not None:
             self._seen[sha256] = state
             if record is None or record.stat != state:
                 self.note(file, sha256, state)
-            return FetchedFile(name=file.name, path=path, stat=state, sha256=sha256, published=file.sha256 is not None)
-
-        if (path := known(sha256)) is not None:
+        elif (path := known(sha256)) is not None:
             try:
                 found = os.stat(path)
             except OSError:
                 return None
             if stat.S_ISREG(found.st_mode) and file.size in (None, found.st_size):
                 state = FileStat.from_stat(found)
-                published = file.sha256 is not None
-                return FetchedFile(name=file.name, path=path, stat=state, sha256=sha256, published=published)
+        if path is None or state is None:
+            return None
 
-        return None
+        return FetchedFile(name=file.name, path=path, stat=state, sha256=sha256, published=file.sha256 is not None)
 
     def read(self, file: RemoteFile, offset: int, size: int) -> bytes | None:
         """Read a part of the copy in the cache; return ``None`` if it has changed since it was checked.
@@ -113,7 +112,7 @@ class LocalFiles:
             fetched_at=time.time(),
         )
         try:
-            self._cache.add(self._uri, "", {file.name: record})
+            self._cache.add(self._uri, {file.name: record})
         except OSError as error:
             # The file is here and intact; only the next lookup takes longer.
             _log.warning("The cache %s is not writable and cannot record %r: %s", self._cache.folder, file.name, error)
