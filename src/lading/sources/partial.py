@@ -17,7 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -154,12 +154,7 @@ class Partial:
 
 def _identity_json(identity: Identity) -> dict[str, Any]:
     # The URL is hashed, as it may hold a secret and all users of the cache can read the notes.
-    return {
-        "url": sha256(identity.url.encode()).hexdigest(),
-        "etag": identity.etag,
-        "size": identity.size,
-        "sha256": identity.sha256,
-    }
+    return {**asdict(identity), "url": sha256(identity.url.encode()).hexdigest()}
 
 
 def _notes(path: Path) -> Path:
@@ -255,22 +250,18 @@ def advisory_lock(folder: Path, key: str, *, written: Path) -> Iterator[bool]:
 
 
 def _wait_for_lock(fd: int, sign: Callable[[], object]) -> bool:
-    waiting = None
+    waiting = Waiting(sign)
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if waiting is None:
-                _log.warning("Another process is fetching the same file; waiting for it.")
-                waiting = Waiting(sign)
-            elif waiting.is_over():
-                _log.warning("The other process gave no sign of life for %g s; going on without it.", SILENCE)
+            if waiting.is_over():
                 return True
             time.sleep(0.1)
             continue
         with suppress(OSError):  # a full disk: other processes then watch the written files
             os.pwrite(fd, f"{_owner()}\n".encode(), 0)
-        return waiting is not None
+        return waiting.began
 
 
 class Waiting:
@@ -278,16 +269,23 @@ class Waiting:
 
     def __init__(self, sign: Callable[[], object]) -> None:
         """:param sign: returns a different value at each call while the other process works."""
+        self.began = False
         self._sign = sign
-        self._last, self._since = sign(), time.monotonic()
+        self._last: object = None
+        self._since = 0.0
 
     def is_over(self) -> bool:
-        """Return whether there was no sign for :data:`SILENCE` seconds."""
+        """Return whether there was no sign for :data:`SILENCE` seconds. The first call begins the wait."""
         now, sign = time.monotonic(), self._sign()
-        if sign != self._last:
-            self._last, self._since = sign, now
+        if not self.began:
+            _log.warning("Another process is fetching the same file; waiting for it.")
+        if not self.began or sign != self._last:
+            self.began, self._last, self._since = True, sign, now
+        if now - self._since <= SILENCE:
+            return False
+        _log.warning("The other process gave no sign of life for %g s; going on without it.", SILENCE)
 
-        return now - self._since > SILENCE
+        return True
 
 
 def _sign_of_life(fd: int, written: Path) -> object:

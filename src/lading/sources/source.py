@@ -83,15 +83,16 @@ class Source(Protocol):
     def snapshot(self) -> Snapshot:
         """Return the files published now, or at the revision that the source was opened for.
 
-        :raises FetchError: the source cannot be reached, or its answer is invalid.
+        :raises FetchError: the source cannot be reached, or its answer is invalid; or offline, it is not cached.
         :raises CheckpointNotFoundError: the source does not have it (also a ``FileNotFoundError``).
         :raises ModelGatedError: the publisher grants access on request only.
+        :raises PolicyError: a web server requires credentials, or its address or a redirect is refused.
         """
 
     def read(self, snapshot: Snapshot, file: RemoteFile, offset: int, size: int) -> bytes:
         """Read exactly ``size`` bytes of a file, starting at ``offset``. Safe to call from several threads.
 
-        :raises FetchError: the source cannot be reached, its answer is invalid, or the content has changed.
+        :raises FetchError: the content has changed; or as :meth:`snapshot`, which lists the other errors, too.
         """
 
     def fetch(
@@ -101,7 +102,7 @@ class Source(Protocol):
 
         The call is idempotent, and safe while other processes fetch the same files.
 
-        :raises FetchError: the source cannot be reached, its answer is invalid, or the content has changed.
+        :raises FetchError: the content has changed; or as :meth:`snapshot`, which lists other errors, too.
         :raises DigestMismatchError: the bytes differ from the published ones.
         :raises OSError: the disk is full, or cannot be written.
         """

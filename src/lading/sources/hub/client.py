@@ -22,6 +22,7 @@ from lading.sources.hub.errors import BrokenAnswerError, public, retried, transl
 from lading.sources.partial import Waiting, file_states
 from lading.sources.proxies import require_proxies
 from lading.sources.web.client import http_library
+from lading.sources.web.redirects import MAX_REDIRECTS, Origin
 from lading.system.version import __version__
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ TIMEOUT = 30.0
 """The longest wait for a byte, in seconds."""
 SLOWEST = 1 << 16
 """The least speed of a range, in bytes a second, on top of a ``TIMEOUT`` for its beginning."""
-REDIRECTS = 10
 
 _log = logging.getLogger("lading.sources")
 
@@ -125,11 +125,11 @@ def _ask(start: str, home: str, offset: int, size: int, total: int | None) -> tu
     headers = build_hf_headers(library_name="lading", library_version=__version__)
     headers |= {"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
     bare = {name: value for name, value in headers.items() if name.lower() != "authorization"}
-    client = get_session()
+    client, url = get_session(), http_library().URL
 
     at = start
-    for _ in range(REDIRECTS + 1):
-        sent = headers if _origin(at) == _origin(home) else bare
+    for _ in range(MAX_REDIRECTS + 1):
+        sent = headers if Origin.of(url(at)) == Origin.of(url(home)) else bare
         with client.stream("GET", at, headers=sent, follow_redirects=False, timeout=TIMEOUT) as response:
             if not response.has_redirect_location:
                 hf_raise_for_status(response)
@@ -143,14 +143,8 @@ def _ask(start: str, home: str, offset: int, size: int, total: int | None) -> tu
         at = target
 
     raise FetchError(
-        f"{public(home)}: expected at most {REDIRECTS} redirects, found more. The last one was to {public(at)!r}."
+        f"{public(home)}: expected at most {MAX_REDIRECTS} redirects, found more. The last one was to {public(at)!r}."
     )
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def _body(response: Any, offset: int, size: int, total: int | None) -> bytes:
@@ -305,16 +299,12 @@ class _BoundedLock:
     def _enter(self, stack: ExitStack, path: Path) -> Any:
         """Return the lock, held until ``stack`` closes; ``None`` if this cannot get it."""
         blobs = path.parents[2] / path.parent.name / "blobs"
-        waiting: Waiting | None = None
+        waiting = Waiting(lambda: file_states(blobs, f"{path.stem}*"))
         while True:
             try:
                 return stack.enter_context(self.lock(path, timeout=1))
             except TimeoutError:  # filelock's own error derives from it
-                if waiting is None:
-                    _log.warning("another process is fetching the same file; waiting for it")
-                    waiting = Waiting(lambda: file_states(blobs, f"{path.stem}*"))
-                elif waiting.is_over():
-                    _log.warning("the other process gave no sign of life for some time; going on without it")
+                if waiting.is_over():
                     return None
             except OSError as error:
                 _log.info("%s cannot be locked: %s", path, error)

@@ -93,7 +93,7 @@ class Client:
 
         self._boundary = RedirectPolicy()
         self._authorization = authorization(self.url.host)
-        self._final_urls: dict[str, httpx.URL] = {}
+        self.final_urls: dict[httpx.URL, httpx.URL] = {}
         """The final URL of the redirects from a URL, so that each range does not follow them again."""
         self._tls: Any = None
         self._lock = threading.Lock()
@@ -177,15 +177,6 @@ class Client:
 
         return headers
 
-    def final_url(self, url: httpx.URL) -> httpx.URL:
-        return self._final_urls.get(str(url), url)
-
-    def set_final_url(self, url: httpx.URL, location: httpx.URL | None) -> None:
-        if location is None:
-            self._final_urls.pop(str(url), None)
-        elif location != url:
-            self._final_urls[str(url)] = location
-
     def watch(self, url: httpx.URL, opened: Callable[[Any], None]) -> Callable[[str, dict[str, Any]], None]:
         """Return a trace hook of the HTTP library, which checks each new connection before data is sent on it."""
         direct = True
@@ -240,30 +231,20 @@ class Connection:
         :raises PolicyError: the server, or lading, refuses the request.
         :raises FetchError: the status is neither 200 nor 206, or there is another error.
         """
-        known = self._client.final_url(url)
+        final_urls = self._client.final_urls
+        known = final_urls.get(url, url)
         with ExitStack() as stack:
             try:
-                response, location = self._ask(stack, method, known, headers)
+                response, location = stack.enter_context(self._follow(method, known, headers))
             except (HeadRefused, Unavailable, LadingError):
-                self._client.set_final_url(url, None)
+                final_urls.pop(url, None)
                 # The target of a redirect may be valid for a limited time only.
                 if known == url:
                     raise
-                response, location = self._ask(stack, method, url, headers)
+                response, location = stack.enter_context(self._follow(method, url, headers))
 
-            self._client.set_final_url(url, location)
+            final_urls[url] = location
             yield response
-
-    def _ask(
-        self, stack: ExitStack, method: str, url: httpx.URL, headers: dict[str, str]
-    ) -> tuple[httpx.Response, httpx.URL]:
-        """Return a successful response, which ``stack`` closes, and its final URL."""
-        with ExitStack() as own:
-            response, location = own.enter_context(self._follow(method, url, headers))
-            require_success(response, location)
-            stack.push(own.pop_all())
-
-        return response, location
 
     def body(self, response: httpx.Response, arrived: Callable[[], int] | None = None) -> Iterator[bytes]:
         """Yield the bytes of a body as they arrive, without decoding.
@@ -294,10 +275,12 @@ class Connection:
     def _follow(
         self, method: str, url: httpx.URL, headers: dict[str, str]
     ) -> Iterator[tuple[httpx.Response, httpx.URL]]:
+        """Send a request and follow redirects; yield the successful response and its URL."""
         start = url
         for _ in range(MAX_REDIRECTS + 1):
             with self._send(method, url, headers) as response:
                 if response.status_code not in _REDIRECTS:
+                    require_success(response, url)
                     yield response, url
                     return
                 location = response.headers.get("location")

@@ -14,8 +14,10 @@ import os
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from blake3 import blake3
@@ -59,9 +61,10 @@ class Concurrency:
 class WorkerGroup:
     """Threads that end together when one of them fails or the block ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, client: Client) -> None:
         self.stop = threading.Event()
-        self.connections: list[Connection] = []
+        self._client = client
+        self._connections: list[Connection] = []
         self._threads: list[Worker] = []
         self._errors: list[BaseException] = []
 
@@ -74,7 +77,7 @@ class WorkerGroup:
         # woken (in name resolution) is left behind: it checks for the stop before it writes.
         until = time.monotonic() + 5
         while time.monotonic() < until and not all(thread.ended for thread in self._threads):
-            for connection in list(self.connections):
+            for connection in list(self._connections):
                 connection.abort()
             for thread in self._threads:
                 if not thread.wait(0.05):
@@ -93,6 +96,16 @@ class WorkerGroup:
         thread = Worker(run, f"lading-fetch-{len(self._threads)}")
         self._threads.append(thread)
         thread.start()
+
+    def start_requests(self, work: Callable[[Connection], None]) -> None:
+        """Start a thread with a connection, which is aborted when the block ends."""
+
+        def run() -> None:
+            with self._client.connection() as connection:
+                self._connections.append(connection)
+                work(connection)
+
+        self.start(run)
 
     def watch(self, tick: Callable[[], None]) -> None:
         """Wait until all threads have ended, and call ``tick`` repeatedly in this thread; it may start more threads.
@@ -145,20 +158,25 @@ class Download:
     def __init__(
         self,
         client: Client,
-        partial: Partial,
+        part: Partial,
         *,
         concurrency: Concurrency,
         advance: Callable[[int], object] = lambda _: None,
     ) -> None:
         """:param advance: called in the calling thread with the change in the number of bytes, maybe negative."""
         self._client = client
-        self._partial = partial
-        self._identity = partial.identity
+        self._partial = part
+        self._identity = part.identity
         self._concurrency = concurrency
         self._advance = advance
-        self._url = client.parse(partial.identity.url)
+        self._url = client.parse(part.identity.url)
         self._what = repr(shown(self._url))
+        self._group = WorkerGroup(client)
+        self._ranges_work = threading.Event()
+        """Set once a range came as it was requested."""
         self._pieces: list[_Piece] = []
+        self._waiting: deque[_Piece] = deque()
+        """The pieces that no thread has begun to fetch."""
         self._first = 0
         """The index of the first piece that may be incomplete."""
         self.reported = 0
@@ -179,28 +197,22 @@ class Download:
         size = self._identity.size
         assert size is not None
         self._pieces = list(_split(size, self._concurrency.piece_of(size), self._partial.done))
-        waiting = iter([piece for piece in self._pieces if piece.at < piece.end])
-        most = min(self._concurrency.connections, sum(piece.at < piece.end for piece in self._pieces))
-        lock, ranges_work, digest = threading.Lock(), threading.Event(), hashlib.sha256()
+        self._waiting = deque(piece for piece in self._pieces if piece.at < piece.end)
+        most = min(self._concurrency.connections, len(self._waiting))
+        started, digest = 0, hashlib.sha256()
 
-        def take() -> _Piece | None:
-            with lock:
-                return next(waiting, None)
+        def tick() -> None:
+            nonlocal started
+            # The first connection shows whether the server supports ranges.
+            wanted = most if self._ranges_work.is_set() else min(most, 1)
+            while started < wanted:
+                started += 1
+                self._group.start_requests(self._fetch_pieces)
+            self._report(self._arrived())
 
-        with WorkerGroup() as group:
-            started = 0
-
-            def tick() -> None:
-                nonlocal started
-                # The first connection shows whether the server supports ranges.
-                wanted = most if ranges_work.is_set() else min(most, 1)
-                while started < wanted:
-                    started += 1
-                    group.start(lambda: self._fetch_pieces(group, take, ranges_work))
-                self._report(self._arrived())
-
-            group.start(lambda: self._hash(group.stop, digest, size))
-            group.watch(tick)
+        with self._group:
+            self._group.start(lambda: self._hash(digest, size))
+            self._group.watch(tick)
 
         return digest.hexdigest()
 
@@ -211,18 +223,15 @@ class Download:
         :raises OSError: the file cannot be written.
         """
         piece = _Piece(0, 0)
-        self._pieces = []
         digests: list[str] = []
 
-        def work() -> None:
-            with self._client.connection() as connection:
-                group.connections.append(connection)
-                action = lambda: self._stream(connection, piece, group.stop)  # noqa: E731
-                digests.append(self._client.retry(action, what=self._what, stop=group.stop))
+        def work(connection: Connection) -> None:
+            action = partial(self._stream, connection, piece)
+            digests.append(self._client.retry(action, what=self._what, stop=self._group.stop))
 
-        with WorkerGroup() as group:
-            group.start(work)
-            group.watch(lambda: self._report(piece.at))
+        with self._group:
+            self._group.start_requests(work)
+            self._group.watch(lambda: self._report(piece.at))
 
         return digests[0]
 
@@ -236,47 +245,41 @@ class Download:
 
     # --- in threads --------------------------------------------------------------------------------------------------
 
-    def _fetch_pieces(
-        self, group: WorkerGroup, take: Callable[[], _Piece | None], ranges_work: threading.Event
-    ) -> None:
-        with self._client.connection() as connection:
-            group.connections.append(connection)
-            while (piece := take()) is not None:
-                self._fetch_piece(connection, piece, group.stop, ranges_work)
+    def _fetch_pieces(self, connection: Connection) -> None:
+        while True:
+            try:
+                piece = self._waiting.popleft()
+            except IndexError:
+                return
+            self._fetch_piece(connection, piece)
 
-    def _fetch_piece(
-        self, connection: Connection, piece: _Piece, stop: threading.Event, ranges_work: threading.Event
-    ) -> None:
+    def _fetch_piece(self, connection: Connection, piece: _Piece) -> None:
         before = piece.at
 
         def attempt() -> None:
             nonlocal before
             before = piece.at
-            self._fetch_range(connection, piece, stop, ranges_work)
+            self._fetch_range(connection, piece)
 
-        self._client.retry(attempt, what=self._what, stop=stop, progressed=lambda: piece.at - before >= _GOOD)
+        progressed = lambda: piece.at - before >= _GOOD  # noqa: E731
+        self._client.retry(attempt, what=self._what, stop=self._group.stop, progressed=progressed)
 
-    def _fetch_range(
-        self, connection: Connection, piece: _Piece, stop: threading.Event, ranges_work: threading.Event
-    ) -> None:
-        headers = {"Range": f"bytes={piece.at}-{piece.end - 1}"}
-        if self._identity.etag is not None:
-            headers["If-Range"] = self._identity.etag
-
+    def _fetch_range(self, connection: Connection, piece: _Piece) -> None:
+        headers = _range_headers(piece.at, piece.end, self._identity.etag)
         with connection.open("GET", self._url, headers) as response:
             require_same(response, self._identity.etag, self._url)
             require_range(response, piece.at, piece.end, self._identity.size)
-            ranges_work.set()
+            self._ranges_work.set()
             for chunk in connection.body(response, self._arrived):
                 if len(chunk) > piece.end - piece.at:
                     raise BadRanges("a range is longer than its Content-Range")
-                self._write(chunk, piece.at, stop)
+                self._write(chunk, piece.at)
                 piece.arrived(chunk)
 
         if piece.at < piece.end:
             raise Unavailable(f"{self._url.host} sent {piece.end - piece.at} bytes less than it declared")
 
-    def _stream(self, connection: Connection, piece: _Piece, stop: threading.Event) -> str:
+    def _stream(self, connection: Connection, piece: _Piece) -> str:
         size, piece.at = self._identity.size, 0
         limit = self._concurrency.undeclared if size is None else size
         digest = hashlib.sha256()
@@ -295,7 +298,7 @@ class Download:
                 if piece.at + len(chunk) > limit:
                     said = "that are published" if size is not None else "allowed for a file without a declared size"
                     raise FetchError(f"{self._what} sends more than the {limit} bytes {said}.")
-                self._write(chunk, piece.at, stop)
+                self._write(chunk, piece.at)
                 digest.update(chunk)
                 piece.at += len(chunk)
 
@@ -304,18 +307,18 @@ class Download:
 
         return digest.hexdigest()
 
-    def _write(self, chunk: bytes, at: int, stop: threading.Event) -> None:
+    def _write(self, chunk: bytes, at: int) -> None:
         memory = memoryview(chunk)
         while memory:
-            if stop.is_set():
+            if self._group.stop.is_set():
                 raise Stopped
             count = os.pwrite(self._partial.fd, memory, at)
             memory, at = memory[count:], at + count
 
-    def _hash(self, stop: threading.Event, digest: hashlib._Hash, size: int) -> None:
+    def _hash(self, digest: hashlib._Hash, size: int) -> None:
         """Hash the contiguous bytes from the start soon after they arrive, while they are in memory; save the notes."""
         buffer, at, noted = bytearray(_STEP), 0, time.monotonic()
-        fd = self._partial.fd
+        fd, stop = self._partial.fd, self._group.stop
         while at < size:
             if stop.is_set():
                 raise Stopped
@@ -354,6 +357,12 @@ def _missing(start: int, end: int, most: int) -> Iterator[_Piece]:
         yield _Piece(at, min(end, at + most))
 
 
+def _range_headers(start: int, end: int, etag: str | None) -> dict[str, str]:
+    headers = {"Range": f"bytes={start}-{end - 1}"}
+
+    return headers if etag is None else {**headers, "If-Range": etag}
+
+
 def read_range(connection: Connection, url: httpx.URL, file: RemoteFile, offset: int, size: int) -> bytes:
     """Read exactly ``size`` bytes of a file, starting at ``offset``.
 
@@ -361,11 +370,7 @@ def read_range(connection: Connection, url: httpx.URL, file: RemoteFile, offset:
         changed.
     :raises Unavailable: the error is transient.
     """
-    headers = {"Range": f"bytes={offset}-{offset + size - 1}"}
-    if file.etag is not None:
-        headers["If-Range"] = file.etag
-
-    with connection.open("GET", url, headers) as response:
+    with connection.open("GET", url, _range_headers(offset, offset + size, file.etag)) as response:
         require_same(response, file.etag, url)
         skip = 0
         try:

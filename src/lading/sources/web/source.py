@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import os
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from threading import Event, Lock
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import quote, urlunsplit
 
@@ -102,12 +103,7 @@ class HttpSource:
     # --- snapshots ---------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """Return the file that the URI names; offline, as it was last fetched.
-
-        :raises FetchError: the server cannot be reached, or its answer is invalid; or offline, if it is not cached.
-        :raises CheckpointNotFoundError: the file does not exist (also a ``FileNotFoundError``).
-        :raises PolicyError: the server requires credentials, or the URI or a redirect is refused.
-        """
+        """Return the file that the URI names; offline, as it was last fetched."""
         (file,) = self._describe([self._name])
         if isinstance(file, CheckpointNotFoundError):
             raise file
@@ -120,8 +116,7 @@ class HttpSource:
         Files that the server does not have are left out. Offline, a file that is not cached is an error, as the server
         cannot be asked whether it exists.
 
-        :raises FetchError: a name, which the index of a checkpoint chose, is not a plain file name; or as in
-            :meth:`snapshot`, which also lists the other errors.
+        :raises FetchError: a name, which the index of a checkpoint chose, is not a plain file name.
         """
         wanted = [name for name in dict.fromkeys(names) if snapshot.file(name) is None]
         for name in wanted:
@@ -152,36 +147,29 @@ class HttpSource:
         )
 
     def _request_metadata(self, names: Sequence[str]) -> list[RemoteFile | CheckpointNotFoundError]:
-        client, waiting, lock = self._client, iter(names), Lock()
+        client, waiting = self._client, deque(names)
         found: dict[str, RemoteFile | CheckpointNotFoundError] = {}
 
-        def request_all(connection: Connection, stop: Event) -> None:
+        def request_all(connection: Connection) -> None:
             while True:
-                with lock:
-                    name = next(waiting, None)
-                if name is None:
+                try:
+                    name = waiting.popleft()
+                except IndexError:
                     return
                 url = client.parse(self._url(name))
                 action = partial(_request_file, connection, url, name)
                 try:
-                    found[name] = client.retry(action, what=repr(shown(url)), stop=stop)
+                    found[name] = client.retry(action, what=repr(shown(url)), stop=group.stop)
                 except CheckpointNotFoundError as error:
                     found[name] = error
 
-        if len(names) == 1:
-            with client.connection() as connection:
-                request_all(connection, Event())
-        else:
-            with WorkerGroup() as group:
-
-                def work() -> None:
-                    with client.connection() as connection:
-                        group.connections.append(connection)
-                        request_all(connection, group.stop)
-
-                for _ in range(min(_METADATA_CONNECTIONS, len(names))):
-                    group.start(work)
-                group.watch(lambda: None)
+        with WorkerGroup(client) as group:
+            if len(names) == 1:
+                with client.connection() as connection:
+                    request_all(connection)
+            for _ in range(min(_METADATA_CONNECTIONS, len(waiting))):
+                group.start_requests(request_all)
+            group.watch(lambda: None)
 
         self._described.update(file for file in found.values() if isinstance(file, RemoteFile))
 
@@ -197,11 +185,7 @@ class HttpSource:
     # --- parts of files ----------------------------------------------------------------------------------------------
 
     def read(self, snapshot: Snapshot, file: RemoteFile, offset: int, size: int) -> bytes:
-        """Read exactly ``size`` bytes of a file, starting at ``offset``. Safe to call from several threads.
-
-        :raises FetchError: the server cannot be reached, its answer is invalid, or the content has changed; or offline,
-            if the file is not cached.
-        """
+        """Read exactly ``size`` bytes of a file, starting at ``offset``. Safe to call from several threads."""
         if offset < 0 or size < 0 or (file.size is not None and offset + size > file.size):
             raise ValueError(f"{file.name!r} has {file.size} bytes: there are no {size} at {offset}.")
         if size == 0:
@@ -227,14 +211,7 @@ class HttpSource:
     def fetch(
         self, snapshot: Snapshot, files: Sequence[RemoteFile], *, known: Known, progress: bool
     ) -> list[FetchedFile]:
-        """Fetch files to the cache, except those already here, and return them in the order of ``files``.
-
-        :raises FetchError: the server cannot be reached, its answer is invalid, or the content has changed; or offline,
-            if a file is not cached.
-        :raises DigestMismatchError: the bytes differ from the published ones.
-        :raises PolicyError: the server requires credentials, or a redirect is refused.
-        :raises OSError: the disk is full, or cannot be written.
-        """
+        """Fetch files to the cache, except those already here, and return them in the order of ``files``."""
         files = self._with_validators(files)
         here = [self._local.find(file, known) for file in files]
         missing = [file for file, found in zip(files, here, strict=True) if found is None]
