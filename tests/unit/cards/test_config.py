@@ -11,7 +11,7 @@ import pytest
 from pydantic import ConfigDict, Field
 
 from lading.cards.card import Architecture, AssetCard
-from lading.cards.config import STRICT, architecture_config, resolve_config
+from lading.cards.config import architecture_config, resolve_config
 from lading.errors import AssetCardError, InternalError
 
 
@@ -25,7 +25,7 @@ class Scale:
 
 @dataclass(kw_only=True)
 class ToyConfig:
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     model_dim: int = 64
     pad_idx: int | None = None
