@@ -203,18 +203,13 @@ def temporary_file(folder: Path, kind: str) -> Iterator[tuple[IO[bytes], Path]]:
         _remove(path)
 
 
-def sweep(folder: Path, *, older_than: float = _DAY) -> int:
-    """Remove files that ended processes left.
-
-    :param older_than: seconds since the last write.
-
-    :returns: the number of bytes freed.
-    """
+def sweep(folder: Path) -> int:
+    """Remove files that ended processes last wrote to more than a day ago; return the number of bytes freed."""
     freed = 0
     for path in folder.glob("*.*"):
         with suppress(OSError):
             found = os.lstat(path)
-            if _NAME.fullmatch(path.name) and time.time() - found.st_mtime > older_than and _ended(path):
+            if _NAME.fullmatch(path.name) and time.time() - found.st_mtime > _DAY and _ended(path):
                 path.unlink()
                 freed += found.st_blocks * 512
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
-from lading.errors import FetchError
+from lading.errors import FetchError, SettingsError
 from lading.sources.hub.errors import BrokenAnswerError, public, retried, translated
 from lading.sources.partial import Waiting, file_states
 from lading.sources.proxies import require_proxies
@@ -47,7 +47,6 @@ def describe(repo: str, revision: str | None) -> ModelInfo:
 
     api = HfApi(library_name="lading", library_version=__version__)
     with translated(repo, "the list of its files"):
-        require_proxies(http_library())
         guard_client()
         return retried(
             lambda: api.model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT),
@@ -66,7 +65,6 @@ def download(repo: str, commit: str, name: str, *, force: bool, advance: Callabl
     from huggingface_hub import hf_hub_download
 
     with translated(repo, name):
-        require_proxies(http_library())
         guard_client()
         with bounded_locks():
             path = hf_hub_download(
@@ -94,7 +92,6 @@ def read_range(
     from huggingface_hub import hf_hub_url
 
     with translated(repo, name):
-        require_proxies(http_library())
         guard_client()
         url = hf_hub_url(repo, name, revision=commit)
 
@@ -196,9 +193,12 @@ def guard_client() -> None:
     in the middle of a download, it closes its client and makes another one: so lading guards what makes clients. It
     does so once, before its first request, because that closes a client in use. A factory that the user gave to
     ``huggingface_hub.set_client_factory`` stays; each call of this function guards the client that it has made.
+
+    :raises SettingsError: the environment names a proxy that the client cannot use.
     """
     from huggingface_hub import get_session, set_client_factory
 
+    require_proxies(http_library())
     with _guarding:
         client = get_session()
         hooks = client.event_hooks
@@ -228,7 +228,7 @@ def no_requests() -> Iterator[None]:
     """
     global _silent
     # If a proxy setting prevents the client from being made, it cannot send anything either.
-    with suppress(ImportError, ValueError):
+    with suppress(ImportError, ValueError, SettingsError):
         guard_client()
     with _guarding:
         _silent += 1

@@ -12,6 +12,7 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -314,11 +315,8 @@ class HttpSource:
 def _request_file(connection: Connection, url: httpx.URL, name: str) -> RemoteFile:
     """Return the server's description of a file: by HEAD, or by a GET of its first byte if HEAD does not suffice."""
     by_head = None
-    try:
-        with connection.open("HEAD", url, {}) as response:
-            by_head = describe(response, name)
-    except HeadRefused:
-        pass
+    with suppress(HeadRefused), connection.open("HEAD", url, {}) as response:
+        by_head = describe(response, name)
     if by_head is not None and by_head.size:
         return by_head
 
