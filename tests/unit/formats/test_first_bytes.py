@@ -9,6 +9,7 @@ import pickle
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import save as save_safetensors
 
 from lading import formats
 from lading.errors import CorruptModelCheckpointError, NotSupportedError, RefusedPickleError
-from lading.formats import files
+from lading.system import filesystem
 from tests.helpers.torch_files import equal, read_all, save
 
 STATE = {"a.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
@@ -148,14 +149,14 @@ def test_files_that_were_cut_are_damaged(tmp_path: Path, name: str, content: str
 
 @pytest.mark.parametrize("content", CONTENTS)
 def test_a_file_is_opened_once(tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[str] = []
-    before = files._open_at_once
+    opened: list[Path] = []
+    before = filesystem.open_regular
 
-    def count(path: str, flags: int) -> int:
+    def count(path: Path) -> BinaryIO:
         opened.append(path)
-        return before(path, flags)
+        return before(path)
 
-    monkeypatch.setattr(files, "_open_at_once", count)
+    monkeypatch.setattr(filesystem, "open_regular", count)
     (tmp_path / "model").write_bytes(CONTENTS[content])
     formats.index(tmp_path / "model")
     assert len(opened) == 1
