@@ -6,7 +6,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -71,16 +72,44 @@ def postgresql() -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def any_database(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each kind of database that a catalog may be in, which ``settings_in`` then names."""
+@pytest.fixture(scope="session")
+def _catalog_without_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("template") / "catalog.sqlite"
+    catalog_tools.make_without_rows(f"sqlite:///{path}")
+
+    return path
+
+
+@pytest.fixture
+def copied_catalogs(_catalog_without_rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the catalogs of ``settings_in`` be there already, without rows, for tests that are not of first use."""
+    monkeypatch.setattr(catalog_tools, "database_url", catalog_tools.CopiedFiles(_catalog_without_rows).url)
+
+
+@contextmanager
+def _databases(request: pytest.FixtureRequest) -> Iterator[Callable[[Path], str]]:
+    """Give the URLs of catalogs without rows, by folder, in the kind of database that a fixture is asked for."""
     if request.param == "postgresql":
         server: Server = request.getfixturevalue("postgresql")
-        monkeypatch.setattr(catalog_tools, "database_url", server.url)
-        yield request.param
-        server.forget()
+        with server.databases() as url:
+            yield url
     else:
+        yield catalog_tools.CopiedFiles(request.getfixturevalue("_catalog_without_rows")).url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def any_database(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each kind of database that a catalog may be in, which ``settings_in`` then names: there already, without rows."""
+    with _databases(request) as url:
+        monkeypatch.setattr(catalog_tools, "database_url", url)
         yield request.param
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def shared_databases(request: pytest.FixtureRequest) -> Iterator[Callable[[Path], str]]:
+    """The URLs of catalogs that all tests of a file may ask, and none may change; in each kind of database."""
+    with _databases(request) as url:
+        yield url
 
 
 @pytest.fixture(autouse=True)

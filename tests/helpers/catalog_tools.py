@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from array import array
 from collections.abc import Iterator
@@ -10,7 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from lading.cards.card_file import CardFile, parse
+from lading.catalog.importing import refresh
+from lading.catalog.open import open_catalog
 from lading.catalog.records import LocalCopy
 from lading.formats.manifest import Manifest, Shard
 from lading.system.filesystem import FileStat
@@ -25,13 +30,47 @@ def database_url(folder: Path) -> str:
 def settings_in(folder: Path, **changes: Any) -> Settings:
     """Settings of a catalog in ``folder``, without cards of a user."""
     values: dict[str, Any] = {
-        "database_url": database_url(folder),
+        "database_url": changes["database_url"] if "database_url" in changes else database_url(folder),
         "cache_dir": folder / "cache",
         "card_paths": (),
         "env": None,
         "offline": True,
     }
     return Settings(**(values | changes))
+
+
+@contextmanager
+def without_seeds() -> Iterator[Path]:
+    """Have no cards come with the package, but those of the empty folder that this gives."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as name:
+        patch.setattr(refresh, "files", lambda package: Path(name))
+        yield Path(name)
+
+
+def make_without_rows(url: str) -> None:
+    """Make a catalog that has a schema and nothing in it: copies of it cost less than migrations."""
+    with without_seeds() as folder:
+        database = open_catalog(settings_in(folder, database_url=url))
+    with database.write() as connection:
+        connection.exec_driver_sql("DELETE FROM families")
+
+
+class CopiedFiles:
+    """Catalogs in SQLite that are copies of one without rows; each is made when its URL is first asked for."""
+
+    def __init__(self, template: Path) -> None:
+        self._template = template
+        self._made: set[Path] = set()
+
+    def url(self, folder: Path) -> str:
+        """Return the URL of the catalog of a folder."""
+        path = folder / "catalog.sqlite"
+        if path not in self._made:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self._template, path)
+            self._made.add(path)
+
+        return f"sqlite:///{path}"
 
 
 def card_file(text: str, source: str = "file:///cards/a.yaml") -> CardFile:

@@ -31,6 +31,7 @@ from lading.catalog.query import run_query as query
 from lading.catalog.store import AssetStore
 from lading.errors import CatalogError, CatalogOutdatedError
 from tests.helpers.catalog_tools import card_file, make_manifest, nobody, public_folder, settings_in
+from tests.helpers.postgresql_server import Server
 
 CARD = "name: mine\nmodel_family: qwen\ncheckpoint: hg://a/b\n"
 
@@ -69,6 +70,12 @@ def test_the_first_use_makes_everything(tmp_path: Path) -> None:
     assert raw(path, "PRAGMA user_version") == [(SCHEMA_VERSION,)]
     assert raw(path, "PRAGMA journal_mode") == [("wal",)]
     assert AssetStore(database).asset_names == {"built_in"}
+    assert check_catalog(settings) == []
+
+
+def test_the_first_use_of_a_server_makes_everything(tmp_path: Path, postgresql: Server) -> None:
+    settings = settings_in(tmp_path, database_url=postgresql.empty("first_use"))
+    assert AssetStore(open_catalog(settings)).asset_names == {"built_in"}
     assert check_catalog(settings) == []
 
 

@@ -28,8 +28,6 @@ from lading.formats.manifest import Manifest
 from lading.system.filesystem import FileStat
 from tests.helpers.catalog_tools import card_file, make_copies, make_manifest, settings_in
 
-pytestmark = pytest.mark.usefixtures("any_database")
-
 CARDS = """\
 name: base
 model_family: qwen
@@ -51,7 +49,7 @@ config: {num_layers: 2}
 
 
 @pytest.fixture
-def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
+def database(any_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
     (tmp_path / "seeds").mkdir()
     monkeypatch.setattr(refresh, "files", lambda package: tmp_path / "seeds")
     return open_catalog(settings_in(tmp_path))

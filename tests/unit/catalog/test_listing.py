@@ -12,10 +12,9 @@ from sqlalchemy.engine import Engine
 
 from lading.catalog import search
 from lading.catalog.import_cards import import_files
-from lading.catalog.importing import refresh
 from lading.catalog.open import open_catalog
 from lading.catalog.store import AssetStore
-from tests.helpers.catalog_tools import card_file, settings_in
+from tests.helpers.catalog_tools import card_file, settings_in, without_seeds
 
 NAMES = [
     "a", "ab", "abc", "aB", "Ab", "b", "qwen3", "Qwen3", "qweo", "qwem", "ü", "üb", "ýz", "힣", "힣z", "🙂", "🙂z",
@@ -23,11 +22,15 @@ NAMES = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AssetStore:
-    (tmp_path / "seeds").mkdir()
-    monkeypatch.setattr(refresh, "files", lambda package: tmp_path / "seeds")
-    database = open_catalog(settings_in(tmp_path))
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> AssetStore:
+    """A catalog that all tests may ask, and none may change."""
+    return store_in(tmp_path_factory.mktemp("shared"))
+
+
+def store_in(folder: Path) -> AssetStore:
+    with without_seeds():
+        database = open_catalog(settings_in(folder))
     cards = "".join(f'{{"name": "{name}", "model_family": "qwen", "note": "speech"}}\n' for name in NAMES)
     import_files(database, [card_file(cards, "file:///c/a.jsonl")])
     return AssetStore(database)
@@ -95,7 +98,8 @@ def test_where_all_are_hits_the_text_is_read_in_the_order_of_the_list(
     assert [m.name for m in store.models(search="speech", limit=2)] == sorted(NAMES)[:2]
 
 
-def test_a_status_that_an_overlay_changes(store: AssetStore, tmp_path: Path) -> None:
+def test_a_status_that_an_overlay_changes(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
     overlay = f"name: abc@user\ncheckpoint: {tmp_path}\n---\nname: b@user\ncheckpoint: /nowhere/at/all\n"
     import_files(store.database, [card_file(overlay, "file:///c/b.yaml")])
     assert [m.name for m in store.models(status="ready")] == ["abc"]

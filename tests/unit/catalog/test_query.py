@@ -12,14 +12,13 @@ from lading.catalog.checkpoints.record import record_checkpoint, record_files
 from lading.catalog.database import migrate as lifecycle
 from lading.catalog.database.database import Database
 from lading.catalog.import_cards import import_files
-from lading.catalog.importing import refresh
 from lading.catalog.open import open_catalog
 from lading.catalog.query import run_query as query
 from lading.catalog.query import view_columns
 from lading.catalog.records import Check
 from lading.catalog.schema import Row
 from lading.errors import CatalogError, PolicyError, QueryError
-from tests.helpers.catalog_tools import card_file, make_copies, make_manifest, settings_in
+from tests.helpers.catalog_tools import card_file, make_copies, make_manifest, settings_in, without_seeds
 
 DOCUMENT = (Path(__file__).parents[3] / "docs" / "reference" / "sql.md").read_text(encoding="utf-8")
 DOCUMENTED = re.findall(r"^```sql\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
@@ -48,17 +47,18 @@ config: {num_layers: 48}
 """
 
 
-@pytest.fixture
-def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
-    (tmp_path / "seeds").mkdir()
-    monkeypatch.setattr(refresh, "files", lambda package: tmp_path / "seeds")
-    database = open_catalog(settings_in(tmp_path))
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Database:
+    """A catalog that all tests may ask, and none may change."""
+    folder = tmp_path_factory.mktemp("shared")
+    with without_seeds():
+        database = open_catalog(settings_in(folder))
     import_files(database, [card_file(CARDS)])
     for name in ("m", "n"):
         manifest = make_manifest()
-        copies = make_copies(manifest, tmp_path) if name == "m" else []
+        copies = make_copies(manifest, folder) if name == "m" else []
         record_checkpoint(database, uri=f"hg://a/{name}", manifest=manifest, copies=copies)
-    copy = make_copies(manifest, tmp_path)[0]
+    copy = make_copies(manifest, folder)[0]
     for found in ("aa", "bb"):
         check = Check(file=copy.file, path=copy.path, stat=copy.stat, method="sha256", expected="aa", found=found)
         record_files(database, uri="hg://a/m", checks=[check])
@@ -153,8 +153,9 @@ def test_a_long_answer(database: Database) -> None:
     assert len(query(database, sql).rows) == 100_000
 
 
-def test_a_query_in_memory(tmp_path: Path, database: Database) -> None:
-    other = open_catalog(settings_in(tmp_path, database_url="sqlite://"))
+def test_a_query_in_memory(tmp_path: Path) -> None:
+    with without_seeds():
+        other = open_catalog(settings_in(tmp_path, database_url="sqlite://"))
     import_files(other, [card_file("name: x\nmodel_family: f\n")])
     assert query(other, "SELECT name FROM models").rows == [("x",)]
     with pytest.raises(PolicyError):
@@ -206,13 +207,13 @@ def test_a_negative_limit(database: Database) -> None:
         query(database, "SELECT 1", limit=-1)
 
 
-def test_a_damaged_catalog(database: Database) -> None:
-    path = database.path
-    assert path is not None
+def test_a_damaged_catalog(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.sqlite"
+    damaged = open_catalog(settings_in(tmp_path))
     data = path.read_bytes()
     path.write_bytes(data[:4096] + b"\xa5" * (len(data) - 4096))
     with pytest.raises(CatalogError, match="damaged"):
-        query(database, "SELECT * FROM models")
+        query(damaged, "SELECT * FROM models")
 
 
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"

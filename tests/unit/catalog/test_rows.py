@@ -39,13 +39,12 @@ from lading.catalog.store import AssetStore
 from lading.errors import CatalogError, InternalError, NotSupportedError, QueryError
 from lading.formats.manifest import Manifest, Piece, Shard
 from lading.planning.plan import plan_full_read
-from tests.helpers.catalog_tools import card_file, make_copies, make_manifest, settings_in
+from lading.system.settings import Settings
+from tests.helpers.catalog_tools import card_file, make_copies, make_manifest, settings_in, without_seeds
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "reference" / "sql.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-
-pytestmark = pytest.mark.usefixtures("any_database")
 
 CARDS = """\
 name: base
@@ -69,16 +68,28 @@ config: {num_layers: 48}
 
 
 @pytest.fixture
-def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
+def database(any_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
     (tmp_path / "seeds").mkdir()
     monkeypatch.setattr(refresh, "files", lambda package: tmp_path / "seeds")
     settings = settings_in(tmp_path)
     monkeypatch.setenv("LADING_DATABASE_URL", settings.database_url or "")
     monkeypatch.setenv("LADING_CARDS", "")
+    return make(settings, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_store(shared_databases: Callable[[Path], str], tmp_path_factory: pytest.TempPathFactory) -> AssetStore:
+    """The same catalog, for tests that do not change it."""
+    folder = tmp_path_factory.mktemp("shared")
+    with without_seeds():
+        return AssetStore(make(settings_in(folder, database_url=shared_databases(folder)), folder))
+
+
+def make(settings: Settings, folder: Path) -> Database:
     database = open_catalog(settings)
     import_files(database, [card_file(CARDS)])
     manifest = make_manifest()
-    copies = make_copies(manifest, tmp_path)
+    copies = make_copies(manifest, folder)
     record_checkpoint(database, uri="hg://a/m", manifest=manifest, copies=copies)
     check = Check(
         file=copies[0].file, path=copies[0].path, stat=copies[0].stat, method="sha256", expected="a", found="a"
@@ -95,8 +106,8 @@ def store(database: Database) -> AssetStore:
 # --- relationships ---------------------------------------------------------------------------------------------------
 
 
-def test_rows_lead_to_one_another(store: AssetStore) -> None:
-    with open_session(store) as s:
+def test_rows_lead_to_one_another(shared_store: AssetStore) -> None:
+    with open_session(shared_store) as s:
         card = s.scalars(select(CardRow).where(CardRow.name == "qwen3_0.6b")).one()
         checkpoint = card.checkpoint
         assert checkpoint is not None
@@ -118,8 +129,8 @@ def test_rows_lead_to_one_another(store: AssetStore) -> None:
         assert not checkpoint.in_pieces
 
 
-def test_conditions_go_through_relationships(store: AssetStore) -> None:
-    with open_session(store) as s:
+def test_conditions_go_through_relationships(shared_store: AssetStore) -> None:
+    with open_session(shared_store) as s:
         where = (CardRow.family == "qwen", CardRow.checkpoint.has(CheckpointRow.bytes < 10e9))
         assert s.scalars(select(CardRow.name).where(*where)).all() == ["qwen3_0.6b"]
         without = select(FamilyRow.name).where(~FamilyRow.cards.any(CardRow.checkpoint.has()))
@@ -205,31 +216,31 @@ def savepoint(s: Session) -> None:
     ],
 )
 def test_a_write_is_refused_and_names_the_call(
-    store: AssetStore, write: Callable[[Session], object], call: str
+    shared_store: AssetStore, write: Callable[[Session], object], call: str
 ) -> None:
     def attempt() -> None:
-        with open_session(store) as s:
+        with open_session(shared_store) as s:
             write(s)
 
     with pytest.raises(PolicyError, match=call):
         attempt()
-    with store.database.session() as s:
+    with shared_store.database.session() as s:
         assert s.scalars(select(FamilyRow.name).where(FamilyRow.name == "new")).all() == []
         assert s.scalars(select(CardRow.license).where(CardRow.name == "qwen3_0.6b")).all() == [None]
         assert s.scalar(select(func.count()).select_from(ShardRow).where(ShardRow.sha256.is_not(None))) == 2
 
 
-def test_a_session_reads_on_after_a_refusal(store: AssetStore) -> None:
-    with open_session(store) as s:
+def test_a_session_reads_on_after_a_refusal(shared_store: AssetStore) -> None:
+    with open_session(shared_store) as s:
         with pytest.raises(PolicyError):
             s.execute(delete(CardRow))
         s.rollback()
         assert s.scalars(select(CardRow.name).where(CardRow.name == "qwen3_0.6b")).all() == ["qwen3_0.6b"]
 
 
-def test_sql_that_is_not_understood(store: AssetStore) -> None:
+def test_sql_that_is_not_understood(shared_store: AssetStore) -> None:
     def ask() -> None:
-        with open_session(store) as s:
+        with open_session(shared_store) as s:
             s.execute(text("SELECT x FROM nowhere"))
 
     with pytest.raises(QueryError, match="nowhere"):
@@ -244,8 +255,8 @@ def test_a_catalog_in_memory_can_be_written_afterwards(tmp_path: Path) -> None:
     assert "new" in store.asset_names
 
 
-def test_the_columns_of_a_row_stay_known(store: AssetStore) -> None:
-    with open_session(store) as s:
+def test_the_columns_of_a_row_stay_known(shared_store: AssetStore) -> None:
+    with open_session(shared_store) as s:
         card = s.scalars(select(CardRow).where(CardRow.name == "qwen3_0.6b")).one()
     assert card.checkpoint_uri == "hg://a/m"
     with pytest.raises(exc.SQLAlchemyError):

@@ -80,6 +80,7 @@ def test_the_digest_is_that_of_the_migrations(tmp_path: Path) -> None:
         assert digest_of(objects_of(connection)) == SCHEMA_DIGEST
 
 
+@pytest.mark.usefixtures("copied_catalogs")
 @pytest.mark.parametrize("version", range(HEAD + 1))
 def test_the_way_to_a_schema_leaves_no_trace_in_it(tmp_path: Path, version: int) -> None:
     settings = settings_in(tmp_path)
@@ -141,6 +142,7 @@ def test_the_migrations_compile_for_postgresql() -> None:
     assert "BIGSERIAL" in sql
 
 
+@pytest.mark.usefixtures("copied_catalogs")
 def test_types_are_enforced(tmp_path: Path) -> None:
     open_catalog(settings_in(tmp_path))
     path = tmp_path / "catalog.sqlite"
@@ -154,6 +156,7 @@ def test_types_are_enforced(tmp_path: Path) -> None:
         raw(path, "INSERT INTO cards (name, metadata, source_id, position) VALUES ('a', '{', 1, 0)")
 
 
+@pytest.mark.usefixtures("copied_catalogs")
 def test_a_source_that_goes_takes_its_rows(tmp_path: Path) -> None:
     database = open_catalog(settings_in(tmp_path))
     import_files(database, [card_file("name: a\n---\narchitecture: x\nfamily: f\n")])
@@ -166,6 +169,7 @@ def test_a_source_that_goes_takes_its_rows(tmp_path: Path) -> None:
 # --- up and down -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("copied_catalogs")
 def test_down_and_up_again(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
     import_files(open_catalog(settings), [card_file("name: a\n")])
@@ -196,6 +200,7 @@ def test_upgrade_of_nothing_makes_a_catalog(tmp_path: Path) -> None:
     assert open_catalog(settings).writable
 
 
+@pytest.mark.usefixtures("copied_catalogs")
 def test_upgrade_of_what_is_up_to_date_does_nothing(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
     open_catalog(settings)
@@ -209,6 +214,7 @@ def test_upgrade_of_what_is_up_to_date_does_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "catalog.sqlite").read_bytes() == before
 
 
+@pytest.mark.usefixtures("copied_catalogs")
 @pytest.mark.parametrize("version", range(HEAD))
 def test_a_version_that_was_forged_back(tmp_path: Path, version: int) -> None:
     settings = settings_in(tmp_path)
@@ -225,6 +231,7 @@ def test_a_version_that_was_forged_back(tmp_path: Path, version: int) -> None:
     assert check_catalog(settings) == []
 
 
+@pytest.mark.usefixtures("copied_catalogs")
 def test_a_version_that_was_forged_ahead(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
     import_files(open_catalog(settings), [card_file("name: a\n")])
@@ -239,6 +246,7 @@ def test_a_version_that_was_forged_ahead(tmp_path: Path) -> None:
     assert check_catalog(settings) == []
 
 
+@pytest.mark.usefixtures("copied_catalogs")
 def test_a_version_that_is_none(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
     open_catalog(settings)
@@ -275,6 +283,7 @@ def downgrade():
 """
 
 
+@pytest.mark.usefixtures("copied_catalogs")
 def test_a_later_schema_keeps_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_in(tmp_path)
     import_files(open_catalog(settings), [card_file("name: a\n---\nname: b\nbase: a\n")])
@@ -308,6 +317,7 @@ def test_a_later_schema_is_made_at_first_use(tmp_path: Path, monkeypatch: pytest
     assert raw(tmp_path / "catalog.sqlite", "PRAGMA user_version") == [(NEXT,)]
 
 
+@pytest.mark.usefixtures("copied_catalogs")
 def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_in(tmp_path)
     open_catalog(settings)
@@ -321,6 +331,7 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
     assert raw(tmp_path / "catalog.sqlite", "PRAGMA user_version") == [(HEAD,)]
 
 
+@pytest.mark.usefixtures("copied_catalogs")
 @pytest.mark.parametrize("to", ["99", "0099", "nonsense", "-1", "base", ""])
 def test_downgrade_to_no_version(tmp_path: Path, to: str) -> None:
     open_catalog(settings_in(tmp_path))
@@ -344,6 +355,7 @@ def test_a_catalog_in_memory_has_no_life(tmp_path: Path, door: object) -> None:
 # --- check -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("copied_catalogs")
 @pytest.mark.parametrize(
     ("sql", "words"),
     [
@@ -372,6 +384,7 @@ def test_check_of_nothing(tmp_path: Path) -> None:
 # --- backup ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("copied_catalogs")
 def test_backup(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
     database = open_catalog(settings)

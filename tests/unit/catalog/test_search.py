@@ -21,9 +21,7 @@ from lading.catalog.importing import refresh
 from lading.catalog.open import open_catalog
 from lading.catalog.search import MAX_TEXT, fold, fold_fields, phrases, search_text
 from lading.catalog.store import AssetStore
-from tests.helpers.catalog_tools import card_file, settings_in
-
-pytestmark = pytest.mark.usefixtures("any_database")
+from tests.helpers.catalog_tools import card_file, settings_in, without_seeds
 
 Find = Callable[..., list[str]]
 
@@ -58,7 +56,7 @@ tokenizer: hg://somebody/speech-tokenizer
 
 
 @pytest.fixture
-def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
+def database(any_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
     (tmp_path / "seeds").mkdir()
     monkeypatch.setattr(refresh, "files", lambda package: tmp_path / "seeds")
     database = open_catalog(settings_in(tmp_path))
@@ -66,12 +64,35 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
     return database
 
 
+@pytest.fixture(scope="module")
+def shared_database(shared_databases: Callable[[Path], str], tmp_path_factory: pytest.TempPathFactory) -> Database:
+    """The same catalog, for tests that do not change it."""
+    folder = tmp_path_factory.mktemp("shared")
+    with without_seeds():
+        database = open_catalog(settings_in(folder, database_url=shared_databases(folder)))
+    import_files(database, [card_file(CARDS)])
+    return database
+
+
 @pytest.fixture(params=["the index", "the text"])
-def find(request: pytest.FixtureRequest, database: Database, monkeypatch: pytest.MonkeyPatch) -> Find:
-    """Names that a search finds, by the index and as other databases do it."""
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Search by the index, and as other databases do it."""
     if request.param == "the text":
         monkeypatch.setattr(search, "found_by_index", search.found_by_text)
 
+
+@pytest.fixture
+def find(database: Database, way: None) -> Find:
+    """Names that a search finds."""
+    return find_in(database)
+
+
+@pytest.fixture
+def find_shared(shared_database: Database, way: None) -> Find:
+    return find_in(shared_database)
+
+
+def find_in(database: Database) -> Find:
     def names(words: str, *arguments: str, **options: object) -> list[str]:
         return [m.name for m in AssetStore(database).models(*arguments, search=words, **options)]  # type: ignore[arg-type]
 
@@ -123,25 +144,25 @@ QWEN = ["qwen3_0.6b", "qwen3_0.6b_tuned"]
         ("nothing of the kind", []),
     ],
 )
-def test_a_search(find: Find, words: str, names: list[str]) -> None:
-    assert find(words) == names
+def test_a_search(find_shared: Find, words: str, names: list[str]) -> None:
+    assert find_shared(words) == names
 
 
-def test_with_other_conditions(find: Find) -> None:
-    assert find("speech", include_all=True) == [*WAV, "words"]
-    assert find("speech", "*large") == WAV[1:]
-    assert find("speech", family="wav2vec2_asr", limit=1) == WAV[:1]
-    assert find("speech", family="qwen") == []
-    assert find("qwen", status="gated") == find("qwen") == QWEN
-    assert find("qwen", status="broken") == []
+def test_with_other_conditions(find_shared: Find) -> None:
+    assert find_shared("speech", include_all=True) == [*WAV, "words"]
+    assert find_shared("speech", "*large") == WAV[1:]
+    assert find_shared("speech", family="wav2vec2_asr", limit=1) == WAV[:1]
+    assert find_shared("speech", family="qwen") == []
+    assert find_shared("qwen", status="gated") == find_shared("qwen") == QWEN
+    assert find_shared("qwen", status="broken") == []
 
 
-def test_many_hits(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_hits(find_shared: Find, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "_MANY_HITS", 1)
-    assert find("speech", limit=1) == WAV[:1]
-    assert find("speech", "*large") == WAV[1:]
-    assert find("0.6b") == QWEN
-    assert find("nothing") == []
+    assert find_shared("speech", limit=1) == WAV[:1]
+    assert find_shared("speech", "*large") == WAV[1:]
+    assert find_shared("0.6b") == QWEN
+    assert find_shared("nothing") == []
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------

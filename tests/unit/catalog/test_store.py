@@ -20,9 +20,7 @@ from lading.catalog.query import run_query as query
 from lading.catalog.records import ModelSummary
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.errors import AssetCardError, AssetNotFoundError, ModelArchitectureNotKnownError, SettingsError
-from tests.helpers.catalog_tools import card_file, make_copies, make_manifest, settings_in
-
-pytestmark = pytest.mark.usefixtures("any_database")
+from tests.helpers.catalog_tools import card_file, make_copies, make_manifest, settings_in, without_seeds
 
 Stock = Callable[..., AssetStore]
 
@@ -51,7 +49,7 @@ tokenizer: x
 
 
 @pytest.fixture
-def stock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stock:
+def stock(any_database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stock:
     """A store of a catalog with these cards."""
     (tmp_path / "seeds").mkdir()
     monkeypatch.setattr(refresh, "files", lambda package: tmp_path / "seeds")
@@ -60,6 +58,25 @@ def stock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stock:
         settings = settings_in(tmp_path, env=env)
         import_files(open_catalog(settings), [card_file(text, source)])
         return AssetStore(open_catalog(settings))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def shared_stock(shared_databases: Callable[[Path], str], tmp_path_factory: pytest.TempPathFactory) -> Stock:
+    """The same for tests that do not change it: those of one text share a catalog."""
+    folders: dict[str, Path] = {}
+
+    def make(text: str = CARDS, *, env: str | None = None) -> AssetStore:
+        is_new = text not in folders
+        if is_new:
+            folders[text] = tmp_path_factory.mktemp("shared")
+        folder = folders[text]
+        settings = settings_in(folder, env=env, database_url=shared_databases(folder))
+        with without_seeds():
+            if is_new:
+                import_files(open_catalog(settings), [card_file(text, "file:///cards/a.yaml")])
+            return AssetStore(open_catalog(settings))
 
     return make
 
@@ -82,16 +99,16 @@ def stock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stock:
         ("user", "base", "file:///cards/weights", None),
     ],
 )
-def test_a_name(stock: Stock, env: str | None, name: str, checkpoint: str, license_: str | None) -> None:
-    card = stock(env=env).retrieve_card(name)
+def test_a_name(shared_stock: Stock, env: str | None, name: str, checkpoint: str, license_: str | None) -> None:
+    card = shared_stock(env=env).retrieve_card(name)
     assert card.name == name.partition("@")[0].strip()
     assert card.field("checkpoint").as_uri() == checkpoint
     stated = card.maybe_get_field("license")
     assert (stated.value if stated else None) == license_
 
 
-def test_what_a_card_knows_of_itself(stock: Stock) -> None:
-    card = stock().retrieve_card("leaf@")
+def test_what_a_card_knows_of_itself(shared_stock: Stock) -> None:
+    card = shared_stock().retrieve_card("leaf@")
     assert card.source == "a.yaml[1]"
     assert card.metadata == {"base": "base", "model_arch": "tiny", "license": "mit"}
     assert card.base is not None
@@ -102,16 +119,18 @@ def test_what_a_card_knows_of_itself(stock: Stock) -> None:
 @pytest.mark.parametrize(
     "name", ["nobody", "", "@", "@user", "leaf2", "LEAF", "a\0b", "half \udc80", "'; DROP TABLE cards"]
 )
-def test_names_of_no_card(stock: Stock, name: str) -> None:
-    store = stock()
+def test_names_of_no_card(shared_stock: Stock, name: str) -> None:
+    store = shared_stock()
     assert store.maybe_retrieve_card(name) is None
     with pytest.raises(AssetNotFoundError) as caught:
         store.retrieve_card(name)
     assert caught.value.name == name
 
 
-def test_a_name_that_is_nearly_right(stock: Stock) -> None:
-    store = stock("name: qwen3_0.6b\nmodel_family: qwen\n---\nname: qwen3_1.7b\nmodel_family: qwen\n---\nname: token\n")
+def test_a_name_that_is_nearly_right(shared_stock: Stock) -> None:
+    store = shared_stock(
+        "name: qwen3_0.6b\nmodel_family: qwen\n---\nname: qwen3_1.7b\nmodel_family: qwen\n---\nname: token\n"
+    )
     with pytest.raises(AssetNotFoundError, match=r"Did you mean 'qwen3_0\.6b'"):
         store.retrieve_card("Qwen3-0.6B")
     assert store.suggest("qwen3_06b")[0] == "qwen3_0.6b"
@@ -141,8 +160,8 @@ def test_an_unknown_environment(stock: Stock) -> None:
     assert stock("name: only\n", "file:///c/b.yaml").retrieve_card("only@user").name == "only"
 
 
-def test_bad_bases(stock: Stock) -> None:
-    store = stock("name: a\nbase: gone\n---\nname: b\n---\nname: b@user\nbase: c\n---\nname: c\nbase: b\n")
+def test_bad_bases(shared_stock: Stock) -> None:
+    store = shared_stock("name: a\nbase: gone\n---\nname: b\n---\nname: b@user\nbase: c\n---\nname: c\nbase: b\n")
     with pytest.raises(AssetCardError, match=r"based on 'gone'.*\(a\.yaml\[0\]\)"):
         store.retrieve_card("a")
     with pytest.raises(AssetCardError, match="cycle: b → c → b"):
@@ -150,8 +169,8 @@ def test_bad_bases(stock: Stock) -> None:
     assert store.retrieve_card("b@").name == "b"
 
 
-def test_asset_names(stock: Stock) -> None:
-    assert stock().asset_names == {"base", "leaf", "tokens"}
+def test_asset_names(shared_stock: Stock) -> None:
+    assert shared_stock().asset_names == {"base", "leaf", "tokens"}
 
 
 # --- find_cards ------------------------------------------------------------------------------------------------------
@@ -172,8 +191,8 @@ def test_asset_names(stock: Stock) -> None:
         ("nothing", "x", []),
     ],
 )
-def test_find_cards(stock: Stock, field: str, value: object, names: list[str]) -> None:
-    assert [card.name for card in stock().find_cards(field, value)] == names
+def test_find_cards(shared_stock: Stock, field: str, value: object, names: list[str]) -> None:
+    assert [card.name for card in shared_stock().find_cards(field, value)] == names
 
 
 OVERLAID = """\
@@ -209,16 +228,16 @@ base: d
 
 @pytest.mark.parametrize("env", [None, "cluster"])
 @pytest.mark.parametrize("family", ["one", "two", "three"])
-def test_find_cards_sees_overlays(stock: Stock, env: str | None, family: str) -> None:
+def test_find_cards_sees_overlays(shared_stock: Stock, env: str | None, family: str) -> None:
     """What the columns know, overlays apart, must not be what is answered."""
-    store = stock(OVERLAID, env=env)
+    store = shared_stock(OVERLAID, env=env)
     cards = [store.retrieve_card(name) for name in sorted(store.asset_names)]
     expected = [c.name for c in cards if (f := c.maybe_get_field("model_family")) and f.value == family]
     assert [c.name for c in store.find_cards("model_family", family)] == expected
 
 
-def test_find_cards_never_stops_at_a_bad_card(stock: Stock, caplog: pytest.LogCaptureFixture) -> None:
-    store = stock(
+def test_find_cards_never_stops_at_a_bad_card(shared_stock: Stock, caplog: pytest.LogCaptureFixture) -> None:
+    store = shared_stock(
         "name: a\nmodel_family: f\n---\nname: b\nbase: gone\nmodel_family: f\n---\nname: c\nmodel_family: f\n---\n"
         "name: c@user\nbase: d\n---\nname: d\nbase: c\n---\nname: e\nmodel_family: f\n"
     )
@@ -260,8 +279,8 @@ base: gone
 """
 
 
-def test_architectures(stock: Stock) -> None:
-    store = stock(ARCHITECTURES)
+def test_architectures(shared_stock: Stock) -> None:
+    store = shared_stock(ARCHITECTURES)
     assert store.architecture("tinier", "qwen").overrides == ({"a": 1, "b": 2}, {"b": 3})
     assert store.architecture("tiny", "llama").overrides == ({},)
     assert store.maybe_architecture("tinier", "llama") is None
@@ -285,9 +304,9 @@ def test_architectures(stock: Stock) -> None:
     assert store.architectures("nobody") == []
 
 
-def test_families(stock: Stock) -> None:
+def test_families(shared_stock: Stock) -> None:
     families = {
-        f.name: f for f in stock(CARDS + "---\n" + ARCHITECTURES + "---\nname: x\nmodel_family: zz\n").families()
+        f.name: f for f in shared_stock(CARDS + "---\n" + ARCHITECTURES + "---\nname: x\nmodel_family: zz\n").families()
     }
     assert (families["qwen"].registered, families["qwen"].architectures, families["qwen"].cards) == (True, 3, 2)
     assert (families["zz"].registered, families["zz"].architectures, families["zz"].cards) == (False, 0, 1)
@@ -296,10 +315,10 @@ def test_families(stock: Stock) -> None:
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_columns_of_a_model_are_those_of_the_view(stock: Stock) -> None:
+def test_the_columns_of_a_model_are_those_of_the_view(shared_stock: Stock) -> None:
     names = [f.name for f in fields(ModelSummary)]
-    assert query(stock().database, "SELECT * FROM models").columns == tuple(names[:-1])
-    assert query(stock().database, "SELECT * FROM assets").columns == tuple(names)
+    assert query(shared_stock().database, "SELECT * FROM models").columns == tuple(names[:-1])
+    assert query(shared_stock().database, "SELECT * FROM assets").columns == tuple(names)
     assert names[-1] == "problem"
 
 
@@ -438,8 +457,8 @@ def test_where_a_single_file_is(stock: Stock, tmp_path: Path) -> None:
         ("half \udc80", []),
     ],
 )
-def test_patterns(stock: Stock, pattern: str, names: list[str]) -> None:
-    store = stock(
+def test_patterns(shared_stock: Stock, pattern: str, names: list[str]) -> None:
+    store = shared_stock(
         "---\n".join(f"name: {n}\nmodel_family: f\n" for n in ("qwen3_8b", "qwen3_0.6b", "a_b", "aXb", "a%c"))
     )
     assert sorted(m.name for m in store.models(pattern)) == sorted(names)
@@ -465,10 +484,10 @@ def test_entries_make_the_files_again(stock: Stock, tmp_path: Path) -> None:
     assert (report.added, report.changed, report.removed) == ((), (), ())
 
 
-def test_entries_by_pattern(stock: Stock) -> None:
-    cards, architectures = stock(CARDS + "---\n" + ARCHITECTURES).entries("*i*")
+def test_entries_by_pattern(shared_stock: Stock) -> None:
+    cards, architectures = shared_stock(CARDS + "---\n" + ARCHITECTURES).entries("*i*")
     assert ([c.name for c in cards], [a.name for a in architectures]) == ([], ["tiny", "tinier", "tiny"])
-    cards, _ = stock().entries("leaf")
+    cards, _ = shared_stock().entries("leaf")
     assert [c.env for c in cards] == ["", "user", "cluster"]
 
 

@@ -53,7 +53,7 @@ def test_a_file_that_changes_has_no_digest(tmp_path: Path, change: str) -> None:
     def step(count: int) -> None:
         if change == "grow":
             with open(path, "ab") as file:
-                file.write(b"x" if file.tell() < 4 << 20 else b"")
+                file.write(bytes(1 << 20) if file.tell() < 4 << 20 else b"")
         elif change == "cut":
             os.truncate(path, 1 << 20)
         elif change == "same size":
