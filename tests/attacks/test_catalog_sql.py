@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,28 @@ from lading.errors import CatalogError, LadingError, PolicyError, QueryError
 from tests.helpers.catalog_tools import card_file, settings_in
 
 
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder without cards, in the place of the package's."""
+    folder = tmp_path_factory.mktemp("seeds")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refresh, "files", lambda package: folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, seeds: Path) -> bytes:
+    """The bytes of a catalog with one card."""
+    folder = tmp_path_factory.mktemp("made")
+    import_files(open_catalog(settings_in(folder)), [card_file("name: a\nmodel_family: qwen\n")])
+    return (folder / "catalog.sqlite").read_bytes()
+
+
 @pytest.fixture
-def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
-    (tmp_path / "seeds").mkdir()
-    monkeypatch.setattr(refresh, "files", lambda package: tmp_path / "seeds")
+def database(tmp_path: Path, made: bytes, monkeypatch: pytest.MonkeyPatch) -> Database:
+    (tmp_path / "catalog.sqlite").write_bytes(made)
     monkeypatch.chdir(tmp_path)
-    database = open_catalog(settings_in(tmp_path))
-    import_files(database, [card_file("name: a\nmodel_family: qwen\n")])
-    return database
+    return open_catalog(settings_in(tmp_path))
 
 
 def state(folder: Path) -> dict[str, bytes]:

@@ -120,8 +120,15 @@ print(digest.hexdigest())
 """
 
 
-@pytest.mark.parametrize("ways", [{}, {"no_locks": True}], ids=["locks", "no locks"])
-@pytest.mark.parametrize("name", ["far", "web"])
+@pytest.mark.parametrize(
+    ("name", "ways"),
+    [
+        pytest.param("far", {}, id="far-locks"),
+        pytest.param("web", {}, id="web-locks"),
+        pytest.param("far", {"no_locks": True}, id="far-no locks", marks=pytest.mark.slow),
+        pytest.param("web", {"no_locks": True}, id="web-no locks"),
+    ],
+)
 def test_eight_processes_load_one_model(world: World, place: Place, name: str, ways: dict[str, object]) -> None:
     expected = place.run("-c", LOAD.format(name="near", verify="never")).out
     at = time.monotonic() + 0.2

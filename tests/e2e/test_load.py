@@ -77,7 +77,7 @@ model_config: {model_dim: 64, num_layers: 3, tied_embeddings: false}
 
 
 @pytest.fixture
-def cards(home: Path) -> Path:
+def cards(home: Path, catalog: Path) -> Path:
     folder = home / "config" / "lading" / "cards"
     folder.mkdir(parents=True)
     make(folder / "tiny")
@@ -99,7 +99,7 @@ def check(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> None:
 
 @pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_folder_without_a_card(home: Path, tmp_path: Path, shards: int, mmap: bool) -> None:
+def test_a_folder_without_a_card(catalog: Path, tmp_path: Path, shards: int, mmap: bool) -> None:
     model = load_model(make(tmp_path / "m", shards), dtype="auto", mmap=mmap)
     assert isinstance(model, Qwen)
     check(model, torch.bfloat16)
@@ -293,7 +293,7 @@ def test_all_that_does_not_fit_is_reported_together(cards: Path) -> None:
     assert "mis-shaped: model.embed_tokens.weight is expected to be [100, 64], but is [100, 32]" in text
 
 
-def test_an_unexpected_tensor_is_reported(home: Path, tmp_path: Path) -> None:
+def test_an_unexpected_tensor_is_reported(catalog: Path, tmp_path: Path) -> None:
     folder = make(tmp_path / "m")
     save_file(tensors() | {"model.extra": torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(lading.ModelCheckpointMismatchError, match=r"unexpected: model\.extra"):
@@ -301,7 +301,7 @@ def test_an_unexpected_tensor_is_reported(home: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mmap", [False, True])
-def test_a_tied_copy_in_the_file_must_be_equal(home: Path, tmp_path: Path, mmap: bool) -> None:
+def test_a_tied_copy_in_the_file_must_be_equal(catalog: Path, tmp_path: Path, mmap: bool) -> None:
     folder = make(tmp_path / "m")
     state = tensors()
     save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
@@ -320,7 +320,7 @@ def test_a_tied_copy_in_the_file_must_be_equal(home: Path, tmp_path: Path, mmap:
     assert load_model(folder, mmap=mmap).get_parameter("model.embed_tokens.weight")[0, 0].isnan()
 
 
-def test_quantised_checkpoints_are_refused(home: Path, tmp_path: Path) -> None:
+def test_quantised_checkpoints_are_refused(catalog: Path, tmp_path: Path) -> None:
     stated = make(tmp_path / "stated", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(lading.NotSupportedError, match="gptq"):
         load_model(stated)
@@ -334,14 +334,14 @@ def test_quantised_checkpoints_are_refused(home: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"model_type": 3}', '{"model_type": "gpt9"}'])
-def test_nonsense_for_a_config_json(home: Path, tmp_path: Path, text: str) -> None:
+def test_nonsense_for_a_config_json(catalog: Path, tmp_path: Path, text: str) -> None:
     folder = make(tmp_path / "m")
     (folder / "config.json").write_text(text)
     with pytest.raises((lading.CorruptModelCheckpointError, lading.NotSupportedError), match="config"):
         load_model(folder)
 
 
-def test_a_folder_without_config_json(home: Path, tmp_path: Path) -> None:
+def test_a_folder_without_config_json(catalog: Path, tmp_path: Path) -> None:
     folder = make(tmp_path / "m")
     os.remove(folder / "config.json")
     with pytest.raises(lading.NotSupportedError, match=r"no config\.json"):
@@ -390,14 +390,14 @@ def test_unknown_architectures(cards: Path) -> None:
     assert unknown.value.name == "nobody"
 
 
-def test_a_new_model_is_random_and_whole(home: Path) -> None:
+def test_a_new_model_is_random_and_whole(catalog: Path) -> None:
     model = get_qwen_model_hub().create_new_model(CONFIG, device="cpu", dtype=torch.bfloat16)
     assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in model.parameters())
     assert model.model.embed_tokens.weight.std() > 0
     assert model(torch.arange(5).unsqueeze(0)).isfinite().all()
 
 
-def test_a_new_model_on_the_meta_device(home: Path) -> None:
+def test_a_new_model_on_the_meta_device(catalog: Path) -> None:
     hub = get_qwen_model_hub()
     model = hub.create_new_model(CONFIG, meta=True)
     assert all(p.is_meta for p in model.parameters())
@@ -409,7 +409,7 @@ def test_a_new_model_on_the_meta_device(home: Path) -> None:
 
 
 @pytest.mark.parametrize("mmap", [False, True])
-def test_iterating_over_a_checkpoint(home: Path, tmp_path: Path, mmap: bool) -> None:
+def test_iterating_over_a_checkpoint(catalog: Path, tmp_path: Path, mmap: bool) -> None:
     folder = make(tmp_path / "m", shards=2)
     pairs = get_qwen_model_hub().iter_checkpoint(folder, CONFIG, mmap=mmap)
     name, tensor = next(pairs)
@@ -423,7 +423,7 @@ def test_iterating_over_a_checkpoint(home: Path, tmp_path: Path, mmap: bool) -> 
 
 
 @pytest.mark.parametrize("mmap", [False, True])
-def test_iterating_over_numbers_that_torch_has_no_tensors_of(home: Path, tmp_path: Path, mmap: bool) -> None:
+def test_iterating_over_numbers_that_torch_has_no_tensors_of(catalog: Path, tmp_path: Path, mmap: bool) -> None:
     header = b'{"packed":{"dtype":"F4","shape":[4,8],"data_offsets":[0,16]}}'
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
@@ -432,7 +432,7 @@ def test_iterating_over_numbers_that_torch_has_no_tensors_of(home: Path, tmp_pat
         next(get_qwen_model_hub().iter_checkpoint(path, CONFIG, mmap=mmap))
 
 
-def test_an_accessor_checks_the_classes_it_was_made_with(home: Path) -> None:
+def test_an_accessor_checks_the_classes_it_was_made_with(catalog: Path) -> None:
     with pytest.raises(lading.ModelFamilyNotKnownError):
         lading.ModelHubAccessor("nobody", Qwen, QwenConfig)()
     with pytest.raises(lading.InternalError, match="configurations"):

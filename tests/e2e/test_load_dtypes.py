@@ -52,7 +52,7 @@ def dtypes(model: torch.nn.Module) -> set[torch.dtype]:
     ],
 )
 def test_auto_is_what_config_json_states(
-    folder: Path, home: Path, hub: Any, keys: dict[str, object], expected: torch.dtype
+    folder: Path, catalog: Path, hub: Any, keys: dict[str, object], expected: torch.dtype
 ) -> None:
     state_dtype(folder, **keys)
     model = hub().load_model(folder, dtype="auto", progress=False)
@@ -63,7 +63,7 @@ def test_auto_is_what_config_json_states(
 
 
 @pytest.mark.parametrize("stated", ["nonsense", ["float16"], 16])
-def test_what_states_no_dtype(folder: Path, home: Path, stated: object) -> None:
+def test_what_states_no_dtype(folder: Path, catalog: Path, stated: object) -> None:
     state_dtype(folder, dtype=stated)
 
     assert dtypes(load_model(folder, dtype="auto", progress=False)) == {torch.bfloat16}
@@ -71,7 +71,7 @@ def test_what_states_no_dtype(folder: Path, home: Path, stated: object) -> None:
 
 @HUBS
 @pytest.mark.parametrize("mmap", [False, True])
-def test_keep_is_tensor_by_tensor(folder: Path, home: Path, hub: Any, mmap: bool) -> None:
+def test_keep_is_tensor_by_tensor(folder: Path, catalog: Path, hub: Any, mmap: bool) -> None:
     state_dtype(folder, dtype="float16")
 
     model = hub().load_model(folder, dtype="keep", mmap=mmap, progress=False)
@@ -83,7 +83,7 @@ def test_keep_is_tensor_by_tensor(folder: Path, home: Path, hub: Any, mmap: bool
     assert dtypes(model) == {torch.bfloat16, torch.float32}
 
 
-def test_plans_and_conversions_say_the_same(folder: Path, home: Path, tmp_path: Path) -> None:
+def test_plans_and_conversions_say_the_same(folder: Path, catalog: Path, tmp_path: Path) -> None:
     state_dtype(folder, dtype="float16")
 
     assert set(plan_load(folder).ranks[0].memory) == {"float16"}
@@ -93,12 +93,12 @@ def test_plans_and_conversions_say_the_same(folder: Path, home: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("dtype", ["kept", 16])
-def test_other_words_are_refused(folder: Path, home: Path, dtype: Any) -> None:
+def test_other_words_are_refused(folder: Path, catalog: Path, dtype: Any) -> None:
     with pytest.raises(TypeError, match='"keep"'):
         load_model(folder, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "keep"])
-def test_a_new_model_has_no_checkpoint_to_ask(home: Path, dtype: Any) -> None:
+def test_a_new_model_has_no_checkpoint_to_ask(catalog: Path, dtype: Any) -> None:
     with pytest.raises(ValueError, match="no checkpoint"):
         get_qwen_model_hub().create_new_model(qwen_config(), dtype=dtype)

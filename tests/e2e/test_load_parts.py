@@ -207,9 +207,9 @@ def test_one_tensor_after_another(path: Path, states: tuple[State, State]) -> No
     assert all(torch.equal(found[name], value) for name, value in states[1].items())
 
 
-def test_as_a_hugging_face_repository(path: Path, states: tuple[State, State], tmp_path: Path, home: Path) -> None:
-    (home / "cards.yaml").write_text(ARCHITECTURE)
-    import_cards(home / "cards.yaml")
+def test_as_a_hugging_face_repository(path: Path, states: tuple[State, State], tmp_path: Path, catalog: Path) -> None:
+    (tmp_path / "cards.yaml").write_text(ARCHITECTURE)
+    import_cards(tmp_path / "cards.yaml")
     report = convert_checkpoint(path, tmp_path / "out", arch="llama/tiny", shard_size=8000, progress=False)
 
     assert len(report.files) > 3

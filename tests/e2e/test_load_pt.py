@@ -22,7 +22,7 @@ CONFIG = qwen_config()
 
 
 @pytest.fixture
-def model(home: Path) -> Qwen:
+def model(catalog: Path) -> Qwen:
     model = get_qwen_model_hub().create_new_model(CONFIG, dtype=torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -151,7 +151,7 @@ def test_a_saved_module_is_cast(tmp_path: Path, model: Qwen) -> None:
     _check(loaded, model, torch.float32)
 
 
-def test_a_hugging_face_folder_of_before_safetensors(home: Path, tmp_path: Path) -> None:
+def test_a_hugging_face_folder_of_before_safetensors(catalog: Path, tmp_path: Path) -> None:
     expected = load_model(make(tmp_path / "m"), dtype="auto")
     (tmp_path / "m" / "model.safetensors").unlink()
     torch.save(expected.state_dict(), tmp_path / "m" / "pytorch_model.bin")

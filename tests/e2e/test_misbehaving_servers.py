@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -47,6 +47,11 @@ def wrong_name(name: str) -> Behaviour:
 
 def of_shard(behaviour: Behaviour) -> Behaviour:
     return at({f"/m/{SHARD}": behaviour})
+
+
+def cases(names: Iterable[str], *, slow: set[str]) -> list[object]:
+    """The quick tier leaves out what is of the same kind as something in it."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
 
 
 WEB: dict[str, tuple[Behaviour, int, str]] = {
@@ -92,7 +97,13 @@ IN_VAIN = {"drips", "drips headers", "silent", "silent in the body"}
 """What is waited for in vain, however long."""
 
 
-@pytest.mark.parametrize("what", WEB)
+SLOW_WEB = {
+    "drops in the weights", "twice the length", "another total", "416", "silent", "redirects out of http", "503", "403",
+    "500", "an absolute name", "a name with a line break",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", cases(WEB, slow=SLOW_WEB))
 def test_a_web_server(world: World, place: Place, what: str) -> None:
     world.web.behaviour, code, says = WEB[what]
     before = dict(world.web.files)
@@ -125,7 +136,13 @@ HUB: dict[str, tuple[str, str, int, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", HUB)
+SLOW_HUB = {
+    "a longer body", "another range", "redirects out of http", "429", "a loop about the repository",
+    "503 about the repository",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", cases(HUB, slow=SLOW_HUB))
 def test_a_hub(world: World, place: Place, what: str) -> None:
     target, fault, code, says = HUB[what]
     world.hub.misbehave(target, fault, 2 if fault == "slow" else 1_000_000)
@@ -147,7 +164,7 @@ ANSWERS: dict[str, tuple[Callable[[dict[str, Any]], object], int]] = {
 }
 
 
-@pytest.mark.parametrize("what", ANSWERS)
+@pytest.mark.parametrize("what", cases(ANSWERS, slow={"no commit", "an id that is a path"}))
 def test_what_a_hub_says_of_a_repository(world: World, place: Place, what: str) -> None:
     world.hub.rewrite, code = ANSWERS[what]
     require_end(world, place, "far", code, ".")

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -361,6 +362,8 @@ def main() -> None:
     _hurry()
     # The client looks at the disk too, a moment later, when it may be fuller.
     warnings.filterwarnings("default", "Not enough free disk space")
+    for each in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        each.atexit = False  # what torch would take back takes a child half of its time
     gc.collect()
     gc.freeze()  # so that the memory of the children stays shared
 
