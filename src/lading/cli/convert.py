@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,19 +100,8 @@ def _write(target: str | Path, *, dtype: str, no_progress: bool, as_json: bool, 
 
     report = convert_checkpoint(target, dtype=parse_dtype(dtype), progress=not no_progress, **options)
     if as_json:
-        write_json(
-            {
-                "name": report.name,
-                "family": report.family,
-                "folder": report.folder,
-                "files": [{"name": name, "bytes": size} for name, size in report.files.items()],
-                "tensors": report.tensors,
-                "parameters": report.parameters,
-                "dtypes": report.dtypes,
-                "bytes": report.bytes,
-                "dropped": report.dropped,
-            }
-        )
+        files = [{"name": name, "bytes": size} for name, size in report.files.items()]
+        write_json({**asdict(report), "files": files, "bytes": report.bytes})
         return
 
     weights = sum(name.endswith(".safetensors") for name in report.files)

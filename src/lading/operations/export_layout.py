@@ -106,7 +106,10 @@ def config_values(
     :raises CorruptModelCheckpointError: the checkpoint's own is not a JSON object.
     :raises OSError: it cannot be read.
     """
-    own = _read_config(beside[CONFIG_NAME]) if CONFIG_NAME in beside else {}
+    own: Mapping[str, object] = {}
+    if CONFIG_NAME in beside:
+        own = read_config_json(beside[CONFIG_NAME]) or {}
+        refuse_quantized_config(own, beside[CONFIG_NAME].parent)
     known = bool(own) and _is_of(own, family, targets)
     if family.to_hf is None and not known:
         raise NotSupportedError(
@@ -128,13 +131,6 @@ def config_values(
     elements = elements_by_dtype(entry for entry in entries if entry.dtype in FLOATS)
     if elements:
         values["dtype"] = torch_name(max(elements, key=elements.__getitem__))
-
-    return values
-
-
-def _read_config(path: Path) -> Mapping[str, object]:
-    values = read_config_json(path) or {}
-    refuse_quantized_config(values, path.parent)
 
     return values
 

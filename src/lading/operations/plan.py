@@ -96,16 +96,10 @@ def plan_checkpoint(
     dtype: torch.dtype | None,
     ranks: Sequence[int] | None,
 ) -> LoadPlan:
-    """Plan a load of ``checkpoint`` on every rank.
+    """Plan the load of a resolved model, as :func:`plan_load`.
 
     :param sizes: the sizes of all of :data:`AXES`.
     :param dtype: the dtype of floating-point tensors; ``None`` keeps the checkpoint's own.
-    :param ranks: the ranks to include; default: all.
-
-    :raises ValueError: an invalid size; a rank outside of the world.
-    :raises ModelCheckpointMismatchError: the checkpoint does not fit ``config``.
-    :raises NotSupportedError: a size of the configuration does not divide over ``tp``, or there are fewer layers than
-        stages.
     """
     for axis, size in sizes.items():
         if size < 1:
@@ -197,7 +191,8 @@ def plan_load(
 
     :raises ValueError: a size that is less than 1; a rank outside of the world.
     :raises ModelCheckpointMismatchError: the checkpoint does not fit the model's architecture.
-    :raises NotSupportedError: a size of the architecture does not divide over ``tp``; the checkpoint is quantized.
+    :raises NotSupportedError: a size of the architecture does not divide over ``tp``; there are fewer layers than
+        stages; the checkpoint is quantized.
 
     It also raises what :func:`check_model` does.
     """
