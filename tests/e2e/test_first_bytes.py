@@ -91,7 +91,7 @@ def test_a_card_over_http(cli: Cli, tmp_path: Path, name: str, digests: bool) ->
 
 @pytest.mark.parametrize(
     "inner",
-    ["12345", *(pytest.param(n, marks=pytest.mark.slow) for n in ("model.pth.tar", "runs/old", "plain", "strided"))],
+    ["12345", "strided", *(pytest.param(n, marks=pytest.mark.slow) for n in ("model.pth.tar", "runs/old", "plain"))],
 )
 def test_a_file_in_a_repository_of_the_hub(
     process: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, inner: str

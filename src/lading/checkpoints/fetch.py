@@ -14,6 +14,7 @@ from lading.checkpoints.checkpoint import Checkpoint
 from lading.checkpoints.fetch_to_index import fetch_and_index, was_fetched_to_index
 from lading.checkpoints.published import name_in_source
 from lading.checkpoints.recording import fetched_check, known_content, record_fetched
+from lading.checkpoints.verification import record_rewritten
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, InternalError
 from lading.formats.safetensors import index_file
 from lading.gangs import Gang
@@ -77,8 +78,11 @@ def _acquire_whole(
     if not whole.manifest.tensors_equal(checkpoint.manifest):
         raise _replaced(checkpoint.where)
     record_fetched(checkpoint, whole.copies, whole.checks, store)
+    checkpoint = replace(checkpoint, files=whole.files, trusted=True)
+    if whole.rewritten and store is not None:
+        record_rewritten(checkpoint, store)
 
-    return replace(checkpoint, files=whole.files, trusted=True)
+    return checkpoint
 
 
 def share(checkpoint: Checkpoint, root: Gang, find: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:

@@ -42,6 +42,11 @@ class FetchedCheckpoint(PublishedCheckpoint):
     """The copy of each shard, and the originals of those that are rewrites."""
     checks: Sequence[Check]
 
+    @property
+    def rewritten(self) -> bool:
+        """Whether a file is a rewrite of what was fetched."""
+        return len(self.copies) > len(self.files)
+
 
 def must_fetch_to_index(ref: CheckpointRef) -> bool:
     """Return whether lading has to fetch the checkpoint before indexing it, by the names in its address.

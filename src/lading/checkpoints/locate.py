@@ -22,6 +22,7 @@ from lading.checkpoints.local_copies import all_verified, copies_as_known, was_v
 from lading.checkpoints.pins import with_pins
 from lading.checkpoints.published import PublishedCheckpoint, index_source
 from lading.checkpoints.recording import record_manifest, require_writable, stored_checkpoint
+from lading.checkpoints.verification import record_rewritten
 from lading.errors import (
     AddressError,
     AssetCardError,
@@ -224,6 +225,8 @@ def fetched_card_checkpoint(name: str, ref: CheckpointRef, whole: FetchedCheckpo
     checkpoint = replace(checkpoint, files=whole.files, trusted=True)
     # A source may publish it again under the same address: records of other bytes do not hold for these.
     record_manifest(checkpoint, whole.copies, store, checks=whole.checks, accept=True)
+    if whole.rewritten:
+        record_rewritten(checkpoint, store)
 
     return checkpoint
 

@@ -206,6 +206,14 @@ def remedy(checkpoint: Checkpoint, *, files: int = 1) -> str:
     return f"If {they} changed on purpose, `lading index {checkpoint.name}` takes {them} for the right {ones}."
 
 
+def record_rewritten(checkpoint: Checkpoint, store: AssetStore) -> None:
+    """Record the digests of files that were just rewritten, as no source publishes any for them."""
+    with BestEffort("the digests of %s are not in the catalog", checkpoint.name):
+        if not store.tensor_digests(checkpoint.uri):
+            digests = hash_checkpoint(checkpoint.manifest, checkpoint.here())
+            record_digests(store.database, uri=checkpoint.uri, manifest=checkpoint.manifest, digests=digests)
+
+
 def require_pinned(checkpoint: Checkpoint, store: AssetStore, *, progress: bool = False) -> None:
     """Hash the files that the card pins, unless they were verified as they are.
 
