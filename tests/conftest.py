@@ -15,6 +15,7 @@ from hypothesis import is_hypothesis_test, settings
 
 from tests.helpers import catalog_tools
 from tests.helpers.examples import QUICK
+from tests.helpers.interpreters import Interpreters
 from tests.helpers.postgresql_server import Server, find_programs, running
 
 # The machines are shared: an example may take its time.
@@ -59,6 +60,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("DATA", "CACHE", "CONFIG"):
         monkeypatch.setenv(f"XDG_{name}_HOME", str(home / name.lower()))
     return home
+
+
+@pytest.fixture(scope="session")
+def interpreters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interpreters]:
+    """Processes for code that must not share what this one has imported or done."""
+    server = Interpreters(tmp_path_factory.mktemp("interpreters"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

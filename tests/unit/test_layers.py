@@ -85,27 +85,29 @@ def test_no_cycle_between_files() -> None:
         visit(name, ())
 
 
-def _modules_after(code: str) -> set[str]:
-    script = f"import sys\n{code}\nprint(' '.join(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return set(out.stdout.split())
+LIGHT = [
+    "import lading; dir(lading)",
+    "import lading.errors, lading.cards.card, lading.formats.manifest, lading.system.settings",
+    "import lading.planning.plan, lading.planning.rules, lading.planning.composition",
+    "import lading.formats, lading.sources",
+    "import lading.catalog.store, lading.catalog.query",
+    "import lading; lading.catalog.session; lading.catalog.CardRow",
+    "import lading.cli",
+]
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import lading; dir(lading)",
-        "import lading.errors, lading.cards.card, lading.formats.manifest, lading.system.settings",
-        "import lading.planning.plan, lading.planning.rules, lading.planning.composition",
-        "import lading.formats, lading.sources",
-        "import lading.catalog.store, lading.catalog.query",
-        "import lading; lading.catalog.session; lading.catalog.CardRow",
-        "import lading.cli",
-    ],
-)
-def test_light_parts_stay_light(code: str) -> None:
+@pytest.fixture(scope="module")
+def modules_after() -> dict[str, set[str]]:
+    """The modules that are imported after each of these and those before it, in one process."""
+    script = "import sys\n" + "".join(f"{code}\nprint(' '.join(sys.modules))\n" for code in LIGHT)
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    return {code: set(line.split()) for code, line in zip(LIGHT, out.splitlines(), strict=True)}
+
+
+@pytest.mark.parametrize("code", LIGHT)
+def test_light_parts_stay_light(modules_after: dict[str, set[str]], code: str) -> None:
     heavy = {"torch", "pydantic", "alembic", "numpy", "transformers", "huggingface_hub", "ruamel.yaml"}
-    assert not (_modules_after(code) & heavy)
+    assert not (modules_after[code] & heavy)
 
 
 def test_the_public_names() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from lading.models.resolve import family_of_folder
 from lading.models.targets import targets_of
 from lading.planning.composition import Joined, Regroup, Reordered, Sliced
 from lading.planning.rules import Rule, rename, route
+from tests.helpers.interpreters import Interpreters
 
 GPT2: dict[str, Any] = {
     "model_type": "gpt2",
@@ -230,7 +229,7 @@ def test_a_type_with_a_class_of_its_own_does_not_stand_for_code_of_a_repository(
         build_on_meta(FAMILY, config(values, model_type="custom"))
 
 
-def test_without_transformers(tmp_path: Path) -> None:
+def test_without_transformers(tmp_path: Path, interpreters: Interpreters) -> None:
     """In a process where it cannot be imported, all else works, and the error says what to install."""
     (tmp_path / "config.json").write_text(json.dumps(GPT2))
     script = f"""
@@ -246,9 +245,7 @@ try:
 except NotSupportedError as error:
     print(error)
 """
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-
-    assert "`pip install lading[hf]`" in out.stdout
+    assert "`pip install lading[hf]`" in interpreters.run(script)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +256,9 @@ except NotSupportedError as error:
     ],
     ids=["older", "broken"],
 )
-def test_with_a_transformers_that_cannot_make_it(tmp_path: Path, content: str, told: str) -> None:
+def test_with_a_transformers_that_cannot_make_it(
+    tmp_path: Path, interpreters: Interpreters, content: str, told: str
+) -> None:
     """An environment may have had it before lading came without the extra."""
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers" / "__init__.py").write_text(content)
@@ -273,18 +272,16 @@ try:
 except NotSupportedError as error:
     print(error)
 """
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    out = interpreters.run(script)
 
-    assert told in out.stdout
-    assert "`pip install lading[hf]`" in out.stdout
+    assert told in out
+    assert "`pip install lading[hf]`" in out
 
 
-def test_transformers_is_imported_only_by_what_needs_it() -> None:
+def test_transformers_is_imported_only_by_what_needs_it(interpreters: Interpreters) -> None:
     script = "import sys, lading.families.hg; print('transformers' in sys.modules)"
 
-    assert (
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "False\n"
-    )
+    assert interpreters.run(script) == "False\n"
 
 
 # --- rules -----------------------------------------------------------------------------------------------------------

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests.helpers.interpreters import Interpreters
 
 ASK = """
 import json, sys
@@ -23,10 +21,12 @@ from lading.errors import FetchError
 from lading.families.hg import FAMILY
 
 sys.addaudithook(guard)
-try:
-    print(type(build_on_meta(FAMILY, FAMILY.from_hf(json.loads(sys.argv[1])))).__name__)
-except FetchError as error:
-    print(error)
+for values in json.loads(sys.argv[1]):
+    try:
+        answer = type(build_on_meta(FAMILY, FAMILY.from_hf(values))).__name__
+    except FetchError as error:
+        answer = error
+    print(answer, end="\\0")
 """
 
 BACKBONE = {"use_timm_backbone": False, "backbone": "acme/tiny-resnet", "backbone_config": None}
@@ -44,26 +44,27 @@ DPT = {"model_type": "dpt", "architectures": ["DPTForDepthEstimation"], **BACKBO
 RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
 
 
-def ask(values: dict[str, Any], home: Path, variable: str) -> str:
+STATED = {**DETR, "backbone": None, "backbone_config": RESNET}
+
+
+def ask(interpreters: Interpreters, questions: list[dict[str, Any]], home: Path, variable: str) -> list[str]:
+    """Return the class of the model that each configuration makes, or the error; in one process."""
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "LADING_", "TRANSFORMERS_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", ASK, json.dumps(values)],
-        env={**keep, "HF_HOME": str(home), variable: "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    out = interpreters.run(ASK, json.dumps(questions), env={**keep, "HF_HOME": str(home), variable: "1"})
+
+    return out.split("\0")[:-1]
 
 
-@pytest.mark.parametrize(
-    ("values", "variable"), [(DETR, "LADING_OFFLINE"), (DPT, "HF_HUB_OFFLINE")], ids=["detr", "dpt"]
-)
-def test_a_backbone_that_is_elsewhere_opens_no_socket(tmp_path: Path, values: dict[str, Any], variable: str) -> None:
-    assert "as its backbone" in ask(values, tmp_path, variable)
+def test_a_backbone_that_is_elsewhere_opens_no_socket_and_one_that_is_stated_is_made(
+    interpreters: Interpreters, tmp_path: Path
+) -> None:
+    elsewhere, stated = ask(interpreters, [DETR, STATED], tmp_path, "LADING_OFFLINE")
+    assert "as its backbone" in elsewhere
+    assert stated == "DetrModel"
 
 
-def test_a_backbone_that_is_stated_is_made(tmp_path: Path) -> None:
-    stated = {**DETR, "backbone": None, "backbone_config": RESNET}
-    assert ask(stated, tmp_path, "LADING_OFFLINE") == "DetrModel\n"
+def test_a_backbone_that_is_elsewhere_opens_no_socket_where_the_hub_is_offline(
+    interpreters: Interpreters, tmp_path: Path
+) -> None:
+    (elsewhere,) = ask(interpreters, [DPT], tmp_path, "HF_HUB_OFFLINE")
+    assert "as its backbone" in elsewhere

@@ -17,6 +17,7 @@ import time
 from array import array
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -254,9 +255,15 @@ ROWS = {
 }
 
 
+@cache
+def random_tensor(shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor that tests share, and none changes."""
+    return torch.randn(shape)
+
+
 @pytest.mark.parametrize("is_cold", [False, True])
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
-@pytest.mark.parametrize("offset", [0, 24, 4095])
+@pytest.mark.parametrize("offset", [pytest.param(0, marks=pytest.mark.slow), 24, 4095])
 @pytest.mark.parametrize("case", ROWS)
 def test_parts_of_columns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, offset: int, dtype: str, is_cold: bool
@@ -273,7 +280,7 @@ def test_parts_of_columns(
         return sizes[-1]
 
     monkeypatch.setattr(module.os, "preadv", counting)
-    tensor = torch.randn(shape)
+    tensor = random_tensor(shape)
     path = tmp_path / "x"
     path.write_bytes(bytes(offset) + tensor.view(torch.uint8).numpy().tobytes())
     manifest = replace(manifest_of(tensor, "F32"), offsets=array("q", [offset]))
@@ -292,7 +299,7 @@ def test_parts_of_columns(
 
 
 def test_an_error_in_one_thread_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensor = torch.randn(20 << 20)
+    tensor = torch.ones(20 << 20)
     file = write(tmp_path / "x", tensor)
     calls = []
 
@@ -313,7 +320,7 @@ def test_memory_goes_back_when_the_last_tensor_does(tmp_path: Path) -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-    tensor = torch.randn(16 << 20)  # 64 MiB
+    tensor = torch.ones(16 << 20)  # 64 MiB
     file = write(tmp_path / "x", tensor)
     gc.collect()
     before = resident()
@@ -384,6 +391,11 @@ def test_a_ring_never_reuses_a_buffer_that_is_still_being_copied(
 # --- digests ----------------------------------------------------------------------------------------------------------
 
 
+@cache
+def random_bytes(size: int) -> bytes:
+    return random.Random(0).randbytes(size)
+
+
 def checkpoint(folder: Path, tensors: list[tuple[str, tuple[int, ...]]], gap: int = 24) -> tuple[Manifest, ShardFile]:
     """A file of random tensors behind ``gap`` bytes."""
     offsets = array("q")
@@ -392,7 +404,7 @@ def checkpoint(folder: Path, tensors: list[tuple[str, tuple[int, ...]]], gap: in
         offsets.append(at)
         at += math.prod(shape) * BITS[dtype] // 8
     path = folder / "x"
-    path.write_bytes(random.Random(0).randbytes(at))
+    path.write_bytes(random_bytes(at))
     manifest = Manifest(
         format="safetensors",
         shards=(Shard(name="x", size=at),),
@@ -606,7 +618,9 @@ import torch
 from tests.unit.transfer import test_execute as t
 from lading.transfer import files as module
 from lading.transfer import reader
-tensor = torch.zeros(32 << 20)
+for each in (reader, t.execution):
+    each.STEP = 1 << 20
+tensor = torch.zeros(4 << 20)  # 16 steps
 file = t.write(t.Path({str(tmp_path / "x")!r}), tensor)
 real = os.preadv
 def slow(fd, buffers, at, flags=0):

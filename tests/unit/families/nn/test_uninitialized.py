@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
 
 from lading.families.nn.uninitialized import Conv1d, Embedding, GroupNorm, LayerNorm, Linear
+from tests.helpers.interpreters import Interpreters
 
 
 @pytest.mark.parametrize(
@@ -49,7 +47,7 @@ make = lambda: FAMILY.build(FAMILY.config_kls())
 
 
 @pytest.mark.parametrize("imports", [DECODER, SPEECH], ids=["decoder", "speech"])
-def test_building_on_the_meta_device_imports_nothing(imports: str) -> None:
+def test_building_on_the_meta_device_imports_nothing(interpreters: Interpreters, imports: str) -> None:
     script = f"""
 import sys, torch
 {imports}
@@ -58,7 +56,6 @@ with torch.device("meta"):
     make()
 print(len(set(sys.modules) - before))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
 
     # `with torch.device(...)` itself imports a module.
-    assert int(done.stdout) <= 2
+    assert int(interpreters.run(script)) <= 2
