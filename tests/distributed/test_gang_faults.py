@@ -78,8 +78,12 @@ def _struck(
 
 
 POINTS = ("before", "after", "reduce", "all reduce", "wait")
-KILLED = [("produce", 0), *((point, victim) for victim in (0, 3) for point in POINTS)]
-STOPPED = [("reduce", 3), ("wait", 0)]
+KILLED = [
+    ("produce", 0), ("before", 3), ("after", 0), ("reduce", 3), ("wait", 0),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [("before", 0), ("reduce", 0), ("all reduce", 0)]),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [("after", 3), ("all reduce", 3), ("wait", 3)]),
+]  # fmt: skip
+STOPPED = [pytest.param("reduce", 3, marks=pytest.mark.slow), ("wait", 0)]
 
 
 @pytest.mark.parametrize(("point", "victim"), KILLED)
@@ -99,7 +103,7 @@ def test_a_rank_is_stopped_and_goes_on_too_late(tmp_path: Path, point: str, vict
             assert isinstance(pool.collect(within=30)[victim].error, GangError)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_is_killed_that_served_the_store(tmp_path: Path, victim: int) -> None:
     with _struck(tmp_path, "after", victim, signal.SIGKILL, size=2, agent=False) as pool:
         outcomes = pool.collect(within=30)
@@ -119,7 +123,7 @@ def interrupted(victim: int, mark: str) -> Any:
     return type(raised), again is raised, str(raised)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_is_interrupted_while_it_waits(tmp_path: Path, victim: int) -> None:
     mark = tmp_path / "mark"
     with Pool(2) as pool:

@@ -188,7 +188,7 @@ def first_late(seconds: float) -> Any:
 
 
 def test_the_first_may_work_for_longer_than_the_timeout(pool2: Pool) -> None:
-    assert pool2.values(first_late, 3.5) == [None, None]
+    assert pool2.values(first_late, 2.5) == [None, None]
 
 
 # --- agree -----------------------------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ def test_all_ranks_leave_a_block_or_none(pool2: Pool) -> None:
 def twice(own: list[str]) -> Any:
     root = gangs_of().root
     if not own:
-        time.sleep(3.5)
+        time.sleep(1.5)
         return [type(raised_by(root.agree)), type(raised_by(root.agree)), root.agree()]
     kinds: list[Any] = [type(raised_by(partial(root.agree, ERRORS[name]()))) for name in own]
     return [*kinds, root.agree()]

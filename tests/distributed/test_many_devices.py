@@ -124,7 +124,8 @@ def two_networks() -> Iterator[dict[str, tuple[str, str]]]:
         yield found
 
 
-@pytest.mark.parametrize("cooperative", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cooperative", [False, True])
 def test_two_hosts_with_networks_of_their_own(
     two_networks: dict[str, tuple[str, str]], tmp_path: Path, cooperative: bool
 ) -> None:

@@ -164,8 +164,20 @@ def case_id(value: Any) -> str:
 FAMILIES = ["llama", "qwen", "mistral", "olmo", "gemma", "bert"]
 
 
-@pytest.mark.parametrize("axes", [(2, 1, 1), (1, 2, 1)], ids=case_id)
-@pytest.mark.parametrize("family", FAMILIES)
+def slow(*cases: tuple[str, Axes]) -> list[Any]:
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("family", "axes"),
+    [
+        *((family, (2, 1, 1)) for family in FAMILIES),
+        ("qwen", (1, 2, 1)),
+        ("bert", (1, 2, 1)),
+        *slow(*((family, (1, 2, 1)) for family in ("llama", "mistral", "olmo", "gemma"))),
+    ],
+    ids=case_id,
+)
 def test_two_ranks(pool2: Pool, folders: dict[str, Path], family: str, axes: Axes) -> None:
     compare(pool2, folders[family], axes)
 
@@ -174,15 +186,11 @@ def test_two_ranks(pool2: Pool, folders: dict[str, Path], family: str, axes: Axe
     ("family", "axes"),
     [
         ("llama", (4, 1, 1)),  # one key/value head, which all ranks share
-        ("llama", (1, 4, 1)),
         ("llama", (2, 2, 1)),  # a vocabulary that tensor parallelism splits unevenly
         ("mistral", (4, 1, 1)),  # two ranks to a key/value head
-        ("qwen", (2, 2, 1)),
         ("qwen", (1, 2, 2)),
-        ("olmo", (2, 2, 1)),
-        ("gemma", (2, 2, 1)),
         ("bert", (2, 1, 2)),
-        ("bert", (2, 2, 1)),
+        *slow(("llama", (1, 4, 1)), *((family, (2, 2, 1)) for family in ("qwen", "olmo", "gemma", "bert"))),
     ],
     ids=case_id,
 )
@@ -238,7 +246,9 @@ def test_ranks_that_ask_for_different_models(pool2: Pool, folders: dict[str, Pat
         assert "num_layers" in str(outcome.error)
 
 
-@pytest.mark.parametrize(("family", "axes"), [("qwen", (2, 2, 1)), ("bert", (2, 2, 1)), ("llama", (1, 4, 1))])
+@pytest.mark.parametrize(
+    ("family", "axes"), [("bert", (2, 2, 1)), *slow(("qwen", (2, 2, 1)), ("llama", (1, 4, 1)))], ids=case_id
+)
 def test_a_new_model(pool4: Pool, folders: dict[str, Path], family: str, axes: Axes) -> None:
     assert pool4.values(new_and_compare, folders[family], axes) == [[]] * 4
 

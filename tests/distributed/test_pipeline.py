@@ -146,14 +146,19 @@ def case_id(value: Any) -> str:
     return value if isinstance(value, str) else "-".join(f"{axis}{size}" for axis, size in value.items())
 
 
-@pytest.mark.parametrize("family", ["qwen", "llama", "gemma"])
+@pytest.mark.parametrize("family", ["qwen", pytest.param("llama", marks=pytest.mark.slow), "gemma"])
 def test_two_stages(pool2: Pool, staged: dict[str, Path], family: str) -> None:
     assert pool2.values(load_and_compare, staged[family], {"pp": 2}) == [[]] * 2
 
 
 @pytest.mark.parametrize(
     ("family", "axes"),
-    [("qwen", {"pp": 2, "tp": 2}), ("llama", {"pp": 2, "tp": 2}), ("gemma", {"pp": 2, "sdp": 2}), ("llama", {"pp": 2})],
+    [
+        ("llama", {"pp": 2, "tp": 2}),
+        ("gemma", {"pp": 2, "sdp": 2}),
+        pytest.param("qwen", {"pp": 2, "tp": 2}, marks=pytest.mark.slow),
+        pytest.param("llama", {"pp": 2}, marks=pytest.mark.slow),
+    ],
     ids=case_id,
 )
 def test_four_ranks(pool4: Pool, staged: dict[str, Path], family: str, axes: Axes) -> None:

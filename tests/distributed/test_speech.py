@@ -85,12 +85,20 @@ def compare(family_name: str, axes: dict[str, int]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("axes", [{"tp": 2}, {"sdp": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("family", "axes"),
+    [
+        ("wav2vec2", {"tp": 2}),
+        ("wav2vec2_asr", {"sdp": 2}),
+        pytest.param("wav2vec2", {"sdp": 2}, marks=pytest.mark.slow),
+        pytest.param("wav2vec2_asr", {"tp": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_two_ranks(pool2: Pool, family: str, axes: dict[str, int]) -> None:
     assert pool2.values(compare, family, axes) == [[]] * 2
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [pytest.param("wav2vec2", marks=pytest.mark.slow), "wav2vec2_asr"])
 def test_four_ranks(pool4: Pool, family: str) -> None:
     assert pool4.values(compare, family, {"tp": 2, "sdp": 2}) == [[]] * 4

@@ -72,10 +72,20 @@ def both_ways(folder: Path, sizes: dict[str, int], dtype: torch.dtype | str) -> 
     return different, by_itself.bytes_read, report.bytes_read
 
 
-@pytest.mark.parametrize("dtype", ["auto", torch.float64], ids=["as it is", "cast"])
 @pytest.mark.parametrize(
-    "sizes", [{"tp": 4}, {"sdp": 4}, {"tp": 2, "sdp": 2}, {}, {"pp": 2, "tp": 2}],
-    ids=["tp4", "sdp4", "tp2-sdp2", "replicas", "pp2-tp2"],
+    ("sizes", "dtype"),
+    [
+        ({"tp": 4}, "auto"), ({"sdp": 4}, "auto"), ({"tp": 2, "sdp": 2}, torch.float64), ({}, "auto"),
+        ({"pp": 2, "tp": 2}, "auto"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ({"tp": 4}, torch.float64), ({"sdp": 4}, torch.float64), ({"tp": 2, "sdp": 2}, "auto"),
+                ({}, torch.float64), ({"pp": 2, "tp": 2}, torch.float64),
+            ]
+        ),
+    ],
+    ids=str,
 )  # fmt: skip
 def test_the_model_is_the_same_and_each_byte_is_read_once(
     pool4: Pool, folder: Path, sizes: dict[str, int], dtype: Any
@@ -203,7 +213,7 @@ def one_stays(folder: Path, mark: str, timeout: float) -> None:
             load_model(folder, **options)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_rank_is_struck_while_it_reads(tmp_path: Path, folder: Path, number: signal.Signals) -> None:
     mark = tmp_path / "mark"
     with Pool(4) as pool:

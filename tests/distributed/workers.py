@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import Any
 
 PRELOAD = ["torch", "torch.distributed.device_mesh", "torch.distributed.tensor.parallel", "torch.distributed.fsdp"]
-PRELOAD += ["lading.models.hub", "lading.gangs", "lading.errors"]
+PRELOAD += ["lading.models.hub", "lading.gangs", "lading.errors", "transformers.modeling_utils"]
 
 
 class WorkerHangError(Exception):
