@@ -107,6 +107,4 @@ def test_a_file_in_a_repository_of_the_hub(
         for words in (("index", "hub"), ("pull", "hub"), ("load", "hub", "--dtype", "auto"), ("verify", "hub")):
             done = process(*words, env=env)
             assert done.returncode == 0, done.stderr
-        # What is rewritten has no digest before it is verified for the first time.
-        assert ("recorded" if inner == "strided" else "match") in done.stdout
-        assert "match" in process("verify", "hub", env=env).stdout
+        assert "match" in done.stdout
