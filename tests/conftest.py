@@ -5,6 +5,7 @@ import os
 # Before torch is imported: its thread pools would fight with the other test processes for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import compileall
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import is_hypothesis_test, settings
 
+import lading
 from tests.helpers import catalog_tools
 from tests.helpers.examples import QUICK
 from tests.helpers.interpreters import Interpreters
@@ -26,6 +28,9 @@ settings.register_profile("quick", settings.get_profile("full"), max_examples=QU
 def pytest_configure(config: pytest.Config) -> None:
     """Try fewer examples in the quick tier; before the modules of tests, which ask for them, are imported."""
     settings.load_profile("quick" if config.option.markexpr == "not slow" else "full")
+    if not hasattr(config, "workerinput"):
+        # So that the interpreters that tests start need not compile it, even where Python writes no bytecode.
+        compileall.compile_dir(Path(lading.__file__).parent, quiet=2)
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out

@@ -98,7 +98,22 @@ CASES = [
     Case("mistral-window-as-long", "mistral", {"sliding_window": 17, "tie_word_embeddings": True}),
 ]
 
-by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+QUICK = {
+    "llama-mqa-tied", "llama-biases", "llama3-scaling", "qwen2", "qwen2-window", "qwen3-wide-heads-tied",
+    "mistral-window", "mistral-window-1", "olmo2-gqa-tied", "olmo3", "olmo3-yarn-types-and-amplitude", "gemma3",
+    "gemma3-scaled",
+}  # fmt: skip
+"""Each family, and each kind of heads, of windows, of rotary scaling and of ties."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[case if case.id in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    ids=lambda case: case.id,
+)
+def both(request: pytest.FixtureRequest) -> tuple[DecoderLM, nn.Module]:
+    """The models of a case, which no test changes."""
+    return pair(request.param)
 
 
 def pair(case: Case) -> tuple[DecoderLM, nn.Module]:
@@ -137,7 +152,7 @@ def pair(case: Case) -> tuple[DecoderLM, nn.Module]:
 
 
 def tokens(n: int, s: int) -> Tensor:
-    return torch.randint(4, VOCAB, (n, s))
+    return torch.randint(4, VOCAB, (n, s), generator=torch.Generator().manual_seed(n * s))
 
 
 def continue_theirs(theirs: nn.Module, ids: Tensor, **options: Any) -> Tensor:
@@ -158,20 +173,18 @@ def padding(lengths: list[int], s: int, side: str) -> Tensor:
     return (index < length if side == "right" else index >= s - length).long()
 
 
-@by_case
 @torch.no_grad()
-def test_logits(case: Case) -> None:
-    ours, theirs = pair(case)
+def test_logits(both: tuple[DecoderLM, nn.Module]) -> None:
+    ours, theirs = both
     ids = tokens(3, 17)
 
     assert relative_difference(ours(ids), theirs(ids).logits) <= TOLERANCE
 
 
-@by_case
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_logits_of_padded_batches(case: Case, side: str) -> None:
-    ours, theirs = pair(case)
+def test_logits_of_padded_batches(both: tuple[DecoderLM, nn.Module], side: str) -> None:
+    ours, theirs = both
     ids, mask = tokens(3, 17), padding([17, 9, 1], 17, side)
 
     real = mask.bool()
@@ -182,10 +195,9 @@ def test_logits_of_padded_batches(case: Case, side: str) -> None:
     assert found.isfinite().all()
 
 
-@by_case
 @torch.no_grad()
-def test_logits_at_given_positions(case: Case) -> None:
-    ours, theirs = pair(case)
+def test_logits_at_given_positions(both: tuple[DecoderLM, nn.Module]) -> None:
+    ours, theirs = both
     ids, mask = tokens(2, 13), torch.ones(2, 13, dtype=torch.long)
     positions = torch.stack((torch.arange(13) + 40, torch.arange(13) * 3))
 
@@ -195,9 +207,8 @@ def test_logits_at_given_positions(case: Case) -> None:
     assert relative_difference(found, expected) <= TOLERANCE
 
 
-@by_case
-def test_greedy_continuation(case: Case) -> None:
-    ours, theirs = pair(case)
+def test_greedy_continuation(both: tuple[DecoderLM, nn.Module]) -> None:
+    ours, theirs = both
     ids = tokens(2, 11)
 
     expected = continue_theirs(theirs, ids, max_new_tokens=20)
@@ -205,9 +216,8 @@ def test_greedy_continuation(case: Case) -> None:
     assert torch.equal(ours.generate(ids, max_new_tokens=20), expected)
 
 
-@by_case
-def test_greedy_continuation_of_a_padded_batch(case: Case) -> None:
-    ours, theirs = pair(case)
+def test_greedy_continuation_of_a_padded_batch(both: tuple[DecoderLM, nn.Module]) -> None:
+    ours, theirs = both
     ids, mask = tokens(3, 11), padding([11, 6, 1], 11, "left")
 
     free = continue_theirs(theirs, ids, attention_mask=mask, max_new_tokens=20)

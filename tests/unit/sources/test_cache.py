@@ -401,8 +401,8 @@ def test_a_stopped_process_is_not_waited_for(
 def test_a_process_at_work_is_waited_for_until_it_ends(
     tmp_path: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(partial, "SILENCE", 5.0)
-    threading.Timer(7, holder.kill).start()
+    monkeypatch.setattr(partial, "SILENCE", 2.0)
+    threading.Timer(3, holder.kill).start()
     with advisory_lock(tmp_path / "locks", "k", written=tmp_path) as waited:
         assert waited
         assert holder.wait() == -signal.SIGKILL
