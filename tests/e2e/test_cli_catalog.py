@@ -56,8 +56,9 @@ class TestList:
     def test_names_only(self, cli, cards):
         assert cli("list", "tiny_g*", "-q").stdout == "tiny_gated\ntiny_gone\n"
 
-    def test_ls_is_list(self, cli):
-        assert cli("ls", "-q").stdout == cli("list", "-q").stdout != ""
+    @pytest.mark.parametrize("word", ["ls", "ps"])
+    def test_ls_is_list(self, cli, word):
+        assert cli(word, "-q").stdout == cli("list", "-q").stdout != ""
 
     def test_by_family(self, cli):
         assert {r["family"] for r in rows(cli("list", "--family", "mistral", "--json"))} == {"mistral"}
@@ -519,11 +520,23 @@ def test_commands_are_suggested(cli):
     assert "Did you mean 'check'" in cli("db", "chek", code=2).stderr
 
 
-@pytest.mark.parametrize("words", [(), ("db",)])
-def test_without_a_command_help_is_shown(cli, words):
+@pytest.mark.parametrize(("words", "heading"), [((), "Database:"), (("db",), "Commands:")])
+def test_without_a_command_help_is_shown(cli, words, heading):
     result = cli(*words, code=2)
     assert result.stdout == ""
-    assert "Commands:" in result.stderr
+    assert f"\n{heading}\n" in result.stderr
+
+
+def test_help_lists_commands_in_sections(cli):
+    sections = dict(re.findall(r"^([A-Z][\w ]*):\n((?:  .*\n)+)", cli("--help").stdout, re.MULTILINE))
+    assert list(sections) == ["Options", "Ask", "Load", "On this machine", "Write", "Cards", "Database"]
+    assert "  pull          Fetch" in sections["Load"]
+    listed = [line.split()[0] for name, text in sections.items() if name != "Options" for line in text.splitlines()]
+    assert sorted(listed) == sorted({words[0] for words in commands() if words})
+
+
+def test_download_is_pull(cli, cards):
+    assert cli("download", "tiny", "--dry-run").stdout == cli("pull", "tiny", "--dry-run").stdout != ""
 
 
 def commands() -> list[tuple[str, ...]]:
@@ -549,6 +562,7 @@ def test_every_command_has_help_and_an_example(cli, words):
     assert text.startswith(f"Usage: {' '.join(('lading', *words))}")
     assert "For example: " in text
     assert "..." not in text.partition("Options:")[2]  # no summary is cut
+    assert cli(*words, "-h").stdout == text
 
 
 class TestFailures:

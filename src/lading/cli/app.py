@@ -18,30 +18,44 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
 @click.group(
     "lading",
     cls=Program,
-    lazy={
-        "list": "lading.cli.list:list_models",
-        "show": "lading.cli.show:show",
-        "path": "lading.cli.path:path",
-        "families": "lading.cli.families:families",
-        "archs": "lading.cli.families:archs",
-        "sql": "lading.cli.sql:sql",
-        "load": "lading.cli.load:load",
-        "plan": "lading.cli.plan:plan",
-        "check": "lading.cli.check:check",
-        "diff": "lading.cli.diff:diff",
-        "index": "lading.cli.index:index",
-        "adopt": "lading.cli.adopt:adopt",
-        "rm": "lading.cli.rm:rm",
-        "du": "lading.cli.du:du",
-        "pull": "lading.cli.pull:pull",
-        "verify": "lading.cli.verify:verify",
-        "convert": "lading.cli.convert:convert",
-        "export": "lading.cli.convert:export",
-        "import": "lading.cli.cards:import_",
-        "export-cards": "lading.cli.cards:export_cards",
-        "db": "lading.cli.db:db",
+    sections={
+        "Ask": {
+            "list": "lading.cli.list:list_models",
+            "show": "lading.cli.show:show",
+            "path": "lading.cli.path:path",
+            "families": "lading.cli.families:families",
+            "archs": "lading.cli.families:archs",
+            "sql": "lading.cli.sql:sql",
+            "check": "lading.cli.check:check",
+            "diff": "lading.cli.diff:diff",
+            "plan": "lading.cli.plan:plan",
+        },
+        "Load": {
+            "load": "lading.cli.load:load",
+            "index": "lading.cli.index:index",
+            "pull": "lading.cli.pull:pull",
+            "verify": "lading.cli.verify:verify",
+        },
+        "On this machine": {
+            "adopt": "lading.cli.adopt:adopt",
+            "du": "lading.cli.du:du",
+            "rm": "lading.cli.rm:rm",
+        },
+        "Write": {
+            "convert": "lading.cli.convert:convert",
+            "export": "lading.cli.convert:export",
+        },
+        "Cards": {
+            "import": "lading.cli.cards:import_",
+            "export-cards": "lading.cli.cards:export_cards",
+        },
+        "Database": {
+            "db": "lading.cli.db:db",
+        },
     },
-    aliases={"ls": "list"},
+    # What the users of hf, ollama and docker type.
+    aliases={"ls": "list", "ps": "list", "download": "pull"},
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
 def app() -> None:

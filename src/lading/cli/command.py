@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any, NoReturn
@@ -78,17 +78,22 @@ verify_mode = click.option(
 class Group(click.Group):
     """A group of commands that are imported on first use.
 
-    :param lazy: ``"module:attribute"`` of each subcommand, in the order of the help.
+    :param sections: for each heading of the help, ``"module:attribute"`` of its subcommands.
     :param aliases: further names of subcommands, which the help does not show.
     """
 
     command_class = Command
 
     def __init__(
-        self, *args: Any, lazy: Mapping[str, str] | None = None, aliases: Mapping[str, str] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        sections: Mapping[str, Mapping[str, str]] | None = None,
+        aliases: Mapping[str, str] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._lazy = dict(lazy or {})
+        self._sections = dict(sections or {})
+        self._lazy = {name: place for section in self._sections.values() for name, place in section.items()}
         self._aliases = dict(aliases or {})
         self.params += _global_options(hidden=not isinstance(self, Program))
 
@@ -111,6 +116,14 @@ class Group(click.Group):
             return command
 
         return super().get_command(ctx, name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, self.list_commands(ctx)))
+        sections: Mapping[str, Iterable[str]] = self._sections or {"Commands": self.list_commands(ctx)}
+        for heading, names in sections.items():
+            with formatter.section(heading):
+                commands = [(name.ljust(width), self.get_command(ctx, name)) for name in names]
+                formatter.write_dl([(name, c.get_short_help_str(formatter.width)) for name, c in commands if c])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
