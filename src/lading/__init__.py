@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lading.cards.card import AssetCard as AssetCard
     from lading.cards.card import AssetCardField as AssetCardField
     from lading.catalog.import_cards import import_cards as import_cards
+    from lading.catalog.query import QueryResult as QueryResult
     from lading.catalog.query import query as query
     from lading.catalog.store import AssetStore as AssetStore
     from lading.catalog.store import get_asset_store as get_asset_store
@@ -89,6 +90,7 @@ _HOME = {
     "Architecture": "cards.card",
     "import_cards": "catalog.import_cards",
     "query": "catalog.query",
+    "QueryResult": "catalog.query",
     "AssetStore": "catalog.store",
     "get_asset_store": "catalog.store",
     "CheckReport": "models.fit",

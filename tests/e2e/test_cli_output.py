@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from lading.cli import output
 from lading.cli.failure import report
-from lading.cli.output import Column, Form, fit_widths, human_bytes, human_count, printable, shorten, write_rows
+from lading.cli.output import Column, Form, fit_widths, printable, shorten, write_rows
 from lading.errors import (
     AssetNotFoundError,
     CardFileError,
@@ -24,6 +24,7 @@ from lading.errors import (
     LadingError,
     ModelGatedError,
 )
+from lading.system.display import human_bytes, human_count
 
 
 class TestForms:

@@ -124,7 +124,7 @@ def test_the_public_names() -> None:
         AssetCardError CardFileError ModelConfigError AssetNotFoundError
         ModelCheckpointError CorruptModelCheckpointError
         ModelCheckpointMismatchError DigestMismatchError NotSupportedError GangError FetchError CatalogError
-        CatalogOutdatedError PolicyError RefusedPickleError QueryError InternalError __version__
+        CatalogOutdatedError PolicyError RefusedPickleError QueryError InternalError __version__ QueryResult
         """.split()
     )
 

@@ -12,10 +12,11 @@ import re
 import sqlite3
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from sqlalchemy import exc, text
 
@@ -23,7 +24,8 @@ from lading.catalog.database.connection import connect_readonly
 from lading.catalog.database.database import Database
 from lading.catalog.database.failures import primary_code, sqlite_failure, translated
 from lading.catalog.store import AssetStore, get_asset_store
-from lading.errors import CatalogError, PolicyError, QueryError
+from lading.errors import CatalogError, PolicyError, QueryError, escaped
+from lading.system.display import counted, unique_names
 
 MAX_VALUE_BYTES = 200_000
 """The size of the longest value in a query. Searching a megabyte for half a megabyte is one step of seconds."""
@@ -36,7 +38,7 @@ _LACKING = re.compile(r"did not supply a value for binding(?: parameter)? :(\w+)
 _MOST_ROWS = 2**31 - 2
 """The most rows to request from a cursor; one more shows whether there are others."""
 
-_Rows = list[tuple[object, ...]]
+_Rows = list[tuple[Any, ...]]
 
 _STEPS = 100
 """Steps of SQLite's program between two looks at the clock."""
@@ -77,14 +79,62 @@ _WRITING = frozenset(
 """The first words of statements to refuse because they write, or may write further on."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+_SHOWN_ROWS = 50
+"""The most rows that a notebook shows."""
+
+_SHOWN_LETTERS = 200
+"""The most letters of a value that a notebook shows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class QueryResult:
-    """The answer of a query."""
+    """The answer of a query: iterate over it for its rows. Notebooks show it as a table, and ``pandas.DataFrame`` takes
+    it with the names of its columns, if it has rows.
+    """
 
     columns: tuple[str, ...]
-    rows: list[tuple[object, ...]]
+    rows: list[tuple[Any, ...]]
     truncated: bool
     """``True`` if there are more rows than requested."""
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        # Without the names, which pandas reads there as of a named tuple, it would number the columns. The names of a
+        # named tuple must be identifiers; those of columns may be `count(*)`, or appear twice.
+        row = type("Row", (tuple,), {"__slots__": (), "_fields": self.columns})
+
+        return map(row, self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return a dictionary for each row. Repeated names of columns become ``name``, ``name_2`` and so on."""
+        names = unique_names(self.columns)
+
+        return [dict(zip(names, row, strict=True)) for row in self.rows]
+
+    def __repr__(self) -> str:
+        return f"<QueryResult: {self._size()}, columns {', '.join(map(escaped, self.columns))}>"
+
+    def _repr_html_(self) -> str:
+        heading = "".join(f"<th>{_as_html(name)}</th>" for name in self.columns)
+        rows = ["".join(f"<td>{_as_html(value)}</td>" for value in row) for row in self.rows[:_SHOWN_ROWS]]
+        body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+        note = f"the first {_SHOWN_ROWS} of {self._size()}" if len(self) > _SHOWN_ROWS else self._size()
+
+        return f"<table>\n<thead><tr>{heading}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n<p>{note}</p>"
+
+    def _size(self) -> str:
+        return f"{counted(len(self), 'row')}{', and there are more' if self.truncated else ''}"
+
+
+def _as_html(value: object) -> str:
+    import html  # few queries are shown in a notebook
+
+    text = "-" if value is None else value.hex() if isinstance(value, bytes) else str(value)
+    text = text if len(text) <= _SHOWN_LETTERS else f"{text[:_SHOWN_LETTERS]}…"
+
+    return html.escape(escaped(text))
 
 
 def query(

@@ -10,8 +10,9 @@ import click
 
 from lading.cli.command import command, no_restrict
 from lading.cli.failure import SYSTEM
-from lading.cli.output import Column, Form, counted, human_bytes, listing_options, note, printable, write_rows
+from lading.cli.output import Column, Form, listing_options, note, printable, write_rows
 from lading.errors import LadingError
+from lading.system.display import counted, human_bytes
 
 if TYPE_CHECKING:
     from lading.operations.adopt import Adoption, Status

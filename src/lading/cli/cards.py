@@ -15,7 +15,8 @@ import click
 from lading.cards.card import AssetCard, CardEntry
 from lading.cli.command import command
 from lading.cli.complete import complete_model
-from lading.cli.output import counted, note, printable
+from lading.cli.output import note, printable
+from lading.system.display import counted
 from lading.system.uris import uri_path
 
 log = logging.getLogger("lading")

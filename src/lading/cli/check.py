@@ -11,7 +11,8 @@ from lading.cli.command import command, no_restrict, one_object
 from lading.cli.complete import complete_target
 from lading.cli.describe import some
 from lading.cli.names import name_or_path
-from lading.cli.output import human_bytes, human_count, printable, write_json, write_pairs
+from lading.cli.output import printable, write_json, write_pairs
+from lading.system.display import human_bytes, human_count
 
 if TYPE_CHECKING:
     from lading.models.fit import CheckReport

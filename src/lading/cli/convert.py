@@ -13,7 +13,8 @@ from lading.cli.command import command, no_progress, no_restrict, one_object, ve
 from lading.cli.complete import complete_model, complete_target
 from lading.cli.describe import DTYPES, Size, dtype_text, parse_dtype, some
 from lading.cli.names import name_or_path
-from lading.cli.output import counted, human_bytes, human_count, write_json, write_pairs
+from lading.cli.output import write_json, write_pairs
+from lading.system.display import counted, human_bytes, human_count
 from lading.system.filesystem import path_exists
 
 F = TypeVar("F", bound=Callable[..., Any])

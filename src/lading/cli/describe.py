@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lading.cli.output import counted, human_bytes, human_count
+from lading.system.display import counted, human_bytes, human_count
 from lading.system.uris import shown_uri
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ import click
 from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_comparable
 from lading.cli.names import name_or_path
-from lading.cli.output import Column, Form, counted, listing_options, note, text, write_rows
+from lading.cli.output import Column, Form, listing_options, note, text, write_rows
+from lading.system.display import counted
 from lading.system.filesystem import path_exists
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ import click
 from lading.cli.command import command
 from lading.cli.complete import complete_model
 from lading.cli.names import has_wildcard, unknown_model
-from lading.cli.output import Column, Form, counted, human_bytes, listing_options, note, text, write_rows
+from lading.cli.output import Column, Form, listing_options, note, text, write_rows
+from lading.system.display import counted, human_bytes
 
 _COLUMNS = ("name", "bytes", "kind", "files", "complete", "verified", "path", "checkpoint", "revision")
 

@@ -9,7 +9,8 @@ import click
 from lading.cli.command import command
 from lading.cli.complete import complete_family, complete_model
 from lading.cli.names import has_wildcard, require_family, unknown_model
-from lading.cli.output import Column, Form, human_bytes, listing_options, note, write_rows
+from lading.cli.output import Column, Form, listing_options, note, write_rows
+from lading.system.display import human_bytes
 
 STATUSES = {"ready": "green", "remote": None, "gated": "yellow", "unknown-family": "yellow", "broken": "red"}
 """The statuses of models, and the color of each."""

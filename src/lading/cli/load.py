@@ -11,8 +11,9 @@ from lading.cli.command import command, no_progress, no_restrict, one_object, ve
 from lading.cli.complete import complete_target
 from lading.cli.describe import DTYPES, dtype_text, parse_dtype
 from lading.cli.names import name_or_path
-from lading.cli.output import counted, human_bytes, human_count, write_json, write_pairs
+from lading.cli.output import write_json, write_pairs
 from lading.errors import NotSupportedError
+from lading.system.display import counted, human_bytes, human_count
 
 if TYPE_CHECKING:
     import torch

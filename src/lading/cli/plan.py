@@ -12,7 +12,8 @@ from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_target
 from lading.cli.describe import DTYPES, Size, parse_dtype
 from lading.cli.names import name_or_path
-from lading.cli.output import Column, Form, counted, human_bytes, listing_options, note, text, write_rows
+from lading.cli.output import Column, Form, listing_options, note, text, write_rows
+from lading.system.display import counted, human_bytes
 
 if TYPE_CHECKING:
     from lading.operations.plan import LoadPlan

@@ -6,7 +6,8 @@ import click
 
 from lading.cli.command import command, no_progress
 from lading.cli.complete import complete_model
-from lading.cli.output import Column, Form, human_bytes, listing_options, write_rows
+from lading.cli.output import Column, Form, listing_options, write_rows
+from lading.system.display import human_bytes
 
 _COLUMNS = ("name", "bytes", "fetched", "path", "model", "revision")
 _TABLE = (

@@ -10,7 +10,8 @@ import click
 from lading.cli.command import command
 from lading.cli.complete import complete_model
 from lading.cli.names import unknown_model
-from lading.cli.output import counted, human_bytes, note, printable
+from lading.cli.output import note, printable
+from lading.system.display import counted, human_bytes
 
 if TYPE_CHECKING:
     from lading.operations.remove import Removal

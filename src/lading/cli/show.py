@@ -15,18 +15,9 @@ from lading.cards.overrides import layers_of, merge_layers
 from lading.cli.command import command
 from lading.cli.complete import complete_model
 from lading.cli.describe import checkpoint_object, checkpoint_pairs
-from lading.cli.output import (
-    Column,
-    Form,
-    as_json,
-    human_bytes,
-    human_count,
-    listing_options,
-    write_json,
-    write_pairs,
-    write_rows,
-)
+from lading.cli.output import Column, Form, as_json, listing_options, write_json, write_pairs, write_rows
 from lading.errors import CheckpointNotFoundError, ModelFamilyNotKnownError
+from lading.system.display import human_bytes, human_count
 from lading.system.filesystem import path_exists
 from lading.system.uris import path_uri, shown_uri, uri_path
 

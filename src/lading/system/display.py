@@ -1,0 +1,44 @@
+"""Sizes, counts and names of columns, as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def human_bytes(count: int | None) -> str:
+    """Format a size as ``1.5 GB``, in powers of 1,000 as on model hubs."""
+    return "-" if count is None else _human(count, ("B", "kB", "MB", "GB", "TB", "PB"), " ")
+
+
+def human_count(count: int | None) -> str:
+    """Format a number as ``596M``."""
+    return "-" if count is None else _human(count, ("", "K", "M", "B", "T"), "")
+
+
+def counted(count: int, noun: str) -> str:
+    """Format a count and a noun as ``1 shard`` or ``2 shards``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _human(count: int, units: Sequence[str], gap: str) -> str:
+    value, unit = float(count), 0
+    # 999.5 would be rounded to 1000.
+    while value >= 999.5 and unit < len(units) - 1:
+        value, unit = value / 1000, unit + 1
+
+    shown = str(count) if unit == 0 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+    return f"{shown}{gap if units[unit] else ''}{units[unit]}"
+
+
+def unique_names(columns: Sequence[str]) -> list[str]:
+    """Add numbers to repeated names of SQL columns, as the keys of an object are unique."""
+    unique: list[str] = []
+    for name in columns:
+        candidate, n = name, 1
+        while candidate in unique:
+            n += 1
+            candidate = f"{name}_{n}"
+        unique.append(candidate)
+
+    return unique
