@@ -86,6 +86,11 @@ class TestLoad:
         report = json.loads(cli("load", "tiny", "--dtype", dtype, "--json").stdout)
         assert report["dtypes"] == {"bfloat16" if dtype in ("auto", "keep") else dtype: 21_824}
 
+    @pytest.mark.parametrize("name", ["bf16", "BF16"])
+    def test_dtypes_by_short_names(self, cli, cards, name):
+        assert json.loads(cli("load", "tiny", "--dtype", name, "--json").stdout)["dtypes"] == {"bfloat16": 21_824}
+        assert "bfloat16" in cli("plan", "tiny", "--dtype", name).stdout
+
     def test_mapped(self, cli, cards):
         report = json.loads(cli("load", "tiny", "--dtype", "auto", "--mmap", "--json").stdout)
         assert (report["bytes_mapped"], report["bytes_read"]) == (43_648, 0)
@@ -130,7 +135,7 @@ class TestLoad:
         cli("load", "tiny_dangling", code=3)
         cli("load", "tiny_gone", code=2)
         cli("load", tmp_path / "nowhere", code=2)
-        cli("load", "tiny", "--dtype", "int8", code=2)
+        assert "'auto', 'keep', 'float64'" in cli("load", "tiny", "--dtype", "int8", code=2).stderr
 
     def test_overrides_that_do_not_fit_are_all_listed(self, cli, cards, tmp_path):
         bad = tmp_path / "bad.yaml"

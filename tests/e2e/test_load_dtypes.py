@@ -94,8 +94,28 @@ def test_plans_and_conversions_say_the_same(folder: Path, catalog: Path, tmp_pat
 
 @pytest.mark.parametrize("dtype", ["kept", 16])
 def test_other_words_are_refused(folder: Path, catalog: Path, dtype: Any) -> None:
-    with pytest.raises(TypeError, match='"keep"'):
-        load_model(folder, dtype=dtype)
+    for refused in (load_model, plan_load, lambda path, dtype: convert_checkpoint(path, path / "new", dtype=dtype)):
+        with pytest.raises(TypeError, match='"keep", "float64", "float32", "bfloat16"'):
+            refused(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("bfloat16", torch.bfloat16),
+        ("bf16", torch.bfloat16),
+        ("float16", torch.float16),
+        ("fp16", torch.float16),
+        ("float32", torch.float32),
+        ("fp32", torch.float32),
+        ("float64", torch.float64),
+        ("torch.float64", torch.float64),
+    ],
+)
+def test_a_dtype_by_its_name(folder: Path, catalog: Path, name: str, expected: torch.dtype) -> None:
+    assert dtypes(load_model(folder, dtype=name, progress=False)) == {expected}
+    assert dtypes(get_qwen_model_hub().create_new_model(qwen_config(), dtype=name)) == {expected}
+    assert set(plan_load(folder, dtype=name).ranks[0].memory) == {str(expected).removeprefix("torch.")}
 
 
 @pytest.mark.parametrize("dtype", ["auto", "keep"])

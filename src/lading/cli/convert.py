@@ -11,7 +11,7 @@ import click
 
 from lading.cli.command import command, no_progress, no_restrict, one_object, verify_mode
 from lading.cli.complete import complete_model, complete_target
-from lading.cli.describe import DTYPES, Size, dtype_text, parse_dtype, some
+from lading.cli.describe import DTYPES, Size, dtype_text, some
 from lading.cli.names import name_or_path
 from lading.cli.output import write_json, write_pairs
 from lading.system.display import counted, human_bytes, human_count
@@ -27,7 +27,7 @@ def _write_options(function: F) -> F:
         no_progress,
         verify_mode,
         click.option(
-            "--dtype", type=click.Choice(DTYPES), default="keep",
+            "--dtype", type=DTYPES, default="keep",
             help="The dtype of floating-point tensors; keep (the default): as stored; auto: config.json's.",
         ),
         click.option(
@@ -99,7 +99,7 @@ def export(name: str, **options: Any) -> None:
 def _write(target: str | Path, *, dtype: str, no_progress: bool, as_json: bool, **options: Any) -> None:
     from lading.operations.export import convert_checkpoint
 
-    report = convert_checkpoint(target, dtype=parse_dtype(dtype), progress=not no_progress, **options)
+    report = convert_checkpoint(target, dtype=dtype, progress=not no_progress, **options)
     if as_json:
         files = [{"name": name, "bytes": size} for name, size in report.files.items()]
         write_json({**asdict(report), "files": files, "bytes": report.bytes})

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lading.formats.manifest import FLOAT_NAMES
 from lading.system.display import counted, human_bytes, human_count
 from lading.system.uris import shown_uri
 
 if TYPE_CHECKING:
     from lading.catalog.store import StoredCheckpoint
-    from lading.transfer.dtypes import DType
 
 
 def checkpoint_object(stored: StoredCheckpoint) -> dict[str, object]:
@@ -81,18 +81,5 @@ class Size(click.ParamType[int]):
         return size
 
 
-DTYPES = ("auto", "keep", "float64", "float32", "bfloat16", "float16")
-"""The values of the option ``--dtype``."""
-
-
-def parse_dtype(name: str) -> DType:
-    """Return the Python value for one of :data:`DTYPES`."""
-    import torch
-
-    if name == "auto":
-        return "auto"
-    if name == "keep":
-        return "keep"
-    found: torch.dtype = getattr(torch, name)
-
-    return found
+DTYPES = click.Choice(("auto", "keep", *FLOAT_NAMES), case_sensitive=False)
+"""The type of the option ``--dtype``."""

@@ -9,7 +9,7 @@ import click
 
 from lading.cli.command import command, no_progress, no_restrict, one_object, verify_mode
 from lading.cli.complete import complete_target
-from lading.cli.describe import DTYPES, dtype_text, parse_dtype
+from lading.cli.describe import DTYPES, dtype_text
 from lading.cli.names import name_or_path
 from lading.cli.output import write_json, write_pairs
 from lading.errors import NotSupportedError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @command("load")
 @click.argument("target", metavar="NAME|PATH", shell_complete=complete_target)
 @click.option("--device", metavar="DEVICE", help="For example cpu, cuda or cuda:1; default: torch's.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="The parameters' dtype; auto: config.json's; keep: as stored.")
+@click.option("--dtype", type=DTYPES, help="The parameters' dtype; auto: config.json's; keep: as stored.")
 @click.option("--mmap", is_flag=True, help="Map the files instead of reading them.")
 @verify_mode
 @no_restrict
@@ -54,7 +54,7 @@ def load(
     _, report = load_with_report(
         card,
         device=None if device is None else _device(device),
-        dtype=None if dtype is None else parse_dtype(dtype),
+        dtype=dtype,
         mmap=mmap,
         verify=verify,
         restrict=not no_restrict,

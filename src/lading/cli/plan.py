@@ -10,7 +10,7 @@ import click
 
 from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_target
-from lading.cli.describe import DTYPES, Size, parse_dtype
+from lading.cli.describe import DTYPES, Size
 from lading.cli.names import name_or_path
 from lading.cli.output import Column, Form, listing_options, note, text, write_rows
 from lading.system.display import counted, human_bytes
@@ -31,7 +31,7 @@ _AXIS = click.IntRange(min=1, max=1_000_000)
 @click.option("--rdp", type=_AXIS, default=1, help="Replicas of all that.")
 @click.option(
     "--dtype",
-    type=click.Choice(DTYPES),
+    type=DTYPES,
     default="auto",
     help="Of the parameters; auto: config.json's; keep: as stored.",
 )
@@ -69,9 +69,7 @@ def plan(
 
     from lading.operations.plan import plan_load
 
-    found = plan_load(
-        model, dtype=parse_dtype(dtype), ranks=rank or None, restrict=not no_restrict, store=store, **sizes
-    )
+    found = plan_load(model, dtype=dtype, ranks=rank or None, restrict=not no_restrict, store=store, **sizes)
     if picture is not None:
         from lading.operations.plan_svg import picture as draw
 

@@ -31,6 +31,12 @@ BITS: Mapping[str, int] = {
 Source: the safetensors format specification, version 0.8 of its reference implementation.
 """
 
+FLOAT_NAMES: Mapping[str, str] = {
+    "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16",
+    "fp64": "F64", "fp32": "F32", "bf16": "BF16", "fp16": "F16",
+}  # fmt: skip
+"""The dtypes of plain weights, by the names that people give them: torch's, and the short ones."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:

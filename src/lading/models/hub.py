@@ -36,7 +36,7 @@ from lading.models.resolve import arch_config, family_of_card, family_of_folder,
 from lading.models.tensors import iter_tensors
 from lading.system.filesystem import path_exists
 from lading.system.settings import Settings
-from lading.transfer.dtypes import DType
+from lading.transfer.dtypes import DType, parse_dtype
 
 ModelT = TypeVar("ModelT", bound=Module)
 ModelConfigT = TypeVar("ModelConfigT")
@@ -47,7 +47,7 @@ class LoadKeywords(TypedDict, total=False):
 
     gangs: Gangs | None
     device: torch.device | str | None
-    dtype: DType | None
+    dtype: torch.dtype | str | None
     mmap: bool
     progress: bool
     verify: Verify
@@ -103,7 +103,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         *,
         gangs: Gangs | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         meta: bool = False,
     ) -> ModelT:
         """Create a model with random parameters, by the scheme of its architecture.
@@ -113,7 +113,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
 
         :param gangs: instead of ``device``; the model is on ``gangs.root.device``, and this rank gets its part.
         :param device: default: the current device.
-        :param dtype: of parameters and persistent buffers; default: ``torch.get_default_dtype()``.
+        :param dtype: of parameters and persistent buffers, also by its name; default: ``torch.get_default_dtype()``.
         :param meta: make it on the meta device, without memory.
 
         :raises ValueError: both ``gangs`` and ``device``, or a meta device without ``meta``.
@@ -141,7 +141,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         *,
         gangs: Gangs | None = None,
         device: torch.device | str | None = None,
-        dtype: DType | None = None,
+        dtype: torch.dtype | str | None = None,
         config: ModelConfigT | None = None,
         mmap: bool = False,
         progress: bool = True,
@@ -153,9 +153,10 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         :param card: a card, the name of one, or the path of a Hugging Face style folder.
         :param gangs: instead of ``device``; this applies their parallelism.
         :param device: default: the current device.
-        :param dtype: the dtype of parameters and persistent buffers; default: ``torch.get_default_dtype()``.
-            ``"auto"`` is that of the ``config.json`` beside the checkpoint, else the most common one of the checkpoint;
-            ``"keep"`` keeps that of each tensor. Tensors that a class keeps in float32 stay so under every dtype.
+        :param dtype: the dtype of parameters and persistent buffers, also by its name, such as ``"bfloat16"`` or
+            ``"bf16"``; default: ``torch.get_default_dtype()``. ``"auto"`` is that of the ``config.json`` beside the
+            checkpoint, else the most common one of the checkpoint; ``"keep"`` keeps that of each tensor. Tensors that
+            a class keeps in float32 stay so under every dtype.
         :param config: instead of the card's configuration, for slight changes such as dropout.
         :param mmap: map the files instead of reading them, if no cast is needed and the device is the CPU.
         :param progress: show a bar on stderr when it takes longer than half a second.
@@ -337,7 +338,7 @@ def load_model(
     *,
     gangs: Gangs | None = None,
     device: torch.device | str | None = None,
-    dtype: DType | None = None,
+    dtype: torch.dtype | str | None = None,
     config: object | None = None,
     mmap: bool = False,
     progress: bool = True,
@@ -468,12 +469,11 @@ def _effective_gangs(gangs: Gangs | None, device: torch.device | str | None) -> 
     return create_fake_gangs(require_usable(torch.get_default_device() if device is None else device))
 
 
-def _effective_dtype(dtype: DType | None) -> DType:
+def _effective_dtype(dtype: torch.dtype | str | None) -> DType:
     if dtype is None:
         return torch.get_default_dtype()
-    if not isinstance(dtype, torch.dtype) and dtype not in ("auto", "keep"):
-        raise TypeError(f'`dtype` must be a torch.dtype, "auto", "keep" or None, but is {dtype!r}')
-    if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
-        raise ValueError(f"`dtype` must be a floating-point dtype, but is {dtype}")
+    found = parse_dtype(dtype)
+    if isinstance(found, torch.dtype) and not found.is_floating_point:
+        raise ValueError(f"`dtype` must be a floating-point dtype, but is {found}")
 
-    return dtype
+    return found

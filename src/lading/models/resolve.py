@@ -28,7 +28,7 @@ from lading.formats.config_json import read_hf_config, refuse_quantized_config
 from lading.models.construct import check_config_type
 from lading.models.family import Family, family_of_model_type, get_family
 from lading.system.settings import Settings
-from lading.transfer.dtypes import FLOATS, TORCH_DTYPES, DType
+from lading.transfer.dtypes import FLOATS, TORCH_DTYPES, DType, dtype_by_name
 
 log = logging.getLogger("lading")
 
@@ -238,8 +238,7 @@ def model_dtype(dtype: DType, checkpoint: Checkpoint, *, store: AssetStore | Non
         log.info("config.json of %s cannot be asked for a dtype: %s", checkpoint.name, error)
         hf_config = {}
     stated = hf_config.get("dtype") or hf_config.get("torch_dtype")
-    named = {str(TORCH_DTYPES[name]).removeprefix("torch."): TORCH_DTYPES[name] for name in FLOATS}
-    if isinstance(stated, str) and (found := named.get(stated.removeprefix("torch."))) is not None:
+    if isinstance(stated, str) and (found := dtype_by_name(stated)) is not None:
         return found
 
     manifest = checkpoint.manifest

@@ -50,7 +50,7 @@ from lading.planning.composition import Source
 from lading.planning.rules import Route
 from lading.sources.disk import require_space
 from lading.system.progress import byte_bar
-from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES, DType
+from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES, parse_dtype
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -87,7 +87,7 @@ def convert_checkpoint(
     folder: Path | str,
     *,
     arch: str | None = None,
-    dtype: DType = "keep",
+    dtype: torch.dtype | str = "keep",
     shard_size: int = SHARD_SIZE,
     restrict: bool = True,
     progress: bool = True,
@@ -126,6 +126,7 @@ def convert_checkpoint(
     require_empty(folder)  # before hours of fetching
     check_shard_size(shard_size)
     require_mode(verify)
+    chosen = parse_dtype(dtype)
 
     family = config = None
     if arch is not None:
@@ -144,7 +145,7 @@ def convert_checkpoint(
     name, family, config, checkpoint, store = model.name, model.family, model.config, model.checkpoint, model.store
 
     manifest = checkpoint.manifest
-    asked = model_dtype(dtype, checkpoint, store=store)
+    asked = model_dtype(chosen, checkpoint, store=store)
     module = build_on_meta(family, config)
     others = other_dtypes(module, family, config, asked, sdp=1)
     # config.json describes these targets: it cannot say that tied parameters are stored separately.

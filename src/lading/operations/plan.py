@@ -22,7 +22,7 @@ from lading.models.pipeline import holders
 from lading.models.resolve import model_dtype, resolve_model
 from lading.models.targets import targets_of
 from lading.operations.forecast import Layout, forecast, lay_out
-from lading.transfer.dtypes import TORCH_DTYPES, DType
+from lading.transfer.dtypes import TORCH_DTYPES, parse_dtype
 
 AXES = ("pp", "rdp", "sdp", "tp")
 
@@ -177,7 +177,7 @@ def plan_load(
     sdp: int = 1,
     pp: int = 1,
     rdp: int = 1,
-    dtype: DType = "auto",
+    dtype: torch.dtype | str = "auto",
     ranks: Sequence[int] | None = None,
     restrict: bool = True,
     store: AssetStore | None = None,
@@ -196,6 +196,7 @@ def plan_load(
 
     It also raises what :func:`check_model` does.
     """
+    chosen = parse_dtype(dtype)
     model = resolve_model(target, store, restrict=restrict)
 
     return plan_checkpoint(
@@ -203,6 +204,6 @@ def plan_load(
         model.family,
         model.config,
         sizes={"pp": pp, "rdp": rdp, "sdp": sdp, "tp": tp},
-        dtype=model_dtype(dtype, model.checkpoint, store=model.store),
+        dtype=model_dtype(chosen, model.checkpoint, store=model.store),
         ranks=ranks,
     )

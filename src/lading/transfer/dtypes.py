@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from lading.formats.manifest import FLOAT_NAMES
+
 DType = torch.dtype | Literal["auto", "keep"]
 """The caller's choice: a dtype, that of the checkpoint, or that of each tensor."""
 
@@ -35,5 +37,31 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
-FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
+FLOATS = frozenset(FLOAT_NAMES.values())
 """The dtypes of plain weights, between which a load may cast."""
+
+
+def dtype_by_name(name: str) -> torch.dtype | None:
+    """Return the floating-point dtype of a name such as ``bfloat16``, ``bf16`` or ``torch.bfloat16``, if it is one."""
+    found = FLOAT_NAMES.get(name.removeprefix("torch."))
+
+    return None if found is None else TORCH_DTYPES[found]
+
+
+def parse_dtype(dtype: torch.dtype | str) -> DType:
+    """Return what a caller asks for with a dtype, the name of one, ``"auto"`` or ``"keep"``.
+
+    :raises TypeError: it is none of these.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return "auto"
+    if dtype == "keep":
+        return "keep"
+    found = dtype_by_name(dtype) if isinstance(dtype, str) else None
+    if found is None:
+        names = ", ".join(f'"{name}"' for name in ("auto", "keep", *FLOAT_NAMES))
+        raise TypeError(f"`dtype` must be a torch.dtype or one of {names}, but is {dtype!r}")
+
+    return found
