@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from lading.formats.manifest import Manifest, Shard
+from lading.system.display import representation
 from lading.system.filesystem import FileStat
 
 HEADER = "header"
@@ -141,6 +142,13 @@ class ImportReport:
     warnings: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     """The documents left out; empty unless the import keeps going."""
+
+    def __repr__(self) -> str:
+        counts = {field.name: len(getattr(self, field.name)) for field in fields(self)}
+
+        return representation(
+            self, ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing"
+        )
 
 
 def to_signed(inode: int) -> int:

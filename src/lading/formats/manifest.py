@@ -16,6 +16,7 @@ from operator import gt
 from typing import Literal, NamedTuple
 
 from lading.errors import InternalError
+from lading.system.display import counted, human_bytes, human_count, representation
 
 Format = Literal["safetensors", "torch"]
 """A supported format of a file."""
@@ -128,6 +129,15 @@ class Manifest:
         first = (self.shard_ids[tensor], self.offsets[tensor])
         if sum(math.prod(piece.shape) for piece in pieces) != math.prod(shape) or pieces[0][2:] != first:
             raise InternalError(f"the pieces of {name!r} are not all of its shape {shape}, beginning at {first}")
+
+    def __repr__(self) -> str:
+        return representation(
+            self,
+            self.format,
+            counted(len(self), "tensor"),
+            f"{human_count(self.parameters)} parameters",
+            f"{human_bytes(self.total_bytes)} in {counted(len(self.shards), 'file')}",
+        )
 
     def __len__(self) -> int:
         """Return the number of tensors."""

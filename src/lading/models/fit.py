@@ -17,6 +17,7 @@ from lading.models.family import Family
 from lading.models.targets import Targets, targets_of
 from lading.planning.composition import Source, shape_of, tensors_of
 from lading.planning.rules import Route, route
+from lading.system.display import counted, human_bytes, human_count, representation
 from lading.transfer.dtypes import FLOATS
 
 _MAX_LINES = 20
@@ -52,6 +53,15 @@ class CheckReport:
     @property
     def fits(self) -> bool:
         return not self.problems
+
+    def __repr__(self) -> str:
+        return representation(
+            self,
+            f"it fits {self.family}" if self.fits else f"{counted(len(self.problems), 'problem')} with {self.family}",
+            f"{self.matched} of {counted(self.tensors, 'tensor')} needed",
+            f"{human_count(self.parameters)} parameters",
+            human_bytes(self.bytes),
+        )
 
 
 def check_manifest(manifest: Manifest, family: Family[Any, Any], config: Any) -> CheckReport:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from lading.system.display import counted, human_bytes, human_count, representation
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
@@ -38,6 +40,16 @@ class LoadReport:
     @property
     def seconds(self) -> float:
         return sum(self.phases.values())
+
+    def __repr__(self) -> str:
+        return representation(
+            self,
+            f"{self.name} as {self.model_class} on {self.device}",
+            f"{human_count(self.parameters)} parameters",
+            f"{human_bytes(self.bytes_read)} read in {counted(self.reads, 'read')}",
+            f"{human_bytes(self.bytes_mapped)} mapped" if self.bytes_mapped else "",
+            f"{self.seconds:.3g} s",
+        )
 
 
 class Clock:

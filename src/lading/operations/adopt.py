@@ -39,6 +39,7 @@ from lading.operations.find_checkpoints import (
 from lading.operations.hub_checkpoints import HubCheckpoint, hub_checkpoints, no_snapshot_error, resolve_commit
 from lading.sources.hub.address import is_sha256
 from lading.sources.hub.cache import blob_tag, hub_cache
+from lading.system.display import human_bytes, representation
 from lading.system.filesystem import FileStat, expand_home
 from lading.system.uris import path_uri
 
@@ -68,6 +69,15 @@ class Adoption:
     problem: str | None = None
     error: LadingError | OSError | None = None
     """The error, if the adoption failed."""
+
+    def __repr__(self) -> str:
+        return representation(
+            self,
+            f"{self.path} {self.status}",
+            self.problem or human_bytes(self.bytes),
+            f"of {', '.join(self.cards)}" if self.cards else "",
+            "verified" if self.verified else "",
+        )
 
 
 def adopt_checkpoints(

@@ -18,6 +18,7 @@ from lading.models.construct import build_on_meta
 from lading.models.family import get_family
 from lading.models.resolve import resolve_checkpoint
 from lading.models.targets import targets_of
+from lading.system.display import counted, representation
 
 Kind = Literal["config", "only in A", "only in B", "renamed", "shape", "dtype", "values"]
 
@@ -73,6 +74,15 @@ class DiffReport:
     def unknown(self) -> int:
         """The number of tensors whose values were not compared."""
         return len(self.not_compared)
+
+    def __repr__(self) -> str:
+        return representation(
+            self,
+            counted(len(self.changes), "difference"),
+            f"{counted(self.same, 'tensor')} of the same shape and dtype",
+            f"{self.equal} of equal values",
+            f"{self.unknown} not compared",
+        )
 
 
 def diff(a: Side, b: Side) -> DiffReport:

@@ -17,6 +17,7 @@ from lading.catalog.store import AssetStore, get_asset_store
 from lading.errors import AssetCardError
 from lading.operations.card_links import heads_of, names_of
 from lading.sources.cache import Cache, Entry, entry_key
+from lading.system.display import counted, human_bytes, representation
 from lading.system.filesystem import FileStat
 from lading.system.uris import path_uri, shown_uri, uri_path
 
@@ -41,6 +42,15 @@ class DiskUsageEntry:
     checkpoint: str | None
     revision: str | None
 
+    def __repr__(self) -> str:
+        return representation(
+            self,
+            self.name,
+            f"{human_bytes(self.bytes)} in {counted(self.files, 'file')}",
+            "" if self.complete else "incomplete",
+            self.path,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskUsage:
@@ -53,6 +63,13 @@ class DiskUsage:
     bytes: int
     """The bytes of ``holdings``, counting each file once."""
     orphan_bytes: int
+
+    def __repr__(self) -> str:
+        return representation(
+            self,
+            f"{human_bytes(self.bytes)} of {counted(len(self.holdings), 'model')}",
+            f"{human_bytes(self.orphan_bytes)} of {counted(len(self.orphans), 'orphan')}",
+        )
 
 
 def disk_usage(pattern: str | None = None, *, store: AssetStore | None = None) -> DiskUsage:

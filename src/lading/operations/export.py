@@ -49,6 +49,7 @@ from lading.operations.export_layout import (
 from lading.planning.composition import Source
 from lading.planning.rules import Route
 from lading.sources.disk import require_space
+from lading.system.display import counted, human_bytes, human_count, representation
 from lading.system.progress import byte_bar
 from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES, parse_dtype
 
@@ -80,6 +81,16 @@ class ExportReport:
     @property
     def bytes(self) -> int:
         return sum(self.files.values())
+
+    def __repr__(self) -> str:
+        return representation(
+            self,
+            f"{self.name} in {self.folder}",
+            counted(self.tensors, "tensor"),
+            f"{human_count(self.parameters)} parameters",
+            f"{human_bytes(self.bytes)} in {counted(len(self.files), 'file')}",
+            f"{counted(len(self.dropped), 'tensor')} dropped" if self.dropped else "",
+        )
 
 
 def convert_checkpoint(

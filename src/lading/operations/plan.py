@@ -22,6 +22,7 @@ from lading.models.pipeline import holders
 from lading.models.resolve import model_dtype, resolve_model
 from lading.models.targets import targets_of
 from lading.operations.forecast import Layout, forecast, lay_out
+from lading.system.display import counted, human_bytes, representation
 from lading.transfer.dtypes import TORCH_DTYPES, parse_dtype
 
 AXES = ("pp", "rdp", "sdp", "tp")
@@ -49,6 +50,14 @@ class RankPlan:
         """The bytes of parameters and persistent buffers."""
         return sum(self.memory.values())
 
+    def __repr__(self) -> str:
+        return representation(
+            self,
+            f"rank {self.rank}",
+            f"{human_bytes(self.bytes_read)} read in {counted(self.reads, 'read')}",
+            f"{human_bytes(self.memory_bytes)} of memory",
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPlan:
@@ -74,6 +83,17 @@ class LoadPlan:
     @property
     def world_size(self) -> int:
         return math.prod(self.sizes.values())
+
+    def __repr__(self) -> str:
+        largest = max((rank.memory_bytes for rank in self.ranks), default=0)
+
+        return representation(
+            self,
+            self.name,
+            f"{human_bytes(self.checkpoint_bytes)} in {counted(self.files, 'file')}",
+            counted(self.world_size, "rank"),
+            f"at most {human_bytes(largest)} of memory each",
+        )
 
     def copies_of(self, seat: int) -> list[int]:
         """Return the ranks that own the same parts as the rank ``seat`` of the layout."""

@@ -35,6 +35,7 @@ from lading.models.resolve import family_of_card, resolve_model
 from lading.sources.open import HTTP_SCHEMES, HUB_SCHEMES, open_source
 from lading.sources.source import FetchedFile, RemoteFile, Snapshot
 from lading.sources.web.address import is_plain
+from lading.system.display import counted, human_bytes, representation
 from lading.system.uris import shown_uri, uri_path
 
 log = logging.getLogger("lading")
@@ -62,6 +63,18 @@ class PullReport:
     uri: str
     revision: str | None
     files: tuple[PulledFile, ...]
+
+    def __repr__(self) -> str:
+        fetched = sum(file.fetched for file in self.files)
+        size = sum(file.size or 0 for file in self.files)
+
+        return representation(
+            self,
+            self.name,
+            f"revision {self.revision}" if self.revision else "",
+            f"{counted(len(self.files), 'file')} of {human_bytes(size)}",
+            f"{fetched} of them not here before",
+        )
 
 
 def pull_model(

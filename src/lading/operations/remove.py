@@ -22,6 +22,7 @@ from lading.sources.cache import Cache
 from lading.sources.hub.address import SCHEMES
 from lading.sources.hub.remove import HubRevision, delete_revisions, revision_of
 from lading.sources.partial import sweep
+from lading.system.display import counted, human_bytes, representation
 from lading.system.uris import shown_uri
 
 _GRACE = 3_600
@@ -56,6 +57,15 @@ class Removal:
     def nothing(self) -> bool:
         """``True`` if nothing of the model was on this machine."""
         return not (self.removed or self.kept or self.freed)
+
+    def __repr__(self) -> str:
+        return representation(
+            self,
+            self.name,
+            f"{human_bytes(self.freed)} in {counted(len(self.removed), 'file')}",
+            f"{counted(len(self.kept), 'file')} kept",
+            f"{counted(len(self.revisions), 'revision')} of the Hugging Face cache" if self.revisions else "",
+        )
 
 
 def remove_model(name: str, *, dry_run: bool = False, hub: bool = False, store: AssetStore | None = None) -> Removal:

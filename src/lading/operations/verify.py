@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from lading.models.fit import block_dims, match
 from lading.models.resolve import resolve_model
 from lading.models.targets import targets_of
 from lading.sources.hub.remove import revision_of
+from lading.system.display import counted, representation
 from lading.system.filesystem import FileStat
 from lading.system.uris import path_uri, shown_uri, uri_path
 from lading.transfer.execute import hash_checkpoint
@@ -59,6 +61,18 @@ class VerifyReport:
     @property
     def good(self) -> bool:
         return all(check.result != "mismatch" for check in self.checks)
+
+    def __repr__(self) -> str:
+        results = Counter(check.result for check in self.checks)
+
+        return representation(
+            self,
+            self.name,
+            counted(len(self.checks), "file"),
+            *(f"{count} {result}" for result, count in results.items()),
+            f"{len(self.repaired)} repaired" if self.repaired else "",
+            f"not recorded: {self.unrecorded}" if self.unrecorded else "",
+        )
 
 
 def verify_model(

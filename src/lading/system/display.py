@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lading.errors import escaped
+
 
 def human_bytes(count: int | None) -> str:
     """Format a size as ``1.5 GB``, in powers of 1,000 as on model hubs."""
@@ -29,6 +31,11 @@ def _human(count: int, units: Sequence[str], gap: str) -> str:
     shown = str(count) if unit == 0 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
     return f"{shown}{gap if units[unit] else ''}{units[unit]}"
+
+
+def representation(value: object, *facts: str) -> str:
+    """Return the representation of a report, a line of its class and the ``facts`` that are not empty."""
+    return escaped(f"<{type(value).__name__}: {', '.join(filter(None, facts))}>")
 
 
 def unique_names(columns: Sequence[str]) -> list[str]:
