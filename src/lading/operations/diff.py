@@ -12,13 +12,14 @@ from lading.cards.card import Architecture, AssetCard
 from lading.cards.config import architecture_config
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.checkpoint import Checkpoint
-from lading.errors import NotSupportedError
+from lading.errors import CheckpointNotFoundError, NotSupportedError
 from lading.formats.manifest import Manifest
 from lading.models.construct import build_on_meta
 from lading.models.family import get_family
 from lading.models.resolve import resolve_checkpoint
 from lading.models.targets import targets_of
 from lading.system.display import counted, representation
+from lading.transfer.compare import Files, ValueDifference, compare_tensors
 
 Kind = Literal["config", "only in A", "only in B", "renamed", "shape", "dtype", "values"]
 
@@ -53,7 +54,7 @@ class Change:
     kind: Kind
     a: object
     """The value of A: ``{"dtype": …, "shape": …}`` for a tensor that only A has, the name for a renamed one, else the
-    shape, dtype, digest or field. ``None`` if A has none."""
+    shape, dtype, digest or field. ``None`` if A has none, and for values that were read."""
     b: object
 
 
@@ -68,7 +69,9 @@ class DiffReport:
     equal: int
     """The number of tensors among these whose values are known to be equal."""
     not_compared: tuple[str, ...]
-    """The names of the tensors among these whose values were not compared for lack of digests, in the order of A."""
+    """The names of the tensors among these whose values were not compared, in the order of A."""
+    values: Mapping[str, ValueDifference] = field(default_factory=dict)
+    """The differences of values that were read, by the name of the tensor; those of different dtypes, too."""
 
     @property
     def unknown(self) -> int:
@@ -85,14 +88,18 @@ class DiffReport:
         )
 
 
-def diff(a: Side, b: Side) -> DiffReport:
+def diff(a: Side, b: Side, values: Mapping[str, ValueDifference] | None = None) -> DiffReport:
     """Compare two sides.
 
-    Tensors are compared by name. A tensor that only A has and one that only B has are reported as renamed if they have
-    the same shape, dtype and digest; if several are equal, they are paired in order.
+    Values are equal or not as ``values`` says; those of other tensors, as the digests of both say. Tensors are compared
+    by name. A tensor that only A has and one that only B has are reported as renamed if they have the same shape, dtype
+    and digest; if several are equal, they are paired in order.
+
+    :param values: the differences of values that were read, by the names of tensors.
     """
     changes = [Change(name=name, kind="config", a=x, b=y) for name, x, y in _fields(a.config, b.config)]
     positions = {name: i for i, name in enumerate(b.names)}
+    values = values or {}
     renamed = _renamed(a, b, positions)
     same = equal = 0
     not_compared: list[str] = []
@@ -107,12 +114,12 @@ def diff(a: Side, b: Side) -> DiffReport:
                 changes.append(Change(name=name, kind="renamed", a=name, b=new))
             continue
 
-        found = list(_tensor_changes(a, i, b, j))
+        found = list(_tensor_changes(a, i, b, j, values.get(name)))
         changes += found
         if any(change.kind != "values" for change in found):
             continue
         same += 1
-        if not found and name in a.digests and name in b.digests:
+        if not found and (name in values or (name in a.digests and name in b.digests)):
             equal += 1
         elif not found and a.has_values and b.has_values:
             not_compared.append(name)
@@ -124,10 +131,10 @@ def diff(a: Side, b: Side) -> DiffReport:
         if name not in ours and name not in new_names
     ]
 
-    return DiffReport(changes=tuple(changes), same=same, equal=equal, not_compared=tuple(not_compared))
+    return DiffReport(changes=tuple(changes), same=same, equal=equal, not_compared=tuple(not_compared), values=values)
 
 
-def _tensor_changes(a: Side, i: int, b: Side, j: int) -> Iterator[Change]:
+def _tensor_changes(a: Side, i: int, b: Side, j: int, values: ValueDifference | None) -> Iterator[Change]:
     name = a.names[i]
     same = True
     if a.shapes[i] != b.shapes[j]:
@@ -138,8 +145,13 @@ def _tensor_changes(a: Side, i: int, b: Side, j: int) -> Iterator[Change]:
         yield Change(name=name, kind="dtype", a=a.dtypes[i], b=b.dtypes[j])
 
     # If the shape or the dtype differs, different bytes are no further change.
+    if not same:
+        return
     digests = a.digests.get(name), b.digests.get(name)
-    if same and None not in digests and digests[0] != digests[1]:
+    if values is not None:
+        if not values.equal:
+            yield Change(name=name, kind="values", a=None, b=None)
+    elif None not in digests and digests[0] != digests[1]:
         yield Change(name=name, kind="values", a=digests[0], b=digests[1])
 
 
@@ -176,7 +188,13 @@ def _fields(a: Mapping[str, object], b: Mapping[str, object], prefix: str = "") 
 
 
 def diff_models(
-    a: AssetCard | str | Path, b: AssetCard | str | Path, *, restrict: bool = True, store: AssetStore | None = None
+    a: AssetCard | str | Path,
+    b: AssetCard | str | Path,
+    *,
+    values: bool = False,
+    restrict: bool = True,
+    progress: bool = False,
+    store: AssetStore | None = None,
 ) -> DiffReport:
     """Compare two checkpoints or two architectures.
 
@@ -185,12 +203,17 @@ def diff_models(
 
     :param a: a card, the name of one, the path of a checkpoint, or an architecture as ``"family/architecture"``.
     :param b: likewise; an architecture if ``a`` is one.
+    :param values: read the tensors of the same name and shape, unless their digests are known to be equal, and measure
+        how far their values are apart: ``values`` of the report. Tensors of different dtypes are compared in a wider
+        one. Takes a few MiB of memory for each core.
     :param restrict: see :func:`lading.formats.index`; for a path.
+    :param progress: show a bar on stderr while values are read.
 
     :raises AssetNotFoundError: no card has that name.
     :raises ModelFamilyNotKnownError: the family of an architecture is not registered.
     :raises ModelArchitectureNotKnownError: the family has no such architecture.
-    :raises NotSupportedError: one is a checkpoint and the other an architecture.
+    :raises NotSupportedError: one is a checkpoint and the other an architecture, which has no ``values`` either.
+    :raises CheckpointNotFoundError: ``values``, and a checkpoint is not on this machine.
 
     For checkpoints, also raises what :func:`check_model` does.
     """
@@ -202,11 +225,53 @@ def diff_models(
             "to check that the checkpoint of a model fits its architecture."
         )
     if of_a is not None and of_b is not None:
+        if values:
+            raise NotSupportedError(
+                f"Expected two checkpoints whose values can be read, but {a} and {b} are architectures, whose "
+                "parameters have no values. Run `lading diff` without `--values`."
+            )
         return diff(_architecture_side(of_a), _architecture_side(of_b))
 
-    checkpoints = [resolve_checkpoint(target, store, restrict=restrict) for target in (a, b)]
+    one, other = (resolve_checkpoint(target, store, restrict=restrict) for target in (a, b))
+    side_a, side_b = (Side.of_manifest(each.manifest, _digests(each, store)) for each in (one, other))
+    read = _read_values(one, other, side_a, side_b, progress=progress) if values else None
 
-    return diff(*(Side.of_manifest(each.manifest, _digests(each, store)) for each in checkpoints))
+    return diff(side_a, side_b, read)
+
+
+def _read_values(
+    a: Checkpoint, b: Checkpoint, side_a: Side, side_b: Side, *, progress: bool
+) -> Mapping[str, ValueDifference]:
+    """Return the differences of values that have to be read to know them, by the names of tensors."""
+    positions = {name: j for j, name in enumerate(side_b.names)}
+    pairs = [
+        (i, positions[name])
+        for i, name in enumerate(side_a.names)
+        if name in positions and _must_be_read(side_a, i, side_b, positions[name])
+    ]
+    if not pairs:
+        return {}
+
+    for each in (a, b):
+        if each.files is None:
+            raise CheckpointNotFoundError(
+                each.where,
+                f"The values of {each.name!r} are to be read, but its checkpoint is at {each.where}, not on this "
+                f"machine. `lading pull {each.name}` fetches it.",
+            )
+    files = Files(a.manifest, a.here()), Files(b.manifest, b.here())
+    pairs = [(i, j) for i, j in pairs if files[0].has_values(i) and files[1].has_values(j)]
+    found = compare_tensors(*files, pairs, progress=progress)
+
+    return {side_a.names[i]: difference for (i, _), difference in zip(pairs, found, strict=True)}
+
+
+def _must_be_read(a: Side, i: int, b: Side, j: int) -> bool:
+    if a.shapes[i] != b.shapes[j]:
+        return False
+    digests = a.digests.get(a.names[i]), b.digests.get(b.names[j])
+
+    return None in digests or digests[0] != digests[1]
 
 
 def _architecture(target: AssetCard | str | Path, store: AssetStore) -> Architecture | None:

@@ -69,7 +69,7 @@ def execute(
         if observer is not None and observer.mapped_bytes:
             look = partial(observer.bytes_mapped, {i: memoryview(mapping) for i, mapping in mappings.items()})
             steps, label = observer.mapped_steps(STEP), "verify" if progress else None
-            _drive(steps, partial(map, look), threads or cores(), observer.mapped_bytes, label)
+            drive(steps, partial(map, look), threads or cores(), observer.mapped_bytes, label)
 
     return [
         arena.tensor(place, shape, dtype) if home == ARENA else view(mappings[home], place, shape, dtype)
@@ -114,7 +114,7 @@ def _mapped_ranges(plan: Plan, wanted: Sequence[tuple[tuple[int, ...], str]]) ->
 def _read(reading: Reading, threads: int | None, label: str | None) -> None:
     plan = reading.plan
     if plan.sizes or plan.rows.counts:
-        _drive(reading.steps(), reading.run, threads or _threads(reading), plan.read_bytes, label)
+        drive(reading.steps(), reading.run, threads or _threads(reading), plan.read_bytes, label)
 
 
 def _threads(reading: Reading) -> int:
@@ -133,7 +133,7 @@ def _threads(reading: Reading) -> int:
 _Step = TypeVar("_Step")
 
 
-def _drive(
+def drive(
     steps: Iterator[_Step],
     run: Callable[[Iterator[_Step]], Iterator[int]],
     threads: int,
