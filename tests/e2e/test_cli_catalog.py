@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import platform
 import re
 import sqlite3
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -446,7 +449,56 @@ class TestExport:
         assert result.stderr == "lading: 0 cards, 0 architectures\n"
 
 
+class TestEnv:
+    def test_versions_places_and_variables(self, cli, catalog, home, monkeypatch):
+        monkeypatch.setenv("LADING_ENV", "user")
+        report = json.loads(cli("env", "--json").stdout)
+        assert report["lading"] == cli("--version").stdout.split()[1]
+        assert report["python"].endswith(platform.python_version())
+        assert report["torch"] == version("torch")
+        assert report["sqlite"] == sqlite3.sqlite_version
+        assert "test" in report["extras"]
+        assert report["catalog"] == str(catalog)
+        assert Path(report["cache"]).is_relative_to(home)
+        assert report["environment"]["LADING_ENV"] == "user"
+        lines = dict(re.split(r" {2,}", line, maxsplit=1) for line in cli("env").stdout.splitlines())
+        assert lines["catalog"] == str(catalog)
+        assert lines["torch"] == version("torch")
+        assert lines["LADING_ENV"] == "user"
+
+    def test_no_secrets(self, cli, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", "hunter2")
+        monkeypatch.setenv("HF_ENDPOINT", "https://me:hunter2@example.com/hub?key=hunter2")
+        monkeypatch.setenv("https_proxy", "http://me:hunter2@proxy")
+        monkeypatch.setenv("LADING_DATABASE_URL", "postgresql+psycopg://me:hunter2@host/db?sslpassword=hunter2")
+        monkeypatch.setenv("LADING_OFLINE", "hunter2")
+        report = cli("env", "--json").stdout
+        assert "hunter2" not in report + cli("env").stdout
+        assert json.loads(report)["catalog"] == "postgresql+psycopg://me:***@host/db"
+        assert json.loads(report)["environment"] == {
+            **json.loads(report)["environment"],
+            "HF_TOKEN": "set, not shown",
+            "HF_ENDPOINT": "https://example.com/hub",
+            "LADING_OFLINE": "set, not shown",
+            "https_proxy": "set, not shown",
+        }
+
+    @pytest.mark.parametrize(
+        ("variable", "value"), [("LADING_OFFLINE", "perhaps"), ("LADING_DATABASE_URL", "sqlite://host/db")]
+    )
+    def test_settings_that_are_wrong(self, cli, monkeypatch, variable, value):
+        monkeypatch.setenv(variable, value)
+        assert variable in json.loads(cli("env", "--json").stdout)["problem"]
+
+
 class TestDb:
+    def test_path(self, cli, catalog, monkeypatch):
+        assert cli("db", "path").stdout == f"{catalog}\n"
+        monkeypatch.setenv("LADING_DATABASE_URL", "postgresql+psycopg://me:secret@host/db?password=secret")
+        assert cli("db", "path").stdout == "postgresql+psycopg://me:***@host/db\n"
+        monkeypatch.setenv("LADING_DATABASE_URL", "sqlite://")
+        assert cli("db", "path").stdout == "sqlite://\n"
+
     def test_check(self, cli, catalog):
         assert cli("db", "check").stdout == "ok\n"
         with sqlite3.connect(catalog) as connection:

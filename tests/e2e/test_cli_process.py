@@ -41,6 +41,8 @@ def test_questions_import_nothing_heavy(catalog):
         "archs qwen",
         "sql 'select name from models limit 1'",
         "list 'nothing*'",
+        "env",
+        "db path",
     )
     assert [(line, heavy) for line, modules in modules_after(*questions).items() if (heavy := modules & HEAVY)] == []
 

@@ -37,6 +37,7 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
             "verify": "lading.cli.verify:verify",
         },
         "On this machine": {
+            "env": "lading.cli.env:env",
             "adopt": "lading.cli.adopt:adopt",
             "du": "lading.cli.du:du",
             "rm": "lading.cli.rm:rm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,19 @@ def db() -> None:
 
     For example: lading db check
     """
+
+
+@db.command("path")
+def path() -> None:
+    """Print the path of the catalog, or its URL without the password.
+
+    For example: sqlite3 "$(lading db path)" .tables
+    """
+    from lading.catalog.database.target import Target
+
+    target = Target.from_url(_settings().database_url)
+    # A path may not be valid text, so it is printed as bytes.
+    click.echo(printable(target.shown_url) if target.path is None else os.fsencode(target.path))
 
 
 @db.command("upgrade")
