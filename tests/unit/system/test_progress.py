@@ -29,15 +29,11 @@ sys.modules["ipywidgets"] = None
 """
 
 WIDGETS = """
-class Widget:
-    def __init__(self, *args, children=(), **kwargs):
-        self.children, self.layout, self.style = children, types.SimpleNamespace(), types.SimpleNamespace()
-
-    def close(self):
-        pass
+from unittest.mock import MagicMock
 
 sys.modules["ipywidgets"] = widgets = types.ModuleType("ipywidgets")
-widgets.FloatProgress = widgets.HTML = widgets.HBox = widgets.Widget = Widget
+widgets.HBox = type("HBox", (MagicMock,), {})
+widgets.FloatProgress = widgets.HTML = MagicMock
 """
 
 
