@@ -300,3 +300,97 @@ class TestCommand:
         record_checkpoint(database, uri="hg://somebody/tiny", manifest=manifest, copies=[], revision="abc")
         with pytest.raises(CheckpointNotFoundError, match="lading pull remote"):
             lading.diff_models("tiny", "remote", values=True)
+
+
+class TestLayers:
+    def summary(self, cli, tmp_path: Path, names: list[str], differ: list[str]) -> str:
+        a = {name: torch.zeros(1) for name in names}
+        paths = save(tmp_path / "a", a), save(tmp_path / "b", a | {name: torch.ones(1) for name in differ})
+        return cli("diff", *paths, "--values").stderr.splitlines()[1:]
+
+    NAMES = [f"model.layers.{i}.{part}.weight" for i in range(28) for part in ("attn", "mlp")] + ["model.norm.weight"]
+
+    @pytest.mark.parametrize(
+        ("differ", "line"),
+        [
+            ([], None),
+            (["model.norm.weight"], "1 of 57 tensors differ, none of them in a layer"),
+            (["model.layers.3.mlp.weight"], "1 of 57 tensors differ, all in layer 3"),
+            ([f"model.layers.{i}.mlp.weight" for i in range(20, 28)], "8 of 57 tensors differ, all in layers 20 to 27"),
+            (
+                [f"model.layers.{i}.mlp.weight" for i in (1, 3, 4)],
+                "3 of 57 tensors differ, all in layers 1 and 3 to 4",
+            ),
+            (
+                [f"model.layers.{i}.mlp.weight" for i in range(0, 28, 2)],
+                "14 of 57 tensors differ, all in layers 0 to 26 (14 of 28)",
+            ),
+            (
+                ["model.layers.9.attn.weight", "model.layers.10.attn.weight", "model.norm.weight"],
+                "3 of 57 tensors differ: 2 in layers 9 to 10, 1 in no layer",
+            ),
+        ],
+    )
+    def test_one_stack(self, cli, tmp_path, differ, line):
+        found = self.summary(cli, tmp_path, self.NAMES, differ)
+        assert found == ([] if line is None else [f"lading: {line}"])
+
+    def test_several_stacks(self, cli, tmp_path):
+        names = [f"{stack}.layers.{i}.w" for stack in ("encoder", "decoder") for i in range(3)] + ["9999999999999.w"]
+        found = self.summary(cli, tmp_path, names, ["encoder.layers.2.w", "decoder.layers.0.w", "decoder.layers.1.w"])
+        assert found == ["lading: 3 of 7 tensors differ, all in decoder.layers 0 to 1 and encoder.layers 2"]
+
+    def test_unread_values_may_differ_too(self, cli, tmp_path):
+        state = {"layers.0.w": torch.zeros(1), "layers.1.w": torch.zeros(1)}
+        paths = save(tmp_path / "a", state), save(tmp_path / "b", {"layers.0.w": torch.zeros(1)})
+        assert cli("diff", *paths).stderr.splitlines()[1:] == [
+            "lading: 1 of 2 tensors are known to differ, all in layer 1"
+        ]
+
+    def test_rows(self, cli, tmp_path):
+        state = {f"layers.{i}.{part}": torch.ones(4) for i in range(12) for part in ("a", "b")} | {
+            "norm": torch.ones(2)
+        }
+        other = {name: tensor.clone() for name, tensor in state.items()}
+        other["layers.11.a"][0] = 3
+        other["layers.11.b"][:] = 2
+        other["layers.2.b"] = other.pop("layers.2.b").half()
+        del other["norm"]
+        paths = save(tmp_path / "a", state), save(tmp_path / "b", other)
+
+        result = cli("diff", *paths, "--values", "--by-layer")
+        assert [line.split() for line in result.stdout.splitlines()[1:]] == [
+            ["layers.11", "2", "2", "0", "2", "0.667", "62.5%", "F32"],
+            ["layers.2", "1", "2", "0", "0", "0", "0%", "F32"],
+            ["-", "1", "1", "0", "-", "-", "-", "-"],
+        ]
+        rows = json.loads(cli("diff", *paths, "--values", "--by-layer", "--json").stdout)
+        assert rows[0] == {
+            "layer": "layers.11",
+            "differ": 2,
+            "tensors": 2,
+            "not_compared": 0,
+            "max_abs": 2.0,
+            "max_rel": pytest.approx(2 / 3),
+            "changed": 0.625,
+            "compared_as": "F32",
+        }
+        assert [row["layer"] for row in rows] == ["layers.11", "layers.2", None]
+
+        # Without values, a program learns of each layer that it may differ.
+        rows = json.loads(cli("diff", *paths, "--by-layer", "--json").stdout)
+        assert rows[0] == {"layer": "layers.0", "differ": 0, "tensors": 2, "not_compared": 2}
+        assert len(rows) == 13
+        assert len(cli("diff", *paths, "--by-layer").stdout.splitlines()) == 3
+
+    def test_from_python(self, tmp_path):
+        state = {"h.0.w": torch.zeros(2), "h.1.w": torch.zeros(2), "norm": torch.zeros(2)}
+        report = lading.diff_models(
+            save(tmp_path / "a", state), save(tmp_path / "b", state | {"h.1.w": torch.ones(2)}), values=True
+        )
+        assert [(layer.name, layer.tensors, layer.differ) for layer in report.layers()] == [
+            ("h.0", 1, 0),
+            ("h.1", 1, 1),
+            ("", 1, 0),
+        ]
+        assert report.layers()[1].values == (report.values["h.1.w"],)

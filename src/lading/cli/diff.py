@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import click
 from lading.cli.command import command, no_progress, no_restrict
 from lading.cli.complete import complete_comparable
 from lading.cli.names import name_or_path
-from lading.cli.output import Column, Form, listing_options, note, text, write_rows
+from lading.cli.output import Column, Form, listing_options, note, printable, text, write_rows
 from lading.system.display import counted
 from lading.system.filesystem import path_exists
 
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
 @click.argument("a", shell_complete=complete_comparable)
 @click.argument("b", shell_complete=complete_comparable)
 @click.option("--values", is_flag=True, help="Read both checkpoints, and measure how far their values are apart.")
+@click.option("--by-layer", is_flag=True, help="List the layers that differ, not the tensors.")
 @no_restrict
 @no_progress
 @listing_options
-def diff(a: str, b: str, values: bool, no_restrict: bool, no_progress: bool, form: Form) -> None:
+def diff(a: str, b: str, values: bool, by_layer: bool, no_restrict: bool, no_progress: bool, form: Form) -> None:
     """List the differences of checkpoints or architectures.
 
     A and B are names of cards, paths of checkpoints, or architectures as FAMILY/ARCH. Compares the names, shapes and
@@ -47,21 +49,30 @@ def diff(a: str, b: str, values: bool, no_restrict: bool, no_progress: bool, for
 
     report = diff_models(*targets, values=values, restrict=not no_restrict, progress=not no_progress, store=store)
 
-    rows: list[tuple[object, ...]] = [(change.name, change.kind, change.a, change.b) for change in report.changes]
-    if form in (Form.JSON, Form.LINES, Form.CSV):
-        # Otherwise, a program could take an empty list for a proof that all values are equal.
-        rows += [(name, NOT_COMPARED, None, None) for name in report.not_compared]
-    if values:
-        rows = [(*row, *_measured(report.values.get(str(row[0])))) for row in rows]
+    # Otherwise, a program could take an empty list for a proof that all values are equal.
+    all_known = form not in (Form.JSON, Form.LINES, Form.CSV)
+    rows = _layer_rows(report, all_known) if by_layer else _tensor_rows(report, all_known)
+    if not values:
+        rows = [row[: -len(_MEASURES)] for row in rows]
     if rows or form is not Form.TABLE:
-        columns = ("name", "change", "a", "b", *(_MEASURES if values else ()))
-        write_rows(columns, rows, form, table=_VALUES_TABLE if values else _TABLE)
+        columns, table = (_LAYER_COLUMNS, _LAYER_TABLE) if by_layer else (_COLUMNS, _TABLE)
+        write_rows(
+            (*columns, *_MEASURES) if values else columns,
+            rows,
+            form,
+            table=(*table, *_MEASURES_TABLE) if values else table,
+        )
     if form is Form.TABLE or report.not_compared:
         note(_summary(report, hint_at_values=not values))
+    if form is Form.TABLE and (layers := _layers_that_differ(report)):
+        note(layers)
 
 
 NOT_COMPARED = "not compared"
 """The change that programs see for a tensor whose values were not compared."""
+
+_MOST_RUNS = 6
+"""The most runs of layers to name one by one."""
 
 
 def _target(target: str, store: AssetStore) -> str | Path:
@@ -75,15 +86,92 @@ def _target(target: str, store: AssetStore) -> str | Path:
     return name_or_path(target, store)
 
 
-def _measured(difference: ValueDifference | None) -> tuple[object, ...]:
+def _tensor_rows(report: DiffReport, all_known: bool) -> list[tuple[object, ...]]:
+    rows: list[tuple[str, str, object, object]] = [(c.name, c.kind, c.a, c.b) for c in report.changes]
+    if not all_known:
+        rows += [(name, NOT_COMPARED, None, None) for name in report.not_compared]
+
+    return [(*row, *_measured([report.values[row[0]]] if row[0] in report.values else [])) for row in rows]
+
+
+def _layer_rows(report: DiffReport, all_known: bool) -> list[tuple[object, ...]]:
+    return [
+        (layer.name or None, layer.differ, layer.tensors, layer.not_compared, *_measured(layer.values))
+        for layer in report.layers()
+        if layer.differ or (layer.not_compared and not all_known)
+    ]
+
+
+def _measured(differences: Sequence[ValueDifference]) -> tuple[object, ...]:
     """Return the values of the columns :data:`_MEASURES`."""
-    if difference is None:
+    if not differences:
         return (None,) * len(_MEASURES)
 
-    # JSON has no number for infinity, and `null` would look as if nothing were known.
-    largest = (x if math.isfinite(x) else "inf" for x in (difference.max_abs, difference.max_rel))
+    most = max(each.max_abs for each in differences), max(each.max_rel for each in differences)
+    elements = sum(each.elements for each in differences)
+    changed = sum(each.changed for each in differences) / elements if elements else 0.0
+    dtypes = dict.fromkeys(each.compared_as for each in differences)
 
-    return (*largest, difference.changed_share, difference.compared_as)
+    # JSON has no number for infinity, and `null` would look as if nothing were known.
+    return (*(x if math.isfinite(x) else "inf" for x in most), changed, ", ".join(dtypes))
+
+
+def _layers_that_differ(report: DiffReport) -> str:
+    """Return where the tensors that differ are; empty if none does."""
+    layers = report.layers()
+    differ = sum(layer.differ for layer in layers)
+    if not differ:
+        return ""
+
+    stacks: dict[str, list[int]] = {}
+    of_stack: dict[str, list[int]] = {}
+    for layer in layers:
+        stack, _, number = layer.name.rpartition(".")
+        if layer.name:
+            of_stack.setdefault(stack, []).append(int(number))
+            if layer.differ:
+                stacks.setdefault(stack, []).append(int(number))
+
+    tensors = f"{differ} of {counted(len(report.names), 'tensor')}"
+    differing = f"{'are known to ' if report.unknown else ''}differ"
+    inside = sum(layer.differ for layer in layers if layer.name)
+    if not inside:
+        return f"{tensors} {differing}, none of them in a layer"
+
+    places = " and ".join(
+        f"{_stack(stack, len(numbers), alone=len(of_stack) == 1)} {_numbers(numbers, of_stack[stack])}"
+        for stack, numbers in stacks.items()
+    )
+    if inside == differ:
+        return f"{tensors} {differing}, all in {places}"
+
+    return f"{tensors} {differing}: {inside} in {places}, {differ - inside} in no layer"
+
+
+def _stack(name: str, layers: int, *, alone: bool) -> str:
+    if name and not alone:
+        return printable(name)
+
+    return "layer" if layers == 1 else "layers"
+
+
+def _numbers(numbers: Sequence[int], of: Sequence[int]) -> str:
+    """Return numbers as ``3, 5 and 20 to 27``.
+
+    :param of: all that there are.
+    """
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    if len(runs) > _MOST_RUNS:
+        return f"{runs[0][0]} to {runs[-1][1]} ({len(numbers)} of {len(of)})"
+
+    shown = [str(first) if first == last else f"{first} to {last}" for first, last in runs]
+
+    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
 
 
 def _summary(report: DiffReport, *, hint_at_values: bool) -> str:
@@ -125,6 +213,7 @@ def _show_share(share: float | None) -> str:
 _MEASURES = ("max_abs", "max_rel", "changed", "compared_as")
 """The columns of values that were read."""
 
+_COLUMNS = ("name", "change", "a", "b")
 _TABLE = (
     Column(name="name", keep=True),
     Column(name="change"),
@@ -132,8 +221,15 @@ _TABLE = (
     Column(name="b", show=_show),
 )
 
-_VALUES_TABLE = (
-    *_TABLE,
+_LAYER_COLUMNS = ("layer", "differ", "tensors", "not_compared")
+_LAYER_TABLE = (
+    Column(name="layer", keep=True),
+    Column(name="differ", right=True),
+    Column(name="tensors", right=True),
+    Column(name="not_compared", heading="not compared", right=True),
+)
+
+_MEASURES_TABLE = (
     Column(name="max_abs", heading="max abs", show=_show_number, right=True),
     Column(name="max_rel", heading="max rel", show=_show_number, right=True),
     Column(name="changed", show=_show_share, right=True),

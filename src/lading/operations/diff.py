@@ -59,6 +59,32 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerDifference:
+    """The differences of the tensors of one layer, or of those of no layer."""
+
+    name: str
+    """The name of the layer, such as ``model.layers.20``; empty for the tensors of no layer."""
+    tensors: int
+    """The number of tensors of both sides."""
+    differ: int
+    """The number of tensors that differ in anything, or that one side lacks."""
+    not_compared: int
+    """The number of tensors whose values were not compared."""
+    values: tuple[ValueDifference, ...] = ()
+    """The differences of values that were read."""
+
+
+def layer_of(name: str) -> str:
+    """Return the name of the layer that a tensor belongs to: its own up to the first number; empty if it has none."""
+    parts = name.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if part.isascii() and part.isdecimal() and len(part) < 10:
+            return ".".join(parts[: i + 1])
+
+    return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DiffReport:
     """The differences of A and B, and the number of equal tensors."""
 
@@ -72,11 +98,33 @@ class DiffReport:
     """The names of the tensors among these whose values were not compared, in the order of A."""
     values: Mapping[str, ValueDifference] = field(default_factory=dict)
     """The differences of values that were read, by the name of the tensor; those of different dtypes, too."""
+    names: tuple[str, ...] = ()
+    """The names of all tensors: those of A, then those that only B has; a renamed one has its name in A."""
 
     @property
     def unknown(self) -> int:
         """The number of tensors whose values were not compared."""
         return len(self.not_compared)
+
+    def layers(self) -> list[LayerDifference]:
+        """Return the differences by layer, in the order of their first tensors, those of no layer last."""
+        of_layer: dict[str, list[str]] = {}
+        for name in self.names:
+            of_layer.setdefault(layer_of(name), []).append(name)
+        outside = of_layer.pop("", None)
+        differ = {change.name for change in self.changes if change.kind not in ("config", "renamed")}
+        unknown = set(self.not_compared)
+
+        return [
+            LayerDifference(
+                name=layer,
+                tensors=len(names),
+                differ=len(differ.intersection(names)),
+                not_compared=len(unknown.intersection(names)),
+                values=tuple(self.values[name] for name in names if name in self.values),
+            )
+            for layer, names in [*of_layer.items(), *([] if outside is None else [("", outside)])]
+        ]
 
     def __repr__(self) -> str:
         return representation(
@@ -131,7 +179,14 @@ def diff(a: Side, b: Side, values: Mapping[str, ValueDifference] | None = None) 
         if name not in ours and name not in new_names
     ]
 
-    return DiffReport(changes=tuple(changes), same=same, equal=equal, not_compared=tuple(not_compared), values=values)
+    return DiffReport(
+        changes=tuple(changes),
+        same=same,
+        equal=equal,
+        not_compared=tuple(not_compared),
+        values=values,
+        names=(*a.names, *(name for name in b.names if name not in ours and name not in new_names)),
+    )
 
 
 def _tensor_changes(a: Side, i: int, b: Side, j: int, values: ValueDifference | None) -> Iterator[Change]:
