@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import platform
 import re
+import shutil
 import sqlite3
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lading.catalog.database.target import SCHEMA_VERSION
 from lading.cli.list import STATUSES
 from lading.models.family import get_family
+from tests.helpers.make_checkpoint import make
 
 
 def rows(result) -> list[dict]:
@@ -70,6 +75,71 @@ class TestList:
         assert len(rows(cli("list", "--limit", "3", "--json"))) == 3
         assert rows(cli("list", "--limit", "0", "--json")) == []
         assert len(rows(cli("list", "--limit", str(10**30), "--json"))) > 10
+
+    @pytest.fixture
+    def three(self, cli, cards, tmp_path):
+        """Beside ``tiny`` in bfloat16 one that is larger, in float32, and one that is newer, mostly in int8."""
+        states = {
+            "large": {"a": torch.zeros(100_000), "b": torch.zeros(10, dtype=torch.bfloat16)},
+            "newer": {"a": torch.zeros(1_000, dtype=torch.int8), "b": torch.zeros(10)},
+        }
+        documents = []
+        for name, state in states.items():
+            (tmp_path / name).mkdir()
+            save_file(state, tmp_path / name / "model.safetensors")
+            documents.append(f"name: tiny_{name}\nmodel_family: qwen\ncheckpoint: {tmp_path / name}\n")
+        (tmp_path / "three.yaml").write_text("---\n".join(documents))
+        cli("import", tmp_path / "three.yaml")
+        for name in ("tiny", "tiny_large", "tiny_newer"):
+            cli("index", name)
+        os.utime(cards.parent / "tiny" / "model.safetensors", (10**9, 10**9))
+        os.utime(cards.parent / "tiny" / "config.json", (10**9, 10**9))
+        os.utime(tmp_path / "large" / "model.safetensors", (10**9 - 5, 10**9 - 5))
+
+    def test_local(self, cli, three):
+        assert {r["status"] for r in rows(cli("list", "--local", "--json"))} == {"ready"}
+        assert cli("list", "--local", "-q").stdout.split() == ["tiny", "tiny_child", "tiny_large", "tiny_newer"]
+        assert cli("list", "--local", "--status", "remote", "-q").stdout == ""
+
+    def test_local_of_an_unknown_family(self, cli, tmp_path):
+        make(tmp_path / "here")
+        (tmp_path / "odd.yaml").write_text("name: odd\nmodel_family: nobody\ncheckpoint: here\n")
+        cli("import", tmp_path / "odd.yaml")
+        assert cli("list", "--local", "-q").stdout == "odd\n"
+        shutil.rmtree(tmp_path / "here")
+        assert cli("list", "--local", "-q").stdout == ""
+
+    @pytest.mark.parametrize(
+        ("words", "names"),
+        [
+            (("--dtype", "bf16"), ["tiny", "tiny_child"]),
+            (("--dtype", "BFloat16"), ["tiny", "tiny_child"]),
+            (("--dtype", "float32"), ["tiny_large"]),
+            (("--dtype", "i8"), ["tiny_newer"]),
+            (("--dtype", "fp16"), []),
+            (("--min-size", "43648"), ["tiny", "tiny_child", "tiny_large"]),
+            (("--max-size", "43648B"), ["tiny", "tiny_child", "tiny_newer"]),
+            (("--min-size", "2kB", "--max-size", "50kB"), ["tiny", "tiny_child"]),
+            (("--sort", "size"), ["tiny_large", "tiny", "tiny_child", "tiny_newer"]),
+            (("--sort", "modified"), ["tiny_newer", "tiny", "tiny_child", "tiny_large"]),
+            (("--sort", "name"), ["tiny", "tiny_child", "tiny_large", "tiny_newer"]),
+            (("--sort", "modified", "--limit", "1"), ["tiny_newer"]),
+        ],
+        ids=" ".join,
+    )
+    def test_by_what_a_checkpoint_holds(self, cli, three, words, names):
+        assert cli("list", *words, "--local", "-q").stdout.split() == names
+
+    @pytest.mark.parametrize("sort", ["size", "modified"])
+    def test_what_is_not_known_comes_last(self, cli, three, sort):
+        names = cli("list", "--sort", sort, "-q").stdout.split()
+        assert names[4:] == sorted(names[4:])
+        assert names[:4] == cli("list", "--sort", sort, "--local", "-q").stdout.split()
+
+    def test_conditions_that_are_wrong(self, cli):
+        assert "'fp32'" in cli("list", "--dtype", "int7", code=2).stderr
+        assert "512MiB" in cli("list", "--max-size", "big", code=2).stderr
+        assert "indexed" in cli("list", "--min-size", "1GB").stderr
 
     def test_base_cards_are_models_only_with_all(self, cli, cards):
         assert "tiny_tokenizer" not in cli("list", "-q").stdout.split()

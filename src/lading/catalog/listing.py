@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import islice, product
+from pathlib import Path
+from typing import Literal
 
 from sqlalchemy import ColumnElement, SQLColumnExpression, and_, column, or_, select, table
 from sqlalchemy.orm import Session
@@ -18,11 +21,15 @@ from lading.catalog.records import ModelSummary
 from lading.catalog.schema import CardRow
 from lading.catalog.search import found
 from lading.errors import AssetCardError
+from lading.formats.manifest import FLOAT_NAMES
 from lading.system.filesystem import path_exists
 from lading.system.uris import uri_path
 
 _COLUMNS = tuple(field.name for field in fields(ModelSummary))
 _ASSETS = table("assets", *(column(name) for name in _COLUMNS))
+
+Sort = Literal["name", "size", "modified"]
+"""The order of a list: by name, the largest first, or the one first whose files on this machine changed last."""
 
 _FEW = 5_000
 """The most names to compare with a mistaken one; if there are more, only those that begin alike."""
@@ -36,6 +43,11 @@ def list_models(
     family: str | None,
     status: str | None,
     search: str | None,
+    local: bool,
+    dtype: str | None,
+    min_bytes: int | None,
+    max_bytes: int | None,
+    sort: Sort,
     limit: int | None,
     overlaid: Mapping[str, Callable[[], AssetCard | None]],
 ) -> list[ModelSummary]:
@@ -44,7 +56,8 @@ def list_models(
     :param overlaid: for each name on whose chain an overlay lies, a function that returns its card.
     """
     c = _ASSETS.c
-    statement = select(*(c[name] for name in _COLUMNS)).order_by(c.name)
+    statement = select(*(c[name] for name in _COLUMNS))
+    statement = statement.order_by(*([c.bytes.desc().nulls_last()] if sort == "size" else []), c.name)
     if not include_all:
         statement = statement.where(or_(c.family.is_not(None), c.problem.is_not(None)))
     if family is not None:
@@ -60,15 +73,45 @@ def list_models(
         possible = {status} if status == "unknown-family" else {status, "ready"}
         statement = statement.where(or_(c.status.in_(possible), c.name.in_(overlaid)))
 
+    if local and len(overlaid) <= CHUNK:
+        statement = statement.where(or_(c.local_path.is_not(None), c.name.in_(overlaid)))
+    if dtype is not None:
+        most = FLOAT_NAMES.get(dtype.lower(), dtype.upper())
+        statement = statement.where(or_(c.dtypes == most, c.dtypes.startswith(f"{most},", autoescape=True)))
+    if min_bytes is not None:
+        statement = statement.where(c.bytes >= min_bytes)
+    if max_bytes is not None:
+        statement = statement.where(c.bytes <= max_bytes)
+
     def matching() -> Iterator[ModelSummary]:
         for row in session.execute(statement):
             if pattern is None or fnmatchcase(row[0], pattern):
                 card = overlaid[row[0]]() if row[0] in overlaid else None
                 model = as_seen_here(ModelSummary(**dict(zip(_COLUMNS, row, strict=True))), card)
-                if status is None or model.status == status:
+                if (status is None or model.status == status) and not (local and _modified_at(model) is None):
                     yield model
 
-    return list(islice(matching(), limit))
+    models = sorted(matching(), key=_newest_first) if sort == "modified" else matching()
+
+    return list(islice(models, limit))
+
+
+def _newest_first(model: ModelSummary) -> float:
+    modified = _modified_at(model)
+
+    return math.inf if modified is None else -modified
+
+
+def _modified_at(model: ModelSummary) -> float | None:
+    """Return the time at which a model's files on this machine changed last; ``None`` if there are none."""
+    if model.local_path is None:
+        return None
+    path = Path(model.local_path)
+    try:
+        files = [entry for entry in path.iterdir() if entry.is_file()] if path.is_dir() else [path]
+        return max((file.stat().st_mtime for file in files), default=path.stat().st_mtime)
+    except OSError:
+        return None
 
 
 def _begins(session: Session, name: SQLColumnExpression[str], prefix: str) -> ColumnElement[bool]:

@@ -28,7 +28,7 @@ from lading.catalog.checkpoints.manifests import find_checkpoint, read_digests, 
 from lading.catalog.database.database import Database
 from lading.catalog.entries import read_architectures, read_cards
 from lading.catalog.importing.derived import descendants
-from lading.catalog.listing import list_models, near_names, summary_of
+from lading.catalog.listing import Sort, list_models, near_names, summary_of
 from lading.catalog.open import open_catalog
 from lading.catalog.records import ArchitectureSummary, FamilySummary, LocalCopy, ModelSummary, StoredCheckpoint
 from lading.catalog.schema import ArchitectureRow, CardRow, FamilyRow
@@ -285,17 +285,28 @@ class AssetStore:
         family: str | None = None,
         status: str | None = None,
         search: str | None = None,
+        local: bool = False,
+        dtype: str | None = None,
+        min_bytes: int | None = None,
+        max_bytes: int | None = None,
+        sort: Sort = "name",
         limit: int | None = None,
     ) -> list[ModelSummary]:
-        """Return the models of the catalog, by name, with their status and checkpoint for this process and machine.
+        """Return the models of the catalog, with their status and checkpoint for this process and machine.
 
         :param pattern: a shell-style pattern of the name.
         :param include_all: also cards without a model.
         :param search: words that all occur, in any order, in the name or the fields of the card, its own or inherited;
             the last may be a prefix. Blank: no condition; without a word: no results.
+        :param local: only those with files on this machine.
+        :param dtype: only those that are mostly of this dtype, such as ``"bfloat16"``, ``"bf16"`` or ``"I8"``.
+        :param min_bytes: only those whose tensors have at least this size, as far as it is known.
+        :param max_bytes: only those whose tensors have at most this size, as far as it is known.
+        :param sort: by ``"name"``; by ``"size"``, the largest first; or by ``"modified"``, the one first whose files on
+            this machine changed last. What is not known comes last.
         :param limit: the most models to return.
         """
-        if not _is_text(f"{pattern}{family}"):
+        if not _is_text(f"{pattern}{family}{dtype}"):
             return []
 
         with self._database.session() as session:
@@ -311,6 +322,11 @@ class AssetStore:
                 family=family,
                 status=status,
                 search=search,
+                local=local,
+                dtype=dtype,
+                min_bytes=min_bytes,
+                max_bytes=max_bytes,
+                sort=sort,
                 limit=limit,
                 overlaid={name: partial(card, name) for name in self._overlaid(session, envs)},
             )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 
 from lading.cli.command import command
 from lading.cli.complete import complete_family, complete_model
+from lading.cli.describe import Size
 from lading.cli.names import has_wildcard, require_family, unknown_model
 from lading.cli.output import Column, Form, listing_options, note, write_rows
+from lading.formats.manifest import BITS, FLOAT_NAMES
 from lading.system.display import human_bytes
 
 STATUSES = {"ready": "green", "remote": None, "gated": "yellow", "unknown-family": "yellow", "broken": "red"}
@@ -32,23 +35,39 @@ _TABLE = (
 @click.option(
     "--status", type=click.Choice(list(STATUSES)), metavar="STATUS", help=f"Only models that are {', '.join(STATUSES)}."
 )
+@click.option("--local", is_flag=True, help="Only models with files on this machine.")
+@click.option(
+    "--dtype",
+    type=click.Choice((*FLOAT_NAMES, *BITS), case_sensitive=False),
+    metavar="DTYPE",
+    help="Only models that are mostly of this dtype, such as bf16.",
+)
+@click.option("--min-size", type=Size(), metavar="SIZE", help="Only models of at least this size, such as 10GB.")
+@click.option("--max-size", type=Size(), metavar="SIZE", help="Only models of at most this size.")
 @click.option("--search", metavar="WORDS", help="Only models with all these words in their names or fields.")
+@click.option(
+    "--sort",
+    type=click.Choice(("name", "size", "modified")),
+    default="name",
+    help="By name; the largest first; or the one first whose files on this machine changed last.",
+)
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="At most N models.")
 @listing_options
 def list_models(
     pattern: str | None,
     include_all: bool,
     family: str | None,
-    status: str | None,
-    search: str | None,
     limit: int | None,
+    min_size: int | None,
+    max_size: int | None,
     form: Form,
+    **conditions: Any,
 ) -> None:
     """List the models of the catalog.
 
     PATTERN is a name with * and ? as in a shell.
 
-    For example: lading list 'qwen*' --status ready
+    For example: lading list 'qwen*' --local --max-size 10GB --sort size
     """
     from dataclasses import fields
 
@@ -56,14 +75,24 @@ def list_models(
 
     store = get_asset_store()
     limit = None if limit is None else min(limit, sys.maxsize)
-    models = store.models(pattern, include_all=include_all, family=family, status=status, search=search, limit=limit)
+    models = store.models(
+        pattern,
+        include_all=include_all,
+        family=family,
+        min_bytes=min_size,
+        max_bytes=max_size,
+        limit=limit,
+        **conditions,
+    )
 
     if not models:
         if family is not None:
             require_family(family, store)
         if pattern is not None and not has_wildcard(pattern) and not store.models(pattern, include_all=True):
             raise unknown_model(pattern, store)
-        note("no model matches." + ("" if include_all else " `--all` lists all cards."))
+        asked = min_size or max_size or conditions["dtype"]
+        unknown = " Sizes and dtypes are those of models that were indexed or loaded." if asked else ""
+        note("no model matches." + unknown + ("" if include_all else " `--all` lists all cards."))
         if form is Form.TABLE:
             return
 
