@@ -394,3 +394,37 @@ class TestLayers:
             ("", 1, 0),
         ]
         assert report.layers()[1].values == (report.values["h.1.w"],)
+
+
+class TestRenames:
+    def test_prefix(self, cli, tmp_path):
+        """All norms are equal; none is read that has no counterpart."""
+        generator = torch.Generator().manual_seed(3)
+        state = {f"layers.{i}.w": torch.randn(4, 4, generator=generator) for i in range(3)}
+        state |= {f"layers.{i}.norm": torch.ones(4) for i in range(3)}
+        other = {f"model.{name}": tensor for name, tensor in state.items()} | {"head": torch.zeros(3)}
+        for form in ("safetensors", "pt"):
+            a, b = save(tmp_path / form / "a", state, shards=2), save(tmp_path / form / "b", other, form)
+
+            result = cli("diff", a, b, "--values")
+            assert [line.split() for line in result.stdout.splitlines()[1:]] == [
+                ["*", "(6", "tensors)", "renamed", "*", "model.*", *"----"],
+                ["head", "only", "in", "B", "-", "F32", "[3]", *"----"],
+            ]
+            assert result.stderr.splitlines()[-1] == "lading: 1 of 7 tensors differ, none of them in a layer"
+            rows = json.loads(cli("diff", a, b, "--values", "--json").stdout)
+            assert [(row["change"], row["a"], row["b"]) for row in rows[:-1]] == [
+                ("renamed", name, f"model.{name}") for name in lading.index_checkpoint(a).manifest.names
+            ]
+            assert "renamed" not in cli("diff", a, b).stdout
+
+    def test_other_values_are_no_rename(self, tmp_path):
+        a, b = torch.ones(4), torch.ones(4)
+        b[0] = 2
+        report = lading.diff_models(save(tmp_path / "a", {"a": a}), save(tmp_path / "b", {"b": b}), values=True)
+        assert [(c.name, c.kind) for c in report.changes] == [("a", "only in A"), ("b", "only in B")]
+
+    def test_several_equal_ones(self, tmp_path):
+        a, b = ({name: torch.ones(4) for name in names} for names in ("ab", "cd"))
+        report = lading.diff_models(save(tmp_path / "a", a), save(tmp_path / "b", b), values=True)
+        assert {c.kind for c in report.changes} == {"only in A", "only in B"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +51,7 @@ def diff(a: str, b: str, values: bool, by_layer: bool, no_restrict: bool, no_pro
 
     # Otherwise, a program could take an empty list for a proof that all values are equal.
     all_known = form not in (Form.JSON, Form.LINES, Form.CSV)
-    rows = _layer_rows(report, all_known) if by_layer else _tensor_rows(report, all_known)
+    rows = _layer_rows(report, all_known) if by_layer else _tensor_rows(report, all_known, form is Form.TABLE)
     if not values:
         rows = [row[: -len(_MEASURES)] for row in rows]
     if rows or form is not Form.TABLE:
@@ -86,12 +86,26 @@ def _target(target: str, store: AssetStore) -> str | Path:
     return name_or_path(target, store)
 
 
-def _tensor_rows(report: DiffReport, all_known: bool) -> list[tuple[object, ...]]:
+def _tensor_rows(report: DiffReport, all_known: bool, in_short: bool) -> list[tuple[object, ...]]:
     rows: list[tuple[str, str, object, object]] = [(c.name, c.kind, c.a, c.b) for c in report.changes]
+    if in_short:
+        rows = _with_prefixes(rows, report.prefix_changes())
     if not all_known:
         rows += [(name, NOT_COMPARED, None, None) for name in report.not_compared]
 
     return [(*row, *_measured([report.values[row[0]]] if row[0] in report.values else [])) for row in rows]
+
+
+def _with_prefixes(
+    rows: list[tuple[str, str, object, object]], prefixes: Mapping[tuple[str, str], Sequence[str]]
+) -> list[tuple[str, str, object, object]]:
+    """Return the rows with one for all tensors that are renamed by the same change of their prefix."""
+    first, others = {}, set[str]()
+    for (old, new), names in prefixes.items():
+        first[names[0]] = (f"{old}* ({counted(len(names), 'tensor')})", "renamed", f"{old}*", f"{new}*")
+        others.update(names[1:])
+
+    return [first.get(row[0], row) for row in rows if row[0] not in others]
 
 
 def _layer_rows(report: DiffReport, all_known: bool) -> list[tuple[object, ...]]:
@@ -187,7 +201,9 @@ def _summary(report: DiffReport, *, hint_at_values: bool) -> str:
     if hint and hint_at_values:
         hint += ", `--values` reads them"
 
-    return f"{differences}; {counted(report.same, 'tensor')} of the same shape and dtype ({values}){hint}"
+    same = f"{counted(report.same, 'tensor')} of the same shape and dtype"
+
+    return f"{differences}; {same} ({values}){hint}" if report.same else f"{differences}; {same}"
 
 
 def _show(value: object) -> str:

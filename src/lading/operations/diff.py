@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ from lading.models.resolve import resolve_checkpoint
 from lading.models.targets import targets_of
 from lading.system.display import counted, representation
 from lading.transfer.compare import Files, ValueDifference, compare_tensors
+from lading.transfer.execute import hash_checkpoint
 
 Kind = Literal["config", "only in A", "only in B", "renamed", "shape", "dtype", "values"]
 
@@ -106,6 +107,18 @@ class DiffReport:
         """The number of tensors whose values were not compared."""
         return len(self.not_compared)
 
+    def prefix_changes(self) -> dict[tuple[str, str], list[str]]:
+        """Return the names in A of tensors that are renamed by a change of their prefix alone, by old and new prefix.
+
+        A prefix ends in a dot or is empty. This leaves out changes of the prefix of a single tensor.
+        """
+        found: dict[tuple[str, str], list[str]] = {}
+        for change in self.changes:
+            if change.kind == "renamed" and (prefixes := _prefix_change(str(change.a), str(change.b))) is not None:
+                found.setdefault(prefixes, []).append(change.name)
+
+        return {prefixes: names for prefixes, names in found.items() if len(names) > 1}
+
     def layers(self) -> list[LayerDifference]:
         """Return the differences by layer, in the order of their first tensors, those of no layer last."""
         of_layer: dict[str, list[str]] = {}
@@ -141,14 +154,14 @@ def diff(a: Side, b: Side, values: Mapping[str, ValueDifference] | None = None) 
 
     Values are equal or not as ``values`` says; those of other tensors, as the digests of both say. Tensors are compared
     by name. A tensor that only A has and one that only B has are reported as renamed if they have the same shape, dtype
-    and digest; if several are equal, they are paired in order.
+    and digest. If several are equal, only a prefix that other tensors changed, too, tells which is which.
 
     :param values: the differences of values that were read, by the names of tensors.
     """
     changes = [Change(name=name, kind="config", a=x, b=y) for name, x, y in _fields(a.config, b.config)]
     positions = {name: i for i, name in enumerate(b.names)}
     values = values or {}
-    renamed = _renamed(a, b, positions)
+    renamed = _renamed(a, b)
     same = equal = 0
     not_compared: list[str] = []
 
@@ -210,22 +223,60 @@ def _tensor_changes(a: Side, i: int, b: Side, j: int, values: ValueDifference | 
         yield Change(name=name, kind="values", a=digests[0], b=digests[1])
 
 
-def _renamed(a: Side, b: Side, positions: Mapping[str, int]) -> dict[str, str]:
+def _renamed(a: Side, b: Side) -> dict[str, str]:
     """Return the names that only B has of tensors under names that only A has."""
-    ours = set(a.names)
-    free: defaultdict[object, list[str]] = defaultdict(list)
-    for j in reversed(range(len(b.names))):
-        if b.names[j] not in ours and b.names[j] in b.digests:
-            free[b.digests[b.names[j]], b.shapes[j], b.dtypes[j]].append(b.names[j])
+    old, new = _by_content(a, b), _by_content(b, a)
+    renamed = {
+        names[0]: new[content][0] for content, names in old.items() if len(names) == len(new.get(content, ())) == 1
+    }
 
-    renamed: dict[str, str] = {}
-    for i, name in enumerate(a.names):
-        if name not in positions and name in a.digests:
-            equals = free.get((a.digests[name], a.shapes[i], a.dtypes[i]))
-            if equals:
-                renamed[name] = equals.pop()
+    # Norms and biases often equal one another. Their order says nothing, but prefixes that others changed do.
+    prefixes: defaultdict[str, set[str]] = defaultdict(set)
+    for change in (_prefix_change(*pair) for pair in renamed.items()):
+        if change is not None:
+            prefixes[change[0]].add(change[1])
+    for content, names in old.items():
+        others = set(new.get(content, ()))
+        if len(names) == len(others) == 1:
+            continue
+        pairs = {
+            (name, other)
+            for name in names
+            for end in (0, *(at + 1 for at, sign in enumerate(name) if sign == "."))
+            for after in prefixes.get(name[:end], ())
+            if (other := after + name[end:]) in others
+        }
+        forth, back = Counter(name for name, _ in pairs), Counter(other for _, other in pairs)
+        renamed |= {name: other for name, other in pairs if forth[name] == back[other] == 1}
 
     return renamed
+
+
+def _by_content(side: Side, other: Side) -> dict[object, list[str]]:
+    """Return the names that ``other`` lacks, by what their tensors are known to hold."""
+    theirs = set(other.names)
+    found: defaultdict[object, list[str]] = defaultdict(list)
+    for name, shape, dtype in zip(side.names, side.shapes, side.dtypes, strict=True):
+        if name not in theirs and name in side.digests:
+            found[side.digests[name], shape, dtype].append(name)
+
+    return found
+
+
+def _prefix_change(old: str, new: str) -> tuple[str, str] | None:
+    """Return the prefixes that two names do not share, which end in a dot or are empty; ``None`` without a same end.
+
+    That of ``layers.0.weight`` and ``model.layers.0.weight`` is an empty one and ``model.``.
+    """
+    before, after = old.split("."), new.split(".")
+    same = 0
+    while same < min(len(before), len(after)) and before[-1 - same] == after[-1 - same]:
+        same += 1
+    if not same:
+        return None
+    end = sum(map(len, before[len(before) - same :])) + same - 1
+
+    return old[: len(old) - end], new[: len(new) - end]
 
 
 def _tensor(side: Side, i: int) -> dict[str, object]:
@@ -260,7 +311,8 @@ def diff_models(
     :param b: likewise; an architecture if ``a`` is one.
     :param values: read the tensors of the same name and shape, unless their digests are known to be equal, and measure
         how far their values are apart: ``values`` of the report. Tensors of different dtypes are compared in a wider
-        one. Takes a few MiB of memory for each core.
+        one. Read those that only one side has, too, where the other may have them under another name. Takes a few MiB
+        of memory for each core.
     :param restrict: see :func:`lading.formats.index`; for a path.
     :param progress: show a bar on stderr while values are read.
 
@@ -289,7 +341,11 @@ def diff_models(
 
     one, other = (resolve_checkpoint(target, store, restrict=restrict) for target in (a, b))
     side_a, side_b = (Side.of_manifest(each.manifest, _digests(each, store)) for each in (one, other))
-    read = _read_values(one, other, side_a, side_b, progress=progress) if values else None
+    if not values:
+        return diff(side_a, side_b)
+
+    read = _read_values(one, other, side_a, side_b, progress=progress)
+    side_a, side_b = _with_moved(one, other, side_a, side_b, progress=progress)
 
     return diff(side_a, side_b, read)
 
@@ -307,18 +363,43 @@ def _read_values(
     if not pairs:
         return {}
 
-    for each in (a, b):
-        if each.files is None:
-            raise CheckpointNotFoundError(
-                each.where,
-                f"The values of {each.name!r} are to be read, but its checkpoint is at {each.where}, not on this "
-                f"machine. `lading pull {each.name}` fetches it.",
-            )
-    files = Files(a.manifest, a.here()), Files(b.manifest, b.here())
+    files = _files(a), _files(b)
     pairs = [(i, j) for i, j in pairs if files[0].has_values(i) and files[1].has_values(j)]
     found = compare_tensors(*files, pairs, progress=progress)
 
     return {side_a.names[i]: difference for (i, _), difference in zip(pairs, found, strict=True)}
+
+
+def _with_moved(a: Checkpoint, b: Checkpoint, side_a: Side, side_b: Side, *, progress: bool) -> list[Side]:
+    """Return the sides with the digests of tensors that the other may have under another name, which are read."""
+    changes = diff(side_a, side_b).changes
+    only_a = {change.name: str(change.a) for change in changes if change.kind == "only in A"}
+    only_b = {change.name: str(change.b) for change in changes if change.kind == "only in B"}
+    both = {*only_a.values()} & {*only_b.values()}
+
+    sides = []
+    for checkpoint, side, only in ((a, side_a, only_a), (b, side_b, only_b)):
+        manifest = checkpoint.manifest
+        chosen = [i for i, name in enumerate(manifest.names) if only.get(name) in both and i not in manifest.pieces]
+        if chosen:
+            part = manifest.take(chosen)
+            found = hash_checkpoint(part, _files(checkpoint).files, progress=progress)
+            roots = {name: each.root for name, each in zip(part.names, found.iter(part), strict=True) if each}
+            side = replace(side, digests={**side.digests, **roots})
+        sides.append(side)
+
+    return sides
+
+
+def _files(checkpoint: Checkpoint) -> Files:
+    if checkpoint.files is None:
+        raise CheckpointNotFoundError(
+            checkpoint.where,
+            f"The values of {checkpoint.name!r} are to be read, but its checkpoint is at {checkpoint.where}, not on "
+            f"this machine. `lading pull {checkpoint.name}` fetches it.",
+        )
+
+    return Files(checkpoint.manifest, checkpoint.files)
 
 
 def _must_be_read(a: Side, i: int, b: Side, j: int) -> bool:
