@@ -12,6 +12,7 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
+import lading
 from tests.helpers.make_checkpoint import make
 
 Cli = Callable[..., Result]
@@ -133,3 +134,60 @@ def test_a_record_that_does_not_have_its_crc_is_a_mismatch(cli: Cli, cards: Path
     (folder / "model.pt").write_bytes(good)
     cli("index", "tiny")
     assert json.loads(cli("verify", "tiny", "--json", "--no-progress").stdout)[0]["result"] in ("match", "recorded")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "pt", "home", "no model", "odd model"])
+def test_a_path(cli: Cli, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """It is recorded the first time, and compared from then on; no card names it."""
+    folder = make(tmp_path / "here" / "mine")
+    monkeypatch.chdir(tmp_path / "here")
+    file = folder / "model.safetensors"
+    target = {"file": "mine/model.safetensors", "home": "~/mine"}.get(kind, "./mine")
+    if kind == "home":
+        monkeypatch.setenv("HOME", str(tmp_path / "here"))
+    if kind == "pt":
+        torch.save(load_file(file), folder / "model.pt")
+        file.unlink()
+        file, target = folder / "model.pt", "mine/model.pt"
+    config = folder / "config.json"
+    if kind == "no model":
+        config.unlink()
+    if kind == "odd model":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": 5}))
+
+    for result in ("recorded", "match"):
+        (row,) = json.loads(cli("verify", target, "--json", "--no-progress").stdout)
+        assert (row["file"], row["result"], row["method"]) == (file.name, result, "blake3")
+        assert Path(row["path"]) == file
+
+    data = bytearray(file.read_bytes())
+    data[-1 if kind != "pt" else len(data) // 2] ^= 1
+    file.write_bytes(data)
+    result = cli("verify", target, "--no-progress", code=4)
+    assert "mismatch" in result.stdout
+    assert "`lading index " in result.stderr
+    assert "mismatch" not in cli("list", "--all").stdout
+
+
+def test_a_path_takes_the_digests_that_a_card_recorded(cli: Cli, cards: Path) -> None:
+    cli("verify", "tiny", "--no-progress")
+    assert cli("verify", cards.parent / "tiny", "--no-progress").stdout.count("match") == 1
+    lading.verify_model(cards.parent / "tiny", progress=False)
+    assert "24 equal" in cli("diff", "tiny", cards.parent / "tiny").stderr
+
+
+def test_a_path_with_no_checkpoint(cli: Cli, home: Path, tmp_path: Path) -> None:
+    assert "No checkpoint is at" in cli("verify", tmp_path / "nowhere", code=2).stderr
+    (tmp_path / "empty").mkdir()
+    cli("verify", tmp_path / "empty", code=2)
+    (tmp_path / "bad.safetensors").write_bytes(b"none")
+    cli("verify", tmp_path / "bad.safetensors", code=4)
+    mine = make(tmp_path / "mine")
+    assert "could not be verified" in cli("verify", tmp_path / "nowhere", mine, "--no-progress", code=2).stderr
+
+
+def test_digests_of_paths_are_what_diff_compares_by(cli: Cli, home: Path, tmp_path: Path) -> None:
+    paths = make(tmp_path / "a"), make(tmp_path / "b", shards=2)
+    assert "values not compared" in cli("diff", *paths).stderr
+    cli("verify", *paths, "--no-progress")
+    assert "24 equal, 0 different" in cli("diff", *paths).stderr

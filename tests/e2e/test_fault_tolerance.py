@@ -18,7 +18,7 @@ import pytest
 
 from tests.helpers.cache_tools import files_in
 from tests.helpers.fault_world import Place, World
-from tests.helpers.make_checkpoint import tensors
+from tests.helpers.make_checkpoint import make, tensors
 from tests.helpers.nursery import may_mount
 
 # --- killed ----------------------------------------------------------------------------------------------------------
@@ -289,12 +289,14 @@ def test_what_is_here_is_loaded_where_nothing_can_be_written(
 
 def test_what_is_here_is_verified_where_nothing_can_be_recorded(world: World, place: Place, freeze: Freeze) -> None:
     place.run("pull", "web")
+    make(place.folder / "unknown")
     before = place.rows()
     ways = freeze(place.folder)
 
     for words, results in (
         (["web"], {"match"}),
         (["near"], {"not recorded"}),
+        ([str(place.folder / "unknown")], {"not recorded"}),
         (["web", "near"], {"match", "not recorded"}),
     ):
         done = place.run("verify", *words, "--json", **ways)

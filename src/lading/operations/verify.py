@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from array import array
 from collections import Counter
@@ -10,14 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lading import formats
-from lading.cards.card import AssetCard
+from lading.cards.card import AssetCard, CheckpointRef
 from lading.catalog.checkpoints.record import record_digests, record_files, recorded_headers
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.checkpoint import Checkpoint, LocalCheckpointFiles, header_checks, local_checkpoint
 from lading.checkpoints.fetch import fetch_checkpoint
 from lading.checkpoints.local_copies import best_copies
-from lading.checkpoints.locate import address_of, card_checkpoint
+from lading.checkpoints.locate import address_of, card_checkpoint, index_checkpoint
 from lading.checkpoints.pins import with_pins
 from lading.checkpoints.verification import check_files, remedy, shard_digest
 from lading.errors import (
@@ -25,6 +26,8 @@ from lading.errors import (
     CheckpointNotFoundError,
     CorruptModelCheckpointError,
     FetchError,
+    InternalError,
+    LadingError,
     ModelGatedError,
     NotSupportedError,
 )
@@ -33,14 +36,16 @@ from lading.formats.safetensors import index_file
 from lading.formats.torch_save.archive import damaged_record
 from lading.models.construct import build_on_meta
 from lading.models.fit import block_dims, match
-from lading.models.resolve import resolve_model
+from lading.models.resolve import ResolvedModel, resolve_model
 from lading.models.targets import targets_of
 from lading.sources.hub.remove import revision_of
 from lading.system.display import counted, representation
-from lading.system.filesystem import FileStat
+from lading.system.filesystem import FileStat, expand_home
 from lading.system.uris import path_uri, shown_uri, uri_path
 from lading.transfer.execute import hash_checkpoint
 from lading.transfer.files import ShardFile
+
+log = logging.getLogger("lading")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +81,7 @@ class VerifyReport:
 
 
 def verify_model(
-    name: str, *, repair: bool = False, progress: bool = True, store: AssetStore | None = None
+    name: str | Path, *, repair: bool = False, progress: bool = True, store: AssetStore | None = None
 ) -> VerifyReport:
     """Check all bytes of the files of a model on this machine.
 
@@ -84,20 +89,22 @@ def verify_model(
     recorded. It records unknown digests. Every check becomes a row; if the catalog cannot be written, this checks the
     files all the same.
 
+    :param name: the name of a card, or the path of a checkpoint, which need not be in the catalog.
     :param repair: fetch wrong files again: those in lading's own cache, and in that of Hugging Face's libraries, whose
         ``hf_hub_download`` replaces them. This never replaces other files.
     :param progress: show a bar on stderr.
 
     :raises AssetNotFoundError: no card has that name.
-    :raises CheckpointNotFoundError: the checkpoint is not on this machine.
+    :raises CheckpointNotFoundError: the checkpoint is not on this machine (of a path, also a ``FileNotFoundError``).
+    :raises CorruptModelCheckpointError: the checkpoint at a path is verified for the first time, and is none.
     :raises NotSupportedError: ``repair`` for files outside of the caches.
     :raises FetchError: ``repair``, and the source cannot be reached.
     :raises CatalogError: the catalog is damaged, or another process holds it.
     """
     store = store or get_asset_store()
-    card = store.retrieve_card(name)
-    checkpoint, kinds = _known(card, store)
-    checks = _checked(checkpoint, card, store, progress=progress)
+    of = expand_home(name) if isinstance(name, Path) else store.retrieve_card(name)
+    checkpoint, kinds = _known(of, store)
+    checks = _checked(checkpoint, of, store, progress=progress)
     _record(checkpoint, kinds, checks, store)
 
     bad = [check for check in checks if check.result == "mismatch"]
@@ -107,12 +114,12 @@ def verify_model(
             if kinds[check.file] == "cache":  # its state may not show the damage
                 check.path.unlink(missing_ok=True)
         repaired = fetch_checkpoint(replace(checkpoint, files=None), store, settings=store.settings, progress=progress)
-        checks = _checked(repaired, card, store, progress=progress)
+        checks = _checked(repaired, of, store, progress=progress)
         _record(repaired, kinds, checks, store)
 
     database = store.database
     return VerifyReport(
-        name=card.name,
+        name=checkpoint.name,
         uri=checkpoint.uri,
         checks=tuple(checks),
         repaired=frozenset(check.file for check in bad if repair),
@@ -121,9 +128,13 @@ def verify_model(
     )
 
 
-def _known(card: AssetCard, store: AssetStore) -> tuple[Checkpoint, dict[str, CopyKind]]:
+def _known(of: AssetCard | Path, store: AssetStore) -> tuple[Checkpoint, dict[str, CopyKind]]:
     """Return the checkpoint by the catalog's records, its files in their current state, and the owner of each."""
-    ref = address_of(card)
+    if isinstance(of, Path):
+        ref = CheckpointRef(uri=path_uri(of.absolute()), gated=False, info_url=None)
+        name = title = str(of) if "/" in str(of) else f"./{of}"  # as hints have to name it
+    else:
+        ref, name, title = address_of(of), of.name, of.title
     path = uri_path(ref.uri)
     if path is not None:
         path = local_checkpoint(path, inner_path=ref.path)
@@ -131,11 +142,7 @@ def _known(card: AssetCard, store: AssetStore) -> tuple[Checkpoint, dict[str, Co
     uri = ref.key if path is None else path_uri(path)
     stored = store.checkpoint(uri)
     if stored is None and path is not None:
-        fresh = (
-            card_checkpoint(card, store)
-            if store.database.writable
-            else LocalCheckpointFiles.read(path, cache=store.settings.cache_dir).checkpoint(card.title)
-        )
+        fresh = _first_seen(of, path, title, store)
         path, uri = Path(fresh.where), fresh.uri
         stored = store.checkpoint(uri)
         if stored is None:  # the catalog cannot be written
@@ -143,16 +150,16 @@ def _known(card: AssetCard, store: AssetStore) -> tuple[Checkpoint, dict[str, Co
     copies = {} if stored is None else best_copies(stored.copies)
     if stored is None or not all(shard.name in copies for shard in stored.manifest.shards):
         if ref.gated:
-            raise ModelGatedError(card.title, ref.info_url)
+            raise ModelGatedError(title, ref.info_url)
         raise CheckpointNotFoundError(
             shown_uri(uri),
-            f"The checkpoint of {card.title!r} is at {shown_uri(uri)}, and the catalog knows no copy of it on this "
-            f"machine. `lading pull {card.title}` fetches it.",
+            f"The checkpoint of {title!r} is at {shown_uri(uri)}, and the catalog knows no copy of it on this "
+            f"machine. `lading pull {title}` fetches it.",
         )
 
     files = tuple(_as_it_is(copies[shard.name].path) for shard in stored.manifest.shards)
     checkpoint = Checkpoint(
-        name=card.name,
+        name=name,
         uri=uri,
         where=shown_uri(uri) if path is None else str(path),
         manifest=stored.manifest,
@@ -161,7 +168,25 @@ def _known(card: AssetCard, store: AssetStore) -> tuple[Checkpoint, dict[str, Co
         revision=stored.revision,
     )
 
-    return with_pins(checkpoint, card, store), {shard.name: copies[shard.name].kind for shard in stored.manifest.shards}
+    if isinstance(of, AssetCard):
+        checkpoint = with_pins(checkpoint, of, store)
+
+    return checkpoint, {shard.name: copies[shard.name].kind for shard in stored.manifest.shards}
+
+
+def _first_seen(of: AssetCard | Path, path: Path, title: str, store: AssetStore) -> Checkpoint:
+    """Return the checkpoint at a path that the catalog does not know, and record it if it can be written."""
+    if not store.database.writable:
+        return LocalCheckpointFiles.read(path, cache=store.settings.cache_dir).checkpoint(title)
+    if isinstance(of, AssetCard):
+        return card_checkpoint(of, store)
+
+    stored = index_checkpoint(path, store=store)
+    found = uri_path(stored.uri)
+    if found is None:
+        raise InternalError(f"{path} was indexed as {stored.uri}, which is no path")
+
+    return LocalCheckpointFiles.read(found, cache=store.settings.cache_dir).checkpoint(title)
 
 
 _GONE = FileStat(0, 0, 0, 0)
@@ -174,13 +199,13 @@ def _as_it_is(path: Path) -> ShardFile:
         return ShardFile(path=path, stat=_GONE)
 
 
-def _checked(checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, progress: bool) -> list[Check]:
+def _checked(checkpoint: Checkpoint, of: AssetCard | Path, store: AssetStore, *, progress: bool) -> list[Check]:
     """Return one check of each file."""
     shards, files = checkpoint.manifest.shards, checkpoint.here()
     there = [i for i, file in enumerate(files) if file.stat != _GONE]
     checks = {check.file: check for check in check_files(checkpoint, there, progress=progress)}
     rest = [i for i in there if shards[i].name not in checks]
-    checks |= {check.file: check for check in _checked_by_tensors(checkpoint, rest, card, store, progress=progress)}
+    checks |= {check.file: check for check in _checked_by_tensors(checkpoint, rest, of, store, progress=progress)}
     checks |= _checked_records(checkpoint, [i for i in rest if checks[shards[i].name].result != "mismatch"])
     checks |= _checked_headers(checkpoint, [i for i in rest if checks[shards[i].name].result != "mismatch"], store)
 
@@ -191,7 +216,7 @@ def _checked(checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, prog
 
 
 def _checked_by_tensors(
-    checkpoint: Checkpoint, chosen: Sequence[int], card: AssetCard, store: AssetStore, *, progress: bool
+    checkpoint: Checkpoint, chosen: Sequence[int], of: AssetCard | Path, store: AssetStore, *, progress: bool
 ) -> Iterator[Check]:
     """Yield checks of files without a known SHA-256, by the digests of their tensors."""
     manifest, files = checkpoint.manifest, checkpoint.here()
@@ -199,7 +224,7 @@ def _checked_by_tensors(
         return
 
     expected = store.digests(checkpoint.uri, manifest)
-    dims = _family_dims(checkpoint, card, store) if expected is None else expected.dims
+    dims = _dims(checkpoint, of, store) if expected is None else expected.dims
     found: dict[int, Digests] = {}
     for i in chosen:
         part = manifest.only(i)
@@ -257,15 +282,24 @@ def _has_same_tensors(checkpoint: Checkpoint, shard: int, store: AssetStore) -> 
     return index_file(checkpoint.here()[shard].path).tensors_equal(checkpoint.manifest.only(shard))
 
 
-def _family_dims(checkpoint: Checkpoint, card: AssetCard, store: AssetStore) -> array[int]:
+def _dims(checkpoint: Checkpoint, of: AssetCard | Path, store: AssetStore) -> array[int]:
     """Return the dims along which ranks would cut the tensors, if the family and its configuration are known."""
-    manifest = checkpoint.manifest
-    try:
-        model = resolve_model(card, store, checkpoint=checkpoint)
-    except (AssetCardError, FetchError):
-        return default_dims(manifest)
-    family, config = model.family, model.config
+    if isinstance(of, AssetCard):
+        try:
+            model = resolve_model(of, store, checkpoint=checkpoint)
+        except (AssetCardError, FetchError):
+            return default_dims(checkpoint.manifest)
+        return _family_dims(checkpoint, model)
 
+    try:
+        return _family_dims(checkpoint, resolve_model(of, store))
+    except LadingError as error:  # what is at a path need not be of a family that lading knows
+        log.info("the dims of %s are not known: %s", of, error)
+        return default_dims(checkpoint.manifest)
+
+
+def _family_dims(checkpoint: Checkpoint, model: ResolvedModel) -> array[int]:
+    manifest, family, config = checkpoint.manifest, model.family, model.config
     targets = targets_of(build_on_meta(family, config), dtype=None)
     routed = match(manifest, targets, family, config)
 
