@@ -191,3 +191,9 @@ def test_digests_of_paths_are_what_diff_compares_by(cli: Cli, home: Path, tmp_pa
     assert "values not compared" in cli("diff", *paths).stderr
     cli("verify", *paths, "--no-progress")
     assert "24 equal, 0 different" in cli("diff", *paths).stderr
+
+
+def test_a_path_that_has_to_be_rewritten(cli: Cli, home: Path, tmp_path: Path) -> None:
+    torch.save({"w": torch.arange(12.0).view(3, 4).t()}, tmp_path / "w.pt")
+    for result in ("recorded", "match"):
+        assert json.loads(cli("verify", tmp_path / "w.pt", "--json", "--no-progress").stdout)[0]["result"] == result

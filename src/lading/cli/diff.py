@@ -49,9 +49,7 @@ def diff(a: str, b: str, values: bool, by_layer: bool, no_restrict: bool, no_pro
 
     report = diff_models(*targets, values=values, restrict=not no_restrict, progress=not no_progress, store=store)
 
-    # Otherwise, a program could take an empty list for a proof that all values are equal.
-    all_known = form not in (Form.JSON, Form.LINES, Form.CSV)
-    rows = _layer_rows(report, all_known) if by_layer else _tensor_rows(report, all_known, form is Form.TABLE)
+    rows = _layer_rows(report, form) if by_layer else _tensor_rows(report, form)
     if not values:
         rows = [row[: -len(_MEASURES)] for row in rows]
     if rows or form is not Form.TABLE:
@@ -71,6 +69,9 @@ def diff(a: str, b: str, values: bool, by_layer: bool, no_restrict: bool, no_pro
 NOT_COMPARED = "not compared"
 """The change that programs see for a tensor whose values were not compared."""
 
+_FOR_PROGRAMS = (Form.JSON, Form.LINES, Form.CSV)
+"""The forms that list what was not compared: a program could take an empty list for a proof that all is equal."""
+
 _MOST_RUNS = 6
 """The most runs of layers to name one by one."""
 
@@ -86,11 +87,11 @@ def _target(target: str, store: AssetStore) -> str | Path:
     return name_or_path(target, store)
 
 
-def _tensor_rows(report: DiffReport, all_known: bool, in_short: bool) -> list[tuple[object, ...]]:
+def _tensor_rows(report: DiffReport, form: Form) -> list[tuple[object, ...]]:
     rows: list[tuple[str, str, object, object]] = [(c.name, c.kind, c.a, c.b) for c in report.changes]
-    if in_short:
+    if form is Form.TABLE:
         rows = _with_prefixes(rows, report.prefix_changes())
-    if not all_known:
+    if form in _FOR_PROGRAMS:
         rows += [(name, NOT_COMPARED, None, None) for name in report.not_compared]
 
     return [(*row, *_measured([report.values[row[0]]] if row[0] in report.values else [])) for row in rows]
@@ -108,11 +109,11 @@ def _with_prefixes(
     return [first.get(row[0], row) for row in rows if row[0] not in others]
 
 
-def _layer_rows(report: DiffReport, all_known: bool) -> list[tuple[object, ...]]:
+def _layer_rows(report: DiffReport, form: Form) -> list[tuple[object, ...]]:
     return [
         (layer.name or None, layer.differ, layer.tensors, layer.not_compared, *_measured(layer.values))
         for layer in report.layers()
-        if layer.differ or (layer.not_compared and not all_known)
+        if layer.differ or (layer.not_compared and form in _FOR_PROGRAMS)
     ]
 
 
