@@ -269,7 +269,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         "together",
     ),
     "the meta device": (lambda c: load_model("tiny", device="meta"), ValueError, "meta"),
-    "a dtype that is none": (lambda c: load_model("tiny", dtype="bf16"), TypeError, "bf16"),  # type: ignore[arg-type]
+    "a dtype that is none": (lambda c: load_model("tiny", dtype="bf17"), TypeError, "bf17"),  # type: ignore[arg-type]
     "a dtype for integers": (lambda c: load_model("tiny", dtype=torch.int8), ValueError, "floating"),
     "another config": (lambda c: load_model("tiny", config={"model_dim": 3}), TypeError, "QwenConfig"),
     "another config for a path": (lambda c: load_model(c / "tiny", config=3), TypeError, "QwenConfig"),
