@@ -6,7 +6,7 @@ import random
 import shutil
 import sqlite3
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -109,6 +109,19 @@ def test_damage(
         except (LadingError, OSError):
             pass
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_family_without_a_name(tmp_path: Path, whole: bytes, door: Callable[[Settings], object]) -> None:
+    path = tmp_path / "catalog.sqlite"
+    path.write_bytes(whole)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(
+            "PRAGMA foreign_keys = OFF; DROP TABLE families;"
+            "CREATE TABLE families (name TEXT PRIMARY KEY, entry_point TEXT); INSERT INTO families VALUES (NULL, 'x')"
+        )
+    with suppress(LadingError, OSError):
+        door(settings_in(tmp_path))
 
 
 # --- programs in a catalog that someone else made --------------------------------------------------------------------

@@ -40,6 +40,9 @@ SMALL: Mapping[str, Any] = {
 MOST = 2_000_000
 """Parameters of a model that is small."""
 
+ZERO_PADDING = ("youtu",)
+"""Types with which transformers zeroes the embedding of padding after it read another one from the checkpoint."""
+
 SAMPLE = ("t5", "umt5", "deepseek_v3", "glm4_moe", "gpt_oss", "rwkv", "blip_2_qformer", "mixtral", "whisper")
 """Types that keep something in float32, and some that do not."""
 
@@ -76,6 +79,8 @@ def small_model(model_type: str) -> Module | None:
                 if tensor.is_floating_point():
                     # Numbers that half precision does not have.
                     tensor.copy_(torch.randn(tensor.shape).mul_(0.1).add_(1e-3))
+            if model_type in ZERO_PADDING:
+                model.get_input_embeddings().weight[config.pad_token_id] = 0
     except Exception:  # whatever sizes that do not fit together, or packages that are not here, lead to there
         return None
 

@@ -26,6 +26,7 @@ from lading.cards.card import (
 from lading.catalog.checkpoints.copies import copies_at, copies_of, copies_with
 from lading.catalog.checkpoints.manifests import find_checkpoint, read_digests, read_manifest, read_roots
 from lading.catalog.database.database import Database
+from lading.catalog.database.statements import intact
 from lading.catalog.entries import read_architectures, read_cards
 from lading.catalog.importing.derived import descendants
 from lading.catalog.listing import Sort, list_models, near_names, summary_of
@@ -265,15 +266,16 @@ class AssetStore:
             cards = {row[0]: row[1] for row in session.execute(of_cards)}
             architectures = {row[0]: row[1] for row in session.execute(of_architectures)}
 
-        return [
-            FamilySummary(
-                name=family.name,
-                registered=family.entry_point is not None,
-                architectures=architectures.get(family.name, 0),
-                cards=cards.get(family.name, 0),
-            )
-            for family in families
-        ]
+        with intact("a family"):
+            return [
+                FamilySummary(
+                    name=family.name,
+                    registered=family.entry_point is not None,
+                    architectures=architectures.get(family.name, 0),
+                    cards=cards.get(family.name, 0),
+                )
+                for family in families
+            ]
 
     # --- models -------------------------------------------------------------------------------------------------------
 

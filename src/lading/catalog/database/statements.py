@@ -32,7 +32,8 @@ def intact(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, KeyError, OverflowError, InternalError) as error:
+    # AttributeError: the ORM gives None for a row without a key, or without the row that it names.
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, InternalError) as error:
         raise CatalogError(
             f"The catalog is damaged: {what} cannot be made of its rows ({error}). `lading db check` says more."
         ) from error

@@ -22,6 +22,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from lading.cards.documents.document import MAX_FILE_BYTES
+from lading.catalog.database.statements import intact
 from lading.catalog.importing.apply import apply
 from lading.catalog.importing.write import forget
 from lading.catalog.records import newer, now
@@ -126,7 +127,8 @@ def _take(session: Session, news: Changes) -> None:
 
 def _family_news(session: Session) -> dict[str, str | None]:
     present = {entry.name: entry.value for entry in registered(_GROUP)}
-    known = {row.name: row.entry_point for row in session.scalars(select(FamilyRow))}
+    with intact("a family"):
+        known = {row.name: row.entry_point for row in session.scalars(select(FamilyRow))}
     lost = [name for name, entry_point in known.items() if entry_point is not None and name not in present]
 
     return {name: value for name, value in present.items() if known.get(name) != value} | dict.fromkeys(lost)
