@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from lading.errors import CorruptModelCheckpointError, GangError
-from tests.distributed.gang_tools import SOON, TIMEOUT, check_gang_errors, gangs_of, raised_by
+from tests.distributed.gang_tools import TIMEOUT, check_gang_errors, gangs_of, raised_by
 from tests.distributed.workers import Pool
 
 # --- a fault at every step -------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def _struck(
     number: signal.Signals,
     *,
     size: int = 4,
-    timeout: float = 60,
+    timeout: float = 3600,  # a death is not learned of by waiting
     agent: bool = True,
 ) -> Iterator[Pool]:
     mark = tmp_path / "mark"
@@ -89,7 +89,7 @@ STOPPED = [pytest.param("reduce", 3, marks=pytest.mark.slow), ("wait", 0)]
 @pytest.mark.parametrize(("point", "victim"), KILLED)
 def test_a_rank_is_killed(tmp_path: Path, point: str, victim: int) -> None:
     with _struck(tmp_path, point, victim, signal.SIGKILL) as pool:
-        outcomes = pool.collect(within=30)
+        outcomes = pool.collect()
     assert outcomes.pop(victim).dead
     check_gang_errors(outcomes, victim)
 
@@ -97,16 +97,16 @@ def test_a_rank_is_killed(tmp_path: Path, point: str, victim: int) -> None:
 @pytest.mark.parametrize(("point", "victim"), STOPPED)
 def test_a_rank_is_stopped_and_goes_on_too_late(tmp_path: Path, point: str, victim: int) -> None:
     with _struck(tmp_path, point, victim, signal.SIGSTOP, timeout=TIMEOUT) as pool:
-        check_gang_errors(pool.collect(within=30, without=[victim]), victim, within=TIMEOUT + 5)
+        check_gang_errors(pool.collect(without=[victim]), victim)
         if point == "wait":
             pool.send(victim, signal.SIGCONT)
-            assert isinstance(pool.collect(within=30)[victim].error, GangError)
+            assert isinstance(pool.collect()[victim].error, GangError)
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_is_killed_that_served_the_store(tmp_path: Path, victim: int) -> None:
     with _struck(tmp_path, "after", victim, signal.SIGKILL, size=2, agent=False) as pool:
-        outcomes = pool.collect(within=30)
+        outcomes = pool.collect()
     assert outcomes.pop(victim).dead
     check_gang_errors(outcomes, victim)
 
@@ -132,12 +132,12 @@ def test_a_rank_is_interrupted_while_it_waits(tmp_path: Path, victim: int) -> No
             time.sleep(0.01)
         time.sleep(0.3)
         pool.send(victim, signal.SIGINT)
-        outcomes = [outcome.get() for outcome in pool.collect(within=30)]
+        outcomes = [outcome.get() for outcome in pool.collect()]
     assert outcomes.pop(victim)[:2] == (KeyboardInterrupt, True)
     assert outcomes == [(GangError, True, f"rank {victim}: KeyboardInterrupt")]
 
 
-def leaves(how: str) -> None:
+def leaves(how: str, watched: str) -> None:
     root = gangs_of().root
     if root.rank == 1:
         if how == "close":
@@ -147,22 +147,28 @@ def leaves(how: str) -> None:
             os._exit(0)
         child = os.fork()
         if child == 0:
-            time.sleep(20)  # as a worker of a data loader that has not noticed yet
+            while Path(watched).exists():  # as a worker of a data loader that has not noticed yet
+                time.sleep(0.01)
             os._exit(0)
         os.kill(os.getpid(), signal.SIGKILL)
     root.agree()
 
 
 @pytest.mark.parametrize("how", ["close", "exit", "fork"])
-def test_a_rank_leaves(how: str) -> None:
+def test_a_rank_leaves(tmp_path: Path, how: str) -> None:
+    watched = tmp_path / "watched"
+    watched.touch()
     with Pool(2) as pool:
-        pool.start(leaves, how)
-        check_gang_errors(pool.collect(within=30, without=[1]), 1)
+        pool.start(leaves, how, str(watched))
+        try:
+            check_gang_errors(pool.collect(without=[1]), 1)
+        finally:
+            watched.unlink()
 
 
 def error_amid_collectives() -> Any:
     gangs = gangs_of(tp=2)
-    root, start = gangs.root, time.monotonic()
+    root = gangs.root
     try:
         if root.rank == 3:
             raise CorruptModelCheckpointError("/x", "bad header")
@@ -173,18 +179,15 @@ def error_amid_collectives() -> Any:
     else:
         error = None
     raised = raised_by(lambda: root.agree(error))
-    took = time.monotonic() - start
     root.agree()  # control goes on, whatever has become of the process groups
-    return type(raised), str(raised), took
+    return type(raised), str(raised)
 
 
 def test_an_error_reaches_those_who_are_in_a_collective() -> None:
     with Pool(4) as pool:
         outcomes = pool.values(error_amid_collectives)
     assert outcomes.pop()[0] is CorruptModelCheckpointError
-    for kind, text, took in outcomes:
-        assert (kind, text) == (GangError, "rank 3: CorruptModelCheckpointError: bad header")
-        assert took < SOON
+    assert outcomes == [(GangError, "rank 3: CorruptModelCheckpointError: bad header")] * 3
 
 
 # --- the long matrix -------------------------------------------------------------------------------------------------
@@ -198,7 +201,7 @@ def test_one_of_eight_is_struck(tmp_path: Path, point: str, victim: int, number:
     if number == signal.SIGSTOP and point == "wait" and victim != 0:
         victim = 0  # another one has come before it is stopped, so that nobody has to wait for it
     with _struck(tmp_path, point, victim, number, size=8, timeout=TIMEOUT) as pool:
-        check_gang_errors(pool.collect(within=30, without=[victim]), victim, within=TIMEOUT + 6)
+        check_gang_errors(pool.collect(without=[victim]), victim)
 
 
 def many_calls(seed: int) -> int:

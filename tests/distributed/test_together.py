@@ -22,7 +22,7 @@ from lading.gangs import create_fake_gangs, create_gangs
 from lading.models.hub import load_model, load_with_report
 from lading.transfer import together
 from lading.transfer.files import OpenShard
-from tests.distributed.gang_tools import SOON, TIMEOUT, check_gang_errors, raised_by
+from tests.distributed.gang_tools import TIMEOUT, check_gang_errors, raised_by
 from tests.distributed.workers import Pool
 from tests.helpers.make_checkpoint import make
 
@@ -175,30 +175,27 @@ def corrupt() -> None:
     raise CorruptModelCheckpointError("/x", "bad bytes")
 
 
-def one_reads_badly(folder: Path) -> tuple[str, str, float, bool]:
+def one_reads_badly(folder: Path) -> tuple[str, str, bool]:
     with create_gangs("cpu", tp=2) as gangs, small_steps():
         options: dict[str, Any] = {"gangs": gangs, "dtype": "auto", "progress": False, "cooperative": True}
-        start = time.monotonic()
         with fails_at(3 if gangs.root.rank == 2 else -1, corrupt):
             error = raised_by(lambda: load_model(folder, **options))
-        took = time.monotonic() - start
         # What the failure left unfinished is in nobody's way.
         again, alone = load_model(folder, **options), load_model(folder, **{**options, "cooperative": False})
         expected = dict(alone.named_parameters())
         same = all(torch.equal(local(p), local(expected[name])) for name, p in again.named_parameters())
 
-    return type(error).__name__, str(error), took, same
+    return type(error).__name__, str(error), same
 
 
 def test_one_rank_reads_badly_and_all_try_again(folder: Path) -> None:
     with Pool(4) as pool:
         found = pool.values(one_reads_badly, folder)
 
-    kind, text, _, _ = found.pop(2)
+    kind, text, _ = found.pop(2)
     assert (kind, text) == ("CorruptModelCheckpointError", "bad bytes")
-    for kind, text, took, same in found:
+    for kind, text, same in found:
         assert (kind, text) == ("GangError", "rank 2: CorruptModelCheckpointError: bad bytes")
-        assert took < SOON
         assert same
 
 
@@ -222,6 +219,6 @@ def test_a_rank_is_struck_while_it_reads(tmp_path: Path, folder: Path, number: s
             time.sleep(0.01)
         time.sleep(0.3)  # for the others to come to where they wait
         pool.send(1, number)
-        outcomes = pool.collect(within=30, without=[1])
+        outcomes = pool.collect(without=[1])
 
-    check_gang_errors(outcomes, 1, within=TIMEOUT + 10)
+    check_gang_errors(outcomes, 1)

@@ -31,6 +31,9 @@ from typing import Any
 PRELOAD = ["torch", "torch.distributed.device_mesh", "torch.distributed.tensor.parallel", "torch.distributed.fsdp"]
 PRELOAD += ["lading.models.hub", "lading.gangs", "lading.errors", "transformers.modeling_utils"]
 
+PATIENCE = 120.0
+"""The seconds after which a rank counts as hanging; slowness is not a failure."""
+
 
 class WorkerHangError(Exception):
     """A rank did not answer in time; the pool is killed."""
@@ -41,7 +44,7 @@ class Outcome:
     """What came of a function on one rank.
 
     ``error`` is the exception (a ``RuntimeError`` with its text where it does not pickle); ``dead`` says that the
-    process ended instead. ``seconds`` is the time from the start of the case to the answer.
+    process ended instead.
     """
 
     rank: int
@@ -49,7 +52,6 @@ class Outcome:
     error: BaseException | None = None
     trace: str = ""
     dead: bool = False
-    seconds: float = 0.0
 
     def get(self) -> Any:
         """The value; raises what the function raised."""
@@ -129,7 +131,7 @@ class Pool:
             except OSError:
                 self._outcomes[rank] = Outcome(rank, dead=True)
 
-    def collect(self, *, within: float = 60, without: Sequence[int] = ()) -> list[Outcome]:
+    def collect(self, *, within: float = PATIENCE, without: Sequence[int] = ()) -> list[Outcome]:
         """What came of it, in the order of the ranks; those in ``without`` are not waited for, nor returned.
 
         :raises WorkerHangError: a rank did not answer ``within`` so many seconds of the start.
@@ -149,22 +151,21 @@ class Pool:
         return [self._outcomes[rank] for rank in sorted(awaited)]
 
     def _receive(self, rank: int) -> Outcome:
-        seconds = time.monotonic() - self._started
         try:
             value, error, trace = pickle.loads(self._connections[rank].recv_bytes())
         except (EOFError, ConnectionError):
-            return Outcome(rank, dead=True, seconds=seconds)
-        return Outcome(rank, value, error, trace, seconds=seconds)
+            return Outcome(rank, dead=True)
+        return Outcome(rank, value, error, trace)
 
     def run(
-        self, function: Callable[..., Any], *args: Any, each: Sequence[Any] | None = None, within: float = 60
+        self, function: Callable[..., Any], *args: Any, each: Sequence[Any] | None = None, within: float = PATIENCE
     ) -> list[Outcome]:
         """:meth:`start`, then :meth:`collect`."""
         self.start(function, *args, each=each)
         return self.collect(within=within)
 
     def values(
-        self, function: Callable[..., Any], *args: Any, each: Sequence[Any] | None = None, within: float = 60
+        self, function: Callable[..., Any], *args: Any, each: Sequence[Any] | None = None, within: float = PATIENCE
     ) -> list[Any]:
         """The values of all ranks; raises what one of them raised."""
         return [outcome.get() for outcome in self.run(function, *args, each=each, within=within)]
