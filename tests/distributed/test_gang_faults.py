@@ -166,6 +166,56 @@ def test_a_rank_leaves(tmp_path: Path, how: str) -> None:
             watched.unlink()
 
 
+def learns_and_leaves(victim: int, leaver: int, how: str, mark: str, left: str) -> None:
+    """One learns of a failure and leaves, before two others look what there is to learn."""
+    gangs = gangs_of(timeout=TIMEOUT, tp=2)
+    root = gangs.root
+    if root.rank == victim:
+        Path(mark).touch()
+        time.sleep(600)
+    if root.rank == leaver:
+        calls = {"collective": partial(gangs.tp.all_reduce, torch.ones(3)), "agree in tp": gangs.tp.agree}
+        error = raised_by(calls.get(how, root.agree))
+        if how == "exit":
+            Path(left).touch()
+            os._exit(1)
+        gangs.close()
+        Path(left).touch()
+        raise error
+    while not Path(left).exists():
+        time.sleep(0.01)
+    time.sleep(1)  # for the news to come
+    root.agree()
+
+
+@pytest.mark.parametrize(
+    ("victim", "leaver", "how", "number"),
+    [
+        (1, 2, "agree", signal.SIGKILL),
+        (1, 0, "collective", signal.SIGSTOP),
+        pytest.param(1, 0, "agree", signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(1, 2, "exit", signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(2, 3, "collective", signal.SIGSTOP, marks=pytest.mark.slow),
+        pytest.param(0, 1, "agree in tp", signal.SIGSTOP, marks=pytest.mark.slow),
+    ],
+)
+def test_who_leaves_because_of_a_failure_is_not_its_cause(
+    tmp_path: Path, victim: int, leaver: int, how: str, number: signal.Signals
+) -> None:
+    mark, left = tmp_path / "mark", tmp_path / "left"
+    with Pool(4) as pool:
+        pool.start(learns_and_leaves, victim, leaver, how, str(mark), str(left))
+        while not mark.exists():
+            time.sleep(0.01)
+        pool.send(victim, number)
+        while not left.exists():
+            time.sleep(0.01)
+        if (victim, number) == (0, signal.SIGSTOP):
+            pool.send(victim, signal.SIGCONT)  # it passes on what it finds
+        outcomes = pool.collect(without=[victim] if how != "exit" else [victim, leaver])
+    check_gang_errors(outcomes, victim)
+
+
 def error_amid_collectives() -> Any:
     gangs = gangs_of(tp=2)
     root = gangs.root

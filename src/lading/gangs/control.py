@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from threading import Condition, Thread
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 from weakref import WeakSet
 
 from lading.errors import GangError, causes_of
@@ -44,6 +44,9 @@ from lading.gangs.failure import KNOWN, Failure
 from lading.gangs.torch_private import PrefixStore, Store, store_host
 
 T = TypeVar("T")
+
+_Cause: TypeAlias = tuple[str, Sequence[int]]
+"""The message and ranks of a failure."""
 
 
 @dataclass(slots=True)
@@ -69,8 +72,8 @@ class ControlChannel:
         self._results: dict[tuple[int, tuple[int, ...], int], _Result] = {}
         self._calls: dict[tuple[int, ...], int] = {}
         self._epoch = 0
-        self._lost: list[int] = []
-        self._broken: GangError | None = None
+        self._broken: _Cause | None = None
+        self._learned: _Cause | None = None
         self._last_heard = time.monotonic()
         self._silent: list[int] = []
         self._working = 0
@@ -118,7 +121,11 @@ class ControlChannel:
         try:
             result = self._await(members, seq, what)
             self._advance_epoch(members, result)
-            return result.payloads if result.status == "ok" else self._failure_of(result, what)
+            if result.status != "ok":
+                return self._failure_of(result, what)
+            if len(members) == self._size:
+                self._learned = None  # all ranks went on after that failure
+            return result.payloads
         except GangError as ex:
             self.remember(members, ex)
             raise
@@ -212,7 +219,7 @@ class ControlChannel:
         suspects = self.suspects()
         stopped = f"; {_format_ranks(suspects)} stopped sending heartbeats" if suspects else ""
 
-        return GangError(f"{what} failed on rank {self._rank}: {why}{stopped}", ranks=suspects)
+        return self._learn(f"{what} failed on rank {self._rank}: {why}{stopped}", suspects)
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -224,7 +231,10 @@ class ControlChannel:
             self._working -= 1
 
     def close(self) -> None:
-        """Close the connection; for the others this rank is then gone."""
+        """Close the connection; for the others this rank is then gone.
+
+        If it learned of a failure, and not all ranks went on after it, the others raise that failure instead.
+        """
         atexit.unregister(self.close)
         _OPEN.discard(self)
         with contextlib.suppress(RuntimeError):  # the loop is closed: the others closed their connections first
@@ -256,49 +266,64 @@ class ControlChannel:
                 if time.monotonic() > start + patience:
                     raise GangError(f"rank 0 does not answer {what}")
                 if time.monotonic() - max(start, self._last_heard) > self._timeout + 1:
-                    # This rank must not come back later: the others may no longer use its payloads.
-                    self._loop.call_soon_threadsafe(self._stop)
-                    self._broken = GangError(
+                    self._break(
                         f"rank 0 has sent no heartbeat for {self._timeout:g} s while rank {self._rank} waited for it "
                         f"at {what}: its process is suspended or its host is unreachable",
-                        ranks=(0,),
+                        [0],
                     )
+                    # This rank must not come back later: the others may no longer use its payloads.
+                    self._loop.call_soon_threadsafe(self._leaving.set)
                 self._changed.wait(0.5)
 
     def _check(self) -> None:
-        if self._lost:
-            names = _format_ranks(self._lost)
-            raise GangError(
-                f"{names} {'is' if len(self._lost) == 1 else 'are'} gone: the process was killed, exited, or closed "
-                f"its gangs. Rank {self._rank} cannot finish any operation that it shares with it.",
-                ranks=self._lost,
-            )
-        if self._broken is not None:
-            raise GangError(self._broken.message, ranks=self._broken.ranks)
-
+        # A result comes first: a rank may have left because of it.
         for (_, members, _), result in self._results.items():
             if result.status != "ok" and len(members) == self._size:
                 bad = self._failure_of(result, "a call of all ranks")
                 raise bad.as_gang_error()
 
+        if self._broken is not None:
+            raise GangError(*self._broken)
+
     def _failure_of(self, result: _Result, what: str) -> Failure:
         if result.status == "failed":
-            return Failure.merge([pickle.loads(p) for p in result.payloads])
+            failure = Failure.merge([pickle.loads(p) for p in result.payloads])
+            self._learn(failure.text, failure.ranks)
+            return failure
         if result.status == "late":
-            raise GangError(
+            raise self._learn(
                 f"{_format_ranks(result.ranks)} did not reach {what} within {self._timeout:g} s: suspended, or busy "
                 "outside `at_work()`",
-                ranks=result.ranks,
+                result.ranks,
             )
 
         at: dict[str, list[int]] = {}
         for rank, payload in zip(result.ranks, result.payloads, strict=True):
             at.setdefault(bytes(payload).decode(), []).append(rank)
         fewest = min(map(len, at.values()))
-        raise GangError(
+        raise self._learn(
             "the ranks do not make the same call: "
             + ", ".join(f"{_format_ranks(ranks)} at {call}" for call, ranks in at.items()),
-            ranks=next(ranks for ranks in at.values() if len(ranks) == fewest),
+            next(ranks for ranks in at.values() if len(ranks) == fewest),
+        )
+
+    def _learn(self, message: str, ranks: Sequence[int]) -> GangError:
+        """Return the error for a failure, and record the failure as the reason if this rank leaves."""
+        self._learned = message, ranks  # not the error, whose traceback would keep the tensors of its callers
+
+        return GangError(message, ranks)
+
+    def _break(self, message: str, ranks: Sequence[int]) -> None:
+        """Record why no call can succeed any more; what comes later follows from the first cause."""
+        with self._changed:
+            self._broken = self._broken or (message, ranks)
+            self._changed.notify_all()
+
+    def _lose(self, rank: int) -> None:
+        self._break(
+            f"rank {rank} is gone: the process was killed, exited, or closed its gangs. Rank {self._rank} cannot "
+            "finish any operation that it shares with it.",
+            [rank],
         )
 
     def _post(self, header: Header, payload: Payload = b"") -> None:
@@ -335,11 +360,7 @@ class ControlChannel:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            with self._changed:
-                self._broken = self._broken or GangError(
-                    f"the connection of rank {self._rank} to the other ranks is closed", ranks=(self._rank,)
-                )
-                self._changed.notify_all()
+            self._break(f"the connection of rank {self._rank} to the other ranks is closed", [self._rank])
 
     def _stop(self) -> None:
         for task in self._tasks:
@@ -347,6 +368,11 @@ class ControlChannel:
 
     async def _hang_up(self) -> None:
         await self._leaving.wait()
+        if cause := self._broken or self._learned:
+            if self._coordinator is not None:
+                self._coordinator.drop_rank(self._rank, cause)
+            else:
+                self._outbox.put({"is": "leave", "cause": cause})
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(5):
                 await self._outbox.drained()
@@ -362,16 +388,16 @@ class ControlChannel:
                     self._handle_frame(header, payload)
                     self._changed.notify_all()
         except (OSError, EOFError):
-            with self._changed:
-                self._lost = self._lost or [0]
-                self._changed.notify_all()
+            self._lose(0)
 
     def _handle_frame(self, header: Header, payload: memoryview) -> None:
         self._last_heard = time.monotonic()
         if header["is"] == "ping":
             self._silent = header["silent"]
         elif header["is"] == "lost":
-            self._lost = sorted({*self._lost, header["rank"]})
+            self._lose(header["rank"])
+        elif header["is"] == "failed":
+            self._break(*header["cause"])
         elif header["is"] == "result":
             payloads, at = [], 0
             for size in header["sizes"]:
@@ -389,7 +415,7 @@ class ControlChannel:
         return [self._sock, *(self._coordinator.sockets if self._coordinator else ())]
 
     def _disown(self) -> None:
-        self._broken = GangError("a forked process is not a member of the gangs of its parent")
+        self._broken = "a forked process is not a member of the gangs of its parent", ()
         for sock in self._sockets():
             sock.close()
 

@@ -1,8 +1,10 @@
 """The coordinator on rank 0: the server that collects the payloads of each call and sends the result to all ranks.
 
 A frame is a header (JSON) and a payload, which the coordinator forwards unread. A rank sends ``put`` (its payload for a
-call) and ``heartbeat`` (it runs, and is at work or not). The coordinator sends ``result``, ``lost`` (a connection
-closed, so that process has ended) and ``ping`` (rank 0 runs, and the ranks that seem to be suspended).
+call), ``heartbeat`` (it runs, and is at work or not) and ``leave`` (it closes its connection because of a failure). The
+coordinator sends ``result``, ``ping`` (rank 0 runs, and the ranks that seem to be suspended) and, once, why the ranks
+cannot go on together: ``lost`` (a connection closed, so that process has ended) or ``failed`` (the failure because of
+which a rank left). Ranks that leave after that do so because of it, and are not named.
 
 Calls are counted per gang. A failed call of the whole world begins a new *epoch*: all counts restart at zero and
 pending calls are dropped, so that ranks that were at different calls are in step again.
@@ -124,6 +126,7 @@ class Coordinator:
         self._connections: dict[int, socket.socket] = {}
         self._outboxes: dict[int, Outbox] = {}
         self._lost: set[int] = set()
+        self._cause: Header | None = None
         self._epoch = 0
         self._calls: dict[tuple[tuple[int, ...], int], _Call] = {}
         self._settled: dict[tuple[int, ...], int] = {}
@@ -158,8 +161,8 @@ class Coordinator:
 
         self._connections[rank] = sock
         box = self._outboxes[rank] = Outbox(sock)
-        for lost in self._lost:
-            box.put({"is": "lost", "rank": lost})
+        if self._cause is not None:
+            box.put(self._cause)
 
         sending = asyncio.create_task(box.run())
         sending.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -168,7 +171,7 @@ class Coordinator:
                 header, payload = await read_frame(sock)
                 self._handle_frame(rank, header, payload)
         except (OSError, EOFError):
-            self._drop_rank(rank)
+            self.drop_rank(rank)
         finally:
             sending.cancel()
             sock.close()
@@ -191,6 +194,9 @@ class Coordinator:
         self._detect_own_pause()
         now = asyncio.get_running_loop().time()
         self._last_heard[rank] = now
+        if header["is"] == "leave":
+            self.drop_rank(rank, header["cause"])
+            return
         if header["is"] == "put" or header["working"]:
             self._last_worked[rank] = now
         members = tuple(header.get("members", ()))
@@ -251,14 +257,21 @@ class Coordinator:
             if rank in self._outboxes and rank not in self._lost:
                 self._outboxes[rank].put(header, joined)
 
-    def _drop_rank(self, rank: int) -> None:
-        """Drop a rank whose connection closed, with all pending calls that it takes part in."""
+    def drop_rank(self, rank: int, cause: object = None) -> None:
+        """Drop a rank that left, with all pending calls that it takes part in.
+
+        :param cause: the message and ranks of the failure because of which it left, if there is one.
+        """
         self._detect_own_pause()
         self._lost.add(rank)
         self._calls = {key: call for key, call in self._calls.items() if rank not in key[0]}
+        if self._cause is not None:
+            return
+
+        self._cause = {"is": "lost", "rank": rank} if cause is None else {"is": "failed", "cause": cause}
         for other, box in self._outboxes.items():
             if other not in self._lost:
-                box.put({"is": "lost", "rank": rank})
+                box.put(self._cause)
 
     async def _watch_ranks(self) -> None:
         while True:
