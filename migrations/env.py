@@ -49,7 +49,7 @@ def run(connection: Connection | None, **options: Any) -> None:
             context.run_migrations()
             return
 
-        # SQLite changes a table by writing it anew and renaming it; views that name the table would forbid that.
+        # SQLite changes a table by writing a new one and renaming it; views that name the table would forbid that.
         connection.exec_driver_sql("PRAGMA legacy_alter_table = ON")
         try:
             context.run_migrations()

@@ -130,7 +130,7 @@ CREATE VIRTUAL TABLE card_search USING fts5(
 )
 """
 
-# A later migration that makes the table of cards anew makes this anew, too.
+# A later migration that recreates the table of cards recreates this, too.
 SEARCH_TRIGGER = """
 CREATE TRIGGER card_search_delete AFTER DELETE ON cards WHEN old.search_text IS NOT NULL BEGIN
     INSERT INTO card_search (card_search, rowid, search_text) VALUES ('delete', old.id, old.search_text);

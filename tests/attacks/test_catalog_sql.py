@@ -138,7 +138,7 @@ def test_it_only_reads(tmp_path: Path, database: Database, sql: str) -> None:
 @pytest.mark.parametrize(
     "sql", ["DROP TABLE cards", "-- so\n drop view models", "/* so */ DELETE FROM cards", "CREATE TABLE x (y)"]
 )
-def test_what_would_write_is_told_as_that(database: Database, sql: str) -> None:
+def test_the_error_for_a_write_says_so(database: Database, sql: str) -> None:
     with pytest.raises(PolicyError, match=r"would write \((DROP|DELETE|CREATE)\)"):
         query(database, sql)
 
@@ -216,7 +216,7 @@ def test_a_query_without_end(database: Database, sql: str) -> None:
     late(database, sql)
 
 
-def test_the_deadline_is_told(database: Database) -> None:
+def test_the_error_states_the_deadline(database: Database) -> None:
     with pytest.raises(CatalogError, match=r"stopped after 0\.2 s.*--deadline"):
         query(database, NUMBERS + "SELECT count(*) FROM n", deadline_s=0.2)
 
@@ -260,7 +260,7 @@ def test_values_without_end(database: Database, sql: str) -> None:
     late(database, sql, {"a": LONG["a"]}, deadline_s=2)
 
 
-def test_a_long_value_is_told(database: Database) -> None:
+def test_the_error_for_a_long_value_says_so(database: Database) -> None:
     with pytest.raises(QueryError, match=r"longer than 200,000 bytes.*substr"):
         query(database, "SELECT :a || :a", {"a": LONG["a"]})
 

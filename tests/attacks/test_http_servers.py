@@ -168,9 +168,9 @@ FATAL: dict[str, tuple[Behaviour, type[LadingError], str]] = {
 
 @pytest.mark.parametrize("name", FATAL)
 def test_each_to_its_error_and_nothing_is_kept(tmp_path: Path, name: str) -> None:
-    behaviour, error, message = FATAL[name]
+    behavior, error, message = FATAL[name]
     timeouts = HASTE if "silence" in name or "drips" in name else TIMEOUTS
-    with serve({PATH: DATA}, behaviour) as server, pytest.raises(error, match=message) as raised:
+    with serve({PATH: DATA}, behavior) as server, pytest.raises(error, match=message) as raised:
         fetch(source(server, tmp_path, timeouts=timeouts))
 
     assert type(raised.value) is error
@@ -437,8 +437,8 @@ READS: dict[str, tuple[Behaviour, str | None]] = {
 
 @pytest.mark.parametrize("name", READS)
 def test_reads(tmp_path: Path, name: str) -> None:
-    behaviour, message = READS[name]
-    with serve({PATH: DATA}, behaviour) as server:
+    behavior, message = READS[name]
+    with serve({PATH: DATA}, behavior) as server:
         opened = source(server, tmp_path)
         snapshot = opened.snapshot()
         read: Callable[[], bytes] = lambda: opened.read(snapshot, snapshot.files[0], 1000, 5000)  # noqa: E731

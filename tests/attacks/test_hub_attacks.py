@@ -95,7 +95,7 @@ def test_an_entity_tag_is_no_path(hub: FakeHub, client: HubClient, tmp_path: Pat
     assert not [p for p in _files_below(tmp_path) if "evil" in p]
 
 
-def test_a_client_that_is_made_anew_looks_at_entity_tags_too(hub: FakeHub, client: HubClient, tmp_path: Path) -> None:
+def test_a_new_client_checks_entity_tags_too(hub: FakeHub, client: HubClient, tmp_path: Path) -> None:
     hub.misbehave("config.json", f"tag:{tmp_path}/evil")
     code = """
 from huggingface_hub import close_session, hf_hub_download

@@ -61,7 +61,7 @@ def be_rank(*options: str) -> None:
         )
         sums = {name: whole(p).detach().float().sum().item() for name, p in model.named_parameters()}
         gangs.root.barrier()
-    print(json.dumps({"sums": sums, "read": report.bytes_read, "neighbours": gangs.root.local_size}))
+    print(json.dumps({"sums": sums, "read": report.bytes_read, "neighbors": gangs.root.local_size}))
     torch.distributed.destroy_process_group()
 
 

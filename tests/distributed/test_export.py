@@ -79,7 +79,7 @@ def export_with_a_fault(source: Path, folder: Path, fault: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["other", "disk", "memory", "full"])
-def test_a_fault_on_one_rank_is_told_on_all(pool2: Pool, tmp_path: Path, fault: str) -> None:
+def test_a_fault_on_one_rank_raises_on_all(pool2: Pool, tmp_path: Path, fault: str) -> None:
     make(tmp_path / "in")
     if fault == "full":
         (tmp_path / "out").mkdir()

@@ -1,4 +1,4 @@
-"""Whatever happens to a rank, and whenever: all others hear of it in time, and nobody waits in vain."""
+"""Faults of a rank at any time: all others raise in time, and no rank waits in vain."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def test_an_error_reaches_those_who_are_in_a_collective() -> None:
 @pytest.mark.parametrize("point", ["create", *POINTS])
 def test_one_of_eight_is_struck(tmp_path: Path, point: str, victim: int, number: signal.Signals) -> None:
     if number == signal.SIGSTOP and point == "wait" and victim != 0:
-        victim = 0  # another one has come before it is stopped, so that nobody has to wait for it
+        victim = 0  # another one arrives before it is stopped, so that no rank has to wait for it
     with _struck(tmp_path, point, victim, number, size=8, timeout=TIMEOUT) as pool:
         check_gang_errors(pool.collect(without=[victim]), victim)
 

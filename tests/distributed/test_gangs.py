@@ -207,7 +207,7 @@ def all_agree() -> None:
     gangs_of().root.agree()
 
 
-def test_nobody_brings_an_error(pool4: Pool) -> None:
+def test_no_rank_has_an_error(pool4: Pool) -> None:
     assert pool4.values(all_agree) == [None] * 4
 
 

@@ -117,7 +117,7 @@ def test_two_ranks(pool2: Pool, folders: dict[str, Path], name: str, tp: int, sd
         assert found == ([], split)
 
 
-def test_sizes_that_do_not_divide_are_told_before_anything_is_read(pool4: Pool, folders: dict[str, Path]) -> None:
+def test_sizes_that_do_not_divide_raise_before_anything_is_read(pool4: Pool, folders: dict[str, Path]) -> None:
     for outcome in pool4.run(load_and_compare, folders["qwen3"], 4, 1):
         assert isinstance(outcome.error, NotSupportedError)
         assert "`num_key_value_heads` is 2" in str(outcome.error)

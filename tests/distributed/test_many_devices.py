@@ -83,7 +83,7 @@ def test_each_of_two_hosts_fetches_once(pool: Pool, tmp_path: Path) -> None:
     # Rank 0 has read the header, and one rank of each host has fetched the file.
     assert len(asked) == 3
     assert asked.count(None) == 2
-    assert [(host, neighbours) for host, _, neighbours in found] == [("a", 2), ("a", 2), ("b", 2), ("b", 2)]
+    assert [(host, neighbors) for host, _, neighbors in found] == [("a", 2), ("a", 2), ("b", 2), ("b", 2)]
     expected = load_file(file)
     for _, tensors, _ in found:
         assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
@@ -153,7 +153,7 @@ def test_two_hosts_with_networks_of_their_own(
         # Rank 0 has read the header, and one rank of each host has fetched the file.
         assert host["whole"] == 1
         assert host["ranges"] == (1 if number == 0 else 0)
-        assert [rank["neighbours"] for rank in host["ranks"]] == [2, 2]
+        assert [rank["neighbors"] for rank in host["ranks"]] == [2, 2]
         for rank in host["ranks"]:
             assert rank["sums"] == expected
         if cooperative:

@@ -294,7 +294,7 @@ def ask_for(kind: str, folder: Path, other: Path, home: str) -> None:
         ("export", ("{folder}", "{other}")),
     ],
 )
-def test_ranks_that_ask_for_different_things_are_told_of_both(
+def test_ranks_with_different_arguments_raise_errors_that_name_both(
     pool2: Pool, home: Path, tmp_path: Path, kind: str, both: tuple[str, ...]
 ) -> None:
     folder, other = make(tmp_path / "one"), make(tmp_path / "two")

@@ -244,7 +244,7 @@ def test_stages_check_what_they_read(pool2: Pool, home: Path) -> None:
     (folder / "mine.yaml").write_text(CARD)
     load_model("tiny", device="cpu", dtype="auto", verify="always", progress=False)
     environment = {n: v for n, v in os.environ.items() if n == "HOME" or n.startswith(("XDG_", "LADING_"))}
-    # A layer and the table on the first rank; the other one, the normalisation and the table again on the second.
+    # A layer and the table on the first rank; the other one, the normalization and the table again on the second.
     assert pool2.values(load_verified, environment) == [12, 13]
 
     data, mtime = bytearray(file.read_bytes()), file.stat().st_mtime_ns

@@ -180,7 +180,7 @@ def one_reads_badly(folder: Path) -> tuple[str, str, bool]:
         options: dict[str, Any] = {"gangs": gangs, "dtype": "auto", "progress": False, "cooperative": True}
         with fails_at(3 if gangs.root.rank == 2 else -1, corrupt):
             error = raised_by(lambda: load_model(folder, **options))
-        # What the failure left unfinished is in nobody's way.
+        # Operations that the failure left unfinished do not disturb later ones.
         again, alone = load_model(folder, **options), load_model(folder, **{**options, "cooperative": False})
         expected = dict(alone.named_parameters())
         same = all(torch.equal(local(p), local(expected[name])) for name, p in again.named_parameters())

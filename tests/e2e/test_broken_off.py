@@ -81,7 +81,7 @@ def test_shards_that_had_come_are_not_fetched_again(web: Server, place: Place) -
     assert place.run("verify", "three").code == 0
 
 
-def test_a_shard_that_changed_meanwhile_is_fetched_anew(web: Server, place: Place) -> None:
+def test_a_shard_that_changed_meanwhile_is_fetched_again(web: Server, place: Place) -> None:
     data = bytearray(web.files[SHARDS[0]])
     data[-1] ^= 1
     web.files[SHARDS[0]] = bytes(data)

@@ -158,11 +158,11 @@ class TestList:
         assert result.stdout == ""
         assert "'qwen3_0.6b'" in result.stderr
 
-    def test_a_family_that_nobody_knows(self, cli):
+    def test_an_unknown_family(self, cli):
         result = cli("list", "--family", "qwn", code=2)
         assert "'qwen'" in result.stderr
 
-    def test_a_status_that_nobody_knows(self, cli):
+    def test_an_unknown_status(self, cli):
         cli("list", "--status", "fine", code=2)
 
     def test_statuses_are_those_of_the_catalog(self, cli, catalog):
@@ -247,7 +247,7 @@ class TestShow:
         assert json.loads(cli("show", "tiny_gated", "--json").stdout)["status"] == "remote"
 
     def test_what_is_wrong_is_said(self, cli, cards, tmp_path):
-        assert "where nothing is" in cli("show", "tiny_gone").stdout
+        assert "but nothing is there" in cli("show", "tiny_gone").stdout
         bad = tmp_path / "bad.yaml"
         bad.write_text("name: bad_arch\nmodel_family: qwen\nmodel_arch: qwen9\ncheckpoint: hg://a/b\n")
         cli("import", bad)
@@ -304,7 +304,7 @@ class TestFamilies:
         assert result.stdout == ""
         assert "no architectures" in result.stderr
 
-    def test_a_family_that_nobody_knows(self, cli):
+    def test_an_unknown_family(self, cli):
         assert "'mistral'" in cli("archs", "mistrl", code=2).stderr
 
 
@@ -584,7 +584,7 @@ class TestDb:
 
     def test_down_and_up_again(self, cli, catalog):
         result = cli("db", "downgrade", "--to", "0")
-        assert "the catalog as it was is in " in result.stderr
+        assert "the old catalog is in " in result.stderr
         assert len(list(catalog.parent.glob(f"catalog.v{SCHEMA_VERSION}.*.sqlite"))) == 1
         assert f"from version 0 to {SCHEMA_VERSION}" in cli("db", "upgrade").stderr
         assert cli("db", "check").stdout == "ok\n"
@@ -750,8 +750,8 @@ def test_variables_that_say_nothing(cli, cards, tmp_path, monkeypatch):
     monkeypatch.setenv("LADING_CARDS", f"{gone}:{more}")
     result = cli("list", "more", "-q")
     assert result.stdout == "more\n"
-    says = f"LADING_CARDS names {gone}, but nothing is there, or it cannot be looked at; "
-    says += "cards that came from there stay as they were."
+    says = f"LADING_CARDS names {gone}, which does not exist or cannot be read; "
+    says += "its cards stay in the catalog."
     assert result.stderr == f"lading: warning: {says}\n"
 
     monkeypatch.setenv("LADING_OFFLINE", "maybe")
@@ -760,7 +760,7 @@ def test_variables_that_say_nothing(cli, cards, tmp_path, monkeypatch):
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_field_that_is_nearly_right_is_told(cli, process, cards, home, tmp_path):
+def test_a_field_with_nearly_a_known_name_is_a_warning(cli, process, cards, home, tmp_path):
     odd = tmp_path / "odd.yaml"
     odd.write_text(
         "name: a\nmodel_famly: qwen\nnotes: free\n---\nname: b\nmodel_famly: qwen\n---\n"
@@ -768,9 +768,8 @@ def test_a_field_that_is_nearly_right_is_told(cli, process, cards, home, tmp_pat
     )
     shown = cli("import", odd).stderr.splitlines()
     assert shown == [
-        "lading: warning: odd.yaml[0] (and 1 more): the field 'model_famly' means nothing here. "
-        "Did you mean 'model_family'?",
-        "lading: warning: odd.yaml[3]: the field 'Checkpoint' means nothing here. Did you mean 'checkpoint'?",
+        "lading: warning: odd.yaml[0] (and 1 more): 'model_famly' is not a known field. Did you mean 'model_family'?",
+        "lading: warning: odd.yaml[3]: 'Checkpoint' is not a known field. Did you mean 'checkpoint'?",
         "lading: 4 added, 0 changed, 0 unchanged, 0 removed",
     ]
     assert "model_famly: qwen" in cli("export-cards", "a").stdout
@@ -778,7 +777,7 @@ def test_a_field_that_is_nearly_right_is_told(cli, process, cards, home, tmp_pat
     own = home / "config" / "lading" / "cards"
     own.mkdir(parents=True)
     (own / "mine.yaml").write_text("name: mine\nbse: tiny\n")
-    code = "lading: warning: mine.yaml[0]: the field 'bse' means nothing here. Did you mean 'base'?\n"
+    code = "lading: warning: mine.yaml[0]: 'bse' is not a known field. Did you mean 'base'?\n"
     assert process("list", "mine", "--all", "-q").stderr == code
 
 

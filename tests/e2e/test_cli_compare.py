@@ -36,7 +36,7 @@ def remote(cli, cards, tmp_path):
 
 
 def set_digests(uri: str, **others: str) -> None:
-    """Say that a checkpoint was verified, and give each tensor a digest that is told by its name."""
+    """Say that a checkpoint was verified, and give each tensor a digest made from its name."""
     with lading.get_asset_store().database.write() as connection:
         key = "checkpoint_id = (SELECT id FROM checkpoints WHERE uri = ?)"
         connection.exec_driver_sql(f"UPDATE tensors SET digest = 'of ' || name WHERE {key}", (uri,))
@@ -176,7 +176,7 @@ class TestDiff:
         )
 
     @pytest.mark.parametrize("option", ["--json", "--nl", "--csv"])
-    def test_a_program_is_told_that_no_value_was_compared(self, cli, cards, tmp_path, option):
+    def test_programs_see_that_no_value_was_compared(self, cli, cards, tmp_path, option):
         """An empty list would say that all is equal."""
         state = tensors()
         make(tmp_path / "m")

@@ -162,7 +162,7 @@ def test_what_a_failed_pull_brought_is_removed_with_the_rest(run: Run, hub: Fake
     assert list((tmp_path / "hub").glob("models--*")) == []
 
 
-def test_adopting_asks_nobody(run: Run, hub: FakeHub) -> None:
+def test_adopting_sends_no_request(run: Run, hub: FakeHub) -> None:
     download(run, "config.json", "model.safetensors.index.json", *SHARDS)
     hub.requests.clear()
 
@@ -244,12 +244,12 @@ def test_what_du_and_rm_write(cli: Cli, cache: Path, models: Path) -> None:
     assert cli("du", "tiny").stderr.startswith("lading: nothing is on this machine")
     assert "Did you mean 'tiny'" in cli("du", "tinny", code=2).stderr
     cli("du", "--orphans", "tiny", code=2)
-    assert "nothing belongs to no card" in cli("du", "--orphans").stderr
+    assert "there are no orphans" in cli("du", "--orphans").stderr
 
     assert "stays: adopted, not fetched by lading" in cli("rm", uri).stderr
     assert cli("du", "*other", "--json").stdout == "[]\n"
     assert "nothing of tiny is on this machine" in cli("rm", "tiny").stderr
-    assert "nothing of orphans is on this machine" in cli("rm", "--orphans").stderr
+    assert "there are no orphans" in cli("rm", "--orphans").stderr
     cli("rm", code=2)
     assert "Did you mean 'tiny'" in cli("rm", "tiny", "tinny", code=2).stderr
     assert tree(models) == before

@@ -228,13 +228,13 @@ def test_an_address_that_is_none(cli, home, tmp_path):
     for i, uri in enumerate(WRONG):
         for command in ("index", "pull", "verify", "path"):
             result = cli(command, f"wrong{i}", code=3)
-            assert f"'checkpoint' of the card 'wrong{i}' is no address" in result.stderr
+            assert f"'checkpoint' of the card 'wrong{i}' is not a valid address" in result.stderr
         if "://" in uri:
             typed = cli("index", uri, code=2)
             assert ": expected " in typed.stderr
             assert len(typed.stderr.splitlines()) == 1
     assert "secret" not in cli("index", "https://me:secret@host/", code=2).stderr
-    with pytest.raises(AssetCardError, match="'tokenizer' of the card 'read' is no address"):
+    with pytest.raises(AssetCardError, match="'tokenizer' of the card 'read' is not a valid address"):
         load_tokenizer("read")
 
 

@@ -230,7 +230,7 @@ class TestFailures:
         assert report(KeyboardInterrupt(), debug=False) == 130
         assert capsys.readouterr().err == "lading: interrupted\n"
 
-    def test_a_reader_that_left_is_told_nothing(self, capsys):
+    def test_nothing_is_printed_for_a_reader_that_left(self, capsys):
         assert report(BrokenPipeError(), debug=True) == 141
         assert capsys.readouterr() == ("", "")
 

@@ -79,7 +79,7 @@ def test_a_reader_that_leaves_is_no_failure(program):
 @pytest.mark.parametrize(
     ("words", "code"), [(("list", "nobody"), 2), (("--nope",), 2), (("sql", "drop table cards"), 7)]
 )
-def test_the_code_holds_where_nobody_reads_the_words(program, words, code):
+def test_the_exit_code_holds_without_a_reader_of_the_output(program, words, code):
     reader, writer = os.pipe()
     os.close(reader)
     done = program(*words, stdout=writer, stderr=writer)
@@ -162,7 +162,7 @@ def on_terminal(*words: str, columns: int, **env: str) -> str:
     return written.decode().replace("\r\n", "\n")
 
 
-def test_on_a_terminal_a_table_fits_and_is_coloured(catalog):
+def test_on_a_terminal_a_table_fits_and_is_colored(catalog):
     text = on_terminal("list", columns=50)
     assert "\x1b[1mname" in text
     plain = re.sub(r"\x1b\[\d*m", "", text)

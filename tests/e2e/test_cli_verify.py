@@ -50,7 +50,7 @@ def test_the_exit_code_is_that_of_the_worst(cli: Cli, cards: Path, three: Path) 
 
     result = cli("verify", "odd", "zz", "-q", "--no-progress", code=4)
     assert "odd could not be verified" in result.stderr
-    hint = "If it was changed on purpose, `lading index zz` takes it for the right one."
+    hint = "If it was changed on purpose, run `lading index zz` to accept it."
     assert f"zz does not match its digests. {hint}" in result.stderr
 
     shutil.rmtree(three)

@@ -22,7 +22,7 @@ def test_the_examples(home: Path, nursery: Nursery, tmp_path: Path) -> None:
 
 
 def test_all_that_is_public_is_named() -> None:
-    named = set(re.findall(r"`([A-Za-z_]+)`", PAGE[PAGE.index("## When something is wrong") :]))
+    named = set(re.findall(r"`([A-Za-z_]+)`", PAGE[PAGE.index("## Errors") :]))
     reports = {name for name in lading.__all__ if name.endswith(("Report", "Plan", "Usage"))}
     missing = set(lading.__all__) - named - reports - {"__version__"}
 

@@ -76,7 +76,7 @@ def test_what_is_refused(cards: Path, cli: Cli, tmp_path: Path) -> None:
     source = tmp_path / "cards" / "tiny"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
-    assert "something is there already" in cli("export", "tiny", tmp_path / "full", code=2).output
+    assert "found something there" in cli("export", "tiny", tmp_path / "full", code=2).output
     assert "use `lading convert` for paths" in cli("export", str(source), tmp_path / "out", code=2).output
     assert "No model named 'tinny'" in cli("export", "tinny", tmp_path / "out", code=2).output
     assert "names its own" in cli("convert", "tiny", tmp_path / "out", "--arch", "qwen/qwen3_0.6b", code=2).output
@@ -208,7 +208,9 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
-def test_a_disk_too_small_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_raises_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make(tmp_path / "in")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))

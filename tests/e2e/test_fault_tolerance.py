@@ -225,7 +225,7 @@ def test_a_catalog_on_a_full_disk_does_not_keep_a_model_from_being_loaded(world:
     shutil.copy(world.template, place.catalog)
     done = place.run("load", "near", **disk.leave(9 * PAGE))  # what it takes to read
 
-    assert "what was checked of near is not in the catalog" in done.err
+    assert "the checks of near are not in the catalog" in done.err
     assert done.errors == []
     disk.tidy()
     place.run("load", "near")

@@ -249,7 +249,7 @@ def test_a_catalog_that_cannot_be_written_does_not_stop_a_load(
 
 REFUSED: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "an unknown name": (lambda c: load_model("tinny"), lading.ModelNotKnownError, "Did you mean 'tiny"),
-    "a folder given as a name": (lambda c: load_model(str(c / "tiny")), lading.ModelNotKnownError, "as a path"),
+    "a folder given as a name": (lambda c: load_model(str(c / "tiny")), lading.ModelNotKnownError, "pass a path"),
     "a family that is not registered": (lambda c: load_model("tiny_unknown"), lading.AssetCardError, "'nobody'"),
     "a base-only card": (lambda c: load_model(AssetCard("x", {})), lading.AssetCardError, "model_family"),
     "another family's hub": (lambda c: get_llama_model_hub().load_model("tiny"), lading.AssetCardError, "llama.*qwen"),
@@ -311,7 +311,7 @@ def test_a_tied_copy_in_the_file_must_be_equal(catalog: Path, tmp_path: Path, mm
     with pytest.raises(lading.ModelCheckpointMismatchError, match="ties"):
         load_model(folder, mmap=mmap)
 
-    # A row that nobody trained may hold anything.
+    # An untrained row may hold anything.
     holed = state["model.embed_tokens.weight"].clone()
     holed[0, 0] = torch.nan
     save_file(
@@ -320,7 +320,7 @@ def test_a_tied_copy_in_the_file_must_be_equal(catalog: Path, tmp_path: Path, mm
     assert load_model(folder, mmap=mmap).get_parameter("model.embed_tokens.weight")[0, 0].isnan()
 
 
-def test_quantised_checkpoints_are_refused(catalog: Path, tmp_path: Path) -> None:
+def test_quantized_checkpoints_are_refused(catalog: Path, tmp_path: Path) -> None:
     stated = make(tmp_path / "stated", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(lading.NotSupportedError, match="gptq"):
         load_model(stated)

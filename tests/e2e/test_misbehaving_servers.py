@@ -45,8 +45,8 @@ def wrong_name(name: str) -> Behaviour:
     return at({"/m/model.safetensors.index.json": behave})
 
 
-def of_shard(behaviour: Behaviour) -> Behaviour:
-    return at({f"/m/{SHARD}": behaviour})
+def of_shard(behavior: Behaviour) -> Behaviour:
+    return at({f"/m/{SHARD}": behavior})
 
 
 def cases(names: Iterable[str], *, slow: set[str]) -> list[object]:
@@ -105,7 +105,7 @@ SLOW_WEB = {
 
 @pytest.mark.parametrize("what", cases(WEB, slow=SLOW_WEB))
 def test_a_web_server(world: World, place: Place, what: str) -> None:
-    world.web.behaviour, code, says = WEB[what]
+    world.web.behavior, code, says = WEB[what]
     before = dict(world.web.files)
     require_end(world, place, "web", code, says, **({"impatient": True} if what in IN_VAIN else {}))
     world.web.files = before

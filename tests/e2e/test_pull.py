@@ -119,7 +119,7 @@ def test_from_headers_to_weights_and_back(run: Run, hub: FakeHub, tmp_path: Path
         "model-00002-of-00002.safetensors",
     ]
 
-    # From now on nobody is asked.
+    # From now on no server gets a request.
     hub.requests.clear()
     run("load", "far", "--no-progress")
     run("load", "far", "--no-progress", LADING_OFFLINE="1")
@@ -149,7 +149,7 @@ def test_a_bit_that_flips_is_found_and_repaired(run: Run, hub: FakeHub, tmp_path
     repaired = json.loads(run("verify", "far", "--repair", "--json", "--no-progress").stdout)
     assert [v["result"] for v in repaired] == ["repaired", "match"]
 
-    # A load fetches anew what is not what was published, and says so.
+    # A load fetches a file again that differs from the published one, and says so.
     damage(shard_of(tmp_path))
     assert "is not what the hub publishes" in run("load", "far", "--no-progress").stderr
 
@@ -308,7 +308,7 @@ def test_a_repository_of_one_file_of_before_safetensors(run: Run, hub: FakeHub, 
     assert len(weights(hub)) == 2
 
 
-def test_a_quantised_repository_of_before_safetensors_is_refused(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+def test_a_quantized_repository_of_before_safetensors_is_refused(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     folder = make(tmp_path / "before", quantization_config={"quant_method": "gptq"})
     (folder / "model.safetensors").unlink()
     save_shards(folder, tensors())
@@ -437,7 +437,7 @@ def test_the_tokenizer_comes_along(run: Run, hub: FakeHub, tmp_path: Path) -> No
     assert fetched("with_another") == fetched("with_a_reference") == elsewhere
     assert list(tmp_path.glob("hf/hub/models--Some--Words/snapshots/*/tokenizer.json"))
 
-    # What is written as a repository has the card's tokenizer; by now nobody is asked.
+    # An exported repository has the card's tokenizer; by now no server gets a request.
     hub.requests.clear()
     for name, expected in (("with_a_reference", WORDS), ("far", "{}")):
         run("export", name, tmp_path / name, "--no-progress", LADING_OFFLINE="1")

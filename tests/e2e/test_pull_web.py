@@ -91,7 +91,7 @@ def test_what_is_published_again_is_pulled(cli: Cli, tmp_path: Path, kind: str, 
         server.files = files_of(folder)
         if kind == "date":
             server.modified = "Fri, 01 Jan 2021 00:00:00 GMT"
-        assert loaded() == before  # a load asks nobody
+        assert loaded() == before  # a load sends no request
         cli("pull", "web", "--no-progress")
         assert loaded() == pytest.approx(before + 1, abs=0.05)
         assert "mismatch" not in cli("verify", "web", "--no-progress").stdout

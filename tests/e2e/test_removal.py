@@ -156,7 +156,7 @@ def test_what_the_catalog_does_not_know_is_found_by_its_entry(tmp_path: Path, ma
     assert not blob.exists()
 
 
-def test_nobody_elses_files_are_removed(tmp_path: Path, hub: Path, made: Path) -> None:
+def test_files_of_other_programs_are_not_removed(tmp_path: Path, hub: Path, made: Path) -> None:
     shutil.copytree(made, tmp_path / "models")
     add_snapshot(hub, "Qwen/Tiny", made / "tiny")
     add_cards(tmp_path, tiny="hg://Qwen/Tiny", own=str(tmp_path / "models" / "tiny"))
@@ -422,7 +422,7 @@ def test_a_cache_and_a_catalog_that_cannot_be_written(made: Path, monkeypatch: p
         assert (snapshot / "model.safetensors").exists()
 
 
-def test_names_that_nobody_has() -> None:
+def test_unknown_names() -> None:
     for name in ("nobody", "file:///nowhere", "hg://no/body"):
         with pytest.raises(AssetNotFoundError):
             lading.remove_model(name)

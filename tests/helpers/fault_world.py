@@ -48,7 +48,7 @@ class World:
 
     def behave(self) -> None:
         """Both servers are honest, and have forgotten what they were asked."""
-        self.web.behaviour, self.web.state = hostile.honest, {}
+        self.web.behavior, self.web.state = hostile.honest, {}
         self.hub.behave()
 
 

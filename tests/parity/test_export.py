@@ -209,7 +209,7 @@ def test_a_published_folder(tmp_path: Path, dtype: Any) -> None:
     assert all(torch.equal(theirs.state_dict()[name], value.to(wanted)) for name, value in state.items())
 
 
-def test_masking_of_which_the_written_model_has_no_embedding(tmp_path: Path) -> None:
+def test_masking_without_an_embedding_in_the_written_model(tmp_path: Path) -> None:
     """The checkpoint has the embedding, but a model that writes down speech is loaded without it."""
     config = transformers.Wav2Vec2Config(
         hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, vocab_size=5, conv_dim=(9, 9),

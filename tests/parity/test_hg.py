@@ -347,7 +347,7 @@ def test_what_is_tied_and_stored_twice_with_other_numbers_stays_apart(
 
     assert_equal(ours, expected)
     assert ours.all_tied_weights_keys == expected.all_tied_weights_keys
-    # However many devices there are, and however the files are written anew.
+    # However many devices there are, and however the files are rewritten.
     sharded = get_hg_model_hub().load_model(tmp_path, gangs=simulate_gangs(0, sdp=2))
     part = sharded.get_parameter(output).to_local()  # type: ignore[attr-defined]
     assert torch.equal(part, state[output][: len(part)])

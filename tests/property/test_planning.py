@@ -121,7 +121,7 @@ def forecast_of(
 @pytest.mark.parametrize("name", CONFIGS)
 @settings(max_examples=5)
 @given(data=st.data())
-def test_every_rank_reads_what_was_told(name: str, data: st.DataObject) -> None:
+def test_every_rank_reads_what_the_forecast_states(name: str, data: st.DataObject) -> None:
     family, config = CONFIGS[name]
     checkpoint = data.draw(checkpoints(family, config))
     sizes = data.draw(

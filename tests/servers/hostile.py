@@ -1,6 +1,6 @@
 """A web server on loopback that does all that a good one does, and misbehaves on command.
 
-A behaviour is a function of the exchange. ``honest`` is one; the others are named after what they get wrong.
+A behavior is a function of the exchange. ``honest`` is one; the others are named after what they get wrong.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Server:
     scheme: str
     port: int
     files: dict[str, bytes]
-    behaviour: Behaviour
+    behavior: Behaviour
     etags: bool = True
     modified: str | None = None
     digests: bool = False
@@ -74,7 +74,7 @@ class Exchange(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.requests.append((self.command, self.path, headers))
         with contextlib.suppress(ConnectionError, TimeoutError, ssl.SSLError):
-            self.hub.behaviour(self)
+            self.hub.behavior(self)
             self.wfile.flush()
 
     @property
@@ -121,7 +121,7 @@ class Exchange(BaseHTTPRequestHandler):
         self.close_connection = True
 
 
-# --- behaviours ------------------------------------------------------------------------------------------------------
+# --- behaviors ------------------------------------------------------------------------------------------------------
 
 
 def honest(exchange: Exchange) -> None:
@@ -138,19 +138,19 @@ def honest(exchange: Exchange) -> None:
         exchange.answer(206, headers, data[start:end])
 
 
-def on_get(behaviour: Behaviour) -> Behaviour:
+def on_get(behavior: Behaviour) -> Behaviour:
     """Honest to HEAD."""
-    return lambda exchange: (honest if exchange.command == "HEAD" else behaviour)(exchange)
+    return lambda exchange: (honest if exchange.command == "HEAD" else behavior)(exchange)
 
 
-def on_ranges(behaviour: Behaviour) -> Behaviour:
+def on_ranges(behavior: Behaviour) -> Behaviour:
     """Honest to all that does not ask for a range."""
-    return lambda exchange: (honest if exchange.wanted() is None else behaviour)(exchange)
+    return lambda exchange: (honest if exchange.wanted() is None else behavior)(exchange)
 
 
-def first(times: int, behaviour: Behaviour, then: Behaviour = honest) -> Behaviour:
+def first(times: int, behavior: Behaviour, then: Behaviour = honest) -> Behaviour:
     """So often, then better."""
-    return lambda exchange: (behaviour if exchange.hub.count(f"first {id(behaviour)}") <= times else then)(exchange)
+    return lambda exchange: (behavior if exchange.hub.count(f"first {id(behavior)}") <= times else then)(exchange)
 
 
 def status(code: int, headers: Mapping[str, str] | None = None, body: bytes = b"") -> Behaviour:
@@ -343,7 +343,7 @@ class _Quiet(ThreadingHTTPServer):
 @contextlib.contextmanager
 def serve(
     files: Mapping[str, bytes],
-    behaviour: Behaviour = honest,
+    behavior: Behaviour = honest,
     *,
     address: str = "127.0.0.1",
     port: int = 0,
@@ -363,7 +363,7 @@ def serve(
         "http" if certificate is None else "https",
         0,
         dict(files),
-        behaviour,
+        behavior,
         etags,
         formatdate(1_600_000_000, usegmt=True) if old else None,
         digests,

@@ -47,7 +47,7 @@ def plan(config: NPLMConfig) -> ParallelPlan:
     )
 
 
-# What the paper calls the parameters.
+# From the names in the paper to the names of the parameters.
 RULES = (
     Rule("C", "embed.weight"),
     Rule("H", "hidden.weight"),

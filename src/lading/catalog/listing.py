@@ -166,7 +166,7 @@ def as_seen_here(model: ModelSummary, card: AssetCard | None) -> ModelSummary:
         status="broken",
         local_path=None,
         verified_at=None,
-        problem=f"The checkpoint of the card {model.name!r} is {path}, where nothing is.",
+        problem=f"The checkpoint of the card {model.name!r} is expected at {path}, but nothing is there.",
     )
 
 

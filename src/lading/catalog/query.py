@@ -76,7 +76,7 @@ _FIRST_WORD = re.compile(r"(?:\s|\(|--[^\n]*|/\*.*?(?:\*/|\Z))*(\w*)", re.DOTALL
 _WRITING = frozenset(
     "ALTER ANALYZE CREATE DELETE DROP EXPLAIN INSERT REINDEX REPLACE TRUNCATE UPDATE VACUUM WITH".split()
 )
-"""The first words of statements to refuse because they write, or may write further on."""
+"""The first words of statements to refuse because they write, or may write later on."""
 
 
 _SHOWN_ROWS = 50

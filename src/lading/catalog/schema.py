@@ -66,7 +66,10 @@ class Row(DeclarativeBase):
 
 
 class SourceRow(Row):
-    """The source of cards and architectures: a packaged file, a card file of the user, an imported one."""
+    """A source of cards and architectures: a packaged file, a card file of the user, or an imported file.
+
+    Sources of checkpoints are something else: :mod:`lading.sources`.
+    """
 
     __tablename__ = "sources"
     __table_args__ = (
@@ -78,7 +81,7 @@ class SourceRow(Row):
     uri: Mapped[str] = mapped_column(unique=True)
     kind: Mapped[str]
     sha256: Mapped[str | None]
-    """The SHA-256 of the imported content; ``None`` has the source read again."""
+    """The SHA-256 of the imported content; ``None`` makes lading read the source again."""
     size: Mapped[int | None]
     mtime_ns: Mapped[int | None]
     imported_at: Mapped[str]
@@ -257,10 +260,10 @@ class CheckpointRow(Row):
     )
     """The checks of its files, by its URI: they stay when it goes."""
     in_pieces: Mapped[bool] = column_property(
-        # A part of the same query: another one about each checkpoint would be for the rarest case.
+        # A part of the same query, as a query of its own for each checkpoint would serve only the rarest case.
         exists().where(_PIECES.c.checkpoint_id == id).correlate_except(_PIECES)  # noqa: A003 (the column)
     )
-    """``True`` if a tensor of it lies in several pieces."""
+    """``True`` if any of its tensors lies in several pieces."""
 
 
 class ShardRow(Row):

@@ -82,8 +82,7 @@ def _store(settings: Settings) -> AssetStore:
     for path in settings.card_paths[1:]:
         if not path_exists(path):
             _log.warning(
-                "LADING_CARDS names %s, but nothing is there, or it cannot be looked at; cards that came from there "
-                "stay as they were.",
+                "LADING_CARDS names %s, which does not exist or cannot be read; its cards stay in the catalog.",
                 path,
             )
 

@@ -70,7 +70,7 @@ def tokenizer_ref(card: AssetCard, retrieve: Callable[[str], AssetCard]) -> Toke
         name = reference.as_(str)
         if name in seen:
             raise AssetCardError(
-                seen[0], f"The `tokenizer_ref` of the card {seen[0]!r} leads in a circle: {' → '.join([*seen, name])}."
+                seen[0], f"The `tokenizer_ref` of the card {seen[0]!r} forms a cycle: {' → '.join([*seen, name])}."
             )
         seen.append(name)
         card = retrieve(name)
@@ -86,7 +86,7 @@ def tokenizer_ref(card: AssetCard, retrieve: Callable[[str], AssetCard]) -> Toke
         check_address(uri)
     except AddressError as error:
         raise AssetCardError(
-            card.name, f"The field 'tokenizer' of the card {card.name!r} is no address. {error}"
+            card.name, f"The field 'tokenizer' of the card {card.name!r} is not a valid address. {error}"
         ) from None
 
     return TokenizerRef(uri=uri, path=None if path is None else path.as_(str))

@@ -41,10 +41,10 @@ def fetch_checkpoint(
         return checkpoint
     ref = checkpoint.ref
     if ref is None:
-        raise InternalError(f"nothing says where the checkpoint {shown_uri(checkpoint.uri)} could be fetched from")
+        raise InternalError(f"the checkpoint {shown_uri(checkpoint.uri)} has no source to fetch it from")
 
     if was_fetched_to_index(checkpoint.manifest):
-        return _acquire_whole(checkpoint, ref, store, settings=settings, progress=progress)
+        return _fetch_to_index_again(checkpoint, ref, store, settings=settings, progress=progress)
 
     source = open_source(ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=settings)
     shards = checkpoint.manifest.shards
@@ -69,17 +69,17 @@ def fetch_checkpoint(
     return replace(checkpoint, files=paths, trusted=True)
 
 
-def _acquire_whole(
+def _fetch_to_index_again(
     checkpoint: Checkpoint, ref: CheckpointRef, store: AssetStore | None, *, settings: Settings, progress: bool
 ) -> Checkpoint:
-    whole = fetch_and_index(
+    fetched = fetch_and_index(
         ref, store=store, settings=settings, progress=progress, revision=checkpoint.revision or None
     )
-    if not whole.manifest.tensors_equal(checkpoint.manifest):
+    if not fetched.manifest.tensors_equal(checkpoint.manifest):
         raise _replaced(checkpoint.where)
-    record_fetched(checkpoint, whole.copies, whole.checks, store)
-    checkpoint = replace(checkpoint, files=whole.files, trusted=True)
-    if whole.rewritten and store is not None:
+    record_fetched(checkpoint, fetched.copies, fetched.checks, store)
+    checkpoint = replace(checkpoint, files=fetched.files, trusted=True)
+    if fetched.rewritten and store is not None:
         record_rewritten(checkpoint, store)
 
     return checkpoint

@@ -15,7 +15,7 @@ from lading import formats
 from lading.cards.card import CheckpointRef
 from lading.catalog.records import Check, LocalCopy, now
 from lading.catalog.store import AssetStore
-from lading.checkpoints.published import PublishedCheckpoint, PublishedFiles, published_config, require_whole
+from lading.checkpoints.published import PublishedCheckpoint, PublishedFiles, published_config, require_complete
 from lading.checkpoints.recording import BestEffort, extra_copy, fetched_check, known_content
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
 from lading.formats.config_json import refuse_quantized_config
@@ -101,7 +101,7 @@ def fetch_and_index(
     folder = (path or "").removesuffix(file)
     hf_config: Mapping[str, object] = {}
     if member is None:
-        require_whole(source, snapshot, ref, name)
+        require_complete(source, snapshot, ref, name)
         folder, file = find_checkpoint(shown_uri(snapshot.uri), frozenset(each.name for each in snapshot.files), path)
         hf_config = published_config(PublishedFiles(source, snapshot), folder)
         refuse_quantized_config(hf_config, ref.shown)

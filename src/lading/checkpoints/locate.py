@@ -80,7 +80,7 @@ def address_of(card: AssetCard) -> CheckpointRef:
         check_address(ref.uri)
     except AddressError as error:
         raise AssetCardError(
-            card.name, f"The field 'checkpoint' of the card {card.name!r} is no address. {error}"
+            card.name, f"The field 'checkpoint' of the card {card.name!r} is not a valid address. {error}"
         ) from None
 
     return ref
@@ -137,7 +137,7 @@ def index_checkpoint(target: str | Path, *, restrict: bool = True, store: AssetS
     path = uri_path(ref.uri)
     copies: Sequence[LocalCopy]
     if path is None:
-        found = _published_or_whole(ref, store, name=card_name, progress=False, restrict=restrict)
+        found = _published_or_fetched(ref, store, name=card_name, progress=False, restrict=restrict)
         copies = found.copies if isinstance(found, FetchedCheckpoint) else ()
         uri, manifest, revision = ref.key, found.manifest, found.revision
     else:
@@ -184,7 +184,7 @@ def require_access(name: str, ref: CheckpointRef) -> None:
         raise ModelGatedError(name, ref.info_url)
 
 
-# --- elsewhere --------------------------------------------------------------------------------------------------------
+# --- remote -----------------------------------------------------------------------------------------------------------
 
 
 def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, progress: bool) -> Checkpoint:
@@ -196,7 +196,7 @@ def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, prog
         known = remote_checkpoint(name, ref, stored.manifest, stored.revision)
         return replace(known, files=files, trusted=files is not None and all_verified(stored))
 
-    published = _published_or_whole(ref, store, name=name, progress=progress)
+    published = _published_or_fetched(ref, store, name=name, progress=progress)
     if isinstance(published, FetchedCheckpoint):
         return fetched_card_checkpoint(name, ref, published, store)
     refuse_quantized_config(published.hf_config, ref.shown)
@@ -206,7 +206,7 @@ def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, prog
     return checkpoint
 
 
-def _published_or_whole(
+def _published_or_fetched(
     ref: CheckpointRef, store: AssetStore, *, name: str | None, progress: bool, restrict: bool = True
 ) -> PublishedCheckpoint:
     """Return the published checkpoint, by its headers; after a download, if they do not suffice."""
@@ -219,13 +219,13 @@ def _published_or_whole(
     return fetch_and_index(ref, store=store, settings=store.settings, progress=progress, restrict=restrict, name=name)
 
 
-def fetched_card_checkpoint(name: str, ref: CheckpointRef, whole: FetchedCheckpoint, store: AssetStore) -> Checkpoint:
+def fetched_card_checkpoint(name: str, ref: CheckpointRef, fetched: FetchedCheckpoint, store: AssetStore) -> Checkpoint:
     """Return a card's checkpoint that was just fetched, and record it in the catalog."""
-    checkpoint = remote_checkpoint(name, ref, whole.manifest, whole.revision)
-    checkpoint = replace(checkpoint, files=whole.files, trusted=True)
+    checkpoint = remote_checkpoint(name, ref, fetched.manifest, fetched.revision)
+    checkpoint = replace(checkpoint, files=fetched.files, trusted=True)
     # A source may publish it again under the same address: records of other bytes do not hold for these.
-    record_manifest(checkpoint, whole.copies, store, checks=whole.checks, accept=True)
-    if whole.rewritten:
+    record_manifest(checkpoint, fetched.copies, store, checks=fetched.checks, accept=True)
+    if fetched.rewritten:
         record_rewritten(checkpoint, store)
 
     return checkpoint
@@ -256,8 +256,8 @@ def _local_checkpoint(name: str, path: Path, store: AssetStore, *, accept_others
             return checkpoint
         raise DigestMismatchError(
             path,
-            f"{path} is not the checkpoint that was verified: it has other files or tensors now. If that is meant, "
-            f"`lading index {name}` takes it for the right one.",
+            f"{path} is not the checkpoint that was verified: it has other files or tensors now. If you changed "
+            f"it on purpose, run `lading index {name}` to accept it.",
             expected=f"{len(stored.manifest)} tensors",
             found=f"{len(found.manifest)} tensors",
         )

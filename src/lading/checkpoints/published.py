@@ -54,7 +54,7 @@ def index_source(
     if not source.lists:
         named = index_names(PublishedFiles(source, snapshot), name=source.inner)
         snapshot = source.with_siblings(snapshot, named)
-    require_whole(source, snapshot, ref, name)
+    require_complete(source, snapshot, ref, name)
     files = PublishedFiles(source, snapshot)
     manifest = index_files(files, name=source.inner)
 
@@ -74,7 +74,7 @@ def index_source(
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
 
-def require_whole(source: Source, snapshot: Snapshot, ref: CheckpointRef, name: str | None) -> None:
+def require_complete(source: Source, snapshot: Snapshot, ref: CheckpointRef, name: str | None) -> None:
     """Check that all files of a checkpoint are in the cache, if the source may not be asked for others.
 
     :param name: the name of the card, for messages.

@@ -59,7 +59,7 @@ def fetch_extra_files(
         return []
 
     fetched = source.fetch(snapshot, files, known=lambda sha256: None, progress=progress)
-    with BestEffort("what came along with %s is not in the catalog", shown_uri(uri)):
+    with BestEffort("the extra files of %s are not in the catalog", shown_uri(uri)):
         record_companions(store.database, uri=uri, copies=[extra_copy(file, source) for file in fetched])
 
     return fetched
@@ -70,7 +70,7 @@ def known_content(store: AssetStore | None) -> Known:
 
     def known(sha256: str) -> Path | None:
         if store is not None:
-            with BestEffort("the catalog cannot be asked for files that are here already"):
+            with BestEffort("the catalog cannot be searched for files that are already on this machine"):
                 return store.find_content(sha256)
         return None
 
@@ -123,10 +123,10 @@ def record_fetched(
     checkpoint: Checkpoint, copies: Sequence[LocalCopy], checks: Sequence[Check], store: AssetStore | None
 ) -> None:
     if store is not None:
-        with BestEffort("what was fetched for %s is not in the catalog", checkpoint.name):
+        with BestEffort("the fetched files of %s are not in the catalog", checkpoint.name):
             record_files(store.database, uri=checkpoint.uri, copies=copies, checks=checks)
 
 
 def record_checks(checkpoint: Checkpoint, checks: Sequence[Check], store: AssetStore) -> None:
-    with BestEffort("what was checked of %s is not in the catalog", checkpoint.name):
+    with BestEffort("the checks of %s are not in the catalog", checkpoint.name):
         record_files(store.database, uri=checkpoint.uri, checks=checks)

@@ -148,7 +148,7 @@ def finish_verification(
         _refuse(checkpoint, different)
 
     checks = list(_shard_checks(checkpoint, expected.digests, found))
-    with BestEffort("what was checked of %s is not in the catalog", checkpoint.name):
+    with BestEffort("the checks of %s are not in the catalog", checkpoint.name):
         if expected.digests is None:
             record_digests(store.database, uri=checkpoint.uri, manifest=manifest, digests=found)
         record_files(store.database, uri=checkpoint.uri, checks=checks)
@@ -201,9 +201,9 @@ def remedy(checkpoint: Checkpoint, *, files: int = 1) -> str:
     if checkpoint.ref is not None:
         return f"`lading verify {checkpoint.name} --repair` fetches {them} again."
 
-    they, ones = ("it was", "one") if files == 1 else ("they were", "ones")
+    they = "it was" if files == 1 else "they were"
 
-    return f"If {they} changed on purpose, `lading index {checkpoint.name}` takes {them} for the right {ones}."
+    return f"If {they} changed on purpose, run `lading index {checkpoint.name}` to accept {them}."
 
 
 def record_rewritten(checkpoint: Checkpoint, store: AssetStore) -> None:

@@ -19,7 +19,7 @@ DRIFT = 6
 
 @click.group("db", cls=Group)
 def db() -> None:
-    """Look after the catalog's database.
+    """Maintain the catalog's database.
 
     For example: lading db check
     """
@@ -40,7 +40,7 @@ def path() -> None:
 
 @db.command("upgrade")
 def upgrade() -> None:
-    """Bring the schema to the version of this package, after a backup.
+    """Upgrade the schema to the version of this package, after a backup.
 
     For example: lading db upgrade
     """
@@ -49,7 +49,7 @@ def upgrade() -> None:
     report = migrate.upgrade(_settings())
     _say_backup(report.backup)
     if report.from_version == report.to_version:
-        note(f"the catalog is of version {report.to_version} already")
+        note(f"the catalog already has version {report.to_version}")
     else:
         note(f"from version {report.from_version} to {report.to_version}")
 
@@ -57,19 +57,21 @@ def upgrade() -> None:
 @db.command("downgrade")
 @click.option("--to", "version", required=True, metavar="VERSION", help="The version of an older package.")
 def downgrade(version: str) -> None:
-    """Bring the schema back to an older VERSION, after a backup. What that has no place for is lost.
+    """Downgrade the schema to an older VERSION, after a backup.
+
+    Data that the older schema cannot hold is lost.
 
     For example: lading db downgrade --to 1
     """
     from lading.catalog.database import migrate
 
     _say_backup(migrate.downgrade(_settings(), version))
-    note(f"the catalog is of version {version} now")
+    note(f"the catalog now has version {version}")
 
 
 @db.command("check")
 def check() -> None:
-    """Say whether the database is whole and has this package's schema.
+    """Check that the database is undamaged and has this package's schema.
 
     For example: lading db check
     """
@@ -83,7 +85,7 @@ def check() -> None:
     for problem in problems:
         click.echo(printable(problem))
     if not any("`lading db" in problem for problem in problems):
-        note("`lading db restore FILE` puts a backup in the place of the catalog")
+        note("`lading db restore FILE` replaces the catalog with a backup")
     click.get_current_context().exit(DRIFT)
 
 
@@ -92,8 +94,8 @@ def check() -> None:
 def backup(file: Path | None) -> None:
     """Copy the database, and print where the copy is.
 
-    It may be in use. FILE may be a folder, and must not be there if it is a file; by default the copy is made beside
-    the database.
+    The database may be in use. FILE is a folder, or a file that does not exist; the default is a file beside the
+    database.
 
     For example: lading db backup catalog-backup.sqlite
     """
@@ -105,10 +107,10 @@ def backup(file: Path | None) -> None:
 @db.command("restore")
 @click.argument("file", type=click.Path(path_type=Path))
 def restore(file: Path) -> None:
-    """Put a backup in the place of the catalog, after a check of it.
+    """Replace the catalog with a backup, after a check of the backup.
 
-    The catalog may be in use or damaged. What was there is kept beside it. The log of SQLite is taken into account:
-    a backup that is copied over a catalog by hand can be undone by the log that lies beside it.
+    The catalog may be in use or damaged; a copy of it is kept. Do not copy a backup over the catalog by hand: SQLite's
+    log beside the catalog can undo that.
 
     For example: lading db restore catalog-backup.sqlite
     """
@@ -117,7 +119,7 @@ def restore(file: Path) -> None:
 
     report = migrate.restore(_settings(), file)
     _say_backup(report.backup)
-    note(f"the catalog is that of {printable(str(file))}, of version {report.version}")
+    note(f"restored {printable(str(file))}, of version {report.version}")
     if report.version < SCHEMA_VERSION:
         note("`lading db upgrade` brings it up to date")
 
@@ -130,4 +132,4 @@ def _settings() -> Settings:
 
 def _say_backup(path: Path | None) -> None:
     if path is not None:
-        note(f"the catalog as it was is in {printable(str(path))}")
+        note(f"the old catalog is in {printable(str(path))}")

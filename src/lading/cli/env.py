@@ -34,7 +34,7 @@ _NAMED = re.compile(r"(LADING|HF|HUGGING_FACE)_\w+|CUDA_VISIBLE_DEVICES|(https?|
 @command("env")
 @one_object
 def env(as_json: bool) -> None:
-    """Print what a bug report needs.
+    """Print the information for a bug report.
 
     These are versions, paths and settings. Values that may hold a secret are not shown. Neither torch is imported nor
     the catalog opened.

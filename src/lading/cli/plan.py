@@ -28,16 +28,16 @@ _AXIS = click.IntRange(min=1, max=1_000_000)
 @click.option("--tp", type=_AXIS, default=1, help="Ranks of tensor parallelism.")
 @click.option("--sdp", type=_AXIS, default=1, help="Ranks that parameters are fully sharded over.")
 @click.option("--pp", type=_AXIS, default=1, help="Ranks of pipeline parallelism.")
-@click.option("--rdp", type=_AXIS, default=1, help="Replicas of all that.")
+@click.option("--rdp", type=_AXIS, default=1, help="Replicas of the model.")
 @click.option(
     "--dtype",
     type=DTYPES,
     default="auto",
-    help="Of the parameters; auto: config.json's; keep: as stored.",
+    help="The parameters' dtype; auto: config.json's; keep: as stored.",
 )
-@click.option("--rank", type=click.IntRange(min=0), multiple=True, help="Only this rank; may be given again.")
-@click.option("--device-memory", type=Size(), help="Exit with 4 unless the weights fit, such as into 80GiB.")
-@click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw it, too.")
+@click.option("--rank", type=click.IntRange(min=0), multiple=True, help="Only this rank; may be repeated.")
+@click.option("--device-memory", type=Size(), help="Exit with 4 unless the weights fit into SIZE, such as 80GiB.")
+@click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Also draw it.")
 @no_restrict
 @listing_options
 def plan(
@@ -50,7 +50,7 @@ def plan(
     form: Form,
     **sizes: int,
 ) -> None:
-    """Say what each rank of gangs would read and hold.
+    """Show what each rank of gangs would read and hold.
 
     It uses the checkpoint's manifest: it reads no weights and fetches nothing. Memory is that of parameters
     and persistent buffers; activations, gradients and the state of an optimizer come on top.

@@ -24,7 +24,10 @@ _DRY_TABLE = (*_TABLE[:3], Column(name="fetched", show=lambda fetched: "to fetch
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_model)
 @click.option("--revision", metavar="R", help="A branch, a tag or a commit; default: the card's, or the latest.")
 @click.option(
-    "--include", metavar="PATTERN", multiple=True, help="Further files, such as 'tokenizer*'; of a web server, by name."
+    "--include",
+    metavar="PATTERN",
+    multiple=True,
+    help="More files, such as 'tokenizer*'; for a web server, plain names.",
 )
 @click.option("-n", "--dry-run", is_flag=True, help="Only show what would be fetched.")
 @no_progress

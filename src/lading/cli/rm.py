@@ -19,16 +19,18 @@ if TYPE_CHECKING:
 
 @command("rm")
 @click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete_model)
-@click.option("--orphans", is_flag=True, help="What this catalog brought into lading's cache and no card names.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option(
+    "--orphans", is_flag=True, help="Remove files that this catalog fetched to lading's cache and no card names."
+)
+@click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
 @click.option("--yes", is_flag=True, help="Delete revisions of the Hugging Face cache without asking.")
 def rm(names: tuple[str, ...], orphans: bool, dry_run: bool, yes: bool) -> None:
     """Remove models from this machine.
 
-    From lading's cache goes what this catalog fetched. The cache of Hugging Face's libraries belongs to
-    huggingface_hub: there the revisions of the model are listed and, after a question, deleted by it. Files elsewhere,
-    adopted ones and those that a card names by their path, stay; so does what another model needs. The cards stay,
-    too: a load fetches the model again.
+    Deletes the files that this catalog fetched to lading's cache. The cache of Hugging Face's libraries belongs to
+    huggingface_hub: lists the revisions of the model there, asks, and lets huggingface_hub delete them. Files elsewhere
+    stay (adopted ones, and those that a card names by their path), and so do files that another model needs. Cards
+    stay, too: a load fetches the model again.
 
     For example: lading rm qwen3_0.6b
     """
@@ -56,7 +58,8 @@ def rm(names: tuple[str, ...], orphans: bool, dry_run: bool, yes: bool) -> None:
     for name, hub in agreed.items():
         _say(name, remove_model(name, dry_run=dry_run, hub=hub, store=store), dry_run=dry_run)
     if orphans:
-        _say("orphans", remove_orphans(dry_run=dry_run, store=store), dry_run=dry_run)
+        removal = remove_orphans(dry_run=dry_run, store=store)
+        _say("orphans", removal, dry_run=dry_run, nothing="there are no orphans")
 
 
 def _agreed(name: str, removal: Removal) -> bool:
@@ -74,14 +77,14 @@ def _agreed(name: str, removal: Removal) -> bool:
     )
 
 
-def _say(name: str, removal: Removal, *, dry_run: bool) -> None:
+def _say(name: str, removal: Removal, *, dry_run: bool, nothing: str = "") -> None:
     for file in removal.kept:
         note(f"{printable(str(file.path))} stays: {file.reason}")
     if removal.also_of:
         verb = "is" if dry_run else "was"
         note(f"the checkpoint {verb} that of {printable(', '.join(removal.also_of))}, too")
     if removal.nothing:
-        note(f"nothing of {printable(name)} is on this machine")
+        note(nothing or f"nothing of {printable(name)} is on this machine")
         return
 
     for revision in removal.revisions:

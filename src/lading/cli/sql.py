@@ -35,7 +35,7 @@ _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.[0-9]+)?")
     default=30.0,
     show_default=True,
     metavar="SECONDS",
-    help="Give up after so long.",
+    help="Stop the query after this time.",
 )
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="At most N rows.")
 @click.option("--schema", is_flag=True, help="Show the views and their columns.")

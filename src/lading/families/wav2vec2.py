@@ -99,7 +99,7 @@ class Wav2Vec2Loss:
     diversity: Tensor
     """The share of codebook entries that are not in use (equation 4)."""
     features_penalty: Tensor
-    """The mean square of frames before normalisation."""
+    """The mean square of frames before normalization."""
 
 
 class Wav2Vec2(nn.Module):

@@ -71,9 +71,9 @@ def refuse_quantized_config(hf_config: Mapping[str, object], path: Path | str) -
 
     :raises NotSupportedError: the configuration says that they are.
     """
-    quantisation = hf_config.get("quantization_config")
-    if quantisation is not None:
-        scheme = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
+    quantization = hf_config.get("quantization_config")
+    if quantization is not None:
+        scheme = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise NotSupportedError(
             f"The checkpoint at {path} is quantized (config.json: `quantization_config` of the scheme {scheme!r}), "
             "which lading does not load. Use the checkpoint in its original precision."

@@ -100,8 +100,8 @@ def match(manifest: Manifest, targets: Targets, family: Family[Any, Any], config
 
 def report_fit(manifest: Manifest, targets: Targets, routed: Route, *, family: Family[Any, Any]) -> CheckReport:
     """Report as :func:`check_manifest`, for a built model whose tensors have been assigned."""
-    quantised = {manifest.names[t]: manifest.dtypes[t] for t in _quantised(manifest, targets, routed)}
-    problems = [f"quantised: {name} is stored as {dtype}" for name, dtype in quantised.items()]
+    quantised = {manifest.names[t]: manifest.dtypes[t] for t in _quantized(manifest, targets, routed)}
+    problems = [f"quantized: {name} is stored as {dtype}" for name, dtype in quantised.items()]
     problems += _problems(manifest, targets, routed)
 
     tied = {
@@ -192,7 +192,7 @@ def require_fit(report: CheckReport, *, path: Path | str, name: str) -> None:
     if report.quantised:
         tensor, dtype = next(iter(report.quantised.items()))
         raise NotSupportedError(
-            f"The checkpoint at {path} holds the weight {tensor!r} as {dtype}: it is quantised, which lading does not "
+            f"The checkpoint at {path} holds the weight {tensor!r} as {dtype}: it is quantized, which lading does not "
             "load. Use the checkpoint in its original precision."
         )
 
@@ -243,7 +243,7 @@ _WIDER: Mapping[str, frozenset[str]] = {
 """The integer dtypes that hold all numbers of another one: checkpoints store counters in narrower ones."""
 
 
-def _quantised(manifest: Manifest, targets: Targets, routed: Route) -> list[int]:
+def _quantized(manifest: Manifest, targets: Targets, routed: Route) -> list[int]:
     """Return the tensors for weights whose values are meaningless without separate scales."""
     return [
         tensor

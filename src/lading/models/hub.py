@@ -297,7 +297,7 @@ class ModelHubAccessor(Generic[ModelT, ModelConfigT]):
 
 
 class GlobalModelLoader:
-    """The loader of models of any family, which the card decides."""
+    """A loader of models of any family: the card names the family."""
 
     def __init__(self, asset_store: AssetStore | None = None) -> None:
         """Make a loader.
@@ -358,7 +358,7 @@ def load_model(
 
 
 load_with_report = GlobalModelLoader().load_with_report
-"""A load as by :func:`load_model`, with its report: phases, bytes, reads."""
+"""The load of :func:`load_model`, which also returns a report: phases, bytes, reads."""
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -422,7 +422,7 @@ def _retrieve(card: AssetCard | str, store: AssetStore) -> AssetCard:
         if "@" in card:
             hint = error.hint
         elif path_exists(card):
-            hint = f" A folder is given as a path: `load_model(Path({card!r}))`."
+            hint = f" To load the folder, pass a path: `load_model(Path({card!r}))`."
         else:
             hint = did_you_mean(card, store.suggest(card))
         raise ModelNotKnownError(card, hint) from None
@@ -438,7 +438,7 @@ def load_options(*, restrict: bool = True, **keywords: Unpack[LoadKeywords]) -> 
     mmap, cooperative = keywords.get("mmap", False), keywords.get("cooperative", False)
     require_mode(verify)
     if mmap and cooperative:
-        raise ValueError("`mmap` and `cooperative` must not be given together: what is mapped is not read")
+        raise ValueError("`mmap` and `cooperative` must not be given together: mapped files are not read")
 
     effective = _effective_gangs(keywords.get("gangs"), keywords.get("device"))
 
@@ -461,7 +461,7 @@ def _effective_gangs(gangs: Gangs | None, device: torch.device | str | None) -> 
                 f"`gangs` must be Gangs, as `create_gangs` makes them, but is of type {type(gangs).__name__}"
             )
         if device is not None:
-            raise ValueError("`gangs` and `device` must not be given together: gangs bring a device of their own")
+            raise ValueError("`gangs` and `device` must not be given together: gangs have their own device")
         if gangs.root.device.type == "meta":
             raise ValueError("`gangs` must be on a device that holds data, but are on the meta device")
         return gangs

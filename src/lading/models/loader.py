@@ -75,7 +75,7 @@ class LoadOptions:
     cooperative: bool = False
     """``True`` if the ranks of a host each read a part of the files, and exchange it."""
     restrict: bool = True
-    """``restrict`` as :func:`lading.formats.index` takes it; for a path."""
+    """``restrict`` of :func:`lading.formats.index`; only for a path."""
 
     @property
     def maps(self) -> bool:
@@ -242,7 +242,7 @@ def _load(
     with clock.phase("assemble"):
         drawn: dict[str, Tensor] = {}
         if missing := dtypes_of_drawn(targets, routed, manifest):
-            log.info("%s lacks %s: they are as in a new model", checkpoint.name, ", ".join(missing))
+            log.info("%s lacks %s: they are initialized as in a new model", checkpoint.name, ", ".join(missing))
             drawn = init_missing(build_on_meta(family, config), family, config, targets, missing, gangs)
         copied = assign(module, by_name | drawn, targets.aliases)
         reset_buffers(module, family, config, device, dtype or common_dtype(targets, routed, manifest))

@@ -35,7 +35,7 @@ log = logging.getLogger("lading")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedModel:
-    """A name, a card or a path, resolved to all that it takes to make the model."""
+    """A name, a card or a path, resolved to everything that a load needs."""
 
     name: str
     """The name of the card, or the path."""
@@ -183,7 +183,7 @@ def family_of_folder(path: Path, asked: Family[Any, Any] | None = None) -> tuple
     hf_config = read_hf_config(path)
     if not hf_config:
         raise NotSupportedError(
-            f"{path} has no config.json that would tell the family of the model. Load it with "
+            f"{path} has no config.json, so the family of the model is unknown. Load it with "
             "`get_<family>_model_hub().load_custom_model(path, config)`, or name it in a card."
         )
 
@@ -235,7 +235,7 @@ def model_dtype(dtype: DType, checkpoint: Checkpoint, *, store: AssetStore | Non
     try:
         hf_config = read_or_fetch_config(checkpoint, store)
     except (FetchError, OSError) as error:
-        log.info("config.json of %s cannot be asked for a dtype: %s", checkpoint.name, error)
+        log.info("the dtype cannot be read from config.json of %s: %s", checkpoint.name, error)
         hf_config = {}
     stated = hf_config.get("dtype") or hf_config.get("torch_dtype")
     if isinstance(stated, str) and (found := dtype_by_name(stated)) is not None:

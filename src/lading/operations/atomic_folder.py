@@ -58,9 +58,7 @@ def require_empty(folder: Path) -> None:
     :raises FileExistsError: it is something else.
     """
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            errno.EEXIST, "expected nothing, or an empty folder, but something is there already", str(folder)
-        )
+        raise FileExistsError(errno.EEXIST, "expected an empty folder, or none, but found something there", str(folder))
 
 
 def _remove_abandoned(folder: Path) -> None:

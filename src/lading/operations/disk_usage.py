@@ -59,7 +59,7 @@ class DiskUsage:
     holdings: tuple[DiskUsageEntry, ...]
     """The entries by name. Models with the same checkpoint, or the same file, each count it."""
     orphans: tuple[DiskUsageEntry, ...]
-    """The files that this catalog brought into lading's cache and no card names in any environment."""
+    """The files that this catalog fetched to lading's cache and no card names in any environment."""
     bytes: int
     """The bytes of ``holdings``, counting each file once."""
     orphan_bytes: int
@@ -152,7 +152,7 @@ def _common_path(paths: Sequence[Path]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Orphans:
-    """The files that this catalog brought into lading's cache and no card of it names in any environment."""
+    """The files that this catalog fetched to lading's cache and no card of it names in any environment."""
 
     cache: Cache
     entries: tuple[tuple[Entry, tuple[Path, ...]], ...]
@@ -169,7 +169,7 @@ def own_cache(store: AssetStore) -> Cache:
 
 
 def find_orphans(store: AssetStore, held: Sequence[LocalCheckpoint]) -> Orphans:
-    """Return the files that this catalog brought into lading's cache and no card names.
+    """Return the files that this catalog fetched to lading's cache and no card names.
 
     Several catalogs may share the cache, and a new one may replace a lost one. So an entry counts only if it belongs to
     this catalog, and to a checkpoint that this catalog knows.

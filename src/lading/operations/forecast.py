@@ -200,7 +200,7 @@ class _Reading:
     joins: Flags
     """``True`` if the part is one run of bytes; rows join nothing."""
     first: Ints
-    """The offset of the first byte read, from the begin of the tensor."""
+    """The offset of the first byte read, from the start of the tensor."""
     end: Ints
     """The bytes from the first one read to the last."""
 

@@ -24,7 +24,7 @@ WIDTH, MARGIN, BAR, STEP = 1000.0, 24.0, 34.0, 64.0
 MOST_CELLS = 5_000
 """The most parts of tensors to draw; in a larger checkpoint, more tensors share a piece."""
 MOST_FILES = 80
-MOST_COLOURS = 48
+MOST_COLORS = 48
 """The most colors; among more ranks, neighbors share one."""
 MOST_STRIPES = 6
 MOST_TITLES = 400
@@ -129,7 +129,7 @@ def _least_width(files: Sequence[Sequence[_Tensor]], scale: float) -> float:
     least = 2.0
     while least < 2 * WIDTH:
         runs = (run for each in files for run in _runs(each, least / scale))
-        if sum(len(run[0].cells) if len(run) == 1 else MOST_COLOURS // 8 for run in runs) <= MOST_CELLS:
+        if sum(len(run[0].cells) if len(run) == 1 else MOST_COLORS // 8 for run in runs) <= MOST_CELLS:
             break
         least *= 2
 
@@ -172,7 +172,7 @@ class _Palette:
 
     def __init__(self, seats: int) -> None:
         self.seats = seats
-        self.count = min(seats, MOST_COLOURS)
+        self.count = min(seats, MOST_COLORS)
         self.patterns: dict[Owners, str] = {}
 
     def owners(self, owned: Sequence[int], parts: int) -> list[Owners]:
@@ -183,7 +183,7 @@ class _Palette:
 
         return [frozenset(each) for each in found]
 
-    def colour(self, number: int) -> str:
+    def color(self, number: int) -> str:
         lightness = (0.56, 0.42, 0.68)[number % 3]
         rgb = colorsys.hls_to_rgb((number / self.count + 0.58) % 1, lightness, 0.5)
 
@@ -195,7 +195,7 @@ class _Palette:
         if len(owners) == self.count and self.count > 1:
             return ALL
         if len(owners) == 1:
-            return self.colour(next(iter(owners)))
+            return self.color(next(iter(owners)))
 
         return f"url(#{self.patterns.setdefault(owners, f's{len(self.patterns)}')})"
 
@@ -205,10 +205,10 @@ class _Palette:
 
     def definitions(self) -> Iterator[str]:
         for owners, name in self.patterns.items():
-            colours = [self.colour(n) for n in sorted(owners)[:MOST_STRIPES]]
-            stripes = "".join(f'<path fill="{c}" d="M{4 * i} 0h4v8h-4z"/>' for i, c in enumerate(colours))
+            colors = [self.color(n) for n in sorted(owners)[:MOST_STRIPES]]
+            stripes = "".join(f'<path fill="{c}" d="M{4 * i} 0h4v8h-4z"/>' for i, c in enumerate(colors))
             yield (
-                f'<pattern id="{name}" width="{4 * len(colours)}" height="8" patternUnits="userSpaceOnUse" '
+                f'<pattern id="{name}" width="{4 * len(colors)}" height="8" patternUnits="userSpaceOnUse" '
                 f'patternTransform="rotate(45)">{stripes}</pattern>'
             )
 
@@ -259,19 +259,19 @@ class _Canvas:
         return "\n".join(parts) + "\n"
 
     def _legend(self, plan: LoadPlan, palette: _Palette, y: float) -> float:
-        entries = [(palette.colour(n), _ranks_text([plan.copies_of(seat) for seat in palette.seats_of(n)]))
+        entries = [(palette.color(n), _ranks_text([plan.copies_of(seat) for seat in palette.seats_of(n)]))
                    for n in range(palette.count)]  # fmt: skip
         if palette.count > 1:
-            entries += [(ALL, "every rank"), ("stripes", "the ranks of these colours")]
+            entries += [(ALL, "every rank"), ("stripes", "the ranks of these colors")]
         entries.append((UNUSED, "not needed"))
-        for n, (colour, text) in enumerate(entries):
+        for n, (color, text) in enumerate(entries):
             x, at = MARGIN + n % 4 * 250, y + n // 4 * 22
-            if colour == "stripes":
+            if color == "stripes":
                 shapes = "".join(
-                    f'<path fill="{palette.colour(i)}" d="M{x + 7 * i:g} {at:g}h7v14h-7z"/>' for i in range(2)
+                    f'<path fill="{palette.color(i)}" d="M{x + 7 * i:g} {at:g}h7v14h-7z"/>' for i in range(2)
                 )
             else:
-                shapes = f'<path fill="{colour}" stroke="#99a" stroke-width=".5" d="M{x:g} {at:g}h14v14h-14z"/>'
+                shapes = f'<path fill="{color}" stroke="#99a" stroke-width=".5" d="M{x:g} {at:g}h14v14h-14z"/>'
             self.texts.append(f'<g>{shapes}<text x="{x + 20:g}" y="{at + 12:g}">{_escaped(text)}</text></g>')
 
         return y + -(-len(entries) // 4) * 22 + MARGIN

@@ -196,8 +196,8 @@ def _require_known_revision(checkpoint: Checkpoint, revision: str | None) -> Non
     if revision is not None and revision != checkpoint.revision:
         known = checkpoint.revision or "one without a name"
         raise FetchError(
-            f"The revision {revision!r} of {checkpoint.where} cannot be asked for offline; the one that is known here "
-            f"is {known}. Pull without --revision, or when the network is there."
+            f"The revision {revision!r} of {checkpoint.where} cannot be fetched offline; the known one is {known}. "
+            "Pull without --revision, or with a network."
         )
 
 

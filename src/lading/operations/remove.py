@@ -111,7 +111,7 @@ def remove_model(name: str, *, dry_run: bool = False, hub: bool = False, store: 
 
 
 def remove_orphans(*, dry_run: bool = False, older_than: float = _GRACE, store: AssetStore | None = None) -> Removal:
-    """Remove the files that this catalog brought into lading's cache and no card names in any environment, and the
+    """Remove the files that this catalog fetched to lading's cache and no card names in any environment, and the
     remains of interrupted downloads.
 
     Files of other catalogs in a shared cache stay.

@@ -21,7 +21,7 @@ class Job(NamedTuple):
     """Consecutive blocks of a tensor, or one row of them, that are one run of bytes in a file or in memory."""
 
     begin: int
-    """The begin of the run."""
+    """The start of the run."""
     rows: int
     blocks: int
     segment: int
@@ -41,7 +41,7 @@ class Job(NamedTuple):
         return self.begin + self.rows * self.blocks * self.segment
 
     def atom(self, at: int) -> tuple[int, int]:
-        """Return the begin and the end of the atom with the byte at ``at``."""
+        """Return the start and the end of the atom with the byte at ``at``."""
         within = at - self.begin
         if self.group:
             size = self.group * self.blocks * self.segment

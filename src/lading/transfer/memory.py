@@ -102,7 +102,7 @@ class NoArena:
         return PassingStage(chunk)
 
     def tensor(self, place: int, shape: tuple[int, ...], dtype: str) -> Tensor:
-        raise InternalError("bytes that were only looked at are no tensor")
+        raise InternalError("bytes that were only read are not a tensor")
 
     @property
     def pages(self) -> Mapping[str, int]:

@@ -54,7 +54,7 @@ class Observer(Protocol):
     def stop(self, read: int, at: int, limit: int, item: int) -> int:
         """Return where a piece of a read has to end to contain whole items, and whole units of this observer.
 
-        :param at: its begin in the file, not inside a unit.
+        :param at: its start in the file, not inside a unit.
         :param limit: its largest end, unless the first unit reaches farther.
         """
 

@@ -40,7 +40,7 @@ class Demand:
     shards: array[int]
     """The shards; type code ``I``."""
     offsets: array[int]
-    """The begin of the first run in the shard's file; type code ``q``, as all that follow."""
+    """The start of the first run in the shard's file; type code ``q``, as all that follow."""
     strides: array[int]
     """The bytes from the beginning of a run to that of the next."""
     lengths: array[int]

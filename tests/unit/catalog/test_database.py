@@ -395,7 +395,7 @@ def test_a_read_sees_one_state(tmp_path: Path) -> None:
     assert "mine" in AssetStore(database).asset_names
 
 
-def test_a_lock_that_is_held_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_the_process_that_holds_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     database = open_catalog(settings_in(tmp_path))
     monkeypatch.setattr(target_module, "BUSY_TIMEOUT_S", 0.05)
     script = (

@@ -189,7 +189,7 @@ def test_files_come_in_any_order(tmp_path: Path, database: Database) -> None:
 
 
 def test_a_card_with_a_field_of_a_wrong_type_goes_in(database: Database) -> None:
-    """Files are checked in form, but rows may come from elsewhere: what is wrong is told and breaks nothing."""
+    """Files are checked in form, but rows may come from elsewhere: a problem is reported and breaks nothing."""
     entry = CardEntry(name="odd", metadata={"model_family": 3, "checkpoint": ["x"], "license": 1}, source="x.yaml[0]")
     file = replace(card_file(""), cards=(entry,), problems=())
     import_files(database, [file])
@@ -217,7 +217,7 @@ def test_what_json_cannot_express(database: Database, value: object) -> None:
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_all_problems_of_all_files_are_told(database: Database) -> None:
+def test_all_problems_of_all_files_are_listed(database: Database) -> None:
     files = [
         card_file("name: a\n---\nnome: x\n---\nname: b\nmodel_family: 3\n", "file:///c/one.yaml"),
         card_file("name: c\n---\n- 1\n", "file:///c/two.yaml"),
@@ -252,7 +252,7 @@ def test_another_source_with_the_same_content(database: Database) -> None:
 
 def test_the_same_relative_path_elsewhere_is_another_content(database: Database) -> None:
     import_files(database, [card_file("name: a\ncheckpoint: ./weights\n", "file:///x/a.yaml")])
-    with pytest.raises(CardFileError, match="described already, otherwise"):
+    with pytest.raises(CardFileError, match="already described differently"):
         import_files(database, [card_file("name: a\ncheckpoint: ./weights\n", "file:///y/a.yaml")])
 
 
@@ -262,10 +262,10 @@ def test_another_source_with_another_content(tmp_path: Path, database: Database)
     with pytest.raises(CardFileError, match="--replace") as caught:
         import_files(database, [other])
     assert caught.value.problems == (
-        "b.yaml[0]: 'leaf' is described already, otherwise, by a.yaml[1] (file:///x/a.yaml). "
-        "Rename it, or let it take the other's place with `--replace`.",
-        "b.yaml[1]: 'qwen/tiny (architecture)' is described already, otherwise, by a.yaml[3] (file:///x/a.yaml). "
-        "Rename it, or let it take the other's place with `--replace`.",
+        "b.yaml[0]: 'leaf' is already described differently by a.yaml[1] (file:///x/a.yaml). "
+        "Rename it, or replace the other one with `--replace`.",
+        "b.yaml[1]: 'qwen/tiny (architecture)' is already described differently by a.yaml[3] (file:///x/a.yaml). "
+        "Rename it, or replace the other one with `--replace`.",
     )
 
     report = import_files(database, [other], replace=True)
@@ -281,7 +281,7 @@ def test_another_source_with_another_content(tmp_path: Path, database: Database)
 def test_two_files_of_one_import_that_disagree(database: Database) -> None:
     files = [card_file("name: a\nv: 1\n", "file:///c/a.yaml"), card_file("name: a\nv: 2\n", "file:///c/b.yaml")]
     for options in ({}, {"replace": True}):
-        with pytest.raises(CardFileError, match=r"b\.yaml\[0\]: 'a' is described already by a\.yaml\[0\]"):
+        with pytest.raises(CardFileError, match=r"b\.yaml\[0\]: 'a' is already described by a\.yaml\[0\]"):
             import_files(database, files, **options)
     assert import_files(database, files, keep_going=True).added == ("a",)
     assert json.loads(cards(database)["a"]) == {"v": 1}

@@ -234,7 +234,7 @@ def test_a_name_of_the_package_is_not_the_users(
     store = AssetStore(open_catalog(settings))
     assert store.retrieve_card("a@").metadata == {}
     assert store.retrieve_card("a").metadata == {"v": 3}
-    assert "'a' is described already, otherwise, by a.yaml[0] (package:lading.seeds/a.yaml)" in caplog.text
+    assert "'a' is already described differently by a.yaml[0] (package:lading.seeds/a.yaml)" in caplog.text
 
 
 def test_two_processes_with_different_folders(tmp_path: Path, mine: Write, settings: Settings) -> None:
@@ -278,7 +278,7 @@ def test_a_folder_that_is_out_of_sight(
     there = cards(settings if watched else settings_in(tmp_path))
     # The folder above tells that a folder within was removed, as git does with the last file in one.
     assert there.keys() == ({"root"} if state == "missing" and deep and watched else {"root", "deep"})
-    assert ("stay as they were" in caplog.text) == (watched and there.keys() == {"root", "deep"})
+    assert ("stay in the catalog" in caplog.text) == (watched and there.keys() == {"root", "deep"})
 
     if state == "unreadable":
         unreadable = False

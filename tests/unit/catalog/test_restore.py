@@ -192,7 +192,7 @@ def test_what_is_no_good_backup_changes_nothing(tmp_path: Path, settings: Settin
     refused(CatalogOutdatedError, "pip install --upgrade")
     bad.write_bytes(backup)
     raw(bad, "CREATE TRIGGER strange AFTER INSERT ON families BEGIN DELETE FROM cards; END")
-    refused(CatalogError, "a trigger strange, which is not of lading")
+    refused(CatalogError, "a trigger strange, which lading did not make")
     bad.write_bytes(backup)
     raw(bad, "DELETE FROM sources")
     refused(CatalogError, "lost reference")

@@ -360,7 +360,7 @@ def test_a_catalog_in_memory_has_no_life(tmp_path: Path, door: object) -> None:
     ("sql", "words"),
     [
         ("DROP VIEW model_shards", "the view model_shards is missing"),
-        ("CREATE TABLE mine (a)", "a table mine, which is not of lading"),
+        ("CREATE TABLE mine (a)", "a table mine, which lading did not make"),
         ("DROP INDEX ix_cards_base", "index ix_cards_base is missing"),
         ("ALTER TABLE cards ADD COLUMN extra TEXT", "extra"),
         ("UPDATE cards SET family = NULL WHERE name = 'b'", "the card 'b' has family None, but resolves to 'f'"),

@@ -398,7 +398,10 @@ tokenizer: x
         "remote": "remote",
         "unknown": "unknown-family",
     }
-    assert models["lost"].problem == f"The checkpoint of the card 'lost' is {tmp_path}/gone, where nothing is."
+    assert (
+        models["lost"].problem
+        == f"The checkpoint of the card 'lost' is expected at {tmp_path}/gone, but nothing is there."
+    )
     assert models["local"].local_path == f"{tmp_path}/here"
     assert models["fetched"] == ModelSummary(
         name="fetched",

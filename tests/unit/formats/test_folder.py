@@ -1,4 +1,4 @@
-"""Which file of a folder is the checkpoint, and what is said where none is."""
+"""The file of a folder that is the checkpoint, and the error if there is none."""
 
 from __future__ import annotations
 

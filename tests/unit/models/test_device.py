@@ -20,6 +20,6 @@ def test_devices_that_do_not(name: str) -> None:
         require_usable(name)
 
 
-def test_it_is_told_before_the_card_is_looked_for() -> None:
+def test_an_unusable_device_raises_before_the_search_for_the_card() -> None:
     with pytest.raises(NotSupportedError, match="torch cannot use the device 'cuda:99'"):
         load_model("no_such_model", device="cuda:99")

@@ -119,7 +119,7 @@ def test_all_problems_together() -> None:
     report = check(given)
 
     assert report.problems == (
-        f"quantised: {UP} is stored as F8_E4M3",
+        f"quantized: {UP} is stored as F8_E4M3",
         "missing: model.layers.0.mlp.up_proj.weight [64, 32]",
         "unexpected: extra",
         f"claimed by 2 tensors: {NORM} by {NORM}, norm.weight",
@@ -147,7 +147,7 @@ def test_the_error_of_a_load() -> None:
     assert len(report.problems) == 77
 
     report = check({**tensors(), NORM: ("BF16", (33,)), UP: ("I8", (64, 32))})
-    with pytest.raises(NotSupportedError, match=rf"'{UP}' as I8: it is quantised"):
+    with pytest.raises(NotSupportedError, match=rf"'{UP}' as I8: it is quantized"):
         require_fit(report, path="m", name="tiny")
 
 
@@ -207,7 +207,7 @@ class Counter(Module):
         (
             "I64",
             "F32",
-            ("quantised: weight is stored as I64", "of another dtype: steps is expected to be I64, but is F32"),
+            ("quantized: weight is stored as I64", "of another dtype: steps is expected to be I64, but is F32"),
         ),
     ],
 )
@@ -227,7 +227,7 @@ def test_a_configuration_of_another_class() -> None:
 
 @settings(max_examples=examples(60))
 @given(st.data())
-def test_any_change_is_told(data: st.DataObject) -> None:
+def test_any_change_is_reported(data: st.DataObject) -> None:
     """Each tensor is matched, tied, dropped or told of; what is not told of is as the architecture has it."""
     wanted, given = tensors(), tensors()
     for name in data.draw(st.lists(st.sampled_from(sorted(wanted)), max_size=5)):

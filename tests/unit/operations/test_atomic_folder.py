@@ -92,7 +92,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_full_disk_is_told_by_the_name_of_the_folder(tmp_path: Path) -> None:
+def test_the_error_for_a_full_disk_names_the_folder(tmp_path: Path) -> None:
     def write() -> None:
         with atomic_folder(tmp_path / "out"), open("/dev/full", "wb", buffering=0) as full:
             full.write(b"x")

@@ -157,7 +157,7 @@ def test_ranks_have_as_much_ink_as_they_own(tiny: Path) -> None:
     )
 
 
-def test_copies_share_a_colour(tiny: Path) -> None:
+def test_copies_share_a_color(tiny: Path) -> None:
     assert {"ranks 0, 2", "ranks 1, 3"} <= set(texts(picture(lading.plan_load(tiny, tp=2, rdp=2))))
 
 

@@ -178,7 +178,7 @@ def test_offline_there_is_what_was_fetched(cache: Cache, monkeypatch: pytest.Mon
         with pytest.raises(FetchError, match=r"'c\.json' of .* HF_HUB_OFFLINE is set"):
             offline.with_siblings(snapshot, ["c.json"])
         assert offline.read(snapshot, snapshot.files[0], 7, 100) == DATA[7:107]
-        fetched[0].path.touch()  # nobody has checked it since
+        fetched[0].path.touch()  # not checked since
         with pytest.raises(FetchError, match="HF_HUB_OFFLINE is set"):
             offline.read(snapshot, snapshot.files[0], 0, 1)
         shutil.rmtree(cache.folder / "blobs")
@@ -406,7 +406,7 @@ def test_through_a_proxy(cache: Cache, tmp_path: Path, monkeypatch: pytest.Monke
 
         # The proxy would go there; what the redirect says is refused all the same.
         asked.clear()
-        server.behaviour = redirect(server.url(PATH))
+        server.behavior = redirect(server.url(PATH))
         with (
             HttpSource(server.url(PATH, "a.example"), cache=cache, offline=False) as source,
             pytest.raises(PolicyError, match="inside this network or machine"),

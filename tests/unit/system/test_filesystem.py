@@ -48,7 +48,7 @@ def test_a_network_file_is_the_same_from_every_machine(tmp_path: Path, monkeypat
     assert location_id(tmp_path) == "nfs4:server:/models"
 
 
-def test_a_home_that_nobody_has_stays_in_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_home_stays_in_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
 
     assert filesystem.expand_home("~/x") == Path("/home/me/x")

@@ -126,7 +126,7 @@ def test_nothing_is_read_from_the_disk_ahead(tmp_path: Path) -> None:
     assert torch.equal(loaded.view(torch.int16), tensor.view(torch.int16))
 
 
-def test_a_file_that_changed_is_told_by_the_load(tmp_path: Path) -> None:
+def test_a_load_reports_a_file_that_changed(tmp_path: Path) -> None:
     manifest, files, _ = checkpoint(tmp_path / "x")
     checkpoint(tmp_path / "x", seed=1)
 
@@ -142,7 +142,7 @@ def test_a_file_that_changed_is_told_by_the_load(tmp_path: Path) -> None:
         mapped(manifest, files, ahead)
 
 
-def test_a_file_that_is_replaced_after_it_was_mapped_is_told_by_the_load(tmp_path: Path) -> None:
+def test_a_load_reports_a_file_that_is_replaced_after_it_was_mapped(tmp_path: Path) -> None:
     manifest, files, _ = checkpoint(tmp_path / "x")
 
     with mapped_ahead(files, may_be_mapped(manifest, None)) as ahead:

@@ -109,8 +109,8 @@ def record_files(
 ) -> None:
     """Record copies of a checkpoint's files and the results of checks, in one transaction.
 
-    This only adds checks; the last one decides about a copy. A first SHA-256 of a file holds from then on. If the
-    catalog cannot be written, this only logs it.
+    This only adds checks; the last check of a copy counts. The first SHA-256 of a file is the expected one from then
+    on. If the catalog cannot be written, this only logs it.
 
     :param copies: replace those of the same files on this machine.
 

@@ -80,8 +80,8 @@ def sqlite_failure(error: sqlite3.Error, target: Target) -> LadingError | OSErro
 
 def _damaged(error: Exception, target: Target) -> CatalogError:
     return CatalogError(
-        f"{target} is damaged: {error}. `lading db check` says more. `lading db restore FILE` puts a backup in its "
-        "place; without one, move it away with the -wal file beside it: lading then makes a new one."
+        f"{target} is damaged: {error}. `lading db check` says more. `lading db restore FILE` replaces it with a "
+        "backup; without one, move it away with the -wal file beside it: lading then makes a new one."
     )
 
 

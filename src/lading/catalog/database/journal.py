@@ -96,7 +96,7 @@ def set_stale_log_aside(path: Path) -> None:
         ) from error
     _log.warning(
         "%s was the log of another file than the catalog beside it, which a backup was copied over; it is %s now, so "
-        "that its rows do not come back. `lading db restore FILE` puts a backup in place.", log, aside,
+        "that its rows do not come back. Restore backups with `lading db restore FILE`.", log, aside,
     )  # fmt: skip
 
 

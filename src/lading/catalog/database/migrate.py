@@ -116,7 +116,7 @@ def check_objects(connection: Connection, target: Target) -> None:
 
 def alterations(connection: Connection) -> list[str]:
     found = objects_of(connection)
-    # A matching digest saves a run of the migrations. Another version of SQLite may write the same down differently.
+    # A matching digest saves a run of the migrations. Another version of SQLite may write the same schema differently.
     return [] if digest_of(found) == SCHEMA_DIGEST else differences(_expected_objects(SCHEMA_VERSION), found)
 
 

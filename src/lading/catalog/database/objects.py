@@ -56,7 +56,7 @@ def differences(expected: Objects, found: Objects) -> list[str]:
         if key not in found:
             problems.append(f"the {kind} {name} is missing")
         elif key not in expected:
-            problems.append(f"there is a {kind} {name}, which is not of lading")
+            problems.append(f"there is a {kind} {name}, which lading did not make")
         elif expected[key] != found[key]:
             problems.append(f"the {kind} {name} is not defined as it should be")
 
@@ -68,5 +68,5 @@ def altered(target: Target, problems: Sequence[str]) -> CatalogError:
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return CatalogError(
         f"{target} is damaged, or was changed by something other than lading: {problems[0]}{more}. It was left as it "
-        "is. `lading db check` lists all; `lading db restore FILE` puts a backup in its place."
+        "is. `lading db check` lists all; `lading db restore FILE` replaces it with a backup."
     )

@@ -213,7 +213,7 @@ def _warnings(session: Session, cards: ImportPlan, architectures: ImportPlan) ->
                     strange.setdefault((field, meant), []).append(claim.entry.source)
     for (field, meant), sources in strange.items():
         more = f" (and {len(sources) - 1} more)" if len(sources) > 1 else ""
-        warnings.append(f"{sources[0]}{more}: the field {field!r} means nothing here. Did you mean {meant!r}?")
+        warnings.append(f"{sources[0]}{more}: {field!r} is not a known field. Did you mean {meant!r}?")
 
     unregistered = set(session.scalars(select(FamilyRow.name).where(FamilyRow.entry_point.is_(None))))
     users: dict[str, list[str]] = {}

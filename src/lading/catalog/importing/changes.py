@@ -158,7 +158,7 @@ def claims_of(documents: Iterable[tuple[CardFile, Key, Entry, object]]) -> State
         first = by_key.setdefault(key, claim)
         if first is not claim and not _same(first, claim):
             problems.setdefault(file.source, []).append(
-                f"{entry.source}: {title(entry)!r} is described already by {first.entry.source}. Keep one of the two."
+                f"{entry.source}: {title(entry)!r} is already described by {first.entry.source}. Keep one of the two."
             )
 
     return StatedRows(by_key, frozenset(stated), problems)
@@ -202,8 +202,8 @@ def decide(
             decision.unchanged.append(key)
         elif not seeds:
             decision.problems.setdefault(claim.uri, []).append(
-                f"{claim.entry.source}: {title(claim.entry)!r} is described already, otherwise, by "
-                f"{label(row.uri, row.position)} ({row.uri}). Rename it, or let it take the other's place with "
+                f"{claim.entry.source}: {title(claim.entry)!r} is already described differently by "
+                f"{label(row.uri, row.position)} ({row.uri}). Rename it, or replace the other one with "
                 "`--replace`."
             )
 

@@ -223,7 +223,7 @@ def _user_news(
             uri.encode()
             found, same = _compare(file, row)
         except OSError as error:  # not a regular file, not readable for this user, or a dangling link
-            kept = "" if row is None or row.kind != "user" else "; its cards stay as they were"
+            kept = "" if row is None or row.kind != "user" else "; its cards stay in the catalog"
             warnings[uri] = f"The card file {file} cannot be read{kept}: {error.strerror or error}."
             continue
         except UnicodeEncodeError:
@@ -246,8 +246,8 @@ def _user_news(
         elif watched is not None and (watched == settings.card_paths[0] or path_exists(watched)):
             # The store warns if nothing is at the path in LADING_CARDS.
             warnings[str(folder)] = (
-                f"The cards that came from {folder} stay as they were: {out_of_sight}. If they are to go, let it be a "
-                "folder with any other file in it."
+                f"The cards from {folder} stay in the catalog: {out_of_sight}. To remove them, make "
+                "it a folder with any other file in it."
             )
 
     return changed, frozenset(gone), warnings
@@ -292,10 +292,10 @@ def _out_of_sight(path: Path, watched: Path | None) -> tuple[Path, str | None]:
             with os.scandir(folder) as entries:
                 if next(entries, None) is not None:
                     return folder, None
-            return folder, "it is empty, as the place of a share is that is not mounted"
+            return folder, "it is empty, like the folder of a share that is not mounted"
         except FileNotFoundError:
             if watched is None or not folder.is_relative_to(watched) or folder == watched:
-                return folder, "it is not there, as a share is that is not mounted"
+                return folder, "it does not exist, like a share that is not mounted"
             folder = folder.parent
         except OSError as error:
             return folder, f"it cannot be read ({error.strerror})"

@@ -184,7 +184,7 @@ class _Archive:
         return data
 
     def read_central(self) -> tuple[int, bytes]:
-        """Return the begin of the central directory, and its bytes."""
+        """Return the start of the central directory, and its bytes."""
         begin, size, count = self._find_directory()
         if size > MAX_DIRECTORY_SIZE or count > MAX_RECORDS:
             raise self.fail(

@@ -178,7 +178,7 @@ def _read_zip(file: BinaryIO, base: int, size: int, label: str, restrict: bool) 
 def _require_little(order: bytes, label: str) -> None:
     if order == b"big":
         raise NotSupportedError(
-            f"{label}: byteorder: expected 'little', found 'big', as machines that are rare by now write it. Load it "
+            f"{label}: byteorder: expected 'little', found 'big', as big-endian machines write it. Load it "
             "with `torch.load` and save it again on this machine."
         )
     if order != b"little":

@@ -1,9 +1,9 @@
 """The rewrite of a checkpoint whose tensors are not ranges of bytes, once, as a safetensors file in a cache.
 
-A child process does it: of this Python, but without environment and network, and with limits of memory, time and the
-size of its output. It gets two open files rather than paths, and reads the pickle with the same reader that found the
-tensors (:mod:`lading.formats.torch_save.unpickle`), so that it cannot run anything either; it adds only the handling of
-strides.
+A child process of the same Python does this, without environment variables and network, and with limits on memory,
+time and the size of its output. It gets two open files rather than paths, and reads the pickle with the same reader
+that found the tensors (:mod:`lading.formats.torch_save.unpickle`), so that it cannot run anything either; it adds only
+the handling of strides.
 """
 
 from __future__ import annotations

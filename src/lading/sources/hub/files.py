@@ -204,7 +204,7 @@ def offline_error(repo: str, what: str) -> FetchError:
     """Return the error for a file that is not here, and that lading may not request."""
     return FetchError(
         f"hg://{repo}: {what} is not in the cache at {hub_cache()}, and LADING_OFFLINE or HF_HUB_OFFLINE is set, "
-        "so the hub was not asked. Unset the variable, or bring it with `lading pull` where there is a network."
+        "so the hub was not asked. Unset the variable, or fetch it with `lading pull` where there is a network."
     )
 
 

@@ -45,7 +45,7 @@ def test_masks(past: int, new: int, window: int | None, padded: bool) -> None:
 
 
 @pytest.mark.parametrize(("past", "new", "window"), [(0, 5, None), (0, 5, 5), (0, 1, None), (7, 1, None), (7, 1, 3)])
-def test_no_mask_is_made_where_none_is_needed(past: int, new: int, window: int | None) -> None:
+def test_no_mask_is_made_unless_needed(past: int, new: int, window: int | None) -> None:
     assert causal_mask(new, past=past, window=window, padding=None, device=CPU).visible is None
 
 

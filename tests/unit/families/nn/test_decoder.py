@@ -432,7 +432,7 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.dim() == 2}
 
 
-def initialised(spec: DecoderSpec, **options: Any) -> DecoderLM:
+def initialized(spec: DecoderSpec, **options: Any) -> DecoderLM:
     torch.manual_seed(0)
     model = DecoderLM(spec)
     for name, parameter in model.named_parameters():
@@ -445,8 +445,8 @@ def initialised(spec: DecoderSpec, **options: Any) -> DecoderLM:
 BIG = replace(SPEC, model_dim=256, ffn_inner_dim=384, vocab_size=500, qkv_proj_bias=True, q_norm=True)
 
 
-def test_everything_is_initialised() -> None:
-    model = initialised(BIG)
+def test_everything_is_initialized() -> None:
+    model = initialized(BIG)
 
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -460,7 +460,7 @@ def test_everything_is_initialised() -> None:
 @pytest.mark.parametrize("scale", ["none", "layer", "stack"])
 @pytest.mark.parametrize("std", [None, 0.05])
 def test_standard_deviations(scale: str, std: float | None) -> None:
-    for name, weight in weights(initialised(BIG, std=std, std_scale=scale)).items():
+    for name, weight in weights(initialized(BIG, std=std, std_scale=scale)).items():
         expected = weight.size(1) ** -0.5 if std is None else std
         if "layers" in name:
             layer = int(name.split(".")[2])
@@ -472,13 +472,13 @@ def test_standard_deviations(scale: str, std: float | None) -> None:
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:
-    first, second = initialised(BIG).state_dict(), initialised(BIG).state_dict()
+    first, second = initialized(BIG).state_dict(), initialized(BIG).state_dict()
 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_padding_symbol_is_zero() -> None:
-    model = initialised(replace(BIG, pad_idx=7, tied_embeddings=True))
+    model = initialized(replace(BIG, pad_idx=7, tied_embeddings=True))
 
     table = model.model.embed_tokens.weight
     assert (table[7] == 0).all()

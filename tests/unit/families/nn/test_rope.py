@@ -135,7 +135,7 @@ def test_a_cast_of_the_model_leaves_the_frequencies_alone() -> None:
         assert torch.equal(rope.inv_freq, before)
 
 
-def test_buffers_are_computed_anew_after_the_meta_device() -> None:
+def test_buffers_are_recomputed_after_the_meta_device() -> None:
     expected = RotaryEmbedding(64, theta=10_000.0, scaling=scaling()).inv_freq
     with torch.device("meta"):
         rope = RotaryEmbedding(64, theta=10_000.0, scaling=scaling())

@@ -160,7 +160,7 @@ def test_models_pickle_and_copy() -> None:
 @pytest.mark.parametrize("spec", [LV60K, FBANK], ids=["waveform", "fbank"])
 @torch.no_grad()
 def test_padding_changes_nothing(spec: SpeechSpec) -> None:
-    """With a layer normalisation; a group normalisation is over time, padding included."""
+    """With a layer normalization; a group normalization is over time, padding included."""
     model = make(spec)
     x = sound(2, 203) if spec.fbank is None else sound(2, 203, 4)
     mask = torch.ones(2, 203).long()
