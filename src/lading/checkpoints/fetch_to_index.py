@@ -44,7 +44,7 @@ class FetchedCheckpoint(PublishedCheckpoint):
 
     @property
     def rewritten(self) -> bool:
-        """Whether a file is a rewrite of what was fetched."""
+        """True if a file is a rewrite of what was fetched."""
         return len(self.copies) > len(self.files)
 
 
