@@ -85,7 +85,7 @@ def _restore(kls: type[LadingError], args: tuple[object, ...], state: dict[str, 
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a sentence that suggests the names closest to ``name``, with a leading space; empty if none is close."""
+    """Return a sentence that suggests the names closest to ``name``, with a leading space; empty without one."""
     near = get_close_matches(name, list(known), n=3, cutoff=0.6)
 
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

@@ -93,7 +93,7 @@ def read_header(file: File, *, first: bytes | None = None) -> Part:
 
 
 def join(parts: Sequence[Part], *, index_name: str | None = None) -> Manifest:
-    """Return the manifest of a checkpoint with the files ``parts``, of which there is at least one."""
+    """Return the manifest of a checkpoint with the files ``parts``, at least one."""
     names: list[str] = []
     dtypes: list[str] = []
     shapes: list[tuple[int, ...]] = []

@@ -21,7 +21,7 @@ _MAX_FREE = 10_000_000
 """The most levels and characters of a value of free form."""
 
 _MAX_VALUES = 10_000
-"""The most values of which equal ones are found; most files have a few."""
+"""The most values that are searched for equal ones; most files have a few."""
 
 _MAX_ITEMS = 64
 """The most integers of a list."""
@@ -81,7 +81,7 @@ class Reader:
         return self.text.startswith(token, self._skip_space())
 
     def members(self, where: str, read: Mapping[str, object] | None = None) -> Iterator[str]:
-        """Yield the keys of an object, each of which occurs once.
+        """Yield the keys of an object, which must not repeat.
 
         The caller reads the value of each before it takes the next.
 

@@ -260,7 +260,7 @@ class Coordinator:
     def drop_rank(self, rank: int, cause: object = None) -> None:
         """Drop a rank that left, with all pending calls that it takes part in.
 
-        :param cause: the message and ranks of the failure because of which it left, if there is one.
+        :param cause: the message and ranks of the failure that made it leave, if any.
         """
         self._detect_own_pause()
         self._lost.add(rank)

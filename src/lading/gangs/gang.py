@@ -68,7 +68,7 @@ class Gang:
 
     @property
     def local_rank(self) -> int:
-        """The index of this process among the members on its host; 0 does the work of which a host needs one copy."""
+        """The index of this process among the members on its host; 0 does the work that a host needs only once."""
         return self.local_ranks.index(self.rank)
 
     @property

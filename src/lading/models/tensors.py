@@ -55,7 +55,7 @@ def read_tensors(
         for i in tensors_of(source):
             if (stored := checkpoint.manifest.dtypes[i]) not in TORCH_DTYPES:
                 raise NotSupportedError(
-                    f"{checkpoint.manifest.names[i]!r} is stored as {stored}, of which torch has no tensors, so it is "
+                    f"{checkpoint.manifest.names[i]!r} is stored as {stored}, a dtype that torch lacks, so it is "
                     f"not read. Use the checkpoint at {checkpoint.where} in its original precision."
                 )
     if boxes is None:

@@ -193,7 +193,7 @@ def compared_as(a: str, b: str) -> tuple[str, torch.dtype]:
 
 
 def _has_same_bytes(x: Tensor, y: Tensor) -> bool:
-    # As items of the widest size, of which there are the fewest. As floats, a NaN would not equal itself.
+    # As items of the widest size, so that there are few. As floats, a NaN would not equal itself.
     for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8):
         if all(z.numel() * z.itemsize % dtype.itemsize == 0 == z.data_ptr() % dtype.itemsize for z in (x, y)):
             return torch.equal(x.view(torch.uint8).view(dtype), y.view(torch.uint8).view(dtype))

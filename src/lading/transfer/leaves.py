@@ -14,7 +14,7 @@ import torch
 from lading.formats.digests import LEAF, SIZE, block_digest, leaf_digest
 
 _WIDE = (torch.int64, torch.int32, torch.int16)
-"""The dtypes for copies of bytes, of which the widest that fits has the fewest items."""
+"""The dtypes for copies of bytes; the widest that fits has the fewest items."""
 
 
 class Job(NamedTuple):

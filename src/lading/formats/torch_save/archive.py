@@ -25,7 +25,7 @@ MAX_DIRECTORY_SIZE = 100_000_000
 """The most bytes of the central directory, as for the header of a safetensors file."""
 
 MAX_RECORDS = 1_000_000
-"""The most records of an archive, each of which takes about 600 bytes of memory."""
+"""The most records of an archive; each takes about 600 bytes of memory."""
 
 MAX_NAME_SIZE = 1024
 """The most bytes of a record's name, and of its extra fields, which zipfile reads in quadratic time."""
