@@ -398,7 +398,7 @@ class TestLayers:
 
 class TestRenames:
     def test_prefix(self, cli, tmp_path):
-        """All norms are equal; none is read that has no counterpart."""
+        """All norms are equal, and a norm without a counterpart is not read."""
         generator = torch.Generator().manual_seed(3)
         state = {f"layers.{i}.w": torch.randn(4, 4, generator=generator) for i in range(3)}
         state |= {f"layers.{i}.norm": torch.ones(4) for i in range(3)}

@@ -62,7 +62,7 @@ WHERE datname = current_database() AND pid <> pg_backend_pid()
 
 
 class Server:
-    """A server that runs, and its databases, each of which begins as a catalog without rows.
+    """A server that runs, and its databases, which begin as catalogs without rows.
 
     To make a database takes a tenth of a second, so they are used again.
     """
@@ -110,7 +110,7 @@ class Server:
         return name
 
     def _take_back(self, name: str) -> None:
-        """Take all rows out of a database; drop it if its schema is no longer what it was."""
+        """Take all rows out of a database; drop it if its schema has changed."""
         with self._connect(name) as connection:
             connection.execute(_END_OTHERS)
             is_as_before = connection.execute(_SHAPE).fetchall() == self._shape

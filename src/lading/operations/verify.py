@@ -184,7 +184,7 @@ def _first_seen(of: AssetCard | Path, path: Path, title: str, store: AssetStore)
     stored = index_checkpoint(path, store=store)
     found = uri_path(stored.uri)
     if found is None:
-        raise InternalError(f"{path} was indexed as {stored.uri}, which is no path")
+        raise InternalError(f"{path} was indexed as {stored.uri}, expected the URI of a path")
 
     return LocalCheckpointFiles.read(found, cache=store.settings.cache_dir).checkpoint(title)
 
