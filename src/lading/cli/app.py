@@ -9,9 +9,9 @@ from lading.cli.command import Program
 
 def _version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     if value and not context.resilient_parsing:
-        from importlib.metadata import version
+        from lading.system.version import __version__
 
-        click.echo(f"lading {version('lading')}")
+        click.echo(f"lading {__version__}")
         context.exit()
 
 

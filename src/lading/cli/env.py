@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,7 +51,7 @@ def env(as_json: bool) -> None:
         "cuda": _torch_cuda(),
         "nvidia_driver": _driver(),
         "sqlite": sqlite3.sqlite_version,
-        "extras": [name for name in metadata.metadata("lading").get_all("Provides-Extra") or () if _is_installed(name)],
+        "extras": _installed_extras(),
         **_places(),
     }
     variables = dict(_variables())
@@ -69,11 +69,22 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _is_installed(extra: str) -> bool:
-    """Return whether all packages of an extra are installed, of whatever version."""
+def _installed_extras() -> list[str]:
+    """Return the extras whose packages are all installed, of whatever version; none if lading runs from its source."""
+    from lading.system.version import DISTRIBUTION
+
+    try:
+        found = metadata.distribution(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return []
+    needs = found.requires or ()
+
+    return [extra for extra in found.metadata.get_all("Provides-Extra") or () if _is_installed(extra, needs)]
+
+
+def _is_installed(extra: str, needs: Iterable[str]) -> bool:
     mark = re.compile(rf"""extra == ["']{re.escape(extra)}["']""")
-    needed = [need for need in metadata.requires("lading") or () if mark.search(need)]
-    names = [found[0] for need in needed if (found := re.match(r"[\w.-]+", need))]
+    names = [found[0] for need in needs if mark.search(need) and (found := re.match(r"[\w.-]+", need))]
 
     return all(_version(name) is not None for name in names)
 

@@ -221,7 +221,7 @@ def _refuse_pieces(manifest: Manifest) -> None:
     for tensor, found in manifest.pieces.items():
         raise NotSupportedError(
             f"The tensor {manifest.names[tensor]!r} lies in {len(found)} pieces, as ranks saved it, but this version "
-            "of lading reads tensors of one piece only. Upgrade it: `pip install --upgrade lading`."
+            "of lading reads tensors of one piece only. Upgrade it: `pip install --upgrade lading-hub`."
         )
 
 

@@ -319,7 +319,7 @@ def test_a_newer_schema(tmp_path: Path) -> None:
     open_catalog(settings_in(tmp_path))
     raw(tmp_path / "catalog.sqlite", "PRAGMA user_version = 99")
     for door in (open_catalog, lifecycle.upgrade):
-        with pytest.raises(CatalogOutdatedError, match="pip install --upgrade lading") as caught:
+        with pytest.raises(CatalogOutdatedError, match="pip install --upgrade lading-hub") as caught:
             door(settings_in(tmp_path))
         assert (caught.value.expected, caught.value.found) == (SCHEMA_VERSION, 99)
 

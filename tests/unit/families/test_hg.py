@@ -245,7 +245,7 @@ try:
 except NotSupportedError as error:
     print(error)
 """
-    assert "`pip install lading[hf]`" in interpreters.run(script)
+    assert "`pip install 'lading-hub[hf]'`" in interpreters.run(script)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ except NotSupportedError as error:
     out = interpreters.run(script)
 
     assert told in out
-    assert "`pip install lading[hf]`" in out
+    assert "`pip install 'lading-hub[hf]'`" in out
 
 
 def test_transformers_is_imported_only_by_what_needs_it(interpreters: Interpreters) -> None:

@@ -59,7 +59,7 @@ def server_engine(target: Target) -> Engine:
     except (exc.ArgumentError, ImportError) as error:
         raise CatalogError(
             f"No driver for {target} can be used ({target.without_secrets(error)}). For PostgreSQL: `pip install "
-            "'lading[postgresql]'` and postgresql+psycopg://…"
+            "'lading-hub[postgresql]'` and postgresql+psycopg://…"
         ) from error
 
 

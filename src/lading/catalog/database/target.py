@@ -213,7 +213,7 @@ def check_version(found: int, target: Target) -> None:
 
     what = f"The schema of {target} is of version {found}, but this version of lading works with {SCHEMA_VERSION}."
     todo = (
-        "Upgrade lading: `pip install --upgrade lading`."
+        "Upgrade lading: `pip install --upgrade lading-hub`."
         if found > SCHEMA_VERSION
         else "`lading db upgrade` brings it up to date, after a backup."
     )

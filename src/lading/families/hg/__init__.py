@@ -1,4 +1,4 @@
-"""Any model of transformers 5, by its class there: ``pip install lading[hf]``.
+"""Any model of transformers 5, by its class there: ``pip install 'lading-hub[hf]'``.
 
 transformers builds the module on the meta device, and lading reads the checkpoint, as for any other family. Code of a
 repository never runs: ``auto_map`` in a ``config.json`` and ``trust_remote_code`` are ignored.
@@ -210,10 +210,11 @@ def _require_transformers(config: HuggingFaceModelConfig) -> None:
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "transformers"
         why = "is not installed" if missing else f"cannot be imported: {error}"
-        raise NotSupportedError(f"{wanted}, which {why}. Run `pip install lading[hf]` to install it.") from None
+        raise NotSupportedError(f"{wanted}, which {why}. Run `pip install 'lading-hub[hf]'` to install it.") from None
     if int(transformers.__version__.partition(".")[0]) < _MAJOR:
         raise NotSupportedError(
-            f"{wanted}, but version {transformers.__version__} is installed. Run `pip install lading[hf]` to upgrade."
+            f"{wanted}, but version {transformers.__version__} is installed. Run `pip install 'lading-hub[hf]'` to "
+            "upgrade."
         )
 
 
