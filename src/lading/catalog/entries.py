@@ -6,11 +6,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 from sqlalchemy import ColumnElement, select
-from sqlalchemy.orm import Session, joinedload
+from sqlalchemy.orm import Session
 
 from lading.cards.card import ArchitectureEntry, CardEntry
 from lading.catalog.database.statements import chunks, intact, loads_object
-from lading.catalog.schema import ArchitectureRow, CardRow, SourceRow
+from lading.catalog.schema import ARCHITECTURES, CARDS, SOURCES
 
 
 def label(uri: str, position: int) -> str:
@@ -24,20 +24,21 @@ def read_cards(session: Session, names: Collection[str] | None = None, *, env: s
     :param names: default: of all cards.
     :param env: the environment. Default: of all environments.
     """
-    only = [] if env is None else [CardRow.env == env]
+    only = [] if env is None else [CARDS.c.env == env]
     if names is None:
         return _cards(session, *only)
 
-    return [entry for piece in chunks(names) for entry in _cards(session, CardRow.name.in_(piece), *only)]
+    return [entry for piece in chunks(names) for entry in _cards(session, CARDS.c.name.in_(piece), *only)]
 
 
 def _cards(session: Session, *conditions: ColumnElement[bool]) -> list[CardEntry]:
     # Columns rather than rows: a caller may want all cards of a large catalog.
+    c = CARDS.c
     rows = session.execute(
-        select(CardRow.name, CardRow.env, CardRow.metadata_, CardRow.folder, CardRow.position, SourceRow.uri)
-        .join(CardRow.source)
+        select(c.name, c.env, c.metadata_, c.folder, c.position, SOURCES.c.uri)
+        .join_from(CARDS, SOURCES)
         .where(*conditions)
-        .order_by(CardRow.source_id, CardRow.position)
+        .order_by(c.source_id, c.position)
     )
 
     with intact("a card"):
@@ -57,27 +58,24 @@ def read_architectures(
     session: Session, family: str | None = None, name: str | None = None
 ) -> list[tuple[ArchitectureEntry, str]]:
     """Return the entries of architectures, in the order of their sources, and the URI of the source of each."""
+    c = ARCHITECTURES.c
     statement = (
-        select(ArchitectureRow)
-        .options(joinedload(ArchitectureRow.source))
-        .order_by(ArchitectureRow.source_id, ArchitectureRow.position)
+        select(c.name, c.family, c.base, c.config, c.position, SOURCES.c.uri)
+        .join_from(ARCHITECTURES, SOURCES)
+        .order_by(c.source_id, c.position)
     )
     if family is not None:
-        statement = statement.where(ArchitectureRow.family == family)
+        statement = statement.where(c.family == family)
     if name is not None:
-        statement = statement.where(ArchitectureRow.name == name)
+        statement = statement.where(c.name == name)
 
     with intact("an architecture"):
         return [
             (
                 ArchitectureEntry(
-                    name=row.name,
-                    family=row.family,
-                    base=row.base,
-                    config=loads_object(row.config),
-                    source=label(row.source.uri, row.position),
+                    name=name, family=family, base=base, config=loads_object(config), source=label(uri, position)
                 ),
-                row.source.uri,
+                uri,
             )
-            for row in session.scalars(statement)
+            for name, family, base, config, position, uri in session.execute(statement)
         ]

@@ -23,8 +23,8 @@ from lading.cards.card import (
     resolve_card,
     split_name,
 )
-from lading.catalog.checkpoints.copies import copies_at, copies_of, copies_with
-from lading.catalog.checkpoints.manifests import find_checkpoint, read_digests, read_manifest, read_roots
+from lading.catalog.checkpoints.copies import copies_at, copies_of_id, copies_with
+from lading.catalog.checkpoints.manifests import find_columns, read_digests, read_manifest, read_roots
 from lading.catalog.database.database import Database
 from lading.catalog.database.statements import intact
 from lading.catalog.entries import read_architectures, read_cards
@@ -32,7 +32,7 @@ from lading.catalog.importing.derived import descendants
 from lading.catalog.listing import Sort, list_models, near_names, summary_of
 from lading.catalog.open import open_catalog
 from lading.catalog.records import ArchitectureSummary, FamilySummary, LocalCopy, ModelSummary, StoredCheckpoint
-from lading.catalog.schema import ArchitectureRow, CardRow, FamilyRow
+from lading.catalog.schema import ARCHITECTURES, CARDS, FAMILIES
 from lading.errors import (
     AssetCardError,
     AssetNotFoundError,
@@ -57,7 +57,7 @@ __all__ = [
 
 _log = logging.getLogger("lading")
 
-_MATERIALISED = {"model_family": CardRow.family, "model_arch": CardRow.arch}
+_MATERIALISED = {"model_family": CARDS.c.family, "model_arch": CARDS.c.arch}
 """The fields whose resolved values are columns."""
 
 
@@ -163,7 +163,7 @@ class AssetStore:
     def asset_names(self) -> Set[str]:
         """The names of all cards, overlays apart."""
         with self._database.session() as session:
-            return frozenset(session.scalars(select(CardRow.name).where(CardRow.env == "")))
+            return frozenset(session.scalars(select(CARDS.c.name).where(CARDS.c.env == "")))
 
     def _candidates(
         self, session: Session, field: str, value: object, envs: Sequence[str]
@@ -175,7 +175,7 @@ class AssetStore:
             return sorted(name for name, by_env in entries.items() if "" in by_env), entries
 
         # The columns are right for every card without an overlay on its chain.
-        names = set(session.scalars(select(CardRow.name).where(CardRow.env == "", kept == value)))
+        names = set(session.scalars(select(CARDS.c.name).where(CARDS.c.env == "", kept == value)))
         names |= self._overlaid(session, envs)
 
         entries = {}
@@ -190,7 +190,7 @@ class AssetStore:
 
     def _overlaid(self, session: Session, envs: Sequence[str]) -> set[str]:
         """Return the names of the cards with an overlay of ``envs`` on their chain of bases."""
-        found = set(session.scalars(select(CardRow.name).where(CardRow.env != "", CardRow.env.in_(envs))))
+        found = set(session.scalars(select(CARDS.c.name).where(CARDS.c.env != "", CARDS.c.env.in_(envs))))
 
         return descendants(session, found) | found
 
@@ -201,9 +201,9 @@ class AssetStore:
 
         wanted = self.settings.env if env is None else env
         if wanted is not None and wanted != USER_ENV:
-            known = CardRow.env == wanted
-            if not session.scalar(select(CardRow.id).where(CardRow.env != "", known).limit(1)):
-                envs = session.scalars(select(CardRow.env).where(CardRow.env != "").distinct())
+            known = CARDS.c.env == wanted
+            if not session.scalar(select(CARDS.c.id).where(CARDS.c.env != "", known).limit(1)):
+                envs = session.scalars(select(CARDS.c.env).where(CARDS.c.env != "").distinct())
                 others = sorted({USER_ENV, *envs})
                 known_ones = f"Known: {', '.join(others)}.{did_you_mean(wanted, others)}"
                 if env is not None:
@@ -258,10 +258,10 @@ class AssetStore:
 
     def families(self) -> list[FamilySummary]:
         """Return the families that packages register, and those that cards and architectures name."""
-        of_cards = select(CardRow.family, func.count()).where(CardRow.env == "").group_by(CardRow.family)
-        of_architectures = select(ArchitectureRow.family, func.count()).group_by(ArchitectureRow.family)
+        of_cards = select(CARDS.c.family, func.count()).where(CARDS.c.env == "").group_by(CARDS.c.family)
+        of_architectures = select(ARCHITECTURES.c.family, func.count()).group_by(ARCHITECTURES.c.family)
         with self._database.session() as session:
-            families = session.scalars(select(FamilyRow).order_by(FamilyRow.name)).all()
+            families = session.execute(select(FAMILIES).order_by(FAMILIES.c.name)).all()
             cards = {row[0]: row[1] for row in session.execute(of_cards)}
             architectures = {row[0]: row[1] for row in session.execute(of_architectures)}
 
@@ -356,7 +356,7 @@ class AssetStore:
             return None
 
         with self._database.session() as session:
-            row = find_checkpoint(session, uri)
+            row = find_columns(session, uri)
             if row is None:
                 return None
 
@@ -364,7 +364,7 @@ class AssetStore:
                 uri=uri,
                 revision=row.revision,
                 manifest=read_manifest(session, row),
-                copies=tuple(copies_of(row)),
+                copies=tuple(copies_of_id(session, row.id)),
                 indexed_at=row.indexed_at,
             )
 
@@ -374,7 +374,7 @@ class AssetStore:
         :param manifest: that of the checkpoint; the result is ``None`` if the catalog's has other tensors by now.
         """
         with self._database.session() as session:
-            row = find_checkpoint(session, uri)
+            row = find_columns(session, uri)
             if row is None or row.tensors != len(manifest):
                 return None
             if not read_manifest(session, row).tensors_equal(manifest):

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, select, true, tuple_
+from sqlalchemy import ColumnElement, Row, select, true, tuple_
 from sqlalchemy.orm import Session, make_transient
 
 from lading.catalog.database.statements import chunks, intact
 from lading.catalog.records import CopyKind, LocalCopy, from_signed, now, to_signed
-from lading.catalog.schema import CheckpointRow, CopyRow, ShardRow
+from lading.catalog.schema import COPIES, SHARDS, CheckpointRow, CopyRow
 from lading.system.filesystem import FileStat, location_id
 
+_R = TypeVar("_R", CopyRow, Row[Any])
 
-def reachable(rows: Iterable[CopyRow]) -> list[tuple[CopyRow, LocalCopy]]:
-    """Return the rows whose path leads to the copy from this machine, each with its value."""
+
+def reachable(rows: Iterable[_R]) -> list[tuple[_R, LocalCopy]]:
+    """Return the rows, mapped or of columns, whose path leads to the copy from this machine, each with its value."""
     with intact("a copy"):
         return [
             (
@@ -50,20 +53,25 @@ def all_copies(session: Session) -> dict[int, list[LocalCopy]]:
 
 def copies_with(session: Session, sha256: str) -> list[LocalCopy]:
     """Return the copies of all shards of this SHA-256 that this machine can reach."""
-    shards = select(ShardRow.checkpoint_id, ShardRow.name).where(ShardRow.sha256 == sha256)
+    shards = select(SHARDS.c.checkpoint_id, SHARDS.c.name).where(SHARDS.c.sha256 == sha256)
 
-    return [copy for _, copy in _find(session, tuple_(CopyRow.checkpoint_id, CopyRow.file).in_(shards))]
+    return [copy for _, copy in _find(session, tuple_(COPIES.c.checkpoint_id, COPIES.c.file).in_(shards))]
+
+
+def copies_of_id(session: Session, checkpoint_id: int) -> list[LocalCopy]:
+    """Return what :func:`copies_of` does, by the id of the checkpoint."""
+    return [copy for _, copy in _find(session, COPIES.c.checkpoint_id == checkpoint_id)]
 
 
 def copies_at(session: Session, path: Path) -> list[LocalCopy]:
     """Return the copies at ``path`` of this machine, one for each checkpoint that the file belongs to."""
-    return [copy for _, copy in _find(session, CopyRow.path == str(path))]
+    return [copy for _, copy in _find(session, COPIES.c.path == str(path))]
 
 
-def _find(session: Session, condition: ColumnElement[bool]) -> list[tuple[CopyRow, LocalCopy]]:
-    return reachable(
-        session.scalars(select(CopyRow).where(condition).order_by(CopyRow.checkpoint_id, CopyRow.file, CopyRow.place))
-    )
+def _find(session: Session, condition: ColumnElement[bool]) -> list[tuple[Row[Any], LocalCopy]]:
+    c = COPIES.c
+
+    return reachable(session.execute(select(COPIES).where(condition).order_by(c.checkpoint_id, c.file, c.place)))
 
 
 def write_copies(
@@ -141,7 +149,7 @@ def _with_known_kinds(session: Session, copies: Sequence[LocalCopy]) -> list[Loc
     """
     known: dict[tuple[Path, FileStat], set[CopyKind]] = {}
     for paths in chunks(str(copy.path) for copy in copies):
-        for _, copy in _find(session, CopyRow.path.in_(paths)):
+        for _, copy in _find(session, COPIES.c.path.in_(paths)):
             known.setdefault((copy.path, copy.stat), set()).add(copy.kind)
 
     def kind_of(copy: LocalCopy) -> CopyKind:

@@ -8,12 +8,13 @@ from array import array
 from collections.abc import Iterator
 from itertools import groupby
 from operator import itemgetter
+from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, exists, insert, select, update
 from sqlalchemy.orm import Session
 
 from lading.catalog.database.statements import chunks, intact, loads_object
-from lading.catalog.schema import CHECKPOINTS, DIGESTS, PIECES, TENSORS, CheckpointRow, ShardRow
+from lading.catalog.schema import CHECKPOINTS, DIGESTS, PIECES, SHARDS, TENSORS, CheckpointRow, ShardRow
 from lading.formats.digests import Digests, recorded
 from lading.formats.manifest import BITS, Manifest, Piece, Shard
 
@@ -26,8 +27,18 @@ def find_checkpoint(session: Session, uri: str) -> CheckpointRow | None:
     return session.scalars(select(CheckpointRow).where(CheckpointRow.uri == uri)).one_or_none()
 
 
-def read_manifest(session: Session, row: CheckpointRow) -> Manifest:
+def find_columns(session: Session, uri: str) -> Row[Any] | None:
+    """Return the columns of :func:`find_checkpoint`, for a process that may need no mapped class at all."""
+    in_pieces = exists().where(PIECES.c.checkpoint_id == CHECKPOINTS.c.id)
+    statement = select(CHECKPOINTS, in_pieces.label("in_pieces")).where(CHECKPOINTS.c.uri == uri)
+
+    return session.execute(statement).one_or_none()
+
+
+def read_manifest(session: Session, row: CheckpointRow | Row[Any]) -> Manifest:
     """Return the manifest of a checkpoint.
+
+    :param row: its row, or the columns of :func:`find_columns`.
 
     :raises CatalogError: the rows are damaged.
     """
@@ -40,7 +51,12 @@ def shards_of(row: CheckpointRow) -> tuple[Shard, ...]:
     return tuple(Shard(name=shard.name, size=shard.size, sha256=shard.sha256) for shard in row.shards)
 
 
-def _read_manifest(connection: Connection, row: CheckpointRow) -> Manifest:
+def _read_manifest(connection: Connection, row: CheckpointRow | Row[Any]) -> Manifest:
+    shards = connection.execute(
+        select(SHARDS.c.name, SHARDS.c.size, SHARDS.c.sha256)
+        .where(SHARDS.c.checkpoint_id == row.id)
+        .order_by(SHARDS.c.position)
+    )
     tensors = connection.execute(
         select(TENSORS.c.name, TENSORS.c.dtype, TENSORS.c.shape, TENSORS.c.shard, TENSORS.c.offset)
         .where(TENSORS.c.checkpoint_id == row.id)
@@ -68,7 +84,7 @@ def _read_manifest(connection: Connection, row: CheckpointRow) -> Manifest:
 
     return Manifest(
         format=row.format,
-        shards=shards_of(row),
+        shards=tuple(Shard(name=name, size=size, sha256=sha256) for name, size, sha256 in shards),
         names=names,
         dtypes=dtypes,
         shapes=shapes,

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from lading.cards.card import AssetCard, CardEntry, checkpoint_ref, resolve_card
 from lading.catalog.database.statements import chunks
 from lading.catalog.entries import read_cards
-from lading.catalog.schema import CardRow
+from lading.catalog.schema import CARDS, CardRow
 from lading.catalog.search import fold_fields, search_text
 from lading.errors import AssetCardError
 
@@ -151,7 +151,8 @@ def descendants(session: Session, names: Iterable[str]) -> set[str]:
     while level:
         children: set[str] = set()
         for piece in chunks(level):
-            children.update(session.scalars(select(CardRow.name).where(CardRow.env == "", CardRow.base.in_(piece))))
+            statement = select(CARDS.c.name).where(CARDS.c.env == "", CARDS.c.base.in_(piece))
+            children.update(session.scalars(statement))
         level = children - found
         found |= level
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import select
+from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
 from lading.cards.documents.document import MAX_FILE_BYTES
@@ -26,7 +26,7 @@ from lading.catalog.database.statements import intact
 from lading.catalog.importing.apply import apply
 from lading.catalog.importing.write import forget
 from lading.catalog.records import newer, now
-from lading.catalog.schema import FamilyRow, SourceRow
+from lading.catalog.schema import FAMILIES, SOURCES, FamilyRow, SourceRow
 from lading.system.entry_points import registered
 from lading.system.filesystem import FileStat, path_exists, read_regular
 from lading.system.settings import Settings
@@ -92,7 +92,7 @@ class Changes:
 
 def find_changes(session: Session, settings: Settings) -> Changes:
     """Compare the catalog with the world."""
-    sources = {row.uri: row for row in session.scalars(select(SourceRow))}
+    sources = {row.uri: row for row in session.execute(select(SOURCES))}
     changed, gone, warnings = _user_news(sources, settings)
 
     return Changes(
@@ -128,7 +128,7 @@ def _take(session: Session, news: Changes) -> None:
 def _family_news(session: Session) -> dict[str, str | None]:
     present = {entry.name: entry.value for entry in registered(_GROUP)}
     with intact("a family"):
-        known = {row.name: row.entry_point for row in session.scalars(select(FamilyRow))}
+        known = {row.name: row.entry_point for row in session.execute(select(FAMILIES))}
     lost = [name for name, entry_point in known.items() if entry_point is not None and name not in present]
 
     return {name: value for name, value in present.items() if known.get(name) != value} | dict.fromkeys(lost)
@@ -148,7 +148,7 @@ def _take_families(session: Session, families: Mapping[str, str | None]) -> None
 # --- the package's cards ----------------------------------------------------------------------------------------------
 
 
-def _seed_news(sources: Mapping[str, SourceRow]) -> dict[str, bytes] | None:
+def _seed_news(sources: Mapping[str, Row[Any]]) -> dict[str, bytes] | None:
     seeds = {
         f"package:{_SEEDS}/{file.name}": file.read_bytes()
         for file in files(_SEEDS).iterdir()
@@ -208,7 +208,7 @@ def _take_seeds(session: Session, seeds: Mapping[str, bytes]) -> None:
 
 
 def _user_news(
-    sources: Mapping[str, SourceRow], settings: Settings
+    sources: Mapping[str, Row[Any]], settings: Settings
 ) -> tuple[dict[str, FileStat], frozenset[str], dict[str, str]]:
     """Compare the sources with the user's card files: those that changed, those that are gone, and what to say."""
     changed: dict[str, FileStat] = {}
@@ -253,7 +253,7 @@ def _user_news(
     return changed, frozenset(gone), warnings
 
 
-def _compare(file: Path, row: SourceRow | None) -> tuple[FileStat, bool]:
+def _compare(file: Path, row: Row[Any] | None) -> tuple[FileStat, bool]:
     """Return the state of a card file, and whether its content is the one that ``row`` records.
 
     :raises OSError: it cannot be read.
