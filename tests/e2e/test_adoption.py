@@ -429,15 +429,41 @@ def test_a_folder_is_one_checkpoint_by_every_spelling(
     assert [tuple(row) for row in lading.query("select count(*) from checkpoints").rows] == [(1,)]
 
 
-def test_a_card_may_name_a_folder_by_a_link(tmp_path: Path, cache: Path, tiny: Path) -> None:
+def test_cards_that_name_a_folder_by_links_name_one_checkpoint(tmp_path: Path, cache: Path, tiny: Path) -> None:
     (tmp_path / "link").symlink_to(tiny.parent)
     (tmp_path / "direct").symlink_to(tiny)
-    add_cards(tmp_path, a=f"{tmp_path}/link/Tiny", b=f"{tmp_path}/direct", c=f"{tmp_path}/made/../made/Tiny")
+    add_cards(
+        tmp_path, a=f"{tmp_path}/link/Tiny", b=f"{tmp_path}/direct", c=f"{tmp_path}/made/../made/Tiny/.",
+        d=f"{tmp_path}/link\ncheckpoint_path: Tiny",
+    )  # fmt: skip
 
-    for path, name in ((tmp_path / "link", "a"), (tmp_path / "direct", "b"), (tiny, "c")):
-        (adoption,) = lading.adopt_checkpoints(path)
-        assert (adoption.status, adoption.cards) == ("adopted", (name,))
+    (adoption,) = lading.adopt_checkpoints(tmp_path / "link")
+    assert (adoption.status, adoption.cards) == ("adopted", ("a", "b", "c", "d"))
+    for path in (tmp_path / "link", tmp_path / "direct", tiny):
+        (again,) = lading.adopt_checkpoints(path)
+        assert (again.status, again.path, again.cards) == ("known", tiny, adoption.cards)
+    for name in adoption.cards:
         loads(name)
+        assert lading.index_checkpoint(name).uri == path_uri(tiny)
+    for path in (tmp_path / "direct", tmp_path / "link" / "Tiny"):
+        assert lading.verify_model(path, progress=False).good
+    assert [tuple(row) for row in lading.query("select uri from checkpoints").rows] == [(f"file://{tiny}",)]
+    assert {each.path for each in lading.disk_usage().holdings} == {str(tiny / "model.safetensors")}
+
+
+def test_a_link_that_leads_elsewhere_now_names_another_checkpoint(
+    tmp_path: Path, cache: Path, tiny: Path, sharded: Path
+) -> None:
+    latest = tmp_path / "latest"
+    latest.symlink_to(tiny)
+    add_cards(tmp_path, mine=str(latest))
+    loads("mine")
+
+    latest.unlink()
+    latest.symlink_to(sharded)
+
+    loads("mine")
+    assert {uri for (uri,) in lading.query("select uri from checkpoints").rows} == {path_uri(tiny), path_uri(sharded)}
 
 
 def test_hostile_and_broken_folders(tmp_path: Path, cache: Path, tiny: Path) -> None:

@@ -111,7 +111,7 @@ def adopt_checkpoints(
         require_writable(store)
 
     places = (
-        (place for root in roots for place in _places(root, store)) if paths else find_hub_repositories(hub_cache())
+        (place for root in roots for place in find_checkpoints(root)) if paths else find_hub_repositories(hub_cache())
     )
     adopter = _Adopter(store, dry_run=dry_run, restrict=restrict, progress=progress)
     found: dict[tuple[Path, str | None], Adoption] = {}
@@ -129,22 +129,7 @@ def _root(path: str | Path) -> Path:
     if not root.is_dir():
         raise NotSupportedError(f"{root} is expected to be a folder to search, but is a file. Give its folder instead.")
 
-    return root
-
-
-def _places(root: Path, store: AssetStore) -> Iterator[FoundCheckpoint]:
-    """Yield the places below a folder.
-
-    Each path is resolved, unless a card names the path as the user spells it.
-    """
-    real = root.resolve()
-    for place in find_checkpoints(real):
-        if root != real and place.repo is None:
-            spelled = root / place.path.relative_to(real)
-            if names_of(store, [path_uri(spelled)]):
-                yield replace(place, path=spelled, root=root)
-                continue
-        yield place
+    return root.resolve()
 
 
 class _Adopter:

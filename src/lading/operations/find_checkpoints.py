@@ -56,7 +56,7 @@ def find_checkpoints(root: Path) -> Iterator[FoundCheckpoint]:
     ``torch.save`` files without a usual name are a checkpoint each, and so are files without a suffix whose first bytes
     are those of a checkpoint.
 
-    :param root: an absolute path.
+    :param root: an absolute path without links: a link to a folder is followed only if the user named it.
     """
     snapshots = root.parent
     if is_commit(root.name) and snapshots.name == "snapshots" and (repo := repository_id(snapshots.parent)):
@@ -144,8 +144,7 @@ def require_links_inside(path: Path, place: FoundCheckpoint) -> None:
     :raises NotSupportedError: its format is not supported.
     :raises CorruptModelCheckpointError: its index breaks the rules of the format.
     """
-    # A link to a folder is followed if the user named it.
-    folder = path if path.is_dir() and (path == place.root or not path.is_symlink()) else path.parent
+    folder = path if path.is_dir() and not path.is_symlink() else path.parent
     _require_no_links_between(folder, place)
     _require_inside(folder / CONFIG_NAME, place)
     for file in _files(path, folder):

@@ -23,15 +23,18 @@ def shown_uri(uri: str) -> str:
 def path_uri(path: Path) -> str:
     """Return the ``file://`` URI of a path, unquoted, so that it can be compared, shown, and read by :func:`uri_path`.
 
-    A path has one URI, however it is written (``.``, ``..``, a slash at the end). Links are not followed.
+    A folder has one URI, however its path is written: with ``.``, ``..``, a slash at the end, or links to folders. A
+    file keeps its own name, even if it is a link: in the cache of Hugging Face's libraries all files are.
     """
     path = path.absolute()
-    if ".." in path.parts:
-        # `normpath` is wrong here: after a link to a folder, `..` is the parent of the link's target.
-        end = len(path.parts) - path.parts[::-1].index("..")
-        path = Path(os.path.realpath(Path(*path.parts[:end])), *path.parts[end:])
+    try:
+        real = Path(os.path.realpath(path))
+        if path.name != ".." and not os.path.isdir(real):  # noqa: PTH112 (`is_dir` raises in a folder that is locked)
+            real = Path(os.path.realpath(path.parent), path.name)
+    except ValueError:  # a NUL, so nothing is there
+        real = path
 
-    return f"file://{path}"
+    return f"file://{real}"
 
 
 def uri_path(uri: str) -> Path | None:
