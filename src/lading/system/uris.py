@@ -6,18 +6,27 @@ import os
 import re
 from pathlib import Path
 
+_HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d{0,5})?")
+"""A host of a web address, with or without a port."""
+
 
 def shown_uri(uri: str) -> str:
     """Return ``uri`` without the user, the query and the fragment of a web address, so that it can be shown and kept.
 
-    Signed addresses hold their secrets there.
+    Signed addresses hold their secrets there. A part that looks like an unquoted password is not shown, either.
     """
     scheme, _, rest = uri.partition("://")
     if not rest or scheme.lower() in ("file", "hg", "hf"):
         return uri
-    host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    shown = re.split(r"[?#]", rest, maxsplit=1)[0]
+    host, slash, path = shown.partition("/")
+    host = host.rpartition("@")[2]
+    # A password with a ?, # or / ends the host early, at "user:pass": the rest of it, with an @, follows.
+    behind = rest[len(shown) :]
+    if ("@" in behind and not slash) or ("@" in path + behind and not _HOST.fullmatch(host)):
+        return f"{scheme}://…"
 
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    return f"{scheme}://{host}{slash}{path}"
 
 
 def path_uri(path: Path) -> str:
