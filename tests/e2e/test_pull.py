@@ -374,6 +374,28 @@ def test_from_a_web_server(process: Run, web: str, tmp_path: Path, file: str) ->
     assert all(Path(path).is_relative_to(tmp_path / "cache" / "blobs") for path in paths)
 
 
+def test_a_repair_that_fails_leaves_the_files_as_they_were(process: Run, web: str, tmp_path: Path) -> None:
+    (tmp_path / "cards.yaml").write_text(CARD.format(name="web", uri=f"{web}/model.safetensors.index.json", layers=2))
+    cache = {"LADING_OFFLINE": "", "LADING_CACHE_DIR": str(tmp_path / "cache")}
+    for words in (("import", str(tmp_path / "cards.yaml")), ("pull", "web", "--no-progress")):
+        assert process(*words, env=cache).returncode == 0
+    path = Path(process("path", "web", env=cache).stdout.splitlines()[0])
+    good = path.read_bytes()
+    damage(path)
+    damaged = path.read_bytes()
+
+    def files() -> dict[Path, bytes]:
+        return {p: p.read_bytes() for p in (tmp_path / "cache" / "blobs").rglob("*") if p.is_file()}
+
+    before = files()
+    assert process("verify", "web", "--repair", "--no-progress", env=cache | {"LADING_OFFLINE": "1"}).returncode == 5
+    assert files() == before
+    assert path.read_bytes() == damaged
+    assert process("verify", "web", "--repair", "--no-progress", env=cache).returncode == 0
+    assert path.read_bytes() == good
+    assert files().keys() == before.keys()
+
+
 @pytest.mark.parametrize("file", ["model.safetensors.index.json", "model.pt"])
 def test_what_a_web_server_has_not(
     cli: Callable[..., Result], web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str

@@ -125,16 +125,18 @@ def remove_orphans(*, dry_run: bool = False, older_than: float = _GRACE, store: 
     store = store or get_asset_store()
     # A catalog of another user does not show which files are orphans.
     require_writable(store)
-    orphans = find_orphans(store, held_checkpoints(store.database))
-    cache = orphans.cache
-    strays = [path for path in orphans.strays if time.time() - os.lstat(path).st_ctime > older_than]
-    paths = [*(path for _, paths in orphans.entries for path in paths), *strays]
-    if dry_run:
-        return Removal(name="", freed=_bytes(paths), removed=tuple(paths))
+    # No other process may give a file an owner between the search and the removal.
+    with nullcontext() if dry_run else store.database.write():
+        orphans = find_orphans(store, held_checkpoints(store.database))
+        cache = orphans.cache
+        strays = [path for path in orphans.strays if time.time() - os.lstat(path).st_ctime > older_than]
+        paths = [*(path for _, paths in orphans.entries for path in paths), *strays]
+        if dry_run:
+            return Removal(name="", freed=_bytes(paths), removed=tuple(paths))
 
-    freed = sum(cache.remove(entry, keep=orphans.needed) for entry, _ in orphans.entries)
-    freed += _remove(strays) + sweep(cache.tmp)
-    gone = tuple(path for path in paths if not path.exists())
+        freed = sum(cache.remove(entry, keep=orphans.needed) for entry, _ in orphans.entries)
+        freed += _remove(strays) + sweep(cache.tmp)
+        gone = tuple(path for path in paths if not path.exists())
 
     return Removal(name="", freed=freed, removed=gone)
 

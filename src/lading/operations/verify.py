@@ -7,6 +7,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -110,10 +111,11 @@ def verify_model(
     bad = [check for check in checks if check.result == "mismatch"]
     if bad and repair:
         _refuse_foreign(bad, kinds, checkpoint)
-        for check in bad:
-            if kinds[check.file] == "cache":  # its state may not show the damage
-                check.path.unlink(missing_ok=True)
-        repaired = fetch_checkpoint(replace(checkpoint, files=None), store, settings=store.settings, progress=progress)
+        # In lading's cache the state of a file may not show the damage.
+        with _set_aside([check.path for check in bad if kinds[check.file] == "cache"]):
+            repaired = fetch_checkpoint(
+                replace(checkpoint, files=None), store, settings=store.settings, progress=progress
+            )
         checks = _checked(repaired, of, store, progress=progress)
         _record(repaired, kinds, checks, store)
 
@@ -310,6 +312,24 @@ def _record(checkpoint: Checkpoint, kinds: dict[str, CopyKind], checks: Sequence
     good = [check for check in checks if check.result != "mismatch"]
     copies = [LocalCopy(file=c.file, path=c.path, stat=c.stat, kind=kinds[c.file]) for c in good]
     record_files(store.database, uri=checkpoint.uri, copies=copies, checks=checks)
+
+
+@contextmanager
+def _set_aside(paths: Sequence[Path]) -> Iterator[None]:
+    """Hide files from the body, which fetches others in their place; if it fails, they are back."""
+    aside = {path: path.with_name(f".{path.name}.damaged") for path in paths if path.exists()}
+    for path, hidden in aside.items():
+        path.replace(hidden)
+    try:
+        yield
+    except BaseException:
+        for path, hidden in aside.items():
+            if not path.exists():
+                hidden.replace(path)
+        raise
+    finally:
+        for hidden in aside.values():
+            hidden.unlink(missing_ok=True)
 
 
 def _refuse_foreign(bad: Sequence[Check], kinds: dict[str, CopyKind], checkpoint: Checkpoint) -> None:
