@@ -223,3 +223,32 @@ class Manifest:
             counts[dtype] += math.prod(shape)
 
         return dict(counts.most_common())
+
+
+def by_layer(names: Sequence[str]) -> dict[str, list[int]]:
+    """Return the positions of tensors by their layer: each stack of layers in order, and last those of no layer.
+
+    The name of a layer is that of its tensors up to the first number: ``model.layers.20``; empty for those of none.
+    Stacks are in the order of their first tensors.
+    """
+    found: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        found.setdefault(_layer_of(name), []).append(i)
+
+    stacks = {stack: n for n, stack in enumerate(dict.fromkeys(layer.rpartition(".")[0] for layer in found))}
+
+    def place(layer: str) -> tuple[bool, int, int]:
+        stack, _, number = layer.rpartition(".")
+
+        return not layer, stacks[stack], int(number or 0)
+
+    return {layer: found[layer] for layer in sorted(found, key=place)}
+
+
+def _layer_of(name: str) -> str:
+    parts = name.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if part.isascii() and part.isdecimal() and len(part) < 10:
+            return ".".join(parts[: i + 1])
+
+    return ""

@@ -13,7 +13,7 @@ from lading.cards.config import architecture_config
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.errors import CheckpointNotFoundError, NotSupportedError
-from lading.formats.manifest import Manifest
+from lading.formats.manifest import Manifest, by_layer
 from lading.models.construct import build_on_meta
 from lading.models.family import get_family
 from lading.models.resolve import resolve_checkpoint
@@ -75,16 +75,6 @@ class LayerDifference:
     """The differences of values that were read."""
 
 
-def layer_of(name: str) -> str:
-    """Return the name of the layer that a tensor belongs to: its own up to the first number; empty if it has none."""
-    parts = name.split(".")
-    for i, part in enumerate(parts[:-1]):
-        if part.isascii() and part.isdecimal() and len(part) < 10:
-            return ".".join(parts[: i + 1])
-
-    return ""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiffReport:
     """The differences of A and B, and the number of equal tensors."""
@@ -120,11 +110,8 @@ class DiffReport:
         return {prefixes: names for prefixes, names in found.items() if len(names) > 1}
 
     def layers(self) -> list[LayerDifference]:
-        """Return the differences by layer, in the order of their first tensors, those of no layer last."""
-        of_layer: dict[str, list[str]] = {}
-        for name in self.names:
-            of_layer.setdefault(layer_of(name), []).append(name)
-        outside = of_layer.pop("", None)
+        """Return the differences by layer: each stack of layers in order, and last those of no layer."""
+        of_layer = {layer: [self.names[i] for i in places] for layer, places in by_layer(self.names).items()}
         differ = {change.name for change in self.changes if change.kind not in ("config", "renamed")}
         unknown = set(self.not_compared)
 
@@ -136,7 +123,7 @@ class DiffReport:
                 not_compared=len(unknown.intersection(names)),
                 values=tuple(self.values[name] for name in names if name in self.values),
             )
-            for layer, names in [*of_layer.items(), *([] if outside is None else [("", outside)])]
+            for layer, names in of_layer.items()
         ]
 
     def __repr__(self) -> str:

@@ -1,70 +1,82 @@
 """A plan as an SVG picture of the parts of files that go to each rank.
 
-Every file is a bar whose length is the bytes of its tensors. A tensor is a piece of the bar, cut as the ranks cut it:
-along its first dim from left to right, along its second from top to bottom. Tensors too small to see share a piece, cut
-from top to bottom by how much of them each rank owns.
+Every file is a bar whose length is the bytes of its tensors; of a single file, every layer is one. A tensor is a piece
+of the bar, cut as the ranks cut it: along its first dim from left to right, along its second from top to bottom.
+Tensors too small to see share a piece, cut from top to bottom by how much of them each rank owns.
 """
 
 from __future__ import annotations
 
 import colorsys
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from math import prod
 from xml.sax.saxutils import escape
 
+from lading.formats.manifest import by_layer
 from lading.operations.plan import LoadPlan
 from lading.planning.box import Box
 from lading.planning.composition import pieces, tensors_of
+from lading.system.display import human_bytes
 
 WIDTH, MARGIN, BAR, STEP = 1000.0, 24.0, 34.0, 64.0
 """The width of a bar, the margin of the picture, the height of a bar, and the step to the next one, in pixels."""
 
 MOST_CELLS = 5_000
 """The most parts of tensors to draw; in a larger checkpoint, more tensors share a piece."""
-MOST_FILES = 80
+MOST_BARS = 160
 MOST_COLORS = 48
 """The most colors; among more ranks, neighbors share one."""
 MOST_STRIPES = 6
-MOST_TITLES = 400
+MOST_TITLES = 2_000
+MOST_NAMES = 8
+"""The most names of tensors in a title."""
 
 ALL, UNUSED = "#c9ced6", "#ffffff"
+OUTSIDE = "in no layer"
+"""The title of the tensors of a single file that belong to no layer."""
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 Owners = frozenset[int]
 """The numbers of the colors of ranks, one for each rank if there are not too many."""
 Cell = tuple[float, float, float, float]
 """Left, top, width and height, as fractions of a tensor."""
+Part = tuple[Owners, Cell, float]
+"""A part of a tensor: its owners, where to draw it, and its fraction of the tensor's bytes."""
 
 
 def picture(plan: LoadPlan) -> str:
     """Return the picture of a plan, a document of at most a few hundred kilobytes."""
     palette = _Palette(plan.layout.ranks)
     tensors = _tensors(plan, palette)
-    files = [[t for t in tensors if t.shard == n] for n in range(len(plan.manifest.shards))][:MOST_FILES]
-    longest = max((sum(t.bytes for t in each) for each in files), default=0)
-    scale = WIDTH / max(longest, 1)
-    least = _least_width(files, scale)
+    every_bar = _bars(plan, tensors)
+    bars = every_bar[:MOST_BARS]
+    # What is in no layer, such as an embedding, may be many times as large as a layer.
+    longest = max((_bytes(each) for title, each in bars if title != OUTSIDE), default=0)
+    scales = [WIDTH / max(longest, _bytes(each), 1) for _, each in bars]
+    least = _least_width([each for _, each in bars], scales)
 
     canvas = _Canvas()
     y = MARGIN + 58
-    for shard, each in zip(plan.manifest.shards, files, strict=False):
-        canvas.text(MARGIN, y, shard.name, f"{sum(t.bytes for t in each) / 1e6:,.1f} MB")
+    for (title, each), scale in zip(bars, scales, strict=True):
+        shrunk = ", drawn smaller" if _bytes(each) > longest else ""
+        canvas.text(MARGIN, y, title, f"{human_bytes(_bytes(each))}{palette.per_rank(each)}{shrunk}")
         x = MARGIN
         for together in _runs(each, least / scale):
-            width = sum(t.bytes for t in together) * scale
-            cells = _shares(together) if len(together) > 1 else together[0].cells
-            for owners, cell in cells:
+            width = _bytes(together) * scale
+            parts = _shares(together) if len(together) > 1 else together[0].parts
+            for owners, cell, _ in parts:
                 canvas.cell(palette.fill(owners), x, y + 8, width, cell)
-            canvas.outline(x, y + 8, width, _title(plan, together))
+            canvas.outline(x, y + 8, width, _title(plan, together, palette))
             x += width
         y += STEP
-    if more := len(plan.manifest.shards) - len(files):
-        canvas.text(MARGIN, y, f"… and {more} more files", "")
+    if more := len(every_bar) - len(bars):
+        canvas.text(MARGIN, y, f"… and {more} more", "")
         y += STEP / 2
 
-    return canvas.document(plan, palette, y)
+    return canvas.document(plan, palette, tensors, y)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,41 +84,60 @@ class _Tensor:
     number: int
     shard: int
     bytes: int
-    cells: Sequence[tuple[Owners, Cell]]
+    parts: Sequence[Part]
 
 
 def _tensors(plan: LoadPlan, palette: _Palette) -> list[_Tensor]:
     """Return all tensors of the manifest that have bytes, with the owners of their parts."""
     manifest, layout = plan.manifest, plan.layout
-    cells: dict[int, Sequence[tuple[Owners, Cell]]] = {}
-    of_kind: list[Sequence[tuple[Owners, Cell]]] = []
+    parts: dict[int, Sequence[Part]] = {}
+    of_kind: list[Sequence[Part]] = []
     owners_of_kind = [palette.owners(kind.owned.tolist(), len(kind.boxes)) for kind in layout.known]
     for kind, owners in zip(layout.known, owners_of_kind, strict=True):
-        parts = zip(owners, kind.boxes, strict=True)
-        of_kind.append([(who, _cell(box, kind.shape)) for who, box in parts if box.numel])
+        owned = zip(owners, kind.boxes, strict=True)
+        of_kind.append([(who, _cell(box, kind.shape), box.numel / prod(kind.shape)) for who, box in owned if box.numel])
 
     for i, (tensor, number) in enumerate(zip(layout.tensors, layout.kinds.tolist(), strict=True)):
         if i not in layout.composed:
-            cells[tensor] = of_kind[number]
+            parts[tensor] = of_kind[number]
             continue
         source = layout.composed[i]
         found: dict[int, dict[int, list[Box]]] = {t: {} for t in tensors_of(source)}
+        held: dict[tuple[int, int], int] = {}
         for n, box in enumerate(layout.known[number].boxes):
             for t, part in pieces(source, manifest.shapes, box):
                 ends = (1 + (size - 1) * step for size, step in zip(part.sizes, part.steps, strict=True))
                 found[t].setdefault(n, []).append(Box(part.starts, tuple(ends)))
+                held[t, n] = held.get((t, n), 0) + prod(part.sizes)
         for t, by_part in found.items():
-            cells[t] = [
-                (owners_of_kind[number][n], _cell(_around(boxes), manifest.shapes[t])) for n, boxes in by_part.items()
+            shape = manifest.shapes[t]
+            parts[t] = [
+                (owners_of_kind[number][n], _cell(_around(boxes), shape), held[t, n] / prod(shape))
+                for n, boxes in by_part.items()
             ]
 
-    whole: Sequence[tuple[Owners, Cell]] = [(frozenset(), (0.0, 0.0, 1.0, 1.0))]
+    whole: Sequence[Part] = [(frozenset(), (0.0, 0.0, 1.0, 1.0), 1.0)]
 
     return [
-        _Tensor(i, manifest.shard_ids[i], size, cells.get(i, whole))
+        _Tensor(i, manifest.shard_ids[i], size, parts.get(i, whole))
         for i in range(len(manifest))
         if (size := manifest.nbytes(i))
     ]
+
+
+def _bars(plan: LoadPlan, tensors: Sequence[_Tensor]) -> list[tuple[str, list[_Tensor]]]:
+    """Return the bars with their titles: the layers of a single file, or the files."""
+    shards = plan.manifest.shards
+    if len(shards) == 1:
+        layers = by_layer([plan.manifest.names[t.number] for t in tensors])
+        if layers.keys() - {""}:
+            return [(layer or OUTSIDE, [tensors[i] for i in places]) for layer, places in layers.items()]
+
+    return [(shard.name, [t for t in tensors if t.shard == n]) for n, shard in enumerate(shards)]
+
+
+def _bytes(tensors: Iterable[_Tensor]) -> int:
+    return sum(t.bytes for t in tensors)
 
 
 def _cell(box: Box, shape: tuple[int, ...]) -> Cell:
@@ -124,12 +155,12 @@ def _around(boxes: Sequence[Box]) -> Box:
     return Box(starts, tuple(end - start for start, end in zip(starts, ends, strict=True)))
 
 
-def _least_width(files: Sequence[Sequence[_Tensor]], scale: float) -> float:
+def _least_width(bars: Sequence[Sequence[_Tensor]], scales: Sequence[float]) -> float:
     """Return the width below which tensors share a piece, so that there are not too many cells."""
     least = 2.0
     while least < 2 * WIDTH:
-        runs = (run for each in files for run in _runs(each, least / scale))
-        if sum(len(run[0].cells) if len(run) == 1 else MOST_COLORS // 8 for run in runs) <= MOST_CELLS:
+        runs = (run for each, scale in zip(bars, scales, strict=True) for run in _runs(each, least / scale))
+        if sum(len(run[0].parts) if len(run) == 1 else MOST_COLORS // 8 for run in runs) <= MOST_CELLS:
             break
         least *= 2
 
@@ -145,23 +176,24 @@ def _runs(tensors: Sequence[_Tensor], least: float) -> Iterator[list[_Tensor]]:
             yield list(each)
 
 
-def _shares(tensors: Sequence[_Tensor]) -> Iterator[tuple[Owners, Cell]]:
+def _shares(tensors: Sequence[_Tensor]) -> Iterator[Part]:
     held: dict[Owners, float] = {}
     for tensor in tensors:
-        for owners, (_, _, width, height) in tensor.cells:
-            held[owners] = held.get(owners, 0.0) + tensor.bytes * width * height
+        for owners, _, fraction in tensor.parts:
+            held[owners] = held.get(owners, 0.0) + tensor.bytes * fraction
     total, top = sum(held.values()), 0.0
     for owners, size in sorted(held.items(), key=lambda item: sorted(item[0])):
-        yield owners, (0.0, top, 1.0, size / total)
+        yield owners, (0.0, top, 1.0, size / total), size / total
         top += size / total
 
 
-def _title(plan: LoadPlan, tensors: Sequence[_Tensor]) -> str:
-    if len(tensors) > 1:
-        return f"{len(tensors)} tensors, {sum(t.bytes for t in tensors):,} bytes"
-    info = plan.manifest[tensors[0].number]
+def _title(plan: LoadPlan, tensors: Sequence[_Tensor], palette: _Palette) -> str:
+    infos = [plan.manifest[t.number] for t in tensors[:MOST_NAMES]]
+    lines = [f"{info.name} {info.dtype} {list(info.shape)}" for info in infos]
+    if more := len(tensors) - len(infos):
+        lines.append(f"… and {more} more")
 
-    return f"{info.name} {info.dtype} {list(info.shape)}"
+    return "\n".join([*lines, f"{human_bytes(_bytes(tensors))}{palette.per_rank(tensors)}"])
 
 
 class _Palette:
@@ -203,6 +235,25 @@ class _Palette:
         """Return the ranks, among those that own different things, that have a color."""
         return range(-(-number * self.seats // self.count), -(-(number + 1) * self.seats // self.count))
 
+    def held(self, tensors: Iterable[_Tensor]) -> list[int]:
+        """Return the bytes of tensors that the ranks of each color own, each rank by itself if it has a color."""
+        found = [0.0] * self.count
+        for tensor in tensors:
+            for owners, _, fraction in tensor.parts:
+                for number in owners:
+                    found[number] += tensor.bytes * fraction
+
+        return list(map(round, found))
+
+    def per_rank(self, tensors: Iterable[_Tensor]) -> str:
+        """Return the bytes of tensors that a rank owns, as the end of a note; empty if ranks share colors."""
+        if self.count == 1 or self.count < self.seats:
+            return ""
+        held = self.held(tensors)
+        least, most = human_bytes(min(held)), human_bytes(max(held))
+
+        return f", {most} per rank" if least == most else f", {least} to {most} per rank"
+
     def definitions(self) -> Iterator[str]:
         for owners, name in self.patterns.items():
             colors = [self.color(n) for n in sorted(owners)[:MOST_STRIPES]]
@@ -230,12 +281,11 @@ class _Canvas:
         self.titles.append((width, f'<path d="{shape}"><title>{_escaped(title)}</title></path>'))
 
     def text(self, x: float, y: float, text: str, note: str) -> None:
-        self.texts.append(
-            f'<text x="{x:g}" y="{y:g}">{_escaped(text)} <tspan class="n">{_escaped(note)}</tspan></text>'
-        )
+        noted = f' <tspan class="n">{_escaped(note)}</tspan>' if note else ""
+        self.texts.append(f'<text x="{x:g}" y="{y:g}">{_escaped(text)}{noted}</text>')
 
-    def document(self, plan: LoadPlan, palette: _Palette, y: float) -> str:
-        y = self._legend(plan, palette, y + 8)
+    def document(self, plan: LoadPlan, palette: _Palette, tensors: Sequence[_Tensor], y: float) -> str:
+        y = self._legend(plan, palette, tensors, y + 8)
         axes = ", ".join(f"{axis} {size}" for axis, size in plan.sizes.items() if size > 1) or "one rank"
         title = f"{plan.name} on {plan.world_size} rank{'' if plan.world_size == 1 else 's'}"
         largest = sorted(self.titles, key=lambda item: -item[0])[:MOST_TITLES]
@@ -247,7 +297,7 @@ class _Canvas:
             f"<defs>{''.join(palette.definitions())}</defs>",
             f'<path fill="#fff" d="M0 0h{WIDTH + 2 * MARGIN:g}v{y:g}H0z"/>',
             f'<text class="h" x="{MARGIN:g}" y="{MARGIN + 14:g}">{_escaped(title)}</text>',
-            f'<text class="n" x="{MARGIN:g}" y="{MARGIN + 34:g}">{axes}; {plan.checkpoint_bytes / 1e9:,.3f} GB in '
+            f'<text class="n" x="{MARGIN:g}" y="{MARGIN + 34:g}">{axes}; {human_bytes(plan.checkpoint_bytes)} in '
             f"{len(plan.manifest)} tensors. Cut from left to right along dim 0, from top to bottom along dim 1.</text>",
             *(f'<path fill="{fill}" d="{"".join(shapes)}"/>' for fill, shapes in self.paths.items()),
             f'<path fill="none" stroke="#fff" stroke-width=".6" d="{"".join(self.outlines)}"/>',
@@ -258,13 +308,17 @@ class _Canvas:
 
         return "\n".join(parts) + "\n"
 
-    def _legend(self, plan: LoadPlan, palette: _Palette, y: float) -> float:
-        entries = [(palette.color(n), _ranks_text([plan.copies_of(seat) for seat in palette.seats_of(n)]))
-                   for n in range(palette.count)]  # fmt: skip
+    def _legend(self, plan: LoadPlan, palette: _Palette, tensors: Sequence[_Tensor], y: float) -> float:
+        held = palette.held(tensors) if palette.count == palette.seats else None
+        entries = []
+        for n in range(palette.count):
+            ranks = [plan.copies_of(seat) for seat in palette.seats_of(n)]
+            size = "" if held is None else f"{human_bytes(held[n])}{' each' if len(ranks[0]) > 1 else ''}"
+            entries.append((palette.color(n), _ranks_text(ranks), size))
         if palette.count > 1:
-            entries += [(ALL, "every rank"), ("stripes", "the ranks of these colors")]
-        entries.append((UNUSED, "not needed"))
-        for n, (color, text) in enumerate(entries):
+            entries += [(ALL, "every rank", ""), ("stripes", "the ranks of these colors", "")]
+        entries.append((UNUSED, "not needed", ""))
+        for n, (color, text, size) in enumerate(entries):
             x, at = MARGIN + n % 4 * 250, y + n // 4 * 22
             if color == "stripes":
                 shapes = "".join(
@@ -272,7 +326,8 @@ class _Canvas:
                 )
             else:
                 shapes = f'<path fill="{color}" stroke="#99a" stroke-width=".5" d="M{x:g} {at:g}h14v14h-14z"/>'
-            self.texts.append(f'<g>{shapes}<text x="{x + 20:g}" y="{at + 12:g}">{_escaped(text)}</text></g>')
+            self.texts.append(f"<g>{shapes}</g>")
+            self.text(x + 20, at + 12, text, size)
 
         return y + -(-len(entries) // 4) * 22 + MARGIN
 

@@ -18,6 +18,7 @@ from lading.errors import ModelCheckpointMismatchError, NotSupportedError
 from lading.models.hub import load_with_report
 from lading.operations.plan import LoadPlan
 from lading.operations.plan_svg import picture
+from lading.system.display import human_bytes
 from tests.helpers.make_checkpoint import make, tensors
 
 
@@ -71,9 +72,9 @@ def test_every_stage_loads_what_its_plan_says(tiny: Path) -> None:
 
 def test_stages_in_a_picture_and_their_copies(tiny: Path) -> None:
     drawn = picture(lading.plan_load(tiny, pp=2, rdp=2))
-    assert ">ranks 0, 1<" in drawn
-    assert ">ranks 2, 3<" in drawn
-    assert ">ranks 16, 24<" in picture(lading.plan_load(tiny, pp=2, rdp=2, sdp=8))
+    assert ">ranks 0, 1 <" in drawn
+    assert ">ranks 2, 3 <" in drawn
+    assert ">ranks 16, 24 <" in picture(lading.plan_load(tiny, pp=2, rdp=2, sdp=8))
     many = picture(lading.plan_load(tiny, pp=2, rdp=2, sdp=32))
     assert ">ranks 0–1 and copies<" in many
     assert ">ranks 64–65 and copies<" in many
@@ -121,6 +122,10 @@ def texts(svg: str) -> list[str]:
     return ["".join(each.itertext()) for each in ET.fromstring(svg).iter(f"{SVG}text")]
 
 
+def titles(svg: str) -> list[str]:
+    return [each.text or "" for each in ET.fromstring(svg).iter(f"{SVG}title")]
+
+
 def areas(svg: str) -> dict[str, float]:
     """The area of each fill."""
     found: dict[str, float] = {}
@@ -132,14 +137,15 @@ def areas(svg: str) -> dict[str, float]:
 
 
 def test_what_is_drawn(tiny: Path) -> None:
-    svg = picture(lading.plan_load(tiny, tp=2))
+    found = lading.plan_load(tiny, tp=2)
+    svg = picture(found)
 
     written = texts(svg)
+    legend = {f"rank {rank.rank} {human_bytes(rank.memory_bytes)}" for rank in found.ranks}
     assert any("on 2 ranks" in text for text in written)
     assert any(text.startswith("model-00001-of-00003.safetensors") for text in written)
-    assert {"rank 0", "rank 1", "every rank", "not needed"} <= set(written)
-    titles = [each.text for each in ET.fromstring(svg).iter(f"{SVG}title")]
-    assert "model.embed_tokens.weight BF16 [100, 32]" in titles
+    assert legend | {"every rank", "not needed"} <= set(written)
+    assert "model.embed_tokens.weight BF16 [100, 32]\n6.4 kB, 3.2 kB per rank" in titles(svg)
     assert svg == picture(lading.plan_load(tiny, tp=2))
 
 
@@ -158,7 +164,11 @@ def test_ranks_have_as_much_ink_as_they_own(tiny: Path) -> None:
 
 
 def test_copies_share_a_color(tiny: Path) -> None:
-    assert {"ranks 0, 2", "ranks 1, 3"} <= set(texts(picture(lading.plan_load(tiny, tp=2, rdp=2))))
+    written = texts(picture(lading.plan_load(tiny, tp=2, rdp=2)))
+    assert [text.partition(" each")[1] for text in written if text.startswith(("ranks 0, 2 ", "ranks 1, 3 "))] == [
+        " each",
+        " each",
+    ]
 
 
 def test_ranks_that_own_the_same_part_are_stripes(tiny: Path) -> None:
@@ -180,8 +190,13 @@ def test_names_of_strangers_are_text(tmp_path: Path, tiny: Path) -> None:
     svg.encode("utf-8")
 
 
-def test_large_worlds_and_many_tensors_stay_small(tmp_path: Path) -> None:
-    layers = 300
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 12 layers in one file."""
+    return deep_model(tmp_path_factory.mktemp("deep") / "deep", layers=12)
+
+
+def deep_model(folder: Path, *, layers: int) -> Path:
     state = {name: t for name, t in tensors().items() if "layers" not in name}
     state |= {
         name.replace(".0.", f".{n}."): t.clone()
@@ -189,10 +204,58 @@ def test_large_worlds_and_many_tensors_stay_small(tmp_path: Path) -> None:
         for name, t in tensors().items()
         if ".0." in name
     }
-    make(tmp_path / "deep", num_hidden_layers=layers)
-    save_file(state, tmp_path / "deep" / "model.safetensors", metadata={"format": "pt"})
+    make(folder, num_hidden_layers=layers)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
-    found = lading.plan_load(tmp_path / "deep", tp=4, sdp=250)
+    return folder
+
+
+def test_a_single_file_has_a_row_for_each_layer(deep: Path) -> None:
+    found = lading.plan_load(deep, tp=2, sdp=2)
+    svg = picture(found)
+
+    rows = [text for text in texts(svg) if "layer" in text]
+    layer = rows[0].partition(" ")[2]
+    assert rows[:-1] == [f"model.layers.{n} {layer}" for n in range(12)]
+    assert rows[-1].startswith("in no layer ")
+    # A layer, and all of the model, by rank.
+    assert layer == "18.6 kB, 4.69 kB per rank"
+    assert {f"rank {r.rank} {human_bytes(r.memory_bytes)}" for r in found.ranks} <= set(texts(svg))
+    # Every tensor is in the title of a piece, also those that are too small to be seen alone.
+    named = "\n".join(titles(svg))
+    assert all(f"{name} BF16" in named for name in found.manifest.names)
+
+
+def test_ranks_that_own_less_of_a_layer(deep: Path) -> None:
+    staged = texts(picture(lading.plan_load(deep, pp=2)))
+
+    assert "model.layers.0 18.6 kB, 0 B to 18.6 kB per rank" in staged
+
+
+def test_a_picture_for_one_rank_has_sizes_without_shares(deep: Path) -> None:
+    svg = picture(lading.plan_load(deep))
+
+    assert "model.layers.0 18.6 kB" in texts(svg)
+    assert "per rank" not in svg
+
+
+def test_an_embedding_does_not_shrink_the_layers(tmp_path: Path) -> None:
+    make(tmp_path / "wide", vocab_size=2_000)
+    state = tensors() | {"model.embed_tokens.weight": torch.zeros(2_000, 32, dtype=torch.bfloat16)}
+    save_file(state, tmp_path / "wide" / "model.safetensors", metadata={"format": "pt"})
+
+    svg = picture(lading.plan_load(tmp_path / "wide"))
+
+    assert any(text.startswith("in no layer") and text.endswith("drawn smaller") for text in texts(svg))
+    outlines = re.findall(r"M([0-9.]+) ([0-9.]+)h([0-9.]+)v34h-", svg)
+    ends: dict[str, float] = {}
+    for x, y, width in outlines:
+        ends[y] = max(ends.get(y, 0.0), float(x) + float(width))
+    assert list(ends.values()) == pytest.approx([1024.0] * 3, abs=1)
+
+
+def test_large_worlds_and_many_tensors_stay_small(tmp_path: Path) -> None:
+    found = lading.plan_load(deep_model(tmp_path / "deep", layers=300), tp=4, sdp=250)
 
     assert isinstance(found, LoadPlan)
     assert len(found.ranks) == 1000
