@@ -23,9 +23,9 @@ from lading.planning.plan import Wanted, plan
 from lading.system.filesystem import FileStat
 from lading.transfer import execute as execution
 from lading.transfer import hashing, leaves, reader
-from lading.transfer.execute import execute, hash_checkpoint
+from lading.transfer.execute import execute
 from lading.transfer.files import OpenShard, ShardFile
-from lading.transfer.hashing import Hasher, blocks_touched, blocks_within
+from lading.transfer.hashing import Hasher, blocks_touched, blocks_within, hash_checkpoint
 from tests.helpers.digest_reference import reference
 from tests.helpers.examples import examples
 

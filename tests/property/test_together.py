@@ -22,9 +22,9 @@ from lading.planning.plan import Wanted, plan
 from lading.system.filesystem import FileStat
 from lading.transfer import together
 from lading.transfer.exchange import execute_together
-from lading.transfer.execute import execute, hash_checkpoint
+from lading.transfer.execute import execute
 from lading.transfer.files import ShardFile
-from lading.transfer.hashing import Hasher
+from lading.transfer.hashing import Hasher, hash_checkpoint
 from lading.transfer.memory import HostArena
 from lading.transfer.together import Demand, Index, Joint
 from tests.helpers.transfer_cases import manifests, wanted_of

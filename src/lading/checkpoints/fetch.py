@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lading.cards.card import CheckpointRef
 from lading.catalog.records import LocalCopy
@@ -17,13 +18,15 @@ from lading.checkpoints.recording import fetched_check, known_content, record_fe
 from lading.checkpoints.verification import record_rewritten
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, InternalError
 from lading.formats.safetensors import index_file
-from lading.gangs import Gang
 from lading.sources.open import open_source
 from lading.sources.source import RemoteFile, Snapshot
 from lading.system.filesystem import FileStat
 from lading.system.settings import Settings
 from lading.system.uris import shown_uri
 from lading.transfer.files import ShardFile
+
+if TYPE_CHECKING:
+    from lading.gangs import Gang
 
 
 def fetch_checkpoint(

@@ -16,7 +16,7 @@ from functools import reduce
 from operator import or_
 from pathlib import Path
 from threading import Lock
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from blake3 import blake3
 
@@ -28,12 +28,14 @@ from lading.checkpoints.recording import BestEffort, record_checks
 from lading.errors import DigestMismatchError, NotSupportedError
 from lading.formats.digests import Digests, differences, recorded
 from lading.formats.manifest import Manifest
-from lading.gangs import Gang
 from lading.sources.sha256 import sha256_file
 from lading.system.filesystem import FileStat
 from lading.system.progress import byte_bar
-from lading.transfer.execute import hash_checkpoint
 from lading.transfer.files import ShardFile
+from lading.transfer.hashing import hash_checkpoint
+
+if TYPE_CHECKING:
+    from lading.gangs import Gang
 
 Verify = Literal["auto", "always", "never"]
 """``auto`` checks the files that were not verified in the state that they are in, ``always`` checks all."""

@@ -20,7 +20,7 @@ from lading.models.resolve import resolve_checkpoint
 from lading.models.targets import targets_of
 from lading.system.display import counted, representation
 from lading.transfer.compare import Files, ValueDifference, compare_tensors
-from lading.transfer.execute import hash_checkpoint
+from lading.transfer.hashing import hash_checkpoint
 
 Kind = Literal["config", "only in A", "only in B", "renamed", "shape", "dtype", "values"]
 

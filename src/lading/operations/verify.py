@@ -43,8 +43,8 @@ from lading.sources.hub.remove import revision_of
 from lading.system.display import counted, representation
 from lading.system.filesystem import FileStat, expand_home
 from lading.system.uris import path_uri, shown_uri, uri_path
-from lading.transfer.execute import hash_checkpoint
 from lading.transfer.files import ShardFile
+from lading.transfer.hashing import hash_checkpoint
 
 log = logging.getLogger("lading")
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lading.formats.manifest import BITS, Manifest
 from lading.planning.plan import PAGE
+from lading.transfer.drive import COLD_THREADS, cores, drive
 from lading.transfer.dtypes import TORCH_DTYPES
-from lading.transfer.execute import COLD_THREADS, drive
+from lading.transfer.execute import single_threads
 from lading.transfer.files import OpenShard, ShardFile, open_shard
-from lading.transfer.mappings import cores
 
 _STEP = 4 << 20
 """The bytes of each side to read at once: large enough for a disk."""
@@ -112,7 +112,8 @@ def compare_tensors(
                 cold = any(side.is_cold(i) for n, side in enumerate(sides) for i in {pair[n] for pair in pairs})
                 threads = max(cores(), COLD_THREADS) if cold else cores()
             total = sum(a.manifest.nbytes(i) + b.manifest.nbytes(j) for i, j in pairs)
-            drive(comparison.steps(), comparison.run, threads, total, "compare" if progress else None)
+            with single_threads() as begin:
+                drive(comparison.steps(), comparison.run, threads, total, "compare" if progress else None, begin)
 
     return [
         ValueDifference(compared_as=name, elements=elements, **found._asdict())

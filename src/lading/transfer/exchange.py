@@ -13,8 +13,8 @@ from torch import Tensor
 from lading.gangs import Gang
 from lading.planning.plan import Plan
 from lading.system.progress import byte_bar
+from lading.transfer.arena import Arena, NoArena, PassingStage, Stage
 from lading.transfer.files import ShardFile, open_shard
-from lading.transfer.memory import Arena, NoArena, PassingStage, Stage
 from lading.transfer.reader import Reader, Reading, item_sizes
 from lading.transfer.together import Piece, Schedule
 
@@ -111,9 +111,9 @@ class _Sender:
         if buffer.numel() < sum(sizes):
             buffer = self._buffers[number % 2] = torch.empty(sum(sizes), dtype=torch.uint8)
 
-        at = 0
+        read, at = torch.frombuffer(self._window.last.read, dtype=torch.uint8), 0
         for rank, message in enumerate(messages):
-            joint.pack(rank, message, self._window.last.read, step.offset, buffer[at : at + message.size])
+            joint.pack(rank, message, read, step.offset, buffer[at : at + message.size])
             at += message.size
 
         return buffer[:at], sizes

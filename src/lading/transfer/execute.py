@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lading.formats.digests import Digests, default_dims
-from lading.formats.manifest import BITS, Manifest
-from lading.planning.plan import ARENA, Plan, plan_full_read
-from lading.system.progress import byte_bar
-from lading.system.threads import Worker
+from lading.formats.manifest import BITS
+from lading.planning.plan import ARENA, Plan
+from lading.transfer.arena import Arena
+from lading.transfer.drive import cores, drive, read
 from lading.transfer.files import ShardFile, open_shard
-from lading.transfer.hashing import Hasher
-from lading.transfer.mappings import NOTHING_AHEAD, Ahead, Range, cores, make_present
-from lading.transfer.memory import RING_DEPTH, Arena, NoArena, create_arena, map_file, view
+from lading.transfer.mappings import NOTHING_AHEAD, Ahead, Range, make_present
+from lading.transfer.memory import create_arena, map_file, view
 from lading.transfer.reader import STEP, Observer, Reading
-
-PINNED_BYTES = 512 << 20
-"""The most host memory, in bytes, that copies to a device pin at once."""
-
-COLD_THREADS = 4
-"""The number of threads that keep a disk busy; for memory, one for each core is the fastest."""
 
 
 def execute(
@@ -62,7 +52,8 @@ def execute(
             i: stack.enter_context(open_shard(files[i])) for i in sorted({*plan.shards, *plan.rows.shards, *mapped})
         }
 
-        _read(Reading(plan, shards, arena, observer), threads, "load" if progress else None)
+        with single_threads() as begin:
+            read(Reading(plan, shards, arena, observer), threads, "load" if progress else None, begin)
         # The same files: they are open in the state in which they were mapped.
         mappings = {i: ahead.mappings.get(i) or map_file(shards[i].fd, files[i].stat.size) for i in mapped}
         make_present(mappings, _mapped_ranges(plan, wanted), ahead)
@@ -77,120 +68,20 @@ def execute(
     ]
 
 
-def hash_checkpoint(
-    manifest: Manifest,
-    files: Sequence[ShardFile],
-    dims: Sequence[int] | None = None,
-    *,
-    threads: int | None = None,
-    progress: bool = False,
-) -> Digests:
-    """Return the digests of all tensors of a checkpoint, reading each byte once, with a few MiB of memory per thread.
+@contextmanager
+def single_threads() -> Iterator[Callable[[], None]]:
+    """Yield a function that keeps torch's operations on the thread that calls it; undo that afterwards.
 
-    :param files: one for each shard of the manifest.
-    :param dims: for each tensor the dim along which to cut it into blocks; default: 0.
-    :param threads: the number of threads that read and hash; default: as :func:`execute`.
-
-    :raises CorruptModelCheckpointError: a file ends early, or is not the one whose manifest this is.
-    :raises OSError: a file cannot be read.
-    :raises ValueError: a tensor has no such dim.
+    An intra-op thread pool within each reader would only compete with the other readers for the cores.
     """
-    plan, wanted = plan_full_read(manifest)
-    hasher = Hasher(manifest, default_dims(manifest) if dims is None else dims, plan, wanted)
-
-    with ExitStack() as stack:
-        shards = {i: stack.enter_context(open_shard(file)) for i, file in enumerate(files)}
-        _read(Reading(plan, shards, NoArena(), hasher), threads, "verify" if progress else None)
-
-    return hasher.digests()
+    before = torch.get_num_threads()
+    try:
+        yield partial(torch.set_num_threads, 1)
+    finally:
+        torch.set_num_threads(before)
 
 
 def _mapped_ranges(plan: Plan, wanted: Sequence[tuple[tuple[int, ...], str]]) -> Iterator[Range]:
     for home, place, (shape, dtype) in zip(plan.homes, plan.places, wanted, strict=True):
         if home != ARENA:
             yield home, place, place + math.prod(shape) * BITS[dtype] // 8
-
-
-def _read(reading: Reading, threads: int | None, label: str | None) -> None:
-    plan = reading.plan
-    if plan.sizes or plan.rows.counts:
-        drive(reading.steps(), reading.run, threads or _threads(reading), plan.read_bytes, label)
-
-
-def _threads(reading: Reading) -> int:
-    plan = reading.plan
-    most = PINNED_BYTES // (RING_DEPTH * STEP) if not reading.arena.on_host else cores() + COLD_THREADS
-    reads = zip((*plan.shards, *plan.rows.shards), (*plan.offsets, *plan.rows.offsets), strict=True)
-    cold = any(reading.shards[i].is_cold(offset) for i, offset in reads)
-
-    if not cold:
-        return min(most, cores())
-
-    # While some threads hash, which keeps a core busy each, as many others have to keep the disk busy.
-    return min(most, max(cores(), COLD_THREADS + (0 if reading.observer is None else cores())))
-
-
-_Step = TypeVar("_Step")
-
-
-def drive(
-    steps: Iterator[_Step],
-    run: Callable[[Iterator[_Step]], Iterator[int]],
-    threads: int,
-    total: int,
-    label: str | None,
-) -> None:
-    """Do the steps on ``threads`` threads; the first error, or an interrupt, stops all of them.
-
-    :param run: does steps on one thread, and yields the number of bytes of each.
-    :param total: the bytes of all steps.
-    :param label: the label of the progress bar; ``None`` shows no bar.
-    """
-    lock = threading.Lock()
-    stop = threading.Event()
-    errors: list[BaseException] = []
-    done = [0] * threads
-
-    def take() -> Iterator[_Step]:
-        while not stop.is_set():
-            with lock:
-                step = next(steps, None)
-            if step is None:
-                return
-            yield step
-
-    def work(me: int) -> None:
-        # An intra-op thread pool within each reader would only compete with the other readers for the cores.
-        torch.set_num_threads(1)
-        try:
-            for count in run(take()):
-                done[me] += count
-        except BaseException as error:  # raised again in the caller's thread
-            errors.append(error)
-            stop.set()
-
-    torch_threads = torch.get_num_threads()
-    started: list[Worker] = []
-    readers = [Worker(partial(work, i), f"lading-reader-{i}") for i in range(min(threads, max(1, total // STEP)))]
-    try:
-        for reader in readers:
-            started.append(reader)
-            reader.start()
-        with ExitStack() as stack:
-            # Even a hidden bar would start a thread that outlives it.
-            bar = None if label is None else stack.enter_context(byte_bar(total, label))
-            for reader in readers:
-                ended = False
-                while not ended:
-                    ended = reader.wait(0.1)
-                    if bar is not None:
-                        bar.update(sum(done) - bar.n)
-    finally:
-        # Also after an interrupted wait: no thread may write to the arena when this function has returned.
-        stop.set()
-        for reader in started:
-            reader.wait_if_started()
-        torch.set_num_threads(torch_threads)
-
-    if errors:
-        raise errors[0]

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
+import numpy as np
 
 from lading.formats.digests import LEAF, SIZE, block_digest, leaf_digest
 
-_WIDE = (torch.int64, torch.int32, torch.int16)
+_WIDE = tuple(np.dtype(name) for name in ("u8", "u4", "u2"))
 """The dtypes for copies of bytes; the widest that fits has the fewest items."""
 
 
@@ -73,8 +73,7 @@ class LeafHasher:
         self.hashed = 0
         """The bytes hashed so far."""
         self._slots = slots
-        self._gathered = torch.empty(0, dtype=torch.uint8)
-        self._view = memoryview(b"")
+        self._gathered = bytearray()
 
     def hash(self, parts: Iterable[Part], begin: int, memory: memoryview) -> None:
         """Hash parts of ``memory``, which begins at the offset ``begin``."""
@@ -115,16 +114,14 @@ class LeafHasher:
 
     def _gather(self, atom: memoryview, job: Job) -> memoryview:
         """Return the same rows, but block by block."""
-        source = torch.frombuffer(atom, dtype=torch.uint8)
-        if not self._gathered.numel():
-            buffer = bytearray(LEAF)
-            self._view = memoryview(buffer)
-            self._gathered = torch.frombuffer(buffer, dtype=torch.uint8)
+        if not self._gathered:
+            self._gathered = bytearray(LEAF)
 
         # Wider items make fewer copies.
-        dtype = next((d for d in _WIDE if not (job.segment | source.data_ptr()) % d.itemsize), torch.uint8)
-        rows = source.view(dtype).view(-1, job.blocks, job.segment // dtype.itemsize)
-        target = self._gathered[: len(atom)].view(dtype).view(job.blocks, rows.shape[0], -1)
-        target.copy_(rows.transpose(0, 1))
+        address = np.frombuffer(atom, np.uint8).ctypes.data
+        dtype = next((d for d in _WIDE if not (job.segment | address) % d.itemsize), np.dtype("u1"))
+        rows = np.frombuffer(atom, dtype).reshape(-1, job.blocks, job.segment // dtype.itemsize)
+        target = np.frombuffer(self._gathered, dtype, rows.size).reshape(job.blocks, rows.shape[0], -1)
+        target[:] = rows.transpose(1, 0, 2)
 
-        return self._view[: len(atom)]
+        return memoryview(self._gathered)[: len(atom)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from itertools import groupby
 from lading.errors import LadingError
 from lading.formats.manifest import Manifest
 from lading.planning.plan import PAGE
+from lading.transfer.drive import cores
 from lading.transfer.files import ShardFile, open_shard
 from lading.transfer.memory import map_file, populate
 from lading.transfer.pages import BLOCK
@@ -108,11 +108,6 @@ def cells_of(ranges: Iterable[Range]) -> dict[Cell, list[tuple[int, int]]]:
                 parts.append((low, high))
 
     return cells
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return max(1, len(os.sched_getaffinity(0)))
 
 
 def _populate(mapping: mmap.mmap, parts: Iterable[tuple[int, int]]) -> None:

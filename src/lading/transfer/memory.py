@@ -12,45 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lading.errors import InternalError
+from lading.transfer.arena import RING_DEPTH, Arena, Stage
 from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.pages import BLOCK, POPULATE_READ, HugePages, madvise, pages_of
-
-RING_DEPTH = 3
-"""The number of buffers of a reader that fills a device: it reads into one while two are on their way."""
-
-
-class Stage(Protocol):
-    """A buffer of one reader thread for bytes that cannot go directly into the arena."""
-
-    def take(self) -> memoryview:
-        """Return a buffer that is not in use."""
-
-    def put(self, begin: int, size: int, place: int, source: str, target: str) -> None:
-        """Move ``size`` bytes at ``begin`` of the buffer taken last to ``place`` in the arena, cast on the way."""
-
-    def finish(self) -> None:
-        """Wait until all bytes have arrived."""
-
-
-class Arena(Protocol):
-    """The memory of all tensors of a load that are not mapped."""
-
-    on_host: bool
-    """``True`` if reads can go directly into it."""
-
-    def direct(self, place: int, size: int) -> memoryview | None:
-        """Return the bytes at ``place`` to read into; ``None`` if this memory is not the host's."""
-
-    def stage(self, chunk: int) -> Stage:
-        """Return buffers of ``chunk`` bytes for one reader thread."""
-
-    def tensor(self, place: int, shape: tuple[int, ...], dtype: str) -> Tensor:
-        """Return the tensor at ``place``, which keeps the memory alive."""
-
-    @property
-    def pages(self) -> Mapping[str, int]:
-        """The page sizes chosen for it, with their bytes."""
 
 
 def create_arena(size: int, device: torch.device, huge_pages: HugePages = "auto") -> Arena:
@@ -88,25 +52,6 @@ class HostArena:
     @property
     def pages(self) -> Mapping[str, int]:
         return self._pages.chosen
-
-
-class NoArena:
-    """An arena without memory, for bytes that are only looked at."""
-
-    on_host = True
-
-    def direct(self, place: int, size: int) -> memoryview | None:
-        return None
-
-    def stage(self, chunk: int) -> Stage:
-        return PassingStage(chunk)
-
-    def tensor(self, place: int, shape: tuple[int, ...], dtype: str) -> Tensor:
-        raise InternalError("bytes that were only read are not a tensor")
-
-    @property
-    def pages(self) -> Mapping[str, int]:
-        return {}
 
 
 class DeviceArena:
@@ -178,24 +123,6 @@ class _HostStage:
         read = torch.frombuffer(self._map, dtype=dtype, count=size // dtype.itemsize, offset=begin)
         memory = self._arena.direct(place, read.numel() * cast.itemsize)
         torch.frombuffer(memory, dtype=cast).copy_(read)
-
-    def finish(self) -> None:
-        pass
-
-
-class PassingStage:
-    """A buffer whose bytes stay where they are."""
-
-    def __init__(self, chunk: int) -> None:
-        self._map = mmap.mmap(-1, chunk, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.read = torch.empty(0, dtype=torch.uint8)
-        """The bytes read last, until the next ones."""
-
-    def take(self) -> memoryview:
-        return memoryview(self._map)
-
-    def put(self, begin: int, size: int, place: int, source: str, target: str) -> None:
-        self.read = torch.frombuffer(self._map, dtype=torch.uint8, count=size, offset=begin)
 
     def finish(self) -> None:
         pass

@@ -11,12 +11,12 @@ from lading.formats.digests import Digests
 from lading.formats.manifest import Manifest
 from lading.gangs import Gang
 from lading.planning.plan import Plan, Wanted
+from lading.transfer.arena import Arena
 from lading.transfer.exchange import execute_together
 from lading.transfer.execute import execute
 from lading.transfer.files import ShardFile
 from lading.transfer.hashing import Hasher
 from lading.transfer.mappings import NOTHING_AHEAD, Ahead
-from lading.transfer.memory import Arena
 from lading.transfer.together import Demand, Joint
 
 

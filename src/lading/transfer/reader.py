@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from lading.formats.digests import LEAF
 from lading.formats.manifest import BITS
 from lading.planning.plan import PAGE, Plan, reads_gaps
+from lading.transfer.arena import Arena, Stage
 from lading.transfer.files import OpenShard
 from lading.transfer.leaves import Part
-from lading.transfer.memory import Arena, Stage
 
 STEP = 8 << 20
 """The bytes of a step: large enough for the disk, small enough to stop soon."""
@@ -205,9 +205,8 @@ class Reader:
             assert memory is not None
 
             if gaps:
-                bounce = self._read_bounce(file, at, (count - 1) * stride + length, cold)
-                packed = torch.frombuffer(memory, dtype=torch.uint8).view(count, length)
-                packed.copy_(bounce.as_strided((count, length), (stride, 1), bounce.storage_offset()))
+                packed = np.frombuffer(memory, np.uint8).reshape(count, length)
+                packed[:] = self._read_bounce(file, at, count, stride=stride, length=length, cold=cold)
             else:
                 for i in range(count):
                     file.fill(at + i * stride, memory[i * length : (i + 1) * length])
@@ -219,16 +218,19 @@ class Reader:
 
         return (runs - 1) * (stride if gaps else length) + length
 
-    def _read_bounce(self, file: OpenShard, offset: int, size: int, cold: bool) -> Tensor:
-        """Return bytes of the file, valid until the next call."""
+    def _read_bounce(
+        self, file: OpenShard, offset: int, count: int, *, stride: int, length: int, cold: bool
+    ) -> npt.NDArray[np.uint8]:
+        """Return runs of the file, a row each, valid until the next call."""
         if self._bounce is None:
             most = max(ROWS_CHUNK, LEAF) + 2 * PAGE
             self._bounce = mmap.mmap(-1, most, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
+        size = (count - 1) * stride + length
         skew = offset % PAGE  # direct reads put a byte at its offset in its page
         file.fill(offset, memoryview(self._bounce)[skew : skew + size], direct=cold)
 
-        return torch.frombuffer(self._bounce, dtype=torch.uint8, count=size, offset=skew)
+        return np.ndarray((count, length), np.uint8, self._bounce, skew, (stride, 1))
 
     def _get_stage(self) -> Stage:
         if self._stage is None:

@@ -34,11 +34,12 @@ from lading.system.filesystem import FileStat
 from lading.transfer import execute as execution
 from lading.transfer import files as module
 from lading.transfer import reader
+from lading.transfer.arena import NoArena
 from lading.transfer.dtypes import TORCH_DTYPES
-from lading.transfer.execute import execute, hash_checkpoint
+from lading.transfer.execute import execute
 from lading.transfer.files import ShardFile, open_shard
-from lading.transfer.hashing import Hasher
-from lading.transfer.memory import HostArena, NoArena, RingStage
+from lading.transfer.hashing import Hasher, hash_checkpoint
+from lading.transfer.memory import HostArena, RingStage
 from tests.helpers.digest_reference import reference
 
 
