@@ -360,12 +360,12 @@ class TestLayers:
 
         result = cli("diff", *paths, "--values", "--by-layer")
         assert [line.split() for line in result.stdout.splitlines()[1:]] == [
-            ["layers.11", "2", "2", "0", "2", "0.667", "62.5%", "F32"],
             ["layers.2", "1", "2", "0", "0", "0", "0%", "F32"],
+            ["layers.11", "2", "2", "0", "2", "0.667", "62.5%", "F32"],
             ["-", "1", "1", "0", "-", "-", "-", "-"],
         ]
         rows = json.loads(cli("diff", *paths, "--values", "--by-layer", "--json").stdout)
-        assert rows[0] == {
+        assert rows[1] == {
             "layer": "layers.11",
             "differ": 2,
             "tensors": 2,
@@ -375,7 +375,7 @@ class TestLayers:
             "changed": 0.625,
             "compared_as": "F32",
         }
-        assert [row["layer"] for row in rows] == ["layers.11", "layers.2", None]
+        assert [row["layer"] for row in rows] == ["layers.2", "layers.11", None]
 
         # Without values, a program learns of each layer that it may differ.
         rows = json.loads(cli("diff", *paths, "--by-layer", "--json").stdout)
