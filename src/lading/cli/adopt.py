@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,13 +19,19 @@ if TYPE_CHECKING:
     from lading.operations.adopt import Adoption, Status
 
 _COLUMNS = (
-    "path", "status", "checkpoint", "revision", "cards", "bytes", "verified", "overlays", "problem",
+    "path", "status", "checkpoint", "revision", "cards", "moved_from", "left_behind", "bytes", "verified", "overlays",
+    "problem",
 )  # fmt: skip
 
-_STATUSES: dict[Status, str] = {"adopted": "adopted", "known": "known before", "failed": "that cannot be used"}
+_STATUSES: dict[Status, str] = {
+    "adopted": "adopted",
+    "known": "known before",
+    "moved": "moved",
+    "failed": "that cannot be used",
+}
 
 _TABLE = (
-    Column(name="status", color={"adopted": "green", "failed": "red"}.get),
+    Column(name="status", color={"adopted": "green", "moved": "green", "failed": "red"}.get),
     Column(name="cards", show=lambda cards: ", ".join(cards) or "-", keep=True),
     Column(name="bytes", heading="size", show=human_bytes, right=True),
     Column(name="path"),
@@ -52,6 +59,8 @@ def adopt(paths: tuple[Path, ...], dry_run: bool, no_restrict: bool, form: Form)
     for each in found:
         if each.problem is not None:
             note(printable(each.problem))
+        elif each.left_behind:
+            _remind(each)
         elif each.overlays and form is Form.TABLE:
             _suggest(each)
 
@@ -64,6 +73,14 @@ def adopt(paths: tuple[Path, ...], dry_run: bool, no_restrict: bool, form: Form)
     if errors and len(errors) == len(found):
         error = errors[0]
         click.get_current_context().exit(error.exit_code if isinstance(error, LadingError) else SYSTEM)
+
+
+def _remind(adoption: Adoption) -> None:
+    names, before, now = ", ".join(adoption.left_behind), str(adoption.moved_from), str(adoption.path)
+    note(
+        f"{printable(now)} was at {printable(before)}, the path that {names} still states. Run `lading relocate "
+        f"{printable(shlex.quote(before))} {printable(shlex.quote(now))}` to change it."
+    )
 
 
 def _suggest(adoption: Adoption) -> None:

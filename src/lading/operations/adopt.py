@@ -37,15 +37,16 @@ from lading.operations.find_checkpoints import (
     require_links_inside,
 )
 from lading.operations.hub_checkpoints import HubCheckpoint, hub_checkpoints, no_snapshot_error, resolve_commit
+from lading.operations.moved import Move, MoveFinder, record_move
 from lading.sources.hub.address import is_sha256
 from lading.sources.hub.cache import blob_tag, hub_cache
 from lading.system.display import human_bytes, representation
 from lading.system.filesystem import FileStat, expand_home
-from lading.system.uris import path_uri
+from lading.system.uris import path_uri, uri_path
 
 log = logging.getLogger("lading")
 
-Status = Literal["adopted", "known", "failed"]
+Status = Literal["adopted", "known", "moved", "failed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +55,16 @@ class Adoption:
 
     path: Path
     status: Status
-    """``adopted`` now, ``known`` to the catalog before, or ``failed``."""
+    """``adopted`` now, ``known`` to the catalog before, ``moved`` from another path, or ``failed``."""
     checkpoint: str | None = None
     """The URI of the checkpoint in the catalog; that of its own path if it belongs to no card."""
     revision: str | None = None
     cards: tuple[str, ...] = ()
     """The names of the cards that load it."""
+    moved_from: Path | None = None
+    """The path at which it was before, if the catalog knows it from there and nothing is there any more."""
+    left_behind: tuple[str, ...] = ()
+    """The names of the cards that state ``moved_from``, and do not load it until they state the new path."""
     bytes: int = 0
     """The size of its files."""
     verified: bool = False
@@ -91,8 +96,9 @@ def adopt_checkpoints(
 
     A checkpoint in a Hugging Face cache belongs to the cards that name its repository, and is verified when it is first
     loaded. A checkpoint in another folder belongs to a card if its bytes have the digests that the catalog knows for
-    the card's checkpoint; else it is known only by its path. ``torch.save`` files are adopted if there is no
-    safetensors file and their tensors are contiguous.
+    the card's checkpoint; else it is known only by its path. What the catalog knows of a checkpoint moves with it to
+    another path, unless cards state the earlier one. ``torch.save`` files are adopted if there is no safetensors file
+    and their tensors are contiguous.
 
     :param paths: folders, searched at any depth; default: the cache of Hugging Face's libraries.
     :param dry_run: whether to change nothing, and only return the results.
@@ -141,6 +147,7 @@ class _Adopter:
         self._restrict = restrict
         self._progress = progress
         self._by_repo = hub_checkpoints(store)
+        self._moves = MoveFinder(store, progress=progress)
 
     def adopt(self, place: FoundCheckpoint) -> Iterator[Adoption]:
         """Adopt the checkpoints in a place, and yield the results."""
@@ -208,7 +215,8 @@ class _Adopter:
                 "run it with LADING_OFFLINE=1 to use the cached one.",
             )
 
-        manifest, copies = _read(path, place, cache=self._store.settings.cache_dir, restrict=self._restrict)
+        found = self._read(path, place)
+        manifest, copies = found.manifest, found.copies()
         folder = _folder_of(path)
         shards = tuple(replace(shard, sha256=_sha256_of_blob(folder / shard.name)) for shard in manifest.shards)
         manifest = replace(manifest, shards=shards)
@@ -233,7 +241,8 @@ class _Adopter:
 
     def _folder(self, place: FoundCheckpoint) -> list[Adoption]:
         path, uri = place.path, _uri_of(place.path)
-        manifest, copies = _read(path, place, cache=self._store.settings.cache_dir, restrict=self._restrict)
+        here = self._read(path, place)
+        manifest, copies = here.manifest, here.copies()
 
         stored = self._store.checkpoint(uri)
         digests = _digests_as_known(stored, manifest)
@@ -254,6 +263,9 @@ class _Adopter:
 
         cards = tuple(names_of(self._store, [uri]).get(uri, ()))
         known = _known(path, stored, cards)
+        move = self._moves.find(here) if stored is None else None
+        if move is not None and not move.cards:
+            known = self._take_moved(path, move, cards)
         if known is None:
             if digests is not None:
                 shards = zip(manifest.shards, digests, strict=True)
@@ -267,11 +279,22 @@ class _Adopter:
                 link_cards(self._store.database, cards, uri=uri)
             known = _adoption("adopted", path, uri, "", cards, copies)
 
+        if move is not None:
+            known = replace(known, moved_from=move.origin, left_behind=move.cards)
+
         return [known if cards else replace(known, overlays=self._overlays(path))]
+
+    def _take_moved(self, path: Path, move: Move, cards: tuple[str, ...]) -> Adoption:
+        if not self._dry_run:
+            record_move(move, self._store)
+            link_cards(self._store.database, cards, uri=move.to)
+
+        return replace(_adoption("moved", path, move.to, "", cards, move.copies), verified=move.verified)
 
     def _wanted(self, manifest: Manifest, path: Path) -> list[tuple[StoredCheckpoint, tuple[str, ...]]]:
         """Return the checkpoints of cards that a folder may hold, except those that are elsewhere on this machine."""
-        uris = [uri for uri in checkpoints_like(self._store.database, manifest) if uri != _uri_of(path)]
+        # A card that states a path loads what is there, and nothing else.
+        uris = [uri for uri in checkpoints_like(self._store.database, manifest) if uri_path(uri) is None]
         names = names_of(self._store, uris) if uris else {}
         here = {_folder_of(path) / shard.name for shard in manifest.shards}
 
@@ -308,6 +331,22 @@ class _Adopter:
 
         return replace(_adoption("adopted", path, stored.uri, stored.revision, cards, copies), verified=True)
 
+    def _read(self, path: Path, place: FoundCheckpoint) -> LocalCheckpointFiles:
+        """Return the checkpoint at a path, after a check that no link leads out of its place."""
+        _uri_of(path)  # raises early if the catalog cannot store the path
+        require_links_inside(path, place)
+        refuse_quantized_config(read_hf_config(path), path)
+        cache = self._store.settings.cache_dir
+        try:
+            found = LocalCheckpointFiles.read(path, cache=cache, restrict=self._restrict, rewrite=False)
+        except NonContiguousError:
+            raise NotSupportedError(
+                f"{path} has tensors that are not contiguous, so it cannot be used in place. Load it by its path, or "
+                "by a card of your own that names it, to rewrite it in lading's cache."
+            ) from None
+
+        return replace(found, kind="adopted")
+
     def _overlays(self, path: Path) -> tuple[str, ...]:
         """Return overlays for cards whose repository has the name of the folder; the user decides if it is right."""
         found = [
@@ -319,22 +358,6 @@ class _Adopter:
         ]
 
         return tuple(to_yaml([{"name": f"{name}@user", "checkpoint": str(path)}]) for name in sorted(found))
-
-
-def _read(path: Path, place: FoundCheckpoint, *, cache: Path, restrict: bool) -> tuple[Manifest, list[LocalCopy]]:
-    """Return the manifest and the files of a checkpoint, after a check that no link leads out of its place."""
-    _uri_of(path)  # raises early if the catalog cannot store the path
-    require_links_inside(path, place)
-    refuse_quantized_config(read_hf_config(path), path)
-    try:
-        found = LocalCheckpointFiles.read(path, cache=cache, restrict=restrict, rewrite=False)
-    except NonContiguousError:
-        raise NotSupportedError(
-            f"{path} has tensors that are not contiguous, so it cannot be used in place. Load it by its path, or by a "
-            "card of your own that names it, to rewrite it in lading's cache."
-        ) from None
-
-    return found.manifest, [replace(copy, kind="adopted") for copy in found.copies()]
 
 
 def _uri_of(path: Path) -> str:

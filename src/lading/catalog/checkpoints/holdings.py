@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sqlalchemy import select
+from sqlalchemy import and_, select
 from sqlalchemy.orm import Session, selectinload
 
 from lading.catalog.checkpoints.copies import all_copies, reachable
@@ -13,7 +15,7 @@ from lading.catalog.checkpoints.manifests import find_checkpoint, read_manifest,
 from lading.catalog.database.database import Database
 from lading.catalog.database.statements import chunks
 from lading.catalog.records import LocalCheckpoint
-from lading.catalog.schema import CheckpointRow, ShardRow
+from lading.catalog.schema import CHECKPOINTS, COPIES, SHARDS, CheckpointRow, ShardRow
 from lading.formats.manifest import Manifest
 
 
@@ -63,6 +65,25 @@ def _held(session: Session) -> list[LocalCheckpoint]:
     ]
 
     return sorted(found, key=lambda checkpoint: checkpoint.uri)
+
+
+def gone_checkpoints(database: Database) -> list[str]:
+    """Return the URIs of the checkpoints that were at a path of this machine, and of no other, and are gone."""
+    of_shards = and_(SHARDS.c.checkpoint_id == COPIES.c.checkpoint_id, SHARDS.c.name == COPIES.c.file)
+    statement = (
+        select(COPIES, CHECKPOINTS.c.uri)
+        .join(SHARDS, of_shards)
+        .join(CHECKPOINTS, CHECKPOINTS.c.id == COPIES.c.checkpoint_id)
+        .where(CHECKPOINTS.c.uri.startswith("file://", autoescape=True))
+        .order_by(CHECKPOINTS.c.uri)
+    )
+    with database.session() as session:
+        rows = session.execute(statement).all()
+
+    known = Counter(row.uri for row in rows)
+    gone = Counter(row.uri for row, copy in reachable(rows) if not os.path.lexists(copy.path))
+
+    return [uri for uri, count in known.items() if gone[uri] == count]
 
 
 def checkpoints_like(database: Database, manifest: Manifest) -> list[str]:

@@ -1,0 +1,193 @@
+"""Checkpoints that moved: files at a new path that the catalog knows at another one, where nothing is any more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lading.catalog.checkpoints.holdings import gone_checkpoints
+from lading.catalog.checkpoints.record import record_files, recorded_headers
+from lading.catalog.checkpoints.relocate import relocate_checkpoint
+from lading.catalog.records import HEADER, Check, LocalCopy
+from lading.catalog.store import AssetStore, StoredCheckpoint
+from lading.checkpoints.checkpoint import Checkpoint, LocalCheckpointFiles, header_checks
+from lading.checkpoints.local_copies import best_copies
+from lading.checkpoints.verification import hash_files, shard_digest
+from lading.errors import InternalError
+from lading.formats.digests import Digests
+from lading.formats.manifest import Manifest
+from lading.operations.card_links import names_of
+from lading.system.filesystem import FileStat
+from lading.system.uris import uri_path
+from lading.transfer.hashing import hash_checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """A checkpoint that is at another path than the one by which the catalog knows it."""
+
+    uri: str
+    """The URI of the earlier path."""
+    to: str
+    """The URI of the path at which it is now."""
+    cards: tuple[str, ...]
+    """The names of the cards that state the earlier path."""
+    copies: tuple[LocalCopy, ...]
+    """Its files at the new path."""
+    checks: tuple[Check, ...]
+    """The checks of these files against the digests that the catalog has of them."""
+    verified: bool
+    """``True`` if the bytes of all tensors are known to be those of recorded digests."""
+
+    @property
+    def origin(self) -> Path:
+        """The earlier path."""
+        path = uri_path(self.uri)
+        if path is None:
+            raise InternalError(f"{self.uri} moved, expected the URI of a path")
+
+        return path
+
+
+class MoveFinder:
+    """The search for moved checkpoints, for which the catalog is asked once which ones are gone.
+
+    A candidate is a checkpoint of the same tensors, all of whose files are gone, and which only this machine had. It is
+    the same one if its files are in the state that the catalog recorded, as after a renaming; else if their bytes have
+    the recorded digests; and if no digest is known, if they have the recorded sizes, times of modification and headers.
+    Without the times, the next step of a training would be taken for the one that the training deleted.
+    """
+
+    def __init__(self, store: AssetStore, *, progress: bool = False) -> None:
+        """Look for the checkpoints that are gone.
+
+        :param progress: whether to show a bar on stderr while files are hashed.
+
+        :raises CatalogError: the catalog cannot be read.
+        """
+        self._store = store
+        self._progress = progress
+        found = (store.checkpoint(uri) for uri in gone_checkpoints(store.database))
+        self._gone = [stored for stored in found if stored is not None and _has_all_copies(stored)]
+
+    def find(self, here: LocalCheckpointFiles) -> Move | None:
+        """Return the move of a checkpoint to the path of ``here``; ``None`` if none moved there.
+
+        A checkpoint is found once.
+
+        :raises CatalogError: the catalog cannot be read.
+        :raises OSError: a file cannot be read.
+        """
+        checkpoint = here.checkpoint("")
+        for stored in sorted(self._gone, key=lambda stored: not _unchanged(stored, here)):
+            if not _alike(stored.manifest, here.manifest):
+                continue
+            checks = [] if _unchanged(stored, here) else self._matching(stored, here, checkpoint)
+            if checks is None:
+                continue
+            self._gone.remove(stored)
+            verified = {copy.stat: copy.verified_at for copy in stored.copies}
+            hashed = any(check.method != HEADER for check in checks)
+
+            return Move(
+                uri=stored.uri,
+                to=checkpoint.uri,
+                cards=tuple(names_of(self._store, [stored.uri]).get(stored.uri, ())),
+                copies=tuple(replace(copy, verified_at=verified.get(copy.stat)) for copy in here.copies()),
+                checks=tuple(checks),
+                verified=hashed or all(verified.get(file.stat) for file in checkpoint.here()),
+            )
+
+        return None
+
+    def _matching(
+        self, stored: StoredCheckpoint, here: LocalCheckpointFiles, checkpoint: Checkpoint
+    ) -> list[Check] | None:
+        """Return the checks of files against what the catalog has of them; ``None`` if they are other files."""
+        headers = header_checks(checkpoint, _renamed(recorded_headers(self._store.database, stored.uri), stored, here))
+        if any(check.result == "mismatch" for check in headers):
+            return None
+
+        expected = [shard.sha256 for shard in stored.manifest.shards]
+        if None not in expected:
+            checks = _sha256_checks(checkpoint, expected, progress=self._progress)
+        elif (digests := self._store.digests(stored.uri, stored.manifest)) is not None:
+            checks = _tensor_checks(checkpoint, digests, progress=self._progress)
+        elif _times(_stats(stored)) == _times(file.stat for file in checkpoint.here()):
+            return headers
+        else:
+            return None
+
+        return None if any(check.result == "mismatch" for check in checks) else [*headers, *checks]
+
+
+def record_move(move: Move, store: AssetStore) -> None:
+    """Record that a checkpoint is at its new path, with all that the catalog knows of it; its cards stay as they are.
+
+    :raises CatalogError: the catalog is damaged, or another process holds it.
+    :raises OSError: the disk is full.
+    """
+    relocate_checkpoint(store.database, uri=move.uri, to=move.to, copies=move.copies)
+    record_files(store.database, uri=move.to, checks=move.checks)
+
+
+def _has_all_copies(stored: StoredCheckpoint) -> bool:
+    return {shard.name for shard in stored.manifest.shards} <= {copy.file for copy in stored.copies}
+
+
+def _stats(stored: StoredCheckpoint) -> list[FileStat]:
+    """Return the recorded states of the shards of a checkpoint, in their order."""
+    known = best_copies(stored.copies)
+
+    return [known[shard.name].stat for shard in stored.manifest.shards]
+
+
+def _times(stats: Iterable[FileStat]) -> list[int]:
+    return [stat.mtime_ns for stat in stats]
+
+
+def _unchanged(stored: StoredCheckpoint, here: LocalCheckpointFiles) -> bool:
+    return _stats(stored) == [here.stats[shard.name] for shard in here.manifest.shards]
+
+
+def _alike(before: Manifest, now: Manifest) -> bool:
+    """Return whether two manifests may be of the same files; one file alone may have another name."""
+    before_and_now = list(zip(before.shards, now.shards, strict=False))
+
+    return (
+        all(then.size == here.size for then, here in before_and_now)
+        and (len(before_and_now) == 1 or all(then.name == here.name for then, here in before_and_now))
+        and before.format == now.format
+        and before.tensors_equal(now)
+    )
+
+
+def _renamed(headers: dict[str, str], stored: StoredCheckpoint, here: LocalCheckpointFiles) -> dict[str, str]:
+    """Return recorded digests by the names that the files have now."""
+    names = zip(stored.manifest.shards, here.manifest.shards, strict=True)
+
+    return {now.name: headers[then.name] for then, now in names if then.name in headers}
+
+
+def _sha256_checks(checkpoint: Checkpoint, expected: Sequence[str | None], *, progress: bool) -> list[Check]:
+    files = checkpoint.here()
+    total = sum(file.stat.size for file in files)
+    found = hash_files([file.path for file in files], total, "hash", progress=progress)
+
+    return [
+        replace(checkpoint.check(i, "sha256", expected=expected[i], found=sha256), stat=stat)
+        for i, (sha256, stat) in enumerate(found)
+    ]
+
+
+def _tensor_checks(checkpoint: Checkpoint, expected: Digests, *, progress: bool) -> list[Check]:
+    manifest = checkpoint.manifest
+    found = hash_checkpoint(manifest, checkpoint.here(), expected.dims, progress=progress)
+
+    return [
+        checkpoint.check(
+            i, "blake3", expected=shard_digest(manifest, expected, i), found=shard_digest(manifest, found, i)
+        )
+        for i in range(len(manifest.shards))
+    ]
