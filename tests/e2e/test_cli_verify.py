@@ -35,10 +35,10 @@ def three(cards: Path, cli: Cli) -> Path:
 
 
 def test_one_bad_card_does_not_keep_the_others_from_it(cli: Cli, three: Path) -> None:
-    result = cli("verify", "--all", "--nl", "--no-progress", code=3)
+    result = cli("verify", "--every", "--nl", "--no-progress", code=3)
     verified = [json.loads(line)["model"] for line in result.stdout.splitlines()]
     assert verified == ["aa", "tiny", "tiny_child", "zz"]
-    assert "lading: error: odd could not be verified: No model of the qwen family" in result.stderr
+    assert "lading: error: odd: No model of the qwen family" in result.stderr
 
 
 def test_the_exit_code_is_that_of_the_worst(cli: Cli, cards: Path, three: Path) -> None:
@@ -49,15 +49,18 @@ def test_the_exit_code_is_that_of_the_worst(cli: Cli, cards: Path, three: Path) 
     file.write_bytes(data)
 
     result = cli("verify", "odd", "zz", "-q", "--no-progress", code=4)
-    assert "odd could not be verified" in result.stderr
+    assert "lading: error: odd: " in result.stderr
+    assert result.stderr.endswith("lading: 2 of 2 models failed: odd, zz\n")
     hint = "If it was changed on purpose, run `lading index zz` to accept it."
     assert f"zz does not match its digests. {hint}" in result.stderr
 
     shutil.rmtree(three)
-    assert "odd could not be verified: No checkpoint is at" in cli("verify", "odd", "odd", code=2).stderr
+    assert "error: No checkpoint is at" in cli("verify", "odd", "aa", code=4).stderr
     alone = cli("verify", "odd", code=2)
     assert alone.stderr.startswith("lading: error: No checkpoint is at")
-    assert cli("verify", "zz", "nobody", code=2).stdout == ""
+    result = cli("verify", "zz", "nobody", "-q", code=4)
+    assert result.stderr.startswith("lading: error: No model named 'nobody'"), "before any work"
+    assert result.stdout == "model.safetensors\n"
 
 
 def of_header(data: bytes) -> bytes:
@@ -183,7 +186,7 @@ def test_a_path_with_no_checkpoint(cli: Cli, home: Path, tmp_path: Path) -> None
     (tmp_path / "bad.safetensors").write_bytes(b"none")
     cli("verify", tmp_path / "bad.safetensors", code=4)
     mine = make(tmp_path / "mine")
-    assert "could not be verified" in cli("verify", tmp_path / "nowhere", mine, "--no-progress", code=2).stderr
+    assert "1 of 2 models failed" in cli("verify", tmp_path / "nowhere", mine, "--no-progress", code=2).stderr
 
 
 def test_digests_of_paths_are_what_diff_compares_by(cli: Cli, home: Path, tmp_path: Path) -> None:

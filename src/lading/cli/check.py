@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from lading.cli.command import command, no_restrict, one_object
+from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_target
 from lading.cli.describe import some
 from lading.cli.names import name_or_path
-from lading.cli.output import printable, write_json, write_pairs
+from lading.cli.output import Column, Form, listing_options, printable, write_objects, write_pairs
+from lading.cli.selection import Selection, select_models
 from lading.system.display import human_bytes, human_count
 
 if TYPE_CHECKING:
@@ -20,39 +22,60 @@ if TYPE_CHECKING:
 MISMATCH = 4
 
 
+_TABLE = (
+    Column(name="name", keep=True),
+    Column(name="fits", color={True: "green", False: "red"}.get),
+    Column(name="family"),
+    Column(name="parameters", show=human_count, right=True),
+    Column(name="bytes", heading="size", show=human_bytes, right=True),
+    Column(name="problems", show=lambda problems: some(problems, most=1)),
+)
+
+
 @command("check")
-@click.argument("target", metavar="NAME|PATH", shell_complete=complete_target)
+@select_models("NAME|PATH", complete=complete_target)
 @no_restrict
-@one_object
-def check(target: str, no_restrict: bool, as_json: bool) -> None:
-    """Check that a checkpoint fits its model.
+@listing_options
+def check(selection: Selection, no_restrict: bool, form: Form) -> None:
+    """Check that checkpoints fit their models.
 
     Compares the names, shapes and dtypes of the tensors with those that the architecture needs; reads no tensor. The
-    model is that of the card NAME, or of the Hugging Face style folder at PATH.
+    model is that of the card NAME, or of the Hugging Face style folder at PATH. NAME may be a pattern with * and ? as
+    in a shell.
 
     For example: lading check qwen3_0.6b
     """
     from lading.catalog.store import get_asset_store
 
     store = get_asset_store()
-    # Reports an unknown name before the import of torch, which takes a second.
-    model = name_or_path(target, store)
+    # Reports unknown names before the import of torch, which takes a second.
+    targets = selection.resolve(lambda name: name_or_path(name, store), store)
 
     from lading.operations.check import check_model
 
-    report = check_model(model, restrict=not no_restrict, store=store)
+    objects: list[dict[str, object]] = []
 
-    if as_json:
-        write_json({"name": target, "fits": report.fits, **asdict(report)})
-    elif report.fits:
+    def check_one(name: str, target: str | Path) -> int:
+        report = check_model(target, restrict=not no_restrict, store=store)
+        objects.append({"name": name, "fits": report.fits, **asdict(report)})
+        if form is Form.TABLE and not selection.several:
+            _write_text(report)
+
+        return 0 if report.fits else MISMATCH
+
+    selection.each(targets, check_one)
+
+    if form is not Form.TABLE or selection.several:
+        write_objects(objects, form, table=_TABLE, single=not selection.several)
+    selection.finish()
+
+
+def _write_text(report: CheckReport) -> None:
+    if report.fits:
         click.echo("ok")
         write_pairs(_summary(report))
-    else:
-        for problem in report.problems:
-            click.echo(printable(problem))
-
-    if not report.fits:
-        click.get_current_context().exit(MISMATCH)
+    for problem in report.problems:
+        click.echo(printable(problem))
 
 
 def _summary(report: CheckReport) -> dict[str, object]:

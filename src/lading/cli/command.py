@@ -29,6 +29,11 @@ def _set_debug(context: click.Context, parameter: click.Parameter, value: bool) 
         context.meta[_DEBUG] = True
 
 
+def debugging() -> bool:
+    """Return whether the command line asks for the traceback of an error."""
+    return bool(click.get_current_context().meta.get(_DEBUG))
+
+
 def _set_verbose(context: click.Context, parameter: click.Parameter, value: int) -> None:
     if value:
         log.setLevel(logging.INFO if value == 1 else logging.DEBUG)
@@ -179,7 +184,7 @@ class Program(Group):
         except BaseException as error:
             if isinstance(error, SystemExit):
                 raise
-            code = report(error, debug=bool(ctx.meta.get(_DEBUG)))
+            code = report(error, debug=debugging())
             _abandon_stdout()
             ctx.exit(code)
 

@@ -52,9 +52,9 @@ def dtype_text(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{dtype} {human_count(count)}" for dtype, count in counts.items())
 
 
-def some(names: Collection[str]) -> str:
-    """Format the first three of ``names`` and the number of the others."""
-    first = list(names)[:3]
+def some(names: Collection[str], *, most: int = 3) -> str:
+    """Format the first ``most`` of ``names`` and the number of the others."""
+    first = list(names)[:most]
     more = len(names) - len(first)
 
     return ", ".join(first) + (f" and {more} more" if more else "")

@@ -21,12 +21,17 @@ _LISTS = (AssetCardError, ModelCheckpointMismatchError)
 """Errors that may list several problems; of other errors only the first line is shown."""
 
 
-def report(error: BaseException, *, debug: bool) -> int:
-    """Report an error on stderr, with its traceback if ``debug``; return the exit code."""
+def report(error: BaseException, *, debug: bool, of: str = "") -> int:
+    """Report an error on stderr, with its traceback if ``debug``; return the exit code.
+
+    :param of: the name of the model that failed, if there are several; the line begins with it if the error lacks it.
+    """
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE
 
     code, message = explain(error)
+    if printable(of) not in message:
+        message = f"{printable(of)}: {message}"
     # The exit code must be returned even if stderr is closed.
     with suppress(BrokenPipeError):
         if debug and not isinstance(error, click.ClickException):
@@ -42,7 +47,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         case LadingError():
             lines = error.message.splitlines() or [type(error).__name__]
             return error.exit_code, "\n".join(map(printable, lines if isinstance(error, _LISTS) else lines[:1]))
-        case KeyboardInterrupt():
+        case KeyboardInterrupt() | click.Abort():
             return INTERRUPTED, ""
         case click.UsageError():
             return USAGE, _usage(error)

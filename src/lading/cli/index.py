@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-import click
+from pathlib import Path
 
-from lading.cli.command import command, no_restrict, one_object
+from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_target
-from lading.cli.describe import checkpoint_object, checkpoint_pairs
+from lading.cli.describe import checkpoint_object, checkpoint_pairs, dtype_text
 from lading.cli.names import name_or_path
-from lading.cli.output import write_json, write_pairs
+from lading.cli.output import Column, Form, listing_options, write_objects, write_pairs
+from lading.cli.selection import Selection, select_models
+from lading.system.display import human_bytes, human_count
 from lading.system.uris import shown_uri
+
+_TABLE = (
+    Column(name="uri", heading="checkpoint", keep=True),
+    Column(name="format"),
+    Column(name="bytes", heading="size", show=human_bytes, right=True),
+    Column(name="parameters", show=human_count, right=True),
+    Column(name="dtypes", show=dtype_text),
+    Column(name="tensors", right=True),
+)
 
 
 @command("index")
-@click.argument("target", metavar="NAME|PATH|URI", shell_complete=complete_target)
+@select_models("NAME|PATH|URI", complete=complete_target)
 @no_restrict
-@one_object
-def index(target: str, no_restrict: bool, as_json: bool) -> None:
-    """Index a local or remote checkpoint in the catalog.
+@listing_options
+def index(selection: Selection, no_restrict: bool, form: Form) -> None:
+    """Index local or remote checkpoints in the catalog.
 
-    Records its tensors, and reads only the headers of its files: those of the card NAME, of the file or folder at PATH,
-    or of the checkpoint at hg://org/name or https://... Use it also to accept files that were changed on purpose.
+    Records tensors, and reads only the headers of files: those of the card NAME, of the file or folder at PATH, or of
+    the checkpoint at hg://org/name or https://... Use it also to accept files that were changed on purpose. NAME may be
+    a pattern with * and ? as in a shell.
 
     For example: lading index hg://Qwen/Qwen3-0.6B
     """
@@ -28,10 +40,19 @@ def index(target: str, no_restrict: bool, as_json: bool) -> None:
     from lading.checkpoints.locate import index_checkpoint
 
     store = get_asset_store()
-    found = target if "://" in target else name_or_path(target, store)
-    stored = index_checkpoint(found, restrict=not no_restrict, store=store)
+    objects: list[dict[str, object]] = []
 
-    if as_json:
-        write_json(checkpoint_object(stored))
-    else:
-        write_pairs({"checkpoint": shown_uri(stored.uri), **checkpoint_pairs(stored)})
+    def index_one(name: str, target: str | Path) -> None:
+        stored = index_checkpoint(target, restrict=not no_restrict, store=store)
+        objects.append(checkpoint_object(stored))
+        if form is Form.TABLE and not selection.several:
+            write_pairs({"checkpoint": shown_uri(stored.uri), **checkpoint_pairs(stored)})
+
+    def meaning(name: str) -> str | Path:
+        return name if "://" in name else name_or_path(name, store)
+
+    selection.each(selection.resolve(meaning, store), index_one)
+
+    if form is not Form.TABLE or selection.several:
+        write_objects(objects, form, table=_TABLE, single=not selection.several)
+    selection.finish()

@@ -104,6 +104,21 @@ def write_rows(
     click.echo(text, nl=False, color=True)
 
 
+def write_objects(
+    objects: Sequence[Mapping[str, object]], form: Form, *, table: Sequence[Column], single: bool
+) -> None:
+    """Write objects with the same keys to stdout.
+
+    :param single: write the only object itself as JSON, not a list of one.
+    """
+    if single and form is Form.JSON:
+        for value in objects:
+            write_json(value)
+    else:
+        columns = list(objects[0]) if objects else [column.name for column in table]
+        write_rows(columns, [list(value.values()) for value in objects], form, table=table)
+
+
 def note(message: str) -> None:
     """Write a line to stderr: not a part of the result."""
     click.echo(f"lading: {message}", err=True)

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lading.cli.command import command
-from lading.cli.complete import complete_model
+from lading.cli.output import Form, listing_options, write_rows
+from lading.cli.selection import Selection, select_models
+
+if TYPE_CHECKING:
+    from lading.cards.card import AssetCard
 
 
 @command("path")
-@click.argument("name", shell_complete=complete_model)
-def path(name: str) -> None:
-    """Print the local path of a model's checkpoint.
+@select_models(here=True)
+@listing_options
+def path(selection: Selection, form: Form) -> None:
+    """Print the local paths of checkpoints.
 
-    The path is a folder or a file. If the files of the checkpoint are not in one folder under their own names, prints
-    the path of each file on a line.
+    NAME may be a pattern with * and ? as in a shell. The path is a folder or a file. If the files of the checkpoint are
+    not in one folder under their own names, prints the path of each file on a line.
 
     For example: ls "$(lading path qwen3_0.6b)"
     """
@@ -24,6 +31,17 @@ def path(name: str) -> None:
     from lading.checkpoints.locate import local_paths
 
     store = get_asset_store()
-    for found in local_paths(store.retrieve_card(name), store):
-        # A path may not be valid text, so it is printed as bytes.
-        click.echo(os.fsencode(found))
+    rows: list[tuple[Path, str]] = []
+
+    def find(name: str, card: AssetCard) -> None:
+        rows.extend((found, name) for found in local_paths(card, store))
+
+    selection.each(selection.resolve(store.retrieve_card, store), find)
+
+    if form in (Form.TABLE, Form.NAMES):
+        for found, _ in rows:
+            # A path may not be valid text, so it is printed as bytes.
+            click.echo(os.fsencode(found))
+    else:
+        write_rows(("path", "model"), rows, form)
+    selection.finish()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from lading.cli.command import command, no_progress
-from lading.cli.complete import complete_model
 from lading.cli.output import Column, Form, listing_options, write_rows
+from lading.cli.selection import Selection, select_models
 from lading.system.display import human_bytes
+
+if TYPE_CHECKING:
+    from lading.cards.card import AssetCard
 
 _COLUMNS = ("name", "bytes", "fetched", "path", "model", "revision")
 _TABLE = (
@@ -21,7 +26,7 @@ _DRY_TABLE = (*_TABLE[:3], Column(name="fetched", show=lambda fetched: "to fetch
 
 
 @command("pull")
-@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_model)
+@select_models()
 @click.option("--revision", metavar="R", help="A branch, a tag or a commit; default: the card's, or the latest.")
 @click.option(
     "--include",
@@ -33,7 +38,7 @@ _DRY_TABLE = (*_TABLE[:3], Column(name="fetched", show=lambda fetched: "to fetch
 @no_progress
 @listing_options
 def pull(
-    names: tuple[str, ...],
+    selection: Selection,
     revision: str | None,
     include: tuple[str, ...],
     dry_run: bool,
@@ -43,7 +48,7 @@ def pull(
     """Fetch the latest published checkpoints of models.
 
     Before a fetch, checks by the headers that the checkpoint fits its architecture; after it, checks all bytes by their
-    digests. Loads use the fetched revision until the next pull.
+    digests. Loads use the fetched revision until the next pull. NAME may be a pattern with * and ? as in a shell.
 
     For example: lading pull qwen3_0.6b --include 'tokenizer*'
     """
@@ -51,14 +56,15 @@ def pull(
     from lading.operations.pull import pull_model
 
     store = get_asset_store()
-    for name in names:  # reports a wrong name before hours of fetching
-        store.retrieve_card(name)
-
     rows: list[tuple[object, ...]] = []
-    for name in names:
+
+    def pull_one(name: str, _: AssetCard) -> None:
         report = pull_model(
             name, revision=revision, include=include, dry_run=dry_run, progress=not no_progress, store=store
         )
-        rows += [(f.name, f.size, f.fetched, f.path, report.name, report.revision) for f in report.files]
+        rows.extend((f.name, f.size, f.fetched, f.path, report.name, report.revision) for f in report.files)
+
+    selection.each(selection.resolve(store.retrieve_card, store), pull_one)
 
     write_rows(_COLUMNS, rows, form, table=_DRY_TABLE if dry_run else _TABLE)
+    selection.finish()

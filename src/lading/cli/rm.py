@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import click
 
 from lading.cli.command import command
-from lading.cli.complete import complete_model
+from lading.cli.failure import INTERRUPTED
 from lading.cli.names import unknown_model
 from lading.cli.output import note, printable
+from lading.cli.selection import Selection, select_models
+from lading.errors import PolicyError
 from lading.system.display import counted, human_bytes
 
 if TYPE_CHECKING:
@@ -18,63 +21,91 @@ if TYPE_CHECKING:
 
 
 @command("rm")
-@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete_model)
+@select_models(here=True, required=False)
 @click.option(
     "--orphans", is_flag=True, help="Remove files that this catalog fetched to lading's cache and no card names."
 )
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
-@click.option("--yes", is_flag=True, help="Delete revisions of the Hugging Face cache without asking.")
-def rm(names: tuple[str, ...], orphans: bool, dry_run: bool, yes: bool) -> None:
+@click.option(
+    "--yes", is_flag=True, help="Remove several models, and revisions of the Hugging Face cache, without asking."
+)
+def rm(selection: Selection, orphans: bool, dry_run: bool, yes: bool) -> None:
     """Remove models from this machine.
 
     Deletes the files that this catalog fetched to lading's cache. The cache of Hugging Face's libraries belongs to
     huggingface_hub: lists the revisions of the model there, asks, and lets huggingface_hub delete them. Files elsewhere
     stay (adopted ones, and those that a card names by their path), and so do files that another model needs. Cards
-    stay, too: a load fetches the model again.
+    stay, too: a load fetches the model again. NAME may be a pattern with * and ? as in a shell; lists several models,
+    and asks, before it removes any.
 
     For example: lading rm qwen3_0.6b
     """
-    if not names and not orphans:
-        raise click.UsageError("Give the NAME of a model, or --orphans.", click.get_current_context())
+    if not selection and not orphans:
+        raise click.UsageError("Give the NAME of a model, --every, or --orphans.", click.get_current_context())
 
     from lading.catalog.store import get_asset_store
     from lading.operations.remove import checkpoint_without_card, remove_model, remove_orphans
 
     store = get_asset_store()
-    # All of them, before anything is removed.
-    for name in names:
+
+    def plan(name: str) -> Removal:
         if store.maybe_retrieve_card(name) is None and (
             "://" not in name or checkpoint_without_card(name, store) is None
         ):
             raise unknown_model(name, store)
 
-    agreed: dict[str, bool] = {}
-    for name in names:
-        removal = remove_model(name, dry_run=True, store=store)
-        agreed[name] = yes or (not dry_run and _agreed(name, removal))
-        if removal.revisions and not dry_run and not agreed[name]:
-            remove_model(name, store=store)  # which refuses to, before another one is removed
+        return remove_model(name, dry_run=True, store=store)
 
-    for name, hub in agreed.items():
-        _say(name, remove_model(name, dry_run=dry_run, hub=hub, store=store), dry_run=dry_run)
+    def remove(name: str, _: Removal) -> None:
+        _say(name, remove_model(name, dry_run=dry_run, hub=yes or agreed, store=store), dry_run=dry_run)
+
+    # All of them, before anything is removed.
+    removals = selection.resolve(plan, store) if selection else {}
+    if selection.failed:
+        note("nothing was removed.")
+        selection.finish()
+    agreed = not (yes or dry_run) and _agreed(selection, removals)
+
+    selection.each(removals, remove)
     if orphans:
         removal = remove_orphans(dry_run=dry_run, store=store)
         _say("orphans", removal, dry_run=dry_run, nothing="there are no orphans")
+    selection.finish()
 
 
-def _agreed(name: str, removal: Removal) -> bool:
-    """Ask whether the revisions of a model are to be deleted, where there is a terminal to ask."""
-    if not removal.revisions or sys.stdin is None or not sys.stdin.isatty():
+def _agreed(selection: Selection, removals: Mapping[str, Removal]) -> bool:
+    """Ask whether to remove several models, or revisions of one, where there is a terminal to ask.
+
+    :raises PolicyError: there are several, and no terminal.
+    """
+    affected = {name: removal for name, removal in removals.items() if removal.removed or removal.revisions}
+    revisions = [revision for removal in affected.values() for revision in removal.revisions]
+    many = selection.several and bool(affected)
+    if not many and not revisions:
         return False
-    for revision in removal.revisions:
-        note(f"{revision.commit} of {revision.repo} is in {printable(str(revision.path))}")
-    count = counted(len(removal.revisions), "revision")
 
-    return click.confirm(
-        f"Delete {count} of {printable(name)} from the Hugging Face cache, which other programs use, too?",
-        err=True,
-        abort=True,
-    )
+    for name, removal in affected.items():
+        if many:
+            note(f"{printable(name)}: {counted(len(removal.removed), 'file')}, {human_bytes(removal.freed)}")
+        for revision in removal.revisions:
+            note(f"{revision.commit} of {revision.repo} is in {printable(str(revision.path))}")
+    if sys.stdin is None or not sys.stdin.isatty():
+        if many:
+            raise PolicyError(
+                f"{counted(len(affected), 'model')} would be removed, as listed, and there is no terminal to ask. "
+                "Nothing was removed. Add `--yes` to remove them."
+            )
+        return False  # the removal refuses
+
+    of = f" of {printable(next(iter(affected)))}" if not many else ""
+    cache = f"{counted(len(revisions), 'revision')}{of} from the Hugging Face cache, which other programs use, too"
+    question = f"Remove {counted(len(affected), 'model')}{f', with {cache}' if revisions else ''}?"
+
+    if not click.confirm(question if many else f"Delete {cache}?", err=True):
+        note("nothing was removed.")
+        click.get_current_context().exit(INTERRUPTED)
+
+    return True
 
 
 def _say(name: str, removal: Removal, *, dry_run: bool, nothing: str = "") -> None:

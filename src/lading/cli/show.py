@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +13,9 @@ import click
 from lading.cards.card import CONFIG_KEYS, AssetCard, CheckpointRef, checkpoint_ref
 from lading.cards.overrides import layers_of, merge_layers
 from lading.cli.command import command
-from lading.cli.complete import complete_model
 from lading.cli.describe import checkpoint_object, checkpoint_pairs
 from lading.cli.output import Column, Form, as_json, listing_options, write_json, write_pairs, write_rows
+from lading.cli.selection import Selection, select_models
 from lading.errors import CheckpointNotFoundError, ModelFamilyNotKnownError
 from lading.system.display import human_bytes, human_count
 from lading.system.filesystem import path_exists
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 
 @command("show")
-@click.argument("name", shell_complete=complete_model)
+@select_models()
 @click.option("--tensors", is_flag=True, help="List the tensors of its checkpoint.")
 @click.option("--shards", is_flag=True, help="List the files of its checkpoint.")
 @listing_options
-def show(name: str, tensors: bool, shards: bool, form: Form) -> None:
+def show(selection: Selection, tensors: bool, shards: bool, form: Form) -> None:
     """Show a model's card, configuration and checkpoint.
 
-    NAME may be that of an overlay (NAME@user), or end in @ for the card without overlays. --csv and -q show only the
-    fields of the card.
+    NAME may be a pattern with * and ? as in a shell, that of an overlay (NAME@user), or end in @ for the card without
+    overlays. --csv and -q show only the fields of the card.
 
     For example: lading show qwen3_0.6b
     """
@@ -43,20 +43,36 @@ def show(name: str, tensors: bool, shards: bool, form: Form) -> None:
 
     from lading.catalog.store import get_asset_store
 
-    found = _look_up(name, get_asset_store())
+    store = get_asset_store()
+    listing = _TENSORS if tensors else _SHARDS if shards else _FIELDS if form in (Form.CSV, Form.NAMES) else None
+    rows: list[tuple[object, ...]] = []
+    objects: list[dict[str, object]] = []
+    shown: list[str] = []
 
-    if tensors:
-        _write_tensors(found, form)
-    elif shards:
-        _write_shards(found, form)
+    def show_one(name: str, card: AssetCard) -> None:
+        found = _look_up(card, store)
+        if listing is not None:
+            rows.extend((*row, name) if selection.several else row for row in listing.rows(found))
+        elif form is Form.TABLE:
+            if shown:
+                click.echo()
+            _write_text(found)
+        else:
+            objects.append(_as_object(found))
+        shown.append(name)
+
+    selection.each(selection.resolve(store.retrieve_card, store), show_one)
+
+    if listing is not None:
+        several = ["model"] if selection.several else []
+        table = (*(Column(name=name) for name in several), *listing.table)
+        write_rows((*listing.columns, *several), rows, form, table=table)
     elif form is Form.JSON:
-        write_json(_as_object(found))
+        write_json(objects if selection.several else objects[0])
     elif form is Form.LINES:
-        click.echo(as_json(_as_object(found)))
-    elif form is Form.TABLE:
-        _write_text(found)
-    else:
-        write_rows(_FIELD_COLUMNS, list(_fields(found.card)), form)
+        for value in objects:
+            click.echo(as_json(value))
+    selection.finish()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +88,7 @@ class _Found:
     problem: str | None
 
 
-def _look_up(name: str, store: AssetStore) -> _Found:
-    card = store.retrieve_card(name)
+def _look_up(card: AssetCard, store: AssetStore) -> _Found:
     summary = store.summary(card)
     assert summary is not None  # it was retrieved just now
     ref = checkpoint_ref(card)
@@ -165,39 +180,58 @@ def _verified_at(stored: StoredCheckpoint | None) -> str | None:
     return min((time for time in times if time is not None), default=None) if None not in times else None
 
 
-_FIELD_COLUMNS = ("field", "value", "card", "source")
-_FIELD_TABLE = (
-    Column(name="field", keep=True),
-    Column(name="value"),
-    Column(name="card"),
-    Column(name="source", heading="from"),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Listing:
+    """A list of what belongs to a model."""
+
+    columns: Sequence[str]
+    table: Sequence[Column]
+    rows: Callable[[_Found], Iterable[tuple[object, ...]]]
+
+
+def _rows_of_tensors(found: _Found) -> Iterator[tuple[object, ...]]:
+    for t in _indexed(found).manifest:
+        yield t.name, t.dtype, t.shape, math.prod(t.shape), t.nbytes, t.shard.name, t.offset
+
+
+def _rows_of_shards(found: _Found) -> Iterator[tuple[object, ...]]:
+    stored = _indexed(found)
+    paths = {copy.file: copy.path for copy in stored.copies}
+    for shard in stored.manifest.shards:
+        yield shard.name, shard.size, shard.sha256, paths.get(shard.name)
+
+
+_FIELDS = _Listing(
+    columns=("field", "value", "card", "source"),
+    table=(
+        Column(name="field", keep=True),
+        Column(name="value"),
+        Column(name="card"),
+        Column(name="source", heading="from"),
+    ),
+    rows=lambda found: _fields(found.card),
 )
-
-
-def _write_tensors(found: _Found, form: Form) -> None:
-    manifest = _indexed(found).manifest
-    rows = [(t.name, t.dtype, t.shape, math.prod(t.shape), t.nbytes, t.shard.name, t.offset) for t in manifest]
-    table = (
+_TENSORS = _Listing(
+    columns=("name", "dtype", "shape", "parameters", "bytes", "shard", "offset"),
+    table=(
         Column(name="name", keep=True),
         Column(name="dtype"),
         Column(name="shape"),
         Column(name="parameters", show=human_count, right=True),
         Column(name="bytes", heading="size", show=human_bytes, right=True),
         Column(name="shard"),
-    )
-    write_rows(("name", "dtype", "shape", "parameters", "bytes", "shard", "offset"), rows, form, table=table)
-
-
-def _write_shards(found: _Found, form: Form) -> None:
-    stored = _indexed(found)
-    paths = {copy.file: copy.path for copy in stored.copies}
-    rows = [(shard.name, shard.size, shard.sha256, paths.get(shard.name)) for shard in stored.manifest.shards]
-    table = (
+    ),
+    rows=_rows_of_tensors,
+)
+_SHARDS = _Listing(
+    columns=("name", "bytes", "sha256", "local_path"),
+    table=(
         Column(name="name", keep=True),
         Column(name="bytes", heading="size", show=human_bytes, right=True),
         Column(name="local_path", heading="local path"),
-    )
-    write_rows(("name", "bytes", "sha256", "local_path"), rows, form, table=table)
+    ),
+    rows=_rows_of_shards,
+)
 
 
 def _indexed(found: _Found) -> StoredCheckpoint:
@@ -239,7 +273,7 @@ def _write_text(found: _Found) -> None:
     click.echo()
     # The card's configuration is part of the last table.
     fields = [row for row in _fields(card) if row[0] not in CONFIG_KEYS]
-    write_rows(_FIELD_COLUMNS, fields, Form.TABLE, table=_FIELD_TABLE)
+    write_rows(_FIELDS.columns, fields, Form.TABLE, table=_FIELDS.table)
     if found.config:
         click.echo()
         write_rows(("configuration", "value"), list(_flat(found.config)), Form.TABLE)
