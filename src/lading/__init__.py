@@ -50,11 +50,11 @@ if TYPE_CHECKING:
     from lading.gangs import create_fake_gangs as create_fake_gangs
     from lading.gangs import create_gangs as create_gangs
     from lading.gangs import simulate_gangs as simulate_gangs
+    from lading.models.accessor import ModelHubAccessor as ModelHubAccessor
     from lading.models.family import Family as Family
     from lading.models.fit import CheckReport as CheckReport
     from lading.models.hub import GlobalModelLoader as GlobalModelLoader
     from lading.models.hub import ModelHub as ModelHub
-    from lading.models.hub import ModelHubAccessor as ModelHubAccessor
     from lading.models.hub import load_model as load_model
     from lading.models.parallel_plan import ParallelPlan as ParallelPlan
     from lading.models.parallel_plan import Split as Split
@@ -135,7 +135,7 @@ _HOME = {
     "disk_usage": "operations.disk_usage",
     "GlobalModelLoader": "models.hub",
     "ModelHub": "models.hub",
-    "ModelHubAccessor": "models.hub",
+    "ModelHubAccessor": "models.accessor",
     "load_model": "models.hub",
     "Rule": "planning.rules",
     "Removal": "operations.remove",

@@ -31,7 +31,7 @@ def test_logits(name: str, tmp_path: Path, home: Path) -> None:
         values["yarn_in_all_layers"] = True
     config = structured(family.config_kls, values)
 
-    hub = ModelHubAccessor(family.name, family.kls, family.config_kls)()
+    hub = ModelHubAccessor(family.name, family.model_kls, family.config_kls)()
     model = hub.load_custom_model(tmp_path / "model.pt", config, progress=False).eval()
 
     assert relative_difference(model(tokens), logits) <= 1e-5
@@ -43,7 +43,7 @@ def test_an_olmo_3_of_fairseq2_scales_all_layers_or_is_refused(tmp_path: Path, h
         state = {key: file.get_tensor(key) for key in file.keys() if not key.startswith("test.")}  # noqa: SIM118
     torch.save({"fs2": True, "model": state}, tmp_path / "model.pt")
     family = get_family("olmo")
-    hub = ModelHubAccessor(family.name, family.kls, family.config_kls)()
+    hub = ModelHubAccessor(family.name, family.model_kls, family.config_kls)()
 
     with pytest.raises(NotSupportedError, match="yarn_in_all_layers: true"):
         hub.load_custom_model(tmp_path / "model.pt", structured(family.config_kls, values), progress=False)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, TypeVar, cast, get_args
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast, get_args
 
 from lading.cards.config import StrictConfig
 from lading.families.config_json import (
@@ -18,10 +16,14 @@ from lading.families.config_json import (
 )
 from lading.families.name_rules import explain_head
 from lading.families.nn.checks import require_layers
-from lading.families.nn.decoder_lm import DecoderLM, init_decoder
 from lading.families.nn.decoder_spec import DecoderSpec
 from lading.models.family import Family
 from lading.models.parallel_plan import ParallelPlan, Split, Stages
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lading.families.nn.decoder_lm import DecoderLM
 
 
 @dataclass(kw_only=True)
@@ -62,12 +64,12 @@ class DecoderConfig(StrictConfig):
     """The standard deviation of the initial weights; ``None`` means ``input_dim ** -0.5`` of each projection."""
 
 
-ModelT = TypeVar("ModelT", bound=DecoderLM)
+ModelT = TypeVar("ModelT", bound="DecoderLM")
 ConfigT = TypeVar("ConfigT", bound=DecoderConfig)
 
 
 def decoder_family(
-    kls: type[ModelT],
+    kls: str,
     spec: Callable[[ConfigT], DecoderSpec],
     *tables: ConfigTable[ConfigT],
     init_std_scale: Literal["none", "layer", "stack"] = "stack",
@@ -75,6 +77,7 @@ def decoder_family(
 ) -> Family[ModelT, ConfigT]:
     """Return the family of the models of ``kls``.
 
+    :param kls: the place of the class, as :class:`~lading.models.family.Family` takes it.
     :param spec: the options of the model for a configuration.
     :param tables: the model types in ``config.json``; the first is for a file without a type, and for writing.
     :param init_std_scale: as :func:`~lading.families.nn.decoder_lm.init_decoder` takes it, unless the configuration has
@@ -87,14 +90,16 @@ def decoder_family(
         return by_type.get(str(values.get("model_type")), tables[0]).read(values)
 
     def init(model: ModelT, config: ConfigT, name: str, parameter: Tensor) -> None:
+        from lading.families.nn.decoder_lm import init_decoder
+
         scale = getattr(config, "init_std_scale", init_std_scale)
         init_decoder(model, name, parameter, std=config.init_std, std_scale=scale)
 
-    family = Family(
+    family: Family[ModelT, ConfigT] = Family(
         name=tables[0].family,
         kls=kls,
         config_kls=tables[0].config_kls,
-        build=lambda config: kls(spec(config)),
+        build=lambda config: family.model_kls(spec(config)),
         init=init,
         parallel_plan=lambda config: _parallel_plan(spec(config)),
         hf_model_types=frozenset(by_type),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lading.families.config_json import ConfigReader, ConfigTable, Field, KeyGroup, same_for_all
 from lading.families.decoder_family import (
@@ -21,11 +21,17 @@ from lading.families.decoder_family import (
 )
 from lading.families.name_rules import DECODER_RULES
 from lading.families.nn.checks import require_positive
-from lading.families.nn.decoder_lm import DecoderLM
 from lading.families.nn.decoder_spec import DecoderSpec
-from lading.families.nn.rope import LinearScaling
-from lading.models.hub import ModelHubAccessor
+from lading.families.nn.rope_scaling import LinearScaling
+from lading.models.accessor import ModelHubAccessor
+from lading.models.family import Family
 from lading.planning.rules import Rule
+from lading.system.deferred import deferred
+
+if TYPE_CHECKING:
+    from lading.families.nn.decoder_models import Gemma3 as Gemma3
+else:
+    __getattr__ = deferred(globals(), Gemma3="lading.families.nn.decoder_models")
 
 
 @dataclass(kw_only=True)
@@ -70,10 +76,6 @@ class Gemma3Config(DecoderConfig):
 
     local_rope_theta: float = 10_000.0
     """The base of the frequencies in layers with a window."""
-
-
-class Gemma3(DecoderLM):
-    """A Gemma 3 language model."""
 
 
 def _spec(config: Gemma3Config) -> DecoderSpec:
@@ -203,8 +205,8 @@ def _from_hf(values: Mapping[str, object]) -> Gemma3Config:
     return CONFIG_JSON.read_keys(keys)
 
 
-FAMILY = decoder_family(
-    Gemma3,
+FAMILY: Family[Gemma3, Gemma3Config] = decoder_family(
+    "lading.families.nn.decoder_models:Gemma3",
     _spec,
     CONFIG_JSON,
     init_std_scale="none",
@@ -213,4 +215,4 @@ FAMILY = decoder_family(
     from_hf=_from_hf,
 )
 
-get_gemma3_model_hub = ModelHubAccessor("gemma3", Gemma3, Gemma3Config)
+get_gemma3_model_hub: ModelHubAccessor[Gemma3, Gemma3Config] = ModelHubAccessor("gemma3", FAMILY.kls, Gemma3Config)

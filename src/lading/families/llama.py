@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lading.cards.config import StrictConfig
 from lading.families.config_json import ConfigReader, ConfigTable, Field, KeyGroup
@@ -21,10 +21,16 @@ from lading.families.decoder_family import (
     read_rope,
 )
 from lading.families.name_rules import rules_of_adjacent_channels
-from lading.families.nn.decoder_lm import DecoderLM
 from lading.families.nn.decoder_spec import DecoderSpec
-from lading.families.nn.rope import LLaMA3Scaling
-from lading.models.hub import ModelHubAccessor
+from lading.families.nn.rope_scaling import LLaMA3Scaling
+from lading.models.accessor import ModelHubAccessor
+from lading.models.family import Family
+from lading.system.deferred import deferred
+
+if TYPE_CHECKING:
+    from lading.families.nn.decoder_models import LLaMA as LLaMA
+else:
+    __getattr__ = deferred(globals(), LLaMA="lading.families.nn.decoder_models")
 
 
 @dataclass
@@ -111,10 +117,6 @@ class LLaMAConfig(DecoderConfig):
         return -(-dim // self.ffn_inner_dim_multiple_of) * self.ffn_inner_dim_multiple_of
 
 
-class LLaMA(DecoderLM):
-    """A LLaMA language model."""
-
-
 def _spec(config: LLaMAConfig) -> DecoderSpec:
     scaling = LLaMA3Scaling(**asdict(config.rope_scale)) if config.use_scaled_rope else None
 
@@ -181,6 +183,8 @@ CONFIG_JSON = ConfigTable(
 """The keys of ``config.json``."""
 
 
-FAMILY = decoder_family(LLaMA, _spec, CONFIG_JSON, rules=rules_of_adjacent_channels)
+FAMILY: Family[LLaMA, LLaMAConfig] = decoder_family(
+    "lading.families.nn.decoder_models:LLaMA", _spec, CONFIG_JSON, rules=rules_of_adjacent_channels
+)
 
-get_llama_model_hub = ModelHubAccessor("llama", LLaMA, LLaMAConfig)
+get_llama_model_hub: ModelHubAccessor[LLaMA, LLaMAConfig] = ModelHubAccessor("llama", FAMILY.kls, LLaMAConfig)

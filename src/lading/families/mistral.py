@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lading.families.config_json import ConfigReader, ConfigTable, Field
 from lading.families.decoder_family import (
@@ -15,9 +16,15 @@ from lading.families.decoder_family import (
     decoder_family,
 )
 from lading.families.name_rules import rules_of_adjacent_channels
-from lading.families.nn.decoder_lm import DecoderLM
 from lading.families.nn.decoder_spec import DecoderSpec
-from lading.models.hub import ModelHubAccessor
+from lading.models.accessor import ModelHubAccessor
+from lading.models.family import Family
+from lading.system.deferred import deferred
+
+if TYPE_CHECKING:
+    from lading.families.nn.decoder_models import Mistral as Mistral
+else:
+    __getattr__ = deferred(globals(), Mistral="lading.families.nn.decoder_models")
 
 
 @dataclass(kw_only=True)
@@ -44,10 +51,6 @@ class MistralConfig(DecoderConfig):
 
     norm_eps: float = 1e-5
     """The number that is added to the mean square before taking its root."""
-
-
-class Mistral(DecoderLM):
-    """A Mistral language model."""
 
 
 CONFIG_JSON = ConfigTable(
@@ -79,6 +82,8 @@ CONFIG_JSON = ConfigTable(
 """The keys of ``config.json``."""
 
 
-FAMILY = decoder_family(Mistral, DecoderSpec.of, CONFIG_JSON, rules=rules_of_adjacent_channels)
+FAMILY: Family[Mistral, MistralConfig] = decoder_family(
+    "lading.families.nn.decoder_models:Mistral", DecoderSpec.of, CONFIG_JSON, rules=rules_of_adjacent_channels
+)
 
-get_mistral_model_hub = ModelHubAccessor("mistral", Mistral, MistralConfig)
+get_mistral_model_hub: ModelHubAccessor[Mistral, MistralConfig] = ModelHubAccessor("mistral", FAMILY.kls, MistralConfig)

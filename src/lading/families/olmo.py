@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lading.cards.config import StrictConfig
 from lading.errors import NotSupportedError
@@ -25,11 +25,17 @@ from lading.families.decoder_family import (
     read_rope_of_layers,
 )
 from lading.families.name_rules import fairseq2_rules
-from lading.families.nn.decoder_lm import DecoderLM
 from lading.families.nn.decoder_spec import DecoderSpec
-from lading.families.nn.rope import YaRNScaling
-from lading.models.hub import ModelHubAccessor
+from lading.families.nn.rope_scaling import YaRNScaling
+from lading.models.accessor import ModelHubAccessor
+from lading.models.family import Family
 from lading.planning.rules import Rule
+from lading.system.deferred import deferred
+
+if TYPE_CHECKING:
+    from lading.families.nn.decoder_models import OLMO as OLMO
+else:
+    __getattr__ = deferred(globals(), OLMO="lading.families.nn.decoder_models")
 
 
 @dataclass(kw_only=True)
@@ -103,10 +109,6 @@ class OLMOConfig(DecoderConfig):
 
     yarn_in_all_layers: bool = False
     """True to scale them in layers with a window too, as fairseq2 0.8.1 does and the published models do not."""
-
-
-class OLMO(DecoderLM):
-    """An OLMo language model."""
 
 
 def _spec(config: OLMOConfig) -> DecoderSpec:
@@ -295,6 +297,8 @@ def _rules(config: OLMOConfig, names: Sequence[str]) -> Sequence[Rule]:
     return fairseq2_rules(norms_after=True)
 
 
-FAMILY = decoder_family(OLMO, _spec, OLMO_2_JSON, OLMO_3_JSON, to_hf=_to_hf, rules_of_names=_rules)
+FAMILY: Family[OLMO, OLMOConfig] = decoder_family(
+    "lading.families.nn.decoder_models:OLMO", _spec, OLMO_2_JSON, OLMO_3_JSON, to_hf=_to_hf, rules_of_names=_rules
+)
 
-get_olmo_model_hub = ModelHubAccessor("olmo", OLMO, OLMOConfig)
+get_olmo_model_hub: ModelHubAccessor[OLMO, OLMOConfig] = ModelHubAccessor("olmo", FAMILY.kls, OLMOConfig)

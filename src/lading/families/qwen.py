@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lading.families.config_json import ConfigReader, ConfigTable, Entries, Field, KeyGroup
 from lading.families.decoder_family import (
@@ -17,9 +17,15 @@ from lading.families.decoder_family import (
     decoder_family,
 )
 from lading.families.name_rules import fairseq2_rules
-from lading.families.nn.decoder_lm import DecoderLM
 from lading.families.nn.decoder_spec import DecoderSpec
-from lading.models.hub import ModelHubAccessor
+from lading.models.accessor import ModelHubAccessor
+from lading.models.family import Family
+from lading.system.deferred import deferred
+
+if TYPE_CHECKING:
+    from lading.families.nn.decoder_models import Qwen as Qwen
+else:
+    __getattr__ = deferred(globals(), Qwen="lading.families.nn.decoder_models")
 
 
 @dataclass(kw_only=True)
@@ -55,10 +61,6 @@ class QwenConfig(DecoderConfig):
 
     norm_eps: float = 1e-6
     """The number that is added to the mean square before taking its root."""
-
-
-class Qwen(DecoderLM):
-    """A Qwen language model."""
 
 
 def _read_window(keys: ConfigReader, earlier: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -145,8 +147,13 @@ def _to_hf(config: QwenConfig) -> Mapping[str, object]:
     return (QWEN_3_JSON if config.q_norm and config.k_norm else QWEN_2_JSON).write(config)
 
 
-FAMILY = decoder_family(
-    Qwen, DecoderSpec.of, QWEN_2_JSON, QWEN_3_JSON, to_hf=_to_hf, rules=lambda config: fairseq2_rules()
+FAMILY: Family[Qwen, QwenConfig] = decoder_family(
+    "lading.families.nn.decoder_models:Qwen",
+    DecoderSpec.of,
+    QWEN_2_JSON,
+    QWEN_3_JSON,
+    to_hf=_to_hf,
+    rules=lambda config: fairseq2_rules(),
 )
 
-get_qwen_model_hub = ModelHubAccessor("qwen", Qwen, QwenConfig)
+get_qwen_model_hub: ModelHubAccessor[Qwen, QwenConfig] = ModelHubAccessor("qwen", FAMILY.kls, QwenConfig)

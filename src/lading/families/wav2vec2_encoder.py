@@ -10,7 +10,7 @@ from lading.cards.config import StrictConfig
 from lading.errors import NotSupportedError
 from lading.families.config_json import ConfigReader, Entries, Field, KeyGroup, keys_of, read_fields, same_for_all
 from lading.families.nn.checks import shared_fields
-from lading.families.nn.speech_encoder import SpeechSpec
+from lading.families.nn.speech_spec import SpeechSpec
 from lading.planning.rules import Rule
 
 

@@ -54,9 +54,9 @@ def build_on_meta(family: Family[Any, Any], config: Any) -> Module:
             # The values come from cards and architectures, so the mistake is more likely theirs than the family's.
             raise ModelConfigError(family.name, str(error)) from error
 
-    if not isinstance(built, family.kls):
+    if not isinstance(built, family.model_kls):
         raise InternalError(
-            f"The {family.name} family must build a {family.kls.__name__}, but built a {type(built).__name__}."
+            f"The {family.name} family must build a {family.model_kls.__name__}, but built a {type(built).__name__}."
         )
     module: Module = built
 

@@ -12,19 +12,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import EntryPoint
-from typing import Any, Generic, TypeVar
-
-from torch import Tensor, device, dtype
-from torch.nn import Module
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lading.errors import InternalError, ModelFamilyNotKnownError, did_you_mean
 from lading.models.parallel_plan import ParallelPlan
 from lading.planning.rules import Rule
 from lading.system.entry_points import registered
 
+if TYPE_CHECKING:
+    from torch import Tensor, device, dtype
+    from torch.nn import Module
+
 ENTRY_POINT_GROUP = "lading.families"
 
-ModelT = TypeVar("ModelT", bound=Module)
+ModelT = TypeVar("ModelT", bound="Module")
 ModelConfigT = TypeVar("ModelConfigT")
 
 
@@ -41,7 +43,8 @@ class Family(Generic[ModelT, ModelConfigT]):
     """The behavior of a model family. Its sizes (architectures) and models (cards) are rows of the catalog."""
 
     name: str
-    kls: type[ModelT]
+    kls: type[ModelT] | str
+    """The class of its models; or its place, ``package.module:Class``, which is imported with the first model."""
     config_kls: type[ModelConfigT]
     """The configuration, a dataclass; its defaults are the default architecture of the family."""
     build: Callable[[ModelConfigT], ModelT]
@@ -112,6 +115,11 @@ class Family(Generic[ModelT, ModelConfigT]):
     """True if the family supports ``create_new_model(…, meta=True)``."""
     restrict: bool = True
     """True if unpickling is limited to tensors and plain containers by default."""
+
+    @property
+    def model_kls(self) -> type[ModelT]:
+        """The class of its models, which this imports."""
+        return resolve_name(self.kls) if isinstance(self.kls, str) else self.kls
 
     def rules_for(self, config: ModelConfigT, names: Sequence[str]) -> Sequence[Rule]:
         """Return the rules that map tensors of these names to parameters."""

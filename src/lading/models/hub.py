@@ -20,7 +20,6 @@ from lading.checkpoints.verification import Verify, require_mode
 from lading.errors import (
     AssetCardError,
     AssetNotFoundError,
-    InternalError,
     ModelArchitectureNotKnownError,
     ModelNotKnownError,
     did_you_mean,
@@ -29,7 +28,7 @@ from lading.gangs import Gangs, create_fake_gangs
 from lading.gangs.compare import digest
 from lading.models.construct import check_config_type, create_model, gc_disabled
 from lading.models.device import require_usable
-from lading.models.family import Family, get_family
+from lading.models.family import Family
 from lading.models.loader import LoadOptions, agreed, load
 from lading.models.report import LoadReport
 from lading.models.resolve import arch_config, family_of_card, family_of_folder, model_config
@@ -258,42 +257,6 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
 
     def _restrict(self, asked: bool | None) -> bool:
         return self._family.restrict if asked is None else asked
-
-
-class ModelHubAccessor(Generic[ModelT, ModelConfigT]):
-    """A callable that returns the typed hub of a family; one line in the module of each family.
-
-    .. code:: python
-
-        get_qwen_model_hub = ModelHubAccessor("qwen", Qwen, QwenConfig)
-
-        model = get_qwen_model_hub().load_model("qwen3_0.6b")
-    """
-
-    def __init__(self, family_name: str, kls: type[ModelT], config_kls: type[ModelConfigT]) -> None:
-        self._family_name = family_name
-        self._kls = kls
-        self._config_kls = config_kls
-
-    def __call__(self) -> ModelHub[ModelT, ModelConfigT]:
-        """Return the hub over the default store.
-
-        :raises ModelFamilyNotKnownError: no installed package registers the family.
-        :raises InternalError: the family has other classes than the accessor.
-        """
-        family = get_family(self._family_name)
-
-        for what, expected, found in (
-            ("models", self._kls, family.kls),
-            ("configurations", self._config_kls, family.config_kls),
-        ):
-            if not issubclass(found, expected):
-                raise InternalError(
-                    f"The {what} of the {family.name} family are expected to be of type {expected.__name__}, but are "
-                    f"of type {found.__name__}."
-                )
-
-        return ModelHub(family, get_asset_store())
 
 
 class GlobalModelLoader:

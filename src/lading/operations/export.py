@@ -241,8 +241,8 @@ def export_model(
     folder = Path(folder)
     check_config_type(config, family)
     check_shard_size(shard_size)
-    if not isinstance(model, family.kls):
-        raise TypeError(f"`model` must be a {family.kls.__name__}, but is of type {type(model).__name__}")
+    if not isinstance(model, family.model_kls):
+        raise TypeError(f"`model` must be a {family.model_kls.__name__}, but is of type {type(model).__name__}")
     root = (gangs or create_fake_gangs("cpu")).root
     if root.size > 1 and root.channel is None:
         raise NotSupportedError("A model of simulated gangs cannot be exported: its other parts do not exist.")
@@ -277,7 +277,7 @@ def export_model(
     def finish() -> ExportReport:
         _require_here(temporary, writers, root)
         _finish(temporary, shards, values, files)
-        report = _report(family.kls.__name__, family, folder, temporary, entries)
+        report = _report(family.model_kls.__name__, family, folder, temporary, entries)
         stack.close()
 
         return report

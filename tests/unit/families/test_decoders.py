@@ -413,7 +413,7 @@ def test_numbers_of_parameters_are_the_published_ones(
     with torch.device("meta"):
         model = family.build(family.from_hf(file))
 
-    assert isinstance(model, family.kls)
+    assert isinstance(model, family.model_kls)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 

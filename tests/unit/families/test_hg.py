@@ -11,8 +11,8 @@ import torch
 
 from lading import load_model
 from lading.errors import AssetCardError, ModelCheckpointMismatchError, NotSupportedError, PolicyError
-from lading.families import hg
 from lading.families.hg import FAMILY, HuggingFaceModelConfig, get_hg_model_hub
+from lading.families.hg.outline import outline
 from lading.families.hg.rules import rules_of
 from lading.gangs import create_fake_gangs
 from lading.models.construct import build_on_meta, create_model
@@ -430,7 +430,7 @@ def test_a_new_model_has_the_numbers_of_its_architecture() -> None:
     # Projections back into the stream are narrower with depth.
     assert float(block.attn.c_proj.weight.std()) < 0.75 * float(block.attn.c_attn.weight.std())
     assert model.lm_head.weight is model.transformer.wte.weight  # type: ignore[union-attr]
-    assert all(parameter.is_meta for parameter in hg._outline(config(model_type="causal_lm")).parameters())
+    assert all(parameter.is_meta for parameter in outline(config(model_type="causal_lm")).parameters())
 
 
 # --- cards -----------------------------------------------------------------------------------------------------------

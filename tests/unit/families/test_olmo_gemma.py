@@ -10,7 +10,7 @@ from lading.errors import ModelCheckpointMismatchError, NotSupportedError
 from lading.families import gemma3, olmo
 from lading.families.gemma3 import Gemma3Config
 from lading.families.nn.decoder_spec import DecoderSpec
-from lading.families.nn.rope import LinearScaling, YaRNScaling
+from lading.families.nn.rope_scaling import LinearScaling, YaRNScaling
 from lading.families.olmo import OLMOConfig, YaRNScaleConfig
 from lading.models.family import Family, get_family
 
@@ -172,7 +172,7 @@ def test_numbers_of_parameters(family: Family[Any, Any], file: dict[str, Any], p
     with torch.device("meta"):
         model = family.build(family.from_hf(file))
 
-    assert isinstance(model, family.kls)
+    assert isinstance(model, family.model_kls)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 

@@ -11,7 +11,8 @@ from torch.nn import init
 
 from lading.errors import AssetCardError, ModelCheckpointMismatchError, NotSupportedError
 from lading.families import wav2vec2, wav2vec2_asr
-from lading.families.wav2vec2 import Wav2Vec2, Wav2Vec2Config, contrastive_logits, draw_distractors
+from lading.families.nn.wav2vec2 import contrastive_logits, draw_distractors
+from lading.families.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from lading.families.wav2vec2_asr import Wav2Vec2Asr, Wav2Vec2AsrConfig
 from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig
 from lading.models.family import family_of_model_type, get_family

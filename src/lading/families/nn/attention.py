@@ -112,8 +112,8 @@ class CausalSelfAttention(nn.Module):
         self.v_proj = Linear(spec.model_dim, keys, bias=spec.qkv_proj_bias)
         self.o_proj = Linear(queries, spec.model_dim, bias=spec.output_proj_bias)
 
-        self.q_norm = spec.norm(queries if spec.norm_whole else self.head_dim) if spec.q_norm else None
-        self.k_norm = spec.norm(keys if spec.norm_whole else self.head_dim) if spec.k_norm else None
+        self.q_norm = RMSNorm.of(spec, queries if spec.norm_whole else self.head_dim) if spec.q_norm else None
+        self.k_norm = RMSNorm.of(spec, keys if spec.norm_whole else self.head_dim) if spec.k_norm else None
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: KeyValueCache | None = None

@@ -33,12 +33,12 @@ class DecoderLayer(nn.Module):
         # output of attention, or else the input of the feed-forward network.
         self.norms = spec.norms
         if spec.norms != "after":
-            self.input_layernorm = spec.norm(spec.model_dim)
-        self.post_attention_layernorm = spec.norm(spec.model_dim)
+            self.input_layernorm = RMSNorm.of(spec, spec.model_dim)
+        self.post_attention_layernorm = RMSNorm.of(spec, spec.model_dim)
         if spec.norms == "both":
-            self.pre_feedforward_layernorm = spec.norm(spec.model_dim)
+            self.pre_feedforward_layernorm = RMSNorm.of(spec, spec.model_dim)
         if spec.norms != "before":
-            self.post_feedforward_layernorm = spec.norm(spec.model_dim)
+            self.post_feedforward_layernorm = RMSNorm.of(spec, spec.model_dim)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: AttentionMask, cache: KeyValueCache | None = None
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
         # A pipeline stage has some of these modules and layers; the others are ``None``.
         self.embed_tokens: Embedding | None = Embedding(spec.vocab_size, spec.model_dim, padding_idx=spec.pad_idx)
         self.layers = nn.ModuleList(DecoderLayer(spec, layer) for layer in range(spec.num_layers))
-        self.norm: RMSNorm | None = spec.norm(spec.model_dim)
+        self.norm: RMSNorm | None = RMSNorm.of(spec, spec.model_dim)
         self.rotary_emb = RotaryEmbedding(spec.attn_head_dim, theta=spec.rope_theta, scaling=spec.rope_scaling)
         self.window_rotary_emb: RotaryEmbedding | None = None
         if spec.window_rope_theta is not None:

@@ -14,8 +14,7 @@ from lading.families.nn.checks import (
     require_symbol,
     shared_fields,
 )
-from lading.families.nn.norm import RMSNorm
-from lading.families.nn.rope import Scaling
+from lading.families.nn.rope_scaling import Scaling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +123,3 @@ class DecoderSpec:
         full = layer < self.num_full_attn_layers or layer in self.full_attn_layers
 
         return None if full else self.attn_window_len
-
-    def norm(self, dim: int) -> RMSNorm:
-        """Create a normalization of width ``dim``."""
-        return RMSNorm(dim, eps=self.norm_eps, wide=self.wide_norm, offset=self.norm_offset)

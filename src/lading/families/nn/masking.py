@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lading.families.nn.checks import require_positive
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(kw_only=True)
@@ -75,6 +77,8 @@ class Masking(MaskingConfig):
         if self.max_spatial_mask_prob == 0.0:
             return None
 
+        import torch
+
         return span_mask(
             torch.full((batch_size,), dim, device=device),
             dim,
@@ -92,6 +96,8 @@ def span_mask(lengths: Tensor, max_length: int, *, span_len: int, max_prob: floa
 
     :raises ValueError: a row is not longer than a span.
     """
+    import torch
+
     shortest = int(lengths.min())
     if shortest <= span_len:
         raise ValueError(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
+
+from lading.families.nn.decoder_spec import DecoderSpec
 
 
 class RMSNorm(nn.Module):
@@ -23,6 +27,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.wide = wide
         self.offset = offset
+
+    @classmethod
+    def of(cls, spec: DecoderSpec, dim: int) -> Self:
+        """Create a normalization of width ``dim`` for a decoder."""
+        return cls(dim, eps=spec.norm_eps, wide=spec.wide_norm, offset=spec.norm_offset)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (…, dim) → the same shape and dtype."""

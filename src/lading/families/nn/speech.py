@@ -1,4 +1,4 @@
-"""Frontend, masks and encoder of wav2vec 2.0 (https://arxiv.org/abs/2006.11477) as one module, and its parallel plan.
+"""Frontend, masks and encoder of wav2vec 2.0 (https://arxiv.org/abs/2006.11477) as one module.
 
 The names of its parameters are those of Hugging Face checkpoints.
 """
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lading.families.nn.masking import Masking
-from lading.families.nn.speech_encoder import SpeechEncoder, SpeechSpec, WeightNorm
+from lading.families.nn.speech_encoder import SpeechEncoder, WeightNorm
 from lading.families.nn.speech_frontend import ConvolutionalFeatures, FeatureProjection, FilterBankFeatures
+from lading.families.nn.speech_spec import SpeechSpec
 from lading.families.nn.uninitialized import Conv1d, GroupNorm, LayerNorm
-from lading.models.parallel_plan import ParallelPlan, Split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,32 +123,6 @@ class SpeechModel(nn.Module):
             )
 
         return torch.where(temporal_mask[:, :, None], self.masked_spec_embed.to(x.dtype), x)
-
-
-def speech_plan(spec: SpeechSpec, prefix: str) -> ParallelPlan:
-    """Return the parallel plan of a :class:`SpeechModel`.
-
-    It splits attention by heads and feed-forward networks by their inner width. The frontend, with a twentieth of the
-    parameters, is not split.
-
-    :param prefix: the name of the :class:`SpeechModel` in the whole model.
-    """
-    layer = f"{prefix}.encoder.layers.*"
-
-    return ParallelPlan(
-        tensor={
-            f"{layer}.attention.q_proj": Split.COLUMN,
-            f"{layer}.attention.k_proj": Split.COLUMN,
-            f"{layer}.attention.v_proj": Split.COLUMN,
-            f"{layer}.attention.out_proj": Split.ROW,
-            f"{layer}.feed_forward.intermediate_dense": Split.COLUMN,
-            f"{layer}.feed_forward.output_dense": Split.ROW,
-            f"{layer}.layer_norm": Split.REPLICATED,
-            f"{layer}.final_layer_norm": Split.REPLICATED,
-        },
-        divisible={"num_encoder_attn_heads": spec.num_attn_heads, "ffn_inner_dim": spec.ffn_inner_dim},
-        units=(layer,),
-    )
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu, group_norm, layer_norm
 
-from lading.families.nn.speech_encoder import SpeechSpec
+from lading.families.nn.speech_spec import SpeechSpec
 from lading.families.nn.uninitialized import Conv1d, GroupNorm, LayerNorm, Linear
 
 CONV_NORM_EPS = 1e-5

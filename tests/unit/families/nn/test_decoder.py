@@ -10,7 +10,7 @@ from torch import nn
 from lading.families.nn.cache import KeyValueCache
 from lading.families.nn.decoder_lm import DecoderLM, init_decoder
 from lading.families.nn.decoder_spec import DecoderSpec
-from lading.families.nn.rope import LinearScaling, LLaMA3Scaling, YaRNScaling
+from lading.families.nn.rope_scaling import LinearScaling, LLaMA3Scaling, YaRNScaling
 
 SPEC = DecoderSpec(
     model_dim=32,

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from lading.families.nn.rope import LinearScaling, LLaMA3Scaling, RotaryEmbedding, YaRNScaling, rotate
+from lading.families.nn.rope import RotaryEmbedding, rotate
+from lading.families.nn.rope_scaling import LinearScaling, LLaMA3Scaling, YaRNScaling
 
 
 def scaling(**changes: Any) -> LLaMA3Scaling:

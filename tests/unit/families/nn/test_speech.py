@@ -11,8 +11,9 @@ from torch import nn
 
 from lading.families.nn.masking import Masking
 from lading.families.nn.speech import SpeechModel, init_speech
-from lading.families.nn.speech_encoder import SpeechSpec, WeightNormConv1d
+from lading.families.nn.speech_encoder import WeightNormConv1d
 from lading.families.nn.speech_frontend import ConvolutionalFeatures, FilterBankFeatures
+from lading.families.nn.speech_spec import SpeechSpec
 
 SPEC = SpeechSpec(
     model_dim=12,

@@ -42,6 +42,7 @@ make = lambda: DecoderLM(spec)
 """
 SPEECH = """
 from lading.families.wav2vec2 import FAMILY
+FAMILY.model_kls
 make = lambda: FAMILY.build(FAMILY.config_kls())
 """
 

@@ -1,0 +1,25 @@
+"""The language models of the decoder families, which differ in their options only."""
+
+from __future__ import annotations
+
+from lading.families.nn.decoder_lm import DecoderLM
+
+
+class Gemma3(DecoderLM):
+    """A Gemma 3 language model."""
+
+
+class LLaMA(DecoderLM):
+    """A LLaMA language model."""
+
+
+class Mistral(DecoderLM):
+    """A Mistral language model."""
+
+
+class OLMO(DecoderLM):
+    """An OLMo language model."""
+
+
+class Qwen(DecoderLM):
+    """A Qwen language model."""

@@ -1,0 +1,26 @@
+"""Names of a module that are imported when they are first used, such as those that need torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+
+def deferred(namespace: dict[str, Any], /, **homes: str) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a module.
+
+    :param namespace: the globals of the module.
+    :param homes: the module that has the object of each name.
+    """
+
+    def __getattr__(name: str) -> Any:  # noqa: N807 (that of the module)
+        home = homes.get(name)
+        if home is None:
+            raise AttributeError(f"module {namespace['__name__']!r} has no attribute {name!r}")
+
+        value = namespace[name] = getattr(import_module(home), name)
+
+        return value
+
+    return __getattr__
