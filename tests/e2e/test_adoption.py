@@ -233,8 +233,8 @@ def test_junk_in_the_cache_is_listed_with_what_is_wrong(tmp_path: Path, cache: P
     (add_snapshot(cache, "bad/missing", sharded) / "model-00002-of-00003.safetensors").resolve().unlink()
     add_snapshot(cache, "bad/format", {"pytorch_model.bin": b"x"})
     add_snapshot(cache, "bad/header", {"model.safetensors": b"x" * 100})
-    quantised = make(tmp_path / "made" / "quantised", quantization_config={"quant_method": "gptq"})
-    add_snapshot(cache, "bad/quantised", quantised)
+    quantized = make(tmp_path / "made" / "quantized", quantization_config={"quant_method": "gptq"})
+    add_snapshot(cache, "bad/quantized", quantized)
     (cache / "models--bad--empty" / "snapshots").mkdir(parents=True)
     leaving = add_snapshot(cache, "bad/leaving", tiny) / "model.safetensors"
     leaving.unlink()
@@ -252,7 +252,7 @@ def test_junk_in_the_cache_is_listed_with_what_is_wrong(tmp_path: Path, cache: P
         "bad--missing": CorruptModelCheckpointError,
         "bad--format": CorruptModelCheckpointError,
         "bad--header": CorruptModelCheckpointError,
-        "bad--quantised": NotSupportedError,
+        "bad--quantized": NotSupportedError,
         "bad--empty": CheckpointNotFoundError,
         "bad--leaving": PolicyError,
     }

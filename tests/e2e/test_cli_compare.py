@@ -87,7 +87,7 @@ class TestCheck:
     def test_for_programs(self, cli, cards):
         report = json.loads(cli("check", "tiny", "--json").stdout)
         assert report == {
-            "name": "tiny", "fits": True, "family": "qwen", "problems": [], "quantised": {}, "tensors": 24,
+            "name": "tiny", "fits": True, "family": "qwen", "problems": [], "quantized": {}, "tensors": 24,
             "matched": 24, "tied": {}, "dropped": [], "drawn": [], "parameters": 21_824, "bytes": 43_648,
             "advice": "",
         }  # fmt: skip
@@ -149,8 +149,8 @@ class TestCheck:
         cli("check", "tiny_gone", code=2)
         cli("check", "tiny_gon", code=2)
         cli("check", tmp_path / "nowhere", code=2)
-        quantised = make(tmp_path / "q", quantization_config={"quant_method": "fp8"})
-        assert "'fp8'" in cli("check", quantised, code=2).stderr
+        quantized = make(tmp_path / "q", quantization_config={"quant_method": "fp8"})
+        assert "'fp8'" in cli("check", quantized, code=2).stderr
 
     def test_from_python(self, cards, tmp_path):
         assert lading.check_model("tiny").fits

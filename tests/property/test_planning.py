@@ -23,9 +23,9 @@ from lading.gangs import simulate_gangs
 from lading.models.construct import build_on_meta, resolve_dtypes, split
 from lading.models.family import Family
 from lading.models.targets import targets_of
-from lading.operations import forecast as forecasting
-from lading.operations.forecast import Layout, forecast, lay_out
+from lading.operations import plan_reads as forecasting
 from lading.operations.plan import LoadPlan, RankPlan, plan_checkpoint
+from lading.operations.plan_reads import Layout, forecast, lay_out
 from lading.planning import plan as plans
 from lading.planning.plan import Wanted, plan
 from lading.planning.rules import route

@@ -24,7 +24,7 @@ MAX_NAME_LENGTH: Final = 200
 """The most characters in the name of a card, an environment, an architecture or a family."""
 
 _MAX_BAD_DOCUMENTS = 1_000
-"""The most documents per file whose problems are listed; further ones are only counted."""
+"""The most documents per file whose problems are listed; others are only counted."""
 
 _STRING_FIELDS = (
     *(field for field in FIELDS if field not in (*CONFIG_KEYS, "sha256", "restrict")),

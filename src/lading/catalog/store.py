@@ -27,12 +27,12 @@ from lading.catalog.checkpoints.copies import copies_at, copies_of_id, copies_wi
 from lading.catalog.checkpoints.manifests import find_columns, read_digests, read_manifest, read_roots
 from lading.catalog.database.database import Database
 from lading.catalog.database.statements import intact
-from lading.catalog.entries import read_architectures, read_cards
 from lading.catalog.importing.derived import descendants
 from lading.catalog.listing import Sort, list_models, near_names, summary_of
 from lading.catalog.open import open_catalog
 from lading.catalog.records import ArchitectureSummary, FamilySummary, LocalCopy, ModelSummary, StoredCheckpoint
 from lading.catalog.schema import ARCHITECTURES, CARDS, FAMILIES
+from lading.catalog.stored_cards import read_architectures, read_cards
 from lading.errors import (
     AssetCardError,
     AssetNotFoundError,

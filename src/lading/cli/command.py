@@ -84,7 +84,7 @@ class Group(click.Group):
     """A group of commands that are imported on first use.
 
     :param sections: for each heading of the help, ``"module:attribute"`` of its subcommands.
-    :param aliases: further names of subcommands, which the help does not show.
+    :param aliases: other names of subcommands, which the help does not show.
     """
 
     command_class = Command

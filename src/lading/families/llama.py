@@ -78,7 +78,7 @@ class LLaMAConfig(DecoderConfig):
     """The factor that narrows a gated network, which has three projections instead of two."""
 
     ffn_inner_dim_multiplier: float = 1.0
-    """A further factor of the inner width."""
+    """Another factor of the inner width."""
 
     ffn_inner_dim_multiple_of: int = 256
     """The inner width is rounded up to a multiple of this number."""

@@ -30,7 +30,7 @@ _MAX_FILE_NAME = 255
 """The most bytes of a file name, as in common file systems."""
 
 _MAX_LINES = 20
-"""The most disagreements that an error lists; further ones are counted."""
+"""The most disagreements that an error lists; others are counted."""
 
 
 def index_shards(

@@ -299,7 +299,7 @@ def assign(module: Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, 
     module.load_state_dict(state, strict=False, assign=True)
 
     with torch.no_grad():  # otherwise autograd tracks each part as a view
-        # Keyed by the first name, although a pipeline stage may hold the parameter under a further name only.
+        # Keyed by the first name, although a pipeline stage may hold the parameter under another name only.
         held = {aliases.get(name, name): own.to_local() for name, own in state.items() if is_distributed(own)}
 
     return sum(part.nbytes for name, part in held.items() if part.data_ptr() != tensors[name].data_ptr())

@@ -31,14 +31,14 @@ class CheckReport:
     family: str
     problems: tuple[str, ...]
     """The problems, a line each: missing, unexpected, claimed twice, of another shape or dtype, or quantized."""
-    quantised: Mapping[str, str]
+    quantized: Mapping[str, str]
     """The quantized tensors that weights need, and their dtypes."""
     tensors: int
     """The number of tensors in the checkpoint."""
     matched: int
     """Tensors that make a parameter or a persistent buffer."""
     tied: Mapping[str, str]
-    """Tensors that are further copies of a tied parameter, and the parameter; a load checks that they are equal."""
+    """Tensors that are other copies of a tied parameter, and the parameter; a load checks that they are equal."""
     dropped: tuple[str, ...]
     """Tensors that the family's rules know and a model does not need."""
     drawn: tuple[str, ...]
@@ -100,8 +100,8 @@ def match(manifest: Manifest, targets: Targets, family: Family[Any, Any], config
 
 def report_fit(manifest: Manifest, targets: Targets, routed: Route, *, family: Family[Any, Any]) -> CheckReport:
     """Report as :func:`check_manifest`, for a built model whose tensors have been assigned."""
-    quantised = {manifest.names[t]: manifest.dtypes[t] for t in _quantized(manifest, targets, routed)}
-    problems = [f"quantized: {name} is stored as {dtype}" for name, dtype in quantised.items()]
+    quantized = {manifest.names[t]: manifest.dtypes[t] for t in _quantized(manifest, targets, routed)}
+    problems = [f"quantized: {name} is stored as {dtype}" for name, dtype in quantized.items()]
     problems += _problems(manifest, targets, routed)
 
     tied = {
@@ -117,7 +117,7 @@ def report_fit(manifest: Manifest, targets: Targets, routed: Route, *, family: F
     return CheckReport(
         family=family.name,
         problems=tuple(problems),
-        quantised=quantised,
+        quantized=quantized,
         tensors=len(manifest),
         matched=len(matched),
         tied=tied,
@@ -189,8 +189,8 @@ def require_fit(report: CheckReport, *, path: Path | str, name: str) -> None:
     :raises ModelCheckpointMismatchError: it does not; with all problems together.
     :raises NotSupportedError: its weights are quantized.
     """
-    if report.quantised:
-        tensor, dtype = next(iter(report.quantised.items()))
+    if report.quantized:
+        tensor, dtype = next(iter(report.quantized.items()))
         raise NotSupportedError(
             f"The checkpoint at {path} holds the weight {tensor!r} as {dtype}: it is quantized, which lading does not "
             "load. Use the checkpoint in its original precision."

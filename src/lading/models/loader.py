@@ -53,7 +53,7 @@ from lading.system.settings import Settings
 from lading.transfer.dtypes import DTYPE_NAMES, DType
 from lading.transfer.mappings import NOTHING_AHEAD, Ahead, mapped_ahead, may_be_mapped
 from lading.transfer.memory import create_arena
-from lading.transfer.move import load_tensors, load_together
+from lading.transfer.move import load_cooperatively, load_tensors
 
 log = logging.getLogger("lading")
 
@@ -222,7 +222,7 @@ def _load(
         files, dims = checkpoint.here(), None if expected is None else expected.dims
         arena = create_arena(planned.arena_bytes, device, options.settings.huge_pages)
         if options.cooperative:
-            moved = load_together(
+            moved = load_cooperatively(
                 manifest, planned, wanted, files, arena=arena, root=gangs.root, dims=dims, progress=progress
             )
         else:

@@ -79,7 +79,7 @@ def parallelize(
         mesh = mesh_of(gangs.sdp if gangs.rdp.size == 1 else gangs.dp)
         units = {name: unit for pattern in plan.units for name, unit in _modules(module, pattern).items()}
         ties = tied_names(module)
-        # FSDP would untie a parameter of a unit from its further names outside of the unit.
+        # FSDP would untie a parameter of a unit from its other names outside of the unit.
         units = {name: unit for name, unit in units.items() if not is_tied_outside(name, ties)}
         units |= {name: module.get_submodule(name) for name in modules_of_other_dtype(module, other_dtype_names)}
         # Units of both kinds may be nested: FSDP needs the inner ones first.

@@ -47,18 +47,18 @@ def holders(stages: Stages, names: Sequence[str], aliases: Mapping[str, str], pp
     """Return the stages, of ``pp``, that hold each tensor after :func:`cut_to_stage`; ``None`` means all of them.
 
     :param names: the names of the tensors in the state dict; for a tied one, the first.
-    :param aliases: their further names → the first.
+    :param aliases: their other names → the first.
 
     :raises NotSupportedError: there are fewer layers than stages.
     """
     places = stages.places(pp)
-    further: dict[str, list[str]] = {}
+    others: dict[str, list[str]] = {}
     for alias, first in aliases.items():
-        further.setdefault(first, []).append(alias)
+        others.setdefault(first, []).append(alias)
 
     found: list[frozenset[int] | None] = []
     for name in names:
-        own = {_stage_of(each, places) for each in (name, *further.get(name, ()))}
+        own = {_stage_of(each, places) for each in (name, *others.get(name, ()))}
         found.append(None if None in own else frozenset(stage for stage in own if stage is not None))
 
     return found

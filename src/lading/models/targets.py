@@ -34,7 +34,7 @@ class Targets:
     parameters: frozenset[str]
     """The names of the parameters; all others are buffers."""
     aliases: Mapping[str, str]
-    """The further names of tied tensors → the first."""
+    """The other names of tied tensors → the first."""
 
     def on_stage(self, stage: Targets) -> Targets:
         """Return the targets as a pipeline stage owns them, with an empty box for each tensor that it lacks.

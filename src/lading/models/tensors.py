@@ -192,7 +192,7 @@ def _made(checkpoint: Checkpoint, family: Family[Any, Any], config: Any, targets
     rules = family.rules_for(config, manifest.names)
     shapes = dict(zip(targets.names, targets.shapes, strict=True))
     names = list(dict.fromkeys(name for name in rename(manifest.names, rules) if name is not None))
-    # A further name of a tied parameter has its shape.
+    # Another name of a tied parameter has its shape.
     target_shapes = [shapes.get(targets.aliases.get(name, name), ()) for name in names]
 
     made = route(manifest.names, names, rules, shapes=manifest.shapes, target_shapes=target_shapes)

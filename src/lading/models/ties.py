@@ -26,7 +26,7 @@ _CHUNK = 64 << 20
 
 
 def different_copies(checkpoint: Checkpoint, targets: Targets, routed: Route) -> tuple[str, ...]:
-    """Return the further names of tied parameters whose copy in the checkpoint differs from the first.
+    """Return the other names of tied parameters whose copy in the checkpoint differs from the first.
 
     Values are compared in the dtype of the target.
 

@@ -199,7 +199,7 @@ def _tensor_changes(a: Side, i: int, b: Side, j: int, values: ValueDifference | 
         same = False
         yield Change(name=name, kind="dtype", a=a.dtypes[i], b=b.dtypes[j])
 
-    # If the shape or the dtype differs, different bytes are no further change.
+    # If the shape or the dtype differs, different bytes are not another change.
     if not same:
         return
     digests = a.digests.get(name), b.digests.get(name)

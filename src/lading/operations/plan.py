@@ -21,7 +21,7 @@ from lading.models.parallelize import placements
 from lading.models.pipeline import holders
 from lading.models.resolve import model_dtype, resolve_model
 from lading.models.targets import targets_of
-from lading.operations.forecast import Layout, forecast, lay_out
+from lading.operations.plan_reads import Layout, forecast, lay_out
 from lading.system.display import counted, human_bytes, representation
 from lading.transfer.dtypes import TORCH_DTYPES, parse_dtype
 

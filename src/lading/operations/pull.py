@@ -92,7 +92,7 @@ def pull_model(
 
     :param revision: a branch, a tag or a commit of the source; default: the one that the card's URI names, or the
         latest. Loads of the card then use it until the next pull.
-    :param include: shell-style patterns of further files of the source; this always fetches its ``config.json`` and the
+    :param include: shell-style patterns of other files of the source; this always fetches its ``config.json`` and the
         tokenizer, from there or from the place that the card states. A web server lists no files: there they are names
         of files beside the checkpoint, and ``config.json`` comes if its family needs it.
     :param dry_run: only report what would be fetched.

@@ -117,7 +117,7 @@ class Plan:
     conversions: tuple[tuple[str, str], ...]
     """The ``(dtype in the file, dtype in memory)`` of each cast; the first entry means no cast."""
     rows: Rows = field(default_factory=Rows)
-    """The further reads: runs at equal distances."""
+    """The other reads: runs at equal distances."""
 
     @property
     def read_bytes(self) -> int:

@@ -66,9 +66,9 @@ class Route:
     composed: Mapping[int, Source] = field(default_factory=dict)
     """The compositions, by position in ``targets``, of targets that are not one tensor as it is."""
     duplicates: tuple[tuple[int, Source], ...] = ()
-    """The ``(target, source)`` of each further copy of a tied parameter; the copies must be equal."""
+    """The ``(target, source)`` of each other copy of a tied parameter; the copies must be equal."""
     further_names: tuple[str, ...] = ()
-    """The name of the copy in each of ``duplicates``, among the further names of the parameter."""
+    """The name of the copy in each of ``duplicates``, among the other names of the parameter."""
     missing: tuple[str, ...] = ()
     """The names of targets without a tensor."""
     drawn: tuple[str, ...] = ()
@@ -98,10 +98,10 @@ def route(
 ) -> Route:
     """Assign tensors to targets.
 
-    The first rule whose source matches a full name applies, with further rules of the same source if they cut the
+    The first rule whose source matches a full name applies, with other rules of the same source if they cut the
     tensor; a name that no rule matches is the name of its target.
 
-    :param aliases: further names of tied targets → the name among ``target_names``.
+    :param aliases: other names of tied targets → the name among ``target_names``.
     :param shapes: the shapes of the tensors; needed if several tensors make one target.
     :param target_shapes: the shapes of the targets; needed likewise.
     """

@@ -193,7 +193,7 @@ class Cache:
     def remove(self, uri: str | Entry, *, also: Collection[str] = (), keep: Collection[str] = ()) -> int:
         """Remove the entry of this catalog for ``uri``, and the files that no other entry refers to.
 
-        :param also: the SHA-256 of further files to remove, even if the entry does not list them.
+        :param also: the SHA-256 of other files to remove, even if the entry does not list them.
         :param keep: the SHA-256 of files to keep.
 
         :returns: the number of bytes freed.

@@ -75,7 +75,7 @@ class Source(Protocol):
     """True if a snapshot lists all files; else it lists the requested ones, and :meth:`with_siblings` adds to them."""
 
     def with_siblings(self, snapshot: Snapshot, names: Sequence[str]) -> Snapshot:
-        """Return ``snapshot`` with further files, which another of its files names.
+        """Return ``snapshot`` with more files, which another of its files names.
 
         Files that the source does not have are left out. Otherwise raises what :meth:`snapshot` does.
         """

@@ -14,12 +14,12 @@ from lading.gangs import Gang
 from lading.planning.plan import Plan
 from lading.system.progress import byte_bar
 from lading.transfer.arena import Arena, NoArena, PassingStage, Stage
+from lading.transfer.cooperative import Piece, Schedule
 from lading.transfer.files import ShardFile, open_shard
 from lading.transfer.reader import Reader, Reading, item_sizes
-from lading.transfer.together import Piece, Schedule
 
 
-def execute_together(
+def execute_cooperatively(
     plan: Plan,
     schedule: Schedule,
     files: Sequence[ShardFile],

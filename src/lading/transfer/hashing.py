@@ -2,7 +2,7 @@
 
 The blocks (:mod:`lading.formats.digests`) in each read are known before it starts, so that the reading threads share
 only an array of slots, one for each leaf, each written once. Pieces of reads end where atoms
-(:mod:`lading.transfer.leaves`) do, so that each piece is hashed independently.
+(:mod:`lading.transfer.leaf_hasher`) do, so that each piece is hashed independently.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lading.planning.plan import ARENA, Plan, Wanted, plan_full_read
 from lading.transfer.arena import NoArena
 from lading.transfer.drive import read
 from lading.transfer.files import ShardFile, open_shard
-from lading.transfer.leaves import Job, LeafHasher, Part
+from lading.transfer.leaf_hasher import Job, LeafHasher, Part
 from lading.transfer.reader import Reading
 
 

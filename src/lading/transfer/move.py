@@ -12,12 +12,12 @@ from lading.formats.manifest import Manifest
 from lading.gangs import Gang
 from lading.planning.plan import Plan, Wanted
 from lading.transfer.arena import Arena
-from lading.transfer.exchange import execute_together
+from lading.transfer.cooperative import Demand, Joint
+from lading.transfer.exchange import execute_cooperatively
 from lading.transfer.execute import execute
 from lading.transfer.files import ShardFile
 from lading.transfer.hashing import Hasher
 from lading.transfer.mappings import NOTHING_AHEAD, Ahead
-from lading.transfer.together import Demand, Joint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -68,7 +68,7 @@ def load_tensors(
     )
 
 
-def load_together(
+def load_cooperatively(
     manifest: Manifest,
     planned: Plan,
     wanted: Wanted,
@@ -90,7 +90,7 @@ def load_together(
         if host.size > 1:
             joint = Joint(manifest, host.gather_objects(Demand.of(planned)), dims)
             schedule = joint.schedule()
-            tensors = execute_together(
+            tensors = execute_cooperatively(
                 planned, schedule, files, _shapes(wanted), host=host, arena=arena, progress=progress
             )
             return LoadedTensors(

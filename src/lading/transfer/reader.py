@@ -15,7 +15,7 @@ from lading.formats.manifest import BITS
 from lading.planning.plan import PAGE, Plan, reads_gaps
 from lading.transfer.arena import Arena, Stage
 from lading.transfer.files import OpenShard
-from lading.transfer.leaves import Part
+from lading.transfer.leaf_hasher import Part
 
 STEP = 8 << 20
 """The bytes of a step: large enough for the disk, small enough to stop soon."""

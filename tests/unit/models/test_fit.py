@@ -75,7 +75,7 @@ def test_one_that_fits() -> None:
     assert report == CheckReport(
         family="qwen",
         problems=(),
-        quantised={},
+        quantized={},
         tensors=24,
         matched=24,
         tied={},
@@ -128,7 +128,7 @@ def test_all_problems_together() -> None:
     )
     assert not report.fits
     assert "architecture" in report.advice
-    assert report.quantised == {UP: "F8_E4M3"}
+    assert report.quantized == {UP: "F8_E4M3"}
     assert report.dropped == ()
 
 
@@ -231,7 +231,7 @@ def test_any_change_is_reported(data: st.DataObject) -> None:
     """Each tensor is matched, tied, dropped or told of; what is not told of is as the architecture has it."""
     wanted, given = tensors(), tensors()
     for name in data.draw(st.lists(st.sampled_from(sorted(wanted)), max_size=5)):
-        change: Any = data.draw(st.sampled_from(["gone", "named", "shaped", "cast", "quantised"]))
+        change: Any = data.draw(st.sampled_from(["gone", "named", "shaped", "cast", "quantized"]))
         value = given.pop(name, None)
         if value is None or change == "gone":
             continue
@@ -243,7 +243,7 @@ def test_any_change_is_reported(data: st.DataObject) -> None:
                 given[name] = dtype, (*shape, 1)
             case "cast":
                 given[name] = data.draw(st.sampled_from(["F16", "F32", "F64"])), shape
-            case "quantised":
+            case "quantized":
                 given[name] = data.draw(st.sampled_from(sorted(BITS.keys() - {"F16", "BF16", "F32", "F64"}))), shape
 
     report = check(given)

@@ -24,8 +24,8 @@ from lading import (
 from lading.catalog.records import Check, ImportReport
 from lading.formats.manifest import Shard
 from lading.operations.diff import Change
-from lading.operations.forecast import Layout
 from lading.operations.plan import RankPlan
+from lading.operations.plan_reads import Layout
 from lading.operations.pull import PulledFile
 from lading.system.filesystem import FileStat
 
@@ -61,12 +61,12 @@ REPORTS = [
     ),
      "<LoadReport: qwen3_0.6b as Qwen on cpu, 596M parameters, 1.19 GB read in 12 reads, 0.45 s>"),
     (CheckReport(
-        family="qwen", problems=(), quantised={}, tensors=310, matched=309, tied={}, dropped=(), drawn=(),
+        family="qwen", problems=(), quantized={}, tensors=310, matched=309, tied={}, dropped=(), drawn=(),
         parameters=596_000_000, bytes=1_190_000_000, advice="",
     ),
      "<CheckReport: it fits qwen, 309 of 310 tensors needed, 596M parameters, 1.19 GB>"),
     (CheckReport(
-        family="qwen", problems=("missing: x",) * 999, quantised={}, tensors=1, matched=0, tied={}, dropped=(),
+        family="qwen", problems=("missing: x",) * 999, quantized={}, tensors=1, matched=0, tied={}, dropped=(),
         drawn=(), parameters=10, bytes=0, advice="Look.",
     ),
      "<CheckReport: 999 problems with qwen, 0 of 1 tensor needed, 10 parameters, 0 B>"),

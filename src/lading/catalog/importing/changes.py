@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lading.cards.card import ArchitectureEntry, CardEntry
 from lading.catalog.database.statements import dumps
-from lading.catalog.entries import label
+from lading.catalog.stored_cards import label
 
 if TYPE_CHECKING:
     from lading.cards.card_file import CardFile

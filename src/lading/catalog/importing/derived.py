@@ -12,9 +12,9 @@ from sqlalchemy.orm import Session
 
 from lading.cards.card import AssetCard, CardEntry, checkpoint_ref, resolve_card
 from lading.catalog.database.statements import chunks
-from lading.catalog.entries import read_cards
 from lading.catalog.schema import CARDS, CardRow
 from lading.catalog.search import fold_fields, search_text
+from lading.catalog.stored_cards import read_cards
 from lading.errors import AssetCardError
 
 COLUMNS = (

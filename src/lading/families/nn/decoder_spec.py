@@ -50,7 +50,7 @@ class DecoderSpec:
     num_full_attn_layers: int = 0
     """The number of layers, from the first, without a window."""
     full_attn_layers: frozenset[int] = frozenset()
-    """The indices of further layers without a window."""
+    """The indices of other layers without a window."""
     window_rope_theta: float | None = None
     """The ``rope_theta`` of layers with a window, without scaling; ``None`` if it is that of all layers."""
     wide_rotary: bool = False

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 ATTEMPTS = 5
 BACK_OFF = 0.5
-"""Seconds before the second attempt, doubled before each further one, up to ``LONGEST_WAIT``."""
+"""Seconds before the second attempt, doubled before each other one, up to ``LONGEST_WAIT``."""
 LONGEST_WAIT = 30.0
 """The longest wait in seconds, even if a server's ``Retry-After`` asks for more."""
 

@@ -20,7 +20,7 @@ from lading import formats
 from lading.errors import CorruptModelCheckpointError, DigestMismatchError, GangError
 from lading.gangs import create_fake_gangs, create_gangs
 from lading.models.hub import load_model, load_with_report
-from lading.transfer import together
+from lading.transfer import cooperative
 from lading.transfer.files import OpenShard
 from tests.distributed.gang_tools import TIMEOUT, check_gang_errors, raised_by
 from tests.distributed.workers import Pool
@@ -41,7 +41,7 @@ def small_steps() -> Iterator[None]:
     """Have a checkpoint of a few kilobytes be read in many rounds."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("LEAF", 512), ("PAGE", 64), ("ROUND", 2048)):
-            patch.setattr(together, name, value)
+            patch.setattr(cooperative, name, value)
         yield
 
 

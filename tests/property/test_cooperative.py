@@ -20,19 +20,19 @@ from lading.formats.manifest import BITS, Manifest, Shard
 from lading.planning.box import Box
 from lading.planning.plan import Wanted, plan
 from lading.system.filesystem import FileStat
-from lading.transfer import together
-from lading.transfer.exchange import execute_together
+from lading.transfer import cooperative
+from lading.transfer.cooperative import Demand, Index, Joint
+from lading.transfer.exchange import execute_cooperatively
 from lading.transfer.execute import execute
 from lading.transfer.files import ShardFile
 from lading.transfer.hashing import Hasher, hash_checkpoint
 from lading.transfer.memory import HostArena
-from lading.transfer.together import Demand, Index, Joint
 from tests.helpers.transfer_cases import manifests, wanted_of
 
 
 @dataclass
 class Threads:
-    """What a gang does for execute_together, among threads of one process."""
+    """What a gang does for execute_cooperatively, among threads of one process."""
 
     size: int
     barrier: threading.Barrier
@@ -99,7 +99,7 @@ def test_each_gets_what_it_would_have_read(case: tuple[Manifest, list[Wanted]], 
 
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         for name, value in (("LEAF", 1), ("PAGE", 1), ("ROUND", most)):
-            patch.setattr(together, name, value)
+            patch.setattr(cooperative, name, value)
         files = write(manifest, Path(folder))
         ranks = Threads(size, threading.Barrier(size, timeout=10))
 
@@ -107,7 +107,7 @@ def test_each_gets_what_it_would_have_read(case: tuple[Manifest, list[Wanted]], 
             try:
                 joint = Joint(manifest, demands, default_dims(manifest) if hashed else None)
                 schedule = joint.schedule()
-                tensors = execute_together(
+                tensors = execute_cooperatively(
                     plans[rank], schedule, files, shapes_of(wanted[rank]),
                     host=ranks.host(rank), arena=HostArena(plans[rank].arena_bytes),  # type: ignore[arg-type]
                 )  # fmt: skip
@@ -184,7 +184,7 @@ def test_steps_are_contiguous_even_and_cut_no_item() -> None:
     whole = plan(manifest, Wanted(tensors=range(3), boxes=[Box.whole(s) for s in shapes], dtypes=dtypes))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("LEAF", 1), ("PAGE", 16), ("ROUND", 4096)):
-            patch.setattr(together, name, value)
+            patch.setattr(cooperative, name, value)
         joint = Joint(manifest, [Demand.of(whole)] * 4)
         schedule = joint.schedule()
 
