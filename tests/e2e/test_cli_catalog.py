@@ -61,6 +61,33 @@ class TestList:
         assert cli("list", "tiny", "--csv").stdout.splitlines()[0].split(",") == list(row)
         assert json.loads(cli("list", "tiny", "--nl").stdout) == row
 
+    def test_chosen_columns(self, cli, cards):
+        cli("index", "tiny")
+        for words, lines in (
+            (["name,size,dtypes"], ["name     size  dtypes", "tiny  43.6 kB  BF16"]),
+            (["parameters, shards ,name"], ["parameters  shards  name", "     21.8K       1  tiny"]),
+            (["name,verified_at"], ["name  verified at", "tiny  -"]),
+            (["bytes,size,name,name", "--csv"], ["bytes,name", "43648,tiny"]),
+            (["status,bytes", "--nl"], ['{"status": "ready", "bytes": 43648}']),
+            (["dtypes,name", "-q"], ["BF16"]),
+        ):
+            assert cli("list", "tiny", "--columns", *words).stdout.splitlines() == lines
+        # An order is that of the values, shown or not.
+        found = cli("list", "tiny*", "--columns", "name", "--sort", "size", "--json").stdout
+        assert json.loads(found)[0] == {"name": "tiny"}
+        assert cli("list", "none*", "--columns", "status,name", "--csv").stdout == "status,name\n"
+
+    @pytest.mark.parametrize(
+        "columns", ["", "name,", "nmae", "name;size", "NAME", "größe", "\x1b[2J", "name," * 999 + "x"]
+    )
+    def test_unknown_columns(self, cli, catalog, columns):
+        result = cli("list", "--columns", columns, code=2)
+        assert " is not a column." in result.stderr
+        assert "The columns are name, family, arch, base, status," in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert "\x1b" not in result.stderr
+        assert ("Did you mean 'name'?" in result.stderr) == (columns == "nmae")
+
     def test_names_only(self, cli, cards):
         assert cli("list", "tiny_g*", "-q").stdout == "tiny_gated\ntiny_gone\n"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -12,8 +13,9 @@ from lading.cli.complete import complete_family, complete_model
 from lading.cli.describe import Size
 from lading.cli.names import has_wildcard, require_family, unknown_model
 from lading.cli.output import Column, Form, listing_options, note, write_rows
+from lading.errors import did_you_mean
 from lading.formats.manifest import BITS, FLOAT_NAMES
-from lading.system.display import human_bytes
+from lading.system.display import human_bytes, human_count
 
 STATUSES = {"ready": "green", "remote": None, "gated": "yellow", "unknown-family": "yellow", "broken": "red"}
 """The statuses of models, and the color of each."""
@@ -26,6 +28,11 @@ _TABLE = (
     Column(name="bytes", heading="size", show=human_bytes, right=True),
     Column(name="license"),
 )
+_OTHERS = (
+    Column(name="parameters", show=human_count, right=True),
+    Column(name="shards", right=True),
+)
+"""The columns that the table shows on request, and not as plain text."""
 
 
 @command("list")
@@ -51,12 +58,16 @@ _TABLE = (
     default="name",
     help="By name; the largest first; or the one first whose files on this machine changed last.",
 )
+@click.option(
+    "--columns", metavar="COLUMN,...", help="The columns to show, in this order, such as name,size,dtypes,local_path."
+)
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="At most N models.")
 @listing_options
 def list_models(
     pattern: str | None,
     include_all: bool,
     family: str | None,
+    columns: str | None,
     limit: int | None,
     min_size: int | None,
     max_size: int | None,
@@ -73,6 +84,8 @@ def list_models(
 
     from lading.catalog.store import ModelSummary, get_asset_store
 
+    known = [f.name for f in fields(ModelSummary)]
+    chosen = known if columns is None else _chosen(columns, known)
     store = get_asset_store()
     limit = None if limit is None else min(limit, sys.maxsize)
     models = store.models(
@@ -96,5 +109,29 @@ def list_models(
         if form is Form.TABLE:
             return
 
-    columns = [f.name for f in fields(ModelSummary)]
-    write_rows(columns, [[getattr(m, c) for c in columns] for m in models], form, table=_TABLE)
+    table = _TABLE if columns is None else [_column(name) for name in chosen]
+    write_rows(chosen, [[getattr(m, c) for c in chosen] for m in models], form, table=table)
+
+
+def _chosen(columns: str, known: Sequence[str]) -> list[str]:
+    """Return the names of the columns that a list of names or headings chooses, each once.
+
+    :raises click.BadParameter: a name is not known.
+    """
+    names = {name: name for name in known} | {c.heading: c.name for c in _TABLE if c.heading is not None}
+    chosen: dict[str, None] = {}
+    for word in columns.split(","):
+        name = names.get(word.strip())
+        if name is None:
+            raise click.BadParameter(
+                f"{word.strip()!r} is not a column.{did_you_mean(word, names)} The columns are {', '.join(names)}",
+                click.get_current_context(),
+                param_hint="--columns",
+            )
+        chosen[name] = None
+
+    return list(chosen)
+
+
+def _column(name: str) -> Column:
+    return next((c for c in (*_TABLE, *_OTHERS) if c.name == name), Column(name=name, heading=name.replace("_", " ")))
