@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,6 +114,24 @@ def test_safetensors_come_first(models: Path) -> None:
     stored = lading.get_asset_store().checkpoint(path_uri(folder))
     assert stored is not None
     assert stored.manifest.format == "safetensors"
+
+
+def test_what_torch_distributed_checkpoint_saved_is_one(models: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a save without a process group
+        dcp.save({"model": tensors(), "step": 3}, checkpoint_id=models / "step-3", no_dist=True)
+    torch.save({"rng": torch.zeros(3)}, models / "step-3" / "rng.pt")
+    (models / "step-4").mkdir()
+    (models / "step-4" / "__0_0.distcp").write_bytes(b"PK")
+
+    found = adopt(models)
+
+    assert {name: each.status for name, each in found.items()} == {"step-3": "adopted", "step-4": "failed"}
+    stored = lading.get_asset_store().checkpoint(path_uri(models / "step-3"))
+    assert stored is not None
+    assert set(stored.manifest.names) == set(tensors())
 
 
 @pytest.mark.parametrize("parts", [["consolidated.00.pth"], ["pp_00/tp_00/sdp_00.pt"]])

@@ -200,7 +200,7 @@ def header_checks(
 
     :raises OSError: a file cannot be read.
     """
-    manifest, checks = checkpoint.manifest, []
+    manifest, checks = checkpoint.manifest.flat(), []
     for i, (shard, file) in enumerate(zip(manifest.shards, checkpoint.here(), strict=True)):
         if shard.sha256 is not None or (chosen is not None and i not in chosen):
             continue

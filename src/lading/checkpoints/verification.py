@@ -157,7 +157,9 @@ def finish_verification(
 
 
 def _shards_of(manifest: Manifest, different: Different) -> list[int]:
-    return sorted({manifest.shard_ids[i] for i, _ in different})
+    several = (piece.shard for i, _ in different for piece in manifest.pieces.get(i, ()))
+
+    return sorted({*(manifest.shard_ids[i] for i, _ in different), *several})
 
 
 def _record_bad(
@@ -309,7 +311,7 @@ def _completed(manifest: Manifest, files: Sequence[ShardFile], found: Digests, *
 def _shard_checks(checkpoint: Checkpoint, expected: Digests | None, found: Digests) -> Iterator[Check]:
     manifest = checkpoint.manifest
     for shard in range(len(manifest.shards)):
-        if not all(map(found.is_complete, manifest.tensors_of(shard))):
+        if not all(map(found.is_complete, manifest.tensors_in(shard))):
             continue  # no rank has read all of it
         yield checkpoint.check(
             shard,
@@ -320,7 +322,7 @@ def _shard_checks(checkpoint: Checkpoint, expected: Digests | None, found: Diges
 
 
 def shard_digest(manifest: Manifest, digests: Digests, shard: int) -> str:
-    """Return one digest for all tensors of a file."""
-    roots = (digests.of(manifest, i) for i in manifest.tensors_of(shard))
+    """Return one digest for all tensors with bytes in a file, those included that continue in other files."""
+    roots = (digests.of(manifest, i) for i in manifest.tensors_in(shard))
 
     return blake3("".join("-" if digest is None else digest.root for digest in roots).encode("ascii")).hexdigest()

@@ -218,6 +218,18 @@ def default_dims(manifest: Manifest) -> array[int]:
     return array("b", [0]) * len(manifest)
 
 
+def unknown(manifest: Manifest, dims: Sequence[int]) -> Digests:
+    """Return the digests of a manifest's tensors before any block of them is known.
+
+    :param dims: the dim along which each tensor is cut.
+
+    :raises ValueError: a tensor has no such dim, or the numbers of dims and tensors differ.
+    """
+    starts = starts_of(manifest, dims)
+
+    return Digests(dims=array("b", dims), starts=starts, blocks=bytes(starts[-1] * SIZE), known=bytes(len(dims)))
+
+
 def recorded(manifest: Manifest, rows: Iterable[tuple[int, bytes] | None]) -> Digests:
     """Return the digests of a manifest's tensors from records of (dim, blocks).
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from lading.errors import CheckpointNotFoundError, NotSupportedError
@@ -13,6 +13,9 @@ FILE_NAME = "model.safetensors"
 
 BIN_INDEX_NAME = "pytorch_model.bin.index.json"
 BIN_NAME = "pytorch_model.bin"
+
+METADATA_NAME, DISTRIBUTED_SUFFIX = ".metadata", ".distcp"
+"""The index of a checkpoint of ``torch.distributed.checkpoint``, and the ending of the names of its files."""
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 _BIN_INDEX_SUFFIX = ".bin.index.json"
@@ -35,6 +38,8 @@ def checkpoint_file(names: Iterable[str], *, where: Path | str, torch: bool = Fa
     for name in usual:
         if name in listed:
             return name
+        if name == FILE_NAME and torch and is_distributed(listed):
+            return METADATA_NAME
 
     if found := [
         name
@@ -75,6 +80,11 @@ def without_index(where: Path | str, found: Iterable[str]) -> str | None:
 def is_index(name: str) -> bool:
     """Return whether ``name`` is that of a checkpoint's index."""
     return name.endswith((_INDEX_SUFFIX, _BIN_INDEX_SUFFIX))
+
+
+def is_distributed(names: Collection[str]) -> bool:
+    """Return whether a folder with ``names`` holds a checkpoint of ``torch.distributed.checkpoint``, if incomplete."""
+    return METADATA_NAME in names or any(name.endswith(DISTRIBUTED_SUFFIX) for name in names)
 
 
 def is_checkpoint_file(name: str) -> bool:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from lading.errors import LadingError
 from lading.formats.any_format import read_part, read_tensors
+from lading.formats.distributed_checkpoint import index_distributed
 from lading.formats.files import open_regular
-from lading.formats.folder import FILE_NAME, INDEX_NAME, checkpoint_file, is_index
+from lading.formats.folder import FILE_NAME, INDEX_NAME, METADATA_NAME, checkpoint_file, is_index
 from lading.formats.manifest import Manifest, Shard
 from lading.formats.rank_parts import index_parts, part_files
 from lading.formats.remote import Files, NotByHeadersError, index_files
@@ -46,8 +47,8 @@ def index(path: Path | str, *, member: str | None = None, cache: Path | None = N
     :param path: a file of safetensors or of ``torch.save`` (by its first bytes, not its name), the index of several
         files, a path into an uncompressed tar archive (``a.tar/b/model.pt``), or a folder. In a folder, the first of
         these is read: ``model.safetensors.index.json``, ``model.safetensors``, ``consolidated.00.pth`` and following,
-        ``pp_00/tp_00/sdp_00.pt`` and following, ``pytorch_model.bin.index.json``, ``pytorch_model.bin``. Symbolic links
-        to regular files are followed.
+        ``pp_00/tp_00/sdp_00.pt`` and following, ``.metadata`` of ``torch.distributed.checkpoint``,
+        ``pytorch_model.bin.index.json``, ``pytorch_model.bin``. Symbolic links to regular files are followed.
     :param member: the name of the checkpoint in the archive at ``path``; the manifest's offsets are in the archive.
     :param cache: a folder in which to rewrite the checkpoint, once, if its tensors are not contiguous. The manifest is
         then that of the result of :func:`readable`: a safetensors file, or the index of several.
@@ -117,6 +118,8 @@ def _index(path: Path, member: str | None, restrict: bool) -> Manifest:
     path, parts = _find(path)
     if parts:
         return index_parts(path, parts, restrict=restrict)
+    if path.name == METADATA_NAME:
+        return index_distributed(path.parent, restrict=restrict)
     if is_index(path.name):
         return index_shards(path, restrict=restrict)
 

@@ -185,8 +185,37 @@ class Manifest:
         return replace(part, shards=(self.shards[shard],), shard_ids=array("I", [0]) * len(part))
 
     def tensors_of(self, shard: int) -> range:
-        """Return the positions of the tensors in one of the files."""
+        """Return the positions of the tensors in one of the files; of those in pieces, the ones that begin there."""
         return range(bisect_left(self.shard_ids, shard), bisect_right(self.shard_ids, shard))
+
+    def tensors_in(self, shard: int) -> Sequence[int]:
+        """Return the positions of the tensors with bytes in one of the files."""
+        begin = self.tensors_of(shard)
+        others = [i for i, pieces in self.pieces.items() if i not in begin and any(p.shard == shard for p in pieces)]
+
+        return sorted([*begin, *others]) if others else begin
+
+    def flat(self) -> Manifest:
+        """Return the manifest with the same bytes in which each piece is a tensor of its own, of the same name."""
+        if not self.pieces:
+            return self
+
+        rows = [
+            (piece.shard, piece.offset, i, piece.shape)
+            for i in range(len(self))
+            for piece in self.pieces.get(i) or (Piece((), self.shapes[i], self.shard_ids[i], self.offsets[i]),)
+        ]
+        rows.sort()
+
+        return Manifest(
+            format=self.format,
+            shards=self.shards,
+            names=[self.names[i] for _, _, i, _ in rows],
+            dtypes=[self.dtypes[i] for _, _, i, _ in rows],
+            shapes=[shape for *_, shape in rows],
+            shard_ids=array("I", [shard for shard, *_ in rows]),
+            offsets=array("q", [offset for _, offset, *_ in rows]),
+        )
 
     def take(self, positions: Sequence[int]) -> Manifest:
         """Return the manifest of the tensors at ``positions``, in their order, with the same files."""

@@ -15,7 +15,15 @@ from typing import Protocol
 from lading.errors import CheckpointNotFoundError, NotSupportedError
 from lading.formats.files import File, corrupt
 from lading.formats.first_bytes import SIZE, format_of
-from lading.formats.folder import checkpoint_file, is_index, is_other_format, is_torch_format, not_supported, some
+from lading.formats.folder import (
+    METADATA_NAME,
+    checkpoint_file,
+    is_index,
+    is_other_format,
+    is_torch_format,
+    not_supported,
+    some,
+)
 from lading.formats.manifest import Manifest
 from lading.formats.safetensors import PREFIX_SIZE, Part, join, read_header
 from lading.formats.shard_index import join_shards, read_index
@@ -79,6 +87,11 @@ def index_files(files: Files, *, name: str | None = None) -> Manifest:
     where = f"{files.label.rstrip('/')}/{folder}{file}"
     if is_torch_format(file):
         raise _not_by_headers(where)
+    if file == METADATA_NAME:
+        raise NotSupportedError(
+            f"{where}: expected a safetensors checkpoint, found one of `torch.distributed.checkpoint`, which can only "
+            "be read locally. Fetch the folder, and give its path."
+        )
     if is_other_format(file):
         raise not_supported(where, repr(file))
 

@@ -110,7 +110,7 @@ def read_index(file: File) -> Index:
     """
     weight_map = _read_weight_map(file)
     tensors: dict[str, list[str]] = {name: [] for name in sorted(set(weight_map.values()))}
-    _require_plain_names(file.label, tensors, ".bin" if is_torch_format(file.name) else ".safetensors")
+    require_plain_names(file.label, "weight_map", tensors, ".bin" if is_torch_format(file.name) else ".safetensors")
     for tensor, name in weight_map.items():
         tensors[name].append(tensor)
 
@@ -146,15 +146,20 @@ def _read_weight_map(file: File) -> dict[str, str]:
     return weight_map
 
 
-def _require_plain_names(label: str, files: Iterable[str], suffix: str) -> None:
-    """Require plain names of files in the same folder, so that an index cannot name other files to be read."""
+def require_plain_names(label: str, where: str, files: Iterable[str], suffix: str) -> None:
+    """Require plain names of files in the same folder, so that an index cannot name other files to be read.
+
+    :param where: the part of the index that names them.
+
+    :raises CorruptModelCheckpointError: a name is a path, is not printable, or does not end in ``suffix``.
+    """
     for file in files:
         # `isprintable` is false for control, bidirectional and other deceptive characters.
         plain = file.isprintable() and not set(file) & set("/\\") and len(file.encode()) <= _MAX_FILE_NAME
         if not plain or not file.endswith(suffix):
             raise corrupt(
                 label,
-                "weight_map",
+                where,
                 expected=f"plain file names that end in {suffix}, for files in the folder of the index",
                 found=repr(file[:80]),
             )

@@ -19,10 +19,13 @@ from lading.formats.first_bytes import SIZE, is_checkpoint
 from lading.formats.folder import (
     BIN_INDEX_NAME,
     BIN_NAME,
+    DISTRIBUTED_SUFFIX,
     FILE_NAME,
     INDEX_NAME,
+    METADATA_NAME,
     checkpoint_file,
     is_checkpoint_file,
+    is_distributed,
     is_index,
     is_other_format,
     is_torch_format,
@@ -102,12 +105,13 @@ def _in_folder(path: Path, root: Path, names: list[str]) -> Iterator[FoundCheckp
     bare = [name for name in names if "." not in name and _is_checkpoint(path / name)]
     found = [name for name in names if is_checkpoint_file(name) or name in bare]
     torch = [name for name in found if is_torch_format(name) or name in bare]
-    usual = not {BIN_INDEX_NAME, BIN_NAME}.isdisjoint(names) or is_consolidated(names)
+    ranks = is_distributed(names)
+    usual = not {BIN_INDEX_NAME, BIN_NAME}.isdisjoint(names) or is_consolidated(names) or ranks
     if torch and not usual and all(name in torch or is_other_format(name) for name in found):
         # The files that an index names are not checkpoints of their own.
         for name in [name for name in torch if is_index(name)] or torch:
             yield FoundCheckpoint(path=path / name, root=root)
-    elif found:
+    elif found or ranks:
         yield FoundCheckpoint(path=path, root=root)
 
 
@@ -165,6 +169,8 @@ def _files(path: Path, folder: Path) -> list[Path]:
     names = [entry.name for entry in path.iterdir()]
     if not {INDEX_NAME, FILE_NAME} & set(names) and (parts := part_files(path, names)):
         return [path / name for name, _ in parts]
+    if not {INDEX_NAME, FILE_NAME} & set(names) and is_distributed(names):
+        return [path / name for name in names if name == METADATA_NAME or name.endswith(DISTRIBUTED_SUFFIX)]
 
     _require_usual_name(path, names)
 

@@ -171,7 +171,7 @@ class _Columns:
     @classmethod
     def of(cls, manifest: Manifest, layout: Layout) -> _Columns | None:
         """Return the columns; ``None`` if the joining of reads depends on more than their places in the file, as for
-        composed, overlapping or unaligned tensors.
+        composed, overlapping or unaligned tensors, or for tensors in pieces.
         """
         tensors = np.array(layout.tensors, dtype=np.int64)
         order = np.argsort(tensors, kind="stable")
@@ -184,7 +184,7 @@ class _Columns:
         offsets = np.array(manifest.offsets, dtype=np.int64)[tensors[order]]
         ends = offsets + (sizes * elements)[kinds]
         apart = (shards[1:] != shards[:-1]) | (offsets[1:] >= ends[:-1])
-        if layout.composed or not apart.all() or (offsets % sizes[kinds]).any():
+        if layout.composed or manifest.pieces or not apart.all() or (offsets % sizes[kinds]).any():
             return None
 
         return cls(shards=shards, offsets=offsets, kinds=kinds)

@@ -33,6 +33,7 @@ from lading.errors import (
     NotSupportedError,
 )
 from lading.formats.digests import Digests, default_dims, recorded
+from lading.formats.folder import DISTRIBUTED_SUFFIX
 from lading.formats.safetensors import index_file
 from lading.formats.torch_save.archive import damaged_record
 from lading.models.construct import build_on_meta
@@ -228,6 +229,9 @@ def _checked_by_tensors(
     expected = store.digests(checkpoint.uri, manifest)
     dims = _dims(checkpoint, of, store) if expected is None else expected.dims
     found: dict[int, Digests] = {}
+    if manifest.pieces:
+        yield from _checked_together(checkpoint, chosen, expected, dims, store, progress=progress)
+        return
     for i in chosen:
         part = manifest.only(i)
         try:
@@ -248,6 +252,30 @@ def _checked_by_tensors(
         record_digests(store.database, uri=checkpoint.uri, manifest=manifest, digests=recorded(manifest, rows))
 
 
+def _checked_together(
+    checkpoint: Checkpoint,
+    chosen: Sequence[int],
+    expected: Digests | None,
+    dims: Sequence[int],
+    store: AssetStore,
+    *,
+    progress: bool,
+) -> Iterator[Check]:
+    """Yield checks of files that hold pieces of tensors: all files of a tensor that differs are wrong."""
+    manifest, files = checkpoint.manifest, checkpoint.here()
+    found = None
+    try:
+        if len(chosen) == len(files) and _has_same_tensors(checkpoint, 0, store):
+            found = hash_checkpoint(manifest, files, dims, progress=progress)
+    except CorruptModelCheckpointError:
+        pass  # not even a checkpoint any more
+    for i in chosen:
+        before, now = (digests and shard_digest(manifest, digests, i) for digests in (expected, found))
+        yield checkpoint.check(i, "blake3", expected=before or (None if now else "tensors"), found=now or None)
+    if expected is None and found is not None:
+        record_digests(store.database, uri=checkpoint.uri, manifest=manifest, digests=found)
+
+
 def _checked_records(checkpoint: Checkpoint, chosen: Sequence[int]) -> dict[str, Check]:
     """Return the checks of zip archives with a record that does not have the CRC that `torch.save` stored.
 
@@ -255,6 +283,8 @@ def _checked_records(checkpoint: Checkpoint, chosen: Sequence[int]) -> dict[str,
     """
     checks: dict[str, Check] = {}
     for i in chosen:
+        if checkpoint.manifest.shards[i].name.endswith(DISTRIBUTED_SUFFIX):
+            continue  # many archives in a row
         if (damaged := damaged_record(checkpoint.here()[i].path)) is not None:
             record, *sums = damaged
             expected, found = (f"{crc:08x} of {record}" for crc in sums)

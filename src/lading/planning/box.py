@@ -95,6 +95,17 @@ class Selection(NamedTuple):
             self.strides,
         )
 
+    def within(self, starts: Sequence[int], sizes: Sequence[int]) -> Selection:
+        """Return the part of the copy that lies in a box of the source, as a copy from that box alone."""
+        part = self
+        for dim, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+            step = self.steps[dim]
+            first = max(0, -(-(start - self.starts[dim]) // step))
+            stop = min(self.sizes[dim], max(0, -(-(start + size - self.starts[dim]) // step)))
+            part = part.along(dim, first, max(0, stop - first), self.starts[dim] + first * step - start, step)
+
+        return part
+
     def rows(self, shape: Sequence[int]) -> Iterator[tuple[int, int, int, int, int, int]]:
         """Yield the copy as runs, in groups of equal distances: ``(first element, distance between runs, elements per
         run, number of runs)`` in the tensor, then the first element and the distance in the memory.

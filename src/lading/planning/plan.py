@@ -7,8 +7,8 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lading.errors import NotSupportedError
-from lading.formats.manifest import BITS, Manifest
+from lading.errors import InternalError
+from lading.formats.manifest import BITS, Manifest, Piece
 from lading.planning.box import Box
 from lading.planning.composition import Source, pieces
 
@@ -137,7 +137,6 @@ def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
     :param mapped: leave tensors in a mapping of the file if their box is one aligned run of bytes that needs no cast
         and belongs to no other tensor; otherwise a write to one would change another.
     """
-    _refuse_pieces(manifest)
     reads = _Reads()
     claimed = _ClaimedRanges()
     rows = Rows()
@@ -148,8 +147,12 @@ def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
 
     # The manifest is sorted by (shard, offset), so positions in it are as well.
     order = sorted(range(len(wanted.tensors)), key=wanted.tensors.__getitem__)
+    composed = wanted.composed
+    if manifest.pieces:
+        in_pieces: dict[int, Source] = {i: t for i, t in enumerate(wanted.tensors) if t in manifest.pieces}
+        composed = {**in_pieces, **composed}
     for i in order:
-        if i in wanted.composed:
+        if i in composed:
             continue
         tensor, box, dtype = wanted.tensors[i], wanted.boxes[i], wanted.dtypes[i]
         stored, shape = manifest.dtypes[tensor], manifest.shapes[tensor]
@@ -188,8 +191,8 @@ def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
                 end += length * size
 
     copies: list[_Copy] = []
-    for i in (i for i in order if i in wanted.composed):
-        found = _copies(manifest, wanted.composed[i], wanted.boxes[i], wanted.dtypes[i])
+    for i in (i for i in order if i in composed):
+        found = _copies(manifest, composed[i], wanted.boxes[i], wanted.dtypes[i])
         home = _mapped_home(found, wanted.dtypes[i]) if mapped else None
         nbytes = wanted.boxes[i].numel * (BITS[wanted.dtypes[i]] // 8)
         if home is not None and claimed.claim(*home, home[1] + nbytes):
@@ -216,18 +219,10 @@ def plan(manifest: Manifest, wanted: Wanted, *, mapped: bool = False) -> Plan:
     )
 
 
-def _refuse_pieces(manifest: Manifest) -> None:
-    # A catalog may be shared with a version that records such checkpoints.
-    for tensor, found in manifest.pieces.items():
-        raise NotSupportedError(
-            f"The tensor {manifest.names[tensor]!r} lies in {len(found)} pieces, as ranks saved it, but this version "
-            "of lading reads tensors of one piece only. Upgrade it: `pip install --upgrade lading-hub`."
-        )
-
-
 def plan_full_read(manifest: Manifest) -> tuple[Plan, Wanted]:
-    """Plan one pass over a checkpoint, which reads each tensor once, complete and without a cast."""
-    _refuse_pieces(manifest)
+    """Plan one pass over tensors of one piece, which reads each tensor once, complete and without a cast."""
+    if manifest.pieces:
+        raise InternalError("a tensor in several pieces is not one run of bytes")
     reads = _Reads()
     places = array("q")
     end = 0
@@ -288,13 +283,17 @@ def _copies(manifest: Manifest, source: Source, box: Box, dtype: str) -> list[_C
     """Return the copies that fill the memory of ``box``, which begins at 0."""
     found: list[_Copy] = []
     size = BITS[dtype] // 8
-    for tensor, part in pieces(source, manifest.shapes, box):
+    for tensor, selection in pieces(source, manifest.shapes, box):
         stored = manifest.dtypes[tensor]
         item = BITS[stored] // 8
+        whole = Piece((), manifest.shapes[tensor], manifest.shard_ids[tensor], manifest.offsets[tensor])
+        parts = [(whole, selection)]
+        if several := manifest.pieces.get(tensor):
+            parts = [(piece, selection.within(piece.starts, piece.shape)) for piece in several]
         found += (
             _Copy(
-                shard=manifest.shard_ids[tensor],
-                offset=manifest.offsets[tensor] + first * item,
+                shard=piece.shard,
+                offset=piece.offset + first * item,
                 stride=stride * item,
                 length=length * item,
                 count=count,
@@ -303,7 +302,8 @@ def _copies(manifest: Manifest, source: Source, box: Box, dtype: str) -> list[_C
                 target_length=length * size,
                 conversion=("", "") if stored == dtype else (stored, dtype),
             )
-            for first, stride, length, count, place, apart in part.rows(manifest.shapes[tensor])
+            for piece, part in parts
+            for first, stride, length, count, place, apart in part.rows(piece.shape)
         )
 
     return found

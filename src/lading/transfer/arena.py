@@ -67,6 +67,19 @@ class NoArena:
         return {}
 
 
+class Buffer(NoArena):
+    """An arena of plain memory, for bytes without a cast that are looked at all together.
+
+    :param size: the bytes, at least one.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.memory = memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+    def direct(self, place: int, size: int) -> memoryview | None:
+        return self.memory[place : place + size]
+
+
 class PassingStage:
     """A buffer whose bytes stay where they are."""
 

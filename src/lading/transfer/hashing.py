@@ -17,11 +17,23 @@ from itertools import pairwise
 from threading import get_ident
 
 from lading.errors import CorruptModelCheckpointError, InternalError
-from lading.formats.digests import EMPTY_BLOCK, LEAF, SIZE, Cut, Digests, block_digest, cut, default_dims, starts_of
+from lading.formats.digests import (
+    EMPTY_BLOCK,
+    LEAF,
+    SIZE,
+    Cut,
+    Digests,
+    block_digest,
+    cut,
+    default_dims,
+    recorded,
+    starts_of,
+)
 from lading.formats.manifest import BITS, Manifest
 from lading.planning.box import Box
-from lading.planning.plan import ARENA, Plan, Wanted, plan_full_read
-from lading.transfer.arena import NoArena
+from lading.planning.plan import ARENA, Plan, Wanted, plan, plan_full_read
+from lading.system.progress import byte_bar
+from lading.transfer.arena import Buffer, NoArena
 from lading.transfer.drive import read
 from lading.transfer.files import ShardFile, open_shard
 from lading.transfer.leaf_hasher import Job, LeafHasher, Part
@@ -105,8 +117,8 @@ class _Run:
 class Hasher:
     """The observer that collects the digests of the blocks that one run of ``execute`` reads or maps whole.
 
-    Blocks that are read in part have no digest. Nor have blocks of long runs of bytes, each read separately, that
-    share a leaf; no shard of a gang of 2, 4 or 8 has such blocks.
+    Blocks that are read in part have no digest, nor has a tensor in pieces. Nor have blocks of long runs of bytes, each
+    read separately, that share a leaf; no shard of a gang of 2, 4 or 8 has such blocks.
 
     :param dims: for each tensor of the manifest the dim along which to cut it into blocks.
     :param wanted: the tensors that ``plan`` reads.
@@ -151,6 +163,8 @@ class Hasher:
                 if box.covers(shape):
                     self._empty.append(tensor)
                 continue
+            if tensor in self._manifest.pieces:
+                continue  # a block may lie across several of them
 
             first, count = (0, box.numel) if box.covers(shape) else next(box.runs(shape))
             run = self._run(i, tensor, box, first) if count == box.numel else None
@@ -333,11 +347,7 @@ class Hasher:
             known[tensor] = 1
 
         for tensor, first, count, leaves, slot in zip(*self._results, strict=True):
-            size = leaves * SIZE
-            found: bytes | bytearray = self.slots[slot * SIZE : slot * SIZE + count * size]
-            if leaves > 1:
-                found = b"".join(block_digest(found[at : at + size]) for at in range(0, len(found), size))
-
+            found = _digests_of_blocks(self.slots[slot * SIZE : (slot + count * leaves) * SIZE], leaves)
             at = (starts[tensor] + first) * SIZE
             mask = (1 << count) - 1 << first
             if known[tensor] & mask:
@@ -358,6 +368,28 @@ class Hasher:
                     "expected to be the same each time, but is not. Load it again when nothing writes to it any more; "
                     "if that does not help, check the disk.",
                 )
+
+
+def hash_memory(memory: memoryview, dtype: str, shape: Sequence[int], dim: int) -> bytes:
+    """Return the digests of the blocks of a tensor whose bytes, contiguous and row-major, are in memory.
+
+    :raises ValueError: the tensor has no such dim.
+    """
+    whole = cut(dtype, shape, dim)
+    if not whole.nbytes:
+        return EMPTY_BLOCK
+    slots = bytearray(whole.blocks * whole.leaves * SIZE)
+    job = _job(0, range(whole.blocks), whole, 0)
+    LeafHasher(slots).hash([Part(job, 0, 0, whole.nbytes)], 0, memory)
+
+    return bytes(_digests_of_blocks(slots, whole.leaves))
+
+
+def _digests_of_blocks(slots: bytes | bytearray, leaves: int) -> bytes | bytearray:
+    """Return the digests of blocks from their slots, one for each of the ``leaves`` of a block."""
+    size = leaves * SIZE
+
+    return slots if leaves == 1 else b"".join(block_digest(slots[at : at + size]) for at in range(0, len(slots), size))
 
 
 def _job(begin: int, blocks: range, whole: Cut, slot: int) -> Job:
@@ -407,7 +439,9 @@ def hash_checkpoint(
     threads: int | None = None,
     progress: bool = False,
 ) -> Digests:
-    """Return the digests of all tensors of a checkpoint, reading each byte once, with a few MiB of memory per thread.
+    """Return the digests of all tensors of a checkpoint, reading each byte once.
+
+    This takes a few MiB of memory per thread, and that of a tensor which lies in several pieces.
 
     :param files: one for each shard of the manifest.
     :param dims: for each tensor the dim along which to cut it into blocks; default: 0.
@@ -417,11 +451,40 @@ def hash_checkpoint(
     :raises OSError: a file cannot be read.
     :raises ValueError: a tensor has no such dim.
     """
-    plan, wanted = plan_full_read(manifest)
-    hasher = Hasher(manifest, default_dims(manifest) if dims is None else dims, plan, wanted)
+    dims = default_dims(manifest) if dims is None else dims
+    if manifest.pieces:
+        return _hash_pieces(manifest, files, dims, threads=threads, progress=progress)
+    planned, wanted = plan_full_read(manifest)
+    hasher = Hasher(manifest, dims, planned, wanted)
 
     with ExitStack() as stack:
         shards = {i: stack.enter_context(open_shard(file)) for i, file in enumerate(files)}
-        read(Reading(plan, shards, NoArena(), hasher), threads, "verify" if progress else None)
+        read(Reading(planned, shards, NoArena(), hasher), threads, "verify" if progress else None)
 
     return hasher.digests()
+
+
+def _hash_pieces(
+    manifest: Manifest, files: Sequence[ShardFile], dims: Sequence[int], *, threads: int | None, progress: bool
+) -> Digests:
+    """Return the digests of a checkpoint in which some tensors lie in several pieces: those are in memory, in turn."""
+    rows: list[tuple[int, bytes] | None] = [None] * len(manifest)
+    with byte_bar(manifest.total_bytes, "verify", shown=progress) as bar:
+        single = [i for i in range(len(manifest)) if i not in manifest.pieces]
+        part = manifest.take(single)
+        found = hash_checkpoint(part, files, [dims[i] for i in single], threads=threads)
+        for i, digest in zip(single, found.iter(part), strict=True):
+            rows[i] = None if digest is None else (digest.dim, digest.blocks)
+        bar.update(part.total_bytes)
+
+        for i in manifest.pieces:
+            dtype, shape = manifest.dtypes[i], manifest.shapes[i]
+            planned = plan(manifest, Wanted(tensors=[i], boxes=[Box.whole(shape)], dtypes=[dtype]))
+            buffer = Buffer(planned.arena_bytes)
+            with ExitStack() as stack:
+                shards = {s: stack.enter_context(open_shard(files[s])) for s in {*planned.shards, *planned.rows.shards}}
+                read(Reading(planned, shards, buffer, None), threads, None)
+            rows[i] = (dims[i], hash_memory(buffer.memory, dtype, shape, dims[i]))
+            bar.update(planned.arena_bytes)
+
+    return recorded(manifest, rows)

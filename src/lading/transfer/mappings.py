@@ -88,6 +88,8 @@ def may_be_mapped(manifest: Manifest, dtype: str | None) -> Iterator[Range]:
     if dtype is None:
         return ((i, 0, shard.size) for i, shard in enumerate(manifest.shards))
 
+    manifest = manifest.flat()
+
     return (
         (manifest.shard_ids[i], manifest.offsets[i], manifest.offsets[i] + manifest.nbytes(i))
         for i, stored in enumerate(manifest.dtypes)

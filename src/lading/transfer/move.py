@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lading.formats.digests import Digests
+from lading.formats.digests import Digests, unknown
 from lading.formats.manifest import Manifest
 from lading.gangs import Gang
 from lading.planning.plan import Plan, Wanted
@@ -88,14 +88,16 @@ def load_cooperatively(
     """
     with root.on_host() as host:
         if host.size > 1:
-            joint = Joint(manifest, host.gather_objects(Demand.of(planned)), dims)
+            # Pieces are read as they lie in the files. The digests are those of tensors, so none is taken on the way.
+            joint = Joint(manifest.flat(), host.gather_objects(Demand.of(planned)), None if manifest.pieces else dims)
             schedule = joint.schedule()
+            nothing = None if dims is None else unknown(manifest, dims)
             tensors = execute_cooperatively(
                 planned, schedule, files, _shapes(wanted), host=host, arena=arena, progress=progress
             )
             return LoadedTensors(
                 tensors=tensors,
-                digests=None if joint.hasher is None else joint.hasher.digests(),
+                digests=nothing if joint.hasher is None else joint.hasher.digests(),
                 bytes_read=schedule.bytes_of(host.rank),
                 reads=sum(1 for _ in schedule.steps(host.rank)),
                 pages=arena.pages,

@@ -36,9 +36,8 @@ from lading.catalog.open import open_catalog
 from lading.catalog.records import Check
 from lading.catalog.schema import Row
 from lading.catalog.store import AssetStore
-from lading.errors import CatalogError, InternalError, NotSupportedError, QueryError
+from lading.errors import CatalogError, InternalError, QueryError
 from lading.formats.manifest import Manifest, Piece, Shard
-from lading.planning.plan import plan_full_read
 from lading.system.settings import Settings
 from tests.helpers.catalog_tools import card_file, make_copies, make_manifest, settings_in, without_seeds
 
@@ -356,8 +355,3 @@ def test_other_pieces_are_another_manifest(store: AssetStore) -> None:
     stored = store.checkpoint("hg://a/n")
     assert stored is not None
     assert stored.manifest.pieces == other.pieces
-
-
-def test_a_manifest_in_pieces_is_not_planned_yet() -> None:
-    with pytest.raises(NotSupportedError, match="'up' lies in 3 pieces"):
-        plan_full_read(pieced())

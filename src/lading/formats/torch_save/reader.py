@@ -7,9 +7,8 @@ of bytes of the file, even if it is a view of a larger one. :mod:`lading.formats
 and cannot call anything. lading does not use ``torch.load``, even with ``weights_only=True``: that would import torch
 just to get offsets, and with ``mmap=True`` it accepts damaged records.
 
-The state dict of a checkpoint is the dict under the first of the keys ``model``, ``state_dict`` and
-``model_state_dict`` that contains a tensor; else the checkpoint itself, if it contains one or is empty. The reader
-ignores values that are not tensors, such as a dict in a state dict.
+:mod:`lading.formats.state_dict` finds the state dict. The reader ignores values of it that are not tensors, such as
+a dict in a state dict.
 """
 
 from __future__ import annotations
@@ -19,12 +18,13 @@ import math
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, TypeGuard
 
-from lading.errors import CorruptModelCheckpointError, NotSupportedError
+from lading.errors import NotSupportedError
 from lading.formats.files import LFS_POINTER, corrupt, lfs_pointer_error
 from lading.formats.manifest import BITS
 from lading.formats.safetensors import MAX_NAME_SIZE, Header
+from lading.formats.state_dict import find_state_dict, require_name
 from lading.formats.torch_save.archive import SIGNATURE, Record, read_directory, read_record
 from lading.formats.torch_save.unpickle import (
     ITEM_SIZES,
@@ -36,9 +36,6 @@ from lading.formats.torch_save.unpickle import (
     describe,
     read_pickle,
 )
-
-STATE_KEYS = ("model", "state_dict", "model_state_dict")
-"""The keys under which fairseq, fairseq2, PyTorch Lightning and many training scripts save the state dict."""
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 """The first pickle of a file that is not a zip archive."""
@@ -97,34 +94,53 @@ class NonContiguousError(NotSupportedError):
     """A tensor whose bytes are not one range of its file."""
 
 
-def place_tensors(file: BinaryIO, *, base: int, size: int, label: str, restrict: bool) -> list[Placed]:
+def place_tensors(
+    file: BinaryIO, *, base: int, size: int, label: str, restrict: bool, state_dict: str | None = None
+) -> list[Placed]:
     """Return the tensors of the state dict that ``torch.save`` wrote to the ``size`` bytes of ``file`` at ``base``.
 
     :param restrict: refuse a file whose pickle names anything that a state dict does not need. Otherwise the reader
         ignores such objects, and imports nothing that they name.
+    :param state_dict: the dotted path of the state dict in the file; default: the usual ones.
 
     :raises CorruptModelCheckpointError: it is another kind of file, is damaged, or contains no state dict.
+    :raises CheckpointNotFoundError: it contains no state dict at the path ``state_dict``.
     :raises RefusedPickleError: unpickling it would import what a state dict does not need; or it is an archive of
         TorchScript or torch.package.
     :raises NotSupportedError: a tensor is not dense: quantized, sparse …
     :raises OSError: it cannot be read.
     """
+    value, storages = _read_file(file, base, size, label, restrict)
+    state = find_state_dict(value, state_dict, label=label, is_tensor=_is_tensor, describe=describe)
+
+    return [_place(name, tensor, storages, label) for name, tensor in state.items() if _is_tensor(tensor)]
+
+
+def place_tensor(file: BinaryIO, name: str, *, base: int, size: int, label: str) -> Placed:
+    """Return the tensor that ``torch.save`` wrote alone to the ``size`` bytes of ``file`` at ``base``.
+
+    :param name: its name in the checkpoint.
+
+    Raises what :func:`place_tensors` does.
+    """
+    value, storages = _read_file(file, base, size, label, True)
+    if not _is_tensor(value):
+        raise corrupt(label, f"tensor {name!r}", expected="a tensor", found=describe(value))
+
+    return _place(name, value, storages, label)
+
+
+def _read_file(file: BinaryIO, base: int, size: int, label: str, restrict: bool) -> tuple[object, _Places]:
     file.seek(base)
     head = file.read(4)
     if head == SIGNATURE:
-        value, storages = _read_zip(file, base, size, label, restrict)
-    elif head[:1] == b"\x80":
-        value, storages = _read_legacy(file, base, size, label, restrict)
-    elif head == LFS_POINTER[:4]:
+        return _read_zip(file, base, size, label, restrict)
+    if head[:1] == b"\x80":
+        return _read_legacy(file, base, size, label, restrict)
+    if head == LFS_POINTER[:4]:
         raise lfs_pointer_error(label)
-    else:
-        raise corrupt(label, "", expected="a file that `torch.save` wrote", found=f"{head!r} as its first bytes")
 
-    return [
-        _place(name, tensor, storages, label)
-        for name, tensor in _state_dict(value, label).items()
-        if isinstance(tensor, StoredTensor)
-    ]
+    raise corrupt(label, "", expected="a file that `torch.save` wrote", found=f"{head!r} as its first bytes")
 
 
 def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -237,53 +253,11 @@ def _legacy_storages(
     return places
 
 
-# --- the state dict ---------------------------------------------------------------------------------------------------
+# --- the tensors ------------------------------------------------------------------------------------------------------
 
 
-def _state_dict(value: object, label: str) -> Mapping[str, object]:
-    if type(value) is not dict:
-        raise _no_state_dict(label, describe(value))
-
-    for key in STATE_KEYS:
-        inner = value.get(key)
-        if type(inner) is dict and any(map(_is_tensor, inner.values())):
-            return _checked(inner, label)
-    if value and not any(map(_is_tensor, value.values())):
-        keys = ", ".join(repr(key[:40]) for key in list(value)[:8])
-        raise _no_state_dict(label, f"a dict with the keys {keys}{' …' if len(value) > 8 else ''} and no tensor")
-
-    return _checked(value, label)
-
-
-def _is_tensor(value: object) -> bool:
+def _is_tensor(value: object) -> TypeGuard[StoredTensor | Inert]:
     return isinstance(value, StoredTensor) or (isinstance(value, Inert) and value.is_tensor)
-
-
-def _no_state_dict(label: str, found: str) -> CorruptModelCheckpointError:
-    return corrupt(
-        label,
-        "",
-        expected=f"a state dict, or a dict that holds one as {', '.join(map(repr, STATE_KEYS))}",
-        found=found,
-        hint="Save `model.state_dict()`.",
-    )
-
-
-def _checked(state: Mapping[str, object], label: str) -> Mapping[str, object]:
-    for name, value in state.items():
-        if isinstance(value, Inert) and value.is_tensor:
-            raise _not_plain(label, name, value.what)
-        if isinstance(value, StoredTensor):
-            try:
-                size = len(name.encode())
-            except UnicodeEncodeError:
-                size = -1
-            if not 0 <= size <= MAX_NAME_SIZE:
-                raise corrupt(
-                    label, f"tensor {name[:80]!r}", expected=f"a name of at most {MAX_NAME_SIZE} bytes", found=f"{size}"
-                )
-
-    return state
 
 
 def _not_plain(label: str, name: str, found: str) -> NotSupportedError:
@@ -293,7 +267,10 @@ def _not_plain(label: str, name: str, found: str) -> NotSupportedError:
     )
 
 
-def _place(name: str, tensor: StoredTensor, storages: _Places, label: str) -> Placed:
+def _place(name: str, tensor: StoredTensor | Inert, storages: _Places, label: str) -> Placed:
+    if isinstance(tensor, Inert):
+        raise _not_plain(label, name, tensor.what)
+    require_name(name, label=label)
     where = f"tensor {name!r}"
     storage = tensor.storage
     if tensor.dtype not in BITS:

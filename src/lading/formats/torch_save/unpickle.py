@@ -11,16 +11,16 @@ as an index of its memo states. Its ``dispatch``, ``stack``, ``metastack`` and `
 the same in Python 3.11 to 3.14.
 
 All of it is linear in the size of the pickle, and nothing recurses: neither the reader nor the users of the result,
-since a dict keeps only items with a string as their key, and is never hashed or compared.
+since a dict keeps only items with a string or an :class:`Instance` as their key, and is never hashed or compared.
 """
 
 from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TypeGuard
 
 from lading.errors import RefusedPickleError
 from lading.formats.files import corrupt
@@ -117,6 +117,15 @@ class Inert:
     extend = append
 
 
+@dataclass(slots=True, eq=False)
+class Instance:
+    """An object of a class in a vocabulary: the name of the class, and what the pickle says of the object."""
+
+    kind: str
+    state: object = None
+    """The attributes, as the class's own ``__setstate__`` would take them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Global:
     """A name of a function, a class or a constant. It stays a name."""
@@ -140,6 +149,8 @@ def describe(value: object) -> str:
         return value.what
     if isinstance(value, Global):
         return str(value)[:200]
+    if isinstance(value, Instance):
+        return f"an object of the class {value.kind}"
 
     return f"a {type(value).__name__}"
 
@@ -155,7 +166,29 @@ class Pickle:
     """All storages that it names, by their keys, also those of tensors outside of ``value``."""
 
 
-def read_pickle(stream: BinaryIO, *, label: str, where: str, restrict: bool, limit: int = MAX_PICKLE_SIZE) -> Pickle:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """The names that a kind of pickle may have."""
+
+    calls: Mapping[tuple[str, str], Callable[..., object]]
+    """The functions and classes that it calls, and in their place functions that make values of this module."""
+    names: Collection[tuple[str, str]]
+    """All of its names, those of ``calls`` included."""
+    content: str
+    """What the pickle is expected to hold, for the error."""
+    remedy: str
+    """How to get one that does."""
+
+
+def read_pickle(
+    stream: BinaryIO,
+    *,
+    label: str,
+    where: str,
+    restrict: bool,
+    limit: int = MAX_PICKLE_SIZE,
+    vocabulary: Vocabulary | None = None,
+) -> Pickle:
     """Read the pickle at the position of ``stream``, which is after the pickle then.
 
     Its value consists of ``dict``, ``list``, ``tuple``, ``str``, ``bytes``, ``int``, ``float``, ``bool`` and ``None``,
@@ -163,15 +196,16 @@ def read_pickle(stream: BinaryIO, *, label: str, where: str, restrict: bool, lim
 
     :param label: the path or the address of the file, for the error.
     :param where: the part of the file, for the error.
-    :param restrict: refuse a pickle that names something that a state dict does not need.
+    :param restrict: refuse a pickle that names something that is not in the vocabulary.
     :param limit: the most bytes to read.
+    :param vocabulary: default: that of state dicts.
 
     :raises CorruptModelCheckpointError: it is not a pickle, or not one that torch writes.
     :raises RefusedPickleError: it would import something else, and ``restrict`` is set.
     :raises OSError: the stream cannot be read.
     """
     source = _Source(stream, limit)
-    machine = _Machine(source, label=label, where=where, restrict=restrict)
+    machine = _Machine(source, vocabulary or _STATE_DICTS, label=label, where=where, restrict=restrict)
     try:
         value = machine.load()
         if machine.stack or machine.metastack:
@@ -265,9 +299,10 @@ class _Machine(pickle._Unpickler):
     append: Callable[[object], None]
     pop_mark: Callable[[], list[Any]]
 
-    def __init__(self, source: _Source, *, label: str, where: str, restrict: bool) -> None:
+    def __init__(self, source: _Source, vocabulary: Vocabulary, *, label: str, where: str, restrict: bool) -> None:
         super().__init__(source, encoding="latin-1")
         self._source = source
+        self._vocabulary = vocabulary
         self._label = label
         self._where = where
         self._restrict = restrict
@@ -302,7 +337,7 @@ class _Machine(pickle._Unpickler):
         target = self.stack[-1]
         if type(target) is dict:
             # Other keys cannot name a tensor, and an attacker could make the hash of a nested one take any time.
-            target.update((k, v) for k, v in zip(items[::2], items[1::2], strict=True) if type(k) is str)
+            target.update((k, v) for k, v in zip(items[::2], items[1::2], strict=True) if type(k) in (str, Instance))
         elif not isinstance(target, Inert):
             raise _DamageError("a dict to set items of", describe(target))
 
@@ -315,21 +350,24 @@ class _Machine(pickle._Unpickler):
         self.load_reduce()
 
     def load_build(self) -> None:
-        # The attributes of an object: hooks, versions of modules. None of them is a tensor of the state dict.
-        self.stack.pop()
-        if not isinstance(target := self.stack[-1], (dict, Inert, StoredTensor)):
+        state, target = self.stack.pop(), self.stack[-1]
+        if type(target) is Instance:
+            target.state = state
+            return
+        # Of other objects, the attributes are hooks and versions of modules. None of them is a tensor.
+        if not isinstance(target, (dict, Inert, StoredTensor)):
             raise _DamageError("an object to set attributes of", describe(target))
 
     def find_class(self, module: str, name: str) -> Global:
         named = Global(module, name)
-        if self._restrict and (module, name) not in _KNOWN:
+        if self._restrict and (module, name) not in self._vocabulary.names:
             shown = repr(str(named)[:200])
             raise RefusedPickleError(
                 self._label,
-                f"{self._label}: {self._where}: expected a state dict, which holds tensors and plain values only, "
-                f"found {shown}, which to unpickle would import and may run code. Save `model.state_dict()` instead, "
-                "or read the tensors alone with `--no-restrict` (in Python: `restrict=False`): lading then passes over "
-                "such objects, and imports nothing that they name.",
+                f"{self._label}: {self._where}: expected {self._vocabulary.content}, found {shown}, which to unpickle "
+                f"would import and may run code. {self._vocabulary.remedy}, or read the tensors alone with "
+                "`--no-restrict` (in Python: `restrict=False`): lading then passes over such objects, and imports "
+                "nothing that they name.",
             )
 
         return named
@@ -339,7 +377,7 @@ class _Machine(pickle._Unpickler):
             raise _DamageError("('storage', type, key, location, size)", describe(pid))
         _, kind, key, location, size, *view = pid
         dtype = _storage_dtype(kind) if type(kind) is Global else ""
-        known = dtype != "" and type(key) is str and type(location) is str and _is_size(size)
+        known = dtype != "" and type(key) is str and type(location) is str and is_size(size)
         # Before torch 0.4, a storage could be part of another one.
         if not known or any(part is not None for part in view):
             raise _DamageError("a storage with its key, location and size", ", ".join(map(describe, pid[1:])))
@@ -358,7 +396,7 @@ class _Machine(pickle._Unpickler):
         if type(function) is not Global:
             raise _DamageError("the name of a function to call", describe(function))
 
-        known = _CALLS.get((function.module, function.name))
+        known = self._vocabulary.calls.get((function.module, function.name))
         if known is None:
             is_tensor = function.module == "torch._utils"
             kind = "a tensor" if is_tensor else "an object"
@@ -404,7 +442,8 @@ def _storage_dtype(kind: Global) -> str | None:
     return _STORAGES.get(kind.name, "") if kind.module in ("torch", "torch.cuda") else ""
 
 
-def _is_size(value: object) -> bool:
+def is_size(value: object) -> TypeGuard[int]:
+    """Return whether a value is a number of elements or of bytes."""
     return type(value) is int and 0 <= value < 2**63
 
 
@@ -416,15 +455,21 @@ _PENDING = Inert("a tensor whose conjugation or negation is pending", True)
 
 
 def _tensor(storage: Any, dtype: str | None, offset: Any, shape: Any, strides: Any) -> StoredTensor:
-    good = type(storage) is Storage and dtype is not None and _is_size(offset) and _is_shape(shape)
-    if not good or dtype is None or not _is_shape(strides) or len(shape) != len(strides):
+    good = type(storage) is Storage and dtype is not None and is_size(offset) and is_shape(shape)
+    if not good or dtype is None or not is_shape(strides) or len(shape) != len(strides):
         raise TypeError
 
     return StoredTensor(storage, dtype, offset, shape, strides)
 
 
-def _is_shape(value: object) -> bool:
-    return type(value) is tuple and len(value) <= MAX_RANK and all(map(_is_size, value))
+def is_shape(value: object) -> TypeGuard[tuple[int, ...]]:
+    """Return whether a value is a tuple of sizes, or of strides."""
+    return type(value) is tuple and len(value) <= MAX_RANK and all(map(is_size, value))
+
+
+def dtype_of(value: object) -> str | None:
+    """Return the dtype that a name in a pickle stands for, a key of :data:`ITEM_SIZES`; ``None`` for another value."""
+    return _DTYPES.get(value.name) if type(value) is Global and value.module == "torch" else None
 
 
 def _rebuild_tensor(
@@ -438,9 +483,7 @@ def _rebuild_tensor(
 def _rebuild_tensor_v3(
     storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
 ) -> object:
-    known = _DTYPES.get(dtype.name) if type(dtype) is Global and dtype.module == "torch" else None
-
-    return _PENDING if metadata else _tensor(storage, known, offset, shape, strides)
+    return _PENDING if metadata else _tensor(storage, dtype_of(dtype), offset, shape, strides)
 
 
 def _rebuild_parameter(data: Any, grad: Any = None, hooks: Any = None, state: Any = None) -> object:
@@ -470,7 +513,8 @@ def _ordered_dict(pairs: Any = ()) -> object:
     return {key: value for key, value in pairs if type(key) is str}
 
 
-def _size(sizes: Any) -> object:
+def shape_of(sizes: Any) -> object:
+    """Return the value of a call of ``torch.Size``."""
     if type(sizes) is not tuple:
         raise TypeError
 
@@ -479,7 +523,7 @@ def _size(sizes: Any) -> object:
 
 _CALLS: dict[tuple[str, str], Callable[..., object]] = {
     ("collections", "OrderedDict"): _ordered_dict,
-    ("torch", "Size"): _size,
+    ("torch", "Size"): shape_of,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
@@ -488,11 +532,18 @@ _CALLS: dict[tuple[str, str], Callable[..., object]] = {
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
 }
 
-_KNOWN = {
-    *_CALLS,
-    *_HARMLESS,
-    *(("torch", name) for name in _DTYPES),
-    *((module, name) for module in ("torch", "torch.cuda") for name in _STORAGES),
-    ("torch.storage", "UntypedStorage"),
-}
-"""Names that a state dict may have."""
+DTYPE_NAMES = frozenset(("torch", name) for name in _DTYPES)
+"""The names of dtypes."""
+
+_STATE_DICTS = Vocabulary(
+    calls=_CALLS,
+    names={
+        *_CALLS,
+        *_HARMLESS,
+        *DTYPE_NAMES,
+        *((module, name) for module in ("torch", "torch.cuda") for name in _STORAGES),
+        ("torch.storage", "UntypedStorage"),
+    },
+    content="a state dict, which holds tensors and plain values only",
+    remedy="Save `model.state_dict()` instead",
+)
