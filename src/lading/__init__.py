@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from lading.system.needs import needs_torch
 from lading.system.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -164,7 +165,8 @@ def __getattr__(name: str) -> object:
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-    value = getattr(import_module(f"{__name__}.{home}"), name)
+    with needs_torch(f"{__name__}.{name}"):
+        value = getattr(import_module(f"{__name__}.{home}"), name)
     globals()[name] = value
 
     return value

@@ -146,6 +146,19 @@ class NotSupportedError(LadingError):
     exit_code = 2
 
 
+class TorchNotFoundError(NotSupportedError):
+    """Something that needs torch, which is not installed or cannot be imported."""
+
+    exit_code = 8
+
+    @classmethod
+    def of(cls, what: str, error: ImportError) -> Self:
+        """Return the error for ``what`` needs torch, from the error of its import."""
+        why = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported: {error}"
+
+        return cls(f"{what} needs torch, which {why}. Run `pip install torch`.")
+
+
 class SettingsError(LadingError):
     """An environment variable with an invalid value."""
 

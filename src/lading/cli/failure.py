@@ -9,7 +9,8 @@ from contextlib import suppress
 import click
 
 from lading.cli.output import printable
-from lading.errors import AssetCardError, LadingError, ModelCheckpointMismatchError
+from lading.errors import AssetCardError, LadingError, ModelCheckpointMismatchError, TorchNotFoundError
+from lading.system.needs import lacks_torch
 
 USAGE = 2
 SYSTEM = 8
@@ -57,6 +58,8 @@ def explain(error: BaseException) -> tuple[int, str]:
             where = "" if error.filename is None else f": {printable(str(error.filename))}"
             what = _line(error.strerror or str(error) or type(error).__name__)
             return USAGE if isinstance(error, FileNotFoundError | FileExistsError) else SYSTEM, f"{what}{where}"
+        case ImportError() if lacks_torch(error):
+            return explain(TorchNotFoundError.of("This command", error))
         case MemoryError():
             return SYSTEM, "Out of memory"
         # torch's OutOfMemoryError is recognized by its name, as this module does not import torch.

@@ -9,6 +9,7 @@ from lading.families.bert_config import BertConfig as BertConfig
 from lading.families.bert_config import checked
 from lading.families.config_json import CHANGES_EACH_MODEL, ConfigReader, ConfigTable, Field
 from lading.families.name_rules import HEAD
+from lading.families.nn.shapes import Shapes, norm, projection, under
 from lading.models.accessor import ModelHubAccessor
 from lading.models.family import Family
 from lading.models.parallel_plan import ParallelPlan, Split
@@ -33,6 +34,31 @@ def _init(model: Bert, config: BertConfig, name: str, parameter: Tensor) -> None
     from lading.families.nn.bert import init_bert
 
     init_bert(model, config, name, parameter)
+
+
+def _shapes(config: BertConfig) -> Shapes:
+    checked(config)
+    dim, inner = config.model_dim, config.ffn_inner_dim
+    layer = {
+        **projection("attention.self.query", dim, dim),
+        **projection("attention.self.key", dim, dim),
+        **projection("attention.self.value", dim, dim),
+        **projection("attention.output.dense", dim, dim),
+        **norm("attention.output.LayerNorm", dim),
+        **projection("intermediate.dense", dim, inner),
+        **projection("output.dense", inner, dim),
+        **norm("output.LayerNorm", dim),
+    }
+    found: Shapes = {
+        "embeddings.word_embeddings.weight": (config.vocab_size, dim),
+        "embeddings.position_embeddings.weight": (config.max_seq_len, dim),
+        "embeddings.token_type_embeddings.weight": (config.type_vocab_size, dim),
+        **norm("embeddings.LayerNorm", dim),
+    }
+    for i in range(config.num_layers):
+        found |= under(f"encoder.layer.{i}", layer)
+
+    return found | (projection("pooler.dense", dim, dim) if config.pooler else {})
 
 
 def _plan(config: BertConfig) -> ParallelPlan:
@@ -156,6 +182,7 @@ FAMILY: Family[Bert, BertConfig] = Family(
     config_kls=BertConfig,
     build=_build,
     init=_init,
+    shapes=_shapes,
     rules=_rules,
     parallel_plan=_plan,
     hf_model_types=frozenset({"bert"}),

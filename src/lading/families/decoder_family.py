@@ -101,6 +101,7 @@ def decoder_family(
         config_kls=tables[0].config_kls,
         build=lambda config: family.model_kls(spec(config)),
         init=init,
+        shapes=lambda config: spec(config).shapes(),
         parallel_plan=lambda config: _parallel_plan(spec(config)),
         hf_model_types=frozenset(by_type),
         from_hf=from_hf,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from lading.errors import NotSupportedError
 from lading.families.config_json import ConfigReader, ConfigTable, Field
+from lading.families.nn.checks import require_positive, require_quantizer
+from lading.families.nn.shapes import Shapes, projection, under
 from lading.families.nn.speech_spec import speech_plan
 from lading.families.wav2vec2_config import Wav2Vec2Config as Wav2Vec2Config
 from lading.families.wav2vec2_config import pretraining_spec
@@ -47,6 +49,21 @@ def _init(model: Wav2Vec2, config: Wav2Vec2Config, name: str, parameter: Tensor)
     from lading.families.nn.wav2vec2 import init_wav2vec2
 
     init_wav2vec2(model, config, name, parameter)
+
+
+def _shapes(config: Wav2Vec2Config) -> Shapes:
+    spec = pretraining_spec(config)
+    require_positive(config, "final_dim")
+    require_quantizer(config.quantized_dim, config.num_codebooks, config.num_codebook_entries)
+    entries = config.num_codebooks * config.num_codebook_entries
+
+    return {
+        **under("wav2vec2", spec.shapes()),
+        "quantizer.codevectors": (1, entries, config.quantized_dim // config.num_codebooks),
+        **projection("quantizer.weight_proj", spec.feature_dim, entries),
+        **projection("project_hid", spec.model_dim, config.final_dim, bias=config.final_proj_bias),
+        **projection("project_q", config.quantized_dim, config.final_dim),
+    }
 
 
 def _rules(config: Wav2Vec2Config) -> Sequence[Rule]:
@@ -102,6 +119,7 @@ FAMILY: Family[Wav2Vec2, Wav2Vec2Config] = Family(
     config_kls=Wav2Vec2Config,
     build=_build,
     init=_init,
+    shapes=_shapes,
     rules=_rules,
     parallel_plan=lambda config: speech_plan(pretraining_spec(config), "wav2vec2"),
     hf_model_types=frozenset({"wav2vec2"}),

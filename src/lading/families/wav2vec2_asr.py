@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lading.families.config_json import ConfigReader, ConfigTable, Field, KeyGroup
+from lading.families.nn.shapes import Shapes, projection, under
 from lading.families.nn.speech_spec import speech_plan
 from lading.families.wav2vec2_config import Wav2Vec2AsrConfig as Wav2Vec2AsrConfig
 from lading.families.wav2vec2_config import recognition_spec
@@ -44,6 +45,12 @@ def _init(model: Wav2Vec2Asr, config: Wav2Vec2AsrConfig, name: str, parameter: T
     from lading.families.nn.wav2vec2_asr import init_wav2vec2_asr
 
     init_wav2vec2_asr(model, config, name, parameter)
+
+
+def _shapes(config: Wav2Vec2AsrConfig) -> Shapes:
+    spec = recognition_spec(config)
+
+    return under("wav2vec2", spec.shapes()) | projection("lm_head", spec.model_dim, config.target_vocab_size)
 
 
 def _rules(config: Wav2Vec2AsrConfig) -> Sequence[Rule]:
@@ -92,6 +99,7 @@ FAMILY: Family[Wav2Vec2Asr, Wav2Vec2AsrConfig] = Family(
     config_kls=Wav2Vec2AsrConfig,
     build=_build,
     init=_init,
+    shapes=_shapes,
     rules=_rules,
     parallel_plan=lambda config: speech_plan(recognition_spec(config), "wav2vec2"),
     hf_model_types=frozenset({"wav2vec2"}),

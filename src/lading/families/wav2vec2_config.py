@@ -47,6 +47,10 @@ class Wav2Vec2Config(MaskingConfig, StrictConfig):
 
 
 def masking_of(config: Wav2Vec2Config) -> Masking:
+    """Return the masks of pre-training.
+
+    :raises ValueError: there are none.
+    """
     if not config.max_temporal_mask_prob > 0.0:
         raise ValueError(
             "pre-training needs masked frames: `max_temporal_mask_prob` must be positive, but is "
@@ -57,6 +61,10 @@ def masking_of(config: Wav2Vec2Config) -> Masking:
 
 
 def pretraining_spec(config: Wav2Vec2Config) -> SpeechSpec:
+    """Return the options of the encoder.
+
+    :raises ValueError: the sizes, or the masks, are not valid.
+    """
     masking_of(config)
 
     return encoder_spec(config.encoder_config, masked=True)
@@ -89,7 +97,17 @@ class Wav2Vec2AsrConfig(MaskingConfig, StrictConfig):
     """The share of features that masked spans would cover if none overlapped."""
 
 
+def masking_in_training(config: Wav2Vec2AsrConfig) -> Masking | None:
+    """Return the masks of training, if there are any."""
+    return Masking(**shared_fields(Masking, config)) if config.use_masking else None
+
+
 def recognition_spec(config: Wav2Vec2AsrConfig) -> SpeechSpec:
+    """Return the options of the encoder.
+
+    :raises ValueError: the sizes, or the masks, are not valid.
+    """
+    masking_in_training(config)
     require_positive(config, "target_vocab_size")
     require_dropout(config, "final_dropout_p")
 

@@ -38,6 +38,9 @@ FLOAT_NAMES: Mapping[str, str] = {
 }  # fmt: skip
 """The dtypes of plain weights, by the names that people give them: torch's, and the short ones."""
 
+FLOATS = frozenset(FLOAT_NAMES.values())
+"""The dtypes of plain weights, between which a load may cast."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:

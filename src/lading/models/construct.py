@@ -17,7 +17,7 @@ from torch.nn import Module, Parameter
 from lading.errors import InternalError, ModelConfigError, NotSupportedError
 from lading.formats.manifest import Manifest
 from lading.gangs import Gangs
-from lading.models.family import Family
+from lading.models.family import Family, check_config_type
 from lading.models.pipeline import modules_of_other_dtype, parameter_names
 from lading.models.targets import Targets, is_distributed, targets_of
 from lading.planning.box import Box
@@ -28,18 +28,6 @@ if TYPE_CHECKING:
     from lading.models.placements import DTensorFactory
 
 log = logging.getLogger("lading")
-
-
-def check_config_type(config: Any, family: Family[Any, Any]) -> None:
-    """Require that ``config`` is an instance of the family's configuration class.
-
-    :raises TypeError: it is not.
-    """
-    if not isinstance(config, family.config_kls):
-        raise TypeError(
-            f"`config` must be of type {family.config_kls.__name__}, the configuration of the {family.name} family, "
-            f"but is of type {type(config).__name__}"
-        )
 
 
 def build_on_meta(family: Family[Any, Any], config: Any) -> Module:

@@ -15,10 +15,11 @@ from importlib.metadata import EntryPoint
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from lading.errors import InternalError, ModelFamilyNotKnownError, did_you_mean
+from lading.errors import InternalError, ModelFamilyNotKnownError, TorchNotFoundError, did_you_mean
 from lading.models.parallel_plan import ParallelPlan
 from lading.planning.rules import Rule
 from lading.system.entry_points import registered
+from lading.system.needs import needs_torch
 
 if TYPE_CHECKING:
     from torch import Tensor, device, dtype
@@ -58,6 +59,13 @@ class Family(Generic[ModelT, ModelConfigT]):
     part of it the model holds.
 
     Random numbers come from torch's default generator, which is seeded per name: the order of calls does not matter.
+    """
+    shapes: Callable[[ModelConfigT], Mapping[str, tuple[int, ...] | str]] | None = None
+    """A function that returns the names and shapes of the model's parameters, in the order of its state dict; for the
+    further name of a tied one, its first name. Its models have no persistent buffers, and all parameters are floating.
+    With it ``lading check`` needs neither a module nor torch. ``None`` means that the module is built to see them.
+
+    :raises ValueError: the values of the configuration are inconsistent.
     """
     rules: Callable[[ModelConfigT], Sequence[Rule]] = _no_rules
     """The rules that map tensors of a checkpoint to parameters with other names."""
@@ -126,6 +134,18 @@ class Family(Generic[ModelT, ModelConfigT]):
         return self.rules(config) if self.rules_of_names is None else self.rules_of_names(config, names)
 
 
+def check_config_type(config: Any, family: Family[Any, Any]) -> None:
+    """Require that ``config`` is an instance of the family's configuration class.
+
+    :raises TypeError: it is not.
+    """
+    if not isinstance(config, family.config_kls):
+        raise TypeError(
+            f"`config` must be of type {family.config_kls.__name__}, the configuration of the {family.name} family, "
+            f"but is of type {type(config).__name__}"
+        )
+
+
 def get_family(name: str) -> Family[Any, Any]:
     """Return the family that is registered as ``name``.
 
@@ -147,10 +167,18 @@ def family_of_model_type(model_type: str, architectures: Iterable[str] = ()) -> 
     :param architectures: the value of the key of that name in the file, for types that several families share.
     """
     names = frozenset(architectures)
-    families = [get_family(name) for name in sorted(_entry_points())]
+    families, unknown = [], []
+    for name in sorted(_entry_points()):
+        try:
+            families.append(get_family(name))
+        except TorchNotFoundError as error:
+            unknown.append(error)
     for family in families:
         if model_type in family.hf_model_types and (not family.hf_architectures or family.hf_architectures & names):
             return family
+
+    if unknown:  # one of them may list the type
+        raise unknown[0]
 
     return next((family for family in families if family.reads_other_model_types), None)
 
@@ -163,7 +191,10 @@ def _entry_points() -> dict[str, EntryPoint]:
 @lru_cache(maxsize=256)
 def _load(entry: EntryPoint) -> Family[Any, Any]:
     try:
-        family = entry.load()
+        with needs_torch(f"The model family {entry.name!r}"):
+            family = entry.load()
+    except TorchNotFoundError:
+        raise
     except Exception as error:
         raise InternalError(
             f"The model family {entry.name!r} is registered as {entry.value!r}, which cannot be imported: {error}"

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError
-from lading.formats.manifest import Manifest
-from lading.models.construct import build_on_meta, check_config_type
+from lading.formats.manifest import FLOATS, Manifest
 from lading.models.family import Family
-from lading.models.targets import Targets, targets_of
+from lading.models.shapes import targets_of_config
+from lading.models.targets import Targets
 from lading.planning.composition import Source, shape_of, tensors_of
 from lading.planning.rules import Route, route
 from lading.system.display import counted, human_bytes, human_count, representation
-from lading.transfer.dtypes import FLOATS
 
 _MAX_LINES = 20
 """The most problems that an error lists; it counts the rest."""
@@ -69,8 +68,7 @@ def check_manifest(manifest: Manifest, family: Family[Any, Any], config: Any) ->
 
     :raises TypeError: ``config`` is not of the family's class.
     """
-    check_config_type(config, family)
-    targets = targets_of(build_on_meta(family, config), dtype=None)
+    targets = targets_of_config(family, config)
     routed = match(manifest, targets, family, config)
 
     return report_fit(manifest, targets, routed, family=family)

@@ -26,9 +26,9 @@ from lading.errors import (
 )
 from lading.gangs import Gangs, create_fake_gangs
 from lading.gangs.compare import digest
-from lading.models.construct import check_config_type, create_model, gc_disabled
+from lading.models.construct import create_model, gc_disabled
 from lading.models.device import require_usable
-from lading.models.family import Family
+from lading.models.family import Family, check_config_type
 from lading.models.loader import LoadOptions, agreed, load
 from lading.models.report import LoadReport
 from lading.models.resolve import arch_config, family_of_card, family_of_folder, model_config

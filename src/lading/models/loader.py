@@ -31,7 +31,6 @@ from lading.gangs import Gangs
 from lading.models.construct import (
     assign,
     build_on_meta,
-    check_config_type,
     common_dtype,
     dtypes_of_drawn,
     init_missing,
@@ -39,10 +38,11 @@ from lading.models.construct import (
     resolve_dtypes,
     split,
 )
-from lading.models.family import Family
+from lading.models.dtype import model_dtype
+from lading.models.family import Family, check_config_type
 from lading.models.fit import block_dims, match, name_of, report_fit, require_fit
 from lading.models.report import Clock, LoadReport
-from lading.models.resolve import model_dtype, resolve_model
+from lading.models.resolve import resolve_model
 from lading.models.targets import Targets
 from lading.models.tensors import read_tensors
 from lading.models.ties import are_same, different_copies, tied_mismatch_error

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lading.cards.card import AssetCard
 from lading.cards.config import architecture_config, resolve_config
@@ -19,18 +15,13 @@ from lading.checkpoints.locate import card_checkpoint
 from lading.errors import (
     AssetCardError,
     CheckpointNotFoundError,
-    FetchError,
     ModelArchitectureNotKnownError,
     ModelFamilyNotKnownError,
     NotSupportedError,
 )
 from lading.formats.config_json import read_hf_config, refuse_quantized_config
-from lading.models.construct import check_config_type
-from lading.models.family import Family, family_of_model_type, get_family
+from lading.models.family import Family, check_config_type, family_of_model_type, get_family
 from lading.system.settings import Settings
-from lading.transfer.dtypes import FLOATS, TORCH_DTYPES, DType, dtype_by_name
-
-log = logging.getLogger("lading")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,36 +207,3 @@ def _complete(config: Any, family: Family[Any, Any], checkpoint: Checkpoint, sto
     refuse_quantized_config(hf_config, checkpoint.where)
 
     return family.complete(config, hf_config)
-
-
-def model_dtype(dtype: DType, checkpoint: Checkpoint, *, store: AssetStore | None = None) -> torch.dtype | None:
-    """Return the dtype of a loaded model; ``None`` for that of each tensor of the checkpoint.
-
-    :param dtype: ``"auto"`` is the one that the ``config.json`` beside the checkpoint states, else the one that most
-        elements of the checkpoint have; ``"keep"`` that of each tensor.
-    :param store: the store whose catalog records a fetch of ``config.json``.
-
-    :raises CorruptModelCheckpointError: ``config.json`` is not a JSON object.
-    """
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "keep":
-        return None
-
-    try:
-        hf_config = read_or_fetch_config(checkpoint, store)
-    except (FetchError, OSError) as error:
-        log.info("the dtype cannot be read from config.json of %s: %s", checkpoint.name, error)
-        hf_config = {}
-    stated = hf_config.get("dtype") or hf_config.get("torch_dtype")
-    if isinstance(stated, str) and (found := dtype_by_name(stated)) is not None:
-        return found
-
-    manifest = checkpoint.manifest
-    elements = dict.fromkeys(sorted(FLOATS), 0)
-    for own, shape in zip(manifest.dtypes, manifest.shapes, strict=True):
-        if own in elements:
-            elements[own] += math.prod(shape)
-    common = max(elements, key=elements.__getitem__)
-
-    return TORCH_DTYPES[common] if elements[common] else torch.get_default_dtype()

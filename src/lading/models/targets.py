@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeGuard
 
-import torch
-from torch.nn import Module, Parameter
-
+from lading.formats.manifest import FLOATS
 from lading.planning.box import Box
-from lading.transfer.dtypes import DTYPE_NAMES, FLOATS
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed.tensor import DTensor
+    from torch.nn import Module
 
     from lading.models.placements import BoxCache
 
@@ -50,6 +49,23 @@ class Targets:
         return replace(self, boxes=boxes)
 
 
+def whole_targets(shapes: Mapping[str, tuple[int, ...] | str]) -> Targets:
+    """Return the targets of a whole model of floating-point parameters, without building it.
+
+    :param shapes: as :attr:`lading.models.family.Family.shapes` returns them.
+    """
+    first = {name: shape for name, shape in shapes.items() if not isinstance(shape, str)}
+
+    return Targets(
+        names=tuple(first),
+        shapes=tuple(first.values()),
+        boxes=tuple(map(Box.whole, first.values())),
+        dtypes=(None,) * len(first),
+        parameters=frozenset(first),
+        aliases={name: shape for name, shape in shapes.items() if isinstance(shape, str)},
+    )
+
+
 def targets_of(
     module: Module, *, dtype: torch.dtype | None, others: Mapping[str, torch.dtype] = MappingProxyType({})
 ) -> Targets:
@@ -60,6 +76,11 @@ def targets_of(
 
     :raises NotSupportedError: the part of a parameter that this rank owns is not a box.
     """
+    import torch
+    from torch.nn import Parameter
+
+    from lading.transfer.dtypes import DTYPE_NAMES
+
     cache: BoxCache | None = None
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lading.cards.card import Architecture, AssetCard
 from lading.cards.config import architecture_config
@@ -14,13 +14,15 @@ from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.errors import CheckpointNotFoundError, NotSupportedError
 from lading.formats.manifest import Manifest, by_layer
-from lading.models.construct import build_on_meta
 from lading.models.family import get_family
 from lading.models.resolve import resolve_checkpoint
-from lading.models.targets import targets_of
+from lading.models.shapes import targets_of_config
 from lading.system.display import counted, representation
-from lading.transfer.compare import Files, ValueDifference, compare_tensors
+from lading.system.needs import needs_torch
 from lading.transfer.hashing import hash_checkpoint
+
+if TYPE_CHECKING:
+    from lading.transfer.compare import Files, ValueDifference
 
 Kind = Literal["config", "only in A", "only in B", "renamed", "shape", "dtype", "values"]
 
@@ -308,6 +310,7 @@ def diff_models(
     :raises ModelArchitectureNotKnownError: the family has no such architecture.
     :raises NotSupportedError: one is a checkpoint and the other an architecture, which has no ``values`` either.
     :raises CheckpointNotFoundError: ``values``, and a checkpoint is not on this machine.
+    :raises TorchNotFoundError: ``values``, and torch is not installed.
 
     For checkpoints, also raises what :func:`check_model` does.
     """
@@ -341,6 +344,9 @@ def _read_values(
     a: Checkpoint, b: Checkpoint, side_a: Side, side_b: Side, *, progress: bool
 ) -> Mapping[str, ValueDifference]:
     """Return the differences of values that have to be read to know them, by the names of tensors."""
+    with needs_torch("A comparison of values"):
+        from lading.transfer.compare import compare_tensors
+
     positions = {name: j for j, name in enumerate(side_b.names)}
     pairs = [
         (i, positions[name])
@@ -379,6 +385,8 @@ def _with_moved(a: Checkpoint, b: Checkpoint, side_a: Side, side_b: Side, *, pro
 
 
 def _files(checkpoint: Checkpoint) -> Files:
+    from lading.transfer.compare import Files
+
     if checkpoint.files is None:
         raise CheckpointNotFoundError(
             checkpoint.where,
@@ -409,7 +417,7 @@ def _architecture(target: AssetCard | str | Path, store: AssetStore) -> Architec
 def _architecture_side(architecture: Architecture) -> Side:
     family = get_family(architecture.family)
     config = architecture_config(architecture, family.config_kls)
-    targets = targets_of(build_on_meta(family, config), dtype=None)
+    targets = targets_of_config(family, config)
 
     return Side(
         names=targets.names, shapes=targets.shapes, dtypes=targets.dtypes, config=asdict(config), has_values=False

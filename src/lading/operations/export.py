@@ -29,10 +29,11 @@ from lading.errors import NotSupportedError
 from lading.formats.config_json import CONFIG_NAME
 from lading.formats.safetensors_writer import Entry, Writer, write_index
 from lading.gangs import Gang, Gangs, create_fake_gangs
-from lading.models.construct import build_on_meta, check_config_type, other_dtypes, resolve_dtypes
-from lading.models.family import Family, get_family
+from lading.models.construct import build_on_meta, other_dtypes, resolve_dtypes
+from lading.models.dtype import model_dtype
+from lading.models.family import Family, check_config_type, get_family
 from lading.models.fit import block_dims, match, name_of, report_fit, require_fit
-from lading.models.resolve import arch_config, model_dtype, resolve_model
+from lading.models.resolve import arch_config, resolve_model
 from lading.models.targets import Targets, is_distributed, targets_of
 from lading.models.tensors import DigestCollector, read_tensors
 from lading.models.ties import are_same, different_copies, tied_mismatch_error

@@ -9,11 +9,12 @@ from typing import Any
 
 from lading.errors import LadingError, NotSupportedError
 from lading.formats.config_json import CONFIG_NAME, read_config_json, refuse_quantized_config
+from lading.formats.manifest import FLOATS
 from lading.formats.safetensors_writer import Entry, shard_names, shards_of
 from lading.models.construct import build_on_meta
 from lading.models.family import Family
 from lading.models.targets import Targets, targets_of
-from lading.transfer.dtypes import FLOATS, TORCH_DTYPES
+from lading.transfer.dtypes import TORCH_DTYPES
 
 BATCH = 64 << 20
 """The most bytes of tensors that are read together."""

@@ -14,12 +14,13 @@ from lading.cards.card import AssetCard
 from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.formats.manifest import Manifest
-from lading.models.construct import build_on_meta, check_config_type, gc_disabled, other_dtypes, resolve_dtypes
-from lading.models.family import Family
+from lading.models.construct import build_on_meta, gc_disabled, other_dtypes, resolve_dtypes
+from lading.models.dtype import model_dtype
+from lading.models.family import Family, check_config_type
 from lading.models.fit import match, report_fit, require_fit
 from lading.models.parallelize import placements
 from lading.models.pipeline import holders
-from lading.models.resolve import model_dtype, resolve_model
+from lading.models.resolve import resolve_model
 from lading.models.targets import targets_of
 from lading.operations.plan_reads import Layout, forecast, lay_out
 from lading.system.display import counted, human_bytes, representation

@@ -27,10 +27,10 @@ from lading.checkpoints.pins import with_pins
 from lading.checkpoints.published import PublishedCheckpoint, index_source, name_in_source
 from lading.checkpoints.recording import fetch_extra_files, require_writable
 from lading.checkpoints.verification import require_pinned
-from lading.errors import AssetCardError, FetchError, NotSupportedError
+from lading.errors import AssetCardError, FetchError, NotSupportedError, TorchNotFoundError
 from lading.formats import NotByHeadersError
 from lading.formats.config_json import CONFIG_NAME, refuse_quantized_config
-from lading.models.fit import check_manifest, require_fit
+from lading.models.fit import CheckReport, check_manifest, require_fit
 from lading.models.resolve import family_of_card, resolve_model
 from lading.sources.open import HTTP_SCHEMES, HUB_SCHEMES, open_source
 from lading.sources.source import FetchedFile, RemoteFile, Snapshot
@@ -267,16 +267,25 @@ def _is_unchanged(kept: Checkpoint, ref: CheckpointRef, published: PublishedChec
 def _require_fit(
     card: AssetCard, checkpoint: Checkpoint, published: PublishedCheckpoint | None, store: AssetStore
 ) -> None:
+    # A web server lists no files, so only a request shows whether one is beside the checkpoint.
+    checkpoint = replace(checkpoint, hf_config=None if published is None else published.hf_config or None)
+    try:
+        report = _checked(card, checkpoint, store)
+    except TorchNotFoundError as error:
+        log.warning("the checkpoint of %s was not checked to fit: %s", card.title, error)
+        return
+    if report is not None:
+        require_fit(report, path=checkpoint.where, name=card.title)
+
+
+def _checked(card: AssetCard, checkpoint: Checkpoint, store: AssetStore) -> CheckReport | None:
     try:
         family = family_of_card(card)
     except AssetCardError:
-        return  # other programs may need it all the same
-
-    # A web server lists no files, so only a request shows whether one is beside the checkpoint.
-    checkpoint = replace(checkpoint, hf_config=None if published is None else published.hf_config or None)
+        return None  # other programs may need it all the same
     model = resolve_model(card, store, family=family, checkpoint=checkpoint)
-    report = check_manifest(checkpoint.manifest, family, model.config)
-    require_fit(report, path=checkpoint.where, name=card.title)
+
+    return check_manifest(checkpoint.manifest, family, model.config)
 
 
 def _companions(

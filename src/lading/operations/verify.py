@@ -31,15 +31,15 @@ from lading.errors import (
     LadingError,
     ModelGatedError,
     NotSupportedError,
+    TorchNotFoundError,
 )
 from lading.formats.digests import Digests, default_dims, recorded
 from lading.formats.folder import DISTRIBUTED_SUFFIX
 from lading.formats.safetensors import index_file
 from lading.formats.torch_save.archive import damaged_record
-from lading.models.construct import build_on_meta
 from lading.models.fit import block_dims, match
 from lading.models.resolve import ResolvedModel, resolve_model
-from lading.models.targets import targets_of
+from lading.models.shapes import targets_of_config
 from lading.sources.hub.remove import revision_of
 from lading.system.display import counted, representation
 from lading.system.filesystem import FileStat, expand_home
@@ -319,7 +319,7 @@ def _dims(checkpoint: Checkpoint, of: AssetCard | Path, store: AssetStore) -> ar
     if isinstance(of, AssetCard):
         try:
             model = resolve_model(of, store, checkpoint=checkpoint)
-        except (AssetCardError, FetchError):
+        except (AssetCardError, FetchError, TorchNotFoundError):
             return default_dims(checkpoint.manifest)
         return _family_dims(checkpoint, model)
 
@@ -332,7 +332,7 @@ def _dims(checkpoint: Checkpoint, of: AssetCard | Path, store: AssetStore) -> ar
 
 def _family_dims(checkpoint: Checkpoint, model: ResolvedModel) -> array[int]:
     manifest, family, config = checkpoint.manifest, model.family, model.config
-    targets = targets_of(build_on_meta(family, config), dtype=None)
+    targets = targets_of_config(family, config)
     routed = match(manifest, targets, family, config)
 
     return block_dims(manifest, family, config, targets, routed)

@@ -37,9 +37,6 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
-FLOATS = frozenset(FLOAT_NAMES.values())
-"""The dtypes of plain weights, between which a load may cast."""
-
 
 def dtype_by_name(name: str) -> torch.dtype | None:
     """Return the floating-point dtype of a name such as ``bfloat16``, ``bf16`` or ``torch.bfloat16``, if it is one."""

@@ -12,6 +12,7 @@ from lading.cards.overrides import merge
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError, PolicyError
 from lading.families.hg.offline import offline_holds
 from lading.families.nn.checks import MAX_LABELS, MAX_LAYERS
+from lading.system.needs import needs_torch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -188,6 +189,9 @@ def _require_transformers(config: HuggingFaceModelConfig) -> None:
 
     :raises NotSupportedError: it is not installed, or too old.
     """
+    with needs_torch("A model of the hg family"):
+        import torch  # noqa: F401 (without it transformers has the names of its classes only)
+
     wanted = f"A model of the type {config.hf_config.get('model_type')!r} needs transformers {_MAJOR}"
     try:
         import transformers

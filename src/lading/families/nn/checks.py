@@ -68,6 +68,17 @@ def require_symbol(pad_idx: int | None, vocab_size: int) -> None:
         raise ValueError(f"`pad_idx` must be an index of the {vocab_size} symbols, but is {pad_idx}")
 
 
+def require_quantizer(output_dim: int, num_codebooks: int, num_entries: int) -> None:
+    """Require that codebooks of ``num_entries`` entries give vectors of width ``output_dim``, each an equal part."""
+    if min(output_dim, num_codebooks, num_entries) < 1 or output_dim % num_codebooks != 0:
+        raise ValueError(
+            f"the width of a quantized vector must be a multiple of the number of codebooks, and none of the sizes "
+            f"zero, but they are {output_dim}, {num_codebooks} and {num_entries} entries"
+        )
+    require_size("the number of entries in all codebooks", num_codebooks * num_entries)
+    require_size("the width of a quantized vector", output_dim)
+
+
 def shared_fields(kls: type[Any], config: Any) -> dict[str, Any]:
     """Return the values in ``config`` of the fields that it has in common with the dataclass ``kls``."""
     return {f.name: getattr(config, f.name) for f in fields(kls) if hasattr(config, f.name)}

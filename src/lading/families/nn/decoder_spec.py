@@ -15,6 +15,7 @@ from lading.families.nn.checks import (
     shared_fields,
 )
 from lading.families.nn.rope_scaling import Scaling
+from lading.families.nn.shapes import Shapes, projection, under
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,3 +124,41 @@ class DecoderSpec:
         full = layer < self.num_full_attn_layers or layer in self.full_attn_layers
 
         return None if full else self.attn_window_len
+
+    def shapes(self) -> Shapes:
+        """Return the names and shapes of the parameters of a :class:`~lading.families.nn.decoder_lm.DecoderLM`."""
+        dim, table = self.model_dim, (self.vocab_size, self.model_dim)
+        layer = self._layer_shapes()
+        found: Shapes = {"model.embed_tokens.weight": table}
+        for i in range(self.num_layers):
+            found |= under(f"model.layers.{i}", layer)
+
+        return found | {
+            "model.norm.weight": (dim,),
+            "lm_head.weight": "model.embed_tokens.weight" if self.tied_embeddings else table,
+        }
+
+    def _layer_shapes(self) -> Shapes:
+        dim, inner, head = self.model_dim, self.ffn_inner_dim, self.attn_head_dim
+        queries, keys = self.num_attn_heads * head, self.num_key_value_heads * head
+        found = {
+            **projection("self_attn.q_proj", dim, queries, bias=self.qkv_proj_bias),
+            **projection("self_attn.k_proj", dim, keys, bias=self.qkv_proj_bias),
+            **projection("self_attn.v_proj", dim, keys, bias=self.qkv_proj_bias),
+            **projection("self_attn.o_proj", queries, dim, bias=self.output_proj_bias),
+        }
+        if self.q_norm:
+            found["self_attn.q_norm.weight"] = (queries if self.norm_whole else head,)
+        if self.k_norm:
+            found["self_attn.k_norm.weight"] = (keys if self.norm_whole else head,)
+        found |= projection("mlp.gate_proj", dim, inner, bias=self.ffn_bias)
+        found |= projection("mlp.up_proj", dim, inner, bias=self.ffn_bias)
+        found |= projection("mlp.down_proj", inner, dim, bias=self.ffn_bias)
+
+        norms = {
+            "before": ("input", "post_attention"),
+            "after": ("post_attention", "post_feedforward"),
+            "both": ("input", "post_attention", "pre_feedforward", "post_feedforward"),
+        }
+
+        return found | {f"{name}_layernorm.weight": (dim,) for name in norms[self.norms]}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gumbel_softmax, one_hot
 
-from lading.families.nn.checks import require_size
+from lading.families.nn.checks import require_quantizer
 from lading.families.nn.uninitialized import Linear
 
 
@@ -47,14 +47,7 @@ class GumbelQuantizer(nn.Module):
     ) -> None:
         super().__init__()
 
-        if min(output_dim, num_codebooks, num_entries) < 1 or output_dim % num_codebooks != 0:
-            raise ValueError(
-                f"the width of a quantized vector must be a multiple of the number of codebooks, and none of the sizes "
-                f"zero, but they are {output_dim}, {num_codebooks} and {num_entries} entries"
-            )
-
-        require_size("the number of entries in all codebooks", num_codebooks * num_entries)
-        require_size("the width of a quantized vector", output_dim)
+        require_quantizer(output_dim, num_codebooks, num_entries)
 
         self.num_codebooks = num_codebooks
         self.num_entries = num_entries

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lading.families.nn.checks import require_dropout, require_layers, require_multiple, require_positive, require_size
+from lading.families.nn.shapes import Shapes, norm, projection, under, weight_and_bias
 from lading.models.parallel_plan import ParallelPlan, Split
 
 
@@ -94,6 +95,58 @@ class SpeechSpec:
     def _check_width(self, width: int, what: str) -> None:
         if width != self.feature_dim or width < 1:
             raise ValueError(f"`feature_dim` must be the {width} that {what}, but is {self.feature_dim}")
+
+    def shapes(self) -> Shapes:
+        """Return the names and shapes of the parameters of a :class:`~lading.families.nn.speech.SpeechModel`."""
+        dim = self.model_dim
+        found: Shapes = {"masked_spec_embed": (dim,)} if self.masked else {}
+        found |= self._frontend_shapes()
+        found |= norm("feature_projection.layer_norm", self.feature_dim)
+        if self.project_features:
+            found |= projection("feature_projection.projection", self.feature_dim, dim)
+
+        kernel = self.pos_conv_kernel_size
+        weight = "encoder.pos_conv_embed.conv.parametrizations.weight"
+        found |= {
+            "encoder.pos_conv_embed.conv.bias": (dim,),
+            f"{weight}.original0": (1, 1, kernel),
+            f"{weight}.original1": (dim, dim // self.num_pos_conv_groups, kernel),
+        }
+        if self.norm_first and self.layer_norm_features:
+            found |= norm("encoder.input_layer_norm", dim)
+        if self.norm_first or self.layer_norm_features:
+            found |= norm("encoder.layer_norm", dim)
+        layer = self._layer_shapes()
+        for i in range(self.num_layers):
+            found |= under(f"encoder.layers.{i}", layer)
+
+        return found
+
+    def _frontend_shapes(self) -> Shapes:
+        found: Shapes = {}
+        input_dim = 1
+        for i, (dim, kernel, _) in enumerate(() if self.fbank is not None else self.feature_extractor_layer_descs):
+            name = f"feature_extractor.conv_layers.{i}"
+            found |= weight_and_bias(f"{name}.conv", (dim, input_dim, kernel), bias=self.feature_extractor_bias)
+            if i == 0 or self.feature_extractor_layer_norm_convs:
+                found |= norm(f"{name}.layer_norm", dim)
+            input_dim = dim
+
+        return found
+
+    def _layer_shapes(self) -> Shapes:
+        dim, inner = self.model_dim, self.ffn_inner_dim
+
+        return {
+            **projection("attention.k_proj", dim, dim),
+            **projection("attention.v_proj", dim, dim),
+            **projection("attention.q_proj", dim, dim),
+            **projection("attention.out_proj", dim, dim),
+            **norm("layer_norm", dim),
+            **projection("feed_forward.intermediate_dense", dim, inner),
+            **projection("feed_forward.output_dense", inner, dim),
+            **norm("final_layer_norm", dim),
+        }
 
 
 def speech_plan(spec: SpeechSpec, prefix: str) -> ParallelPlan:

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from lading.families.nn.checks import shared_fields
-from lading.families.nn.masking import Masking
 from lading.families.nn.speech import SpeechModel, init_speech
 from lading.families.nn.uninitialized import Linear
-from lading.families.wav2vec2_config import Wav2Vec2AsrConfig, recognition_spec
+from lading.families.wav2vec2_config import Wav2Vec2AsrConfig, masking_in_training, recognition_spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +29,7 @@ class Wav2Vec2Asr(nn.Module):
     def __init__(self, config: Wav2Vec2AsrConfig) -> None:
         super().__init__()
 
-        self.masking = Masking(**shared_fields(Masking, config)) if config.use_masking else None
+        self.masking = masking_in_training(config)
         self.final_dropout_p = config.final_dropout_p
 
         self.wav2vec2 = SpeechModel(recognition_spec(config))

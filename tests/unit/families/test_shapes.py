@@ -1,0 +1,145 @@
+"""The shapes that families state without building a module, which are those of the module."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lading.catalog.store import get_asset_store
+from lading.errors import ModelConfigError
+from lading.families.bert import BertConfig
+from lading.families.gemma3 import Gemma3Config
+from lading.families.llama import LLaMAConfig
+from lading.families.mistral import MistralConfig
+from lading.families.olmo import OLMOConfig
+from lading.families.qwen import QwenConfig
+from lading.families.wav2vec2 import Wav2Vec2Config
+from lading.families.wav2vec2_asr import Wav2Vec2AsrConfig
+from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig
+from lading.models.construct import build_on_meta
+from lading.models.family import get_family
+from lading.models.resolve import arch_config, model_config
+from lading.models.shapes import count_parameters, targets_of_config
+from lading.models.targets import targets_of
+
+FAMILIES = ["bert", "gemma3", "llama", "mistral", "olmo", "qwen", "wav2vec2", "wav2vec2_asr"]
+
+
+def same(family: str, config: Any) -> None:
+    built = targets_of(build_on_meta(get_family(family), config), dtype=None)
+    assert targets_of_config(get_family(family), config) == built
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_those_of_all_architectures_and_cards(name: str, home: Path) -> None:
+    store = get_asset_store()
+    family = get_family(name)
+    configs = [arch_config(arch.name, family, store) for arch in store.architectures(name)]
+    configs += [model_config(store.retrieve_card(card.name), family, store) for card in store.models(family=name)]
+    assert configs
+    seen: list[Any] = []
+    for config in configs:
+        if config not in seen:
+            seen.append(config)
+            same(name, config)
+
+
+SMALL = {"model_dim": 48, "vocab_size": 99, "num_layers": 3, "num_attn_heads": 4, "ffn_inner_dim": 56}
+ENCODER = Wav2Vec2EncoderConfig(
+    model_dim=48, num_encoder_layers=2, num_encoder_attn_heads=4, ffn_inner_dim=56, num_pos_conv_groups=4
+)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", LLaMAConfig(**SMALL, num_key_value_heads=2)),
+        ("mistral", MistralConfig(**SMALL, num_key_value_heads=1)),
+        ("qwen", QwenConfig(**SMALL, num_key_value_heads=2, head_dim=16)),
+        ("qwen", QwenConfig(**SMALL, num_key_value_heads=4, qkv_proj_bias=False, q_norm=True, k_norm=True)),
+        ("qwen", QwenConfig(**SMALL, num_key_value_heads=4, k_norm=True)),
+        ("olmo", OLMOConfig(**SMALL, num_key_value_heads=2, pad_idx=1)),
+        ("gemma3", Gemma3Config(**SMALL, num_key_value_heads=2, head_dim=8)),
+    ],
+    ids=["llama", "mistral", "qwen2.5", "qwen3", "qwen-k", "olmo", "gemma3"],
+)
+def test_those_of_decoders(family: str, config: Any, tied: bool) -> None:
+    same(family, replace(config, tied_embeddings=tied))
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("bert", BertConfig(**SMALL, type_vocab_size=3, max_seq_len=17, pooler=False)),
+        ("bert", BertConfig(**SMALL)),
+        ("wav2vec2", Wav2Vec2Config(encoder_config=ENCODER, final_dim=24, quantized_dim=36, num_codebooks=3)),
+        ("wav2vec2", Wav2Vec2Config(encoder_config=ENCODER, final_proj_bias=False)),
+        (
+            "wav2vec2",
+            Wav2Vec2Config(
+                encoder_config=replace(
+                    ENCODER,
+                    norm_order="PRE",
+                    feature_extractor_bias=True,
+                    feature_extractor_layer_norm_convs=True,
+                    feature_extractor_layer_descs=[(20, 10, 5), (48, 3, 2)],
+                    feature_dim=48,
+                )
+            ),
+        ),
+        ("wav2vec2_asr", Wav2Vec2AsrConfig(encoder_config=ENCODER, use_masking=False, target_vocab_size=7)),
+        (
+            "wav2vec2_asr",
+            Wav2Vec2AsrConfig(
+                encoder_config=replace(
+                    ENCODER,
+                    use_fbank=True,
+                    num_fbank_channels=10,
+                    fbank_stride=2,
+                    feature_dim=20,
+                    norm_order="PRE",
+                    layer_norm_features=False,
+                )
+            ),
+        ),
+        ("wav2vec2_asr", Wav2Vec2AsrConfig(encoder_config=replace(ENCODER, layer_norm_features=False))),
+    ],
+)
+def test_those_of_encoders(family: str, config: Any) -> None:
+    same(family, config)
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("qwen", QwenConfig(num_attn_heads=3, num_key_value_heads=2)),
+        ("bert", BertConfig(model_dim=10, num_attn_heads=3)),
+        ("wav2vec2", Wav2Vec2Config(quantized_dim=5, num_codebooks=2)),
+        ("wav2vec2", Wav2Vec2Config(final_dim=0)),
+        ("wav2vec2", Wav2Vec2Config(max_temporal_mask_prob=0.0)),
+        ("wav2vec2_asr", Wav2Vec2AsrConfig(target_vocab_size=0)),
+        ("wav2vec2_asr", Wav2Vec2AsrConfig(max_spatial_mask_prob=2.0)),
+    ],
+)
+def test_a_configuration_of_no_model_is_refused_with_the_same_words(family: str, config: Any) -> None:
+    with pytest.raises(ModelConfigError) as built:
+        build_on_meta(get_family(family), config)
+    with pytest.raises(ModelConfigError) as stated:
+        targets_of_config(get_family(family), config)
+    assert str(stated.value) == str(built.value)
+
+
+def test_another_configuration_class_is_refused() -> None:
+    with pytest.raises(TypeError, match="QwenConfig"):
+        targets_of_config(get_family("qwen"), BertConfig())
+
+
+def test_tied_parameters_count_once() -> None:
+    untied = QwenConfig(**SMALL, num_key_value_heads=2)
+    tied = replace(untied, tied_embeddings=True)
+    family = get_family("qwen")
+    assert count_parameters(family, untied) - count_parameters(family, tied) == 99 * 48
