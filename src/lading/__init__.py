@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from lading.errors import NotSupportedError as NotSupportedError
     from lading.errors import PolicyError as PolicyError
     from lading.errors import QueryError as QueryError
+    from lading.errors import TorchNotFoundError as TorchNotFoundError
     from lading.formats.manifest import Manifest as Manifest
     from lading.gangs import Gang as Gang
     from lading.gangs import Gangs as Gangs
@@ -122,6 +123,7 @@ _HOME = {
     "PolicyError": "errors",
     "QueryError": "errors",
     "RefusedPickleError": "errors",
+    "TorchNotFoundError": "errors",
     "convert_checkpoint": "operations.export",
     "export_model": "operations.export",
     "ExportReport": "operations.export",

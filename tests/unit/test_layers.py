@@ -125,6 +125,7 @@ def test_the_public_names() -> None:
         ModelCheckpointError CorruptModelCheckpointError
         ModelCheckpointMismatchError DigestMismatchError NotSupportedError GangError FetchError CatalogError
         CatalogOutdatedError PolicyError RefusedPickleError QueryError InternalError __version__ QueryResult
+        TorchNotFoundError
         """.split()
     )
 

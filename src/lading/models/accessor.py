@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Generic
 
 from lading.catalog.store import get_asset_store
 from lading.errors import InternalError
-from lading.models.family import ModelConfigT, ModelT, get_family
+from lading.models.family import ModelConfigT, ModelT, find_class, get_family
+from lading.system.needs import needs_torch
 
 if TYPE_CHECKING:
     from lading.models.hub import ModelHub
@@ -38,10 +38,11 @@ class ModelHubAccessor(Generic[ModelT, ModelConfigT]):
         :raises ModelFamilyNotKnownError: no installed package registers the family.
         :raises InternalError: the family has other classes than the accessor.
         """
-        from lading.models.hub import ModelHub  # imports torch
+        with needs_torch(f"The hub of the {self._family_name} family"):
+            from lading.models.hub import ModelHub
 
         family = get_family(self._family_name)
-        kls = resolve_name(self._kls) if isinstance(self._kls, str) else self._kls
+        kls = find_class(self._kls, family.name)
 
         for what, expected, found in (
             ("models", kls, family.model_kls),

@@ -127,7 +127,7 @@ class Family(Generic[ModelT, ModelConfigT]):
     @property
     def model_kls(self) -> type[ModelT]:
         """The class of its models, which this imports."""
-        return resolve_name(self.kls) if isinstance(self.kls, str) else self.kls
+        return find_class(self.kls, self.name)
 
     def rules_for(self, config: ModelConfigT, names: Sequence[str]) -> Sequence[Rule]:
         """Return the rules that map tensors of these names to parameters."""
@@ -144,6 +144,19 @@ def check_config_type(config: Any, family: Family[Any, Any]) -> None:
             f"`config` must be of type {family.config_kls.__name__}, the configuration of the {family.name} family, "
             f"but is of type {type(config).__name__}"
         )
+
+
+def find_class(kls: type[ModelT] | str, family: str) -> type[ModelT]:
+    """Return the class of a family's models, after its import if ``kls`` is its place.
+
+    :raises TorchNotFoundError: torch is not installed.
+    """
+    if not isinstance(kls, str):
+        return kls
+    with needs_torch(f"A model of the {family} family"):
+        found: type[ModelT] = resolve_name(kls)
+
+    return found
 
 
 def get_family(name: str) -> Family[Any, Any]:
