@@ -148,6 +148,28 @@ def test_what_is_not_written_is_said(cli: Cli, tmp_path: Path) -> None:
     assert "dropped" not in cli("convert", tmp_path / "out", tmp_path / "three").stdout
 
 
+def test_trained_tensors_are_lost_only_on_request(cards: Path, cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "cards" / "tiny" / "model.safetensors"
+    computed = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    trained = {f"mtp.layers.{n}.weight": torch.zeros(4) for n in range(9)}
+    save_file(tensors() | computed | trained, file)
+
+    for command in (("export", "tiny"), ("convert", file.parent)):
+        refused = cli(*command, tmp_path / "out", code=7)
+        assert "9 trained tensors" in refused.stderr
+        assert "'mtp.layers.0.weight'" in refused.stderr
+        assert "inv_freq" not in refused.stderr
+        assert refused.stderr.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(PolicyError, match="9 trained tensors"):
+        convert_checkpoint("tiny", tmp_path / "out", progress=False)
+
+    report = convert_checkpoint("tiny", tmp_path / "out", drop=True, progress=False)
+    assert set(report.dropped) == {*computed, *trained}
+    assert json.loads(cli("export", "tiny", tmp_path / "two", "--drop", "--json").stdout)["dropped"]
+    check_state(tmp_path / "two", tensors())
+
+
 @pytest.mark.parametrize(("size", "expected"), [("5GB", 5 * 10**9), ("512MiB", 512 << 20), ("1.5k", 1500), ("7", 7)])
 def test_sizes(size: str, expected: int) -> None:
     from lading.cli.describe import Size

@@ -31,6 +31,9 @@ def _write_options(function: F) -> F:
             help="The dtype of floating-point tensors; keep (the default): as stored; auto: config.json's.",
         ),
         click.option(
+            "--drop", is_flag=True, help="Leave out trained tensors that the model does not use, instead of refusing."
+        ),
+        click.option(
             "--shard-size", type=Size(), default="5GB", show_default=True, metavar="SIZE",
             help="The largest size of a file, unless a single tensor is larger.",
         ),

@@ -90,7 +90,7 @@ def _rules(config: BertConfig) -> Sequence[Rule]:
     ]
     for prefix in ("bert.", ""):
         rules += [
-            Rule(f"{prefix}embeddings.position_ids", None),  # saved by old versions of transformers
+            Rule(f"{prefix}embeddings.position_ids", None, computed=True),  # saved by old versions of transformers
             # The names in the first release, converted from TensorFlow.
             Rule(f"{prefix}{{rest*}}LayerNorm.gamma", "{rest}LayerNorm.weight"),
             Rule(f"{prefix}{{rest*}}LayerNorm.beta", "{rest}LayerNorm.bias"),

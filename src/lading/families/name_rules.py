@@ -24,8 +24,8 @@ HEAD = re.compile(r"(lm_head|score|classifier|qa_outputs|v_head|value_head|regre
 
 DECODER_RULES: Final[Sequence[Rule]] = (
     # Old versions of transformers save these computed buffers.
-    Rule("{prefix*}rotary_emb.inv_freq", None),
-    Rule("rotary_emb.inv_freq", None),
+    Rule("{prefix*}rotary_emb.inv_freq", None, computed=True),
+    Rule("rotary_emb.inv_freq", None, computed=True),
     # Heads that draft further tokens, which transformers skips too.
     Rule("mtp.{rest*}", None),
     Rule("model.mtp.{rest*}", None),
@@ -92,7 +92,7 @@ def rules_of_adjacent_channels(config: Any) -> Sequence[Rule]:
     head_dim = config.head_dim or config.model_dim // config.num_attn_heads
 
     return (
-        Rule("rope.freqs", None),
+        Rule("rope.freqs", None, computed=True),
         Rule("tok_embeddings.weight", "model.embed_tokens.weight"),
         Rule("output.weight", "lm_head.weight"),
         *_layer_rules("layers.{n}", _META, head_dim),

@@ -74,7 +74,7 @@ def _rules(config: Wav2Vec2Config) -> Sequence[Rule]:
         Rule("quantizer.vars", "quantizer.codevectors"),
         Rule("quantizer.entries", "quantizer.codevectors"),
         Rule("quantizer.entry_proj.{p*}", "quantizer.weight_proj.{p}"),
-        Rule("quantizer.num_updates", None),
+        Rule("quantizer.num_updates", None, computed=True),
         *encoder_rules(config.encoder_config, masked=True),
     )
 

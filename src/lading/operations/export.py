@@ -25,8 +25,9 @@ from lading.checkpoints.checkpoint import Checkpoint
 from lading.checkpoints.extra_files import companions, files_beside
 from lading.checkpoints.fetch import fetch_checkpoint
 from lading.checkpoints.verification import Verify, finish_verification, prepare_verification, require_mode
-from lading.errors import NotSupportedError
+from lading.errors import NotSupportedError, PolicyError
 from lading.formats.config_json import CONFIG_NAME
+from lading.formats.folder import some
 from lading.formats.safetensors_writer import Entry, Writer, write_index
 from lading.gangs import Gang, Gangs, create_fake_gangs
 from lading.models.construct import build_on_meta, other_dtypes, resolve_dtypes
@@ -101,6 +102,7 @@ def convert_checkpoint(
     arch: str | None = None,
     dtype: torch.dtype | str = "keep",
     shard_size: int = SHARD_SIZE,
+    drop: bool = False,
     restrict: bool = True,
     progress: bool = True,
     verify: Verify = "auto",
@@ -116,6 +118,8 @@ def convert_checkpoint(
     :param arch: the architecture, as ``"family/architecture"``, of a checkpoint at a path without a ``config.json``.
     :param dtype: the dtype of floating-point tensors, see ``load_model``; ``"keep"`` keeps that of each tensor.
     :param shard_size: the most bytes of a file, unless a single tensor has more.
+    :param drop: whether to leave out trained tensors that the model does not use, such as another head, instead of
+        refusing the checkpoint. Buffers that the model computes are always left out.
     :param restrict: see :func:`lading.formats.index`; for a path.
     :param progress: whether to show a progress bar on stderr.
     :param verify: ``"auto"`` verifies files that the catalog does not know as verified in their current state, while
@@ -127,6 +131,7 @@ def convert_checkpoint(
     :raises AssetNotFoundError: no card has that name.
     :raises ModelCheckpointError: the checkpoint is damaged, does not fit the configuration, or differs from the
         published or recorded digests.
+    :raises PolicyError: the checkpoint has trained tensors that the model does not use, and ``drop`` is not set.
     :raises RefusedPickleError: unpickling it would import something that a state dict does not need.
     :raises ValueError: ``arch`` is given for a card, or has another form; ``shard_size`` is not positive; or ``verify``
         is unknown.
@@ -165,6 +170,8 @@ def convert_checkpoint(
     routed = match(manifest, targets, family, config)
     fit = report_fit(manifest, targets, routed, family=family)
     require_fit(fit, path=checkpoint.where, name=checkpoint.name)
+    if not drop:
+        _require_no_loss(routed.unneeded, checkpoint, family)
     if store is not None:
         checkpoint = fetch_checkpoint(checkpoint, store, settings=store.settings, progress=progress)
     if family.untie is not None and (untied := different_copies(checkpoint, targets, routed)):
@@ -307,6 +314,19 @@ def _of_architecture(arch: str, store: AssetStore | None) -> tuple[Family[Any, A
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _require_no_loss(trained: Sequence[str], checkpoint: Checkpoint, family: Family[Any, Any]) -> None:
+    """Require that no trained tensors of the checkpoint would be left out.
+
+    :raises PolicyError: there are such tensors.
+    """
+    if trained:
+        raise PolicyError(
+            f"{checkpoint.where}: expected only tensors that a model of the family {family.name} uses, found "
+            f"{counted(len(trained), 'trained tensor')} that the conversion would lose: {some(sorted(trained))}. To "
+            "leave them out, add `--drop` (in Python: `drop=True`)."
+        )
 
 
 def _check_tied(checkpoint: Checkpoint, config: Any, targets: Targets, routed: Route) -> None:

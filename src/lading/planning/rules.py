@@ -51,6 +51,8 @@ class Rule:
     """The placeholder with the index of the tensor along a new first dim of the target; ``target`` does not use it."""
     order: Regroup | None = None
     """The reordering of its indices along a dim, before anything except the joining of parts that ranks saved."""
+    computed: bool = False
+    """Without a target: whether the tensor holds nothing that was trained, such as a buffer that the model computes."""
     cut: tuple[int, int, int] | None = None
     """The ``(dim, first index, size)`` of the part of the tensor that makes the target, after the reordering."""
 
@@ -71,6 +73,8 @@ class Route:
     """The name of the copy in each of ``duplicates``, among the other names of the parameter."""
     missing: tuple[str, ...] = ()
     """The names of targets without a tensor."""
+    unneeded: tuple[str, ...] = ()
+    """The names of tensors that were trained, and that a rule without a target matches."""
     drawn: tuple[str, ...] = ()
     """The names of targets that need no tensor: they keep the values of a new model."""
     unexpected: tuple[str, ...] = ()
@@ -112,9 +116,12 @@ def route(
     # (target, name after the rules) → the tensors that claim it.
     claims: dict[int, dict[str, list[tuple[int, _Position | None]]]] = {}
     unexpected: list[str] = []
+    unneeded: list[str] = []
 
     for tensor, renamed, place in _apply(tensor_names, rules):
         if renamed is None:
+            if place is not None and place.rule is not None and not place.rule.computed:
+                unneeded.append(tensor_names[tensor])
             continue
 
         target = position.get(aliases.get(renamed, renamed))
@@ -169,6 +176,7 @@ def route(
         composed=composed,
         duplicates=tuple(duplicates),
         further_names=tuple(further_names),
+        unneeded=tuple(unneeded),
         missing=tuple(missing),
         unexpected=tuple(unexpected),
         clashes=tuple(clashes),
@@ -225,7 +233,7 @@ def _apply(names: Sequence[str], rules: Sequence[Rule]) -> Iterator[tuple[int, s
             if matched is not None and (rule.cut is None or rule.source != matched.source):
                 continue
             if match := pattern.fullmatch(name):
-                if rule.concat or rule.stack or rule.order or rule.cut:
+                if rule.concat or rule.stack or rule.order or rule.cut or target is None:
                     stack = int(match[rule.stack]) if rule.stack else 0
                     place = _Position(ranks or (0, 0), stack, rule.concat[1] if rule.concat else 0, rule)
                 yield i, (None if target is None else target.format(**match.groupdict())), place

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 """A number that is a whole component of a dotted name."""
 
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$|(^|\.)attn\.(masked_)?bias$")
+"""The names of buffers that old versions of transformers save."""
+
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _STACK = "a"
 
@@ -61,7 +64,7 @@ def _rules_of_names(model: PreTrainedModel, names: Sequence[str]) -> Iterator[tu
             renamed, pattern = rename_source_key(name, [], [], prefix, shapes)
 
         if renamed not in shapes and dropped(renamed):
-            yield (Rule(name, None),)
+            yield (Rule(name, None, computed=_COMPUTED.search(name) is not None),)
         elif pattern is None or renamed not in shapes:
             yield (Rule(name, renamed),)
         else:
@@ -72,8 +75,7 @@ def _dropped(model: PreTrainedModel, names: Sequence[str]) -> Callable[[str], bo
     """Return a predicate for names that are not in the model and not needed by it."""
     patterns = set(model._keys_to_ignore_on_load_unexpected or ())
     patterns |= _draft_layers(model.config)
-    # Buffers that old versions of transformers save.
-    patterns |= {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)attn\.(masked_)?bias$"}
+    patterns.add(_COMPUTED.pattern)
     known = re.compile("|".join(f"(?:{pattern})" for pattern in sorted(patterns)))
     prefix = f"{model.base_model_prefix}."
     # A model without a head, loaded from a checkpoint with one.
@@ -207,7 +209,7 @@ def _common(rules: Sequence[Rule]) -> Rule | None:
         return None
     source = _with_placeholders(first.source, range(count))
     if all(rule.target is None for rule in rules):
-        return Rule(source, None)
+        return replace(first, source=source)
     if first.target is None:
         return None
 
