@@ -151,6 +151,20 @@ class ImportReport:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardChange:
+    """A change of a field of a card in the catalog."""
+
+    card: str
+    """The name of the card, or ``name@env`` of an overlay, before the change."""
+    field: str
+    before: str
+    after: str | None
+    """The new value; ``None`` if the card was removed."""
+    source: str
+    """The source of the card; a file that was imported keeps what it states."""
+
+
 def to_signed(inode: int) -> int:
     """Return an inode number as the signed 64-bit integer of databases; some file systems use all 64 bits."""
     return inode - (1 << 64) if inode >= 1 << 63 else inode

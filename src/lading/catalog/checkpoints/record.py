@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from lading.cards.card import split_name
 from lading.catalog.checkpoints.copies import copies_of, reachable, replace_copies, write_copies
@@ -56,27 +57,42 @@ def record_checkpoint(
         return
 
     with database.session(write=True) as session:
-        row = find_checkpoint(session, uri)
-        old = None if row is None else read_manifest(session, row)
-        same_revision = row is not None and bool(revision) and revision == row.revision
-        if row is None:
-            row = CheckpointRow(uri=uri)
-            session.add(row)
-        _describe(row, manifest, revision)
-        session.flush()
-
-        same_files = old is not None and old.has_files_of(manifest)
-        same = same_files and old is not None and old.tensors_equal(manifest)
-        if not same:
-            write_tensors(session, row, manifest)
-        elif _may_differ(row, manifest, copies, same_revision=same_revision) and (accept or not copies):
-            forget_digests(session, row.id)
-
-        same_index = old is not None and old.index_name == manifest.index_name
-        write_copies(session, row, copies, keep_others=same_files and same_index, keep_verified=same)
+        row = write_checkpoint(session, uri=uri, manifest=manifest, copies=copies, revision=revision, accept=accept)
         if card_name is not None:
             link_card(session, split_name(card_name)[0], row)
         link_by_uri(session)
+
+
+def write_checkpoint(
+    session: Session,
+    *,
+    uri: str,
+    manifest: Manifest,
+    copies: Sequence[LocalCopy],
+    revision: str = "",
+    accept: bool = False,
+) -> CheckpointRow:
+    """Do what :func:`record_checkpoint` does, apart from the links to cards, in the caller's transaction."""
+    row = find_checkpoint(session, uri)
+    old = None if row is None else read_manifest(session, row)
+    same_revision = row is not None and bool(revision) and revision == row.revision
+    if row is None:
+        row = CheckpointRow(uri=uri)
+        session.add(row)
+    _describe(row, manifest, revision)
+    session.flush()
+
+    same_files = old is not None and old.has_files_of(manifest)
+    same = same_files and old is not None and old.tensors_equal(manifest)
+    if not same:
+        write_tensors(session, row, manifest)
+    elif _may_differ(row, manifest, copies, same_revision=same_revision) and (accept or not copies):
+        forget_digests(session, row.id)
+
+    same_index = old is not None and old.index_name == manifest.index_name
+    write_copies(session, row, copies, keep_others=same_files and same_index, keep_verified=same)
+
+    return row
 
 
 def _describe(row: CheckpointRow, manifest: Manifest, revision: str) -> None:
@@ -121,12 +137,17 @@ def record_files(
         return
 
     with database.session(write=True) as session:
-        row = find_checkpoint(session, uri)
-        if row is not None and copies:
-            replace_copies(session, row, copies)
-        session.add_all(_audit(uri, check) for check in checks)
-        if row is not None:
-            _note_checks(row, checks)
+        write_files(session, uri=uri, copies=copies, checks=checks)
+
+
+def write_files(session: Session, *, uri: str, copies: Sequence[LocalCopy] = (), checks: Sequence[Check] = ()) -> None:
+    """Do what :func:`record_files` does in the caller's transaction."""
+    row = find_checkpoint(session, uri)
+    if row is not None and copies:
+        replace_copies(session, row, copies)
+    session.add_all(_audit(uri, check) for check in checks)
+    if row is not None:
+        _note_checks(row, checks)
 
 
 def record_companions(database: Database, *, uri: str, copies: Sequence[LocalCopy]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sqlalchemy.orm import Session
+
 from lading.catalog.checkpoints.copies import write_copies
 from lading.catalog.checkpoints.manifests import find_checkpoint
 from lading.catalog.database.database import Database
@@ -22,21 +24,26 @@ def relocate_checkpoint(database: Database, *, uri: str, to: str, copies: Sequen
     :raises OSError: the disk is full.
     """
     with database.session(write=True) as session:
-        row = find_checkpoint(session, uri)
-        if row is None or uri == to:
-            return
-        replaced = find_checkpoint(session, to)
-        if replaced is not None:
-            for link in list(replaced.links):
-                link.checkpoint = row
-            session.flush()
-            session.expire(replaced)
-            session.delete(replaced)
-            session.flush()
-
-        row.uri = to
-        if len(row.shards) == 1:
-            row.shards[0].name = next(copy.file for copy in copies if copy.file != str(copy.path))
-        session.flush()
-        write_copies(session, row, copies, keep_others=False, keep_verified=False)
+        move_checkpoint(session, uri=uri, to=to, copies=copies)
         link_by_uri(session)
+
+
+def move_checkpoint(session: Session, *, uri: str, to: str, copies: Sequence[LocalCopy]) -> None:
+    """Do what :func:`relocate_checkpoint` does, apart from new links to cards, in the caller's transaction."""
+    row = find_checkpoint(session, uri)
+    if row is None or uri == to:
+        return
+    replaced = find_checkpoint(session, to)
+    if replaced is not None:
+        for link in list(replaced.links):
+            link.checkpoint = row
+        session.flush()
+        session.expire(replaced)
+        session.delete(replaced)
+        session.flush()
+
+    row.uri = to
+    if len(row.shards) == 1:
+        row.shards[0].name = next(copy.file for copy in copies if copy.file != str(copy.path))
+    session.flush()
+    write_copies(session, row, copies, keep_others=False, keep_verified=False)

@@ -31,6 +31,9 @@ SEEDS_URI = "package:"
 STDIN = "stdin"
 """The source of piped input. It is not one file: a pipe that omits a card does not withdraw it."""
 
+ADDED = "added"
+"""The source of the cards that ``lading add`` and ``register_model`` write. The same holds for it."""
+
 _POSITION = re.compile(r"\[(\d+)\]$")
 
 
