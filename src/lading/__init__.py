@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lading.catalog.import_cards import import_cards as import_cards
     from lading.catalog.query import QueryResult as QueryResult
     from lading.catalog.query import query as query
+    from lading.catalog.records import CardChange as CardChange
     from lading.catalog.store import AssetStore as AssetStore
     from lading.catalog.store import get_asset_store as get_asset_store
     from lading.checkpoints.locate import index_checkpoint as index_checkpoint
@@ -62,6 +63,8 @@ if TYPE_CHECKING:
     from lading.models.parallel_plan import Split as Split
     from lading.models.parallel_plan import Stages as Stages
     from lading.models.report import LoadReport as LoadReport
+    from lading.operations.add import AddedCard as AddedCard
+    from lading.operations.add import add_checkpoints as add_checkpoints
     from lading.operations.adopt import Adoption as Adoption
     from lading.operations.adopt import adopt_checkpoints as adopt_checkpoints
     from lading.operations.check import check_model as check_model
@@ -70,6 +73,9 @@ if TYPE_CHECKING:
     from lading.operations.disk_usage import DiskUsage as DiskUsage
     from lading.operations.disk_usage import DiskUsageEntry as DiskUsageEntry
     from lading.operations.disk_usage import disk_usage as disk_usage
+    from lading.operations.edit_cards import relocate_checkpoints as relocate_checkpoints
+    from lading.operations.edit_cards import remove_cards as remove_cards
+    from lading.operations.edit_cards import rename_card as rename_card
     from lading.operations.export import ExportReport as ExportReport
     from lading.operations.export import convert_checkpoint as convert_checkpoint
     from lading.operations.export import export_model as export_model
@@ -77,6 +83,7 @@ if TYPE_CHECKING:
     from lading.operations.plan import plan_load as plan_load
     from lading.operations.pull import PullReport as PullReport
     from lading.operations.pull import pull_model as pull_model
+    from lading.operations.register import register_model as register_model
     from lading.operations.remove import Removal as Removal
     from lading.operations.remove import remove_model as remove_model
     from lading.operations.remove import remove_orphans as remove_orphans
@@ -85,6 +92,13 @@ if TYPE_CHECKING:
     from lading.planning.rules import Rule as Rule
 
 _HOME = {
+    "AddedCard": "operations.add",
+    "add_checkpoints": "operations.add",
+    "register_model": "operations.register",
+    "CardChange": "catalog.records",
+    "remove_cards": "operations.edit_cards",
+    "rename_card": "operations.edit_cards",
+    "relocate_checkpoints": "operations.edit_cards",
     "Adoption": "operations.adopt",
     "adopt_checkpoints": "operations.adopt",
     "AssetCard": "cards.card",

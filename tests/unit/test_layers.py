@@ -118,6 +118,7 @@ def test_the_public_names() -> None:
         pull_model PullReport verify_model VerifyReport
         convert_checkpoint export_model ExportReport load_tokenizer
         import_cards index_checkpoint query check_model CheckReport diff_models DiffReport plan_load LoadPlan
+        add_checkpoints AddedCard register_model remove_cards rename_card relocate_checkpoints CardChange
         adopt_checkpoints Adoption disk_usage DiskUsage DiskUsageEntry remove_model remove_orphans Removal
         Family Rule ParallelPlan Split Stages Manifest Gang Gangs create_fake_gangs create_gangs simulate_gangs
         LadingError ModelNotKnownError ModelFamilyNotKnownError ModelArchitectureNotKnownError ModelGatedError

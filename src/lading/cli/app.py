@@ -47,8 +47,12 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
             "export": "lading.cli.convert:export",
         },
         "Cards": {
+            "add": "lading.cli.add:add",
             "import": "lading.cli.cards:import_",
             "export-cards": "lading.cli.cards:export_cards",
+            "rename": "lading.cli.edit:rename",
+            "relocate": "lading.cli.edit:relocate",
+            "remove-card": "lading.cli.edit:remove_card",
         },
         "Database": {
             "db": "lading.cli.db:db",

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING
 import click
 
 from lading.cards.card import CONFIG_KEYS, AssetCard, CheckpointRef, checkpoint_ref
-from lading.cards.config_values import ConfigValue, config_values, iter_values
-from lading.cards.overrides import Layer, layers_of
+from lading.cards.overrides import layers_of, merge_layers
 from lading.cli.command import command
 from lading.cli.describe import checkpoint_object, checkpoint_pairs
 from lading.cli.output import Column, Form, as_json, listing_options, write_json, write_pairs, write_rows
 from lading.cli.selection import Selection, select_models
-from lading.errors import CheckpointNotFoundError, LadingError, ModelFamilyNotKnownError
-from lading.models.family import get_family
+from lading.errors import CheckpointNotFoundError, ModelFamilyNotKnownError
 from lading.system.display import human_bytes, human_count
 from lading.system.filesystem import path_exists
 from lading.system.uris import path_uri, shown_uri, uri_path
@@ -86,9 +84,7 @@ class _Found:
     """The local path that the card names, if it names one."""
     checkpoint: StoredCheckpoint | None
     config: Mapping[str, object]
-    """The whole configuration; without an importable family only the values that cards and the architecture state."""
-    layers: Sequence[Layer]
-    """The parts of the configuration that cards and the architecture state."""
+    """The overrides of the defaults of the family's configuration class."""
     problem: str | None
 
 
@@ -109,13 +105,6 @@ def _look_up(card: AssetCard, store: AssetStore) -> _Found:
             problem = problem or f"{arch!r} is not an architecture of the {family} family: run `lading archs {family}`."
     if family is not None and summary.status == "unknown-family":
         problem = problem or ModelFamilyNotKnownError(family).message
-    config_kls = None
-    if family is not None and summary.status != "unknown-family":
-        try:
-            config_kls = get_family(family).config_kls
-        except LadingError as error:  # the mistake of another package
-            problem = problem or error.message
-    layers = layers_of(card, architecture)
 
     return _Found(
         card=card,
@@ -123,8 +112,7 @@ def _look_up(card: AssetCard, store: AssetStore) -> _Found:
         ref=ref,
         path=path,
         checkpoint=store.checkpoint(path_uri(path) if path is not None else ref.uri),
-        config=config_values(layers, config_kls),
-        layers=layers,
+        config=merge_layers({}, layers_of(card, architecture)),
         problem=problem,
     )
 
@@ -170,7 +158,6 @@ def _as_object(found: _Found) -> dict[str, object]:
             name: {"value": value, "card": owner, "source": source} for name, value, owner, source in _fields(card)
         },
         "config": found.config,
-        "config_from": {v.path: dict(zip(("kind", "name"), _origin(v, found), strict=True)) for v in _values(found)},
         "checkpoint": {
             "uri": shown_uri(found.ref.uri) or None,
             "path": found.ref.path,
@@ -223,11 +210,6 @@ _FIELDS = _Listing(
         Column(name="source", heading="from"),
     ),
     rows=lambda found: _fields(found.card),
-)
-_CONFIG_TABLE = (
-    Column(name="configuration", keep=True),
-    Column(name="value"),
-    Column(name="from"),
 )
 _TENSORS = _Listing(
     columns=("name", "dtype", "shape", "parameters", "bytes", "shard", "offset"),
@@ -294,8 +276,7 @@ def _write_text(found: _Found) -> None:
     write_rows(_FIELDS.columns, fields, Form.TABLE, table=_FIELDS.table)
     if found.config:
         click.echo()
-        rows = [(v.path, v.value, " ".join(_origin(v, found))) for v in _values(found)]
-        write_rows(("configuration", "value", "from"), rows, Form.TABLE, table=_CONFIG_TABLE)
+        write_rows(("configuration", "value"), list(_flat(found.config)), Form.TABLE)
 
 
 def _source(uri: str) -> str:
@@ -305,12 +286,10 @@ def _source(uri: str) -> str:
     return uri if path is None or path_exists(path) else f"{uri} (not accessible; the card is kept as it was)"
 
 
-def _values(found: _Found) -> Iterator[ConfigValue]:
-    return iter_values(found.config, found.layers)
-
-
-def _origin(value: ConfigValue, found: _Found) -> tuple[str, str]:
-    """Return what states a value, and its name: the card, a base, the architecture, or the family by its defaults."""
-    layer = value.layer
-
-    return ("family", _text_field(found.card, "model_family") or "") if layer is None else (layer.kind, layer.owner)
+def _flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the leaves of a configuration with their dotted paths."""
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from lading.cards.config import StrictConfig
 from lading.families.config_json import ConfigReader, ConfigTable, Field, KeyGroup
 from lading.families.decoder_family import (
     CHANGES_EACH_DECODER,
@@ -33,7 +34,7 @@ else:
 
 
 @dataclass
-class LLaMARoPEScaleConfig:
+class LLaMARoPEScaleConfig(StrictConfig):
     """The scaling of rotary frequencies in LLaMA 3.1."""
 
     factor: float = 8.0

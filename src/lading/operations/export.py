@@ -22,7 +22,7 @@ from torch.nn import Module
 from lading.cards.card import AssetCard
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.checkpoint import Checkpoint
-from lading.checkpoints.extra_files import companions, files_beside
+from lading.checkpoints.extra_files import TOKENIZER_JSON, TOKENIZER_NAMES, companions, files_beside
 from lading.checkpoints.fetch import fetch_checkpoint
 from lading.checkpoints.verification import Verify, finish_verification, prepare_verification, require_mode
 from lading.errors import NotSupportedError, PolicyError
@@ -48,6 +48,7 @@ from lading.operations.export_layout import (
     files_of_stages,
     torch_name,
 )
+from lading.operations.register import register_model, require_own_name
 from lading.planning.composition import Source
 from lading.planning.rules import Route
 from lading.sources.disk import require_space
@@ -224,6 +225,8 @@ def export_model(
     dtype: torch.dtype | None = None,
     shard_size: int = SHARD_SIZE,
     beside: Path | str | None = None,
+    tokenizer: Path | str | Any = None,
+    register: str | None = None,
 ) -> ExportReport:
     """Write a model in memory as a Hugging Face repository.
 
@@ -237,10 +240,14 @@ def export_model(
     :param dtype: the dtype of floating-point tensors; default: their own.
     :param shard_size: the most bytes of a file, unless a single tensor has more.
     :param beside: a folder from which to copy the tokenizer, and ``config.json`` if it describes the model.
+    :param tokenizer: a tokenizer in place of that one: of transformers or of tokenizers, or a folder with its files.
+    :param register: the name under which the catalog gets a card for the folder, as by
+        :func:`lading.register_model`; default: none.
 
     :raises FileExistsError: ``folder`` exists, and is not an empty folder.
     :raises NotSupportedError: no ``config.json`` can describe the model, or the gangs are simulated.
-    :raises TypeError: ``config`` or ``model`` is not of the family's class.
+    :raises TypeError: ``config`` or ``model`` is not of the family's class, or ``tokenizer`` cannot be saved.
+    :raises AssetCardError: ``register`` is not a valid name, or that of a card from another source.
     :raises ValueError: ``config`` describes other parameters than ``model`` has, or ``shard_size`` is not positive.
     :raises GangError: another rank failed, passed other arguments, or writes to another file system.
     :raises OSError: the disk is full, or cannot be written.
@@ -255,8 +262,8 @@ def export_model(
     if root.size > 1 and root.channel is None:
         raise NotSupportedError("A model of simulated gangs cannot be exported: its other parts do not exist.")
     root.same(
-        (family.name, config, dtype, shard_size, str(folder), None if beside is None else str(beside)),
-        "family, configuration, dtype, shard size, folder and `beside`",
+        (family.name, config, dtype, shard_size, str(folder), None if beside is None else str(beside), register),
+        "family, configuration, dtype, shard size, folder, `beside` and `register`",
     )
 
     tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
@@ -277,7 +284,13 @@ def export_model(
     shards, writers = files_of_stages(stages, shard_size)
 
     def begin() -> tuple[Path, Mapping[str, Path], Mapping[str, object]]:
+        if register is not None:
+            require_own_name(register, get_asset_store())
         files = {} if beside is None else files_beside(Path(beside))
+        if tokenizer is not None:
+            own = {} if (source := _folder_of_tokenizer(tokenizer)) is None else files_beside(source)
+            files = {name: file for name, file in files.items() if name not in TOKENIZER_NAMES}
+            files |= {name: file for name, file in own.items() if name in TOKENIZER_NAMES}
         values = config_values(family, config, whole, entries, files)
 
         return stack.enter_context(atomic_folder(folder)), files, values
@@ -285,8 +298,11 @@ def export_model(
     def finish() -> ExportReport:
         _require_here(temporary, writers, root)
         _finish(temporary, shards, values, files)
+        _save_tokenizer(tokenizer, temporary)
         report = _report(family.model_kls.__name__, family, folder, temporary, entries)
         stack.close()
+        if register is not None:
+            register_model(register, folder)
 
         return report
 
@@ -419,6 +435,32 @@ def _finish(
     for name, path in beside.items():
         if name != CONFIG_NAME:
             shutil.copyfile(path, folder / name)
+
+
+def _folder_of_tokenizer(tokenizer: Any) -> Path | None:
+    """Return the folder with the files of a tokenizer; ``None`` if it is an object that can save itself.
+
+    :raises TypeError: it is neither.
+    """
+    if isinstance(tokenizer, str | Path):
+        return Path(tokenizer)
+    if callable(getattr(tokenizer, "save_pretrained", None)) or callable(getattr(tokenizer, "save", None)):
+        return None
+
+    raise TypeError(
+        "`tokenizer` must be a tokenizer of transformers or of tokenizers, or a folder with its files, but is of type "
+        f"{type(tokenizer).__name__}"
+    )
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer that is an object, as its library does."""
+    if tokenizer is None or isinstance(tokenizer, str | Path):
+        return
+    if callable(save := getattr(tokenizer, "save_pretrained", None)):
+        save(folder)
+    else:
+        tokenizer.save(str(folder / TOKENIZER_JSON))
 
 
 def _report(name: str, family: Family[Any, Any], folder: Path, written: Path, entries: Sequence[Entry]) -> ExportReport:

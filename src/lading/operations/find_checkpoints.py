@@ -53,20 +53,21 @@ class FoundCheckpoint:
     """The error, if the folder cannot be read."""
 
 
-def find_checkpoints(root: Path) -> Iterator[FoundCheckpoint]:
+def find_checkpoints(root: Path, *, depth: int | None = None) -> Iterator[FoundCheckpoint]:
     """Yield the checkpoints in ``root`` and the folders below it, in the order of names.
 
     ``torch.save`` files without a usual name are a checkpoint each, and so are files without a suffix whose first bytes
     are those of a checkpoint.
 
     :param root: an absolute path without links: a link to a folder is followed only if the user named it.
+    :param depth: the number of levels of folders to search below ``root``; default: all.
     """
     snapshots = root.parent
     if is_commit(root.name) and snapshots.name == "snapshots" and (repo := repository_id(snapshots.parent)):
         yield FoundCheckpoint(path=snapshots.parent, root=root, repo=repo, commit=root.name)
         return
 
-    yield from _places(root, root)
+    yield from _places(root, root, depth)
 
 
 def find_hub_repositories(cache: Path) -> Iterator[FoundCheckpoint]:
@@ -78,11 +79,11 @@ def find_hub_repositories(cache: Path) -> Iterator[FoundCheckpoint]:
             yield FoundCheckpoint(path=folder, root=cache, repo=repo)
 
 
-def _places(path: Path, root: Path) -> Iterator[FoundCheckpoint]:
+def _places(path: Path, root: Path, depth: int | None) -> Iterator[FoundCheckpoint]:
     # An explicit stack, as folders may be nested deeper than Python's recursion limit.
-    left = [path]
+    left = [(path, 0)]
     while left:
-        path = left.pop()
+        path, level = left.pop()
         repo = repository_id(path)
         if repo is not None and (path / "snapshots").is_dir():
             yield FoundCheckpoint(path=path, root=root, repo=repo)
@@ -96,7 +97,8 @@ def _places(path: Path, root: Path) -> Iterator[FoundCheckpoint]:
             folders = [folder for folder in folders if not folder.name.startswith("pp_")]
         else:
             yield from _in_folder(path, root, names)
-        left += reversed(folders)
+        if level != depth:
+            left += ((folder, level + 1) for folder in reversed(folders))
 
 
 def _in_folder(path: Path, root: Path, names: list[str]) -> Iterator[FoundCheckpoint]:

@@ -70,6 +70,7 @@ class MoveFinder:
         self._progress = progress
         found = (store.checkpoint(uri) for uri in gone_checkpoints(store.database))
         self._gone = [stored for stored in found if stored is not None and _has_all_copies(stored)]
+        self._cards = names_of(store, [stored.uri for stored in self._gone]) if self._gone else {}
 
     def find(self, here: LocalCheckpointFiles) -> Move | None:
         """Return the move of a checkpoint to the path of ``here``; ``None`` if none moved there.
@@ -93,7 +94,7 @@ class MoveFinder:
             return Move(
                 uri=stored.uri,
                 to=checkpoint.uri,
-                cards=tuple(names_of(self._store, [stored.uri]).get(stored.uri, ())),
+                cards=tuple(self._cards.get(stored.uri, ())),
                 copies=tuple(replace(copy, verified_at=verified.get(copy.stat)) for copy in here.copies()),
                 checks=tuple(checks),
                 verified=hashed or all(verified.get(file.stat) for file in checkpoint.here()),

@@ -1,0 +1,393 @@
+"""Cards for checkpoints: each one that is found gets a name in the catalog, and its contents are recorded there."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from lading.cards.card import CardEntry
+from lading.catalog.added_cards import CheckpointContents, card_entry, record_additions
+from lading.catalog.importing.changes import ADDED
+from lading.catalog.records import ModelSummary
+from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoints.recording import require_writable
+from lading.errors import AssetCardError, CatalogError, CheckpointNotFoundError, LadingError, NotSupportedError
+from lading.operations.adopt import adopt_checkpoints
+from lading.operations.card_links import names_of
+from lading.operations.card_names import check_rule, choose_names
+from lading.operations.describe_checkpoint import Describer, Description
+from lading.operations.find_checkpoints import FoundCheckpoint, find_checkpoints
+from lading.operations.moved import Move, MoveFinder
+from lading.sources.hub.address import is_repo_id
+from lading.sources.open import check_address
+from lading.system.display import human_bytes, representation
+from lading.system.filesystem import expand_home, path_exists
+from lading.system.uris import shown_uri, uri_path
+
+Status = Literal["added", "changed", "unchanged", "moved", "gone", "skipped", "failed"]
+
+_BATCH = 500
+"""The most checkpoints that one transaction records: the manifests of so many take some hundred megabytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddedCard:
+    """The result for one checkpoint that was found, or that is gone."""
+
+    name: str | None
+    """The name of its card; ``None`` without a card."""
+    status: Status
+    """``added`` now; ``changed`` by the given fields; ``unchanged``, for a checkpoint that had a card; ``moved``, with
+    its card; ``gone``: the card stays, but nothing is at its path; ``skipped``: lading does not load it; ``failed``."""
+    checkpoint: str
+    """The path, or the address."""
+    family: str | None = None
+    arch: str | None = None
+    license: str | None = None
+    bytes: int | None = None
+    """The size of its tensors, if its headers were read."""
+    dtypes: str | None = None
+    """The dtypes, separated by commas, that of the most elements first."""
+    moved_from: str | None = None
+    """The path at which it was before."""
+    problem: str | None = None
+    error: LadingError | OSError | None = None
+    """The error, if it was skipped or failed."""
+
+    def __repr__(self) -> str:
+        return representation(
+            self, f"{self.name or self.checkpoint} {self.status}", self.problem or human_bytes(self.bytes)
+        )
+
+
+def add_checkpoints(
+    *paths: str | Path,
+    name_from: str = "folder",
+    recursive: bool = False,
+    fields: Mapping[str, object] | None = None,
+    dry_run: bool = False,
+    restrict: bool = True,
+    progress: bool = True,
+    store: AssetStore | None = None,
+) -> tuple[AddedCard, ...]:
+    """Write a card to the catalog for each checkpoint that has none, and record what it holds, without reading weights.
+
+    A card states the family, and the architecture if there is one with exactly these numbers, by ``config.json``; and
+    ``license``, ``base_model`` and ``pipeline_tag`` by the front matter of ``README.md``. A checkpoint that has a card
+    keeps it. One that moved takes its card along, if this function wrote that.
+
+    :param paths: folders, files, and addresses such as ``hg://org/name``, of which only headers are read. A folder that
+        is no checkpoint is one with checkpoints in it.
+    :param name_from: ``"folder"``: the name of the folder, and those of the folders above it where several checkpoints
+        have it; ``"path"``: the path below the folder that was named; or a pattern with ``{folder}``, ``{parent}`` and
+        ``{path}``.
+    :param recursive: whether to search folders at any depth, also in checkpoints.
+    :param fields: fields for all cards, in place of those that are found.
+    :param dry_run: whether to change nothing, and only return the results.
+    :param restrict: see :func:`lading.formats.index`.
+    :param progress: whether to show a progress bar on stderr while files are hashed.
+
+    :returns: a result for each checkpoint that was found, even if it cannot be used, and for each of these cards whose
+        checkpoint is gone from the searched folders.
+
+    :raises CheckpointNotFoundError: a path does not exist (also a ``FileNotFoundError``); nothing was written.
+    :raises ValueError: ``name_from`` has an unknown placeholder.
+    :raises AddressError: an address is not valid.
+    :raises CardFileError: a field has a value that a card cannot have.
+    :raises CatalogError: the catalog cannot be read or written.
+    """
+    check_rule(name_from)
+    card_entry("x", fields or {})
+    store = store or get_asset_store()
+    if not dry_run:
+        require_writable(store)
+
+    targets = [resolve_target(path) for path in paths]
+    adder = _Adder(store, fields=fields or {}, dry_run=dry_run, restrict=restrict, progress=progress)
+    for target in targets:
+        if isinstance(target, Path):
+            adder.search(target, recursive=recursive)
+        else:
+            adder.read_address(target)
+    adder.decide(name_from, [target for target in targets if isinstance(target, Path)])
+
+    return adder.write()
+
+
+def resolve_target(target: str | Path) -> str | Path:
+    """Return an address; or a path without links to folders, as a file keeps its name.
+
+    :raises AddressError: the address is not valid.
+    :raises CheckpointNotFoundError: nothing is at the path.
+    """
+    if isinstance(target, str) and "://" in target:
+        path = uri_path(target)
+        if path is None:
+            check_address(target)
+            return target
+    else:
+        path = expand_home(target)
+    if not path_exists(path):
+        hint = f" Did you mean hg://{path}?" if "/" in str(path) and is_repo_id(str(path)) else ""
+        raise CheckpointNotFoundError(path, f"No checkpoint is at {path}: there is no such file or folder.{hint}")
+
+    return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+
+
+@dataclass(slots=True, kw_only=True)
+class _Found:
+    """A checkpoint that was found, and what is decided about it."""
+
+    described: Description
+    status: Status = "added"
+    name: str | None = None
+    fields: Mapping[str, object] = field(default_factory=dict)
+    """The fields of its card, as they are to be."""
+    entries: list[CardEntry] = field(default_factory=list)
+    """The cards to write."""
+    move: Move | None = None
+    """The way from its earlier path."""
+    problem: str | None = None
+    error: LadingError | None = None
+
+    def fail(self, error: LadingError) -> None:
+        """Give up, and report why."""
+        self.status, self.error, self.entries = _status_of(error), error, []
+
+    @property
+    def contents(self) -> CheckpointContents | None:
+        """What is to be recorded together with its card."""
+        contents = self.described.contents
+        if self.error is not None or contents is None or self.move is None:
+            return None if self.error is not None else contents
+
+        return replace(contents, copies=self.move.copies, checks=self.move.checks, moved_from=self.move.uri)
+
+    def result(self) -> AddedCard:
+        """Return what the user is told."""
+        manifest, of = self.described.manifest, self.fields.get
+
+        return AddedCard(
+            name=self.name if self.error is None else None,
+            status=self.status,
+            checkpoint=self.described.shown,
+            **{key: value if isinstance(value := of(name), str) else None for key, name in _SHOWN.items()},
+            bytes=None if manifest is None else manifest.total_bytes,
+            dtypes=None if manifest is None else ",".join(manifest.dtype_counts),
+            moved_from=None if self.move is None else str(self.move.origin),
+            problem=self.problem if self.error is None else _line(self.error, self.described.shown),
+            error=self.error,
+        )
+
+
+_SHOWN = {"family": "model_family", "arch": "model_arch", "license": "license"}
+
+
+class _Adder:
+    """The cards of one call: first all checkpoints are read, then names are given, then all is written."""
+
+    def __init__(
+        self, store: AssetStore, *, fields: Mapping[str, object], dry_run: bool, restrict: bool, progress: bool
+    ) -> None:
+        self._store = store
+        self._given = fields
+        self._dry_run = dry_run
+        self._restrict = restrict
+        self._progress = progress
+        self._describer = Describer(store, restrict=restrict)
+        self._found: dict[str, _Found | AddedCard] = {}
+        """The results, or what is to become one, by URI or path."""
+        self._cards = {model.name: model for model in store.models(include_all=True)}
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def search(self, root: Path, *, recursive: bool) -> None:
+        """Describe the checkpoint at ``root``, or those in it."""
+        if not root.is_dir():
+            self._describe(FoundCheckpoint(path=root, root=root.parent))
+            return
+
+        for place in find_checkpoints(root, depth=None if recursive else 1):
+            self._describe(place)
+            if place.path == root and not recursive:
+                return
+
+    def read_address(self, uri: str) -> None:
+        """Describe the checkpoint at an address."""
+        self._attempt(shown_uri(uri), lambda: self._describer.at_address(uri))
+
+    def _describe(self, place: FoundCheckpoint) -> None:
+        if place.problem is not None:
+            self._found[str(place.path)] = _failed(str(place.path), place.problem)
+        elif place.repo is None:
+            self._attempt(str(place.path), lambda: self._describer.at_path(place))
+        else:
+            self._describe_snapshots(place.path if place.commit is None else place.root)
+
+    def _describe_snapshots(self, path: Path) -> None:
+        """Describe the checkpoints of a repository in a Hugging Face cache, which are adopted."""
+        for adopted in adopt_checkpoints(
+            path, dry_run=self._dry_run, restrict=self._restrict, progress=self._progress, store=self._store
+        ):
+            uri = adopted.checkpoint
+            if adopted.error is not None or uri is None:
+                self._found[str(adopted.path)] = _failed(str(adopted.path), adopted.error)
+            else:
+                self._attempt(uri, lambda uri=uri, path=adopted.path: self._describer.in_cache(uri, path))  # type: ignore[misc]
+
+    def _attempt(self, where: str, describe: Callable[[], Description]) -> None:
+        try:
+            described = describe()
+        except CatalogError:
+            raise
+        except (LadingError, OSError) as error:
+            self._found[where] = _failed(where, error)
+        else:
+            self._found.setdefault(described.uri, _Found(described=described))  # folders may overlap
+
+    # --- deciding -----------------------------------------------------------------------------------------------------
+
+    def decide(self, rule: str, roots: Sequence[Path]) -> None:
+        """Decide for each checkpoint which card it keeps or gets, and which cards have lost theirs."""
+        found = [each for each in self._found.values() if isinstance(each, _Found)]
+        owners = names_of(self._store, [each.described.uri for each in found])
+        moves = MoveFinder(self._store, progress=self._progress)
+        new = []
+        for each in found:
+            files = each.described.files
+            names = owners.get(each.described.uri, ())
+            each.move = moves.find(files) if files is not None and not names else None
+            if names:
+                self._keep(each, names)
+            elif each.move is not None and each.move.cards:
+                self._move(each, each.move)
+            else:
+                new.append(each)
+        self._give_names(new, rule)
+
+        moved = {name for each in found if each.move is not None for name in each.move.cards}
+        for model in self._cards.values():
+            path = uri_path(model.checkpoint or "")
+            if model.source != ADDED or model.name in moved or path is None or path_exists(path):
+                continue
+            if any(path.is_relative_to(root) for root in roots):
+                self._found[f"{model.checkpoint} {model.name}"] = _gone(model, path)
+
+    def _keep(self, each: _Found, names: Sequence[str]) -> None:
+        """Keep the card of a checkpoint; the given fields change one of lading's own."""
+        own = next((name for name in names if self._cards[name].source == ADDED), None)
+        each.name, each.status = own or names[0], "unchanged"
+        card = self._cards[each.name]
+        each.fields = {name: getattr(card, key) for key, name in _SHOWN.items()}
+        if not self._given:
+            return
+        if own is None:
+            each.problem = f"its card {card.name!r} is stated by {card.source}, which the given fields do not change"
+            return
+        before = self._store.retrieve_card(f"{own}@").metadata
+        if any(before.get(key) != value for key, value in self._given.items()):
+            each.status = "changed"
+            self._write_card(each, own, {**before, **self._given})
+
+    def _move(self, each: _Found, move: Move) -> None:
+        """Have the cards of a checkpoint that moved name its new place, unless a file states one of them."""
+        place = {"checkpoint": each.described.fields["checkpoint"]}
+        for name in move.cards:
+            card = self._cards[name]
+            if card.source != ADDED:
+                each.fail(
+                    NotSupportedError(
+                        f"{each.described.shown} was at {move.origin}, the path that the card {name!r} still states "
+                        f"({card.source}). Change it there, or run `lading relocate {shlex.quote(str(move.origin))} "
+                        f"{shlex.quote(each.described.shown)}`."
+                    )
+                )
+                return
+            before = self._store.retrieve_card(f"{name}@").metadata
+            if "checkpoint" in before:
+                self._write_card(each, name, {**before, **place, **self._given})
+        if each.error is None:
+            each.status, each.name = "moved", move.cards[0]
+
+    def _give_names(self, new: Sequence[_Found], rule: str) -> None:
+        names = choose_names([each.described.place for each in new], rule, lambda name: name not in self._cards)
+        counts = Counter(name.strip() for name in names)
+        for each, name in zip(new, names, strict=True):
+            each.fields = {**each.described.fields, **self._given}
+            if other := self._cards.get(name.strip()):
+                at = shown_uri(other.checkpoint or other.source)
+                each.fail(_taken(name, f"the card of {at} has that name", each))
+            elif counts[name.strip()] > 1:
+                each.fail(_taken(name, f"{counts[name.strip()]} checkpoints would have it", each))
+            else:
+                each.name = name.strip()
+                self._write_card(each, each.name, each.fields)
+
+    def _write_card(self, each: _Found, name: str, fields: Mapping[str, object]) -> None:
+        each.fields = fields
+        try:
+            each.described.require_family(fields)
+            each.entries.append(card_entry(name, fields))
+        except (AssetCardError, NotSupportedError) as error:
+            each.fail(error)
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    def write(self) -> tuple[AddedCard, ...]:
+        """Write everything in a few transactions, and return the results."""
+        found = [each for each in self._found.values() if isinstance(each, _Found)]
+        for start in range(0, 0 if self._dry_run else len(found), _BATCH):
+            batch = found[start : start + _BATCH]
+            entries = [entry for each in batch for entry in each.entries]
+            contents = [each.contents for each in batch if each.contents is not None]
+            if entries or contents:
+                record_additions(self._store.database, entries, contents)
+
+        return tuple(each.result() if isinstance(each, _Found) else each for each in self._found.values())
+
+
+def _taken(name: str, why: str, each: _Found) -> AssetCardError:
+    return AssetCardError(
+        name,
+        f"{each.described.shown}: expected a name that no other checkpoint has, found {name!r}: {why}. Use another "
+        "rule for names, `--name-from`.",
+    )
+
+
+def _gone(model: ModelSummary, path: Path) -> AddedCard:
+    return AddedCard(
+        name=model.name,
+        status="gone",
+        checkpoint=str(path),
+        family=model.family,
+        arch=model.arch,
+        license=model.license,
+        bytes=model.bytes,
+        dtypes=model.dtypes,
+        problem=f"nothing is at {path} any more. If it moved, run `lading relocate {path} NEW`; `lading remove-card "
+        f"{model.name}` removes the card.",
+    )
+
+
+def _failed(where: str, error: LadingError | OSError | None) -> AddedCard:
+    assert error is not None
+    return AddedCard(name=None, status=_status_of(error), checkpoint=where, problem=_line(error, where), error=error)
+
+
+def _status_of(error: LadingError | OSError) -> Status:
+    return "skipped" if isinstance(error, NotSupportedError) else "failed"
+
+
+def _line(error: LadingError | OSError, where: str) -> str:
+    """Return one line that says what is wrong, and where."""
+    if isinstance(error, LadingError):
+        line = error.message.partition("\n")[0]
+    else:
+        line = f"{os.strerror(error.errno or 0)}: {error.filename}"
+
+    return line if where in line else f"{where}: {line}"

@@ -1,0 +1,232 @@
+"""Descriptions of checkpoints for their cards: what they hold, and what the files beside them say; no weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref
+from lading.cards.front_matter import MAX_README_BYTES, README_NAME, front_matter_fields
+from lading.catalog.added_cards import CheckpointContents
+from lading.catalog.store import AssetStore
+from lading.checkpoints.checkpoint import LocalCheckpointFiles, header_checks
+from lading.checkpoints.fetch_to_index import must_fetch_to_index
+from lading.checkpoints.published import PublishedCheckpoint, index_source, name_in_source
+from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, FetchError, NotSupportedError
+from lading.formats import NonContiguousError, NotByHeadersError
+from lading.formats.config_json import read_hf_config, refuse_quantized_config
+from lading.formats.files import open_regular
+from lading.formats.folder import is_checkpoint_file
+from lading.formats.manifest import Manifest
+from lading.models.recognize import Recognizer
+from lading.operations.card_names import Place
+from lading.operations.find_checkpoints import FoundCheckpoint, require_links_inside
+from lading.sources.hub.address import HubAddress
+from lading.sources.open import HUB_SCHEMES, open_source
+from lading.system.uris import path_uri, shown_uri
+
+log = logging.getLogger("lading")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """A checkpoint as its card is to state it."""
+
+    uri: str
+    shown: str
+    """The path, or the address without secrets."""
+    place: Place
+    fields: Mapping[str, object]
+    """The fields of a card; without ``model_family`` if there is no ``config.json``."""
+    manifest: Manifest | None = None
+    """``None`` if the tensors can only be read after a rewrite."""
+    contents: CheckpointContents | None = None
+    """What the catalog is to record; ``None`` if it knows that."""
+    files: LocalCheckpointFiles | None = None
+    """The files, if they are on this machine and the catalog does not know them as they are."""
+
+    def require_family(self, fields: Mapping[str, object]) -> None:
+        """Require that the fields of the card say of which family the model is.
+
+        :raises NotSupportedError: they do not, as there is no ``config.json``.
+        """
+        if not {"model_family", "base"} & fields.keys():
+            raise NotSupportedError(
+                f"{self.shown} has no config.json, so the family of the model is unknown. State the family and the "
+                "architecture: `--set model_family=NAME --set model_arch=NAME` (`lading archs` shows them)."
+            )
+
+
+class Describer:
+    """Descriptions of many checkpoints, for which each kind of ``config.json`` is understood once.
+
+    :param restrict: as :func:`lading.formats.index` takes it.
+    """
+
+    def __init__(self, store: AssetStore, *, restrict: bool) -> None:
+        self._store = store
+        self._restrict = restrict
+        self._recognizer = Recognizer(store)
+
+    def at_path(self, found: FoundCheckpoint) -> Description:
+        """Describe a checkpoint on this machine.
+
+        :raises PolicyError: a link among its files leads out of the place.
+        :raises NotSupportedError: it is quantized, or of a format or a model type that lading does not support.
+        :raises ModelCheckpointError: it is damaged.
+        :raises OSError: it cannot be read.
+        """
+        path = found.path
+        uri = path_uri(path)
+        checkpoint = _field_of(path, uri)
+        require_links_inside(path, found)
+        hf_config = read_hf_config(path)
+        refuse_quantized_config(hf_config, path)
+        fields = {**self._recognized(hf_config), "checkpoint": checkpoint, **_readme_at(path)}
+        place = _place_of(path, found.root)
+
+        stored = self._store.checkpoint(uri)
+        if stored is not None and LocalCheckpointFiles.as_known(path, stored) is not None:
+            return Description(uri=uri, shown=str(path), place=place, fields=fields, manifest=stored.manifest)
+        try:
+            files = LocalCheckpointFiles.read(
+                path, cache=self._store.settings.cache_dir, restrict=self._restrict, rewrite=False
+            )
+        except NonContiguousError:
+            return Description(uri=uri, shown=str(path), place=place, fields=fields)
+        contents = CheckpointContents(
+            uri=uri, manifest=files.manifest, copies=files.copies(), checks=header_checks(files.checkpoint(uri), {})
+        )
+
+        return Description(
+            uri=uri,
+            shown=str(path),
+            place=place,
+            fields=fields,
+            manifest=files.manifest,
+            contents=contents,
+            files=files,
+        )
+
+    def at_address(self, uri: str) -> Description:
+        """Describe a checkpoint of a source by its ``config.json``, ``README.md`` and headers.
+
+        :raises AddressError: the address is not valid.
+        :raises NotSupportedError: its headers do not say what it holds; it is quantized; or as :meth:`at_path`.
+        :raises CheckpointNotFoundError: the source does not have it.
+        :raises FetchError: the source cannot be reached.
+        """
+        ref = CheckpointRef(uri=uri, gated=False, info_url=None)
+        published = None
+        if not must_fetch_to_index(ref):
+            try:
+                published = index_source(ref, settings=self._store.settings)
+            except NotByHeadersError:
+                pass
+        if published is None:
+            raise NotSupportedError(
+                f"{ref.shown} is of a format whose headers do not say what it holds, so it has to be fetched first. "
+                "Name it in the `checkpoint` of a card of your own; `lading pull` fetches it."
+            )
+        refuse_quantized_config(published.hf_config, ref.shown)
+        readme = self._readme_of(ref, published)
+
+        return Description(
+            uri=uri,
+            shown=ref.shown,
+            place=_place_at(uri),
+            fields={**self._recognized(published.hf_config), "checkpoint": uri, **readme},
+            manifest=published.manifest,
+            contents=CheckpointContents(uri=uri, manifest=published.manifest, revision=published.revision),
+        )
+
+    def in_cache(self, uri: str, snapshot: Path) -> Description:
+        """Describe a checkpoint of the hub by its files in a cache, which the catalog knows by ``uri`` already."""
+        fields = {**self._recognized(read_hf_config(snapshot)), "checkpoint": uri, **_readme_at(snapshot)}
+        stored = self._store.checkpoint(uri)
+
+        return Description(
+            uri=uri,
+            shown=uri,
+            place=_place_at(uri),
+            fields=fields,
+            manifest=None if stored is None else stored.manifest,
+        )
+
+    def _recognized(self, hf_config: Mapping[str, object]) -> Mapping[str, object]:
+        return self._recognizer.fields(hf_config) if hf_config else {}
+
+    def _readme_of(self, ref: CheckpointRef, published: PublishedCheckpoint) -> dict[str, object]:
+        shards = [shard.name for shard in published.manifest.shards]
+        file = published.snapshot.file(name_in_source(published.inner, README_NAME, shards=shards))
+        if file is None or not file.size:
+            return {}
+        source = open_source(
+            ref.uri, inner_path=ref.path, revision=published.revision or None, settings=self._store.settings
+        )
+        try:
+            return front_matter_fields(source.read(published.snapshot, file, 0, min(file.size, MAX_README_BYTES)))
+        except (FetchError, CheckpointNotFoundError) as error:
+            log.warning("%s: %s cannot be read, so the card has no license: %s", ref.shown, README_NAME, error)
+            return {}
+
+
+def _field_of(path: Path, uri: str) -> str:
+    """Return the ``checkpoint`` field of a card that means a path.
+
+    :raises NotSupportedError: no text does.
+    """
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        raise NotSupportedError(f"{str(path)!r} is not valid Unicode. Rename it, as the catalog stores text.") from None
+    # A card's value has no spaces around it; a slash keeps those of a path.
+    for text in (str(path), f"{path}/"):
+        ref = checkpoint_ref(AssetCard("", {"checkpoint": text}))
+        if (ref.uri, ref.gated) == (uri, False):
+            return text
+
+    raise NotSupportedError(f"{str(path)!r} cannot be the `checkpoint` of a card: it reads as {ref.uri!r}. Rename it.")
+
+
+def _readme_at(path: Path) -> dict[str, object]:
+    file = (path if path.is_dir() else path.parent) / README_NAME
+    try:
+        with open_regular(file) as (opened, size):
+            return front_matter_fields(opened.read(min(size, MAX_README_BYTES)))
+    except CheckpointNotFoundError:
+        return {}
+    except (CorruptModelCheckpointError, OSError) as error:
+        log.warning("%s cannot be read, so the card states nothing of it: %s", file, error)
+        return {}
+
+
+def _place_of(path: Path, root: Path) -> Place:
+    below = len(path.relative_to(root).parts) if path != root else 1
+    *folders, name = path.parts[1:] or ("",)
+    if not path.is_dir():
+        name = _without_suffix(name)
+
+    return Place(parts=(*folders, name), below=below)
+
+
+def _without_suffix(name: str) -> str:
+    stem = name.removesuffix(".index.json")
+    while is_checkpoint_file(stem):
+        stem = stem.rpartition(".")[0]
+
+    return stem or name
+
+
+def _place_at(uri: str) -> Place:
+    if uri.partition("://")[0] in HUB_SCHEMES:
+        address = HubAddress.from_uri(uri)
+        text = "/".join(filter(None, (address.repo, address.inner)))
+    else:
+        text = shown_uri(uri).partition("://")[2]
+    *folders, name = text.strip("/").split("/")
+    parts = (*folders, _without_suffix(name))
+
+    return Place(parts=parts, below=len(parts))

@@ -1,0 +1,118 @@
+"""Changes of cards in the catalog: removal, another name, another place of the checkpoint. None touches weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lading.catalog import edit_cards
+from lading.catalog.added_cards import CheckpointContents
+from lading.catalog.checkpoints.holdings import known_uris
+from lading.catalog.records import CardChange
+from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoints.checkpoint import LocalCheckpointFiles, header_checks
+from lading.checkpoints.recording import require_writable
+from lading.errors import CheckpointNotFoundError, ModelCheckpointMismatchError
+from lading.system.filesystem import expand_home, path_exists
+from lading.system.uris import path_uri, uri_path
+
+
+def remove_cards(*names: str, dry_run: bool = False, store: AssetStore | None = None) -> tuple[CardChange, ...]:
+    """Remove cards from the catalog, each with its overlays. What the catalog knows of their checkpoints stays.
+
+    :param names: names of cards; ``name@env`` is one overlay.
+    :param dry_run: whether to change nothing, and only return the changes.
+
+    :raises AssetNotFoundError: there is no such card; nothing was removed, likewise below.
+    :raises PolicyError: a watched file or a package states one of them, or another card refers to one.
+    :raises CatalogError: the catalog cannot be written.
+    """
+    store = store or get_asset_store()
+
+    return tuple(edit_cards.remove_cards(_writable(store, dry_run).database, names, dry_run=dry_run))
+
+
+def rename_card(
+    old: str, new: str, *, dry_run: bool = False, store: AssetStore | None = None
+) -> tuple[CardChange, ...]:
+    """Give a card another name, also where other cards refer to it.
+
+    :param dry_run: whether to change nothing, and only return the changes.
+
+    :raises AssetNotFoundError: there is no card ``old``.
+    :raises AssetCardError: ``new`` is not a valid name, or that of another card; nothing was changed.
+    :raises PolicyError: a watched file or a package states the card, or one that refers to it; nothing was changed.
+    :raises CatalogError: the catalog cannot be written.
+    """
+    store = store or get_asset_store()
+
+    return tuple(edit_cards.rename_card(_writable(store, dry_run).database, old, new, dry_run=dry_run))
+
+
+def relocate_checkpoints(
+    old: str | Path, new: str | Path, *, dry_run: bool = False, store: AssetStore | None = None
+) -> tuple[CardChange, ...]:
+    """Have all cards that name a path, or one below it, name another one, to which you have moved the files.
+
+    The catalog keeps the digests of the checkpoints, so that their next load verifies them.
+
+    :param old: the path of a checkpoint, or of a folder with checkpoints in it; nothing need be there any more.
+    :param new: the path that takes its place.
+    :param dry_run: whether to change nothing, and only return the changes.
+
+    :raises CheckpointNotFoundError: nothing is at ``new``, or a checkpoint is not there (also a ``FileNotFoundError``).
+    :raises ModelCheckpointMismatchError: at the new place are other tensors; nothing was changed.
+    :raises PolicyError: a watched file or a package states one of the cards; nothing was changed.
+    :raises CatalogError: the catalog cannot be written.
+    """
+    store = store or get_asset_store()
+    _writable(store, dry_run)
+    after = expand_home(new).resolve()
+    # A link that the move has left at the old place does not count.
+    before = expand_home(old).absolute()
+    before = before.parent.resolve() / before.name
+    if before == after:
+        return ()
+    if not path_exists(after):
+        raise CheckpointNotFoundError(after, f"Nothing is at {after}. Move the files first; lading moves none.")
+    contents = [
+        _moved(uri, after / path.relative_to(before), store)
+        for uri in sorted(known_uris(store.database))
+        if (path := uri_path(uri)) is not None and path.is_relative_to(before)
+        # What is gone from both places is not there to be moved.
+        if path_exists(path) or path_exists(after / path.relative_to(before))
+    ]
+
+    return tuple(edit_cards.relocate(store.database, before, after, contents, dry_run=dry_run))
+
+
+def _moved(uri: str, path: Path, store: AssetStore) -> CheckpointContents:
+    """Return the contents of a checkpoint at its new place.
+
+    :raises CheckpointNotFoundError: nothing is there.
+    :raises ModelCheckpointMismatchError: it has other tensors there.
+    """
+    found = LocalCheckpointFiles.read(path, cache=store.settings.cache_dir)
+    stored = store.checkpoint(uri)
+    if stored is not None and not stored.manifest.tensors_equal(found.manifest):
+        raise ModelCheckpointMismatchError(
+            path,
+            f"{path} is expected to hold the tensors of {uri_path(uri)}, but has others. Nothing was changed; add it "
+            f"as a checkpoint of its own: `lading add {path}`.",
+        )
+
+    now = path_uri(found.path)
+
+    return CheckpointContents(
+        uri=now,
+        manifest=found.manifest,
+        copies=found.copies(),
+        checks=header_checks(found.checkpoint(now), {}),
+        moved_from=uri,
+    )
+
+
+def _writable(store: AssetStore, dry_run: bool) -> AssetStore:
+    if not dry_run:
+        require_writable(store)
+
+    return store

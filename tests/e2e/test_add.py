@@ -1,0 +1,464 @@
+"""Checkpoints on a disk that become cards of the catalog, by one command."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+
+import lading
+from lading.errors import (
+    AddressError,
+    CardFileError,
+    CatalogError,
+    CheckpointNotFoundError,
+    CorruptModelCheckpointError,
+    FetchError,
+    NotSupportedError,
+    PolicyError,
+)
+from lading.system.uris import path_uri
+from tests.helpers.cached_repository import add_cards, add_snapshot
+from tests.helpers.catalog_tools import nobody, public_folder
+from tests.helpers.make_checkpoint import make, tensors
+
+README = """\
+---
+license: apache-2.0
+base_model:
+- Qwen/Qwen3-0.6B
+pipeline_tag: text-generation
+---
+# A model
+"""
+
+ARCHITECTURE = """\
+architecture: tiny_qwen
+family: qwen
+config: {model_dim: 32, max_seq_len: 128, vocab_size: 100, tied_embeddings: true, num_layers: 2, num_attn_heads: 4,
+  num_key_value_heads: 2, head_dim: 8, qkv_proj_bias: false, q_norm: true, k_norm: true, ffn_inner_dim: 64}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _catalog(catalog: Path, cache: Path) -> None:
+    pass
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A folder with a checkpoint that is described in full."""
+    make(tmp_path / "models" / "Tiny")
+    (tmp_path / "models" / "Tiny" / "README.md").write_text(README)
+    return tmp_path / "models"
+
+
+def add(*paths: Path | str, **options: object) -> dict[str | None, lading.AddedCard]:
+    """The results by name; those without one are told apart by their place."""
+    found = lading.add_checkpoints(*paths, progress=False, **options)  # type: ignore[arg-type]
+    return {each.name or each.checkpoint: each for each in found}
+
+
+def statuses(found: dict[str | None, lading.AddedCard]) -> dict[str | None, str]:
+    return {name: each.status for name, each in found.items()}
+
+
+def own_fields(name: str) -> dict[str, object]:
+    return dict(lading.get_asset_store().retrieve_card(name).metadata)
+
+
+def dump() -> str:
+    """All rows of the catalog."""
+    path = lading.get_asset_store().database.path
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
+        return "\n".join(connection.iterdump())
+
+
+# --- the card ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_gets_a_card(models: Path) -> None:
+    (added,) = lading.add_checkpoints(models)
+
+    assert (added.name, added.status, added.checkpoint) == ("Tiny", "added", str(models / "Tiny"))
+    assert (added.family, added.arch, added.license) == ("qwen", None, "apache-2.0")
+    assert (added.bytes, added.dtypes) == (43_648, "BF16")
+    assert own_fields("Tiny") == {
+        "model_family": "qwen",
+        "checkpoint": str(models / "Tiny"),
+        "license": "apache-2.0",
+        "base_model": "Qwen/Qwen3-0.6B",
+        "pipeline_tag": "text-generation",
+    }
+    (summary,) = lading.get_asset_store().models("Tiny")
+    assert (summary.status, summary.bytes, summary.source) == ("ready", 43_648, "added")
+    (found,) = lading.get_asset_store().models(search="text generation tiny")
+    assert found.name == "Tiny"
+
+
+def test_an_architecture_of_these_numbers_is_stated(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "arch.yaml").write_text(ARCHITECTURE)
+    lading.import_cards(tmp_path / "arch.yaml")
+    make(models / "Longer", max_position_embeddings=256)
+
+    found = add(models)
+
+    assert {name: each.arch for name, each in found.items()} == {"Tiny": "tiny_qwen", "Longer": None}
+    assert lading.check_model("Tiny").fits
+    model = lading.load_model("Tiny", device="cpu", progress=False)
+    assert sum(p.numel() for p in model.parameters()) == 21_824
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "gpt2"},
+        {"model_type": "of_tomorrow"},
+        {"architectures": ["Qwen3ForSequenceClassification"], "hidden_act": "relu"},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    ],
+)
+def test_what_no_family_reads_is_a_model_of_transformers(tmp_path: Path, changes: dict[str, object]) -> None:
+    make(tmp_path / "other", **changes)
+
+    assert add(tmp_path / "other")["other"].family == "hg"
+
+
+def test_given_fields_come_before_found_ones(models: Path) -> None:
+    add(models, fields={"license": "mit", "owner": "me", "restrict": True})
+
+    assert own_fields("Tiny") | {"license": "mit", "owner": "me", "restrict": True} == own_fields("Tiny")
+
+
+def test_files_of_torch_have_cards_too(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors(), folder / "best.pt")
+    torch.save({name: tensor.t() for name, tensor in tensors().items() if tensor.ndim == 2}, folder / "strided.pth.tar")
+    torch.save(tensors(), tmp_path / "alone.pt")
+
+    found = add(tmp_path)
+    assert statuses(found) == {"best": "added", "strided": "added", str(tmp_path / "alone.pt"): "skipped"}
+    assert (found["best"].bytes, found["strided"].bytes) == (43_648, None), "without a rewrite nobody knows"
+    assert "--set model_family" in str(found[str(tmp_path / "alone.pt")].problem)
+
+    assert statuses(add(tmp_path / "alone.pt", fields={"model_family": "qwen"})) == {"alone": "added"}
+    assert lading.get_asset_store().checkpoint(path_uri(tmp_path / "alone.pt")) is not None
+
+
+def test_repositories_of_the_hub_beside_folders(tmp_path: Path, cache: Path) -> None:
+    folder = make(tmp_path / "Tiny-0.1")
+    snapshot = add_snapshot(cache, "Org/Tiny-0.1", folder)
+
+    found = add("hg://Org/Tiny-0.1", f"hg://Org/Tiny-0.1@{snapshot.name}", folder, name_from="path")
+    assert sorted(each.status for each in found.values()) == ["added", "failed", "failed"]
+    (tmp_path / "again").mkdir()
+    found = add("hg://Org/Tiny-0.1", make(tmp_path / "again" / "Tiny-0.1", shards=2))
+    assert statuses(found) == {"Org/Tiny-0.1": "added", "again/Tiny-0.1": "added"}
+    assert statuses(add(f"hg://Org/Tiny-0.1@{snapshot.name}", name_from="pinned")) == {"pinned": "added"}
+    assert own_fields("pinned")["checkpoint"] == f"hg://Org/Tiny-0.1@{snapshot.name}"
+
+
+def test_a_repository_is_described_by_its_files(tmp_path: Path, cache: Path) -> None:
+    folder = make(tmp_path / "Tiny")
+    (folder / "README.md").write_text(README)
+    snapshot = add_snapshot(cache, "Org/Tiny-0.1", folder)
+
+    (added,) = lading.add_checkpoints("hg://Org/Tiny-0.1", name_from="path")
+
+    assert (added.name, added.status, added.license, added.bytes) == ("Org/Tiny-0.1", "added", "apache-2.0", 43_648)
+    assert own_fields("Org/Tiny-0.1")["checkpoint"] == "hg://Org/Tiny-0.1"
+    stored = lading.get_asset_store().checkpoint("hg://Org/Tiny-0.1")
+    assert stored is not None
+    assert stored.revision == snapshot.name
+    assert statuses(add("hg://Org/Tiny-0.1")) == {"Org/Tiny-0.1": "unchanged"}
+
+    assert statuses(add("hg://Org/Unknown")) == {"hg://Org/Unknown": "failed"}
+    with pytest.raises(AddressError):
+        lading.add_checkpoints("hg://Org/Tiny/../x")
+
+
+def test_a_cache_of_the_hub_holds_checkpoints(tmp_path: Path, cache: Path) -> None:
+    folder = make(tmp_path / "Tiny")
+    (folder / "README.md").write_text(README)
+    add_snapshot(cache, "Org/Tiny", folder)
+    snapshot = add_snapshot(cache, "Org/Other", make(tmp_path / "Other", shards=2))
+    add_cards(tmp_path, known="hg://org/other")
+
+    found = add(cache)
+
+    assert statuses(found) == {"Tiny": "added", "known": "unchanged"}
+    assert own_fields("Tiny")["checkpoint"] == "hg://Org/Tiny"
+    assert own_fields("Tiny")["license"] == "apache-2.0"
+    assert statuses(add(snapshot)) == {"known": "unchanged"}
+    (tiny,) = lading.get_asset_store().models("Tiny")
+    assert tiny.status == "ready", "the files of the cache are adopted"
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_folders_of_a_folder_and_deeper_ones_on_request(tmp_path: Path, models: Path) -> None:
+    make(models / "Tiny" / "checkpoint-500")
+    make(models / "run1" / "checkpoint-500")
+    make(models / "run2" / "checkpoint-500", shards=2)
+    (models / "link").symlink_to(models / "run1" / "checkpoint-500")
+
+    assert statuses(add(models)) == {"Tiny": "added"}
+    assert statuses(add(models / "Tiny")) == {"Tiny": "unchanged"}, "a checkpoint is not searched"
+    assert statuses(add(models, recursive=True)) == {
+        "Tiny": "unchanged",
+        "Tiny/checkpoint-500": "added",
+        "run1/checkpoint-500": "added",
+        "run2/checkpoint-500": "added",
+    }
+    assert statuses(add(models / "link")) == {"run1/checkpoint-500": "unchanged"}, "a link is the folder it leads to"
+    assert statuses(add(f"{models}/run1/../run1/checkpoint-500/.")) == {"run1/checkpoint-500": "unchanged"}
+    assert statuses(add(models / "run2", models, recursive=True)).keys() == statuses(add(models, recursive=True)).keys()
+
+
+def test_a_name_that_another_card_has(tmp_path: Path) -> None:
+    make(tmp_path / "models" / "qwen3_0.6b")
+
+    assert statuses(add(tmp_path / "models" / "qwen3_0.6b")) == {"models/qwen3_0.6b": "added"}
+    for rule in ("path", "qwen3_0.6b"):
+        make(tmp_path / "more" / "qwen3_0.6b")
+        (failed,) = lading.add_checkpoints(tmp_path / "more", name_from=rule)
+        assert (failed.name, failed.status) == (None, "failed")
+        assert "'qwen3_0.6b'" in str(failed.problem)
+        assert "--name-from" in str(failed.problem)
+
+
+def test_rules_for_names(tmp_path: Path) -> None:
+    for name in ("a/x", "b/x", "b/y"):
+        make(tmp_path / name)
+
+    assert statuses(add(tmp_path, recursive=True, name_from="{folder}")) == {
+        str(tmp_path / "a" / "x"): "failed",
+        str(tmp_path / "b" / "x"): "failed",
+        "y": "added",
+    }
+    assert statuses(add(tmp_path, recursive=True, name_from="me/{parent}-{folder}")) == {
+        "me/a-x": "added",
+        "me/b-x": "added",
+        "y": "unchanged",
+    }
+    with pytest.raises(ValueError, match="rule for names"):
+        lading.add_checkpoints(tmp_path, name_from="{family}")
+
+
+def test_odd_names(tmp_path: Path) -> None:
+    odd = [
+        " two  words",
+        "ünï-çödé",
+        "日本語",
+        "--help",
+        "semi;gated=true",
+        "a@b",
+        "line\nbreak",
+        "x" * 201,
+        "~",
+        "50%",
+    ]
+    for name in odd:
+        make(tmp_path / "models" / name)
+    os.mkdir(os.fsencode(tmp_path / "models") + b"/\xff")
+    shutil.copytree(tmp_path / "models" / "~", os.fsdecode(os.fsencode(tmp_path / "models") + b"/\xff/tiny"))
+
+    found = add(tmp_path / "models", recursive=True)
+
+    good = {name.strip() for name in odd[:4]} | {"~", "50%"}
+    assert {name for name, each in found.items() if each.status == "added"} == good
+    for name in good:
+        card = lading.get_asset_store().retrieve_card(name)
+        assert Path(card.field("checkpoint").as_uri().removeprefix("file://")) in (tmp_path / "models").iterdir()
+        assert lading.get_asset_store().models(name)[0].status == "ready"
+    before = dump()
+    assert {name for name, each in add(tmp_path / "models", recursive=True).items() if each.name} == good
+    assert dump() == before
+    assert statuses(add(tmp_path / "models" / "a@b", name_from="a-b")) == {"a-b": "added"}
+
+
+# --- a second time ----------------------------------------------------------------------------------------------------
+
+
+def test_the_second_time_writes_nothing(models: Path) -> None:
+    make(models / "Other", shards=3)
+    add(models)
+    before = dump()
+
+    assert set(statuses(add(models)).values()) == {"unchanged"}
+    assert dump() == before
+
+
+def test_a_card_is_kept_under_its_new_name(models: Path) -> None:
+    add(models)
+    lading.rename_card("Tiny", "mine")
+
+    found = add(models, fields={"owner": "me"})
+
+    assert statuses(found) == {"mine": "changed"}
+    assert own_fields("mine")["owner"] == "me"
+    assert own_fields("mine")["license"] == "apache-2.0"
+    assert statuses(add(models, fields={"owner": "me"})) == {"mine": "unchanged"}
+
+
+def test_a_card_from_a_file_stays_as_it_is(models: Path, tmp_path: Path) -> None:
+    add_cards(tmp_path, mine=str(models / "Tiny"))
+
+    found = add(models, fields={"owner": "me"})
+
+    assert statuses(found) == {"mine": "unchanged"}
+    assert "cards.yaml" in str(found["mine"].problem)
+    assert "owner" not in own_fields("mine")
+
+
+def test_a_checkpoint_that_moved_takes_its_card_along(models: Path, tmp_path: Path) -> None:
+    make(models / "Other", hidden_act="swish")
+    add(models, fields={"owner": "me"})
+    add_cards(tmp_path, child="./nowhere\nbase: Tiny")
+    lading.verify_model("Tiny", progress=False)
+    (models / "Tiny").rename(tmp_path / "Renamed")
+
+    dry = add(tmp_path / "Renamed", dry_run=True)
+    found = add(tmp_path / "Renamed")
+
+    assert statuses(dry) == statuses(found) == {"Tiny": "moved"}
+    assert found["Tiny"].moved_from == str(models / "Tiny")
+    assert own_fields("Tiny") | {"checkpoint": str(tmp_path / "Renamed"), "owner": "me"} == own_fields("Tiny")
+    assert lading.get_asset_store().models("Tiny")[0].status == "ready"
+    assert lading.get_asset_store().tensor_digests(path_uri(tmp_path / "Renamed")), "the digests came along"
+    assert lading.get_asset_store().checkpoint(path_uri(models / "Tiny")) is None
+    assert lading.verify_model("Tiny", progress=False).good
+    assert set(statuses(add(tmp_path / "Renamed", models)).values()) == {"unchanged"}
+
+
+def test_what_is_gone_is_reported_and_kept(models: Path, tmp_path: Path) -> None:
+    make(models / "Other", shards=2)
+    add(models)
+    shutil.rmtree(models / "Tiny")
+
+    assert statuses(add(models)) == {"Other": "unchanged", "Tiny": "gone"}
+    assert statuses(add(make(tmp_path / "elsewhere" / "New", vocab_size=99))) == {"New": "added"}
+    assert "lading relocate" in str(add(models)["Tiny"].problem)
+    assert own_fields("Tiny")["license"] == "apache-2.0"
+
+
+def test_a_checkpoint_that_a_file_states_at_its_earlier_path(models: Path, tmp_path: Path) -> None:
+    add_cards(tmp_path, mine=str(models / "Tiny"))
+    lading.index_checkpoint("mine")
+    (models / "Tiny").rename(models / "Moved")
+
+    (found,) = lading.add_checkpoints(models)
+
+    assert (found.status, found.name) == ("skipped", None)
+    assert "'mine'" in str(found.problem)
+    assert "lading relocate" in str(found.problem)
+
+
+# --- what cannot be used ----------------------------------------------------------------------------------------------
+
+
+def test_one_failure_does_not_hinder_the_others(models: Path, tmp_path: Path) -> None:
+    make(models / "awq", quantization_config={"quant_method": "awq"})
+    make(models / "nonsense", hidden_size="wide")
+    make(models / "no-type", model_type=None)
+    (make(models / "no-json") / "config.json").write_text("{")
+    (make(models / "cut") / "model.safetensors").write_bytes(b"\0\0")
+    (make(models / "fifo") / "README.md").unlink(missing_ok=True)
+    os.mkfifo(models / "fifo" / "README.md")
+    outside = make(tmp_path / "outside")
+    (models / "leads-out").mkdir()
+    (models / "leads-out" / "model.safetensors").symlink_to(outside / "model.safetensors")
+
+    found = add(models)
+
+    def kind(name: str) -> tuple[str, type[Exception]]:
+        each = found[str(models / name)]
+        assert name in str(each.problem)
+        return each.status, type(each.error)
+
+    assert {name for name, each in found.items() if each.status == "added"} == {"Tiny", "fifo"}
+    assert kind("awq") == ("skipped", NotSupportedError)
+    assert kind("no-type") == ("skipped", NotSupportedError)
+    assert kind("nonsense")[0] == "failed"
+    assert kind("no-json") == ("failed", CorruptModelCheckpointError)
+    assert kind("cut") == ("failed", CorruptModelCheckpointError)
+    assert kind("leads-out") == ("failed", PolicyError)
+    assert lading.get_asset_store().checkpoint(path_uri(models / "nonsense")) is None, "nothing is half-written"
+
+
+def test_nothing_is_written_before_all_arguments_are_right(models: Path) -> None:
+    before = dump()
+    with pytest.raises(CheckpointNotFoundError, match=r"hg://Org/Name"):
+        lading.add_checkpoints(models, "Org/Name")
+    with pytest.raises(CardFileError):
+        lading.add_checkpoints(models, fields={"license": 5})
+    assert statuses(add(models, dry_run=True)) == {"Tiny": "added"}
+    assert dump() == before
+
+
+def test_a_catalog_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, catalog: Path) -> None:
+    with public_folder() as folder:
+        shutil.copy(catalog, folder / "catalog.sqlite")
+        (folder / "catalog.sqlite").chmod(0o444)
+        for file in make(folder / "models" / "Tiny").iterdir():
+            file.chmod(0o644)
+        monkeypatch.setenv("LADING_DATABASE_URL", f"sqlite:///{folder / 'catalog.sqlite'}")
+        with nobody():
+            assert statuses(add(folder / "models", dry_run=True)) == {"Tiny": "added"}
+            with pytest.raises(CatalogError, match="cannot be written"):
+                lading.add_checkpoints(folder / "models")
+
+
+def test_offline_an_unknown_repository_is_one_failure(models: Path) -> None:
+    found = add(models, "hg://Org/Unknown")
+
+    assert statuses(found) == {"Tiny": "added", "hg://Org/Unknown": "failed"}
+    assert isinstance(found["hg://Org/Unknown"].error, FetchError)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command(cli: Callable[..., Result], models: Path) -> None:
+    make(models / "awq", quantization_config={"quant_method": "awq"})
+    result = cli("add", models, "--set", "owner=me", "--set", "note=@x", "--set", "stars=3")
+    assert "Tiny  added" in result.stdout
+    assert "the name of the folder" in result.stderr
+    assert "2 checkpoints: 1 added, 1 skipped" in result.stderr
+    assert own_fields("Tiny") | {"owner": "me", "note": "@x", "stars": 3} == own_fields("Tiny")
+
+    (models / "cut").mkdir()
+    (models / "cut" / "model.safetensors").write_bytes(b"")
+    assert cli("add", models, "-q", code=4).stdout == "Tiny\n"
+    rows = json.loads(cli("add", models, "--json", "--dry-run", code=4).stdout)
+    assert sorted((row["name"] or "", row["status"]) for row in rows) == [
+        ("", "failed"), ("", "skipped"), ("Tiny", "unchanged"),
+    ]  # fmt: skip
+    for words in (["--set", "x"], ["--set", "name=x"], ["--name-from", "{x}"], ["--set", "license=[a"]):
+        cli("add", models / "none", *words, code=2)
+    cli("add", code=2)
+    assert "--recursive" in cli("add", models.parent / "home").stderr
+
+
+def test_cards_can_be_exported_and_imported_elsewhere(
+    cli: Callable[..., Result], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(models / " odd; name")
+    cli("add", models, "--set", "tags=[a, 1, {b: null}]")
+    cli("export-cards", "*", "-o", tmp_path / "all.yaml")
+    before = cli("export-cards", "*").stdout
+
+    assert "0 added, 0 changed" in cli("import", tmp_path / "all.yaml").stderr
+    monkeypatch.setenv("LADING_DATABASE_URL", f"sqlite:///{tmp_path / 'other.sqlite'}")
+    assert "2 added" in cli("import", tmp_path / "all.yaml").stderr
+    assert own_fields("Tiny")["tags"] == ["a", 1, {"b": None}]
+    assert sorted(cli("export-cards", "*").stdout) == sorted(before)
