@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from sqlalchemy import ColumnElement, Connection, Select, column, exists, false, func, insert, literal, select, table
+from sqlalchemy.orm import aliased
 
 from lading.cards.card import CONFIG_KEYS
 from lading.catalog.schema import CardRow
@@ -162,6 +163,15 @@ def found(connection: Connection, name: ColumnElement[str], search: str) -> Colu
     many = len(wanted) <= _MOST_CONDITIONS and connection.scalar(select(func.count()).select_from(hits.subquery()))
 
     return (found_by_text if many == _MANY_HITS else found_by_index)(name, wanted)
+
+
+def names_found(connection: Connection, search: str) -> list[str]:
+    """Return the names of the cards in which all words of ``search`` occur, in any order."""
+    cards = aliased(CardRow)
+    name = cards.name.expression
+    which = found(connection, name, search)
+
+    return list(connection.scalars(select(name).where(cards.env == "", which).order_by(name)))
 
 
 # --- is it as it should be? -------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
             "families": "lading.cli.families:families",
             "archs": "lading.cli.families:archs",
             "sql": "lading.cli.sql:sql",
+            "browse": "lading.cli.browse:browse",
             "check": "lading.cli.check:check",
             "diff": "lading.cli.diff:diff",
             "plan": "lading.cli.plan:plan",

@@ -50,7 +50,7 @@ def show(selection: Selection, tensors: bool, shards: bool, form: Form) -> None:
     shown: list[str] = []
 
     def show_one(name: str, card: AssetCard) -> None:
-        found = _look_up(card, store)
+        found = look_up(card, store)
         if listing is not None:
             rows.extend((*row, name) if selection.several else row for row in listing.rows(found))
         elif form is Form.TABLE:
@@ -76,7 +76,9 @@ def show(selection: Selection, tensors: bool, shards: bool, form: Form) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Found:
+class Found:
+    """A card, and what the catalog knows of its model."""
+
     card: AssetCard
     summary: ModelSummary
     ref: CheckpointRef
@@ -88,7 +90,11 @@ class _Found:
     problem: str | None
 
 
-def _look_up(card: AssetCard, store: AssetStore) -> _Found:
+def look_up(card: AssetCard, store: AssetStore) -> Found:
+    """Return what the catalog knows of a card's model.
+
+    :raises AssetCardError: the card does not name its checkpoint as it should.
+    """
     summary = store.summary(card)
     assert summary is not None  # it was retrieved just now
     ref = checkpoint_ref(card)
@@ -106,7 +112,7 @@ def _look_up(card: AssetCard, store: AssetStore) -> _Found:
     if family is not None and summary.status == "unknown-family":
         problem = problem or ModelFamilyNotKnownError(family).message
 
-    return _Found(
+    return Found(
         card=card,
         summary=summary,
         ref=ref,
@@ -127,7 +133,7 @@ _ADDRESSES = ("checkpoint", "tokenizer")
 """The fields whose values may be signed addresses."""
 
 
-def _fields(card: AssetCard) -> Iterator[tuple[str, object, str, str]]:
+def fields_of(card: AssetCard) -> Iterator[tuple[str, object, str, str]]:
     """Yield name, value, card and document of each field, the card's own fields first."""
     seen = {"base"}
     for each in card.chain():
@@ -142,7 +148,7 @@ def _fields(card: AssetCard) -> Iterator[tuple[str, object, str, str]]:
 # --- for programs ----------------------------------------------------------------------------------------------------
 
 
-def _as_object(found: _Found) -> dict[str, object]:
+def _as_object(found: Found) -> dict[str, object]:
     card, stored = found.card, found.checkpoint
 
     return {
@@ -155,7 +161,7 @@ def _as_object(found: _Found) -> dict[str, object]:
         "cards": [{"name": each.name, "source": each.source} for each in card.chain()],
         "source": found.summary.source,
         "fields": {
-            name: {"value": value, "card": owner, "source": source} for name, value, owner, source in _fields(card)
+            name: {"value": value, "card": owner, "source": source} for name, value, owner, source in fields_of(card)
         },
         "config": found.config,
         "checkpoint": {
@@ -186,15 +192,15 @@ class _Listing:
 
     columns: Sequence[str]
     table: Sequence[Column]
-    rows: Callable[[_Found], Iterable[tuple[object, ...]]]
+    rows: Callable[[Found], Iterable[tuple[object, ...]]]
 
 
-def _rows_of_tensors(found: _Found) -> Iterator[tuple[object, ...]]:
+def _rows_of_tensors(found: Found) -> Iterator[tuple[object, ...]]:
     for t in _indexed(found).manifest:
         yield t.name, t.dtype, t.shape, math.prod(t.shape), t.nbytes, t.shard.name, t.offset
 
 
-def _rows_of_shards(found: _Found) -> Iterator[tuple[object, ...]]:
+def _rows_of_shards(found: Found) -> Iterator[tuple[object, ...]]:
     stored = _indexed(found)
     paths = {copy.file: copy.path for copy in stored.copies}
     for shard in stored.manifest.shards:
@@ -209,7 +215,7 @@ _FIELDS = _Listing(
         Column(name="card"),
         Column(name="source", heading="from"),
     ),
-    rows=lambda found: _fields(found.card),
+    rows=lambda found: fields_of(found.card),
 )
 _TENSORS = _Listing(
     columns=("name", "dtype", "shape", "parameters", "bytes", "shard", "offset"),
@@ -234,7 +240,7 @@ _SHARDS = _Listing(
 )
 
 
-def _indexed(found: _Found) -> StoredCheckpoint:
+def _indexed(found: Found) -> StoredCheckpoint:
     if found.checkpoint is None:
         name = found.card.title
         raise CheckpointNotFoundError(
@@ -248,7 +254,8 @@ def _indexed(found: _Found) -> StoredCheckpoint:
 # --- for people ------------------------------------------------------------------------------------------------------
 
 
-def _write_text(found: _Found) -> None:
+def summary_pairs(found: Found) -> dict[str, object]:
+    """Return what there is to say of a model in a line each, by its label."""
     card, ref, stored = found.card, found.ref, found.checkpoint
 
     pairs: dict[str, object] = {
@@ -268,15 +275,20 @@ def _write_text(found: _Found) -> None:
     }
     if stored is not None:
         pairs |= checkpoint_pairs(stored)
-    write_pairs({name: value for name, value in pairs.items() if value is not None})
+
+    return {name: value for name, value in pairs.items() if value is not None}
+
+
+def _write_text(found: Found) -> None:
+    write_pairs(summary_pairs(found))
 
     click.echo()
     # The card's configuration is part of the last table.
-    fields = [row for row in _fields(card) if row[0] not in CONFIG_KEYS]
+    fields = [row for row in fields_of(found.card) if row[0] not in CONFIG_KEYS]
     write_rows(_FIELDS.columns, fields, Form.TABLE, table=_FIELDS.table)
     if found.config:
         click.echo()
-        write_rows(("configuration", "value"), list(_flat(found.config)), Form.TABLE)
+        write_rows(("configuration", "value"), list(flat(found.config)), Form.TABLE)
 
 
 def _source(uri: str) -> str:
@@ -286,10 +298,10 @@ def _source(uri: str) -> str:
     return uri if path is None or path_exists(path) else f"{uri} (not accessible; the card is kept as it was)"
 
 
-def _flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+def flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Yield the leaves of a configuration with their dotted paths."""
     for name, value in config.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

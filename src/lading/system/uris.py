@@ -10,6 +10,11 @@ _HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d{0,5})?")
 """A host of a web address, with or without a port."""
 
 
+_SCHEME = r"[A-Za-z][A-Za-z0-9+.-]{0,30}://"
+_ADDRESS = re.compile(rf'{_SCHEME}(?:(?!{_SCHEME})(?:[^"\\\n]|\\.))*')
+"""An address in a text: up to a quote, as in JSON, the end of the line, or the next address."""
+
+
 def shown_uri(uri: str) -> str:
     """Return ``uri`` without the user, the query and the fragment of a web address, so that it can be shown and kept.
 
@@ -49,3 +54,11 @@ def path_uri(path: Path) -> str:
 def uri_path(uri: str) -> Path | None:
     """Return the path of a ``file://`` URI; ``None`` for any other URI."""
     return Path(uri.removeprefix("file://")) if uri.startswith("file://") else None
+
+
+def without_secrets(text: str) -> str:
+    """Return a text, such as JSON or a message, with each address in it as :func:`shown_uri` shows it.
+
+    An address with a user, a query or a fragment may take the rest of its line with it.
+    """
+    return _ADDRESS.sub(lambda found: shown_uri(found[0]), text) if "://" in text else text
