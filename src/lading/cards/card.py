@@ -36,6 +36,8 @@ FIELDS = (
     "checkpoint",
     "checkpoint_path",
     "sha256",
+    "adapter",
+    "adapters",
     "restrict",
     "tokenizer",
     "tokenizer_path",

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
+from lading.cards.adapters import adapter_problems
 from lading.cards.card import CONFIG_KEYS, FIELDS, ArchitectureEntry, CardEntry, is_sha256
 from lading.cards.documents.document import Document, join, show
 from lading.cards.documents.json_lines import json_documents
@@ -27,7 +28,7 @@ _MAX_BAD_DOCUMENTS = 1_000
 """The most documents per file whose problems are listed; others are only counted."""
 
 _STRING_FIELDS = (
-    *(field for field in FIELDS if field not in (*CONFIG_KEYS, "sha256", "restrict")),
+    *(field for field in FIELDS if field not in (*CONFIG_KEYS, "sha256", "adapters", "restrict")),
     "tokenizer_family",
     "dataset_family",
 )
@@ -147,6 +148,8 @@ class _Reader:
             if (item := metadata.get(key)) is not None and not isinstance(item, dict):
                 problems.append(f".{key}: expected a mapping, found {show(item)}")
         _check_digests(metadata.get("sha256"), problems)
+        if (adapters := metadata.get("adapters")) is not None:
+            problems += (f".adapters{problem}" for problem in adapter_problems(adapters))
         if isinstance(base := metadata.get("base"), str):
             metadata["base"] = _plain_name(base, "base", problems)
 

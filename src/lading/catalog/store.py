@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from pathlib import Path
 
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from lading.cards.card import (
@@ -414,6 +414,13 @@ class AssetStore:
             return read_roots(session, uri)
 
     # --- export -------------------------------------------------------------------------------------------------------
+
+    def names_stating(self, *fields: str) -> list[str]:
+        """Return the names of the cards that state one of ``fields``, in any environment, or have such a base."""
+        stated = [CARDS.c.metadata_.contains(f'"{field}"') for field in fields]
+        with self._database.session() as session:
+            names = set(session.scalars(select(CARDS.c.name).where(or_(*stated))))
+            return sorted(names | descendants(session, names))
 
     def entries(self, pattern: str | None = None) -> tuple[list[CardEntry], list[ArchitectureEntry]]:
         """Return the documents behind the catalog, in their order: all, or those whose name matches a pattern."""

@@ -253,23 +253,27 @@ def _or_cached(fetch: Callable[[Settings], Sequence[FetchedFile]], settings: Set
     return {}
 
 
-def read_or_fetch_config(checkpoint: Checkpoint, store: AssetStore | None) -> Mapping[str, object]:
+def read_or_fetch_config(
+    checkpoint: Checkpoint, store: AssetStore | None, name: str = CONFIG_NAME
+) -> Mapping[str, object]:
     """Return the ``config.json`` beside a checkpoint, fetched if it is missing here; empty if there is no such file.
+
+    :param name: another name of it.
 
     :raises FetchError: it cannot be fetched.
     :raises CorruptModelCheckpointError: it is not a JSON object.
     """
-    if checkpoint.hf_config is not None:
+    if checkpoint.hf_config is not None and name == CONFIG_NAME:
         return checkpoint.hf_config
     ref = checkpoint.ref
     if ref is None:
-        return read_hf_config(Path(checkpoint.where))
+        return read_hf_config(Path(checkpoint.where), name)
     if store is None:
         raise InternalError(f"the checkpoint {ref.shown} is elsewhere, but was found without a catalog")
 
     source = open_source(ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=store.settings)
     shards = [shard.name for shard in checkpoint.manifest.shards]
-    file = RemoteFile(name=name_in_source(source.inner, CONFIG_NAME, shards=shards), size=None)
+    file = RemoteFile(name=name_in_source(source.inner, name, shards=shards), size=None)
     snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=(file,))
     try:
         (fetched,) = fetch_extra_files(source, snapshot, [file], store, checkpoint.uri, progress=False)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lading import formats
+from lading.cards.adapters import adapter_refs
 from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref
 from lading.catalog.checkpoints.record import record_checkpoint, record_files
 from lading.catalog.store import AssetStore, LocalCopy, StoredCheckpoint, get_asset_store
@@ -87,15 +88,17 @@ def address_of(card: AssetCard) -> CheckpointRef:
 
 
 def local_paths(card: AssetCard, store: AssetStore) -> list[Path]:
-    """Return the path of a card's checkpoint on this machine: its folder or its file; else all of its files.
+    """Return the path of a card's checkpoint on this machine: its folder or its file; else all of its files. Those of
+    its adapters follow.
 
     :raises ModelGatedError: the card names no checkpoint.
     :raises CheckpointNotFoundError: it is not on this machine.
     """
+    adapters = [path for each in adapter_refs(card) for path in local_paths(each.card, store)]
     ref = address_of(card)
     path = uri_path(ref.uri)
     if path is not None:
-        return [local_checkpoint(path, inner_path=ref.path)]
+        return [local_checkpoint(path, inner_path=ref.path), *adapters]
 
     stored = store.checkpoint(ref.key) if ref.uri else None
     files = None if stored is None else copies_as_known(stored)
@@ -112,7 +115,7 @@ def local_paths(card: AssetCard, store: AssetStore) -> list[Path]:
     folders = {each.parent for each in paths}
     named = all(file.name == shard.name for file, shard in zip(paths, stored.manifest.shards, strict=True))
 
-    return [folders.pop()] if len(paths) > 1 and len(folders) == 1 and named else paths
+    return [*([folders.pop()] if len(paths) > 1 and len(folders) == 1 and named else paths), *adapters]
 
 
 def index_checkpoint(target: str | Path, *, restrict: bool = True, store: AssetStore | None = None) -> StoredCheckpoint:

@@ -26,7 +26,7 @@ from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.checkpoints.recording import BestEffort, record_checks
 from lading.errors import DigestMismatchError, NotSupportedError
-from lading.formats.digests import Digests, differences, recorded
+from lading.formats.digests import Digests, default_dims, differences, recorded
 from lading.formats.manifest import Manifest
 from lading.sources.sha256 import sha256_file
 from lading.system.filesystem import FileStat
@@ -154,6 +154,24 @@ def finish_verification(
         if expected.digests is None:
             record_digests(store.database, uri=checkpoint.uri, manifest=manifest, digests=found)
         record_files(store.database, uri=checkpoint.uri, checks=checks)
+
+
+def verify_whole(
+    checkpoint: Checkpoint, store: AssetStore | None, mode: Verify, root: Gang, *, progress: bool = False
+) -> None:
+    """Verify a small checkpoint that every rank reads whole, before it is used. All ranks must call it.
+
+    :param store: the store; only rank 0 has one.
+
+    :raises DigestMismatchError: a file or a tensor is not the one that was published or recorded.
+    """
+    manifest = checkpoint.manifest
+    expected = root.first(
+        lambda: prepare_verification(checkpoint, store, mode, lambda: default_dims(manifest), progress=progress)
+    )
+    if expected is not None:
+        found = hash_checkpoint(manifest, checkpoint.here(), expected.dims)
+        finish_verification(checkpoint, expected, found, store, root, progress=progress)
 
 
 def _shards_of(manifest: Manifest, different: Different) -> list[int]:

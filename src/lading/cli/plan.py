@@ -112,6 +112,8 @@ def _summary(plan: LoadPlan) -> str:
     largest = max((rank.memory_bytes for rank in plan.ranks), default=0)
 
     return (
-        f"of {human_bytes(plan.checkpoint_bytes)} in {counted(plan.files, 'file')}; weights alone, at most "
+        f"of {human_bytes(plan.checkpoint_bytes)} in {counted(plan.files, 'file')}"
+        + (f", and {human_bytes(plan.adapter_bytes)} of adapters on each rank" if plan.adapter_bytes else "")
+        + "; weights alone, at most "
         f"{human_bytes(largest)}: activations, gradients and optimizer state come on top"
     )

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lading.cards.adapters import AdapterRef, adapter_refs
 from lading.cards.card import CONFIG_KEYS, AssetCard, CheckpointRef, checkpoint_ref
 from lading.cards.overrides import layers_of, merge_layers
 from lading.cli.command import command
 from lading.cli.describe import checkpoint_object, checkpoint_pairs
 from lading.cli.output import Column, Form, as_json, listing_options, write_json, write_pairs, write_rows
 from lading.cli.selection import Selection, select_models
-from lading.errors import CheckpointNotFoundError, ModelFamilyNotKnownError
+from lading.errors import AssetCardError, CheckpointNotFoundError, ModelFamilyNotKnownError
 from lading.system.display import human_bytes, human_count
 from lading.system.filesystem import path_exists
 from lading.system.uris import path_uri, shown_uri, uri_path
@@ -129,7 +130,7 @@ def _text_field(card: AssetCard, name: str) -> str | None:
     return None if field is None else field.as_(str)
 
 
-_ADDRESSES = ("checkpoint", "tokenizer")
+_ADDRESSES = ("checkpoint", "adapter", "tokenizer")
 """The fields whose values may be signed addresses."""
 
 
@@ -142,7 +143,24 @@ def fields_of(card: AssetCard) -> Iterator[tuple[str, object, str, str]]:
                 seen.add(name)
                 if name in _ADDRESSES and isinstance(value, str):
                     value = shown_uri(value)
+                elif name == "adapters" and isinstance(value, list):
+                    value = [_without_secrets(entry) for entry in value]
                 yield name, value, each.name, each.source_of(name)
+
+
+def _without_secrets(entry: object) -> object:
+    if not isinstance(entry, dict) or not isinstance(entry.get("checkpoint"), str):
+        return entry
+
+    return entry | {"checkpoint": shown_uri(entry["checkpoint"])}
+
+
+def _adapters(card: AssetCard) -> Sequence[AdapterRef]:
+    """Return the adapters of a card; none if its fields are wrong, which is its problem then."""
+    try:
+        return adapter_refs(card)
+    except AssetCardError:
+        return ()
 
 
 # --- for programs ----------------------------------------------------------------------------------------------------
@@ -172,6 +190,7 @@ def _as_object(found: Found) -> dict[str, object]:
             "verified_at": _verified_at(stored),
             "indexed": None if stored is None else checkpoint_object(stored),
         },
+        "adapters": [{"address": ref.card.name, "weight": ref.weight} for ref in _adapters(card)],
     }
 
 
@@ -272,6 +291,10 @@ def summary_pairs(found: Found) -> dict[str, object]:
         "ask at": ref.info_url if ref.gated else None,
         "local path": _existing(found.path),
         "verified": _verified_at(stored),
+        "adapters": ", ".join(
+            ref.card.name if ref.weight == 1 else f"{ref.weight:g} × {ref.card.name}" for ref in _adapters(card)
+        )
+        or None,
     }
     if stored is not None:
         pairs |= checkpoint_pairs(stored)

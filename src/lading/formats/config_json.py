@@ -80,9 +80,11 @@ def refuse_quantized_config(hf_config: Mapping[str, object], path: Path | str) -
         )
 
 
-def read_hf_config(path: Path) -> dict[str, object]:
+def read_hf_config(path: Path, name: str = CONFIG_NAME) -> dict[str, object]:
     """Read the ``config.json`` in the folder of a checkpoint; return an empty mapping if it does not exist.
+
+    :param name: another name of it.
 
     :raises CorruptModelCheckpointError: it is not a regular file, is too large, or is not a JSON object.
     """
-    return read_config_json(path / CONFIG_NAME if path.is_dir() else path.parent / CONFIG_NAME) or {}
+    return read_config_json(path / name if path.is_dir() else path.parent / name) or {}

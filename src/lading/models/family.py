@@ -77,6 +77,9 @@ class Family(Generic[ModelT, ModelConfigT]):
 
     :raises NotSupportedError: no rules can express the mapping.
     """
+    transposed: Callable[[ModelConfigT], frozenset[str]] | None = None
+    """A function that returns the weights with the inputs as their first dim, as in transformers' ``Conv1D``; adapters
+    are merged into them accordingly. ``None`` means that there are no such weights."""
     parallel_plan: Callable[[ModelConfigT], ParallelPlan] = _no_plan
     """The plan that splits a model over the ranks of gangs; axes without a plan are ignored."""
     hf_model_types: frozenset[str] = frozenset()

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lading.checkpoints.adapter import Adapter
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError
 from lading.formats.manifest import FLOATS, Manifest
+from lading.models.adapters import NO_MERGE, Merge, match_adapters
 from lading.models.family import Family
 from lading.models.shapes import targets_of_config
 from lading.models.targets import Targets
@@ -63,15 +65,34 @@ class CheckReport:
         )
 
 
-def check_manifest(manifest: Manifest, family: Family[Any, Any], config: Any) -> CheckReport:
-    """Check whether the checkpoint of ``manifest`` fits the model that ``family`` builds from ``config``.
+def check_manifest(
+    manifest: Manifest, family: Family[Any, Any], config: Any, adapters: Sequence[Adapter] = ()
+) -> CheckReport:
+    """Check whether the checkpoint of ``manifest``, with ``adapters``, fits the model that ``family`` builds from
+    ``config``.
 
     :raises TypeError: ``config`` is not of the family's class.
     """
     targets = targets_of_config(family, config)
-    routed = match(manifest, targets, family, config)
+    routed, merge = match_merged(manifest, adapters, targets, family, config)
 
-    return report_fit(manifest, targets, routed, family=family)
+    return report_fit(manifest, targets, routed, family=family, merge=merge)
+
+
+def match_merged(
+    manifest: Manifest, adapters: Sequence[Adapter], targets: Targets, family: Family[Any, Any], config: Any
+) -> tuple[Route, Merge]:
+    """Match tensors of a checkpoint, and of adapters, with parameters and persistent buffers of a model.
+
+    :returns: the tensors of the checkpoint that make targets, except for targets that an adapter has whole; and what
+        the adapters do.
+    """
+    routed = match(manifest, targets, family, config)
+    if not adapters:
+        return routed, NO_MERGE
+    merge = match_adapters(adapters, manifest, targets, routed, family=family, config=config)
+
+    return routed.without(merge.replaced), merge
 
 
 def match(manifest: Manifest, targets: Targets, family: Family[Any, Any], config: Any) -> Route:
@@ -96,11 +117,15 @@ def match(manifest: Manifest, targets: Targets, family: Family[Any, Any], config
     )
 
 
-def report_fit(manifest: Manifest, targets: Targets, routed: Route, *, family: Family[Any, Any]) -> CheckReport:
+def report_fit(
+    manifest: Manifest, targets: Targets, routed: Route, *, family: Family[Any, Any], merge: Merge = NO_MERGE
+) -> CheckReport:
     """Report as :func:`check_manifest`, for a built model whose tensors have been assigned."""
     quantized = {manifest.names[t]: manifest.dtypes[t] for t in _quantized(manifest, targets, routed)}
     problems = [f"quantized: {name} is stored as {dtype}" for name, dtype in quantized.items()]
     problems += _problems(manifest, targets, routed)
+    advice = _advice(targets, routed, family) if problems else _OF_ADAPTERS
+    problems += merge.problems
 
     tied = {
         manifest.names[tensor]: targets.names[target]
@@ -123,8 +148,11 @@ def report_fit(manifest: Manifest, targets: Targets, routed: Route, *, family: F
         drawn=routed.drawn,
         parameters=sum(map(math.prod, targets.shapes)),
         bytes=sum(map(manifest.nbytes, matched)),
-        advice=(_advice(targets, routed, family) or "Check the architecture and the overrides.") if problems else "",
+        advice=(advice or "Check the architecture and the overrides.") if problems else "",
     )
+
+
+_OF_ADAPTERS = "Check that the adapter was trained on this base."
 
 
 def _advice(targets: Targets, routed: Route, family: Family[Any, Any]) -> str | None:

@@ -1,6 +1,7 @@
 """The load of a model from a card or a path, which calls each layer once, top to bottom.
 
-config → manifest → module on the meta device → targets → route → plan → fetch → execute → verify → buffers → agreement.
+config → manifest → module on the meta device → targets → route → plan → fetch → execute → verify → merge of adapters →
+buffers → agreement.
 
 A load fetches nothing before the manifest shows that the checkpoint fits. In a gang, rank 0 alone reads the catalog,
 one rank of each host fetches, and each reads its part; a failure on one rank raises on all.
@@ -13,10 +14,10 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,9 +25,10 @@ from torch.nn import Module
 
 from lading.cards.card import AssetCard
 from lading.catalog.store import AssetStore
+from lading.checkpoints.adapter import Adapter
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.checkpoints.fetch import fetch_checkpoint, share
-from lading.checkpoints.verification import Verify, finish_verification, prepare_verification
+from lading.checkpoints.verification import Verify, finish_verification, prepare_verification, verify_whole
 from lading.gangs import Gangs
 from lading.models.construct import (
     assign,
@@ -40,7 +42,8 @@ from lading.models.construct import (
 )
 from lading.models.dtype import model_dtype
 from lading.models.family import Family, check_config_type
-from lading.models.fit import block_dims, match, name_of, report_fit, require_fit
+from lading.models.fit import block_dims, match_merged, name_of, report_fit, require_fit
+from lading.models.merge import Merger
 from lading.models.report import Clock, LoadReport
 from lading.models.resolve import resolve_model
 from lading.models.targets import Targets
@@ -88,6 +91,16 @@ class LoadOptions:
         return self.progress and self.gangs.root.rank == 0
 
 
+class _Resolved(NamedTuple):
+    """What rank 0 resolves for all ranks."""
+
+    config: Any
+    checkpoint: Checkpoint
+    adapters: tuple[Adapter, ...]
+    dtype: torch.dtype | None
+    """``None`` for that of each tensor of the checkpoint."""
+
+
 def load(
     target: AssetCard | Path,
     family: Family[Any, Any],
@@ -107,7 +120,7 @@ def load(
         check_config_type(config, family)
     clock = Clock()
 
-    def resolve() -> tuple[Any, Checkpoint, torch.dtype | None]:
+    def resolve() -> _Resolved:
         opened = None
         if store is not None:
             with clock.phase("catalog"):
@@ -122,12 +135,13 @@ def load(
                 progress=options.progress,
                 accept_others=options.verify == "never",
             )
-            return model.config, model.checkpoint, model_dtype(options.dtype, model.checkpoint, store=opened)
+            dtype = model_dtype(options.dtype, model.checkpoint, store=opened)
+            return _Resolved(model.config, model.checkpoint, model.adapters, dtype)
 
-    resolved, checkpoint, dtype = options.gangs.root.first(resolve)
+    resolved = options.gangs.root.first(resolve)
 
-    with _mapped_ahead(checkpoint, dtype, options) as ahead:
-        return _load(checkpoint, family, resolved, dtype, store, options, clock, ahead)
+    with _mapped_ahead(resolved.checkpoint, resolved.dtype, options) as ahead:
+        return _load(resolved, family, store, options, clock, ahead)
 
 
 def agreed(gangs: Gangs, load: Callable[[], T]) -> T:
@@ -149,15 +163,14 @@ def _mapped_ahead(
 
 
 def _load(
-    checkpoint: Checkpoint,
+    resolved: _Resolved,
     family: Family[Any, Any],
-    config: Any,
-    dtype: torch.dtype | None,
     store: Store | None,
     options: LoadOptions,
     clock: Clock,
     ahead: Ahead,
 ) -> tuple[Module, LoadReport]:
+    config, checkpoint, adapters, dtype = resolved
     gangs, device, progress = options.gangs, options.gangs.root.device, options.shows_progress
     gangs.root.same(
         (config, options.dtype, options.verify, options.cooperative), "configuration, dtype, verify and cooperative"
@@ -180,8 +193,8 @@ def _load(
             targets = split(module, family, config, gangs, dtype=dtype)
 
         with clock.phase("plan"):
-            routed = match(manifest, targets, family, config)
-            fit = report_fit(manifest, targets, routed, family=family)
+            routed, merge = match_merged(manifest, adapters, targets, family, config)
+            fit = report_fit(manifest, targets, routed, family=family, merge=merge)
             require_fit(fit, path=checkpoint.where, name=checkpoint.name)
         if family.untie is None or untied or not routed.duplicates:
             break
@@ -206,6 +219,7 @@ def _load(
 
     with clock.phase("fetch"):
         checkpoint = share(checkpoint, gangs.root, fetch)
+        added = [share(adapter.checkpoint, gangs.root, fetch) for adapter in adapters]
         expected = gangs.root.first(
             lambda: prepare_verification(
                 checkpoint,
@@ -239,6 +253,16 @@ def _load(
                 checkpoint, expected, moved.digests, catalog and catalog(), gangs.root, progress=progress
             )
 
+    if adapters:
+        with clock.phase("merge"):
+            for each in added:
+                verify_whole(each, catalog and catalog(), options.verify, gangs.root, progress=progress)
+            own = dtypes_of_drawn(targets, replace(routed, drawn=tuple(merge.replaced.values())), manifest)
+            for target, name in merge.replaced.items():
+                by_name[name] = torch.empty(targets.boxes[target].sizes, dtype=own[name], device=device)
+            merger = Merger(merge=merge, adapters=added, base=checkpoint, targets=targets, routed=routed, config=config)
+            merger.merge_into(by_name)
+
     with clock.phase("assemble"):
         drawn: dict[str, Tensor] = {}
         if missing := dtypes_of_drawn(targets, routed, manifest):
@@ -247,22 +271,27 @@ def _load(
         copied = assign(module, by_name | drawn, targets.aliases)
         reset_buffers(module, family, config, device, dtype or common_dtype(targets, routed, manifest))
 
-    dtypes = _elements_by_dtype(by_name.values())
+    loaded = _elements_by_dtype(by_name.values())
     report = LoadReport(
         name=checkpoint.name,
         family=family.name,
         model_class=kls.__name__,
         device=str(device),
-        dtypes=dtypes,
-        parameters=sum(dtypes.values()),
+        dtypes=loaded,
+        parameters=sum(loaded.values()),
         tensors=sum(1 for source in _sources(routed, targets) for _ in tensors_of(source)),
         shards=len(manifest.shards),
         bytes_read=moved.bytes_read,
-        bytes_mapped=sum(t.nbytes for t, home in zip(moved.tensors, planned.homes, strict=True) if home >= 0),
+        bytes_mapped=sum(
+            t.nbytes
+            for i, t, home in zip(order, moved.tensors, planned.homes, strict=True)
+            if home >= 0 and i not in merge.changes
+        ),
         bytes_copied=copied,
         reads=moved.reads,
         pages=moved.pages,
         phases=dict(clock.phases),
+        adapters=tuple(each.where for each in added),
     )
     log.info(
         "loaded %s: %d parameters, %.3f GB read in %d reads, %.3f s",

@@ -28,6 +28,7 @@ class LoadReport:
     shards: int
     bytes_read: int
     bytes_mapped: int
+    """The bytes that stay in the files; a weight with an adapter is copied when it is merged."""
     bytes_copied: int
     """The bytes that were copied again, because FSDP pads a shard that is smaller than that of the first rank."""
     reads: int
@@ -36,6 +37,8 @@ class LoadReport:
     """The bytes of CPU memory by the page size that was chosen for them, the most frequent first."""
     phases: Mapping[str, float]
     """The seconds of each phase, in the order in which they ran."""
+    adapters: tuple[str, ...] = ()
+    """The paths or addresses of the adapters that were merged into the weights."""
 
     @property
     def seconds(self) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 from lading.cards.card import AssetCard
 from lading.cards.config import architecture_config, resolve_config
 from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoints.adapter import Adapter, card_adapters
 from lading.checkpoints.checkpoint import Checkpoint, path_checkpoint
 from lading.checkpoints.extra_files import read_or_fetch_config
 from lading.checkpoints.locate import card_checkpoint
@@ -38,6 +39,8 @@ class ResolvedModel:
     """The card; ``None`` for a path, likewise below."""
     store: AssetStore | None
     """The store that was asked."""
+    adapters: tuple[Adapter, ...] = ()
+    """The adapters to merge into the weights."""
 
 
 def resolve_model(
@@ -86,8 +89,17 @@ def resolve_model(
     if checkpoint is None:
         checkpoint = card_checkpoint(card, store, progress=progress, accept_others=accept_others)
     config = _complete(config, family, checkpoint, store)
+    adapters = card_adapters(card, checkpoint, store, progress=progress, accept_others=accept_others)
 
-    return ResolvedModel(name=card.name, family=family, config=config, checkpoint=checkpoint, card=card, store=store)
+    return ResolvedModel(
+        name=card.name,
+        family=family,
+        config=config,
+        checkpoint=checkpoint,
+        card=card,
+        store=store,
+        adapters=adapters,
+    )
 
 
 def resolve_checkpoint(

@@ -35,6 +35,10 @@ class Targets:
     aliases: Mapping[str, str]
     """The other names of tied tensors → the first."""
 
+    def aliases_of(self, name: str) -> list[str]:
+        """Return the further names of a tied tensor."""
+        return [alias for alias, first in self.aliases.items() if first == name]
+
     def on_stage(self, stage: Targets) -> Targets:
         """Return the targets as a pipeline stage owns them, with an empty box for each tensor that it lacks.
 

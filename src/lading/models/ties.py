@@ -5,8 +5,6 @@ Equal copies are one parameter; different ones are an error, or are untied if th
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,7 +35,7 @@ def different_copies(checkpoint: Checkpoint, targets: Targets, routed: Route) ->
     for (target, copy), name in zip(routed.duplicates, routed.further_names, strict=True):
         own = sources[target]
         dtype = targets.dtypes[target] or checkpoint.manifest.dtypes[next(tensors_of(own))]
-        for box in _chunks(targets.shapes[target], BITS[dtype] // 8):
+        for box in Box.whole(targets.shapes[target]).slabs(_CHUNK // (BITS[dtype] // 8)):
             a, b = read_tensors(checkpoint, [own, copy], [dtype, dtype], boxes=[box, box])
             if not are_same(a, b):
                 found.append(name)
@@ -63,16 +61,3 @@ def tied_mismatch_error(checkpoint: Checkpoint, config: Any, copy: str, name: st
         + ("`tied_embeddings: false`." if untied else "a configuration that does not tie them."),
         [f"tied, but different: {copy} and {name}"],
     )
-
-
-def _chunks(shape: tuple[int, ...], size: int) -> Iterator[Box]:
-    """Yield boxes of a few rows each that cover a tensor of ``shape``.
-
-    :param size: the bytes of an element.
-    """
-    if not shape or 0 in shape:
-        yield Box.whole(shape)
-        return
-    rows = max(1, _CHUNK // (math.prod(shape[1:]) * size))
-    for start in range(0, shape[0], rows):
-        yield Box((start, *[0] * (len(shape) - 1)), (min(rows, shape[0] - start), *shape[1:]))

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 from lading import formats
+from lading.cards.adapters import adapter_refs
 from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref
 from lading.catalog.store import AssetStore
 from lading.errors import AssetCardError
@@ -24,10 +25,15 @@ def catalog_uri(ref: CheckpointRef, store: AssetStore) -> str:
     return path_uri(formats.rewritten(path, cache=store.settings.cache_dir) or path)
 
 
-def cards_with(store: AssetStore, wanted: Callable[[str], bool]) -> list[tuple[AssetCard, CheckpointRef]]:
+def cards_with(
+    store: AssetStore, wanted: Callable[[str], bool], *, adapters: bool = True
+) -> list[tuple[AssetCard, CheckpointRef]]:
     """Return the cards, with their overlays, whose checkpoint has a wanted URI; log and skip bad cards.
 
+    A card with adapters counts for each of them, too.
+
     :param wanted: a condition on ``checkpoint`` alone, without the ``checkpoint_path`` inside.
+    :param adapters: whether adapters may be wanted.
     """
     found = []
     for model in store.models(include_all=True):
@@ -37,6 +43,13 @@ def cards_with(store: AssetStore, wanted: Callable[[str], bool]) -> list[tuple[A
             card = store.maybe_retrieve_card(model.name)
             if card is not None:
                 found.append((card, checkpoint_ref(card)))
+        except AssetCardError as error:
+            log.warning("A card of the catalog cannot be used: %s", error)
+    for name in store.names_stating("adapter", "adapters") if adapters else ():
+        try:
+            card = store.maybe_retrieve_card(name)
+            refs = () if card is None else (checkpoint_ref(each.card) for each in adapter_refs(card))
+            found += [(card, ref) for ref in refs if card is not None and wanted(ref.uri)]
         except AssetCardError as error:
             log.warning("A card of the catalog cannot be used: %s", error)
 
@@ -55,7 +68,8 @@ def names_of(store: AssetStore, uris: Iterable[str]) -> dict[str, list[str]]:
         return uri.rstrip("/") in heads or (any_rewritten and uri_path(uri) is not None)
 
     names: dict[str, list[str]] = {}
-    for card, ref in cards_with(store, may_be):
+    # The address of an adapter is that of its file.
+    for card, ref in cards_with(store, may_be, adapters=any(uri.endswith(".safetensors") for uri in wanted)):
         uri = catalog_uri(ref, store)
         if uri in wanted:
             names.setdefault(uri, []).append(card.name)

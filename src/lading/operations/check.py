@@ -13,7 +13,8 @@ from lading.models.resolve import resolve_model
 def check_model(
     target: AssetCard | str | Path, *, restrict: bool = True, store: AssetStore | None = None
 ) -> CheckReport:
-    """Check that a model's checkpoint fits its architecture, by the names, shapes and dtypes of its tensors.
+    """Check that a model's checkpoint, and the adapters of its card, fit its architecture, by the names, shapes and
+    dtypes of their tensors.
 
     :param target: a card, the name of one, or the path of a Hugging Face style folder. The checkpoint of a card may be
         remote; if it is not indexed, its headers are read from the source.
@@ -29,4 +30,4 @@ def check_model(
     """
     model = resolve_model(target, store, restrict=restrict)
 
-    return check_manifest(model.checkpoint.manifest, model.family, model.config)
+    return check_manifest(model.checkpoint.manifest, model.family, model.config, model.adapters)

@@ -229,7 +229,9 @@ def _stated(store: AssetStore) -> set[str]:
     found: set[str] = set()
     for entry in store.entries()[0]:
         inner = entry.metadata.get("checkpoint_path")
-        for name, value in entry.metadata.items():
+        adapters = entry.metadata.get("adapters")
+        listed = [each for each in adapters if isinstance(each, dict)] if isinstance(adapters, list) else []
+        for name, value in (item for stated in (entry.metadata, *listed) for item in stated.items()):
             if not isinstance(value, str):
                 continue
             try:

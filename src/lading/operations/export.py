@@ -21,19 +21,27 @@ from torch.nn import Module
 
 from lading.cards.card import AssetCard
 from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoints.adapter import Adapter
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.checkpoints.extra_files import TOKENIZER_JSON, TOKENIZER_NAMES, companions, files_beside
 from lading.checkpoints.fetch import fetch_checkpoint
-from lading.checkpoints.verification import Verify, finish_verification, prepare_verification, require_mode
+from lading.checkpoints.verification import (
+    Verify,
+    finish_verification,
+    prepare_verification,
+    require_mode,
+    verify_whole,
+)
 from lading.errors import NotSupportedError, PolicyError
 from lading.formats.config_json import CONFIG_NAME
 from lading.formats.folder import some
 from lading.formats.safetensors_writer import Entry, Writer, write_index
 from lading.gangs import Gang, Gangs, create_fake_gangs
-from lading.models.construct import build_on_meta, other_dtypes, resolve_dtypes
+from lading.models.construct import build_on_meta, dtypes_of_drawn, other_dtypes, resolve_dtypes
 from lading.models.dtype import model_dtype
 from lading.models.family import Family, check_config_type, get_family
-from lading.models.fit import block_dims, match, name_of, report_fit, require_fit
+from lading.models.fit import block_dims, match_merged, name_of, report_fit, require_fit
+from lading.models.merge import Merger
 from lading.models.resolve import arch_config, resolve_model
 from lading.models.targets import Targets, is_distributed, targets_of
 from lading.models.tensors import DigestCollector, read_tensors
@@ -168,8 +176,9 @@ def convert_checkpoint(
     others = other_dtypes(module, family, config, asked, sdp=1)
     # config.json describes these targets: it cannot say that tied parameters are stored separately.
     described = targets = targets_of(module, dtype=asked, others=others)
-    routed = match(manifest, targets, family, config)
-    fit = report_fit(manifest, targets, routed, family=family)
+    adapters = model.adapters
+    routed, merge = match_merged(manifest, adapters, targets, family, config)
+    fit = report_fit(manifest, targets, routed, family=family, merge=merge)
     require_fit(fit, path=checkpoint.where, name=checkpoint.name)
     if not drop:
         _require_no_loss(routed.unneeded, checkpoint, family)
@@ -178,7 +187,7 @@ def convert_checkpoint(
     if family.untie is not None and (untied := different_copies(checkpoint, targets, routed)):
         family.untie(module, untied)
         targets = targets_of(module, dtype=asked, others=others)
-        routed = match(manifest, targets, family, config)
+        routed, merge = match_merged(manifest, adapters, targets, family, config)
 
     dtypes = resolve_dtypes(targets, routed, manifest, sdp=1)
     entries = [
@@ -186,6 +195,11 @@ def convert_checkpoint(
         for i, d in zip(routed.targets, dtypes, strict=True)
     ]
     sources = [routed.composed.get(i, tensor) for i, tensor in enumerate(routed.tensors)]
+    own = dtypes_of_drawn(targets, replace(routed, drawn=tuple(merge.replaced.values())), manifest)
+    added = [
+        Entry(name=name, dtype=DTYPE_NAMES[own[name]], shape=targets.shapes[target])
+        for target, name in merge.replaced.items()
+    ]
 
     if model.card is None or store is None:
         beside: Mapping[str, Path] = files_beside(Path(name))
@@ -195,18 +209,28 @@ def convert_checkpoint(
         checkpoint, store, verify, lambda: block_dims(manifest, family, config, targets, routed), progress=progress
     )
     witness = None if expected is None else DigestCollector(manifest, expected.dims)
-    values = config_values(family, config, described, entries, beside)
+    values = config_values(family, config, described, [*entries, *added], beside)
     if family.untie is None:  # else the copies were compared above
         _check_tied(checkpoint, config, targets, routed)
 
+    merger = Merger(
+        merge=merge,
+        adapters=[] if store is None else _here(adapters, store, verify, progress=progress),
+        base=checkpoint,
+        targets=targets,
+        routed=routed,
+        config=config,
+    )
+
     with atomic_folder(folder) as temporary:
-        require_space(temporary, sum(entry.nbytes for entry in entries))
-        order = sorted(range(len(entries)), key=routed.tensors.__getitem__)  # as they lie in the files
-        shards = files_of([entries[i] for i in order], shard_size)
+        require_space(temporary, sum(entry.nbytes for entry in (*entries, *added)))
         by_name = {entry.name: source for entry, source in zip(entries, sources, strict=True)}
+        order = sorted(range(len(entries)), key=routed.tensors.__getitem__)  # as they lie in the files
+        entries = [*(entries[i] for i in order), *added]
+        shards = files_of(entries, shard_size)
         with byte_bar(sum(entry.nbytes for entry in entries), "write", shown=progress) as bar:
             for file, shard in shards.items():
-                _copy(temporary / file, shard, checkpoint, by_name, bar, witness)
+                _copy(temporary / file, shard, merger, by_name, bar, witness)
         if expected is not None and witness is not None:
             finish_verification(
                 checkpoint, expected, witness.digests(), store, create_fake_gangs("cpu").root, progress=progress
@@ -345,6 +369,17 @@ def _require_no_loss(trained: Sequence[str], checkpoint: Checkpoint, family: Fam
         )
 
 
+def _here(adapters: Sequence[Adapter], store: AssetStore, verify: Verify, *, progress: bool) -> list[Checkpoint]:
+    """Return the verified adapters with their files, after fetching missing ones."""
+    found = []
+    for adapter in adapters:
+        here = fetch_checkpoint(adapter.checkpoint, store, settings=store.settings, progress=progress)
+        verify_whole(here, store, verify, create_fake_gangs("cpu").root, progress=progress)
+        found.append(here)
+
+    return found
+
+
 def _check_tied(checkpoint: Checkpoint, config: Any, targets: Targets, routed: Route) -> None:
     """Require that all copies of a tied parameter are equal, as only one is written."""
     manifest = checkpoint.manifest
@@ -360,22 +395,29 @@ def _check_tied(checkpoint: Checkpoint, config: Any, targets: Targets, routed: R
 def _copy(
     path: Path,
     shard: Sequence[Entry],
-    checkpoint: Checkpoint,
+    merger: Merger,
     sources: Mapping[str, Source],
     bar: tqdm[Any],
     witness: DigestCollector | None,
 ) -> None:
-    """Write a file from a checkpoint, a few tensors at a time.
+    """Write a file from a checkpoint and its adapters, a few tensors at a time.
 
-    :param sources: the sources of the tensors, by name.
+    :param sources: the sources of the tensors of the checkpoint, by name.
     :param witness: computes digests of the bytes that are read.
     """
     with Writer(path, shard) as writer:
         for batch in batches(shard):
-            wanted = [sources[entry.name] for entry in batch]
-            for tensor in read_tensors(checkpoint, wanted, [entry.dtype for entry in batch], witness=witness):
-                writer.write(_bytes(tensor))
-                bar.update(tensor.nbytes)
+            base = [entry for entry in batch if entry.name in sources]
+            wanted = [sources[entry.name] for entry in base]
+            read = read_tensors(merger.base, wanted, [entry.dtype for entry in base], witness=witness)
+            tensors = {entry.name: tensor for entry, tensor in zip(base, read, strict=True)}
+            for entry in batch:
+                if entry.name not in tensors:  # an adapter has it whole
+                    tensors[entry.name] = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+            merger.merge_into(tensors)
+            for entry in batch:
+                writer.write(_bytes(tensors[entry.name]))
+                bar.update(entry.nbytes)
 
 
 def _write_together(path: Path, shard: Sequence[Entry], tensors: Mapping[str, Tensor], *, writes: bool) -> None:

@@ -12,12 +12,13 @@ import torch
 
 from lading.cards.card import AssetCard
 from lading.catalog.store import AssetStore
+from lading.checkpoints.adapter import Adapter
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.formats.manifest import Manifest
 from lading.models.construct import build_on_meta, gc_disabled, other_dtypes, resolve_dtypes
 from lading.models.dtype import model_dtype
 from lading.models.family import Family, check_config_type
-from lading.models.fit import match, report_fit, require_fit
+from lading.models.fit import match_merged, report_fit, require_fit
 from lading.models.parallelize import placements
 from lading.models.pipeline import holders
 from lading.models.resolve import resolve_model
@@ -71,6 +72,8 @@ class LoadPlan:
     """The sizes of the gangs ``pp``, ``rdp``, ``sdp`` and ``tp``."""
     checkpoint_bytes: int
     """The size of all tensors in bytes."""
+    adapter_bytes: int
+    """The size of all tensors of the adapters, which every rank reads, in bytes."""
     files: int
     """The number of files of the checkpoint."""
     ranks: tuple[RankPlan, ...]
@@ -116,9 +119,11 @@ def plan_checkpoint(
     sizes: Mapping[str, int],
     dtype: torch.dtype | None,
     ranks: Sequence[int] | None,
+    adapters: Sequence[Adapter] = (),
 ) -> LoadPlan:
     """Plan the load of a resolved model, as :func:`plan_load`.
 
+    :param adapters: the adapters to merge; each weight is read as without them.
     :param sizes: the sizes of all of :data:`AXES`.
     :param dtype: the dtype of floating-point tensors; ``None`` keeps the checkpoint's own.
     """
@@ -144,8 +149,8 @@ def plan_checkpoint(
         staged = parallel_plan.stages
         pp = 1 if staged is None else sizes["pp"]
         held = [None] * len(targets.names) if staged is None else holders(staged, targets.names, targets.aliases, pp)
-        routed = match(manifest, targets, family, config)
-        fit = report_fit(manifest, targets, routed, family=family)
+        routed, merge = match_merged(manifest, adapters, targets, family, config)
+        fit = report_fit(manifest, targets, routed, family=family, merge=merge)
         require_fit(fit, path=checkpoint.where, name=checkpoint.name)
         layout = lay_out(
             manifest,
@@ -184,6 +189,7 @@ def plan_checkpoint(
         family=family.name,
         sizes={axis: sizes[axis] for axis in AXES},
         checkpoint_bytes=manifest.total_bytes,
+        adapter_bytes=sum(adapter.checkpoint.manifest.total_bytes for adapter in adapters),
         files=len(manifest.shards),
         ranks=tuple(map(of_rank, range(world) if ranks is None else ranks)),
         manifest=manifest,
@@ -227,4 +233,5 @@ def plan_load(
         sizes={"pp": pp, "rdp": rdp, "sdp": sdp, "tp": tp},
         dtype=model_dtype(chosen, model.checkpoint, store=model.store),
         ranks=ranks,
+        adapters=model.adapters,
     )

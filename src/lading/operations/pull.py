@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from lading.cards.adapters import adapter_refs
 from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref
 from lading.catalog.checkpoints.record import record_checkpoint
 from lading.catalog.store import AssetStore, get_asset_store
@@ -29,6 +30,7 @@ from lading.checkpoints.recording import fetch_extra_files, require_writable
 from lading.checkpoints.verification import require_pinned
 from lading.errors import AssetCardError, FetchError, NotSupportedError, TorchNotFoundError
 from lading.formats import NotByHeadersError
+from lading.formats.adapter_config import ADAPTER_CONFIG_NAME
 from lading.formats.config_json import CONFIG_NAME, refuse_quantized_config
 from lading.models.fit import CheckReport, check_manifest, require_fit
 from lading.models.resolve import family_of_card, resolve_model
@@ -86,12 +88,12 @@ def pull_model(
     progress: bool = True,
     store: AssetStore | None = None,
 ) -> PullReport:
-    """Fetch the current checkpoint of a card and record it in the catalog.
+    """Fetch the current checkpoint of a card, and its adapters, and record them in the catalog.
 
     This checks by the headers that it fits the card's architecture before it fetches a byte of a weight.
 
     :param revision: a branch, a tag or a commit of the source; default: the one that the card's URI names, or the
-        latest. Loads of the card then use it until the next pull.
+        latest. Loads of the card then use it until the next pull. Adapters have their own revisions.
     :param include: shell-style patterns of other files of the source; this always fetches its ``config.json`` and the
         tokenizer, from there or from the place that the card states. A web server lists no files: there they are names
         of files beside the checkpoint, and ``config.json`` comes if its family needs it.
@@ -109,6 +111,26 @@ def pull_model(
     """
     store = store or get_asset_store()
     card = store.retrieve_card(name)
+    adapters = [
+        _pull(ref.card, store, None, (ADAPTER_CONFIG_NAME,), dry_run=dry_run, progress=progress)
+        for ref in adapter_refs(card)
+    ]
+    report = _pull(card, store, revision, include, dry_run=dry_run, progress=progress)
+    added = [replace(file, name=f"adapter: {file.name}") for each in adapters for file in each.files]
+
+    return replace(report, files=(*report.files, *added))
+
+
+def _pull(
+    card: AssetCard,
+    store: AssetStore,
+    revision: str | None,
+    include: Sequence[str],
+    *,
+    dry_run: bool,
+    progress: bool,
+) -> PullReport:
+    """Fetch one checkpoint, as :func:`pull_model`."""
     ref = address_of(card)
     require_access(card.title, ref)
     if uri_path(ref.uri) is not None:
@@ -285,7 +307,7 @@ def _checked(card: AssetCard, checkpoint: Checkpoint, store: AssetStore) -> Chec
         return None  # other programs may need it all the same
     model = resolve_model(card, store, family=family, checkpoint=checkpoint)
 
-    return check_manifest(checkpoint.manifest, family, model.config)
+    return check_manifest(checkpoint.manifest, family, model.config, model.adapters)
 
 
 def _companions(

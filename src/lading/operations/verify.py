@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lading import formats
+from lading.cards.adapters import adapter_refs
 from lading.cards.card import AssetCard, CheckpointRef
 from lading.catalog.checkpoints.record import record_digests, record_files, recorded_headers
 from lading.catalog.records import Check, CopyKind, LocalCopy
@@ -85,7 +86,7 @@ class VerifyReport:
 def verify_model(
     name: str | Path, *, repair: bool = False, progress: bool = True, store: AssetStore | None = None
 ) -> VerifyReport:
-    """Check all bytes of the files of a model on this machine.
+    """Check all bytes of the files of a model, and of its adapters, on this machine.
 
     This compares them with the published or recorded SHA-256; else with the digests of tensors that the first load
     recorded. It records unknown digests. Every check becomes a row; if the catalog cannot be written, this checks the
@@ -105,6 +106,21 @@ def verify_model(
     """
     store = store or get_asset_store()
     of = expand_home(name) if isinstance(name, Path) else store.retrieve_card(name)
+    report = _verify(of, store, repair=repair, progress=progress)
+    for ref in () if isinstance(of, Path) else adapter_refs(of):
+        adapter = _verify(ref.card, store, repair=repair, progress=progress)
+        report = replace(
+            report,
+            checks=(*report.checks, *adapter.checks),
+            repaired=report.repaired | adapter.repaired,
+            hint=" ".join(filter(None, (report.hint, adapter.hint))),
+        )
+
+    return report
+
+
+def _verify(of: AssetCard | Path, store: AssetStore, *, repair: bool, progress: bool) -> VerifyReport:
+    """Check the files of one checkpoint."""
     checkpoint, kinds = _known(of, store)
     checks = _checked(checkpoint, of, store, progress=progress)
     _record(checkpoint, kinds, checks, store)

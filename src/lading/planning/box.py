@@ -52,6 +52,15 @@ class Box:
         """Return whether the box covers a tensor of shape ``shape``."""
         return self.sizes == tuple(shape) and not any(self.starts)
 
+    def slabs(self, most: int) -> Iterator[Box]:
+        """Yield boxes of at most ``most`` elements, but at least one index, along the first dim, in order."""
+        if not self.sizes or self.numel == 0:
+            yield self
+            return
+        count = max(1, most // math.prod(self.sizes[1:]))
+        for first in range(0, self.sizes[0], count):
+            yield Box((self.starts[0] + first, *self.starts[1:]), (min(count, self.sizes[0] - first), *self.sizes[1:]))
+
     def runs(self, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Yield the box as runs ``(first element, number of elements)`` of the row-major tensor of shape ``shape``.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from lading.errors import InternalError
@@ -89,6 +89,25 @@ class Route:
         columns = zip(self.targets, self.tensors, strict=True)
 
         return [(target, self.composed.get(i, tensor)) for i, (target, tensor) in enumerate(columns)]
+
+    def without(self, targets: Mapping[int, str]) -> Route:
+        """Return the route without ``targets``, by position with their names: something else makes them."""
+        kept = [i for i, target in enumerate(self.targets) if target not in targets]
+        copies = [i for i, (target, _) in enumerate(self.duplicates) if target not in targets]
+        names = frozenset(targets.values())
+
+        return replace(
+            self,
+            targets=array("I", [self.targets[i] for i in kept]),
+            tensors=array("I", [self.tensors[i] for i in kept]),
+            composed={n: self.composed[i] for n, i in enumerate(kept) if i in self.composed},
+            duplicates=tuple(self.duplicates[i] for i in copies),
+            further_names=tuple(self.further_names[i] for i in copies),
+            missing=tuple(name for name in self.missing if name not in names),
+            drawn=tuple(name for name in self.drawn if name not in names),
+            clashes=tuple(clash for clash in self.clashes if clash[0] not in names),
+            incomplete=tuple(each for each in self.incomplete if each[0] not in names),
+        )
 
 
 def route(

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from lading.cards.adapters import adapter_refs
 from lading.cards.card import AssetCard, CardEntry, checkpoint_ref, resolve_card
 from lading.catalog.database.statements import chunks
 from lading.catalog.schema import CARDS, CardRow
@@ -127,6 +128,10 @@ def resolve_columns(entry: CardEntry, entries: Entries) -> dict[str, str | int |
         found["checkpoint_path"] = ref.path
         found["gated"] = int(ref.gated)
         found["info_url"] = ref.info_url
+    try:
+        adapter_refs(card)
+    except AssetCardError as error:
+        problems.append(error.message)
     found["problem"] = "\n".join(problems) or None
     found["search_text"] = search_text(entry.name, entry.metadata, entries.words(entry.base))
 

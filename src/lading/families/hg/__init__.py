@@ -41,6 +41,12 @@ def _rules_of_names(config: HuggingFaceModelConfig, names: Sequence[str]) -> Seq
     return rules_of(outline(config), names)
 
 
+def _transposed(config: HuggingFaceModelConfig) -> frozenset[str]:
+    from lading.families.hg.outline import transposed
+
+    return transposed(config)
+
+
 def _may_lack(config: HuggingFaceModelConfig, names: Sequence[str]) -> Sequence[str]:
     from lading.families.hg.outline import may_lack
 
@@ -82,6 +88,7 @@ FAMILY: Family[Module, HuggingFaceModelConfig] = Family(
     init=_init,
     rules_of_names=_rules_of_names,
     may_lack=_may_lack,
+    transposed=_transposed,
     parallel_plan=_parallel_plan,
     from_hf=from_hf,
     reads_other_model_types=True,

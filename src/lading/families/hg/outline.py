@@ -78,6 +78,13 @@ def may_lack(config: HuggingFaceModelConfig, names: Sequence[str]) -> Sequence[s
     return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
 
 
+def transposed(config: HuggingFaceModelConfig) -> frozenset[str]:
+    """Return the weights of ``Conv1D``, which have the inputs as their first dim, as in GPT-2."""
+    from transformers.pytorch_utils import Conv1D
+
+    return frozenset(f"{name}.weight" for name, part in outline(config).named_modules() if isinstance(part, Conv1D))
+
+
 def untie(model: Module, names: Sequence[str]) -> None:
     """Untie parameters that the checkpoint stores with different values, as ``from_pretrained`` does."""
     for name in names:
