@@ -170,6 +170,21 @@ def test_a_hub_cache_without_links(run: Run, hub: FakeHub, tmp_path: Path) -> No
     assert [p for p in (tmp_path / "hf" / "hub").rglob("*") if p.is_file() and p.stat().st_size > 1000] == []
 
 
+@pytest.mark.parametrize("size", [3000, 0])
+def test_a_part_of_a_file_in_a_snapshot_is_fetched_again(run: Run, tmp_path: Path, size: int) -> None:
+    run("pull", "far", "--no-progress")
+    (link,) = tmp_path.glob(f"hf/hub/models--Some--Tiny-Qwen/snapshots/*/{SHARD}")
+    good = link.read_bytes()
+    part = link.resolve().with_name("0" * 64)
+    part.write_bytes(good[:size])
+    link.unlink()
+    link.symlink_to(part)
+
+    run("load", "far", "--no-progress", code=5, LADING_OFFLINE="1")
+    run("load", "far", "--no-progress")
+    assert link.read_bytes() == good
+
+
 def test_a_bit_that_flips_behind_an_unchanged_state(run: Run, hub: FakeHub, tmp_path: Path, catalog: Path) -> None:
     run("pull", "far", "--no-progress")
     run("load", "far", "--no-progress", "--verify", "always")  # records the digests of tensors

@@ -96,8 +96,8 @@ class _Job:
                 raise offline_error(self.repo, file.name)
             raise bad.mismatch(file, self.repo, "It is not used. Unset LADING_OFFLINE and HF_HUB_OFFLINE to fetch it.")
 
-        if bad is not None and bad.path == here and not bad.path.is_symlink():
-            # On a file system without links, huggingface_hub fetches the file again but leaves the bad one in place.
+        if bad is not None and bad.path == here and bad.path.resolve().name != file.sha256:
+            # huggingface_hub fetches the file again, but replaces neither a plain file nor a link to another one.
             delete_file(bad.path)
 
         return self._fetch(file, count, force=here is not None)
@@ -113,13 +113,13 @@ class _Job:
             if seen.good is not None:
                 count(seen.size - came if came else 0)
                 return seen.good
+            # Other programs check sizes alone, and would use it. Nor does the client replace a link to another file.
+            delete_file(path)
             if last:
                 break
             count(-came if came else -seen.size)
             _log.warning("%s came with other bytes than the hub publishes: %s; fetching it again", file.name, path)
 
-        # Other programs check sizes alone, and would use it.
-        delete_file(path)
         raise seen.mismatch(
             file,
             self.repo,
