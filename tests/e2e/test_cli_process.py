@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.make_checkpoint import make
+
 HEAVY = {"torch", "pydantic", "alembic", "ruamel.yaml", "numpy", "transformers", "huggingface_hub"}
 
 
@@ -66,6 +68,19 @@ def test_the_first_use_makes_a_catalog(home, process, catalog):
     done = process("list", "qwen3_0.6b", "-q")
     assert (done.returncode, done.stdout, done.stderr) == (0, "qwen3_0.6b\n", "")
     assert catalog.exists()
+
+
+def test_paths_in_other_scripts_work_in_a_locale_of_ascii_alone(program, process, tmp_path):
+    folder = tmp_path / "модель-é-模型"
+    make(folder)
+    (tmp_path / "cards.yaml").write_text(f"name: named\nmodel_family: hg\ncheckpoint: {folder}\n", encoding="utf-8")
+    assert process("import", tmp_path / "cards.yaml").returncode == 0
+    assert process("index", "named").returncode == 0
+
+    ascii_alone = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    found = program("path", "named", env=ascii_alone)
+    assert (found.returncode, found.stdout, found.stderr) == (0, f"{folder}\n", "")
+    assert program("show", "named", env=ascii_alone).returncode == 0
 
 
 def test_a_reader_that_leaves_is_no_failure(program):

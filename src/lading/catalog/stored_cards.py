@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
@@ -11,6 +10,7 @@ from sqlalchemy.orm import Session
 from lading.cards.card import ArchitectureEntry, CardEntry
 from lading.catalog.database.statements import chunks, intact, loads_object
 from lading.catalog.schema import ARCHITECTURES, CARDS, SOURCES
+from lading.system.filesystem import text_path
 
 
 def label(uri: str, position: int) -> str:
@@ -47,7 +47,7 @@ def _cards(session: Session, *conditions: ColumnElement[bool]) -> list[CardEntry
                 name=name,
                 env=env,
                 metadata=loads_object(metadata),
-                folder=None if folder is None else Path(folder),
+                folder=None if folder is None else text_path(folder),
                 source=label(uri, position),
             )
             for name, env, metadata, folder, position, uri in rows

@@ -31,16 +31,27 @@ class FileStat:
         return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
+def path_text(path: Path) -> str:
+    """Return a path as the catalog keeps it: in UTF-8, in every locale."""
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
+
+
+def text_path(text: str) -> Path:
+    """Return the path that :func:`path_text` returned as ``text``, in any locale."""
+    return Path(os.fsdecode(text.encode("utf-8", "surrogateescape")))
+
+
 def expand_home(path: str | Path) -> Path:
     """Return ``path`` with a leading ``~`` replaced by the home folder.
 
     If the user is unknown or has no home (in a container, under a number), return ``path`` unchanged: it then does not
     exist, like any other wrong path.
     """
+    path = text_path(path) if isinstance(path, str) else path
     try:
-        return Path(path).expanduser()
+        return path.expanduser()
     except RuntimeError:
-        return Path(path)
+        return path
 
 
 NO_HOME = Path(os.devnull, "no-home")

@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from lading.system.filesystem import path_text, text_path
+
 _HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d{0,5})?")
 """A host of a web address, with or without a port."""
 
@@ -48,12 +50,12 @@ def path_uri(path: Path) -> str:
     except ValueError:  # a NUL, so nothing is there
         real = path
 
-    return f"file://{real}"
+    return f"file://{path_text(real)}"
 
 
 def uri_path(uri: str) -> Path | None:
     """Return the path of a ``file://`` URI; ``None`` for any other URI."""
-    return Path(uri.removeprefix("file://")) if uri.startswith("file://") else None
+    return text_path(uri.removeprefix("file://")) if uri.startswith("file://") else None
 
 
 def without_secrets(text: str) -> str:

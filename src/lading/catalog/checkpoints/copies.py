@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, make_transient
 from lading.catalog.database.statements import chunks, intact
 from lading.catalog.records import CopyKind, LocalCopy, from_signed, now, to_signed
 from lading.catalog.schema import COPIES, SHARDS, CheckpointRow, CopyRow
-from lading.system.filesystem import FileStat, location_id
+from lading.system.filesystem import FileStat, location_id, path_text, text_path
 
 _R = TypeVar("_R", CopyRow, Row[Any])
 
@@ -26,14 +26,14 @@ def reachable(rows: Iterable[_R]) -> list[tuple[_R, LocalCopy]]:
                 row,
                 LocalCopy(
                     file=row.file,
-                    path=Path(row.path),
+                    path=text_path(row.path),
                     stat=FileStat(row.size, row.mtime_ns, row.ctime_ns, from_signed(row.inode)),
                     verified_at=row.verified_at,
                     kind=row.kind,
                 ),
             )
             for row in rows
-            if row.place == location_id(Path(row.path).parent)
+            if row.place == location_id(text_path(row.path).parent)
         ]
 
 
@@ -65,7 +65,7 @@ def copies_of_id(session: Session, checkpoint_id: int) -> list[LocalCopy]:
 
 def copies_at(session: Session, path: Path) -> list[LocalCopy]:
     """Return the copies at ``path`` of this machine, one for each checkpoint that the file belongs to."""
-    return [copy for _, copy in _find(session, COPIES.c.path == str(path))]
+    return [copy for _, copy in _find(session, COPIES.c.path == path_text(path))]
 
 
 def _find(session: Session, condition: ColumnElement[bool]) -> list[tuple[Row[Any], LocalCopy]]:
@@ -96,7 +96,7 @@ def write_copies(
 
 def replace_copies(session: Session, checkpoint: CheckpointRow, copies: Sequence[LocalCopy]) -> None:
     """Replace the copies of the same files on this machine."""
-    same = {(name, location_id(copy.path.parent)) for copy in copies for name in (copy.file, str(copy.path))}
+    same = {(name, location_id(copy.path.parent)) for copy in copies for name in (copy.file, path_text(copy.path))}
     _replace(session, checkpoint, [row for row in checkpoint.copies if (row.file, row.place) in same], copies)
 
 
@@ -113,7 +113,7 @@ def _replace(
             checkpoint_id=checkpoint.id,
             file=copy.file,
             place=location_id(copy.path.parent),
-            path=str(copy.path),
+            path=path_text(copy.path),
             size=copy.stat.size,
             mtime_ns=copy.stat.mtime_ns,
             ctime_ns=copy.stat.ctime_ns,
@@ -148,7 +148,7 @@ def _with_known_kinds(session: Session, copies: Sequence[LocalCopy]) -> list[Loc
     A file that lading does not own in one checkpoint, it owns in none, and must never remove for one of them.
     """
     known: dict[tuple[Path, FileStat], set[CopyKind]] = {}
-    for paths in chunks(str(copy.path) for copy in copies):
+    for paths in chunks(path_text(copy.path) for copy in copies):
         for _, copy in _find(session, COPIES.c.path.in_(paths)):
             known.setdefault((copy.path, copy.stat), set()).add(copy.kind)
 

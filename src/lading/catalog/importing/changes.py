@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lading.cards.card import ArchitectureEntry, CardEntry
 from lading.catalog.database.statements import dumps
 from lading.catalog.stored_cards import label
+from lading.system.filesystem import path_text
 
 if TYPE_CHECKING:
     from lading.cards.card_file import CardFile
@@ -154,7 +155,7 @@ def claims_of(documents: Iterable[tuple[CardFile, Key, Entry, object]]) -> State
             continue
 
         position = _POSITION.search(entry.source)
-        folder = str(entry.folder) if isinstance(entry, CardEntry) and entry.folder is not None else None
+        folder = path_text(entry.folder) if isinstance(entry, CardEntry) and entry.folder is not None else None
         claim = StatedRow(key, entry, file.source, int(position[1]) if position else number, text, folder)
         stated.add((key, file.source))
 
