@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import sqlite3
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import lading
 from lading.catalog.database.target import SCHEMA_VERSION
 from lading.cli.list import STATUSES
 from lading.models.family import get_family
@@ -206,7 +208,9 @@ class TestShow:
         assert lines["status"] == ["ready"]
         assert lines["license"] == ["mit", "tiny_child", "cards.yaml[1]"]
         assert lines["model_family"] == ["qwen", "tiny", "cards.yaml[0]"]
-        assert lines["dropout_p"] == ["0.5"]
+        assert lines["dropout_p"] == ["0.5", "card", "tiny_child"]
+        assert lines["model_dim"] == ["32", "card", "tiny"]
+        assert lines["norm_eps"] == ["1e-06", "family", "qwen"]
         assert f"local path  {cards.parent / 'tiny'}\n" in text
 
     def test_for_programs(self, cli, cards):
@@ -219,7 +223,10 @@ class TestShow:
         assert shown["fields"]["checkpoint"]["card"] == "tiny"
         assert shown["config"]["dropout_p"] == 0.5
         assert shown["config"]["model_dim"] == 32
-        assert "ffn_inner_dim" not in shown["config"]
+        assert shown["config"]["ffn_inner_dim"] == 18_944, "the default, as `_del_` takes back that of the base"
+        assert shown["config_from"]["ffn_inner_dim"] == {"kind": "family", "name": "qwen"}
+        assert shown["config_from"]["dropout_p"] == {"kind": "card", "name": "tiny_child"}
+        assert shown["config_from"]["model_dim"] == {"kind": "card", "name": "tiny"}
         assert shown["checkpoint"] == {
             "uri": f"file://{cards.parent / 'tiny'}",
             "path": None,
@@ -231,19 +238,58 @@ class TestShow:
         assert json.loads(cli("show", "tiny_child", "--nl").stdout) == shown
 
     def test_the_configuration_is_the_one_that_loading_uses(self, cli, cards):
-        from lading import get_asset_store
         from lading.cards.config import resolve_config
-        from tests.helpers.configs import structured
+        from lading.cli.output import plain
 
-        for name in ("tiny", "tiny_arch", "qwen3_0.6b", "llama3_1_8b", "mistral_7b_instruct"):
-            store = get_asset_store()
-            card = store.retrieve_card(name)
-            family = card.field("model_family").as_(str)
-            kls = get_family(family).config_kls
-            arch = card.maybe_get_field("model_arch")
-            architecture = None if arch is None else store.architecture(arch.as_(str), family)
+        store = lading.get_asset_store()
+        families = set()
+        for shown in json.loads(cli("show", "*", "--json", code=3).stdout):
+            if shown["status"] in ("broken", "unknown-family"):
+                continue
+            card = store.retrieve_card(shown["name"])
+            kls = get_family(shown["family"]).config_kls
+            architecture = shown["arch"] and store.architecture(shown["arch"], shown["family"])
+            assert shown["config"] == plain(asdict(resolve_config(card, architecture or None, kls))), shown["name"]
+            families.add(shown["family"])
+        assert families >= {"llama", "qwen", "mistral", "olmo", "gemma3", "bert", "wav2vec2", "wav2vec2_asr"}
+
+    def test_each_value_says_where_it_comes_from(self, cli, cards, tmp_path):
+        more = tmp_path / "more.yaml"
+        more.write_text(
+            "name: scaled\nmodel_family: llama\nmodel_arch: llama3_1_8b\nmodel_config: {rope_scale: {factor: 4}}\n---\n"
+            "name: unscaled\nbase: scaled\nmodel_config: {_set_: {rope_scale: {factor: 2}}, num_layers: 1}\n---\n"
+            "name: secret\nbase: scaled\nmodel_config: {dropout_p: '${env:RATE:0.1}', größe: 1}\n---\n"
+            "name: bare\nbase: scaled\nmodel_config: null\n---\n"
+            "name: theirs\nmodel_family: nobody\nmodel_config: {a: {b: 1, c: {}}}\n"
+        )
+        cli("import", more)
+
+        def origins(name):
             shown = json.loads(cli("show", name, "--json").stdout)
-            assert structured(kls, shown["config"]) == resolve_config(card, architecture, kls)
+            return shown["config"], {path: (v["kind"], v["name"]) for path, v in shown["config_from"].items()}
+
+        config, found = origins("scaled")
+        assert found["model_dim"] == ("family", "llama")
+        assert found["rope_scale.factor"] == ("card", "scaled")
+        assert found["vocab_size"] == ("architecture", "llama3_1_8b")
+
+        config, found = origins("unscaled")
+        assert config["rope_scale"]["factor"] == 2
+        assert found["rope_scale.factor"] == found["num_layers"] == ("card", "unscaled")
+        rest = {path: origin for path, origin in found.items() if path.startswith("rope_scale.")}
+        assert len(rest) > 1, "the defaults of the nested class are there"
+        assert {origin for path, origin in rest.items() if path != "rope_scale.factor"} == {("family", "llama")}
+
+        config, found = origins("secret")
+        assert config["dropout_p"] == "${env:RATE:0.1}"
+        assert found["größe"] == ("card", "secret"), "a mistake is shown, too"
+        assert origins("bare")[1]["vocab_size"] == ("architecture", "llama3_1_8b")
+        assert {kind for kind, _ in origins("bare")[1].values()} == {"architecture", "family"}
+
+        assert origins("theirs") == (
+            {"a": {"b": 1, "c": {}}}, {"a.b": ("card", "theirs"), "a.c": ("card", "theirs")}
+        )  # fmt: skip
+        assert origins("tiny_tokenizer") == ({}, {})
 
     def test_of_a_family_that_is_not_installed_it_does_not_ask_for_its_architectures(self, cli, home, tmp_path):
         card = tmp_path / "card.yaml"

@@ -39,6 +39,7 @@ def test_questions_import_nothing_heavy(catalog):
     questions = (
         "list",
         "show qwen3_0.6b",
+        "show '*' --json",
         "families",
         "archs qwen",
         "sql 'select name from models limit 1'",
@@ -47,6 +48,25 @@ def test_questions_import_nothing_heavy(catalog):
         "db path",
     )
     assert [(line, heavy) for line, modules in modules_after(*questions).items() if (heavy := modules & HEAVY)] == []
+
+
+def test_a_family_that_cannot_be_imported_is_shown_without_its_defaults(program, catalog, tmp_path):
+    info = tmp_path / "site" / "bad-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bad\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[lading.families]\nbad = nowhere.at_all:FAMILY\n")
+    card = tmp_path / "card.yaml"
+    card.write_text("name: theirs\nmodel_family: bad\nmodel_config: {width: 3}\ncheckpoint: hg://a/b\n")
+    env = {"PYTHONPATH": str(info.parent)}
+    program("import", card, env=env)
+    done = program("show", "theirs", env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(
+        r"^problem +The model family 'bad' is registered as 'nowhere.at_all:FAMILY', which cannot be imported",
+        done.stdout,
+        re.MULTILINE,
+    )
+    assert re.search(r"^width +3 +card theirs$", done.stdout, re.MULTILINE)
 
 
 def test_help_opens_no_catalog(home):

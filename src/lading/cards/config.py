@@ -9,29 +9,24 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields
 from functools import lru_cache
-from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 from uuid import uuid4
 
 # pydantic imports this module with the first schema of a dataclass, which would otherwise happen during a load.
 import pydantic.dataclasses  # noqa: F401
-from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, ErrorDetails, PydanticKnownError, SchemaValidator
 from pydantic_core.core_schema import no_info_before_validator_function
 
 from lading.cards.card import Architecture, AssetCard
+from lading.cards.config_values import dataclass_in
 from lading.cards.documents.document import join, show
-from lading.cards.overrides import EnvText, Layer, architecture_layers, expand_env, layers_of, merge_layers
+from lading.cards.overrides import EnvText, Layer, architecture_layers, expand_env, last_layer, layers_of, merge_layers
 from lading.errors import AssetCardError, InternalError, did_you_mean
 
 T = TypeVar("T")
-
-
-class StrictConfig:
-    """A base of configuration classes, for which unknown keys are errors."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
 
 def architecture_config(architecture: Architecture, config_kls: type[T]) -> T:
@@ -137,7 +132,7 @@ def _refuse_free_text(config_kls: type[T], stated: Mapping[str, object], layers:
 
 def _where(place: _Place, layers: Sequence[Layer], config_kls: type[object]) -> tuple[str | None, str]:
     """Return the owner of the layer that states the value at ``place`` (``None`` if none does), and its dotted path."""
-    layer = next((each for each in reversed(layers) if _states(each.overrides, place)), None)
+    layer = last_layer(layers, place)
     where = config_kls.__name__ if layer is None else layer.where
     for step in place:
         where = f"{where}[{step}]" if isinstance(step, int) else join(where, step)
@@ -183,23 +178,6 @@ def _place(problem: ErrorDetails, mapping: Mapping[str, object]) -> _Place:
         place.append(step)
 
     return tuple(place)
-
-
-def _states(overrides: object, place: _Place) -> bool:
-    """Return whether ``overrides`` state the value at ``place``, or one that contains it."""
-    for i, step in enumerate(place):
-        if isinstance(overrides, Mapping):
-            replaced = overrides.get("_set_")
-            if isinstance(replaced, Mapping) and step in replaced:
-                overrides = replaced[step]
-            elif step in overrides:
-                overrides = overrides[step]
-            else:
-                return False
-        elif not isinstance(overrides, (list, tuple)):
-            return i > 0
-
-    return bool(place)
 
 
 _QUOTING = ("value_error", "assertion_error")
@@ -251,17 +229,9 @@ def _class_at(kls: Any, place: _Place) -> Any:
     """Return the dataclass of the value at ``place`` inside a ``kls``; ``None`` if it is not a dataclass."""
     for step in place:
         if isinstance(step, str) and kls is not None:
-            kls = _dataclass_in(get_type_hints(kls).get(step))
+            kls = dataclass_in(get_type_hints(kls).get(step))
 
     return kls
-
-
-def _dataclass_in(annotation: Any) -> Any:
-    """Return the first dataclass in ``annotation``; ``None`` if there is none."""
-    if isinstance(annotation, type) and is_dataclass(annotation):
-        return annotation
-
-    return next((kls for arg in get_args(annotation) if (kls := _dataclass_in(arg)) is not None), None)
 
 
 @lru_cache(maxsize=256)

@@ -6,9 +6,10 @@ The merge and its directives are those of fairseq2 0.8.1 (``fairseq2.utils.confi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Literal
 
 from lading.cards.card import CONFIG_KEYS, Architecture, AssetCard
 from lading.cards.documents.document import join, show
@@ -25,6 +26,7 @@ class Layer:
     """The location of the overrides, for messages: ``qwen.yaml[3].model_config``."""
     owner: str
     """The name of the card or architecture."""
+    kind: Literal["architecture", "card"] = "card"
 
 
 def layers_of(card: AssetCard, architecture: Architecture | None) -> list[Layer]:
@@ -56,13 +58,45 @@ def architecture_layers(architecture: Architecture) -> list[Layer]:
     sources = [*architecture.sources, *("" for _ in range(count))][:count]
 
     return [
-        Layer(overrides, f"{source or architecture.name}.config", architecture.name)
+        Layer(overrides, f"{source or architecture.name}.config", architecture.name, "architecture")
         for overrides, source in zip(architecture.overrides, sources, strict=True)
     ]
 
 
 def _card_layer(card: AssetCard, key: str) -> Layer:
-    return Layer(_mark_env(card.metadata[key]), f"{card.source_of(key) or card.name}.{key}", card.name)
+    return Layer(_mark_env(card.metadata[key]), f"{card.source_of(key) or card.name}.{key}", card.name, "card")
+
+
+def last_layer(layers: Sequence[Layer], place: Sequence[str | int]) -> Layer | None:
+    """Return the last layer that states the value at ``place``, or one that contains it.
+
+    ``None`` means that none does, or that a later layer removes what it states.
+    """
+    for layer in reversed(layers):
+        states = _states(layer.overrides, place)
+        if states is not None:
+            return layer if states else None
+
+    return None
+
+
+def _states(overrides: object, place: Sequence[str | int]) -> bool | None:
+    """Return whether ``overrides`` state the value at ``place``; ``None`` if they leave it as it is."""
+    removed = False
+    for i, step in enumerate(place):
+        if isinstance(overrides, Mapping):
+            replaced, deleted = overrides.get("_set_"), overrides.get("_del_")
+            removed = removed or (isinstance(deleted, list) and step in deleted)
+            if isinstance(replaced, Mapping) and step in replaced:
+                overrides, removed = replaced[step], True
+            elif step in overrides:
+                overrides = overrides[step]
+            else:
+                return False if removed else None
+        elif not isinstance(overrides, (list, tuple)):
+            return True if i > 0 else None
+
+    return True if place else None
 
 
 def merge_layers(base: Mapping[str, object], layers: Iterable[Layer]) -> dict[str, object]:

@@ -12,12 +12,14 @@ import click
 
 from lading.cards.adapters import AdapterRef, adapter_refs
 from lading.cards.card import CONFIG_KEYS, AssetCard, CheckpointRef, checkpoint_ref
-from lading.cards.overrides import layers_of, merge_layers
+from lading.cards.config_values import ConfigValue, config_values, iter_values
+from lading.cards.overrides import Layer, layers_of
 from lading.cli.command import command
 from lading.cli.describe import checkpoint_object, checkpoint_pairs
 from lading.cli.output import Column, Form, as_json, listing_options, write_json, write_pairs, write_rows
 from lading.cli.selection import Selection, select_models
-from lading.errors import AssetCardError, CheckpointNotFoundError, ModelFamilyNotKnownError
+from lading.errors import AssetCardError, CheckpointNotFoundError, LadingError, ModelFamilyNotKnownError
+from lading.models.family import get_family
 from lading.system.display import human_bytes, human_count
 from lading.system.filesystem import path_exists
 from lading.system.uris import path_uri, shown_uri, uri_path
@@ -87,7 +89,9 @@ class Found:
     """The local path that the card names, if it names one."""
     checkpoint: StoredCheckpoint | None
     config: Mapping[str, object]
-    """The overrides of the defaults of the family's configuration class."""
+    """The whole configuration; without an importable family only the values that cards and the architecture state."""
+    layers: Sequence[Layer]
+    """The parts of the configuration that cards and the architecture state."""
     problem: str | None
 
 
@@ -112,6 +116,13 @@ def look_up(card: AssetCard, store: AssetStore) -> Found:
             problem = problem or f"{arch!r} is not an architecture of the {family} family: run `lading archs {family}`."
     if family is not None and summary.status == "unknown-family":
         problem = problem or ModelFamilyNotKnownError(family).message
+    config_kls = None
+    if family is not None and summary.status != "unknown-family":
+        try:
+            config_kls = get_family(family).config_kls
+        except LadingError as error:  # the mistake of another package
+            problem = problem or error.message
+    layers = layers_of(card, architecture)
 
     return Found(
         card=card,
@@ -119,7 +130,8 @@ def look_up(card: AssetCard, store: AssetStore) -> Found:
         ref=ref,
         path=path,
         checkpoint=store.checkpoint(path_uri(path) if path is not None else ref.uri),
-        config=merge_layers({}, layers_of(card, architecture)),
+        config=config_values(layers, config_kls),
+        layers=layers,
         problem=problem,
     )
 
@@ -182,6 +194,7 @@ def _as_object(found: Found) -> dict[str, object]:
             name: {"value": value, "card": owner, "source": source} for name, value, owner, source in fields_of(card)
         },
         "config": found.config,
+        "config_from": {v.path: dict(zip(("kind", "name"), _origin(v, found), strict=True)) for v in _values(found)},
         "checkpoint": {
             "uri": shown_uri(found.ref.uri) or None,
             "path": found.ref.path,
@@ -235,6 +248,11 @@ _FIELDS = _Listing(
         Column(name="source", heading="from"),
     ),
     rows=lambda found: fields_of(found.card),
+)
+_CONFIG_TABLE = (
+    Column(name="configuration", keep=True),
+    Column(name="value"),
+    Column(name="from"),
 )
 _TENSORS = _Listing(
     columns=("name", "dtype", "shape", "parameters", "bytes", "shard", "offset"),
@@ -311,7 +329,8 @@ def _write_text(found: Found) -> None:
     write_rows(_FIELDS.columns, fields, Form.TABLE, table=_FIELDS.table)
     if found.config:
         click.echo()
-        write_rows(("configuration", "value"), list(flat(found.config)), Form.TABLE)
+        rows = list(config_rows(found))
+        write_rows(("configuration", "value", "from"), rows, Form.TABLE, table=_CONFIG_TABLE)
 
 
 def _source(uri: str) -> str:
@@ -321,10 +340,18 @@ def _source(uri: str) -> str:
     return uri if path is None or path_exists(path) else f"{uri} (not accessible; the card is kept as it was)"
 
 
-def flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield the leaves of a configuration with their dotted paths."""
-    for name, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+def config_rows(found: Found) -> Iterator[tuple[str, object, str]]:
+    """Yield the dotted path of each value of the configuration, the value, and what states it."""
+    for value in _values(found):
+        yield value.path, value.value, " ".join(_origin(value, found))
+
+
+def _values(found: Found) -> Iterator[ConfigValue]:
+    return iter_values(found.config, found.layers)
+
+
+def _origin(value: ConfigValue, found: Found) -> tuple[str, str]:
+    """Return what states a value, and its name: the card, a base, the architecture, or the family by its defaults."""
+    layer = value.layer
+
+    return ("family", _text_field(found.card, "model_family") or "") if layer is None else (layer.kind, layer.owner)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lading.cards.config import StrictConfig
 from lading.families.nn.checks import (
     require_dropout,
     require_layers,
@@ -16,7 +15,7 @@ from lading.families.nn.checks import (
 
 
 @dataclass(kw_only=True)
-class BertConfig(StrictConfig):
+class BertConfig:
     """The configuration of a BERT model; the defaults are those of the uncased base model."""
 
     model_dim: int = 768

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast, get_args
 
-from lading.cards.config import StrictConfig
 from lading.families.config_json import (
     CHANGES_EACH_MODEL,
     ConfigReader,
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class DecoderConfig(StrictConfig):
+class DecoderConfig:
     """The fields that the configurations of all decoders have; each family states its defaults."""
 
     model_dim: int

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from lading.cards.config import StrictConfig
 from lading.families.config_json import ConfigReader, ConfigTable, Field, KeyGroup
 from lading.families.decoder_family import (
     CHANGES_EACH_DECODER,
@@ -34,7 +33,7 @@ else:
 
 
 @dataclass
-class LLaMARoPEScaleConfig(StrictConfig):
+class LLaMARoPEScaleConfig:
     """The scaling of rotary frequencies in LLaMA 3.1."""
 
     factor: float = 8.0

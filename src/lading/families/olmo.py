@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from lading.cards.config import StrictConfig
 from lading.errors import NotSupportedError
 from lading.families.config_json import ConfigReader, ConfigTable, Entries, Field, KeyGroup
 from lading.families.decoder_family import (
@@ -39,7 +38,7 @@ else:
 
 
 @dataclass(kw_only=True)
-class YaRNScaleConfig(StrictConfig):
+class YaRNScaleConfig:
     """The scaling of rotary frequencies in OLMo 3."""
 
     scale_factor: float = 8.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lading.cards.config import StrictConfig
 from lading.families.nn.checks import require_dropout, require_positive, shared_fields
 from lading.families.nn.masking import Masking, MaskingConfig
 from lading.families.nn.speech_spec import SpeechSpec
@@ -12,7 +11,7 @@ from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig, encoder_spec
 
 
 @dataclass(kw_only=True)
-class Wav2Vec2Config(MaskingConfig, StrictConfig):
+class Wav2Vec2Config(MaskingConfig):
     """The configuration of a model for pre-training; the defaults are those of the base model."""
 
     encoder_config: Wav2Vec2EncoderConfig = field(default_factory=Wav2Vec2EncoderConfig)
@@ -71,7 +70,7 @@ def pretraining_spec(config: Wav2Vec2Config) -> SpeechSpec:
 
 
 @dataclass(kw_only=True)
-class Wav2Vec2AsrConfig(MaskingConfig, StrictConfig):
+class Wav2Vec2AsrConfig(MaskingConfig):
     """The configuration for speech recognition; the defaults are those of the base model, trained on 10 hours."""
 
     encoder_config: Wav2Vec2EncoderConfig = field(

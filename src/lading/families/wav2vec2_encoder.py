@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from lading.cards.config import StrictConfig
 from lading.errors import NotSupportedError
 from lading.families.config_json import ConfigReader, Entries, Field, KeyGroup, keys_of, read_fields, same_for_all
 from lading.families.nn.checks import shared_fields
@@ -15,7 +14,7 @@ from lading.planning.rules import Rule
 
 
 @dataclass(kw_only=True)
-class Wav2Vec2EncoderConfig(StrictConfig):
+class Wav2Vec2EncoderConfig:
     """The configuration of the encoder; the defaults are those of the base model."""
 
     model_dim: int = 768

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lading.cards.card import Architecture, AssetCard
-from lading.cards.overrides import EnvText, Layer, architecture_layers, expand_env, layers_of, merge, merge_layers
+from lading.cards.overrides import (
+    EnvText,
+    Layer,
+    architecture_layers,
+    expand_env,
+    last_layer,
+    layers_of,
+    merge,
+    merge_layers,
+)
 from lading.errors import AssetCardError
 
 BASE = {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "f": [1, 2]}
@@ -127,8 +139,8 @@ def test_layers() -> None:
     found = layers_of(card({"c": 3}, {}, {"d": 4}), ARCHITECTURE)
 
     assert found == [
-        Layer({"a": 1}, "t.yaml[0].config", "big"),
-        Layer({"b": 2}, "t.yaml[1].config", "big"),
+        Layer({"a": 1}, "t.yaml[0].config", "big", "architecture"),
+        Layer({"b": 2}, "t.yaml[1].config", "big", "architecture"),
         Layer({"c": 3}, "c.yaml[0].model_config", "card0"),
         Layer({"d": 4}, "c.yaml[2].model_config", "card2"),
     ]
@@ -139,7 +151,7 @@ def test_layers() -> None:
 def test_layers_of_values_that_come_from_no_file() -> None:
     architecture = Architecture(name="big", family="toy", overrides=({},))
 
-    assert architecture_layers(architecture) == [Layer({}, "big.config", "big")]
+    assert architecture_layers(architecture) == [Layer({}, "big.config", "big", "architecture")]
     assert layers_of(AssetCard("x", {"model_config": {}}), None) == [Layer({}, "x.model_config", "x")]
 
 
@@ -174,6 +186,41 @@ def test_a_null_takes_back_what_the_bases_say(key: str) -> None:
 
     assert layers_of(middle, None) == []
     assert [layer.overrides for layer in layers_of(AssetCard("leaf", {key: {"b": 2}}, middle), None)] == [{"b": 2}]
+
+
+KEYS = st.sampled_from("abc")
+
+
+def tagged(tag: int, *, directives: bool = True) -> st.SearchStrategy[dict[str, object]]:
+    """Mappings whose values all are ``tag``."""
+
+    def mappings(values: st.SearchStrategy[object]) -> st.SearchStrategy[dict[str, object]]:
+        plain = st.dictionaries(KEYS, values, max_size=3)
+        if not directives:
+            return plain
+        removed = st.fixed_dictionaries({}, optional={"_del_": st.lists(KEYS, max_size=2)})
+        replaced = st.fixed_dictionaries({}, optional={"_set_": tagged(tag, directives=False)})
+        return st.builds(lambda *parts: {k: v for part in parts for k, v in part.items()}, plain, removed, replaced)
+
+    return mappings(st.recursive(st.just(tag), mappings, max_leaves=4))
+
+
+def leaves(value: object, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, (*place, key))
+    else:
+        yield place, value
+
+
+@given(tagged(-1, directives=False), st.tuples(*(tagged(tag) for tag in range(3))))
+def test_the_last_layer_of_a_value_is_the_one_that_states_it(
+    base: dict[str, object], stated: tuple[dict[str, object], ...]
+) -> None:
+    layers = [Layer(overrides, "x", str(tag)) for tag, overrides in enumerate(stated)]
+    for place, tag in leaves(merge_layers(base, layers)):
+        layer = last_layer(layers, place)
+        assert (-1 if layer is None else int(layer.owner)) == tag, place
 
 
 def test_merging_layers() -> None:

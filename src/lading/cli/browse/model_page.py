@@ -10,7 +10,7 @@ from lading.cards.card import CONFIG_KEYS
 from lading.catalog.query import run_query
 from lading.catalog.store import AssetStore
 from lading.cli.output import text
-from lading.cli.show import fields_of, flat, look_up, summary_pairs
+from lading.cli.show import config_rows, fields_of, look_up, summary_pairs
 from lading.errors import CheckpointNotFoundError
 from lading.formats.manifest import Manifest, by_layer
 from lading.system.display import human_bytes, human_count
@@ -37,7 +37,7 @@ def model_page(name: str, store: AssetStore, sharing: str) -> dict[str, object]:
         "name": found.card.title,
         "summary": {label: _shown(value) for label, value in summary_pairs(found).items()},
         "fields": [tuple(map(_shown, row)) for row in fields_of(found.card) if row[0] not in CONFIG_KEYS],
-        "config": [(path, _shown(value)) for path, value in flat(found.config)],
+        "config": [tuple(map(_shown, row)) for row in config_rows(found)],
         "indexed": manifest is not None,
         "layers": [] if manifest is None else list(_layers(found.card.name, manifest)),
         "sharing": run_query(store.database, sharing, {"model": found.card.name}).rows,

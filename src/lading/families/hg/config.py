@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from lading.cards.config import StrictConfig
 from lading.cards.overrides import merge
 from lading.errors import ModelCheckpointMismatchError, NotSupportedError, PolicyError
 from lading.families.hg.offline import offline_holds
@@ -57,7 +56,7 @@ _BOUNDS = (
 
 
 @dataclass(kw_only=True)
-class HuggingFaceModelConfig(StrictConfig):
+class HuggingFaceModelConfig:
     """The configuration of a transformers model: its class and the content of its ``config.json``.
 
     The first fields are those of fairseq2 0.8.1. Those for processors, devices and dtypes exist for its cards and have
