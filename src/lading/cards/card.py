@@ -17,6 +17,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from lading.errors import AssetCardError
+from lading.formats.folder import require_state_dict
 from lading.system.filesystem import expand_home
 from lading.system.uris import path_uri, shown_uri
 
@@ -35,6 +36,7 @@ FIELDS = (
     *CONFIG_KEYS,
     "checkpoint",
     "checkpoint_path",
+    "state_dict",
     "sha256",
     "adapter",
     "adapters",
@@ -234,7 +236,7 @@ class CheckpointRef:
     info_url: str | None
     """The page on which to request access to a gated model."""
     path: str | None = None
-    """The ``checkpoint_path`` inside the source, if the card names one."""
+    """The path inside the source, if the card names one: its ``checkpoint_path``, its ``state_dict``, or both."""
 
     @property
     def scheme(self) -> str:
@@ -254,7 +256,8 @@ class CheckpointRef:
 def checkpoint_ref(card: AssetCard) -> CheckpointRef:
     """Return the checkpoint that a card names. A card without one, or with ``;gated=true`` after the URI, is gated.
 
-    :raises AssetCardError: ``checkpoint``, ``checkpoint_path`` or ``url`` is not a string.
+    :raises AssetCardError: ``checkpoint``, ``checkpoint_path``, ``state_dict`` or ``url`` is not a string, or
+        ``state_dict`` is not a dotted path.
     """
     url_field = card.maybe_get_field("url")
     url = None if url_field is None else url_field.as_(str)
@@ -264,14 +267,25 @@ def checkpoint_ref(card: AssetCard) -> CheckpointRef:
         return CheckpointRef(uri="", gated=True, info_url=url)
 
     uri, gated = split_gated(found.as_uri())
-    path = card.maybe_get_field("checkpoint_path")
 
     return CheckpointRef(
-        uri=uri,
-        gated=gated,
-        info_url=(url or shown_uri(uri)) if gated else url,
-        path=None if path is None else path.as_(str),
+        uri=uri, gated=gated, info_url=(url or shown_uri(uri)) if gated else url, path=_inner_path(card)
     )
+
+
+def _inner_path(card: AssetCard) -> str | None:
+    """Return the path inside the source: a state dict is below the file that holds it."""
+    path, state_dict = card.maybe_get_field("checkpoint_path"), card.maybe_get_field("state_dict")
+    inner = None if path is None else path.as_(str)
+    if state_dict is None:
+        return inner
+    name = state_dict.as_(str)
+    try:
+        require_state_dict(name)
+    except ValueError as error:
+        raise AssetCardError(card.name, f"The card {card.name!r}: {error}{card._in_source()}.") from None
+
+    return name if inner is None else f"{inner.rstrip('/')}/{name}"
 
 
 def split_gated(uri: str) -> tuple[str, bool]:

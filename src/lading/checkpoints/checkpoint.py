@@ -151,7 +151,7 @@ class LocalCheckpointFiles:
 
     def checkpoint(self, name: str, *, trusted: bool = False) -> Checkpoint:
         """Return it as a checkpoint with a name."""
-        folder = _folder(self.path)
+        folder = formats.folder_of(self.path)
         shards = self.manifest.shards
 
         return Checkpoint(
@@ -165,22 +165,15 @@ class LocalCheckpointFiles:
 
     def copies(self) -> list[LocalCopy]:
         """Return its files as the catalog records them."""
-        folder = _folder(self.path)
+        folder = formats.folder_of(self.path)
 
         return [
             LocalCopy(file=file, path=folder / file, stat=stat, kind=self.kind) for file, stat in self.stats.items()
         ]
 
 
-def _folder(path: Path) -> Path:
-    if archive := formats.archive_of(path):
-        return archive.parent
-
-    return path if path.is_dir() else path.parent
-
-
 def _stat_files(manifest: Manifest, path: Path) -> dict[str, FileStat]:
-    folder = _folder(path)
+    folder = formats.folder_of(path)
     names = [shard.name for shard in manifest.shards]
     if manifest.index_name is not None:
         names.append(manifest.index_name)
@@ -240,7 +233,7 @@ def local_checkpoint(path: Path, *, inner_path: str | None = None) -> Path:
         path = path / inner
 
     # The format of a file decides about a path that continues inside of it.
-    if not path.exists() and not any(parent.is_file() for parent in path.parents):
+    if not path.exists() and formats.container_of(path) is None:
         raise CheckpointNotFoundError(path, f"No checkpoint is at {path}: there is no such file or folder.")
 
     return path

@@ -14,7 +14,7 @@ from lading.checkpoints.published import name_in_source
 from lading.checkpoints.recording import fetch_extra_files
 from lading.errors import AddressError, AssetCardError, CheckpointNotFoundError, FetchError, InternalError
 from lading.formats.config_json import CONFIG_NAME, read_config_json, read_hf_config
-from lading.formats.folder import is_checkpoint_file
+from lading.formats.folder import folder_of, is_checkpoint_file
 from lading.sources.open import HUB_SCHEMES, check_address, open_source
 from lading.sources.source import FetchedFile, RemoteFile, Snapshot, Source
 from lading.system.settings import Settings
@@ -193,7 +193,7 @@ def files_beside(path: Path) -> dict[str, Path]:
 
     :param path: the folder or the file of the checkpoint.
     """
-    folder = path if path.is_dir() else path.parent
+    folder = folder_of(path)
 
     return {name: file for name in COMPANION_NAMES if (file := folder / name).is_file()}
 

@@ -58,7 +58,7 @@ def must_fetch_to_index(ref: CheckpointRef) -> bool:
 
     path = PurePosixPath(urlsplit(ref.uri).path if ref.path is None else f"{urlsplit(ref.uri).path}/{ref.path}")
 
-    return any(part.endswith(_ARCHIVE) for part in path.parts) or is_torch_format(path.name)
+    return any(map(_has_inside, path.parts))
 
 
 def was_fetched_to_index(manifest: Manifest) -> bool:
@@ -184,16 +184,21 @@ def _is_good(path: Path, store: AssetStore | None) -> bool:
     return False
 
 
+def _has_inside(name: str) -> bool:
+    """Return whether a path can lead into a file of this name: an archive, or a file of ``torch.save``."""
+    return name.endswith(_ARCHIVE) or is_torch_format(name)
+
+
 def _split(ref: CheckpointRef) -> tuple[str | None, str | None]:
-    """Return the path inside the source, and the member of the archive there, if the address itself is an archive."""
-    if ref.path is not None and urlsplit(ref.uri).path.endswith(_ARCHIVE):
+    """Return the path inside the source, and what is inside the file there, if the address itself is a file."""
+    if ref.path is not None and _has_inside(urlsplit(ref.uri).path):
         return None, ref.path
 
     return ref.path, None
 
 
 def _file_of(inner: str | None, member: str | None) -> tuple[str | None, str | None]:
-    """Return the file or folder within the source and, for an archive, the member that is the checkpoint.
+    """Return the file or folder within the source, and the member or the state dict in the file, if one is named.
 
     :raises NotSupportedError: the path does not name a member of an archive.
     """
@@ -202,7 +207,7 @@ def _file_of(inner: str | None, member: str | None) -> tuple[str | None, str | N
 
     parts = PurePosixPath(inner).parts
     for i, part in enumerate(parts[:-1]):
-        if part.endswith(_ARCHIVE):
+        if _has_inside(part):
             return "/".join(parts[: i + 1]), "/".join(parts[i + 1 :])
 
     return inner, None

@@ -68,9 +68,9 @@ def _originals(checkpoint: Checkpoint, pins: Mapping[str, str], store: AssetStor
     """Return the originals of a rewritten checkpoint."""
     if checkpoint.ref is None:
         where = Path(checkpoint.where)
-        archive = formats.archive_of(where)
-        if archive is not None or not where.is_dir():
-            return [archive or where]
+        container = formats.container_of(where)
+        if container is not None or not where.is_dir():
+            return [container or where]
         return [file for file in sorted(where.iterdir()) if file.is_file() and (file.name in pins or "" in pins)]
 
     stored = store.checkpoint(checkpoint.uri)

@@ -23,8 +23,8 @@ from lading.checkpoints.extra_files import (
 )
 from lading.checkpoints.locate import address_of
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, ModelGatedError, NotSupportedError
-from lading.formats import archive_of
 from lading.formats.files import LFS_POINTER, lfs_pointer_error, open_regular
+from lading.formats.folder import container_of, folder_of
 from lading.formats.tar import find_member
 from lading.sources.open import HUB_SCHEMES
 from lading.system.filesystem import expand_home
@@ -71,7 +71,7 @@ def load_tokenizer(
         path = uri_path(ref.uri)
         if path is not None:
             path = local_checkpoint(path, inner_path=ref.path)
-            return _local(path if path.is_dir() else path.parent)
+            return _local(folder_of(path))
         if ref.scheme not in HUB_SCHEMES:
             raise NotSupportedError(
                 f"The card {card.name!r} names no tokenizer, and its checkpoint is one file of a server: {ref.shown}. "
@@ -94,7 +94,7 @@ def load_tokenizer(
 
 def _local(path: Path) -> Any:
     path = expand_home(path)
-    archive = archive_of(path)
+    archive = container_of(path)
     if archive is not None:
         return _read(archive, path.relative_to(archive).as_posix())
     if path.is_dir():

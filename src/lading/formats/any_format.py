@@ -33,13 +33,23 @@ def read_part(path: Path, *, restrict: bool = True, name: str | None = None) -> 
     return Shard(name=name, size=size), header
 
 
-def read_tensors(file: BinaryIO, *, base: int, size: int, name: str, label: str, restrict: bool) -> Header:
+def read_tensors(
+    file: BinaryIO,
+    *,
+    base: int,
+    size: int,
+    name: str,
+    label: str,
+    restrict: bool,
+    state_dict: str | None = None,
+) -> Header:
     """Read the header of the checkpoint in ``size`` bytes of ``file`` at ``base``.
 
     The offsets of the tensors are offsets in ``file``.
 
     :param name: the name of the checkpoint, whose suffix decides if its first bytes do not.
     :param label: its path or address, for errors.
+    :param state_dict: the dotted path of the state dict in a file of ``torch.save``; default: the usual ones.
 
     Raises what :func:`read_part` does.
     """
@@ -50,7 +60,8 @@ def read_tensors(file: BinaryIO, *, base: int, size: int, name: str, label: str,
 
     # The file is buffered, so the first bytes are read only once.
     if format_of(read(0, SIZE), name=name, label=label) == "torch":
-        return header_of(place_tensors(file, base=base, size=size, label=label, restrict=restrict), label=label)
+        placed = place_tensors(file, base=base, size=size, label=label, restrict=restrict, state_dict=state_dict)
+        return header_of(placed, label=label)
 
     _, header = read_header(File(name=name, label=label, size=size, read=read))
 

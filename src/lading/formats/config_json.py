@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, NotSupportedError
 from lading.formats.files import LFS_POINTER, corrupt, lfs_pointer_error, open_regular
+from lading.formats.folder import folder_of
 
 MAX_CONFIG_SIZE = 16 << 20
 """The most bytes of a ``config.json``. The largest published ones, which name some 20,000 classes, have a tenth."""
@@ -87,4 +88,4 @@ def read_hf_config(path: Path, name: str = CONFIG_NAME) -> dict[str, object]:
 
     :raises CorruptModelCheckpointError: it is not a regular file, is too large, or is not a JSON object.
     """
-    return read_config_json(path / name if path.is_dir() else path.parent / name) or {}
+    return read_config_json(folder_of(path) / name) or {}

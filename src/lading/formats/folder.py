@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -75,6 +76,52 @@ def without_index(where: Path | str, found: Iterable[str]) -> str | None:
         f"{some(shards)}. Fetch the index from the origin of the shards, or save the model again with "
         "`save_pretrained`."
     )
+
+
+def container_of(path: Path) -> Path | None:
+    """Return the file that ``path`` leads into: an archive, or a file of nested state dicts; ``None`` for another path.
+
+    A path that continues behind a folder with a checkpoint of ``torch.distributed.checkpoint`` leads into its index.
+    """
+    if os.path.lexists(path):
+        return None
+    parent = next((parent for parent in path.parents if os.path.lexists(parent)), path)
+    if os.path.isfile(parent):  # noqa: PTH113 (`is_file` raises in a folder that is locked)
+        return parent
+    index = parent / METADATA_NAME
+
+    return index if parent == path.parent and os.path.isfile(index) else None  # noqa: PTH113
+
+
+def folder_of(path: Path) -> Path:
+    """Return the folder with the files of the checkpoint at ``path``: a folder, a file, or a path into a file."""
+    if path.is_dir():
+        return path
+
+    return (container_of(path) or path).parent
+
+
+def nested(path: Path, state_dict: str) -> Path:
+    """Return the path of a state dict in the checkpoint at ``path``.
+
+    :param state_dict: its dotted path, as of :func:`lading.formats.state_dict.find_state_dict`.
+
+    :raises ValueError: it is not one name in a path.
+    """
+    require_state_dict(state_dict)
+    # A folder in that folder may have the same name.
+    index = path / METADATA_NAME
+
+    return (index if index.is_file() else path) / state_dict
+
+
+def require_state_dict(state_dict: str) -> None:
+    """Check the dotted path of a state dict, which is a part of the checkpoint's path.
+
+    :raises ValueError: it is not one name in a path.
+    """
+    if not state_dict or state_dict in (".", "..") or set(state_dict) & set("/\\\0"):
+        raise ValueError(f"`state_dict` must be a dotted path, as in 'ema.module', but is {state_dict!r}")
 
 
 def is_index(name: str) -> bool:

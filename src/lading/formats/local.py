@@ -7,12 +7,23 @@ package, and never run code that a file names.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
-from lading.errors import LadingError
+from lading.errors import CheckpointNotFoundError, LadingError
 from lading.formats.any_format import read_part, read_tensors
 from lading.formats.distributed_checkpoint import index_distributed
 from lading.formats.files import open_regular
-from lading.formats.folder import FILE_NAME, INDEX_NAME, METADATA_NAME, checkpoint_file, is_index
+from lading.formats.first_bytes import SIZE, is_tar, is_torch
+from lading.formats.folder import (
+    FILE_NAME,
+    INDEX_NAME,
+    METADATA_NAME,
+    checkpoint_file,
+    container_of,
+    folder_of,
+    is_index,
+    nested,
+)
 from lading.formats.manifest import Manifest, Shard
 from lading.formats.rank_parts import index_parts, part_files
 from lading.formats.remote import Files, NotByHeadersError, index_files
@@ -29,10 +40,12 @@ __all__ = [
     "Files",
     "NonContiguousError",
     "NotByHeadersError",
-    "archive_of",
+    "container_of",
     "index",
+    "folder_of",
     "index_files",
     "is_rewritten",
+    "nested",
     "readable",
     "rewritten",
     "rewritten_files",
@@ -45,11 +58,13 @@ def index(path: Path | str, *, member: str | None = None, cache: Path | None = N
     """Return the manifest of the checkpoint at ``path``, in the order (shard, offset).
 
     :param path: a file of safetensors or of ``torch.save`` (by its first bytes, not its name), the index of several
-        files, a path into an uncompressed tar archive (``a.tar/b/model.pt``), or a folder. In a folder, the first of
+        files, a path into an uncompressed tar archive (``a.tar/b/model.pt``), to a nested state dict
+        (``checkpoint.pt/ema.module``), or a folder. In a folder, the first of
         these is read: ``model.safetensors.index.json``, ``model.safetensors``, ``consolidated.00.pth`` and following,
         ``pp_00/tp_00/sdp_00.pt`` and following, ``.metadata`` of ``torch.distributed.checkpoint``,
         ``pytorch_model.bin.index.json``, ``pytorch_model.bin``. Symbolic links to regular files are followed.
-    :param member: the name of the checkpoint in the archive at ``path``; the manifest's offsets are in the archive.
+    :param member: the name of the checkpoint in the archive at ``path``, or the dotted path of its state dict in the
+        file there; the manifest's offsets are in that file.
     :param cache: a folder in which to rewrite the checkpoint, once, if its tensors are not contiguous. The manifest is
         then that of the result of :func:`readable`: a safetensors file, or the index of several.
     :param restrict: whether to refuse a file of ``torch.save`` that names anything that a state dict does not need;
@@ -99,17 +114,13 @@ def rewritten(path: Path | str, *, member: str | None = None, cache: Path) -> Pa
         return None
 
 
-def archive_of(path: Path) -> Path | None:
-    """Return the archive that ``path`` leads into; ``None`` if it does not lead into one."""
-    archives = (parent for parent in path.parents if parent.name.lower().endswith(_ARCHIVES))
-
-    return next((archive for archive in archives if archive.is_file()), None)
-
-
 def _split(path: Path, member: str | None) -> tuple[Path, str | None]:
-    archive = archive_of(path) if member is None else None
+    container = container_of(path) if member is None else None
+    if container is None:
+        return path, member
+    outer = container.parent if container.name == METADATA_NAME and container not in path.parents else container
 
-    return (path, member) if archive is None else (archive, path.relative_to(archive).as_posix())
+    return container, path.relative_to(outer).as_posix()
 
 
 def _index(path: Path, member: str | None, restrict: bool) -> Manifest:
@@ -127,13 +138,40 @@ def _index(path: Path, member: str | None, restrict: bool) -> Manifest:
 
 
 def _index_member(path: Path, member: str, restrict: bool) -> Manifest:
-    label = f"{path}[{member}]"
+    if path.name == METADATA_NAME:
+        return index_distributed(path.parent, restrict=restrict, state_dict=member)
+
     with open_regular(path) as (file, size):
-        base, length = find_member(file, member, size=size, label=str(path))
         shard = Shard(name=path.name, size=size)
-        header = read_tensors(file, base=base, size=length, name=member, label=label, restrict=restrict)
+        if _is_archive(file, path, member):
+            base, length = find_member(file, member, size=size, label=str(path))
+            label = f"{path}[{member}]"
+            header = read_tensors(file, base=base, size=length, name=member, label=label, restrict=restrict)
+        else:
+            header = read_tensors(
+                file, base=0, size=size, name=path.name, label=str(path), restrict=restrict, state_dict=member
+            )
 
     return join([(shard, header)])
+
+
+def _is_archive(file: BinaryIO, path: Path, member: str) -> bool:
+    """Return whether a file that ``member`` is inside of holds files, and not state dicts.
+
+    :raises CheckpointNotFoundError: it holds neither.
+    """
+    file.seek(0)
+    head = file.read(SIZE)
+    if is_torch(head):
+        return False
+    if is_tar(head) or path.name.lower().endswith(_ARCHIVES):
+        return True
+
+    raise CheckpointNotFoundError(
+        path / member,
+        f"{path / member}: expected {path.name} to be an archive or a file of `torch.save`, found a file of another "
+        "format, which holds one checkpoint or none. Name the file alone.",
+    )
 
 
 def _find(path: Path) -> tuple[Path, list[tuple[str, str]]]:
@@ -166,6 +204,8 @@ def _originals(path: Path, member: str | None) -> tuple[Path, list[rewrite.Origi
     """Return the file to read first, and those that hold the tensors: that one, or several of an index or of ranks."""
     if member is not None:
         with open_regular(path) as (file, size):
+            if not _is_archive(file, path, member):
+                return path, [rewrite.Original(path, state_dict=member)]
             base, length = find_member(file, member, size=size, label=str(path))
         return path, [rewrite.Original(path, base=base, size=length)]
 

@@ -105,14 +105,19 @@ def _at(value: object, parts: list[str]) -> object:
 def _named(value: object, holds_tensors: Callable[[object], bool]) -> str:
     """Return advice that lists the nested dicts with tensors; an empty string if there are none."""
     found: list[str] = []
-    waiting, seen = deque([("", value)]), set[int]()
-    while waiting and len(seen) < _MAX_VISITS:
+    waiting, known = deque([("", value)]), dict[int, bool]()
+    for _ in range(_MAX_VISITS):
+        if not waiting:
+            break
         path, each = waiting.popleft()
-        if type(each) is not dict or id(each) in seen:
+        if type(each) is not dict:
             continue
-        seen.add(id(each))
-        if path and holds_tensors(each):
+        seen = id(each) in known
+        # A checkpoint may hold one dict under several names, or within itself.
+        if known.setdefault(id(each), False) or (not seen and path and holds_tensors(each)):
+            known[id(each)] = True
             found.append(path)
+        if seen or known[id(each)]:
             continue
         inner = ((f"{path}.{key}" if path else key, item) for key, item in each.items() if len(key) <= _MAX_KEY)
         waiting.extend(islice(inner, max(0, _MAX_VISITS - len(waiting))))
@@ -123,8 +128,8 @@ def _named(value: object, holds_tensors: Callable[[object], bool]) -> str:
     more = f" and {len(found) - _MAX_SHOWN} more" if len(found) > _MAX_SHOWN else ""
 
     return (
-        f"It holds {counted(len(found), 'nested state dict')}: {shown}{more}. Name one with `--state-dict` (in Python "
-        "and in cards: `state_dict`)."
+        f"It holds {counted(len(found), 'nested state dict')}: {shown}{more}. Name one behind the path, as in "
+        "`checkpoint.pt/NAME` (in a card: `state_dict`)."
     )
 
 

@@ -24,6 +24,7 @@ from lading.errors import (
     ModelNotKnownError,
     did_you_mean,
 )
+from lading.formats.folder import nested
 from lading.gangs import Gangs, create_fake_gangs
 from lading.gangs.compare import digest
 from lading.models.construct import create_model, gc_disabled
@@ -195,6 +196,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         path: Path | str,
         config: ModelConfigT,
         *,
+        state_dict: str | None = None,
         restrict: bool | None = None,
         **keywords: Unpack[LoadKeywords],
     ) -> ModelT:
@@ -202,16 +204,20 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
 
         :param path: the path of the file or folder.
         :param config: the configuration of the checkpoint's model.
+        :param state_dict: the dotted path of the state dict in a file, or in a checkpoint of
+            ``torch.distributed.checkpoint``, that holds several: ``"ema.module"``. Default: that of the model, under
+            one of the usual names.
         :param restrict: refuse a file of ``torch.save`` that names anything that a state dict does not need, instead of
             ignoring it; ``None``: the family's default. lading imports nothing that a file names in either case.
 
         The other parameters, and what is raised, are as for :meth:`load_model`.
         """
         options = load_options(restrict=self._restrict(restrict), **keywords)
+        place = Path(path) if state_dict is None else nested(Path(path), state_dict)
 
         def load_path() -> tuple[Module, LoadReport]:
-            _require_same(options.gangs, Path(path), self._family, config, options.restrict)
-            return load(Path(path), self._family, None, options, config=config)
+            _require_same(options.gangs, place, self._family, config, options.restrict)
+            return load(place, self._family, None, options, config=config)
 
         model, _ = agreed(options.gangs, load_path)
 

@@ -21,6 +21,7 @@ from lading.errors import (
     NotSupportedError,
 )
 from lading.formats.config_json import read_hf_config, refuse_quantized_config
+from lading.formats.folder import container_of
 from lading.models.family import Family, check_config_type, family_of_model_type, get_family
 from lading.system.settings import Settings
 
@@ -180,7 +181,7 @@ def family_of_folder(path: Path, asked: Family[Any, Any] | None = None) -> tuple
     :raises CheckpointNotFoundError: there is no such folder (also a ``FileNotFoundError``).
     :raises NotSupportedError: no ``config.json``, or a model type that no registered family reads.
     """
-    if not path.exists():
+    if not path.exists() and container_of(path) is None:
         raise CheckpointNotFoundError(path, f"No checkpoint is at {path}: there is no such file or folder.")
 
     hf_config = read_hf_config(path)

@@ -228,7 +228,7 @@ def _stated(store: AssetStore) -> set[str]:
     """Return every address and path that a card or an overlay states, in any environment."""
     found: set[str] = set()
     for entry in store.entries()[0]:
-        inner = entry.metadata.get("checkpoint_path")
+        inner = "/".join(str(part) for key in ("checkpoint_path", "state_dict") if (part := entry.metadata.get(key)))
         adapters = entry.metadata.get("adapters")
         listed = [each for each in adapters if isinstance(each, dict)] if isinstance(adapters, list) else []
         for name, value in (item for stated in (entry.metadata, *listed) for item in stated.items()):
@@ -239,7 +239,7 @@ def _stated(store: AssetStore) -> set[str]:
             except AssetCardError:
                 continue
             path = uri_path(uri)
-            for each in () if path is None else (path, path / inner) if isinstance(inner, str) else (path,):
+            for each in () if path is None else (path, path / inner):
                 made = formats.rewritten(each, cache=store.settings.cache_dir)
                 found |= set() if made is None else {path_uri(made)}
             found.add(uri.rstrip("/"))

@@ -69,6 +69,8 @@ class Original:
     """The bytes of it; ``None``: up to the end of the file."""
     suffix: str = ""
     """A suffix for the names of its tensors."""
+    state_dict: str | None = None
+    """The dotted path of the state dict in it; ``None``: the usual ones."""
 
 
 def rewrite(original: Original, cache: Path, *, restrict: bool = True) -> Path:
@@ -153,7 +155,9 @@ def _open(original: Original, cache: Path) -> Iterator[tuple[BinaryIO, int, Path
     with open_regular(original.path) as (file, file_size):
         size = file_size - original.base if original.size is None else original.size
         stat = os.fstat(file.fileno())
-        place = (original.base, size, original.suffix)
+        place: tuple[object, ...] = (original.base, size, original.suffix)
+        if original.state_dict is not None:
+            place += (original.state_dict,)
         name = _hash((VERSION, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, *place))
         yield file, size, cache / FOLDER / f"{name}{_FILE}"
 
@@ -196,7 +200,8 @@ def _run_child(file: BinaryIO, out: int, original: Original, size: int, restrict
     seconds = SECONDS + size // BYTES_PER_SECOND
     order = {
         "file": file.fileno(), "out": out, "base": original.base, "size": size, "suffix": original.suffix,
-        "restrict": restrict, "label": label, "seconds": seconds, "parent": os.getpid(),
+        "state_dict": original.state_dict, "restrict": restrict, "label": label, "seconds": seconds,
+        "parent": os.getpid(),
     }  # fmt: skip
     try:
         child = subprocess.run(

@@ -48,6 +48,7 @@ def main() -> None:
                 order["base"],
                 order["size"],
                 suffix=order["suffix"],
+                state_dict=order["state_dict"],
                 label=order["label"],
                 restrict=order["restrict"],
             )
@@ -90,9 +91,19 @@ def _set_limit(which: int, value: int) -> None:
     resource.setrlimit(which, (value, value))
 
 
-def rewrite(file: BinaryIO, out: BinaryIO, base: int, size: int, *, suffix: str, label: str, restrict: bool) -> None:
+def rewrite(
+    file: BinaryIO,
+    out: BinaryIO,
+    base: int,
+    size: int,
+    *,
+    suffix: str,
+    state_dict: str | None,
+    label: str,
+    restrict: bool,
+) -> None:
     """Write the tensors of the torch checkpoint in ``file`` to ``out``, as safetensors, their names with ``suffix``."""
-    placed = place_tensors(file, base=base, size=size, label=label, restrict=restrict)
+    placed = place_tensors(file, base=base, size=size, label=label, restrict=restrict, state_dict=state_dict)
     # The largest elements first: then all are aligned.
     placed.sort(key=lambda entry: (-ITEM_SIZES[entry.tensor.dtype], entry.offset))
     sizes = [math.prod(entry.tensor.shape) * ITEM_SIZES[entry.tensor.dtype] for entry in placed]
