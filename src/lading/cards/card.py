@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 from urllib.parse import urlsplit
 
 from lading.errors import AssetCardError
@@ -34,6 +34,7 @@ FIELDS = (
     "model_family",
     "model_arch",
     *CONFIG_KEYS,
+    "parameters",
     "checkpoint",
     "checkpoint_path",
     "state_dict",
@@ -251,6 +252,11 @@ class CheckpointRef:
     def shown(self) -> str:
         """The key without secrets, for messages."""
         return replace(self, uri=shown_uri(self.uri)).key
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Return whether ``value`` is a number of parameters: a positive integer below 10¹⁸."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10**18
 
 
 def checkpoint_ref(card: AssetCard) -> CheckpointRef:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from lading.cards.adapters import adapter_problems
-from lading.cards.card import CONFIG_KEYS, FIELDS, ArchitectureEntry, CardEntry, is_sha256
+from lading.cards.card import CONFIG_KEYS, FIELDS, ArchitectureEntry, CardEntry, is_count, is_sha256
 from lading.cards.documents.document import Document, join, show
 from lading.cards.documents.json_lines import json_documents
 from lading.cards.documents.read_yaml import yaml_documents
@@ -28,7 +28,7 @@ _MAX_BAD_DOCUMENTS = 1_000
 """The most documents per file whose problems are listed; others are only counted."""
 
 _STRING_FIELDS = (
-    *(field for field in FIELDS if field not in (*CONFIG_KEYS, "sha256", "adapters", "restrict")),
+    *(field for field in FIELDS if field not in (*CONFIG_KEYS, "parameters", "sha256", "adapters", "restrict")),
     "tokenizer_family",
     "dataset_family",
 )
@@ -150,6 +150,8 @@ class _Reader:
         _check_digests(metadata.get("sha256"), problems)
         if (adapters := metadata.get("adapters")) is not None:
             problems += (f".adapters{problem}" for problem in adapter_problems(adapters))
+        if (count := metadata.get("parameters")) is not None and not is_count(count):
+            problems.append(f".parameters: expected a positive integer below 10^18, found {show(count)}")
         if isinstance(base := metadata.get("base"), str):
             metadata["base"] = _plain_name(base, "base", problems)
 

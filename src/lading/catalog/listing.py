@@ -12,7 +12,7 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Literal
 
-from sqlalchemy import ColumnElement, SQLColumnExpression, and_, column, or_, select, table
+from sqlalchemy import ColumnElement, SQLColumnExpression, and_, column, func, or_, select, table
 from sqlalchemy.orm import Session
 
 from lading.cards.card import AssetCard, checkpoint_ref
@@ -57,7 +57,7 @@ def list_models(
     """
     c = _ASSETS.c
     statement = select(*(c[name] for name in _COLUMNS))
-    statement = statement.order_by(*([c.bytes.desc().nulls_last()] if sort == "size" else []), c.name)
+    statement = statement.order_by(*([_size().desc().nulls_last()] if sort == "size" else []), c.name)
     if not include_all:
         statement = statement.where(or_(c.family.is_not(None), c.problem.is_not(None)))
     if family is not None:
@@ -79,9 +79,9 @@ def list_models(
         most = FLOAT_NAMES.get(dtype.lower(), dtype.upper())
         statement = statement.where(or_(c.dtypes == most, c.dtypes.startswith(f"{most},", autoescape=True)))
     if min_bytes is not None:
-        statement = statement.where(c.bytes >= min_bytes)
+        statement = statement.where(_size() >= min_bytes)
     if max_bytes is not None:
-        statement = statement.where(c.bytes <= max_bytes)
+        statement = statement.where(_size() <= max_bytes)
 
     def matching() -> Iterator[ModelSummary]:
         for row in session.execute(statement):
@@ -94,6 +94,11 @@ def list_models(
     models = sorted(matching(), key=_newest_first) if sort == "modified" else matching()
 
     return list(islice(models, limit))
+
+
+def _size() -> ColumnElement[int]:
+    """Return the size of a model in bytes: that of its checkpoint, if it is known, or else of weights in 16 bits."""
+    return func.coalesce(_ASSETS.c.bytes, 2 * _ASSETS.c.parameters)
 
 
 def _newest_first(model: ModelSummary) -> float:

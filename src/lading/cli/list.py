@@ -20,18 +20,21 @@ from lading.system.display import human_bytes, human_count
 STATUSES = {"ready": "green", "remote": None, "gated": "yellow", "unknown-family": "yellow", "broken": "red"}
 """The statuses of models, and the color of each."""
 
+
+def _size(size: int | str) -> str:
+    return size if isinstance(size, str) else human_bytes(size)
+
+
 _TABLE = (
     Column(name="name", keep=True),
     Column(name="family"),
     Column(name="arch"),
     Column(name="status", color=STATUSES.get),
-    Column(name="bytes", heading="size", show=human_bytes, right=True),
+    Column(name="parameters", show=human_count, right=True),
+    Column(name="bytes", heading="size", show=_size, right=True),
     Column(name="license"),
 )
-_OTHERS = (
-    Column(name="parameters", show=human_count, right=True),
-    Column(name="shards", right=True),
-)
+_OTHERS = (Column(name="shards", right=True),)
 """The columns that the table shows on request, and not as plain text."""
 
 
@@ -103,14 +106,19 @@ def list_models(
             require_family(family, store)
         if pattern is not None and not has_wildcard(pattern) and not store.models(pattern, include_all=True):
             raise unknown_model(pattern, store)
-        asked = min_size or max_size or conditions["dtype"]
-        unknown = " Sizes and dtypes are those of models that were indexed or loaded." if asked else ""
+        unknown = " Dtypes are known of models that were indexed or loaded." if conditions["dtype"] else ""
         note("no model matches." + unknown + ("" if include_all else " `--all` lists all cards."))
         if form is Form.TABLE:
             return
 
     table = _TABLE if columns is None else [_column(name) for name in chosen]
-    write_rows(chosen, [[getattr(m, c) for c in chosen] for m in models], form, table=table)
+    rows = [[getattr(m, c) for c in chosen] for m in models]
+    if form is Form.TABLE and "bytes" in chosen:
+        at = chosen.index("bytes")
+        for model, row in zip(models, rows, strict=True):
+            if model.bytes is None and model.parameters is not None:
+                row[at] = f"~{human_bytes(2 * model.parameters)}"
+    write_rows(chosen, rows, form, table=table)
 
 
 def _chosen(columns: str, known: Sequence[str]) -> list[str]:
