@@ -27,6 +27,7 @@ from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.request import HTTPCookieProcessor, ProxyHandler, build_opener
 
 import harness
 
@@ -48,6 +49,7 @@ CHECKPOINTS = ("checkpoints", "shards", "tensors")
 SMALL = 100
 BULK = 100_000
 TENSORS = 100_000
+PAGES = 10_000
 BATCH = 100_000
 
 Rows = list[list[Any]]
@@ -371,6 +373,45 @@ def process(folder: Path, rounds: int) -> Part:
     }
 
 
+# --- the pages of `lading browse` ------------------------------------------------------------------------------------
+
+
+def pages(folder: Path, rounds: int) -> Part:
+    """The pages that a browser gets: of 10,000 cards, a thousand with a manifest of 300 tensors."""
+    store = make_catalog(folder / "pages.sqlite", PAGES)
+    manifest = make_manifest(300)
+    models = [model for model in store.models() if model.checkpoint][:1_000]
+    for model in models:
+        assert model.checkpoint is not None
+        record_checkpoint(store.database, uri=model.checkpoint, manifest=manifest, copies=(), card_name=model.name)
+    environment = os.environ | {"LADING_DATABASE_URL": store.database.url, "XDG_CONFIG_HOME": str(folder)}
+    addresses = {
+        "/": "/", "models": "/catalog/models", "a search": "/catalog/models?_search=chat+en",
+        "models by size": "/catalog/models?_sort_desc=bytes", "tensors": "/catalog/model_tensors",
+        "a question": "/catalog/bf16-under-10-gb", "a model": f"/-/model?name={models[0].name}",
+    }  # fmt: skip
+    times: dict[str, list[float]] = {name: [] for name in addresses}
+    command = [sys.executable, "-m", "lading", "browse", "--port", "0"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        login = server.stdout.readline().strip()
+        browser = build_opener(ProxyHandler({}), HTTPCookieProcessor())
+        browser.open(login).read()
+        for _ in range(rounds * 3):
+            for name, address in addresses.items():
+                start = time.perf_counter()
+                browser.open(login.partition("/-/")[0] + address).read()
+                times[name].append(time.perf_counter() - start)
+        server.kill()
+
+    return {
+        "rows": [
+            ["page", "s", "goal: at most", ""],
+            *([name, f"{(s := statistics.median(t)):.3f}", "1 s", _met(s <= 1)] for name, t in times.items()),
+        ]
+    }
+
+
 def _met(yes: bool) -> str:
     return "met" if yes else "missed"
 
@@ -388,10 +429,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cards", type=int, default=1_000_000, help="of the large catalog")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=("bulk", "scale", "manifest", "process"))
+    parser.add_argument("--only", nargs="+", choices=("bulk", "scale", "manifest", "pages", "process"))
     parser.add_argument("--save", metavar="NAME", help="keep the figures as benchmarks/results/NAME.json")
     options = parser.parse_args()
-    wanted = options.only or ("bulk", "scale", "manifest", "process")
+    wanted = options.only or ("bulk", "scale", "manifest", "pages", "process")
 
     harness.DATA.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"benchmark": "catalog", "rounds": options.rounds}
@@ -410,6 +451,9 @@ def main() -> None:
         if "manifest" in wanted:
             results["manifest"] = manifest(small, options.rounds)
             show("A manifest of 100,000 tensors", results["manifest"])
+        if "pages" in wanted:
+            results["pages"] = pages(folder, options.rounds)
+            show("The pages of a catalog of 10,000 cards", results["pages"])
         if "process" in wanted:
             results["process"] = process(folder, options.rounds)
             show("The command line", results["process"])
