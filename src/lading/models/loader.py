@@ -261,7 +261,7 @@ def _load(
             for target, name in merge.replaced.items():
                 by_name[name] = torch.empty(targets.boxes[target].sizes, dtype=own[name], device=device)
             merger = Merger(merge=merge, adapters=added, base=checkpoint, targets=targets, routed=routed, config=config)
-            merger.merge_into(by_name)
+            merger.merge_into(by_name, progress=progress)
 
     with clock.phase("assemble"):
         drawn: dict[str, Tensor] = {}

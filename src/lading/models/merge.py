@@ -18,13 +18,17 @@ from lading.models.adapters import Change, Factors, Merge
 from lading.models.targets import Targets
 from lading.models.tensors import read_tensors
 from lading.models.ties import are_same, tied_mismatch_error
-from lading.planning.box import Box, Selection
+from lading.planning.box import Box
 from lading.planning.composition import Source, pieces, tensors_of
 from lading.planning.rules import Route
+from lading.transfer.drive import cores, drive
 from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES
 
-_SLAB = 16 << 20
-"""The most elements of a weight to merge at a time."""
+_SLAB = 1 << 20
+"""The most elements of a weight to merge at a time, so that the product stays in the cache."""
+
+_BATCH = 64 << 20
+"""The most bytes of factors to read together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,21 +43,71 @@ class Merger:
     """The tensors of the base that make the targets."""
     config: Any
 
-    def merge_into(self, tensors: Mapping[str, Tensor]) -> None:
+    def merge_into(self, tensors: Mapping[str, Tensor], *, progress: bool = False) -> None:
         """Merge the adapters into this rank's parts of targets, in place, in float32; round the result once.
 
+        The factors of a weight are small, and read whole; of tensors that replace weights, this reads the part.
+
         :param tensors: the parts by name, contiguous. The content of those that an adapter has whole does not matter.
+        :param progress: show a bar on stderr.
 
         :raises ModelCheckpointMismatchError: an adapter has different values for one tied parameter.
         """
+        names, boxes = self.targets.names, self.targets.boxes
+        mine = [target for target in self.merge.changes if names[target] in tensors and boxes[target].numel > 0]
         sources = dict(self.routed.sources())
-        with _full_precision(), torch.no_grad():
-            for target, changes in self.merge.changes.items():
-                name, box = self.targets.names[target], self.targets.boxes[target]
-                if name in tensors and box.numel > 0:
-                    self._merge(tensors[name], target, changes, sources.get(target))
+        with _full_precision():
+            for batch in self._batches(mine):
+                values = [tensors[names[target]] for target in batch]
+                factors = self._read_factors(batch, values[0].device)
 
-    def _merge(self, value: Tensor, target: int, changes: Sequence[Change], source: Source | None) -> None:
+                def merge(steps: Iterator[int], factors: _Read = factors) -> Iterator[int]:
+                    with torch.no_grad():
+                        for target in steps:
+                            yield self._merge(tensors[names[target]], target, factors, sources.get(target))
+
+                threads = cores() if values[0].device.type == "cpu" else 1
+                drive(iter(batch), merge, threads, sum(t.nbytes for t in values), "merge" if progress else None)
+
+    def _batches(self, mine: Sequence[int]) -> Iterator[list[int]]:
+        """Yield the targets whose factors are read together."""
+        batch: list[int] = []
+        size = 0
+        for target in mine:
+            nbytes = sum(self.adapters[n].manifest.nbytes(i) for n, i in self._factors_of(target))
+            if batch and size + nbytes > _BATCH:
+                yield batch
+                batch, size = [], 0
+            batch.append(target)
+            size += nbytes
+        if batch:
+            yield batch
+
+    def _factors_of(self, target: int) -> Iterator[tuple[int, int]]:
+        """Yield the adapter and the position of each factor that this rank's part of a target needs."""
+        for change in self.merge.changes[target]:
+            for tensor, _ in pieces(change.source, change.shapes, self.targets.boxes[target]):
+                part = change.parts.get(tensor)
+                if isinstance(part, Factors):
+                    yield change.adapter, part.a
+                    yield change.adapter, part.b
+
+    def _read_factors(self, batch: Sequence[int], device: torch.device) -> _Read:
+        needed: dict[int, dict[int, None]] = {}
+        for target in batch:
+            for adapter, position in self._factors_of(target):
+                needed.setdefault(adapter, {})[position] = None
+        read: _Read = {}
+        for adapter, positions in needed.items():
+            checkpoint = self.adapters[adapter]
+            dtypes = ["F64" if checkpoint.manifest.dtypes[i] == "F64" else "F32" for i in positions]
+            tensors = read_tensors(checkpoint, [*positions], dtypes)
+            read |= {(adapter, i): tensor.to(device) for i, tensor in zip(positions, tensors, strict=True)}
+
+        return read
+
+    def _merge(self, value: Tensor, target: int, factors: _Read, source: Source | None) -> int:
+        """Merge the changes of one target into ``value``; return its bytes."""
         box, own = self.targets.boxes[target], DTYPE_NAMES[value.dtype]
         exact = "F64" if own == "F64" else "F32"
         # Values that were rounded when they were read are read once more, as the sum is to be rounded once.
@@ -62,7 +116,6 @@ class Merger:
             and own != exact
             and any(self.base.manifest.dtypes[tensor] != own for tensor in tensors_of(source))
         )
-        parts = [_read_parts(change, box, exact, self.adapters[change.adapter]) for change in changes]
 
         for slab in box.slabs(_SLAB):
             chunk = value if slab == box else value[slab.starts[0] - box.starts[0] :][: slab.sizes[0]]
@@ -71,11 +124,9 @@ class Merger:
             else:
                 total = chunk.to(TORCH_DTYPES[exact])
             replaced = False
-            for change, tensors in zip(changes, parts, strict=True):
+            for change in self.merge.changes[target]:
                 into = torch.empty_like(total) if change.replaces and replaced else total
-                for tensor, selection in pieces(change.source, change.shapes, slab):
-                    if tensor in tensors:
-                        _apply(change.parts[tensor], tensors[tensor], into, selection)
+                self._apply(change, slab, into, factors)
                 if into is not total and not are_same(into, total):
                     adapter, name = self.adapters[change.adapter], self.targets.names[target]
                     raise tied_mismatch_error(adapter, self.config, self.targets.aliases_of(name)[0], name)
@@ -83,43 +134,37 @@ class Merger:
             if total is not chunk:
                 chunk.copy_(total)
 
+        return value.nbytes
 
-def _read_parts(change: Change, box: Box, dtype: str, adapter: Checkpoint) -> dict[int, tuple[Tensor, ...]]:
-    """Read the tensors of an adapter that the box needs; they are small, so each is read whole."""
-    needed = [tensor for tensor, _ in pieces(change.source, change.shapes, box) if tensor in change.parts]
-    needed = list(dict.fromkeys(needed))
-    wanted = [change.parts[tensor] for tensor in needed]
-    positions = [i for part in wanted for i in ((part,) if isinstance(part, int) else (part.a, part.b))]
-    if not positions:
-        return {}
-    read = iter(read_tensors(adapter, positions, [dtype] * len(positions)))
+    def _apply(self, change: Change, slab: Box, total: Tensor, factors: _Read) -> None:
+        """Apply a change to a box of a target, whose elements are ``total``."""
+        for tensor, selection in pieces(change.source, change.shapes, slab):
+            part = change.parts.get(tensor)
+            if part is None:
+                continue
+            place = total.as_strided(selection.sizes, selection.strides, total.storage_offset() + selection.place)
+            spans = tuple((n - 1) * step + 1 for n, step in zip(selection.sizes, selection.steps, strict=True))
+            if isinstance(part, int):
+                own = [Box(selection.starts, spans)]
+                (saved,) = read_tensors(self.adapters[change.adapter], [part], [DTYPE_NAMES[total.dtype]], boxes=own)
+                place.copy_(saved[tuple(slice(None, None, step) for step in selection.steps)])
+                continue
+            cut = [
+                slice(start, start + span, step)
+                for start, span, step in zip(selection.starts, spans, selection.steps, strict=True)
+            ]
+            a, b = (factors[change.adapter, i].to(total.dtype) for i in (part.a, part.b))
+            b = b.reshape(-1, a.shape[0])
+            if part.transposed:
+                product = (b[cut[1]] @ a[:, cut[0]]).T
+            else:
+                rows = a[(slice(None), *cut[1:])].reshape(a.shape[0], -1)
+                product = (b[cut[0]] @ rows).reshape(selection.sizes)
+            place += product.mul_(part.scale)
 
-    return {
-        tensor: (next(read),) if isinstance(part, int) else (next(read), next(read))
-        for tensor, part in zip(needed, wanted, strict=True)
-    }
 
-
-def _apply(part: Factors | int, tensors: tuple[Tensor, ...], total: Tensor, selection: Selection) -> None:
-    """Apply what becomes of a tensor of the base to a selection of it, which lies in the memory of ``total``."""
-    place = total.as_strided(selection.sizes, selection.strides, total.storage_offset() + selection.place)
-    cut = [
-        slice(start, start + (size - 1) * step + 1, step)
-        for start, size, step in zip(selection.starts, selection.sizes, selection.steps, strict=True)
-    ]
-    if isinstance(part, int):
-        place.copy_(tensors[0][tuple(cut)])
-        return
-
-    a, b = tensors
-    rank = a.shape[0]
-    b = b.reshape(-1, rank)
-    if part.transposed:
-        product = (b[cut[1]].to(total.device) @ a[:, cut[0]].to(total.device)).T
-    else:
-        rest = a[(slice(None), *cut[1:])].reshape(rank, -1)
-        product = (b[cut[0]].to(total.device) @ rest.to(total.device)).reshape(selection.sizes)
-    place += product * part.scale
+_Read = dict[tuple[int, int], Tensor]
+"""Factors by adapter and position."""
 
 
 @contextmanager
