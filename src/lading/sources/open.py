@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-from lading.errors import NotSupportedError
+from lading.errors import InternalError, NotSupportedError, did_you_mean
 from lading.sources.hub.address import HubAddress
 from lading.sources.source import Source
 from lading.sources.web.address import WebAddress
@@ -13,6 +13,8 @@ from lading.system.uris import shown_uri
 
 HUB_SCHEMES = ("hg", "hf")
 HTTP_SCHEMES = ("https", "http")
+SCHEMES = ("file", *HUB_SCHEMES, *HTTP_SCHEMES)
+"""The schemes of all addresses that lading reads."""
 
 
 def check_address(uri: str) -> None:
@@ -57,7 +59,19 @@ def open_source(uri: str, *, inner_path: str | None, revision: str | None, setti
             )
         return HttpSource(uri, cache=Cache(settings.cache_dir, catalog=settings.catalog_id), offline=settings.offline)
 
-    raise NotSupportedError(
-        f"{shown_uri(uri)} has the scheme {scheme!r}, but checkpoints are read from paths, file://, https://, hg:// "
-        "and hf://."
-    )
+    require_readable(uri)
+    raise InternalError(f"{shown_uri(uri)} is not remote, so it has no source")
+
+
+def require_readable(uri: str) -> None:
+    """Require that lading reads addresses of a URI's scheme.
+
+    :raises NotSupportedError: it does not.
+    """
+    scheme = uri.partition(":")[0].lower()
+    if scheme not in SCHEMES:
+        raise NotSupportedError(
+            f"Expected a path, or an address that begins with {', '.join(f'{s}://' for s in SCHEMES)}; found "
+            f"{shown_uri(uri)!r}, and no installed source reads {scheme}://.{did_you_mean(scheme, SCHEMES)} Download "
+            "the checkpoint, and state its path."
+        )

@@ -236,6 +236,48 @@ def test_all_problems_of_all_files_are_listed(database: Database) -> None:
     assert str(problems).count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("address", "scheme"),
+    [
+        ("s3://bucket/ft?X-Amz-Signature=secret", "s3"), ("S3://bucket/ft", "s3"), ("gs://b/x", "gs"),
+        ("ftp://h/x", "ftp"),
+        ("abfs+x://b/x", "abfs+x"), ("mailto:me", "mailto"), (" s3://b/x;gated=false ", "s3"), ("htps://h/x", "htps"),
+    ],
+)  # fmt: skip
+def test_an_address_that_nothing_reads(tmp_path: Path, database: Database, address: str, scheme: str) -> None:
+    far = f"name: far\nmodel_family: qwen\ncheckpoint: {address!r}\n"
+    with pytest.raises(CardFileError) as error:
+        import_files(database, [card_file(f"{CARDS}---\n{far}---\nname: far@user\ncheckpoint: {address!r}\n")])
+    assert [line.partition(": ")[0] for line in error.value.problems] == [
+        "a.yaml[4].checkpoint",
+        "a.yaml[5].checkpoint",
+    ]
+    assert all(f"no installed source reads {scheme}://" in line for line in error.value.problems)
+    assert "hg://, hf://, https://, http://" in str(error.value)
+    assert "secret" not in str(error.value)
+    assert ("Did you mean 'https'" in str(error.value)) == (scheme == "htps")
+    assert cards(database) == {}
+
+    report = import_files(database, [card_file(f"{far}---\nname: near\n")], keep_going=True)
+    assert (report.added, len(report.problems)) == (("near",), 1)
+
+    # A card that is there stays as it was.
+    import_files(database, [card_file(far.replace(address, "hg://a/b"), "file:///cards/b.yaml")])
+    report = import_files(database, [card_file(far, "file:///cards/b.yaml")], keep_going=True)
+    assert (report.changed, report.removed, len(report.problems)) == ((), (), 1)
+    assert rows(database, "SELECT checkpoint_uri FROM cards WHERE name = 'far'") == [("hg://a/b",)]
+    assert_consistent(tmp_path)
+
+
+def test_addresses_that_go_in(database: Database) -> None:
+    addresses = (
+        "hg://a/b", "HF://a/b", "https://h/x", "http://h/x", "file:///x", "/x", "x", "./x", "~/x", "c:/x", "a/s3", "s3",
+        "s3://b/x;gated=true", "mailto:me;gated=true",
+    )  # fmt: skip
+    text = "---\n".join(f"name: a{i}\ncheckpoint: {address!r}\n" for i, address in enumerate(addresses))
+    assert len(import_files(database, [card_file(text)]).added) == len(addresses)
+
+
 def test_a_document_that_broke_keeps_its_card(database: Database) -> None:
     import_files(database, [card_file("name: a\nv: 1\n---\nname: b\n---\nname: c\n")])
     report = import_files(database, [card_file("name: a\nv: 2\n---\nname: [b]\n")], keep_going=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import ColumnElement, func, select, true
 from sqlalchemy.orm import Session
 
-from lading.cards.card import FIELDS, CardEntry
+from lading.cards.card import FIELDS, CardEntry, checkpoint_ref
 from lading.catalog.database.statements import chunks
 from lading.catalog.importing import write as rows
 from lading.catalog.importing.changes import (
@@ -29,10 +30,11 @@ from lading.catalog.importing.changes import (
     climb,
     decide,
 )
-from lading.catalog.importing.derived import Entries
+from lading.catalog.importing.derived import Entries, card_of
 from lading.catalog.records import ImportReport
 from lading.catalog.schema import ArchitectureRow, CardRow, FamilyRow, SourceRow
-from lading.errors import CardFileError
+from lading.errors import AssetCardError, CardFileError, NotSupportedError
+from lading.sources.open import require_readable
 from lading.system.filesystem import FileStat
 from lading.system.uris import uri_path
 
@@ -61,6 +63,7 @@ def apply(
     :raises CardFileError: something is wrong, and ``keep_going`` is not set.
     """
     seeds = kind == "seed"
+    files = [_without_unreadable(file) for file in files]
     of_cards = claims_of((f, card_key(e), e, dict(e.metadata)) for f in files for e in f.cards)
     of_architectures = claims_of(
         (f, architecture_key(e), e, {"base": e.base, "config": dict(e.config)}) for f in files for e in f.architectures
@@ -96,6 +99,26 @@ def apply(
         rows.ask_again(session, but=ids.values(), seeds=withdrawn and not seeds, all_users=withdrawn)
 
     return _report(cards, architectures, warnings=_warnings(session, cards, architectures), problems=all_problems)
+
+
+def _without_unreadable(file: CardFile) -> CardFile:
+    """Return ``file`` without the cards whose checkpoint lading cannot read, and with the problems that they are."""
+    problems: dict[str, str] = {}
+    for entry in file.cards:
+        try:
+            ref = checkpoint_ref(card_of(entry))
+            if not ref.gated:  # lading does not request what is gated, which may be at any address
+                require_readable(ref.uri)
+        except AssetCardError:
+            continue  # the problem of a card, which its status shows
+        except NotSupportedError as error:
+            problems[entry.source] = f"{entry.source}.checkpoint: {error}"
+    if not problems:
+        return file
+
+    cards = tuple(entry for entry in file.cards if entry.source not in problems)
+
+    return dataclasses.replace(file, cards=cards, problems=(*file.problems, *problems.values()))
 
 
 # --- what is there ----------------------------------------------------------------------------------------------------

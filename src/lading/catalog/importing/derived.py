@@ -75,7 +75,7 @@ class Entries:
                 card = self._cards.setdefault(card.name, card).base
 
         # Few bases have many cards on them: this resolves each once.
-        return _card(entry, None if entry.base is None else self._cards[entry.base])
+        return card_of(entry, None if entry.base is None else self._cards[entry.base])
 
     def words(self, name: str | None) -> Mapping[str, str]:
         """Return the words of each field of a card, its own or inherited; no words for a missing card."""
@@ -93,7 +93,8 @@ class Entries:
         return found
 
 
-def _card(entry: CardEntry, base: AssetCard | None) -> AssetCard:
+def card_of(entry: CardEntry, base: AssetCard | None = None) -> AssetCard:
+    """Return the card that ``entry`` states, based on ``base``."""
     return AssetCard(entry.name, entry.metadata, base, dict.fromkeys(entry.metadata, entry.folder), entry.source)
 
 
@@ -107,7 +108,7 @@ def resolve_columns(entry: CardEntry, entries: Entries) -> dict[str, str | int |
         card = entries.card(entry)
     except AssetCardError as error:
         problems.append(error.message)
-        card = _card(entry, None)  # its own fields are known all the same
+        card = card_of(entry)  # its own fields are known all the same
 
     found: dict[str, str | int | None] = {
         "base": entry.base,
