@@ -62,7 +62,7 @@ _OTHERS = (Column(name="shards", right=True),)
     help="By name; the largest first; or the one first whose files on this machine changed last.",
 )
 @click.option(
-    "--columns", metavar="COLUMN,...", help="The columns to show, in this order, such as name,size,dtypes,local_path."
+    "--columns", metavar="COLUMNS", help="The columns to show, in this order, such as name,size,dtypes,local_path."
 )
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="At most N models.")
 @listing_options
