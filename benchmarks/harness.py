@@ -25,6 +25,19 @@ Bar = tuple[str, str, str, float]
 """(name, contender, other contender, the ratio of totals to reach)."""
 
 
+def import_lading(family: str) -> None:
+    """Import what the first load of a process imports, as the peers import theirs before the clock starts."""
+    import lading.formats.local
+    import lading.models.hub
+    import lading.models.parallelize
+    import lading.models.placements
+    import lading.seeds
+    import lading.transfer.exchange  # noqa: F401
+    from lading.models.family import get_family
+
+    get_family(family).model_kls  # noqa: B018 (a family imports its module on the first use)
+
+
 def make_catalog(path: Path, *commands: list[str]) -> None:
     """Make a new catalog at ``path`` by commands of the CLI."""
     for suffix in ("", "-wal", "-shm"):

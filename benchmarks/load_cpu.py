@@ -105,7 +105,7 @@ def lading(**options: Any) -> Callable[[Path], Loader]:
 
     def prepare(folder: Path) -> Loader:
         os.environ["LADING_DATABASE_URL"] = f"sqlite:///{DATA / 'catalog.sqlite'}"
-        import lading.families.qwen  # noqa: F401
+        harness.import_lading("qwen")
         from lading.models.hub import load_model
 
         return lambda: load_model("bench", progress=False, **options)
@@ -117,7 +117,9 @@ def lading_hg(folder: Path) -> Loader:
     """``load_model`` of the same checkpoint through transformers' class, mapped."""
     from transformers import Qwen3ForCausalLM  # noqa: F401 - which ``from_pretrained`` has before the clock starts, too
 
-    import lading.families.hg  # noqa: F401
+    import lading.families.hg.outline  # noqa: F401
+
+    harness.import_lading("hg")
     from lading.models.hub import load_model
 
     os.environ["LADING_DATABASE_URL"] = f"sqlite:///{DATA / 'catalog.sqlite'}"

@@ -102,7 +102,7 @@ def lading(dtype: str) -> Callable[[], Loader]:
         os.environ["LADING_DATABASE_URL"] = f"sqlite:///{DATA / 'catalog_8b.sqlite'}"
         import torch
 
-        import lading.families.qwen  # noqa: F401
+        harness.import_lading("qwen")
         from lading.models.hub import load_model
 
         named = "auto" if dtype == "auto" else getattr(torch, dtype)

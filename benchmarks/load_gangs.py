@@ -46,9 +46,7 @@ Loader = Callable[[], Any]
 def lading(folder: Path, sizes: dict[str, int]) -> Loader:
     """``load_model`` of a rank."""
     os.environ["LADING_DATABASE_URL"] = f"sqlite:///{CATALOG}"
-    import lading.families.qwen
-    import lading.models.parallelize
-    import lading.models.placements  # noqa: F401
+    harness.import_lading("qwen")
     from lading.gangs import simulate_gangs
     from lading.models.hub import load_model
 

@@ -43,10 +43,7 @@ def run_rank(name: str) -> None:
     os.environ["LADING_DATABASE_URL"] = f"sqlite:///{CATALOG}"
     import torch
 
-    import lading.families.qwen
-    import lading.models.parallelize
-    import lading.models.placements
-    import lading.transfer.exchange  # noqa: F401
+    harness.import_lading("qwen")
     from lading.gangs import create_gangs
     from lading.models.hub import load_model
 
