@@ -1,4 +1,4 @@
-"""What a large catalog costs: writing it, asking a million cards, a manifest of 100,000 tensors, the command line.
+"""What a catalog costs: writing it, a million cards, a manifest of 100,000 tensors, the command line, 200 folders.
 
     python benchmarks/catalog.py                        # a million cards: some minutes, 4 GB of memory, 2 GB of disk
     python benchmarks/catalog.py --cards 20000 --rounds 3
@@ -10,6 +10,8 @@ catalog with one of 100 cards that gives the same answers, the command with a pr
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import random
 import shutil
@@ -42,6 +44,8 @@ from lading.formats.manifest import Manifest, Shard
 from lading.planning.box import Box
 from lading.planning.plan import Wanted, plan
 from lading.system.settings import Settings
+
+PARTS = ("bulk", "scale", "manifest", "pages", "process", "folders")
 
 CARDS = ("sources", "families", "cards")
 CHECKPOINTS = ("checkpoints", "shards", "tensors")
@@ -343,13 +347,7 @@ def _plan(stored: Manifest) -> None:
 
 def process(folder: Path, rounds: int) -> Part:
     """`lading list` beside a process that only imports what it cannot do without."""
-    # Both find their modules compiled, as what is installed is; the first round compiles them.
-    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE" and not k.startswith("LADING_")}
-    environment = inherited | {
-        "LADING_DATABASE_URL": f"sqlite:///{folder / 'list.sqlite'}",
-        "XDG_CONFIG_HOME": str(folder),
-        "PYTHONPYCACHEPREFIX": str(folder / "compiled"),
-    }
+    environment = _environment(folder) | {"LADING_DATABASE_URL": f"sqlite:///{folder / 'list.sqlite'}"}
     commands = {
         "lading list": [sys.executable, "-m", "lading", "list"],
         "import sqlalchemy.orm, click": [sys.executable, "-c", "import sqlalchemy.orm, click"],
@@ -412,6 +410,98 @@ def pages(folder: Path, rounds: int) -> Part:
     }
 
 
+def _environment(folder: Path) -> dict[str, str]:
+    """The environment of commands, which find their modules compiled, as what is installed is, after a first round."""
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE" and not k.startswith("LADING_")}
+
+    return inherited | {"XDG_CONFIG_HOME": str(folder), "PYTHONPYCACHEPREFIX": str(folder / "compiled")}
+
+
+# --- folders of one's own --------------------------------------------------------------------------------------------
+
+QWEN = {
+    "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151_936, "max_position_embeddings": 40_960,
+    "tie_word_embeddings": True, "rope_theta": 1_000_000, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+}  # fmt: skip
+LAYER = {
+    "input_layernorm": (1024,), "post_attention_layernorm": (1024,), "self_attn.q_proj": (2048, 1024),
+    "self_attn.k_proj": (1024, 1024), "self_attn.v_proj": (1024, 1024), "self_attn.o_proj": (1024, 2048),
+    "self_attn.q_norm": (128,), "self_attn.k_norm": (128,), "mlp.gate_proj": (3072, 1024), "mlp.up_proj": (3072, 1024),
+    "mlp.down_proj": (1024, 3072),
+}  # fmt: skip
+
+
+def make_folders(folder: Path, count: int) -> None:
+    """Fine-tunes of a model of 0.6 billion parameters, whose weights are holes in the files."""
+    shapes = {"model.embed_tokens.weight": (151_936, 1024), "model.norm.weight": (1024,)}
+    shapes |= {f"model.layers.{n}.{name}.weight": shape for n in range(28) for name, shape in LAYER.items()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+
+    for n in range(count):
+        tuned = folder / f"tuned-{n}"
+        tuned.mkdir(parents=True)
+        with (tuned / "model.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
+        (tuned / "config.json").write_text(json.dumps(QWEN))
+        (tuned / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: Qwen/Qwen3-0.6B\n---\n")
+
+
+def folders(folder: Path, rounds: int) -> Part:
+    """`lading add` of 200 folders, and `lading path` beside `lading show`."""
+    make_folders(folder / "models", 200)
+    environment = _environment(folder)
+    lading = [sys.executable, "-m", "lading"]
+    commands = {
+        "add": [*lading, "add", str(folder / "models")],
+        "add, again": [*lading, "add", str(folder / "models")],
+        "list --local": [*lading, "list", "--local"],
+        "path": [*lading, "path", "tuned-7"],
+        "show": [*lading, "show", "tuned-7"],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    memory: dict[str, float] = {}
+    for n in range(rounds + 1):
+        environment["LADING_DATABASE_URL"] = f"sqlite:///{folder / f'add{n}.sqlite'}"
+        subprocess.run([*lading, "list"], env=environment, check=True, capture_output=True)
+        for name, command in commands.items():
+            for _ in range(1 if name == "add" else 3):
+                start = time.perf_counter()
+                memory[name] = _run(command, environment)
+                if n:  # the first one compiles what it imports
+                    seconds[name].append(time.perf_counter() - start)
+
+    found = {name: statistics.median(times) for name, times in seconds.items()}
+    ratio = found["path"] / found["show"]
+    goals = {"add": ("10 s", found["add"] <= 10), "path": ("1.3 times show", ratio <= 1.3)}
+    return {
+        "rows": [
+            ["lading, 200 folders", "s", "MB", "goal: at most", ""],
+            *(
+                [name, f"{found[name]:.2f}", f"{memory[name]:.0f}", goal, "" if met is None else _met(met)]
+                for name in commands
+                for goal, met in [goals.get(name, ("", None))]
+            ),
+        ]
+    }
+
+
+def _run(command: list[str], environment: dict[str, str]) -> float:
+    """Run a command, and return the most memory that it had, in MB."""
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} ended with {process.returncode}")
+
+    return usage.ru_maxrss / 1e3
+
+
 def _met(yes: bool) -> str:
     return "met" if yes else "missed"
 
@@ -429,10 +519,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cards", type=int, default=1_000_000, help="of the large catalog")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=("bulk", "scale", "manifest", "pages", "process"))
+    parser.add_argument("--only", nargs="+", choices=PARTS)
     parser.add_argument("--save", metavar="NAME", help="keep the figures as benchmarks/results/NAME.json")
     options = parser.parse_args()
-    wanted = options.only or ("bulk", "scale", "manifest", "pages", "process")
+    wanted = options.only or PARTS
 
     harness.DATA.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"benchmark": "catalog", "rounds": options.rounds}
@@ -457,6 +547,9 @@ def main() -> None:
         if "process" in wanted:
             results["process"] = process(folder, options.rounds)
             show("The command line", results["process"])
+        if "folders" in wanted:
+            results["folders"] = folders(folder, options.rounds)
+            show("Folders of one's own", results["folders"])
 
     results["machine"] = harness.machine()
     if options.save:
