@@ -27,6 +27,7 @@ from lading.errors import (
 from lading.system.uris import path_uri
 from tests.helpers.cached_repository import add_cards, add_snapshot
 from tests.helpers.catalog_tools import nobody, public_folder
+from tests.helpers.make_adapter import Q_PROJ, factors, write_adapter
 from tests.helpers.make_checkpoint import make, tensors
 
 README = """\
@@ -462,3 +463,56 @@ def test_cards_can_be_exported_and_imported_elsewhere(
     assert "2 added" in cli("import", tmp_path / "all.yaml").stderr
     assert own_fields("Tiny")["tags"] == ["a", 1, {"b": None}]
     assert sorted(cli("export-cards", "*").stdout) == sorted(before)
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_based_on_the_card_of_its_model(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "arch.yaml").write_text(ARCHITECTURE + "---\nname: far\nmodel_family: qwen\ncheckpoint: hg://Org/Far\n")
+    lading.import_cards(tmp_path / "arch.yaml")
+    write_adapter(models / "a-lora", factors(Q_PROJ, 32, 32), base_model_name_or_path=str(models / "Tiny"))
+    write_adapter(models / "far-lora", factors(Q_PROJ, 32, 32), base_model_name_or_path="Org/Far")
+    write_adapter(models / "lost-lora", factors(Q_PROJ, 32, 32, seed=2), base_model_name_or_path="Org/Unknown")
+    write_adapter(models / "ia3", factors(Q_PROJ, 32, 32), peft_type="IA3")
+    (models / "far-lora" / "README.md").write_text(README)
+
+    found = add(models)
+
+    assert {name: each.status for name, each in found.items() if each.name} == dict.fromkeys(
+        ["Tiny", "a-lora", "far-lora"], "added"
+    )
+    assert own_fields("a-lora") == {"base": "Tiny", "adapter": str(models / "a-lora")}
+    assert own_fields("far-lora")["base"] == "far"
+    assert own_fields("far-lora")["license"] == "apache-2.0"
+    for name in ("lost-lora", "ia3"):
+        assert found[str(models / name)].status == "skipped"
+    assert "--set base=NAME" in str(found[str(models / "lost-lora")].problem)
+    assert statuses(add(models / "lost-lora", fields={"base": "Tiny"})) == {"lost-lora": "added"}
+    plain, merged = (
+        dict(lading.load_model(n, device="cpu", progress=False).named_parameters()) for n in ("Tiny", "a-lora")
+    )
+    assert not torch.equal(plain[f"{Q_PROJ}.weight"], merged[f"{Q_PROJ}.weight"])
+    before = dump()
+    assert set(statuses(add(models)).values()) == {"unchanged", "skipped"}
+    assert dump() == before
+
+
+def test_adapters_move_and_are_relocated_like_checkpoints(models: Path, tmp_path: Path) -> None:
+    write_adapter(models / "lora", factors(Q_PROJ, 32, 32), base_model_name_or_path=str(models / "Tiny"))
+    add(models)
+    (models / "lora").rename(models / "lora-2")
+
+    found = add(models)
+    assert statuses(found) == {"Tiny": "unchanged", "lora": "moved"}
+    assert found["lora"].moved_from == str(models / "lora")
+    assert own_fields("lora") == {"base": "Tiny", "adapter": str(models / "lora-2")}
+
+    lading.register_model("two", models / "Tiny", adapters=[{"checkpoint": str(models / "lora-2"), "weight": 0.5}])
+    models.rename(tmp_path / "moved")
+    lading.relocate_checkpoints(models, tmp_path / "moved")
+    assert own_fields("lora")["adapter"] == str(tmp_path / "moved" / "lora-2")
+    assert own_fields("two")["adapters"] == [{"checkpoint": str(tmp_path / "moved" / "lora-2"), "weight": 0.5}]
+
+    shutil.rmtree(tmp_path / "moved" / "lora-2")
+    assert statuses(add(tmp_path / "moved"))["lora"] == "gone"

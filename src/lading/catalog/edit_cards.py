@@ -15,7 +15,8 @@ from typing import NamedTuple
 from sqlalchemy import ColumnElement, or_, select
 from sqlalchemy.orm import Session
 
-from lading.cards.card import AssetCard, CardEntry, split_gated, split_name
+from lading.cards.addresses import stated_addresses, with_addresses
+from lading.cards.card import AssetCard, AssetCardField, CardEntry, split_gated, split_name
 from lading.catalog.added_cards import CheckpointContents, card_entry, record_contents
 from lading.catalog.database.database import Database
 from lading.catalog.database.statements import dumps, intact, loads_object
@@ -32,8 +33,6 @@ from lading.system.uris import uri_path
 
 _REFERENCES = ("base", "tokenizer_ref")
 """The fields that hold the name of another card."""
-_PATHS = ("checkpoint", "tokenizer")
-"""The fields that may hold a path."""
 
 
 class _Held(NamedTuple):
@@ -137,10 +136,11 @@ def relocate(
         below = or_(uri == f"file://{old}", uri.startswith(f"file://{old}/", autoescape=True))
         stated = CardRow.metadata_.contains(dumps(str(old))[1:-1], autoescape=True)
         for held in _find(session, or_(below, stated)):
-            fields = _moved(held.entry, old, new)
-            if fields:
-                edits.append((held, replace(held.entry, metadata={**held.entry.metadata, **fields})))
-                changes += [_change(held, field, str(held.entry.metadata[field]), fields[field]) for field in fields]
+            moved = _moved(held.entry, old, new)
+            if moved:
+                edits.append((held, replace(held.entry, metadata=with_addresses(held.entry.metadata, moved))))
+                before = dict(stated_addresses(held.entry.metadata))
+                changes += [_change(held, name, before[name], address) for name, address in moved.items()]
         _require_own([held for held, _ in edits], "change")
         if not dry_run:
             _write(session, edits)
@@ -151,19 +151,18 @@ def relocate(
 
 
 def _moved(entry: CardEntry, before: Path, after: Path) -> dict[str, str]:
-    """Return the fields of a card that name a path at or below ``before``, with the path that takes its place."""
+    """Return the addresses of a card that are paths at or below ``before``, with the paths that take their places."""
     found = {}
-    card = AssetCard(entry.name, entry.metadata, folders=dict.fromkeys(entry.metadata, entry.folder))
-    for name in _PATHS:
-        stated = entry.metadata.get(name)
+    card = AssetCard(entry.name, entry.metadata)
+    for name, stated in stated_addresses(entry.metadata):
         try:
-            resolved = uri_path(split_gated(card.field(name).as_uri())[0]) if stated is not None else None
+            resolved = uri_path(split_gated(AssetCardField(name, card, stated, entry.folder).as_uri())[0])
         except AssetCardError:
             continue
         if resolved is None:
             continue
         # The move may have left a link at the old place, which the URI follows.
-        plain = Path(os.path.normpath((entry.folder or Path("/")) / str(stated).removeprefix("file://")))
+        plain = Path(os.path.normpath((entry.folder or Path("/")) / stated.removeprefix("file://")))
         for path in (plain, resolved):
             if path.is_relative_to(before):
                 found[name] = str(after / path.relative_to(before))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import click
 
-from lading.cards.card import AssetCard, CardEntry
+from lading.cards.addresses import stated_addresses, with_addresses
+from lading.cards.card import AssetCard, AssetCardField, CardEntry
 from lading.cli.command import command
 from lading.cli.complete import complete_model
 from lading.cli.output import note, printable
@@ -20,9 +21,6 @@ from lading.system.display import counted
 from lading.system.uris import uri_path
 
 log = logging.getLogger("lading")
-
-_PATHS = ("checkpoint", "tokenizer")
-"""The fields of a card that may hold a path relative to the card's file."""
 
 
 @command("import")
@@ -86,14 +84,13 @@ def _with_absolute_paths(entry: CardEntry) -> CardEntry:
     if entry.folder is None:
         return entry
 
-    stated = AssetCard(entry.name, entry.metadata, folders=dict.fromkeys(entry.metadata, entry.folder))
+    card = AssetCard(entry.name, entry.metadata)
     paths = {
-        name: str(uri_path(uri := stated.field(name).as_uri()) or uri)
-        for name in _PATHS
-        if isinstance(value := entry.metadata.get(name), str) and value.strip()
+        name: str(uri_path(uri := AssetCardField(name, card, value, entry.folder).as_uri()) or uri)
+        for name, value in stated_addresses(entry.metadata)
     }
 
-    return replace(entry, metadata={**entry.metadata, **paths})
+    return replace(entry, metadata=with_addresses(entry.metadata, paths))
 
 
 def _write(path: Path, text: str) -> None:

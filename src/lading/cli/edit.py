@@ -44,7 +44,7 @@ def remove_card(names: tuple[str, ...], dry_run: bool, form: Form) -> None:
 @_dry_run
 @listing_options
 def rename(old: str, new: str, dry_run: bool, form: Form) -> None:
-    """Give the card OLD the name NEW, also where other cards refer to it.
+    """Give the card OLD the name NEW, wherever it occurs.
 
     A card that a watched card file states has to be renamed there.
 
@@ -61,7 +61,7 @@ def rename(old: str, new: str, dry_run: bool, form: Form) -> None:
 @_dry_run
 @listing_options
 def relocate(old: Path, new: Path, dry_run: bool, form: Form) -> None:
-    """Tell the catalog that checkpoints moved from the path OLD to NEW.
+    """Tell the catalog that OLD is at the path NEW now.
 
     Moves no files: do that before. OLD may be a checkpoint, or a folder with checkpoints in it. Checks that the
     checkpoints at the new place have the tensors that the catalog knows.

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from lading.cards.card import CardEntry
+from lading.cards.addresses import stated_addresses
+from lading.cards.card import AssetCardField, CardEntry
 from lading.catalog.added_cards import CheckpointContents, card_entry, record_additions
 from lading.catalog.importing.changes import ADDED
 from lading.catalog.records import ModelSummary
@@ -168,6 +169,10 @@ class _Found:
 
         return replace(contents, copies=self.move.copies, checks=self.move.checks, moved_from=self.move.uri)
 
+    def origin(self, move: Move) -> Path:
+        """Return the path at which it was: of an adapter, the folder."""
+        return move.origin if self.described.adapter_of is None else move.origin.parent
+
     def result(self) -> AddedCard:
         """Return what the user is told."""
         manifest, of = self.described.manifest, self.fields.get
@@ -179,7 +184,7 @@ class _Found:
             **{key: value if isinstance(value := of(name), str) else None for key, name in _SHOWN.items()},
             bytes=None if manifest is None else manifest.total_bytes,
             dtypes=None if manifest is None else ",".join(manifest.dtype_counts),
-            moved_from=None if self.move is None else str(self.move.origin),
+            moved_from=None if self.move is None else str(self.origin(self.move)),
             problem=self.problem if self.error is None else _line(self.error, self.described.shown),
             error=self.error,
         )
@@ -255,7 +260,8 @@ class _Adder:
     def decide(self, rule: str, roots: Sequence[Path]) -> None:
         """Decide for each checkpoint which card it keeps or gets, and which cards have lost theirs."""
         found = [each for each in self._found.values() if isinstance(each, _Found)]
-        owners = names_of(self._store, [each.described.uri for each in found])
+        wanted = [uri for each in found for uri in (each.described.uri, *each.described.bases())]
+        owners = names_of(self._store, wanted)
         moves = MoveFinder(self._store, progress=self._progress)
         new = []
         for each in found:
@@ -269,14 +275,26 @@ class _Adder:
             else:
                 new.append(each)
         self._give_names(new, rule)
+        self._write_new(new, owners)
 
         moved = {name for each in found if each.move is not None for name in each.move.cards}
+        with_adapters = set(self._store.names_stating("adapter", "adapters"))
         for model in self._cards.values():
             path = uri_path(model.checkpoint or "")
-            if model.source != ADDED or model.name in moved or path is None or path_exists(path):
-                continue
-            if any(path.is_relative_to(root) for root in roots):
-                self._found[f"{model.checkpoint} {model.name}"] = _gone(model, path)
+            may_be_gone = model.name in with_adapters or (path is not None and not path_exists(path))
+            if model.source == ADDED and may_be_gone and model.name not in moved:
+                self._report_gone(model, roots)
+
+    def _report_gone(self, model: ModelSummary, roots: Sequence[Path]) -> None:
+        """Report a card of lading's own, if nothing is at a path that it states below the searched folders."""
+        try:
+            card = self._store.retrieve_card(f"{model.name}@")
+            addresses = [AssetCardField(name, card, value).as_uri() for name, value in stated_addresses(card.metadata)]
+        except LadingError:
+            return  # a broken card, which `lading list` shows
+        for path in filter(None, map(uri_path, addresses)):
+            if any(path.is_relative_to(root) for root in roots) and not path_exists(path):
+                self._found[f"{model.name} {path}"] = _gone(model, path)
 
     def _keep(self, each: _Found, names: Sequence[str]) -> None:
         """Keep the card of a checkpoint; the given fields change one of lading's own."""
@@ -296,21 +314,21 @@ class _Adder:
 
     def _move(self, each: _Found, move: Move) -> None:
         """Have the cards of a checkpoint that moved name its new place, unless a file states one of them."""
-        place = {"checkpoint": each.described.fields["checkpoint"]}
+        field, origin = each.described.field, each.origin(move)
         for name in move.cards:
             card = self._cards[name]
             if card.source != ADDED:
                 each.fail(
                     NotSupportedError(
-                        f"{each.described.shown} was at {move.origin}, the path that the card {name!r} still states "
-                        f"({card.source}). Change it there, or run `lading relocate {shlex.quote(str(move.origin))} "
+                        f"{each.described.shown} was at {origin}, the path that the card {name!r} still states "
+                        f"({card.source}). Change it there, or run `lading relocate {shlex.quote(str(origin))} "
                         f"{shlex.quote(each.described.shown)}`."
                     )
                 )
                 return
             before = self._store.retrieve_card(f"{name}@").metadata
-            if "checkpoint" in before:
-                self._write_card(each, name, {**before, **place, **self._given})
+            if field in before:
+                self._write_card(each, name, {**before, field: each.described.fields[field], **self._given})
         if each.error is None:
             each.status, each.name = "moved", move.cards[0]
 
@@ -326,7 +344,17 @@ class _Adder:
                 each.fail(_taken(name, f"{counts[name.strip()]} checkpoints would have it", each))
             else:
                 each.name = name.strip()
-                self._write_card(each, each.name, each.fields)
+
+    def _write_new(self, new: Sequence[_Found], owners: Mapping[str, Sequence[str]]) -> None:
+        """Write cards for checkpoints; then those of adapters, which are based on the card of their model."""
+        cards = {uri: names[0] for uri, names in owners.items()}
+        for each in sorted(new, key=lambda each: each.described.adapter_of is not None):
+            if each.name is None or each.error is not None:
+                continue
+            base = next((cards[uri] for uri in each.described.bases() if uri in cards), None)
+            self._write_card(each, each.name, {**({} if base is None else {"base": base}), **each.fields})
+            if each.error is None:
+                cards[each.described.uri] = each.name
 
     def _write_card(self, each: _Found, name: str, fields: Mapping[str, object]) -> None:
         each.fields = fields

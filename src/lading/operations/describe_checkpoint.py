@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref
@@ -16,6 +16,7 @@ from lading.checkpoints.fetch_to_index import must_fetch_to_index
 from lading.checkpoints.published import PublishedCheckpoint, index_source, name_in_source
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, FetchError, NotSupportedError
 from lading.formats import NonContiguousError, NotByHeadersError
+from lading.formats.adapter_config import ADAPTER_CONFIG_NAME, ADAPTER_NAME, parse_adapter_config
 from lading.formats.config_json import read_hf_config, refuse_quantized_config
 from lading.formats.files import open_regular
 from lading.formats.folder import is_checkpoint_file
@@ -23,8 +24,9 @@ from lading.formats.manifest import Manifest
 from lading.models.recognize import Recognizer
 from lading.operations.card_names import Place
 from lading.operations.find_checkpoints import FoundCheckpoint, require_links_inside
-from lading.sources.hub.address import HubAddress
+from lading.sources.hub.address import HubAddress, is_repo_id
 from lading.sources.open import HUB_SCHEMES, open_source
+from lading.system.filesystem import expand_home, path_exists
 from lading.system.uris import path_uri, shown_uri
 
 log = logging.getLogger("lading")
@@ -40,6 +42,8 @@ class Description:
     place: Place
     fields: Mapping[str, object]
     """The fields of a card; without ``model_family`` if there is no ``config.json``."""
+    adapter_of: str | None = None
+    """The name or the path of the model that an adapter was trained on; empty if its configuration does not say."""
     manifest: Manifest | None = None
     """``None`` if the tensors can only be read after a rewrite."""
     contents: CheckpointContents | None = None
@@ -47,16 +51,36 @@ class Description:
     files: LocalCheckpointFiles | None = None
     """The files, if they are on this machine and the catalog does not know them as they are."""
 
+    @property
+    def field(self) -> str:
+        """The field of a card that states its place."""
+        return "checkpoint" if self.adapter_of is None else "adapter"
+
+    def bases(self) -> tuple[str, ...]:
+        """Return the URIs that an adapter may mean by the model that it was trained on."""
+        stated = self.adapter_of or self.fields.get("base_model")
+        if self.adapter_of is None or not isinstance(stated, str) or not stated.isprintable():
+            return ()
+        hub = [f"hg://{stated}"] if is_repo_id(stated) else []
+
+        return (*hub, path_uri(expand_home(stated))) if path_exists(expand_home(stated)) else tuple(hub)
+
     def require_family(self, fields: Mapping[str, object]) -> None:
         """Require that the fields of the card say of which family the model is.
 
         :raises NotSupportedError: they do not, as there is no ``config.json``.
         """
-        if not {"model_family", "base"} & fields.keys():
+        if {"model_family", "base"} & fields.keys():
+            return
+        if self.adapter_of is not None:
             raise NotSupportedError(
-                f"{self.shown} has no config.json, so the family of the model is unknown. State the family and the "
-                "architecture: `--set model_family=NAME --set model_arch=NAME` (`lading archs` shows them)."
+                f"{self.shown} is a LoRA adapter of {self.adapter_of or 'a model that it does not name'}, and no card "
+                "has that model. Add it, too, or state the name of its card: `--set base=NAME`."
             )
+        raise NotSupportedError(
+            f"{self.shown} has no config.json, so the family of the model is unknown. State the family and the "
+            "architecture: `--set model_family=NAME --set model_arch=NAME` (`lading archs` shows them)."
+        )
 
 
 class Describer:
@@ -79,6 +103,8 @@ class Describer:
         :raises OSError: it cannot be read.
         """
         path = found.path
+        if is_adapter(path):
+            return self._adapter_at(found)
         uri = path_uri(path)
         checkpoint = _field_of(path, uri)
         require_links_inside(path, found)
@@ -87,28 +113,44 @@ class Describer:
         fields = {**self._recognized(hf_config), "checkpoint": checkpoint, **_readme_at(path)}
         place = _place_of(path, found.root)
 
-        stored = self._store.checkpoint(uri)
+        return self._with_contents(Description(uri=uri, shown=str(path), place=place, fields=fields), path)
+
+    def _adapter_at(self, found: FoundCheckpoint) -> Description:
+        """Describe a LoRA adapter in a folder."""
+        folder = found.path
+        field = _field_of(folder, path_uri(folder))
+        file = folder / ADAPTER_NAME
+        require_links_inside(file, found)
+        config = parse_adapter_config(read_hf_config(folder, ADAPTER_CONFIG_NAME), label=str(folder))
+        described = Description(
+            uri=path_uri(file),
+            shown=str(folder),
+            place=_place_of(folder, found.root),
+            fields={"adapter": field, **_readme_at(folder)},
+            adapter_of=config.base or "",
+        )
+
+        return self._with_contents(described, file)
+
+    def _with_contents(self, described: Description, path: Path) -> Description:
+        """Add what the files at a path hold."""
+        stored = self._store.checkpoint(described.uri)
         if stored is not None and LocalCheckpointFiles.as_known(path, stored) is not None:
-            return Description(uri=uri, shown=str(path), place=place, fields=fields, manifest=stored.manifest)
+            return replace(described, manifest=stored.manifest)
         try:
             files = LocalCheckpointFiles.read(
                 path, cache=self._store.settings.cache_dir, restrict=self._restrict, rewrite=False
             )
         except NonContiguousError:
-            return Description(uri=uri, shown=str(path), place=place, fields=fields)
+            return described
         contents = CheckpointContents(
-            uri=uri, manifest=files.manifest, copies=files.copies(), checks=header_checks(files.checkpoint(uri), {})
+            uri=described.uri,
+            manifest=files.manifest,
+            copies=files.copies(),
+            checks=header_checks(files.checkpoint(described.uri), {}),
         )
 
-        return Description(
-            uri=uri,
-            shown=str(path),
-            place=place,
-            fields=fields,
-            manifest=files.manifest,
-            contents=contents,
-            files=files,
-        )
+        return replace(described, manifest=files.manifest, contents=contents, files=files)
 
     def at_address(self, uri: str) -> Description:
         """Describe a checkpoint of a source by its ``config.json``, ``README.md`` and headers.
@@ -171,6 +213,11 @@ class Describer:
         except (FetchError, CheckpointNotFoundError) as error:
             log.warning("%s: %s cannot be read, so the card has no license: %s", ref.shown, README_NAME, error)
             return {}
+
+
+def is_adapter(path: Path) -> bool:
+    """Return whether a folder holds a LoRA adapter, as PEFT saves it."""
+    return (path / ADAPTER_CONFIG_NAME).is_file() and (path / ADAPTER_NAME).exists()
 
 
 def _field_of(path: Path, uri: str) -> str:

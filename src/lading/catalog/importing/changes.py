@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from lading.cards.addresses import stated_addresses
 from lading.cards.card import ArchitectureEntry, CardEntry
 from lading.catalog.database.statements import dumps
 from lading.catalog.stored_cards import label
@@ -270,6 +271,4 @@ def _parsed(text: str) -> object:
 
 
 def _has_relative_path(entry: CardEntry) -> bool:
-    values = (entry.metadata.get(name) for name in ("checkpoint", "tokenizer"))
-
-    return any(isinstance(v, str) and "://" not in v and not v.startswith(("/", "~")) for v in values)
+    return any("://" not in v and not v.startswith(("/", "~")) for _, v in stated_addresses(entry.metadata))

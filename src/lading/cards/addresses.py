@@ -1,0 +1,33 @@
+"""The addresses that a card states: of its checkpoint, its tokenizer and its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+_FIELDS = ("checkpoint", "tokenizer", "adapter")
+
+
+def stated_addresses(metadata: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Yield the addresses in the fields of a card, each after its place: ``adapters[1].checkpoint``."""
+    for name in _FIELDS:
+        if isinstance(value := metadata.get(name), str) and value.strip():
+            yield name, value
+    adapters = metadata.get("adapters")
+    for i, adapter in enumerate(adapters if isinstance(adapters, list) else ()):
+        value = adapter.get("checkpoint") if isinstance(adapter, Mapping) else None
+        if isinstance(value, str) and value.strip():
+            yield f"adapters[{i}].checkpoint", value
+
+
+def with_addresses(metadata: Mapping[str, object], addresses: Mapping[str, str]) -> dict[str, object]:
+    """Return the fields of a card with other addresses, by the places that :func:`stated_addresses` gives them."""
+    changed = {**metadata, **{name: value for name, value in addresses.items() if name in _FIELDS}}
+    adapters = metadata.get("adapters")
+    if isinstance(adapters, list):
+        places = [addresses.get(f"adapters[{i}].checkpoint") for i in range(len(adapters))]
+        changed["adapters"] = [
+            adapter if place is None else {**adapter, "checkpoint": place}
+            for adapter, place in zip(adapters, places, strict=True)
+        ]
+
+    return changed
