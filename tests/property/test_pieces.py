@@ -8,6 +8,7 @@ import tempfile
 from array import array
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,8 @@ from lading.planning.box import Box
 from lading.planning.composition import Joined, Regroup, Reordered, Sliced, Source
 from lading.planning.plan import Wanted, plan
 from lading.system.filesystem import FileStat
+from lading.transfer import compare
+from lading.transfer.compare import Files, compare_tensors
 from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from lading.transfer.execute import execute
 from lading.transfer.files import ShardFile
@@ -34,7 +37,7 @@ def saved(draw: st.DrawFn) -> list[tuple[Tensor, list[Box]]]:
         cuts = [sorted({0, n, *draw(st.lists(st.integers(0, n), max_size=3))}) for n in shape]
         grid = itertools.product(*(itertools.pairwise(cut) for cut in cuts))
         boxes = [Box(tuple(a for a, _ in each), tuple(b - a for a, b in each)) for each in grid]
-        values = torch.arange(math.prod(shape)) + 10 * number
+        values = (torch.arange(math.prod(shape)) + 10 * number) % 100  # exact in every dtype
         found.append((values.to(dtype).reshape(shape), draw(st.permutations(boxes))))
     return found
 
@@ -143,3 +146,23 @@ def test_digests_are_those_of_whole_tensors(
 
         assert roots(manifest, files) == roots(one, its)
         assert len(roots(manifest, files)) == len(tensors)
+
+
+@given(saved(), st.integers(1, 3), st.sampled_from([8, 24, 1 << 20]), st.data())
+def test_values_are_compared_with_those_of_whole_tensors(
+    tensors: list[tuple[Tensor, list[Box]]], shards: int, step: int, data: st.DataObject
+) -> None:
+    changed = [tensor.clone() for tensor, _ in tensors]
+    expected = [0] * len(changed)
+    for i, tensor in enumerate(changed):
+        for at in data.draw(st.sets(st.integers(0, tensor.numel() - 1), max_size=4)):
+            tensor.view(-1)[at] += 1
+            expected[i] += 1
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "_STEP", step)
+        (Path(folder) / "whole").mkdir()
+        a = Files(*write(Path(folder), tensors, shards))
+        b = Files(*write(Path(folder) / "whole", [(t, [Box.whole(tuple(t.shape))]) for t in changed], 1))
+        pairs = [(i, b.manifest.names.index(name)) for i, name in enumerate(a.manifest.names)]
+        found = compare_tensors(a, b, pairs, threads=1)
+        assert [each.changed for each in found] == [expected[int(name[1:])] for name in a.manifest.names]

@@ -373,7 +373,7 @@ def _with_moved(a: Checkpoint, b: Checkpoint, side_a: Side, side_b: Side, *, pro
     sides = []
     for checkpoint, side, only in ((a, side_a, only_a), (b, side_b, only_b)):
         manifest = checkpoint.manifest
-        chosen = [i for i, name in enumerate(manifest.names) if only.get(name) in both and i not in manifest.pieces]
+        chosen = [i for i, name in enumerate(manifest.names) if only.get(name) in both]
         if chosen:
             part = manifest.take(chosen)
             found = hash_checkpoint(part, _files(checkpoint).files, progress=progress)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lading.formats.manifest import BITS, Manifest
+from lading.planning.box import Box
 from lading.planning.plan import PAGE
 from lading.transfer.drive import COLD_THREADS, cores, drive
 from lading.transfer.dtypes import TORCH_DTYPES
@@ -86,8 +87,8 @@ class Files(NamedTuple):
     files: Sequence[ShardFile]
 
     def has_values(self, tensor: int) -> bool:
-        """Return whether the values of a tensor can be read: torch has its dtype, and it lies in one piece."""
-        return self.manifest.dtypes[tensor] in TORCH_DTYPES and tensor not in self.manifest.pieces
+        """Return whether the values of a tensor can be read: torch has its dtype."""
+        return self.manifest.dtypes[tensor] in TORCH_DTYPES
 
 
 def compare_tensors(
@@ -127,7 +128,10 @@ class _Side(NamedTuple):
 
     @classmethod
     def opened(cls, stack: ExitStack, side: Files, tensors: set[int]) -> _Side:
-        needed = sorted({side.manifest.shard_ids[i] for i in tensors})
+        pieces = side.manifest.pieces
+        needed = sorted(
+            {side.manifest.shard_ids[i] for i in tensors} | {p.shard for i in tensors for p in pieces.get(i, ())}
+        )
 
         return cls(side.manifest, {i: stack.enter_context(open_shard(side.files[i])) for i in needed})
 
@@ -137,6 +141,12 @@ class _Side(NamedTuple):
     def read(self, tensor: int, first: int, count: int, buffer: mmap.mmap) -> Tensor:
         """Return elements of a tensor, valid until the next call with this buffer."""
         dtype = TORCH_DTYPES[self.manifest.dtypes[tensor]]
+        if tensor in self.manifest.pieces:
+            for shard, offset, place, size in self._runs(tensor, first, count):
+                at = memoryview(buffer)[place * dtype.itemsize : (place + size) * dtype.itemsize]
+                self.shards[shard].fill(offset, at)
+            return torch.frombuffer(buffer, dtype=dtype, count=count)
+
         file = self.shards[self.manifest.shard_ids[tensor]]
         offset = self.manifest.offsets[tensor] + first * dtype.itemsize
         # Direct reads put a byte at its offset in its page; items have to be aligned all the same.
@@ -145,6 +155,22 @@ class _Side(NamedTuple):
         file.fill(offset, memoryview(buffer)[skip : skip + count * dtype.itemsize], direct=direct)
 
         return torch.frombuffer(buffer, dtype=dtype, count=count, offset=skip)
+
+    def _runs(self, tensor: int, first: int, count: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield ``(shard, offset in its file, place among the elements, number of elements)`` of elements in pieces."""
+        item, last = BITS[self.manifest.dtypes[tensor]] // 8, first + count
+        for piece in self.manifest.pieces[tensor]:
+            before = 0
+            for begin, distance, length, runs in Box(piece.starts, piece.shape).rows(self.manifest.shapes[tensor]):
+                # Only the runs that meet the wanted elements.
+                low = max(0, (first - begin - length) // distance + 1)
+                high = min(runs, (last - 1 - begin) // distance + 1)
+                for k in range(low, high):
+                    start = begin + k * distance
+                    skip = max(0, first - start)
+                    size = min(start + length, last) - start - skip
+                    yield piece.shard, piece.offset + (before + k * length + skip) * item, start + skip - first, size
+                before += runs * length
 
 
 class _Comparison:
