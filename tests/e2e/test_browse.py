@@ -212,7 +212,7 @@ def test_pages(serving, more_cards, cli):
         assert "Did you mean" in body
         for page in ("/-/model", "/-/plan.svg", "/-/plan.svg?name=tin", "/-/plan.svg?name=tiny_arch"):
             assert client.get(page)[0] == 404, page
-        for tp in ("0", "-1", "x", "1e3", "99999999999", "٣"):
+        for tp in ("0", "-1", "x", "1e3", "1025", "9" * 5_000, "٣"):
             assert client.get(f"/-/plan.svg?{urlencode({'name': 'tiny', 'tp': tp})}")[0] == 400, tp
 
         # A broken card has a reason, not a page.

@@ -14,13 +14,14 @@ from lading.cli.show import config_rows, fields_of, look_up, summary_pairs
 from lading.errors import CheckpointNotFoundError
 from lading.formats.manifest import Manifest, by_layer
 from lading.system.display import human_bytes, human_count
+from lading.system.needs import needs_torch
 from lading.system.uris import without_secrets
 
 AXES = ("tp", "sdp", "pp", "rdp")
 """The axes of gangs that a picture can have."""
 
-MOST_RANKS = 256
-"""The largest size of an axis of a picture."""
+MOST_RANKS = 1_024
+"""The most ranks of a picture."""
 
 
 def model_page(name: str, store: AssetStore, sharing: str) -> dict[str, object]:
@@ -56,10 +57,11 @@ def plan_picture(name: str, store: AssetStore, *, tp: int, sdp: int, pp: int, rd
         hint = f"The tensors of {name!r} are not in the catalog yet. Run `lading index {name}`."
         raise CheckpointNotFoundError(name, hint)
 
-    from lading.operations.plan import plan_load  # imports torch
-    from lading.operations.plan_svg import picture
+    with needs_torch("The plan of a load"):
+        from lading.operations.plan import plan_load
+        from lading.operations.plan_svg import picture
 
-    return picture(plan_load(found.card, tp=tp, sdp=sdp, pp=pp, rdp=rdp, store=store))
+    return picture(plan_load(found.card, tp=tp, sdp=sdp, pp=pp, rdp=rdp, ranks=(0,), store=store))
 
 
 def _shown(value: object) -> str:

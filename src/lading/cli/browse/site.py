@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import sqlite3
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -34,6 +36,8 @@ CATALOG = "catalog"
 """The name of the database on the site."""
 
 _FOLDER = Path(__file__).parent
+
+_SIZE = re.compile("[1-9][0-9]{0,5}")
 
 _LISTS_OF_CARDS = ("models", "assets")
 """The views with a row for each card."""
@@ -179,13 +183,14 @@ class _Pages:
         """Return the picture of the plan of a model, or the reason that there is none."""
         await datasette.ensure_permissions(request.actor, ["view-instance"])
         given = {axis: request.args.get(axis) or "1" for axis in AXES}
-        if not all(size.isascii() and size.isdecimal() and 1 <= int(size) <= MOST_RANKS for size in given.values()):
-            return Response.text(f"Expected numbers from 1 to {MOST_RANKS} for {', '.join(AXES)}.", status=400)
-        sizes = {axis: int(size) for axis, size in given.items()}
+        sizes = {axis: int(size) for axis, size in given.items() if _SIZE.fullmatch(size)}
+        if sizes.keys() != given.keys() or prod(sizes.values()) > MOST_RANKS:
+            expected = f"Expected sizes of {', '.join(AXES)} whose product is from 1 to {MOST_RANKS:,}."
+            return Response.text(expected, status=400)
         try:
             drawn = await asyncio.to_thread(plan_picture, request.args.get("name") or "", self._store, **sizes)
-        except (LadingError, ImportError) as error:
-            return Response.text(without_secrets(str(error)), status=404)
+        except LadingError as error:
+            return Response.text(without_secrets(error.message), status=404)
 
         return Response(drawn, content_type="image/svg+xml; charset=utf-8")
 
@@ -195,9 +200,8 @@ def _authorize(action: int, table: str | None, column: str | None, database: str
     if action == sqlite3.SQLITE_READ and table is not None:
         if (table, column) == ("cards", "search_text"):
             return sqlite3.SQLITE_IGNORE
-        if (
-            table.startswith(INDEX) and table != f"{INDEX}_config"
-        ):  # without its settings, SQLite cannot name its columns
+        # SQLite names the columns of the index by its settings.
+        if table.startswith(INDEX) and table != f"{INDEX}_config":
             return sqlite3.SQLITE_DENY
 
     return sqlite3.SQLITE_OK
