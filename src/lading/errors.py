@@ -4,7 +4,7 @@
 
     LadingError                                       exit code of the CLI
     ├── AssetNotFoundError                            2  no card of that name
-    ├── ModelNotKnownError                            2  no model of that name
+    │   └── ModelNotKnownError                        2  no model of that name: no card, path or repository
     ├── ModelArchitectureNotKnownError                2
     ├── ModelFamilyNotKnownError                      2
     ├── NotSupportedError                             2  a valid request that lading does not support
@@ -105,14 +105,13 @@ class AssetNotFoundError(LadingError):
         self.hint = hint
 
 
-class ModelNotKnownError(LadingError):
-    """A model name that is not in the catalog."""
-
-    exit_code = 2
+class ModelNotKnownError(AssetNotFoundError):
+    """A model name that is not in the catalog, nor that of a path or of a repository of the hub."""
 
     def __init__(self, name: str, hint: str = "") -> None:
-        super().__init__(f"No model named {name!r} is in the catalog.{hint or ' `lading list` shows them.'}")
+        LadingError.__init__(self, f"No model named {name!r} is in the catalog.{hint or ' `lading list` shows them.'}")
         self.name = name
+        self.hint = hint
 
 
 class ModelArchitectureNotKnownError(LadingError):

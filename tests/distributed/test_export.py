@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from lading import GangError, LadingError, NotSupportedError, export_model, load_model, simulate_gangs
-from lading.models.resolve import family_of_folder
+from lading.models.hf_config import family_of_folder
 from tests.distributed.gang_tools import gangs_of
 from tests.distributed.workers import Pool
 from tests.helpers.make_checkpoint import make, tensors

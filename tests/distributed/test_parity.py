@@ -17,8 +17,8 @@ from lading.catalog.store import get_asset_store
 from lading.errors import GangError, NotSupportedError
 from lading.gangs import Gangs, create_fake_gangs, create_gangs
 from lading.models.construct import create_model
+from lading.models.hf_config import family_of_folder
 from lading.models.hub import ModelHub, load_model
-from lading.models.resolve import family_of_folder
 from lading.operations.export import export_model
 from tests.distributed.tiny_models import far, save_model, whole
 from tests.distributed.workers import Pool

@@ -19,8 +19,8 @@ from torch.nn import Module
 from lading.errors import DigestMismatchError, GangError, ModelCheckpointMismatchError, NotSupportedError
 from lading.gangs import Gangs, create_fake_gangs, create_gangs
 from lading.models.construct import create_model
+from lading.models.hf_config import family_of_folder
 from lading.models.hub import load_model, load_with_report
-from lading.models.resolve import family_of_folder
 from tests.distributed.tiny_models import far, save_model, whole
 from tests.distributed.workers import Pool
 from tests.helpers.make_checkpoint import make

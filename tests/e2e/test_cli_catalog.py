@@ -406,7 +406,7 @@ class TestPath:
         folder = tmp_path / "weights\udc80"
         folder.mkdir()
         card = AssetCard("odd", {"checkpoint": str(folder)})
-        monkeypatch.setattr(AssetStore, "retrieve_card", lambda self, name: card)
+        monkeypatch.setattr(AssetStore, "maybe_retrieve_card", lambda self, name: card)
         assert cli("path", "odd").stdout_bytes == bytes(tmp_path) + b"/weights\x80\n"
 
 

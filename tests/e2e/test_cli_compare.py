@@ -89,7 +89,7 @@ class TestCheck:
         assert report == {
             "name": "tiny", "fits": True, "family": "qwen", "problems": [], "quantized": {}, "tensors": 24,
             "matched": 24, "tied": {}, "dropped": [], "drawn": [], "parameters": 21_824, "bytes": 43_648,
-            "advice": "",
+            "advice": "", "contradictions": [],
         }  # fmt: skip
 
     def test_what_transformers_draws(self, cli, tmp_path):

@@ -77,7 +77,8 @@ def test_what_is_refused(cards: Path, cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
     assert "found something there" in cli("export", "tiny", tmp_path / "full", code=2).output
-    assert "use `lading convert` for paths" in cli("export", str(source), tmp_path / "out", code=2).output
+    (tmp_path / "bare").mkdir()
+    assert "use `lading convert` for paths" in cli("export", tmp_path / "bare", tmp_path / "out", code=2).output
     assert "No model named 'tinny'" in cli("export", "tinny", tmp_path / "out", code=2).output
     assert "names its own" in cli("convert", "tiny", tmp_path / "out", "--arch", "qwen/qwen3_0.6b", code=2).output
     assert "FAMILY/ARCH" in cli("convert", str(source), tmp_path / "out", "--arch", "qwen", code=2).output
@@ -120,8 +121,11 @@ def test_a_file_that_was_changed_is_not_converted(cards: Path, cli: Cli, tmp_pat
 
     cli("export", "tiny", tmp_path / "out", "--verify", "never", "--no-progress")
     check_state(tmp_path / "out", load_file(file))
-    path = tmp_path / "cards" / "tiny"
-    assert "Nothing is known" in cli("convert", path, tmp_path / "o", "--verify", "always", code=2).output
+    # The card has the folder, so its records hold for the path, too; a copy has none.
+    result = cli("convert", file.parent, tmp_path / "o", "--verify", "always", "--no-progress", code=4)
+    assert "1 of 24 tensors are not those that were verified before" in result.output
+    shutil.copytree(file.parent, tmp_path / "copy")
+    assert "Nothing is known" in cli("convert", tmp_path / "copy", tmp_path / "o", "--verify", "always", code=2).output
 
 
 def test_a_tied_copy_that_is_not_written_is_checked_too(cards: Path, cli: Cli, tmp_path: Path) -> None:
@@ -295,7 +299,7 @@ def test_a_kill_at_any_time(nursery: Nursery, tmp_path: Path, wait: float) -> No
 
 
 def test_a_model_in_memory_with_the_tokenizer_of_another_folder(tmp_path: Path) -> None:
-    from lading.models.resolve import family_of_folder
+    from lading.models.hf_config import family_of_folder
 
     make(tmp_path / "in")
     (tmp_path / "in" / "tokenizer.json").write_text("{}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from pathlib import Path
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import ColumnElement, func, or_, select
 from sqlalchemy.orm import Session
 
 from lading.cards.card import (
@@ -19,6 +19,7 @@ from lading.cards.card import (
     ArchitectureEntry,
     AssetCard,
     CardEntry,
+    checkpoint_ref,
     resolve_architecture,
     resolve_card,
     split_name,
@@ -42,6 +43,7 @@ from lading.errors import (
 )
 from lading.formats.digests import Digests
 from lading.formats.manifest import Manifest
+from lading.sources.hub.address import SCHEMES
 from lading.system.filesystem import FileStat, path_exists
 from lading.system.settings import Settings
 
@@ -147,17 +149,37 @@ class AssetStore:
         """
         with self._database.session() as session:
             envs = self._envs(session, "", None)
-            names, entries = self._candidates(session, field, value, envs)
+            kept, condition = _MATERIALISED.get(field), None
+            if kept is not None and isinstance(value, str) and _is_text(value):
+                condition = kept == value
+            names, entries = self._candidates(session, condition, envs)
 
-        for name in names:
-            try:
-                card = resolve_card(name, envs, lambda name: entries.get(name, {}))
-                found = None if card is None else card.maybe_get_field(field)
-            except AssetCardError as error:
-                _log.warning("A card of the catalog cannot be used: %s", error)
-                continue
-            if card is not None and found is not None and found.value == value:
-                yield card
+        def matches(card: AssetCard) -> bool:
+            found = card.maybe_get_field(field)
+            return found is not None and found.value == value
+
+        yield from _matching(names, entries, envs, matches)
+
+    def cards_at(self, uris: Collection[str]) -> Iterator[AssetCard]:
+        """Yield all cards whose ``checkpoint``, their own or a base's, is one of these URIs; log and skip bad cards.
+
+        The ids of the hub ignore case, and so does this for its addresses.
+
+        :raises SettingsError: no card has an overlay for the default environment.
+        """
+        exact = {uri for uri in uris if _is_text(uri)}
+        folded = {uri.lower() for uri in exact if uri.startswith(SCHEMES)}
+        column = CARDS.c.checkpoint_uri
+        with self._database.session() as session:
+            envs = self._envs(session, "", None)
+            condition = or_(column.in_(exact), func.lower(column).in_(folded))
+            names, entries = self._candidates(session, condition, envs)
+
+        def matches(card: AssetCard) -> bool:
+            uri = checkpoint_ref(card).uri
+            return uri in exact or uri.lower() in folded
+
+        yield from _matching(names, entries, envs, matches)
 
     @property
     def asset_names(self) -> Set[str]:
@@ -166,16 +188,18 @@ class AssetStore:
             return frozenset(session.scalars(select(CARDS.c.name).where(CARDS.c.env == "")))
 
     def _candidates(
-        self, session: Session, field: str, value: object, envs: Sequence[str]
+        self, session: Session, condition: ColumnElement[bool] | None, envs: Sequence[str]
     ) -> tuple[list[str], Mapping[str, Mapping[str, CardEntry]]]:
-        """Return names of cards that include all matches, and the entries of these cards and their bases."""
-        kept = _MATERIALISED.get(field)
-        if kept is None or not isinstance(value, str) or not _is_text(value):
+        """Return names of cards that include all matches, and the entries of these cards and their bases.
+
+        :param condition: a condition on the columns of resolved values; default: none.
+        """
+        if condition is None:
             entries = _grouped(read_cards(session))
             return sorted(name for name, by_env in entries.items() if "" in by_env), entries
 
         # The columns are right for every card without an overlay on its chain.
-        names = set(session.scalars(select(CARDS.c.name).where(CARDS.c.env == "", kept == value)))
+        names = set(session.scalars(select(CARDS.c.name).where(CARDS.c.env == "", condition)))
         names |= self._overlaid(session, envs)
 
         entries = {}
@@ -441,6 +465,22 @@ def _grouped(entries: Collection[CardEntry]) -> dict[str, dict[str, CardEntry]]:
         grouped.setdefault(entry.name, {})[entry.env] = entry
 
     return grouped
+
+
+def _matching(
+    names: Iterable[str],
+    entries: Mapping[str, Mapping[str, CardEntry]],
+    envs: Sequence[str],
+    matches: Callable[[AssetCard], bool],
+) -> Iterator[AssetCard]:
+    """Yield the cards of these names that match; log and skip bad cards."""
+    for name in names:
+        try:
+            card = resolve_card(name, envs, lambda name: entries.get(name, {}))
+            if card is not None and matches(card):
+                yield card
+        except AssetCardError as error:
+            _log.warning("A card of the catalog cannot be used: %s", error)
 
 
 def _by_env(entries: Collection[CardEntry]) -> dict[str, CardEntry]:

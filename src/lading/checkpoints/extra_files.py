@@ -271,13 +271,33 @@ def read_or_fetch_config(
     if store is None:
         raise InternalError(f"the checkpoint {ref.shown} is elsewhere, but was found without a catalog")
 
-    source = open_source(ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=store.settings)
-    shards = [shard.name for shard in checkpoint.manifest.shards]
-    file = RemoteFile(name=name_in_source(source.inner, name, shards=shards), size=None)
-    snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=(file,))
+    source, snapshot = _config_of(checkpoint, ref, store.settings, name)
     try:
-        (fetched,) = fetch_extra_files(source, snapshot, [file], store, checkpoint.uri, progress=False)
+        (fetched,) = fetch_extra_files(source, snapshot, snapshot.files, store, checkpoint.uri, progress=False)
     except CheckpointNotFoundError:
         return {}
 
     return read_config_json(fetched.path) or {}  # in lading's cache it has another name
+
+
+def config_here(checkpoint: Checkpoint, store: AssetStore) -> Mapping[str, object] | None:
+    """Return the ``config.json`` beside a checkpoint like :func:`read_or_fetch_config`, but ``None`` if that would have
+    to be fetched.
+    """
+    if checkpoint.hf_config is not None or checkpoint.ref is None:
+        return read_or_fetch_config(checkpoint, store)
+    source, snapshot = _config_of(checkpoint, checkpoint.ref, replace(store.settings, offline=True))
+    (path,) = source.local(snapshot, snapshot.files)
+
+    return None if path is None else read_config_json(path)
+
+
+def _config_of(
+    checkpoint: Checkpoint, ref: CheckpointRef, settings: Settings, name: str = CONFIG_NAME
+) -> tuple[Source, Snapshot]:
+    """Return the source of a checkpoint, and a snapshot of the file ``name`` beside the checkpoint there."""
+    source = open_source(ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=settings)
+    shards = [shard.name for shard in checkpoint.manifest.shards]
+    file = RemoteFile(name=name_in_source(source.inner, name, shards=shards), size=None)
+
+    return source, Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=(file,))

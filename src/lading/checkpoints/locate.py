@@ -8,9 +8,10 @@ from pathlib import Path
 
 from lading import formats
 from lading.cards.adapters import adapter_refs
-from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref
+from lading.cards.card import AssetCard, CheckpointRef
 from lading.catalog.checkpoints.record import record_checkpoint, record_files
 from lading.catalog.store import AssetStore, LocalCopy, StoredCheckpoint, get_asset_store
+from lading.checkpoints.address import address_of, require_access
 from lading.checkpoints.checkpoint import (
     Checkpoint,
     LocalCheckpointFiles,
@@ -20,22 +21,18 @@ from lading.checkpoints.checkpoint import (
 )
 from lading.checkpoints.fetch_to_index import FetchedCheckpoint, fetch_and_index, must_fetch_to_index
 from lading.checkpoints.local_copies import all_verified, copies_as_known, was_verified
+from lading.checkpoints.names import find_card
 from lading.checkpoints.pins import with_pins
 from lading.checkpoints.published import PublishedCheckpoint, index_source
 from lading.checkpoints.recording import record_manifest, require_writable, stored_checkpoint
 from lading.checkpoints.verification import record_rewritten
 from lading.errors import (
-    AddressError,
-    AssetCardError,
     CheckpointNotFoundError,
     DigestMismatchError,
     InternalError,
     ModelGatedError,
 )
 from lading.formats.config_json import read_hf_config, refuse_quantized_config
-from lading.sources.hub.cache import has_token
-from lading.sources.open import HUB_SCHEMES, check_address
-from lading.system.filesystem import expand_home
 from lading.system.uris import path_uri, shown_uri, uri_path
 
 
@@ -67,33 +64,17 @@ def card_checkpoint(
     return with_pins(_local_checkpoint(card.title, path, store, accept_others=accept_others), card, store)
 
 
-def address_of(card: AssetCard) -> CheckpointRef:
-    """Return the address of a card's checkpoint, after a check that it is valid.
-
-    :raises AssetCardError: it is not; or a field is not a string; or the card is not that of a model.
-    """
-    ref = checkpoint_ref(card)
-    if not ref.uri and ref.info_url is None:
-        card.field("model_family")  # data sets and tokenizers have cards, too, but no weights
-    if ref.gated and ref.scheme not in HUB_SCHEMES:
-        return ref  # lading does not request it; fairseq2's cards name the page where users request access
-    try:
-        check_address(ref.uri)
-    except AddressError as error:
-        raise AssetCardError(
-            card.name, f"The field 'checkpoint' of the card {card.name!r} is not a valid address. {error}"
-        ) from None
-
-    return ref
-
-
-def local_paths(card: AssetCard, store: AssetStore) -> list[Path]:
+def local_paths(card: AssetCard | Path, store: AssetStore) -> list[Path]:
     """Return the path of a card's checkpoint on this machine: its folder or its file; else all of its files. Those of
     its adapters follow.
+
+    :param card: a card, or the path itself.
 
     :raises ModelGatedError: the card names no checkpoint.
     :raises CheckpointNotFoundError: it is not on this machine.
     """
+    if isinstance(card, Path):
+        return [local_checkpoint(card)]
     adapters = [path for each in adapter_refs(card) for path in local_paths(each.card, store)]
     ref = address_of(card)
     path = uri_path(ref.uri)
@@ -118,16 +99,22 @@ def local_paths(card: AssetCard, store: AssetStore) -> list[Path]:
     return [*([folders.pop()] if len(paths) > 1 and len(folders) == 1 and named else paths), *adapters]
 
 
-def index_checkpoint(target: str | Path, *, restrict: bool = True, store: AssetStore | None = None) -> StoredCheckpoint:
-    """Read the manifest of a card's checkpoint, or of the one at a path or an address, and write it to the catalog.
+def index_checkpoint(
+    target: AssetCard | str | Path,
+    *,
+    revision: str | None = None,
+    restrict: bool = True,
+    store: AssetStore | None = None,
+) -> StoredCheckpoint:
+    """Read the manifest of a checkpoint, and write it to the catalog.
 
     For a remote checkpoint this reads only the current headers, a few megabytes. It takes files on this machine as they
     are now, and forgets the records of other bytes in their place.
 
-    :param target: the name of a card, a path, or an address such as ``hg://org/name``.
+    :param target: a card, or what :func:`lading.checkpoints.names.find_card` takes; likewise ``revision``.
     :param restrict: as :func:`lading.formats.index` takes it.
 
-    :raises AssetNotFoundError: no card has that name.
+    :raises ModelNotKnownError: it is no card, no path, and no repository of the hub.
     :raises AddressError: the address is invalid; in a card that is an ``AssetCardError``.
     :raises CheckpointNotFoundError: nothing is there (also a ``FileNotFoundError``).
     :raises CorruptModelCheckpointError: the file breaks the rules of its format.
@@ -136,7 +123,12 @@ def index_checkpoint(target: str | Path, *, restrict: bool = True, store: AssetS
     :raises CatalogError: the catalog cannot be written.
     """
     store = store or get_asset_store()
-    card_name, ref = _ref_of(target, store)
+    found_card = find_card(target, store, revision=revision)
+    if isinstance(found_card, Path):
+        card_name, ref = None, CheckpointRef(uri=path_uri(found_card), gated=False, info_url=None)
+    else:
+        card_name, ref = found_card.title, address_of(found_card)
+        require_access(found_card.title, ref)
     path = uri_path(ref.uri)
     copies: Sequence[LocalCopy]
     if path is None:
@@ -159,32 +151,6 @@ def index_checkpoint(target: str | Path, *, restrict: bool = True, store: AssetS
         raise InternalError(f"the manifest of {shown_uri(uri)} was written to the catalog, but is not there")
 
     return stored
-
-
-def _ref_of(target: str | Path, store: AssetStore) -> tuple[str | None, CheckpointRef]:
-    """Return the title of the card, if the target is one, and the address of the checkpoint."""
-    if isinstance(target, Path):
-        return None, CheckpointRef(uri=path_uri(expand_home(target).absolute()), gated=False, info_url=None)
-    if "://" in target:
-        check_address(target)
-        return None, CheckpointRef(uri=target, gated=False, info_url=None)
-
-    card = store.retrieve_card(target)
-    ref = address_of(card)
-    require_access(card.title, ref)
-
-    return card.title, ref
-
-
-def require_access(name: str, ref: CheckpointRef) -> None:
-    """Check that lading can request a checkpoint.
-
-    A gated repository of the hub may have admitted this user: the hub itself answers a user with a token.
-
-    :raises ModelGatedError: it cannot; the message says where to request access.
-    """
-    if ref.gated and not (ref.scheme in HUB_SCHEMES and has_token()):
-        raise ModelGatedError(name, ref.info_url)
 
 
 # --- remote -----------------------------------------------------------------------------------------------------------

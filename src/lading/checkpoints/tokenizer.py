@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lading.cards.card import AssetCard, checkpoint_ref
 from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoints.address import address_of
 from lading.checkpoints.checkpoint import local_checkpoint
 from lading.checkpoints.extra_files import (
     SENTENCEPIECE_NAMES,
@@ -21,13 +22,12 @@ from lading.checkpoints.extra_files import (
     tokenizer_elsewhere,
     tokenizer_ref,
 )
-from lading.checkpoints.locate import address_of
+from lading.checkpoints.names import find_card
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, ModelGatedError, NotSupportedError
 from lading.formats.files import LFS_POINTER, lfs_pointer_error, open_regular
 from lading.formats.folder import container_of, folder_of
 from lading.formats.tar import find_member
 from lading.sources.open import HUB_SCHEMES
-from lading.system.filesystem import expand_home
 from lading.system.uris import uri_path
 
 if TYPE_CHECKING:
@@ -38,7 +38,11 @@ MAX_SIZE = 256 << 20
 
 
 def load_tokenizer(
-    card: AssetCard | str | Path, *, progress: bool = True, store: AssetStore | None = None
+    card: AssetCard | str | Path,
+    *,
+    revision: str | None = None,
+    progress: bool = True,
+    store: AssetStore | None = None,
 ) -> Tokenizer | Any:
     """Load the tokenizer of a model: a ``tokenizers.Tokenizer`` if there is a ``tokenizer.json``, else a
     ``sentencepiece.SentencePieceProcessor`` if there is a model of sentencepiece.
@@ -47,21 +51,21 @@ def load_tokenizer(
     beside the checkpoint. This fetches it if it is missing here. Anything beyond that, such as a symbol before each
     text, is in the file, or up to the caller.
 
-    :param card: a card, the name of one, or the path of a folder or of the file itself.
+    :param card: as ``load_model`` takes it, or the path of the tokenizer's file; likewise ``revision``.
     :param progress: show a bar on stderr.
 
-    :raises AssetNotFoundError: no card has that name.
+    :raises ModelNotKnownError: it is no card, no path, and no repository of the hub.
     :raises AssetCardError: references that form a circle, or a field of another type.
     :raises CheckpointNotFoundError: nothing is at the place of the tokenizer (also a ``FileNotFoundError``).
     :raises CorruptModelCheckpointError: the file is not what its name says.
     :raises NotSupportedError: a tokenizer of another kind, or the package that reads it is not installed.
     :raises FetchError: its source cannot be reached.
     """
-    if isinstance(card, Path):
-        return _local(card)
+    found = find_card(card, store, revision=revision)
+    if isinstance(found, Path):
+        return _local(found)
 
-    store = store or get_asset_store()
-    card = store.retrieve_card(card) if isinstance(card, str) else card
+    card, store = found, store or get_asset_store()
     ref = checkpoint_ref(card)
     stated = tokenizer_ref(card, store.retrieve_card)
     if stated is None:
@@ -93,7 +97,6 @@ def load_tokenizer(
 
 
 def _local(path: Path) -> Any:
-    path = expand_home(path)
     archive = container_of(path)
     if archive is not None:
         return _read(archive, path.relative_to(archive).as_posix())

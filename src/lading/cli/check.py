@@ -11,12 +11,12 @@ import click
 from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_target
 from lading.cli.describe import some
-from lading.cli.names import name_or_path
 from lading.cli.output import Column, Form, listing_options, printable, write_objects, write_pairs
 from lading.cli.selection import Selection, select_models
 from lading.system.display import human_bytes, human_count
 
 if TYPE_CHECKING:
+    from lading.cards.card import AssetCard
     from lading.models.fit import CheckReport
 
 MISMATCH = 4
@@ -33,7 +33,7 @@ _TABLE = (
 
 
 @command("check")
-@select_models("NAME|PATH", complete=complete_target)
+@select_models("NAME|PATH|URI", complete=complete_target)
 @no_restrict
 @listing_options
 def check(selection: Selection, no_restrict: bool, form: Form) -> None:
@@ -46,16 +46,17 @@ def check(selection: Selection, no_restrict: bool, form: Form) -> None:
     For example: lading check qwen3_0.6b
     """
     from lading.catalog.store import get_asset_store
+    from lading.checkpoints.names import find_card
 
     store = get_asset_store()
     # Reports unknown names before the import of torch, which takes a second.
-    targets = selection.resolve(lambda name: name_or_path(name, store), store)
+    targets = selection.resolve(lambda name: find_card(name, store), store)
 
     from lading.operations.check import check_model
 
     objects: list[dict[str, object]] = []
 
-    def check_one(name: str, target: str | Path) -> int:
+    def check_one(name: str, target: AssetCard | Path) -> int:
         report = check_model(target, restrict=not no_restrict, store=store)
         objects.append({"name": name, "fits": report.fits, **asdict(report)})
         if form is Form.TABLE and not selection.several:
@@ -87,4 +88,5 @@ def _summary(report: CheckReport) -> dict[str, object]:
         **({"tied": some(report.tied)} if report.tied else {}),
         **({"dropped": some(report.dropped)} if report.dropped else {}),
         **({"initialized": some(report.drawn)} if report.drawn else {}),
+        **({"contradicts": "; ".join(report.contradictions)} if report.contradictions else {}),
     }

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from lading.cli.command import command, no_progress, no_restrict, one_object, verify_mode
 from lading.cli.complete import complete_model, complete_target
 from lading.cli.describe import DTYPES, Size, dtype_text, some
-from lading.cli.names import name_or_path
 from lading.cli.output import write_json, write_pairs
 from lading.system.display import counted, human_bytes, human_count
-from lading.system.filesystem import path_exists
+
+if TYPE_CHECKING:
+    from lading.cards.card import AssetCard
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -45,7 +46,7 @@ def _write_options(function: F) -> F:
 
 
 @command("convert")
-@click.argument("target", metavar="NAME|PATH", shell_complete=complete_target)
+@click.argument("target", metavar="NAME|PATH|URI", shell_complete=complete_target)
 @_write_options
 @click.option("--arch", metavar="FAMILY/ARCH", help="The architecture of a checkpoint at PATH without config.json.")
 @no_restrict
@@ -57,11 +58,12 @@ def convert(target: str, arch: str | None, no_restrict: bool, **options: Any) ->
 
     For example: lading convert ./consolidated.00.pth llama --arch llama/llama3_8b
     """
-    from lading.catalog.store import get_asset_store
+    from lading.checkpoints.names import as_path, find_card
 
-    found = name_or_path(target, get_asset_store())
-    if arch is not None and isinstance(found, str):
-        raise click.UsageError(f"--arch is for a checkpoint at a path, but {found!r} is a card, which names its own.")
+    # With --arch, a path is taken as it is, even if a card has it.
+    found = (None if arch is None else as_path(target)) or find_card(target)
+    if arch is not None and not isinstance(found, Path):
+        raise click.UsageError(f"--arch is for a checkpoint at a path, but {target!r} is a card, which names its own.")
     if arch is not None and "/" not in arch:
         raise click.BadParameter("expected FAMILY/ARCH, as in llama/llama3_8b.", param_hint="--arch")
 
@@ -78,28 +80,25 @@ def convert(target: str, arch: str | None, no_restrict: bool, **options: Any) ->
 
 
 @command("export")
-@click.argument("name", shell_complete=complete_model)
+@click.argument("name", metavar="NAME|URI", shell_complete=complete_model)
 @_write_options
 def export(name: str, **options: Any) -> None:
-    """Write a model of the catalog as a Hugging Face repository.
+    """Write a model as a Hugging Face repository.
 
-    Like `lading convert`, but only for cards, which name the checkpoint and the tokenizer.
+    Like `lading convert`, but not for a path that no card has: a card names the checkpoint and the tokenizer.
 
     For example: lading export qwen3_0.6b ./qwen --dtype float16
     """
-    from lading.catalog.store import get_asset_store
-    from lading.cli.names import unknown_model
+    from lading.checkpoints.names import find_card
 
-    store = get_asset_store()
-    if store.maybe_retrieve_card(name) is None:
-        if path_exists(name):
-            raise click.UsageError(f"{name!r} is a path, and no card has that name: use `lading convert` for paths.")
-        raise unknown_model(name, store)
+    found = find_card(name)
+    if isinstance(found, Path):
+        raise click.UsageError(f"{name!r} is a path that no card has: use `lading convert` for paths.")
 
-    _write(name, **options)
+    _write(found, **options)
 
 
-def _write(target: str | Path, *, dtype: str, no_progress: bool, as_json: bool, **options: Any) -> None:
+def _write(target: AssetCard | Path, *, dtype: str, no_progress: bool, as_json: bool, **options: Any) -> None:
     from lading.operations.export import convert_checkpoint
 
     report = convert_checkpoint(target, dtype=dtype, progress=not no_progress, **options)

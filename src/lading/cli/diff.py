@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from lading.cli.command import command, no_progress, no_restrict
 from lading.cli.complete import complete_comparable
-from lading.cli.names import name_or_path
 from lading.cli.output import Column, Form, listing_options, note, printable, text, write_rows
 from lading.system.display import counted
-from lading.system.filesystem import path_exists
 
 if TYPE_CHECKING:
-    from lading.catalog.store import AssetStore
     from lading.operations.diff import DiffReport
     from lading.transfer.compare import ValueDifference
 
@@ -40,14 +36,9 @@ def diff(a: str, b: str, values: bool, by_layer: bool, no_restrict: bool, no_pro
 
     For example: lading diff qwen3_0.6b qwen3_0.6b_base
     """
-    from lading.catalog.store import get_asset_store
-
-    store = get_asset_store()
-    targets = [_target(each, store) for each in (a, b)]
-
     from lading.operations.diff import diff_models
 
-    report = diff_models(*targets, values=values, restrict=not no_restrict, progress=not no_progress, store=store)
+    report = diff_models(a, b, values=values, restrict=not no_restrict, progress=not no_progress)
 
     rows = _layer_rows(report, form) if by_layer else _tensor_rows(report, form)
     if not values:
@@ -74,17 +65,6 @@ _FOR_PROGRAMS = (Form.JSON, Form.LINES, Form.CSV)
 
 _MOST_RUNS = 6
 """The most runs of layers to name one by one."""
-
-
-def _target(target: str, store: AssetStore) -> str | Path:
-    """Return ``target`` if it is an architecture as FAMILY/ARCH; else resolve it as other commands do."""
-    family, slash, arch = target.partition("/")
-    if slash and store.maybe_retrieve_card(target) is None:
-        known = store.maybe_architecture(arch, family) is not None
-        if known or (not path_exists(target) and family in {f.name for f in store.families()}):
-            return target
-
-    return name_or_path(target, store)
 
 
 def _tensor_rows(report: DiffReport, form: Form) -> list[tuple[object, ...]]:

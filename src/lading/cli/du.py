@@ -6,7 +6,7 @@ import click
 
 from lading.cli.command import command
 from lading.cli.complete import complete_model
-from lading.cli.names import has_wildcard, unknown_model
+from lading.cli.names import has_wildcard
 from lading.cli.output import Column, Form, listing_options, note, text, write_rows
 from lading.system.display import counted, human_bytes
 
@@ -46,6 +46,8 @@ def du(pattern: str | None, orphans: bool, form: Form) -> None:
     if pattern is None or shown or has_wildcard(pattern) or "://" in pattern:
         pass
     elif store.maybe_retrieve_card(pattern) is None:
+        from lading.checkpoints.names import unknown_model
+
         raise unknown_model(pattern, store)
 
     if shown or form is not Form.TABLE:

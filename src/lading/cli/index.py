@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_target
 from lading.cli.describe import checkpoint_object, checkpoint_pairs, dtype_text
-from lading.cli.names import name_or_path
 from lading.cli.output import Column, Form, listing_options, write_objects, write_pairs
 from lading.cli.selection import Selection, select_models
 from lading.system.display import human_bytes, human_count
 from lading.system.uris import shown_uri
+
+if TYPE_CHECKING:
+    from lading.cards.card import AssetCard
 
 _TABLE = (
     Column(name="uri", heading="checkpoint", keep=True),
@@ -38,20 +41,18 @@ def index(selection: Selection, no_restrict: bool, form: Form) -> None:
     """
     from lading.catalog.store import get_asset_store
     from lading.checkpoints.locate import index_checkpoint
+    from lading.checkpoints.names import find_card
 
     store = get_asset_store()
     objects: list[dict[str, object]] = []
 
-    def index_one(name: str, target: str | Path) -> None:
+    def index_one(name: str, target: AssetCard | Path) -> None:
         stored = index_checkpoint(target, restrict=not no_restrict, store=store)
         objects.append(checkpoint_object(stored))
         if form is Form.TABLE and not selection.several:
             write_pairs({"checkpoint": shown_uri(stored.uri), **checkpoint_pairs(stored)})
 
-    def meaning(name: str) -> str | Path:
-        return name if "://" in name else name_or_path(name, store)
-
-    selection.each(selection.resolve(meaning, store), index_one)
+    selection.each(selection.resolve(lambda name: find_card(name, store), store), index_one)
 
     if form is not Form.TABLE or selection.several:
         write_objects(objects, form, table=_TABLE, single=not selection.several)

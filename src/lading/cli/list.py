@@ -11,7 +11,7 @@ import click
 from lading.cli.command import command
 from lading.cli.complete import complete_family, complete_model
 from lading.cli.describe import Size
-from lading.cli.names import has_wildcard, require_family, unknown_model
+from lading.cli.names import has_wildcard, require_family
 from lading.cli.output import Column, Form, listing_options, note, write_rows
 from lading.errors import did_you_mean
 from lading.formats.manifest import BITS, FLOAT_NAMES
@@ -105,6 +105,8 @@ def list_models(
         if family is not None:
             require_family(family, store)
         if pattern is not None and not has_wildcard(pattern) and not store.models(pattern, include_all=True):
+            from lading.checkpoints.names import unknown_model
+
             raise unknown_model(pattern, store)
         unknown = " Dtypes are known of models that were indexed or loaded." if conditions["dtype"] else ""
         note("no model matches." + unknown + ("" if include_all else " `--all` lists all cards."))

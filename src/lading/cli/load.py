@@ -10,7 +10,6 @@ import click
 from lading.cli.command import command, no_progress, no_restrict, one_object, verify_mode
 from lading.cli.complete import complete_target
 from lading.cli.describe import DTYPES, dtype_text
-from lading.cli.names import name_or_path
 from lading.cli.output import write_json, write_pairs
 from lading.errors import NotSupportedError
 from lading.system.display import counted, human_bytes, human_count
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @command("load")
-@click.argument("target", metavar="NAME|PATH", shell_complete=complete_target)
+@click.argument("target", metavar="NAME|PATH|URI", shell_complete=complete_target)
 @click.option("--device", metavar="DEVICE", help="For example cpu, cuda or cuda:1; default: torch's.")
 @click.option("--dtype", type=DTYPES, help="The parameters' dtype; auto: config.json's; keep: as stored.")
 @click.option("--mmap", is_flag=True, help="Map the files instead of reading them.")
@@ -44,10 +43,10 @@ def load(
 
     For example: lading load qwen3_0.6b --dtype auto
     """
-    from lading.catalog.store import get_asset_store
+    from lading.checkpoints.names import find_card
 
     # Reports an unknown name before the import of torch, which takes a second.
-    card = name_or_path(target, get_asset_store())
+    card = find_card(target)
 
     from lading.models.hub import load_with_report
 

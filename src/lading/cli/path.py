@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lading.cli.command import command
+from lading.cli.complete import complete_target
 from lading.cli.output import Form, listing_options, write_rows
 from lading.cli.selection import Selection, select_models
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @command("path")
-@select_models(here=True)
+@select_models("NAME|PATH|URI", complete=complete_target, here=True)
 @listing_options
 def path(selection: Selection, form: Form) -> None:
     """Print the local paths of checkpoints.
@@ -29,14 +30,15 @@ def path(selection: Selection, form: Form) -> None:
     """
     from lading.catalog.store import get_asset_store
     from lading.checkpoints.locate import local_paths
+    from lading.checkpoints.names import find_card
 
     store = get_asset_store()
     rows: list[tuple[Path, str]] = []
 
-    def find(name: str, card: AssetCard) -> None:
+    def find(name: str, card: AssetCard | Path) -> None:
         rows.extend((found, name) for found in local_paths(card, store))
 
-    selection.each(selection.resolve(store.retrieve_card, store), find)
+    selection.each(selection.resolve(lambda name: find_card(name, store, ask=False), store), find)
 
     if form in (Form.TABLE, Form.NAMES):
         for found, _ in rows:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lading.cli.command import command, no_restrict
 from lading.cli.complete import complete_target
 from lading.cli.describe import DTYPES, Size
-from lading.cli.names import name_or_path
 from lading.cli.output import Column, Form, listing_options, note, text, write_rows
 from lading.system.display import counted, human_bytes
 
@@ -24,7 +23,7 @@ _AXIS = click.IntRange(min=1, max=1_000_000)
 
 
 @command("plan")
-@click.argument("target", metavar="NAME|PATH", shell_complete=complete_target)
+@click.argument("target", metavar="NAME|PATH|URI", shell_complete=complete_target)
 @click.option("--tp", type=_AXIS, default=1, help="Ranks of tensor parallelism.")
 @click.option("--sdp", type=_AXIS, default=1, help="Ranks that parameters are fully sharded over.")
 @click.option("--pp", type=_AXIS, default=1, help="Ranks of pipeline parallelism.")
@@ -48,7 +47,7 @@ def plan(
     picture: Path | None,
     no_restrict: bool,
     form: Form,
-    **sizes: int,
+    **sizes: Any,
 ) -> None:
     """Show what each rank of gangs would read and hold.
 
@@ -58,10 +57,11 @@ def plan(
     For example: lading plan qwen3_0.6b --tp 2 --sdp 2 --device-memory 24GiB
     """
     from lading.catalog.store import get_asset_store
+    from lading.checkpoints.names import find_card
 
     store = get_asset_store()
     # Whether the name is known is said before torch is imported, which takes a second.
-    model = name_or_path(target, store)
+    model = find_card(target, store)
     if picture is not None and picture.suffix.lower() != ".svg":  # so that a slip does not overwrite weights
         raise click.BadParameter(f"expected a name that ends in .svg, found {picture.name!r}.", param_hint="--picture")
     if rank and max(rank) >= (world := math.prod(sizes.values())):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -26,7 +27,7 @@ _DRY_TABLE = (*_TABLE[:3], Column(name="fetched", show=lambda fetched: "to fetch
 
 
 @command("pull")
-@select_models()
+@select_models("NAME|URI")
 @click.option("--revision", metavar="R", help="A branch, a tag or a commit; default: the card's, or the latest.")
 @click.option(
     "--include",
@@ -53,18 +54,19 @@ def pull(
     For example: lading pull qwen3_0.6b --include 'tokenizer*'
     """
     from lading.catalog.store import get_asset_store
+    from lading.checkpoints.names import find_card
     from lading.operations.pull import pull_model
 
     store = get_asset_store()
     rows: list[tuple[object, ...]] = []
 
-    def pull_one(name: str, _: AssetCard) -> None:
+    def pull_one(name: str, card: AssetCard | Path) -> None:
         report = pull_model(
-            name, revision=revision, include=include, dry_run=dry_run, progress=not no_progress, store=store
+            card, revision=revision, include=include, dry_run=dry_run, progress=not no_progress, store=store
         )
         rows.extend((f.name, f.size, f.fetched, f.path, report.name, report.revision) for f in report.files)
 
-    selection.each(selection.resolve(store.retrieve_card, store), pull_one)
+    selection.each(selection.resolve(lambda name: find_card(name, store), store), pull_one)
 
     write_rows(_COLUMNS, rows, form, table=_DRY_TABLE if dry_run else _TABLE)
     selection.finish()

@@ -10,7 +10,6 @@ import click
 
 from lading.cli.command import command
 from lading.cli.failure import INTERRUPTED
-from lading.cli.names import unknown_model
 from lading.cli.output import note, printable
 from lading.cli.selection import Selection, select_models
 from lading.errors import PolicyError
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @command("rm")
-@select_models(here=True, required=False)
+@select_models("NAME|PATH|URI", here=True, required=False)
 @click.option(
     "--orphans", is_flag=True, help="Remove files that this catalog fetched to lading's cache and no card names."
 )
@@ -44,16 +43,11 @@ def rm(selection: Selection, orphans: bool, dry_run: bool, yes: bool) -> None:
         raise click.UsageError("Give the NAME of a model, --every, or --orphans.", click.get_current_context())
 
     from lading.catalog.store import get_asset_store
-    from lading.operations.remove import checkpoint_without_card, remove_model, remove_orphans
+    from lading.operations.remove import remove_model, remove_orphans
 
     store = get_asset_store()
 
     def plan(name: str) -> Removal:
-        if store.maybe_retrieve_card(name) is None and (
-            "://" not in name or checkpoint_without_card(name, store) is None
-        ):
-            raise unknown_model(name, store)
-
         return remove_model(name, dry_run=True, store=store)
 
     def remove(name: str, _: Removal) -> None:

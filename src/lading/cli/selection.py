@@ -121,7 +121,11 @@ class Selection:
 
 
 def _is_pattern(word: str, store: AssetStore) -> bool:
-    if not has_wildcard(word) or "://" in word or word.startswith((".", "/", "~")):
+    if not has_wildcard(word) or "://" in word:
+        return False
+    from lading.checkpoints.names import as_path
+
+    if as_path(word) is not None:
         return False
     is_path = "/" in word and path_exists(word)
 

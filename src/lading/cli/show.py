@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @command("show")
-@select_models()
+@select_models("NAME|PATH|URI")
 @click.option("--tensors", is_flag=True, help="List the tensors of its checkpoint.")
 @click.option("--shards", is_flag=True, help="List the files of its checkpoint.")
 @listing_options
@@ -45,6 +45,7 @@ def show(selection: Selection, tensors: bool, shards: bool, form: Form) -> None:
         raise click.UsageError("Only one of --tensors and --shards can be given.", click.get_current_context())
 
     from lading.catalog.store import get_asset_store
+    from lading.checkpoints.names import find_card, unknown_model
 
     store = get_asset_store()
     listing = _TENSORS if tensors else _SHARDS if shards else _FIELDS if form in (Form.CSV, Form.NAMES) else None
@@ -64,7 +65,13 @@ def show(selection: Selection, tensors: bool, shards: bool, form: Form) -> None:
             objects.append(_as_object(found))
         shown.append(name)
 
-    selection.each(selection.resolve(store.retrieve_card, store), show_one)
+    def meaning(name: str) -> AssetCard:
+        card = find_card(name, store, ask=False)
+        if not isinstance(card, AssetCard) or store.summary(card) is None:
+            raise unknown_model(name, store)
+        return card
+
+    selection.each(selection.resolve(meaning, store), show_one)
 
     if listing is not None:
         several = ["model"] if selection.several else []

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lading.cli.command import command, no_progress
 from lading.cli.complete import complete_target
-from lading.cli.names import name_or_path
 from lading.cli.output import Column, Form, listing_options, note, printable, write_rows
 from lading.cli.selection import Selection, select_models
+
+if TYPE_CHECKING:
+    from lading.cards.card import AssetCard
 
 MISMATCH = 4
 
@@ -26,7 +29,7 @@ _TABLE = (
 
 
 @command("verify")
-@select_models("NAME|PATH", complete=complete_target, here=True)
+@select_models("NAME|PATH|URI", complete=complete_target, here=True)
 @click.option("--repair", is_flag=True, help="Fetch damaged files again.")
 @no_progress
 @listing_options
@@ -40,13 +43,14 @@ def verify(selection: Selection, repair: bool, no_progress: bool, form: Form) ->
     For example: lading verify qwen3_0.6b
     """
     from lading.catalog.store import get_asset_store
+    from lading.checkpoints.names import find_card
     from lading.operations.verify import verify_model
 
     store = get_asset_store()
     rows: list[tuple[object, ...]] = []
     hints: dict[str, None] = {}
 
-    def verify_one(name: str, target: str | Path) -> int:
+    def verify_one(name: str, target: AssetCard | Path) -> int:
         report = verify_model(target, repair=repair, progress=not no_progress, store=store)
         for check in report.checks:
             result: str = check.result
@@ -62,7 +66,7 @@ def verify(selection: Selection, repair: bool, no_progress: bool, form: Form) ->
 
         return 0 if report.good else MISMATCH
 
-    selection.each(selection.resolve(lambda name: name_or_path(name, store), store), verify_one)
+    selection.each(selection.resolve(lambda name: find_card(name, store, ask=False), store), verify_one)
 
     write_rows(_COLUMNS, rows, form, table=_TABLE)
     for hint in hints:

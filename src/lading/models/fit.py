@@ -50,6 +50,9 @@ class CheckReport:
     """The bytes of the matched tensors in the checkpoint."""
     advice: str
     """Advice on how to solve the problems; empty without problems."""
+    contradictions: tuple[str, ...] = ()
+    """What the card states otherwise than the ``config.json`` beside the weights, a clause each. It fits all the same,
+    but a load computes with the numbers of the card."""
 
     @property
     def fits(self) -> bool:
@@ -59,6 +62,7 @@ class CheckReport:
         return representation(
             self,
             f"it fits {self.family}" if self.fits else f"{counted(len(self.problems), 'problem')} with {self.family}",
+            f"{counted(len(self.contradictions), 'contradiction')} with config.json" if self.contradictions else "",
             f"{self.matched} of {counted(self.tensors, 'tensor')} needed",
             f"{human_count(self.parameters)} parameters",
             human_bytes(self.bytes),

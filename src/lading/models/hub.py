@@ -5,7 +5,7 @@ The calls and their meaning are those of fairseq2 0.8.1's ``fairseq2.models.hub`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Generic, TypedDict, TypeVar, Unpack, cast
 
@@ -14,15 +14,12 @@ from torch import Tensor
 from torch.nn import Module
 
 from lading.cards.card import AssetCard
-from lading.catalog.store import AssetStore, get_asset_store
+from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import Checkpoint, path_checkpoint
+from lading.checkpoints.names import find_card
 from lading.checkpoints.verification import Verify, require_mode
 from lading.errors import (
-    AssetCardError,
-    AssetNotFoundError,
     ModelArchitectureNotKnownError,
-    ModelNotKnownError,
-    did_you_mean,
 )
 from lading.formats.folder import nested
 from lading.gangs import Gangs, create_fake_gangs
@@ -32,9 +29,8 @@ from lading.models.device import require_usable
 from lading.models.family import Family, check_config_type
 from lading.models.loader import LoadOptions, agreed, load
 from lading.models.report import LoadReport
-from lading.models.resolve import arch_config, family_of_card, family_of_folder, model_config
+from lading.models.resolve import arch_config, model_config, resolve_model
 from lading.models.tensors import iter_tensors
-from lading.system.filesystem import path_exists
 from lading.system.settings import Settings
 from lading.transfer.dtypes import DType, parse_dtype
 
@@ -86,16 +82,23 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         except ModelArchitectureNotKnownError:
             return None
 
-    def get_model_config(self, card: AssetCard | str) -> ModelConfigT:
+    def get_model_config(self, card: AssetCard | str | Path, *, revision: str | None = None) -> ModelConfigT:
         """Return a new configuration of a model: the architecture that its card names, with the card's overrides.
 
-        :param card: a card, or the name of one.
+        If the card names no architecture, this is the configuration in the ``config.json`` beside its checkpoint, with
+        the card's overrides, and raises what :meth:`load_model` does.
 
-        :raises ModelNotKnownError: no card has that name.
+        :param card: as :meth:`load_model` takes it; likewise ``revision``.
+
+        :raises ModelNotKnownError: it is no card, no path, and no repository of the hub.
         :raises AssetCardError: the card is of another family, names an architecture that is not known, or states
             overrides that do not fit.
         """
-        return cast(ModelConfigT, model_config(_retrieve(card, self._asset_store), self._family, self._asset_store))
+        found = find_card(card, self._asset_store, revision=revision, family=self._family.name)
+        if isinstance(found, AssetCard) and (found.has_field("model_arch") or not found.has_field("checkpoint")):
+            return cast(ModelConfigT, model_config(found, self._family, self._asset_store))
+
+        return cast(ModelConfigT, resolve_model(found, self._asset_store, family=self._family).config)
 
     def create_new_model(
         self,
@@ -139,6 +142,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         self,
         card: AssetCard | str | Path,
         *,
+        revision: str | None = None,
         gangs: Gangs | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
@@ -150,7 +154,10 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
     ) -> ModelT:
         """Load a model with its pretrained weights, in train mode.
 
-        :param card: a card, the name of one, or the path of a Hugging Face style folder.
+        :param card: a card; the name of one; a path; or the address of a repository of the hub, ``org/name`` or
+            ``hg://org/name``. A path or an address means the card that has this checkpoint; without one, the
+            ``config.json`` beside it describes the model.
+        :param revision: a branch, a tag or a commit of a repository, as in ``org/name@revision``.
         :param gangs: instead of ``device``; this applies their parallelism.
         :param device: default: the current device.
         :param dtype: the dtype of parameters and persistent buffers, also by its name, such as ``"bfloat16"`` or
@@ -165,7 +172,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         :param cooperative: the ranks of a host each read a part of the files and exchange it, so that every byte comes
             from storage once. All ranks have to pass the same.
 
-        :raises ModelNotKnownError: no card has that name.
+        :raises ModelNotKnownError: it is no card, no path, and no repository of the hub.
         :raises AssetCardError: the card is of another family, names an architecture that is not known, or states
             overrides that do not fit.
         :raises ModelGatedError: the card names no checkpoint; the publisher hands it out on request.
@@ -173,12 +180,14 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         :raises FileNotFoundError: nothing is at the place of the checkpoint.
         :raises ModelCheckpointError: the checkpoint is damaged, does not fit the configuration, or is not the one that
             was published or recorded.
-        :raises NotSupportedError: the checkpoint is quantized; a size does not divide over ``gangs.tp``; or there are
-            more ranks in ``gangs.pp`` than layers.
+        :raises NotSupportedError: the checkpoint is quantized, or of no known family; ``revision`` for something
+            without revisions; a size does not divide over ``gangs.tp``; or there are more ranks in ``gangs.pp`` than
+            layers.
         :raises ValueError: both ``gangs`` and ``device``, or a meta device; or both ``mmap`` and ``cooperative``.
         :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is not a dtype.
         """
         options = load_options(
+            revision=revision,
             gangs=gangs,
             device=device,
             dtype=dtype,
@@ -187,7 +196,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
             verify=verify,
             cooperative=cooperative,
         )
-        model, _ = _load(card, self._family, lambda: self._asset_store, options, config)
+        model, _ = _load(card, self._family, self._asset_store, options, config)
 
         return cast(ModelT, model)
 
@@ -217,7 +226,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
 
         def load_path() -> tuple[Module, LoadReport]:
             _require_same(options.gangs, place, self._family, config, options.restrict)
-            return load(place, self._family, None, options, config=config)
+            return load(place, self._family, self._asset_store, options, config=config)
 
         model, _ = agreed(options.gangs, load_path)
 
@@ -276,15 +285,21 @@ class GlobalModelLoader:
         self._asset_store = asset_store
 
     def load(
-        self, card: AssetCard | str | Path, *, config: object | None = None, **keywords: Unpack[LoadKeywords]
+        self,
+        card: AssetCard | str | Path,
+        *,
+        revision: str | None = None,
+        config: object | None = None,
+        **keywords: Unpack[LoadKeywords],
     ) -> Module:
         """Load a model as :func:`load_model` does."""
-        return self.load_with_report(card, config=config, **keywords)[0]
+        return self.load_with_report(card, revision=revision, config=config, **keywords)[0]
 
     def load_with_report(
         self,
         card: AssetCard | str | Path,
         *,
+        revision: str | None = None,
         config: object | None = None,
         restrict: bool = True,
         **keywords: Unpack[LoadKeywords],
@@ -293,18 +308,15 @@ class GlobalModelLoader:
 
         :param restrict: as :func:`lading.formats.index` takes it; for a path.
         """
-        return _load(
-            card,
-            None,
-            lambda: self._asset_store or get_asset_store(),
-            load_options(restrict=restrict, **keywords),
-            config,
-        )
+        options = load_options(revision=revision, restrict=restrict, **keywords)
+
+        return _load(card, None, self._asset_store, options, config)
 
 
 def load_model(
     card: AssetCard | str | Path,
     *,
+    revision: str | None = None,
     gangs: Gangs | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -321,8 +333,8 @@ def load_model(
     :class:`AssetCardError`.
     """
     return GlobalModelLoader().load(
-        card, gangs=gangs, device=device, dtype=dtype, config=config, mmap=mmap, progress=progress, verify=verify,
-        cooperative=cooperative,
+        card, revision=revision, gangs=gangs, device=device, dtype=dtype, config=config, mmap=mmap, progress=progress,
+        verify=verify, cooperative=cooperative,
     )  # fmt: skip
 
 
@@ -336,24 +348,13 @@ load_with_report = GlobalModelLoader().load_with_report
 def _load(
     card: AssetCard | str | Path,
     family: Family[Any, Any] | None,
-    store: Callable[[], AssetStore],
+    store: AssetStore | None,
     options: LoadOptions,
     config: Any,
 ) -> tuple[Module, LoadReport]:
     def resolve_and_load() -> tuple[Module, LoadReport]:
-        _require_same(options.gangs, card, family, config)
-        if isinstance(card, Path):
-            found, folder_config = family_of_folder(card, family)
-            if family is not None and family.name != found.name:
-                raise AssetCardError(
-                    str(card),
-                    f"The checkpoint at {card} is expected to be of the family {family.name!r}, but its config.json is "
-                    f"of the family {found.name!r}.",
-                )
-            return load(card, found, None, options, config=folder_config if config is None else config)
-
-        retrieved = options.gangs.root.first(lambda: _retrieve(card, store()))
-        return load(retrieved, family or family_of_card(retrieved), store, options, config=config)
+        _require_same(options.gangs, card, family, config, options.revision)
+        return load(card, family, store, options, config=config)
 
     with gc_disabled():  # a collection visits all objects of torch, which takes as long as reading a gigabyte
         return agreed(options.gangs, resolve_and_load)
@@ -379,25 +380,9 @@ def _require_same(
     )
 
 
-def _retrieve(card: AssetCard | str, store: AssetStore) -> AssetCard:
-    if isinstance(card, AssetCard):
-        return card
-    if not isinstance(card, str):
-        raise TypeError(f"`card` must be an AssetCard, a name, or a Path, but is of type {type(card).__name__}")
-
-    try:
-        return store.retrieve_card(card)
-    except AssetNotFoundError as error:
-        if "@" in card:
-            hint = error.hint
-        elif path_exists(card):
-            hint = f" To load the folder, pass a path: `load_model(Path({card!r}))`."
-        else:
-            hint = did_you_mean(card, store.suggest(card))
-        raise ModelNotKnownError(card, hint) from None
-
-
-def load_options(*, restrict: bool = True, **keywords: Unpack[LoadKeywords]) -> LoadOptions:
+def load_options(
+    *, revision: str | None = None, restrict: bool = True, **keywords: Unpack[LoadKeywords]
+) -> LoadOptions:
     """Return the options that the keywords of a load ask for.
 
     :raises ValueError: both ``gangs`` and ``device``, or a meta device; or both ``mmap`` and ``cooperative``.
@@ -419,6 +404,7 @@ def load_options(*, restrict: bool = True, **keywords: Unpack[LoadKeywords]) -> 
         progress=keywords.get("progress", True),
         verify=verify,
         cooperative=cooperative,
+        revision=revision,
         restrict=restrict,
     )
 

@@ -1,4 +1,4 @@
-"""The load of a model from a card or a path, which calls each layer once, top to bottom.
+"""The load of a model from a card, an address or a path, which calls each layer once, top to bottom.
 
 config → manifest → module on the meta device → targets → route → plan → fetch → execute → verify → merge of adapters →
 buffers → agreement.
@@ -41,7 +41,7 @@ from lading.models.construct import (
     split,
 )
 from lading.models.dtype import model_dtype
-from lading.models.family import Family, check_config_type
+from lading.models.family import Family, check_config_type, get_family
 from lading.models.fit import block_dims, match_merged, name_of, report_fit, require_fit
 from lading.models.merge import Merger
 from lading.models.report import Clock, LoadReport
@@ -62,8 +62,6 @@ log = logging.getLogger("lading")
 
 T = TypeVar("T")
 
-Store = Callable[[], AssetStore]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
@@ -77,6 +75,8 @@ class LoadOptions:
     verify: Verify = "auto"
     cooperative: bool = False
     """``True`` if the ranks of a host each read a part of the files, and exchange it."""
+    revision: str | None = None
+    """The revision of a repository, instead of the one that its address names."""
     restrict: bool = True
     """``restrict`` of :func:`lading.formats.index`; only for a path."""
 
@@ -102,46 +102,56 @@ class _Resolved(NamedTuple):
 
 
 def load(
-    target: AssetCard | Path,
-    family: Family[Any, Any],
-    store: Store | None,
+    target: AssetCard | str | Path,
+    family: Family[Any, Any] | None,
+    store: AssetStore | None,
     options: LoadOptions,
     *,
     config: Any = None,
 ) -> tuple[Module, LoadReport]:
-    """Load the model of a card, or of a path. Rank 0 of the root gang resolves it for all ranks.
+    """Load the model of a card, a name, an address or a path. Rank 0 of the root gang resolves it for all ranks.
 
-    :param store: the catalog, which rank 0 alone opens; ``None`` for a path.
+    :param family: the family that is asked for; default: that of the model.
+    :param store: the catalog, which rank 0 alone opens; default: the default store.
     :param config: instead of the card's configuration, or of the one in ``config.json``.
 
     :raises TypeError: ``config`` is not of the family's class.
     """
-    if config is not None:
+    if family is not None and config is not None:
         check_config_type(config, family)
     clock = Clock()
+    opened: AssetStore | None = None
 
-    def resolve() -> _Resolved:
-        opened = None
-        if store is not None:
-            with clock.phase("catalog"):
-                opened = store()
-        with clock.phase("manifest"):
+    def resolve() -> tuple[str, _Resolved]:
+        nonlocal opened
+        with clock.phase("resolve"):
             model = resolve_model(
                 target,
-                opened,
+                store,
+                revision=options.revision,
                 family=family,
                 config=config,
                 restrict=options.restrict,
                 progress=options.progress,
                 accept_others=options.verify == "never",
             )
+            opened = model.store
+            if model.contradictions:
+                log.warning(_CONTRADICTED, model.name, "; ".join(model.contradictions))
             dtype = model_dtype(options.dtype, model.checkpoint, store=opened)
-            return _Resolved(model.config, model.checkpoint, model.adapters, dtype)
+            return model.family.name, _Resolved(model.config, model.checkpoint, model.adapters, dtype)
 
-    resolved = options.gangs.root.first(resolve)
+    name, resolved = options.gangs.root.first(resolve)
+    family = get_family(name) if family is None else family
 
     with _mapped_ahead(resolved.checkpoint, resolved.dtype, options) as ahead:
-        return _load(resolved, family, store, options, clock, ahead)
+        return _load(resolved, family, opened, options, clock, ahead)
+
+
+_CONTRADICTED = (
+    "%s: the card contradicts the config.json beside the weights, and the card counts: %s. Correct the card, or remove "
+    "its `model_arch` and its overrides to use what the file says."
+)
 
 
 def agreed(gangs: Gangs, load: Callable[[], T]) -> T:
@@ -165,7 +175,7 @@ def _mapped_ahead(
 def _load(
     resolved: _Resolved,
     family: Family[Any, Any],
-    store: Store | None,
+    store: AssetStore | None,
     options: LoadOptions,
     clock: Clock,
     ahead: Ahead,
@@ -177,10 +187,8 @@ def _load(
     )
     manifest = checkpoint.manifest
 
-    catalog = store if gangs.root.rank == 0 else None
-
     def fetch(checkpoint: Checkpoint) -> Checkpoint:
-        return fetch_checkpoint(checkpoint, catalog and catalog(), settings=options.settings, progress=progress)
+        return fetch_checkpoint(checkpoint, store, settings=options.settings, progress=progress)
 
     untied: tuple[str, ...] = ()
     while True:
@@ -223,7 +231,7 @@ def _load(
         expected = gangs.root.first(
             lambda: prepare_verification(
                 checkpoint,
-                store and store(),
+                store,
                 options.verify,
                 lambda: block_dims(manifest, family, config, targets, routed),
                 # The ranks of a host that read together see all of its bytes.
@@ -249,14 +257,12 @@ def _load(
 
     if expected is not None and moved.digests is not None:
         with clock.phase("verify"):
-            finish_verification(
-                checkpoint, expected, moved.digests, catalog and catalog(), gangs.root, progress=progress
-            )
+            finish_verification(checkpoint, expected, moved.digests, store, gangs.root, progress=progress)
 
     if adapters:
         with clock.phase("merge"):
             for each in added:
-                verify_whole(each, catalog and catalog(), options.verify, gangs.root, progress=progress)
+                verify_whole(each, store, options.verify, gangs.root, progress=progress)
             own = dtypes_of_drawn(targets, replace(routed, drawn=tuple(merge.replaced.values())), manifest)
             for target, name in merge.replaced.items():
                 by_name[name] = torch.empty(targets.boxes[target].sizes, dtype=own[name], device=device)

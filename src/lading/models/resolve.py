@@ -1,29 +1,36 @@
-"""The resolution of a card, a name or a path to a family, a configuration and a checkpoint."""
+"""The resolution of a card, a name, an address or a path to a family, a configuration and a checkpoint."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lading.cards.card import AssetCard
+from lading.cards.card import CONFIG_KEYS, AssetCard
 from lading.cards.config import architecture_config, resolve_config
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.adapter import Adapter, card_adapters
 from lading.checkpoints.checkpoint import Checkpoint, path_checkpoint
-from lading.checkpoints.extra_files import read_or_fetch_config
+from lading.checkpoints.extra_files import config_here, read_or_fetch_config
 from lading.checkpoints.locate import card_checkpoint
+from lading.checkpoints.names import find_card
 from lading.errors import (
     AssetCardError,
-    CheckpointNotFoundError,
+    FetchError,
     ModelArchitectureNotKnownError,
+    ModelCheckpointMismatchError,
     ModelFamilyNotKnownError,
     NotSupportedError,
 )
-from lading.formats.config_json import read_hf_config, refuse_quantized_config
-from lading.formats.folder import container_of
-from lading.models.family import Family, check_config_type, family_of_model_type, get_family
+from lading.formats.config_json import refuse_quantized_config
+from lading.models.family import Family, check_config_type, get_family
+from lading.models.hf_config import contradictions, family_beside, family_of_folder, is_read_by
+from lading.system.filesystem import expand_home
 from lading.system.settings import Settings
+
+log = logging.getLogger("lading")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,17 +44,20 @@ class ResolvedModel:
     """The complete configuration, of the family's class."""
     checkpoint: Checkpoint
     card: AssetCard | None
-    """The card; ``None`` for a path, likewise below."""
+    """The card; ``None`` for a path that no card has, likewise below."""
     store: AssetStore | None
     """The store that was asked."""
     adapters: tuple[Adapter, ...] = ()
     """The adapters to merge into the weights."""
+    contradictions: tuple[str, ...] = ()
+    """The clauses of :func:`lading.models.hf_config.contradictions` about the card."""
 
 
 def resolve_model(
     target: AssetCard | str | Path,
     store: AssetStore | None = None,
     *,
+    revision: str | None = None,
     family: Family[Any, Any] | None = None,
     config: Any = None,
     checkpoint: Checkpoint | None = None,
@@ -55,40 +65,59 @@ def resolve_model(
     progress: bool = False,
     accept_others: bool = False,
 ) -> ResolvedModel:
-    """Resolve a card, the name of a card, or a path to a family, a configuration and a checkpoint.
+    """Resolve a card, a name, an address or a path to a family, a configuration and a checkpoint.
 
-    :param store: default: the default store; not asked about a path.
+    A card states them. Without a family, that is the one of the ``config.json`` beside its checkpoint; without an
+    architecture, its overrides apply to the configuration in that file.
+
+    :param target: as :func:`lading.checkpoints.names.find_card` takes it; likewise ``revision``.
+    :param store: default: the default store.
     :param family: the family that is asked for; default: that of the card, or of ``config.json``.
-    :param config: instead of the card's configuration, or of the one in ``config.json``.
+    :param config: instead of the card's configuration, or of the one in ``config.json``. A path for which a family and
+        a configuration are given is taken as it is, even if a card has it.
     :param checkpoint: the checkpoint of the card, if the caller has found it.
     :param restrict: as :func:`lading.formats.index` takes it; for a path.
     :param progress: show a bar on stderr if the manifest takes a download.
     :param accept_others: as :func:`lading.checkpoints.locate.card_checkpoint` takes it.
 
-    :raises AssetNotFoundError: no card has that name.
+    :raises ModelNotKnownError: it is no card, no path, and no repository of the hub.
     :raises AssetCardError: the card is of another family, its family is not registered, or its overrides do not fit.
     :raises ModelGatedError: the card names no checkpoint.
     :raises FetchError: the source of the checkpoint cannot be reached.
     :raises CheckpointNotFoundError: nothing is at the place of the checkpoint (also a ``FileNotFoundError``).
     :raises CorruptModelCheckpointError: a file breaks the rules of its format.
     :raises NotSupportedError: ``config.json`` says that it is quantized, or no registered family reads it.
+    :raises TypeError: ``config`` is not of the family's class.
     """
-    if isinstance(target, Path):
-        if config is None or family is None:
-            family, config = family_of_folder(target, family)
-        checkpoint = resolve_checkpoint(target, store, restrict=restrict)
-        config = _complete(config, family, checkpoint, None)
-        return ResolvedModel(
-            name=str(target), family=family, config=config, checkpoint=checkpoint, card=None, store=None
-        )
+    if isinstance(target, Path) and family is not None and config is not None:
+        found: AssetCard | Path = expand_home(target)
+    else:
+        found = find_card(target, store, revision=revision, family=None if family is None else family.name)
+    if isinstance(found, Path):
+        return _resolve_path(found, store, family, config, restrict=restrict)
 
-    store = store or get_asset_store()
-    card = target if isinstance(target, AssetCard) else store.retrieve_card(target)
-    family = family_of_card(card) if family is None else family
-    check_family(card, family)
-    config = model_config(card, family, store) if config is None else config
+    card, store = found, store or get_asset_store()
+    if card.has_field("model_family"):
+        family = family_of_card(card) if family is None else family
+        check_family(card, family)
+        if config is None:
+            model_config(card, family, store)  # what is wrong in a card is reported before its source is asked
+    if family is not None and config is not None:
+        check_config_type(config, family)
     if checkpoint is None:
         checkpoint = card_checkpoint(card, store, progress=progress, accept_others=accept_others)
+
+    clauses: tuple[str, ...] = ()
+    if family is None or config is None:
+        hf_config = _read_config_json(card, family, checkpoint, store)
+        checkpoint = checkpoint if hf_config is None else replace(checkpoint, hf_config=hf_config)
+        if not card.has_field("model_family"):
+            family = _family_of_config_json(card, family, checkpoint)
+    assert family is not None
+    if config is None:
+        config = model_config(card, family, store, hf_config)
+        if hf_config and _states_config(card):
+            clauses = contradictions(family, config, hf_config)
     config = _complete(config, family, checkpoint, store)
     adapters = card_adapters(card, checkpoint, store, progress=progress, accept_others=accept_others)
 
@@ -100,23 +129,88 @@ def resolve_model(
         card=card,
         store=store,
         adapters=adapters,
+        contradictions=clauses,
     )
+
+
+def _resolve_path(
+    path: Path, store: AssetStore | None, family: Family[Any, Any] | None, config: Any, *, restrict: bool
+) -> ResolvedModel:
+    if family is None or config is None:
+        asked = family
+        family, read = family_of_folder(path, asked)
+        _require_asked(asked, family, str(path))
+        config = read if config is None else config
+    check_config_type(config, family)
+    settings = Settings.from_environment() if store is None else store.settings
+    checkpoint = path_checkpoint(path, cache=settings.cache_dir, restrict=restrict)
+    config = _complete(config, family, checkpoint, None)
+
+    return ResolvedModel(name=str(path), family=family, config=config, checkpoint=checkpoint, card=None, store=None)
+
+
+def _states_config(card: AssetCard) -> bool:
+    return any(card.has_field(name) for name in ("model_arch", *CONFIG_KEYS))
+
+
+def _read_config_json(
+    card: AssetCard, family: Family[Any, Any] | None, checkpoint: Checkpoint, store: AssetStore
+) -> Mapping[str, object] | None:
+    """Return the ``config.json`` beside the checkpoint of a card; ``None`` if the card does not need it, and it is not
+    on this machine.
+
+    :raises FetchError: the card needs it, and it cannot be fetched.
+    """
+    if family is None or (
+        not card.has_field("model_arch") and (family.complete is not None or not _states_config(card))
+    ):
+        return read_or_fetch_config(checkpoint, store)
+    if family.from_hf is None or (family.to_hf is None and card.has_field("model_arch")):
+        return None
+    try:
+        # Files that are here are loaded without a request.
+        return read_or_fetch_config(checkpoint, store) if checkpoint.files is None else config_here(checkpoint, store)
+    except (FetchError, OSError) as error:
+        log.info("config.json of %s cannot be compared with the card: %s", checkpoint.name, error)
+        return {}
+
+
+def _family_of_config_json(card: AssetCard, asked: Family[Any, Any] | None, checkpoint: Checkpoint) -> Family[Any, Any]:
+    """Return the family of the ``config.json`` beside the checkpoint of a card that names none.
+
+    :raises AssetCardError: there is no such file, or it is of another family than the one that is asked for.
+    :raises NotSupportedError: no registered family reads it.
+    """
+    if not checkpoint.hf_config and card.source:
+        card.field("model_family")  # raises the error for a card of the catalog that lacks it
+    family = family_beside(checkpoint.hf_config or {}, checkpoint.where, asked)
+    _require_asked(asked, family, card.name)
+
+    return family
+
+
+def _require_asked(asked: Family[Any, Any] | None, found: Family[Any, Any], name: str) -> None:
+    if asked is not None and asked.name != found.name:
+        raise AssetCardError(
+            name,
+            f"The checkpoint at {name} is expected to be of the family {asked.name!r}, but its config.json is of the "
+            f"family {found.name!r}.",
+        )
 
 
 def resolve_checkpoint(
     target: AssetCard | str | Path, store: AssetStore | None = None, *, restrict: bool = True
 ) -> Checkpoint:
-    """Resolve a card, the name of a card, or a path to a checkpoint, whose family does not matter.
+    """Resolve a card, a name, an address or a path to a checkpoint, whose family does not matter.
 
     The parameters and errors are those of :func:`resolve_model`.
     """
-    if isinstance(target, Path):
+    found = find_card(target, store)
+    if isinstance(found, Path):
         settings = Settings.from_environment() if store is None else store.settings
-        return path_checkpoint(target, cache=settings.cache_dir, restrict=restrict)
+        return path_checkpoint(found, cache=settings.cache_dir, restrict=restrict)
 
-    store = store or get_asset_store()
-
-    return card_checkpoint(target if isinstance(target, AssetCard) else store.retrieve_card(target), store)
+    return card_checkpoint(found, store or get_asset_store())
 
 
 def family_of_card(card: AssetCard) -> Family[Any, Any]:
@@ -131,23 +225,43 @@ def family_of_card(card: AssetCard) -> Family[Any, Any]:
         raise AssetCardError(card.name, f"The card {card.name!r} asks for the model family {name!r}. {error}") from None
 
 
-def model_config(card: AssetCard, family: Family[Any, Any], store: AssetStore) -> Any:
-    """Return the configuration of a card: the defaults of the family, its architecture's, and the card's overrides.
+def model_config(
+    card: AssetCard, family: Family[Any, Any], store: AssetStore, hf_config: Mapping[str, object] | None = None
+) -> Any:
+    """Return the configuration of a card: that of its architecture, else of ``config.json``, else the defaults of the
+    family; with the card's overrides.
+
+    :param hf_config: the ``config.json`` beside its checkpoint, if there is one.
 
     :raises AssetCardError: the card is of another family, names an architecture that is not known, or states
         overrides that do not fit.
+    :raises NotSupportedError: the family does not support what the file says, and the card states nothing else.
     """
-    check_family(card, family)
+    if card.has_field("model_family"):
+        check_family(card, family)
 
-    architecture = None
+    architecture = base = None
     arch = card.maybe_get_field("model_arch")
     if arch is not None:
         try:
             architecture = store.architecture(arch.as_(str), family.name)
         except ModelArchitectureNotKnownError as error:
             raise AssetCardError(card.name, f"The field 'model_arch' of the card {card.name!r}: {error}") from None
+    elif family.from_hf is not None and hf_config and is_read_by(family, hf_config):
+        try:
+            base = family.from_hf(hf_config)
+        except (NotSupportedError, ModelCheckpointMismatchError):
+            if not _states_config(card):
+                raise
+    elif family.from_hf is not None and hf_config and not _states_config(card):
+        raise AssetCardError(
+            card.name,
+            f"The card {card.name!r} is of the family {family.name!r} and states no configuration, but the config.json "
+            f"beside its checkpoint is of the model type {hf_config.get('model_type')!r}, which that family does not "
+            "read. Correct its `model_family`, or name its architecture in `model_arch`.",
+        )
 
-    return resolve_config(card, architecture, family.config_kls)
+    return resolve_config(card, architecture, family.config_kls, base)
 
 
 def check_family(card: AssetCard, family: Family[Any, Any]) -> None:
@@ -170,44 +284,6 @@ def arch_config(arch: str, family: Family[Any, Any], store: AssetStore) -> Any:
     :raises ModelArchitectureNotKnownError: the family has none of this name.
     """
     return architecture_config(store.architecture(arch, family.name), family.config_kls)
-
-
-def family_of_folder(path: Path, asked: Family[Any, Any] | None = None) -> tuple[Family[Any, Any], Any]:
-    """Return the family and the configuration of a Hugging Face style folder, from its ``config.json``.
-
-    :param asked: the requested family; it may also read its part of a larger model, and a family for all model types
-        those of other families.
-
-    :raises CheckpointNotFoundError: there is no such folder (also a ``FileNotFoundError``).
-    :raises NotSupportedError: no ``config.json``, or a model type that no registered family reads.
-    """
-    if not path.exists() and container_of(path) is None:
-        raise CheckpointNotFoundError(path, f"No checkpoint is at {path}: there is no such file or folder.")
-
-    hf_config = read_hf_config(path)
-    if not hf_config:
-        raise NotSupportedError(
-            f"{path} has no config.json, so the family of the model is unknown. Load it with "
-            "`get_<family>_model_hub().load_custom_model(path, config)`, or name it in a card."
-        )
-
-    model_type = hf_config.get("model_type")
-    stated = hf_config.get("architectures")
-    architectures = [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
-    if asked is not None and (asked.reads_other_model_types or model_type in asked.hf_part_of):
-        family: Family[Any, Any] | None = asked
-    else:
-        family = family_of_model_type(model_type, architectures) if isinstance(model_type, str) else None
-    if family is None or family.from_hf is None:
-        of = f" with the architectures {architectures}" if architectures else ""
-        raise NotSupportedError(
-            f"{path}/config.json is of the model type {model_type!r}{of}, which no registered family reads "
-            "(`lading families` shows them)."
-        )
-
-    refuse_quantized_config(hf_config, path)
-
-    return family, family.from_hf(hf_config)
 
 
 def _complete(config: Any, family: Family[Any, Any], checkpoint: Checkpoint, store: AssetStore | None) -> Any:

@@ -16,10 +16,10 @@ from lading.catalog.added_cards import CheckpointContents, card_entry, record_ad
 from lading.catalog.importing.changes import ADDED
 from lading.catalog.records import ModelSummary
 from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoints.card_links import names_of
 from lading.checkpoints.recording import require_writable
 from lading.errors import AssetCardError, CatalogError, CheckpointNotFoundError, LadingError, NotSupportedError
 from lading.operations.adopt import adopt_checkpoints
-from lading.operations.card_links import names_of
 from lading.operations.card_names import check_rule, choose_names
 from lading.operations.describe_checkpoint import Describer, Description
 from lading.operations.find_checkpoints import FoundCheckpoint, find_checkpoints

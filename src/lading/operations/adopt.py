@@ -15,6 +15,7 @@ from lading.catalog.checkpoints.record import record_checkpoint, record_files
 from lading.catalog.links import link_cards
 from lading.catalog.records import Check, CopyKind, LocalCopy, now
 from lading.catalog.store import AssetStore, StoredCheckpoint, get_asset_store
+from lading.checkpoints.card_links import names_of
 from lading.checkpoints.checkpoint import LocalCheckpointFiles
 from lading.checkpoints.local_copies import intact_copies
 from lading.checkpoints.recording import require_writable
@@ -29,7 +30,6 @@ from lading.errors import (
 from lading.formats import NonContiguousError
 from lading.formats.config_json import read_hf_config, refuse_quantized_config
 from lading.formats.manifest import Manifest
-from lading.operations.card_links import names_of
 from lading.operations.find_checkpoints import (
     FoundCheckpoint,
     find_checkpoints,

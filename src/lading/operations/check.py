@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from lading.cards.card import AssetCard
@@ -11,16 +12,22 @@ from lading.models.resolve import resolve_model
 
 
 def check_model(
-    target: AssetCard | str | Path, *, restrict: bool = True, store: AssetStore | None = None
+    target: AssetCard | str | Path,
+    *,
+    revision: str | None = None,
+    restrict: bool = True,
+    store: AssetStore | None = None,
 ) -> CheckReport:
     """Check that a model's checkpoint, and the adapters of its card, fit its architecture, by the names, shapes and
     dtypes of their tensors.
 
-    :param target: a card, the name of one, or the path of a Hugging Face style folder. The checkpoint of a card may be
-        remote; if it is not indexed, its headers are read from the source.
+    This also compares the numbers of a card with the ``config.json`` beside its weights.
+
+    :param target: as ``load_model`` takes it; likewise ``revision``. The checkpoint may be remote; if it is not
+        indexed, its headers are read from the source.
     :param restrict: see :func:`lading.formats.index`; for a path.
 
-    :raises AssetNotFoundError: no card has that name.
+    :raises ModelNotKnownError: it is no card, no path, and no repository of the hub.
     :raises AssetCardError: the card's family is not registered, or its overrides do not fit.
     :raises ModelGatedError: the card names no checkpoint.
     :raises FetchError: the source of the checkpoint cannot be reached.
@@ -28,6 +35,7 @@ def check_model(
     :raises CorruptModelCheckpointError: a file breaks the rules of its format.
     :raises NotSupportedError: its ``config.json`` says that it is quantized, or no registered family reads it.
     """
-    model = resolve_model(target, store, restrict=restrict)
+    model = resolve_model(target, store, revision=revision, restrict=restrict)
+    report = check_manifest(model.checkpoint.manifest, model.family, model.config, model.adapters)
 
-    return check_manifest(model.checkpoint.manifest, model.family, model.config, model.adapters)
+    return replace(report, contradictions=model.contradictions)

@@ -18,6 +18,7 @@ from lading.models.family import get_family
 from lading.models.resolve import resolve_checkpoint
 from lading.models.shapes import targets_of_config
 from lading.system.display import counted, representation
+from lading.system.filesystem import path_exists
 from lading.system.needs import needs_torch
 from lading.transfer.hashing import hash_checkpoint
 
@@ -296,7 +297,7 @@ def diff_models(
     Checkpoints are compared by their tensors: names, shapes, dtypes, and values if the catalog knows the digests of
     both. Architectures are compared by the fields of their configurations, and the names and shapes of parameters.
 
-    :param a: a card, the name of one, the path of a checkpoint, or an architecture as ``"family/architecture"``.
+    :param a: as ``load_model`` takes it, or an architecture as ``"family/architecture"``.
     :param b: likewise; an architecture if ``a`` is one.
     :param values: read the tensors of the same name and shape, unless their digests are known to be equal, and measure
         how far their values are apart: ``values`` of the report. Tensors of different dtypes are compared in a wider
@@ -305,7 +306,7 @@ def diff_models(
     :param restrict: see :func:`lading.formats.index`; for a path.
     :param progress: show a bar on stderr while values are read.
 
-    :raises AssetNotFoundError: no card has that name.
+    :raises ModelNotKnownError: it is no card, no path, no architecture, and no repository of the hub.
     :raises ModelFamilyNotKnownError: the family of an architecture is not registered.
     :raises ModelArchitectureNotKnownError: the family has no such architecture.
     :raises NotSupportedError: one is a checkpoint and the other an architecture, which has no ``values`` either.
@@ -406,12 +407,18 @@ def _must_be_read(a: Side, i: int, b: Side, j: int) -> bool:
 
 
 def _architecture(target: AssetCard | str | Path, store: AssetStore) -> Architecture | None:
-    """Return the architecture that a target means; ``None`` if it means a checkpoint."""
-    if not isinstance(target, str) or "/" not in target or store.maybe_retrieve_card(target) is not None:
-        return None
-    family, _, name = target.partition("/")
+    """Return the architecture that a target means; ``None`` if it means a checkpoint.
 
-    return store.architecture(name, family)
+    :raises ModelArchitectureNotKnownError: it begins with a family that has no such architecture.
+    """
+    if not isinstance(target, str) or store.maybe_retrieve_card(target) is not None:
+        return None
+    family, slash, name = target.partition("/")
+    if not slash or family not in {known.name for known in store.families()}:
+        return None
+    found = store.maybe_architecture(name, family)
+
+    return found if found is not None or path_exists(target) else store.architecture(name, family)
 
 
 def _architecture_side(architecture: Architecture) -> Side:

@@ -14,8 +14,8 @@ from lading.cards.card import AssetCard, AssetCardField, split_gated
 from lading.catalog.checkpoints.holdings import held_checkpoints, known_uris
 from lading.catalog.records import LocalCheckpoint
 from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoints.card_links import heads_of, names_of
 from lading.errors import AssetCardError
-from lading.operations.card_links import heads_of, names_of
 from lading.sources.cache import Cache, Entry, entry_key
 from lading.system.display import counted, human_bytes, representation
 from lading.system.filesystem import FileStat

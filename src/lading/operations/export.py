@@ -25,6 +25,7 @@ from lading.checkpoints.adapter import Adapter
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.checkpoints.extra_files import TOKENIZER_JSON, TOKENIZER_NAMES, companions, files_beside
 from lading.checkpoints.fetch import fetch_checkpoint
+from lading.checkpoints.names import as_path, find_card
 from lading.checkpoints.verification import (
     Verify,
     finish_verification,
@@ -109,6 +110,7 @@ def convert_checkpoint(
     folder: Path | str,
     *,
     arch: str | None = None,
+    revision: str | None = None,
     dtype: torch.dtype | str = "keep",
     shard_size: int = SHARD_SIZE,
     drop: bool = False,
@@ -122,7 +124,7 @@ def convert_checkpoint(
     The ``config.json`` is that of the checkpoint, if it describes the same model; else it is made from the
     configuration. The tokenizer's files are copied.
 
-    :param target: a card, the name of one, or the path of a checkpoint.
+    :param target: as ``load_model`` takes it; likewise ``revision``.
     :param folder: the folder to create, which must be empty or not exist. It is created atomically.
     :param arch: the architecture, as ``"family/architecture"``, of a checkpoint at a path without a ``config.json``.
     :param dtype: the dtype of floating-point tensors, see ``load_model``; ``"keep"`` keeps that of each tensor.
@@ -137,7 +139,7 @@ def convert_checkpoint(
     :raises FileExistsError: ``folder`` exists, and is not an empty folder.
     :raises NotSupportedError: the checkpoint is quantized or of no known family, no ``config.json`` can describe it, or
         ``verify`` is ``"always"`` for a path.
-    :raises AssetNotFoundError: no card has that name.
+    :raises ModelNotKnownError: it is no card, no path, and no repository of the hub.
     :raises ModelCheckpointError: the checkpoint is damaged, does not fit the configuration, or differs from the
         published or recorded digests.
     :raises PolicyError: the checkpoint has trained tensors that the model does not use, and ``drop`` is not set.
@@ -156,12 +158,14 @@ def convert_checkpoint(
 
     family = config = None
     if arch is not None:
+        target = as_path(target) or find_card(target, store)
         if not isinstance(target, Path):
             raise ValueError("`arch` is only for a checkpoint at a path, as a card names its own")
         family, config = _of_architecture(arch, store)
     model = resolve_model(
         target,
         store,
+        revision=revision,
         family=family,
         config=config,
         restrict=restrict,
@@ -246,7 +250,7 @@ def export_model(
     folder: Path | str,
     *,
     gangs: Gangs | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     shard_size: int = SHARD_SIZE,
     beside: Path | str | None = None,
     tokenizer: Path | str | Any = None,
@@ -261,7 +265,8 @@ def export_model(
     :param config: the configuration of the model.
     :param folder: the folder to create, which must be empty or not exist. It is created atomically.
     :param gangs: the gangs that hold the model; default: this process holds all of it.
-    :param dtype: the dtype of floating-point tensors; default: their own.
+    :param dtype: the dtype of floating-point tensors, also by its name, such as ``"bf16"``; default, or ``"keep"``:
+        their own.
     :param shard_size: the most bytes of a file, unless a single tensor has more.
     :param beside: a folder from which to copy the tokenizer, and ``config.json`` if it describes the model.
     :param tokenizer: a tokenizer in place of that one: of transformers or of tokenizers, or a folder with its files.
@@ -270,9 +275,11 @@ def export_model(
 
     :raises FileExistsError: ``folder`` exists, and is not an empty folder.
     :raises NotSupportedError: no ``config.json`` can describe the model, or the gangs are simulated.
-    :raises TypeError: ``config`` or ``model`` is not of the family's class, or ``tokenizer`` cannot be saved.
+    :raises TypeError: ``config`` or ``model`` is not of the family's class, ``dtype`` is not a dtype, or ``tokenizer``
+        cannot be saved.
     :raises AssetCardError: ``register`` is not a valid name, or that of a card from another source.
-    :raises ValueError: ``config`` describes other parameters than ``model`` has, or ``shard_size`` is not positive.
+    :raises ValueError: ``config`` describes other parameters than ``model`` has, ``shard_size`` is not positive, or
+        ``dtype`` is ``"auto"``.
     :raises GangError: another rank failed, passed other arguments, or writes to another file system.
     :raises OSError: the disk is full, or cannot be written.
     """
@@ -280,19 +287,23 @@ def export_model(
     folder = Path(folder)
     check_config_type(config, family)
     check_shard_size(shard_size)
+    chosen = parse_dtype("keep" if dtype is None else dtype)
+    if chosen == "auto":
+        raise ValueError('`dtype` must be a dtype or "keep", as a model in memory has no other dtype of its own')
+    asked_dtype = chosen if isinstance(chosen, torch.dtype) else None
     if not isinstance(model, family.model_kls):
         raise TypeError(f"`model` must be a {family.model_kls.__name__}, but is of type {type(model).__name__}")
     root = (gangs or create_fake_gangs("cpu")).root
     if root.size > 1 and root.channel is None:
         raise NotSupportedError("A model of simulated gangs cannot be exported: its other parts do not exist.")
     root.same(
-        (family.name, config, dtype, shard_size, str(folder), None if beside is None else str(beside), register),
+        (family.name, config, chosen, shard_size, str(folder), None if beside is None else str(beside), register),
         "family, configuration, dtype, shard size, folder, `beside` and `register`",
     )
 
     tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-    mine = targets_of(model, dtype=dtype)
-    whole = targets_of(build_on_meta(family, config), dtype=dtype)
+    mine = targets_of(model, dtype=asked_dtype)
+    whole = targets_of(build_on_meta(family, config), dtype=asked_dtype)
     # Each stage has a copy of a parameter that is tied across stages; it is written under its first name.
     held = {
         name: Entry(name=name, dtype=asked or DTYPE_NAMES[tensors[name].dtype], shape=shape)

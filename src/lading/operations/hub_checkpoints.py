@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from lading.cards.card import CheckpointRef
 from lading.catalog.store import AssetStore, StoredCheckpoint
+from lading.checkpoints.card_links import cards_with
 from lading.errors import CheckpointNotFoundError, LadingError
-from lading.operations.card_links import cards_with
 from lading.operations.find_checkpoints import FoundCheckpoint
 from lading.sources.hub.address import SCHEMES, HubAddress, is_file_name
 from lading.sources.hub.cache import cached_commit, snapshot_folders

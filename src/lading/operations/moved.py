@@ -11,13 +11,13 @@ from lading.catalog.checkpoints.record import record_files, recorded_headers
 from lading.catalog.checkpoints.relocate import relocate_checkpoint
 from lading.catalog.records import HEADER, Check, LocalCopy
 from lading.catalog.store import AssetStore, StoredCheckpoint
+from lading.checkpoints.card_links import names_of
 from lading.checkpoints.checkpoint import Checkpoint, LocalCheckpointFiles, header_checks
 from lading.checkpoints.local_copies import best_copies
 from lading.checkpoints.verification import hash_files, shard_digest
 from lading.errors import InternalError
 from lading.formats.digests import Digests
 from lading.formats.manifest import Manifest
-from lading.operations.card_links import names_of
 from lading.system.filesystem import FileStat
 from lading.system.uris import uri_path
 from lading.transfer.hashing import hash_checkpoint

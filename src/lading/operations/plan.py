@@ -206,12 +206,13 @@ def plan_load(
     rdp: int = 1,
     dtype: torch.dtype | str = "auto",
     ranks: Sequence[int] | None = None,
+    revision: str | None = None,
     restrict: bool = True,
     store: AssetStore | None = None,
 ) -> LoadPlan:
     """Plan the load of a model on every rank of gangs of these sizes, without reading any weights.
 
-    :param target: as :func:`check_model` takes it.
+    :param target: as :func:`check_model` takes it; likewise ``revision``.
     :param dtype: as ``load_model`` takes it.
     :param ranks: the ranks to include, from 0 to ``pp × rdp × sdp × tp - 1``; default: all.
     :param restrict: as :func:`lading.formats.index` takes it; for a path.
@@ -224,7 +225,7 @@ def plan_load(
     It also raises what :func:`check_model` does.
     """
     chosen = parse_dtype(dtype)
-    model = resolve_model(target, store, restrict=restrict)
+    model = resolve_model(target, store, revision=revision, restrict=restrict)
 
     return plan_checkpoint(
         model.checkpoint,

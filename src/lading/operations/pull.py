@@ -12,6 +12,7 @@ from lading.cards.adapters import adapter_refs
 from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref
 from lading.catalog.checkpoints.record import record_checkpoint
 from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoints.address import address_of, require_access
 from lading.checkpoints.checkpoint import Checkpoint, remote_checkpoint
 from lading.checkpoints.extra_files import (
     RemoteTokenizer,
@@ -23,12 +24,20 @@ from lading.checkpoints.extra_files import (
 )
 from lading.checkpoints.fetch import fetch_checkpoint
 from lading.checkpoints.fetch_to_index import FetchedCheckpoint, fetch_and_index, must_fetch_to_index
-from lading.checkpoints.locate import address_of, card_checkpoint, fetched_card_checkpoint, require_access
+from lading.checkpoints.locate import card_checkpoint, fetched_card_checkpoint
+from lading.checkpoints.names import find_card
 from lading.checkpoints.pins import with_pins
 from lading.checkpoints.published import PublishedCheckpoint, index_source, name_in_source
 from lading.checkpoints.recording import fetch_extra_files, require_writable
 from lading.checkpoints.verification import require_pinned
-from lading.errors import AssetCardError, FetchError, NotSupportedError, TorchNotFoundError
+from lading.errors import (
+    AssetCardError,
+    FetchError,
+    ModelCheckpointMismatchError,
+    NotSupportedError,
+    PolicyError,
+    TorchNotFoundError,
+)
 from lading.formats import NotByHeadersError
 from lading.formats.adapter_config import ADAPTER_CONFIG_NAME
 from lading.formats.config_json import CONFIG_NAME, refuse_quantized_config
@@ -80,7 +89,7 @@ class PullReport:
 
 
 def pull_model(
-    name: str,
+    name: AssetCard | str | Path,
     *,
     revision: str | None = None,
     include: Sequence[str] = (),
@@ -88,20 +97,22 @@ def pull_model(
     progress: bool = True,
     store: AssetStore | None = None,
 ) -> PullReport:
-    """Fetch the current checkpoint of a card, and its adapters, and record them in the catalog.
+    """Fetch the current checkpoint of a model, and its adapters, and record them in the catalog.
 
-    This checks by the headers that it fits the card's architecture before it fetches a byte of a weight.
+    This checks by the headers that it fits the model's architecture before it fetches a byte of a weight.
 
-    :param revision: a branch, a tag or a commit of the source; default: the one that the card's URI names, or the
-        latest. Loads of the card then use it until the next pull. Adapters have their own revisions.
+    :param name: as ``load_model`` takes it.
+    :param revision: a branch, a tag or a commit of the source; default: the one that the address names, or the
+        latest. Loads of the same name then use it until the next pull. Adapters have their own revisions.
     :param include: shell-style patterns of other files of the source; this always fetches its ``config.json`` and the
         tokenizer, from there or from the place that the card states. A web server lists no files: there they are names
         of files beside the checkpoint, and ``config.json`` comes if its family needs it.
     :param dry_run: only report what would be fetched.
     :param progress: show a bar on stderr.
 
-    :raises AssetNotFoundError: no card has that name.
-    :raises NotSupportedError: ``revision`` for a source without revisions, or patterns for one that lists no files.
+    :raises ModelNotKnownError: it is no card, no path, and no repository of the hub.
+    :raises NotSupportedError: a path that no card has; ``revision`` for a source without revisions, or patterns for
+        one that lists no files.
     :raises ModelGatedError: the publisher hands it out on request.
     :raises ModelCheckpointMismatchError: it does not fit the card's architecture; nothing was fetched.
     :raises FetchError: the source cannot be reached, or answers nonsense.
@@ -110,7 +121,11 @@ def pull_model(
     :raises OSError: the disk is full, or the cache cannot be written.
     """
     store = store or get_asset_store()
-    card = store.retrieve_card(name)
+    card = find_card(name, store)
+    if isinstance(card, Path):
+        raise NotSupportedError(
+            f"Expected a model that can be fetched, found the path {card}, which no card has: it is on this machine."
+        )
     adapters = [
         _pull(ref.card, store, None, (ADAPTER_CONFIG_NAME,), dry_run=dry_run, progress=progress)
         for ref in adapter_refs(card)
@@ -302,12 +317,21 @@ def _require_fit(
 
 def _checked(card: AssetCard, checkpoint: Checkpoint, store: AssetStore) -> CheckReport | None:
     try:
-        family = family_of_card(card)
-    except AssetCardError:
+        model = resolve_model(card, store, checkpoint=checkpoint)
+    except (AssetCardError, ModelCheckpointMismatchError, NotSupportedError, PolicyError) as error:
+        if isinstance(error, TorchNotFoundError) or _is_of_known_family(card):
+            raise
+        log.info("the checkpoint of %s was not checked to fit: %s", card.title, error)
         return None  # other programs may need it all the same
-    model = resolve_model(card, store, family=family, checkpoint=checkpoint)
 
-    return check_manifest(checkpoint.manifest, family, model.config, model.adapters)
+    return check_manifest(checkpoint.manifest, model.family, model.config, model.adapters)
+
+
+def _is_of_known_family(card: AssetCard) -> bool:
+    try:
+        return family_of_card(card) is not None
+    except AssetCardError:
+        return False
 
 
 def _companions(

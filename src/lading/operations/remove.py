@@ -9,21 +9,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from lading.cards.card import checkpoint_ref
+from lading.cards.card import AssetCard, checkpoint_ref, split_name
 from lading.catalog.checkpoints.holdings import held_checkpoints, releasing_copies
 from lading.catalog.records import LocalCheckpoint, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoints.card_links import catalog_uri, names_of
+from lading.checkpoints.names import find_card, unknown_model
 from lading.checkpoints.recording import require_writable
 from lading.errors import PolicyError
 from lading.formats import is_rewritten
-from lading.operations.card_links import catalog_uri, names_of
 from lading.operations.disk_usage import find_orphans, own_cache
 from lading.sources.cache import Cache
 from lading.sources.hub.address import SCHEMES
 from lading.sources.hub.remove import HubRevision, delete_revisions, revision_of
 from lading.sources.partial import sweep
 from lading.system.display import counted, human_bytes, representation
-from lading.system.uris import shown_uri
+from lading.system.uris import path_uri, shown_uri
 
 _GRACE = 3_600
 """The seconds that a file of the cache may be without an entry."""
@@ -68,7 +69,9 @@ class Removal:
         )
 
 
-def remove_model(name: str, *, dry_run: bool = False, hub: bool = False, store: AssetStore | None = None) -> Removal:
+def remove_model(
+    name: AssetCard | str | Path, *, dry_run: bool = False, hub: bool = False, store: AssetStore | None = None
+) -> Removal:
     """Remove the files of a model from lading's cache and from that of Hugging Face's libraries; forget the others.
 
     This removes from lading's own cache the weights, their extra files, and those of earlier revisions, unless another
@@ -76,23 +79,23 @@ def remove_model(name: str, *, dry_run: bool = False, hub: bool = False, store: 
     there this deletes whole revisions, by its ``delete_revisions``, and only with ``hub``. The catalog keeps the
     manifest of the checkpoint, and a load fetches it again.
 
-    :param name: the name of a card; or the URI of a checkpoint that no card names.
+    :param name: as ``load_model`` takes it; of a checkpoint that no card has, the catalog must know it.
     :param dry_run: only report what would be removed.
     :param hub: delete the model's revisions from the cache of Hugging Face's libraries.
 
-    :raises AssetNotFoundError: there is no such card, nor such a checkpoint.
+    :raises ModelNotKnownError: there is no such card, nor does the catalog know such a checkpoint.
     :raises PolicyError: the removal would delete revisions, and ``hub`` is not set; nothing was removed.
     :raises CatalogError: the catalog cannot be written; nothing was removed.
     :raises OSError: a file cannot be removed. The catalog then has the same records as before, and missing files count
         as missing: remove the model again.
     """
     store = store or get_asset_store()
-    uri, entry = _checkpoint_of(name, store)
+    name, uri, entry = _checkpoint_of(name, store)
     if not uri:
         return Removal(name=name, freed=0, removed=())
 
     # Before the removal: only an existing rewrite is found.
-    others = [other for other in names_of(store, [uri]).get(uri, ()) if other != name]
+    others = [other for other in names_of(store, [uri]).get(uri, ()) if other != split_name(name)[0]]
     releasing = nullcontext(held_checkpoints(store.database)) if dry_run else releasing_copies(store.database, uri)
     with releasing as held:
         plan = _plan(uri, entry, held, own_cache(store))
@@ -154,13 +157,19 @@ def _remove(paths: Sequence[Path]) -> int:
     return freed
 
 
-def _checkpoint_of(name: str, store: AssetStore) -> tuple[str, str]:
-    """Return the URI of the checkpoint in the catalog, and the one in lading's cache."""
-    if "://" in name and store.maybe_retrieve_card(name) is None and (uri := checkpoint_without_card(name, store)):
-        return uri, uri
-    ref = checkpoint_ref(store.retrieve_card(name))
+def _checkpoint_of(target: AssetCard | str | Path, store: AssetStore) -> tuple[str, str, str]:
+    """Return the name of a model, the URI of its checkpoint in the catalog, and the one in lading's cache."""
+    found = find_card(target, store, ask=False)
+    if isinstance(found, AssetCard) and found.source:
+        ref = checkpoint_ref(found)
+        return (found.title, catalog_uri(ref, store), ref.uri) if ref.uri else (found.title, "", "")
 
-    return (catalog_uri(ref, store), ref.uri) if ref.uri else ("", "")
+    uri = path_uri(found) if isinstance(found, Path) else checkpoint_ref(found).key
+    known = _known_as(uri, store)
+    if known is None:
+        raise unknown_model(str(target), store)
+
+    return str(target), known, known
 
 
 def _refused(name: str, revisions: Sequence[HubRevision]) -> PolicyError:
@@ -172,14 +181,14 @@ def _refused(name: str, revisions: Sequence[HubRevision]) -> PolicyError:
     )
 
 
-def checkpoint_without_card(name: str, store: AssetStore) -> str | None:
-    """Return the URI of the checkpoint that ``du`` shows as ``name``; ``None`` for no checkpoint, or one of several.
+def _known_as(uri: str, store: AssetStore) -> str | None:
+    """Return the URI of the checkpoint that ``du`` shows as ``uri``; ``None`` for no checkpoint, or one of several.
 
     ``du`` does not show the secrets of an address.
     """
-    if store.checkpoint(name) is not None:
-        return name
-    found = [checkpoint.uri for checkpoint in held_checkpoints(store.database) if shown_uri(checkpoint.uri) == name]
+    if store.checkpoint(uri) is not None:
+        return uri
+    found = [checkpoint.uri for checkpoint in held_checkpoints(store.database) if shown_uri(checkpoint.uri) == uri]
 
     return found[0] if len(found) == 1 else None
 

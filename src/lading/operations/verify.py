@@ -17,10 +17,12 @@ from lading.cards.card import AssetCard, CheckpointRef
 from lading.catalog.checkpoints.record import record_digests, record_files, recorded_headers
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
+from lading.checkpoints.address import address_of
 from lading.checkpoints.checkpoint import Checkpoint, LocalCheckpointFiles, header_checks, local_checkpoint
 from lading.checkpoints.fetch import fetch_checkpoint
 from lading.checkpoints.local_copies import best_copies
-from lading.checkpoints.locate import address_of, card_checkpoint, index_checkpoint
+from lading.checkpoints.locate import card_checkpoint, index_checkpoint
+from lading.checkpoints.names import find_card
 from lading.checkpoints.pins import with_pins
 from lading.checkpoints.verification import check_files, remedy, shard_digest
 from lading.errors import (
@@ -43,7 +45,7 @@ from lading.models.resolve import ResolvedModel, resolve_model
 from lading.models.shapes import targets_of_config
 from lading.sources.hub.remove import revision_of
 from lading.system.display import counted, representation
-from lading.system.filesystem import FileStat, expand_home
+from lading.system.filesystem import FileStat
 from lading.system.uris import path_uri, shown_uri, uri_path
 from lading.transfer.files import ShardFile
 from lading.transfer.hashing import hash_checkpoint
@@ -84,7 +86,12 @@ class VerifyReport:
 
 
 def verify_model(
-    name: str | Path, *, repair: bool = False, progress: bool = True, store: AssetStore | None = None
+    name: AssetCard | str | Path,
+    *,
+    revision: str | None = None,
+    repair: bool = False,
+    progress: bool = True,
+    store: AssetStore | None = None,
 ) -> VerifyReport:
     """Check all bytes of the files of a model, and of its adapters, on this machine.
 
@@ -92,12 +99,12 @@ def verify_model(
     recorded. It records unknown digests. Every check becomes a row; if the catalog cannot be written, this checks the
     files all the same.
 
-    :param name: the name of a card, or the path of a checkpoint, which need not be in the catalog.
+    :param name: as ``load_model`` takes it; likewise ``revision``. A checkpoint at a path need not be in the catalog.
     :param repair: fetch wrong files again: those in lading's own cache, and in that of Hugging Face's libraries, whose
         ``hf_hub_download`` replaces them. This never replaces other files.
     :param progress: show a bar on stderr.
 
-    :raises AssetNotFoundError: no card has that name.
+    :raises ModelNotKnownError: it is no card, no path, and no repository of the hub.
     :raises CheckpointNotFoundError: the checkpoint is not on this machine (of a path, also a ``FileNotFoundError``).
     :raises CorruptModelCheckpointError: the checkpoint at a path is verified for the first time, and is none.
     :raises NotSupportedError: ``repair`` for files outside of the caches.
@@ -105,7 +112,7 @@ def verify_model(
     :raises CatalogError: the catalog is damaged, or another process holds it.
     """
     store = store or get_asset_store()
-    of = expand_home(name) if isinstance(name, Path) else store.retrieve_card(name)
+    of = find_card(name, store, revision=revision, ask=False)
     report = _verify(of, store, repair=repair, progress=progress)
     for ref in () if isinstance(of, Path) else adapter_refs(of):
         adapter = _verify(ref.card, store, repair=repair, progress=progress)
@@ -335,7 +342,7 @@ def _dims(checkpoint: Checkpoint, of: AssetCard | Path, store: AssetStore) -> ar
     if isinstance(of, AssetCard):
         try:
             model = resolve_model(of, store, checkpoint=checkpoint)
-        except (AssetCardError, FetchError, TorchNotFoundError):
+        except (AssetCardError, FetchError, NotSupportedError, TorchNotFoundError):
             return default_dims(checkpoint.manifest)
         return _family_dims(checkpoint, model)
 

@@ -17,8 +17,8 @@ from lading.families.hg.rules import rules_of
 from lading.gangs import create_fake_gangs
 from lading.models.construct import build_on_meta, create_model
 from lading.models.family import family_of_model_type
+from lading.models.hf_config import family_of_folder
 from lading.models.parallel_plan import Split
-from lading.models.resolve import family_of_folder
 from lading.models.targets import targets_of
 from lading.planning.composition import Joined, Regroup, Reordered, Sliced
 from lading.planning.rules import Rule, rename, route
@@ -238,7 +238,7 @@ sys.modules["transformers"] = None
 from pathlib import Path
 from lading.errors import NotSupportedError
 from lading.models.family import family_of_model_type
-from lading.models.resolve import family_of_folder
+from lading.models.hf_config import family_of_folder
 assert family_of_model_type("qwen3").name == "qwen"
 try:
     family_of_folder(Path({str(tmp_path)!r}))

@@ -16,7 +16,7 @@ from lading.families.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from lading.families.wav2vec2_asr import Wav2Vec2Asr, Wav2Vec2AsrConfig
 from lading.families.wav2vec2_encoder import Wav2Vec2EncoderConfig
 from lading.models.family import family_of_model_type, get_family
-from lading.models.resolve import family_of_folder
+from lading.models.hf_config import family_of_folder
 from lading.planning.rules import route
 from tests.helpers.configs import structured
 

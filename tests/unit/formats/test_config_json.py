@@ -11,7 +11,7 @@ import pytest
 from lading import CorruptModelCheckpointError, load_tokenizer
 from lading.formats import index
 from lading.formats.config_json import MAX_CONFIG_SIZE, parse_config_json, read_hf_config
-from lading.models.resolve import family_of_folder
+from lading.models.hf_config import family_of_folder
 from tests.helpers.make_checkpoint import make
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 5\n"

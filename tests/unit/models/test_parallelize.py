@@ -21,10 +21,10 @@ from lading.formats.manifest import Manifest, Shard
 from lading.gangs import Gang, create_fake_gangs, simulate_gangs
 from lading.models.construct import assign, build_on_meta, create_model, resolve_dtypes
 from lading.models.family import Family
+from lading.models.hf_config import family_of_folder
 from lading.models.hub import ModelHub, load_model, load_with_report
 from lading.models.parallel_plan import ParallelPlan, Split, matches
 from lading.models.parallelize import mesh_of, parallelize
-from lading.models.resolve import family_of_folder
 from lading.models.targets import Targets, targets_of
 from lading.planning.box import Box
 from lading.planning.rules import Route

@@ -21,11 +21,11 @@ from lading.families.nn.decoder_lm import DecoderLM
 from lading.gangs import create_fake_gangs, simulate_gangs
 from lading.models.construct import build_on_meta, create_model, split
 from lading.models.family import Family
+from lading.models.hf_config import family_of_folder
 from lading.models.hub import ModelHub, load_model, load_with_report
 from lading.models.parallel_plan import ParallelPlan, Stages, matches
 from lading.models.parallelize import parallelize
 from lading.models.pipeline import holders
-from lading.models.resolve import family_of_folder
 from lading.models.targets import targets_of
 from tests.helpers.make_checkpoint import make
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Self
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from lading.errors import AddressError, FetchError
 
@@ -73,6 +73,13 @@ class HubAddress:
             raise _wrong_uri(uri, f"{inner!r} is not a plain path inside a repository")
 
         return cls(repo=repo, revision=revision if at else None, inner=inner if parts else None)
+
+    @property
+    def uri(self) -> str:
+        """The URI that :meth:`from_uri` reads as this address."""
+        revision = "" if self.revision is None else f"@{quote(self.revision, safe='')}"
+
+        return f"hg://{self.repo}{revision}" + ("" if self.inner is None else f"/{self.inner}")
 
 
 def is_repo_id(text: str) -> bool:
