@@ -400,6 +400,8 @@ def test_nothing_is_written_before_all_arguments_are_right(models: Path) -> None
     before = dump()
     with pytest.raises(CheckpointNotFoundError, match=r"hg://Org/Name"):
         lading.add_checkpoints(models, "Org/Name")
+    with pytest.raises(CheckpointNotFoundError, match="at ''"):
+        lading.add_checkpoints("")
     with pytest.raises(CardFileError):
         lading.add_checkpoints(models, fields={"license": 5})
     assert statuses(add(models, dry_run=True)) == {"Tiny": "added"}

@@ -50,7 +50,7 @@ def _fields(context: click.Context, parameter: click.Parameter, values: tuple[st
 
 
 @command("add")
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=click.Path())
 @click.option(
     "--name-from",
     default="folder",

@@ -133,9 +133,10 @@ def resolve_target(target: str | Path) -> str | Path:
             return target
     else:
         path = expand_home(target)
-    if not path_exists(path):
+    if not str(target) or not path_exists(path):  # an empty variable of a shell is not the current folder
         hint = f" Did you mean hg://{path}?" if "/" in str(path) and is_repo_id(str(path)) else ""
-        raise CheckpointNotFoundError(path, f"No checkpoint is at {path}: there is no such file or folder.{hint}")
+        where = str(target) or repr("")
+        raise CheckpointNotFoundError(path, f"No checkpoint is at {where}: there is no such file or folder.{hint}")
 
     return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
 
