@@ -31,6 +31,7 @@ assert 0 < loss < 20
 assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 assert tuned.generate(inputs.input_ids, max_new_tokens=8, eos_id=end)[0].tolist() == answer[0].tolist()
 assert len(rows) == len(found) > 10
+assert all(torch.equal(a.float(), b) for a, b in zip(tuned.parameters(), named.parameters(), strict=True))
 """
 
 
