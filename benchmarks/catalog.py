@@ -41,6 +41,8 @@ from lading.catalog.import_cards import import_files
 from lading.catalog.open import open_catalog
 from lading.catalog.store import AssetStore
 from lading.formats.manifest import Manifest, Shard
+from lading.models.family import get_family
+from lading.models.shapes import targets_of_config
 from lading.planning.box import Box
 from lading.planning.plan import Wanted, plan
 from lading.system.settings import Settings
@@ -346,29 +348,85 @@ def _plan(stored: Manifest) -> None:
 
 
 def process(folder: Path, rounds: int) -> Part:
-    """`lading list` beside a process that only imports what it cannot do without."""
+    """Commands beside a process that only imports what they cannot do without; `path` also beside `show`."""
     environment = _environment(folder) | {"LADING_DATABASE_URL": f"sqlite:///{folder / 'list.sqlite'}"}
+    model = str(_local_model(folder))
+    for words in (["import", model], ["index", "local"]):  # the first one makes the catalog, too
+        subprocess.run([sys.executable, "-m", "lading", *words], env=environment, check=True, capture_output=True)
+    run = "from lading.cli import main; main()"
     commands = {
-        "lading list": [sys.executable, "-m", "lading", "list"],
-        "import sqlalchemy.orm, click": [sys.executable, "-c", "import sqlalchemy.orm, click"],
+        "import sqlalchemy.orm, click": ["import sqlalchemy.orm, click"],
+        "lading list": [run, "list"],
+        "lading show": [run, "show", "local"],
+        "lading path": [run, "path", "local"],
+        "lading check": [run, "check", "local"],
     }
-    times: dict[str, list[float]] = {name: [] for name in commands}
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for n in range(rounds * 3 + 1):
         for name, command in commands.items():
-            start = time.perf_counter()
-            subprocess.run(command, env=environment, check=True, capture_output=True)
-            if n:  # the first one makes the catalog, too
-                times[name].append(time.perf_counter() - start)
+            ran = _measured(*command, environment=environment)
+            if n:
+                runs[name].append(ran)
 
-    ours, theirs = times.values()
-    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-    return {
-        "rows": [
-            ["process", "s", "ratio", "goal: at most", ""],
-            *([name, f"{statistics.median(t):.3f}", "", "", ""] for name, t in list(times.items())[1:]),
-            ["lading list", f"{statistics.median(ours):.3f}", f"{ratio:.2f}", "1.5", _met(ratio <= 1.5)],
-        ]
-    }
+    seconds = {name: [second for second, _ in ran] for name, ran in runs.items()}
+    floor, *others = commands
+    goals = {"lading list": (floor, 1.5), "lading path": ("lading show", 1.3)}
+    table: Rows = [["process", "s", "peak memory, MB", "ratio", "beside", "goal: at most", ""]]
+    for name in (floor, *others):
+        beside, goal = goals.get(name, (floor, None))
+        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[beside], strict=True))
+        table.append(
+            [name, f"{statistics.median(seconds[name]):.3f}", f"{max(peak for _, peak in runs[name]):.0f}",
+             "" if name == floor else f"{ratio:.2f}", "" if name == floor else beside, goal or "",
+             "" if goal is None else _met(ratio <= goal)]
+        )  # fmt: skip
+
+    return {"rows": table}
+
+
+# The kernel's figure for a process that has ended also covers the moment before it became this program.
+_PEAK = """
+import atexit
+from pathlib import Path
+def keep():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    print("peak", next(line.split()[1] for line in lines if line.startswith("VmHWM")), flush=True)
+atexit.register(keep)
+"""
+
+
+def _measured(code: str, *arguments: str, environment: dict[str, str]) -> tuple[float, float]:
+    """Run code in a process of its own; return its seconds, and its peak memory in megabytes."""
+    start = time.perf_counter()
+    ran = subprocess.run(
+        [sys.executable, "-c", _PEAK + code, *arguments], env=environment, check=True, capture_output=True, text=True
+    )
+    seconds = time.perf_counter() - start
+
+    return seconds, int(ran.stdout.split()[-1]) / 1e3
+
+
+def _local_model(folder: Path) -> Path:
+    """Write a model whose weights are a hole in its file, and return a card for it."""
+    family = get_family("qwen")
+    header: dict[str, object] = {}
+    end = 0
+    targets = targets_of_config(family, family.config_kls(num_layers=4))
+    for name, shape in zip(targets.names, targets.shapes, strict=True):
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    card = folder / "local.yaml"
+    card.write_text(
+        "name: local\nmodel_family: qwen\nmodel_config: {num_layers: 4}\ncheckpoint: ./model.safetensors\n",
+        encoding="utf-8",
+    )
+
+    return card
 
 
 # --- the pages of `lading browse` ------------------------------------------------------------------------------------

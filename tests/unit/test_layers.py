@@ -93,6 +93,7 @@ LIGHT = [
     "import lading.catalog.store, lading.catalog.query",
     "import lading; lading.catalog.session; lading.catalog.CardRow",
     "import lading.cli",
+    "import lading.checkpoints.locate",
 ]
 
 

@@ -32,7 +32,6 @@ from lading.sources.sha256 import sha256_file
 from lading.system.filesystem import FileStat
 from lading.system.progress import byte_bar
 from lading.transfer.files import ShardFile
-from lading.transfer.hashing import hash_checkpoint
 
 if TYPE_CHECKING:
     from lading.gangs import Gang
@@ -170,6 +169,8 @@ def verify_whole(
         lambda: prepare_verification(checkpoint, store, mode, lambda: default_dims(manifest), progress=progress)
     )
     if expected is not None:
+        from lading.transfer.hashing import hash_checkpoint  # imports numpy
+
         found = hash_checkpoint(manifest, checkpoint.here(), expected.dims)
         finish_verification(checkpoint, expected, found, store, root, progress=progress)
 
@@ -230,6 +231,8 @@ def remedy(checkpoint: Checkpoint, *, files: int = 1) -> str:
 
 def record_rewritten(checkpoint: Checkpoint, store: AssetStore) -> None:
     """Record the digests of files that were just rewritten, as no source publishes any for them."""
+    from lading.transfer.hashing import hash_checkpoint  # imports numpy
+
     with BestEffort("the digests of %s are not in the catalog", checkpoint.name):
         if not store.tensor_digests(checkpoint.uri):
             digests = hash_checkpoint(checkpoint.manifest, checkpoint.here())
@@ -314,6 +317,8 @@ def _completed(manifest: Manifest, files: Sequence[ShardFile], found: Digests, *
     missing = [i for i in range(len(manifest)) if not found.is_complete(i)]
     if not missing:
         return found
+
+    from lading.transfer.hashing import hash_checkpoint  # imports numpy
 
     rest = manifest.take(missing)
     more = hash_checkpoint(rest, files, [found.dims[i] for i in missing], progress=progress)

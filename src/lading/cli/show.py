@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,12 +19,13 @@ from lading.cli.describe import checkpoint_object, checkpoint_pairs
 from lading.cli.output import Column, Form, as_json, listing_options, write_json, write_pairs, write_rows
 from lading.cli.selection import Selection, select_models
 from lading.errors import AssetCardError, CheckpointNotFoundError, LadingError, ModelFamilyNotKnownError
-from lading.models.family import get_family
+from lading.models.family import Family, get_family
 from lading.system.display import human_bytes, human_count
 from lading.system.filesystem import path_exists
 from lading.system.uris import path_uri, shown_uri, uri_path
 
 if TYPE_CHECKING:
+    from lading.cards.card import Architecture
     from lading.catalog.store import AssetStore, ModelSummary, StoredCheckpoint
 
 
@@ -99,6 +100,8 @@ class Found:
     """The whole configuration; without an importable family only the values that cards and the architecture state."""
     layers: Sequence[Layer]
     """The parts of the configuration that cards and the architecture state."""
+    parameters: int | None
+    """The number of the model's parameters: of its checkpoint, else as the card states it or its family counts it."""
     problem: str | None
 
 
@@ -123,10 +126,10 @@ def look_up(card: AssetCard, store: AssetStore) -> Found:
             problem = problem or f"{arch!r} is not an architecture of the {family} family: run `lading archs {family}`."
     if family is not None and summary.status == "unknown-family":
         problem = problem or ModelFamilyNotKnownError(family).message
-    config_kls = None
+    found = None
     if family is not None and summary.status != "unknown-family":
         try:
-            config_kls = get_family(family).config_kls
+            found = get_family(family)
         except LadingError as error:  # the mistake of another package
             problem = problem or error.message
     layers = layers_of(card, architecture)
@@ -137,10 +140,26 @@ def look_up(card: AssetCard, store: AssetStore) -> Found:
         ref=ref,
         path=path,
         checkpoint=store.checkpoint(path_uri(path) if path is not None else ref.uri),
-        config=config_values(layers, config_kls),
+        config=config_values(layers, None if found is None else found.config_kls),
         layers=layers,
+        parameters=summary.parameters if found is None else _parameters(card, summary, found, architecture),
         problem=problem,
     )
+
+
+def _parameters(
+    card: AssetCard, summary: ModelSummary, family: Family[Any, Any], architecture: Architecture | None
+) -> int | None:
+    if summary.parameters is not None or family.shapes is None:
+        return summary.parameters
+
+    from lading.cards.config import resolve_config
+    from lading.models.shapes import count_parameters
+
+    try:
+        return count_parameters(family, resolve_config(card, architecture, family.config_kls))
+    except LadingError:  # a configuration that makes no model; `check` says why
+        return None
 
 
 def _text_field(card: AssetCard, name: str) -> str | None:
@@ -195,6 +214,7 @@ def _as_object(found: Found) -> dict[str, object]:
         "status": found.summary.status,
         "problem": found.problem,
         "license": _text_field(card, "license"),
+        "parameters": found.parameters,
         "cards": [{"name": each.name, "source": each.source} for each in card.chain()],
         "source": found.summary.source,
         "fields": {
@@ -323,6 +343,8 @@ def summary_pairs(found: Found) -> dict[str, object]:
     }
     if stored is not None:
         pairs |= checkpoint_pairs(stored)
+    elif found.parameters is not None:
+        pairs["parameters"] = human_count(found.parameters)
 
     return {name: value for name, value in pairs.items() if value is not None}
 
