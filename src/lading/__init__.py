@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from lading.system.needs import needs_torch
+from lading.system.deferred import deferred
 from lading.system.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -174,18 +174,11 @@ _HOME = {
 __all__ = [*_HOME, "__version__", "catalog"]
 
 
+_get = deferred(globals(), **{name: f"{__name__}.{home}" for name, home in _HOME.items()})
+
+
 def __getattr__(name: str) -> object:
-    if name == "catalog":
-        return import_module(f"{__name__}.catalog")
-    home = _HOME.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-    with needs_torch(f"{__name__}.{name}"):
-        value = getattr(import_module(f"{__name__}.{home}"), name)
-    globals()[name] = value
-
-    return value
+    return import_module(f"{__name__}.catalog") if name == "catalog" else _get(name)
 
 
 def __dir__() -> list[str]:

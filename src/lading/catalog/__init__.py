@@ -11,8 +11,9 @@ The public names are :func:`session`, which opens queries of the rows, and the c
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from lading.system.deferred import deferred
 
 if TYPE_CHECKING:
     from lading.catalog.read_only_session import session
@@ -45,15 +46,9 @@ __all__ = [
     "session",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-    value = getattr(import_module(f"{__name__}.{'read_only_session' if name == 'session' else 'schema'}"), name)
-    globals()[name] = value
-
-    return value
+if not TYPE_CHECKING:
+    _homes = dict.fromkeys(__all__, f"{__name__}.schema") | {"session": f"{__name__}.read_only_session"}
+    __getattr__ = deferred(globals(), **_homes)
 
 
 def __dir__() -> list[str]:

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from lading.system.needs import needs_torch
+
 
 def deferred(namespace: dict[str, Any], /, **homes: str) -> Callable[[str], Any]:
     """Return the ``__getattr__`` of a module.
 
     :param namespace: the globals of the module.
-    :param homes: the module that has the object of each name.
+    :param homes: the module that has the object of each name. Without torch, one that needs it raises
+        :class:`~lading.errors.TorchNotFoundError`.
     """
 
     def __getattr__(name: str) -> Any:  # noqa: N807 (that of the module)
@@ -19,7 +22,8 @@ def deferred(namespace: dict[str, Any], /, **homes: str) -> Callable[[str], Any]
         if home is None:
             raise AttributeError(f"module {namespace['__name__']!r} has no attribute {name!r}")
 
-        value = namespace[name] = getattr(import_module(home), name)
+        with needs_torch(f"{namespace['__name__']}.{name}"):
+            value = namespace[name] = getattr(import_module(home), name)
 
         return value
 
