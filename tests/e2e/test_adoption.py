@@ -248,11 +248,12 @@ def test_junk_in_the_cache_is_listed_with_what_is_wrong(tmp_path: Path, cache: P
     }
 
     assert found.pop("good--Tiny").status == "adopted"
+    quantized = found.pop("bad--quantized")
+    assert (quantized.status, quantized.kind, quantized.error) == ("unloadable", "quantized (gptq)", None)
     assert {name: type(each.error) for name, each in found.items()} == {
         "bad--missing": CorruptModelCheckpointError,
         "bad--format": CorruptModelCheckpointError,
         "bad--header": CorruptModelCheckpointError,
-        "bad--quantized": NotSupportedError,
         "bad--empty": CheckpointNotFoundError,
         "bad--leaving": PolicyError,
     }

@@ -206,7 +206,7 @@ def test_what_cannot_be_used_is_listed_and_nothing_of_it_is_run(tmp_path: Path, 
         "leaves.pt": PolicyError,
         "deep": PolicyError,
         "linked": PolicyError,
-        "gguf": NotSupportedError,
+        "model.gguf": CorruptModelCheckpointError,
     }
     assert not (tmp_path / "ran").exists()
     assert tree(home / "cache") == before, "nothing was made of what is no ranges of bytes"

@@ -203,8 +203,8 @@ def test_what_adopt_writes(cli: Cli, cache: Path, models: Path) -> None:
     assert "1 checkpoint adopted (dry run: nothing was written)" in dry.stderr
     assert cli("du").stdout == ""
     result = cli("adopt")
-    assert "adopted  tiny " in result.stdout
-    assert "known   tiny " in cli("adopt").stdout
+    assert "adopted  checkpoint  tiny " in result.stdout
+    assert "known   checkpoint  tiny " in cli("adopt").stdout
 
     result = cli("adopt", models)
     assert "2 checkpoints adopted, 1 checkpoint that cannot be used" in result.stderr
@@ -226,7 +226,7 @@ def test_the_exit_code_is_of_what_failed_if_all_did(cli: Cli, models: Path, tmp_
     (models / "linked" / "model.safetensors").symlink_to(tmp_path / "elsewhere")
     cli("adopt", models / "broken", models / "Tiny")
     (tmp_path / "only").mkdir()
-    (tmp_path / "only" / "model.gguf").write_bytes(b"x")
+    (tmp_path / "only" / "other.safetensors").write_bytes(b"x")
     cli("adopt", tmp_path / "only", code=2)
     assert "no checkpoint was found" in cli("adopt", tmp_path / "hub").stderr
     cli("adopt", tmp_path / "nowhere", code=2)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lading.catalog.read_only_session import session
     from lading.catalog.schema import (
         ArchitectureRow,
+        ArtifactRow,
         CardCheckpointRow,
         CardRow,
         CheckpointRow,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ArchitectureRow",
+    "ArtifactRow",
     "CardCheckpointRow",
     "CardRow",
     "CheckpointRow",

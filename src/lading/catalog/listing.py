@@ -10,9 +10,22 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import islice, product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, SQLColumnExpression, and_, column, func, or_, select, table
+from sqlalchemy import (
+    ColumnElement,
+    Select,
+    SQLColumnExpression,
+    TableClause,
+    and_,
+    column,
+    func,
+    null,
+    or_,
+    select,
+    table,
+    union_all,
+)
 from sqlalchemy.orm import Session
 
 from lading.cards.card import AssetCard, checkpoint_ref
@@ -26,7 +39,14 @@ from lading.system.filesystem import path_exists
 from lading.system.uris import uri_path
 
 _COLUMNS = tuple(field.name for field in fields(ModelSummary))
-_ASSETS = table("assets", *(column(name) for name in _COLUMNS))
+_ASSETS = table("assets", *(column(name) for name in _COLUMNS if name != "kind"))
+_UNREGISTERED = table(
+    "unregistered",
+    *(column(name) for name in _COLUMNS if name not in ("family", "arch", "base", "license", "source")),
+)
+
+WITHOUT_CARD = ("unregistered", "unloadable")
+"""The statuses of what is on this machine without a card."""
 
 Sort = Literal["name", "size", "modified"]
 """The order of a list: by name, the largest first, or the one first whose files on this machine changed last."""
@@ -40,6 +60,7 @@ def list_models(
     pattern: str | None,
     *,
     include_all: bool,
+    unregistered: bool,
     family: str | None,
     status: str | None,
     search: str | None,
@@ -55,11 +76,12 @@ def list_models(
 
     :param overlaid: for each name on whose chain an overlay lies, a function that returns its card.
     """
-    c = _ASSETS.c
+    c = (union_all(_all_of(_ASSETS), _all_of(_UNREGISTERED)) if unregistered else _all_of(_ASSETS)).subquery().c
+    size = _size_of(c.bytes, c.parameters)
     statement = select(*(c[name] for name in _COLUMNS))
-    statement = statement.order_by(*([_size().desc().nulls_last()] if sort == "size" else []), c.name)
+    statement = statement.order_by(*([size.desc().nulls_last()] if sort == "size" else []), c.name)
     if not include_all:
-        statement = statement.where(or_(c.family.is_not(None), c.problem.is_not(None)))
+        statement = statement.where(or_(c.family.is_not(None), c.problem.is_not(None), c.kind.is_not(None)))
     if family is not None:
         statement = statement.where(c.family == family)
     if pattern is not None:
@@ -79,15 +101,17 @@ def list_models(
         most = FLOAT_NAMES.get(dtype.lower(), dtype.upper())
         statement = statement.where(or_(c.dtypes == most, c.dtypes.startswith(f"{most},", autoescape=True)))
     if min_bytes is not None:
-        statement = statement.where(_size() >= min_bytes)
+        statement = statement.where(size >= min_bytes)
     if max_bytes is not None:
-        statement = statement.where(_size() <= max_bytes)
+        statement = statement.where(size <= max_bytes)
 
     def matching() -> Iterator[ModelSummary]:
         for row in session.execute(statement):
             if pattern is None or fnmatchcase(row[0], pattern):
                 card = overlaid[row[0]]() if row[0] in overlaid else None
                 model = as_seen_here(ModelSummary(**dict(zip(_COLUMNS, row, strict=True))), card)
+                if model.status in WITHOUT_CARD and not path_exists(model.local_path or ""):
+                    continue  # it is gone, or on another machine
                 if (status is None or model.status == status) and not (local and _modified_at(model) is None):
                     yield model
 
@@ -96,9 +120,14 @@ def list_models(
     return list(islice(models, limit))
 
 
-def _size() -> ColumnElement[int]:
+def _size_of(bytes_: ColumnElement[int], parameters: ColumnElement[int]) -> ColumnElement[int]:
     """Return the size of a model in bytes: that of its checkpoint, if it is known, or else of weights in 16 bits."""
-    return func.coalesce(_ASSETS.c.bytes, 2 * _ASSETS.c.parameters)
+    return func.coalesce(bytes_, 2 * parameters)
+
+
+def _all_of(view: TableClause) -> Select[Any]:
+    """Return the query of all rows of a view, with nulls in the columns that it lacks."""
+    return select(*(view.c[name] if name in view.c else null().label(name) for name in _COLUMNS))
 
 
 def _newest_first(model: ModelSummary) -> float:
@@ -136,8 +165,7 @@ def _begins(session: Session, name: SQLColumnExpression[str], prefix: str) -> Co
 
 def summary_of(session: Session, card: AssetCard) -> ModelSummary | None:
     """Return the row of one card, as :func:`as_seen_here`; ``None`` for a card that is not in the catalog."""
-    c = _ASSETS.c
-    row = session.execute(select(*(c[name] for name in _COLUMNS)).where(c.name == card.name)).one_or_none()
+    row = session.execute(_all_of(_ASSETS).where(_ASSETS.c.name == card.name)).one_or_none()
 
     return None if row is None else as_seen_here(ModelSummary(**dict(zip(_COLUMNS, row, strict=True))), card)
 

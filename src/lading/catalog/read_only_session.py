@@ -28,6 +28,7 @@ _CALLS = {
     "tensors": "index_checkpoint",
     "pieces": "index_checkpoint",
     "copies": "pull_model, adopt_checkpoints or remove_model",
+    "artifacts": "adopt_checkpoints",
     "digests": "verify_model",
     "verifications": "verify_model",
 }

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from lading.formats.artifacts import Artifact
 from lading.formats.manifest import Manifest, Shard
 from lading.system.display import representation
 from lading.system.filesystem import FileStat
@@ -21,7 +22,7 @@ CopyKind = Literal["source", "cache", "hub", "adopted"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSummary:
-    """A row of the view ``models``, and its problem."""
+    """A row of the view ``models``, and its problem; or one of the view ``unregistered``."""
 
     name: str
     family: str | None
@@ -29,7 +30,10 @@ class ModelSummary:
     arch: str | None
     base: str | None
     status: str | None
-    """``ready``, ``remote``, ``gated``, ``unknown-family`` or ``broken``; ``None`` for a card without a model."""
+    """``ready``, ``remote``, ``gated``, ``unknown-family`` or ``broken``; ``None`` for a card without a model.
+
+    Without a card: ``unregistered``, or ``unloadable`` for an artifact.
+    """
     checkpoint: str | None
     revision: str | None
     format: str | None
@@ -42,8 +46,11 @@ class ModelSummary:
     license: str | None
     local_path: str | None
     verified_at: str | None
-    source: str
+    source: str | None
+    """The URI of the file that the card comes from; ``None`` without a card."""
     problem: str | None
+    kind: str | None = None
+    """``checkpoint``, or the kind of an artifact; ``None`` for a card."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +135,14 @@ class LocalCheckpoint:
     revision: str
     shards: tuple[Shard, ...]
     copies: tuple[LocalCopy, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundArtifact:
+    """An artifact, and where it is."""
+
+    path: Path
+    artifact: Artifact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -449,6 +449,33 @@ class VerificationRow(Row):
     """The checkpoint, as long as the catalog knows it."""
 
 
+class ArtifactRow(Row):
+    """Weights on a machine that lading does not load, as the last adoption found them."""
+
+    __tablename__ = "artifacts"
+    __table_args__ = (
+        CheckConstraint("bytes >= 0 AND files >= 0 AND tensors >= 0", name="counts"),
+        _STRICT_CLUSTERED,
+    )
+
+    uri: Mapped[str] = mapped_column(primary_key=True)
+    """The ``file://`` URI of its file or folder."""
+    place: Mapped[str] = mapped_column(primary_key=True)
+    """The machine, or the network file system."""
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    """``gguf``, ``lora adapter``, ``quantized (awq)`` and so on."""
+    files: Mapped[int]
+    bytes: Mapped[int]
+    """The size of its files."""
+    tensors: Mapped[int | None]
+    dtypes: Mapped[str]
+    """The dtypes that its headers state, that of the most elements first, separated by commas; may be empty."""
+    reason: Mapped[str]
+    """The reason that lading does not load it."""
+    found_at: Mapped[str]
+    version: Mapped[str]
+
+
 class CardCheckpointRow(Row):
     """The link from a card to the checkpoint of its models."""
 

@@ -307,6 +307,7 @@ class AssetStore:
         pattern: str | None = None,
         *,
         include_all: bool = False,
+        unregistered: bool = False,
         family: str | None = None,
         status: str | None = None,
         search: str | None = None,
@@ -321,6 +322,7 @@ class AssetStore:
 
         :param pattern: a shell-style pattern of the name.
         :param include_all: also cards without a model.
+        :param unregistered: also the checkpoints and artifacts on this machine that belong to no card.
         :param search: words that all occur, in any order, in the name or the fields of the card, its own or inherited;
             the last may be a prefix. Blank: no condition; without a word: no results.
         :param local: only those with files on this machine.
@@ -344,6 +346,7 @@ class AssetStore:
                 session,
                 pattern,
                 include_all=include_all,
+                unregistered=unregistered,
                 family=family,
                 status=status,
                 search=search,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,21 +20,24 @@ if TYPE_CHECKING:
     from lading.operations.adopt import Adoption, Status
 
 _COLUMNS = (
-    "path", "status", "checkpoint", "revision", "cards", "moved_from", "left_behind", "bytes", "verified", "overlays",
-    "problem",
+    "path", "status", "kind", "checkpoint", "revision", "cards", "moved_from", "left_behind", "bytes", "dtypes",
+    "verified", "overlays", "problem",
 )  # fmt: skip
 
-_STATUSES: dict[Status, str] = {
-    "adopted": "adopted",
-    "known": "known before",
-    "moved": "moved",
-    "failed": "that cannot be used",
+_STATUSES: dict[Status, tuple[str, str]] = {
+    "adopted": ("checkpoint", "adopted"),
+    "known": ("checkpoint", "known before"),
+    "moved": ("checkpoint", "moved"),
+    "unloadable": ("artifact", "that lading does not load"),
+    "failed": ("checkpoint", "that cannot be used"),
 }
 
 _TABLE = (
-    Column(name="status", color={"adopted": "green", "moved": "green", "failed": "red"}.get),
+    Column(name="status", color={"adopted": "green", "moved": "green", "unloadable": "yellow", "failed": "red"}.get),
+    Column(name="kind"),
     Column(name="cards", show=lambda cards: ", ".join(cards) or "-", keep=True),
     Column(name="bytes", heading="size", show=human_bytes, right=True),
+    Column(name="dtypes", show=lambda dtypes: ", ".join(dtypes) or "-"),
     Column(name="path"),
 )
 
@@ -44,10 +48,10 @@ _TABLE = (
 @no_restrict
 @listing_options
 def adopt(paths: tuple[Path, ...], dry_run: bool, no_restrict: bool, form: Form) -> None:
-    """Add checkpoints that are on this machine to the catalog.
+    """Record which checkpoints are on this machine.
 
-    They stay in place, and lading never deletes them. Adds those in the folders PATH, at any depth; without PATH, those
-    in the cache of Hugging Face's libraries.
+    They stay in place, and lading never deletes them. Records those in the folders PATH, at any depth; without PATH,
+    those in the cache of Hugging Face's libraries. `lading list --all` and `lading du` show all of them.
 
     For example: lading adopt /models
     """
@@ -57,15 +61,17 @@ def adopt(paths: tuple[Path, ...], dry_run: bool, no_restrict: bool, form: Form)
     if found or form is not Form.TABLE:
         write_rows(_COLUMNS, [[getattr(each, c) for c in _COLUMNS] for each in found], form, table=_TABLE)
     for each in found:
-        if each.problem is not None:
-            note(printable(each.problem))
+        if each.status == "failed":
+            note(printable(each.problem or ""))
         elif each.left_behind:
             _remind(each)
         elif each.overlays and form is Form.TABLE:
             _suggest(each)
 
+    _explain([each for each in found if each.problem is not None and each.error is None])
+
     statuses = Counter(each.status for each in found)
-    counts = [f"{counted(n, 'checkpoint')} {what}" for status, what in _STATUSES.items() if (n := statuses[status])]
+    counts = [f"{counted(n, noun)} {what}" for status, (noun, what) in _STATUSES.items() if (n := statuses[status])]
     summary = ", ".join(counts) or "no checkpoint was found"
     note(f"{summary}{' (dry run: nothing was written)' if dry_run else ''}")
 
@@ -73,6 +79,16 @@ def adopt(paths: tuple[Path, ...], dry_run: bool, no_restrict: bool, form: Form)
     if errors and len(errors) == len(found):
         error = errors[0]
         click.get_current_context().exit(error.exit_code if isinstance(error, LadingError) else SYSTEM)
+
+
+def _explain(artifacts: Sequence[Adoption]) -> None:
+    """Say why lading does not load artifacts, once for each reason."""
+    by_reason: dict[str, list[Adoption]] = {}
+    for each in artifacts:
+        by_reason.setdefault(f"{each.kind}: {each.problem}", []).append(each)
+    for reason, those in by_reason.items():
+        more = f" and {len(those) - 1} more" if len(those) > 1 else ""
+        note(f"{printable(str(those[0].path))}{more}: {printable(reason)}")
 
 
 def _remind(adoption: Adoption) -> None:

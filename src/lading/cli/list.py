@@ -17,8 +17,11 @@ from lading.errors import did_you_mean
 from lading.formats.manifest import BITS, FLOAT_NAMES
 from lading.system.display import human_bytes, human_count
 
-STATUSES = {"ready": "green", "remote": None, "gated": "yellow", "unknown-family": "yellow", "broken": "red"}
-"""The statuses of models, and the color of each."""
+STATUSES = {
+    "ready": "green", "remote": None, "gated": "yellow", "unknown-family": "yellow", "broken": "red",
+    "unregistered": None, "unloadable": "yellow",
+}  # fmt: skip
+"""The statuses of models, and of files without a card, and the color of each."""
 
 
 def _size(size: int | str) -> str:
@@ -34,13 +37,18 @@ _TABLE = (
     Column(name="bytes", heading="size", show=_size, right=True),
     Column(name="license"),
 )
-_OTHERS = (Column(name="shards", right=True),)
+_OTHERS = (Column(name="shards", right=True), Column(name="kind"))
 """The columns that the table shows on request, and not as plain text."""
 
 
 @command("list")
 @click.argument("pattern", required=False, shell_complete=complete_model)
-@click.option("--all", "include_all", is_flag=True, help="Also list cards that are not models, but bases of others.")
+@click.option(
+    "--all",
+    "include_all",
+    is_flag=True,
+    help="Also list cards that are not models, and all on this machine without a card.",
+)
 @click.option("--family", metavar="FAMILY", shell_complete=complete_family, help="Only models of this family.")
 @click.option(
     "--status", type=click.Choice(list(STATUSES)), metavar="STATUS", help=f"Only models that are {', '.join(STATUSES)}."
@@ -85,6 +93,7 @@ def list_models(
     """
     from dataclasses import fields
 
+    from lading.catalog.listing import WITHOUT_CARD
     from lading.catalog.store import ModelSummary, get_asset_store
 
     known = [f.name for f in fields(ModelSummary)]
@@ -94,6 +103,7 @@ def list_models(
     models = store.models(
         pattern,
         include_all=include_all,
+        unregistered=include_all or conditions["status"] in WITHOUT_CARD,
         family=family,
         min_bytes=min_size,
         max_bytes=max_size,
@@ -104,7 +114,11 @@ def list_models(
     if not models:
         if family is not None:
             require_family(family, store)
-        if pattern is not None and not has_wildcard(pattern) and not store.models(pattern, include_all=True):
+        if (
+            pattern is not None
+            and not has_wildcard(pattern)
+            and not store.models(pattern, include_all=True, unregistered=True)
+        ):
             from lading.checkpoints.names import unknown_model
 
             raise unknown_model(pattern, store)
@@ -113,7 +127,10 @@ def list_models(
         if form is Form.TABLE:
             return
 
-    table = _TABLE if columns is None else [_column(name) for name in chosen]
+    if columns is not None:
+        table: Sequence[Column] = [_column(name) for name in chosen]
+    else:
+        table = (*_TABLE, _column("kind")) if any(model.kind for model in models) else _TABLE
     rows = [[getattr(m, c) for c in chosen] for m in models]
     if form is Form.TABLE and "bytes" in chosen:
         at = chosen.index("bytes")

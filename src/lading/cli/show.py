@@ -362,9 +362,9 @@ def _write_text(found: Found) -> None:
         write_rows(("configuration", "value", "from"), rows, Form.TABLE, table=_CONFIG_TABLE)
 
 
-def _source(uri: str) -> str:
+def _source(uri: str | None) -> str | None:
     """Return the source of a card, with a note if it is not accessible now."""
-    path = uri_path(uri)
+    path = None if uri is None else uri_path(uri)
 
     return uri if path is None or path_exists(path) else f"{uri} (not accessible; the card is kept as it was)"
 

@@ -67,14 +67,22 @@ def parse_config_json(data: bytes, *, label: str) -> dict[str, object]:
 CONFIG_NAME = "config.json"
 
 
+def quantization_of(hf_config: Mapping[str, object]) -> str | None:
+    """Return the scheme by which the weights are quantized: ``awq``, ``gptq`` …; ``None`` if they are not."""
+    quantization = hf_config.get("quantization_config")
+    if quantization is None:
+        return None
+
+    return str(quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown")
+
+
 def refuse_quantized_config(hf_config: Mapping[str, object], path: Path | str) -> None:
     """Check that the weights are not quantized.
 
     :raises NotSupportedError: the configuration says that they are.
     """
-    quantization = hf_config.get("quantization_config")
-    if quantization is not None:
-        scheme = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+    scheme = quantization_of(hf_config)
+    if scheme is not None:
         raise NotSupportedError(
             f"The checkpoint at {path} is quantized (config.json: `quantization_config` of the scheme {scheme!r}), "
             "which lading does not load. Use the checkpoint in its original precision."

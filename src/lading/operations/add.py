@@ -13,13 +13,16 @@ from typing import Literal
 from lading.cards.addresses import stated_addresses
 from lading.cards.card import AssetCardField, CardEntry
 from lading.catalog.added_cards import CheckpointContents, card_entry, record_additions
+from lading.catalog.artifacts import record_artifacts
 from lading.catalog.importing.changes import ADDED
-from lading.catalog.records import ModelSummary
+from lading.catalog.records import FoundArtifact, ModelSummary
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.card_links import names_of
 from lading.checkpoints.recording import require_writable
 from lading.errors import AssetCardError, CatalogError, CheckpointNotFoundError, LadingError, NotSupportedError
+from lading.formats.artifacts import LORA, artifact_files
 from lading.operations.adopt import adopt_checkpoints
+from lading.operations.artifacts import artifact_at
 from lading.operations.card_names import check_rule, choose_names
 from lading.operations.describe_checkpoint import Describer, Description
 from lading.operations.find_checkpoints import FoundCheckpoint, find_checkpoints
@@ -206,6 +209,7 @@ class _Adder:
         self._restrict = restrict
         self._progress = progress
         self._describer = Describer(store, restrict=restrict)
+        self._artifacts: list[FoundArtifact] = []
         self._found: dict[str, _Found | AddedCard] = {}
         """The results, or what is to become one, by URI or path."""
         self._cards = {model.name: model for model in store.models(include_all=True)}
@@ -215,13 +219,16 @@ class _Adder:
     def search(self, root: Path, *, recursive: bool) -> None:
         """Describe the checkpoint at ``root``, or those in it."""
         if not root.is_dir():
-            self._describe(FoundCheckpoint(path=root, root=root.parent))
+            artifact = next(iter(artifact_files(root.parent, [root.name])), None)
+            self._describe(FoundCheckpoint(path=root, root=root.parent, artifact=artifact))
             return
 
+        of_root = False
         for place in find_checkpoints(root, depth=None if recursive else 1):
-            self._describe(place)
-            if place.path == root and not recursive:
+            if of_root and place.path != root and not recursive:
                 return
+            self._describe(place)
+            of_root = of_root or place.path == root
 
     def read_address(self, uri: str) -> None:
         """Describe the checkpoint at an address."""
@@ -231,9 +238,21 @@ class _Adder:
         if place.problem is not None:
             self._found[str(place.path)] = _failed(str(place.path), place.problem)
         elif place.repo is None:
-            self._attempt(str(place.path), lambda: self._describer.at_path(place))
+            self._attempt(str(place.path), lambda: self._at(place))
         else:
             self._describe_snapshots(place.path if place.commit is None else place.root)
+
+    def _at(self, place: FoundCheckpoint) -> Description:
+        """Describe what is in a place.
+
+        :raises NotSupportedError: it is an artifact.
+        """
+        artifact = artifact_at(place.path, place, place.artifact, restrict=self._restrict)
+        if artifact is None or artifact.kind == LORA:
+            return self._describer.at_path(place)
+        self._artifacts.append(FoundArtifact(path=place.path, artifact=artifact))
+
+        raise NotSupportedError(f"{place.path}: {artifact.kind}: {artifact.reason}")
 
     def _describe_snapshots(self, path: Path) -> None:
         """Describe the checkpoints of a repository in a Hugging Face cache, which are adopted."""
@@ -241,8 +260,9 @@ class _Adder:
             path, dry_run=self._dry_run, restrict=self._restrict, progress=self._progress, store=self._store
         ):
             uri = adopted.checkpoint
-            if adopted.error is not None or uri is None:
-                self._found[str(adopted.path)] = _failed(str(adopted.path), adopted.error)
+            if uri is None:
+                error = adopted.error or NotSupportedError(f"{adopted.path}: {adopted.kind}: {adopted.problem}")
+                self._found[str(adopted.path)] = _failed(str(adopted.path), error)
             else:
                 self._attempt(uri, lambda uri=uri, path=adopted.path: self._describer.in_cache(uri, path))  # type: ignore[misc]
 
@@ -339,7 +359,7 @@ class _Adder:
         for each, name in zip(new, names, strict=True):
             each.fields = {**each.described.fields, **self._given}
             if other := self._cards.get(name.strip()):
-                at = shown_uri(other.checkpoint or other.source)
+                at = shown_uri(other.checkpoint or other.source or "")
                 each.fail(_taken(name, f"the card of {at} has that name", each))
             elif counts[name.strip()] > 1:
                 each.fail(_taken(name, f"{counts[name.strip()]} checkpoints would have it", each))
@@ -369,6 +389,8 @@ class _Adder:
 
     def write(self) -> tuple[AddedCard, ...]:
         """Write everything in a few transactions, and return the results."""
+        if self._artifacts and not self._dry_run:
+            record_artifacts(self._store.database, self._artifacts)
         found = [each for each in self._found.values() if isinstance(each, _Found)]
         for start in range(0, 0 if self._dry_run else len(found), _BATCH):
             batch = found[start : start + _BATCH]
@@ -403,8 +425,7 @@ def _gone(model: ModelSummary, path: Path) -> AddedCard:
     )
 
 
-def _failed(where: str, error: LadingError | OSError | None) -> AddedCard:
-    assert error is not None
+def _failed(where: str, error: LadingError | OSError) -> AddedCard:
     return AddedCard(name=None, status=_status_of(error), checkpoint=where, problem=_line(error, where), error=error)
 
 

@@ -7,13 +7,15 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from stat import S_ISREG
 from typing import Literal
 
 from lading.cards.documents.write_yaml import to_yaml
+from lading.catalog.artifacts import record_artifacts
 from lading.catalog.checkpoints.holdings import checkpoints_like
 from lading.catalog.checkpoints.record import record_checkpoint, record_files
 from lading.catalog.links import link_cards
-from lading.catalog.records import Check, CopyKind, LocalCopy, now
+from lading.catalog.records import Check, CopyKind, FoundArtifact, LocalCopy, now
 from lading.catalog.store import AssetStore, StoredCheckpoint, get_asset_store
 from lading.checkpoints.card_links import names_of
 from lading.checkpoints.checkpoint import LocalCheckpointFiles
@@ -28,13 +30,16 @@ from lading.errors import (
     NotSupportedError,
 )
 from lading.formats import NonContiguousError
-from lading.formats.config_json import read_hf_config, refuse_quantized_config
+from lading.formats.adapter_config import ADAPTER_NAME
+from lading.formats.artifacts import LORA, Artifact
+from lading.formats.folder import DISTRIBUTED_SUFFIX, is_checkpoint_file
 from lading.formats.manifest import Manifest
+from lading.operations.artifacts import artifact_at
 from lading.operations.find_checkpoints import (
     FoundCheckpoint,
     find_checkpoints,
     find_hub_repositories,
-    require_links_inside,
+    find_in_snapshot,
 )
 from lading.operations.hub_checkpoints import HubCheckpoint, hub_checkpoints, no_snapshot_error, resolve_commit
 from lading.operations.moved import Move, MoveFinder, record_move
@@ -46,7 +51,7 @@ from lading.system.uris import path_uri, uri_path
 
 log = logging.getLogger("lading")
 
-Status = Literal["adopted", "known", "moved", "failed"]
+Status = Literal["adopted", "known", "moved", "unloadable", "failed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +60,10 @@ class Adoption:
 
     path: Path
     status: Status
-    """``adopted`` now, ``known`` to the catalog before, ``moved`` from another path, or ``failed``."""
+    """``adopted`` now, ``known`` to the catalog before, ``moved`` from another path; ``unloadable`` for an artifact; or
+    ``failed``."""
+    kind: str = "checkpoint"
+    """The kind: ``checkpoint``, or that of an artifact: ``gguf``, ``lora adapter``, ``quantized (awq)`` and so on."""
     checkpoint: str | None = None
     """The URI of the checkpoint in the catalog; that of its own path if it belongs to no card."""
     revision: str | None = None
@@ -67,11 +75,14 @@ class Adoption:
     """The names of the cards that state ``moved_from``, and do not load it until they state the new path."""
     bytes: int = 0
     """The size of its files."""
+    dtypes: tuple[str, ...] = ()
+    """The dtypes of its tensors, that of the most elements first, as far as they are known."""
     verified: bool = False
     """True if its bytes were verified to be those of ``cards``; else the first load verifies them."""
     overlays: tuple[str, ...] = ()
     """Overlays with which cards that it may belong to would load it: YAML, one document each."""
     problem: str | None = None
+    """The reason that lading does not load it."""
     error: LadingError | OSError | None = None
     """The error, if the adoption failed."""
 
@@ -79,6 +90,7 @@ class Adoption:
         return representation(
             self,
             f"{self.path} {self.status}",
+            "" if self.kind == "checkpoint" else self.kind,
             self.problem or human_bytes(self.bytes),
             f"of {', '.join(self.cards)}" if self.cards else "",
             "verified" if self.verified else "",
@@ -92,13 +104,13 @@ def adopt_checkpoints(
     progress: bool = True,
     store: AssetStore | None = None,
 ) -> tuple[Adoption, ...]:
-    """Add checkpoints that are on this machine to the catalog, in place; lading never deletes their files.
+    """Record the checkpoints that are on this machine in the catalog, in place; lading never deletes their files.
 
     A checkpoint in a Hugging Face cache belongs to the cards that name its repository, and is verified when it is first
     loaded. A checkpoint in another folder belongs to a card if its bytes have the digests that the catalog knows for
     the card's checkpoint; else it is known only by its path. What the catalog knows of a checkpoint moves with it to
     another path, unless cards state the earlier one. ``torch.save`` files are adopted if there is no safetensors file
-    and their tensors are contiguous.
+    and their tensors are contiguous. Weights that lading does not load are recorded as artifacts, with what they are.
 
     :param paths: folders, searched at any depth; default: the cache of Hugging Face's libraries.
     :param dry_run: whether to change nothing, and only return the results.
@@ -120,10 +132,12 @@ def adopt_checkpoints(
         (place for root in roots for place in find_checkpoints(root)) if paths else find_hub_repositories(hub_cache())
     )
     adopter = _Adopter(store, dry_run=dry_run, restrict=restrict, progress=progress)
-    found: dict[tuple[Path, str | None], Adoption] = {}
+    found: dict[tuple[Path, str | None, str], Adoption] = {}
     for place in places:
         for adoption in adopter.adopt(place):
-            found.setdefault((adoption.path, adoption.checkpoint), adoption)  # folders may overlap
+            found.setdefault((adoption.path, adoption.checkpoint, adoption.kind), adoption)  # folders may overlap
+    if not dry_run:
+        record_artifacts(store.database, adopter.artifacts, searched=roots or [hub_cache()])
 
     return tuple(found.values())
 
@@ -147,12 +161,16 @@ class _Adopter:
         self._restrict = restrict
         self._progress = progress
         self._by_repo = hub_checkpoints(store)
+        self.artifacts: list[FoundArtifact] = []
+        """The artifacts that were found."""
         self._moves = MoveFinder(store, progress=progress)
 
     def adopt(self, place: FoundCheckpoint) -> Iterator[Adoption]:
         """Adopt the checkpoints in a place, and yield the results."""
         if place.problem is not None:
             yield _failed(place.path, place.problem)
+        elif place.artifact is not None:
+            yield from self._artifact(place, place)
         elif place.repo is not None:
             yield from self._repository(place, place.repo)
         else:
@@ -169,15 +187,25 @@ class _Adopter:
     # --- repositories of a Hugging Face cache -------------------------------------------------------------------------
 
     def _repository(self, place: FoundCheckpoint, repo: str) -> Iterator[Adoption]:
+        commits: set[str] = set()
+        found = list(self._revisions(place, repo, commits))
+        places = [each for commit in sorted(commits) for each in find_in_snapshot(place.path / "snapshots" / commit)]
+        if not places or any(each.artifact is None for each in places):
+            yield from found  # else it has nothing but artifacts, and not a checkpoint that failed
+        for each in places:
+            if each.artifact is not None:
+                yield from self._artifact(each, place)
+
+    def _revisions(self, place: FoundCheckpoint, repo: str, commits: set[str]) -> Iterator[Adoption]:
+        """Adopt the revisions of a repository that cards name, else the main one; add their commits to ``commits``."""
         wanted = self._by_repo.get(repo.casefold(), ())
-        found = False
         for checkpoint in wanted:
             stored = self._store.checkpoint(checkpoint.uri)
             commit = resolve_commit(place, checkpoint.revision, stored)
             if commit is not None:
-                found = True
+                commits.add(commit)
                 yield from self._snapshot(place, checkpoint, commit, stored)
-        if found:
+        if commits:
             return
 
         # It belongs to no card, or only to cards of other revisions.
@@ -185,6 +213,7 @@ class _Adopter:
         if commit is None:
             yield _failed(place.path, no_snapshot_error(place))
             return
+        commits.add(commit)
         pinned = f"@{commit}" if wanted else ""
         checkpoint = HubCheckpoint(uri=f"hg://{repo}{pinned}")
         yield from self._snapshot(place, checkpoint, commit, self._store.checkpoint(checkpoint.uri))
@@ -216,6 +245,8 @@ class _Adopter:
             )
 
         found = self._read(path, place)
+        if isinstance(found, Artifact):
+            return self._take_artifact(path, found)
         manifest, copies = found.manifest, found.copies()
         folder = _folder_of(path)
         shards = tuple(replace(shard, sha256=_sha256_of_blob(folder / shard.name)) for shard in manifest.shards)
@@ -235,13 +266,15 @@ class _Adopter:
                 record_files(self._store.database, uri=checkpoint.uri, copies=copies)
             link_cards(self._store.database, checkpoint.cards, uri=checkpoint.uri)
 
-        return _adoption("adopted", path, checkpoint.uri, commit, checkpoint.cards, copies)
+        return _adoption("adopted", path, checkpoint.uri, commit, checkpoint.cards, manifest, copies)
 
     # --- other folders ------------------------------------------------------------------------------------------------
 
     def _folder(self, place: FoundCheckpoint) -> list[Adoption]:
         path, uri = place.path, _uri_of(place.path)
         here = self._read(path, place)
+        if isinstance(here, Artifact):
+            return [self._take_artifact(path, here)]
         manifest, copies = here.manifest, here.copies()
 
         stored = self._store.checkpoint(uri)
@@ -265,7 +298,7 @@ class _Adopter:
         known = _known(path, stored, cards)
         move = self._moves.find(here) if stored is None else None
         if move is not None and not move.cards:
-            known = self._take_moved(path, move, cards)
+            known = self._take_moved(path, move, cards, manifest)
         if known is None:
             if digests is not None:
                 shards = zip(manifest.shards, digests, strict=True)
@@ -277,19 +310,20 @@ class _Adopter:
                 owned = [replace(copy, kind=kind) for copy in copies]
                 record_checkpoint(self._store.database, uri=uri, manifest=manifest, copies=owned)
                 link_cards(self._store.database, cards, uri=uri)
-            known = _adoption("adopted", path, uri, "", cards, copies)
+            known = _adoption("adopted", path, uri, "", cards, manifest, copies)
 
         if move is not None:
             known = replace(known, moved_from=move.origin, left_behind=move.cards)
 
         return [known if cards else replace(known, overlays=self._overlays(path))]
 
-    def _take_moved(self, path: Path, move: Move, cards: tuple[str, ...]) -> Adoption:
+    def _take_moved(self, path: Path, move: Move, cards: tuple[str, ...], manifest: Manifest) -> Adoption:
         if not self._dry_run:
             record_move(move, self._store)
             link_cards(self._store.database, cards, uri=move.to)
+        moved = _adoption("moved", path, move.to, "", cards, manifest, move.copies)
 
-        return replace(_adoption("moved", path, move.to, "", cards, move.copies), verified=move.verified)
+        return replace(moved, verified=move.verified)
 
     def _wanted(self, manifest: Manifest, path: Path) -> list[tuple[StoredCheckpoint, tuple[str, ...]]]:
         """Return the checkpoints of cards that a folder may hold, except those that are elsewhere on this machine."""
@@ -329,13 +363,16 @@ class _Adopter:
             record_files(self._store.database, uri=stored.uri, copies=copies, checks=checks)
             link_cards(self._store.database, cards, uri=stored.uri)
 
-        return replace(_adoption("adopted", path, stored.uri, stored.revision, cards, copies), verified=True)
+        adopted = _adoption("adopted", path, stored.uri, stored.revision, cards, manifest, copies)
 
-    def _read(self, path: Path, place: FoundCheckpoint) -> LocalCheckpointFiles:
-        """Return the checkpoint at a path, after a check that no link leads out of its place."""
+        return replace(adopted, verified=True)
+
+    def _read(self, path: Path, place: FoundCheckpoint) -> LocalCheckpointFiles | Artifact:
+        """Return the checkpoint at a path, whose links may not leave its place; an artifact, if it is quantized."""
         _uri_of(path)  # raises early if the catalog cannot store the path
-        require_links_inside(path, place)
-        refuse_quantized_config(read_hf_config(path), path)
+        artifact = artifact_at(path, place, restrict=self._restrict)
+        if artifact is not None:
+            return artifact
         cache = self._store.settings.cache_dir
         try:
             found = LocalCheckpointFiles.read(path, cache=cache, restrict=self._restrict, rewrite=False)
@@ -346,6 +383,41 @@ class _Adopter:
             ) from None
 
         return replace(found, kind="adopted")
+
+    # --- artifacts ----------------------------------------------------------------------------------------------------
+
+    def _artifact(self, found: FoundCheckpoint, place: FoundCheckpoint) -> list[Adoption]:
+        """Record an artifact that the search recognized by the names of its files, and return the result.
+
+        :param place: the place that its links may not leave.
+        """
+
+        def take() -> list[Adoption]:
+            _uri_of(found.path)
+            artifact = artifact_at(found.path, place, found.artifact)
+            return [] if artifact is None else [self._take_artifact(found.path, artifact)]
+
+        kind = "" if found.artifact is None else found.artifact.kind
+
+        return [each if each.error is None else replace(each, kind=kind) for each in self._attempt(found.path, take)]
+
+    def _take_artifact(self, path: Path, artifact: Artifact) -> Adoption:
+        cards: tuple[str, ...] = ()
+        if artifact.kind == LORA:
+            uri = path_uri(path / ADAPTER_NAME)
+            cards = tuple(names_of(self._store, [uri]).get(uri, ()))
+        if not cards:
+            self.artifacts.append(FoundArtifact(path=path, artifact=artifact))
+
+        return Adoption(
+            path=path,
+            status="adopted" if artifact.kind == LORA else "unloadable",
+            kind=artifact.kind,
+            cards=cards,
+            bytes=artifact.bytes,
+            dtypes=artifact.dtypes,
+            problem=None if cards else artifact.reason,
+        )
 
     def _overlays(self, path: Path) -> tuple[str, ...]:
         """Return overlays for cards whose repository has the name of the folder; the user decides if it is right."""
@@ -398,13 +470,19 @@ def _known(path: Path, stored: StoredCheckpoint | None, cards: tuple[str, ...]) 
     """Return the result for a checkpoint whose intact files the catalog knows; ``None`` if it does not."""
     if stored is None or (copies := intact_copies(stored)) is None:
         return None
-    known = _adoption("known", path, stored.uri, stored.revision, cards, copies)
+    known = _adoption("known", path, stored.uri, stored.revision, cards, stored.manifest, copies)
 
     return replace(known, verified=all(copy.verified_at is not None for copy in copies))
 
 
 def _adoption(
-    status: Status, path: Path, uri: str, revision: str, cards: tuple[str, ...], copies: Sequence[LocalCopy]
+    status: Status,
+    path: Path,
+    uri: str,
+    revision: str,
+    cards: tuple[str, ...],
+    manifest: Manifest,
+    copies: Sequence[LocalCopy],
 ) -> Adoption:
     return Adoption(
         path=path,
@@ -413,10 +491,24 @@ def _adoption(
         revision=revision or None,
         cards=cards,
         bytes=sum(copy.stat.size for copy in copies),
+        dtypes=tuple(manifest.dtype_counts),
     )
 
 
 def _failed(path: Path, error: LadingError | OSError) -> Adoption:
     message = error.message if isinstance(error, LadingError) else f"{os.strerror(error.errno or 0)}: {error.filename}"
 
-    return Adoption(path=path, status="failed", problem=message.partition("\n")[0], error=error)
+    return Adoption(path=path, status="failed", bytes=_size_at(path), problem=message.partition("\n")[0], error=error)
+
+
+def _size_at(path: Path) -> int:
+    """Return the size of a file, or of the files in a folder whose names are those of checkpoints; 0 if unknown."""
+
+    def has_weights(name: str) -> bool:
+        return is_checkpoint_file(name) or name.endswith(DISTRIBUTED_SUFFIX)
+
+    try:
+        files = [each for each in path.iterdir() if has_weights(each.name)] if path.is_dir() else [path]
+        return sum(found.st_size for found in map(os.stat, files) if S_ISREG(found.st_mode))
+    except OSError:
+        return 0

@@ -23,7 +23,7 @@ from lading.formats.folder import is_checkpoint_file
 from lading.formats.manifest import Manifest
 from lading.models.recognize import Recognizer
 from lading.operations.card_names import Place
-from lading.operations.find_checkpoints import FoundCheckpoint, require_links_inside
+from lading.operations.find_checkpoints import FoundCheckpoint
 from lading.sources.hub.address import HubAddress, is_repo_id
 from lading.sources.open import HUB_SCHEMES, open_source
 from lading.system.filesystem import expand_home, path_exists
@@ -95,21 +95,18 @@ class Describer:
         self._recognizer = Recognizer(store)
 
     def at_path(self, found: FoundCheckpoint) -> Description:
-        """Describe a checkpoint on this machine.
+        """Describe a checkpoint or a LoRA adapter on this machine, whose links lead nowhere else.
 
-        :raises PolicyError: a link among its files leads out of the place.
-        :raises NotSupportedError: it is quantized, or of a format or a model type that lading does not support.
+        :raises NotSupportedError: it is of a format or a model type that lading does not support.
         :raises ModelCheckpointError: it is damaged.
         :raises OSError: it cannot be read.
         """
         path = found.path
-        if is_adapter(path):
+        if found.artifact is not None:
             return self._adapter_at(found)
         uri = path_uri(path)
         checkpoint = _field_of(path, uri)
-        require_links_inside(path, found)
         hf_config = read_hf_config(path)
-        refuse_quantized_config(hf_config, path)
         fields = {**self._recognized(hf_config), "checkpoint": checkpoint, **_readme_at(path)}
         place = _place_of(path, found.root)
 
@@ -120,7 +117,6 @@ class Describer:
         folder = found.path
         field = _field_of(folder, path_uri(folder))
         file = folder / ADAPTER_NAME
-        require_links_inside(file, found)
         config = parse_adapter_config(read_hf_config(folder, ADAPTER_CONFIG_NAME), label=str(folder))
         described = Description(
             uri=path_uri(file),
@@ -213,11 +209,6 @@ class Describer:
         except (FetchError, CheckpointNotFoundError) as error:
             log.warning("%s: %s cannot be read, so the card has no license: %s", ref.shown, README_NAME, error)
             return {}
-
-
-def is_adapter(path: Path) -> bool:
-    """Return whether a folder holds a LoRA adapter, as PEFT saves it."""
-    return (path / ADAPTER_CONFIG_NAME).is_file() and (path / ADAPTER_NAME).exists()
 
 
 def _field_of(path: Path, uri: str) -> str:

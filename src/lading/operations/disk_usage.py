@@ -11,8 +11,9 @@ from pathlib import Path
 
 from lading import formats
 from lading.cards.card import AssetCard, AssetCardField, split_gated
+from lading.catalog.artifacts import known_artifacts
 from lading.catalog.checkpoints.holdings import held_checkpoints, known_uris
-from lading.catalog.records import LocalCheckpoint
+from lading.catalog.records import FoundArtifact, LocalCheckpoint
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.card_links import heads_of, names_of
 from lading.errors import AssetCardError
@@ -27,7 +28,8 @@ class DiskUsageEntry:
     """The files of one model, or orphans, on this machine."""
 
     name: str
-    """The name of the model; the URI of a checkpoint without a card; the path of a file without a checkpoint."""
+    """The name of the model; the URI of a checkpoint without a card; the path of an artifact, or of a file without a
+    checkpoint."""
     bytes: int
     """The bytes of the files that are there."""
     kind: str
@@ -91,14 +93,32 @@ def disk_usage(pattern: str | None = None, *, store: AssetStore | None = None) -
         if (pattern is None or fnmatchcase(name, pattern)) and (stats := _look(_paths_of(checkpoint), seen))
     ]
 
+    artifacts = [_artifact_entry(each) for each in known_artifacts(store.database)]
+    found += [entry for entry in artifacts if pattern is None or fnmatchcase(entry.name, pattern)]
+
     orphaned: _Sizes = {}
     orphans = _orphan_holdings(find_orphans(store, held), orphaned)
 
     return DiskUsage(
         holdings=tuple(sorted(found, key=lambda holding: (holding.name, holding.checkpoint or ""))),
         orphans=tuple(orphans),
-        bytes=sum(seen.values()),
+        bytes=sum(seen.values()) + sum(entry.bytes for entry in found if entry.checkpoint is None),
         orphan_bytes=sum(orphaned.values()),
+    )
+
+
+def _artifact_entry(found: FoundArtifact) -> DiskUsageEntry:
+    """Return the entry of an artifact as it was when it was found."""
+    return DiskUsageEntry(
+        name=str(found.path),
+        bytes=found.artifact.bytes,
+        kind="adopted",
+        files=found.artifact.files,
+        complete=True,
+        verified=False,
+        path=str(found.path),
+        checkpoint=None,
+        revision=None,
     )
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from lading.errors import CheckpointNotFoundError, LadingError, PolicyError
+from lading.formats.artifacts import GGUF, ArtifactFiles, artifact_files
 from lading.formats.config_json import CONFIG_NAME
 from lading.formats.files import open_file
 from lading.formats.first_bytes import SIZE, is_checkpoint
@@ -37,10 +38,13 @@ from lading.formats.shard_index import read_index
 from lading.sources.hub.address import is_commit
 from lading.sources.hub.cache import repository_id
 
+_USUAL = {INDEX_NAME, FILE_NAME, BIN_INDEX_NAME, BIN_NAME}
+"""The names by which a folder is a checkpoint."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundCheckpoint:
-    """A folder or a file that may be a checkpoint, or a folder with several commits of a repository."""
+    """A folder or a file that may be a checkpoint or an artifact, or a folder with several commits of a repository."""
 
     path: Path
     root: Path
@@ -49,15 +53,17 @@ class FoundCheckpoint:
     """The id of a repository, if ``path`` is its folder in a Hugging Face cache."""
     commit: str | None = None
     """The commit of the repository to use, if the user named its snapshot."""
+    artifact: ArtifactFiles | None = None
+    """The files of the artifact that it may be, which is then no checkpoint that lading loads."""
     problem: OSError | None = None
     """The error, if the folder cannot be read."""
 
 
 def find_checkpoints(root: Path, *, depth: int | None = None) -> Iterator[FoundCheckpoint]:
-    """Yield the checkpoints in ``root`` and the folders below it, in the order of names.
+    """Yield the checkpoints and the artifacts in ``root`` and the folders below it, in the order of names.
 
     ``torch.save`` files without a usual name are a checkpoint each, and so are files without a suffix whose first bytes
-    are those of a checkpoint.
+    are those of a checkpoint. A folder that is an artifact as a whole is not searched.
 
     :param root: an absolute path without links: a link to a folder is followed only if the user named it.
     :param depth: the number of levels of folders to search below ``root``; default: all.
@@ -79,6 +85,11 @@ def find_hub_repositories(cache: Path) -> Iterator[FoundCheckpoint]:
             yield FoundCheckpoint(path=folder, root=cache, repo=repo)
 
 
+def find_in_snapshot(snapshot: Path) -> Iterator[FoundCheckpoint]:
+    """Yield the checkpoints and the artifacts in a snapshot of a repository, and the folders below it."""
+    yield from _places(snapshot, snapshot, None)
+
+
 def _places(path: Path, root: Path, depth: int | None) -> Iterator[FoundCheckpoint]:
     # An explicit stack, as folders may be nested deeper than Python's recursion limit.
     left = [(path, 0)]
@@ -92,11 +103,20 @@ def _places(path: Path, root: Path, depth: int | None) -> Iterator[FoundCheckpoi
         if problem is not None:
             yield FoundCheckpoint(path=path, root=root, problem=problem)
             continue
+        artifacts = artifact_files(path, names)
+        for artifact in artifacts:
+            yield FoundCheckpoint(path=artifact.path, root=root, artifact=artifact)
+        if any(artifact.whole for artifact in artifacts):
+            continue
         if is_fairseq2_sharded([folder.name for folder in folders]):
             yield FoundCheckpoint(path=path, root=root)
             folders = [folder for folder in folders if not folder.name.startswith("pp_")]
         else:
-            yield from _in_folder(path, root, names)
+            taken = {name for artifact in artifacts for name in artifact.names}
+            if any(artifact.path == path for artifact in artifacts):
+                # Beside an adapter are states of its training.
+                taken |= {name for name in names if name not in _USUAL}
+            yield from _in_folder(path, root, [name for name in names if name not in taken])
         if level != depth:
             left += ((folder, level + 1) for folder in reversed(folders))
 
@@ -104,12 +124,16 @@ def _places(path: Path, root: Path, depth: int | None) -> Iterator[FoundCheckpoi
 def _in_folder(path: Path, root: Path, names: list[str]) -> Iterator[FoundCheckpoint]:
     """Yield the checkpoints in a folder, by the names of its files."""
     # Files without a suffix are recognized by their first bytes, with one small read; links are not followed.
-    bare = [name for name in names if "." not in name and _is_checkpoint(path / name)]
+    heads = {name: _head(path / name) for name in names if "." not in name}
+    for name in (name for name, head in heads.items() if head.startswith(GGUF)):
+        artifact = ArtifactFiles(kind="gguf", folder=path, names=(name,))
+        yield FoundCheckpoint(path=artifact.path, root=root, artifact=artifact)
+    bare = [name for name, head in heads.items() if is_checkpoint(head)]
     found = [name for name in names if is_checkpoint_file(name) or name in bare]
     torch = [name for name in found if is_torch_format(name) or name in bare]
     ranks = is_distributed(names)
     usual = not {BIN_INDEX_NAME, BIN_NAME}.isdisjoint(names) or is_consolidated(names) or ranks
-    if torch and not usual and all(name in torch or is_other_format(name) for name in found):
+    if torch and not usual and torch == found:
         # The files that an index names are not checkpoints of their own.
         for name in [name for name in torch if is_index(name)] or torch:
             yield FoundCheckpoint(path=path / name, root=root)
@@ -117,14 +141,15 @@ def _in_folder(path: Path, root: Path, names: list[str]) -> Iterator[FoundCheckp
         yield FoundCheckpoint(path=path, root=root)
 
 
-def _is_checkpoint(path: Path) -> bool:
+def _head(path: Path) -> bytes:
+    """Return the first bytes of a file; empty if it is a link, or cannot be read."""
     try:
         if path.is_symlink():
-            return False
+            return b""
         with open_file(path) as file:
-            return is_checkpoint(file.read(0, SIZE))
+            return file.read(0, SIZE)
     except (LadingError, OSError):
-        return False
+        return b""
 
 
 def _list_folder(path: Path) -> tuple[list[Path], list[str], OSError | None]:
@@ -154,14 +179,22 @@ def require_links_inside(path: Path, place: FoundCheckpoint) -> None:
     _require_no_links_between(folder, place)
     _require_inside(folder / CONFIG_NAME, place)
     for file in _files(path, folder):
-        if file.parent != folder:
-            _require_no_links_between(file.parent, place)
-        _require_inside(file, place)
+        require_inside([file], place)
         if is_index(file.name):
             with open_file(file) as opened:
                 names = list(read_index(opened).tensors)
             for name in names:
                 _require_inside(folder / name, place)
+
+
+def require_inside(paths: Iterable[Path], place: FoundCheckpoint) -> None:
+    """Require that none of ``paths`` is a link that leads out of a place, or is in a folder that is one.
+
+    :raises PolicyError: one is.
+    """
+    for path in paths:
+        _require_no_links_between(path.parent, place)
+        _require_inside(path, place)
 
 
 def _files(path: Path, folder: Path) -> list[Path]:
@@ -181,7 +214,7 @@ def _files(path: Path, folder: Path) -> list[Path]:
 
 def _require_usual_name(path: Path, names: list[str]) -> None:
     found = [name for name in names if is_checkpoint_file(name) and not is_other_format(name)]
-    if found and not {INDEX_NAME, FILE_NAME, BIN_INDEX_NAME, BIN_NAME} & set(names):
+    if found and not _USUAL & set(names):
         raise CheckpointNotFoundError(
             path,
             without_index(path, found)

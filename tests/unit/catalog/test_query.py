@@ -18,6 +18,7 @@ from lading.catalog.query import view_columns
 from lading.catalog.records import Check
 from lading.catalog.schema import Row
 from lading.errors import CatalogError, PolicyError, QueryError
+from lading.system.uris import path_uri
 from tests.helpers.catalog_tools import card_file, make_copies, make_manifest, settings_in, without_seeds
 
 DOCUMENT = (Path(__file__).parents[3] / "docs" / "reference" / "sql.md").read_text(encoding="utf-8")
@@ -58,6 +59,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Database:
         manifest = make_manifest()
         copies = make_copies(manifest, folder) if name == "m" else []
         record_checkpoint(database, uri=f"hg://a/{name}", manifest=manifest, copies=copies)
+    record_checkpoint(database, uri=path_uri(folder), manifest=manifest, copies=make_copies(manifest, folder))
     copy = make_copies(manifest, folder)[0]
     for found in ("aa", "bb"):
         check = Check(file=copy.file, path=copy.path, stat=copy.stat, method="sha256", expected="aa", found=found)
