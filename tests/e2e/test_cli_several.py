@@ -242,6 +242,25 @@ def test_several_are_listed_and_not_removed_without_yes(
     assert fetched() == [name for name in ("got_a", "got_b") if name not in asked]
 
 
+def test_a_removal_for_programs(cli: Cli, fetched: Callable[[], list[str]], tmp_path: Path) -> None:
+    cli("index", "tiny")
+    words = ("rm", "got_a", "tiny", "got_b", "tiny_gated")
+    planned = json.loads(cli(*words, "--dry-run", "--json").stdout)
+    assert [(row["name"], row["dry_run"]) for row in planned] == [("got_a", True), ("tiny", True), ("got_b", True)]
+    assert fetched() == ["got_a", "got_b"]
+
+    done = [json.loads(line) for line in cli(*words, "--yes", "--nl").stdout.splitlines()]
+    assert [{**row, "dry_run": True} for row in done] == planned
+    first, kept, _ = done
+    (path,) = first["removed"]
+    assert Path(path).is_relative_to(tmp_path / "cache")
+    assert (first["bytes"] > 40_000, first["kept"], first["also_of"]) == (True, [], [])
+    assert (kept["bytes"], kept["removed"], kept["also_of"]) == (0, [], ["tiny_child"])
+    assert [set(file) for file in kept["kept"]] == [{"path", "reason"}]
+    assert cli("rm", "got_a", "got_b", "--json").stdout == "[]\n"
+    assert cli("rm", "--orphans", "-q").stdout == ""
+
+
 def test_a_wrong_name_keeps_all(cli: Cli, fetched: Callable[[], list[str]]) -> None:
     done = cli("rm", "got_a", "nobody", "got_b", "--yes", code=2)
     assert "lading: nothing was removed." in done.stderr

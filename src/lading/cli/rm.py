@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from lading.cli.command import command
 from lading.cli.failure import INTERRUPTED
-from lading.cli.output import note, printable
+from lading.cli.output import Form, listing_options, note, printable, write_rows
 from lading.cli.selection import Selection, select_models
 from lading.errors import PolicyError
 from lading.system.display import counted, human_bytes
 
 if TYPE_CHECKING:
     from lading.operations.remove import Removal
+
+
+_COLUMNS = ("name", "bytes", "removed", "kept", "revisions", "also_of", "dry_run")
 
 
 @command("rm")
@@ -28,7 +32,8 @@ if TYPE_CHECKING:
 @click.option(
     "--yes", is_flag=True, help="Remove several models, and revisions of the Hugging Face cache, without asking."
 )
-def rm(selection: Selection, orphans: bool, dry_run: bool, yes: bool) -> None:
+@listing_options
+def rm(selection: Selection, orphans: bool, dry_run: bool, yes: bool, form: Form) -> None:
     """Remove models from this machine.
 
     Deletes the files that this catalog fetched to lading's cache. The cache of Hugging Face's libraries belongs to
@@ -50,8 +55,18 @@ def rm(selection: Selection, orphans: bool, dry_run: bool, yes: bool) -> None:
     def plan(name: str) -> Removal:
         return remove_model(name, dry_run=True, store=store)
 
+    rows: list[tuple[object, ...]] = []
+
+    def tell(name: str, removal: Removal, *, nothing: str = "") -> None:
+        _write_notes(name, removal, dry_run=dry_run, nothing=nothing)
+        if removal.nothing:
+            return
+        rows.append(_row(removal, dry_run=dry_run))
+        if form is Form.TABLE:
+            click.echo(_line(name, removal, dry_run=dry_run))
+
     def remove(name: str, _: Removal) -> None:
-        _say(name, remove_model(name, dry_run=dry_run, hub=yes or agreed, store=store), dry_run=dry_run)
+        tell(name, remove_model(name, dry_run=dry_run, hub=yes or agreed, store=store))
 
     # All of them, before anything is removed.
     removals = selection.resolve(plan, store) if selection else {}
@@ -62,8 +77,9 @@ def rm(selection: Selection, orphans: bool, dry_run: bool, yes: bool) -> None:
 
     selection.each(removals, remove)
     if orphans:
-        removal = remove_orphans(dry_run=dry_run, store=store)
-        _say("orphans", removal, dry_run=dry_run, nothing="there are no orphans")
+        tell("orphans", remove_orphans(dry_run=dry_run, store=store), nothing="there are no orphans")
+    if form is not Form.TABLE:
+        write_rows(_COLUMNS, rows, form)
     selection.finish()
 
 
@@ -102,7 +118,14 @@ def _agreed(selection: Selection, removals: Mapping[str, Removal]) -> bool:
     return True
 
 
-def _say(name: str, removal: Removal, *, dry_run: bool, nothing: str = "") -> None:
+def _row(removal: Removal, *, dry_run: bool) -> tuple[object, ...]:
+    kept = [asdict(file) for file in removal.kept]
+    revisions = [asdict(revision) for revision in removal.revisions]
+
+    return removal.name or None, removal.freed, removal.removed, kept, revisions, removal.also_of, dry_run
+
+
+def _write_notes(name: str, removal: Removal, *, dry_run: bool, nothing: str) -> None:
     for file in removal.kept:
         note(f"{printable(str(file.path))} stays: {file.reason}")
     if removal.also_of:
@@ -110,11 +133,13 @@ def _say(name: str, removal: Removal, *, dry_run: bool, nothing: str = "") -> No
         note(f"the checkpoint {verb} that of {printable(', '.join(removal.also_of))}, too")
     if removal.nothing:
         note(nothing or f"nothing of {printable(name)} is on this machine")
-        return
-
     for revision in removal.revisions:
         verb = "is to be" if dry_run else "was"
         note(f"the revision {revision.commit} of {revision.repo} {verb} deleted by huggingface_hub")
+
+
+def _line(name: str, removal: Removal, *, dry_run: bool) -> str:
     verb, end = ("to be removed", " (dry run)") if dry_run else ("removed", "")
     files = counted(len(removal.removed), "file")
-    click.echo(f"{printable(name)}: {files} {verb}, {human_bytes(removal.freed)} freed{end}")
+
+    return f"{printable(name)}: {files} {verb}, {human_bytes(removal.freed)} freed{end}"
