@@ -19,6 +19,13 @@ from tests.helpers.make_adapter import factors, train, within_one_ulp, write_ada
 EVERYTHING = {"target_modules": ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"]}
 
 
+CONFIG = """\
+model_config: {model_dim: 32, max_seq_len: 64, vocab_size: 64, tied_embeddings: false, num_layers: 2,
+  num_attn_heads: 4, num_key_value_heads: 2, head_dim: 8, qkv_proj_bias: false, q_norm: true, k_norm: true,
+  ffn_inner_dim: 48}
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, an adapter of all kinds of weights, and cards."""
@@ -26,8 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(folder, "Qwen3", rank_pattern={"q_proj": 3}, **EVERYTHING)
     write_adapter(folder / "bad", factors("model.layers.0.self_attn.q_proj", 32, 5))
     (folder / "cards.yaml").write_text(
-        f"name: base\nmodel_family: hg\ncheckpoint: {folder}/base\nmodel_config: {{model_type: causal_lm}}\n---\n"
-        f"name: tuned\nbase: base\nadapter: {folder}/adapter\n---\nname: bad\nbase: base\nadapter: {folder}/bad\n"
+        f"name: hg\nmodel_family: hg\ncheckpoint: {folder}/base\nmodel_config: {{model_type: causal_lm}}\n"
+        f"adapter: {folder}/adapter\n---\nname: bad\nbase: hg\nadapter: {folder}/bad\n---\n"
+        f"name: qwen\nmodel_family: qwen\ncheckpoint: {folder}/base\nadapter: {folder}/adapter\n{CONFIG}"
     )
 
     return folder
@@ -44,25 +52,31 @@ def use(folder: Path) -> None:
     }
 
 
-def load_and_compare(folder: Path, tp: int, sdp: int, cooperative: bool) -> list[str]:
+def load_and_compare(folder: Path, name: str, axes: dict[str, int], cooperative: bool) -> list[str]:
     """Return the parameters that differ from those of PEFT."""
     use(folder)
     expected = torch.load(folder / "merged.pt")
-    with create_gangs("cpu", tp=tp, sdp=sdp) as gangs:
-        model = load_model("tuned", gangs=gangs, dtype=torch.float32, progress=False, cooperative=cooperative)
-        found = {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
+    with create_gangs("cpu", **axes) as gangs:
+        model = load_model(name, gangs=gangs, dtype=torch.float32, progress=False, cooperative=cooperative)
+        found = {key: whole(parameter.detach()) for key, parameter in model.named_parameters()}
 
-    return [name for name, tensor in found.items() if not within_one_ulp(tensor, expected[name])]
-
-
-@pytest.mark.parametrize(("tp", "sdp", "cooperative"), [(2, 1, False), (1, 2, True)])
-def test_two_ranks(pool2: Pool, folder: Path, tp: int, sdp: int, cooperative: bool) -> None:
-    assert pool2.values(load_and_compare, folder, tp, sdp, cooperative) == [[]] * 2
+    return [key for key, tensor in found.items() if not within_one_ulp(tensor, expected[key])]
 
 
-@pytest.mark.parametrize(("tp", "sdp"), [(1, 4), pytest.param(2, 2, marks=pytest.mark.slow)])
-def test_four_ranks(pool4: Pool, folder: Path, tp: int, sdp: int) -> None:
-    assert pool4.values(load_and_compare, folder, tp, sdp, False) == [[]] * 4
+@pytest.mark.parametrize(
+    ("name", "axes", "cooperative"),
+    [("hg", {"tp": 2}, False), ("hg", {"sdp": 2}, True), ("qwen", {"tp": 2}, True), ("qwen", {"pp": 2}, False)],
+)
+def test_two_ranks(pool2: Pool, folder: Path, name: str, axes: dict[str, int], cooperative: bool) -> None:
+    assert pool2.values(load_and_compare, folder, name, axes, cooperative) == [[]] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [("qwen", {"sdp": 4}), pytest.param("hg", {"tp": 2, "sdp": 2}, marks=pytest.mark.slow)],
+)
+def test_four_ranks(pool4: Pool, folder: Path, name: str, axes: dict[str, int]) -> None:
+    assert pool4.values(load_and_compare, folder, name, axes, False) == [[]] * 4
 
 
 def load_bad(folder: Path) -> None:

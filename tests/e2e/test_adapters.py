@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -147,6 +148,38 @@ def test_only_the_weights_of_an_adapter_change(cli: Cli, tmp_path: Path, options
         assert report.bytes_mapped == sum(t.nbytes for t in tensors().values()) - before[name].nbytes
 
 
+def test_large_weights_are_merged_in_slabs(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path, "Llama", **EMBEDDINGS, modules_to_save=["norm"])
+    add(cli, tmp_path, "adapter: adapter", family="llama", config=LLAMA)
+    monkeypatch.setattr("lading.models.merge._SLAB", 100)
+    monkeypatch.setattr("lading.models.merge._BATCH", 1_000)
+
+    found, expected = load(), torch.load(tmp_path / "merged.pt")
+    assert [name for name in expected if not within_one_ulp(found[name], expected[name])] == []
+
+
+def test_a_merge_is_as_precise_whatever_the_process_allows(process: Run, cli: Cli, tmp_path: Path) -> None:
+    delta = one_weight(tmp_path)
+    add(cli, tmp_path, "adapter: lora")
+    torch.save(load("base")[f"{Q_PROJ}.weight"] + delta, tmp_path / "expected.pt")
+    code = """if True:
+        import sys, torch, lading
+        expected, name = torch.load(sys.argv[1]), sys.argv[2]
+        for allow in (
+            lambda: torch.set_float32_matmul_precision("medium"),
+            lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+        ):
+            allow()
+            before = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+            assert before[0] == "tf32"
+            found = lading.load_model("tuned", dtype=torch.float32, progress=False).state_dict()[name]
+            assert torch.equal(found, expected)
+            assert before == (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
+    """
+    done = process("-c", code, tmp_path / "expected.pt", f"{Q_PROJ}.weight")
+    assert done.returncode == 0, done.stderr
+
+
 def test_several_adapters_with_weights(cli: Cli, tmp_path: Path) -> None:
     one_weight(tmp_path)
     more = factors(Q_PROJ, 32, 32, seed=5)
@@ -288,6 +321,62 @@ def test_the_file_of_an_adapter_is_its_card_s(cli: Cli, tmp_path: Path) -> None:
     load()
     held = json.loads(cli("du", "--json").stdout)
     assert {each["name"] for each in held} == {"base", "tuned"}
+
+
+def test_removal_keeps_the_base_of_another_card(process: Run, tmp_path: Path) -> None:
+    one_weight(tmp_path)
+    (tmp_path / "cards.yaml").write_text(
+        f"name: base\nmodel_family: qwen\ncheckpoint: hg://some/base\n{QWEN_CONFIG}---\n"
+        f"name: tuned\nbase: base\nadapter: hg://some/lora\n---\nname: same\nbase: base\nadapter: hg://some/lora\n"
+    )
+    with FakeHub() as hub:
+        hub.add("some/base", tmp_path / "base")
+        hub.add("some/lora", tmp_path / "lora")
+        env = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "hub"), "LADING_OFFLINE": ""}
+        assert process("import", tmp_path / "cards.yaml", env=env).returncode == 0
+        assert process("pull", "tuned", "--no-progress", env=env).returncode == 0
+
+        def here() -> set[str]:
+            return {path.name for path in (tmp_path / "hub").glob("*/snapshots/*/*.safetensors")}
+
+        assert here() == {"model.safetensors", ADAPTER}
+        process("rm", "tuned", "--yes", env=env)
+        assert here() == {"model.safetensors", ADAPTER}  # another card has both
+        (tmp_path / "cards.yaml").write_text((tmp_path / "cards.yaml").read_text().rpartition("---")[0])
+        process("import", tmp_path / "cards.yaml", env=env)
+        assert process("rm", "tuned", env=env).returncode == 7
+        assert here() == {"model.safetensors", ADAPTER}
+        assert process("rm", "tuned", "--yes", env=env).returncode == 0
+        assert here() == {"model.safetensors"}
+
+
+def test_a_difference_is_of_checkpoints_alone(cli: Cli, tmp_path: Path) -> None:
+    one_weight(tmp_path)
+    add(cli, tmp_path, "adapter: lora")
+    assert "tuned without its adapters" in cli("diff", "base", "tuned").stderr
+
+
+def test_pins(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_weight(tmp_path)
+    digest = hashlib.sha256((tmp_path / "lora" / ADAPTER).read_bytes()).hexdigest()
+    add(cli, tmp_path, f'adapters: [{{checkpoint: lora, sha256: "{digest}"}}]')
+    expected = load()
+    add(cli, tmp_path, f'adapters: [{{checkpoint: lora, sha256: "{"0" * 64}"}}]')
+    with pytest.raises(DigestMismatchError):
+        load()
+
+    # An overlay that is not the user's own cannot put another adapter in its place, or one on a pinned base.
+    write_adapter(tmp_path / "other", factors(Q_PROJ, 32, 32, seed=3))
+    model = hashlib.sha256((tmp_path / "base" / "model.safetensors").read_bytes()).hexdigest()
+    for pinned in (f'adapters: [{{checkpoint: lora, sha256: "{digest}"}}]', f'sha256: "{model}"'):
+        for env, fails in (("shared", True), ("user", False)):
+            add(cli, tmp_path, f"{pinned}\n---\nname: tuned@{env}\nadapter: other\nadapters: null")
+            monkeypatch.setenv("LADING_ENV", env)
+            if fails:
+                with pytest.raises(AssetCardError, match="would have other weights"):
+                    load()
+            else:
+                assert not torch.equal(load()[f"{Q_PROJ}.weight"], expected[f"{Q_PROJ}.weight"])
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------

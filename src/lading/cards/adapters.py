@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from lading.cards.card import AssetCard, AssetCardField, checkpoint_ref, split_gated
+from lading.cards.card import AssetCard, AssetCardField, checkpoint_ref, is_sha256, split_gated
 from lading.cards.documents.document import show
 from lading.errors import AssetCardError
 from lading.formats.adapter_config import ADAPTER_NAME
 
-_KEYS = ("checkpoint", "weight")
+_KEYS = ("checkpoint", "weight", "sha256")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ def adapter_refs(card: AssetCard) -> tuple[AdapterRef, ...]:
             "`null` for the other.",
         )
     if one is not None:
-        return (_ref(owner, "adapter", "adapter", one, 1.0),)
+        return (_ref(owner, "adapter", one),)
     if several is None:
         return ()
 
@@ -51,7 +51,7 @@ def adapter_refs(card: AssetCard) -> tuple[AdapterRef, ...]:
     assert isinstance(several, list)
 
     return tuple(
-        _ref(owner, "adapters", f"adapters[{i}].checkpoint", entry["checkpoint"], float(entry.get("weight", 1.0)))
+        _ref(owner, f"adapters[{i}].checkpoint", entry["checkpoint"], entry.get("weight", 1), entry.get("sha256"))
         for i, entry in enumerate(several)
     )
 
@@ -66,20 +66,25 @@ def adapter_problems(value: object) -> Iterator[str]:
             yield f"[{i}]: expected a mapping with 'checkpoint' and 'weight', found {show(entry)}"
             continue
         if unknown := [key for key in entry if key not in _KEYS]:
-            yield f"[{i}]: expected the fields {' and '.join(_KEYS)}, found {show(unknown[0])}"
+            yield f"[{i}]: expected the fields {', '.join(_KEYS)}, found {show(unknown[0])}"
         if not isinstance(entry.get("checkpoint"), str):
             yield f"[{i}].checkpoint: expected a string, found {show(entry.get('checkpoint'))}"
         weight = entry.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             yield f"[{i}].weight: expected a finite number, found {show(weight)}"
+        if (digest := entry.get("sha256")) is not None and not is_sha256(digest):
+            yield f"[{i}].sha256: expected 64 hexadecimal digits, found {show(digest)}"
 
 
-def _ref(owner: AssetCard, field: str, name: str, value: object, weight: float) -> AdapterRef:
-    address = AssetCardField(name, owner, value, owner.folders.get(field)).as_uri()
+def _ref(owner: AssetCard, field: str, address: object, weight: float = 1, sha256: str | None = None) -> AdapterRef:
+    folder = owner.folders.get(field.partition("[")[0])
+    address = AssetCardField(field, owner, address, folder).as_uri()
     uri, _ = split_gated(address)
-    metadata = {"checkpoint": address}
+    metadata: dict[str, object] = {"checkpoint": address}
+    if sha256 is not None:
+        metadata["sha256"] = sha256
     if not uri.endswith(".safetensors") and uri.partition(":")[0].lower() not in ("http", "https"):
         metadata["checkpoint_path"] = ADAPTER_NAME
     card = AssetCard("", metadata, None, {}, owner.source)
 
-    return AdapterRef(card=replace(card, name=checkpoint_ref(card).shown.removeprefix("file://")), weight=weight)
+    return AdapterRef(card=replace(card, name=checkpoint_ref(card).shown.removeprefix("file://")), weight=float(weight))

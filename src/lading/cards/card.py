@@ -29,6 +29,9 @@ USER_ENV = "user"
 CONFIG_KEYS = ("model_config_overrides", "model_config_override", "model_config")
 """The fields that may hold configuration overrides, older names first."""
 
+ADAPTER_FIELDS = ("adapter", "adapters")
+"""The fields that may name LoRA adapters."""
+
 FIELDS = (
     "base",
     "model_family",
@@ -39,8 +42,7 @@ FIELDS = (
     "checkpoint_path",
     "state_dict",
     "sha256",
-    "adapter",
-    "adapters",
+    *ADAPTER_FIELDS,
     "restrict",
     "tokenizer",
     "tokenizer_path",
@@ -410,13 +412,23 @@ def _require_pins(card: AssetCard, overlay: CardEntry, without: Callable[[], Ass
     except AssetCardError:
         return  # without the overlay, the card cannot be loaded at all
     pins = {} if plain is None else pinned_digests(plain)
-    if pins and not pins.items() <= pinned_digests(card).items():
+    removed = not pins.items() <= pinned_digests(card).items()
+    if plain is not None and (pins or _pins_adapters(plain)):
+        # They change the weights of the pinned files.
+        removed = removed or any(plain.fields().get(name) != card.fields().get(name) for name in ADAPTER_FIELDS)
+    if removed:
         raise AssetCardError(
             card.name,
-            f"The card {card.name!r} pins files of its checkpoint by `sha256`, and with the overlay {overlay.env!r} "
-            f"({overlay.source}) it would not. Only an overlay of the environment {USER_ENV!r} can change pins; others "
+            f"The card {card.name!r} pins files by `sha256`, and with the overlay {overlay.env!r} ({overlay.source}) "
+            f"it would have other weights. Only an overlay of the environment {USER_ENV!r} can change pins; others "
             "can add some. State the digests in the card itself, or make the overlay a card of its own.",
         )
+
+
+def _pins_adapters(card: AssetCard) -> bool:
+    adapters = card.fields().get("adapters")
+
+    return isinstance(adapters, list) and any(isinstance(each, dict) and "sha256" in each for each in adapters)
 
 
 def resolve_architecture(

@@ -74,6 +74,7 @@ def load(
             "parameters": human_count(report.parameters),
             "dtypes": dtype_text(report.dtypes),
             "tensors": f"{report.tensors} in {counted(report.shards, 'shard')}",
+            **({"adapters": ", ".join(report.adapters)} if report.adapters else {}),
             "read": f"{human_bytes(report.bytes_read)} in {counted(report.reads, 'read')}",
             **({"mapped": human_bytes(report.bytes_mapped)} if report.bytes_mapped else {}),
             **({"pages": pages} if pages else {}),

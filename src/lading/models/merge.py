@@ -156,11 +156,42 @@ class Merger:
             a, b = (factors[change.adapter, i].to(total.dtype) for i in (part.a, part.b))
             b = b.reshape(-1, a.shape[0])
             if part.transposed:
-                product = (b[cut[1]] @ a[:, cut[0]]).T
+                product = _product(b, a, cut[1], cut[0]).T
+            elif a.ndim == 2:
+                product = _product(b, a, cut[0], cut[1])
             else:
-                rows = a[(slice(None), *cut[1:])].reshape(a.shape[0], -1)
-                product = (b[cut[0]] @ rows).reshape(selection.sizes)
-            place += product.mul_(part.scale)
+                flat = a.reshape(a.shape[0], -1)
+                rows = _product(b, flat, cut[0], slice(0, flat.shape[1], 1))
+                product = rows.reshape(-1, *a.shape[1:])[(slice(None), *cut[1:])]
+            place += product * part.scale
+
+
+_BLOCK = 64
+"""The rows and columns that libraries multiply at a time, or a multiple of them."""
+
+
+def _product(b: Tensor, a: Tensor, rows: slice, columns: slice) -> Tensor:
+    """Return some rows and columns of ``b @ a``.
+
+    Libraries add in another order at the edges of a matrix. Multiplying whole blocks rounds each element as the product
+    of the whole matrices does, whatever part of it a rank owns.
+    """
+    blocks = [_blocks(rows, b.shape[0]), _blocks(columns, a.shape[1])]
+    inner = [
+        slice(cut.start - block.start, cut.stop - block.start, cut.step)
+        for cut, block in zip((rows, columns), blocks, strict=True)
+    ]
+
+    return (b[blocks[0]] @ a[:, blocks[1]])[tuple(inner)]
+
+
+def _blocks(cut: slice, size: int) -> slice:
+    """Return the blocks that contain a cut; the last one of ``size`` indices goes with the one before it."""
+    start, stop = cut.start // _BLOCK * _BLOCK, min(size, -(-cut.stop // _BLOCK) * _BLOCK)
+    if stop - start < _BLOCK:
+        start = max(0, start - _BLOCK)
+
+    return slice(start, stop)
 
 
 _Read = dict[tuple[int, int], Tensor]
@@ -170,9 +201,23 @@ _Read = dict[tuple[int, int], Tensor]
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """Multiply in float32 proper within the block, whatever this process allows."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    places: list[Any] = [getattr(backend, "matmul", None) for backend in (torch.backends.cuda, torch.backends.mkldnn)]
+    places = [place for place in places if hasattr(place, "fp32_precision")]
+    if not places:  # before torch 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+
+    # The function above refuses to answer if the process uses these settings.
+    settings = [(place, place.fp32_precision) for place in places]
     try:
+        for place, _ in settings:
+            place.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for place, setting in settings:
+            place.fp32_precision = setting

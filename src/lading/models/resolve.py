@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lading.cards.adapters import adapter_refs
 from lading.cards.card import CONFIG_KEYS, AssetCard
 from lading.cards.config import architecture_config, resolve_config
 from lading.catalog.store import AssetStore, get_asset_store
@@ -209,6 +210,9 @@ def resolve_checkpoint(
     if isinstance(found, Path):
         settings = Settings.from_environment() if store is None else store.settings
         return path_checkpoint(found, cache=settings.cache_dir, restrict=restrict)
+
+    if adapter_refs(found):
+        log.warning("this is the checkpoint of %s without its adapters", found.title)
 
     return card_checkpoint(found, store or get_asset_store())
 

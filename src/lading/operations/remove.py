@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from lading.cards.adapters import adapter_refs
 from lading.cards.card import AssetCard, checkpoint_ref, split_name
 from lading.catalog.checkpoints.holdings import held_checkpoints, releasing_copies
 from lading.catalog.records import LocalCheckpoint, LocalCopy
@@ -77,7 +78,8 @@ def remove_model(
     This removes from lading's own cache the weights, their extra files, and those of earlier revisions, unless another
     model's checkpoint or another catalog needs them. The cache of Hugging Face's libraries belongs to huggingface_hub:
     there this deletes whole revisions, by its ``delete_revisions``, and only with ``hub``. The catalog keeps the
-    manifest of the checkpoint, and a load fetches it again.
+    manifest of the checkpoint, and a load fetches it again. Of a card with adapters this removes those, and the base if
+    it is no other card's.
 
     :param name: as ``load_model`` takes it; of a checkpoint that no card has, the catalog must know it.
     :param dry_run: only report what would be removed.
@@ -90,26 +92,36 @@ def remove_model(
         as missing: remove the model again.
     """
     store = store or get_asset_store()
-    name, uri, entry = _checkpoint_of(name, store)
-    if not uri:
-        return Removal(name=name, freed=0, removed=())
-
+    name, found = _checkpoints_of(name, store)
     # Before the removal: only an existing rewrite is found.
-    others = [other for other in names_of(store, [uri]).get(uri, ()) if other != split_name(name)[0]]
-    releasing = nullcontext(held_checkpoints(store.database)) if dry_run else releasing_copies(store.database, uri)
-    with releasing as held:
-        plan = _plan(uri, entry, held, own_cache(store))
-        if plan.revisions and not (dry_run or hub):
-            raise _refused(name, plan.revisions)
-        freed = plan.carry_out(dry_run=dry_run)
+    names = names_of(store, [uri for uri, _ in found])
+    also_of = {uri: tuple(other for other in names.get(uri, ()) if other != split_name(name)[0]) for uri, _ in found}
+    if len(found) > 1:  # without its adapters, the base is another model
+        found = [(uri, entry) for uri, entry in found if not also_of[uri]]
+
+    cache = own_cache(store)
+    if len(found) > 1 and not (dry_run or hub):
+        held = held_checkpoints(store.database)
+        if revisions := [each for uri, entry in found for each in _plan(uri, entry, held, cache).revisions]:
+            raise _refused(name, revisions)
+    plans: list[_Plan] = []
+    freed = 0
+    for uri, entry in found:
+        releasing = nullcontext(held_checkpoints(store.database)) if dry_run else releasing_copies(store.database, uri)
+        with releasing as held:
+            plan = _plan(uri, entry, held, cache)
+            if plan.revisions and not (dry_run or hub):
+                raise _refused(name, plan.revisions)
+            freed += plan.carry_out(dry_run=dry_run)
+            plans.append(plan)
 
     return Removal(
         name=name,
         freed=freed,
-        removed=plan.paths,
-        kept=plan.kept,
-        revisions=plan.revisions,
-        also_of=tuple(others),
+        removed=tuple(path for plan in plans for path in plan.paths),
+        kept=tuple(kept for plan in plans for kept in plan.kept),
+        revisions=tuple(revision for plan in plans for revision in plan.revisions),
+        also_of=tuple(dict.fromkeys(other for uri, _ in found for other in also_of[uri])),
     )
 
 
@@ -157,19 +169,21 @@ def _remove(paths: Sequence[Path]) -> int:
     return freed
 
 
-def _checkpoint_of(target: AssetCard | str | Path, store: AssetStore) -> tuple[str, str, str]:
-    """Return the name of a model, the URI of its checkpoint in the catalog, and the one in lading's cache."""
+def _checkpoints_of(target: AssetCard | str | Path, store: AssetStore) -> tuple[str, list[tuple[str, str]]]:
+    """Return the name of a model, and the URIs of its checkpoint and of its adapters in the catalog, each with the one
+    in lading's cache.
+    """
     found = find_card(target, store, ask=False)
     if isinstance(found, AssetCard) and found.source:
-        ref = checkpoint_ref(found)
-        return (found.title, catalog_uri(ref, store), ref.uri) if ref.uri else (found.title, "", "")
+        refs = [checkpoint_ref(each) for each in (found, *(ref.card for ref in adapter_refs(found)))]
+        return found.title, [(catalog_uri(ref, store), ref.uri) for ref in refs if ref.uri]
 
     uri = path_uri(found) if isinstance(found, Path) else checkpoint_ref(found).key
     known = _known_as(uri, store)
     if known is None:
         raise unknown_model(str(target), store)
 
-    return str(target), known, known
+    return str(target), [(known, known)]
 
 
 def _refused(name: str, revisions: Sequence[HubRevision]) -> PolicyError:
