@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from lading.families.qwen import get_qwen_model_hub
 from tests.helpers.cached_repository import add_cards
 from tests.helpers.make_checkpoint import CONFIG, qwen_config, tensors
 from tests.servers.hostile import serve
+from tests.servers.hub import FakeHub
 
 Cli = Callable[..., Result]
 State = dict[str, Tensor]
@@ -86,6 +88,10 @@ def test_by_call_and_by_path(home: Path, tmp_path: Path, write: Callable[[Path],
 
     (tmp_path / "config.json" if path.is_file() else path / "config.json").write_text(json.dumps(CONFIG))
     equal(lading.load_model(path / "ema.module", dtype="keep").state_dict(), SECOND)
+    for name in (path, str(path)):
+        equal(lading.load_model(name, state_dict="ema.module", dtype="keep").state_dict(), SECOND)
+    with pytest.raises(ValueError, match="only for a checkpoint at a path"):
+        lading.load_model("qwen3_0.6b", state_dict="ema.module")
 
 
 @SAVES
@@ -187,3 +193,18 @@ def test_on_a_server(catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         for _ in range(2):
             equal(lading.load_model("one", dtype="keep").state_dict(), FIRST)
             equal(lading.load_model("two", dtype="keep").state_dict(), SECOND)
+
+
+def test_on_the_hub(process: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    (tmp_path / "repository").mkdir()
+    save(tmp_path / "repository" / "step.pt")
+    with FakeHub() as hub:
+        hub.add("somebody/tiny", tmp_path / "repository")
+        env = {"LADING_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": ""}
+        add_cards(tmp_path, one="hg://somebody/tiny\ncheckpoint_path: step.pt\nstate_dict: ema.module")
+        for words in (("pull", "one"), ("load", "one", "--dtype", "auto"), ("verify", "one"), ("rm", "one", "--yes")):
+            done = process(*words, env=env)
+            assert done.returncode == 0, (words, done.stderr)
+        done = process("index", "hg://somebody/tiny/step.pt/nothing", env=env)
+        assert done.returncode == 2
+        assert "'ema.module'" in done.stderr

@@ -1,11 +1,17 @@
-"""The address of a card's checkpoint, and the access to it."""
+"""The address of a card's checkpoint, what it names inside of a file there, and the access to it."""
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
+from urllib.parse import urlsplit
+
 from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref
 from lading.errors import AddressError, AssetCardError, ModelGatedError
+from lading.formats.folder import is_torch_format
 from lading.sources.hub.cache import has_token
-from lading.sources.open import HUB_SCHEMES, check_address
+from lading.sources.open import HUB_SCHEMES, check_address, open_source
+from lading.sources.source import Source
+from lading.system.settings import Settings
 
 
 def address_of(card: AssetCard) -> CheckpointRef:
@@ -37,3 +43,48 @@ def require_access(name: str, ref: CheckpointRef) -> None:
     """
     if ref.gated and not (ref.scheme in HUB_SCHEMES and has_token()):
         raise ModelGatedError(name, ref.info_url)
+
+
+_ARCHIVE = ".tar"
+
+
+def has_inside(name: str) -> bool:
+    """Return whether a path can lead into a file of this name: an archive, or a file of ``torch.save``."""
+    return name.endswith(_ARCHIVE) or is_torch_format(name)
+
+
+def split_inside(ref: CheckpointRef) -> tuple[str | None, str | None]:
+    """Return the path inside the source, and what is inside the file there, if the address itself is a file."""
+    if ref.path is not None and has_inside(urlsplit(ref.uri).path):
+        return None, ref.path
+
+    return ref.path, None
+
+
+def file_in(inner: str | None, member: str | None = None) -> tuple[str | None, str | None]:
+    """Return the file or folder within the source, and the member or the state dict in the file, if one is named.
+
+    :param inner: the path inside the source.
+    :param member: what is inside the file, if it is known.
+    """
+    if member is not None or inner is None:
+        return inner, member
+
+    parts = PurePosixPath(inner).parts
+    for i, part in enumerate(parts[:-1]):
+        if has_inside(part):
+            return "/".join(parts[: i + 1]), "/".join(parts[i + 1 :])
+
+    return inner, None
+
+
+def source_of(ref: CheckpointRef, *, revision: str, settings: Settings) -> Source:
+    """Return the source of a checkpoint, at its file or folder there, without what the path names in that file.
+
+    Raises what :func:`~lading.sources.open.open_source` does.
+
+    :param revision: empty for the one in the address, else the latest.
+    """
+    path, _ = file_in(*split_inside(ref))
+
+    return open_source(ref.uri, inner_path=path, revision=revision or None, settings=settings)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref, split_gated
 from lading.catalog.store import AssetStore
+from lading.checkpoints.address import source_of
 from lading.checkpoints.checkpoint import Checkpoint, local_checkpoint
 from lading.checkpoints.published import name_in_source
 from lading.checkpoints.recording import fetch_extra_files
@@ -206,7 +207,7 @@ def companions(checkpoint: Checkpoint, card: AssetCard, store: AssetStore, *, pr
     ref = checkpoint_ref(card)
 
     def beside(settings: Settings) -> Sequence[FetchedFile]:
-        source = open_source(ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=settings)
+        source = source_of(ref, revision=checkpoint.revision, settings=settings)
         if not source.lists:
             return ()
         snapshot = source.snapshot()
@@ -296,7 +297,7 @@ def _config_of(
     checkpoint: Checkpoint, ref: CheckpointRef, settings: Settings, name: str = CONFIG_NAME
 ) -> tuple[Source, Snapshot]:
     """Return the source of a checkpoint, and a snapshot of the file ``name`` beside the checkpoint there."""
-    source = open_source(ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=settings)
+    source = source_of(ref, revision=checkpoint.revision, settings=settings)
     shards = [shard.name for shard in checkpoint.manifest.shards]
     file = RemoteFile(name=name_in_source(source.inner, name, shards=shards), size=None)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lading.cards.card import CheckpointRef
 from lading.catalog.records import LocalCopy
 from lading.catalog.store import AssetStore
+from lading.checkpoints.address import source_of
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.checkpoints.fetch_to_index import fetch_and_index, was_fetched_to_index
 from lading.checkpoints.published import name_in_source
@@ -18,7 +19,6 @@ from lading.checkpoints.recording import fetched_check, known_content, record_fe
 from lading.checkpoints.verification import record_rewritten
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, InternalError
 from lading.formats.safetensors import index_file
-from lading.sources.open import open_source
 from lading.sources.source import RemoteFile, Snapshot
 from lading.system.filesystem import FileStat
 from lading.system.settings import Settings
@@ -49,7 +49,7 @@ def fetch_checkpoint(
     if was_fetched_to_index(checkpoint.manifest):
         return _fetch_to_index_again(checkpoint, ref, store, settings=settings, progress=progress)
 
-    source = open_source(ref.uri, inner_path=ref.path, revision=checkpoint.revision or None, settings=settings)
+    source = source_of(ref, revision=checkpoint.revision, settings=settings)
     shards = checkpoint.manifest.shards
     names = [shard.name for shard in shards]
     files = [

@@ -15,11 +15,12 @@ from lading import formats
 from lading.cards.card import CheckpointRef
 from lading.catalog.records import Check, LocalCopy, now
 from lading.catalog.store import AssetStore
+from lading.checkpoints.address import file_in, has_inside, split_inside
 from lading.checkpoints.published import PublishedCheckpoint, PublishedFiles, published_config, require_complete
 from lading.checkpoints.recording import BestEffort, extra_copy, fetched_check, known_content
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
 from lading.formats.config_json import refuse_quantized_config
-from lading.formats.folder import is_index, is_torch_format
+from lading.formats.folder import is_index
 from lading.formats.manifest import Manifest
 from lading.formats.remote import find_checkpoint
 from lading.formats.shard_index import index_shards, read_index_at
@@ -29,8 +30,6 @@ from lading.system.filesystem import FileStat
 from lading.system.settings import Settings
 from lading.system.uris import shown_uri
 from lading.transfer.files import ShardFile
-
-_ARCHIVE = ".tar"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +57,7 @@ def must_fetch_to_index(ref: CheckpointRef) -> bool:
 
     path = PurePosixPath(urlsplit(ref.uri).path if ref.path is None else f"{urlsplit(ref.uri).path}/{ref.path}")
 
-    return any(map(_has_inside, path.parts))
+    return any(map(has_inside, path.parts))
 
 
 def was_fetched_to_index(manifest: Manifest) -> bool:
@@ -92,10 +91,10 @@ def fetch_and_index(
     :raises RefusedPickleError: it would import what a state dict does not need.
     :raises NotSupportedError: a format that lading does not read, or quantized weights.
     """
-    inner, member = _split(ref)
+    inner, member = split_inside(ref)
     source = open_source(ref.uri, inner_path=inner, revision=revision, settings=settings)
     snapshot = source.snapshot()
-    path, member = _file_of(source.inner, member)
+    path, member = file_in(source.inner, member)
     known = known_content(store)
     file = (path or "").rpartition("/")[2]
     folder = (path or "").removesuffix(file)
@@ -182,32 +181,3 @@ def _is_good(path: Path, store: AssetStore | None) -> bool:
     with BestEffort("the catalog cannot say whether %s is good, so it is made again", path):
         return store.is_verified(path)
     return False
-
-
-def _has_inside(name: str) -> bool:
-    """Return whether a path can lead into a file of this name: an archive, or a file of ``torch.save``."""
-    return name.endswith(_ARCHIVE) or is_torch_format(name)
-
-
-def _split(ref: CheckpointRef) -> tuple[str | None, str | None]:
-    """Return the path inside the source, and what is inside the file there, if the address itself is a file."""
-    if ref.path is not None and _has_inside(urlsplit(ref.uri).path):
-        return None, ref.path
-
-    return ref.path, None
-
-
-def _file_of(inner: str | None, member: str | None) -> tuple[str | None, str | None]:
-    """Return the file or folder within the source, and the member or the state dict in the file, if one is named.
-
-    :raises NotSupportedError: the path does not name a member of an archive.
-    """
-    if member is not None or inner is None:
-        return inner, member
-
-    parts = PurePosixPath(inner).parts
-    for i, part in enumerate(parts[:-1]):
-        if _has_inside(part):
-            return "/".join(parts[: i + 1]), "/".join(parts[i + 1 :])
-
-    return inner, None

@@ -16,7 +16,7 @@ from torch.nn import Module
 from lading.cards.card import AssetCard
 from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import Checkpoint, path_checkpoint
-from lading.checkpoints.names import find_card
+from lading.checkpoints.names import as_path, find_card
 from lading.checkpoints.verification import Verify, require_mode
 from lading.errors import (
     ModelArchitectureNotKnownError,
@@ -36,6 +36,7 @@ from lading.transfer.dtypes import DType, parse_dtype
 
 ModelT = TypeVar("ModelT", bound=Module)
 ModelConfigT = TypeVar("ModelConfigT")
+CardT = TypeVar("CardT", bound=AssetCard | str | Path)
 
 
 class LoadKeywords(TypedDict, total=False):
@@ -143,6 +144,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         card: AssetCard | str | Path,
         *,
         revision: str | None = None,
+        state_dict: str | None = None,
         gangs: Gangs | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
@@ -158,6 +160,9 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
             ``hg://org/name``. A path or an address means the card that has this checkpoint; without one, the
             ``config.json`` beside it describes the model.
         :param revision: a branch, a tag or a commit of a repository, as in ``org/name@revision``.
+        :param state_dict: the dotted path of the state dict, ``"ema.module"``, in the file or the checkpoint of
+            ``torch.distributed.checkpoint`` at a path, if that holds several. Default: that of the model, under one of
+            the usual names. A card states its own.
         :param gangs: instead of ``device``; this applies their parallelism.
         :param device: default: the current device.
         :param dtype: the dtype of parameters and persistent buffers, also by its name, such as ``"bfloat16"`` or
@@ -183,7 +188,8 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         :raises NotSupportedError: the checkpoint is quantized, or of no known family; ``revision`` for something
             without revisions; a size does not divide over ``gangs.tp``; or there are more ranks in ``gangs.pp`` than
             layers.
-        :raises ValueError: both ``gangs`` and ``device``, or a meta device; or both ``mmap`` and ``cooperative``.
+        :raises ValueError: both ``gangs`` and ``device``, or a meta device; both ``mmap`` and ``cooperative``; or
+            ``state_dict`` for something else than a path.
         :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is not a dtype.
         """
         options = load_options(
@@ -196,7 +202,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
             verify=verify,
             cooperative=cooperative,
         )
-        model, _ = _load(card, self._family, self._asset_store, options, config)
+        model, _ = _load(_inside(card, state_dict), self._family, self._asset_store, options, config)
 
         return cast(ModelT, model)
 
@@ -213,16 +219,13 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
 
         :param path: the path of the file or folder.
         :param config: the configuration of the checkpoint's model.
-        :param state_dict: the dotted path of the state dict in a file, or in a checkpoint of
-            ``torch.distributed.checkpoint``, that holds several: ``"ema.module"``. Default: that of the model, under
-            one of the usual names.
         :param restrict: refuse a file of ``torch.save`` that names anything that a state dict does not need, instead of
             ignoring it; ``None``: the family's default. lading imports nothing that a file names in either case.
 
         The other parameters, and what is raised, are as for :meth:`load_model`.
         """
         options = load_options(restrict=self._restrict(restrict), **keywords)
-        place = Path(path) if state_dict is None else nested(Path(path), state_dict)
+        place = _inside(Path(path), state_dict)
 
         def load_path() -> tuple[Module, LoadReport]:
             _require_same(options.gangs, place, self._family, config, options.restrict)
@@ -289,17 +292,19 @@ class GlobalModelLoader:
         card: AssetCard | str | Path,
         *,
         revision: str | None = None,
+        state_dict: str | None = None,
         config: object | None = None,
         **keywords: Unpack[LoadKeywords],
     ) -> Module:
         """Load a model as :func:`load_model` does."""
-        return self.load_with_report(card, revision=revision, config=config, **keywords)[0]
+        return self.load_with_report(card, revision=revision, state_dict=state_dict, config=config, **keywords)[0]
 
     def load_with_report(
         self,
         card: AssetCard | str | Path,
         *,
         revision: str | None = None,
+        state_dict: str | None = None,
         config: object | None = None,
         restrict: bool = True,
         **keywords: Unpack[LoadKeywords],
@@ -310,13 +315,14 @@ class GlobalModelLoader:
         """
         options = load_options(revision=revision, restrict=restrict, **keywords)
 
-        return _load(card, None, self._asset_store, options, config)
+        return _load(_inside(card, state_dict), None, self._asset_store, options, config)
 
 
 def load_model(
     card: AssetCard | str | Path,
     *,
     revision: str | None = None,
+    state_dict: str | None = None,
     gangs: Gangs | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -333,8 +339,8 @@ def load_model(
     :class:`AssetCardError`.
     """
     return GlobalModelLoader().load(
-        card, revision=revision, gangs=gangs, device=device, dtype=dtype, config=config, mmap=mmap, progress=progress,
-        verify=verify, cooperative=cooperative,
+        card, revision=revision, state_dict=state_dict, gangs=gangs, device=device, dtype=dtype, config=config,
+        mmap=mmap, progress=progress, verify=verify, cooperative=cooperative,
     )  # fmt: skip
 
 
@@ -358,6 +364,20 @@ def _load(
 
     with gc_disabled():  # a collection visits all objects of torch, which takes as long as reading a gigabyte
         return agreed(options.gangs, resolve_and_load)
+
+
+def _inside(card: CardT, state_dict: str | None) -> CardT | Path:
+    """Return the path of a state dict in the checkpoint at a path; without a state dict, ``card`` as it is.
+
+    :raises ValueError: ``card`` is not a path, or ``state_dict`` is not a dotted path.
+    """
+    if state_dict is None:
+        return card
+    path = as_path(card)
+    if path is None:
+        raise ValueError("`state_dict` is only for a checkpoint at a path, as a card states its own")
+
+    return nested(path, state_dict)
 
 
 def _require_same(
