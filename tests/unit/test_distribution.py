@@ -37,6 +37,14 @@ def test_commands_that_install_name_the_distribution_and_its_extras() -> None:
     assert [pair for pair in found if not right.fullmatch(pair[1])] == []
 
 
+def test_the_packages_to_install_without_torch_are_all_others() -> None:
+    page = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    stated = re.search(r"^pip install (.+)\npip install --no-deps lading_hub-\*\.whl$", page, re.MULTILINE)
+    assert stated is not None
+    needed = [re.split(r"[<>=]", need)[0] for need in PROJECT["dependencies"]]
+    assert ["torch", *stated[1].split()] == needed
+
+
 def test_links_of_the_readme_work_where_it_is_shown_without_its_repository() -> None:
     """As on the page of a package index."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
