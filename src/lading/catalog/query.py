@@ -189,7 +189,7 @@ def view_columns(database: Database) -> list[tuple[str, str]]:
     """
     return [
         (view, column)
-        for view in ("models", "model_tensors", "model_shards", "assets")
+        for view in ("models", "model_tensors", "model_shards", "assets", "unregistered")
         for column in run_query(database, f"SELECT * FROM {view}", limit=0).columns
     ]
 
