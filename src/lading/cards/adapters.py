@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -10,6 +9,8 @@ from lading.cards.card import AssetCard, AssetCardField, checkpoint_ref, is_sha2
 from lading.cards.documents.document import show
 from lading.errors import AssetCardError
 from lading.formats.adapter_config import ADAPTER_NAME
+
+_MAX_WEIGHT = 1e30
 
 _KEYS = ("checkpoint", "weight", "sha256")
 
@@ -70,7 +71,7 @@ def adapter_problems(value: object) -> Iterator[str]:
         if not isinstance(entry.get("checkpoint"), str):
             yield f"[{i}].checkpoint: expected a string, found {show(entry.get('checkpoint'))}"
         weight = entry.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= _MAX_WEIGHT:
             yield f"[{i}].weight: expected a finite number, found {show(weight)}"
         if (digest := entry.get("sha256")) is not None and not is_sha256(digest):
             yield f"[{i}].sha256: expected 64 hexadecimal digits, found {show(digest)}"

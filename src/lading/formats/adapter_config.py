@@ -39,6 +39,9 @@ _IRRELEVANT = frozenset(
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """The values of ``init_lora_weights`` that leave the weights of the base as they are."""
 
+_MAX_NUMBER = 1e30
+"""A bound for numbers, of which no adapter comes near: larger integers may not fit into a float."""
+
 _MAX_KEYS = 100_000
 """The most keys of ``alpha_pattern``; PEFT writes at most one per module."""
 
@@ -84,12 +87,15 @@ def parse_adapter_config(config: Mapping[str, object], *, label: str) -> LoraCon
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         raise _wrong(label, "modules_to_save", "a list of names", saved)
+    root = config.get("use_rslora") or False
+    if not isinstance(root, bool):
+        raise _wrong(label, "use_rslora", "true or false", root)
     base = config.get("base_model_name_or_path")
 
     return LoraConfig(
         alpha=_number(config.get("lora_alpha", 8), "lora_alpha", label),
         alphas={key: _number(alpha, f"alpha_pattern.{key}", label) for key, alpha in alphas.items()},
-        root=config.get("use_rslora") is True,
+        root=root,
         saved=tuple(saved),
         base=base if isinstance(base, str) else None,
     )
@@ -128,10 +134,10 @@ _BY_PEFT = (
 
 
 def _number(value: object, name: str, label: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _MAX_NUMBER:
         raise _wrong(label, name, "a finite number", value)
 
-    return value
+    return float(value)
 
 
 def _wrong(label: str, name: str, expected: str, found: object) -> CorruptModelCheckpointError:

@@ -64,6 +64,7 @@ def test_the_name_of_an_adapter_has_no_secrets() -> None:
         ("[{weight: 1}]", r"adapters\[0\].checkpoint: expected a string"),
         ("[{checkpoint: a, weight: x}]", r"adapters\[0\].weight: expected a finite number"),
         ("[{checkpoint: a, weight: .inf}]", r"adapters\[0\].weight: expected"),
+        ("[{checkpoint: a, weight: 1e300}]", r"adapters\[0\].weight: expected"),
         ("[{checkpoint: a, weight: true}]", r"adapters\[0\].weight: expected"),
         ("[{checkpoint: a, sha256: 0}]", r"adapters\[0\].sha256: expected 64 hexadecimal digits"),
         ("[{checkpoint: a}, {checkpoint: b, sha: c}]", r"adapters\[1\]: expected the fields"),

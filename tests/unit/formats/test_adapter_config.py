@@ -116,6 +116,8 @@ def test_what_does_not_change_a_merge_is_ignored(fields: dict[str, object]) -> N
         {"lora_alpha": "16"},
         {"lora_alpha": True},
         {"lora_alpha": float("nan")},
+        {"lora_alpha": 10**400},
+        {"use_rslora": "yes"},
         {"alpha_pattern": ["q_proj"]},
         {"alpha_pattern": {"q_proj": None}},
         {"modules_to_save": "lm_head"},
