@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -442,6 +443,11 @@ def test_whole_modules_of_two_adapters_or_with_a_weight(cli: Cli, tmp_path: Path
         load()
 
 
+def become(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink()
+    make(path)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -452,6 +458,10 @@ def test_whole_modules_of_two_adapters_or_with_a_weight(cli: Cli, tmp_path: Path
         (lambda folder: (folder / "adapter_config.json").write_bytes(b" " * (17 << 20)), LadingError, "at most"),
         (lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}'), NotSupportedError, "IA3"),
         (lambda folder: (folder / ADAPTER).write_bytes(b"\x80\x02."), LadingError, "adapter_model"),
+        (lambda folder: become(folder / "adapter_config.json", os.mkfifo), LadingError, "regular file"),
+        (lambda folder: become(folder / "adapter_config.json", Path.mkdir), LadingError, "regular file"),
+        (lambda folder: become(folder / ADAPTER, os.mkfifo), LadingError, "regular file"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[" * 100_000), LadingError, "JSON object"),
     ],
 )
 def test_files_that_are_wrong(
@@ -463,6 +473,16 @@ def test_files_that_are_wrong(
     with pytest.raises(error, match=message):
         load()
     load("base")
+
+
+def test_a_folder_of_an_adapter_is_not_a_model(cli: Cli, tmp_path: Path) -> None:
+    one_weight(tmp_path)
+    with pytest.raises(NotSupportedError, match=r"lading add \S+lora --set base=NAME"):
+        lading.load_model(tmp_path / "lora")
+    make(tmp_path / "base")
+    cli("add", tmp_path / "base")
+    cli("add", tmp_path / "lora", "--set", "base=base")
+    assert not torch.equal(load("lora")[f"{Q_PROJ}.weight"], load("base")[f"{Q_PROJ}.weight"])
 
 
 def test_an_invalid_address_is_a_mistake_of_the_card(cli: Cli, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lading.errors import CheckpointNotFoundError, ModelCheckpointMismatchError, NotSupportedError
+from lading.formats.adapter_config import ADAPTER_CONFIG_NAME
 from lading.formats.config_json import read_hf_config, refuse_quantized_config
 from lading.formats.folder import container_of
 from lading.models.family import Family, family_of_model_type
@@ -33,7 +34,14 @@ def family_of_folder(path: Path, asked: Family[Any, Any] | None = None) -> tuple
     if not path.exists() and container_of(path) is None:
         raise CheckpointNotFoundError(path, f"No checkpoint is at {path}: there is no such file or folder.")
 
-    return family_of_config(read_hf_config(path), path, asked)
+    hf_config = read_hf_config(path)
+    if not hf_config and (path / ADAPTER_CONFIG_NAME).is_file():
+        raise NotSupportedError(
+            f"{path}: expected a model, found a LoRA adapter ({ADAPTER_CONFIG_NAME}). Run `lading add {path} --set "
+            "base=NAME`, and load the card that it makes on top of the one of the base."
+        )
+
+    return family_of_config(hf_config, path, asked)
 
 
 def family_of_config(
