@@ -473,7 +473,7 @@ class TestSql:
     def test_the_columns_of_the_views(self, cli):
         rows = json.loads(cli("sql", "--schema", "--json").stdout)
         assert {"view": "models", "column": "status"} in rows
-        assert {row["view"] for row in rows} == {"models", "model_tensors", "model_shards", "assets"}
+        assert {row["view"] for row in rows} == {"models", "model_tensors", "model_shards", "assets", "unregistered"}
         cli("sql", "select 1", "--schema", code=2)
 
     def test_a_deadline(self, cli):
