@@ -117,6 +117,21 @@ def test_an_architecture_of_these_numbers_is_stated(models: Path, tmp_path: Path
     assert sum(p.numel() for p in model.parameters()) == 21_824
 
 
+def test_any_size_is_loaded_by_its_name(models: Path, cli: Callable[..., Result]) -> None:
+    make(models / "Longer", max_position_embeddings=256)
+    add(models)
+
+    for name in ("Tiny", "Longer"):
+        assert lading.check_model(name).fits
+        model = lading.load_model(name, device="cpu", dtype="auto", progress=False)
+        same = lading.load_model(models / name, device="cpu", dtype="auto", progress=False)
+        assert type(model) is type(same)
+        assert all(map(torch.equal, model.parameters(), same.parameters()))
+    shown = json.loads(cli("show", "Longer", "--json").stdout)
+    assert (shown["config"]["max_seq_len"], shown["config"]["model_dim"]) == (256, 32)
+    assert shown["config_from"]["max_seq_len"] == {"kind": "file", "name": "config.json"}
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -211,7 +211,7 @@ class TestShow:
         assert lines["model_family"] == ["qwen", "tiny", "cards.yaml[0]"]
         assert lines["dropout_p"] == ["0.5", "card", "tiny_child"]
         assert lines["model_dim"] == ["32", "card", "tiny"]
-        assert lines["norm_eps"] == ["1e-06", "family", "qwen"]
+        assert lines["norm_eps"] == ["1e-06", "file", "config.json"]
         assert f"local path  {cards.parent / 'tiny'}\n" in text
 
     def test_the_number_of_parameters(self, cli, cards):

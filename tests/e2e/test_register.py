@@ -68,6 +68,9 @@ def test_a_card_inherits_from_its_base(tmp_path: Path) -> None:
         "base": "base", "model_family": "qwen", "model_arch": None, "checkpoint": str(tmp_path / "longer"),
     }  # fmt: skip
 
+    assert get_qwen_model_hub().load_model("longer", device="cpu", progress=False) is not None
+    assert lading.check_model("longer").fits
+
     bare = make(tmp_path / "bare")
     (bare / "config.json").unlink()
     lading.register_model("bare", bare / "model.safetensors", base="base")

@@ -18,15 +18,15 @@ from lading.errors import AssetCardError
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Overrides, and the card or architecture that states them."""
+    """Overrides, and the card, the architecture or the ``config.json`` that states them."""
 
     overrides: object
     """The overrides; expected to be a mapping, which the merge checks."""
     where: str
     """The location of the overrides, for messages: ``qwen.yaml[3].model_config``."""
     owner: str
-    """The name of the card or architecture."""
-    kind: Literal["architecture", "card"] = "card"
+    """The name of the card, the architecture or the file."""
+    kind: Literal["file", "architecture", "card"] = "card"
 
 
 def layers_of(card: AssetCard, architecture: Architecture | None) -> list[Layer]:

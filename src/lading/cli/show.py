@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,9 @@ from lading.cli.describe import checkpoint_object, checkpoint_pairs
 from lading.cli.output import Column, Form, as_json, listing_options, write_json, write_pairs, write_rows
 from lading.cli.selection import Selection, select_models
 from lading.errors import AssetCardError, CheckpointNotFoundError, LadingError, ModelFamilyNotKnownError
+from lading.formats.config_json import CONFIG_NAME, read_hf_config
 from lading.models.family import Family, get_family
+from lading.models.hf_config import is_read_by
 from lading.system.display import human_bytes, human_count
 from lading.system.filesystem import path_exists
 from lading.system.uris import path_uri, shown_uri, uri_path
@@ -126,20 +128,22 @@ def look_up(card: AssetCard, store: AssetStore) -> Found:
             problem = problem or f"{arch!r} is not an architecture of the {family} family: run `lading archs {family}`."
     if family is not None and summary.status == "unknown-family":
         problem = problem or ModelFamilyNotKnownError(family).message
-    found = None
+    stored = store.checkpoint(path_uri(path) if path is not None else ref.uri)
+    found, layers = None, layers_of(card, architecture)
     if family is not None and summary.status != "unknown-family":
         try:
             found = get_family(family)
-        except LadingError as error:  # the mistake of another package
-            problem = problem or error.message
-    layers = layers_of(card, architecture)
+            if arch is None:
+                layers = [*_layers_of_file(found, path, stored), *layers]
+        except (LadingError, OSError) as error:  # the mistake of another package, or a bad config.json
+            problem = problem or str(error)
 
     return Found(
         card=card,
         summary=summary,
         ref=ref,
         path=path,
-        checkpoint=store.checkpoint(path_uri(path) if path is not None else ref.uri),
+        checkpoint=stored,
         config=config_values(layers, None if found is None else found.config_kls),
         layers=layers,
         parameters=summary.parameters if found is None else _parameters(card, summary, found, architecture),
@@ -160,6 +164,21 @@ def _parameters(
         return count_parameters(family, resolve_config(card, architecture, family.config_kls))
     except LadingError:  # a configuration that makes no model; `check` says why
         return None
+
+
+def _layers_of_file(family: Family[Any, Any], path: Path | None, stored: StoredCheckpoint | None) -> list[Layer]:
+    """Return what the ``config.json`` beside weights on this machine states, the base of a card without architecture.
+
+    :param path: the path of the checkpoint, if its card names one.
+    """
+    places = [path] if path is not None else [] if stored is None else [copy.path for copy in stored.copies]
+    if not places or not path_exists(places[0]) or family.from_hf is None or family.reads_other_model_types:
+        return []
+    hf_config = read_hf_config(places[0])
+    if not hf_config or not is_read_by(family, hf_config):
+        return []
+
+    return [Layer(asdict(family.from_hf(hf_config)), CONFIG_NAME, CONFIG_NAME, "file")]
 
 
 def _text_field(card: AssetCard, name: str) -> str | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lading.cards.config import architecture_config
 from lading.catalog.store import AssetStore
 from lading.errors import AssetCardError, NotSupportedError
 from lading.models.family import Family, family_of_model_type
+from lading.models.hf_config import family_beside
 
 
 class Recognizer:
@@ -20,33 +22,28 @@ class Recognizer:
         self._known: dict[str, Mapping[str, object]] = {}
         self._architectures: dict[str, dict[str, str]] = {}
 
-    def fields(self, hf_config: Mapping[str, object]) -> Mapping[str, object]:
+    def fields(self, hf_config: Mapping[str, object], where: Path | str) -> Mapping[str, object]:
         """Return ``model_family``, and ``model_arch`` if an architecture has exactly the numbers of ``config.json``.
 
         The family is the one that reads all model types, if the type's own family does not support the model.
 
-        :raises NotSupportedError: no registered family reads the model type.
+        :param where: the place of the checkpoint that the file lies beside, for messages.
+
+        :raises NotSupportedError: as :func:`lading.models.hf_config.family_beside`.
         :raises ModelCheckpointMismatchError: a key has a value of a wrong type, or they describe no model.
         """
+        family = family_beside(hf_config, where)
         key = json.dumps(hf_config, sort_keys=True)
         found = self._known.get(key)
         if found is None:
-            found = self._known[key] = self._read(hf_config)
+            found = self._known[key] = self._read(family, hf_config)
 
         return found
 
-    def _read(self, hf_config: Mapping[str, object]) -> Mapping[str, object]:
-        model_type, stated = hf_config.get("model_type"), hf_config.get("architectures")
-        architectures = [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
-        family = family_of_model_type(model_type, architectures) if isinstance(model_type, str) else None
-        if family is None:
-            raise NotSupportedError(
-                f"config.json is of the model type {model_type!r}, which no registered family reads (`lading families` "
-                "shows them)."
-            )
-        if family.reads_other_model_types or family.from_hf is None:
+    def _read(self, family: Family[Any, Any], hf_config: Mapping[str, object]) -> Mapping[str, object]:
+        assert family.from_hf is not None
+        if family.reads_other_model_types:
             return {"model_family": family.name}
-
         try:
             config = family.from_hf(hf_config)
         except NotSupportedError:

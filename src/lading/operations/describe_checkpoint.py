@@ -17,7 +17,7 @@ from lading.checkpoints.published import PublishedCheckpoint, index_source, name
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, FetchError, NotSupportedError
 from lading.formats import NonContiguousError, NotByHeadersError
 from lading.formats.adapter_config import ADAPTER_CONFIG_NAME, ADAPTER_NAME, parse_adapter_config
-from lading.formats.config_json import read_hf_config, refuse_quantized_config
+from lading.formats.config_json import read_hf_config
 from lading.formats.files import open_regular
 from lading.formats.folder import is_checkpoint_file
 from lading.formats.manifest import Manifest
@@ -107,7 +107,7 @@ class Describer:
         uri = path_uri(path)
         checkpoint = _field_of(path, uri)
         hf_config = read_hf_config(path)
-        fields = {**self._recognized(hf_config), "checkpoint": checkpoint, **_readme_at(path)}
+        fields = {**self._recognized(hf_config, path), "checkpoint": checkpoint, **_readme_at(path)}
         place = _place_of(path, found.root)
 
         return self._with_contents(Description(uri=uri, shown=str(path), place=place, fields=fields), path)
@@ -168,21 +168,20 @@ class Describer:
                 f"{ref.shown} is of a format whose headers do not say what it holds, so it has to be fetched first. "
                 "Name it in the `checkpoint` of a card of your own; `lading pull` fetches it."
             )
-        refuse_quantized_config(published.hf_config, ref.shown)
         readme = self._readme_of(ref, published)
 
         return Description(
             uri=uri,
             shown=ref.shown,
             place=_place_at(uri),
-            fields={**self._recognized(published.hf_config), "checkpoint": uri, **readme},
+            fields={**self._recognized(published.hf_config, ref.shown), "checkpoint": uri, **readme},
             manifest=published.manifest,
             contents=CheckpointContents(uri=uri, manifest=published.manifest, revision=published.revision),
         )
 
     def in_cache(self, uri: str, snapshot: Path) -> Description:
         """Describe a checkpoint of the hub by its files in a cache, which the catalog knows by ``uri`` already."""
-        fields = {**self._recognized(read_hf_config(snapshot)), "checkpoint": uri, **_readme_at(snapshot)}
+        fields = {**self._recognized(read_hf_config(snapshot), snapshot), "checkpoint": uri, **_readme_at(snapshot)}
         stored = self._store.checkpoint(uri)
 
         return Description(
@@ -193,8 +192,8 @@ class Describer:
             manifest=None if stored is None else stored.manifest,
         )
 
-    def _recognized(self, hf_config: Mapping[str, object]) -> Mapping[str, object]:
-        return self._recognizer.fields(hf_config) if hf_config else {}
+    def _recognized(self, hf_config: Mapping[str, object], where: Path | str) -> Mapping[str, object]:
+        return self._recognizer.fields(hf_config, where) if hf_config else {}
 
     def _readme_of(self, ref: CheckpointRef, published: PublishedCheckpoint) -> dict[str, object]:
         shards = [shard.name for shard in published.manifest.shards]
