@@ -43,7 +43,7 @@ def run(process: Callable[..., subprocess.CompletedProcess[str]], cache: Path, c
     statuses = {Path(each["checkpoint"]).name: each["status"] for each in json.loads(added.stdout)}
     assert added.returncode == 4, added.stderr  # one folder is only half there
     assert {name: status for name, status in statuses.items() if status != "added"} == {
-        "awq": "skipped", "gguf": "skipped", "half": "failed",
+        "awq": "skipped", "model.gguf": "skipped", "half": "failed",
     }  # fmt: skip
     assert len(statuses) == 37  # a link, an empty folder and one without a model apart
 

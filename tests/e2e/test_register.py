@@ -10,6 +10,7 @@ import lading
 from lading.errors import AssetCardError, AssetNotFoundError, CheckpointNotFoundError, NotSupportedError
 from lading.families.qwen import get_qwen_model_hub
 from tests.helpers.cached_repository import CONFIG
+from tests.helpers.make_adapter import Q_PROJ, factors, write_adapter
 from tests.helpers.make_checkpoint import make, qwen_config
 
 
@@ -75,6 +76,21 @@ def test_a_card_inherits_from_its_base(tmp_path: Path) -> None:
     (bare / "config.json").unlink()
     lading.register_model("bare", bare / "model.safetensors", base="base")
     assert lading.check_model("bare").fits
+
+
+def test_an_adapter_is_registered_on_its_base(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "lora", factors(Q_PROJ, 32, 32), base_model_name_or_path="org/base")
+    lading.register_model("tuned", make(tmp_path / "tuned"))
+
+    lading.register_model("by-lora", folder, base="tuned")
+
+    assert metadata("by-lora") == {"base": "tuned", "adapter": str(folder)}
+    assert lading.check_model("by-lora").fits
+    with pytest.raises(NotSupportedError, match="LoRA adapter"):
+        lading.register_model("without", folder)
+    (folder / "model.gguf").write_bytes(b"GGUF" + bytes([3]) + bytes(40))
+    with pytest.raises(NotSupportedError, match="gguf"):
+        lading.register_model("other", folder / "model.gguf")
 
 
 def test_what_cannot_be_registered(tmp_path: Path) -> None:

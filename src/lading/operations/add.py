@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,7 @@ from lading.checkpoints.recording import require_writable
 from lading.errors import AssetCardError, CatalogError, CheckpointNotFoundError, LadingError, NotSupportedError
 from lading.formats.artifacts import LORA, artifact_files
 from lading.operations.adopt import adopt_checkpoints
-from lading.operations.artifacts import artifact_at
+from lading.operations.artifacts import artifact_at, not_loaded_error
 from lading.operations.card_names import check_rule, choose_names
 from lading.operations.describe_checkpoint import Describer, Description
 from lading.operations.find_checkpoints import FoundCheckpoint, find_checkpoints
@@ -144,6 +144,15 @@ def resolve_target(target: str | Path) -> str | Path:
     return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
 
 
+def places_in(root: Path, *, depth: int | None) -> Iterator[FoundCheckpoint]:
+    """Yield the places of checkpoints and artifacts in a folder, as :func:`find_checkpoints`; or that of a file."""
+    if root.is_dir():
+        yield from find_checkpoints(root, depth=depth)
+    else:
+        artifact = next(iter(artifact_files(root.parent, [root.name])), None)
+        yield FoundCheckpoint(path=root, root=root.parent, artifact=artifact)
+
+
 @dataclass(slots=True, kw_only=True)
 class _Found:
     """A checkpoint that was found, and what is decided about it."""
@@ -218,13 +227,8 @@ class _Adder:
 
     def search(self, root: Path, *, recursive: bool) -> None:
         """Describe the checkpoint at ``root``, or those in it."""
-        if not root.is_dir():
-            artifact = next(iter(artifact_files(root.parent, [root.name])), None)
-            self._describe(FoundCheckpoint(path=root, root=root.parent, artifact=artifact))
-            return
-
         of_root = False
-        for place in find_checkpoints(root, depth=None if recursive else 1):
+        for place in places_in(root, depth=None if recursive else 1):
             if of_root and place.path != root and not recursive:
                 return
             self._describe(place)
@@ -252,7 +256,7 @@ class _Adder:
             return self._describer.at_path(place)
         self._artifacts.append(FoundArtifact(path=place.path, artifact=artifact))
 
-        raise NotSupportedError(f"{place.path}: {artifact.kind}: {artifact.reason}")
+        raise not_loaded_error(place.path, artifact)
 
     def _describe_snapshots(self, path: Path) -> None:
         """Describe the checkpoints of a repository in a Hugging Face cache, which are adopted."""

@@ -11,7 +11,9 @@ from lading.catalog.importing.changes import ADDED
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.recording import require_writable
 from lading.errors import AssetCardError
-from lading.operations.add import resolve_target
+from lading.formats.artifacts import LORA
+from lading.operations.add import places_in, resolve_target
+from lading.operations.artifacts import artifact_at, not_loaded_error
 from lading.operations.describe_checkpoint import Describer
 from lading.operations.find_checkpoints import FoundCheckpoint
 
@@ -45,7 +47,12 @@ def register_model(name: str, path: str | Path, *, base: str | None = None, **fi
     describer = Describer(store, restrict=True)
     target = resolve_target(path)
     if isinstance(target, Path):
-        described = describer.at_path(FoundCheckpoint(path=target, root=target if target.is_dir() else target.parent))
+        found = next((place for place in places_in(target, depth=0) if place.path == target), None)
+        found = found or FoundCheckpoint(path=target, root=target)
+        artifact = artifact_at(target, found, found.artifact)
+        if artifact is not None and artifact.kind != LORA:
+            raise not_loaded_error(target, artifact)
+        described = describer.at_path(found)
     else:
         described = describer.at_address(target)
 
