@@ -71,8 +71,8 @@ def family_beside(
     """
     if not hf_config:
         raise NotSupportedError(
-            f"{where} has no config.json, so the family of the model is unknown. Load it with "
-            "`get_<family>_model_hub().load_custom_model(path, config)`, or name it in a card."
+            f"{where} has no config.json, so the family of the model is unknown. Copy that of the model there, load it "
+            "with `get_<family>_model_hub().load_custom_model(path, config)`, or name it in a card."
         )
 
     model_type, architectures = hf_config.get("model_type"), _architectures(hf_config)

@@ -217,6 +217,12 @@ def test_nothing_that_can_be_read() -> None:
             formats.index_files(Memory({"pytorch_model.bin": b""}), name=name)
 
 
+def test_what_ranks_saved_together_is_refused_by_name() -> None:
+    for names in ([".metadata", "__0_0.distcp"], ["__0_0.distcp", "config.json"]):
+        with pytest.raises(NotSupportedError, match=r"https://host/m.*torch\.distributed\.checkpoint.*Fetch the"):
+            formats.index_files(Memory(dict.fromkeys(names, b"")))
+
+
 def test_errors_name_the_address() -> None:
     files = Memory({"model.safetensors": pack('{"a":1}')}, label="hg://org/name/")
     with pytest.raises(CorruptModelCheckpointError, match=r"^hg://org/name/model\.safetensors: tensor 'a'") as caught:
