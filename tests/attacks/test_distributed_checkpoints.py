@@ -168,6 +168,10 @@ LIES: dict[str, tuple[Callable[[Metadata], object], str]] = {
     "a length behind the end": (_info(length=10**6), "a file of"),
     "a length of nothing": (_info(length=0), "an archive of 0 bytes"),
     "an offset inside another part": (_info(offset=7), "torch.save"),
+    "a place that is that of another part, too": (
+        lambda m: m.storage_data.update(
+            {MetadataIndex("model.w", (4, 0)): m.storage_data[MetadataIndex("model.w", (0, 0))]}
+        ), "where another ends"),
     "the place of another part": (_swapped, "as .metadata says"),
     "the place of an object": (_of_an_object, "expected a tensor, found 3"),
     "another dtype": (_dtype, "I32 of the shape"),
@@ -208,6 +212,12 @@ def test_parts_that_are_cut_along_many_dims(tmp_path: Path) -> None:
     edit(tmp_path / "saved", change)
     with pytest.raises(CorruptModelCheckpointError, match="at most 4 dims"):
         formats.index(tmp_path / "saved")
+
+
+def test_metadata_holds_only_so_many_objects(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lading.formats.torch_save.unpickle.MAX_OBJECTS", 10)
+    with pytest.raises(CorruptModelCheckpointError, match="at most 40 lists, dicts and tuples"):
+        formats.index(folder)
 
 
 # --- damaged files ----------------------------------------------------------------------------------------------------

@@ -178,6 +178,8 @@ class Vocabulary:
     """What the pickle is expected to hold, for the error."""
     remedy: str
     """How to get one that does."""
+    scale: int = 1
+    """The factor by which it may exceed :data:`MAX_READS` and :data:`MAX_OBJECTS`."""
 
 
 def read_pickle(
@@ -204,8 +206,9 @@ def read_pickle(
     :raises RefusedPickleError: it would import something else, and ``restrict`` is set.
     :raises OSError: the stream cannot be read.
     """
-    source = _Source(stream, limit)
-    machine = _Machine(source, vocabulary or _STATE_DICTS, label=label, where=where, restrict=restrict)
+    vocabulary = vocabulary or _STATE_DICTS
+    source = _Source(stream, limit, MAX_READS * vocabulary.scale)
+    machine = _Machine(source, vocabulary, label=label, where=where, restrict=restrict)
     try:
         value = machine.load()
         if machine.stack or machine.metastack:
@@ -230,19 +233,20 @@ class _DamageError(Exception):
 class _Source:
     """The bytes of a pickle, with a limit on reads and on memory."""
 
-    def __init__(self, stream: BinaryIO, limit: int) -> None:
+    def __init__(self, stream: BinaryIO, limit: int, most_reads: int) -> None:
         self._stream = stream
         self._limit = limit
+        self._most_reads = most_reads
         self._reads = 0
         self.taken = 0
 
     def read(self, size: int, /) -> bytes:
         self._reads += 1
         self.taken += size
-        if self.taken > self._limit or self._reads > MAX_READS:
+        if self.taken > self._limit or self._reads > self._most_reads:
             self.taken -= size
             self.require(size)
-            raise _DamageError(f"at most {MAX_READS} instructions and arguments", "more")
+            raise _DamageError(f"at most {self._most_reads} instructions and arguments", "more")
         data = self._stream.read(size)
         if len(data) != size:
             self.taken += len(data) - size
@@ -286,8 +290,9 @@ def _limited(step: Callable[[Any], None], made: int) -> Callable[[Any], None]:
     def limited(machine: _Machine) -> None:
         step(machine)
         machine.made += made
-        if machine.made > MAX_OBJECTS or len(machine.memo) > MAX_OBJECTS:
-            raise _DamageError(f"at most {MAX_OBJECTS} lists, dicts and tuples, and as many kept values", "more")
+        most = machine.most_objects
+        if machine.made > most or len(machine.memo) > most:
+            raise _DamageError(f"at most {most} lists, dicts and tuples, and as many kept values", "more")
 
     return limited
 
@@ -308,6 +313,7 @@ class _Machine(pickle._Unpickler):
         self._restrict = restrict
         self._copied = 0
         self.made = 0
+        self.most_objects = MAX_OBJECTS * vocabulary.scale
         self.storages: dict[str, Storage] = {}
 
     def load_proto(self) -> None:
