@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 from lading.errors import NotSupportedError
+from lading.models.accessor import ModelHubAccessor
 from lading.models.family import get_family
-from lading.models.hub import ModelHubAccessor
 from tests.helpers.configs import structured
 from tests.helpers.parity_tools import relative_difference
 

@@ -22,7 +22,7 @@ from lading.planning.box import Box
 from lading.planning.plan import Wanted, plan
 from lading.system.filesystem import FileStat
 from lading.transfer import execute as execution
-from lading.transfer import hashing, leaves, reader
+from lading.transfer import hashing, leaf_hasher, reader
 from lading.transfer.execute import execute
 from lading.transfer.files import OpenShard, ShardFile
 from lading.transfer.hashing import Hasher, blocks_touched, blocks_within, hash_checkpoint
@@ -39,7 +39,7 @@ sizes = st.sampled_from([0, 1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 24])
 def leaves_of(size: int) -> Iterator[None]:
     """Small leaves, chunks and steps, so that small tensors have many."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (lading.formats.digests, hashing, leaves, reader):
+        for module in (lading.formats.digests, hashing, leaf_hasher, reader):
             patch.setattr(module, "LEAF", size)
         for module in (execution, reader):
             patch.setattr(module, "STEP", 3 * size)

@@ -74,7 +74,8 @@ REPORTS = [
      "<RankPlan: rank 1, 3 MB read in 1 read, 2 MB of memory>"),
     (LoadPlan(
         name="m", family="qwen", sizes={"pp": 1, "rdp": 1, "sdp": 1, "tp": 2}, checkpoint_bytes=6_000, files=1,
-        ranks=(RANK,), manifest=MANIFEST, layout=Layout(ranks=2, tensors=(), kinds=array("q"), known=(), composed={}),
+        adapter_bytes=0, ranks=(RANK,), manifest=MANIFEST,
+        layout=Layout(ranks=2, tensors=(), kinds=array("q"), known=(), composed={}),
     ),
      "<LoadPlan: m, 6 kB in 1 file, 2 ranks, at most 2 MB of memory each>"),
     (PullReport(name="m", uri="hg://a/m", revision="0123abc", files=(FILE, FILE)),
