@@ -401,6 +401,7 @@ def test_pins(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         ({f"{Q_PROJ}.lora_A.weight": torch.ones(32), f"{Q_PROJ}.lora_B.weight": torch.ones(32)}, "the factors of"),
         ({f"{Q_PROJ}.lora_magnitude_vector": torch.ones(32)}, "unexpected: base_model.model.model.layers.0"),
         ({n: t.to(torch.int8) for n, t in factors(Q_PROJ, 32, 32).items()}, "of another dtype"),
+        ({}, "empty: it changes no weight"),
         ({"lm_head.weight": torch.ones(100, 32)}, "tied: lm_head.weight was trained apart from"),
     ],
 )

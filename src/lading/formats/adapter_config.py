@@ -42,8 +42,8 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _MAX_NUMBER = 1e30
 """A bound for numbers, of which no adapter comes near: larger integers may not fit into a float."""
 
-_MAX_KEYS = 100_000
-"""The most keys of ``alpha_pattern``; PEFT writes at most one per module."""
+_MAX_KEYS = 10_000
+"""The most entries of a field; PEFT writes at most one per module."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +85,8 @@ def parse_adapter_config(config: Mapping[str, object], *, label: str) -> LoraCon
     if not isinstance(alphas, dict) or len(alphas) > _MAX_KEYS:
         raise _wrong(label, "alpha_pattern", f"a mapping of at most {_MAX_KEYS:,} modules to numbers", alphas)
     saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        raise _wrong(label, "modules_to_save", "a list of names", saved)
+    if not isinstance(saved, list) or len(saved) > _MAX_KEYS or not all(isinstance(name, str) for name in saved):
+        raise _wrong(label, "modules_to_save", f"a list of at most {_MAX_KEYS:,} names", saved)
     root = config.get("use_rslora") or False
     if not isinstance(root, bool):
         raise _wrong(label, "use_rslora", "true or false", root)

@@ -97,6 +97,8 @@ def match_adapters(
             if change.replaces and any(other.adapter != number for other in changes.get(target, ())):
                 matching.problems.append(f"in conflict: another adapter changes {targets.names[target]}, too")
             changes.setdefault(target, []).append(change)
+        if not matching.changes and not matching.problems:
+            matching.problems.append("empty: it changes no weight of the model")
         replaced |= {target: targets.names[target] for target, change in matching.changes if change.replaces}
         problems += (f"adapter {adapter.checkpoint.where}: {problem}" for problem in matching.problems)
 
