@@ -16,6 +16,7 @@ import lading
 from lading import AssetCard, AssetStore, ModelNotKnownError, NotSupportedError, load_model
 from lading.checkpoints.names import find_card
 from lading.errors import AddressError
+from lading.families.hg import get_hg_model_hub
 from lading.families.llama import get_llama_model_hub
 from lading.families.qwen import get_qwen_model_hub
 from tests.helpers.cached_repository import CONFIG as CARD_CONFIG
@@ -316,6 +317,26 @@ def test_a_card_without_an_architecture_is_what_config_json_says(catalog: Path, 
         assert all(torch.equal(value, expected[key]) for key, value in found.state_dict().items())
     with pytest.raises(lading.AssetCardError, match=r"'llama'.*'qwen'"):
         get_llama_model_hub().load_model("no_family", progress=False)
+
+
+def test_show_says_what_config_json_states(cli: Cli, catalog: Path, tmp_path: Path) -> None:
+    folder = make(tmp_path / "m")
+    cards(tmp_path, f"name: tuned\nmodel_family: qwen\ncheckpoint: {folder}\nmodel_config: {{num_layers: 3}}\n")
+    shown = json.loads(cli("show", "tuned", "--json").stdout)
+    assert (shown["config"]["num_layers"], shown["config"]["vocab_size"]) == (3, CONFIG["vocab_size"])
+    assert shown["config_from"]["vocab_size"] == {"kind": "file", "name": "config.json"}
+    assert shown["config_from"]["num_layers"] == {"kind": "card", "name": "tuned"}
+    assert json.loads(cli("show", folder, "--json").stdout) == shown
+    (folder / "config.json").write_text("{")
+    assert "expected to be a JSON object" in json.loads(cli("show", "tuned", "--json").stdout)["problem"]
+
+
+def test_config_json_holds_no_directives(catalog: Path, tmp_path: Path) -> None:
+    folder = make(tmp_path / "m")
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "architectures": ["Qwen3ForCausalLM"], "_del_": ["x"]}))
+    cards(tmp_path, f"name: odd\nmodel_family: hg\ncheckpoint: {folder}\nmodel_config: {{hf_name: mine}}\n")
+    config = get_hg_model_hub().get_model_config("odd")
+    assert (config.hf_name, config.hf_config["_del_"], config.custom_model_class) == ("mine", ["x"], "Qwen3ForCausalLM")
 
 
 def test_the_same_class_by_path_and_by_card(catalog: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
 from typing import Any, TypeVar, get_type_hints
@@ -23,7 +23,16 @@ from pydantic_core.core_schema import no_info_before_validator_function
 from lading.cards.card import Architecture, AssetCard
 from lading.cards.config_values import dataclass_in
 from lading.cards.documents.document import join, show
-from lading.cards.overrides import EnvText, Layer, architecture_layers, expand_env, last_layer, layers_of, merge_layers
+from lading.cards.overrides import (
+    EnvText,
+    Layer,
+    architecture_layers,
+    expand_env,
+    file_layer,
+    last_layer,
+    layers_of,
+    merge_layers,
+)
 from lading.errors import AssetCardError, InternalError, did_you_mean
 
 T = TypeVar("T")
@@ -36,28 +45,34 @@ def architecture_config(architecture: Architecture, config_kls: type[T]) -> T:
     """
     of = f"the {architecture.family} architecture {architecture.name!r}"
 
-    return _resolve(architecture_layers(architecture), config_kls, config_kls, architecture.name, of)
+    return _resolve(architecture_layers(architecture), config_kls, architecture.name, of)
 
 
-def resolve_config(card: AssetCard, architecture: Architecture | None, config_kls: type[T], base: T | None = None) -> T:
+def resolve_config(
+    card: AssetCard, architecture: Architecture | None, config_kls: type[T], described: T | None = None
+) -> T:
     """Return the configuration of a card, as a new object.
 
-    It is the configuration of ``architecture`` (default: ``base``, else ``config_kls()``) with the overrides of the
-    card's chain, from the root base to the card itself. Only the first of :data:`lading.cards.card.CONFIG_KEYS` that
-    any card of the chain has is used. ``${env:VAR}`` in overrides is replaced by the environment variable if a number
-    or one of a fixed set of words is expected, so that the value of a variable is neither shown nor kept as text.
+    It is the configuration of ``architecture`` (by default that of ``config_kls()``) with the overrides of the card's
+    chain, from the root base to the card itself. Only the first of :data:`lading.cards.card.CONFIG_KEYS` that any card
+    of the chain has is used. ``${env:VAR}`` in overrides is replaced by the environment variable if a number or one of
+    a fixed set of words is expected, so that the value of a variable is neither shown nor kept as text.
+
+    :param described: what the ``config.json`` beside the checkpoint describes, in place of ``config_kls()``.
 
     :raises AssetCardError: overrides do not fit, or use the environment for free text; its ``name`` is that of the card
         with the first such override.
     """
-    layers, of = layers_of(card, architecture), f"the card {card.name!r}"
+    layers = layers_of(card, architecture)
+    if described is not None:
+        layers.insert(0, file_layer(asdict(described)))  # type: ignore[call-overload]
 
-    return _resolve(layers, config_kls, config_kls if base is None else lambda: base, card.name, of)
+    return _resolve(layers, config_kls, card.name, f"the card {card.name!r}")
 
 
-def _resolve(layers: Sequence[Layer], config_kls: type[T], base: Callable[[], T], name: str, of: str) -> T:
+def _resolve(layers: Sequence[Layer], config_kls: type[T], name: str, of: str) -> T:
     try:
-        defaults: dict[str, object] = asdict(base())  # type: ignore[call-overload]
+        defaults: dict[str, object] = asdict(config_kls())  # type: ignore[call-overload]
     except TypeError as error:
         raise InternalError(
             f"{config_kls.__name__} is expected to be a dataclass with a default for every field: {error}"

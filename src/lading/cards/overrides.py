@@ -63,6 +63,12 @@ def architecture_layers(architecture: Architecture) -> list[Layer]:
     ]
 
 
+def file_layer(values: Mapping[str, object]) -> Layer:
+    """Return the values of a whole configuration, read from the ``config.json`` beside a checkpoint."""
+    # Replaced as a whole, as the file may hold keys that look like directives.
+    return Layer({"_set_": dict(values)}, "config.json", "config.json", "file")
+
+
 def _card_layer(card: AssetCard, key: str) -> Layer:
     return Layer(_mark_env(card.metadata[key]), f"{card.source_of(key) or card.name}.{key}", card.name, "card")
 

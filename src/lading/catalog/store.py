@@ -172,7 +172,9 @@ class AssetStore:
         column = CARDS.c.checkpoint_uri
         with self._database.session() as session:
             envs = self._envs(session, "", None)
-            condition = or_(column.in_(exact), func.lower(column).in_(folded))
+            condition: ColumnElement[bool] = column.in_(exact)  # by an index
+            if folded:
+                condition = or_(condition, func.lower(column).in_(folded))
             names, entries = self._candidates(session, condition, envs)
 
         def matches(card: AssetCard) -> bool:

@@ -13,15 +13,15 @@ import click
 from lading.cards.adapters import AdapterRef, adapter_refs
 from lading.cards.card import CONFIG_KEYS, AssetCard, CheckpointRef, checkpoint_ref
 from lading.cards.config_values import ConfigValue, config_values, iter_values
-from lading.cards.overrides import Layer, layers_of
+from lading.cards.overrides import Layer, file_layer, layers_of
 from lading.cli.command import command
 from lading.cli.describe import checkpoint_object, checkpoint_pairs
 from lading.cli.output import Column, Form, as_json, listing_options, write_json, write_pairs, write_rows
 from lading.cli.selection import Selection, select_models
 from lading.errors import AssetCardError, CheckpointNotFoundError, LadingError, ModelFamilyNotKnownError
-from lading.formats.config_json import CONFIG_NAME, read_hf_config
+from lading.formats.config_json import read_hf_config
 from lading.models.family import Family, get_family
-from lading.models.hf_config import is_read_by
+from lading.models.hf_config import described_config
 from lading.system.display import human_bytes, human_count
 from lading.system.filesystem import path_exists
 from lading.system.uris import path_uri, shown_uri, uri_path
@@ -129,14 +129,18 @@ def look_up(card: AssetCard, store: AssetStore) -> Found:
     if family is not None and summary.status == "unknown-family":
         problem = problem or ModelFamilyNotKnownError(family).message
     stored = store.checkpoint(path_uri(path) if path is not None else ref.uri)
-    found, layers = None, layers_of(card, architecture)
+    found = described = None
     if family is not None and summary.status != "unknown-family":
         try:
             found = get_family(family)
-            if arch is None:
-                layers = [*_layers_of_file(found, path, stored), *layers]
+            # A family for all model types would import transformers.
+            if arch is None and not found.reads_other_model_types:
+                described = described_config(found, _config_json(path, stored))
         except (LadingError, OSError) as error:  # the mistake of another package, or a bad config.json
             problem = problem or str(error)
+    layers = layers_of(card, architecture)
+    if described is not None:
+        layers.insert(0, file_layer(asdict(described)))
 
     return Found(
         card=card,
@@ -146,13 +150,25 @@ def look_up(card: AssetCard, store: AssetStore) -> Found:
         checkpoint=stored,
         config=config_values(layers, None if found is None else found.config_kls),
         layers=layers,
-        parameters=summary.parameters if found is None else _parameters(card, summary, found, architecture),
+        parameters=summary.parameters if found is None else _parameters(card, summary, found, architecture, described),
         problem=problem,
     )
 
 
+def _config_json(path: Path | None, checkpoint: StoredCheckpoint | None) -> Mapping[str, object]:
+    """Return the ``config.json`` beside a checkpoint on this machine; empty if there is none."""
+    if path is None and checkpoint is not None and checkpoint.copies:
+        path = checkpoint.copies[0].path
+
+    return read_hf_config(path) if path is not None and path_exists(path) else {}
+
+
 def _parameters(
-    card: AssetCard, summary: ModelSummary, family: Family[Any, Any], architecture: Architecture | None
+    card: AssetCard,
+    summary: ModelSummary,
+    family: Family[Any, Any],
+    architecture: Architecture | None,
+    described: Any,
 ) -> int | None:
     if summary.parameters is not None or family.shapes is None:
         return summary.parameters
@@ -161,24 +177,9 @@ def _parameters(
     from lading.models.shapes import count_parameters
 
     try:
-        return count_parameters(family, resolve_config(card, architecture, family.config_kls))
+        return count_parameters(family, resolve_config(card, architecture, family.config_kls, described))
     except LadingError:  # a configuration that makes no model; `check` says why
         return None
-
-
-def _layers_of_file(family: Family[Any, Any], path: Path | None, stored: StoredCheckpoint | None) -> list[Layer]:
-    """Return what the ``config.json`` beside weights on this machine states, the base of a card without architecture.
-
-    :param path: the path of the checkpoint, if its card names one.
-    """
-    places = [path] if path is not None else [] if stored is None else [copy.path for copy in stored.copies]
-    if not places or not path_exists(places[0]) or family.from_hf is None or family.reads_other_model_types:
-        return []
-    hf_config = read_hf_config(places[0])
-    if not hf_config or not is_read_by(family, hf_config):
-        return []
-
-    return [Layer(asdict(family.from_hf(hf_config)), CONFIG_NAME, CONFIG_NAME, "file")]
 
 
 def _text_field(card: AssetCard, name: str) -> str | None:

@@ -103,6 +103,15 @@ def is_read_by(family: Family[Any, Any], hf_config: Mapping[str, object]) -> boo
     return family_of_model_type(model_type, _architectures(hf_config)) is family
 
 
+def described_config(family: Family[Any, Any], hf_config: Mapping[str, object]) -> Any:
+    """Return the configuration that a ``config.json`` describes; ``None`` if the family does not read that file.
+
+    :raises NotSupportedError: the family reads it, but does not support a value in it.
+    :raises ModelCheckpointMismatchError: a value is of another type, or they describe no model.
+    """
+    return family.from_hf(hf_config) if family.from_hf is not None and is_read_by(family, hf_config) else None
+
+
 def _architectures(hf_config: Mapping[str, object]) -> list[str]:
     stated = hf_config.get("architectures")
 

@@ -27,7 +27,7 @@ from lading.errors import (
 )
 from lading.formats.config_json import refuse_quantized_config
 from lading.models.family import Family, check_config_type, get_family
-from lading.models.hf_config import contradictions, family_beside, family_of_folder, is_read_by
+from lading.models.hf_config import contradictions, described_config, family_beside, family_of_folder
 from lading.system.filesystem import expand_home
 from lading.system.settings import Settings
 
@@ -244,28 +244,28 @@ def model_config(
     if card.has_field("model_family"):
         check_family(card, family)
 
-    architecture = base = None
+    architecture = described = None
     arch = card.maybe_get_field("model_arch")
     if arch is not None:
         try:
             architecture = store.architecture(arch.as_(str), family.name)
         except ModelArchitectureNotKnownError as error:
             raise AssetCardError(card.name, f"The field 'model_arch' of the card {card.name!r}: {error}") from None
-    elif family.from_hf is not None and hf_config and is_read_by(family, hf_config):
+    elif hf_config and family.from_hf is not None:
         try:
-            base = family.from_hf(hf_config)
+            described = described_config(family, hf_config)
         except (NotSupportedError, ModelCheckpointMismatchError):
             if not _states_config(card):
                 raise
-    elif family.from_hf is not None and hf_config and not _states_config(card):
-        raise AssetCardError(
-            card.name,
-            f"The card {card.name!r} is of the family {family.name!r} and states no configuration, but the config.json "
-            f"beside its checkpoint is of the model type {hf_config.get('model_type')!r}, which that family does not "
-            "read. Correct its `model_family`, or name its architecture in `model_arch`.",
-        )
+        if described is None and not _states_config(card):
+            raise AssetCardError(
+                card.name,
+                f"The card {card.name!r} is of the family {family.name!r} and states no configuration, but the "
+                f"config.json beside its checkpoint is of the model type {hf_config.get('model_type')!r}, which that "
+                "family does not read. Correct its `model_family`, or name its architecture in `model_arch`.",
+            )
 
-    return resolve_config(card, architecture, family.config_kls, base)
+    return resolve_config(card, architecture, family.config_kls, described)
 
 
 def check_family(card: AssetCard, family: Family[Any, Any]) -> None:
