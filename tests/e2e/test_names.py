@@ -76,7 +76,7 @@ def requested(hub: FakeHub) -> int:
 def test_a_repository_is_loaded_by_its_id_without_a_card(run: Run, hub: FakeHub) -> None:
     report = json.loads(run("load", "acme/tiny", "--json", "--no-progress").stdout)
     assert (report["name"], report["family"], report["model_class"]) == ("hg://acme/tiny", "qwen", "Qwen")
-    assert "tiny" not in run("list", "--all", "-q").stdout
+    assert "tiny" not in run("list", "-q").stdout
 
     # All other commands know it by the same name, and ask for nothing that is here.
     hub.behave()
