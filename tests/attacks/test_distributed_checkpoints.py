@@ -334,6 +334,13 @@ def test_transformed_bytes(folder: Path) -> None:
         formats.index(folder)
 
 
+def test_metadata_of_each_rank(tmp_path: Path) -> None:
+    write(tmp_path / "saved", {"w": W})
+    (tmp_path / "saved" / ".metadata").rename(tmp_path / "saved" / "__0.metadata")
+    with pytest.raises(NotSupportedError, match="use_collectives=True"):
+        formats.index(tmp_path / "saved")
+
+
 def test_a_part_in_another_order(tmp_path: Path) -> None:
     write(tmp_path / "saved", {"w": torch.zeros(3, 4).T})
     with pytest.raises(NotSupportedError, match="row-major"):

@@ -44,6 +44,7 @@ from lading.formats.torch_save.unpickle import (
     read_pickle,
     shape_of,
 )
+from lading.system.filesystem import path_exists
 
 _MAX_CUTS = 4
 """The most dims along which the parts of a tensor are cut: a device mesh has as many axes, or fewer."""
@@ -217,6 +218,12 @@ class _Metadata:
             with open_regular(path) as (file, size):
                 pickle = read_pickle(file, label=label, where="metadata", restrict=restrict, vocabulary=_VOCABULARY)
         except CheckpointNotFoundError as error:
+            if path_exists(path.with_name(f"__0{METADATA_NAME}")):
+                raise NotSupportedError(
+                    f"{path.parent}: expected {METADATA_NAME}, which describes the parts of all ranks, found a file "
+                    "for each rank, as `torch.distributed.checkpoint.save` writes them without collectives. Save the "
+                    "checkpoint with `use_collectives=True`."
+                ) from error
             raise CheckpointNotFoundError(
                 path,
                 f"{path.parent}: expected {METADATA_NAME}, which `torch.distributed.checkpoint.save` writes at its "
