@@ -240,6 +240,17 @@ def test_the_folders_of_a_folder_and_deeper_ones_on_request(tmp_path: Path, mode
     assert statuses(add(models / "run2", models, recursive=True)).keys() == statuses(add(models, recursive=True)).keys()
 
 
+def test_what_a_trainer_keeps_beside_checkpoints_is_none(models: Path) -> None:
+    run = make(models / "run" / "checkpoint-5").parent
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_3.pth"):
+        (run / name).write_bytes(b"x")
+        (run / "checkpoint-5" / name).write_bytes(b"x")
+    for name in ("random_states_0.pkl", "optimizer.bin", "optimizer_1.bin"):
+        (models / name).write_bytes(b"x")
+
+    assert statuses(add(models, recursive=True)) == {"Tiny": "added", "checkpoint-5": "added"}
+
+
 def test_a_name_that_another_card_has(tmp_path: Path) -> None:
     make(tmp_path / "models" / "qwen3_0.6b")
 

@@ -23,6 +23,19 @@ _BIN_INDEX_SUFFIX = ".bin.index.json"
 _TORCH_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".th", ".t7", ".jit", ".pth.tar", ".pt.tar", ".ckpt.tar")
 _OTHER_FORMATS = (".pkl", ".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".msgpack", ".npz", ".onnx")
 
+_TRAINING_STATE = re.compile(
+    r"training_args\.bin|(?:optimizer|scheduler|scaler|sampler|dl_state_dict)(?:_\d+)?\.(?:pt|bin)|"
+    r"rng_state(?:_\d+)?\.pth|random_states_\d+\.pkl|custom_checkpoint_\d+\.pkl"
+)
+
+
+def is_training_state(name: str) -> bool:
+    """Return whether ``name`` is that of a file that holds no model, but what a trainer needs to go on.
+
+    Source: ``transformers.trainer`` and ``accelerate.utils.constants``.
+    """
+    return _TRAINING_STATE.fullmatch(name) is not None
+
 
 def checkpoint_file(names: Iterable[str], *, where: Path | str, torch: bool = False) -> str:
     """Return the file with which to read the checkpoint in a folder: the index, or else the single file.

@@ -30,6 +30,7 @@ from lading.formats.folder import (
     is_index,
     is_other_format,
     is_torch_format,
+    is_training_state,
     some,
     without_index,
 )
@@ -103,6 +104,7 @@ def _places(path: Path, root: Path, depth: int | None) -> Iterator[FoundCheckpoi
         if problem is not None:
             yield FoundCheckpoint(path=path, root=root, problem=problem)
             continue
+        names = [name for name in names if not is_training_state(name)]
         artifacts = artifact_files(path, names)
         for artifact in artifacts:
             yield FoundCheckpoint(path=artifact.path, root=root, artifact=artifact)
