@@ -242,14 +242,14 @@ def test_what_du_and_rm_write(cli: Cli, cache: Path, models: Path) -> None:
     assert shown[0].split() == ["name", "size", "kind", "files", "verified", "path"]
     assert shown[-1].split()[0] == "total"
     assert len(shown) == 4
-    uri = f"file://{models / 'other'}"
-    assert cli("du", "*other", "-q").stdout.splitlines() == [uri]
+    other = str(models / "other")
+    assert cli("du", "*other", "-q").stdout.splitlines() == [other]
     assert cli("du", "tiny").stderr.startswith("lading: nothing is on this machine")
     assert "Did you mean 'tiny'" in cli("du", "tinny", code=2).stderr
     cli("du", "--orphans", "tiny", code=2)
     assert "there are no orphans" in cli("du", "--orphans").stderr
 
-    assert "stays: adopted, not fetched by lading" in cli("rm", uri).stderr
+    assert "stays: adopted, not fetched by lading" in cli("rm", other).stderr
     assert cli("du", "*other", "--json").stdout == "[]\n"
     assert "nothing of tiny is on this machine" in cli("rm", "tiny").stderr
     assert "there are no orphans" in cli("rm", "--orphans").stderr

@@ -340,6 +340,32 @@ def test_an_adoption_replaces_the_last_one_of_its_folder(disk: Path, tmp_path: P
     assert str(disk / "b" / "m.gguf") not in listed(), "it is gone"
 
 
+def test_an_artifact_is_shown_and_forgotten_by_its_path(cli: Cli, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(disk, {"m.gguf": gguf(), "lora/adapter_config.json": LORA["adapter_config.json"]})
+    fill(disk / "lora", {"adapter_model.safetensors": HALF})
+    mine = make(disk / "mine")
+    adopt(disk)
+    monkeypatch.chdir(disk)
+
+    for spelled in ("./m.gguf", disk / "m.gguf", f"file://{disk}/lora/../m.gguf"):
+        shown = dict(line.split(maxsplit=1) for line in cli("show", spelled).stdout.splitlines())
+        assert (shown["name"], shown["kind"], shown["status"]) == (str(disk / "m.gguf"), "gguf", "unloadable")
+        assert (shown["size"], shown["problem"]) == ("200 B", listed()[str(disk / "m.gguf")].problem)
+    assert json.loads(cli("show", "./lora", "--json").stdout)["kind"] == "lora adapter"
+    assert "llama.cpp" in cli("show", "./m.gguf", "--tensors", code=2).stderr
+    assert json.loads(cli("show", mine, "--json").stdout)["checkpoint"]["indexed"]["tensors"] == 24
+    assert len(cli("show", mine, "--tensors", "-q").stdout.splitlines()) == 24
+    cli("show", "./none.gguf", code=2)
+
+    before = sorted(disk.rglob("*"))
+    cli("rm", "./m.gguf", "--dry-run")
+    assert str(disk / "m.gguf") in listed()
+    assert "m.gguf stays: adopted, not fetched by lading" in cli("rm", "./m.gguf").stderr
+    assert listed().keys() == {str(mine), str(disk / "lora")}
+    cli("rm", "./m.gguf", code=2)
+    assert sorted(disk.rglob("*")) == before
+
+
 def test_nothing_is_run(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(disk)
     fill(

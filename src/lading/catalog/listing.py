@@ -164,8 +164,15 @@ def _begins(session: Session, name: SQLColumnExpression[str], prefix: str) -> Co
 
 
 def summary_of(session: Session, card: AssetCard) -> ModelSummary | None:
-    """Return the row of one card, as :func:`as_seen_here`; ``None`` for a card that is not in the catalog."""
+    """Return the row of one card, as :func:`as_seen_here`.
+
+    For a card that is not in the catalog this is the row of its checkpoint without a card; ``None`` if there is none.
+    """
     row = session.execute(_all_of(_ASSETS).where(_ASSETS.c.name == card.name)).one_or_none()
+    if row is None:
+        c = _UNREGISTERED.c
+        stated = _all_of(_UNREGISTERED).where(c.checkpoint == checkpoint_ref(card).key).order_by(c.kind).limit(1)
+        row = session.execute(stated).one_or_none()
 
     return None if row is None else as_seen_here(ModelSummary(**dict(zip(_COLUMNS, row, strict=True))), card)
 

@@ -18,13 +18,19 @@ from lading.cli.command import command
 from lading.cli.describe import checkpoint_object, checkpoint_pairs
 from lading.cli.output import Column, Form, as_json, listing_options, write_json, write_pairs, write_rows
 from lading.cli.selection import Selection, select_models
-from lading.errors import AssetCardError, CheckpointNotFoundError, LadingError, ModelFamilyNotKnownError
+from lading.errors import (
+    AssetCardError,
+    CheckpointNotFoundError,
+    LadingError,
+    ModelFamilyNotKnownError,
+    NotSupportedError,
+)
 from lading.formats.config_json import read_hf_config
 from lading.models.family import Family, get_family
 from lading.models.hf_config import described_config
 from lading.system.display import human_bytes, human_count
 from lading.system.filesystem import path_exists
-from lading.system.uris import path_uri, shown_uri, uri_path
+from lading.system.uris import path_uri, shown_name, shown_uri, uri_path
 
 if TYPE_CHECKING:
     from lading.cards.card import Architecture
@@ -70,7 +76,10 @@ def show(selection: Selection, tensors: bool, shards: bool, form: Form) -> None:
 
     def meaning(name: str) -> AssetCard:
         card = find_card(name, store, ask=False)
-        if not isinstance(card, AssetCard) or store.summary(card) is None:
+        if isinstance(card, Path):
+            path = shown_name(path_uri(card))
+            card = AssetCard(path, {"checkpoint": path})
+        if store.summary(card) is None:
             raise unknown_model(name, store)
         return card
 
@@ -232,10 +241,13 @@ def _as_object(found: Found) -> dict[str, object]:
         "family": _text_field(card, "model_family"),
         "arch": _text_field(card, "model_arch"),
         "status": found.summary.status,
+        "kind": found.summary.kind,
+        "bytes": found.summary.bytes,
+        "dtypes": found.summary.dtypes,
         "problem": found.problem,
         "license": _text_field(card, "license"),
         "parameters": found.parameters,
-        "cards": [{"name": each.name, "source": each.source} for each in card.chain()],
+        "cards": [{"name": each.name, "source": each.source} for each in card.chain() if each.source],
         "source": found.summary.source,
         "fields": {
             name: {"value": value, "card": owner, "source": source} for name, value, owner, source in fields_of(card)
@@ -327,6 +339,8 @@ _SHARDS = _Listing(
 def _indexed(found: Found) -> StoredCheckpoint:
     if found.checkpoint is None:
         name = found.card.title
+        if found.summary.status == "unloadable":
+            raise NotSupportedError(f"{name}: {found.problem}")
         raise CheckpointNotFoundError(
             shown_uri(found.ref.uri),
             f"The checkpoint of {name!r} is not indexed in the catalog. Run `lading index {name}` to read its headers.",
@@ -344,6 +358,7 @@ def summary_pairs(found: Found) -> dict[str, object]:
 
     pairs: dict[str, object] = {
         "name": card.name,
+        "kind": found.summary.kind,
         "family": _text_field(card, "model_family"),
         "architecture": _text_field(card, "model_arch"),
         "based on": " ← ".join(each.name for each in card.chain() if each is not card) or None,
@@ -363,6 +378,8 @@ def summary_pairs(found: Found) -> dict[str, object]:
     }
     if stored is not None:
         pairs |= checkpoint_pairs(stored)
+    elif found.summary.kind is not None:
+        pairs |= _artifact_pairs(found.summary)
     elif found.parameters is not None:
         pairs["parameters"] = human_count(found.parameters)
 
@@ -371,6 +388,8 @@ def summary_pairs(found: Found) -> dict[str, object]:
 
 def _write_text(found: Found) -> None:
     write_pairs(summary_pairs(found))
+    if found.summary.kind is not None:
+        return  # it has no card
 
     click.echo()
     # The card's configuration is part of the last table.
@@ -380,6 +399,10 @@ def _write_text(found: Found) -> None:
         click.echo()
         rows = list(config_rows(found))
         write_rows(("configuration", "value", "from"), rows, Form.TABLE, table=_CONFIG_TABLE)
+
+
+def _artifact_pairs(summary: ModelSummary) -> dict[str, object]:
+    return {"size": human_bytes(summary.bytes), "dtypes": summary.dtypes, "files": summary.shards}
 
 
 def _source(uri: str | None) -> str | None:

@@ -128,10 +128,14 @@ def adopt_checkpoints(
     if not dry_run:
         require_writable(store)
 
-    places = (
-        (place for root in roots for place in find_checkpoints(root)) if paths else find_hub_repositories(hub_cache())
-    )
-    adopter = _Adopter(store, dry_run=dry_run, restrict=restrict, progress=progress)
+    places = [
+        *(
+            (place for root in roots for place in find_checkpoints(root))
+            if paths
+            else find_hub_repositories(hub_cache())
+        )
+    ]
+    adopter = _Adopter(store, places, dry_run=dry_run, restrict=restrict, progress=progress)
     found: dict[tuple[Path, str | None, str], Adoption] = {}
     for place in places:
         for adoption in adopter.adopt(place):
@@ -155,12 +159,16 @@ def _root(path: str | Path) -> Path:
 class _Adopter:
     """The adoption of several places, for which the catalog's cards are read once."""
 
-    def __init__(self, store: AssetStore, *, dry_run: bool, restrict: bool, progress: bool) -> None:
+    def __init__(
+        self, store: AssetStore, places: Sequence[FoundCheckpoint], *, dry_run: bool, restrict: bool, progress: bool
+    ) -> None:
         self._store = store
         self._dry_run = dry_run
         self._restrict = restrict
         self._progress = progress
         self._by_repo = hub_checkpoints(store)
+        self._names = names_of(store, [path_uri(place.path) for place in places if place.repo is None])
+        """The names of the cards that state the path of a place, by its URI."""
         self.artifacts: list[FoundArtifact] = []
         """The artifacts that were found."""
         self._moves = MoveFinder(store, progress=progress)
@@ -294,7 +302,7 @@ class _Adopter:
         if found:
             return found
 
-        cards = tuple(names_of(self._store, [uri]).get(uri, ()))
+        cards = tuple(self._names.get(uri, ()))
         known = _known(path, stored, cards)
         move = self._moves.find(here) if stored is None else None
         if move is not None and not move.cards:

@@ -20,7 +20,7 @@ from lading.errors import AssetCardError
 from lading.sources.cache import Cache, Entry, entry_key
 from lading.system.display import counted, human_bytes, representation
 from lading.system.filesystem import FileStat
-from lading.system.uris import path_uri, shown_uri, uri_path
+from lading.system.uris import path_uri, shown_name, shown_uri, uri_path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +28,7 @@ class DiskUsageEntry:
     """The files of one model, or orphans, on this machine."""
 
     name: str
-    """The name of the model; the URI of a checkpoint without a card; the path of an artifact, or of a file without a
-    checkpoint."""
+    """The name of the model; without a card, the path or the address of the checkpoint, artifact or orphan."""
     bytes: int
     """The bytes of the files that are there."""
     kind: str
@@ -89,7 +88,7 @@ def disk_usage(pattern: str | None = None, *, store: AssetStore | None = None) -
     found = [
         _holding(name, checkpoint, stats)
         for checkpoint in held
-        for name in names.get(checkpoint.uri) or [shown_uri(checkpoint.uri)]
+        for name in names.get(checkpoint.uri) or [shown_name(checkpoint.uri)]
         if (pattern is None or fnmatchcase(name, pattern)) and (stats := _look(_paths_of(checkpoint), seen))
     ]
 

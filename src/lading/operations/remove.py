@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lading.cards.adapters import adapter_refs
 from lading.cards.card import AssetCard, checkpoint_ref, split_name
+from lading.catalog.artifacts import known_artifacts, record_artifacts
 from lading.catalog.checkpoints.holdings import held_checkpoints, releasing_copies
 from lading.catalog.records import LocalCheckpoint, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
@@ -26,6 +27,8 @@ from lading.sources.hub.remove import HubRevision, delete_revisions, revision_of
 from lading.sources.partial import sweep
 from lading.system.display import counted, human_bytes, representation
 from lading.system.uris import path_uri, shown_uri
+
+_ADOPTED = "adopted, not fetched by lading"
 
 _GRACE = 3_600
 """The seconds that a file of the cache may be without an entry."""
@@ -92,6 +95,10 @@ def remove_model(
         as missing: remove the model again.
     """
     store = store or get_asset_store()
+    if (artifact := _artifact_of(name, store)) is not None:
+        if not dry_run:
+            record_artifacts(store.database, [], searched=[artifact])
+        return Removal(name=str(name), freed=0, removed=(), kept=(SkippedFile(path=artifact, reason=_ADOPTED),))
     name, found = _checkpoints_of(name, store)
     # Before the removal: only an existing rewrite is found.
     names = names_of(store, [uri for uri, _ in found])
@@ -184,6 +191,15 @@ def _checkpoints_of(target: AssetCard | str | Path, store: AssetStore) -> tuple[
         raise unknown_model(str(target), store)
 
     return str(target), [(known, known)]
+
+
+def _artifact_of(target: AssetCard | str | Path, store: AssetStore) -> Path | None:
+    """Return the path of the artifact that the catalog knows at a path; ``None`` if it knows none, or a checkpoint."""
+    found = find_card(target, store, ask=False)
+    if not isinstance(found, Path) or store.checkpoint(uri := path_uri(found)) is not None:
+        return None
+
+    return next((each.path for each in known_artifacts(store.database) if path_uri(each.path) == uri), None)
 
 
 def _refused(name: str, revisions: Sequence[HubRevision]) -> PolicyError:
@@ -293,7 +309,7 @@ def _reason(copy: LocalCopy, other: str | None) -> str:
         case "source":
             return "the card's own file"
         case "adopted":
-            return "adopted, not fetched by lading"
+            return _ADOPTED
         case _ if other is not None:
             return f"a file of {other}, too"
         case _:

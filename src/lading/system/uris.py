@@ -36,6 +36,13 @@ def shown_uri(uri: str) -> str:
     return f"{scheme}://{host}{slash}{path}"
 
 
+def shown_name(uri: str) -> str:
+    """Return the name of a checkpoint without a card: its path, or its address as :func:`shown_uri` shows it."""
+    path = uri_path(uri)
+
+    return shown_uri(uri) if path is None else str(path)
+
+
 def path_uri(path: Path) -> str:
     """Return the ``file://`` URI of a path, unquoted, so that it can be compared, shown, and read by :func:`uri_path`.
 
