@@ -240,6 +240,24 @@ def test_the_folders_of_a_folder_and_deeper_ones_on_request(tmp_path: Path, mode
     assert statuses(add(models / "run2", models, recursive=True)).keys() == statuses(add(models, recursive=True)).keys()
 
 
+def test_links_to_other_folders_are_named_not_followed(tmp_path: Path, models: Path) -> None:
+    links = tmp_path / "links"
+    links.mkdir()
+    make(links / "own")
+    (links / "inside").symlink_to(links / "own")
+    (links / "outside").symlink_to(models / "Tiny")
+    (links / "no-model").symlink_to(tmp_path / "home")
+    (links / "broken").symlink_to(tmp_path / "nowhere")
+    (links / "loop").symlink_to(links / "loop")
+
+    found = add(links)
+
+    assert statuses(found) == {"own": "added", str(links / "outside"): "skipped"}
+    assert str(models / "Tiny") in str(found[str(links / "outside")].problem)
+    assert statuses(add(links / "outside")) == {"Tiny": "added"}
+    assert statuses(add(links)) == {"own": "unchanged", str(links / "outside"): "skipped"}
+
+
 def test_what_a_trainer_keeps_beside_checkpoints_is_none(models: Path) -> None:
     run = make(models / "run" / "checkpoint-5").parent
     for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_3.pth"):

@@ -153,6 +153,21 @@ def places_in(root: Path, *, depth: int | None) -> Iterator[FoundCheckpoint]:
         yield FoundCheckpoint(path=root, root=root.parent, artifact=artifact)
 
 
+def _links_out(root: Path) -> list[Path]:
+    """Return the links in a folder that lead to checkpoints outside of it: the search does not follow them."""
+    try:
+        links = sorted(entry for entry in root.iterdir() if entry.is_symlink() and entry.is_dir())
+    except OSError:  # it is a file, or cannot be read, which the search reports
+        return []
+    targets = {link: link.resolve() for link in links}
+
+    return [
+        link
+        for link, target in targets.items()
+        if not target.is_relative_to(root) and any(p.path == target for p in places_in(target, depth=0))
+    ]
+
+
 @dataclass(slots=True, kw_only=True)
 class _Found:
     """A checkpoint that was found, and what is decided about it."""
@@ -233,6 +248,12 @@ class _Adder:
                 return
             self._describe(place)
             of_root = of_root or place.path == root
+        for link in _links_out(root):
+            error = NotSupportedError(
+                f"{link} is a link to a checkpoint outside of {root}, and is not followed. Give its path, or "
+                f"{shlex.quote(str(link.resolve()))}."
+            )
+            self._found[str(link)] = _failed(str(link), error)
 
     def read_address(self, uri: str) -> None:
         """Describe the checkpoint at an address."""
