@@ -253,20 +253,53 @@ class TestShow:
         assert json.loads(cli("show", "tiny_child", "--nl").stdout) == shown
 
     def test_the_configuration_is_the_one_that_loading_uses(self, cli, cards):
-        from lading.cards.config import resolve_config
         from lading.cli.output import plain
+        from lading.formats.config_json import read_hf_config
+        from lading.models.resolve import model_config
 
         store = lading.get_asset_store()
         families = set()
         for shown in json.loads(cli("show", "*", "--json", code=3).stdout):
-            if shown["status"] in ("broken", "unknown-family"):
+            if not shown["config_complete"]:
+                assert shown["status"] in ("remote", "unknown-family")
                 continue
-            card = store.retrieve_card(shown["name"])
-            kls = get_family(shown["family"]).config_kls
-            architecture = shown["arch"] and store.architecture(shown["arch"], shown["family"])
-            assert shown["config"] == plain(asdict(resolve_config(card, architecture or None, kls))), shown["name"]
+            family, path = get_family(shown["family"]), shown["checkpoint"]["local_path"]
+            hf_config = None if path is None else read_hf_config(Path(path))
+            config = model_config(store.retrieve_card(shown["name"]), family, store, hf_config)
+            assert shown["config"] == plain(asdict(config)), shown["name"]
             families.add(shown["family"])
         assert families >= {"llama", "qwen", "mistral", "olmo", "gemma3", "bert", "wav2vec2", "wav2vec2_asr"}
+
+    def test_a_card_inherits_from_the_config_json_beside_its_checkpoint(self, cli, tmp_path):
+        make(tmp_path / "m")
+        text = "name: near\nmodel_family: qwen\ncheckpoint: m\nmodel_config: {dropout_p: 0.2, _del_: [num_layers]}\n"
+        (tmp_path / "more.yaml").write_text(
+            f"{text}---\nname: far\nmodel_family: qwen\ncheckpoint: hg://a/b\nmodel_config: {{dropout_p: 0.3}}\n"
+        )
+        cli("import", tmp_path / "more.yaml")
+        shown = json.loads(cli("show", "near", "--json").stdout)
+        assert shown["config"]["model_dim"] == 32
+        assert {path: origin["kind"] for path, origin in shown["config_from"].items() if origin["kind"] != "file"} == {
+            "dropout_p": "card", "num_layers": "family"
+        }  # fmt: skip
+        assert "model_dim" in cli("show", "near").stdout
+
+        # It is on another machine: nothing of it is known.
+        shown = json.loads(cli("show", "far", "--json").stdout)
+        assert (shown["config"], shown["config_complete"]) == ({"dropout_p": 0.3}, False)
+        assert "configuration  only what cards state" in cli("show", "far").stdout
+
+        # It is damaged, or asks for something that the family does not support.
+        for content, problem in (
+            ("[", "config.json"),
+            ('{"model_type": "qwen3", "hidden_act": "odd"}', "'odd'"),
+        ):
+            (tmp_path / "m" / "config.json").write_text(content)
+            (tmp_path / "more.yaml").write_text("name: near\nmodel_family: qwen\ncheckpoint: m\n")
+            cli("import", tmp_path / "more.yaml")
+            shown = json.loads(cli("show", "near", "--json").stdout)
+            assert problem in shown["problem"]
+            assert (shown["config"], shown["config_complete"]) == ({}, False)
 
     def test_each_value_says_where_it_comes_from(self, cli, cards, tmp_path):
         more = tmp_path / "more.yaml"

@@ -39,7 +39,7 @@ def test_questions_import_nothing_heavy(catalog):
     questions = (
         "list",
         "show qwen3_0.6b",
-        "show '*' --json",
+        "show qwen3_0.6b llama3_8b mistral_7b_instruct gemma3_12b bert-base-uncased wav2vec2_asr_base_10h",
         "families",
         "archs qwen",
         "sql 'select name from models limit 1'",

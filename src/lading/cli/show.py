@@ -108,9 +108,11 @@ class Found:
     """The local path that the card names, if it names one."""
     checkpoint: StoredCheckpoint | None
     config: Mapping[str, object]
-    """The whole configuration; without an importable family only the values that cards and the architecture state."""
+    """The whole configuration; only the values that cards and the architecture state, if the others are not known:
+    those of a family that cannot be imported, or of a ``config.json`` that is not on this machine."""
+    config_complete: bool
     layers: Sequence[Layer]
-    """The parts of the configuration that cards and the architecture state."""
+    """The parts of the configuration that are not defaults of the family."""
     parameters: int | None
     """The number of the model's parameters: of its checkpoint, else as the card states it or its family counts it."""
     problem: str | None
@@ -139,12 +141,16 @@ def look_up(card: AssetCard, store: AssetStore) -> Found:
         problem = problem or ModelFamilyNotKnownError(family).message
     stored = store.checkpoint(path_uri(path) if path is not None else ref.uri)
     found = described = None
+    complete = False
     if family is not None and summary.status != "unknown-family":
         try:
             found = get_family(family)
+            hf_config: Mapping[str, object] | None = {}
             # A family for all model types would import transformers.
-            if arch is None and not found.reads_other_model_types:
-                described = described_config(found, _config_json(path, stored))
+            if arch is None and found.from_hf is not None and not found.reads_other_model_types:
+                hf_config = read_hf_config(path) if path is not None else _config_here(card, ref, stored, store)
+                described = described_config(found, hf_config or {})
+            complete = hf_config is not None
         except (LadingError, OSError) as error:  # the mistake of another package, or a bad config.json
             problem = problem or str(error)
     layers = layers_of(card, architecture)
@@ -157,19 +163,32 @@ def look_up(card: AssetCard, store: AssetStore) -> Found:
         ref=ref,
         path=path,
         checkpoint=stored,
-        config=config_values(layers, None if found is None else found.config_kls),
+        config=config_values(layers, found.config_kls if found is not None and complete else None),
+        config_complete=complete,
         layers=layers,
-        parameters=summary.parameters if found is None else _parameters(card, summary, found, architecture, described),
+        parameters=_parameters(card, summary, found, architecture, described)
+        if found is not None and complete
+        else summary.parameters,
         problem=problem,
     )
 
 
-def _config_json(path: Path | None, checkpoint: StoredCheckpoint | None) -> Mapping[str, object]:
-    """Return the ``config.json`` beside a checkpoint on this machine; empty if there is none."""
-    if path is None and checkpoint is not None and checkpoint.copies:
-        path = checkpoint.copies[0].path
+def _config_here(
+    card: AssetCard, ref: CheckpointRef, stored: StoredCheckpoint | None, store: AssetStore
+) -> Mapping[str, object] | None:
+    """Return the ``config.json`` beside a remote checkpoint; empty for a card without one, ``None`` if it is not here.
 
-    return read_hf_config(path) if path is not None and path_exists(path) else {}
+    :raises CorruptModelCheckpointError: it is not a JSON object.
+    """
+    if not ref.uri:
+        return {}
+    if stored is None:
+        return None
+
+    from lading.checkpoints.checkpoint import remote_checkpoint
+    from lading.checkpoints.extra_files import config_here
+
+    return config_here(remote_checkpoint(card.title, ref, stored.manifest, stored.revision), store)
 
 
 def _parameters(
@@ -253,6 +272,7 @@ def _as_object(found: Found) -> dict[str, object]:
             name: {"value": value, "card": owner, "source": source} for name, value, owner, source in fields_of(card)
         },
         "config": found.config,
+        "config_complete": found.config_complete,
         "config_from": {v.path: dict(zip(("kind", "name"), _origin(v, found), strict=True)) for v in _values(found)},
         "checkpoint": {
             "uri": shown_uri(found.ref.uri) or None,
@@ -376,6 +396,8 @@ def summary_pairs(found: Found) -> dict[str, object]:
         )
         or None,
     }
+    if found.config and not found.config_complete:
+        pairs["configuration"] = "only what cards state; a load takes the rest from the family or from config.json"
     if stored is not None:
         pairs |= checkpoint_pairs(stored)
     elif found.summary.kind is not None:
