@@ -35,6 +35,7 @@ from tests.helpers.make_adapter import (
     SIZES,
     factors,
     train,
+    train_model,
     within_one_ulp,
     write_adapter,
 )
@@ -101,6 +102,40 @@ def test_a_load_equals_a_merge_of_peft(cli: Cli, tmp_path: Path, model: str, fam
     found, expected = load(), torch.load(tmp_path / "merged.pt")
     assert found.keys() >= expected.keys()
     assert [name for name in expected if not within_one_ulp(found[name], expected[name])] == []
+
+
+def test_convolutions(cli: Cli, tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.Wav2Vec2Config(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, conv_dim=(16, 16),
+        conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2, num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4, vocab_size=20,
+    )  # fmt: skip
+    model = transformers.Wav2Vec2ForCTC(config)
+    model.save_pretrained(tmp_path / "base")
+    train_model(tmp_path, model, target_modules=["conv_layers.1.conv", "q_proj"], modules_to_save=["lm_head"])
+    add(cli, tmp_path, "adapter: adapter", family="wav2vec2_asr", config="")
+
+    found, expected = load(), torch.load(tmp_path / "merged.pt")
+    assert [name for name in found if not within_one_ulp(found[name], expected[name])] == []
+
+
+def test_a_classifier_on_a_base_without_a_head(cli: Cli, tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, vocab_size=60, num_labels=3
+    )
+    model = transformers.BertForSequenceClassification(config)
+    model.bert.save_pretrained(tmp_path / "base")
+    train_model(tmp_path, model, task_type="SEQ_CLS", target_modules=["query"])
+    custom = "{model_type: custom, custom_model_class: BertForSequenceClassification, hf_config: {num_labels: 3}}"
+    add(cli, tmp_path, "adapter: adapter", family="hg", config=f"model_config: {custom}\n")
+
+    found, expected = load(), torch.load(tmp_path / "merged.pt")
+    assert [name for name in expected if not within_one_ulp(found[name], expected[name])] == []
+    cli("check", "base", code=4)
 
 
 @pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])

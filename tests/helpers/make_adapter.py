@@ -26,22 +26,27 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def train(folder: Path, model: str, *, dtype: torch.dtype = torch.float32, sizes: Any = None, **lora: Any) -> None:
-    """Write ``base``, an ``adapter`` of PEFT with random values, and the ``merged.pt`` that PEFT makes of them.
+def train(folder: Path, model: str, *, sizes: Any = None, **lora: Any) -> None:
+    """Write what :func:`train_model` does, of a new model.
 
     :param model: the class in transformers, without ``ForCausalLM``.
     """
     import transformers
 
+    torch.manual_seed(0)
+    kls = getattr(transformers, f"{model}ForCausalLM", None) or transformers.GPT2LMHeadModel
+    base = kls(getattr(transformers, f"{model}Config")(**(SIZES if sizes is None else sizes)))
+    base.save_pretrained(folder / "base")
+    train_model(folder, base, **{"task_type": "CAUSAL_LM"} | lora)
+
+
+def train_model(folder: Path, base: Any, **lora: Any) -> None:
+    """Write an ``adapter`` of PEFT with random values, and the ``merged.pt`` that PEFT makes of it and ``base``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from peft import LoraConfig, get_peft_model
 
-        torch.manual_seed(0)
-        kls = getattr(transformers, f"{model}ForCausalLM", None) or transformers.GPT2LMHeadModel
-        base = kls(getattr(transformers, f"{model}Config")(**(SIZES if sizes is None else sizes))).to(dtype)
-        base.save_pretrained(folder / "base")
-        peft = get_peft_model(base, LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | lora))
+        peft = get_peft_model(base, LoraConfig(**{"r": 4, "lora_alpha": 8} | lora))
         with torch.no_grad():
             for parameter in peft.parameters():
                 if parameter.requires_grad:
