@@ -5,13 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import lading
-from lading.errors import AssetCardError, AssetNotFoundError, CheckpointNotFoundError, NotSupportedError
+from lading.errors import (
+    AssetCardError,
+    AssetNotFoundError,
+    CheckpointNotFoundError,
+    DigestMismatchError,
+    NotSupportedError,
+)
 from lading.families.qwen import get_qwen_model_hub
 from tests.helpers.cached_repository import CONFIG
 from tests.helpers.make_adapter import Q_PROJ, factors, write_adapter
-from tests.helpers.make_checkpoint import make, qwen_config
+from tests.helpers.make_checkpoint import make, qwen_config, tensors
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +64,24 @@ def test_a_name_is_given_again(tmp_path: Path) -> None:
 
     assert metadata("mine")["checkpoint"] == str(tmp_path / "two")
     assert "steps" not in metadata("mine")
+
+
+def test_a_model_that_was_trained_again_is_the_right_one(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run")
+    lading.register_model("mine", folder)
+    lading.verify_model("mine", progress=False)
+    state = {name: tensor + 1 for name, tensor in tensors().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+    (again,) = lading.add_checkpoints(folder)
+    assert again.status == "unchanged"
+    with pytest.raises(DigestMismatchError):
+        lading.load_model("mine", device="cpu", progress=False, verify="always")
+    lading.register_model("mine", folder)
+
+    model = lading.load_model("mine", device="cpu", progress=False, verify="always")
+    assert torch.equal(model.state_dict()["model.norm.weight"], state["model.norm.weight"].float())
+    assert lading.verify_model("mine", progress=False).good
 
 
 def test_a_card_inherits_from_its_base(tmp_path: Path) -> None:

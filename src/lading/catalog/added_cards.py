@@ -32,6 +32,8 @@ class CheckpointContents:
     copies: Sequence[LocalCopy] = ()
     checks: Sequence[Check] = ()
     revision: str = ""
+    accept: bool = False
+    """``True`` to take the files as they are now for the right ones, and forget the digests of other bytes."""
     moved_from: str | None = None
     """The URI by which the catalog knows the same checkpoint from before it moved; its digests and cards stay."""
 
@@ -79,7 +81,14 @@ def record_contents(session: Session, contents: Sequence[CheckpointContents]) ->
         if each.moved_from is not None:
             move_checkpoint(session, uri=each.moved_from, to=each.uri, copies=each.copies)
         else:
-            write_checkpoint(session, uri=each.uri, manifest=each.manifest, copies=each.copies, revision=each.revision)
+            write_checkpoint(
+                session,
+                uri=each.uri,
+                manifest=each.manifest,
+                copies=each.copies,
+                revision=each.revision,
+                accept=each.accept,
+            )
         write_files(session, uri=each.uri, checks=each.checks)
 
 

@@ -87,11 +87,13 @@ class Describer:
     """Descriptions of many checkpoints, for which each kind of ``config.json`` is understood once.
 
     :param restrict: as :func:`lading.formats.index` takes it.
+    :param accept: whether files are the right ones as they are now, even if the catalog has digests of others.
     """
 
-    def __init__(self, store: AssetStore, *, restrict: bool) -> None:
+    def __init__(self, store: AssetStore, *, restrict: bool, accept: bool = False) -> None:
         self._store = store
         self._restrict = restrict
+        self._accept = accept
         self._recognizer = Recognizer(store)
 
     def at_path(self, found: FoundCheckpoint) -> Description:
@@ -131,7 +133,7 @@ class Describer:
     def _with_contents(self, described: Description, path: Path) -> Description:
         """Add what the files at a path hold."""
         stored = self._store.checkpoint(described.uri)
-        if stored is not None and LocalCheckpointFiles.as_known(path, stored) is not None:
+        if not self._accept and stored is not None and LocalCheckpointFiles.as_known(path, stored) is not None:
             return replace(described, manifest=stored.manifest)
         try:
             files = LocalCheckpointFiles.read(
@@ -144,6 +146,7 @@ class Describer:
             manifest=files.manifest,
             copies=files.copies(),
             checks=header_checks(files.checkpoint(described.uri), {}),
+            accept=self._accept,
         )
 
         return replace(described, manifest=files.manifest, contents=contents, files=files)

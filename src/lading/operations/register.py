@@ -22,7 +22,8 @@ def register_model(name: str, path: str | Path, *, base: str | None = None, **fi
     """Write a card for a checkpoint to the catalog, so that ``load_model(name)`` loads it from now on.
 
     The card is as :func:`lading.add_checkpoints` writes it. It replaces an earlier one of this name that either of the
-    two has written; ``lading remove-card`` removes it. In a gang, call this on one rank.
+    two has written; ``lading remove-card`` removes it. The files are taken as they are now, as by
+    :func:`lading.index_checkpoint`: the catalog forgets the digests of other bytes. In a gang, call this on one rank.
 
     :param path: a folder or a file, or an address such as ``hg://org/name``, of which only headers are read.
     :param base: the name of a card that this one inherits from, such as that of the model that was fine-tuned. The card
@@ -44,7 +45,8 @@ def register_model(name: str, path: str | Path, *, base: str | None = None, **fi
     store = get_asset_store()
     require_writable(store)
     require_own_name(name, store)
-    describer = Describer(store, restrict=True)
+    # Who has trained a model again has changed its files on purpose.
+    describer = Describer(store, restrict=True, accept=True)
     target = resolve_target(path)
     if isinstance(target, Path):
         found = next((place for place in places_in(target, depth=0) if place.path == target), None)
