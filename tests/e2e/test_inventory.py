@@ -366,6 +366,15 @@ def test_an_artifact_is_shown_and_forgotten_by_its_path(cli: Cli, disk: Path, mo
     assert sorted(disk.rglob("*")) == before
 
 
+def test_a_load_by_path_says_what_is_there(cli: Cli, disk: Path) -> None:
+    fill(disk, {"m.gguf": gguf(), "bad.gguf": b"x", "saved/saved_model.pb": b"\x08\x01"})
+
+    for name, kind in (("m.gguf", "gguf"), ("saved", "tensorflow")):
+        for command in ("load", "check", "plan"):
+            assert f"{disk / name}: {kind}: It is" in cli(command, disk / name, code=2).stderr
+    assert "has no config.json" in cli("load", disk / "bad.gguf", code=2).stderr
+
+
 def test_nothing_is_run(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(disk)
     fill(

@@ -198,6 +198,21 @@ def read_artifact(kind: str, paths: Sequence[Path]) -> Artifact:
     )
 
 
+def artifact_in(path: Path) -> Artifact | None:
+    """Return the artifact at a path, a file or a folder; ``None`` if nothing is there that is certainly one."""
+    try:
+        names = [entry.name for entry in path.iterdir()] if path.is_dir() else [path.name]
+        found = artifact_files(path if path.is_dir() else path.parent, names)
+        return next((read_artifact(each.kind, each.paths()) for each in found), None)
+    except (LadingError, OSError):
+        return None
+
+
+def not_loaded_error(path: Path, artifact: Artifact) -> NotSupportedError:
+    """Return the error that says why an artifact is not loaded, and has no card."""
+    return NotSupportedError(f"{path}: {artifact.kind}: {artifact.reason}")
+
+
 def quantized_artifact(scheme: str, manifest: Manifest) -> Artifact:
     """Return a checkpoint that is quantized as an artifact.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lading.errors import CheckpointNotFoundError, ModelCheckpointMismatchError, NotSupportedError
 from lading.formats.adapter_config import ADAPTER_CONFIG_NAME
+from lading.formats.artifacts import artifact_in, not_loaded_error
 from lading.formats.config_json import read_hf_config, refuse_quantized_config
 from lading.formats.folder import container_of
 from lading.models.family import Family, family_of_model_type
@@ -70,6 +71,8 @@ def family_beside(
         registered family reads.
     """
     if not hf_config:
+        if isinstance(where, Path) and (artifact := artifact_in(where)) is not None:
+            raise not_loaded_error(where, artifact)
         raise NotSupportedError(
             f"{where} has no config.json, so the family of the model is unknown. Copy that of the model there, load it "
             "with `get_<family>_model_hub().load_custom_model(path, config)`, or name it in a card."

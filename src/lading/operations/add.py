@@ -20,9 +20,9 @@ from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.card_links import names_of
 from lading.checkpoints.recording import require_writable
 from lading.errors import AssetCardError, CatalogError, CheckpointNotFoundError, LadingError, NotSupportedError
-from lading.formats.artifacts import LORA, artifact_files
+from lading.formats.artifacts import LORA, artifact_files, not_loaded_error
 from lading.operations.adopt import adopt_checkpoints
-from lading.operations.artifacts import artifact_at, not_loaded_error
+from lading.operations.artifacts import artifact_at
 from lading.operations.card_names import check_rule, choose_names
 from lading.operations.describe_checkpoint import Describer, Description
 from lading.operations.find_checkpoints import FoundCheckpoint, find_checkpoints

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from lading import formats
-from lading.errors import NotSupportedError
 from lading.formats.artifacts import Artifact, ArtifactFiles, quantized_artifact, read_artifact
 from lading.formats.config_json import quantization_of, read_hf_config
 from lading.operations.find_checkpoints import FoundCheckpoint, require_inside, require_links_inside
@@ -35,8 +34,3 @@ def artifact_at(
     scheme = quantization_of(read_hf_config(path))
 
     return None if scheme is None else quantized_artifact(scheme, formats.index(path, restrict=restrict))
-
-
-def not_loaded_error(path: Path, artifact: Artifact) -> NotSupportedError:
-    """Return the error that says why an artifact has no card."""
-    return NotSupportedError(f"{path}: {artifact.kind}: {artifact.reason}")

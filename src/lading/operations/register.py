@@ -11,9 +11,9 @@ from lading.catalog.importing.changes import ADDED
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.recording import require_writable
 from lading.errors import AssetCardError
-from lading.formats.artifacts import LORA
+from lading.formats.artifacts import LORA, not_loaded_error
 from lading.operations.add import places_in, resolve_target
-from lading.operations.artifacts import artifact_at, not_loaded_error
+from lading.operations.artifacts import artifact_at
 from lading.operations.describe_checkpoint import Describer
 from lading.operations.find_checkpoints import FoundCheckpoint
 
