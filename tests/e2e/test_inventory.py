@@ -320,6 +320,25 @@ def test_what_has_no_card_is_listed_until_it_has_one(cli: Cli, disk: Path, tmp_p
     assert "unregistered" not in cli("list", "--all").stdout
 
 
+def test_a_folder_that_is_found_to_be_a_card_s_is_listed_no_more(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    mine = make(disk / "mine")
+    adopt(disk)
+    assert listed().keys() == {str(mine)}
+    add_cards(tmp_path, tiny="hg://Qwen/Tiny")
+    snapshot = add_snapshot(tmp_path / "hub", "Qwen/Tiny", mine)
+    lading.index_checkpoint("tiny")
+    shutil.rmtree(snapshot.parents[1])
+
+    lading.adopt_checkpoints(disk, dry_run=True)
+    assert listed().keys() == {str(mine)}
+    assert adopt(disk)["mine"].cards == ("tiny",)
+    assert not listed()
+    assert adopt(disk)["mine"].status == "known"
+
+
 def test_an_adoption_replaces_the_last_one_of_its_folder(disk: Path, tmp_path: Path) -> None:
     fill(disk, {"a/m.gguf": gguf(), "a b/m.gguf": gguf(), "b/m.gguf": gguf(), "a%/m.gguf": gguf()})
     fill(tmp_path / "disk2", {"m.gguf": gguf()})

@@ -13,7 +13,7 @@ from typing import Literal
 from lading.cards.documents.write_yaml import to_yaml
 from lading.catalog.artifacts import record_artifacts
 from lading.catalog.checkpoints.holdings import checkpoints_like
-from lading.catalog.checkpoints.record import record_checkpoint, record_files
+from lading.catalog.checkpoints.record import forget_checkpoint, record_checkpoint, record_files
 from lading.catalog.links import link_cards
 from lading.catalog.records import Check, CopyKind, FoundArtifact, LocalCopy, now
 from lading.catalog.store import AssetStore, StoredCheckpoint, get_asset_store
@@ -299,10 +299,12 @@ class _Adopter:
                 digests = hash_files(files, total, "hash", progress=self._progress)
             if [shard.sha256 for shard in other.manifest.shards] == [sha256 for sha256, _ in digests]:
                 found.append(self._take_match(path, other, manifest, digests, cards))
+        cards = tuple(self._names.get(uri, ()))
         if found:
+            if stored is not None and not cards and not self._dry_run:
+                forget_checkpoint(self._store.database, uri)  # it was known by its path before
             return found
 
-        cards = tuple(self._names.get(uri, ()))
         known = _known(path, stored, cards)
         move = self._moves.find(here) if stored is None else None
         if move is not None and not move.cards:

@@ -163,6 +163,18 @@ def record_companions(database: Database, *, uri: str, copies: Sequence[LocalCop
     record_files(database, uri=uri, copies=copies)
 
 
+def forget_checkpoint(database: Database, uri: str) -> None:
+    """Delete the records of a checkpoint, other than those of checks.
+
+    :raises CatalogError: the catalog is damaged, or another process holds it.
+    :raises OSError: the disk is full.
+    """
+    with database.session(write=True) as session:
+        row = find_checkpoint(session, uri)
+        if row is not None:
+            session.delete(row)
+
+
 def recorded_headers(database: Database, uri: str) -> dict[str, str]:
     """Return the last recorded digest of the header of each file of a checkpoint, by the file's name."""
     row = VerificationRow
