@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from lading.errors import CheckpointNotFoundError, NotSupportedError
+from lading.formats.adapter_config import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 
 INDEX_NAME = "model.safetensors.index.json"
 FILE_NAME = "model.safetensors"
@@ -55,6 +56,12 @@ def checkpoint_file(names: Iterable[str], *, where: Path | str, torch: bool = Fa
         if name == FILE_NAME and torch and is_distributed(listed):
             return METADATA_NAME
 
+    if {ADAPTER_NAME, ADAPTER_CONFIG_NAME} <= set(listed):
+        raise CheckpointNotFoundError(
+            where,
+            f"{where}: expected {INDEX_NAME} or {FILE_NAME}, found a LoRA adapter, {ADAPTER_NAME}. State it in a card "
+            "as `adapter`, on top of its `base`, and not as `checkpoint`.",
+        )
     if found := [
         name
         for name in listed
