@@ -119,8 +119,12 @@ def test_which_there_are(home: Path, tmp_path: Path, write: Callable[[Path], Pat
             formats.index(formats.nested(path, name))
 
 
-def test_on_the_command_line(home: Path, cli: Cli, tmp_path: Path) -> None:
+def test_on_the_command_line(home: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "saved.pt")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    for name in ("saved.pt/net", "./saved.pt/net"):  # the first is no repository of the hub
+        assert json.loads(cli("check", name, "--json").stdout)["matched"] == len(FIRST)
     shown = cli("index", path / "ema.module", "--json").stdout
     assert json.loads(shown)["tensors"] == len(SECOND)
     refused = cli("index", path, code=4).stderr

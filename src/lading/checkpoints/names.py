@@ -32,6 +32,7 @@ from lading.errors import (
     ModelNotKnownError,
     NotSupportedError,
 )
+from lading.formats.folder import container_of
 from lading.sources.hub.address import HubAddress, check_revision, is_repo_id
 from lading.sources.open import HUB_SCHEMES, check_address, open_source
 from lading.system.filesystem import expand_home, path_exists
@@ -76,7 +77,7 @@ def find_card(
     assert isinstance(target, str)
     if "://" in target:
         return _at_address(target, store, revision, family)
-    if "/" in target and path_exists(target):
+    if "/" in target and (path_exists(target) or container_of(Path(target)) is not None):
         return _at_path(Path(target), store, revision, family)
     if (uri := _repository(target, revision)) is not None:
         card = _with_checkpoint(uri, store, family)
