@@ -65,8 +65,8 @@ def rm(selection: Selection, orphans: bool, dry_run: bool, yes: bool, form: Form
         if form is Form.TABLE:
             click.echo(_line(name, removal, dry_run=dry_run))
 
-    def remove(name: str, _: Removal) -> None:
-        tell(name, remove_model(name, dry_run=dry_run, hub=yes or agreed, store=store))
+    def remove(name: str, planned: Removal) -> None:
+        tell(name, planned if dry_run else remove_model(name, hub=yes or agreed, store=store))
 
     # All of them, before anything is removed.
     removals = selection.resolve(plan, store) if selection else {}
