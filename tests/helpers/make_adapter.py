@@ -82,7 +82,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
 def within_one_ulp(found: Tensor, expected: Tensor) -> bool:
-    """Whether no element differs by more than the next number after the expected one."""
+    """Return whether no element differs by more than the next number after the expected one."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
     next_ = torch.nextafter(expected.abs(), torch.full_like(expected, float("inf"))) - expected.abs()

@@ -40,7 +40,7 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """The values of ``init_lora_weights`` that leave the weights of the base as they are."""
 
 _MAX_NUMBER = 1e30
-"""A bound for numbers, of which no adapter comes near: larger integers may not fit into a float."""
+"""A bound for numbers, far above those of adapters: larger integers may not fit into a float."""
 
 _MAX_KEYS = 10_000
 """The most entries of a field; PEFT writes at most one per module."""
@@ -54,7 +54,7 @@ class LoraConfig:
     alphas: Mapping[str, float]
     """Other values of ``alpha``, by names or regular expressions of modules."""
     root: bool
-    """Whether ``alpha`` is divided by the square root of the rank, instead of by the rank."""
+    """``True`` if ``alpha`` is divided by the square root of the rank, instead of by the rank."""
     saved: tuple[str, ...]
     """The names of modules that were trained whole."""
     base: str | None

@@ -1,7 +1,7 @@
 """The match of the tensors of LoRA adapters with the parameters of a model, without torch and without a file.
 
-The names in an adapter are those of transformers' modules. Where the checkpoint of the base has a tensor of that name
-which is only a part of a parameter, the change goes the way of that tensor; all others go through the rules of the
+The names in an adapter are those of transformers' modules. If the checkpoint of the base has a tensor of that name
+that is only a part of a parameter, the change goes the way of that tensor; all others go through the rules of the
 family, as the tensors of a checkpoint do.
 
 Source: PEFT 0.21 (``peft/tuners/lora/layer.py``) for the names of tensors and the order of the operations.
@@ -36,16 +36,16 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """What an adapter does to a target, or to parts of it."""
+    """A change that an adapter makes to a target, or to parts of it."""
 
     adapter: int
     """The number of the adapter, from 0 on."""
     source: Source
-    """How tensors make the target."""
+    """The way in which tensors make the target."""
     shapes: Sequence[tuple[int, ...]]
     """The shapes of these tensors, by position."""
     parts: Mapping[int, Factors | int]
-    """What becomes of these tensors, by position: the factors to add, or the tensor of the adapter to replace it by."""
+    """The factors to add to these tensors, or the tensor of the adapter to replace them by, by position."""
 
     @property
     def replaces(self) -> bool:
@@ -55,7 +55,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Merge:
-    """What the adapters of a model do to its targets."""
+    """The changes that the adapters of a model make to its targets."""
 
     changes: Mapping[int, Sequence[Change]]
     """The changes of each target, in order, by the position of the target."""
@@ -102,7 +102,7 @@ def match_adapters(
         replaced |= {target: targets.names[target] for target, change in matching.changes if change.replaces}
         problems += (f"adapter {adapter.checkpoint.where}: {problem}" for problem in matching.problems)
 
-    # What an adapter trained whole is the weight to which its factors, if any, are added.
+    # The factors of an adapter, if any, are added to the weight that it trained whole.
     ordered = {target: sorted(all_, key=lambda change: not change.replaces) for target, all_ in changes.items()}
 
     return Merge(changes=ordered, problems=problems, replaced=replaced)

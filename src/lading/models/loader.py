@@ -92,7 +92,7 @@ class LoadOptions:
 
 
 class _Resolved(NamedTuple):
-    """What rank 0 resolves for all ranks."""
+    """The model, as rank 0 resolves it for all ranks."""
 
     config: Any
     checkpoint: Checkpoint

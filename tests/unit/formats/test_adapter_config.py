@@ -1,4 +1,4 @@
-"""What `adapter_config.json` says about a merge, and what it may not say."""
+"""The fields of `adapter_config.json` that decide about a merge, and those that are refused."""
 
 from __future__ import annotations
 
