@@ -251,6 +251,19 @@ def test_an_adapter_that_a_card_adds_belongs_to_the_card(cli: Cli, disk: Path, t
     assert not listed()
 
 
+def test_an_adapter_that_gets_a_card_is_listed_no_more(disk: Path) -> None:
+    make(disk / "base")
+    fill(disk / "lora", LORA)
+    adopt(disk)
+    assert listed().keys() == {str(disk / "base"), str(disk / "lora")}
+
+    lading.add_checkpoints(disk / "base", progress=False)
+    (added,) = lading.add_checkpoints(disk / "lora", fields={"base": "base"}, progress=False)
+
+    assert added.status == "added"
+    assert not listed()
+
+
 @pytest.mark.parametrize("named", ["the folder", "the files"])
 def test_cards_are_not_added_for_artifacts(cli: Cli, disk: Path, named: str) -> None:
     make(disk / "good")

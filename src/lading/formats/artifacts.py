@@ -84,8 +84,8 @@ _REASONS: Mapping[str, str] = {
     "diffusers": "It is a pipeline of several models for diffusers, not one model. Load it with diffusers.",
     "tensorflow": "It is of a format of TensorFlow, which lading does not read. Convert it with transformers 4 "
     "(`from_tf=True`, then `save_pretrained`).",
-    LORA: "It holds changes to the weights of a base model, not a model. State it as the `adapter` of a card that is "
-    "based on that of the base model.",
+    LORA: "It holds changes to the weights of a base model, not a model. `lading add` makes a card for it, on top of "
+    "the card of that model.",
     "adapter": "It holds changes to the weights of a base model, not a model. Merge it with PEFT "
     "(`merge_and_unload`, then `save_pretrained`).",
     "gguf": "It is of the format of llama.cpp, which lading does not read. Use the safetensors checkpoint that it was "

@@ -414,9 +414,16 @@ class _Adder:
 
     def write(self) -> tuple[AddedCard, ...]:
         """Write everything in a few transactions, and return the results."""
-        if self._artifacts and not self._dry_run:
-            record_artifacts(self._store.database, self._artifacts)
         found = [each for each in self._found.values() if isinstance(each, _Found)]
+        adapters = [
+            file.parent
+            for each in found
+            if each.described.adapter_of is not None and each.name is not None and each.error is None
+            if (file := uri_path(each.described.uri)) is not None
+        ]
+        if (self._artifacts or adapters) and not self._dry_run:
+            # An adapter may have been listed as one without a card.
+            record_artifacts(self._store.database, self._artifacts, searched=adapters)
         for start in range(0, 0 if self._dry_run else len(found), _BATCH):
             batch = found[start : start + _BATCH]
             entries = [entry for each in batch for entry in each.entries]
