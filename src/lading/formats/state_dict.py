@@ -8,7 +8,7 @@ in one of them. A dotted path names it, ``ema.module``; without one it is the di
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import NoReturn
 
@@ -54,9 +54,10 @@ def find_state_dict(
 
     if path is not None:
         found = _at(value, path.split("."))
-        if type(found) is dict and holds_tensors(found):
-            return found
-        what = "nothing" if found is None else "a dict without tensors" if type(found) is dict else describe(found)
+        for each in found:
+            if type(each) is dict and holds_tensors(each):
+                return each
+        what = "nothing" if not found else "a dict without tensors" if type(found[0]) is dict else describe(found[0])
         nested = _named(value, holds_tensors) or "It holds no nested state dict."
         raise CheckpointNotFoundError(label, f"{label}: expected a state dict at {path!r}, found {what}. {nested}")
     if type(value) is not dict:
@@ -88,18 +89,19 @@ def require_name(name: str, *, label: str) -> None:
         raise corrupt(label, where, expected=f"a name of at most {MAX_NAME_SIZE} bytes", found=f"{size}")
 
 
-def _at(value: object, parts: list[str]) -> object:
-    """Return the value at a path; ``None`` if there is none."""
-    if not parts:
-        return value
-    if type(value) is not dict:
-        return None
-    for count in range(1, len(parts) + 1):
-        key = ".".join(parts[:count])
-        if key in value and (found := _at(value[key], parts[count:])) is not None:
-            return found
+def _at(value: object, parts: Sequence[str]) -> list[object]:
+    """Return the values at a path: several, if its keys contain dots."""
+    # What some of the parts lead to, by their number: each value once, however many ways lead to it.
+    reached: list[dict[int, object]] = [{} for _ in range(len(parts) + 1)]
+    reached[0][id(value)] = value
+    for first, values in enumerate(reached):
+        for each in values.values():
+            for end in range(first + 1, len(parts) + 1) if type(each) is dict else ():
+                key = ".".join(parts[first:end])
+                if type(each) is dict and key in each:
+                    reached[end][id(each[key])] = each[key]
 
-    return None
+    return list(reached[-1].values())
 
 
 def _named(value: object, holds_tensors: Callable[[object], bool]) -> str:
