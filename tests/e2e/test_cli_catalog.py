@@ -149,6 +149,8 @@ class TestList:
             (("--dtype", "fp16"), []),
             (("--min-size", "43648"), ["tiny", "tiny_child", "tiny_large"]),
             (("--max-size", "43648B"), ["tiny", "tiny_child", "tiny_newer"]),
+            (("--min-size", "9" * 30 + "TB"), []),
+            (("--max-size", "9" * 400), ["tiny", "tiny_child", "tiny_large", "tiny_newer"]),
             (("--min-size", "2kB", "--max-size", "50kB"), ["tiny", "tiny_child"]),
             (("--sort", "size"), ["tiny_large", "tiny", "tiny_child", "tiny_newer"]),
             (("--sort", "modified"), ["tiny_newer", "tiny", "tiny_child", "tiny_large"]),
@@ -638,6 +640,10 @@ class TestExport:
         result = cli("export-cards", "nothing*")
         assert result.stdout == ""
         assert result.stderr == "lading: 0 cards, 0 architectures\n"
+        assert "Did you mean 'qwen3_0.6b'" in cli("export-cards", "qwen3-0.6b", code=2).stderr
+
+    def test_a_folder_takes_no_cards(self, cli, tmp_path):
+        assert "is a directory" in cli("export-cards", "-o", tmp_path, code=2).stderr
 
 
 class TestEnv:

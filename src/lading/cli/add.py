@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.cli.command import command, no_progress, no_restrict
+from lading.cli.command import GivenPath, command, no_progress, no_restrict
 from lading.cli.failure import explain
 from lading.cli.output import Column, Form, listing_options, note, printable, write_rows
 from lading.system.display import counted, human_bytes
@@ -50,7 +50,7 @@ def _fields(context: click.Context, parameter: click.Parameter, values: tuple[st
 
 
 @command("add")
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=click.Path())
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=GivenPath())
 @click.option(
     "--name-from",
     default="folder",

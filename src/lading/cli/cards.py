@@ -14,8 +14,9 @@ import click
 
 from lading.cards.addresses import stated_addresses, with_addresses
 from lading.cards.card import AssetCard, AssetCardField, CardEntry
-from lading.cli.command import command
+from lading.cli.command import GivenPath, command
 from lading.cli.complete import complete_model
+from lading.cli.names import has_wildcard
 from lading.cli.output import note, printable
 from lading.system.display import counted
 from lading.system.uris import uri_path
@@ -24,7 +25,7 @@ log = logging.getLogger("lading")
 
 
 @command("import")
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(allow_dash=True))
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=GivenPath(allow_dash=True))
 @click.option("--dry-run", is_flag=True, help="Show what would change, and change nothing.")
 @click.option("--replace", is_flag=True, help="Replace cards that came from another source.")
 @click.option("--keep-going", is_flag=True, help="Import the valid cards of files that also hold invalid ones.")
@@ -58,7 +59,7 @@ def import_(paths: tuple[str, ...], dry_run: bool, replace: bool, keep_going: bo
 
 @command("export-cards")
 @click.argument("pattern", required=False, shell_complete=complete_model)
-@click.option("-o", "--output", type=click.Path(), metavar="FILE", help="Write to FILE instead of stdout.")
+@click.option("-o", "--output", type=GivenPath(dir_okay=False), metavar="FILE", help="Write to FILE instead of stdout.")
 def export_cards(pattern: str | None, output: str | None) -> None:
     """Write cards and architectures as YAML that can be imported.
 
@@ -69,7 +70,10 @@ def export_cards(pattern: str | None, output: str | None) -> None:
     from lading.cards import card_file as cardfile
     from lading.catalog.store import get_asset_store
 
-    cards, architectures = get_asset_store().entries(pattern)
+    store = get_asset_store()
+    cards, architectures = store.entries(pattern)
+    if pattern is not None and not cards and not architectures and not has_wildcard(pattern):
+        store.retrieve_card(pattern)
     text = cardfile.dump(map(_with_absolute_paths, cards), architectures)
 
     if output is None or output == "-":

@@ -63,6 +63,18 @@ class Command(click.Command):
 command = partial(click.command, cls=Command)
 """The decorator of a command."""
 
+
+class GivenPath(click.Path):
+    """A path that is not empty: an unset variable of a shell is not the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        if not os.fspath(value):
+            self.fail("expected a path, found ''.", param, ctx)
+
+        return super().convert(value, param, ctx)
+
+
 no_restrict = click.option(
     "--no-restrict",
     is_flag=True,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lading.cli.command import command, no_progress, no_restrict, one_object, verify_mode
+from lading.cli.command import GivenPath, command, no_progress, no_restrict, one_object, verify_mode
 from lading.cli.complete import complete_model, complete_target
 from lading.cli.describe import DTYPES, Size, dtype_text, some
 from lading.cli.output import write_json, write_pairs
@@ -38,7 +38,7 @@ def _write_options(function: F) -> F:
             "--shard-size", type=Size(), default="5GB", show_default=True, metavar="SIZE",
             help="The largest size of a file, unless a single tensor is larger.",
         ),
-        click.argument("folder", metavar="DIR", type=click.Path(path_type=Path)),
+        click.argument("folder", metavar="DIR", type=GivenPath(path_type=Path)),
     ):  # fmt: skip
         function = option(function)
 

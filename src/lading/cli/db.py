@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.cli.command import Group
+from lading.cli.command import GivenPath, Group
 from lading.cli.output import note, printable
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def check() -> None:
 
 
 @db.command("backup")
-@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.argument("file", required=False, type=GivenPath(path_type=Path))
 def backup(file: Path | None) -> None:
     """Copy the database, and print where the copy is.
 
@@ -105,7 +105,7 @@ def backup(file: Path | None) -> None:
 
 
 @db.command("restore")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=GivenPath(path_type=Path))
 def restore(file: Path) -> None:
     """Replace the catalog with a backup, after a check of the backup.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,7 @@ class Size(click.ParamType[int]):
             return value
         match = _SIZE.fullmatch(value)
         power = 0 if match is None or match[2] is None else "KMGTP".index(match[2].upper()) + 1
-        size = 0 if match is None else int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+        size = 0 if match is None else int(min(float(match[1]) * (1024 if match[3] else 1000) ** power, sys.maxsize))
         if size < 1:
             self.fail(f"expected a size such as 5GB or 512MiB, found {value!r}.", param, ctx)
 

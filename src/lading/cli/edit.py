@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.cli.command import command
+from lading.cli.command import GivenPath, command
 from lading.cli.complete import complete_model
 from lading.cli.output import Form, listing_options, note, printable, write_rows
 from lading.system.display import counted
@@ -56,8 +56,8 @@ def rename(old: str, new: str, dry_run: bool, form: Form) -> None:
 
 
 @command("relocate")
-@click.argument("old", metavar="OLD", type=click.Path(path_type=Path))
-@click.argument("new", metavar="NEW", type=click.Path(path_type=Path))
+@click.argument("old", metavar="OLD", type=GivenPath(path_type=Path))
+@click.argument("new", metavar="NEW", type=GivenPath(path_type=Path))
 @_dry_run
 @listing_options
 def relocate(old: Path, new: Path, dry_run: bool, form: Form) -> None:

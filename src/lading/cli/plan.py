@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lading.cli.command import command, no_restrict
+from lading.cli.command import GivenPath, command, no_restrict
 from lading.cli.complete import complete_target
 from lading.cli.describe import DTYPES, Size
 from lading.cli.output import Column, Form, listing_options, note, text, write_rows
@@ -36,7 +36,7 @@ _AXIS = click.IntRange(min=1, max=1_000_000)
 )
 @click.option("--rank", type=click.IntRange(min=0), multiple=True, help="Only this rank; may be repeated.")
 @click.option("--device-memory", type=Size(), help="Exit with 4 unless the weights fit into SIZE, such as 80GiB.")
-@click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Also draw it.")
+@click.option("--picture", type=GivenPath(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Also draw it.")
 @no_restrict
 @listing_options
 def plan(

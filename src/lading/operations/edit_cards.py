@@ -59,7 +59,8 @@ def relocate_checkpoints(
     :param new: the path that takes its place.
     :param dry_run: whether to change nothing, and only return the changes.
 
-    :raises CheckpointNotFoundError: nothing is at ``new``, or a checkpoint is not there (also a ``FileNotFoundError``).
+    :raises CheckpointNotFoundError: the catalog knows nothing at ``old``, nothing is at ``new``, or a checkpoint is not
+        there (also a ``FileNotFoundError``).
     :raises ModelCheckpointMismatchError: at the new place are other tensors; nothing was changed.
     :raises PolicyError: a watched file or a package states one of the cards; nothing was changed.
     :raises CatalogError: the catalog cannot be written.
@@ -82,7 +83,15 @@ def relocate_checkpoints(
         if path_exists(path) or path_exists(after / path.relative_to(before))
     ]
 
-    return tuple(edit_cards.relocate(store.database, before, after, contents, dry_run=dry_run))
+    changes = tuple(edit_cards.relocate(store.database, before, after, contents, dry_run=dry_run))
+    if not changes and not contents:
+        raise CheckpointNotFoundError(
+            before,
+            f"The catalog knows no checkpoint at {before}, nor below it. `lading list --all --local --columns "
+            "name,local_path` shows those that it knows.",
+        )
+
+    return changes
 
 
 def _moved(uri: str, path: Path, store: AssetStore) -> CheckpointContents:
