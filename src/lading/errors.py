@@ -100,7 +100,7 @@ class AssetNotFoundError(LadingError):
     exit_code = 2
 
     def __init__(self, name: str, hint: str = "") -> None:
-        super().__init__(f"No asset card named {name!r} is in the catalog.{hint or ' `lading list --all` shows them.'}")
+        super().__init__(f"No card named {name!r} is in the catalog.{hint or ' `lading list --all` shows them.'}")
         self.name = name
         self.hint = hint
 

@@ -319,7 +319,7 @@ def test_odd_names(tmp_path: Path) -> None:
 
     found = add(tmp_path / "models", recursive=True)
 
-    good = {name.strip() for name in odd[:4]} | {"~", "50%"}
+    good = {name.strip() for name in odd[:4]} | {"50%"}
     assert {name for name, each in found.items() if each.status == "added"} == good
     for name in good:
         card = lading.get_asset_store().retrieve_card(name)

@@ -192,7 +192,7 @@ class TestFailures:
     @pytest.mark.parametrize(
         ("error", "code", "line"),
         [
-            (AssetNotFoundError("x"), 2, "No asset card named 'x'"),
+            (AssetNotFoundError("x"), 2, "No card named 'x'"),
             (CheckpointNotFoundError("/x", "No checkpoint is at /x"), 2, "No checkpoint is at /x"),
             (FetchError("no route"), 5, "no route"),
             (CatalogError("damaged\nand more"), 6, "damaged"),

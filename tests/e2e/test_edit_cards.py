@@ -173,14 +173,17 @@ def test_a_card_gets_another_name_wherever_it_is_named(
         ("a", "x" * 201, AssetCardError),
         ("a", "x\ny", AssetCardError),
         ("a", "x@user", AssetCardError),
+        ("a", "./x", AssetCardError),
+        ("a", "hg://org/x", AssetCardError),
         ("a@user", "x", AssetCardError),
         ("unknown", "x", AssetNotFoundError),
         ("", "x", AssetNotFoundError),
     ],
 )
 def test_names_that_are_not_free(models: Path, old: str, new: str, error: type[Exception]) -> None:
-    with pytest.raises(error):
+    with pytest.raises(error) as raised:
         lading.rename_card(old, new)
+    assert len(raised.value.message.splitlines()) == 1
     assert {"a", "b"} <= names()
 
 
@@ -233,7 +236,8 @@ def test_only_the_same_checkpoint_takes_the_place(models: Path, tmp_path: Path) 
     with pytest.raises(ModelCheckpointMismatchError, match="lading add"):
         lading.relocate_checkpoints(models / "a", models / "b")
     assert fields("a")["checkpoint"] == str(models / "a")
-    assert lading.relocate_checkpoints(tmp_path / "unknown", tmp_path / "other") == ()
+    with pytest.raises(CheckpointNotFoundError, match="unknown"):
+        lading.relocate_checkpoints(tmp_path / "unknown", tmp_path / "other")
     assert lading.relocate_checkpoints(models, models) == ()
 
 

@@ -434,3 +434,35 @@ def test_dtypes_by_name_in_memory(catalog: Path, tmp_path: Path) -> None:
         lading.export_model(model, "qwen", qwen_config(), tmp_path / "out", dtype="auto")
     with pytest.raises(TypeError, match="bf17"):
         lading.export_model(model, "qwen", qwen_config(), tmp_path / "out", dtype="bf17")
+
+
+def test_what_the_catalog_does_not_know_of_a_place(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "my folder" / "tiny")
+    for name in ("my folder/tiny", "./my folder/tiny", str(tmp_path / "my folder" / "tiny")):
+        for command in ("show", "rm"):
+            assert f"Run `lading index '{name}'`" in cli(command, name, code=2).stderr
+    assert "There is no such file or folder" in cli("show", "./nowhere", code=2).stderr
+    assert "Run `lading index hg://org/name`" in cli("show", "hg://org/name", code=2).stderr
+    assert "write './my folder'" in cli("show", "my folder", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("add", ""),
+        ("adopt", ""),
+        ("import", ""),
+        ("relocate", "", "x"),
+        ("relocate", "x", ""),
+        ("convert", "x", ""),
+        ("export", "x", ""),
+        ("export-cards", "-o", ""),
+        ("plan", "x", "--picture", ""),
+        ("db", "backup", ""),
+        ("db", "restore", ""),
+    ],
+    ids=" ".join,
+)
+def test_an_empty_path_is_not_the_current_folder(cli: Cli, words: tuple[str, ...]) -> None:
+    assert "expected a path, found ''" in cli(*words, code=2).stderr

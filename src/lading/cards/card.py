@@ -338,6 +338,11 @@ def pinned_digests(card: AssetCard) -> dict[str, str]:
 # --- resolution ------------------------------------------------------------------------------------------------------
 
 
+def reads_as_path(text: str) -> bool:
+    """Return whether a text, where a name is taken, is a path by its first characters."""
+    return text in (".", "..") or text.startswith(("./", "../", "/", "~"))
+
+
 def split_name(name: str) -> tuple[str, str | None]:
     """Split ``name@env`` into name and environment; the latter is ``None`` without an ``@``, and may be empty."""
     plain, at, env = name.partition("@")

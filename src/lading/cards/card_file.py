@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from lading.cards.adapters import adapter_problems
-from lading.cards.card import CONFIG_KEYS, FIELDS, ArchitectureEntry, CardEntry, is_count, is_sha256
+from lading.cards.card import CONFIG_KEYS, FIELDS, ArchitectureEntry, CardEntry, is_count, is_sha256, reads_as_path
 from lading.cards.documents.document import Document, join, show
 from lading.cards.documents.json_lines import json_documents
 from lading.cards.documents.read_yaml import yaml_documents
@@ -241,6 +241,8 @@ def _plain_name(name: str, key: str, problems: list[str]) -> str:
         problems.append(f".{key}: expected a name of at most {MAX_NAME_LENGTH} characters, found {len(name)}")
     elif not name.isprintable():
         problems.append(f".{key}: expected a name of printable characters, found {show(name)}")
+    elif reads_as_path(name) or "://" in name:
+        problems.append(f".{key}: expected a name that is neither a path nor an address, found {show(name)}")
     elif "@" in name:
         problems.append(f".{key}: expected a name without @, found {show(name)}")
 

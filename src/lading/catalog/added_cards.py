@@ -45,11 +45,11 @@ def card_entry(name: str, fields: Mapping[str, object]) -> CardEntry:
     :raises TypeError: a value that YAML and JSON do not have.
     """
     if "@" in name:
-        raise CardFileError([f"{ADDED}: expected the name of a card without @, found {name!r}"])
+        raise CardFileError([f"name: expected the name of a card without @, found {name!r}"])
     text = to_yaml([{"name": name, **fields}])
     file = parse(text.encode("utf-8", errors="surrogatepass"), source=ADDED, label=ADDED)
     if file.problems:
-        raise CardFileError(file.problems)
+        raise CardFileError([problem.removeprefix(f"{ADDED}[0]").lstrip(".: ") for problem in file.problems])
 
     return file.cards[0]
 

@@ -28,7 +28,7 @@ from lading.catalog.listing import near_names
 from lading.catalog.records import CardChange
 from lading.catalog.schema import CardRow, SourceRow
 from lading.catalog.stored_cards import label
-from lading.errors import AssetCardError, AssetNotFoundError, PolicyError
+from lading.errors import AssetCardError, AssetNotFoundError, CardFileError, PolicyError
 from lading.system.uris import uri_path
 
 _REFERENCES = ("base", "tokenizer_ref")
@@ -88,10 +88,17 @@ def rename_card(database: Database, old: str, new: str, *, dry_run: bool) -> lis
             old, f"expected names of cards without an environment, found {old!r} and {new!r}. Overlays are renamed "
             "with their card."
         )  # fmt: skip
-    new = card_entry(new, {}).name
+    try:
+        new = card_entry(new, {}).name
+    except CardFileError as error:
+        raise AssetCardError(new, f"{error.problems[0]}. Nothing was renamed; choose another name.") from None
     with database.session(write=not dry_run) as session:
         rows = _named(session, old)
         old = rows[0].row.key[0]
+        if new == old:
+            raise AssetCardError(
+                new, f"The card {old!r} has this name already. Nothing was renamed; choose another name."
+            )
         if taken := _find(session, CardRow.name == new):
             raise AssetCardError(
                 new,

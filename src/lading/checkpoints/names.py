@@ -16,11 +16,12 @@ address becomes a card that names only the checkpoint, whose ``config.json`` the
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 from lading.cards.adapters import adapter_refs
-from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref, split_name
+from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref, reads_as_path, split_name
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.address import address_of
 from lading.checkpoints.card_links import heads_of
@@ -91,10 +92,17 @@ def find_card(
 
 
 def unknown_model(name: str, store: AssetStore) -> ModelNotKnownError:
-    """Return the error for a name that is not in the catalog, with suggestions."""
-    near = store.suggest(split_name(name)[0])
+    """Return the error for a name, a path or an address that is not in the catalog, with suggestions."""
+    index = f" Run `lading index {shlex.quote(name)}` to record what is there."
+    path = as_path(name)
+    if path is not None:
+        return ModelNotKnownError(name, index if path_exists(path) else " There is no such file or folder.")
     if path_exists(name):
-        return ModelNotKnownError(name, f" To use the file or folder of that name, write './{name}'.")
+        here = f" To use the file or folder of that name, write './{name}'."
+        return ModelNotKnownError(name, index if "/" in name else here)
+    near = store.suggest(split_name(name)[0])
+    if not near and ("://" in name or _repository(name, None) is not None):
+        return ModelNotKnownError(name, index)
 
     return ModelNotKnownError(name, f" Did you mean {' or '.join(map(repr, near))}?" if near else "")
 
@@ -105,7 +113,7 @@ def as_path(target: object) -> Path | None:
         return expand_home(target)
     if not isinstance(target, str):
         return None
-    if target in (".", "..") or target.startswith(("./", "../", "/", "~")):
+    if reads_as_path(target):
         return expand_home(target)
 
     return uri_path(target)

@@ -19,7 +19,14 @@ from lading.catalog.records import FoundArtifact, ModelSummary
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.card_links import names_of
 from lading.checkpoints.recording import require_writable
-from lading.errors import AssetCardError, CatalogError, CheckpointNotFoundError, LadingError, NotSupportedError
+from lading.errors import (
+    AssetCardError,
+    CardFileError,
+    CatalogError,
+    CheckpointNotFoundError,
+    LadingError,
+    NotSupportedError,
+)
 from lading.formats.artifacts import LORA, artifact_files, not_loaded_error
 from lading.operations.adopt import adopt_checkpoints
 from lading.operations.artifacts import artifact_at
@@ -385,11 +392,15 @@ class _Adder:
             each.fields = {**each.described.fields, **self._given}
             if other := self._cards.get(name.strip()):
                 at = shown_uri(other.checkpoint or other.source or "")
-                each.fail(_taken(name, f"the card of {at} has that name", each))
+                each.fail(_misnamed(name, f"{_TAKEN}, found {name!r}: the card of {at} has that name", each))
             elif counts[name.strip()] > 1:
-                each.fail(_taken(name, f"{counts[name.strip()]} checkpoints would have it", each))
+                count = counts[name.strip()]
+                each.fail(_misnamed(name, f"{_TAKEN}, found {name!r}: {count} checkpoints would have it", each))
             else:
-                each.name = name.strip()
+                try:
+                    each.name = card_entry(name, {}).name
+                except CardFileError as error:
+                    each.fail(_misnamed(name, error.problems[0], each))
 
     def _write_new(self, new: Sequence[_Found], owners: Mapping[str, Sequence[str]]) -> None:
         """Write cards for checkpoints; then those of adapters, which are based on the card of their model."""
@@ -434,12 +445,11 @@ class _Adder:
         return tuple(each.result() if isinstance(each, _Found) else each for each in self._found.values())
 
 
-def _taken(name: str, why: str, each: _Found) -> AssetCardError:
-    return AssetCardError(
-        name,
-        f"{each.described.shown}: expected a name that no other checkpoint has, found {name!r}: {why}. Use another "
-        "rule for names, `--name-from`.",
-    )
+_TAKEN = "expected a name that no other checkpoint has"
+
+
+def _misnamed(name: str, problem: str, each: _Found) -> AssetCardError:
+    return AssetCardError(name, f"{each.described.shown}: {problem}. Use another rule for names, `--name-from`.")
 
 
 def _gone(model: ModelSummary, path: Path) -> AddedCard:

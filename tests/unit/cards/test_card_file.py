@@ -292,6 +292,17 @@ def test_json_lines() -> None:
         ("name: a@b@c", "qwen.yaml[0].name: expected 'name' or 'name@environment', found 'a@b@c'"),
         ("name: 'a\u00a0b'", "qwen.yaml[0].name: expected a name of printable characters, found 'a\\xa0b'"),
         ('name: "a\\eb"', "qwen.yaml[0].name: expected a name of printable characters, found 'a\\x1bb'"),
+        ("name: ./a", "qwen.yaml[0].name: expected a name that is neither a path nor an address, found './a'"),
+        ("name: /a@b", "qwen.yaml[0].name: expected a name that is neither a path nor an address, found '/a'"),
+        ("name: ~a", "qwen.yaml[0].name: expected a name that is neither a path nor an address, found '~a'"),
+        (
+            "name: hg://a/b",
+            "qwen.yaml[0].name: expected a name that is neither a path nor an address, found 'hg://a/b'",
+        ),
+        (
+            "name: a\nbase: ../b",
+            "qwen.yaml[0].base: expected a name that is neither a path nor an address, found '../b'",
+        ),
         (f"name: {'a' * 201}", "qwen.yaml[0].name: expected a name of at most 200 characters, found 201"),
         (f"name: a@{'b' * 201}", "qwen.yaml[0].name: expected a name of at most 200 characters, found 201"),
         ("name: a\nbase: b@user", "qwen.yaml[0].base: expected a name without @, found 'b@user'"),
