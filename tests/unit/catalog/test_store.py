@@ -317,9 +317,12 @@ def test_families(shared_stock: Stock) -> None:
 
 def test_the_columns_of_a_model_are_those_of_the_view(shared_stock: Stock) -> None:
     names = [f.name for f in fields(ModelSummary)]
-    assert query(shared_stock().database, "SELECT * FROM models").columns == tuple(names[:-1])
-    assert query(shared_stock().database, "SELECT * FROM assets").columns == tuple(names)
-    assert names[-1] == "problem"
+    assert names[-2:] == ["problem", "kind"]
+    assert query(shared_stock().database, "SELECT * FROM models").columns == tuple(names[:-2])
+    assert query(shared_stock().database, "SELECT * FROM assets").columns == tuple(names[:-1])
+    assert {"name", "status", "problem", "kind"} < set(
+        query(shared_stock().database, "SELECT * FROM unregistered").columns
+    )
 
 
 def test_statuses(stock: Stock, tmp_path: Path) -> None:
