@@ -8,6 +8,7 @@
     ├── ModelArchitectureNotKnownError                2
     ├── ModelFamilyNotKnownError                      2
     ├── NotSupportedError                             2  a valid request that lading does not support
+    │   └── TorchNotFoundError                        8  torch is not installed, and this needs it
     ├── SettingsError                                 2  an environment variable with an invalid value
     ├── QueryError                                    2  SQL that the database does not understand
     ├── AssetCardError                                3  an invalid card, or one whose family is not registered

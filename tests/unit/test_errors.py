@@ -34,6 +34,7 @@ INSTANCES = [
     errors.ModelGatedError("a", "https://example.com"),
     errors.GangError("m", (1, 2)),
     errors.InternalError("m"),
+    errors.TorchNotFoundError("m"),
 ]
 
 
