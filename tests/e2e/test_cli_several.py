@@ -172,6 +172,7 @@ def test_wrong_words(cli: Cli, catalog: Path) -> None:
         assert "--every" in cli(command, code=2).stderr
         assert "not both" in cli(command, "tiny", "--every", code=2).stderr
         assert cli(command, "--every").stderr == "lading: no model is on this machine.\n"
+        assert cli(command, "nope", "no*", code=2).stdout == ""
 
 
 def test_no_model_is_an_empty_list(cli: Cli, catalog: Path) -> None:

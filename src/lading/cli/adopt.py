@@ -58,8 +58,7 @@ def adopt(paths: tuple[Path, ...], dry_run: bool, no_restrict: bool, form: Form)
     from lading.operations.adopt import adopt_checkpoints
 
     found = adopt_checkpoints(*paths, dry_run=dry_run, restrict=not no_restrict)
-    if found or form is not Form.TABLE:
-        write_rows(_COLUMNS, [[getattr(each, c) for c in _COLUMNS] for each in found], form, table=_TABLE)
+    write_rows(_COLUMNS, [[getattr(each, c) for c in _COLUMNS] for each in found], form, table=_TABLE)
     for each in found:
         if each.status == "failed":
             note(printable(each.problem or ""))

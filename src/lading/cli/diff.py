@@ -43,14 +43,13 @@ def diff(a: str, b: str, values: bool, by_layer: bool, no_restrict: bool, no_pro
     rows = _layer_rows(report, form) if by_layer else _tensor_rows(report, form)
     if not values:
         rows = [row[: -len(_MEASURES)] for row in rows]
-    if rows or form is not Form.TABLE:
-        columns, table = (_LAYER_COLUMNS, _LAYER_TABLE) if by_layer else (_COLUMNS, _TABLE)
-        write_rows(
-            (*columns, *_MEASURES) if values else columns,
-            rows,
-            form,
-            table=(*table, *_MEASURES_TABLE) if values else table,
-        )
+    columns, table = (_LAYER_COLUMNS, _LAYER_TABLE) if by_layer else (_COLUMNS, _TABLE)
+    write_rows(
+        (*columns, *_MEASURES) if values else columns,
+        rows,
+        form,
+        table=(*table, *_MEASURES_TABLE) if values else table,
+    )
     if form is Form.TABLE or report.not_compared:
         note(_summary(report, hint_at_values=not values))
     if form is Form.TABLE and (layers := _layers_that_differ(report)):

@@ -124,8 +124,6 @@ def list_models(
             raise unknown_model(pattern, store)
         unknown = " Dtypes are known of models that were indexed or loaded." if conditions["dtype"] else ""
         note("no model matches." + unknown + ("" if include_all else " `--all` lists all cards."))
-        if form is Form.TABLE:
-            return
 
     if columns is not None:
         table: Sequence[Column] = [_column(name) for name in chosen]

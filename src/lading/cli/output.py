@@ -82,7 +82,7 @@ def write_rows(
     *,
     table: Sequence[Column] | None = None,
 ) -> None:
-    """Write ``rows`` to stdout.
+    """Write ``rows`` to stdout; of a table without rows, nothing.
 
     :param columns: the names of the values in a row; JSON and CSV contain all of them.
     :param table: the columns of the table; default: all.
@@ -90,7 +90,7 @@ def write_rows(
     match form:
         case Form.TABLE:
             shown = table if table is not None else _columns_of(columns, rows)
-            text = _table(shown, [[row[columns.index(c.name)] for c in shown] for row in rows])
+            text = _table(shown, [[row[columns.index(c.name)] for c in shown] for row in rows]) if rows else ""
         case Form.NAMES:
             text = "".join(f"{'' if row[0] is None else printable(str(plain(row[0])))}\n" for row in rows)
         case Form.CSV:
