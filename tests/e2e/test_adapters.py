@@ -515,6 +515,7 @@ def test_a_folder_of_an_adapter_is_not_a_model(cli: Cli, tmp_path: Path) -> None
     one_weight(tmp_path)
     with pytest.raises(NotSupportedError, match=r"lading add \S+lora --set base=NAME"):
         lading.load_model(tmp_path / "lora")
+    assert "--set base=NAME" in cli("convert", tmp_path / "lora", tmp_path / "out", code=2).stderr
     add(cli, tmp_path, "checkpoint: lora")
     with pytest.raises(CheckpointNotFoundError, match="State it in a card as `adapter`"):
         load()

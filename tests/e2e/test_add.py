@@ -16,6 +16,7 @@ from click.testing import Result
 import lading
 from lading.errors import (
     AddressError,
+    AssetNotFoundError,
     CardFileError,
     CatalogError,
     CheckpointNotFoundError,
@@ -448,6 +449,8 @@ def test_nothing_is_written_before_all_arguments_are_right(models: Path) -> None
         lading.add_checkpoints("")
     with pytest.raises(CardFileError):
         lading.add_checkpoints(models, fields={"license": 5})
+    with pytest.raises(AssetNotFoundError, match="nope"):
+        lading.add_checkpoints(models, fields={"base": "nope"})
     assert statuses(add(models, dry_run=True)) == {"Tiny": "added"}
     assert dump() == before
 
@@ -480,6 +483,9 @@ def test_the_command(cli: Callable[..., Result], models: Path) -> None:
     result = cli("add", models, "--set", "owner=me", "--set", "note=@x", "--set", "stars=3")
     assert "Tiny  added" in result.stdout
     assert "the name of the folder" in result.stderr
+    assert "Did you mean 'tokenizer'" in cli("add", models, "--set", "tokeniser=x").stderr
+    assert "'qwn'" in cli("add", models, "--set", "model_family=qwn").stderr
+    cli("add", models, "--set", "model_family=qwen")
     assert "2 checkpoints: 1 added, 1 skipped" in result.stderr
     assert own_fields("Tiny") | {"owner": "me", "note": "@x", "stars": 3} == own_fields("Tiny")
 

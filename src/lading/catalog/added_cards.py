@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,8 @@ from lading.catalog.records import Check, ImportReport, LocalCopy
 from lading.catalog.schema import CardRow, SourceRow
 from lading.errors import CardFileError
 from lading.formats.manifest import Manifest
+
+log = logging.getLogger("lading")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +62,7 @@ def record_additions(
 ) -> ImportReport:
     """Write cards of lading's own and the contents of checkpoints, in one transaction.
 
-    A card of the same name from the same source is replaced.
+    A card of the same name from the same source is replaced. What an import of the cards warns of is logged.
 
     :raises CardFileError: another source has a card of the same name, or bases form a cycle; nothing was written.
     :raises CatalogError: the catalog cannot be written.
@@ -71,6 +74,8 @@ def record_additions(
         report = apply(session, [file] if entries else [], kind="import")
         record_contents(session, contents)
         link_by_uri(session)
+    for warning in report.warnings:
+        log.warning("%s", warning)
 
     return report
 

@@ -41,7 +41,10 @@ def _fields(context: click.Context, parameter: click.Parameter, values: tuple[st
     for value in values:
         name, equals, text = value.partition("=")
         if not equals or not name.strip() or name.strip() in ("name", "checkpoint"):
-            raise click.BadParameter(f"expected FIELD=VALUE with a field such as `license` or `owner`, found {value!r}")
+            raise click.BadParameter(
+                f"expected FIELD=VALUE with a field such as `license` or `owner`, found {value!r}; PATH is the "
+                "checkpoint, and `--name-from` gives the name"
+            )
         document = next(yaml_documents(text), None)
         # As in a card: numbers, true, lists; and what is no YAML, such as @me, is text.
         fields[name.strip()] = text if document is None or document.problems else document.value
@@ -102,8 +105,7 @@ def add(
         raise click.BadParameter(str(error), param_hint="'--name-from'") from None
 
     shown = [each for each in found if form is not Form.NAMES or each.name is not None]
-    if shown or form is not Form.TABLE:
-        write_rows(_COLUMNS, [[getattr(each, c) for c in _COLUMNS] for each in shown], form, table=_TABLE)
+    write_rows(_COLUMNS, [[getattr(each, c) for c in _COLUMNS] for each in shown], form, table=_TABLE)
     for each in found:
         if each.problem is not None:
             note(printable(each.problem))

@@ -68,9 +68,10 @@ def convert(target: str, arch: str | None, no_restrict: bool, **options: Any) ->
         raise click.BadParameter("expected FAMILY/ARCH, as in llama/llama3_8b.", param_hint="--arch")
 
     if arch is None and isinstance(found, Path) and found.exists():
+        from lading.formats.artifacts import artifact_in
         from lading.formats.config_json import read_hf_config
 
-        if not read_hf_config(found):
+        if not read_hf_config(found) and artifact_in(found) is None:
             raise click.UsageError(
                 f"{found} has no config.json, so the family of the model is unknown: name its architecture with --arch "
                 "FAMILY/ARCH (`lading archs` shows them)."

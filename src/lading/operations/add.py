@@ -110,11 +110,14 @@ def add_checkpoints(
     :raises ValueError: ``name_from`` has an unknown placeholder.
     :raises AddressError: an address is not valid.
     :raises CardFileError: a field has a value that a card cannot have.
+    :raises AssetNotFoundError: ``fields`` state a ``base`` that is not in the catalog.
     :raises CatalogError: the catalog cannot be read or written.
     """
     check_rule(name_from)
-    card_entry("x", fields or {})
+    base = card_entry("x", fields or {}).base
     store = store or get_asset_store()
+    if base is not None:
+        store.retrieve_card(base)
     if not dry_run:
         require_writable(store)
 
