@@ -142,6 +142,19 @@ def test_quantized_checkpoints_are_in_the_inventory(disk: Path, scheme: str) -> 
         lading.load_model("mine", progress=False)
 
 
+@pytest.mark.parametrize("look", [lading.index_checkpoint, lambda path: lading.verify_model(path, progress=False)])
+def test_the_size_of_a_quantized_checkpoint_that_was_read_counts_once(
+    disk: Path, look: Callable[[Path], object]
+) -> None:
+    path = make(disk / "model", quantization_config={"quant_method": "awq"})
+    adopt(disk)
+
+    look(path)
+
+    (entry,) = lading.disk_usage().holdings
+    assert entry.bytes == (path / "model.safetensors").stat().st_size
+
+
 @pytest.mark.parametrize("stated", ["unknown", {"quant_method": "a" * 999}, {"quant_method": "\x1b[31m"}, [1], {}])
 def test_no_scheme_is_shown_that_is_no_word(disk: Path, stated: object) -> None:
     make(disk / "model", quantization_config=stated)

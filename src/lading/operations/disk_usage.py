@@ -92,7 +92,9 @@ def disk_usage(pattern: str | None = None, *, store: AssetStore | None = None) -
         if (pattern is None or fnmatchcase(name, pattern)) and (stats := _look(_paths_of(checkpoint), seen))
     ]
 
-    artifacts = [_artifact_entry(each) for each in known_artifacts(store.database)]
+    # `index` and `verify` know the files of some artifacts: quantized weights are tensors, too.
+    known = {checkpoint.uri for checkpoint in held}
+    artifacts = [_artifact_entry(a) for a in known_artifacts(store.database) if path_uri(a.path) not in known]
     found += [entry for entry in artifacts if pattern is None or fnmatchcase(entry.name, pattern)]
 
     orphaned: _Sizes = {}
