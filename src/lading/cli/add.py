@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.cli.command import GivenPath, command, no_progress, no_restrict
+from lading.cli.command import GivenPath, command, dry_run, no_progress, no_restrict
 from lading.cli.failure import explain
 from lading.cli.output import Column, Form, listing_options, note, printable, write_rows
 from lading.system.display import counted, human_bytes
@@ -64,7 +64,7 @@ def _fields(context: click.Context, parameter: click.Parameter, values: tuple[st
 @click.option(
     "--set", "fields", multiple=True, callback=_fields, metavar="FIELD=VALUE", help="A field of all these cards."
 )
-@click.option("--dry-run", is_flag=True, help="Only show what would be done.")
+@dry_run
 @no_restrict
 @no_progress
 @listing_options

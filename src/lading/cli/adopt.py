@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.cli.command import GivenPath, command, no_restrict
+from lading.cli.command import GivenPath, command, dry_run, no_restrict
 from lading.cli.failure import SYSTEM
 from lading.cli.output import Column, Form, listing_options, note, printable, write_rows
 from lading.errors import LadingError
@@ -44,7 +44,7 @@ _TABLE = (
 
 @command("adopt")
 @click.argument("paths", nargs=-1, metavar="[PATH]...", type=GivenPath(path_type=Path))
-@click.option("--dry-run", is_flag=True, help="Only show what would be done.")
+@dry_run
 @no_restrict
 @listing_options
 def adopt(paths: tuple[Path, ...], dry_run: bool, no_restrict: bool, form: Form) -> None:

@@ -14,7 +14,7 @@ import click
 
 from lading.cards.addresses import stated_addresses, with_addresses
 from lading.cards.card import AssetCard, AssetCardField, CardEntry
-from lading.cli.command import GivenPath, command
+from lading.cli.command import GivenPath, command, dry_run
 from lading.cli.complete import complete_model
 from lading.cli.names import has_wildcard
 from lading.cli.output import note, printable
@@ -26,7 +26,7 @@ log = logging.getLogger("lading")
 
 @command("import")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=GivenPath(allow_dash=True))
-@click.option("--dry-run", is_flag=True, help="Show what would change, and change nothing.")
+@dry_run
 @click.option("--replace", is_flag=True, help="Replace cards that came from another source.")
 @click.option("--keep-going", is_flag=True, help="Import the valid cards of files that also hold invalid ones.")
 def import_(paths: tuple[str, ...], dry_run: bool, replace: bool, keep_going: bool) -> None:

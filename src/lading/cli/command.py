@@ -82,6 +82,7 @@ no_restrict = click.option(
 )
 """The option of commands that read checkpoints at paths; they receive ``no_restrict``."""
 
+dry_run = click.option("-n", "--dry-run", is_flag=True, help="Only show what would be done.")
 no_progress = click.option("--no-progress", is_flag=True, help="Hide the progress bar.")
 one_object = click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 verify_mode = click.option(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.cli.command import GivenPath, command
+from lading.cli.command import GivenPath, command, dry_run
 from lading.cli.complete import complete_model
 from lading.cli.output import Form, listing_options, note, printable, write_rows
 from lading.system.display import counted
@@ -19,12 +19,10 @@ if TYPE_CHECKING:
 
 _COLUMNS = ("card", "field", "before", "after")
 
-_dry_run = click.option("--dry-run", is_flag=True, help="Only show what would be done.")
-
 
 @command("remove-card")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_model)
-@_dry_run
+@dry_run
 @listing_options
 def remove_card(names: tuple[str, ...], dry_run: bool, form: Form) -> None:
     """Remove cards from the catalog, with their overlays.
@@ -41,7 +39,7 @@ def remove_card(names: tuple[str, ...], dry_run: bool, form: Form) -> None:
 @command("rename")
 @click.argument("old", metavar="OLD", shell_complete=complete_model)
 @click.argument("new", metavar="NEW")
-@_dry_run
+@dry_run
 @listing_options
 def rename(old: str, new: str, dry_run: bool, form: Form) -> None:
     """Give the card OLD the name NEW, wherever it occurs.
@@ -58,7 +56,7 @@ def rename(old: str, new: str, dry_run: bool, form: Form) -> None:
 @command("relocate")
 @click.argument("old", metavar="OLD", type=GivenPath(path_type=Path))
 @click.argument("new", metavar="NEW", type=GivenPath(path_type=Path))
-@_dry_run
+@dry_run
 @listing_options
 def relocate(old: Path, new: Path, dry_run: bool, form: Form) -> None:
     """Tell the catalog that OLD is at the path NEW now.

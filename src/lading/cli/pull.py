@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.cli.command import command, no_progress
+from lading.cli.command import command, dry_run, no_progress
 from lading.cli.output import Column, Form, listing_options, write_rows
 from lading.cli.selection import Selection, select_models
 from lading.system.display import human_bytes
@@ -35,7 +35,7 @@ _DRY_TABLE = (*_TABLE[:3], Column(name="fetched", show=lambda fetched: "to fetch
     multiple=True,
     help="More files, such as 'tokenizer*'; for a web server, plain names.",
 )
-@click.option("-n", "--dry-run", is_flag=True, help="Only show what would be fetched.")
+@dry_run
 @no_progress
 @listing_options
 def pull(

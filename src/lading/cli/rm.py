@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.cli.command import command
+from lading.cli.command import command, dry_run
 from lading.cli.failure import INTERRUPTED
 from lading.cli.output import Form, listing_options, note, printable, write_rows
 from lading.cli.selection import Selection, select_models
@@ -28,7 +28,7 @@ _COLUMNS = ("name", "bytes", "removed", "kept", "revisions", "also_of", "dry_run
 @click.option(
     "--orphans", is_flag=True, help="Remove files that this catalog fetched to lading's cache and no card names."
 )
-@click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
+@dry_run
 @click.option(
     "--yes", is_flag=True, help="Remove several models, and revisions of the Hugging Face cache, without asking."
 )
