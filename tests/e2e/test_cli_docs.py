@@ -49,7 +49,7 @@ def all_commands() -> list[tuple[tuple[str, ...], click.Command]]:
     return commands(app, ("lading",))
 
 
-SHARED = {"--every", "--json", "--nl", "--csv", "-q", "--quiet", "-v", "--verbose", "--debug"}
+SHARED = {"--every", "-n", "--dry-run", "--json", "--nl", "--csv", "-q", "--quiet", "-v", "--verbose", "--debug"}
 
 
 @pytest.mark.parametrize(
