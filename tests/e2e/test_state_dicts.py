@@ -110,6 +110,19 @@ def test_by_cards_of_one_file(catalog: Path, cli: Cli, tmp_path: Path, write: Ca
 
 
 @SAVES
+def test_a_state_dict_gets_a_card(catalog: Path, cli: Cli, tmp_path: Path, write: Callable[[Path], Path]) -> None:
+    path = write(tmp_path / "saved.pt")
+    (tmp_path / "config.json" if path.is_file() else path / "config.json").write_text(json.dumps(CONFIG))
+    for status in ("added", "unchanged"):
+        (row,) = json.loads(cli("add", path / "ema.module", "--json").stdout)
+        assert (row["name"], row["status"]) == ("ema.module", status)
+    equal(lading.load_model("ema.module", dtype="keep").state_dict(), SECOND)
+    assert "'a.b.c'" in cli("add", path / "nothing", code=2).stderr
+    lading.register_model("mine", path / "net")
+    equal(lading.load_model("mine", dtype="keep").state_dict(), FIRST)
+
+
+@SAVES
 def test_which_there_are(home: Path, tmp_path: Path, write: Callable[[Path], Path]) -> None:
     path = write(tmp_path / "saved.pt")
     with pytest.raises(CorruptModelCheckpointError, match=r"'net', 'ema\.module', 'a\.b\.c'"):

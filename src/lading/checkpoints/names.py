@@ -96,7 +96,8 @@ def unknown_model(name: str, store: AssetStore) -> ModelNotKnownError:
     index = f" Run `lading index {shlex.quote(name)}` to record what is there."
     path = as_path(name)
     if path is not None:
-        return ModelNotKnownError(name, index if path_exists(path) else " There is no such file or folder.")
+        there = path_exists(path) or container_of(path) is not None
+        return ModelNotKnownError(name, index if there else " There is no such file or folder.")
     if path_exists(name):
         here = f" To use the file or folder of that name, write './{name}'."
         return ModelNotKnownError(name, index if "/" in name else here)

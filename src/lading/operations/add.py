@@ -28,6 +28,7 @@ from lading.errors import (
     NotSupportedError,
 )
 from lading.formats.artifacts import LORA, artifact_files, not_loaded_error
+from lading.formats.folder import container_of
 from lading.operations.adopt import adopt_checkpoints
 from lading.operations.artifacts import artifact_at
 from lading.operations.card_names import check_rule, choose_names
@@ -146,12 +147,17 @@ def resolve_target(target: str | Path) -> str | Path:
             return target
     else:
         path = expand_home(target)
-    if not str(target) or not path_exists(path):  # an empty variable of a shell is not the current folder
+    if not str(target) or not _is_there(path):  # an empty variable of a shell is not the current folder
         hint = f" Did you mean hg://{path}?" if "/" in str(path) and is_repo_id(str(path)) else ""
         where = str(target) or repr("")
         raise CheckpointNotFoundError(path, f"No checkpoint is at {where}: there is no such file or folder.{hint}")
 
     return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+
+
+def _is_there(path: Path) -> bool:
+    """Return whether a path leads to a file or folder, or into a file."""
+    return path_exists(path) or container_of(path) is not None
 
 
 def places_in(root: Path, *, depth: int | None) -> Iterator[FoundCheckpoint]:
@@ -337,7 +343,7 @@ class _Adder:
         with_adapters = set(self._store.names_stating("adapter", "adapters"))
         for model in self._cards.values():
             path = uri_path(model.checkpoint or "")
-            may_be_gone = model.name in with_adapters or (path is not None and not path_exists(path))
+            may_be_gone = model.name in with_adapters or (path is not None and not _is_there(path))
             if model.source == ADDED and may_be_gone and model.name not in moved:
                 self._report_gone(model, roots)
 
@@ -349,7 +355,7 @@ class _Adder:
         except LadingError:
             return  # a broken card, which `lading list` shows
         for path in filter(None, map(uri_path, addresses)):
-            if any(path.is_relative_to(root) for root in roots) and not path_exists(path):
+            if any(path.is_relative_to(root) for root in roots) and not _is_there(path):
                 self._found[f"{model.name} {path}"] = _gone(model, path)
 
     def _keep(self, each: _Found, names: Sequence[str]) -> None:
