@@ -35,6 +35,27 @@ def gguf(*, version: int = 3, tensors: int = 3, pairs: int = 2, size: int = 200,
     return (b"GGUF" + struct.pack(f"{order}I", version) + counts).ljust(size, b"\0")
 
 
+def _text(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def _tensor(name: str, shape: tuple[int, ...], kind: int) -> bytes:
+    return _text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, 0)
+
+
+GGUF = b"".join([
+    struct.pack("<4sIQQ", b"GGUF", 3, 4, 5),
+    _text("general.architecture") + struct.pack("<I", 8) + _text("qwen3"),
+    _text("qwen3.block_count") + struct.pack("<II", 4, 28),
+    _text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 2) + _text("<s>") + _text("é"),
+    _text("tokenizer.ggml.scores") + struct.pack("<IIQ2f", 9, 6, 2, 0.0, 1.0),
+    _text("general.quantized") + struct.pack("<I?", 7, True),
+    _tensor("token_embd.weight", (64, 100), 12), _tensor("output_norm.weight", (64,), 0),
+    _tensor("blk.0.attn_q.weight", (64, 64), 12), _tensor("new", (3,), 200),
+])  # fmt: skip
+"""A header with each kind of value, as llama.cpp writes it."""
+
+
 def fill(folder: Path, files: dict[str, bytes | str | dict[str, torch.Tensor]]) -> Path:
     for name, content in files.items():
         path = folder / name
@@ -63,13 +84,14 @@ def listed(**conditions: str) -> dict[str, lading.catalog.records.ModelSummary]:
 
 ARTIFACTS: dict[str, tuple[dict[str, bytes | str | dict[str, torch.Tensor]], str, str, int, tuple[str, ...]]] = {
     # files, the path, the kind, the number of files, the dtypes
-    "gguf": ({"q4.gguf": gguf()}, "q4.gguf", "gguf", 1, ()),
+    "gguf": ({"q4.gguf": GGUF}, "q4.gguf", "gguf", 1, ("Q4_K", "F32", "type 200")),
+    "gguf, without what its counts promise": ({"q4.gguf": gguf(size=100)}, "q4.gguf", "gguf", 1, ()),
     "gguf, in parts": (
-        {f"q8-0000{i}-of-00002.gguf": gguf(tensors=i) for i in (1, 2)}, "q8-00001-of-00002.gguf", "gguf", 2, (),
+        {f"q8-0000{i}-of-00002.gguf": gguf(tensors=i) for i in (1, 2)}, "q8-00001-of-00002.gguf", "gguf", 2, ("F32",),
     ),
-    "gguf, other versions": ({"old.gguf": gguf(version=1)}, "old.gguf", "gguf", 1, ()),
-    "gguf, big-endian": ({"big.GGUF": gguf(order=">")}, "big.GGUF", "gguf", 1, ()),
-    "gguf, a blob of ollama": ({"blobs/sha256-0123": gguf()}, "blobs/sha256-0123", "gguf", 1, ()),
+    "gguf, other versions": ({"old.gguf": gguf(version=1)}, "old.gguf", "gguf", 1, ("F32",)),
+    "gguf, big-endian": ({"big.GGUF": gguf(order=">")}, "big.GGUF", "gguf", 1, ("F32",)),
+    "gguf, a blob of ollama": ({"blobs/sha256-0123": gguf()}, "blobs/sha256-0123", "gguf", 1, ("F32",)),
     "ggml": ({"m.ggml": b"lmgg" + bytes(9)}, "m.ggml", "ggml", 1, ()),
     "lora": (LORA, ".", "lora adapter", 2, ("F16",)),
     "ia3": (LORA | {"adapter_config.json": '{"peft_type": "IA3"}'}, ".", "ia3 adapter", 2, ("F16",)),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import struct
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from lading.formats.adapter_config import ADAPTER_CONFIG_NAME, ADAPTER_NAME, par
 from lading.formats.config_json import read_config_json
 from lading.formats.files import LFS_POINTER, File, corrupt, lfs_pointer_error, open_file
 from lading.formats.folder import is_other_format
+from lading.formats.gguf import read_gguf_header
 from lading.formats.local import index
 from lading.formats.manifest import Manifest
 
@@ -32,9 +32,6 @@ SAVED_MODEL_NAME = "saved_model.pb"
 
 LORA = "lora adapter"
 """The kind of adapters that a card can add to its checkpoint."""
-
-GGUF = b"GGUF"
-"""The first bytes of a GGUF file; ollama's blobs have no suffix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,11 +172,14 @@ def read_artifact(kind: str, paths: Sequence[Path]) -> Artifact:
     :raises OSError: a file cannot be read.
     """
     size, tensors = 0, 0
+    elements: Counter[str] = Counter()
     for path in paths:
         with open_file(path) as file:
             size += file.size
             if kind == "gguf":
-                tensors += _gguf_tensors(file)
+                header = read_gguf_header(file)
+                tensors += header.tensors
+                elements.update(header.elements)
             elif path == paths[0]:
                 _require_signature(file, kind)
     manifests = list(_manifests(paths)) if kind in ("adapter", "diffusers") else []
@@ -193,7 +193,7 @@ def read_artifact(kind: str, paths: Sequence[Path]) -> Artifact:
         files=len(paths),
         bytes=size,
         tensors=tensors + sum(map(len, manifests)) or None,
-        dtypes=_dtypes(manifests),
+        dtypes=_by_elements(elements) if kind == "gguf" else _dtypes(manifests),
         reason=reason,
     )
 
@@ -266,6 +266,10 @@ def _dtypes(manifests: Iterable[Manifest]) -> tuple[str, ...]:
     for manifest in manifests:
         counts.update(manifest.dtype_counts)
 
+    return _by_elements(counts)
+
+
+def _by_elements(counts: Counter[str]) -> tuple[str, ...]:
     return tuple(dtype for dtype, _ in counts.most_common())
 
 
@@ -284,11 +288,6 @@ _SIGNATURES: Mapping[str, re.Pattern[bytes]] = {
 """The first bytes of the first file, by the kind of the artifact. Pickles of early protocols have no signature, and
 neither have the checkpoints of TensorFlow."""
 
-_GGUF_TENSOR = {1: 20, 2: 24, 3: 24}
-"""The fewest bytes that describe a tensor in the header of a GGUF file, by the version of the format."""
-_GGUF_PAIR = {1: 9, 2: 13, 3: 13}
-"""The fewest bytes of a key and its value there."""
-
 
 def _require_signature(file: File, kind: str) -> None:
     head, signature = file.read(0, 512), _SIGNATURES.get(kind)
@@ -296,34 +295,6 @@ def _require_signature(file: File, kind: str) -> None:
         raise lfs_pointer_error(file.label)
     if not head or (signature is not None and not signature.match(head)):
         raise corrupt(file.label, "", expected=f"the first bytes of a file of the kind {kind!r}", found=_shown(head))
-
-
-def _gguf_tensors(file: File) -> int:
-    """Return the number of tensors that the header of a GGUF file states.
-
-    Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-    """
-    head = file.read(0, 24)
-    if head.startswith(LFS_POINTER):
-        raise lfs_pointer_error(file.label)
-    if not head.startswith(GGUF) or len(head) < 24:
-        raise corrupt(file.label, "", expected="the header of a GGUF file, of at least 24 bytes", found=_shown(head))
-    # A version that is large in one order of bytes is small in the other one.
-    order = "<" if struct.unpack_from("<H", head, 4)[0] else ">"
-    (version,) = struct.unpack_from(f"{order}I", head, 4)
-    if version not in _GGUF_TENSOR:
-        raise corrupt(file.label, "the header", expected="a version of GGUF from 1 to 3", found=str(version))
-    tensors, pairs = struct.unpack_from(f"{order}{'II' if version == 1 else 'QQ'}", head, 8)
-    least = tensors * _GGUF_TENSOR[version] + pairs * _GGUF_PAIR[version]
-    if least > file.size:
-        raise corrupt(
-            file.label,
-            "the header",
-            expected=f"at least {least:,} bytes, as it states {tensors:,} tensors and {pairs:,} keys",
-            found=f"a file of {file.size:,} bytes",
-        )
-
-    return int(tensors)
 
 
 def _shown(head: bytes) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lading.errors import CheckpointNotFoundError, LadingError, PolicyError
-from lading.formats.artifacts import GGUF, ArtifactFiles, artifact_files
+from lading.formats.artifacts import ArtifactFiles, artifact_files
 from lading.formats.config_json import CONFIG_NAME
 from lading.formats.files import open_file
 from lading.formats.first_bytes import SIZE, is_checkpoint
@@ -34,6 +34,7 @@ from lading.formats.folder import (
     some,
     without_index,
 )
+from lading.formats.gguf import GGUF
 from lading.formats.rank_parts import is_consolidated, is_fairseq2_sharded, part_files
 from lading.formats.shard_index import read_index
 from lading.sources.hub.address import is_commit
