@@ -381,7 +381,9 @@ class ConfigTable(Generic[ConfigT]):
         """Return the ``config.json`` that describes a model of the configuration.
 
         :raises NotSupportedError: no such file describes it, as Hugging Face's models of this type cannot be like that.
+        :raises ValueError: sizes that make no model.
         """
+        meant = self.spec(config)  # first, as it bounds the sizes
         values = {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -389,7 +391,7 @@ class ConfigTable(Generic[ConfigT]):
             **keys_of(self.entries, config),
         }
 
-        meant, read = self.spec(config), self.spec(self.read(values))
+        read = self.spec(self.read(values))
         for name in (f.name for f in fields(meant) if f.name not in self.free):
             if name.endswith(("dropout_p", "drop_p")) or getattr(meant, name) == getattr(read, name):
                 continue
