@@ -18,9 +18,6 @@ from tests.distributed.workers import Pool
 from tests.helpers.fault_world import CARD
 from tests.helpers.make_checkpoint import make
 
-HERE = "/proc/self/cwd/model.safetensors"
-"""A path that means another file to each process."""
-
 
 @pytest.fixture
 def pool() -> Iterator[Pool]:
@@ -33,7 +30,9 @@ def disks(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the disks of the hosts ``a`` and ``b``, and the catalog of ``a``, which has seen its file."""
     for host in "ab":
         make(tmp_path / host)
-    (tmp_path / "near.yaml").write_text(CARD.format(name="near", uri=HERE))
+    here = tmp_path / "model.safetensors"
+    here.symlink_to("/proc/self/cwd/model.safetensors")  # another file to each process
+    (tmp_path / "near.yaml").write_text(CARD.format(name="near", uri=here))
     monkeypatch.chdir(tmp_path / "a")
     for name, value in environment(tmp_path).items():
         monkeypatch.setenv(name, value)

@@ -48,7 +48,8 @@ def verify(selection: Selection, repair: bool, no_progress: bool, form: Form) ->
 
     store = get_asset_store()
     rows: list[tuple[object, ...]] = []
-    hints: dict[str, None] = {}
+    hints: list[str] = []
+    unrecorded: dict[str, None] = {}
 
     def verify_one(name: str, target: AssetCard | Path) -> int:
         report = verify_model(target, repair=repair, progress=not no_progress, store=store)
@@ -60,15 +61,15 @@ def verify(selection: Selection, repair: bool, no_progress: bool, form: Form) ->
                 result = "not recorded"
             rows.append((check.file, result, check.method, check.expected, check.found, check.path, report.name))
         if report.unrecorded:
-            hints[f"none of this was recorded, as {printable(report.unrecorded)}"] = None
+            unrecorded[f"none of this was recorded, as {printable(report.unrecorded)}"] = None
         if not report.good:
-            hints[f"{printable(name)} does not match its digests. {report.hint}"] = None
+            hints.append(f"{printable(name)} does not match its digests. {report.hint}")
 
         return 0 if report.good else MISMATCH
 
     selection.each(selection.resolve(lambda name: find_card(name, store, ask=False), store), verify_one)
 
     write_rows(_COLUMNS, rows, form, table=_TABLE)
-    for hint in hints:
+    for hint in (*hints, *unrecorded):
         note(hint)
     selection.finish()

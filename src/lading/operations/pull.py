@@ -175,17 +175,17 @@ def _pull(
         refuse_quantized_config(published.hf_config, ref.shown)
         checkpoint = _as_checkpoint(card, ref, published, store)
     pinned = with_pins(checkpoint, card, store)
+    missing = missing or checkpoint.files is None
+    if missing and not dry_run:
+        require_writable(store)  # before config.json is fetched
     _require_fit(card, checkpoint, published, store)
 
     companions = _companions(checkpoint, published, include, card, store)
     tokenizer = _tokenizer_elsewhere(card, ref, published, store)
-    missing = missing or checkpoint.files is None
     if dry_run:
         planned = _bring(tokenizer, checkpoint, store, dry_run=True, progress=progress)
         return _report(checkpoint, missing, [*map(_pulled, companions), *planned])
 
-    if missing:
-        require_writable(store)
     if published is not None and not isinstance(published, FetchedCheckpoint):
         record_checkpoint(
             store.database,
