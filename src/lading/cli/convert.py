@@ -32,7 +32,7 @@ def _write_options(function: F) -> F:
             help="The dtype of floating-point tensors; keep (the default): as stored; auto: config.json's.",
         ),
         click.option(
-            "--drop", is_flag=True, help="Leave out trained tensors that the model does not use, instead of refusing."
+            "--drop", is_flag=True, help="Leave out trained tensors that a load ignores, instead of refusing."
         ),
         click.option(
             "--shard-size", type=Size(), default="5GB", show_default=True, metavar="SIZE",

@@ -56,7 +56,7 @@ _OTHERS = (Column(name="shards", right=True), Column(name="kind"))
 @click.option("--local", is_flag=True, help="Only models with files on this machine.")
 @click.option(
     "--dtype",
-    type=click.Choice((*FLOAT_NAMES, *BITS), case_sensitive=False),
+    type=click.Choice(tuple(dict.fromkeys((*FLOAT_NAMES, *map(str.lower, BITS)))), case_sensitive=False),
     metavar="DTYPE",
     help="Only models that are mostly of this dtype, such as bf16.",
 )

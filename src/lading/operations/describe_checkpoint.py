@@ -75,7 +75,7 @@ class Description:
         if self.adapter_of is not None:
             raise NotSupportedError(
                 f"{self.shown} is a LoRA adapter of {self.adapter_of or 'a model that it does not name'}, and no card "
-                "has that model. Add it, too, or state the name of its card: `--set base=NAME`."
+                "has that model. Add it, too, or state the name of its card as `base`: `lading add … --set base=NAME`."
             )
         raise NotSupportedError(
             f"{self.shown} has no config.json, so the family of the model is unknown. State the family and the "

@@ -129,8 +129,8 @@ def convert_checkpoint(
     :param arch: the architecture, as ``"family/architecture"``, of a checkpoint at a path without a ``config.json``.
     :param dtype: the dtype of floating-point tensors, see ``load_model``; ``"keep"`` keeps that of each tensor.
     :param shard_size: the most bytes of a file, unless a single tensor has more.
-    :param drop: whether to leave out trained tensors that the model does not use, such as another head, instead of
-        refusing the checkpoint. Buffers that the model computes are always left out.
+    :param drop: whether to leave out trained tensors that a load ignores by a rule of the family, such as the tower of
+        another modality, instead of refusing the checkpoint. Buffers that the model computes are always left out.
     :param restrict: see :func:`lading.formats.index`; for a path.
     :param progress: whether to show a progress bar on stderr.
     :param verify: ``"auto"`` verifies files that the catalog does not know as verified in their current state, while
