@@ -466,3 +466,12 @@ def test_what_the_catalog_does_not_know_of_a_place(cli: Cli, tmp_path: Path, mon
 )
 def test_an_empty_path_is_not_the_current_folder(cli: Cli, words: tuple[str, ...]) -> None:
     assert "expected a path, found ''" in cli(*words, code=2).stderr
+
+
+def test_files_that_a_removal_has_forgotten_are_indexed_again(cli: Cli, tmp_path: Path) -> None:
+    make(tmp_path / "tiny")
+    cli("add", tmp_path / "tiny")
+    cli("rm", "tiny")
+    assert "`lading index tiny`" in cli("verify", "tiny", code=2).stderr
+    cli("index", "tiny")
+    cli("verify", "tiny")

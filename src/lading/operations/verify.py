@@ -180,7 +180,8 @@ def _known(of: AssetCard | Path, store: AssetStore) -> tuple[Checkpoint, dict[st
         raise CheckpointNotFoundError(
             shown_uri(uri),
             f"The checkpoint of {title!r} is at {shown_uri(uri)}, and the catalog knows no copy of it on this "
-            f"machine. `lading pull {title}` fetches it.",
+            f"machine. `lading {'pull' if path is None else 'index'} {title}` "
+            f"{'fetches it' if path is None else 'records the files that are there'}.",
         )
 
     files = tuple(_as_it_is(copies[shard.name].path) for shard in stored.manifest.shards)
