@@ -51,6 +51,7 @@ FROM checkpoints k
 WHERE k.uri NOT LIKE '%/adapter_model.safetensors'
     AND NOT EXISTS (SELECT 1 FROM card_checkpoints l WHERE l.checkpoint_id = k.id)
     AND NOT EXISTS (SELECT 1 FROM cards c WHERE c.checkpoint_uri = k.uri)
+    AND NOT EXISTS (SELECT 1 FROM artifacts a WHERE a.uri = k.uri AND a.kind LIKE 'quantized%')
     AND EXISTS (
         SELECT 1 FROM shards s JOIN copies y ON y.checkpoint_id = s.checkpoint_id AND y.file = s.name
         WHERE s.checkpoint_id = k.id AND y.kind <> 'cache'
