@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import lading
 from lading.errors import CorruptModelCheckpointError, LadingError, PolicyError
 from lading.operations.adopt import Adoption
-from tests.helpers.cached_repository import add_cards, add_snapshot
+from tests.helpers.cached_repository import add_cards, add_snapshot, use_cache
 from tests.helpers.make_checkpoint import make
 
 Cli = Callable[..., Result]
@@ -319,7 +319,7 @@ def test_cards_are_not_added_for_artifacts(cli: Cli, disk: Path, named: str) -> 
 
 def test_a_repository_of_the_cache(tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = disk / "hub"
-    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    use_cache(cache, monkeypatch)
     only = add_snapshot(cache, "org/gguf", {"q4.gguf": gguf(), "q8.gguf": gguf(), "README.md": b"x"})
     made = make(tmp_path / "made", quantization_config={"quant_method": "awq"})
     quantized = add_snapshot(cache, "org/awq", made)
@@ -371,7 +371,7 @@ def test_what_has_no_card_is_listed_until_it_has_one(cli: Cli, disk: Path, tmp_p
 def test_a_folder_that_is_found_to_be_a_card_s_is_listed_no_more(
     disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    use_cache(tmp_path / "hub", monkeypatch)
     mine = make(disk / "mine")
     adopt(disk)
     assert listed().keys() == {str(mine)}
