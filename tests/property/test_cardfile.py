@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from lading.cards.card import FIELDS, ArchitectureEntry, CardEntry
+from lading.cards.card import FIELDS, ArchitectureEntry, CardEntry, reads_as_path
 from lading.cards.card_file import dump, parse
 
 # Surrogates and NUL cannot be stored; all else that Unicode has may stand in a string.
@@ -50,7 +50,7 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
 NAMES = (
     st.text(st.characters(**PRINTABLE, exclude_characters="@"), min_size=1, max_size=30)
     .map(str.strip)
-    .filter(lambda name: name != "")
+    .filter(lambda name: name != "" and not reads_as_path(name) and "://" not in name)
 )
 # Fields with rules of their own; hypothesis finds their names in the source.
 RULED = {"name", *FIELDS, "tokenizer_family", "dataset_family"}
