@@ -192,7 +192,7 @@ def learns_and_leaves(victim: int, leaver: int, how: str, mark: str, left: str) 
     ("victim", "leaver", "how", "number"),
     [
         (1, 2, "agree", signal.SIGKILL),
-        (1, 0, "collective", signal.SIGSTOP),
+        pytest.param(1, 0, "collective", signal.SIGSTOP, marks=pytest.mark.slow),
         pytest.param(1, 0, "agree", signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param(1, 2, "exit", signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param(2, 3, "collective", signal.SIGSTOP, marks=pytest.mark.slow),

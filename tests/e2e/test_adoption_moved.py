@@ -83,7 +83,7 @@ def test_a_renamed_folder_keeps_its_records(models: Path, shards: int) -> None:
     ] * shards
 
 
-@pytest.mark.parametrize("digests", ["none", "tensors", "files"])
+@pytest.mark.parametrize("digests", ["none", pytest.param("tensors", marks=pytest.mark.slow), "files"])
 @pytest.mark.parametrize("move", [copy_with_times, copy_without_times])
 @pytest.mark.parametrize("same", [True, False])
 def test_a_copied_folder_is_recognized_by_digests_else_by_times(

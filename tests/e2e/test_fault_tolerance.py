@@ -42,7 +42,7 @@ def points(quick: int, slow: int) -> list[object]:
     return [quick, pytest.param(slow, marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("count", points(2, 30))
+@pytest.mark.parametrize("count", points(1, 30))
 @pytest.mark.parametrize("what", COMMANDS)
 def test_a_command_that_is_killed(world: World, place: Place, tmp_path: Path, what: str, count: int) -> None:
     """Half of them at a random time, half of them just before a random call that changes a file."""
@@ -125,8 +125,8 @@ print(digest.hexdigest())
     [
         pytest.param("far", {}, id="far-locks"),
         pytest.param("web", {}, id="web-locks"),
-        pytest.param("far", {"no_locks": True}, id="far-no locks", marks=pytest.mark.slow),
-        pytest.param("web", {"no_locks": True}, id="web-no locks"),
+        pytest.param("far", {"no_locks": True}, id="far-no locks"),
+        pytest.param("web", {"no_locks": True}, id="web-no locks", marks=pytest.mark.slow),
     ],
 )
 def test_eight_processes_load_one_model(world: World, place: Place, name: str, ways: dict[str, object]) -> None:
@@ -182,7 +182,9 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 @pytest.mark.parametrize("step", [pytest.param(PAGE, marks=pytest.mark.slow), 6 * PAGE], ids=["each page", "some"])
-@pytest.mark.parametrize(("name", "full"), [("far", "catalog"), ("far", "cache"), ("web", "cache")])
+@pytest.mark.parametrize(
+    ("name", "full"), [("far", "catalog"), pytest.param("far", "cache", marks=pytest.mark.slow), ("web", "cache")]
+)
 def test_a_full_disk(world: World, tmp_path: Path, disk: Disk, name: str, full: str, step: int) -> None:
     """With a little more space each time, until it is enough."""
     elsewhere = tmp_path / "elsewhere"

@@ -71,7 +71,7 @@ def test_a_card_on_this_machine(tmp_path: Path, name: str) -> None:
     loads("mine")
 
 
-@pytest.mark.parametrize("digests", [False, True])
+@pytest.mark.parametrize("digests", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CONTENTS)
 def test_a_card_over_http(cli: Cli, tmp_path: Path, name: str, digests: bool) -> None:
     path = f"/m/{name}"

@@ -127,7 +127,16 @@ ARTIFACTS: dict[str, tuple[dict[str, bytes | str | dict[str, torch.Tensor]], str
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", ARTIFACTS)
+QUICK = {
+    "gguf", "gguf, without what its counts promise", "gguf, in parts", "lora", "dora", "diffusers", "SavedModel",
+    "a checkpoint of tensorflow", "onnx", "numpy", "pickle",
+}  # fmt: skip
+"""A file, a series, a folder, a whole folder, files beside one another, and many files."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in ARTIFACTS]
+)
 def test_weights_that_lading_does_not_load_are_in_the_inventory(cli: Cli, disk: Path, case: str) -> None:
     files, where, kind, count, dtypes = ARTIFACTS[case]
     fill(disk, files)

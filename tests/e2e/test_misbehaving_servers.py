@@ -99,7 +99,7 @@ IN_VAIN = {"drips", "drips headers", "silent", "silent in the body"}
 
 SLOW_WEB = {
     "drops in the weights", "twice the length", "another total", "416", "silent", "redirects out of http", "503", "403",
-    "500", "an absolute name", "a name with a line break",
+    "500", "an absolute name", "a name with a line break", "drips headers", "503 once", "429", "a web page",
 }  # fmt: skip
 
 
@@ -138,7 +138,7 @@ HUB: dict[str, tuple[str, str, int, str]] = {
 
 SLOW_HUB = {
     "a longer body", "another range", "redirects out of http", "429", "a loop about the repository",
-    "503 about the repository",
+    "503 about the repository", "half the body", "503", "404", "a web page",
 }  # fmt: skip
 
 
