@@ -442,7 +442,7 @@ def test_what_the_catalog_does_not_know_of_a_place(cli: Cli, tmp_path: Path, mon
     for name in ("my folder/tiny", "./my folder/tiny", str(tmp_path / "my folder" / "tiny")):
         for command in ("show", "rm"):
             assert f"Run `lading index '{name}'`" in cli(command, name, code=2).stderr
-    assert "There is no such file or folder" in cli("show", "./nowhere", code=2).stderr
+    assert "The file or folder does not exist" in cli("show", "./nowhere", code=2).stderr
     assert "Run `lading index hg://org/name`" in cli("show", "hg://org/name", code=2).stderr
     assert "write './my folder'" in cli("show", "my folder", code=2).stderr
 

@@ -51,7 +51,7 @@ class _Held(NamedTuple):
 def remove_cards(database: Database, names: Sequence[str], *, dry_run: bool) -> list[CardChange]:
     """Remove cards, each with its overlays; ``name@env`` is one overlay.
 
-    :raises AssetNotFoundError: there is no card, or no overlay, of a name.
+    :raises AssetNotFoundError: a card, or an overlay, is not in the catalog.
     :raises PolicyError: a file that lading reads states one of them, or another card refers to it; nothing was removed.
     :raises CatalogError: the catalog cannot be written.
     """
@@ -78,7 +78,7 @@ def remove_cards(database: Database, names: Sequence[str], *, dry_run: bool) -> 
 def rename_card(database: Database, old: str, new: str, *, dry_run: bool) -> list[CardChange]:
     """Give a card, its overlays and what refers to it another name.
 
-    :raises AssetNotFoundError: there is no card ``old``.
+    :raises AssetNotFoundError: ``old`` is not a card.
     :raises AssetCardError: ``new`` is not a valid name, or the catalog has a card of that name.
     :raises PolicyError: a file that lading reads states the card or one that refers to it; nothing was changed.
     :raises CatalogError: the catalog cannot be written.

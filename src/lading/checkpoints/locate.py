@@ -114,7 +114,7 @@ def index_checkpoint(
     :param target: a card, or what :func:`lading.checkpoints.names.find_card` takes; likewise ``revision``.
     :param restrict: as :func:`lading.formats.index` takes it.
 
-    :raises ModelNotKnownError: it is no card, no path, and no repository of the hub.
+    :raises ModelNotKnownError: it is not a card, a path or a repository of the hub.
     :raises AddressError: the address is invalid; in a card that is an ``AssetCardError``.
     :raises CheckpointNotFoundError: nothing is there (also a ``FileNotFoundError``).
     :raises CorruptModelCheckpointError: the file breaks the rules of its format.

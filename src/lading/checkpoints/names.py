@@ -57,7 +57,7 @@ def find_card(
     :param ask: whether to ask the hub if it has ``org/name``, unless the catalog knows that repository. Without it,
         every such name becomes a card.
 
-    :raises ModelNotKnownError: it is no card, no path, and no repository that the hub, or offline its cache, has.
+    :raises ModelNotKnownError: it is not a card, a path, or a repository of the hub (offline: of its cache).
     :raises AddressError: the address or the revision is not valid.
     :raises NotSupportedError: ``revision``, for what has no revisions.
     :raises AssetCardError: the card that it means cannot be used.
@@ -97,7 +97,7 @@ def unknown_model(name: str, store: AssetStore) -> ModelNotKnownError:
     path = as_path(name)
     if path is not None:
         there = path_exists(path) or container_of(path) is not None
-        return ModelNotKnownError(name, index if there else " There is no such file or folder.")
+        return ModelNotKnownError(name, index if there else " The file or folder does not exist.")
     if path_exists(name):
         here = f" To use the file or folder of that name, write './{name}'."
         return ModelNotKnownError(name, index if "/" in name else here)

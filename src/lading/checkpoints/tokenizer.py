@@ -54,7 +54,7 @@ def load_tokenizer(
     :param card: as ``load_model`` takes it, or the path of the tokenizer's file; likewise ``revision``.
     :param progress: show a bar on stderr.
 
-    :raises ModelNotKnownError: it is no card, no path, and no repository of the hub.
+    :raises ModelNotKnownError: it is not a card, a path or a repository of the hub.
     :raises AssetCardError: references that form a circle, or a field of another type.
     :raises CheckpointNotFoundError: nothing is at the place of the tokenizer (also a ``FileNotFoundError``).
     :raises CorruptModelCheckpointError: the file is not what its name says.

@@ -46,7 +46,7 @@ def _fields(context: click.Context, parameter: click.Parameter, values: tuple[st
                 "checkpoint, and `--name-from` gives the name"
             )
         document = next(yaml_documents(text), None)
-        # As in a card: numbers, true, lists; and what is no YAML, such as @me, is text.
+        # As in a card: numbers, true, lists; and invalid YAML, such as @me, is text.
         fields[name.strip()] = text if document is None or document.problems else document.value
 
     return fields

@@ -203,11 +203,11 @@ class _Metadata:
 
     label: str
     entries: Mapping[str, object]
-    """What it says of each value of the flattened state dict."""
+    """The description of each value of the flattened state dict."""
     paths: Mapping[str, object]
     """The path of each of them in the nested dicts."""
     places: Mapping[tuple[str, str], object]
-    """What it says of the place of each part, by the name of the tensor and the first element, as :func:`_key` has it.
+    """The place of each part, by the name of the tensor and the first element, as :func:`_key` has it.
     """
 
     @classmethod

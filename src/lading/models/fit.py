@@ -51,7 +51,7 @@ class CheckReport:
     advice: str
     """Advice on how to solve the problems; empty without problems."""
     contradictions: tuple[str, ...] = ()
-    """What the card states otherwise than the ``config.json`` beside the weights, a clause each. It fits all the same,
+    """Contradictions between the card and the ``config.json`` beside the weights, a clause each. It fits all the same,
     but a load computes with the numbers of the card."""
 
     @property

@@ -91,7 +91,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
 
         :param card: as :meth:`load_model` takes it; likewise ``revision``.
 
-        :raises ModelNotKnownError: it is no card, no path, and no repository of the hub.
+        :raises ModelNotKnownError: it is not a card, a path or a repository of the hub.
         :raises AssetCardError: the card is of another family, names an architecture that is not known, or states
             overrides that do not fit.
         """
@@ -177,7 +177,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         :param cooperative: the ranks of a host each read a part of the files and exchange it, so that every byte comes
             from storage once. All ranks have to pass the same.
 
-        :raises ModelNotKnownError: it is no card, no path, and no repository of the hub.
+        :raises ModelNotKnownError: it is not a card, a path or a repository of the hub.
         :raises AssetCardError: the card is of another family, names an architecture that is not known, or states
             overrides that do not fit.
         :raises ModelGatedError: the card names no checkpoint; the publisher hands it out on request.

@@ -81,7 +81,7 @@ def resolve_model(
     :param progress: show a bar on stderr if the manifest takes a download.
     :param accept_others: as :func:`lading.checkpoints.locate.card_checkpoint` takes it.
 
-    :raises ModelNotKnownError: it is no card, no path, and no repository of the hub.
+    :raises ModelNotKnownError: it is not a card, a path or a repository of the hub.
     :raises AssetCardError: the card is of another family, its family is not registered, or its overrides do not fit.
     :raises ModelGatedError: the card names no checkpoint.
     :raises FetchError: the source of the checkpoint cannot be reached.

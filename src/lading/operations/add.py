@@ -206,7 +206,7 @@ class _Found:
 
     @property
     def contents(self) -> CheckpointContents | None:
-        """What is to be recorded together with its card."""
+        """The contents to record together with its card."""
         contents = self.described.contents
         if self.error is not None or contents is None or self.move is None:
             return None if self.error is not None else contents

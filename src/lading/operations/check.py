@@ -27,7 +27,7 @@ def check_model(
         indexed, its headers are read from the source.
     :param restrict: see :func:`lading.formats.index`; for a path.
 
-    :raises ModelNotKnownError: it is no card, no path, and no repository of the hub.
+    :raises ModelNotKnownError: it is not a card, a path or a repository of the hub.
     :raises AssetCardError: the card's family is not registered, or its overrides do not fit.
     :raises ModelGatedError: the card names no checkpoint.
     :raises FetchError: the source of the checkpoint cannot be reached.

@@ -47,7 +47,7 @@ class Description:
     manifest: Manifest | None = None
     """``None`` if the tensors can only be read after a rewrite."""
     contents: CheckpointContents | None = None
-    """What the catalog is to record; ``None`` if it knows that."""
+    """The contents for the catalog to record; ``None`` if it knows them."""
     files: LocalCheckpointFiles | None = None
     """The files, if they are on this machine and the catalog does not know them as they are."""
 

@@ -306,7 +306,7 @@ def diff_models(
     :param restrict: see :func:`lading.formats.index`; for a path.
     :param progress: show a bar on stderr while values are read.
 
-    :raises ModelNotKnownError: it is no card, no path, no architecture, and no repository of the hub.
+    :raises ModelNotKnownError: it is not a card, a path, an architecture or a repository of the hub.
     :raises ModelFamilyNotKnownError: the family of an architecture is not registered.
     :raises ModelArchitectureNotKnownError: the family has no such architecture.
     :raises NotSupportedError: one is a checkpoint and the other an architecture, which has no ``values`` either.

@@ -38,7 +38,7 @@ def rename_card(
 
     :param dry_run: whether to change nothing, and only return the changes.
 
-    :raises AssetNotFoundError: there is no card ``old``.
+    :raises AssetNotFoundError: ``old`` is not a card.
     :raises AssetCardError: ``new`` is not a valid name, or that of another card; nothing was changed.
     :raises PolicyError: a watched file or a package states the card, or one that refers to it; nothing was changed.
     :raises CatalogError: the catalog cannot be written.

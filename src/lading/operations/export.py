@@ -139,7 +139,7 @@ def convert_checkpoint(
     :raises FileExistsError: ``folder`` exists, and is not an empty folder.
     :raises NotSupportedError: the checkpoint is quantized or of no known family, no ``config.json`` can describe it, or
         ``verify`` is ``"always"`` for a path.
-    :raises ModelNotKnownError: it is no card, no path, and no repository of the hub.
+    :raises ModelNotKnownError: it is not a card, a path or a repository of the hub.
     :raises ModelCheckpointError: the checkpoint is damaged, does not fit the configuration, or differs from the
         published or recorded digests.
     :raises PolicyError: the checkpoint has trained tensors that the model does not use, and ``drop`` is not set.

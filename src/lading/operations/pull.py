@@ -110,7 +110,7 @@ def pull_model(
     :param dry_run: only report what would be fetched.
     :param progress: show a bar on stderr.
 
-    :raises ModelNotKnownError: it is no card, no path, and no repository of the hub.
+    :raises ModelNotKnownError: it is not a card, a path or a repository of the hub.
     :raises NotSupportedError: a path that no card has; ``revision`` for a source without revisions, or patterns for
         one that lists no files.
     :raises ModelGatedError: the publisher hands it out on request.

@@ -104,7 +104,7 @@ def verify_model(
         ``hf_hub_download`` replaces them. This never replaces other files.
     :param progress: show a bar on stderr.
 
-    :raises ModelNotKnownError: it is no card, no path, and no repository of the hub.
+    :raises ModelNotKnownError: it is not a card, a path or a repository of the hub.
     :raises CheckpointNotFoundError: the checkpoint is not on this machine (of a path, also a ``FileNotFoundError``).
     :raises CorruptModelCheckpointError: the checkpoint at a path is verified for the first time, and is none.
     :raises NotSupportedError: ``repair`` for files outside of the caches.

@@ -96,7 +96,7 @@ class _Catalog(DatasetteDatabase):  # type: ignore[misc]
 
 
 class _Pages:
-    """What the site adds to datasette: hooks, and the pages of a model."""
+    """The plugin that adds the pages of a model to datasette."""
 
     def __init__(self, store: AssetStore, described: Mapping[str, Any]) -> None:
         self.__name__ = __package__  # datasette takes a plugin for a module, and finds the templates by its name

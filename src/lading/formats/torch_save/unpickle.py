@@ -175,9 +175,9 @@ class Vocabulary:
     names: Collection[tuple[str, str]]
     """All of its names, those of ``calls`` included."""
     content: str
-    """What the pickle is expected to hold, for the error."""
+    """The expected content of the pickle, for the error."""
     remedy: str
-    """How to get one that does."""
+    """The advice of the error: a way to get such a pickle."""
     scale: int = 1
     """The factor by which it may exceed :data:`MAX_READS` and :data:`MAX_OBJECTS`."""
 
