@@ -25,7 +25,7 @@ from lading.errors import (
 )
 from lading.sources.cache import Cache
 from lading.sources.hub.errors import retried, translated
-from lading.sources.source import FetchedFile
+from lading.sources.source import FetchedFile, read_bytes
 from lading.sources.web import redirects
 from lading.sources.web.client import Timeouts, http_library
 from lading.sources.web.download import Concurrency
@@ -419,9 +419,9 @@ def test_a_read_past_the_end(tmp_path: Path) -> None:
     with serve({PATH: DATA}) as server:
         opened = source(server, tmp_path)
         snapshot = opened.snapshot()
-        for offset, size in ((-1, 2), (0, len(DATA) + 1), (len(DATA), 1), (1, -1)):
+        for offset, size in ((-1, 2), (0, len(DATA) + 1), (len(DATA), 1)):
             with pytest.raises(ValueError, match="there are no"):
-                opened.read(snapshot, snapshot.files[0], offset, size)
+                read_bytes(opened, snapshot, snapshot.files[0], offset, size)
 
 
 READS: dict[str, tuple[Behaviour, str | None]] = {
@@ -441,7 +441,7 @@ def test_reads(tmp_path: Path, name: str) -> None:
     with serve({PATH: DATA}, behavior) as server:
         opened = source(server, tmp_path)
         snapshot = opened.snapshot()
-        read: Callable[[], bytes] = lambda: opened.read(snapshot, snapshot.files[0], 1000, 5000)  # noqa: E731
+        read: Callable[[], bytes] = lambda: read_bytes(opened, snapshot, snapshot.files[0], 1000, 5000)  # noqa: E731
         if message is None:
             assert read() == DATA[1000:6000]
         else:

@@ -200,7 +200,7 @@ def test_a_size_that_is_a_lie(hub: FakeHub, client: HubClient, size: int) -> Non
     code = """
 source = HubSource("hg://a/b")
 snapshot = source.snapshot()
-result = source.read(snapshot, snapshot.file("model.safetensors"), 0, 1)
+result = read_bytes(source, snapshot, snapshot.file("model.safetensors"), 0, 1)
 """
 
     with pytest.raises(FetchError, match=r"expected a file of|it has no bytes"):
@@ -224,7 +224,7 @@ def test_a_redirect_does_not_take_the_token_along(hub: FakeHub, client: HubClien
         # The hub's redirects lead to the other hub, as if it were its CDN.
         port, hub._cdn.server_port = hub._cdn.server_port, thief._cdn.server_port
         try:
-            code = FETCH + "result = source.read(snapshot, snapshot.file('model.safetensors'), 0, 9)"
+            code = FETCH + "result = read_bytes(source, snapshot, snapshot.file('model.safetensors'), 0, 9)"
             assert client(code, uri="hg://a/b", token=TOKEN) == FILES["model.safetensors"][:9]
         finally:
             hub._cdn.server_port = port

@@ -14,7 +14,7 @@ from lading.formats.manifest import Manifest
 from lading.formats.remote import find_checkpoint, index_files, index_names
 from lading.sources.hub.address import HubAddress
 from lading.sources.open import open_source
-from lading.sources.source import RemoteFile, Snapshot, Source
+from lading.sources.source import RemoteFile, Snapshot, Source, read_bytes
 from lading.system.settings import Settings
 from lading.system.uris import shown_uri
 
@@ -157,7 +157,7 @@ class PublishedFiles:
         return size
 
     def read(self, name: str, offset: int, size: int) -> bytes:
-        return self._source.read(self._snapshot, self.file(name), offset, size)
+        return read_bytes(self._source, self._snapshot, self.file(name), offset, size)
 
     def file(self, name: str) -> RemoteFile:
         return self._files[name]

@@ -26,6 +26,7 @@ from lading.operations.card_names import Place
 from lading.operations.find_checkpoints import FoundCheckpoint
 from lading.sources.hub.address import HubAddress, is_repo_id
 from lading.sources.open import HUB_SCHEMES, open_source
+from lading.sources.source import read_bytes
 from lading.system.filesystem import expand_home, path_exists
 from lading.system.uris import path_uri, shown_uri
 
@@ -207,7 +208,9 @@ class Describer:
             ref.uri, inner_path=ref.path, revision=published.revision or None, settings=self._store.settings
         )
         try:
-            return front_matter_fields(source.read(published.snapshot, file, 0, min(file.size, MAX_README_BYTES)))
+            return front_matter_fields(
+                read_bytes(source, published.snapshot, file, 0, min(file.size, MAX_README_BYTES))
+            )
         except (FetchError, CheckpointNotFoundError) as error:
             log.warning("%s: %s cannot be read, so the card has no license: %s", ref.shown, README_NAME, error)
             return {}

@@ -89,10 +89,13 @@ class Source(Protocol):
         :raises PolicyError: a web server requires credentials, or its address or a redirect is refused.
         """
 
-    def read(self, snapshot: Snapshot, file: RemoteFile, offset: int, size: int) -> bytes:
-        """Read exactly ``size`` bytes of a file, starting at ``offset``. Safe to call from several threads.
+    def read(self, snapshot: Snapshot, file: RemoteFile, offset: int, into: memoryview) -> None:
+        """Fill ``into`` with the bytes of a file from ``offset`` on. Safe to call from several threads.
 
-        :raises FetchError: the content has changed; or as :meth:`snapshot`, which lists the other errors, too.
+        :param into: writable, contiguous bytes; what they hold after an error is undefined.
+
+        :raises FetchError: the content has changed, or :meth:`close` was called meanwhile; or as :meth:`snapshot`,
+            which lists the other errors, too.
         """
 
     def fetch(
@@ -112,3 +115,14 @@ class Source(Protocol):
 
         Their bytes may be unchecked.
         """
+
+    def close(self) -> None:
+        """End all requests, also those in progress in other threads. A later request opens connections again."""
+
+
+def read_bytes(source: Source, snapshot: Snapshot, file: RemoteFile, offset: int, size: int) -> bytes:
+    """Return exactly ``size`` bytes of a file from ``offset`` on; raises what :meth:`Source.read` does."""
+    data = bytearray(size)
+    source.read(snapshot, file, offset, memoryview(data))
+
+    return bytes(data)

@@ -15,7 +15,7 @@ from lading.sources.hub.address import HubAddress, is_file_name, is_repo_id
 from lading.sources.hub.cache import cached_commit, cached_file, hub_cache, repository_folders, snapshot_folders
 from lading.sources.hub.files import git_blob_id
 from lading.sources.hub.source import HubSource
-from lading.sources.source import RemoteFile, Snapshot, Source
+from lading.sources.source import RemoteFile, Snapshot, Source, read_bytes
 
 COMMIT, OTHER = "0123456789abcdef" * 2 + "01234567", "f" * 40
 SHA256 = "ab" * 32
@@ -146,7 +146,7 @@ def test_names_that_no_file_may_have(name: str) -> None:
     with pytest.raises(FetchError, match="relative path of plain segments"):
         source.fetch(snapshot, snapshot.files, known=lambda _: None, progress=False)
     with pytest.raises(FetchError, match="relative path of plain segments"):
-        source.read(snapshot, snapshot.files[0], 0, 1)
+        read_bytes(source, snapshot, snapshot.files[0], 0, 1)
     assert source.local(snapshot, snapshot.files) == [None]
 
 
@@ -160,7 +160,7 @@ def test_only_a_commit_pins(revision: str) -> None:
     snapshot = Snapshot(uri="hg://a/b", revision=revision, files=(RemoteFile(name="x", size=1),))
 
     with pytest.raises(FetchError, match="at a commit"):
-        HubSource("hg://a/b").read(snapshot, snapshot.files[0], 0, 1)
+        read_bytes(HubSource("hg://a/b"), snapshot, snapshot.files[0], 0, 1)
     with pytest.raises(FetchError, match="at a commit"):
         HubSource("hg://a/b").fetch(snapshot, snapshot.files, known=lambda _: None, progress=False)
 

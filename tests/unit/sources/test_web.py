@@ -21,7 +21,7 @@ from lading.sources.cache import Cache
 from lading.sources.hub import client as hf_client
 from lading.sources.hub.source import HubSource
 from lading.sources.proxies import require_proxies
-from lading.sources.source import FetchedFile, RemoteFile, Snapshot, Source
+from lading.sources.source import FetchedFile, RemoteFile, Snapshot, Source, read_bytes
 from lading.sources.web.client import Timeouts, http_library
 from lading.sources.web.download import Concurrency
 from lading.sources.web.source import HttpSource
@@ -177,10 +177,10 @@ def test_offline_there_is_what_was_fetched(cache: Cache, monkeypatch: pytest.Mon
 
         with pytest.raises(FetchError, match=r"'c\.json' of .* HF_HUB_OFFLINE is set"):
             offline.with_siblings(snapshot, ["c.json"])
-        assert offline.read(snapshot, snapshot.files[0], 7, 100) == DATA[7:107]
+        assert read_bytes(offline, snapshot, snapshot.files[0], 7, 100) == DATA[7:107]
         fetched[0].path.touch()  # not checked since
         with pytest.raises(FetchError, match="HF_HUB_OFFLINE is set"):
-            offline.read(snapshot, snapshot.files[0], 0, 1)
+            read_bytes(offline, snapshot, snapshot.files[0], 0, 1)
         shutil.rmtree(cache.folder / "blobs")
         assert offline.local(snapshot, snapshot.files) == [None, None]
         with pytest.raises(FetchError, match=r"'model\.safetensors' of .* HF_HUB_OFFLINE is set"):
@@ -281,7 +281,7 @@ def test_what_another_catalog_wrote_is_checked_once(cache: Cache, harm: str, pub
             )
 
         source = open_source(server, mine)
-        assert source.read(source.snapshot(), source.snapshot().files[0], 1000, 1) == DATA[1000:1001]
+        assert read_bytes(source, source.snapshot(), source.snapshot().files[0], 1000, 1) == DATA[1000:1001]
         (mended,) = fetch_all(source, source.snapshot())
         assert mended.path.read_bytes() == DATA
 
@@ -299,7 +299,7 @@ def test_what_another_catalog_fetched_is_used(cache: Cache) -> None:
         (file,) = fetch_all(source, source.snapshot())
         mine = open_source(server, Cache(cache.folder, catalog="ab" * 8), offline=True)
         server.requests.clear()
-        assert mine.read(mine.snapshot(), mine.snapshot().files[0], 7, 3) == DATA[7:10]
+        assert read_bytes(mine, mine.snapshot(), mine.snapshot().files[0], 7, 3) == DATA[7:10]
         assert fetch_all(mine, mine.snapshot()) == [file]
         assert server.requests == []
 
@@ -310,9 +310,9 @@ def test_reads_from_many_threads(cache: Cache) -> None:
         snapshot = source.snapshot()
         spans = [(i * 1009 % 290_000, 1 + i * 37 % 9000) for i in range(60)]
         with ThreadPoolExecutor(8) as pool:
-            parts = list(pool.map(lambda span: source.read(snapshot, snapshot.files[0], *span), spans))
+            parts = list(pool.map(lambda span: read_bytes(source, snapshot, snapshot.files[0], *span), spans))
     assert parts == [DATA[offset : offset + size] for offset, size in spans]
-    assert source.read(snapshot, snapshot.files[0], 5, 0) == b""
+    assert read_bytes(source, snapshot, snapshot.files[0], 5, 0) == b""
 
 
 def test_few_connections_for_a_few_pieces_and_one_where_there_are_no_ranges(cache: Cache) -> None:

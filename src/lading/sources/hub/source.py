@@ -153,20 +153,25 @@ class HubSource:
 
     # --- bytes -------------------------------------------------------------------------------------------------------
 
-    def read(self, snapshot: Snapshot, file: RemoteFile, offset: int, size: int) -> bytes:
-        """Read exactly ``size`` bytes of a file at the snapshot's commit. Safe to call from several threads."""
+    def close(self) -> None:
+        """Do nothing, as huggingface_hub owns the connections and shares them with the rest of the process."""
+
+    def read(self, snapshot: Snapshot, file: RemoteFile, offset: int, into: memoryview) -> None:
+        """Fill ``into`` with the bytes of a file at the snapshot's commit. Safe to call from several threads."""
+        size = len(into)
         commit = self._commit(snapshot)
         check_file_name(file.name, self.uri)
-        if offset < 0 or size < 0 or (file.size is not None and offset + size > file.size):
+        if offset < 0 or (file.size is not None and offset + size > file.size):
             raise FetchError(
                 f"{self.uri}: {file.name} has {file.size} bytes; it has no bytes {offset} to {offset + size}."
             )
         if size == 0:
-            return b""
+            return
         if self._offline:
-            return self._read_cached(snapshot, file, offset, size)
+            self._read_cached(snapshot, file, offset, into)
+            return
 
-        return read_range(
+        into[:] = read_range(
             self._canonical_id or self.repo,
             commit,
             file.name,
@@ -176,17 +181,15 @@ class HubSource:
             places=self._places,
         )
 
-    def _read_cached(self, snapshot: Snapshot, file: RemoteFile, offset: int, size: int) -> bytes:
+    def _read_cached(self, snapshot: Snapshot, file: RemoteFile, offset: int, into: memoryview) -> None:
         path = self.local(snapshot, [file])[0]
         if path is None:
             raise offline_error(self.repo, file.name)
         with path.open("rb") as opened:
             opened.seek(offset)
-            body = opened.read(size)
-        if len(body) < size:
-            raise FetchError(f"{path}: expected {size} bytes from {offset} on, found {len(body)}.")
-
-        return body
+            count = opened.readinto(into)
+        if count < len(into):
+            raise FetchError(f"{path}: expected {len(into)} bytes from {offset} on, found {count}.")
 
     def fetch(
         self, snapshot: Snapshot, files: Sequence[RemoteFile], *, known: Known, progress: bool

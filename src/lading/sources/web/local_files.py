@@ -75,8 +75,8 @@ class LocalFiles:
 
         return FetchedFile(name=file.name, path=path, stat=state, sha256=sha256, published=file.sha256 is not None)
 
-    def read(self, file: RemoteFile, offset: int, size: int) -> bytes | None:
-        """Read a part of the copy in the cache; return ``None`` if it has changed since it was checked.
+    def read(self, file: RemoteFile, offset: int, into: memoryview) -> bool:
+        """Fill ``into`` from the copy in the cache; return whether that is there, as it was when it was checked.
 
         A copy whose state was recorded only by another catalog is checked first.
         """
@@ -90,16 +90,14 @@ class LocalFiles:
                     record = self._record(file)
         path = None if record is None else self._cache.find(record.sha256)
         if record is None or path is None:
-            return None
+            return False
         try:
             with open(path, "rb", buffering=0) as opened:
                 if FileStat.from_stat(os.fstat(opened.fileno())) != record.stat:
-                    return None
-                data = os.pread(opened.fileno(), size, offset)
+                    return False
+                return os.preadv(opened.fileno(), [into], offset) == len(into)
         except OSError:
-            return None
-
-        return data if len(data) == size else None
+            return False
 
     def note(self, file: RemoteFile, sha256: str, state: FileStat) -> None:
         """Record that the file is in the cache, in a state that has the digest."""

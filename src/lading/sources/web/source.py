@@ -185,15 +185,13 @@ class HttpSource:
 
     # --- parts of files ----------------------------------------------------------------------------------------------
 
-    def read(self, snapshot: Snapshot, file: RemoteFile, offset: int, size: int) -> bytes:
-        """Read exactly ``size`` bytes of a file, starting at ``offset``. Safe to call from several threads."""
-        if offset < 0 or size < 0 or (file.size is not None and offset + size > file.size):
+    def read(self, snapshot: Snapshot, file: RemoteFile, offset: int, into: memoryview) -> None:
+        """Fill ``into`` with the bytes of a file from ``offset`` on. Safe to call from several threads."""
+        size = len(into)
+        if offset < 0 or (file.size is not None and offset + size > file.size):
             raise ValueError(f"{file.name!r} has {file.size} bytes: there are no {size} at {offset}.")
-        if size == 0:
-            return b""
-        here = self._local.read(file, offset, size)
-        if here is not None:
-            return here
+        if size == 0 or self._local.read(file, offset, into):
+            return
         if self._offline:
             raise self._offline_error(file.name)
 
@@ -201,7 +199,7 @@ class HttpSource:
         url = client.parse(self._url(file.name))
 
         with client.connection() as connection:
-            return client.retry(lambda: read_range(connection, url, file, offset, size), what=repr(shown(url)))
+            into[:] = client.retry(lambda: read_range(connection, url, file, offset, size), what=repr(shown(url)))
 
     # --- whole files -------------------------------------------------------------------------------------------------
 
