@@ -39,6 +39,7 @@ from lading.cards.overrides import layers_of, merge_layers
 from lading.catalog.checkpoints.record import record_checkpoint
 from lading.catalog.import_cards import import_files
 from lading.catalog.open import open_catalog
+from lading.catalog.records import CheckpointContents
 from lading.catalog.store import AssetStore
 from lading.formats.manifest import Manifest, Shard
 from lading.models.family import get_family
@@ -162,7 +163,7 @@ def bulk(folder: Path, count: int, rounds: int) -> Part:
         start = time.perf_counter()
         import_files(database, [file])
         middle = time.perf_counter()
-        record_checkpoint(database, uri="hg://bench/base", manifest=manifest, copies=())
+        record_checkpoint(database, CheckpointContents(uri="hg://bench/base", manifest=manifest))
         return middle - start, time.perf_counter() - middle
 
     by_lading()
@@ -303,7 +304,7 @@ def manifest(store: AssetStore, rounds: int) -> Part:
 
     for n in range(rounds):
         start = time.perf_counter()
-        record_checkpoint(store.database, uri=f"{uri}?{n}" if n else uri, manifest=given, copies=())
+        record_checkpoint(store.database, CheckpointContents(uri=f"{uri}?{n}" if n else uri, manifest=given))
         writes.append(time.perf_counter() - start)
 
         start = time.perf_counter()
@@ -439,7 +440,9 @@ def pages(folder: Path, rounds: int) -> Part:
     models = [model for model in store.models() if model.checkpoint][:1_000]
     for model in models:
         assert model.checkpoint is not None
-        record_checkpoint(store.database, uri=model.checkpoint, manifest=manifest, copies=(), card_name=model.name)
+        record_checkpoint(
+            store.database, CheckpointContents(uri=model.checkpoint, manifest=manifest), cards=[model.name]
+        )
     environment = os.environ | {"LADING_DATABASE_URL": store.database.url, "XDG_CONFIG_HOME": str(folder)}
     addresses = {
         "/": "/", "models": "/catalog/models", "a search": "/catalog/models?_search=chat+en",

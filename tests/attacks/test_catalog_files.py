@@ -18,6 +18,7 @@ from lading.catalog.import_cards import import_files
 from lading.catalog.importing import refresh
 from lading.catalog.open import open_catalog, open_catalog_readonly
 from lading.catalog.query import run_query as query
+from lading.catalog.records import CheckpointContents
 from lading.catalog.store import AssetStore
 from lading.errors import CatalogError, LadingError
 from lading.system.settings import Settings
@@ -34,7 +35,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     cards = "".join(f"name: c{i}\nbase: c{i - 1}\nnote: {'x' * (i * 7)}\n---\n" for i in range(1, 40))
     import_files(database, [card_file(f"name: c0\nmodel_family: qwen\ncheckpoint: hg://a/b\n---\n{cards}name: end\n")])
     manifest = make_manifest(300, 3)
-    record_checkpoint(database, uri="hg://a/b", manifest=manifest, copies=make_copies(manifest, folder))
+    record_checkpoint(
+        database, CheckpointContents(uri="hg://a/b", manifest=manifest, copies=make_copies(manifest, folder))
+    )
     return (folder / "catalog.sqlite").read_bytes()
 
 
@@ -79,7 +82,7 @@ DOORS: list[Callable[[Settings], object]] = [
     lambda s: AssetStore(open_catalog(s)).suggest("c3o"),
     lambda s: query(open_catalog(s), "SELECT * FROM model_tensors"),
     lambda s: import_files(open_catalog(s), [card_file("name: c1\nv: 1\n---\nname: new\nbase: c2\n")], replace=True),
-    lambda s: record_checkpoint(open_catalog(s), uri="hg://a/b", manifest=make_manifest(30), copies=[]),
+    lambda s: record_checkpoint(open_catalog(s), CheckpointContents(uri="hg://a/b", manifest=make_manifest(30))),
     check_catalog,
     lifecycle.upgrade,
     lifecycle.backup,

@@ -14,9 +14,10 @@ from click.testing import Result
 from sqlalchemy import text
 
 import lading
+from lading.catalog.checkpoints.record import record_checkpoint
 from lading.checkpoints.checkpoint import LocalCheckpointFiles
 from lading.operations.adopt import Adoption
-from lading.operations.moved import MoveFinder, record_move
+from lading.operations.moved import MoveFinder
 from lading.system import filesystem
 from lading.system.uris import path_uri
 from tests.helpers.cached_repository import add_cards
@@ -198,13 +199,14 @@ def test_a_move_takes_the_place_of_what_was_recorded_at_the_new_path(models: Pat
     lading.verify_model(before, progress=False)
     before.rename(now)
     store = lading.get_asset_store()
-    move = MoveFinder(store).find(LocalCheckpointFiles.read(now, cache=tmp_path / "cache"))
+    here = LocalCheckpointFiles.read(now, cache=tmp_path / "cache")
+    move = MoveFinder(store).find(here)
     assert move is not None
     add_cards(tmp_path, mine=str(now))
     lading.index_checkpoint("mine")
     assert known() == {path_uri(before), path_uri(now)}
 
-    record_move(move, store)
+    record_checkpoint(store.database, move.contents(here.manifest))
 
     assert known() == {path_uri(now)}
     assert lading.get_asset_store().models("mine")[0].checkpoint == path_uri(now)

@@ -13,6 +13,7 @@ import torch
 
 import lading
 from lading.catalog.checkpoints.record import record_checkpoint
+from lading.catalog.records import CheckpointContents
 from lading.errors import CorruptModelCheckpointError, NotSupportedError, PolicyError, RefusedPickleError
 from lading.formats import index
 from lading.operations.adopt import Adoption
@@ -160,7 +161,7 @@ def test_bytes_of_a_card_are_known_by_their_sha256(tmp_path: Path, models: Path)
     (shard,) = manifest.shards
     shard = replace(shard, name="model.pt", sha256=sha256(data).hexdigest())
     database = lading.get_asset_store().database
-    record_checkpoint(database, uri=uri, manifest=replace(manifest, shards=(shard,)), copies=())
+    record_checkpoint(database, CheckpointContents(uri=uri, manifest=replace(manifest, shards=(shard,))))
     add_cards(tmp_path, tiny=uri)
 
     found = adopt(models)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import lading
 from lading.catalog.checkpoints.record import record_checkpoint
+from lading.catalog.records import CheckpointContents
 from lading.errors import AssetCardError, AssetNotFoundError, FetchError, ModelGatedError
 from tests.helpers.make_checkpoint import make, tensors
 from tests.servers.hub import FakeHub
@@ -32,7 +33,7 @@ def remote(cli, cards, tmp_path):
     cli("import", tmp_path / "remote.yaml")
     manifest = lading.index_checkpoint("tiny").manifest
     database = lading.get_asset_store().database
-    record_checkpoint(database, uri="hg://somebody/tiny", manifest=manifest, copies=[], revision="abc")
+    record_checkpoint(database, CheckpointContents(uri="hg://somebody/tiny", manifest=manifest, revision="abc"))
 
 
 def set_digests(uri: str, **others: str) -> None:

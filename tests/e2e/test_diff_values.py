@@ -294,10 +294,11 @@ class TestCommand:
         (tmp_path / "remote.yaml").write_text(REMOTE)
         cli("import", tmp_path / "remote.yaml")
         from lading.catalog.checkpoints.record import record_checkpoint
+        from lading.catalog.records import CheckpointContents
 
         manifest = lading.index_checkpoint("tiny").manifest
         database = lading.get_asset_store().database
-        record_checkpoint(database, uri="hg://somebody/tiny", manifest=manifest, copies=[], revision="abc")
+        record_checkpoint(database, CheckpointContents(uri="hg://somebody/tiny", manifest=manifest, revision="abc"))
         with pytest.raises(CheckpointNotFoundError, match="lading pull remote"):
             lading.diff_models("tiny", "remote", values=True)
 

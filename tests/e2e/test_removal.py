@@ -19,7 +19,7 @@ import lading
 from lading.catalog.checkpoints.record import record_checkpoint
 from lading.catalog.database import migrate as lifecycle
 from lading.catalog.open import open_catalog
-from lading.catalog.records import LocalCopy
+from lading.catalog.records import CheckpointContents, LocalCopy
 from lading.errors import AssetNotFoundError, CatalogError, PolicyError
 from lading.formats import index
 from lading.sources.cache import Cache, CachedFile
@@ -95,7 +95,7 @@ def fetched_from_hub(uri: str, snapshot: Path) -> None:
 
 def record(uri: str, path: Path, copies: list[LocalCopy], *, revision: str = "") -> None:
     database = lading.get_asset_store().database
-    record_checkpoint(database, uri=uri, manifest=index(path), copies=copies, revision=revision)
+    record_checkpoint(database, CheckpointContents(uri=uri, manifest=index(path), copies=copies, revision=revision))
 
 
 def known(uri: str) -> int:

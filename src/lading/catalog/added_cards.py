@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -12,33 +12,16 @@ from sqlalchemy.orm import Session
 from lading.cards.card import CardEntry
 from lading.cards.card_file import CardFile, parse
 from lading.cards.documents.write_yaml import to_yaml
-from lading.catalog.checkpoints.record import write_checkpoint, write_files
-from lading.catalog.checkpoints.relocate import move_checkpoint
+from lading.catalog.checkpoints.record import write_checkpoint
 from lading.catalog.database.database import Database
 from lading.catalog.importing.apply import apply
 from lading.catalog.importing.changes import ADDED
 from lading.catalog.links import link_by_uri
-from lading.catalog.records import Check, ImportReport, LocalCopy
+from lading.catalog.records import CheckpointContents, ImportReport
 from lading.catalog.schema import CardRow, SourceRow
 from lading.errors import CardFileError
-from lading.formats.manifest import Manifest
 
 log = logging.getLogger("lading")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointContents:
-    """The contents of a checkpoint, to be recorded."""
-
-    uri: str
-    manifest: Manifest
-    copies: Sequence[LocalCopy] = ()
-    checks: Sequence[Check] = ()
-    revision: str = ""
-    accept: bool = False
-    """``True`` to take the files as they are now for the right ones, and forget the digests of other bytes."""
-    moved_from: str | None = None
-    """The URI by which the catalog knows the same checkpoint from before it moved; its digests and cards stay."""
 
 
 def card_entry(name: str, fields: Mapping[str, object]) -> CardEntry:
@@ -72,29 +55,13 @@ def record_additions(
             source=ADDED, sha256="", cards=tuple(_in_order(session, entries)), architectures=(), problems=()
         )
         report = apply(session, [file] if entries else [], kind="import")
-        record_contents(session, contents)
+        for each in contents:
+            write_checkpoint(session, each)
         link_by_uri(session)
     for warning in report.warnings:
         log.warning("%s", warning)
 
     return report
-
-
-def record_contents(session: Session, contents: Sequence[CheckpointContents]) -> None:
-    """Record the contents of checkpoints."""
-    for each in contents:
-        if each.moved_from is not None:
-            move_checkpoint(session, uri=each.moved_from, to=each.uri, copies=each.copies)
-        else:
-            write_checkpoint(
-                session,
-                uri=each.uri,
-                manifest=each.manifest,
-                copies=each.copies,
-                revision=each.revision,
-                accept=each.accept,
-            )
-        write_files(session, uri=each.uri, checks=each.checks)
 
 
 def _in_order(session: Session, entries: Sequence[CardEntry]) -> list[CardEntry]:

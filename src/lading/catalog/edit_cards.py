@@ -17,7 +17,8 @@ from sqlalchemy.orm import Session
 
 from lading.cards.addresses import stated_addresses, with_addresses
 from lading.cards.card import AssetCard, AssetCardField, CardEntry, split_gated, split_name
-from lading.catalog.added_cards import CheckpointContents, card_entry, record_contents
+from lading.catalog.added_cards import card_entry
+from lading.catalog.checkpoints.record import write_checkpoint
 from lading.catalog.database.database import Database
 from lading.catalog.database.statements import dumps, intact, loads_object
 from lading.catalog.importing.changes import ImportPlan, StatedRow, StoredRow, card_key, card_title
@@ -25,7 +26,7 @@ from lading.catalog.importing.derived import Entries
 from lading.catalog.importing.write import ask_again, forget, write_cards
 from lading.catalog.links import link_by_uri
 from lading.catalog.listing import near_names
-from lading.catalog.records import CardChange
+from lading.catalog.records import CardChange, CheckpointContents
 from lading.catalog.schema import CardRow, SourceRow
 from lading.catalog.stored_cards import label
 from lading.errors import AssetCardError, AssetNotFoundError, CardFileError, PolicyError
@@ -151,7 +152,8 @@ def relocate(
         _require_own([held for held, _ in edits], "change")
         if not dry_run:
             _write(session, edits)
-            record_contents(session, contents)
+            for each in contents:
+                write_checkpoint(session, each)
             link_by_uri(session)
 
         return changes

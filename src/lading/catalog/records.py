@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -125,6 +125,23 @@ class StoredCheckpoint:
     copies: tuple[LocalCopy, ...]
     """The copies whose path leads to them from this machine."""
     indexed_at: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointContents:
+    """The contents of a checkpoint, to be recorded."""
+
+    uri: str
+    """The full URI."""
+    manifest: Manifest
+    copies: Sequence[LocalCopy] = ()
+    """The files on this machine: shards and, if there is one, the index file."""
+    checks: Sequence[Check] = ()
+    revision: str = ""
+    accept: bool = False
+    """``True`` to take the files as they are now for the right ones, and forget the digests of other bytes."""
+    moved_from: str | None = None
+    """The URI by which the catalog knows the same checkpoint from before it moved; its digests and cards stay."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

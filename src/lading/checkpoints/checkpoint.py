@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from lading import formats
 from lading.cards.card import CheckpointRef
-from lading.catalog.records import HEADER, Check, CopyKind, LocalCopy, StoredCheckpoint
+from lading.catalog.records import HEADER, Check, CheckpointContents, CopyKind, LocalCopy, StoredCheckpoint
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, InternalError, PolicyError
 from lading.formats.manifest import Manifest
 from lading.system.filesystem import FileStat
@@ -170,6 +170,22 @@ class LocalCheckpointFiles:
         return [
             LocalCopy(file=file, path=folder / file, stat=stat, kind=self.kind) for file, stat in self.stats.items()
         ]
+
+    def contents(self, *, accept: bool = False, moved_from: str | None = None) -> CheckpointContents:
+        """Return it as the catalog records it, with digests of the bytes outside of tensors.
+
+        :raises OSError: a file cannot be read.
+        """
+        checkpoint = self.checkpoint(str(self.path))
+
+        return CheckpointContents(
+            uri=checkpoint.uri,
+            manifest=self.manifest,
+            copies=self.copies(),
+            checks=header_checks(checkpoint, {}),
+            accept=accept,
+            moved_from=moved_from,
+        )
 
 
 def _stat_files(manifest: Manifest, path: Path) -> dict[str, FileStat]:

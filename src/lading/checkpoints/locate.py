@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from lading import formats
 from lading.cards.adapters import adapter_refs
 from lading.cards.card import AssetCard, CheckpointRef
-from lading.catalog.checkpoints.record import record_checkpoint, record_files
-from lading.catalog.store import AssetStore, LocalCopy, StoredCheckpoint, get_asset_store
+from lading.catalog.checkpoints.record import record_checkpoint
+from lading.catalog.records import CheckpointContents
+from lading.catalog.store import AssetStore, StoredCheckpoint, get_asset_store
 from lading.checkpoints.address import address_of, require_access
 from lading.checkpoints.checkpoint import (
     Checkpoint,
@@ -130,25 +130,25 @@ def index_checkpoint(
         card_name, ref = found_card.title, address_of(found_card)
         require_access(found_card.title, ref)
     path = uri_path(ref.uri)
-    copies: Sequence[LocalCopy]
     if path is None:
         found = _published_or_fetched(ref, store, name=card_name, progress=False, restrict=restrict)
-        copies = found.copies if isinstance(found, FetchedCheckpoint) else ()
-        uri, manifest, revision = ref.key, found.manifest, found.revision
+        contents = CheckpointContents(
+            uri=ref.key,
+            manifest=found.manifest,
+            copies=found.copies if isinstance(found, FetchedCheckpoint) else (),
+            revision=found.revision,
+            accept=True,
+        )
     else:
         path = local_checkpoint(path, inner_path=ref.path)
         here = LocalCheckpointFiles.read(path, cache=store.settings.cache_dir, restrict=restrict)
-        uri, manifest, copies, revision = path_uri(here.path), here.manifest, here.copies(), ""
+        contents = here.contents(accept=True)
 
     require_writable(store)
-    record_checkpoint(
-        store.database, uri=uri, manifest=manifest, copies=copies, revision=revision, card_name=card_name, accept=True
-    )
-    if path is not None:
-        record_files(store.database, uri=uri, checks=header_checks(here.checkpoint(uri), {}))
-    stored = store.checkpoint(uri)
+    record_checkpoint(store.database, contents, cards=[] if card_name is None else [card_name])
+    stored = store.checkpoint(contents.uri)
     if stored is None:
-        raise InternalError(f"the manifest of {shown_uri(uri)} was written to the catalog, but is not there")
+        raise InternalError(f"the manifest of {shown_uri(contents.uri)} was written to the catalog, but is not there")
 
     return stored
 

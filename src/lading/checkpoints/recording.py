@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lading.catalog.checkpoints.record import record_checkpoint, record_companions, record_files
-from lading.catalog.records import Check, LocalCopy
+from lading.catalog.records import Check, CheckpointContents, LocalCopy
 from lading.catalog.store import AssetStore, StoredCheckpoint
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.errors import CatalogError
@@ -106,17 +106,15 @@ def record_manifest(
 ) -> None:
     with BestEffort("the manifest of %s is not in the catalog", checkpoint.name):
         require_writable(store)
-        record_checkpoint(
-            store.database,
+        contents = CheckpointContents(
             uri=checkpoint.uri,
             manifest=checkpoint.manifest,
             copies=copies,
+            checks=checks,
             revision=checkpoint.revision,
-            card_name=checkpoint.name,
             accept=accept,
         )
-        if checks:
-            record_files(store.database, uri=checkpoint.uri, checks=checks)
+        record_checkpoint(store.database, contents, cards=[checkpoint.name])
 
 
 def record_fetched(

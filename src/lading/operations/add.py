@@ -6,16 +6,16 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from lading.cards.addresses import stated_addresses
 from lading.cards.card import AssetCardField, CardEntry
-from lading.catalog.added_cards import CheckpointContents, card_entry, record_additions
+from lading.catalog.added_cards import card_entry, record_additions
 from lading.catalog.artifacts import record_artifacts
 from lading.catalog.importing.changes import ADDED
-from lading.catalog.records import FoundArtifact, ModelSummary
+from lading.catalog.records import CheckpointContents, FoundArtifact, ModelSummary
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.card_links import names_of
 from lading.checkpoints.recording import require_writable
@@ -211,7 +211,7 @@ class _Found:
         if self.error is not None or contents is None or self.move is None:
             return None if self.error is not None else contents
 
-        return replace(contents, copies=self.move.copies, checks=self.move.checks, moved_from=self.move.uri)
+        return self.move.contents(contents.manifest)
 
     def origin(self, move: Move) -> Path:
         """Return the path at which it was: of an adapter, the folder."""

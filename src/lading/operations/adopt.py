@@ -14,8 +14,7 @@ from lading.cards.documents.write_yaml import to_yaml
 from lading.catalog.artifacts import record_artifacts
 from lading.catalog.checkpoints.holdings import checkpoints_like
 from lading.catalog.checkpoints.record import forget_checkpoint, record_checkpoint, record_files
-from lading.catalog.links import link_cards
-from lading.catalog.records import Check, CopyKind, FoundArtifact, LocalCopy, now
+from lading.catalog.records import Check, CheckpointContents, CopyKind, FoundArtifact, LocalCopy, now
 from lading.catalog.store import AssetStore, StoredCheckpoint, get_asset_store
 from lading.checkpoints.card_links import names_of
 from lading.checkpoints.checkpoint import LocalCheckpointFiles
@@ -42,7 +41,7 @@ from lading.operations.find_checkpoints import (
     find_in_snapshot,
 )
 from lading.operations.hub_checkpoints import HubCheckpoint, hub_checkpoints, no_snapshot_error, resolve_commit
-from lading.operations.moved import Move, MoveFinder, record_move
+from lading.operations.moved import Move, MoveFinder
 from lading.sources.hub.address import is_sha256
 from lading.sources.hub.cache import blob_tag, hub_cache
 from lading.system.display import human_bytes, representation
@@ -267,12 +266,10 @@ class _Adopter:
             )
         if not self._dry_run:
             if stored is None:
-                record_checkpoint(
-                    self._store.database, uri=checkpoint.uri, manifest=manifest, copies=copies, revision=commit
-                )
+                contents = CheckpointContents(uri=checkpoint.uri, manifest=manifest, copies=copies, revision=commit)
+                record_checkpoint(self._store.database, contents, cards=checkpoint.cards)
             else:
-                record_files(self._store.database, uri=checkpoint.uri, copies=copies)
-            link_cards(self._store.database, checkpoint.cards, uri=checkpoint.uri)
+                record_files(self._store.database, uri=checkpoint.uri, copies=copies, cards=checkpoint.cards)
 
         return _adoption("adopted", path, checkpoint.uri, commit, checkpoint.cards, manifest, copies)
 
@@ -318,8 +315,8 @@ class _Adopter:
             if not self._dry_run:
                 kind: CopyKind = "source" if cards else "adopted"
                 owned = [replace(copy, kind=kind) for copy in copies]
-                record_checkpoint(self._store.database, uri=uri, manifest=manifest, copies=owned)
-                link_cards(self._store.database, cards, uri=uri)
+                contents = CheckpointContents(uri=uri, manifest=manifest, copies=owned)
+                record_checkpoint(self._store.database, contents, cards=cards)
             known = _adoption("adopted", path, uri, "", cards, manifest, copies)
 
         if move is not None:
@@ -329,8 +326,7 @@ class _Adopter:
 
     def _take_moved(self, path: Path, move: Move, cards: tuple[str, ...], manifest: Manifest) -> Adoption:
         if not self._dry_run:
-            record_move(move, self._store)
-            link_cards(self._store.database, cards, uri=move.to)
+            record_checkpoint(self._store.database, move.contents(manifest), cards=cards)
         moved = _adoption("moved", path, move.to, "", cards, manifest, move.copies)
 
         return replace(moved, verified=move.verified)
@@ -370,8 +366,7 @@ class _Adopter:
                 Check(file=shard.name, path=file, stat=stat, method="sha256", expected=shard.sha256, found=sha256)
             )
         if not self._dry_run:
-            record_files(self._store.database, uri=stored.uri, copies=copies, checks=checks)
-            link_cards(self._store.database, cards, uri=stored.uri)
+            record_files(self._store.database, uri=stored.uri, copies=copies, checks=checks, cards=cards)
 
         adopted = _adoption("adopted", path, stored.uri, stored.revision, cards, manifest, copies)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref
 from lading.cards.front_matter import MAX_README_BYTES, README_NAME, front_matter_fields
-from lading.catalog.added_cards import CheckpointContents
+from lading.catalog.records import CheckpointContents
 from lading.catalog.store import AssetStore
-from lading.checkpoints.checkpoint import LocalCheckpointFiles, header_checks
+from lading.checkpoints.checkpoint import LocalCheckpointFiles
 from lading.checkpoints.fetch_to_index import must_fetch_to_index
 from lading.checkpoints.published import PublishedCheckpoint, index_source, name_in_source
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, FetchError, NotSupportedError
@@ -142,15 +142,8 @@ class Describer:
             )
         except NonContiguousError:
             return described
-        contents = CheckpointContents(
-            uri=described.uri,
-            manifest=files.manifest,
-            copies=files.copies(),
-            checks=header_checks(files.checkpoint(described.uri), {}),
-            accept=self._accept,
-        )
 
-        return replace(described, manifest=files.manifest, contents=contents, files=files)
+        return replace(described, manifest=files.manifest, contents=files.contents(accept=self._accept), files=files)
 
     def at_address(self, uri: str) -> Description:
         """Describe a checkpoint of a source by its ``config.json``, ``README.md`` and headers.

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from lading.catalog import edit_cards
-from lading.catalog.added_cards import CheckpointContents
 from lading.catalog.checkpoints.holdings import known_uris
-from lading.catalog.records import CardChange
+from lading.catalog.records import CardChange, CheckpointContents
 from lading.catalog.store import AssetStore, get_asset_store
-from lading.checkpoints.checkpoint import LocalCheckpointFiles, header_checks
+from lading.checkpoints.checkpoint import LocalCheckpointFiles
 from lading.checkpoints.recording import require_writable
 from lading.errors import CheckpointNotFoundError, ModelCheckpointMismatchError
 from lading.system.filesystem import expand_home, path_exists
-from lading.system.uris import path_uri, uri_path
+from lading.system.uris import uri_path
 
 
 def remove_cards(*names: str, dry_run: bool = False, store: AssetStore | None = None) -> tuple[CardChange, ...]:
@@ -109,15 +108,7 @@ def _moved(uri: str, path: Path, store: AssetStore) -> CheckpointContents:
             f"as a checkpoint of its own: `lading add {path}`.",
         )
 
-    now = path_uri(found.path)
-
-    return CheckpointContents(
-        uri=now,
-        manifest=found.manifest,
-        copies=found.copies(),
-        checks=header_checks(found.checkpoint(now), {}),
-        moved_from=uri,
-    )
+    return found.contents(moved_from=uri)
 
 
 def _writable(store: AssetStore, dry_run: bool) -> AssetStore:

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lading.catalog.checkpoints.holdings import gone_checkpoints
-from lading.catalog.checkpoints.record import record_files, recorded_headers
-from lading.catalog.checkpoints.relocate import relocate_checkpoint
-from lading.catalog.records import HEADER, Check, LocalCopy
+from lading.catalog.checkpoints.record import recorded_headers
+from lading.catalog.records import HEADER, Check, CheckpointContents, LocalCopy
 from lading.catalog.store import AssetStore, StoredCheckpoint
 from lading.checkpoints.card_links import names_of
 from lading.checkpoints.checkpoint import Checkpoint, LocalCheckpointFiles, header_checks
@@ -48,6 +47,12 @@ class Move:
             raise InternalError(f"{self.uri} moved, expected the URI of a path")
 
         return path
+
+    def contents(self, manifest: Manifest) -> CheckpointContents:
+        """Return it as the catalog records it: at the new path, with all that is known of it."""
+        return CheckpointContents(
+            uri=self.to, manifest=manifest, copies=self.copies, checks=self.checks, moved_from=self.uri
+        )
 
 
 class MoveFinder:
@@ -121,16 +126,6 @@ class MoveFinder:
             return None
 
         return None if any(check.result == "mismatch" for check in checks) else [*headers, *checks]
-
-
-def record_move(move: Move, store: AssetStore) -> None:
-    """Record that a checkpoint is at its new path, with all that the catalog knows of it; its cards stay as they are.
-
-    :raises CatalogError: the catalog is damaged, or another process holds it.
-    :raises OSError: the disk is full.
-    """
-    relocate_checkpoint(store.database, uri=move.uri, to=move.to, copies=move.copies)
-    record_files(store.database, uri=move.to, checks=move.checks)
 
 
 def _has_all_copies(stored: StoredCheckpoint) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from lading.cards.adapters import adapter_refs
 from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref
 from lading.catalog.checkpoints.record import record_checkpoint
+from lading.catalog.records import CheckpointContents
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.address import address_of, require_access
 from lading.checkpoints.checkpoint import Checkpoint, remote_checkpoint
@@ -187,14 +188,8 @@ def _pull(
         return _report(checkpoint, missing, [*map(_pulled, companions), *planned])
 
     if published is not None and not isinstance(published, FetchedCheckpoint):
-        record_checkpoint(
-            store.database,
-            uri=checkpoint.uri,
-            manifest=checkpoint.manifest,
-            copies=(),
-            revision=checkpoint.revision,
-            card_name=card.title,
-        )
+        contents = CheckpointContents(uri=checkpoint.uri, manifest=checkpoint.manifest, revision=checkpoint.revision)
+        record_checkpoint(store.database, contents, cards=[card.title])
     here = fetch_checkpoint(pinned, store, settings=store.settings, progress=progress)
     require_pinned(here, store, progress=progress)
     fetched = _fetch(checkpoint, companions, store, progress=progress)

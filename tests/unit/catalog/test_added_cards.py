@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from lading.catalog import edit_cards
-from lading.catalog.added_cards import CheckpointContents, card_entry, record_additions
+from lading.catalog.added_cards import card_entry, record_additions
 from lading.catalog.check import check_catalog
 from lading.catalog.database.database import Database
 from lading.catalog.import_cards import import_files
 from lading.catalog.importing import refresh
 from lading.catalog.open import open_catalog
+from lading.catalog.records import CheckpointContents
 from lading.catalog.store import AssetStore
 from lading.errors import AssetCardError, CardFileError, PolicyError
 from tests.helpers.catalog_tools import card_file, make_copies, make_manifest, settings_in

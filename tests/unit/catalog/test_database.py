@@ -28,6 +28,7 @@ from lading.catalog.import_cards import import_files
 from lading.catalog.importing import refresh
 from lading.catalog.open import open_catalog, open_catalog_readonly
 from lading.catalog.query import run_query as query
+from lading.catalog.records import CheckpointContents
 from lading.catalog.store import AssetStore
 from lading.errors import CatalogError, CatalogOutdatedError
 from tests.helpers.catalog_tools import card_file, make_manifest, nobody, public_folder, settings_in
@@ -515,7 +516,7 @@ def test_a_load_goes_on_without_a_record(public: Path, caplog: pytest.LogCapture
     public.chmod(0o555)
     with nobody(), caplog.at_level(logging.INFO, "lading"):
         database = open_catalog(settings)
-        record_checkpoint(database, uri="hg://a/b", manifest=make_manifest(), copies=[])
+        record_checkpoint(database, CheckpointContents(uri="hg://a/b", manifest=make_manifest()))
         assert AssetStore(database).checkpoint("hg://a/b") is None
     public.chmod(0o755)
     assert "the manifest of hg://a/b is not kept" in caplog.text

@@ -21,7 +21,7 @@ from lading.catalog.importing import refresh
 from lading.catalog.importing.changes import MAX_DEPTH
 from lading.catalog.open import open_catalog
 from lading.catalog.query import run_query as query
-from lading.catalog.records import Check, CopyKind, ImportReport, LocalCopy
+from lading.catalog.records import Check, CheckpointContents, CopyKind, ImportReport, LocalCopy
 from lading.catalog.store import AssetStore
 from lading.errors import CardFileError
 from lading.formats.manifest import Manifest
@@ -448,7 +448,7 @@ def test_a_checkpoint_and_back(tmp_path: Path, database: Database) -> None:
     import_files(database, [card_file(CARDS)])
     manifest = make_manifest(50, 3)
     copies = make_copies(manifest, tmp_path / "copy", verified_at="2026-01-02T03:04:05Z")
-    record_checkpoint(database, uri=URI, manifest=manifest, copies=copies, revision="abc")
+    record_checkpoint(database, CheckpointContents(uri=URI, manifest=manifest, copies=copies, revision="abc"))
 
     stored = AssetStore(database).checkpoint(URI)
     assert stored is not None
@@ -468,7 +468,7 @@ def test_a_checkpoint_and_back(tmp_path: Path, database: Database) -> None:
 
 def test_an_empty_manifest(database: Database) -> None:
     manifest = replace(make_manifest(0, 1, index_name=None), shards=())
-    record_checkpoint(database, uri=URI, manifest=manifest, copies=[])
+    record_checkpoint(database, CheckpointContents(uri=URI, manifest=manifest))
     stored = AssetStore(database).checkpoint(URI)
     assert stored is not None
     assert stored.manifest == manifest
@@ -477,8 +477,12 @@ def test_an_empty_manifest(database: Database) -> None:
 def test_a_later_manifest_replaces_the_first(tmp_path: Path, database: Database) -> None:
     import_files(database, [card_file(CARDS)])
     first, second = make_manifest(50, 3), make_manifest(20, 2)
-    record_checkpoint(database, uri=URI, manifest=first, copies=make_copies(first, tmp_path), revision="1")
-    record_checkpoint(database, uri=URI, manifest=second, copies=make_copies(second, tmp_path), revision="2")
+    record_checkpoint(
+        database, CheckpointContents(uri=URI, manifest=first, copies=make_copies(first, tmp_path), revision="1")
+    )
+    record_checkpoint(
+        database, CheckpointContents(uri=URI, manifest=second, copies=make_copies(second, tmp_path), revision="2")
+    )
     stored = AssetStore(database).checkpoint(URI)
     assert stored is not None
     assert stored.manifest == second
@@ -506,7 +510,9 @@ def test_digests_stay_until_other_bytes_are_accepted(tmp_path: Path, database: D
 
         :param changes: the bytes turn out to be others.
         """
-        record_checkpoint(database, uri=URI, manifest=manifest, copies=copies, revision=revision, accept=accept)
+        record_checkpoint(
+            database, CheckpointContents(uri=URI, manifest=manifest, copies=copies, revision=revision, accept=accept)
+        )
         found = dict(store.tensor_digests(URI))
         with database.write() as connection:
             connection.exec_driver_sql("UPDATE tensors SET digest = 'd' || position WHERE position < 2")
@@ -531,7 +537,7 @@ def test_digests_stay_until_other_bytes_are_accepted(tmp_path: Path, database: D
 
 def test_copies_of_other_machines_stay_as_long_as_the_files_do(tmp_path: Path, database: Database) -> None:
     manifest = make_manifest()
-    record_checkpoint(database, uri=URI, manifest=manifest, copies=make_copies(manifest, tmp_path))
+    record_checkpoint(database, CheckpointContents(uri=URI, manifest=manifest, copies=make_copies(manifest, tmp_path)))
     with database.write() as connection:
         connection.exec_driver_sql("UPDATE copies SET place = 'another-machine'")
     store = AssetStore(database)
@@ -543,11 +549,11 @@ def test_copies_of_other_machines_stay_as_long_as_the_files_do(tmp_path: Path, d
 
     assert here() == ()
     copies = make_copies(manifest, tmp_path / "here")
-    record_checkpoint(database, uri=URI, manifest=manifest, copies=copies)
+    record_checkpoint(database, CheckpointContents(uri=URI, manifest=manifest, copies=copies))
     assert {c.path for c in here()} == {c.path for c in copies}
     assert rows(database, "SELECT count(*) FROM copies") == [(2 * len(copies),)]
 
-    record_checkpoint(database, uri=URI, manifest=make_manifest(6, 3), copies=[])
+    record_checkpoint(database, CheckpointContents(uri=URI, manifest=make_manifest(6, 3)))
     assert rows(database, "SELECT count(*) FROM copies") == [(0,)]
 
 
@@ -577,7 +583,7 @@ def test_what_was_brought_stays_known_when_a_checkpoint_moves_on(tmp_path: Path,
 
     one, two, along = copies("one"), copies("two"), [beside("one", "hub"), beside("two", "adopted")]
     record_companions(database, uri=URI, copies=along)
-    record_checkpoint(database, uri=URI, manifest=manifest, copies=one)
+    record_checkpoint(database, CheckpointContents(uri=URI, manifest=manifest, copies=one))
     assert here() == as_known(one), "nothing comes along with what is not known"
     record_companions(database, uri=URI, copies=along)
     assert here() == as_known([*one, *along])
@@ -586,16 +592,16 @@ def test_what_was_brought_stays_known_when_a_checkpoint_moves_on(tmp_path: Path,
     assert here() == as_known([*two, *along]) | left(one)
     record_files(database, uri=URI, copies=one)
     assert here() == as_known([*one, *along]) | left(two)
-    record_checkpoint(database, uri=URI, manifest=manifest, copies=two)
+    record_checkpoint(database, CheckpointContents(uri=URI, manifest=manifest, copies=two))
     assert here() == as_known([*two, *along]) | left(one)
-    record_checkpoint(database, uri=URI, manifest=make_manifest(6, 3), copies=[])
+    record_checkpoint(database, CheckpointContents(uri=URI, manifest=make_manifest(6, 3)))
     assert here() == as_known(along) | left([*one, *two])
 
 
 def test_inodes_of_64_bits(tmp_path: Path, database: Database) -> None:
     manifest = make_manifest(2, 1, index_name=None)
     copy = LocalCopy(file=manifest.shards[0].name, path=tmp_path / "x", stat=FileStat(1, -2, 3, 2**64 - 5))
-    record_checkpoint(database, uri=URI, manifest=manifest, copies=[copy])
+    record_checkpoint(database, CheckpointContents(uri=URI, manifest=manifest, copies=[copy]))
     stored = AssetStore(database).checkpoint(URI)
     assert stored is not None
     assert stored.copies == (copy,)
@@ -609,13 +615,13 @@ def test_links(tmp_path: Path, database: Database) -> None:
         return rows(database, "SELECT name, format FROM assets WHERE format IS NOT NULL ORDER BY 1")
 
     # By the card's own URI, which another card has, too.
-    record_checkpoint(database, uri=URI, manifest=manifest, copies=[])
+    record_checkpoint(database, CheckpointContents(uri=URI, manifest=manifest))
     assert linked() == [("leaf", "safetensors"), ("twin", "safetensors")]
 
     # By name: what an overlay or a fetch made of it.
-    record_checkpoint(database, uri="file:///data/o", manifest=manifest, copies=[], card_name="other@user")
+    record_checkpoint(database, CheckpointContents(uri="file:///data/o", manifest=manifest), cards=["other@user"])
     assert [name for name, _ in linked()] == ["leaf", "other", "twin"]
-    record_checkpoint(database, uri="file:///data/nothing", manifest=manifest, copies=[], card_name="nobody")
+    record_checkpoint(database, CheckpointContents(uri="file:///data/nothing", manifest=manifest), cards=["nobody"])
 
     # A card that names another checkpoint is not linked to the old one any longer, nor are those based on it.
     cards = (
@@ -632,7 +638,7 @@ def test_links(tmp_path: Path, database: Database) -> None:
 
 def test_a_change_elsewhere_in_a_card_keeps_its_link(database: Database) -> None:
     import_files(database, [card_file(CARDS)])
-    record_checkpoint(database, uri="file:///fetched", manifest=make_manifest(), copies=[], card_name="leaf")
+    record_checkpoint(database, CheckpointContents(uri="file:///fetched", manifest=make_manifest()), cards=["leaf"])
     import_files(database, [card_file(CARDS.replace("mit", "bsd"))])
     assert rows(database, "SELECT license, format FROM models WHERE name = 'leaf'") == [("bsd", "safetensors")]
 
@@ -640,7 +646,7 @@ def test_a_change_elsewhere_in_a_card_keeps_its_link(database: Database) -> None
 def test_a_verification(tmp_path: Path, database: Database) -> None:
     manifest = make_manifest(4, 1, index_name=None)
     (copy,) = make_copies(manifest, tmp_path)
-    record_checkpoint(database, uri=URI, manifest=manifest, copies=[copy])
+    record_checkpoint(database, CheckpointContents(uri=URI, manifest=manifest, copies=[copy]))
 
     def verify(found: str, stat: FileStat = copy.stat) -> str | None:
         check = Check(file=copy.file, path=copy.path, stat=stat, method="sha256", expected="aa", found=found)

@@ -15,7 +15,7 @@ from lading.catalog.import_cards import import_files
 from lading.catalog.open import open_catalog
 from lading.catalog.query import run_query as query
 from lading.catalog.query import view_columns
-from lading.catalog.records import Check
+from lading.catalog.records import Check, CheckpointContents
 from lading.catalog.schema import Row
 from lading.errors import CatalogError, PolicyError, QueryError
 from lading.system.uris import path_uri
@@ -58,8 +58,10 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Database:
     for name in ("m", "n"):
         manifest = make_manifest()
         copies = make_copies(manifest, folder) if name == "m" else []
-        record_checkpoint(database, uri=f"hg://a/{name}", manifest=manifest, copies=copies)
-    record_checkpoint(database, uri=path_uri(folder), manifest=manifest, copies=make_copies(manifest, folder))
+        record_checkpoint(database, CheckpointContents(uri=f"hg://a/{name}", manifest=manifest, copies=copies))
+    record_checkpoint(
+        database, CheckpointContents(uri=path_uri(folder), manifest=manifest, copies=make_copies(manifest, folder))
+    )
     copy = make_copies(manifest, folder)[0]
     for found in ("aa", "bb"):
         check = Check(file=copy.file, path=copy.path, stat=copy.stat, method="sha256", expected="aa", found=found)

@@ -33,7 +33,7 @@ from lading.catalog.database.database import Database
 from lading.catalog.import_cards import import_files
 from lading.catalog.importing import refresh
 from lading.catalog.open import open_catalog
-from lading.catalog.records import Check
+from lading.catalog.records import Check, CheckpointContents
 from lading.catalog.schema import Row
 from lading.catalog.store import AssetStore
 from lading.errors import CatalogError, InternalError, QueryError
@@ -89,7 +89,7 @@ def make(settings: Settings, folder: Path) -> Database:
     import_files(database, [card_file(CARDS)])
     manifest = make_manifest()
     copies = make_copies(manifest, folder)
-    record_checkpoint(database, uri="hg://a/m", manifest=manifest, copies=copies)
+    record_checkpoint(database, CheckpointContents(uri="hg://a/m", manifest=manifest, copies=copies))
     check = Check(
         file=copies[0].file, path=copies[0].path, stat=copies[0].stat, method="sha256", expected="a", found="a"
     )
@@ -316,7 +316,7 @@ def pieced() -> Manifest:
 
 def test_pieces_go_through_the_catalog(store: AssetStore) -> None:
     manifest = pieced()
-    record_checkpoint(store.database, uri="hg://a/n", manifest=manifest, copies=())
+    record_checkpoint(store.database, CheckpointContents(uri="hg://a/n", manifest=manifest))
     stored = store.checkpoint("hg://a/n")
     assert stored is not None
     assert stored.manifest.pieces == manifest.pieces
@@ -333,7 +333,7 @@ def test_pieces_go_through_the_catalog(store: AssetStore) -> None:
         ]
         assert tensor.pieces[0].tensor is tensor
 
-    record_checkpoint(store.database, uri="hg://a/n", manifest=make_manifest(), copies=())
+    record_checkpoint(store.database, CheckpointContents(uri="hg://a/n", manifest=make_manifest()))
     stored = store.checkpoint("hg://a/n")
     assert stored is not None
     assert stored.manifest.pieces == {}
@@ -343,7 +343,7 @@ def test_pieces_go_through_the_catalog(store: AssetStore) -> None:
 
 def test_other_pieces_are_another_manifest(store: AssetStore) -> None:
     manifest = pieced()
-    record_checkpoint(store.database, uri="hg://a/n", manifest=manifest, copies=())
+    record_checkpoint(store.database, CheckpointContents(uri="hg://a/n", manifest=manifest))
     other = Manifest(
         **{
             **{name: getattr(manifest, name) for name in manifest.__dataclass_fields__},
@@ -351,7 +351,7 @@ def test_other_pieces_are_another_manifest(store: AssetStore) -> None:
         }
     )
     assert not manifest.tensors_equal(other)
-    record_checkpoint(store.database, uri="hg://a/n", manifest=other, copies=())
+    record_checkpoint(store.database, CheckpointContents(uri="hg://a/n", manifest=other))
     stored = store.checkpoint("hg://a/n")
     assert stored is not None
     assert stored.manifest.pieces == other.pieces

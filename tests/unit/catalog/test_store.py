@@ -17,7 +17,7 @@ from lading.catalog.import_cards import import_files
 from lading.catalog.importing import refresh
 from lading.catalog.open import open_catalog
 from lading.catalog.query import run_query as query
-from lading.catalog.records import ModelSummary
+from lading.catalog.records import CheckpointContents, ModelSummary
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.errors import AssetCardError, AssetNotFoundError, ModelArchitectureNotKnownError, SettingsError
 from tests.helpers.catalog_tools import card_file, make_copies, make_manifest, settings_in, without_seeds
@@ -379,12 +379,16 @@ tokenizer: x
     for name, known in (("fetched", tmp_path / "copy"), ("cleaned", tmp_path / "no_copy")):
         manifest = make_manifest()
         record_checkpoint(
-            store.database, uri=f"hg://a/{name}", manifest=manifest, copies=make_copies(manifest, known), revision="r1"
+            store.database,
+            CheckpointContents(
+                uri=f"hg://a/{name}", manifest=manifest, copies=make_copies(manifest, known), revision="r1"
+            ),
         )
     (tmp_path / "copy").mkdir()
     manifest = make_manifest()
     record_checkpoint(
-        store.database, uri="hg://a/partly", manifest=manifest, copies=make_copies(manifest, tmp_path / "copy")[:1]
+        store.database,
+        CheckpointContents(uri="hg://a/partly", manifest=manifest, copies=make_copies(manifest, tmp_path / "copy")[:1]),
     )
 
     models = {m.name: m for m in store.models()}
@@ -442,7 +446,7 @@ def test_where_a_single_file_is(stock: Stock, tmp_path: Path) -> None:
     manifest = make_manifest(3, 1, index_name=None)
     (copy,) = make_copies(manifest, tmp_path, verified_at="2026-01-01T00:00:00Z")
     copy.path.touch()
-    record_checkpoint(store.database, uri="hg://x/one", manifest=manifest, copies=[copy])
+    record_checkpoint(store.database, CheckpointContents(uri="hg://x/one", manifest=manifest, copies=[copy]))
     (model,) = store.models()
     assert (model.status, model.local_path, model.verified_at) == ("ready", str(copy.path), "2026-01-01T00:00:00Z")
 

@@ -12,7 +12,7 @@ from lading.catalog.checkpoints.record import record_checkpoint
 from lading.catalog.import_cards import import_files
 from lading.catalog.open import open_catalog
 from lading.catalog.query import run_query
-from lading.catalog.records import FoundArtifact
+from lading.catalog.records import CheckpointContents, FoundArtifact
 from lading.catalog.store import AssetStore
 from lading.formats.artifacts import Artifact
 from lading.system.uris import path_uri
@@ -36,8 +36,8 @@ def test_what_has_no_card(tmp_path: Path) -> None:
             (folder / shard.name).touch()
         uri = path_uri(folder) + ("/adapter_model.safetensors" if name == "adapter" else "")
         copies = [replace(c, kind="cache" if name == "fetched" else "adopted") for c in make_copies(manifest, folder)]
-        record_checkpoint(database, uri=uri, manifest=manifest, copies=copies)
-    record_checkpoint(database, uri="hg://a/remote", manifest=manifest, copies=[])
+        record_checkpoint(database, CheckpointContents(uri=uri, manifest=manifest, copies=copies))
+    record_checkpoint(database, CheckpointContents(uri="hg://a/remote", manifest=manifest))
     import_files(database, [card_file(f"name: card\nmodel_family: qwen\ncheckpoint: {tmp_path / 'carded'}\n")])
     artifacts = {"carded": LORA, "gone": GGUF, "mine": GGUF, "awq": AWQ}
     found = [FoundArtifact(path=tmp_path / name, artifact=artifact) for name, artifact in artifacts.items()]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from lading.cards.card import split_name
 from lading.catalog.checkpoints.copies import copies_of, reachable, replace_copies, write_copies
 from lading.catalog.checkpoints.manifests import (
     find_checkpoint,
@@ -19,8 +18,8 @@ from lading.catalog.checkpoints.manifests import (
 )
 from lading.catalog.database.database import Database
 from lading.catalog.database.statements import dumps
-from lading.catalog.links import link_by_uri, link_card
-from lading.catalog.records import HEADER, Check, LocalCopy, now
+from lading.catalog.links import link_by_uri, link_cards
+from lading.catalog.records import HEADER, Check, CheckpointContents, LocalCopy, now
 from lading.catalog.schema import CheckpointRow, VerificationRow
 from lading.formats.digests import Digests
 from lading.formats.manifest import Manifest
@@ -30,49 +29,38 @@ from lading.system.version import __version__
 _log = logging.getLogger("lading")
 
 
-def record_checkpoint(
-    database: Database,
-    *,
-    uri: str,
-    manifest: Manifest,
-    copies: Sequence[LocalCopy],
-    revision: str = "",
-    card_name: str | None = None,
-    accept: bool = False,
-) -> None:
-    """Record the contents of a checkpoint and its copies, in place of earlier records of ``uri``.
+def record_checkpoint(database: Database, contents: CheckpointContents, *, cards: Collection[str] = ()) -> None:
+    """Record the contents of a checkpoint, in place of earlier records of its URI.
 
     The catalog keeps copies that other machines recorded if the files are the same, and digests if the tensors are. If
     the catalog cannot be written, this only logs it: no load needs it.
 
-    :param uri: the full URI of the checkpoint.
-    :param copies: the files on this machine: shards and, if there is one, the index file.
-    :param card_name: the card whose model this checkpoint is; this links the two.
-    :param accept: take the files as they are now for the right ones, and forget the digests of other bytes.
+    :param cards: the names of the cards whose models this checkpoint is; this links them.
 
     :raises CatalogError: the catalog is damaged, or another process holds it.
     :raises OSError: the disk is full.
     """
-    if not _writable(database, f"the manifest of {shown_uri(uri)}"):
+    if not _writable(database, f"the manifest of {shown_uri(contents.uri)}"):
         return
 
     with database.session(write=True) as session:
-        row = write_checkpoint(session, uri=uri, manifest=manifest, copies=copies, revision=revision, accept=accept)
-        if card_name is not None:
-            link_card(session, split_name(card_name)[0], row)
+        write_checkpoint(session, contents, cards=cards)
         link_by_uri(session)
 
 
-def write_checkpoint(
-    session: Session,
-    *,
-    uri: str,
-    manifest: Manifest,
-    copies: Sequence[LocalCopy],
-    revision: str = "",
-    accept: bool = False,
-) -> CheckpointRow:
-    """Do what :func:`record_checkpoint` does, apart from the links to cards, in the caller's transaction."""
+def write_checkpoint(session: Session, contents: CheckpointContents, *, cards: Collection[str] = ()) -> None:
+    """Do what :func:`record_checkpoint` does in the caller's transaction, which also links by URI."""
+    row = None if contents.moved_from is None else find_checkpoint(session, contents.moved_from)
+    if row is None or contents.moved_from == contents.uri:
+        row = _write_contents(session, contents)
+    else:
+        _move(session, row, contents)
+    _write_checks(session, contents.uri, row, contents.checks)
+    link_cards(session, cards, row)
+
+
+def _write_contents(session: Session, contents: CheckpointContents) -> CheckpointRow:
+    uri, manifest, copies, revision = contents.uri, contents.manifest, contents.copies, contents.revision
     row = find_checkpoint(session, uri)
     old = None if row is None else read_manifest(session, row)
     same_revision = row is not None and bool(revision) and revision == row.revision
@@ -86,7 +74,7 @@ def write_checkpoint(
     same = same_files and old is not None and old.tensors_equal(manifest)
     if not same:
         write_tensors(session, row, manifest)
-    elif _may_differ(row, manifest, copies, same_revision=same_revision) and (accept or not copies):
+    elif _may_differ(row, manifest, copies, same_revision=same_revision) and (contents.accept or not copies):
         forget_digests(session, row.id)
 
     same_index = old is not None and old.index_name == manifest.index_name
@@ -120,8 +108,34 @@ def _may_differ(row: CheckpointRow, manifest: Manifest, copies: Sequence[LocalCo
     return not copies or any((copy.file, copy.path, copy.stat) not in good for copy in copies)
 
 
+def _move(session: Session, row: CheckpointRow, contents: CheckpointContents) -> None:
+    """Give a checkpoint another URI and other copies; its tensors, digests and cards stay.
+
+    The records of another checkpoint at that URI go, and its cards become those of this one.
+    """
+    replaced = find_checkpoint(session, contents.uri)
+    if replaced is not None:
+        for link in list(replaced.links):
+            link.checkpoint = row
+        session.flush()
+        session.expire(replaced)
+        session.delete(replaced)
+        session.flush()
+
+    row.uri = contents.uri
+    if len(row.shards) == 1:  # a single file may have another name at the new place
+        row.shards[0].name = contents.manifest.shards[0].name
+    session.flush()
+    write_copies(session, row, contents.copies, keep_others=False, keep_verified=False)
+
+
 def record_files(
-    database: Database, *, uri: str, copies: Sequence[LocalCopy] = (), checks: Sequence[Check] = ()
+    database: Database,
+    *,
+    uri: str,
+    copies: Sequence[LocalCopy] = (),
+    checks: Sequence[Check] = (),
+    cards: Collection[str] = (),
 ) -> None:
     """Record copies of a checkpoint's files and the results of checks, in one transaction.
 
@@ -129,6 +143,7 @@ def record_files(
     on. If the catalog cannot be written, this only logs it.
 
     :param copies: replace those of the same files on this machine.
+    :param cards: as :func:`record_checkpoint` takes them.
 
     :raises CatalogError: the catalog is damaged, or another process holds it.
     :raises OSError: the disk is full.
@@ -137,14 +152,15 @@ def record_files(
         return
 
     with database.session(write=True) as session:
-        write_files(session, uri=uri, copies=copies, checks=checks)
+        row = find_checkpoint(session, uri)
+        if row is not None and copies:
+            replace_copies(session, row, copies)
+        _write_checks(session, uri, row, checks)
+        if row is not None:
+            link_cards(session, cards, row)
 
 
-def write_files(session: Session, *, uri: str, copies: Sequence[LocalCopy] = (), checks: Sequence[Check] = ()) -> None:
-    """Do what :func:`record_files` does in the caller's transaction."""
-    row = find_checkpoint(session, uri)
-    if row is not None and copies:
-        replace_copies(session, row, copies)
+def _write_checks(session: Session, uri: str, row: CheckpointRow | None, checks: Sequence[Check]) -> None:
     session.add_all(_audit(uri, check) for check in checks)
     if row is not None:
         _note_checks(row, checks)
