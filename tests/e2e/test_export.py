@@ -176,7 +176,7 @@ def test_trained_tensors_are_lost_only_on_request(cards: Path, cli: Cli, tmp_pat
 
 @pytest.mark.parametrize(("size", "expected"), [("5GB", 5 * 10**9), ("512MiB", 512 << 20), ("1.5k", 1500), ("7", 7)])
 def test_sizes(size: str, expected: int) -> None:
-    from lading.cli.describe import Size
+    from lading.cli.options import Size
 
     assert Size().convert(size, None, None) == expected
 

@@ -84,7 +84,7 @@ def _no_such_file(checkpoint: Checkpoint, names: set[str], card: AssetCard, know
             f"expected a mapping of file names to digests, as the checkpoint has {len(known)} files, found one digest"
         )
     else:
-        what = f"expected names of files that hold tensors ({formats.folder.some(known)}), found {min(names)!r}"
+        what = f"expected names of files that hold tensors ({formats.folder.some_names(known)}), found {min(names)!r}"
 
     return AssetCardError(card.name, f"The field 'sha256' of the card {card.name!r}: {what}.")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from lading.cards.card import CheckpointRef
 from lading.errors import CheckpointNotFoundError, FetchError
 from lading.formats.config_json import CONFIG_NAME, parse_config_json, require_size
-from lading.formats.folder import FILE_NAME, is_checkpoint_file, is_index, some
+from lading.formats.folder import FILE_NAME, is_checkpoint_file, is_index, some_names
 from lading.formats.manifest import Manifest
 from lading.formats.remote import find_checkpoint, index_files, index_names
 from lading.sources.hub.address import HubAddress
@@ -96,8 +96,8 @@ def require_complete(source: Source, snapshot: Snapshot, ref: CheckpointRef, nam
         fetch = f"lading pull {name}" if name else f"hf download {repo} --revision {snapshot.revision}"
         raise FetchError(
             f"{ref.shown}: only a part of the revision {snapshot.revision} is on this machine, and LADING_OFFLINE or "
-            f"HF_HUB_OFFLINE is set, so the hub was not asked for the rest. Missing: {some(missing)}. Run `{fetch}` "
-            "where there is a network."
+            f"HF_HUB_OFFLINE is set, so the hub was not asked for the rest. Missing: {some_names(missing)}. Run "
+            f"`{fetch}` where there is a network."
         )
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.cli.command import GivenPath, command, dry_run, no_progress, no_restrict
+from lading.cli.command import command
 from lading.cli.failure import explain
+from lading.cli.options import GivenPath, dry_run, no_progress, no_restrict
 from lading.cli.output import Column, Form, listing_options, note, printable, write_rows
 from lading.system.display import counted, human_bytes
 

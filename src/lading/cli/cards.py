@@ -14,10 +14,11 @@ import click
 
 from lading.cards.addresses import stated_addresses, with_addresses
 from lading.cards.card import AssetCard, AssetCardField, CardEntry
-from lading.cli.command import GivenPath, command, dry_run
+from lading.cli.command import command
 from lading.cli.complete import complete_model
-from lading.cli.names import has_wildcard
+from lading.cli.options import GivenPath, dry_run
 from lading.cli.output import note, printable
+from lading.cli.selection import has_wildcard
 from lading.system.display import counted
 from lading.system.uris import uri_path
 

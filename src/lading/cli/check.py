@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.cli.command import command, no_restrict
+from lading.cli.command import command
 from lading.cli.complete import complete_target
-from lading.cli.describe import some
+from lading.cli.options import no_restrict
 from lading.cli.output import Column, Form, listing_options, printable, write_objects, write_pairs
 from lading.cli.selection import Selection, select_models
-from lading.system.display import human_bytes, human_count
+from lading.system.display import human_bytes, human_count, some
 
 if TYPE_CHECKING:
     from lading.cards.card import AssetCard
@@ -46,17 +46,13 @@ def check(selection: Selection, no_restrict: bool, form: Form) -> None:
     For example: lading check qwen3_0.6b
     """
     from lading.catalog.store import get_asset_store
-    from lading.checkpoints.names import find_card
 
     store = get_asset_store()
-    # Reports unknown names before the import of torch, which takes a second.
-    targets = selection.resolve(lambda name: find_card(name, store), store)
-
-    from lading.operations.check import check_model
-
     objects: list[dict[str, object]] = []
 
     def check_one(name: str, target: AssetCard | Path) -> int:
+        from lading.operations.check import check_model  # may import torch, which takes a second
+
         report = check_model(target, restrict=not no_restrict, store=store)
         objects.append({"name": name, "fits": report.fits, **asdict(report)})
         if form is Form.TABLE and not selection.several:
@@ -64,7 +60,7 @@ def check(selection: Selection, no_restrict: bool, form: Form) -> None:
 
         return 0 if report.fits else MISMATCH
 
-    selection.each(targets, check_one)
+    selection.each_model(check_one, store)
 
     if form is not Form.TABLE or selection.several:
         write_objects(objects, form, table=_TABLE, single=not selection.several)

@@ -64,35 +64,6 @@ command = partial(click.command, cls=Command)
 """The decorator of a command."""
 
 
-class GivenPath(click.Path):
-    """A path that is not empty: an unset variable of a shell is not the current folder."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the path."""
-        if not os.fspath(value):
-            self.fail("expected a path, found ''.", param, ctx)
-
-        return super().convert(value, param, ctx)
-
-
-no_restrict = click.option(
-    "--no-restrict",
-    is_flag=True,
-    help="Skip objects in a torch.save file that a state dict does not need, instead of refusing the file.",
-)
-"""The option of commands that read checkpoints at paths; they receive ``no_restrict``."""
-
-dry_run = click.option("-n", "--dry-run", is_flag=True, help="Only show what would be done.")
-no_progress = click.option("--no-progress", is_flag=True, help="Hide the progress bar.")
-one_object = click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-verify_mode = click.option(
-    "--verify",
-    type=click.Choice(("auto", "always", "never")),
-    default="auto",
-    help="Check bytes against digests; auto (the default): unless the file is verified and unchanged.",
-)
-
-
 class Group(click.Group):
     """A group of commands that are imported on first use.
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lading.cli.command import GivenPath, command, no_progress, no_restrict, one_object, verify_mode
+from lading.cli.command import command
 from lading.cli.complete import complete_model, complete_target
-from lading.cli.describe import DTYPES, Size, dtype_text, some
-from lading.cli.output import write_json, write_pairs
-from lading.system.display import counted, human_bytes, human_count
+from lading.cli.options import DTYPES, GivenPath, Size, no_progress, no_restrict, one_object, verify_mode
+from lading.cli.output import dtype_text, write_json, write_pairs
+from lading.system.display import counted, human_bytes, human_count, some
 
 if TYPE_CHECKING:
     from lading.cards.card import AssetCard

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.cli.command import GivenPath, Group
+from lading.cli.command import Group
+from lading.cli.options import GivenPath
 from lading.cli.output import note, printable
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.cli.command import command, no_progress, no_restrict
+from lading.cli.command import command
 from lading.cli.complete import complete_comparable
+from lading.cli.options import no_progress, no_restrict
 from lading.cli.output import Column, Form, listing_options, note, printable, text, write_rows
 from lading.system.display import counted
 

@@ -6,8 +6,8 @@ import click
 
 from lading.cli.command import command
 from lading.cli.complete import complete_model
-from lading.cli.names import has_wildcard
 from lading.cli.output import Column, Form, listing_options, note, text, write_rows
+from lading.cli.selection import has_wildcard
 from lading.system.display import counted, human_bytes
 
 _COLUMNS = ("name", "bytes", "kind", "files", "complete", "verified", "path", "checkpoint", "revision")

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.cli.command import GivenPath, command, dry_run
+from lading.cli.command import command
 from lading.cli.complete import complete_model
+from lading.cli.options import GivenPath, dry_run
 from lading.cli.output import Form, listing_options, note, printable, write_rows
 from lading.system.display import counted
 from lading.system.uris import uri_path

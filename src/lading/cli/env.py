@@ -11,7 +11,8 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from lading.cli.command import command, one_object
+from lading.cli.command import command
+from lading.cli.options import one_object
 from lading.cli.output import write_json, write_pairs
 from lading.errors import LadingError
 from lading.system.display import counted

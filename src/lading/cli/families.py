@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from lading.cli.command import command
 from lading.cli.complete import complete_family
-from lading.cli.names import require_family
 from lading.cli.output import Column, Form, listing_options, note, write_rows
+from lading.errors import ModelFamilyNotKnownError, did_you_mean
+
+if TYPE_CHECKING:
+    from lading.catalog.store import AssetStore
 
 
 @command("families")
@@ -55,3 +60,13 @@ def archs(family: str | None, form: Form) -> None:
         Column(name="source"),
     )
     write_rows(columns, [(a.name, a.family, a.base, a.overrides, a.source) for a in found], form, table=table)
+
+
+def require_family(family: str, store: AssetStore) -> None:
+    """Require that a package registers a family, or that a card names it.
+
+    :raises ModelFamilyNotKnownError: neither.
+    """
+    known = [f.name for f in store.families()]
+    if family not in known:
+        raise ModelFamilyNotKnownError(family, did_you_mean(family, known))

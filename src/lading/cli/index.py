@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lading.cli.command import command, no_restrict
+from lading.cli.command import command
 from lading.cli.complete import complete_target
-from lading.cli.describe import checkpoint_object, checkpoint_pairs, dtype_text
-from lading.cli.output import Column, Form, listing_options, write_objects, write_pairs
+from lading.cli.options import no_restrict
+from lading.cli.output import Column, Form, dtype_text, listing_options, write_objects, write_pairs
 from lading.cli.selection import Selection, select_models
-from lading.system.display import human_bytes, human_count
+from lading.system.display import counted, human_bytes, human_count
 from lading.system.uris import shown_uri
 
 if TYPE_CHECKING:
     from lading.cards.card import AssetCard
+    from lading.catalog.store import StoredCheckpoint
 
 _TABLE = (
     Column(name="uri", heading="checkpoint", keep=True),
@@ -41,7 +42,6 @@ def index(selection: Selection, no_restrict: bool, form: Form) -> None:
     """
     from lading.catalog.store import get_asset_store
     from lading.checkpoints.locate import index_checkpoint
-    from lading.checkpoints.names import find_card
 
     store = get_asset_store()
     objects: list[dict[str, object]] = []
@@ -52,8 +52,39 @@ def index(selection: Selection, no_restrict: bool, form: Form) -> None:
         if form is Form.TABLE and not selection.several:
             write_pairs({"checkpoint": shown_uri(stored.uri), **checkpoint_pairs(stored)})
 
-    selection.each(selection.resolve(lambda name: find_card(name, store), store), index_one)
+    selection.each_model(index_one, store)
 
     if form is not Form.TABLE or selection.several:
         write_objects(objects, form, table=_TABLE, single=not selection.several)
     selection.finish()
+
+
+def checkpoint_object(stored: StoredCheckpoint) -> dict[str, object]:
+    """Return the description of a checkpoint for JSON."""
+    manifest = stored.manifest
+
+    return {
+        "uri": shown_uri(stored.uri),
+        "revision": stored.revision or None,
+        "format": manifest.format,
+        "tensors": len(manifest),
+        "parameters": manifest.parameters,
+        "bytes": manifest.total_bytes,
+        "dtypes": manifest.dtype_counts,
+        "shards": [{"name": shard.name, "bytes": shard.size, "sha256": shard.sha256} for shard in manifest.shards],
+        "indexed_at": stored.indexed_at,
+    }
+
+
+def checkpoint_pairs(stored: StoredCheckpoint) -> dict[str, object]:
+    """Return the description of a checkpoint for :func:`lading.cli.output.write_pairs`."""
+    manifest = stored.manifest
+
+    return {
+        **({"revision": stored.revision} if stored.revision else {}),
+        "format": manifest.format,
+        "size": human_bytes(manifest.total_bytes),
+        "parameters": human_count(manifest.parameters),
+        "dtypes": dtype_text(manifest.dtype_counts),
+        "tensors": f"{len(manifest)} in {counted(len(manifest.shards), 'shard')}",
+    }

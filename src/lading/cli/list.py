@@ -10,9 +10,10 @@ import click
 
 from lading.cli.command import command
 from lading.cli.complete import complete_family, complete_model
-from lading.cli.describe import Size
-from lading.cli.names import has_wildcard, require_family
+from lading.cli.families import require_family
+from lading.cli.options import Size
 from lading.cli.output import Column, Form, listing_options, note, write_rows
+from lading.cli.selection import has_wildcard
 from lading.errors import did_you_mean
 from lading.formats.manifest import BITS, FLOAT_NAMES
 from lading.system.display import human_bytes, human_count

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from lading.cli.command import command, no_progress, no_restrict, one_object, verify_mode
+from lading.cli.command import command
 from lading.cli.complete import complete_target
-from lading.cli.describe import DTYPES, dtype_text
-from lading.cli.output import write_json, write_pairs
+from lading.cli.options import DTYPES, no_progress, no_restrict, one_object, verify_mode
+from lading.cli.output import dtype_text, write_json, write_pairs
 from lading.errors import NotSupportedError
 from lading.system.display import counted, human_bytes, human_count
 

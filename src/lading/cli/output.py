@@ -20,7 +20,7 @@ from typing import Any, ParamSpec
 import click
 
 from lading.errors import escaped
-from lading.system.display import unique_names
+from lading.system.display import human_count, unique_names
 
 P = ParamSpec("P")
 
@@ -183,6 +183,11 @@ def text(value: object) -> str:
             return as_json(tree)
         case other:
             return str(other)
+
+
+def dtype_text(counts: Mapping[str, int]) -> str:
+    """Format the number of elements by dtype as ``BF16 1.2B, F32 2K``."""
+    return ", ".join(f"{dtype} {human_count(count)}" for dtype, count in counts.items())
 
 
 def printable(string: str) -> str:

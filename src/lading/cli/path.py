@@ -30,7 +30,6 @@ def path(selection: Selection, form: Form) -> None:
     """
     from lading.catalog.store import get_asset_store
     from lading.checkpoints.locate import local_paths
-    from lading.checkpoints.names import find_card
 
     store = get_asset_store()
     rows: list[tuple[Path, str]] = []
@@ -38,7 +37,7 @@ def path(selection: Selection, form: Form) -> None:
     def find(name: str, card: AssetCard | Path) -> None:
         rows.extend((found, name) for found in local_paths(card, store))
 
-    selection.each(selection.resolve(lambda name: find_card(name, store, ask=False), store), find)
+    selection.each_model(find, store, ask=False)
 
     if form in (Form.TABLE, Form.NAMES):
         for found, _ in rows:

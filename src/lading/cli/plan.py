@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lading.cli.command import GivenPath, command, no_restrict
+from lading.cli.command import command
 from lading.cli.complete import complete_target
-from lading.cli.describe import DTYPES, Size
+from lading.cli.options import DTYPES, GivenPath, Size, no_restrict
 from lading.cli.output import Column, Form, listing_options, note, text, write_rows
 from lading.system.display import counted, human_bytes
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.cli.command import command, dry_run, no_progress
+from lading.cli.command import command
+from lading.cli.options import dry_run, no_progress
 from lading.cli.output import Column, Form, listing_options, write_rows
 from lading.cli.selection import Selection, select_models
 from lading.system.display import human_bytes
@@ -54,7 +55,6 @@ def pull(
     For example: lading pull qwen3_0.6b --include 'tokenizer*'
     """
     from lading.catalog.store import get_asset_store
-    from lading.checkpoints.names import find_card
     from lading.operations.pull import pull_model
 
     store = get_asset_store()
@@ -66,7 +66,7 @@ def pull(
         )
         rows.extend((f.name, f.size, f.fetched, f.path, report.name, report.revision) for f in report.files)
 
-    selection.each(selection.resolve(lambda name: find_card(name, store), store), pull_one)
+    selection.each_model(pull_one, store)
 
     write_rows(_COLUMNS, rows, form, table=_DRY_TABLE if dry_run else _TABLE)
     selection.finish()

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.cli.command import command, dry_run
+from lading.cli.command import command
 from lading.cli.failure import INTERRUPTED
+from lading.cli.options import dry_run
 from lading.cli.output import Form, listing_options, note, printable, write_rows
 from lading.cli.selection import Selection, select_models
 from lading.errors import PolicyError

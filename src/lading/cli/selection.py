@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
@@ -13,13 +14,13 @@ from click.shell_completion import CompletionItem
 from lading.cli.command import debugging
 from lading.cli.complete import complete_model
 from lading.cli.failure import report
-from lading.cli.names import has_wildcard
 from lading.cli.output import note, printable
 from lading.errors import CatalogError, CheckpointNotFoundError, ModelNotKnownError, SettingsError
 from lading.system.display import counted
 from lading.system.filesystem import path_exists
 
 if TYPE_CHECKING:
+    from lading.cards.card import AssetCard
     from lading.catalog.store import AssetStore
 
 P = ParamSpec("P")
@@ -83,6 +84,17 @@ class Selection:
             with self._reporting(name):
                 self._codes[name] = work(name, target) or 0
 
+    def each_model(
+        self, work: Callable[[str, AssetCard | Path], int | None], store: AssetStore, *, ask: bool = True
+    ) -> None:
+        """Do the work, as :meth:`each`, on each selected model: its card, or the path that no card has.
+
+        :param ask: as :func:`lading.checkpoints.names.find_card` takes it.
+        """
+        from lading.checkpoints.names import find_card
+
+        self.each(self.resolve(lambda name: find_card(name, store, ask=ask), store), work)
+
     @contextmanager
     def _reporting(self, name: str) -> Iterator[None]:
         """Report an error of one of several models, and go on."""
@@ -118,6 +130,10 @@ class Selection:
             )
 
         raise ModelNotKnownError(word)
+
+
+def has_wildcard(pattern: str) -> bool:
+    return any(sign in pattern for sign in "*?[")
 
 
 def _is_pattern(word: str, store: AssetStore) -> bool:

@@ -15,7 +15,7 @@ from lading.cards.card import CONFIG_KEYS, AssetCard, CheckpointRef, checkpoint_
 from lading.cards.config_values import ConfigValue, config_values, iter_values
 from lading.cards.overrides import Layer, file_layer, layers_of
 from lading.cli.command import command
-from lading.cli.describe import checkpoint_object, checkpoint_pairs
+from lading.cli.index import checkpoint_object, checkpoint_pairs
 from lading.cli.output import Column, Form, as_json, listing_options, write_json, write_pairs, write_rows
 from lading.cli.selection import Selection, select_models
 from lading.errors import (

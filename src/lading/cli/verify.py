@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lading.cli.command import command, no_progress
+from lading.cli.command import command
 from lading.cli.complete import complete_target
+from lading.cli.options import no_progress
 from lading.cli.output import Column, Form, listing_options, note, printable, write_rows
 from lading.cli.selection import Selection, select_models
 
@@ -43,7 +44,6 @@ def verify(selection: Selection, repair: bool, no_progress: bool, form: Form) ->
     For example: lading verify qwen3_0.6b
     """
     from lading.catalog.store import get_asset_store
-    from lading.checkpoints.names import find_card
     from lading.operations.verify import verify_model
 
     store = get_asset_store()
@@ -67,7 +67,7 @@ def verify(selection: Selection, repair: bool, no_progress: bool, form: Form) ->
 
         return 0 if report.good else MISMATCH
 
-    selection.each(selection.resolve(lambda name: find_card(name, store, ask=False), store), verify_one)
+    selection.each_model(verify_one, store, ask=False)
 
     write_rows(_COLUMNS, rows, form, table=_TABLE)
     for hint in (*hints, *unrecorded):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lading.errors import CheckpointNotFoundError, NotSupportedError
 from lading.formats.adapter_config import ADAPTER_CONFIG_NAME, ADAPTER_NAME
+from lading.system.display import some
 
 INDEX_NAME = "model.safetensors.index.json"
 FILE_NAME = "model.safetensors"
@@ -70,11 +71,11 @@ def checkpoint_file(names: Iterable[str], *, where: Path | str, torch: bool = Fa
         raise CheckpointNotFoundError(
             where,
             without_index(where, found)
-            or f"{where}: expected {INDEX_NAME} or {FILE_NAME}, found {some(found)}. To read one of these, give the "
-            f"path of the file instead of that of the folder.",
+            or f"{where}: expected {INDEX_NAME} or {FILE_NAME}, found {some_names(found)}. To read one of these, give "
+            f"the path of the file instead of that of the folder.",
         )
     if found := [name for name in listed if is_other_format(name) or is_torch_format(name)]:
-        raise not_supported(where, some(found))
+        raise not_supported(where, some_names(found))
 
     raise CheckpointNotFoundError(
         where, f"{where}: expected {INDEX_NAME} or {FILE_NAME}, found {some(listed) or 'an empty folder'}."
@@ -93,7 +94,7 @@ def without_index(where: Path | str, found: Iterable[str]) -> str | None:
 
     return (
         f"{where}: expected {match[1]}{match[2]}.index.json, the index of {len(shards)} shards, found only "
-        f"{some(shards)}. Fetch the index from the origin of the shards, or save the model again with "
+        f"{some_names(shards)}. Fetch the index from the origin of the shards, or save the model again with "
         "`save_pretrained`."
     )
 
@@ -179,8 +180,6 @@ def not_supported(where: Path | str, found: str) -> NotSupportedError:
     )
 
 
-def some(names: list[str]) -> str:
-    """Return the first of ``names``, and the number of the others, for a message."""
-    more = len(names) - 8
-
-    return ", ".join(map(repr, names[:8])) + (f" and {more} more" if more > 0 else "")
+def some_names(names: Iterable[str]) -> str:
+    """Return the first of some names of files, and the number of the others, for a message."""
+    return some(list(map(repr, names)), most=8)

@@ -22,7 +22,7 @@ from lading.formats.folder import (
     is_other_format,
     is_torch_format,
     not_supported,
-    some,
+    some_names,
 )
 from lading.formats.manifest import Manifest
 from lading.formats.safetensors import PREFIX_SIZE, Part, join, read_header
@@ -164,7 +164,8 @@ def find_checkpoint(label: str, names: Collection[str], name: str | None) -> tup
     inside = [each.removeprefix(folder) for each in names if each.startswith(folder)]
     if name is not None and not inside:
         raise CheckpointNotFoundError(
-            f"{label.rstrip('/')}/{name}", f"{label}: expected {name!r}, found {some(sorted(names)) or 'no files'}."
+            f"{label.rstrip('/')}/{name}",
+            f"{label}: expected {name!r}, found {some_names(sorted(names)) or 'no files'}.",
         )
 
     return folder, checkpoint_file(inside, where=f"{label.rstrip('/')}/{folder}".rstrip("/"), torch=True)

@@ -35,7 +35,7 @@ from lading.checkpoints.verification import (
 )
 from lading.errors import NotSupportedError, PolicyError
 from lading.formats.config_json import CONFIG_NAME
-from lading.formats.folder import some
+from lading.formats.folder import some_names
 from lading.formats.safetensors_writer import Entry, Writer, write_index
 from lading.gangs import Gang, Gangs, create_fake_gangs
 from lading.models.construct import build_on_meta, dtypes_of_drawn, other_dtypes, resolve_dtypes
@@ -375,8 +375,8 @@ def _require_no_loss(trained: Sequence[str], checkpoint: Checkpoint, family: Fam
     if trained:
         raise PolicyError(
             f"{checkpoint.where}: expected only tensors that a model of the family {family.name} uses, found "
-            f"{counted(len(trained), 'trained tensor')} that the conversion would lose: {some(sorted(trained))}. To "
-            "leave them out, add `--drop` (in Python: `drop=True`)."
+            f"{counted(len(trained), 'trained tensor')} that the conversion would lose: {some_names(sorted(trained))}. "
+            "To leave them out, add `--drop` (in Python: `drop=True`)."
         )
 
 

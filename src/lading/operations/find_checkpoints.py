@@ -31,7 +31,7 @@ from lading.formats.folder import (
     is_other_format,
     is_torch_format,
     is_training_state,
-    some,
+    some_names,
     without_index,
 )
 from lading.formats.gguf import GGUF
@@ -222,8 +222,8 @@ def _require_usual_name(path: Path, names: list[str]) -> None:
             path,
             without_index(path, found)
             or f"{path}: expected {INDEX_NAME} or {FILE_NAME}, without which a folder is not adopted, found "
-            f"{some(sorted(found))}. Give one of these to `lading index` by its path, or name it as the `checkpoint` "
-            "of a card of your own.",
+            f"{some_names(sorted(found))}. Give one of these to `lading index` by its path, or name it as the "
+            "`checkpoint` of a card of your own.",
         )
 
 

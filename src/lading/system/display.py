@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lading.errors import escaped
 
@@ -31,6 +31,14 @@ def _human(count: int, units: Sequence[str], gap: str) -> str:
     shown = str(count) if unit == 0 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
     return f"{shown}{gap if units[unit] else ''}{units[unit]}"
+
+
+def some(names: Collection[str], *, most: int = 3) -> str:
+    """Format the first ``most`` of ``names`` and the number of the others."""
+    first = list(names)[:most]
+    more = len(names) - len(first)
+
+    return ", ".join(first) + (f" and {more} more" if more else "")
 
 
 def representation(value: object, *facts: str) -> str:
