@@ -50,14 +50,19 @@ def test_questions_import_nothing_heavy(catalog):
     assert [(line, heavy) for line, modules in modules_after(*questions).items() if (heavy := modules & HEAVY)] == []
 
 
-def test_a_family_that_cannot_be_imported_is_shown_without_its_defaults(program, catalog, tmp_path):
-    info = tmp_path / "site" / "bad-1.dist-info"
+def broken_family(site: Path) -> None:
+    """Install a package with a family whose module is missing."""
+    info = site / "bad-1.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bad\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[lading.families]\nbad = nowhere.at_all:FAMILY\n")
+
+
+def test_a_family_that_cannot_be_imported_is_shown_without_its_defaults(program, catalog, tmp_path):
+    broken_family(tmp_path / "site")
     card = tmp_path / "card.yaml"
     card.write_text("name: theirs\nmodel_family: bad\nmodel_config: {width: 3}\ncheckpoint: hg://a/b\n")
-    env = {"PYTHONPATH": str(info.parent)}
+    env = {"PYTHONPATH": str(tmp_path / "site")}
     program("import", card, env=env)
     done = program("show", "theirs", env=env)
     assert (done.returncode, done.stderr) == (0, "")
@@ -67,6 +72,12 @@ def test_a_family_that_cannot_be_imported_is_shown_without_its_defaults(program,
         re.MULTILINE,
     )
     assert re.search(r"^width +3 +card theirs$", done.stdout, re.MULTILINE)
+
+
+def test_a_family_that_cannot_be_imported_leaves_the_cards_of_others_alone(program, cards, tmp_path):
+    broken_family(tmp_path / "site")
+    done = program("load", "tiny", "--no-progress", env={"PYTHONPATH": str(tmp_path / "site")})
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_help_opens_no_catalog(home):

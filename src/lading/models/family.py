@@ -8,7 +8,7 @@ A family registers itself as an entry point of the group ``lading.families``, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import EntryPoint
@@ -127,6 +127,13 @@ class Family(Generic[ModelT, ModelConfigT]):
     restrict: bool = True
     """True if unpickling is limited to tensors and plain containers by default."""
 
+    def lists(self, model_type: str, architectures: Collection[str]) -> bool:
+        """Return whether the family lists the ``model_type`` and one of the ``architectures`` of a ``config.json``."""
+        if model_type not in self.hf_model_types:
+            return False
+
+        return not self.hf_architectures or not self.hf_architectures.isdisjoint(architectures)
+
     @property
     def model_kls(self) -> type[ModelT]:
         """The class of its models, which this imports."""
@@ -175,14 +182,13 @@ def get_family(name: str) -> Family[Any, Any]:
     return _load(entry)
 
 
-def family_of_model_type(model_type: str, architectures: Iterable[str] = ()) -> Family[Any, Any] | None:
+def family_of_model_type(model_type: str, architectures: Collection[str] = ()) -> Family[Any, Any] | None:
     """Return the family that reads checkpoints of this Hugging Face ``model_type``, or ``None``.
 
     Families that list the type take precedence over one that reads all model types.
 
     :param architectures: the value of the key of that name in the file, for types that several families share.
     """
-    names = frozenset(architectures)
     families, unknown = [], []
     for name in sorted(_entry_points()):
         try:
@@ -190,7 +196,7 @@ def family_of_model_type(model_type: str, architectures: Iterable[str] = ()) -> 
         except TorchNotFoundError as error:
             unknown.append(error)
     for family in families:
-        if model_type in family.hf_model_types and (not family.hf_architectures or family.hf_architectures & names):
+        if family.lists(model_type, architectures):
             return family
 
     if unknown:  # one of them may list the type

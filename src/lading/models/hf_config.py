@@ -103,7 +103,7 @@ def is_read_by(family: Family[Any, Any], hf_config: Mapping[str, object]) -> boo
     if family.reads_other_model_types or model_type in family.hf_part_of:
         return True
 
-    return family_of_model_type(model_type, _architectures(hf_config)) is family
+    return family.lists(model_type, _architectures(hf_config))
 
 
 def described_config(family: Family[Any, Any], hf_config: Mapping[str, object]) -> Any:
