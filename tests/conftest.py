@@ -19,6 +19,7 @@ from tests.helpers import catalog_tools
 from tests.helpers.examples import QUICK
 from tests.helpers.interpreters import Interpreters
 from tests.helpers.postgresql_server import Server, find_programs, running
+from tests.servers.s3 import Bucket, Moto, moto_server, use_s3
 
 # The machines are shared: an example may take its time.
 settings.register_profile("full", deadline=None, print_blob=True)
@@ -73,6 +74,22 @@ def interpreters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interpret
     server = Interpreters(tmp_path_factory.mktemp("interpreters"))
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[Moto]:
+    """A server of S3's protocol, which misbehaves on command; without its package, its tests are skipped."""
+    pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    pytest.importorskip("obstore", reason="obstore is not installed")
+    with moto_server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(moto: Moto, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """An empty bucket, which the environment gives access to."""
+    use_s3(monkeypatch, moto.url)
+    return moto.bucket()
 
 
 @pytest.fixture(scope="session")

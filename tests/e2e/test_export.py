@@ -253,11 +253,11 @@ from pathlib import Path
 import lading.operations.export as export
 
 class Halting(export.Writer):
-    def __init__(self, path, entries):
-        if "00002-of" in path.name:
+    def __init__(self, file, entries):
+        if "00002-of" in file.name:
             print("half", flush=True)
             time.sleep(60)
-        super().__init__(path, entries)
+        super().__init__(file, entries)
 
 export.Writer = Halting
 export.convert_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), shard_size=20_000, progress=False)

@@ -11,7 +11,7 @@ import click
 
 from lading.cli.command import command
 from lading.cli.complete import complete_model, complete_target
-from lading.cli.options import DTYPES, GivenPath, Size, no_progress, no_restrict, one_object, verify_mode
+from lading.cli.options import DTYPES, GivenPlace, Size, no_progress, no_restrict, one_object, verify_mode
 from lading.cli.output import dtype_text, write_json, write_pairs
 from lading.system.display import counted, human_bytes, human_count, some
 
@@ -38,7 +38,7 @@ def _write_options(function: F) -> F:
             "--shard-size", type=Size(), default="5GB", show_default=True, metavar="SIZE",
             help="The largest size of a file, unless a single tensor is larger.",
         ),
-        click.argument("folder", metavar="DIR", type=GivenPath(path_type=Path)),
+        click.argument("folder", metavar="DIR|URI", type=GivenPlace(path_type=Path)),
     ):  # fmt: skip
         function = option(function)
 
@@ -54,7 +54,8 @@ def convert(target: str, arch: str | None, no_restrict: bool, **options: Any) ->
     """Write a checkpoint of any format as a Hugging Face repository.
 
     The checkpoint is that of the card NAME, or the one at PATH: safetensors, torch.save, Meta's or fairseq2's. DIR must
-    be empty or must not exist; it is written completely or not at all.
+    be empty or must not exist; it is written completely or not at all. So is a folder of an object store, such as
+    s3://bucket/folder.
 
     For example: lading convert ./consolidated.00.pth llama --arch llama/llama3_8b
     """
@@ -88,7 +89,7 @@ def export(name: str, **options: Any) -> None:
 
     Like `lading convert`, but not for a path that no card has: a card names the checkpoint and the tokenizer.
 
-    For example: lading export qwen3_0.6b ./qwen --dtype float16
+    For example: lading export qwen3_0.6b ./qwen --dtype float16; or: lading export qwen3_0.6b s3://bucket/qwen
     """
     from lading.checkpoints.names import find_card
 

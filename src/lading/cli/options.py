@@ -23,6 +23,14 @@ class GivenPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+class GivenPlace(GivenPath):
+    """A path, or an address, which stays a text."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path, or the address."""
+        return value if isinstance(value, str) and "://" in value else super().convert(value, param, ctx)
+
+
 no_restrict = click.option(
     "--no-restrict",
     is_flag=True,

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from lading.errors import InternalError
-from lading.formats.folder import FILE_NAME, INDEX_NAME
+from lading.formats.folder import FILE_NAME
 from lading.formats.manifest import BITS
 from lading.formats.safetensors import MAX_HEADER_SIZE, MAX_NAME_SIZE, PREFIX_SIZE
 
@@ -74,52 +72,56 @@ def shard_names(count: int) -> list[str]:
     return [FILE_NAME] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
 
 
-def write_index(folder: Path, shards: Mapping[str, Sequence[Entry]]) -> None:
-    """Write the index of a checkpoint of several files.
+def index_of(shards: Mapping[str, Sequence[Entry]]) -> dict[str, object]:
+    """Return the content of the index of a checkpoint of several files.
 
     :param shards: the tensors of each file, by the file's name.
     """
     entries = [entry for shard in shards.values() for entry in shard]
-    index = {
+
+    return {
         "metadata": {
             "total_parameters": sum(math.prod(entry.shape) for entry in entries),
             "total_size": sum(entry.nbytes for entry in entries),
         },
         "weight_map": {entry.name: name for name, shard in shards.items() for entry in shard},
     }
-    with (folder / INDEX_NAME).open("w", encoding="utf-8") as file:
-        json.dump(index, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+
+
+class Output(Protocol):
+    """A file that is being written: on a disk, or in an object store."""
+
+    @property
+    def name(self) -> str:
+        """Its path or its address, for errors."""
+
+    def write(self, data: bytes | memoryview, /) -> object:
+        """Write all bytes of ``data``."""
 
 
 class Writer:
-    """A writer of one file, which writes the header first and flushes the file to the disk at the end of the block.
+    """A writer of one file, which writes the header first.
 
     ::
 
-        with Writer(path, entries) as writer:
+        with Writer(file, entries) as writer:
             for entry in entries:
                 writer.write(data)
 
+    :param file: the file, opened to be written and empty; the caller closes it.
     :param entries: all tensors of the file, in the order of their bytes.
 
     :raises InternalError: a tensor cannot be written in this format, there are too many of them, or their bytes do not
         match ``entries``.
-    :raises OSError: the disk is full, or cannot be written.
+
+    Errors of ``file.write`` are passed on.
     """
 
-    def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
+    def __init__(self, file: Output, entries: Sequence[Entry]) -> None:
         self._entries = entries
         self._next = 0
-        header = header_of(entries)
-        self._file = path.open("xb")
-        try:
-            self._file.write(header)
-        except BaseException:
-            self._file.close()
-            raise
+        self._file = file
+        file.write(header_of(entries))
 
     def write(self, data: memoryview) -> None:
         """Write all bytes of the next tensor, row-major and little-endian."""
@@ -136,13 +138,8 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._file:
-            if error is not None:
-                return
-            if self._next != len(self._entries):
-                raise InternalError(f"{self._file.name}: {len(self._entries) - self._next} tensors were not written")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        if error is None and self._next != len(self._entries):
+            raise InternalError(f"{self._file.name}: {len(self._entries) - self._next} tensors were not written")
 
 
 def header_of(entries: Sequence[Entry]) -> bytes:

@@ -1,18 +1,19 @@
 """Export of models as Hugging Face repositories, from a checkpoint of any format or from a model in memory.
 
 Parameters have the names of Hugging Face checkpoints, so they are written as a load reads them. A repository is created
-atomically, and at most one tensor, or a few small ones, is in memory at a time.
+completely or not at all, and at most one tensor, or a few small ones, is in memory at a time: also in an object store,
+where each shard is uploaded as it is made, without a copy on this machine.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,8 +36,8 @@ from lading.checkpoints.verification import (
 )
 from lading.errors import NotSupportedError, PolicyError
 from lading.formats.config_json import CONFIG_NAME
-from lading.formats.folder import some_names
-from lading.formats.safetensors_writer import Entry, Writer, write_index
+from lading.formats.folder import INDEX_NAME, some_names
+from lading.formats.safetensors_writer import Entry, Writer, index_of
 from lading.gangs import Gang, Gangs, create_fake_gangs
 from lading.models.construct import build_on_meta, dtypes_of_drawn, other_dtypes, resolve_dtypes
 from lading.models.dtype import model_dtype
@@ -47,7 +48,7 @@ from lading.models.resolve import arch_config, resolve_model
 from lading.models.targets import Targets, is_distributed, targets_of
 from lading.models.tensors import DigestCollector, read_tensors
 from lading.models.ties import are_same, different_copies, tied_mismatch_error
-from lading.operations.atomic_folder import atomic_folder, require_empty
+from lading.operations.destination import Destination, Place, new_place, open_destination, place_of, require_new
 from lading.operations.export_layout import (
     batches,
     check_shard_size,
@@ -60,7 +61,6 @@ from lading.operations.export_layout import (
 from lading.operations.register import register_model, require_own_name
 from lading.planning.composition import Source
 from lading.planning.rules import Route
-from lading.sources.disk import require_space
 from lading.system.display import counted, human_bytes, human_count, representation
 from lading.system.progress import byte_bar
 from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES, parse_dtype
@@ -71,6 +71,8 @@ if TYPE_CHECKING:
 SHARD_SIZE = 5_000_000_000
 """The default for the most bytes of a file, as the hub recommends."""
 
+_STEP = 1 << 20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportReport:
@@ -79,7 +81,8 @@ class ExportReport:
     name: str
     """The name of the card, the path of the checkpoint, or the class of the model."""
     family: str
-    folder: Path
+    folder: Path | str
+    """The folder, or its address in an object store."""
     files: Mapping[str, int]
     """The sizes of the files in bytes, by name."""
     tensors: int
@@ -125,7 +128,8 @@ def convert_checkpoint(
     configuration. The tokenizer's files are copied.
 
     :param target: as ``load_model`` takes it; likewise ``revision``.
-    :param folder: the folder to create, which must be empty or not exist. It is created atomically.
+    :param folder: the folder to create, which must be empty or not exist, or one of an object store, such as
+        ``"s3://bucket/folder"``. It is created completely or not at all (:mod:`lading.operations.destination`).
     :param arch: the architecture, as ``"family/architecture"``, of a checkpoint at a path without a ``config.json``.
     :param dtype: the dtype of floating-point tensors, see ``load_model``; ``"keep"`` keeps that of each tensor.
     :param shard_size: the most bytes of a file, unless a single tensor has more.
@@ -150,8 +154,8 @@ def convert_checkpoint(
     :raises FetchError: the checkpoint is remote, and cannot be fetched.
     :raises OSError: the disk is full, or cannot be written.
     """
-    folder = Path(folder)
-    require_empty(folder)  # before hours of fetching
+    place = place_of(folder)
+    require_new(place)  # before hours of fetching
     check_shard_size(shard_size)
     require_mode(verify)
     chosen = parse_dtype(dtype)
@@ -226,21 +230,21 @@ def convert_checkpoint(
         config=config,
     )
 
-    with atomic_folder(folder) as temporary:
-        require_space(temporary, sum(entry.nbytes for entry in (*entries, *added)))
+    with new_place(place) as new, open_destination(new) as destination:
+        destination.require_space(sum(entry.nbytes for entry in (*entries, *added)))
         by_name = {entry.name: source for entry, source in zip(entries, sources, strict=True)}
         order = sorted(range(len(entries)), key=routed.tensors.__getitem__)  # as they lie in the files
         entries = [*(entries[i] for i in order), *added]
         shards = files_of(entries, shard_size)
         with byte_bar(sum(entry.nbytes for entry in entries), "write", shown=progress) as bar:
             for file, shard in shards.items():
-                _copy(temporary / file, shard, merger, by_name, bar, witness)
+                _copy(destination, file, shard, merger, by_name, bar, witness)
         if expected is not None and witness is not None:
             finish_verification(
                 checkpoint, expected, witness.digests(), store, create_fake_gangs("cpu").root, progress=progress
             )
-        _finish(temporary, shards, values, beside)
-        return replace(_report(name, family, folder, temporary, entries), dropped=fit.dropped)
+        _finish(destination, shards, values, beside)
+        return replace(_report(name, family, place, destination, entries), dropped=fit.dropped)
 
 
 def export_model(
@@ -263,7 +267,7 @@ def export_model(
 
     :param family: a family, or the name of one.
     :param config: the configuration of the model.
-    :param folder: the folder to create, which must be empty or not exist. It is created atomically.
+    :param folder: the folder to create, as :func:`convert_checkpoint` takes it.
     :param gangs: the gangs that hold the model; default: this process holds all of it.
     :param dtype: the dtype of floating-point tensors, also by its name, such as ``"bf16"``; default, or ``"keep"``:
         their own.
@@ -284,7 +288,7 @@ def export_model(
     :raises OSError: the disk is full, or cannot be written.
     """
     family = get_family(family) if isinstance(family, str) else family
-    folder = Path(folder)
+    place = place_of(folder)
     check_config_type(config, family)
     check_shard_size(shard_size)
     chosen = parse_dtype("keep" if dtype is None else dtype)
@@ -297,7 +301,7 @@ def export_model(
     if root.size > 1 and root.channel is None:
         raise NotSupportedError("A model of simulated gangs cannot be exported: its other parts do not exist.")
     root.same(
-        (family.name, config, chosen, shard_size, str(folder), None if beside is None else str(beside), register),
+        (family.name, config, chosen, shard_size, str(place), None if beside is None else str(beside), register),
         "family, configuration, dtype, shard size, folder, `beside` and `register`",
     )
 
@@ -318,7 +322,7 @@ def export_model(
         raise ValueError("`config` must be the one that `model` was made with, but describes other parameters")
     shards, writers = files_of_stages(stages, shard_size)
 
-    def begin() -> tuple[Path, Mapping[str, Path], Mapping[str, object]]:
+    def begin() -> tuple[Place, Mapping[str, Path], Mapping[str, object]]:
         if register is not None:
             require_own_name(register, get_asset_store())
         files = {} if beside is None else files_beside(Path(beside))
@@ -328,25 +332,26 @@ def export_model(
             files |= {name: file for name, file in own.items() if name in TOKENIZER_NAMES}
         values = config_values(family, config, whole, entries, files)
 
-        return stack.enter_context(atomic_folder(folder)), files, values
+        return stack.enter_context(new_place(place)), files, values
 
     def finish() -> ExportReport:
-        _require_here(temporary, writers, root)
-        _finish(temporary, shards, values, files)
-        _save_tokenizer(tokenizer, temporary)
-        report = _report(family.model_kls.__name__, family, folder, temporary, entries)
+        _require_here(destination, new, writers, root)
+        _save_tokenizer(tokenizer, destination)
+        _finish(destination, shards, values, files)
+        report = _report(family.model_kls.__name__, family, place, destination, entries)
         stack.close()
         if register is not None:
-            register_model(register, folder)
+            register_model(register, place)
 
         return report
 
-    with ExitStack() as stack:  # on rank 0, an exception removes the folder
-        temporary, files, values = root.first(begin)
+    with ExitStack() as stack:  # an exception removes what each rank has written
+        new, files, values = root.first(begin)
+        destination = stack.enter_context(open_destination(new))
         for file, shard in shards.items():
             with root.all_or_none():
                 if shard[0].name in held:
-                    _write_together(temporary / file, shard, tensors, writes=writers[file] == root.rank)
+                    _write_together(destination, file, shard, tensors, writes=writers[file] == root.rank)
 
         return root.first(finish)
 
@@ -404,7 +409,8 @@ def _check_tied(checkpoint: Checkpoint, config: Any, targets: Targets, routed: R
 
 
 def _copy(
-    path: Path,
+    destination: Destination,
+    name: str,
     shard: Sequence[Entry],
     merger: Merger,
     sources: Mapping[str, Source],
@@ -416,7 +422,7 @@ def _copy(
     :param sources: the sources of the tensors of the checkpoint, by name.
     :param witness: computes digests of the bytes that are read.
     """
-    with Writer(path, shard) as writer:
+    with destination.create(name, sum(entry.size for entry in shard)) as file, Writer(file, shard) as writer:
         for batch in batches(shard):
             base = [entry for entry in batch if entry.name in sources]
             wanted = [sources[entry.name] for entry in base]
@@ -431,13 +437,17 @@ def _copy(
                 bar.update(entry.nbytes)
 
 
-def _write_together(path: Path, shard: Sequence[Entry], tensors: Mapping[str, Tensor], *, writes: bool) -> None:
+def _write_together(
+    destination: Destination, name: str, shard: Sequence[Entry], tensors: Mapping[str, Tensor], *, writes: bool
+) -> None:
     """Gather the tensors of a file on all ranks, one after another, and write them on one rank."""
     failed: Exception | None = None
     with ExitStack() as stack:
         writer: Writer | None = None
         try:
-            writer = stack.enter_context(Writer(path, shard)) if writes else None
+            if writes:
+                file = stack.enter_context(destination.create(name, sum(entry.size for entry in shard)))
+                writer = stack.enter_context(Writer(file, shard))
         except Exception as error:
             failed = error
 
@@ -461,33 +471,45 @@ def _whole(tensor: Tensor) -> Tensor:
 # --- the rest of a repository -----------------------------------------------------------------------------------------
 
 
-def _require_here(folder: Path, writers: Mapping[str, int], root: Gang) -> None:
-    """Require that the files of all ranks are in ``folder``.
+def _require_here(destination: Destination, place: Place, writers: Mapping[str, int], root: Gang) -> None:
+    """Require that the files of all ranks are at ``place``.
 
     :raises NotSupportedError: a file that another rank wrote is on another file system.
     """
+    here = destination.sizes()
     for file, rank in writers.items():
-        if not (folder / file).exists():
+        if file not in here:
             raise NotSupportedError(
-                f"{file} was written by rank {rank} on the host {root.hosts[rank]}, but is not in {folder} on that of "
+                f"{file} was written by rank {rank} on the host {root.hosts[rank]}, but is not in {place} on that of "
                 "rank 0. Export to a folder on a file system that all hosts share."
             )
 
 
 def _finish(
-    folder: Path, shards: Mapping[str, Sequence[Entry]], values: Mapping[str, object], beside: Mapping[str, Path]
+    destination: Destination,
+    shards: Mapping[str, Sequence[Entry]],
+    values: Mapping[str, object],
+    beside: Mapping[str, Path],
 ) -> None:
-    """Write the other files of a repository."""
-    if len(shards) > 1:
-        write_index(folder, shards)
-    with (folder / CONFIG_NAME).open("w", encoding="utf-8") as file:
-        json.dump(values, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Write the other files of a repository, last those that make it a checkpoint."""
     for name, path in beside.items():
         if name != CONFIG_NAME:
-            shutil.copyfile(path, folder / name)
+            _copy_file(path, destination, name)
+    if len(shards) > 1:
+        _write_json(index_of(shards), destination, INDEX_NAME)
+    _write_json(values, destination, CONFIG_NAME)
+
+
+def _write_json(values: Mapping[str, object], destination: Destination, name: str) -> None:
+    data = f"{json.dumps(values, indent=2, ensure_ascii=False)}\n".encode()
+    with destination.create(name, len(data)) as file:
+        file.write(data)
+
+
+def _copy_file(path: Path, destination: Destination, name: str) -> None:
+    with path.open("rb") as original, destination.create(name, os.fstat(original.fileno()).st_size) as file:
+        while data := original.read(_STEP):
+            file.write(data)
 
 
 def _folder_of_tokenizer(tokenizer: Any) -> Path | None:
@@ -506,24 +528,31 @@ def _folder_of_tokenizer(tokenizer: Any) -> Path | None:
     )
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+def _save_tokenizer(tokenizer: Any, destination: Destination) -> None:
     """Write a tokenizer that is an object, as its library does."""
     if tokenizer is None or isinstance(tokenizer, str | Path):
         return
-    if callable(save := getattr(tokenizer, "save_pretrained", None)):
-        save(folder)
-    else:
-        tokenizer.save(str(folder / TOKENIZER_JSON))
+    with TemporaryDirectory(prefix="lading-") as temporary:
+        folder = Path(temporary)
+        if callable(save := getattr(tokenizer, "save_pretrained", None)):
+            save(folder)
+        else:
+            tokenizer.save(str(folder / TOKENIZER_JSON))
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                _copy_file(path, destination, path.relative_to(folder).as_posix())
 
 
-def _report(name: str, family: Family[Any, Any], folder: Path, written: Path, entries: Sequence[Entry]) -> ExportReport:
+def _report(
+    name: str, family: Family[Any, Any], place: Place, destination: Destination, entries: Sequence[Entry]
+) -> ExportReport:
     dtypes = {torch_name(dtype): count for dtype, count in elements_by_dtype(entries).items()}
 
     return ExportReport(
         name=name,
         family=family.name,
-        folder=folder,
-        files={path.name: path.stat().st_size for path in sorted(written.iterdir())},
+        folder=place,
+        files=destination.sizes(),
         tensors=len(entries),
         parameters=sum(dtypes.values()),
         dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1])),

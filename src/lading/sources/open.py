@@ -5,6 +5,8 @@ from __future__ import annotations
 from urllib.parse import urlsplit
 
 from lading.errors import InternalError, NotSupportedError, did_you_mean
+from lading.sources.cloud.address import SCHEMES as CLOUD_SCHEMES
+from lading.sources.cloud.address import CloudAddress
 from lading.sources.hub.address import HubAddress
 from lading.sources.source import Source
 from lading.sources.web.address import WebAddress
@@ -13,12 +15,12 @@ from lading.system.uris import shown_uri
 
 HUB_SCHEMES = ("hg", "hf")
 HTTP_SCHEMES = ("https", "http")
-SCHEMES = ("file", *HUB_SCHEMES, *HTTP_SCHEMES)
+SCHEMES = ("file", *HUB_SCHEMES, *HTTP_SCHEMES, *CLOUD_SCHEMES)
 """The schemes of all addresses that lading reads."""
 
 
 def check_address(uri: str) -> None:
-    """Check the syntax of an address of the hub or of the web; accept all others.
+    """Check the syntax of an address of the hub, of the web or of an object store; accept all others.
 
     :raises AddressError: the address is not valid.
     """
@@ -27,6 +29,8 @@ def check_address(uri: str) -> None:
         HubAddress.from_uri(uri)
     elif scheme in HTTP_SCHEMES:
         WebAddress.from_uri(uri)
+    elif scheme in CLOUD_SCHEMES:
+        CloudAddress.from_uri(uri)
 
 
 def open_source(uri: str, *, inner_path: str | None, revision: str | None, settings: Settings) -> Source:
