@@ -15,7 +15,7 @@ from lading.system.uris import shown_uri
 
 HUB_SCHEMES = ("hg", "hf")
 HTTP_SCHEMES = ("https", "http")
-SCHEMES = ("file", *HUB_SCHEMES, *HTTP_SCHEMES, *CLOUD_SCHEMES)
+SCHEMES = ("file", *HUB_SCHEMES, *HTTP_SCHEMES)
 """The schemes of all addresses that lading reads."""
 
 
