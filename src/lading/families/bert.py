@@ -14,26 +14,12 @@ from lading.models.accessor import ModelHubAccessor
 from lading.models.family import Family
 from lading.models.parallel_plan import ParallelPlan, Split
 from lading.planning.rules import Rule
-from lading.system.deferred import deferred
+from lading.system.deferred import deferred, deferred_call
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lading.families.nn.bert import Bert as Bert
 else:
     __getattr__ = deferred(globals(), Bert="lading.families.nn.bert")
-
-
-def _build(config: BertConfig) -> Bert:
-    from lading.families.nn.bert import Bert
-
-    return Bert(config)
-
-
-def _init(model: Bert, config: BertConfig, name: str, parameter: Tensor) -> None:
-    from lading.families.nn.bert import init_bert
-
-    init_bert(model, config, name, parameter)
 
 
 def _shapes(config: BertConfig) -> Shapes:
@@ -180,8 +166,8 @@ FAMILY: Family[Bert, BertConfig] = Family(
     name="bert",
     kls="lading.families.nn.bert:Bert",
     config_kls=BertConfig,
-    build=_build,
-    init=_init,
+    build=deferred_call("lading.families.nn.bert:Bert"),
+    init=deferred_call("lading.families.nn.bert:init_bert"),
     shapes=_shapes,
     rules=_rules,
     parallel_plan=_plan,

@@ -22,11 +22,9 @@ from lading.families.wav2vec2_encoder import (
 from lading.models.accessor import ModelHubAccessor
 from lading.models.family import Family
 from lading.planning.rules import Rule
-from lading.system.deferred import deferred
+from lading.system.deferred import deferred, deferred_call
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lading.families.nn.wav2vec2 import Wav2Vec2 as Wav2Vec2
     from lading.families.nn.wav2vec2 import Wav2Vec2Loss as Wav2Vec2Loss
     from lading.families.nn.wav2vec2 import Wav2Vec2Output as Wav2Vec2Output
@@ -37,18 +35,6 @@ else:
         Wav2Vec2Output="lading.families.nn.wav2vec2",
         Wav2Vec2Loss="lading.families.nn.wav2vec2",
     )
-
-
-def _build(config: Wav2Vec2Config) -> Wav2Vec2:
-    from lading.families.nn.wav2vec2 import Wav2Vec2
-
-    return Wav2Vec2(config)
-
-
-def _init(model: Wav2Vec2, config: Wav2Vec2Config, name: str, parameter: Tensor) -> None:
-    from lading.families.nn.wav2vec2 import init_wav2vec2
-
-    init_wav2vec2(model, config, name, parameter)
 
 
 def _shapes(config: Wav2Vec2Config) -> Shapes:
@@ -117,8 +103,8 @@ FAMILY: Family[Wav2Vec2, Wav2Vec2Config] = Family(
     name="wav2vec2",
     kls="lading.families.nn.wav2vec2:Wav2Vec2",
     config_kls=Wav2Vec2Config,
-    build=_build,
-    init=_init,
+    build=deferred_call("lading.families.nn.wav2vec2:Wav2Vec2"),
+    init=deferred_call("lading.families.nn.wav2vec2:init_wav2vec2"),
     shapes=_shapes,
     rules=_rules,
     parallel_plan=lambda config: speech_plan(pretraining_spec(config), "wav2vec2"),

@@ -20,11 +20,9 @@ from lading.families.wav2vec2_encoder import (
 from lading.models.accessor import ModelHubAccessor
 from lading.models.family import Family
 from lading.planning.rules import Rule
-from lading.system.deferred import deferred
+from lading.system.deferred import deferred, deferred_call
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lading.families.nn.wav2vec2_asr import Wav2Vec2Asr as Wav2Vec2Asr
     from lading.families.nn.wav2vec2_asr import Wav2Vec2AsrOutput as Wav2Vec2AsrOutput
 else:
@@ -33,18 +31,6 @@ else:
         Wav2Vec2Asr="lading.families.nn.wav2vec2_asr",
         Wav2Vec2AsrOutput="lading.families.nn.wav2vec2_asr",
     )
-
-
-def _build(config: Wav2Vec2AsrConfig) -> Wav2Vec2Asr:
-    from lading.families.nn.wav2vec2_asr import Wav2Vec2Asr
-
-    return Wav2Vec2Asr(config)
-
-
-def _init(model: Wav2Vec2Asr, config: Wav2Vec2AsrConfig, name: str, parameter: Tensor) -> None:
-    from lading.families.nn.wav2vec2_asr import init_wav2vec2_asr
-
-    init_wav2vec2_asr(model, config, name, parameter)
 
 
 def _shapes(config: Wav2Vec2AsrConfig) -> Shapes:
@@ -97,8 +83,8 @@ FAMILY: Family[Wav2Vec2Asr, Wav2Vec2AsrConfig] = Family(
     name="wav2vec2_asr",
     kls="lading.families.nn.wav2vec2_asr:Wav2Vec2Asr",
     config_kls=Wav2Vec2AsrConfig,
-    build=_build,
-    init=_init,
+    build=deferred_call("lading.families.nn.wav2vec2_asr:Wav2Vec2Asr"),
+    init=deferred_call("lading.families.nn.wav2vec2_asr:init_wav2vec2_asr"),
     shapes=_shapes,
     rules=_rules,
     parallel_plan=lambda config: speech_plan(recognition_spec(config), "wav2vec2"),

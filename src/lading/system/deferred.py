@@ -1,9 +1,10 @@
-"""Names of a module that are imported when they are first used, such as those that need torch."""
+"""Objects that are imported when they are first used, such as those that need torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 from lading.system.needs import needs_torch
@@ -28,3 +29,12 @@ def deferred(namespace: dict[str, Any], /, **homes: str) -> Callable[[str], Any]
         return value
 
     return __getattr__
+
+
+def deferred_call(place: str) -> Callable[..., Any]:
+    """Return a function that calls the one at ``place``, ``package.module:name``."""
+
+    def call(*args: Any) -> Any:
+        return resolve_name(place)(*args)
+
+    return call

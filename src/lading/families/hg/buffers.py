@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from lading.errors import NotSupportedError
+from lading.families.hg.config import HuggingFaceModelConfig
+from lading.families.hg.outline import outline
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-
-def other_dtypes(model: Module, dtype: torch.dtype, outline: PreTrainedModel) -> dict[str, torch.dtype]:
+def other_dtypes(model: Module, config: HuggingFaceModelConfig, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Return the dtypes of the parameters and persistent buffers that ``from_pretrained`` does not load in ``dtype``.
 
     :param model: the model, built in float32 on the meta device.
-    :param outline: the same model, built in bfloat16.
     """
+    other = outline(config)
     patterns: set[str] = set()
     if dtype == torch.float16:
-        patterns |= set(outline._keep_in_fp32_modules or ())
+        patterns |= set(other._keep_in_fp32_modules or ())
     if dtype in (torch.float16, torch.bfloat16):
-        patterns |= set(outline._keep_in_fp32_modules_strict or ())
+        patterns |= set(other._keep_in_fp32_modules_strict or ())
     # transformers also searches for these patterns, so that "wo" matches every name with these letters.
     kept = re.compile("|".join(f"(?:{pattern.replace('*', '.*')})" for pattern in sorted(patterns)) or "(?!)")
 
     others: dict[str, torch.dtype] = {}
-    made = outline.state_dict()
+    made = other.state_dict()
     for name, tensor in model.state_dict().items():
         if kept.search(name):
             own = torch.float32
@@ -57,15 +56,12 @@ def _dtype_when_built_in(dtype: torch.dtype, tensor: Tensor, other: Tensor | Non
     return dtype if follows else tensor.dtype
 
 
-def reset_buffers(
-    model: Module, device: torch.device, dtype: torch.dtype, outline: Callable[[], PreTrainedModel]
-) -> None:
+def reset_buffers(model: Module, config: HuggingFaceModelConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Compute non-persistent buffers with transformers, as it does after its own load.
 
     Each is computed over zeros and over ones: a buffer that differs was not computed at all.
 
     :param dtype: the dtype of the model.
-    :param outline: returns the same model on the meta device, built in bfloat16.
 
     :raises NotSupportedError: transformers computes a buffer in the constructor only.
     """
@@ -74,7 +70,7 @@ def reset_buffers(
     if not buffers:
         return
 
-    made = {} if dtype == torch.float32 else _non_persistent_buffers(outline())
+    made = {} if dtype == torch.float32 else _non_persistent_buffers(outline(config))
     results: list[dict[str, Tensor]] = []
     with _only_buffers(model):
         for fill in (0, 1):
