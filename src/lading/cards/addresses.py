@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+
+from lading.cards.card import AssetCard, AssetCardField, CardEntry, split_gated
+from lading.errors import AssetCardError
 
 _FIELDS = ("checkpoint", "tokenizer", "adapter")
 
@@ -17,6 +21,17 @@ def stated_addresses(metadata: Mapping[str, object]) -> Iterator[tuple[str, str]
         value = adapter.get("checkpoint") if isinstance(adapter, Mapping) else None
         if isinstance(value, str) and value.strip():
             yield f"adapters[{i}].checkpoint", value
+
+
+def stated_uris(entry: CardEntry) -> Iterator[tuple[str, str, str]]:
+    """Yield the place, the address and its URI for each address that a card or an overlay states.
+
+    This skips addresses that lead nowhere, such as a relative path in a card that is not from a file.
+    """
+    card = AssetCard(entry.name, entry.metadata)
+    for place, address in stated_addresses(entry.metadata):
+        with suppress(AssetCardError):
+            yield place, address, split_gated(AssetCardField(place, card, address, entry.folder).as_uri())[0]
 
 
 def with_addresses(metadata: Mapping[str, object], addresses: Mapping[str, str]) -> dict[str, object]:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 from sqlalchemy import ColumnElement, or_, select
 from sqlalchemy.orm import Session
 
-from lading.cards.addresses import stated_addresses, with_addresses
-from lading.cards.card import AssetCard, AssetCardField, CardEntry, split_gated, split_name
+from lading.cards.addresses import stated_addresses, stated_uris, with_addresses
+from lading.cards.card import CardEntry, split_name
 from lading.catalog.added_cards import card_entry
 from lading.catalog.checkpoints.record import write_checkpoint
 from lading.catalog.database.database import Database
@@ -162,12 +162,8 @@ def relocate(
 def _moved(entry: CardEntry, before: Path, after: Path) -> dict[str, str]:
     """Return the addresses of a card that are paths at or below ``before``, with the paths that take their places."""
     found = {}
-    card = AssetCard(entry.name, entry.metadata)
-    for name, stated in stated_addresses(entry.metadata):
-        try:
-            resolved = uri_path(split_gated(AssetCardField(name, card, stated, entry.folder).as_uri())[0])
-        except AssetCardError:
-            continue
+    for name, stated, uri in stated_uris(entry):
+        resolved = uri_path(uri)
         if resolved is None:
             continue
         # The move may have left a link at the old place, which the URI follows.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lading.cards.adapters import AdapterRef, adapter_refs
+from lading.cards.addresses import stated_addresses, with_addresses
 from lading.cards.card import CONFIG_KEYS, AssetCard, CheckpointRef, checkpoint_ref
 from lading.cards.config_values import ConfigValue, config_values, iter_values
 from lading.cards.overrides import Layer, file_layer, layers_of
@@ -216,29 +217,15 @@ def _text_field(card: AssetCard, name: str) -> str | None:
     return None if field is None else field.as_(str)
 
 
-_ADDRESSES = ("checkpoint", "adapter", "tokenizer")
-"""The fields whose values may be signed addresses."""
-
-
 def fields_of(card: AssetCard) -> Iterator[tuple[str, object, str, str]]:
     """Yield name, value, card and document of each field, the card's own fields first."""
     seen = {"base"}
     for each in card.chain():
-        for name, value in each.metadata.items():
+        shown = {place: shown_uri(address) for place, address in stated_addresses(each.metadata)}  # not the secrets
+        for name, value in with_addresses(each.metadata, shown).items():
             if name not in seen:
                 seen.add(name)
-                if name in _ADDRESSES and isinstance(value, str):
-                    value = shown_uri(value)
-                elif name == "adapters" and isinstance(value, list):
-                    value = [_without_secrets(entry) for entry in value]
                 yield name, value, each.name, each.source_of(name)
-
-
-def _without_secrets(entry: object) -> object:
-    if not isinstance(entry, dict) or not isinstance(entry.get("checkpoint"), str):
-        return entry
-
-    return entry | {"checkpoint": shown_uri(entry["checkpoint"])}
 
 
 def _adapters(card: AssetCard) -> Sequence[AdapterRef]:

@@ -10,13 +10,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lading import formats
-from lading.cards.card import AssetCard, AssetCardField, split_gated
+from lading.cards.addresses import stated_uris
 from lading.catalog.artifacts import known_artifacts
 from lading.catalog.checkpoints.holdings import held_checkpoints, known_uris
 from lading.catalog.records import FoundArtifact, LocalCheckpoint
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.card_links import heads_of, names_of
-from lading.errors import AssetCardError
 from lading.sources.cache import Cache, Entry, entry_key
 from lading.system.display import counted, human_bytes, representation
 from lading.system.filesystem import FileStat
@@ -250,15 +249,7 @@ def _stated(store: AssetStore) -> set[str]:
     found: set[str] = set()
     for entry in store.entries()[0]:
         inner = "/".join(str(part) for key in ("checkpoint_path", "state_dict") if (part := entry.metadata.get(key)))
-        adapters = entry.metadata.get("adapters")
-        listed = [each for each in adapters if isinstance(each, dict)] if isinstance(adapters, list) else []
-        for name, value in (item for stated in (entry.metadata, *listed) for item in stated.items()):
-            if not isinstance(value, str):
-                continue
-            try:
-                uri, _ = split_gated(AssetCardField(name, _NO_CARD, value, entry.folder).as_uri())
-            except AssetCardError:
-                continue
+        for _, _, uri in stated_uris(entry):
             path = uri_path(uri)
             for each in () if path is None else (path, path / inner):
                 made = formats.rewritten(each, cache=store.settings.cache_dir)
@@ -266,9 +257,6 @@ def _stated(store: AssetStore) -> set[str]:
             found.add(uri.rstrip("/"))
 
     return found
-
-
-_NO_CARD = AssetCard("", {})
 
 
 def _orphan_holdings(orphans: Orphans, seen: _Sizes) -> list[DiskUsageEntry]:
