@@ -24,7 +24,7 @@ from lading.checkpoints.local_copies import all_verified, copies_as_known, was_v
 from lading.checkpoints.names import find_card
 from lading.checkpoints.pins import with_pins
 from lading.checkpoints.published import PublishedCheckpoint, index_source
-from lading.checkpoints.recording import record_manifest, require_writable, stored_checkpoint
+from lading.checkpoints.recording import record_manifest, stored_checkpoint
 from lading.checkpoints.verification import record_rewritten
 from lading.errors import (
     CheckpointNotFoundError,
@@ -144,7 +144,7 @@ def index_checkpoint(
         here = LocalCheckpointFiles.read(path, cache=store.settings.cache_dir, restrict=restrict)
         contents = here.contents(accept=True)
 
-    require_writable(store)
+    store.database.require_writable()
     record_checkpoint(store.database, contents, cards=[] if card_name is None else [card_name])
     stored = store.checkpoint(contents.uri)
     if stored is None:

@@ -77,18 +77,6 @@ def known_content(store: AssetStore | None) -> Known:
     return known
 
 
-def require_writable(store: AssetStore) -> None:
-    """Check that the catalog can be written.
-
-    :raises CatalogError: it cannot.
-    """
-    if not store.database.writable:
-        raise CatalogError(
-            f"The catalog {store.database.url} cannot be written. Check the permissions of the file and its folder, or "
-            "name another one in LADING_DATABASE_URL."
-        )
-
-
 def stored_checkpoint(name: str, uri: str, store: AssetStore) -> StoredCheckpoint | None:
     # Here the catalog only saves reading headers, so its failures do not fail the load.
     with BestEffort("the manifest of %s cannot be read from the catalog", name):
@@ -105,7 +93,7 @@ def record_manifest(
     accept: bool = False,
 ) -> None:
     with BestEffort("the manifest of %s is not in the catalog", checkpoint.name):
-        require_writable(store)
+        store.database.require_writable()
         contents = CheckpointContents(
             uri=checkpoint.uri,
             manifest=checkpoint.manifest,

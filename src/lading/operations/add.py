@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,10 +15,9 @@ from lading.cards.card import AssetCardField, CardEntry
 from lading.catalog.added_cards import card_entry, record_additions
 from lading.catalog.artifacts import record_artifacts
 from lading.catalog.importing.changes import ADDED
-from lading.catalog.records import CheckpointContents, FoundArtifact, ModelSummary
+from lading.catalog.records import CheckpointContents, ModelSummary
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.card_links import names_of
-from lading.checkpoints.recording import require_writable
 from lading.errors import (
     AssetCardError,
     CardFileError,
@@ -27,10 +26,8 @@ from lading.errors import (
     LadingError,
     NotSupportedError,
 )
-from lading.formats.artifacts import LORA, artifact_files, not_loaded_error
 from lading.formats.folder import container_of
 from lading.operations.adopt import adopt_checkpoints
-from lading.operations.artifacts import artifact_at
 from lading.operations.card_names import check_rule, choose_names
 from lading.operations.describe_checkpoint import Describer, Description
 from lading.operations.find_checkpoints import FoundCheckpoint, find_checkpoints
@@ -120,7 +117,7 @@ def add_checkpoints(
     if base is not None:
         store.retrieve_card(base)
     if not dry_run:
-        require_writable(store)
+        store.database.require_writable()
 
     targets = [resolve_target(path) for path in paths]
     adder = _Adder(store, fields=fields or {}, dry_run=dry_run, restrict=restrict, progress=progress)
@@ -160,15 +157,6 @@ def _is_there(path: Path) -> bool:
     return path_exists(path) or container_of(path) is not None
 
 
-def places_in(root: Path, *, depth: int | None) -> Iterator[FoundCheckpoint]:
-    """Yield the places of checkpoints and artifacts in a folder, as :func:`find_checkpoints`; or that of a file."""
-    if root.is_dir():
-        yield from find_checkpoints(root, depth=depth)
-    else:
-        artifact = next(iter(artifact_files(root.parent, [root.name])), None)
-        yield FoundCheckpoint(path=root, root=root.parent, artifact=artifact)
-
-
 def _links_out(root: Path) -> list[Path]:
     """Return the links in a folder that lead to checkpoints outside of it: the search does not follow them."""
     try:
@@ -180,7 +168,7 @@ def _links_out(root: Path) -> list[Path]:
     return [
         link
         for link, target in targets.items()
-        if not target.is_relative_to(root) and any(p.path == target for p in places_in(target, depth=0))
+        if not target.is_relative_to(root) and any(p.path == target for p in find_checkpoints(target, depth=0))
     ]
 
 
@@ -249,7 +237,6 @@ class _Adder:
         self._restrict = restrict
         self._progress = progress
         self._describer = Describer(store, restrict=restrict)
-        self._artifacts: list[FoundArtifact] = []
         self._found: dict[str, _Found | AddedCard] = {}
         """The results, or what is to become one, by URI or path."""
         self._cards = {model.name: model for model in store.models(include_all=True)}
@@ -259,7 +246,7 @@ class _Adder:
     def search(self, root: Path, *, recursive: bool) -> None:
         """Describe the checkpoint at ``root``, or those in it."""
         of_root = False
-        for place in places_in(root, depth=None if recursive else 1):
+        for place in find_checkpoints(root, depth=None if recursive else 1):
             if of_root and place.path != root and not recursive:
                 return
             self._describe(place)
@@ -279,21 +266,9 @@ class _Adder:
         if place.problem is not None:
             self._found[str(place.path)] = _failed(str(place.path), place.problem)
         elif place.repo is None:
-            self._attempt(str(place.path), lambda: self._at(place))
+            self._attempt(str(place.path), lambda: self._describer.at_path(place))
         else:
             self._describe_snapshots(place.path if place.commit is None else place.root)
-
-    def _at(self, place: FoundCheckpoint) -> Description:
-        """Describe what is in a place.
-
-        :raises NotSupportedError: it is an artifact.
-        """
-        artifact = artifact_at(place.path, place, place.artifact, restrict=self._restrict)
-        if artifact is None or artifact.kind == LORA:
-            return self._describer.at_path(place)
-        self._artifacts.append(FoundArtifact(path=place.path, artifact=artifact))
-
-        raise not_loaded_error(place.path, artifact)
 
     def _describe_snapshots(self, path: Path) -> None:
         """Describe the checkpoints of a repository in a Hugging Face cache, which are adopted."""
@@ -441,9 +416,10 @@ class _Adder:
             if each.described.adapter_of is not None and each.name is not None and each.error is None
             if (file := uri_path(each.described.uri)) is not None
         ]
-        if (self._artifacts or adapters) and not self._dry_run:
+        artifacts = self._describer.artifacts
+        if (artifacts or adapters) and not self._dry_run:
             # An adapter may have been listed as one without a card.
-            record_artifacts(self._store.database, self._artifacts, searched=adapters)
+            record_artifacts(self._store.database, artifacts, searched=adapters)
         for start in range(0, 0 if self._dry_run else len(found), _BATCH):
             batch = found[start : start + _BATCH]
             entries = [entry for each in batch for entry in each.entries]

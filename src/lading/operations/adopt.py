@@ -19,7 +19,6 @@ from lading.catalog.store import AssetStore, StoredCheckpoint, get_asset_store
 from lading.checkpoints.card_links import names_of
 from lading.checkpoints.checkpoint import LocalCheckpointFiles
 from lading.checkpoints.local_copies import intact_copies
-from lading.checkpoints.recording import require_writable
 from lading.checkpoints.verification import hash_files
 from lading.errors import (
     CatalogError,
@@ -33,9 +32,9 @@ from lading.formats.adapter_config import ADAPTER_NAME
 from lading.formats.artifacts import LORA, Artifact
 from lading.formats.folder import DISTRIBUTED_SUFFIX, is_checkpoint_file
 from lading.formats.manifest import Manifest
-from lading.operations.artifacts import artifact_at
 from lading.operations.find_checkpoints import (
     FoundCheckpoint,
+    artifact_at,
     find_checkpoints,
     find_hub_repositories,
     find_in_snapshot,
@@ -125,7 +124,7 @@ def adopt_checkpoints(
     store = store or get_asset_store()
     roots = [_root(path) for path in paths]
     if not dry_run:
-        require_writable(store)
+        store.database.require_writable()
 
     places = [
         *(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref
 from lading.cards.front_matter import MAX_README_BYTES, README_NAME, front_matter_fields
-from lading.catalog.records import CheckpointContents
+from lading.catalog.records import CheckpointContents, FoundArtifact
 from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import LocalCheckpointFiles
 from lading.checkpoints.fetch_to_index import must_fetch_to_index
@@ -17,13 +17,14 @@ from lading.checkpoints.published import PublishedCheckpoint, index_source, name
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, FetchError, NotSupportedError
 from lading.formats import NonContiguousError, NotByHeadersError
 from lading.formats.adapter_config import ADAPTER_CONFIG_NAME, ADAPTER_NAME, parse_adapter_config
+from lading.formats.artifacts import LORA, not_loaded_error
 from lading.formats.config_json import read_hf_config
 from lading.formats.files import open_regular
 from lading.formats.folder import is_checkpoint_file
 from lading.formats.manifest import Manifest
 from lading.models.recognize import Recognizer
 from lading.operations.card_names import Place
-from lading.operations.find_checkpoints import FoundCheckpoint
+from lading.operations.find_checkpoints import FoundCheckpoint, artifact_at
 from lading.sources.hub.address import HubAddress, is_repo_id
 from lading.sources.open import HUB_SCHEMES, open_source
 from lading.sources.source import read_bytes
@@ -96,17 +97,24 @@ class Describer:
         self._restrict = restrict
         self._accept = accept
         self._recognizer = Recognizer(store)
+        self.artifacts: list[FoundArtifact] = []
+        """The artifacts that were found in place of checkpoints."""
 
     def at_path(self, found: FoundCheckpoint) -> Description:
         """Describe a checkpoint or a LoRA adapter on this machine, whose links lead nowhere else.
 
-        :raises NotSupportedError: it is of a format or a model type that lading does not support.
+        :raises NotSupportedError: it is of a format or a model type that lading does not support, or another artifact,
+            which :attr:`artifacts` has then.
         :raises ModelCheckpointError: it is damaged.
         :raises OSError: it cannot be read.
         """
         path = found.path
-        if found.artifact is not None:
+        artifact = artifact_at(path, found, found.artifact, restrict=self._restrict)
+        if artifact is not None and artifact.kind == LORA:
             return self._adapter_at(found)
+        if artifact is not None:
+            self.artifacts.append(FoundArtifact(path=path, artifact=artifact))
+            raise not_loaded_error(path, artifact)
         uri = path_uri(path)
         checkpoint = _field_of(path, uri)
         hf_config = read_hf_config(path)

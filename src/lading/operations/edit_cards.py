@@ -9,7 +9,6 @@ from lading.catalog.checkpoints.holdings import known_uris
 from lading.catalog.records import CardChange, CheckpointContents
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.checkpoint import LocalCheckpointFiles
-from lading.checkpoints.recording import require_writable
 from lading.errors import CheckpointNotFoundError, ModelCheckpointMismatchError
 from lading.system.filesystem import expand_home, path_exists
 from lading.system.uris import uri_path
@@ -27,7 +26,7 @@ def remove_cards(*names: str, dry_run: bool = False, store: AssetStore | None = 
     """
     store = store or get_asset_store()
 
-    return tuple(edit_cards.remove_cards(_writable(store, dry_run).database, names, dry_run=dry_run))
+    return tuple(edit_cards.remove_cards(store.database, names, dry_run=dry_run))
 
 
 def rename_card(
@@ -44,7 +43,7 @@ def rename_card(
     """
     store = store or get_asset_store()
 
-    return tuple(edit_cards.rename_card(_writable(store, dry_run).database, old, new, dry_run=dry_run))
+    return tuple(edit_cards.rename_card(store.database, old, new, dry_run=dry_run))
 
 
 def relocate_checkpoints(
@@ -65,7 +64,8 @@ def relocate_checkpoints(
     :raises CatalogError: the catalog cannot be written.
     """
     store = store or get_asset_store()
-    _writable(store, dry_run)
+    if not dry_run:
+        store.database.require_writable()
     after = expand_home(new).resolve()
     # A link that the move has left at the old place does not count.
     before = expand_home(old).absolute()
@@ -109,10 +109,3 @@ def _moved(uri: str, path: Path, store: AssetStore) -> CheckpointContents:
         )
 
     return found.contents(moved_from=uri)
-
-
-def _writable(store: AssetStore, dry_run: bool) -> AssetStore:
-    if not dry_run:
-        require_writable(store)
-
-    return store

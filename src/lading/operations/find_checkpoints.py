@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lading.errors import CheckpointNotFoundError, LadingError, PolicyError
-from lading.formats.artifacts import ArtifactFiles, artifact_files
-from lading.formats.config_json import CONFIG_NAME
+from lading.formats.artifacts import Artifact, ArtifactFiles, artifact_files, quantized_artifact, read_artifact
+from lading.formats.config_json import CONFIG_NAME, quantization_of, read_hf_config
 from lading.formats.files import open_file
 from lading.formats.first_bytes import SIZE, is_checkpoint
 from lading.formats.folder import (
@@ -35,6 +35,7 @@ from lading.formats.folder import (
     without_index,
 )
 from lading.formats.gguf import GGUF
+from lading.formats.local import index
 from lading.formats.rank_parts import is_consolidated, is_fairseq2_sharded, part_files
 from lading.formats.shard_index import read_index
 from lading.sources.hub.address import is_commit
@@ -62,7 +63,8 @@ class FoundCheckpoint:
 
 
 def find_checkpoints(root: Path, *, depth: int | None = None) -> Iterator[FoundCheckpoint]:
-    """Yield the checkpoints and the artifacts in ``root`` and the folders below it, in the order of names.
+    """Yield the checkpoints and the artifacts in ``root`` and the folders below it, in the order of names; or ``root``,
+    if it is a file.
 
     ``torch.save`` files without a usual name are a checkpoint each, and so are files without a suffix whose first bytes
     are those of a checkpoint. A folder that is an artifact as a whole is not searched.
@@ -70,12 +72,23 @@ def find_checkpoints(root: Path, *, depth: int | None = None) -> Iterator[FoundC
     :param root: an absolute path without links: a link to a folder is followed only if the user named it.
     :param depth: the number of levels of folders to search below ``root``; default: all.
     """
+    if not root.is_dir():
+        artifact = next(iter(artifact_files(root.parent, [root.name])), None)
+        yield FoundCheckpoint(path=root, root=root.parent, artifact=artifact)
+        return
     snapshots = root.parent
     if is_commit(root.name) and snapshots.name == "snapshots" and (repo := repository_id(snapshots.parent)):
         yield FoundCheckpoint(path=snapshots.parent, root=root, repo=repo, commit=root.name)
         return
 
     yield from _places(root, root, depth)
+
+
+def find_at(path: Path) -> FoundCheckpoint:
+    """Return what is at a path itself: a checkpoint or an artifact, a folder or a file."""
+    found = next((each for each in find_checkpoints(path, depth=0) if each.path == path), None)
+
+    return found or FoundCheckpoint(path=path, root=path)
 
 
 def find_hub_repositories(cache: Path) -> Iterator[FoundCheckpoint]:
@@ -166,6 +179,32 @@ def _list_folder(path: Path) -> tuple[list[Path], list[str], OSError | None]:
     folders = [Path(entry.path) for entry in listed if entry.is_dir(follow_symlinks=False)]
 
     return folders, [entry.name for entry in listed if not entry.is_dir(follow_symlinks=False)], None
+
+
+def artifact_at(
+    path: Path, place: FoundCheckpoint, files: ArtifactFiles | None = None, *, restrict: bool = True
+) -> Artifact | None:
+    """Return the artifact at a path; ``None`` if a checkpoint that lading loads may be there.
+
+    :param place: the place that links may not leave.
+    :param files: the files of an artifact, if the search recognized it by their names.
+    :param restrict: as :func:`lading.formats.index` takes it.
+
+    :raises PolicyError: a link among the files leads out of the place.
+    :raises CheckpointNotFoundError: nothing is there that lading recognizes (also a ``FileNotFoundError``).
+    :raises CorruptModelCheckpointError: it is damaged, or is not what the names of the files say.
+    :raises NotSupportedError: it is quantized, and its tensors cannot be read.
+    :raises OSError: it cannot be read.
+    """
+    if files is not None:
+        paths = files.paths()
+        require_inside(paths, place)
+        return read_artifact(files.kind, paths)
+
+    require_links_inside(path, place)
+    scheme = quantization_of(read_hf_config(path))
+
+    return None if scheme is None else quantized_artifact(scheme, index(path, restrict=restrict))
 
 
 def require_links_inside(path: Path, place: FoundCheckpoint) -> None:

@@ -29,7 +29,7 @@ from lading.checkpoints.locate import card_checkpoint, fetched_card_checkpoint
 from lading.checkpoints.names import find_card
 from lading.checkpoints.pins import with_pins
 from lading.checkpoints.published import PublishedCheckpoint, index_source, name_in_source
-from lading.checkpoints.recording import fetch_extra_files, require_writable
+from lading.checkpoints.recording import fetch_extra_files
 from lading.checkpoints.verification import require_pinned
 from lading.errors import (
     AssetCardError,
@@ -178,7 +178,7 @@ def _pull(
     pinned = with_pins(checkpoint, card, store)
     missing = missing or checkpoint.files is None
     if missing and not dry_run:
-        require_writable(store)  # before config.json is fetched
+        store.database.require_writable()  # before config.json is fetched
     _require_fit(card, checkpoint, published, store)
 
     companions = _companions(checkpoint, published, include, card, store)
@@ -212,7 +212,7 @@ def _fetched_whole(
     card: AssetCard, ref: CheckpointRef, store: AssetStore, revision: str | None, *, progress: bool
 ) -> tuple[Checkpoint, FetchedCheckpoint, bool]:
     """Return the current checkpoint after its download, and whether the catalog had other local files."""
-    require_writable(store)
+    store.database.require_writable()
     known = None if store.checkpoint(ref.key) is None else card_checkpoint(card, store)
     whole = fetch_and_index(ref, store=store, settings=store.settings, progress=progress, revision=revision)
     checkpoint = fetched_card_checkpoint(card.title, ref, whole, store)

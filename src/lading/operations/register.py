@@ -9,13 +9,10 @@ from lading.cards.card import AssetCard
 from lading.catalog.added_cards import card_entry, record_additions
 from lading.catalog.importing.changes import ADDED
 from lading.catalog.store import AssetStore, get_asset_store
-from lading.checkpoints.recording import require_writable
 from lading.errors import AssetCardError
-from lading.formats.artifacts import LORA, not_loaded_error
-from lading.operations.add import places_in, resolve_target
-from lading.operations.artifacts import artifact_at
+from lading.operations.add import resolve_target
 from lading.operations.describe_checkpoint import Describer
-from lading.operations.find_checkpoints import FoundCheckpoint
+from lading.operations.find_checkpoints import find_at
 
 
 def register_model(name: str, path: str | Path, *, base: str | None = None, **fields: object) -> AssetCard:
@@ -43,18 +40,13 @@ def register_model(name: str, path: str | Path, *, base: str | None = None, **fi
     :raises CatalogError: the catalog cannot be written; nothing was written then.
     """
     store = get_asset_store()
-    require_writable(store)
+    store.database.require_writable()
     require_own_name(name, store)
     # Who has trained a model again has changed its files on purpose.
     describer = Describer(store, restrict=True, accept=True)
     target = resolve_target(path)
     if isinstance(target, Path):
-        found = next((place for place in places_in(target, depth=0) if place.path == target), None)
-        found = found or FoundCheckpoint(path=target, root=target)
-        artifact = artifact_at(target, found, found.artifact)
-        if artifact is not None and artifact.kind != LORA:
-            raise not_loaded_error(target, artifact)
-        described = describer.at_path(found)
+        described = describer.at_path(find_at(target))
     else:
         described = describer.at_address(target)
 

@@ -17,7 +17,6 @@ from lading.catalog.records import LocalCheckpoint, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.card_links import catalog_uri, names_of
 from lading.checkpoints.names import find_card, unknown_model
-from lading.checkpoints.recording import require_writable
 from lading.errors import PolicyError
 from lading.formats import is_rewritten
 from lading.operations.disk_usage import find_orphans, own_cache
@@ -146,7 +145,7 @@ def remove_orphans(*, dry_run: bool = False, older_than: float = _GRACE, store: 
     """
     store = store or get_asset_store()
     # A catalog of another user does not show which files are orphans.
-    require_writable(store)
+    store.database.require_writable()
     # No other process may give a file an owner between the search and the removal.
     with nullcontext() if dry_run else store.database.write():
         orphans = find_orphans(store, held_checkpoints(store.database))

@@ -61,12 +61,20 @@ class Database:
         :raises CatalogError: the catalog cannot be written or is damaged, or another process holds it.
         :raises OSError: the disk is full.
         """
-        if not self.writable:
-            raise CatalogError(
-                f"{self.target} cannot be written by you. Set LADING_DATABASE_URL to a catalog that can."
-            )
+        self.require_writable()
         with self._turns, transaction(self._engine, self.target, write=True) as connection:
             yield connection
+
+    def require_writable(self) -> None:
+        """Require that the catalog can be written, before work whose result it is to keep.
+
+        :raises CatalogError: it cannot.
+        """
+        if not self.writable:
+            raise CatalogError(
+                f"The catalog {self.url} cannot be written. Check the permissions of the file and its folder, or name "
+                "another one in LADING_DATABASE_URL."
+            )
 
     @contextmanager
     def session(self, *, write: bool = False) -> Iterator[Session]:
