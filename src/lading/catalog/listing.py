@@ -20,6 +20,7 @@ from sqlalchemy import (
     and_,
     column,
     func,
+    literal,
     null,
     or_,
     select,
@@ -31,7 +32,7 @@ from sqlalchemy.orm import Session
 from lading.cards.card import AssetCard, checkpoint_ref
 from lading.catalog.database.statements import CHUNK, intact
 from lading.catalog.records import ModelSummary
-from lading.catalog.schema import CardRow
+from lading.catalog.schema import CARDS, CardRow
 from lading.catalog.search import found
 from lading.errors import AssetCardError
 from lading.formats.manifest import FLOAT_NAMES
@@ -78,10 +79,14 @@ def list_models(
     """
     c = (union_all(_all_of(_ASSETS), _all_of(_UNREGISTERED)) if unregistered else _all_of(_ASSETS)).subquery().c
     size = _size_of(c.bytes, c.parameters)
-    statement = select(*(c[name] for name in _COLUMNS))
+    base_only = literal(value=False) if include_all else _is_base_only(c.name, c.arch, c.checkpoint)
+    statement = select(*(c[name] for name in _COLUMNS), base_only)
     statement = statement.order_by(*([size.desc().nulls_last()] if sort == "size" else []), c.name)
     if not include_all:
         statement = statement.where(or_(c.family.is_not(None), c.problem.is_not(None), c.kind.is_not(None)))
+        if len(overlaid) <= CHUNK:
+            # An overlay may give a base a checkpoint.
+            statement = statement.where(or_(~base_only, c.problem.is_not(None), c.name.in_(overlaid)))
     if family is not None:
         statement = statement.where(c.family == family)
     if pattern is not None:
@@ -106,10 +111,12 @@ def list_models(
         statement = statement.where(size <= max_bytes)
 
     def matching() -> Iterator[ModelSummary]:
-        for row in session.execute(statement):
+        for *row, is_base in session.execute(statement):
             if pattern is None or fnmatchcase(row[0], pattern):
                 card = overlaid[row[0]]() if row[0] in overlaid else None
                 model = as_seen_here(ModelSummary(**dict(zip(_COLUMNS, row, strict=True))), card)
+                if is_base and model.checkpoint is None and model.problem is None:
+                    continue
                 if model.status in WITHOUT_CARD and not path_exists(model.local_path or ""):
                     continue  # it is gone, or on another machine
                 if (status is None or model.status == status) and not (local and _modified_at(model) is None):
@@ -118,6 +125,15 @@ def list_models(
     models = sorted(matching(), key=_newest_first) if sort == "modified" else matching()
 
     return list(islice(models, limit))
+
+
+def _is_base_only(
+    name: SQLColumnExpression[Any], arch: SQLColumnExpression[Any], checkpoint: SQLColumnExpression[Any]
+) -> ColumnElement[bool]:
+    """Return the condition that a card only serves as a base: it has neither numbers nor weights of its own."""
+    others = CARDS.alias()
+
+    return and_(arch.is_(None), checkpoint.is_(None), select(others.c.id).where(others.c.base == name).exists())
 
 
 def _size_of(bytes_: ColumnElement[int], parameters: ColumnElement[int]) -> ColumnElement[int]:
@@ -214,7 +230,7 @@ def near_names(session: Session, name: str, *, models: bool) -> list[str]:
     """Return the names of cards (or only of models) that ``name`` may mean, the nearest first."""
     conditions = [CardRow.env == ""]
     if models:
-        conditions.append(CardRow.family.is_not(None))
+        conditions += [CardRow.family.is_not(None), ~_is_base_only(CardRow.name, CardRow.arch, CardRow.checkpoint_uri)]
     statement = select(CardRow.name).where(*conditions).order_by(CardRow.name).limit(_FEW + 1)
     known = session.scalars(statement).all()
     if len(known) > _FEW:

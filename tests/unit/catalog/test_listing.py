@@ -13,6 +13,7 @@ from sqlalchemy.engine import Engine
 from lading.catalog import search
 from lading.catalog.import_cards import import_files
 from lading.catalog.open import open_catalog
+from lading.catalog.query import query
 from lading.catalog.store import AssetStore
 from tests.helpers.catalog_tools import card_file, settings_in, without_seeds
 
@@ -105,3 +106,42 @@ def test_a_status_that_an_overlay_changes(tmp_path: Path) -> None:
     assert [m.name for m in store.models(status="ready")] == ["abc"]
     assert [m.name for m in store.models(status="broken")] == ["b"]
     assert {m.name for m in store.models(status="gated")} == set(NAMES) - {"abc", "b"}
+
+
+def test_a_card_that_only_serves_as_a_base(any_database: str, tmp_path: Path) -> None:
+    """It is no model until it has numbers or weights of its own, or nothing is based on it."""
+    with without_seeds():
+        database = open_catalog(settings_in(tmp_path))
+    cards = """\
+name: recipe
+model_family: qwen
+---
+name: chat_recipe
+base: recipe
+---
+name: with_arch
+base: chat_recipe
+model_arch: qwen3_0.6b
+---
+name: with_checkpoint
+base: chat_recipe
+checkpoint: hg://a/b
+---
+name: leaf
+base: with_arch
+---
+name: alone
+model_family: qwen
+"""
+    import_files(database, [card_file(cards, "file:///c/a.yaml")])
+    store = AssetStore(database)
+    models = ["alone", "leaf", "with_arch", "with_checkpoint"]
+    assert [model.name for model in store.models()] == models
+    assert [model.name for model in store.models("*recipe")] == []
+    assert [row[0] for row in query("SELECT name FROM models ORDER BY name", store=store).rows] == models
+    assert [model.name for model in store.models("*recipe", include_all=True)] == ["chat_recipe", "recipe"]
+    assert store.suggest("recipee") == []
+
+    overlay = "name: chat_recipe@user\ncheckpoint: hg://a/c\n"
+    import_files(database, [card_file(overlay, "file:///c/b.yaml")])
+    assert [model.name for model in store.models("*recipe")] == ["chat_recipe"]

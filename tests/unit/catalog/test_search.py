@@ -28,6 +28,7 @@ Find = Callable[..., list[str]]
 CARDS = """\
 name: wav2vec2_base_10h
 model_family: wav2vec2_asr
+model_arch: a
 license: apache-2.0
 task: speech recognition
 ---
@@ -37,6 +38,7 @@ description: Sprache in Zürich, 60 Stunden
 ---
 name: qwen3_0.6b
 model_family: qwen
+model_arch: b
 license: MIT
 since: 2025
 tags: [chat, {more: Überblick}]
@@ -232,13 +234,15 @@ def test_a_base_that_comes_later(find: Find, database: Database, tmp_path: Path)
     import_files(database, [card_file("name: leaf\nbase: mid\n", "file:///c/1.yaml")])
     import_files(database, [card_file("name: mid\nbase: root\n", "file:///c/2.yaml")])
     assert find("marble") == []
-    import_files(database, [card_file("name: root\nmodel_family: f\nnote: marble\n", "file:///c/3.yaml")])
+    import_files(
+        database, [card_file("name: root\nmodel_family: f\nmodel_arch: a\nnote: marble\n", "file:///c/3.yaml")]
+    )
     assert find("marble") == ["leaf", "mid", "root"]
     assert check(tmp_path) == []
 
 
 def test_a_replacement(find: Find, database: Database, tmp_path: Path) -> None:
-    other = card_file("name: qwen3_0.6b\nmodel_family: qwen\nnote: replaced\n", "file:///c/b.yaml")
+    other = card_file("name: qwen3_0.6b\nmodel_family: qwen\nmodel_arch: b\nnote: replaced\n", "file:///c/b.yaml")
     import_files(database, [other], replace=True)
     assert find("replaced") == QWEN
     assert find("chat") == []
