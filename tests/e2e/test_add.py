@@ -366,6 +366,28 @@ def test_a_card_from_a_file_stays_as_it_is(models: Path, tmp_path: Path) -> None
     assert "owner" not in own_fields("mine")
 
 
+def test_a_card_whose_base_is_gone_is_kept(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("name: recipe\nmodel_family: qwen\ntask: chat\n")
+    lading.import_cards(tmp_path / "base.yaml")
+    write_adapter(models / "lora", factors(Q_PROJ, 32, 32), base_model_name_or_path="Org/Unknown")
+    assert statuses(add(models, fields={"base": "recipe"})) == {"Tiny": "added", "lora": "added"}
+    (tmp_path / "base.yaml").write_text("name: other\n")
+    lading.import_cards(tmp_path / "base.yaml")
+
+    found = add(models)
+    assert statuses(found) == {"Tiny": "unchanged", "lora": "unchanged"}
+    for name in ("Tiny", "lora"):
+        assert "'recipe', which is not in the catalog" in str(found[name].problem)
+
+    models.rename(tmp_path / "moved")
+    found = add(tmp_path / "moved", fields={"owner": "me"})
+    assert statuses(found) == {"Tiny": "moved", "lora": "moved"}
+    assert statuses(add(tmp_path / "moved", fields={"base": "qwen3_0.6b"})) == {"Tiny": "changed", "lora": "changed"}
+    assert own_fields("Tiny") | {"base": "qwen3_0.6b", "owner": "me"} == own_fields("Tiny")
+    shutil.rmtree(tmp_path / "moved" / "Tiny")
+    assert statuses(add(tmp_path / "moved"))["Tiny"] == "gone"
+
+
 def test_a_checkpoint_that_moved_takes_its_card_along(models: Path, tmp_path: Path) -> None:
     make(models / "Other", hidden_act="swish")
     add(models, fields={"owner": "me"})

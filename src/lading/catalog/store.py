@@ -28,7 +28,7 @@ from lading.catalog.checkpoints.copies import copies_at, copies_of_id, copies_wi
 from lading.catalog.checkpoints.manifests import find_columns, read_digests, read_manifest, read_roots
 from lading.catalog.database.database import Database
 from lading.catalog.database.statements import intact
-from lading.catalog.importing.derived import descendants
+from lading.catalog.importing.derived import card_of, descendants
 from lading.catalog.listing import Sort, list_models, near_names, summary_of
 from lading.catalog.open import open_catalog
 from lading.catalog.records import ArchitectureSummary, FamilySummary, LocalCopy, ModelSummary, StoredCheckpoint
@@ -141,6 +141,18 @@ class AssetStore:
             card = resolve_card(plain, envs, lambda name: _by_env(read_cards(session, [name])))
 
         return card if card is None or env is None else replace(card, env=env)
+
+    def own_card(self, name: str) -> AssetCard:
+        """Return a card with its own fields only, without overlays, so that one whose base is missing is found, too.
+
+        :raises AssetNotFoundError: there is no such card.
+        """
+        with self._database.session() as session:
+            entry = next(iter(read_cards(session, [name], env="")), None)
+        if entry is None:
+            raise AssetNotFoundError(name)
+
+        return card_of(entry)
 
     def find_cards(self, field: str, value: object) -> Iterator[AssetCard]:
         """Yield all cards whose field ``field``, their own or a base's, equals ``value``; log and skip bad cards.

@@ -28,7 +28,7 @@ def catalog_uri(ref: CheckpointRef, store: AssetStore) -> str:
 def cards_with(
     store: AssetStore, wanted: Callable[[str], bool], *, adapters: bool = True
 ) -> list[tuple[AssetCard, CheckpointRef]]:
-    """Return the cards, with their overlays, whose checkpoint has a wanted URI; log and skip bad cards.
+    """Return the cards, with their overlays, whose checkpoint has a wanted URI; log bad cards.
 
     A card with adapters counts for each of them, too.
 
@@ -37,23 +37,32 @@ def cards_with(
     """
     found = []
     for model in store.models(include_all=True):
-        if not model.checkpoint or not wanted(model.checkpoint):
-            continue
-        try:
-            card = store.maybe_retrieve_card(model.name)
-            if card is not None:
-                found.append((card, checkpoint_ref(card)))
-        except AssetCardError as error:
-            log.warning("A card of the catalog cannot be used: %s", error)
+        if model.checkpoint and wanted(model.checkpoint):
+            found += _stated(model.name, store, lambda card: [checkpoint_ref(card)])
     for name in store.names_stating("adapter", "adapters") if adapters else ():
-        try:
-            card = store.maybe_retrieve_card(name)
-            refs = () if card is None else (checkpoint_ref(each.card) for each in adapter_refs(card))
-            found += [(card, ref) for ref in refs if card is not None and wanted(ref.uri)]
-        except AssetCardError as error:
-            log.warning("A card of the catalog cannot be used: %s", error)
+        refs = _stated(name, store, lambda card: [checkpoint_ref(each.card) for each in adapter_refs(card)])
+        found += [(card, ref) for card, ref in refs if wanted(ref.uri)]
 
     return found
+
+
+def _stated(
+    name: str, store: AssetStore, refs: Callable[[AssetCard], list[CheckpointRef]]
+) -> list[tuple[AssetCard, CheckpointRef]]:
+    """Return what ``refs`` finds in a card; log a bad one.
+
+    A card whose base is missing still has the checkpoint that it states itself.
+    """
+    try:
+        card = store.maybe_retrieve_card(name)
+    except AssetCardError as error:
+        log.warning("A card of the catalog cannot be used: %s", error)
+        card = store.own_card(name)
+    try:
+        return [] if card is None else [(card, ref) for ref in refs(card)]
+    except AssetCardError as error:
+        log.warning("A card of the catalog cannot be used: %s", error)
+        return []
 
 
 def names_of(store: AssetStore, uris: Iterable[str]) -> dict[str, list[str]]:

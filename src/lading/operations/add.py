@@ -325,10 +325,10 @@ class _Adder:
     def _report_gone(self, model: ModelSummary, roots: Sequence[Path]) -> None:
         """Report a card of lading's own, if nothing is at a path that it states below the searched folders."""
         try:
-            card = self._store.retrieve_card(f"{model.name}@")
+            card = self._store.own_card(model.name)
             addresses = [AssetCardField(name, card, value).as_uri() for name, value in stated_addresses(card.metadata)]
         except LadingError:
-            return  # a broken card, which `lading list` shows
+            return  # a bad address, which `lading list` shows
         for path in filter(None, map(uri_path, addresses)):
             if any(path.is_relative_to(root) for root in roots) and not _is_there(path):
                 self._found[f"{model.name} {path}"] = _gone(model, path)
@@ -339,15 +339,19 @@ class _Adder:
         each.name, each.status = own or names[0], "unchanged"
         card = self._cards[each.name]
         each.fields = {name: getattr(card, key) for key, name in _SHOWN.items()}
+        each.problem = card.problem
         if not self._given:
             return
         if own is None:
             each.problem = f"its card {card.name!r} is stated by {card.source}, which the given fields do not change"
             return
-        before = self._store.retrieve_card(f"{own}@").metadata
+        before = self._own_fields(own)
         if any(before.get(key) != value for key, value in self._given.items()):
             each.status = "changed"
             self._write_card(each, own, {**before, **self._given})
+
+    def _own_fields(self, name: str) -> Mapping[str, object]:
+        return self._store.own_card(name).metadata
 
     def _move(self, each: _Found, move: Move) -> None:
         """Have the cards of a checkpoint that moved name its new place, unless a file states one of them."""
@@ -363,7 +367,7 @@ class _Adder:
                     )
                 )
                 return
-            before = self._store.retrieve_card(f"{name}@").metadata
+            before = self._own_fields(name)
             if field in before:
                 self._write_card(each, name, {**before, field: each.described.fields[field], **self._given})
         if each.error is None:
@@ -388,7 +392,8 @@ class _Adder:
 
     def _write_new(self, new: Sequence[_Found], owners: Mapping[str, Sequence[str]]) -> None:
         """Write cards for checkpoints; then those of adapters, which are based on the card of their model."""
-        cards = {uri: names[0] for uri, names in owners.items()}
+        sound = {uri: [name for name in names if self._cards[name].status != "broken"] for uri, names in owners.items()}
+        cards = {uri: names[0] for uri, names in sound.items() if names}
         for each in sorted(new, key=lambda each: each.described.adapter_of is not None):
             if each.name is None or each.error is not None:
                 continue
