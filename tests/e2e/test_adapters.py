@@ -17,6 +17,7 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import lading
 from lading.errors import (
@@ -465,6 +466,21 @@ def test_tied_copies_that_differ(cli: Cli, tmp_path: Path) -> None:
     write_adapter(tmp_path / "lora", names | {"lm_head.weight": torch.ones(100, 32)}, modules_to_save=["lm_head"])
     cli("index", tmp_path / "lora" / ADAPTER)
     assert torch.equal(load()["lm_head.weight"], torch.ones(100, 32))
+
+
+def test_a_plan_has_the_memory_of_whole_modules(cli: Cli, tmp_path: Path) -> None:
+    make(tmp_path / "base")
+    names = {"model.norm.weight": torch.ones(32)}
+    names |= {name: torch.ones(100, 32) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    write_adapter(tmp_path / "lora", names, modules_to_save=["norm", "embed_tokens", "lm_head"])
+    add(cli, tmp_path, "adapter: lora")
+
+    for sizes in ({"tp": 2, "sdp": 2}, {"pp": 2}, {}):
+        for rank in lading.plan_load("tuned", **sizes).ranks:  # type: ignore[arg-type]
+            with lading.simulate_gangs(rank.rank, **sizes) as gangs:  # type: ignore[arg-type]
+                model = lading.load_model("tuned", gangs=gangs, dtype="auto", progress=False)
+            held = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+            assert sum(p.nbytes for p in held) == rank.memory_bytes
 
 
 def test_whole_modules_of_two_adapters_or_with_a_weight(cli: Cli, tmp_path: Path) -> None:

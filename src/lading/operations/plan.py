@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lading.catalog.store import AssetStore
 from lading.checkpoints.adapter import Adapter
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.formats.manifest import Manifest
-from lading.models.construct import build_on_meta, gc_disabled, other_dtypes, resolve_dtypes
+from lading.models.construct import build_on_meta, dtypes_of_drawn, gc_disabled, other_dtypes, resolve_dtypes
 from lading.models.dtype import model_dtype
 from lading.models.family import Family, check_config_type
 from lading.models.fit import match_merged, report_fit, require_fit
@@ -23,9 +23,9 @@ from lading.models.parallelize import placements
 from lading.models.pipeline import holders
 from lading.models.resolve import resolve_model
 from lading.models.targets import targets_of
-from lading.operations.plan_reads import Layout, forecast, lay_out
+from lading.operations.plan_reads import Layout, forecast, lay_out, memory_of_others
 from lading.system.display import counted, human_bytes, representation
-from lading.transfer.dtypes import TORCH_DTYPES, parse_dtype
+from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES, parse_dtype
 
 AXES = ("pp", "rdp", "sdp", "tp")
 
@@ -162,7 +162,17 @@ def plan_checkpoint(
             routed.composed,
             stages=[held[i] for i in routed.targets],
         )
-        found = forecast(manifest, layout)
+        # What adapters have whole, and what the checkpoint lacks, takes memory all the same.
+        unread = dtypes_of_drawn(targets, replace(routed, drawn=(*merge.replaced.values(), *routed.drawn)), manifest)
+        places = [targets.names.index(name) for name in unread]
+        memory_of_unread = memory_of_others(
+            [targets.shapes[i] for i in places],
+            [DTYPE_NAMES[dtype] for dtype in unread.values()],
+            [placed[i] for i in places],
+            (pp, sdp, tp),
+            stages=[held[i] for i in places],
+        )
+        found = forecast(manifest, layout, memory_of_unread)
 
     memory = {str(TORCH_DTYPES[name]).removeprefix("torch."): column for name, column in found.memory.items()}
     files = found.files.sum(0)

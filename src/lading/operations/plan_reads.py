@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -143,14 +144,17 @@ def _staged(
     return (*boxes, boxes[0].empty()), np.concatenate([owned if s in holders else nothing for s in range(pp)])
 
 
-def forecast(manifest: Manifest, layout: Layout) -> Forecast:
-    """Return the exact totals of :func:`~lading.planning.plan.plan` on every rank."""
+def forecast(manifest: Manifest, layout: Layout, others: Mapping[str, Ints] = MappingProxyType({})) -> Forecast:
+    """Return the exact totals of :func:`~lading.planning.plan.plan` on every rank.
+
+    :param others: the memory of what the checkpoint does not have, as :func:`memory_of_others` returns it.
+    """
     memory: dict[str, Ints] = {}
     counts = np.bincount(layout.kinds, minlength=len(layout.known))
     for kind, count in zip(layout.known, counts.tolist(), strict=True):
-        size = BITS[kind.dtype] // 8
-        each = np.array([box.numel * size for box in kind.boxes], dtype=np.int64)
-        memory[kind.dtype] = memory.get(kind.dtype, _zeros(layout.ranks)) + count * each[kind.owned]
+        _add_memory(memory, kind.dtype, count * _bytes_owned(kind.dtype, kind.boxes, kind.owned))
+    for dtype, owned in others.items():
+        _add_memory(memory, dtype, owned)
 
     columns = _Columns.of(manifest, layout)
     bytes_read, reads, files = (
@@ -158,6 +162,37 @@ def forecast(manifest: Manifest, layout: Layout) -> Forecast:
     )
 
     return Forecast(bytes_read=bytes_read, reads=reads, memory=memory, files=files)
+
+
+def memory_of_others(
+    shapes: Sequence[tuple[int, ...]],
+    dtypes: Sequence[str],
+    placements: Sequence[tuple[Placement, ...]],
+    mesh_shape: Sequence[int],
+    *,
+    stages: Sequence[frozenset[int] | None],
+) -> dict[str, Ints]:
+    """Return the bytes that each rank holds, by dtype, of tensors that are not read from the checkpoint.
+
+    The parameters are those of :func:`lay_out`.
+    """
+    memory: dict[str, Ints] = {}
+    pp, *mesh = mesh_shape
+    for shape, dtype, placed, holders in zip(shapes, dtypes, placements, stages, strict=True):
+        boxes, owned = _boxes(shape, placed, mesh)
+        _add_memory(memory, dtype, _bytes_owned(dtype, *_staged(boxes, owned, holders, pp)))
+
+    return memory
+
+
+def _bytes_owned(dtype: str, boxes: Sequence[Box], owned: Ints) -> Ints:
+    size = BITS[dtype] // 8
+
+    return np.array([box.numel * size for box in boxes], dtype=np.int64)[owned]
+
+
+def _add_memory(memory: dict[str, Ints], dtype: str, owned: Ints) -> None:
+    memory[dtype] = memory[dtype] + owned if dtype in memory else owned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
