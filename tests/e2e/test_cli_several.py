@@ -9,14 +9,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
 from safetensors.torch import save
 
 import lading.checkpoints.locate
-import lading.operations.remove
 from lading.errors import CatalogError
+from lading.sources.cache import Cache
 from tests.helpers.make_checkpoint import make, tensors
 from tests.servers.hostile import serve
 
@@ -290,14 +291,15 @@ def test_on_a_terminal_it_asks(fetched: Callable[[], list[str]], answer: str, co
 def test_a_removal_that_fails_leaves_the_others(
     cli: Cli, fetched: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    remove = lading.operations.remove.remove_model
+    remove, failures = Cache.remove, [PermissionError(13, "Permission denied", "got_a.safetensors")]
 
-    def fail(name: str, **options: object) -> object:
-        if name == "got_a" and not options.get("dry_run"):
-            raise PermissionError(13, "Permission denied", "got_a.safetensors")
-        return remove(name, **options)
+    def fail(self: Cache, *args: Any, **options: Any) -> int:
+        if failures:
+            raise failures.pop()
+        return remove(self, *args, **options)
 
-    monkeypatch.setattr(lading.operations.remove, "remove_model", fail)
+    monkeypatch.setattr(Cache, "remove", fail)
     done = cli("rm", "got_*", "--yes", code=8)
     assert done.stderr.endswith("Permission denied: got_a.safetensors\nlading: 1 of 2 models failed: got_a\n")
     assert fetched() == ["got_a"]
+    assert cli("rm", "got_a").stdout.startswith("got_a: 1 file removed")

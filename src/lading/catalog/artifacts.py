@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
 
 from lading.catalog.database.database import Database
 from lading.catalog.database.statements import intact
@@ -26,19 +27,24 @@ def record_artifacts(database: Database, found: Collection[FoundArtifact], *, se
     :raises CatalogError: the catalog is damaged, or another process holds it.
     :raises OSError: the disk is full.
     """
-    rows = {(row.uri, row.place, row.kind): row for row in map(_row, found)}
     with database.session(write=True) as session:
-        for folder in map(path_uri, searched):
-            inside = or_(ArtifactRow.uri == folder, ArtifactRow.uri.startswith(f"{folder}/", autoescape=True))
-            for old in session.scalars(select(ArtifactRow).where(inside)).all():
-                path = uri_path(old.uri)
-                here = path is not None and old.place == location_id(path.parent)
-                if here and (old.uri, old.place, old.kind) not in rows:
-                    session.delete(old)
-        for key, row in rows.items():
-            known = session.get(ArtifactRow, key)
-            if known is None or any(getattr(known, name) != getattr(row, name) for name in _FINDINGS):
-                session.merge(row)
+        write_artifacts(session, found, searched=searched)
+
+
+def write_artifacts(session: Session, found: Collection[FoundArtifact], *, searched: Sequence[Path]) -> None:
+    """Do what :func:`record_artifacts` does, in the caller's transaction."""
+    rows = {(row.uri, row.place, row.kind): row for row in map(_row, found)}
+    for folder in map(path_uri, searched):
+        inside = or_(ArtifactRow.uri == folder, ArtifactRow.uri.startswith(f"{folder}/", autoescape=True))
+        for old in session.scalars(select(ArtifactRow).where(inside)).all():
+            path = uri_path(old.uri)
+            here = path is not None and old.place == location_id(path.parent)
+            if here and (old.uri, old.place, old.kind) not in rows:
+                session.delete(old)
+    for key, row in rows.items():
+        known = session.get(ArtifactRow, key)
+        if known is None or any(getattr(known, name) != getattr(row, name) for name in _FINDINGS):
+            session.merge(row)
 
 
 _FINDINGS = ("files", "bytes", "tensors", "dtypes", "reason")

@@ -49,13 +49,10 @@ def rm(selection: Selection, orphans: bool, dry_run: bool, yes: bool, form: Form
         raise click.UsageError("Give the NAME of a model, --every, or --orphans.", click.get_current_context())
 
     from lading.catalog.store import get_asset_store
-    from lading.operations.remove import remove_model, remove_orphans
+    from lading.operations.remove import Remover, remove_orphans
 
     store = get_asset_store()
-
-    def plan(name: str) -> Removal:
-        return remove_model(name, dry_run=True, store=store)
-
+    remover = Remover(store)
     rows: list[tuple[object, ...]] = []
 
     def tell(name: str, removal: Removal, *, nothing: str = "") -> None:
@@ -66,17 +63,18 @@ def rm(selection: Selection, orphans: bool, dry_run: bool, yes: bool, form: Form
         if form is Form.TABLE:
             click.echo(_line(name, removal, dry_run=dry_run))
 
-    def remove(name: str, planned: Removal) -> None:
-        tell(name, planned if dry_run else remove_model(name, hub=yes or agreed, store=store))
-
     # All of them, before anything is removed.
-    removals = selection.resolve(plan, store) if selection else {}
+    plans = selection.resolve(remover.plan, store) if selection else {}
     if selection.failed:
         note("nothing was removed.")
         selection.finish()
-    agreed = not (yes or dry_run) and _agreed(selection, removals)
+    agreed = not (yes or dry_run) and _agreed(selection, {name: plan.removal for name, plan in plans.items()})
 
-    selection.each(removals, remove)
+    if dry_run:
+        selection.each(plans, lambda name, plan: tell(name, plan.removal))
+    elif plans:
+        with remover.removing(hub=yes or agreed) as remove:
+            selection.each(plans, lambda name, plan: tell(name, remove(plan)))
     if orphans:
         tell("orphans", remove_orphans(dry_run=dry_run, store=store), nothing="there are no orphans")
     if form is not Form.TABLE:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from lading.cards.adapters import adapter_refs
 from lading.cards.card import AssetCard, checkpoint_ref, split_name
-from lading.catalog.artifacts import known_artifacts, record_artifacts
+from lading.catalog.artifacts import known_artifacts
 from lading.catalog.checkpoints.holdings import held_checkpoints, releasing_copies
 from lading.catalog.records import LocalCheckpoint, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
@@ -93,41 +93,91 @@ def remove_model(
     :raises OSError: a file cannot be removed. The catalog then has the same records as before, and missing files count
         as missing: remove the model again.
     """
-    store = store or get_asset_store()
-    if (artifact := _artifact_of(name, store)) is not None:
-        if not dry_run:
-            record_artifacts(store.database, [], searched=[artifact])
-        return Removal(name=str(name), freed=0, removed=(), kept=(SkippedFile(path=artifact, reason=_ADOPTED),))
-    name, found = _checkpoints_of(name, store)
-    # Before the removal: only an existing rewrite is found.
-    names = names_of(store, [uri for uri, _ in found])
-    also_of = {uri: tuple(other for other in names.get(uri, ()) if other != split_name(name)[0]) for uri, _ in found}
-    if len(found) > 1:  # without its adapters, the base is another model
-        found = [(uri, entry) for uri, entry in found if not also_of[uri]]
+    remover = Remover(store or get_asset_store())
+    planned = remover.plan(name)
+    if dry_run:
+        return planned.removal
+    with remover.removing(hub=hub) as remove:
+        return remove(planned)
 
-    cache = own_cache(store)
-    if len(found) > 1 and not (dry_run or hub):
-        held = held_checkpoints(store.database)
-        if revisions := [each for uri, entry in found for each in _plan(uri, entry, held, cache).revisions]:
-            raise _refused(name, revisions)
-    plans: list[_Plan] = []
-    freed = 0
-    for uri, entry in found:
-        releasing = nullcontext(held_checkpoints(store.database)) if dry_run else releasing_copies(store.database, uri)
-        with releasing as held:
-            plan = _plan(uri, entry, held, cache)
-            if plan.revisions and not (dry_run or hub):
-                raise _refused(name, plan.revisions)
-            freed += plan.carry_out(dry_run=dry_run)
-            plans.append(plan)
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedRemoval:
+    """A removal that was not done yet."""
+
+    removal: Removal
+    """The result of a dry run."""
+    found: Sequence[tuple[str, str]]
+    """The URIs of the checkpoints in the catalog, each with the one in lading's cache."""
+    artifact: Path | None = None
+    """The path of an artifact, which only the catalog forgets."""
+
+
+class Remover:
+    """The removal of several models, for which the catalog is read once."""
+
+    def __init__(self, store: AssetStore) -> None:
+        self._store = store
+        self._cache = own_cache(store)
+        self._held = held_checkpoints(store.database)
+        self._names = names_of(store, [checkpoint.uri for checkpoint in self._held])
+        """The names of the models of each checkpoint. Found before the removal: only an existing rewrite is found."""
+
+    def plan(self, target: AssetCard | str | Path) -> PlannedRemoval:
+        """Return what the removal of a model would do.
+
+        :raises ModelNotKnownError: there is no such card, nor does the catalog know such a checkpoint.
+        """
+        if (artifact := _artifact_of(target, self._store)) is not None:
+            kept = (SkippedFile(path=artifact, reason=_ADOPTED),)
+            removal = Removal(name=str(target), freed=0, removed=(), kept=kept)
+            return PlannedRemoval(removal=removal, found=(), artifact=artifact)
+        name, found = _checkpoints_of(target, self._store, self._held)
+        if elsewhere := [uri for uri, _ in found if uri not in self._names]:
+            self._names |= {uri: [] for uri in elsewhere} | names_of(self._store, elsewhere)
+        also_of = {uri: tuple(n for n in self._names[uri] if n != split_name(name)[0]) for uri, _ in found}
+        if len(found) > 1:  # without its adapters, the base is another model
+            found = [(uri, entry) for uri, entry in found if not also_of[uri]]
+        plans = [_plan(uri, entry, self._held, self._cache) for uri, entry in found]
+        freed = sum(plan.carry_out(dry_run=True) for plan in plans)
+        others = dict.fromkeys(other for uri, _ in found for other in also_of[uri])
+
+        return PlannedRemoval(removal=_result(name, plans, freed, tuple(others)), found=found)
+
+    @contextmanager
+    def removing(self, *, hub: bool) -> Iterator[Callable[[PlannedRemoval], Removal]]:
+        """Hold the catalog while the body removes models with the function that this yields.
+
+        :raises CatalogError: the catalog cannot be written; nothing was removed.
+        """
+        with releasing_copies(self._store.database) as releases:
+
+            def remove(planned: PlannedRemoval) -> Removal:
+                if planned.artifact is not None:
+                    releases.forget_artifact(planned.artifact)
+                    return planned.removal
+                first = [_plan(uri, entry, releases.held, self._cache) for uri, entry in planned.found]
+                if not hub and (revisions := [each for plan in first for each in plan.revisions]):
+                    raise _refused(planned.removal.name, revisions)
+                plans, freed = [], 0
+                for uri, entry in planned.found:
+                    plan = _plan(uri, entry, releases.held, self._cache)
+                    with releases.release(uri):
+                        freed += plan.carry_out(dry_run=False)
+                    plans.append(plan)
+                return _result(planned.removal.name, plans, freed, planned.removal.also_of)
+
+            yield remove
+
+
+def _result(name: str, plans: Sequence[_Plan], freed: int, also_of: tuple[str, ...]) -> Removal:
     return Removal(
         name=name,
         freed=freed,
         removed=tuple(path for plan in plans for path in plan.paths),
         kept=tuple(kept for plan in plans for kept in plan.kept),
         revisions=tuple(revision for plan in plans for revision in plan.revisions),
-        also_of=tuple(dict.fromkeys(other for uri, _ in found for other in also_of[uri])),
+        also_of=also_of,
     )
 
 
@@ -175,7 +225,9 @@ def _remove(paths: Sequence[Path]) -> int:
     return freed
 
 
-def _checkpoints_of(target: AssetCard | str | Path, store: AssetStore) -> tuple[str, list[tuple[str, str]]]:
+def _checkpoints_of(
+    target: AssetCard | str | Path, store: AssetStore, held: Sequence[LocalCheckpoint]
+) -> tuple[str, list[tuple[str, str]]]:
     """Return the name of a model, and the URIs of its checkpoint and of its adapters in the catalog, each with the one
     in lading's cache.
     """
@@ -185,7 +237,7 @@ def _checkpoints_of(target: AssetCard | str | Path, store: AssetStore) -> tuple[
         return found.title, [(catalog_uri(ref, store), ref.uri) for ref in refs if ref.uri]
 
     uri = path_uri(found) if isinstance(found, Path) else checkpoint_ref(found).key
-    known = _known_as(uri, store)
+    known = _known_as(uri, store, held)
     if known is None:
         raise unknown_model(str(target), store)
 
@@ -210,14 +262,14 @@ def _refused(name: str, revisions: Sequence[HubRevision]) -> PolicyError:
     )
 
 
-def _known_as(uri: str, store: AssetStore) -> str | None:
+def _known_as(uri: str, store: AssetStore, held: Sequence[LocalCheckpoint]) -> str | None:
     """Return the URI of the checkpoint that ``du`` shows as ``uri``; ``None`` for no checkpoint, or one of several.
 
     ``du`` does not show the secrets of an address.
     """
     if store.checkpoint(uri) is not None:
         return uri
-    found = [checkpoint.uri for checkpoint in held_checkpoints(store.database) if shown_uri(checkpoint.uri) == uri]
+    found = [checkpoint.uri for checkpoint in held if shown_uri(checkpoint.uri) == uri]
 
     return found[0] if len(found) == 1 else None
 

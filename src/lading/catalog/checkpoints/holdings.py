@@ -6,10 +6,12 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from sqlalchemy import and_, select
 from sqlalchemy.orm import Session, selectinload
 
+from lading.catalog.artifacts import write_artifacts
 from lading.catalog.checkpoints.copies import all_copies, reachable
 from lading.catalog.checkpoints.manifests import find_checkpoint, read_manifest, shards_of
 from lading.catalog.database.database import Database
@@ -31,27 +33,47 @@ def known_uris(database: Database) -> frozenset[str]:
         return frozenset(session.scalars(select(CheckpointRow.uri)))
 
 
+class Releases:
+    """The release of the files of checkpoints, in one transaction, for which the catalog is read once."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.held = _held(session)
+        """All checkpoints with files on this machine that were not released."""
+
+    @contextmanager
+    def release(self, uri: str) -> Iterator[None]:
+        """Forget the copies of a checkpoint on this machine while the body removes their files.
+
+        When the body ends, the catalog forgets the copies; when it fails, it forgets none. The catalog keeps the
+        contents of the checkpoint, its digests and checks.
+        """
+        with self._session.begin_nested():
+            checkpoint = find_checkpoint(self._session, uri)
+            for row, _ in [] if checkpoint is None else reachable(checkpoint.copies):
+                self._session.delete(row)
+            self._session.flush()
+            yield
+        self.held = [checkpoint for checkpoint in self.held if checkpoint.uri != uri]
+
+    def forget_artifact(self, path: Path) -> None:
+        """Forget weights that lading does not load."""
+        write_artifacts(self._session, [], searched=[path])
+
+
 @contextmanager
-def releasing_copies(database: Database, uri: str) -> Iterator[list[LocalCheckpoint]]:
-    """Forget the copies of a checkpoint on this machine while the body removes their files.
+def releasing_copies(database: Database) -> Iterator[Releases]:
+    """Hold the catalog while the body releases files of checkpoints, and removes them.
 
-    This yields all checkpoints with files here, this one included. While the body runs no other process writes to
-    the catalog, so no file gets another owner during its removal; and if the catalog cannot be written, the body never
-    begins. When the body ends, the catalog forgets the copies; when it fails, or the process dies, it forgets none.
-    Removed files then stay in the catalog, which is harmless: a copy counts only while its state is the same.
-
-    The catalog keeps the contents of the checkpoint, its digests and checks.
+    No other process writes to the catalog meanwhile, so no file gets another owner during its removal; and if the
+    catalog cannot be written, the body never begins. If the process dies, the catalog forgets no copies. Removed files
+    then stay in the catalog, which is harmless: a copy counts only while its state is the same.
 
     :raises CatalogError: the catalog cannot be written.
     :raises OSError: the disk is full.
     """
     with database.session(write=True) as session:
-        held = _held(session)
-        checkpoint = find_checkpoint(session, uri)
-        for row, _ in [] if checkpoint is None else reachable(checkpoint.copies):
-            session.delete(row)
-        session.flush()
-        yield held
+        yield Releases(session)
 
 
 def _held(session: Session) -> list[LocalCheckpoint]:
