@@ -84,6 +84,22 @@ def test_a_card_is_removed_and_its_weights_stay(models: Path, cli: Callable[...,
     sound(cli)
 
 
+def test_several_cards_are_removed_as_models_are(models: Path, cli: Callable[..., Result], tmp_path: Path) -> None:
+    imported(tmp_path, "name: run-1\nmodel_family: qwen\n---\nname: run-2\nbase: run-1\n---\nname: run-1@lab\n")
+
+    for words in (("a", "b"), ("run-*",), ("run-[12]", "a")):
+        refused = cli("remove-card", *words, code=7)
+        assert refused.stdout == ""
+        assert "there is no terminal to ask. Nothing was removed. Add `--yes`" in refused.stderr
+    assert refused.stderr.splitlines()[:-1] == ["lading: run-1", "lading: run-1@lab", "lading: run-2", "lading: a"]
+    assert "nothing was removed" in cli("remove-card", "a", "none-*", "--yes", code=2).stderr
+    assert {"a", "b", "run-1", "run-2"} <= names()
+    assert cli("remove-card", "run-*", "--dry-run", "-q").stdout == "run-1\nrun-1@lab\nrun-2\n"
+    assert "3 cards removed" in cli("remove-card", "run-*", "--yes").stderr
+    assert "1 card removed" in cli("remove-card", "a").stderr
+    assert not {"a", "run-1", "run-2"} & names()
+
+
 def test_one_overlay_is_removed(models: Path, tmp_path: Path) -> None:
     imported(tmp_path, "name: a@user\nlicense: mit\n")
     lading.remove_cards("a@user")
@@ -265,7 +281,7 @@ def test_the_commands(models: Path, cli: Callable[..., Result], tmp_path: Path) 
     ]
     assert "Did you mean" in cli("remove-card", "importe", code=2).stderr
     assert "qwen.yaml" in cli("remove-card", "qwen3_0.6b", code=7).stderr
-    assert cli("remove-card", "x", "imported", "-q").stdout == "x\nimported\n"
+    assert cli("remove-card", "x", "imported", "--yes", "-q").stdout == "x\nimported\n"
     shutil.move(models / "b", tmp_path / "moved b")
     assert "1 card changed" in cli("relocate", models / "b", tmp_path / "moved b").stderr
     cli("rename", "b", "qwen3_0.6b", code=3)

@@ -121,7 +121,7 @@ def test_pin_move_export_and_undo(run: Run, cluster: Path, tmp_path: Path) -> No
 
     # Undo: the names go, and the files stay.
     before = sorted(path for path in cluster.rglob("*") if path.is_file())
-    run("remove-card", "best", "tuned-05")
+    run("remove-card", "best", "tuned-05", "--yes")
     run("list", "best", code=2)
     assert sorted(path for path in cluster.rglob("*") if path.is_file()) == before
     assert [each["status"] for each in objects(run("add", cluster / "tuned-05", "--json"))] == ["added"]

@@ -12,6 +12,7 @@ from lading.cli.command import command
 from lading.cli.complete import complete_model
 from lading.cli.options import GivenPath, dry_run
 from lading.cli.output import Form, listing_options, note, printable, write_rows
+from lading.cli.selection import Selection, confirm
 from lading.system.display import counted
 from lading.system.uris import uri_path
 
@@ -24,17 +25,37 @@ _COLUMNS = ("card", "field", "before", "after")
 @command("remove-card")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete_model)
 @dry_run
+@click.option("--yes", is_flag=True, help="Remove several cards without asking.")
 @listing_options
-def remove_card(names: tuple[str, ...], dry_run: bool, form: Form) -> None:
+def remove_card(names: tuple[str, ...], dry_run: bool, yes: bool, form: Form) -> None:
     """Remove cards from the catalog, with their overlays.
 
-    Removes no weights: `lading rm` does. A card that a watched card file states has to be removed there.
+    Removes no weights: `lading rm` does. A card that a watched card file states has to be removed there. NAME may be a
+    pattern with * and ? as in a shell; lists several cards, and asks, before it removes any.
 
     For example: lading remove-card my-model
     """
+    from lading.catalog.store import get_asset_store
     from lading.operations.edit_cards import remove_cards
 
-    _report(remove_cards(*names, dry_run=dry_run), "removed", form, dry_run=dry_run)
+    store = get_asset_store()
+    selection = Selection(names, cards=True)
+    chosen = selection.resolve(lambda name: name, store)
+    if selection.failed:
+        note("nothing was removed.")
+        selection.finish()
+    if selection.several and not (yes or dry_run):
+        cards = [change.card for change in remove_cards(*chosen, dry_run=True, store=store)]
+        for card in cards:
+            note(printable(card))
+        count = counted(len(cards), "card")
+        confirm(
+            f"Remove {count}?",
+            refusal=f"{count} would be removed, as listed, and there is no terminal to ask. Nothing was removed. Add "
+            "`--yes` to remove them.",
+        )
+
+    _report(remove_cards(*chosen, dry_run=dry_run, store=store), "removed", form, dry_run=dry_run)
 
 
 @command("rename")

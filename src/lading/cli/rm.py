@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from lading.cli.command import command
-from lading.cli.failure import INTERRUPTED
 from lading.cli.options import dry_run
 from lading.cli.output import Form, listing_options, note, printable, write_rows
-from lading.cli.selection import Selection, select_models
-from lading.errors import PolicyError
+from lading.cli.selection import Selection, confirm, select_models
 from lading.system.display import counted, human_bytes
 
 if TYPE_CHECKING:
@@ -98,21 +96,17 @@ def _agreed(selection: Selection, removals: Mapping[str, Removal]) -> bool:
             note(f"{printable(name)}: {counted(len(removal.removed), 'file')}, {human_bytes(removal.freed)}")
         for revision in removal.revisions:
             note(f"{revision.commit} of {revision.repo} is in {printable(str(revision.path))}")
-    if sys.stdin is None or not sys.stdin.isatty():
-        if many:
-            raise PolicyError(
-                f"{counted(len(affected), 'model')} would be removed, as listed, and there is no terminal to ask. "
-                "Nothing was removed. Add `--yes` to remove them."
-            )
+    if not many and (sys.stdin is None or not sys.stdin.isatty()):
         return False  # the removal refuses
 
     of = f" of {printable(next(iter(affected)))}" if not many else ""
     cache = f"{counted(len(revisions), 'revision')}{of} from the Hugging Face cache, which other programs use, too"
-    question = f"Remove {counted(len(affected), 'model')}{f', with {cache}' if revisions else ''}?"
-
-    if not click.confirm(question if many else f"Delete {cache}?", err=True):
-        note("nothing was removed.")
-        click.get_current_context().exit(INTERRUPTED)
+    count = counted(len(affected), "model")
+    confirm(
+        f"Remove {count}{f', with {cache}' if revisions else ''}?" if many else f"Delete {cache}?",
+        refusal=f"{count} would be removed, as listed, and there is no terminal to ask. Nothing was removed. Add "
+        "`--yes` to remove them.",
+    )
 
     return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,9 @@ from click.shell_completion import CompletionItem
 
 from lading.cli.command import debugging
 from lading.cli.complete import complete_model
-from lading.cli.failure import report
+from lading.cli.failure import INTERRUPTED, report
 from lading.cli.output import note, printable
-from lading.errors import CatalogError, CheckpointNotFoundError, ModelNotKnownError, SettingsError
+from lading.errors import CatalogError, CheckpointNotFoundError, ModelNotKnownError, PolicyError, SettingsError
 from lading.system.display import counted
 from lading.system.filesystem import path_exists
 
@@ -39,10 +40,16 @@ class Selection:
     model is a line on stderr, and the others are done, too; the command then exits with the highest code of any model.
     """
 
-    def __init__(self, words: tuple[str, ...], *, every: bool, here: bool) -> None:
+    def __init__(self, words: tuple[str, ...], *, every: bool = False, here: bool = False, cards: bool = False) -> None:
+        """Select models.
+
+        :param here: patterns match only models whose files are on this machine.
+        :param cards: patterns also match cards that are not models.
+        """
         self._words = words
         self._every = every
         self._here = here
+        self._cards = cards
         self._codes: dict[str, int] = {}
         self.several = every or len(words) > 1
         """True if the command line can select several models, so that results are lists. Before :meth:`resolve`, a
@@ -121,7 +128,7 @@ class Selection:
             return [word]
 
         pattern, at, env = word.partition("@")
-        models = store.models(pattern, status="ready" if self._here else None)
+        models = store.models(pattern, include_all=self._cards, status="ready" if self._here else None)
         if models:
             return [f"{model.name}{at}{env}" for model in models]
         if self._here and store.models(pattern, limit=1):
@@ -134,6 +141,20 @@ class Selection:
 
 def has_wildcard(pattern: str) -> bool:
     return any(sign in pattern for sign in "*?[")
+
+
+def confirm(question: str, *, refusal: str) -> None:
+    """Ask on the terminal whether to remove what was listed; exit if the answer is no.
+
+    :param refusal: what to say without a terminal.
+
+    :raises PolicyError: standard input is not a terminal.
+    """
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise PolicyError(refusal)
+    if not click.confirm(question, err=True):
+        note("nothing was removed.")
+        click.get_current_context().exit(INTERRUPTED)
 
 
 def _is_pattern(word: str, store: AssetStore) -> bool:
