@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 
+from sqlalchemy import Connection
+
 from lading.catalog.database.connection import (
     file_engine,
     memory_engine,
@@ -82,7 +84,6 @@ def open_catalog(settings: Settings) -> Database:
         set_stale_log_aside(target.path)
         set_journal_mode(target.path, patience_s=0.0)
         database = Database(target, file_engine(target.path), writable=True, settings=settings)
-    _require_current(database)
     _refresh(database, settings)
 
     return database
@@ -101,7 +102,8 @@ def open_catalog_readonly(settings: Settings) -> Database:
         raise no_catalog(target)
     else:
         database = Database(target, readonly_engine(target.path, patience_s=0.0), writable=False, settings=settings)
-    _require_current(database)
+    with database.read() as connection:
+        _require_current(connection, target)
 
     return database
 
@@ -128,7 +130,6 @@ def _create(target: Target, settings: Settings) -> Database:
 
     database = Database(target, file_engine(target.path), writable=True, settings=settings)
     if born:
-        _require_current(database)
         _refresh(database, settings)
 
     return database
@@ -156,20 +157,20 @@ def _open_elsewhere(target: Target, settings: Settings) -> Database:
         with database.write() as connection:
             if version_of(connection) == 0:
                 migrate(connection)
-    _require_current(database)
     _refresh(database, settings)
 
     return database
 
 
-def _require_current(database: Database) -> None:
-    with database.read() as connection:
-        check_version(version_of(connection), database.target)
-        check_objects(connection, database.target)
+def _require_current(connection: Connection, target: Target) -> None:
+    check_version(version_of(connection), target)
+    check_objects(connection, target)
 
 
 def _refresh(database: Database, settings: Settings) -> None:
+    """Update a catalog, once its schema is that of this code."""
     with database.session() as session:
+        _require_current(session.connection(), database.target)
         news = refresh.find_changes(session, settings)
     if not news or not database.writable:
         for line in news.warnings.values():
