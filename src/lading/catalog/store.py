@@ -27,7 +27,7 @@ from lading.cards.card import (
 from lading.catalog.checkpoints.copies import copies_at, copies_of_id, copies_with
 from lading.catalog.checkpoints.manifests import find_columns, read_digests, read_manifest, read_roots
 from lading.catalog.database.database import Database
-from lading.catalog.database.statements import intact
+from lading.catalog.database.statements import chunks, intact
 from lading.catalog.importing.derived import card_of, descendants
 from lading.catalog.listing import Sort, list_models, near_names, summary_of
 from lading.catalog.open import open_catalog
@@ -161,10 +161,10 @@ class AssetStore:
         """
         with self._database.session() as session:
             envs = self._envs(session, "", None)
-            kept, condition = _MATERIALISED.get(field), None
+            kept, conditions = _MATERIALISED.get(field), None
             if kept is not None and isinstance(value, str) and _is_text(value):
-                condition = kept == value
-            names, entries = self._candidates(session, condition, envs)
+                conditions = [kept == value]
+            names, entries = self._candidates(session, conditions, envs)
 
         def matches(card: AssetCard) -> bool:
             found = card.maybe_get_field(field)
@@ -179,21 +179,26 @@ class AssetStore:
 
         :raises SettingsError: no card has an overlay for the default environment.
         """
-        exact = {uri for uri in uris if _is_text(uri)}
-        folded = {uri.lower() for uri in exact if uri.startswith(SCHEMES)}
-        column = CARDS.c.checkpoint_uri
+        folded = {uri.lower() for uri in uris if uri.startswith(SCHEMES)}
         with self._database.session() as session:
             envs = self._envs(session, "", None)
-            condition: ColumnElement[bool] = column.in_(exact)  # by an index
-            if folded:
-                condition = or_(condition, func.lower(column).in_(folded))
-            names, entries = self._candidates(session, condition, envs)
+            names, entries = self._candidates(session, _at(uris), envs)
 
         def matches(card: AssetCard) -> bool:
             uri = checkpoint_ref(card).uri
-            return uri in exact or uri.lower() in folded
+            return uri in uris or uri.lower() in folded
 
         yield from _matching(names, entries, envs, matches)
+
+    def names_at(self, uris: Collection[str], *, below: tuple[str, ...] = ()) -> list[str]:
+        """Return the names of all cards that :meth:`cards_at` may yield, and some more; bad ones, too.
+
+        :param below: the beginnings of further URIs, such as ``file://``.
+
+        :raises SettingsError: no card has an overlay for the default environment.
+        """
+        with self._database.session() as session:
+            return sorted(self._names(session, _at(uris, below), self._envs(session, "", None)))
 
     @property
     def asset_names(self) -> Set[str]:
@@ -202,19 +207,17 @@ class AssetStore:
             return frozenset(session.scalars(select(CARDS.c.name).where(CARDS.c.env == "")))
 
     def _candidates(
-        self, session: Session, condition: ColumnElement[bool] | None, envs: Sequence[str]
+        self, session: Session, conditions: Sequence[ColumnElement[bool]] | None, envs: Sequence[str]
     ) -> tuple[list[str], Mapping[str, Mapping[str, CardEntry]]]:
         """Return names of cards that include all matches, and the entries of these cards and their bases.
 
-        :param condition: a condition on the columns of resolved values; default: none.
+        :param conditions: conditions on the columns of resolved values, of which a card has to meet one; default: none.
         """
-        if condition is None:
+        if conditions is None:
             entries = _grouped(read_cards(session))
             return sorted(name for name, by_env in entries.items() if "" in by_env), entries
 
-        # The columns are right for every card without an overlay on its chain.
-        names = set(session.scalars(select(CARDS.c.name).where(CARDS.c.env == "", condition)))
-        names |= self._overlaid(session, envs)
+        names = self._names(session, conditions, envs)
 
         entries = {}
         level: Collection[str] = names
@@ -225,6 +228,14 @@ class AssetStore:
             level = {base for base in bases if base is not None and base not in entries}
 
         return sorted(names), entries
+
+    def _names(self, session: Session, conditions: Sequence[ColumnElement[bool]], envs: Sequence[str]) -> set[str]:
+        # The columns are right for every card without an overlay on its chain.
+        names = self._overlaid(session, envs)
+        for condition in conditions:
+            names |= set(session.scalars(select(CARDS.c.name).where(CARDS.c.env == "", condition)))
+
+        return names
 
     def _overlaid(self, session: Session, envs: Sequence[str]) -> set[str]:
         """Return the names of the cards with an overlay of ``envs`` on their chain of bases."""
@@ -498,6 +509,19 @@ def _matching(
                 yield card
         except AssetCardError as error:
             _log.warning("A card of the catalog cannot be used: %s", error)
+
+
+def _at(uris: Collection[str], below: tuple[str, ...] = ()) -> list[ColumnElement[bool]]:
+    """Return conditions of which a card meets one if its checkpoint is at one of these URIs, or below others."""
+    exact = [uri for uri in uris if _is_text(uri)]
+    folded = {uri.lower() for uri in exact if uri.startswith(SCHEMES)}
+    column = CARDS.c.checkpoint_uri
+
+    return [
+        *(column.in_(some) for some in chunks(exact)),  # by an index
+        *(func.lower(column).in_(some) for some in chunks(folded)),
+        *(column.startswith(beginning, autoescape=True) for beginning in below),
+    ]
 
 
 def _by_env(entries: Collection[CardEntry]) -> dict[str, CardEntry]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from lading import formats
 from lading.cards.adapters import adapter_refs
@@ -26,24 +26,23 @@ def catalog_uri(ref: CheckpointRef, store: AssetStore) -> str:
 
 
 def cards_with(
-    store: AssetStore, wanted: Callable[[str], bool], *, adapters: bool = True
+    store: AssetStore, uris: Collection[str], *, below: tuple[str, ...] = (), adapters: bool = True
 ) -> list[tuple[AssetCard, CheckpointRef]]:
-    """Return the cards, with their overlays, whose checkpoint has a wanted URI; log bad cards.
+    """Return the cards, with their overlays, that state one of these URIs as their checkpoint; log bad cards.
 
     A card with adapters counts for each of them, too.
 
-    :param wanted: a condition on ``checkpoint`` alone, without the ``checkpoint_path`` inside.
+    :param uris: of ``checkpoint`` alone, without the ``checkpoint_path`` inside.
+    :param below: beginnings of further URIs.
     :param adapters: whether adapters may be wanted.
     """
     found = []
-    for model in store.models(include_all=True):
-        if model.checkpoint and wanted(model.checkpoint):
-            found += _stated(model.name, store, lambda card: [checkpoint_ref(card)])
+    for name in store.names_at(uris, below=below):
+        found += _stated(name, store, lambda card: [checkpoint_ref(card)])
     for name in store.names_stating("adapter", "adapters") if adapters else ():
-        refs = _stated(name, store, lambda card: [checkpoint_ref(each.card) for each in adapter_refs(card)])
-        found += [(card, ref) for card, ref in refs if wanted(ref.uri)]
+        found += _stated(name, store, lambda card: [checkpoint_ref(each.card) for each in adapter_refs(card)])
 
-    return found
+    return [(card, ref) for card, ref in found if ref.uri in uris or ref.uri.startswith(below)]
 
 
 def _stated(
@@ -68,17 +67,15 @@ def _stated(
 def names_of(store: AssetStore, uris: Iterable[str]) -> dict[str, list[str]]:
     """Return the names of the cards whose models are loaded from each of these checkpoints."""
     wanted = set(uris)
-    heads = {head for uri in wanted for head in heads_of(uri)}
+    heads = {stated for uri in wanted for head in heads_of(uri) for stated in (head, f"{head}/")}
     paths = filter(None, map(uri_path, wanted))
     # The address of an original does not lead to its rewrite.
     any_rewritten = any(formats.is_rewritten(path, store.settings.cache_dir) for path in paths)
-
-    def may_be(uri: str) -> bool:
-        return uri.rstrip("/") in heads or (any_rewritten and uri_path(uri) is not None)
-
+    below = ("file://",) if any_rewritten else ()
     names: dict[str, list[str]] = {}
     # The address of an adapter is that of its file.
-    for card, ref in cards_with(store, may_be, adapters=any(uri.endswith(".safetensors") for uri in wanted)):
+    adapters = any(uri.endswith(".safetensors") for uri in wanted)
+    for card, ref in cards_with(store, heads, below=below, adapters=adapters):
         uri = catalog_uri(ref, store)
         if uri in wanted:
             names.setdefault(uri, []).append(card.name)

@@ -333,7 +333,7 @@ class _Adopter:
     def _wanted(self, manifest: Manifest, path: Path) -> list[tuple[StoredCheckpoint, tuple[str, ...]]]:
         """Return the checkpoints of cards that a folder may hold, except those that are elsewhere on this machine."""
         # A card that states a path loads what is there, and nothing else.
-        uris = [uri for uri in checkpoints_like(self._store.database, manifest) if uri_path(uri) is None]
+        uris = [uri for uri in checkpoints_like(self._store.database, manifest, hashed=True) if uri_path(uri) is None]
         names = names_of(self._store, uris) if uris else {}
         here = {_folder_of(path) / shard.name for shard in manifest.shards}
 

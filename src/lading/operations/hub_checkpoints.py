@@ -38,7 +38,7 @@ def hub_checkpoints(store: AssetStore) -> Mapping[str, Sequence[HubCheckpoint]]:
     :raises CatalogError: the catalog cannot be read.
     """
     found: dict[str, tuple[HubAddress, CheckpointRef, list[str]]] = {}
-    for card, ref in cards_with(store, lambda uri: uri.startswith(SCHEMES)):
+    for card, ref in cards_with(store, (), below=SCHEMES):
         try:
             address = HubAddress.from_uri(ref.uri)
         except LadingError as error:

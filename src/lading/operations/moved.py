@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
-from lading.catalog.checkpoints.holdings import gone_checkpoints
+from lading.catalog.checkpoints.holdings import checkpoints_like, gone_checkpoints
 from lading.catalog.checkpoints.record import recorded_headers
 from lading.catalog.records import HEADER, Check, CheckpointContents, LocalCopy
 from lading.catalog.store import AssetStore, StoredCheckpoint
@@ -56,7 +57,7 @@ class Move:
 
 
 class MoveFinder:
-    """The search for moved checkpoints, for which the catalog is asked once which ones are gone.
+    """The search for moved checkpoints, for which the catalog is asked once which ones are gone, when that matters.
 
     A candidate is a checkpoint of the same tensors, all of whose files are gone, and which only this machine had. It is
     the same one if its files are in the state that the catalog recorded, as after a renaming; else if their bytes have
@@ -65,17 +66,21 @@ class MoveFinder:
     """
 
     def __init__(self, store: AssetStore, *, progress: bool = False) -> None:
-        """Look for the checkpoints that are gone.
+        """Make the search.
 
         :param progress: whether to show a bar on stderr while files are hashed.
-
-        :raises CatalogError: the catalog cannot be read.
         """
         self._store = store
         self._progress = progress
-        found = (store.checkpoint(uri) for uri in gone_checkpoints(store.database))
-        self._gone = [stored for stored in found if stored is not None and _has_all_copies(stored)]
-        self._cards = names_of(store, [stored.uri for stored in self._gone]) if self._gone else {}
+        self._found: set[str] = set()
+
+    @cached_property
+    def _gone(self) -> frozenset[str]:
+        return frozenset(gone_checkpoints(self._store.database))
+
+    @cached_property
+    def _cards(self) -> Mapping[str, Sequence[str]]:
+        return names_of(self._store, self._gone)
 
     def find(self, here: LocalCheckpointFiles) -> Move | None:
         """Return the move of a checkpoint to the path of ``here``; ``None`` if none moved there.
@@ -86,13 +91,11 @@ class MoveFinder:
         :raises OSError: a file cannot be read.
         """
         checkpoint = here.checkpoint("")
-        for stored in sorted(self._gone, key=lambda stored: not _unchanged(stored, here)):
-            if not _alike(stored.manifest, here.manifest):
-                continue
+        for stored in sorted(self._candidates(here), key=lambda stored: not _unchanged(stored, here)):
             checks = [] if _unchanged(stored, here) else self._matching(stored, here, checkpoint)
             if checks is None:
                 continue
-            self._gone.remove(stored)
+            self._found.add(stored.uri)
             verified = {copy.stat: copy.verified_at for copy in stored.copies}
             hashed = any(check.method != HEADER for check in checks)
 
@@ -106,6 +109,14 @@ class MoveFinder:
             )
 
         return None
+
+    def _candidates(self, here: LocalCheckpointFiles) -> Iterator[StoredCheckpoint]:
+        """Yield the checkpoints that are gone and may be the one that is ``here``."""
+        like = checkpoints_like(self._store.database, here.manifest) if self._gone else ()
+        for uri in like:
+            stored = self._store.checkpoint(uri) if uri in self._gone - self._found else None
+            if stored is not None and _has_all_copies(stored) and _have_same_names(stored.manifest, here.manifest):
+                yield stored
 
     def _matching(
         self, stored: StoredCheckpoint, here: LocalCheckpointFiles, checkpoint: Checkpoint
@@ -147,16 +158,9 @@ def _unchanged(stored: StoredCheckpoint, here: LocalCheckpointFiles) -> bool:
     return _stats(stored) == [here.stats[shard.name] for shard in here.manifest.shards]
 
 
-def _alike(before: Manifest, now: Manifest) -> bool:
-    """Return whether two manifests may be of the same files; one file alone may have another name."""
-    before_and_now = list(zip(before.shards, now.shards, strict=False))
-
-    return (
-        all(then.size == here.size for then, here in before_and_now)
-        and (len(before_and_now) == 1 or all(then.name == here.name for then, here in before_and_now))
-        and before.format == now.format
-        and before.tensors_equal(now)
-    )
+def _have_same_names(before: Manifest, now: Manifest) -> bool:
+    """Return whether the files of two manifests have the same names; one file alone may have another name."""
+    return len(now.shards) == 1 or [s.name for s in before.shards] == [s.name for s in now.shards]
 
 
 def _renamed(headers: dict[str, str], stored: StoredCheckpoint, here: LocalCheckpointFiles) -> dict[str, str]:

@@ -108,8 +108,11 @@ def gone_checkpoints(database: Database) -> list[str]:
     return [uri for uri, count in known.items() if gone[uri] == count]
 
 
-def checkpoints_like(database: Database, manifest: Manifest) -> list[str]:
-    """Return the URIs of checkpoints of the same tensors in files of the same sizes, whose SHA-256 are all known."""
+def checkpoints_like(database: Database, manifest: Manifest, *, hashed: bool = False) -> list[str]:
+    """Return the URIs of checkpoints of the same tensors in files of the same sizes.
+
+    :param hashed: only those whose files all have a known SHA-256.
+    """
     sizes = [shard.size for shard in manifest.shards]
     with database.session() as session:
         rows = session.scalars(
@@ -119,7 +122,7 @@ def checkpoints_like(database: Database, manifest: Manifest) -> list[str]:
                 CheckpointRow.tensors == len(manifest),
                 CheckpointRow.bytes == manifest.total_bytes,
                 CheckpointRow.parameters == manifest.parameters,
-                ~CheckpointRow.shards.any(ShardRow.sha256.is_(None)),
+                *([~CheckpointRow.shards.any(ShardRow.sha256.is_(None))] if hashed else []),
             )
             .order_by(CheckpointRow.uri)
         )
