@@ -70,6 +70,9 @@ if TYPE_CHECKING:
     from lading.operations.check import check_model as check_model
     from lading.operations.diff import DiffReport as DiffReport
     from lading.operations.diff import diff_models as diff_models
+    from lading.operations.digests import DigestReport as DigestReport
+    from lading.operations.digests import read_digests as read_digests
+    from lading.operations.digests import write_digests as write_digests
     from lading.operations.disk_usage import DiskUsage as DiskUsage
     from lading.operations.disk_usage import DiskUsageEntry as DiskUsageEntry
     from lading.operations.disk_usage import disk_usage as disk_usage
@@ -164,6 +167,9 @@ _HOME = {
     "load_tokenizer": "checkpoints.tokenizer",
     "verify_model": "operations.verify",
     "VerifyReport": "operations.verify",
+    "DigestReport": "operations.digests",
+    "read_digests": "operations.digests",
+    "write_digests": "operations.digests",
     "LoadReport": "models.report",
     "Manifest": "formats.manifest",
     "ParallelPlan": "models.parallel_plan",

@@ -91,3 +91,22 @@ def test_a_bad_file_of_another_host_says_nothing_of_this_one(pool: Pool, disks: 
 
 def load_always_on(host: str, disks: str) -> int:
     return load_on(host, disks, verify="always")
+
+
+def test_a_slice_that_no_catalog_has_seen_is_compared_with_what_the_card_publishes(pool: Pool, disks: Path) -> None:
+    make(disks / "origin")
+    lading.write_digests(disks / "origin" / "model.safetensors", disks / "digests.json", progress=False)
+    here = disks / "published.safetensors"
+    here.symlink_to("/proc/self/cwd/model.safetensors")
+    (disks / "near.yaml").write_text(CARD.format(name="near", uri=here) + "digests: digests.json\n")
+    lading.import_cards(disks / "near.yaml")
+    damage(disks / "b" / "model.safetensors")
+    first, second = pool.run(load_on, str(disks), each=["a", "b"])
+
+    assert isinstance(second.error, DigestMismatchError), second.trace
+    assert "model.layers.0.mlp.up_proj.weight" in str(second.error)
+    assert f"that {disks / 'digests.json'} publishes" in str(second.error)
+    assert isinstance(first.error, GangError)
+
+    make(disks / "b")
+    assert pool.values(load_on, str(disks), each=["a", "b"]) == [1, 1]

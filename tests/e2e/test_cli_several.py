@@ -24,7 +24,7 @@ from tests.servers.hostile import serve
 Cli = Callable[..., Result]
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
-COMMANDS = ("check", "index", "verify", "pull", "path", "show")
+COMMANDS = ("check", "index", "verify", "digests", "pull", "path", "show")
 
 
 @pytest.fixture(autouse=True)

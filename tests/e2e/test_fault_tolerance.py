@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.cache_tools import files_in
-from tests.helpers.fault_world import Place, World
+from tests.helpers.fault_world import CARD, Place, World
 from tests.helpers.make_checkpoint import make, tensors
 from tests.helpers.nursery import may_mount
 
@@ -320,6 +320,25 @@ def test_what_is_not_right_is_said_where_nothing_can_be_recorded(world: World, p
     assert re.search(
         "lading: web does not match its digests. .*\nlading: none of this was recorded, as .*\n$", done.err
     )
+
+
+def test_what_a_card_publishes_holds_where_nothing_can_be_recorded(
+    place: Place, tmp_path: Path, freeze: Freeze
+) -> None:
+    document, card = tmp_path / "digests.json", tmp_path / "card.yaml"
+    folder = make(tmp_path / "m")
+    place.run("digests", make(tmp_path / "origin"), "--write", document, "--no-progress")
+    card.write_text(f"{CARD.format(name='team', uri=folder)}digests: digests.json\n")
+    place.run("import", card)
+    ways = freeze(place.folder)
+    place.run("load", "team", "--no-progress", **ways)
+    place.run("verify", "team", "--no-progress", **ways)
+
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    for command in ("load", "verify"):
+        assert f"that {document} publishes" in place.run(command, "team", "--no-progress", code=4, **ways).err
 
 
 @pytest.mark.parametrize(("name", "variable"), [("far", "HF_HUB_CACHE"), ("web", "LADING_CACHE_DIR")])

@@ -122,6 +122,7 @@ def test_commands_that_need_no_torch(
                 ["check", "tiny"],
                 ["check", tiny],
                 ["verify", "tiny"],
+                ["digests", "tiny", "--write", more / "digests.json"],
                 ["verify", more / "sharded"],
                 ["diff", "tiny", more / "one.pt"],
                 ["diff", "qwen/qwen3_0.6b", "qwen/qwen3_1.7b"],

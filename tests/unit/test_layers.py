@@ -116,7 +116,7 @@ def test_the_public_names() -> None:
         """
         AssetCard AssetCardField Architecture AssetStore get_asset_store catalog
         load_model ModelHub ModelHubAccessor GlobalModelLoader LoadReport
-        pull_model PullReport verify_model VerifyReport
+        pull_model PullReport verify_model VerifyReport read_digests write_digests DigestReport
         convert_checkpoint export_model ExportReport load_tokenizer
         import_cards index_checkpoint query check_model CheckReport diff_models DiffReport plan_load LoadPlan
         add_checkpoints AddedCard register_model remove_cards rename_card relocate_checkpoints CardChange

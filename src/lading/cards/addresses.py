@@ -1,4 +1,4 @@
-"""The addresses that a card states: of its checkpoint, its tokenizer and its adapters."""
+"""The addresses that a card states: of its checkpoint, the digests of it, its tokenizer and its adapters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import suppress
 from lading.cards.card import AssetCard, AssetCardField, CardEntry, split_gated
 from lading.errors import AssetCardError
 
-_FIELDS = ("checkpoint", "tokenizer", "adapter")
+_FIELDS = ("checkpoint", "digests", "tokenizer", "adapter")
 
 
 def stated_addresses(metadata: Mapping[str, object]) -> Iterator[tuple[str, str]]:

@@ -42,6 +42,7 @@ FIELDS = (
     "checkpoint_path",
     "state_dict",
     "sha256",
+    "digests",
     *ADAPTER_FIELDS,
     "restrict",
     "tokenizer",
@@ -335,6 +336,17 @@ def pinned_digests(card: AssetCard) -> dict[str, str]:
     return {name: str(digest).lower() for name, digest in stated.items()}
 
 
+def digests_uri(card: AssetCard) -> str | None:
+    """Return the URI of the document that publishes the digests of a card's tensors; ``None`` without one.
+
+    :raises AssetCardError: the field ``digests`` is not a string, or is a relative path in a card that is not from a
+        file.
+    """
+    field = card.maybe_get_field("digests")
+
+    return None if field is None else field.as_uri()
+
+
 # --- resolution ------------------------------------------------------------------------------------------------------
 
 
@@ -417,16 +429,17 @@ def _require_pins(card: AssetCard, overlay: CardEntry, without: Callable[[], Ass
     except AssetCardError:
         return  # without the overlay, the card cannot be loaded at all
     pins = {} if plain is None else pinned_digests(plain)
-    removed = not pins.items() <= pinned_digests(card).items()
-    if plain is not None and (pins or _pins_adapters(plain)):
+    published = None if plain is None else digests_uri(plain)
+    removed = not pins.items() <= pinned_digests(card).items() or published not in (None, digests_uri(card))
+    if plain is not None and (pins or published or _pins_adapters(plain)):
         # They change the weights of the pinned files.
         removed = removed or any(plain.fields().get(name) != card.fields().get(name) for name in ADAPTER_FIELDS)
     if removed:
         raise AssetCardError(
             card.name,
-            f"The card {card.name!r} pins files by `sha256`, and with the overlay {overlay.env!r} ({overlay.source}) "
-            f"it would have other weights. Only an overlay of the environment {USER_ENV!r} can change pins; others "
-            "can add some. State the digests in the card itself, or make the overlay a card of its own.",
+            f"The card {card.name!r} pins its weights by `sha256` or `digests`, and with the overlay {overlay.env!r} "
+            f"({overlay.source}) it would have others. Only an overlay of the environment {USER_ENV!r} can change "
+            "pins; others can add some. State the digests in the card itself, or make the overlay a card of its own.",
         )
 
 

@@ -30,6 +30,7 @@ _CALLS = {
     "copies": "pull_model, adopt_checkpoints or remove_model",
     "artifacts": "adopt_checkpoints",
     "digests": "verify_model",
+    "digest_documents": "index_checkpoint",
     "verifications": "verify_model",
 }
 """The public functions that write each table."""

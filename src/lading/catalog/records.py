@@ -13,6 +13,7 @@ from lading.formats.artifacts import Artifact
 from lading.formats.manifest import Manifest, Shard
 from lading.system.display import representation
 from lading.system.filesystem import FileStat
+from lading.system.uris import shown_name
 
 HEADER = "header"
 """The method of a check of all bytes of a file outside of its tensors."""
@@ -116,6 +117,21 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DigestDocument:
+    """A document that publishes the digests of a checkpoint's tensors."""
+
+    uri: str
+    """The address, without secrets."""
+    sha256: str
+    """The SHA-256 of the document."""
+
+    @property
+    def shown(self) -> str:
+        """The path or the address, for messages."""
+        return shown_name(self.uri)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoredCheckpoint:
     """The catalog's knowledge of a checkpoint."""
 
@@ -125,6 +141,8 @@ class StoredCheckpoint:
     copies: tuple[LocalCopy, ...]
     """The copies whose path leads to them from this machine."""
     indexed_at: str
+    published: DigestDocument | None = None
+    """The document from which the catalog has the digests of the tensors; ``None`` if it has none, or from bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +157,8 @@ class CheckpointContents:
     checks: Sequence[Check] = ()
     revision: str = ""
     accept: bool = False
-    """``True`` to take the files as they are now for the right ones, and forget the digests of other bytes."""
+    """``True`` to take the files as they are now for the right ones, and forget the digests of other bytes, and those
+    that a card published."""
     moved_from: str | None = None
     """The URI by which the catalog knows the same checkpoint from before it moved; its digests and cards stay."""
 

@@ -259,6 +259,10 @@ class CheckpointRow(Row):
         order_by=lambda: VerificationRow.id,
     )
     """The checks of its files, by its URI: they stay when it goes."""
+    digest_document: Mapped["DigestDocumentRow | None"] = relationship(
+        back_populates="checkpoint", cascade=_OWNED, passive_deletes=True
+    )
+    """The document that publishes its digests."""
     in_pieces: Mapped[bool] = column_property(
         # A part of the same query, as a query of its own for each checkpoint would serve only the rarest case.
         exists().where(_PIECES.c.checkpoint_id == id).correlate_except(_PIECES)  # noqa: A003 (the column)
@@ -392,6 +396,24 @@ class DigestRow(Row):
     """The digests of the blocks, concatenated."""
 
 
+class DigestDocumentRow(Row):
+    """The document of a card from which the digests of a checkpoint's tensors were taken."""
+
+    __tablename__ = "digest_documents"
+    __table_args__ = (_STRICT_CLUSTERED,)
+
+    checkpoint_id: Mapped[int] = mapped_column(
+        ForeignKey("checkpoints.id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    uri: Mapped[str]
+    """The address of the document, without secrets."""
+    sha256: Mapped[str]
+    """The SHA-256 of the document."""
+    taken_at: Mapped[str]
+
+    checkpoint: Mapped["CheckpointRow"] = relationship(back_populates="digest_document")
+
+
 class CopyRow(Row):
     """A local copy of a file of a checkpoint, and its state when lading last saw it."""
 
@@ -498,7 +520,7 @@ def _table(row: type[Row]) -> Table:
 
 
 # lading reads and writes tensors and their digests as columns, as a checkpoint may have 100,000 of them.
-TENSORS, PIECES, DIGESTS = map(_table, (TensorRow, PieceRow, DigestRow))
+TENSORS, PIECES, DIGESTS, DOCUMENTS = map(_table, (TensorRow, PieceRow, DigestRow, DigestDocumentRow))
 
 # A load reads other rows as columns, too: the first use of a mapped class sets up all relationships, which takes 20 to
 # 40 ms, as long as reading 50 MB.

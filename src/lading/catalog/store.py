@@ -31,7 +31,14 @@ from lading.catalog.database.statements import chunks, intact
 from lading.catalog.importing.derived import card_of, descendants
 from lading.catalog.listing import Sort, list_models, near_names, summary_of
 from lading.catalog.open import open_catalog
-from lading.catalog.records import ArchitectureSummary, FamilySummary, LocalCopy, ModelSummary, StoredCheckpoint
+from lading.catalog.records import (
+    ArchitectureSummary,
+    DigestDocument,
+    FamilySummary,
+    LocalCopy,
+    ModelSummary,
+    StoredCheckpoint,
+)
 from lading.catalog.schema import ARCHITECTURES, CARDS, FAMILIES
 from lading.catalog.stored_cards import read_architectures, read_cards
 from lading.errors import (
@@ -418,6 +425,9 @@ class AssetStore:
                 manifest=read_manifest(session, row),
                 copies=tuple(copies_of_id(session, row.id)),
                 indexed_at=row.indexed_at,
+                published=None
+                if row.document_uri is None
+                else DigestDocument(uri=row.document_uri, sha256=row.document_sha256),
             )
 
     def digests(self, uri: str, manifest: Manifest) -> Digests | None:

@@ -13,8 +13,17 @@ from blake3 import blake3
 
 from lading import formats
 from lading.cards.card import CheckpointRef
-from lading.catalog.records import HEADER, Check, CheckpointContents, CopyKind, LocalCopy, StoredCheckpoint
+from lading.catalog.records import (
+    HEADER,
+    Check,
+    CheckpointContents,
+    CopyKind,
+    DigestDocument,
+    LocalCopy,
+    StoredCheckpoint,
+)
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, InternalError, PolicyError
+from lading.formats.digests import Digests
 from lading.formats.manifest import Manifest
 from lading.system.filesystem import FileStat
 from lading.system.uris import path_uri
@@ -44,6 +53,10 @@ class Checkpoint:
     """``True`` if all files were verified in the state that they are in."""
     pinned: tuple[int, ...] = ()
     """The shards whose SHA-256 the card states, by their positions in the manifest."""
+    published: DigestDocument | None = None
+    """The document that publishes the digests of the tensors; ``None`` if no card names one."""
+    digests: Digests | None = None
+    """The digests of that document, if they were read just now; else the catalog has them."""
     ref: CheckpointRef | None = None
     """The source to fetch it from; ``None`` for a local checkpoint."""
     revision: str = ""

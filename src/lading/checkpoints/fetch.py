@@ -69,7 +69,7 @@ def fetch_checkpoint(
 
     paths = tuple(ShardFile(path=file.path, stat=file.stat, sha256=file.sha256) for file in fetched)
 
-    return replace(checkpoint, files=paths, trusted=True)
+    return replace(checkpoint, files=paths, trusted=checkpoint.published is None)
 
 
 def _fetch_to_index_again(
@@ -81,7 +81,7 @@ def _fetch_to_index_again(
     if not fetched.manifest.tensors_equal(checkpoint.manifest):
         raise _replaced(checkpoint.where)
     record_fetched(checkpoint, fetched.copies, fetched.checks, store)
-    checkpoint = replace(checkpoint, files=fetched.files, trusted=True)
+    checkpoint = replace(checkpoint, files=fetched.files, trusted=checkpoint.published is None)
     if fetched.rewritten and store is not None:
         record_rewritten(checkpoint, store)
 

@@ -12,6 +12,7 @@ from lading.catalog.checkpoints.record import record_checkpoint
 from lading.catalog.records import CheckpointContents
 from lading.catalog.store import AssetStore, StoredCheckpoint, get_asset_store
 from lading.checkpoints.address import address_of, require_access
+from lading.checkpoints.card_digests import with_digests
 from lading.checkpoints.checkpoint import (
     Checkpoint,
     LocalCheckpointFiles,
@@ -21,7 +22,7 @@ from lading.checkpoints.checkpoint import (
 )
 from lading.checkpoints.fetch_to_index import FetchedCheckpoint, fetch_and_index, must_fetch_to_index
 from lading.checkpoints.local_copies import all_verified, copies_as_known, was_verified
-from lading.checkpoints.names import find_card
+from lading.checkpoints.names import find_card, path_title
 from lading.checkpoints.pins import with_pins
 from lading.checkpoints.published import PublishedCheckpoint, index_source
 from lading.checkpoints.recording import record_manifest, stored_checkpoint
@@ -37,31 +38,38 @@ from lading.system.uris import path_uri, shown_uri, uri_path
 
 
 def card_checkpoint(
-    card: AssetCard, store: AssetStore, *, progress: bool = False, accept_others: bool = False
+    card: AssetCard | Path, store: AssetStore, *, progress: bool = False, accept_others: bool = False
 ) -> Checkpoint:
     """Return the checkpoint of a card, with the catalog's manifest if that is still valid.
 
     This does not fetch a remote checkpoint: it reads the headers there, once, and pins the revision. Only a checkpoint
     of ``torch.save`` has to be fetched first (:mod:`lading.checkpoints.fetch_to_index`).
 
+    :param card: a card, or the path of a checkpoint.
     :param progress: show a bar on stderr for that download.
     :param accept_others: accept files of other tensors than those that were verified, and do not record them.
 
     :raises ModelGatedError: the card names no checkpoint.
     :raises CheckpointNotFoundError: nothing is at the place that the card states.
     :raises FetchError: the source cannot be reached.
-    :raises DigestMismatchError: other files have replaced those that were verified, or that the card pins.
+    :raises DigestMismatchError: other files have replaced those that were verified, or that the card pins; or the card
+        publishes other digests than the recorded ones.
     :raises NotSupportedError: it is quantized.
     """
+    if isinstance(card, Path):
+        return _local_checkpoint(path_title(card), local_checkpoint(card), store, accept_others=accept_others)
     ref = address_of(card)
     path = uri_path(ref.uri)
     if path is None:
-        return with_pins(_remote_checkpoint(card.title, ref, store, progress=progress), card, store)
+        checkpoint = with_pins(_remote_checkpoint(card.title, ref, store, progress=progress), card, store)
+        return with_digests(checkpoint, card, store)
 
     require_access(card.title, ref)
     path = local_checkpoint(path, inner_path=ref.path)
 
-    return with_pins(_local_checkpoint(card.title, path, store, accept_others=accept_others), card, store)
+    checkpoint = with_pins(_local_checkpoint(card.title, path, store, accept_others=accept_others), card, store)
+
+    return checkpoint if accept_others else with_digests(checkpoint, card, store)
 
 
 def local_paths(card: AssetCard | Path, store: AssetStore) -> list[Path]:
@@ -146,6 +154,9 @@ def index_checkpoint(
 
     store.database.require_writable()
     record_checkpoint(store.database, contents, cards=[] if card_name is None else [card_name])
+    if isinstance(found_card, AssetCard):
+        indexed = remote_checkpoint(ref.shown, ref, contents.manifest, contents.revision)
+        with_digests(replace(indexed, uri=contents.uri), found_card, store, accept=True)
     stored = store.checkpoint(contents.uri)
     if stored is None:
         raise InternalError(f"the manifest of {shown_uri(contents.uri)} was written to the catalog, but is not there")
@@ -163,7 +174,8 @@ def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, prog
         require_access(name, ref)
     if stored is not None:
         known = remote_checkpoint(name, ref, stored.manifest, stored.revision)
-        return replace(known, files=files, trusted=files is not None and all_verified(stored))
+        trusted = files is not None and all_verified(stored)
+        return replace(known, files=files, trusted=trusted, published=stored.published)
 
     published = _published_or_fetched(ref, store, name=name, progress=progress)
     if isinstance(published, FetchedCheckpoint):
@@ -209,7 +221,7 @@ def _local_checkpoint(name: str, path: Path, store: AssetStore, *, accept_others
     stored = stored_checkpoint(name, path_uri(path), store)
     known = None if stored is None else LocalCheckpointFiles.as_known(path, stored)
     if stored is not None and known is not None:
-        return known.checkpoint(name, trusted=all_verified(stored))
+        return replace(known.checkpoint(name, trusted=all_verified(stored)), published=stored.published)
 
     found = LocalCheckpointFiles.read(path, cache=store.settings.cache_dir)
     if found.path != path:  # a rewrite in the cache, which the catalog may know
@@ -219,7 +231,8 @@ def _local_checkpoint(name: str, path: Path, store: AssetStore, *, accept_others
     same = stored is not None and found.manifest.tensors_equal(stored.manifest)
     if stored is not None and same and found.manifest.has_files_of(stored.manifest):
         # The records of the expected bytes hold for these, too.
-        checkpoint = replace(checkpoint, manifest=replace(found.manifest, shards=stored.manifest.shards))
+        manifest = replace(found.manifest, shards=stored.manifest.shards)
+        checkpoint = replace(checkpoint, manifest=manifest, published=stored.published)
     if stored is not None and not same and was_verified(stored, store):
         if accept_others:
             return checkpoint

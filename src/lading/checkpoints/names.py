@@ -244,3 +244,8 @@ def _spellings(uri: str) -> list[str]:
         return heads
 
     return [f"{scheme}://{head.partition('://')[2]}" for head in heads for scheme in HUB_SCHEMES]
+
+
+def path_title(path: Path) -> str:
+    """Return a path as commands take it, for hints: with a slash."""
+    return str(path) if "/" in str(path) else f"./{path}"

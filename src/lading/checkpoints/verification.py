@@ -2,8 +2,8 @@
 
 A checkpoint has two kinds of digests. Sources publish the SHA-256 of a whole file, which takes a pass over the file.
 lading records the digests of blocks of tensors (:mod:`lading.formats.digests`) the first time that a load reads all
-bytes; the threads of the load take them. lading trusts a file that had the right digest as long as its state (size,
-times, inode) is the same.
+bytes, unless a card publishes them; the threads of the load take them. lading trusts a file that had the right digest
+as long as its state (size, times, inode) is the same.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Expected:
     """The expected digests of a load."""
 
     digests: Digests | None
-    """The recorded digests; ``None`` if this load records them."""
+    """The published or recorded digests; ``None`` if this load records them."""
     dims: array[int]
     """The dim along which to cut each tensor into blocks; type code ``b``."""
 
@@ -95,7 +95,7 @@ def prepare_verification(
             "name, or load it with `verify='auto'`."
         )
 
-    digests = _stored_digests(checkpoint, store)
+    digests = known_digests(checkpoint, store)
     # The recorded digests may be those of other bytes than the card pins.
     chosen = None if digests is None else checkpoint.pinned
     checks = check_files(checkpoint, chosen, progress=progress)
@@ -125,7 +125,7 @@ def finish_verification(
     :param found: the digests of this rank.
     :param store: the store that records it; only rank 0 has one.
 
-    :raises DigestMismatchError: a tensor is not the one that was recorded.
+    :raises DigestMismatchError: a tensor is not the one that was published or recorded.
     """
     manifest, files = checkpoint.manifest, checkpoint.here()
     different = [] if expected.digests is None else differences(expected.digests, found)
@@ -142,7 +142,12 @@ def finish_verification(
         return
     if expected.digests is not None and root.size > 1:
         found = _seen_by_all(expected.digests, [known for known, _ in mine])
-    found = _completed(manifest, files, found, progress=progress)
+    _conclude(checkpoint, expected, _completed(manifest, files, found, progress=progress), store)
+
+
+def _conclude(checkpoint: Checkpoint, expected: Expected, found: Digests, store: AssetStore) -> None:
+    """Compare the digests of all tensors with the expected ones, and record the result."""
+    manifest = checkpoint.manifest
     if expected.digests is not None:
         different = differences(expected.digests, found)
         _record_bad(checkpoint, expected.digests, _shards_of(manifest, different), store)
@@ -209,11 +214,13 @@ def _refuse(checkpoint: Checkpoint, different: Different) -> None:
     more = f" and {len(different) - 5} more" if len(different) > 5 else ""
     path = checkpoint.here()[_shards_of(manifest, different)[0]].path
     first, blocks = different[0]
+    published = checkpoint.published
+    origin = "were verified before" if published is None else f"{published.shown} publishes"
     raise DigestMismatchError(
         path,
-        f"{path}: {len(different)} of {len(manifest)} tensors are not those that were verified before: {shown}{more}. "
+        f"{path}: {len(different)} of {len(manifest)} tensors are not those that {origin}: {shown}{more}. "
         f"{remedy(checkpoint, files=len(_shards_of(manifest, different)))}",
-        expected=f"the recorded digests of {manifest.names[first]}",
+        expected=f"the {'recorded' if published is None else 'published'} digests of {manifest.names[first]}",
         found=f"others in blocks {', '.join(map(str, blocks))}",
     )
 
@@ -223,6 +230,12 @@ def remedy(checkpoint: Checkpoint, *, files: int = 1) -> str:
     them = "it" if files == 1 else "them"
     if checkpoint.ref is not None:
         return f"`lading verify {checkpoint.name} --repair` fetches {them} again."
+
+    if checkpoint.published is not None:
+        return (
+            f"Put what was published there. To publish what is there, remove the field `digests` from the card, run "
+            f"`lading index {checkpoint.name}`, and write the digests again."
+        )
 
     they = "it was" if files == 1 else "they were"
 
@@ -239,15 +252,23 @@ def record_rewritten(checkpoint: Checkpoint, store: AssetStore) -> None:
             record_digests(store.database, uri=checkpoint.uri, manifest=checkpoint.manifest, digests=digests)
 
 
-def require_pinned(checkpoint: Checkpoint, store: AssetStore, *, progress: bool = False) -> None:
-    """Hash the files that the card pins, unless they were verified as they are.
+def require_stated(checkpoint: Checkpoint, store: AssetStore, *, progress: bool = False) -> None:
+    """Compare the files with the digests that the card pins or publishes, unless they were verified as they are.
 
-    :raises DigestMismatchError: a file has another digest.
+    :raises DigestMismatchError: a file or a tensor has another digest.
     """
-    if checkpoint.pinned and not checkpoint.trusted:
+    if checkpoint.trusted:
+        return
+    if checkpoint.pinned:
         checks = check_files(checkpoint, checkpoint.pinned, progress=progress)
         record_checks(checkpoint, checks, store)
         require_match(checks)
+    digests = None if checkpoint.published is None else known_digests(checkpoint, store)
+    if digests is not None:
+        from lading.transfer.hashing import hash_checkpoint  # imports numpy
+
+        found = hash_checkpoint(checkpoint.manifest, checkpoint.here(), digests.dims, progress=progress)
+        _conclude(checkpoint, Expected(digests=digests, dims=digests.dims), found, store)
 
 
 def check_files(checkpoint: Checkpoint, chosen: Sequence[int] | None = None, *, progress: bool = False) -> list[Check]:
@@ -300,7 +321,10 @@ def require_match(checks: Sequence[Check]) -> None:
             )
 
 
-def _stored_digests(checkpoint: Checkpoint, store: AssetStore) -> Digests | None:
+def known_digests(checkpoint: Checkpoint, store: AssetStore) -> Digests | None:
+    """Return the published or recorded digests of a checkpoint's tensors; ``None`` if there are none."""
+    if checkpoint.digests is not None:
+        return checkpoint.digests
     with BestEffort("the digests of %s cannot be read from the catalog", checkpoint.name):
         return store.digests(checkpoint.uri, checkpoint.manifest)
     return None

@@ -36,6 +36,7 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
             "index": "lading.cli.index:index",
             "pull": "lading.cli.pull:pull",
             "verify": "lading.cli.verify:verify",
+            "digests": "lading.cli.digests:digests",
         },
         "On this machine": {
             "env": "lading.cli.env:env",

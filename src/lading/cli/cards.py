@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
-import secrets
-import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +16,7 @@ from lading.cli.options import GivenPath, dry_run
 from lading.cli.output import note, printable
 from lading.cli.selection import has_wildcard
 from lading.system.display import counted
+from lading.system.filesystem import write_text
 from lading.system.uris import uri_path
 
 log = logging.getLogger("lading")
@@ -80,7 +77,7 @@ def export_cards(pattern: str | None, output: str | None) -> None:
     if output is None or output == "-":
         click.echo(text, nl=False)
     else:
-        _write(Path(output), text)
+        write_text(Path(output), [text])
     note(f"{counted(len(cards), 'card')}, {counted(len(architectures), 'architecture')}")
 
 
@@ -96,23 +93,3 @@ def _with_absolute_paths(entry: CardEntry) -> CardEntry:
     }
 
     return replace(entry, metadata=with_addresses(entry.metadata, paths))
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file atomically; write to pipes and devices directly."""
-    if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
-        return
-
-    path = path.resolve()
-    if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-        if path.exists():
-            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

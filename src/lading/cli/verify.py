@@ -15,6 +15,7 @@ from lading.cli.selection import Selection, select_models
 
 if TYPE_CHECKING:
     from lading.cards.card import AssetCard
+    from lading.operations.verify import VerifyReport
 
 MISMATCH = 4
 
@@ -27,6 +28,15 @@ _TABLE = (
     Column(name="method"),
     Column(name="path"),
 )
+
+
+def _origin(report: VerifyReport) -> str:
+    """Return which digests the files do not match."""
+    if not report.published or not report.different:
+        return "its digests"
+    more = f" and {len(report.different) - 3} more" if report.different[3:] else ""
+
+    return printable(f"the digests of {', '.join(report.different[:3])}{more} that {report.published} publishes")
 
 
 @command("verify")
@@ -63,7 +73,7 @@ def verify(selection: Selection, repair: bool, no_progress: bool, form: Form) ->
         if report.unrecorded:
             unrecorded[f"none of this was recorded, as {printable(report.unrecorded)}"] = None
         if not report.good:
-            hints.append(f"{printable(name)} does not match its digests. {report.hint}")
+            hints.append(f"{printable(name)} does not match {_origin(report)}. {report.hint}")
 
         return 0 if report.good else MISMATCH
 

@@ -179,6 +179,11 @@ class Digests:
         """Return whether the digests of all blocks of tensor ``i`` are known."""
         return self.known[i] == (1 << (self.starts[i + 1] - self.starts[i])) - 1
 
+    @property
+    def complete(self) -> bool:
+        """``True`` if the digests of all blocks of all tensors are known."""
+        return all(map(self.is_complete, range(len(self))))
+
     def of(self, manifest: Manifest, i: int) -> TensorDigest | None:
         """Return the digests of tensor ``i``; ``None`` unless all are known.
 

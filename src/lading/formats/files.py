@@ -13,6 +13,9 @@ from typing import BinaryIO
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
 from lading.system import filesystem
 
+FETCH_AGAIN = "Fetch the checkpoint again, or save it again."
+"""The advice about most damaged files."""
+
 
 def corrupt(
     label: str,
@@ -20,7 +23,7 @@ def corrupt(
     *,
     expected: str,
     found: str,
-    hint: str = "Fetch the checkpoint again, or save it again.",
+    hint: str = FETCH_AGAIN,
 ) -> CorruptModelCheckpointError:
     """Return the error for a file that breaks the rules of its format.
 

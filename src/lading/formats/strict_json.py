@@ -1,4 +1,4 @@
-"""Strict JSON objects: the headers of safetensors files, and indexes of several files.
+"""Strict JSON objects: the headers of safetensors files, indexes of several files, and documents of digests.
 
 :mod:`json` decodes values, but takes the last of equal keys, and builds whatever a file asks for: 100 MB of ``[],[],…``
 as some 3 GB of lists. So this module goes from key to key itself, and the caller says what must come next. An error
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
 from lading.errors import CorruptModelCheckpointError
-from lading.formats.files import corrupt
+from lading.formats.files import FETCH_AGAIN, corrupt
 
 _MAX_DEPTH = 32
 _MAX_FREE = 10_000_000
@@ -33,6 +33,7 @@ _KEY = re.compile(rf"{_STRING.pattern}{SPACE}:")
 _MORE = re.compile(rf"{SPACE}([],}}])")
 # Up to the first item that does not belong there. What has more than 19 digits is not even converted.
 _INTEGER = r"(?:0|[1-9][0-9]{0,18}+)(?![\w.])"
+_NUMBER = re.compile(rf"{SPACE}({_INTEGER})")
 _ITEMS = rf"(?:{_INTEGER}{SPACE},{SPACE}){{0,{_MAX_ITEMS - 1}}}+(?:{_INTEGER}{SPACE}\]?)?"
 _INTEGERS = re.compile(rf"{SPACE}(\[{SPACE}(?:\]|{_ITEMS}))")
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[][{}]')
@@ -47,20 +48,22 @@ class Reader:
 
     :param label: the path or the address of the file, for errors.
     :param what: the name of ``data`` in errors.
+    :param hint: how to fix the file.
 
     :raises CorruptModelCheckpointError: (all methods) something else comes next, or it is not JSON.
     """
 
-    __slots__ = ("label", "position", "text")
+    __slots__ = ("hint", "label", "position", "text")
 
-    def __init__(self, data: bytes | bytearray, *, label: str, what: str) -> None:
+    def __init__(self, data: bytes | bytearray, *, label: str, what: str, hint: str = FETCH_AGAIN) -> None:
         try:
             self.text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             found = f"byte {data[error.start]:#04x} at position {error.start}"
-            raise corrupt(label, what, expected="UTF-8", found=found) from error
+            raise corrupt(label, what, expected="UTF-8", found=found, hint=hint) from error
 
         self.label = label
+        self.hint = hint
         self.position = 0
         """The position in ``text`` of the next character."""
 
@@ -74,7 +77,7 @@ class Reader:
             snippet = _SNIPPET.match(self.text, at)
             found = f"{snippet[0] if snippet else 'the end of the text'!r} at position {at}"
 
-        return corrupt(self.label, where, expected=expected, found=found)
+        return corrupt(self.label, where, expected=expected, found=found, hint=self.hint)
 
     def comes(self, token: str) -> bool:
         """Return whether ``token`` comes next."""
@@ -143,6 +146,24 @@ class Reader:
             result[key] = values.setdefault(value, value) if len(values) < _MAX_VALUES else value
 
         return result
+
+    def integer(self, where: str) -> int:
+        """Return an integer from 0 to 2^63 - 1."""
+        expected = "an integer from 0 to 2^63 - 1"
+        match = _NUMBER.match(self.text, self.position)
+        if match is None:
+            raise self.fail(where, expected)
+        value = int(match[1])
+        if value >= 2**63:
+            raise self.fail(where, expected, f"{value}")
+        self.position = match.end()
+
+        return value
+
+    def end(self, where: str) -> None:
+        """Check that nothing but space follows."""
+        if self._skip_space() < len(self.text):
+            raise self.fail(where, "the end of the text")
 
     def integers(self, where: str, *, at_most: int) -> list[int]:
         """Return a list of integers from 0 to 2^63 - 1.

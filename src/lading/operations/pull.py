@@ -14,6 +14,7 @@ from lading.catalog.checkpoints.record import record_checkpoint
 from lading.catalog.records import CheckpointContents
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.address import address_of, require_access
+from lading.checkpoints.card_digests import with_digests
 from lading.checkpoints.checkpoint import Checkpoint, remote_checkpoint
 from lading.checkpoints.extra_files import (
     RemoteTokenizer,
@@ -30,7 +31,7 @@ from lading.checkpoints.names import find_card
 from lading.checkpoints.pins import with_pins
 from lading.checkpoints.published import PublishedCheckpoint, index_source, name_in_source
 from lading.checkpoints.recording import fetch_extra_files
-from lading.checkpoints.verification import require_pinned
+from lading.checkpoints.verification import require_stated
 from lading.errors import (
     AssetCardError,
     FetchError,
@@ -156,7 +157,7 @@ def _pull(
                 f"{checkpoint.where} is on this machine and has no revisions, but {revision!r} was requested."
             )
         if not dry_run:
-            require_pinned(checkpoint, store, progress=progress)
+            require_stated(checkpoint, store, progress=progress)
         tokenizer = _tokenizer_elsewhere(card, ref, None, store)
         return _report(checkpoint, False, _bring(tokenizer, checkpoint, store, dry_run=dry_run, progress=progress))
     if ref.scheme in HTTP_SCHEMES:
@@ -190,8 +191,9 @@ def _pull(
     if published is not None and not isinstance(published, FetchedCheckpoint):
         contents = CheckpointContents(uri=checkpoint.uri, manifest=checkpoint.manifest, revision=checkpoint.revision)
         record_checkpoint(store.database, contents, cards=[card.title])
-    here = fetch_checkpoint(pinned, store, settings=store.settings, progress=progress)
-    require_pinned(here, store, progress=progress)
+    stated = with_digests(pinned, card, store)
+    here = fetch_checkpoint(stated, store, settings=store.settings, progress=progress)
+    require_stated(here, store, progress=progress)
     fetched = _fetch(checkpoint, companions, store, progress=progress)
     brought = _bring(tokenizer, checkpoint, store, dry_run=False, progress=progress)
 
@@ -280,7 +282,7 @@ def _as_checkpoint(
     if not digests and not fresh.revision and not _is_unchanged(kept, ref, published, store):
         return fresh
 
-    return replace(fresh, manifest=kept.manifest, files=kept.files, trusted=kept.trusted)
+    return replace(kept, name=fresh.name, revision=fresh.revision)
 
 
 def _is_unchanged(kept: Checkpoint, ref: CheckpointRef, published: PublishedCheckpoint, store: AssetStore) -> bool:

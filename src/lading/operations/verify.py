@@ -18,11 +18,12 @@ from lading.catalog.checkpoints.record import record_digests, record_files, reco
 from lading.catalog.records import Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.address import address_of
+from lading.checkpoints.card_digests import with_digests
 from lading.checkpoints.checkpoint import Checkpoint, LocalCheckpointFiles, header_checks, local_checkpoint
 from lading.checkpoints.fetch import fetch_checkpoint
 from lading.checkpoints.local_copies import best_copies
 from lading.checkpoints.locate import card_checkpoint, index_checkpoint
-from lading.checkpoints.names import find_card
+from lading.checkpoints.names import find_card, path_title
 from lading.checkpoints.pins import with_pins
 from lading.checkpoints.verification import check_files, remedy, shard_digest
 from lading.errors import (
@@ -36,7 +37,7 @@ from lading.errors import (
     NotSupportedError,
     TorchNotFoundError,
 )
-from lading.formats.digests import Digests, default_dims, recorded
+from lading.formats.digests import Digests, default_dims, differences, recorded
 from lading.formats.folder import DISTRIBUTED_SUFFIX
 from lading.formats.safetensors import index_file
 from lading.formats.torch_save.archive import damaged_record
@@ -65,6 +66,10 @@ class VerifyReport:
     """The wrong files that were fetched again."""
     hint: str = ""
     """Advice about wrong files."""
+    different: tuple[str, ...] = ()
+    """The tensors that are not those whose digests are published or recorded, before any repair."""
+    published: str = ""
+    """The document that publishes the digests of the tensors; empty without one."""
     unrecorded: str = ""
     """The reason that the catalog has no record of it; empty if it has."""
 
@@ -96,8 +101,8 @@ def verify_model(
     """Check all bytes of the files of a model, and of its adapters, on this machine.
 
     This compares them with the published or recorded SHA-256; else with the digests of tensors that the first load
-    recorded. It records unknown digests. Every check becomes a row; if the catalog cannot be written, this checks the
-    files all the same.
+    recorded; and with those that the card publishes. It records unknown digests. Every check becomes a row;
+    if the catalog cannot be written, this checks the files all the same.
 
     :param name: as ``load_model`` takes it; likewise ``revision``. A checkpoint at a path need not be in the catalog.
     :param repair: fetch wrong files again: those in lading's own cache, and in that of Hugging Face's libraries, whose
@@ -121,6 +126,7 @@ def verify_model(
             checks=(*report.checks, *adapter.checks),
             repaired=report.repaired | adapter.repaired,
             hint=" ".join(filter(None, (report.hint, adapter.hint))),
+            different=(*report.different, *adapter.different),
         )
 
     return report
@@ -129,7 +135,7 @@ def verify_model(
 def _verify(of: AssetCard | Path, store: AssetStore, *, repair: bool, progress: bool) -> VerifyReport:
     """Check the files of one checkpoint."""
     checkpoint, kinds = _known(of, store)
-    checks = _checked(checkpoint, of, store, progress=progress)
+    checks, different = _checked(checkpoint, of, store, progress=progress)
     _record(checkpoint, kinds, checks, store)
 
     bad = [check for check in checks if check.result == "mismatch"]
@@ -140,7 +146,7 @@ def _verify(of: AssetCard | Path, store: AssetStore, *, repair: bool, progress: 
             repaired = fetch_checkpoint(
                 replace(checkpoint, files=None), store, settings=store.settings, progress=progress
             )
-        checks = _checked(repaired, of, store, progress=progress)
+        checks, _ = _checked(repaired, of, store, progress=progress)
         _record(repaired, kinds, checks, store)
 
     database = store.database
@@ -150,6 +156,8 @@ def _verify(of: AssetCard | Path, store: AssetStore, *, repair: bool, progress: 
         checks=tuple(checks),
         repaired=frozenset(check.file for check in bad if repair),
         hint=remedy(checkpoint, files=len(bad)) if bad else "",
+        different=tuple(different),
+        published="" if checkpoint.published is None else checkpoint.published.shown,
         unrecorded="" if database.writable else f"the catalog {database.url} cannot be written",
     )
 
@@ -158,7 +166,7 @@ def _known(of: AssetCard | Path, store: AssetStore) -> tuple[Checkpoint, dict[st
     """Return the checkpoint by the catalog's records, its files in their current state, and the owner of each."""
     if isinstance(of, Path):
         ref = CheckpointRef(uri=path_uri(of.absolute()), gated=False, info_url=None)
-        name = title = str(of) if "/" in str(of) else f"./{of}"  # as hints have to name it
+        name = title = path_title(of)
     else:
         ref, name, title = address_of(of), of.name, of.title
     path = uri_path(ref.uri)
@@ -172,7 +180,7 @@ def _known(of: AssetCard | Path, store: AssetStore) -> tuple[Checkpoint, dict[st
         path, uri = Path(fresh.where), fresh.uri
         stored = store.checkpoint(uri)
         if stored is None:  # the catalog cannot be written
-            return fresh, {shard.name: "source" for shard in fresh.manifest.shards}
+            return _as_stated(fresh, of, store), {shard.name: "source" for shard in fresh.manifest.shards}
     copies = {} if stored is None else best_copies(stored.copies)
     if stored is None or not all(shard.name in copies for shard in stored.manifest.shards):
         if ref.gated:
@@ -193,12 +201,16 @@ def _known(of: AssetCard | Path, store: AssetStore) -> tuple[Checkpoint, dict[st
         files=files,
         ref=ref if path is None else None,
         revision=stored.revision,
+        published=stored.published,
     )
+    kinds = {shard.name: copies[shard.name].kind for shard in stored.manifest.shards}
 
-    if isinstance(of, AssetCard):
-        checkpoint = with_pins(checkpoint, of, store)
+    return _as_stated(checkpoint, of, store), kinds
 
-    return checkpoint, {shard.name: copies[shard.name].kind for shard in stored.manifest.shards}
+
+def _as_stated(checkpoint: Checkpoint, of: AssetCard | Path, store: AssetStore) -> Checkpoint:
+    """Return the checkpoint with the digests that its card states as the expected ones."""
+    return checkpoint if isinstance(of, Path) else with_digests(with_pins(checkpoint, of, store), of, store)
 
 
 def _first_seen(of: AssetCard | Path, path: Path, title: str, store: AssetStore) -> Checkpoint:
@@ -226,36 +238,43 @@ def _as_it_is(path: Path) -> ShardFile:
         return ShardFile(path=path, stat=_GONE)
 
 
-def _checked(checkpoint: Checkpoint, of: AssetCard | Path, store: AssetStore, *, progress: bool) -> list[Check]:
-    """Return one check of each file."""
+def _checked(
+    checkpoint: Checkpoint, of: AssetCard | Path, store: AssetStore, *, progress: bool
+) -> tuple[list[Check], list[str]]:
+    """Return one check of each file, and the names of the tensors that differ from their digests."""
     shards, files = checkpoint.manifest.shards, checkpoint.here()
     there = [i for i, file in enumerate(files) if file.stat != _GONE]
     checks = {check.file: check for check in check_files(checkpoint, there, progress=progress)}
     rest = [i for i in there if shards[i].name not in checks]
-    checks |= {check.file: check for check in _checked_by_tensors(checkpoint, rest, of, store, progress=progress)}
+    if checkpoint.published is not None:  # what a card states holds beside what the source does
+        rest = [i for i in there if i in rest or checks[shards[i].name].result != "mismatch"]
+    by_tensors, different = _checked_by_tensors(checkpoint, rest, of, store, progress=progress)
+    checks |= {check.file: check for check in by_tensors}
     checks |= _checked_records(checkpoint, [i for i in rest if checks[shards[i].name].result != "mismatch"])
     checks |= _checked_headers(checkpoint, [i for i in rest if checks[shards[i].name].result != "mismatch"], store)
 
-    return [
+    found = [
         checks.get(shard.name) or checkpoint.check(i, "presence", expected=f"{shard.size} bytes", found=None)
         for i, shard in enumerate(shards)
     ]
 
+    return found, different
+
 
 def _checked_by_tensors(
     checkpoint: Checkpoint, chosen: Sequence[int], of: AssetCard | Path, store: AssetStore, *, progress: bool
-) -> Iterator[Check]:
-    """Yield checks of files without a known SHA-256, by the digests of their tensors."""
+) -> tuple[list[Check], list[str]]:
+    """Return checks of files by the digests of their tensors, and the names of those that differ."""
     manifest, files = checkpoint.manifest, checkpoint.here()
     if not chosen:
-        return
+        return [], []
 
-    expected = store.digests(checkpoint.uri, manifest)
-    dims = _dims(checkpoint, of, store) if expected is None else expected.dims
+    expected = store.digests(checkpoint.uri, manifest) if checkpoint.digests is None else checkpoint.digests
+    dims = dims_of(checkpoint, of, store) if expected is None else expected.dims
     found: dict[int, Digests] = {}
     if manifest.pieces:
-        yield from _checked_together(checkpoint, chosen, expected, dims, store, progress=progress)
-        return
+        return _checked_together(checkpoint, chosen, expected, dims, store, progress=progress)
+    checks, different = [], []
     for i in chosen:
         part = manifest.only(i)
         try:
@@ -264,16 +283,22 @@ def _checked_by_tensors(
                 found[i] = hash_checkpoint(part, [files[i]], own, progress=progress)
         except CorruptModelCheckpointError:
             pass  # not even a checkpoint any more
-        yield checkpoint.check(
+        check = checkpoint.check(
             i,
             "blake3",
             expected=shard_digest(manifest, expected, i) if expected is not None else None if i in found else "tensors",
             found=shard_digest(part, found[i], 0) if i in found else None,
         )
+        checks.append(check)
+        if expected is not None and i in found and check.result == "mismatch":
+            tensors = zip(manifest.tensors_of(i), found[i].iter(part), strict=True)
+            different += [manifest.names[t] for t, digest in tensors if digest != expected.of(manifest, t)]
 
     if expected is None and len(found) == len(manifest.shards):
         rows = [(d.dim, d.blocks) for i in chosen for d in found[i].iter(manifest.only(i)) if d is not None]
         record_digests(store.database, uri=checkpoint.uri, manifest=manifest, digests=recorded(manifest, rows))
+
+    return checks, different
 
 
 def _checked_together(
@@ -284,8 +309,10 @@ def _checked_together(
     store: AssetStore,
     *,
     progress: bool,
-) -> Iterator[Check]:
-    """Yield checks of files that hold pieces of tensors: all files of a tensor that differs are wrong."""
+) -> tuple[list[Check], list[str]]:
+    """Return checks of files that hold pieces of tensors, and the names of those that differ: all files of a tensor
+    that differs are wrong.
+    """
     manifest, files = checkpoint.manifest, checkpoint.here()
     found = None
     try:
@@ -293,11 +320,15 @@ def _checked_together(
             found = hash_checkpoint(manifest, files, dims, progress=progress)
     except CorruptModelCheckpointError:
         pass  # not even a checkpoint any more
+    checks = []
     for i in chosen:
         before, now = (digests and shard_digest(manifest, digests, i) for digests in (expected, found))
-        yield checkpoint.check(i, "blake3", expected=before or (None if now else "tensors"), found=now or None)
+        checks.append(checkpoint.check(i, "blake3", expected=before or (None if now else "tensors"), found=now or None))
     if expected is None and found is not None:
         record_digests(store.database, uri=checkpoint.uri, manifest=manifest, digests=found)
+    different = [] if expected is None or found is None else differences(expected, found)
+
+    return checks, [manifest.names[i] for i, _ in different]
 
 
 def _checked_records(checkpoint: Checkpoint, chosen: Sequence[int]) -> dict[str, Check]:
@@ -338,7 +369,7 @@ def _has_same_tensors(checkpoint: Checkpoint, shard: int, store: AssetStore) -> 
     return index_file(checkpoint.here()[shard].path).tensors_equal(checkpoint.manifest.only(shard))
 
 
-def _dims(checkpoint: Checkpoint, of: AssetCard | Path, store: AssetStore) -> array[int]:
+def dims_of(checkpoint: Checkpoint, of: AssetCard | Path, store: AssetStore) -> array[int]:
     """Return the dims along which ranks would cut the tensors, if the family and its configuration are known."""
     if isinstance(of, AssetCard):
         try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -122,6 +124,32 @@ def read_regular(path: Path, *, at_most: int) -> bytes:
         raise UnfitFileError(errno.EFBIG, f"expected a file of at most {at_most:,} bytes, found {size:,}", str(path))
 
     return data
+
+
+def write_text(path: Path, parts: Iterable[str]) -> None:
+    """Write a file, as a whole or not at all; write to pipes and devices directly.
+
+    :param parts: the text, in UTF-8; they may raise.
+
+    :raises OSError: it cannot be written.
+    """
+    if path.exists() and not path.is_file():
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(parts)
+        return
+
+    path = path.resolve()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.writelines(parts)
+        if path.exists():
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync_folder(path: Path) -> None:

@@ -11,6 +11,7 @@ from lading import (
     Adoption,
     CheckReport,
     DiffReport,
+    DigestReport,
     DiskUsage,
     DiskUsageEntry,
     ExportReport,
@@ -82,6 +83,8 @@ REPORTS = [
      "<PullReport: m, revision 0123abc, 2 files of 10 MB, 2 of them not here before>"),
     (VerifyReport(name="m", uri="hg://a/m", checks=(check("aa"), check("bb"), check("aa"))),
      "<VerifyReport: m, 3 files, 2 match, 1 mismatch>"),
+    (DigestReport(name="m", uri="hg://a/m", tensors={"a": "12", "b": "34"}, files={"f": "56"}, published="/d.json"),
+     "<DigestReport: m, 1 file, 2 tensors, published by /d.json>"),
     (ExportReport(
         name="m", family="qwen", folder=Path("/out"), files={"a": 1_000, "b": 2_000}, tensors=3, parameters=1_500,
         dtypes={"bfloat16": 1_500}, dropped=("x",),

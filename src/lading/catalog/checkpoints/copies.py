@@ -87,6 +87,7 @@ def write_copies(
     :param keep_others: keep those of other machines.
     :param keep_verified: keep the verification of files that are in the state that was verified.
     """
+    copies = _unless_published(checkpoint, copies)
     if keep_verified:
         verified = {(c.file, c.path, c.stat): c.verified_at for c in copies_of(checkpoint)}
         copies = [replace(c, verified_at=c.verified_at or verified.get((c.file, c.path, c.stat))) for c in copies]
@@ -96,8 +97,14 @@ def write_copies(
 
 def replace_copies(session: Session, checkpoint: CheckpointRow, copies: Sequence[LocalCopy]) -> None:
     """Replace the copies of the same files on this machine."""
+    copies = _unless_published(checkpoint, copies)
     same = {(name, location_id(copy.path.parent)) for copy in copies for name in (copy.file, path_text(copy.path))}
     _replace(session, checkpoint, [row for row in checkpoint.copies if (row.file, row.place) in same], copies)
+
+
+def _unless_published(checkpoint: CheckpointRow, copies: Sequence[LocalCopy]) -> Sequence[LocalCopy]:
+    """Return fetched copies as not verified if a card publishes digests: these are not compared by a download."""
+    return copies if checkpoint.digest_document is None else [replace(copy, verified_at=None) for copy in copies]
 
 
 def _replace(

@@ -14,7 +14,17 @@ from sqlalchemy import Connection, Row, bindparam, delete, exists, insert, selec
 from sqlalchemy.orm import Session
 
 from lading.catalog.database.statements import chunks, intact, loads_object
-from lading.catalog.schema import CHECKPOINTS, DIGESTS, PIECES, SHARDS, TENSORS, CheckpointRow, ShardRow
+from lading.catalog.records import DigestDocument, now
+from lading.catalog.schema import (
+    CHECKPOINTS,
+    DIGESTS,
+    DOCUMENTS,
+    PIECES,
+    SHARDS,
+    TENSORS,
+    CheckpointRow,
+    ShardRow,
+)
 from lading.formats.digests import Digests, recorded
 from lading.formats.manifest import BITS, Manifest, Piece, Shard
 
@@ -30,7 +40,12 @@ def find_checkpoint(session: Session, uri: str) -> CheckpointRow | None:
 def find_columns(session: Session, uri: str) -> Row[Any] | None:
     """Return the columns of :func:`find_checkpoint`, for a process that may need no mapped class at all."""
     in_pieces = exists().where(PIECES.c.checkpoint_id == CHECKPOINTS.c.id)
-    statement = select(CHECKPOINTS, in_pieces.label("in_pieces")).where(CHECKPOINTS.c.uri == uri)
+    document = (DOCUMENTS.c.uri.label("document_uri"), DOCUMENTS.c.sha256.label("document_sha256"))
+    statement = (
+        select(CHECKPOINTS, in_pieces.label("in_pieces"), *document)
+        .outerjoin(DOCUMENTS, DOCUMENTS.c.checkpoint_id == CHECKPOINTS.c.id)
+        .where(CHECKPOINTS.c.uri == uri)
+    )
 
     return session.execute(statement).one_or_none()
 
@@ -165,10 +180,23 @@ def read_digests(session: Session, checkpoint_id: int, manifest: Manifest) -> Di
         return recorded(manifest, rows)
 
 
-def write_digests(session: Session, checkpoint_id: int, manifest: Manifest, digests: Digests) -> None:
-    """Replace the recorded digests of a checkpoint."""
+def write_digests(
+    session: Session,
+    checkpoint_id: int,
+    manifest: Manifest,
+    digests: Digests,
+    document: DigestDocument | None = None,
+) -> None:
+    """Replace the digests of a checkpoint.
+
+    :param document: the document that publishes them; ``None`` for digests of bytes that were read.
+    """
     connection = session.connection()
-    connection.execute(delete(DIGESTS).where(DIGESTS.c.checkpoint_id == checkpoint_id))
+    for table in (DIGESTS, DOCUMENTS):
+        connection.execute(delete(table).where(table.c.checkpoint_id == checkpoint_id))
+    if document is not None:
+        row = {"checkpoint_id": checkpoint_id, "uri": document.uri, "sha256": document.sha256, "taken_at": now()}
+        connection.execute(insert(DOCUMENTS), row)
     known = [(i, digest) for i, digest in enumerate(digests.iter(manifest)) if digest is not None]
     for piece in chunks(known):
         connection.execute(
@@ -187,10 +215,15 @@ def write_digests(session: Session, checkpoint_id: int, manifest: Manifest, dige
 
 
 def forget_digests(session: Session, checkpoint_id: int) -> None:
-    """Delete the digests of a checkpoint."""
+    """Delete the digests of a checkpoint's tensors."""
     connection = session.connection()
-    connection.execute(delete(DIGESTS).where(DIGESTS.c.checkpoint_id == checkpoint_id))
+    for table in (DIGESTS, DOCUMENTS):
+        connection.execute(delete(table).where(table.c.checkpoint_id == checkpoint_id))
     connection.execute(update(TENSORS).where(TENSORS.c.checkpoint_id == checkpoint_id).values(digest=None))
+
+
+def forget_file_digests(session: Session, checkpoint_id: int) -> None:
+    """Delete the digests of a checkpoint's files."""
     session.execute(update(ShardRow).where(ShardRow.checkpoint_id == checkpoint_id).values(sha256=None))
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from lading.catalog.checkpoints.copies import copies_of, reachable, replace_copies, write_copies
 from lading.catalog.checkpoints.manifests import (
     find_checkpoint,
     forget_digests,
+    forget_file_digests,
     read_manifest,
     write_digests,
     write_tensors,
@@ -19,8 +20,8 @@ from lading.catalog.checkpoints.manifests import (
 from lading.catalog.database.database import Database
 from lading.catalog.database.statements import dumps
 from lading.catalog.links import link_by_uri, link_cards
-from lading.catalog.records import HEADER, Check, CheckpointContents, LocalCopy, now
-from lading.catalog.schema import CheckpointRow, VerificationRow
+from lading.catalog.records import HEADER, Check, CheckpointContents, DigestDocument, LocalCopy, now
+from lading.catalog.schema import COPIES, CheckpointRow, VerificationRow
 from lading.formats.digests import Digests
 from lading.formats.manifest import Manifest
 from lading.system.uris import shown_uri
@@ -72,10 +73,16 @@ def _write_contents(session: Session, contents: CheckpointContents) -> Checkpoin
 
     same_files = old is not None and old.has_files_of(manifest)
     same = same_files and old is not None and old.tensors_equal(manifest)
+    differ = (
+        same and _may_differ(row, manifest, copies, same_revision=same_revision) and (contents.accept or not copies)
+    )
+    if not same or differ or (contents.accept and row.digest_document is not None):
+        forget_digests(session, row.id)
+        session.expire(row, ["digest_document"])
+    if differ:
+        forget_file_digests(session, row.id)
     if not same:
         write_tensors(session, row, manifest)
-    elif _may_differ(row, manifest, copies, same_revision=same_revision) and (contents.accept or not copies):
-        forget_digests(session, row.id)
 
     same_index = old is not None and old.index_name == manifest.index_name
     write_copies(session, row, copies, keep_others=same_files and same_index, keep_verified=same)
@@ -203,10 +210,15 @@ def recorded_headers(database: Database, uri: str) -> dict[str, str]:
         return {str(file): str(digest) for file, digest in found}
 
 
-def record_digests(database: Database, *, uri: str, manifest: Manifest, digests: Digests) -> None:
+def record_digests(
+    database: Database, *, uri: str, manifest: Manifest, digests: Digests, document: DigestDocument | None = None
+) -> None:
     """Record the digests of a checkpoint's tensors, unless the catalog has other tensors of it by now.
 
     If the catalog cannot be written, this only logs it.
+
+    :param document: the document that publishes them. Until its files are compared with these digests, the checkpoint
+        then counts as not verified. ``None`` for digests of bytes that were read.
 
     :raises CatalogError: the catalog is damaged, or another process holds it.
     :raises OSError: the disk is full.
@@ -217,7 +229,9 @@ def record_digests(database: Database, *, uri: str, manifest: Manifest, digests:
     with database.session(write=True) as session:
         row = find_checkpoint(session, uri)
         if row is not None and read_manifest(session, row).tensors_equal(manifest):
-            write_digests(session, row.id, manifest, digests)
+            write_digests(session, row.id, manifest, digests, document)
+            if document is not None:
+                session.execute(update(COPIES).where(COPIES.c.checkpoint_id == row.id).values(verified_at=None))
 
 
 def _writable(database: Database, what: str) -> bool:
@@ -249,7 +263,10 @@ def _note_checks(checkpoint: CheckpointRow, checks: Sequence[Check]) -> None:
         good = check.result != "mismatch"
         if good and check.method == HEADER:
             continue  # a part of the file only
-        if (row := copies.get((check.file, check.path, check.stat))) is not None:
+        # The digests that a card publishes are those of tensors.
+        proves = check.method == "blake3" or checkpoint.digest_document is None
+        row = copies.get((check.file, check.path, check.stat))
+        if row is not None and (proves or not good):
             row.verified_at = now() if good else None
         shard = shards.get(check.file)
         if good and check.method == "sha256" and shard is not None and shard.sha256 is None:
