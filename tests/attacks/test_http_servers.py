@@ -59,7 +59,7 @@ CONCURRENCY = Concurrency(connections=4, piece=64 << 10, notes_every=0.01, undec
 
 @pytest.fixture(autouse=True)
 def _no_proxy(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NETRC", "SSL_CERT_FILE", "SSL_CERT_DIR"):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NETRC"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
 
