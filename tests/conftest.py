@@ -4,8 +4,8 @@ import os
 
 # Before torch is imported: its thread pools would fight with the other test processes for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Each client of an HTTP library reads all certificates that it finds, which takes longer than a pull from loopback does.
-# Here are none; a test of TLS names its own file.
+# Each client of an HTTP library reads all certificates that it finds, which takes longer than a pull from loopback.
+# Here it finds none; a test of TLS names its own file.
 os.environ.pop("SSL_CERT_FILE", None)
 os.environ["SSL_CERT_DIR"] = os.path.dirname(__file__)
 
