@@ -36,6 +36,7 @@ Errors travel between ranks, so each one pickles with all of its attributes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -76,6 +77,14 @@ def escaped(text: str, *, keep: str = "") -> str:
         return text
 
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def first_line(error: LadingError | OSError) -> str:
+    """Return the first line of what is wrong, for a list of several."""
+    if isinstance(error, LadingError):
+        return error.message.partition("\n")[0]
+
+    return f"{os.strerror(error.errno or 0)}: {error.filename}"
 
 
 def _restore(kls: type[LadingError], args: tuple[object, ...], state: dict[str, object]) -> LadingError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from lading.errors import (
     CheckpointNotFoundError,
     LadingError,
     NotSupportedError,
+    first_line,
 )
 from lading.formats.folder import container_of
 from lading.operations.adopt import adopt_checkpoints
@@ -467,9 +467,6 @@ def _status_of(error: LadingError | OSError) -> Status:
 
 def _line(error: LadingError | OSError, where: str) -> str:
     """Return one line that says what is wrong, and where."""
-    if isinstance(error, LadingError):
-        line = error.message.partition("\n")[0]
-    else:
-        line = f"{os.strerror(error.errno or 0)}: {error.filename}"
+    line = first_line(error)
 
     return line if where in line else f"{where}: {line}"

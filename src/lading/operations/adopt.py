@@ -26,11 +26,12 @@ from lading.errors import (
     CorruptModelCheckpointError,
     LadingError,
     NotSupportedError,
+    first_line,
 )
 from lading.formats import NonContiguousError
 from lading.formats.adapter_config import ADAPTER_NAME
 from lading.formats.artifacts import LORA, Artifact
-from lading.formats.folder import DISTRIBUTED_SUFFIX, is_checkpoint_file
+from lading.formats.folder import DISTRIBUTED_SUFFIX, folder_of, is_checkpoint_file
 from lading.formats.manifest import Manifest
 from lading.operations.find_checkpoints import (
     FoundCheckpoint,
@@ -38,6 +39,7 @@ from lading.operations.find_checkpoints import (
     find_checkpoints,
     find_hub_repositories,
     find_in_snapshot,
+    storable_uri,
 )
 from lading.operations.hub_checkpoints import HubCheckpoint, hub_checkpoints, no_snapshot_error, resolve_commit
 from lading.operations.moved import Move, MoveFinder
@@ -254,7 +256,7 @@ class _Adopter:
         if isinstance(found, Artifact):
             return self._take_artifact(path, found)
         manifest, copies = found.manifest, found.copies()
-        folder = _folder_of(path)
+        folder = folder_of(path)
         shards = tuple(replace(shard, sha256=_sha256_of_blob(folder / shard.name)) for shard in manifest.shards)
         manifest = replace(manifest, shards=shards)
         if stored is not None and not (
@@ -275,7 +277,7 @@ class _Adopter:
     # --- other folders ------------------------------------------------------------------------------------------------
 
     def _folder(self, place: FoundCheckpoint) -> list[Adoption]:
-        path, uri = place.path, _uri_of(place.path)
+        path, uri = place.path, storable_uri(place.path)
         here = self._read(path, place)
         if isinstance(here, Artifact):
             return [self._take_artifact(path, here)]
@@ -290,7 +292,7 @@ class _Adopter:
                 found.append(known)
                 continue
             if digests is None:
-                files = [_folder_of(path) / shard.name for shard in manifest.shards]
+                files = [folder_of(path) / shard.name for shard in manifest.shards]
                 total = sum(shard.size for shard in manifest.shards)
                 digests = hash_files(files, total, "hash", progress=self._progress)
             if [shard.sha256 for shard in other.manifest.shards] == [sha256 for sha256, _ in digests]:
@@ -335,7 +337,7 @@ class _Adopter:
         # A card that states a path loads what is there, and nothing else.
         uris = [uri for uri in checkpoints_like(self._store.database, manifest, hashed=True) if uri_path(uri) is None]
         names = names_of(self._store, uris) if uris else {}
-        here = {_folder_of(path) / shard.name for shard in manifest.shards}
+        here = {folder_of(path) / shard.name for shard in manifest.shards}
 
         wanted = []
         for uri in uris:
@@ -359,7 +361,7 @@ class _Adopter:
         # The catalog knows the files by their names at the source, which may differ from the local ones.
         copies, checks = [], []
         for shard, here, (sha256, stat) in zip(stored.manifest.shards, manifest.shards, digests, strict=True):
-            file = _folder_of(path) / here.name
+            file = folder_of(path) / here.name
             copies.append(LocalCopy(file=shard.name, path=file, stat=stat, kind="adopted"))
             checks.append(
                 Check(file=shard.name, path=file, stat=stat, method="sha256", expected=shard.sha256, found=sha256)
@@ -373,7 +375,7 @@ class _Adopter:
 
     def _read(self, path: Path, place: FoundCheckpoint) -> LocalCheckpointFiles | Artifact:
         """Return the checkpoint at a path, whose links may not leave its place; an artifact, if it is quantized."""
-        _uri_of(path)  # raises early if the catalog cannot store the path
+        storable_uri(path)  # raises early if the catalog cannot store the path
         artifact = artifact_at(path, place, restrict=self._restrict)
         if artifact is not None:
             return artifact
@@ -397,7 +399,7 @@ class _Adopter:
         """
 
         def take() -> list[Adoption]:
-            _uri_of(found.path)
+            storable_uri(found.path)
             artifact = artifact_at(found.path, place, found.artifact)
             return [] if artifact is None else [self._take_artifact(found.path, artifact)]
 
@@ -434,24 +436,6 @@ class _Adopter:
         ]
 
         return tuple(to_yaml([{"name": f"{name}@user", "checkpoint": str(path)}]) for name in sorted(found))
-
-
-def _uri_of(path: Path) -> str:
-    """Return the URI of a path.
-
-    :raises NotSupportedError: the path is not valid Unicode, so the catalog cannot store it.
-    """
-    uri = path_uri(path)
-    try:
-        uri.encode()
-    except UnicodeEncodeError:
-        raise NotSupportedError(f"{str(path)!r} is not valid Unicode. Rename it, as the catalog stores text.") from None
-
-    return uri
-
-
-def _folder_of(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
 
 
 def _sha256_of_blob(path: Path) -> str | None:
@@ -500,9 +484,7 @@ def _adoption(
 
 
 def _failed(path: Path, error: LadingError | OSError) -> Adoption:
-    message = error.message if isinstance(error, LadingError) else f"{os.strerror(error.errno or 0)}: {error.filename}"
-
-    return Adoption(path=path, status="failed", bytes=_size_at(path), problem=message.partition("\n")[0], error=error)
+    return Adoption(path=path, status="failed", bytes=_size_at(path), problem=first_line(error), error=error)
 
 
 def _size_at(path: Path) -> int:

@@ -20,11 +20,11 @@ from lading.formats.adapter_config import ADAPTER_CONFIG_NAME, ADAPTER_NAME, par
 from lading.formats.artifacts import LORA, not_loaded_error
 from lading.formats.config_json import read_hf_config
 from lading.formats.files import open_regular
-from lading.formats.folder import is_checkpoint_file
+from lading.formats.folder import folder_of, is_checkpoint_file
 from lading.formats.manifest import Manifest
 from lading.models.recognize import Recognizer
 from lading.operations.card_names import Place
-from lading.operations.find_checkpoints import FoundCheckpoint, artifact_at
+from lading.operations.find_checkpoints import FoundCheckpoint, artifact_at, storable_uri
 from lading.sources.hub.address import HubAddress, is_repo_id
 from lading.sources.open import HUB_SCHEMES, open_source
 from lading.sources.source import read_bytes
@@ -116,7 +116,7 @@ class Describer:
             self.artifacts.append(FoundArtifact(path=path, artifact=artifact))
             raise not_loaded_error(path, artifact)
         uri = path_uri(path)
-        checkpoint = _field_of(path, uri)
+        checkpoint = _field_of(path)
         hf_config = read_hf_config(path)
         fields = {**self._recognized(hf_config, path), "checkpoint": checkpoint, **_readme_at(path)}
         place = _place_of(path, found.root)
@@ -126,7 +126,7 @@ class Describer:
     def _adapter_at(self, found: FoundCheckpoint) -> Description:
         """Describe a LoRA adapter in a folder."""
         folder = found.path
-        field = _field_of(folder, path_uri(folder))
+        field = _field_of(folder)
         file = folder / ADAPTER_NAME
         config = parse_adapter_config(read_hf_config(folder, ADAPTER_CONFIG_NAME), label=str(folder))
         described = Description(
@@ -217,15 +217,12 @@ class Describer:
             return {}
 
 
-def _field_of(path: Path, uri: str) -> str:
+def _field_of(path: Path) -> str:
     """Return the ``checkpoint`` field of a card that means a path.
 
     :raises NotSupportedError: no text does.
     """
-    try:
-        uri.encode()
-    except UnicodeEncodeError:
-        raise NotSupportedError(f"{str(path)!r} is not valid Unicode. Rename it, as the catalog stores text.") from None
+    uri = storable_uri(path)
     # A card's value has no spaces around it; a slash keeps those of a path.
     for text in (str(path), f"{path}/"):
         ref = checkpoint_ref(AssetCard("", {"checkpoint": text}))
@@ -236,7 +233,7 @@ def _field_of(path: Path, uri: str) -> str:
 
 
 def _readme_at(path: Path) -> dict[str, object]:
-    file = (path if path.is_dir() else path.parent) / README_NAME
+    file = folder_of(path) / README_NAME
     try:
         with open_regular(file) as (opened, size):
             return front_matter_fields(opened.read(min(size, MAX_README_BYTES)))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lading.errors import CheckpointNotFoundError, LadingError, PolicyError
+from lading.errors import CheckpointNotFoundError, LadingError, NotSupportedError, PolicyError
 from lading.formats.artifacts import Artifact, ArtifactFiles, artifact_files, quantized_artifact, read_artifact
 from lading.formats.config_json import CONFIG_NAME, quantization_of, read_hf_config
 from lading.formats.files import open_file
@@ -40,6 +40,7 @@ from lading.formats.rank_parts import is_consolidated, is_fairseq2_sharded, part
 from lading.formats.shard_index import read_index
 from lading.sources.hub.address import is_commit
 from lading.sources.hub.cache import repository_id
+from lading.system.uris import path_uri
 
 _USUAL = {INDEX_NAME, FILE_NAME, BIN_INDEX_NAME, BIN_NAME}
 """The names by which a folder is a checkpoint."""
@@ -179,6 +180,20 @@ def _list_folder(path: Path) -> tuple[list[Path], list[str], OSError | None]:
     folders = [Path(entry.path) for entry in listed if entry.is_dir(follow_symlinks=False)]
 
     return folders, [entry.name for entry in listed if not entry.is_dir(follow_symlinks=False)], None
+
+
+def storable_uri(path: Path) -> str:
+    """Return the URI of a path.
+
+    :raises NotSupportedError: the path is not valid Unicode, so the catalog cannot store it.
+    """
+    uri = path_uri(path)
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        raise NotSupportedError(f"{str(path)!r} is not valid Unicode. Rename it, as the catalog stores text.") from None
+
+    return uri
 
 
 def artifact_at(
