@@ -328,7 +328,7 @@ def test_show_says_what_config_json_states(cli: Cli, catalog: Path, tmp_path: Pa
     assert shown["config_from"]["num_layers"] == {"kind": "card", "name": "tuned"}
     assert json.loads(cli("show", folder, "--json").stdout) == shown
     (folder / "config.json").write_text("{")
-    assert "expected to be a JSON object" in json.loads(cli("show", "tuned", "--json").stdout)["problem"]
+    assert "expected a JSON object" in json.loads(cli("show", "tuned", "--json").stdout)["problem"]
 
 
 def test_config_json_holds_no_directives(catalog: Path, tmp_path: Path) -> None:

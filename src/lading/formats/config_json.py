@@ -6,9 +6,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, NotSupportedError
+from lading.errors import CheckpointNotFoundError, NotSupportedError
 from lading.formats.files import LFS_POINTER, corrupt, lfs_pointer_error, open_regular
 from lading.formats.folder import folder_of
+
+_OWN_CONFIG = "Put the model's own file there."
 
 MAX_CONFIG_SIZE = 16 << 20
 """The most bytes of a ``config.json``. The largest published ones, which name some 20,000 classes, have a tenth."""
@@ -39,7 +41,7 @@ def require_size(size: int, *, label: str) -> None:
             "",
             expected=f"a config.json of at most {MAX_CONFIG_SIZE:,} bytes",
             found=f"{size:,}",
-            hint="Put the model's own config.json there.",
+            hint=_OWN_CONFIG,
         )
 
 
@@ -55,11 +57,10 @@ def parse_config_json(data: bytes, *, label: str) -> dict[str, object]:
     try:
         config = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CorruptModelCheckpointError(label, f"{label} is expected to be a JSON object, but: {error}.") from None
+        raise corrupt(label, "", expected="a JSON object", found=f"an error: {error}", hint=_OWN_CONFIG) from None
     if not isinstance(config, dict):
-        raise CorruptModelCheckpointError(
-            label, f"{label} is expected to be a JSON object, but is of type {type(config).__name__}."
-        )
+        found = f"a value of the type {type(config).__name__}"
+        raise corrupt(label, "", expected="a JSON object", found=found, hint=_OWN_CONFIG)
 
     return config
 
