@@ -272,4 +272,4 @@ def _write(session: Session, edits: Sequence[tuple[_Held, CardEntry]], gone: Col
 
 
 def _change(held: _Held, field: str, before: str, after: str | None) -> CardChange:
-    return CardChange(card=held.title, field=field, before=before, after=after, source=held.row.uri)
+    return CardChange(card=held.title, field=field, before=before, after=after, stated_in=held.row.uri)

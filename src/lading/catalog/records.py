@@ -212,8 +212,8 @@ class CardChange:
     before: str
     after: str | None
     """The new value; ``None`` if the card was removed."""
-    source: str
-    """The source of the card; a file that was imported keeps what it states."""
+    stated_in: str
+    """The URI of what states the card; a file that was imported keeps what it states."""
 
 
 def to_signed(inode: int) -> int:

@@ -95,7 +95,7 @@ def relocate(old: Path, new: Path, dry_run: bool, form: Form) -> None:
 
 def _report(changes: Sequence[CardChange], what: str, form: Form, *, dry_run: bool) -> None:
     write_rows(_COLUMNS, [[getattr(change, c) for c in _COLUMNS] for change in changes], form)
-    for file in sorted({str(path) for change in changes if (path := uri_path(change.source)) is not None}):
+    for file in sorted({str(path) for change in changes if (path := uri_path(change.stated_in)) is not None}):
         note(f"{printable(file)} states it as it was: the next `lading import` of that file brings that back")
     cards = counted(len({change.card for change in changes}), "card")
     note(f"{cards} {what}{' (dry run: nothing was written)' if dry_run else ''}")

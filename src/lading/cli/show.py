@@ -372,7 +372,7 @@ def summary_pairs(found: Found) -> dict[str, object]:
         "status": found.summary.status,
         "problem": found.problem,
         "license": _text_field(card, "license"),
-        "source": _source(found.summary.source),
+        "stated in": _stated_in(found.summary.source),
         "checkpoint": shown_uri(ref.uri) or None,
         "inner path": ref.path,
         "ask at": ref.info_url if ref.gated else None,
@@ -414,8 +414,8 @@ def _artifact_pairs(summary: ModelSummary) -> dict[str, object]:
     return {"size": human_bytes(summary.bytes), "dtypes": summary.dtypes, "files": summary.shards}
 
 
-def _source(uri: str | None) -> str | None:
-    """Return the source of a card, with a note if it is not accessible now."""
+def _stated_in(uri: str | None) -> str | None:
+    """Return the file that states a card, with a note if it is not accessible now."""
     path = None if uri is None else uri_path(uri)
 
     return uri if path is None or path_exists(path) else f"{uri} (not accessible; the card is kept as it was)"
