@@ -8,7 +8,8 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -324,16 +325,22 @@ def test_an_adapter_that_changed_is_noticed(cli: Cli, tmp_path: Path) -> None:
     load()
 
 
+@contextmanager
+def published(folder: Path) -> Iterator[dict[str, str]]:
+    """Publish the base and the adapter in a folder on a hub; yield the environment that leads there."""
+    with FakeHub() as hub:
+        hub.add("some/base", folder / "base")
+        hub.add("some/lora", folder / "lora")
+        yield {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(folder / "hub"), "LADING_OFFLINE": ""}
+
+
 def test_an_adapter_of_a_hub(process: Run, tmp_path: Path) -> None:
     one_weight(tmp_path, base_model_name_or_path="some/base")
     (tmp_path / "cards.yaml").write_text(
         f"name: far\nmodel_family: qwen\ncheckpoint: hg://some/base\nadapter: hg://some/lora\n{QWEN_CONFIG}---\n"
         f"name: near\nbase: far\ncheckpoint: base\nadapter: lora\n"
     )
-    with FakeHub() as hub:
-        hub.add("some/base", tmp_path / "base")
-        hub.add("some/lora", tmp_path / "lora")
-        env = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "hub"), "LADING_OFFLINE": ""}
+    with published(tmp_path) as env:
         process("import", tmp_path / "cards.yaml", env=env)
         process("check", "far", env=env)
         assert "adapter_config.json" in process("pull", "far", "--dry-run", "--no-progress", env=env).stdout
@@ -366,10 +373,7 @@ def test_removal_keeps_the_base_of_another_card(process: Run, tmp_path: Path) ->
         f"name: base\nmodel_family: qwen\ncheckpoint: hg://some/base\n{QWEN_CONFIG}---\n"
         f"name: tuned\nbase: base\nadapter: hg://some/lora\n---\nname: same\nbase: base\nadapter: hg://some/lora\n"
     )
-    with FakeHub() as hub:
-        hub.add("some/base", tmp_path / "base")
-        hub.add("some/lora", tmp_path / "lora")
-        env = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "hub"), "LADING_OFFLINE": ""}
+    with published(tmp_path) as env:
         assert process("import", tmp_path / "cards.yaml", env=env).returncode == 0
         assert process("pull", "tuned", "--no-progress", env=env).returncode == 0
 
