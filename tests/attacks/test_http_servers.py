@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from lading.errors import (
@@ -27,10 +28,10 @@ from lading.sources.cache import Cache
 from lading.sources.hub.errors import retried, translated
 from lading.sources.source import FetchedFile, read_bytes
 from lading.sources.web import redirects
-from lading.sources.web.client import Timeouts, http_library
 from lading.sources.web.download import Concurrency
 from lading.sources.web.redirects import AddressScope
 from lading.sources.web.source import HttpSource
+from lading.sources.web.transport import Timeouts
 from tests.servers import hostile
 from tests.servers.hostile import (
     Behaviour,
@@ -276,7 +277,7 @@ def test_what_is_no_tls_is_asked_once(tmp_path: Path, what: str) -> None:
             HttpSource(url, cache=Cache(tmp_path), offline=False, timeouts=TIMEOUTS).snapshot()
         assert len(begun) == 1
         with pytest.raises(FetchError, match=says), translated("a/b", "the list of its files"):
-            retried(lambda: http_library().get(url, trust_env=False), "the list of files of a/b")
+            retried(lambda: huggingface_hub.get_session().get(url), "the list of files of a/b")
         assert len(begun) == 2
 
 

@@ -197,7 +197,7 @@ def _counted(path: str) -> None:
 
 def _impatient(_: object) -> None:
     """Give up on a web server that is slow after a moment: for what waits in vain in any case."""
-    from lading.sources.web.client import Timeouts
+    from lading.sources.web.transport import Timeouts
 
     haste = {"connect": 5, "answer": 0.6, "silence": 0.3, "window": 0.4, "attempts": 2}
     Timeouts.__init__.__kwdefaults__.update(haste)  # type: ignore[misc]
@@ -325,16 +325,15 @@ def _import_all() -> None:
     import huggingface_hub
     import huggingface_hub.file_download
     import pydantic  # noqa: F401
+    import urllib3  # noqa: F401
     from sqlalchemy.orm import configure_mappers
 
     import lading
-    from lading.sources.web.client import http_library
 
     for module in pkgutil.walk_packages(lading.__path__, "lading."):
         if not module.name.startswith(("lading.__main__", "lading.migrations.")):
             importlib.import_module(module.name)
     configure_mappers()
-    http_library()
     huggingface_hub.HfApi()
 
 
@@ -346,7 +345,7 @@ def _hurry() -> None:
     import huggingface_hub.utils._http
 
     from lading.sources.hub import errors as hf_errors
-    from lading.sources.web.client import Timeouts
+    from lading.sources.web.transport import Timeouts
 
     hf_errors.BACK_OFF = 0.01
     Timeouts.__init__.__kwdefaults__.update(attempts=3, backoff=0.01, max_wait=0.05)  # type: ignore[misc]

@@ -68,8 +68,10 @@ def main() -> None:
     from lading.sources.hub import errors as hf_errors
     from lading.sources.hub import files as hf_files
     from lading.sources.hub import source as hf
+    from lading.sources.web.transport import Timeouts
 
     hf_errors.BACK_OFF = 0.01
+    Timeouts.__init__.__kwdefaults__.update(backoff=0.01, max_wait=0.05)  # type: ignore[misc]
     pipe, sys.stdout = sys.stdout.buffer, sys.stderr
     while True:
         try:

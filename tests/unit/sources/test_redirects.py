@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import pytest
+from urllib3.util import Url, parse_url
 
 from lading.errors import PolicyError
-from lading.sources.web.client import http_library
 from lading.sources.web.redirects import AddressScope, Origin, RedirectPolicy, check_url, is_loopback, reach, shown
 
 
-def url(text: str):  # type: ignore[no-untyped-def]
-    return http_library().URL(text)
+def url(text: str) -> Url:
+    return parse_url(text)
 
 
 @pytest.mark.parametrize(

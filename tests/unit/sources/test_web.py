@@ -20,11 +20,11 @@ from lading.errors import CheckpointNotFoundError, FetchError, PolicyError, Sett
 from lading.sources.cache import Cache
 from lading.sources.hub import client as hf_client
 from lading.sources.hub.source import HubSource
-from lading.sources.proxies import require_proxies
 from lading.sources.source import FetchedFile, RemoteFile, Snapshot, Source, read_bytes
-from lading.sources.web.client import Timeouts, http_library
 from lading.sources.web.download import Concurrency
+from lading.sources.web.proxies import require_proxies
 from lading.sources.web.source import HttpSource
+from lading.sources.web.transport import Timeouts
 from lading.system.filesystem import FileStat
 from tests.servers import hostile
 from tests.servers.hostile import Exchange, Server, at, on_ranges, redirect, serve
@@ -443,13 +443,13 @@ def test_a_proxy_that_cannot_be_used_is_named_by_its_variable(
         assert "pass-word" not in str(caught.value)
 
     monkeypatch.setenv("NO_PROXY", "a.example,*")
-    require_proxies(http_library())
+    require_proxies()
 
 
 def test_proxies_that_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for url in ("http://a.example:3128", "https://u:p@a.example", "a.example:3128", ""):
         monkeypatch.setenv("HTTPS_PROXY", url)
-        require_proxies(http_library())
+        require_proxies()
 
 
 def test_a_source_that_is_forgotten_closes_its_connections(cache: Cache) -> None:
@@ -479,6 +479,7 @@ def test_progress_is_shown_where_it_takes_long(
 
 def test_the_http_client_is_not_imported_before_it_is_needed() -> None:
     code = (
-        "import sys, lading.sources.web.source; print(sorted({'httpx', 'httpx2', 'tqdm', 'torch'} & set(sys.modules)))"
+        "import sys, lading.sources.web.source, lading.sources.hub.source; "
+        "print(sorted({'httpx', 'httpx2', 'huggingface_hub', 'tqdm', 'torch', 'urllib3'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

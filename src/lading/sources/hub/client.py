@@ -1,28 +1,26 @@
-"""All requests to the Hugging Face hub, always through the client of huggingface_hub.
+"""What huggingface_hub does: lists of files, downloads of whole files to its cache, addresses and tokens.
 
-That client handles the protocol: endpoint, tokens, redirects, its cache. This module adds what it lacks: a check of
-the tags that it makes paths of, and requests for ranges with every answer checked.
+Ranges of files are read by lading's own transport. This module adds a check that huggingface_hub lacks: of the tags
+that it makes paths of.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from lading.errors import FetchError, SettingsError
-from lading.sources.hub.errors import BrokenAnswerError, public, retried, translated
+from lading.sources.hub.errors import public, retried, translated
 from lading.sources.partial import Waiting, file_states
-from lading.sources.proxies import require_proxies
-from lading.sources.web.client import http_library
-from lading.sources.web.redirects import MAX_REDIRECTS, Origin
+from lading.sources.web.netrc import basic
+from lading.sources.web.proxies import require_proxies
+from lading.sources.web.transport import Location
 from lading.system.version import __version__
 
 if TYPE_CHECKING:
@@ -30,12 +28,8 @@ if TYPE_CHECKING:
 
 TIMEOUT = 30.0
 """The longest wait for a byte, in seconds."""
-SLOWEST = 1 << 16
-"""The least speed of a range, in bytes a second, on top of a ``TIMEOUT`` for its beginning."""
 
 _log = logging.getLogger("lading.sources")
-
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
 def describe(repo: str, revision: str | None) -> ModelInfo:
@@ -79,105 +73,21 @@ def download(repo: str, commit: str, name: str, *, force: bool, advance: Callabl
         return str(path)
 
 
-def read_range(
-    repo: str, commit: str, name: str, *, offset: int, size: int, total: int | None, places: dict[str, str]
-) -> bytes:
-    """Read exactly ``size`` bytes, at least one, of a file of a commit.
-
-    :param total: the size of the file, where it is known.
-    :param places: addresses that the hub redirected to, by name of the file: tried first, until they fail.
-
-    :raises FetchError: see :func:`~lading.sources.hub.errors.translated`; so are the others.
-    """
+def location(repo: str, commit: str, name: str) -> Location:
+    """Return the address of a file of a commit on the hub, with the user's token for its origin."""
     from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     with translated(repo, name):
-        guard_client()
-        url = hf_hub_url(repo, name, revision=commit)
+        url = urlsplit(hf_hub_url(repo, name, revision=commit))
+        headers = {
+            name.title(): value
+            for name, value in build_hf_headers(library_name="lading", library_version=__version__).items()
+        }
+    if url.username:  # of HF_ENDPOINT, as huggingface_hub uses it
+        headers["Authorization"] = basic(unquote(url.username), unquote(url.password or ""))
 
-        def ask() -> bytes:
-            start = places.get(name, url)
-            try:
-                place, body = _ask(start, url, offset, size, total)
-            except Exception:
-                if start == url:
-                    raise
-                places.pop(name, None)
-                place, body = _ask(url, url, offset, size, total)  # a signed address expires soon
-            if place != url:
-                places[name] = place
-            return body
-
-        return retried(ask, f"{name} of {repo}")
-
-
-# --- ranges -----------------------------------------------------------------------------------------------------------
-
-
-def _ask(start: str, home: str, offset: int, size: int, total: int | None) -> tuple[str, bytes]:
-    """Return the address that answered, and its answer. Only the origin of ``home`` gets the token."""
-    from huggingface_hub import get_session
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
-
-    headers = build_hf_headers(library_name="lading", library_version=__version__)
-    headers |= {"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
-    bare = {name: value for name, value in headers.items() if name.lower() != "authorization"}
-    client, url = get_session(), http_library().URL
-
-    at = start
-    for _ in range(MAX_REDIRECTS + 1):
-        sent = headers if Origin.of(url(at)) == Origin.of(url(home)) else bare
-        with client.stream("GET", at, headers=sent, follow_redirects=False, timeout=TIMEOUT) as response:
-            if not response.has_redirect_location:
-                hf_raise_for_status(response)
-                return at, _body(response, offset, size, total)
-            target = urljoin(at, response.headers["Location"])
-
-        if urlsplit(target).scheme not in {"https", urlsplit(at).scheme}:
-            raise FetchError(
-                f"{public(home)}: expected a redirect to https, found one to {public(target)!r}. It was not followed."
-            )
-        at = target
-
-    raise FetchError(
-        f"{public(home)}: expected at most {MAX_REDIRECTS} redirects, found more. The last one was to {public(at)!r}."
-    )
-
-
-def _body(response: Any, offset: int, size: int, total: int | None) -> bytes:
-    """Return the bytes of a checked answer to a request for a range."""
-    end, url = offset + size - 1, public(response.url)
-    encoding = response.headers.get("Content-Encoding", "identity")
-    if encoding.lower() != "identity":
-        raise FetchError(f"{url}: expected the bytes as they are, found them in {encoding!r}.")
-
-    if response.status_code == 206:
-        text = response.headers.get("Content-Range", "")
-        found = _CONTENT_RANGE.fullmatch(text)
-        if found is None or (int(found[1]), int(found[2])) != (offset, end):
-            raise FetchError(f"{url}: expected the range {offset}-{end}, found {text!r}.")
-        if total is not None and found[3] not in {"*", str(total)}:
-            raise FetchError(f"{url}: expected a file of {total} bytes, found one of {found[3]}.")
-    elif (response.status_code, offset, size) != (200, 0, total):
-        raise FetchError(
-            f"{url}: expected HTTP 206 with the range {offset}-{end}, got HTTP {response.status_code}: this "
-            "server does not serve ranges."
-        )
-
-    deadline = time.monotonic() + TIMEOUT + size / SLOWEST
-    body = bytearray()
-    for piece in response.iter_raw():
-        body += piece
-        if len(body) > size:
-            raise FetchError(f"{url}: expected {size} bytes, found more.")
-        if time.monotonic() > deadline:
-            raise BrokenAnswerError(
-                f"{url} sent {len(body)} of {size} bytes and is slower than {SLOWEST} bytes a second"
-            )
-    if len(body) < size:
-        raise BrokenAnswerError(f"{url} sent {len(body)} of {size} bytes")
-
-    return bytes(body)
+    return Location(url=urlunsplit(url._replace(netloc=url.netloc.rpartition("@")[2])), headers=headers)
 
 
 # --- what the client does not check -----------------------------------------------------------------------------------
@@ -198,7 +108,7 @@ def guard_client() -> None:
     """
     from huggingface_hub import get_session, set_client_factory
 
-    require_proxies(http_library())
+    require_proxies()
     with _guarding:
         client = get_session()
         hooks = client.event_hooks

@@ -9,12 +9,12 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from lading.errors import CheckpointNotFoundError, FetchError, LadingError, ModelGatedError
+from lading.errors import CheckpointNotFoundError, FetchError, LadingError, ModelGatedError, causes_of
 from lading.sources.web.tls import lasting_fault
 
 T = TypeVar("T")
@@ -31,10 +31,6 @@ _USER = re.compile(r"(?<=://)[^/\s'\"]*@")
 _QUERY = re.compile(r"(https?://[^\s?'\"]*)\?[^\s'\"]*")
 
 _log = logging.getLogger("lading.sources")
-
-
-class BrokenAnswerError(Exception):
-    """A truncated or inconsistent answer, which is worth another attempt."""
 
 
 def page(repo: str) -> str:
@@ -83,41 +79,14 @@ def _translation(repo: str, what: str, error: Exception) -> Exception:
         return error
 
     uri = f"hg://{repo}"
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
-    code = None if response is None else response.headers.get("X-Error-Code")
-
-    if isinstance(error, errors.RevisionNotFoundError):
-        return CheckpointNotFoundError(
-            uri, f"{uri}: the hub has this repository, but not the revision requested. See {page(repo)}/refs."
-        )
+    if (response := getattr(error, "response", None)) is not None:
+        hidden = isinstance(error, errors.RepositoryNotFoundError)
+        return refusal(repo, what, response.status_code, response.headers, said=_line(error), hidden=hidden)
     if isinstance(error, errors.EntryNotFoundError):
-        return CheckpointNotFoundError(uri, f"{uri}: the hub has this repository, but no {what!r} in it.")
-    if status == 404 or code == "RepoNotFound":
-        return CheckpointNotFoundError(
-            uri,
-            f"{uri}: the hub at {page('')} has no such repository, or hides it from you. Check the id; if the "
-            "repository is private, log in with `hf auth login`, or set HF_TOKEN.",
-        )
-    if isinstance(error, errors.DisabledRepoError):
-        return FetchError(f"{uri}: the hub has disabled access to this repository. See {page(repo)}.")
-    if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
-        return FetchError(
-            f"{uri}: the hub does not accept your token ({_line(error)}). Log in again with `hf auth login`, set a "
-            "valid HF_TOKEN, or unset it."
-        )
-    if status in (401, 403):
-        return ModelGatedError(
-            repo,
-            page(repo),
-            message=f"{repo!r} is gated or private on the hub, and you have no access to it (HTTP {status}). Request "
-            f"access at {page(repo)}, then log in with `hf auth login`, or set HF_TOKEN.",
-        )
-    if status is not None:
-        return FetchError(f"{uri}: expected the hub to answer with {what}, found HTTP {status}: {_line(error)}.")
+        return _no_entry(uri, what)
     if isinstance(error, errors.OfflineModeIsEnabled):
         return FetchError(f"{uri}: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so nothing can be fetched. Unset it.")
-    if fault := lasting_fault(error, urlsplit(page(repo)).hostname or page(repo)):
+    if fault := _lasting_fault(error, urlsplit(page(repo)).hostname or page(repo)):
         return FetchError(f"{uri}: could not get {what} from {page(repo)}: {fault}")
     if _is_disk_error(error):
         return error
@@ -126,6 +95,58 @@ def _translation(repo: str, what: str, error: Exception) -> Exception:
         f"{uri}: could not get {what} from {page(repo)}: {type(error).__name__}: {_line(error)}. Check the network "
         "(and HF_ENDPOINT, if it is set), and try again: fetched files are kept."
     )
+
+
+def refusal(
+    repo: str, what: str, status: int, headers: Mapping[str, str], *, said: str, hidden: bool = False
+) -> LadingError:
+    """Return the error for an answer of the hub with the status of a permanent failure.
+
+    :param what: the requested object, for messages.
+    :param headers: the headers of the answer; a lookup ignores case.
+    :param said: the hub's own words.
+    :param hidden: whether huggingface_hub takes a 401 for a repository that the user must not see.
+    """
+    uri, code = f"hg://{repo}", headers.get("X-Error-Code")
+    if code == "RevisionNotFound":
+        return CheckpointNotFoundError(
+            uri, f"{uri}: the hub has this repository, but not the revision requested. See {page(repo)}/refs."
+        )
+    if code == "EntryNotFound":
+        return _no_entry(uri, what)
+    if status == 404 or code == "RepoNotFound":
+        return CheckpointNotFoundError(
+            uri,
+            f"{uri}: the hub at {page('')} has no such repository, or hides it from you. Check the id; if the "
+            "repository is private, log in with `hf auth login`, or set HF_TOKEN.",
+        )
+    if headers.get("X-Error-Message") == "Access to this resource is disabled.":
+        return FetchError(f"{uri}: the hub has disabled access to this repository. See {page(repo)}.")
+    if status == 401 and code != "GatedRepo" and not hidden:
+        return FetchError(
+            f"{uri}: the hub does not accept your token ({said}). Log in again with `hf auth login`, set a valid "
+            "HF_TOKEN, or unset it."
+        )
+    if status in (401, 403):
+        return ModelGatedError(
+            repo,
+            page(repo),
+            message=f"{repo!r} is gated or private on the hub, and you have no access to it (HTTP {status}). Request "
+            f"access at {page(repo)}, then log in with `hf auth login`, or set HF_TOKEN.",
+        )
+
+    return FetchError(f"{uri}: expected the hub to answer with {what}, found HTTP {status}: {said}.")
+
+
+def _no_entry(uri: str, what: str) -> CheckpointNotFoundError:
+    return CheckpointNotFoundError(uri, f"{uri}: the hub has this repository, but no {what!r} in it.")
+
+
+def _lasting_fault(error: Exception, host: str) -> str | None:
+    """Return a description of a permanent TLS error of huggingface_hub's HTTP client; ``None`` if it may pass."""
+    connecting = any(type(each).__name__ == "ConnectError" for each in causes_of(error))
+
+    return lasting_fault(error, host) if connecting else None
 
 
 def _is_disk_error(error: Exception) -> bool:
@@ -162,8 +183,7 @@ def retried(ask: Callable[[], T], what: str) -> T:
 
     :param what: the requested object, for messages.
 
-    :raises FetchError: all answers were broken.
-    :raises Exception: another error of ``ask``, if it is not transient or is raised by the last attempt.
+    :raises Exception: an error of ``ask`` that is not transient, or that of the last attempt.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -171,8 +191,6 @@ def retried(ask: Callable[[], T], what: str) -> T:
         except Exception as error:
             wait = _wait(error, attempt)
             if wait is None or attempt == ATTEMPTS:
-                if isinstance(error, BrokenAnswerError):
-                    raise FetchError(f"Tried {attempt} times to get {what}: {error}.") from error
                 raise
             _log.info("%s: %s; trying again in %.1f s (%d of %d)", what, _line(error), wait, attempt + 1, ATTEMPTS)
             time.sleep(wait)
@@ -190,8 +208,8 @@ def _wait(error: Exception, attempt: int) -> float | None:
         asked = response.headers.get("Retry-After", "")
         return float(min(max(back_off, float(asked) if asked.isdecimal() else 0.0), LONGEST_WAIT))
 
-    if lasting_fault(error, "") is not None:
+    if _lasting_fault(error, "") is not None:
         return None
     passing = _client_errors("TimeoutException", "NetworkError", "RemoteProtocolError")
 
-    return min(back_off, LONGEST_WAIT) if isinstance(error, (BrokenAnswerError, *passing)) else None
+    return min(back_off, LONGEST_WAIT) if isinstance(error, passing) else None

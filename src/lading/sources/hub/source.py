@@ -8,13 +8,15 @@ sizes, so lading hashes all files before it uses them.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from uuid import uuid4
 
-from lading.errors import FetchError, PolicyError
+from lading.errors import FetchError, LadingError, ModelGatedError, PolicyError
 from lading.sources.disk import advised
 from lading.sources.hub.address import (
     HubAddress,
@@ -34,9 +36,13 @@ from lading.sources.hub.cache import (
     snapshot_files,
     snapshot_folders,
 )
-from lading.sources.hub.client import describe, read_range
+from lading.sources.hub.client import describe, location
+from lading.sources.hub.errors import refusal
 from lading.sources.hub.files import fetch_files, offline_error
 from lading.sources.source import FetchedFile, Known, RemoteFile, Snapshot
+from lading.sources.web.download import read_range
+from lading.sources.web.responses import Answer, printable
+from lading.sources.web.transport import Resource, Timeouts, Transport
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
@@ -51,7 +57,13 @@ class HubSource:
     lists: bool = True
 
     def __init__(
-        self, uri: str, *, inner_path: str | None = None, revision: str | None = None, offline: bool = False
+        self,
+        uri: str,
+        *,
+        inner_path: str | None = None,
+        revision: str | None = None,
+        offline: bool = False,
+        timeouts: Timeouts | None = None,
     ) -> None:
         """
         :param uri: ``hg://[org/]name[@revision][/path/inside]``, or the same with ``hf://``.
@@ -75,7 +87,9 @@ class HubSource:
         self._offline = offline
         self._canonical_id: str | None = None  # the id as the hub spells it, after the first request
         self._pinned: str | None = None  # the commit of the revision at that time
-        self._places: dict[str, str] = {}
+        self._resources: dict[str, Resource] = {}
+        self._transport = Transport(timeouts=timeouts, plain=True)
+        weakref.finalize(self, self._transport.close)
 
     # --- snapshots ---------------------------------------------------------------------------------------------------
 
@@ -154,7 +168,8 @@ class HubSource:
     # --- bytes -------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Do nothing, as huggingface_hub owns the connections and shares them with the rest of the process."""
+        """End all reads; huggingface_hub's own requests go on, as it shares them with the rest of the process."""
+        self._transport.close()
 
     def read(self, snapshot: Snapshot, file: RemoteFile, offset: int, into: memoryview) -> None:
         """Fill ``into`` with the bytes of a file at the snapshot's commit. Safe to call from several threads."""
@@ -171,14 +186,25 @@ class HubSource:
             self._read_cached(snapshot, file, offset, into)
             return
 
-        into[:] = read_range(
-            self._canonical_id or self.repo,
-            commit,
-            file.name,
-            offset=offset,
-            size=size,
-            total=file.size,
-            places=self._places,
+        try:
+            # The commit pins the content, and the validator of the server behind a redirect is another one.
+            pinned = replace(file, etag=None)
+            read_range(self._transport, self._resource(commit, file.name), pinned, offset, into, max_skip=0)
+        except ModelGatedError:
+            raise
+        except PolicyError as error:  # the hub, which the user did not choose by this address, redirects elsewhere
+            raise FetchError(f"{self.uri}: {error}") from error
+
+    def _resource(self, commit: str, name: str) -> Resource:
+        repo = self._canonical_id or self.repo
+        label = f"hg://{repo}@{commit}/{name}"
+
+        def refused(response: Answer) -> LadingError:
+            said = printable(response.headers.get("X-Error-Message") or response.reason, 300)
+            return refusal(repo, name, response.status, response.headers, said=said)
+
+        return self._resources.setdefault(
+            label, Resource(label, partial(location, repo, commit, name), refused=refused)
         )
 
     def _read_cached(self, snapshot: Snapshot, file: RemoteFile, offset: int, into: memoryview) -> None:

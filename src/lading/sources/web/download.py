@@ -17,24 +17,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from blake3 import blake3
 
 from lading.errors import FetchError
 from lading.sources.partial import Partial, Range
 from lading.sources.source import RemoteFile
-from lading.sources.web.client import Client, Connection, Stopped
 from lading.sources.web.redirects import shown
 from lading.sources.web.responses import BadRanges, Unavailable, require_range, require_same, web_page_error
+from lading.sources.web.transport import Resource, Response, StoppedError, Transport
 from lading.system.threads import Worker
 
-if TYPE_CHECKING:
-    import httpx2 as httpx
-
 _HTML = re.compile(rb"\s*<(!doctype html|html)\b", re.IGNORECASE)
-_MAX_SKIP = 64 << 20
+MAX_SKIP = 64 << 20
 """The most bytes to read and drop before a range, if a server does not support ranges."""
 _STEP = 1 << 20
 _GOOD = 1 << 20
@@ -59,12 +55,11 @@ class Concurrency:
 
 
 class WorkerGroup:
-    """Threads that end together when one of them fails or the block ends."""
+    """Threads that end together, with their requests, when one of them fails or the block ends."""
 
-    def __init__(self, client: Client) -> None:
-        self.stop = threading.Event()
-        self._client = client
-        self._connections: list[Connection] = []
+    def __init__(self, transport: Transport) -> None:
+        self.stop = transport.new_stop()
+        self._transport = transport
         self._threads: list[Worker] = []
         self._errors: list[BaseException] = []
 
@@ -72,23 +67,16 @@ class WorkerGroup:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        # A thread may be about to send another request, so connections are aborted repeatedly. A thread that cannot be
-        # woken (in name resolution) is left behind: it checks for the stop before it writes.
+        self._transport.end(self.stop)
+        # A thread that cannot be woken (in name resolution) is left behind: it checks for the stop before it writes.
         until = time.monotonic() + 5
-        while time.monotonic() < until and not all(thread.ended for thread in self._threads):
-            for connection in list(self._connections):
-                connection.abort()
-            for thread in self._threads:
-                if not thread.wait(0.05):
-                    break
+        for thread in self._threads:
+            thread.wait(max(0.0, until - time.monotonic()))
 
     def start(self, work: Callable[[], None]) -> None:
         def run() -> None:
             try:
                 work()
-            except Stopped:
-                pass
             except BaseException as error:  # raised again in the calling thread
                 self._errors.append(error)
                 self.stop.set()
@@ -96,16 +84,6 @@ class WorkerGroup:
         thread = Worker(run, f"lading-fetch-{len(self._threads)}")
         self._threads.append(thread)
         thread.start()
-
-    def start_requests(self, work: Callable[[Connection], None]) -> None:
-        """Start a thread with a connection, which is aborted when the block ends."""
-
-        def run() -> None:
-            with self._client.connection() as connection:
-                self._connections.append(connection)
-                work(connection)
-
-        self.start(run)
 
     def watch(self, tick: Callable[[], None]) -> None:
         """Wait until all threads have ended, and call ``tick`` repeatedly in this thread; it may start more threads.
@@ -137,7 +115,7 @@ class _Piece:
         self._hasher = blake3()
         self._lock = threading.Lock()
 
-    def arrived(self, chunk: bytes) -> None:
+    def arrived(self, chunk: memoryview) -> None:
         """Add bytes that were written to the file."""
         with self._lock:
             self._hasher.update(chunk)
@@ -157,21 +135,22 @@ class Download:
 
     def __init__(
         self,
-        client: Client,
+        transport: Transport,
+        resource: Resource,
         part: Partial,
         *,
         concurrency: Concurrency,
         advance: Callable[[int], object] = lambda _: None,
     ) -> None:
         """:param advance: called in the calling thread with the change in the number of bytes, maybe negative."""
-        self._client = client
+        self._transport = transport
+        self._resource = resource
         self._partial = part
         self._identity = part.identity
         self._concurrency = concurrency
         self._advance = advance
-        self._url = client.parse(part.identity.url)
-        self._what = repr(shown(self._url))
-        self._group = WorkerGroup(client)
+        self._what = repr(resource.label)
+        self._group = WorkerGroup(transport)
         self._ranges_work = threading.Event()
         """Set once a range came as it was requested."""
         self._pieces: list[_Piece] = []
@@ -207,7 +186,7 @@ class Download:
             wanted = most if self._ranges_work.is_set() else min(most, 1)
             while started < wanted:
                 started += 1
-                self._group.start_requests(self._fetch_pieces)
+                self._group.start(self._fetch_pieces)
             self._report(self._arrived())
 
         with self._group:
@@ -225,12 +204,12 @@ class Download:
         piece = _Piece(0, 0)
         digests: list[str] = []
 
-        def work(connection: Connection) -> None:
-            action = partial(self._stream, connection, piece)
-            digests.append(self._client.retry(action, what=self._what, stop=self._group.stop))
+        def work() -> None:
+            action = lambda: self._stream(piece)  # noqa: E731
+            digests.append(self._transport.retry(action, what=self._what, stop=self._group.stop))
 
         with self._group:
-            self._group.start_requests(work)
+            self._group.start(work)
             self._group.watch(lambda: self._report(piece.at))
 
         return digests[0]
@@ -245,73 +224,73 @@ class Download:
 
     # --- in threads --------------------------------------------------------------------------------------------------
 
-    def _fetch_pieces(self, connection: Connection) -> None:
+    def _fetch_pieces(self) -> None:
+        buffer = memoryview(bytearray(_STEP))
         while True:
             try:
                 piece = self._waiting.popleft()
             except IndexError:
                 return
-            self._fetch_piece(connection, piece)
+            self._fetch_piece(piece, buffer)
 
-    def _fetch_piece(self, connection: Connection, piece: _Piece) -> None:
+    def _fetch_piece(self, piece: _Piece, buffer: memoryview) -> None:
         before = piece.at
 
         def attempt() -> None:
             nonlocal before
             before = piece.at
-            self._fetch_range(connection, piece)
+            self._fetch_range(piece, buffer)
 
         progressed = lambda: piece.at - before >= _GOOD  # noqa: E731
-        self._client.retry(attempt, what=self._what, stop=self._group.stop, progressed=progressed)
+        self._transport.retry(attempt, what=self._what, stop=self._group.stop, progressed=progressed)
 
-    def _fetch_range(self, connection: Connection, piece: _Piece) -> None:
+    def _fetch_range(self, piece: _Piece, buffer: memoryview) -> None:
         headers = _range_headers(piece.at, piece.end, self._identity.etag)
-        with connection.open("GET", self._url, headers) as response:
-            require_same(response, self._identity.etag, self._url)
+        with self._transport.open("GET", self._resource, headers) as response:
+            require_same(response, self._identity.etag, self._resource.label)
             require_range(response, piece.at, piece.end, self._identity.size)
             self._ranges_work.set()
-            for chunk in connection.body(response, self._arrived):
-                if len(chunk) > piece.end - piece.at:
-                    raise BadRanges("a range is longer than its Content-Range")
-                self._write(chunk, piece.at)
-                piece.arrived(chunk)
+            while piece.at < piece.end and (count := response.read_into(buffer[: piece.end - piece.at])):
+                self._write(buffer[:count], piece.at)
+                piece.arrived(buffer[:count])
+            if piece.at < piece.end:
+                raise Unavailable(f"{response.url.host} sent {piece.end - piece.at} bytes less than it declared")
+            if response.read_into(buffer):
+                raise BadRanges("a range is longer than its Content-Range")
 
-        if piece.at < piece.end:
-            raise Unavailable(f"{self._url.host} sent {piece.end - piece.at} bytes less than it declared")
-
-    def _stream(self, connection: Connection, piece: _Piece) -> str:
+    def _stream(self, piece: _Piece) -> str:
         size, piece.at = self._identity.size, 0
         limit = self._concurrency.undeclared if size is None else size
-        digest = hashlib.sha256()
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(_STEP))
         os.ftruncate(self._partial.fd, 0)
 
-        with connection.open("GET", self._url, {}) as response:
-            if response.status_code != 200:
-                raise FetchError(f"{self._what} answers {response.status_code} to a request for the whole file.")
-            require_same(response, self._identity.etag, self._url)
+        with self._transport.open("GET", self._resource) as response:
+            if response.status != 200:
+                raise FetchError(f"{self._what} answers {response.status} to a request for the whole file.")
+            require_same(response, self._identity.etag, self._resource.label)
             length = response.headers.get("content-length")
             if size is not None and length is not None and length != str(size):
                 raise FetchError(f"{self._what} has {length[:20]} bytes, expected the published {size}. Try again.")
-            for chunk in connection.body(response):
+            while count := response.read_into(buffer):
+                chunk = buffer[:count]
                 if piece.at == 0 and _HTML.match(chunk):
-                    raise web_page_error(self._url)
-                if piece.at + len(chunk) > limit:
+                    raise web_page_error(self._resource.label)
+                if piece.at + count > limit:
                     said = "that are published" if size is not None else "allowed for a file without a declared size"
                     raise FetchError(f"{self._what} sends more than the {limit} bytes {said}.")
                 self._write(chunk, piece.at)
                 digest.update(chunk)
-                piece.at += len(chunk)
+                piece.at += count
 
         if size is not None and piece.at < size:
-            raise Unavailable(f"{self._url.host} sent {size - piece.at} bytes less than the published size")
+            raise Unavailable(f"{response.url.host} sent {size - piece.at} bytes less than the published size")
 
         return digest.hexdigest()
 
-    def _write(self, chunk: bytes, at: int) -> None:
-        memory = memoryview(chunk)
+    def _write(self, memory: memoryview, at: int) -> None:
         while memory:
             if self._group.stop.is_set():
-                raise Stopped
+                raise StoppedError
             count = os.pwrite(self._partial.fd, memory, at)
             memory, at = memory[count:], at + count
 
@@ -321,7 +300,7 @@ class Download:
         fd, stop = self._partial.fd, self._group.stop
         while at < size:
             if stop.is_set():
-                raise Stopped
+                raise StoppedError
             contiguous = self._contiguous_end()
             if at < contiguous:
                 count = os.preadv(fd, [memoryview(buffer)[: min(_STEP, contiguous - at)]], at)
@@ -363,32 +342,52 @@ def _range_headers(start: int, end: int, etag: str | None) -> dict[str, str]:
     return headers if etag is None else {**headers, "If-Range": etag}
 
 
-def read_range(connection: Connection, url: httpx.URL, file: RemoteFile, offset: int, size: int) -> bytes:
-    """Read exactly ``size`` bytes of a file, starting at ``offset``.
+def read_range(
+    transport: Transport,
+    resource: Resource,
+    file: RemoteFile,
+    offset: int,
+    into: memoryview,
+    *,
+    max_skip: int = MAX_SKIP,
+) -> None:
+    """Fill ``into``, which is not empty, with the bytes of a file from ``offset`` on.
+
+    :param max_skip: the most bytes up to the end of the range that are read from the start of the file, if the server
+        does not support ranges.
 
     :raises FetchError: the server does not support ranges, and the bytes are far from the start; or the content has
         changed.
-    :raises Unavailable: the error is transient.
     """
-    with connection.open("GET", url, _range_headers(offset, offset + size, file.etag)) as response:
-        require_same(response, file.etag, url)
-        skip = 0
-        try:
-            require_range(response, offset, offset + size, file.size)
-        except BadRanges as error:
-            # Bytes near the start can be read without ranges, too.
-            skip = offset
-            if response.status_code != 200 or offset + size > _MAX_SKIP:
-                raise FetchError(
-                    f"{shown(url)!r} cannot be read in parts: {error}. Fetch the whole file instead."
-                ) from error
-        data = bytearray()
-        for chunk in connection.body(response):
-            data += chunk
-            if len(data) >= skip + size:
-                break
+    end = offset + len(into)
 
-    if len(data) < skip + size:
-        raise FetchError(f"{shown(url)!r} ends early: expected {size} bytes at {offset}, found {len(data) - skip}.")
+    def attempt() -> None:
+        with transport.open("GET", resource, _range_headers(offset, end, file.etag)) as response:
+            require_same(response, file.etag, resource.label)
+            try:
+                require_range(response, offset, end, file.size)
+                _fill(response, into)
+            except BadRanges as error:
+                whole = offset == 0 and end == file.size
+                if response.status != 200 or (end > max_skip and not whole):
+                    raise FetchError(
+                        f"{shown(response.url)!r} cannot be read in parts: {error}. Fetch the whole file instead."
+                    ) from error
+                # Bytes near the start can be read without ranges, too.
+                skipped = memoryview(bytearray(min(_STEP, offset)))
+                for at in range(0, offset, _STEP):
+                    _fill(response, skipped[: offset - at])
+                _fill(response, into)
 
-    return bytes(data[skip : skip + size])
+    transport.retry(attempt, what=repr(resource.label))
+
+
+def _fill(response: Response, into: memoryview) -> None:
+    """Fill ``into`` with the next bytes of a body.
+
+    :raises Unavailable: it has fewer.
+    """
+    while into and (count := response.read_into(into)):
+        into = into[count:]
+    if into:
+        raise Unavailable(f"{response.url.host} sent {len(into)} bytes less than expected")

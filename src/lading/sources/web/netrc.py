@@ -36,4 +36,9 @@ def authorization(host: str) -> str | None:
 
     login, _, password = entry
 
-    return "Basic " + base64.b64encode(f"{login}:{password or ''}".encode()).decode("ascii")
+    return basic(login, password or "")
+
+
+def basic(login: str, password: str) -> str:
+    """Return the value of the ``Authorization`` header for a user name and a password."""
+    return "Basic " + base64.b64encode(f"{login}:{password}".encode()).decode("ascii")

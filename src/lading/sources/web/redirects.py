@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lading.errors import PolicyError
 
 if TYPE_CHECKING:
-    import httpx2 as httpx
+    from urllib3.util import Url
 
 MAX_REDIRECTS = 10
 
@@ -74,23 +74,25 @@ class Origin:
     port: int
 
     @classmethod
-    def of(cls, url: httpx.URL) -> Origin:
-        return cls(url.scheme, url.host, url.port or (443 if url.scheme == "https" else 80))
+    def of(cls, url: Url) -> Origin:
+        return cls(url.scheme or "", url.host or "", url.port or (443 if url.scheme == "https" else 80))
 
 
-def shown(url: httpx.URL | str) -> str:
+def shown(url: Url | str) -> str:
     """Return a URL without its query and fragment, which hold the secret of a signed link."""
     return str(url).partition("#")[0].partition("?")[0]
 
 
-def check_url(url: httpx.URL, *, came_from: httpx.URL | None = None) -> None:
+def check_url(url: Url, *, came_from: Url | None = None, plain: bool = False) -> None:
     """Check that a request may be sent to ``url``, also as the target of a redirect from ``came_from``.
+
+    :param plain: whether plain http to other machines is allowed.
 
     :raises PolicyError: it may not.
     """
     where = f"{shown(url)!r}" if came_from is None else f"{shown(url)!r}, to which {shown(came_from)!r} redirects"
 
-    if url.userinfo:
+    if url.auth:
         raise PolicyError(
             f"A URL on {url.host!r} holds a user name or a password, which would end up in catalogs and logs. Move "
             f"them to the file ~/.netrc (`machine {url.host} login … password …`)."
@@ -102,7 +104,7 @@ def check_url(url: httpx.URL, *, came_from: httpx.URL | None = None) -> None:
             raise PolicyError(
                 f"{where}: a redirect from https to http is refused, since anyone on the way could change the file."
             )
-        if not is_loopback(url.host):
+        if not plain and not is_loopback(url.host):
             raise PolicyError(
                 f"{where}: plain http is refused, since anyone on the way could change the file. Use https; only the "
                 "loopback interface of this machine is asked without it."
@@ -116,10 +118,12 @@ class RedirectPolicy:
     name can resolve to one address for the check, and to another one for the connection.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, plain: bool = False) -> None:
+        """:param plain: whether plain http to other machines is allowed."""
+        self._plain = plain
         self._origin: AddressScope | None = None
 
-    def check_address(self, url: httpx.URL, address: str) -> None:
+    def check_address(self, url: Url, address: str) -> None:
         """Check the IP address that a connection for ``url`` was made to.
 
         :raises PolicyError: its scope is narrower than that of the first connection.
@@ -132,14 +136,15 @@ class RedirectPolicy:
                 f"{shown(url)!r} is at {address}, an address inside this network or machine. A redirect to it from an "
                 "outside server is refused; if the file is there, name that URL in the card."
             )
-        if url.scheme == "http" and found is not AddressScope.MACHINE:
+        if not self._plain and url.scheme == "http" and found is not AddressScope.MACHINE:
             raise PolicyError(
                 f"{shown(url)!r} is at {address}, and plain http is allowed on the loopback interface only. Use https."
             )
 
-    def check_host(self, url: httpx.URL) -> None:
+    def check_host(self, url: Url) -> None:
         """Check the host of ``url`` if a proxy makes the connection, so that its address is unknown.
 
         :raises PolicyError: the scope of the host is narrower than that of the first connection.
         """
-        self.check_address(url, "127.0.0.1" if is_loopback(url.host) else url.host)
+        host = (url.host or "").strip("[]")
+        self.check_address(url, "127.0.0.1" if is_loopback(host) else host)

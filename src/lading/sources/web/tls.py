@@ -21,7 +21,9 @@ _NO_AGREEMENT = (
 def lasting_fault(error: BaseException, host: str) -> str | None:
     """Return a description of a permanent TLS error, and its fix; ``None`` if a retry may succeed.
 
-    :param error: the error of a request to ``host``, with its chain of causes.
+    On an established connection, the same errors may result from lost or corrupted bytes, which a retry fixes.
+
+    :param error: the error of an attempt to connect to ``host``, with its chain of causes.
     """
     chain = list(causes_of(error))
     for each in chain:
@@ -30,10 +32,6 @@ def lasting_fault(error: BaseException, host: str) -> str | None:
                 f"the certificate of {host} cannot be verified: {each}. If your own authority signed it, set "
                 "SSL_CERT_FILE to the certificate of that authority."
             )
-
-    # On an established connection, the same error may result from lost or corrupted bytes, which a retry fixes.
-    if not any(type(each).__name__ == "ConnectError" for each in chain):
-        return None
     for each in chain:
         reason = (getattr(each, "reason", None) or "") if isinstance(each, ssl.SSLError) else ""
         if reason in _OTHER_PROTOCOL:
