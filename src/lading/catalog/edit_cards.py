@@ -20,7 +20,7 @@ from lading.cards.card import CardEntry, split_name
 from lading.catalog.added_cards import card_entry
 from lading.catalog.checkpoints.record import write_checkpoint
 from lading.catalog.database.database import Database
-from lading.catalog.database.statements import dumps, intact, loads_object
+from lading.catalog.database.statements import dumps, intact
 from lading.catalog.importing.changes import ImportPlan, StatedRow, StoredRow, card_key, card_title
 from lading.catalog.importing.derived import Entries
 from lading.catalog.importing.write import ask_again, forget, write_cards
@@ -28,7 +28,7 @@ from lading.catalog.links import link_by_uri
 from lading.catalog.listing import near_names
 from lading.catalog.records import CardChange, CheckpointContents
 from lading.catalog.schema import CardRow, SourceRow
-from lading.catalog.stored_cards import label
+from lading.catalog.stored_cards import entry_of
 from lading.errors import AssetCardError, AssetNotFoundError, CardFileError, PolicyError
 from lading.system.uris import uri_path
 
@@ -211,23 +211,16 @@ def _references(rows: Iterable[_Held]) -> set[object]:
 def _find(session: Session, *conditions: ColumnElement[bool]) -> list[_Held]:
     c = CardRow
     rows = session.execute(
-        select(c.id, c.name, c.env, c.position, c.metadata_, c.folder, SourceRow.uri, SourceRow.kind, SourceRow.id)
+        select(c.id, c.name, c.env, c.metadata_, c.folder, c.position, SourceRow.uri, SourceRow.kind, SourceRow.id)
         .join(c.source)
         .where(*conditions)
         .order_by(c.source_id, c.position)
     )
     found = []
     with intact("a card"):
-        for row_id, name, env, position, text, folder, uri, kind, source_id in rows:
-            entry = CardEntry(
-                name=name,
-                env=env,
-                metadata=loads_object(text),
-                folder=None if folder is None else Path(folder),
-                source=label(uri, position),
-            )
+        for row_id, name, env, text, folder, position, uri, kind, source_id in rows:
             row = StoredRow((name, env), uri, position, text, folder, row_id)
-            found.append(_Held(row, entry, kind, source_id))
+            found.append(_Held(row, entry_of(name, env, text, folder, position, uri), kind, source_id))
 
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import islice, product
@@ -56,59 +56,64 @@ _FEW = 5_000
 """The most names to compare with a mistaken one; if there are more, only those that begin alike."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFilter:
+    """The models to list, and their order, as :meth:`lading.catalog.store.AssetStore.models` describes them."""
+
+    pattern: str | None = None
+    include_all: bool = False
+    unregistered: bool = False
+    family: str | None = None
+    status: str | None = None
+    search: str | None = None
+    local: bool = False
+    dtype: str | None = None
+    min_bytes: int | None = None
+    max_bytes: int | None = None
+    sort: Sort = "name"
+    limit: int | None = None
+
+
 def list_models(
-    session: Session,
-    pattern: str | None,
-    *,
-    include_all: bool,
-    unregistered: bool,
-    family: str | None,
-    status: str | None,
-    search: str | None,
-    local: bool,
-    dtype: str | None,
-    min_bytes: int | None,
-    max_bytes: int | None,
-    sort: Sort,
-    limit: int | None,
-    overlaid: Mapping[str, Callable[[], AssetCard | None]],
+    session: Session, wanted: ModelFilter, overlaid: Mapping[str, Callable[[], AssetCard | None]]
 ) -> list[ModelSummary]:
-    """Return the models whose name matches a shell-style pattern, with their status as this machine sees it.
+    """Return the wanted models, with their status as this machine sees it.
 
     :param overlaid: for each name on whose chain an overlay lies, a function that returns its card.
     """
-    c = (union_all(_all_of(_ASSETS), _all_of(_UNREGISTERED)) if unregistered else _all_of(_ASSETS)).subquery().c
+    c = (union_all(_all_of(_ASSETS), _all_of(_UNREGISTERED)) if wanted.unregistered else _all_of(_ASSETS)).subquery().c
     size = _size_of(c.bytes, c.parameters)
-    base_only = literal(value=False) if include_all else _is_base_only(c.name, c.arch, c.checkpoint)
+    base_only = literal(value=False) if wanted.include_all else _is_base_only(c.name, c.arch, c.checkpoint)
     statement = select(*(c[name] for name in _COLUMNS), base_only)
-    statement = statement.order_by(*([size.desc().nulls_last()] if sort == "size" else []), c.name)
-    if not include_all:
+    statement = statement.order_by(*([size.desc().nulls_last()] if wanted.sort == "size" else []), c.name)
+    if not wanted.include_all:
         statement = statement.where(or_(c.family.is_not(None), c.problem.is_not(None), c.kind.is_not(None)))
         if len(overlaid) <= CHUNK:
             # An overlay may give a base a checkpoint.
             statement = statement.where(or_(~base_only, c.problem.is_not(None), c.name.in_(overlaid)))
-    if family is not None:
-        statement = statement.where(c.family == family)
+    if wanted.family is not None:
+        statement = statement.where(c.family == wanted.family)
+    pattern, status = wanted.pattern, wanted.status
     if pattern is not None:
         # Databases differ in their patterns; all of them have prefixes.
         prefix = pattern[: min((i for i, sign in enumerate(pattern) if sign in "*?["), default=len(pattern))]
         statement = statement.where(c.name == pattern if prefix == pattern else _begins(session, c.name, prefix))
-    if search is not None and search.strip():
-        statement = statement.where(found(session.connection(), c.name, search))
+    if wanted.search is not None and wanted.search.strip():
+        statement = statement.where(found(session.connection(), c.name, wanted.search))
     if status is not None and len(overlaid) <= CHUNK:
         # A model that is ready by the database may not be, and an overlay may change anything: the rest is right.
         possible = {status} if status == "unknown-family" else {status, "ready"}
         statement = statement.where(or_(c.status.in_(possible), c.name.in_(overlaid)))
 
-    if local and len(overlaid) <= CHUNK:
+    if wanted.local and len(overlaid) <= CHUNK:
         statement = statement.where(or_(c.local_path.is_not(None), c.name.in_(overlaid)))
-    if dtype is not None:
-        most = FLOAT_NAMES.get(dtype.lower(), dtype.upper())
+    if wanted.dtype is not None:
+        most = FLOAT_NAMES.get(wanted.dtype.lower(), wanted.dtype.upper())
         statement = statement.where(or_(c.dtypes == most, c.dtypes.startswith(f"{most},", autoescape=True)))
-    if min_bytes is not None:
-        statement = statement.where(size >= min_bytes)
-    if max_bytes is not None:
-        statement = statement.where(size <= max_bytes)
+    if wanted.min_bytes is not None:
+        statement = statement.where(size >= wanted.min_bytes)
+    if wanted.max_bytes is not None:
+        statement = statement.where(size <= wanted.max_bytes)
 
     def matching() -> Iterator[ModelSummary]:
         for *row, is_base in session.execute(statement):
@@ -119,12 +124,14 @@ def list_models(
                     continue
                 if model.status in WITHOUT_CARD and not path_exists(model.local_path or ""):
                     continue  # it is gone, or on another machine
-                if (status is None or model.status == status) and not (local and _modified_at(model) is None):
+                if wanted.local and _modified_at(model) is None:
+                    continue
+                if status is None or model.status == status:
                     yield model
 
-    models = sorted(matching(), key=_newest_first) if sort == "modified" else matching()
+    models = sorted(matching(), key=_newest_first) if wanted.sort == "modified" else matching()
 
-    return list(islice(models, limit))
+    return list(islice(models, wanted.limit))
 
 
 def _is_base_only(

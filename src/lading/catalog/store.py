@@ -29,7 +29,7 @@ from lading.catalog.checkpoints.manifests import find_columns, read_digests, rea
 from lading.catalog.database.database import Database
 from lading.catalog.database.statements import chunks, intact
 from lading.catalog.importing.derived import card_of, descendants
-from lading.catalog.listing import Sort, list_models, near_names, summary_of
+from lading.catalog.listing import ModelFilter, Sort, list_models, near_names, summary_of
 from lading.catalog.open import open_catalog
 from lading.catalog.records import (
     ArchitectureSummary,
@@ -374,9 +374,8 @@ class AssetStore:
             def card(name: str) -> AssetCard | None:
                 return resolve_card(name, envs, lambda name: _by_env(read_cards(session, [name])))
 
-            return list_models(
-                session,
-                pattern,
+            wanted = ModelFilter(
+                pattern=pattern,
                 include_all=include_all,
                 unregistered=unregistered,
                 family=family,
@@ -388,8 +387,9 @@ class AssetStore:
                 max_bytes=max_bytes,
                 sort=sort,
                 limit=limit,
-                overlaid={name: partial(card, name) for name in self._overlaid(session, envs)},
             )
+            overlaid = {name: partial(card, name) for name in self._overlaid(session, envs)}
+            return list_models(session, wanted, overlaid)
 
     def summary(self, card: AssetCard) -> ModelSummary | None:
         """Return the summary that :meth:`models` has of a card, with the card's own overlays."""

@@ -42,16 +42,23 @@ def _cards(session: Session, *conditions: ColumnElement[bool]) -> list[CardEntry
     )
 
     with intact("a card"):
-        return [
-            CardEntry(
-                name=name,
-                env=env,
-                metadata=loads_object(metadata),
-                folder=None if folder is None else text_path(folder),
-                source=label(uri, position),
-            )
-            for name, env, metadata, folder, position, uri in rows
-        ]
+        return [entry_of(*row) for row in rows]
+
+
+def entry_of(name: str, env: str, metadata: str, folder: str | None, position: int, uri: str) -> CardEntry:
+    """Return the entry of a row.
+
+    :param uri: that of its source.
+
+    :raises ValueError: the row is damaged.
+    """
+    return CardEntry(
+        name=name,
+        env=env,
+        metadata=loads_object(metadata),
+        folder=None if folder is None else text_path(folder),
+        source=label(uri, position),
+    )
 
 
 def read_architectures(
