@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -153,8 +154,77 @@ def test_a_file_that_had_to_be_rewritten(cli: Cli, tmp_path: Path) -> None:
     torch.save(state, folder / "pytorch_model.bin")
     add(cli, tmp_path, folder, sha256(folder / "pytorch_model.bin"))
     load()
+    assert lading.verify_model("pinned", progress=False).good
     add(cli, tmp_path, folder, {"pytorch_model.bin": WRONG})
     cli("load", "pinned", "--no-progress", code=4)
+    add(cli, tmp_path, folder, {"config.json": sha256(folder / "config.json")})
+    cli("load", "pinned", "--no-progress", code=3)  # the weights are not in it
+
+
+def strided(path: Path, *, plus: float = 0) -> Path:
+    """Write weights that have to be rewritten before they can be read."""
+    state = {name: tensor + plus for name, tensor in tensors().items()}
+    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"].t().contiguous().t()
+    torch.save(state, path)
+    return path
+
+
+def hashed(method: str) -> int:
+    """How many digests of whole files were taken."""
+    ((count,),) = lading.query(f"SELECT count(*) FROM verifications WHERE method = '{method}'").rows
+    return int(str(count))
+
+
+def test_the_original_of_a_rewritten_file_is_hashed_once(cli: Cli, tmp_path: Path) -> None:
+    file = strided(tmp_path / "m.pt")
+    right = sha256(file)
+    add(cli, tmp_path, file, right)
+    for _ in range(3):
+        load()
+    cli("verify", "pinned", "--no-progress")
+    assert hashed("original") == 1
+    os.utime(file)
+    load()
+    load()
+    assert hashed("original") == 2
+
+    add(cli, tmp_path, file, WRONG)
+    cli("load", "pinned", "--no-progress", code=4)
+    add(cli, tmp_path, file, right)
+    strided(file, plus=1)
+    with pytest.raises(DigestMismatchError):
+        load()
+
+
+def test_a_good_file_beside_a_bad_one_does_not_make_it_good(cli: Cli, tmp_path: Path) -> None:
+    folder = make(tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    add(cli, tmp_path, folder, sha256(strided(folder / "pytorch_model.bin")))
+    load()
+    (folder / "pytorch_model.bin").rename(folder / "kept.bin")
+    strided(folder / "pytorch_model.bin", plus=1)
+    with pytest.raises(DigestMismatchError):
+        load()
+
+
+@pytest.mark.parametrize("name", ["", "m.pt"])
+def test_the_original_of_a_fetched_file_is_hashed_once(cli: Cli, tmp_path: Path, name: str) -> None:
+    file = strided(tmp_path / "m.pt")
+    right = sha256(file)
+    with serve({"/m.pt": file.read_bytes()}, honest) as server:
+        add(cli, tmp_path, server.url("/m.pt"), {name: right} if name else right)
+        cli("pull", "pinned", "--no-progress")
+        for _ in range(3):
+            load()
+        assert (hashed("sha256"), hashed("original")) == (1, 1)
+
+        add(cli, tmp_path, server.url("/m.pt"), WRONG)
+        cli("load", "pinned", "--no-progress", code=4)
+        # The file that was right is still here when another one takes its place.
+        add(cli, tmp_path, server.url("/m.pt"), right)
+        server.files["/m.pt"] = strided(file, plus=1).read_bytes()
+        cli("pull", "pinned", "--no-progress", code=4)
+        cli("load", "pinned", "--no-progress", code=4)
 
 
 @pytest.mark.parametrize(("shards", "digests"), [(2, WRONG), (1, {"model.bin": WRONG}), (2, {"config.json": WRONG})])

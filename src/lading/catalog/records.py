@@ -18,6 +18,9 @@ from lading.system.uris import shown_name
 HEADER = "header"
 """The method of a check of all bytes of a file outside of its tensors."""
 
+ORIGINAL = "original"
+"""The method of a check, by its SHA-256, of the file that a rewritten one was made of."""
+
 CopyKind = Literal["source", "cache", "hub", "adopted"]
 
 
@@ -102,7 +105,8 @@ class Check:
     stat: FileStat
     """The state of the file during the check."""
     method: str
-    """``sha256`` of the whole file, ``blake3`` of its tensors, ``header`` of its other bytes, ``crc32`` of a record."""
+    """``sha256`` of the whole file, ``blake3`` of its tensors, ``header`` of its other bytes, ``crc32`` of a record,
+    ``original`` for the SHA-256 of the file at ``path`` that this one was made of."""
     expected: str | None
     """The digest that was published or recorded; ``None`` if unknown."""
     found: str | None

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from lading import formats
 from lading.cards.card import CheckpointRef
-from lading.catalog.records import Check, LocalCopy, now
+from lading.catalog.records import ORIGINAL, Check, LocalCopy, now
 from lading.catalog.store import AssetStore
 from lading.checkpoints.address import file_in, has_inside, split_inside
 from lading.checkpoints.published import PublishedCheckpoint, PublishedFiles, published_config, require_complete
@@ -139,6 +139,7 @@ def fetch_and_index(
         checks.append(fetched_check(found, str(found.path) if rewritten else shard.name, stated.sha256))
         if rewritten:
             originals.append(extra_copy(found, source))
+            checks.append(replace(checks[-1], file=shard.name, method=ORIGINAL))
 
     return FetchedCheckpoint(
         manifest=replace(manifest, shards=tuple(shards)),

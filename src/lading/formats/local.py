@@ -46,6 +46,7 @@ __all__ = [
     "index_files",
     "is_rewritten",
     "nested",
+    "originals",
     "readable",
     "rewritten",
     "rewritten_files",
@@ -103,13 +104,18 @@ def readable(path: Path | str, *, member: str | None = None, cache: Path, restri
     return Path(path)
 
 
+def originals(path: Path | str) -> list[Path]:
+    """Return the files that hold the tensors of the torch checkpoint at ``path``; raises what :func:`index` does."""
+    return [original.path for original in _originals(*_split(Path(path), None))[1]]
+
+
 def rewritten(path: Path | str, *, member: str | None = None, cache: Path) -> Path | None:
     """Return the rewritten file in the cache for the current checkpoint at ``path``; ``None`` if there is none."""
     try:
-        file, originals = _originals(*_split(Path(path), member))
-        if originals[0].path == file:
-            return rewrite.rewritten(originals[0], cache)
-        return rewrite.rewritten_all(originals, cache)
+        file, found = _originals(*_split(Path(path), member))
+        if found[0].path == file:
+            return rewrite.rewritten(found[0], cache)
+        return rewrite.rewritten_all(found, cache)
     except (LadingError, OSError):
         return None
 
@@ -187,17 +193,17 @@ def _find(path: Path) -> tuple[Path, list[tuple[str, str]]]:
 
 
 def _rewritten(path: Path, member: str | None, cache: Path, restrict: bool) -> Path:
-    file, originals = _originals(path, member)
-    if originals[0].path == file:
-        return rewrite.rewrite(originals[0], cache, restrict=restrict)
+    file, found = _originals(path, member)
+    if found[0].path == file:
+        return rewrite.rewrite(found[0], cache, restrict=restrict)
     if is_index(file.name):
         made = {
             each.path.name: rewrite.rewrite(each, cache, restrict=restrict) if each.path.exists() else each.path
-            for each in originals
+            for each in found
         }
         index_shards(file, shards=made)  # raises if index and files disagree
 
-    return rewrite.rewrite_all(originals, cache, restrict=restrict)
+    return rewrite.rewrite_all(found, cache, restrict=restrict)
 
 
 def _originals(path: Path, member: str | None) -> tuple[Path, list[rewrite.Original]]:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lading.catalog.checkpoints.holdings import checkpoints_like, gone_checkpoints
-from lading.catalog.checkpoints.record import recorded_headers
+from lading.catalog.checkpoints.record import last_digests
 from lading.catalog.records import HEADER, Check, CheckpointContents, LocalCopy
 from lading.catalog.store import AssetStore, StoredCheckpoint
 from lading.checkpoints.card_links import names_of
@@ -122,7 +122,8 @@ class MoveFinder:
         self, stored: StoredCheckpoint, here: LocalCheckpointFiles, checkpoint: Checkpoint
     ) -> list[Check] | None:
         """Return the checks of files against what the catalog has of them; ``None`` if they are other files."""
-        headers = header_checks(checkpoint, _renamed(recorded_headers(self._store.database, stored.uri), stored, here))
+        known = last_digests(self._store.database, stored.uri, HEADER)
+        headers = header_checks(checkpoint, _renamed(known, stored, here))
         if any(check.result == "mismatch" for check in headers):
             return None
 

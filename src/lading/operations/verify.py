@@ -14,8 +14,8 @@ from pathlib import Path
 from lading import formats
 from lading.cards.adapters import adapter_refs
 from lading.cards.card import AssetCard, CheckpointRef
-from lading.catalog.checkpoints.record import record_digests, record_files, recorded_headers
-from lading.catalog.records import Check, CopyKind, LocalCopy
+from lading.catalog.checkpoints.record import last_digests, record_digests, record_files
+from lading.catalog.records import HEADER, Check, CopyKind, LocalCopy
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.address import address_of
 from lading.checkpoints.card_digests import with_digests
@@ -350,7 +350,7 @@ def _checked_records(checkpoint: Checkpoint, chosen: Sequence[int]) -> dict[str,
 
 def _checked_headers(checkpoint: Checkpoint, chosen: Sequence[int], store: AssetStore) -> dict[str, Check]:
     """Return the checks of files with right tensors and wrong other bytes; record unknown digests."""
-    known = recorded_headers(store.database, checkpoint.uri)
+    known = last_digests(store.database, checkpoint.uri, HEADER)
     checks = header_checks(checkpoint, known, chosen)
     record_files(store.database, uri=checkpoint.uri, checks=[check for check in checks if check.result == "recorded"])
 

@@ -104,7 +104,11 @@ def replace_copies(session: Session, checkpoint: CheckpointRow, copies: Sequence
 
 def _unless_published(checkpoint: CheckpointRow, copies: Sequence[LocalCopy]) -> Sequence[LocalCopy]:
     """Return fetched copies as not verified if a card publishes digests: these are not compared by a download."""
-    return copies if checkpoint.digest_document is None else [replace(copy, verified_at=None) for copy in copies]
+    if checkpoint.digest_document is None:
+        return copies
+    shards = {shard.name for shard in checkpoint.shards}
+
+    return [replace(copy, verified_at=None) if copy.file in shards else copy for copy in copies]
 
 
 def _replace(

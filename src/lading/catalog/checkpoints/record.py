@@ -198,13 +198,13 @@ def forget_checkpoint(database: Database, uri: str) -> None:
             session.delete(row)
 
 
-def recorded_headers(database: Database, uri: str) -> dict[str, str]:
-    """Return the last recorded digest of the header of each file of a checkpoint, by the file's name."""
+def last_digests(database: Database, uri: str, method: str) -> dict[str, str]:
+    """Return the last good digest of each file of a checkpoint by a method of checks, by the file's name."""
     row = VerificationRow
     with database.session() as session:
         found = session.execute(
             select(row.file, row.found)
-            .where(row.uri == uri, row.method == HEADER, row.result == "recorded", row.found.is_not(None))
+            .where(row.uri == uri, row.method == method, row.result != "mismatch", row.found.is_not(None))
             .order_by(row.id)
         )
         return {str(file): str(digest) for file, digest in found}
@@ -264,7 +264,7 @@ def _note_checks(checkpoint: CheckpointRow, checks: Sequence[Check]) -> None:
         if good and check.method == HEADER:
             continue  # a part of the file only
         # The digests that a card publishes are those of tensors.
-        proves = check.method == "blake3" or checkpoint.digest_document is None
+        proves = check.method == "blake3" or checkpoint.digest_document is None or check.file not in shards
         row = copies.get((check.file, check.path, check.stat))
         if row is not None and (proves or not good):
             row.verified_at = now() if good else None
