@@ -356,6 +356,13 @@ def test_a_card_is_kept_under_its_new_name(models: Path) -> None:
     assert statuses(add(models, fields={"owner": "me"})) == {"mine": "unchanged"}
 
 
+def test_another_rule_for_names_renames_no_card(models: Path) -> None:
+    add(models)
+    assert "`lading rename Tiny NEW`" in str(add(models, name_from="mine")["Tiny"].problem)
+    for rule in ("folder", "path", "{folder}"):
+        assert add(models, name_from=rule)["Tiny"].problem is None
+
+
 def test_a_card_from_a_file_stays_as_it_is(models: Path, tmp_path: Path) -> None:
     add_cards(tmp_path, mine=str(models / "Tiny"))
 
@@ -540,6 +547,15 @@ def test_cards_can_be_exported_and_imported_elsewhere(
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_shows_the_family_of_its_base(models: Path, cli: Callable[..., Result]) -> None:
+    write_adapter(models / "lora", factors(Q_PROJ, 32, 32), base_model_name_or_path=str(models / "Tiny"))
+    first, second = (json.loads(cli("add", models, "--json").stdout) for _ in range(2))
+    assert {row["name"]: row["family"] for row in first} == {"Tiny": "qwen", "lora": "qwen"}
+    assert [row["family"] for row in second] == [row["family"] for row in first]
+    write_adapter(models / "more", factors(Q_PROJ, 32, 32, seed=2), base_model_name_or_path=str(models / "Tiny"))
+    assert json.loads(cli("add", models / "more", "--json").stdout)[0]["family"] == "qwen"
 
 
 def test_an_adapter_is_based_on_the_card_of_its_model(models: Path, tmp_path: Path) -> None:

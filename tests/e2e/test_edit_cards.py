@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -255,6 +256,29 @@ def test_only_the_same_checkpoint_takes_the_place(models: Path, tmp_path: Path) 
     with pytest.raises(CheckpointNotFoundError, match="unknown"):
         lading.relocate_checkpoints(tmp_path / "unknown", tmp_path / "other")
     assert lading.relocate_checkpoints(models, models) == ()
+
+
+def test_a_checkpoint_that_no_digest_can_tell_from_another(
+    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sibling = shutil.copytree(models / "a", models / "a2")
+    lading.add_checkpoints(sibling)
+    os.utime(sibling / "model.safetensors", (1, 1))
+    with pytest.raises(ModelCheckpointMismatchError, match=r"both are still there.*no digests to compare"):
+        lading.relocate_checkpoints(models / "a", sibling)
+    assert fields("a")["checkpoint"] == str(models / "a")
+
+    shutil.move(models / "a", tmp_path / "a")
+    lading.relocate_checkpoints(models / "a", tmp_path / "a")
+    assert not caplog.messages, "the times are the same"
+    shutil.copytree(tmp_path / "a", tmp_path / "copied", copy_function=shutil.copyfile)
+    lading.relocate_checkpoints(tmp_path / "a", tmp_path / "copied")
+    assert "compared only the names, dtypes and shapes of the tensors" in caplog.text
+    caplog.clear()
+    lading.verify_model("a", progress=False)
+    shutil.copytree(tmp_path / "copied", tmp_path / "again", copy_function=shutil.copyfile)
+    lading.relocate_checkpoints(tmp_path / "copied", tmp_path / "again")
+    assert not caplog.messages, "the next load verifies it"
 
 
 def test_a_link_at_the_old_place(models: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from lading.families.llama import get_llama_model_hub
 from lading.families.qwen import get_qwen_model_hub
 from tests.helpers.cached_repository import CONFIG as CARD_CONFIG
 from tests.helpers.cached_repository import add_cards
+from tests.helpers.make_adapter import Q_PROJ, factors, write_adapter
 from tests.helpers.make_checkpoint import CONFIG, make, qwen_config
 from tests.servers.hub import FakeHub
 
@@ -440,11 +441,35 @@ def test_what_the_catalog_does_not_know_of_a_place(cli: Cli, tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "my folder" / "tiny")
     for name in ("my folder/tiny", "./my folder/tiny", str(tmp_path / "my folder" / "tiny")):
-        for command in ("show", "rm"):
-            assert f"Run `lading index '{name}'`" in cli(command, name, code=2).stderr
+        assert f"Run `lading index '{name}'`" in cli("rm", name, code=2).stderr
     assert "The file or folder does not exist" in cli("show", "./nowhere", code=2).stderr
     assert "Run `lading index hg://org/name`" in cli("show", "hg://org/name", code=2).stderr
     assert "write './my folder'" in cli("show", "my folder", code=2).stderr
+
+
+def test_a_place_that_the_catalog_does_not_know_is_shown(
+    cli: Cli, catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "my folder" / "tiny")
+    write_adapter(tmp_path / "lora", factors(Q_PROJ, 32, 32))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
+    before = lading.query("select count(*) from checkpoints").rows
+    for name in ("my folder/tiny", "./my folder/tiny", f"file://{tmp_path}/my folder/tiny"):
+        shown = json.loads(cli("show", name, "--json").stdout)
+        assert (shown["status"], shown["kind"], shown["bytes"]) == ("unregistered", "checkpoint", 43_648)
+        assert shown["checkpoint"]["local_path"] == str(tmp_path / "my folder" / "tiny")
+    assert len(cli("show", name, "--tensors", "-q").stdout.splitlines()) == 24
+    assert f"local path  {tmp_path}/lora\n" in (found := cli("show", "./lora").stdout)
+    assert "kind        lora adapter\n" in found
+    assert "expected" in cli("show", "./empty", code=2).stderr
+    cli("show", "./bad.safetensors", code=4)
+    assert lading.query("select count(*) from checkpoints").rows == before
+
+    lading.add_checkpoints(tmp_path / "lora", fields={"base": "qwen3_0.6b"})
+    assert json.loads(cli("show", "./lora", "--json").stdout)["name"] == "lora"
+    assert cli("path", "./my folder/tiny").stdout == f"{tmp_path}/my folder/tiny\n"
 
 
 @pytest.mark.parametrize(

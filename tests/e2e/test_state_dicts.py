@@ -225,3 +225,24 @@ def test_on_the_hub(process: Callable[..., subprocess.CompletedProcess[str]], tm
         done = process("index", "hg://somebody/tiny/step.pt/nothing", env=env)
         assert done.returncode == 2
         assert "'ema.module'" in done.stderr
+
+
+def test_a_state_dict_as_a_field_of_an_added_card(catalog: Path, cli: Cli, tmp_path: Path) -> None:
+    path = save(tmp_path / "saved.pt")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert cli("add", path, "--set", "state_dict=ema.module", "-q").stdout == "saved\n"
+    assert json.loads(cli("list", "saved", "--json").stdout)[0]["parameters"] == 21_824
+    equal(lading.load_model("saved", dtype="keep", progress=False).state_dict(), SECOND)
+    assert cli("list", "saved", "--status", "ready", "-q").stdout == "saved\n"
+
+    (again,) = json.loads(cli("add", path, "--set", "state_dict=net", "--json").stdout)
+    assert (again["name"], again["status"]) == ("saved", "changed")
+    equal(lading.load_model("saved", dtype="keep", progress=False).state_dict(), FIRST)
+    (again,) = json.loads(cli("add", tmp_path, "--json").stdout)
+    assert (again["name"], again["status"]) == ("saved", "unchanged")
+    assert "ema.module" in cli("add", path, "--set", "state_dict=nothing", code=2).stderr
+
+    cli("add", path / "a.b.c", "--name-from", "inner")
+    assert cli("list", "inner", "--status", "ready", "-q").stdout == "inner\n"
+    lading.register_model("ema", path, state_dict="ema.module")
+    assert json.loads(cli("list", "ema", "--json").stdout)[0]["parameters"] == 21_824

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sqlalchemy import insert, literal, select
+from sqlalchemy import case, func, insert, literal, select
 from sqlalchemy.orm import Session
 
 from lading.cards.card import split_name
@@ -24,11 +24,14 @@ def link_cards(session: Session, names: Collection[str], checkpoint: CheckpointR
 
 def link_by_uri(session: Session) -> None:
     """Link every card whose checkpoint is known, and which is not linked yet."""
+    uri, path = CardRow.checkpoint_uri, CardRow.checkpoint_path
+    inside = func.rtrim(uri, "/") + "/" + func.rtrim(func.ltrim(path, "/"), "/")
+    key = case((path.is_(None), uri), else_=inside)
     session.execute(
         insert(CardCheckpointRow).from_select(
             ["card_id", "checkpoint_id", "linked_at"],
             select(CardRow.id, CheckpointRow.id, literal(now()))
-            .join_from(CheckpointRow, CardRow, CardRow.checkpoint_uri == CheckpointRow.uri)
-            .where(CardRow.env == "", CardRow.checkpoint_path.is_(None), ~CardRow.link.has()),
+            .join_from(CheckpointRow, CardRow, key == CheckpointRow.uri)
+            .where(CardRow.env == "", ~CardRow.link.has()),
         )
     )

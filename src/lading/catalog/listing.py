@@ -35,6 +35,7 @@ from lading.catalog.records import ModelSummary
 from lading.catalog.schema import CARDS, CardRow
 from lading.catalog.search import found
 from lading.errors import AssetCardError
+from lading.formats.folder import is_there
 from lading.formats.manifest import FLOAT_NAMES
 from lading.system.filesystem import path_exists
 from lading.system.uris import uri_path
@@ -221,7 +222,7 @@ def as_seen_here(model: ModelSummary, card: AssetCard | None) -> ModelSummary:
     if path is None:
         status = "remote" if model.checkpoint else "gated"
         return replace(model, status=status, local_path=None, verified_at=None)
-    if path_exists(path):
+    if is_there(path):
         return replace(model, local_path=str(path))
 
     return replace(

@@ -145,6 +145,7 @@ class StoredCheckpoint:
     copies: tuple[LocalCopy, ...]
     """The copies whose path leads to them from this machine."""
     indexed_at: str
+    """Empty for one that was read now, and is not in the catalog."""
     published: DigestDocument | None = None
     """The document from which the catalog has the digests of the tensors; ``None`` if it has none, or from bytes."""
 

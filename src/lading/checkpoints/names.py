@@ -33,7 +33,7 @@ from lading.errors import (
     ModelNotKnownError,
     NotSupportedError,
 )
-from lading.formats.folder import container_of
+from lading.formats.folder import is_there
 from lading.sources.hub.address import HubAddress, check_revision, is_repo_id
 from lading.sources.open import HUB_SCHEMES, check_address, open_source
 from lading.system.filesystem import expand_home, path_exists
@@ -78,7 +78,7 @@ def find_card(
     assert isinstance(target, str)
     if "://" in target:
         return _at_address(target, store, revision, family)
-    if "/" in target and (path_exists(target) or container_of(Path(target)) is not None):
+    if "/" in target and is_there(Path(target)):
         return _at_path(Path(target), store, revision, family)
     if (uri := _repository(target, revision)) is not None:
         card = _with_checkpoint(uri, store, family)
@@ -96,8 +96,7 @@ def unknown_model(name: str, store: AssetStore) -> ModelNotKnownError:
     index = f" Run `lading index {shlex.quote(name)}` to record what is there."
     path = as_path(name)
     if path is not None:
-        there = path_exists(path) or container_of(path) is not None
-        return ModelNotKnownError(name, index if there else " The file or folder does not exist.")
+        return ModelNotKnownError(name, index if is_there(path) else " The file or folder does not exist.")
     if path_exists(name):
         here = f" To use the file or folder of that name, write './{name}'."
         return ModelNotKnownError(name, index if "/" in name else here)

@@ -72,7 +72,7 @@ def checkpoint_object(stored: StoredCheckpoint) -> dict[str, object]:
         "bytes": manifest.total_bytes,
         "dtypes": manifest.dtype_counts,
         "shards": [{"name": shard.name, "bytes": shard.size, "sha256": shard.sha256} for shard in manifest.shards],
-        "indexed_at": stored.indexed_at,
+        "indexed_at": stored.indexed_at or None,
     }
 
 

@@ -35,7 +35,8 @@ def path(selection: Selection, form: Form) -> None:
     rows: list[tuple[Path, str]] = []
 
     def find(name: str, card: AssetCard | Path) -> None:
-        rows.extend((found, name) for found in local_paths(card, store))
+        # The caller of a script may be elsewhere. Links stay: the names in a cache are those of its links.
+        rows.extend((Path(os.path.abspath(found)), name) for found in local_paths(card, store))  # noqa: PTH100
 
     selection.each_model(find, store, ask=False)
 

@@ -26,7 +26,10 @@ from lading.errors import (
     ModelFamilyNotKnownError,
     NotSupportedError,
 )
+from lading.formats.adapter_config import ADAPTER_NAME
+from lading.formats.artifacts import LORA, artifact_in
 from lading.formats.config_json import read_hf_config
+from lading.formats.folder import is_there
 from lading.models.family import Family, get_family
 from lading.models.hf_config import described_config
 from lading.system.display import human_bytes, human_count
@@ -47,7 +50,7 @@ def show(selection: Selection, tensors: bool, shards: bool, form: Form) -> None:
     """Show a model's card, configuration and checkpoint.
 
     NAME may be a pattern with * and ? as in a shell, that of an overlay (NAME@user), or end in @ for the card without
-    overlays. --csv and -q show only the fields of the card.
+    overlays. Reads the headers at a path that the catalog does not know. --csv and -q show only the fields of the card.
 
     For example: lading show qwen3_0.6b
     """
@@ -55,6 +58,7 @@ def show(selection: Selection, tensors: bool, shards: bool, form: Form) -> None:
         raise click.UsageError("Only one of --tensors and --shards can be given.", click.get_current_context())
 
     from lading.catalog.store import get_asset_store
+    from lading.checkpoints.card_links import names_of
     from lading.checkpoints.names import find_card, unknown_model
 
     store = get_asset_store()
@@ -63,8 +67,7 @@ def show(selection: Selection, tensors: bool, shards: bool, form: Form) -> None:
     objects: list[dict[str, object]] = []
     shown: list[str] = []
 
-    def show_one(name: str, card: AssetCard) -> None:
-        found = look_up(card, store)
+    def show_one(name: str, found: Found) -> None:
         if listing is not None:
             rows.extend((*row, name) if selection.several else row for row in listing.rows(found))
         elif form is Form.TABLE:
@@ -75,14 +78,19 @@ def show(selection: Selection, tensors: bool, shards: bool, form: Form) -> None:
             objects.append(_as_object(found))
         shown.append(name)
 
-    def meaning(name: str) -> AssetCard:
+    def meaning(name: str) -> Found:
         card = find_card(name, store, ask=False)
+        path = card if isinstance(card, Path) else None
         if isinstance(card, Path):
-            path = shown_name(path_uri(card))
-            card = AssetCard(path, {"checkpoint": path})
-        if store.summary(card) is None:
+            place = shown_name(path_uri(card))
+            card = AssetCard(place, {"checkpoint": place})
+        if store.summary(card) is not None:
+            return look_up(card, store)
+        if path is None or not is_there(path):
             raise unknown_model(name, store)
-        return card
+        if owners := names_of(store, [uri := path_uri(path / ADAPTER_NAME)]).get(uri):
+            return look_up(store.retrieve_card(owners[0]), store)
+        return _look_at(card, store)
 
     selection.each(selection.resolve(meaning, store), show_one)
 
@@ -171,6 +179,63 @@ def look_up(card: AssetCard, store: AssetStore) -> Found:
         if found is not None and complete
         else summary.parameters,
         problem=problem,
+    )
+
+
+def _look_at(card: AssetCard, store: AssetStore) -> Found:
+    """Return what is at the path of a card, of which the catalog knows nothing; the catalog stays as it is.
+
+    :raises ModelCheckpointError: it is damaged, or no weights are there.
+    :raises OSError: it cannot be read.
+    """
+    from lading.catalog.records import ModelSummary, StoredCheckpoint
+    from lading.checkpoints.checkpoint import LocalCheckpointFiles
+
+    ref = checkpoint_ref(card)
+    path = uri_path(ref.uri)
+    assert path is not None
+    artifact = artifact_in(path)
+    if artifact is not None:
+        manifest, kind, dtypes, size, shards = None, artifact.kind, artifact.dtypes, artifact.bytes, artifact.files
+    else:
+        manifest = LocalCheckpointFiles.read(path, cache=store.settings.cache_dir, rewrite=False).manifest
+        kind, dtypes = "checkpoint", tuple(manifest.dtype_counts)
+        size, shards = manifest.total_bytes, len(manifest.shards)
+    summary = ModelSummary(
+        name=card.name,
+        family=None,
+        arch=None,
+        base=None,
+        status="unregistered" if kind in ("checkpoint", LORA) else "unloadable",
+        checkpoint=ref.uri,
+        revision=None,
+        format=None if manifest is None else manifest.format,
+        bytes=size,
+        parameters=None if manifest is None else manifest.parameters,
+        dtypes=",".join(dtypes) or None,
+        shards=shards,
+        license=None,
+        local_path=str(path),
+        verified_at=None,
+        source=None,
+        problem=None if artifact is None else artifact.reason,
+        kind=kind,
+    )
+    stored = None
+    if manifest is not None:
+        stored = StoredCheckpoint(uri=ref.uri, revision="", manifest=manifest, copies=(), indexed_at="")
+
+    return Found(
+        card=card,
+        summary=summary,
+        ref=ref,
+        path=path,
+        checkpoint=stored,
+        config={},
+        config_complete=False,
+        layers=(),
+        parameters=summary.parameters,
+        problem=summary.problem,
     )
 
 
@@ -311,7 +376,7 @@ _FIELDS = _Listing(
         Column(name="field", keep=True),
         Column(name="value"),
         Column(name="card"),
-        Column(name="source", heading="from"),
+        Column(name="source"),
     ),
     rows=lambda found: fields_of(found.card),
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 from lading.errors import CheckpointNotFoundError, NotSupportedError
 from lading.formats.adapter_config import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from lading.system.display import some
+from lading.system.filesystem import path_exists
 
 INDEX_NAME = "model.safetensors.index.json"
 FILE_NAME = "model.safetensors"
@@ -112,6 +113,11 @@ def container_of(path: Path) -> Path | None:
     index = parent / METADATA_NAME
 
     return index if parent == path.parent and os.path.isfile(index) else None  # noqa: PTH113
+
+
+def is_there(path: Path) -> bool:
+    """Return whether a path leads to a file or folder, or into a file."""
+    return path_exists(path) or container_of(path) is not None
 
 
 def folder_of(path: Path) -> Path:

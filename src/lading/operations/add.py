@@ -5,12 +5,13 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from lading.cards.addresses import stated_addresses
-from lading.cards.card import AssetCardField, CardEntry
+from lading.cards.card import AssetCardField, CardEntry, checkpoint_ref
 from lading.catalog.added_cards import card_entry, record_additions
 from lading.catalog.artifacts import record_artifacts
 from lading.catalog.importing.changes import ADDED
@@ -26,7 +27,7 @@ from lading.errors import (
     NotSupportedError,
     first_line,
 )
-from lading.formats.folder import container_of
+from lading.formats.folder import is_there
 from lading.operations.adopt import adopt_checkpoints
 from lading.operations.card_names import check_rule, choose_names
 from lading.operations.describe_checkpoint import Describer, Description
@@ -35,8 +36,8 @@ from lading.operations.moved import Move, MoveFinder
 from lading.sources.hub.address import is_repo_id
 from lading.sources.open import check_address
 from lading.system.display import human_bytes, representation
-from lading.system.filesystem import expand_home, path_exists
-from lading.system.uris import shown_uri, uri_path
+from lading.system.filesystem import expand_home
+from lading.system.uris import path_uri, shown_uri, uri_path
 
 Status = Literal["added", "changed", "unchanged", "moved", "gone", "skipped", "failed"]
 
@@ -144,17 +145,12 @@ def resolve_target(target: str | Path) -> str | Path:
             return target
     else:
         path = expand_home(target)
-    if not str(target) or not _is_there(path):  # an empty variable of a shell is not the current folder
+    if not str(target) or not is_there(path):  # an empty variable of a shell is not the current folder
         hint = f" Did you mean hg://{path}?" if "/" in str(path) and is_repo_id(str(path)) else ""
         where = str(target) or repr("")
         raise CheckpointNotFoundError(path, f"No checkpoint is at {where}: there is no such file or folder.{hint}")
 
     return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
-
-
-def _is_there(path: Path) -> bool:
-    """Return whether a path leads to a file or folder, or into a file."""
-    return path_exists(path) or container_of(path) is not None
 
 
 def _links_out(root: Path) -> list[Path]:
@@ -181,6 +177,8 @@ class _Found:
     name: str | None = None
     fields: Mapping[str, object] = field(default_factory=dict)
     """The fields of its card, as they are to be."""
+    inherited: Mapping[str, object] = field(default_factory=dict)
+    """The fields of the base of its card."""
     entries: list[CardEntry] = field(default_factory=list)
     """The cards to write."""
     move: Move | None = None
@@ -207,7 +205,7 @@ class _Found:
 
     def result(self) -> AddedCard:
         """Return what the user is told."""
-        manifest, of = self.described.manifest, self.fields.get
+        manifest, of = self.described.manifest, {**self.inherited, **self.fields}.get
 
         return AddedCard(
             name=self.name if self.error is None else None,
@@ -239,6 +237,8 @@ class _Adder:
         self._describer = Describer(store, restrict=restrict)
         self._found: dict[str, _Found | AddedCard] = {}
         """The results, or what is to become one, by URI or path."""
+        # The cards of state dicts in files, with their names there, by the URI of the file.
+        self._nested = _cards_of_state_dicts(store)
         self._cards = {model.name: model for model in store.models(include_all=True)}
 
     # --- reading ------------------------------------------------------------------------------------------------------
@@ -266,7 +266,10 @@ class _Adder:
         if place.problem is not None:
             self._found[str(place.path)] = _failed(str(place.path), place.problem)
         elif place.repo is None:
-            self._attempt(str(place.path), lambda: self._describer.at_path(place))
+            # A file of several state dicts cannot be read without the name of one.
+            stated = next((inside for _, inside in self._nested.get(path_uri(place.path), [])), None)
+            state_dict = self._given.get("state_dict", stated)
+            self._attempt(str(place.path), lambda: self._describer.at_path(place, state_dict))
         else:
             self._describe_snapshots(place.path if place.commit is None else place.root)
 
@@ -297,16 +300,17 @@ class _Adder:
     def decide(self, rule: str, roots: Sequence[Path]) -> None:
         """Decide for each checkpoint which card it keeps or gets, and which cards have lost theirs."""
         found = [each for each in self._found.values() if isinstance(each, _Found)]
-        wanted = [uri for each in found for uri in (each.described.uri, *each.described.bases())]
-        owners = names_of(self._store, wanted)
+        own = {uri for each in found for uri in (each.described.uri, each.described.file_uri) if uri}
+        owners = names_of(self._store, own.union(*(each.described.bases() for each in found)))
         moves = MoveFinder(self._store, progress=self._progress)
         new = []
         for each in found:
             files = each.described.files
-            names = owners.get(each.described.uri, ())
+            uri, file = each.described.uri, each.described.file_uri
+            names = owners.get(uri) or owners.get(file) or [name for name, _ in self._nested.get(file, [])]
             each.move = moves.find(files) if files is not None and not names else None
             if names:
-                self._keep(each, names)
+                self._keep(each, names, rule)
             elif each.move is not None and each.move.cards:
                 self._move(each, each.move)
             else:
@@ -318,7 +322,7 @@ class _Adder:
         with_adapters = set(self._store.names_stating("adapter", "adapters"))
         for model in self._cards.values():
             path = uri_path(model.checkpoint or "")
-            may_be_gone = model.name in with_adapters or (path is not None and not _is_there(path))
+            may_be_gone = model.name in with_adapters or (path is not None and not is_there(path))
             if model.source == ADDED and may_be_gone and model.name not in moved:
                 self._report_gone(model, roots)
 
@@ -330,16 +334,22 @@ class _Adder:
         except LadingError:
             return  # a bad address, which `lading list` shows
         for path in filter(None, map(uri_path, addresses)):
-            if any(path.is_relative_to(root) for root in roots) and not _is_there(path):
+            if any(path.is_relative_to(root) for root in roots) and not is_there(path):
                 self._found[f"{model.name} {path}"] = _gone(model, path)
 
-    def _keep(self, each: _Found, names: Sequence[str]) -> None:
+    def _keep(self, each: _Found, names: Sequence[str], rule: str) -> None:
         """Keep the card of a checkpoint; the given fields change one of lading's own."""
         own = next((name for name in names if self._cards[name].source == ADDED), None)
         each.name, each.status = own or names[0], "unchanged"
         card = self._cards[each.name]
-        each.fields = {name: getattr(card, key) for key, name in _SHOWN.items()}
+        each.fields = self._fields_shown(each.name)
         each.problem = card.problem
+        named_otherwise = rule != "folder" and choose_names([each.described.place], rule, lambda _: True) != [own]
+        if own is not None and named_otherwise:
+            each.problem = (
+                f"{each.described.shown} has the card {own!r} already, which keeps its name; `lading rename "
+                f"{shlex.quote(own)} NEW` gives it another one"
+            )
         if not self._given:
             return
         if own is None:
@@ -349,6 +359,15 @@ class _Adder:
         if any(before.get(key) != value for key, value in self._given.items()):
             each.status = "changed"
             self._write_card(each, own, {**before, **self._given})
+
+    def _fields_shown(self, name: object) -> Mapping[str, object]:
+        """Return the fields that a result shows of a card, be it in the catalog or still to be written."""
+        card = self._cards.get(str(name))
+        if card is not None:
+            return {field: getattr(card, key) for key, field in _SHOWN.items()}
+        new = next((each for each in self._found.values() if isinstance(each, _Found) and each.name == name), None)
+
+        return {} if new is None or name is None else {**new.inherited, **new.fields}
 
     def _own_fields(self, name: str) -> Mapping[str, object]:
         return self._store.own_card(name).metadata
@@ -403,7 +422,7 @@ class _Adder:
                 cards[each.described.uri] = each.name
 
     def _write_card(self, each: _Found, name: str, fields: Mapping[str, object]) -> None:
-        each.fields = fields
+        each.fields, each.inherited = fields, self._fields_shown(fields.get("base"))
         try:
             each.described.require_family(fields)
             each.entries.append(card_entry(name, fields))
@@ -433,6 +452,19 @@ class _Adder:
                 record_additions(self._store.database, entries, contents)
 
         return tuple(each.result() if isinstance(each, _Found) else each for each in self._found.values())
+
+
+def _cards_of_state_dicts(store: AssetStore) -> Mapping[str, list[tuple[str, str]]]:
+    """Return the cards that state a state dict in a file, each with its state dict, by the URI of the file."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name in store.names_stating("state_dict"):
+        with suppress(AssetCardError):  # a broken card, which `lading list` shows
+            card = store.maybe_retrieve_card(name)
+            ref = None if card is None or card.has_field("checkpoint_path") else checkpoint_ref(card)
+            if ref is not None and ref.path is not None:
+                found.setdefault(ref.uri, []).append((name, ref.path))
+
+    return found
 
 
 _TAKEN = "expected a name that no other checkpoint has"

@@ -48,6 +48,9 @@ class Description:
     """The name or the path of the model that an adapter was trained on; empty if its configuration does not say."""
     manifest: Manifest | None = None
     """``None`` if the tensors can only be read after a rewrite."""
+    file_uri: str = ""
+    """The URI of the file or folder that its card states: that of a checkpoint on this machine without the state dict
+    inside. Empty for others."""
     contents: CheckpointContents | None = None
     """The contents for the catalog to record; ``None`` if it knows them."""
     files: LocalCheckpointFiles | None = None
@@ -100,8 +103,10 @@ class Describer:
         self.artifacts: list[FoundArtifact] = []
         """The artifacts that were found in place of checkpoints."""
 
-    def at_path(self, found: FoundCheckpoint) -> Description:
+    def at_path(self, found: FoundCheckpoint, state_dict: object = None) -> Description:
         """Describe a checkpoint or a LoRA adapter on this machine, whose links lead nowhere else.
+
+        :param state_dict: the field of that name in its card, if that states a string.
 
         :raises NotSupportedError: it is of a format or a model type that lading does not support, or another artifact,
             which :attr:`artifacts` has then.
@@ -115,13 +120,17 @@ class Describer:
         if artifact is not None:
             self.artifacts.append(FoundArtifact(path=path, artifact=artifact))
             raise not_loaded_error(path, artifact)
-        uri = path_uri(path)
+        inside = path / state_dict if isinstance(state_dict, str) else path
         checkpoint = _field_of(path)
         hf_config = read_hf_config(path)
         fields = {**self._recognized(hf_config, path), "checkpoint": checkpoint, **_readme_at(path)}
         place = _place_of(path, found.root)
 
-        return self._with_contents(Description(uri=uri, shown=str(path), place=place, fields=fields), path)
+        described = Description(
+            uri=path_uri(inside), file_uri=path_uri(path), shown=str(path), place=place, fields=fields
+        )
+
+        return self._with_contents(described, inside)
 
     def _adapter_at(self, found: FoundCheckpoint) -> Description:
         """Describe a LoRA adapter in a folder."""

@@ -140,6 +140,21 @@ class MoveFinder:
         return None if any(check.result == "mismatch" for check in checks) else [*headers, *checks]
 
 
+def may_have_changed(stored: StoredCheckpoint, here: LocalCheckpointFiles, store: AssetStore) -> bool:
+    """Return whether files at a new path may have other bytes than a checkpoint had: no known digest can tell, and the
+    times of modification are others.
+    """
+    manifest = stored.manifest
+    if all(shard.sha256 for shard in manifest.shards) or store.digests(stored.uri, manifest) is not None:
+        return False
+
+    if not _has_all_copies(stored) or len(manifest.shards) != len(here.manifest.shards):
+        return True
+    now = [here.stats[shard.name] for shard in here.manifest.shards]
+
+    return [(then.size, then.mtime_ns) for then in _stats(stored)] != [(stat.size, stat.mtime_ns) for stat in now]
+
+
 def _has_all_copies(stored: StoredCheckpoint) -> bool:
     return {shard.name for shard in stored.manifest.shards} <= {copy.file for copy in stored.copies}
 

@@ -46,7 +46,7 @@ def register_model(name: str, path: str | Path, *, base: str | None = None, **fi
     describer = Describer(store, restrict=True, accept=True)
     target = resolve_target(path)
     if isinstance(target, Path):
-        described = describer.at_path(find_at(target))
+        described = describer.at_path(find_at(target), fields.get("state_dict"))
     else:
         described = describer.at_address(target)
 
