@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from lading import GangError, LadingError, NotSupportedError, export_model, load_model, simulate_gangs
 from lading.models.hf_config import family_of_folder
 from tests.distributed.gang_tools import gangs_of
 from tests.distributed.workers import Pool
 from tests.helpers.make_checkpoint import make, tensors
+from tests.servers.s3 import Bucket
 
 
-def load_and_export(source: Path, folder: Path, axes: tuple[int, int, int], shard_size: int) -> dict[str, int]:
+def load_and_export(source: Path, folder: Path | str, axes: tuple[int, int, int], shard_size: int) -> dict[str, int]:
     torch.set_num_threads(1)
     gangs = gangs_of(device="cpu", tp=axes[0], sdp=axes[1], pp=axes[2])
     family, config = family_of_folder(source)
@@ -45,6 +48,28 @@ def test_two_ranks(pool2: Pool, tmp_path: Path, axes: tuple[int, int, int]) -> N
     assert {p.name for p in tmp_path.iterdir()} == {"in", "out"}
 
 
+def export_to_store(source: Path, place: str, env: dict[str, str], fault: bool) -> object:
+    with patch.dict(os.environ, env):
+        os.environ.pop("SSL_CERT_DIR", None)
+        if not fault:
+            return load_and_export(source, place, (2, 1, 1), 20_000)
+        return export_with_a_fault(source, place, "disk")
+
+
+def test_two_ranks_and_an_object_store(pool2: Pool, s3: Bucket, tmp_path: Path) -> None:
+    make(tmp_path / "in")
+    env = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    outcomes = pool2.run(export_to_store, tmp_path / "in", f"{s3.uri}/out", env, True)
+    assert all(isinstance(outcome.error, LadingError | OSError) for outcome in outcomes), outcomes
+    assert (s3.names(), s3.uploads()) == ([], [])
+
+    first, second = pool2.values(export_to_store, tmp_path / "in", f"{s3.uri}/out", env, False)
+    assert first == second == {key.removeprefix("out/"): len(s3.get(key)) for key in s3.names()}
+    found = {name: t for key in first if key.endswith("ors") for name, t in load(s3.get(f"out/{key}")).items()}
+    assert found.keys() == tensors().keys()
+    assert all(torch.equal(found[name], value) for name, value in tensors().items())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", [(2, 2, 1), (4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)])
 @pytest.mark.parametrize("shard_size", [3000, 20_000, 10**9])
@@ -54,12 +79,12 @@ def test_four_ranks(pool4: Pool, tmp_path: Path, axes: tuple[int, int, int], sha
     check(tmp_path / "out")
 
 
-def export_with_a_fault(source: Path, folder: Path, fault: str) -> None:
+def export_with_a_fault(source: Path, folder: Path | str, fault: str) -> None:
     gangs = gangs_of(device="cpu", tp=2)
     family, config = family_of_folder(source)
     model = load_model(source, gangs=gangs, dtype="auto", progress=False)
     if gangs.root.rank == 1 and fault == "other":
-        folder = folder.with_name("other")
+        folder = Path(folder).with_name("other")
     if gangs.root.rank == 1 and fault in ("disk", "memory"):
         import lading.operations.export
 

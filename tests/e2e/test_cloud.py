@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import tarfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,9 @@ from safetensors.torch import load, load_file, save_file
 
 from lading import export_model, load_model
 from lading.models.hf_config import family_of_folder
+from tests.helpers.make_adapter import QWEN_CONFIG, factors, write_adapter
 from tests.helpers.make_checkpoint import make, tensors
-from tests.servers.s3 import SECRET, Bucket, Moto, Request
+from tests.servers.s3 import KEY, SECRET, Bucket, Moto, Request, find_rclone, rclone_server, use_s3
 
 Cli = Callable[..., Result]
 
@@ -120,3 +123,220 @@ def test_a_large_export_in_parts(large_model: Path, s3: Bucket, moto: Moto) -> N
     assert report.folder == f"{s3.uri}/out"
     assert sum(is_part(each, 2) for each in moto.requests) == 1
     assert_equal(state_of(s3, "out"), load_file(large_model / "model.safetensors"))
+
+
+# --- use --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def far(cli: Cli, s3: Bucket, tmp_path: Path) -> str:
+    """The address of a checkpoint in three shards, with a tokenizer."""
+    folder = make(tmp_path / "far", shards=3)
+    (folder / "tokenizer.json").write_text("{}")
+    s3.upload(folder, "models/fär off")
+    return f"{s3.uri}/models/fär off"
+
+
+def test_a_folder(cli: Cli, far: str, s3: Bucket, moto: Moto, home: Path, tmp_path: Path) -> None:
+    shown = json.loads(cli("index", far, "--json").stdout)
+    assert (shown["uri"], shown["tensors"], [each["name"] for each in shown["shards"]]) == (far, 24, SHARDS)
+    assert all("range" in each.headers for each in moto.gets(".safetensors"))  # only headers
+
+    (tmp_path / "cards.yaml").write_text(f"name: far\nmodel_family: qwen\ncheckpoint: {far}/\n")
+    cli("import", tmp_path / "cards.yaml")
+    moto.requests.clear()
+    pulled = json.loads(cli("pull", "far", "--json", "--no-progress").stdout)
+    assert {each["name"] for each in pulled} == {
+        *SHARDS, "config.json", "model.safetensors.index.json", "tokenizer.json",
+    }  # fmt: skip
+    weights = [each for each in moto.gets(".safetensors") if "range" not in each.headers]
+    assert len(weights) == 3
+    assert_equal(load_model("far", dtype="auto", progress=False).state_dict(), tied(tensors()))
+    assert len(cli("path", "far").stdout.split()) == 3
+
+    moto.requests.clear()
+    cli("pull", "far", "--no-progress")
+    assert all("range" in each.headers for each in moto.gets(".safetensors"))  # the headers again, no weights
+    cli("verify", "far", "--no-progress")
+    assert "far" in cli("du").stdout
+    assert_no_secrets(home)
+
+    cli("rm", "far", "--yes")
+    assert "far" not in cli("du").stdout
+
+
+def tied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return state | {"lm_head.weight": state["model.embed_tokens.weight"]}
+
+
+def assert_no_secrets(home: Path) -> None:
+    files = [path for path in home.rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        assert not [secret for secret in (SECRET, "X-Amz-", KEY) if secret.encode() in path.read_bytes()], path
+
+
+def test_offline(cli: Cli, far: str, moto: Moto, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LADING_OFFLINE", "1")
+    assert "LADING_OFFLINE" in cli("pull", far, code=5).stderr
+    assert "LADING_OFFLINE" in cli("index", far, code=5).stderr
+    assert moto.requests == []
+    monkeypatch.setenv("LADING_OFFLINE", "")
+    cli("pull", far, "--no-progress")
+    moto.requests.clear()
+    monkeypatch.setenv("LADING_OFFLINE", "1")
+    cli("load", far, "--no-progress")
+    cli("pull", far, "--no-progress")
+    assert moto.requests == []
+
+
+def test_one_file(cli: Cli, s3: Bucket, tmp_path: Path) -> None:
+    folder = make(tmp_path / "far")
+    (folder / "tokenizer.json").write_text("{}")
+    s3.upload(folder, "one")
+    uri = f"{s3.uri}/one/model.safetensors"
+    # A bucket that cannot be listed is enough for it.
+    pulled = json.loads(cli("pull", uri, "--include", "tokenizer.json", "--json", "--no-progress").stdout)
+    assert {each["name"] for each in pulled} == {"model.safetensors", "tokenizer.json"}
+    assert_equal(load_model(uri, dtype="auto", progress=False).state_dict(), tied(tensors()))
+    assert "plain names" in cli("pull", uri, "--include", "*.json", code=2).stderr
+    assert "no revisions" in cli("pull", uri, "--revision", "main", code=2).stderr
+
+
+def test_an_index_of_shards(cli: Cli, far: str, moto: Moto) -> None:
+    uri = f"{far}/model.safetensors.index.json"
+    cli("pull", uri, "--no-progress")
+    assert not [each for each in moto.requests if "list-type" in each.query]
+    assert_equal(load_model(uri, dtype="auto", progress=False).state_dict(), tied(tensors()))
+
+
+def test_a_checkpoint_inside(cli: Cli, s3: Bucket, tmp_path: Path) -> None:
+    s3.upload(make(tmp_path / "far", shards=2), "runs/1/step 10")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    s3.put("runs/1/tok/tokenizer.json", b"{}")
+    torch.save(tensors(), tmp_path / "model.pt")
+    s3.put("runs/2/model.pt", (tmp_path / "model.pt").read_bytes())
+    with tarfile.open(tmp_path / "archive.tar", "w") as archive:
+        archive.add(tmp_path / "model.pt", "run/model.pt")
+    s3.put("runs/3.tar", (tmp_path / "archive.tar").read_bytes())
+    (tmp_path / "cards.yaml").write_text(
+        f"name: one\nmodel_family: qwen\ncheckpoint: {s3.uri}/runs/1\ncheckpoint_path: step 10\n"
+        f"tokenizer: {s3.uri}/runs/1\ntokenizer_path: tok\n"
+        f"---\nname: two\nbase: one\ncheckpoint: {s3.uri}/runs/2/model.pt\ncheckpoint_path: null\n{QWEN_CONFIG}"
+        f"---\nname: three\nbase: two\ncheckpoint: {s3.uri}/runs/3.tar\ncheckpoint_path: run/model.pt\n"
+    )
+    cli("import", tmp_path / "cards.yaml")
+    for name in ("one", "two", "three"):
+        pulled = json.loads(cli("pull", name, "--json", "--no-progress").stdout)
+        assert any(each["name"].endswith("tokenizer.json") for each in pulled)
+        assert_equal(load_model(name, dtype="auto", progress=False).state_dict(), tied(tensors()))
+
+
+def test_an_adapter(cli: Cli, far: str, s3: Bucket, tmp_path: Path) -> None:
+    module = "model.layers.0.self_attn.q_proj"
+    here = write_adapter(tmp_path / "adapter", factors(module, 32, 32))
+    s3.upload(here, "adapters/one")
+    (tmp_path / "cards.yaml").write_text(
+        f"name: there\nmodel_family: qwen\ncheckpoint: {far}\nadapter: {s3.uri}/adapters/one\n"
+        f"---\nname: here\nbase: there\nadapter: {here}\n"
+    )
+    cli("import", tmp_path / "cards.yaml")
+    assert "adapter: adapter_model.safetensors" in cli("pull", "there", "--no-progress").stdout
+    expected = load_model("here", dtype="auto", progress=False).state_dict()
+    assert_equal(load_model("there", dtype="auto", progress=False).state_dict(), expected)
+    assert not torch.equal(expected[f"{module}.weight"], tensors()[f"{module}.weight"])
+
+
+def test_a_change_under_a_name(cli: Cli, far: str, s3: Bucket, tmp_path: Path) -> None:
+    cli("pull", far, "--no-progress")
+    state = {name: tensor + 1 for name, tensor in tensors().items()}
+    save_file(dict(list(state.items())[::3]), tmp_path / "shard", metadata={"format": "pt"})
+    s3.put(f"models/fär off/{SHARDS[0]}", (tmp_path / "shard").read_bytes())
+    cli("load", far, "--no-progress")  # the weights behind a name do not change on their own
+    pulled = json.loads(cli("pull", far, "--json", "--no-progress").stdout)
+    assert pulled[0]["fetched"]
+    found = load_model(far, dtype="auto", progress=False).state_dict()
+    assert all(torch.equal(found[name], state[name]) for name in list(state)[::3])
+
+
+def test_wrong_keys(cli: Cli, far: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDOTHER")
+    for words in (("index", far), ("pull", far), ("load", far), ("add", far), ("export", "tiny", f"{far}/x")):
+        result = cli(*words, code=None)
+        assert result.exit_code == (2 if words[0] == "export" else 7), result.output
+        if words[0] != "export":
+            assert "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in result.stderr
+        assert SECRET not in result.output
+        assert len(result.stderr.splitlines()) <= 2
+    assert_no_secrets(home)
+
+
+def test_an_import_without_the_package(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lading.sources.cloud.bucket.find_spec", lambda name: None)
+    (tmp_path / "cards.yaml").write_text("name: far\nmodel_family: qwen\ncheckpoint: s3://bucket/far\n")
+    assert "pip install 'lading-hub[cloud]'" in cli("import", tmp_path / "cards.yaml", code=3).stderr
+    assert "pip install 'lading-hub[cloud]'" in cli("load", "s3://bucket/far", code=2).stderr
+
+
+# --- another server, which checks signatures --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rclone_program() -> Path:
+    program = find_rclone()
+    if program is None:
+        pytest.skip("rclone is not installed")
+    return program
+
+
+@pytest.fixture(scope="module")
+def rclone(rclone_program: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The URL of rclone's server, and the folder of its buckets."""
+    folder = tmp_path_factory.mktemp("rclone")
+    with rclone_server(rclone_program, folder) as url:
+        yield url, folder
+
+
+def test_there_and_back(
+    cli: Cli, rclone: tuple[str, Path], large_model: Path, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    url, folder = rclone
+    (folder / "bucket").mkdir()
+    use_s3(monkeypatch, url)
+    cli("convert", large_model, "s3://bucket/ä b/large", "--no-progress")
+    assert {path.name for path in (folder / "bucket" / "ä b" / "large").iterdir()} == {
+        "model.safetensors",
+        "config.json",
+    }
+    cli("index", "s3://bucket/ä b/large")
+    cli("pull", "s3://bucket/ä b/large", "--no-progress")
+    found = load_model("s3://bucket/ä b/large", dtype="auto", progress=False).state_dict()
+    assert_equal(found, tied(load_file(large_model / "model.safetensors")))
+    assert_no_secrets(home)
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    assert "SignatureDoesNotMatch" in cli("index", "s3://bucket/ä b/large", code=7).stderr
+
+
+def test_a_peer_that_serves_its_cache(
+    cli: Cli, template: Path, s3: Bucket, tmp_path: Path, rclone_program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/how-to/share-a-catalog.md: any static server over a cache is enough."""
+    s3.upload(make(tmp_path / "far"), "far")
+    cli("pull", f"{s3.uri}/far", "--no-progress")
+    path = Path(cli("path", f"{s3.uri}/far").stdout.strip())
+    cache = path.parents[2]
+    # Another machine has another catalog and another cache.
+    shutil.copy(template, tmp_path / "other.sqlite")
+    with rclone_server(rclone_program, cache, "http") as url:
+        (tmp_path / "cards.yaml").write_text(
+            f"name: far\nmodel_family: qwen\ncheckpoint: {s3.uri}/far\n{QWEN_CONFIG}"
+            f"---\nname: far@elsewhere\ncheckpoint: {url}/{path.relative_to(cache)}\nsha256: {path.stem}\n"
+        )
+        monkeypatch.setenv("LADING_DATABASE_URL", f"sqlite:///{tmp_path / 'other.sqlite'}")
+        monkeypatch.setenv("LADING_CACHE_DIR", str(tmp_path / "other"))
+        cli("import", tmp_path / "cards.yaml")
+        monkeypatch.setenv("LADING_ENV", "elsewhere")
+        cli("pull", "far", "--no-progress")
+    assert Path(cli("path", "far").stdout.strip()) == tmp_path / "other" / path.relative_to(cache)
+    assert_equal(load_model("far", dtype="auto", progress=False).state_dict(), tied(tensors()))

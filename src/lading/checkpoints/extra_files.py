@@ -16,7 +16,7 @@ from lading.checkpoints.recording import fetch_extra_files
 from lading.errors import AddressError, AssetCardError, CheckpointNotFoundError, FetchError, InternalError
 from lading.formats.config_json import CONFIG_NAME, read_config_json, read_hf_config
 from lading.formats.folder import folder_of, is_checkpoint_file
-from lading.sources.open import HUB_SCHEMES, check_address, open_source
+from lading.sources.open import HUB_SCHEMES, check_address, has_folders, open_source
 from lading.sources.source import FetchedFile, RemoteFile, Snapshot, Source
 from lading.system.settings import Settings
 from lading.system.uris import uri_path
@@ -153,7 +153,10 @@ def tokenizer_elsewhere(
     files = tokenizer_files(snapshot, source.inner)
 
     return RemoteTokenizer(
-        source=source, snapshot=snapshot, files=tuple(files), member=None if _is_hub(tokenizer.uri) else tokenizer.path
+        source=source,
+        snapshot=snapshot,
+        files=tuple(files),
+        member=None if has_folders(tokenizer.uri) else tokenizer.path,
     )
 
 
@@ -179,8 +182,8 @@ def tokenizer_files(snapshot: Snapshot, inner: str | None) -> list[RemoteFile]:
 
 
 def _open(tokenizer: TokenizerRef, settings: Settings, revision: str | None) -> Source:
-    # Except on the hub, a path leads to a member of the archive at the address.
-    inner = tokenizer.path if _is_hub(tokenizer.uri) else None
+    # Without folders, a path leads to a member of the archive at the address.
+    inner = tokenizer.path if has_folders(tokenizer.uri) else None
 
     return open_source(tokenizer.uri, inner_path=inner, revision=revision, settings=settings)
 

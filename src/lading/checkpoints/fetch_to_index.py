@@ -24,7 +24,7 @@ from lading.formats.folder import is_index
 from lading.formats.manifest import Manifest
 from lading.formats.remote import find_checkpoint
 from lading.formats.shard_index import index_shards, read_index_at
-from lading.sources.open import HTTP_SCHEMES, HUB_SCHEMES, open_source
+from lading.sources.open import SCHEMES, open_source
 from lading.sources.source import FetchedFile, Source
 from lading.system.filesystem import FileStat
 from lading.system.settings import Settings
@@ -52,7 +52,7 @@ def must_fetch_to_index(ref: CheckpointRef) -> bool:
 
     For a folder, the list of its files decides: :class:`lading.formats.NotByHeadersError`.
     """
-    if ref.scheme not in (*HTTP_SCHEMES, *HUB_SCHEMES):
+    if ref.scheme not in SCHEMES or ref.scheme == "file":
         return False
 
     path = PurePosixPath(urlsplit(ref.uri).path if ref.path is None else f"{urlsplit(ref.uri).path}/{ref.path}")

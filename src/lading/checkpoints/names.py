@@ -6,7 +6,7 @@ the name                                  its meaning
 ``qwen3_0.6b``, ``qwen3_0.6b@user``       the card of that name, with the overlay of that environment
 ``./…``, ``../…``, ``~/…``, ``/…``        a path; likewise ``file:///…``, and ``folder/model`` if something is there
 ``hg://org/name[@revision][/inside]``     a repository of the hub; likewise addresses of other schemes, such as
-                                          ``https://…``
+                                          ``https://…`` and ``s3://…``
 ``org/name[@revision]``                   the same repository, if neither a card nor a file or folder has that name
 ========================================  ==============================================================================
 

@@ -92,12 +92,13 @@ def require_complete(source: Source, snapshot: Snapshot, ref: CheckpointRef, nam
         named = index_names(PublishedFiles(source, snapshot), name=folder + file) if is_index(file) else ()
         missing = [each for each in (name_in_source(folder + file, each) for each in named) if each not in here]
     if missing:
-        repo = HubAddress.from_uri(ref.uri).repo
-        fetch = f"lading pull {name}" if name else f"hf download {repo} --revision {snapshot.revision}"
+        fetch = f"lading pull {name or ref.shown}"
+        if not name and snapshot.revision:
+            fetch = f"hf download {HubAddress.from_uri(ref.uri).repo} --revision {snapshot.revision}"
+        part = f"the revision {snapshot.revision}" if snapshot.revision else "it"
         raise FetchError(
-            f"{ref.shown}: only a part of the revision {snapshot.revision} is on this machine, and LADING_OFFLINE or "
-            f"HF_HUB_OFFLINE is set, so the hub was not asked for the rest. Missing: {some_names(missing)}. Run "
-            f"`{fetch}` where there is a network."
+            f"{ref.shown}: only a part of {part} is on this machine, and LADING_OFFLINE or HF_HUB_OFFLINE is set, so "
+            f"the rest is not known. Missing: {some_names(missing)}. Run `{fetch}` where there is a network."
         )
 
 

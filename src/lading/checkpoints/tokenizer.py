@@ -27,7 +27,7 @@ from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, 
 from lading.formats.files import LFS_POINTER, lfs_pointer_error, open_regular
 from lading.formats.folder import container_of, folder_of
 from lading.formats.tar import find_member
-from lading.sources.open import HUB_SCHEMES
+from lading.sources.open import has_folders
 from lading.system.uris import uri_path
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def load_tokenizer(
         if path is not None:
             path = local_checkpoint(path, inner_path=ref.path)
             return _local(folder_of(path))
-        if ref.scheme not in HUB_SCHEMES:
+        if not has_folders(ref.uri):
             raise NotSupportedError(
                 f"The card {card.name!r} names no tokenizer, and its checkpoint is one file of a server: {ref.shown}. "
                 "Name the tokenizer in the card's `tokenizer`, or that of another card in its `tokenizer_ref`."

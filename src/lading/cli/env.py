@@ -18,7 +18,7 @@ from lading.errors import LadingError
 from lading.system.display import counted
 from lading.system.uris import shown_uri
 
-_PACKAGES = ("torch", "sqlalchemy", "safetensors", "huggingface_hub", "transformers")
+_PACKAGES = ("torch", "sqlalchemy", "safetensors", "huggingface_hub", "transformers", "obstore")
 
 _SHOWN = frozenset(
     {
@@ -28,7 +28,9 @@ _SHOWN = frozenset(
 )  # fmt: skip
 """The variables whose values are shown: they hold no secrets."""
 
-_NAMED = re.compile(r"(LADING|HF|HUGGING_FACE)_\w+|CUDA_VISIBLE_DEVICES|(https?|all|no)_proxy", re.IGNORECASE)
+_NAMED = re.compile(
+    r"(LADING|HF|HUGGING_FACE|AWS|GOOGLE|AZURE)_\w+|CUDA_VISIBLE_DEVICES|(https?|all|no)_proxy", re.IGNORECASE
+)
 """The variables that change what lading does, and those that look as if they did."""
 
 

@@ -35,8 +35,8 @@ def index(selection: Selection, no_restrict: bool, form: Form) -> None:
     """Index local or remote checkpoints in the catalog.
 
     Records tensors, and reads only the headers of files: those of the card NAME, of the file or folder at PATH, or of
-    the checkpoint at hg://org/name or https://... Use it also to accept files that were changed on purpose. NAME may be
-    a pattern with * and ? as in a shell.
+    the checkpoint at hg://org/name, https://... or s3://... Use it also to accept files that were changed on purpose.
+    NAME may be a pattern with * and ? as in a shell.
 
     For example: lading index hg://Qwen/Qwen3-0.6B
     """

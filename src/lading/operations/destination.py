@@ -16,6 +16,7 @@ from typing import Protocol
 
 from lading.errors import LadingError, NotSupportedError
 from lading.formats.config_json import CONFIG_NAME
+from lading.formats.folder import some_names
 from lading.formats.safetensors_writer import Output
 from lading.operations.atomic_folder import atomic_folder, require_empty
 from lading.sources.cloud.address import SCHEMES, CloudAddress
@@ -84,9 +85,10 @@ def require_new(place: Place) -> None:
     found = _CloudFolder(place).sizes()
     if found:
         left = "" if CONFIG_NAME in found else f" without {CONFIG_NAME}, as an export that was broken off leaves it"
+        names = some_names(sorted(found))
         raise FileExistsError(
             errno.EEXIST,
-            f"expected no objects there, but found {min(found)!r}{left}; remove it, or choose another place",
+            f"expected no objects there, but found {names}{left}; remove them, or choose another place",
             place,
         )
 

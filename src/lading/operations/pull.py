@@ -45,7 +45,7 @@ from lading.formats.adapter_config import ADAPTER_CONFIG_NAME
 from lading.formats.config_json import CONFIG_NAME, refuse_quantized_config
 from lading.models.fit import CheckReport, check_manifest, require_fit
 from lading.models.resolve import family_of_card, resolve_model
-from lading.sources.open import HTTP_SCHEMES, HUB_SCHEMES, open_source
+from lading.sources.open import HUB_SCHEMES, has_folders, open_source
 from lading.sources.source import FetchedFile, RemoteFile, Snapshot
 from lading.sources.web.address import is_plain
 from lading.system.display import counted, human_bytes, representation
@@ -160,8 +160,8 @@ def _pull(
             require_stated(checkpoint, store, progress=progress)
         tokenizer = _tokenizer_elsewhere(card, ref, None, store)
         return _report(checkpoint, False, _bring(tokenizer, checkpoint, store, dry_run=dry_run, progress=progress))
-    if ref.scheme in HTTP_SCHEMES:
-        _require_of_web(ref, revision, include)
+    if ref.scheme not in HUB_SCHEMES:
+        _require_without_revisions(ref, revision, include)
 
     published, missing = _published(ref, revision, store), False
     if published is None:
@@ -235,20 +235,23 @@ def _require_known_revision(checkpoint: Checkpoint, revision: str | None) -> Non
         )
 
 
-def _require_of_web(ref: CheckpointRef, revision: str | None, include: Sequence[str]) -> None:
-    """Check that a pull needs nothing that web servers lack.
+def _require_without_revisions(ref: CheckpointRef, revision: str | None, include: Sequence[str]) -> None:
+    """Check that a pull needs nothing that web servers and object stores lack.
 
     :raises NotSupportedError: it does.
     """
     if revision is not None:
         raise NotSupportedError(
-            f"{shown_uri(ref.uri)} is a file of a web server and has no revisions, but {revision!r} was requested."
+            f"{shown_uri(ref.uri)} is on a web server or in an object store and has no revisions, but {revision!r} was "
+            "requested."
         )
+    if has_folders(ref.uri):
+        return
     patterns = [name for name in include if not is_plain(name) or set(name) & set("*?[")]
     if patterns:
         raise NotSupportedError(
-            f"{shown_uri(ref.uri)} is a file of a web server, which does not say what lies beside it: expected plain "
-            f"names of files to include, such as tokenizer.json, found {patterns[0]!r}."
+            f"{shown_uri(ref.uri)} is one file, whose server does not say what lies beside it: expected plain names of "
+            f"files to include, such as tokenizer.json, found {patterns[0]!r}."
         )
 
 
@@ -348,7 +351,7 @@ def _companions(
     weights = {name_in_source(published.inner, name, shards=shards) for name in shards}
     always = {name_in_source(published.inner, name, shards=shards) for name in beside}
     ref, snapshot = checkpoint_ref(card), published.snapshot
-    if ref.scheme in HTTP_SCHEMES and include:
+    if include and not has_folders(ref.uri):
         snapshot = _named_beside(ref, snapshot, include, store)
     tokenizer = tokenizer_ref(card, store.retrieve_card)
     if same_source(tokenizer, ref):
@@ -369,11 +372,11 @@ def _tokenizer_elsewhere(
 ) -> RemoteTokenizer | None:
     """Return the files of the tokenizer, if they are neither on this machine nor among those beside the weights."""
     tokenizer = tokenizer_ref(card, store.retrieve_card)
-    if tokenizer is None and ref.scheme in HUB_SCHEMES:
+    if tokenizer is None and has_folders(ref.uri):
         tokenizer = TokenizerRef(uri=ref.uri, path=ref.path)
     if tokenizer is None or store.settings.offline:
         return None
-    if same_source(tokenizer, ref) and (published is not None or ref.scheme not in HUB_SCHEMES):
+    if same_source(tokenizer, ref) and (published is not None or not has_folders(ref.uri)):
         return None  # in the archive of the checkpoint, or beside it
 
     return tokenizer_elsewhere(tokenizer, settings=store.settings)

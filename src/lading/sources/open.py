@@ -15,7 +15,7 @@ from lading.system.uris import shown_uri
 
 HUB_SCHEMES = ("hg", "hf")
 HTTP_SCHEMES = ("https", "http")
-SCHEMES = ("file", *HUB_SCHEMES, *HTTP_SCHEMES)
+SCHEMES = ("file", *HUB_SCHEMES, *HTTP_SCHEMES, *CLOUD_SCHEMES)
 """The schemes of all addresses that lading reads."""
 
 
@@ -33,46 +33,70 @@ def check_address(uri: str) -> None:
         CloudAddress.from_uri(uri)
 
 
+def has_folders(uri: str) -> bool:
+    """Return whether an address leads to a source with folders, whose files are listed: the hub, or a folder of an
+    object store. Any other leads to one file.
+
+    :raises AddressError: the address of an object store is not valid.
+    """
+    scheme = uri.partition(":")[0].lower()
+
+    return scheme in HUB_SCHEMES or (scheme in CLOUD_SCHEMES and not CloudAddress.from_uri(uri).is_file)
+
+
 def open_source(uri: str, *, inner_path: str | None, revision: str | None, settings: Settings) -> Source:
     """Return the source of a remote checkpoint, without sending a request.
 
     :param inner_path: the checkpoint inside the source (``checkpoint_path`` of a card).
     :param revision: the revision; default: the one in ``uri``, else the latest.
 
-    :raises NotSupportedError: the scheme is unknown, or the source has no revisions or no folders.
+    :raises NotSupportedError: the scheme is unknown, the package that reads it is missing, or the source has no
+        revisions or no folders.
     :raises PolicyError: the path leads out of the source, or the scheme is refused.
     """
     scheme = urlsplit(uri).scheme
+    require_readable(uri)
 
     # Imported here, as most commands send no requests.
     if scheme in HUB_SCHEMES:
         from lading.sources.hub.source import HubSource
 
         return HubSource(uri, inner_path=inner_path, revision=revision, offline=settings.offline)
-    if scheme in HTTP_SCHEMES:
+    if scheme in (*HTTP_SCHEMES, *CLOUD_SCHEMES):
         from lading.sources.cache import Cache
-        from lading.sources.web.source import HttpSource
 
         if revision is not None:
             raise NotSupportedError(
-                f"{shown_uri(uri)} is a file on a web server and has no revisions, but {revision!r} was requested."
+                f"{shown_uri(uri)} is on a web server or in an object store and has no revisions, but {revision!r} was "
+                "requested."
             )
-        if inner_path is not None:
+        if inner_path is not None and not has_folders(uri):
             raise NotSupportedError(
                 f"{shown_uri(uri)} is a single file, without paths inside it, but `checkpoint_path` is {inner_path!r}."
             )
-        return HttpSource(uri, cache=Cache(settings.cache_dir, catalog=settings.catalog_id), offline=settings.offline)
+        cache = Cache(settings.cache_dir, catalog=settings.catalog_id)
+        if scheme in CLOUD_SCHEMES:
+            from lading.sources.cloud.source import CloudSource
 
-    require_readable(uri)
+            return CloudSource(uri, inner_path=inner_path, cache=cache, offline=settings.offline)
+
+        from lading.sources.web.source import HttpSource
+
+        return HttpSource(uri, cache=cache, offline=settings.offline)
+
     raise InternalError(f"{shown_uri(uri)} is not remote, so it has no source")
 
 
 def require_readable(uri: str) -> None:
     """Require that lading reads addresses of a URI's scheme.
 
-    :raises NotSupportedError: it does not.
+    :raises NotSupportedError: it does not, or not without another package.
     """
     scheme = uri.partition(":")[0].lower()
+    if scheme in CLOUD_SCHEMES:
+        from lading.sources.cloud.bucket import require_obstore
+
+        require_obstore()
     if scheme not in SCHEMES:
         raise NotSupportedError(
             f"Expected a path, or an address that begins with {', '.join(f'{s}://' for s in SCHEMES)}; found "

@@ -239,9 +239,9 @@ def test_all_problems_of_all_files_are_listed(database: Database) -> None:
 @pytest.mark.parametrize(
     ("address", "scheme"),
     [
-        ("s3://bucket/ft?X-Amz-Signature=secret", "s3"), ("S3://bucket/ft", "s3"), ("gs://b/x", "gs"),
+        ("s4://bucket/ft?X-Amz-Signature=secret", "s4"), ("S4://bucket/ft", "s4"), ("gcs://b/x", "gcs"),
         ("ftp://h/x", "ftp"),
-        ("abfs+x://b/x", "abfs+x"), ("mailto:me", "mailto"), (" s3://b/x;gated=false ", "s3"), ("htps://h/x", "htps"),
+        ("abfs+x://b/x", "abfs+x"), ("mailto:me", "mailto"), (" s4://b/x;gated=false ", "s4"), ("htps://h/x", "htps"),
     ],
 )  # fmt: skip
 def test_an_address_that_nothing_reads(tmp_path: Path, database: Database, address: str, scheme: str) -> None:
@@ -256,6 +256,7 @@ def test_an_address_that_nothing_reads(tmp_path: Path, database: Database, addre
     assert "hg://, hf://, https://, http://" in str(error.value)
     assert "secret" not in str(error.value)
     assert ("Did you mean 'https'" in str(error.value)) == (scheme == "htps")
+    assert "hf://, https://, http://, s3://, gs://, az://" in str(error.value)
     assert cards(database) == {}
 
     report = import_files(database, [card_file(f"{far}---\nname: near\n")], keep_going=True)
@@ -272,7 +273,7 @@ def test_an_address_that_nothing_reads(tmp_path: Path, database: Database, addre
 def test_addresses_that_go_in(database: Database) -> None:
     addresses = (
         "hg://a/b", "HF://a/b", "https://h/x", "http://h/x", "file:///x", "/x", "x", "./x", "~/x", "c:/x", "a/s3", "s3",
-        "s3://b/x;gated=true", "mailto:me;gated=true",
+        "ftp://b/x;gated=true", "mailto:me;gated=true", "s3://bucket/x", "S3://bucket/x", "gs://bucket/x", "az://bucket",
     )  # fmt: skip
     text = "---\n".join(f"name: a{i}\ncheckpoint: {address!r}\n" for i, address in enumerate(addresses))
     assert len(import_files(database, [card_file(text)]).added) == len(addresses)

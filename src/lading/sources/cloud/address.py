@@ -61,9 +61,18 @@ class CloudAddress(NamedTuple):
         """The key of the folder: its own, or the one that holds the file."""
         return self.key.rpartition("/")[0] if self.is_file else self.key
 
+    @property
+    def name(self) -> str:
+        """The name of the file; of a folder, its last part."""
+        return self.key.rpartition("/")[2]
+
     def key_of(self, name: str) -> str:
         """Return the key of a file, by its name relative to :attr:`folder`."""
         return f"{self.folder}/{name}" if self.folder else name
+
+    def uri_of(self, name: str) -> str:
+        """Return the URI of a file, by its name relative to :attr:`folder`."""
+        return f"{self.scheme}://{self.bucket}/{self.key_of(name)}"
 
 
 def _has_suffix(key: str) -> bool:

@@ -15,7 +15,7 @@ from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from lading.errors import (
     CheckpointNotFoundError,
@@ -58,6 +58,11 @@ _SKIP_SIGNATURE: Mapping[str, Sequence[str]] = {
     "gs": ("GOOGLE_SKIP_SIGNATURE",),
     "az": ("AZURE_SKIP_SIGNATURE", "AZURE_STORAGE_SKIP_SIGNATURE"),
 }
+_TRUE = ("1", "true", "yes", "y", "on")
+_ANY_KEYS: Mapping[str, Mapping[str, str]] = {
+    "s3": {"access_key_id": "any", "secret_access_key": "any", "skip_signature": "false"},
+    "az": {"account_key": "YW55", "skip_signature": "false"},
+}
 _ADVICE: Mapping[str, str] = {
     "s3": (
         "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN, if there is one): for a profile, "
@@ -97,10 +102,8 @@ def require_obstore() -> None:
 class Bucket:
     """A bucket of S3 or GCS, or a container of Azure. Its methods are safe to call from several threads."""
 
-    def __init__(self, address: CloudAddress, *, valid: timedelta = VALID) -> None:
+    def __init__(self, address: CloudAddress) -> None:
         """Open the bucket of ``address`` without a request.
-
-        :param valid: the time for which signed URLs are valid.
 
         :raises NotSupportedError: obstore is not installed.
         :raises PolicyError: the endpoint would be asked over plain http.
@@ -110,27 +113,27 @@ class Bucket:
         self.uri = f"{address.scheme}://{address.bucket}"
         self._scheme = address.scheme
         self._bucket = address.bucket
-        self._valid = valid
         self._allow_http = _check_endpoint(address.scheme)
 
     @cached_property
     def _store(self) -> ObjectStore:
+        return self._open()
+
+    def _open(self, **credentials: str) -> ObjectStore:
         store = import_module("obstore.store")
-        options: dict[str, Any] = {
-            "client_options": {
-                "allow_http": self._allow_http,
-                "connect_timeout": timedelta(seconds=15),
-                "timeout": timedelta(minutes=5),  # of a part, on a slow line
-            },
-            # Without credentials, their lookup on a machine outside of a cloud has to end soon.
-            "retry_config": {"max_retries": 5, "retry_timeout": timedelta(seconds=60)},
-        }
+        kind = {"s3": store.S3Store, "gs": store.GCSStore, "az": store.AzureStore}[self._scheme]
         with self._translated(""):
-            if self._scheme == "s3":
-                return store.S3Store(self._bucket, **options)  # type: ignore[no-any-return]
-            if self._scheme == "gs":
-                return store.GCSStore(self._bucket, **options)  # type: ignore[no-any-return]
-            return store.AzureStore(self._bucket, **options)  # type: ignore[no-any-return]
+            return kind(  # type: ignore[no-any-return]
+                self._bucket,
+                client_options={
+                    "allow_http": self._allow_http,
+                    "connect_timeout": timedelta(seconds=15),
+                    "timeout": timedelta(minutes=5),  # of a part, on a slow line
+                },
+                # Without credentials, their lookup on a machine outside of a cloud has to end soon.
+                retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=60)},
+                **credentials,
+            )
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -171,22 +174,27 @@ class Bucket:
 
         return RemoteFile(name=name, size=head["size"], etag=_strong(head["e_tag"]))
 
-    def signed_url(self, key: str) -> str | None:
-        """Return a URL by which anyone can get an object for a while; ``None`` if these credentials cannot sign.
+    def url(self, key: str) -> str | None:
+        """Return a URL by which anyone can get an object for a while; ``None`` if these credentials cannot sign it.
 
-        Anonymous requests are not signed, nor can some users of GCS and Azure sign: their objects are read by
-        :meth:`read`.
+        Some users of GCS and Azure cannot sign; their objects are read by :meth:`read`. The URL of a public object is
+        not signed.
 
         :raises PolicyError: no credentials were found.
         """
-        if any(
-            os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in _SKIP_SIGNATURE[self._scheme]
-        ):
-            return None
         obstore = import_module("obstore")
+        public = any(os.environ.get(name, "").lower() in _TRUE for name in _SKIP_SIGNATURE[self._scheme])
+        if public and self._scheme == "gs":
+            base = os.environ.get("GOOGLE_BASE_URL") or "https://storage.googleapis.com"
+            return f"{base.rstrip('/')}/{self._bucket}/{quote(key, safe='/~')}"
+        if public:
+            with self._translated(key):
+                # Any keys give the address, of which the signature is cut off.
+                store = self._open(**_ANY_KEYS[self._scheme])
+                return str(obstore.sign(store, "GET", key, VALID)).partition("?")[0]
         try:
             with self._translated(key):
-                return str(obstore.sign(self._store, "GET", key, self._valid))
+                return str(obstore.sign(self._store, "GET", key, VALID))
         except (FetchError, PolicyError):
             if self._scheme == "s3":
                 raise
@@ -264,7 +272,7 @@ class Bucket:
         text, where = str(error), self._where(key)
         status = next((int(match[1]) for match in _STATUS.finditer(text)), None)
         code = next((match[1] for match in _CODE.finditer(text)), "")
-        said = f"the object store answers {status}" + (f" ({code})" if code else "")
+        said = _said(status, code)
 
         if type(error).__name__ in ("PreconditionError", "NotModifiedError"):
             return FetchError(f"{where} has changed since it was first read. Index it again with `lading index`.")
@@ -284,15 +292,37 @@ class Bucket:
             )
         if code in ("NoSuchBucket", "ContainerNotFound"):
             return CheckpointNotFoundError(where, f"{self.uri}: {said}: the bucket does not exist. Check its name.")
-        if isinstance(error, FileNotFoundError) or status in (404, 410):
+        if isinstance(error, FileNotFoundError):
+            status = 404
+        elif type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
+            status = status or 403
+        if status is not None:
+            return self.refusal(where, status, code)
+        reason = without_secrets(text.partition("\n")[0].rpartition(" - ")[2])[:300]
+
+        return FetchError(
+            f"{where} cannot be reached: {reason}. Check the network and the endpoint, or try again later."
+        )
+
+    def refusal(self, where: str, status: int, code: str = "") -> LadingError:
+        """Return the error for an answer of the store that is not a success.
+
+        :param where: the address of the object.
+        :param code: the code of the error, if the store states one.
+        """
+        said = _said(status, code)
+        if status in (404, 410):
             return CheckpointNotFoundError(where, f"{where}: {said}: the object does not exist. Check the address.")
-        if status in (401, 403) or type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
+        if status in (401, 403):
             return PolicyError(
                 f"{where}: {said}: the credentials are wrong, or do not give access. {_ADVICE[self._scheme]}."
             )
-        reason = without_secrets(text.partition("\n")[0].rpartition(" - ")[2])[:300] if status is None else said
 
-        return FetchError(f"{where} cannot be used: {reason}. Try again later.")
+        return FetchError(f"{where} cannot be used: {said}. Try again later.")
+
+
+def _said(status: int | None, code: str) -> str:
+    return f"the object store answers {status}" + (f" ({code})" if code else "")
 
 
 class CloudWriter:
@@ -305,6 +335,8 @@ class CloudWriter:
 
     def write(self, data: bytes | memoryview) -> None:
         """Write all of ``data``."""
+        if not len(data):
+            return  # a view of nothing cannot be cast
         view = memoryview(data).cast("B")
         for start in range(0, len(view), PART):  # a call copies what it is given
             with self._translated():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
@@ -22,6 +23,7 @@ from lading.sources.cache import Cache
 from lading.sources.disk import advised, require_space
 from lading.sources.partial import Identity, Partial, sweep
 from lading.sources.source import FetchedFile, Known, RemoteFile, Snapshot
+from lading.sources.web.address import is_plain
 from lading.sources.web.download import Concurrency, Download, WorkerGroup, read_range
 from lading.sources.web.local_files import LocalFiles
 from lading.sources.web.redirects import shown
@@ -42,10 +44,11 @@ _METADATA_CONNECTIONS = 8
 class CachedSource(ABC):
     """A source with the files of one URI; base of a :class:`~lading.sources.source.Source`.
 
-    A subclass says which files there are (``snapshot``, ``with_siblings``), and where the bytes of each one are.
+    A subclass says which files there are (``snapshot``), and where the bytes of each one are.
     """
 
     kind: Literal["cache", "hub"] = "cache"
+    lists: bool
 
     def __init__(
         self,
@@ -99,6 +102,29 @@ class CachedSource(ABC):
 
         return self._resources[name]
 
+    # --- snapshots ---------------------------------------------------------------------------------------------------
+
+    def with_siblings(self, snapshot: Snapshot, names: Sequence[str]) -> Snapshot:
+        """Return ``snapshot`` with the named files, which are in the folder of the URI's file, in the given order.
+
+        A source that lists all files has them in the snapshot already.
+
+        Files that the server does not have are left out. Offline, a file that is not cached is an error, as the server
+        cannot be asked whether it exists.
+
+        :raises FetchError: a name, which the index of a checkpoint chose, is not a plain file name.
+        """
+        if self.lists:
+            return snapshot
+        wanted = [name for name in dict.fromkeys(names) if snapshot.file(name) is None]
+        for name in wanted:
+            if not is_plain(name):
+                raise FetchError(f"{shown(self.uri)!r}: expected plain file names in its index, found {name[:80]!r}.")
+
+        found = [file for file in self.describe(wanted) if isinstance(file, RemoteFile)]
+
+        return replace(snapshot, files=(*snapshot.files, *found))
+
     # --- descriptions of files ---------------------------------------------------------------------------------------
 
     def describe(self, names: Sequence[str]) -> list[RemoteFile | CheckpointNotFoundError]:
@@ -134,10 +160,8 @@ class CachedSource(ABC):
                         name = waiting.popleft()
                     except IndexError:
                         return
-                    resource = self._resource(name)
-                    action = partial(_request_file, self._transport, resource, name)
                     try:
-                        found[name] = self._transport.retry(action, what=repr(resource.label), stop=group.stop)
+                        found[name] = self._request_description(name, group.stop)
                     except CheckpointNotFoundError as error:
                         found[name] = error
 
@@ -151,6 +175,12 @@ class CachedSource(ABC):
 
         return [found[name] for name in names]
 
+    def _request_description(self, name: str, stop: threading.Event) -> RemoteFile:
+        resource = self._resource(name)
+        action = partial(_request_file, self._transport, resource, name)
+
+        return self._transport.retry(action, what=repr(resource.label), stop=stop)
+
     # --- parts of files ----------------------------------------------------------------------------------------------
 
     def read(self, snapshot: Snapshot, file: RemoteFile, offset: int, into: memoryview) -> None:
@@ -163,6 +193,9 @@ class CachedSource(ABC):
         if self._offline:
             raise self._offline_error(file.name)
 
+        self._read_range(file, offset, into)
+
+    def _read_range(self, file: RemoteFile, offset: int, into: memoryview) -> None:
         read_range(self._transport, self._resource(file.name), file, offset, into)
 
     # --- whole files -------------------------------------------------------------------------------------------------

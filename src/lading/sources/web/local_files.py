@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lading.errors import LadingError
-from lading.sources.cache import Cache, CachedFile
+from lading.sources.cache import Cache, CachedFile, Entry
 from lading.sources.sha256 import sha256_file
 from lading.sources.source import FetchedFile, Known, RemoteFile
 from lading.system.filesystem import FileStat
@@ -42,6 +42,10 @@ class LocalFiles:
         return RemoteFile(
             name=name, size=record.size, sha256=record.sha256 if record.published else None, etag=record.etag
         )
+
+    def names(self) -> list[str]:
+        """Return the names of the files that were fetched, sorted."""
+        return sorted({name for entry in self._entries() for name in entry.files})
 
     def path(self, file: RemoteFile) -> Path | None:
         """Return the path of the file in the cache; ``None`` if it is not there. Its bytes are not checked."""
@@ -125,10 +129,14 @@ class LocalFiles:
 
     def _records(self, name: str) -> Iterator[CachedFile]:
         """Yield the records under a name: first that of this catalog, then those of others, without their states."""
-        own = self._cache.entry(self._uri)
-        for entry in (own, *self._cache.others(self._uri)):
-            if entry is not None and name in entry.files:
+        for entry in self._entries():
+            if name in entry.files:
                 yield entry.files[name]
+
+    def _entries(self) -> Iterator[Entry]:
+        if (own := self._cache.entry(self._uri)) is not None:
+            yield own
+        yield from self._cache.others(self._uri)
 
     def _is_of(self, record: CachedFile, file: RemoteFile) -> bool:
         if file.size not in (None, record.size):

@@ -6,18 +6,15 @@ A URI names one file, or the index of a checkpoint whose other files are in the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from urllib.parse import quote, urlunsplit
 
-from lading.errors import CheckpointNotFoundError, FetchError
+from lading.errors import CheckpointNotFoundError
 from lading.sources.cache import Cache
-from lading.sources.source import RemoteFile, Snapshot
-from lading.sources.web.address import WebAddress, is_plain
+from lading.sources.source import Snapshot
+from lading.sources.web.address import WebAddress
 from lading.sources.web.cached_source import CachedSource
 from lading.sources.web.download import Concurrency
 from lading.sources.web.netrc import authorization
-from lading.sources.web.redirects import shown
 from lading.sources.web.transport import Location, Timeouts
 
 
@@ -65,20 +62,3 @@ class HttpSource(CachedSource):
             raise file
 
         return Snapshot(uri=self.uri, revision="", files=(file,))
-
-    def with_siblings(self, snapshot: Snapshot, names: Sequence[str]) -> Snapshot:
-        """Return ``snapshot`` with the named files, which are in the folder of the URI's file, in the given order.
-
-        Files that the server does not have are left out. Offline, a file that is not cached is an error, as the server
-        cannot be asked whether it exists.
-
-        :raises FetchError: a name, which the index of a checkpoint chose, is not a plain file name.
-        """
-        wanted = [name for name in dict.fromkeys(names) if snapshot.file(name) is None]
-        for name in wanted:
-            if not is_plain(name):
-                raise FetchError(f"{shown(self.uri)!r}: expected plain file names in its index, found {name[:80]!r}.")
-
-        found = [file for file in self.describe(wanted) if isinstance(file, RemoteFile)]
-
-        return replace(snapshot, files=(*snapshot.files, *found))
