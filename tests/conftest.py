@@ -10,6 +10,7 @@ os.environ.pop("SSL_CERT_FILE", None)
 os.environ["SSL_CERT_DIR"] = os.path.dirname(__file__)
 
 import compileall
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from tests.helpers.interpreters import Interpreters
 from tests.helpers.postgresql_server import Server, find_programs, running
 from tests.servers.s3 import Bucket, Moto, moto_server, use_s3
 
+MEMORY = Path("/dev/shm")
+"""The place of the files of the quick tier, if it has room: each commit to a disk waits for it."""
+
 # The machines are shared: an example may take its time.
 settings.register_profile("full", deadline=None, print_blob=True)
 settings.register_profile("quick", settings.get_profile("full"), max_examples=QUICK)
@@ -32,10 +36,18 @@ settings.register_profile("quick", settings.get_profile("full"), max_examples=QU
 
 def pytest_configure(config: pytest.Config) -> None:
     """Try fewer examples in the quick tier; before the modules of tests, which ask for them, are imported."""
-    settings.load_profile("quick" if config.option.markexpr == "not slow" else "full")
+    quick = config.option.markexpr == "not slow"
+    settings.load_profile("quick" if quick else "full")
+    if quick and _has_room(MEMORY):
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
     if not hasattr(config, "workerinput"):
         # So that the interpreters that tests start need not compile it, even where Python writes no bytecode.
         compileall.compile_dir(Path(lading.__file__).parent, quiet=2)
+
+
+def _has_room(folder: Path) -> bool:
+    """Tell whether a folder can hold the files of a run, and programs among them."""
+    return folder.is_dir() and shutil.disk_usage(folder).free > 4 << 30 and not os.statvfs(folder).f_flag & os.ST_NOEXEC
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out

@@ -324,17 +324,21 @@ def _import_all() -> None:
     """Import what a command line may need, and what is imported or made at its first use only."""
     import huggingface_hub
     import huggingface_hub.file_download
-    import pydantic  # noqa: F401
+    import pydantic
     import urllib3  # noqa: F401
     from sqlalchemy.orm import configure_mappers
 
     import lading
+    from lading.system.entry_points import registered
 
     for module in pkgutil.walk_packages(lading.__path__, "lading."):
         if not module.name.startswith(("lading.__main__", "lading.migrations.")):
             importlib.import_module(module.name)
     configure_mappers()
     huggingface_hub.HfApi()
+    # Both look into a file of each installed package.
+    registered("")
+    pydantic.TypeAdapter(int)
 
 
 def _hurry() -> None:
