@@ -173,6 +173,33 @@ def test_quantized_checkpoints_are_in_the_inventory(disk: Path, scheme: str) -> 
         lading.load_model("mine", progress=False)
 
 
+@pytest.mark.parametrize("weights", ["model.safetensors", "gptq_model-4bit-128g.safetensors"])
+@pytest.mark.parametrize(
+    ("name", "stated", "scheme"),
+    [
+        ("quantize_config.json", {"bits": 4, "group_size": 128, "desc_act": False}, "gptq"),
+        ("quant_config.json", {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}, "awq"),
+    ],
+)
+def test_quantized_checkpoints_of_early_tools(
+    cli: Cli, disk: Path, name: str, stated: object, scheme: str, weights: str
+) -> None:
+    made = make(disk / "model")
+    (made / "model.safetensors").rename(made / weights)
+    (made / name).write_text(json.dumps(stated))
+
+    found = adopt(disk)["model"]
+
+    assert (found.status, found.kind) == ("unloadable", f"quantized ({scheme})")
+    assert found.bytes == (made / weights).stat().st_size
+    assert f"quantized ({scheme})" in cli("add", disk).stderr
+    add_cards(disk.parent, mine=str(made / weights))
+    with pytest.raises(lading.NotSupportedError, match=scheme):
+        lading.load_model("mine", progress=False)
+    (made / name).write_text('{"other": 1}')
+    assert adopt(disk)["model"].kind == "checkpoint"
+
+
 @pytest.mark.parametrize("look", [lading.index_checkpoint, lambda path: lading.verify_model(path, progress=False)])
 def test_the_size_of_a_quantized_checkpoint_that_was_read_counts_once(
     disk: Path, look: Callable[[Path], object]

@@ -67,6 +67,13 @@ def parse_config_json(data: bytes, *, label: str) -> dict[str, object]:
 
 CONFIG_NAME = "config.json"
 
+QUANTIZATION_NAMES: Mapping[str, tuple[str, str]] = {
+    "quantize_config.json": ("gptq", "bits"),
+    "quant_config.json": ("awq", "w_bit"),
+}
+"""The files in which early versions of AutoGPTQ and AutoAWQ state what is in ``quantization_config`` today; the scheme
+of each, and a key that it has."""
+
 
 def quantization_of(hf_config: Mapping[str, object]) -> str | None:
     """Return the scheme by which the weights are quantized: ``awq``, ``gptq`` …; ``None`` if they are not."""
@@ -93,8 +100,17 @@ def refuse_quantized_config(hf_config: Mapping[str, object], path: Path | str) -
 def read_hf_config(path: Path, name: str = CONFIG_NAME) -> dict[str, object]:
     """Read the ``config.json`` in the folder of a checkpoint; return an empty mapping if it does not exist.
 
+    If it does not say that the weights are quantized, and a file beside it does, the result says it, too.
+
     :param name: another name of it.
 
     :raises CorruptModelCheckpointError: it is not a regular file, is too large, or is not a JSON object.
     """
-    return read_config_json(folder_of(path) / name) or {}
+    folder = folder_of(path)
+    config = read_config_json(folder / name) or {}
+    if name == CONFIG_NAME and config.get("quantization_config") is None:
+        for other, (scheme, key) in QUANTIZATION_NAMES.items():
+            if key in (stated := read_config_json(folder / other) or {}):
+                return {**config, "quantization_config": {"quant_method": scheme, **stated}}
+
+    return config

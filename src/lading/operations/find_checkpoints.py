@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lading.errors import CheckpointNotFoundError, LadingError, NotSupportedError, PolicyError
 from lading.formats.artifacts import Artifact, ArtifactFiles, artifact_files, quantized_artifact, read_artifact
-from lading.formats.config_json import CONFIG_NAME, quantization_of, read_hf_config
+from lading.formats.config_json import CONFIG_NAME, QUANTIZATION_NAMES, quantization_of, read_hf_config
 from lading.formats.files import open_file
 from lading.formats.first_bytes import SIZE, is_checkpoint
 from lading.formats.folder import (
@@ -216,10 +216,21 @@ def artifact_at(
         require_inside(paths, place)
         return read_artifact(files.kind, paths)
 
+    path = _only_weights(path)
     require_links_inside(path, place)
     scheme = quantization_of(read_hf_config(path))
 
     return None if scheme is None else quantized_artifact(scheme, index(path, restrict=restrict))
+
+
+def _only_weights(path: Path) -> Path:
+    """Return the only safetensors file of a folder without one of a usual name, as quantized weights may have another;
+    else the path itself.
+    """
+    names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    found = [name for name in names if name.endswith(".safetensors")]
+
+    return path / found[0] if len(found) == 1 and not _USUAL & set(names) else path
 
 
 def require_links_inside(path: Path, place: FoundCheckpoint) -> None:
@@ -234,7 +245,8 @@ def require_links_inside(path: Path, place: FoundCheckpoint) -> None:
     """
     folder = path if path.is_dir() and not path.is_symlink() else path.parent
     _require_no_links_between(folder, place)
-    _require_inside(folder / CONFIG_NAME, place)
+    for name in (CONFIG_NAME, *QUANTIZATION_NAMES):
+        _require_inside(folder / name, place)
     for file in _files(path, folder):
         require_inside([file], place)
         if is_index(file.name):
