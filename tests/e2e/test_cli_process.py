@@ -179,6 +179,30 @@ def test_ctrl_c(catalog, words):
     assert ("Traceback" in stderr) == bool(words)
 
 
+def test_ctrl_c_where_python_drops_exceptions(catalog):
+    """The first interruption comes in the callback of a weak reference, and none follows."""
+    code = (
+        "import sys, weakref\n"
+        "import lading.cli\n"
+        "from lading.cli import app\n"
+        "class Module: ...\n"
+        "def interrupt(_): raise KeyboardInterrupt\n"
+        "def lose(command=app.app):\n"
+        "    module = Module()\n"
+        "    reference = weakref.ref(module, interrupt)\n"
+        "    del module\n"
+        "    command()\n"
+        "app.app = lose\n"
+        "sys.argv = ['lading', 'import', '-']\n"
+        "lading.cli.main()\n"
+    )
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        code = child.wait(60)
+        assert child.stderr is not None
+        assert (code, child.stderr.read()) == (130, "lading: interrupted\n")
+
+
 def test_a_terminal_of_few_letters(program):
     env = {"PYTHONIOENCODING": "latin-1"}
     assert program("sql", "select '日本é' as x", "-q", env=env, text=False).stdout == b"\\u65e5\\u672c\xe9\n"
