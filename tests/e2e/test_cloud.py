@@ -115,14 +115,15 @@ def test_ctrl_c_leaves_nothing(cli: Cli, large_model: Path, s3: Bucket, moto: Mo
     assert (s3.names(), s3.uploads()) == ([], [])
 
 
-def test_a_large_export_in_parts(large_model: Path, s3: Bucket, moto: Moto) -> None:
+def test_a_large_export_in_parts(cli: Cli, large_model: Path, s3: Bucket, moto: Moto) -> None:
     family, config = family_of_folder(large_model)
     model = load_model(large_model, progress=False)
-    report = export_model(model, family, config, f"{s3.uri}/out", beside=large_model)
+    report = export_model(model, family, config, f"{s3.uri}/out", beside=large_model, register="far")
 
     assert report.folder == f"{s3.uri}/out"
     assert sum(is_part(each, 2) for each in moto.requests) == 1
     assert_equal(state_of(s3, "out"), load_file(large_model / "model.safetensors"))
+    assert json.loads(cli("show", "far", "--json").stdout)["checkpoint"]["uri"] == report.folder
 
 
 # --- use --------------------------------------------------------------------------------------------------------------
@@ -163,6 +164,18 @@ def test_a_folder(cli: Cli, far: str, s3: Bucket, moto: Moto, home: Path, tmp_pa
 
     cli("rm", "far", "--yes")
     assert "far" not in cli("du").stdout
+
+
+def test_a_damaged_file_is_fetched_again(cli: Cli, far: str, moto: Moto) -> None:
+    cli("pull", far, "--no-progress")
+    path = Path(cli("path", far).stdout.split()[0])
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert "mismatch" in cli("verify", far, "--no-progress", code=4).stdout
+    moto.requests.clear()
+    cli("verify", far, "--repair", "--no-progress")
+    assert len(moto.gets(".safetensors")) == 1
+    cli("verify", far, "--no-progress")
 
 
 def tied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

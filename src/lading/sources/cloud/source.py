@@ -83,9 +83,9 @@ class CloudSource(CachedSource):
 
     def refused(self, response: Answer) -> LadingError:
         """Return the error for a response, with the name of the object and without the signature."""
-        name = unquote((response.url.path or "").rpartition("/")[2])
+        key = unquote(response.url.path or "").lstrip("/").removeprefix(f"{self._address.bucket}/")
 
-        return self._bucket.refusal(self.address(name), response.status)
+        return self._bucket.refusal(f"{self._bucket.uri}/{key}", response.status)
 
     @cached_property
     def _has_urls(self) -> bool:
