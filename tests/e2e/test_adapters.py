@@ -359,6 +359,34 @@ def test_an_adapter_of_a_hub(process: Run, tmp_path: Path) -> None:
     assert len(held) == 2
 
 
+def test_an_adapter_of_a_hub_gets_a_card(process: Run, tmp_path: Path) -> None:
+    one_weight(tmp_path, base_model_name_or_path="some/base")
+    (tmp_path / "lora" / "README.md").write_text("---\nlicense: mit\n---\n")
+    shutil.copytree(tmp_path / "lora", tmp_path / "incomplete")
+    (tmp_path / "incomplete" / "adapter_config.json").unlink()
+    with published(tmp_path) as env, FakeHub() as other:
+        other.add("some/incomplete", tmp_path / "incomplete")
+        assert "--set base=NAME" in process("add", "hg://some/lora", env=env).stderr
+        (row, adapter) = json.loads(process("add", "hg://some/base", "hg://some/lora", "--json", env=env).stdout)
+        assert (row["name"], row["status"]) == ("base", "added")
+        assert (adapter["name"], adapter["status"], adapter["family"]) == ("lora", "added", "qwen")
+        assert (adapter["license"], adapter["bytes"]) == ("mit", 512)
+        again = process("add", "hg://some/lora", "hg://some/base", "-q", env=env)
+        assert (again.stdout, "2 unchanged" in again.stderr) == ("lora\nbase\n", True)
+        assert json.loads(process("show", "lora", "--json", env=env).stdout)["fields"]["adapter"]["value"] == (
+            "hg://some/lora"
+        )
+        process("pull", "lora", "--no-progress", env=env)
+        (tmp_path / "cards.yaml").write_text("name: near\nbase: base\nadapter: lora\n")
+        process("import", tmp_path / "cards.yaml", env=env)
+        for name in ("lora", "near"):
+            process("export", name, tmp_path / f"{name}-out", "--no-progress", env=env)
+        env["HF_ENDPOINT"] = other.url
+        assert process("add", "hg://some/incomplete", env=env).returncode == 2
+    found, expected = (load_file(tmp_path / f"{name}-out" / "model.safetensors") for name in ("lora", "near"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_the_file_of_an_adapter_is_its_card_s(cli: Cli, tmp_path: Path) -> None:
     one_weight(tmp_path)
     add(cli, tmp_path, "adapters: [{checkpoint: lora}]")

@@ -18,7 +18,7 @@ from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, 
 from lading.formats import NonContiguousError, NotByHeadersError
 from lading.formats.adapter_config import ADAPTER_CONFIG_NAME, ADAPTER_NAME, parse_adapter_config
 from lading.formats.artifacts import LORA, not_loaded_error
-from lading.formats.config_json import read_hf_config
+from lading.formats.config_json import MAX_CONFIG_SIZE, parse_config_json, read_hf_config
 from lading.formats.files import open_regular
 from lading.formats.folder import folder_of, is_checkpoint_file
 from lading.formats.manifest import Manifest
@@ -177,6 +177,8 @@ class Describer:
                 published = index_source(ref, settings=self._store.settings)
             except NotByHeadersError:
                 pass
+            except CheckpointNotFoundError as error:
+                return self._adapter_at_address(uri, error)
         if published is None:
             raise NotSupportedError(
                 f"{ref.shown} is of a format whose headers do not say what it holds, so it has to be fetched first. "
@@ -191,6 +193,32 @@ class Describer:
             fields={**self._recognized(published.hf_config, ref.shown), "checkpoint": uri, **readme},
             manifest=published.manifest,
             contents=CheckpointContents(uri=uri, manifest=published.manifest, revision=published.revision),
+        )
+
+    def _adapter_at_address(self, uri: str, error: CheckpointNotFoundError) -> Description:
+        """Describe a LoRA adapter of a source.
+
+        :param error: what to raise if it has none either.
+        """
+        ref = CheckpointRef(uri=uri, gated=False, info_url=None, path=ADAPTER_NAME)
+        try:
+            published = index_source(ref, settings=self._store.settings)
+        except CheckpointNotFoundError:
+            raise error from None
+        label = f"{shown_uri(uri)}/{ADAPTER_CONFIG_NAME}"
+        stated = self._read_beside(ref, published, ADAPTER_CONFIG_NAME, MAX_CONFIG_SIZE)
+        if stated is None:
+            raise error
+        config = parse_adapter_config(parse_config_json(stated, label=label), label=shown_uri(uri))
+
+        return Description(
+            uri=ref.key,
+            shown=shown_uri(uri),
+            place=_place_at(uri),
+            fields={"adapter": uri, **self._readme_of(ref, published)},
+            adapter_of=config.base or "",
+            manifest=published.manifest,
+            contents=CheckpointContents(uri=ref.key, manifest=published.manifest, revision=published.revision),
         )
 
     def in_cache(self, uri: str, snapshot: Path) -> Description:
@@ -210,20 +238,23 @@ class Describer:
         return self._recognizer.fields(hf_config, where) if hf_config else {}
 
     def _readme_of(self, ref: CheckpointRef, published: PublishedCheckpoint) -> dict[str, object]:
-        shards = [shard.name for shard in published.manifest.shards]
-        file = published.snapshot.file(name_in_source(published.inner, README_NAME, shards=shards))
-        if file is None or not file.size:
-            return {}
-        source = open_source(
-            ref.uri, inner_path=ref.path, revision=published.revision or None, settings=self._store.settings
-        )
         try:
-            return front_matter_fields(
-                read_bytes(source, published.snapshot, file, 0, min(file.size, MAX_README_BYTES))
-            )
+            return front_matter_fields(self._read_beside(ref, published, README_NAME, MAX_README_BYTES) or b"")
         except (FetchError, CheckpointNotFoundError) as error:
             log.warning("%s: %s cannot be read, so the card has no license: %s", ref.shown, README_NAME, error)
             return {}
+
+    def _read_beside(self, ref: CheckpointRef, published: PublishedCheckpoint, name: str, most: int) -> bytes | None:
+        """Return the first ``most`` bytes of a file beside a checkpoint; ``None`` if it is not there."""
+        shards = [shard.name for shard in published.manifest.shards]
+        file = published.snapshot.file(name_in_source(published.inner, name, shards=shards))
+        if file is None or not file.size:
+            return None
+        source = open_source(
+            ref.uri, inner_path=ref.path, revision=published.revision or None, settings=self._store.settings
+        )
+
+        return read_bytes(source, published.snapshot, file, 0, min(file.size, most))
 
 
 def _field_of(path: Path) -> str:
