@@ -16,7 +16,8 @@ SELECT
     local_path, verified_at, source
 FROM assets
 WHERE problem IS NOT NULL OR (family IS NOT NULL AND (
-    arch IS NOT NULL OR checkpoint IS NOT NULL OR NOT EXISTS (SELECT 1 FROM cards b WHERE b.base = assets.name)
+    arch IS NOT NULL OR checkpoint IS NOT NULL OR status <> 'gated'
+    OR NOT EXISTS (SELECT 1 FROM cards b WHERE b.base = assets.name)
 ))
 """
 
