@@ -251,10 +251,8 @@ def test_the_card_of_a_data_set_is_of_no_gated_model(cli, home, tmp_path):
     cli("import", cards)
     for command in ("index", "pull", "verify", "path", "check", "load", "plan"):
         result = cli(command, "speech", code=3)
-        assert (
-            result.stderr
-            == "lading: error: The card 'speech' and its bases have no field 'model_family' (cards.yaml[0]).\n"
-        )
+        lacks = "The card 'speech' and its bases have no field 'model_family' (cards.yaml[0])."
+        assert result.stderr == f"lading: error: {lacks} State it in the card.\n"
 
 
 def test_an_environment_of_no_card(cli, cards):

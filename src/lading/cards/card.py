@@ -132,7 +132,9 @@ class AssetCard:
         found = self.maybe_get_field(name)
         if found is None:
             raise AssetCardError(
-                self.name, f"The card {self.name!r} and its bases have no field {name!r}{self._in_source()}."
+                self.name,
+                f"The card {self.name!r} and its bases have no field {name!r}{self._in_source()}. State it "
+                "in the card.",
             )
 
         return found
@@ -198,7 +200,8 @@ class AssetCardField:
             raise AssetCardError(
                 self.card.name,
                 f"The field {self.name!r} of the card {self.card.name!r} is expected to be of type {kls.__name__}, "
-                f"but is {self.value!r}, of type {type(self.value).__name__}{self.card._in_source()}.",
+                f"but is {self.value!r}, of type {type(self.value).__name__}{self.card._in_source()}. "
+                "Correct it there.",
             )
 
         return self.value
@@ -212,7 +215,8 @@ class AssetCardField:
         if not value:
             raise AssetCardError(
                 self.card.name,
-                f"The field {self.name!r} of the card {self.card.name!r} is empty{self.card._in_source()}.",
+                f"The field {self.name!r} of the card {self.card.name!r} is empty{self.card._in_source()}. State an "
+                "address, or leave it out.",
             )
         if _SCHEME.match(value):
             return value
@@ -330,7 +334,7 @@ def pinned_digests(card: AssetCard) -> dict[str, str]:
         raise AssetCardError(
             card.name,
             f"The field 'sha256' of the card {card.name!r} is expected to be 64 hexadecimal digits, or a mapping of "
-            f"file names to them, but is {field.value!r}{card._in_source()}.",
+            f"file names to them, but is {field.value!r}{card._in_source()}. Correct it there.",
         )
 
     return {name: str(digest).lower() for name, digest in stated.items()}
@@ -384,7 +388,9 @@ def resolve_card(name: str, envs: Sequence[str], look_up: Callable[[str], Mappin
                 return None
             last = chain[-1]
             raise AssetCardError(
-                name, f"The card {last.name!r} is based on {at!r}, which is not in the catalog ({last.source})."
+                name,
+                f"The card {last.name!r} is based on {at!r}, which is not in the catalog ({last.source}). "
+                "Import the card of that name, or correct the `base`.",
             )
 
         metadata = dict(entry.metadata)
@@ -405,7 +411,9 @@ def resolve_card(name: str, envs: Sequence[str], look_up: Callable[[str], Mappin
         at = base if isinstance(base, str) else None
         if at in seen:
             raise AssetCardError(
-                name, f"The bases of the card {name!r} form a cycle: {' → '.join([*seen, at])} ({entry.source})."
+                name,
+                f"The bases of the card {name!r} form a cycle: {' → '.join([*seen, at])} ({entry.source}). "
+                "Correct the `base` of one of them.",
             )
 
     card: AssetCard | None = None
@@ -467,14 +475,18 @@ def resolve_architecture(
             raise AssetCardError(
                 name,
                 f"The {family} architecture {chain[-1].name!r} is based on {at!r}, which is not in the catalog "
-                f"({chain[-1].source}).",
+                f"({chain[-1].source}). Import the architecture of that name, or correct the `base`.",
             )
 
         chain.append(entry)
         at = entry.base
         if any(at == other.name for other in chain):
             cycle = " → ".join([*(other.name for other in chain), str(at)])
-            raise AssetCardError(name, f"The bases of the {family} architecture {name!r} form a cycle: {cycle}.")
+            raise AssetCardError(
+                name,
+                f"The bases of the {family} architecture {name!r} form a cycle: {cycle}. "
+                "Correct the `base` of one of them.",
+            )
 
     chain.reverse()
 

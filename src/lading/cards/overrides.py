@@ -113,7 +113,9 @@ def merge_layers(base: Mapping[str, object], layers: Iterable[Layer]) -> dict[st
     merged = dict(base)
     for layer in layers:
         if not isinstance(layer.overrides, Mapping):
-            raise AssetCardError(layer.owner, f"{layer.where}: expected a mapping, found {show(layer.overrides)}.")
+            raise AssetCardError(
+                layer.owner, f"{layer.where}: expected a mapping, found {show(layer.overrides)}. Correct it there."
+            )
         try:
             merged = merge(merged, layer.overrides, path=layer.where)
         except ValueError as error:

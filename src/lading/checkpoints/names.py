@@ -107,6 +107,11 @@ def unknown_model(name: str, store: AssetStore) -> ModelNotKnownError:
     return ModelNotKnownError(name, f" Did you mean {' or '.join(map(repr, near))}?" if near else "")
 
 
+def no_revisions_error(where: str, revision: str) -> NotSupportedError:
+    """Return the error for a revision of something that is neither a repository nor in one."""
+    return NotSupportedError(f"{where} has no revisions, but {revision!r} was requested. Name it without a revision.")
+
+
 def as_path(target: object) -> Path | None:
     """Return the path that is meant by a :class:`~pathlib.Path` and by a text that begins as one; else ``None``."""
     if isinstance(target, Path):
@@ -132,7 +137,7 @@ def _named(name: str, store: AssetStore) -> AssetCard | None:
 
 def _at_path(path: Path, store: AssetStore | None, revision: str | None, family: str | None) -> AssetCard | Path:
     if revision is not None:
-        raise NotSupportedError(f"{path} is on this machine and has no revisions, but {revision!r} was requested.")
+        raise no_revisions_error(str(path), revision)
 
     # A path can be read without a catalog.
     with BestEffort("the catalog cannot be searched for a card of %s", path):
@@ -189,7 +194,7 @@ def _revised(uri: str, revision: str) -> str:
     :raises NotSupportedError: the address leads to something without revisions.
     """
     if uri.partition("://")[0] not in HUB_SCHEMES:
-        raise NotSupportedError(f"{shown_uri(uri)} has no revisions, but {revision!r} was requested.")
+        raise no_revisions_error(shown_uri(uri), revision)
     check_revision(revision, uri)
 
     return replace(HubAddress.from_uri(uri), revision=revision).uri

@@ -127,7 +127,9 @@ def _choose(names: list[str], where: str) -> str:
             "tokenizers nor sentencepiece reads as they are. `transformers.AutoTokenizer` may."
         )
     raise CheckpointNotFoundError(
-        where, f"{where}: expected {TOKENIZER_JSON} or {SENTENCEPIECE_NAMES[0]}, found no tokenizer."
+        where,
+        f"{where}: expected {TOKENIZER_JSON} or {SENTENCEPIECE_NAMES[0]}, found no tokenizer. Name "
+        "its place in the card's `tokenizer`.",
     )
 
 
@@ -142,7 +144,7 @@ def _read(path: Path, member: str | None = None, *, name: str | None = None) -> 
         offset, length = (0, size) if member is None else find_member(file, member, size=size, label=str(path))
         if length > MAX_SIZE:
             raise CorruptModelCheckpointError(
-                label, f"{label}: expected a tokenizer of at most {MAX_SIZE} bytes, found {length}."
+                label, f"{label}: expected a tokenizer of at most {MAX_SIZE} bytes, found {length}. Fetch it again."
             )
         file.seek(offset)
         data = file.read(length)
@@ -201,5 +203,5 @@ def _parse(package: str, label: str, parse: Callable[[Any], Any]) -> Any:
         return parse(module)
     except Exception as error:  # tokenizers raises a bare Exception, sentencepiece a RuntimeError
         raise CorruptModelCheckpointError(
-            label, f"{label} is not a tokenizer that {package} reads: {error}."
+            label, f"{label} is not a tokenizer that {package} reads: {error}. Fetch it again."
         ) from error

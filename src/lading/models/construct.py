@@ -87,7 +87,9 @@ def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: 
     check_config_type(config, family)
     gangs.root.same((family.name, config, dtype, meta), "family, configuration, dtype and meta")
     if meta and not family.supports_meta:
-        raise NotSupportedError(f"Models of the {family.name} family cannot be created on the meta device.")
+        raise NotSupportedError(
+            f"Models of the {family.name} family cannot be created on the meta device. Create it on the CPU."
+        )
 
     module = build_on_meta(family, config)
     targets = split(module, family, config, gangs, dtype=dtype)

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lading.errors import CheckpointNotFoundError, ModelCheckpointMismatchError, NotSupportedError
+from lading.checkpoints.checkpoint import local_checkpoint
+from lading.errors import ModelCheckpointMismatchError, NotSupportedError
 from lading.formats.adapter_config import ADAPTER_CONFIG_NAME
 from lading.formats.artifacts import artifact_in, not_loaded_error
 from lading.formats.config_json import read_hf_config, refuse_quantized_config
-from lading.formats.folder import container_of
 from lading.models.family import Family, family_of_model_type
 
 _CHOSEN = frozenset(
@@ -32,9 +32,7 @@ def family_of_folder(path: Path, asked: Family[Any, Any] | None = None) -> tuple
     :raises CheckpointNotFoundError: there is no such folder (also a ``FileNotFoundError``).
     :raises NotSupportedError: no ``config.json``, or a model type that no registered family reads.
     """
-    if not path.exists() and container_of(path) is None:
-        raise CheckpointNotFoundError(path, f"No checkpoint is at {path}: there is no such file or folder.")
-
+    local_checkpoint(path)
     hf_config = read_hf_config(path)
     if not hf_config and (path / ADAPTER_CONFIG_NAME).is_file():
         raise NotSupportedError(

@@ -195,7 +195,7 @@ def _require_asked(asked: Family[Any, Any] | None, found: Family[Any, Any], name
         raise AssetCardError(
             name,
             f"The checkpoint at {name} is expected to be of the family {asked.name!r}, but its config.json is of the "
-            f"family {found.name!r}.",
+            f"family {found.name!r}. Use the hub of that family, or `lading.load_model`.",
         )
 
 

@@ -263,7 +263,9 @@ class _Adopter:
             stored.manifest.has_files_of(manifest) and stored.manifest.tensors_equal(manifest)
         ):
             raise CorruptModelCheckpointError(
-                path, f"{path} has other files or tensors than those indexed for {checkpoint.uri} at this commit."
+                path,
+                f"{path} has other files or tensors than those indexed for {checkpoint.uri} at this commit. "
+                f"Run `lading index {(*checkpoint.cards, checkpoint.uri)[0]}` if the files are right.",
             )
         if not self._dry_run:
             if stored is None:

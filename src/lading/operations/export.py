@@ -299,7 +299,9 @@ def export_model(
         raise TypeError(f"`model` must be a {family.model_kls.__name__}, but is of type {type(model).__name__}")
     root = (gangs or create_fake_gangs("cpu")).root
     if root.size > 1 and root.channel is None:
-        raise NotSupportedError("A model of simulated gangs cannot be exported: its other parts do not exist.")
+        raise NotSupportedError(
+            "A model of simulated gangs cannot be exported: its other parts do not exist. Export it without `gangs`."
+        )
     root.same(
         (family.name, config, chosen, shard_size, str(place), None if beside is None else str(beside), register),
         "family, configuration, dtype, shard size, folder, `beside` and `register`",

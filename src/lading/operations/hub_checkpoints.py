@@ -84,4 +84,8 @@ def no_snapshot_error(place: FoundCheckpoint) -> CheckpointNotFoundError:
     snapshots = [path.name for path in snapshot_folders(place.path)]
     found = f"found {', '.join(snapshots)}, but no reference to the main one" if snapshots else "found none"
 
-    return CheckpointNotFoundError(place.path, f"{place.path}: expected a snapshot of the repository, {found}.")
+    return CheckpointNotFoundError(
+        place.path,
+        f"{place.path}: expected a snapshot of the repository, {found}. "
+        "Give the path of a snapshot, or fetch the repository again.",
+    )

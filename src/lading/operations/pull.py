@@ -27,7 +27,7 @@ from lading.checkpoints.extra_files import (
 from lading.checkpoints.fetch import fetch_checkpoint
 from lading.checkpoints.fetch_to_index import FetchedCheckpoint, fetch_and_index, must_fetch_to_index
 from lading.checkpoints.locate import card_checkpoint, fetched_card_checkpoint
-from lading.checkpoints.names import find_card
+from lading.checkpoints.names import find_card, no_revisions_error
 from lading.checkpoints.pins import with_pins
 from lading.checkpoints.published import PublishedCheckpoint, index_source, name_in_source
 from lading.checkpoints.recording import fetch_extra_files
@@ -126,7 +126,8 @@ def pull_model(
     card = find_card(name, store)
     if isinstance(card, Path):
         raise NotSupportedError(
-            f"Expected a model that can be fetched, found the path {card}, which no card has: it is on this machine."
+            f"Expected a model that can be fetched, found the path {card}, which no card has: it is on this machine. "
+            "Run `lading add` to give it a card."
         )
     adapters = [
         _pull(ref.card, store, None, (ADAPTER_CONFIG_NAME,), dry_run=dry_run, progress=progress)
@@ -153,9 +154,7 @@ def _pull(
     if uri_path(ref.uri) is not None:
         checkpoint = card_checkpoint(card, store)
         if revision is not None:
-            raise NotSupportedError(
-                f"{checkpoint.where} is on this machine and has no revisions, but {revision!r} was requested."
-            )
+            raise no_revisions_error(checkpoint.where, revision)
         if not dry_run:
             require_stated(checkpoint, store, progress=progress)
         tokenizer = _tokenizer_elsewhere(card, ref, None, store)
@@ -241,17 +240,14 @@ def _require_without_revisions(ref: CheckpointRef, revision: str | None, include
     :raises NotSupportedError: it does.
     """
     if revision is not None:
-        raise NotSupportedError(
-            f"{shown_uri(ref.uri)} is on a web server or in an object store and has no revisions, but {revision!r} was "
-            "requested."
-        )
+        raise no_revisions_error(shown_uri(ref.uri), revision)
     if has_folders(ref.uri):
         return
     patterns = [name for name in include if not is_plain(name) or set(name) & set("*?[")]
     if patterns:
         raise NotSupportedError(
             f"{shown_uri(ref.uri)} is one file, whose server does not say what lies beside it: expected plain names of "
-            f"files to include, such as tokenizer.json, found {patterns[0]!r}."
+            f"files to include, such as tokenizer.json, found {patterns[0]!r}. Name each file."
         )
 
 

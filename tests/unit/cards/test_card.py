@@ -106,7 +106,8 @@ def test_a_missing_field_names_the_card_that_was_asked() -> None:
     error = failure(lambda: resolved("leaf", CHAIN).field("nothing"))
 
     assert error.name == "leaf"
-    assert str(error) == "The card 'leaf' and its bases have no field 'nothing' (leaf.yaml[0])."
+    found = "The card 'leaf' and its bases have no field 'nothing' (leaf.yaml[0])."
+    assert str(error) == f"{found} State it in the card."
 
 
 @pytest.mark.parametrize(
@@ -282,7 +283,8 @@ def test_a_base_that_does_not_exist() -> None:
     error = failure(lambda: resolve("a", [entry("a", base="b"), entry("b", base="c")]))
 
     assert error.name == "a"
-    assert str(error) == "The card 'b' is based on 'c', which is not in the catalog (b.yaml[0])."
+    found = "The card 'b' is based on 'c', which is not in the catalog (b.yaml[0])."
+    assert str(error) == f"{found} Import the card of that name, or correct the `base`."
 
 
 @pytest.mark.parametrize(

@@ -301,7 +301,7 @@ def test_the_architecture_that_states_a_wrong_value_is_named() -> None:
 
 
 def test_overrides_that_are_no_mapping() -> None:
-    assert failure([1]) == "toy_7b.yaml[3].model_config: expected a mapping, found a list."
+    assert failure([1]) == "toy_7b.yaml[3].model_config: expected a mapping, found a list. Correct it there."
 
 
 # --- classes ---------------------------------------------------------------------------------------------------------

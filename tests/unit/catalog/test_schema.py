@@ -409,7 +409,7 @@ def test_backup(tmp_path: Path) -> None:
 
 
 def test_backup_of_nothing(tmp_path: Path) -> None:
-    with pytest.raises(CatalogError, match="nothing to copy"):
+    with pytest.raises(CatalogError, match="no catalog at"):
         lifecycle.backup(settings_in(tmp_path))
 
 

@@ -99,7 +99,10 @@ def _sqlite_engine(
     connect: Callable[[], sqlite3.Connection], pool: type[NullPool | StaticPool], *, foreign_keys: bool = True
 ) -> Engine:
     if sqlite3.sqlite_version_info < (3, 37):
-        raise CatalogError(f"lading needs SQLite 3.37 or newer, but this Python comes with {sqlite3.sqlite_version}.")
+        raise CatalogError(
+            f"lading needs SQLite 3.37 or newer, but this Python comes with {sqlite3.sqlite_version}. "
+            "Use another Python, or a newer SQLite."
+        )
 
     def creator() -> sqlite3.Connection:
         connection = connect()

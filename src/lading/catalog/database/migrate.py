@@ -40,6 +40,7 @@ from lading.catalog.database.target import (
     check_version,
     connect,
     foreign,
+    no_catalog,
     peek,
     writable,
 )
@@ -198,7 +199,7 @@ def downgrade(settings: Settings, to: str) -> Path | None:
     target = Target.from_url(settings.database_url)
     before, true = _versions(target)
     if not true:
-        raise CatalogError(f"There is no catalog at {target} that could be downgraded.")
+        raise no_catalog(target)
     if before != true:
         raise CatalogError(
             f"The header of {target} says version {before}, but its schema is of version {true}. Run "
@@ -207,7 +208,8 @@ def downgrade(settings: Settings, to: str) -> Path | None:
     # Alembic accepts more: -1 for the version before.
     if not to.isdecimal() or int(to) > before:
         raise CatalogError(
-            f"The schema cannot be brought to version {to!r}: expected a number from 0 to {before}, its own."
+            f"The schema cannot be brought to version {to!r}: expected a number from 0 to {before}, its own. "
+            "Give one of these: `lading db downgrade --to VERSION`."
         )
 
     copy = backup(settings, None) if target.path is not None else None
@@ -247,7 +249,10 @@ def _versions(target: Target) -> tuple[int, int]:
 def path_exists(target: Target) -> bool:
     """Return whether there is a catalog, after setting aside the log of another file beside it."""
     if target.path is None and target.is_sqlite:
-        raise CatalogError("A catalog in memory lives as long as its process: it has no versions and no copies.")
+        raise CatalogError(
+            "A catalog in memory lives as long as its process: it has no versions and no copies. "
+            "Name a file in LADING_DATABASE_URL."
+        )
     if target.path is None:
         return True
 
@@ -281,7 +286,7 @@ def backup(settings: Settings, target: Path | None = None) -> Path:
     if source.path is None:
         raise CatalogError(f"{source} has no file that could be copied. Use the server's own tool: `pg_dump`.")
     if not there:
-        raise CatalogError(f"There is no catalog at {source} yet, so there is nothing to copy.")
+        raise no_catalog(source)
 
     with transaction(engine_for(source), source, write=False) as connection:
         version = version_of(connection)
@@ -360,13 +365,19 @@ def restore(settings: Settings, file: Path) -> RestoreReport:
     target = Target.from_url(settings.database_url)
     if target.path is None:
         what = "is in memory" if target.is_sqlite else "is on a server, whose own tool is `pg_restore`"
-        raise CatalogError(f"{target} has no file that a backup could take the place of: it {what}.")
+        raise CatalogError(
+            f"{target} has no file that a backup could take the place of: it {what}. "
+            "Name a file in LADING_DATABASE_URL."
+        )
     file = file.absolute()
     source = Target(url=URL.create("sqlite", database=str(file)), path=file)
     if not file.exists():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
     if peek(file) is not Found.CATALOG:
-        raise CatalogError(f"{file} is expected to be a backup of a catalog, but is another kind of file.")
+        raise CatalogError(
+            f"{file} is expected to be a backup of a catalog, but is another kind of file. "
+            "Give one that `lading db backup` made."
+        )
     there = path_exists(target)
     if there and file.samefile(target.path):
         raise CatalogError(f"{target} is the catalog itself. Give the file of a backup: `lading db backup` makes one.")

@@ -64,7 +64,8 @@ class Target:
             shown = repr(text) if _HARMLESS.fullmatch(text) else "something else, not shown as it may hold a password"
             raise CatalogError(
                 f"LADING_DATABASE_URL is expected to be a URL such as sqlite:////data/catalog.sqlite or "
-                f"postgresql+psycopg://user@host/lading, but is {shown}."
+                f"postgresql+psycopg://user@host/lading, but is {shown}. Set it "
+                "to one, or unset it."
             ) from None
 
         if url.get_backend_name() == "sqlite":
@@ -90,7 +91,8 @@ class Target:
         if url.host or url.username is not None or url.password is not None:
             raise CatalogError(
                 "A SQLite database URL is expected to have three slashes before a relative path and four before an "
-                "absolute one, but that of LADING_DATABASE_URL names a host or a user."
+                "absolute one, but that of LADING_DATABASE_URL names a host or a user. "
+                "Write it as sqlite:////data/catalog.sqlite."
             )
         database = text.partition(":///")[2]
         if database in ("", ":memory:"):
@@ -163,7 +165,8 @@ def peek(path: Path) -> Found:
         return Found.NOTHING
     if not stat.S_ISREG(mode):
         raise CatalogError(
-            f"The catalog is expected to be a file, but {path} is {'a folder' if stat.S_ISDIR(mode) else 'not one'}."
+            f"The catalog is expected to be a file, but {path} is {'a folder' if stat.S_ISDIR(mode) else 'not one'}. "
+            "Name a file in LADING_DATABASE_URL."
         )
 
     header = read_header(path)
