@@ -36,6 +36,8 @@ settings.register_profile("quick", settings.get_profile("full"), max_examples=QU
 
 def pytest_configure(config: pytest.Config) -> None:
     """Try fewer examples in the quick tier; before the modules of tests, which ask for them, are imported."""
+    # Each worker rewrites the assertions of all modules of tests when it imports them, which takes seconds unless kept.
+    sys.dont_write_bytecode = False
     quick = config.option.markexpr == "not slow"
     settings.load_profile("quick" if quick else "full")
     if quick and _has_room(MEMORY):
@@ -52,11 +54,21 @@ def _has_room(folder: Path) -> bool:
 
 @pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put the tests that try examples in the slow tier too, where they try all."""
-    if config.option.markexpr == "slow":
-        for item in items:
-            if is_hypothesis_test(getattr(item, "obj", None)):
-                item.add_marker(pytest.mark.slow)
+    """Put the tests that try examples in the slow tier too, where they try all.
+
+    In the quick tier SQLite has all cases, PostgreSQL the first one of each test.
+    """
+    on_postgresql = set()
+    for item in items:
+        if config.option.markexpr == "slow" and is_hypothesis_test(getattr(item, "obj", None)):
+            item.add_marker(pytest.mark.slow)
+        callspec = getattr(item, "callspec", None)
+        if callspec is None or "postgresql" not in callspec.params.values() or item.get_closest_marker("slow"):
+            continue
+        test = item.nodeid.partition("[")[0]
+        if test in on_postgresql:
+            item.add_marker(pytest.mark.slow)
+        on_postgresql.add(test)
 
 
 @pytest.fixture(scope="session", autouse=True)
