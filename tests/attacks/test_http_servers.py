@@ -28,10 +28,10 @@ from lading.sources.cache import Cache
 from lading.sources.hub.errors import retried, translated
 from lading.sources.source import FetchedFile, read_bytes
 from lading.sources.web import redirects
+from lading.sources.web.connection import Timeouts
 from lading.sources.web.download import Concurrency
 from lading.sources.web.redirects import AddressScope
 from lading.sources.web.source import HttpSource
-from lading.sources.web.transport import Timeouts
 from tests.servers import hostile
 from tests.servers.hostile import (
     Behaviour,
@@ -106,6 +106,8 @@ MENDED: dict[str, Behaviour] = {
     "drips at first": on_get(first(1, hostile.drips)),
     "headers that drip at first": first(1, hostile.drips_headers),
     "garbage at first": first(1, hostile.garbage),
+    "headers that break off at first": first(1, hostile.drops_headers),
+    "headers that break off in between": on_get(first(1, hostile.drops_headers)),
     "ten redirects": at({f"{PATH}{i or ''}": redirect(f"{PATH}{i + 1}") for i in range(10)}),
 }
 
@@ -137,6 +139,9 @@ FATAL: dict[str, tuple[Behaviour, type[LadingError], str]] = {
         "was silent for 0.5 s|sent no useful data within 1 s",
     ),
     "garbage": (hostile.garbage, FetchError, "tried 2 times"),
+    "headers that break off": (hostile.drops_headers, FetchError, "the headers end early .tried 2 times"),
+    "a header that is none": (hostile.broken_headers, FetchError, "tried 2 times"),
+    "a length and chunks": (hostile.length_and_chunks, FetchError, "tried 2 times"),
     "a loop": (redirect(PATH), FetchError, "redirects more than 10 times"),
     "eleven redirects": (
         at({f"{PATH}{i or ''}": redirect(f"{PATH}{i + 1}") for i in range(11)}),

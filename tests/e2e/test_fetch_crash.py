@@ -18,9 +18,9 @@ import pytest
 from lading.errors import FetchError
 from lading.sources import partial
 from lading.sources.cache import Cache
+from lading.sources.web.connection import Timeouts
 from lading.sources.web.download import Concurrency
 from lading.sources.web.source import HttpSource
-from lading.sources.web.transport import Timeouts
 from tests.helpers.cache_tools import files_in, require_consistent
 from tests.helpers.nursery import Child, Ended, Nursery
 from tests.servers import hostile

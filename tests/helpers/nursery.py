@@ -197,7 +197,7 @@ def _counted(path: str) -> None:
 
 def _impatient(_: object) -> None:
     """Give up on a web server that is slow after a moment: for what waits in vain in any case."""
-    from lading.sources.web.transport import Timeouts
+    from lading.sources.web.connection import Timeouts
 
     haste = {"connect": 5, "answer": 0.6, "silence": 0.3, "window": 0.4, "attempts": 2}
     Timeouts.__init__.__kwdefaults__.update(haste)  # type: ignore[misc]
@@ -349,7 +349,7 @@ def _hurry() -> None:
     import huggingface_hub.utils._http
 
     from lading.sources.hub import errors as hf_errors
-    from lading.sources.web.transport import Timeouts
+    from lading.sources.web.connection import Timeouts
 
     hf_errors.BACK_OFF = 0.01
     Timeouts.__init__.__kwdefaults__.update(attempts=3, backoff=0.01, max_wait=0.05)  # type: ignore[misc]

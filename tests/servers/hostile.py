@@ -284,6 +284,23 @@ def drips_of_nothing(exchange: Exchange) -> None:
         exchange.wfile.flush()
 
 
+def drops_headers(exchange: Exchange) -> None:
+    """Closes the connection among the headers, before it says the length."""
+    exchange.wfile.write(b'HTTP/1.1 200 OK\r\nETag: "a"\r\nContent-')
+    exchange.close()
+
+
+def broken_headers(exchange: Exchange) -> None:
+    """Has a line among the headers that is none."""
+    exchange.wfile.write(b"HTTP/1.1 200 OK\r\nthis is not one\r\nContent-Length: 4\r\n\r\nabcd")
+    exchange.close()
+
+
+def length_and_chunks(exchange: Exchange) -> None:
+    exchange.answer(200, {"Content-Length": "4", "Transfer-Encoding": "chunked"}, b"4\r\nabcd\r\n0\r\n\r\n")
+    exchange.close()
+
+
 def silent(exchange: Exchange) -> None:
     exchange.hub.closing.wait(60)
     exchange.close()

@@ -68,7 +68,7 @@ def main() -> None:
     from lading.sources.hub import errors as hf_errors
     from lading.sources.hub import files as hf_files
     from lading.sources.hub import source as hf
-    from lading.sources.web.transport import Timeouts
+    from lading.sources.web.connection import Timeouts
 
     hf_errors.BACK_OFF = 0.01
     Timeouts.__init__.__kwdefaults__.update(backoff=0.01, max_wait=0.05)  # type: ignore[misc]

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,10 +22,11 @@ from lading.sources.cache import Cache
 from lading.sources.hub import client as hf_client
 from lading.sources.hub.source import HubSource
 from lading.sources.source import FetchedFile, RemoteFile, Snapshot, Source, read_bytes
+from lading.sources.web.connection import Timeouts
 from lading.sources.web.download import Concurrency
 from lading.sources.web.proxies import require_proxies
 from lading.sources.web.source import HttpSource
-from lading.sources.web.transport import Timeouts
+from lading.sources.web.transport import Location
 from lading.system.filesystem import FileStat
 from tests.servers import hostile
 from tests.servers.hostile import Exchange, Server, at, on_ranges, redirect, serve
@@ -313,6 +315,89 @@ def test_reads_from_many_threads(cache: Cache) -> None:
             parts = list(pool.map(lambda span: read_bytes(source, snapshot, snapshot.files[0], *span), spans))
     assert parts == [DATA[offset : offset + size] for offset, size in spans]
     assert read_bytes(source, snapshot, snapshot.files[0], 5, 0) == b""
+
+
+@pytest.mark.parametrize("behavior", [hostile.silent, hostile.silent_body, hostile.drips, hostile.status(503)])
+def test_close_ends_what_other_threads_read_and_later_reads_succeed(cache: Cache, behavior: hostile.Behaviour) -> None:
+    with serve({PATH: DATA}) as server:
+        timeouts = Timeouts(backoff=1000, max_wait=1000, min_rate=0)
+        with HttpSource(server.url(PATH), cache=cache, offline=False, timeouts=timeouts) as source:
+            snapshot = source.snapshot()
+            server.behavior, before = behavior, len(server.requests)
+            with ThreadPoolExecutor(4) as pool:
+                reads = [pool.submit(read_bytes, source, snapshot, snapshot.files[0], at, 9000) for at in range(4)]
+                while len(server.requests) < before + 4:
+                    time.sleep(0.01)
+                source.close()
+                for read in reads:
+                    with pytest.raises(FetchError, match="its source was closed"):
+                        read.result()
+
+            server.behavior = hostile.honest
+            assert read_bytes(source, snapshot, snapshot.files[0], 7, 9000) == DATA[7:9007]
+            assert fetch_all(source, snapshot)[0].sha256 == SHA256
+
+
+def test_close_ends_a_fetch(cache: Cache) -> None:
+    with serve({PATH: DATA}) as server, open_source(server, cache) as source:
+        snapshot = source.snapshot()
+        server.behavior, before = hostile.silent_body, len(server.requests)
+        with ThreadPoolExecutor(1) as pool:
+            fetch = pool.submit(fetch_all, source, snapshot)
+            while len(server.requests) == before:
+                time.sleep(0.01)
+            source.close()
+            with pytest.raises(FetchError, match="its source was closed"):
+                fetch.result()
+
+
+class SignedSource(HttpSource):
+    """A source whose addresses are valid for a number of requests, or for a time."""
+
+    lifetime = 1000.0
+    signed = 0
+
+    def locate(self, name: str) -> Location:
+        self.signed += 1
+        url, until = super().locate(name).url, time.time() + self.lifetime
+        return Location(url=f"{url}?signature={self.signed}", headers={"X-Signed": "yes"}, expires=until)
+
+
+def test_an_address_that_ends_in_the_middle_is_signed_again(cache: Cache) -> None:
+    def behave(exchange: Exchange) -> None:
+        query = exchange.path.partition("?")[2]
+        if exchange.hub.count(query) > 3 or exchange.headers["X-Signed"] != "yes":
+            exchange.answer(403)
+        else:
+            hostile.honest(exchange)
+
+    with serve({PATH: DATA}, behave) as server:
+        with SignedSource(server.url(PATH), cache=cache, offline=False, concurrency=CONCURRENCY) as source:
+            snapshot = source.snapshot()
+            assert fetch_all(source, snapshot)[0].sha256 == SHA256
+            assert source.signed > 1
+        entry = next(cache.entries())
+        assert "signature" not in repr(entry)
+
+
+def test_an_address_that_is_refused_although_it_is_new_is_an_error(cache: Cache) -> None:
+    with serve({PATH: DATA}) as server, SignedSource(server.url(PATH), cache=cache, offline=False) as source:
+        snapshot = source.snapshot()
+        server.behavior, before = hostile.status(403), source.signed
+        with pytest.raises(PolicyError, match="answers 403") as raised:
+            read_bytes(source, snapshot, snapshot.files[0], 0, 9)
+        assert "signature" not in str(raised.value)
+        assert source.signed == before + 1
+
+
+def test_an_address_that_has_expired_is_not_used(cache: Cache) -> None:
+    with serve({PATH: DATA}) as server:
+        with SignedSource(server.url(PATH), cache=cache, offline=False) as source:
+            source.lifetime = -1
+            snapshot = source.snapshot()
+            for at in range(3):
+                assert read_bytes(source, snapshot, snapshot.files[0], at, 9) == DATA[at : at + 9]
+        assert len({path for _, path, _ in server.requests}) == len(server.requests)
 
 
 def test_few_connections_for_a_few_pieces_and_one_where_there_are_no_ranges(cache: Cache) -> None:

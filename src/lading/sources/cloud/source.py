@@ -27,9 +27,10 @@ from lading.sources.hub.address import is_file_name
 from lading.sources.partial import Identity, temporary_file
 from lading.sources.source import FetchedFile, RemoteFile, Snapshot
 from lading.sources.web.cached_source import CachedSource
+from lading.sources.web.connection import Timeouts
 from lading.sources.web.download import Concurrency
 from lading.sources.web.responses import Answer
-from lading.sources.web.transport import Location, Timeouts
+from lading.sources.web.transport import Location
 from lading.system.filesystem import FileStat
 
 if TYPE_CHECKING:

@@ -40,9 +40,10 @@ from lading.sources.hub.client import describe, location
 from lading.sources.hub.errors import refusal
 from lading.sources.hub.files import fetch_files, offline_error
 from lading.sources.source import FetchedFile, Known, RemoteFile, Snapshot
+from lading.sources.web.connection import Timeouts
 from lading.sources.web.download import read_range
 from lading.sources.web.responses import Answer, printable
-from lading.sources.web.transport import Resource, Timeouts, Transport
+from lading.sources.web.transport import Resource, Transport
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling

@@ -24,11 +24,12 @@ from lading.sources.disk import advised, require_space
 from lading.sources.partial import Identity, Partial, sweep
 from lading.sources.source import FetchedFile, Known, RemoteFile, Snapshot
 from lading.sources.web.address import is_plain
+from lading.sources.web.connection import Timeouts
 from lading.sources.web.download import Concurrency, Download, WorkerGroup, read_range
 from lading.sources.web.local_files import LocalFiles
 from lading.sources.web.redirects import shown
 from lading.sources.web.responses import Answer, BadRanges, HeadRefused, describe, refusal
-from lading.sources.web.transport import Location, Resource, Timeouts, Transport
+from lading.sources.web.transport import Location, Resource, Transport
 from lading.system.filesystem import FileStat
 from lading.system.progress import byte_bar
 

@@ -24,9 +24,10 @@ from blake3 import blake3
 from lading.errors import FetchError
 from lading.sources.partial import Partial, Range
 from lading.sources.source import RemoteFile
+from lading.sources.web.connection import StoppedError
 from lading.sources.web.redirects import shown
 from lading.sources.web.responses import BadRanges, Unavailable, require_range, require_same, web_page_error
-from lading.sources.web.transport import Resource, Response, StoppedError, Transport
+from lading.sources.web.transport import Resource, Response, Transport
 from lading.system.threads import Worker
 
 _HTML = re.compile(rb"\s*<(!doctype html|html)\b", re.IGNORECASE)
@@ -59,7 +60,6 @@ class WorkerGroup:
 
     def __init__(self, transport: Transport) -> None:
         self.stop = transport.new_stop()
-        self._transport = transport
         self._threads: list[Worker] = []
         self._errors: list[BaseException] = []
 
@@ -67,7 +67,7 @@ class WorkerGroup:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._transport.end(self.stop)
+        self.stop.set()
         # A thread that cannot be woken (in name resolution) is left behind: it checks for the stop before it writes.
         until = time.monotonic() + 5
         for thread in self._threads:

@@ -13,9 +13,10 @@ from lading.sources.cache import Cache
 from lading.sources.source import Snapshot
 from lading.sources.web.address import WebAddress
 from lading.sources.web.cached_source import CachedSource
+from lading.sources.web.connection import Timeouts
 from lading.sources.web.download import Concurrency
 from lading.sources.web.netrc import authorization
-from lading.sources.web.transport import Location, Timeouts
+from lading.sources.web.transport import Location
 
 
 class HttpSource(CachedSource):
