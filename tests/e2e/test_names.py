@@ -327,6 +327,12 @@ def test_show_says_what_config_json_states(cli: Cli, catalog: Path, tmp_path: Pa
     assert (shown["config"]["num_layers"], shown["config"]["vocab_size"]) == (3, CONFIG["vocab_size"])
     assert shown["config_from"]["vocab_size"] == {"kind": "file", "name": "config.json"}
     assert shown["config_from"]["num_layers"] == {"kind": "card", "name": "tuned"}
+    assert shown["config_from"]["dropout_p"] == {"kind": "family", "name": "qwen"}
+    assert shown["config"]["rope_theta"] == CONFIG["rope_theta"]
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in CONFIG.items() if k != "rope_theta"}))
+    without = json.loads(cli("show", "tuned", "--json").stdout)
+    assert without["config_from"]["rope_theta"] == {"kind": "family", "name": "qwen"}
+    (folder / "config.json").write_text(json.dumps(CONFIG))
     assert json.loads(cli("show", folder, "--json").stdout) == shown
     (folder / "config.json").write_text("{")
     assert "expected a JSON object" in json.loads(cli("show", "tuned", "--json").stdout)["problem"]

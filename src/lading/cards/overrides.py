@@ -25,8 +25,8 @@ class Layer:
     where: str
     """The location of the overrides, for messages: ``qwen.yaml[3].model_config``."""
     owner: str
-    """The name of the card, the architecture or the file."""
-    kind: Literal["file", "architecture", "card"] = "card"
+    """The name of the card, the architecture, the file or the family."""
+    kind: Literal["family", "file", "architecture", "card"] = "card"
 
 
 def layers_of(card: AssetCard, architecture: Architecture | None) -> list[Layer]:
@@ -67,6 +67,11 @@ def file_layer(values: Mapping[str, object]) -> Layer:
     """Return the values of a whole configuration, read from the ``config.json`` beside a checkpoint."""
     # Replaced as a whole, as the file may hold keys that look like directives.
     return Layer({"_set_": dict(values)}, "config.json", "config.json", "file")
+
+
+def default_layer(values: Mapping[str, object], family: str) -> Layer:
+    """Return the values of a configuration that its ``config.json`` leaves to the family."""
+    return Layer({"_set_": dict(values)}, "config.json", family, "family")
 
 
 def _card_layer(card: AssetCard, key: str) -> Layer:

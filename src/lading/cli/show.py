@@ -14,7 +14,7 @@ from lading.cards.adapters import AdapterRef, adapter_refs
 from lading.cards.addresses import stated_addresses, with_addresses
 from lading.cards.card import CONFIG_KEYS, AssetCard, CheckpointRef, checkpoint_ref
 from lading.cards.config_values import ConfigValue, config_values, iter_values
-from lading.cards.overrides import Layer, file_layer, layers_of
+from lading.cards.overrides import Layer, default_layer, file_layer, layers_of
 from lading.cli.command import command
 from lading.cli.index import checkpoint_object, checkpoint_pairs
 from lading.cli.output import Column, Form, as_json, listing_options, write_json, write_pairs, write_rows
@@ -164,7 +164,10 @@ def look_up(card: AssetCard, store: AssetStore) -> Found:
             problem = problem or str(error)
     layers = layers_of(card, architecture)
     if described is not None:
-        layers.insert(0, file_layer(asdict(described)))
+        values = asdict(described)
+        stated = values if found is None or found.hf_stated is None else found.hf_stated(hf_config or {})
+        own = {name: value for name, value in values.items() if name in stated}
+        layers = [default_layer(values, family or ""), file_layer(own), *layers]
 
     return Found(
         card=card,

@@ -173,6 +173,7 @@ FAMILY: Family[Bert, BertConfig] = Family(
     parallel_plan=_plan,
     hf_model_types=frozenset({"bert"}),
     from_hf=CONFIG_JSON.read,
+    hf_stated=CONFIG_JSON.stated,
     to_hf=CONFIG_JSON.write,
     explain=_explain,
 )

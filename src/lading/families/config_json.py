@@ -377,6 +377,22 @@ class ConfigTable(Generic[ConfigT]):
 
         return config
 
+    def stated(self, values: Mapping[str, object]) -> frozenset[str]:
+        """Return the fields that a ``config.json`` states itself; the others have defaults.
+
+        :raises NotSupportedError: as :meth:`read`; likewise the other errors.
+        """
+        reader = ConfigReader(values, self.family)
+        found: dict[str, Any] = {}
+        stated: set[str] = set()
+        for entry in self.entries:
+            made = entry.to_fields(reader, found)
+            found |= made
+            if any(key in reader for key in entry.keys):
+                stated.update(made)
+
+        return frozenset(stated)
+
     def write(self, config: ConfigT) -> dict[str, object]:
         """Return the ``config.json`` that describes a model of the configuration.
 

@@ -85,8 +85,8 @@ def decoder_family(
     """
     by_type = {table.model_type: table for table in tables}
 
-    def from_hf(values: Mapping[str, object]) -> ConfigT:
-        return by_type.get(str(values.get("model_type")), tables[0]).read(values)
+    def table_of(values: Mapping[str, object]) -> ConfigTable[ConfigT]:
+        return by_type.get(str(values.get("model_type")), tables[0])
 
     def init(model: ModelT, config: ConfigT, name: str, parameter: Tensor) -> None:
         from lading.families.nn.decoder_lm import init_decoder
@@ -103,7 +103,8 @@ def decoder_family(
         shapes=lambda config: spec(config).shapes(),
         parallel_plan=lambda config: _parallel_plan(spec(config)),
         hf_model_types=frozenset(by_type),
-        from_hf=from_hf,
+        from_hf=lambda values: table_of(values).read(values),
+        hf_stated=lambda values: table_of(values).stated(values),
         to_hf=tables[0].write,
         explain=explain_head,
     )

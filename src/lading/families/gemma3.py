@@ -205,6 +205,10 @@ def _from_hf(values: Mapping[str, object]) -> Gemma3Config:
     return CONFIG_JSON.read_keys(keys)
 
 
+def _hf_stated(values: Mapping[str, object]) -> frozenset[str]:
+    return CONFIG_JSON.stated(ConfigReader(values, "gemma3").section("text_config").values() or values)
+
+
 FAMILY: Family[Gemma3, Gemma3Config] = decoder_family(
     "lading.families.nn.decoder_models:Gemma3",
     _spec,
@@ -213,6 +217,7 @@ FAMILY: Family[Gemma3, Gemma3Config] = decoder_family(
     rules=lambda config: (*_DECODER_OF_IMAGES, *DECODER_RULES),
     hf_part_of=frozenset({"gemma3"}),
     from_hf=_from_hf,
+    hf_stated=_hf_stated,
 )
 
 get_gemma3_model_hub: ModelHubAccessor[Gemma3, Gemma3Config] = ModelHubAccessor("gemma3", FAMILY.kls, Gemma3Config)

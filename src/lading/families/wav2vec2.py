@@ -111,6 +111,7 @@ FAMILY: Family[Wav2Vec2, Wav2Vec2Config] = Family(
     hf_model_types=frozenset({"wav2vec2"}),
     hf_architectures=frozenset({"Wav2Vec2ForPreTraining"}),
     from_hf=CONFIG_JSON.read,
+    hf_stated=CONFIG_JSON.stated,
     to_hf=_to_hf,
 )
 

@@ -91,6 +91,7 @@ FAMILY: Family[Wav2Vec2Asr, Wav2Vec2AsrConfig] = Family(
     hf_model_types=frozenset({"wav2vec2"}),
     hf_architectures=frozenset({"Wav2Vec2ForCTC"}),
     from_hf=CONFIG_JSON.read,
+    hf_stated=CONFIG_JSON.stated,
     to_hf=CONFIG_JSON.write,
 )
 

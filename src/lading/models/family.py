@@ -95,6 +95,9 @@ class Family(Generic[ModelT, ModelConfigT]):
 
     :raises NotSupportedError: the file requires something that the family does not support.
     """
+    hf_stated: Callable[[Mapping[str, object]], frozenset[str]] | None = None
+    """A function that returns the fields of a configuration that a ``config.json`` states itself, rather than by a
+    default. ``None`` means all."""
     to_hf: Callable[[ModelConfigT], Mapping[str, object]] | None = None
     """The conversion of a configuration to a ``config.json`` that transformers reads.
 
