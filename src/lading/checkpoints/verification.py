@@ -153,7 +153,7 @@ def _conclude(checkpoint: Checkpoint, expected: Expected, found: Digests, store:
         _record_bad(checkpoint, expected.digests, _shards_of(manifest, different), store)
         _refuse(checkpoint, different)
 
-    checks = list(_shard_checks(checkpoint, expected.digests, found))
+    checks = list(tensor_checks(checkpoint, expected.digests, found))
     with BestEffort("the checks of %s are not in the catalog", checkpoint.name):
         if expected.digests is None:
             record_digests(store.database, uri=checkpoint.uri, manifest=manifest, digests=found)
@@ -355,7 +355,11 @@ def _completed(manifest: Manifest, files: Sequence[ShardFile], found: Digests, *
     return recorded(manifest, rows)
 
 
-def _shard_checks(checkpoint: Checkpoint, expected: Digests | None, found: Digests) -> Iterator[Check]:
+def tensor_checks(checkpoint: Checkpoint, expected: Digests | None, found: Digests) -> Iterator[Check]:
+    """Yield the check of each file whose tensors were all read, by their digests.
+
+    :param expected: the recorded digests; ``None`` if these are the first.
+    """
     manifest = checkpoint.manifest
     for shard in range(len(manifest.shards)):
         if not all(map(found.is_complete, manifest.tensors_in(shard))):

@@ -14,9 +14,8 @@ from lading.catalog.store import AssetStore, StoredCheckpoint
 from lading.checkpoints.card_links import names_of
 from lading.checkpoints.checkpoint import Checkpoint, LocalCheckpointFiles, header_checks
 from lading.checkpoints.local_copies import best_copies
-from lading.checkpoints.verification import hash_files, shard_digest
+from lading.checkpoints.verification import check_files, tensor_checks
 from lading.errors import InternalError
-from lading.formats.digests import Digests
 from lading.formats.manifest import Manifest
 from lading.system.filesystem import FileStat
 from lading.system.uris import uri_path
@@ -127,11 +126,14 @@ class MoveFinder:
         if any(check.result == "mismatch" for check in headers):
             return None
 
-        expected = [shard.sha256 for shard in stored.manifest.shards]
-        if None not in expected:
-            checks = _sha256_checks(checkpoint, expected, progress=self._progress)
+        pairs = zip(here.manifest.shards, stored.manifest.shards, strict=True)
+        shards = tuple(replace(now, sha256=then.sha256) for now, then in pairs)
+        if all(shard.sha256 for shard in shards):
+            expected = replace(checkpoint, manifest=replace(here.manifest, shards=shards))
+            checks = check_files(expected, progress=self._progress)
         elif (digests := self._store.digests(stored.uri, stored.manifest)) is not None:
-            checks = _tensor_checks(checkpoint, digests, progress=self._progress)
+            found = hash_checkpoint(here.manifest, checkpoint.here(), digests.dims, progress=self._progress)
+            checks = list(tensor_checks(checkpoint, digests, found))
         elif _times(_stats(stored)) == _times(file.stat for file in checkpoint.here()):
             return headers
         else:
@@ -184,26 +186,3 @@ def _renamed(headers: dict[str, str], stored: StoredCheckpoint, here: LocalCheck
     names = zip(stored.manifest.shards, here.manifest.shards, strict=True)
 
     return {now.name: headers[then.name] for then, now in names if then.name in headers}
-
-
-def _sha256_checks(checkpoint: Checkpoint, expected: Sequence[str | None], *, progress: bool) -> list[Check]:
-    files = checkpoint.here()
-    total = sum(file.stat.size for file in files)
-    found = hash_files([file.path for file in files], total, "hash", progress=progress)
-
-    return [
-        replace(checkpoint.check(i, "sha256", expected=expected[i], found=sha256), stat=stat)
-        for i, (sha256, stat) in enumerate(found)
-    ]
-
-
-def _tensor_checks(checkpoint: Checkpoint, expected: Digests, *, progress: bool) -> list[Check]:
-    manifest = checkpoint.manifest
-    found = hash_checkpoint(manifest, checkpoint.here(), expected.dims, progress=progress)
-
-    return [
-        checkpoint.check(
-            i, "blake3", expected=shard_digest(manifest, expected, i), found=shard_digest(manifest, found, i)
-        )
-        for i in range(len(manifest.shards))
-    ]
