@@ -39,7 +39,9 @@ def environment(catalog: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
         }
 
 
-@pytest.mark.parametrize("page", ["explanation/sources", "explanation/verification", "how-to/work-offline"])
+@pytest.mark.parametrize(
+    "page", ["explanation/sources", "explanation/verification", "how-to/stream-a-model", "how-to/work-offline"]
+)
 def test_the_page(nursery: Nursery, environment: dict[str, str], tmp_path: Path, page: str) -> None:
     shell = Shell(nursery, tmp_path, tmp_path / "bin", environment)
     run_page((DOCS / f"{page}.md").read_text(encoding="utf-8"), shell)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeGuard, TypeVar
+from typing import Literal, TypeGuard, TypeVar
 from urllib.parse import urlsplit
 
 from lading.errors import AssetCardError
@@ -45,6 +45,7 @@ FIELDS = (
     "digests",
     *ADAPTER_FIELDS,
     "restrict",
+    "stream",
     "tokenizer",
     "tokenizer_path",
     "tokenizer_ref",
@@ -264,6 +265,33 @@ class CheckpointRef:
 def is_count(value: object) -> TypeGuard[int]:
     """Return whether ``value`` is a number of parameters: a positive integer below 10¹⁸."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10**18
+
+
+StreamMode = bool | Literal["auto"]
+"""``True`` to read a checkpoint straight from its source, ``False`` to fetch it, ``"auto"`` to fetch it if it fits."""
+
+
+def is_stream_mode(value: object) -> TypeGuard[StreamMode]:
+    """Return whether ``value`` is a value of the field ``stream``."""
+    return isinstance(value, bool) or value == "auto"
+
+
+def stream_mode(card: AssetCard) -> StreamMode:
+    """Return the field ``stream`` of a card; ``False`` without one.
+
+    :raises AssetCardError: it has another value.
+    """
+    found = card.maybe_get_field("stream")
+    if found is None:
+        return False
+    if not is_stream_mode(found.value):
+        raise AssetCardError(
+            card.name,
+            f"The field 'stream' of the card {card.name!r} is expected to be true, false or auto, but is "
+            f"{found.value!r}{card._in_source()}.",
+        )
+
+    return found.value
 
 
 def checkpoint_ref(card: AssetCard) -> CheckpointRef:

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Final
 
 from lading.cards.adapters import adapter_problems
-from lading.cards.card import CONFIG_KEYS, FIELDS, ArchitectureEntry, CardEntry, is_count, is_sha256, reads_as_path
+from lading.cards.card import (
+    CONFIG_KEYS,
+    FIELDS,
+    ArchitectureEntry,
+    CardEntry,
+    is_count,
+    is_sha256,
+    is_stream_mode,
+    reads_as_path,
+)
 from lading.cards.documents.document import Document, join, show
 from lading.cards.documents.json_lines import json_documents
 from lading.cards.documents.read_yaml import yaml_documents
@@ -28,7 +37,11 @@ _MAX_BAD_DOCUMENTS = 1_000
 """The most documents per file whose problems are listed; others are only counted."""
 
 _STRING_FIELDS = (
-    *(field for field in FIELDS if field not in (*CONFIG_KEYS, "parameters", "sha256", "adapters", "restrict")),
+    *(
+        field
+        for field in FIELDS
+        if field not in (*CONFIG_KEYS, "parameters", "sha256", "adapters", "restrict", "stream")
+    ),
     "tokenizer_family",
     "dataset_family",
 )
@@ -152,6 +165,8 @@ class _Reader:
             problems += (f".adapters{problem}" for problem in adapter_problems(adapters))
         if (count := metadata.get("parameters")) is not None and not is_count(count):
             problems.append(f".parameters: expected a positive integer below 10^18, found {show(count)}")
+        if (mode := metadata.get("stream")) is not None and not is_stream_mode(mode):
+            problems.append(f".stream: expected true, false or auto, found {show(mode)}")
         if isinstance(base := metadata.get("base"), str):
             metadata["base"] = _plain_name(base, "base", problems)
 

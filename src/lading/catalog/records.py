@@ -21,6 +21,9 @@ HEADER = "header"
 ORIGINAL = "original"
 """The method of a check, by its SHA-256, of the file that a rewritten one was made of."""
 
+UNVERIFIED = "unverified"
+"""The method of a check that was not possible: a load used bytes of a file for which no digest is known."""
+
 CopyKind = Literal["source", "cache", "hub", "adopted"]
 
 
@@ -96,28 +99,44 @@ class LocalCopy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """A check of a file of a checkpoint against a digest."""
+class SourceCheck:
+    """A check of a file of a checkpoint against a digest, as its source sent it."""
 
     file: str
     """The name within the checkpoint."""
-    path: Path
-    stat: FileStat
-    """The state of the file during the check."""
     method: str
     """``sha256`` of the whole file, ``blake3`` of its tensors, ``header`` of its other bytes, ``crc32`` of a record,
-    ``original`` for the SHA-256 of the file at ``path`` that this one was made of."""
+    ``original`` for the SHA-256 of the file at ``path`` that this one was made of; ``unverified`` if no digest is known
+    to compare with."""
     expected: str | None
     """The digest that was published or recorded; ``None`` if unknown."""
     found: str | None
 
     @property
+    def place(self) -> str:
+        """The path of the file; empty if it was read at its source."""
+        return ""
+
+    @property
     def result(self) -> Literal["match", "mismatch", "recorded"]:
         """The outcome. A first digest is recorded, and expected from then on."""
-        if self.expected is None and self.found is not None:
+        if self.expected is None:
             return "recorded"
 
         return "match" if self.expected == self.found else "mismatch"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check(SourceCheck):
+    """A check of a file on this machine."""
+
+    path: Path
+    stat: FileStat
+    """The state of the file during the check."""
+
+    @property
+    def place(self) -> str:
+        return str(self.path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +178,7 @@ class CheckpointContents:
     manifest: Manifest
     copies: Sequence[LocalCopy] = ()
     """The files on this machine: shards and, if there is one, the index file."""
-    checks: Sequence[Check] = ()
+    checks: Sequence[SourceCheck] = ()
     revision: str = ""
     accept: bool = False
     """``True`` to take the files as they are now for the right ones, and forget the digests of other bytes, and those

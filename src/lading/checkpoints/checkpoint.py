@@ -20,6 +20,7 @@ from lading.catalog.records import (
     CopyKind,
     DigestDocument,
     LocalCopy,
+    SourceCheck,
     StoredCheckpoint,
 )
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, InternalError, PolicyError
@@ -27,7 +28,8 @@ from lading.formats.digests import Digests
 from lading.formats.manifest import Manifest
 from lading.system.filesystem import FileStat
 from lading.system.uris import path_uri
-from lading.transfer.files import ShardFile
+from lading.transfer.files import File, ShardFile
+from lading.transfer.stream import Stream, StreamedFile
 
 _MOST_HEADER = 256 << 20
 """The most bytes outside of tensors to hash; headers of safetensors have at most 100 MB."""
@@ -63,6 +65,28 @@ class Checkpoint:
     """The commit of the source that has this manifest."""
     hf_config: Mapping[str, object] | None = None
     """The ``config.json`` beside it, if it was read together with the manifest."""
+    streamed: tuple[StreamedFile, ...] | None = None
+    """The files at their source, one for each shard, if a load reads them there."""
+
+    @property
+    def stream(self) -> Stream | None:
+        """The source that the files are read from; ``None`` if they are on this machine."""
+        return self.streamed[0].stream if self.streamed else None
+
+    def readable(self) -> Sequence[File]:
+        """Return the files to read, on this machine or at their source.
+
+        :raises InternalError: they were not fetched.
+        """
+        return self.here() if self.streamed is None else self.streamed
+
+    def place(self, shard: int) -> Path | str:
+        """Return the path of a file, or its name and address if it is read at its source."""
+        if self.streamed is None:
+            return self.here()[shard].path
+        name = self.manifest.shards[shard].name
+
+        return self.where if self.where.endswith(f"/{name}") else f"{self.where}: {name}"
 
     def here(self) -> tuple[ShardFile, ...]:
         """Return the files on this machine.
@@ -83,6 +107,13 @@ class Checkpoint:
         name = self.manifest.shards[shard].name
 
         return Check(file=name, path=file.path, stat=file.stat, method=method, expected=expected, found=found)
+
+    def outcome(self, shard: int, method: str, *, expected: str | None, found: str | None) -> SourceCheck:
+        """Return the result of a check of a file, which may be at its source."""
+        if self.streamed is None:
+            return self.check(shard, method, expected=expected, found=found)
+
+        return SourceCheck(file=self.manifest.shards[shard].name, method=method, expected=expected, found=found)
 
 
 def remote_checkpoint(name: str, ref: CheckpointRef, manifest: Manifest, revision: str) -> Checkpoint:

@@ -62,7 +62,7 @@ def fetch_checkpoint(
     copies, checks = [], []
     for i, (file, shard) in enumerate(zip(fetched, shards, strict=True)):
         if not file.published and not index_file(file.path).tensors_equal(checkpoint.manifest.only(i)):
-            raise _replaced(file.name, path=file.path)
+            raise replaced_error(file.name, path=file.path)
         copies.append(LocalCopy(file=shard.name, path=file.path, stat=file.stat, kind=source.kind))
         checks.append(fetched_check(file, shard.name, shard.sha256))
     record_fetched(checkpoint, copies, checks, store)
@@ -79,7 +79,7 @@ def _fetch_to_index_again(
         ref, store=store, settings=settings, progress=progress, revision=checkpoint.revision or None
     )
     if not fetched.manifest.tensors_equal(checkpoint.manifest):
-        raise _replaced(checkpoint.where)
+        raise replaced_error(checkpoint.where)
     record_fetched(checkpoint, fetched.copies, fetched.checks, store)
     checkpoint = replace(checkpoint, files=fetched.files, trusted=checkpoint.published is None)
     if fetched.rewritten and store is not None:
@@ -140,7 +140,7 @@ def _on_this_host(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, files=tuple(files), trusted=False)
 
 
-def _replaced(name: str, *, path: Path | None = None) -> CorruptModelCheckpointError:
+def replaced_error(name: str, *, path: Path | None = None) -> CorruptModelCheckpointError:
     return CorruptModelCheckpointError(
         path or name,
         f"{name} as it was fetched holds other tensors than it did when it was indexed: it was replaced at its source. "

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lading.catalog.checkpoints.record import record_checkpoint, record_companions, record_files
-from lading.catalog.records import Check, CheckpointContents, LocalCopy
+from lading.catalog.records import Check, CheckpointContents, LocalCopy, SourceCheck
 from lading.catalog.store import AssetStore, StoredCheckpoint
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.errors import CatalogError
@@ -113,6 +113,6 @@ def record_fetched(
             record_files(store.database, uri=checkpoint.uri, copies=copies, checks=checks)
 
 
-def record_checks(checkpoint: Checkpoint, checks: Sequence[Check], store: AssetStore) -> None:
+def record_checks(checkpoint: Checkpoint, checks: Sequence[SourceCheck], store: AssetStore) -> None:
     with BestEffort("the checks of %s are not in the catalog", checkpoint.name):
         record_files(store.database, uri=checkpoint.uri, checks=checks)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from blake3 import blake3
 
 from lading.catalog.checkpoints.record import record_digests, record_files
-from lading.catalog.records import Check
+from lading.catalog.records import Check, SourceCheck
 from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.checkpoints.recording import BestEffort, record_checks
@@ -64,7 +64,9 @@ class Expected:
     digests: Digests | None
     """The published or recorded digests; ``None`` if this load records them."""
     dims: array[int]
-    """The dim along which to cut each tensor into blocks; type code ``b``."""
+    """The dim along which to cut each tensor into blocks, type code ``b``; empty if only files are hashed."""
+    whole: tuple[int, ...] = ()
+    """The files, by their positions in the manifest, whose SHA-256 a stream takes."""
 
 
 def prepare_verification(
@@ -129,19 +131,19 @@ def finish_verification(
     """
     manifest, files = checkpoint.manifest, checkpoint.here()
     different = [] if expected.digests is None else differences(expected.digests, found)
-    answers = root.gather_objects((found.known, _shards_of(manifest, different), files))
+    answers = root.gather_objects((found.known, shards_of(manifest, different), files))
     # Each host may have its own disk at the same path: a check on one does not hold for another.
     mine = [(known, shards) for known, shards, theirs in answers if theirs == files]
     if any(shards for _, shards, _ in answers):
         bad = sorted(set().union(*(shards for _, shards in mine)))
-        _record_bad(checkpoint, expected.digests, bad, store)
-        _refuse(checkpoint, different)
+        record_bad(checkpoint, expected.digests, bad, store)
+        refuse_different(checkpoint, different)
         return  # another rank raises, and then all do
 
     if store is None:
         return
     if expected.digests is not None and root.size > 1:
-        found = _seen_by_all(expected.digests, [known for known, _ in mine])
+        found = seen_by_all(expected.digests, [known for known, _ in mine])
     _conclude(checkpoint, expected, _completed(manifest, files, found, progress=progress), store)
 
 
@@ -150,8 +152,8 @@ def _conclude(checkpoint: Checkpoint, expected: Expected, found: Digests, store:
     manifest = checkpoint.manifest
     if expected.digests is not None:
         different = differences(expected.digests, found)
-        _record_bad(checkpoint, expected.digests, _shards_of(manifest, different), store)
-        _refuse(checkpoint, different)
+        record_bad(checkpoint, expected.digests, shards_of(manifest, different), store)
+        refuse_different(checkpoint, different)
 
     checks = list(tensor_checks(checkpoint, expected.digests, found))
     with BestEffort("the checks of %s are not in the catalog", checkpoint.name):
@@ -180,13 +182,14 @@ def verify_whole(
         finish_verification(checkpoint, expected, found, store, root, progress=progress)
 
 
-def _shards_of(manifest: Manifest, different: Different) -> list[int]:
+def shards_of(manifest: Manifest, different: Different) -> list[int]:
+    """Return the positions of the files that hold different tensors."""
     several = (piece.shard for i, _ in different for piece in manifest.pieces.get(i, ()))
 
     return sorted({*(manifest.shard_ids[i] for i, _ in different), *several})
 
 
-def _record_bad(
+def record_bad(
     checkpoint: Checkpoint, expected: Digests | None, shards: Sequence[int], store: AssetStore | None
 ) -> None:
     """Record the wrong files in the catalog."""
@@ -195,13 +198,13 @@ def _record_bad(
 
     manifest = checkpoint.manifest
     checks = [
-        checkpoint.check(shard, "blake3", expected=shard_digest(manifest, expected, shard), found=None)
+        checkpoint.outcome(shard, "blake3", expected=shard_digest(manifest, expected, shard), found=None)
         for shard in shards
     ]
     record_checks(checkpoint, checks, store)
 
 
-def _refuse(checkpoint: Checkpoint, different: Different) -> None:
+def refuse_different(checkpoint: Checkpoint, different: Different) -> None:
     """Refuse tensors that differ from the recorded ones.
 
     :raises DigestMismatchError: there is such a tensor.
@@ -212,14 +215,14 @@ def _refuse(checkpoint: Checkpoint, different: Different) -> None:
     manifest = checkpoint.manifest
     shown = ", ".join(manifest.names[i] for i, _ in different[:5])
     more = f" and {len(different) - 5} more" if len(different) > 5 else ""
-    path = checkpoint.here()[_shards_of(manifest, different)[0]].path
+    path = checkpoint.place(shards_of(manifest, different)[0])
     first, blocks = different[0]
     published = checkpoint.published
     origin = "were verified before" if published is None else f"{published.shown} publishes"
     raise DigestMismatchError(
         path,
         f"{path}: {len(different)} of {len(manifest)} tensors are not those that {origin}: {shown}{more}. "
-        f"{remedy(checkpoint, files=len(_shards_of(manifest, different)))}",
+        f"{remedy(checkpoint, files=len(shards_of(manifest, different)))}",
         expected=f"the {'recorded' if published is None else 'published'} digests of {manifest.names[first]}",
         found=f"others in blocks {', '.join(map(str, blocks))}",
     )
@@ -228,7 +231,7 @@ def _refuse(checkpoint: Checkpoint, different: Different) -> None:
 def remedy(checkpoint: Checkpoint, *, files: int = 1) -> str:
     """Return advice about ``files`` wrong files."""
     them = "it" if files == 1 else "them"
-    if checkpoint.ref is not None:
+    if checkpoint.ref is not None and checkpoint.streamed is None:
         return f"`lading verify {checkpoint.name} --repair` fetches {them} again."
 
     if checkpoint.published is not None:
@@ -305,16 +308,17 @@ def hash_files(paths: Sequence[Path], total: int, title: str, *, progress: bool)
         return list(pool.map(lambda path: sha256_file(path, progress=count), paths))
 
 
-def require_match(checks: Sequence[Check]) -> None:
+def require_match(checks: Sequence[SourceCheck]) -> None:
     """Check the results of file checks.
 
     :raises DigestMismatchError: a file is not the one that was published or recorded.
     """
     for check in checks:
         if check.result == "mismatch":
+            place = check.place or check.file
             raise DigestMismatchError(
-                check.path,
-                f"{check.path} is not the file that was published: expected the SHA-256 {check.expected}, found "
+                place,
+                f"{place} is not the file that was published: expected the SHA-256 {check.expected}, found "
                 f"{check.found}. It was not used.",
                 expected=check.expected or "",
                 found=check.found or "",
@@ -330,7 +334,8 @@ def known_digests(checkpoint: Checkpoint, store: AssetStore) -> Digests | None:
     return None
 
 
-def _seen_by_all(expected: Digests, seen: Sequence[bytes]) -> Digests:
+def seen_by_all(expected: Digests, seen: Sequence[bytes]) -> Digests:
+    """Return the expected digests of the blocks that any rank has seen, by their masks."""
     known = bytes(reduce(or_, masks) for masks in zip(*seen, strict=True))
 
     return replace(expected, known=known)
@@ -355,7 +360,7 @@ def _completed(manifest: Manifest, files: Sequence[ShardFile], found: Digests, *
     return recorded(manifest, rows)
 
 
-def tensor_checks(checkpoint: Checkpoint, expected: Digests | None, found: Digests) -> Iterator[Check]:
+def tensor_checks(checkpoint: Checkpoint, expected: Digests | None, found: Digests) -> Iterator[SourceCheck]:
     """Yield the check of each file whose tensors were all read, by their digests.
 
     :param expected: the recorded digests; ``None`` if these are the first.
@@ -364,7 +369,7 @@ def tensor_checks(checkpoint: Checkpoint, expected: Digests | None, found: Diges
     for shard in range(len(manifest.shards)):
         if not all(map(found.is_complete, manifest.tensors_in(shard))):
             continue  # no rank has read all of it
-        yield checkpoint.check(
+        yield checkpoint.outcome(
             shard,
             "blake3",
             expected=None if expected is None else shard_digest(manifest, expected, shard),

@@ -17,12 +17,17 @@ from lading.system.display import counted, human_bytes, human_count
 if TYPE_CHECKING:
     import torch
 
+    from lading.models.report import LoadReport
+
 
 @command("load")
 @click.argument("target", metavar="NAME|PATH|URI", shell_complete=complete_target)
 @click.option("--device", metavar="DEVICE", help="For example cpu, cuda or cuda:1; default: torch's.")
 @click.option("--dtype", type=DTYPES, help="The parameters' dtype; auto: config.json's; keep: as stored.")
 @click.option("--mmap", is_flag=True, help="Map the files instead of reading them.")
+@click.option(
+    "--stream/--no-stream", default=None, help="Read from the source, without files here; default: as the card says."
+)
 @verify_mode
 @no_restrict
 @no_progress
@@ -32,6 +37,7 @@ def load(
     device: str | None,
     dtype: str | None,
     mmap: bool,
+    stream: bool | None,
     verify: Literal["auto", "always", "never"],
     no_restrict: bool,
     no_progress: bool,
@@ -55,6 +61,7 @@ def load(
         device=None if device is None else _device(device),
         dtype=dtype,
         mmap=mmap,
+        stream=stream,
         verify=verify,
         restrict=not no_restrict,
         progress=not no_progress,
@@ -75,13 +82,24 @@ def load(
             "dtypes": dtype_text(report.dtypes),
             "tensors": f"{report.tensors} in {counted(report.shards, 'shard')}",
             **({"adapters": ", ".join(report.adapters)} if report.adapters else {}),
-            "read": f"{human_bytes(report.bytes_read)} in {counted(report.reads, 'read')}",
+            **_transfer(report),
             **({"mapped": human_bytes(report.bytes_mapped)} if report.bytes_mapped else {}),
             **({"pages": pages} if pages else {}),
             "seconds": f"{report.seconds:.3f} (" + ", ".join(f"{k} {v:.3f}" for k, v in report.phases.items()) + ")",
             "speed": f"{moved / report.seconds / 1e9:.2f} GB/s",
         }
     )
+
+
+def _transfer(report: LoadReport) -> dict[str, str]:
+    """Return the lines about the bytes that were read."""
+    if not report.streamed:
+        return {"read": f"{human_bytes(report.bytes_read)} in {counted(report.reads, 'read')}"}
+
+    return {
+        "streamed": f"{human_bytes(report.bytes_read)} in {counted(report.reads, 'request')}",
+        "checked": "verified" if report.verified else "unverified",
+    }
 
 
 def _device(name: str) -> torch.device:

@@ -208,6 +208,14 @@ class Gang:
         if self.channel is not None:
             self._exchange("barrier()")
 
+    def check(self) -> None:
+        """Raise if this rank knows of a failure on any rank; for long work that does not wait for the others.
+
+        :raises GangError: a rank failed, is gone, or is suspended.
+        """
+        if self.channel is not None:
+            self.channel.check()
+
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Let the others wait for this rank inside the block while it runs, however long: a fetch takes hours."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from lading.cards.card import AssetCard
+from lading.cards.card import AssetCard, StreamMode, is_stream_mode
 from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import Checkpoint, path_checkpoint
 from lading.checkpoints.names import as_path, find_card
@@ -49,6 +49,7 @@ class LoadKeywords(TypedDict, total=False):
     progress: bool
     verify: Verify
     cooperative: bool
+    stream: StreamMode | None
 
 
 class ModelHub(Generic[ModelT, ModelConfigT]):
@@ -153,6 +154,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         progress: bool = True,
         verify: Verify = "auto",
         cooperative: bool = False,
+        stream: StreamMode | None = None,
     ) -> ModelT:
         """Load a model with its pretrained weights, in train mode.
 
@@ -176,6 +178,9 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
             in; ``"always"`` checks all; ``"never"`` nothing.
         :param cooperative: the ranks of a host each read a part of the files and exchange it, so that every byte comes
             from storage once. All ranks have to pass the same.
+        :param stream: ``True`` reads the parts of the files that this rank needs straight from the source of the
+            checkpoint into memory, unless the files are on this machine; ``False`` fetches the files first; ``"auto"``
+            streams if the cache has no room for them. Default: as the card's field ``stream`` says, else ``False``.
 
         :raises ModelNotKnownError: it is not a card, a path or a repository of the hub.
         :raises AssetCardError: the card is of another family, names an architecture that is not known, or states
@@ -188,8 +193,8 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         :raises NotSupportedError: the checkpoint is quantized, or of no known family; ``revision`` for something
             without revisions; a size does not divide over ``gangs.tp``; or there are more ranks in ``gangs.pp`` than
             layers.
-        :raises ValueError: both ``gangs`` and ``device``, or a meta device; both ``mmap`` and ``cooperative``; or
-            ``state_dict`` for something else than a path.
+        :raises ValueError: both ``gangs`` and ``device``, or a meta device; ``mmap`` with ``cooperative`` or
+            ``stream``; or ``state_dict`` for something else than a path.
         :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is not a dtype.
         """
         options = load_options(
@@ -201,6 +206,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
             progress=progress,
             verify=verify,
             cooperative=cooperative,
+            stream=stream,
         )
         model, _ = _load(_inside(card, state_dict), self._family, self._asset_store, options, config)
 
@@ -331,6 +337,7 @@ def load_model(
     progress: bool = True,
     verify: Verify = "auto",
     cooperative: bool = False,
+    stream: StreamMode | None = None,
 ) -> Module:
     """Load a model of any family with its pretrained weights, in train mode.
 
@@ -340,7 +347,7 @@ def load_model(
     """
     return GlobalModelLoader().load(
         card, revision=revision, state_dict=state_dict, gangs=gangs, device=device, dtype=dtype, config=config,
-        mmap=mmap, progress=progress, verify=verify, cooperative=cooperative,
+        mmap=mmap, progress=progress, verify=verify, cooperative=cooperative, stream=stream,
     )  # fmt: skip
 
 
@@ -405,7 +412,7 @@ def load_options(
 ) -> LoadOptions:
     """Return the options that the keywords of a load ask for.
 
-    :raises ValueError: both ``gangs`` and ``device``, or a meta device; or both ``mmap`` and ``cooperative``.
+    :raises ValueError: both ``gangs`` and ``device``, or a meta device; or ``mmap`` with ``cooperative`` or ``stream``.
     :raises TypeError: ``gangs`` or ``dtype`` is of another type.
     """
     verify = keywords.get("verify", "auto")
@@ -413,6 +420,11 @@ def load_options(
     require_mode(verify)
     if mmap and cooperative:
         raise ValueError("`mmap` and `cooperative` must not be given together: mapped files are not read")
+    stream = keywords.get("stream")
+    if stream is not None and not is_stream_mode(stream):
+        raise ValueError(f"`stream` must be True, False or 'auto', but is {stream!r}")
+    if mmap and stream is True:
+        raise ValueError("`mmap` and `stream` must not be given together: only files on this machine are mapped")
 
     effective = _effective_gangs(keywords.get("gangs"), keywords.get("device"))
 
@@ -424,6 +436,7 @@ def load_options(
         progress=keywords.get("progress", True),
         verify=verify,
         cooperative=cooperative,
+        stream=stream,
         revision=revision,
         restrict=restrict,
     )

@@ -13,7 +13,7 @@ import logging
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,19 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from lading.cards.card import AssetCard
+from lading.cards.card import AssetCard, StreamMode, stream_mode
 from lading.catalog.store import AssetStore
 from lading.checkpoints.adapter import Adapter
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.checkpoints.fetch import fetch_checkpoint, share
+from lading.checkpoints.streaming import (
+    files_to_stream,
+    finish_streamed,
+    open_stream,
+    prepare_streamed,
+    require_vouched,
+    taking_sha256,
+)
 from lading.checkpoints.verification import Verify, finish_verification, prepare_verification, verify_whole
 from lading.gangs import Gangs
 from lading.models.construct import (
@@ -62,6 +70,9 @@ log = logging.getLogger("lading")
 
 T = TypeVar("T")
 
+_COMPARED = 4 << 20
+"""The most elements of a copy to read at once for its comparison."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
@@ -75,6 +86,8 @@ class LoadOptions:
     verify: Verify = "auto"
     cooperative: bool = False
     """``True`` if the ranks of a host each read a part of the files, and exchange it."""
+    stream: StreamMode | None = None
+    """``True`` to read the files at their source; ``None``: as the card says."""
     revision: str | None = None
     """The revision of a repository, instead of the one that its address names."""
     restrict: bool = True
@@ -99,6 +112,8 @@ class _Resolved(NamedTuple):
     adapters: tuple[Adapter, ...]
     dtype: torch.dtype | None
     """``None`` for that of each tensor of the checkpoint."""
+    stream: StreamMode
+    """The card's field ``stream``."""
 
 
 def load(
@@ -139,13 +154,14 @@ def load(
             if model.contradictions:
                 log.warning(_CONTRADICTED, model.name, "; ".join(model.contradictions))
             dtype = model_dtype(options.dtype, model.checkpoint, store=opened)
-            return model.family.name, _Resolved(model.config, model.checkpoint, model.adapters, dtype)
+            stream = False if model.card is None else stream_mode(model.card)
+            return model.family.name, _Resolved(model.config, model.checkpoint, model.adapters, dtype, stream)
 
     name, resolved = options.gangs.root.first(resolve)
     family = get_family(name) if family is None else family
 
-    with _mapped_ahead(resolved.checkpoint, resolved.dtype, options) as ahead:
-        return _load(resolved, family, opened, options, clock, ahead)
+    with _mapped_ahead(resolved.checkpoint, resolved.dtype, options) as ahead, ExitStack() as open_streams:
+        return _load(resolved, family, opened, options, clock, ahead, open_streams)
 
 
 _CONTRADICTED = (
@@ -179,16 +195,35 @@ def _load(
     options: LoadOptions,
     clock: Clock,
     ahead: Ahead,
+    open_streams: ExitStack,
 ) -> tuple[Module, LoadReport]:
-    config, checkpoint, adapters, dtype = resolved
+    config, checkpoint, adapters, dtype, by_card = resolved
     gangs, device, progress = options.gangs, options.gangs.root.device, options.shows_progress
     gangs.root.same(
-        (config, options.dtype, options.verify, options.cooperative), "configuration, dtype, verify and cooperative"
+        (config, options.dtype, options.verify, options.cooperative, options.stream),
+        "configuration, dtype, verify, cooperative and stream",
     )
+    hosts = len(set(gangs.root.hosts))
     manifest = checkpoint.manifest
 
     def fetch(checkpoint: Checkpoint) -> Checkpoint:
         return fetch_checkpoint(checkpoint, store, settings=options.settings, progress=progress)
+
+    def bring(checkpoint: Checkpoint) -> Checkpoint:
+        """Return the checkpoint with its files, on this machine or at their source."""
+        if checkpoint.streamed is not None:
+            return checkpoint
+        files = None
+        mode = by_card if options.stream is None else options.stream
+        if mode is not False and not options.mmap:
+            find = partial(files_to_stream, checkpoint, mode, settings=options.settings, hosts=hosts)
+            files = gangs.root.first(partial(find, preferred=by_card is True))
+        if files is None:
+            return share(checkpoint, gangs.root, fetch)
+        checkpoint, stream = open_stream(checkpoint, files, settings=options.settings, root=gangs.root)
+        open_streams.callback(stream.stop)
+
+        return checkpoint
 
     untied: tuple[str, ...] = ()
     while True:
@@ -209,7 +244,7 @@ def _load(
 
         # Only the values show whether the model has one parameter or several.
         with clock.phase("fetch"):
-            checkpoint = share(checkpoint, gangs.root, fetch)
+            checkpoint = bring(checkpoint)
         with clock.phase("read"):
             untied = gangs.root.first(partial(different_copies, checkpoint, targets, routed))
         if not untied:
@@ -226,36 +261,46 @@ def _load(
         planned = plan(manifest, wanted, mapped=options.maps)
 
     with clock.phase("fetch"):
-        checkpoint = share(checkpoint, gangs.root, fetch)
+        checkpoint = bring(checkpoint)
         added = [share(adapter.checkpoint, gangs.root, fetch) for adapter in adapters]
-        expected = gangs.root.first(
-            lambda: prepare_verification(
-                checkpoint,
-                store,
-                options.verify,
-                lambda: block_dims(manifest, family, config, targets, routed),
-                # The ranks of a host that read together see all of its bytes.
-                ranks=len(set(gangs.root.hosts)) if options.cooperative else gangs.root.size,
-                progress=progress,
-            )
-        )
-
-    with clock.phase("read"):
-        files, dims = checkpoint.here(), None if expected is None else expected.dims
-        arena = create_arena(planned.arena_bytes, device, options.settings.huge_pages)
-        if options.cooperative:
-            moved = load_cooperatively(
-                manifest, planned, wanted, files, arena=arena, root=gangs.root, dims=dims, progress=progress
+        # The ranks of a host that read together see all of its bytes.
+        groups = hosts if options.cooperative else gangs.root.size
+        dims_of = partial(block_dims, manifest, family, config, targets, routed)
+        if checkpoint.streamed is None:
+            prepare = partial(
+                prepare_verification, checkpoint, store, options.verify, dims_of, ranks=groups, progress=progress
             )
         else:
-            moved = load_tensors(
-                manifest, planned, wanted, files, arena=arena, dims=dims, progress=progress, ahead=ahead
+            prepare = partial(
+                prepare_streamed, checkpoint, store, options.verify, dims_of, planned, groups=groups, root=gangs.root
             )
+        expected = gangs.root.first(prepare)
+
+    with clock.phase("read"), taking_sha256(checkpoint, expected) as sha256:
+        files, dims = checkpoint.readable(), None if expected is None else expected.dims or None
+        arena = create_arena(planned.arena_bytes, device, options.settings.huge_pages)
+        require = None
+        if checkpoint.streamed is not None and options.verify == "always":
+            require = partial(require_vouched, checkpoint, expected)
+        if options.cooperative:
+            moved = load_cooperatively(
+                manifest, planned, wanted, files,
+                arena=arena, root=gangs.root, dims=dims, require=require, progress=progress,
+            )  # fmt: skip
+        else:
+            moved = load_tensors(
+                manifest, planned, wanted, files,
+                arena=arena, dims=dims, require=require, progress=progress, ahead=ahead,
+            )  # fmt: skip
         by_name = {targets.names[i]: tensor for i, tensor in zip(order, moved.tensors, strict=True)}
         if family.untie is None:  # otherwise all copies have been compared
             _check_tied(checkpoint, config, targets, routed, by_name)
 
-    if expected is not None and moved.digests is not None:
+    verified: bool | None = None
+    if checkpoint.streamed is not None:
+        with clock.phase("verify"):
+            verified = finish_streamed(checkpoint, expected, moved, sha256, store, gangs.root)
+    elif expected is not None and moved.digests is not None:
         with clock.phase("verify"):
             finish_verification(checkpoint, expected, moved.digests, store, gangs.root, progress=progress)
 
@@ -278,6 +323,7 @@ def _load(
         reset_buffers(module, family, config, device, dtype or common_dtype(targets, routed, manifest))
 
     loaded = _elements_by_dtype(by_name.values())
+    stream = checkpoint.stream
     report = LoadReport(
         name=checkpoint.name,
         family=family.name,
@@ -287,14 +333,16 @@ def _load(
         parameters=sum(loaded.values()),
         tensors=sum(1 for source in _sources(routed, targets) for _ in tensors_of(source)),
         shards=len(manifest.shards),
-        bytes_read=moved.bytes_read,
+        bytes_read=moved.bytes_read if stream is None else stream.bytes_read,
         bytes_mapped=sum(
             t.nbytes
             for i, t, home in zip(order, moved.tensors, planned.homes, strict=True)
             if home >= 0 and i not in merge.changes
         ),
         bytes_copied=copied,
-        reads=moved.reads,
+        reads=moved.reads if stream is None else stream.requests,
+        streamed=stream is not None,
+        verified=verified,
         pages=moved.pages,
         phases=dict(clock.phases),
         adapters=tuple(each.where for each in added),
@@ -318,10 +366,12 @@ def _check_tied(
     manifest = checkpoint.manifest
     for target, source in routed.duplicates:
         name, copy = targets.names[target], name_of(source, manifest)
-        mine = loaded[name]
-        (other,) = read_tensors(checkpoint, [source], [DTYPE_NAMES[mine.dtype]], boxes=[targets.boxes[target]])
-        if not are_same(mine.cpu(), other):
-            raise tied_mismatch_error(checkpoint, config, copy, name)
+        mine, box = loaded[name], targets.boxes[target]
+        for slab in box.slabs(_COMPARED):
+            part = mine if slab == box else mine[slab.starts[0] - box.starts[0] :][: slab.sizes[0]]
+            (other,) = read_tensors(checkpoint, [source], [DTYPE_NAMES[mine.dtype]], boxes=[slab])
+            if not are_same(part.cpu(), other):
+                raise tied_mismatch_error(checkpoint, config, copy, name)
 
 
 def _sources(routed: Route, targets: Targets) -> list[Source]:

@@ -21,7 +21,7 @@ from lading.models.ties import are_same, tied_mismatch_error
 from lading.planning.box import Box
 from lading.planning.composition import Source, pieces, tensors_of
 from lading.planning.rules import Route
-from lading.transfer.drive import cores, drive
+from lading.transfer.drive import busy, cores, drive
 from lading.transfer.dtypes import DTYPE_NAMES, TORCH_DTYPES
 
 _SLAB = 1 << 20
@@ -66,8 +66,9 @@ class Merger:
                         for target in steps:
                             yield self._merge(tensors[names[target]], target, factors, sources.get(target))
 
-                threads = cores() if values[0].device.type == "cpu" else 1
-                drive(iter(batch), merge, threads, sum(t.nbytes for t in values), "merge" if progress else None)
+                total = sum(t.nbytes for t in values)
+                threads = busy(cores(), total) if values[0].device.type == "cpu" else 1
+                drive(iter(batch), merge, threads, total, "merge" if progress else None)
 
     def _batches(self, mine: Sequence[int]) -> Iterator[list[int]]:
         """Yield the targets whose factors are read together."""

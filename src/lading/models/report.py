@@ -32,13 +32,28 @@ class LoadReport:
     bytes_copied: int
     """The bytes that were copied again, because FSDP pads a shard that is smaller than that of the first rank."""
     reads: int
-    """The reads, after adjacent ones were joined."""
+    """The reads, after adjacent ones were joined; the requests of a stream."""
     pages: Mapping[str, int]
     """The bytes of CPU memory by the page size that was chosen for them, the most frequent first."""
     phases: Mapping[str, float]
     """The seconds of each phase, in the order in which they ran."""
     adapters: tuple[str, ...] = ()
     """The paths or addresses of the adapters that were merged into the weights."""
+    streamed: bool = False
+    """True if the bytes came straight from the source of the checkpoint."""
+    verified: bool | None = None
+    """True if all streamed bytes, of all ranks, were compared with a digest; ``None`` if they came from files."""
+
+    @property
+    def transfer(self) -> str:
+        """The bytes that were read, and how, for people."""
+        size = human_bytes(self.bytes_read)
+        if not self.streamed:
+            return f"{size} read in {counted(self.reads, 'read')}"
+
+        state = "verified" if self.verified else "unverified"
+
+        return f"{size} streamed in {counted(self.reads, 'request')}, {state}"
 
     @property
     def seconds(self) -> float:
@@ -49,7 +64,7 @@ class LoadReport:
             self,
             f"{self.name} as {self.model_class} on {self.device}",
             f"{human_count(self.parameters)} parameters",
-            f"{human_bytes(self.bytes_read)} read in {counted(self.reads, 'read')}",
+            self.transfer,
             f"{human_bytes(self.bytes_mapped)} mapped" if self.bytes_mapped else "",
             f"{self.seconds:.3g} s",
         )

@@ -71,7 +71,7 @@ def read_tensors(
 
     arena = create_arena(planned.arena_bytes, torch.device("cpu"), huge_pages)
 
-    return execute(planned, checkpoint.here(), shapes, arena=arena)
+    return execute(planned, checkpoint.readable(), shapes, arena=arena)
 
 
 class DigestCollector:
@@ -125,7 +125,7 @@ def _witnessed(
     planned = plan(part, wanted)
     hasher = Hasher(part, [witness.dims[position] for position in positions], planned, wanted)
     shapes = [(box.sizes, dtype) for box, dtype in zip(boxes, wanted.dtypes, strict=True)]
-    read = execute(planned, checkpoint.here(), shapes, observer=hasher)
+    read = execute(planned, checkpoint.readable(), shapes, observer=hasher)
     witness.take(positions, hasher.digests())
     tensors |= dict(zip(plain, read, strict=True))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lading.catalog.checkpoints.holdings import checkpoints_like, gone_checkpoints
 from lading.catalog.checkpoints.record import last_digests
-from lading.catalog.records import HEADER, Check, CheckpointContents, LocalCopy
+from lading.catalog.records import HEADER, CheckpointContents, LocalCopy, SourceCheck
 from lading.catalog.store import AssetStore, StoredCheckpoint
 from lading.checkpoints.card_links import names_of
 from lading.checkpoints.checkpoint import Checkpoint, LocalCheckpointFiles, header_checks
@@ -34,7 +34,7 @@ class Move:
     """The names of the cards that state the earlier path."""
     copies: tuple[LocalCopy, ...]
     """Its files at the new path."""
-    checks: tuple[Check, ...]
+    checks: tuple[SourceCheck, ...]
     """The checks of these files against the digests that the catalog has of them."""
     verified: bool
     """``True`` if the bytes of all tensors are known to be those of recorded digests."""
@@ -119,10 +119,10 @@ class MoveFinder:
 
     def _matching(
         self, stored: StoredCheckpoint, here: LocalCheckpointFiles, checkpoint: Checkpoint
-    ) -> list[Check] | None:
+    ) -> list[SourceCheck] | None:
         """Return the checks of files against what the catalog has of them; ``None`` if they are other files."""
         known = last_digests(self._store.database, stored.uri, HEADER)
-        headers = header_checks(checkpoint, _renamed(known, stored, here))
+        headers: list[SourceCheck] = [*header_checks(checkpoint, _renamed(known, stored, here))]
         if any(check.result == "mismatch" for check in headers):
             return None
 
@@ -130,7 +130,7 @@ class MoveFinder:
         shards = tuple(replace(now, sha256=then.sha256) for now, then in pairs)
         if all(shard.sha256 for shard in shards):
             expected = replace(checkpoint, manifest=replace(here.manifest, shards=shards))
-            checks = check_files(expected, progress=self._progress)
+            checks: Sequence[SourceCheck] = check_files(expected, progress=self._progress)
         elif (digests := self._store.digests(stored.uri, stored.manifest)) is not None:
             found = hash_checkpoint(here.manifest, checkpoint.here(), digests.dims, progress=self._progress)
             checks = list(tensor_checks(checkpoint, digests, found))

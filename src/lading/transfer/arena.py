@@ -37,8 +37,11 @@ class Arena(Protocol):
     def direct(self, place: int, size: int) -> memoryview | None:
         """Return the bytes at ``place`` to read into; ``None`` if this memory is not the host's."""
 
-    def stage(self, chunk: int) -> Stage:
-        """Return buffers of ``chunk`` bytes for one reader thread."""
+    def stage(self, chunk: int, depth: int = RING_DEPTH) -> Stage:
+        """Return buffers of ``chunk`` bytes for one reader thread.
+
+        :param depth: the number of buffers, if copies go on while the thread reads.
+        """
 
     def tensor(self, place: int, shape: tuple[int, ...], dtype: str) -> Tensor:
         """Return the tensor at ``place``, which keeps the memory alive."""
@@ -56,7 +59,7 @@ class NoArena:
     def direct(self, place: int, size: int) -> memoryview | None:
         return None
 
-    def stage(self, chunk: int) -> Stage:
+    def stage(self, chunk: int, depth: int = RING_DEPTH) -> Stage:
         return PassingStage(chunk)
 
     def tensor(self, place: int, shape: tuple[int, ...], dtype: str) -> Tensor:

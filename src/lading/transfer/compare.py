@@ -16,7 +16,7 @@ from torch import Tensor
 from lading.formats.manifest import BITS, Manifest
 from lading.planning.box import Box
 from lading.planning.plan import PAGE
-from lading.transfer.drive import COLD_THREADS, cores, drive
+from lading.transfer.drive import COLD_THREADS, busy, cores, drive
 from lading.transfer.dtypes import TORCH_DTYPES
 from lading.transfer.execute import single_threads
 from lading.transfer.files import OpenShard, ShardFile, open_shard
@@ -114,7 +114,8 @@ def compare_tensors(
                 threads = max(cores(), COLD_THREADS) if cold else cores()
             total = sum(a.manifest.nbytes(i) + b.manifest.nbytes(j) for i, j in pairs)
             with single_threads() as begin:
-                drive(comparison.steps(), comparison.run, threads, total, "compare" if progress else None, begin)
+                label = "compare" if progress else None
+                drive(comparison.steps(), comparison.run, busy(threads, total), total, label, begin)
 
     return [
         ValueDifference(compared_as=name, elements=elements, **found._asdict())

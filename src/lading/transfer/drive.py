@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from lading.system.progress import byte_bar
 from lading.system.threads import Worker
 from lading.transfer.arena import RING_DEPTH
 from lading.transfer.reader import STEP, Reading
+from lading.transfer.requests import Request, RequestReader, requests_of
+from lading.transfer.stream import StreamedShard
 
 PINNED_BYTES = 512 << 20
 """The most host memory, in bytes, that copies to a device pin at once."""
@@ -26,6 +28,11 @@ def cores() -> int:
     return max(1, len(os.sched_getaffinity(0)))
 
 
+def busy(threads: int, total: int) -> int:
+    """Return the number of threads, at most ``threads``, that steps of ``total`` bytes keep busy."""
+    return min(threads, max(1, total // STEP))
+
+
 def read(reading: Reading, threads: int | None, label: str | None, begin: Callable[[], None] | None = None) -> None:
     """Do the reads of a plan on several threads.
 
@@ -33,8 +40,32 @@ def read(reading: Reading, threads: int | None, label: str | None, begin: Callab
     :param label: as :func:`drive` takes it, like ``begin``.
     """
     plan = reading.plan
-    if plan.sizes or plan.rows.counts:
-        drive(reading.steps(), reading.run, threads or _threads(reading), plan.read_bytes, label, begin)
+    if not plan.sizes and not plan.rows.counts:
+        return
+    remote = {i: shard for i, shard in reading.shards.items() if isinstance(shard, StreamedShard)}
+    if remote:
+        _request(reading, remote, label, begin)
+        return
+
+    total = plan.read_bytes
+    drive(reading.steps(), reading.run, busy(threads or _threads(reading), total), total, label, begin)
+
+
+def _request(
+    reading: Reading, files: Mapping[int, StreamedShard], label: str | None, begin: Callable[[], None] | None
+) -> None:
+    """Do the reads of a plan whose files are all at one source."""
+    stream = next(iter(files.values())).stream
+    requests = requests_of(reading, files, [i for i, shard in files.items() if shard.file.name in stream.digests])
+    total = sum(request.end - request.begin for request in requests)
+
+    def run(steps: Iterator[Request]) -> Iterator[int]:
+        reader = RequestReader(reading, stream)
+        yield from map(reader.run, steps)
+        reader.finish()
+
+    label = None if label is None else "stream"
+    drive(iter(requests), run, min(stream.connections, len(requests)), total, label, begin, stream)
 
 
 def _threads(reading: Reading) -> int:
@@ -53,6 +84,16 @@ def _threads(reading: Reading) -> int:
 _Step = TypeVar("_Step")
 
 
+class Watch(Protocol):
+    """The watch over threads that may wait for long."""
+
+    def check(self) -> None:
+        """Raise if they have to stop. Called about ten times a second."""
+
+    def stop(self) -> None:
+        """End what they wait for. Called until they have ended."""
+
+
 def drive(
     steps: Iterator[_Step],
     run: Callable[[Iterator[_Step]], Iterator[int]],
@@ -60,6 +101,7 @@ def drive(
     total: int,
     label: str | None,
     begin: Callable[[], None] | None = None,
+    watch: Watch | None = None,
 ) -> None:
     """Do the steps on ``threads`` threads; the first error, or an interrupt, stops all of them.
 
@@ -92,7 +134,7 @@ def drive(
             stop.set()
 
     started: list[Worker] = []
-    readers = [Worker(partial(work, i), f"lading-reader-{i}") for i in range(min(threads, max(1, total // STEP)))]
+    readers = [Worker(partial(work, i), f"lading-reader-{i}") for i in range(threads)]
     try:
         for reader in readers:
             started.append(reader)
@@ -106,9 +148,16 @@ def drive(
                     ended = reader.wait(0.1)
                     if bar is not None:
                         bar.update(sum(done) - bar.n)
+                    if watch is not None and stop.is_set():
+                        watch.stop()
+                    elif watch is not None:
+                        watch.check()
     finally:
         # Also after an interrupted wait: no thread may write to the arena when this function has returned.
         stop.set()
+        while watch is not None and not all(reader.ended for reader in started):
+            watch.stop()
+            started[-1].wait(0.1)
         for reader in started:
             reader.wait_if_started()
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,16 +15,19 @@ from torch import Tensor
 from lading.gangs import Gang
 from lading.planning.plan import Plan
 from lading.system.progress import byte_bar
-from lading.transfer.arena import Arena, NoArena, PassingStage, Stage
+from lading.transfer.arena import RING_DEPTH, Arena, NoArena, PassingStage, Stage
 from lading.transfer.cooperative import Piece, Schedule
-from lading.transfer.files import ShardFile, open_shard
+from lading.transfer.files import File, Shard
 from lading.transfer.reader import Reader, Reading, item_sizes
+from lading.transfer.stream import Stream, StreamedShard
+
+T = TypeVar("T")
 
 
 def execute_cooperatively(
     plan: Plan,
     schedule: Schedule,
-    files: Sequence[ShardFile],
+    files: Sequence[File],
     wanted: Sequence[tuple[tuple[int, ...], str]],
     *,
     host: Gang,
@@ -45,19 +50,21 @@ def execute_cooperatively(
     joint = schedule.joint
     with ExitStack() as stack:
         numbers = sorted({joint.plan.shards[step.read] for step in schedule.steps(host.rank)})
-        shards = {i: stack.enter_context(open_shard(files[i])) for i in numbers}
-        window = _Window()
-        reader = Reader(Reading(joint.plan, shards, window, joint.hasher), schedule.longest)
-        sender = _Sender(schedule, host, reader, window)
+        shards = {i: stack.enter_context(files[i].open()) for i in numbers}
+        stream = next((shard.stream for shard in shards.values() if isinstance(shard, StreamedShard)), None)
+        sender = _Sender(schedule, host, shards, 1 if stream is None else stream.connections)
         receiver = _Receiver(plan, schedule, host, arena)
 
-        total = schedule.bytes_of(host.rank)
-        bar = stack.enter_context(byte_bar(total, "load") if progress else nullcontext())
-        # This reads the next step while the current one is on its way.
-        pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="lading-reader"))
+        total, label = schedule.bytes_of(host.rank), "load" if stream is None else "stream"
+        bar = stack.enter_context(byte_bar(total, label) if progress else nullcontext())
+        # This packs the next step while the current one is on its way.
+        pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="lading-sender"))
+        stack.enter_context(sender)
+        if stream is not None:
+            stack.enter_context(stream.stopped_on_error())
         ahead = pool.submit(sender.prepare, 0)
         for number in range(schedule.rounds):
-            buffer, sizes = ahead.result()
+            buffer, sizes = ahead.result() if stream is None else _result(ahead, stream)
             if number + 1 < schedule.rounds:
                 ahead = pool.submit(sender.prepare, number + 1)
             receiver.receive(number, buffer, sizes)
@@ -72,6 +79,18 @@ def execute_cooperatively(
     return [arena.tensor(place, shape, dtype) for place, (shape, dtype) in zip(plan.places, wanted, strict=True)]
 
 
+def _result(future: Future[T], stream: Stream) -> T:
+    """Return the result of a thread, as soon as it has one.
+
+    :raises GangError: another rank failed before.
+    """
+    while not future.done():
+        stream.check()
+        wait((future,), timeout=0.1)
+
+    return future.result()
+
+
 def _add_up(host: Gang, numbers: bytearray | array[int]) -> None:
     if len(numbers):
         dtype = torch.uint8 if isinstance(numbers, bytearray) else torch.int64
@@ -81,22 +100,46 @@ def _add_up(host: Gang, numbers: bytearray | array[int]) -> None:
 class _Window(NoArena):
     """Memory through which bytes pass, whose only stage keeps those read last."""
 
-    def stage(self, chunk: int) -> Stage:
+    def stage(self, chunk: int, depth: int = RING_DEPTH) -> Stage:
         self.last = PassingStage(chunk)
 
         return self.last
 
 
 class _Sender:
-    """The reader of this rank's steps, which packs the bytes that each rank wants."""
+    """The reader of this rank's steps, which packs the bytes that each rank wants.
 
-    def __init__(self, schedule: Schedule, host: Gang, reader: Reader, window: _Window) -> None:
+    :param ahead: the number of steps to read at once, on a thread each.
+    """
+
+    def __init__(self, schedule: Schedule, host: Gang, shards: Mapping[int, Shard], ahead: int) -> None:
         self._schedule = schedule
         self._host = host
-        self._reader = reader
-        self._window = window
+        self._windows = [_Window() for _ in range(ahead)]
+        joint = schedule.joint
+        self._readers = [
+            Reader(Reading(joint.plan, shards, window, joint.hasher), schedule.longest) for window in self._windows
+        ]
+        self._pool = ThreadPoolExecutor(ahead, thread_name_prefix="lading-reader")
+        self._reads: deque[Future[object]] = deque()
+        """The reads of the next steps, each into the window of its number."""
         self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
         """Two buffers: one is filled while the other is on its way."""
+
+    def __enter__(self) -> Self:
+        for number in range(len(self._readers)):
+            self._read(number)
+
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _read(self, number: int) -> None:
+        """Begin to read a step, unless it is past the last one."""
+        step = self._schedule.step(self._host.rank, number)
+        if step is not None:
+            self._reads.append(self._pool.submit(self._readers[number % len(self._readers)].run, step))
 
     def prepare(self, number: int) -> tuple[Tensor, list[int]]:
         """Return the bytes that this rank sends in a round, rank by rank, and the number of bytes for each."""
@@ -104,17 +147,19 @@ class _Sender:
         if step is None:
             return torch.empty(0, dtype=torch.uint8), [0] * self._host.size
 
-        self._reader.run(step)
+        self._reads.popleft().result()
         messages = [joint.message(rank, step) for rank in range(self._host.size)]
         sizes = [message.size for message in messages]
         buffer = self._buffers[number % 2]
         if buffer.numel() < sum(sizes):
             buffer = self._buffers[number % 2] = torch.empty(sum(sizes), dtype=torch.uint8)
 
-        read, at = torch.frombuffer(self._window.last.read, dtype=torch.uint8), 0
+        window = self._windows[number % len(self._windows)]
+        read, at = torch.frombuffer(window.last.read, dtype=torch.uint8), 0
         for rank, message in enumerate(messages):
             joint.pack(rank, message, read, step.offset, buffer[at : at + message.size])
             at += message.size
+        self._read(number + len(self._readers))
 
         return buffer[:at], sizes
 

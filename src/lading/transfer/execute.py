@@ -13,16 +13,16 @@ from torch import Tensor
 from lading.formats.manifest import BITS
 from lading.planning.plan import ARENA, Plan
 from lading.transfer.arena import Arena
-from lading.transfer.drive import cores, drive, read
-from lading.transfer.files import ShardFile, open_shard
+from lading.transfer.drive import busy, cores, drive, read
+from lading.transfer.files import File
 from lading.transfer.mappings import NOTHING_AHEAD, Ahead, Range, make_present
-from lading.transfer.memory import create_arena, map_file, view
+from lading.transfer.memory import create_arena, view
 from lading.transfer.reader import STEP, Observer, Reading
 
 
 def execute(
     plan: Plan,
-    files: Sequence[ShardFile],
+    files: Sequence[File],
     wanted: Sequence[tuple[tuple[int, ...], str]],
     *,
     arena: Arena | None = None,
@@ -48,19 +48,18 @@ def execute(
 
     with ExitStack() as stack:
         mapped = sorted({home for home in plan.homes if home != ARENA})
-        shards = {
-            i: stack.enter_context(open_shard(files[i])) for i in sorted({*plan.shards, *plan.rows.shards, *mapped})
-        }
+        shards = {i: stack.enter_context(files[i].open()) for i in sorted({*plan.shards, *plan.rows.shards, *mapped})}
 
         with single_threads() as begin:
             read(Reading(plan, shards, arena, observer), threads, "load" if progress else None, begin)
         # The same files: they are open in the state in which they were mapped.
-        mappings = {i: ahead.mappings.get(i) or map_file(shards[i].fd, files[i].stat.size) for i in mapped}
+        mappings = {i: ahead.mappings.get(i) or shards[i].map() for i in mapped}
         make_present(mappings, _mapped_ranges(plan, wanted), ahead)
         if observer is not None and observer.mapped_bytes:
             look = partial(observer.bytes_mapped, {i: memoryview(mapping) for i, mapping in mappings.items()})
             steps, label = observer.mapped_steps(STEP), "verify" if progress else None
-            drive(steps, partial(map, look), threads or cores(), observer.mapped_bytes, label)
+            total = observer.mapped_bytes
+            drive(steps, partial(map, look), busy(threads or cores(), total), total, label)
 
     return [
         arena.tensor(place, shape, dtype) if home == ARENA else view(mappings[home], place, shape, dtype)

@@ -1,4 +1,4 @@
-"""Open files of a checkpoint, read through the page cache, or past it where that is faster."""
+"""Files of a checkpoint: how they are read, and those on this machine, through the page cache or past it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,44 @@ import hashlib
 import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from lading.errors import CorruptModelCheckpointError
 from lading.planning.plan import PAGE
 from lading.system.filesystem import FileStat, on_network
+
+
+class Shard(Protocol):
+    """A file whose bytes can be read now. Several threads read it."""
+
+    remote: bool
+    """``True`` if each read is a request to another machine."""
+
+    def is_cold(self, offset: int) -> bool:
+        """Return whether the byte at ``offset`` would come from the disk, and can come past the page cache."""
+
+    def fill(self, offset: int, memory: memoryview, *, direct: bool = False) -> None:
+        """Read ``len(memory)`` bytes at ``offset``.
+
+        :param direct: past the page cache, if the file system allows it; ``memory`` must begin where ``offset`` does,
+            modulo the page size.
+        """
+
+    def map(self) -> mmap.mmap:
+        """Return a private, writable mapping of the whole file.
+
+        Writes to the mapping change neither the file nor other mappings of it.
+        """
+
+
+class File(Protocol):
+    """A file of a checkpoint, on this machine or at its source."""
+
+    def open(self) -> AbstractContextManager[Shard]:
+        """Open it for the time of a block, whose end raises if the file has changed meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +55,10 @@ class ShardFile:
     sha256: str | None = field(default=None, compare=False)
     """The SHA-256 of its bytes, if other processes may replace it with the same bytes at any time: when several fetch
     one file and no lock works, the last one's stays."""
+
+    def open(self) -> AbstractContextManager[OpenShard]:
+        """Open it as :func:`open_shard` does."""
+        return open_shard(self)
 
 
 @contextmanager
@@ -46,7 +81,9 @@ def open_shard(file: ShardFile) -> Iterator[OpenShard]:
 
 
 class OpenShard:
-    """An open file."""
+    """An open file; a :class:`Shard`."""
+
+    remote = False
 
     def __init__(self, file: ShardFile, fd: int, flags: int) -> None:
         self.file = file
@@ -102,7 +139,6 @@ class OpenShard:
             )
 
     def is_cold(self, offset: int) -> bool:
-        """Return whether the byte at ``offset`` would come from the disk, and can come past the page cache."""
         if self._direct < 0:
             return False
         # The kernel answers and then fetches the page, so a second question gets another answer.
@@ -132,11 +168,11 @@ class OpenShard:
         """
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
 
-    def fill(self, offset: int, memory: memoryview, *, direct: bool = False) -> None:
-        """Read ``len(memory)`` bytes at ``offset``.
+    def map(self) -> mmap.mmap:
+        return mmap.mmap(self.fd, self.file.stat.size, access=mmap.ACCESS_COPY)
 
-        :param direct: past the page cache, if the file system allows it; ``memory`` must begin where ``offset`` does,
-            modulo the page size.
+    def fill(self, offset: int, memory: memoryview, *, direct: bool = False) -> None:
+        """Read as :meth:`Shard.fill` describes.
 
         :raises CorruptModelCheckpointError: the file ends before.
         """

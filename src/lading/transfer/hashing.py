@@ -35,7 +35,7 @@ from lading.planning.plan import ARENA, Plan, Wanted, plan, plan_full_read
 from lading.system.progress import byte_bar
 from lading.transfer.arena import Buffer, NoArena
 from lading.transfer.drive import read
-from lading.transfer.files import ShardFile, open_shard
+from lading.transfer.files import File
 from lading.transfer.leaf_hasher import Job, LeafHasher, Part
 from lading.transfer.reader import Reading
 
@@ -433,7 +433,7 @@ def blocks_touched(dtype: str, shape: Sequence[int], dim: int, box: Box) -> rang
 
 def hash_checkpoint(
     manifest: Manifest,
-    files: Sequence[ShardFile],
+    files: Sequence[File],
     dims: Sequence[int] | None = None,
     *,
     threads: int | None = None,
@@ -458,14 +458,14 @@ def hash_checkpoint(
     hasher = Hasher(manifest, dims, planned, wanted)
 
     with ExitStack() as stack:
-        shards = {i: stack.enter_context(open_shard(file)) for i, file in enumerate(files)}
+        shards = {i: stack.enter_context(file.open()) for i, file in enumerate(files)}
         read(Reading(planned, shards, NoArena(), hasher), threads, "verify" if progress else None)
 
     return hasher.digests()
 
 
 def _hash_pieces(
-    manifest: Manifest, files: Sequence[ShardFile], dims: Sequence[int], *, threads: int | None, progress: bool
+    manifest: Manifest, files: Sequence[File], dims: Sequence[int], *, threads: int | None, progress: bool
 ) -> Digests:
     """Return the digests of a checkpoint in which some tensors lie in several pieces: those are in memory, in turn."""
     rows: list[tuple[int, bytes] | None] = [None] * len(manifest)
@@ -482,7 +482,7 @@ def _hash_pieces(
             planned = plan(manifest, Wanted(tensors=[i], boxes=[Box.whole(shape)], dtypes=[dtype]))
             buffer = Buffer(planned.arena_bytes)
             with ExitStack() as stack:
-                shards = {s: stack.enter_context(open_shard(files[s])) for s in {*planned.shards, *planned.rows.shards}}
+                shards = {s: stack.enter_context(files[s].open()) for s in {*planned.shards, *planned.rows.shards}}
                 read(Reading(planned, shards, buffer, None), threads, None)
             rows[i] = (dims[i], hash_memory(buffer.memory, dtype, shape, dims[i]))
             bar.update(planned.arena_bytes)

@@ -14,7 +14,7 @@ from lading.formats.manifest import Manifest
 from lading.planning.plan import PAGE
 from lading.transfer.drive import cores
 from lading.transfer.files import ShardFile, open_shard
-from lading.transfer.memory import map_file, populate
+from lading.transfer.memory import populate
 from lading.transfer.pages import BLOCK
 
 CELL = 64 << 20
@@ -57,7 +57,7 @@ def mapped_ahead(files: Sequence[ShardFile], ranges: Iterable[Range]) -> Iterato
             with open_shard(files[i]) as shard:
                 present = {cell: parts for cell, parts in own if shard.is_cached(parts[0][0])}
                 if present:
-                    mappings[i] = map_file(shard.fd, files[i].stat.size)
+                    mappings[i] = shard.map()
                     cells |= present
         except (LadingError, OSError):
             continue

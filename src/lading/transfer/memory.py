@@ -43,7 +43,7 @@ class HostArena:
 
         return self._bytes[place : place + size]
 
-    def stage(self, chunk: int) -> Stage:
+    def stage(self, chunk: int, depth: int = RING_DEPTH) -> Stage:
         return _HostStage(self, chunk)
 
     def tensor(self, place: int, shape: tuple[int, ...], dtype: str) -> Tensor:
@@ -71,8 +71,8 @@ class DeviceArena:
     def direct(self, place: int, size: int) -> memoryview | None:
         return None
 
-    def stage(self, chunk: int) -> Stage:
-        buffers = [torch.empty(chunk, dtype=torch.uint8, pin_memory=True) for _ in range(RING_DEPTH)]
+    def stage(self, chunk: int, depth: int = RING_DEPTH) -> Stage:
+        buffers = [torch.empty(chunk, dtype=torch.uint8, pin_memory=True) for _ in range(depth)]
 
         return RingStage(buffers, self._copy)
 
@@ -178,14 +178,6 @@ def view(memory: mmap.mmap, place: int, shape: tuple[int, ...], dtype: str) -> T
         return torch.empty(shape, dtype=torch_dtype)
 
     return torch.frombuffer(memory, dtype=torch_dtype, count=count, offset=place).view(shape)
-
-
-def map_file(fd: int, size: int) -> mmap.mmap:
-    """Return a private, writable mapping of a whole file.
-
-    Writes to the mapping change neither the file nor other mappings of it.
-    """
-    return mmap.mmap(fd, size, access=mmap.ACCESS_COPY)
 
 
 def populate(mapping: mmap.mmap, start: int, size: int) -> None:

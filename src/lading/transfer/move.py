@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,9 +15,12 @@ from lading.transfer.arena import Arena
 from lading.transfer.cooperative import Demand, Joint
 from lading.transfer.exchange import execute_cooperatively
 from lading.transfer.execute import execute
-from lading.transfer.files import ShardFile
+from lading.transfer.files import File
 from lading.transfer.hashing import Hasher
 from lading.transfer.mappings import NOTHING_AHEAD, Ahead
+
+Require = Callable[[Sequence[int]], None]
+"""A check of the tensors, by their positions in the manifest, that digests of blocks cannot verify."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -26,6 +29,10 @@ class LoadedTensors:
 
     tensors: Sequence[Tensor]
     """The wanted tensors, in their order."""
+    wanted: Sequence[int]
+    """The positions in the manifest of the tensors with bytes that this rank read, or all ranks that read with it."""
+    unvouched: Sequence[int]
+    """Those of which some bytes are not in blocks that were read whole."""
     digests: Digests | None
     """The digests of the blocks that were read whole by this rank, or by all ranks that read with it."""
     bytes_read: int
@@ -39,10 +46,11 @@ def load_tensors(
     manifest: Manifest,
     planned: Plan,
     wanted: Wanted,
-    files: Sequence[ShardFile],
+    files: Sequence[File],
     *,
     arena: Arena,
     dims: Sequence[int] | None = None,
+    require: Require | None = None,
     progress: bool = False,
     ahead: Ahead = NOTHING_AHEAD,
 ) -> LoadedTensors:
@@ -51,16 +59,22 @@ def load_tensors(
     :param planned: the plan for ``wanted``.
     :param arena: memory of ``planned.arena_bytes``.
     :param dims: the dims of the blocks to digest, one for each tensor of the manifest.
+    :param require: called before the first read with :attr:`LoadedTensors.unvouched`; it may raise.
     :param ahead: mappings of the same files.
 
     :raises CorruptModelCheckpointError: a file ends early, or is not the one that the plan was made for.
     :raises OSError: a file cannot be read.
     """
     hasher = None if dims is None else Hasher(manifest, dims, planned, wanted)
+    read, unvouched = _vouched(wanted, hasher)
+    if require is not None:
+        require(unvouched)
     tensors = execute(planned, files, _shapes(wanted), arena=arena, progress=progress, observer=hasher, ahead=ahead)
 
     return LoadedTensors(
         tensors=tensors,
+        wanted=read,
+        unvouched=unvouched,
         digests=None if hasher is None else hasher.digests(),
         bytes_read=planned.read_bytes,
         reads=planned.num_reads,
@@ -72,11 +86,12 @@ def load_cooperatively(
     manifest: Manifest,
     planned: Plan,
     wanted: Wanted,
-    files: Sequence[ShardFile],
+    files: Sequence[File],
     *,
     arena: Arena,
     root: Gang,
     dims: Sequence[int] | None = None,
+    require: Require | None = None,
     progress: bool = False,
 ) -> LoadedTensors:
     """Execute a plan as :func:`load_tensors` does, with the ranks of a host reading together. All ranks must call it.
@@ -90,6 +105,9 @@ def load_cooperatively(
         if host.size > 1:
             # Pieces are read as they lie in the files. The digests are those of tensors, so none is taken on the way.
             joint = Joint(manifest.flat(), host.gather_objects(Demand.of(planned)), None if manifest.pieces else dims)
+            read, unvouched = _vouched(joint.wanted, joint.hasher)
+            if require is not None:
+                require(unvouched)
             schedule = joint.schedule()
             nothing = None if dims is None else unknown(manifest, dims)
             tensors = execute_cooperatively(
@@ -97,13 +115,24 @@ def load_cooperatively(
             )
             return LoadedTensors(
                 tensors=tensors,
+                wanted=read,
+                unvouched=unvouched,
                 digests=nothing if joint.hasher is None else joint.hasher.digests(),
                 bytes_read=schedule.bytes_of(host.rank),
                 reads=sum(1 for _ in schedule.steps(host.rank)),
                 pages=arena.pages,
             )
 
-    return load_tensors(manifest, planned, wanted, files, arena=arena, dims=dims, progress=progress)
+    return load_tensors(manifest, planned, wanted, files, arena=arena, dims=dims, require=require, progress=progress)
+
+
+def _vouched(wanted: Wanted, hasher: Hasher | None) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the tensors with wanted bytes, and those that ``hasher`` does not see in whole blocks."""
+    tensors = [i for i, box in zip(wanted.tensors, wanted.boxes, strict=True) if box.numel]
+    if hasher is None:
+        return tensors, tensors
+
+    return tensors, [i for i, vouched in zip(wanted.tensors, hasher.vouched, strict=True) if not vouched]
 
 
 def _shapes(wanted: Wanted) -> list[tuple[tuple[int, ...], str]]:

@@ -14,7 +14,7 @@ from lading.formats.digests import LEAF
 from lading.formats.manifest import BITS
 from lading.planning.plan import PAGE, Plan, reads_gaps
 from lading.transfer.arena import Arena, Stage
-from lading.transfer.files import OpenShard
+from lading.transfer.files import Shard
 from lading.transfer.leaf_hasher import Part
 
 STEP = 8 << 20
@@ -83,7 +83,7 @@ class Reading:
     """One run of the reads of a plan, which several threads share."""
 
     plan: Plan
-    shards: Mapping[int, OpenShard]
+    shards: Mapping[int, Shard]
     arena: Arena
     observer: Observer | None
 
@@ -125,10 +125,13 @@ class Reading:
 
     def runs_at_once(self, number: int, most: int) -> int:
         """Return the number of runs of the plan's rows ``number`` to read at once: about ``most`` bytes."""
-        stride, length = self.plan.rows.strides[number], self.plan.rows.lengths[number]
-        together = 1 if self.observer is None else self.observer.rows_together(number)
+        stride, length, together = self.plan.rows.strides[number], self.plan.rows.lengths[number], self.together(number)
 
         return max(1, most // (stride if reads_gaps(stride, length) else length) // together) * together
+
+    def together(self, number: int) -> int:
+        """Return the number of runs of the plan's rows ``number`` that have to be read at once."""
+        return 1 if self.observer is None else self.observer.rows_together(number)
 
 
 class Reader:
@@ -170,15 +173,16 @@ class Reader:
 
         return size
 
-    def _fill(self, file: OpenShard, read: int, offset: int, memory: memoryview, *, direct: bool) -> None:
+    def _fill(self, file: Shard, read: int, offset: int, memory: memoryview, *, direct: bool) -> None:
         """Read a piece, and have it observed before it leaves the cache."""
         observer = self._reading.observer
         if observer is None:
             file.fill(offset, memory, direct=direct)
             return
 
-        # Large requests suit a disk; its bytes are not in the cache of this core anyway.
-        for at, count in self._reading.pieces(read, offset, len(memory), len(memory) if direct else LEAF, 1):
+        # Large reads suit a disk and a network; these bytes are not in the cache of this core anyway.
+        at_once = len(memory) if direct or file.remote else LEAF
+        for at, count in self._reading.pieces(read, offset, len(memory), at_once, 1):
             part = memory[at - offset : at - offset + count]
             file.fill(at, part, direct=direct)
             observer.bytes_read(read, at, part)
@@ -219,7 +223,7 @@ class Reader:
         return (runs - 1) * (stride if gaps else length) + length
 
     def _read_bounce(
-        self, file: OpenShard, offset: int, count: int, *, stride: int, length: int, cold: bool
+        self, file: Shard, offset: int, count: int, *, stride: int, length: int, cold: bool
     ) -> npt.NDArray[np.uint8]:
         """Return runs of the file, a row each, valid until the next call."""
         if self._bounce is None:

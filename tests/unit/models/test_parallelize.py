@@ -289,7 +289,7 @@ def test_what_does_not_divide_is_an_error_before_anything_is_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Path] = []
-    monkeypatch.setattr("lading.transfer.execute.open_shard", lambda file: opened.append(file.path))
+    monkeypatch.setattr("lading.transfer.files.open_shard", lambda file: opened.append(file.path))
     with simulate_gangs(rank=0, tp=8) as gangs, pytest.raises(NotSupportedError, match="`num_attn_heads` is 4"):
         load_model(folder, gangs=gangs, progress=False)
     assert not opened

@@ -330,7 +330,7 @@ def test_more_stages_than_layers_is_an_error_before_anything_is_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Path] = []
-    monkeypatch.setattr("lading.transfer.execute.open_shard", lambda file: opened.append(file.path))
+    monkeypatch.setattr("lading.transfer.files.open_shard", lambda file: opened.append(file.path))
     with simulate_gangs(0, pp=3) as gangs, pytest.raises(NotSupportedError, match="but the model has 2"):
         load_model(folder, gangs=gangs, progress=False)
     assert not opened

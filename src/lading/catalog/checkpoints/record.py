@@ -20,7 +20,7 @@ from lading.catalog.checkpoints.manifests import (
 from lading.catalog.database.database import Database
 from lading.catalog.database.statements import dumps
 from lading.catalog.links import link_by_uri, link_cards
-from lading.catalog.records import HEADER, Check, CheckpointContents, DigestDocument, LocalCopy, now
+from lading.catalog.records import HEADER, Check, CheckpointContents, DigestDocument, LocalCopy, SourceCheck, now
 from lading.catalog.schema import COPIES, CheckpointRow, VerificationRow
 from lading.formats.digests import Digests
 from lading.formats.manifest import Manifest
@@ -141,7 +141,7 @@ def record_files(
     *,
     uri: str,
     copies: Sequence[LocalCopy] = (),
-    checks: Sequence[Check] = (),
+    checks: Sequence[SourceCheck] = (),
     cards: Collection[str] = (),
 ) -> None:
     """Record copies of a checkpoint's files and the results of checks, in one transaction.
@@ -167,7 +167,7 @@ def record_files(
             link_cards(session, cards, row)
 
 
-def _write_checks(session: Session, uri: str, row: CheckpointRow | None, checks: Sequence[Check]) -> None:
+def _write_checks(session: Session, uri: str, row: CheckpointRow | None, checks: Sequence[SourceCheck]) -> None:
     session.add_all(_audit(uri, check) for check in checks)
     if row is not None:
         _note_checks(row, checks)
@@ -241,11 +241,11 @@ def _writable(database: Database, what: str) -> bool:
     return database.writable
 
 
-def _audit(uri: str, check: Check) -> VerificationRow:
+def _audit(uri: str, check: SourceCheck) -> VerificationRow:
     return VerificationRow(
         uri=uri,
         file=check.file,
-        path=str(check.path),
+        path=check.place,
         method=check.method,
         expected=check.expected,
         found=check.found,
@@ -255,7 +255,7 @@ def _audit(uri: str, check: Check) -> VerificationRow:
     )
 
 
-def _note_checks(checkpoint: CheckpointRow, checks: Sequence[Check]) -> None:
+def _note_checks(checkpoint: CheckpointRow, checks: Sequence[SourceCheck]) -> None:
     """Note the results of checks beside the copies that are in the checked state, and first digests of files."""
     copies = {(copy.file, copy.path, copy.stat): row for row, copy in reachable(checkpoint.copies)}
     shards = {shard.name: shard for shard in checkpoint.shards}
@@ -265,7 +265,7 @@ def _note_checks(checkpoint: CheckpointRow, checks: Sequence[Check]) -> None:
             continue  # a part of the file only
         # The digests that a card publishes are those of tensors.
         proves = check.method == "blake3" or checkpoint.digest_document is None or check.file not in shards
-        row = copies.get((check.file, check.path, check.stat))
+        row = copies.get((check.file, check.path, check.stat)) if isinstance(check, Check) else None
         if row is not None and (proves or not good):
             row.verified_at = now() if good else None
         shard = shards.get(check.file)
