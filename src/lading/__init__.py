@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lading.cards.card import Architecture as Architecture
     from lading.cards.card import AssetCard as AssetCard
     from lading.cards.card import AssetCardField as AssetCardField
+    from lading.catalog.edit_cards import remove_cards as remove_cards
+    from lading.catalog.edit_cards import rename_card as rename_card
     from lading.catalog.import_cards import import_cards as import_cards
     from lading.catalog.query import QueryResult as QueryResult
     from lading.catalog.query import query as query
@@ -76,9 +78,6 @@ if TYPE_CHECKING:
     from lading.operations.disk_usage import DiskUsage as DiskUsage
     from lading.operations.disk_usage import DiskUsageEntry as DiskUsageEntry
     from lading.operations.disk_usage import disk_usage as disk_usage
-    from lading.operations.edit_cards import relocate_checkpoints as relocate_checkpoints
-    from lading.operations.edit_cards import remove_cards as remove_cards
-    from lading.operations.edit_cards import rename_card as rename_card
     from lading.operations.export import ExportReport as ExportReport
     from lading.operations.export import convert_checkpoint as convert_checkpoint
     from lading.operations.export import export_model as export_model
@@ -87,6 +86,7 @@ if TYPE_CHECKING:
     from lading.operations.pull import PullReport as PullReport
     from lading.operations.pull import pull_model as pull_model
     from lading.operations.register import register_model as register_model
+    from lading.operations.relocate import relocate_checkpoints as relocate_checkpoints
     from lading.operations.remove import Removal as Removal
     from lading.operations.remove import remove_model as remove_model
     from lading.operations.remove import remove_orphans as remove_orphans
@@ -99,9 +99,9 @@ _HOME = {
     "add_checkpoints": "operations.add",
     "register_model": "operations.register",
     "CardChange": "catalog.records",
-    "remove_cards": "operations.edit_cards",
-    "rename_card": "operations.edit_cards",
-    "relocate_checkpoints": "operations.edit_cards",
+    "remove_cards": "catalog.edit_cards",
+    "rename_card": "catalog.edit_cards",
+    "relocate_checkpoints": "operations.relocate",
     "Adoption": "operations.adopt",
     "adopt_checkpoints": "operations.adopt",
     "AssetCard": "cards.card",

@@ -28,6 +28,7 @@ from lading.catalog.links import link_by_uri
 from lading.catalog.listing import near_names
 from lading.catalog.records import CardChange, CheckpointContents
 from lading.catalog.schema import CardRow, SourceRow
+from lading.catalog.store import AssetStore, get_asset_store
 from lading.catalog.stored_cards import entry_of
 from lading.errors import AssetCardError, AssetNotFoundError, CardFileError, PolicyError
 from lading.system.uris import uri_path
@@ -49,13 +50,17 @@ class _Held(NamedTuple):
         return card_title(self.row.key)
 
 
-def remove_cards(database: Database, names: Sequence[str], *, dry_run: bool) -> list[CardChange]:
-    """Remove cards, each with its overlays; ``name@env`` is one overlay.
+def remove_cards(*names: str, dry_run: bool = False, store: AssetStore | None = None) -> tuple[CardChange, ...]:
+    """Remove cards from the catalog, each with its overlays. What the catalog knows of their checkpoints stays.
 
-    :raises AssetNotFoundError: a card, or an overlay, is not in the catalog.
-    :raises PolicyError: a file that lading reads states one of them, or another card refers to it; nothing was removed.
+    :param names: names of cards; ``name@env`` is one overlay.
+    :param dry_run: whether to change nothing, and only return the changes.
+
+    :raises AssetNotFoundError: there is no such card; nothing was removed, likewise below.
+    :raises PolicyError: a watched file or a package states one of them, or another card refers to one.
     :raises CatalogError: the catalog cannot be written.
     """
+    database = (store or get_asset_store()).database
     with database.session(write=not dry_run) as session:
         rows = {held.row.key: held for name in names for held in _named(session, name)}
         _require_own(rows.values(), "remove")
@@ -73,15 +78,19 @@ def remove_cards(database: Database, names: Sequence[str], *, dry_run: bool) -> 
             forget(session, ())
             ask_again(session, but=(), seeds=True, all_users=True)
 
-        return [_change(held, "name", held.title, None) for held in rows.values()]
+        return tuple(_change(held, "name", held.title, None) for held in rows.values())
 
 
-def rename_card(database: Database, old: str, new: str, *, dry_run: bool) -> list[CardChange]:
-    """Give a card, its overlays and what refers to it another name.
+def rename_card(
+    old: str, new: str, *, dry_run: bool = False, store: AssetStore | None = None
+) -> tuple[CardChange, ...]:
+    """Give a card another name, also where other cards refer to it.
+
+    :param dry_run: whether to change nothing, and only return the changes.
 
     :raises AssetNotFoundError: ``old`` is not a card.
-    :raises AssetCardError: ``new`` is not a valid name, or the catalog has a card of that name.
-    :raises PolicyError: a file that lading reads states the card or one that refers to it; nothing was changed.
+    :raises AssetCardError: ``new`` is not a valid name, or that of another card; nothing was changed.
+    :raises PolicyError: a watched file or a package states the card, or one that refers to it; nothing was changed.
     :raises CatalogError: the catalog cannot be written.
     """
     if "@" in old + new:
@@ -93,6 +102,7 @@ def rename_card(database: Database, old: str, new: str, *, dry_run: bool) -> lis
         new = card_entry(new, {}).name
     except CardFileError as error:
         raise AssetCardError(new, f"{error.problems[0]}. Nothing was renamed; choose another name.") from None
+    database = (store or get_asset_store()).database
     with database.session(write=not dry_run) as session:
         rows = _named(session, old)
         old = rows[0].row.key[0]
@@ -106,27 +116,22 @@ def rename_card(database: Database, old: str, new: str, *, dry_run: bool) -> lis
                 f"The name {new!r} is that of another card ({taken[0].entry.source}). Nothing was renamed; choose "
                 "another name.",
             )
-        edits = [(held, replace(held.entry, name=new)) for held in rows]
+        edits = {held.row.key: (held, replace(held.entry, name=new)) for held in rows}
         changes = [_change(held, "name", held.title, card_title((new, held.row.key[1]))) for held in rows]
         for held in _referring(session, {old}):
             fields = {field: new for field in _REFERENCES if held.entry.metadata.get(field) == old}
-            own = next((i for i, (other, _) in enumerate(edits) if other.row.key == held.row.key), None)
-            entry = held.entry if own is None else edits[own][1]
-            edit = held, replace(entry, metadata={**entry.metadata, **fields})
-            if own is None:
-                edits.append(edit)
-            else:
-                edits[own] = edit
+            _, entry = edits.get(held.row.key, (held, held.entry))
+            edits[held.row.key] = held, replace(entry, metadata={**entry.metadata, **fields})
             changes += [_change(held, field, old, new) for field in fields]
-        _require_own([held for held, _ in edits], "rename")
+        _require_own([held for held, _ in edits.values()], "rename")
         if not dry_run:
-            _write(session, edits, gone={old})
+            _write(session, [*edits.values()], gone={old})
             ask_again(session, but=(), seeds=True, all_users=True)
 
-        return changes
+        return tuple(changes)
 
 
-def relocate(
+def relocate_cards(
     database: Database, old: Path, new: Path, contents: Sequence[CheckpointContents], *, dry_run: bool
 ) -> list[CardChange]:
     """Have all cards that name a path, or one below it, name another one.

@@ -35,8 +35,8 @@ def remove_card(names: tuple[str, ...], dry_run: bool, yes: bool, form: Form) ->
 
     For example: lading remove-card my-model
     """
+    from lading.catalog.edit_cards import remove_cards
     from lading.catalog.store import get_asset_store
-    from lading.operations.edit_cards import remove_cards
 
     store = get_asset_store()
     selection = Selection(names, cards=True)
@@ -70,7 +70,7 @@ def rename(old: str, new: str, dry_run: bool, form: Form) -> None:
 
     For example: lading rename checkpoint-500 my-model
     """
-    from lading.operations.edit_cards import rename_card
+    from lading.catalog.edit_cards import rename_card
 
     _report(rename_card(old, new, dry_run=dry_run), "changed", form, dry_run=dry_run)
 
@@ -88,7 +88,7 @@ def relocate(old: Path, new: Path, dry_run: bool, form: Form) -> None:
 
     For example: lading relocate /scratch/models /data/models
     """
-    from lading.operations.edit_cards import relocate_checkpoints
+    from lading.operations.relocate import relocate_checkpoints
 
     _report(relocate_checkpoints(old, new, dry_run=dry_run), "changed", form, dry_run=dry_run)
 

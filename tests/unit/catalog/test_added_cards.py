@@ -116,7 +116,7 @@ def test_changes_in_place(database: Database, tmp_path: Path) -> None:
         [contents(old / "a")],
     )  # fmt: skip
 
-    changes = edit_cards.relocate(
+    changes = edit_cards.relocate_cards(
         database, old, new, [contents(new / "a", moved_from=f"file://{old / 'a'}")], dry_run=False
     )
     assert [(change.card, change.field, change.after) for change in changes] == [
@@ -126,16 +126,16 @@ def test_changes_in_place(database: Database, tmp_path: Path) -> None:
     assert linked(database) == dict.fromkeys(["a", "child", "grandchild"], f"file://{new / 'a'}")
     assert metadata(database, "near") == {"checkpoint": f"{old}2/a", "note": str(old)}
 
-    edit_cards.rename_card(database, "a", "A", dry_run=False)
+    edit_cards.rename_card("a", "A", store=AssetStore(database))
     assert metadata(database, "child")["base"] == "A"
     assert AssetStore(database).retrieve_card("grandchild").field("model_family").value == "qwen"
     assert linked(database).keys() == {"A", "child", "grandchild"}
     with pytest.raises(AssetCardError):
-        edit_cards.rename_card(database, "A", "child", dry_run=False)
+        edit_cards.rename_card("A", "child", store=AssetStore(database))
 
     with pytest.raises(PolicyError, match="grandchild"):
-        edit_cards.remove_cards(database, ["A", "child"], dry_run=False)
-    edit_cards.remove_cards(database, ["A", "child", "grandchild"], dry_run=False)
+        edit_cards.remove_cards("A", "child", store=AssetStore(database))
+    edit_cards.remove_cards("A", "child", "grandchild", store=AssetStore(database))
     assert AssetStore(database).asset_names == {"near"}
     assert check_catalog(database.settings) == []
 
@@ -143,9 +143,9 @@ def test_changes_in_place(database: Database, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda database, path: edit_cards.remove_cards(database, ["a"], dry_run=True),
-        lambda database, path: edit_cards.rename_card(database, "a", "b", dry_run=True),
-        lambda database, path: edit_cards.relocate(database, path, path.parent, [], dry_run=True),
+        lambda database, path: edit_cards.remove_cards("a", dry_run=True, store=AssetStore(database)),
+        lambda database, path: edit_cards.rename_card("a", "b", dry_run=True, store=AssetStore(database)),
+        lambda database, path: edit_cards.relocate_cards(database, path, path.parent, [], dry_run=True),
     ],
 )
 def test_a_dry_run_needs_no_right_to_write(

@@ -1,12 +1,12 @@
-"""Changes of cards in the catalog: removal, another name, another place of the checkpoint. None touches weights."""
+"""The relocation of checkpoints in the catalog, after their files were moved."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
 
-from lading.catalog import edit_cards
 from lading.catalog.checkpoints.holdings import known_uris
+from lading.catalog.edit_cards import relocate_cards
 from lading.catalog.records import CardChange, CheckpointContents
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.checkpoint import LocalCheckpointFiles
@@ -17,38 +17,6 @@ from lading.system.filesystem import expand_home
 from lading.system.uris import path_uri, uri_path
 
 log = logging.getLogger("lading")
-
-
-def remove_cards(*names: str, dry_run: bool = False, store: AssetStore | None = None) -> tuple[CardChange, ...]:
-    """Remove cards from the catalog, each with its overlays. What the catalog knows of their checkpoints stays.
-
-    :param names: names of cards; ``name@env`` is one overlay.
-    :param dry_run: whether to change nothing, and only return the changes.
-
-    :raises AssetNotFoundError: there is no such card; nothing was removed, likewise below.
-    :raises PolicyError: a watched file or a package states one of them, or another card refers to one.
-    :raises CatalogError: the catalog cannot be written.
-    """
-    store = store or get_asset_store()
-
-    return tuple(edit_cards.remove_cards(store.database, names, dry_run=dry_run))
-
-
-def rename_card(
-    old: str, new: str, *, dry_run: bool = False, store: AssetStore | None = None
-) -> tuple[CardChange, ...]:
-    """Give a card another name, also where other cards refer to it.
-
-    :param dry_run: whether to change nothing, and only return the changes.
-
-    :raises AssetNotFoundError: ``old`` is not a card.
-    :raises AssetCardError: ``new`` is not a valid name, or that of another card; nothing was changed.
-    :raises PolicyError: a watched file or a package states the card, or one that refers to it; nothing was changed.
-    :raises CatalogError: the catalog cannot be written.
-    """
-    store = store or get_asset_store()
-
-    return tuple(edit_cards.rename_card(store.database, old, new, dry_run=dry_run))
 
 
 def relocate_checkpoints(
@@ -89,7 +57,7 @@ def relocate_checkpoints(
         if is_there(path) or is_there(after / path.relative_to(before))
     ]
 
-    changes = tuple(edit_cards.relocate(store.database, before, after, contents, dry_run=dry_run))
+    changes = tuple(relocate_cards(store.database, before, after, contents, dry_run=dry_run))
     if not changes and not contents:
         raise CheckpointNotFoundError(
             before,
