@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from lading.cards.adapters import adapter_refs
 from lading.cards.card import AssetCard, checkpoint_ref, split_name
@@ -119,6 +121,7 @@ class Remover:
     def __init__(self, store: AssetStore) -> None:
         self._store = store
         self._cache = own_cache(store)
+        self._look = _looking(self._cache)
         self._held = held_checkpoints(store.database)
         self._names = names_of(store, [checkpoint.uri for checkpoint in self._held])
         """The names of the models of each checkpoint. Found before the removal: only an existing rewrite is found."""
@@ -138,7 +141,7 @@ class Remover:
         also_of = {uri: tuple(n for n in self._names[uri] if n != split_name(name)[0]) for uri, _ in found}
         if len(found) > 1:  # without its adapters, the base is another model
             found = [(uri, entry) for uri, entry in found if not also_of[uri]]
-        plans = [_plan(uri, entry, self._held, self._cache) for uri, entry in found]
+        plans = [_plan(uri, entry, self._held, self._cache, self._look) for uri, entry in found]
         freed = sum(plan.carry_out(dry_run=True) for plan in plans)
         others = dict.fromkeys(other for uri, _ in found for other in also_of[uri])
 
@@ -156,12 +159,12 @@ class Remover:
                 if planned.artifact is not None:
                     releases.forget_artifact(planned.artifact)
                     return planned.removal
-                first = [_plan(uri, entry, releases.held, self._cache) for uri, entry in planned.found]
+                first = [_plan(uri, entry, releases.held, self._cache, self._look) for uri, entry in planned.found]
                 if not hub and (revisions := [each for plan in first for each in plan.revisions]):
                     raise _refused(planned.removal.name, revisions)
                 plans, freed = [], 0
                 for uri, entry in planned.found:
-                    plan = _plan(uri, entry, releases.held, self._cache)
+                    plan = _plan(uri, entry, releases.held, self._cache, self._look)
                     with releases.release(uri):
                         freed += plan.carry_out(dry_run=False)
                     plans.append(plan)
@@ -301,12 +304,15 @@ class _Plan:
         return freed + _remove(self.made)
 
 
-def _plan(uri: str, entry: str, held: Sequence[LocalCheckpoint], cache: Cache) -> _Plan:
+def _plan(uri: str, entry: str, held: Sequence[LocalCheckpoint], cache: Cache, look: Callable[[Path], _Place]) -> _Plan:
     copies = [copy for checkpoint in held if checkpoint.uri == uri for copy in checkpoint.copies]
     by_name = {copy.path: shown_uri(each.uri) for each in held if each.uri != uri for copy in each.copies}
-    others = {os.path.realpath(path): other for path, other in by_name.items()}
-    needed = frozenset(digest for path in others if (digest := _digest(cache, Path(path))) is not None)
-    revisions_of_others = {revision: other for path, other in by_name.items() if (revision := revision_of(path))}
+    places = {path: look(path) for path in by_name}
+    others = {places[path].real: other for path, other in by_name.items()}
+    needed = frozenset(place.digest for place in places.values() if place.digest is not None)
+    revisions_of_others = {
+        revision: other for path, other in by_name.items() if (revision := places[path].revision) is not None
+    }
 
     digests: list[str] = []
     revisions: set[HubRevision] = set()
@@ -349,6 +355,26 @@ def _plan(uri: str, entry: str, held: Sequence[LocalCheckpoint], cache: Cache) -
         paths=tuple(path for path in paths if os.path.lexists(path)),
         kept=tuple(kept),
     )
+
+
+class _Place(NamedTuple):
+    """The place of a file, looked up once: each removal compares its files with those of all other checkpoints."""
+
+    real: str
+    digest: str | None
+    """The SHA-256 of a file in lading's cache."""
+    revision: HubRevision | None
+
+
+def _looking(cache: Cache) -> Callable[[Path], _Place]:
+    """Return a function that looks up the place of a file once."""
+
+    @functools.cache
+    def look(path: Path) -> _Place:
+        real = os.path.realpath(path)
+        return _Place(real=real, digest=_digest(cache, Path(real)), revision=revision_of(path))
+
+    return look
 
 
 def _digest(cache: Cache, path: Path) -> str | None:
