@@ -10,6 +10,7 @@ os.environ.pop("SSL_CERT_FILE", None)
 os.environ["SSL_CERT_DIR"] = os.path.dirname(__file__)
 
 import compileall
+import gc
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -69,6 +70,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if test in on_postgresql:
             item.add_marker(pytest.mark.slow)
         on_postgresql.add(test)
+
+
+def pytest_collection_finish() -> None:
+    """Leave all modules and tests out of later garbage collections, which take 0.7 s each with them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
