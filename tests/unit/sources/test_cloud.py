@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
+import threading
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -322,6 +326,49 @@ def test_an_object_that_changes_in_the_middle_of_a_fetch(s3: Bucket, moto: Moto,
     assert "X-Amz" not in str(error.value)
     moto.behavior = lambda _: None
     assert fetch(of) == {"1.bin": DATA[::-1]}
+
+
+@pytest.fixture
+def released(moto: Moto) -> Iterator[threading.Event]:
+    """Set at the end of a test, for what an answer waits for."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_ctrl_c_does_not_wait_for_an_answer(s3: Bucket, moto: Moto, tmp_path: Path, released: threading.Event) -> None:
+    answered = threading.Event()
+
+    def behavior(_: Request) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        released.wait(30)
+        answered.set()
+
+    moto.behavior = behavior
+    for uri in (f"{s3.uri}/folder", f"{s3.uri}/model.safetensors"):
+        with pytest.raises(KeyboardInterrupt):
+            source(uri, tmp_path).snapshot()
+    assert not answered.is_set()
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_close_ends_reads_in_other_threads(
+    s3: Bucket, moto: Moto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, released: threading.Event, scheme: str
+) -> None:
+    use_gcs(monkeypatch, moto, s3)
+    s3.put("a/1.bin", DATA)
+    of = source(f"{scheme}://{s3.name}/a", tmp_path)
+    (file,) = of.snapshot().files
+    asked = threading.Event()
+    moto.behavior = lambda _: asked.set() or (released.wait(30) and None)
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(read, of, file, 0, 5)
+        asked.wait()
+        of.close()
+        with pytest.raises(FetchError, match="source was closed"):
+            reading.result(20)
+    moto.behavior = lambda _: None
+    assert read(of, file, 0, 5) == DATA[:5]
 
 
 # --- writes -----------------------------------------------------------------------------------------------------------

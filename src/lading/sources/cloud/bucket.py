@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
 from importlib import import_module
@@ -26,6 +26,7 @@ from lading.errors import (
     SettingsError,
 )
 from lading.sources.cloud.address import CloudAddress
+from lading.sources.cloud.calls import Calls
 from lading.sources.hub.address import is_file_name
 from lading.sources.source import RemoteFile
 from lading.sources.web.redirects import is_loopback
@@ -45,6 +46,9 @@ _PART = 16 << 20
 """The bytes of a part of an upload."""
 _MAX_PARTS = 10_000
 """The most parts of an object: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html."""
+
+_END = 4.0
+"""The most seconds in which a part of an upload ends after Ctrl-C, and then the upload."""
 
 _PARALLEL_PARTS = 6
 """The parts of an object that are sent at a time, which are in memory."""
@@ -115,13 +119,19 @@ class Bucket:
         self._scheme = address.scheme
         self._bucket = address.bucket
         self._allow_http = _check_endpoint(address.scheme)
+        self._obstore = import_module("obstore")
+        self._calls = Calls()
+
+    def close(self) -> None:
+        """End the calls in progress in other threads."""
+        self._calls.end()
 
     @cached_property
     def _store(self) -> ObjectStore:
         return self._open()
 
     def _open(self, **credentials: str) -> ObjectStore:
-        store = import_module("obstore.store")
+        store = self._obstore.store
         kind = {"s3": store.S3Store, "gs": store.GCSStore, "az": store.AzureStore}[self._scheme]
         with self._translated(""):
             return kind(  # type: ignore[no-any-return]
@@ -149,8 +159,9 @@ class Bucket:
         """
         prefix = folder and f"{folder}/"
         found: list[RemoteFile] = []
-        with self._translated(folder):
-            for batch in self._store.list(folder or None, chunk_size=1000):
+
+        async def collect() -> None:
+            async for batch in self._store.list(folder or None, chunk_size=1000):
                 for each in batch:
                     name = each["path"].removeprefix(prefix)
                     if each["path"].startswith(prefix) and is_file_name(name):
@@ -160,6 +171,9 @@ class Bucket:
                         f"{self._where(folder)}: expected the folder of a checkpoint, found more than {MAX_FILES} "
                         "objects. Name the folder itself."
                     )
+
+        with self._translated(folder):
+            self._calls.run(collect)
 
         return sorted(found, key=lambda file: file.name)
 
@@ -171,7 +185,7 @@ class Bucket:
         :raises PolicyError: it refuses the credentials.
         """
         with self._translated(key):
-            head = import_module("obstore").head(self._store, key)
+            head = self._calls.run(self._obstore.head_async, self._store, key)
 
         return RemoteFile(name=name, size=head["size"], etag=_strong(head["e_tag"]))
 
@@ -183,7 +197,6 @@ class Bucket:
 
         :raises PolicyError: no credentials were found.
         """
-        obstore = import_module("obstore")
         public = any(os.environ.get(name, "").lower() in _TRUE for name in _SKIP_SIGNATURE[self._scheme])
         if public and self._scheme == "gs":
             base = os.environ.get("GOOGLE_BASE_URL") or "https://storage.googleapis.com"
@@ -192,10 +205,11 @@ class Bucket:
             with self._translated(key):
                 # Any keys give the address, of which the signature is cut off.
                 store = self._open(**_ANY_KEYS[self._scheme])
-                return str(obstore.sign(store, "GET", key, VALID)).partition("?")[0]
+                url: str = self._calls.run(self._obstore.sign_async, store, "GET", key, VALID)
+                return url.partition("?")[0]
         try:
             with self._translated(key):
-                return str(obstore.sign(self._store, "GET", key, VALID))
+                return str(self._calls.run(self._obstore.sign_async, self._store, "GET", key, VALID))
         except (FetchError, PolicyError):
             if self._scheme == "s3":
                 raise
@@ -210,9 +224,13 @@ class Bucket:
         options: dict[str, Any] = {"range": (offset, offset + len(into))}
         if etag is not None:
             options["if_match"] = etag
+
+        async def get() -> memoryview:
+            result = await self._obstore.get_async(self._store, key, options=options)
+            return memoryview(await result.bytes_async())
+
         with self._translated(key):
-            result = import_module("obstore").get(self._store, key, options=options)
-            data = memoryview(result.bytes())
+            data = self._calls.run(get)
         if len(data) != len(into):
             raise FetchError(
                 f"{self._where(key)} ends early: expected {len(into)} bytes at {offset}, found {len(data)}."
@@ -230,17 +248,24 @@ class Bucket:
         """
         part = max(_PART, -(-size // _MAX_PARTS))
         with self._translated(key):
-            opened = import_module("obstore").open_writer(
+            opened = self._obstore.open_writer_async(
                 self._store, key, buffer_size=part, max_concurrency=_PARALLEL_PARTS
             )
+
+        def write(data: memoryview) -> None:
+            with self._translated(key):
+                # What is cancelled leaves an upload that cannot be ended.
+                self._calls.run(opened.write, data, grace=_END)
+
         try:
-            yield CloudWriter(opened, self._where(key), lambda: self._translated(key))
+            yield CloudWriter(write, self._where(key))
         except BaseException as error:
             with suppress(Exception):  # the error that led here says more
-                opened.__exit__(type(error), error, None)  # ends the upload, and removes its parts
+                # Ends the upload, and removes its parts.
+                self._calls.run(opened.__aexit__, type(error), error, None, limit=_END)
             raise
         with self._translated(key):
-            opened.close()  # or ends the upload, and removes its parts
+            self._calls.run(opened.close, grace=_END)  # or ends the upload, and removes its parts
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete objects, except those that do not exist.
@@ -251,7 +276,7 @@ class Bucket:
         for key in keys:  # together, GCS and Azure fail with the first that does not exist
             try:
                 with self._translated(key):
-                    import_module("obstore").delete(self._store, key)
+                    self._calls.run(self._obstore.delete_async, self._store, key)
             except CheckpointNotFoundError:
                 continue
 
@@ -262,7 +287,7 @@ class Bucket:
 
     @contextmanager
     def _translated(self, key: str) -> Iterator[None]:
-        base = import_module("obstore.exceptions").BaseError
+        base = self._obstore.exceptions.BaseError
         try:
             yield
         except LadingError:
@@ -330,10 +355,9 @@ def _said(status: int | None, code: str) -> str:
 class CloudWriter:
     """An object that is being written."""
 
-    def __init__(self, opened: Any, name: str, translated: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, write: Callable[[memoryview], object], name: str) -> None:
         self.name = name
-        self._opened = opened
-        self._translated = translated
+        self._write = write
 
     def write(self, data: bytes | memoryview) -> None:
         """Write all of ``data``."""
@@ -341,8 +365,7 @@ class CloudWriter:
             return  # a view of nothing cannot be cast
         view = memoryview(data).cast("B")
         for start in range(0, len(view), _PART):  # a call copies what it is given
-            with self._translated():
-                self._opened.write(view[start : start + _PART])
+            self._write(view[start : start + _PART])
 
 
 def _strong(etag: str | None) -> str | None:

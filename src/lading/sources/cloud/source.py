@@ -93,6 +93,12 @@ class CloudSource(CachedSource):
         """True if objects can be had at URLs; else obstore reads them."""
         return self._bucket.url(self._address.key_of("any")) is not None
 
+    def close(self) -> None:
+        """End all requests, as :meth:`CachedSource.close` does."""
+        super().close()
+        if (bucket := vars(self).get("_bucket")) is not None:  # no request has needed it otherwise
+            bucket.close()
+
     # --- snapshots ---------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
