@@ -25,6 +25,8 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy tests/typing
+	@if $(BIN)/pyright --version >/dev/null 2>&1; then $(BIN)/pyright --pythonpath $(BIN)/python; \
+	else echo "pyright cannot fetch its program here: its half of the checks of tests/typing is skipped"; fi
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .

@@ -56,7 +56,12 @@ if TYPE_CHECKING:
     from lading.gangs import create_gangs as create_gangs
     from lading.gangs import simulate_gangs as simulate_gangs
     from lading.models.accessor import ModelHubAccessor as ModelHubAccessor
+    from lading.models.device import CPU as CPU
+    from lading.models.device import DataType as DataType
+    from lading.models.device import Device as Device
+    from lading.models.device import get_current_device as get_current_device
     from lading.models.family import Family as Family
+    from lading.models.family import register_family as register_family
     from lading.models.fit import CheckReport as CheckReport
     from lading.models.hub import GlobalModelLoader as GlobalModelLoader
     from lading.models.hub import ModelHub as ModelHub
@@ -65,6 +70,7 @@ if TYPE_CHECKING:
     from lading.models.parallel_plan import Split as Split
     from lading.models.parallel_plan import Stages as Stages
     from lading.models.report import LoadReport as LoadReport
+    from lading.models.resolve import get_model_family_name as get_model_family_name
     from lading.operations.add import AddedCard as AddedCard
     from lading.operations.add import add_checkpoints as add_checkpoints
     from lading.operations.adopt import Adoption as Adoption
@@ -145,6 +151,12 @@ _HOME = {
     "export_model": "operations.export",
     "ExportReport": "operations.export",
     "Family": "models.family",
+    "register_family": "models.family",
+    "get_model_family_name": "models.resolve",
+    "CPU": "models.device",
+    "DataType": "models.device",
+    "Device": "models.device",
+    "get_current_device": "models.device",
     "Gang": "gangs",
     "Gangs": "gangs",
     "create_fake_gangs": "gangs",

@@ -37,6 +37,7 @@ Errors travel between ranks, so each one pickles with all of its attributes.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -130,6 +131,16 @@ class ModelArchitectureNotKnownError(LadingError):
     exit_code = 2
 
     def __init__(self, arch: str, family: str | None = None, hint: str = "") -> None:
+        """Make the error.
+
+        :param family: the family; an error without it is deprecated, as in fairseq2.
+        """
+        if family is None:
+            warnings.warn(
+                "`ModelArchitectureNotKnownError` without `family` is deprecated: pass the name of the family.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
         of = "" if family is None else f" of the {family} family"
         super().__init__(f"{arch!r} is not a known architecture{of}.{hint or ' `lading archs` shows them.'}")
         self.arch = arch

@@ -116,6 +116,7 @@ def test_the_public_names() -> None:
         """
         AssetCard AssetCardField Architecture AssetStore get_asset_store catalog
         load_model ModelHub ModelHubAccessor GlobalModelLoader LoadReport
+        CPU DataType Device get_current_device get_model_family_name register_family
         pull_model PullReport verify_model VerifyReport read_digests write_digests DigestReport
         convert_checkpoint export_model ExportReport load_tokenizer
         import_cards index_checkpoint query check_model CheckReport diff_models DiffReport plan_load LoadPlan

@@ -37,6 +37,7 @@ from lading.catalog.search import found
 from lading.errors import AssetCardError
 from lading.formats.folder import is_there
 from lading.formats.manifest import FLOAT_NAMES
+from lading.system.entry_points import FAMILIES_GROUP, registered_here
 from lading.system.filesystem import path_exists
 from lading.system.uris import uri_path
 
@@ -102,8 +103,10 @@ def list_models(
     if wanted.search is not None and wanted.search.strip():
         statement = statement.where(found(session.connection(), c.name, wanted.search))
     if status is not None and len(overlaid) <= CHUNK:
-        # A model that is ready by the database may not be, and an overlay may change anything: the rest is right.
-        possible = {status} if status == "unknown-family" else {status, "ready"}
+        # A model that is ready by the database may not be, a family may be registered in this process only, and an
+        # overlay may change anything: the rest is right.
+        unknown = {"unknown-family"} if registered_here(FAMILIES_GROUP) else set()
+        possible = {status, *unknown, *(() if status == "unknown-family" else ("ready",))}
         statement = statement.where(or_(c.status.in_(possible), c.name.in_(overlaid)))
 
     if wanted.local and len(overlaid) <= CHUNK:
@@ -206,6 +209,8 @@ def as_seen_here(model: ModelSummary, card: AssetCard | None) -> ModelSummary:
 
     :param card: the card of the name in this process, if overlays may lie on its chain.
     """
+    if model.status == "unknown-family" and model.family in registered_here(FAMILIES_GROUP):
+        model = replace(model, status="ready")  # what the rest of this function corrects
     if card is not None and model.status in ("ready", "remote", "gated"):
         try:
             ref = checkpoint_ref(card)

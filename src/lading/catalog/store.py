@@ -51,6 +51,7 @@ from lading.errors import (
 from lading.formats.digests import Digests
 from lading.formats.manifest import Manifest
 from lading.sources.hub.address import SCHEMES
+from lading.system.entry_points import FAMILIES_GROUP, registered_here
 from lading.system.filesystem import FileStat, path_exists
 from lading.system.settings import Settings
 
@@ -317,19 +318,22 @@ class AssetStore:
         of_cards = select(CARDS.c.family, func.count()).where(CARDS.c.env == "").group_by(CARDS.c.family)
         of_architectures = select(ARCHITECTURES.c.family, func.count()).group_by(ARCHITECTURES.c.family)
         with self._database.session() as session:
-            families = session.execute(select(FAMILIES).order_by(FAMILIES.c.name)).all()
+            families = session.execute(select(FAMILIES)).all()
             cards = {row[0]: row[1] for row in session.execute(of_cards)}
             architectures = {row[0]: row[1] for row in session.execute(of_architectures)}
 
+        here = registered_here(FAMILIES_GROUP)
         with intact("a family"):
+            registered = {family.name: family.entry_point is not None for family in families}
+            registered |= dict.fromkeys(here, True)
             return [
                 FamilySummary(
-                    name=family.name,
-                    registered=family.entry_point is not None,
-                    architectures=architectures.get(family.name, 0),
-                    cards=cards.get(family.name, 0),
+                    name=name,
+                    registered=is_registered,
+                    architectures=architectures.get(name, 0),
+                    cards=cards.get(name, 0),
                 )
-                for family in families
+                for name, is_registered in sorted(registered.items())
             ]
 
     # --- models -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Generic
+from typing import TYPE_CHECKING, Generic, final
 
 from lading.catalog.store import get_asset_store
 from lading.errors import InternalError
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lading.models.hub import ModelHub
 
 
+@final
 class ModelHubAccessor(Generic[ModelT, ModelConfigT]):
     """A callable that returns the typed hub of a family; one line in the module of each family.
 

@@ -1,10 +1,25 @@
-"""The check that torch can use a device on this machine."""
+"""Devices: the current one, and the check that torch can use one on this machine."""
 
 from __future__ import annotations
+
+from typing import Final, TypeAlias
 
 import torch
 
 from lading.errors import NotSupportedError
+
+Device: TypeAlias = torch.device
+DataType: TypeAlias = torch.dtype
+
+CPU: Final = torch.device("cpu")
+
+
+def get_current_device() -> torch.device:
+    """Return the device of new tensors: the one of ``with torch.device(…)``, or of ``torch.set_default_device``."""
+    if torch.__version__ >= "2.8":
+        return torch.get_default_device()
+
+    return torch.empty(()).device  # older versions of that function do not see `with torch.device(…)`
 
 
 def require_usable(device: torch.device | str) -> torch.device:

@@ -4,6 +4,8 @@ A family registers itself as an entry point of the group ``lading.families``, th
 
     [project.entry-points."lading.families"]
     qwen = "lading.families.qwen:FAMILY"
+
+A program can also register one for its process: :func:`register_family`.
 """
 
 from __future__ import annotations
@@ -18,14 +20,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from lading.errors import InternalError, ModelFamilyNotKnownError, TorchNotFoundError, did_you_mean
 from lading.models.parallel_plan import ParallelPlan
 from lading.planning.rules import Rule
-from lading.system.entry_points import registered
+from lading.system.entry_points import FAMILIES_GROUP, register, registered, registered_here
 from lading.system.needs import needs_torch
 
 if TYPE_CHECKING:
     from torch import Tensor, device, dtype
     from torch.nn import Module
-
-ENTRY_POINT_GROUP = "lading.families"
 
 ModelT = TypeVar("ModelT", bound="Module")
 ModelConfigT = TypeVar("ModelConfigT")
@@ -172,15 +172,39 @@ def find_class(kls: type[ModelT] | str, family: str) -> type[ModelT]:
     return found
 
 
-def get_family(name: str) -> Family[Any, Any]:
+def register_family(family: Family[Any, Any]) -> None:
+    """Register a family for this process, in place of an entry point of a package.
+
+    A family of the same name that was registered by this call before is replaced.
+
+    :raises ValueError: an installed package registers a family of this name.
+    """
+    if family.name in _entry_points():
+        raise ValueError(
+            f"`family` must have a name that no installed package registers, but {family.name!r} is the one of "
+            f"{_entry_points()[family.name].value}"
+        )
+
+    register(FAMILIES_GROUP, family.name, family)
+
+
+def get_family(name: str, families: Mapping[str, Family[Any, Any]] | None = None) -> Family[Any, Any]:
     """Return the family that is registered as ``name``.
+
+    :param families: the families to choose from, by name; default: those that are registered.
 
     :raises ModelFamilyNotKnownError: no family is registered as ``name``.
     :raises InternalError: the entry point cannot be imported, or is not a family of this name.
     """
+    here = registered_here(FAMILIES_GROUP) if families is None else families
+    if name in here:
+        return here[name]
+    if families is not None:
+        raise ModelFamilyNotKnownError(name, f" The families of this loader: {', '.join(sorted(families))}.")
+
     entry = _entry_points().get(name)
     if entry is None:
-        raise ModelFamilyNotKnownError(name, did_you_mean(name, _entry_points()))
+        raise ModelFamilyNotKnownError(name, did_you_mean(name, {*here, *_entry_points()}))
 
     return _load(entry)
 
@@ -193,7 +217,7 @@ def family_of_model_type(model_type: str, architectures: Collection[str] = ()) -
     :param architectures: the value of the key of that name in the file, for types that several families share.
     """
     families, unknown = [], []
-    for name in sorted(_entry_points()):
+    for name in sorted({*registered_here(FAMILIES_GROUP), *_entry_points()}):
         try:
             families.append(get_family(name))
         except TorchNotFoundError as error:
@@ -210,7 +234,7 @@ def family_of_model_type(model_type: str, architectures: Collection[str] = ()) -
 
 @lru_cache(maxsize=1)
 def _entry_points() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in registered(ENTRY_POINT_GROUP)}
+    return {entry.name: entry for entry in registered(FAMILIES_GROUP)}
 
 
 @lru_cache(maxsize=256)

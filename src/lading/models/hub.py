@@ -5,9 +5,10 @@ The calls and their meaning are those of fairseq2 0.8.1's ``fairseq2.models.hub`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, TypedDict, TypeVar, Unpack, cast
+from typing import Any, Generic, TypedDict, TypeVar, Unpack, cast, final, overload
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from lading.formats.folder import nested
 from lading.gangs import Gangs, create_fake_gangs
 from lading.gangs.compare import digest
 from lading.models.construct import create_model, gc_disabled
-from lading.models.device import require_usable
+from lading.models.device import get_current_device, require_usable
 from lading.models.family import Family, check_config_type
 from lading.models.loader import LoadOptions, agreed, load
 from lading.models.report import LoadReport
@@ -39,19 +40,40 @@ ModelConfigT = TypeVar("ModelConfigT")
 CardT = TypeVar("CardT", bound=AssetCard | str | Path)
 
 
-class LoadKeywords(TypedDict, total=False):
-    """The keywords of every load; :meth:`ModelHub.load_model` describes them."""
+class TransferKeywords(TypedDict, total=False):
+    """The keywords that say how a load moves the bytes; :meth:`ModelHub.load_model` describes all keywords."""
 
-    gangs: Gangs | None
-    device: torch.device | str | None
-    dtype: torch.dtype | str | None
-    mmap: bool
-    progress: bool
+    load_rank0_only: bool
     verify: Verify
     cooperative: bool
     stream: StreamMode | None
 
 
+class SharedKeywords(TransferKeywords, total=False):
+    """The keywords of every load, apart from its place."""
+
+    dtype: torch.dtype | str | None
+    mmap: bool
+    progress: bool
+
+
+class GangsKeywords(SharedKeywords, total=False):
+    """The keywords of a load onto gangs."""
+
+    gangs: Gangs | None
+
+
+class DeviceKeywords(SharedKeywords, total=False):
+    """The keywords of a load onto a device."""
+
+    device: torch.device | str | None
+
+
+class LoadKeywords(GangsKeywords, DeviceKeywords, total=False):
+    """The keywords of a load, before it is known that only one place is among them."""
+
+
+@final
 class ModelHub(Generic[ModelT, ModelConfigT]):
     """The models of one family: its cards, its architectures, and the ways to make and to load a model.
 
@@ -102,6 +124,28 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
 
         return cast(ModelConfigT, resolve_model(found, self._asset_store, family=self._family).config)
 
+    @overload
+    def create_new_model(
+        self,
+        config: ModelConfigT,
+        *,
+        gangs: Gangs | None = None,
+        dtype: torch.dtype | str | None = None,
+        meta: bool = False,
+        init_rank0_only: bool = False,
+    ) -> ModelT: ...
+
+    @overload
+    def create_new_model(
+        self,
+        config: ModelConfigT,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        meta: bool = False,
+        init_rank0_only: bool = False,
+    ) -> ModelT: ...
+
     def create_new_model(
         self,
         config: ModelConfigT,
@@ -110,6 +154,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         meta: bool = False,
+        init_rank0_only: bool = False,
     ) -> ModelT:
         """Create a model with random parameters, by the scheme of its architecture.
 
@@ -120,6 +165,8 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         :param device: default: the current device.
         :param dtype: of parameters and persistent buffers, also by its name; default: ``torch.get_default_dtype()``.
         :param meta: make it on the meta device, without memory.
+        :param init_rank0_only: accepted for code that was written for fairseq2. Every rank initializes its own part,
+            without a broadcast, so that this changes nothing.
 
         :raises ValueError: both ``gangs`` and ``device``, or a meta device without ``meta``.
         :raises TypeError: ``config`` is not of the family's class, or ``dtype`` is not a dtype.
@@ -140,6 +187,28 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
 
         return cast(ModelT, model)
 
+    @overload
+    def load_model(
+        self,
+        card: AssetCard | str | Path,
+        *,
+        revision: str | None = None,
+        state_dict: str | None = None,
+        config: ModelConfigT | None = None,
+        **keywords: Unpack[GangsKeywords],
+    ) -> ModelT: ...
+
+    @overload
+    def load_model(
+        self,
+        card: AssetCard | str | Path,
+        *,
+        revision: str | None = None,
+        state_dict: str | None = None,
+        config: ModelConfigT | None = None,
+        **keywords: Unpack[DeviceKeywords],
+    ) -> ModelT: ...
+
     def load_model(
         self,
         card: AssetCard | str | Path,
@@ -150,6 +219,7 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         config: ModelConfigT | None = None,
+        load_rank0_only: bool = False,
         mmap: bool = False,
         progress: bool = True,
         verify: Verify = "auto",
@@ -172,6 +242,8 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
             checkpoint, else the most common one of the checkpoint; ``"keep"`` keeps that of each tensor. Tensors that
             a class keeps in float32 stay so under every dtype.
         :param config: instead of the card's configuration, for slight changes such as dropout.
+        :param load_rank0_only: accepted for code that was written for fairseq2. Every rank reads its own part, without
+            a broadcast, so that this changes nothing.
         :param mmap: map the files instead of reading them, if no cast is needed and the device is the CPU.
         :param progress: show a bar on stderr when it takes longer than half a second.
         :param verify: ``"auto"`` checks, during the load, the files that were not verified in the state that they are
@@ -211,6 +283,28 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
         model, _ = _load(_inside(card, state_dict), self._family, self._asset_store, options, config)
 
         return cast(ModelT, model)
+
+    @overload
+    def load_custom_model(
+        self,
+        path: Path | str,
+        config: ModelConfigT,
+        *,
+        state_dict: str | None = None,
+        restrict: bool | None = None,
+        **keywords: Unpack[GangsKeywords],
+    ) -> ModelT: ...
+
+    @overload
+    def load_custom_model(
+        self,
+        path: Path | str,
+        config: ModelConfigT,
+        *,
+        state_dict: str | None = None,
+        restrict: bool | None = None,
+        **keywords: Unpack[DeviceKeywords],
+    ) -> ModelT: ...
 
     def load_custom_model(
         self,
@@ -286,24 +380,93 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
 class GlobalModelLoader:
     """A loader of models of any family: the card names the family."""
 
-    def __init__(self, asset_store: AssetStore | None = None) -> None:
+    def __init__(
+        self, asset_store: AssetStore | None = None, families: Mapping[str, Family[Any, Any]] | None = None
+    ) -> None:
         """Make a loader.
 
         :param asset_store: default: the default store.
+        :param families: the families that a card may name, by name; default: those that are registered.
         """
         self._asset_store = asset_store
+        self._families = families
+
+    @overload
+    def load(
+        self,
+        card: AssetCard | str | Path,
+        gangs: Gangs | None = None,
+        device: None = None,
+        dtype: torch.dtype | str | None = None,
+        config: object | None = None,
+        mmap: bool = False,
+        progress: bool = True,
+        *,
+        revision: str | None = None,
+        state_dict: str | None = None,
+        **keywords: Unpack[TransferKeywords],
+    ) -> Module: ...
+
+    @overload
+    def load(
+        self,
+        card: AssetCard | str | Path,
+        gangs: None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        config: object | None = None,
+        mmap: bool = False,
+        progress: bool = True,
+        *,
+        revision: str | None = None,
+        state_dict: str | None = None,
+        **keywords: Unpack[TransferKeywords],
+    ) -> Module: ...
 
     def load(
+        self,
+        card: AssetCard | str | Path,
+        gangs: Gangs | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        config: object | None = None,
+        mmap: bool = False,
+        progress: bool = True,
+        *,
+        revision: str | None = None,
+        state_dict: str | None = None,
+        **keywords: Unpack[TransferKeywords],
+    ) -> Module:
+        """Load a model as :func:`load_model` does."""
+        options = load_options(
+            revision=revision, gangs=gangs, device=device, dtype=dtype, mmap=mmap, progress=progress, **keywords
+        )
+
+        return self._load(card, state_dict, options, config)[0]
+
+    @overload
+    def load_with_report(
         self,
         card: AssetCard | str | Path,
         *,
         revision: str | None = None,
         state_dict: str | None = None,
         config: object | None = None,
-        **keywords: Unpack[LoadKeywords],
-    ) -> Module:
-        """Load a model as :func:`load_model` does."""
-        return self.load_with_report(card, revision=revision, state_dict=state_dict, config=config, **keywords)[0]
+        restrict: bool = True,
+        **keywords: Unpack[GangsKeywords],
+    ) -> tuple[Module, LoadReport]: ...
+
+    @overload
+    def load_with_report(
+        self,
+        card: AssetCard | str | Path,
+        *,
+        revision: str | None = None,
+        state_dict: str | None = None,
+        config: object | None = None,
+        restrict: bool = True,
+        **keywords: Unpack[DeviceKeywords],
+    ) -> tuple[Module, LoadReport]: ...
 
     def load_with_report(
         self,
@@ -321,7 +484,36 @@ class GlobalModelLoader:
         """
         options = load_options(revision=revision, restrict=restrict, **keywords)
 
+        return self._load(card, state_dict, options, config)
+
+    def _load(
+        self, card: AssetCard | str | Path, state_dict: str | None, options: LoadOptions, config: object
+    ) -> tuple[Module, LoadReport]:
+        options = replace(options, families=self._families)
+
         return _load(_inside(card, state_dict), None, self._asset_store, options, config)
+
+
+@overload
+def load_model(
+    card: AssetCard | str | Path,
+    *,
+    revision: str | None = None,
+    state_dict: str | None = None,
+    config: object | None = None,
+    **keywords: Unpack[GangsKeywords],
+) -> Module: ...
+
+
+@overload
+def load_model(
+    card: AssetCard | str | Path,
+    *,
+    revision: str | None = None,
+    state_dict: str | None = None,
+    config: object | None = None,
+    **keywords: Unpack[DeviceKeywords],
+) -> Module: ...
 
 
 def load_model(
@@ -333,6 +525,7 @@ def load_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     config: object | None = None,
+    load_rank0_only: bool = False,
     mmap: bool = False,
     progress: bool = True,
     verify: Verify = "auto",
@@ -345,10 +538,12 @@ def load_model(
     errors are as for :meth:`ModelHub.load_model`; a card without a family, or with one that is not registered, raises
     :class:`AssetCardError`.
     """
-    return GlobalModelLoader().load(
-        card, revision=revision, state_dict=state_dict, gangs=gangs, device=device, dtype=dtype, config=config,
-        mmap=mmap, progress=progress, verify=verify, cooperative=cooperative, stream=stream,
+    options = load_options(
+        revision=revision, gangs=gangs, device=device, dtype=dtype, mmap=mmap, progress=progress, verify=verify,
+        cooperative=cooperative, stream=stream,
     )  # fmt: skip
+
+    return _load(_inside(card, state_dict), None, None, options, config)[0]
 
 
 load_with_report = GlobalModelLoader().load_with_report
@@ -454,7 +649,7 @@ def _effective_gangs(gangs: Gangs | None, device: torch.device | str | None) -> 
             raise ValueError("`gangs` must be on a device that holds data, but are on the meta device")
         return gangs
 
-    return create_fake_gangs(require_usable(torch.get_default_device() if device is None else device))
+    return create_fake_gangs(require_usable(get_current_device() if device is None else device))
 
 
 def _effective_dtype(dtype: torch.dtype | str | None) -> DType:

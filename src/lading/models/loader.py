@@ -92,6 +92,8 @@ class LoadOptions:
     """The revision of a repository, instead of the one that its address names."""
     restrict: bool = True
     """``restrict`` of :func:`lading.formats.index`; only for a path."""
+    families: Mapping[str, Family[Any, Any]] | None = None
+    """The families that a card may name; ``None`` for those that are registered."""
 
     @property
     def maps(self) -> bool:
@@ -147,6 +149,7 @@ def load(
                 family=family,
                 config=config,
                 restrict=options.restrict,
+                families=options.families,
                 progress=options.progress,
                 accept_others=options.verify == "never",
             )
@@ -158,7 +161,7 @@ def load(
             return model.family.name, _Resolved(model.config, model.checkpoint, model.adapters, dtype, stream)
 
     name, resolved = options.gangs.root.first(resolve)
-    family = get_family(name) if family is None else family
+    family = get_family(name, options.families) if family is None else family
 
     with _mapped_ahead(resolved.checkpoint, resolved.dtype, options) as ahead, ExitStack() as open_streams:
         return _load(resolved, family, opened, options, clock, ahead, open_streams)

@@ -63,6 +63,7 @@ def resolve_model(
     config: Any = None,
     checkpoint: Checkpoint | None = None,
     restrict: bool = True,
+    families: Mapping[str, Family[Any, Any]] | None = None,
     progress: bool = False,
     accept_others: bool = False,
 ) -> ResolvedModel:
@@ -78,6 +79,7 @@ def resolve_model(
         a configuration are given is taken as it is, even if a card has it.
     :param checkpoint: the checkpoint of the card, if the caller has found it.
     :param restrict: as :func:`lading.formats.index` takes it; for a path.
+    :param families: the families that a card may name, by name; default: those that are registered.
     :param progress: show a bar on stderr if the manifest takes a download.
     :param accept_others: as :func:`lading.checkpoints.locate.card_checkpoint` takes it.
 
@@ -99,7 +101,7 @@ def resolve_model(
 
     card, store = found, store or get_asset_store()
     if card.has_field("model_family"):
-        family = family_of_card(card) if family is None else family
+        family = family_of_card(card, families) if family is None else family
         check_family(card, family)
         if config is None:
             model_config(card, family, store)  # what is wrong in a card is reported before its source is asked
@@ -217,14 +219,30 @@ def resolve_checkpoint(
     return card_checkpoint(found, store or get_asset_store())
 
 
-def family_of_card(card: AssetCard) -> Family[Any, Any]:
+def get_model_family_name(card: AssetCard | str) -> str:
+    """Return the name of the family of a card.
+
+    :param card: a card, or its name.
+
+    :raises AssetNotFoundError: no card has this name.
+    :raises AssetCardError: the card names no family.
+    :raises ModelFamilyNotKnownError: its family is not registered.
+    """
+    found = get_asset_store().retrieve_card(card) if isinstance(card, str) else card
+
+    return get_family(found.field("model_family").as_(str)).name
+
+
+def family_of_card(card: AssetCard, families: Mapping[str, Family[Any, Any]] | None = None) -> Family[Any, Any]:
     """Return the family of a card.
+
+    :param families: the families to choose from, by name; default: those that are registered.
 
     :raises AssetCardError: it is not registered, or the card names no family.
     """
     name = card.field("model_family").as_(str)
     try:
-        return get_family(name)
+        return get_family(name, families)
     except ModelFamilyNotKnownError as error:
         raise AssetCardError(card.name, f"The card {card.name!r} asks for the model family {name!r}. {error}") from None
 

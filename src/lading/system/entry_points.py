@@ -1,4 +1,4 @@
-"""Entry points of the installed packages, found by one scan for all groups.
+"""Entry points: those of the installed packages, found by one scan for all groups, and those of this process.
 
 A scan reads a file of every installed distribution, and a load needs several groups.
 """
@@ -6,9 +6,26 @@ A scan reads a file of every installed distribution, and a load needs several gr
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import EntryPoints, entry_points
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Final, Protocol
+
+FAMILIES_GROUP: Final = "lading.families"
+
+_HERE: Final[dict[str, dict[str, Any]]] = {}
+"""The objects that this process registered, by group and name."""
+
+
+def register(group: str, name: str, value: object) -> None:
+    """Register an object under a name of ``group`` for this process."""
+    _HERE.setdefault(group, {})[name] = value
+
+
+def registered_here(group: str) -> Mapping[str, Any]:
+    """Return what this process registered in ``group``, by name."""
+    return MappingProxyType(_HERE.get(group, {}))
 
 
 def registered(group: str) -> EntryPoints:

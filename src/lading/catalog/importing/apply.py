@@ -35,6 +35,7 @@ from lading.catalog.records import ImportReport
 from lading.catalog.schema import ArchitectureRow, CardRow, FamilyRow, SourceRow
 from lading.errors import AssetCardError, CardFileError, NotSupportedError
 from lading.sources.open import require_readable
+from lading.system.entry_points import FAMILIES_GROUP, registered_here
 from lading.system.filesystem import FileStat
 from lading.system.uris import uri_path
 
@@ -240,6 +241,7 @@ def _warnings(session: Session, cards: ImportPlan, architectures: ImportPlan) ->
         warnings.append(f"{sources[0]}{more}: {field!r} is not a known field. Did you mean {meant!r}?")
 
     unregistered = set(session.scalars(select(FamilyRow.name).where(FamilyRow.entry_point.is_(None))))
+    unregistered -= registered_here(FAMILIES_GROUP).keys()
     users: dict[str, list[str]] = {}
     plain = [claim.key[0] for claim in cards.written() if not claim.key[1]] if unregistered else []
     for piece in chunks(plain):

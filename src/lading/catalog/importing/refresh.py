@@ -27,7 +27,7 @@ from lading.catalog.importing.apply import apply
 from lading.catalog.importing.write import forget
 from lading.catalog.records import newer, now
 from lading.catalog.schema import FAMILIES, SOURCES, FamilyRow, SourceRow
-from lading.system.entry_points import registered
+from lading.system.entry_points import FAMILIES_GROUP, registered
 from lading.system.filesystem import FileStat, path_exists, read_regular
 from lading.system.settings import Settings
 from lading.system.uris import path_uri, uri_path
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 SUFFIXES = (".yaml", ".yml", ".jsonl")
 """The endings of card files."""
 
-_GROUP = "lading.families"
 _SEEDS = "lading.seeds"
 """The package with lading's own card files; and the group of the entry points that name such packages of others."""
 
@@ -126,7 +125,7 @@ def _take(session: Session, news: Changes) -> None:
 
 
 def _family_news(session: Session) -> dict[str, str | None]:
-    present = {entry.name: entry.value for entry in registered(_GROUP)}
+    present = {entry.name: entry.value for entry in registered(FAMILIES_GROUP)}
     with intact("a family"):
         known = {row.name: row.entry_point for row in session.execute(select(FAMILIES))}
     lost = [name for name, entry_point in known.items() if entry_point is not None and name not in present]
