@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.helpers.make_checkpoint import make, tensors
 from tests.helpers.nursery import Ended
 from tests.servers import hostile
 from tests.servers.hostile import Behaviour, Exchange, at, drips, drops, first, honest, serve, status
+from tests.servers.s3 import Moto, use_s3
 
 SHARD = "model-00002-of-00002.safetensors"
 
@@ -184,8 +186,13 @@ def test_what_cannot_be_streamed(place: Place, tmp_path: Path, world: World) -> 
     with serve({"/model.pt": (tmp_path / "model.pt").read_bytes()}) as server:
         (tmp_path / "old.yaml").write_text(CARD.format(name="old", uri=server.url("/model.pt")))
         place.run("import", tmp_path / "old.yaml")
+        ended = load(place, "old", stream=True)
+        assert "NotSupportedError" in ended.err
+        assert "`lading pull old`" in ended.err
+        require_no_weights(place)
         # Its tensors are known only once it is here, and then it is read here.
         assert values(load(place, "old", stream="auto"))[1] is False
+        assert values(load(place, "old", stream=True))[1] is False
         for file in place.cache.rglob("*"):
             if file.is_file() and file.stat().st_size > 9000:
                 file.unlink()
@@ -227,6 +234,83 @@ def test_another_checkpoint_under_the_address(place: Place, tmp_path: Path, worl
         assert "lading index" in ended.err
     finally:
         world.web.files = files
+
+
+def test_a_copy_of_a_tied_parameter_is_compared(place: Place, tmp_path: Path) -> None:
+    found = []
+    for differs in (0, 1):
+        folder = make(tmp_path / "tied")
+        state = load_file(folder / "model.safetensors")
+        state["lm_head.weight"] = state["model.embed_tokens.weight"] + differs
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        with serve({f"/{path.name}": path.read_bytes() for path in folder.iterdir()}) as server:
+            name = f"tied{differs}"
+            (tmp_path / f"{name}.yaml").write_text(CARD.format(name=name, uri=server.url("/model.safetensors")))
+            place.run("import", tmp_path / f"{name}.yaml")
+            found.append(load(place, name, stream=True))
+    assert values(found[0])[:2] == [values(load(place, "near"))[0], True]
+    assert re.match("ModelCheckpointMismatchError: .*different values", found[1].err)
+
+
+def test_an_object_store(place: Place, tmp_path: Path, moto: Moto, world: World) -> None:
+    bucket = moto.bucket()
+    for path, data in world.web.files.items():
+        bucket.put(path.removeprefix("/"), data)
+    (tmp_path / "s3.yaml").write_text(CARD.format(name="s3", uri=f"{bucket.uri}/m"))
+    place.run("import", tmp_path / "s3.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        use_s3(patch, moto.url)
+        env = {**place.env, **{name: value for name, value in os.environ.items() if name.startswith("AWS_")}}
+    ended = world.nursery.run(["-c", LOAD, "s3", "keep", json.dumps({"stream": True})], env)
+    assert values(ended)[:2] == [values(load(place, "near"))[0], True]
+    require_no_weights(place)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import sys
+from pathlib import Path
+from lading import simulate_gangs
+from lading.models.hub import load_with_report
+
+def status(key):
+    return int(Path("/proc/self/status").read_text().partition(key + ":")[2].split()[0]) << 10
+
+gangs = simulate_gangs(1, **{sys.argv[1]: 4}) if sys.argv[1] else None
+load_with_report("near", gangs=gangs, progress=False)  # imports, and what libraries keep
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
+model, report = load_with_report("large", dtype=sys.argv[2], gangs=gangs, stream=True, progress=False)
+local = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+print(status("VmHWM") - before - sum(p.nbytes for p in local), sum(p.nbytes for p in local))
+"""
+
+
+@pytest.mark.parametrize(
+    ("layers", "axis", "dtype"),
+    [
+        (2, "", "float32"),
+        *(
+            pytest.param(16, *case, marks=pytest.mark.slow)
+            for case in [("", "float32"), ("", "keep"), ("tp", "float32"), ("tp", "keep"), ("sdp", "keep")]
+        ),
+    ],
+)
+def test_the_memory_beside_the_parameters(
+    place: Place, world: World, tmp_path: Path, layers: int, axis: str, dtype: str
+) -> None:
+    save_file(tensors(layers, dim=1024, ffn=4096), tmp_path / "large.safetensors")
+    with serve({"/large.safetensors": (tmp_path / "large.safetensors").read_bytes()}) as server:
+        card = CARD.format(name="large", uri=server.url("/large.safetensors"))
+        card = card.replace("model_dim: 32", "model_dim: 1024").replace("ffn_inner_dim: 64", "ffn_inner_dim: 4096")
+        (tmp_path / "large.yaml").write_text(card.replace("num_layers: 2", f"num_layers: {layers}"))
+        place.run("import", tmp_path / "large.yaml")
+        ended = world.nursery.run(["-c", MEASURE, axis, dtype], place.env)
+    assert ended.code == 0, ended
+    beside, parameters = map(int, ended.out.split())
+    assert beside <= 64 << 20
+    assert parameters >= 50 << 20
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------

@@ -52,27 +52,27 @@ def qwen_config() -> QwenConfig:
     )
 
 
-def tensors() -> dict[str, torch.Tensor]:
+def tensors(layers: int = 2, dim: int = 32, ffn: int = 64) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float32).mul(0.1).bfloat16()
 
-    state = {"model.embed_tokens.weight": random(100, 32), "model.norm.weight": random(32)}
-    for n in range(2):
+    state = {"model.embed_tokens.weight": random(100, dim), "model.norm.weight": random(dim)}
+    for n in range(layers):
         layer = f"model.layers.{n}"
         state |= {
-            f"{layer}.input_layernorm.weight": random(32),
-            f"{layer}.post_attention_layernorm.weight": random(32),
-            f"{layer}.self_attn.q_proj.weight": random(32, 32),
-            f"{layer}.self_attn.k_proj.weight": random(16, 32),
-            f"{layer}.self_attn.v_proj.weight": random(16, 32),
-            f"{layer}.self_attn.o_proj.weight": random(32, 32),
+            f"{layer}.input_layernorm.weight": random(dim),
+            f"{layer}.post_attention_layernorm.weight": random(dim),
+            f"{layer}.self_attn.q_proj.weight": random(32, dim),
+            f"{layer}.self_attn.k_proj.weight": random(16, dim),
+            f"{layer}.self_attn.v_proj.weight": random(16, dim),
+            f"{layer}.self_attn.o_proj.weight": random(dim, 32),
             f"{layer}.self_attn.q_norm.weight": random(8),
             f"{layer}.self_attn.k_norm.weight": random(8),
-            f"{layer}.mlp.gate_proj.weight": random(64, 32),
-            f"{layer}.mlp.up_proj.weight": random(64, 32),
-            f"{layer}.mlp.down_proj.weight": random(32, 64),
+            f"{layer}.mlp.gate_proj.weight": random(ffn, dim),
+            f"{layer}.mlp.up_proj.weight": random(ffn, dim),
+            f"{layer}.mlp.down_proj.weight": random(dim, ffn),
         }
     return state
 

@@ -18,7 +18,7 @@ from lading.catalog.store import AssetStore
 from lading.checkpoints.address import file_in, has_inside, split_inside
 from lading.checkpoints.published import PublishedCheckpoint, PublishedFiles, published_config, require_complete
 from lading.checkpoints.recording import BestEffort, extra_copy, fetched_check, known_content
-from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
+from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, NotSupportedError
 from lading.formats.config_json import refuse_quantized_config
 from lading.formats.folder import is_index
 from lading.formats.manifest import Manifest
@@ -150,6 +150,14 @@ def fetch_and_index(
         files=tuple(ShardFile(path=copy.path, stat=copy.stat) for copy in copies),
         copies=[*copies, *originals],
         checks=checks,
+    )
+
+
+def not_streamed_error(name: str, where: str) -> NotSupportedError:
+    """Create the error for a checkpoint that has to be fetched first, but is to be streamed."""
+    return NotSupportedError(
+        f"{where}: expected safetensors files to stream, found a file of `torch.save` or an archive, whose tensors are "
+        f"known only after a download. Fetch it by `lading pull {name}`, and load it without `stream`."
     )
 
 

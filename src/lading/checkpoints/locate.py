@@ -20,7 +20,12 @@ from lading.checkpoints.checkpoint import (
     local_checkpoint,
     remote_checkpoint,
 )
-from lading.checkpoints.fetch_to_index import FetchedCheckpoint, fetch_and_index, must_fetch_to_index
+from lading.checkpoints.fetch_to_index import (
+    FetchedCheckpoint,
+    fetch_and_index,
+    must_fetch_to_index,
+    not_streamed_error,
+)
 from lading.checkpoints.local_copies import all_verified, copies_as_known, was_verified
 from lading.checkpoints.names import find_card, path_title
 from lading.checkpoints.pins import with_pins
@@ -38,7 +43,12 @@ from lading.system.uris import path_uri, shown_uri, uri_path
 
 
 def card_checkpoint(
-    card: AssetCard | Path, store: AssetStore, *, progress: bool = False, accept_others: bool = False
+    card: AssetCard | Path,
+    store: AssetStore,
+    *,
+    progress: bool = False,
+    accept_others: bool = False,
+    fetches: bool = True,
 ) -> Checkpoint:
     """Return the checkpoint of a card, with the catalog's manifest if that is still valid.
 
@@ -48,6 +58,7 @@ def card_checkpoint(
     :param card: a card, or the path of a checkpoint.
     :param progress: show a bar on stderr for that download.
     :param accept_others: accept files of other tensors than those that were verified, and do not record them.
+    :param fetches: whether to fetch a checkpoint whose headers do not suffice; if not, that is an error.
 
     :raises ModelGatedError: the card names no checkpoint.
     :raises CheckpointNotFoundError: nothing is at the place that the card states.
@@ -61,8 +72,8 @@ def card_checkpoint(
     ref = address_of(card)
     path = uri_path(ref.uri)
     if path is None:
-        checkpoint = with_pins(_remote_checkpoint(card.title, ref, store, progress=progress), card, store)
-        return with_digests(checkpoint, card, store)
+        checkpoint = _remote_checkpoint(card.title, ref, store, progress=progress, fetches=fetches)
+        return with_digests(with_pins(checkpoint, card, store), card, store)
 
     require_access(card.title, ref)
     path = local_checkpoint(path, inner_path=ref.path)
@@ -167,7 +178,9 @@ def index_checkpoint(
 # --- remote -----------------------------------------------------------------------------------------------------------
 
 
-def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, progress: bool) -> Checkpoint:
+def _remote_checkpoint(
+    name: str, ref: CheckpointRef, store: AssetStore, *, progress: bool, fetches: bool
+) -> Checkpoint:
     stored = stored_checkpoint(name, ref.key, store) if ref.uri else None
     files = None if stored is None else copies_as_known(stored)
     if files is None:  # files on this machine need no access
@@ -177,7 +190,7 @@ def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, prog
         trusted = files is not None and all_verified(stored)
         return replace(known, files=files, trusted=trusted, published=stored.published)
 
-    published = _published_or_fetched(ref, store, name=name, progress=progress)
+    published = _published_or_fetched(ref, store, name=name, progress=progress, fetches=fetches)
     if isinstance(published, FetchedCheckpoint):
         return fetched_card_checkpoint(name, ref, published, store)
     refuse_quantized_config(published.hf_config, ref.shown)
@@ -188,14 +201,25 @@ def _remote_checkpoint(name: str, ref: CheckpointRef, store: AssetStore, *, prog
 
 
 def _published_or_fetched(
-    ref: CheckpointRef, store: AssetStore, *, name: str | None, progress: bool, restrict: bool = True
+    ref: CheckpointRef,
+    store: AssetStore,
+    *,
+    name: str | None,
+    progress: bool,
+    restrict: bool = True,
+    fetches: bool = True,
 ) -> PublishedCheckpoint:
-    """Return the published checkpoint, by its headers; after a download, if they do not suffice."""
+    """Return the published checkpoint, by its headers; after a download, if they do not suffice.
+
+    :raises NotSupportedError: they do not, and this must not fetch.
+    """
     if not must_fetch_to_index(ref):
         try:
             return index_source(ref, settings=store.settings, name=name)
         except formats.NotByHeadersError:
             pass
+    if not fetches:
+        raise not_streamed_error(name or ref.shown, ref.shown)
 
     return fetch_and_index(ref, store=store, settings=store.settings, progress=progress, restrict=restrict, name=name)
 

@@ -17,7 +17,7 @@ from lading.catalog.store import AssetStore
 from lading.checkpoints.address import source_of
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.checkpoints.fetch import replaced_error
-from lading.checkpoints.fetch_to_index import was_fetched_to_index
+from lading.checkpoints.fetch_to_index import not_streamed_error, was_fetched_to_index
 from lading.checkpoints.published import index_source, name_in_source
 from lading.checkpoints.recording import BestEffort
 from lading.checkpoints.verification import (
@@ -32,7 +32,8 @@ from lading.checkpoints.verification import (
     tensor_checks,
 )
 from lading.errors import FetchError, InternalError, LadingError, NotSupportedError
-from lading.formats.digests import differences
+from lading.formats.digests import Digests, differences
+from lading.formats.manifest import Manifest
 from lading.sources.hub.cache import hub_cache
 from lading.sources.source import RemoteFile, Snapshot
 from lading.system.display import human_bytes, some
@@ -94,16 +95,12 @@ def _has_room(checkpoint: Checkpoint, ref: CheckpointRef, settings: Settings) ->
 
 
 def _require_streamable(checkpoint: Checkpoint, settings: Settings) -> None:
-    pull = f"`lading pull {checkpoint.name}`"
     if was_fetched_to_index(checkpoint.manifest):
-        raise NotSupportedError(
-            f"{checkpoint.where}: expected safetensors files to stream, found a file of `torch.save` or an archive, "
-            f"whose tensors are known only after a download. Fetch it by {pull}, and load it without `stream`."
-        )
+        raise not_streamed_error(checkpoint.name, checkpoint.where)
     if settings.offline:
         raise FetchError(
             f"{checkpoint.where} is not on this machine, and LADING_OFFLINE or HF_HUB_OFFLINE is set, so it is not "
-            f"streamed. Unset it, or run {pull} where there is a network."
+            f"streamed. Unset it, or run `lading pull {checkpoint.name}` where there is a network."
         )
 
 
@@ -128,7 +125,6 @@ def _published_files(checkpoint: Checkpoint, ref: CheckpointRef, settings: Setti
         ):
             raise replaced_error(checkpoint.where)
         files = [replace(now[file.name], sha256=file.sha256 or now[file.name].sha256) for file in files]
-    source.close()
 
     return Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=tuple(files))
 
@@ -181,13 +177,14 @@ def prepare_streamed(
         checkpoint.digests if store is None else known_digests(checkpoint, store),
     )
     left = _left_out(planned, [shard.size for shard in shards])
+    lacking = _without_digests(checkpoint.manifest, digests)
     whole = tuple(
         i
         for i, shard in enumerate(shards)
         if root.size == 1 and shard.sha256 is not None and left[i] * _FEW <= shard.size
-        if digests is None or i in pinned
+        if i in lacking or i in pinned
     )
-    required = range(len(shards)) if mode == "always" and digests is None else pinned
+    required = sorted({*pinned, *lacking}) if mode == "always" else pinned
     if unknown := [shards[i].name for i in required if i not in whole]:
         raise NotSupportedError(
             f"{checkpoint.where}: {'`verify` is always' if mode == 'always' else 'the card pins by `sha256`'}, so "
@@ -201,6 +198,14 @@ def prepare_streamed(
     return Expected(
         digests=digests, dims=digests.dims if digests is not None else dims() if records else array("b"), whole=whole
     )
+
+
+def _without_digests(manifest: Manifest, digests: Digests | None) -> set[int]:
+    """Return the positions of the files that hold tensors without known digests of all blocks."""
+    if digests is None:
+        return set(range(len(manifest.shards)))
+
+    return {shard for i, shard in enumerate(manifest.shard_ids) if not digests.is_complete(i)}
 
 
 def _left_out(planned: Plan, sizes: Sequence[int]) -> list[int]:

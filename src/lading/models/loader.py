@@ -152,6 +152,7 @@ def load(
                 families=options.families,
                 progress=options.progress,
                 accept_others=options.verify == "never",
+                fetches=options.stream is not True,
             )
             opened = model.store
             if model.contradictions:

@@ -66,6 +66,7 @@ def resolve_model(
     families: Mapping[str, Family[Any, Any]] | None = None,
     progress: bool = False,
     accept_others: bool = False,
+    fetches: bool = True,
 ) -> ResolvedModel:
     """Resolve a card, a name, an address or a path to a family, a configuration and a checkpoint.
 
@@ -81,7 +82,7 @@ def resolve_model(
     :param restrict: as :func:`lading.formats.index` takes it; for a path.
     :param families: the families that a card may name, by name; default: those that are registered.
     :param progress: show a bar on stderr if the manifest takes a download.
-    :param accept_others: as :func:`lading.checkpoints.locate.card_checkpoint` takes it.
+    :param accept_others: as :func:`lading.checkpoints.locate.card_checkpoint` takes it; likewise ``fetches``.
 
     :raises ModelNotKnownError: it is not a card, a path or a repository of the hub.
     :raises AssetCardError: the card is of another family, its family is not registered, or its overrides do not fit.
@@ -108,7 +109,7 @@ def resolve_model(
     if family is not None and config is not None:
         check_config_type(config, family)
     if checkpoint is None:
-        checkpoint = card_checkpoint(card, store, progress=progress, accept_others=accept_others)
+        checkpoint = card_checkpoint(card, store, progress=progress, accept_others=accept_others, fetches=fetches)
 
     clauses: tuple[str, ...] = ()
     if family is None or config is None:
