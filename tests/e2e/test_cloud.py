@@ -20,7 +20,7 @@ from lading import export_model, load_model
 from lading.models.hf_config import family_of_folder
 from tests.helpers.make_adapter import QWEN_CONFIG, factors, write_adapter
 from tests.helpers.make_checkpoint import make, tensors
-from tests.servers.s3 import KEY, SECRET, Bucket, Moto, Request, find_rclone, rclone_server, use_s3
+from tests.servers.s3 import KEY, SECRET, Bucket, Moto, Request, find_rclone, rclone_server, use_gcs, use_s3
 
 Cli = Callable[..., Result]
 
@@ -353,3 +353,20 @@ def test_a_peer_that_serves_its_cache(
         cli("pull", "far", "--no-progress")
     assert Path(cli("path", "far").stdout.strip()) == tmp_path / "other" / path.relative_to(cache)
     assert_equal(load_model("far", dtype="auto", progress=False).state_dict(), tied(tensors()))
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_stream(
+    cli: Cli, s3: Bucket, moto: Moto, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    use_gcs(monkeypatch, moto, s3)
+    s3.upload(make(tmp_path / "far", shards=2), "far ü")
+    uri = f"{scheme}://{s3.name}/far ü"
+    found = load_model(uri, dtype="auto", stream=True, progress=False).state_dict()
+    assert_equal(found, tied(tensors()))
+    assert not list((home / "cache").rglob("*.safetensors"))
+    assert "streamed" in cli("load", uri, "--stream", "--no-progress").stdout
+    cli("pull", uri, "--no-progress")
+    assert_equal(load_model(uri, dtype="auto", stream=True, progress=False).state_dict(), found)
+    assert "streamed" not in cli("load", uri, "--stream", "--no-progress").stdout  # its files are here
+    assert_no_secrets(home)

@@ -7,6 +7,7 @@ expired signatures, and misbehaves on command. rclone, another implementation, c
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -44,6 +45,20 @@ def use_s3(patch: pytest.MonkeyPatch, url: str) -> None:
         ("LADING_OFFLINE", ""),
     ):
         patch.setenv(name, value)
+
+
+def use_gcs(patch: pytest.MonkeyPatch, moto: Moto, bucket: Bucket) -> None:
+    """Let the server be that of GCS, too, whose user cannot sign."""
+    account = {
+        "gcs_base_url": moto.url,
+        "disable_oauth": True,
+        "client_email": "",
+        "private_key": "",
+        "private_key_id": "",
+    }
+    patch.setenv("GOOGLE_BASE_URL", moto.url)
+    patch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(account))
+    moto.public.add(bucket.name)
 
 
 @dataclass(frozen=True)

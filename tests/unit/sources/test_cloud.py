@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import signal
 import threading
@@ -32,7 +31,7 @@ from lading.sources.cloud.source import CloudSource
 from lading.sources.source import RemoteFile, Snapshot
 from lading.sources.web.download import Concurrency
 from tests.helpers.catalog_tools import settings_in
-from tests.servers.s3 import SECRET, Answer, Bucket, Moto, Request, use_s3
+from tests.servers.s3 import SECRET, Answer, Bucket, Moto, Request, use_gcs, use_s3
 
 DATA = bytes(range(256)) * 1000
 
@@ -45,20 +44,6 @@ def read(of: CloudSource, file: RemoteFile, offset: int, size: int) -> bytes:
     data = bytearray(size)
     of.read(Snapshot(uri=of.uri, revision="", files=(file,)), file, offset, memoryview(data))
     return bytes(data)
-
-
-def use_gcs(patch: pytest.MonkeyPatch, moto: Moto, bucket: Bucket) -> None:
-    """Let the server be that of GCS, too, whose user cannot sign."""
-    account = {
-        "gcs_base_url": moto.url,
-        "disable_oauth": True,
-        "client_email": "",
-        "private_key": "",
-        "private_key_id": "",
-    }
-    patch.setenv("GOOGLE_BASE_URL", moto.url)
-    patch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(account))
-    moto.public.add(bucket.name)
 
 
 def fetch(of: CloudSource) -> dict[str, bytes]:

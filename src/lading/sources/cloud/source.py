@@ -18,7 +18,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from lading.errors import CheckpointNotFoundError, FetchError, LadingError, PolicyError
+from lading.errors import CheckpointNotFoundError, LadingError, PolicyError
 from lading.sources.cache import Cache
 from lading.sources.cloud.address import CloudAddress
 from lading.sources.cloud.bucket import VALID, Bucket
@@ -143,7 +143,8 @@ class CloudSource(CachedSource):
             return super()._download(file, identity, bar)
         size = file.size
         if size is None:
-            raise FetchError(f"{self.address(file.name)}: the object store does not say how many bytes it has.")
+            size = self._bucket.describe(self._address.key_of(file.name), file.name).size
+        assert size is not None  # obstore always states it
         require_space(self._cache.tmp, size)
         hasher = sha256()
         with temporary_file(self._cache.tmp, "object") as (opened, path), ThreadPoolExecutor(_PARALLEL) as pool:
