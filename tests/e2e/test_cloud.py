@@ -322,6 +322,8 @@ def test_there_and_back(
         "config.json",
     }
     cli("index", "s3://bucket/ä b/large")
+    streamed = load_model("s3://bucket/ä b/large", dtype="auto", stream=True, progress=False).state_dict()
+    assert_equal(streamed, tied(load_file(large_model / "model.safetensors")))
     cli("pull", "s3://bucket/ä b/large", "--no-progress")
     found = load_model("s3://bucket/ä b/large", dtype="auto", progress=False).state_dict()
     assert_equal(found, tied(load_file(large_model / "model.safetensors")))

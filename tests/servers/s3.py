@@ -77,7 +77,7 @@ class Request:
 
 
 Answer = tuple[int, str, dict[str, str]]
-"""The status, the code of S3's error, and headers."""
+"""The status, the code of S3's error or a whole document, and headers."""
 
 
 @dataclass
@@ -169,8 +169,9 @@ def moto_server() -> Iterator[Moto]:
             return backend(environ, start)  # type: ignore[no-any-return]
         status, code, headers = answer
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        body = f"<Error><Code>{code}</Code></Error>".encode() if request.method != "HEAD" else b""
-        start(f"{status} {code}", [("Content-Type", "application/xml"), *headers.items()])
+        text = code if code.startswith("<") else f"<Error><Code>{code}</Code></Error>"
+        body = text.encode() if request.method != "HEAD" else b""
+        start(f"{status} Answer", [("Content-Type", "application/xml"), *headers.items()])
         return [body]
 
     http = make_server("127.0.0.1", 0, application, threaded=True, request_handler=Quiet)  # type: ignore[arg-type]

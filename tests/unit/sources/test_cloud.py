@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 import pytest
 
@@ -171,6 +172,39 @@ def test_a_key_that_is_not_a_path(s3: Bucket, tmp_path: Path) -> None:
     s3.put("a//model.safetensors", b"")
     with pytest.raises(FetchError, match=r"expected keys that are paths of plain names.*a//model"):
         source(f"{s3.uri}/a", tmp_path).snapshot()
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "a/../../etc/passwd",
+        "a/./x",
+        "a//x",
+        "a/x\x1b[31m",
+        "a/\x00",
+        "b/x",
+        "../x",
+        "",
+        "a/back\\slash",
+        "a/" + "x" * 300,
+    ],
+)
+def test_a_store_that_lists_what_it_should_not(s3: Bucket, moto: Moto, tmp_path: Path, key: str) -> None:
+    """Its keys become neither paths nor control characters of a terminal."""
+    contents = "".join(
+        f"<Contents><Key>{escape(each)}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+        f"<ETag>&quot;1&quot;</ETag><Size>3</Size></Contents>"
+        for each in ("a/good.json", key)
+    )
+    listing = f"<ListBucketResult><IsTruncated>false</IsTruncated>{contents}</ListBucketResult>"
+    moto.behavior = lambda each: (200, listing, {}) if "list-type" in each.query else None
+    names, said = [], ""
+    try:
+        names = [file.name for file in source(f"{s3.uri}/a", tmp_path).snapshot().files]
+    except FetchError as error:
+        said = str(error)
+    assert said.isprintable()
+    assert bool(said) != (names == ["good.json"])
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
@@ -421,7 +455,7 @@ def test_an_error_among_the_ranges(
 
 def test_the_region_that_a_store_names(s3: Bucket, moto: Moto, tmp_path: Path) -> None:
     def behavior(request: Request) -> Answer:
-        return 400, "AuthorizationHeaderMalformed</Code><Region>eu-west-3</Region><Code>", {}
+        return 400, "<Error><Code>AuthorizationHeaderMalformed</Code><Region>eu-west-3</Region></Error>", {}
 
     moto.behavior = behavior
     with pytest.raises(FetchError, match="export AWS_REGION=eu-west-3"):
