@@ -24,7 +24,7 @@ from lading.errors import (
 )
 from lading.formats.digest_document import most_bytes, parse_digests
 from lading.formats.digests import Digests, differences
-from lading.formats.files import LFS_POINTER, lfs_pointer_error
+from lading.formats.files import refuse_lfs_pointer
 from lading.formats.manifest import Manifest
 from lading.sources.open import check_address, open_source, require_readable
 from lading.system.filesystem import UnfitFileError, read_regular
@@ -101,8 +101,7 @@ def _read(card: AssetCard, place: Path | str, manifest: Manifest, settings: Sett
     else:
         label = shown_uri(place)
         data = _read_remote(card, place, most, settings)
-    if data.startswith(LFS_POINTER):
-        raise lfs_pointer_error(label)
+    refuse_lfs_pointer(data, label)
 
     return data
 

@@ -24,7 +24,7 @@ from lading.checkpoints.extra_files import (
 )
 from lading.checkpoints.names import find_card
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, ModelGatedError, NotSupportedError
-from lading.formats.files import LFS_POINTER, lfs_pointer_error, open_regular
+from lading.formats.files import open_regular, refuse_lfs_pointer
 from lading.formats.folder import container_of, folder_of
 from lading.formats.tar import find_member
 from lading.sources.open import has_folders
@@ -148,8 +148,7 @@ def _read(path: Path, member: str | None = None, *, name: str | None = None) -> 
             )
         file.seek(offset)
         data = file.read(length)
-    if data.startswith(LFS_POINTER):
-        raise lfs_pointer_error(label)
+    refuse_lfs_pointer(data, label)
 
     # The bytes count, and the name only if they are inconclusive.
     is_sentencepiece = _is_sentencepiece(data)

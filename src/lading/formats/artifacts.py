@@ -19,7 +19,7 @@ from pathlib import Path
 from lading.errors import LadingError, NotSupportedError
 from lading.formats.adapter_config import ADAPTER_CONFIG_NAME, ADAPTER_NAME, parse_adapter_config
 from lading.formats.config_json import read_config_json
-from lading.formats.files import LFS_POINTER, File, corrupt, lfs_pointer_error, open_file
+from lading.formats.files import File, corrupt, open_file, refuse_lfs_pointer
 from lading.formats.folder import is_other_format
 from lading.formats.gguf import read_gguf_header
 from lading.formats.local import index
@@ -291,8 +291,7 @@ neither have the checkpoints of TensorFlow."""
 
 def _require_signature(file: File, kind: str) -> None:
     head, signature = file.read(0, 512), _SIGNATURES.get(kind)
-    if head.startswith(LFS_POINTER):
-        raise lfs_pointer_error(file.label)
+    refuse_lfs_pointer(head, file.label)
     if not head or (signature is not None and not signature.match(head)):
         raise corrupt(file.label, "", expected=f"the first bytes of a file of the kind {kind!r}", found=_shown(head))
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lading.errors import CheckpointNotFoundError, NotSupportedError
-from lading.formats.files import LFS_POINTER, corrupt, lfs_pointer_error, open_regular
+from lading.formats.files import corrupt, open_regular, refuse_lfs_pointer
 from lading.formats.folder import folder_of
 
 _OWN_CONFIG = "Put the model's own file there."
@@ -52,8 +52,7 @@ def parse_config_json(data: bytes, *, label: str) -> dict[str, object]:
 
     :raises CorruptModelCheckpointError: ``data`` is something else.
     """
-    if data.startswith(LFS_POINTER):
-        raise lfs_pointer_error(label)
+    refuse_lfs_pointer(data, label)
     try:
         config = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:

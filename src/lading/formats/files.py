@@ -54,6 +54,15 @@ def lfs_pointer_error(label: str) -> CorruptModelCheckpointError:
     )
 
 
+def refuse_lfs_pointer(start: bytes, label: str) -> None:
+    """Check that a file does not start as a Git LFS pointer.
+
+    :raises CorruptModelCheckpointError: it does.
+    """
+    if start.startswith(LFS_POINTER):
+        raise lfs_pointer_error(label)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class File:
     """A readable file of a checkpoint, local or remote."""

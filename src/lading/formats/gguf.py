@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from lading.formats.files import LFS_POINTER, File, corrupt, lfs_pointer_error
+from lading.formats.files import File, corrupt, refuse_lfs_pointer
 
 GGUF = b"GGUF"
 """The first bytes of a GGUF file; ollama's blobs have no suffix."""
@@ -61,8 +61,7 @@ def read_gguf_header(file: File) -> GGUFHeader:
     :raises OSError: it cannot be read.
     """
     head = file.read(0, 24)
-    if head.startswith(LFS_POINTER):
-        raise lfs_pointer_error(file.label)
+    refuse_lfs_pointer(head, file.label)
     if not head.startswith(GGUF) or len(head) < 24:
         found = repr(head[:16]) if head else "an empty file"
         raise corrupt(file.label, "", expected="the header of a GGUF file, of at least 24 bytes", found=found)

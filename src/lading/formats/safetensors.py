@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lading.formats.files import LFS_POINTER, File, corrupt, lfs_pointer_error, open_file
+from lading.formats.files import File, corrupt, open_file, refuse_lfs_pointer
 from lading.formats.manifest import BITS, Format, Manifest, Shard
 from lading.formats.strict_json import SPACE, Reader
 
@@ -131,8 +131,7 @@ def header_length(prefix: bytes, *, file_size: int, label: str) -> int:
             label, "header length", expected=f"{PREFIX_SIZE} bytes", found=f"a file of {min(len(prefix), file_size)}"
         )
 
-    if prefix.startswith(LFS_POINTER):
-        raise lfs_pointer_error(label)
+    refuse_lfs_pointer(prefix, label)
 
     length = int.from_bytes(prefix[:PREFIX_SIZE], "little")
     limit = min(MAX_HEADER_SIZE, file_size - PREFIX_SIZE)

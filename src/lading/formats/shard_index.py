@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError
 from lading.formats.any_format import read_part
-from lading.formats.files import LFS_POINTER, File, corrupt, lfs_pointer_error, open_file
+from lading.formats.files import File, corrupt, open_file, refuse_lfs_pointer
 from lading.formats.folder import is_torch_format
 from lading.formats.manifest import Manifest
 from lading.formats.safetensors import MAX_NAME_SIZE, Part, join
@@ -122,8 +122,7 @@ def _read_weight_map(file: File) -> dict[str, str]:
     if file.size > MAX_INDEX_SIZE:
         raise corrupt(label, "", expected=f"at most {MAX_INDEX_SIZE} bytes", found=f"{file.size}")
     data = file.read(0, file.size)
-    if data.startswith(LFS_POINTER):
-        raise lfs_pointer_error(label)
+    refuse_lfs_pointer(data, label)
 
     reader = Reader(data, label=label, what="index")
     weight_map: dict[str, str] | None = None
