@@ -120,7 +120,7 @@ def add(
         note(f"no checkpoint was found{deeper}")
     else:
         total = counted(len(found), "checkpoint")
-        note(f"{total}: {', '.join(counts)}{' (dry run: nothing was written)' if dry_run else ''}")
+        note(f"{total}: {', '.join(counts)}", dry_run=dry_run)
 
     codes = [explain(each.error)[0] for each in found if each.status == "failed" and each.error is not None]
     click.get_current_context().exit(max(codes, default=0))

@@ -73,7 +73,7 @@ def adopt(paths: tuple[Path, ...], dry_run: bool, no_restrict: bool, form: Form)
     statuses = Counter(each.status for each in found)
     counts = [f"{counted(n, noun)} {what}" for status, (noun, what) in _STATUSES.items() if (n := statuses[status])]
     summary = ", ".join(counts) or "no checkpoint was found"
-    note(f"{summary}{' (dry run: nothing was written)' if dry_run else ''}")
+    note(summary, dry_run=dry_run)
 
     errors = [each.error for each in found if each.error is not None]
     if errors and len(errors) == len(found):

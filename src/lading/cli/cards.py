@@ -47,7 +47,7 @@ def import_(paths: tuple[str, ...], dry_run: bool, replace: bool, keep_going: bo
         counts.append(f"{len(names)} {what}")
         for name in names:
             log.info("%s %s", what, name)
-    note(f"{', '.join(counts)}{' (dry run: nothing was written)' if dry_run else ''}")
+    note(", ".join(counts), dry_run=dry_run)
 
     for problem in report.problems:
         note(f"error: {printable(problem)}")

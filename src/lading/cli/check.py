@@ -10,6 +10,7 @@ import click
 
 from lading.cli.command import command
 from lading.cli.complete import complete_target
+from lading.cli.failure import MISMATCH
 from lading.cli.options import no_restrict
 from lading.cli.output import Column, Form, listing_options, printable, write_objects, write_pairs
 from lading.cli.selection import Selection, select_models
@@ -18,8 +19,6 @@ from lading.system.display import human_bytes, human_count, some
 if TYPE_CHECKING:
     from lading.cards.card import AssetCard
     from lading.models.fit import CheckReport
-
-MISMATCH = 4
 
 
 _TABLE = (

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from lading.cli.command import Group
+from lading.cli.failure import CATALOG
 from lading.cli.options import GivenPath
 from lading.cli.output import note, printable
 
 if TYPE_CHECKING:
     from lading.system.settings import Settings
-
-DRIFT = 6
 
 
 @click.group("db", cls=Group)
@@ -87,7 +86,7 @@ def check() -> None:
         click.echo(printable(problem))
     if not any("`lading db" in problem for problem in problems):
         note("`lading db restore FILE` replaces the catalog with a backup")
-    click.get_current_context().exit(DRIFT)
+    click.get_current_context().exit(CATALOG)
 
 
 @db.command("backup")

@@ -98,4 +98,4 @@ def _report(changes: Sequence[CardChange], what: str, form: Form, *, dry_run: bo
     for file in sorted({str(path) for change in changes if (path := uri_path(change.stated_in)) is not None}):
         note(f"{printable(file)} states it as it was: the next `lading import` of that file brings that back")
     cards = counted(len({change.card for change in changes}), "card")
-    note(f"{cards} {what}{' (dry run: nothing was written)' if dry_run else ''}")
+    note(f"{cards} {what}", dry_run=dry_run)

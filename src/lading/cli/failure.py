@@ -9,10 +9,12 @@ from contextlib import suppress
 import click
 
 from lading.cli.output import printable
-from lading.errors import AssetCardError, LadingError, ModelCheckpointMismatchError, TorchNotFoundError
+from lading.errors import AssetCardError, CatalogError, LadingError, ModelCheckpointMismatchError, TorchNotFoundError
 from lading.system.needs import lacks_torch
 
 USAGE = 2
+MISMATCH = ModelCheckpointMismatchError.exit_code
+CATALOG = CatalogError.exit_code
 SYSTEM = 8
 INTERRUPTED = 130
 BROKEN_PIPE = 141

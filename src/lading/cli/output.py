@@ -119,9 +119,9 @@ def write_objects(
         write_rows(columns, [list(value.values()) for value in objects], form, table=table)
 
 
-def note(message: str) -> None:
+def note(message: str, *, dry_run: bool = False) -> None:
     """Write a line to stderr: not a part of the result."""
-    click.echo(f"lading: {message}", err=True)
+    click.echo(f"lading: {message}{' (dry run: nothing was written)' if dry_run else ''}", err=True)
 
 
 def write_json(value: object) -> None:

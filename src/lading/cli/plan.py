@@ -10,14 +10,13 @@ import click
 
 from lading.cli.command import command
 from lading.cli.complete import complete_target
+from lading.cli.failure import MISMATCH
 from lading.cli.options import DTYPES, GivenPath, Size, no_restrict
 from lading.cli.output import Column, Form, listing_options, note, text, write_rows
 from lading.system.display import counted, human_bytes
 
 if TYPE_CHECKING:
     from lading.operations.plan import LoadPlan
-
-DOES_NOT_FIT = 4
 
 _AXIS = click.IntRange(min=1, max=1_000_000)
 
@@ -89,7 +88,7 @@ def plan(
     if form is Form.TABLE:
         note(_summary(found))
     if device_memory is not None and any(r.memory_bytes > device_memory for r in found.ranks):
-        click.get_current_context().exit(DOES_NOT_FIT)
+        click.get_current_context().exit(MISMATCH)
 
 
 _COLUMNS = ("rank", "pp", "rdp", "sdp", "tp", "bytes_read", "reads", "files", "memory_bytes", "memory", "fits")

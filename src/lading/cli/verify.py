@@ -9,6 +9,7 @@ import click
 
 from lading.cli.command import command
 from lading.cli.complete import complete_target
+from lading.cli.failure import MISMATCH
 from lading.cli.options import no_progress
 from lading.cli.output import Column, Form, listing_options, note, printable, write_rows
 from lading.cli.selection import Selection, select_models
@@ -16,8 +17,6 @@ from lading.cli.selection import Selection, select_models
 if TYPE_CHECKING:
     from lading.cards.card import AssetCard
     from lading.operations.verify import VerifyReport
-
-MISMATCH = 4
 
 _COLUMNS = ("file", "result", "method", "expected", "found", "path", "model")
 _COLORS = {"match": "green", "recorded": "green", "repaired": "yellow", "mismatch": "red"}
