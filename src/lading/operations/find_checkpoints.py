@@ -216,11 +216,15 @@ def artifact_at(
         require_inside(paths, place)
         return read_artifact(files.kind, paths)
 
-    path = _only_weights(path)
-    require_links_inside(path, place)
+    weights = _only_weights(path)
+    require_links_inside(weights, place)
     scheme = quantization_of(read_hf_config(path))
+    if scheme is not None:
+        return quantized_artifact(scheme, index(weights, restrict=restrict))
+    if weights != path:
+        require_links_inside(path, place)  # weights that are not quantized need a usual name
 
-    return None if scheme is None else quantized_artifact(scheme, index(path, restrict=restrict))
+    return None
 
 
 def _only_weights(path: Path) -> Path:
