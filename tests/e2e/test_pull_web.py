@@ -12,6 +12,7 @@ from click.testing import Result
 from safetensors.torch import load, load_file, save_file
 
 import lading
+from lading.errors import DigestMismatchError, FetchError
 from tests.helpers.make_checkpoint import make, tensors
 from tests.servers.hostile import Exchange, honest, serve
 
@@ -112,6 +113,40 @@ def test_what_is_published_again_is_pulled_after_an_index_of_it(cli: Cli, tmp_pa
         cli("rm", "web")
         cli("pull", "web", "--no-progress")
         assert loaded() == pytest.approx(before + 1, abs=0.05)
+
+
+@pytest.mark.parametrize("kind", ["etag", "date", "digest"])
+def test_a_load_refuses_what_took_the_place_of_the_indexed_file(cli: Cli, tmp_path: Path, kind: str) -> None:
+    folder = make(tmp_path / "m")
+    with serve(files_of(folder), etags=kind == "etag", old=kind == "date", digests=kind == "digest") as server:
+        (tmp_path / "cards.yaml").write_text(CARD.format(uri=server.url("/m/model.safetensors")))
+        cli("import", tmp_path / "cards.yaml")
+        cli("index", "web")
+        trained_further(folder)
+        server.files = files_of(folder)
+        if kind == "date":
+            server.modified = "Fri, 01 Jan 2021 00:00:00 GMT"
+        for _ in range(2):
+            with pytest.raises(DigestMismatchError if kind == "digest" else FetchError) as raised:
+                loaded()
+            assert kind == "digest" or "`lading pull` fetches what is published now" in str(raised.value)
+
+        cli("pull", "web", "--no-progress")
+        expected = load_file(folder / "model.safetensors")["model.norm.weight"][0].float().item()
+        assert loaded() == expected
+
+
+def test_a_load_accepts_the_indexed_file_from_a_server_without_validators(cli: Cli, tmp_path: Path) -> None:
+    folder = make(tmp_path / "m")
+    with serve(files_of(folder)) as server:
+        (tmp_path / "cards.yaml").write_text(CARD.format(uri=server.url("/m/model.safetensors")))
+        cli("import", tmp_path / "cards.yaml")
+        cli("index", "web")
+        server.etags = False  # it was moved behind another server
+        before = loaded()
+        cli("rm", "web")
+        server.etags = True
+        assert loaded() == before
 
 
 @pytest.mark.parametrize("path", ["/api/models/12345", "/m/weights", "/m/model.v2"])

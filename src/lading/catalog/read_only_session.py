@@ -27,6 +27,7 @@ _CALLS = {
     "shards": "index_checkpoint",
     "tensors": "index_checkpoint",
     "pieces": "index_checkpoint",
+    "validators": "index_checkpoint",
     "copies": "pull_model, adopt_checkpoints or remove_model",
     "artifacts": "adopt_checkpoints",
     "digests": "verify_model",

@@ -375,6 +375,23 @@ class PieceRow(Row):
     """The shard at the position ``shard``."""
 
 
+class ValidatorRow(Row):
+    """The HTTP validator of a file when it was indexed, at a source without revisions and digests."""
+
+    __tablename__ = "validators"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["checkpoint_id", "position"], ["shards.checkpoint_id", "shards.position"], ondelete="CASCADE"
+        ),
+        _STRICT_CLUSTERED,
+    )
+
+    checkpoint_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    position: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    """The position of the file."""
+    validator: Mapped[str]
+
+
 class DigestRow(Row):
     """The digests of the blocks of a tensor, by which a part of it can be checked."""
 
@@ -520,7 +537,9 @@ def _table(row: type[Row]) -> Table:
 
 
 # lading reads and writes tensors and their digests as columns, as a checkpoint may have 100,000 of them.
-TENSORS, PIECES, DIGESTS, DOCUMENTS = map(_table, (TensorRow, PieceRow, DigestRow, DigestDocumentRow))
+TENSORS, PIECES, DIGESTS, DOCUMENTS, VALIDATORS = map(
+    _table, (TensorRow, PieceRow, DigestRow, DigestDocumentRow, ValidatorRow)
+)
 
 # A load reads other rows as columns, too: the first use of a mapped class sets up all relationships, which takes 20 to
 # 40 ms, as long as reading 50 MB.

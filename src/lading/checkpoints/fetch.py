@@ -14,12 +14,12 @@ from lading.catalog.store import AssetStore
 from lading.checkpoints.address import source_of
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.checkpoints.fetch_to_index import fetch_and_index, was_fetched_to_index
-from lading.checkpoints.published import name_in_source
+from lading.checkpoints.published import recorded_files
 from lading.checkpoints.recording import fetched_check, known_content, record_fetched
 from lading.checkpoints.verification import record_rewritten
 from lading.errors import CheckpointNotFoundError, CorruptModelCheckpointError, InternalError
 from lading.formats.safetensors import index_file
-from lading.sources.source import RemoteFile, Snapshot
+from lading.sources.source import Snapshot
 from lading.system.filesystem import FileStat
 from lading.system.settings import Settings
 from lading.system.uris import shown_uri
@@ -51,12 +51,8 @@ def fetch_checkpoint(
 
     source = source_of(ref, revision=checkpoint.revision, settings=settings)
     shards = checkpoint.manifest.shards
-    names = [shard.name for shard in shards]
-    files = [
-        RemoteFile(name=name_in_source(source.inner, shard.name, shards=names), size=shard.size, sha256=shard.sha256)
-        for shard in shards
-    ]
-    snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=tuple(files))
+    files = recorded_files(shards, inner=source.inner)
+    snapshot = Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=files)
 
     fetched = source.fetch(snapshot, files, known=known_content(store), progress=progress)
     copies, checks = [], []

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lading.cards.card import CheckpointRef
 from lading.errors import CheckpointNotFoundError, FetchError
 from lading.formats.config_json import CONFIG_NAME, parse_config_json, require_size
 from lading.formats.folder import FILE_NAME, is_checkpoint_file, is_index, some_names
-from lading.formats.manifest import Manifest
+from lading.formats.manifest import Manifest, Shard
 from lading.formats.remote import find_checkpoint, index_files, index_names
 from lading.sources.hub.address import HubAddress
 from lading.sources.open import open_source
@@ -59,8 +59,8 @@ def index_source(
     manifest = index_files(files, name=source.inner)
 
     folder = name_in_source(source.inner, "", shards=[shard.name for shard in manifest.shards])
-    digests = {file.name: file.sha256 for file in snapshot.files}
-    shards = tuple(replace(shard, sha256=digests[folder + shard.name]) for shard in manifest.shards)
+    published = {file.name: file for file in snapshot.files}
+    shards = tuple(_identified(shard, published[folder + shard.name], snapshot) for shard in manifest.shards)
 
     return PublishedCheckpoint(
         manifest=replace(manifest, shards=shards),
@@ -69,6 +69,13 @@ def index_source(
         inner=source.inner,
         snapshot=snapshot,
     )
+
+
+def _identified(shard: Shard, file: RemoteFile, snapshot: Snapshot) -> Shard:
+    """Return the shard with what shows later that its content is the same: a digest, or else the validator."""
+    pinned = bool(snapshot.revision) or file.sha256 is not None
+
+    return replace(shard, sha256=file.sha256, validator=None if pinned else file.etag)
 
 
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
@@ -130,6 +137,25 @@ def name_in_source(inner: str | None, file: str, *, shards: Collection[str] = ()
         folder = inner.strip("/")
 
     return f"{folder}/{file}" if folder else file
+
+
+def recorded_files(shards: Sequence[Shard], *, inner: str | None) -> tuple[RemoteFile, ...]:
+    """Return the files of an indexed checkpoint as its source had them then, so that other content is refused.
+
+    :param inner: the checkpoint within the source.
+    """
+    names = [shard.name for shard in shards]
+
+    return tuple(
+        RemoteFile(
+            name=name_in_source(inner, shard.name, shards=names),
+            size=shard.size,
+            sha256=shard.sha256,
+            # The digest of the bytes decides, if it is known: a server may give the same ones another validator.
+            etag=None if shard.sha256 is not None else shard.validator,
+        )
+        for shard in shards
+    )
 
 
 class PublishedFiles:

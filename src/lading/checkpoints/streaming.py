@@ -18,7 +18,7 @@ from lading.checkpoints.address import source_of
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.checkpoints.fetch import replaced_error
 from lading.checkpoints.fetch_to_index import not_streamed_error, was_fetched_to_index
-from lading.checkpoints.published import index_source, name_in_source
+from lading.checkpoints.published import index_source, recorded_files
 from lading.checkpoints.recording import BestEffort
 from lading.checkpoints.verification import (
     Expected,
@@ -35,7 +35,7 @@ from lading.errors import FetchError, InternalError, LadingError, NotSupportedEr
 from lading.formats.digests import Digests, differences
 from lading.formats.manifest import Manifest
 from lading.sources.hub.cache import hub_cache
-from lading.sources.source import RemoteFile, Snapshot
+from lading.sources.source import Snapshot
 from lading.system.display import human_bytes, some
 from lading.system.settings import Settings
 from lading.transfer.stream import FileDigest, Stream, StreamedFile
@@ -106,14 +106,8 @@ def _require_streamable(checkpoint: Checkpoint, settings: Settings) -> None:
 
 def _published_files(checkpoint: Checkpoint, ref: CheckpointRef, settings: Settings) -> Snapshot:
     """Return the files as the source publishes them now, with the validators by which all ranges are of one content."""
-    shards = checkpoint.manifest.shards
-    names = [shard.name for shard in shards]
     source = source_of(ref, revision=checkpoint.revision, settings=settings)
-    inner = source.inner
-    files = [
-        RemoteFile(name=name_in_source(inner, shard.name, shards=names), size=shard.size, sha256=shard.sha256)
-        for shard in shards
-    ]
+    files = recorded_files(checkpoint.manifest.shards, inner=source.inner)
     if not checkpoint.revision:  # nothing else pins the content
         published = index_source(ref, settings=settings, name=checkpoint.name)
         now = {file.name: file for file in published.snapshot.files}
@@ -121,12 +115,13 @@ def _published_files(checkpoint: Checkpoint, ref: CheckpointRef, settings: Setti
             (found := now.get(file.name)) is None
             or found.size != file.size
             or (None not in (found.sha256, file.sha256) and found.sha256 != file.sha256)
+            or (None not in (found.etag, file.etag) and found.etag != file.etag)
             for file in files
         ):
             raise replaced_error(checkpoint.where)
-        files = [replace(now[file.name], sha256=file.sha256 or now[file.name].sha256) for file in files]
+        files = tuple(replace(now[file.name], sha256=file.sha256 or now[file.name].sha256) for file in files)
 
-    return Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=tuple(files))
+    return Snapshot(uri=checkpoint.uri, revision=checkpoint.revision, files=files)
 
 
 def open_stream(

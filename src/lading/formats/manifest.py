@@ -52,6 +52,8 @@ class Shard:
     """The size in bytes, the header included."""
     sha256: str | None = None
     """The SHA-256 of the whole file in hexadecimal, if it is known."""
+    validator: str | None = None
+    """The HTTP validator that the source had for the file when its header was read, if it publishes no digest."""
 
 
 class Piece(NamedTuple):

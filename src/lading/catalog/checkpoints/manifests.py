@@ -22,6 +22,7 @@ from lading.catalog.schema import (
     PIECES,
     SHARDS,
     TENSORS,
+    VALIDATORS,
     CheckpointRow,
     ShardRow,
 )
@@ -68,7 +69,8 @@ def shards_of(row: CheckpointRow) -> tuple[Shard, ...]:
 
 def _read_manifest(connection: Connection, row: CheckpointRow | Row[Any]) -> Manifest:
     shards = connection.execute(
-        select(SHARDS.c.name, SHARDS.c.size, SHARDS.c.sha256)
+        select(SHARDS.c.name, SHARDS.c.size, SHARDS.c.sha256, VALIDATORS.c.validator)
+        .outerjoin(VALIDATORS)
         .where(SHARDS.c.checkpoint_id == row.id)
         .order_by(SHARDS.c.position)
     )
@@ -99,7 +101,7 @@ def _read_manifest(connection: Connection, row: CheckpointRow | Row[Any]) -> Man
 
     return Manifest(
         format=row.format,
-        shards=tuple(Shard(name=name, size=size, sha256=sha256) for name, size, sha256 in shards),
+        shards=tuple(Shard(**shard) for shard in shards.mappings()),
         names=names,
         dtypes=dtypes,
         shapes=shapes,
@@ -220,6 +222,18 @@ def forget_digests(session: Session, checkpoint_id: int) -> None:
     for table in (DIGESTS, DOCUMENTS):
         connection.execute(delete(table).where(table.c.checkpoint_id == checkpoint_id))
     connection.execute(update(TENSORS).where(TENSORS.c.checkpoint_id == checkpoint_id).values(digest=None))
+
+
+def write_validators(session: Session, checkpoint_id: int, manifest: Manifest) -> None:
+    """Replace the validators of a checkpoint's files by those of its manifest; keep them if that has none."""
+    rows = [
+        {"checkpoint_id": checkpoint_id, "position": position, "validator": shard.validator}
+        for position, shard in enumerate(manifest.shards)
+        if shard.validator is not None
+    ]
+    if rows:
+        session.execute(delete(VALIDATORS).where(VALIDATORS.c.checkpoint_id == checkpoint_id))
+        session.execute(insert(VALIDATORS), rows)
 
 
 def forget_file_digests(session: Session, checkpoint_id: int) -> None:

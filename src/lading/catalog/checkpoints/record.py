@@ -16,6 +16,7 @@ from lading.catalog.checkpoints.manifests import (
     read_manifest,
     write_digests,
     write_tensors,
+    write_validators,
 )
 from lading.catalog.database.database import Database
 from lading.catalog.database.statements import dumps
@@ -83,6 +84,7 @@ def _write_contents(session: Session, contents: CheckpointContents) -> Checkpoin
         forget_file_digests(session, row.id)
     if not same:
         write_tensors(session, row, manifest)
+    write_validators(session, row.id, manifest)
 
     same_index = old is not None and old.index_name == manifest.index_name
     write_copies(session, row, copies, keep_others=same_files and same_index, keep_verified=same)

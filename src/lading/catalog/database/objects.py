@@ -18,7 +18,7 @@ from lading.errors import CatalogError
 Objects = Mapping[tuple[str, str], str]
 """The kind and the name of an object → its definition in SQL, with no spaces or quotes; the parts of a table sorted."""
 
-SCHEMA_DIGEST = "89756f0ee1dcb63b0f6c16b55529d33a37d1661f010dbed0b1aadeca6cb0ce6f"
+SCHEMA_DIGEST = "653d9b58b0220b11c2779096cf1d9204134150f391e5692f008f230e622707dd"
 """The digest of the objects that the migrations make, which saves running them to open a catalog."""
 
 _LAYOUT = re.compile(r'[\s"`\[\]]+')

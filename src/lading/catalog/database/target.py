@@ -20,7 +20,7 @@ from lading.catalog.database.journal import HEADER_SIZE, read_header
 from lading.errors import CatalogError, CatalogOutdatedError
 from lading.system.filesystem import storage_path
 
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 """The version of the schema that this code works with: the number of the last migration."""
 
 APPLICATION_ID = int.from_bytes(b"ldng", "big")

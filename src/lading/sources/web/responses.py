@@ -140,8 +140,8 @@ def require_same(response: Answer, validator: str | None, label: str) -> None:
     found = response.headers.get("etag" if validator.startswith('"') else "last-modified")
     if found is not None and found.strip().removeprefix("W/") != validator:
         raise FetchError(
-            f"{label!r} has changed since the first request: expected the content with the validator "
-            f"{validator[:80]}, found {printable(found)}. Fetch it again."
+            f"{label!r} has changed: expected the content with the validator {validator[:80]}, as before, found "
+            f"{printable(found)}. `lading pull` fetches what is published now."
         )
 
 
