@@ -366,7 +366,7 @@ def test_an_overlay_in_another_folder(cli: Cli, tmp_path: Path, move: Callable[[
     ("digests", "code", "message"),
     [
         ("hg://a b", 3, "not a valid address"),
-        ("s3://bucket/digests.json", 2, "s3://"),
+        ("ftp://host/digests.json", 2, "ftp://"),
         ("gone.json", 2, "`lading digests NAME --write FILE`"),
         (".", 4, "a regular file"),
         ("huge.json", 4, "at most"),
