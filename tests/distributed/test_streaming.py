@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import lading
-from lading.gangs import create_gangs
+from lading.gangs import create_gangs, world
 from lading.models.hub import load_with_report
 from lading.transfer import cooperative
 from tests.distributed.gang_tools import check_gang_errors, raised_by
@@ -183,6 +183,25 @@ def test_slices_are_verified_by_blocks(server: Server, tmp_path: Path, data: byt
     kinds = [type(outcome.error).__name__ for outcome in outcomes]
     assert "DigestMismatchError" in kinds
     assert set(kinds) <= {"DigestMismatchError", "GangError"}
+
+
+def on_a_host(host: str, home: str) -> tuple[bool, int]:
+    os.environ |= environment(Path(home))
+    world._host_name = lambda: host
+    with create_gangs("cpu", tp=2) as gangs:
+        _, report = load_with_report("far", gangs=gangs, progress=False, stream=True)
+        return report.streamed, gangs.root.local_size
+
+
+def test_files_on_one_of_two_hosts_are_fetched_to_none(server: Server, tmp_path: Path) -> None:
+    lading.load_model("far", progress=False)  # the files are on the first host now
+    (blob,) = [
+        path for path in (tmp_path / "cache" / "blobs").rglob("*") if path.is_file() and path.stat().st_size > 1e6
+    ]
+    with Pool(2) as pool:  # one of its own: its processes change hosts
+        assert pool.values(on_a_host, str(tmp_path), each=["a", "b"]) == [(True, 1)] * 2
+        assert pool.values(on_a_host, str(tmp_path), each=["a", "a"]) == [(False, 2)] * 2
+    assert blob.exists()
 
 
 # --- when something fails ---------------------------------------------------------------------------------------------

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.e2e.test_misbehaving_servers import cases
 from tests.helpers.cache_tools import files_in
 from tests.helpers.fault_world import CARD, INDEX, Place, World
+from tests.helpers.make_adapter import factors, write_adapter
 from tests.helpers.make_checkpoint import make, tensors
 from tests.helpers.nursery import Ended
 from tests.servers import hostile
@@ -236,6 +240,18 @@ def test_another_checkpoint_under_the_address(place: Place, tmp_path: Path, worl
         world.web.files = files
 
 
+def test_an_adapter_is_merged_into_a_stream(place: Place, tmp_path: Path, world: World) -> None:
+    write_adapter(tmp_path / "adapter", factors("model.layers.0.mlp.up_proj", 64, 32))
+    for name, base in (("near_tuned", "near"), ("web_tuned", "web")):
+        card = f"name: {name}\nbase: {base}\nadapter: {tmp_path / 'adapter'}\n"
+        (tmp_path / f"{name}.yaml").write_text(card)
+        place.run("import", tmp_path / f"{name}.yaml")
+    for dtype in ("keep", "float16"):  # rounded twice, a value would differ
+        expected = values(load(place, "near_tuned", dtype))[0]
+        assert expected != values(load(place, "near", dtype))[0]
+        assert values(load(place, "web_tuned", dtype, stream=True))[:2] == [expected, True]
+
+
 def test_a_copy_of_a_tied_parameter_is_compared(place: Place, tmp_path: Path) -> None:
     found = []
     for differs in (0, 1):
@@ -378,6 +394,28 @@ def test_a_server_that_misbehaves_ends_the_load(place: Place, world: World, what
     assert values(load(place, "web", stream=True))[:3] == [expected, True, True]
     require_no_weights(place)
     assert files_in(place.cache, "tmp") == []
+
+
+def test_an_interrupt_ends_all_requests(place: Place, world: World) -> None:
+    """Also one that a server never answers; until then, the bytes and their rate are shown."""
+    place.run("index", "web")
+    held = threading.Event()
+
+    def holds(exchange: Exchange) -> None:
+        held.set()
+        exchange.hub.closing.wait(30)
+        exchange.close()
+
+    world.web.behavior = behind_the_header(holds)
+    child = world.nursery.start(["load", "web", "--stream"], place.env)
+    assert held.wait(30)
+    time.sleep(1)  # a bar appears after half a second
+    struck = time.monotonic()
+    child.signal(signal.SIGINT)
+    ended = child.wait()
+    assert time.monotonic() - struck < 10
+    assert ended.code == 130
+    assert re.search(r"stream: .*B/s", ended.err)
 
 
 def test_secrets_of_an_address_are_in_no_message(place: Place, tmp_path: Path, world: World) -> None:

@@ -24,9 +24,18 @@ from lading.transfer.files import ShardFile
 from lading.transfer.hashing import Hasher
 from lading.transfer.stream import FileDigest, Stream, StreamedFile
 from tests.helpers.examples import examples
+from tests.helpers.transfer_cases import manifests, wanted_of
 from tests.property.test_cooperative import same, shapes_of, write
-from tests.property.test_transfer import cases
-from tests.unit.transfer.test_execute import checkpoint
+from tests.unit.transfer.test_execute import SlowDevice, checkpoint
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Manifest, Wanted]:
+    """Some bytes may be wanted twice, for places and dtypes of their own."""
+    manifest = draw(manifests())
+    both = [draw(wanted_of(manifest)) for _ in range(2)]
+    columns = {name: [*getattr(both[0], name), *getattr(both[1], name)] for name in ("tensors", "boxes", "dtypes")}
+    return manifest, Wanted(**columns)
 
 
 class Files:
@@ -95,6 +104,33 @@ def test_a_stream_equals_a_read(
             assert sha256[name].hexdigest() == hashlib.sha256(source.data[name]).hexdigest()
     assert streamed[0].stream.bytes_read == sum(size for _, _, size in source.read_of)
     assert streamed[0].stream.requests == len(source.read_of)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_a_stream_to_a_device(tmp_path: Path, dtype: str) -> None:
+    """No buffer is filled again, and no bytes in it are moved over others, before its copies have passed."""
+    manifest, file = checkpoint(
+        tmp_path, [("BF16", (512, 96)), ("BF16", (7,)), ("BF16", (400, 128)), ("BF16", (64, 96))]
+    )
+    boxes = [Box((0, 8), (512, 40)), Box((0,), (7,)), Box((0, 0), (400, 128)), Box((0, 48), (64, 48))]
+    wanted = Wanted(tensors=range(4), boxes=boxes, dtypes=[dtype] * 4)
+    planned = plan(manifest, wanted)
+    device, source = SlowDevice(planned.arena_bytes), Files([file])
+    with sizes(window=16 << 10, gap=1 << 10, chunk=1 << 10):
+        found = execute(planned, bytes_of(manifest, [file], source), shapes_of(wanted), arena=device)
+    device.jobs.put(None)
+    assert all(map(same, found, execute(planned, [file], shapes_of(wanted))))
+    assert len(source.read_of) > 10
+
+
+def test_bytes_that_are_wanted_twice_are_moved_after_both_have_them(tmp_path: Path) -> None:
+    manifest, file = checkpoint(tmp_path, [("BF16", (64, 96))])
+    boxes = [Box((0, 0), (64, 40)), Box((0, 20), (64, 50)), Box((0, 70), (64, 20))]
+    for dtype in ("F32", "BF16"):
+        wanted = Wanted(tensors=[0] * 3, boxes=boxes, dtypes=[dtype] * 3)
+        planned = plan(manifest, wanted)
+        found = execute(planned, bytes_of(manifest, [file], Files([file])), shapes_of(wanted))
+        assert all(map(same, found, execute(planned, [file], shapes_of(wanted))))
 
 
 def test_a_gap_is_read_where_it_costs_less_than_a_request(tmp_path: Path) -> None:

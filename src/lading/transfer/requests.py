@@ -46,6 +46,8 @@ class _Part(NamedTuple):
     step: Step | RowStep
     aligned: bool
     """``True`` if items lie at multiples of their size in the file, and so in a buffer."""
+    moves: bool = False
+    """``True`` if runs are moved together in the buffer, over the bytes between them."""
 
 
 def requests_of(reading: Reading, files: Mapping[int, StreamedShard], whole: Collection[int] = ()) -> list[Request]:
@@ -62,14 +64,17 @@ def requests_of(reading: Reading, files: Mapping[int, StreamedShard], whole: Col
         ends[request.shard] = max(ends[request.shard], request.end)
 
     last: Request | None = None
-    joins = False
+    joins = moves = False
     for part in sorted(_parts(reading, files), key=attrgetter("shard", "begin", "end")):
-        if last is not None and joins and part.aligned and _is_near(last, part):
+        # Bytes that two steps want must not be moved before both have them.
+        apart = last is not None and (part.begin >= last.end or not (moves or part.moves))
+        if last is not None and joins and part.aligned and apart and _is_near(last, part):
             last = Request(last.shard, last.begin, max(last.end, part.end), (*last.steps, part.step))
+            moves = moves or part.moves
             continue
         if last is not None:
             add(last)
-        last, joins = Request(part.shard, part.begin, part.end, (part.step,)), part.aligned
+        last, joins, moves = Request(part.shard, part.begin, part.end, (part.step,)), part.aligned, part.moves
     if last is not None:
         add(last)
     for shard in whole:
@@ -94,13 +99,14 @@ def _parts(reading: Reading, files: Mapping[int, StreamedShard]) -> Iterator[_Pa
     for number, count in enumerate(rows.counts):
         stride, length, offset = rows.strides[number], rows.lengths[number], rows.offsets[number]
         item, _ = item_sizes(plan.conversions[rows.casts[number]])
+        moves = rows.casts[number] != 0 or not reading.arena.on_host
         at_once = together = reading.together(number)
         if stride - length <= GAP:
             at_once = max(1, WINDOW // stride // together) * together
         for first in range(0, count, at_once):
             runs, at = min(count - first, at_once), offset + first * stride
             end = at + (runs - 1) * stride + length
-            yield _Part(rows.shards[number], at, end, RowStep(number, first, runs), at % item == 0)
+            yield _Part(rows.shards[number], at, end, RowStep(number, first, runs), at % item == 0, moves)
 
 
 def _is_near(request: Request, part: _Part) -> bool:

@@ -347,8 +347,8 @@ class SlowDevice:
     def direct(self, place: int, size: int) -> memoryview | None:
         return None
 
-    def stage(self, chunk: int) -> RingStage:
-        self.stages.append(RingStage([torch.empty(chunk, dtype=torch.uint8) for _ in range(3)], self._copy))
+    def stage(self, chunk: int, depth: int = 3) -> RingStage:
+        self.stages.append(RingStage([torch.empty(chunk, dtype=torch.uint8) for _ in range(depth)], self._copy))
         return self.stages[-1]
 
     def tensor(self, place: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
