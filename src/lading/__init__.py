@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lading.catalog.edit_cards import remove_cards as remove_cards
     from lading.catalog.edit_cards import rename_card as rename_card
     from lading.catalog.import_cards import import_cards as import_cards
+    from lading.catalog.own_store import CardStore as CardStore
     from lading.catalog.query import QueryResult as QueryResult
     from lading.catalog.query import query as query
     from lading.catalog.records import CardChange as CardChange
@@ -96,6 +97,7 @@ if TYPE_CHECKING:
     from lading.operations.remove import Removal as Removal
     from lading.operations.remove import remove_model as remove_model
     from lading.operations.remove import remove_orphans as remove_orphans
+    from lading.operations.training_checkpoints import register_checkpoint_models as register_checkpoint_models
     from lading.operations.verify import VerifyReport as VerifyReport
     from lading.operations.verify import verify_model as verify_model
     from lading.planning.rules import Rule as Rule
@@ -104,6 +106,7 @@ _HOME = {
     "AddedCard": "operations.add",
     "add_checkpoints": "operations.add",
     "register_model": "operations.register",
+    "register_checkpoint_models": "operations.training_checkpoints",
     "CardChange": "catalog.records",
     "remove_cards": "catalog.edit_cards",
     "rename_card": "catalog.edit_cards",
@@ -117,6 +120,7 @@ _HOME = {
     "query": "catalog.query",
     "QueryResult": "catalog.query",
     "AssetStore": "catalog.store",
+    "CardStore": "catalog.own_store",
     "get_asset_store": "catalog.store",
     "CheckReport": "models.fit",
     "index_checkpoint": "checkpoints.locate",

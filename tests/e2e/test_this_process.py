@@ -1,9 +1,11 @@
-"""What a program adds for its process: families, and the families and stores of its own loaders."""
+"""What a program adds for its process: families, cards, and loaders with families and stores of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import json
+import shutil
+from collections.abc import Callable, Iterator, Set
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,12 +21,15 @@ from lading import (
     Family,
     GlobalModelLoader,
     ModelFamilyNotKnownError,
+    ModelHub,
     ModelHubAccessor,
     get_asset_store,
     load_model,
 )
-from lading.families.qwen import FAMILY
+from lading.catalog import memory_cards
+from lading.families.qwen import FAMILY, Qwen, get_qwen_model_hub
 from lading.system import entry_points
+from tests.helpers.make_checkpoint import make, qwen_config
 
 Cli = Callable[..., Result]
 
@@ -55,6 +60,8 @@ get_bigram_model_hub = ModelHubAccessor("bigram", Bigram, BigramConfig)
 def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget what a test registers."""
     monkeypatch.setattr(entry_points, "_HERE", {})
+    monkeypatch.setattr(memory_cards, "_CARDS", {})
+    monkeypatch.setattr(memory_cards, "_ARCHITECTURES", {})
 
 
 @pytest.fixture
@@ -155,3 +162,196 @@ def test_an_unknown_architecture_without_a_family_is_deprecated() -> None:
         error = lading.ModelArchitectureNotKnownError("7b")
     assert (error.arch, error.family) == ("7b", None)
     assert "qwen" in str(lading.ModelArchitectureNotKnownError("7b", "qwen"))
+
+
+# --- cards in memory --------------------------------------------------------------------------------------------------
+
+
+TINY = {"model_family": "qwen", "model_config": {"_set_": asdict(qwen_config())}}
+
+
+@pytest.fixture
+def tiny(catalog: Path, tmp_path: Path) -> Path:
+    return make(tmp_path / "tiny")
+
+
+def test_cards_in_memory(tiny: Path, cli: Cli) -> None:
+    report = lading.import_cards(
+        [
+            {"architecture": "tinier", "family": "qwen", "config": {"num_layers": 1}},
+            {"name": "mine", **TINY, "checkpoint": tiny},
+            {"name": "mine@cluster", "license": "mit"},
+            {"name": "later", "base": "mine", "model_config": None, "model_arch": "tinier"},
+        ],
+        source="memory",
+    )
+
+    assert report.added == ("mine", "mine@cluster", "later", "qwen/tinier (architecture)")
+    store, hub = get_asset_store(), get_qwen_model_hub()
+    assert {"mine", "later"} <= store.asset_names
+    assert {card.name for card in store.find_cards("checkpoint", str(tiny))} == {"mine", "later"}
+    assert {"mine", "later"} <= {card.name for card in hub.iter_cards()}
+    assert store.retrieve_card("mine@cluster").field("license").value == "mit"
+    assert "tinier" in hub.get_archs()
+    assert hub.get_model_config("later").num_layers == 1
+    assert isinstance(hub.load_model("mine"), Qwen)
+    cli("check", "mine")
+    cli("load", "mine")
+    with pytest.raises(lading.AssetNotFoundError, match="Did you mean 'mine'"):
+        store.retrieve_card("mina")
+    assert lading.query("select count(*) from models where name = 'mine'").rows == [(0,)]
+
+
+def test_cards_in_memory_are_laid_over_the_catalog(tiny: Path) -> None:
+    store = get_asset_store()
+    card = {"name": "qwen3_0.6b", **TINY, "checkpoint": str(tiny)}
+    with pytest.raises(lading.CardFileError, match="expected a name that the catalog"):
+        lading.import_cards([card], source="memory")
+    assert store.retrieve_card("qwen3_0.6b").field("model_arch")
+
+    lading.import_cards([card], source="memory", replace=True)
+    assert not store.retrieve_card("qwen3_0.6b").has_field("model_arch")
+    assert lading.import_cards([card], source="memory", replace=True).unchanged == ("qwen3_0.6b",)
+    assert lading.import_cards([{**card, "url": "x"}], source="memory", replace=True, dry_run=True).changed
+    assert not store.retrieve_card("qwen3_0.6b").has_field("url")
+
+
+def test_mappings_are_kept_in_the_catalog(tiny: Path, cli: Cli) -> None:
+    one, two = ({"name": name, **TINY, "checkpoint": tiny} for name in ("one", "two"))
+    assert lading.import_cards([one], [two]).added == ("one", "two")
+    assert lading.import_cards([one]).removed == ()  # a program may import piece by piece
+    assert lading.import_cards([{**one, "name": "three"}, {**one, "name": "four"}], source="team").added
+    assert lading.import_cards([{**one, "name": "four"}], source="team").removed == ("three",)
+    assert cli("list", "-q", "--family", "qwen", "--status", "ready").stdout.split() == ["four", "one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("card", "error", "match"),
+    [
+        ({"model_family": "qwen"}, lading.CardFileError, r"program\[0\].*'name'"),
+        ({"name": "x", "model_family": 3}, lading.CardFileError, r"program\[0\]\.model_family"),
+        ({"name": "x", "rate": float("nan")}, lading.CardFileError, "program"),
+        ({"name": "x", "dtype": torch.float32}, TypeError, "torch.float32"),
+        ({"name": "x", "data": b""}, TypeError, "b''"),
+        ("name: x", lading.CardFileError, "mapping"),
+    ],
+)
+def test_mappings_that_are_no_cards(catalog: Path, card: object, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        lading.import_cards([card])  # type: ignore[list-item]
+
+
+def test_files_are_sources_of_their_own(bigram: Path) -> None:
+    with pytest.raises(ValueError, match="`source`"):
+        lading.import_cards(bigram, source="memory")
+
+
+# --- checkpoints of fairseq2's trainer -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tiny: Path, tmp_path: Path) -> Path:
+    """A folder that fairseq2's trainer has written to."""
+    folder = tmp_path / "checkpoints"
+    for step in (9, 10, 100):
+        shutil.copytree(tiny, folder / f"step_{step}" / "model")
+    (folder / "step_200.tmp" / "model").mkdir(parents=True)
+    (folder / "step_last").mkdir()
+    (folder / "step_300").touch()
+    (folder / "scores").mkdir()
+    for step, score in ((9, "-1.5"), (10, "-0.5")):
+        (folder / "scores" / f"step_{step}.txt").write_text(f"{score}\n")
+    (folder / "model.yaml").write_text(json.dumps({"name": "checkpoint", **TINY}))
+    return folder
+
+
+def test_checkpoints_of_a_training_run(run: Path, cli: Cli) -> None:
+    assert set(lading.register_checkpoint_models(run).added) == {
+        *("checkpoint", "checkpoint_step_9", "checkpoint_step_10", "checkpoint_step_100", "last_checkpoint"),
+        *("best_checkpoint", "best_checkpoint_0", "best_checkpoint_1"),
+    }
+
+    def step(name: str) -> str:
+        return Path(get_asset_store().retrieve_card(name).field("checkpoint").as_(str)).parent.name
+
+    assert step("last_checkpoint") == step("checkpoint_step_100") == "step_100"
+    assert step("best_checkpoint") == step("best_checkpoint_0") == "step_10"
+    assert step("best_checkpoint_1") == "step_9"
+    assert isinstance(load_model("last_checkpoint"), Qwen)
+    with pytest.raises(lading.ModelGatedError):
+        load_model("checkpoint")
+    shutil.rmtree(run / "step_100")
+    assert lading.register_checkpoint_models(str(run)).changed == ("last_checkpoint",)
+    assert step("last_checkpoint") == "step_10"
+
+
+def test_folders_that_no_trainer_has_written(run: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        lading.register_checkpoint_models(run / "scores")
+    (run / "scores" / "step_9.txt").write_text("good\n")
+    with pytest.raises(AssetCardError, match=r"step_9\.txt.*'good'"):
+        lading.register_checkpoint_models(run)
+    (run / "model.yaml").write_text("name: other\n")
+    with pytest.raises(AssetCardError, match="'checkpoint'"):
+        lading.register_checkpoint_models(run)
+    (run / "model.yaml").write_text("name: [\n")
+    with pytest.raises(lading.CardFileError):
+        lading.register_checkpoint_models(run)
+    assert "checkpoint_step_9" not in get_asset_store().asset_names
+
+
+# --- a store of one's own --------------------------------------------------------------------------------------------
+
+
+class OwnStore:
+    """The four members, and no others."""
+
+    def __init__(self, *cards: AssetCard) -> None:
+        self._cards = {card.name: card for card in cards}
+
+    def retrieve_card(self, name: str) -> AssetCard:
+        if name not in self._cards:
+            raise lading.AssetNotFoundError(name)
+        return self._cards[name]
+
+    def maybe_retrieve_card(self, name: str) -> AssetCard | None:
+        return self._cards.get(name)
+
+    def find_cards(self, field: str, value: object) -> Iterator[AssetCard]:
+        return (c for c in self._cards.values() if (f := c.maybe_get_field(field)) and f.value == value)
+
+    @property
+    def asset_names(self) -> Set[str]:
+        return self._cards.keys()
+
+
+class Inheriting(OwnStore, lading.AssetStore):
+    """As a subclass of fairseq2's abstract store is written: without the constructor of its base."""
+
+
+@pytest.mark.parametrize("kls", [OwnStore, Inheriting])
+def test_a_store_of_ones_own_works_wherever_one_is_taken(tiny: Path, tmp_path: Path, kls: type[OwnStore]) -> None:
+    base = AssetCard("base", TINY)
+    card = AssetCard("mine", {"checkpoint": str(tiny)}, base)
+    store = kls(base, card)
+
+    hub = ModelHub(FAMILY, store)
+    assert [each.name for each in hub.iter_cards()] == ["base", "mine"]
+    assert "qwen3_0.6b" in hub.get_archs()
+    assert hub.get_model_config("mine") == hub.get_model_config(card) == qwen_config()
+    assert isinstance(hub.load_model("mine"), Qwen)
+    assert isinstance(hub.load_model(tiny), Qwen)
+    assert isinstance(GlobalModelLoader(store).load("mine"), Qwen)
+    assert isinstance(load_model(card), Qwen)
+    for name in ("qwen3_0.6b", "mina"):
+        with pytest.raises(lading.ModelNotKnownError, match=name):
+            hub.load_model(name)
+
+    assert lading.check_model("mine", store=store).fits
+    assert lading.plan_load("mine", store=store)
+    assert not lading.diff_models("mine", tiny, store=store).changes
+    assert lading.verify_model("mine", store=store)
+    assert lading.pull_model("mine", store=store)
+    assert lading.convert_checkpoint("mine", tmp_path / "out", store=store)
+    assert lading.query("select 1", store=store).rows == [(1,)]
+    assert lading.disk_usage(store=store) is not None

@@ -114,7 +114,7 @@ def test_light_parts_stay_light(modules_after: dict[str, set[str]], code: str) -
 def test_the_public_names() -> None:
     assert sorted(lading.__all__) == sorted(
         """
-        AssetCard AssetCardField Architecture AssetStore get_asset_store catalog
+        AssetCard AssetCardField Architecture AssetStore CardStore get_asset_store catalog register_checkpoint_models
         load_model ModelHub ModelHubAccessor GlobalModelLoader LoadReport
         CPU DataType Device get_current_device get_model_family_name register_family
         pull_model PullReport verify_model VerifyReport read_digests write_digests DigestReport

@@ -26,9 +26,9 @@ from lading.catalog.importing.derived import Entries
 from lading.catalog.importing.write import ask_again, forget, write_cards
 from lading.catalog.links import link_by_uri
 from lading.catalog.listing import near_names
+from lading.catalog.own_store import CardStore, open_store
 from lading.catalog.records import CardChange, CheckpointContents
 from lading.catalog.schema import CardRow, SourceRow
-from lading.catalog.store import AssetStore, get_asset_store
 from lading.catalog.stored_cards import entry_of
 from lading.errors import AssetCardError, AssetNotFoundError, CardFileError, PolicyError
 from lading.system.uris import uri_path
@@ -50,7 +50,7 @@ class _Held(NamedTuple):
         return card_title(self.row.key)
 
 
-def remove_cards(*names: str, dry_run: bool = False, store: AssetStore | None = None) -> tuple[CardChange, ...]:
+def remove_cards(*names: str, dry_run: bool = False, store: CardStore | None = None) -> tuple[CardChange, ...]:
     """Remove cards from the catalog, each with its overlays. What the catalog knows of their checkpoints stays.
 
     :param names: names of cards; ``name@env`` is one overlay.
@@ -60,7 +60,7 @@ def remove_cards(*names: str, dry_run: bool = False, store: AssetStore | None = 
     :raises PolicyError: a watched file or a package states one of them, or another card refers to one.
     :raises CatalogError: the catalog cannot be written.
     """
-    database = (store or get_asset_store()).database
+    database = open_store(store).database
     with database.session(write=not dry_run) as session:
         rows = {held.row.key: held for name in names for held in _named(session, name)}
         _require_own(rows.values(), "remove")
@@ -81,9 +81,7 @@ def remove_cards(*names: str, dry_run: bool = False, store: AssetStore | None = 
         return tuple(_change(held, "name", held.title, None) for held in rows.values())
 
 
-def rename_card(
-    old: str, new: str, *, dry_run: bool = False, store: AssetStore | None = None
-) -> tuple[CardChange, ...]:
+def rename_card(old: str, new: str, *, dry_run: bool = False, store: CardStore | None = None) -> tuple[CardChange, ...]:
     """Give a card another name, also where other cards refer to it.
 
     :param dry_run: whether to change nothing, and only return the changes.
@@ -102,7 +100,7 @@ def rename_card(
         new = card_entry(new, {}).name
     except CardFileError as error:
         raise AssetCardError(new, f"{error.problems[0]}. Nothing was renamed; choose another name.") from None
-    database = (store or get_asset_store()).database
+    database = open_store(store).database
     with database.session(write=not dry_run) as session:
         rows = _named(session, old)
         old = rows[0].row.key[0]

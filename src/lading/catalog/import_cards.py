@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, BinaryIO
 
 from lading.cards.documents.document import MAX_FILE_BYTES
 from lading.catalog.database.database import Database
 from lading.catalog.importing.apply import apply
-from lading.catalog.importing.changes import STDIN
+from lading.catalog.importing.changes import PROGRAM, STDIN
 from lading.catalog.importing.refresh import card_files
+from lading.catalog.memory_cards import MEMORY, remember
+from lading.catalog.own_store import CardStore, open_store
 from lading.catalog.records import ImportReport
-from lading.catalog.store import AssetStore, get_asset_store
 from lading.system.filesystem import FileStat, UnfitFileError, expand_home, read_regular
 from lading.system.uris import path_uri, uri_path
 
@@ -25,18 +27,23 @@ if TYPE_CHECKING:
 
 
 def import_cards(
-    *paths: str | Path,
+    *cards: str | Path | Iterable[Mapping[str, object]],
+    source: str | None = None,
     replace: bool = False,
     keep_going: bool = False,
     dry_run: bool = False,
-    store: AssetStore | None = None,
+    store: CardStore | None = None,
 ) -> ImportReport:
-    """Import cards and architectures from files and folders, in one transaction.
+    """Import cards and architectures from files and folders, or from mappings, in one transaction.
 
     Importing the same file again applies its changes and removals. A name that another source states with the same
     content stays as it is. An unknown base or family is a warning, as files come in any order; bases that form a cycle
     are a problem.
 
+    :param cards: files and folders; or mappings with the fields of cards and architectures, as in a card file.
+    :param source: the name of the source of mappings. Importing it again applies changes and removals; by default,
+        only changes. ``"memory"`` keeps them out of the catalog: they last as long as this process, which finds them by
+        their names, but does not list them.
     :param replace: replace cards that came from another source.
     :param keep_going: import the good cards of files that also hold bad ones.
     :param dry_run: only report what would change.
@@ -44,11 +51,40 @@ def import_cards(
     :raises CardFileError: with all problems of all files; nothing was imported.
     :raises FileNotFoundError: a path does not exist.
     :raises CatalogError: the catalog cannot be written.
+    :raises TypeError: a mapping holds something else than plain values and paths.
+    :raises ValueError: ``source``, for files.
     """
+    paths = [each for each in cards if isinstance(each, str | Path)]
+    mappings = [mapping for each in cards if not isinstance(each, str | Path) for mapping in each]
+    if paths and source is not None:
+        raise ValueError("`source` is only for cards in mappings, as a file is a source of its own")
     files = collect(paths)  # a wrong path does not even create a catalog
-    database = (store or get_asset_store()).database
+    if mappings or len(cards) > len(paths):
+        files.append(_as_file(mappings, PROGRAM if source is None else source))
+    database = open_store(store).database
+    if source == MEMORY:
+        with database.session() as session:
+            return remember(session, files[0], replace=replace, keep_going=keep_going, dry_run=dry_run)
 
     return import_files(database, files, replace=replace, keep_going=keep_going, dry_run=dry_run)
+
+
+def _as_file(mappings: Iterable[Mapping[str, object]], source: str) -> CardFile:
+    """Return the file of cards that these mappings would make.
+
+    :raises TypeError: a mapping holds something else than plain values and paths.
+    """
+    from lading.cards.card_file import parse
+
+    lines = "\n".join(json.dumps(mapping, default=_plain) for mapping in mappings)
+
+    return parse(lines.encode(), source=source, label=source, json_lines=True)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"a card in a mapping holds plain values and paths, but one has {value!r}")
 
 
 def collect(paths: Sequence[str | Path], *, stdin: BinaryIO | None = None) -> list[CardFile]:

@@ -23,7 +23,7 @@ from sqlalchemy import exc, text
 from lading.catalog.database.connection import connect_readonly
 from lading.catalog.database.database import Database
 from lading.catalog.database.failures import primary_code, sqlite_failure, translated
-from lading.catalog.store import AssetStore, get_asset_store
+from lading.catalog.own_store import CardStore, open_store
 from lading.errors import CatalogError, PolicyError, QueryError, escaped
 from lading.system.display import counted, unique_names
 
@@ -143,7 +143,7 @@ def query(
     *,
     deadline_s: float = 30.0,
     limit: int | None = None,
-    store: AssetStore | None = None,
+    store: CardStore | None = None,
 ) -> QueryResult:
     """Ask the catalog in SQL. The tables and views are described in ``docs/reference/sql.md``.
 
@@ -156,7 +156,7 @@ def query(
     :raises QueryError: the database does not understand it, or a parameter is missing.
     :raises CatalogError: the deadline has passed, or the catalog is damaged.
     """
-    return run_query((store or get_asset_store()).database, sql, parameters, deadline_s=deadline_s, limit=limit)
+    return run_query(open_store(store).database, sql, parameters, deadline_s=deadline_s, limit=limit)
 
 
 def run_query(

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, event, exc, inspect
 from sqlalchemy.orm import ORMExecuteState, Session, UOWTransaction
 
 from lading.catalog.database.failures import primary_code
-from lading.catalog.store import AssetStore, get_asset_store
+from lading.catalog.own_store import CardStore, open_store
 from lading.errors import PolicyError, QueryError
 
 _CALLS = {
@@ -42,7 +42,7 @@ class ReadOnlySession(Session):
 
 
 @contextmanager
-def session(store: AssetStore | None = None) -> Iterator[Session]:
+def session(store: CardStore | None = None) -> Iterator[Session]:
     """Open a session that queries the rows of the catalog.
 
     All queries of a session see one state of the catalog. The columns of a row stay available after the session;
@@ -54,7 +54,7 @@ def session(store: AssetStore | None = None) -> Iterator[Session]:
     :raises QueryError: the database does not understand SQL text.
     :raises CatalogError: the catalog is damaged, or another process holds it.
     """
-    database = (store or get_asset_store()).database
+    database = open_store(store).database
     with (
         database.read() as connection,
         _read_only(connection),

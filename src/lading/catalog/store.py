@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from lading.catalog.database.database import Database
 from lading.catalog.database.statements import chunks, intact
 from lading.catalog.importing.derived import card_of, descendants
 from lading.catalog.listing import ModelFilter, Sort, list_models, near_names, summary_of
+from lading.catalog.memory_cards import environments_in_memory, names_in_memory, read_architectures, read_cards
 from lading.catalog.open import open_catalog
 from lading.catalog.records import (
     ArchitectureSummary,
@@ -40,7 +42,8 @@ from lading.catalog.records import (
     StoredCheckpoint,
 )
 from lading.catalog.schema import ARCHITECTURES, CARDS, FAMILIES
-from lading.catalog.stored_cards import read_architectures, read_cards
+from lading.catalog.stored_cards import read_architectures as read_stored_architectures
+from lading.catalog.stored_cards import read_cards as read_stored_cards
 from lading.errors import (
     AssetCardError,
     AssetNotFoundError,
@@ -212,7 +215,8 @@ class AssetStore:
     def asset_names(self) -> Set[str]:
         """The names of all cards, overlays apart."""
         with self._database.session() as session:
-            return frozenset(session.scalars(select(CARDS.c.name).where(CARDS.c.env == "")))
+            stored = session.scalars(select(CARDS.c.name).where(CARDS.c.env == ""))
+            return frozenset(stored) | {entry.name for entry in read_cards(session, names_in_memory(), env="")}
 
     def _candidates(
         self, session: Session, conditions: Sequence[ColumnElement[bool]] | None, envs: Sequence[str]
@@ -238,7 +242,7 @@ class AssetStore:
         return sorted(names), entries
 
     def _names(self, session: Session, conditions: Sequence[ColumnElement[bool]], envs: Sequence[str]) -> set[str]:
-        # The columns are right for every card without an overlay on its chain.
+        # The columns are right for every card without an overlay, or a card in memory, on its chain.
         names = self._overlaid(session, envs)
         for condition in conditions:
             names |= set(session.scalars(select(CARDS.c.name).where(CARDS.c.env == "", condition)))
@@ -246,8 +250,9 @@ class AssetStore:
         return names
 
     def _overlaid(self, session: Session, envs: Sequence[str]) -> set[str]:
-        """Return the names of the cards with an overlay of ``envs`` on their chain of bases."""
+        """Return the names of the cards with an overlay of ``envs``, or a card in memory, on their chain of bases."""
         found = set(session.scalars(select(CARDS.c.name).where(CARDS.c.env != "", CARDS.c.env.in_(envs))))
+        found |= names_in_memory()
 
         return descendants(session, found) | found
 
@@ -259,9 +264,12 @@ class AssetStore:
         wanted = self.settings.env if env is None else env
         if wanted is not None and wanted != USER_ENV:
             known = CARDS.c.env == wanted
-            if not session.scalar(select(CARDS.c.id).where(CARDS.c.env != "", known).limit(1)):
+            in_memory = environments_in_memory()
+            if wanted not in in_memory and not session.scalar(
+                select(CARDS.c.id).where(CARDS.c.env != "", known).limit(1)
+            ):
                 envs = session.scalars(select(CARDS.c.env).where(CARDS.c.env != "").distinct())
-                others = sorted({USER_ENV, *envs})
+                others = sorted({USER_ENV, *envs, *in_memory})
                 known_ones = f"Known: {', '.join(others)}.{did_you_mean(wanted, others)}"
                 if env is not None:
                     hint = f" No card has an overlay for the environment {wanted!r}. {known_ones}"
@@ -409,7 +417,7 @@ class AssetStore:
             return []
 
         with self._database.session() as session:
-            return near_names(session, name, models=models)
+            return [*get_close_matches(name, names_in_memory()), *near_names(session, name, models=models)][:3]
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -495,8 +503,8 @@ class AssetStore:
             return pattern is None or fnmatchcase(name, pattern)
 
         with self._database.session() as session:
-            cards = [entry for entry in read_cards(session) if matches(entry.name)]
-            architectures = [entry for entry, _ in read_architectures(session) if matches(entry.name)]
+            cards = [entry for entry in read_stored_cards(session) if matches(entry.name)]
+            architectures = [entry for entry, _ in read_stored_architectures(session) if matches(entry.name)]
 
         return cards, architectures
 

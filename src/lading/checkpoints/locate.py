@@ -9,8 +9,9 @@ from lading import formats
 from lading.cards.adapters import adapter_refs
 from lading.cards.card import AssetCard, CheckpointRef
 from lading.catalog.checkpoints.record import record_checkpoint
+from lading.catalog.own_store import CardStore, open_store
 from lading.catalog.records import CheckpointContents
-from lading.catalog.store import AssetStore, StoredCheckpoint, get_asset_store
+from lading.catalog.store import AssetStore, StoredCheckpoint
 from lading.checkpoints.address import address_of, require_access
 from lading.checkpoints.card_digests import with_digests
 from lading.checkpoints.checkpoint import (
@@ -123,7 +124,7 @@ def index_checkpoint(
     *,
     revision: str | None = None,
     restrict: bool = True,
-    store: AssetStore | None = None,
+    store: CardStore | None = None,
 ) -> StoredCheckpoint:
     """Read the manifest of a checkpoint, and write it to the catalog.
 
@@ -141,7 +142,7 @@ def index_checkpoint(
     :raises FetchError: the source cannot be reached.
     :raises CatalogError: the catalog cannot be written.
     """
-    store = store or get_asset_store()
+    store = open_store(store)
     found_card = find_card(target, store, revision=revision)
     if isinstance(found_card, Path):
         card_name, ref = None, CheckpointRef(uri=path_uri(found_card), gated=False, info_url=None)

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from lading.cards.adapters import adapter_refs
 from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref, reads_as_path, split_name
-from lading.catalog.store import AssetStore, get_asset_store
+from lading.catalog.own_store import CardStore, open_store
+from lading.catalog.store import AssetStore
 from lading.checkpoints.address import address_of
 from lading.checkpoints.card_links import heads_of
 from lading.checkpoints.recording import BestEffort
@@ -42,7 +43,7 @@ from lading.system.uris import path_uri, shown_uri, uri_path
 
 def find_card(
     target: AssetCard | str | Path,
-    store: AssetStore | None = None,
+    store: CardStore | None = None,
     *,
     revision: str | None = None,
     family: str | None = None,
@@ -70,7 +71,7 @@ def find_card(
     if not isinstance(target, str | AssetCard):
         raise TypeError(f"`card` must be an AssetCard, a name, or a Path, but is of type {type(target).__name__}")
 
-    store = store or get_asset_store()
+    store = open_store(store)
     card = target if isinstance(target, AssetCard) else _named(target, store)
     if card is not None:
         return card if revision is None else _at_revision(card, revision)
@@ -135,13 +136,13 @@ def _named(name: str, store: AssetStore) -> AssetCard | None:
 # --- paths -----------------------------------------------------------------------------------------------------------
 
 
-def _at_path(path: Path, store: AssetStore | None, revision: str | None, family: str | None) -> AssetCard | Path:
+def _at_path(path: Path, store: CardStore | None, revision: str | None, family: str | None) -> AssetCard | Path:
     if revision is not None:
         raise no_revisions_error(str(path), revision)
 
     # A path can be read without a catalog.
     with BestEffort("the catalog cannot be searched for a card of %s", path):
-        return _with_checkpoint(path_uri(path), store or get_asset_store(), family) or path
+        return _with_checkpoint(path_uri(path), open_store(store), family) or path
     return path
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lading.cards.card import AssetCard, checkpoint_ref
-from lading.catalog.store import AssetStore, get_asset_store
+from lading.catalog.own_store import CardStore, open_store
+from lading.catalog.store import AssetStore
 from lading.checkpoints.address import address_of
 from lading.checkpoints.checkpoint import local_checkpoint
 from lading.checkpoints.extra_files import (
@@ -42,7 +43,7 @@ def load_tokenizer(
     *,
     revision: str | None = None,
     progress: bool = True,
-    store: AssetStore | None = None,
+    store: CardStore | None = None,
 ) -> Tokenizer | Any:
     """Load the tokenizer of a model: a ``tokenizers.Tokenizer`` if there is a ``tokenizer.json``, else a
     ``sentencepiece.SentencePieceProcessor`` if there is a model of sentencepiece.
@@ -65,7 +66,7 @@ def load_tokenizer(
     if isinstance(found, Path):
         return _local(found)
 
-    card, store = found, store or get_asset_store()
+    card, store = found, open_store(store)
     ref = checkpoint_ref(card)
     stated = tokenizer_ref(card, store.retrieve_card)
     if stated is None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from lading.cards.card import AssetCard, StreamMode, is_stream_mode
+from lading.catalog.own_store import CardStore, open_store
 from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import Checkpoint, path_checkpoint
 from lading.checkpoints.names import as_path, find_card
@@ -80,9 +81,9 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
     Get one by the accessor of the family, such as :func:`lading.families.qwen.get_qwen_model_hub`.
     """
 
-    def __init__(self, family: Family[ModelT, ModelConfigT], asset_store: AssetStore) -> None:
+    def __init__(self, family: Family[ModelT, ModelConfigT], asset_store: CardStore) -> None:
         self._family = family
-        self._asset_store = asset_store
+        self._asset_store = open_store(asset_store)
 
     def iter_cards(self) -> Iterator[AssetCard]:
         """Yield the cards of this family; log and skip bad ones."""
@@ -381,14 +382,14 @@ class GlobalModelLoader:
     """A loader of models of any family: the card names the family."""
 
     def __init__(
-        self, asset_store: AssetStore | None = None, families: Mapping[str, Family[Any, Any]] | None = None
+        self, asset_store: CardStore | None = None, families: Mapping[str, Family[Any, Any]] | None = None
     ) -> None:
         """Make a loader.
 
         :param asset_store: default: the default store.
         :param families: the families that a card may name, by name; default: those that are registered.
         """
-        self._asset_store = asset_store
+        self._asset_store = None if asset_store is None else open_store(asset_store)
         self._families = families
 
     @overload

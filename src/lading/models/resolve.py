@@ -11,6 +11,7 @@ from typing import Any
 from lading.cards.adapters import adapter_refs
 from lading.cards.card import CONFIG_KEYS, AssetCard
 from lading.cards.config import architecture_config, resolve_config
+from lading.catalog.own_store import CardStore, open_store
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.adapter import Adapter, card_adapters
 from lading.checkpoints.checkpoint import Checkpoint, path_checkpoint
@@ -56,7 +57,7 @@ class ResolvedModel:
 
 def resolve_model(
     target: AssetCard | str | Path,
-    store: AssetStore | None = None,
+    store: CardStore | None = None,
     *,
     revision: str | None = None,
     family: Family[Any, Any] | None = None,
@@ -98,9 +99,9 @@ def resolve_model(
     else:
         found = find_card(target, store, revision=revision, family=None if family is None else family.name)
     if isinstance(found, Path):
-        return _resolve_path(found, store, family, config, restrict=restrict)
+        return _resolve_path(found, None if store is None else open_store(store), family, config, restrict=restrict)
 
-    card, store = found, store or get_asset_store()
+    card, store = found, open_store(store)
     if card.has_field("model_family"):
         family = family_of_card(card, families) if family is None else family
         check_family(card, family)
@@ -203,7 +204,7 @@ def _require_asked(asked: Family[Any, Any] | None, found: Family[Any, Any], name
 
 
 def resolve_checkpoint(
-    target: AssetCard | str | Path, store: AssetStore | None = None, *, restrict: bool = True
+    target: AssetCard | str | Path, store: CardStore | None = None, *, restrict: bool = True
 ) -> Checkpoint:
     """Resolve a card, a name, an address or a path to a checkpoint, whose family does not matter.
 
@@ -211,13 +212,13 @@ def resolve_checkpoint(
     """
     found = find_card(target, store)
     if isinstance(found, Path):
-        settings = Settings.from_environment() if store is None else store.settings
+        settings = Settings.from_environment() if store is None else open_store(store).settings
         return path_checkpoint(found, cache=settings.cache_dir, restrict=restrict)
 
     if adapter_refs(found):
         log.warning("this is the checkpoint of %s without its adapters", found.title)
 
-    return card_checkpoint(found, store or get_asset_store())
+    return card_checkpoint(found, open_store(store))
 
 
 def get_model_family_name(card: AssetCard | str) -> str:

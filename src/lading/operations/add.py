@@ -15,8 +15,9 @@ from lading.cards.card import AssetCardField, CardEntry, checkpoint_ref
 from lading.catalog.added_cards import card_entry, record_additions
 from lading.catalog.artifacts import record_artifacts
 from lading.catalog.importing.changes import ADDED
+from lading.catalog.own_store import CardStore, open_store
 from lading.catalog.records import CheckpointContents, ModelSummary
-from lading.catalog.store import AssetStore, get_asset_store
+from lading.catalog.store import AssetStore
 from lading.checkpoints.card_links import names_of
 from lading.errors import (
     AssetCardError,
@@ -83,7 +84,7 @@ def add_checkpoints(
     dry_run: bool = False,
     restrict: bool = True,
     progress: bool = True,
-    store: AssetStore | None = None,
+    store: CardStore | None = None,
 ) -> tuple[AddedCard, ...]:
     """Write a card to the catalog for each checkpoint that has none, and record what it holds, without reading weights.
 
@@ -114,7 +115,7 @@ def add_checkpoints(
     """
     check_rule(name_from)
     base = card_entry("x", fields or {}).base
-    store = store or get_asset_store()
+    store = open_store(store)
     if base is not None:
         store.retrieve_card(base)
     if not dry_run:

@@ -14,8 +14,9 @@ from lading.cards.documents.write_yaml import to_yaml
 from lading.catalog.artifacts import record_artifacts
 from lading.catalog.checkpoints.holdings import checkpoints_like
 from lading.catalog.checkpoints.record import forget_checkpoint, record_checkpoint, record_files
+from lading.catalog.own_store import CardStore, open_store
 from lading.catalog.records import Check, CheckpointContents, CopyKind, FoundArtifact, LocalCopy, now
-from lading.catalog.store import AssetStore, StoredCheckpoint, get_asset_store
+from lading.catalog.store import AssetStore, StoredCheckpoint
 from lading.checkpoints.card_links import names_of
 from lading.checkpoints.checkpoint import LocalCheckpointFiles
 from lading.checkpoints.local_copies import intact_copies
@@ -102,7 +103,7 @@ def adopt_checkpoints(
     dry_run: bool = False,
     restrict: bool = True,
     progress: bool = True,
-    store: AssetStore | None = None,
+    store: CardStore | None = None,
 ) -> tuple[Adoption, ...]:
     """Record the checkpoints that are on this machine in the catalog, in place; lading never deletes their files.
 
@@ -123,7 +124,7 @@ def adopt_checkpoints(
     :raises NotSupportedError: a path is not a folder.
     :raises CatalogError: the catalog cannot be read or written.
     """
-    store = store or get_asset_store()
+    store = open_store(store)
     roots = [_root(path) for path in paths]
     if not dry_run:
         store.database.require_writable()

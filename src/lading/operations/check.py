@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lading.cards.card import AssetCard
-from lading.catalog.store import AssetStore
+from lading.catalog.own_store import CardStore
 from lading.models.fit import CheckReport, check_manifest
 from lading.models.resolve import resolve_model
 
@@ -16,7 +16,7 @@ def check_model(
     *,
     revision: str | None = None,
     restrict: bool = True,
-    store: AssetStore | None = None,
+    store: CardStore | None = None,
 ) -> CheckReport:
     """Check that a model's checkpoint, and the adapters of its card, fit its architecture, by the names, shapes and
     dtypes of their tensors.

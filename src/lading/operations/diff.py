@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from lading.cards.card import Architecture, AssetCard
 from lading.cards.config import architecture_config
-from lading.catalog.store import AssetStore, get_asset_store
+from lading.catalog.own_store import CardStore, open_store
+from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.errors import CheckpointNotFoundError, NotSupportedError
 from lading.formats.manifest import Manifest, by_layer
@@ -290,7 +291,7 @@ def diff_models(
     values: bool = False,
     restrict: bool = True,
     progress: bool = False,
-    store: AssetStore | None = None,
+    store: CardStore | None = None,
 ) -> DiffReport:
     """Compare two checkpoints or two architectures.
 
@@ -315,7 +316,7 @@ def diff_models(
 
     For checkpoints, also raises what :func:`check_model` does.
     """
-    store = store or get_asset_store()
+    store = open_store(store)
     of_a, of_b = _architecture(a, store), _architecture(b, store)
     if (of_a is None) != (of_b is None):
         raise NotSupportedError(

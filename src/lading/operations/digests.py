@@ -9,7 +9,8 @@ from pathlib import Path
 from lading import formats
 from lading.cards.card import AssetCard
 from lading.catalog.checkpoints.record import record_digests
-from lading.catalog.store import AssetStore, get_asset_store
+from lading.catalog.own_store import CardStore, open_store
+from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.checkpoints.locate import card_checkpoint
 from lading.checkpoints.names import find_card
@@ -52,7 +53,7 @@ def read_digests(
     *,
     revision: str | None = None,
     progress: bool = True,
-    store: AssetStore | None = None,
+    store: CardStore | None = None,
 ) -> DigestReport:
     """Return the digests of a model's checkpoint: those that its card publishes or that were recorded.
 
@@ -66,7 +67,7 @@ def read_digests(
     :raises DigestMismatchError: the files are not those that were published or recorded.
     :raises CorruptModelCheckpointError: a file breaks the rules of its format.
     """
-    store = store or get_asset_store()
+    store = open_store(store)
     target = find_card(name, store, revision=revision, ask=False)
 
     return _report(*_known_or_taken(target, store, progress=progress))
@@ -78,7 +79,7 @@ def write_digests(
     *,
     revision: str | None = None,
     progress: bool = True,
-    store: AssetStore | None = None,
+    store: CardStore | None = None,
 ) -> DigestReport:
     """Write the document that publishes the digests of a model's checkpoint, and return what :func:`read_digests` does.
 
@@ -88,7 +89,7 @@ def write_digests(
 
     :raises OSError: it cannot be written.
     """
-    store = store or get_asset_store()
+    store = open_store(store)
     target = find_card(name, store, revision=revision, ask=False)
     checkpoint, digests = _known_or_taken(target, store, progress=progress)
     # The files that lading makes of others have names and sizes of their own.

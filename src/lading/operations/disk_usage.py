@@ -13,8 +13,9 @@ from lading import formats
 from lading.cards.addresses import stated_uris
 from lading.catalog.artifacts import known_artifacts
 from lading.catalog.checkpoints.holdings import held_checkpoints, known_uris
+from lading.catalog.own_store import CardStore, open_store
 from lading.catalog.records import FoundArtifact, LocalCheckpoint
-from lading.catalog.store import AssetStore, get_asset_store
+from lading.catalog.store import AssetStore
 from lading.checkpoints.card_links import heads_of, names_of
 from lading.sources.cache import Cache, Entry, entry_key
 from lading.system.display import counted, human_bytes, representation
@@ -72,14 +73,14 @@ class DiskUsage:
         )
 
 
-def disk_usage(pattern: str | None = None, *, store: AssetStore | None = None) -> DiskUsage:
+def disk_usage(pattern: str | None = None, *, store: CardStore | None = None) -> DiskUsage:
     """Return the files of models on this machine, as far as the catalog knows them, and the orphans in lading's cache.
 
     :param pattern: a shell-style pattern of names; orphans have no names, and always count.
 
     :raises CatalogError: the catalog cannot be read.
     """
-    store = store or get_asset_store()
+    store = open_store(store)
     held = held_checkpoints(store.database)
     names = names_of(store, {checkpoint.uri for checkpoint in held})
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from lading.cards.card import AssetCard
+from lading.catalog.own_store import CardStore, open_store
 from lading.catalog.store import AssetStore, get_asset_store
 from lading.checkpoints.adapter import Adapter
 from lading.checkpoints.checkpoint import Checkpoint
@@ -120,7 +121,7 @@ def convert_checkpoint(
     restrict: bool = True,
     progress: bool = True,
     verify: Verify = "auto",
-    store: AssetStore | None = None,
+    store: CardStore | None = None,
 ) -> ExportReport:
     """Write the checkpoint of a model, of any supported format, as a Hugging Face repository.
 
@@ -358,13 +359,13 @@ def export_model(
         return root.first(finish)
 
 
-def _of_architecture(arch: str, store: AssetStore | None) -> tuple[Family[Any, Any], Any]:
+def _of_architecture(arch: str, store: CardStore | None) -> tuple[Family[Any, Any], Any]:
     family_name, slash, name = arch.partition("/")
     if not slash:
         raise ValueError(f"`arch` must be 'family/architecture', but is {arch!r}")
     family = get_family(family_name)
 
-    return family, arch_config(name, family, store or get_asset_store())
+    return family, arch_config(name, family, open_store(store))
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------

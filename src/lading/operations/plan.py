@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lading.cards.card import AssetCard
-from lading.catalog.store import AssetStore
+from lading.catalog.own_store import CardStore
 from lading.checkpoints.adapter import Adapter
 from lading.checkpoints.checkpoint import Checkpoint
 from lading.formats.manifest import Manifest
@@ -218,7 +218,7 @@ def plan_load(
     ranks: Sequence[int] | None = None,
     revision: str | None = None,
     restrict: bool = True,
-    store: AssetStore | None = None,
+    store: CardStore | None = None,
 ) -> LoadPlan:
     """Plan the load of a model on every rank of gangs of these sizes, without reading any weights.
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from lading.cards.adapters import adapter_refs
 from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref
 from lading.catalog.checkpoints.record import record_checkpoint
+from lading.catalog.own_store import CardStore, open_store
 from lading.catalog.records import CheckpointContents
-from lading.catalog.store import AssetStore, get_asset_store
+from lading.catalog.store import AssetStore
 from lading.checkpoints.address import address_of, require_access
 from lading.checkpoints.card_digests import with_digests
 from lading.checkpoints.checkpoint import Checkpoint, remote_checkpoint
@@ -97,7 +98,7 @@ def pull_model(
     include: Sequence[str] = (),
     dry_run: bool = False,
     progress: bool = True,
-    store: AssetStore | None = None,
+    store: CardStore | None = None,
 ) -> PullReport:
     """Fetch the current checkpoint of a model, and its adapters, and record them in the catalog.
 
@@ -122,7 +123,7 @@ def pull_model(
     :raises DigestMismatchError: the bytes are not those that are published.
     :raises OSError: the disk is full, or the cache cannot be written.
     """
-    store = store or get_asset_store()
+    store = open_store(store)
     card = find_card(name, store)
     if isinstance(card, Path):
         raise NotSupportedError(

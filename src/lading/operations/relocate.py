@@ -7,8 +7,9 @@ from pathlib import Path
 
 from lading.catalog.checkpoints.holdings import known_uris
 from lading.catalog.edit_cards import relocate_cards
+from lading.catalog.own_store import CardStore, open_store
 from lading.catalog.records import CardChange, CheckpointContents
-from lading.catalog.store import AssetStore, get_asset_store
+from lading.catalog.store import AssetStore
 from lading.checkpoints.checkpoint import LocalCheckpointFiles
 from lading.errors import CheckpointNotFoundError, ModelCheckpointMismatchError
 from lading.formats.folder import is_there
@@ -20,7 +21,7 @@ log = logging.getLogger("lading")
 
 
 def relocate_checkpoints(
-    old: str | Path, new: str | Path, *, dry_run: bool = False, store: AssetStore | None = None
+    old: str | Path, new: str | Path, *, dry_run: bool = False, store: CardStore | None = None
 ) -> tuple[CardChange, ...]:
     """Have all cards that name a path, or one below it, name another one, to which you have moved the files.
 
@@ -38,7 +39,7 @@ def relocate_checkpoints(
     :raises PolicyError: a watched file or a package states one of the cards; nothing was changed.
     :raises CatalogError: the catalog cannot be written.
     """
-    store = store or get_asset_store()
+    store = open_store(store)
     if not dry_run:
         store.database.require_writable()
     after = expand_home(new).resolve()

@@ -15,8 +15,9 @@ from lading.cards.adapters import adapter_refs
 from lading.cards.card import AssetCard, checkpoint_ref, split_name
 from lading.catalog.artifacts import known_artifacts
 from lading.catalog.checkpoints.holdings import held_checkpoints, releasing_copies
+from lading.catalog.own_store import CardStore, open_store
 from lading.catalog.records import LocalCheckpoint, LocalCopy
-from lading.catalog.store import AssetStore, get_asset_store
+from lading.catalog.store import AssetStore
 from lading.checkpoints.card_links import catalog_uri, names_of
 from lading.checkpoints.names import find_card, unknown_model
 from lading.errors import PolicyError
@@ -75,7 +76,7 @@ class Removal:
 
 
 def remove_model(
-    name: AssetCard | str | Path, *, dry_run: bool = False, hub: bool = False, store: AssetStore | None = None
+    name: AssetCard | str | Path, *, dry_run: bool = False, hub: bool = False, store: CardStore | None = None
 ) -> Removal:
     """Remove the files of a model from lading's cache and from that of Hugging Face's libraries; forget the others.
 
@@ -95,7 +96,7 @@ def remove_model(
     :raises OSError: a file cannot be removed. The catalog then has the same records as before, and missing files count
         as missing: remove the model again.
     """
-    remover = Remover(store or get_asset_store())
+    remover = Remover(open_store(store))
     planned = remover.plan(name)
     if dry_run:
         return planned.removal
@@ -184,7 +185,7 @@ def _result(name: str, plans: Sequence[_Plan], freed: int, also_of: tuple[str, .
     )
 
 
-def remove_orphans(*, dry_run: bool = False, older_than: float = _GRACE, store: AssetStore | None = None) -> Removal:
+def remove_orphans(*, dry_run: bool = False, older_than: float = _GRACE, store: CardStore | None = None) -> Removal:
     """Remove the files that this catalog fetched to lading's cache and no card names in any environment, and the
     remains of interrupted downloads.
 
@@ -196,7 +197,7 @@ def remove_orphans(*, dry_run: bool = False, older_than: float = _GRACE, store: 
     :raises CatalogError: the catalog cannot be written; nothing was removed.
     :raises OSError: a file cannot be removed.
     """
-    store = store or get_asset_store()
+    store = open_store(store)
     # A catalog of another user does not show which files are orphans.
     store.database.require_writable()
     # No other process may give a file an owner between the search and the removal.

@@ -15,8 +15,9 @@ from lading import formats
 from lading.cards.adapters import adapter_refs
 from lading.cards.card import AssetCard, CheckpointRef
 from lading.catalog.checkpoints.record import last_digests, record_digests, record_files
+from lading.catalog.own_store import CardStore, open_store
 from lading.catalog.records import HEADER, Check, CopyKind, LocalCopy
-from lading.catalog.store import AssetStore, get_asset_store
+from lading.catalog.store import AssetStore
 from lading.checkpoints.address import address_of
 from lading.checkpoints.card_digests import with_digests
 from lading.checkpoints.checkpoint import Checkpoint, LocalCheckpointFiles, header_checks, local_checkpoint
@@ -96,7 +97,7 @@ def verify_model(
     revision: str | None = None,
     repair: bool = False,
     progress: bool = True,
-    store: AssetStore | None = None,
+    store: CardStore | None = None,
 ) -> VerifyReport:
     """Check all bytes of the files of a model, and of its adapters, on this machine.
 
@@ -116,7 +117,7 @@ def verify_model(
     :raises FetchError: ``repair``, and the source cannot be reached.
     :raises CatalogError: the catalog is damaged, or another process holds it.
     """
-    store = store or get_asset_store()
+    store = open_store(store)
     of = find_card(name, store, revision=revision, ask=False)
     report = _verify(of, store, repair=repair, progress=progress)
     for ref in () if isinstance(of, Path) else adapter_refs(of):

@@ -17,6 +17,7 @@ from lading.catalog.database.statements import chunks
 from lading.catalog.importing import write as rows
 from lading.catalog.importing.changes import (
     ADDED,
+    PROGRAM,
     STDIN,
     ImportPlan,
     Key,
@@ -72,7 +73,7 @@ def apply(
 
     # A file with a problem withdraws nothing: a missing card may be the unreadable one.
     bad = {file.source for file in files if file.problems} | of_cards.problems.keys() | of_architectures.problems.keys()
-    reread = {file.source for file in files if file.source not in (STDIN, ADDED)} - bad | set(gone)
+    reread = {file.source for file in files if file.source not in (STDIN, ADDED, PROGRAM)} - bad | set(gone)
 
     kept = _kept_cards(session, of_cards.by_key, reread)
     missing = _missing(kept) if kind == "user" else set()

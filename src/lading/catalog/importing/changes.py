@@ -36,6 +36,9 @@ STDIN = "stdin"
 ADDED = "added"
 """The source of the cards that ``lading add`` and ``register_model`` write. The same holds for it."""
 
+PROGRAM = "program"
+"""The source of cards that a program passes as mappings, by default. The same holds for it."""
+
 _POSITION = re.compile(r"\[(\d+)\]$")
 
 
