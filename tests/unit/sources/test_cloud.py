@@ -370,6 +370,27 @@ def test_ctrl_c_does_not_wait_for_an_answer(s3: Bucket, moto: Moto, tmp_path: Pa
     assert not answered.is_set()
 
 
+def test_ctrl_c_does_not_wait_for_bytes(
+    s3: Bucket, moto: Moto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, released: threading.Event
+) -> None:
+    use_gcs(monkeypatch, moto, s3)
+    s3.put("a/1.bin", bytes(20 << 20))
+    of, answered = source(f"gs://{s3.name}/a", tmp_path), threading.Event()
+    snapshot = of.snapshot()
+
+    def behavior(request: Request) -> None:
+        if request.headers["range"].endswith(f"-{(20 << 20) - 1}"):  # the last of three
+            os.kill(os.getpid(), signal.SIGINT)
+            released.wait(30)
+            answered.set()
+
+    moto.behavior = behavior
+    with pytest.raises(KeyboardInterrupt):
+        of.fetch(snapshot, snapshot.files, known=lambda _: None, progress=False)
+    assert not answered.is_set()
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_a_close_ends_reads_in_other_threads(
     s3: Bucket, moto: Moto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, released: threading.Event, scheme: str

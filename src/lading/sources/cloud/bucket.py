@@ -47,6 +47,11 @@ _PART = 16 << 20
 _MAX_PARTS = 10_000
 """The most parts of an object: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html."""
 
+_ANSWER = timedelta(minutes=1)
+"""The most time of a request that reads: a list, a description, or some MiB of an object."""
+_UPLOAD = timedelta(minutes=5)
+"""The most time of a request that sends a part of an upload, on a slow line."""
+
 _END = 4.0
 """The most seconds in which a part of an upload ends after Ctrl-C, and then the upload."""
 
@@ -128,9 +133,14 @@ class Bucket:
 
     @cached_property
     def _store(self) -> ObjectStore:
-        return self._open()
+        return self._open(_ANSWER)
 
-    def _open(self, **credentials: str) -> ObjectStore:
+    @cached_property
+    def _uploads(self) -> ObjectStore:
+        return self._open(_UPLOAD)
+
+    def _open(self, timeout: timedelta, **credentials: str) -> ObjectStore:
+        """:param timeout: the most time of a request, from its connection to the end of its answer."""
         store = self._obstore.store
         kind = {"s3": store.S3Store, "gs": store.GCSStore, "az": store.AzureStore}[self._scheme]
         with self._translated(""):
@@ -139,7 +149,7 @@ class Bucket:
                 client_options={
                     "allow_http": self._allow_http,
                     "connect_timeout": timedelta(seconds=15),
-                    "timeout": timedelta(minutes=5),  # of a part, on a slow line
+                    "timeout": timeout,
                 },
                 # Without credentials, their lookup on a machine outside of a cloud has to end soon.
                 retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=60)},
@@ -204,7 +214,7 @@ class Bucket:
         if public:
             with self._translated(key):
                 # Any keys give the address, of which the signature is cut off.
-                store = self._open(**_ANY_KEYS[self._scheme])
+                store = self._open(_ANSWER, **_ANY_KEYS[self._scheme])
                 url: str = self._calls.run(self._obstore.sign_async, store, "GET", key, VALID)
                 return url.partition("?")[0]
         try:
@@ -249,7 +259,7 @@ class Bucket:
         part = max(_PART, -(-size // _MAX_PARTS))
         with self._translated(key):
             opened = self._obstore.open_writer_async(
-                self._store, key, buffer_size=part, max_concurrency=_PARALLEL_PARTS
+                self._uploads, key, buffer_size=part, max_concurrency=_PARALLEL_PARTS
             )
 
         def write(data: memoryview) -> None:

@@ -154,11 +154,16 @@ class CloudSource(CachedSource):
                 self._read_range(file, start, memoryview(data))
                 return data
 
-            for first in range(0, size, _PIECE * _PARALLEL):
-                for data in pool.map(piece, range(first, min(first + _PIECE * _PARALLEL, size), _PIECE)):
-                    hasher.update(data)
-                    opened.write(data)
-                    bar.update(len(data))
+            try:
+                for first in range(0, size, _PIECE * _PARALLEL):
+                    for data in pool.map(piece, range(first, min(first + _PIECE * _PARALLEL, size), _PIECE)):
+                        hasher.update(data)
+                        opened.write(data)
+                        bar.update(len(data))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self._bucket.close()  # or the end of the block would wait for all answers
+                raise
             opened.flush()
             path = self._cache.put(opened.fileno(), path, hasher.hexdigest(), file.name)
             state = FileStat.from_stat(os.stat(path))
