@@ -95,6 +95,7 @@ MENDED: dict[str, Behaviour] = {
     "another range": on_ranges(hostile.shifted_range),
     "another total": on_ranges(hostile.other_total),
     "more than the range": on_ranges(hostile.long_range),
+    "a range without its end": on_ranges(hostile.unfinished_range),
     "416 to a good range": on_ranges(status(416)),
     "503 at first": first(1, status(503, {"Retry-After": "3600"})),
     "429 at first": first(1, status(429, {"Retry-After": "Fri, 31 Dec 9999 23:59:59 GMT"})),

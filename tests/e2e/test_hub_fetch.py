@@ -160,6 +160,27 @@ with ThreadPoolExecutor(8) as pool:
     assert asked["hub", "GET"] < 20, "the hub is not asked again where the file lies"
 
 
+def test_close_ends_a_read_in_another_thread(hub: FakeHub, repo: Repository, client: HubClient) -> None:
+    hub.misbehave("model.safetensors", "drip", 1)
+    code = """
+import time
+from concurrent.futures import ThreadPoolExecutor
+source = HubSource("hg://Qwen/Tiny-0.1B")
+snapshot = source.snapshot()
+file = snapshot.file("model.safetensors")
+with ThreadPoolExecutor(1) as pool:
+    buffer = memoryview(bytearray(file.size))
+    read = pool.submit(source.read, snapshot, file, 0, buffer)
+    while not any(buffer):
+        time.sleep(0.01)
+    source.close()
+    result = str(read.exception()), read_bytes(source, snapshot, file, 0, 9)
+"""
+    message, later = client(code)
+    assert "its source was closed" in message
+    assert later == WEIGHTS[:9]
+
+
 def test_the_token_goes_to_the_hub_alone(hub: FakeHub, repo: Repository, client: HubClient) -> None:
     client(READ, uri="hg://qwen/tiny-0.1b", name="model.safetensors", offset=0, size=8, token=TOKEN)
     _fetch(client, token=TOKEN)

@@ -247,6 +247,18 @@ def long_range(exchange: Exchange) -> None:
     exchange.answer(206, headers, b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
 
 
+def unfinished_range(exchange: Exchange) -> None:
+    """Sends the right range in chunks, and closes the connection before the one that says that it was the last."""
+    data, (start, end) = exchange.data or b"", exchange.wanted() or (0, 0)
+    headers = {
+        **exchange.about(),
+        "Content-Range": f"bytes {start}-{end - 1}/{len(data)}",
+        "Transfer-Encoding": "chunked",
+    }
+    exchange.answer(206, headers, b"%x\r\n%b\r\n" % (end - start, data[start:end]))
+    exchange.close()
+
+
 def new_content_each_time(exchange: Exchange) -> None:
     """Content and validator change with each request."""
     exchange.hub.files = {path: data[:-8] + b"%08d" % exchange.hub.count("changes")

@@ -34,6 +34,8 @@ _HTML = re.compile(rb"\s*<(!doctype html|html)\b", re.IGNORECASE)
 MAX_SKIP = 64 << 20
 """The most bytes to read and drop before a range, if a server does not support ranges."""
 _STEP = 1 << 20
+_CHUNK = 1 << 18
+"""The most bytes of one read of a connection: more rarely wait there."""
 _GOOD = 1 << 20
 """The bytes after which a failed attempt counts as progress."""
 
@@ -225,7 +227,7 @@ class Download:
     # --- in threads --------------------------------------------------------------------------------------------------
 
     def _fetch_pieces(self) -> None:
-        buffer = memoryview(bytearray(_STEP))
+        buffer = memoryview(bytearray(_CHUNK))
         while True:
             try:
                 piece = self._waiting.popleft()
@@ -245,6 +247,8 @@ class Download:
         self._transport.retry(attempt, what=self._what, stop=self._group.stop, progressed=progressed)
 
     def _fetch_range(self, piece: _Piece, buffer: memoryview) -> None:
+        if piece.at == piece.end:
+            return  # the last attempt failed behind the last byte
         headers = _range_headers(piece.at, piece.end, self._identity.etag)
         with self._transport.open("GET", self._resource, headers) as response:
             require_same(response, self._identity.etag, self._resource.label)
@@ -261,7 +265,7 @@ class Download:
     def _stream(self, piece: _Piece) -> str:
         size, piece.at = self._identity.size, 0
         limit = self._concurrency.undeclared if size is None else size
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(_STEP))
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
         os.ftruncate(self._partial.fd, 0)
 
         with self._transport.open("GET", self._resource) as response:
