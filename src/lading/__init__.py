@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from lading.catalog.store import AssetStore as AssetStore
     from lading.catalog.store import get_asset_store as get_asset_store
     from lading.checkpoints.locate import index_checkpoint as index_checkpoint
-    from lading.checkpoints.tokenizer import load_tokenizer as load_tokenizer
     from lading.errors import AssetCardError as AssetCardError
     from lading.errors import AssetNotFoundError as AssetNotFoundError
     from lading.errors import CardFileError as CardFileError
@@ -72,6 +71,11 @@ if TYPE_CHECKING:
     from lading.models.parallel_plan import Stages as Stages
     from lading.models.report import LoadReport as LoadReport
     from lading.models.resolve import get_model_family_name as get_model_family_name
+    from lading.models.tokenizers.load import load_tokenizer as load_tokenizer
+    from lading.models.tokenizers.tokenizer import TokenDecoder as TokenDecoder
+    from lading.models.tokenizers.tokenizer import TokenEncoder as TokenEncoder
+    from lading.models.tokenizers.tokenizer import Tokenizer as Tokenizer
+    from lading.models.tokenizers.vocabulary import VocabularyInfo as VocabularyInfo
     from lading.operations.add import AddedCard as AddedCard
     from lading.operations.add import add_checkpoints as add_checkpoints
     from lading.operations.adopt import Adoption as Adoption
@@ -180,7 +184,11 @@ _HOME = {
     "LoadPlan": "operations.plan",
     "pull_model": "operations.pull",
     "PullReport": "operations.pull",
-    "load_tokenizer": "checkpoints.tokenizer",
+    "load_tokenizer": "models.tokenizers.load",
+    "Tokenizer": "models.tokenizers.tokenizer",
+    "TokenEncoder": "models.tokenizers.tokenizer",
+    "TokenDecoder": "models.tokenizers.tokenizer",
+    "VocabularyInfo": "models.tokenizers.vocabulary",
     "verify_model": "operations.verify",
     "VerifyReport": "operations.verify",
     "DigestReport": "operations.digests",

@@ -64,3 +64,23 @@ def test_an_unknown_name_is_unknown_on_all_ranks(pool2: Pool, folder: Path) -> N
         for outcome in pool2.run(load, folder, name):
             with pytest.raises(lading.ModelNotKnownError, match=name):
                 outcome.get()
+
+
+def encode(folder: Path, rank_folders: list[str]) -> list[int]:
+    with create_gangs("cpu") as gangs:
+        os.chdir(folder / rank_folders[gangs.root.rank])
+        found = lading.load_tokenizer(Path("words.model"), gangs=gangs, family="mistral").encode("a bill")
+    return list(found.tolist())
+
+
+def test_rank_0_reads_the_tokenizer_for_all(pool2: Pool, tmp_path: Path) -> None:
+    words = Path(__file__).parents[1] / "parity" / "fairseq2_tokenizers" / "plain.model"
+    for name in ("here", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "here" / "words.model").write_bytes(words.read_bytes())
+    expected = lading.load_tokenizer(words, family="mistral").encode("a bill").tolist()
+
+    assert pool2.values(encode, tmp_path, ["here", "elsewhere"]) == [expected] * 2
+    for outcome in pool2.run(encode, tmp_path, ["elsewhere", "here"]):
+        with pytest.raises(FileNotFoundError, match=r"words\.model"):
+            outcome.get()

@@ -454,7 +454,7 @@ tokenizer: hf://Some/Tiny-Qwen
 WORDS = '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}}'
 
 ASK = (
-    "import sys; from lading import load_tokenizer; print(load_tokenizer(sys.argv[1], progress=False).get_vocab_size())"
+    "import sys; from lading import load_tokenizer; print(load_tokenizer(sys.argv[1], progress=False).vocab_info.size)"
 )
 
 

@@ -118,7 +118,8 @@ def test_the_public_names() -> None:
         load_model ModelHub ModelHubAccessor GlobalModelLoader LoadReport
         CPU DataType Device get_current_device get_model_family_name register_family
         pull_model PullReport verify_model VerifyReport read_digests write_digests DigestReport
-        convert_checkpoint export_model ExportReport load_tokenizer
+        convert_checkpoint export_model ExportReport
+        load_tokenizer Tokenizer TokenEncoder TokenDecoder VocabularyInfo
         import_cards index_checkpoint query check_model CheckReport diff_models DiffReport plan_load LoadPlan
         add_checkpoints AddedCard register_model remove_cards rename_card relocate_checkpoints CardChange
         adopt_checkpoints Adoption disk_usage DiskUsage DiskUsageEntry remove_model remove_orphans Removal

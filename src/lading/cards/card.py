@@ -29,6 +29,9 @@ USER_ENV = "user"
 CONFIG_KEYS = ("model_config_overrides", "model_config_override", "model_config")
 """The fields that may hold configuration overrides, older names first."""
 
+TOKENIZER_CONFIG_KEYS = ("tokenizer_config_overrides", "tokenizer_config_override", "tokenizer_config")
+"""The fields that may hold overrides of the tokenizer's configuration, likewise."""
+
 ADAPTER_FIELDS = ("adapter", "adapters")
 """The fields that may name LoRA adapters."""
 
@@ -49,6 +52,8 @@ FIELDS = (
     "tokenizer",
     "tokenizer_path",
     "tokenizer_ref",
+    "tokenizer_family",
+    *TOKENIZER_CONFIG_KEYS,
     "url",
     "license",
 )

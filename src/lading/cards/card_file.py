@@ -17,6 +17,7 @@ from lading.cards.adapters import adapter_problems
 from lading.cards.card import (
     CONFIG_KEYS,
     FIELDS,
+    TOKENIZER_CONFIG_KEYS,
     ArchitectureEntry,
     CardEntry,
     is_count,
@@ -40,9 +41,8 @@ _STRING_FIELDS = (
     *(
         field
         for field in FIELDS
-        if field not in (*CONFIG_KEYS, "parameters", "sha256", "adapters", "restrict", "stream")
+        if field not in (*CONFIG_KEYS, *TOKENIZER_CONFIG_KEYS, "parameters", "sha256", "adapters", "restrict", "stream")
     ),
-    "tokenizer_family",
     "dataset_family",
 )
 _ARCHITECTURE_FIELDS = ("architecture", "family", "base", "config")
@@ -157,7 +157,7 @@ class _Reader:
         for key in _STRING_FIELDS:
             if (item := metadata.get(key)) is not None:
                 _check_string(item, key, problems)
-        for key in CONFIG_KEYS:
+        for key in (*CONFIG_KEYS, *TOKENIZER_CONFIG_KEYS):
             if (item := metadata.get(key)) is not None and not isinstance(item, dict):
                 problems.append(f".{key}: expected a mapping, found {show(item)}")
         _check_digests(metadata.get("sha256"), problems)

@@ -20,7 +20,7 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, ErrorDetails, PydanticKnownError, SchemaValidator
 from pydantic_core.core_schema import no_info_before_validator_function
 
-from lading.cards.card import Architecture, AssetCard
+from lading.cards.card import TOKENIZER_CONFIG_KEYS, Architecture, AssetCard
 from lading.cards.config_values import dataclass_in
 from lading.cards.documents.document import join, show
 from lading.cards.overrides import (
@@ -68,6 +68,17 @@ def resolve_config(
         layers.insert(0, file_layer(asdict(described)))  # type: ignore[call-overload]
 
     return _resolve(layers, config_kls, card.name, f"the card {card.name!r}")
+
+
+def tokenizer_config(card: AssetCard, config_kls: type[T]) -> T:
+    """Return the configuration of a card's tokenizer, as a new object: that of ``config_kls()`` with the overrides of
+    the card's chain, as :func:`resolve_config` merges those of a model.
+
+    :raises AssetCardError: overrides do not fit, or use the environment for free text.
+    """
+    layers = layers_of(card, None, TOKENIZER_CONFIG_KEYS)
+
+    return _resolve(layers, config_kls, card.name, f"the tokenizer of the card {card.name!r}")
 
 
 def _resolve(layers: Sequence[Layer], config_kls: type[T], name: str, of: str) -> T:

@@ -29,17 +29,17 @@ class Layer:
     kind: Literal["family", "file", "architecture", "card"] = "card"
 
 
-def layers_of(card: AssetCard, architecture: Architecture | None) -> list[Layer]:
+def layers_of(card: AssetCard, architecture: Architecture | None, keys: Sequence[str] = CONFIG_KEYS) -> list[Layer]:
     """Return the overrides of a card's configuration in the order in which they apply.
 
     Those of ``architecture`` come first, then those of the card's chain from the root base to the card itself. Only the
-    first of :data:`lading.cards.card.CONFIG_KEYS` that any card of the chain has is used; a null removes what the bases
-    say there. Environment variables are not expanded, so that the layers can be shown.
+    first of ``keys`` that any card of the chain has is used; a null removes what the bases say there. Environment
+    variables are not expanded, so that the layers can be shown.
     """
     layers = [] if architecture is None else architecture_layers(architecture)
 
     chain = list(card.chain())
-    for key in CONFIG_KEYS:
+    for key in keys:
         stated: list[AssetCard] = []
         for each in chain:
             if each.metadata.get(key, True) is None:

@@ -54,28 +54,9 @@ class TokenizerRef:
 def tokenizer_ref(card: AssetCard, retrieve: Callable[[str], AssetCard]) -> TokenizerRef | None:
     """Return the place of a card's tokenizer; ``None`` if the card states no source: then it is beside the checkpoint.
 
-    The nearest card of the chain that states ``tokenizer`` or ``tokenizer_ref`` counts; the latter is the name of the
-    card with the tokenizer. A null as ``tokenizer`` undoes both, one as ``tokenizer_ref`` only that field.
-
-    :param retrieve: returns the card of a name.
-
-    :raises AssetCardError: references that form a circle, a field of another type, or an invalid address.
-    :raises AssetNotFoundError: a reference to a card that is not in the catalog.
+    The parameters and errors are those of :func:`tokenizer_card`; an invalid address is an ``AssetCardError``, too.
     """
-    seen = [card.name]
-    while True:
-        reference = card.maybe_get_field("tokenizer_ref")
-        stated = (c.metadata for c in card.chain() if "tokenizer" in c.metadata or c.metadata.get("tokenizer_ref"))
-        if reference is None or "tokenizer" in next(stated, {}):
-            break
-        name = reference.as_(str)
-        if name in seen:
-            raise AssetCardError(
-                seen[0], f"The `tokenizer_ref` of the card {seen[0]!r} forms a cycle: {' → '.join([*seen, name])}."
-            )
-        seen.append(name)
-        card = retrieve(name)
-
+    card = tokenizer_card(card, retrieve)
     field = card.maybe_get_field("tokenizer")
     if field is None:
         return None
@@ -91,6 +72,32 @@ def tokenizer_ref(card: AssetCard, retrieve: Callable[[str], AssetCard]) -> Toke
         ) from None
 
     return TokenizerRef(uri=uri, path=None if path is None else path.as_(str))
+
+
+def tokenizer_card(card: AssetCard, retrieve: Callable[[str], AssetCard]) -> AssetCard:
+    """Return the card that describes the tokenizer of a card: itself, or the one to which ``tokenizer_ref`` leads.
+
+    The nearest card of the chain that states ``tokenizer`` or ``tokenizer_ref`` counts; the latter is the name of the
+    card with the tokenizer. A null as ``tokenizer`` undoes both, one as ``tokenizer_ref`` only that field.
+
+    :param retrieve: returns the card of a name.
+
+    :raises AssetCardError: references that form a circle, or a field of another type.
+    :raises AssetNotFoundError: a reference to a card that is not in the catalog.
+    """
+    seen = [card.name]
+    while True:
+        reference = card.maybe_get_field("tokenizer_ref")
+        stated = (c.metadata for c in card.chain() if "tokenizer" in c.metadata or c.metadata.get("tokenizer_ref"))
+        if reference is None or "tokenizer" in next(stated, {}):
+            return card
+        name = reference.as_(str)
+        if name in seen:
+            raise AssetCardError(
+                seen[0], f"The `tokenizer_ref` of the card {seen[0]!r} forms a cycle: {' → '.join([*seen, name])}."
+            )
+        seen.append(name)
+        card = retrieve(name)
 
 
 def same_source(tokenizer: TokenizerRef | None, ref: CheckpointRef) -> bool:

@@ -7,6 +7,7 @@ import sys
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import sentencepiece
@@ -50,12 +51,12 @@ def put(folder: Path, files: Mapping[str, bytes], *names: str) -> Path:
 def test_a_folder_and_a_file(tmp_path: Path, files: Mapping[str, bytes]) -> None:
     both = put(tmp_path / "both", files, *files)
     for path in (both, both / "tokenizer.json"):
-        words = load_tokenizer(path)
+        words = load_tokenizer(path).model
         assert isinstance(words, Tokenizer)
         assert words.encode("a bill of lading").ids == [0, 1, 2, 3]
 
     for path in (put(tmp_path / "pieces", files, "tokenizer.model"), both / "tokenizer.model"):
-        pieces = load_tokenizer(path)
+        pieces = load_tokenizer(path).model
         assert isinstance(pieces, sentencepiece.SentencePieceProcessor)
         assert pieces.decode(pieces.encode("a bill of lading")) == "a bill of lading"
 
@@ -67,6 +68,8 @@ def store(home: Path, tmp_path: Path, files: Mapping[str, bytes]) -> AssetStore:
     put(tmp_path / "other", files, "tokenizer.model")
     with tarfile.open(tmp_path / "both.tar", "w") as archive:
         archive.add(tmp_path / "other" / "tokenizer.model", "inner/tokenizer.model")
+    with ZipFile(tmp_path / "both.zip", "w", ZIP_DEFLATED) as zipped:
+        zipped.write(tmp_path / "other" / "tokenizer.model", "inner/tokenizer.model")
     cards = """
 name: beside
 checkpoint: model
@@ -99,6 +102,14 @@ name: archived
 tokenizer: both.tar
 tokenizer_path: inner/tokenizer.model
 ---
+name: zipped
+tokenizer: both.zip
+tokenizer_path: inner/tokenizer.model
+---
+name: zipped_elsewhere
+tokenizer: both.zip
+tokenizer_path: elsewhere/tokenizer.model
+---
 name: circle
 tokenizer_ref: circle_back
 ---
@@ -124,12 +135,12 @@ checkpoint: https://example.com/model.safetensors
 
 
 WORDS = ("beside", "beside_a_file", "child_of_another_mind", "far", "none")
-PIECES = ("stated", "child", "inner", "archived")
+PIECES = ("stated", "child", "inner", "archived", "zipped")
 
 
 @pytest.mark.parametrize("name", WORDS + PIECES)
 def test_where_a_card_says(store: AssetStore, name: str) -> None:
-    assert isinstance(load_tokenizer(name), Tokenizer if name in WORDS else sentencepiece.SentencePieceProcessor)
+    assert isinstance(load_tokenizer(name).model, Tokenizer if name in WORDS else sentencepiece.SentencePieceProcessor)
     assert load_tokenizer(store.retrieve_card(name), store=store) is not None
 
 
@@ -138,6 +149,8 @@ def test_what_a_card_says_wrong(store: AssetStore) -> None:
         load_tokenizer("circle")
     with pytest.raises(CheckpointNotFoundError):
         load_tokenizer("gone")
+    with pytest.raises(CheckpointNotFoundError, match=r"expected such a member, found inner/tokenizer\.model"):
+        load_tokenizer("zipped_elsewhere")
     with pytest.raises(ModelGatedError, match=r"example\.com/ask"):
         load_tokenizer("gated")
     with pytest.raises(NotSupportedError, match="`tokenizer_ref`"):
@@ -150,7 +163,7 @@ def test_what_a_card_says_wrong(store: AssetStore) -> None:
 def test_the_bytes_tell_which_library_reads_a_file(tmp_path: Path, files: Mapping[str, bytes], name: str) -> None:
     for source, kind in (("tokenizer.json", Tokenizer), ("tokenizer.model", sentencepiece.SentencePieceProcessor)):
         (tmp_path / name).write_bytes(files[source])
-        assert isinstance(load_tokenizer(tmp_path / name), kind)
+        assert isinstance(load_tokenizer(tmp_path / name).model, kind)
     (tmp_path / name).write_bytes(b"IQ== 0\nIg== 1\n")
     if not name.endswith(".json"):
         with pytest.raises(NotSupportedError, match="tiktoken"):
@@ -178,8 +191,34 @@ def test_a_package_that_is_missing(
 ) -> None:
     put(tmp_path, files, name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(NotSupportedError, match=f"`pip install {package}`"):
+    with pytest.raises(NotSupportedError, match=rf"'lading-hub\[tokenizers\]'`, or only `pip install {package}`"):
         load_tokenizer(tmp_path)
+
+
+def test_a_zip_archive_that_is_damaged_or_lies(
+    tmp_path: Path, files: Mapping[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.zip"
+    with ZipFile(path, "w", ZIP_DEFLATED) as archive:
+        archive.writestr("tokenizer.model", files["tokenizer.model"])
+    whole = path.read_bytes()
+    encrypted = bytearray(whole)
+    for header, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        encrypted[whole.index(header) + flags] |= 1
+    for data in (
+        whole[:-30],
+        whole.replace(b"PK\1\2", b"PK\1\1"),
+        bytes(encrypted),
+        whole[:50] + b"\0" * 20 + whole[70:],
+    ):
+        path.write_bytes(data)
+        with pytest.raises(CorruptModelCheckpointError, match="a readable member of a zip archive"):
+            load_tokenizer(path / "tokenizer.model")
+
+    monkeypatch.setattr("lading.checkpoints.tokenizer_file.MAX_SIZE", 100)
+    path.write_bytes(whole)
+    with pytest.raises(CorruptModelCheckpointError, match="at most 100 bytes"):
+        load_tokenizer(path / "tokenizer.model")
 
 
 def test_one_source_has_many_names() -> None:
