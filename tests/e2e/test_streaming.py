@@ -225,6 +225,17 @@ def test_pinned_files_are_verified_or_refused(place: Place, tmp_path: Path, worl
     assert "DigestMismatchError" in load(place, "pinned", stream=True, verify="never").err
 
 
+def test_by_the_digests_that_a_card_publishes(place: Place, tmp_path: Path, world: World) -> None:
+    """The first stream of a machine that has never seen the bytes."""
+    place.run("digests", "near", "--write", tmp_path / "digests.json", "--no-progress")
+    card = CARD.format(name="thin", uri=world.uris["web"]) + "digests: ./digests.json\n"
+    (tmp_path / "thin.yaml").write_text(card)
+    place.run("import", tmp_path / "thin.yaml")
+    assert values(load(place, "thin", stream=True, verify="always"))[1:3] == [True, True]
+    world.web.behavior = at({f"/m/{SHARD}": damaged})
+    assert re.match(r"DigestMismatchError: .*digests\.json", load(place, "thin", stream=True).err)
+
+
 def test_another_checkpoint_under_the_address(place: Place, tmp_path: Path, world: World) -> None:
     place.run("index", "web")
     files = dict(world.web.files)
