@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import CancelledError, Future, wait
 from functools import lru_cache
@@ -12,6 +13,9 @@ from typing import Any, TypeVar
 from lading.sources.web.connection import StoppedError
 
 T = TypeVar("T")
+
+_LOOK = 0.2
+"""The most seconds until a wait looks again."""
 
 
 class Calls:
@@ -41,7 +45,7 @@ class Calls:
         future = asyncio.run_coroutine_threadsafe(call(), _event_loop())
         self._running.add(future)
         try:
-            return future.result(limit)
+            return result_of(future, limit)
         except CancelledError:
             raise StoppedError from None
         except BaseException:
@@ -55,6 +59,23 @@ class Calls:
         """End the calls in progress in other threads."""
         for future in list(self._running):
             future.cancel()
+
+
+def result_of(future: Future[T], limit: float | None = None) -> T:
+    """Return the result of a future.
+
+    This looks again and again: a signal that comes just before a wait does not end it.
+
+    :param limit: the most seconds to wait; default: no limit.
+
+    :raises TimeoutError: the limit has passed.
+    """
+    until = None if limit is None else time.monotonic() + limit
+    while not wait([future], _LOOK).done:
+        if until is not None and time.monotonic() >= until:
+            raise TimeoutError
+
+    return future.result()
 
 
 @lru_cache(maxsize=1)

@@ -22,6 +22,7 @@ from lading.errors import CheckpointNotFoundError, LadingError, PolicyError
 from lading.sources.cache import Cache
 from lading.sources.cloud.address import CloudAddress
 from lading.sources.cloud.bucket import VALID, Bucket
+from lading.sources.cloud.calls import result_of
 from lading.sources.disk import require_space
 from lading.sources.hub.address import is_file_name
 from lading.sources.partial import Identity, temporary_file
@@ -156,7 +157,8 @@ class CloudSource(CachedSource):
 
             try:
                 for first in range(0, size, _PIECE * _PARALLEL):
-                    for data in pool.map(piece, range(first, min(first + _PIECE * _PARALLEL, size), _PIECE)):
+                    starts = range(first, min(first + _PIECE * _PARALLEL, size), _PIECE)
+                    for data in map(result_of, [pool.submit(piece, start) for start in starts]):
                         hasher.update(data)
                         opened.write(data)
                         bar.update(len(data))
