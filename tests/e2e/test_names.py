@@ -175,10 +175,14 @@ def test_a_hub_that_cannot_be_reached_is_no_unknown_name(run: Run, hub: FakeHub)
 
 def test_the_tokenizer_of_a_repository(run: Run, hub: FakeHub) -> None:
     tokenizer = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
-    hub.add("acme/words", {"tokenizer.json": json.dumps(tokenizer).encode()})
+    config = {"bos_token": "a"}
+    hub.add("acme/words", {"tokenizer.json": json.dumps(tokenizer).encode(),
+                           "tokenizer_config.json": json.dumps(config).encode()})  # fmt: skip
     code = "import lading; print(lading.load_tokenizer({}, progress=False).vocab_info.size)"
     assert run("-c", code.format("'acme/words'")).stdout == "1\n"
     assert run("-c", code.format("'hg://acme/words', revision='main'")).stdout == "1\n"
+    code = "import lading; print(lading.load_tokenizer('acme/words', progress=False).vocab_info.bos_idx)"
+    assert run("-c", code, LADING_OFFLINE="1").stdout == "0\n"
     code = "import lading\ntry: lading.load_tokenizer('acme/no')\nexcept lading.ModelNotKnownError as e: print(e)"
     assert "no such repository" in run("-c", code).stdout
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
@@ -196,3 +197,21 @@ def test_what_is_secret_in_an_address_is_in_no_message(cli: Cli, tmp_path: Path)
 
 def _equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
     return all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_tokenizer_in_a_zip_archive(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = Path(__file__).parents[1] / "parity" / "fairseq2_tokenizers" / "speech.model"
+    with ZipFile(tmp_path / "vocab.zip", "w", ZIP_DEFLATED) as archive:
+        archive.write(words, "spm_char.model")
+    with serve({"/s2t/vocab.zip": (tmp_path / "vocab.zip").read_bytes()}) as server:
+        (tmp_path / "cards.yaml").write_text(
+            f"name: speech\ntokenizer: {server.url('/s2t/vocab.zip')}\ntokenizer_path: spm_char.model\n"
+            "tokenizer_family: s2t_transformer\ntokenizer_config: {target_langs: [de, fr], default_target_lang: de}\n"
+        )
+        cli("import", tmp_path / "cards.yaml")
+        encoder = lading.load_tokenizer("speech", progress=False).create_encoder(lang="fr")
+    assert encoder.encode_as_tokens("") == ["</s>", "<lang:fr>"]
+
+    monkeypatch.setenv("LADING_OFFLINE", "1")
+    offline = lading.load_tokenizer("speech")
+    assert offline.encode("").tolist() == [offline.vocab_info.eos_idx, offline.model.piece_to_id("<lang:de>")]

@@ -39,8 +39,8 @@ class HuggingFaceModel:
             config = {"pad_token": padding["pad_token"], **config}
         self.native.no_truncation()
         self.native.no_padding()
-        for token in _added_tokens(config, label, package):
-            self.native.add_tokens([token])
+        # In one call: each call indexes all added tokens again, which takes 5 ms for the 6,000 of Gemma.
+        self.native.add_tokens(list(_added_tokens(config, label, package)))
         prefix_space = bool(config.get("add_prefix_space", False))
         if stated and getattr(self.native.pre_tokenizer, "add_prefix_space", prefix_space) != prefix_space:
             self.native.pre_tokenizer.add_prefix_space = prefix_space
