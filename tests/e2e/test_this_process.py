@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Set
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,16 @@ from tests.helpers.make_checkpoint import make, qwen_config
 Cli = Callable[..., Result]
 
 
+class Smoothing(Enum):
+    ADD_ONE = 1
+    KNESER_NEY = 2
+
+
 @dataclass(kw_only=True)
 class BigramConfig:
     vocab_size: int = 7
+    smoothing: Smoothing = Smoothing.ADD_ONE
+    counts: torch.dtype = torch.int64
 
 
 class Bigram(nn.Module):
@@ -71,7 +79,8 @@ def bigram(cli: Cli, tmp_path: Path) -> Path:
     path = tmp_path / "bigram.yaml"
     path.write_text(
         "architecture: small\nfamily: bigram\nconfig: {vocab_size: 7}\n---\n"
-        "name: counted\nmodel_family: bigram\nmodel_arch: small\ncheckpoint: bigram.safetensors\n---\n"
+        "name: counted\nmodel_family: bigram\nmodel_arch: small\nmodel_config: {smoothing: KNESER_NEY}\n"
+        "checkpoint: bigram.safetensors\n---\n"
         "name: asked_for\nmodel_family: bigram\nurl: https://example.com/bigram\n"
     )
     assert "no installed package registers the model family 'bigram'" in cli("import", path).stderr
@@ -116,6 +125,10 @@ def test_the_commands_of_this_process_see_its_families(bigram: Path, cli: Cli, t
     assert cli("import", bigram).stderr.startswith("lading: 0 added, 1 changed")
     cli("check", "counted")
     cli("load", "counted")
+    for form in ([], ["--json"]):
+        shown = cli("show", "counted", *form).stdout
+        assert "KNESER_NEY" in shown
+        assert "int64" in shown
     (tmp_path / "bigram.safetensors").unlink()
     assert statuses("--status", "broken") == ["counted", "broken"]
 

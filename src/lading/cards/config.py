@@ -1,22 +1,25 @@
 """Configurations: a family's defaults, an architecture's values and a card's overrides, merged and validated.
 
 Values are converted as fairseq2 0.8.1 (``fairseq2.utils.structured``) converts them, if nothing is lost: ``16.0`` and
-``"16"`` are valid for an ``int`` (environment variables are strings), ``16.5`` and ``true`` are not.
+``"16"`` are valid for an ``int`` (environment variables are strings), ``16.5`` and ``true`` are not. A card
+states a member of an enum by its name or its value, and a ``torch.dtype`` or ``torch.device`` by its name.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
-from functools import lru_cache
+from enum import Enum
+from functools import lru_cache, partial
 from typing import Any, TypeVar, get_type_hints
 from uuid import uuid4
 
 # pydantic imports this module with the first schema of a dataclass, which would otherwise happen during a load.
 import pydantic.dataclasses  # noqa: F401
-from pydantic import PydanticUserError, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, ErrorDetails, PydanticKnownError, SchemaValidator
 from pydantic_core.core_schema import no_info_before_validator_function
 
@@ -224,6 +227,7 @@ _EXPECTED: Mapping[str, str] = {
     "int_type": "an integer",
     "list_type": "a list",
     "none_required": "null",
+    "path_type": "a path",
     "string_type": "a string",
     "tuple_type": "a list",
 }
@@ -247,6 +251,8 @@ def _describe(problem: ErrorDetails, config_kls: type[object], place: _Place) ->
             return f"a list of {context['max_length']}", f"one of {context['actual_length']}"
         case "literal_error" | "enum":
             return str(context["expected"]), found
+        case "is_instance_of":
+            return f"the name of a {context['class']}", found
         case kind if kind in _QUOTING:
             return "values that fit together", f"some that do not: {context['error']}"
         case other:
@@ -274,11 +280,11 @@ def _schema(config_kls: type[object]) -> CoreSchema:
     """
     try:
         # If the schema could not be built, pydantic returns a mock that raises the reason when it is read.
-        schema = dict(TypeAdapter(config_kls).core_schema)
+        # A dataclass by itself takes no settings, but hands on those of the type that it is a part of.
+        adapter = TypeAdapter[Any](config_kls | None, config=ConfigDict(arbitrary_types_allowed=True))
+        return _strict(dict(adapter.core_schema))  # type: ignore[return-value]
     except (PydanticUserError, NameError) as error:
         raise InternalError(f"The fields of {config_kls.__name__} cannot be checked: {error}") from error
-
-    return _strict(schema)  # type: ignore[return-value]
 
 
 def _strict(schema: object) -> object:
@@ -301,6 +307,12 @@ def _strict(schema: object) -> object:
             return no_info_before_validator_function(_integer, strict)
         case "float":
             return no_info_before_validator_function(_number, strict)
+        case "enum":
+            return no_info_before_validator_function(partial(_member, schema["cls"]), strict)
+        case "is-instance" if schema["cls"].__module__ == "torch":
+            return no_info_before_validator_function(partial(_named, schema["cls"]), strict)
+        case "is-instance" if schema["cls"].__module__.partition(".")[0] not in sys.stdlib_module_names:
+            raise PydanticUserError(f"a card cannot state a {schema['cls'].__name__}", code=None)
 
     return strict
 
@@ -320,6 +332,23 @@ def _number(value: object) -> object:
         raise PydanticKnownError("finite_number")
 
     return value
+
+
+def _member(kls: type[Enum], value: object) -> object:
+    return kls.__members__.get(value, value) if isinstance(value, str) else value
+
+
+def _named(kls: Callable[[str], object], value: object) -> object:
+    """Return the ``torch.dtype`` or ``torch.device`` of this name; another value as it is, which pydantic reports."""
+    if not isinstance(value, str):
+        return value
+    found = getattr(sys.modules["torch"], value.removeprefix("torch."), None)  # as the class is, torch is imported
+    if isinstance(found, kls):  # type: ignore[arg-type]
+        return found
+    try:
+        return kls(value)
+    except (RuntimeError, TypeError):  # not a device, or dtypes cannot be called
+        return value
 
 
 def _float(text: str) -> float:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
+import torch
 from pydantic import ConfigDict, Field
 
 from lading.cards.card import Architecture, AssetCard
@@ -326,6 +329,12 @@ def test_classes_that_cannot_be_used() -> None:
     class Strange:
         value: Plain | None = None
 
+    @dataclass
+    class OfAnotherPackage:
+        value: pytest.Config | None = None
+
+    with pytest.raises(InternalError, match=r"^The fields of OfAnotherPackage cannot be checked: .*Config"):
+        resolve_config(card({}), None, OfAnotherPackage)
     with pytest.raises(InternalError, match=r"^Plain is expected to be a dataclass"):
         resolve_config(card({}), None, Plain)
     with pytest.raises(InternalError, match=r"^The fields of Strange cannot be checked: "):
@@ -336,3 +345,65 @@ def test_torch_is_not_imported() -> None:
     code = "import sys, lading.cards.config; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+# --- values that are stated by their names -------------------------------------------------------------------------
+
+
+CPU = torch.device("cpu")
+
+
+class Order(Enum):
+    PRE = 0
+    POST = "post"
+
+
+@dataclass
+class NamedConfig:
+    order: Order = Order.PRE
+    dtype: torch.dtype = torch.float32
+    maybe: torch.dtype | None = None
+    device: torch.device = CPU
+    folder: Path = Path("x")
+    by_name: dict[str, Order] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({"order": "POST"}, NamedConfig(order=Order.POST)),
+        ({"order": "post"}, NamedConfig(order=Order.POST)),
+        ({"order": 0}, NamedConfig()),
+        ({"by_name": {"a": "PRE", "b": "post"}}, NamedConfig(by_name={"a": Order.PRE, "b": Order.POST})),
+        ({"dtype": "torch.bfloat16", "maybe": "float16"}, NamedConfig(dtype=torch.bfloat16, maybe=torch.float16)),
+        ({"maybe": None}, NamedConfig()),
+        ({"device": "cuda:1"}, NamedConfig(device=torch.device("cuda", 1))),
+        ({"folder": "a/b"}, NamedConfig(folder=Path("a/b"))),
+    ],
+)
+def test_values_that_are_stated_by_their_names(stated: object, expected: NamedConfig) -> None:
+    assert resolve_config(card(stated), None, NamedConfig) == expected
+
+
+@pytest.mark.parametrize(
+    ("stated", "problem"),
+    [
+        ({"order": "last"}, "toy_7b.yaml[3].model_config.order: expected 0 or 'post', found 'last'"),
+        ({"dtype": "bf17"}, "toy_7b.yaml[3].model_config.dtype: expected the name of a dtype, found 'bf17'"),
+        ({"dtype": "Tensor"}, "toy_7b.yaml[3].model_config.dtype: expected the name of a dtype, found 'Tensor'"),
+        ({"dtype": "cpu"}, "toy_7b.yaml[3].model_config.dtype: expected the name of a dtype, found 'cpu'"),
+        ({"maybe": 16}, "toy_7b.yaml[3].model_config.maybe: expected the name of a dtype, found 16"),
+        ({"device": "float32"}, "toy_7b.yaml[3].model_config.device: expected the name of a device, found 'float32'"),
+        ({"folder": 3}, "toy_7b.yaml[3].model_config.folder: expected a path, found 3"),
+    ],
+)
+def test_names_of_other_things(stated: object, problem: str) -> None:
+    with pytest.raises(AssetCardError) as error:
+        resolve_config(card(stated), None, NamedConfig)
+    assert problem in str(error.value)
+
+
+@pytest.mark.parametrize("directive", [{"_set_": [1]}, {"_del_": "order"}, {"_del_": [1]}, {"by_name": {"_set_": 1}}])
+def test_malformed_directives_are_errors_of_the_card(directive: object) -> None:
+    with pytest.raises(AssetCardError, match=r"toy_7b\.yaml\[3\]\.model_config.*_(set|del)_: expected"):
+        resolve_config(card(directive), None, NamedConfig)
