@@ -368,3 +368,58 @@ def test_a_store_of_ones_own_works_wherever_one_is_taken(tiny: Path, tmp_path: P
     assert lading.convert_checkpoint("mine", tmp_path / "out", store=store)
     assert lading.query("select 1", store=store).rows == [(1,)]
     assert lading.disk_usage(store=store) is not None
+
+
+# --- new models ------------------------------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """With buffers, as fairseq2's modules have them."""
+
+    table: torch.Tensor
+    unused: torch.Tensor | None
+
+    def __init__(self, config: BigramConfig) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.empty(config.vocab_size, dtype=torch.float32), persistent=False)
+        self.register_buffer("unused", None, persistent=False)
+        self.next = nn.Linear(config.vocab_size, 2)
+
+    def reset_non_persistent_buffers(self) -> None:
+        torch.arange(len(self.table), out=self.table)
+
+
+def draw(model: nn.Module, config: BigramConfig, name: str, parameter: torch.Tensor) -> None:
+    nn.init.normal_(parameter)
+
+
+COUNTING = replace(BIGRAM, name="counting", kls=Counting, build=Counting, init=draw)
+
+
+def test_buffers_of_modules_of_fairseq2(catalog: Path, tmp_path: Path) -> None:
+    hub = ModelHub(COUNTING, get_asset_store())
+    new = hub.create_new_model(BigramConfig(), dtype=torch.bfloat16)
+    save_file(new.state_dict(), tmp_path / "model.safetensors")
+    loaded = hub.load_custom_model(tmp_path / "model.safetensors", BigramConfig())
+
+    for model in (new, loaded):
+        assert model.table.equal(torch.arange(7.0))
+        assert model.unused is None
+    assert hub.create_new_model(BigramConfig(), meta=True).table.is_meta
+
+
+def test_new_models_advance_the_generator(catalog: Path) -> None:
+    hub = ModelHub(COUNTING, get_asset_store())
+
+    def new(**place: object) -> torch.Tensor:
+        return hub.create_new_model(BigramConfig(), **place).next.weight  # type: ignore[call-overload]
+
+    torch.manual_seed(5)
+    first, second, after = new(), new(), torch.rand(2)
+    assert not first.equal(second)
+    torch.manual_seed(5)
+    with lading.simulate_gangs(0, sdp=1) as gangs:
+        assert new(gangs=gangs).equal(first)
+    new(meta=True)  # draws nothing
+    assert new(device="cpu").equal(second)
+    assert torch.rand(2).equal(after)

@@ -281,7 +281,7 @@ def _schema(config_kls: type[object]) -> CoreSchema:
     try:
         # If the schema could not be built, pydantic returns a mock that raises the reason when it is read.
         # A dataclass by itself takes no settings, but hands on those of the type that it is a part of.
-        adapter = TypeAdapter[Any](config_kls | None, config=ConfigDict(arbitrary_types_allowed=True))
+        adapter = TypeAdapter[Any](config_kls | None, config=ConfigDict(arbitrary_types_allowed=True))  # type: ignore[arg-type]
         return _strict(dict(adapter.core_schema))  # type: ignore[return-value]
     except (PydanticUserError, NameError) as error:
         raise InternalError(f"The fields of {config_kls.__name__} cannot be checked: {error}") from error

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,8 +78,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def create_model(family: Family[Any, Any], config: Any, *, gangs: Gangs, dtype: torch.dtype, meta: bool) -> Module:
     """Create this rank's part of a new model with random parameters, or of one on the meta device.
 
-    Each parameter is drawn whole from a generator that is seeded by torch's seed on the first rank and the name of the
-    parameter, and then sliced, so that the model does not depend on the gangs.
+    Each parameter is drawn whole from a generator that is seeded by its name and a number from torch's generator on the
+    first rank, and then sliced, so that the model does not depend on the gangs.
 
     :raises NotSupportedError: the family does not support ``meta``; ``gangs.tp`` does not divide a size; or
         ``gangs.pp`` has more ranks than the model has layers.
@@ -141,8 +142,9 @@ def init_missing(
 
         return whole if box.covers(shape) else whole[cut].clone(memory_format=torch.contiguous_format)
 
+    drawn = int(torch.randint(1 << 62, (), device="cpu"))  # on all ranks, so that their generators advance alike
+    seed = gangs.root.first(lambda: drawn)
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        seed = gangs.root.first(torch.initial_seed)
         columns = zip(targets.names, targets.shapes, targets.boxes, strict=True)
         return {name: part(name, shape, box, dtypes[name]) for name, shape, box in columns if name in dtypes}
 
@@ -306,8 +308,15 @@ def reset_buffers(
     """
     for part in module.modules():
         reset = getattr(part, "reset_non_persistent_buffers", None)
-        if reset is not None:
+        if reset is None:
+            continue
+        if signature(reset).parameters:
             reset(device)
+        else:  # as in fairseq2, where the buffers are on their device by then
+            for name in part._non_persistent_buffers_set:
+                if (buffer := part._buffers[name]) is not None:
+                    part._buffers[name] = torch.empty_like(buffer, device=device)
+            reset()
     if family.reset_buffers is not None:
         family.reset_buffers(module, config, device, dtype)
 
@@ -315,5 +324,5 @@ def reset_buffers(
     if left:
         raise InternalError(
             f"{type(module).__name__} leaves {', '.join(left)} on the meta device. Modules with non-persistent buffers "
-            "must implement `reset_non_persistent_buffers(device)`."
+            "must implement `reset_non_persistent_buffers(device)`, or without `device` if it computes them in place."
         )

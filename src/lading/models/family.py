@@ -52,7 +52,8 @@ class Family(Generic[ModelT, ModelConfigT]):
     """A function that builds the module on the current default device (the meta device for a load), with the current
     default dtype and uninitialized parameters.
 
-    Modules with non-persistent buffers implement ``reset_non_persistent_buffers(device)``, which recomputes them.
+    Modules with non-persistent buffers implement ``reset_non_persistent_buffers(device)``, which recomputes them; or,
+    as in fairseq2, without ``device``, which then fills the buffers of the module in place.
     """
     init: Callable[[ModelT, ModelConfigT, str, Tensor], None]
     """A function that initializes the parameter or persistent buffer of a name. The tensor is the whole one, whatever

@@ -159,8 +159,9 @@ class ModelHub(Generic[ModelT, ModelConfigT]):
     ) -> ModelT:
         """Create a model with random parameters, by the scheme of its architecture.
 
-        The values depend on ``torch.initial_seed()`` and on the names of the parameters: two calls make equal
-        models, and so do any gangs and a single device of the same kind.
+        The values depend on torch's random generator, which advances, and on the names of the parameters: after the
+        same ``torch.manual_seed(…)``, any gangs and a single device of the same kind make equal models. In gangs, the
+        generator of the first rank decides.
 
         :param gangs: instead of ``device``; the model is on ``gangs.root.device``, and this rank gets its part.
         :param device: default: the current device.
