@@ -26,6 +26,7 @@ class Calls:
 
     def __init__(self) -> None:
         self._running: set[Future[Any]] = set()
+        self._lock = threading.Lock()
 
     def run(
         self, function: Callable[..., Awaitable[T]], *args: object, limit: float | None = None, grace: float = 0
@@ -42,8 +43,9 @@ class Calls:
         async def call() -> T:
             return await function(*args)
 
-        future = asyncio.run_coroutine_threadsafe(call(), _event_loop())
-        self._running.add(future)
+        with self._lock:  # the store may be asked, and `end` be called, before the next line
+            future = asyncio.run_coroutine_threadsafe(call(), _event_loop())
+            self._running.add(future)
         try:
             return result_of(future, limit)
         except CancelledError:
@@ -57,7 +59,9 @@ class Calls:
 
     def end(self) -> None:
         """End the calls in progress in other threads."""
-        for future in list(self._running):
+        with self._lock:
+            running = list(self._running)
+        for future in running:
             future.cancel()
 
 
@@ -71,7 +75,7 @@ def result_of(future: Future[T], limit: float | None = None) -> T:
     :raises TimeoutError: the limit has passed.
     """
     until = None if limit is None else time.monotonic() + limit
-    while not wait([future], _LOOK).done:
+    while not future.cancelled() and not wait([future], _LOOK).done:
         if until is not None and time.monotonic() >= until:
             raise TimeoutError
 
