@@ -157,7 +157,7 @@ class Disk:
         self._filler = folder / "filler"
         self._mounted = may_mount()
         if self._mounted:
-            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "lading", folder], check=True)
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "lading", folder], check=True)
 
     def leave(self, free: int) -> dict[str, object]:
         """So many bytes are left from now on, to a process that is hampered in the ways that are returned."""
