@@ -75,6 +75,8 @@ CASES: tuple[tuple[str, str, dict[str, Any], dict[str, Any] | None, tuple[dict[s
     ("gemma3n", "tokenizer.json", {}, MORE, ({}, {"mode": "default"}, {"mode": "prompt"}, {"mode": "as_is"})),
     ("hg", "tokenizer.json", {}, HG, ({}, {"mode": "any", "task": "any", "lang": "any"})),
     ("hg", "tokenizer.json", {}, MORE, ({},)),
+    ("hg", "tokenizer.json", {}, HG | {"add_prefix_space": None}, ({},)),
+    ("qwen", "tokenizer.json", {}, NAMED | {"tokenizer_class": "Qwen2Tokenizer"}, ({},)),
     ("hg", "tokenizer.json", {"eos_token": "<eos>", "boh_token": "<|im_start|>", "pad_token": "<pad>"}, MORE, ({},)),
     ("nllb", "plain.model", LANGS, None, (
         {}, {"task": "translation", "lang": "eng"}, {"lang": "fra", "mode": "source_mining"}, {"mode": "source_mmt_bt"},

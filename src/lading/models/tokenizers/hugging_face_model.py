@@ -41,18 +41,19 @@ class HuggingFaceModel:
         self.native.no_padding()
         # In one call: each call indexes all added tokens again, which takes 5 ms for the 6,000 of Gemma.
         self.native.add_tokens(list(_added_tokens(config, label, package)))
-        prefix_space = bool(config.get("add_prefix_space", False))
-        if stated and getattr(self.native.pre_tokenizer, "add_prefix_space", prefix_space) != prefix_space:
+        # As transformers does, which takes a missing field for a false one, and leaves the file as it is for a null.
+        prefix_space = config.get("add_prefix_space", False)
+        if stated and isinstance(prefix_space, bool) and hasattr(self.native.pre_tokenizer, "add_prefix_space"):
             self.native.pre_tokenizer.add_prefix_space = prefix_space
 
         self._cleans = config.get("clean_up_tokenization_spaces") is True
-        unk, bos, eos, pad, boh, eoh = (
-            None if token is None else self.token_to_index(token)
-            for role in ("unk", "bos", "eos", "pad", "boh", "eoh")
-            for token in (names.get(role) or _content(config.get(f"{role}_token")),)
-        )
+
+        def index(role: str) -> int | None:
+            token = names.get(role) or _content(config.get(f"{role}_token"))
+            return None if token is None else self.token_to_index(token)
+
         size = self.native.get_vocab_size(with_added_tokens=False)
-        self.vocab_info = VocabularyInfo(size, unk, bos, eos, pad, boh, eoh)
+        self.vocab_info = VocabularyInfo(size, *map(index, ("unk", "bos", "eos", "pad", "boh", "eoh")))
 
     def encode(self, text: str) -> list[int]:
         indices: list[int] = self.native.encode(text, add_special_tokens=False).ids
