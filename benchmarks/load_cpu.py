@@ -374,10 +374,10 @@ def run_one(name: str, state: str) -> None:
     (harness.evict if state == "cold" else harness.warm)(shards(folder))
     harness.prepare_memory(state, 5 << 30)
 
-    print(json.dumps(harness.timed(load, _touch)))
+    print(json.dumps(harness.timed(load, touch)))
 
 
-def _touch(result: Any) -> None:
+def touch(result: Any) -> None:
     """Read a byte of every page of every tensor, or of the memory that a floor filled."""
     import torch
 
@@ -386,7 +386,8 @@ def _touch(result: Any) -> None:
     else:
         tensors = result.values() if isinstance(result, dict) else result.parameters()
     for tensor in tensors:
-        tensor.detach().view(-1).view(torch.uint8)[::4096].sum()
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        local.detach().view(-1).view(torch.uint8)[::4096].sum()
 
 
 def installed(name: str) -> str | None:

@@ -20,6 +20,7 @@ from typing import Any
 import harness
 import load_cpu
 import load_cuda
+import stream
 
 ROOT = harness.HERE.parent
 PAGES = (*sorted((ROOT / "docs").rglob("*.md")), harness.HERE / "README.md", ROOT / "README.md")
@@ -27,6 +28,7 @@ BARS = {
     **{("load_cpu", state): bars for state, (_, bars) in load_cpu.STATES.items()},
     ("load_cuda", "warm"): load_cuda.BARS,
     ("load_cuda", "cold"): load_cuda.BARS[1:],
+    ("stream", "streamed"): stream.BARS,
 }
 _BLOCK = re.compile(r"(<!-- results: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
