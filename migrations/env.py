@@ -1,4 +1,4 @@
-"""How Alembic runs the migrations: by lading, on a connection that it gives, or by a developer's `alembic` command."""
+"""Alembic's entry to the migrations, for lading, on a connection that it gives, or for a developer's `alembic`."""
 
 from __future__ import annotations
 

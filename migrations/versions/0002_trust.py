@@ -1,4 +1,4 @@
-"""What is known of bytes: digests of blocks of tensors, whose files copies are, checks that recorded a digest."""
+"""Knowledge about bytes: digests of blocks of tensors, whose files copies are, checks that recorded a digest."""
 
 from __future__ import annotations
 

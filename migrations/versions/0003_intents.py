@@ -1,4 +1,4 @@
-"""What fetches are about to bring into a cache that other programs use, too."""
+"""Intents: what fetches are about to bring into a cache that other programs use, too."""
 
 from __future__ import annotations
 

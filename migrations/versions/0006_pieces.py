@@ -1,4 +1,4 @@
-"""Where the parts of tensors are that several ranks saved together."""
+"""The places of the parts of tensors that several ranks saved together."""
 
 from __future__ import annotations
 

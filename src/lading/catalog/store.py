@@ -223,7 +223,7 @@ class AssetStore:
     ) -> tuple[list[str], Mapping[str, Mapping[str, CardEntry]]]:
         """Return names of cards that include all matches, and the entries of these cards and their bases.
 
-        :param conditions: conditions on the columns of resolved values, of which a card has to meet one; default: none.
+        :param conditions: conditions on the columns of resolved values; a card has to meet one of them; default: none.
         """
         if conditions is None:
             entries = _grouped(read_cards(session))
@@ -534,7 +534,7 @@ def _matching(
 
 
 def _at(uris: Collection[str], below: tuple[str, ...] = ()) -> list[ColumnElement[bool]]:
-    """Return conditions of which a card meets one if its checkpoint is at one of these URIs, or below others."""
+    """Return conditions, one for a checkpoint at one of these URIs, others for one below the rest."""
     exact = [uri for uri in uris if _is_text(uri)]
     folded = {uri.lower() for uri in exact if uri.startswith(SCHEMES)}
     column = CARDS.c.checkpoint_uri

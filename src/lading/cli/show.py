@@ -186,7 +186,7 @@ def look_up(card: AssetCard, store: AssetStore) -> Found:
 
 
 def _look_at(card: AssetCard, store: AssetStore) -> Found:
-    """Return what is at the path of a card, of which the catalog knows nothing; the catalog stays as it is.
+    """Return what is at the path of a card that the catalog does not know; the catalog stays as it is.
 
     :raises ModelCheckpointError: it is damaged, or no weights are there.
     :raises OSError: it cannot be read.

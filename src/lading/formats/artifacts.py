@@ -107,7 +107,7 @@ _SUFFIXES: Mapping[str, str] = {
 }  # fmt: skip
 
 _MANY = ("numpy", "pickle")
-"""The kinds of which a folder may hold thousands of files, as data sets do: they are one artifact."""
+"""The kinds whose files a folder may hold by the thousand, as data sets do: they are one artifact."""
 
 _SERIES = re.compile(r"(.+)-[0-9]{5}-of-[0-9]{5}\.\w+")
 _TENSORFLOW = re.compile(r"(.+)\.(?:data-[0-9]{5}-of-[0-9]{5}|index|meta)")

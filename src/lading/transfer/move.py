@@ -32,7 +32,7 @@ class LoadedTensors:
     wanted: Sequence[int]
     """The positions in the manifest of the tensors with bytes that this rank read, or all ranks that read with it."""
     unvouched: Sequence[int]
-    """Those of which some bytes are not in blocks that were read whole."""
+    """The tensors with bytes outside of the blocks that were read whole."""
     digests: Digests | None
     """The digests of the blocks that were read whole by this rank, or by all ranks that read with it."""
     bytes_read: int

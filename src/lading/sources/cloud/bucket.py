@@ -213,7 +213,7 @@ class Bucket:
             return f"{base.rstrip('/')}/{self._bucket}/{quote(key, safe='/~')}"
         if public:
             with self._translated(key):
-                # Any keys give the address, of which the signature is cut off.
+                # Any keys give the address; its signature is cut off.
                 store = self._open(_ANSWER, **_ANY_KEYS[self._scheme])
                 url: str = self._calls.run(self._obstore.sign_async, store, "GET", key, VALID)
                 return url.partition("?")[0]

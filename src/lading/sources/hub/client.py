@@ -1,4 +1,4 @@
-"""What huggingface_hub does: lists of files, downloads of whole files to its cache, addresses and tokens.
+"""Calls of huggingface_hub: lists of files, downloads of whole files to its cache, addresses and tokens.
 
 Ranges of files are read by lading's own transport. This module adds a check that huggingface_hub lacks: of the tags
 that it makes paths of.

@@ -222,7 +222,7 @@ class Body(http.client.HTTPResponse):
 
 
 class Guarded:
-    """What is mixed into the connections of urllib3: of plain, TLS and SOCKS ones."""
+    """A mixin for the connections of urllib3: plain, TLS and SOCKS ones."""
 
     response_class = Body
 
