@@ -32,11 +32,12 @@ def names(catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dic
     monkeypatch.setattr(memory_cards, "_CARDS", {})
     monkeypatch.setattr(memory_cards, "_ARCHITECTURES", {})
     path = make(tmp_path / "tiny")
+    shutil.copy(Path(__file__).parents[1] / "parity" / "fairseq2_tokenizers" / "tokenizer.json", path)
     run = tmp_path / "run"
     shutil.copytree(path, run / "step_10" / "model")
     fields = {"model_family": "qwen", "model_config": {"_set_": asdict(qwen_config())}}
     (run / "model.yaml").write_text(json.dumps({"name": "checkpoint", **fields}))
-    entry = {"name": "my_qwen", **fields, "checkpoint": str(path)}
+    entry = {"name": "my_qwen", **fields, "checkpoint": str(path), "tokenizer_family": "qwen"}
     lading.import_cards([entry])
     file = tmp_path / "cards.yaml"
     file.write_text(json.dumps({**entry, "name": "of_a_file"}))
@@ -59,6 +60,7 @@ def names(catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dic
     store = lading.get_asset_store()
     names |= {"hub": names["get_qwen_model_hub"](), "store": store, "card": store.retrieve_card("my_qwen")}
     names |= {"own_store": OwnStore(), "entries": [{**entry, "name": "in_memory"}], "file": file, "run": run}
+    names |= {"tokenizer": lading.load_tokenizer("my_qwen"), "indices": torch.tensor([5, 6])}
     names |= {"config": qwen_config(), "path": path, "gangs": lading.create_fake_gangs("cpu")}
 
     return names | {"dtype": torch.float32, "mmap": True}
@@ -67,7 +69,7 @@ def names(catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dic
 def test_the_table_is_read_whole() -> None:
     table = [line for line in PAGE.splitlines() if line.startswith("| `")]
     assert len(ROWS) == len(table) > 30
-    assert len(IMPORTS) == 9
+    assert len(IMPORTS) == 11
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -80,7 +82,7 @@ def test_a_row(names: dict[str, Any], call: str) -> None:
 
     result = eval(call, names)
     if "load" in call and "create" not in call:
-        assert isinstance(result, Qwen | dict), result
+        assert isinstance(result, lading.Tokenizer if "okenizer" in call else Qwen | dict), result
     if "register_family" in call:
         assert lading.get_model_family_name(lading.AssetCard("x", {"model_family": "mine"})) == "mine"
     elif call.startswith("lading.import_cards"):
@@ -88,6 +90,8 @@ def test_a_row(names: dict[str, Any], call: str) -> None:
         assert isinstance(lading.load_model(result.added[0]), Qwen)
     elif "maybe_get" in call:
         assert result is None
+    elif "create_encoder" in call:
+        assert result.equal(names["tokenizer"].create_raw_encoder()("the ship"))
     elif "register_checkpoint" not in call:
         assert result
 

@@ -195,10 +195,12 @@ def test_tokenizers_of_other_kinds(tmp_path: Path, model: object) -> None:
     folder.mkdir()
     (folder / "tokenizer.json").write_text("{}")
     (folder / "config.json").write_text("{}")
-    for name, tokenizer in (("single", Single()), ("folder", folder), ("text", str(folder))):
+    loaded = lading.load_tokenizer(Path(__file__).parents[1] / "parity" / "fairseq2_tokenizers" / "tokenizer.json")
+    for name, tokenizer in (("single", Single()), ("loaded", loaded), ("folder", folder), ("text", str(folder))):
         report = lading.export_model(model, "qwen", qwen_config(), tmp_path / name, tokenizer=tokenizer)
         assert set(report.files) == {"config.json", "model.safetensors", "tokenizer.json"}
         assert (tmp_path / name / "config.json").read_text() != "{}"
+    assert lading.load_tokenizer(tmp_path / "loaded").encode("coal").equal(loaded.encode("coal"))
     with pytest.raises(TypeError, match="tokenizer"):
         lading.export_model(model, "qwen", qwen_config(), tmp_path / "none", tokenizer=object())
     assert not (tmp_path / "none").exists()

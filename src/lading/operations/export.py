@@ -49,6 +49,7 @@ from lading.models.resolve import arch_config, resolve_model
 from lading.models.targets import Targets, is_distributed, targets_of
 from lading.models.tensors import DigestCollector, read_tensors
 from lading.models.ties import are_same, different_copies, tied_mismatch_error
+from lading.models.tokenizers.tokenizer import Tokenizer
 from lading.operations.destination import Destination, Place, new_place, open_destination, place_of, require_new
 from lading.operations.export_layout import (
     batches,
@@ -258,7 +259,7 @@ def export_model(
     dtype: torch.dtype | str | None = None,
     shard_size: int = SHARD_SIZE,
     beside: Path | str | None = None,
-    tokenizer: Path | str | Any = None,
+    tokenizer: Path | str | Tokenizer | Any = None,
     register: str | None = None,
 ) -> ExportReport:
     """Write a model in memory as a Hugging Face repository.
@@ -274,7 +275,8 @@ def export_model(
         their own.
     :param shard_size: the most bytes of a file, unless a single tensor has more.
     :param beside: a folder from which to copy the tokenizer, and ``config.json`` if it describes the model.
-    :param tokenizer: a tokenizer in place of that one: of transformers or of tokenizers, or a folder with its files.
+    :param tokenizer: a tokenizer in place of that one: of transformers or of tokenizers, also as
+            :func:`lading.load_tokenizer` returns it, or a folder with its files.
     :param register: the name under which the catalog gets a card for the folder, as by
         :func:`lading.register_model`; default: none.
 
@@ -325,12 +327,14 @@ def export_model(
         raise ValueError("`config` must be the one that `model` was made with, but describes other parameters")
     shards, writers = files_of_stages(stages, shard_size)
 
+    saved = tokenizer.model if isinstance(tokenizer, Tokenizer) else tokenizer
+
     def begin() -> tuple[Place, Mapping[str, Path], Mapping[str, object]]:
         if register is not None:
             require_own_name(register, get_asset_store())
         files = {} if beside is None else files_beside(Path(beside))
-        if tokenizer is not None:
-            own = {} if (source := _folder_of_tokenizer(tokenizer)) is None else files_beside(source)
+        if saved is not None:
+            own = {} if (source := _folder_of_tokenizer(saved)) is None else files_beside(source)
             files = {name: file for name, file in files.items() if name not in TOKENIZER_NAMES}
             files |= {name: file for name, file in own.items() if name in TOKENIZER_NAMES}
         values = config_values(family, config, whole, entries, files)
@@ -339,7 +343,7 @@ def export_model(
 
     def finish() -> ExportReport:
         _require_here(destination, new, writers, root)
-        _save_tokenizer(tokenizer, destination)
+        _save_tokenizer(saved, destination)
         _finish(destination, shards, values, files)
         report = _report(family.model_kls.__name__, family, place, destination, entries)
         stack.close()
