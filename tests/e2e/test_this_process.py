@@ -208,8 +208,12 @@ def test_cards_in_memory(tiny: Path, cli: Cli) -> None:
     assert "tinier" in hub.get_archs()
     assert hub.get_model_config("later").num_layers == 1
     assert isinstance(hub.load_model("mine"), Qwen)
-    cli("check", "mine")
-    cli("load", "mine")
+    for command in ("check", "load", "plan", "pull", "verify", "path"):
+        cli(command, "mine")
+    shown = json.loads(cli("show", "mine", "--json").stdout)
+    assert (shown["family"], shown["status"], shown["cards"][0]["source"]) == ("qwen", "ready", "memory[1]")
+    assert cli("show", "later").stdout
+    assert "'mine' is in the catalog" in cli("list", "mine", code=2).stderr
     with pytest.raises(lading.AssetNotFoundError, match="Did you mean 'mine'"):
         store.retrieve_card("mina")
     assert lading.query("select count(*) from models where name = 'mine'").rows == [(0,)]
@@ -227,6 +231,35 @@ def test_cards_in_memory_are_laid_over_the_catalog(tiny: Path) -> None:
     assert lading.import_cards([card], source="memory", replace=True).unchanged == ("qwen3_0.6b",)
     assert lading.import_cards([{**card, "url": "x"}], source="memory", replace=True, dry_run=True).changed
     assert not store.retrieve_card("qwen3_0.6b").has_field("url")
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"model_family": "qwen", "url": "https://example.com"}, "gated"),
+        ({"model_family": "qwen", "checkpoint": "hg://a/b;gated=true"}, "gated"),
+        ({"model_family": "qwen", "checkpoint": "hg://a/b"}, "remote"),
+        ({"model_family": "qwen", "checkpoint": "/gone"}, "broken"),
+        ({"model_family": "qwen", "checkpoint": ""}, "broken"),
+        ({"model_family": "nobody", "checkpoint": "hg://a/b"}, "unknown-family"),
+        ({"license": "mit"}, None),
+    ],
+)
+def test_the_status_of_cards_in_memory(catalog: Path, fields: dict[str, object], status: str | None) -> None:
+    lading.import_cards([{"name": "mine", **fields}], source="memory")
+    store = get_asset_store()
+    summary = store.summary(store.retrieve_card("mine"))
+    assert summary is not None
+    assert (summary.status, summary.source) == (status, "memory")
+    assert (summary.problem is not None) == (status == "broken")
+
+
+def test_an_overlay_in_memory(tiny: Path) -> None:
+    lading.import_cards([{"name": "qwen3_0.6b@user", "checkpoint": tiny}], source="memory")
+    store = get_asset_store()
+    assert store.retrieve_card("qwen3_0.6b").field("checkpoint").value == str(tiny)
+    assert store.retrieve_card("qwen3_0.6b@").field("checkpoint").value != str(tiny)
+    assert [(model.name, model.status) for model in store.models("qwen3_0.6b")] == [("qwen3_0.6b", "ready")]
 
 
 def test_mappings_are_kept_in_the_catalog(tiny: Path, cli: Cli) -> None:

@@ -29,10 +29,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from lading.cards.card import AssetCard, checkpoint_ref
+from lading.cards.card import AssetCard, CheckpointRef, checkpoint_ref
 from lading.catalog.database.statements import CHUNK, intact
+from lading.catalog.memory_cards import MEMORY, names_in_memory
 from lading.catalog.records import ModelSummary
-from lading.catalog.schema import CARDS, CardRow
+from lading.catalog.schema import CARDS, CardRow, FamilyRow
 from lading.catalog.search import found
 from lading.errors import AssetCardError
 from lading.formats.folder import is_there
@@ -194,14 +195,38 @@ def summary_of(session: Session, card: AssetCard) -> ModelSummary | None:
     """Return the row of one card, as :func:`as_seen_here`.
 
     For a card that is not in the catalog this is the row of its checkpoint without a card; ``None`` if there is none.
+    A card in memory has no row, and neither sizes nor digests.
     """
     row = session.execute(_all_of(_ASSETS).where(_ASSETS.c.name == card.name)).one_or_none()
+    if row is None and card.name in names_in_memory():
+        return _summary_in_memory(session, card)
     if row is None:
         c = _UNREGISTERED.c
         stated = _all_of(_UNREGISTERED).where(c.checkpoint == checkpoint_ref(card).key).order_by(c.kind).limit(1)
         row = session.execute(stated).one_or_none()
 
     return None if row is None else as_seen_here(ModelSummary(**dict(zip(_COLUMNS, row, strict=True))), card)
+
+
+def _summary_in_memory(session: Session, card: AssetCard) -> ModelSummary:
+    stated: dict[str, str | None] = {}
+    problem = None
+    try:
+        ref = checkpoint_ref(card)
+        for field in ("model_family", "model_arch", "license"):
+            stated[field] = None if (found := card.maybe_get_field(field)) is None else found.as_(str)
+    except AssetCardError as error:
+        ref, problem = CheckpointRef(uri="", gated=True, info_url=None), error.message
+    family = stated.get("model_family")
+    status = "broken" if problem else None if family is None else "gated" if ref.gated else "ready"
+    if status is not None and problem is None and family not in registered_here(FAMILIES_GROUP):
+        installed = select(FamilyRow.name).where(FamilyRow.name == family, FamilyRow.entry_point.is_not(None))
+        status = status if session.scalar(installed) else "unknown-family"
+    empty: dict[str, Any] = dict.fromkeys(_COLUMNS)
+    values = {"name": card.name, "family": family, "arch": stated.get("model_arch"), "license": stated.get("license")}
+    values |= {"base": card.base.name if card.base else None, "status": status, "checkpoint": ref.uri or None}
+
+    return as_seen_here(ModelSummary(**(empty | values | {"source": MEMORY, "problem": problem})), card)
 
 
 def as_seen_here(model: ModelSummary, card: AssetCard | None) -> ModelSummary:

@@ -417,7 +417,8 @@ class AssetStore:
             return []
 
         with self._database.session() as session:
-            return [*get_close_matches(name, names_in_memory()), *near_names(session, name, models=models)][:3]
+            found = [*get_close_matches(name, names_in_memory()), *near_names(session, name, models=models)]
+            return [near for near in found if near != name][:3]
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
