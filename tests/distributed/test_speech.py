@@ -66,6 +66,7 @@ def compare(family_name: str, axes: dict[str, int]) -> list[str]:
         warnings.simplefilter("error")
         torch.manual_seed(0)
         alone = create_model(family, config, gangs=create_fake_gangs("cpu"), dtype=torch.float32, meta=False)
+        torch.manual_seed(0)
         model = create_model(family, config, gangs=gangs, dtype=torch.float32, meta=False)
 
         # Masks, dropped layers and noise are the same where the seeds are.

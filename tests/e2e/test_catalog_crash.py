@@ -35,7 +35,7 @@ sys.path.insert(0, sys.argv[1])
 
 import alembic.command
 from tests.helpers.catalog_tools import card_file, make_manifest, settings_in
-from lading.catalog.checkpoints.record import record_checkpoint
+from lading.catalog.checkpoints.record import CheckpointContents, record_checkpoint
 from lading.catalog.database import migrate as lifecycle
 from lading.catalog.import_cards import import_files
 from lading.catalog.importing import refresh
@@ -62,7 +62,7 @@ def imports(settings, cards):
 def records(settings, cards):
     database, manifests = open_catalog(settings), [make_manifest(2000, 3), make_manifest(1500, 2)]
     for i in range(1000):
-        record_checkpoint(database, uri="hg://a/b", manifest=manifests[i % 2], copies=[])
+        record_checkpoint(database, CheckpointContents(uri="hg://a/b", manifest=manifests[i % 2]))
 
 
 def upgrade(settings, cards):

@@ -281,9 +281,11 @@ class TestShow:
         cli("import", tmp_path / "more.yaml")
         shown = json.loads(cli("show", "near", "--json").stdout)
         assert shown["config"]["model_dim"] == 32
-        assert {path: origin["kind"] for path, origin in shown["config_from"].items() if origin["kind"] != "file"} == {
-            "dropout_p": "card", "num_layers": "family"
-        }  # fmt: skip
+        kinds = {path: origin["kind"] for path, origin in shown["config_from"].items()}
+        assert [path for path, kind in kinds.items() if kind == "card"] == ["dropout_p"]
+        assert kinds["model_dim"] == kinds["vocab_size"] == "file"
+        # The card takes one back, and transformers' file has no word for the other.
+        assert kinds["num_layers"] == kinds["init_std"] == "family"
         assert "model_dim" in cli("show", "near").stdout
 
         # It is on another machine: nothing of it is known.

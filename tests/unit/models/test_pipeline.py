@@ -203,6 +203,7 @@ def new_stages(name: str, pp: int) -> tuple[DecoderLM, list[DecoderLM]]:
     alone = create_model(family, config, gangs=create_fake_gangs("cpu"), dtype=torch.float64, meta=False).eval()
     stages = []
     for rank in range(pp):
+        torch.manual_seed(3)
         with simulate_gangs(rank, pp=pp) as gangs:
             stages.append(create_model(family, config, gangs=gangs, dtype=torch.float64, meta=False).eval())
     return alone, stages  # type: ignore[return-value]
