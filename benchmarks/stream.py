@@ -248,7 +248,7 @@ def s3fs() -> Loader:
             size = files.size(path)
             at = range(0, size, STEP)
             with ThreadPoolExecutor(CONNECTIONS) as pool:
-                parts = pool.map(lambda start: files.cat_file(path, start, min(start + STEP, size)), at)  # noqa: B023
+                parts = pool.map(lambda start: files.cat_file(path, start=start, end=min(start + STEP, size)), at)  # noqa: B023
                 state |= parse(b"".join(parts))
         return state
 

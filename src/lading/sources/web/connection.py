@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import select
+import socket
 import ssl
 import threading
 import time
@@ -134,6 +135,10 @@ class _Here(threading.local):
 _here = _Here()
 
 
+_LARGE, _AT_ONCE = 64 << 10, 512 << 10
+"""The bytes of a buffer that is worth the wait for many bytes at once, and the most to wait for."""
+
+
 class _Wire(io.RawIOBase):
     """The bytes that a socket receives for a request.
 
@@ -147,6 +152,7 @@ class _Wire(io.RawIOBase):
         self._sock = sock
         self._timeout = sock.gettimeout()
         self._request = request
+        self._least = 1
         sock.settimeout(0)
 
     def readable(self) -> bool:
@@ -159,6 +165,7 @@ class _Wire(io.RawIOBase):
             try:
                 count: int = self._sock.recv_into(buffer)
             except (BlockingIOError, ssl.SSLWantReadError):
+                self._await(len(buffer))
                 poll = select.poll()
                 poll.register(self._sock, select.POLLIN)
                 poll.poll(_SLICE)
@@ -166,8 +173,21 @@ class _Wire(io.RawIOBase):
                 self.ended = not count
                 return count
 
+    def _await(self, size: int) -> None:
+        """Let the kernel wake this thread for many bytes at once, of a buffer that is to be filled.
+
+        Each wake-up costs as much as a copy of 64 KiB. What has arrived is read after a slice of time in any case. A
+        TLS socket hides how many bytes are to come.
+        """
+        least = min(size, _AT_ONCE) if size >= _LARGE and not isinstance(self._sock, ssl.SSLSocket) else 1
+        if least != self._least:
+            with suppress(OSError):  # a system without it
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
+            self._least = least
+
     def close(self) -> None:
         if not self.closed:
+            self._await(0)
             with suppress(OSError):
                 self._sock.settimeout(self._timeout)
             self._raw.close()
