@@ -91,7 +91,7 @@ def test_several_cards_are_removed_as_models_are(models: Path, cli: Callable[...
     for words in (("a", "b"), ("run-*",), ("run-[12]", "a")):
         refused = cli("remove-card", *words, code=7)
         assert refused.stdout == ""
-        assert "there is no terminal to ask. Nothing was removed. Add `--yes`" in refused.stderr
+        assert "stdin is not a terminal. Nothing was removed. Add `--yes`" in refused.stderr
     assert refused.stderr.splitlines()[:-1] == ["lading: run-1", "lading: run-1@lab", "lading: run-2", "lading: a"]
     assert "nothing was removed" in cli("remove-card", "a", "none-*", "--yes", code=2).stderr
     assert {"a", "b", "run-1", "run-2"} <= names()

@@ -56,7 +56,7 @@ def remove_cards(*names: str, dry_run: bool = False, store: CardStore | None = N
     :param names: names of cards; ``name@env`` is one overlay.
     :param dry_run: whether to change nothing, and only return the changes.
 
-    :raises AssetNotFoundError: there is no such card; nothing was removed, likewise below.
+    :raises AssetNotFoundError: a name is unknown; nothing was removed. The same holds below.
     :raises PolicyError: a watched file or a package states one of them, or another card refers to one.
     :raises CatalogError: the catalog cannot be written.
     """

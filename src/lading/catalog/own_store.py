@@ -23,7 +23,7 @@ class CardStore(Protocol):
     def retrieve_card(self, name: str) -> AssetCard:
         """Return the card of a name.
 
-        :raises AssetNotFoundError: there is no such card.
+        :raises AssetNotFoundError: no card has this name.
         """
 
     def maybe_retrieve_card(self, name: str) -> AssetCard | None:

@@ -125,7 +125,7 @@ class AssetStore:
         ``name`` alone is the card with its first overlay of ``user`` and the default environment; ``name@env`` the card
         with just that overlay, ``name@`` without any. The same holds for its bases.
 
-        :raises AssetNotFoundError: there is no such card, or no card has an overlay for ``env``.
+        :raises AssetNotFoundError: no card has this name, or no card has an overlay for ``env``.
         :raises AssetCardError: a base is missing or leads back to the card.
         :raises SettingsError: no card has an overlay for the default environment.
         """
@@ -137,7 +137,7 @@ class AssetStore:
         return card
 
     def maybe_retrieve_card(self, name: str) -> AssetCard | None:
-        """Return the card like :meth:`retrieve_card`, but ``None`` if there is no such card."""
+        """Return the card like :meth:`retrieve_card`, but ``None`` for an unknown name."""
         plain, env = split_name(name)
         if not plain or not _is_text(name):
             return None
@@ -156,7 +156,7 @@ class AssetStore:
     def own_card(self, name: str) -> AssetCard:
         """Return a card with its own fields only, without overlays, so that one whose base is missing is found, too.
 
-        :raises AssetNotFoundError: there is no such card.
+        :raises AssetNotFoundError: no card has this name.
         """
         with self._database.session() as session:
             entry = next(iter(read_cards(session, [name], env="")), None)

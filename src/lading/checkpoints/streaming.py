@@ -158,7 +158,7 @@ def prepare_streamed(
 
     :param dims: as :func:`~lading.checkpoints.verification.prepare_verification` takes it.
     :param planned: the reads of this rank.
-    :param groups: the number of ranks, or of groups of ranks that read together, each of which sees only a part.
+    :param groups: the number of ranks, or of groups of ranks that read together; each sees only a part.
     :param root: the gang of all ranks. A rank that is alone can take the SHA-256 of a file, which it reads whole.
 
     :raises NotSupportedError: ``always``, or the card pins files, and nothing is known that the bytes could be

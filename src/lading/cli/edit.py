@@ -51,7 +51,7 @@ def remove_card(names: tuple[str, ...], dry_run: bool, yes: bool, form: Form) ->
         count = counted(len(cards), "card")
         confirm(
             f"Remove {count}?",
-            refusal=f"{count} would be removed, as listed, and there is no terminal to ask. Nothing was removed. Add "
+            refusal=f"{count} would be removed, as listed, but stdin is not a terminal. Nothing was removed. Add "
             "`--yes` to remove them.",
         )
 

@@ -104,7 +104,7 @@ def _agreed(selection: Selection, removals: Mapping[str, Removal]) -> bool:
     count = counted(len(affected), "model")
     confirm(
         f"Remove {count}{f', with {cache}' if revisions else ''}?" if many else f"Delete {cache}?",
-        refusal=f"{count} would be removed, as listed, and there is no terminal to ask. Nothing was removed. Add "
+        refusal=f"{count} would be removed, as listed, but stdin is not a terminal. Nothing was removed. Add "
         "`--yes` to remove them.",
     )
 

@@ -92,7 +92,7 @@ def add_checkpoints(
     ``license``, ``base_model`` and ``pipeline_tag`` by the front matter of ``README.md``. A checkpoint that has a card
     keeps it. One that moved takes its card along, if this function wrote that.
 
-    :param paths: folders, files, and addresses such as ``hg://org/name``, of which only headers are read. A folder that
+    :param paths: folders, files, and addresses such as ``hg://org/name``; only headers are read there. A folder that
         is no checkpoint is one with checkpoints in it.
     :param name_from: ``"folder"``: the name of the folder, and those of the folders above it where several checkpoints
         have it; ``"path"``: the path below the folder that was named; or a pattern with ``{folder}``, ``{parent}`` and

@@ -71,7 +71,7 @@ class Description:
         return (*hub, path_uri(expand_home(stated))) if path_exists(expand_home(stated)) else tuple(hub)
 
     def require_family(self, fields: Mapping[str, object]) -> None:
-        """Require that the fields of the card say of which family the model is.
+        """Require that the fields of the card state the family of the model.
 
         :raises NotSupportedError: they do not, as there is no ``config.json``.
         """

@@ -22,7 +22,7 @@ def register_model(name: str, path: str | Path, *, base: str | None = None, **fi
     two has written; ``lading remove-card`` removes it. The files are taken as they are now, as by
     :func:`lading.index_checkpoint`: the catalog forgets the digests of other bytes. In a gang, call this on one rank.
 
-    :param path: a folder or a file, or an address such as ``hg://org/name``, of which only headers are read.
+    :param path: a folder or a file, or an address such as ``hg://org/name``; only headers are read there.
     :param base: the name of a card that this one inherits from, such as that of the model that was fine-tuned. The card
         states its own family and architecture where ``config.json`` describes others.
     :param fields: further fields of the card, and those that take the place of others: ``license="mit"``,
@@ -75,7 +75,7 @@ def require_own_name(name: str, store: AssetStore) -> None:
 def _unlike_base(fields: Mapping[str, object], base: str, store: AssetStore) -> dict[str, object]:
     """Return the fields of a card, without the family and the architecture that its base states.
 
-    :raises AssetNotFoundError: there is no such card.
+    :raises AssetNotFoundError: no card has this name.
     """
     card = store.retrieve_card(base)
     model = {"model_family": fields.get("model_family"), "model_arch": fields.get("model_arch")}

@@ -90,7 +90,7 @@ def remove_model(
     :param dry_run: only report what would be removed.
     :param hub: delete the model's revisions from the cache of Hugging Face's libraries.
 
-    :raises ModelNotKnownError: there is no such card, nor does the catalog know such a checkpoint.
+    :raises ModelNotKnownError: the name is neither that of a card nor of a checkpoint in the catalog.
     :raises PolicyError: the removal would delete revisions, and ``hub`` is not set; nothing was removed.
     :raises CatalogError: the catalog cannot be written; nothing was removed.
     :raises OSError: a file cannot be removed. The catalog then has the same records as before, and missing files count
@@ -130,7 +130,7 @@ class Remover:
     def plan(self, target: AssetCard | str | Path) -> PlannedRemoval:
         """Return what the removal of a model would do.
 
-        :raises ModelNotKnownError: there is no such card, nor does the catalog know such a checkpoint.
+        :raises ModelNotKnownError: the name is neither that of a card nor of a checkpoint in the catalog.
         """
         if (artifact := _artifact_of(target, self._store)) is not None:
             kept = (SkippedFile(path=artifact, reason=_ADOPTED),)

@@ -1,4 +1,4 @@
-"""The reads of a plan from another machine: requests, each of which brings the bytes of one or more steps.
+"""The reads of a plan from another machine: each request brings the bytes of one or more steps.
 
 A request costs a round trip, so steps whose bytes are near each other in the file share one: the bytes arrive in a
 buffer, and go on from there. The bytes of a long read without a cast arrive in their places.

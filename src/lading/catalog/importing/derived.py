@@ -55,7 +55,7 @@ class Entries:
             level = {base for base in bases if base is not None} - self._climbed
 
     def get(self, name: str) -> CardEntry | None:
-        """Return a card that was loaded; ``None`` if there is no such card."""
+        """Return a card that was loaded; ``None`` for an unknown name."""
         return self._entries.get(name)
 
     def look_up(self, name: str) -> Mapping[str, CardEntry]:

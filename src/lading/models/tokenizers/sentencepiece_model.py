@@ -50,7 +50,7 @@ class SentencePieceModel:
         return text
 
     def token_to_index(self, token: str) -> int | None:
-        index: int = self.native.piece_to_id(token)  # that of the unknown token, if there is no such piece
+        index: int = self.native.piece_to_id(token)  # for an unknown piece, that of the unknown token
 
         return index if self.native.id_to_piece(index) == token else None
 
