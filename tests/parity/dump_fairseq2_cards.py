@@ -1,4 +1,4 @@
-"""Print what fairseq2 ships as JSON: the cards of each of its files, and what those of our families resolve to.
+"""Print what fairseq2 ships as JSON: the cards of each of its files, and what those of each family resolve to.
 
 Run it where fairseq2 0.8.1 is installed::
 
@@ -18,10 +18,16 @@ from fairseq2.assets import AssetCard, get_asset_store
 from ruamel.yaml import YAML
 
 FAMILIES = {
+    "gemma3n": "gemma3n",
+    "jepa": "jepa",
     "llama": "llama",
+    "llama4": "llama",
     "mistral": "mistral",
+    "nllb": "nllb",
     "olmo": "olmo",
     "qwen": "qwen",
+    "s2t_conformer": "s2t_conformer",
+    "s2t_transformer": "s2t_transformer",
     "wav2vec2": "wav2vec2",
     "wav2vec2_asr": "wav2vec2",
 }
